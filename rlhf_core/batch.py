@@ -1,0 +1,199 @@
+"""The one batch shape that serves every method: P prompts, and R responses that answer them.
+
+SFT and KTO have one response a prompt, preference pairs two, groups G. `owner[r]` is the prompt that response r answers; a
+prompt's tokens are stored once however many responses it has. Axes: P prompts, R responses, L prompt tokens, T response
+tokens. Padding is on the right and is told by lengths alone, never by comparing ids with a padding id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts, responses, and the columns that data and `experience` attach to them."""
+
+    prompt_ids: Tensor
+    """(P, L) long, right-padded. Every prompt has at least one token."""
+    prompt_lengths: Tensor
+    """(P,) long, at least 1."""
+    response_ids: Tensor
+    """(R, T) long, right-padded."""
+    response_lengths: Tensor
+    """(R,) long."""
+    owner: Tensor
+    """(R,) long: the prompt that each response answers."""
+    loss_mask: Tensor
+    """(R, T) bool: the response tokens that are learnt or scored; False beyond each length."""
+    rows: tuple[int, ...]
+    """The row number of each prompt in its data, for messages and caches."""
+    per_prompt: Mapping[str, Tensor] = field(default_factory=dict)
+    """Columns (P, ...)."""
+    per_response: Mapping[str, Tensor] = field(default_factory=dict)
+    """Columns (R, ...)."""
+    per_token: Mapping[str, Tensor] = field(default_factory=dict)
+    """Columns (R, T, ...), aligned with `response_ids`."""
+    records: tuple[Mapping[str, Any], ...] = ()
+    """Each prompt's other columns, as they stand in its record (an answer, step labels), for rewards."""
+    boundary: bool = True
+    """False on every window but the last that `experience` makes from one rollout: a checkpoint waits for a boundary."""
+
+    @property
+    def num_prompts(self) -> int:
+        return self.prompt_ids.shape[0]
+
+    @property
+    def num_responses(self) -> int:
+        return self.response_ids.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.prompt_ids.device
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens: each prompt counted once, padding not at all."""
+        return int(self.prompt_lengths.sum() + self.response_lengths.sum())
+
+    @property
+    def num_loss_tokens(self) -> int:
+        """Response tokens inside the loss mask."""
+        return int(self.loss_mask.sum())
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return the attached column of that name, wherever it is attached."""
+        for columns in (self.per_response, self.per_prompt, self.per_token):
+            if name in columns:
+                return columns[name]
+        known = [*self.per_prompt, *self.per_response, *self.per_token]
+        raise KeyError(f"the batch has no column {name!r}; it has {known}")
+
+    def pairs(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Split a response column (2P, ...) of a preference batch into chosen and rejected, each (P, ...).
+
+        A preference batch holds each prompt's chosen response directly before its rejected one.
+        """
+        if values.shape[0] != 2 * self.num_prompts:
+            raise ValueError(f"expected two responses a prompt ({2 * self.num_prompts} rows), got {values.shape[0]}")
+        chosen, rejected = values.unflatten(0, (self.num_prompts, 2)).unbind(1)
+        return chosen, rejected
+
+    def attach(
+        self,
+        *,
+        per_prompt: Mapping[str, Tensor] | None = None,
+        per_response: Mapping[str, Tensor] | None = None,
+        per_token: Mapping[str, Tensor] | None = None,
+    ) -> Batch:
+        """Return the batch with columns added; each must have its axis's length."""
+        for kind, columns, lead in (
+            ("per_prompt", per_prompt, (self.num_prompts,)),
+            ("per_response", per_response, (self.num_responses,)),
+            ("per_token", per_token, tuple(self.response_ids.shape)),
+        ):
+            for name, column in (columns or {}).items():
+                if tuple(column.shape[: len(lead)]) != lead:
+                    raise ValueError(f"{kind} column {name!r} must start with shape {lead}, got {tuple(column.shape)}")
+        return replace(
+            self,
+            per_prompt={**self.per_prompt, **(per_prompt or {})},
+            per_response={**self.per_response, **(per_response or {})},
+            per_token={**self.per_token, **(per_token or {})},
+        )
+
+    def to(self, device: torch.device | str) -> Batch:
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def select(self, prompts: Sequence[int] | Tensor) -> Batch:
+        """Return the batch of these prompts, in this order, with all responses of each, trimmed to the longest."""
+        chosen = torch.as_tensor(prompts, dtype=torch.long, device=self.device)
+        position = torch.full((self.num_prompts,), -1, dtype=torch.long, device=self.device)
+        position[chosen] = torch.arange(len(chosen), device=self.device)
+        owner = position[self.owner]
+        # Stable: responses of one prompt keep their order (chosen before rejected).
+        responses = torch.argsort(torch.where(owner < 0, self.num_prompts, owner), stable=True)[: int((owner >= 0).sum())]
+        width = _longest(self.prompt_lengths[chosen])
+        length = _longest(self.response_lengths[responses])
+        picks = chosen.tolist()
+        return Batch(
+            prompt_ids=self.prompt_ids[chosen, :width],
+            prompt_lengths=self.prompt_lengths[chosen],
+            response_ids=self.response_ids[responses, :length],
+            response_lengths=self.response_lengths[responses],
+            owner=owner[responses],
+            loss_mask=self.loss_mask[responses, :length],
+            rows=tuple(self.rows[p] for p in picks),
+            per_prompt={name: column[chosen] for name, column in self.per_prompt.items()},
+            per_response={name: column[responses] for name, column in self.per_response.items()},
+            per_token={name: column[responses, :length] for name, column in self.per_token.items()},
+            records=tuple(self.records[p] for p in picks) if self.records else (),
+            boundary=self.boundary,
+        )
+
+    def prompt_tokens(self) -> Tensor:
+        """Return (P,) the tokens of each prompt together with all of its responses."""
+        return self.prompt_lengths.index_add(0, self.owner, self.response_lengths)
+
+    def split(
+        self, *, max_prompts: int | None = None, max_tokens: int | None = None, by_length: bool = True
+    ) -> list[Batch]:
+        """Cut into micro-batches of at most so many prompts and tokens; a prompt's responses stay together.
+
+        Which rows share an optimiser step never depends on this cut, so the step's gradient doesn't either. With
+        `by_length`, rows of like length share a micro-batch. A prompt that alone exceeds `max_tokens` stands alone.
+        """
+        cost = self.prompt_tokens().tolist()
+        order = sorted(range(self.num_prompts), key=cost.__getitem__) if by_length else list(range(self.num_prompts))
+        cuts: list[list[int]] = []
+        used = 0
+        for prompt in order:
+            full = cuts and (
+                (max_prompts is not None and len(cuts[-1]) >= max_prompts)
+                or (max_tokens is not None and used + cost[prompt] > max_tokens)
+            )
+            if not cuts or full:
+                cuts.append([])
+                used = 0
+            cuts[-1].append(prompt)
+            used += cost[prompt]
+        return [self.select(cut) for cut in cuts]
+
+    def pad(self, prompt_tokens: int = 0, response_tokens: int = 0, *, value: int = 0) -> Batch:
+        """Return the same batch with columns of padding added on the right. No result may depend on it."""
+
+        def grow(tensor: Tensor, extra: int, fill: int | bool | float) -> Tensor:
+            shape = (tensor.shape[0], extra, *tensor.shape[2:])
+            return torch.cat([tensor, tensor.new_full(shape, fill)], dim=1)
+
+        return replace(
+            self,
+            prompt_ids=grow(self.prompt_ids, prompt_tokens, value),
+            response_ids=grow(self.response_ids, response_tokens, value),
+            loss_mask=grow(self.loss_mask, response_tokens, False),
+            per_token={name: grow(column, response_tokens, 0) for name, column in self.per_token.items()},
+        )
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return replace(
+            self,
+            **{
+                name: change(getattr(self, name))
+                for name in (
+                    "prompt_ids", "prompt_lengths", "response_ids", "response_lengths", "owner", "loss_mask",
+                )
+            },
+            **{
+                kind: {name: change(column) for name, column in getattr(self, kind).items()}
+                for kind in ("per_prompt", "per_response", "per_token")
+            },
+        )  # fmt: skip
+
+
+def _longest(lengths: Tensor) -> int:
+    return int(lengths.max()) if lengths.numel() else 0

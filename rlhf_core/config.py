@@ -1,0 +1,381 @@
+"""Configurations: frozen pydantic models that refuse unknown keys, and the YAML and flags that fill them.
+
+Flat for the options that everyone sets, small named groups for the rest. Every field's description says what a larger (or
+the other) value does. Importing this module imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from rlhf_core.errors import ConfigError, did_you_mean
+
+ConfigType = TypeVar("ConfigType", bound="BaseConfig")
+
+
+class TrainingStage(StrEnum):
+    """Where in the pipeline a trainer stands."""
+
+    SFT = "sft"
+    REWARD = "reward"
+    PREFERENCE = "preference"
+    POLICY = "policy"
+
+
+class BaseConfig(BaseModel):
+    """The base of every configuration: frozen, and a key that it doesn't know is an error, never ignored."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    @classmethod
+    def parse(cls: type[ConfigType], values: Mapping[str, Any], *, place: Mapping[str, str] | str = "config") -> ConfigType:
+        """Build from plain values; what is wrong becomes one `ConfigError` that names the key and the nearest right one.
+
+        `place` is where the values came from: one text, or a text for each dotted key (a file and line, a flag).
+        """
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise _config_error(cls, error, place) from None
+
+    def updated(self: ConfigType, **changes: Any) -> ConfigType:
+        """Return a copy with these fields changed, validated anew."""
+        return type(self).parse({**self.model_dump(exclude_unset=True), **changes})
+
+
+class LoraConfig(BaseConfig):
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) instead of training every weight."""
+
+    rank: int = Field(16, ge=1, description="Rank of the update; larger learns more and costs more memory.")
+    alpha: float = Field(32.0, gt=0, description="Scale of the update (alpha / rank); larger makes it act more strongly.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input; larger regularises more.")
+    target_modules: list[str] | Literal["all-linear"] = Field(
+        "all-linear", description="Names of the modules that get an adapter; more modules learn more and cost more."
+    )
+    quantize: Literal["none", "4bit", "8bit"] = Field(
+        "none", description="Quantisation of the frozen base (QLoRA); fewer bits save memory and lose precision."
+    )
+
+
+class CheckpointConfig(BaseConfig):
+    """When checkpoints are saved and how many are kept."""
+
+    every: int = Field(0, ge=0, description="Steps between checkpoints; larger saves less often, 0 only at the end.")
+    keep: int = Field(2, ge=2, description="Checkpoints that are kept; larger keeps more to fall back to and takes more disk.")
+
+
+class LoggingConfig(BaseConfig):
+    """What is reported while training. `metrics.jsonl` is always written, a row a step."""
+
+    every: int = Field(1, ge=1, description="Steps between lines on the console; larger prints less.")
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        default_factory=list, description="Trackers that mirror the metrics; more of them mirror to more places."
+    )
+    project: str = Field("rlhf", min_length=1, description="Project name that trackers group runs under.")
+    progress: bool = Field(True, description="Show a progress bar where there is a terminal; false shows none.")
+
+
+class EarlyStoppingConfig(BaseConfig):
+    """Stop when an evaluated metric no longer improves."""
+
+    metric: str = Field("eval_loss", min_length=1, description="Name of the metric that is watched, as logged.")
+    mode: Literal["min", "max"] = Field("min", description="Whether a smaller (min) or larger (max) value is better.")
+    patience: int = Field(3, ge=1, description="Evaluations without improvement before it stops; larger waits longer.")
+    min_delta: float = Field(0.0, ge=0, description="Least change that counts as improvement; larger stops sooner.")
+
+
+class DistributedConfig(BaseConfig):
+    """How many processes train together. They are started by `torchrun --nproc_per_node N -m rlhf_core train …`."""
+
+    strategy: Literal["auto", "none", "ddp"] = Field(
+        "auto", description="`auto` takes DDP when started by torchrun; `none` refuses more than one process."
+    )
+    world_size: int | None = Field(
+        None, ge=1, description="Number of processes that must be running; a run started with another number is refused."
+    )
+
+
+class OptimizerConfig(BaseConfig):
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) beyond its learning rate."""
+
+    beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the gradient's mean; larger remembers longer.")
+    beta2: float = Field(0.999, ge=0, lt=1, description="Decay of the gradient's square; larger remembers longer.")
+    epsilon: float = Field(1e-8, gt=0, description="Added to the denominator; larger damps small gradients.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled decay of matrices (not of biases or norms); larger shrinks more.")
+
+
+class BatchingConfig(BaseConfig):
+    """How a step's rows are laid out for the model. None of these changes a gradient beyond rounding."""
+
+    layout: Literal["auto", "packed", "padded"] = Field(
+        "auto",
+        description="`packed` lays sequences end to end without padding, attention isolated per sequence; `padded` gives each"
+        " its own row; `auto` packs where the model's attention can be replaced.",
+    )
+    share_prompts: bool = Field(
+        True, description="Compute a prompt once for all of its responses (packed layout); false computes it for each."
+    )
+    length_grouped: bool = Field(
+        True, description="Put rows of like length into one micro-batch of a step; false keeps the data's order."
+    )
+    micro_batch_tokens: int | None = Field(
+        None, ge=1, description="Most tokens in one forward pass; larger is faster and takes more memory. Null sets no bound."
+    )
+
+
+class DatasetConfig(BaseConfig):
+    """How rows are read."""
+
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="Contract column → the data's own name, such as `prompt: question`."
+    )
+    split: str = Field("train", min_length=1, description="Split of a hub dataset.")
+    streaming: bool = Field(False, description="Read rows as they are needed instead of all at the start.")
+    shuffle: bool = Field(True, description="Draw rows in a random order, new in each epoch; false keeps the file's.")
+    shuffle_block: int = Field(
+        4096, ge=1, description="Rows shuffled together when streaming; larger mixes better and takes more memory."
+    )
+    strict: bool = Field(False, description="Make a row that would be dropped or cut an error instead of a counted warning.")
+    truncation: Literal["keep_start", "keep_end", "drop"] = Field(
+        "keep_start",
+        description="For a row over `max_length`: cut the response's end, cut the prompt's start, or drop the row.",
+    )
+    chat_template: str | None = Field(
+        None, description="Jinja template for chat messages, or the path of one, in place of the tokenizer's own."
+    )
+
+
+class TrainerConfig(BaseConfig):
+    """Options that every trainer has. A method's own configuration inherits these and adds its own."""
+
+    learning_rate: float = Field(1e-5, gt=0, description="Peak step size; larger learns faster and may diverge.")
+    batch_size: int = Field(
+        8, ge=1, description="Rows an optimiser step learns from, over all processes; larger gives smoother gradients."
+    )
+    micro_batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="Most rows in one forward pass; larger is faster and takes more memory. Null takes a process's share at"
+        " once. The gradient doesn't depend on it.",
+    )
+    max_steps: int | None = Field(None, ge=1, description="Optimiser steps to take; null trains for `epochs`.")
+    epochs: float = Field(1.0, gt=0, description="Passes over the data where `max_steps` is null; larger trains longer.")
+    max_length: int = Field(
+        1024, ge=2, description="Most tokens in a prompt with its response; larger keeps more text and takes more memory."
+    )
+    lr_schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="How the learning rate falls after warm-up: to 0 along a cosine or a line, or not at all."
+    )
+    warmup_ratio: float = Field(
+        0.03, ge=0, lt=1, description="Share of the steps over which the learning rate rises from 0; larger rises more gently."
+    )
+    max_grad_norm: float | None = Field(
+        1.0, gt=0, description="Gradients of a larger norm are scaled down to it; larger clips less, null never."
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of every random stream; another value draws other numbers.")
+    precision: Literal["float32", "bf16", "fp16"] = Field(
+        "float32", description="Precision of matrix products; 16 bits are faster. Weights and log-probabilities stay float32."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass: less memory, about a third more time."
+    )
+    attention: Literal["auto", "flash", "sdpa", "eager"] = Field(
+        "auto", description="Attention kernel; `auto` takes the fastest that the device has."
+    )
+    compile: bool = Field(False, description="Compile the model with torch.compile: slow start, faster steps on a GPU.")
+    eval_steps: int | None = Field(
+        None, ge=1, description="Steps between evaluations; larger evaluates less often, null only at the end."
+    )
+    lora: LoraConfig | None = Field(None, description="Train low-rank adapters; null trains every weight.")
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="AdamW beyond its learning rate.")
+    batching: BatchingConfig = Field(default_factory=BatchingConfig, description="Layout of a step's rows.")
+    dataset: DatasetConfig = Field(default_factory=DatasetConfig, description="How rows are read.")
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="When state is saved.")
+    logging: LoggingConfig = Field(default_factory=LoggingConfig, description="What is reported.")
+    early_stopping: EarlyStoppingConfig | None = Field(None, description="When to stop before the last step; null never.")
+    distributed: DistributedConfig = Field(default_factory=DistributedConfig, description="Processes that train together.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _groups_by_flag(cls, values: Any) -> Any:
+        # `lora: true` means its defaults, and `lora: false` none, which is what people type.
+        if isinstance(values, Mapping):
+            values = dict(values)
+            for group in ("lora", "early_stopping"):
+                if isinstance(values.get(group), bool):
+                    values[group] = {} if values[group] else None
+        return values
+
+
+class RunConfig(BaseConfig):
+    """The keys of a run's file that aren't options of its method."""
+
+    KEYS: ClassVar[tuple[str, ...]] = ("method", "model", "data", "eval_data", "output", "preset")
+
+    method: str = Field(min_length=1, description="Name of the method, as `rlhf list trainers` shows it.")
+    model: str = Field(min_length=1, description="Path or hub name of the model to train.")
+    data: str | list[str] = Field(description="Path, paths or hub name of the rows to train on.")
+    eval_data: str | list[str] | None = Field(None, description="Path, paths or hub name of rows held out; null evaluates nothing.")
+    output: str | None = Field(None, description="Run directory; null names one `runs/METHOD-DATE`.")
+    preset: str | None = Field(None, description="Preset whose options apply where the file sets none: `7b` or `70b`.")
+
+
+def _config_error(cls: type[BaseConfig], error: ValidationError, place: Mapping[str, str] | str) -> ConfigError:
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    where = place if isinstance(place, str) else place.get(key) or place.get(key.split(".")[0]) or place.get("", "config")
+    got = _shown(first["input"])
+    if first["type"] == "extra_forbidden":
+        owner = _group(cls, first["loc"][:-1])
+        fix = did_you_mean(str(first["loc"][-1]), owner.model_fields)
+        return ConfigError(f"unknown option `{key}`", place=where, fix=fix)
+    if first["type"] == "missing":
+        return ConfigError(f"`{key}` is missing", place=where, fix=f"set `{key}`")
+    problem = f"`{key}`: {first['msg']}" if key else first["msg"]
+    fix = None
+    if isinstance(first["input"], bool):
+        fix = "YAML reads yes, no, on and off as true and false: put the text in quotes if you meant text"
+    return ConfigError(problem, place=where, got=got, fix=fix)
+
+
+def _group(cls: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseModel]:
+    """Return the configuration class that stands at a dotted path."""
+    for part in path:
+        annotation = cls.model_fields[part].annotation if part in cls.model_fields else None  # type: ignore[index]
+        found = next(
+            (t for t in (annotation, *getattr(annotation, "__args__", ())) if isinstance(t, type) and issubclass(t, BaseModel)),
+            None,
+        )
+        if found is None:
+            return cls
+        cls = found
+    return cls
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+class _Loader(yaml.SafeLoader):
+    """A safe loader that refuses duplicate keys and aliases, and notes the line of each key."""
+
+    def __init__(self, text: str, name: str) -> None:
+        super().__init__(text)
+        self.file = name
+        self.lines: dict[str, int] = {}
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise ConfigError(
+                "YAML aliases are not accepted",
+                place=f"{self.file}:{event.start_mark.line + 1}",
+                got=f"*{event.anchor}",
+                fix="write the value out",
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+        seen: dict[str, int] = {}
+        for key_node, _ in node.value:
+            key, line = str(key_node.value), key_node.start_mark.line + 1
+            if key in seen:
+                raise ConfigError(
+                    f"key `{key}` stands twice, on lines {seen[key]} and {line}",
+                    place=f"{self.file}:{line}",
+                    fix="remove one of them",
+                )
+            seen[key] = line
+        return super().construct_mapping(node, deep=True)
+
+
+# YAML 1.1 reads `1e-5` (no dot) as text; people who write learning rates mean a number.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    __import__("re").compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def load_yaml(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Read a configuration file: its values, and for each dotted key its place (`file:line`; the file itself under '').
+
+    Raises:
+        ConfigError: the file is missing, isn't UTF-8, isn't a mapping, has a key twice, a tag or an alias.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError("no such file", place=str(path)) from None
+    except IsADirectoryError:
+        raise ConfigError("is a directory, not a file", place=str(path)) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError("is not UTF-8", place=str(path), got=f"a bad byte at offset {error.start}") from None
+    loader = _Loader(text, str(path))
+    try:
+        node = loader.get_single_node()
+        values = loader.construct_document(node) if node is not None else None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"not valid YAML: {error.problem}", place=f"{path}:{line}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"not valid YAML: {error}", place=str(path)) from None
+    finally:
+        loader.dispose()
+    if not isinstance(values, dict):
+        raise ConfigError("expected a mapping of options to values", place=str(path), got=_shown(values))
+    places = {"": str(path)}
+    _note_lines(node, "", str(path), places)
+    return values, places
+
+
+def _note_lines(node: Any, prefix: str, file: str, places: dict[str, str]) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key_node, value_node in node.value:
+            key = f"{prefix}{key_node.value}"
+            places[key] = f"{file}:{key_node.start_mark.line + 1}"
+            _note_lines(value_node, key + ".", file, places)
+
+
+def parse_scalar(text: str) -> Any:
+    """Read a flag's value as YAML would (`3`, `1e-5`, `true`, `null`, `[a, b]`, `{rank: 8}`), else as text."""
+    try:
+        loader = _Loader(text, "flag")
+        value = loader.get_single_data()
+    except (yaml.YAMLError, ConfigError):
+        return text
+    return text if value is None and text.strip() not in ("null", "~", "") else value
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `base` with `over` laid on it; groups are merged key by key, and a null or flag gives way to a group."""
+    merged = dict(base)
+    for key, value in over.items():
+        if isinstance(value, Mapping):
+            below = merged.get(key)
+            merged[key] = merge(below if isinstance(below, Mapping) else {}, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn dotted keys into groups: `{"lora.rank": 8}` → `{"lora": {"rank": 8}}`."""
+    nested: dict[str, Any] = {}
+    for dotted, value in flat.items():
+        *groups, last = dotted.split(".")
+        leaf: dict[str, Any] = {last: value}
+        for group in reversed(groups):
+            leaf = {group: leaf}
+        nested = merge(nested, leaf)
+    return nested

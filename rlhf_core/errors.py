@@ -1,0 +1,101 @@
+"""The faults that a user can meet: one line each, one exit code a kind.
+
+Everything that a user can cause raises a subclass of `RLHFError`; the command line prints it as
+`error[CODE] place: problem; got X; fix: Y` and exits with the class's code. Any other exception is our bug.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import ClassVar
+
+
+class RLHFError(Exception):
+    """A fault with a place, a problem, and where we can tell, what was found and how to mend it."""
+
+    code: ClassVar[str] = "internal"
+    exit_code: ClassVar[int] = 1
+
+    def __init__(
+        self, problem: str, *, place: str | None = None, got: object | None = None, fix: str | None = None
+    ) -> None:
+        self.problem, self.place, self.got, self.fix = problem, place, got, fix
+        super().__init__(problem)
+
+    def __str__(self) -> str:
+        text = f"{self.place}: {self.problem}" if self.place else self.problem
+        if self.got is not None:
+            text += f"; got {self.got}"
+        if self.fix:
+            text += f"; fix: {self.fix}"
+        return text
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Keyword-only arguments do not survive the default reduction, and faults cross process boundaries.
+        return (_rebuild, (type(self), self.problem, self.place, self.got, self.fix))
+
+    def line(self) -> str:
+        """Return the one line that the command line prints to stderr."""
+        return " ".join(f"error[{self.code}] {self}".split("\n"))
+
+
+def _rebuild(kind: type[RLHFError], problem: str, place: str | None, got: object, fix: str | None) -> RLHFError:
+    return kind(problem, place=place, got=got, fix=fix)
+
+
+class ConfigError(RLHFError):
+    """A configuration, option or name that is wrong."""
+
+    code, exit_code = "config", 2
+
+
+class DataError(RLHFError):
+    """Input data that break their contract."""
+
+    code, exit_code = "data", 3
+
+
+class ModelError(RLHFError):
+    """A model, tokenizer or checkpoint that cannot be used."""
+
+    code, exit_code = "model", 4
+
+
+class PluginError(RLHFError):
+    """A plugin or reward that is broken, ambiguous or misbehaves."""
+
+    code, exit_code = "plugin", 5
+
+
+class NumbersError(RLHFError):
+    """Numbers that went wrong: a loss or gradient that is not finite, groups without variance."""
+
+    code, exit_code = "numbers", 6
+
+
+class StorageError(RLHFError):
+    """Reading or writing failed: a full disk, a directory that may not be written."""
+
+    code, exit_code = "io", 7
+
+
+class Stopped(RLHFError):
+    """The run was asked to stop (SIGTERM); its state is saved and it can be resumed."""
+
+    code, exit_code = "stopped", 75
+
+
+def nearest(name: str, choices: Iterable[str]) -> str | None:
+    """Return the choice that looks most like `name`, or None where none is near."""
+    folded = {choice.casefold().replace("-", "_"): choice for choice in choices}
+    found = difflib.get_close_matches(name.casefold().replace("-", "_"), folded, n=1, cutoff=0.6)
+    return folded[found[0]] if found else None
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """Return a hint that names the nearest choice, else lists them all (sorted)."""
+    options = sorted(choices)
+    near = nearest(name, options)
+    listed = ", ".join(options) if options else "none"
+    return f"did you mean `{near}`? (known: {listed})" if near else f"use one of: {listed}"

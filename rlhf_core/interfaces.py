@@ -1,0 +1,204 @@
+"""The four contracts that a plugin fulfils: Trainer, RewardFn, Sampler, Merger.
+
+A method states sums and what they are averaged over; the core owns data, devices, ranks, denominators, the loop and
+checkpoints. Importing this module imports no torch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+from rlhf_core.config import BaseConfig, TrainerConfig, TrainingStage
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from rlhf_core.batch import Batch
+    from rlhf_core.models.policy import PolicyModel
+    from rlhf_core.models.reference import Reference
+    from rlhf_core.training.result import TrainResult
+
+API = 1
+"""The version of these contracts. A plugin states the one that it was written for in its class attribute `api`."""
+
+ConfigT = TypeVar("ConfigT", bound=TrainerConfig)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What one micro-batch adds to a step: sums, never means.
+
+    `terms` are scalar sums with gradient, by name, each averaged by the core over the weight that `Trainer.weights` gives
+    for that name, taken over the whole optimiser step (micro-batches × ranks); the step's loss is the sum of the averages.
+    `metrics` are pairs (sum, count), logged as the quotient over the whole step.
+    """
+
+    terms: Mapping[str, Tensor]
+    metrics: Mapping[str, tuple[Tensor | float, Tensor | float]] = field(default_factory=dict)
+
+
+class Trainer(ABC, Generic[ConfigT]):
+    """A method that trains. Subclass it, set the class attributes, write `weights` and `loss`; the loop is the core's.
+
+    `DPOTrainer(DPOConfig(...), model="path or PolicyModel", data="pairs.jsonl", output="runs/dpo").train()`
+    """
+
+    api: ClassVar[int]
+    record: ClassVar[str]
+    """The row contract that it eats: a name in `rlhf_core.records.RECORDS`."""
+    stage: ClassVar[TrainingStage]
+    Config: ClassVar[type[TrainerConfig]]
+    trains: ClassVar[tuple[str, ...]] = ("policy",)
+    """Roles of the models that get gradients."""
+    frozen: ClassVar[tuple[str, ...]] = ()
+    """Roles of the models that are only read, such as `reference`."""
+
+    config: ConfigT
+    models: nn.ModuleDict
+    """The models that it trains, by role, once `build` has run. One optimiser serves them all."""
+    reference: Reference
+    """The policy as it was passed in; there when `reference` is among `frozen`."""
+
+    def __init__(
+        self,
+        config: ConfigT | None = None,
+        *,
+        model: str | Path | PolicyModel,
+        data: Any,
+        eval_data: Any = None,
+        output: str | Path | None = None,
+    ) -> None:
+        """Take what to train and on what; nothing is loaded or read before `train`.
+
+        Args:
+            config: options of the method; its defaults where None.
+            model: a path, a hub name, or a loaded `PolicyModel`.
+            data: rows of the contract `record`: a path, several paths, a hub name, a `datasets` object, or a list of rows.
+            eval_data: rows held out, scored during training.
+            output: the run directory. None keeps nothing on disk, so such a run can't be resumed.
+        """
+        self.config = config if config is not None else self.Config()  # type: ignore[assignment]
+        self.model, self.data, self.eval_data = model, data, eval_data
+        self.output = Path(output) if output is not None else None
+
+    @property
+    def policy(self) -> PolicyModel:
+        return self.models["policy"]  # type: ignore[return-value]
+
+    def build(self, policy: PolicyModel) -> dict[str, nn.Module]:
+        """Return the models that it trains, by role. The default trains the policy as loaded."""
+        return {"policy": policy}
+
+    def experience(self, stream: Iterator[Batch]) -> Iterable[Batch]:
+        """Take batches from the data as needed; yield windows, each the work of one optimiser step. No gradients here.
+
+        Here live reference log-probabilities, rollouts, rewards and advantages, attached as columns (`Batch.attach`), and
+        every estimate over a whole window. The default yields each batch as it is.
+        """
+        yield from stream
+
+    @abstractmethod
+    def weights(self, batch: Batch) -> Mapping[str, float]:
+        """Return what each term of `loss` is averaged over in this micro-batch (tokens, sequences, a constant).
+
+        Computed from the batch alone: the loop adds these up over the step before the first backward.
+        """
+
+    @abstractmethod
+    def loss(self, batch: Batch) -> Loss:
+        """Return the sums of one micro-batch, with gradients."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the method itself must remember over a resume, as JSON values. The default remembers nothing."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
+        if state:
+            raise NotImplementedError(f"{type(self).__name__} saves state but does not load it")
+
+    def train(self, *, resume: bool = False, overwrite: bool = False) -> TrainResult:
+        """Run the loop to its end and return the result; `resume` continues the run in `output`. Never overridden."""
+        from rlhf_core.training.loop import run
+
+        return run(self, resume=resume, overwrite=overwrite)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion to be scored: its prompt, text, token ids, and the record's other columns."""
+
+    prompt: Any
+    completion: str
+    prompt_ids: Sequence[int] = ()
+    completion_ids: Sequence[int] = ()
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+class RewardFn(ABC):
+    """A reward: one finite float a sample, in order."""
+
+    api: ClassVar[int]
+    Config: ClassVar[type[BaseConfig]] = BaseConfig
+
+    def __init__(self, config: BaseConfig | None = None) -> None:
+        self.config = config if config is not None else self.Config()
+
+    @abstractmethod
+    def score(self, samples: Sequence[Sample]) -> list[float]:
+        """Return one finite float a sample. None, NaN or a wrong count stop the run with this reward's name."""
+
+    def score_steps(self, samples: Sequence[Sample]) -> list[list[float]] | None:
+        """Return one finite float for each reasoning step of each sample, or None where the reward is not step-wise."""
+        return None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What was generated for a prompt: it can't lie about where it came from."""
+
+    text: str
+    ids: Sequence[int]
+    logprobs: Sequence[float]
+    """Log-probability of each token under the distribution that drew it (temperature and truncation included), nats."""
+    stop_reason: str
+    score: float | None = None
+    policy_version: int = 0
+
+
+class Sampler(ABC):
+    """A way to answer prompts: for each, n completions, best first."""
+
+    api: ClassVar[int]
+    Config: ClassVar[type[BaseConfig]] = BaseConfig
+
+    def __init__(self, config: BaseConfig | None = None) -> None:
+        self.config = config if config is not None else self.Config()
+
+    @abstractmethod
+    def sample(self, prompts: Sequence[Any], n: int = 1) -> list[list[Completion]]:
+        """Return n completions for each prompt, best first."""
+
+
+class Merger(ABC):
+    """A way to make one checkpoint of several, tensor by tensor."""
+
+    api: ClassVar[int]
+    Config: ClassVar[type[BaseConfig]] = BaseConfig
+
+    def __init__(self, config: BaseConfig | None = None) -> None:
+        self.config = config if config is not None else self.Config()
+
+    @abstractmethod
+    def merge_tensor(
+        self, name: str, base: Tensor | None, tensors: Sequence[Tensor], weights: Sequence[float]
+    ) -> Tensor:
+        """Return the merged tensor, float32, of the shape that all inputs have."""
+
+
+INTERFACES: dict[str, type] = {"trainer": Trainer, "reward": RewardFn, "sampler": Sampler, "merger": Merger}
+"""The contract of each kind of plugin, by the name that the registry uses."""
