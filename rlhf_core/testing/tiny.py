@@ -6,7 +6,7 @@ Nothing is downloaded and nothing is drawn from the global random state, so the 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -108,7 +108,7 @@ def tiny_model(
 
 
 def save_tiny(
-    path: str | Path, seed: int = 0, *, tokenizer: PreTrainedTokenizerFast | None = None, **model: int
+    path: str | Path, seed: int = 0, *, tokenizer: PreTrainedTokenizerFast | None = None, **model: Any
 ) -> Path:
     """Write a Hugging Face directory (safetensors, tokenizer, chat template) and return its path.
 
