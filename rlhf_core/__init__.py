@@ -7,6 +7,9 @@ from typing import Any
 
 __version__ = "0.1.0"
 
+API = 1
+"""The version of the contracts in `interfaces`. A plugin states the one that it was written for as a literal: `api = 1`."""
+
 # Public name → the module that defines it. Loaded on first use, so that `import rlhf_core` imports no torch.
 _PUBLIC = {
     "Trainer": "interfaces",
@@ -44,7 +47,7 @@ _PUBLIC = {
     "setup_logging": "infra",
 }
 
-__all__ = [*_PUBLIC, "__version__", "registry"]  # noqa: PLE0604
+__all__ = ["API", *_PUBLIC, "__version__", "registry"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,46 @@
+"""Supervised fine-tuning: imitate the responses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from rlhf_core.batch import Batch
+from rlhf_core.config import TrainerConfig, TrainingStage
+from rlhf_core.interfaces import Loss, Trainer
+
+
+def sft_loss(logps: Tensor, mask: Tensor) -> Tensor:
+    """Sum the negative log-likelihood of the response tokens.
+
+    The maximum-likelihood objective of Ouyang et al. 2022 (arXiv 2203.02155, section 3.5, step 1):
+    L = −Σ_t log π(y_t | x, y_<t), over the tokens inside the mask.
+
+    Args:
+        logps: (R, T) token log-probabilities, nats.
+        mask: (R, T) bool, the response tokens that are learnt.
+
+    Returns:
+        Scalar sum, nats.
+    """
+    return -(logps * mask).sum()
+
+
+class SFTConfig(TrainerConfig):
+    """Supervised fine-tuning has no options of its own."""
+
+
+class SFTTrainer(Trainer[SFTConfig]):
+    """Supervised fine-tuning on prompts with responses, loss on the response tokens only."""
+
+    api = 1
+    record = "sft"
+    stage = TrainingStage.SFT
+    Config = SFTConfig
+
+    def weights(self, batch: Batch) -> Mapping[str, float]:
+        return {"nll": batch.num_loss_tokens}
+
+    def loss(self, batch: Batch) -> Loss:
+        return Loss({"nll": sft_loss(self.policy.token_logps(batch), batch.loss_mask)})

@@ -1,0 +1,135 @@
+"""How a batch is laid out for one forward pass: packed end to end with shared prompts, or one padded row per response.
+
+Packed: every real token stands once in a single row. A prompt is followed directly by its first response, the two being
+one causal sequence; each further response of that prompt is a segment of its own that sees the prompt's keys and values
+and then itself. Positions count as if each response stood alone behind its prompt, so hidden states equal those of
+separate rows. Axes: R responses, T response tokens, N tokens of the packed row, W width of padded rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlhf_core.batch import Batch
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of `length` query tokens at `start` that sees `prefix_length` tokens at `prefix_start`, then itself causally."""
+
+    start: int
+    length: int
+    prefix_start: int = 0
+    prefix_length: int = 0
+
+    @property
+    def keys(self) -> int:
+        return self.prefix_length + self.length
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Model inputs for a batch, and where in the hidden states, flattened to (rows × width, D), each response stands."""
+
+    input_ids: Tensor
+    """(1, N) packed, or (R, W) padded."""
+    position_ids: Tensor
+    """Of the shape of `input_ids`."""
+    attention_mask: Tensor | None
+    """(R, W) where padded; None where packed."""
+    segments: tuple[Segment, ...] | None
+    """Who sees whom, where packed: the segments tile the row in order."""
+    at: Tensor | None
+    """(R, T) long: flat index of the hidden state at each response token, 0 beyond a response's end; None where the last
+    tokens were left out."""
+    before: Tensor
+    """(R, T) long: flat index of the hidden state that predicts each response token; 0 beyond a response's end."""
+
+    @property
+    def num_positions(self) -> int:
+        """Positions that the model computes, padding included."""
+        return self.input_ids.numel()
+
+
+def packed_layout(batch: Batch, *, share_prompts: bool = True, drop_last: bool = False) -> Layout:
+    """Lay the batch out without padding, computing each prompt once, or once for each response if not `share_prompts`.
+
+    With `drop_last`, the last token of each response is left out: it predicts nothing that is scored.
+    """
+    prompt_lengths, response_lengths = batch.prompt_lengths.tolist(), batch.response_lengths.tolist()
+    owner = batch.owner.tolist()
+    width = batch.response_ids.shape[1]
+    ids, positions, segments = [], [], []
+    at_start = []
+    before_first = []
+    prompts_at: dict[int, int] = {}
+    used = 0
+    order = sorted(range(len(owner)), key=owner.__getitem__) if share_prompts else range(len(owner))
+    for response in order:
+        prompt = owner[response]
+        prefix = prompt_lengths[prompt]
+        length = response_lengths[response] - (1 if drop_last and response_lengths[response] else 0)
+        own = batch.response_ids[response, :length]
+        if share_prompts and prompt in prompts_at:
+            start = prompts_at[prompt]
+            if length:
+                segments.append(Segment(used, length, start, prefix))
+            ids.append(own)
+            at_start.append((response, used))
+            before_first.append((response, start + prefix - 1))
+            positions.append((prefix, length))
+            used += length
+        else:
+            prompts_at[prompt] = used
+            segments.append(Segment(used, prefix + length))
+            ids.extend((batch.prompt_ids[prompt, :prefix], own))
+            at_start.append((response, used + prefix))
+            before_first.append((response, used + prefix - 1))
+            positions.append((0, prefix + length))
+            used += prefix + length
+    device = batch.device
+    starts = torch.tensor([start for _, start in sorted(at_start)], dtype=torch.long, device=device)
+    firsts = torch.tensor([first for _, first in sorted(before_first)], dtype=torch.long, device=device)
+    steps = torch.arange(width, device=device)
+    inside = steps < batch.response_lengths[:, None]  # (R, T)
+    at = starts[:, None] + steps
+    before = torch.where(steps == 0, firsts[:, None], at - 1)
+    return Layout(
+        input_ids=torch.cat(ids)[None],
+        position_ids=torch.cat([torch.arange(first, first + length) for first, length in positions]).to(device)[None],
+        attention_mask=None,
+        segments=tuple(segments),
+        at=None if drop_last else torch.where(inside, at, 0),
+        before=torch.where(inside, before, 0),
+    )
+
+
+def padded_layout(batch: Batch) -> Layout:
+    """Give each response its own right-padded row behind a copy of its prompt: the plain layout that any model takes."""
+    prompt_lengths = batch.prompt_lengths[batch.owner]  # (R,)
+    lengths = prompt_lengths + batch.response_lengths
+    width = int(lengths.max())
+    columns = torch.arange(width, device=batch.device)
+    real = columns < lengths[:, None]  # (R, W)
+    in_prompt = columns < prompt_lengths[:, None]
+    offset = (columns - prompt_lengths[:, None]).clamp(min=0)
+    prompt_part = batch.prompt_ids[batch.owner].gather(
+        1, columns.clamp(max=batch.prompt_ids.shape[1] - 1).expand(len(lengths), -1)
+    )
+    response_part = batch.response_ids.gather(1, offset.clamp(max=batch.response_ids.shape[1] - 1))
+    ids = torch.where(in_prompt, prompt_part, response_part)
+    steps = torch.arange(batch.response_ids.shape[1], device=batch.device)
+    inside = steps < batch.response_lengths[:, None]  # (R, T)
+    at = torch.arange(len(lengths), device=batch.device)[:, None] * width + prompt_lengths[:, None] + steps
+    return Layout(
+        # Id 0 stands in for padding: it is attended by nothing and read by nothing.
+        input_ids=torch.where(real, ids, 0),
+        position_ids=columns.expand(len(lengths), -1),
+        attention_mask=real.long(),
+        segments=None,
+        at=torch.where(inside, at, 0),
+        before=torch.where(inside, at - 1, 0),
+    )

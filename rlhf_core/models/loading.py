@@ -1,0 +1,224 @@
+"""Causal language models and tokenizers from a directory, a GGUF file, an adapter or the hub; and what may be wrong with them.
+
+Weights come from safetensors (or GGUF) only, never from pickles, and a repository's own code runs only when asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rlhf_core.config import LoraConfig
+from rlhf_core.errors import ModelError, RLHFError, nearest
+from rlhf_core.models.lora import quantization
+
+log = logging.getLogger(__name__)
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
+
+
+def load_model(
+    source: str | Path,
+    *,
+    attention: str,
+    dtype: torch.dtype = torch.float32,
+    lora: LoraConfig | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[nn.Module, Any]:
+    """Load a causal language model with its tokenizer; an adapter directory is loaded on its base, the adapter merged in.
+
+    Raises:
+        ModelError: it doesn't exist, is damaged or incomplete, has only pickled weights, needs its own code, holds NaN, or
+            model and tokenizer don't fit.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    source = str(source)
+    where, options = _locate(source)
+    adapter = where if _is_adapter(where) else None
+    base = _adapter_base(where) if adapter else where
+    options |= {"trust_remote_code": trust_remote_code}
+    transformers_logging.disable_progress_bar()
+    try:
+        tokenizer = _load_tokenizer(AutoTokenizer, [where, base], options)
+        _check_files(base)
+        model = AutoModelForCausalLM.from_pretrained(
+            base,
+            dtype=dtype,
+            attn_implementation=attention,
+            **({} if "gguf_file" in options else {"use_safetensors": True}),
+            **({"quantization_config": settings} if (settings := quantization(lora)) else {}),
+            **options,
+        )
+        if adapter:
+            model = _with_adapter(model, adapter, base)
+    except RLHFError:
+        raise
+    except Exception as error:
+        raise _load_error(source, error) from error
+    if "gguf_file" in options:
+        _forget_gguf(model)
+    check_finite(model, source)
+    check_tokenizer(model, tokenizer, source)
+    return model, tokenizer
+
+
+def check_finite(model: nn.Module, source: str) -> None:
+    """Raise where a weight is NaN or infinite, naming the tensor."""
+    for name, parameter in model.named_parameters():
+        # One reduction a tensor; a sum that overflows is looked at again, value by value.
+        if (
+            parameter.is_floating_point()
+            and not math.isfinite(float(parameter.detach().sum(dtype=torch.float32)))
+            and not bool(parameter.detach().isfinite().all())
+        ):
+            bad = int((~parameter.detach().isfinite()).sum())
+            raise ModelError(
+                f"weight `{name}` is not finite",
+                place=source,
+                got=f"{bad} of {parameter.numel()} values NaN or infinite",
+                fix="use another checkpoint of this model",
+            )
+
+
+def check_tokenizer(model: nn.Module, tokenizer: Any, source: str) -> None:
+    """Raise where the tokenizer knows ids that the model has no embedding for; give it a padding token if it has none."""
+    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator,union-attr]
+    if len(tokenizer) > rows:
+        raise ModelError(
+            "the tokenizer is longer than the model's embeddings",
+            place=source,
+            got=f"{len(tokenizer)} tokens and {rows} embeddings",
+            fix="use the model's own tokenizer, or resize the embeddings and save the model",
+        )
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            "the tokenizer has no end-of-sequence token", place=source, fix="set `eos_token` in tokenizer_config.json"
+        )
+    if tokenizer.pad_token_id is None:
+        # Padding is told by lengths alone, so sharing the end token's id is harmless here.
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def _locate(source: str) -> tuple[str, dict[str, Any]]:
+    path = Path(source)
+    if path.is_file() and path.suffix == ".gguf":
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+            ggufs = sorted(p.name for p in path.glob("*.gguf"))
+            hint = f"name the file: {path / ggufs[0]}" if ggufs else None
+            raise ModelError("is no model: it has no config.json", place=source, fix=hint)
+        return source, {}
+    if path.is_absolute() or source.startswith((".", "~")) or not _HUB_NAME.fullmatch(source):
+        raise ModelError("no such model directory or file", place=source, fix=_near_path(path))
+    return source, {}
+
+
+def _near_path(path: Path) -> str | None:
+    if not path.parent.is_dir():
+        return f"the directory {path.parent} doesn't exist either"
+    near = nearest(path.name, (p.name for p in path.parent.iterdir()))
+    return f"did you mean {path.parent / near}?" if near else None
+
+
+def _is_adapter(where: str) -> bool:
+    return (Path(where) / "adapter_config.json").is_file() and not (Path(where) / "config.json").is_file()
+
+
+def _adapter_base(adapter: str) -> str:
+    base = json.loads((Path(adapter) / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    if not base:
+        raise ModelError("the adapter doesn't say which base it belongs to", place=f"{adapter}/adapter_config.json")
+    return str(base)
+
+
+def _with_adapter(model: nn.Module, adapter: str, base: str) -> nn.Module:
+    import peft
+
+    try:
+        adapted = peft.PeftModel.from_pretrained(model, adapter)  # type: ignore[arg-type]
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(
+            "the adapter doesn't fit its base",
+            place=adapter,
+            got=f"base {base}: {_first_line(error)}",
+            fix="set `base_model_name_or_path` in adapter_config.json to the model that it was trained on",
+        ) from error
+    # Merged, the adapter is part of the policy as passed in: a fresh one can be trained on top, and its reference stays.
+    return adapted.merge_and_unload()  # type: ignore[operator]
+
+
+def _load_tokenizer(auto: Any, places: list[str], options: dict[str, Any]) -> Any:
+    """Take the tokenizer beside an adapter, else the base's."""
+    last: Exception | None = None
+    for place in dict.fromkeys(places):
+        try:
+            return auto.from_pretrained(place, **options)
+        except (OSError, ValueError) as error:
+            last = error
+    assert last is not None
+    raise last
+
+
+def _check_files(where: str) -> None:
+    """Look at a local directory's weights before loading: every shard there, and not only pickles."""
+    path = Path(where)
+    if not path.is_dir():
+        return
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        for shard in shards:
+            if "/" in shard or not (path / shard).is_file():
+                raise ModelError(
+                    f"shard {shard} is missing",
+                    place=where,
+                    got=f"an index of {len(shards)} shards",
+                    fix="copy the file",
+                )
+    elif not any(path.glob("*.safetensors")) and any(path.glob("*.bin")):
+        raise ModelError(
+            "has only pickled weights, which can run code when they are loaded",
+            place=where,
+            got=", ".join(sorted(p.name for p in path.glob("*.bin"))),
+            fix="convert it to safetensors with `save_pretrained`, where you trust it",
+        )
+
+
+def _forget_gguf(model: Any) -> None:
+    """GGUF weights are plain float tensors once loaded; transformers still refuses to save what it calls quantised."""
+    if getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    for name in ("is_quantized", "quantization_method"):
+        if hasattr(model, name):
+            setattr(model, name, False if name == "is_quantized" else None)
+
+
+def _load_error(source: str, error: Exception) -> ModelError:
+    text = _first_line(error)
+    if "trust_remote_code" in str(error):
+        return ModelError(
+            "the model needs code that its repository ships",
+            place=source,
+            fix="set `trust_remote_code: true` where you trust that code",
+        )
+    if not Path(source).exists():
+        return ModelError(
+            "is neither a local directory nor a model that the hub gave", place=source, got=text, fix="check the name"
+        )
+    return ModelError("can't be loaded", place=source, got=f"{type(error).__name__}: {text}")
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2])[:300] if lines else type(error).__name__

@@ -1,0 +1,320 @@
+"""The policy: a causal language model with its tokenizer, and the one function that forwards a batch through it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_core.batch import Batch
+from rlhf_core.config import LoraConfig, TrainerConfig
+from rlhf_core.errors import ConfigError, ModelError
+from rlhf_core.models.attention import Kernel, OptimizedAttention
+from rlhf_core.models.compile import compile_model
+from rlhf_core.models.layout import Layout, packed_layout, padded_layout
+from rlhf_core.models.loading import load_model
+from rlhf_core.models.logprobs import linear_token_logprobs, module_token_logprobs
+from rlhf_core.models.lora import apply_lora
+
+log = logging.getLogger(__name__)
+
+LayoutName = Literal["auto", "packed", "padded"]
+
+
+class PolicyModel(nn.Module):
+    """A language model to be trained or read, with its tokenizer.
+
+    Args:
+        model: a transformers causal language model, or a peft model around one.
+        tokenizer: its tokenizer.
+        source: where it came from, for messages and provenance.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, *, source: str = "in memory") -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.source = source
+        self.layout: LayoutName = "auto"
+        self.share_prompts = True
+        self.fresh_adapter = False
+        """True while the adapter was made here and not trained yet: without it the model is the one passed in."""
+        self.attention = self._select_attention("auto", torch.float32)
+        self._packs: bool | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        attention: Kernel = "auto",
+        precision: str = "float32",
+        lora: LoraConfig | None = None,
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
+        layout: LayoutName = "auto",
+        share_prompts: bool = True,
+        trust_remote_code: bool = False,
+        device: str | torch.device | None = None,
+    ) -> PolicyModel:
+        """Load from a local directory, a `.gguf` file, an adapter directory or the hub, with float32 weights.
+
+        See `TrainerConfig` for what the options do.
+        """
+        model, tokenizer = load_model(source, attention="sdpa", lora=lora, trust_remote_code=trust_remote_code)
+        policy = cls(model, tokenizer, source=str(source))
+        if device is not None:
+            policy.to(device)
+        policy._configure(
+            attention=attention,
+            precision=precision,
+            lora=lora,
+            gradient_checkpointing=gradient_checkpointing,
+            compile=compile,
+            layout=layout,
+            share_prompts=share_prompts,
+        )
+        return policy
+
+    def configure(self, config: TrainerConfig) -> PolicyModel:
+        """Apply a trainer's options (attention, adapters, checkpointing, layout) to this model, in place; return it."""
+        return self._configure(
+            attention=config.attention,
+            precision=config.precision,
+            lora=config.lora,
+            gradient_checkpointing=config.gradient_checkpointing,
+            compile=config.compile,
+            layout=config.batching.layout,
+            share_prompts=config.batching.share_prompts,
+        )
+
+    def _configure(
+        self,
+        *,
+        attention: Kernel,
+        precision: str,
+        lora: LoraConfig | None,
+        gradient_checkpointing: bool,
+        compile: bool,
+        layout: LayoutName,
+        share_prompts: bool,
+    ) -> PolicyModel:
+        dtype = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        self.attention = self._select_attention(attention, dtype)
+        self.share_prompts = share_prompts
+        if layout == "packed" and (compile or self.attention.kernel == "eager"):
+            raise ConfigError(
+                "packed rows need replaceable attention and no compilation",
+                place="batching.layout",
+                got="compile: true" if compile else "attention: eager",
+                fix="set `batching.layout: padded`",
+            )
+        # A compiled block would be compiled anew for every list of segments.
+        self.layout = "padded" if compile or self.attention.kernel == "eager" else layout
+        if lora is not None and not self.has_adapter:
+            self.model = apply_lora(self.model, lora)
+            self.fresh_adapter = True
+        if gradient_checkpointing:
+            self.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if compile:
+            compile_model(self.causal_lm)
+        return self
+
+    def _select_attention(self, wanted: Kernel, dtype: torch.dtype) -> OptimizedAttention:
+        choice = OptimizedAttention.select(wanted, device=self.device, dtype=dtype)
+        try:
+            self.causal_lm.set_attn_implementation(choice.implementation)
+        except (ValueError, ImportError) as error:
+            # A model without replaceable attention keeps its own, and takes padded rows.
+            choice = OptimizedAttention("eager", f"the model's attention can't be replaced: {error}")
+        log.info("attention: %s (%s)", choice.kernel, choice.reason)
+        return choice
+
+    # What it is made of
+
+    @property
+    def has_adapter(self) -> bool:
+        return hasattr(self.model, "peft_config") and hasattr(self.model, "disable_adapter")
+
+    @property
+    def causal_lm(self) -> Any:
+        """The transformers model, adapters inside it."""
+        return self.model.get_base_model() if self.has_adapter else self.model  # type: ignore[operator]
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The stack that maps token ids to hidden states."""
+        return cast(nn.Module, getattr(self.causal_lm, self.causal_lm.base_model_prefix))
+
+    @property
+    def head(self) -> nn.Module:
+        """The output layer, hidden states to logits."""
+        return cast(nn.Module, self.causal_lm.get_output_embeddings())
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def max_positions(self) -> int | None:
+        """Most tokens in a sequence that the model has positions for, where it says."""
+        return getattr(self._text_config, "max_position_embeddings", None)
+
+    @property
+    def _text_config(self) -> Any:
+        return self.causal_lm.config.get_text_config()
+
+    # The forward pass
+
+    def hidden_states(self, batch: Batch, *, drop_last: bool = False) -> tuple[Tensor, Layout]:
+        """Forward a batch with each prompt computed once; return hidden states (N, D), flattened, and where each one stands.
+
+        With `drop_last`, each response's last token is left out where the layout allows: it predicts nothing.
+        """
+        packed = self._packs_batch(batch)
+        layout = (
+            packed_layout(batch, share_prompts=self.share_prompts, drop_last=drop_last)
+            if packed
+            else padded_layout(batch)
+        )
+        return self._forward(layout), layout
+
+    def _forward(self, layout: Layout) -> Tensor:
+        extra: dict[str, Any] = {} if layout.segments is None else {"segments": layout.segments}
+        if layout.segments is not None:
+            # A mask of four dimensions is taken as it is, so none is built over the whole row; segments say who sees whom.
+            extra["attention_mask"] = layout.input_ids.new_ones((1, 1, 1, 1), dtype=torch.bool)
+        else:
+            extra["attention_mask"] = layout.attention_mask
+        out = self.backbone(input_ids=layout.input_ids, position_ids=layout.position_ids, use_cache=False, **extra)
+        return out.last_hidden_state.flatten(0, 1)
+
+    def token_logps(self, batch: Batch, *, temperature: float = 1.0) -> Tensor:
+        """Return (R, T) float32 log-probabilities of the response tokens inside the loss mask, nats; 0 elsewhere.
+
+        The distribution is softmax(logits / temperature), given the prompt and the response so far.
+        """
+        if not bool(batch.loss_mask.any()):
+            return batch.loss_mask.float()
+        hidden, layout = self.hidden_states(batch, drop_last=True)
+        mask = batch.loss_mask
+        logps = self._head_logps(hidden[layout.before[mask]], batch.response_ids[mask], 1.0 / temperature)
+        return torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_scatter(mask, logps)
+
+    def response_logps(self, batch: Batch) -> Tensor:
+        """Return (R,) log-probabilities of the responses, summed over their loss mask, nats."""
+        return self.token_logps(batch).sum(dim=1)
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.token_logps(batch)
+
+    def _head_logps(self, hidden: Tensor, targets: Tensor, scale: float) -> Tensor:
+        config, head = self._text_config, self.head
+        softcap = getattr(config, "final_logit_softcapping", None)
+        if (scaling := getattr(config, "logits_scaling", None)) is not None:  # Granite divides
+            scale = scale / scaling
+        if (factor := getattr(config, "logit_scale", None)) is not None:  # Cohere multiplies
+            scale = scale * factor
+        if type(head) is nn.Linear and head.bias is None and softcap is None:
+            return linear_token_logprobs(hidden, head.weight, targets, scale=scale)
+        return module_token_logprobs(head, hidden, targets, scale=scale, softcap=softcap)
+
+    def _packs_batch(self, batch: Batch) -> bool:
+        if self.layout == "padded" or self.attention.kernel == "eager":
+            return False
+        if self._packs is None:
+            self._packs = self._check_packing()
+        window = getattr(self._text_config, "sliding_window", None)
+        # Segments know no window; a sequence that doesn't fill it is attended in the same way with and without.
+        return self._packs and (window is None or int(batch.prompt_tokens().max()) <= window)
+
+    @torch.no_grad()
+    def _check_packing(self) -> bool:
+        """Compare packed with padded hidden states on a few tokens: some architectures mix tokens in other ways.
+
+        Linear attention, convolutions and position biases would leak between packed sequences.
+        """
+        device, training = self.device, self.training
+        ids = torch.arange(24, device=device).remainder(self._text_config.vocab_size)
+        probe = Batch(
+            prompt_ids=ids[:10].view(2, 5),
+            prompt_lengths=torch.tensor([5, 3], device=device),
+            response_ids=ids[12:24].view(3, 4),
+            response_lengths=torch.tensor([4, 2, 3], device=device),
+            owner=torch.tensor([0, 0, 1], device=device),
+            loss_mask=torch.arange(4, device=device) < torch.tensor([4, 2, 3], device=device)[:, None],
+            rows=(0, 1),
+        )
+        self.eval()
+        try:
+            with torch.autocast(device.type, enabled=False):
+                packed, padded = packed_layout(probe), padded_layout(probe)
+                assert packed.at is not None and padded.at is not None
+                ours = self._forward(packed)[packed.at[probe.loss_mask]].float()
+                theirs = self._forward(padded)[padded.at[probe.loss_mask]].float()
+            error = float((ours - theirs).norm() / theirs.norm())
+            reason = f"relative difference {error:.1e}"
+            exact = next(self.backbone.parameters()).dtype == torch.float32
+            good = error < (1e-4 if exact else 3e-2)
+        except (TypeError, ValueError, RuntimeError, KeyError) as failure:
+            good, reason = False, f"{type(failure).__name__}: {failure}"
+        finally:
+            self.train(training)
+        if good:
+            return True
+        if self.layout == "packed":
+            raise ModelError(
+                "this model can't keep packed sequences apart",
+                place="batching.layout",
+                got=reason,
+                fix="set `batching.layout: padded`",
+            )
+        log.warning("packed rows don't give this model's own hidden states (%s): rows are padded instead", reason)
+        return False
+
+    @contextlib.contextmanager
+    def adapter_off(self) -> Iterator[None]:
+        """Read the model without its adapter."""
+        if not self.has_adapter:
+            raise ModelError("the model has no adapter to switch off", place=self.source)
+        with self.model.disable_adapter():  # type: ignore[operator]
+            yield
+
+    # In and out
+
+    def save_pretrained(self, directory: str | Path, *, merged: bool = False) -> None:
+        """Write a plain Hugging Face directory with the tokenizer: the whole model, or its adapter unless `merged`.
+
+        Both load with `AutoModelForCausalLM.from_pretrained` and with `PolicyModel.from_pretrained`. The model itself is
+        left as it is.
+        """
+        directory = Path(directory)
+        if self.has_adapter and merged:
+            import copy
+
+            model = copy.deepcopy(self.model).merge_and_unload()  # type: ignore[operator]
+        else:
+            model = self.model
+        implementation = self.causal_lm.config._attn_implementation
+        model.save_pretrained(directory)  # type: ignore[operator]
+        self.tokenizer.save_pretrained(directory)
+        self.causal_lm.config._attn_implementation = implementation
+
+    def describe(self) -> dict[str, Any]:
+        """Return what this model is, for a run's record."""
+        config = self.causal_lm.config
+        return {
+            "source": self.source,
+            "architecture": type(self.causal_lm).__name__,
+            "revision": getattr(config, "_commit_hash", None),
+            "parameters": sum(p.numel() for p in self.parameters()),
+            "trainable": sum(p.numel() for p in self.parameters() if p.requires_grad),
+            "vocabulary": config.get_text_config().vocab_size,
+            "attention": {"kernel": self.attention.kernel, "reason": self.attention.reason},
+            "adapter": self.has_adapter,
+        }

@@ -1,0 +1,157 @@
+"""The reference: the policy as it was passed in, kept to be compared with while the policy learns.
+
+Three ways to keep it, one objective: a frozen copy; the base with the adapter off, where the adapter is fresh; or
+log-probabilities computed once before the first step, which need no second model in memory.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rlhf_core.batch import Batch
+from rlhf_core.errors import ConfigError, ModelError
+from rlhf_core.models.policy import PolicyModel
+
+log = logging.getLogger(__name__)
+
+ReferenceMode = Literal["auto", "copy", "adapter_off", "precompute"]
+
+
+class Reference:
+    """Log-probabilities under the policy as it was passed in. Make it before the first optimiser step, and before a resume."""
+
+    def __init__(self, policy: PolicyModel, mode: Literal["copy", "adapter_off", "precompute"]) -> None:
+        self.mode = mode
+        self._policy = policy
+        self._model = policy
+        self._known: dict[bytes, float] | None = None
+        if mode == "copy":
+            self._model = copy.deepcopy(policy).eval().requires_grad_(False)
+
+    @classmethod
+    def create(cls, policy: PolicyModel, mode: ReferenceMode = "auto") -> Reference:
+        """Keep the policy as it is now; `auto` switches a fresh adapter off and copies anything else.
+
+        Raises:
+            ConfigError: `adapter_off` without a fresh adapter, which would compare with another model than the one passed in.
+        """
+        if mode == "auto":
+            mode = "adapter_off" if policy.fresh_adapter else "copy"
+        if mode == "adapter_off" and not policy.fresh_adapter:
+            raise ConfigError(
+                "with the adapter off the model isn't the one that was passed in",
+                place="reference",
+                got="a policy without a fresh adapter",
+                fix="set `lora`, or `reference: copy`",
+            )
+        return cls(policy, mode)
+
+    @torch.no_grad()
+    def response_logps(self, batch: Batch, *, max_prompts: int | None = None, max_tokens: int | None = None) -> Tensor:
+        """Return (R,) log-probabilities of the responses under the reference, summed over their loss mask, nats.
+
+        The batch is forwarded in micro-batches of at most so many prompts and tokens; the result is on its device.
+        """
+        if self._known is not None:
+            return self._look_up(batch)
+        return self._score(batch, max_prompts, max_tokens)
+
+    def _score(self, batch: Batch, max_prompts: int | None, max_tokens: int | None) -> Tensor:
+        model = self._model
+        training = model.training
+        model.eval()
+        logps = torch.empty(batch.num_responses, dtype=torch.float32)
+        numbered = batch.attach(per_response={"_response": torch.arange(batch.num_responses, device=batch.device)})
+        try:
+            for micro in numbered.split(max_prompts=max_prompts, max_tokens=max_tokens):
+                micro = micro.to(model.device)
+                if self.mode == "adapter_off":
+                    with model.adapter_off():
+                        values = model.response_logps(micro)
+                else:
+                    values = model.response_logps(micro)
+                logps[micro["_response"].cpu()] = values.float().cpu()
+        finally:
+            model.train(training)
+        return logps.to(batch.device)
+
+    @torch.no_grad()
+    def precompute(
+        self,
+        batches: Iterable[Batch],
+        path: Path | None = None,
+        *,
+        max_prompts: int | None = None,
+        max_tokens: int | None = None,
+    ) -> None:
+        """Score every response once, before the policy changes; keep the result at `path`, or read it from there.
+
+        Responses are recognised by their token ids, so any order, epoch or split of the data finds them.
+        """
+        if path is not None and path.is_file():
+            self._known = _read(path)
+            log.info("reference log-probabilities read from %s", path)
+            return
+        known: dict[bytes, float] = {}
+        for batch in batches:
+            values = self._score(batch, max_prompts, max_tokens).tolist()
+            known.update(zip(_digests(batch), values, strict=True))
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            shares: list[dict[bytes, float]] = [{}] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(shares, known)
+            known = {digest: value for share in shares for digest, value in share.items()}
+        self._known = known
+        if path is not None and (not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0):
+            _write(path, known)
+
+    def _look_up(self, batch: Batch) -> Tensor:
+        assert self._known is not None
+        try:
+            values = [self._known[digest] for digest in _digests(batch)]
+        except KeyError:
+            raise ModelError(
+                "a response has no precomputed reference log-probability",
+                place="reference: precompute",
+                got=f"rows {list(batch.rows)[:8]}",
+                fix="the data changed since the run began: start anew, or use `reference: copy`",
+            ) from None
+        return torch.tensor(values, dtype=torch.float32, device=batch.device)
+
+
+def _digests(batch: Batch) -> list[bytes]:
+    """Return 16 bytes for each response, from the ids of its prompt and itself and its loss mask."""
+    prompts, responses, masks = batch.prompt_ids.cpu(), batch.response_ids.cpu(), batch.loss_mask.cpu()
+    out = []
+    for response, (owner, length) in enumerate(zip(batch.owner.tolist(), batch.response_lengths.tolist(), strict=True)):
+        state = hashlib.blake2b(digest_size=16)
+        prompt_length = int(batch.prompt_lengths[owner])
+        state.update(prompt_length.to_bytes(8, "little"))
+        state.update(prompts[owner, :prompt_length].numpy().tobytes())
+        state.update(responses[response, :length].numpy().tobytes())
+        state.update(masks[response, :length].numpy().tobytes())
+        out.append(state.digest())
+    return out
+
+
+def _write(path: Path, known: dict[bytes, float]) -> None:
+    digests = torch.frombuffer(bytearray(b"".join(known)), dtype=torch.uint8).view(-1, 16)
+    values = torch.tensor(list(known.values()), dtype=torch.float32)
+    partial = path.with_suffix(".partial")
+    save_file({"digests": digests, "logps": values}, partial)
+    partial.replace(path)
+
+
+def _read(path: Path) -> dict[bytes, float]:
+    with safe_open(path, framework="pt") as file:
+        digests, values = file.get_tensor("digests"), file.get_tensor("logps")
+    return dict(zip((row.numpy().tobytes() for row in digests), values.tolist(), strict=True))
