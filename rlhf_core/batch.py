@@ -117,7 +117,9 @@ class Batch:
         position[chosen] = torch.arange(len(chosen), device=self.device)
         owner = position[self.owner]
         # Stable: responses of one prompt keep their order (chosen before rejected).
-        responses = torch.argsort(torch.where(owner < 0, self.num_prompts, owner), stable=True)[: int((owner >= 0).sum())]
+        responses = torch.argsort(torch.where(owner < 0, self.num_prompts, owner), stable=True)[
+            : int((owner >= 0).sum())
+        ]
         width = _longest(self.prompt_lengths[chosen])
         length = _longest(self.response_lengths[responses])
         picks = chosen.tolist()

@@ -36,7 +36,9 @@ class BaseConfig(BaseModel):
     )
 
     @classmethod
-    def parse(cls: type[ConfigType], values: Mapping[str, Any], *, place: Mapping[str, str] | str = "config") -> ConfigType:
+    def parse(
+        cls: type[ConfigType], values: Mapping[str, Any], *, place: Mapping[str, str] | str = "config"
+    ) -> ConfigType:
         """Build from plain values; what is wrong becomes one `ConfigError` that names the key and the nearest right one.
 
         `place` is where the values came from: one text, or a text for each dotted key (a file and line, a flag).
@@ -55,7 +57,9 @@ class LoraConfig(BaseConfig):
     """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) instead of training every weight."""
 
     rank: int = Field(16, ge=1, description="Rank of the update; larger learns more and costs more memory.")
-    alpha: float = Field(32.0, gt=0, description="Scale of the update (alpha / rank); larger makes it act more strongly.")
+    alpha: float = Field(
+        32.0, gt=0, description="Scale of the update (alpha / rank); larger makes it act more strongly."
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input; larger regularises more.")
     target_modules: list[str] | Literal["all-linear"] = Field(
         "all-linear", description="Names of the modules that get an adapter; more modules learn more and cost more."
@@ -69,7 +73,9 @@ class CheckpointConfig(BaseConfig):
     """When checkpoints are saved and how many are kept."""
 
     every: int = Field(0, ge=0, description="Steps between checkpoints; larger saves less often, 0 only at the end.")
-    keep: int = Field(2, ge=2, description="Checkpoints that are kept; larger keeps more to fall back to and takes more disk.")
+    keep: int = Field(
+        2, ge=2, description="Checkpoints that are kept; larger keeps more to fall back to and takes more disk."
+    )
 
 
 class LoggingConfig(BaseConfig):
@@ -99,7 +105,9 @@ class DistributedConfig(BaseConfig):
         "auto", description="`auto` takes DDP when started by torchrun; `none` refuses more than one process."
     )
     world_size: int | None = Field(
-        None, ge=1, description="Number of processes that must be running; a run started with another number is refused."
+        None,
+        ge=1,
+        description="Number of processes that must be running; a run started with another number is refused.",
     )
 
 
@@ -109,7 +117,9 @@ class OptimizerConfig(BaseConfig):
     beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the gradient's mean; larger remembers longer.")
     beta2: float = Field(0.999, ge=0, lt=1, description="Decay of the gradient's square; larger remembers longer.")
     epsilon: float = Field(1e-8, gt=0, description="Added to the denominator; larger damps small gradients.")
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled decay of matrices (not of biases or norms); larger shrinks more.")
+    weight_decay: float = Field(
+        0.0, ge=0, description="Decoupled decay of matrices (not of biases or norms); larger shrinks more."
+    )
 
 
 class BatchingConfig(BaseConfig):
@@ -127,7 +137,9 @@ class BatchingConfig(BaseConfig):
         True, description="Put rows of like length into one micro-batch of a step; false keeps the data's order."
     )
     micro_batch_tokens: int | None = Field(
-        None, ge=1, description="Most tokens in one forward pass; larger is faster and takes more memory. Null sets no bound."
+        None,
+        ge=1,
+        description="Most tokens in one forward pass; larger is faster and takes more memory. Null sets no bound.",
     )
 
 
@@ -143,7 +155,9 @@ class DatasetConfig(BaseConfig):
     shuffle_block: int = Field(
         4096, ge=1, description="Rows shuffled together when streaming; larger mixes better and takes more memory."
     )
-    strict: bool = Field(False, description="Make a row that would be dropped or cut an error instead of a counted warning.")
+    strict: bool = Field(
+        False, description="Make a row that would be dropped or cut an error instead of a counted warning."
+    )
     truncation: Literal["keep_start", "keep_end", "drop"] = Field(
         "keep_start",
         description="For a row over `max_length`: cut the response's end, cut the prompt's start, or drop the row.",
@@ -167,22 +181,30 @@ class TrainerConfig(BaseConfig):
         " once. The gradient doesn't depend on it.",
     )
     max_steps: int | None = Field(None, ge=1, description="Optimiser steps to take; null trains for `epochs`.")
-    epochs: float = Field(1.0, gt=0, description="Passes over the data where `max_steps` is null; larger trains longer.")
+    epochs: float = Field(
+        1.0, gt=0, description="Passes over the data where `max_steps` is null; larger trains longer."
+    )
     max_length: int = Field(
-        1024, ge=2, description="Most tokens in a prompt with its response; larger keeps more text and takes more memory."
+        1024,
+        ge=2,
+        description="Most tokens in a prompt with its response; larger keeps more text and takes more memory.",
     )
     lr_schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="How the learning rate falls after warm-up: to 0 along a cosine or a line, or not at all."
     )
     warmup_ratio: float = Field(
-        0.03, ge=0, lt=1, description="Share of the steps over which the learning rate rises from 0; larger rises more gently."
+        0.03,
+        ge=0,
+        lt=1,
+        description="Share of the steps over which the learning rate rises from 0; larger rises more gently.",
     )
     max_grad_norm: float | None = Field(
         1.0, gt=0, description="Gradients of a larger norm are scaled down to it; larger clips less, null never."
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of every random stream; another value draws other numbers.")
     precision: Literal["float32", "bf16", "fp16"] = Field(
-        "float32", description="Precision of matrix products; 16 bits are faster. Weights and log-probabilities stay float32."
+        "float32",
+        description="Precision of matrix products; 16 bits are faster. Weights and log-probabilities stay float32.",
     )
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, about a third more time."
@@ -191,6 +213,9 @@ class TrainerConfig(BaseConfig):
         "auto", description="Attention kernel; `auto` takes the fastest that the device has."
     )
     compile: bool = Field(False, description="Compile the model with torch.compile: slow start, faster steps on a GPU.")
+    trust_remote_code: bool = Field(
+        False, description="Run code that the model's repository ships; true only where you trust that code."
+    )
     eval_steps: int | None = Field(
         None, ge=1, description="Steps between evaluations; larger evaluates less often, null only at the end."
     )
@@ -200,8 +225,12 @@ class TrainerConfig(BaseConfig):
     dataset: DatasetConfig = Field(default_factory=DatasetConfig, description="How rows are read.")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="When state is saved.")
     logging: LoggingConfig = Field(default_factory=LoggingConfig, description="What is reported.")
-    early_stopping: EarlyStoppingConfig | None = Field(None, description="When to stop before the last step; null never.")
-    distributed: DistributedConfig = Field(default_factory=DistributedConfig, description="Processes that train together.")
+    early_stopping: EarlyStoppingConfig | None = Field(
+        None, description="When to stop before the last step; null never."
+    )
+    distributed: DistributedConfig = Field(
+        default_factory=DistributedConfig, description="Processes that train together."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -223,7 +252,9 @@ class RunConfig(BaseConfig):
     method: str = Field(min_length=1, description="Name of the method, as `rlhf list trainers` shows it.")
     model: str = Field(min_length=1, description="Path or hub name of the model to train.")
     data: str | list[str] = Field(description="Path, paths or hub name of the rows to train on.")
-    eval_data: str | list[str] | None = Field(None, description="Path, paths or hub name of rows held out; null evaluates nothing.")
+    eval_data: str | list[str] | None = Field(
+        None, description="Path, paths or hub name of rows held out; null evaluates nothing."
+    )
     output: str | None = Field(None, description="Run directory; null names one `runs/METHOD-DATE`.")
     preset: str | None = Field(None, description="Preset whose options apply where the file sets none: `7b` or `70b`.")
 
@@ -231,7 +262,9 @@ class RunConfig(BaseConfig):
 def _config_error(cls: type[BaseConfig], error: ValidationError, place: Mapping[str, str] | str) -> ConfigError:
     first = error.errors(include_url=False)[0]
     key = ".".join(str(part) for part in first["loc"])
-    where = place if isinstance(place, str) else place.get(key) or place.get(key.split(".")[0]) or place.get("", "config")
+    where = (
+        place if isinstance(place, str) else place.get(key) or place.get(key.split(".")[0]) or place.get("", "config")
+    )
     got = _shown(first["input"])
     if first["type"] == "extra_forbidden":
         owner = _group(cls, first["loc"][:-1])
@@ -251,7 +284,11 @@ def _group(cls: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseModel]
     for part in path:
         annotation = cls.model_fields[part].annotation if part in cls.model_fields else None  # type: ignore[index]
         found = next(
-            (t for t in (annotation, *getattr(annotation, "__args__", ())) if isinstance(t, type) and issubclass(t, BaseModel)),
+            (
+                t
+                for t in (annotation, *getattr(annotation, "__args__", ()))
+                if isinstance(t, type) and issubclass(t, BaseModel)
+            ),
             None,
         )
         if found is None:
