@@ -1,0 +1,80 @@
+"""Token log-probabilities from the output layer: values and gradients against float64, for any chunk size."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from batches import relative
+from torch import Tensor, nn
+
+from rlhf_core.models import logprobs as module
+from rlhf_core.models.logprobs import linear_token_logprobs, module_token_logprobs
+
+
+def reference(hidden: Tensor, weight: Tensor, targets: Tensor, scale: float) -> Tensor:
+    logits = hidden.double() @ weight.double().t() * scale
+    return logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 1000])
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_values_and_gradients(monkeypatch: pytest.MonkeyPatch, chunk: int, scale: float, frozen: bool) -> None:
+    monkeypatch.setattr(module, "chunk_rows", lambda vocabulary: chunk)
+    torch.manual_seed(0)
+    hidden = torch.randn(7, 5, requires_grad=True)
+    weight = torch.randn(11, 5, requires_grad=not frozen)
+    targets, upstream = torch.randint(0, 11, (7,)), torch.randn(7)
+    found = linear_token_logprobs(hidden, weight, targets, scale=scale)
+    expected = reference(hidden, weight, targets, scale)
+    assert relative(found.double(), expected) < 1e-6
+    wanted = [hidden] if frozen else [hidden, weight]
+    ours = torch.autograd.grad((found * upstream).sum(), wanted)
+    theirs = torch.autograd.grad((expected * upstream).sum(), wanted)
+    for a, b in zip(ours, theirs, strict=True):
+        assert relative(a.double(), b.double()) < 1e-6
+
+
+def test_a_uniform_distribution_gives_minus_log_v() -> None:
+    found = linear_token_logprobs(torch.ones(1, 4), torch.zeros(8, 4), torch.tensor([3]))
+    assert found.item() == pytest.approx(-math.log(8), rel=1e-6)
+
+
+def test_no_gradient_no_work() -> None:
+    hidden, weight = torch.randn(3, 4), torch.randn(8, 4)
+    assert not linear_token_logprobs(hidden, weight, torch.tensor([0, 1, 2])).requires_grad
+
+
+def test_nothing_to_score() -> None:
+    hidden = torch.randn(0, 4, requires_grad=True)
+    assert linear_token_logprobs(hidden, torch.randn(8, 4), torch.zeros(0, dtype=torch.long)).shape == (0,)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_any_output_layer(softcap: float | None) -> None:
+    torch.manual_seed(0)
+    head, hidden, targets = nn.Linear(5, 11), torch.randn(7, 5, requires_grad=True), torch.randint(0, 11, (7,))
+    found = module_token_logprobs(head, hidden, targets, scale=0.5, softcap=softcap)
+    logits = hidden.double() @ head.weight.double().t() + head.bias.double()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    expected = (logits * 0.5).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    assert relative(found.double(), expected) < 1e-6
+    ours, theirs = (torch.autograd.grad(x.sum(), [hidden, head.weight, head.bias]) for x in (found, expected))
+    for a, b in zip(ours, theirs, strict=True):
+        assert relative(a.double(), b.double()) < 1e-5
+
+
+def test_autocast_keeps_the_softmax_in_float32() -> None:
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(64, 32), torch.randn(500, 32), torch.randint(0, 500, (64,))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = linear_token_logprobs(hidden, weight, targets)
+    assert found.dtype == torch.float32
+    assert relative(found.double(), reference(hidden, weight, targets, 1.0)) < 1e-2
+    # exp of the log-probabilities of all tokens sums to one: no bf16 rounding of the normaliser.
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        every = linear_token_logprobs(hidden[:1].expand(500, -1), weight, torch.arange(500))
+    assert every.exp().sum().item() == pytest.approx(1.0, abs=1e-5)
