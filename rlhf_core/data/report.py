@@ -1,0 +1,143 @@
+"""What reading the data did: rows kept, dropped by reason and cut, tokens, files. Nothing is dropped without being counted."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from rlhf_core.data.encode import Outcome
+from rlhf_core.errors import DataError
+from rlhf_core.records import RECORDS
+
+logger = logging.getLogger(__name__)
+
+_EXAMPLES = 5
+
+
+class DataReport:
+    """Counts over one pass of the data. All of it is JSON, so a stream keeps it in its state."""
+
+    def __init__(self, record: str, name: str, *, files: list[dict[str, Any]], template_sha256: str | None) -> None:
+        self.record, self.name = record, name
+        self.files, self.template_sha256 = files, template_sha256
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin to count anew."""
+        self.rows = self.kept = 0
+        self.prompt_tokens = self.response_tokens = self.learnt_tokens = 0
+        self.dropped: dict[str, dict[str, Any]] = {}
+        self.notes: dict[str, dict[str, Any]] = {}
+        self.labels: dict[str, int] = {}
+        self.complete = False
+
+    @property
+    def truncated(self) -> int:
+        """Rows that were cut to `max_length`."""
+        return self.notes.get("truncated", {}).get("rows", 0)
+
+    def add(self, outcome: Outcome, *, strict: bool = False) -> None:
+        """Count one row.
+
+        Raises:
+            DataError: `strict`, and the row was dropped or cut.
+        """
+        self.rows += 1
+        if strict and (outcome.refused or outcome.truncated):
+            raise DataError(
+                outcome.refused or "longer than max_length, and would be cut",
+                place=outcome.place,
+                fix="repair the row, raise `max_length`, or unset `dataset.strict`",
+            )
+        if outcome.truncated:
+            _tally(self.notes, "truncated", outcome.place)
+        if outcome.control_text:
+            _tally(self.notes, "control tokens in text, encoded as text", outcome.place)
+        for column in outcome.left_out:
+            _tally(self.notes, f"column `{column}` is no JSON value and is left out", outcome.place)
+        if outcome.row is None:
+            _tally(self.dropped, str(outcome.refused), outcome.place)
+            return
+        row = outcome.row
+        self.kept += 1
+        self.prompt_tokens += len(row.prompt_ids)
+        self.response_tokens += sum(map(len, row.responses))
+        self.learnt_tokens += sum(map(sum, row.masks))
+        for desirable in row.per_response.get("desirable", ()):
+            label = "desirable" if desirable else "undesirable"
+            self.labels[label] = self.labels.get(label, 0) + 1
+
+    def finish(self) -> None:
+        """Close the pass: warn of what was dropped or cut.
+
+        Raises:
+            DataError: no row is left, or unpaired rows have one label only.
+        """
+        if self.complete:
+            return
+        if not self.kept:
+            got = ", ".join(f"{tally['rows']} × {reason}" for reason, tally in self.dropped.items())
+            raise DataError(
+                f"none of {self.rows} rows can be used",
+                place=self.name,
+                got=got,
+                fix="raise `max_length`, or set another `dataset.truncation`",
+            )
+        if "label" in RECORDS[self.record].required and len(self.labels) < 2:
+            missing = "undesirable" if "desirable" in self.labels else "desirable"
+            raise DataError(
+                f"no row has the label `{missing}`; unpaired data need both",
+                place=self.name,
+                got=f"{self.kept} rows, all `{next(iter(self.labels))}`",
+            )
+        self.complete = True
+        for line in self.warnings():
+            logger.warning(line)
+
+    def warnings(self) -> list[str]:
+        """Return a line for each thing that was done to rows."""
+        lines = [
+            f"{self.name}: dropped {tally['rows']} of {self.rows} rows: {reason} ({', '.join(tally['examples'])}, …)"
+            for reason, tally in self.dropped.items()
+        ]
+        lines += [
+            f"{self.name}: {tally['rows']} of {self.rows} rows: {note} ({', '.join(tally['examples'])}, …)"
+            for note, tally in self.notes.items()
+        ]
+        return lines
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report as JSON values, for `data.json`."""
+        return {
+            "record": self.record,
+            "name": self.name,
+            "files": self.files,
+            "template_sha256": self.template_sha256,
+            "truncated": self.truncated,
+            **self.state_dict(),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counts, as JSON values."""
+        names = ("rows", "kept", "dropped", "notes", "labels", "prompt_tokens", "response_tokens", "learnt_tokens")
+        state = {name: getattr(self, name) for name in (*names, "complete")}
+        return {name: _copied(value) for name, value in state.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
+        for name in self.state_dict():
+            setattr(self, name, _copied(state[name]))
+
+
+def _tally(tallies: dict[str, dict[str, Any]], name: str, place: str) -> None:
+    tally = tallies.setdefault(name, {"rows": 0, "examples": []})
+    tally["rows"] += 1
+    if len(tally["examples"]) < _EXAMPLES:
+        tally["examples"].append(place)
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return list(value) if isinstance(value, list) else value

@@ -1,0 +1,109 @@
+"""Streaming twins: the same rows as the map-style datasets, read as they are needed.
+
+Rows are shuffled in blocks. A block's order is a function of (seed, epoch, block) alone and its boundaries shift from epoch to
+epoch, so a stream's state is a position: it resumes by reading one block again, and no shuffle buffer is saved or refilled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch.utils.data
+
+from rlhf_core.config import DatasetConfig
+from rlhf_core.data.base import EncodedData, Position, add_to_hash, random_generator
+from rlhf_core.data.encode import EncodedRow, Outcome
+from rlhf_core.data.sources import Cursor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_ENCODE = 64
+_PROBE = 16
+
+
+class StreamingDataset(EncodedData, torch.utils.data.IterableDataset[EncodedRow]):
+    """Rows one after the other. Every process reads all of them; `DataStream` shares them out."""
+
+    streaming: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        data: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int = 1024,
+        options: DatasetConfig | None = None,
+        record: str | None = None,
+    ) -> None:
+        super().__init__(data, tokenizer, max_length=max_length, options=options, record=record)
+        settings = [self.record, max_length, self.options.model_dump(exclude={"shuffle", "strict", "split"})]
+        identity = [{**part, "name": None} for part in self.report.files]
+        digest = hashlib.sha256(json.dumps([settings, identity], sort_keys=True).encode())
+        # The first rows, encoded: a wrong column shows at once, and another tokenizer or template is other data.
+        for outcome in self.encoder.encode(list(itertools.islice(self.source.rows(), _PROBE))):
+            if outcome.row is not None:
+                add_to_hash(digest, outcome.row)
+        self.fingerprint = digest.hexdigest()
+
+    def __iter__(self) -> Iterator[EncodedRow]:
+        """Yield the rows in the data's order; the first such pass fills the report."""
+        counted = self.report.rows == 0
+        for outcome, _ in self.walk(0, seed=0, shuffle=False, position=[]):
+            if counted:
+                self.report.add(outcome, strict=self.options.strict)
+            if outcome.row is not None:
+                yield outcome.row
+        if counted:
+            self.report.finish()
+
+    @property
+    def num_rows(self) -> int | None:
+        return self.report.kept if self.report.complete else None
+
+    def walk(self, epoch: int, *, seed: int, shuffle: bool, position: Position) -> Iterator[tuple[Outcome, Position]]:
+        block, cursor, taken = position or (0, Cursor(), 0)
+        cursor = Cursor(*cursor)
+        rows = self.source.rows(cursor)
+        while chunk := list(itertools.islice(rows, self._block_size(epoch, block, seed, shuffle))):
+            order = random_generator(seed, epoch, 0, block).permutation(len(chunk)) if shuffle else range(len(chunk))
+            for first in range(taken, len(chunk), _ENCODE):
+                numbers = order[first : first + _ENCODE]
+                for outcome in self.encoder.encode([chunk[number] for number in numbers]):
+                    taken += 1
+                    done = taken == len(chunk)
+                    yield outcome, [block + 1, list(chunk[-1].after), 0] if done else [block, list(cursor), taken]
+            block, cursor, taken = block + 1, chunk[-1].after, 0
+
+    def _block_size(self, epoch: int, block: int, seed: int, shuffle: bool) -> int:
+        """Return the rows of a block: all alike but the first, whose length moves every boundary of its epoch."""
+        size = self.options.shuffle_block
+        return int(random_generator(seed, epoch, 1).integers(1, size + 1)) if shuffle and block == 0 else size
+
+
+class StreamingSFTDataset(StreamingDataset):
+    """`SFTDataset`, read as needed."""
+
+    records: ClassVar[tuple[str, ...]] = ("sft",)
+
+
+class StreamingPreferenceDataset(StreamingDataset):
+    """`PreferenceDataset`, read as needed."""
+
+    records: ClassVar[tuple[str, ...]] = ("preference",)
+
+
+class StreamingKTODataset(StreamingDataset):
+    """`KTODataset`, read as needed."""
+
+    records: ClassVar[tuple[str, ...]] = ("unpaired",)
+
+
+class StreamingGRPODataset(StreamingDataset):
+    """`GRPODataset`, read as needed."""
+
+    records: ClassVar[tuple[str, ...]] = ("prompt", "reasoning")
