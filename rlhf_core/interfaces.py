@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
+from rlhf_core import API as API
 from rlhf_core.config import BaseConfig, TrainerConfig, TrainingStage
 
 if TYPE_CHECKING:
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
     from rlhf_core.models.policy import PolicyModel
     from rlhf_core.models.reference import Reference
     from rlhf_core.training.result import TrainResult
-
-API = 1
-"""The version of these contracts. A plugin states the one that it was written for in its class attribute `api`."""
 
 ConfigT = TypeVar("ConfigT", bound=TrainerConfig)
 
@@ -62,6 +60,9 @@ class Trainer(ABC, Generic[ConfigT]):
     """The models that it trains, by role, once `build` has run. One optimiser serves them all."""
     reference: Reference
     """The policy as it was passed in; there when `reference` is among `frozen`."""
+    run_inputs: Mapping[str, Any] | None = None
+    """Where the run comes from, set by the command line for the run directory: `config_input` (the file's text, or None)
+    and `command` (as one shell line), both with secrets redacted, and `plugin` (its `registry.Plugin`). None from Python."""
 
     def __init__(
         self,

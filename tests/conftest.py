@@ -1,0 +1,57 @@
+"""Fixtures for every test."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from rlhf_core import registry
+
+Install = Callable[..., Path]
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """Return a function that puts a distribution on `sys.path` as an installer would: its files and its metadata.
+
+    `install("acme", {"acme.py": "…"}, trainers={"mine": "acme:Mine"})`; everything is taken back after the test.
+    """
+    before = set(sys.modules)
+    roots: list[Path] = []
+
+    def put(distribution: str, files: Mapping[str, str], *, version: str = "1.0", **groups: Mapping[str, str]) -> Path:
+        root = tmp_path / f"site-{len(roots)}"
+        for name, text in files.items():
+            path = root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        info = root / f"{distribution.replace('-', '_')}-{version}.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
+        table = "".join(
+            f"[rlhf_core.{group}]\n" + "".join(f"{name} = {target}\n" for name, target in entries.items())
+            for group, entries in groups.items()
+        )
+        (info / "entry_points.txt").write_text(table)
+        monkeypatch.syspath_prepend(str(root))
+        roots.append(root)
+        return root
+
+    yield put
+    inside = [str(root) for root in roots]
+    for name in set(sys.modules) - before:
+        file = getattr(sys.modules[name], "__file__", None) or ""
+        if any(file.startswith(root) for root in inside):
+            del sys.modules[name]
+
+
+@pytest.fixture(autouse=True)
+def clean_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No test sees another's registrations, remembered failures or policy."""
+    monkeypatch.delenv(registry.DISABLE_VARIABLE, raising=False)
+    monkeypatch.delenv(registry.ALLOW_VARIABLE, raising=False)
+    yield
+    registry.forget()
