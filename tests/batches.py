@@ -8,7 +8,13 @@ from rlhf_core.batch import Batch
 
 
 def random_batch(
-    prompts: int = 4, responses: int = 2, *, vocabulary: int = 200, longest: int = 9, seed: int = 0, masked: bool = False
+    prompts: int = 4,
+    responses: int = 2,
+    *,
+    vocabulary: int = 200,
+    longest: int = 9,
+    seed: int = 0,
+    masked: bool = False,
 ) -> Batch:
     """Return prompts with so many responses each, of random ids and unequal lengths; `masked` leaves gaps in the loss mask."""
     generator = torch.Generator().manual_seed(seed)

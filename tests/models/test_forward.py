@@ -232,9 +232,7 @@ def test_a_model_without_replaceable_attention_is_padded() -> None:
     prompt = int(batch.prompt_lengths[owner])
     ids = torch.cat([batch.prompt_ids[owner, :prompt], batch.response_ids[1, :length]])
     logps = policy.causal_lm(ids[None]).logits[0].log_softmax(-1)
-    assert torch.allclose(
-        found[1, :length], logps[prompt - 1 : -1].gather(1, ids[prompt:, None]).squeeze(1), atol=1e-4
-    )
+    assert torch.allclose(found[1, :length], logps[prompt - 1 : -1].gather(1, ids[prompt:, None]).squeeze(1), atol=1e-4)
 
 
 def test_flash_attention_on_a_cpu_is_refused_with_the_reason() -> None:

@@ -1,0 +1,91 @@
+"""The reference is the policy as it was passed in, however it is kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from batches import random_batch, relative
+
+from rlhf_core.config import LoraConfig
+from rlhf_core.errors import ConfigError, ModelError
+from rlhf_core.models import PolicyModel, Reference, apply_lora
+from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
+
+
+def shake(policy: PolicyModel) -> None:
+    """Change what the policy trains."""
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+
+
+def with_adapter() -> PolicyModel:
+    policy = PolicyModel(tiny_model(), tiny_tokenizer())
+    policy.model = apply_lora(policy.model, LoraConfig(rank=2))
+    policy.fresh_adapter = True
+    return policy
+
+
+@pytest.mark.parametrize(
+    ("mode", "lora"), [("copy", False), ("copy", True), ("adapter_off", True), ("precompute", True)]
+)
+def test_every_mode_gives_the_policy_as_passed_in(mode: str, lora: bool) -> None:
+    policy = with_adapter() if lora else PolicyModel(tiny_model(), tiny_tokenizer())
+    batch = random_batch(5, 2)
+    expected = policy.response_logps(batch).detach()
+    reference = Reference.create(policy, mode)  # type: ignore[arg-type]
+    if mode == "precompute":
+        reference.precompute([batch], max_prompts=2)
+    shake(policy)
+    assert not torch.allclose(policy.response_logps(batch), expected, atol=1e-2)
+    for options in ({}, {"max_prompts": 2}, {"max_tokens": 20}):
+        assert relative(reference.response_logps(batch, **options), expected) < 1e-5  # type: ignore[arg-type]
+
+
+def test_auto_switches_only_a_fresh_adapter_off() -> None:
+    """A trained adapter is part of what was passed in: it is snapshotted, not switched off."""
+    assert Reference.create(with_adapter()).mode == "adapter_off"
+    trained = with_adapter()
+    trained.fresh_adapter = False
+    shake(trained)
+    batch = random_batch(3, 2)
+    expected = trained.response_logps(batch).detach()
+    reference = Reference.create(trained)
+    assert reference.mode == "copy"
+    shake(trained)
+    assert relative(reference.response_logps(batch), expected) < 1e-5
+    with pytest.raises(ConfigError, match="isn't the one that was passed in"):
+        Reference.create(trained, "adapter_off")
+
+
+def test_dropout_is_off_in_the_reference_and_on_again_after() -> None:
+    policy = PolicyModel(tiny_model(), tiny_tokenizer())
+    policy.model = apply_lora(policy.model, LoraConfig(rank=2, dropout=0.5))
+    policy.fresh_adapter = True
+    policy.train()
+    shake(policy)
+    batch = random_batch(3, 2)
+    for mode in ("adapter_off", "copy"):
+        reference = Reference.create(policy, mode)  # type: ignore[arg-type]
+        assert torch.equal(reference.response_logps(batch), reference.response_logps(batch))
+        assert policy.training
+
+
+def test_precomputed_values_are_found_in_any_order_and_read_back(tmp_path: Path) -> None:
+    policy = PolicyModel(tiny_model(), tiny_tokenizer())
+    batch = random_batch(5, 2)
+    path = tmp_path / "reference.safetensors"
+    first = Reference.create(policy, "precompute")
+    first.precompute([batch.select([0, 1, 2]), batch.select([3, 4])], path)
+    shake(policy)
+    again = Reference.create(policy, "precompute")
+    again.precompute([], path)
+    turned = batch.select([4, 2, 0])
+    assert torch.equal(first.response_logps(turned), again.response_logps(turned))
+    assert torch.equal(first.response_logps(batch).view(5, 2)[[4, 2, 0]].flatten(), first.response_logps(turned))
+    with pytest.raises(ModelError, match="no precomputed reference") as caught:
+        again.response_logps(random_batch(2, 2, seed=9))
+    assert caught.value.exit_code == 4
