@@ -99,6 +99,8 @@ def tiny_model(
         pad_token_id=SPECIAL_TOKENS.index(PAD),
         bos_token_id=SPECIAL_TOKENS.index(BOS),
         eos_token_id=SPECIAL_TOKENS.index(END),
+        # At so small a width the usual 0.02 leaves every layer near zero, and training stands still for long.
+        initializer_range=hidden**-0.5,
         dtype="float32",
     )
     with torch.random.fork_rng(devices=[]):
