@@ -1,0 +1,95 @@
+"""Split GSM8K rows into training and held-out files by question, and write their prompts as chat messages.
+
+    python examples/gsm8k_split.py --source ../shared/data/gsm8k [--output data/gsm8k]
+
+Reads `sft.jsonl` (prompt, response) and `preferences.jsonl` (prompt, chosen, rejected) from the source folder and writes
+`sft.train.jsonl`, `sft.heldout.jsonl`, `preferences.train.jsonl` and `preferences.heldout.jsonl`. A question decides by
+itself where all of its rows go, so none stands on both sides, however many rows it has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rlhf_core.errors import ConfigError, DataError, RLHFError, StorageError
+
+HELD_OUT = {"sft": 0.03, "preferences": 0.2}
+"""Share of the questions held out, by file: losses are averaged over many tokens, pairs are few."""
+Row = dict[str, Any]
+
+
+def held_out(question: str, share: float) -> bool:
+    """Tell from the question alone whether it is held out."""
+    digest = hashlib.sha256(question.strip().encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def read(path: Path) -> Iterator[Row]:
+    """Yield the rows of a JSONL file whose prompts are questions as text."""
+    try:
+        # Not `splitlines`: JSON may hold line separators of Unicode inside its strings.
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except FileNotFoundError:
+        raise DataError("no such file", place=str(path), fix="pass the folder of the rows as --source") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"not valid JSON: {error.msg}", place=f"{path}:{number}:{error.colno}") from None
+        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+            raise DataError("expected an object whose `prompt` is text", place=f"{path}:{number}", got=line[:60])
+        yield row
+
+
+def split(source: Path, output: Path, name: str, share: float) -> dict[str, int]:
+    """Write NAME.train.jsonl and NAME.heldout.jsonl; return how many rows and questions each side has."""
+    if not 0 < share < 1:
+        raise ConfigError("a share lies between 0 and 1", place=f"--{name}-share", got=share)
+    sides: dict[str, list[Row]] = {"train": [], "heldout": []}
+    for row in read(source / f"{name}.jsonl"):
+        sides["heldout" if held_out(row["prompt"], share) else "train"].append(row)
+    counts: dict[str, int] = {}
+    for side, rows in sides.items():
+        if not rows:
+            raise DataError(
+                f"no row fell on the side `{side}`", place=str(source / f"{name}.jsonl"), got=f"share {share}"
+            )
+        with (output / f"{name}.{side}.jsonl").open("w", encoding="utf-8") as file:
+            for row in rows:
+                chat = {**row, "prompt": [{"role": "user", "content": row["prompt"]}]}
+                file.write(json.dumps(chat, ensure_ascii=False) + "\n")
+        counts |= {f"{side} rows": len(rows), f"{side} questions": len({row["prompt"].strip() for row in rows})}
+    return counts
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--source", type=Path, required=True, help="folder with sft.jsonl and preferences.jsonl")
+    parser.add_argument(
+        "--output", type=Path, default=Path("data/gsm8k"), help="folder to write (default: %(default)s)"
+    )
+    for name, share in HELD_OUT.items():
+        parser.add_argument(f"--{name}-share", type=float, default=share, help="share held out (default: %(default)s)")
+    options = parser.parse_args()
+    try:
+        try:
+            options.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"cannot be made: {error.strerror}", place=str(options.output)) from None
+        for name in HELD_OUT:
+            counts = split(options.source, options.output, name, getattr(options, f"{name}_share"))
+            print(f"{name}: " + ", ".join(f"{count:,} {what}" for what, count in counts.items()))
+    except RLHFError as error:
+        print(error.line(), file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
