@@ -7,8 +7,8 @@ Everything that a user can cause raises a subclass of `RLHFError`; the command l
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from typing import ClassVar
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
 
 
 class RLHFError(Exception):
@@ -34,6 +34,18 @@ class RLHFError(Exception):
     def __reduce__(self) -> tuple[object, ...]:
         # Keyword-only arguments do not survive the default reduction, and faults cross process boundaries.
         return (_rebuild, (type(self), self.problem, self.place, self.got, self.fix))
+
+    def to_json(self) -> dict[str, str | None]:
+        """Return the fault as JSON values, for another process."""
+        got = None if self.got is None else str(self.got)
+        return {"kind": type(self).__name__, "problem": self.problem, "place": self.place, "got": got, "fix": self.fix}
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> RLHFError:
+        """Return the fault that `to_json` described."""
+        kinds = {kind.__name__: kind for kind in (RLHFError, *RLHFError.__subclasses__())}
+        details = {name: values[name] for name in ("place", "got", "fix")}
+        return kinds.get(values["kind"], RLHFError)(values["problem"], **details)
 
     def line(self) -> str:
         """Return the one line that the command line prints to stderr."""

@@ -1,0 +1,114 @@
+"""Which device computes, what it can do, and how much memory was used on it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+
+from rlhf_core.errors import ConfigError
+
+Kind = Literal["auto", "cuda", "mps", "cpu"]
+_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class DeviceManager:
+    """The device of this process.
+
+    Args:
+        kind: `auto` takes an NVIDIA or AMD GPU, else Apple's, else the CPU. Under torchrun each process takes the GPU of its
+            local rank. `ACCELERATE_USE_CPU=1` makes `auto` the CPU.
+    """
+
+    def __init__(self, kind: Kind = "auto") -> None:
+        if kind == "auto":
+            kind = _best_kind()
+        elif kind == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("no CUDA device is there", place="device", got=kind, fix="use `auto` or `cpu`")
+        elif kind == "mps" and not torch.backends.mps.is_available():
+            raise ConfigError("no MPS device is there", place="device", got=kind, fix="use `auto` or `cpu`")
+        index = int(os.environ.get("LOCAL_RANK", "0"))
+        self.device = torch.device(kind, index) if kind == "cuda" else torch.device(kind)
+        if kind == "cuda" and index >= torch.cuda.device_count():
+            raise ConfigError(
+                "more processes than GPUs on this machine",
+                place="distributed",
+                got=f"local rank {index} with {torch.cuda.device_count()} GPUs",
+                fix=f"start at most {torch.cuda.device_count()} processes a machine",
+            )
+
+    @property
+    def kind(self) -> str:
+        return self.device.type
+
+    def supports(self, precision: str) -> bool:
+        """Tell whether matrix products run in `float32`, `bf16` or `fp16` here."""
+        if precision == "bf16" and self.kind == "cuda":
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+        return precision in _DTYPES
+
+    def check(self, precision: str) -> None:
+        """Refuse a precision that the device doesn't have."""
+        if not self.supports(precision):
+            raise ConfigError(
+                f"precision `{precision}` does not run on this device",
+                place="precision",
+                got=self.name,
+                fix="use `fp16` or `float32`",
+            )
+
+    def autocast(self, precision: str) -> AbstractContextManager[Any]:
+        """Return a context in which matrix products run in `precision`; weights keep their dtype."""
+        if precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.kind, dtype=_DTYPES[precision])
+
+    @property
+    def name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.kind == "cuda" else self.kind
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the run's record says of the device."""
+        about: dict[str, Any] = {"kind": self.kind, "name": self.name, "bf16": self.supports("bf16")}
+        if self.kind == "cuda":
+            properties = torch.cuda.get_device_properties(self.device)
+            about |= {"memory_bytes": properties.total_memory, "capability": [properties.major, properties.minor]}
+        else:
+            import psutil
+
+            about |= {"memory_bytes": psutil.virtual_memory().total, "cores": os.cpu_count()}
+        return about
+
+    def peak_memory(self) -> int:
+        """Return the most bytes held so far: allocated on a GPU, resident for the process otherwise."""
+        if self.kind == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        if os.name == "posix":
+            import resource
+
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            return peak if sys.platform == "darwin" else peak * 1024
+        import psutil
+
+        return psutil.Process().memory_info().rss
+
+    def release(self) -> None:
+        """Give cached, unused memory back, so that a smaller attempt can have it."""
+        import gc
+
+        gc.collect()
+        if self.kind == "cuda":
+            torch.cuda.empty_cache()
+        elif self.kind == "mps":
+            torch.mps.empty_cache()
+
+
+def _best_kind() -> Kind:
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}:
+        return "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -1,0 +1,150 @@
+"""Files that are whole or not there: writes are fsynced and renamed into place, reads are bounded.
+
+What the operating system refuses becomes one `StorageError` that names the path and, for a full disk, the bytes needed.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_core.errors import StorageError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+MAX_JSON_BYTES = 256 * 2**20
+"""The largest JSON file that is read: a longer one isn't ours."""
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What was written: its SHA-256 in hexadecimal and its length in bytes."""
+
+    sha256: str
+    bytes: int
+
+
+@contextmanager
+def storage_errors(path: str | Path, needed: int | None = None) -> Iterator[None]:
+    """Turn an `OSError` into a `StorageError` about `path`; `needed` is the number of bytes that were to be written."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno in _FULL:
+            room = f"{needed} bytes are needed" if needed is not None else "more room is needed"
+            fix = "free space, raise the file size limit, or choose another output directory"
+            raise StorageError(f"cannot write: {room}", place=str(path), got=reason, fix=fix) from error
+        denied = error.errno in {errno.EACCES, errno.EROFS, errno.EPERM}
+        mend = "choose a directory that you may write" if denied else None
+        raise StorageError("cannot read or write", place=str(path), got=reason, fix=mend) from error
+
+
+def require_space(directory: Path, needed: int) -> None:
+    """Refuse to start writing `needed` bytes where the disk has fewer left."""
+    with storage_errors(directory):
+        free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise StorageError(
+            f"cannot write: {needed} bytes are needed",
+            place=str(directory),
+            got=f"{free} bytes free",
+            fix="free space or choose another output directory",
+        )
+
+
+def write_file(path: Path, chunks: Iterable[Buffer]) -> FileRecord:
+    """Write a new file, fsynced before this returns; hashes while it writes."""
+    digest, size = hashlib.sha256(), 0
+    # Unbuffered: a full disk must show in the write, where the path is known, not in a later close.
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o644)
+    try:
+        for chunk in chunks:
+            view = memoryview(chunk).cast("B")
+            digest.update(view)
+            size += len(view)
+            while len(view):
+                view = view[os.write(descriptor, view) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return FileRecord(digest.hexdigest(), size)
+
+
+def fsync_directory(path: Path) -> None:
+    """Make renames inside a directory durable, where the system lets a directory be opened."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Put a file in place whole: readers see the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with storage_errors(path, len(content)):
+        write_file(temporary, [content])
+        temporary.replace(path)
+        fsync_directory(path.parent)
+
+
+def to_json(value: Any) -> bytes:
+    """Encode as indented JSON; a number that is not finite is an error, since other readers refuse it."""
+    return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def replace_json(path: Path, value: Any) -> None:
+    """Put a JSON file in place whole."""
+    replace_file(path, to_json(value))
+
+
+def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
+    """Read a JSON file of at most `limit` bytes.
+
+    Raises:
+        ValueError: too long, not UTF-8, not JSON, or a key that stands twice.
+        OSError: not readable.
+    """
+    if path.stat().st_size > limit:
+        raise ValueError(f"{path.name} is longer than {limit} bytes")
+    return json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_unique)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands twice")
+    return found
+
+
+def sha256_of(path: Path) -> FileRecord:
+    """Hash a file without holding it in memory."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as handle:
+        while chunk := handle.read(1 << 20):
+            digest.update(chunk)
+            size += len(chunk)
+    return FileRecord(digest.hexdigest(), size)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a file or directory; a link is removed, never followed. What is gone already is fine."""
+    with suppress(FileNotFoundError):
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
+        else:
+            shutil.rmtree(path)

@@ -1,0 +1,75 @@
+"""Stopping when an evaluated metric no longer improves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from rlhf_core.config import EarlyStoppingConfig
+from rlhf_core.errors import ConfigError, did_you_mean
+
+
+class EarlyStopping:
+    """Watches one metric; says stop after `patience` evaluations in a row without improvement.
+
+    Args:
+        metric: its name, as logged (`eval_loss`).
+        mode: whether smaller (`min`) or larger (`max`) is better.
+        patience: evaluations without improvement before it stops.
+        min_delta: least change that counts as improvement.
+    """
+
+    def __init__(
+        self,
+        metric: str = "eval_loss",
+        mode: Literal["min", "max"] = "min",
+        patience: int = 3,
+        min_delta: float = 0.0,
+    ) -> None:
+        self.metric, self.mode, self.patience, self.min_delta = metric, mode, patience, min_delta
+        self.best: float | None = None
+        self.best_step = 0
+        self.waited = 0
+
+    @classmethod
+    def create(cls, config: EarlyStoppingConfig) -> EarlyStopping:
+        return cls(config.metric, config.mode, config.patience, config.min_delta)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether patience has run out."""
+        return self.waited >= self.patience
+
+    def update(self, metrics: Mapping[str, float], step: int) -> bool:
+        """Take an evaluation's metrics; return whether to stop.
+
+        Raises:
+            ConfigError: the watched metric is not among them.
+        """
+        if self.metric not in metrics:
+            raise ConfigError(
+                f"evaluation gives no metric `{self.metric}`",
+                place="early_stopping.metric",
+                fix=did_you_mean(self.metric, metrics),
+            )
+        value = float(metrics[self.metric])
+        if self._improves(value):
+            self.best, self.best_step, self.waited = value, step, 0
+        else:
+            self.waited += 1
+        return self.stopped
+
+    def _improves(self, value: float) -> bool:
+        if not math.isfinite(value):
+            return False
+        if self.best is None:
+            return True
+        gain = self.best - value if self.mode == "min" else value - self.best
+        return gain > self.min_delta
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "best_step": self.best_step, "waited": self.waited}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.best, self.best_step, self.waited = state["best"], int(state["best_step"]), int(state["waited"])

@@ -1,0 +1,84 @@
+"""Scoring held-out rows while training: the method's own loss and metrics, averaged over the whole set."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+from rlhf_core.batch import Batch
+from rlhf_core.data import DataStream
+from rlhf_core.data.base import EncodedData
+from rlhf_core.errors import DataError
+from rlhf_core.infra.devices import DeviceManager
+from rlhf_core.infra.seeds import RandomState, seed_everything
+from rlhf_core.interfaces import Trainer
+from rlhf_core.training.distribution import Distribution
+from rlhf_core.training.micro_batches import MicroBatches, halves, is_out_of_memory
+from rlhf_core.training.reduction import Tally, quotients
+from rlhf_core.training.update import sum_pairs
+
+PREFIX = "eval_"
+
+
+def evaluate(
+    trainer: Trainer,
+    dataset: EncodedData,
+    *,
+    distribution: Distribution,
+    devices: DeviceManager,
+    micro_batches: MicroBatches,
+) -> dict[str, float]:
+    """Return `eval_loss`, each term where there are several, and the method's metrics, names prefixed `eval_`.
+
+    The same `experience`, `weights` and `loss` as in training, in evaluation mode and without gradients; every average is
+    over the whole set. Random states and the method's own state are left as they were.
+    """
+    random, remembered = RandomState.capture(), json.dumps(trainer.state_dict())
+    seed_everything(trainer.config.seed, "evaluation", distribution.rank)
+    trainer.models.eval()
+    stream = DataStream(
+        dataset,
+        batch_size=trainer.config.batch_size,
+        epochs=1.0,
+        seed=trainer.config.seed,
+        shuffle=False,
+        rank=distribution.rank,
+        world_size=distribution.world_size,
+    )
+    terms, metrics = Tally(), Tally()
+    try:
+        with torch.no_grad(), devices.autocast(trainer.config.precision):
+            for window in trainer.experience(stream):
+                for micro in micro_batches.cut(window):
+                    _score(trainer, micro, devices, terms, metrics)
+    finally:
+        random.restore()
+        trainer.load_state_dict(json.loads(remembered))
+    averages = quotients(sum_pairs(distribution, terms))
+    if not averages:
+        raise DataError("no held-out row has anything to score", place="eval_data", fix="use rows with response tokens")
+    values = {"loss": sum(averages.values())}
+    if len(averages) > 1:
+        values |= {f"loss_{name}": value for name, value in averages.items()}
+    values |= quotients(sum_pairs(distribution, metrics))
+    return {PREFIX + name: value for name, value in values.items()}
+
+
+def _score(trainer: Trainer, micro: Batch, devices: DeviceManager, terms: Tally, metrics: Tally) -> None:
+    weights = trainer.weights(micro)
+    if not any(weights.values()):
+        return
+    try:
+        loss = trainer.loss(micro.to(devices.device))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error) or micro.num_prompts == 1:
+            raise
+        loss = None
+    if loss is None:
+        devices.release()
+        for half in halves(micro):
+            _score(trainer, half, devices, terms, metrics)
+        return
+    terms.add({name: (term, weights[name]) for name, term in loss.terms.items() if weights[name] > 0})
+    metrics.add(loss.metrics)

@@ -1,0 +1,48 @@
+"""The trained models as plain Hugging Face directories, put in place whole."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from torch import nn
+
+from rlhf_core.infra.files import fsync_directory, remove_tree, storage_errors
+from rlhf_core.infra.tensors import write_tensors
+from rlhf_core.interfaces import Trainer
+from rlhf_core.training.distribution import Distribution
+
+PRIMARY = "policy"
+
+
+def export_models(trainer: Trainer, distribution: Distribution) -> Path | None:
+    """Write the trained policy to `model/`, every other trained role to `model_ROLE/`; return the first directory.
+
+    A method that trains no policy has its first trained role in `model/`.
+    """
+    output = trainer.output
+    if output is None:
+        return None
+    main = PRIMARY if PRIMARY in trainer.trains else trainer.trains[0]
+    for role in trainer.trains:
+        target = output / ("model" if role == main else f"model_{role}")
+        distribution.on_main(partial(_export, trainer.models[role], target))
+    return output / "model"
+
+
+def _export(module: nn.Module, target: Path) -> None:
+    temporary, old = target.with_name(f".{target.name}.tmp"), target.with_name(f".{target.name}.old")
+    with storage_errors(target):
+        for leftover in (temporary, old):
+            remove_tree(leftover)
+        temporary.mkdir()
+        save = getattr(module, "save_pretrained", None)
+        if callable(save):
+            save(temporary)
+        else:
+            write_tensors(temporary / "model.safetensors", module.state_dict())
+        if target.exists():
+            target.rename(old)
+        temporary.rename(target)
+        fsync_directory(target.parent)
+        remove_tree(old)

@@ -1,0 +1,147 @@
+"""What a run reports: a row of metrics a step, events, lines on the console, a progress bar, and trackers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf_core.config import LoggingConfig
+from rlhf_core.infra.files import replace_file, storage_errors
+from rlhf_core.training.progress import ProgressBar
+from rlhf_core.training.trackers import Trackers
+
+log = logging.getLogger(__name__)
+
+REQUIRED = ("step", "loss", "learning_rate", "grad_norm", "tokens")
+"""What every row of `metrics.jsonl` holds: the optimiser step (from 1), its loss before the update, its learning rate, the
+gradient's 2-norm before clipping, and the real tokens it was computed from, each prompt counted once."""
+
+TIMING = ("seconds", "tokens_per_second")
+"""The only values that may differ between a run and the same run killed and resumed."""
+
+
+class TrainingLogger:
+    """Writes `metrics.jsonl` (a row a step) and `events.jsonl` (append-only) into a run directory, and tells people.
+
+    Args:
+        directory: the run directory; None writes no file.
+        config: how often, and to which trackers.
+        total_steps: for the progress bar; None where it isn't known.
+        step: the step that the run goes on from.
+        enabled: False on all processes but the first: then nothing is written or shown.
+        settings: the run's settings, for trackers.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path | None,
+        config: LoggingConfig | None = None,
+        *,
+        total_steps: int | None = None,
+        step: int = 0,
+        enabled: bool = True,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.config = config or LoggingConfig()
+        self.directory = Path(directory) if directory is not None and enabled else None
+        self.enabled, self.total_steps = enabled, total_steps
+        self._trackers = Trackers(
+            self.config.trackers if enabled else (),
+            project=self.config.project,
+            output=self.directory,
+            settings=settings or {},
+        )
+        self._progress = ProgressBar(wanted=enabled and self.config.progress, total_steps=total_steps, step=step)
+        self._progress.__enter__()
+
+    def metrics(self, row: Mapping[str, Any]) -> None:
+        """Write a step's row, and show it. Values that aren't finite become null, since JSON has no name for them."""
+        if not self.enabled:
+            return
+        clean = {name: _jsonable(value) for name, value in row.items()}
+        self._append("metrics.jsonl", clean)
+        self._progress.update(int(row["step"]), float(row["loss"]), float(row.get("tokens_per_second", 0.0)))
+        if row["step"] % self.config.every == 0 or row["step"] == self.total_steps:
+            log.info("%s", _line(row, self.total_steps))
+        self._trackers.log(clean, int(row["step"]))
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Append an event, with the time in UTC."""
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        self._append("events.jsonl", {"time": now, "event": name, **{k: _jsonable(v) for k, v in fields.items()}})
+
+    def rewind(self, step: int) -> None:
+        """Cut `metrics.jsonl` back to the rows up to `step`; what a kill left half written goes too."""
+        path = self._path("metrics.jsonl")
+        if path is None or not path.exists():
+            return
+        with storage_errors(path):
+            lines = path.read_bytes().splitlines(keepends=True)
+        replace_file(path, b"".join(line for line in lines if 0 < _step_of(line) <= step))
+
+    def flush(self) -> None:
+        """Make the rows written so far durable."""
+        path = self._path("metrics.jsonl")
+        if path is None or not path.exists():
+            return
+        with storage_errors(path), path.open("rb+") as handle:
+            os.fsync(handle.fileno())
+
+    def close(self) -> None:
+        """Take the progress bar away and finish the trackers."""
+        self._progress.__exit__(None, None, None)
+        self._trackers.close()
+
+    def _path(self, name: str) -> Path | None:
+        return self.directory / name if self.directory is not None else None
+
+    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        path = self._path(name)
+        if path is None:
+            return
+        line = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        with storage_errors(path, len(line)), path.open("ab+", buffering=0) as handle:
+            if handle.tell():
+                handle.seek(-1, os.SEEK_END)
+                if handle.read(1) != b"\n":
+                    # A kill in the middle of a line: the next one must not be glued to it.
+                    line = b"\n" + line
+            handle.write(line)
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(name): _jsonable(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def _step_of(line: bytes) -> int:
+    """Return a row's step, or 0 for a line that isn't a whole row."""
+    if not line.endswith(b"\n"):
+        return 0
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return 0
+
+
+def _line(row: Mapping[str, Any], total: int | None) -> str:
+    head = f"step {row['step']}" + (f"/{total}" if total else "")
+    shown = [f"loss {row['loss']:.4f}", f"lr {row['learning_rate']:.2e}", f"grad {row['grad_norm']:.3f}"]
+    if "tokens_per_second" in row:
+        shown.append(f"{row['tokens_per_second']:,.0f} tokens/s")
+    known = {*REQUIRED, *TIMING}
+    shown += [
+        f"{name} {value:.4g}" for name, value in row.items() if name not in known and isinstance(value, int | float)
+    ]
+    return "  ".join([head, *shown])

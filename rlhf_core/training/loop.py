@@ -1,0 +1,373 @@
+"""The one loop that every method trains in: windows of experience, one update each, evaluation, checkpoints, an end.
+
+Everything that decides what is learnt is a function of the configuration and the state in the checkpoint, so a run that is
+killed and resumed makes the same updates as one that never was.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from rlhf_core.batch import Batch
+from rlhf_core.data import DataStream
+from rlhf_core.errors import NumbersError, PluginError, RLHFError, Stopped
+from rlhf_core.hooks import Hooks, load_hooks
+from rlhf_core.infra.devices import DeviceManager
+from rlhf_core.infra.environment import describe_environment
+from rlhf_core.infra.seeds import seed_everything, stream_seed
+from rlhf_core.interfaces import Trainer
+from rlhf_core.training.distribution import Distribution, create_distribution
+from rlhf_core.training.early_stopping import EarlyStopping
+from rlhf_core.training.evaluate import evaluate
+from rlhf_core.training.export import export_models
+from rlhf_core.training.logger import REQUIRED, TIMING, TrainingLogger
+from rlhf_core.training.loss_scale import LossScale
+from rlhf_core.training.micro_batches import MicroBatches
+from rlhf_core.training.optimizer import Schedule, create_optimizer, set_learning_rate
+from rlhf_core.training.prepare import (
+    build_models,
+    check_config,
+    create_reference,
+    load_policy,
+    open_data,
+    training_mode,
+)
+from rlhf_core.training.result import TrainResult
+from rlhf_core.training.run_directory import RunDirectory
+from rlhf_core.training.settings import check_unchanged, run_inputs, run_settings
+from rlhf_core.training.signals import StopSignal
+from rlhf_core.training.state import Progress, RunState
+from rlhf_core.training.update import Outcome, Update
+
+log = logging.getLogger(__name__)
+
+MAX_SKIPPED_IN_A_ROW = 10
+"""Windows in a row with nothing to learn from, after which the run is stopped as broken."""
+
+STREAMS = ("model", "training", "evaluation")
+"""The named random streams whose seeds the run's record shows."""
+
+
+def run(trainer: Trainer, *, resume: bool = False, overwrite: bool = False) -> TrainResult:
+    """Train to the end and return the result. `Trainer.train` is the way in.
+
+    Raises:
+        RLHFError: a fault that the user can mend; the run directory's `run.json` says the same.
+        Stopped: SIGTERM came; the state is saved.
+    """
+    return Run(trainer, resume=resume, overwrite=overwrite).execute()
+
+
+class Run:
+    """One run of one trainer in this process."""
+
+    distribution: Distribution
+    directory: RunDirectory
+    logger: TrainingLogger
+    hooks: Hooks
+    state: RunState
+
+    def __init__(self, trainer: Trainer, *, resume: bool, overwrite: bool) -> None:
+        self.trainer, self.config = trainer, trainer.config
+        self.resume, self.overwrite = resume, overwrite
+        self.settings = run_settings(trainer)
+        self.progress = Progress()
+        self.started = False
+
+    def execute(self) -> TrainResult:
+        """Prepare, train, finish; however it ends, the run's record says so."""
+        with StopSignal() as self.stop:
+            self.devices = DeviceManager()
+            self.distribution = create_distribution(self.config.distributed, self.devices)
+            check_config(self.trainer, self.distribution, self.devices)
+            self.directory = self._open_directory()
+            try:
+                self._prepare()
+                self._train()
+                return self._finish()
+            except BaseException as error:
+                self._note_failure(error)
+                raise
+            finally:
+                if self.started:
+                    self.logger.close()
+                self.directory.close()
+
+    # Before the first step
+
+    def _open_directory(self) -> RunDirectory:
+        opened: list[RunDirectory] = []
+
+        def open_here() -> dict[str, Any]:
+            opened.append(RunDirectory.open(self.trainer.output, resume=self.resume, overwrite=self.overwrite))
+            return {"continued": opened[0].continued}
+
+        told = self.distribution.on_main(open_here)
+        return opened[0] if opened else RunDirectory(None, {}, continued=told["continued"])
+
+    def _prepare(self) -> None:
+        config, trainer = self.config, self.trainer
+        self._check_resumable()
+        seed_everything(config.seed, "model")
+        policy = load_policy(trainer, self.devices)
+        self.dataset, self.eval_dataset = open_data(trainer, policy)
+        self._note_inputs(policy)
+        self.parameters = build_models(trainer, policy, self.devices)
+        self.distribution.same_parameters(trainer.models)
+        self.micro_batches = MicroBatches(config)
+        if "reference" in trainer.frozen:
+            create_reference(
+                trainer,
+                policy,
+                (self.dataset, self.eval_dataset),
+                distribution=self.distribution,
+                devices=self.devices,
+                micro_batches=self.micro_batches,
+            )
+        self._prepare_stream()
+        self.optimizer = create_optimizer(self.parameters.items(), config)
+        self.loss_scale = LossScale(enabled=config.precision == "fp16")
+        self.early_stopping = EarlyStopping.create(config.early_stopping) if config.early_stopping else None
+        seed_everything(config.seed, "training", self.distribution.rank)
+        self._restore()
+        self.update = Update(
+            trainer,
+            self.optimizer,
+            list(self.parameters.values()),
+            distribution=self.distribution,
+            devices=self.devices,
+            micro_batches=self.micro_batches,
+            loss_scale=self.loss_scale,
+            notify=self.logger.event,
+        )
+
+    def _check_resumable(self) -> None:
+        def compare() -> list[str]:
+            before = self.directory.settings() if self.directory.continued else None
+            return check_unchanged(before, self.settings, place=str(self.trainer.output)) if before else []
+
+        self.changes = self.distribution.on_main(compare)
+
+    def _note_inputs(self, policy: Any) -> None:
+        """Write what is asked and what it runs on, before the first step."""
+        about = {
+            **describe_environment(),
+            "device": self.devices.describe(),
+            "processes": self.distribution.world_size,
+            "plugin": run_inputs(self.trainer).get("plugin") or self.settings["method"],
+            "seeds": {"seed": self.config.seed} | {name: stream_seed(self.config.seed, name) for name in STREAMS},
+        }
+        self.directory.update(**about)
+        self.directory.write_inputs(
+            self.settings, run_inputs(self.trainer), self.config.model_dump(mode="json", exclude_unset=True)
+        )
+        self.directory.write("models.json", {"policy": policy.describe()})
+        self._note_data()
+
+    def _note_data(self) -> None:
+        reports = {"data": self.dataset.report.as_dict()}
+        if self.eval_dataset is not None:
+            reports["eval_data"] = self.eval_dataset.report.as_dict()
+        self.directory.write("data.json", reports)
+
+    def _prepare_stream(self) -> None:
+        config = self.config
+        self.stream = DataStream(
+            self.dataset,
+            batch_size=config.batch_size,
+            epochs=None if config.max_steps is not None else config.epochs,
+            seed=config.seed,
+            shuffle=config.dataset.shuffle,
+            rank=self.distribution.rank,
+            world_size=self.distribution.world_size,
+        )
+        self.total_steps = config.max_steps if config.max_steps is not None else self.stream.steps
+        self.schedule = Schedule.create(config, self.total_steps)
+
+    def _restore(self) -> None:
+        """Load the newest whole checkpoint of a continued run, and start the log behind it."""
+        self.state = RunState(self)
+        loaded = self.state.load_latest() if self.directory.continued else None
+        self.logger = TrainingLogger(
+            self.trainer.output,
+            self.config.logging,
+            total_steps=self.total_steps,
+            step=self.progress.step,
+            enabled=self.distribution.is_main,
+            settings=self.settings,
+        )
+        self.started = True
+        self.logger.rewind(self.progress.step)
+        for item in self.state.damaged():
+            self.logger.event("checkpoint_damaged", step=item.step, path=item.path.name, reason=item.reason)
+        if self.directory.continued:
+            if loaded is None:
+                log.warning("%s holds no checkpoint yet: starting at step 0", self.trainer.output)
+            self.logger.event("run_resumed", step=self.progress.step, changed=self.changes)
+        else:
+            self.logger.event("run_started", total_steps=self.total_steps)
+        self.hooks = load_hooks()
+
+    # The steps
+
+    def _train(self) -> None:
+        self.hooks.emit("run_started", run=self.trainer)
+        if self.progress.step == 0 and self.config.eval_steps is not None and self.progress.evaluated is None:
+            self._evaluate()
+        windows = iter(self.trainer.experience(self.stream))
+        while not self._at_end():
+            began = time.perf_counter()
+            window = self._next_window(windows)
+            if window is None:
+                break
+            step = self.progress.step + 1
+            rate = self.schedule(step)
+            set_learning_rate(self.optimizer, rate)
+            training_mode(self.trainer, True)
+            outcome = self.update(window, step)
+            if outcome is None:
+                self._skip(window)
+            else:
+                self._commit(step, rate, outcome, time.perf_counter() - began)
+            if window.boundary:
+                self._save_or_stop()
+
+    def _at_end(self) -> bool:
+        if self.early_stopping is not None and self.early_stopping.stopped:
+            return True
+        return self.total_steps is not None and self.progress.step >= self.total_steps
+
+    def _next_window(self, windows: Iterator[Batch]) -> Batch | None:
+        """Let the method make its next window, without gradients and in evaluation mode."""
+        training_mode(self.trainer, False)
+        with torch.no_grad(), self.devices.autocast(self.config.precision):
+            window = next(windows, None)
+        return window if self.distribution.all(window is not None) else None
+
+    def _commit(self, step: int, rate: float, outcome: Outcome, seconds: float) -> None:
+        """Count the step, evaluate where it is due, and write its row."""
+        progress = self.progress
+        progress.step, progress.skipped_in_a_row = step, 0
+        progress.tokens += outcome.tokens
+        progress.seconds += seconds
+        row: dict[str, Any] = {"step": step, "loss": outcome.loss, "learning_rate": rate}
+        row |= {"grad_norm": outcome.grad_norm, "tokens": outcome.tokens}
+        if clash := sorted(outcome.metrics.keys() & {*REQUIRED, *TIMING}):
+            raise PluginError(
+                f"a metric may not be named `{clash[0]}`, which the loop logs",
+                place=f"{type(self.trainer).__name__}.loss",
+            )
+        row |= outcome.metrics
+        every = self.config.eval_steps
+        if self.eval_dataset is not None and (step == self.total_steps or (every is not None and step % every == 0)):
+            row |= self._evaluate()
+        row |= dict(zip(TIMING, (seconds, outcome.tokens / seconds), strict=True))
+        progress.metrics = row
+        self.logger.metrics(row)
+        self.hooks.emit("step_ended", run=self.trainer, step=step, metrics=row)
+
+    def _skip(self, window: Batch) -> None:
+        progress = self.progress
+        progress.skipped += 1
+        progress.skipped_in_a_row += 1
+        self.logger.event("window_skipped", step=progress.step, rows=list(window.rows), skipped=progress.skipped)
+        if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise NumbersError(
+                f"{MAX_SKIPPED_IN_A_ROW} windows in a row held nothing to learn from: every weight was zero",
+                place=f"step {progress.step + 1}",
+                got=f"rows {list(window.rows)[:16]} last",
+                fix="look at the loss mask of these rows, or at the rewards",
+            )
+
+    def _evaluate(self) -> dict[str, float]:
+        assert self.eval_dataset is not None
+        metrics = evaluate(
+            self.trainer,
+            self.eval_dataset,
+            distribution=self.distribution,
+            devices=self.devices,
+            micro_batches=self.micro_batches,
+        )
+        step = self.progress.step
+        self.progress.evaluated, self.progress.eval_metrics = step, metrics
+        log.info("step %d  %s", step, "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+        self.logger.event("evaluated", step=step, metrics=metrics)
+        self.hooks.emit("evaluated", run=self.trainer, step=step, metrics=metrics)
+        if self.early_stopping is not None and step:
+            self.early_stopping.update(metrics, step)
+        return metrics
+
+    def _save_or_stop(self) -> None:
+        """Save where it is due; on SIGTERM to any process all save the same step and stop."""
+        stopping = self.distribution.any(self.stop.requested)
+        every = self.config.checkpoint.every
+        if stopping or (every and self.progress.step % every == 0):
+            self._save()
+        if not stopping:
+            return
+        saved = self.trainer.output is not None
+        raise Stopped(
+            f"stopped after step {self.progress.step}; " + ("its state is saved" if saved else "nothing is saved"),
+            place=str(self.trainer.output) if saved else None,
+            fix="continue with `--resume`" if saved else "set `output` to be able to continue",
+        )
+
+    def _save(self) -> None:
+        if self.trainer.output is None or self.progress.step == self.state.saved_step or not self.progress.step:
+            return
+        self.logger.flush()
+        path = self.state.save()
+        self.directory.update(step=self.progress.step)
+        self.logger.event("checkpoint_saved", step=self.progress.step, path=path.name)
+        self.hooks.emit("checkpoint_saved", run=self.trainer, step=self.progress.step, path=path)
+
+    # The end
+
+    def _finish(self) -> TrainResult:
+        progress = self.progress
+        if self.eval_dataset is not None and progress.evaluated != progress.step:
+            self._evaluate_late()
+        self._save()
+        self._note_data()
+        model_dir = export_models(self.trainer, self.distribution)
+        result = TrainResult(
+            step=progress.step,
+            metrics=progress.metrics,
+            eval_metrics=progress.eval_metrics,
+            output=self.trainer.output,
+            model_dir=model_dir,
+            seconds=progress.seconds,
+            tokens=progress.tokens,
+            stopped_early=self.early_stopping is not None and self.early_stopping.stopped,
+        )
+        self.directory.record |= {"peak_memory_bytes": self.devices.peak_memory(), "skipped_windows": progress.skipped}
+        self.directory.end("done", 0, step=progress.step)
+        self.logger.event("run_ended", step=progress.step, stopped_early=result.stopped_early)
+        self.hooks.emit("run_ended", run=self.trainer, result=result)
+        return result
+
+    def _evaluate_late(self) -> None:
+        """Evaluate at an end that wasn't known beforehand, and put the result into the last step's row."""
+        metrics = self._evaluate()
+        if self.progress.step:
+            self.progress.metrics |= metrics
+            self.logger.rewind(self.progress.step - 1)
+            self.logger.metrics(self.progress.metrics)
+
+    def _note_failure(self, error: BaseException) -> None:
+        """Write how the run ended into its record; what goes wrong here must not hide the error itself."""
+        code = error.exit_code if isinstance(error, RLHFError) else 130 if isinstance(error, KeyboardInterrupt) else 1
+        text = str(error) if isinstance(error, RLHFError) else f"{type(error).__name__}: {error}"
+        status = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
+        try:
+            self.directory.end(status, code, step=self.progress.step, message=text)  # type: ignore[arg-type]
+            if self.started:
+                self.logger.event(f"run_{status}", step=self.progress.step, exit_code=code, message=text)
+                self.hooks.emit("run_failed", run=self.trainer, error=error)
+        except RLHFError as also:
+            log.warning("the run's record could not be written: %s", also)

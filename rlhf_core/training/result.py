@@ -1,0 +1,29 @@
+"""What a training run returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """The end of a run."""
+
+    step: int
+    """Optimiser steps taken, those before a resume included."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """The last step's row of metrics."""
+    eval_metrics: dict[str, float] = field(default_factory=dict)
+    """The last evaluation, names prefixed `eval_`; empty without evaluation data."""
+    output: Path | None = None
+    """The run directory."""
+    model_dir: Path | None = None
+    """The trained model as a Hugging Face directory."""
+    seconds: float = 0.0
+    """Time spent in steps, those before a resume included."""
+    tokens: int = 0
+    """Real tokens trained on, each prompt counted once."""
+    stopped_early: bool = False
+    """Whether early stopping ended the run."""
+    status: str = "done"

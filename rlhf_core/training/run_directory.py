@@ -1,0 +1,214 @@
+"""The run directory: what was asked, what it ran on, what happened, in files that people and programs can read.
+
+Only the first process writes. Every file but the two logs is put in place whole.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from rlhf_core import __version__
+from rlhf_core.config import load_yaml
+from rlhf_core.errors import ConfigError, StorageError
+from rlhf_core.infra.files import fsync_directory, read_json, remove_tree, replace_file, replace_json, storage_errors
+from rlhf_core.infra.redact import redact_text
+
+Status = Literal["running", "done", "stopped", "failed"]
+
+_LOCK = "run.lock"
+
+
+class RunDirectory:
+    """The directory of one run, held by one process at a time; without a path it keeps nothing."""
+
+    def __init__(
+        self, path: Path | None, record: dict[str, Any], *, continued: bool = False, lock: int | None = None
+    ) -> None:
+        self.path, self.record, self.continued, self._lock = path, record, continued, lock
+
+    @classmethod
+    def open(cls, path: Path | None, *, resume: bool, overwrite: bool) -> RunDirectory:
+        """Take a directory for a run, before anything expensive is loaded.
+
+        An empty or missing directory starts a run, also with `resume`. `resume` continues a run of ours; `overwrite` removes
+        one first, and nothing else.
+
+        Raises:
+            StorageError: it can't be written, isn't empty, isn't a run of ours, or another process works in it.
+            ConfigError: both options, or `resume` without a directory.
+        """
+        if resume and overwrite:
+            raise ConfigError("a run is either continued or replaced", got="--resume and --overwrite", fix="choose one")
+        record = _new_record()
+        if path is None:
+            if resume or overwrite:
+                raise ConfigError("no run directory is set", place="output", fix="set `output`")
+            return cls(None, record)
+        _make_writable(path)
+        lock = _take_lock(path)
+        try:
+            continued = _settle(path, resume=resume, overwrite=overwrite)
+            if continued:
+                old = read_json(path / "run.json")
+                record |= {"id": old["id"], "started": old["started"], "resumed": [*old.get("resumed", []), _now()]}
+        except BaseException:
+            _release(lock)
+            raise
+        opened = cls(path, record, continued=continued, lock=lock)
+        opened.update(status="running")
+        return opened
+
+    def update(self, **fields: Any) -> None:
+        """Change fields of `run.json`, and of `status.json`, the short one for launchers."""
+        self.record |= fields
+        if self.path is None:
+            return
+        self._write("run.json", self.record)
+        short = {name: self.record.get(name) for name in ("status", "exit_code", "step", "message")}
+        self._write("status.json", short)
+
+    def end(self, status: Status, exit_code: int, *, step: int, message: str | None = None) -> None:
+        """Note how the run ended."""
+        self.update(status=status, exit_code=exit_code, step=step, message=message, ended=_now())
+
+    def write_inputs(self, settings: Mapping[str, Any], inputs: Mapping[str, Any], explicit: Mapping[str, Any]) -> None:
+        """Write what was asked: `config.input.yaml` as given, `config.yaml` resolved, `command.txt`; secrets redacted.
+
+        Args:
+            settings: resolved, in the shape of a configuration file.
+            inputs: may hold the texts `config_input` and `command`; otherwise `explicit` and the process's own arguments.
+            explicit: the options that were set in Python.
+        """
+        given = inputs.get("config_input") or "# set in Python\n" + _yaml(explicit)
+        self.write_text("config.input.yaml", redact_text(given))
+        self.write_text("config.yaml", _yaml(settings))
+        self.write_text("command.txt", redact_text(inputs.get("command") or shlex.join(sys.argv)) + "\n")
+
+    def settings(self) -> dict[str, Any] | None:
+        """Return the settings that an earlier process wrote here, if one did."""
+        if self.path is None or not (self.path / "config.yaml").exists():
+            return None
+        return load_yaml(self.path / "config.yaml")[0]
+
+    def read(self, name: str) -> Any:
+        """Return a JSON file of the run, or None where it isn't there."""
+        if self.path is None or not (self.path / name).exists():
+            return None
+        try:
+            return read_json(self.path / name)
+        except ValueError as error:
+            raise StorageError("cannot read the run's record", place=str(self.path / name), got=error) from None
+
+    def write(self, name: str, value: Any) -> None:
+        """Put a JSON file in place."""
+        if self.path is not None:
+            self._write(name, value)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Put a text file in place."""
+        if self.path is not None:
+            replace_file(self.path / name, text.encode())
+
+    def close(self) -> None:
+        """Let another process have the directory."""
+        _release(self._lock)
+        self._lock = None
+
+    def _write(self, name: str, value: Any) -> None:
+        assert self.path is not None
+        replace_json(self.path / name, value)
+
+
+def _new_record() -> dict[str, Any]:
+    return {"rlhf_core": __version__, "id": uuid.uuid4().hex, "started": _now(), "status": "running", "exit_code": None}
+
+
+def _make_writable(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise StorageError("is a file, not a directory", place=str(path), fix="choose another `output`")
+    with storage_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".probe-{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+
+
+def _settle(path: Path, *, resume: bool, overwrite: bool) -> bool:
+    """Make the directory fit for the run; return whether it continues an earlier one."""
+    content = [item for item in path.iterdir() if item.name != _LOCK and not item.name.startswith(".run.json")]
+    if not content:
+        return False
+    ours = _is_run(path)
+    if not (resume or overwrite):
+        fix = "`--resume` continues it, `--overwrite` replaces it" if ours else "choose an empty or a new directory"
+        what = (
+            "holds an earlier run"
+            if ours
+            else "is not empty, and not a run of ours (`--resume` and `--overwrite` need one)"
+        )
+        raise StorageError(what, place=str(path), fix=fix)
+    if not ours:
+        raise StorageError(
+            "is not empty and not a run of ours, so it is neither continued nor removed",
+            place=str(path),
+            got=", ".join(sorted(item.name for item in content)[:5]),
+            fix="choose an empty or a new directory",
+        )
+    if overwrite:
+        with storage_errors(path):
+            # The mark of a run goes last: a kill half-way leaves something that can be overwritten again.
+            for item in sorted(content, key=lambda item: item.name == "run.json"):
+                remove_tree(item)
+            fsync_directory(path)
+    return resume
+
+
+def _is_run(path: Path) -> bool:
+    try:
+        record = read_json(path / "run.json")
+    except (OSError, ValueError):
+        return False
+    return isinstance(record, dict) and {"rlhf_core", "id", "started"} <= record.keys()
+
+
+def _take_lock(path: Path) -> int | None:
+    """Hold the directory until this process ends, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such lock.
+        return None
+    with storage_errors(path):
+        descriptor = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise StorageError(
+            "another process is working in this run directory", place=str(path), fix="wait for it, or stop it"
+        ) from None
+    except OSError:
+        os.close(descriptor)  # A file system without locks.
+        return None
+    return descriptor
+
+
+def _release(lock: int | None) -> None:
+    if lock is not None:
+        os.close(lock)
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def _yaml(values: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=120)

@@ -1,0 +1,74 @@
+"""What a run was asked to do, as plain values: written beside it, and compared when it is resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf_core.errors import ConfigError
+from rlhf_core.infra.redact import redact
+from rlhf_core.interfaces import Trainer
+
+MAY_CHANGE = ("output", "logging", "checkpoint", "distributed", "micro_batch_size", "batching.micro_batch_tokens")
+"""Options that a resumed run may set anew. None of them changes what is learnt, beyond rounding."""
+
+
+def run_settings(trainer: Trainer) -> dict[str, Any]:
+    """Return the run's settings in the shape of a configuration file, secrets redacted."""
+    inputs = run_inputs(trainer)
+    plugin = inputs.get("plugin") or {}
+    method = plugin.get("name") if isinstance(plugin, Mapping) else str(plugin)
+    settings: dict[str, Any] = {
+        "method": method or f"{type(trainer).__module__}:{type(trainer).__qualname__}",
+        "model": _source(trainer.model),
+        "data": _source(trainer.data),
+        "eval_data": None if trainer.eval_data is None else _source(trainer.eval_data),
+        "output": None if trainer.output is None else str(trainer.output),
+    }
+    return redact({**settings, **trainer.config.model_dump(mode="json")})
+
+
+def run_inputs(trainer: Trainer) -> Mapping[str, Any]:
+    """Return what the command line noted on the trainer: `config_input` (text), `command` (text) and `plugin`."""
+    return getattr(trainer, "run_inputs", None) or {}
+
+
+def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any], *, place: str) -> list[str]:
+    """Return the changes that a resume may make, one text each.
+
+    Raises:
+        ConfigError: something else changed; the difference is shown.
+    """
+    old, new = _flat(before), _flat(now)
+    changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    lines = {name: f"{name}: {old.get(name)!r} → {new.get(name)!r}" for name in changed}
+    refused = [name for name in changed if not any(name == free or name.startswith(f"{free}.") for free in MAY_CHANGE)]
+    if refused:
+        raise ConfigError(
+            "the configuration changed since the run was started",
+            place=place,
+            got=", ".join(lines[name] for name in refused),
+            fix="resume with the run's own configuration, or start a new run in another directory",
+        )
+    return [lines[name] for name in changed if name != "output"]
+
+
+def _source(source: Any) -> Any:
+    if isinstance(source, str | Path):
+        return str(source)
+    if isinstance(source, list | tuple) and source and all(isinstance(item, str | Path) for item in source):
+        return [str(item) for item in source]
+    if hasattr(source, "__len__"):
+        return f"<{type(source).__name__} of {len(source)}>"
+    return f"<{type(source).__name__}>"
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

@@ -1,0 +1,134 @@
+"""Everything of a run that changes with its steps, gathered into a checkpoint and put back."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_core.errors import ModelError, PluginError
+from rlhf_core.infra.seeds import RandomState
+from rlhf_core.training.checkpoint import (
+    Checkpoint,
+    CheckpointManager,
+    Damaged,
+    load_optimizer_state,
+    optimizer_state,
+)
+
+if TYPE_CHECKING:
+    from rlhf_core.training.loop import Run
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Progress:
+    """The run's counters."""
+
+    step: int = 0
+    """Optimiser steps taken."""
+    tokens: int = 0
+    """Real tokens trained on, each prompt counted once."""
+    seconds: float = 0.0
+    """Time spent in steps."""
+    skipped: int = 0
+    """Windows that held nothing to learn from."""
+    skipped_in_a_row: int = 0
+    evaluated: int | None = None
+    """The step of the last evaluation."""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    """The last step's row."""
+    eval_metrics: dict[str, float] = field(default_factory=dict)
+
+
+class RunState:
+    """Saves and restores one run: models, optimiser, stream, counters, random states, and what the method remembers."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        output = run.trainer.output
+        self._manager = CheckpointManager(output / "checkpoints", run.config.checkpoint.keep) if output else None
+        self.saved_step = 0
+
+    def damaged(self) -> list[Damaged]:
+        """Return the checkpoints that the last load refused."""
+        return self._manager.damaged if self._manager is not None else []
+
+    def save(self) -> Path:
+        """Save the state after the current step; every process takes part, the first one writes."""
+        run, manager = self._run, self._manager
+        assert manager is not None
+        step = run.progress.step
+        optimizer, values = optimizer_state(run.optimizer, run.parameters)
+        ranks = run.distribution.gather({"random": RandomState.capture().to_json(), "trainer": self._remembered()})
+        state = {
+            "progress": asdict(run.progress),
+            "stream": run.stream.state_dict(),
+            "micro_batches": run.micro_batches.state_dict(),
+            "loss_scale": run.loss_scale.state_dict(),
+            "early_stopping": run.early_stopping.state_dict() if run.early_stopping is not None else None,
+            "optimizer": values,
+            "ranks": ranks,
+        }
+        tensors = {"model": run.distribution.full_state(run.trainer.models), "optimizer": optimizer}
+        run.distribution.on_main(lambda: manager.save(step, tensors, state) and None)
+        self.saved_step = step
+        return manager.path(step)
+
+    def load_latest(self) -> Checkpoint | None:
+        """Put back the newest whole checkpoint; None where the run has none yet."""
+        run, manager = self._run, self._manager
+        assert manager is not None
+        found: list[Checkpoint | None] = []
+
+        def verify() -> int | None:
+            found.append(manager.load_latest())
+            return found[0].step if found[0] is not None else None
+
+        step = run.distribution.on_main(verify)
+        if step is None:
+            return None
+        checkpoint = found[0] if found else manager.open(step)
+        assert checkpoint is not None
+        self._put_back(checkpoint)
+        self.saved_step = step
+        log.info("resumed from %s", checkpoint.path)
+        return checkpoint
+
+    def _remembered(self) -> dict[str, Any]:
+        """Return the method's own state, checked to be JSON."""
+        state = self._run.trainer.state_dict()
+        place = f"{type(self._run.trainer).__name__}.state_dict"
+        try:
+            same = json.loads(json.dumps(state, allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise PluginError("the state can't be saved as JSON", place=place, got=error) from None
+        return same
+
+    def _put_back(self, checkpoint: Checkpoint) -> None:
+        run, state, place = self._run, checkpoint.state, str(checkpoint.path)
+        run.distribution.load_state(run.trainer.models, checkpoint.tensors("model"), place=place)
+        load_optimizer_state(
+            run.optimizer, run.parameters, checkpoint.tensors("optimizer"), state["optimizer"], place=place
+        )
+        run.progress = Progress(**state["progress"])
+        run.stream.load_state_dict(state["stream"])
+        run.micro_batches.load_state_dict(state["micro_batches"])
+        run.loss_scale.load_state_dict(state["loss_scale"])
+        if run.early_stopping is not None:
+            if state["early_stopping"] is None:
+                raise ModelError("the checkpoint has no state of early stopping", place=place)
+            run.early_stopping.load_state_dict(state["early_stopping"])
+        ranks, rank = state["ranks"], run.distribution.rank
+        if len(ranks) == run.distribution.world_size:
+            RandomState.from_json(ranks[rank]["random"]).restore()
+        else:
+            log.warning(
+                "resumed with %d processes after %d: the data go on where they were, rounding and dropout will differ",
+                run.distribution.world_size,
+                len(ranks),
+            )
+        run.trainer.load_state_dict(ranks[min(rank, len(ranks) - 1)]["trainer"])

@@ -1,0 +1,78 @@
+"""Trackers that mirror a run's metrics, through accelerate. They are mirrors, never the source."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf_core.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+def check_trackers(names: Sequence[str], output: Path | None) -> None:
+    """Refuse a tracker whose package isn't installed, or that needs a run directory where there is none.
+
+    Raises:
+        ConfigError: names the extra to install, or the option to set.
+    """
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"tracker `{name}` isn't installed", place="logging.trackers", fix=f"pip install 'rlhf-core[{name}]'"
+            )
+        if name == "tensorboard" and output is None:
+            raise ConfigError("tensorboard writes into the run directory", place="logging.trackers", fix="set `output`")
+
+
+class Trackers:
+    """The trackers of one run, started on the first process only."""
+
+    def __init__(self, names: Sequence[str], *, project: str, output: Path | None, settings: Mapping[str, Any]) -> None:
+        check_trackers(names, output)
+        self._accelerator: Any = None
+        if not names:
+            return
+        from accelerate import Accelerator
+
+        directory = str(output / "trackers") if output is not None else None
+        self._accelerator = Accelerator(log_with=list(names), project_dir=directory)
+        run_name = output.name if output is not None else None
+        self._accelerator.init_trackers(
+            project,
+            config=_flat(settings),
+            init_kwargs={name: {"name": run_name} for name in names if name != "tensorboard"},
+        )
+
+    def log(self, row: Mapping[str, Any], step: int) -> None:
+        """Mirror a row's numbers; a tracker that fails is warned about once and dropped, the run goes on."""
+        if self._accelerator is None:
+            return
+        try:
+            self._accelerator.log({k: v for k, v in row.items() if isinstance(v, int | float)}, step=step)
+        except Exception as error:
+            log.warning("trackers are heard no more: %s: %s", type(error).__name__, error)
+            self._accelerator = None
+
+    def close(self) -> None:
+        if self._accelerator is not None:
+            try:
+                for tracker in self._accelerator.trackers:
+                    tracker.finish()
+            except Exception as error:
+                log.warning("a tracker did not finish: %s: %s", type(error).__name__, error)
+            self._accelerator = None
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings as dotted names with scalar values, which is what trackers take."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value if isinstance(value, int | float | str | bool) else str(value)
+    return flat

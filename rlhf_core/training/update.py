@@ -1,0 +1,219 @@
+"""One optimiser update: sums of micro-batches, one global denominator, and nothing stepped that isn't finite."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_core.batch import Batch
+from rlhf_core.errors import NumbersError, PluginError
+from rlhf_core.infra.devices import DeviceManager
+from rlhf_core.infra.seeds import RandomState
+from rlhf_core.interfaces import Trainer
+from rlhf_core.training.distribution import Distribution
+from rlhf_core.training.loss_scale import LossScale
+from rlhf_core.training.micro_batches import MicroBatches, is_out_of_memory
+from rlhf_core.training.reduction import Tally, objective, quotients, total_weights
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an update did."""
+
+    loss: float
+    grad_norm: float
+    """Total 2-norm before clipping."""
+    tokens: int
+    """Real tokens over all processes, each prompt counted once."""
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class _Sums:
+    """What one process adds up over its micro-batches, before processes agree."""
+
+    terms: Tally = field(default_factory=Tally)
+    metrics: Tally = field(default_factory=Tally)
+    shares: list[tuple[Tensor, tuple[int, ...]]] = field(default_factory=list)
+    """Each micro-batch's share of the loss with its rows, to name the rows of one that isn't finite."""
+
+
+class Update:
+    """Makes optimiser updates.
+
+    Args:
+        trainer: the method, its models built and on the device.
+        optimizer: serves all of its trained parameters.
+        parameters: these parameters, in an order that never changes.
+        max_grad_norm: gradients of a larger norm are scaled down to it; None never.
+        notify: called with the name and fields of an event.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        optimizer: torch.optim.Optimizer,
+        parameters: Sequence[nn.Parameter],
+        *,
+        distribution: Distribution,
+        devices: DeviceManager,
+        micro_batches: MicroBatches,
+        loss_scale: LossScale,
+        notify: Callable[..., None],
+    ) -> None:
+        self.trainer, self.optimizer, self.parameters = trainer, optimizer, list(parameters)
+        self.distribution, self.devices, self.micro_batches = distribution, devices, micro_batches
+        self.loss_scale, self.notify = loss_scale, notify
+        self.config = trainer.config
+        self.place = type(trainer).__name__
+        self._names: list[str] | None = None
+
+    def __call__(self, window: Batch, step: int) -> Outcome | None:
+        """Make the update of a window; return None, with nothing changed, where every weight is zero.
+
+        Raises:
+            NumbersError: a loss or gradient isn't finite, or one row doesn't fit in memory; nothing was stepped.
+        """
+        while True:
+            micros = self.micro_batches.cut(window)
+            counted = [self.trainer.weights(micro) for micro in micros]
+            weights = self._global_weights(counted)
+            if not any(weights.values()):
+                return None
+            random = RandomState.capture()
+            sums = self._accumulate(micros, counted, weights)
+            if self.distribution.any(sums is None):
+                self._shrink(micros, step)
+            else:
+                assert sums is not None
+                self._refuse_loss(sums, step)
+                norm = self._gradient_norm()
+                if math.isfinite(norm):
+                    self.optimizer.step()
+                    self.optimizer.zero_grad(set_to_none=True)
+                    self.loss_scale.succeeded()
+                    return self._outcome(sums, weights, norm, window)
+                if not self.loss_scale.overflowed():
+                    self._refuse_gradient(window, norm, step)
+            self.optimizer.zero_grad(set_to_none=True)
+            random.restore()
+
+    def _global_weights(self, counted: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        if self._names is None:
+            # A process whose share is empty learns the terms from the others.
+            known = self.distribution.gather(sorted(counted[0]) if counted else None)
+            self._names = next((names for names in known if names is not None), None)
+            if self._names is None:
+                return {}
+        local = total_weights(counted, self._names, place=self.place)
+        return dict(zip(self._names, self.distribution.sum([local[name] for name in self._names]), strict=True))
+
+    def _accumulate(
+        self, micros: Sequence[Batch], counted: Sequence[Mapping[str, float]], weights: dict[str, float]
+    ) -> _Sums | None:
+        """Run forward and backward over this process's micro-batches; None where memory ran out."""
+        sums = _Sums()
+        try:
+            for micro, own in zip(micros, counted, strict=True):
+                if any(own.values()):
+                    self._backward(micro.to(self.devices.device), weights, sums)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
+        return sums
+
+    def _backward(self, micro: Batch, weights: dict[str, float], sums: _Sums) -> None:
+        with self.devices.autocast(self.config.precision):
+            loss = self.trainer.loss(micro)
+        share = objective(loss.terms, weights, place=self.place)
+        sums.terms.add({name: (term, 0.0) for name, term in loss.terms.items() if weights[name] > 0})
+        sums.metrics.add(loss.metrics)
+        if share is not None:
+            sums.shares.append((share.detach(), micro.rows))
+            # A micro-batch may touch no trained parameter, such as one whose every response lies outside a term's mask.
+            if share.requires_grad:
+                (share * self.loss_scale.value).backward()
+
+    def _shrink(self, micros: Sequence[Batch], step: int) -> None:
+        self.devices.release()
+        largest = max(self.distribution.gather(max((micro.num_prompts for micro in micros), default=0)))
+        if not self.micro_batches.halve(largest):
+            raise NumbersError(
+                "out of memory with one prompt a forward pass",
+                place=f"step {step}",
+                fix="set `gradient_checkpointing: true`, a smaller `max_length`, or `lora`",
+            )
+        log.warning(
+            "step %d: out of memory; micro-batches of %d prompts from now on", step, self.micro_batches.max_prompts
+        )
+        self.notify("out_of_memory", step=step, micro_batch_size=self.micro_batches.max_prompts)
+
+    def _gradient_norm(self) -> float:
+        """Add up gradients over the processes, undo the loss scale, clip; return the norm before."""
+        self.distribution.sum_gradients(self.parameters)
+        if all(parameter.grad is None for parameter in self.parameters):
+            raise PluginError("the loss gives no trained parameter a gradient", place=f"{self.place}.loss")
+        if self.loss_scale.value != 1:
+            torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], self.loss_scale.value)
+        return self.distribution.clip(self.parameters, self.config.max_grad_norm)
+
+    def _refuse_loss(self, sums: _Sums, step: int) -> None:
+        shares = [float(share) for share, _ in sums.shares]
+        rows = [
+            row
+            for value, (_, rows) in zip(shares, sums.shares, strict=True)
+            if not math.isfinite(value)
+            for row in rows
+        ]
+        if not self.distribution.any(bool(rows)):
+            return
+        found = [row for part in self.distribution.gather(rows) for row in part]
+        values = [value for value in shares if not math.isfinite(value)]
+        raise NumbersError(
+            f"the loss is not finite on {_listed(found)}; nothing was stepped",
+            place=f"step {step}",
+            got=values[0] if values else "a value that is not finite on another process",
+            fix="look at these rows, or lower `learning_rate`",
+        )
+
+    def _refuse_gradient(self, window: Batch, norm: float, step: int) -> None:
+        rows = [row for part in self.distribution.gather(list(window.rows)) for row in part]
+        raise NumbersError(
+            f"the gradient's norm is not finite on {_listed(rows)}; nothing was stepped",
+            place=f"step {step}",
+            got=norm,
+            fix="look at these rows, or lower `learning_rate`",
+        )
+
+    def _outcome(self, sums: _Sums, weights: dict[str, float], norm: float, window: Batch) -> Outcome:
+        names = list(weights)
+        local_terms = sums.terms.totals()
+        totals = self.distribution.sum([*(local_terms.get(name, (0.0, 0.0))[0] for name in names), window.num_tokens])
+        terms = {name: total / weights[name] for name, total in zip(names, totals, strict=False) if weights[name] > 0}
+        metrics = quotients(sum_pairs(self.distribution, sums.metrics))
+        if len(names) > 1:
+            metrics = {f"loss_{name}": value for name, value in terms.items()} | metrics
+        return Outcome(sum(terms.values()), norm, int(totals[-1]), metrics)
+
+
+def sum_pairs(distribution: Distribution, tally: Tally) -> dict[str, tuple[float, float]]:
+    """Return a tally's pairs added up over the processes, which may hold different names."""
+    totals: dict[str, tuple[float, float]] = {}
+    for part in distribution.gather(tally.totals()):
+        for name, (total, count) in part.items():
+            below = totals.get(name, (0.0, 0.0))
+            totals[name] = (below[0] + total, below[1] + count)
+    return totals
+
+
+def _listed(rows: Sequence[int], limit: int = 16) -> str:
+    shown = ", ".join(str(row) for row in rows[:limit])
+    return f"rows {shown}" + (f" and {len(rows) - limit} more" if len(rows) > limit else "")
