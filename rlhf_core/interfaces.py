@@ -62,7 +62,7 @@ class Trainer(ABC, Generic[ConfigT]):
     """The policy as it was passed in; there when `reference` is among `frozen`."""
     run_inputs: Mapping[str, Any] | None = None
     """Where the run comes from, set by the command line for the run directory: `config_input` (the file's text, or None)
-    and `command` (as one shell line), both with secrets redacted, and `plugin` (its `registry.Plugin`). None from Python."""
+    and `command` (as one shell line), both with secrets redacted, and `plugin` (its `Plugin.as_dict()`). None from Python."""
 
     def __init__(
         self,
@@ -167,6 +167,9 @@ class Completion:
     logprobs: Sequence[float]
     """Log-probability of each token under the distribution that drew it (temperature and truncation included), nats."""
     stop_reason: str
+    """`end` after the end token, which is the last of `ids`; `length` where the limit cut it off."""
+    raw_logprobs: Sequence[float] = ()
+    """Log-probability of each token under the model's own distribution (temperature 1, nothing truncated), nats."""
     score: float | None = None
     policy_version: int = 0
 

@@ -7,6 +7,7 @@ K key-value heads, N tokens of the packed row, D head width.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ class OptimizedAttention:
             ConfigError: `flash` was asked for and can't run here.
         """
         if wanted in ("sdpa", "eager"):
-            return cls(wanted, "as asked")  # type: ignore[arg-type]
+            return cls(wanted, "as asked")
         obstacle = _flash_obstacle(device, dtype)
         if obstacle is None:
             return cls("flash", "flash-attn is installed and the device allows it" if wanted == "auto" else "as asked")
@@ -173,7 +174,7 @@ def flash_segment_attention(
 ) -> Tensor:
     """The same through flash-attn's variable-length kernel, whose causal mask is aligned to the end of the keys."""
     if kernel is None:
-        from flash_attn import flash_attn_varlen_func as kernel
+        kernel = importlib.import_module("flash_attn").flash_attn_varlen_func
     device = query.device
     q_lengths = torch.tensor([0, *(s.length for s in segments)], device=device)
     k_lengths = torch.tensor([0, *(s.keys for s in segments)], device=device)

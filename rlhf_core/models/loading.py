@@ -91,7 +91,7 @@ def check_finite(model: nn.Module, source: str) -> None:
 
 def check_tokenizer(model: nn.Module, tokenizer: Any, source: str) -> None:
     """Raise where the tokenizer knows ids that the model has no embedding for; give it a padding token if it has none."""
-    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator,union-attr]
+    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     if len(tokenizer) > rows:
         raise ModelError(
             "the tokenizer is longer than the model's embeddings",
@@ -145,7 +145,7 @@ def _with_adapter(model: nn.Module, adapter: str, base: str) -> nn.Module:
     import peft
 
     try:
-        adapted = peft.PeftModel.from_pretrained(model, adapter)  # type: ignore[arg-type]
+        adapted = peft.PeftModel.from_pretrained(model, adapter)
     except (RuntimeError, ValueError) as error:
         raise ModelError(
             "the adapter doesn't fit its base",
@@ -154,7 +154,7 @@ def _with_adapter(model: nn.Module, adapter: str, base: str) -> nn.Module:
             fix="set `base_model_name_or_path` in adapter_config.json to the model that it was trained on",
         ) from error
     # Merged, the adapter is part of the policy as passed in: a fresh one can be trained on top, and its reference stays.
-    return adapted.merge_and_unload()  # type: ignore[operator]
+    return adapted.merge_and_unload()
 
 
 def _load_tokenizer(auto: Any, places: list[str], options: dict[str, Any]) -> Any:

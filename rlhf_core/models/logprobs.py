@@ -54,7 +54,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         hidden_learns, weight_learns = ctx.needs_input_grad[:2]
         if not weight_learns:
             (direction,) = ctx.saved_tensors

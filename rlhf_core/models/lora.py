@@ -30,10 +30,10 @@ def apply_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
                     f"the model has no module `{target}`", place="lora.target_modules", fix=did_you_mean(target, leaves)
                 )
     adapted = peft.get_peft_model(
-        model,  # type: ignore[arg-type]
+        model,
         peft.LoraConfig(
             r=config.rank,
-            lora_alpha=config.alpha,  # type: ignore[arg-type]
+            lora_alpha=config.alpha,
             lora_dropout=config.dropout,
             target_modules=config.target_modules,
             task_type="CAUSAL_LM",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from rlhf_core.batch import Batch
 from rlhf_core.config import LoraConfig, TrainerConfig
 from rlhf_core.errors import ConfigError, ModelError
+from rlhf_core.interfaces import Completion
 from rlhf_core.models.attention import Kernel, OptimizedAttention
 from rlhf_core.models.compile import compile_model
+from rlhf_core.models.generate import generate
 from rlhf_core.models.layout import Layout, packed_layout, padded_layout
 from rlhf_core.models.loading import load_model
 from rlhf_core.models.logprobs import linear_token_logprobs, module_token_logprobs
@@ -120,7 +122,7 @@ class PolicyModel(nn.Module):
             self.model = apply_lora(self.model, lora)
             self.fresh_adapter = True
         if gradient_checkpointing:
-            self.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
         if compile:
             compile_model(self.causal_lm)
         return self
@@ -285,6 +287,10 @@ class PolicyModel(nn.Module):
         with self.model.disable_adapter():  # type: ignore[operator]
             yield
 
+    def generate(self, prompts: Sequence[Any], **options: Any) -> list[list[Completion]]:
+        """Return completions for each prompt; the options are those of `rlhf_core.models.generate.generate`."""
+        return generate(self, prompts, **options)
+
     # In and out
 
     def save_pretrained(self, directory: str | Path, *, merged: bool = False) -> None:
@@ -301,7 +307,7 @@ class PolicyModel(nn.Module):
         else:
             model = self.model
         implementation = self.causal_lm.config._attn_implementation
-        model.save_pretrained(directory)  # type: ignore[operator]
+        model.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
         self.causal_lm.config._attn_implementation = implementation
 

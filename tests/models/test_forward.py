@@ -28,7 +28,7 @@ def policy() -> PolicyModel:
         # Larger than at initialisation, so that attention is far from uniform and a leak can't hide.
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.mul_(8)
+                parameter.mul_(4)
     return PolicyModel(model, tiny_tokenizer())
 
 

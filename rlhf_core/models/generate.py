@@ -1,0 +1,136 @@
+"""Completions from a policy through transformers' own decoding loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rlhf_core.data.encode import Encoder
+from rlhf_core.data.sources import Cursor, Rows
+from rlhf_core.errors import ConfigError
+from rlhf_core.interfaces import Completion
+
+if TYPE_CHECKING:
+    from rlhf_core.models.policy import PolicyModel
+
+SCORE_BYTES = 2**30
+"""Most bytes of scores that one call of the decoding loop keeps, for the log-probabilities."""
+MOST_ROWS = 256
+
+
+@torch.no_grad()
+def generate(
+    policy: PolicyModel,
+    prompts: Sequence[Any],
+    *,
+    n: int = 1,
+    max_new_tokens: int = 128,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
+) -> list[list[Completion]]:
+    """Return n completions for each prompt, in the order in which they were drawn.
+
+    Args:
+        policy: the model; it is read in evaluation mode and left in the mode that it was in.
+        prompts: texts, or lists of chat messages, encoded as in training.
+        n: completions a prompt.
+        max_new_tokens: most tokens in a completion, its end token included.
+        temperature: divisor of the logits; 0 takes the most likely token.
+        top_p: keeps the most likely tokens whose mass reaches it. top_k: keeps so many; 0 keeps all.
+        seed: of the random numbers; the global random state is left as it was.
+
+    Raises:
+        ConfigError: an option is out of its range.
+    """
+    for name, good, wanted in (
+        ("n", n >= 1, "at least 1"),
+        ("max_new_tokens", max_new_tokens >= 1, "at least 1"),
+        ("temperature", temperature >= 0, "0 or more"),
+        ("top_p", 0 < top_p <= 1, "above 0, at most 1"),
+        ("top_k", top_k >= 0, "0 or more"),
+    ):
+        if not good:
+            raise ConfigError(f"must be {wanted}", place=f"generate({name}=…)", got=locals()[name])
+    encoder = Encoder(policy.tokenizer, "prompt", max_length=policy.max_positions or 2**31)
+    outcomes = encoder.encode(list(Rows([{"prompt": prompt} for prompt in prompts], "prompts").rows(Cursor())))
+    ids = [outcome.row.prompt_ids for outcome in outcomes if outcome.row is not None]
+    sampling: dict[str, Any] = (
+        {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+        if temperature > 0
+        else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    )
+    training, model = policy.training, policy.causal_lm
+    cuda = [policy.device] if policy.device.type == "cuda" else []
+    policy.eval()
+    completions: list[Completion] = []
+    try:
+        with torch.random.fork_rng(devices=cuda):
+            torch.manual_seed(seed)
+            rows = [row for row in ids for _ in range(n)]
+            for part in _parts(rows, max_new_tokens, model.config.get_text_config().vocab_size):
+                completions += _decode(policy, part, max_new_tokens, sampling)
+    finally:
+        policy.train(training)
+    return [completions[i * n : (i + 1) * n] for i in range(len(ids))]
+
+
+def _parts(rows: list[list[int]], max_new_tokens: int, vocabulary: int) -> Iterator[list[list[int]]]:
+    size = max(1, min(MOST_ROWS, SCORE_BYTES // (8 * max_new_tokens * vocabulary)))
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def _decode(
+    policy: PolicyModel, rows: list[list[int]], max_new_tokens: int, sampling: dict[str, Any]
+) -> list[Completion]:
+    from transformers import GenerationConfig
+
+    tokenizer, device = policy.tokenizer, policy.device
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    out = policy.causal_lm.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        generation_config=GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            return_dict_in_generate=True,
+            output_scores=True,
+            output_logits=True,
+            use_cache=True,
+            **sampling,
+        ),
+    )
+    drawn = out.sequences[:, width:]  # (B, T)
+    # Under the distribution that drew the token, and under the model's own; greedy decoding draws with certainty.
+    used = _at(out.scores, drawn) if sampling["do_sample"] else torch.zeros(drawn.shape)
+    raw = _at(out.logits, drawn)
+    completions = []
+    for row in range(len(rows)):
+        tokens = drawn[row].tolist()
+        ended = tokenizer.eos_token_id in tokens
+        length = tokens.index(tokenizer.eos_token_id) + 1 if ended else len(tokens)
+        kept = tokens[:length]
+        completions.append(
+            Completion(
+                text=tokenizer.decode(kept[:-1] if ended else kept),
+                ids=kept,
+                logprobs=used[row, :length].tolist(),
+                raw_logprobs=raw[row, :length].tolist(),
+                stop_reason="end" if ended else "length",
+            )
+        )
+    return completions
+
+
+def _at(scores: tuple[Tensor, ...], tokens: Tensor) -> Tensor:
+    """Return (B, T) float32 log-probabilities of the tokens under each step's scores (B, V)."""
+    steps = [step.float().log_softmax(-1).gather(1, tokens[:, t, None]) for t, step in enumerate(scores)]
+    return torch.cat(steps, dim=1).cpu()

@@ -1,0 +1,74 @@
+"""Completions: their ids, log-probabilities and stop reasons are those of the model that drew them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rlhf_core.batch import Batch
+from rlhf_core.errors import ConfigError
+from rlhf_core.models import PolicyModel
+from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def policy() -> PolicyModel:
+    model = tiny_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    return PolicyModel(model, tiny_tokenizer())
+
+
+def scored(policy: PolicyModel, prompt: list[int], ids: list[int], temperature: float) -> list[float]:
+    one = torch.tensor([0])
+    batch = Batch(
+        torch.tensor([prompt]), torch.tensor([len(prompt)]), torch.tensor([ids]), torch.tensor([len(ids)]), one,
+        torch.ones(1, len(ids), dtype=torch.bool), (0,),
+    )  # fmt: skip
+    return policy.token_logps(batch, temperature=temperature)[0].tolist()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_equal_the_trainers(policy: PolicyModel, temperature: float) -> None:
+    """The path that trains scores what was drawn as the path that drew it did, prompts of unequal length side by side."""
+    prompts = ["a", "a longer prompt", [{"role": "user", "content": "hi"}]]
+    drawn = policy.generate(prompts, n=3, max_new_tokens=12, temperature=temperature, seed=1)
+    assert [len(group) for group in drawn] == [3, 3, 3]
+    encoded = [policy.tokenizer(p).input_ids for p in prompts[:2]]
+    encoded.append(policy.tokenizer.apply_chat_template(prompts[2], add_generation_prompt=True)["input_ids"])
+    for prompt, group in zip(encoded, drawn, strict=True):
+        for completion in group:
+            ids = list(completion.ids)
+            assert completion.logprobs == pytest.approx(scored(policy, prompt, ids, temperature), abs=1e-4)
+            assert completion.raw_logprobs == pytest.approx(scored(policy, prompt, ids, 1.0), abs=1e-4)
+            ended = ids[-1] == policy.tokenizer.eos_token_id
+            assert completion.stop_reason == ("end" if ended else "length")
+            assert ended or len(ids) == 12
+
+
+def test_the_seed_decides_and_the_global_state_is_left_alone(policy: PolicyModel) -> None:
+    state = torch.get_rng_state()
+    policy.train()
+    first, second, other = (policy.generate(["a", "b"], n=2, max_new_tokens=8, seed=s) for s in (1, 1, 2))
+    assert first == second != other
+    assert torch.equal(torch.get_rng_state(), state) and policy.training
+
+
+def test_greedy_and_truncation(policy: PolicyModel) -> None:
+    greedy = policy.generate(["abc"], n=2, max_new_tokens=8, temperature=0)[0]
+    assert greedy[0] == greedy[1] and set(greedy[0].logprobs) == {0.0}
+    only = policy.generate(["abc"], max_new_tokens=8, top_k=1, seed=3)[0][0]
+    assert only.ids == greedy[0].ids and only.logprobs == pytest.approx([0.0] * len(only.ids), abs=1e-6)
+    kept = policy.generate(["abc"], max_new_tokens=8, top_k=5, seed=3)[0][0]
+    # What truncation removed makes the kept tokens likelier than the model's own distribution does.
+    assert all(a > b for a, b in zip(kept.logprobs, kept.raw_logprobs, strict=True))
+
+
+@pytest.mark.parametrize(
+    "option", [{"n": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"max_new_tokens": 0}]
+)
+def test_options_out_of_range(policy: PolicyModel, option: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(option))):
+        policy.generate(["a"], **option)
