@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -261,28 +262,46 @@ class RunConfig(BaseConfig):
 
 def _config_error(cls: type[BaseConfig], error: ValidationError, place: Mapping[str, str] | str) -> ConfigError:
     first = error.errors(include_url=False)[0]
-    key = ".".join(str(part) for part in first["loc"])
+    key = _key(cls, first["loc"])
     where = (
         place if isinstance(place, str) else place.get(key) or place.get(key.split(".")[0]) or place.get("", "config")
     )
     got = _shown(first["input"])
     if first["type"] == "extra_forbidden":
         owner = _group(cls, first["loc"][:-1])
-        fix = did_you_mean(str(first["loc"][-1]), owner.model_fields)
-        return ConfigError(f"unknown option `{key}`", place=where, fix=fix)
+        near = did_you_mean(str(first["loc"][-1]), owner.model_fields)
+        return ConfigError(f"unknown option `{key}`", place=where, fix=near)
     if first["type"] == "missing":
         return ConfigError(f"`{key}` is missing", place=where, fix=f"set `{key}`")
-    problem = f"`{key}`: {first['msg']}" if key else first["msg"]
+    message = first["msg"]
+    if first["type"] in ("model_type", "model_attributes_type"):
+        message = f"expected a group of options ({', '.join(_group(cls, first['loc']).model_fields)})"
+    problem = f"`{key}`: {message}" if key else message
     fix = None
     if isinstance(first["input"], bool):
         fix = "YAML reads yes, no, on and off as true and false: put the text in quotes if you meant text"
     return ConfigError(problem, place=where, got=got, fix=fix)
 
 
+def _key(cls: type[BaseModel], path: tuple[int | str, ...]) -> str:
+    """Return the dotted key of a place in a configuration, without the type names that pydantic adds for unions."""
+    parts: list[str] = []
+    tag_follows = False
+    for position, part in enumerate(path):
+        if tag_follows:
+            tag_follows = False
+            continue
+        parts.append(str(part))
+        field = _group(cls, path[:position]).model_fields.get(str(part))
+        kinds = get_args(field.annotation) if field and get_origin(field.annotation) in (Union, UnionType) else ()
+        tag_follows = len([kind for kind in kinds if kind is not NoneType]) > 1
+    return ".".join(parts)
+
+
 def _group(cls: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseModel]:
     """Return the configuration class that stands at a dotted path."""
     for part in path:
-        annotation = cls.model_fields[part].annotation if part in cls.model_fields else None  # type: ignore[index]
+        annotation = cls.model_fields[part].annotation if part in cls.model_fields else None
         found = next(
             (
                 t

@@ -1,0 +1,77 @@
+"""The command line, `rlhf`: results on stdout, logs and progress on stderr, faults as one line with an exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+
+from rlhf_core.errors import RLHFError
+
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code. No traceback is shown without `--debug`."""
+    tokens, debug, no_plugins = _global_switches(sys.argv[1:] if arguments is None else arguments)
+    if no_plugins:
+        from rlhf_core.registry import only_this_distribution
+
+        only_this_distribution()
+    try:
+        from rlhf_core.cli.app import run
+
+        return run(tokens)
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("error[interrupted] stopped by Ctrl-C", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output (`| head`) went away; what is left in the buffer must not raise again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if debug:
+            raise
+        line, code = describe(error)
+        print(line, file=sys.stderr)
+        return code
+
+
+def describe(error: Exception) -> tuple[str, int]:
+    """Return the one line that is printed for an exception, and the exit code."""
+    if isinstance(error, RLHFError):
+        return error.line(), error.exit_code
+    if hasattr(error, "format_message"):  # typer's usage errors
+        usage = _usage_error(error)
+        return usage.line(), usage.exit_code
+    if isinstance(error, OSError) and error.errno in _STORAGE:
+        from rlhf_core.errors import StorageError
+
+        fault = StorageError(error.strerror or str(error), place=str(error.filename or "input/output"))
+        return fault.line(), fault.exit_code
+    text = " ".join(str(error).split())
+    fix = "run it again with `--debug` to see where, and report it if it isn't your plugin's"
+    return f"error[internal] {type(error).__name__}: {text}; fix: {fix}", 1
+
+
+_STORAGE = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EFBIG, errno.EPERM)
+
+
+def _usage_error(error: Exception) -> RLHFError:
+    from rlhf_core.errors import ConfigError
+
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "rlhf"
+    message = " ".join(error.format_message().split()).rstrip(".")  # type: ignore[attr-defined]
+    return ConfigError(message[:1].lower() + message[1:], place=command, fix=f"`{command} --help` tells its use")
+
+
+def _global_switches(arguments: Sequence[str]) -> tuple[list[str], bool, bool]:
+    """Take `--debug` and `--no-plugins` out of the arguments: they may stand anywhere, before and after the verb."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    head, tail = list(arguments[:end]), list(arguments[end:])
+    debug, no_plugins = "--debug" in head, "--no-plugins" in head
+    return [token for token in head if token not in ("--debug", "--no-plugins")] + tail, debug, no_plugins

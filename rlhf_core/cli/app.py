@@ -1,0 +1,49 @@
+"""The verbs, put together. Importing this imports no torch and no pydantic: `--help` and `list` stay quick."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from rlhf_core import __version__
+from rlhf_core.cli import author, doctor, methods, train
+
+app = typer.Typer(
+    name="rlhf",
+    help="Post-training for language models in which every method is a plugin.",
+    epilog="--debug and --no-plugins may stand anywhere. Exit codes: 2 configuration, 3 data, 4 model or checkpoint, 5 plugin,"
+    " 6 numbers, 7 input/output, 75 stopped and saved, 130 interrupted.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
+methods.add_to(app)
+train.add_to(app)
+author.add_to(app)
+doctor.add_to(app)
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"rlhf-core {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    no_plugins: Annotated[bool, typer.Option("--no-plugins", help="Use rlhf-core's own methods only.")] = False,
+) -> None:
+    # `debug` and `no_plugins` are taken out of the arguments before typer sees them; they stand here for `--help`.
+    pass
+
+
+def run(tokens: Sequence[str]) -> int:
+    """Run one command; its exceptions reach the caller. Returns the exit code."""
+    code = typer.main.get_command(app).main(args=list(tokens), prog_name="rlhf", standalone_mode=False)
+    return code if isinstance(code, int) else 0

@@ -1,0 +1,30 @@
+"""Names for shell completion. Nothing here may raise: a broken plugin must not break the user's Tab key."""
+
+from __future__ import annotations
+
+from rlhf_core import registry
+
+
+def kinds(incomplete: str) -> list[str]:
+    return [kind for kind in registry.KINDS if kind.startswith(incomplete)]
+
+
+def names(incomplete: str) -> list[tuple[str, str]]:
+    """Every plugin's name with its summary."""
+    return _names(None, incomplete)
+
+
+def trainers(incomplete: str) -> list[tuple[str, str]]:
+    """Every trainer's name with its summary, and the files that may be configurations."""
+    from pathlib import Path
+
+    files = [
+        (str(path), "configuration file") for path in sorted(Path().glob("*.y*ml")) if str(path).startswith(incomplete)
+    ]
+    return _names("trainer", incomplete) + files
+
+
+def _names(kind: str | None, incomplete: str) -> list[tuple[str, str]]:
+    usable = [plugin for plugin in registry.find(kind) if plugin.status in ("ok", "conflict")]
+    offers = [(p.name if p.status == "ok" else p.qualified, p.summary) for p in usable]
+    return [offer for offer in offers if offer[0].startswith(incomplete)]

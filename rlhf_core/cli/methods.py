@@ -1,0 +1,117 @@
+"""`rlhf list`, `rlhf show` and `rlhf schema`: which methods there are and what each takes."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from rlhf_core import registry
+from rlhf_core.cli import complete
+from rlhf_core.cli.output import print_json, print_table
+
+_STYLES = {"ok": "", "conflict": "yellow", "disabled": "dim", "broken": "red", "wrong-api": "red"}
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("list")(list_plugins)
+    app.command()(show)
+    app.command()(schema)
+
+
+Name = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME", help="A method: NAME, KIND:NAME or DISTRIBUTION:NAME.", autocompletion=complete.names
+    ),
+]
+
+
+def list_plugins(
+    kind: Annotated[
+        str | None,
+        typer.Argument(metavar="[KIND]", help="Only this kind, such as trainers.", autocompletion=complete.kinds),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON array of records.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Import each one, and show what that reveals.")] = False,
+) -> None:
+    """List the methods that are installed, with their status. Imports none of them."""
+    if check:
+        _load_each(kind)
+    plugins = registry.find(kind)
+    if as_json:
+        return print_json([plugin.as_dict() for plugin in plugins])
+    rows = [
+        (p.kind, p.name, f"{p.distribution} {p.version}".strip(), p.record or "", p.status, _told(p)) for p in plugins
+    ]
+    header = ("kind", "name", "distribution", "record", "status", "summary")
+    return print_table(header, rows, styles=[_STYLES[plugin.status] for plugin in plugins])
+
+
+def show(name: Name, as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
+    """Show one method: where it comes from, the rows that it eats, its options. Imports none of it."""
+    from rlhf_core.header import HeaderError, read_header, read_options
+
+    plugin = registry.lookup(name)
+    doc, source, options = plugin.summary, "", []
+    try:
+        if plugin.kind != "hook":
+            header = read_header(plugin.target)
+            doc, source, options = header.doc, f"{header.path}:{header.line}", read_options(plugin.target)
+    except HeaderError:
+        pass  # its status tells the reason, and it is shown all the same
+    if as_json:
+        return print_json(
+            {**plugin.as_dict(), "doc": doc, "source": source, "options": [vars(option) for option in options]}
+        )
+    print(f"{plugin.name}: {doc.strip()}" if doc else plugin.name)
+    print()
+    facts = [
+        ("kind", plugin.kind),
+        ("qualified", plugin.qualified),
+        ("version", plugin.version),
+        ("target", plugin.target),
+    ]
+    facts += [("source", source), ("record", _record(plugin)), ("status", plugin.status), ("reason", plugin.reason)]
+    width = max(len(label) for label, _ in facts)
+    for label, value in facts:
+        if value:
+            print(f"{label:{width}}  {value}")
+    if options:
+        print()
+        print_table(("option", "type", "default", "description"), [tuple(vars(option).values()) for option in options])
+    if plugin.kind == "trainer":
+        print(f"\nEvery trainer's options, too: rlhf schema {plugin.name}")
+    return None
+
+
+def schema(name: Name) -> None:
+    """Print the JSON schema of a method's options."""
+    cls = registry.load(registry.lookup(name))
+    if not hasattr(cls, "Config"):
+        from rlhf_core.errors import ConfigError
+
+        raise ConfigError("a hook has no options", place=f"hook `{name}`", fix="name a method")
+    print_json(cls.Config.model_json_schema())
+
+
+def _load_each(kind: str | None) -> None:
+    from rlhf_core.errors import RLHFError
+
+    for plugin in registry.find(kind):
+        if plugin.status in ("ok", "conflict"):
+            try:
+                registry.load(plugin)
+            except RLHFError:
+                continue  # the registry remembers the reason and lists it
+
+
+def _told(plugin: registry.Plugin) -> str:
+    return plugin.summary if plugin.status == "ok" else plugin.reason
+
+
+def _record(plugin: registry.Plugin) -> str:
+    from rlhf_core.records import RECORDS
+
+    contract = RECORDS.get(plugin.record or "")
+    return f"{contract.name} ({', '.join(contract.required)}): {contract.summary}" if contract else ""

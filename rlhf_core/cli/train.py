@@ -1,0 +1,138 @@
+"""`rlhf train` and `rlhf validate`: a method or a file, with any option of the method as a flag."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rlhf_core.cli import complete
+from rlhf_core.cli.output import print_json
+from rlhf_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rlhf_core.job import Job
+    from rlhf_core.training.result import TrainResult
+
+# Whatever typer doesn't know is an option of the method, read once the method is known.
+_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["--help", "-h"]}
+
+Target = Annotated[
+    str,
+    typer.Argument(
+        metavar="METHOD|CONFIG.yaml [--OPTION VALUE]…",
+        help="A method's name or a configuration file, then any of its options.",
+        autocompletion=complete.trainers,
+    ),
+]
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command(context_settings=_PASS_ON)(train)
+    app.command(context_settings=_PASS_ON)(validate)
+
+
+def train(
+    context: typer.Context,
+    target: Target,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved configuration; load and write nothing.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in --output from its last checkpoint.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --output.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Train: `rlhf train dpo --model M --data D --output O --beta 0.2`, or `rlhf train CONFIG.yaml`.
+
+    A configuration file is flat: method, model, data, eval_data, output and preset, then the method's options by name. Each is also
+    a flag of that name (--learning_rate or --learning-rate, --lora.rank 8), which wins over the file; `rlhf show METHOD` lists
+    them. Relative paths start at the current directory, those in a file too.
+    """
+    job = _job(target, context.args)
+    if resume and overwrite:
+        raise ConfigError("a run is either continued or replaced", place="--resume and --overwrite", fix="choose one")
+    if resume and "output" not in job.places:
+        raise ConfigError("no run to continue is named", place="--resume", fix="give `--output DIR`")
+    if dry_run:
+        return _describe(job, resume=resume, overwrite=overwrite)
+    from rlhf_core.infra import setup_logging
+
+    setup_logging(rank=int(os.environ.get("RANK", "0")))
+    trainer = job.trainer(command=shlex.join(["rlhf", *sys.argv[1:]]))
+    result = trainer.train(resume=resume, overwrite=overwrite)
+    if int(os.environ.get("RANK", "0")) == 0:
+        _report(result, as_json=as_json)
+    return None
+
+
+def validate(context: typer.Context, target: Target) -> None:
+    """Check a configuration file without running it; flags complete or override it as they do for `train`."""
+    job = _job(target, context.args)
+    print(f"ok: {target} is a valid configuration of {job.plugin.qualified}")
+
+
+def _job(target: str, flags: list[str]) -> Job:
+    if target.startswith("-"):
+        raise ConfigError(
+            "a method or a file comes first",
+            place="command line",
+            got=f"`{target}`",
+            fix="`rlhf train METHOD --option value`",
+        )
+    from rlhf_core.job import load_job
+
+    return load_job(target, flags=flags)
+
+
+def _describe(job: Job, *, resume: bool, overwrite: bool) -> None:
+    """Print the resolved configuration, itself a valid file, under comments on what would be read and written."""
+    from rlhf_core.data.sources import SUFFIXES
+    from rlhf_core.errors import DataError
+
+    lines = [
+        f"{job.plugin.qualified} {job.plugin.version}: {job.plugin.summary}".strip(),
+        f"model: {_place(job.run.model)}",
+    ]
+    for key in ("data", "eval_data"):
+        value = getattr(job.run, key)
+        for name in [value] if isinstance(value, str) else value or []:
+            if name.endswith(SUFFIXES) and not Path(name).expanduser().exists():
+                raise DataError("no such file", place=name, fix=f"mend `{key}` ({job.places.get(key, 'command line')})")
+            lines.append(f"{key}: {_place(name)} (rows of the record `{job.method.record}`)")
+    output = Path(str(job.run.output))
+    state = "new"
+    if output.exists() and any(output.iterdir()):
+        state = "continued" if resume else "replaced" if overwrite else "not empty: needs --resume or --overwrite"
+    lines.append(f"output: {output} ({state})")
+    print("\n".join(f"# {line}" for line in lines))
+    print(job.to_yaml(), end="")
+
+
+def _place(name: str) -> str:
+    path = Path(name).expanduser()
+    if path.is_file():
+        return f"file {path}, {path.stat().st_size:,} bytes"
+    if path.is_dir():
+        return f"directory {path}"
+    return f"{name}, not a path here: would be looked up on the hub"
+
+
+def _report(result: TrainResult, *, as_json: bool) -> None:
+    values: dict[str, Any] = {**vars(result)}
+    if as_json:
+        return print_json(values)
+    print(f"{values['status']}: {result.step} steps, {result.tokens:,} tokens, {result.seconds:.1f} s")
+    for title, metrics in (("last step", result.metrics), ("evaluation", result.eval_metrics)):
+        if metrics:
+            print(f"{title}: " + ", ".join(f"{name} {value:.6g}" for name, value in metrics.items()))
+    if result.model_dir is not None:
+        print(f"model: {result.model_dir}")
+    if result.output is not None:
+        print(f"run: {result.output}")
+    return None

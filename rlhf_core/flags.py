@@ -1,0 +1,159 @@
+"""Flags of the command line: `--lora.rank 8` as options of a configuration, typed by its fields.
+
+A flag is named as the option is, with `-` and `_` alike and a dot between a group and its option. `--flag value` and
+`--flag=value` mean the same; a flag of a boolean, or of a group that is off by default (`--lora`), may stand bare; a list is
+given by repeating the flag, or as `[a, b]`.
+"""
+
+from __future__ import annotations
+
+import re
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+
+from rlhf_core.config import parse_scalar
+from rlhf_core.errors import ConfigError, nearest
+
+_NEGATIVE = re.compile(r"-(\d|\.\d|inf|nan)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag as it was typed; `text` is None where it stood bare."""
+
+    name: str
+    text: str | None
+
+    @property
+    def typed(self) -> str:
+        return f"--{self.name}"
+
+    @property
+    def key(self) -> str:
+        """The dotted option that it names."""
+        return self.name.replace("-", "_")
+
+
+def lex(tokens: Sequence[str]) -> list[Flag]:
+    """Cut the tokens after `rlhf train METHOD` into flags. Raises ConfigError for a token that belongs to none."""
+    flags: list[Flag] = []
+    rest = list(tokens)
+    while rest:
+        token = rest.pop(0)
+        if not token.startswith("--") or len(token) == 2:
+            fix = "options are written `--name value`"
+            if flags and flags[-1].text is not None:
+                fix = f"quote a value with blanks; give a list as `{flags[-1].typed} A {flags[-1].typed} B`"
+            raise ConfigError("unexpected argument", place="command line", got=f"`{token}`", fix=fix)
+        name, equals, text = token[2:].partition("=")
+        if equals:
+            flags.append(Flag(name, text))
+        elif rest and (not rest[0].startswith("-") or _NEGATIVE.match(rest[0])):
+            flags.append(Flag(name, rest.pop(0)))
+        else:
+            flags.append(Flag(name, None))
+    return flags
+
+
+def convert(flags: Iterable[Flag], config: type[BaseModel], *, owner: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return each flag's value by dotted option, typed by the configuration's field, and its place for messages.
+
+    `owner` names the configuration in messages ("dpo").
+
+    Raises:
+        ConfigError: an unknown option (with the nearest), one without a value, or one given twice.
+    """
+    grouped: dict[str, list[Flag]] = {}
+    members: dict[str, tuple[Any, ...]] = {}
+    for flag in flags:
+        key, members_of = _field(flag, config, owner)
+        members[key] = members_of
+        grouped.setdefault(key, []).append(flag)
+    values = {key: _value(given, members[key]) for key, given in grouped.items()}
+    return values, {key: given[0].typed for key, given in grouped.items()}
+
+
+def unknown_option(
+    name: str, config: type[BaseModel], *, owner: str, place: str, also: Iterable[str] = ()
+) -> ConfigError:
+    """Return the error for an option that a configuration doesn't have, with the nearest that it has."""
+    near = nearest(name.replace("-", "_"), [*also, *_paths(config)]) or nearest(name.rpartition(".")[2], _paths(config))
+    hint = f"did you mean `{near}`? " if near else ""
+    return ConfigError(f"unknown option `{name}` of {owner}", place=place, fix=f"{hint}`rlhf show {owner}` lists them")
+
+
+def _paths(config: type[BaseModel], prefix: str = "") -> list[str]:
+    paths = []
+    for name, field in config.model_fields.items():
+        paths.append(prefix + name)
+        for member in _members(field.annotation):
+            if _is_group(member):
+                paths += _paths(member, f"{prefix}{name}.")
+    return paths
+
+
+def _field(flag: Flag, config: type[BaseModel], owner: str) -> tuple[str, tuple[Any, ...]]:
+    """Return the dotted option that a flag names and the types that its value may have."""
+    key: list[str] = []
+    group: type[BaseModel] | None = config
+    members: tuple[Any, ...] = ()
+    parts = flag.name.split(".")
+    for number, part in enumerate(parts):
+        name = part.replace("-", "_")
+        if group is None or name not in group.model_fields:
+            raise unknown_option(flag.name, config, owner=owner, place=flag.typed)
+        key.append(name)
+        members = _members(group.model_fields[name].annotation)
+        if any(get_origin(member) is dict for member in members) and number + 2 == len(parts):
+            return ".".join([*key, parts[-1]]), (str,)  # an entry of a mapping, its key as typed
+        group = next((member for member in members if _is_group(member)), None)
+    return ".".join(key), members
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    """Return the types of a union, flat; literals stay whole."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return tuple(member for part in get_args(annotation) for member in _members(part))
+    return (annotation,)
+
+
+def _is_group(member: Any) -> bool:
+    return isinstance(member, type) and issubclass(member, BaseModel)
+
+
+def _value(given: Sequence[Flag], members: tuple[Any, ...]) -> Any:
+    values = [_one(flag, members) for flag in given]
+    if len(values) == 1:
+        return values[0]
+    if not any(get_origin(member) is list for member in members):
+        texts = " and ".join(f"`{flag.text}`" for flag in given)
+        raise ConfigError(f"given {len(given)} times", place=given[0].typed, got=texts, fix="keep one of them")
+    return [item for value in values for item in (value if isinstance(value, list) else [value])]
+
+
+def _one(flag: Flag, members: tuple[Any, ...]) -> Any:
+    if flag.text is None:
+        if bool in members or any(_is_group(member) for member in members):
+            return True
+        raise ConfigError("needs a value", place=flag.typed, fix=f"write `{flag.typed} VALUE` or `{flag.typed}=VALUE`")
+    if any(flag.text in get_args(member) for member in members if get_origin(member) is Literal):
+        return flag.text
+    value = parse_scalar(flag.text)
+    accepted = {get_origin(member) or member for member in members}
+    if isinstance(value, list | Mapping) or (value is None and flag.text and types.NoneType in accepted):
+        return value
+    if str in accepted:
+        return flag.text  # a name such as `2024` or `yes` stays text
+    if list in accepted:
+        return [flag.text if str in _items(members) else value]
+    return value
+
+
+def _items(members: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the types that a list's items may have, literals of text counting as text."""
+    items = [item for member in members if get_origin(member) is list for item in get_args(member)]
+    return tuple(str if get_origin(item) is Literal else item for item in items)

@@ -1,0 +1,185 @@
+"""One training run as it was asked for: a method or a file, with overrides, made into checked configurations.
+
+Defaults give way to the preset, the preset to the file, the file to flags or overrides. A file is flat: the keys of
+`RunConfig` (method, model, data, eval_data, output, preset) and the method's options by name. Relative paths in it mean what they
+would on the command line: they start at the current directory, not at the file's.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlhf_core import registry
+from rlhf_core.config import RunConfig, TrainerConfig, load_yaml, merge, nest
+from rlhf_core.errors import ConfigError, nearest
+from rlhf_core.flags import Flag, convert, lex, unknown_option
+from rlhf_core.infra.redact import redact, redact_text
+from rlhf_core.interfaces import Trainer
+from rlhf_core.presets import get_preset
+
+COMMAND_LINE = "command line"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to run, with what, and where each value came from."""
+
+    run: RunConfig
+    options: TrainerConfig
+    method: type[Trainer[Any]]
+    plugin: registry.Plugin
+    places: Mapping[str, str]
+    """For each dotted key that was set, its place: `file:line`, a flag, or the preset."""
+    config_input: str | None = None
+    """The text of the configuration file, as it was written."""
+
+    def trainer(self, command: str | None = None) -> Trainer[Any]:
+        """Return the trainer, ready to train; nothing is loaded or read yet. `command` is kept in the run directory."""
+        trainer = self.method(
+            self.options, model=self.run.model, data=self.run.data, eval_data=self.run.eval_data, output=self.run.output
+        )
+        trainer.run_inputs = {
+            "config_input": None if self.config_input is None else redact_text(self.config_input),
+            "command": None if command is None else redact_text(command),
+            "plugin": self.plugin.as_dict(),
+        }
+        return trainer
+
+    def resolved(self) -> dict[str, Any]:
+        """Return every setting as plain values, secrets redacted; as a file it describes the same run."""
+        values = {**self.run.model_dump(mode="json"), **self.options.model_dump(mode="json")}
+        return {key: redact(value, key) for key, value in values.items()}
+
+    def to_yaml(self) -> str:
+        """Return `resolved` as the text of a configuration file."""
+        return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True, width=100)
+
+
+def load_job(target: str | Path, overrides: Mapping[str, Any] | None = None, *, flags: Sequence[str] = ()) -> Job:
+    """Resolve a method's name or a configuration file into a job.
+
+    Args:
+        target: a name such as `dpo` or `acme-rlhf:dpo`, or the path of a YAML file.
+        overrides: values by dotted key, from Python: `{"beta": 0.2, "lora.rank": 8}`.
+        flags: the same as command-line tokens: `["--beta", "0.2", "--lora.rank=8"]`.
+
+    Raises:
+        ConfigError: an unknown method, key or option, a missing one, or a wrong value.
+        PluginError: the method is broken, ambiguous or disabled.
+    """
+    given = lex(flags)
+    values, places, text = _read(target)
+    run_flags = [flag for flag in given if flag.key in RunConfig.KEYS]
+    over, over_places = convert(run_flags, RunConfig, owner="train")
+    overrides = dict(overrides or {})
+    run_over = {**{key: overrides.pop(key) for key in RunConfig.KEYS if key in overrides}, **over}
+    run_values = {key: values.pop(key) for key in RunConfig.KEYS if key in values} | run_over
+    places |= over_places
+    plugin, method = _method(run_values, places)
+    name = str(run_values["method"])
+    _refuse_unknown(values, method, name, places)
+    option_flags = [flag for flag in given if flag.key not in RunConfig.KEYS]
+    option_values, option_places = _convert_options(option_flags, method, name)
+    places |= option_places
+    preset = _preset(run_values, places)
+    options: dict[str, Any] = {}
+    for layer in (preset, values, nest(overrides), nest(option_values)):
+        options = merge(options, _switches(layer, options))
+    run = _run(run_values, places)
+    return Job(run, method.Config.parse(options, place=places), method, plugin, places, text)
+
+
+def is_file(target: str | Path) -> bool:
+    """Tell whether a target means a configuration file, by its name: a path, or an end in .yaml or .yml."""
+    text = str(target)
+    return isinstance(target, Path) or text.endswith((".yaml", ".yml")) or os.sep in text
+
+
+def _read(target: str | Path) -> tuple[dict[str, Any], dict[str, str], str | None]:
+    if not is_file(target):
+        return {"method": str(target)}, {"": COMMAND_LINE, "method": COMMAND_LINE}, None
+    values, places = load_yaml(target)
+    return values, places, Path(target).read_text(encoding="utf-8-sig")
+
+
+def _method(values: Mapping[str, Any], places: Mapping[str, str]) -> tuple[registry.Plugin, type[Trainer[Any]]]:
+    name = values.get("method")
+    if not isinstance(name, str):
+        known = ", ".join(registry.trainers)
+        problem = "`method` is missing" if name is None else "`method` is not a name"
+        place = places.get("method", places[""])
+        raise ConfigError(
+            problem, place=place, got=None if name is None else repr(name), fix=f"set it to one of: {known}"
+        )
+    try:
+        plugin = registry.lookup(name, "trainer")
+        return plugin, registry.load(plugin)
+    except ConfigError as error:
+        fix = error.fix
+        if not is_file(name) and Path(f"{name}.yaml").is_file():
+            fix = f"write `{name}.yaml` for the file; {fix}"
+        raise type(error)(error.problem, place=places.get("method", places[""]), got=error.got, fix=fix) from None
+
+
+def _refuse_unknown(
+    values: Mapping[str, Any], method: type[Trainer[Any]], name: str, places: Mapping[str, str]
+) -> None:
+    for key in values:
+        if str(key) not in method.Config.model_fields:
+            place = places.get(str(key), places[""])
+            raise unknown_option(str(key), method.Config, owner=name, place=place, also=RunConfig.KEYS)
+
+
+def _convert_options(flags: list[Flag], method: type[Trainer[Any]], name: str) -> tuple[dict[str, Any], dict[str, str]]:
+    for flag in flags:
+        head = flag.key.partition(".")[0]
+        near = nearest(head, [*RunConfig.KEYS, *method.Config.model_fields])
+        if head not in method.Config.model_fields and near in RunConfig.KEYS:
+            raise ConfigError(f"unknown option `{flag.name}`", place=flag.typed, fix=f"did you mean `--{near}`?")
+    values, places = convert(flags, method.Config, owner=name)
+    for group in [key for key in values if any(other.startswith(f"{key}.") for other in values)]:
+        if values[group] in (False, None):
+            inner = next(other for other in values if other.startswith(f"{group}."))
+            raise ConfigError(
+                f"`{group}` is off, so `{inner}` has no meaning", place=places[inner], fix="leave one out"
+            )
+        switched = values.pop(group)  # `--lora --lora.rank 8`, in either order: the group is on, and so filled
+        values = {**({group: switched} if isinstance(switched, Mapping) else {}), **values}
+    return values, places
+
+
+def _preset(values: Mapping[str, Any], places: dict[str, str]) -> dict[str, Any]:
+    if values.get("preset") is None:
+        return {}
+    try:
+        preset = get_preset(str(values["preset"]))
+    except ConfigError as error:
+        raise ConfigError(error.problem, place=places.get("preset", places[""]), fix=error.fix) from None
+    for key in preset:
+        places.setdefault(key, f"preset `{values['preset']}`")
+    return preset
+
+
+def _switches(layer: Mapping[str, Any], below: Mapping[str, Any]) -> dict[str, Any]:
+    """`lora: true` over a group that a lower layer has filled keeps that group instead of resetting it."""
+    return {key: {} if value is True and isinstance(below.get(key), Mapping) else value for key, value in layer.items()}
+
+
+def _run(values: dict[str, Any], places: Mapping[str, str]) -> RunConfig:
+    for key in ("model", "data"):
+        if values.get(key) is None:
+            raise ConfigError(f"`{key}` is missing", place=places[""], fix=f"give `--{key}`, or `{key}:` in the file")
+    if values.get("output") is None:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            problem = "several processes need one run directory that they agree on"
+            raise ConfigError(problem, place="output", fix="give `--output DIR`")
+        method = str(values["method"]).replace(":", "-")
+        values["output"] = f"runs/{method}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return RunConfig.parse(values, place=places)
