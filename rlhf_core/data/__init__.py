@@ -1,6 +1,7 @@
 """Data: records → sources → datasets or streams → typed batches.
 
-`open_dataset` reads and checks rows, `DataStream` cuts them into the windows of optimiser steps, `collate` makes a `Batch`.
+`open_dataset` reads and checks rows, `DataStream` cuts them into the windows of optimiser steps, and `collate.collate` makes a
+`Batch` of each.
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ _PUBLIC = {
     "EncodedData": "base",
     "EncodedRow": "encode",
     "Encoder": "encode",
-    "collate": "collate",
     "open_source": "sources",
 }
 
