@@ -20,6 +20,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         only_this_distribution()
     try:
+        if (plain := _plain_list(tokens)) is not None:
+            from rlhf_core.cli.listing import print_list
+
+            print_list(plain[0], as_json="--json" in tokens, check="--check" in tokens)
+            return 0
         from rlhf_core.cli.app import run
 
         return run(tokens)
@@ -57,6 +62,14 @@ def describe(error: Exception) -> tuple[str, int]:
     return f"error[internal] {type(error).__name__}: {text}; fix: {fix}", 1
 
 
+def _plain_list(tokens: Sequence[str]) -> list[str | None] | None:
+    """Return the kind (or None) of a `list` in its usual forms, which goes without typer: that takes four times as long."""
+    if not tokens or tokens[0] != "list" or "_RLHF_COMPLETE" in os.environ:
+        return None
+    rest = [token for token in tokens[1:] if token not in ("--json", "--check")]
+    return None if len(rest) > 1 or any(token.startswith("-") for token in rest) else [*rest, None]
+
+
 _STORAGE = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EFBIG, errno.EPERM)
 
 
@@ -74,4 +87,5 @@ def _global_switches(arguments: Sequence[str]) -> tuple[list[str], bool, bool]:
     end = arguments.index("--") if "--" in arguments else len(arguments)
     head, tail = list(arguments[:end]), list(arguments[end:])
     debug, no_plugins = "--debug" in head, "--no-plugins" in head
-    return [token for token in head if token not in ("--debug", "--no-plugins")] + tail, debug, no_plugins
+    tokens = [token for token in head if token not in ("--debug", "--no-plugins")] + tail
+    return tokens or ["--help"], debug, no_plugins

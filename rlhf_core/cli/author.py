@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from rlhf_core import registry
 from rlhf_core.cli import complete
 
 
@@ -22,6 +21,8 @@ def check(
     ],
 ) -> None:
     """Run the conformance tests of a method's kind against it."""
+    from rlhf_core import registry
+
     plugin = registry.lookup(name)
     registry.load(plugin)  # what can't be loaded is told in one line, not as failing tests
     from rlhf_core.testing.check import run_contract
@@ -42,8 +43,9 @@ def new(
 ) -> None:
     """Write a package that offers one method: it installs, is listed and passes its tests as it is."""
     from rlhf_core.cli.scaffold import write_package
+    from rlhf_core.registry import parse_kind
 
-    root = write_package(registry.parse_kind(kind), name, directory)
+    root = write_package(parse_kind(kind), name, directory)
     for path in sorted(path for path in root.rglob("*") if path.is_file()):
         print(path)
     print(f"\nnext: pip install -e {root} && rlhf show {name} && pytest {root}/tests")

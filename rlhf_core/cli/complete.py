@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from rlhf_core import registry
-
 
 def kinds(incomplete: str) -> list[str]:
+    from rlhf_core import registry
+
     return [kind for kind in registry.KINDS if kind.startswith(incomplete)]
 
 
@@ -25,6 +25,8 @@ def trainers(incomplete: str) -> list[tuple[str, str]]:
 
 
 def _names(kind: str | None, incomplete: str) -> list[tuple[str, str]]:
+    from rlhf_core import registry
+
     usable = [plugin for plugin in registry.find(kind) if plugin.status in ("ok", "conflict")]
     offers = [(p.name if p.status == "ok" else p.qualified, p.summary) for p in usable]
     return [offer for offer in offers if offer[0].startswith(incomplete)]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import unquote, urlparse
 
 import typer
 
-from rlhf_core import registry
 from rlhf_core.cli.output import print_json, print_table
 from rlhf_core.errors import PluginError, RLHFError
+
+if TYPE_CHECKING:
+    from importlib.metadata import Distribution
+
+    from rlhf_core.registry import Plugin
 
 
 def add_to(app: typer.Typer) -> None:
@@ -21,6 +24,7 @@ def add_to(app: typer.Typer) -> None:
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
     """Check this installation: versions, device, entry points, and every plugin loaded once. Exit code 5 on a fault."""
+    from rlhf_core import registry
     from rlhf_core.infra.devices import DeviceManager
     from rlhf_core.infra.environment import describe_environment
 
@@ -45,19 +49,22 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON."
 
 def find_problems() -> list[str]:
     """Return what is wrong with installed metadata and the policy variables, a line each."""
+    import importlib.metadata
+
     from rlhf_core.discovery import unreadable_distributions
+    from rlhf_core.registry import unmatched_policy
 
     problems = [f"the metadata at {place} can't be read: {reason}" for place, reason in unreadable_distributions()]
-    problems += [
-        f"{variable} names `{entry}`, which matches no plugin" for variable, entry in registry.unmatched_policy()
-    ]
+    problems += [f"{variable} names `{entry}`, which matches no plugin" for variable, entry in unmatched_policy()]
     for distribution in importlib.metadata.distributions():
         problems += stale_entry_points(distribution)
     return problems
 
 
-def stale_entry_points(distribution: importlib.metadata.Distribution) -> list[str]:
+def stale_entry_points(distribution: Distribution) -> list[str]:
     """Compare an editable installation's entry points with its source's table: an installer reads the table only once."""
+    from rlhf_core.discovery import GROUPS
+
     source = _editable_source(distribution)
     if source is None or not (source / "pyproject.toml").is_file():
         return []
@@ -75,7 +82,7 @@ def stale_entry_points(distribution: importlib.metadata.Distribution) -> list[st
     except Exception:  # told by `unreadable_distributions`
         return []
     problems = []
-    for group in registry.GROUPS.values():
+    for group in GROUPS.values():
         stated = {name: target.replace(" ", "") for name, target in table.get(group, {}).items()}
         there = {entry.name: entry.value.replace(" ", "") for entry in installed if entry.group == group}
         changed = sorted(name for name in stated.keys() | there.keys() if stated.get(name) != there.get(name))
@@ -88,7 +95,7 @@ def stale_entry_points(distribution: importlib.metadata.Distribution) -> list[st
     return problems
 
 
-def _editable_source(distribution: importlib.metadata.Distribution) -> Path | None:
+def _editable_source(distribution: Distribution) -> Path | None:
     text = distribution.read_text("direct_url.json")
     try:
         origin: dict[str, Any] = json.loads(text) if text else {}
@@ -99,8 +106,10 @@ def _editable_source(distribution: importlib.metadata.Distribution) -> Path | No
     return Path(unquote(urlparse(origin["url"]).path))
 
 
-def _loaded(plugin: registry.Plugin) -> registry.Plugin:
+def _loaded(plugin: Plugin) -> Plugin:
     """Load a plugin, guarded, and return it as the registry then lists it."""
+    from rlhf_core import registry
+
     if plugin.status not in ("ok", "conflict"):
         return plugin
     try:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rlhf_core import registry
 from rlhf_core.cli import complete
 from rlhf_core.cli.output import print_json, print_table
 
-_STYLES = {"ok": "", "conflict": "yellow", "disabled": "dim", "broken": "red", "wrong-api": "red"}
+if TYPE_CHECKING:
+    from rlhf_core.registry import Plugin
 
 
 def add_to(app: typer.Typer) -> None:
@@ -36,20 +36,14 @@ def list_plugins(
     check: Annotated[bool, typer.Option("--check", help="Import each one, and show what that reveals.")] = False,
 ) -> None:
     """List the methods that are installed, with their status. Imports none of them."""
-    if check:
-        _load_each(kind)
-    plugins = registry.find(kind)
-    if as_json:
-        return print_json([plugin.as_dict() for plugin in plugins])
-    rows = [
-        (p.kind, p.name, f"{p.distribution} {p.version}".strip(), p.record or "", p.status, _told(p)) for p in plugins
-    ]
-    header = ("kind", "name", "distribution", "record", "status", "summary")
-    return print_table(header, rows, styles=[_STYLES[plugin.status] for plugin in plugins])
+    from rlhf_core.cli.listing import print_list
+
+    print_list(kind, as_json=as_json, check=check)
 
 
 def show(name: Name, as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
     """Show one method: where it comes from, the rows that it eats, its options. Imports none of it."""
+    from rlhf_core import registry
     from rlhf_core.header import HeaderError, read_header, read_options
 
     plugin = registry.lookup(name)
@@ -87,6 +81,8 @@ def show(name: Name, as_json: Annotated[bool, typer.Option("--json", help="Print
 
 def schema(name: Name) -> None:
     """Print the JSON schema of a method's options."""
+    from rlhf_core import registry
+
     cls = registry.load(registry.lookup(name))
     if not hasattr(cls, "Config"):
         from rlhf_core.errors import ConfigError
@@ -95,22 +91,7 @@ def schema(name: Name) -> None:
     print_json(cls.Config.model_json_schema())
 
 
-def _load_each(kind: str | None) -> None:
-    from rlhf_core.errors import RLHFError
-
-    for plugin in registry.find(kind):
-        if plugin.status in ("ok", "conflict"):
-            try:
-                registry.load(plugin)
-            except RLHFError:
-                continue  # the registry remembers the reason and lists it
-
-
-def _told(plugin: registry.Plugin) -> str:
-    return plugin.summary if plugin.status == "ok" else plugin.reason
-
-
-def _record(plugin: registry.Plugin) -> str:
+def _record(plugin: Plugin) -> str:
     from rlhf_core.records import RECORDS
 
     contract = RECORDS.get(plugin.record or "")

@@ -24,7 +24,7 @@ _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_opti
 Target = Annotated[
     str,
     typer.Argument(
-        metavar="METHOD|CONFIG.yaml [--OPTION VALUE]…",
+        metavar="METHOD|CONFIG.yaml",
         help="A method's name or a configuration file, then any of its options.",
         autocompletion=complete.trainers,
     ),
@@ -32,8 +32,8 @@ Target = Annotated[
 
 
 def add_to(app: typer.Typer) -> None:
-    app.command(context_settings=_PASS_ON)(train)
-    app.command(context_settings=_PASS_ON)(validate)
+    app.command(context_settings=_PASS_ON, options_metavar="[--OPTION VALUE]…")(train)
+    app.command(context_settings=_PASS_ON, options_metavar="[--OPTION VALUE]…")(validate)
 
 
 def train(
@@ -50,9 +50,9 @@ def train(
 ) -> None:
     """Train: `rlhf train dpo --model M --data D --output O --beta 0.2`, or `rlhf train CONFIG.yaml`.
 
-    A configuration file is flat: method, model, data, eval_data, output and preset, then the method's options by name. Each is also
-    a flag of that name (--learning_rate or --learning-rate, --lora.rank 8), which wins over the file; `rlhf show METHOD` lists
-    them. Relative paths start at the current directory, those in a file too.
+    A configuration file is flat: method, model, data, eval_data, output and preset, then the method's options by name. Each is
+    also a flag of that name (--learning_rate or --learning-rate, --lora.rank 8), which wins over the file; `rlhf show METHOD`
+    lists them. Relative paths start at the current directory, those in a file too.
     """
     job = _job(target, context.args)
     if resume and overwrite:
