@@ -15,11 +15,10 @@ import torch
 
 from rlhf_core.batch import Batch
 from rlhf_core.data import DataStream
-from rlhf_core.errors import NumbersError, PluginError, RLHFError, Stopped
+from rlhf_core.errors import NumbersError, PluginError, Stopped
 from rlhf_core.hooks import Hooks, load_hooks
 from rlhf_core.infra.devices import DeviceManager
-from rlhf_core.infra.environment import describe_environment
-from rlhf_core.infra.seeds import seed_everything, stream_seed
+from rlhf_core.infra.seeds import seed_everything
 from rlhf_core.interfaces import Trainer
 from rlhf_core.training.distribution import Distribution, create_distribution
 from rlhf_core.training.early_stopping import EarlyStopping
@@ -27,7 +26,7 @@ from rlhf_core.training.evaluate import evaluate
 from rlhf_core.training.export import export_models
 from rlhf_core.training.logger import REQUIRED, TIMING, TrainingLogger
 from rlhf_core.training.loss_scale import LossScale
-from rlhf_core.training.micro_batches import MicroBatches
+from rlhf_core.training.micro_batches import MicroBatches, is_out_of_memory
 from rlhf_core.training.optimizer import Schedule, create_optimizer, set_learning_rate
 from rlhf_core.training.prepare import (
     build_models,
@@ -37,9 +36,10 @@ from rlhf_core.training.prepare import (
     open_data,
     training_mode,
 )
+from rlhf_core.training.provenance import note_data, note_failure, note_inputs
 from rlhf_core.training.result import TrainResult
 from rlhf_core.training.run_directory import RunDirectory
-from rlhf_core.training.settings import check_unchanged, run_inputs, run_settings
+from rlhf_core.training.settings import check_unchanged, run_settings
 from rlhf_core.training.signals import StopSignal
 from rlhf_core.training.state import Progress, RunState
 from rlhf_core.training.update import Outcome, Update
@@ -48,9 +48,6 @@ log = logging.getLogger(__name__)
 
 MAX_SKIPPED_IN_A_ROW = 10
 """Windows in a row with nothing to learn from, after which the run is stopped as broken."""
-
-STREAMS = ("model", "training", "evaluation")
-"""The named random streams whose seeds the run's record shows."""
 
 
 def run(trainer: Trainer, *, resume: bool = False, overwrite: bool = False) -> TrainResult:
@@ -91,7 +88,7 @@ class Run:
                 self._train()
                 return self._finish()
             except BaseException as error:
-                self._note_failure(error)
+                note_failure(self, error)
                 raise
             finally:
                 if self.started:
@@ -116,7 +113,7 @@ class Run:
         seed_everything(config.seed, "model")
         policy = load_policy(trainer, self.devices)
         self.dataset, self.eval_dataset = open_data(trainer, policy)
-        self._note_inputs(policy)
+        note_inputs(self, policy)
         self.parameters = build_models(trainer, policy, self.devices)
         self.distribution.same_parameters(trainer.models)
         self.micro_batches = MicroBatches(config)
@@ -152,28 +149,6 @@ class Run:
             return check_unchanged(before, self.settings, place=str(self.trainer.output)) if before else []
 
         self.changes = self.distribution.on_main(compare)
-
-    def _note_inputs(self, policy: Any) -> None:
-        """Write what is asked and what it runs on, before the first step."""
-        about = {
-            **describe_environment(),
-            "device": self.devices.describe(),
-            "processes": self.distribution.world_size,
-            "plugin": run_inputs(self.trainer).get("plugin") or self.settings["method"],
-            "seeds": {"seed": self.config.seed} | {name: stream_seed(self.config.seed, name) for name in STREAMS},
-        }
-        self.directory.update(**about)
-        self.directory.write_inputs(
-            self.settings, run_inputs(self.trainer), self.config.model_dump(mode="json", exclude_unset=True)
-        )
-        self.directory.write("models.json", {"policy": policy.describe()})
-        self._note_data()
-
-    def _note_data(self) -> None:
-        reports = {"data": self.dataset.report.as_dict()}
-        if self.eval_dataset is not None:
-            reports["eval_data"] = self.eval_dataset.report.as_dict()
-        self.directory.write("data.json", reports)
 
     def _prepare_stream(self) -> None:
         config = self.config
@@ -217,6 +192,10 @@ class Run:
 
     def _train(self) -> None:
         self.hooks.emit("run_started", run=self.trainer)
+        for module in self.trainer.models.values():
+            if getattr(module, "fresh_adapter", False):
+                # From the first step on the base isn't what was passed in, should this model be trained again.
+                module.fresh_adapter = False  # type: ignore[assignment]
         if self.progress.step == 0 and self.config.eval_steps is not None and self.progress.evaluated is None:
             self._evaluate()
         windows = iter(self.trainer.experience(self.stream))
@@ -245,8 +224,17 @@ class Run:
     def _next_window(self, windows: Iterator[Batch]) -> Batch | None:
         """Let the method make its next window, without gradients and in evaluation mode."""
         training_mode(self.trainer, False)
-        with torch.no_grad(), self.devices.autocast(self.config.precision):
-            window = next(windows, None)
+        try:
+            with torch.no_grad(), self.devices.autocast(self.config.precision):
+                window = next(windows, None)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise NumbersError(
+                "out of memory while the method made its experience",
+                place=f"step {self.progress.step + 1}",
+                fix="set a smaller `micro_batch_size` or `batch_size`",
+            ) from error
         return window if self.distribution.all(window is not None) else None
 
     def _commit(self, step: int, rate: float, outcome: Outcome, seconds: float) -> None:
@@ -333,7 +321,7 @@ class Run:
         if self.eval_dataset is not None and progress.evaluated != progress.step:
             self._evaluate_late()
         self._save()
-        self._note_data()
+        note_data(self)
         model_dir = export_models(self.trainer, self.distribution)
         result = TrainResult(
             step=progress.step,
@@ -358,16 +346,3 @@ class Run:
             self.progress.metrics |= metrics
             self.logger.rewind(self.progress.step - 1)
             self.logger.metrics(self.progress.metrics)
-
-    def _note_failure(self, error: BaseException) -> None:
-        """Write how the run ended into its record; what goes wrong here must not hide the error itself."""
-        code = error.exit_code if isinstance(error, RLHFError) else 130 if isinstance(error, KeyboardInterrupt) else 1
-        text = str(error) if isinstance(error, RLHFError) else f"{type(error).__name__}: {error}"
-        status = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
-        try:
-            self.directory.end(status, code, step=self.progress.step, message=text)  # type: ignore[arg-type]
-            if self.started:
-                self.logger.event(f"run_{status}", step=self.progress.step, exit_code=code, message=text)
-                self.hooks.emit("run_failed", run=self.trainer, error=error)
-        except RLHFError as also:
-            log.warning("the run's record could not be written: %s", also)

@@ -77,7 +77,10 @@ class RunDirectory:
         self._write("status.json", short)
 
     def end(self, status: Status, exit_code: int, *, step: int, message: str | None = None) -> None:
-        """Note how the run ended."""
+        """Note how the run ended. A fault that another process noted first is the cause, and ours its consequence."""
+        told = self.read("status.json") or {}
+        if told.get("status") == "failed" and exit_code == 1:
+            exit_code, message = told["exit_code"], told["message"]
         self.update(status=status, exit_code=exit_code, step=step, message=message, ended=_now())
 
     def write_inputs(self, settings: Mapping[str, Any], inputs: Mapping[str, Any], explicit: Mapping[str, Any]) -> None:
@@ -126,6 +129,12 @@ class RunDirectory:
     def _write(self, name: str, value: Any) -> None:
         assert self.path is not None
         replace_json(self.path / name, value)
+
+
+def note_fault(path: Path, *, rank: int, code: int, step: int, message: str) -> None:
+    """Tell launchers of a fault on another process than the first, which may not live to write it."""
+    fault = {"status": "failed", "exit_code": code, "step": step, "message": f"process {rank}: {message}"}
+    replace_json(path / "status.json", fault)
 
 
 def _new_record() -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rlhf_core import registry
 from rlhf_core.errors import ConfigError
 from rlhf_core.infra.redact import redact
 from rlhf_core.interfaces import Trainer
@@ -16,11 +17,9 @@ MAY_CHANGE = ("output", "logging", "checkpoint", "distributed", "micro_batch_siz
 
 def run_settings(trainer: Trainer) -> dict[str, Any]:
     """Return the run's settings in the shape of a configuration file, secrets redacted."""
-    inputs = run_inputs(trainer)
-    plugin = inputs.get("plugin") or {}
-    method = plugin.get("name") if isinstance(plugin, Mapping) else str(plugin)
+    plugin = run_plugin(trainer)
     settings: dict[str, Any] = {
-        "method": method or f"{type(trainer).__module__}:{type(trainer).__qualname__}",
+        "method": plugin["name"] if "name" in plugin else plugin["target"],
         "model": _source(trainer.model),
         "data": _source(trainer.data),
         "eval_data": None if trainer.eval_data is None else _source(trainer.eval_data),
@@ -32,6 +31,15 @@ def run_settings(trainer: Trainer) -> dict[str, Any]:
 def run_inputs(trainer: Trainer) -> Mapping[str, Any]:
     """Return what the command line noted on the trainer: `config_input` (text), `command` (text) and `plugin`."""
     return getattr(trainer, "run_inputs", None) or {}
+
+
+def run_plugin(trainer: Trainer) -> dict[str, Any]:
+    """Return where the method comes from: what the command line noted, else its entry point, else its class alone."""
+    if noted := run_inputs(trainer).get("plugin"):
+        return dict(noted)
+    target = f"{type(trainer).__module__}:{type(trainer).__qualname__}"
+    found = next((plugin for plugin in registry.find("trainer") if plugin.target == target), None)
+    return found.as_dict() if found is not None else {"target": target}
 
 
 def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any], *, place: str) -> list[str]:

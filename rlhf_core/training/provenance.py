@@ -1,0 +1,84 @@
+"""What a run was made from and how it ended, written into its directory."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from rlhf_core.errors import ModelError, RLHFError, Stopped
+from rlhf_core.infra.environment import describe_environment
+from rlhf_core.infra.seeds import stream_seed
+from rlhf_core.training.run_directory import RunDirectory, Status, note_fault
+from rlhf_core.training.settings import run_inputs, run_plugin
+
+if TYPE_CHECKING:
+    from rlhf_core.training.loop import Run
+
+log = logging.getLogger(__name__)
+
+STREAMS = ("model", "training", "evaluation")
+"""The named random streams whose seeds the record shows."""
+
+
+def note_inputs(run: Run, policy: Any) -> None:
+    """Write the configuration, the environment, the models and the data, before the first step.
+
+    Raises:
+        ModelError: the run is continued with other model files than it was started with.
+    """
+    trainer, directory = run.trainer, run.directory
+    inputs = run_inputs(trainer)
+    directory.update(
+        **describe_environment(),
+        device=run.devices.describe(),
+        processes=run.distribution.world_size,
+        plugin=run_plugin(trainer),
+        seeds={"seed": run.config.seed} | {name: stream_seed(run.config.seed, name) for name in STREAMS},
+    )
+    explicit = run.config.model_dump(mode="json", exclude_unset=True)
+    models = {"policy": policy.describe()}
+    run.distribution.on_main(lambda: _same_files(directory, models))
+    directory.write_inputs(run.settings, inputs, explicit)
+    directory.write("models.json", models)
+    note_data(run)
+
+
+def _same_files(directory: RunDirectory, models: dict[str, Any]) -> None:
+    before = directory.read("models.json") if directory.continued else None
+    if not before:
+        return
+    old, new = before["policy"].get("files"), models["policy"].get("files")
+    if old is not None and new is not None and old != new:
+        changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+        raise ModelError(
+            "the model's files changed since the run was started",
+            place=str(directory.path),
+            got=", ".join(changed[:5]),
+            fix="resume with the same model, or start a new run in another directory",
+        )
+
+
+def note_data(run: Run) -> None:
+    """Write what reading the data did so far; a stream knows it all only at its end."""
+    reports = {"data": run.dataset.report.as_dict()}
+    if run.eval_dataset is not None:
+        reports["eval_data"] = run.eval_dataset.report.as_dict()
+    run.directory.write("data.json", reports)
+
+
+def note_failure(run: Run, error: BaseException) -> None:
+    """Write how the run ended; what goes wrong here must not hide the error itself."""
+    code = error.exit_code if isinstance(error, RLHFError) else 130 if isinstance(error, KeyboardInterrupt) else 1
+    text = str(error) if isinstance(error, RLHFError) else f"{type(error).__name__}: {error}"
+    status: Status = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
+    step = run.progress.step
+    try:
+        if run.distribution.is_main:
+            run.directory.end(status, code, step=step, message=text)
+        elif run.trainer.output is not None and status == "failed":
+            note_fault(run.trainer.output, rank=run.distribution.rank, code=code, step=step, message=text)
+        if run.started:
+            run.logger.event(f"run_{status}", step=step, exit_code=code, message=text)
+            run.hooks.emit("run_failed", run=run.trainer, error=error)
+    except RLHFError as also:
+        log.warning("the run's record could not be written: %s", also)
