@@ -217,6 +217,8 @@ def _read_manifest(path: Path, step: int) -> dict[str, FileRecord]:
     if not (path / MANIFEST).is_file():
         raise ValueError(f"{MANIFEST} is missing")
     manifest = read_json(path / MANIFEST, _MAX_MANIFEST_BYTES)
+    if to_json(manifest) != (path / MANIFEST).read_bytes():
+        raise ValueError(f"{MANIFEST} is not as it was written")
     if not isinstance(manifest, dict) or manifest.keys() != {"format", "step", "files"}:
         raise ValueError(f"{MANIFEST} is malformed")
     if manifest["format"] != FORMAT:
