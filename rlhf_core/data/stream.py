@@ -158,15 +158,16 @@ class DataStream:
         rows = self.dataset.num_rows
         total = self._total(rows)
         while total is None or drawn < total:
-            for outcome, place in self.dataset.walk(epoch, seed=self.seed, shuffle=self.shuffle, position=position):
+            walk = self.dataset.walk(epoch, seed=self.seed, shuffle=self.shuffle, position=position)
+            for outcome, position in walk:
                 if outcome.row is not None:
                     if drawn == total:
                         return
                     in_epoch, drawn = in_epoch + 1, drawn + 1
-                yield outcome, (epoch, place, in_epoch, drawn)
+                yield outcome, (epoch, position, in_epoch, drawn)
             if rows is None:
                 rows, total = in_epoch, self._total(in_epoch)
-                yield None, (epoch, place if in_epoch else [], in_epoch, drawn)
+                yield None, (epoch, position, in_epoch, drawn)
             if not rows:
                 return
             epoch, position, in_epoch = epoch + 1, [], 0

@@ -45,6 +45,13 @@ class ControlTokens:
         }
         names = sorted((name for name in self.tokens if name), key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, names))) if names else None
+        # Some tokenizers mark a text's beginning behind a control token too.
+        after, alone = (
+            (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (f"{names[0]}a", "a"))
+            if names
+            else ([], [])
+        )
+        self._begins_text = after[1:] == alone
 
     def within(self, text: str) -> bool:
         """Tell whether the text holds what looks like a control token."""
@@ -54,6 +61,10 @@ class ControlTokens:
         """Return where the last control token in the text ends, or None where there is none."""
         ends = [match.end() for match in self._pattern.finditer(text)] if self._pattern else []
         return ends[-1] if ends else None
+
+    def continued(self, before: str) -> bool:
+        """Tell whether the tokenizer takes what follows this text as its continuation, not as a text's beginning."""
+        return not (self._begins_text and self.end_of_last(before) == len(before))
 
     def hidden(self, text: str, mark: str) -> str:
         """Return the text with each control token replaced by a plain word that `mark` makes unmistakable."""
@@ -81,7 +92,11 @@ class ControlTokens:
             if number + 1 < len(parts) and self.tokens[parts[number + 1]][1].lstrip:
                 part = part.rstrip()
             if part:
-                pieces.append(Piece(self.shown(part, mark), learnt=learnt, continues=continues or number > 0))
+                pieces.append(
+                    Piece(
+                        self.shown(part, mark), learnt=learnt, continues=not self._begins_text if number else continues
+                    )
+                )
         return pieces
 
 
@@ -131,11 +146,11 @@ class ChatTemplate:
             if turn == learnt[0]:
                 prompt_end = start
             else:
-                response += self._pieces(whole[end:start], mark, continues=True)
+                response += self._pieces(whole[end:start], mark, continues=self.control.continued(whole[:end]))
             end, closed = start + (self.control.end_of_last(whole[start:stop]) or 0), True
             if end == start:
                 end, closed = stop, False
-            response += self._pieces(whole[start:end], mark, learnt=True, continues=True)
+            response += self._pieces(whole[start:end], mark, learnt=True, continues=self.control.continued(before))
             if not closed and turn == learnt[-1] and self.tokenizer.eos_token_id is not None:
                 response.append(Piece(ids=(self.tokenizer.eos_token_id,), learnt=True))
         return self._pieces(whole[:prompt_end], mark), response

@@ -171,8 +171,21 @@ def test_template_without_an_end_token_gets_one_at_the_end(bpe):
 
 
 def test_a_continued_text_gets_no_second_beginning_mark(metaspace):
-    row = encoded(metaspace, {"messages": [USER, {"role": "assistant", "content": "ab"}]})
-    assert metaspace.convert_ids_to_tokens(row.responses[0]) == ["▁", "a", "b", "▁", "</s>"]
+    template = metaspace.chat_template.replace("{% else %} {{", "{% else %}{{")
+    text = metaspace.apply_chat_template([USER, REPLY, USER, REPLY], chat_template=template, tokenize=False)
+    assert "[/INST]The" in text
+    row = encoded(metaspace, {"messages": [USER, REPLY, USER, REPLY]}, chat_template=template)
+    assert row.prompt_ids + row.responses[0] == metaspace(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("name", ["tiny", "bpe", "metaspace"])
+def test_hiding_control_tokens_changes_nothing_else(name, request):
+    tokenizer = request.getfixturevalue(name)
+    mark = Encoder(tokenizer, "sft").template.control
+    for text in ("a", "<not control>", "[INST] a b", f"a{tokenizer.eos_token} b\n{tokenizer.bos_token}c"):
+        pieces = mark.pieces(text, "zqControl", learnt=False, continues=False)
+        ids = [token for part in Encoder(tokenizer, "sft")._ids(pieces) for token in part]
+        assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 # Control tokens in text are text.

@@ -60,14 +60,15 @@ def dataset_maker(request, tmp_path_factory):
     return lambda: opened(data, streaming=form != "map")
 
 
-def test_resume_at_any_point_is_the_uninterrupted_stream(dataset_maker):
-    options = {"batch_size": 4, "epochs": 3, "seed": 5}
+@pytest.mark.parametrize("batch_size", [4, 9])
+def test_resume_at_any_point_is_the_uninterrupted_stream(dataset_maker, batch_size):
+    options = {"batch_size": batch_size, "epochs": 3, "seed": 5}
     stream = DataStream(dataset_maker(), **options)
     batches, states = [], [stream.state_dict()]
     for batch in stream:
         batches.append(batch)
         states.append(stream.state_dict())
-    assert len(batches) == math.ceil(27 * 3 / 4)
+    assert len(batches) == math.ceil(27 * 3 / batch_size)
     for step, state in enumerate(states):
         resumed = DataStream(dataset_maker(), **options)
         resumed.load_state_dict(json.loads(json.dumps(state)))
