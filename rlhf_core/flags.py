@@ -46,7 +46,7 @@ def lex(tokens: Sequence[str]) -> list[Flag]:
         token = rest.pop(0)
         if not token.startswith("--") or len(token) == 2:
             fix = "options are written `--name value`"
-            if flags and flags[-1].text is not None:
+            if flags and flags[-1].text is not None and not token.startswith("-"):
                 fix = f"quote a value with blanks; give a list as `{flags[-1].typed} A {flags[-1].typed} B`"
             raise ConfigError("unexpected argument", place="command line", got=f"`{token}`", fix=fix)
         name, equals, text = token[2:].partition("=")

@@ -24,10 +24,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from rlhf_core.cli.listing import print_list
 
             print_list(plain[0], as_json="--json" in tokens, check="--check" in tokens)
-            return 0
-        from rlhf_core.cli.app import run
+            code = 0
+        else:
+            from rlhf_core.cli.app import run
 
-        return run(tokens)
+            code = run(tokens)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         if debug:
             raise
@@ -36,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader of our output (`| head`) went away; what is left in the buffer must not raise again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 1
     except Exception as error:
         if debug:
             raise

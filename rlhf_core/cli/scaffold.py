@@ -39,7 +39,7 @@ def write_package(kind: str, name: str, directory: Path) -> Path:
     module = name.replace("-", "_")
     stem = "".join(part.capitalize() for part in name.split("-"))
     values = {"kind": kind, "name": name, "module": module, "stem": stem, "api": API, "core_version": __version__}
-    values["class_name"] = stem + {"reward": "Reward"}.get(kind, kind.capitalize())
+    values["class_name"] = stem.removesuffix(kind.capitalize()) + kind.capitalize()
     for source in sorted([*(TEMPLATES / "shared").rglob("*.j2"), *(TEMPLATES / kind).rglob("*.j2")]):
         inside = source.relative_to(TEMPLATES)
         target = root / str(Path(*inside.parts[1:])).removesuffix(".j2").replace("MODULE", module)

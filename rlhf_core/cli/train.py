@@ -24,7 +24,7 @@ _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_opti
 Target = Annotated[
     str,
     typer.Argument(
-        metavar="METHOD|CONFIG.yaml",
+        metavar="METHOD_OR_FILE",
         help="A method's name or a configuration file, then any of its options.",
         autocompletion=complete.trainers,
     ),
@@ -32,8 +32,8 @@ Target = Annotated[
 
 
 def add_to(app: typer.Typer) -> None:
-    app.command(context_settings=_PASS_ON, options_metavar="[--OPTION VALUE]…")(train)
-    app.command(context_settings=_PASS_ON, options_metavar="[--OPTION VALUE]…")(validate)
+    app.command(context_settings=_PASS_ON)(train)
+    app.command(context_settings=_PASS_ON)(validate)
 
 
 def train(

@@ -1,0 +1,279 @@
+"""The command line as a user meets it: results on stdout, one line on stderr for a fault, the exit code of its kind."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rlhf_core import registry
+from rlhf_core.cli import main
+
+KEYS = ["kind", "name", "qualified", "distribution", "version", "summary", "record", "api", "status", "reason"]
+
+
+@pytest.fixture
+def rlhf(capsys):
+    """Run a command in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        code = main(arguments)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def process(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "rlhf_core", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
+
+
+def test_the_list_as_json_has_exactly_these_keys(rlhf) -> None:
+    code, out, err = rlhf("list", "--json")
+    plugins = json.loads(out)
+    assert (code, err) == (0, "")
+    assert all(list(plugin) == KEYS for plugin in plugins)
+    assert {"rlhf-core:sft", "rlhf-core:dpo"} <= {plugin["qualified"] for plugin in plugins}
+    assert json.loads(rlhf("list", "trainers", "--json")[1]) == [p for p in plugins if p["kind"] == "trainer"]
+
+
+def test_the_list_for_people_says_what_is_wrong(rlhf, install) -> None:
+    install("acme-broken", {"acme_broken.py": "raise ImportError('no GPU')"}, trainers={"theirs": "acme_broken:Gone"})
+    code, out, _ = rlhf("list")
+    line = next(line for line in out.splitlines() if "theirs" in line)
+    assert code == 0 and "broken" in line and "`Gone` isn't defined in `acme_broken`" in line
+    assert "\x1b" not in out  # no colours without a terminal
+
+
+def test_typer_and_the_short_way_print_the_same_list(rlhf) -> None:
+    from rlhf_core.cli.app import run
+
+    short = rlhf("list", "trainers", "--json")[1]
+    assert run(["list", "trainers", "--json"]) == 0
+    assert rlhf("list", "--json", "trainers")[1].endswith(short)
+
+
+def test_check_loads_each_and_shows_what_that_reveals(rlhf, install) -> None:
+    source = 'raise RuntimeError("no licence")\nclass Mine:\n    """Mine."""\n    api = 1\n    record = "sft"\n'
+    install("acme", {"acme.py": source}, trainers={"mine": "acme:Mine"})
+    status = {p["name"]: p["status"] for p in json.loads(rlhf("list", "--json")[1])}
+    assert status["mine"] == "ok"
+    checked = {p["name"]: p for p in json.loads(rlhf("list", "--json", "--check")[1])}
+    assert checked["mine"]["status"] == "broken" and "no licence" in checked["mine"]["reason"]
+    assert checked["sft"]["status"] == "ok"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["list"], ["list", "--json"], ["--help"], ["show", "dpo"], ["--version"], ["train", "--help"]]
+)
+def test_what_lists_and_shows_imports_no_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys; from rlhf_core.cli import main; main(sys.argv[1:]);"
+        "print([m for m in ('torch', 'transformers', 'datasets', 'trl') if m in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.stderr.strip() == "[]", done.stderr
+
+
+def test_listing_takes_at_most_twice_the_time_of_typer_and_rich() -> None:
+    def seconds(*command: str) -> float:
+        begin = time.perf_counter()
+        subprocess.run([sys.executable, *command], capture_output=True, check=True)
+        return time.perf_counter() - begin
+
+    # Interleaved pairs, and the median of their ratios: other work on the machine slows both of a pair alike.
+    ratios = [seconds("-m", "rlhf_core", "list", "--json") / seconds("-c", "import typer, rich") for _ in range(11)]
+    assert statistics.median(ratios) < 2
+
+
+def test_show_tells_all_that_the_source_says(rlhf) -> None:
+    code, out, _ = rlhf("show", "DPO")
+    assert code == 0
+    for text in (
+        "rlhf-core:dpo",
+        "preference (prompt, chosen, rejected)",
+        "dpo.py:",
+        "beta",
+        "larger keeps the policy",
+    ):
+        assert text in out
+    shown = json.loads(rlhf("show", "trainer:rlhf-core:dpo", "--json")[1])
+    assert "beta" in {option["name"] for option in shown["options"]}
+
+
+def test_show_tells_why_a_plugin_is_broken(rlhf, install) -> None:
+    install("acme", {}, trainers={"mine": "acme_gone:Mine"})
+    code, out, _ = rlhf("show", "mine")
+    assert code == 0 and "package `acme_gone` isn't installed" in out
+
+
+def test_schema_describes_every_option(rlhf) -> None:
+    schema = json.loads(rlhf("schema", "dpo")[1])
+    assert {"beta", "learning_rate", "lora"} <= set(schema["properties"])
+    assert schema["additionalProperties"] is False
+
+
+def test_validate_says_yes_or_why_not(rlhf, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("method: dpo\nmodel: m\ndata: d\nbeta: 0.2\n")
+    assert rlhf("validate", str(path)) == (0, f"ok: {path} is a valid configuration of rlhf-core:dpo\n", "")
+    path.write_text("method: dpo\nmodel: m\nbta: 0.2\n")
+    code, out, err = rlhf("validate", str(path))
+    assert (code, out) == (2, "") and err.startswith(f"error[config] {path}:3: unknown option `bta` of dpo")
+
+
+def test_a_dry_run_prints_a_configuration_that_runs_the_same(rlhf, tmp_path: Path) -> None:
+    data = tmp_path / "d.jsonl"
+    data.write_text('{"prompt": "a"}\n')
+    output = tmp_path / "out"
+    arguments = [
+        "train",
+        "dpo",
+        "--model",
+        "m",
+        "--data",
+        str(data),
+        "--output",
+        str(output),
+        "--beta",
+        "0.2",
+        "--dry-run",
+    ]
+    code, out, err = rlhf(*arguments)
+    assert (code, err) == (0, "") and not output.exists()
+    assert f"# data: file {data}, 16 bytes (rows of the record `preference`)" in out
+    assert f"# output: {output} (new)" in out and "beta: 0.2" in out
+    path = tmp_path / "again.yaml"
+    path.write_text(out)
+    assert rlhf("train", str(path), "--dry-run")[1] == out
+    output.mkdir()
+    (output / "x").touch()
+    assert "needs --resume or --overwrite" in rlhf(*arguments)[1]
+
+
+FAULTS = {
+    ("lst",): (2, "error[config] rlhf: no such command 'lst'"),
+    ("list", "trainr"): (2, "error[config] registry: unknown kind of plugin `trainr`; fix: did you mean `trainer`?"),
+    ("list", "--jsn"): (2, "error[config] rlhf list: no such option: --jsn"),
+    ("show",): (2, "error[config] rlhf show: missing argument 'NAME'; fix: `rlhf show --help` tells its use"),
+    ("show", "dpoo"): (2, "error[config] registry: unknown plugin `dpoo`; fix: did you mean `dpo`?"),
+    ("train",): (2, "error[config] rlhf train: missing argument"),
+    ("train", "dpoo"): (2, "error[config] command line: unknown trainer `dpoo`; fix: did you mean `dpo`?"),
+    ("train", "--beta", "1", "dpo"): (2, "error[config] command line: a method or a file comes first; got `--beta`"),
+    ("train", "dpo"): (2, "error[config] command line: `model` is missing; fix: give `--model`, or `model:` in the file"),
+    ("train", "dpo", "--model", "m", "--data", "d", "--bta", "1"): (2, "error[config] --bta: unknown option `bta` of dpo"),
+    ("train", "dpo", "--model", "m", "--data", "d", "--resume"): (2, "error[config] --resume: no run to continue is named"),
+    ("train", "dpo", "--model", "m", "--data", "d", "--output", "o", "--resume", "--overwrite"): (2, "error[config] --resume"),
+    ("train", "dpo", "--model", "m", "--data", "gone.jsonl", "--dry-run"): (3, "error[data] gone.jsonl: no such file"),
+    ("train", "gone.yaml"): (2, "error[config] gone.yaml: no such file"),
+    ("new", "trainer", "json"): (2, "error[config] NAME: a module of that name is installed, which it would hide; got `json`"),
+    ("new", "trainer", "Acme_X"): (2, "error[config] NAME: a package's name has lower-case letters"),
+    ("new", "hook", "acme-x"): (2, "error[config] KIND: there is no template for this kind; got `hook`"),
+    ("check", "sftt"): (2, "error[config] registry: unknown plugin `sftt`; fix: did you mean `sft`?"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", FAULTS, ids=" ".join)
+def test_a_users_error_is_one_line_with_its_exit_code(rlhf, arguments: tuple[str, ...]) -> None:
+    code, out, err = rlhf(*arguments)
+    expected, line = FAULTS[arguments]
+    assert (code, out) == (expected, "") and err.startswith(line) and err.count("\n") == 1, err
+
+
+def test_a_plugin_that_cannot_load_is_exit_code_5(rlhf, install) -> None:
+    source = 'raise RuntimeError("no\\nlicence")\nclass Mine:\n    api = 1\n    record = "sft"\n'
+    install("acme", {"acme.py": source}, trainers={"mine": "acme:Mine"})
+    code, out, err = rlhf("schema", "mine")
+    assert (code, out) == (5, "") and err.count("\n") == 1
+    assert (
+        "error[plugin] trainer `mine` of acme 1.0 (acme:Mine): broken: importing it raised RuntimeError: no licence"
+        in err
+    )
+    with pytest.raises(Exception, match="no\nlicence"):
+        main(["schema", "mine", "--debug"])
+
+
+def test_no_plugins_leaves_only_the_cores_own(rlhf, install, monkeypatch) -> None:
+    monkeypatch.setenv(registry.ALLOW_VARIABLE, "")  # so that it is put back after the test
+    install("acme", {"acme.py": ""}, trainers={"dpo": "acme:Gone", "mine": "acme:Gone"})
+    code, out, _ = rlhf("--no-plugins", "list", "--json")
+    status = {(p["distribution"], p["name"]): p["status"] for p in json.loads(out)}
+    assert code == 0
+    assert (status["acme", "dpo"], status["acme", "mine"], status["rlhf-core", "dpo"]) == ("disabled", "disabled", "ok")
+
+
+def test_what_we_did_not_foresee_is_one_line_and_exit_code_1(rlhf, monkeypatch) -> None:
+    def surprise(kind: str | None = None) -> None:
+        raise ValueError("two\nlines")
+
+    monkeypatch.setattr(registry, "find", surprise)
+    code, _, err = rlhf("list")
+    assert (code, err.count("\n")) == (1, 1)
+    assert err.startswith("error[internal] ValueError: two lines; fix: run it again with `--debug`")
+    with pytest.raises(ValueError):
+        main(["--debug", "list"])
+
+
+def test_interrupts_and_full_disks_have_their_codes(rlhf, monkeypatch) -> None:
+    def interrupted(kind: str | None = None) -> None:
+        raise KeyboardInterrupt
+
+    def full(kind: str | None = None) -> None:
+        raise OSError(28, "No space left on device", "/runs/x")
+
+    monkeypatch.setattr(registry, "find", interrupted)
+    assert rlhf("list") == (130, "", "error[interrupted] stopped by Ctrl-C\n")
+    monkeypatch.setattr(registry, "find", full)
+    assert rlhf("list") == (7, "", "error[io] /runs/x: No space left on device\n")
+
+
+@pytest.mark.parametrize("verb", [["list"], ["show", "dpo"]])
+def test_a_reader_that_goes_away_is_no_traceback(verb: list[str]) -> None:
+    pipe = subprocess.Popen([sys.executable, "-m", "rlhf_core", *verb], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert pipe.stdout is not None and pipe.stderr is not None
+    pipe.stdout.close()
+    assert (pipe.stderr.read(), pipe.wait()) == (b"", 1)
+
+
+def test_help_comes_without_arguments() -> None:
+    done = process()
+    assert done.returncode == 0 and "Usage: rlhf" in done.stdout and done.stderr == ""
+
+
+def test_the_version_is_printed() -> None:
+    from rlhf_core import __version__
+
+    done = process("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"rlhf-core {__version__}\n", "")
+
+
+def test_the_table_is_wrapped_to_a_terminal() -> None:
+    master, slave = pty.openpty()
+    environment = {**os.environ, "COLUMNS": "70", "TERM": "xterm"}
+    done = subprocess.Popen([sys.executable, "-m", "rlhf_core", "list"], stdout=slave, env=environment)
+    assert done.wait() == 0
+    os.close(slave)
+    text = re.sub(r"\x1b\[[0-9;]*m", "", os.read(master, 65536).decode())
+    assert "preference" in text and max(len(line) for line in text.splitlines()) <= 70
+
+
+def test_the_shell_completes_verbs_and_methods() -> None:
+    def complete(words: str) -> str:
+        return process(_RLHF_COMPLETE="complete_zsh", _TYPER_COMPLETE_ARGS=words).stdout
+
+    assert "validate" in complete("rlhf va")
+    assert "dpo" in complete("rlhf train d") and "sft" in complete("rlhf show ")
+    assert "trainer" in complete("rlhf list tr")

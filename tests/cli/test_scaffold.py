@@ -1,0 +1,66 @@
+"""`rlhf new` writes packages that are whole: their own tests pass and their headers can be read."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from rlhf_core.cli import main
+from rlhf_core.cli.scaffold import write_package
+from rlhf_core.errors import ConfigError, StorageError
+from rlhf_core.header import read_header, read_options
+
+
+@pytest.mark.parametrize("kind", ["trainer", "reward", "sampler", "merger"])
+def test_the_header_of_a_new_package_is_that_of_its_kind(kind: str, tmp_path: Path, monkeypatch) -> None:
+    root = write_package(kind, "acme-margin", tmp_path)
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    (target,) = project["entry-points"][f"rlhf_core.{kind}s"].values()
+    monkeypatch.syspath_prepend(str(root / "src"))
+    header = read_header(target)
+    assert header.api == 1 and header.summary.endswith(".")
+    assert header.record == ("preference" if kind == "trainer" else None)
+    assert all(option.description for option in read_options(target)) and read_options(target)
+    assert target == f"acme_margin.{kind}:AcmeMargin{kind.capitalize()}"
+
+
+def test_new_packages_pass_their_tests(tmp_path: Path, install) -> None:
+    paths, roots = [], []
+    for kind in ("reward", "sampler", "merger"):
+        root = write_package(kind, f"acme-{kind}", tmp_path)
+        entries = tomllib.loads((root / "pyproject.toml").read_text())["project"]["entry-points"][f"rlhf_core.{kind}s"]
+        paths += [root / "src", install(f"acme-{kind}", {}, **{f"{kind}s": entries})]
+        roots.append(str(root / "tests"))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(path) for path in paths)}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), *roots]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "10 passed" in done.stdout
+
+
+def test_the_example_is_a_valid_configuration(tmp_path: Path, monkeypatch, install, capsys) -> None:
+    root = write_package("trainer", "acme-example", tmp_path)
+    install("acme-example", {}, trainers={"acme-example": "acme_example.trainer:AcmeExampleTrainer"})
+    monkeypatch.syspath_prepend(str(root / "src"))
+    assert main(["validate", str(root / "example.yaml")]) == 0, capsys.readouterr().err
+
+
+def test_names_and_places_that_are_taken(tmp_path: Path) -> None:
+    write_package("trainer", "acme-margin", tmp_path)
+    with pytest.raises(StorageError, match="is there already; fix: choose another name, or another place"):
+        write_package("trainer", "acme-margin", tmp_path)
+    for name, got in [
+        ("sft", "rlhf-core:sft"),
+        ("numpy", "numpy"),
+        ("class", "class"),
+        ("a/b", "a/b"),
+        ("..", r"\.\."),
+    ]:
+        with pytest.raises(ConfigError, match=f"`{got}`"):
+            write_package("trainer", name, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["acme-margin"]
