@@ -67,10 +67,11 @@ def test_any_text_survives_lines_of_any_ending(tmp_path_factory, rows, data):
         assert list(source.rows(row.after)) == every[number + 1 :]
 
 
-def test_lines_longer_than_a_chunk(tmp_path, monkeypatch):
+@pytest.mark.parametrize("form", ["jsonl", "gz", "zst"])
+def test_lines_longer_than_a_chunk(tmp_path, monkeypatch, form):
     monkeypatch.setattr("rlhf_core.data.sources._CHUNK", 7)
     rows = sft_rows(5)
-    path = write_as(rows, tmp_path, "jsonl")
+    path = write_as(rows, tmp_path, form)
     source = open_source(path)
     every = list(source.rows())
     assert [dict(row.values) for row in every] == rows

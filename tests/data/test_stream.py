@@ -195,6 +195,11 @@ def test_block_boundaries_move_from_epoch_to_epoch():
     assert data._block_size(3, 0, 0, True) == data._block_size(3, 0, 0, True)
 
 
+def test_a_block_that_holds_everything_is_drawn_anew_in_each_epoch():
+    stream = DataStream(opened(sft_rows(20), streaming=True, block=10**6), batch_size=20, epochs=4)
+    assert len(set(windows(stream))) == 4
+
+
 def test_resume_reads_one_block_again(monkeypatch, tmp_path):
     data = opened(write_as(sft_rows(100), tmp_path, "jsonl"), streaming=True, block=10)
     stream = DataStream(data, batch_size=5, seed=2)
