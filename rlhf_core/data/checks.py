@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-from rlhf_core.data.sources import Row
+from rlhf_core.data.files import Row
 from rlhf_core.errors import ConfigError, DataError, did_you_mean, nearest
 from rlhf_core.records import RECORDS, Label, Message, Prompt, RecordContract, Role
 

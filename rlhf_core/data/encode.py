@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_core.data.checks import Checker, Example
-from rlhf_core.data.sources import Row
+from rlhf_core.data.files import Row
 from rlhf_core.data.templates import ChatTemplate, Piece
 from rlhf_core.errors import DataError, ModelError
 

@@ -17,7 +17,7 @@ import torch.utils.data
 from rlhf_core.config import DatasetConfig
 from rlhf_core.data.base import EncodedData, Position, add_to_hash, random_generator
 from rlhf_core.data.encode import EncodedRow, Outcome
-from rlhf_core.data.sources import Cursor
+from rlhf_core.data.files import Cursor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -13,7 +13,8 @@ from data_helpers import lines, sft_rows, write_as
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_core.data.sources import Cursor, JsonLines, open_source
+from rlhf_core.data.files import Cursor, JsonLines
+from rlhf_core.data.sources import open_source
 from rlhf_core.errors import DataError
 
 FORMS = ("jsonl", "gz", "zst", "parquet")
@@ -69,7 +70,7 @@ def test_any_text_survives_lines_of_any_ending(tmp_path_factory, rows, data):
 
 @pytest.mark.parametrize("form", ["jsonl", "gz", "zst"])
 def test_lines_longer_than_a_chunk(tmp_path, monkeypatch, form):
-    monkeypatch.setattr("rlhf_core.data.sources._CHUNK", 7)
+    monkeypatch.setattr("rlhf_core.data.files._CHUNK", 7)
     rows = sft_rows(5)
     path = write_as(rows, tmp_path, form)
     source = open_source(path)
