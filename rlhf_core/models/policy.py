@@ -108,6 +108,7 @@ class PolicyModel(nn.Module):
     ) -> PolicyModel:
         dtype = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         self.attention = self._select_attention(attention, dtype)
+        log.info("attention: %s (%s)", self.attention.kernel, self.attention.reason)
         self.share_prompts = share_prompts
         if layout == "packed" and (compile or self.attention.kernel == "eager"):
             raise ConfigError(
@@ -134,7 +135,6 @@ class PolicyModel(nn.Module):
         except (ValueError, ImportError) as error:
             # A model without replaceable attention keeps its own, and takes padded rows.
             choice = OptimizedAttention("eager", f"the model's attention can't be replaced: {error}")
-        log.info("attention: %s (%s)", choice.kernel, choice.reason)
         return choice
 
     # What it is made of

@@ -73,7 +73,7 @@ def tiny_model(
     heads: int = 4,
     kv_heads: int = 2,
     intermediate: int | None = None,
-    max_positions: int = 512,
+    max_positions: int = 2048,
     tie_embeddings: bool = True,
 ) -> LlamaForCausalLM:
     """Return a Llama with random float32 weights that depend on the arguments alone, in evaluation mode.

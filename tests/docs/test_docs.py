@@ -1,0 +1,114 @@
+"""What the documents show is run: every command and configuration in them, in order, and every link is followed."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    return FENCE.findall((ROOT / page).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_generated_pages_are_fresh() -> None:
+    done = subprocess.run([sys.executable, "docs/generate.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An environment that packages can be installed into, and that sees what is installed here."""
+    root = tmp_path_factory.mktemp("environment")
+    venv.create(root, with_pip=False, symlinks=True)
+    site = next((root / "lib").glob("python*/site-packages"))
+    # Path files are read in site directories alone: adding one makes the editable installation's own visible too.
+    here = sysconfig.get_path("purelib")
+    (site / "parent.pth").write_text(f"import site; site.addsitedir({here!r})\n")
+    binaries = root / "bin"
+    for tool in ("rlhf", "pytest"):
+        script = binaries / tool
+        module = {"rlhf": "rlhf_core", "pytest": "pytest"}[tool]
+        script.write_text(f'#!/bin/sh\nexec "{binaries}/python" -m {module} "$@"\n')
+        script.chmod(0o755)
+    pip = binaries / "pip"
+    pip.write_text(f'#!/bin/sh\nexec "{binaries}/python" -m pip "$@"\n')
+    pip.chmod(0o755)
+    return {**os.environ, "PATH": f"{binaries}:{os.environ['PATH']}", "VIRTUAL_ENV": str(root), "OMP_NUM_THREADS": "1"}
+
+
+def run(command: str, folder: Path, environment: dict[str, str]) -> str:
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", command], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_write_a_plugin(tmp_path: Path, environment: dict[str, str]) -> None:
+    printed = {}
+    for language, text in blocks("docs/write-a-plugin.md"):
+        if language == "bash":
+            printed[text.split("\n")[0]] = run(text, tmp_path, environment)
+        else:
+            assert language == "toml"
+            assert text.strip() in (tmp_path / "acme-margin/pyproject.toml").read_text()
+    assert "acme-margin" in "".join(printed.values())
+    assert (tmp_path / "runs/margin/model/model.safetensors").is_file()
+    assert list((tmp_path / "acme-margin/dist").glob("*.whl"))
+
+
+@pytest.mark.slow
+def test_readme(tmp_path: Path, environment: dict[str, str]) -> None:
+    """A first training: the row, the file, the commands and the Python, on the tiny model under the names that the page uses."""
+    run("python -m rlhf_core.testing playground --rows 32", tmp_path, environment)
+    (tmp_path / "playground/model").rename(tmp_path / "my-model")
+    shutil.copy(tmp_path / "playground/train/preference.jsonl", tmp_path / "pairs.jsonl")
+    shutil.copy(tmp_path / "playground/test/preference.jsonl", tmp_path / "held-out.jsonl")
+    for language, text in blocks("README.md"):
+        if language == "json":
+            with (tmp_path / "pairs.jsonl").open("a") as rows:
+                rows.write(text)
+        elif language == "yaml":
+            assert yaml.safe_load(text)["method"] == "dpo"
+            (tmp_path / "run.yaml").write_text(text)
+    ran = []
+    for language, text in blocks("README.md"):
+        if language == "python":
+            (tmp_path / "first.py").write_text(text)
+            ran.append(run("python first.py", tmp_path, environment))
+        if language != "bash":
+            continue
+        for line in text.splitlines():
+            command = line.split("#")[0].strip()
+            # Set-up of the repository itself, and what needs weights and data that aren't in it, have tests of their own.
+            if command.startswith("rlhf "):
+                if "run.yaml --learning_rate" in command:
+                    command += " --output runs/from-file --max_steps 2"
+                if "--resume" in command:
+                    command += " --output runs/from-file --max_steps 2 --learning_rate 2e-5"
+                ran.append(run(command, tmp_path, environment))
+    assert len(ran) >= 8
+    for name in ("first", "from-file", "in-python"):
+        assert (tmp_path / "runs" / name / "metrics.jsonl").is_file()
+        assert (tmp_path / "runs" / name / "model").is_dir()
