@@ -21,8 +21,10 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# The folder of GSM8K with sft.jsonl and preferences.jsonl.
+DATA ?= data/gsm8k
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks
+	$(BIN)/python benchmarks/training.py --data $(DATA)
 
 smollm2: $(STAMP)
 	$(BIN)/python examples/fetch_smollm2.py
