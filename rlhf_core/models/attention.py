@@ -98,10 +98,16 @@ def segment_attention(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    if key.dtype != query.dtype:
-        key = key.to(query.dtype)
-    if value.dtype != query.dtype:
-        value = value.to(query.dtype)
+    precision = value.dtype
+    # CPU kernels are slower in bf16 than in float32 here, most of all backwards; autocast would cast down again.
+    query, key, value = (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for x in (query, key, value))
+    with torch.autocast(query.device.type, enabled=False):
+        return _attend_each(query, key, value, segments, scale, dropout).to(precision)
+
+
+def _attend_each(
+    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scale: float, dropout: float
+) -> Tensor:
     starts = {segment.start: i for i, segment in enumerate(segments)}
     lengths = [segment.length for segment in segments]
     # `split` has one backward node that concatenates; slices would each write a gradient of the whole row.
