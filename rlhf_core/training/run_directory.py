@@ -157,6 +157,8 @@ def _settle(path: Path, *, resume: bool, overwrite: bool) -> bool:
     if not content:
         return False
     ours = _is_run(path)
+    # After a mistake that was found before the first step there is nothing to lose, and nothing to ask.
+    overwrite = overwrite or (ours and not resume and _never_began(path))
     if not (resume or overwrite):
         fix = "`--resume` continues it, `--overwrite` replaces it" if ours else "choose an empty or a new directory"
         what = (
@@ -187,6 +189,17 @@ def _is_run(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(record, dict) and {"rlhf_core", "id", "started"} <= record.keys()
+
+
+def _never_began(path: Path) -> bool:
+    record = read_json(path / "run.json")
+    logged = path / "metrics.jsonl"
+    return (
+        record.get("status") == "failed"
+        and not record.get("step")
+        and not (path / "checkpoints").exists()
+        and not (logged.exists() and logged.stat().st_size)
+    )
 
 
 def _take_lock(path: Path) -> int | None:
