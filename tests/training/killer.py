@@ -1,0 +1,171 @@
+"""Runs toy trainings in forked children, kills them, resumes them, and compares with the run that was never killed.
+
+A script of its own, so that no thread of a test runner is forked: `killer.py KIND DIRECTORY [streaming]` prints a JSON report.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Imported before the forks, which would each pay for them.
+import accelerate  # noqa: F401
+import datasets  # noqa: F401
+import pandas  # noqa: F401
+import pyarrow.compute  # noqa: F401
+import torch
+from toy import ROWS, toy
+
+import rlhf_core.data.datasets
+import rlhf_core.data.streaming
+import rlhf_core.training.loop  # noqa: F401
+from rlhf_core.training.checkpoint import CheckpointManager
+from rlhf_core.training.logger import TIMING
+
+OPERATIONS = ("write", "fsync", "rename", "replace", "unlink", "rmdir", "mkdir")
+SAVES = 4
+"""The save that is killed: the first that has an older checkpoint to prune."""
+
+
+def train(output: Path, data: Path, streaming: bool, *, resume: bool) -> None:
+    toy(
+        output,
+        rows=str(data),
+        eval_rows=ROWS[:8],
+        max_steps=10,
+        eval_steps=4,
+        checkpoint={"every": 2},
+        dataset={"streaming": streaming, "shuffle_block": 16},
+    ).train(resume=resume)
+
+
+def forked(action: Callable[[], None], after: float | None = None) -> int:
+    """Run an action in a child, killed `after` so many seconds; return its exit code, negative for a signal."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            action()
+            code = 0
+        finally:
+            os._exit(code)
+    if after is not None:
+        time.sleep(after)
+        os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def dying(at: int, action: Callable[[], None]) -> None:
+    """Do the action; kill this process within the `at`-th operation on files of the chosen save."""
+    count = 0
+    saves = 0
+    armed = False
+
+    def wrap(name: str) -> None:
+        real = getattr(os, name)
+
+        def operation(*arguments: Any, **options: Any) -> Any:
+            nonlocal count
+            if armed:
+                count += 1
+                if count == at:
+                    if name == "write":
+                        # Half of the bytes get there.
+                        real(arguments[0], bytes(arguments[1])[: len(arguments[1]) // 2])
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return real(*arguments, **options)
+
+        setattr(os, name, operation)
+
+    for name in OPERATIONS:
+        wrap(name)
+    save = CheckpointManager.save
+
+    def counted(self: CheckpointManager, *arguments: Any) -> Path:
+        nonlocal saves, armed
+        saves += 1
+        armed = saves == SAVES
+        try:
+            return save(self, *arguments)
+        finally:
+            armed = False
+
+    CheckpointManager.save = counted  # type: ignore[method-assign]
+    action()
+
+
+def outcome(output: Path) -> dict[str, Any]:
+    """Return what two runs must share to the last bit."""
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    newest = max(CheckpointManager(output / "checkpoints").steps())
+    directory = output / "checkpoints" / f"step-{newest}"
+    return {
+        "metrics": [{name: value for name, value in row.items() if name not in TIMING} for row in rows],
+        "checkpoints": CheckpointManager(output / "checkpoints").steps(),
+        "files": {
+            str(path.relative_to(output)): path.read_bytes().hex()
+            for path in (*directory.glob("*.safetensors"), output / "model" / "model.safetensors")
+        },
+        "hidden": sorted(path.name for path in (output / "checkpoints").glob(".*")),
+    }
+
+
+def every_write(root: Path, data: Path, streaming: bool, expected: dict[str, Any]) -> dict[str, Any]:
+    killed = 0
+    different = []
+    while True:
+        output = root / f"write-{killed + 1}"
+        at = killed + 1
+        if forked(lambda at=at, output=output: dying(at, lambda: train(output, data, streaming, resume=False))) == 0:
+            break
+        killed += 1
+        code = forked(lambda output=output: train(output, data, streaming, resume=True))
+        if code or outcome(output) != expected:
+            different.append([at, code])
+    return {"killed": killed, "different": different}
+
+
+def random_moments(root: Path, data: Path, streaming: bool, expected: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """Kill one run at ten moments in a row, each after a resume of the one before, then let it end; twice."""
+    draw = random.Random(1)
+    killed = 0
+    different = []
+    for run in range(2):
+        output = root / f"moment-{run}"
+        for _ in range(5):
+            code = forked(
+                lambda output=output: train(output, data, streaming, resume=True),
+                after=draw.uniform(0.05, 0.9) * seconds,
+            )
+            killed += code == -signal.SIGKILL
+        code = forked(lambda output=output: train(output, data, streaming, resume=True))
+        if code or outcome(output) != expected:
+            different.append([run, code])
+    return {"killed": killed, "different": different}
+
+
+def main() -> None:
+    kind, root, streaming = sys.argv[1], Path(sys.argv[2]), "streaming" in sys.argv
+    data = root / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+    begin = time.perf_counter()
+    assert forked(lambda: train(root / "whole", data, streaming, resume=False)) == 0
+    seconds = time.perf_counter() - begin
+    expected = outcome(root / "whole")
+    if kind == "every_write":
+        report = every_write(root, data, streaming, expected)
+    else:
+        report = random_moments(root, data, streaming, expected, seconds)
+    print(json.dumps(report | {"steps": len(expected["metrics"]), "files": sorted(expected["files"])}))
+
+
+if __name__ == "__main__":
+    main()

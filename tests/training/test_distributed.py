@@ -1,0 +1,159 @@
+"""Several processes make the updates that one would. Each test has processes of its own and is judged by what they wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_core.config import DistributedConfig
+from rlhf_core.errors import ConfigError
+from rlhf_core.infra.devices import DeviceManager
+from rlhf_core.infra.files import read_json
+from rlhf_core.infra.tensors import read_tensors
+from rlhf_core.training.distribution import Distribution, create_distribution
+from rlhf_core.training.prepare import check_config
+
+OPTIONS: dict[str, Any] = {"max_steps": 6, "micro_batch_size": 2, "max_grad_norm": None, "eval_steps": 3}
+
+FIRST_STEP = ("0.0", "0.1", "0.2")
+
+
+def launch(output: Path, processes: int, *, options: dict[str, Any] | None = None, **job: Any) -> list[int]:
+    """Run the worker on so many processes; return the code that each one wrote."""
+    output.mkdir(exist_ok=True)
+    path = output.parent / f"{output.name}.job.json"
+    path.write_text(json.dumps({"output": str(output / "run"), "options": {**OPTIONS, **(options or {})}, **job}))
+    worker = [str(Path(__file__).with_name("worker.py")), str(path)]
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    done = subprocess.run(
+        [*start, *worker], capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    codes = [output / "run" / f"code.{rank}" for rank in range(processes)]
+    assert all(code.exists() for code in codes), done.stderr[-3000:]
+    return [int(code.read_text()) for code in codes]
+
+
+def rows(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def tensors(output: Path, name: str, rank: int = 0) -> dict[str, torch.Tensor]:
+    return read_tensors(output / "run" / f"{name}.{rank}.safetensors")
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process."""
+    output = tmp_path_factory.mktemp("one") / "1"
+    assert launch(output, 1) == [0]
+    return output
+
+
+@pytest.mark.slow
+def test_the_gradient_is_that_of_one_process(tmp_path: Path, one: Path) -> None:
+    two = tmp_path / "2"
+    assert launch(two, 2) == [0, 0]
+    expected, found = tensors(one, "gradients"), tensors(two, "gradients")
+    assert len(expected) == 3 * OPTIONS["max_steps"] and expected.keys() == found.keys()
+    for name in FIRST_STEP:  # Later steps start from weights that differ in their last bits.
+        assert float((found[name] - expected[name]).norm() / expected[name].norm()) < 1e-5
+    for row, same in zip(rows(two), rows(one), strict=True):
+        for key in ("loss", "loss_nll", "mean_logp", "grad_norm"):
+            assert row[key] == pytest.approx(same[key], rel=1e-3)
+        assert row["tokens"] == same["tokens"]
+    assert rows(two)[-1]["eval_loss"] == pytest.approx(rows(one)[-1]["eval_loss"], rel=1e-3)
+    weights = tensors(two, "weights")
+    assert all(torch.equal(weights[name], tensor) for name, tensor in tensors(two, "weights", 1).items())
+    assert read_json(two / "run" / "run.json")["processes"] == 2
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_process_stops_all_at_the_same_step_and_resumes_exactly(tmp_path: Path) -> None:
+    """Three processes: with more than two, the order in which gradients are added shows in the last bits."""
+    options = {"batch_size": 9}
+    assert launch(tmp_path / "stopped", 3, options=options, event="sigterm") == [75, 75, 75]
+    status = read_json(tmp_path / "stopped" / "run" / "status.json")
+    assert (status["status"], status["exit_code"], status["step"]) == ("stopped", 75, 3)
+    assert [p.name for p in (tmp_path / "stopped" / "run" / "checkpoints").iterdir()] == ["step-3"]
+    assert launch(tmp_path / "stopped", 3, options=options, resume=True) == [0, 0, 0]
+    assert launch(tmp_path / "whole", 3, options=options) == [0, 0, 0]
+    whole = tensors(tmp_path / "whole", "weights")
+    assert all(torch.equal(whole[name], t) for name, t in tensors(tmp_path / "stopped", "weights").items())
+
+
+@pytest.mark.slow
+def test_out_of_memory_on_one_process_halves_on_all_and_makes_the_same_update(tmp_path: Path, one: Path) -> None:
+    assert launch(tmp_path / "hungry", 2, event="memory") == [0, 0]
+    expected, found = tensors(one, "gradients"), tensors(tmp_path / "hungry", "gradients")
+    for name in FIRST_STEP:
+        assert float((found[name] - expected[name]).norm() / expected[name].norm()) < 1e-5
+    events = (tmp_path / "hungry" / "run" / "events.jsonl").read_text()
+    assert events.count('"out_of_memory"') == 1 and '"micro_batch_size": 1' in events
+
+
+@pytest.mark.slow
+def test_nan_on_one_process_is_the_same_fault_on_all(tmp_path: Path) -> None:
+    assert launch(tmp_path / "nan", 2, event="nan") == [6, 6]
+    status = read_json(tmp_path / "nan" / "run" / "status.json")
+    assert status["exit_code"] == 6 and "step 2: the loss is not finite on rows" in status["message"]
+
+
+@pytest.mark.slow
+def test_resuming_with_fewer_processes_goes_on_with_the_data(tmp_path: Path, one: Path) -> None:
+    assert launch(tmp_path / "run", 2, event="sigterm") == [75, 75]
+    assert launch(tmp_path / "run", 1, resume=True) == [0]
+    for row, same in zip(rows(tmp_path / "run"), rows(one), strict=True):
+        assert row["tokens"] == same["tokens"] and row["loss"] == pytest.approx(same["loss"], rel=1e-3)
+
+
+def test_a_fault_of_the_first_process_crosses_the_seam() -> None:
+    from rlhf_core.errors import DataError, RLHFError
+
+    fault = DataError("bad", place="file:3", got=4, fix="mend it")
+    again = RLHFError.from_json(json.loads(json.dumps(fault.to_json())))
+    assert type(again) is DataError and str(again) == str(fault) and again.exit_code == 3
+
+
+def test_the_number_of_processes_is_asserted(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = DeviceManager("cpu")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="2 processes were asked for; got 3 running") as caught:
+        create_distribution(DistributedConfig(world_size=2), devices)
+    assert caught.value.exit_code == 2
+    with pytest.raises(ConfigError, match="one process was asked for; got `none` with 3 running"):
+        create_distribution(DistributedConfig(strategy="none"), devices)
+    # Started as one of three, but the others never joined: what runs is not what was started.
+    with pytest.raises(ConfigError, match="3 processes were started; got 1 that found each other"):
+        create_distribution(DistributedConfig(), devices)
+
+
+def test_rows_must_share_out_evenly() -> None:
+    from toy import toy
+
+    class Three(Distribution):
+        world_size = 3
+
+    with pytest.raises(ConfigError, match=r"8 rows can't be shared by 3 processes; got 8 = 2 × 3 \+ 2") as caught:
+        check_config(toy(), Three(torch.device("cpu")), DeviceManager("cpu"))
+    assert caught.value.fix == "set `batch_size` to 6 or 9" and caught.value.exit_code == 2
+
+
+def test_clipping_scales_to_the_norm_and_leaves_what_is_not_finite() -> None:
+    alone = Distribution(torch.device("cpu"))
+    parameters = [torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1))]
+    parameters[0].grad, parameters[1].grad = torch.tensor([3.0, 0.0]), torch.tensor([4.0])
+    assert alone.clip(parameters, None) == 5.0 and parameters[1].grad.item() == 4.0
+    assert alone.clip(parameters, 1.0) == 5.0
+    assert parameters[0].grad[0].item() == pytest.approx(0.6) and parameters[1].grad.item() == pytest.approx(0.8)
+    parameters[1].grad = torch.tensor([float("inf")])
+    assert alone.clip(parameters, 1.0) == float("inf") and parameters[0].grad[0].item() == pytest.approx(0.6)

@@ -1,0 +1,75 @@
+"""One process of a distributed test: trains the toy, and the first process writes what came out.
+
+Started by torchrun: `worker.py JOB.json`; the job names the output, the options, and what to do under way.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from toy import ROWS, ToyTrainer, toy
+
+from rlhf_core.batch import Batch
+from rlhf_core.errors import RLHFError
+from rlhf_core.infra.tensors import write_tensors
+from rlhf_core.interfaces import Loss
+
+
+class Worker(ToyTrainer):
+    """The toy without random columns, which each process would draw for its own rows."""
+
+    job: dict[str, Any]
+
+    def experience(self, stream: Any) -> Any:
+        for batch in stream:
+            self.windows += 1
+            noise = torch.tensor([1.0 + row / 100 for row in batch.rows])
+            yield batch.attach(per_response={"noise": noise})
+
+    def loss(self, batch: Batch) -> Loss:
+        event = self.job.get("event") if dist.is_initialized() and dist.get_rank() == 1 else None
+        if event == "sigterm" and self.windows == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if event == "memory" and batch.num_prompts > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        loss = super().loss(batch)
+        if event == "nan" and self.windows == 2:
+            return Loss({**loss.terms, "nll": loss.terms["nll"] * float("nan")})
+        return loss
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    Worker.job = job
+    output = Path(job["output"])
+    noted: list[dict[str, torch.Tensor]] = []
+    step = torch.optim.AdamW.step
+
+    def noting(self: torch.optim.AdamW, *arguments: Any) -> Any:
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        noted.append({f"{len(noted)}.{index}": p.grad.clone() for index, p in enumerate(parameters)})
+        return step(self, *arguments)
+
+    torch.optim.AdamW.step = noting  # type: ignore[method-assign]
+    trainer = toy(output, kind=Worker, dropout=0.0, eval_rows=ROWS[:9], **job["options"])
+    code = 0
+    try:
+        trainer.train(resume=job.get("resume", False))
+    except RLHFError as error:
+        code = error.exit_code
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    weights = {name: p.detach() for name, p in trainer.models.named_parameters()} if hasattr(trainer, "models") else {}
+    write_tensors(output / f"weights.{rank}.safetensors", weights)
+    write_tensors(output / f"gradients.{rank}.safetensors", {name: g for step in noted for name, g in step.items()})
+    (output / f"code.{rank}").write_text(str(code))
+
+
+if __name__ == "__main__":
+    main()
