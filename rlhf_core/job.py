@@ -46,11 +46,19 @@ class Job:
             self.options, model=self.run.model, data=self.run.data, eval_data=self.run.eval_data, output=self.run.output
         )
         trainer.run_inputs = {
-            "config_input": None if self.config_input is None else redact_text(self.config_input),
+            "config_input": self._given() if self.config_input is None else redact_text(self.config_input),
             "command": None if command is None else redact_text(command),
             "plugin": self.plugin.as_dict(),
         }
         return trainer
+
+    def _given(self) -> str:
+        """Return what was set without a file, as a file's text."""
+        given = {
+            **self.run.model_dump(mode="json", exclude_none=True),
+            **self.options.model_dump(mode="json", exclude_unset=True),
+        }
+        return "# from the command line\n" + _yaml({key: redact(value, key) for key, value in given.items()})
 
     def resolved(self) -> dict[str, Any]:
         """Return every setting as plain values, secrets redacted; as a file it describes the same run."""
@@ -59,7 +67,7 @@ class Job:
 
     def to_yaml(self) -> str:
         """Return `resolved` as the text of a configuration file."""
-        return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True, width=100)
+        return _yaml(self.resolved())
 
 
 def load_job(target: str | Path, overrides: Mapping[str, Any] | None = None, *, flags: Sequence[str] = ()) -> Job:
@@ -94,6 +102,10 @@ def load_job(target: str | Path, overrides: Mapping[str, Any] | None = None, *, 
         options = merge(options, _switches(layer, options))
     run = _run(run_values, places)
     return Job(run, method.Config.parse(options, place=places), method, plugin, places, text)
+
+
+def _yaml(values: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=100)
 
 
 def is_file(target: str | Path) -> bool:

@@ -187,7 +187,9 @@ def test_the_trainer_gets_what_the_job_says() -> None:
     trainer = job("--beta 0.2 --eval_data e.jsonl").trainer()
     assert type(trainer) is registry.get("trainer", "dpo")
     assert (trainer.model, trainer.data, trainer.eval_data, str(trainer.output)) == ("m", "d.jsonl", "e.jsonl", "o")
-    assert trainer.config.beta == 0.2 and trainer.run_inputs["config_input"] is None
+    assert trainer.config.beta == 0.2
+    given = "method: dpo\nmodel: m\ndata: d.jsonl\neval_data: e.jsonl\noutput: o\nbeta: 0.2\n"
+    assert trainer.run_inputs["config_input"] == f"# from the command line\n{given}"
 
 
 def test_a_run_without_a_directory_gets_one_of_its_own(monkeypatch) -> None:

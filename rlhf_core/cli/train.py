@@ -54,6 +54,10 @@ def train(
     also a flag of that name (--learning_rate or --learning-rate, --lora.rank 8), which wins over the file; `rlhf show METHOD`
     lists them. Relative paths start at the current directory, those in a file too.
     """
+    if not sys.stderr.isatty():
+        os.environ.setdefault(
+            "TQDM_DISABLE", "1"
+        )  # libraries draw their bars into log files too; read when tqdm is imported
     job = _job(target, context.args)
     if resume and overwrite:
         raise ConfigError("a run is either continued or replaced", place="--resume and --overwrite", fix="choose one")
