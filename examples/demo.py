@@ -25,7 +25,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from rlhf_core import PolicyModel, registry
+from rlhf_core import PolicyModel, registry, setup_logging
 from rlhf_core.errors import RLHFError
 from rlhf_core.records import Prompt
 from rlhf_core.testing.arithmetic import Arithmetic, Row, Split, step_labels, verify
@@ -208,6 +208,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the steps, rows and problems (default: 1)")
     options = parser.parse_args()
+    setup_logging()
     try:
         run(options.output, seed=options.seed, scale=options.scale)
     except RLHFError as error:
