@@ -22,7 +22,7 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 
 # The folder of GSM8K with sft.jsonl and preferences.jsonl.
-DATA ?= data/gsm8k
+DATA ?= ../shared/data/gsm8k
 bench: $(STAMP)
 	$(BIN)/python benchmarks/training.py --data $(DATA)
 

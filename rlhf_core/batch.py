@@ -182,19 +182,21 @@ class Batch:
         )
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        def each(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: change(column) for name, column in columns.items()}
+
         return replace(
             self,
-            **{
-                name: change(getattr(self, name))
-                for name in (
-                    "prompt_ids", "prompt_lengths", "response_ids", "response_lengths", "owner", "loss_mask",
-                )
-            },
-            **{
-                kind: {name: change(column) for name, column in getattr(self, kind).items()}
-                for kind in ("per_prompt", "per_response", "per_token")
-            },
-        )  # fmt: skip
+            prompt_ids=change(self.prompt_ids),
+            prompt_lengths=change(self.prompt_lengths),
+            response_ids=change(self.response_ids),
+            response_lengths=change(self.response_lengths),
+            owner=change(self.owner),
+            loss_mask=change(self.loss_mask),
+            per_prompt=each(self.per_prompt),
+            per_response=each(self.per_response),
+            per_token=each(self.per_token),
+        )
 
 
 def _longest(lengths: Tensor) -> int:

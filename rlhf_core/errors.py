@@ -43,7 +43,8 @@ class RLHFError(Exception):
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> RLHFError:
         """Return the fault that `to_json` described."""
-        kinds = {kind.__name__: kind for kind in (RLHFError, *RLHFError.__subclasses__())}
+        known: list[type[RLHFError]] = [RLHFError, *RLHFError.__subclasses__()]
+        kinds = {kind.__name__: kind for kind in known}
         details = {name: values[name] for name in ("place", "got", "fix")}
         return kinds.get(values["kind"], RLHFError)(values["problem"], **details)
 

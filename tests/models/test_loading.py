@@ -77,7 +77,7 @@ def test_only_adapters_train_and_targets_are_checked(saved: Path) -> None:
     policy = PolicyModel.from_pretrained(saved, lora=LoraConfig(rank=2, target_modules=["q_proj"]))
     trained = [name for name, p in policy.named_parameters() if p.requires_grad]
     assert trained and all("lora_" in name and "q_proj" in name for name in trained)
-    with pytest.raises(ConfigError, match="no module `q_prj`.*did you mean `q_proj`") as caught:
+    with pytest.raises(ConfigError, match=r"no module `q_prj`.*did you mean `q_proj`") as caught:
         PolicyModel.from_pretrained(saved, lora=LoraConfig(target_modules=["q_prj"]))
     assert caught.value.exit_code == 2
 
@@ -88,7 +88,7 @@ def test_quantisation_without_its_package(saved: Path) -> None:
 
     if importlib.util.find_spec("bitsandbytes"):
         pytest.skip("bitsandbytes is installed")
-    with pytest.raises(ConfigError, match="needs the package bitsandbytes.*qlora"):
+    with pytest.raises(ConfigError, match=r"needs the package bitsandbytes.*qlora"):
         PolicyModel.from_pretrained(saved, lora=LoraConfig(quantize="4bit"))
 
 
