@@ -29,7 +29,7 @@ def setup_logging(level: int | str = logging.INFO, *, rank: int = 0) -> logging.
     """
     logger = logging.getLogger(LOGGER)
     if not sys.stderr.isatty():
-        _hide_library_bars()
+        hide_library_bars()
     for old in list(logger.handlers):
         logger.removeHandler(old)
     handler: logging.Handler
@@ -49,7 +49,7 @@ def setup_logging(level: int | str = logging.INFO, *, rank: int = 0) -> logging.
     return logger
 
 
-def _hide_library_bars() -> None:
+def hide_library_bars() -> None:
     """Keep the libraries' own progress bars out of a log file, whether they are imported yet or not."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

@@ -1,0 +1,184 @@
+"""A trainer prepared as the loop prepares it, to look at single windows and updates without a run."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rlhf_core.batch import Batch
+from rlhf_core.data import DataStream
+from rlhf_core.infra.devices import DeviceManager
+from rlhf_core.infra.seeds import RandomState, seed_everything
+from rlhf_core.interfaces import Trainer
+from rlhf_core.training.distribution import Distribution
+from rlhf_core.training.loss_scale import LossScale
+from rlhf_core.training.micro_batches import MicroBatches
+from rlhf_core.training.optimizer import create_optimizer
+from rlhf_core.training.prepare import (
+    build_models,
+    check_config,
+    create_reference,
+    load_policy,
+    open_data,
+    training_mode,
+)
+from rlhf_core.training.update import Outcome, Update
+
+GARBAGE = 65
+"""A token id as good as any other, to stand where nobody may look."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one update would do."""
+
+    loss: float
+    metrics: dict[str, float]
+    gradient: dict[str, Tensor]
+    """By parameter name, before clipping; parameters without a gradient are left out."""
+
+
+class Workbench:
+    """One trainer with its models, reference and data, on this process alone."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        config = trainer.config
+        self.trainer, self.devices = trainer, DeviceManager()
+        self.distribution = Distribution(self.devices.device)
+        check_config(trainer, self.distribution, self.devices)
+        seed_everything(config.seed, "model")
+        policy = load_policy(trainer, self.devices)
+        dataset, _ = open_data(trainer, policy)
+        self.parameters = build_models(trainer, policy, self.devices)
+        self.micro_batches = MicroBatches(config)
+        if "reference" in trainer.frozen:
+            create_reference(
+                trainer,
+                policy,
+                (dataset, None),
+                distribution=self.distribution,
+                devices=self.devices,
+                micro_batches=self.micro_batches,
+            )
+        self.batches: Iterator[Batch] = DataStream(
+            dataset,
+            batch_size=config.batch_size,
+            epochs=1.0,
+            seed=config.seed,
+            shuffle=config.dataset.shuffle,
+        )
+        seed_everything(config.seed, "training", 0)
+
+    @torch.no_grad()
+    def move(self, scale: float = 0.02) -> None:
+        """Move every trained parameter, always alike: at its start a policy is its reference, where much is zero."""
+        for name, parameter in self.parameters.items():
+            generator = torch.Generator().manual_seed(sum(name.encode()))
+            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter), alpha=scale)
+
+    def pad(self) -> None:
+        """Give the method wider padding with garbage in it, in every batch of the data and every micro-batch."""
+        self.batches = map(padded, self.batches)
+        self.micro_batches = PaddedMicroBatches(self.trainer.config)
+
+    def windows(self) -> Iterator[Batch]:
+        """Yield the method's windows over one pass of the data, as the loop asks for them."""
+        windows = iter(self.trainer.experience(self.batches))
+        while True:
+            training_mode(self.trainer, False)
+            with torch.no_grad(), self.devices.autocast(self.trainer.config.precision):
+                window = next(windows, None)
+            training_mode(self.trainer, True)
+            if window is None:
+                return
+            yield window
+
+    def window(self) -> Batch:
+        """Return the method's first window."""
+        for window in self.windows():
+            return window
+        raise AssertionError("`experience` yields no window from a pass over the data")
+
+    def micros(self, window: Batch) -> list[Batch]:
+        """Return the window's micro-batches, on the device."""
+        return [micro.to(self.devices.device) for micro in self.micro_batches.cut(window)]
+
+    def step(self, window: Batch) -> Step:
+        """Return what the loop's update on a window would do; no parameter is changed."""
+        recorder = _Recorder(self.parameters)
+        outcome = self._update(recorder)(window, 1)
+        if outcome is None:
+            raise AssertionError("every weight is zero: there is nothing to learn from in these rows")
+        return Step(outcome.loss, outcome.metrics, recorder.gradient)
+
+    def learn(self, window: Batch) -> Outcome | None:
+        """Make the loop's update on a window."""
+        return self._update(create_optimizer(self.parameters.items(), self.trainer.config))(window, 1)
+
+    def _update(self, optimizer: torch.optim.Optimizer) -> Update:
+        return Update(
+            self.trainer,
+            optimizer,
+            list(self.parameters.values()),
+            distribution=self.distribution,
+            devices=self.devices,
+            micro_batches=self.micro_batches,
+            loss_scale=LossScale(enabled=False),
+            notify=lambda *_, **__: None,
+        )
+
+
+class _Recorder(torch.optim.Optimizer):
+    """Keeps the gradient in place of a step."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
+        super().__init__(parameters.values(), {})
+        self._named = parameters
+        self.gradient: dict[str, Tensor] = {}
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.gradient = {name: p.grad.detach().clone() for name, p in self._named.items() if p.grad is not None}
+
+
+class PaddedMicroBatches(MicroBatches):
+    """Cuts as the loop does, then pads what the method sees."""
+
+    def cut(self, window: Batch) -> list[Batch]:
+        return [padded(micro) for micro in super().cut(window)]
+
+
+def padded(batch: Batch) -> Batch:
+    """Return the batch with more padding, and garbage in all of it."""
+    batch = batch.pad(3, 5, value=GARBAGE)
+
+    def filled(ids: Tensor, lengths: Tensor) -> Tensor:
+        return torch.where(torch.arange(ids.shape[1], device=ids.device) < lengths[:, None], ids, GARBAGE)
+
+    return replace(
+        batch,
+        prompt_ids=filled(batch.prompt_ids, batch.prompt_lengths),
+        response_ids=filled(batch.response_ids, batch.response_lengths),
+    )
+
+
+def reseeds(action: Callable[[], object]) -> str | None:
+    """Return the name of a global random generator that an action sets to a state of its own, or None.
+
+    Drawing from them is fine: then what follows still depends on the state before.
+    """
+    before = RandomState.capture()
+    draws = []
+    try:
+        for seed in (1, 2):
+            seed_everything(seed, "reseeds")
+            action()
+            draws.append({"random": random.random(), "numpy": np.random.rand(), "torch": float(torch.rand(1))})
+    finally:
+        before.restore()
+    return next((name for name in draws[0] if draws[0][name] == draws[1][name]), None)
