@@ -71,6 +71,14 @@ def load_model(
     return model, tokenizer
 
 
+def plain_checkpoint(source: str | Path) -> str | None:
+    """Return the source as an adapter may name its base, or None where it is an adapter itself, or GGUF."""
+    where, options = _locate(str(source))
+    if options or _is_adapter(where):
+        return None
+    return str(Path(where).resolve()) if Path(where).is_dir() else where
+
+
 def check_finite(model: nn.Module, source: str) -> None:
     """Raise where a weight is NaN or infinite, naming the tensor."""
     for name, parameter in model.named_parameters():

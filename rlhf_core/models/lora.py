@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from typing import Any
 
 import torch
@@ -29,16 +30,17 @@ def apply_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
                 raise ConfigError(
                     f"the model has no module `{target}`", place="lora.target_modules", fix=did_you_mean(target, leaves)
                 )
-    adapted = peft.get_peft_model(
-        model,
-        peft.LoraConfig(
-            r=config.rank,
-            lora_alpha=config.alpha,
-            lora_dropout=config.dropout,
-            target_modules=config.target_modules,
-            task_type="CAUSAL_LM",
-        ),
+    settings = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=config.target_modules,
+        task_type="CAUSAL_LM",
     )
+    with warnings.catch_warnings():
+        # peft asks transformers for an attribute by its old name: nothing that a user could mend.
+        warnings.simplefilter("ignore", FutureWarning)
+        adapted = peft.get_peft_model(model, settings)
     for parameter in adapted.parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()

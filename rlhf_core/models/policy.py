@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from rlhf_core.models.attention import Kernel, OptimizedAttention
 from rlhf_core.models.compile import compile_model
 from rlhf_core.models.generate import generate
 from rlhf_core.models.layout import Layout, packed_layout, padded_layout
-from rlhf_core.models.loading import load_model
+from rlhf_core.models.loading import load_model, plain_checkpoint
 from rlhf_core.models.logprobs import linear_token_logprobs, module_token_logprobs
 from rlhf_core.models.lora import apply_lora
 
@@ -42,6 +43,8 @@ class PolicyModel(nn.Module):
         self.model = model
         self.tokenizer = tokenizer
         self.source = source
+        self.base: str | None = None
+        """Where the weights under the adapter stand as a plain checkpoint; None where they stand nowhere as they are."""
         self.layout: LayoutName = "auto"
         self.share_prompts = True
         self.fresh_adapter = False
@@ -70,6 +73,7 @@ class PolicyModel(nn.Module):
         """
         model, tokenizer = load_model(source, attention="sdpa", lora=lora, trust_remote_code=trust_remote_code)
         policy = cls(model, tokenizer, source=str(source))
+        policy.base = plain_checkpoint(source)
         if device is not None:
             policy.to(device)
         policy._configure(
@@ -85,6 +89,9 @@ class PolicyModel(nn.Module):
 
     def configure(self, config: TrainerConfig) -> PolicyModel:
         """Apply a trainer's options (attention, adapters, checkpointing, layout) to this model, in place; return it."""
+        if not self.has_adapter:
+            # Its weights may have been changed since it was loaded, so no adapter may point at where it came from.
+            self.base = None
         return self._configure(
             attention=config.attention,
             precision=config.precision,
@@ -294,22 +301,22 @@ class PolicyModel(nn.Module):
     # In and out
 
     def save_pretrained(self, directory: str | Path, *, merged: bool = False) -> None:
-        """Write a plain Hugging Face directory with the tokenizer: the whole model, or its adapter unless `merged`.
+        """Write a plain Hugging Face directory with the tokenizer.
 
-        Both load with `AutoModelForCausalLM.from_pretrained` and with `PolicyModel.from_pretrained`. The model itself is
-        left as it is.
+        That is the whole model; or, of a model with an adapter, the adapter alone, which names its base. Where the base stands
+        nowhere as it is (an adapter merged on loading, a GGUF file, a model made in Python), or where `merged`, the adapter is
+        merged into what is written. All load with `AutoModelForCausalLM.from_pretrained` and `PolicyModel.from_pretrained`.
+        The model itself is left as it is.
         """
-        directory = Path(directory)
-        if self.has_adapter and merged:
-            import copy
-
-            model = copy.deepcopy(self.model).merge_and_unload()  # type: ignore[operator]
-        else:
-            model = self.model
-        implementation = self.causal_lm.config._attn_implementation
-        model.save_pretrained(directory)
+        directory, model = Path(directory), self.model
+        if self.has_adapter:
+            if merged or self.base is None:
+                model = copy.deepcopy(self.model).merge_and_unload()  # type: ignore[operator]
+            else:
+                for adapter in self.model.peft_config.values():  # type: ignore[operator]
+                    adapter.base_model_name_or_path = self.base
+        model.save_pretrained(directory)  # type: ignore[operator]
         self.tokenizer.save_pretrained(directory)
-        self.causal_lm.config._attn_implementation = implementation
 
     def describe(self) -> dict[str, Any]:
         """Return what this model is, for a run's record."""

@@ -23,6 +23,14 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
+def shake(policy: PolicyModel) -> None:
+    """Change what the policy trains."""
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+
+
 def refusal(source: Path | str, **options: object) -> str:
     with pytest.raises(ModelError) as caught:
         PolicyModel.from_pretrained(source, **options)  # type: ignore[arg-type]
@@ -51,10 +59,7 @@ def test_an_adapter_round_trip_merged_and_not(saved: Path, tmp_path: Path) -> No
     policy = PolicyModel.from_pretrained(saved, lora=LoraConfig(rank=2))
     batch = random_batch(3, 2)
     base = policy.token_logps(batch).detach()
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.2)
+    shake(policy)
     expected = policy.token_logps(batch).detach()
     assert relative(expected, base) > 1e-3
     policy.save_pretrained(tmp_path / "adapter")
@@ -67,10 +72,41 @@ def test_an_adapter_round_trip_merged_and_not(saved: Path, tmp_path: Path) -> No
         assert relative(found.token_logps(batch), expected) < 1e-5
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / path)
         assert relative(PolicyModel(plain, policy.tokenizer).token_logps(batch), expected) < 1e-5
-    # A fresh adapter on a trained one: the reference is the trained model.
-    fresh = PolicyModel.from_pretrained(tmp_path / "adapter", lora=LoraConfig(rank=2))
-    assert fresh.fresh_adapter
-    assert relative(fresh.token_logps(batch), expected) < 1e-5
+
+
+def test_an_adapter_on_an_adapter_is_saved_whole(saved: Path, tmp_path: Path) -> None:
+    """Its base is the first adapter merged in, which stands nowhere: an adapter alone would lose it silently."""
+    first = PolicyModel.from_pretrained(saved, lora=LoraConfig(rank=2))
+    batch = random_batch(3, 2)
+    shake(first)
+    expected = first.token_logps(batch).detach()
+    first.save_pretrained(tmp_path / "first")
+    second = PolicyModel.from_pretrained(tmp_path / "first", lora=LoraConfig(rank=2))
+    assert second.fresh_adapter
+    assert relative(second.token_logps(batch), expected) < 1e-5
+    shake(second)
+    expected = second.token_logps(batch).detach()
+    second.save_pretrained(tmp_path / "second")
+    assert relative(PolicyModel.from_pretrained(tmp_path / "second").token_logps(batch), expected) < 1e-5
+
+
+def test_an_adapter_on_a_model_changed_in_python_is_saved_whole(saved: Path, tmp_path: Path) -> None:
+    policy = PolicyModel.from_pretrained(saved)
+    shake(policy)
+    policy.configure(TrainerConfig(lora={"rank": 2}))  # type: ignore[arg-type]
+    shake(policy)
+    batch = random_batch(3, 2)
+    expected = policy.token_logps(batch).detach()
+    policy.save_pretrained(tmp_path / "changed")
+    assert relative(PolicyModel.from_pretrained(tmp_path / "changed").token_logps(batch), expected) < 1e-5
+
+
+def test_an_adapter_finds_its_base_from_anywhere(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(saved.parent)
+    policy = PolicyModel.from_pretrained(saved.name, lora=LoraConfig(rank=2))
+    policy.save_pretrained("adapter")
+    monkeypatch.chdir("/")
+    PolicyModel.from_pretrained(tmp_path / "adapter")
 
 
 def test_only_adapters_train_and_targets_are_checked(saved: Path) -> None:
