@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -132,7 +133,8 @@ def test_the_number_of_processes_is_asserted(monkeypatch: pytest.MonkeyPatch) ->
     assert caught.value.exit_code == 2
     with pytest.raises(ConfigError, match="one process was asked for; got `none` with 3 running"):
         create_distribution(DistributedConfig(strategy="none"), devices)
-    # Started as one of three, but the others never joined: what runs is not what was started.
+    # Started as one of three, and alone all the same: what runs is not what was started.
+    monkeypatch.setattr("accelerate.Accelerator", lambda cpu: SimpleNamespace(num_processes=1))
     with pytest.raises(ConfigError, match="3 processes were started; got 1 that found each other"):
         create_distribution(DistributedConfig(), devices)
 
