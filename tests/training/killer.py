@@ -133,21 +133,24 @@ def every_write(root: Path, data: Path, streaming: bool, expected: dict[str, Any
 
 
 def random_moments(root: Path, data: Path, streaming: bool, expected: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """Kill one run at ten moments in a row, each after a resume of the one before, then let it end; twice."""
+    """Kill runs at random moments, up to three times each with a resume between, until ten kills have struck."""
     draw = random.Random(1)
-    killed = 0
+    killed = runs = 0
     different = []
-    for run in range(2):
-        output = root / f"moment-{run}"
-        for _ in range(5):
+    while killed < 10:
+        runs += 1
+        output = root / f"moment-{runs}"
+        for _ in range(3):
             code = forked(
                 lambda output=output: train(output, data, streaming, resume=True),
                 after=draw.uniform(0.05, 0.9) * seconds,
             )
-            killed += code == -signal.SIGKILL
+            if code != -signal.SIGKILL:
+                break
+            killed += 1
         code = forked(lambda output=output: train(output, data, streaming, resume=True))
         if code or outcome(output) != expected:
-            different.append([run, code])
+            different.append([runs, code])
     return {"killed": killed, "different": different}
 
 

@@ -176,4 +176,4 @@ def test_killed_at_every_write_of_a_save(tmp_path: Path, form: str) -> None:
 def test_killed_at_random_moments(tmp_path: Path, form: str) -> None:
     report = killer("random_moments", tmp_path, form)
     assert report["different"] == []
-    assert report["killed"] == 10 and report["files"][-1] == "model/model.safetensors"
+    assert report["killed"] >= 10 and report["files"][-1] == "model/model.safetensors"
