@@ -49,7 +49,7 @@ def run_checks(contract: type[Contract]) -> Iterator[Check]:
     """Run each check of a contract, in order."""
     for name in contract.checks():
         began = time.perf_counter()
-        with _quiet():
+        with _quiet(), _one_thread():
             status, reason = _run(contract, name)
         yield Check(name, status, reason, time.perf_counter() - began)
 
@@ -105,6 +105,19 @@ def _run(contract: type[Contract], name: str) -> tuple[Status, str]:
     if expected is not None:
         return "failed", f"passes, and was expected to fail: {expected}"
     return "ok", ""
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Give torch one thread: tensors this small only wait for others, for minutes where the machine is busy."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -15,8 +15,10 @@ from typing import Any, ClassVar
 
 from rlhf_core.interfaces import RewardFn, Sample
 from rlhf_core.testing.arithmetic import Arithmetic
-from rlhf_core.testing.contract import Contract, is_number, require
+from rlhf_core.testing.contract import Contract, after, is_number, require
 from rlhf_core.testing.tiny import tiny_tokenizer
+
+FLOATS = "test_one_finite_float_a_sample"
 
 
 class RewardContract(Contract):
@@ -66,6 +68,7 @@ class RewardContract(Contract):
             wrong = [f"sample {number}: {score!r}" for number, score in enumerate(scores) if not is_number(score)]
             require(not wrong, f"not a finite float: {', '.join(wrong[:4])}")
 
+    @after(FLOATS)
     def test_scores_follow_the_order_of_samples(self) -> None:
         """Samples in another order get the same scores in that order."""
         reward, samples = self.instance(), self.samples()
@@ -75,6 +78,7 @@ class RewardContract(Contract):
         moved = reward.score([samples[number] for number in order])
         self.same(moved, [scores[number] for number in order], "in another order")
 
+    @after(FLOATS)
     def test_scores_do_not_depend_on_company(self) -> None:
         """A sample's score is its own, whichever samples are scored together with it."""
         reward, samples = self.instance(), self.samples()
@@ -83,6 +87,7 @@ class RewardContract(Contract):
             parts = [reward.score(samples[first : first + size]) for first in range(0, len(samples), size)]
             self.same([score for part in parts for score in part], whole, f"in batches of {size}")
 
+    @after(FLOATS)
     def test_the_same_samples_score_the_same(self) -> None:
         """Scoring again, or with a new instance, gives the same floats."""
         reward, samples = self.instance(), self.samples()

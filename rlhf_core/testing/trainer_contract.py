@@ -176,7 +176,7 @@ class TrainerContract(TrainerSetup):
         require(not graded, f"frozen, and given a gradient: {', '.join(graded[:4])}")
         if reference is not None and logps is not None:
             require(not logps.requires_grad, "the reference's log-probabilities carry a gradient")
-            now = reference.response_logps(window)
+            now = trainer.reference.response_logps(window)
             require(torch.equal(now, logps), "the reference moves as the policy learns")
 
     # The same update, however rows are laid out
@@ -223,8 +223,7 @@ class TrainerContract(TrainerSetup):
         bench = self.bench({"batching": {"length_grouped": False}})
         window = bench.window()
         expected = bench.step(window)
-        order = [*range(window.num_prompts)][::-1]
-        found = bench.step(window.select(order[1:] + order[:1]))
+        found = bench.step(window.select(range(window.num_prompts)[::-1]))
         self.same(found, expected, "in another order")
         self.same_metrics(found, expected, "in another order")
 
