@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.errors import StorageError
+from rlhf_core.errors import RLHFError, StorageError
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -25,6 +26,7 @@ MAX_JSON_BYTES = 256 * 2**20
 """The largest JSON file that is read: a longer one isn't ours."""
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_QUOTED = re.compile(r"\(os error (\d+)\)")
 
 
 @dataclass(frozen=True)
@@ -40,15 +42,26 @@ def storage_errors(path: str | Path, needed: int | None = None) -> Iterator[None
     """Turn an `OSError` into a `StorageError` about `path`; `needed` is the number of bytes that were to be written."""
     try:
         yield
-    except OSError as error:
+    except Exception as raised:
+        error = _system_error(raised)
+        if error is None:
+            raise
         reason = error.strerror or str(error)
         if error.errno in _FULL:
             room = f"{needed} bytes are needed" if needed is not None else "more room is needed"
             fix = "free space, raise the file size limit, or choose another output directory"
-            raise StorageError(f"cannot write: {room}", place=str(path), got=reason, fix=fix) from error
+            raise StorageError(f"cannot write: {room}", place=str(path), got=reason, fix=fix) from raised
         denied = error.errno in {errno.EACCES, errno.EROFS, errno.EPERM}
         mend = "choose a directory that you may write" if denied else None
-        raise StorageError("cannot read or write", place=str(path), got=reason, fix=mend) from error
+        raise StorageError("cannot read or write", place=str(path), got=reason, fix=mend) from raised
+
+
+def _system_error(error: Exception) -> OSError | None:
+    """Return the system's error behind an exception: safetensors and tokenizers, written in Rust, raise others that quote it."""
+    if isinstance(error, OSError):
+        return error
+    quoted = None if isinstance(error, RLHFError) else _QUOTED.search(str(error))
+    return OSError(int(quoted[1]), os.strerror(int(quoted[1]))) if quoted else None
 
 
 def require_space(directory: Path, needed: int) -> None:

@@ -158,9 +158,13 @@ class CheckpointManager:
         self.damaged = []
         for step in reversed(self.steps()):
             try:
-                return self._verified(step)
+                checkpoint = self._verified(step)
             except (OSError, ValueError) as error:
                 self.damaged.append(self._set_aside(step, _reason(error)))
+                continue
+            with storage_errors(self.directory):
+                self._prune()  # A kill may have come between the rename and the removal of older ones.
+            return checkpoint
         earlier = self._set_aside_before() if not self.damaged else []
         if self.damaged or earlier:
             reasons = [f"step {item.step}: {item.reason}" for item in self.damaged] or earlier

@@ -32,7 +32,7 @@ def export_models(trainer: Trainer, distribution: Distribution) -> Path | None:
 
 def _export(module: nn.Module, target: Path) -> None:
     temporary, old = target.with_name(f".{target.name}.tmp"), target.with_name(f".{target.name}.old")
-    with storage_errors(target):
+    with storage_errors(target, sum(parameter.nbytes for parameter in module.parameters())):
         for leftover in (temporary, old):
             remove_tree(leftover)
         temporary.mkdir()

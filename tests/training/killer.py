@@ -1,6 +1,7 @@
 """Runs toy trainings in forked children, kills them, resumes them, and compares with the run that was never killed.
 
-A script of its own, so that no thread of a test runner is forked: `killer.py KIND DIRECTORY [streaming]` prints a JSON report.
+A script of its own, so that no thread of a test runner is forked. `killer.py KIND DIRECTORY [streaming] [last]`
+prints a JSON report.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from rlhf_core.training.checkpoint import CheckpointManager
 from rlhf_core.training.logger import TIMING
 
 OPERATIONS = ("write", "fsync", "rename", "replace", "unlink", "rmdir", "mkdir")
-SAVES = 4
-"""The save that is killed: the first that has an older checkpoint to prune."""
+LAST_SAVE = 5
+"""How often a run saves; the third save is the first that has an older checkpoint to prune."""
 
 
 def train(output: Path, data: Path, streaming: bool, *, resume: bool) -> None:
@@ -62,7 +63,7 @@ def forked(action: Callable[[], None], after: float | None = None) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def dying(at: int, action: Callable[[], None]) -> None:
+def dying(save_number: int, at: int, action: Callable[[], None]) -> None:
     """Do the action; kill this process within the `at`-th operation on files of the chosen save."""
     count = 0
     saves = 0
@@ -91,7 +92,7 @@ def dying(at: int, action: Callable[[], None]) -> None:
     def counted(self: CheckpointManager, *arguments: Any) -> Path:
         nonlocal saves, armed
         saves += 1
-        armed = saves == SAVES
+        armed = saves == save_number
         try:
             return save(self, *arguments)
         finally:
@@ -117,18 +118,27 @@ def outcome(output: Path) -> dict[str, Any]:
     }
 
 
-def every_write(root: Path, data: Path, streaming: bool, expected: dict[str, Any]) -> dict[str, Any]:
+def differing(output: Path, expected: dict[str, Any]) -> list[str]:
+    """Return what of a run's outcome is not as expected."""
+    return [name for name, value in outcome(output).items() if value != expected[name]]
+
+
+def every_write(root: Path, data: Path, streaming: bool, expected: dict[str, Any], save: int) -> dict[str, Any]:
+    """Kill a run within every operation of one save, each time resume it to its end."""
     killed = 0
     different = []
     while True:
         output = root / f"write-{killed + 1}"
         at = killed + 1
-        if forked(lambda at=at, output=output: dying(at, lambda: train(output, data, streaming, resume=False))) == 0:
+        if (
+            forked(lambda at=at, output=output: dying(save, at, lambda: train(output, data, streaming, resume=False)))
+            == 0
+        ):
             break
         killed += 1
         code = forked(lambda output=output: train(output, data, streaming, resume=True))
         if code or outcome(output) != expected:
-            different.append([at, code])
+            different.append([at, code, *differing(output, expected)])
     return {"killed": killed, "different": different}
 
 
@@ -150,7 +160,7 @@ def random_moments(root: Path, data: Path, streaming: bool, expected: dict[str, 
             killed += 1
         code = forked(lambda output=output: train(output, data, streaming, resume=True))
         if code or outcome(output) != expected:
-            different.append([runs, code])
+            different.append([runs, code, *differing(output, expected)])
     return {"killed": killed, "different": different}
 
 
@@ -164,7 +174,7 @@ def main() -> None:
     seconds = time.perf_counter() - begin
     expected = outcome(root / "whole")
     if kind == "every_write":
-        report = every_write(root, data, streaming, expected)
+        report = every_write(root, data, streaming, expected, LAST_SAVE if "last" in sys.argv else LAST_SAVE - 1)
     else:
         report = random_moments(root, data, streaming, expected, seconds)
     print(json.dumps(report | {"steps": len(expected["metrics"]), "files": sorted(expected["files"])}))

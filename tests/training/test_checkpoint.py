@@ -73,6 +73,13 @@ def test_leftovers_of_a_kill_are_removed(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1", "step-2"]
 
 
+def test_an_interrupted_removal_is_finished_on_load(tmp_path: Path) -> None:
+    manager = saved(tmp_path, 1, 2, 3, keep=3)
+    (tmp_path / ".old-step-0").mkdir()
+    assert CheckpointManager(tmp_path, keep=2).load_latest().step == 3  # type: ignore[union-attr]
+    assert manager.steps() == [2, 3] and not (tmp_path / ".old-step-0").exists()
+
+
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     manager = saved(tmp_path, 1, 2)
     manager.save(2, TENSORS, {"again": True})

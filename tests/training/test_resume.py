@@ -163,9 +163,9 @@ def killer(kind: str, directory: Path, *arguments: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["map", "streaming"])
-def test_killed_at_every_write_of_a_save(tmp_path: Path, form: str) -> None:
-    report = killer("every_write", tmp_path, form)
+@pytest.mark.parametrize(("form", "save"), [("map", "middle"), ("map", "last"), ("streaming", "middle")])
+def test_killed_at_every_write_of_a_save(tmp_path: Path, form: str, save: str) -> None:
+    report = killer("every_write", tmp_path, form, save)
     assert report["different"] == []
     # At least: a directory, four files each written and fsynced, two fsyncs of directories, two renames, a removal.
     assert report["killed"] > 20 and report["steps"] == 10
