@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf_core import PolicyModel, registry, setup_logging
-from rlhf_core.errors import RLHFError
+from rlhf_core.errors import DataError, RLHFError
 from rlhf_core.records import Prompt
 from rlhf_core.testing.arithmetic import Arithmetic, Row, Split, step_labels, verify
 from rlhf_core.testing.tiny import save_tiny
@@ -36,6 +36,8 @@ MOST_TOKENS = 48
 """Tokens in an answer; a right one has at most 34."""
 Estimate = tuple[float, float]
 """A mean and its standard error."""
+Measured = dict[str, Any]
+"""What a stage measured: numbers and estimates, by name."""
 
 
 @dataclass
@@ -58,7 +60,7 @@ class Demo:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         return path
 
-    def train(self, method: str, data: Path, eval_data: Path, **options: Any) -> dict[str, float]:
+    def train(self, method: str, data: Path, eval_data: Path, **options: Any) -> Measured:
         """Train the newest model by a method of the registry; return what it measured on the held-out rows."""
         trainer = registry.get("trainer", method)
         config = trainer.Config(seed=self.seed, max_length=128, logging={"every": 50}, **options)
@@ -68,13 +70,13 @@ class Demo:
         return {"steps": result.step, "tokens": result.tokens, **result.eval_metrics}
 
 
-def start(demo: Demo) -> dict[str, float]:
+def start(demo: Demo) -> Measured:
     """Write a Llama of 0.9 M random weights."""
     demo.model = save_tiny(demo.folder / "start", demo.seed, layers=4, hidden=128, kv_heads=4, max_positions=128)
     return {}
 
 
-def sft(demo: Demo) -> dict[str, float]:
+def sft(demo: Demo) -> Measured:
     """Imitate demonstrations, half of which are wrong."""
     steps, batch = demo.scaled(400), 64
     return demo.train(
@@ -89,23 +91,26 @@ def sft(demo: Demo) -> dict[str, float]:
     )
 
 
-def dpo(demo: Demo) -> dict[str, float]:
+def dpo(demo: Demo) -> Measured:
     """Sample answers from the model, let the verifier sort them, and prefer the right ones over the wrong ones."""
     policy = PolicyModel.from_pretrained(demo.model)
-    steps, batch = demo.scaled(60), 32
-    return demo.train(
+    pairs = sample_pairs(demo, policy, demo.scaled(2500), "train")
+    heldout = sample_pairs(demo, policy, demo.scaled(300), "test")
+    measured = demo.train(
         "dpo",
-        demo.write("pairs", sample_pairs(demo, policy, demo.scaled(2000), "train")),
-        demo.write("pairs-heldout", sample_pairs(demo, policy, demo.scaled(256), "test")),
+        demo.write("pairs", pairs),
+        demo.write("pairs-heldout", heldout),
         beta=1.0,
         learning_rate=2e-4,
         warmup_ratio=0.1,
-        batch_size=batch,
-        max_steps=steps,
+        batch_size=64,
+        max_steps=demo.scaled(60),
     )
+    share = measured["eval_accuracy"]
+    return {**measured, "pair_accuracy": (share, math.sqrt(share * (1 - share) / len(heldout)))}
 
 
-STAGES: dict[str, Callable[[Demo], dict[str, float]]] = {"start": start, "sft": sft, "dpo": dpo}
+STAGES: dict[str, Callable[[Demo], Measured]] = {"start": start, "sft": sft, "dpo": dpo}
 """The stages in their order. Each trains the newest model, or makes one, and returns what it measured."""
 
 
@@ -114,7 +119,10 @@ def sample_pairs(demo: Demo, policy: PolicyModel, count: int, split: Split) -> l
     prompts = list(islice(TASK.problems(split=split, seed=demo.seed + 1), count))
     drawn = policy.generate(prompts, n=4, max_new_tokens=MOST_TOKENS, seed=demo.seed)
     whole = [[sample.text for sample in samples if sample.stop_reason == "end"] for samples in drawn]
-    return [row for prompt, answers in zip(prompts, whole, strict=True) if (row := pair(prompt, answers))]
+    rows = [row for prompt, answers in zip(prompts, whole, strict=True) if (row := pair(prompt, answers))]
+    if not rows:
+        raise DataError("no problem was answered both rightly and wrongly", place=f"{split} pairs", fix="raise --scale")
+    return rows
 
 
 def pair(prompt: Prompt, answers: Sequence[str]) -> Row | None:
@@ -135,11 +143,11 @@ def pair(prompt: Prompt, answers: Sequence[str]) -> Row | None:
 class Score:
     """How a model answers the held-out problems: a share for each problem."""
 
-    greedy: list[float]
+    greedy_right: list[float]
     """Right answers when each token is the most likely one."""
-    sampled: list[float]
+    sampled_right: list[float]
     """Right answers among samples at temperature 1."""
-    steps: list[float]
+    steps_right: list[float]
     """Right steps, of those written in the samples, up to the first wrong one."""
 
 
@@ -168,38 +176,47 @@ def gain(before: Sequence[float], after: Sequence[float]) -> Estimate:
 
 def run(folder: Path, *, seed: int = 0, scale: float = 1.0) -> dict[str, Any]:
     """Run every stage, print what improved, and write and return the report (`report.json`)."""
-    console = Console()
     demo, began = Demo(folder, seed, scale), time.monotonic()
-    table = Table(title="Held-out problems, mean ± standard error", caption="pairs: DPO's accuracy on held-out pairs")
-    for column in ("after", "greedy right", "sampled right", "steps right", "pairs", "seconds"):
-        table.add_column(column, justify="left" if column == "after" else "right")
     scores: list[Score] = []
-    stages: list[dict[str, Any]] = []
+    stages: list[Measured] = []
     for name, stage in STAGES.items():
         stage_began = time.monotonic()
         measured = stage(demo)
         seconds = time.monotonic() - stage_began
         scores.append(evaluate(demo))
-        values = {what: estimate(getattr(scores[-1], what)) for what in ("greedy", "sampled", "steps")}
-        stages.append({"stage": name, "model": str(demo.model), "seconds": round(seconds, 1), **measured, **values})
-        pairs = f"{measured['eval_accuracy']:.3f}" if "eval_accuracy" in measured else ""
-        table.add_row(name, *(f"{mean:.3f} ± {error:.3f}" for mean, error in values.values()), pairs, f"{seconds:.0f}")
-    console.print(table)
-    gains = {
-        what: gain(getattr(scores[-2], what), getattr(scores[-1], what)) for what in ("greedy", "sampled", "steps")
-    }
-    mean, error = gains["sampled"]
-    console.print(f"The last stage changed the share of right samples by {mean:+.3f} ± {error:.3f}.")
-    report = {
-        "seed": seed,
-        "scale": scale,
-        "seconds": round(time.monotonic() - began, 1),
-        "stages": stages,
-        "gain": gains,
-    }
+        right = {kind: estimate(shares) for kind, shares in vars(scores[-1]).items()}
+        stages.append({"stage": name, "model": str(demo.model), "seconds": seconds, **measured, **right})
+    risen = gain(scores[-2].sampled_right, scores[-1].sampled_right)
+    report = {"seed": seed, "scale": scale, "seconds": time.monotonic() - began, "stages": stages, "last_gain": risen}
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    console.print(f"{report['seconds']:.0f} s; runs, data and report.json are in {folder}")
+    show(report, folder)
     return report
+
+
+def show(report: dict[str, Any], folder: Path) -> None:
+    """Print a report as a table."""
+    console = Console()
+    table = Table(title="Held-out problems, percent ± standard error")
+    columns = {"stage": "after", "greedy_right": "greedy", "sampled_right": "sampled", "steps_right": "steps right"}
+    columns |= {"pair_accuracy": "pairs", "seconds": "seconds"}
+    for name, heading in columns.items():
+        table.add_column(heading, justify="left" if name == "stage" else "right", no_wrap=True)
+    for stage in report["stages"]:
+        cells = [stage.get(name) for name in columns]
+        table.add_row(*(percent(cell) if isinstance(cell, tuple) else _plain(cell) for cell in cells))
+    console.print(table)
+    console.print("greedy, sampled: right answers, the likeliest token each time or drawn at temperature 1")
+    console.print("pairs: how often the right answer gained on the wrong one (the reference itself has 50)")
+    console.print(f"{report['stages'][-1]['stage']}: {percent(report['last_gain'], '+')} points more samples right")
+    console.print(f"{report['seconds']:.0f} s; runs, data and report.json are in {folder}")
+
+
+def percent(share: Estimate, sign: str = "") -> str:
+    return f"{100 * share[0]:{sign}.1f} ± {100 * share[1]:.1f}"
+
+
+def _plain(cell: str | float | None) -> str:
+    return "" if cell is None else cell if isinstance(cell, str) else f"{cell:.0f}"
 
 
 def main() -> int:
