@@ -377,17 +377,17 @@ def load_yaml(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
         raise ConfigError("is a directory, not a file", place=str(path)) from None
     except UnicodeDecodeError as error:
         raise ConfigError("is not UTF-8", place=str(path), got=f"a bad byte at offset {error.start}") from None
-    loader = _Loader(text, str(path))
     try:
+        loader = _Loader(text, str(path))  # looks for characters that YAML doesn't have
         node = loader.get_single_node()
         values = loader.construct_document(node) if node is not None else None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"not valid YAML: {error.problem}", place=f"{path}:{line}") from None
-    except yaml.YAMLError as error:
+    except RecursionError:
+        raise ConfigError("not valid YAML: nested too deeply", place=str(path)) from None
+    except (yaml.YAMLError, ValueError) as error:  # a date that no calendar has is a ValueError
         raise ConfigError(f"not valid YAML: {error}", place=str(path)) from None
-    finally:
-        loader.dispose()
     if not isinstance(values, dict):
         raise ConfigError("expected a mapping of options to values", place=str(path), got=_shown(values))
     places = {"": str(path)}
@@ -408,7 +408,7 @@ def parse_scalar(text: str) -> Any:
     try:
         loader = _Loader(text, "flag")
         value = loader.get_single_data()
-    except (yaml.YAMLError, ConfigError):
+    except (yaml.YAMLError, ConfigError, ValueError, RecursionError):
         return text
     return text if value is None and text.strip() not in ("null", "~", "") else value
 

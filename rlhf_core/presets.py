@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from rlhf_core.errors import ConfigError, did_you_mean
@@ -33,7 +34,7 @@ def get_preset(name: str) -> dict[str, Any]:
     """Return a preset's options by name."""
     if name not in PRESETS:
         raise ConfigError(f"unknown preset `{name}`", place="preset", fix=did_you_mean(name, PRESETS))
-    return dict(PRESETS[name])
+    return copy.deepcopy(PRESETS[name])
 
 
 def get_7b_model_config(**changes: Any) -> dict[str, Any]:

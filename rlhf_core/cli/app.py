@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from rlhf_core import __version__
-from rlhf_core.cli import author, doctor, methods, train
+from rlhf_core.cli import INTERRUPTED, author, doctor, methods, train
 
 app = typer.Typer(
     name="rlhf",
@@ -46,4 +46,6 @@ def root(
 def run(tokens: Sequence[str]) -> int:
     """Run one command; its exceptions reach the caller. Returns the exit code."""
     code = typer.main.get_command(app).main(args=list(tokens), prog_name="rlhf", standalone_mode=False)
+    if code == INTERRUPTED:  # typer makes an exit of Ctrl-C, without a word
+        raise KeyboardInterrupt
     return code if isinstance(code, int) else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import sys
@@ -17,6 +18,8 @@ from rlhf_core.errors import ConfigError
 if TYPE_CHECKING:
     from rlhf_core.job import Job
     from rlhf_core.training.result import TrainResult
+
+log = logging.getLogger(__name__)
 
 # Whatever typer doesn't know is an option of the method, read once the method is known.
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["--help", "-h"]}
@@ -67,12 +70,24 @@ def train(
         return _describe(job, resume=resume, overwrite=overwrite)
     from rlhf_core.infra import setup_logging
 
-    setup_logging(rank=int(os.environ.get("RANK", "0")))
+    rank = int(os.environ.get("RANK", "0"))
+    setup_logging(rank=rank)
+    if rank == 0:
+        _warn_of_broken()
     trainer = job.trainer(command=shlex.join(["rlhf", *sys.argv[1:]]))
     result = trainer.train(resume=resume, overwrite=overwrite)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if rank == 0:
         _report(result, as_json=as_json)
     return None
+
+
+def _warn_of_broken() -> None:
+    """Tell of plugins that can't be used, though this run needs none of them; of hooks the run itself tells."""
+    from rlhf_core import registry
+
+    for plugin in registry.find():
+        if plugin.status in ("broken", "wrong-api") and plugin.kind != "hook":
+            log.warning("%s `%s` is %s, and left out: %s", plugin.kind, plugin.qualified, plugin.status, plugin.reason)
 
 
 def validate(context: typer.Context, target: Target) -> None:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf_core.data.encode import Outcome
+from rlhf_core.data.encode import EQUAL, Outcome
 from rlhf_core.errors import DataError
 from rlhf_core.records import RECORDS
 
@@ -82,7 +82,7 @@ class DataReport:
                 f"none of {self.rows} rows can be used",
                 place=self.name,
                 got=got,
-                fix="raise `max_length`, or set another `dataset.truncation`",
+                fix=self._mend(),
             )
         if "label" in RECORDS[self.record].required and len(self.labels) < 2:
             missing = "undesirable" if "desirable" in self.labels else "desirable"
@@ -95,14 +95,19 @@ class DataReport:
         for line in self.warnings():
             logger.warning(line)
 
+    def _mend(self) -> str:
+        if EQUAL in self.dropped:
+            return "give pairs whose answers differ; a larger `max_length` keeps what tells them apart"
+        return "raise `max_length`, or set another `dataset.truncation`"
+
     def warnings(self) -> list[str]:
         """Return a line for each thing that was done to rows."""
         lines = [
-            f"{self.name}: dropped {tally['rows']} of {self.rows} rows: {reason} ({', '.join(tally['examples'])}, …)"
+            f"{self.name}: dropped {tally['rows']} of {self.rows} rows: {reason} ({_examples(tally)})"
             for reason, tally in self.dropped.items()
         ]
         lines += [
-            f"{self.name}: {tally['rows']} of {self.rows} rows: {note} ({', '.join(tally['examples'])}, …)"
+            f"{self.name}: {tally['rows']} of {self.rows} rows: {note} ({_examples(tally)})"
             for note, tally in self.notes.items()
         ]
         return lines
@@ -135,6 +140,11 @@ def _tally(tallies: dict[str, dict[str, Any]], name: str, place: str) -> None:
     tally["rows"] += 1
     if len(tally["examples"]) < _EXAMPLES:
         tally["examples"].append(place)
+
+
+def _examples(tally: Mapping[str, Any]) -> str:
+    more = ["…"] if tally["rows"] > len(tally["examples"]) else []
+    return ", ".join([*tally["examples"], *more])
 
 
 def _copied(value: Any) -> Any:

@@ -5,6 +5,7 @@ Weights come from safetensors (or GGUF) only, never from pickles, and a reposito
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -41,7 +42,7 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
-    source = str(source)
+    source = str(Path(source).expanduser()) if str(source).startswith("~") else str(source)
     where, options = _locate(source)
     adapter = where if _is_adapter(where) else None
     base = _adapter_base(where) if adapter else where
@@ -77,6 +78,26 @@ def plain_checkpoint(source: str | Path) -> str | None:
     if options or _is_adapter(where):
         return None
     return str(Path(where).resolve()) if Path(where).is_dir() else where
+
+
+def file_hashes(source: str) -> dict[str, str] | None:
+    """Return the SHA-256 of each file that a model is read from, an adapter's base included; None where it isn't local."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        return {path.name: _sha256(path)}
+    if not path.is_dir():
+        return None
+    wanted = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".json", ".jinja", ".model"))
+    hashes = {file.name: _sha256(file) for file in wanted}
+    if _is_adapter(str(path)):
+        base = file_hashes(_adapter_base(str(path)))
+        hashes |= {f"base/{name}": value for name, value in (base or {}).items()}
+    return hashes
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_finite(model: nn.Module, source: str) -> None:
@@ -143,7 +164,10 @@ def _is_adapter(where: str) -> bool:
 
 
 def _adapter_base(adapter: str) -> str:
-    base = json.loads((Path(adapter) / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    try:
+        base = json.loads((Path(adapter) / "adapter_config.json").read_bytes()).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise ModelError("not a JSON object", place=f"{adapter}/adapter_config.json", got=_first_line(error)) from None
     if not base:
         raise ModelError("the adapter doesn't say which base it belongs to", place=f"{adapter}/adapter_config.json")
     return str(base)
@@ -152,6 +176,14 @@ def _adapter_base(adapter: str) -> str:
 def _with_adapter(model: nn.Module, adapter: str, base: str) -> nn.Module:
     import peft
 
+    if Path(adapter).is_dir() and not (Path(adapter) / "adapter_model.safetensors").is_file():
+        pickles = ", ".join(sorted(p.name for p in Path(adapter).glob("*.bin")))
+        raise ModelError(
+            "the adapter has no adapter_model.safetensors; pickled weights can run code and are not loaded",
+            place=adapter,
+            got=pickles or "no weights",
+            fix="save it again with `save_pretrained`, where you trust it",
+        )
     try:
         adapted = peft.PeftModel.from_pretrained(model, adapter)
     except (RuntimeError, ValueError) as error:

@@ -6,20 +6,21 @@ log-probabilities computed once before the first step, which need no second mode
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from rlhf_core.batch import Batch
 from rlhf_core.errors import ConfigError, ModelError
+from rlhf_core.infra.files import storage_errors
+from rlhf_core.infra.tensors import read_tensors, write_tensors
 from rlhf_core.models.policy import PolicyModel
 
 log = logging.getLogger(__name__)
@@ -30,8 +31,14 @@ ReferenceMode = Literal["auto", "copy", "adapter_off", "precompute"]
 class Reference:
     """Log-probabilities under the policy as it was passed in. Make it before the first optimiser step, and before a resume."""
 
-    def __init__(self, policy: PolicyModel, mode: Literal["copy", "adapter_off", "precompute"]) -> None:
+    def __init__(
+        self,
+        policy: PolicyModel,
+        mode: Literal["copy", "adapter_off", "precompute"],
+        cut: Callable[[Batch], Sequence[Batch]] | None = None,
+    ) -> None:
         self.mode = mode
+        self._cut = cut or (lambda batch: [batch])
         self._policy = policy
         self._model = policy
         self._known: dict[bytes, float] | None = None
@@ -39,8 +46,16 @@ class Reference:
             self._model = copy.deepcopy(policy).eval().requires_grad_(False)
 
     @classmethod
-    def create(cls, policy: PolicyModel, mode: ReferenceMode = "auto") -> Reference:
+    def create(
+        cls,
+        policy: PolicyModel,
+        mode: ReferenceMode = "auto",
+        *,
+        cut: Callable[[Batch], Sequence[Batch]] | None = None,
+    ) -> Reference:
         """Keep the policy as it is now; `auto` switches a fresh adapter off and copies anything else.
+
+        `cut` cuts a batch into the micro-batches that memory allows; without it a batch is forwarded at once.
 
         Raises:
             ConfigError: `adapter_off` without a fresh adapter, which would compare with another model than the one passed in.
@@ -54,57 +69,63 @@ class Reference:
                 got="a policy without a fresh adapter",
                 fix="set `lora`, or `reference: copy`",
             )
-        return cls(policy, mode)
+        return cls(policy, mode, cut)
 
     @torch.no_grad()
-    def response_logps(self, batch: Batch, *, max_prompts: int | None = None, max_tokens: int | None = None) -> Tensor:
+    def response_logps(self, batch: Batch) -> Tensor:
         """Return (R,) log-probabilities of the responses under the reference, summed over their loss mask, nats.
 
-        The batch is forwarded in micro-batches of at most so many prompts and tokens; the result is on its device.
+        The batch is forwarded in micro-batches; the result is on its device.
         """
-        if self._known is not None:
-            return self._look_up(batch)
-        return self._score(batch, max_prompts, max_tokens)
+        return self._look_up(batch) if self._known is not None else self._score(batch)
 
-    def _score(self, batch: Batch, max_prompts: int | None, max_tokens: int | None) -> Tensor:
+    def _score(self, batch: Batch) -> Tensor:
         model = self._model
         training = model.training
         model.eval()
         logps = torch.empty(batch.num_responses, dtype=torch.float32)
         numbered = batch.attach(per_response={"_response": torch.arange(batch.num_responses, device=batch.device)})
         try:
-            for micro in numbered.split(max_prompts=max_prompts, max_tokens=max_tokens):
-                micro = micro.to(model.device)
-                if self.mode == "adapter_off":
-                    with model.adapter_off():
-                        values = model.response_logps(micro)
-                else:
-                    values = model.response_logps(micro)
-                logps[micro["_response"].cpu()] = values.float().cpu()
+            for micro in self._cut(numbered):
+                for part, values in self._forward(micro):
+                    logps[part["_response"].cpu()] = values.float().cpu()
         finally:
             model.train(training)
         return logps.to(batch.device)
 
+    def _forward(self, micro: Batch) -> Iterator[tuple[Batch, Tensor]]:
+        """Yield parts of a micro-batch with their log-probabilities: the whole of it, or its halves where memory runs out."""
+        without = self._model.adapter_off() if self.mode == "adapter_off" else contextlib.nullcontext()
+        try:
+            with without:
+                values = self._model.response_logps(micro.to(self._model.device))
+        except (torch.OutOfMemoryError, MemoryError):
+            if micro.num_prompts == 1:
+                raise
+            log.warning("out of memory in the reference: %d prompts are forwarded in halves", micro.num_prompts)
+            for half in micro.split(max_prompts=(micro.num_prompts + 1) // 2):
+                yield from self._forward(half)
+        else:
+            yield micro, values
+
     @torch.no_grad()
-    def precompute(
-        self,
-        batches: Iterable[Batch],
-        path: Path | None = None,
-        *,
-        max_prompts: int | None = None,
-        max_tokens: int | None = None,
-    ) -> None:
+    def precompute(self, batches: Iterable[Batch], path: Path | None = None) -> None:
         """Score every response once, before the policy changes; keep the result at `path`, or read it from there.
 
         Responses are recognised by their token ids, so any order, epoch or split of the data finds them.
         """
         if path is not None and path.is_file():
-            self._known = _read(path)
-            log.info("reference log-probabilities read from %s", path)
-            return
+            try:
+                self._known = _read(path)
+            except (OSError, ValueError) as error:
+                # The policy is still as it was passed in, so the same values can be computed again.
+                log.warning("%s is damaged (%s): the reference's log-probabilities are computed anew", path, error)
+            else:
+                log.info("reference log-probabilities read from %s", path)
+                return
         known: dict[bytes, float] = {}
         for batch in batches:
-            values = self._score(batch, max_prompts, max_tokens).tolist()
+            values = self._score(batch).tolist()
             known.update(zip(_digests(batch), values, strict=True))
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             shares: list[dict[bytes, float]] = [{}] * torch.distributed.get_world_size()
@@ -145,13 +166,26 @@ def _digests(batch: Batch) -> list[bytes]:
 
 def _write(path: Path, known: dict[bytes, float]) -> None:
     digests = torch.frombuffer(bytearray(b"".join(known)), dtype=torch.uint8).view(-1, 16)
-    values = torch.tensor(list(known.values()), dtype=torch.float32)
+    logps = torch.tensor(list(known.values()), dtype=torch.float32)
     partial = path.with_suffix(".partial")
-    save_file({"digests": digests, "logps": values}, partial)
-    partial.replace(path)
+    with storage_errors(path, digests.nbytes + logps.nbytes):
+        write_tensors(partial, {"digests": digests, "logps": logps, "sha256": _checksum(digests, logps)})
+        partial.replace(path)
 
 
 def _read(path: Path) -> dict[bytes, float]:
-    with safe_open(path, framework="pt") as file:
-        digests, values = file.get_tensor("digests"), file.get_tensor("logps")
-    return dict(zip((row.numpy().tobytes() for row in digests), values.tolist(), strict=True))
+    """Read what `_write` wrote. Raises ValueError where a bit of it has changed: it would change what is learnt."""
+    tensors = read_tensors(path)
+    if tensors.keys() != {"digests", "logps", "sha256"}:
+        raise ValueError(f"it holds {', '.join(sorted(tensors)) or 'nothing'}")
+    digests, logps = tensors["digests"], tensors["logps"]
+    if not torch.equal(tensors["sha256"], _checksum(digests, logps)):
+        raise ValueError("it has another SHA-256 than when it was written")
+    return dict(zip((row.numpy().tobytes() for row in digests), logps.tolist(), strict=True))
+
+
+def _checksum(digests: Tensor, logps: Tensor) -> Tensor:
+    """Return (32,) bytes: the SHA-256 of both tensors' values."""
+    state = hashlib.sha256(digests.numpy().tobytes())
+    state.update(logps.numpy().tobytes())
+    return torch.frombuffer(bytearray(state.digest()), dtype=torch.uint8)
