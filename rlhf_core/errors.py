@@ -7,7 +7,7 @@ Everything that a user can cause raises a subclass of `RLHFError`; the command l
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 
@@ -43,14 +43,19 @@ class RLHFError(Exception):
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> RLHFError:
         """Return the fault that `to_json` described."""
-        known: list[type[RLHFError]] = [RLHFError, *RLHFError.__subclasses__()]
-        kinds = {kind.__name__: kind for kind in known}
+        kinds = {kind.__name__: kind for kind in _kinds(RLHFError)}
         details = {name: values[name] for name in ("place", "got", "fix")}
         return kinds.get(values["kind"], RLHFError)(values["problem"], **details)
 
     def line(self) -> str:
         """Return the one line that the command line prints to stderr."""
         return " ".join(f"error[{self.code}] {self}".split("\n"))
+
+
+def _kinds(kind: type[RLHFError]) -> Iterator[type[RLHFError]]:
+    for below in kind.__subclasses__():
+        yield from _kinds(below)
+    yield kind
 
 
 def _rebuild(kind: type[RLHFError], problem: str, place: str | None, got: object, fix: str | None) -> RLHFError:

@@ -61,15 +61,19 @@ class Distribution:
         return self.gather(value)[0]
 
     def on_main(self, action: Callable[[], Result]) -> Result:
-        """Do something on the first process and return its JSON value on all; its fault is raised on all."""
+        """Do something on the first process and return its JSON value on all; its fault is raised on all.
+
+        A fault that is no `RLHFError` reaches the other processes as one, with its type and text, so that none waits for ever.
+        """
         told: dict[str, Any] = {}
-        fault: RLHFError | None = None
+        fault: Exception | None = None
         if self.is_main:
             try:
                 told["value"] = action()
-            except RLHFError as error:
+            except Exception as error:
                 fault = error
-                told["fault"] = error.to_json()
+                known = error if isinstance(error, RLHFError) else RLHFError(f"{type(error).__name__}: {error}")
+                told["fault"] = known.to_json()
         if self.world_size > 1:
             told = self.broadcast(told)
         if fault is not None:

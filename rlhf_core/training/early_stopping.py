@@ -41,11 +41,11 @@ class EarlyStopping:
         """Whether patience has run out."""
         return self.waited >= self.patience
 
-    def update(self, metrics: Mapping[str, float], step: int) -> bool:
-        """Take an evaluation's metrics; return whether to stop.
+    def check(self, metrics: Mapping[str, float]) -> None:
+        """Refuse an evaluation's metrics where the watched one is not among them.
 
         Raises:
-            ConfigError: the watched metric is not among them.
+            ConfigError: names the nearest.
         """
         if self.metric not in metrics:
             raise ConfigError(
@@ -53,6 +53,10 @@ class EarlyStopping:
                 place="early_stopping.metric",
                 fix=did_you_mean(self.metric, metrics),
             )
+
+    def update(self, metrics: Mapping[str, float], step: int) -> bool:
+        """Take an evaluation's metrics, which `check` must accept; return whether to stop."""
+        self.check(metrics)
         value = float(metrics[self.metric])
         if self._improves(value):
             self.best, self.best_step, self.waited = value, step, 0

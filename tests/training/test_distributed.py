@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from rlhf_core.config import DistributedConfig
-from rlhf_core.errors import ConfigError
+from rlhf_core.errors import ConfigError, DataError, RLHFError
 from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.files import read_json
 from rlhf_core.infra.tensors import read_tensors
@@ -117,11 +117,35 @@ def test_resuming_with_fewer_processes_goes_on_with_the_data(tmp_path: Path, one
 
 
 def test_a_fault_of_the_first_process_crosses_the_seam() -> None:
-    from rlhf_core.errors import DataError, RLHFError
-
     fault = DataError("bad", place="file:3", got=4, fix="mend it")
     again = RLHFError.from_json(json.loads(json.dumps(fault.to_json())))
     assert type(again) is DataError and str(again) == str(fault) and again.exit_code == 3
+
+
+def test_a_fault_of_any_kind_reaches_the_processes_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Two(Distribution):
+        world_size = 2
+        told: Any = None
+
+        def broadcast(self, value: Any) -> Any:
+            Two.told = json.loads(json.dumps(value)) if self.is_main else Two.told
+            return Two.told
+
+    main, other = Two(torch.device("cpu")), Two(torch.device("cpu"))
+    other.rank = 1
+    with pytest.raises(ZeroDivisionError):
+        main.on_main(lambda: 1 // 0)
+    with pytest.raises(RLHFError, match="ZeroDivisionError: integer division") as caught:
+        other.on_main(lambda: None)
+    assert type(caught.value) is RLHFError and caught.value.exit_code == 1
+
+
+def test_a_fault_below_a_known_kind_keeps_its_kind() -> None:
+    class Torn(DataError):
+        """A kind of its own."""
+
+    again = RLHFError.from_json(Torn("torn", place="file:1").to_json())
+    assert type(again) is Torn and again.exit_code == 3
 
 
 def test_the_number_of_processes_is_asserted(monkeypatch: pytest.MonkeyPatch) -> None:
