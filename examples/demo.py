@@ -32,8 +32,8 @@ from rlhf_core.testing.arithmetic import Arithmetic, Row, Split, step_labels, ve
 from rlhf_core.testing.tiny import save_tiny
 
 TASK = Arithmetic("sums", terms=4, digits=1, wrong=0.5)
-MOST_TOKENS = 48
-"""Tokens in an answer; a right one has at most 34."""
+MOST_TOKENS = 34
+"""Most tokens in an answer; a right one has at most 31."""
 Estimate = tuple[float, float]
 """A mean and its standard error."""
 Measured = dict[str, Any]
@@ -154,7 +154,7 @@ class Score:
 def evaluate(demo: Demo) -> Score:
     """Let the newest model answer held-out problems, the same ones after every stage."""
     policy = PolicyModel.from_pretrained(demo.model)
-    prompts = list(islice(TASK.problems(split="test", seed=demo.seed + 2), demo.scaled(400)))
+    prompts = list(islice(TASK.problems(split="test", seed=demo.seed + 2), demo.scaled(300)))
     greedy = policy.generate(prompts, max_new_tokens=MOST_TOKENS, temperature=0.0)
     sampled = policy.generate(prompts, n=4, max_new_tokens=MOST_TOKENS, seed=demo.seed + 2)
     return Score(
@@ -205,8 +205,8 @@ def show(report: dict[str, Any], folder: Path) -> None:
         cells = [stage.get(name) for name in columns]
         table.add_row(*(percent(cell) if isinstance(cell, tuple) else _plain(cell) for cell in cells))
     console.print(table)
-    console.print("greedy, sampled: right answers, the likeliest token each time or drawn at temperature 1")
-    console.print("pairs: how often the right answer gained on the wrong one (the reference itself has 50)")
+    console.print("greedy, sampled: right answers; sampled at temperature 1")
+    console.print("pairs: the right answer gained on the wrong one (the reference: 50)")
     console.print(f"{report['stages'][-1]['stage']}: {percent(report['last_gain'], '+')} points more samples right")
     console.print(f"{report['seconds']:.0f} s; runs, data and report.json are in {folder}")
 

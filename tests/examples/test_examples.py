@@ -109,7 +109,7 @@ def test_demo_pairs_and_standard_errors(tmp_path: Path, monkeypatch) -> None:
 @pytest.mark.slow
 def test_demo_runs_and_depends_on_the_seed_alone(tmp_path: Path, monkeypatch) -> None:
     demo = load("demo", monkeypatch)
-    reports = [demo.run(tmp_path / name, seed=1, scale=0.15) for name in ("one", "two")]
+    reports = [demo.run(tmp_path / name, seed=1, scale=0.1) for name in ("one", "two")]
     assert [stage["stage"] for stage in reports[0]["stages"]] == ["start", "sft", "dpo"]
     for folder in ("one", "two"):
         assert json.loads((tmp_path / folder / "report.json").read_text())["seed"] == 1
