@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
-from rlhf_core.data.encode import Encoder
+from rlhf_core.data.encode import Encoder, Outcome
 from rlhf_core.data.sources import Cursor, Rows
-from rlhf_core.errors import ConfigError
+from rlhf_core.errors import ConfigError, DataError
 from rlhf_core.interfaces import Completion
 
 if TYPE_CHECKING:
@@ -58,25 +59,45 @@ def generate(
             raise ConfigError(f"must be {wanted}", place=f"generate({name}=…)", got=locals()[name])
     encoder = Encoder(policy.tokenizer, "prompt", max_length=policy.max_positions or 2**31)
     outcomes = encoder.encode(list(Rows([{"prompt": prompt} for prompt in prompts], "prompts").rows(Cursor())))
-    ids = [outcome.row.prompt_ids for outcome in outcomes if outcome.row is not None]
+    ids = [_fitting(outcome, max_new_tokens, policy.max_positions) for outcome in outcomes]
     sampling: dict[str, Any] = (
         {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
         if temperature > 0
         else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     )
     training, model = policy.training, policy.causal_lm
+    own_settings = model.generation_config
     cuda = [policy.device] if policy.device.type == "cuda" else []
     policy.eval()
     completions: list[Completion] = []
     try:
         with torch.random.fork_rng(devices=cuda):
             torch.manual_seed(seed)
+            # What a model brings of its own (a repetition penalty, min-p) would fill in what isn't set here, and the
+            # log-probabilities would be of another distribution.
+            model.generation_config = GenerationConfig()
             rows = [row for row in ids for _ in range(n)]
             for part in _parts(rows, max_new_tokens, model.config.get_text_config().vocab_size):
                 completions += _decode(policy, part, max_new_tokens, sampling)
     finally:
+        model.generation_config = own_settings
         policy.train(training)
     return [completions[i * n : (i + 1) * n] for i in range(len(ids))]
+
+
+def _fitting(outcome: Outcome, max_new_tokens: int, positions: int | None) -> list[int]:
+    """Return a prompt's ids; raise where it was refused or leaves no room for the completion."""
+    if outcome.row is None:
+        raise DataError(f"the prompt can't be answered: {outcome.refused}", place=outcome.place)
+    length = len(outcome.row.prompt_ids)
+    if positions is not None and length + max_new_tokens > positions:
+        raise DataError(
+            "prompt and completion are longer than the model's positions",
+            place=outcome.place,
+            got=f"{length} + {max_new_tokens} tokens for {positions} positions",
+            fix="shorten the prompt or lower max_new_tokens",
+        )
+    return outcome.row.prompt_ids
 
 
 def _parts(rows: list[list[int]], max_new_tokens: int, vocabulary: int) -> Iterator[list[list[int]]]:
@@ -88,8 +109,6 @@ def _parts(rows: list[list[int]], max_new_tokens: int, vocabulary: int) -> Itera
 def _decode(
     policy: PolicyModel, rows: list[list[int]], max_new_tokens: int, sampling: dict[str, Any]
 ) -> list[Completion]:
-    from transformers import GenerationConfig
-
     tokenizer, device = policy.tokenizer, policy.device
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)

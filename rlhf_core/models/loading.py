@@ -42,7 +42,7 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
-    source = str(Path(source).expanduser()) if str(source).startswith("~") else str(source)
+    source = str(source)
     where, options = _locate(source)
     adapter = where if _is_adapter(where) else None
     base = _adapter_base(where) if adapter else where
@@ -138,7 +138,7 @@ def check_tokenizer(model: nn.Module, tokenizer: Any, source: str) -> None:
 
 
 def _locate(source: str) -> tuple[str, dict[str, Any]]:
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
@@ -146,7 +146,7 @@ def _locate(source: str) -> tuple[str, dict[str, Any]]:
             ggufs = sorted(p.name for p in path.glob("*.gguf"))
             hint = f"name the file: {path / ggufs[0]}" if ggufs else None
             raise ModelError("is no model: it has no config.json", place=source, fix=hint)
-        return source, {}
+        return str(path), {}
     if path.is_absolute() or source.startswith((".", "~")) or not _HUB_NAME.fullmatch(source):
         raise ModelError("no such model directory or file", place=source, fix=_near_path(path))
     return source, {}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_BYTES = 64 * 2**20
+CHUNK_BYTES = 256 * 2**20
 """Most bytes of float32 logits that exist at once."""
 
 
@@ -30,7 +30,11 @@ class _LinearTokenLogprobs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, precision: torch.dtype
+    ) -> Tensor:
+        ctx.dtypes = hidden.dtype, weight.dtype
+        hidden, weight = hidden.to(precision), weight.to(precision)
         rows = chunk_rows(weight.shape[0])
         logps = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         normalisers = torch.empty_like(logps)
@@ -54,15 +58,17 @@ class _LinearTokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         hidden_learns, weight_learns = ctx.needs_input_grad[:2]
+        hidden_dtype, weight_dtype = ctx.dtypes
         if not weight_learns:
             (direction,) = ctx.saved_tensors
-            return (direction * upstream[:, None]).to(direction.dtype), None, None, None
+            return (direction * upstream[:, None]).to(hidden_dtype), None, None, None, None
         hidden, weight, targets, normalisers = ctx.saved_tensors
         rows = chunk_rows(weight.shape[0])
-        d_hidden = torch.empty_like(hidden) if hidden_learns else None
-        d_weight = torch.zeros_like(weight)
+        d_hidden = torch.empty_like(hidden, dtype=hidden_dtype) if hidden_learns else None
+        # In the weight's own precision: sums of 16 bits would lose a bit with every chunk.
+        d_weight = torch.zeros_like(weight, dtype=weight_dtype)
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
             gradient = _scaled_logits(hidden[part], weight, ctx.scale).sub_(normalisers[part, None]).exp_()
@@ -71,8 +77,11 @@ class _LinearTokenLogprobs(torch.autograd.Function):
             gradient = gradient.mul_(ctx.scale).to(weight.dtype)
             if d_hidden is not None:
                 d_hidden[part] = gradient @ weight
-            d_weight.addmm_(gradient.t(), hidden[part])
-        return d_hidden, d_weight, None, None
+            if weight.dtype == weight_dtype:
+                d_weight.addmm_(gradient.t(), hidden[part])
+            else:
+                d_weight.add_(gradient.t() @ hidden[part])
+        return d_hidden, d_weight, None, None, None
 
 
 def _scaled_logits(hidden: Tensor, weight: Tensor, scale: float) -> Tensor:
@@ -93,13 +102,9 @@ def linear_token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, sc
         (S,) float32, nats. Matrix products run in autocast's precision, the softmax in float32.
     """
     device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        precision = torch.get_autocast_dtype(device)
-        hidden, weight = hidden.to(precision), weight.to(precision)
-    else:
-        hidden = hidden.to(weight.dtype)
+    precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     with torch.autocast(device, enabled=False):
-        return _LinearTokenLogprobs.apply(hidden, weight, targets, scale)
+        return _LinearTokenLogprobs.apply(hidden, weight, targets, scale, precision)
 
 
 def module_token_logprobs(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from rlhf_core.models.attention import Kernel, OptimizedAttention
 from rlhf_core.models.compile import compile_model
 from rlhf_core.models.generate import generate
 from rlhf_core.models.layout import Layout, packed_layout, padded_layout
-from rlhf_core.models.loading import load_model, plain_checkpoint
+from rlhf_core.models.loading import file_hashes, load_model, plain_checkpoint
 from rlhf_core.models.logprobs import linear_token_logprobs, module_token_logprobs
 from rlhf_core.models.lora import apply_lora
 
@@ -43,6 +44,8 @@ class PolicyModel(nn.Module):
         self.model = model
         self.tokenizer = tokenizer
         self.source = source
+        self.loaded = False
+        """Whether its weights are those of `source` still, as far as this class knows."""
         self.base: str | None = None
         """Where the weights under the adapter stand as a plain checkpoint; None where they stand nowhere as they are."""
         self.layout: LayoutName = "auto"
@@ -73,7 +76,7 @@ class PolicyModel(nn.Module):
         """
         model, tokenizer = load_model(source, attention="sdpa", lora=lora, trust_remote_code=trust_remote_code)
         policy = cls(model, tokenizer, source=str(source))
-        policy.base = plain_checkpoint(source)
+        policy.base, policy.loaded = plain_checkpoint(source), True
         if device is not None:
             policy.to(device)
         policy._configure(
@@ -89,9 +92,17 @@ class PolicyModel(nn.Module):
 
     def configure(self, config: TrainerConfig) -> PolicyModel:
         """Apply a trainer's options (attention, adapters, checkpointing, layout) to this model, in place; return it."""
+        self.loaded = False
         if not self.has_adapter:
             # Its weights may have been changed since it was loaded, so no adapter may point at where it came from.
             self.base = None
+            if config.lora is not None and config.lora.quantize != "none":
+                raise ConfigError(
+                    "a model that is loaded already can't be quantised",
+                    place="lora.quantize",
+                    got=config.lora.quantize,
+                    fix="pass its path instead of the model, or `PolicyModel.from_pretrained(path, lora=...)`",
+                )
         return self._configure(
             attention=config.attention,
             precision=config.precision,
@@ -126,17 +137,35 @@ class PolicyModel(nn.Module):
             )
         # A compiled block would be compiled anew for every list of segments.
         self.layout = "padded" if compile or self.attention.kernel == "eager" else layout
-        if lora is not None and not self.has_adapter:
-            self.model = apply_lora(self.model, lora)
-            self.fresh_adapter = True
+        if lora is not None:
+            self._adapt(lora)
         if gradient_checkpointing:
             self.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+        elif getattr(self.causal_lm, "is_gradient_checkpointing", False):
+            self.causal_lm.gradient_checkpointing_disable()
         if compile:
             compile_model(self.causal_lm)
         return self
 
+    def _adapt(self, lora: LoraConfig) -> None:
+        if not self.has_adapter:
+            self.model = apply_lora(self.model, lora)
+            self.fresh_adapter = True
+            return
+        held = next(iter(self.model.peft_config.values()))  # type: ignore[operator]
+        if (held.r, held.lora_alpha, held.lora_dropout) != (lora.rank, lora.alpha, lora.dropout):
+            raise ConfigError(
+                "the model has an adapter of another shape already",
+                place="lora",
+                got=f"rank {held.r}, alpha {held.lora_alpha} in the model; rank {lora.rank}, alpha {lora.alpha} asked for",
+                fix="leave `lora` out to go on training its adapter, or merge it (`model.merge_and_unload()`) to train a new one",
+            )
+
     def _select_attention(self, wanted: Kernel, dtype: torch.dtype) -> OptimizedAttention:
         choice = OptimizedAttention.select(wanted, device=self.device, dtype=dtype)
+        if choice.kernel == "sdpa" and not getattr(self.causal_lm, "_supports_sdpa", False):
+            # Under a name of ours transformers would not notice, and what SDPA leaves out (sinks, caps) would be lost.
+            choice = OptimizedAttention("eager", "the model has no attention through SDPA")
         try:
             self.causal_lm.set_attn_implementation(choice.implementation)
         except (ValueError, ImportError) as error:
@@ -318,11 +347,23 @@ class PolicyModel(nn.Module):
         model.save_pretrained(directory)  # type: ignore[operator]
         self.tokenizer.save_pretrained(directory)
 
+    def _hashes(self) -> dict[str, str]:
+        """Return SHA-256 of the files that it was loaded from, or, of a model in memory, of its weights as they are."""
+        if (files := file_hashes(self.source)) is not None and self.loaded:
+            return files
+        digest = hashlib.sha256()
+        for name, tensor in self.model.state_dict().items():
+            if not (self.fresh_adapter and "lora_" in name):
+                digest.update(name.encode())
+                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return {"weights in memory": digest.hexdigest()}
+
     def describe(self) -> dict[str, Any]:
         """Return what this model is, for a run's record."""
         config = self.causal_lm.config
         return {
             "source": self.source,
+            "files": self._hashes(),
             "architecture": type(self.causal_lm).__name__,
             "revision": getattr(config, "_commit_hash", None),
             "parameters": sum(p.numel() for p in self.parameters()),

@@ -1,18 +1,15 @@
-"""What a run needs before its first step: a configuration that fits, the policy, data, models by role, the reference."""
+"""What a run needs before its first step: a configuration that fits, the policy, models by role, the reference."""
 
 from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from rlhf_core.batch import Batch
-from rlhf_core.data import DataStream, open_dataset
 from rlhf_core.data.base import EncodedData
 from rlhf_core.errors import ConfigError, PluginError
 from rlhf_core.infra.devices import DeviceManager
@@ -21,6 +18,7 @@ from rlhf_core.models import PolicyModel
 from rlhf_core.models.reference import Reference
 from rlhf_core.training.distribution import Distribution
 from rlhf_core.training.micro_batches import MicroBatches
+from rlhf_core.training.rows import one_pass
 from rlhf_core.training.trackers import check_trackers
 
 log = logging.getLogger(__name__)
@@ -87,15 +85,6 @@ def load_policy(trainer: Trainer, devices: DeviceManager) -> PolicyModel:
     return policy
 
 
-def open_data(trainer: Trainer, policy: PolicyModel) -> tuple[EncodedData, EncodedData | None]:
-    """Return the training data and the held-out data as encoded rows."""
-    tokenizer: Any = policy.tokenizer
-    dataset = open_dataset(trainer.data, trainer.record, tokenizer, config=trainer.config)
-    if trainer.eval_data is None:
-        return dataset, None
-    return dataset, open_dataset(trainer.eval_data, trainer.record, tokenizer, config=trainer.config)
-
-
 def build_models(trainer: Trainer, policy: PolicyModel, devices: DeviceManager) -> dict[str, nn.Parameter]:
     """Set `trainer.models`; return the trained parameters by name, a tied one once.
 
@@ -142,26 +131,13 @@ def create_reference(
 ) -> None:
     """Set `trainer.reference` to the policy as it is now, before any step or checkpoint changes it."""
     mode: Any = getattr(trainer.config, "reference", "auto")
-    trainer.reference = Reference.create(policy, mode)
+    trainer.reference = Reference.create(policy, mode, cut=micro_batches.cut)
     if trainer.reference.mode != "precompute":
         return
     training_mode(trainer, False)
     path = trainer.output / "reference.safetensors" if trainer.output is not None else None
     with torch.no_grad(), devices.autocast(trainer.config.precision):
         trainer.reference.precompute(
-            itertools.chain.from_iterable(_once(trainer, dataset, distribution) for dataset in datasets if dataset),
+            itertools.chain.from_iterable(one_pass(trainer, dataset, distribution) for dataset in datasets if dataset),
             path,
-            max_prompts=micro_batches.max_prompts,
-            max_tokens=micro_batches.max_tokens,
         )
-
-
-def _once(trainer: Trainer, dataset: EncodedData, distribution: Distribution) -> Iterator[Batch]:
-    return DataStream(
-        dataset,
-        batch_size=trainer.config.batch_size,
-        epochs=1.0,
-        shuffle=False,
-        rank=distribution.rank,
-        world_size=distribution.world_size,
-    )

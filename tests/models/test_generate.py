@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlhf_core.batch import Batch
-from rlhf_core.errors import ConfigError
+from rlhf_core.errors import ConfigError, DataError
 from rlhf_core.models import PolicyModel
 from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
 
@@ -64,6 +64,30 @@ def test_greedy_and_truncation(policy: PolicyModel) -> None:
     kept = policy.generate(["abc"], max_new_tokens=8, top_k=5, seed=3)[0][0]
     # What truncation removed makes the kept tokens likelier than the model's own distribution does.
     assert all(a > b for a, b in zip(kept.logprobs, kept.raw_logprobs, strict=True))
+
+
+def test_no_prompt_is_dropped(policy: PolicyModel) -> None:
+    """Answers would shift to other prompts: one that can't be answered is named."""
+    positions = policy.max_positions
+    assert positions is not None
+    with pytest.raises(DataError, match=r"longer than the model's positions") as caught:
+        policy.generate(["a", "b" * (positions - 4), "c"], max_new_tokens=8)
+    assert caught.value.exit_code == 3 and caught.value.place == "prompts[1]"
+    with pytest.raises(DataError) as caught:
+        policy.generate(["a", "b" * (positions + 4), "c"], max_new_tokens=8)
+    assert caught.value.place == "prompts[1]"
+
+
+def test_the_models_own_settings_do_not_bend_the_distribution() -> None:
+    from transformers import GenerationConfig
+
+    policy = PolicyModel(tiny_model(), tiny_tokenizer())
+    own = GenerationConfig(repetition_penalty=1.8, min_p=0.2, do_sample=True, temperature=0.3, top_k=3)
+    policy.causal_lm.generation_config = own
+    drawn = policy.generate(["abc"], n=4, max_new_tokens=8, seed=1)[0]
+    for completion in drawn:
+        assert completion.logprobs == pytest.approx(completion.raw_logprobs, abs=1e-5)
+    assert policy.causal_lm.generation_config is own
 
 
 @pytest.mark.parametrize(

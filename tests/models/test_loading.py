@@ -136,6 +136,51 @@ def test_configure_a_model_in_memory(saved: Path) -> None:
         policy.configure(TrainerConfig(batching={"layout": "packed"}, attention="eager"))  # type: ignore[arg-type]
 
 
+def test_an_adapter_that_is_there_is_not_passed_over(saved: Path) -> None:
+    policy = PolicyModel.from_pretrained(saved, lora=LoraConfig(rank=4))
+    policy.configure(TrainerConfig(lora={"rank": 4}))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"adapter of another shape already"):
+        policy.configure(TrainerConfig(lora={"rank": 16}))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="can't be quantised"):
+        PolicyModel.from_pretrained(saved).configure(TrainerConfig(lora={"quantize": "4bit"}))  # type: ignore[arg-type]
+
+
+def test_gradient_checkpointing_can_be_switched_off_again(saved: Path) -> None:
+    policy = PolicyModel.from_pretrained(saved, gradient_checkpointing=True)
+    assert any(getattr(m, "gradient_checkpointing", False) for m in policy.modules())
+    policy.configure(TrainerConfig())
+    assert not any(getattr(m, "gradient_checkpointing", False) for m in policy.modules())
+
+
+def test_what_it_was_loaded_from_is_known_by_its_hashes(saved: Path, tmp_path: Path) -> None:
+    first = PolicyModel.from_pretrained(saved).describe()["files"]
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= first.keys()
+    assert PolicyModel.from_pretrained(saved).describe()["files"] == first
+    policy = PolicyModel.from_pretrained(saved, lora=LoraConfig(rank=2))
+    policy.save_pretrained(tmp_path / "adapter")
+    assert "base/model.safetensors" in PolicyModel.from_pretrained(tmp_path / "adapter").describe()["files"]
+    # In memory the weights themselves count: changed ones are another model.
+    policy = PolicyModel.from_pretrained(saved)
+    policy.configure(TrainerConfig())
+    before = policy.describe()["files"]
+    shake(policy)
+    assert policy.describe()["files"] != before
+
+
+def test_a_home_directory_is_expanded(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(saved.parent))
+    assert PolicyModel.from_pretrained("~/model").describe()["files"]
+
+
+def test_pickled_adapters_are_refused(saved: Path, tmp_path: Path) -> None:
+    PolicyModel.from_pretrained(saved, lora=LoraConfig(rank=2)).save_pretrained(tmp_path / "adapter")
+    weights = tmp_path / "adapter/adapter_model.safetensors"
+    torch.save(load_file(weights), tmp_path / "adapter/adapter_model.bin")
+    weights.unlink()
+    line = refusal(tmp_path / "adapter")
+    assert "pickled weights can run code" in line and "adapter_model.bin" in line
+
+
 def test_missing_directory_names_the_nearest(saved: Path) -> None:
     assert f"did you mean {saved}?" in refusal(saved.with_name("modle"))
     assert "doesn't exist either" in refusal("/nowhere/at/all/model")

@@ -67,6 +67,23 @@ def test_any_output_layer(softcap: float | None) -> None:
         assert relative(a.double(), b.double()) < 1e-5
 
 
+def test_the_weights_gradient_is_summed_in_its_own_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many chunks must not lose more than one does."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(512, 16), torch.randn(50, 16, requires_grad=True)
+    targets = torch.randint(0, 50, (512,))
+
+    def gradient(rows: int) -> Tensor:
+        monkeypatch.setattr(module, "chunk_rows", lambda vocabulary: rows)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return torch.autograd.grad(linear_token_logprobs(hidden, weight, targets).sum(), weight)[0]
+
+    exact = torch.autograd.grad(reference(hidden, weight, targets, 1.0).sum(), weight)[0]
+    one, many = relative(gradient(1000), exact), relative(gradient(8), exact)
+    assert gradient(8).dtype == torch.float32
+    assert many < 1.2 * one
+
+
 def test_autocast_keeps_the_softmax_in_float32() -> None:
     torch.manual_seed(0)
     hidden, weight, targets = torch.randn(64, 32), torch.randn(500, 32), torch.randint(0, 500, (64,))

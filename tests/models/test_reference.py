@@ -8,6 +8,7 @@ import pytest
 import torch
 from batches import random_batch, relative
 
+from rlhf_core.batch import Batch
 from rlhf_core.config import LoraConfig
 from rlhf_core.errors import ConfigError, ModelError
 from rlhf_core.models import PolicyModel, Reference, apply_lora
@@ -36,13 +37,48 @@ def test_every_mode_gives_the_policy_as_passed_in(mode: str, lora: bool) -> None
     policy = with_adapter() if lora else PolicyModel(tiny_model(), tiny_tokenizer())
     batch = random_batch(5, 2)
     expected = policy.response_logps(batch).detach()
-    reference = Reference.create(policy, mode)  # type: ignore[arg-type]
+    references = [
+        Reference.create(policy, mode, cut=cut)  # type: ignore[arg-type]
+        for cut in (None, lambda b: b.split(max_prompts=2), lambda b: b.split(max_tokens=20))
+    ]
     if mode == "precompute":
-        reference.precompute([batch], max_prompts=2)
+        for reference in references:
+            reference.precompute([batch])
     shake(policy)
     assert not torch.allclose(policy.response_logps(batch), expected, atol=1e-2)
-    for options in ({}, {"max_prompts": 2}, {"max_tokens": 20}):
-        assert relative(reference.response_logps(batch, **options), expected) < 1e-5  # type: ignore[arg-type]
+    for reference in references:
+        assert relative(reference.response_logps(batch), expected) < 1e-5
+
+
+def test_the_reference_keeps_to_the_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = PolicyModel(tiny_model(), tiny_tokenizer())
+    reference = Reference.create(policy, "copy", cut=lambda b: b.split(max_prompts=2))
+    seen: list[int] = []
+    forward = PolicyModel.token_logps
+
+    def counting(self: PolicyModel, batch: Batch) -> torch.Tensor:
+        seen.append(batch.num_prompts)
+        return forward(self, batch)
+
+    monkeypatch.setattr(PolicyModel, "token_logps", counting)
+    reference.response_logps(random_batch(5, 2))
+    assert seen == [2, 2, 1]
+
+
+def test_out_of_memory_in_the_reference_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = PolicyModel(tiny_model(), tiny_tokenizer())
+    batch = random_batch(5, 2)
+    expected = policy.response_logps(batch).detach()
+    reference = Reference.create(policy, "copy")
+    forward = PolicyModel.token_logps
+
+    def tight(self: PolicyModel, batch: Batch) -> torch.Tensor:
+        if batch.num_prompts > 2:
+            raise torch.OutOfMemoryError("no")
+        return forward(self, batch)
+
+    monkeypatch.setattr(PolicyModel, "token_logps", tight)
+    assert relative(reference.response_logps(batch), expected) < 1e-5
 
 
 def test_auto_switches_only_a_fresh_adapter_off() -> None:
