@@ -13,7 +13,8 @@ from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from rlhf_core.errors import ConfigError, did_you_mean
 
@@ -35,6 +36,16 @@ class BaseConfig(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _flag_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # Python counts true as 1 and false as 0, so `max_steps: yes` would quietly train for one step.
+        if isinstance(value, bool) and info.field_name in cls.model_fields:
+            kinds = _alternatives(cls.model_fields[info.field_name].annotation)
+            if bool not in kinds and (int in kinds or float in kinds):
+                raise PydanticCustomError("flag_for_number", "expected a number")
+        return value
 
     @classmethod
     def parse(
@@ -150,7 +161,10 @@ class DatasetConfig(BaseConfig):
     columns: dict[str, str] = Field(
         default_factory=dict, description="Contract column → the data's own name, such as `prompt: question`."
     )
-    split: str = Field("train", min_length=1, description="Split of a hub dataset.")
+    split: str = Field("train", min_length=1, description="Split of a hub dataset, or of a `DatasetDict`, to train on.")
+    eval_split: str = Field(
+        "test", min_length=1, description="Split of a hub dataset, or of a `DatasetDict`, given as `eval_data`."
+    )
     streaming: bool = Field(False, description="Read rows as they are needed instead of all at the start.")
     shuffle: bool = Field(True, description="Draw rows in a random order, new in each epoch; false keeps the file's.")
     shuffle_block: int = Field(
@@ -279,7 +293,8 @@ def _config_error(cls: type[BaseConfig], error: ValidationError, place: Mapping[
     problem = f"`{key}`: {message}" if key else message
     fix = None
     if isinstance(first["input"], bool):
-        fix = "YAML reads yes, no, on and off as true and false: put the text in quotes if you meant text"
+        mend = "write a number" if first["type"] == "flag_for_number" else "put the text in quotes if you meant text"
+        fix = f"YAML reads yes, no, on and off as true and false: {mend}"
     return ConfigError(problem, place=where, got=got, fix=fix)
 
 
@@ -314,6 +329,13 @@ def _group(cls: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseModel]
             return cls
         cls = found
     return cls
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    """Return the types of a union, flat; any other annotation alone."""
+    if get_origin(annotation) in (Union, UnionType):
+        return tuple(kind for part in get_args(annotation) for kind in _alternatives(part))
+    return (annotation,)
 
 
 def _shown(value: object) -> str:

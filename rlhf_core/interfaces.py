@@ -54,6 +54,9 @@ class Trainer(ABC, Generic[ConfigT]):
     """Roles of the models that get gradients."""
     frozen: ClassVar[tuple[str, ...]] = ()
     """Roles of the models that are only read, such as `reference`."""
+    windows_per_batch: ClassVar[int] = 1
+    """Windows that `experience` yields for each batch that it takes: how many steps `epochs` make. With `max_steps` it has no
+    effect."""
 
     config: ConfigT
     models: nn.ModuleDict
@@ -81,10 +84,12 @@ class Trainer(ABC, Generic[ConfigT]):
             data: rows of the contract `record`: a path, several paths, a hub name, a `datasets` object, or a list of rows.
             eval_data: rows held out, scored during training.
             output: the run directory. None keeps nothing on disk, so such a run can't be resumed.
+
+        A leading `~` in a path is the home directory.
         """
         self.config = config if config is not None else self.Config()  # type: ignore[assignment]
         self.model, self.data, self.eval_data = model, data, eval_data
-        self.output = Path(output) if output is not None else None
+        self.output = Path(output).expanduser() if output is not None else None
 
     @property
     def policy(self) -> PolicyModel:
@@ -99,6 +104,11 @@ class Trainer(ABC, Generic[ConfigT]):
 
         Here live reference log-probabilities, rollouts, rewards and advantages, attached as columns (`Batch.attach`), and
         every estimate over a whole window. The default yields each batch as it is.
+
+        A method that makes several windows of one rollout marks all but the rollout's last with `boundary=False`: checkpoints
+        wait for a boundary, so no resume begins in the middle of a rollout; it states how many in `windows_per_batch`. The
+        generator is made anew on a resume, and for each evaluation (there over held-out rows): what must outlive it belongs on
+        the trainer, in `state_dict`, never in its local variables.
         """
         yield from stream
 

@@ -194,4 +194,6 @@ def _run(values: dict[str, Any], places: Mapping[str, str]) -> RunConfig:
             raise ConfigError(problem, place="output", fix="give `--output DIR`")
         method = str(values["method"]).replace(":", "-")
         values["output"] = f"runs/{method}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if isinstance(values["output"], str):
+        values["output"] = str(Path(values["output"]).expanduser())
     return RunConfig.parse(values, place=places)

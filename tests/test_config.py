@@ -55,6 +55,10 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "zero rows": ({"batch_size": 0}, "`batch_size`: Input should be greater than or equal to 1; got 0"),
     "half a step": ({"max_steps": 1.5}, "`max_steps`: Input should be a valid integer"),
     "no as text": ({"lr_schedule": False}, "`lr_schedule`: Input should be 'cosine', 'linear' or 'constant'; got False; fix:"),
+    "yes as a number": ({"max_steps": True}, "`max_steps`: expected a number; got True; fix: YAML reads yes, no, on and off"),
+    "true as a number": ({"batch_size": True}, "`batch_size`: expected a number; got True"),
+    "no as a number": ({"seed": False}, "`seed`: expected a number; got False"),
+    "on as a rate": ({"optimizer": {"beta1": True}}, "`optimizer.beta1`: expected a number; got True"),
     "a group that is none": ({"lora": 8}, "`lora`: expected a group of options (rank, alpha, dropout, target_"),
     "one checkpoint": ({"checkpoint": {"keep": 1}}, "`checkpoint.keep`: Input should be greater than or equal to 2; got 1"),
 }  # fmt: skip

@@ -112,6 +112,23 @@ def open_source(data: Any, *, split: str = "train", streaming: bool = False) -> 
     return Source([_dataset(data, "data", split)])
 
 
+def has_splits(data: Any) -> bool:
+    """Tell whether `data` is of the kinds that come in named splits: a hub name, or a `DatasetDict`, in memory or on disk."""
+    if isinstance(data, str | Path):
+        path = Path(data).expanduser()
+        return (path / "dataset_dict.json").exists() or (not path.exists() and _is_hub_name(data))
+    if isinstance(data, Sequence):
+        return any(isinstance(item, str | Path) and has_splits(item) for item in data)
+    import datasets
+
+    return isinstance(data, datasets.DatasetDict | datasets.IterableDatasetDict)
+
+
+def _is_hub_name(name: str | Path) -> bool:
+    text = str(name)
+    return not isinstance(name, Path) and not text.endswith(SUFFIXES) and _HUB_NAME.fullmatch(text) is not None
+
+
 def _named(name: str | Path, split: str, streaming: bool) -> Part:
     path = Path(name).expanduser()
     if path.is_dir():
@@ -123,12 +140,7 @@ def _named(name: str | Path, split: str, streaming: bool) -> Part:
             )
         return ParquetRows(path) if path.suffix == ".parquet" else JsonLines(path)
     text = str(name)
-    if (
-        isinstance(name, Path)
-        or text.endswith(SUFFIXES)
-        or not _HUB_NAME.fullmatch(text)
-        or text.startswith((".", "~", "/"))
-    ):
+    if not _is_hub_name(name):
         raise DataError("no such file", place=text, fix=_near_file(path))
     repository, _, config = text.partition(":")
     return _load(repository, config or None, split, streaming)
@@ -164,7 +176,8 @@ def _load(name: str, config: str | None, split: str, streaming: bool) -> Part:
             "is no file here, and `datasets.load_dataset` cannot load it",
             place=name,
             got=first,
-            fix="check the name, `dataset.split`, the network, and for a gated set the token",
+            fix="check the name, `dataset.split` (for `eval_data`: `dataset.eval_split`), the network, and for a gated set the"
+            " token",
         ) from None
     return _dataset(loaded, name, split)
 
@@ -174,7 +187,12 @@ def _dataset(data: Any, name: str, split: str) -> Part:
 
     if isinstance(data, datasets.DatasetDict | datasets.IterableDatasetDict):
         if split not in data:
-            raise DataError(f"has no split `{split}`", place=name, got=", ".join(data), fix="set `dataset.split`")
+            raise DataError(
+                f"has no split `{split}`",
+                place=name,
+                got=", ".join(data),
+                fix="set `dataset.split`, or `dataset.eval_split` for `eval_data`",
+            )
         data = data[split]
     if isinstance(data, datasets.IterableDataset):
         return IterableRows(data, name)

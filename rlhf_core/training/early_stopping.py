@@ -55,8 +55,7 @@ class EarlyStopping:
             )
 
     def update(self, metrics: Mapping[str, float], step: int) -> bool:
-        """Take an evaluation's metrics, which `check` must accept; return whether to stop."""
-        self.check(metrics)
+        """Take an evaluation's metrics, which `check` accepts; return whether to stop."""
         value = float(metrics[self.metric])
         if self._improves(value):
             self.best, self.best_step, self.waited = value, step, 0

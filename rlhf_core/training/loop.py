@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from rlhf_core.batch import Batch
-from rlhf_core.data import DataStream
-from rlhf_core.errors import NumbersError, PluginError, Stopped
+from rlhf_core.errors import NumbersError, PluginError
 from rlhf_core.hooks import Hooks, load_hooks
 from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.seeds import seed_everything
@@ -33,14 +32,14 @@ from rlhf_core.training.prepare import (
     check_config,
     create_reference,
     load_policy,
-    open_data,
     training_mode,
 )
 from rlhf_core.training.provenance import note_data, note_failure, note_inputs
 from rlhf_core.training.result import TrainResult
+from rlhf_core.training.rows import open_data, open_stream
 from rlhf_core.training.run_directory import RunDirectory
 from rlhf_core.training.settings import check_unchanged, run_settings
-from rlhf_core.training.signals import StopSignal
+from rlhf_core.training.signals import StopSignal, stopped
 from rlhf_core.training.state import Progress, RunState
 from rlhf_core.training.update import Outcome, Update
 
@@ -151,23 +150,20 @@ class Run:
         self.changes = self.distribution.on_main(compare)
 
     def _prepare_stream(self) -> None:
-        config = self.config
-        self.stream = DataStream(
-            self.dataset,
-            batch_size=config.batch_size,
-            epochs=None if config.max_steps is not None else config.epochs,
-            seed=config.seed,
-            shuffle=config.dataset.shuffle,
-            rank=self.distribution.rank,
-            world_size=self.distribution.world_size,
+        """Make the stream and the schedule, with what the checkpoint of a continued run knows of their length."""
+        self.state = RunState(self)
+        self.checkpoint = self.state.find() if self.directory.continued else None
+        saved = self.checkpoint.state if self.checkpoint is not None else None
+        self.stream, self.total_steps = open_stream(
+            self.trainer, self.dataset, distribution=self.distribution, saved=saved
         )
-        self.total_steps = config.max_steps if config.max_steps is not None else self.stream.steps
-        self.schedule = Schedule.create(config, self.total_steps)
+        self.schedule = Schedule.create(self.config, self.total_steps)
 
     def _restore(self) -> None:
-        """Load the newest whole checkpoint of a continued run, and start the log behind it."""
-        self.state = RunState(self)
-        loaded = self.state.load_latest() if self.directory.continued else None
+        """Put back the newest whole checkpoint of a continued run, and start the log behind it."""
+        if self.checkpoint is not None:
+            self.state.put_back(self.checkpoint)
+        self.hooks = load_hooks()
         self.logger = TrainingLogger(
             self.trainer.output,
             self.config.logging,
@@ -181,12 +177,11 @@ class Run:
         for item in self.state.damaged():
             self.logger.event("checkpoint_damaged", step=item.step, path=item.path.name, reason=item.reason)
         if self.directory.continued:
-            if loaded is None:
+            if self.checkpoint is None:
                 log.warning("%s holds no checkpoint yet: starting at step 0", self.trainer.output)
             self.logger.event("run_resumed", step=self.progress.step, changed=self.changes)
         else:
             self.logger.event("run_started", total_steps=self.total_steps)
-        self.hooks = load_hooks()
 
     # The steps
 
@@ -196,8 +191,10 @@ class Run:
             if getattr(module, "fresh_adapter", False):
                 # From the first step on the base isn't what was passed in, should this model be trained again.
                 module.fresh_adapter = False  # type: ignore[assignment]
+        self._stop_if_asked()
         if self.progress.step == 0 and self.config.eval_steps is not None and self.progress.evaluated is None:
             self._evaluate()
+            self._stop_if_asked()
         windows = iter(self.trainer.experience(self.stream))
         while not self._at_end():
             began = time.perf_counter()
@@ -286,8 +283,10 @@ class Run:
         log.info("step %d  %s", step, "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
         self.logger.event("evaluated", step=step, metrics=metrics)
         self.hooks.emit("evaluated", run=self.trainer, step=step, metrics=metrics)
-        if self.early_stopping is not None and step:
-            self.early_stopping.update(metrics, step)
+        if self.early_stopping is not None:
+            self.early_stopping.check(metrics)  # at step 0 already, before a wrong name can lose a step
+            if step:
+                self.early_stopping.update(metrics, step)
         return metrics
 
     def _save_or_stop(self) -> None:
@@ -296,14 +295,13 @@ class Run:
         every = self.config.checkpoint.every
         if stopping or (every and self.progress.step % every == 0):
             self._save()
-        if not stopping:
-            return
-        saved = self.trainer.output is not None
-        raise Stopped(
-            f"stopped after step {self.progress.step}; " + ("its state is saved" if saved else "nothing is saved"),
-            place=str(self.trainer.output) if saved else None,
-            fix="continue with `--resume`" if saved else "set `output` to be able to continue",
-        )
+        if stopping:
+            raise stopped(self.progress.step, self.trainer.output)
+
+    def _stop_if_asked(self) -> None:
+        """Stop where nothing was learnt since the last checkpoint, or nothing at all."""
+        if self.distribution.any(self.stop.requested):
+            raise stopped(self.progress.step, self.trainer.output)
 
     def _save(self) -> None:
         if self.trainer.output is None or self.progress.step == self.state.saved_step or not self.progress.step:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.errors import ModelError, PluginError
+from rlhf_core.errors import DataError, ModelError, PluginError
 from rlhf_core.infra.seeds import RandomState
 from rlhf_core.training.checkpoint import (
     Checkpoint,
@@ -43,6 +45,28 @@ class Progress:
     """The last step's row."""
     eval_metrics: dict[str, float] = field(default_factory=dict)
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the counters as JSON values; a metric that isn't finite is its name as text, since JSON has none for it."""
+        metrics = {"metrics": _encoded(self.metrics), "eval_metrics": _encoded(self.eval_metrics)}
+        return asdict(self) | metrics
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Progress:
+        """Return what `to_json` described."""
+        metrics = {"metrics": _decoded(values["metrics"]), "eval_metrics": _decoded(values["eval_metrics"])}
+        return cls(**{**values, **metrics})
+
+
+def _encoded(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: repr(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in metrics.items()
+    }
+
+
+def _decoded(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: float(value) if isinstance(value, str) else value for name, value in metrics.items()}
+
 
 class RunState:
     """Saves and restores one run: models, optimiser, stream, counters, random states, and what the method remembers."""
@@ -65,8 +89,10 @@ class RunState:
         optimizer, values = optimizer_state(run.optimizer, run.parameters)
         ranks = run.distribution.gather({"random": RandomState.capture().to_json(), "trainer": self._remembered()})
         state = {
-            "progress": asdict(run.progress),
+            "progress": run.progress.to_json(),
+            "total_steps": run.total_steps,
             "stream": run.stream.state_dict(),
+            "eval_fingerprint": run.eval_dataset.fingerprint if run.eval_dataset is not None else None,
             "micro_batches": run.micro_batches.state_dict(),
             "loss_scale": run.loss_scale.state_dict(),
             "early_stopping": run.early_stopping.state_dict() if run.early_stopping is not None else None,
@@ -78,8 +104,8 @@ class RunState:
         self.saved_step = step
         return manager.path(step)
 
-    def load_latest(self) -> Checkpoint | None:
-        """Put back the newest whole checkpoint; None where the run has none yet."""
+    def find(self) -> Checkpoint | None:
+        """Return the newest whole checkpoint, for `put_back`; None where the run has none yet."""
         run, manager = self._run, self._manager
         assert manager is not None
         found: list[Checkpoint | None] = []
@@ -91,12 +117,7 @@ class RunState:
         step = run.distribution.on_main(verify)
         if step is None:
             return None
-        checkpoint = found[0] if found else manager.open(step)
-        assert checkpoint is not None
-        self._put_back(checkpoint)
-        self.saved_step = step
-        log.info("resumed from %s", checkpoint.path)
-        return checkpoint
+        return found[0] if found else manager.open(step)
 
     def _remembered(self) -> dict[str, Any]:
         """Return the method's own state, checked to be JSON."""
@@ -108,13 +129,20 @@ class RunState:
             raise PluginError("the state can't be saved as JSON", place=place, got=error) from None
         return same
 
-    def _put_back(self, checkpoint: Checkpoint) -> None:
+    def put_back(self, checkpoint: Checkpoint) -> None:
+        """Let the run go on from this checkpoint.
+
+        Raises:
+            DataError: other rows are trained on or held out than when it was saved.
+            ModelError: it doesn't fit the models.
+        """
         run, state, place = self._run, checkpoint.state, str(checkpoint.path)
+        self._check_held_out(state["eval_fingerprint"])
         run.distribution.load_state(run.trainer.models, checkpoint.tensors("model"), place=place)
         load_optimizer_state(
             run.optimizer, run.parameters, checkpoint.tensors("optimizer"), state["optimizer"], place=place
         )
-        run.progress = Progress(**state["progress"])
+        run.progress = Progress.from_json(state["progress"])
         run.stream.load_state_dict(state["stream"])
         run.micro_batches.load_state_dict(state["micro_batches"])
         run.loss_scale.load_state_dict(state["loss_scale"])
@@ -132,3 +160,17 @@ class RunState:
                 len(ranks),
             )
         run.trainer.load_state_dict(ranks[min(rank, len(ranks) - 1)]["trainer"])
+        self.saved_step = checkpoint.step
+        log.info("resumed from %s", checkpoint.path)
+
+    def _check_held_out(self, saved: str | None) -> None:
+        """Refuse other held-out rows: what is evaluated before and after a resume must be comparable."""
+        dataset = self._run.eval_dataset
+        now = dataset.fingerprint if dataset is not None else None
+        if now != saved:
+            raise DataError(
+                "the held-out rows, the tokenizer, or how rows are read changed since the checkpoint",
+                place="eval_data",
+                got=f"fingerprint {(now or 'none')[:12]}, saved {(saved or 'none')[:12]}",
+                fix="resume with what the run was started with, or start a new run",
+            )

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_core.data.files import Cursor, JsonLines
-from rlhf_core.data.sources import open_source
+from rlhf_core.data.sources import has_splits, open_source
 from rlhf_core.errors import DataError
 
 FORMS = ("jsonl", "gz", "zst", "parquet")
@@ -102,6 +102,24 @@ def test_directories_of_the_datasets_library(tmp_path):
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "train.jsonl").write_bytes(lines(rows))
     assert values(open_source(tmp_path / "files", streaming=True)) == rows
+
+
+def test_what_comes_in_splits_is_told(tmp_path):
+    table = datasets.Dataset.from_list([{"prompt": "p"}])
+    datasets.DatasetDict(train=table).save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "a.jsonl").write_text("{}")
+    splits = ["acme/sums", "acme/sums:main", ["acme/sums"], datasets.DatasetDict(train=table), tmp_path / "saved"]
+    assert all(map(has_splits, splits))
+    others = [
+        tmp_path,
+        tmp_path / "a.jsonl",
+        "missing.jsonl",
+        "~/acme",
+        [tmp_path / "a.jsonl"],
+        [{"prompt": "p"}],
+        table,
+    ]
+    assert not any(map(has_splits, others))
 
 
 def test_hub_names_go_to_load_dataset(monkeypatch):

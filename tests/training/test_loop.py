@@ -17,10 +17,11 @@ import torch
 from toy import ROWS, ToyTrainer, toy
 
 from rlhf_core.batch import Batch
-from rlhf_core.errors import ConfigError, NumbersError, PluginError, Stopped
+from rlhf_core.errors import ConfigError, DataError, NumbersError, PluginError, Stopped, StorageError
 from rlhf_core.infra.files import read_json
 from rlhf_core.interfaces import Loss
 from rlhf_core.training import update as update_module
+from rlhf_core.training.logger import TrainingLogger
 
 Gradients = list[torch.Tensor]
 
@@ -399,9 +400,138 @@ def test_options_that_do_not_fit_are_refused(options: dict[str, Any], message: s
     assert re.search(fix, str(caught.value.fix))
 
 
-def test_an_unknown_metric_to_watch_is_refused() -> None:
+def test_an_unknown_metric_to_watch_is_refused_before_the_first_step() -> None:
+    trainer = toy(eval_rows=ROWS[:8], eval_steps=5, early_stopping={"metric": "eval_los"})
     with pytest.raises(ConfigError, match="no metric `eval_los`; fix: did you mean `eval_loss`"):
-        toy(eval_rows=ROWS[:8], eval_steps=1, early_stopping={"metric": "eval_los"}).train()
+        trainer.train()
+    assert trainer.windows == 0
+
+
+class NotFinite(ToyTrainer):
+    """Has a metric that isn't a number, and a loss over held-out rows that isn't finite."""
+
+    def loss(self, batch: Batch) -> Loss:
+        loss = super().loss(batch)
+        terms = dict(loss.terms) if self.policy.training else {**loss.terms, "nll": loss.terms["nll"] * math.inf}
+        return Loss(terms, {"odd": (math.nan, 1.0), "steep": (-math.inf, 1.0)})
+
+
+def test_metrics_that_are_not_finite_are_saved_and_come_back(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"kind": NotFinite, "eval_rows": ROWS[:8], "eval_steps": 1, "max_steps": 2}
+    first = toy(tmp_path, checkpoint={"every": 1}, **options).train()
+    again = toy(tmp_path, checkpoint={"every": 1}, **options).train(resume=True)
+    for result in (first, again):
+        assert math.isnan(result.metrics["odd"]) and result.metrics["steep"] == -math.inf
+        assert result.eval_metrics["eval_loss"] == math.inf and math.isnan(result.eval_metrics["eval_odd"])
+    assert again.metrics.keys() == first.metrics.keys() and again.metrics["loss"] == first.metrics["loss"]
+    assert rows_of(tmp_path)[-1]["odd"] is None
+
+
+class Reused(ToyTrainer):
+    """Learns from each batch twice."""
+
+    windows_per_batch = 2
+
+    def experience(self, stream: Any) -> Any:
+        for batch in super().experience(stream):
+            yield replace(batch, boundary=False)
+            yield batch
+
+
+def test_epochs_make_as_many_steps_as_a_batch_has_windows(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"max_steps": None, "epochs": 1.0, "lr_schedule": "linear", "warmup_ratio": 0.0}
+    once, twice = toy(tmp_path / "once", **options), toy(tmp_path / "twice", kind=Reused, **options)
+    assert (once.train().step, twice.train().step) == (5, 10)
+    rates = [row["learning_rate"] for row in rows_of(tmp_path / "twice")]
+    assert rates == sorted(rates, reverse=True) and len(set(rates)) == 10 and rates[-1] > 0
+
+
+def test_sigterm_before_the_first_step_stops_there(tmp_path: Path) -> None:
+    class Early(ToyTrainer):
+        asked = True
+
+        def build(self, policy: Any) -> Any:
+            if self.asked:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().build(policy)
+
+    for output, fix in ((tmp_path / "run", "begin again with `--resume`"), (None, "begin again")):
+        trainer = toy(output, kind=Early)
+        with pytest.raises(Stopped, match="stopped before the first step; nothing is saved") as caught:
+            trainer.train()
+        assert (caught.value.exit_code, caught.value.fix, trainer.windows) == (75, fix, 0)
+    assert read_json(tmp_path / "run" / "status.json")["status"] == "stopped"
+    Early.asked = False
+    assert toy(tmp_path / "run", kind=Early).train(resume=True).step == 6
+    Early.asked = True
+    with pytest.raises(Stopped, match="stopped after step 6; its state is saved"):
+        toy(tmp_path / "run", kind=Early).train(resume=True)
+
+
+def test_a_fault_between_log_and_steps_is_the_one_that_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise StorageError("no room", place="metrics.jsonl")
+
+    monkeypatch.setattr(TrainingLogger, "rewind", full)
+    with pytest.raises(StorageError, match="no room"):
+        toy(tmp_path / "run").train()
+    assert read_json(tmp_path / "run" / "status.json")["exit_code"] == 7
+
+
+def test_a_tilde_is_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    result = toy("~/run", rows="~/rows.jsonl", eval_rows=["~/rows.jsonl"], max_steps=1).train()
+    assert result.output == tmp_path / "run" and (tmp_path / "run" / "model").is_dir()
+
+
+def test_held_out_rows_that_are_trained_on_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    toy(rows=str(path), eval_rows=[tmp_path / "." / "rows.jsonl"], max_steps=1).train()
+    assert f"eval_data: {path} is trained on too" in caplog.text
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Note the names and splits that are loaded from the hub."""
+    import datasets
+
+    loaded: list[tuple[str, str]] = []
+
+    def load(name: str, config: str | None, *, split: str, streaming: bool) -> Any:
+        loaded.append((name, split))
+        return datasets.Dataset.from_list(ROWS if split == "train" else ROWS[:8])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    return loaded
+
+
+def test_held_out_rows_of_the_hub_have_a_split_of_their_own(hub: list[tuple[str, str]]) -> None:
+    toy(rows="acme/sums", eval_rows="acme/sums", max_steps=1).train()
+    toy(rows="acme/sums", eval_rows="acme/sums", max_steps=1, dataset={"eval_split": "dev"}).train()
+    assert hub == [("acme/sums", "train"), ("acme/sums", "test"), ("acme/sums", "train"), ("acme/sums", "dev")]
+    with pytest.raises(
+        ConfigError, match="the held-out rows are those that are trained on; got split `train`"
+    ) as caught:
+        toy(rows="acme/sums", eval_rows="acme/sums", dataset={"eval_split": "train"}).train()
+    assert caught.value.exit_code == 2 and len(hub) == 4
+    toy(rows="acme/sums", eval_rows="acme/other", max_steps=1, dataset={"eval_split": "train"}).train()
+    assert hub[4:] == [("acme/sums", "train"), ("acme/other", "train")]
+
+
+def test_a_dataset_of_several_splits_gives_each_its_own() -> None:
+    import datasets
+
+    splits = datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS), test=datasets.Dataset.from_list(ROWS[:8]))
+    trainer = toy(rows=splits, eval_rows=splits, max_steps=1)
+    assert trainer.train().eval_metrics
+    with pytest.raises(ConfigError, match="split `train` of one dataset for both"):
+        toy(rows=splits, eval_rows=splits, dataset={"eval_split": "train"}).train()
+    with pytest.raises(
+        DataError, match=r"has no split `dev`; got train, test; fix: set `dataset.split`, or `dataset.eval_"
+    ):
+        toy(rows=splits, eval_rows=splits, dataset={"eval_split": "dev"}).train()
 
 
 def test_trained_weights_stay_float32_in_bf16(tmp_path: Path) -> None:

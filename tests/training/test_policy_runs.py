@@ -114,3 +114,20 @@ def test_memory_that_runs_out_in_experience_is_told(model: Path) -> None:
     with pytest.raises(NumbersError, match="out of memory while the method made its experience") as caught:
         dpo(model, kind=Hungry).train()
     assert caught.value.exit_code == 6 and isinstance(caught.value, RLHFError)
+
+
+@pytest.mark.parametrize("every", [0, 2])
+def test_streamed_epochs_of_a_scored_reference_resume_exactly(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
+) -> None:
+    """Scoring the reference counts the rows; a resume reads the scores back and must still know how many there are."""
+    options: dict[str, Any] = {
+        "max_steps": None, "epochs": 1.25, "dataset": {"streaming": True, "shuffle_block": 8}, "reference": "precompute",
+        "checkpoint": {"every": every}, "seed": 1,
+    }  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        dpo(model, tmp_path / "a", kind=Crashing, **options).train()
+    monkeypatch.setattr(Crashing, "crash", False)
+    result = dpo(model, tmp_path / "a", kind=Crashing, **options).train(resume=True)
+    dpo(model, tmp_path / "b", kind=Crashing, **options).train()
+    assert result.step == 5 and rows(tmp_path / "a") == rows(tmp_path / "b")

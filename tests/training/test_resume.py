@@ -142,6 +142,14 @@ def test_changed_data_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         toy(tmp_path, kind=Crashing, checkpoint={"every": 2}, rows=rows).train(resume=True)
 
 
+def test_changed_held_out_rows_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    crashed(tmp_path, monkeypatch, checkpoint={"every": 2}, eval_rows=ROWS[:8])
+    with pytest.raises(DataError, match=r"eval_data: the held-out rows.* changed since the checkpoint") as caught:
+        toy(tmp_path, kind=Crashing, checkpoint={"every": 2}, eval_rows=ROWS[8:16]).train(resume=True)
+    assert caught.value.exit_code == 3
+    toy(tmp_path, kind=Crashing, checkpoint={"every": 2}, eval_rows=ROWS[:8]).train(resume=True)
+
+
 def test_a_finished_run_is_returned_as_it_ended(tmp_path: Path) -> None:
     first = toy(tmp_path).train()
     before = model_bytes(tmp_path)

@@ -1,0 +1,109 @@
+"""The rows of a run: those to train on, those held out, and the stream that cuts the first into steps."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf_core.batch import Batch
+from rlhf_core.config import TrainerConfig
+from rlhf_core.data import DataStream, open_dataset
+from rlhf_core.data.base import EncodedData
+from rlhf_core.data.sources import has_splits
+from rlhf_core.errors import ConfigError
+from rlhf_core.interfaces import Trainer
+from rlhf_core.models import PolicyModel
+from rlhf_core.training.distribution import Distribution
+
+log = logging.getLogger(__name__)
+
+
+def open_data(trainer: Trainer, policy: PolicyModel) -> tuple[EncodedData, EncodedData | None]:
+    """Return the training data and the held-out data as encoded rows.
+
+    Raises:
+        ConfigError: the held-out rows are the split that is trained on.
+    """
+    tokenizer: Any = policy.tokenizer
+    held_out = _eval_config(trainer) if trainer.eval_data is not None else None
+    dataset = open_dataset(trainer.data, trainer.record, tokenizer, config=trainer.config)
+    if held_out is None:
+        return dataset, None
+    return dataset, open_dataset(trainer.eval_data, trainer.record, tokenizer, config=held_out)
+
+
+def _eval_config(trainer: Trainer) -> TrainerConfig:
+    """Return the configuration under which `eval_data` are read: of named splits, `dataset.eval_split`."""
+    config, options = trainer.config, trainer.config.dataset
+    trained, held_out = _names(trainer.data), _names(trainer.eval_data)
+    same = sorted(trained & held_out)
+    if not has_splits(trainer.eval_data):
+        if same or trainer.eval_data is trainer.data:
+            log.warning("eval_data: %s is trained on too, so it tells nothing of other rows", same[0] if same else "it")
+        return config
+    if (same or trainer.eval_data is trainer.data) and options.split == options.eval_split:
+        raise ConfigError(
+            "the held-out rows are those that are trained on",
+            place="dataset.eval_split",
+            got=f"split `{options.split}` of {same[0] if same else 'one dataset'} for both",
+            fix="set another `dataset.eval_split`, or give other `eval_data`",
+        )
+    return config.model_copy(update={"dataset": options.model_copy(update={"split": options.eval_split})})
+
+
+def _names(data: Any) -> set[str]:
+    """Return the paths, made absolute, and hub names among some data."""
+    items = data if isinstance(data, list | tuple) else [data]
+    named = [Path(item).expanduser() for item in items if isinstance(item, str | Path)]
+    return {str(path.resolve() if path.exists() else path) for path in named}
+
+
+def open_stream(
+    trainer: Trainer, dataset: EncodedData, *, distribution: Distribution, saved: Mapping[str, Any] | None
+) -> tuple[DataStream, int | None]:
+    """Return the stream of training batches, at its beginning, and the number of steps where it is known.
+
+    `saved` is the state of the checkpoint that the run goes on from, or None.
+    """
+    config = trainer.config
+    epochs = None if config.max_steps is not None else config.epochs
+    if dataset.streaming and epochs is not None:
+        _count(trainer, dataset, distribution, saved)
+    stream = DataStream(
+        dataset,
+        batch_size=config.batch_size,
+        epochs=epochs,
+        seed=config.seed,
+        shuffle=config.dataset.shuffle,
+        rank=distribution.rank,
+        world_size=distribution.world_size,
+    )
+    if saved is not None and len(saved["ranks"]) == distribution.world_size:
+        return stream, saved["total_steps"]
+    steps = config.max_steps
+    if steps is None and stream.steps is not None:
+        steps = stream.steps * trainer.windows_per_batch
+    return stream, steps
+
+
+def _count(trainer: Trainer, dataset: EncodedData, distribution: Distribution, saved: Mapping[str, Any] | None) -> None:
+    """Know again how many rows there are, where the run that is continued knew it from scoring its reference."""
+    if saved is not None:
+        dataset.report.load_state_dict(saved["stream"]["report"])
+    elif dataset.num_rows is None and "reference" in trainer.frozen and trainer.reference.mode == "precompute":
+        for _ in one_pass(trainer, dataset, distribution):
+            pass
+
+
+def one_pass(trainer: Trainer, dataset: EncodedData, distribution: Distribution) -> Iterator[Batch]:
+    """Return this process's batches of every row once, in the data's order."""
+    return DataStream(
+        dataset,
+        batch_size=trainer.config.batch_size,
+        epochs=1.0,
+        shuffle=False,
+        rank=distribution.rank,
+        world_size=distribution.world_size,
+    )
