@@ -25,9 +25,9 @@ from rlhf_core.training.prepare import (
     check_config,
     create_reference,
     load_policy,
-    open_data,
     training_mode,
 )
+from rlhf_core.training.rows import open_data
 from rlhf_core.training.update import Outcome, Update
 
 GARBAGE = 65
