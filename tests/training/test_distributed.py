@@ -30,7 +30,9 @@ def launch(output: Path, processes: int, *, options: dict[str, Any] | None = Non
     """Run the worker on so many processes; return the code that each one wrote."""
     output.mkdir(exist_ok=True)
     path = output.parent / f"{output.name}.job.json"
-    path.write_text(json.dumps({"output": str(output / "run"), "options": {**OPTIONS, **(options or {})}, **job}))
+    # The toy's options, unless the job names a method.
+    settings = {**({} if "method" in job else OPTIONS), **(options or {})}
+    path.write_text(json.dumps({"output": str(output / "run"), "options": settings, **job}))
     worker = [str(Path(__file__).with_name("worker.py")), str(path)]
     start = [sys.executable]
     if processes > 1:
@@ -75,6 +77,34 @@ def test_the_gradient_is_that_of_one_process(tmp_path: Path, one: Path) -> None:
     weights = tensors(two, "weights")
     assert all(torch.equal(weights[name], tensor) for name, tensor in tensors(two, "weights", 1).items())
     assert read_json(two / "run" / "run.json")["processes"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("sft", {}), ("dpo", {"reference": "copy"}), ("dpo", {"reference": "precompute", "micro_batch_size": 2})],
+)
+def test_a_method_learns_the_same_from_one_process_and_two(
+    tmp_path: Path, method: str, options: dict[str, Any]
+) -> None:
+    shared = {"batch_size": 8, "max_steps": 3, "max_length": 128, "learning_rate": 1e-3, "lr_schedule": "constant"}
+    found = {}
+    for processes in (1, 2):
+        output = tmp_path / str(processes)
+        assert (
+            launch(output, processes, method=method, options={**shared, "warmup_ratio": 0, **options})
+            == [0] * processes
+        )
+        found[processes] = output
+    expected, both = tensors(found[1], "gradients"), tensors(found[2], "gradients")
+    first = [name for name in expected if name.startswith("0.")]
+    assert first and expected.keys() == both.keys()
+    whole = [torch.cat([side[name].flatten() for name in first]) for side in (both, expected)]
+    assert float((whole[0] - whole[1]).norm() / whole[1].norm()) < 1e-5
+    for row, same in zip(rows(found[2]), rows(found[1]), strict=True):
+        assert row["tokens"] == same["tokens"]
+        assert row["loss"] == pytest.approx(same["loss"], rel=1e-3)
+    assert rows(found[2])[-1]["eval_loss"] == pytest.approx(rows(found[1])[-1]["eval_loss"], rel=1e-3)
 
 
 @pytest.mark.slow

@@ -16,10 +16,14 @@ import torch
 import torch.distributed as dist
 from toy import ROWS, ToyTrainer, toy
 
+from rlhf_core import registry
 from rlhf_core.batch import Batch
 from rlhf_core.errors import RLHFError
 from rlhf_core.infra.tensors import write_tensors
-from rlhf_core.interfaces import Loss
+from rlhf_core.interfaces import Loss, Trainer
+from rlhf_core.models import PolicyModel
+from rlhf_core.testing.arithmetic import Arithmetic
+from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
 
 
 class Worker(ToyTrainer):
@@ -45,6 +49,16 @@ class Worker(ToyTrainer):
         return loss
 
 
+def trainer_of(job: dict[str, Any], output: Path) -> Trainer[Any]:
+    """Return the toy, or a registered method on a tiny model and the embedded task."""
+    if "method" not in job:
+        return toy(output, kind=Worker, dropout=0.0, eval_rows=ROWS[:9], **job["options"])
+    method = registry.get("trainer", job["method"])
+    rows = list(Arithmetic().rows(method.record, 24, split="train", seed=0))
+    policy = PolicyModel(tiny_model(), tiny_tokenizer())
+    return method(method.Config(**job["options"]), model=policy, data=rows, eval_data=rows[:7], output=output)
+
+
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     Worker.job = job
@@ -58,7 +72,7 @@ def main() -> None:
         return step(self, *arguments)
 
     torch.optim.AdamW.step = noting  # type: ignore[method-assign]
-    trainer = toy(output, kind=Worker, dropout=0.0, eval_rows=ROWS[:9], **job["options"])
+    trainer = trainer_of(job, output)
     code = 0
     try:
         trainer.train(resume=job.get("resume", False))
