@@ -41,7 +41,11 @@ class StreamingDataset(EncodedData, torch.utils.data.IterableDataset[EncodedRow]
         record: str | None = None,
     ) -> None:
         super().__init__(data, tokenizer, max_length=max_length, options=options, record=record)
-        settings = [self.record, max_length, self.options.model_dump(exclude={"shuffle", "strict", "split", "eval_split"})]
+        settings = [
+            self.record,
+            max_length,
+            self.options.model_dump(exclude={"shuffle", "strict", "split", "eval_split"}),
+        ]
         identity = [{**part, "name": None} for part in self.report.files]
         digest = hashlib.sha256(json.dumps([settings, identity], sort_keys=True).encode())
         # The first rows, encoded: a wrong column shows at once, and another tokenizer or template is other data.
