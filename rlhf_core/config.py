@@ -151,7 +151,8 @@ class BatchingConfig(BaseConfig):
     micro_batch_tokens: int | None = Field(
         None,
         ge=1,
-        description="Most tokens in one forward pass; larger is faster and takes more memory. Null sets no bound.",
+        description="Most real tokens in one forward pass, each prompt counted once and padding not; larger is faster and takes"
+        " more memory. Null sets no bound.",
     )
 
 

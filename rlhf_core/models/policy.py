@@ -141,7 +141,7 @@ class PolicyModel(nn.Module):
             self._adapt(lora)
         if gradient_checkpointing:
             self.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
-        elif getattr(self.causal_lm, "is_gradient_checkpointing", False):
+        elif any(getattr(module, "gradient_checkpointing", False) for module in self.causal_lm.modules()):
             self.causal_lm.gradient_checkpointing_disable()
         if compile:
             compile_model(self.causal_lm)
