@@ -3,8 +3,8 @@
     python benchmarks/training.py --data PATH_OF_GSM8K [--method sft dpo] [--precision float32 bf16] [--rounds 2]
 
 Each cell runs in a process of its own, ours and the peer's in turn. The peer's best setting counts: every one in `SETTINGS`
-is run and the fastest compared. Steps are timed from the end of one to the end of the next, the first ones left out; memory
-is the process's peak resident set. The result is a table on stdout and JSON beside it (`--output`).
+is run and the fastest compared. Steps are timed from the end of one to the end of the next, the first `WARM_UP` left out, in
+which memory is touched for the first time; memory is the process's peak resident set. The result is a table on stdout and JSON beside it (`--output`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 
 MODEL = "models/SmolLM2-135M-Instruct"
 BATCH = 8
+WARM_UP = 3
 MAX_LENGTH = 512
 LEARNING_RATE = 1e-6
 RECORDS = {"sft": "sft", "dpo": "preference"}
@@ -44,7 +45,7 @@ def main() -> None:
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--method", nargs="+", default=["sft", "dpo"], choices=["sft", "dpo"])
     parser.add_argument("--precision", nargs="+", default=["float32", "bf16"], choices=["float32", "bf16"])
-    parser.add_argument("--steps", type=int, default=6, help="steps a cell; the first is left out")
+    parser.add_argument("--steps", type=int, default=9, help="steps a cell, warm-up included")
     parser.add_argument("--rounds", type=int, default=2, help="times that each cell is run")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/training.json"))
     parser.add_argument("--cell", help=argparse.SUPPRESS)
@@ -73,12 +74,12 @@ def compare(options: argparse.Namespace, method: str, precision: str, tokens: li
     for _ in range(options.rounds):
         for side, setting in sides:
             runs[f"{side}/{setting}"].append(_cell(options, side, method, precision, setting))
-    timed = tokens[1 : options.steps]
+    timed = tokens[WARM_UP : options.steps]
     plain = sum(step["plain"] for step in timed)
     work = sum(step["flops"] for step in timed)
     rows = {}
     for name, found in runs.items():
-        totals = [sum(run["seconds"][1:]) for run in found]
+        totals = [sum(run["seconds"][WARM_UP:]) for run in found]
         rows[name] = {
             "seconds": totals,
             "tokens_per_second": plain / statistics.median(totals),

@@ -7,6 +7,7 @@ K key-value heads, N tokens of the packed row, D head width.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -95,9 +96,6 @@ def segment_attention(
     Returns:
         (1, N, H, D).
     """
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     precision = value.dtype
     # CPU kernels are slower in bf16 than in float32 here, most of all backwards; autocast would cast down again.
     query, key, value = (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for x in (query, key, value))
@@ -112,19 +110,18 @@ def _attend_each(
     lengths = [segment.length for segment in segments]
     # `split` has one backward node that concatenates; slices would each write a gradient of the whole row.
     queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
+    attend = functools.partial(F.scaled_dot_product_attention, scale=scale, dropout_p=dropout, enable_gqa=True)
     outputs = []
     for i, segment in enumerate(segments):
         if not segment.prefix_length:
-            out = F.scaled_dot_product_attention(
-                queries[i], keys[i], values[i], is_causal=True, scale=scale, dropout_p=dropout
-            )
+            out = attend(queries[i], keys[i], values[i], is_causal=True)
         else:
             owner = starts[segment.prefix_start]
             prefix = segment.prefix_length
             k = torch.cat([keys[owner][:, :, :prefix], keys[i]], dim=2)
             v = torch.cat([values[owner][:, :, :prefix], values[i]], dim=2)
             mask = _suffix_mask(segment, query.device)
-            out = F.scaled_dot_product_attention(queries[i], k, v, attn_mask=mask, scale=scale, dropout_p=dropout)
+            out = attend(queries[i], k, v, attn_mask=mask)
         outputs.append(out)
     return torch.cat(outputs, dim=2).transpose(1, 2)
 

@@ -1,11 +1,12 @@
 """Log-probabilities of tokens, in float32, projecting only the positions that are asked for.
 
 The vocabulary projection of a small model is a quarter of its work and most of its memory, so it never touches prompt or
-padding positions, and its logits exist a chunk at a time. Axes: S scored positions, D hidden width, V vocabulary.
+padding positions, and no more than a few chunks of its logits exist at once. Axes: S scored positions, D hidden width, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,47 +14,55 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_BYTES = 256 * 2**20
-"""Most bytes of float32 logits that exist at once."""
+CPU_CHUNK_BYTES, GPU_CHUNK_BYTES = 64 * 2**20, 512 * 2**20
+"""Most bytes of float32 logits that are worked on at once. A GPU needs more rows to be busy, and has memory of its own."""
+KEPT_CHUNKS = 4
+"""So many chunks' bytes may be kept for the backward pass; more are computed anew there."""
 
 
-def chunk_rows(vocabulary: int) -> int:
-    return max(1, CHUNK_BYTES // (4 * vocabulary))
+def chunk_rows(vocabulary: int, device: torch.device) -> int:
+    """Return how many positions make a chunk."""
+    chunk_bytes = CPU_CHUNK_BYTES if device.type == "cpu" else GPU_CHUNK_BYTES
+    return max(1, chunk_bytes // (4 * vocabulary))
 
 
 class _LinearTokenLogprobs(torch.autograd.Function):
-    """log softmax(scale · h Wᵀ)[target] without keeping the logits.
+    """log softmax(scale · h Wᵀ)[target], holding little of size S × V.
 
-    d logp / d logits = onehot(target) − p, so with upstream g: d h = scale · g (W[target] − p W) and
-    d W = scale · Σ g (onehot − p) ⊗ h. Where W is frozen, W[target] − p W is computed in the forward pass, while p is at hand,
-    and the backward pass only scales it. Where W learns, p is computed anew in the backward pass, a chunk at a time.
+    With the errors e = softmax − onehot(target) and upstream g: d h = −scale · g ⊙ (e W) and d W = −scale · eᵀ (g ⊙ h).
+    Where W is frozen, e W is computed in the forward pass, while e is at hand, and the backward pass only scales it. Where W
+    learns, e is kept if it is small, and else computed anew in the backward pass, a chunk at a time.
+
+    The target is taken off in float32, before e is rounded to the products' precision: of a token that the model is sure of,
+    softmax and onehot agree in all the bits that bf16 has.
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, precision: torch.dtype
     ) -> Tensor:
-        ctx.dtypes = hidden.dtype, weight.dtype
+        ctx.dtypes, ctx.scale = (hidden.dtype, weight.dtype), scale
         hidden, weight = hidden.to(precision), weight.to(precision)
-        rows = chunk_rows(weight.shape[0])
-        logps = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
-        normalisers = torch.empty_like(logps)
         hidden_learns, weight_learns = ctx.needs_input_grad[:2]
-        direction = torch.empty_like(hidden) if hidden_learns and not weight_learns else None
-        for start in range(0, hidden.shape[0], rows):
-            part = slice(start, start + rows)
-            logits = _scaled_logits(hidden[part], weight, scale)
-            normaliser = torch.logsumexp(logits, dim=-1)
-            normalisers[part] = normaliser
-            logps[part] = logits.gather(1, targets[part, None]).squeeze(1) - normaliser
+        rows = chunk_rows(weight.shape[0], hidden.device)
+        logps = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+        kept = direction = None
+        if weight_learns and hidden.shape[0] <= KEPT_CHUNKS * rows:
+            kept = hidden.new_empty(hidden.shape[0], weight.shape[0])
+        elif hidden_learns and not weight_learns:
+            direction = torch.empty_like(hidden)
+        logits = _Logits(weight, scale, min(rows, hidden.shape[0]))
+        for part in _parts(hidden.shape[0], rows):
+            found = logits(hidden[part], out=kept[part] if kept is not None else None)
+            logps[part] = _score(found, targets[part], errors=ctx.needs_input_grad[0] or weight_learns)
             if direction is not None:
-                probabilities = logits.sub_(normaliser[:, None]).exp_()
-                direction[part] = (weight[targets[part]] - probabilities.to(weight.dtype) @ weight) * scale
-        ctx.scale = scale
+                torch.mm(found.to(precision), weight, out=direction[part])
+            elif kept is not None and found.dtype != precision:
+                kept[part] = found
         if direction is not None:
             ctx.save_for_backward(direction)
-        else:
-            ctx.save_for_backward(hidden, weight, targets, normalisers)
+        elif weight_learns:
+            ctx.save_for_backward(hidden, weight, targets, kept)
         return logps
 
     @staticmethod
@@ -61,32 +70,73 @@ class _LinearTokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         hidden_learns, weight_learns = ctx.needs_input_grad[:2]
         hidden_dtype, weight_dtype = ctx.dtypes
+        factors = (-ctx.scale * upstream)[:, None]
         if not weight_learns:
             (direction,) = ctx.saved_tensors
-            return (direction * upstream[:, None]).to(hidden_dtype), None, None, None, None
-        hidden, weight, targets, normalisers = ctx.saved_tensors
-        rows = chunk_rows(weight.shape[0])
+            return (direction * factors).to(hidden_dtype), None, None, None, None
+        hidden, weight, targets, kept = ctx.saved_tensors
+        rows = chunk_rows(weight.shape[0], hidden.device) if kept is None else hidden.shape[0]
+        logits = _Logits(weight, ctx.scale, 0 if kept is not None else min(rows, hidden.shape[0]))
         d_hidden = torch.empty_like(hidden, dtype=hidden_dtype) if hidden_learns else None
         # In the weight's own precision: sums of 16 bits would lose a bit with every chunk.
         d_weight = torch.zeros_like(weight, dtype=weight_dtype)
-        for start in range(0, hidden.shape[0], rows):
-            part = slice(start, start + rows)
-            gradient = _scaled_logits(hidden[part], weight, ctx.scale).sub_(normalisers[part, None]).exp_()
-            gradient.mul_(-upstream[part, None])
-            gradient.scatter_add_(1, targets[part, None], upstream[part, None])
-            gradient = gradient.mul_(ctx.scale).to(weight.dtype)
-            if d_hidden is not None:
-                d_hidden[part] = gradient @ weight
-            if weight.dtype == weight_dtype:
-                d_weight.addmm_(gradient.t(), hidden[part])
+        for part in _parts(hidden.shape[0], rows):
+            if kept is not None:
+                errors = kept
             else:
-                d_weight.add_(gradient.t() @ hidden[part])
+                errors = logits(hidden[part])
+                _score(errors, targets[part], errors=True)
+                errors = errors.to(weight.dtype)
+            if d_hidden is not None:
+                d_hidden[part] = (errors @ weight) * factors[part]
+            scaled = (hidden[part] * factors[part]).to(weight.dtype)
+            if weight.dtype == weight_dtype:
+                d_weight.addmm_(errors.t(), scaled)
+            else:
+                d_weight.add_(errors.t() @ scaled)
         return d_hidden, d_weight, None, None, None
 
 
-def _scaled_logits(hidden: Tensor, weight: Tensor, scale: float) -> Tensor:
-    logits = (hidden @ weight.t()).float()
-    return logits.mul_(scale) if scale != 1.0 else logits
+class _Logits:
+    """Computes chunks of float32 logits into one buffer: a fresh one each time would be paid for in page faults."""
+
+    def __init__(self, weight: Tensor, scale: float, rows: int) -> None:
+        self.weight, self.scale, self.rows = weight, scale, rows
+        self.product: Tensor | None = None
+        self.logits: Tensor | None = None
+
+    def __call__(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return scale · h Wᵀ, in `out` where that is float32; the next call may overwrite it."""
+        shape, dtype = (self.rows, self.weight.shape[0]), self.weight.dtype
+        if dtype == torch.float32 and out is not None:
+            product = out
+        else:
+            if self.product is None:
+                self.product = self.weight.new_empty(shape)
+            product = self.product[: len(hidden)]
+        torch.mm(hidden, self.weight.t(), out=product)
+        if dtype == torch.float32:
+            logits = product
+        else:
+            if self.logits is None:
+                self.logits = self.weight.new_empty(shape, dtype=torch.float32)
+            logits = self.logits[: len(hidden)].copy_(product)
+        return logits.mul_(self.scale) if self.scale != 1.0 else logits
+
+
+def _score(logits: Tensor, targets: Tensor, *, errors: bool) -> Tensor:
+    """Return (S,) log softmax at the targets; the logits (S, V) are used up, and hold softmax − onehot where `errors`."""
+    chosen = targets[:, None]
+    peaks = logits.amax(dim=-1, keepdim=True)
+    picked = logits.gather(1, chosen)
+    totals = logits.sub_(peaks).exp_().sum(dim=-1, keepdim=True)
+    if errors:
+        logits.div_(totals).scatter_add_(1, chosen, torch.full_like(totals, -1.0))
+    return (picked - peaks - totals.log()).squeeze(1)
+
+
+def _parts(length: int, rows: int) -> Iterator[slice]:
+    return (slice(start, start + rows) for start in range(0, length, max(rows, 1)))
 
 
 def linear_token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, scale: float = 1.0) -> Tensor:
@@ -123,5 +173,6 @@ def module_token_logprobs(
 
     with torch.no_grad():
         vocabulary = head(hidden[:1]).shape[-1] if hidden.shape[0] else 1
-    parts = zip(hidden.split(chunk_rows(vocabulary)), targets.split(chunk_rows(vocabulary)), strict=True)
+    rows = chunk_rows(vocabulary, hidden.device)
+    parts = zip(hidden.split(rows), targets.split(rows), strict=True)
     return torch.cat([checkpoint(logprobs, part, wanted, use_reentrant=False) for part, wanted in parts])

@@ -22,7 +22,7 @@ def reference(hidden: Tensor, weight: Tensor, targets: Tensor, scale: float) -> 
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_values_and_gradients(monkeypatch: pytest.MonkeyPatch, chunk: int, scale: float, frozen: bool) -> None:
-    monkeypatch.setattr(module, "chunk_rows", lambda vocabulary: chunk)
+    monkeypatch.setattr(module, "chunk_rows", lambda vocabulary, device: chunk)
     torch.manual_seed(0)
     hidden = torch.randn(7, 5, requires_grad=True)
     weight = torch.randn(11, 5, requires_grad=not frozen)
@@ -74,7 +74,7 @@ def test_the_weights_gradient_is_summed_in_its_own_precision(monkeypatch: pytest
     targets = torch.randint(0, 50, (512,))
 
     def gradient(rows: int) -> Tensor:
-        monkeypatch.setattr(module, "chunk_rows", lambda vocabulary: rows)
+        monkeypatch.setattr(module, "chunk_rows", lambda vocabulary, device: rows)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return torch.autograd.grad(linear_token_logprobs(hidden, weight, targets).sum(), weight)[0]
 
@@ -95,3 +95,25 @@ def test_autocast_keeps_the_softmax_in_float32() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         every = linear_token_logprobs(hidden[:1].expand(500, -1), weight, torch.arange(500))
     assert every.exp().sum().item() == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("rows", [1, 100])
+def test_a_sure_token_keeps_its_small_gradient_in_bf16(monkeypatch: pytest.MonkeyPatch, frozen: bool, rows: int) -> None:
+    """Softmax at the target is 0.998: rounded to bf16 before the one is taken off it would be 1, and the gradient wrong."""
+    monkeypatch.setattr(module, "chunk_rows", lambda vocabulary, device: rows)
+    torch.manual_seed(0)
+    weight = torch.randn(20, 16).bfloat16().float().requires_grad_(not frozen)
+    targets = torch.arange(12)
+    hidden = (0.5 * weight.detach()[targets]).bfloat16().float().requires_grad_()
+    expected = reference(hidden, weight, targets, 1.0)
+    assert expected.exp().max() > 0.99
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = linear_token_logprobs(hidden, weight, targets)
+    wanted = [hidden] if frozen else [hidden, weight]
+    ours, theirs = (torch.autograd.grad(x.sum(), wanted) for x in (found, expected))
+    for a, b in zip(ours, theirs, strict=True):
+        sure = expected.exp() > 0.99
+        if a is ours[0]:
+            a, b = a[sure], b[sure]
+        assert relative(a.double(), b.double()) < 2e-2
