@@ -4,7 +4,8 @@
 
 Each cell runs in a process of its own, ours and the peer's in turn. The peer's best setting counts: every one in `SETTINGS`
 is run and the fastest compared. Steps are timed from the end of one to the end of the next, the first `WARM_UP` left out, in
-which memory is touched for the first time; memory is the process's peak resident set. The result is a table on stdout and JSON beside it (`--output`).
+which memory is touched for the first time; memory is the process's peak resident set. The result is a table on stdout and
+JSON beside it (`--output`).
 """
 
 from __future__ import annotations

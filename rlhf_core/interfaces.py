@@ -32,7 +32,9 @@ class Loss:
 
     `terms` are scalar sums with gradient, by name, each averaged by the core over the weight that `Trainer.weights` gives
     for that name, taken over the whole optimiser step (micro-batches × ranks); the step's loss is the sum of the averages.
-    `metrics` are pairs (sum, count), logged as the quotient over the whole step.
+    `metrics` are pairs (sum, count), logged as the quotient over the whole step. A sum may be given one entry a prompt, (P,),
+    and its count too; evaluation then adds the quotient's standard error as `eval_NAME_se`, for which rows of the same prompt
+    are one observation.
     """
 
     terms: Mapping[str, Tensor]

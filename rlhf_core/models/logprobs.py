@@ -1,7 +1,8 @@
 """Log-probabilities of tokens, in float32, projecting only the positions that are asked for.
 
 The vocabulary projection of a small model is a quarter of its work and most of its memory, so it never touches prompt or
-padding positions, and no more than a few chunks of its logits exist at once. Axes: S scored positions, D hidden width, V vocabulary.
+padding positions, and no more than a few chunks of its logits exist at once. Axes: S scored positions, D hidden width,
+V vocabulary.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 
 import torch
 
@@ -16,6 +17,7 @@ from rlhf_core.interfaces import Trainer
 from rlhf_core.training.distribution import Distribution
 from rlhf_core.training.micro_batches import MicroBatches, halves, is_out_of_memory
 from rlhf_core.training.reduction import Tally, quotients
+from rlhf_core.training.standard_error import Clusters, standard_errors
 from rlhf_core.training.update import sum_pairs
 
 PREFIX = "eval_"
@@ -32,7 +34,8 @@ def evaluate(
     """Return `eval_loss`, each term where there are several, and the method's metrics, names prefixed `eval_`.
 
     The same `experience`, `weights` and `loss` as in training, in evaluation mode and without gradients; every average is
-    over the whole set. Random states and the method's own state are left as they were.
+    over the whole set. A metric that the method gives one entry a prompt for has its standard error beside it, as
+    `eval_NAME_se`. Random states and the method's own state are left as they were.
     """
     random, remembered = RandomState.capture(), json.dumps(trainer.state_dict())
     seed_everything(trainer.config.seed, "evaluation", distribution.rank)
@@ -46,26 +49,37 @@ def evaluate(
         rank=distribution.rank,
         world_size=distribution.world_size,
     )
-    terms, metrics = Tally(), Tally()
+    scores = _Scores(Clusters(type(trainer).__name__))
     try:
         with torch.no_grad(), devices.autocast(trainer.config.precision):
             for window in trainer.experience(stream):
                 for micro in micro_batches.cut(window):
-                    _score(trainer, micro, devices, terms, metrics)
+                    _score(trainer, micro, devices, scores)
     finally:
         random.restore()
         trainer.load_state_dict(json.loads(remembered))
-    averages = quotients(sum_pairs(distribution, terms))
+    averages = quotients(sum_pairs(distribution, scores.terms))
     if not averages:
         raise DataError("no held-out row has anything to score", place="eval_data", fix="use rows with response tokens")
     values = {"loss": sum(averages.values())}
     if len(averages) > 1:
         values |= {f"loss_{name}": value for name, value in averages.items()}
-    values |= quotients(sum_pairs(distribution, metrics))
+    values |= quotients(sum_pairs(distribution, scores.metrics))
+    errors = standard_errors(distribution.gather(scores.clusters.sums()))
+    values |= {f"{name}_se": error for name, error in errors.items()}
     return {PREFIX + name: value for name, value in values.items()}
 
 
-def _score(trainer: Trainer, micro: Batch, devices: DeviceManager, terms: Tally, metrics: Tally) -> None:
+@dataclass
+class _Scores:
+    """What one process adds up over its held-out rows."""
+
+    clusters: Clusters
+    terms: Tally = field(default_factory=Tally)
+    metrics: Tally = field(default_factory=Tally)
+
+
+def _score(trainer: Trainer, micro: Batch, devices: DeviceManager, scores: _Scores) -> None:
     weights = trainer.weights(micro)
     if not any(weights.values()):
         return
@@ -78,7 +92,8 @@ def _score(trainer: Trainer, micro: Batch, devices: DeviceManager, terms: Tally,
     if loss is None:
         devices.release()
         for half in halves(micro):
-            _score(trainer, half, devices, terms, metrics)
+            _score(trainer, half, devices, scores)
         return
-    terms.add({name: (term, weights[name]) for name, term in loss.terms.items() if weights[name] > 0})
-    metrics.add(loss.metrics)
+    scores.terms.add({name: (term, weights[name]) for name, term in loss.terms.items() if weights[name] > 0})
+    scores.metrics.add(loss.metrics)
+    scores.clusters.add(micro, loss.metrics)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -280,7 +280,7 @@ class Run:
         )
         step = self.progress.step
         self.progress.evaluated, self.progress.eval_metrics = step, metrics
-        log.info("step %d  %s", step, "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+        log.info("step %d  %s", step, _shown(metrics))
         self.logger.event("evaluated", step=step, metrics=metrics)
         self.hooks.emit("evaluated", run=self.trainer, step=step, metrics=metrics)
         if self.early_stopping is not None:
@@ -344,3 +344,11 @@ class Run:
             self.progress.metrics |= metrics
             self.logger.rewind(self.progress.step - 1)
             self.logger.metrics(self.progress.metrics)
+
+
+def _shown(metrics: Mapping[str, float]) -> str:
+    """Return metrics for a line on the console, standard errors behind what they belong to."""
+    errors = {name: f" ± {metrics[name + '_se']:.4f}" for name in metrics if name + "_se" in metrics}
+    of_errors = {name + "_se" for name in errors}
+    shown = {name: value for name, value in metrics.items() if name not in of_errors}
+    return "  ".join(f"{name} {value:.4f}{errors.get(name, '')}" for name, value in shown.items())

@@ -75,7 +75,10 @@ def objective(terms: Mapping[str, Tensor], weights: Mapping[str, float], *, plac
 
 
 class Tally:
-    """Adds up named pairs (sum, count) and gives their quotients; values stay on the device until they are read."""
+    """Adds up named pairs (sum, count) and gives their quotients; values stay on the device until they are read.
+
+    A tensor of several entries counts with their sum.
+    """
 
     def __init__(self) -> None:
         self._names: list[str] = []
@@ -102,7 +105,7 @@ def quotients(totals: Mapping[str, tuple[float, float]]) -> dict[str, float]:
 
 
 def _detached(value: Tensor | float) -> Tensor | float:
-    return value.detach().reshape(()) if isinstance(value, Tensor) else float(value)
+    return value.detach().sum() if isinstance(value, Tensor) else float(value)
 
 
 def _numbers(values: Sequence[Tensor | float]) -> list[float]:

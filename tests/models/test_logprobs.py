@@ -99,7 +99,9 @@ def test_autocast_keeps_the_softmax_in_float32() -> None:
 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("rows", [1, 100])
-def test_a_sure_token_keeps_its_small_gradient_in_bf16(monkeypatch: pytest.MonkeyPatch, frozen: bool, rows: int) -> None:
+def test_a_sure_token_keeps_its_small_gradient_in_bf16(
+    monkeypatch: pytest.MonkeyPatch, frozen: bool, rows: int
+) -> None:
     """Softmax at the target is 0.998: rounded to bf16 before the one is taken off it would be 1, and the gradient wrong."""
     monkeypatch.setattr(module, "chunk_rows", lambda vocabulary, device: rows)
     torch.manual_seed(0)

@@ -64,7 +64,10 @@ def test_dpo_starts_at_log_two_and_resumes_exactly(
         dpo(model, tmp_path / "a", kind=Crashing, **options).train()
     monkeypatch.setattr(Crashing, "crash", False)
     dpo(model, tmp_path / "a", kind=Crashing, **options).train(resume=True)
-    dpo(model, tmp_path / "b", kind=Crashing, **options).train()
+    scores = dpo(model, tmp_path / "b", kind=Crashing, **options).train().eval_metrics
+    # Eight held-out pairs of eight prompts.
+    right = scores["eval_accuracy"]
+    assert scores["eval_accuracy_se"] == pytest.approx(math.sqrt(right * (1 - right) / 7), abs=1e-9)
     assert rows(tmp_path / "a") == rows(tmp_path / "b")
     assert rows(tmp_path / "b")[-1]["loss"] < math.log(2)
     if not lora:  # Dropout moves an adapter's first loss off the reference's, which is scored without it.

@@ -118,9 +118,9 @@ class DPOTrainer(Trainer[DPOConfig]):
         return {
             "rewards/chosen": (chosen.sum(), pairs),
             "rewards/rejected": (rejected.sum(), pairs),
-            "rewards/margin": (self.config.beta * logits.sum(), pairs),
+            "rewards/margin": (self.config.beta * logits, pairs),
             # A tie counts half, so the reference itself scores 0.5.
-            "accuracy": ((logits > 0).float().sum() + 0.5 * (logits == 0).float().sum(), pairs),
+            "accuracy": ((logits > 0).float() + 0.5 * (logits == 0).float(), pairs),
             # E_ref[log π_ref − log π]: the forward KL where the responses come from the reference.
             "kl": (-ratios.sum(), batch.num_responses),
             "logps/chosen": (batch.pairs(logps)[0].sum(), pairs),
