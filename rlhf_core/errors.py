@@ -117,3 +117,9 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     near = nearest(name, options)
     listed = ", ".join(options) if options else "none"
     return f"did you mean `{near}`? (known: {listed})" if near else f"use one of: {listed}"
+
+
+def shortened(value: object) -> str:
+    """Return a value as Python writes it, cut to fit a line."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -15,8 +15,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-from rlhf_core.config import parse_scalar
 from rlhf_core.errors import ConfigError, nearest
+from rlhf_core.yaml_files import parse_scalar
 
 _NEGATIVE = re.compile(r"-(\d|\.\d|inf|nan)", re.IGNORECASE)
 

@@ -17,12 +17,13 @@ from typing import Any
 import yaml
 
 from rlhf_core import registry
-from rlhf_core.config import RunConfig, TrainerConfig, load_yaml, merge, nest
+from rlhf_core.config import RunConfig, TrainerConfig
 from rlhf_core.errors import ConfigError, nearest
 from rlhf_core.flags import Flag, convert, lex, unknown_option
 from rlhf_core.infra.redact import redact, redact_text
 from rlhf_core.interfaces import Trainer
 from rlhf_core.presets import get_preset
+from rlhf_core.yaml_files import load_yaml, merge, nest
 
 COMMAND_LINE = "command line"
 

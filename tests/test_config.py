@@ -13,9 +13,10 @@ from pydantic import BaseModel, ValidationError
 from rlhf_plugins.trainers.dpo import DPOConfig
 from rlhf_plugins.trainers.sft import SFTConfig
 
-from rlhf_core.config import BaseConfig, LoraConfig, RunConfig, TrainerConfig, load_yaml, merge, nest, parse_scalar
+from rlhf_core.config import BaseConfig, LoraConfig, RunConfig, TrainerConfig
 from rlhf_core.errors import ConfigError
 from rlhf_core.presets import PRESETS, get_7b_model_config, get_70b_model_config, get_preset
+from rlhf_core.yaml_files import load_yaml, merge, nest, parse_scalar
 
 CONFIGS = [TrainerConfig, SFTConfig, DPOConfig, RunConfig]
 
@@ -171,6 +172,14 @@ def test_numbers_in_any_spelling(yaml: Callable, text: str) -> None:
 @pytest.mark.parametrize("text", ["e5", "1e", "1e-5x", "v1e5", "'1e-5'"])
 def test_what_only_looks_like_a_number_stays_text(yaml: Callable, text: str) -> None:
     assert isinstance(load_yaml(yaml(f"rate: {text}\n"))[0]["rate"], str)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("010", 10), ("1_000", 1000), ("0x1f", 31), ("-3", -3), ("1:30", "1:30"), (".5", 0.5)]
+)
+def test_numbers_mean_what_people_mean(yaml: Callable, text: str, value: object) -> None:
+    assert load_yaml(yaml(f"a: {text}\n"))[0] == {"a": value}
+    assert parse_scalar(text) == value
 
 
 FILES: dict[str, tuple[str | bytes, str]] = {

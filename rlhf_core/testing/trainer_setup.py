@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from rlhf_core.config import merge
 from rlhf_core.interfaces import Trainer
 from rlhf_core.models import PolicyModel
 from rlhf_core.records import RECORDS
@@ -21,6 +20,7 @@ from rlhf_core.testing.contract import Contract, require
 from rlhf_core.testing.runs import Interrupted, interruptible, require_same_run
 from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
 from rlhf_core.testing.workbench import Step, Workbench
+from rlhf_core.yaml_files import merge
 
 
 class TrainerSetup(Contract):

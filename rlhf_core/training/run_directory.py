@@ -17,10 +17,10 @@ from typing import Any, Literal
 import yaml
 
 from rlhf_core import __version__
-from rlhf_core.config import load_yaml
 from rlhf_core.errors import ConfigError, StorageError
 from rlhf_core.infra.files import fsync_directory, read_json, remove_tree, replace_file, replace_json, storage_errors
 from rlhf_core.infra.redact import redact_text
+from rlhf_core.yaml_files import load_yaml
 
 Status = Literal["running", "done", "stopped", "failed"]
 

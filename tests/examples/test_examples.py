@@ -10,8 +10,9 @@ from types import ModuleType
 import pytest
 
 from rlhf_core import registry
-from rlhf_core.config import RunConfig, load_yaml
+from rlhf_core.config import RunConfig
 from rlhf_core.errors import DataError, ModelError, StorageError
+from rlhf_core.yaml_files import load_yaml
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

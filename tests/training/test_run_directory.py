@@ -12,10 +12,10 @@ import pytest
 import yaml
 from toy import ROWS, ToyTrainer, toy
 
-from rlhf_core.config import load_yaml
 from rlhf_core.errors import ConfigError, RLHFError, StorageError
 from rlhf_core.infra.files import read_json
 from rlhf_core.training.run_directory import RunDirectory, note_fault
+from rlhf_core.yaml_files import load_yaml
 
 
 class Unloaded(ToyTrainer):
