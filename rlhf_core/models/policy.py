@@ -24,6 +24,7 @@ from rlhf_core.models.layout import Layout, packed_layout, padded_layout
 from rlhf_core.models.loading import file_hashes, load_model, plain_checkpoint
 from rlhf_core.models.logprobs import linear_token_logprobs, module_token_logprobs
 from rlhf_core.models.lora import apply_lora
+from rlhf_core.models.packing import packing_obstacle
 
 log = logging.getLogger(__name__)
 
@@ -271,48 +272,22 @@ class PolicyModel(nn.Module):
         # Segments know no window; a sequence that doesn't fill it is attended in the same way with and without.
         return self._packs and (window is None or int(batch.prompt_tokens().max()) <= window)
 
-    @torch.no_grad()
     def _check_packing(self) -> bool:
-        """Compare packed with padded hidden states on a few tokens: some architectures mix tokens in other ways.
-
-        Linear attention, convolutions and position biases would leak between packed sequences.
-        """
-        device, training = self.device, self.training
-        ids = torch.arange(24, device=device).remainder(self._text_config.vocab_size)
-        probe = Batch(
-            prompt_ids=ids[:10].view(2, 5),
-            prompt_lengths=torch.tensor([5, 3], device=device),
-            response_ids=ids[12:24].view(3, 4),
-            response_lengths=torch.tensor([4, 2, 3], device=device),
-            owner=torch.tensor([0, 0, 1], device=device),
-            loss_mask=torch.arange(4, device=device) < torch.tensor([4, 2, 3], device=device)[:, None],
-            rows=(0, 1),
+        obstacle = packing_obstacle(
+            self._forward,
+            self.backbone,
+            vocabulary=self._text_config.vocab_size,
         )
-        self.eval()
-        try:
-            with torch.autocast(device.type, enabled=False):
-                packed, padded = packed_layout(probe), padded_layout(probe)
-                assert packed.at is not None and padded.at is not None
-                ours = self._forward(packed)[packed.at[probe.loss_mask]].float()
-                theirs = self._forward(padded)[padded.at[probe.loss_mask]].float()
-            error = float((ours - theirs).norm() / theirs.norm())
-            reason = f"relative difference {error:.1e}"
-            exact = next(self.backbone.parameters()).dtype == torch.float32
-            good = error < (1e-4 if exact else 3e-2)
-        except (TypeError, ValueError, RuntimeError, KeyError) as failure:
-            good, reason = False, f"{type(failure).__name__}: {failure}"
-        finally:
-            self.train(training)
-        if good:
+        if obstacle is None:
             return True
         if self.layout == "packed":
             raise ModelError(
                 "this model can't keep packed sequences apart",
                 place="batching.layout",
-                got=reason,
+                got=obstacle,
                 fix="set `batching.layout: padded`",
             )
-        log.warning("packed rows don't give this model's own hidden states (%s): rows are padded instead", reason)
+        log.warning("packed rows don't give this model's own hidden states (%s): rows are padded instead", obstacle)
         return False
 
     @contextlib.contextmanager
