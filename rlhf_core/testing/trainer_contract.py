@@ -114,7 +114,7 @@ class TrainerContract(TrainerSetup):
         numbers = {f"term `{name}`": float(term.detach()) for name, term in loss.terms.items()}
         for name, pair in loss.metrics.items():
             for part, value in zip(("sum", "count"), pair, strict=True):
-                numbers[f"the {part} of metric `{name}`"] = float(value)
+                numbers[f"the {part} of metric `{name}`"] = float(torch.as_tensor(value).detach().sum())
         wrong = [f"{name} is {value}" for name, value in numbers.items() if not math.isfinite(value)]
         require(not wrong, "; ".join(wrong))
 
