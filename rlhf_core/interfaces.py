@@ -7,7 +7,7 @@ checkpoints. Importing this module imports no torch.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from rlhf_core.batch import Batch
+    from rlhf_core.data.base import EncodedData
     from rlhf_core.models.policy import PolicyModel
     from rlhf_core.models.reference import Reference
     from rlhf_core.training.result import TrainResult
@@ -39,6 +40,16 @@ class Loss:
 
     terms: Mapping[str, Tensor]
     metrics: Mapping[str, tuple[Tensor | float, Tensor | float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Seam:
+    """What the loop lends a method while it makes experience, so that it needs to know of no process and no memory."""
+
+    gather: Callable[[Any], list[Any]] = lambda value: [value]
+    """Every process's value, in order of rank."""
+    score: Callable[[Batch, Callable[[Batch], Tensor]], Tensor] = lambda batch, score: score(batch)
+    """A function's scores of a batch's responses, computed in micro-batches that fit in memory."""
 
 
 class Trainer(ABC, Generic[ConfigT]):
@@ -65,6 +76,7 @@ class Trainer(ABC, Generic[ConfigT]):
     """The models that it trains, by role, once `build` has run. One optimiser serves them all."""
     reference: Reference
     """The policy as it was passed in; there when `reference` is among `frozen`."""
+    seam: Seam = Seam()
     run_inputs: Mapping[str, Any] | None = None
     """Where the run comes from, set by the command line for the run directory: `config_input` (the file's text, or None)
     and `command` (as one shell line), both with secrets redacted, and `plugin` (its `Plugin.as_dict()`). None from Python."""
@@ -97,6 +109,12 @@ class Trainer(ABC, Generic[ConfigT]):
     def policy(self) -> PolicyModel:
         return self.models["policy"]  # type: ignore[return-value]
 
+    def inspect(self, data: EncodedData) -> None:
+        """Look at the training data once they are open, before anything is computed; raise `DataError` where they can't do.
+
+        The default has nothing to say. Rows that are streamed aren't known yet: `data.streaming`.
+        """
+
     def build(self, policy: PolicyModel) -> dict[str, nn.Module]:
         """Return the models that it trains, by role. The default trains the policy as loaded."""
         return {"policy": policy}
@@ -114,6 +132,20 @@ class Trainer(ABC, Generic[ConfigT]):
         """
         yield from stream
 
+    def gather(self, value: Any) -> list[Any]:
+        """Return every process's value, in order of rank, for estimates over a whole step; values are what JSON can hold.
+
+        For `experience`, where every process must call it as often as the others: once a window, not once a row.
+        """
+        return self.seam.gather(value)
+
+    def score_responses(self, batch: Batch, score: Callable[[Batch], Tensor] | None = None) -> Tensor:
+        """Return (R, ...) scores of a window's responses without gradients, forwarded in micro-batches that fit in memory.
+
+        For `experience`. Without `score`, the policy's log-probabilities of the responses, summed over their loss mask, nats.
+        """
+        return self.seam.score(batch, score or self.policy.response_logps)
+
     @abstractmethod
     def weights(self, batch: Batch) -> Mapping[str, float]:
         """Return what each term of `loss` is averaged over in this micro-batch (tokens, sequences, a constant).
@@ -124,6 +156,16 @@ class Trainer(ABC, Generic[ConfigT]):
     @abstractmethod
     def loss(self, batch: Batch) -> Loss:
         """Return the sums of one micro-batch, with gradients."""
+
+    def summary(self, values: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return figures of a whole held-out set that are no averages, from the metrics given one entry a prompt.
+
+        Args:
+            values: for each such metric, sum / count of every held-out row, (rows,) float64 in the data's order.
+
+        The default has none. Names appear as `eval_NAME`.
+        """
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the method itself must remember over a resume, as JSON values. The default remembers nothing."""

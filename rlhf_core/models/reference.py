@@ -10,7 +10,7 @@ import contextlib
 import copy
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +22,7 @@ from rlhf_core.errors import ConfigError, ModelError
 from rlhf_core.infra.files import storage_errors
 from rlhf_core.infra.tensors import read_tensors, write_tensors
 from rlhf_core.models.policy import PolicyModel
+from rlhf_core.models.scoring import score_in_parts
 
 log = logging.getLogger(__name__)
 
@@ -83,30 +84,11 @@ class Reference:
         model = self._model
         training = model.training
         model.eval()
-        logps = torch.empty(batch.num_responses, dtype=torch.float32)
-        numbered = batch.attach(per_response={"_response": torch.arange(batch.num_responses, device=batch.device)})
         try:
-            for micro in self._cut(numbered):
-                for part, values in self._forward(micro):
-                    logps[part["_response"].cpu()] = values.float().cpu()
+            with model.adapter_off() if self.mode == "adapter_off" else contextlib.nullcontext():
+                return score_in_parts(batch, model.response_logps, cut=self._cut, device=model.device)
         finally:
             model.train(training)
-        return logps.to(batch.device)
-
-    def _forward(self, micro: Batch) -> Iterator[tuple[Batch, Tensor]]:
-        """Yield parts of a micro-batch with their log-probabilities: the whole of it, or its halves where memory runs out."""
-        without = self._model.adapter_off() if self.mode == "adapter_off" else contextlib.nullcontext()
-        try:
-            with without:
-                values = self._model.response_logps(micro.to(self._model.device))
-        except (torch.OutOfMemoryError, MemoryError):
-            if micro.num_prompts == 1:
-                raise
-            log.warning("out of memory in the reference: %d prompts are forwarded in halves", micro.num_prompts)
-            for half in micro.split(max_prompts=(micro.num_prompts + 1) // 2):
-                yield from self._forward(half)
-        else:
-            yield micro, values
 
     @torch.no_grad()
     def precompute(self, batches: Iterable[Batch], path: Path | None = None) -> None:

@@ -23,6 +23,7 @@ from rlhf_core.training.optimizer import create_optimizer
 from rlhf_core.training.prepare import (
     build_models,
     check_config,
+    connect,
     create_reference,
     load_policy,
     training_mode,
@@ -55,8 +56,10 @@ class Workbench:
         seed_everything(config.seed, "model")
         policy = load_policy(trainer, self.devices)
         dataset, _ = open_data(trainer, policy)
+        trainer.inspect(dataset)
         self.parameters = build_models(trainer, policy, self.devices)
         self.micro_batches = MicroBatches(config)
+        self._connect()
         if "reference" in trainer.frozen:
             create_reference(
                 trainer,
@@ -86,6 +89,10 @@ class Workbench:
         """Give the method wider padding with garbage in it, in every batch of the data and every micro-batch."""
         self.batches = map(padded, self.batches)
         self.micro_batches = PaddedMicroBatches(self.trainer.config)
+        self._connect()
+
+    def _connect(self) -> None:
+        connect(self.trainer, distribution=self.distribution, devices=self.devices, micro_batches=self.micro_batches)
 
     def windows(self) -> Iterator[Batch]:
         """Yield the method's windows over one pass of the data, as the loop asks for them."""

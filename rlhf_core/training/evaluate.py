@@ -16,8 +16,9 @@ from rlhf_core.infra.seeds import RandomState, seed_everything
 from rlhf_core.interfaces import Trainer
 from rlhf_core.training.distribution import Distribution
 from rlhf_core.training.micro_batches import MicroBatches, halves, is_out_of_memory
+from rlhf_core.training.per_prompt import PerPrompt, merge_entries, standard_errors
+from rlhf_core.training.per_prompt import values as per_prompt_values
 from rlhf_core.training.reduction import Tally, quotients
-from rlhf_core.training.standard_error import Clusters, standard_errors
 from rlhf_core.training.update import sum_pairs
 
 PREFIX = "eval_"
@@ -35,7 +36,7 @@ def evaluate(
 
     The same `experience`, `weights` and `loss` as in training, in evaluation mode and without gradients; every average is
     over the whole set. A metric that the method gives one entry a prompt for has its standard error beside it, as
-    `eval_NAME_se`. Random states and the method's own state are left as they were.
+    `eval_NAME_se`, and what its `summary` makes of them. Random states and the method's own state are left as they were.
     """
     random, remembered = RandomState.capture(), json.dumps(trainer.state_dict())
     seed_everything(trainer.config.seed, "evaluation", distribution.rank)
@@ -49,7 +50,7 @@ def evaluate(
         rank=distribution.rank,
         world_size=distribution.world_size,
     )
-    scores = _Scores(Clusters(type(trainer).__name__))
+    scores = _Scores(PerPrompt(type(trainer).__name__))
     try:
         with torch.no_grad(), devices.autocast(trainer.config.precision):
             for window in trainer.experience(stream):
@@ -65,8 +66,9 @@ def evaluate(
     if len(averages) > 1:
         values |= {f"loss_{name}": value for name, value in averages.items()}
     values |= quotients(sum_pairs(distribution, scores.metrics))
-    errors = standard_errors(distribution.gather(scores.clusters.sums()))
-    values |= {f"{name}_se": error for name, error in errors.items()}
+    entries = merge_entries(distribution.gather(scores.per_prompt.entries))
+    values |= {f"{name}_se": error for name, error in standard_errors(entries).items()}
+    values |= trainer.summary(per_prompt_values(entries)) if entries else {}
     return {PREFIX + name: value for name, value in values.items()}
 
 
@@ -74,7 +76,7 @@ def evaluate(
 class _Scores:
     """What one process adds up over its held-out rows."""
 
-    clusters: Clusters
+    per_prompt: PerPrompt
     terms: Tally = field(default_factory=Tally)
     metrics: Tally = field(default_factory=Tally)
 
@@ -96,4 +98,4 @@ def _score(trainer: Trainer, micro: Batch, devices: DeviceManager, scores: _Scor
         return
     scores.terms.add({name: (term, weights[name]) for name, term in loss.terms.items() if weights[name] > 0})
     scores.metrics.add(loss.metrics)
-    scores.clusters.add(micro, loss.metrics)
+    scores.per_prompt.add(micro, loss.metrics)

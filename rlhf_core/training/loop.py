@@ -30,6 +30,7 @@ from rlhf_core.training.optimizer import Schedule, create_optimizer, set_learnin
 from rlhf_core.training.prepare import (
     build_models,
     check_config,
+    connect,
     create_reference,
     load_policy,
     training_mode,
@@ -112,10 +113,12 @@ class Run:
         seed_everything(config.seed, "model")
         policy = load_policy(trainer, self.devices)
         self.dataset, self.eval_dataset = open_data(trainer, policy)
+        trainer.inspect(self.dataset)
         note_inputs(self, policy)
         self.parameters = build_models(trainer, policy, self.devices)
         self.distribution.same_parameters(trainer.models)
         self.micro_batches = MicroBatches(config)
+        connect(trainer, distribution=self.distribution, devices=self.devices, micro_batches=self.micro_batches)
         if "reference" in trainer.frozen:
             create_reference(
                 trainer,

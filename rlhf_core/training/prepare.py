@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 from pathlib import Path
@@ -13,9 +14,10 @@ from torch import nn
 from rlhf_core.data.base import EncodedData
 from rlhf_core.errors import ConfigError, PluginError
 from rlhf_core.infra.devices import DeviceManager
-from rlhf_core.interfaces import Trainer
+from rlhf_core.interfaces import Seam, Trainer
 from rlhf_core.models import PolicyModel
 from rlhf_core.models.reference import Reference
+from rlhf_core.models.scoring import score_in_parts
 from rlhf_core.training.distribution import Distribution
 from rlhf_core.training.micro_batches import MicroBatches
 from rlhf_core.training.rows import one_pass
@@ -112,6 +114,14 @@ def build_models(trainer: Trainer, policy: PolicyModel, devices: DeviceManager) 
     if narrow:
         log.info("%d trained tensors of 16 bits are kept in float32", len(narrow))
     return trained
+
+
+def connect(
+    trainer: Trainer, *, distribution: Distribution, devices: DeviceManager, micro_batches: MicroBatches
+) -> None:
+    """Lend the method what its `experience` may ask of the loop."""
+    score = functools.partial(score_in_parts, cut=micro_batches.cut, device=devices.device)
+    trainer.seam = Seam(gather=distribution.gather, score=score)
 
 
 def training_mode(trainer: Trainer, training: bool) -> None:

@@ -15,15 +15,22 @@ from hypothesis import strategies as st
 
 from rlhf_core.batch import Batch
 from rlhf_core.errors import PluginError
-from rlhf_core.training.standard_error import Clusters, ratio_standard_error, standard_errors
+from rlhf_core.training.per_prompt import (
+    Entries,
+    PerPrompt,
+    merge_entries,
+    ratio_standard_error,
+    standard_errors,
+    values,
+)
 
 Pairs = Mapping[str, tuple[torch.Tensor | float, torch.Tensor | float]]
 
 
-def sums(batch: Batch, metrics: Pairs) -> dict[str, dict[str, list[float]]]:
-    clusters = Clusters("Method")
-    clusters.add(batch, metrics)
-    return clusters.sums()
+def entries(batch: Batch, metrics: Pairs) -> Entries:
+    kept = PerPrompt("Method")
+    kept.add(batch, metrics)
+    return kept.entries
 
 
 SCORES = st.lists(st.floats(-10, 10), min_size=2, max_size=20)
@@ -54,14 +61,22 @@ def test_one_prompt_has_no_error() -> None:
 def test_rows_of_one_prompt_are_one_observation_whichever_process_saw_them() -> None:
     batch = random_batch(prompts=3).select([0, 1, 2])
     batch = replace(batch, prompt_ids=batch.prompt_ids[[0, 1, 0]], prompt_lengths=batch.prompt_lengths[[0, 1, 0]])
-    values = torch.tensor([1.0, 0.0, 1.0])
-    whole = sums(batch, {"accuracy": (values, 3), "total": (torch.tensor(2.0), 3)})
-    parts = [sums(batch.select(rows), {"accuracy": (values[rows], torch.ones(len(rows)))}) for rows in ([0], [1, 2])]
+    right = torch.tensor([1.0, 0.0, 1.0])
+    whole = entries(batch, {"accuracy": (right, 3), "total": (torch.tensor(2.0), 3)})
+    parts = [entries(batch.select(rows), {"accuracy": (right[rows], torch.ones(len(rows)))}) for rows in ([2, 1], [0])]
     expected = ratio_standard_error([(2.0, 2.0), (0.0, 1.0)])
-    assert standard_errors([whole]) == standard_errors(parts) == {"accuracy": pytest.approx(expected)}
-    assert sums(batch.pad(prompt_tokens=3, value=7), {"accuracy": (values, 3)}) == whole
+    assert standard_errors(whole) == standard_errors(merge_entries(parts)) == {"accuracy": pytest.approx(expected)}
+    assert merge_entries(parts) == whole
+    assert values(whole)["accuracy"].tolist() == right.tolist()
+    assert entries(batch.pad(prompt_tokens=3, value=7), {"accuracy": (right, 3)}) == whole
+
+
+def test_rows_that_count_nothing_are_left_out() -> None:
+    found = entries(random_batch(prompts=3), {"gain": (torch.tensor([2.0, 0.0, 4.0]), torch.tensor([1.0, 0.0, 2.0]))})
+    assert values(found)["gain"].tolist() == [2.0, 2.0]
+    assert standard_errors(found)["gain"] == pytest.approx(0.0)
 
 
 def test_a_wrong_number_of_entries_is_the_plugins_fault() -> None:
     with pytest.raises(PluginError, match=r"metric `accuracy` must be one number, or one entry a prompt"):
-        sums(random_batch(prompts=3), {"accuracy": (torch.zeros(2), 2)})
+        entries(random_batch(prompts=3), {"accuracy": (torch.zeros(2), 2)})
