@@ -144,7 +144,10 @@ class Trainer(ABC, Generic[ConfigT]):
 
         For `experience`. Without `score`, the policy's log-probabilities of the responses, summed over their loss mask, nats.
         """
-        return self.seam.score(batch, score or self.policy.response_logps)
+        import torch
+
+        with torch.no_grad():
+            return self.seam.score(batch, score or self.policy.response_logps)
 
     @abstractmethod
     def weights(self, batch: Batch) -> Mapping[str, float]:

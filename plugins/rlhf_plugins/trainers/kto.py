@@ -1,0 +1,187 @@
+"""Kahneman-Tversky optimisation: learn from responses that are each desirable or undesirable, without pairs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from rlhf_core.batch import Batch
+from rlhf_core.config import TrainerConfig, TrainingStage
+from rlhf_core.data.base import EncodedData
+from rlhf_core.interfaces import Loss, Trainer
+
+log = logging.getLogger(__name__)
+
+BALANCE = (1.0, 4 / 3)
+"""Where the paper wants λ_D n_D / (λ_U n_U) to lie (arXiv 2402.01306, equation 9)."""
+
+
+def kto_loss(
+    log_ratios: Tensor,
+    desirable: Tensor,
+    reference_point: Tensor,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """Return KTO's loss for each response.
+
+    λ_D (1 − σ(β(r − z₀))) for a desirable response, λ_U (1 − σ(β(z₀ − r))) for an undesirable one, with
+    r = log π(y|x) − log π_ref(y|x) (Ethayarajh et al. 2024, arXiv 2402.01306, equation 8; its constants λ_y are there to
+    make the loss non-negative, as here).
+
+    Args:
+        log_ratios: (R,) r, summed over the response, nats.
+        desirable: (R,) bool.
+        reference_point: (R,) or scalar z₀, nats, without gradient.
+
+    Returns:
+        (R,) in [0, λ].
+    """
+    margin = beta * torch.where(desirable, log_ratios - reference_point, reference_point - log_ratios)
+    weights = torch.where(desirable, desirable_weight, undesirable_weight)
+    # 1 − σ(m) loses its digits where m is large; σ(−m) doesn't.
+    return weights * torch.sigmoid(-margin)
+
+
+class KTOConfig(TrainerConfig):
+    """Options of Kahneman-Tversky optimisation."""
+
+    learning_rate: float = Field(1e-6, gt=0, description="Peak step size; larger learns faster and may diverge.")
+    beta: float = Field(0.1, gt=0, description="KL strength; larger keeps the policy nearer the reference.")
+    desirable_weight: float = Field(
+        1.0, gt=0, description="Weight of desirable responses; larger learns more from what is good."
+    )
+    undesirable_weight: float = Field(
+        1.0, gt=0, description="Weight of undesirable responses; larger learns more from what is bad."
+    )
+    kl: Literal["batch", "ema", "zero"] = Field(
+        "batch",
+        description="Reference point that rewards are held against: the KL that a step's mismatched pairs estimate (`batch`), its"
+        " moving average (`ema`, less noisy in small batches), or `zero`, which saves two forward passes.",
+    )
+    kl_decay: float = Field(
+        0.9, ge=0, lt=1, description="Share of the moving average kept each step (`kl: ema`); larger is smoother."
+    )
+    reference: Literal["auto", "copy", "adapter_off"] = Field(
+        "auto",
+        description="How the reference is kept: a frozen `copy`, or the base with a fresh adapter off (`adapter_off`). The"
+        " objective is the same. Mismatched pairs are new in every step, so nothing can be computed beforehand.",
+    )
+
+
+class KTOTrainer(Trainer[KTOConfig]):
+    """Kahneman-Tversky optimisation on single responses labelled desirable or undesirable."""
+
+    api = 1
+    record = "unpaired"
+    stage = TrainingStage.PREFERENCE
+    Config = KTOConfig
+    frozen = ("reference",)
+
+    moving_kl: float | None = None
+    """The moving average of the KL estimates, nats; None before the first."""
+
+    def inspect(self, data: EncodedData) -> None:
+        if data.streaming:
+            log.info("streamed rows aren't counted by label: see to it that the weights fit them")
+            return
+        labels = data.report.labels
+        good, bad = labels["desirable"], labels["undesirable"]
+        ratio = self.config.desirable_weight * good / (self.config.undesirable_weight * bad)
+        low, high = BALANCE
+        if not low <= ratio <= high:
+            fit = self.config.undesirable_weight * bad / good
+            log.warning(
+                "%d desirable and %d undesirable rows weigh %.3g to 1; the paper wants %.3g to %.3g, which a"
+                " `desirable_weight` of %.3g to %.3g gives",
+                good, bad, ratio, low, high, low * fit, high * fit,
+            )  # fmt: skip
+
+    def experience(self, stream: Iterator[Batch]) -> Iterable[Batch]:
+        for batch in stream:
+            point = self._reference_point(batch)
+            yield batch.attach(
+                per_response={"ref_logps": self.reference.response_logps(batch)},
+                per_prompt={"kl": torch.full((batch.num_prompts,), point, device=batch.device)},
+            )
+
+    def _reference_point(self, batch: Batch) -> float:
+        """Return z₀ = max(0, E[log π(y'|x) − log π_ref(y'|x)]) over mismatched pairs of the whole step, nats."""
+        if self.config.kl == "zero":
+            return 0.0
+        total, count = 0.0, 0
+        if batch.num_prompts > 1:
+            other = mismatched(batch, self.config.max_length)
+            ratios = self.score_responses(other) - self.reference.response_logps(other)
+            total, count = float(ratios.double().sum()), batch.num_prompts
+        parts = self.gather([total, count])
+        total, count = (sum(column) for column in zip(*parts, strict=True))
+        if count:
+            estimate = total / count
+            if self.config.kl == "batch":
+                return max(estimate, 0.0)
+            decay = self.config.kl_decay if self.moving_kl is not None else 0.0
+            self.moving_kl = decay * (self.moving_kl or 0.0) + (1 - decay) * estimate
+        return max(self.moving_kl or 0.0, 0.0)
+
+    def weights(self, batch: Batch) -> Mapping[str, float]:
+        return {"kto": batch.num_responses}
+
+    def loss(self, batch: Batch) -> Loss:
+        config = self.config
+        log_ratios = self.policy.response_logps(batch) - batch["ref_logps"]  # (R,)
+        losses = kto_loss(
+            log_ratios,
+            batch["desirable"],
+            batch["kl"][batch.owner],
+            config.beta,
+            config.desirable_weight,
+            config.undesirable_weight,
+        )
+        return Loss({"kto": losses.sum()}, self._metrics(batch, log_ratios.detach()))
+
+    def _metrics(self, batch: Batch, log_ratios: Tensor) -> dict[str, tuple[Tensor, Tensor | float]]:
+        rewards, good = self.config.beta * log_ratios, batch["desirable"].float()
+        in_order = batch.owner.argsort()  # one response a prompt
+        return {
+            "rewards/desirable": ((rewards * good)[in_order], good[in_order]),
+            "rewards/undesirable": ((rewards * (1 - good))[in_order], (1 - good)[in_order]),
+            "kl": (batch["kl"].sum(), batch.num_prompts),
+        }
+
+    def summary(self, values: Mapping[str, Tensor]) -> dict[str, float]:
+        good, bad = values["rewards/desirable"], values["rewards/undesirable"]
+        return {"auc": auc(good, bad)} if len(good) and len(bad) else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"moving_kl": self.moving_kl}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.moving_kl = state["moving_kl"]
+
+
+def mismatched(batch: Batch, max_length: int) -> Batch:
+    """Return the batch with each response behind the next row's prompt, cut to `max_length` with it."""
+    owner = (batch.owner + 1) % batch.num_prompts
+    room = (max_length - batch.prompt_lengths[owner]).clamp(min=1)
+    lengths = torch.minimum(batch.response_lengths, room)
+    inside = torch.arange(batch.response_ids.shape[1], device=batch.device) < lengths[:, None]
+    return replace(batch, owner=owner, response_lengths=lengths, loss_mask=batch.loss_mask & inside)
+
+
+def auc(higher: Tensor, lower: Tensor) -> float:
+    """Return the share of pairs (one of each) in which the higher one is larger, ties counting half: the area under the ROC.
+
+    Args:
+        higher: (N,). lower: (M,).
+    """
+    ordered = lower.sort().values
+    below = torch.searchsorted(ordered, higher, right=False) + torch.searchsorted(ordered, higher, right=True)
+    return float(below.double().mean()) / (2 * len(lower))

@@ -1,0 +1,248 @@
+"""KTO's loss: golden numbers, limits, float64 and TRL's own code; its reference point, and data that can't do."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from batches import random_batch, relative
+from hypothesis import given
+from hypothesis import strategies as st
+from rlhf_plugins.trainers.kto import KTOConfig, KTOTrainer, auc, kto_loss, mismatched
+from torch import Tensor
+
+from rlhf_core.batch import Batch
+from rlhf_core.errors import DataError
+from rlhf_core.interfaces import Seam
+from rlhf_core.models import PolicyModel, Reference
+from rlhf_core.testing import TrainerContract
+from rlhf_core.testing.arithmetic import Arithmetic
+from rlhf_core.testing.tiny import save_tiny, tiny_model, tiny_tokenizer
+
+LABELS = torch.tensor([True, False, True, True, False, False])
+
+
+class TestKTO(TrainerContract):
+    method = "kto"
+
+
+class TestKTOWithMovingAverage(TrainerContract):
+    method = "kto"
+    options: ClassVar[dict[str, Any]] = {"kl": "ema", "desirable_weight": 1.2}
+
+
+def ratios(seed: int = 0) -> Tensor:
+    return 8 * torch.randn(len(LABELS), generator=torch.Generator().manual_seed(seed))
+
+
+def test_golden_numbers() -> None:
+    both, zero = torch.tensor([True, False]), torch.zeros(2)
+    assert kto_loss(zero, both, torch.tensor(0.0), 0.1).tolist() == [0.5, 0.5]
+    # β (r − z₀) = 0.5 (3 − 1) = 1, and β (z₀ − r) = −1.
+    found = kto_loss(torch.tensor([3.0, 3.0]), both, torch.tensor(1.0), 0.5, 2.0, 3.0)
+    below = 1 / (1 + math.e)
+    assert found.tolist() == pytest.approx([2 * below, 3 * (1 - below)], rel=1e-6)
+
+
+@pytest.mark.parametrize("beta", [0.01, 0.1, 1.0])
+@pytest.mark.parametrize("point", [0.0, 2.5])
+def test_loss_and_gradient_equal_float64(beta: float, point: float) -> None:
+    values = ratios().requires_grad_()
+    found = kto_loss(values, LABELS, torch.tensor(point), beta, 1.5, 0.7)
+    exact = values.double()
+    good = 1.5 * (1 - 1 / (1 + torch.exp(-beta * (exact - point))))
+    bad = 0.7 * (1 - 1 / (1 + torch.exp(-beta * (point - exact))))
+    expected = torch.where(LABELS, good, bad)
+    assert relative(found.double(), expected) < 1e-6
+    ours, theirs = (torch.autograd.grad(x.sum(), values)[0] for x in (found, expected))
+    assert relative(ours.double(), theirs.double()) < 1e-6
+
+
+def test_the_gradient_raises_the_good_and_lowers_the_bad() -> None:
+    values = ratios().requires_grad_()
+    (slope,) = torch.autograd.grad(kto_loss(values, LABELS, torch.tensor(1.0), 0.1).sum(), values)
+    assert ((slope < 0) == LABELS).all()
+
+
+def test_limits() -> None:
+    values = ratios()
+    weights = torch.where(LABELS, 1.5, 0.7)
+    assert torch.allclose(kto_loss(values, LABELS, torch.tensor(3.0), 1e-9, 1.5, 0.7), weights / 2)
+    far = kto_loss(torch.tensor([1e4, -1e4]), torch.tensor([True, False]), torch.tensor(0.0), 1.0)
+    assert far.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("kl", [-3.0, 2.0])
+def test_loss_equals_trl(kl: float) -> None:
+    peer = pytest.importorskip("trl.trainer.kto_trainer", reason="TRL isn't installed (extra `oracles`)").KTOTrainer
+    policy, reference = (ratios(seed).requires_grad_(seed == 1) for seed in (1, 2))
+    rows = len(LABELS)
+
+    class Model(torch.nn.Module):
+        def forward(self, **_: object) -> SimpleNamespace:
+            zeros = torch.zeros(rows, 1)
+            return SimpleNamespace(log_probs=policy[:, None], entropy=zeros, mean_logits=zeros)
+
+    stub: Any = SimpleNamespace(
+        model=Model(), beta=0.3, loss_type="kto", desirable_weight=1.5, undesirable_weight=0.7, calculate_KL=True,
+        precompute_ref_logps=True, aux_loss_enabled=False, _tp_size=1, _total_train_tokens=0,
+        _metrics={mode: _Lists() for mode in ("train", "eval")}, _compute_kl_logps=lambda *_: torch.full((rows,), kl),
+        accelerator=SimpleNamespace(device="cpu", gather_for_metrics=lambda x: x),
+    )  # fmt: skip
+    inputs = {
+        "input_ids": torch.zeros(rows, 2, dtype=torch.long),
+        "attention_mask": torch.ones(rows, 2, dtype=torch.long),
+        "completion_mask": torch.tensor([[0, 1]]).expand(rows, 2),
+        "label": LABELS,
+        "ref_logps": reference,
+        "ref_KL_logps": torch.zeros(rows),
+    }
+    theirs = peer._compute_loss(stub, stub.model, inputs, False)
+    ours = kto_loss(policy - reference, LABELS, torch.tensor(max(kl, 0.0)), 0.3, 1.5, 0.7).mean()
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
+    a, b = (torch.autograd.grad(x, policy)[0] for x in (ours, theirs))
+    assert relative(a, b) < 1e-6
+
+
+class _Lists(dict):  # type: ignore[type-arg]
+    def __missing__(self, key: str) -> list[float]:
+        return self.setdefault(key, [])
+
+
+def test_mismatched_pairs_are_the_same_responses_behind_other_prompts() -> None:
+    batch = random_batch(4, 1, longest=9)
+    other = mismatched(batch, max_length=100)
+    assert other.owner.tolist() == [1, 2, 3, 0]
+    assert torch.equal(other.response_lengths, batch.response_lengths)
+    short = mismatched(batch, max_length=int(batch.prompt_lengths.max()) + 2)
+    assert (short.prompt_lengths[short.owner] + short.response_lengths <= short.prompt_lengths.max() + 2).all()
+    assert not (short.loss_mask & (torch.arange(short.loss_mask.shape[1]) >= short.response_lengths[:, None])).any()
+
+
+def made(**options: Any) -> tuple[KTOTrainer, Batch]:
+    policy = PolicyModel(tiny_model(hidden=32, heads=2, kv_heads=1), tiny_tokenizer())
+    trainer = KTOTrainer(KTOConfig(**options), model=policy, data=[])
+    trainer.models = torch.nn.ModuleDict({"policy": policy})
+    trainer.reference = Reference.create(policy, "copy")
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    return trainer, random_batch(5, 1).attach(per_response={"desirable": torch.arange(5) % 2 == 0})
+
+
+def estimate(trainer: KTOTrainer, batch: Batch) -> float:
+    """The mean log-ratio of every response behind the next prompt, one row at a time."""
+    total = 0.0
+    for response in range(5):
+        row = batch.select([response])
+        prompt = batch.select([(response + 1) % 5])
+        pair = Batch(
+            prompt.prompt_ids, prompt.prompt_lengths, row.response_ids, row.response_lengths, row.owner,
+            row.loss_mask, rows=(0,),
+        )  # fmt: skip
+        with torch.no_grad():
+            total += float(trainer.policy.response_logps(pair) - trainer.reference.response_logps(pair))
+    return total / 5
+
+
+def test_the_reference_point_by_hand() -> None:
+    trainer, batch = made()
+    expected = estimate(trainer, batch)
+    assert trainer._reference_point(batch) == pytest.approx(max(expected, 0.0), rel=1e-5, abs=1e-6)
+    (window,) = trainer.experience(iter([batch]))
+    assert window["kl"].tolist() == pytest.approx([max(expected, 0.0)] * 5, rel=1e-5, abs=1e-6)
+    assert made(kl="zero")[0]._reference_point(batch) == 0.0
+
+
+def test_the_moving_average_by_hand_and_over_a_resume() -> None:
+    trainer, batch = made(kl="ema", kl_decay=0.5)
+    once = estimate(trainer, batch)
+    trainer._reference_point(batch)
+    assert trainer.moving_kl == pytest.approx(once, rel=1e-5, abs=1e-6)
+    trainer.load_state_dict({"moving_kl": 10.0})
+    assert trainer._reference_point(batch) == pytest.approx(max(0.5 * 10 + 0.5 * once, 0), rel=1e-5)
+    assert trainer.state_dict() == {"moving_kl": pytest.approx(5 + 0.5 * once, rel=1e-5)}
+
+
+def test_the_reference_point_is_that_of_all_processes_and_a_single_row_has_none() -> None:
+    trainer, batch = made()
+    alone = batch.select([0])
+    assert trainer._reference_point(alone) == 0.0
+    trainer.seam = Seam(gather=lambda value: [value, [6.0, 2]])
+    assert trainer._reference_point(alone) == 3.0
+
+
+def test_identical_models_have_no_kl_and_pay_half() -> None:
+    policy = PolicyModel(tiny_model(hidden=32, heads=2, kv_heads=1), tiny_tokenizer())
+    trainer = KTOTrainer(model=policy, data=[])
+    trainer.models = torch.nn.ModuleDict({"policy": policy})
+    trainer.reference = Reference.create(policy, "copy")
+    (window,) = trainer.experience(iter([made()[1]]))
+    loss = trainer.loss(window)
+    assert window["kl"].tolist() == pytest.approx([0.0] * 5, abs=1e-4)
+    assert loss.terms["kto"].item() / trainer.weights(window)["kto"] == pytest.approx(0.5, rel=1e-4)
+
+
+@given(st.lists(st.integers(-3, 3), min_size=1, max_size=12), st.lists(st.integers(-3, 3), min_size=1, max_size=12))
+def test_auc_is_the_share_of_pairs_in_order(good: list[int], bad: list[int]) -> None:
+    pairs = [(g > b) + 0.5 * (g == b) for g in good for b in bad]
+    found = auc(torch.tensor(good, dtype=torch.float64), torch.tensor(bad, dtype=torch.float64))
+    assert found == pytest.approx(sum(pairs) / len(pairs))
+
+
+def rows(good: int, bad: int) -> list[dict[str, str]]:
+    labels = ["desirable"] * good + ["undesirable"] * bad
+    return [{"prompt": f"{i} + 1 =", "response": f" {i + 1}", "label": label} for i, label in enumerate(labels)]
+
+
+def run(tmp_path: Path, data: list[dict[str, str]], **options: Any) -> KTOTrainer:
+    config = KTOConfig.parse({"max_steps": 2, "batch_size": 4, "logging": {"progress": False}, **options})
+    return KTOTrainer(config, model=save_tiny(tmp_path / "model", hidden=32, layers=1), data=data)
+
+
+@pytest.mark.parametrize(("good", "bad", "missing"), [(6, 0, "undesirable"), (0, 6, "desirable")])
+def test_one_class_is_refused_and_the_missing_label_named(tmp_path: Path, good: int, bad: int, missing: str) -> None:
+    with pytest.raises(DataError, match=f"no row has the label `{missing}`") as caught:
+        run(tmp_path, rows(good, bad)).train()
+    assert caught.value.exit_code == 3
+
+
+def test_a_batch_of_one_class_is_learnt_from(tmp_path: Path) -> None:
+    data = rows(4, 4)
+    result = run(tmp_path, data, dataset={"shuffle": False}).train()
+    assert math.isfinite(result.metrics["loss"]) and "rewards/desirable" not in result.metrics
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "weights", "said"),
+    [
+        (8, 2, {}, "8 desirable and 2 undesirable rows weigh 4 to 1; the paper wants 1 to 1.33, which a `desirable_weight`"
+         " of 0.25 to 0.333 gives"),
+        (4, 8, {"undesirable_weight": 2.0}, "weigh 0.25 to 1; the paper wants 1 to 1.33, which a"
+         " `desirable_weight` of 4 to 5.33"),
+        (8, 2, {"desirable_weight": 0.25}, None),
+    ],
+)  # fmt: skip
+def test_unbalanced_weights_are_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, good: int, bad: int, weights: dict[str, float], said: str | None
+) -> None:
+    with caplog.at_level(logging.WARNING, "rlhf_plugins"):
+        run(tmp_path, rows(good, bad), **weights).train()
+    warned = [record.getMessage() for record in caplog.records if "weigh" in record.getMessage()]
+    assert (said is None and not warned) or (said is not None and said in warned[0])
+
+
+def test_kto_learns_to_tell_good_from_bad(tmp_path: Path) -> None:
+    task = Arithmetic(terms=2, digits=1)
+    data = list(task.rows("unpaired", 64, seed=1))
+    trainer = run(tmp_path, data, max_steps=12, batch_size=32, learning_rate=5e-3, beta=0.5, eval_steps=12)
+    trainer.eval_data = data
+    result = trainer.train()
+    assert result.eval_metrics["eval_auc"] > 0.8
+    assert result.eval_metrics["eval_rewards/desirable"] > result.eval_metrics["eval_rewards/undesirable"]
+    assert result.eval_metrics["eval_rewards/desirable_se"] > 0
