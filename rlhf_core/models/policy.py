@@ -1,60 +1,26 @@
-"""The policy: a causal language model with its tokenizer, and the one function that forwards a batch through it."""
+"""The policy: a causal language model that scores tokens and generates."""
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import hashlib
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_core.batch import Batch
-from rlhf_core.config import LoraConfig, TrainerConfig
-from rlhf_core.errors import ConfigError, ModelError
+from rlhf_core.config import LoraConfig
 from rlhf_core.interfaces import Completion
-from rlhf_core.models.attention import Kernel, OptimizedAttention
-from rlhf_core.models.compile import compile_model
+from rlhf_core.models.attention import Kernel
 from rlhf_core.models.generate import generate
-from rlhf_core.models.layout import Layout, packed_layout, padded_layout
-from rlhf_core.models.loading import file_hashes, load_model, plain_checkpoint
+from rlhf_core.models.loading import load_model, plain_checkpoint
 from rlhf_core.models.logprobs import linear_token_logprobs, module_token_logprobs
-from rlhf_core.models.lora import apply_lora
-from rlhf_core.models.packing import packing_obstacle
-
-log = logging.getLogger(__name__)
-
-LayoutName = Literal["auto", "packed", "padded"]
+from rlhf_core.models.sequence import LayoutName, SequenceModel
 
 
-class PolicyModel(nn.Module):
-    """A language model to be trained or read, with its tokenizer.
-
-    Args:
-        model: a transformers causal language model, or a peft model around one.
-        tokenizer: its tokenizer.
-        source: where it came from, for messages and provenance.
-    """
-
-    def __init__(self, model: nn.Module, tokenizer: Any, *, source: str = "in memory") -> None:
-        super().__init__()
-        self.model = model
-        self.tokenizer = tokenizer
-        self.source = source
-        self.loaded = False
-        """Whether its weights are those of `source` still, as far as this class knows."""
-        self.base: str | None = None
-        """Where the weights under the adapter stand as a plain checkpoint; None where they stand nowhere as they are."""
-        self.layout: LayoutName = "auto"
-        self.share_prompts = True
-        self.fresh_adapter = False
-        """True while the adapter was made here and not trained yet: without it the model is the one passed in."""
-        self.attention = self._select_attention("auto", torch.float32)
-        self._packs: bool | None = None
+class PolicyModel(SequenceModel):
+    """A causal language model to be trained or read, with its tokenizer."""
 
     @classmethod
     def from_pretrained(
@@ -91,147 +57,15 @@ class PolicyModel(nn.Module):
         )
         return policy
 
-    def configure(self, config: TrainerConfig) -> PolicyModel:
-        """Apply a trainer's options (attention, adapters, checkpointing, layout) to this model, in place; return it."""
-        self.loaded = False
-        if not self.has_adapter:
-            # Its weights may have been changed since it was loaded, so no adapter may point at where it came from.
-            self.base = None
-            if config.lora is not None and config.lora.quantize != "none":
-                raise ConfigError(
-                    "a model that is loaded already can't be quantised",
-                    place="lora.quantize",
-                    got=config.lora.quantize,
-                    fix="pass its path instead of the model, or `PolicyModel.from_pretrained(path, lora=...)`",
-                )
-        return self._configure(
-            attention=config.attention,
-            precision=config.precision,
-            lora=config.lora,
-            gradient_checkpointing=config.gradient_checkpointing,
-            compile=config.compile,
-            layout=config.batching.layout,
-            share_prompts=config.batching.share_prompts,
-        )
-
-    def _configure(
-        self,
-        *,
-        attention: Kernel,
-        precision: str,
-        lora: LoraConfig | None,
-        gradient_checkpointing: bool,
-        compile: bool,
-        layout: LayoutName,
-        share_prompts: bool,
-    ) -> PolicyModel:
-        dtype = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-        self.attention = self._select_attention(attention, dtype)
-        log.info("attention: %s (%s)", self.attention.kernel, self.attention.reason)
-        self.share_prompts = share_prompts
-        if layout == "packed" and (compile or self.attention.kernel == "eager"):
-            raise ConfigError(
-                "packed rows need replaceable attention and no compilation",
-                place="batching.layout",
-                got="compile: true" if compile else "attention: eager",
-                fix="set `batching.layout: padded`",
-            )
-        # A compiled block would be compiled anew for every list of segments.
-        self.layout = "padded" if compile or self.attention.kernel == "eager" else layout
-        if lora is not None:
-            self._adapt(lora)
-        if gradient_checkpointing:
-            self.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
-        elif any(getattr(module, "gradient_checkpointing", False) for module in self.causal_lm.modules()):
-            self.causal_lm.gradient_checkpointing_disable()
-        if compile:
-            compile_model(self.causal_lm)
-        return self
-
-    def _adapt(self, lora: LoraConfig) -> None:
-        if not self.has_adapter:
-            self.model = apply_lora(self.model, lora)
-            self.fresh_adapter = True
-            return
-        held = next(iter(self.model.peft_config.values()))  # type: ignore[operator]
-        if (held.r, held.lora_alpha, held.lora_dropout) != (lora.rank, lora.alpha, lora.dropout):
-            raise ConfigError(
-                "the model has an adapter of another shape already",
-                place="lora",
-                got=f"rank {held.r}, alpha {held.lora_alpha} in the model; rank {lora.rank}, alpha {lora.alpha} asked for",
-                fix="leave `lora` out to go on training its adapter, or merge it (`model.merge_and_unload()`) to train a new one",
-            )
-
-    def _select_attention(self, wanted: Kernel, dtype: torch.dtype) -> OptimizedAttention:
-        choice = OptimizedAttention.select(wanted, device=self.device, dtype=dtype)
-        if choice.kernel == "sdpa" and not getattr(self.causal_lm, "_supports_sdpa", False):
-            # Under a name of ours transformers would not notice, and what SDPA leaves out (sinks, caps) would be lost.
-            choice = OptimizedAttention("eager", "the model has no attention through SDPA")
-        try:
-            self.causal_lm.set_attn_implementation(choice.implementation)
-        except (ValueError, ImportError) as error:
-            # A model without replaceable attention keeps its own, and takes padded rows.
-            choice = OptimizedAttention("eager", f"the model's attention can't be replaced: {error}")
-        return choice
-
-    # What it is made of
-
-    @property
-    def has_adapter(self) -> bool:
-        return hasattr(self.model, "peft_config") and hasattr(self.model, "disable_adapter")
-
     @property
     def causal_lm(self) -> Any:
         """The transformers model, adapters inside it."""
-        return self.model.get_base_model() if self.has_adapter else self.model  # type: ignore[operator]
-
-    @property
-    def backbone(self) -> nn.Module:
-        """The stack that maps token ids to hidden states."""
-        return cast(nn.Module, getattr(self.causal_lm, self.causal_lm.base_model_prefix))
+        return self.network
 
     @property
     def head(self) -> nn.Module:
         """The output layer, hidden states to logits."""
         return cast(nn.Module, self.causal_lm.get_output_embeddings())
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
-
-    @property
-    def max_positions(self) -> int | None:
-        """Most tokens in a sequence that the model has positions for, where it says."""
-        return getattr(self._text_config, "max_position_embeddings", None)
-
-    @property
-    def _text_config(self) -> Any:
-        return self.causal_lm.config.get_text_config()
-
-    # The forward pass
-
-    def hidden_states(self, batch: Batch, *, drop_last: bool = False) -> tuple[Tensor, Layout]:
-        """Forward a batch with each prompt computed once; return hidden states (N, D), flattened, and where each one stands.
-
-        With `drop_last`, each response's last token is left out where the layout allows: it predicts nothing.
-        """
-        packed = self._packs_batch(batch)
-        layout = (
-            packed_layout(batch, share_prompts=self.share_prompts, drop_last=drop_last)
-            if packed
-            else padded_layout(batch)
-        )
-        return self._forward(layout), layout
-
-    def _forward(self, layout: Layout) -> Tensor:
-        extra: dict[str, Any] = {} if layout.segments is None else {"segments": layout.segments}
-        if layout.segments is not None:
-            # A mask of four dimensions is taken as it is, so none is built over the whole row; segments say who sees whom.
-            extra["attention_mask"] = layout.input_ids.new_ones((1, 1, 1, 1), dtype=torch.bool)
-        else:
-            extra["attention_mask"] = layout.attention_mask
-        out = self.backbone(input_ids=layout.input_ids, position_ids=layout.position_ids, use_cache=False, **extra)
-        return out.last_hidden_state.flatten(0, 1)
 
     def token_logps(self, batch: Batch, *, temperature: float = 1.0) -> Tensor:
         """Return (R, T) float32 log-probabilities of the response tokens inside the loss mask, nats; 0 elsewhere.
@@ -263,87 +97,6 @@ class PolicyModel(nn.Module):
             return linear_token_logprobs(hidden, head.weight, targets, scale=scale)
         return module_token_logprobs(head, hidden, targets, scale=scale, softcap=softcap)
 
-    def _packs_batch(self, batch: Batch) -> bool:
-        if self.layout == "padded" or self.attention.kernel == "eager":
-            return False
-        if self._packs is None:
-            self._packs = self._check_packing()
-        window = getattr(self._text_config, "sliding_window", None)
-        # Segments know no window; a sequence that doesn't fill it is attended in the same way with and without.
-        return self._packs and (window is None or int(batch.prompt_tokens().max()) <= window)
-
-    def _check_packing(self) -> bool:
-        obstacle = packing_obstacle(
-            self._forward,
-            self.backbone,
-            vocabulary=self._text_config.vocab_size,
-        )
-        if obstacle is None:
-            return True
-        if self.layout == "packed":
-            raise ModelError(
-                "this model can't keep packed sequences apart",
-                place="batching.layout",
-                got=obstacle,
-                fix="set `batching.layout: padded`",
-            )
-        log.warning("packed rows don't give this model's own hidden states (%s): rows are padded instead", obstacle)
-        return False
-
-    @contextlib.contextmanager
-    def adapter_off(self) -> Iterator[None]:
-        """Read the model without its adapter."""
-        if not self.has_adapter:
-            raise ModelError("the model has no adapter to switch off", place=self.source)
-        with self.model.disable_adapter():  # type: ignore[operator]
-            yield
-
     def generate(self, prompts: Sequence[Any], **options: Any) -> list[list[Completion]]:
         """Return completions for each prompt; the options are those of `rlhf_core.models.generate.generate`."""
         return generate(self, prompts, **options)
-
-    # In and out
-
-    def save_pretrained(self, directory: str | Path, *, merged: bool = False) -> None:
-        """Write a plain Hugging Face directory with the tokenizer.
-
-        That is the whole model; or, of a model with an adapter, the adapter alone, which names its base. Where the base stands
-        nowhere as it is (an adapter merged on loading, a GGUF file, a model made in Python), or where `merged`, the adapter is
-        merged into what is written. All load with `AutoModelForCausalLM.from_pretrained` and `PolicyModel.from_pretrained`.
-        The model itself is left as it is.
-        """
-        directory, model = Path(directory), self.model
-        if self.has_adapter:
-            if merged or self.base is None:
-                model = copy.deepcopy(self.model).merge_and_unload()  # type: ignore[operator]
-            else:
-                for adapter in self.model.peft_config.values():  # type: ignore[operator]
-                    adapter.base_model_name_or_path = self.base
-        model.save_pretrained(directory)  # type: ignore[operator]
-        self.tokenizer.save_pretrained(directory)
-
-    def _hashes(self) -> dict[str, str]:
-        """Return SHA-256 of the files that it was loaded from, or, of a model in memory, of its weights as they are."""
-        if (files := file_hashes(self.source)) is not None and self.loaded:
-            return files
-        digest = hashlib.sha256()
-        for name, tensor in self.model.state_dict().items():
-            if not (self.fresh_adapter and "lora_" in name):
-                digest.update(name.encode())
-                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return {"weights in memory": digest.hexdigest()}
-
-    def describe(self) -> dict[str, Any]:
-        """Return what this model is, for a run's record."""
-        config = self.causal_lm.config
-        return {
-            "source": self.source,
-            "files": self._hashes(),
-            "architecture": type(self.causal_lm).__name__,
-            "revision": getattr(config, "_commit_hash", None),
-            "parameters": sum(p.numel() for p in self.parameters()),
-            "trainable": sum(p.numel() for p in self.parameters() if p.requires_grad),
-            "vocabulary": config.get_text_config().vocab_size,
-            "attention": {"kernel": self.attention.kernel, "reason": self.attention.reason},
-            "adapter": self.has_adapter,
-        }
