@@ -1,143 +1,48 @@
-"""DPO's losses: golden numbers, limits, gradients, float64, and TRL's own code on the same log-probabilities."""
+"""DPO's trainer: where it starts, its metrics, terms and options, and steps that are sorted. Losses: test_dpo_losses.py."""
 
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from batches import random_batch, relative
+from batches import random_batch
 from rlhf_plugins.trainers import dpo
-from torch import Tensor
 
+from rlhf_core.batch import Batch
 from rlhf_core.errors import ConfigError
+from rlhf_core.interfaces import Seam
 from rlhf_core.models import PolicyModel, Reference
 from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
 
-LOSS_NAMES = sorted(dpo.LOSSES)
 
-
-def logps(seed: int = 0, pairs: int = 6) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [-30 * torch.rand(pairs, generator=generator) for _ in range(4)]
-
-
-def loss64(kind: str, values: list[Tensor], beta: float, smoothing: float) -> Tensor:
-    """The papers' formulae, written anew with exp and log in float64."""
-    chosen, rejected, ref_chosen, ref_rejected = (v.double() for v in values)
-    margin = (chosen - rejected) - (ref_chosen - ref_rejected)
-    if kind == "sigmoid":
-        prefer = 1 / (1 + torch.exp(-beta * margin))
-        return -(1 - smoothing) * torch.log(prefer) - smoothing * torch.log(1 - prefer)
-    if kind == "hinge":
-        return torch.maximum(torch.zeros_like(margin), 1 - beta * margin)
-    return (margin - 1 / (2 * beta)).pow(2)
-
-
-@pytest.mark.parametrize(("kind", "smoothing"), [("sigmoid", 0.2), *((kind, 0.0) for kind in LOSS_NAMES)])
-@pytest.mark.parametrize("beta", [0.01, 0.1, 0.5])
-def test_losses_and_gradients_equal_float64(kind: str, beta: float, smoothing: float) -> None:
-    values = [v.requires_grad_() for v in logps()]
-    found = dpo.LOSSES[kind](dpo.preference_logits(*values), beta, smoothing)
-    expected = loss64(kind, values, beta, smoothing)
-    assert relative(found.double(), expected) < 1e-6
-    ours = torch.autograd.grad(found.sum(), values[:2])
-    theirs = torch.autograd.grad(expected.sum(), values[:2])
-    for a, b in zip(ours, theirs, strict=True):
-        assert relative(a.double(), b.double()) < 1e-6
-
-
-@pytest.mark.parametrize("kind", LOSS_NAMES)
-@pytest.mark.parametrize("beta", [0.1, 0.5])
-def test_losses_equal_trl(kind: str, beta: float) -> None:
-    trainer = pytest.importorskip("trl.trainer.dpo_trainer", reason="TRL isn't installed (extra `oracles`)").DPOTrainer
-    values = [v.requires_grad_() for v in logps(1)]
-    chosen, rejected, ref_chosen, ref_rejected = values
-    # One token a response: TRL averages IPO's margin over a response's tokens, the paper sums it.
-    pairs = len(chosen)
-    per_token = torch.cat([chosen, rejected])[:, None]
-    outputs = SimpleNamespace(
-        log_probs=per_token,
-        entropy=torch.zeros_like(per_token),
-        mean_logits=torch.zeros_like(per_token),
-        is_top1=torch.zeros_like(per_token, dtype=torch.bool),
-    )
-
-    class Model(torch.nn.Module):
-        def forward(self, **_: object) -> SimpleNamespace:
-            return outputs
-
-    stub = SimpleNamespace(
-        model=Model(), beta=beta, loss_types=[kind], loss_weights=[1.0], label_smoothing=0.0, ld_alpha=None,
-        precompute_ref_logps=True, f_divergence_type="reverse_kl", use_weighting=False, aux_loss_enabled=False,
-        _tp_size=1, _total_train_tokens=0, _metrics={m: _Lists() for m in ("train", "eval")},
-        accelerator=SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x),
-    )  # fmt: skip
-    inputs = {
-        "input_ids": torch.zeros(2 * pairs, 2, dtype=torch.long),
-        "attention_mask": torch.ones(2 * pairs, 2, dtype=torch.long),
-        "completion_mask": torch.tensor([[0, 1]]).expand(2 * pairs, 2),
-        "ref_chosen_logps": ref_chosen.detach(),
-        "ref_rejected_logps": ref_rejected.detach(),
-    }
-    theirs = trainer._compute_loss(stub, stub.model, inputs, False)
-    ours = dpo.LOSSES[kind](dpo.preference_logits(*values), beta, 0.0).mean()
-    if kind == "ipo":
-        # TRL counts the completion mask before the shift, here one token as well: nothing to rescale.
-        assert int(inputs["completion_mask"].sum(1)[0]) == 1
-    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
-    a, b = (torch.autograd.grad(x, values[:2]) for x in (ours, theirs))
-    for mine, other in zip(a, b, strict=True):
-        assert relative(mine, other) < 1e-6
-
-
-class _Lists(dict):  # type: ignore[type-arg]
-    def __missing__(self, key: str) -> list[float]:
-        return self.setdefault(key, [])
-
-
-def test_golden_numbers() -> None:
-    zero = torch.zeros(1)
-    assert dpo.sigmoid_loss(zero, 0.1).item() == pytest.approx(math.log(2), rel=1e-6)
-    assert dpo.sigmoid_loss(zero, 0.1, 0.3).item() == pytest.approx(math.log(2), rel=1e-6)
-    assert dpo.hinge_loss(zero, 0.1).item() == 1.0
-    assert dpo.ipo_loss(zero, 0.1).item() == pytest.approx(25.0)
-    # β h = 2: −log σ(2) = log(1 + e⁻²)
-    assert dpo.sigmoid_loss(torch.tensor([20.0]), 0.1).item() == pytest.approx(math.log1p(math.exp(-2)), rel=1e-6)
-    assert dpo.hinge_loss(torch.tensor([20.0]), 0.1).item() == 0.0
-    assert dpo.ipo_loss(torch.tensor([5.0]), 0.1).item() == 0.0
-    # (−1 − −2) − (−4 − −3) = 2
-    assert dpo.preference_logits(*(torch.tensor([x]) for x in (-1.0, -4.0, -2.0, -3.0))).item() == 2.0
-
-
-def test_limits() -> None:
-    margins = torch.linspace(-40, 40, 9)
-    assert torch.allclose(dpo.sigmoid_loss(margins, 1e-6), torch.full((9,), math.log(2)), atol=1e-4)
-    # Far on the wrong side sigmoid's slope is that of hinge, and nothing overflows.
-    huge = torch.tensor([-1e4], requires_grad=True)
-    loss = dpo.sigmoid_loss(huge, 1.0)
-    assert loss.item() == pytest.approx(1e4)
-    assert torch.autograd.grad(loss, huge)[0].item() == pytest.approx(-1.0)
-    # Half the labels flipped would leave nothing to learn at a zero margin.
-    almost = torch.zeros(1, requires_grad=True)
-    slope = torch.autograd.grad(dpo.sigmoid_loss(almost, 0.1, 0.499999), almost)[0]
-    assert abs(slope.item()) < 1e-6
-
-
-@pytest.mark.parametrize("kind", LOSS_NAMES)
-def test_the_gradient_raises_the_chosen_and_lowers_the_rejected(kind: str) -> None:
-    values = [torch.full((1,), -10.0, requires_grad=True) for _ in range(4)]
-    loss = dpo.LOSSES[kind](dpo.preference_logits(*values), 0.1, 0.0)
-    chosen, rejected = torch.autograd.grad(loss.sum(), values[:2])
-    assert chosen.item() < 0 < rejected.item()
-
-
-@pytest.mark.parametrize("kind", ["hinge", "ipo"])
-def test_smoothing_that_would_be_ignored_is_refused(kind: str) -> None:
-    with pytest.raises(ConfigError, match="label_smoothing has no meaning") as caught:
-        dpo.DPOConfig.parse({"loss_type": kind, "label_smoothing": 0.1})
-    assert caught.value.exit_code == 2
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"loss_type": "hinge", "label_smoothing": 0.1},
+            "label_smoothing has no meaning with loss_type hinge; it belongs to",
+        ),
+        ({"loss_type": "ipo_length", "label_smoothing": 0.1}, "it belongs to sigmoid, robust, aot, aot_unpaired"),
+        ({"tau": 0.1}, "tau has no meaning with loss_type sigmoid; it belongs to discopop"),
+        (
+            {"loss_type": "discopop", "tau": 0.1, "label_smoothing": 0.1},
+            "label_smoothing has no meaning with loss_type discopop",
+        ),
+        ({"loss_type": "discopop", "tau": 0}, "`tau`: Input should be greater than 0"),
+        ({"loss_type": "discopop", "tau": 2}, "`tau`: Input should be less than or equal to 1"),
+        ({"loss_type": "sigmoyd"}, "`loss_type`: Input should be 'sigmoid', 'robust', 'hinge'"),
+        ({"loss_type": "robust", "label_smoothing": 0.5}, "`label_smoothing`: Input should be less than 0.5"),
+        ({"sft_weight": -1}, "`sft_weight`: Input should be greater than or equal to 0"),
+        ({"beta": 0}, "`beta`: Input should be greater than 0"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        dpo.DPOConfig.parse(options)
+    assert message in str(caught.value) and caught.value.exit_code == 2
 
 
 def trainer(policy: PolicyModel, **options: object) -> dpo.DPOTrainer:
@@ -172,10 +77,85 @@ def test_metrics_by_hand() -> None:
     made = trainer(policy, beta=0.5)
     batch = random_batch(2, 2).attach(per_response={"ref_logps": torch.tensor([-3.0, -1.0, -5.0, -2.0])})
     logps = torch.tensor([-1.0, -2.0, -6.0, -2.5])
-    margins = torch.tensor([3.0, -0.5])
-    found = made._metrics(batch, logps, margins)
+    found = made._metrics(batch, logps)
     assert float(found["rewards/chosen"][0]) == pytest.approx(0.5 * (2.0 - 1.0))
     assert float(found["rewards/rejected"][0]) == pytest.approx(0.5 * (-1.0 - 0.5))
     assert found["rewards/margin"][0].tolist() == pytest.approx([0.5 * 3.0, 0.5 * -0.5])  # type: ignore[union-attr]
     assert found["accuracy"][0].tolist() == [1.0, 0.0] and found["accuracy"][1] == 2  # type: ignore[union-attr]
     assert float(found["kl"][0]) == pytest.approx(-(2.0 - 1.0 - 1.0 - 0.5)) and found["kl"][1] == 4
+
+
+def window(made: dpo.DPOTrainer, batch: Batch) -> Batch:
+    """Return the batch as the method's window, with a reference that isn't the policy."""
+    reference = tiny_model()
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7)) * 0.05)
+    made.reference = Reference.create(PolicyModel(reference, tiny_tokenizer()), "copy")
+    with torch.no_grad():
+        (made_window,) = made.experience(iter([batch]))
+    return made_window
+
+
+def test_the_sft_term_is_the_chosen_response_a_token_averaged_over_pairs() -> None:
+    policy = PolicyModel(tiny_model(), tiny_tokenizer())
+    batch = random_batch(3, 2, masked=True)
+    made, plain = trainer(policy, sft_weight=0.3), trainer(policy)
+    seen = window(made, batch)
+    loss, weights = made.loss(seen), made.weights(seen)
+    assert weights == {"preference": 3, "sft": 3} and plain.weights(seen) == {"preference": 3}
+    logps = policy.token_logps(seen).double()
+    expected = 0.0
+    for pair in range(3):
+        mask = seen.loss_mask[2 * pair]
+        if mask.any():
+            expected -= 0.3 * logps[2 * pair][mask].mean().item() / 3
+    assert loss.terms["sft"].item() / weights["sft"] == pytest.approx(expected, rel=1e-6)
+    assert loss.terms["preference"].item() == pytest.approx(plain.loss(seen).terms["preference"].item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["aot", "aot_unpaired"])
+def test_a_sorted_step_is_the_same_however_it_is_shared_out(kind: str) -> None:
+    """The gradient of two processes' shares, in micro-batches of one pair, is that of the sorted objective."""
+    policy = PolicyModel(tiny_model(), tiny_tokenizer())
+    batch, beta = random_batch(6, 2), 0.5
+    whole = trainer(policy, loss_type=kind, beta=beta)
+    seen = window(whole, batch)
+
+    logps = policy.response_logps(seen)
+    chosen, rejected = seen.pairs(logps)
+    ref_chosen, ref_rejected = seen.pairs(seen["ref_logps"])
+    if kind == "aot":
+        margins = (chosen - rejected).sort().values - (ref_chosen - ref_rejected).sort().values
+    else:
+        margins = (chosen - ref_chosen).sort().values - (rejected - ref_rejected).sort().values
+    expected = -torch.nn.functional.logsigmoid(beta * margins).sum()
+    parameters = list(policy.parameters())
+    theirs = gradient(expected, parameters)
+
+    shares = [batch.select([4, 1]), batch.select([0, 5, 2, 3])]
+    told = [payload(whole, share) for share in shares]
+    total, ours = 0.0, torch.zeros_like(theirs)
+    for share in shares:
+        made = trainer(policy, loss_type=kind, beta=beta)
+        made.seam = Seam(gather=lambda value: told if value in told else [])
+        for micro in window(made, share).split(max_prompts=1):
+            term = made.loss(micro).terms["preference"]
+            total += term.item()
+            ours += gradient(term, parameters)
+    assert total == pytest.approx(expected.item(), rel=1e-5)
+    assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
+
+
+def payload(made: dpo.DPOTrainer, share: Batch) -> Any:
+    """Return what a process tells the others of its share."""
+    said: list[Any] = []
+    gather: Callable[[Any], list[Any]] = lambda value: said.append(value) or [value]  # type: ignore[func-returns-value]  # noqa: E731
+    made.seam = Seam(gather=gather)
+    window(made, share)
+    return said[0]
+
+
+def gradient(term: torch.Tensor, parameters: list[torch.nn.Parameter]) -> torch.Tensor:
+    parts = torch.autograd.grad(term, parameters, retain_graph=True, materialize_grads=True)
+    return torch.cat([part.flatten().double() for part in parts])

@@ -2,63 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor
-from torch.nn.functional import logsigmoid, relu
 
 from rlhf_core.batch import Batch
 from rlhf_core.config import TrainerConfig, TrainingStage
 from rlhf_core.interfaces import Loss, Trainer
-
-
-def preference_logits(
-    chosen_logps: Tensor, rejected_logps: Tensor, ref_chosen_logps: Tensor, ref_rejected_logps: Tensor
-) -> Tensor:
-    """Return how much more than the reference the policy prefers the chosen response.
-
-    h = [log π(y_w|x) − log π_ref(y_w|x)] − [log π(y_l|x) − log π_ref(y_l|x)]
-    (Rafailov et al. 2023, arXiv 2305.18290, equation 7, the argument of σ without β).
-
-    Args:
-        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps: (P,) token log-probabilities summed over the
-            response only, nats.
-
-    Returns:
-        (P,) nats.
-    """
-    return (chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps)
-
-
-def sigmoid_loss(logits: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """Return DPO's loss for each pair, −(1 − ε) log σ(βh) − ε log σ(−βh).
-
-    Rafailov et al. 2023, arXiv 2305.18290, equation 7; label smoothing ε (conservative DPO) from Mitchell 2023, "A note
-    on DPO with noisy preferences". Zero margin gives log 2.
-    """
-    return -(1 - label_smoothing) * logsigmoid(beta * logits) - label_smoothing * logsigmoid(-beta * logits)
-
-
-def hinge_loss(logits: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """Return the hinge loss for each pair, max(0, 1 − βh): SLiC-HF's (Zhao et al. 2023, arXiv 2305.10425, equation 2).
-
-    Deviation: the margin is the difference to the reference scaled by β, as in RSO (arXiv 2309.06657, equation 7).
-    """
-    return relu(1 - beta * logits)
-
-
-def ipo_loss(logits: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """Return the IPO loss for each pair, (h − 1/(2β))² (Azar et al. 2023, arXiv 2310.12036, equation 17, τ = β)."""
-    return (logits - 1 / (2 * beta)) ** 2
-
-
-LOSSES: dict[str, Callable[[Tensor, float, float], Tensor]] = {
-    "sigmoid": sigmoid_loss,
-    "hinge": hinge_loss,
-    "ipo": ipo_loss,
-}
+from rlhf_plugins.trainers.dpo_aot import match
+from rlhf_plugins.trainers.dpo_losses import LOSSES, LossType
+from rlhf_plugins.trainers.pairs import Pairs, chosen_nll, pair_metrics, response_tokens
 
 
 class DPOConfig(TrainerConfig):
@@ -66,14 +22,29 @@ class DPOConfig(TrainerConfig):
 
     learning_rate: float = Field(1e-6, gt=0, description="Peak step size; larger learns faster and may diverge.")
     beta: float = Field(0.1, gt=0, description="KL strength; larger keeps the policy nearer the reference.")
-    loss_type: Literal["sigmoid", "hinge", "ipo"] = Field(
-        "sigmoid", description="Loss on the margin: `sigmoid` is DPO, `hinge` SLiC, `ipo` a squared distance."
+    loss_type: LossType = Field(
+        "sigmoid",
+        description="Loss on a pair. `sigmoid` is DPO; `robust` corrects it for wrong labels; `hinge` is SLiC; `ipo` a squared"
+        " distance, `ipo_length` a token; `apo_zero` and `apo_down` anchor each likelihood; `sppo_hard`, `nca`; `discopop` blends"
+        " logistic and exponential; `aot` and `aot_unpaired` compare ranks within a step.",
     )
     label_smoothing: float = Field(
         0.0,
         ge=0,
         lt=0.5,
-        description="Share of pairs assumed to be labelled wrongly (sigmoid); larger trusts pairs less.",
+        description="Share of pairs assumed to be labelled wrongly (sigmoid, robust, aot); larger trusts pairs less.",
+    )
+    tau: float = Field(
+        0.05,
+        gt=0,
+        le=1,
+        description="Temperature of the blend (discopop); larger passes more gently from logistic to exponential.",
+    )
+    sft_weight: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the chosen response's negative log-likelihood a token, averaged over pairs (RPO); larger imitates"
+        " it more.",
     )
     reference: Literal["auto", "copy", "adapter_off", "precompute"] = Field(
         "auto",
@@ -82,14 +53,17 @@ class DPOConfig(TrainerConfig):
     )
 
     @model_validator(mode="after")
-    def _smoothing_is_used(self) -> DPOConfig:
-        if self.label_smoothing and self.loss_type != "sigmoid":
-            raise ValueError(f"label_smoothing has no meaning with loss_type {self.loss_type}; it belongs to sigmoid")
+    def _options_are_used(self) -> DPOConfig:
+        for option in sorted({option for row in LOSSES.values() for option in row.options}):
+            default = type(self).model_fields[option].default
+            if option not in LOSSES[self.loss_type].options and getattr(self, option) != default:
+                owners = ", ".join(name for name, row in LOSSES.items() if option in row.options)
+                raise ValueError(f"{option} has no meaning with loss_type {self.loss_type}; it belongs to {owners}")
         return self
 
 
 class DPOTrainer(Trainer[DPOConfig]):
-    """Direct preference optimisation on pairs, with sigmoid, hinge or IPO loss."""
+    """Direct preference optimisation on pairs, with a table of losses: DPO, IPO, SLiC, APO, SPPO, NCA, AOT and others."""
 
     api = 1
     record = "preference"
@@ -99,30 +73,45 @@ class DPOTrainer(Trainer[DPOConfig]):
 
     def experience(self, stream: Iterator[Batch]) -> Iterable[Batch]:
         for batch in stream:
-            yield batch.attach(per_response={"ref_logps": self.reference.response_logps(batch)})
+            yield self._matched(batch.attach(per_response={"ref_logps": self.reference.response_logps(batch)}))
 
     def weights(self, batch: Batch) -> Mapping[str, float]:
-        return {"preference": batch.num_prompts}
+        terms = ("preference", "sft") if self.config.sft_weight else ("preference",)
+        return dict.fromkeys(terms, float(batch.num_prompts))
 
     def loss(self, batch: Batch) -> Loss:
         logps = self.policy.response_logps(batch)  # (R,)
-        logits = preference_logits(*batch.pairs(logps), *batch.pairs(batch["ref_logps"]))  # (P,)
-        losses = LOSSES[self.config.loss_type](logits, self.config.beta, self.config.label_smoothing)
-        return Loss({"preference": losses.sum()}, self._metrics(batch, logps.detach(), logits.detach()))
+        terms = {"preference": LOSSES[self.config.loss_type].loss(self._pairs(batch, logps)).sum()}
+        if self.config.sft_weight:
+            # Pang et al. 2024, arXiv 2404.19733, equation 1: DPO + α NLL(y_w) / |y_w|.
+            terms["sft"] = self.config.sft_weight * chosen_nll(batch, logps).sum()
+        return Loss(terms, self._metrics(batch, logps.detach()))
 
-    def _metrics(self, batch: Batch, logps: Tensor, logits: Tensor) -> dict[str, tuple[Tensor, float]]:
+    def _pairs(self, batch: Batch, logps: Tensor) -> Pairs:
+        config = self.config
+        return Pairs(
+            *batch.pairs(logps),
+            *batch.pairs(batch["ref_logps"]),
+            *batch.pairs(response_tokens(batch)),
+            beta=config.beta,
+            label_smoothing=config.label_smoothing,
+            tau=config.tau,
+            partners=batch.pairs(batch["partners"]) if LOSSES[config.loss_type].match else None,
+        )
+
+    def _matched(self, batch: Batch) -> Batch:
+        """Attach what each response is compared with, where the loss sorts the step."""
+        rule = LOSSES[self.config.loss_type].match
+        if rule is None:
+            return batch
+        logps = self.score_responses(batch)
+        own = torch.stack([*batch.pairs(logps), *batch.pairs(batch["ref_logps"])], dim=1)  # (P, 4)
+        partners = match(self.gather([list(batch.rows), own.tolist()]), batch.rows, rule)  # (P, 2)
+        return batch.attach(per_response={"partners": partners.flatten().to(batch.device)})
+
+    def _metrics(self, batch: Batch, logps: Tensor) -> dict[str, tuple[Tensor, float]]:
         """Implicit rewards β(log π − log π_ref), and the KL to the reference as the data's responses estimate it."""
-        pairs = batch.num_prompts
         ratios = logps - batch["ref_logps"]
-        chosen, rejected = batch.pairs(self.config.beta * ratios)
-        return {
-            "rewards/chosen": (chosen.sum(), pairs),
-            "rewards/rejected": (rejected.sum(), pairs),
-            "rewards/margin": (self.config.beta * logits, pairs),
-            # A tie counts half, so the reference itself scores 0.5.
-            "accuracy": ((logits > 0).float() + 0.5 * (logits == 0).float(), pairs),
-            # E_ref[log π_ref − log π]: the forward KL where the responses come from the reference.
-            "kl": (-ratios.sum(), batch.num_responses),
-            "logps/chosen": (batch.pairs(logps)[0].sum(), pairs),
-            "logps/rejected": (batch.pairs(logps)[1].sum(), pairs),
-        }
+        # E_ref[log π_ref − log π]: the forward KL where the responses come from the reference.
+        kl = (-ratios.sum(), float(batch.num_responses))
+        return {**pair_metrics(batch, logps, self.config.beta * ratios), "kl": kl}
