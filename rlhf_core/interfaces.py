@@ -115,6 +115,21 @@ class Trainer(ABC, Generic[ConfigT]):
         The default has nothing to say. Rows that are streamed aren't known yet: `data.streaming`.
         """
 
+    def load(self, source: str | Path, **options: Any) -> PolicyModel:
+        """Load what `model` names; a method that trains another kind of model returns that.
+
+        Args:
+            source: a path or hub name.
+            options: those of `PolicyModel.from_pretrained`.
+        """
+        from rlhf_core.models.policy import PolicyModel
+
+        return PolicyModel.from_pretrained(source, **options)
+
+    def adopt(self, model: PolicyModel) -> PolicyModel:
+        """Return what is trained where a loaded model was passed in, before any option is applied to it."""
+        return model
+
     def build(self, policy: PolicyModel) -> dict[str, nn.Module]:
         """Return the models that it trains, by role. The default trains the policy as loaded."""
         return {"policy": policy}

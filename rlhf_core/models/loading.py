@@ -10,8 +10,9 @@ import json
 import logging
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -22,6 +23,12 @@ from rlhf_core.models.lora import quantization
 
 log = logging.getLogger(__name__)
 
+Kind = Literal["causal", "backbone", "classifier"]
+_CLASSES = {
+    "causal": "AutoModelForCausalLM",
+    "backbone": "AutoModel",
+    "classifier": "AutoModelForSequenceClassification",
+}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 
 
@@ -32,14 +39,19 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     lora: LoraConfig | None = None,
     trust_remote_code: bool = False,
+    kind: Kind = "causal",
 ) -> tuple[nn.Module, Any]:
-    """Load a causal language model with its tokenizer; an adapter directory is loaded on its base, the adapter merged in.
+    """Load a model with its tokenizer; an adapter directory is loaded on its base, the adapter merged in.
+
+    Args:
+        kind: a causal language model, the `backbone` without any head, or one that scores sequences (`classifier`).
 
     Raises:
         ModelError: it doesn't exist, is damaged or incomplete, has only pickled weights, needs its own code, holds NaN, or
             model and tokenizer don't fit.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import transformers
+    from transformers import AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
     source = str(source)
@@ -51,14 +63,17 @@ def load_model(
     try:
         tokenizer = _load_tokenizer(AutoTokenizer, [where, base], options)
         _check_files(base)
-        model = AutoModelForCausalLM.from_pretrained(
+        model, info = getattr(transformers, _CLASSES[kind]).from_pretrained(
             base,
+            output_loading_info=True,
             dtype=dtype,
             attn_implementation=attention,
             **({} if "gguf_file" in options else {"use_safetensors": True}),
             **({"quantization_config": settings} if (settings := quantization(lora)) else {}),
             **options,
         )
+        if kind == "classifier":
+            check_head(info["missing_keys"], source)
         if adapter:
             model = _with_adapter(model, adapter, base)
     except RLHFError:
@@ -70,6 +85,31 @@ def load_model(
     check_finite(model, source)
     check_tokenizer(model, tokenizer, source)
     return model, tokenizer
+
+
+def check_head(missing: Iterable[str], source: str) -> None:
+    """Raise where the checkpoint lacks the layer that gives the scores, which would be made up at random."""
+    if absent := sorted(name for name in missing if name.startswith(("score", "classifier"))):
+        raise ModelError(
+            "the checkpoint has no reward head, so its scores would be random",
+            place=source,
+            got=f"no `{absent[0]}`",
+            fix="use a reward model's checkpoint, or train one: `rlhf train reward_model`",
+        )
+
+
+def architecture(source: str | Path, *, trust_remote_code: bool = False) -> str:
+    """Return the class that a checkpoint says it holds, such as `LlamaForCausalLM`; empty where it doesn't say."""
+    from transformers import AutoConfig
+
+    where, options = _locate(str(source))
+    if options or _is_adapter(where):
+        return ""
+    try:
+        config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise _load_error(str(source), error) from error
+    return str((getattr(config, "architectures", None) or [""])[0])
 
 
 def plain_checkpoint(source: str | Path) -> str | None:

@@ -14,7 +14,7 @@ from rlhf_core.errors import ConfigError, did_you_mean
 
 
 def apply_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
-    """Freeze a causal language model and give it fresh adapters, which change nothing until they are trained.
+    """Freeze a model and give it fresh adapters, which change nothing until they are trained.
 
     Adapters are kept in float32 whatever the base is stored in.
 
@@ -35,7 +35,7 @@ def apply_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules=config.target_modules,
-        task_type="CAUSAL_LM",
+        task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else "FEATURE_EXTRACTION",
     )
     with warnings.catch_warnings():
         # peft asks transformers for an attribute by its old name: nothing that a user could mend.

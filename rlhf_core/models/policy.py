@@ -46,7 +46,7 @@ class PolicyModel(SequenceModel):
         policy.base, policy.loaded = plain_checkpoint(source), True
         if device is not None:
             policy.to(device)
-        policy._configure(
+        policy.set_options(
             attention=attention,
             precision=precision,
             lora=lora,

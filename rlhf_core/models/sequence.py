@@ -66,7 +66,7 @@ class SequenceModel(nn.Module):
                     got=config.lora.quantize,
                     fix=f"pass its path instead of the model, or `{type(self).__name__}.from_pretrained(path, lora=...)`",
                 )
-        return self._configure(
+        return self.set_options(
             attention=config.attention,
             precision=config.precision,
             lora=config.lora,
@@ -76,17 +76,18 @@ class SequenceModel(nn.Module):
             share_prompts=config.batching.share_prompts,
         )
 
-    def _configure(
+    def set_options(
         self,
         *,
-        attention: Kernel,
-        precision: str,
-        lora: LoraConfig | None,
-        gradient_checkpointing: bool,
-        compile: bool,
-        layout: LayoutName,
-        share_prompts: bool,
+        attention: Kernel = "auto",
+        precision: str = "float32",
+        lora: LoraConfig | None = None,
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
+        layout: LayoutName = "auto",
+        share_prompts: bool = True,
     ) -> Self:
+        """Apply options, in place; see `TrainerConfig` for what they do."""
         dtype = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         self.attention = self._select_attention(attention, dtype)
         log.info("attention: %s (%s)", self.attention.kernel, self.attention.reason)
@@ -153,6 +154,11 @@ class SequenceModel(nn.Module):
         return cast(nn.Module, getattr(self.network, self.network.base_model_prefix, self.network))
 
     @property
+    def width(self) -> int:
+        """Width of the hidden states."""
+        return int(self._text_config.hidden_size)
+
+    @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
@@ -164,6 +170,19 @@ class SequenceModel(nn.Module):
     @property
     def _text_config(self) -> Any:
         return self.network.config.get_text_config()
+
+    def without_head(self) -> SequenceModel:
+        """Return the model's backbone as a model of its own, sharing its weights."""
+        if self.has_adapter:
+            raise ConfigError(
+                "a backbone can't be taken out from under an adapter",
+                place="model",
+                got=self.source,
+                fix="merge the adapter first (`model.merge_and_unload()`), or pass the path of what was saved",
+            )
+        made = SequenceModel(self.backbone, self.tokenizer, source=self.source)
+        made.loaded = self.loaded
+        return made
 
     # The forward pass
 

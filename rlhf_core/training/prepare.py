@@ -61,7 +61,7 @@ def load_policy(trainer: Trainer, devices: DeviceManager) -> PolicyModel:
     """
     config = trainer.config
     if isinstance(trainer.model, str | Path):
-        policy = PolicyModel.from_pretrained(
+        policy = trainer.load(
             trainer.model,
             attention=config.attention,
             precision=config.precision,
@@ -74,7 +74,7 @@ def load_policy(trainer: Trainer, devices: DeviceManager) -> PolicyModel:
             device=devices.device,
         )
     else:
-        policy = trainer.model.to(devices.device)
+        policy = trainer.adopt(trainer.model).to(devices.device)
         policy.configure(config)
     positions = policy.max_positions
     if positions is not None and config.max_length > positions:

@@ -11,9 +11,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from batches import random_batch, relative
-from hypothesis import given
-from hypothesis import strategies as st
-from rlhf_plugins.trainers.kto import KTOConfig, KTOTrainer, auc, kto_loss, mismatched
+from rlhf_plugins.trainers.kto import KTOConfig, KTOTrainer, kto_loss, mismatched
 from torch import Tensor
 
 from rlhf_core.batch import Batch
@@ -186,13 +184,6 @@ def test_identical_models_have_no_kl_and_pay_half() -> None:
     loss = trainer.loss(window)
     assert window["kl"].tolist() == pytest.approx([0.0] * 5, abs=1e-4)
     assert loss.terms["kto"].item() / trainer.weights(window)["kto"] == pytest.approx(0.5, rel=1e-4)
-
-
-@given(st.lists(st.integers(-3, 3), min_size=1, max_size=12), st.lists(st.integers(-3, 3), min_size=1, max_size=12))
-def test_auc_is_the_share_of_pairs_in_order(good: list[int], bad: list[int]) -> None:
-    pairs = [(g > b) + 0.5 * (g == b) for g in good for b in bad]
-    found = auc(torch.tensor(good, dtype=torch.float64), torch.tensor(bad, dtype=torch.float64))
-    assert found == pytest.approx(sum(pairs) / len(pairs))
 
 
 def rows(good: int, bad: int) -> list[dict[str, str]]:

@@ -15,6 +15,7 @@ from rlhf_core.batch import Batch
 from rlhf_core.config import TrainerConfig, TrainingStage
 from rlhf_core.data.base import EncodedData
 from rlhf_core.interfaces import Loss, Trainer
+from rlhf_core.statistics import auc
 
 log = logging.getLogger(__name__)
 
@@ -174,14 +175,3 @@ def mismatched(batch: Batch, max_length: int) -> Batch:
     lengths = torch.minimum(batch.response_lengths, room)
     inside = torch.arange(batch.response_ids.shape[1], device=batch.device) < lengths[:, None]
     return replace(batch, owner=owner, response_lengths=lengths, loss_mask=batch.loss_mask & inside)
-
-
-def auc(higher: Tensor, lower: Tensor) -> float:
-    """Return the share of pairs (one of each) in which the higher one is larger, ties counting half: the area under the ROC.
-
-    Args:
-        higher: (N,). lower: (M,).
-    """
-    ordered = lower.sort().values
-    below = torch.searchsorted(ordered, higher, right=False) + torch.searchsorted(ordered, higher, right=True)
-    return float(below.double().mean()) / (2 * len(lower))

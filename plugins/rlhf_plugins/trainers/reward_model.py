@@ -1,0 +1,176 @@
+"""Reward models from preferences: one score a response, by one model or by an ensemble that knows when it is unsure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+
+from rlhf_core.batch import Batch
+from rlhf_core.config import BaseConfig, TrainerConfig, TrainingStage
+from rlhf_core.data.base import random_generator
+from rlhf_core.interfaces import Loss, Trainer
+from rlhf_core.models import PolicyModel, RewardModel
+from rlhf_core.statistics import auc, calibration_error
+
+
+def ranking_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0) -> Tensor:
+    """Return the Bradley-Terry loss for each pair, −log σ(r_w − r_l − m).
+
+    Ouyang et al. 2022 (arXiv 2203.02155, equation 1) for m = 0; the margin m from Touvron et al. 2023 (arXiv 2307.09288,
+    equation 2). Equal scores and no margin give log 2.
+
+    Args:
+        chosen, rejected: (P, K) scores by member.
+        margin: (P, 1) or a number.
+
+    Returns:
+        (P, K).
+    """
+    return -logsigmoid(chosen - rejected - margin)
+
+
+def centring_penalty(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Return (r_w + r_l)² for each pair: scores are known up to a constant, which this puts at zero.
+
+    Eisenstein et al. 2023 (arXiv 2312.09244, section 2, equation 2).
+
+    Args:
+        chosen, rejected: (P, K).
+
+    Returns:
+        (P, K).
+    """
+    return (chosen + rejected) ** 2
+
+
+class EnsembleConfig(BaseConfig):
+    """Several members whose disagreement tells how unsure the score is."""
+
+    size: int = Field(1, ge=1, le=64, description="Members; more of them tell doubt more finely and cost more.")
+    share_backbone: bool = Field(
+        True, description="One backbone with a head a member; false trains a whole model a member."
+    )
+    bootstrap: bool = Field(
+        False, description="Give each member its own random weights of the pairs, so that members differ more."
+    )
+
+
+class RewardModelConfig(TrainerConfig):
+    """Options of reward models."""
+
+    learning_rate: float = Field(1e-5, gt=0, description="Peak step size; larger learns faster and may diverge.")
+    margin: float = Field(
+        0.0,
+        ge=0,
+        description="Least difference of scores that is asked for, added to a row's own `margin`; larger asks more.",
+    )
+    centre_weight: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the penalty that keeps a pair's scores around 0 (0.01 is usual); larger centres more.",
+    )
+    ensemble: EnsembleConfig = Field(default_factory=EnsembleConfig, description="Members of the model.")
+
+
+class RewardModelTrainer(Trainer[RewardModelConfig]):
+    """Reward model on pairs by Bradley-Terry ranking, alone or as an ensemble with its uncertainty."""
+
+    api = 1
+    record = "preference"
+    stage = TrainingStage.REWARD
+    Config = RewardModelConfig
+    trains = ("reward",)
+
+    def load(self, source: str | Path, **options: Any) -> Any:
+        return RewardModel.from_pretrained(
+            source,
+            members=self._members(),
+            share_backbone=self.config.ensemble.share_backbone,
+            new_head=True,
+            seed=self.config.seed,
+            **options,
+        )
+
+    def _members(self) -> int | None:
+        return self.config.ensemble.size if "ensemble" in self.config.model_fields_set else None
+
+    def adopt(self, model: PolicyModel | RewardModel) -> Any:
+        if isinstance(model, RewardModel):
+            return model
+        ensemble = self.config.ensemble
+        return RewardModel.on(
+            model.without_head(), members=ensemble.size, share_backbone=ensemble.share_backbone, seed=self.config.seed
+        )
+
+    def build(self, policy: Any) -> dict[str, nn.Module]:
+        return {"reward": policy}
+
+    @property
+    def reward(self) -> RewardModel:
+        return self.models["reward"]  # type: ignore[return-value]
+
+    def experience(self, stream: Iterator[Batch]) -> Iterable[Batch]:
+        for batch in stream:
+            yield batch.attach(per_prompt={"member_weights": self._member_weights(batch)})
+
+    def _member_weights(self, batch: Batch) -> Tensor:
+        """Return (P, K) how much each member learns from each pair: 1, or a bootstrap's Poisson(1), a function of the row."""
+        members = self.reward.members
+        if not self.config.ensemble.bootstrap:
+            return torch.ones(batch.num_prompts, members, device=batch.device)
+        draws = [random_generator(self.config.seed, row).poisson(1.0, members).tolist() for row in batch.rows]
+        return torch.tensor(draws, dtype=torch.float32, device=batch.device).view(-1, members)
+
+    def weights(self, batch: Batch) -> Mapping[str, float]:
+        ranking = {"ranking": float(batch["member_weights"].sum()) / max(batch["member_weights"].shape[1], 1)}
+        return ranking | ({"centring": batch.num_prompts} if self.config.centre_weight else {})
+
+    def loss(self, batch: Batch) -> Loss:
+        chosen, rejected = batch.pairs(self.reward.scores(batch))  # (P, K) each
+        margin = batch["margin"][:, None] if "margin" in batch.per_prompt else 0.0
+        ranking = ranking_loss(chosen, rejected, margin + self.config.margin) * batch["member_weights"]
+        terms = {"ranking": ranking.mean(dim=1).sum()}
+        if self.config.centre_weight:
+            penalty = centring_penalty(chosen, rejected).mean(dim=1).sum()
+            terms["centring"] = self.config.centre_weight * penalty
+        return Loss(terms, self._metrics(chosen.detach(), rejected.detach()))
+
+    def _metrics(self, chosen: Tensor, rejected: Tensor) -> dict[str, tuple[Tensor, float]]:
+        pairs = chosen.shape[0]
+        margins = chosen - rejected  # (P, K)
+        mean = margins.mean(dim=1)
+        metrics: dict[str, tuple[Tensor, float]] = {
+            "accuracy": ((mean > 0).float() + 0.5 * (mean == 0).float(), pairs),
+            "margin": (mean, pairs),
+            "scores/chosen": (chosen.mean(dim=1), pairs),
+            "scores/rejected": (rejected.mean(dim=1), pairs),
+        }
+        if chosen.shape[1] > 1:
+            metrics["uncertainty"] = (margins.std(dim=1), pairs)
+        return metrics
+
+    def summary(self, values: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return calibration, the scores' spread, and whether the members disagree more where they are wrong."""
+        margins, right = values["margin"], values["accuracy"] > 0.5
+        scores = torch.cat([values["scores/chosen"], values["scores/rejected"]])
+        levels = torch.quantile(scores, torch.tensor([0.05, 0.5, 0.95], dtype=scores.dtype))
+        found = {
+            "calibration_error": calibration_error(margins.abs().sigmoid(), right),
+            "brier": float(((1 - margins.sigmoid()) ** 2).mean()),
+            "scores/std": float(scores.std()) if len(scores) > 1 else 0.0,
+            **{f"scores/p{level:02d}": float(value) for level, value in zip((5, 50, 95), levels, strict=True)},
+        }
+        if "uncertainty" in values and bool(right.any()) and not bool(right.all()):
+            doubt = values["uncertainty"]
+            found |= {
+                "uncertainty/right": float(doubt[right].mean()),
+                "uncertainty/wrong": float(doubt[~right].mean()),
+                "uncertainty/auc": auc(doubt[~right], doubt[right]),
+            }
+        return found

@@ -1,0 +1,221 @@
+"""Reward models: a backbone with heads that score a response at its last token, alone or as an ensemble."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_core.batch import Batch
+from rlhf_core.config import LoraConfig, TrainerConfig
+from rlhf_core.errors import ConfigError, ModelError
+from rlhf_core.infra.seeds import stream_seed
+from rlhf_core.infra.tensors import read_tensors, write_tensors
+from rlhf_core.models.heads import LinearHead, TwoLayerHead
+from rlhf_core.models.layout import Layout
+from rlhf_core.models.loading import architecture, load_model
+from rlhf_core.models.sequence import SequenceModel
+
+HEAD_CONFIG, HEAD_WEIGHTS = "reward_head.json", "reward_head.safetensors"
+NO_HEAD = "the checkpoint has no reward head, so its scores would be random"
+
+
+class RewardModel(nn.Module):
+    """K members that score each response; one backbone for all of them, or one each. Axes: R responses, D hidden width.
+
+    Args:
+        backbones: one that all heads stand on, or one a head.
+        heads: a head a member, (S, D) to (S, 1).
+    """
+
+    def __init__(self, backbones: Sequence[SequenceModel], heads: Sequence[nn.Module]) -> None:
+        super().__init__()
+        if len(backbones) not in (1, len(heads)):
+            raise ValueError(f"{len(heads)} heads can't stand on {len(backbones)} backbones")
+        self.backbones, self.heads = nn.ModuleList(backbones), nn.ModuleList(heads)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        members: int | None = None,
+        share_backbone: bool = True,
+        new_head: bool = False,
+        seed: int = 0,
+        trust_remote_code: bool = False,
+        device: str | torch.device | None = None,
+        lora: LoraConfig | None = None,
+        **options: Any,
+    ) -> Self:
+        """Load what `save_pretrained` wrote, or a decoder of the hub with a classification head of one label.
+
+        Args:
+            members: how many there must be; None takes what the checkpoint has, or one.
+            share_backbone: whether the members of a new ensemble stand on one backbone.
+            new_head: give a checkpoint without a head new ones, for training; without it, that is an error.
+            seed: of new heads, member by member.
+            options: those of `PolicyModel.from_pretrained`.
+
+        Raises:
+            ModelError: the head is missing, or its width isn't the backbone's.
+            ConfigError: another number of members is asked for than the checkpoint has.
+        """
+        where = Path(source).expanduser()
+        settings: dict[str, Any] = {"attention": "sdpa", "lora": lora, "trust_remote_code": trust_remote_code}
+        if (where / HEAD_CONFIG).is_file():
+            model = cls._saved(where, settings)
+        elif architecture(source, trust_remote_code=trust_remote_code).endswith("ForSequenceClassification"):
+            model = cls._classifier(str(source), settings)
+        elif new_head:
+            network, tokenizer = load_model(source, **settings)
+            backbone = SequenceModel(cast(nn.Module, network.base_model), tokenizer, source=str(source))
+            backbone.loaded = True
+            model = cls.on(backbone, members=members or 1, share_backbone=share_backbone, seed=seed)
+        else:
+            raise ModelError(
+                NO_HEAD, place=str(source), got=f"no {HEAD_CONFIG}", fix="train one: `rlhf train reward_model`"
+            )
+        if members is not None and members != len(model.heads):
+            raise ConfigError(
+                f"{members} members were asked for",
+                place="ensemble.size",
+                got=f"a checkpoint of {len(model.heads)}",
+                fix=f"set `ensemble.size` to {len(model.heads)}, or start from a model without heads",
+            )
+        if device is not None:
+            model.to(device)
+        for backbone in model._backbones:
+            backbone.set_options(lora=lora, **options)
+        return model
+
+    @classmethod
+    def on(cls, backbone: SequenceModel, *, members: int = 1, share_backbone: bool = True, seed: int = 0) -> Self:
+        """Put new heads, each with a seed of its own, on a backbone or on copies of it."""
+        backbones = [backbone, *(copy.deepcopy(backbone) for _ in range(0 if share_backbone else members - 1))]
+        seeds = [stream_seed(seed, "reward head", member) for member in range(members)]
+        return cls(backbones, [TwoLayerHead(backbone.width, seed=of_member) for of_member in seeds])
+
+    @classmethod
+    def _saved(cls, where: Path, settings: dict[str, Any]) -> Self:
+        about = json.loads((where / HEAD_CONFIG).read_text(encoding="utf-8"))
+        folders = [where, *(where / f"member-{i}" for i in range(1, 1 if about["shared"] else about["members"]))]
+        backbones = []
+        for folder in folders:
+            network, tokenizer = load_model(folder, kind="backbone", **settings)
+            backbones.append(SequenceModel(network, tokenizer, source=str(folder)))
+            backbones[-1].loaded = True
+        if backbones[0].width != about["width"]:
+            raise ModelError(
+                "the reward head doesn't fit the backbone",
+                place=str(where),
+                got=f"a head of width {about['width']} for a backbone of {backbones[0].width}",
+                fix="use the two that were saved together",
+            )
+        kind = LinearHead if about["head"] == "linear" else TwoLayerHead
+        model = cls(backbones, [kind(about["width"]) for _ in range(about["members"])])
+        if not (where / HEAD_WEIGHTS).is_file():
+            raise ModelError(NO_HEAD, place=str(where), got=f"no {HEAD_WEIGHTS}", fix="copy the file")
+        tensors = read_tensors(where / HEAD_WEIGHTS)
+        if missing := sorted(model.heads.state_dict().keys() ^ tensors.keys()):
+            raise ModelError(NO_HEAD, place=str(where / HEAD_WEIGHTS), got=f"`{missing[0]}` is missing or too many")
+        try:
+            model.heads.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ModelError("the reward head has other shapes", place=str(where), got=str(error)[:200]) from None
+        return model
+
+    @classmethod
+    def _classifier(cls, source: str, settings: dict[str, Any]) -> Self:
+        network, tokenizer = load_model(source, kind="classifier", **settings)
+        head = getattr(network, "score", None)
+        if not isinstance(head, nn.Linear) or head.out_features != 1:
+            got = f"{head.out_features} labels" if isinstance(head, nn.Linear) else f"{type(network).__name__}"
+            raise ModelError(
+                "only a decoder with one label is a reward model here",
+                place=source,
+                got=got,
+                fix="use a checkpoint with `num_labels: 1` whose head is its last layer, `score`",
+            )
+        backbone = SequenceModel(cast(nn.Module, network.base_model), tokenizer, source=source)
+        backbone.loaded = True
+        return cls([backbone], [LinearHead.like(head)])
+
+    @property
+    def _backbones(self) -> list[SequenceModel]:
+        return list(self.backbones)  # type: ignore[arg-type]
+
+    @property
+    def members(self) -> int:
+        return len(self.heads)
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._backbones[0].tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        return self._backbones[0].device
+
+    @property
+    def max_positions(self) -> int | None:
+        return self._backbones[0].max_positions
+
+    def configure(self, config: TrainerConfig) -> Self:
+        """Apply a trainer's options to every backbone, in place; return the model."""
+        for backbone in self._backbones:
+            backbone.configure(config)
+        return self
+
+    def scores(self, batch: Batch) -> Tensor:
+        """Return (R, K) float32: what each member thinks of each response, read at its last token."""
+        columns: list[Tensor] = []
+        hidden: Tensor | None = None
+        for member, head in enumerate(self.heads):
+            if hidden is None or len(self.backbones) > 1:
+                hidden = last_hidden(*self._backbones[member].hidden_states(batch), batch)
+            columns.append(head(hidden))
+        return torch.cat(columns, dim=1)
+
+    def score(self, batch: Batch) -> Tensor:
+        """Return (R,) float32, the members' mean."""
+        return self.scores(batch).mean(dim=1)
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.scores(batch)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write backbone, tokenizer and heads; adapters are merged into what is written. The model is left as it is."""
+        directory = Path(directory)
+        for member, backbone in enumerate(self._backbones):
+            backbone.save_pretrained(directory if member == 0 else directory / f"member-{member}", merged=True)
+        about = {
+            "format": 1,
+            "head": "linear" if isinstance(self.heads[0], LinearHead) else "two_layer",
+            "width": self._backbones[0].width,
+            "members": self.members,
+            "shared": len(self.backbones) == 1,
+        }
+        (directory / HEAD_CONFIG).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        write_tensors(directory / HEAD_WEIGHTS, self.heads.state_dict())
+
+    def describe(self) -> dict[str, Any]:
+        """Return what this model is, for a run's record."""
+        return self._backbones[0].describe() | {
+            "parameters": sum(p.numel() for p in self.parameters()),
+            "trainable": sum(p.numel() for p in self.parameters() if p.requires_grad),
+            "members": self.members,
+            "shared_backbone": len(self.backbones) == 1,
+        }
+
+
+def last_hidden(hidden: Tensor, layout: Layout, batch: Batch) -> Tensor:
+    """Return (R, D): the hidden state at each response's last token, or at its prompt's end where it is empty."""
+    assert layout.at is not None
+    last = (batch.response_lengths - 1).clamp(min=0)[:, None]
+    return hidden[layout.at.gather(1, last).squeeze(1)]

@@ -1,0 +1,33 @@
+"""Figures of held-out sets that several methods report."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def auc(higher: Tensor, lower: Tensor) -> float:
+    """Return the share of pairs (one of each) in which the higher one is larger, ties counting half: the area under the ROC.
+
+    Args:
+        higher: (N,). lower: (M,).
+    """
+    ordered = lower.sort().values
+    below = torch.searchsorted(ordered, higher, right=False) + torch.searchsorted(ordered, higher, right=True)
+    return float(below.double().mean()) / (2 * len(lower))
+
+
+def calibration_error(confidence: Tensor, right: Tensor, bins: int = 10) -> float:
+    """Return the expected calibration error, over bins that hold equally many: Σ_b (n_b / N) |right_b − confidence_b|.
+
+    Naeini et al. 2015 ("Obtaining well calibrated probabilities using Bayesian binning"); Nixon et al. 2019
+    (arXiv 1904.01685) for bins of equal mass, which don't hang on how scores are spread.
+
+    Args:
+        confidence: (N,) probabilities that a prediction is right.
+        right: (N,) bool, whether it was.
+    """
+    order = confidence.argsort()
+    parts = zip(confidence[order].tensor_split(bins), right[order].double().tensor_split(bins), strict=True)
+    gaps = [len(c) * (r.mean() - c.mean()).abs() for c, r in parts if len(c)]
+    return float(torch.stack(gaps).sum()) / len(confidence)

@@ -1,0 +1,157 @@
+"""Reward models: scores at the last token, the hub's format, round trips, and checkpoints that can't be scored with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from batches import random_batch, relative
+from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
+
+from rlhf_core.config import LoraConfig
+from rlhf_core.errors import ConfigError, ModelError
+from rlhf_core.models import PolicyModel, RewardModel
+from rlhf_core.models.layout import padded_layout
+from rlhf_core.testing.tiny import save_tiny, tiny_model, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def causal(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("causal") / "tiny", hidden=32, heads=2, kv_heads=1)
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reward model as the hub has them: a decoder with a classification head of one label."""
+    path = tmp_path_factory.mktemp("hub") / "classifier"
+    config = tiny_model(hidden=32, heads=2, kv_heads=1).config
+    config.num_labels = 1
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForSequenceClassification(config).save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+def test_a_hub_reward_model_scores_as_in_transformers(classifier: Path) -> None:
+    batch = random_batch(4, 2)
+    layout = padded_layout(batch)
+    theirs = AutoModelForSequenceClassification.from_pretrained(classifier).eval()
+    with torch.no_grad():
+        expected = torch.cat(
+            [
+                theirs(input_ids=ids[None, : int(mask.sum())]).logits[0]
+                for ids, mask in zip(layout.input_ids, layout.attention_mask, strict=True)  # type: ignore[arg-type]
+            ]
+        )
+        model = RewardModel.from_pretrained(classifier)
+        assert torch.allclose(model.score(batch), expected, rtol=1e-5, atol=1e-6)
+        for backbone in model._backbones:
+            backbone.layout = "padded"
+        assert torch.allclose(model.score(batch), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_what_is_saved_scores_the_same(causal: Path, tmp_path: Path, share: bool) -> None:
+    model = RewardModel.from_pretrained(causal, members=3, share_backbone=share, new_head=True, seed=4).eval()
+    assert len(model.backbones) == (1 if share else 3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        model.save_pretrained(tmp_path / "reward")
+        batch = random_batch(3, 2)
+        again = RewardModel.from_pretrained(tmp_path / "reward").eval()
+        assert torch.equal(again.scores(batch), model.scores(batch))
+    assert again.members == 3 and again.describe()["members"] == 3
+
+
+def test_an_adapter_is_merged_into_what_is_saved(causal: Path, tmp_path: Path) -> None:
+    model = RewardModel.from_pretrained(causal, new_head=True, lora=LoraConfig(rank=4)).eval()
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert all("lora_" in name or name.startswith("heads.") for name in names)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+        batch = random_batch(3, 2)
+        expected = model.scores(batch)
+        model.save_pretrained(tmp_path / "reward")
+        found = RewardModel.from_pretrained(tmp_path / "reward").eval().scores(batch)
+    assert relative(found, expected) < 1e-5
+    assert not list((tmp_path / "reward").glob("adapter*"))
+
+
+def test_members_start_apart_and_alike_for_a_seed(causal: Path) -> None:
+    batch = random_batch(3, 2)
+
+    def scores(seed: int) -> torch.Tensor:
+        model = RewardModel.from_pretrained(causal, members=2, new_head=True, seed=seed).eval()
+        return model.scores(batch).detach()
+
+    assert torch.equal(scores(1), scores(1))
+    assert not torch.equal(scores(1), scores(2))
+    assert scores(1).std(dim=1).min() > 0
+
+
+def test_scores_do_not_hang_on_padding_or_company(causal: Path) -> None:
+    model = RewardModel.from_pretrained(causal, new_head=True).eval()
+    batch = random_batch(4, 2)
+    with torch.no_grad():
+        whole = model.score(batch)
+        assert relative(model.score(batch.pad(3, 5, value=9)), whole) < 1e-5
+        alone = torch.cat([model.score(batch.select([prompt])) for prompt in range(4)])
+    assert relative(alone, whole) < 1e-5
+
+
+def test_scores_are_float32_under_autocast(causal: Path) -> None:
+    model = RewardModel.from_pretrained(causal, new_head=True).eval()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model.scores(random_batch(2, 2)).dtype == torch.float32
+
+
+def test_a_model_without_a_head_gives_no_scores(causal: Path) -> None:
+    with pytest.raises(ModelError, match="no reward head, so its scores would be random") as caught:
+        RewardModel.from_pretrained(causal)
+    assert caught.value.exit_code == 4
+
+
+def test_a_lost_head_is_told(causal: Path, classifier: Path, tmp_path: Path) -> None:
+    RewardModel.from_pretrained(causal, new_head=True).save_pretrained(tmp_path / "reward")
+    (tmp_path / "reward" / "reward_head.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"would be random.*no reward_head.safetensors"):
+        RewardModel.from_pretrained(tmp_path / "reward")
+    model = AutoModelForSequenceClassification.from_pretrained(classifier)
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("score")}
+    model.save_pretrained(tmp_path / "hub", state_dict=state)
+    tiny_tokenizer().save_pretrained(tmp_path / "hub")
+    with pytest.raises(ModelError, match=r"would be random.*no `score.weight`"):
+        RewardModel.from_pretrained(tmp_path / "hub")
+
+
+def test_a_head_of_another_width_is_told(causal: Path, tmp_path: Path) -> None:
+    RewardModel.from_pretrained(causal, new_head=True).save_pretrained(tmp_path)
+    about = json.loads((tmp_path / "reward_head.json").read_text())
+    (tmp_path / "reward_head.json").write_text(json.dumps(about | {"width": 64}))
+    with pytest.raises(ModelError, match="a head of width 64 for a backbone of 32"):
+        RewardModel.from_pretrained(tmp_path)
+
+
+def test_other_numbers_of_labels_and_members_are_told(causal: Path, tmp_path: Path) -> None:
+    config = tiny_model(hidden=32, heads=2, kv_heads=1).config
+    config.num_labels = 3
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path / "three")
+    tiny_tokenizer().save_pretrained(tmp_path / "three")
+    with pytest.raises(ModelError, match="one label is a reward model here; got 3 labels"):
+        RewardModel.from_pretrained(tmp_path / "three")
+    RewardModel.from_pretrained(causal, new_head=True, members=2).save_pretrained(tmp_path / "two")
+    with pytest.raises(ConfigError, match="5 members were asked for"):
+        RewardModel.from_pretrained(tmp_path / "two", members=5)
+
+
+def test_a_policys_backbone_is_shared() -> None:
+    policy = PolicyModel(tiny_model(hidden=32, heads=2, kv_heads=1), tiny_tokenizer())
+    model = RewardModel.on(policy.without_head())
+    ours = {id(parameter) for parameter in model.parameters()}
+    assert ours & {id(parameter) for parameter in policy.parameters()}

@@ -1,0 +1,153 @@
+"""Reward models: the ranking loss against float64 and TRL, ensembles, calibration, and what is learnt."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from batches import random_batch, relative
+from rlhf_plugins.trainers.reward_model import RewardModelConfig, RewardModelTrainer, centring_penalty, ranking_loss
+
+from rlhf_core.errors import ConfigError
+from rlhf_core.models import PolicyModel, RewardModel
+from rlhf_core.testing import TrainerContract
+from rlhf_core.testing.arithmetic import Arithmetic
+from rlhf_core.testing.tiny import save_tiny, tiny_model, tiny_tokenizer
+
+
+class TestRewardModel(TrainerContract):
+    method = "reward_model"
+
+
+class TestEnsembleOfHeads(TrainerContract):
+    method = "reward_model"
+    options: ClassVar[dict[str, Any]] = {"ensemble": {"size": 3, "bootstrap": True}, "centre_weight": 0.01}
+
+
+class TestEnsembleOfModels(TrainerContract):
+    method = "reward_model"
+    options: ClassVar[dict[str, Any]] = {"ensemble": {"size": 2, "share_backbone": False}, "margin": 0.5}
+
+
+class TestRewardModelWithAdapter(TrainerContract):
+    method = "reward_model"
+    options: ClassVar[dict[str, Any]] = {"lora": {"rank": 4}}
+
+
+def scores(seed: int = 0) -> torch.Tensor:
+    return 3 * torch.randn(5, 2, generator=torch.Generator().manual_seed(seed))
+
+
+def test_golden_numbers() -> None:
+    one = torch.tensor([[1.0]])
+    assert ranking_loss(one, one).item() == pytest.approx(math.log(2), rel=1e-6)
+    assert ranking_loss(3 * one, one, 1.0).item() == pytest.approx(math.log1p(math.exp(-1)), rel=1e-6)
+    assert centring_penalty(3 * one, -one).item() == 4.0
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.7])
+def test_loss_and_gradient_equal_float64(margin: float) -> None:
+    chosen, rejected = scores(1).requires_grad_(), scores(2).requires_grad_()
+    found = ranking_loss(chosen, rejected, margin) + 0.3 * centring_penalty(chosen, rejected)
+    c, r = chosen.double(), rejected.double()
+    expected = torch.log(1 + torch.exp(-(c - r - margin))) + 0.3 * (c + r).pow(2)
+    assert relative(found.double(), expected) < 1e-6
+    ours, theirs = (torch.autograd.grad(x.sum(), (chosen, rejected)) for x in (found, expected))
+    for a, b in zip(ours, theirs, strict=True):
+        assert relative(a.double(), b.double()) < 1e-6
+
+
+def test_the_gradient_raises_the_chosen_and_lowers_the_rejected() -> None:
+    chosen, rejected = scores(1).requires_grad_(), scores(2).requires_grad_()
+    up, down = torch.autograd.grad(ranking_loss(chosen, rejected).sum(), (chosen, rejected))
+    assert (up < 0).all() and (down > 0).all()
+
+
+def test_far_scores_stay_finite() -> None:
+    far = torch.tensor([[-1e4, 1e4]])
+    assert ranking_loss(far, -far).tolist() == [[2e4, 0.0]]
+
+
+def made(members: int = 1, **options: Any) -> RewardModelTrainer:
+    policy = PolicyModel(tiny_model(hidden=32, heads=2, kv_heads=1), tiny_tokenizer())
+    config = RewardModelConfig.parse({"ensemble": {"size": members}, **options})
+    trainer = RewardModelTrainer(config, model=policy, data=[])
+    trainer.models = torch.nn.ModuleDict(trainer.build(trainer.adopt(policy)))
+    return trainer
+
+
+def test_loss_equals_trl() -> None:
+    peer = pytest.importorskip("trl.trainer.reward_trainer", reason="TRL isn't installed (extra `oracles`)")
+    trainer = made(centre_weight=0.05)
+    batch = random_batch(4, 2).attach(per_prompt={"margin": torch.tensor([0.0, 0.5, 1.0, 0.2])})
+    (window,) = trainer.experience(iter([batch]))
+    loss, weights = trainer.loss(window), trainer.weights(window)
+    ours = torch.stack([loss.terms[name] / weights[name] for name in weights]).sum()
+    # TRL wants all chosen rows before all rejected ones.
+    order = [*range(0, 8, 2), *range(1, 8, 2)]
+    logits = trainer.reward.score(batch)[order, None]
+
+    def model(**_: object) -> SimpleNamespace:
+        return SimpleNamespace(logits=logits)
+
+    stub: Any = SimpleNamespace(
+        args=SimpleNamespace(center_rewards_coefficient=0.05, gradient_accumulation_steps=1),
+        center_rewards_coefficient=0.05, model=SimpleNamespace(training=True), _metrics={"train": _Lists()},
+        accelerator=SimpleNamespace(gather_for_metrics=lambda x: x, gather=lambda x: x, device="cpu"),
+        _total_train_tokens=0, aux_loss_enabled=False, loss_type="bradley_terry", _tp_size=1,
+    )  # fmt: skip
+    inputs = {
+        "input_ids": torch.zeros(8, 3, dtype=torch.long),
+        "attention_mask": torch.ones(8, 3, dtype=torch.long),
+        "margin": batch["margin"],
+    }
+    theirs = peer.RewardTrainer.compute_loss(stub, model, inputs)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
+    head = trainer.reward.heads[0].inner.weight  # type: ignore[union-attr]
+    a, b = (torch.autograd.grad(x, head, retain_graph=True)[0] for x in (ours, theirs))
+    assert relative(a, b) < 1e-5
+
+
+class _Lists(dict):  # type: ignore[type-arg]
+    def __missing__(self, key: str) -> list[float]:
+        return self.setdefault(key, [])
+
+
+def test_bootstrap_weights_are_a_function_of_the_row() -> None:
+    trainer = made(4, ensemble={"size": 4, "bootstrap": True})
+    batch = random_batch(6, 2)
+    (window,), (part,) = trainer.experience(iter([batch])), trainer.experience(iter([batch.select([4, 1])]))
+    assert torch.equal(part["member_weights"], window["member_weights"][[4, 1]])
+    draws = torch.cat(
+        [trainer._member_weights(replace(batch, rows=tuple(range(10 * i, 10 * i + 6)))) for i in range(200)]
+    )
+    assert draws.mean().item() == pytest.approx(1.0, abs=0.08) and draws.var().item() == pytest.approx(1.0, abs=0.2)
+
+
+def test_an_ensemble_learns_ranks_and_doubts(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "tiny", hidden=32, layers=2, heads=2)
+    rows = list(Arithmetic(terms=2, digits=1).rows("preference", 120, seed=3))
+    config = RewardModelConfig.parse(
+        {"max_steps": 25, "batch_size": 32, "learning_rate": 3e-3, "max_length": 128, "ensemble": {"size": 3}}
+    )
+    output = tmp_path / "run"
+    trainer = RewardModelTrainer(config, model=model, data=rows, eval_data=rows[:60], output=output)
+    found = trainer.train().eval_metrics
+    assert found["eval_accuracy"] > 0.75 and found["eval_accuracy_se"] > 0
+    assert found["eval_scores/chosen"] > found["eval_scores/rejected"]
+    assert 0 <= found["eval_calibration_error"] <= 0.5 and 0 < found["eval_brier"] < 0.25
+    assert found["eval_scores/p05"] <= found["eval_scores/p50"] <= found["eval_scores/p95"]
+    assert found["eval_uncertainty"] > 0
+    trained = RewardModel.from_pretrained(output / "model")
+    assert trained.members == 3
+    # Training goes on from its heads; another number of members can't.
+    again = RewardModelTrainer(config.updated(max_steps=1), model=output / "model", data=rows, eval_data=rows[:60])
+    assert again.train().eval_metrics["eval_accuracy"] > 0.75
+    wrong = config.updated(ensemble={"size": 2})
+    with pytest.raises(ConfigError, match="2 members were asked for"):
+        RewardModelTrainer(wrong, model=output / "model", data=rows).train()
