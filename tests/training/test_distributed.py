@@ -82,7 +82,12 @@ def test_the_gradient_is_that_of_one_process(tmp_path: Path, one: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "options"),
-    [("sft", {}), ("dpo", {"reference": "copy"}), ("dpo", {"reference": "precompute", "micro_batch_size": 2})],
+    [
+        ("sft", {}),
+        ("dpo", {"reference": "copy"}),
+        ("dpo", {"reference": "precompute", "micro_batch_size": 2}),
+        ("dpo", {"loss_type": "aot_unpaired", "beta": 0.5, "sft_weight": 0.1}),
+    ],
 )
 def test_a_method_learns_the_same_from_one_process_and_two(
     tmp_path: Path, method: str, options: dict[str, Any]
