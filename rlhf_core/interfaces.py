@@ -110,7 +110,7 @@ class Trainer(ABC, Generic[ConfigT]):
         return self.models["policy"]  # type: ignore[return-value]
 
     def inspect(self, data: EncodedData) -> None:
-        """Look at the training data once they are open, before anything is computed; raise `DataError` where they can't do.
+        """Look at the training data once models are built, before anything is computed; raise `DataError` where they can't do.
 
         The default has nothing to say. Rows that are streamed aren't known yet: `data.streaming`.
         """

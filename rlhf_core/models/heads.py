@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+from rlhf_core.errors import ModelError
+from rlhf_core.infra.tensors import read_tensors, write_tensors
+
+NO_HEAD = "the checkpoint has no reward head, so its scores would be random"
 
 
 class TwoLayerHead(nn.Module):
@@ -52,3 +62,45 @@ class LinearHead(nn.Module):
         """Map (S, D) to (S, 1) float32."""
         with torch.autocast(hidden.device.type, enabled=False):
             return self.outer(hidden.float())
+
+
+def write_head(directory: Path, name: str, head: nn.Module, about: Mapping[str, Any]) -> None:
+    """Write `NAME.json` with what the head is and `NAME.safetensors` with its weights."""
+    (directory / f"{name}.json").write_text(json.dumps({"format": 1, **about}, indent=1) + "\n", encoding="utf-8")
+    write_tensors(directory / f"{name}.safetensors", head.state_dict())
+
+
+def describe_head(directory: Path, name: str, *, width: int) -> dict[str, Any]:
+    """Return what `write_head` noted.
+
+    Raises:
+        ModelError: the head belongs on a backbone of another width.
+    """
+    about: dict[str, Any] = json.loads((directory / f"{name}.json").read_text(encoding="utf-8"))
+    if about["width"] != width:
+        raise ModelError(
+            "the reward head doesn't fit the backbone",
+            place=str(directory),
+            got=f"a head of width {about['width']} for a backbone of {width}",
+            fix="use the two that were saved together",
+        )
+    return about
+
+
+def fill_head(directory: Path, name: str, head: nn.Module) -> None:
+    """Put what `write_head` wrote into a head.
+
+    Raises:
+        ModelError: weights are missing or have other shapes.
+    """
+    path = directory / f"{name}.safetensors"
+    if not path.is_file():
+        raise ModelError(NO_HEAD, place=str(directory), got=f"no {path.name}", fix="copy the file")
+    tensors, wanted = read_tensors(path), head.state_dict()
+    if missing := sorted(wanted.keys() ^ tensors.keys()):
+        raise ModelError(NO_HEAD, place=str(path), got=f"`{missing[0]}` is missing or too many")
+    for key, tensor in tensors.items():
+        if tensor.shape != wanted[key].shape:
+            got = f"{tuple(tensor.shape)} for {tuple(wanted[key].shape)}"
+            raise ModelError(f"`{key}` of the reward head has another shape", place=str(path), got=got)
+    head.load_state_dict(tensors)

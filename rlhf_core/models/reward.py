@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self, cast
@@ -15,14 +14,12 @@ from rlhf_core.batch import Batch
 from rlhf_core.config import LoraConfig, TrainerConfig
 from rlhf_core.errors import ConfigError, ModelError
 from rlhf_core.infra.seeds import stream_seed
-from rlhf_core.infra.tensors import read_tensors, write_tensors
-from rlhf_core.models.heads import LinearHead, TwoLayerHead
+from rlhf_core.models.heads import NO_HEAD, LinearHead, TwoLayerHead, describe_head, fill_head, write_head
 from rlhf_core.models.layout import Layout
 from rlhf_core.models.loading import architecture, load_model
 from rlhf_core.models.sequence import SequenceModel
 
-HEAD_CONFIG, HEAD_WEIGHTS = "reward_head.json", "reward_head.safetensors"
-NO_HEAD = "the checkpoint has no reward head, so its scores would be random"
+HEAD = "reward_head"
 
 
 class RewardModel(nn.Module):
@@ -68,7 +65,7 @@ class RewardModel(nn.Module):
         """
         where = Path(source).expanduser()
         settings: dict[str, Any] = {"attention": "sdpa", "lora": lora, "trust_remote_code": trust_remote_code}
-        if (where / HEAD_CONFIG).is_file():
+        if (where / f"{HEAD}.json").is_file():
             model = cls._saved(where, settings)
         elif architecture(source, trust_remote_code=trust_remote_code).endswith("ForSequenceClassification"):
             model = cls._classifier(str(source), settings)
@@ -79,7 +76,7 @@ class RewardModel(nn.Module):
             model = cls.on(backbone, members=members or 1, share_backbone=share_backbone, seed=seed)
         else:
             raise ModelError(
-                NO_HEAD, place=str(source), got=f"no {HEAD_CONFIG}", fix="train one: `rlhf train reward_model`"
+                NO_HEAD, place=str(source), got=f"no {HEAD}.json", fix="train one: `rlhf train reward_model`"
             )
         if members is not None and members != len(model.heads):
             raise ConfigError(
@@ -103,32 +100,21 @@ class RewardModel(nn.Module):
 
     @classmethod
     def _saved(cls, where: Path, settings: dict[str, Any]) -> Self:
-        about = json.loads((where / HEAD_CONFIG).read_text(encoding="utf-8"))
-        folders = [where, *(where / f"member-{i}" for i in range(1, 1 if about["shared"] else about["members"]))]
-        backbones = []
-        for folder in folders:
-            network, tokenizer = load_model(folder, kind="backbone", **settings)
-            backbones.append(SequenceModel(network, tokenizer, source=str(folder)))
-            backbones[-1].loaded = True
-        if backbones[0].width != about["width"]:
-            raise ModelError(
-                "the reward head doesn't fit the backbone",
-                place=str(where),
-                got=f"a head of width {about['width']} for a backbone of {backbones[0].width}",
-                fix="use the two that were saved together",
-            )
+        first = cls._load_backbone(where, settings)
+        about = describe_head(where, HEAD, width=first.width)
+        folders = [where / f"member-{member}" for member in range(1, 1 if about["shared"] else about["members"])]
+        backbones = [first, *(cls._load_backbone(folder, settings) for folder in folders)]
         kind = LinearHead if about["head"] == "linear" else TwoLayerHead
         model = cls(backbones, [kind(about["width"]) for _ in range(about["members"])])
-        if not (where / HEAD_WEIGHTS).is_file():
-            raise ModelError(NO_HEAD, place=str(where), got=f"no {HEAD_WEIGHTS}", fix="copy the file")
-        tensors = read_tensors(where / HEAD_WEIGHTS)
-        if missing := sorted(model.heads.state_dict().keys() ^ tensors.keys()):
-            raise ModelError(NO_HEAD, place=str(where / HEAD_WEIGHTS), got=f"`{missing[0]}` is missing or too many")
-        try:
-            model.heads.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise ModelError("the reward head has other shapes", place=str(where), got=str(error)[:200]) from None
+        fill_head(where, HEAD, model.heads)
         return model
+
+    @staticmethod
+    def _load_backbone(where: Path, settings: dict[str, Any]) -> SequenceModel:
+        network, tokenizer = load_model(where, kind="backbone", **settings)
+        backbone = SequenceModel(network, tokenizer, source=str(where))
+        backbone.loaded = True
+        return backbone
 
     @classmethod
     def _classifier(cls, source: str, settings: dict[str, Any]) -> Self:
@@ -195,14 +181,12 @@ class RewardModel(nn.Module):
         for member, backbone in enumerate(self._backbones):
             backbone.save_pretrained(directory if member == 0 else directory / f"member-{member}", merged=True)
         about = {
-            "format": 1,
             "head": "linear" if isinstance(self.heads[0], LinearHead) else "two_layer",
             "width": self._backbones[0].width,
             "members": self.members,
             "shared": len(self.backbones) == 1,
         }
-        (directory / HEAD_CONFIG).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-        write_tensors(directory / HEAD_WEIGHTS, self.heads.state_dict())
+        write_head(directory, HEAD, self.heads, about)
 
     def describe(self) -> dict[str, Any]:
         """Return what this model is, for a run's record."""

@@ -56,8 +56,8 @@ class Workbench:
         seed_everything(config.seed, "model")
         policy = load_policy(trainer, self.devices)
         dataset, _ = open_data(trainer, policy)
-        trainer.inspect(dataset)
         self.parameters = build_models(trainer, policy, self.devices)
+        trainer.inspect(dataset)
         self.micro_batches = MicroBatches(config)
         self._connect()
         if "reference" in trainer.frozen:

@@ -1,0 +1,230 @@
+"""Process reward models: a score for every reasoning step, learnt from step labels, from pairs, or from both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
+
+from rlhf_core.batch import Batch
+from rlhf_core.config import TrainerConfig, TrainingStage
+from rlhf_core.data.base import EncodedData
+from rlhf_core.data.collate import collate
+from rlhf_core.errors import DataError
+from rlhf_core.interfaces import Loss, Trainer
+from rlhf_core.models import PolicyModel, ProcessRewardModel
+from rlhf_core.models.process_reward import AGGREGATIONS
+
+RIGHT, WRONG, NO_LABEL = 1.0, -1.0, 0.0
+"""Labels of steps as a column: padding, which is 0, has none."""
+_LOOK_AT = 256
+"""Rows that are looked at together before training."""
+
+
+def step_loss(steps: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross-entropy of each step, −y log σ(s) − (1 − y) log(1 − σ(s)); 0 where a step has no label.
+
+    Lightman et al. 2023 (arXiv 2305.20050, section 2.6) with two classes; Wang et al. 2023 (Math-Shepherd,
+    arXiv 2312.08935, equation 1). Log-odds of 0 give log 2.
+
+    Args:
+        steps: (R, T) log-odds that the solution is right so far, at the steps' ends.
+        labels: (R, T) `RIGHT`, `WRONG` or `NO_LABEL`.
+
+    Returns:
+        (R, T).
+    """
+    losses = binary_cross_entropy_with_logits(steps, (labels == RIGHT).float(), reduction="none")
+    return losses * (labels != NO_LABEL)
+
+
+def ranking_loss(values: Tensor) -> Tensor:
+    """Return −log σ(v_w − v_l) for each pair: Bradley-Terry (Ouyang et al. 2022, arXiv 2203.02155, equation 1).
+
+    Args:
+        values: (P, 2) of the chosen and the rejected response.
+
+    Returns:
+        (P,).
+    """
+    return -logsigmoid(values[:, 0] - values[:, 1])
+
+
+class ProcessRewardConfig(TrainerConfig):
+    """Options of process reward models."""
+
+    learning_rate: float = Field(1e-5, gt=0, description="Peak step size; larger learns faster and may diverge.")
+    separator: str = Field("\n", min_length=1, description="Text that ends a step; another one makes other steps.")
+    aggregation: Literal["min", "product", "mean", "last"] = Field(
+        "min", description="How a solution's step scores make its value: the worst, their product, mean, or the last."
+    )
+    step_weight: float = Field(1.0, ge=0, description="Weight of the step labels; larger learns more from them.")
+    ranking_weight: float = Field(
+        0.1, ge=0, description="Weight of ranking pairs by aggregated steps; larger learns more from pairs."
+    )
+    outcome_weight: float = Field(
+        0.1, ge=0, description="Weight of ranking pairs by the outcome's score; larger learns more from pairs."
+    )
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> ProcessRewardConfig:
+        if not (self.step_weight or self.ranking_weight or self.outcome_weight):
+            raise ValueError("step_weight, ranking_weight and outcome_weight are all 0: there is nothing to learn")
+        return self
+
+
+class ProcessRewardTrainer(Trainer[ProcessRewardConfig]):
+    """Process reward model on pairs, with or without labels of their steps."""
+
+    api = 1
+    record = "preference"
+    stage = TrainingStage.REWARD
+    Config = ProcessRewardConfig
+    trains = ("reward",)
+
+    def load(self, source: str | Path, **options: Any) -> Any:
+        named = "separator" in self.config.model_fields_set
+        return ProcessRewardModel.from_pretrained(
+            source,
+            new_head=True,
+            separator=self.config.separator if named else None,
+            seed=self.config.seed,
+            **options,
+        )
+
+    def adopt(self, model: PolicyModel | ProcessRewardModel) -> Any:
+        if isinstance(model, ProcessRewardModel):
+            return model
+        return ProcessRewardModel.on(model.without_head(), separator=self.config.separator, seed=self.config.seed)
+
+    def build(self, policy: Any) -> dict[str, nn.Module]:
+        return {"reward": policy}
+
+    def inspect(self, data: EncodedData) -> None:
+        if data.streaming:
+            return  # each batch is looked at when it comes
+        outcomes = (outcome.row for outcome, _ in data.walk(0, seed=0, shuffle=False, position=[]))
+        rows = (row for row in outcomes if row is not None)
+        labelled = 0
+        while chunk := list(islice(rows, _LOOK_AT)):
+            batch = collate(chunk)
+            labelled += int((self._labels(batch, self.reward.step_ends(batch)) != NO_LABEL).sum())
+        if not labelled and not (self.config.ranking_weight or self.config.outcome_weight):
+            raise DataError(
+                "no row has `labels` of its steps",
+                place=data.report.name,
+                fix="give `labels`, or set `ranking_weight` to learn from pairs alone",
+            )
+
+    def _labels(self, batch: Batch, ends: Tensor) -> Tensor:
+        """Return (R, T) labels at the steps' ends: right so far, or not, or without a label.
+
+        Raises:
+            DataError: a response has another number of labels than of steps.
+        """
+        labels = torch.full(ends.shape, NO_LABEL)
+        if not batch.records:
+            return labels.to(batch.device)
+        # A pair's chosen response stands directly before its rejected one.
+        for response, prompt in enumerate(batch.owner.tolist()):
+            given, which = batch.records[prompt].get("labels"), response % 2
+            if given is None:
+                continue
+            at = ends[response].nonzero().squeeze(1).cpu()
+            labels[response, at] = torch.tensor(self._row_labels(batch, prompt, response, which, given, len(at)))
+        return labels.to(batch.device)
+
+    def _row_labels(self, batch: Batch, prompt: int, response: int, which: int, given: Any, steps: int) -> list[float]:
+        name = ("chosen", "rejected")[which]
+        place = f"row {batch.rows[prompt]}"
+        shape = isinstance(given, list) and len(given) == 2 and all(isinstance(part, list) for part in given)
+        if not shape or not all(value in (0, 1) for part in given for value in part):
+            raise DataError(
+                "`labels` must be two lists of true and false, for chosen and rejected",
+                place=place,
+                got=repr(given)[:80],
+            )
+        labels = [RIGHT if value else WRONG for value in given[which]]
+        tokens = int(batch.prompt_lengths[prompt] + batch.response_lengths[response])
+        # A response that was cut keeps the labels of the steps that are left; its last one is cut short, so has none.
+        if tokens >= self.config.max_length and len(labels) >= steps:
+            return [*labels[: steps - 1], NO_LABEL if len(labels) > steps else labels[steps - 1]]
+        if len(labels) != steps:
+            raise DataError(
+                f"`labels` has {len(labels)} entries for the {steps} steps of `{name}`",
+                place=place,
+                got=f"steps that end with {self.reward.separator!r}",
+                fix="give a label a step, or set `separator` to what ends a step in these texts",
+            )
+        return labels
+
+    @property
+    def reward(self) -> ProcessRewardModel:
+        return self.models["reward"]  # type: ignore[return-value]
+
+    def experience(self, stream: Iterator[Batch]) -> Iterable[Batch]:
+        for batch in stream:
+            ends = self.reward.step_ends(batch)
+            yield batch.attach(per_token={"step_ends": ends, "step_labels": self._labels(batch, ends)})
+
+    def weights(self, batch: Batch) -> Mapping[str, float]:
+        config = self.config
+        terms = {
+            "steps": (config.step_weight, float((batch["step_labels"] != NO_LABEL).sum())),
+            "ranking": (config.ranking_weight, batch.num_prompts),
+            "outcome": (config.outcome_weight, batch.num_prompts),
+        }
+        return {name: count for name, (weight, count) in terms.items() if weight}
+
+    def loss(self, batch: Batch) -> Loss:
+        config, ends, labels = self.config, batch["step_ends"], batch["step_labels"]
+        steps, outcome = self.reward.scores(batch, ends)
+        value = AGGREGATIONS[config.aggregation](steps, ends)  # (R,)
+        pairs = {name: torch.stack(batch.pairs(of), dim=1) for name, of in (("ranking", value), ("outcome", outcome))}
+        terms = {
+            "steps": config.step_weight * step_loss(steps, labels).sum(),
+            "ranking": config.ranking_weight * ranking_loss(pairs["ranking"]).sum(),
+            "outcome": config.outcome_weight * ranking_loss(pairs["outcome"]).sum(),
+        }
+        metrics: dict[str, tuple[Tensor, Tensor | float]] = {
+            "accuracy": _ranked(pairs["ranking"].detach()),
+            "outcome_accuracy": _ranked(pairs["outcome"].detach()),
+            **_step_metrics(batch, steps.detach(), labels),
+        }
+        return Loss({name: term for name, term in terms.items() if name in self.weights(batch)}, metrics)
+
+
+def _ranked(values: Tensor) -> tuple[Tensor, float]:
+    """Return for each pair whether the chosen one has the larger value, ties counting half."""
+    above, equal = values[:, 0] > values[:, 1], values[:, 0] == values[:, 1]
+    return above.float() + 0.5 * equal.float(), len(values)
+
+
+def _step_metrics(batch: Batch, steps: Tensor, labels: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return how many labelled steps are judged rightly, and in how many solutions the first wrong step is found."""
+    known = labels != NO_LABEL
+    right = (steps > 0) == (labels == RIGHT)
+    false, judged = first_wrong(labels == WRONG), first_wrong((steps <= 0) & known)
+    whole = known.any(dim=1)
+    has_error = (whole & (false >= 0)).float()
+    clean = (whole & (false < 0)).float()
+
+    def by_prompt(values: Tensor) -> Tensor:
+        return torch.zeros(batch.num_prompts, device=values.device).index_add(0, batch.owner, values.float())
+
+    return {
+        "step_accuracy": (by_prompt((right & known).sum(dim=1)), by_prompt(known.sum(dim=1))),
+        "first_error_found": (by_prompt((judged == false).float() * has_error), by_prompt(has_error)),
+        "right_let_pass": (by_prompt((judged < 0).float() * clean), by_prompt(clean)),
+    }
+
+
+def first_wrong(wrong: Tensor) -> Tensor:
+    """Return (R,) the first column where `wrong` (R, T) is set, −1 where none is."""
+    return torch.where(wrong.any(dim=1), wrong.float().argmax(dim=1), -1)

@@ -1,0 +1,201 @@
+"""Process reward models: steps found in ids, the losses against float64, aggregation, labels that don't fit, what is learnt."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from batches import random_batch, relative
+from hypothesis import given
+from hypothesis import strategies as st
+from rlhf_plugins.trainers.process_reward import (
+    NO_LABEL,
+    RIGHT,
+    WRONG,
+    ProcessRewardConfig,
+    ProcessRewardTrainer,
+    first_wrong,
+    ranking_loss,
+    step_loss,
+)
+
+from rlhf_core.batch import Batch
+from rlhf_core.data import SFTDataset
+from rlhf_core.data.collate import collate
+from rlhf_core.errors import ConfigError, DataError, ModelError
+from rlhf_core.models import PolicyModel, ProcessRewardModel
+from rlhf_core.models.process_reward import AGGREGATIONS
+from rlhf_core.models.steps import step_ends
+from rlhf_core.testing import TrainerContract
+from rlhf_core.testing.arithmetic import Arithmetic, split_steps
+from rlhf_core.testing.tiny import save_tiny, tiny_model, tiny_tokenizer
+
+
+class TestProcessReward(TrainerContract):
+    method = "process_reward"
+
+
+class TestProcessRewardByProduct(TrainerContract):
+    method = "process_reward"
+    options: ClassVar[dict[str, Any]] = {"aggregation": "product", "step_weight": 0.0, "ranking_weight": 1.0}
+
+
+def encoded(*texts: str) -> Batch:
+    data = SFTDataset([{"prompt": "?", "response": text} for text in texts], tiny_tokenizer())
+    return collate([data[i] for i in range(len(texts))])
+
+
+def ends_of(text: str, separator: str = "\n") -> list[int]:
+    return step_ends(encoded(text), tiny_tokenizer(), separator)[0].nonzero().squeeze(1).tolist()
+
+
+# The tiny tokenizer has a token a byte, and each response ends with its end token.
+@pytest.mark.parametrize(
+    ("text", "separator", "expected"),
+    [
+        ("ab\ncd\ne", "\n", [2, 5, 7]),  # the last step ends with the end token
+        ("ab\ncd\n", "\n", [2, 5]),  # nothing follows the last separator
+        ("a\n\nb", "\n", [1, 4]),  # a blank line is no step
+        ("a\n\nb\nc", "\n\n", [2, 6]),
+        ("abc", "\n", [3]),
+        ("a. b. c", ". ", [2, 5, 7]),
+    ],
+)
+def test_where_steps_end(text: str, separator: str, expected: list[int]) -> None:
+    assert ends_of(text, separator) == expected
+
+
+@given(st.lists(st.text(alphabet="0123456789+=é", min_size=1, max_size=6), min_size=1, max_size=5))
+def test_as_many_ends_as_steps(steps: list[str]) -> None:
+    assert len(ends_of("\n".join(steps))) == len(steps)
+
+
+def test_golden_numbers() -> None:
+    steps, labels = torch.tensor([[0.0, 2.0, 5.0]]), torch.tensor([[RIGHT, WRONG, NO_LABEL]])
+    expected = [math.log(2), 2 + math.log1p(math.exp(-2)), 0.0]
+    assert step_loss(steps, labels)[0].tolist() == pytest.approx(expected, rel=1e-6)
+    assert ranking_loss(torch.tensor([[1.0, 1.0]])).item() == pytest.approx(math.log(2))
+
+
+def test_losses_and_gradients_equal_float64() -> None:
+    generator = torch.Generator().manual_seed(0)
+    steps = (3 * torch.randn(4, 6, generator=generator)).requires_grad_()
+    labels = torch.randint(-1, 2, (4, 6), generator=generator).float()
+    found = step_loss(steps, labels)
+    p = 1 / (1 + torch.exp(-steps.double()))
+    expected = torch.where(labels == RIGHT, -torch.log(p), torch.where(labels == WRONG, -torch.log(1 - p), 0.0))
+    assert relative(found.double(), expected) < 1e-6
+    ours, theirs = (torch.autograd.grad(x.sum(), steps)[0] for x in (found, expected))
+    assert relative(ours.double(), theirs.double()) < 1e-6
+    assert not ours[labels == NO_LABEL].any()
+    assert ((ours < 0) == (labels == RIGHT)).all()
+
+
+@given(st.lists(st.lists(st.floats(-6, 6, width=32), min_size=1, max_size=5), min_size=1, max_size=4))
+def test_aggregations_by_definition(rows: list[list[float]]) -> None:
+    width = 2 * max(map(len, rows))
+    steps, ends = torch.zeros(len(rows), width), torch.zeros(len(rows), width, dtype=torch.bool)
+    for row, values in enumerate(rows):
+        for position, value in enumerate(values):
+            steps[row, 2 * position + 1], ends[row, 2 * position + 1] = value, True
+
+    def each(function: Any) -> list[float]:
+        return [function(values) for values in rows]
+
+    expected = {
+        "min": each(min),
+        "mean": each(lambda values: sum(values) / len(values)),
+        "last": each(lambda values: values[-1]),
+        "product": each(lambda values: math.log(math.prod(1 / (1 + math.exp(-v)) for v in values))),
+    }
+    for name, aggregate in AGGREGATIONS.items():
+        assert aggregate(steps, ends).tolist() == pytest.approx(expected[name], rel=1e-4, abs=1e-5)
+
+
+def test_first_wrong() -> None:
+    assert first_wrong(torch.tensor([[False, True, True], [False] * 3, [True] * 3])).tolist() == [1, -1, 0]
+
+
+def model() -> ProcessRewardModel:
+    policy = PolicyModel(tiny_model(hidden=32, heads=2, kv_heads=1), tiny_tokenizer())
+    return ProcessRewardModel.on(policy.without_head(), seed=1).eval()
+
+
+def test_scores_do_not_hang_on_padding_or_company() -> None:
+    reward, batch = model(), random_batch(4, 2, vocabulary=263, longest=20)
+    with torch.no_grad():
+        steps, outcome = reward.scores(batch)
+        wide, same = reward.scores(batch.pad(2, 3, value=17))
+        assert relative(wide[:, : steps.shape[1]], steps) < 1e-5 and relative(same, outcome) < 1e-5
+        alone = torch.cat([reward.scores(batch.select([prompt]))[1] for prompt in range(4)])
+    assert relative(alone, outcome) < 1e-5
+
+
+def test_what_is_saved_scores_the_same(tmp_path: Path) -> None:
+    reward, batch = model(), encoded("a\nb", "c")
+    reward.save_pretrained(tmp_path / "prm")
+    again = ProcessRewardModel.from_pretrained(tmp_path / "prm").eval()
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(again.scores(batch), reward.scores(batch), strict=True))
+    with pytest.raises(ConfigError, match="trained with another separator"):
+        ProcessRewardModel.from_pretrained(tmp_path / "prm", separator=". ")
+    (tmp_path / "prm" / "process_reward_head.safetensors").unlink()
+    with pytest.raises(ModelError, match="its scores would be random"):
+        ProcessRewardModel.from_pretrained(tmp_path / "prm")
+    with pytest.raises(ModelError, match="its scores would be random"):
+        ProcessRewardModel.from_pretrained(save_tiny(tmp_path / "plain", hidden=32))
+
+
+def run(tmp_path: Path, rows: list[dict[str, Any]], **options: Any) -> ProcessRewardTrainer:
+    config = {"max_steps": 2, "batch_size": 4, "logging": {"progress": False}, **options}
+    made = save_tiny(tmp_path / "model", hidden=32, layers=2, heads=2)
+    return ProcessRewardTrainer(ProcessRewardConfig.parse(config), model=made, data=rows)
+
+
+ROW = {"prompt": "1+1+1=?", "chosen": "1+1=2\n2+1=3", "rejected": "1+1=3\n3+1=4", "labels": [[1, 1], [0, 0]]}
+MISFITS: dict[str, tuple[Any, str]] = {
+    "too few": (
+        [[1, 1], [0]],
+        r"row 1: `labels` has 1 entries for the 2 steps of `rejected`; got steps that end with '\\n'",
+    ),
+    "too many": ([[1, 1, 1], [0, 0]], "row 1: `labels` has 3 entries for the 2 steps of `chosen`"),
+    "flat": ([1, 0], "row 1: `labels` must be two lists of true and false"),
+    "no labels": ([[1, 2], [0, 0]], "row 1: `labels` must be two lists of true and false"),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_labels_that_do_not_fit_are_told(tmp_path: Path, case: str, streaming: bool) -> None:
+    labels, said = MISFITS[case]
+    rows = [ROW, {**ROW, "labels": labels}, ROW, ROW]
+    with pytest.raises(DataError, match=said) as caught:
+        run(tmp_path, rows, dataset={"streaming": streaming, "shuffle": False}).train()
+    assert caught.value.exit_code == 3
+
+
+def test_a_response_that_was_cut_keeps_the_labels_of_its_whole_steps(tmp_path: Path) -> None:
+    trainer = run(tmp_path, [ROW] * 4, max_length=18, max_steps=1)
+    result = trainer.train()
+    assert math.isfinite(result.metrics["loss"])
+
+
+def test_pairs_without_labels_teach_by_ranking_alone(tmp_path: Path) -> None:
+    plain = {name: value for name, value in ROW.items() if name != "labels"}
+    result = run(tmp_path, [plain] * 4).train()
+    assert "step_accuracy" not in result.metrics and "accuracy" in result.metrics
+    with pytest.raises(DataError, match="no row has `labels` of its steps"):
+        run(tmp_path, [plain] * 4, ranking_weight=0.0, outcome_weight=0.0).train()
+    with pytest.raises(ConfigError, match="there is nothing to learn"):
+        run(tmp_path, [plain] * 4, ranking_weight=0.0, outcome_weight=0.0, step_weight=0.0)
+
+
+def test_steps_are_those_of_the_task() -> None:
+    rows = list(Arithmetic(terms=3).rows("preference", 20))
+    for row in rows:
+        for name, steps in zip(("chosen", "rejected"), row["steps"], strict=True):
+            assert split_steps(row[name]) == steps
+            assert len(ends_of(row[name])) == len(steps)
