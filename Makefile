@@ -38,6 +38,7 @@ clean:
 # Once an environment, and again when what it is made from changes. torch goes first, so that everything else is built and
 # resolved against the pinned one.
 $(STAMP): pyproject.toml constraints.txt
+	@echo "installing into $(VENV): a minute or two"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch

@@ -7,16 +7,13 @@ python docs/generate.py --check    exit 1 where one is stale
 from __future__ import annotations
 
 import sys
-import types
-from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
-from pydantic_core import PydanticUndefined
 
 from rlhf_core import registry
 from rlhf_core.config import RunConfig, TrainerConfig
+from rlhf_core.options import option_rows, shown
 from rlhf_core.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,6 +82,9 @@ def configuration() -> str:
         ]
         lines += ["", f"## `{plugin.name}`", "", f"{plugin.summary} Eats `{plugin.record}` rows.", ""]
         lines += option_table(config, only=own) if own else ["It has no options beyond those of every trainer."]
+        for name, group in groups(config):
+            if name in own:
+                lines += ["", f"### `{name}`", "", *paragraph(group), "", *option_table(group, prefix=f"{name}.")]
     lines += ["", "## Presets", "", "`preset: NAME` sets these where the file and flags set nothing:", ""]
     for name, options in PRESETS.items():
         lines.append(f"- `{name}`: " + ", ".join(f"`{key}: {shown(value)}`" for key, value in options.items()))
@@ -93,59 +93,21 @@ def configuration() -> str:
 
 def option_table(config: type[BaseModel], *, prefix: str = "", only: list[str] | None = None) -> list[str]:
     lines = ["| option | type | default | meaning |", "|---|---|---|---|"]
-    for name, info in config.model_fields.items():
-        if only is not None and name not in only:
+    for row in option_rows(config, prefix):
+        if only is not None and row.name not in only:
             continue
-        group = group_of(info.annotation)
-        default = "required" if info.is_required() else f"`{shown(default_of(info))}`"
-        if group is not None and default_of(info) is not None:
-            default = "see below"
-        meaning = (info.description or "").replace("|", "\\|")
-        kind = f"[group](#{name})" if group is not None else type_name(info.annotation)
-        lines.append(f"| `{prefix}{name}` | {kind} | {default} | {meaning} |")
+        default = row.default if row.default == "required" else f"`{row.default}`" if row.default else "see below"
+        kind = f"[group](#{row.name})" if row.group is not None else row.kind
+        lines.append(f"| `{row.name}` | {kind} | {default} | {row.meaning.replace('|', chr(92) + '|')} |")
     return lines
 
 
-def default_of(info: Any) -> Any:
-    value = info.get_default(call_default_factory=True)
-    return None if value is PydanticUndefined else value
-
-
 def groups(config: type[BaseModel]) -> list[tuple[str, type[BaseModel]]]:
-    found = ((name, group_of(info.annotation)) for name, info in config.model_fields.items())
-    return [(name, group) for name, group in found if group is not None]
-
-
-def group_of(annotation: Any) -> type[BaseModel] | None:
-    for part in (annotation, *get_args(annotation)):
-        if isinstance(part, type) and issubclass(part, BaseModel):
-            return part
-    return None
+    return [(row.name, row.group) for row in option_rows(config) if row.group is not None]
 
 
 def paragraph(config: type[BaseModel]) -> list[str]:
     return [" ".join(line.strip() for line in (config.__doc__ or "").strip().splitlines() if line.strip())]
-
-
-def type_name(annotation: Any) -> str:
-    origin, args = get_origin(annotation), get_args(annotation)
-    if origin is Literal:
-        return ", ".join(f"`{value}`" for value in args)
-    if origin in (Union, types.UnionType):
-        return " or ".join("null" if part is type(None) else type_name(part) for part in args)
-    if origin in (list, dict, tuple):
-        return f"{origin.__name__} of {' → '.join(type_name(part) for part in args)}"
-    if isinstance(annotation, type) and issubclass(annotation, Enum):
-        return ", ".join(f"`{member.value}`" for member in annotation)
-    return {str: "text", int: "whole number", float: "number", bool: "true or false"}.get(annotation, str(annotation))
-
-
-def shown(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {shown(item)}" for key, item in value.items()) + "}"
-    return str(value) if value != "" else '""'
 
 
 if __name__ == "__main__":

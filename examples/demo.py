@@ -63,7 +63,7 @@ class Demo:
     def train(self, method: str, data: Path, eval_data: Path, **options: Any) -> Measured:
         """Train the newest model by a method of the registry; return what it measured on the held-out rows."""
         trainer = registry.get("trainer", method)
-        config = trainer.Config(seed=self.seed, max_length=128, logging={"every": 50}, **options)
+        config = trainer.Config(seed=self.seed, max_length=128, logging={"every": 20}, **options)
         output = self.folder / method
         result = trainer(config, model=self.model, data=data, eval_data=eval_data, output=output).train(overwrite=True)
         self.model = result.model_dir
@@ -106,8 +106,7 @@ def dpo(demo: Demo) -> Measured:
         batch_size=64,
         max_steps=demo.scaled(60),
     )
-    share = measured["eval_accuracy"]
-    return {**measured, "pair_accuracy": (share, math.sqrt(share * (1 - share) / len(heldout)))}
+    return {**measured, "pair_accuracy": (measured["eval_accuracy"], measured["eval_accuracy_se"])}
 
 
 STAGES: dict[str, Callable[[Demo], Measured]] = {"start": start, "sft": sft, "dpo": dpo}
@@ -179,8 +178,12 @@ def run(folder: Path, *, seed: int = 0, scale: float = 1.0) -> dict[str, Any]:
     demo, began = Demo(folder, seed, scale), time.monotonic()
     scores: list[Score] = []
     stages: list[Measured] = []
-    for name, stage in STAGES.items():
+    for number, (name, stage) in enumerate(STAGES.items(), 1):
         stage_began = time.monotonic()
+        what = (stage.__doc__ or name).splitlines()[0].rstrip(".")
+        print(
+            f"{number} of {len(STAGES)}, {name}: {what[0].lower()}{what[1:]}, then answer held-out problems", flush=True
+        )
         measured = stage(demo)
         seconds = time.monotonic() - stage_began
         scores.append(evaluate(demo))
@@ -231,6 +234,9 @@ def main() -> int:
     except RLHFError as error:
         print(error.line(), file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("error[interrupted] stopped by Ctrl-C", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -273,6 +273,19 @@ class RunConfig(BaseConfig):
     preset: str | None = Field(None, description="Preset whose options apply where the file sets none: `7b` or `70b`.")
 
 
+_PLAIN = {
+    "float_parsing": "expected a number",
+    "float_type": "expected a number",
+    "int_parsing": "expected a whole number",
+    "int_type": "expected a whole number",
+    "int_from_float": "expected a whole number",
+    "bool_parsing": "expected true or false",
+    "bool_type": "expected true or false",
+    "string_type": "expected text",
+}
+"""What pydantic's commonest complaints mean."""
+
+
 def _config_error(cls: type[BaseConfig], error: ValidationError, place: Mapping[str, str] | str) -> ConfigError:
     first = error.errors(include_url=False)[0]
     key = _key(cls, first["loc"])
@@ -286,7 +299,7 @@ def _config_error(cls: type[BaseConfig], error: ValidationError, place: Mapping[
         return ConfigError(f"unknown option `{key}`", place=where, fix=near)
     if first["type"] == "missing":
         return ConfigError(f"`{key}` is missing", place=where, fix=f"set `{key}`")
-    message = first["msg"]
+    message = _PLAIN.get(first["type"], first["msg"])
     if first["type"] in ("model_type", "model_attributes_type"):
         message = f"expected a group of options ({', '.join(_group(cls, first['loc']).model_fields)})"
     problem = f"`{key}`: {message}" if key else message

@@ -83,7 +83,9 @@ def unknown_option(
     """Return the error for an option that a configuration doesn't have, with the nearest that it has."""
     near = nearest(name.replace("-", "_"), [*also, *_paths(config)]) or nearest(name.rpartition(".")[2], _paths(config))
     hint = f"did you mean `{near}`? " if near else ""
-    return ConfigError(f"unknown option `{name}` of {owner}", place=place, fix=f"{hint}`rlhf show {owner}` lists them")
+    return ConfigError(
+        f"unknown option `{name}` of {owner}", place=place, fix=f"{hint}`rlhf show {owner} --all` lists them"
+    )
 
 
 def _paths(config: type[BaseModel], prefix: str = "") -> list[str]:

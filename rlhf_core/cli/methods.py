@@ -10,6 +10,7 @@ from rlhf_core.cli import complete
 from rlhf_core.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
+    from rlhf_core.header import Option
     from rlhf_core.registry import Plugin
 
 
@@ -41,8 +42,14 @@ def list_plugins(
     print_list(kind, as_json=as_json, check=check)
 
 
-def show(name: Name, as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
-    """Show one method: where it comes from, the rows that it eats, its options. Imports none of it."""
+def show(
+    name: Name,
+    every: Annotated[
+        bool, typer.Option("--all", help="List every option, those that all methods share too; imports the method.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """Show one method: where it comes from, the rows that it eats, its own options. Imports none of it, but with --all."""
     from rlhf_core import registry
     from rlhf_core.header import HeaderError, read_header, read_options
 
@@ -71,12 +78,23 @@ def show(name: Name, as_json: Annotated[bool, typer.Option("--json", help="Print
     for label, value in facts:
         if value:
             print(f"{label:{width}}  {value}")
+    if every:
+        options = _every_option(plugin)
     if options:
         print()
         print_table(("option", "type", "default", "description"), [tuple(vars(option).values()) for option in options])
-    if plugin.kind == "trainer":
-        print(f"\nEvery trainer's options, too: rlhf schema {plugin.name}")
+    if plugin.kind == "trainer" and not every:
+        print(f"\nWith the options that all trainers share: rlhf show {plugin.name} --all")
     return None
+
+
+def _every_option(plugin: Plugin) -> list[Option]:
+    from rlhf_core import registry
+    from rlhf_core.header import Option
+    from rlhf_core.options import every_option
+
+    config = getattr(registry.load(plugin), "Config", None)
+    return [Option(*row[:4]) for row in every_option(config)] if config is not None else []
 
 
 def schema(name: Name) -> None:

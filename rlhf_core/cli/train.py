@@ -54,8 +54,8 @@ def train(
     """Train: `rlhf train dpo --model M --data D --output O --beta 0.2`, or `rlhf train CONFIG.yaml`.
 
     A configuration file is flat: method, model, data, eval_data, output and preset, then the method's options by name. Each is
-    also a flag of that name (--learning_rate or --learning-rate, --lora.rank 8), which wins over the file; `rlhf show METHOD`
-    lists them. Relative paths start at the current directory, those in a file too.
+    also a flag of that name (--learning_rate or --learning-rate, --lora.rank 8), which wins over the file; `rlhf show METHOD
+    --all` lists them. Relative paths start at the current directory, those in a file too.
     """
     if not sys.stderr.isatty():
         os.environ.setdefault(
@@ -91,7 +91,10 @@ def _warn_of_broken() -> None:
 
 
 def validate(context: typer.Context, target: Target) -> None:
-    """Check a configuration file without running it; flags complete or override it as they do for `train`."""
+    """Check a file's options without running it; flags complete or override it as they do for `train`.
+
+    Whether its paths exist is told by `rlhf train FILE --dry-run`.
+    """
     job = _job(target, context.args)
     print(f"ok: {target} is a valid configuration of {job.plugin.qualified}")
 

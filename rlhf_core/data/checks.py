@@ -61,6 +61,8 @@ class Checker:
                     fix=did_you_mean(name, known),
                 )
         self._margin: bool | None = None
+        self._complete = False
+        """Whether a row before had every column."""
 
     def check(self, row: Row) -> Example:
         """Return the row's parts.
@@ -83,6 +85,7 @@ class Checker:
         for name in self.contract.required:
             if not conversation and values.get(name) is None:
                 raise self._missing(name, row)
+        self._complete = True
         prompt = _messages(values["messages"], "messages", row) if conversation else _prompt(values["prompt"], row)
         if conversation:
             _whole_conversation(prompt, row)  # type: ignore[arg-type]
@@ -134,6 +137,15 @@ class Checker:
                 raise _wrong_type("answer", "text or a number", values["answer"], row)
         return per_prompt, per_response
 
+    def _other_contract(self, columns: Sequence[str]) -> str | None:
+        """Return the contract that these columns fulfil, where it has responses and isn't the one asked for."""
+        fits = (
+            c
+            for c in RECORDS.values()
+            if c.responses and c.name != self.contract.name and set(c.required) <= {*columns}
+        )
+        return next((contract.name for contract in fits), None)
+
     def _missing(self, name: str, row: Row) -> DataError:
         own = self.columns.get(name, name)
         found = [str(key) for key, value in row.values.items() if value is not None]
@@ -148,6 +160,10 @@ class Checker:
             if empty
             else f"no column `{own}`, which the `{self.contract.name}` contract needs"
         )
+        if self._complete:
+            fix = "the rows before have it: fill or delete this one"
+        elif other := self._other_contract(found):
+            fix = f"these look like `{other}` rows, for another method; or {fix}"
         return DataError(
             problem, place=row.place, got=f"columns {', '.join(found) or 'none'}", fix=None if empty else fix
         )

@@ -146,7 +146,7 @@ def _named(name: str | Path, split: str, streaming: bool) -> Part:
     return _load(repository, config or None, split, streaming)
 
 
-def _near_file(path: Path) -> str:
+def _near_file(path: Path) -> str | None:
     parent = path.parent
     if not parent.is_dir():
         return f"there is no directory {parent} either"
@@ -154,7 +154,7 @@ def _near_file(path: Path) -> str:
     near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.4)
     if near:
         return f"did you mean {parent / near[0]}?"
-    return f"{parent} has {', '.join(names[:8])}" if names else f"{parent} has no data files"
+    return f"{parent} has {', '.join(names[:8])}" if names else None
 
 
 def _directory(path: Path, split: str, streaming: bool) -> Part:
@@ -162,6 +162,13 @@ def _directory(path: Path, split: str, streaming: bool) -> Part:
 
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         return _dataset(datasets.load_from_disk(str(path)), str(path), split)
+    if names := sorted(item.name for item in path.iterdir() if item.name.endswith(SUFFIXES)):
+        raise DataError(
+            "is a directory; its files may hold rows of different kinds",
+            place=str(path),
+            got=", ".join(names[:8]),
+            fix=f"name a file, such as {path / names[0]}, or several",
+        )
     return _load(str(path), None, split, streaming)
 
 

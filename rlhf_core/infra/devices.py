@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import os
-import platform
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
@@ -42,8 +39,6 @@ class DeviceManager:
                 got=f"local rank {index} with {torch.cuda.device_count()} GPUs",
                 fix=f"start at most {torch.cuda.device_count()} processes a machine",
             )
-        if kind == "cpu":
-            _keep_freed_memory()
 
     @property
     def kind(self) -> str:
@@ -117,18 +112,3 @@ def _best_kind() -> Kind:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-@functools.cache
-def _keep_freed_memory() -> None:
-    """Let glibc keep freed tensors for the next ones, instead of giving them back to the system after each use.
-
-    By default it maps each large tensor anew, and the system clears every page on first touch: on two cores that was a
-    tenth to a fifth of a training step's processor time. Other C libraries are left alone.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return
-    trim_threshold, mmap_threshold = -1, -3  # from malloc.h
-    libc = ctypes.CDLL(None)
-    libc.mallopt(mmap_threshold, 32 * 2**20)  # the most that it takes
-    libc.mallopt(trim_threshold, 2**31 - 1)

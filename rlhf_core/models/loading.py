@@ -234,7 +234,7 @@ def _with_adapter(model: nn.Module, adapter: str, base: str) -> nn.Module:
             fix="set `base_model_name_or_path` in adapter_config.json to the model that it was trained on",
         ) from error
     # Merged, the adapter is part of the policy as passed in: a fresh one can be trained on top, and its reference stays.
-    return adapted.merge_and_unload()
+    return adapted.merge_and_unload().requires_grad_(True)
 
 
 def _load_tokenizer(auto: Any, places: list[str], options: dict[str, Any]) -> Any:

@@ -88,12 +88,23 @@ class Run:
                 self._train()
                 return self._finish()
             except BaseException as error:
+                if isinstance(error, KeyboardInterrupt):
+                    error.add_note(self._remains())
                 note_failure(self, error)
                 raise
             finally:
                 if self.started:
                     self.logger.close()
                 self.directory.close()
+
+    def _remains(self) -> str:
+        """Tell what an interrupted run leaves behind."""
+        step = self.progress.step
+        if not step:
+            return "nothing was learnt yet"
+        if self.state.saved_step:
+            return f"after step {step}: `--resume` goes on from the checkpoint of step {self.state.saved_step}"
+        return f"after step {step}, with no checkpoint to go on from (`checkpoint.every` saves them as it goes)"
 
     # Before the first step
 
@@ -184,6 +195,8 @@ class Run:
                 log.warning("%s holds no checkpoint yet: starting at step 0", self.trainer.output)
             self.logger.event("run_resumed", step=self.progress.step, changed=self.changes)
         else:
+            if self.resume:
+                log.warning("%s holds no run to resume: starting one at step 0", self.trainer.output)
             self.logger.event("run_started", total_steps=self.total_steps)
 
     # The steps

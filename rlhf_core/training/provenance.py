@@ -69,7 +69,7 @@ def note_data(run: Run) -> None:
 def note_failure(run: Run, error: BaseException) -> None:
     """Write how the run ended; what goes wrong here must not hide the error itself."""
     code = error.exit_code if isinstance(error, RLHFError) else 130 if isinstance(error, KeyboardInterrupt) else 1
-    text = str(error) if isinstance(error, RLHFError) else f"{type(error).__name__}: {error}"
+    text = str(error) if isinstance(error, RLHFError) else f"{type(error).__name__}: {error}".removesuffix(": ")
     status: Status = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
     step = run.progress.step
     try:

@@ -57,7 +57,8 @@ def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any], *, place:
             "the configuration changed since the run was started",
             place=place,
             got=", ".join(lines[name] for name in refused),
-            fix="resume with the run's own configuration, or start a new run in another directory",
+            fix="resume with the run's own configuration, or start a new run in another directory, from this one's `model/` to"
+            " train on",
         )
     return [lines[name] for name in changed if name != "output"]
 
