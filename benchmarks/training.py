@@ -1,6 +1,6 @@
 """Training speed and memory beside TRL's, on SmolLM2-135M-Instruct and GSM8K: the same rows, tokens and hyper-parameters.
 
-    python benchmarks/training.py --data PATH_OF_GSM8K [--method sft dpo] [--precision float32 bf16] [--rounds 2]
+    python benchmarks/training.py --data PATH_OF_GSM8K [--method sft dpo reward_model kto] [--precision float32 bf16] [--rounds 2]
 
 Each cell runs in a process of its own, ours and the peer's in turn. The peer's best setting counts: every one in `SETTINGS`
 is run and the fastest compared. Steps are timed from the end of one to the end of the next, the first `WARM_UP` left out, in
@@ -26,8 +26,15 @@ BATCH = 8
 WARM_UP = 3
 MAX_LENGTH = 512
 LEARNING_RATE = 1e-6
-RECORDS = {"sft": "sft", "dpo": "preference"}
-FILES = {"sft": "sft.jsonl", "dpo": "preferences.jsonl"}
+RECORDS = {"sft": "sft", "dpo": "preference", "reward_model": "preference", "kto": "unpaired"}
+FILES = {
+    "sft": "sft.jsonl",
+    "dpo": "preferences.jsonl",
+    "reward_model": "preferences.jsonl",
+    "kto": "unpaired.jsonl",
+}
+PASSES = {"sft": 3, "dpo": 4, "reward_model": 3, "kto": 6}
+"""Forward passes' worth of work: a backward pass counts two; DPO's reference one; KTO's reference one, its KL two."""
 PARAMETERS = 134_515_008
 BODY = 106_203_456
 """Parameters outside the embedding: what every token is multiplied by."""
@@ -37,6 +44,8 @@ BODY = 106_203_456
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "sft": {"padded": {}, "padding_free": {"padding_free": True, "max_length": None}},
     "dpo": {"padded": {}},
+    "reward_model": {"padded": {}},
+    "kto": {"padded": {}},
 }
 
 
@@ -44,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="directory with sft.jsonl and preferences.jsonl")
     parser.add_argument("--model", default=MODEL)
-    parser.add_argument("--method", nargs="+", default=["sft", "dpo"], choices=["sft", "dpo"])
+    parser.add_argument("--method", nargs="+", default=list(RECORDS), choices=list(RECORDS))
     parser.add_argument("--precision", nargs="+", default=["float32", "bf16"], choices=["float32", "bf16"])
     parser.add_argument("--steps", type=int, default=9, help="steps a cell, warm-up included")
     parser.add_argument("--rounds", type=int, default=2, help="times that each cell is run")
@@ -128,16 +137,21 @@ def encoded(options: argparse.Namespace, method: str) -> list[Any]:
 def rows(options: argparse.Namespace, method: str) -> list[dict[str, Any]]:
     with (options.data / FILES[method]).open(encoding="utf-8") as lines:
         found = [json.loads(line) for line in lines]
-    if method == "dpo":  # one pair a question, as the file holds several and a step would else repeat prompts
+    if (
+        RECORDS[method] == "preference"
+    ):  # one pair a question, as the file holds several and a step would else repeat prompts
         found = list({row["prompt"]: row for row in found}.values())
+    if method == "kto":  # good and bad in turn, each question once
+        once = {row["prompt"]: row for row in found}.values()
+        good, bad = ([row for row in once if row["label"] == label] for label in ("desirable", "undesirable"))
+        found = [row for pair in zip(good, bad, strict=False) for row in pair]
     return found[: BATCH * options.steps]
 
 
 def count_tokens(options: argparse.Namespace, method: str) -> list[dict[str, int]]:
     """Count each step's tokens (each response with its prompt) and the least floating-point work it takes.
 
-    Least work: the body for every token, prompts computed once; the vocabulary for scored tokens; a forward and a backward
-    pass, and for DPO a forward pass of the reference.
+    Least work: the body for every token, prompts computed once; the vocabulary for scored tokens; `PASSES` of both.
     """
     found = encoded(options, method)
     head = PARAMETERS - BODY
@@ -147,8 +161,8 @@ def count_tokens(options: argparse.Namespace, method: str) -> list[dict[str, int
         shared = sum(row.num_tokens for row in batch)
         responses = sum(len(ids) for row in batch for ids in row.responses)
         plain = sum(len(row.prompt_ids) * len(row.responses) + sum(map(len, row.responses)) for row in batch)
-        passes = 3 if method == "sft" else 4
-        steps.append({"plain": plain, "flops": 2 * passes * (BODY * shared + head * responses)})
+        scored = 0 if method == "reward_model" else head * responses
+        steps.append({"plain": plain, "flops": 2 * PASSES[method] * (BODY * shared + scored)})
     return steps
 
 
@@ -200,6 +214,12 @@ def peer(options: argparse.Namespace, method: str, precision: str, setting: str)
     class DPO(InOrder, trl.DPOTrainer):  # type: ignore[misc,name-defined]
         pass
 
+    class Reward(InOrder, trl.RewardTrainer):  # type: ignore[misc,name-defined]
+        pass
+
+    class KTO(InOrder, trl.KTOTrainer):  # type: ignore[misc,name-defined]
+        pass
+
     found = encoded(options, method)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -227,6 +247,37 @@ def peer(options: argparse.Namespace, method: str, precision: str, setting: str)
                 processing_class=tokenizer,
                 callbacks=[clock],
             )
+        elif method == "reward_model":
+            table = [
+                {"chosen_ids": row.prompt_ids + row.responses[0], "rejected_ids": row.prompt_ids + row.responses[1]}
+                for row in found
+            ]
+            trainer = Reward(
+                model=_classifier(options.model, tokenizer),
+                args=trl.RewardConfig(**shared),
+                train_dataset=Dataset.from_list(table),
+                processing_class=tokenizer,
+                callbacks=[clock],
+            )
+        elif method == "kto":
+            others = [found[start + (i + 1) % BATCH] for start in range(0, len(found), BATCH) for i in range(BATCH)]
+            table = [
+                {
+                    "prompt_ids": row.prompt_ids,
+                    "completion_ids": row.responses[0],
+                    "KL_completion_ids": other.responses[0],
+                    "label": bool(row.per_response["desirable"][0]),
+                }
+                for row, other in zip(found, others, strict=True)
+            ]
+            trainer = KTO(
+                model=model,
+                ref_model=AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32),
+                args=trl.KTOConfig(**shared, beta=0.1),
+                train_dataset=Dataset.from_list(table),
+                processing_class=tokenizer,
+                callbacks=[clock],
+            )
         else:
             table = [
                 {"prompt_ids": row.prompt_ids, "chosen_ids": row.responses[0], "rejected_ids": row.responses[1]}
@@ -242,6 +293,15 @@ def peer(options: argparse.Namespace, method: str, precision: str, setting: str)
             )
         trainer.train()
     return clock.seconds
+
+
+def _classifier(model: str, tokenizer: Any) -> Any:
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    made = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype=torch.float32)
+    made.config.pad_token_id = tokenizer.pad_token_id
+    return made
 
 
 def matmul_rate(precision: str) -> float:

@@ -2,9 +2,9 @@
 
     python examples/gsm8k_split.py --source ../shared/data/gsm8k [--output data/gsm8k]
 
-Reads `sft.jsonl` (prompt, response) and `preferences.jsonl` (prompt, chosen, rejected) from the source folder and writes
-`sft.train.jsonl`, `sft.heldout.jsonl`, `preferences.train.jsonl` and `preferences.heldout.jsonl`. A question decides by
-itself where all of its rows go, so none stands on both sides, however many rows it has.
+Reads `sft.jsonl` (prompt, response), `preferences.jsonl` (prompt, chosen, rejected) and, where it is there, `unpaired.jsonl`
+(prompt, response, label) from the source folder, and writes NAME.train.jsonl and NAME.heldout.jsonl for each. A question
+decides by itself where all of its rows go, so none stands on both sides, however many rows it has.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 from rlhf_core.errors import ConfigError, DataError, RLHFError, StorageError
 
-HELD_OUT = {"sft": 0.03, "preferences": 0.2}
+HELD_OUT = {"sft": 0.03, "preferences": 0.2, "unpaired": 0.2}
 """Share of the questions held out, by file: losses are averaged over many tokens, pairs are few."""
 Row = dict[str, Any]
 
@@ -70,7 +70,9 @@ def split(source: Path, output: Path, name: str, share: float) -> dict[str, int]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--source", type=Path, required=True, help="folder with sft.jsonl and preferences.jsonl")
+    parser.add_argument(
+        "--source", type=Path, required=True, help="folder with sft.jsonl, preferences.jsonl, unpaired.jsonl"
+    )
     parser.add_argument(
         "--output", type=Path, default=Path("data/gsm8k"), help="folder to write (default: %(default)s)"
     )
@@ -83,6 +85,8 @@ def main() -> int:
         except OSError as error:
             raise StorageError(f"cannot be made: {error.strerror}", place=str(options.output)) from None
         for name in HELD_OUT:
+            if name == "unpaired" and not (options.source / "unpaired.jsonl").exists():
+                continue
             counts = split(options.source, options.output, name, getattr(options, f"{name}_share"))
             print(f"{name}: " + ", ".join(f"{count:,} {what}" for what, count in counts.items()))
     except RLHFError as error:

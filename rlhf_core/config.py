@@ -42,7 +42,7 @@ class BaseConfig(BaseModel):
         if isinstance(value, bool) and info.field_name in cls.model_fields:
             kinds = _alternatives(cls.model_fields[info.field_name].annotation)
             if bool not in kinds and (int in kinds or float in kinds):
-                raise PydanticCustomError("flag_for_number", "expected a number")
+                raise PydanticCustomError("flag_for_number", "must be a number")
         return value
 
     @classmethod
@@ -274,14 +274,14 @@ class RunConfig(BaseConfig):
 
 
 _PLAIN = {
-    "float_parsing": "expected a number",
-    "float_type": "expected a number",
-    "int_parsing": "expected a whole number",
-    "int_type": "expected a whole number",
-    "int_from_float": "expected a whole number",
-    "bool_parsing": "expected true or false",
-    "bool_type": "expected true or false",
-    "string_type": "expected text",
+    "float_parsing": "must be a number",
+    "float_type": "must be a number",
+    "int_parsing": "must be a whole number",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
+    "string_type": "must be text",
 }
 """What pydantic's commonest complaints mean."""
 
@@ -299,10 +299,11 @@ def _config_error(cls: type[BaseConfig], error: ValidationError, place: Mapping[
         return ConfigError(f"unknown option `{key}`", place=where, fix=near)
     if first["type"] == "missing":
         return ConfigError(f"`{key}` is missing", place=where, fix=f"set `{key}`")
-    message = _PLAIN.get(first["type"], first["msg"])
+    message = _PLAIN.get(first["type"], first["msg"].replace("Input should be", "must be"))
     if first["type"] in ("model_type", "model_attributes_type"):
         message = f"expected a group of options ({', '.join(_group(cls, first['loc']).model_fields)})"
-    problem = f"`{key}`: {message}" if key else message
+    named = where.lstrip("-").replace("-", "_") == key  # by its flag
+    problem = f"`{key}`: {message}" if key and not named else message
     fix = None
     if isinstance(first["input"], bool):
         mend = "write a number" if first["type"] == "flag_for_number" else "put the text in quotes if you meant text"

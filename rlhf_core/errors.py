@@ -104,6 +104,12 @@ class Stopped(RLHFError):
     code, exit_code = "stopped", 75
 
 
+class Interrupted(RLHFError):
+    """Ctrl-C came while a run was under way."""
+
+    code, exit_code = "interrupted", 130
+
+
 def nearest(name: str, choices: Iterable[str]) -> str | None:
     """Return the choice that looks most like `name`, or None where none is near."""
     folded = {choice.casefold().replace("-", "_"): choice for choice in choices}

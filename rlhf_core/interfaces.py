@@ -48,6 +48,10 @@ class Seam:
 
     gather: Callable[[Any], list[Any]] = lambda value: [value]
     """Every process's value, in order of rank."""
+    index: int = 0
+    """Which of these values is this process's."""
+    evaluating: bool = False
+    """Whether experience is made of held-out rows, to be scored and not learnt from."""
     score: Callable[[Batch, Callable[[Batch], Tensor]], Tensor] = lambda batch, score: score(batch)
     """A function's scores of a batch's responses, computed in micro-batches that fit in memory."""
 
@@ -110,9 +114,10 @@ class Trainer(ABC, Generic[ConfigT]):
         return self.models["policy"]  # type: ignore[return-value]
 
     def inspect(self, data: EncodedData) -> None:
-        """Look at the training data once models are built, before anything is computed; raise `DataError` where they can't do.
+        """Look at data once models are built, before anything is computed; raise `DataError` where they can't do.
 
-        The default has nothing to say. Rows that are streamed aren't known yet: `data.streaming`.
+        Called with the training data, and then with the held-out data where there are any. The default has nothing to say.
+        Rows that are streamed aren't known yet: `data.streaming`.
         """
 
     def load(self, source: str | Path, **options: Any) -> PolicyModel:

@@ -31,11 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = run(tokens)
         sys.stdout.flush()
         return code
-    except KeyboardInterrupt as error:
+    except KeyboardInterrupt:
         if debug:
             raise
-        notes = getattr(error, "__notes__", [])
-        print("; ".join(["error[interrupted] stopped by Ctrl-C", *notes]), file=sys.stderr)
+        print("error[interrupted] stopped by Ctrl-C", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output (`| head`) went away; what is left in the buffer must not raise again at exit.

@@ -84,7 +84,7 @@ def show(
         print()
         print_table(("option", "type", "default", "description"), [tuple(vars(option).values()) for option in options])
     if plugin.kind == "trainer" and not every:
-        print(f"\nWith the options that all trainers share: rlhf show {plugin.name} --all")
+        print(f"\nWith the options that all trainers share: rlhf show {name} --all")
     return None
 
 

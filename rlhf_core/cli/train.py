@@ -13,7 +13,7 @@ import typer
 
 from rlhf_core.cli import complete
 from rlhf_core.cli.output import print_json
-from rlhf_core.errors import ConfigError
+from rlhf_core.errors import ConfigError, Interrupted
 
 if TYPE_CHECKING:
     from rlhf_core.job import Job
@@ -75,7 +75,11 @@ def train(
     if rank == 0:
         _warn_of_broken()
     trainer = job.trainer(command=shlex.join(["rlhf", *sys.argv[1:]]))
-    result = trainer.train(resume=resume, overwrite=overwrite)
+    try:
+        result = trainer.train(resume=resume, overwrite=overwrite)
+    except KeyboardInterrupt as error:
+        # typer would make an exit of it, without what the run leaves behind.
+        raise Interrupted("; ".join(["stopped by Ctrl-C", *getattr(error, "__notes__", [])])) from error
     if rank == 0:
         _report(result, as_json=as_json)
     return None

@@ -85,7 +85,7 @@ class Checker:
         for name in self.contract.required:
             if not conversation and values.get(name) is None:
                 raise self._missing(name, row)
-        self._complete = True
+        self._complete = self._complete or not conversation
         prompt = _messages(values["messages"], "messages", row) if conversation else _prompt(values["prompt"], row)
         if conversation:
             _whole_conversation(prompt, row)  # type: ignore[arg-type]

@@ -112,6 +112,15 @@ def open_source(data: Any, *, split: str = "train", streaming: bool = False) -> 
     return Source([_dataset(data, "data", split)])
 
 
+def check_paths(data: Any) -> None:
+    """Raise `DataError` where a file that `data` names isn't there: cheap, so that it can be known before anything slow."""
+    for item in data if isinstance(data, list | tuple) else [data]:
+        if isinstance(item, str | Path):
+            path = Path(item).expanduser()
+            if not path.exists() and not _is_hub_name(item):
+                raise _no_such_file(item, path)
+
+
 def has_splits(data: Any) -> bool:
     """Tell whether `data` is of the kinds that come in named splits: a hub name, or a `DatasetDict`, in memory or on disk."""
     if isinstance(data, str | Path):
@@ -141,9 +150,13 @@ def _named(name: str | Path, split: str, streaming: bool) -> Part:
         return ParquetRows(path) if path.suffix == ".parquet" else JsonLines(path)
     text = str(name)
     if not _is_hub_name(name):
-        raise DataError("no such file", place=text, fix=_near_file(path))
+        raise _no_such_file(name, path)
     repository, _, config = text.partition(":")
     return _load(repository, config or None, split, streaming)
+
+
+def _no_such_file(name: str | Path, path: Path) -> DataError:
+    return DataError("no such file", place=str(name), fix=_near_file(path))
 
 
 def _near_file(path: Path) -> str | None:
@@ -162,14 +175,18 @@ def _directory(path: Path, split: str, streaming: bool) -> Part:
 
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         return _dataset(datasets.load_from_disk(str(path)), str(path), split)
-    if names := sorted(item.name for item in path.iterdir() if item.name.endswith(SUFFIXES)):
+    try:
+        return _load(str(path), None, split, streaming)
+    except DataError as error:
+        names = sorted(item.name for item in path.iterdir() if item.name.endswith(SUFFIXES))
+        if not names:
+            raise
         raise DataError(
-            "is a directory; its files may hold rows of different kinds",
+            "is a directory that can't be read as one dataset",
             place=str(path),
-            got=", ".join(names[:8]),
+            got=f"{', '.join(names[:8])}: {error.got}",
             fix=f"name a file, such as {path / names[0]}, or several",
-        )
-    return _load(str(path), None, split, streaming)
+        ) from None
 
 
 def _load(name: str, config: str | None, split: str, streaming: bool) -> Part:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
@@ -97,13 +98,7 @@ class DeviceManager:
 
     def release(self) -> None:
         """Give cached, unused memory back, so that a smaller attempt can have it."""
-        import gc
-
-        gc.collect()
-        if self.kind == "cuda":
-            torch.cuda.empty_cache()
-        elif self.kind == "mps":
-            torch.mps.empty_cache()
+        release_memory(self.device)
 
 
 def _best_kind() -> Kind:
@@ -112,3 +107,20 @@ def _best_kind() -> Kind:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def release_memory(device: torch.device) -> None:
+    """Give a device's cached, unused memory back."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that the device's or the host's memory ran out."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)

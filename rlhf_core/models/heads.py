@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rlhf_core.errors import ModelError
 from rlhf_core.infra.tensors import read_tensors, write_tensors
 
+FORMAT = 1
 NO_HEAD = "the checkpoint has no reward head, so its scores would be random"
 
 
@@ -43,19 +44,18 @@ class TwoLayerHead(nn.Module):
 
 
 class LinearHead(nn.Module):
-    """One layer without bias, as in transformers' sequence classifiers."""
+    """One layer, as in transformers' sequence classifiers, most of which have no bias."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, *, bias: bool = False) -> None:
         super().__init__()
         self.width = width
-        self.outer = nn.Linear(width, 1, bias=False)
+        self.outer = nn.Linear(width, 1, bias=bias)
 
     @classmethod
     def like(cls, layer: nn.Linear) -> LinearHead:
         """Return a head with a layer's weights."""
-        head = cls(layer.in_features)
-        with torch.no_grad():
-            head.outer.weight.copy_(layer.weight)
+        head = cls(layer.in_features, bias=layer.bias is not None)
+        head.outer.load_state_dict(layer.state_dict())
         return head
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -66,17 +66,30 @@ class LinearHead(nn.Module):
 
 def write_head(directory: Path, name: str, head: nn.Module, about: Mapping[str, Any]) -> None:
     """Write `NAME.json` with what the head is and `NAME.safetensors` with its weights."""
-    (directory / f"{name}.json").write_text(json.dumps({"format": 1, **about}, indent=1) + "\n", encoding="utf-8")
+    (directory / f"{name}.json").write_text(json.dumps({"format": FORMAT, **about}, indent=1) + "\n", encoding="utf-8")
     write_tensors(directory / f"{name}.safetensors", head.state_dict())
 
 
-def describe_head(directory: Path, name: str, *, width: int) -> dict[str, Any]:
+def describe_head(directory: Path, name: str, *, width: int, keys: Mapping[str, type]) -> dict[str, Any]:
     """Return what `write_head` noted.
 
+    Args:
+        width: the backbone's.
+        keys: what must be there, with its type.
+
     Raises:
-        ModelError: the head belongs on a backbone of another width.
+        ModelError: the file is damaged, of another format, or the head belongs on a backbone of another width.
     """
-    about: dict[str, Any] = json.loads((directory / f"{name}.json").read_text(encoding="utf-8"))
+    path = directory / f"{name}.json"
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError("is not valid JSON", place=str(path), got=str(error)) from None
+    for key, kind in {"format": int, "width": int, **keys}.items():
+        if not isinstance(about, dict) or not isinstance(about.get(key), kind):
+            raise ModelError(f"lacks `{key}`", place=str(path), fix="save the model again")
+    if about["format"] != FORMAT:
+        raise ModelError("is of another format", place=str(path), got=f"{about['format']} for {FORMAT}")
     if about["width"] != width:
         raise ModelError(
             "the reward head doesn't fit the backbone",
@@ -104,3 +117,23 @@ def fill_head(directory: Path, name: str, head: nn.Module) -> None:
             got = f"{tuple(tensor.shape)} for {tuple(wanted[key].shape)}"
             raise ModelError(f"`{key}` of the reward head has another shape", place=str(path), got=got)
     head.load_state_dict(tensors)
+
+
+def head_directory(source: str | Path, name: str) -> Path | None:
+    """Return where a model's `NAME.json` and `NAME.safetensors` stand, here or fetched from the hub; None without them."""
+    where = Path(source).expanduser()
+    if where.exists():
+        return where if (where / f"{name}.json").is_file() else None
+    from transformers.utils import cached_file
+
+    quiet = {
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+        "_raise_exceptions_for_gated_repo": False,
+    }
+    try:
+        about = cached_file(str(source), f"{name}.json", **quiet)
+        weights = cached_file(str(source), f"{name}.safetensors", **quiet) if about is not None else None
+    except (OSError, ValueError):  # no such name: loading the model itself tells
+        return None
+    return Path(about).parent if about is not None and weights is not None else None

@@ -47,6 +47,8 @@ class Layout:
     tokens were left out."""
     before: Tensor
     """(R, T) long: flat index of the hidden state that predicts each response token; 0 beyond a response's end."""
+    prompt_end: Tensor
+    """(R,) long: flat index of the hidden state at the last token of each response's prompt."""
 
     @property
     def num_positions(self) -> int:
@@ -104,6 +106,7 @@ def packed_layout(batch: Batch, *, share_prompts: bool = True, drop_last: bool =
         segments=tuple(segments),
         at=None if drop_last else torch.where(inside, at, 0),
         before=torch.where(inside, before, 0),
+        prompt_end=firsts,
     )
 
 
@@ -132,4 +135,5 @@ def padded_layout(batch: Batch) -> Layout:
         segments=None,
         at=torch.where(inside, at, 0),
         before=torch.where(inside, at - 1, 0),
+        prompt_end=torch.arange(len(lengths), device=batch.device) * width + prompt_lengths - 1,
     )

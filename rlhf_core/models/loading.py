@@ -40,11 +40,13 @@ def load_model(
     lora: LoraConfig | None = None,
     trust_remote_code: bool = False,
     kind: Kind = "causal",
+    headless: bool = False,
 ) -> tuple[nn.Module, Any]:
     """Load a model with its tokenizer; an adapter directory is loaded on its base, the adapter merged in.
 
     Args:
         kind: a causal language model, the `backbone` without any head, or one that scores sequences (`classifier`).
+        headless: whether the output layer isn't used, and may be missing.
 
     Raises:
         ModelError: it doesn't exist, is damaged or incomplete, has only pickled weights, needs its own code, holds NaN, or
@@ -60,6 +62,8 @@ def load_model(
     base = _adapter_base(where) if adapter else where
     options |= {"trust_remote_code": trust_remote_code}
     transformers_logging.disable_progress_bar()
+    # Each of a dozen attempts to reach the hub would be a line; the last one's reason is in our error.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         tokenizer = _load_tokenizer(AutoTokenizer, [where, base], options)
         _check_files(base)
@@ -72,8 +76,7 @@ def load_model(
             **({"quantization_config": settings} if (settings := quantization(lora)) else {}),
             **options,
         )
-        if kind == "classifier":
-            check_head(info["missing_keys"], source)
+        check_weights(model, info["missing_keys"], source, base=base, headless=headless)
         if adapter:
             model = _with_adapter(model, adapter, base)
     except RLHFError:
@@ -87,15 +90,32 @@ def load_model(
     return model, tokenizer
 
 
-def check_head(missing: Iterable[str], source: str) -> None:
-    """Raise where the checkpoint lacks the layer that gives the scores, which would be made up at random."""
-    if absent := sorted(name for name in missing if name.startswith(("score", "classifier"))):
+def check_weights(model: nn.Module, missing: Iterable[str], source: str, *, base: str, headless: bool = False) -> None:
+    """Raise where the checkpoint lacks weights of the model, which would be made up at random."""
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    free = {
+        f"{name}.{kind}" for name, module in model.named_modules() if module is output for kind in ("weight", "bias")
+    }
+    absent = sorted(name for name in missing if not (headless and name in free))
+    if not absent:
+        return
+    if any((Path(base) / f"{name}.json").is_file() for name in ("reward_head", "process_reward_head")):
+        raise ModelError(
+            "is a reward model, not a language model", place=source, fix="name the model that it was made from"
+        )
+    if absent[0].startswith(("score", "classifier")):
         raise ModelError(
             "the checkpoint has no reward head, so its scores would be random",
             place=source,
             got=f"no `{absent[0]}`",
             fix="use a reward model's checkpoint, or train one: `rlhf train reward_model`",
         )
+    raise ModelError(
+        "the checkpoint lacks weights, which would be random",
+        place=source,
+        got=f"no `{absent[0]}`" + (f" and {len(absent) - 1} more" if len(absent) > 1 else ""),
+        fix="copy the whole checkpoint again",
+    )
 
 
 def architecture(source: str | Path, *, trust_remote_code: bool = False) -> str:
@@ -127,8 +147,11 @@ def file_hashes(source: str) -> dict[str, str] | None:
         return {path.name: _sha256(path)}
     if not path.is_dir():
         return None
-    wanted = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".json", ".jinja", ".model"))
-    hashes = {file.name: _sha256(file) for file in wanted}
+    parts = [path, *(part for part in path.glob("member-*") if part.is_dir())]
+    wanted = sorted(
+        p for part in parts for p in part.iterdir() if p.suffix in (".safetensors", ".json", ".jinja", ".model")
+    )
+    hashes = {str(file.relative_to(path)): _sha256(file) for file in wanted}
     if _is_adapter(str(path)):
         base = file_hashes(_adapter_base(str(path)))
         hashes |= {f"base/{name}": value for name, value in (base or {}).items()}
@@ -194,6 +217,8 @@ def _locate(source: str) -> tuple[str, dict[str, Any]]:
 
 def _near_path(path: Path) -> str | None:
     if not path.parent.is_dir():
+        if (near := _near_path(path.parent)) is not None and near.startswith("did you mean"):
+            return near
         return f"the directory {path.parent} doesn't exist either"
     near = nearest(path.name, (p.name for p in path.parent.iterdir()))
     return f"did you mean {path.parent / near}?" if near else None
@@ -234,7 +259,11 @@ def _with_adapter(model: nn.Module, adapter: str, base: str) -> nn.Module:
             fix="set `base_model_name_or_path` in adapter_config.json to the model that it was trained on",
         ) from error
     # Merged, the adapter is part of the policy as passed in: a fresh one can be trained on top, and its reference stays.
-    return adapted.merge_and_unload().requires_grad_(True)
+    merged = adapted.merge_and_unload()
+    for parameter in merged.parameters():
+        # peft froze the base; of quantised weights, which are whole numbers, none can learn.
+        parameter.requires_grad_(parameter.is_floating_point())
+    return merged
 
 
 def _load_tokenizer(auto: Any, places: list[str], options: dict[str, Any]) -> Any:
@@ -294,7 +323,10 @@ def _load_error(source: str, error: Exception) -> ModelError:
         )
     if not Path(source).exists():
         return ModelError(
-            "is neither a local directory nor a model that the hub gave", place=source, got=text, fix="check the name"
+            "is neither a local directory nor a model that the hub gave",
+            place=source,
+            got=text,
+            fix=_near_path(Path(source)) or "check the path, or for a hub name the spelling and the network",
         )
     return ModelError("can't be loaded", place=source, got=f"{type(error).__name__}: {text}")
 

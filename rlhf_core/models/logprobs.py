@@ -152,6 +152,9 @@ def linear_token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, sc
     Returns:
         (S,) float32, nats. Matrix products run in autocast's precision, the softmax in float32.
     """
+    if not torch.is_grad_enabled():
+        # A function isn't told that gradients are off, and would keep what its backward pass would need.
+        hidden, weight = hidden.detach(), weight.detach()
     device = hidden.device.type
     precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     with torch.autocast(device, enabled=False):

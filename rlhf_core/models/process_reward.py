@@ -14,10 +14,10 @@ from rlhf_core.batch import Batch
 from rlhf_core.config import LoraConfig, TrainerConfig
 from rlhf_core.errors import ConfigError, ModelError
 from rlhf_core.infra.seeds import stream_seed
-from rlhf_core.models.heads import NO_HEAD, TwoLayerHead, describe_head, fill_head, write_head
+from rlhf_core.models.heads import NO_HEAD, TwoLayerHead, describe_head, fill_head, head_directory, write_head
 from rlhf_core.models.loading import load_model
-from rlhf_core.models.reward import last_hidden
-from rlhf_core.models.sequence import SequenceModel
+from rlhf_core.models.reward import last_hidden, refuse_quantised
+from rlhf_core.models.sequence import SequenceModel, model_hashes
 from rlhf_core.models.steps import step_ends
 
 HEAD = "process_reward_head"
@@ -64,32 +64,27 @@ class ProcessRewardModel(nn.Module):
             ModelError: the head is missing, or its width isn't the backbone's.
             ConfigError: another separator is asked for than the checkpoint was trained with.
         """
-        where = Path(source).expanduser()
-        saved = (where / f"{HEAD}.json").is_file()
-        if not saved and not new_head:
+        refuse_quantised(lora)
+        where = head_directory(source, HEAD)
+        if where is None and not new_head:
             fix = "train one: `rlhf train process_reward`"
             raise ModelError(NO_HEAD, place=str(source), got=f"no {HEAD}.json", fix=fix)
         network, tokenizer = load_model(
             source,
-            kind="backbone" if saved else "causal",
+            kind="causal" if where is None else "backbone",
+            headless=True,
             attention="sdpa",
             lora=lora,
             trust_remote_code=trust_remote_code,
         )
         backbone = SequenceModel(cast(nn.Module, network.base_model), tokenizer, source=str(source))
         backbone.loaded = True
-        if saved:
-            about = describe_head(where, HEAD, width=backbone.width)
+        if where is not None:
+            about = describe_head(where, HEAD, width=backbone.width, keys={"separator": str})
             head = TwoLayerHead(backbone.width, outputs=2)
             fill_head(where, HEAD, head)
-            if separator is not None and separator != about["separator"]:
-                raise ConfigError(
-                    "the model was trained with another separator",
-                    place="separator",
-                    got=f"{separator!r} for {about['separator']!r}",
-                    fix="leave `separator` out, or start from a model without a head",
-                )
             model = cls(backbone, head, separator=about["separator"])
+            model.check_separator(separator)
         else:
             model = cls.on(backbone, separator="\n" if separator is None else separator, seed=seed)
         if device is not None:
@@ -115,8 +110,19 @@ class ProcessRewardModel(nn.Module):
     def max_positions(self) -> int | None:
         return self.backbone.max_positions
 
+    def check_separator(self, separator: str | None) -> None:
+        """Refuse another separator than the model was trained with; None asks for nothing."""
+        if separator is not None and separator != self.separator:
+            raise ConfigError(
+                "the model was trained with another separator",
+                place="separator",
+                got=f"{separator!r} for {self.separator!r}",
+                fix="leave `separator` out, or start from a model without a head",
+            )
+
     def configure(self, config: TrainerConfig) -> Self:
         """Apply a trainer's options to the backbone, in place; return the model."""
+        refuse_quantised(config.lora)
         self.backbone.configure(config)
         return self
 
@@ -154,6 +160,7 @@ class ProcessRewardModel(nn.Module):
     def describe(self) -> dict[str, Any]:
         """Return what this model is, for a run's record."""
         return self.backbone.describe() | {
+            "files": model_hashes(self, [self.backbone]),
             "parameters": sum(p.numel() for p in self.parameters()),
             "trainable": sum(p.numel() for p in self.parameters() if p.requires_grad),
             "separator": self.separator,

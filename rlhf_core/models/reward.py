@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -14,12 +15,26 @@ from rlhf_core.batch import Batch
 from rlhf_core.config import LoraConfig, TrainerConfig
 from rlhf_core.errors import ConfigError, ModelError
 from rlhf_core.infra.seeds import stream_seed
-from rlhf_core.models.heads import NO_HEAD, LinearHead, TwoLayerHead, describe_head, fill_head, write_head
+from rlhf_core.models.heads import (
+    NO_HEAD,
+    LinearHead,
+    TwoLayerHead,
+    describe_head,
+    fill_head,
+    head_directory,
+    write_head,
+)
 from rlhf_core.models.layout import Layout
 from rlhf_core.models.loading import architecture, load_model
-from rlhf_core.models.sequence import SequenceModel
+from rlhf_core.models.sequence import SequenceModel, model_hashes
 
 HEAD = "reward_head"
+MOST_MEMBERS = 64
+_HEADS: dict[str, Callable[[int], nn.Module]] = {
+    "two_layer": TwoLayerHead,
+    "linear": LinearHead,
+    "linear_bias": functools.partial(LinearHead, bias=True),
+}
 
 
 class RewardModel(nn.Module):
@@ -42,7 +57,7 @@ class RewardModel(nn.Module):
         source: str | Path,
         *,
         members: int | None = None,
-        share_backbone: bool = True,
+        share_backbone: bool | None = None,
         new_head: bool = False,
         seed: int = 0,
         trust_remote_code: bool = False,
@@ -54,7 +69,7 @@ class RewardModel(nn.Module):
 
         Args:
             members: how many there must be; None takes what the checkpoint has, or one.
-            share_backbone: whether the members of a new ensemble stand on one backbone.
+            share_backbone: whether the members stand on one backbone; None takes what the checkpoint has, or one backbone.
             new_head: give a checkpoint without a head new ones, for training; without it, that is an error.
             seed: of new heads, member by member.
             options: those of `PolicyModel.from_pretrained`.
@@ -63,28 +78,23 @@ class RewardModel(nn.Module):
             ModelError: the head is missing, or its width isn't the backbone's.
             ConfigError: another number of members is asked for than the checkpoint has.
         """
-        where = Path(source).expanduser()
+        refuse_quantised(lora)
+        where = head_directory(source, HEAD)
         settings: dict[str, Any] = {"attention": "sdpa", "lora": lora, "trust_remote_code": trust_remote_code}
-        if (where / f"{HEAD}.json").is_file():
-            model = cls._saved(where, settings)
+        if where is not None:
+            model = cls._saved(where, source, settings)
         elif architecture(source, trust_remote_code=trust_remote_code).endswith("ForSequenceClassification"):
             model = cls._classifier(str(source), settings)
         elif new_head:
-            network, tokenizer = load_model(source, **settings)
+            network, tokenizer = load_model(source, headless=True, **settings)
             backbone = SequenceModel(cast(nn.Module, network.base_model), tokenizer, source=str(source))
             backbone.loaded = True
-            model = cls.on(backbone, members=members or 1, share_backbone=share_backbone, seed=seed)
+            model = cls.on(backbone, members=members or 1, share_backbone=share_backbone is not False, seed=seed)
         else:
             raise ModelError(
                 NO_HEAD, place=str(source), got=f"no {HEAD}.json", fix="train one: `rlhf train reward_model`"
             )
-        if members is not None and members != len(model.heads):
-            raise ConfigError(
-                f"{members} members were asked for",
-                place="ensemble.size",
-                got=f"a checkpoint of {len(model.heads)}",
-                fix=f"set `ensemble.size` to {len(model.heads)}, or start from a model without heads",
-            )
+        model.check_members(members, share_backbone)
         if device is not None:
             model.to(device)
         for backbone in model._backbones:
@@ -99,18 +109,21 @@ class RewardModel(nn.Module):
         return cls(backbones, [TwoLayerHead(backbone.width, seed=of_member) for of_member in seeds])
 
     @classmethod
-    def _saved(cls, where: Path, settings: dict[str, Any]) -> Self:
-        first = cls._load_backbone(where, settings)
-        about = describe_head(where, HEAD, width=first.width)
+    def _saved(cls, where: Path, source: str | Path, settings: dict[str, Any]) -> Self:
+        first = cls._load_backbone(source, settings)
+        keys = {"head": str, "members": int, "shared": bool}
+        about = describe_head(where, HEAD, width=first.width, keys=keys)
+        if about["head"] not in _HEADS or not 1 <= about["members"] <= MOST_MEMBERS:
+            got = f"head {about['head']}, {about['members']} members"
+            raise ModelError("is no head that is known here", place=str(where / f"{HEAD}.json"), got=got)
         folders = [where / f"member-{member}" for member in range(1, 1 if about["shared"] else about["members"])]
         backbones = [first, *(cls._load_backbone(folder, settings) for folder in folders)]
-        kind = LinearHead if about["head"] == "linear" else TwoLayerHead
-        model = cls(backbones, [kind(about["width"]) for _ in range(about["members"])])
+        model = cls(backbones, [_HEADS[about["head"]](about["width"]) for _ in range(about["members"])])
         fill_head(where, HEAD, model.heads)
         return model
 
     @staticmethod
-    def _load_backbone(where: Path, settings: dict[str, Any]) -> SequenceModel:
+    def _load_backbone(where: str | Path, settings: dict[str, Any]) -> SequenceModel:
         network, tokenizer = load_model(where, kind="backbone", **settings)
         backbone = SequenceModel(network, tokenizer, source=str(where))
         backbone.loaded = True
@@ -152,8 +165,27 @@ class RewardModel(nn.Module):
     def max_positions(self) -> int | None:
         return self._backbones[0].max_positions
 
+    def check_members(self, members: int | None, share_backbone: bool | None) -> None:
+        """Refuse another number of members than there are, or backbones shared in another way; None asks for nothing."""
+        if members is not None and members != self.members:
+            raise ConfigError(
+                f"{members} members were asked for",
+                place="ensemble.size",
+                got=f"a model of {self.members}",
+                fix=f"set `ensemble.size` to {self.members}, or start from a model without heads",
+            )
+        shared = len(self.backbones) == 1
+        if share_backbone is not None and self.members > 1 and share_backbone != shared:
+            raise ConfigError(
+                "the model's members stand on " + ("one backbone" if shared else "a backbone each"),
+                place="ensemble.share_backbone",
+                got=str(share_backbone).lower(),
+                fix="leave it out, or start from a model without heads",
+            )
+
     def configure(self, config: TrainerConfig) -> Self:
         """Apply a trainer's options to every backbone, in place; return the model."""
+        refuse_quantised(config.lora)
         for backbone in self._backbones:
             backbone.configure(config)
         return self
@@ -181,7 +213,7 @@ class RewardModel(nn.Module):
         for member, backbone in enumerate(self._backbones):
             backbone.save_pretrained(directory if member == 0 else directory / f"member-{member}", merged=True)
         about = {
-            "head": "linear" if isinstance(self.heads[0], LinearHead) else "two_layer",
+            "head": _head_name(self.heads[0]),
             "width": self._backbones[0].width,
             "members": self.members,
             "shared": len(self.backbones) == 1,
@@ -191,6 +223,7 @@ class RewardModel(nn.Module):
     def describe(self) -> dict[str, Any]:
         """Return what this model is, for a run's record."""
         return self._backbones[0].describe() | {
+            "files": model_hashes(self, self._backbones),
             "parameters": sum(p.numel() for p in self.parameters()),
             "trainable": sum(p.numel() for p in self.parameters() if p.requires_grad),
             "members": self.members,
@@ -201,5 +234,25 @@ class RewardModel(nn.Module):
 def last_hidden(hidden: Tensor, layout: Layout, batch: Batch) -> Tensor:
     """Return (R, D): the hidden state at each response's last token, or at its prompt's end where it is empty."""
     assert layout.at is not None
+    if not batch.response_ids.shape[1]:
+        return hidden[layout.prompt_end]
     last = (batch.response_lengths - 1).clamp(min=0)[:, None]
-    return hidden[layout.at.gather(1, last).squeeze(1)]
+    at = layout.at.gather(1, last).squeeze(1)
+    return hidden[torch.where(batch.response_lengths > 0, at, layout.prompt_end)]
+
+
+def refuse_quantised(lora: LoraConfig | None) -> None:
+    """Refuse a quantised base: what is exported has the adapter merged in, and would be rounded to 4 or 8 bits again."""
+    if lora is not None and lora.quantize != "none":
+        raise ConfigError(
+            "reward models aren't trained on a quantised base",
+            place="lora.quantize",
+            got=lora.quantize,
+            fix="set `lora.quantize: none`",
+        )
+
+
+def _head_name(head: nn.Module) -> str:
+    if not isinstance(head, LinearHead):
+        return "two_layer"
+    return "linear" if head.outer.bias is None else "linear_bias"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_core.batch import Batch
+from rlhf_core.infra.devices import is_out_of_memory, release_memory
 
 log = logging.getLogger(__name__)
 
@@ -44,13 +45,17 @@ def score_in_parts(
 
 def _score(micro: Batch, score: Callable[[Batch], Tensor], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield response numbers with their scores: of the whole micro-batch, or of its halves where memory runs out."""
+    values: Tensor | None = None
     try:
         values = score(micro.to(device))
-    except (torch.OutOfMemoryError, MemoryError):
-        if micro.num_prompts == 1:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error) or micro.num_prompts == 1:
             raise
-        log.warning("out of memory: %d prompts are forwarded in halves", micro.num_prompts)
-        for half in micro.split(max_prompts=(micro.num_prompts + 1) // 2):
-            yield from _score(half, score, device)
-    else:
+    if values is not None:
         yield micro[_COLUMN].cpu(), values.float().cpu()
+        return
+    # Outside the handler: its traceback would keep the failed forward pass in memory.
+    release_memory(device)
+    log.warning("out of memory: %d prompts are forwarded in halves", micro.num_prompts)
+    for half in micro.split(max_prompts=(micro.num_prompts + 1) // 2):
+        yield from _score(half, score, device)

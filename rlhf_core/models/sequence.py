@@ -6,7 +6,7 @@ import contextlib
 import copy
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
@@ -263,23 +263,12 @@ class SequenceModel(nn.Module):
         model.save_pretrained(directory)  # type: ignore[operator]
         self.tokenizer.save_pretrained(directory)
 
-    def _hashes(self) -> dict[str, str]:
-        """Return SHA-256 of the files that it was loaded from, or, of a model in memory, of its weights as they are."""
-        if (files := file_hashes(self.source)) is not None and self.loaded:
-            return files
-        digest = hashlib.sha256()
-        for name, tensor in self.model.state_dict().items():
-            if not (self.fresh_adapter and "lora_" in name):
-                digest.update(name.encode())
-                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return {"weights in memory": digest.hexdigest()}
-
     def describe(self) -> dict[str, Any]:
         """Return what this model is, for a run's record."""
         config = self.network.config
         return {
             "source": self.source,
-            "files": self._hashes(),
+            "files": model_hashes(self, [self]),
             "architecture": type(self.network).__name__,
             "revision": getattr(config, "_commit_hash", None),
             "parameters": sum(p.numel() for p in self.parameters()),
@@ -297,3 +286,21 @@ def _checkpointing(network: Any, action: str) -> Callable[..., None]:
         getattr(network, f"activation_checkpointing_{action}", None)
         or getattr(network, f"gradient_checkpointing_{action}"),
     )
+
+
+def model_hashes(model: nn.Module, parts: Sequence[SequenceModel]) -> dict[str, str]:
+    """Return SHA-256 of the files that a model was loaded from, or, of one in memory, of its weights as they are.
+
+    Args:
+        model: the whole.
+        parts: what was loaded, the first from where the rest stands too.
+    """
+    if all(part.loaded for part in parts) and (files := file_hashes(parts[0].source)) is not None:
+        return files
+    digest = hashlib.sha256()
+    fresh = any(part.fresh_adapter for part in parts)
+    for name, tensor in model.state_dict().items():
+        if not (fresh and "lora_" in name):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return {"weights in memory": digest.hexdigest()}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,11 +13,11 @@ if TYPE_CHECKING:
     from rlhf_core.batch import Batch
 
 
-def step_ends(batch: Batch, tokenizer: object, separator: str) -> Tensor:
+def step_ends(batch: Batch, tokenizer: Any, separator: str) -> Tensor:
     """Return (R, T) bool: the token at which each step of each response ends, on the batch's device.
 
     A step ends with the token that completes its separator; the last one, if no separator follows it, with the response's
-    last token. Blank steps are none. A response has at least one step.
+    last token. Blank steps are none. A response of any tokens has at least one step.
     """
     ends = torch.zeros(batch.response_ids.shape, dtype=torch.bool)
     piece = _pieces(tokenizer)
@@ -43,14 +44,21 @@ def _ends(pieces: list[str], separator: str) -> list[int]:
 
 
 @functools.lru_cache(maxsize=8)
-def _pieces(tokenizer: object) -> functools._lru_cache_wrapper[str]:
-    """Return each id's own text; control tokens have none."""
-    special = set(tokenizer.all_special_ids)  # type: ignore[attr-defined]
+def _pieces(tokenizer: Any) -> Callable[[int], str]:
+    """Return each id's own text; control tokens have none.
+
+    It is decoded behind another token: alone, some tokenizers drop the blank that a piece begins with.
+    """
+    special = set(tokenizer.all_special_ids)
+    anchor = tokenizer("a", add_special_tokens=False)["input_ids"]
+    before = len(_decoded(tokenizer, anchor))
 
     @functools.cache
     def piece(token: int) -> str:
-        if token in special:
-            return ""
-        return str(tokenizer.decode([token], clean_up_tokenization_spaces=False))  # type: ignore[attr-defined]
+        return "" if token in special else _decoded(tokenizer, [*anchor, token])[before:]
 
     return piece
+
+
+def _decoded(tokenizer: Any, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))

@@ -162,7 +162,10 @@ class DataParallel(Distribution):
         padded[: data.numel()] = data
         parts = [torch.empty_like(padded) for _ in range(self.world_size)]
         dist.all_gather(parts, padded)
-        return [json.loads(bytes(part[: int(size)].tolist()).decode()) for part, size in zip(parts, sizes, strict=True)]
+        return [
+            json.loads(part[: int(size)].cpu().numpy().tobytes().decode())
+            for part, size in zip(parts, sizes, strict=True)
+        ]
 
     def barrier(self) -> None:
         self.sum([0.0])

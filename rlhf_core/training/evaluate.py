@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -11,11 +11,11 @@ from rlhf_core.batch import Batch
 from rlhf_core.data import DataStream
 from rlhf_core.data.base import EncodedData
 from rlhf_core.errors import DataError
-from rlhf_core.infra.devices import DeviceManager
+from rlhf_core.infra.devices import DeviceManager, is_out_of_memory
 from rlhf_core.infra.seeds import RandomState, seed_everything
 from rlhf_core.interfaces import Trainer
 from rlhf_core.training.distribution import Distribution
-from rlhf_core.training.micro_batches import MicroBatches, halves, is_out_of_memory
+from rlhf_core.training.micro_batches import MicroBatches, halves
 from rlhf_core.training.per_prompt import PerPrompt, merge_entries, standard_errors
 from rlhf_core.training.per_prompt import values as per_prompt_values
 from rlhf_core.training.reduction import Tally, quotients
@@ -50,6 +50,7 @@ def evaluate(
         rank=distribution.rank,
         world_size=distribution.world_size,
     )
+    seam, trainer.seam = trainer.seam, replace(trainer.seam, evaluating=True)
     scores = _Scores(PerPrompt(type(trainer).__name__))
     try:
         with torch.no_grad(), devices.autocast(trainer.config.precision):
@@ -57,6 +58,7 @@ def evaluate(
                 for micro in micro_batches.cut(window):
                     _score(trainer, micro, devices, scores)
     finally:
+        trainer.seam = seam
         random.restore()
         trainer.load_state_dict(json.loads(remembered))
     averages = quotients(sum_pairs(distribution, scores.terms))

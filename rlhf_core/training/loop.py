@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from rlhf_core.batch import Batch
+from rlhf_core.data.sources import check_paths
 from rlhf_core.errors import NumbersError, PluginError
 from rlhf_core.hooks import Hooks, load_hooks
-from rlhf_core.infra.devices import DeviceManager
+from rlhf_core.infra.devices import DeviceManager, is_out_of_memory
 from rlhf_core.infra.seeds import seed_everything
 from rlhf_core.interfaces import Trainer
 from rlhf_core.training.distribution import Distribution, create_distribution
@@ -25,7 +26,7 @@ from rlhf_core.training.evaluate import evaluate
 from rlhf_core.training.export import export_models
 from rlhf_core.training.logger import REQUIRED, TIMING, TrainingLogger
 from rlhf_core.training.loss_scale import LossScale
-from rlhf_core.training.micro_batches import MicroBatches, is_out_of_memory
+from rlhf_core.training.micro_batches import MicroBatches
 from rlhf_core.training.optimizer import Schedule, create_optimizer, set_learning_rate
 from rlhf_core.training.prepare import (
     build_models,
@@ -121,12 +122,16 @@ class Run:
     def _prepare(self) -> None:
         config, trainer = self.config, self.trainer
         self._check_resumable()
+        for data in (trainer.data, trainer.eval_data):
+            check_paths(data)
         seed_everything(config.seed, "model")
         policy = load_policy(trainer, self.devices)
         self.dataset, self.eval_dataset = open_data(trainer, policy)
         note_inputs(self, policy)
         self.parameters = build_models(trainer, policy, self.devices)
-        trainer.inspect(self.dataset)
+        for data in (self.dataset, self.eval_dataset):
+            if data is not None:
+                trainer.inspect(data)
         self.distribution.same_parameters(trainer.models)
         self.micro_batches = MicroBatches(config)
         connect(trainer, distribution=self.distribution, devices=self.devices, micro_batches=self.micro_batches)
@@ -203,7 +208,7 @@ class Run:
 
     def _train(self) -> None:
         self.hooks.emit("run_started", run=self.trainer)
-        for module in self.trainer.models.values():
+        for module in self.trainer.models.modules():
             if getattr(module, "fresh_adapter", False):
                 # From the first step on the base isn't what was passed in, should this model be trained again.
                 module.fresh_adapter = False  # type: ignore[assignment]
@@ -266,7 +271,8 @@ class Run:
         row |= outcome.metrics
         every = self.config.eval_steps
         if self.eval_dataset is not None and (step == self.total_steps or (every is not None and step % every == 0)):
-            row |= self._evaluate()
+            progress.metrics = row
+            row |= self._evaluate_or_save()
         row |= dict(zip(TIMING, (seconds, outcome.tokens / seconds), strict=True))
         progress.metrics = row
         self.logger.metrics(row)
@@ -284,6 +290,15 @@ class Run:
                 got=f"rows {list(window.rows)[:16]} last",
                 fix="look at the loss mask of these rows, or at the rewards",
             )
+
+    def _evaluate_or_save(self) -> dict[str, float]:
+        """Evaluate; where that fails, what was learnt is saved first, so that a resume can do without learning it again."""
+        try:
+            return self._evaluate()
+        except Exception:
+            self.logger.metrics(self.progress.metrics)
+            self._save()
+            raise
 
     def _evaluate(self) -> dict[str, float]:
         assert self.eval_dataset is not None

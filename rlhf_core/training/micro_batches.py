@@ -6,8 +6,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from rlhf_core.batch import Batch
 from rlhf_core.config import TrainerConfig
 
@@ -40,14 +38,6 @@ class MicroBatches:
         """Take back a size that memory forced on the run, unless a smaller one was asked for since."""
         sizes = [size for size in (self.max_prompts, state["max_prompts"]) if size is not None]
         self.max_prompts = min(sizes, default=None)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error says that the device's or the host's memory ran out."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
 
 
 def halves(micro: Batch) -> list[Batch]:

@@ -121,7 +121,7 @@ def connect(
 ) -> None:
     """Lend the method what its `experience` may ask of the loop."""
     score = functools.partial(score_in_parts, cut=micro_batches.cut, device=devices.device)
-    trainer.seam = Seam(gather=distribution.gather, score=score)
+    trainer.seam = Seam(gather=distribution.gather, index=distribution.rank, score=score)
 
 
 def training_mode(trainer: Trainer, training: bool) -> None:

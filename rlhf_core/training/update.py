@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from rlhf_core.batch import Batch
 from rlhf_core.errors import NumbersError, PluginError
-from rlhf_core.infra.devices import DeviceManager
+from rlhf_core.infra.devices import DeviceManager, is_out_of_memory
 from rlhf_core.infra.seeds import RandomState
 from rlhf_core.interfaces import Trainer
 from rlhf_core.training.distribution import Distribution
 from rlhf_core.training.loss_scale import LossScale
-from rlhf_core.training.micro_batches import MicroBatches, is_out_of_memory
+from rlhf_core.training.micro_batches import MicroBatches
 from rlhf_core.training.reduction import Tally, objective, quotients, total_weights
 
 log = logging.getLogger(__name__)

@@ -114,6 +114,13 @@ def test_show_tells_all_that_the_source_says(rlhf) -> None:
     assert "beta" in {option["name"] for option in shown["options"]}
 
 
+def test_show_all_lists_every_option_with_its_groups(rlhf) -> None:
+    code, out, _ = rlhf("show", "trainer:reward_model", "--all")
+    shown = {line.split()[0] for line in out.splitlines() if line.strip()}
+    assert code == 0 and {"learning_rate", "ensemble.size", "lora.rank", "dataset.streaming"} <= shown
+    assert "rlhf show trainer:reward_model --all" in rlhf("show", "trainer:reward_model")[1]
+
+
 def test_show_tells_why_a_plugin_is_broken(rlhf, install) -> None:
     install("acme", {}, trainers={"mine": "acme_gone:Mine"})
     code, out, _ = rlhf("show", "mine")

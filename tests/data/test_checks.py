@@ -185,3 +185,14 @@ def test_strict_refuses_what_would_be_cut(tiny):
     row = {"prompt": "a", "response": "b" * 90}
     assert opened(tiny, [row], "sft").report.truncated == 1
     assert "would be cut" in fault(tiny, [row], "sft", strict=True)
+
+
+def test_a_gap_behind_whole_rows_is_a_gap(tiny):
+    whole = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    error = fault(tiny, [whole, {"prompt": "a", "chosen": "b"}], "preference")
+    assert error.endswith("fix: the rows before have it: fill or delete this one")
+
+
+def test_rows_of_another_contract_are_recognised(tiny):
+    error = fault(tiny, [{"prompt": "a", "response": "b"}], "preference")
+    assert "fix: these look like `sft` rows, for another method; or set `dataset.columns`" in error

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_core.data.files import Cursor, JsonLines
-from rlhf_core.data.sources import has_splits, open_source
+from rlhf_core.data.sources import check_paths, has_splits, open_source
 from rlhf_core.errors import DataError
 
 FORMS = ("jsonl", "gz", "zst", "parquet")
@@ -276,3 +276,22 @@ def test_identity_tells_files_apart(tmp_path):
 
 def test_zstd_needs_nothing_beside_arrow():
     assert pa.Codec.is_available("zstd")
+
+
+def test_a_directory_of_files_is_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "sft.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    (tmp_path / "preference.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": ["c"]}\n')
+    with pytest.raises(
+        DataError, match=r"is a directory that can't be read as one dataset; got preference.jsonl, sft.jsonl"
+    ):
+        open_source(tmp_path)
+
+
+def test_missing_files_are_known_before_anything_is_opened(tmp_path: Path) -> None:
+    check_paths([tmp_path])
+    check_paths("owner/name")
+    check_paths([{"prompt": "a"}])
+    with pytest.raises(DataError, match="no such file"):
+        check_paths([str(tmp_path), str(tmp_path / "gone.jsonl")])
+    with pytest.raises(DataError, match="there is no directory"):
+        check_paths("nowhere/gone.jsonl")

@@ -30,7 +30,7 @@ def write(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["gsm8k_sft", "gsm8k_dpo"])
+@pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.yaml")))
 def test_configurations_hold_options_of_their_method(name: str) -> None:
     values, places = load_yaml(EXAMPLES / f"{name}.yaml")
     run = RunConfig.parse({key: values.pop(key) for key in RunConfig.KEYS if key in values}, place=places)
@@ -45,10 +45,11 @@ def test_gsm8k_split_keeps_a_questions_rows_together(tmp_path: Path) -> None:
     write(tmp_path / "sft.jsonl", [{"prompt": question, "response": "#### 1"} for question in questions])
     pairs = [{"prompt": q, "chosen": f"a{i}", "rejected": f"b{i}"} for q in questions for i in range(3)]
     write(tmp_path / "preferences.jsonl", pairs)
+    write(tmp_path / "unpaired.jsonl", [{"prompt": q, "response": "a", "label": "desirable"} for q in questions])
     command = [sys.executable, str(EXAMPLES / "gsm8k_split.py"), "--source", str(tmp_path), "--output", "out"]
     done = subprocess.run([*command, "--sft-share", "0.3"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for name, rows in (("sft", 200), ("preferences", 600)):
+    for name, rows in (("sft", 200), ("preferences", 600), ("unpaired", 200)):
         sides = []
         for side in ("train", "heldout"):
             lines = (tmp_path / "out" / f"{name}.{side}.jsonl").read_text(encoding="utf-8").strip().split("\n")

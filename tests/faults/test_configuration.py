@@ -15,9 +15,9 @@ from rlhf_core.training.distribution import Distribution
 
 FLAGS = {
     "--lerning_rate 1": "--lerning_rate: unknown option `lerning_rate` of sft; fix: did you mean `learning_rate`?",
-    "--learning_rate -1": "--learning_rate: `learning_rate`: Input should be greater than 0; got -1",
-    "--learning_rate nan": "--learning_rate: `learning_rate`: Input should be a finite number; got 'nan'",
-    "--max_steps 0": "--max_steps: `max_steps`: Input should be greater than or equal to 1; got 0",
+    "--learning_rate -1": "--learning_rate: must be greater than 0; got -1",
+    "--learning_rate nan": "--learning_rate: must be a finite number; got 'nan'",
+    "--max_steps 0": "--max_steps: must be greater than or equal to 1; got 0",
     "--max_length 500": "max_length: longer than the model's positions; got 500 for a model of 128; fix: set `max_length: 128`",
     "--distributed.world_size 2": "distributed.world_size: 2 processes were asked for; got 1 running; fix: start with `torchrun",
     "--preset 8b": "--preset: unknown preset `8b`; fix: ",
@@ -43,7 +43,7 @@ def test_an_unknown_method_names_the_nearest_and_all(train: Callable) -> None:
     assert ended.error.startswith(
         "error[config] command line: unknown trainer `dpoo`; fix: did you mean `dpo`? (known: "
     )
-    assert "dpo, sft" in ended.error
+    assert "dpo, kto" in ended.error
 
 
 def test_rows_that_processes_cannot_share(train: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +68,10 @@ def test_a_resume_with_another_configuration_shows_the_difference(train: Callabl
         f"error[config] {tmp_path / 'run'}: the configuration changed since the run was started; got batch_size: 2 → 4, "
     )
     assert "learning_rate: 0.001 → 1e-05" in ended.error and "lora.rank: None → 4" in ended.error
-    assert ended.error.endswith("fix: resume with the run's own configuration, or start a new run in another directory")
+    assert ended.error.endswith(
+        "fix: resume with the run's own configuration, or start a new run in another directory, from this one's `model/` to"
+        " train on"
+    )
 
 
 YAML = {
@@ -78,7 +81,7 @@ YAML = {
     "a: &a [x, x]\nb: &b [*a, *a]\n": ":5: YAML aliases are not accepted; got *a; fix: write the value out",
     "lora: {rnk: 4}\n": ":4: unknown option `lora.rnk`; fix: did you mean `rank`?",
     "output: no\n": (
-        ":4: `output`: Input should be a valid string; got False; fix: YAML reads yes, no, on and off as true and false:"
+        ":4: `output`: must be text; got False; fix: YAML reads yes, no, on and off as true and false:"
         " put the text in quotes if you meant text"
     ),
     "output: 2024-13-45\n": ": not valid YAML: month must be in 1..12",

@@ -134,7 +134,9 @@ def test_an_interrupt_is_exit_code_130(model: Path, write: Callable, tmp_path: P
     finally:
         process.kill()
     assert process.returncode == 130, errors
-    assert errors.splitlines()[-1] == "error[interrupted] stopped by Ctrl-C" and "Traceback" not in errors
+    last = errors.splitlines()[-1]
+    assert last.startswith("error[interrupted] stopped by Ctrl-C; after step ") and "Traceback" not in errors
+    assert last.endswith(", with no checkpoint to go on from (`checkpoint.every` saves them as it goes)")
     assert (record(run)["status"], record(run)["exit_code"]) == ("stopped", 130)
     assert record(run)["step"] >= 1 and not (run / "checkpoints").exists()
 

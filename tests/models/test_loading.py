@@ -120,6 +120,12 @@ def test_only_adapters_train_and_targets_are_checked(saved: Path) -> None:
     assert caught.value.exit_code == 2
 
 
+def test_an_adapter_can_be_trained_on_whole(saved: Path, tmp_path: Path) -> None:
+    """peft leaves the base frozen when it merges an adapter into it."""
+    PolicyModel.from_pretrained(saved, lora=LoraConfig(rank=2)).save_pretrained(tmp_path / "adapter")
+    assert all(parameter.requires_grad for parameter in PolicyModel.from_pretrained(tmp_path / "adapter").parameters())
+
+
 def test_quantisation_without_its_package(saved: Path) -> None:
     pytest.importorskip("transformers")
     import importlib.util

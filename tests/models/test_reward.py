@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from batches import random_batch, relative
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 
 from rlhf_core.config import LoraConfig
@@ -155,3 +157,63 @@ def test_a_policys_backbone_is_shared() -> None:
     model = RewardModel.on(policy.without_head())
     ours = {id(parameter) for parameter in model.parameters()}
     assert ours & {id(parameter) for parameter in policy.parameters()}
+
+
+def test_an_empty_response_is_scored_at_its_prompts_end(causal: Path) -> None:
+    model = RewardModel.from_pretrained(causal, new_head=True).eval()
+    batch = random_batch(3, 2)
+    lengths = batch.response_lengths.clone()
+    lengths[1] = 0
+    inside = torch.arange(batch.response_ids.shape[1]) < lengths[:, None]
+    empty = replace(batch, response_lengths=lengths, loss_mask=inside)
+    with torch.no_grad():
+        found = model.score(empty)
+        hidden, layout = model._backbones[0].hidden_states(empty.select([0]))
+        assert relative(model.heads[0](hidden[layout.prompt_end])[1], found[1:2]) < 1e-5
+        assert relative(found[[0, 2, 3, 4, 5]], model.score(batch)[[0, 2, 3, 4, 5]]) < 1e-5
+        none = replace(
+            batch, response_ids=batch.response_ids[:, :0], loss_mask=inside[:, :0], response_lengths=lengths * 0
+        )
+        assert model.score(none).isfinite().all()
+
+
+def test_damaged_notes_on_the_head_are_told(causal: Path, tmp_path: Path) -> None:
+    RewardModel.from_pretrained(causal, new_head=True).save_pretrained(tmp_path)
+    notes = tmp_path / "reward_head.json"
+    good = json.loads(notes.read_text())
+    for text, said in (
+        ("{", "is not valid JSON"),
+        (json.dumps({**good, "format": 2}), "is of another format; got 2 for 1"),
+        (json.dumps({**good, "members": 10**9}), "is no head that is known here"),
+        (json.dumps({name: value for name, value in good.items() if name != "shared"}), "lacks `shared`"),
+    ):
+        notes.write_text(text)
+        with pytest.raises(ModelError, match=said):
+            RewardModel.from_pretrained(tmp_path)
+
+
+def test_every_members_files_count(causal: Path, tmp_path: Path) -> None:
+    RewardModel.from_pretrained(causal, new_head=True, members=2, share_backbone=False).save_pretrained(tmp_path)
+    before = RewardModel.from_pretrained(tmp_path).describe()["files"]
+    assert {"model.safetensors", "member-1/model.safetensors", "reward_head.safetensors"} <= before.keys()
+
+
+def test_a_quantised_base_is_refused(causal: Path) -> None:
+    with pytest.raises(ConfigError, match="aren't trained on a quantised base"):
+        RewardModel.from_pretrained(causal, new_head=True, lora=LoraConfig(quantize="4bit"))
+
+
+def test_a_reward_model_is_no_policy_and_lost_weights_are_told(causal: Path, tmp_path: Path) -> None:
+    whole = save_tiny(tmp_path / "untied", hidden=32, heads=2, kv_heads=1, tie_embeddings=False)
+    RewardModel.from_pretrained(whole, new_head=True).save_pretrained(tmp_path / "reward")
+    with pytest.raises(ModelError, match="is a reward model, not a language model"):
+        PolicyModel.from_pretrained(tmp_path / "reward")
+    weights = whole / "model.safetensors"
+    tensors = load_file(weights)
+    save_file({n: t for n, t in tensors.items() if "layers.1.mlp" not in n}, weights, metadata={"format": "pt"})
+    with pytest.raises(
+        ModelError, match=r"lacks weights, which would be random; got no `model.layers.1.mlp.* and 2 more"
+    ):
+        PolicyModel.from_pretrained(whole)
+    with pytest.raises(ModelError, match="lacks weights"):
+        RewardModel.from_pretrained(whole, new_head=True)

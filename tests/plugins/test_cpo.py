@@ -116,9 +116,9 @@ def test_terms_and_metrics_on_a_model() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"beta": 0}, "`beta`: Input should be greater than 0"),
-        ({"sft_weight": -1}, "`sft_weight`: Input should be greater than or equal to 0"),
-        ({"label_smoothing": 0.5}, "`label_smoothing`: Input should be less than 0.5"),
+        ({"beta": 0}, "`beta`: must be greater than 0"),
+        ({"sft_weight": -1}, "`sft_weight`: must be greater than or equal to 0"),
+        ({"label_smoothing": 0.5}, "`label_smoothing`: must be less than 0.5"),
         ({"gamma": 0.5}, "unknown option `gamma`"),
     ],
 )

@@ -31,12 +31,12 @@ from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
             {"loss_type": "discopop", "tau": 0.1, "label_smoothing": 0.1},
             "label_smoothing has no meaning with loss_type discopop",
         ),
-        ({"loss_type": "discopop", "tau": 0}, "`tau`: Input should be greater than 0"),
-        ({"loss_type": "discopop", "tau": 2}, "`tau`: Input should be less than or equal to 1"),
-        ({"loss_type": "sigmoyd"}, "`loss_type`: Input should be 'sigmoid', 'robust', 'hinge'"),
-        ({"loss_type": "robust", "label_smoothing": 0.5}, "`label_smoothing`: Input should be less than 0.5"),
-        ({"sft_weight": -1}, "`sft_weight`: Input should be greater than or equal to 0"),
-        ({"beta": 0}, "`beta`: Input should be greater than 0"),
+        ({"loss_type": "discopop", "tau": 0}, "`tau`: must be greater than 0"),
+        ({"loss_type": "discopop", "tau": 2}, "`tau`: must be less than or equal to 1"),
+        ({"loss_type": "sigmoyd"}, "`loss_type`: must be 'sigmoid', 'robust', 'hinge'"),
+        ({"loss_type": "robust", "label_smoothing": 0.5}, "`label_smoothing`: must be less than 0.5"),
+        ({"sft_weight": -1}, "`sft_weight`: must be greater than or equal to 0"),
+        ({"beta": 0}, "`beta`: must be greater than 0"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
@@ -136,9 +136,9 @@ def test_a_sorted_step_is_the_same_however_it_is_shared_out(kind: str) -> None:
     shares = [batch.select([4, 1]), batch.select([0, 5, 2, 3])]
     told = [payload(whole, share) for share in shares]
     total, ours = 0.0, torch.zeros_like(theirs)
-    for share in shares:
+    for index, share in enumerate(shares):
         made = trainer(policy, loss_type=kind, beta=beta)
-        made.seam = Seam(gather=lambda value: told if value in told else [])
+        made.seam = Seam(gather=lambda value: told if value in told else [], index=index)
         for micro in window(made, share).split(max_prompts=1):
             term = made.loss(micro).terms["preference"]
             total += term.item()

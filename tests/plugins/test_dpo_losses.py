@@ -324,15 +324,15 @@ def test_partners_are_those_of_the_whole_step_however_it_is_shared_out(
     parts = [list(shuffled[a:b]) for a, b in zip([0, *cuts], [*cuts, count], strict=True)]
     shares = [(part, [list(step[row]) for row in part]) for part in parts]
     for rule in (dpo_aot.aot_partners, dpo_aot.aot_unpaired_partners):
-        whole = dpo_aot.match([(range(count), step)], range(count), rule)
-        for part in parts:
-            assert torch.equal(dpo_aot.match(shares, part, rule), whole[part])
-    paired = dpo_aot.match([(range(count), step)], range(count), dpo_aot.aot_partners)
+        whole = dpo_aot.match([(range(count), step)], 0, rule)
+        for own, part in enumerate(parts):
+            assert torch.equal(dpo_aot.match(shares, own, rule), whole[part])
+    paired = dpo_aot.match([(range(count), step)], 0, dpo_aot.aot_partners)
     assert Counter(map(tuple, paired.tolist())) == Counter(row[2:] for row in step)
-    own = torch.tensor([row[0] - row[1] for row in step])
+    margins = torch.tensor([row[0] - row[1] for row in step])
     other = paired[:, 0] - paired[:, 1]
     # Greater margins stand beside margins that are no smaller.
-    assert bool(((own[:, None] <= own) | (other[:, None] >= other)).all())
+    assert bool(((margins[:, None] <= margins) | (other[:, None] >= other)).all())
 
 
 def test_a_loss_that_sorts_needs_partners() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -15,7 +16,7 @@ from rlhf_plugins.trainers.kto import KTOConfig, KTOTrainer, kto_loss, mismatche
 from torch import Tensor
 
 from rlhf_core.batch import Batch
-from rlhf_core.errors import DataError
+from rlhf_core.errors import ConfigError, DataError
 from rlhf_core.interfaces import Seam
 from rlhf_core.models import PolicyModel, Reference
 from rlhf_core.testing import TrainerContract
@@ -114,12 +115,31 @@ class _Lists(dict):  # type: ignore[type-arg]
 
 def test_mismatched_pairs_are_the_same_responses_behind_other_prompts() -> None:
     batch = random_batch(4, 1, longest=9)
-    other = mismatched(batch, max_length=100)
-    assert other.owner.tolist() == [1, 2, 3, 0]
+    prompts = [batch.prompt_ids[p, : batch.prompt_lengths[p]].tolist() for p in (1, 2, 3, 0)]
+    other = mismatched(batch, prompts, max_length=100)
+    assert other.prompt_lengths.tolist() == [len(prompt) for prompt in prompts]
     assert torch.equal(other.response_lengths, batch.response_lengths)
-    short = mismatched(batch, max_length=int(batch.prompt_lengths.max()) + 2)
-    assert (short.prompt_lengths[short.owner] + short.response_lengths <= short.prompt_lengths.max() + 2).all()
+    longest = int(batch.prompt_lengths.max())
+    short = mismatched(batch, prompts, max_length=longest + 2)
+    assert (short.prompt_lengths[short.owner] + short.response_lengths <= longest + 2).all()
     assert not (short.loss_mask & (torch.arange(short.loss_mask.shape[1]) >= short.response_lengths[:, None])).any()
+    assert mismatched(batch, [prompts[0], None, None, prompts[1]], 100).rows == (0, 3)
+    assert mismatched(batch, [None] * 4, 100).num_responses == 0
+
+
+def test_rows_of_one_prompt_are_no_mismatch_and_processes_change_nothing() -> None:
+    trainer, batch = made()
+    twice = replace(
+        batch, prompt_ids=batch.prompt_ids[[0, 0, 2, 3, 4]], prompt_lengths=batch.prompt_lengths[[0, 0, 2, 3, 4]]
+    )
+    whole = trainer._next_prompts(twice)
+    ids = [twice.prompt_ids[p, : twice.prompt_lengths[p]].tolist() for p in range(5)]
+    assert whole == [ids[2], ids[2], ids[3], ids[4], ids[0]]
+    assert trainer._next_prompts(batch.select([2])) == [None]
+    shares = [twice.select([0, 2, 4]), twice.select([1, 3])]
+    told = [[[row, ids[row]] for row in share.rows] for share in shares]
+    trainer.seam = Seam(gather=lambda value: told)
+    assert [trainer._next_prompts(share) for share in shares] == [[whole[0], whole[2], whole[4]], [whole[1], whole[3]]]
 
 
 def made(**options: Any) -> tuple[KTOTrainer, Batch]:
@@ -167,12 +187,11 @@ def test_the_moving_average_by_hand_and_over_a_resume() -> None:
     assert trainer.state_dict() == {"moving_kl": pytest.approx(5 + 0.5 * once, rel=1e-5)}
 
 
-def test_the_reference_point_is_that_of_all_processes_and_a_single_row_has_none() -> None:
-    trainer, batch = made()
-    alone = batch.select([0])
-    assert trainer._reference_point(alone) == 0.0
-    trainer.seam = Seam(gather=lambda value: [value, [6.0, 2]])
-    assert trainer._reference_point(alone) == 3.0
+def test_a_step_of_one_row_has_no_reference_point() -> None:
+    assert made()[0]._reference_point(made()[1].select([0])) == 0.0
+    with pytest.raises(ConfigError, match="a step of one row has no mismatched pair"):
+        KTOConfig.parse({"batch_size": 1})
+    assert KTOConfig.parse({"batch_size": 1, "kl": "zero"}).kl == "zero"
 
 
 def test_identical_models_have_no_kl_and_pay_half() -> None:

@@ -133,7 +133,7 @@ def test_terms_and_metrics_on_a_model() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"beta": 0}, "`beta`: Input should be greater than 0"),
+        ({"beta": 0}, "`beta`: must be greater than 0"),
         ({"label_smoothing": 0.1}, "unknown option `label_smoothing`"),
         ({"bta": 0.1}, "unknown option `bta`; fix: did you mean `beta`?"),
     ],

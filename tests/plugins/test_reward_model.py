@@ -26,12 +26,16 @@ class TestRewardModel(TrainerContract):
 
 class TestEnsembleOfHeads(TrainerContract):
     method = "reward_model"
-    options: ClassVar[dict[str, Any]] = {"ensemble": {"size": 3, "bootstrap": True}, "centre_weight": 0.01}
+    options: ClassVar[dict[str, Any]] = {"ensemble": {"size": 3, "bootstrap": True}}
 
 
 class TestEnsembleOfModels(TrainerContract):
     method = "reward_model"
-    options: ClassVar[dict[str, Any]] = {"ensemble": {"size": 2, "share_backbone": False}, "margin": 0.5}
+    options: ClassVar[dict[str, Any]] = {
+        "ensemble": {"size": 2, "share_backbone": False},
+        "margin": 0.5,
+        "centre_weight": 0.01,
+    }
 
 
 class TestRewardModelWithAdapter(TrainerContract):
@@ -151,3 +155,23 @@ def test_an_ensemble_learns_ranks_and_doubts(tmp_path: Path) -> None:
     wrong = config.updated(ensemble={"size": 2})
     with pytest.raises(ConfigError, match="2 members were asked for"):
         RewardModelTrainer(wrong, model=output / "model", data=rows).train()
+
+
+def test_a_model_passed_in_keeps_its_members_or_is_refused() -> None:
+    policy = PolicyModel(tiny_model(hidden=32, heads=2, kv_heads=1), tiny_tokenizer())
+    model = RewardModel.on(policy.without_head(), members=2)
+
+    def adopt(**ensemble: Any) -> Any:
+        return RewardModelTrainer(RewardModelConfig.parse({"ensemble": ensemble}), model=policy, data=[]).adopt(model)
+
+    assert adopt(bootstrap=True) is model and adopt(size=2, share_backbone=True) is model
+    with pytest.raises(ConfigError, match="3 members were asked for; got a model of 2"):
+        adopt(size=3)
+    with pytest.raises(ConfigError, match="the model's members stand on one backbone"):
+        adopt(share_backbone=False)
+
+
+def test_held_out_rows_are_not_bootstrapped() -> None:
+    trainer = made(4, ensemble={"size": 4, "bootstrap": True})
+    trainer.seam = replace(trainer.seam, evaluating=True)
+    assert (trainer._member_weights(random_batch(6, 2)) == 1).all()

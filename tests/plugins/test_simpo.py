@@ -124,9 +124,9 @@ def test_terms_and_metrics_on_a_model() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"gamma": -0.1}, "`gamma`: Input should be greater than or equal to 0"),
-        ({"beta": 0}, "`beta`: Input should be greater than 0"),
-        ({"label_smoothing": 0.5}, "`label_smoothing`: Input should be less than 0.5"),
+        ({"gamma": -0.1}, "`gamma`: must be greater than or equal to 0"),
+        ({"beta": 0}, "`beta`: must be greater than 0"),
+        ({"label_smoothing": 0.5}, "`label_smoothing`: must be less than 0.5"),
         ({"reference": "copy"}, "unknown option `reference`"),
         ({"gama": 1}, "unknown option `gama`; fix: did you mean `gamma`?"),
     ],

@@ -87,6 +87,8 @@ def test_the_gradient_is_that_of_one_process(tmp_path: Path, one: Path) -> None:
         ("dpo", {"reference": "copy"}),
         ("dpo", {"reference": "precompute", "micro_batch_size": 2}),
         ("dpo", {"loss_type": "aot_unpaired", "beta": 0.5, "sft_weight": 0.1}),
+        ("kto", {"kl": "ema"}),
+        ("reward_model", {"ensemble": {"size": 2, "bootstrap": True}}),
     ],
 )
 def test_a_method_learns_the_same_from_one_process_and_two(

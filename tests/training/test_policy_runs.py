@@ -13,7 +13,7 @@ from rlhf_plugins.trainers.dpo import DPOConfig, DPOTrainer
 from rlhf_plugins.trainers.sft import SFTConfig, SFTTrainer
 
 from rlhf_core.batch import Batch
-from rlhf_core.errors import NumbersError, RLHFError
+from rlhf_core.errors import ModelError, NumbersError, RLHFError
 from rlhf_core.infra.tensors import read_tensors
 from rlhf_core.interfaces import Loss
 from rlhf_core.models import PolicyModel
@@ -134,3 +134,19 @@ def test_streamed_epochs_of_a_scored_reference_resume_exactly(
     result = dpo(model, tmp_path / "a", kind=Crashing, **options).train(resume=True)
     dpo(model, tmp_path / "b", kind=Crashing, **options).train()
     assert result.step == 5 and rows(tmp_path / "a") == rows(tmp_path / "b")
+
+
+def test_a_resume_with_another_model_in_memory_is_refused(model: Path, tmp_path: Path) -> None:
+    def train(policy: PolicyModel, steps: int, *, resume: bool) -> None:
+        config = SFTConfig.parse({**BASE, "max_steps": steps, "lr_schedule": "constant", "checkpoint": {"every": 1}})
+        data = [{"prompt": row["prompt"], "response": row["chosen"]} for row in PAIRS]
+        SFTTrainer(config, model=policy, data=data, output=tmp_path / "run").train(resume=resume)
+
+    train(PolicyModel.from_pretrained(model), 2, resume=False)
+    # The same weights go on, whatever object holds them.
+    train(PolicyModel.from_pretrained(model), 2, resume=True)
+    changed = PolicyModel.from_pretrained(model)
+    with torch.no_grad():
+        next(changed.parameters()).mul_(1.5)
+    with pytest.raises(ModelError, match="the model's files changed since the run was started; got weights in memory"):
+        train(changed, 2, resume=True)

@@ -106,7 +106,7 @@ class DPOTrainer(Trainer[DPOConfig]):
             return batch
         logps = self.score_responses(batch)
         own = torch.stack([*batch.pairs(logps), *batch.pairs(batch["ref_logps"])], dim=1)  # (P, 4)
-        partners = match(self.gather([list(batch.rows), own.tolist()]), batch.rows, rule)  # (P, 2)
+        partners = match(self.gather([list(batch.rows), own.tolist()]), self.seam.index, rule)  # (P, 2)
         return batch.attach(per_response={"partners": partners.flatten().to(batch.device)})
 
     def _metrics(self, batch: Batch, logps: Tensor) -> dict[str, tuple[Tensor, float]]:

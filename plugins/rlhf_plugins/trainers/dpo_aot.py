@@ -67,14 +67,14 @@ def aot_unpaired_partners(step: Tensor) -> Tensor:
 
 def match(
     shares: Sequence[tuple[Sequence[int], Sequence[Sequence[float]]]],
-    rows: Sequence[int],
+    own: int,
     rule: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """Return (P, 2) partners of one process's pairs, in its order.
 
     Args:
         shares: each process's row numbers, and its (P, 4) input to `rule`.
-        rows: the row numbers of the process that asks.
+        own: which of the shares is asked for.
         rule: `aot_partners` or `aot_unpaired_partners`.
     """
     # In the order of rows, ties break alike however the rows are shared out.
@@ -82,9 +82,8 @@ def match(
     step = torch.tensor([values for _, share in shares for values in share], dtype=torch.float64)
     partners = torch.empty(len(step), 2, dtype=torch.float64)
     partners[order] = rule(step[order])
-    own = [list(share) for share, _ in shares].index(list(rows))
     before = sum(len(share) for share, _ in shares[:own])
-    return partners[before : before + len(rows)].float()
+    return partners[before : before + len(shares[own][0])].float()
 
 
 def _ranks(values: Tensor) -> Tensor:

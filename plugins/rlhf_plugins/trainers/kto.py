@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from rlhf_core.batch import Batch
@@ -20,7 +20,7 @@ from rlhf_core.statistics import auc
 log = logging.getLogger(__name__)
 
 BALANCE = (1.0, 4 / 3)
-"""Where the paper wants λ_D n_D / (λ_U n_U) to lie (arXiv 2402.01306, equation 9)."""
+"""Where the paper wants λ_D n_D / (λ_U n_U) to lie (arXiv 2402.01306, in its first version; section "hyperparameters")."""
 
 
 def kto_loss(
@@ -76,6 +76,12 @@ class KTOConfig(TrainerConfig):
         " objective is the same. Mismatched pairs are new in every step, so nothing can be computed beforehand.",
     )
 
+    @model_validator(mode="after")
+    def _pairs_can_be_mismatched(self) -> KTOConfig:
+        if self.batch_size < 2 and self.kl != "zero":
+            raise ValueError("a step of one row has no mismatched pair: set `batch_size` to 2 or more, or `kl: zero`")
+        return self
+
 
 class KTOTrainer(Trainer[KTOConfig]):
     """Kahneman-Tversky optimisation on single responses labelled desirable or undesirable."""
@@ -117,13 +123,12 @@ class KTOTrainer(Trainer[KTOConfig]):
         """Return z₀ = max(0, E[log π(y'|x) − log π_ref(y'|x)]) over mismatched pairs of the whole step, nats."""
         if self.config.kl == "zero":
             return 0.0
-        total, count = 0.0, 0
-        if batch.num_prompts > 1:
-            other = mismatched(batch, self.config.max_length)
+        other = mismatched(batch, self._next_prompts(batch), self.config.max_length)
+        total, count = 0.0, other.num_responses
+        if count:
             ratios = self.score_responses(other) - self.reference.response_logps(other)
-            total, count = float(ratios.double().sum()), batch.num_prompts
-        parts = self.gather([total, count])
-        total, count = (sum(column) for column in zip(*parts, strict=True))
+            total = float(ratios.double().sum())
+        total, count = (sum(column) for column in zip(*self.gather([total, count]), strict=True))
         if count:
             estimate = total / count
             if self.config.kl == "batch":
@@ -131,6 +136,21 @@ class KTOTrainer(Trainer[KTOConfig]):
             decay = self.config.kl_decay if self.moving_kl is not None else 0.0
             self.moving_kl = decay * (self.moving_kl or 0.0) + (1 - decay) * estimate
         return max(self.moving_kl or 0.0, 0.0)
+
+    def _next_prompts(self, batch: Batch) -> list[list[int] | None]:
+        """Return for each row of this process the next other prompt of the whole step, in the order of rows, round and round.
+
+        None where the step has no other prompt. Whichever process has a row, it meets the same prompt.
+        """
+        ids, lengths = batch.prompt_ids.tolist(), batch.prompt_lengths.tolist()
+        own = [[row, prompt[:length]] for row, prompt, length in zip(batch.rows, ids, lengths, strict=True)]
+        step = sorted(entry for share in self.gather(own) for entry in share)
+        found: list[list[int] | None] = []
+        for entry in own:
+            at = step.index(entry)
+            around = [prompt for _, prompt in step[at + 1 :] + step[:at]]
+            found.append(next((prompt for prompt in around if prompt != entry[1]), None))
+        return found
 
     def weights(self, batch: Batch) -> Mapping[str, float]:
         return {"kto": batch.num_responses}
@@ -168,10 +188,24 @@ class KTOTrainer(Trainer[KTOConfig]):
         self.moving_kl = state["moving_kl"]
 
 
-def mismatched(batch: Batch, max_length: int) -> Batch:
-    """Return the batch with each response behind the next row's prompt, cut to `max_length` with it."""
-    owner = (batch.owner + 1) % batch.num_prompts
-    room = (max_length - batch.prompt_lengths[owner]).clamp(min=1)
-    lengths = torch.minimum(batch.response_lengths, room)
-    inside = torch.arange(batch.response_ids.shape[1], device=batch.device) < lengths[:, None]
-    return replace(batch, owner=owner, response_lengths=lengths, loss_mask=batch.loss_mask & inside)
+def mismatched(batch: Batch, prompts: Sequence[Sequence[int] | None], max_length: int) -> Batch:
+    """Return the batch's responses behind other prompts, cut to `max_length` with them; rows without another are left out.
+
+    Args:
+        prompts: for each prompt of the batch, the ids of the one that stands in for it.
+    """
+    kept = [number for number, prompt in enumerate(prompts) if prompt is not None]
+    part = batch.select(kept)
+    others = [torch.tensor(prompts[number]) for number in kept]
+    prompt_lengths = torch.tensor([len(ids) for ids in others], dtype=torch.long, device=batch.device)
+    room = (max_length - prompt_lengths[part.owner]).clamp(min=1)
+    lengths = torch.minimum(part.response_lengths, room)
+    inside = torch.arange(part.response_ids.shape[1], device=batch.device) < lengths[:, None]
+    padded = torch.nn.utils.rnn.pad_sequence(others, batch_first=True) if others else part.prompt_ids
+    return replace(
+        part,
+        prompt_ids=padded.to(batch.device),
+        prompt_lengths=prompt_lengths,
+        response_lengths=lengths,
+        loss_mask=part.loss_mask & inside,
+    )

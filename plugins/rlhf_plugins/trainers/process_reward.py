@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -20,6 +21,8 @@ from rlhf_core.errors import DataError
 from rlhf_core.interfaces import Loss, Trainer
 from rlhf_core.models import PolicyModel, ProcessRewardModel
 from rlhf_core.models.process_reward import AGGREGATIONS
+
+log = logging.getLogger(__name__)
 
 RIGHT, WRONG, NO_LABEL = 1.0, -1.0, 0.0
 """Labels of steps as a column: padding, which is 0, has none."""
@@ -89,17 +92,16 @@ class ProcessRewardTrainer(Trainer[ProcessRewardConfig]):
     trains = ("reward",)
 
     def load(self, source: str | Path, **options: Any) -> Any:
-        named = "separator" in self.config.model_fields_set
         return ProcessRewardModel.from_pretrained(
-            source,
-            new_head=True,
-            separator=self.config.separator if named else None,
-            seed=self.config.seed,
-            **options,
+            source, new_head=True, separator=self._asked(), seed=self.config.seed, **options
         )
+
+    def _asked(self) -> str | None:
+        return self.config.separator if "separator" in self.config.model_fields_set else None
 
     def adopt(self, model: PolicyModel | ProcessRewardModel) -> Any:
         if isinstance(model, ProcessRewardModel):
+            model.check_separator(self._asked())
             return model
         return ProcessRewardModel.on(model.without_head(), separator=self.config.separator, seed=self.config.seed)
 
@@ -111,10 +113,14 @@ class ProcessRewardTrainer(Trainer[ProcessRewardConfig]):
             return  # each batch is looked at when it comes
         outcomes = (outcome.row for outcome, _ in data.walk(0, seed=0, shuffle=False, position=[]))
         rows = (row for row in outcomes if row is not None)
-        labelled = 0
+        labelled = separated = 0
         while chunk := list(islice(rows, _LOOK_AT)):
             batch = collate(chunk)
-            labelled += int((self._labels(batch, self.reward.step_ends(batch)) != NO_LABEL).sum())
+            ends = self.reward.step_ends(batch)
+            labelled += int((self._labels(batch, ends) != NO_LABEL).sum())
+            separated += int((ends.sum(dim=1) > 1).sum())
+        if not separated:
+            log.warning("%s: no response holds %r, so each is one step", data.report.name, self.reward.separator)
         if not labelled and not (self.config.ranking_weight or self.config.outcome_weight):
             raise DataError(
                 "no row has `labels` of its steps",
@@ -152,9 +158,10 @@ class ProcessRewardTrainer(Trainer[ProcessRewardConfig]):
             )
         labels = [RIGHT if value else WRONG for value in given[which]]
         tokens = int(batch.prompt_lengths[prompt] + batch.response_lengths[response])
-        # A response that was cut keeps the labels of the steps that are left; its last one is cut short, so has none.
-        if tokens >= self.config.max_length and len(labels) >= steps:
-            return [*labels[: steps - 1], NO_LABEL if len(labels) > steps else labels[steps - 1]]
+        last = int(batch.response_ids[response, batch.response_lengths[response] - 1])
+        if tokens >= self.config.max_length and last not in self.reward.tokenizer.all_special_ids:
+            # It was cut: the steps that are left keep their labels, but the last of them may be half a step.
+            return [*labels[: steps - 1], NO_LABEL] if len(labels) >= steps else [NO_LABEL] * steps
         if len(labels) != steps:
             raise DataError(
                 f"`labels` has {len(labels)} entries for the {steps} steps of `{name}`",
@@ -192,11 +199,12 @@ class ProcessRewardTrainer(Trainer[ProcessRewardConfig]):
             "ranking": config.ranking_weight * ranking_loss(pairs["ranking"]).sum(),
             "outcome": config.outcome_weight * ranking_loss(pairs["outcome"]).sum(),
         }
-        metrics: dict[str, tuple[Tensor, Tensor | float]] = {
-            "accuracy": _ranked(pairs["ranking"].detach()),
-            "outcome_accuracy": _ranked(pairs["outcome"].detach()),
-            **_step_metrics(batch, steps.detach(), labels),
-        }
+        metrics: dict[str, tuple[Tensor, Tensor | float]] = {}
+        # Without a term of the pairs, a micro-batch without labels isn't computed, and would be missing from these.
+        if config.ranking_weight or config.outcome_weight:
+            metrics["accuracy"] = _ranked(pairs["ranking"].detach())
+            metrics["outcome_accuracy"] = _ranked(pairs["outcome"].detach())
+        metrics |= _step_metrics(batch, steps.detach(), labels)
         return Loss({name: term for name, term in terms.items() if name in self.weights(batch)}, metrics)
 
 

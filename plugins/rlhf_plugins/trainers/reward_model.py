@@ -88,20 +88,19 @@ class RewardModelTrainer(Trainer[RewardModelConfig]):
     trains = ("reward",)
 
     def load(self, source: str | Path, **options: Any) -> Any:
-        return RewardModel.from_pretrained(
-            source,
-            members=self._members(),
-            share_backbone=self.config.ensemble.share_backbone,
-            new_head=True,
-            seed=self.config.seed,
-            **options,
-        )
+        return RewardModel.from_pretrained(source, new_head=True, seed=self.config.seed, **self._asked(), **options)
 
-    def _members(self) -> int | None:
-        return self.config.ensemble.size if "ensemble" in self.config.model_fields_set else None
+    def _asked(self) -> dict[str, Any]:
+        """Return the number of members and how they stand, as far as the options say."""
+        ensemble = self.config.ensemble
+        names = {"members": "size", "share_backbone": "share_backbone"}
+        return {
+            key: getattr(ensemble, name) if name in ensemble.model_fields_set else None for key, name in names.items()
+        }
 
     def adopt(self, model: PolicyModel | RewardModel) -> Any:
         if isinstance(model, RewardModel):
+            model.check_members(**self._asked())
             return model
         ensemble = self.config.ensemble
         return RewardModel.on(
@@ -122,7 +121,7 @@ class RewardModelTrainer(Trainer[RewardModelConfig]):
     def _member_weights(self, batch: Batch) -> Tensor:
         """Return (P, K) how much each member learns from each pair: 1, or a bootstrap's Poisson(1), a function of the row."""
         members = self.reward.members
-        if not self.config.ensemble.bootstrap:
+        if self.seam.evaluating or not self.config.ensemble.bootstrap:
             return torch.ones(batch.num_prompts, members, device=batch.device)
         draws = [random_generator(self.config.seed, row).poisson(1.0, members).tolist() for row in batch.rows]
         return torch.tensor(draws, dtype=torch.float32, device=batch.device).view(-1, members)
@@ -139,21 +138,22 @@ class RewardModelTrainer(Trainer[RewardModelConfig]):
         if self.config.centre_weight:
             penalty = centring_penalty(chosen, rejected).mean(dim=1).sum()
             terms["centring"] = self.config.centre_weight * penalty
-        return Loss(terms, self._metrics(chosen.detach(), rejected.detach()))
+        counted = (batch["member_weights"] > 0).any(dim=1)
+        return Loss(terms, self._metrics(chosen.detach(), rejected.detach(), counted.float()))
 
-    def _metrics(self, chosen: Tensor, rejected: Tensor) -> dict[str, tuple[Tensor, float]]:
-        pairs = chosen.shape[0]
+    def _metrics(self, chosen: Tensor, rejected: Tensor, counted: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return metrics of the pairs that a member learns from: the others' micro-batch may not be computed at all."""
         margins = chosen - rejected  # (P, K)
         mean = margins.mean(dim=1)
-        metrics: dict[str, tuple[Tensor, float]] = {
-            "accuracy": ((mean > 0).float() + 0.5 * (mean == 0).float(), pairs),
-            "margin": (mean, pairs),
-            "scores/chosen": (chosen.mean(dim=1), pairs),
-            "scores/rejected": (rejected.mean(dim=1), pairs),
+        metrics = {
+            "accuracy": (mean > 0).float() + 0.5 * (mean == 0).float(),
+            "margin": mean,
+            "scores/chosen": chosen.mean(dim=1),
+            "scores/rejected": rejected.mean(dim=1),
         }
         if chosen.shape[1] > 1:
-            metrics["uncertainty"] = (margins.std(dim=1), pairs)
-        return metrics
+            metrics["uncertainty"] = margins.std(dim=1)
+        return {name: (values * counted, counted) for name, values in metrics.items()}
 
     def summary(self, values: Mapping[str, Tensor]) -> dict[str, float]:
         """Return calibration, the scores' spread, and whether the members disagree more where they are wrong."""

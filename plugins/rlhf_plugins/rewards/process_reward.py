@@ -1,0 +1,81 @@
+"""A trained process reward model as a reward: a score for each step, and one for the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Literal
+
+from pydantic import Field
+
+from rlhf_core.batch import Batch
+from rlhf_core.config import BaseConfig
+from rlhf_core.infra.devices import DeviceManager
+from rlhf_core.interfaces import RewardFn, Sample
+from rlhf_core.models import ProcessRewardModel
+from rlhf_core.models.process_reward import AGGREGATIONS
+from rlhf_core.models.sample_scores import SampleScores
+
+
+class ProcessRewardRewardConfig(BaseConfig):
+    """Options of the reward by a process reward model."""
+
+    model: str = Field(min_length=1, description="Path of the model: one of `rlhf train process_reward`.")
+    aggregation: Literal["min", "product", "mean", "last", "outcome"] = Field(
+        "min",
+        description="How step scores make a completion's: the worst, their product, mean, or the last; or `outcome`, the score of"
+        " the whole.",
+    )
+    max_length: int = Field(2048, ge=2, description="Most tokens in a prompt with its completion; more are cut off.")
+    batch_tokens: int = Field(
+        8192, ge=1, description="Most tokens in one forward pass; larger is faster and takes more memory."
+    )
+    cache_size: int = Field(10_000, ge=0, description="Scores of texts that are remembered; larger takes more memory.")
+    precision: Literal["float32", "bf16", "fp16"] = Field(
+        "float32", description="Precision of the backbone's matrix products; 16 bits are faster."
+    )
+
+
+class ProcessRewardReward(RewardFn):
+    """Scores completions, and each of their steps, by a trained process reward model."""
+
+    api = 1
+    Config = ProcessRewardRewardConfig
+    config: ProcessRewardRewardConfig
+
+    @cached_property
+    def model(self) -> ProcessRewardModel:
+        """The model, loaded when it is first needed."""
+        loaded = ProcessRewardModel.from_pretrained(
+            self.config.model, device=DeviceManager().device, precision=self.config.precision
+        )
+        return loaded.eval().requires_grad_(False)
+
+    @cached_property
+    def _scores(self) -> SampleScores[tuple[float, list[float]]]:
+        config, model = self.config, self.model
+        return SampleScores(
+            self._score,
+            model.tokenizer,
+            device=model.device,
+            max_length=min(config.max_length, model.backbone.max_positions or config.max_length),
+            batch_tokens=config.batch_tokens,
+            cache_size=config.cache_size,
+        )
+
+    def _score(self, batch: Batch) -> list[tuple[float, list[float]]]:
+        ends = self.model.step_ends(batch)
+        with DeviceManager().autocast(self.config.precision):
+            steps, outcome = self.model.scores(batch, ends)
+        kind = self.config.aggregation
+        whole = outcome if kind == "outcome" else AGGREGATIONS[kind](steps, ends)
+        parts = [row[at].tolist() for row, at in zip(steps.sigmoid().cpu(), ends.cpu(), strict=True)]
+        return list(zip(whole.tolist(), parts, strict=True))
+
+    def score(self, samples: Sequence[Sample]) -> list[float]:
+        """Return each completion's aggregated score: log-odds, or for `product` a log-probability."""
+        return [whole for whole, _ in self._scores(samples)]
+
+    def score_steps(self, samples: Sequence[Sample]) -> list[list[float]]:
+        """Return for each step the probability that the solution is right so far."""
+        return [steps for _, steps in self._scores(samples)]

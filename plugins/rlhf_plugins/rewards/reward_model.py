@@ -1,0 +1,76 @@
+"""A trained reward model as a reward, less its doubt where it is an ensemble."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Literal
+
+from pydantic import Field
+
+from rlhf_core.batch import Batch
+from rlhf_core.config import BaseConfig
+from rlhf_core.infra.devices import DeviceManager
+from rlhf_core.interfaces import RewardFn, Sample
+from rlhf_core.models import RewardModel
+from rlhf_core.models.sample_scores import SampleScores
+
+
+class RewardModelRewardConfig(BaseConfig):
+    """Options of the reward by a reward model."""
+
+    model: str = Field(
+        min_length=1,
+        description="Path or hub name of the reward model: one of `rlhf train reward_model`, or a classifier.",
+    )
+    doubt_weight: float = Field(
+        0.0,
+        ge=0,
+        description="Standard deviations of an ensemble's members taken off their mean; larger trusts less what they doubt.",
+    )
+    max_length: int = Field(2048, ge=2, description="Most tokens in a prompt with its completion; more are cut off.")
+    batch_tokens: int = Field(
+        8192, ge=1, description="Most tokens in one forward pass; larger is faster and takes more memory."
+    )
+    cache_size: int = Field(10_000, ge=0, description="Scores of texts that are remembered; larger takes more memory.")
+    precision: Literal["float32", "bf16", "fp16"] = Field(
+        "float32", description="Precision of the backbone's matrix products; 16 bits are faster."
+    )
+
+
+class RewardModelReward(RewardFn):
+    """Scores completions by a trained reward model, or by a classifier from the hub."""
+
+    api = 1
+    Config = RewardModelRewardConfig
+    config: RewardModelRewardConfig
+
+    @cached_property
+    def model(self) -> RewardModel:
+        """The model, loaded when it is first needed."""
+        loaded = RewardModel.from_pretrained(
+            self.config.model, device=DeviceManager().device, precision=self.config.precision
+        )
+        return loaded.eval().requires_grad_(False)
+
+    @cached_property
+    def _scores(self) -> SampleScores[float]:
+        config, model = self.config, self.model
+        return SampleScores(
+            self._score,
+            model.tokenizer,
+            device=model.device,
+            max_length=min(config.max_length, model.max_positions or config.max_length),
+            batch_tokens=config.batch_tokens,
+            cache_size=config.cache_size,
+        )
+
+    def _score(self, batch: Batch) -> list[float]:
+        with DeviceManager().autocast(self.config.precision):
+            scores = self.model.scores(batch)  # (R, K)
+        doubt = scores.std(dim=1) if self.model.members > 1 else 0.0
+        return (scores.mean(dim=1) - self.config.doubt_weight * doubt).tolist()
+
+    def score(self, samples: Sequence[Sample]) -> list[float]:
+        """Return the members' mean for each sample, less `doubt_weight` of their standard deviations."""
+        return self._scores(samples)
