@@ -119,3 +119,20 @@ def test_a_sure_token_keeps_its_small_gradient_in_bf16(
         if a is ours[0]:
             a, b = a[sure], b[sure]
         assert relative(a.double(), b.double()) < 2e-2
+
+
+def test_without_gradients_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight that learns asks for gradients by itself; scoring under `no_grad` must not pay for them."""
+    seen: list[bool] = []
+    score = module._score
+    monkeypatch.setattr(
+        module,
+        "_score",
+        lambda logits, targets, *, errors: (seen.append(errors), score(logits, targets, errors=errors))[1],
+    )
+    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(8, 4, requires_grad=True)
+    with torch.no_grad():
+        found = linear_token_logprobs(hidden, weight, torch.tensor([0, 1, 2]))
+    assert seen == [False]
+    assert torch.equal(found, linear_token_logprobs(hidden, weight, torch.tensor([0, 1, 2])).detach())
+    assert seen == [False, True]

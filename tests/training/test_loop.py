@@ -552,3 +552,31 @@ def test_fp16_halves_its_scale_until_gradients_fit(tmp_path: Path) -> None:
     assert 1 < scale < 2.0**16
     plain = toy(tmp_path / "plain", max_steps=3).train()
     assert result.metrics["loss"] == pytest.approx(plain.metrics["loss"], rel=1e-2)
+
+
+def test_what_was_learnt_survives_a_late_evaluation_that_fails(tmp_path: Path) -> None:
+    """A fault that only held-out rows show comes after the last step: nothing may be learnt twice for it."""
+
+    class Late(ToyTrainer):
+        broken = True
+
+        def summary(self, values: Any) -> dict[str, float]:
+            if self.broken:
+                raise PluginError("no summary", place="Late.summary")
+            return {"rows": float(len(values["row"]))}
+
+        def loss(self, batch: Batch) -> Loss:
+            found = super().loss(batch)
+            return Loss(found.terms, {**found.metrics, "row": (torch.ones(batch.num_prompts), batch.num_prompts)})
+
+    with pytest.raises(PluginError, match="no summary"):
+        toy(tmp_path / "run", kind=Late, eval_rows=ROWS[:9], max_steps=3).train()
+    assert (tmp_path / "run" / "checkpoints" / "step-3").is_dir()
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
+    Late.broken = False
+    result = toy(tmp_path / "run", kind=Late, eval_rows=ROWS[:9], max_steps=3).train(resume=True)
+    assert result.step == 3 and result.eval_metrics["eval_rows"] == 9.0
+    whole = toy(tmp_path / "whole", kind=Late, eval_rows=ROWS[:9], max_steps=3).train()
+    assert result.eval_metrics == whole.eval_metrics
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["eval_rows"] == 9.0 and len(rows) == 3
