@@ -123,3 +123,14 @@ def test_demo_runs_and_depends_on_the_seed_alone(tmp_path: Path, monkeypatch) ->
         }
     sft = reports[0]["stages"][1]
     assert sft["eval_loss"] < 2.0  # From 5.6 nats a byte at the start.
+
+
+@pytest.mark.slow
+def test_process_reward_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole of the example with too few steps to judge well; what it must never do is train on a test problem."""
+    report = load("process_reward", monkeypatch).run(tmp_path, steps=5)
+    assert report["trained on"] == 0 and report["problems"] > 1000 and report["steps"] == 5
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+    for name in ("first_error_found", "right_let_pass", "step_accuracy"):
+        share, error = report[name]
+        assert 0 <= share <= 1 and 0 < error < 0.1
