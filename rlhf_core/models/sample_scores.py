@@ -5,18 +5,34 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
+from pydantic import Field
 
 from rlhf_core.batch import Batch
+from rlhf_core.config import BaseConfig
 from rlhf_core.data.collate import collate
 from rlhf_core.data.encode import EncodedRow, Encoder
 from rlhf_core.data.files import Cursor, Row
 from rlhf_core.errors import DataError
+from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.interfaces import Sample
 
 ScoreT = TypeVar("ScoreT")
+
+
+class ScoringConfig(BaseConfig):
+    """Options that every reward by a model has."""
+
+    max_length: int = Field(2048, ge=2, description="Most tokens in a prompt with its completion; more are cut off.")
+    batch_tokens: int = Field(
+        8192, ge=1, description="Most tokens in one forward pass; larger is faster and takes more memory."
+    )
+    cache_size: int = Field(10_000, ge=0, description="Scores of texts that are remembered; larger takes more memory.")
+    precision: Literal["float32", "bf16", "fp16"] = Field(
+        "float32", description="Precision of the backbone's matrix products; 16 bits are faster."
+    )
 
 
 class SampleScores(Generic[ScoreT]):
@@ -27,28 +43,17 @@ class SampleScores(Generic[ScoreT]):
 
     Args:
         score: what the model makes of a batch, one entry a response.
-        tokenizer: the model's.
-        device: where it stands.
-        max_length: most tokens in a prompt with its completion; what is longer is cut at its end.
-        batch_tokens: most tokens in one forward pass, each prompt counted once.
-        cache_size: how many scores are remembered, so that a text that comes again costs nothing.
+        model: a `RewardModel` or `ProcessRewardModel`; its tokenizer, device and positions count.
+        config: what is longer than `max_length` is cut at its end.
     """
 
-    def __init__(
-        self,
-        score: Callable[[Batch], Sequence[ScoreT]],
-        tokenizer: Any,
-        *,
-        device: torch.device,
-        max_length: int,
-        batch_tokens: int,
-        cache_size: int,
-    ) -> None:
-        self.score, self.device = score, device
-        self.batch_tokens, self.cache_size = batch_tokens, cache_size
-        self.responses = Encoder(tokenizer, "sft", max_length=max_length)
-        self.prompts = Encoder(tokenizer, "prompt", max_length=max_length)
-        self.end: int = tokenizer.eos_token_id
+    def __init__(self, score: Callable[[Batch], Sequence[ScoreT]], model: Any, config: ScoringConfig) -> None:
+        self.score, self.model, self.config = score, model, config
+        max_length = min(config.max_length, model.max_positions or config.max_length)
+        self.responses = Encoder(model.tokenizer, "sft", max_length=max_length)
+        self.prompts = Encoder(model.tokenizer, "prompt", max_length=max_length)
+        self.end: int = model.tokenizer.eos_token_id
+        self.devices = DeviceManager(model.device.type)
         self.cache: OrderedDict[str, ScoreT] = OrderedDict()
 
     def __call__(self, samples: Sequence[Sample]) -> list[ScoreT]:
@@ -65,7 +70,7 @@ class SampleScores(Generic[ScoreT]):
         for key in keys:
             self.cache[key] = known[key]
             self.cache.move_to_end(key)
-        while len(self.cache) > self.cache_size:
+        while len(self.cache) > self.config.cache_size:
             self.cache.popitem(last=False)
         return [known[key] for key in keys]
 
@@ -88,10 +93,10 @@ class SampleScores(Generic[ScoreT]):
             for numbers in by_prompt.values()
         ]
         order = {row.index: numbers for row, numbers in zip(shared, by_prompt.values(), strict=True)}
-        with torch.no_grad():
-            for micro in collate(shared).split(max_tokens=self.batch_tokens):
+        with torch.no_grad(), self.devices.autocast(self.config.precision):
+            for micro in collate(shared).split(max_tokens=self.config.batch_tokens):
                 numbers = [number for row in micro.rows for number in order[row]]
-                yield [keys[number] for number in numbers], self.score(micro.to(self.device))
+                yield [keys[number] for number in numbers], self.score(micro.to(self.model.device))
 
     def _rows(self, samples: Sequence[Sample]) -> list[EncodedRow]:
         """Encode samples as training does; a completion without any text is its end token alone."""

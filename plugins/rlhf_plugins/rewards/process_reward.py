@@ -9,15 +9,14 @@ from typing import Literal
 from pydantic import Field
 
 from rlhf_core.batch import Batch
-from rlhf_core.config import BaseConfig
 from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.interfaces import RewardFn, Sample
 from rlhf_core.models import ProcessRewardModel
 from rlhf_core.models.process_reward import AGGREGATIONS
-from rlhf_core.models.sample_scores import SampleScores
+from rlhf_core.models.sample_scores import SampleScores, ScoringConfig
 
 
-class ProcessRewardRewardConfig(BaseConfig):
+class ProcessRewardRewardConfig(ScoringConfig):
     """Options of the reward by a process reward model."""
 
     model: str = Field(min_length=1, description="Path of the model: one of `rlhf train process_reward`.")
@@ -25,14 +24,6 @@ class ProcessRewardRewardConfig(BaseConfig):
         "min",
         description="How step scores make a completion's: the worst, their product, mean, or the last; or `outcome`, the score of"
         " the whole.",
-    )
-    max_length: int = Field(2048, ge=2, description="Most tokens in a prompt with its completion; more are cut off.")
-    batch_tokens: int = Field(
-        8192, ge=1, description="Most tokens in one forward pass; larger is faster and takes more memory."
-    )
-    cache_size: int = Field(10_000, ge=0, description="Scores of texts that are remembered; larger takes more memory.")
-    precision: Literal["float32", "bf16", "fp16"] = Field(
-        "float32", description="Precision of the backbone's matrix products; 16 bits are faster."
     )
 
 
@@ -53,20 +44,11 @@ class ProcessRewardReward(RewardFn):
 
     @cached_property
     def _scores(self) -> SampleScores[tuple[float, list[float]]]:
-        config, model = self.config, self.model
-        return SampleScores(
-            self._score,
-            model.tokenizer,
-            device=model.device,
-            max_length=min(config.max_length, model.backbone.max_positions or config.max_length),
-            batch_tokens=config.batch_tokens,
-            cache_size=config.cache_size,
-        )
+        return SampleScores(self._score, self.model, self.config)
 
     def _score(self, batch: Batch) -> list[tuple[float, list[float]]]:
         ends = self.model.step_ends(batch)
-        with DeviceManager().autocast(self.config.precision):
-            steps, outcome = self.model.scores(batch, ends)
+        steps, outcome = self.model.scores(batch, ends)
         kind = self.config.aggregation
         whole = outcome if kind == "outcome" else AGGREGATIONS[kind](steps, ends)
         parts = [row[at].tolist() for row, at in zip(steps.sigmoid().cpu(), ends.cpu(), strict=True)]

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Literal
 
 from pydantic import Field
 
 from rlhf_core.batch import Batch
-from rlhf_core.config import BaseConfig
 from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.interfaces import RewardFn, Sample
 from rlhf_core.models import RewardModel
-from rlhf_core.models.sample_scores import SampleScores
+from rlhf_core.models.sample_scores import SampleScores, ScoringConfig
 
 
-class RewardModelRewardConfig(BaseConfig):
+class RewardModelRewardConfig(ScoringConfig):
     """Options of the reward by a reward model."""
 
     model: str = Field(
@@ -27,14 +25,6 @@ class RewardModelRewardConfig(BaseConfig):
         0.0,
         ge=0,
         description="Standard deviations of an ensemble's members taken off their mean; larger trusts less what they doubt.",
-    )
-    max_length: int = Field(2048, ge=2, description="Most tokens in a prompt with its completion; more are cut off.")
-    batch_tokens: int = Field(
-        8192, ge=1, description="Most tokens in one forward pass; larger is faster and takes more memory."
-    )
-    cache_size: int = Field(10_000, ge=0, description="Scores of texts that are remembered; larger takes more memory.")
-    precision: Literal["float32", "bf16", "fp16"] = Field(
-        "float32", description="Precision of the backbone's matrix products; 16 bits are faster."
     )
 
 
@@ -55,19 +45,10 @@ class RewardModelReward(RewardFn):
 
     @cached_property
     def _scores(self) -> SampleScores[float]:
-        config, model = self.config, self.model
-        return SampleScores(
-            self._score,
-            model.tokenizer,
-            device=model.device,
-            max_length=min(config.max_length, model.max_positions or config.max_length),
-            batch_tokens=config.batch_tokens,
-            cache_size=config.cache_size,
-        )
+        return SampleScores(self._score, self.model, self.config)
 
     def _score(self, batch: Batch) -> list[float]:
-        with DeviceManager().autocast(self.config.precision):
-            scores = self.model.scores(batch)  # (R, K)
+        scores = self.model.scores(batch)  # (R, K)
         doubt = scores.std(dim=1) if self.model.members > 1 else 0.0
         return (scores.mean(dim=1) - self.config.doubt_weight * doubt).tolist()
 
