@@ -106,7 +106,11 @@ def dpo(demo: Demo) -> Measured:
         batch_size=64,
         max_steps=demo.scaled(60),
     )
-    return {**measured, "pair_accuracy": (measured["eval_accuracy"], measured["eval_accuracy_se"])}
+    # A single held-out pair, as a small --scale may leave, has no standard error.
+    known = "eval_accuracy_se" in measured
+    return (
+        {**measured, "pair_accuracy": (measured["eval_accuracy"], measured["eval_accuracy_se"])} if known else measured
+    )
 
 
 STAGES: dict[str, Callable[[Demo], Measured]] = {"start": start, "sft": sft, "dpo": dpo}
