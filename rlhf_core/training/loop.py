@@ -101,8 +101,8 @@ class Run:
     def _remains(self) -> str:
         """Tell what an interrupted run leaves behind."""
         step = self.progress.step
-        if not step:
-            return "nothing was learnt yet"
+        if not (self.started and step):
+            return "before its first step"
         if self.state.saved_step:
             return f"after step {step}: `--resume` goes on from the checkpoint of step {self.state.saved_step}"
         return f"after step {step}, with no checkpoint to go on from (`checkpoint.every` saves them as it goes)"
@@ -230,7 +230,7 @@ class Run:
             if outcome is None:
                 self._skip(window)
             else:
-                self._commit(step, rate, outcome, time.perf_counter() - began)
+                self._commit(step, rate, outcome, time.perf_counter() - began, boundary=window.boundary)
             if window.boundary:
                 self._save_or_stop()
 
@@ -255,7 +255,7 @@ class Run:
             ) from error
         return window if self.distribution.all(window is not None) else None
 
-    def _commit(self, step: int, rate: float, outcome: Outcome, seconds: float) -> None:
+    def _commit(self, step: int, rate: float, outcome: Outcome, seconds: float, *, boundary: bool) -> None:
         """Count the step, evaluate where it is due, and write its row."""
         progress = self.progress
         progress.step, progress.skipped_in_a_row = step, 0
@@ -272,7 +272,7 @@ class Run:
         every = self.config.eval_steps
         if self.eval_dataset is not None and (step == self.total_steps or (every is not None and step % every == 0)):
             progress.metrics = row
-            row |= self._evaluate_or_save()
+            row |= self._evaluate_or_save(boundary)
         row |= dict(zip(TIMING, (seconds, outcome.tokens / seconds), strict=True))
         progress.metrics = row
         self.logger.metrics(row)
@@ -291,13 +291,17 @@ class Run:
                 fix="look at the loss mask of these rows, or at the rewards",
             )
 
-    def _evaluate_or_save(self) -> dict[str, float]:
-        """Evaluate; where that fails, what was learnt is saved first, so that a resume can do without learning it again."""
+    def _evaluate_or_save(self, boundary: bool) -> dict[str, float]:
+        """Evaluate; where that fails, what was learnt is saved first, so that a resume can do without learning it again.
+
+        Not among several processes, where the others may be waiting inside the evaluation, nor in the middle of a rollout.
+        """
         try:
             return self._evaluate()
         except Exception:
-            self.logger.metrics(self.progress.metrics)
-            self._save()
+            if boundary and self.distribution.world_size == 1:
+                self.logger.metrics(self.progress.metrics)
+                self._save()
             raise
 
     def _evaluate(self) -> dict[str, float]:

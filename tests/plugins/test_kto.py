@@ -192,6 +192,8 @@ def test_a_step_of_one_row_has_no_reference_point() -> None:
     with pytest.raises(ConfigError, match="a step of one row has no mismatched pair"):
         KTOConfig.parse({"batch_size": 1})
     assert KTOConfig.parse({"batch_size": 1, "kl": "zero"}).kl == "zero"
+    with pytest.raises(ConfigError, match="kl_decay has no meaning with kl batch"):
+        KTOConfig.parse({"kl_decay": 0.5})
 
 
 def test_identical_models_have_no_kl_and_pay_half() -> None:

@@ -77,9 +77,11 @@ class KTOConfig(TrainerConfig):
     )
 
     @model_validator(mode="after")
-    def _pairs_can_be_mismatched(self) -> KTOConfig:
+    def _options_are_used(self) -> KTOConfig:
         if self.batch_size < 2 and self.kl != "zero":
             raise ValueError("a step of one row has no mismatched pair: set `batch_size` to 2 or more, or `kl: zero`")
+        if self.kl != "ema" and self.kl_decay != type(self).model_fields["kl_decay"].default:
+            raise ValueError(f"kl_decay has no meaning with kl {self.kl}; it belongs to ema")
         return self
 
 
