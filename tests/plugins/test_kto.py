@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from batches import random_batch, relative
-from rlhf_plugins.trainers.kto import KTOConfig, KTOTrainer, kto_loss, mismatched
+from rlhf_plugins.trainers.kto import KTOConfig, KTOTrainer, kto_loss
+from rlhf_plugins.trainers.kto_pairs import mismatched
 from torch import Tensor
 
 from rlhf_core.batch import Batch

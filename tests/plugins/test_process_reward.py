@@ -12,16 +12,8 @@ import torch
 from batches import random_batch, relative
 from hypothesis import given
 from hypothesis import strategies as st
-from rlhf_plugins.trainers.process_reward import (
-    NO_LABEL,
-    RIGHT,
-    WRONG,
-    ProcessRewardConfig,
-    ProcessRewardTrainer,
-    first_wrong,
-    ranking_loss,
-    step_loss,
-)
+from rlhf_plugins.trainers.process_metrics import NO_LABEL, RIGHT, WRONG, first_wrong
+from rlhf_plugins.trainers.process_reward import ProcessRewardConfig, ProcessRewardTrainer, ranking_loss, step_loss
 
 from rlhf_core.batch import Batch
 from rlhf_core.data import PreferenceDataset, SFTDataset
