@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from rlhf_core.batch import Batch
     from rlhf_core.data.base import EncodedData
+    from rlhf_core.merging.merge import ModelMerger
     from rlhf_core.models.policy import PolicyModel
     from rlhf_core.models.reference import Reference
     from rlhf_core.training.result import TrainResult
@@ -266,19 +267,36 @@ class Sampler(ABC):
 
 
 class Merger(ABC):
-    """A way to make one checkpoint of several, tensor by tensor."""
+    """A way to make one checkpoint of several, tensor by tensor; the core reads, streams and writes them.
+
+    A method whose arithmetic can be done chunk by chunk subclasses `rlhf_core.merging.StreamMerger` instead, which is faster
+    and holds no whole tensor. One that must evaluate what it makes overrides `merge`.
+    """
 
     api: ClassVar[int]
     Config: ClassVar[type[BaseConfig]] = BaseConfig
+    needs_base: ClassVar[bool] = False
+    """Whether it works on differences from a base model, which must then be given."""
+    models: ClassVar[tuple[int, int | None]] = (1, None)
+    """The fewest and the most models that it merges, the base not counted; None sets no bound."""
+    per_model: ClassVar[tuple[str, ...]] = ()
+    """Options that a model may have a value of its own for."""
 
     def __init__(self, config: BaseConfig | None = None) -> None:
         self.config = config if config is not None else self.Config()
+
+    def check_weights(self, weights: Sequence[float]) -> None:  # noqa: B027
+        """Raise `ConfigError` where weights can't do, before anything is read; called for each tensor's weights."""
 
     @abstractmethod
     def merge_tensor(
         self, name: str, base: Tensor | None, tensors: Sequence[Tensor], weights: Sequence[float]
     ) -> Tensor:
-        """Return the merged tensor, float32, of the shape that all inputs have."""
+        """Return the merged tensor, float32, of the shape that all inputs have. Inputs are left as they are."""
+
+    def merge(self, merge: ModelMerger) -> None:
+        """Make the merged checkpoint in the directory of `merge`. The default merges every tensor once."""
+        merge.write(self)
 
 
 INTERFACES: dict[str, type] = {"trainer": Trainer, "reward": RewardFn, "sampler": Sampler, "merger": Merger}

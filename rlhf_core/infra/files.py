@@ -106,6 +106,40 @@ def fsync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def fsync_file(path: Path) -> None:
+    """Make what was written to a file durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def lock_directory(path: Path, name: str, what: str = "working in this directory") -> int | None:
+    """Hold a directory until this process ends, however it ends, or `os.close` is called on what this returns.
+
+    Returns None where the system or the file system has no locks.
+
+    Raises:
+        StorageError: another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such lock.
+        return None
+    with storage_errors(path):
+        descriptor = os.open(path / name, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise StorageError(f"another process is {what}", place=str(path), fix="wait for it, or stop it") from None
+    except OSError:
+        os.close(descriptor)  # A file system without locks.
+        return None
+    return descriptor
+
+
 def replace_file(path: Path, content: bytes) -> None:
     """Put a file in place whole: readers see the old content or the new, never a part."""
     temporary = path.with_name(f".{path.name}.tmp")

@@ -5,11 +5,8 @@ Weights come from safetensors (or GGUF) only, never from pickles, and a reposito
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +15,8 @@ import torch
 from torch import nn
 
 from rlhf_core.config import LoraConfig
-from rlhf_core.errors import ModelError, RLHFError, nearest
+from rlhf_core.errors import ModelError, RLHFError
+from rlhf_core.infra.model_files import adapter_base, check_files, first_line, is_adapter, locate, near_path
 from rlhf_core.models.lora import quantization
 
 log = logging.getLogger(__name__)
@@ -29,7 +27,6 @@ _CLASSES = {
     "backbone": "AutoModel",
     "classifier": "AutoModelForSequenceClassification",
 }
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 
 
 def load_model(
@@ -57,16 +54,16 @@ def load_model(
     from transformers.utils import logging as transformers_logging
 
     source = str(source)
-    where, options = _locate(source)
-    adapter = where if _is_adapter(where) else None
-    base = _adapter_base(where) if adapter else where
+    where, options = locate(source)
+    adapter = where if is_adapter(where) else None
+    base = adapter_base(where) if adapter else where
     options |= {"trust_remote_code": trust_remote_code}
     transformers_logging.disable_progress_bar()
     # Each of a dozen attempts to reach the hub would be a line; the last one's reason is in our error.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         tokenizer = _load_tokenizer(AutoTokenizer, [where, base], options)
-        _check_files(base)
+        check_files(base)
         model, info = getattr(transformers, _CLASSES[kind]).from_pretrained(
             base,
             output_loading_info=True,
@@ -122,8 +119,8 @@ def architecture(source: str | Path, *, trust_remote_code: bool = False) -> str:
     """Return the class that a checkpoint says it holds, such as `LlamaForCausalLM`; empty where it doesn't say."""
     from transformers import AutoConfig
 
-    where, options = _locate(str(source))
-    if options or _is_adapter(where):
+    where, options = locate(str(source))
+    if options or is_adapter(where):
         return ""
     try:
         config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
@@ -134,33 +131,10 @@ def architecture(source: str | Path, *, trust_remote_code: bool = False) -> str:
 
 def plain_checkpoint(source: str | Path) -> str | None:
     """Return the source as an adapter may name its base, or None where it is an adapter itself, or GGUF."""
-    where, options = _locate(str(source))
-    if options or _is_adapter(where):
+    where, options = locate(str(source))
+    if options or is_adapter(where):
         return None
     return str(Path(where).resolve()) if Path(where).is_dir() else where
-
-
-def file_hashes(source: str) -> dict[str, str] | None:
-    """Return the SHA-256 of each file that a model is read from, an adapter's base included; None where it isn't local."""
-    path = Path(source).expanduser()
-    if path.is_file():
-        return {path.name: _sha256(path)}
-    if not path.is_dir():
-        return None
-    parts = [path, *(part for part in path.glob("member-*") if part.is_dir())]
-    wanted = sorted(
-        p for part in parts for p in part.iterdir() if p.suffix in (".safetensors", ".json", ".jinja", ".model")
-    )
-    hashes = {str(file.relative_to(path)): _sha256(file) for file in wanted}
-    if _is_adapter(str(path)):
-        base = file_hashes(_adapter_base(str(path)))
-        hashes |= {f"base/{name}": value for name, value in (base or {}).items()}
-    return hashes
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_finite(model: nn.Module, source: str) -> None:
@@ -200,44 +174,6 @@ def check_tokenizer(model: nn.Module, tokenizer: Any, source: str) -> None:
         tokenizer.pad_token = tokenizer.eos_token
 
 
-def _locate(source: str) -> tuple[str, dict[str, Any]]:
-    path = Path(source).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
-        return str(path.parent), {"gguf_file": path.name}
-    if path.is_dir():
-        if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
-            ggufs = sorted(p.name for p in path.glob("*.gguf"))
-            hint = f"name the file: {path / ggufs[0]}" if ggufs else None
-            raise ModelError("is no model: it has no config.json", place=source, fix=hint)
-        return str(path), {}
-    if path.is_absolute() or source.startswith((".", "~")) or not _HUB_NAME.fullmatch(source):
-        raise ModelError("no such model directory or file", place=source, fix=_near_path(path))
-    return source, {}
-
-
-def _near_path(path: Path) -> str | None:
-    if not path.parent.is_dir():
-        if (near := _near_path(path.parent)) is not None and near.startswith("did you mean"):
-            return near
-        return f"the directory {path.parent} doesn't exist either"
-    near = nearest(path.name, (p.name for p in path.parent.iterdir()))
-    return f"did you mean {path.parent / near}?" if near else None
-
-
-def _is_adapter(where: str) -> bool:
-    return (Path(where) / "adapter_config.json").is_file() and not (Path(where) / "config.json").is_file()
-
-
-def _adapter_base(adapter: str) -> str:
-    try:
-        base = json.loads((Path(adapter) / "adapter_config.json").read_bytes()).get("base_model_name_or_path")
-    except (ValueError, AttributeError) as error:
-        raise ModelError("not a JSON object", place=f"{adapter}/adapter_config.json", got=_first_line(error)) from None
-    if not base:
-        raise ModelError("the adapter doesn't say which base it belongs to", place=f"{adapter}/adapter_config.json")
-    return str(base)
-
-
 def _with_adapter(model: nn.Module, adapter: str, base: str) -> nn.Module:
     import peft
 
@@ -255,7 +191,7 @@ def _with_adapter(model: nn.Module, adapter: str, base: str) -> nn.Module:
         raise ModelError(
             "the adapter doesn't fit its base",
             place=adapter,
-            got=f"base {base}: {_first_line(error)}",
+            got=f"base {base}: {first_line(error)}",
             fix="set `base_model_name_or_path` in adapter_config.json to the model that it was trained on",
         ) from error
     # Merged, the adapter is part of the policy as passed in: a fresh one can be trained on top, and its reference stays.
@@ -278,31 +214,6 @@ def _load_tokenizer(auto: Any, places: list[str], options: dict[str, Any]) -> An
     raise last
 
 
-def _check_files(where: str) -> None:
-    """Look at a local directory's weights before loading: every shard there, and not only pickles."""
-    path = Path(where)
-    if not path.is_dir():
-        return
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        for shard in shards:
-            if "/" in shard or not (path / shard).is_file():
-                raise ModelError(
-                    f"shard {shard} is missing",
-                    place=where,
-                    got=f"an index of {len(shards)} shards",
-                    fix="copy the file",
-                )
-    elif not any(path.glob("*.safetensors")) and any(path.glob("*.bin")):
-        raise ModelError(
-            "has only pickled weights, which can run code when they are loaded",
-            place=where,
-            got=", ".join(sorted(p.name for p in path.glob("*.bin"))),
-            fix="convert it to safetensors with `save_pretrained`, where you trust it",
-        )
-
-
 def _forget_gguf(model: Any) -> None:
     """GGUF weights are plain float tensors once loaded; transformers still refuses to save what it calls quantised."""
     if getattr(model.config, "quantization_config", None) is not None:
@@ -314,7 +225,7 @@ def _forget_gguf(model: Any) -> None:
 
 
 def _load_error(source: str, error: Exception) -> ModelError:
-    text = _first_line(error)
+    text = first_line(error)
     if "trust_remote_code" in str(error):
         return ModelError(
             "the model needs code that its repository ships",
@@ -326,11 +237,6 @@ def _load_error(source: str, error: Exception) -> ModelError:
             "is neither a local directory nor a model that the hub gave",
             place=source,
             got=text,
-            fix=_near_path(Path(source)) or "check the path, or for a hub name the spelling and the network",
+            fix=near_path(Path(source)) or "check the path, or for a hub name the spelling and the network",
         )
     return ModelError("can't be loaded", place=source, got=f"{type(error).__name__}: {text}")
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2])[:300] if lines else type(error).__name__

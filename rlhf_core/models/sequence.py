@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from rlhf_core.batch import Batch
 from rlhf_core.config import LoraConfig, TrainerConfig
 from rlhf_core.errors import ConfigError, ModelError
+from rlhf_core.infra.model_files import file_hashes
 from rlhf_core.models.attention import Kernel, OptimizedAttention
 from rlhf_core.models.compile import compile_model
 from rlhf_core.models.layout import Layout, packed_layout, padded_layout
-from rlhf_core.models.loading import file_hashes
 from rlhf_core.models.lora import apply_lora
 from rlhf_core.models.packing import packing_obstacle
 

@@ -18,7 +18,15 @@ import yaml
 
 from rlhf_core import __version__
 from rlhf_core.errors import ConfigError, StorageError
-from rlhf_core.infra.files import fsync_directory, read_json, remove_tree, replace_file, replace_json, storage_errors
+from rlhf_core.infra.files import (
+    fsync_directory,
+    lock_directory,
+    read_json,
+    remove_tree,
+    replace_file,
+    replace_json,
+    storage_errors,
+)
 from rlhf_core.infra.redact import redact_text
 from rlhf_core.yaml_files import load_yaml
 
@@ -54,7 +62,7 @@ class RunDirectory:
                 raise ConfigError("no run directory is set", place="output", fix="set `output`")
             return cls(None, record)
         _make_writable(path)
-        lock = _take_lock(path)
+        lock = lock_directory(path, _LOCK, "working in this run directory")
         try:
             continued = _settle(path, resume=resume, overwrite=overwrite)
             if continued:
@@ -200,27 +208,6 @@ def _never_began(path: Path) -> bool:
         and not (path / "checkpoints").exists()
         and not (logged.exists() and logged.stat().st_size)
     )
-
-
-def _take_lock(path: Path) -> int | None:
-    """Hold the directory until this process ends, however it ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows has no such lock.
-        return None
-    with storage_errors(path):
-        descriptor = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise StorageError(
-            "another process is working in this run directory", place=str(path), fix="wait for it, or stop it"
-        ) from None
-    except OSError:
-        os.close(descriptor)  # A file system without locks.
-        return None
-    return descriptor
 
 
 def _release(lock: int | None) -> None:

@@ -1,0 +1,63 @@
+"""Greedy soup: add one model after the other, as long as an evaluation doesn't get worse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+from torch import Tensor
+
+from rlhf_core.config import BaseConfig
+from rlhf_core.merging import Chunk, StreamMerger
+from rlhf_plugins.mergers.uniform_soup import uniform_soup
+
+if TYPE_CHECKING:
+    from rlhf_core.merging.merge import ModelMerger
+
+Score = Callable[[Sequence[int]], float]
+
+
+def greedy_choice(count: int, score: Score, *, strict: bool = False) -> tuple[list[int], float, list[float]]:
+    """Return the models of the greedy soup, its score, and each model's own.
+
+    Wortsman et al. 2022, Model soups (arXiv 2203.05482), recipe 1: models are sorted by their own score, and each is added where
+    the mean of all with it scores no worse than the mean without it. The soup is thus never below its best ingredient.
+
+    Args:
+        count: number of models.
+        score: scores the mean of some models; larger is better.
+        strict: add a model only where the score rises. The paper adds at equality; its code is strict.
+    """
+    alone = [score([number]) for number in range(count)]
+    ranked = sorted(range(count), key=lambda number: -alone[number])
+    chosen, best = [ranked[0]], alone[ranked[0]]
+    for number in ranked[1:]:
+        found = score([*chosen, number])
+        if found > best or (found == best and not strict):
+            chosen, best = [*chosen, number], found
+    return chosen, best, alone
+
+
+class GreedySoupConfig(BaseConfig):
+    """Options of the greedy soup."""
+
+    strict: bool = Field(False, description="Add a model only where the evaluation rises; false adds it at equality too.")
+
+
+class GreedySoupMerger(StreamMerger):
+    """Mean of the models that an evaluation doesn't get worse by (greedy soup, Wortsman et al. 2022)."""
+
+    api = 1
+    Config = GreedySoupConfig
+    config: GreedySoupConfig
+
+    def merge_chunk(self, chunk: Chunk, measured: None) -> Tensor:
+        return uniform_soup(chunk.tensors)
+
+    def merge(self, merge: ModelMerger) -> None:
+        chosen, score, alone = greedy_choice(
+            merge.count, lambda models: merge.evaluate(self, models), strict=self.config.strict
+        )
+        merge.details |= {"models": sorted(chosen), "score": score, "scores": alone}
+        merge.write(self, chosen)

@@ -1,0 +1,144 @@
+"""TIES: trim task vectors, elect a sign for each entry, and average those that agree with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import numpy
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from rlhf_core.config import BaseConfig
+from rlhf_core.merging import Chunk, StreamMerger, TensorStream, is_embedding, require_one_sign, tensor_thresholds
+from rlhf_core.merging.selection import magnitudes, thresholds
+
+_TINY = float(torch.finfo(torch.float32).tiny)
+"""Divides zeros: where nothing agrees, both the sum and its divisor are zero."""
+
+
+def trim(delta: Tensor, threshold: float) -> Tensor:
+    """Return δ with the entries below the threshold set to zero; entries at the threshold are kept, however many.
+
+    Yadav et al. 2023, TIES-Merging (arXiv 2306.01708), section 4.1, step 1.
+
+    Args:
+        delta: δ, (N,) float32.
+        threshold: the k-th largest |δ|; 0 keeps all.
+    """
+    if threshold <= 0:
+        return delta
+    below = float(numpy.nextafter(numpy.float32(threshold), numpy.float32(0)))
+    return torch.nn.functional.hardshrink(delta, below)
+
+
+def merge_weighted(deltas: Sequence[Tensor], weights: Sequence[float], *, normalize: bool = True) -> Tensor:
+    """Return the weighted mean of the entries that agree with the elected sign; zero where all cancel.
+
+    Yadav et al. 2023, TIES-Merging (arXiv 2306.01708), section 4.1, steps 2 and 3: γ = sgn(Σ wᵢδᵢ), A = {i: sgn(wᵢδᵢ) = γ},
+    τ = Σ_A wᵢδᵢ / Σ_A wᵢ. The weights, not in the paper, act before the election; at wᵢ = 1 this is the paper's mean.
+
+    Args:
+        deltas: trimmed task vectors, each (N,) float32; overwritten.
+        weights: wᵢ, of one sign where `normalize`.
+        normalize: divide by the agreeing weights; else τ = Σ_A wᵢδᵢ.
+    """
+    # With s = Σ wδ and a = Σ |wδ|, what agrees with γ = sgn(s) adds up to γ(a + |s|) / 2, and likewise the weights that agree to
+    # (Σ|w| over entries that aren't zero + |Σ w sgn(wδ)| turned to γ) / 2: no pass over the models for the election alone.
+    total, size, sign = (torch.zeros_like(deltas[0]) for _ in range(3))
+    turned, counted = (torch.zeros_like(deltas[0]) for _ in range(2)) if normalize else (None, None)
+    for delta, weight in zip(deltas, weights, strict=True):
+        if weight != 1.0:
+            delta.mul_(weight)
+        total.add_(delta)
+        size.add_(torch.abs(delta, out=sign))
+        if turned is not None and counted is not None:
+            turned.add_(torch.sign(delta, out=sign), alpha=abs(weight))
+            counted.add_(sign.abs_(), alpha=abs(weight))
+    torch.sign(total, out=sign)
+    merged = size.add_(total.abs_()).mul_(sign)
+    if turned is None or counted is None:
+        return merged.mul_(0.5)
+    divisor = counted.add_(turned.mul_(sign))
+    return merged.div_(divisor.clamp_min_(_TINY))
+
+
+def merge_unweighted(deltas: Sequence[Tensor], weights: Sequence[float], *, normalize: bool = True) -> Tensor:
+    """Return what PEFT's `ties` returns: signs elected without weights, the sum divided by the number that agree.
+
+    γ = sgn(Σ δᵢ), A = {i: sgn(δᵢ) = γ}, τ = Σ_A wᵢδᵢ / |A|; equal to `merge_weighted` where all weights are one.
+
+    Args:
+        deltas: trimmed task vectors, each (N,) float32; overwritten.
+        weights: wᵢ.
+        normalize: divide by the number that agree; else τ = Σ_A wᵢδᵢ.
+    """
+    elected = torch.zeros_like(deltas[0])
+    for delta in deltas:
+        elected.add_(delta)
+    elected.sign_()
+    total, count = torch.zeros_like(elected), torch.zeros_like(elected)
+    for delta, weight in zip(deltas, weights, strict=True):
+        agrees = torch.sign(delta).mul_(elected).clamp_min_(0.0)
+        count.add_(agrees)
+        total.add_(delta.mul_(agrees), alpha=weight)
+    return total.div_(count.clamp_min_(1.0)) if normalize else total
+
+
+MAJORITIES = {"weighted": merge_weighted, "unweighted": merge_unweighted}
+
+
+class TIESConfig(BaseConfig):
+    """Options of TIES."""
+
+    density: float = Field(
+        0.2, gt=0, le=1, description="Share of each task vector's entries that is kept; larger trims less."
+    )
+    scale: float = Field(1.0, description="Factor λ of the merged task vector; larger moves farther from the base.")
+    normalize: bool = Field(
+        True, description="Divide by the weights that agree; false adds the weighted entries up as they are."
+    )
+    majority: Literal["weighted", "unweighted"] = Field(
+        "weighted",
+        description="Signs are elected by weighted entries, and the sum is divided by the agreeing weights; `unweighted` elects"
+        " without weights and divides by the number that agree, as PEFT does.",
+    )
+    trim_scope: Literal["tensor", "global"] = Field(
+        "tensor",
+        description="Entries are ranked within each tensor, or (`global`, as in the paper) over the whole model, embeddings"
+        " left out.",
+    )
+
+
+class TIESMerger(StreamMerger):
+    """Trim, elect signs, merge what agrees (TIES, Yadav et al. 2023)."""
+
+    api = 1
+    Config = TIESConfig
+    config: TIESConfig
+    needs_base = True
+    per_model = ("density",)
+
+    _surveyed: list[float] | None = None
+
+    def check_weights(self, weights: Sequence[float]) -> None:
+        if self.config.normalize and self.config.majority == "weighted":
+            require_one_sign(weights)
+
+    def survey(self, streams: Iterable[TensorStream]) -> None:
+        if self.config.trim_scope == "global":
+            shares: list[float] = next(iter(streams)).option("density", self.config.density)
+            self._surveyed = thresholds(
+                lambda: (stream for stream in streams if not is_embedding(stream.name)), magnitudes, shares
+            )
+
+    def measure(self, stream: TensorStream) -> list[float]:
+        if self._surveyed is not None and not is_embedding(stream.name):
+            return self._surveyed
+        return tensor_thresholds(stream, stream.option("density", self.config.density))
+
+    def merge_chunk(self, chunk: Chunk, measured: list[float]) -> Tensor:
+        trimmed = [trim(delta, threshold) for delta, threshold in zip(chunk.deltas(), measured, strict=True)]
+        merged = MAJORITIES[self.config.majority](trimmed, chunk.weights, normalize=self.config.normalize)
+        return chunk.origin.add_(merged, alpha=self.config.scale)

@@ -1,0 +1,50 @@
+"""Uniform soup: the mean of all models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from rlhf_core.errors import ConfigError
+from rlhf_core.merging import Chunk, StreamMerger
+from rlhf_plugins.mergers.linear import linear
+
+
+def uniform_soup(tensors: Sequence[Tensor]) -> Tensor:
+    """Return Σ θᵢ / N, in place of the first tensor.
+
+    Wortsman et al. 2022, Model soups (arXiv 2203.05482), section 2. Divided once, after the sum: shares 1 / N are rounded, and where
+    the mean of 16-bit models lies between two 16-bit numbers, that would decide which of them it becomes.
+
+    Args:
+        tensors: θᵢ, each (N,) float32; overwritten.
+    """
+    return linear(tensors, [1.0] * len(tensors), len(tensors))
+
+
+def require_equal(weights: Sequence[float], method: str) -> None:
+    """Raise where weights differ: the method knows none, and leaving them aside would hide that.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    if len(set(weights)) > 1:
+        raise ConfigError(
+            f"`{method}` weighs all models alike",
+            place="weight",
+            got=", ".join(f"{weight:g}" for weight in weights),
+            fix="leave the weights out, or use `linear`",
+        )
+
+
+class UniformSoupMerger(StreamMerger):
+    """Mean of all models, whose weights must be equal (uniform soup, Wortsman et al. 2022)."""
+
+    api = 1
+
+    def check_weights(self, weights: Sequence[float]) -> None:
+        require_equal(weights, "uniform_soup")
+
+    def merge_chunk(self, chunk: Chunk, measured: None) -> Tensor:
+        return uniform_soup(chunk.tensors)

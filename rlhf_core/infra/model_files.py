@@ -1,0 +1,112 @@
+"""Where a model's files lie, and whether they may be read: directories, adapters, GGUF files, hub names.
+
+Importing this module loads neither transformers nor peft.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from rlhf_core.errors import ModelError, nearest
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
+
+
+def file_hashes(source: str) -> dict[str, str] | None:
+    """Return the SHA-256 of each file that a model is read from, an adapter's base included; None where it isn't local."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        return {path.name: _sha256(path)}
+    if not path.is_dir():
+        return None
+    parts = [path, *(part for part in path.glob("member-*") if part.is_dir())]
+    wanted = sorted(
+        p for part in parts for p in part.iterdir() if p.suffix in (".safetensors", ".json", ".jinja", ".model")
+    )
+    hashes = {str(file.relative_to(path)): _sha256(file) for file in wanted}
+    if is_adapter(str(path)):
+        base = file_hashes(adapter_base(str(path)))
+        hashes |= {f"base/{name}": value for name, value in (base or {}).items()}
+    return hashes
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def locate(source: str) -> tuple[str, dict[str, Any]]:
+    """Return where a model lies (a directory or a hub name) and the options that loading it needs."""
+    path = Path(source).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+            ggufs = sorted(p.name for p in path.glob("*.gguf"))
+            hint = f"name the file: {path / ggufs[0]}" if ggufs else None
+            raise ModelError("is no model: it has no config.json", place=source, fix=hint)
+        return str(path), {}
+    if path.is_absolute() or source.startswith((".", "~")) or not _HUB_NAME.fullmatch(source):
+        raise ModelError("no such model directory or file", place=source, fix=near_path(path))
+    return source, {}
+
+
+def near_path(path: Path) -> str | None:
+    """Return a hint at what a missing path may have meant."""
+    if not path.parent.is_dir():
+        if (near := near_path(path.parent)) is not None and near.startswith("did you mean"):
+            return near
+        return f"the directory {path.parent} doesn't exist either"
+    near = nearest(path.name, (p.name for p in path.parent.iterdir()))
+    return f"did you mean {path.parent / near}?" if near else None
+
+
+def is_adapter(where: str) -> bool:
+    """Tell whether a directory holds an adapter alone."""
+    return (Path(where) / "adapter_config.json").is_file() and not (Path(where) / "config.json").is_file()
+
+
+def adapter_base(adapter: str) -> str:
+    """Return the base that an adapter names."""
+    try:
+        base = json.loads((Path(adapter) / "adapter_config.json").read_bytes()).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise ModelError("not a JSON object", place=f"{adapter}/adapter_config.json", got=first_line(error)) from None
+    if not base:
+        raise ModelError("the adapter doesn't say which base it belongs to", place=f"{adapter}/adapter_config.json")
+    return str(base)
+
+
+def check_files(where: str) -> None:
+    """Look at a local directory's weights before loading: every shard there, and not only pickles."""
+    path = Path(where)
+    if not path.is_dir():
+        return
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        for shard in shards:
+            if "/" in shard or not (path / shard).is_file():
+                raise ModelError(
+                    f"shard {shard} is missing",
+                    place=where,
+                    got=f"an index of {len(shards)} shards",
+                    fix="copy the file",
+                )
+    elif not any(path.glob("*.safetensors")) and any(path.glob("*.bin")):
+        raise ModelError(
+            "has only pickled weights, which can run code when they are loaded",
+            place=where,
+            got=", ".join(sorted(p.name for p in path.glob("*.bin"))),
+            fix="convert it to safetensors with `save_pretrained`, where you trust it",
+        )
+
+
+def first_line(error: Exception) -> str:
+    """Return the first two lines of an error that say something, as one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2])[:300] if lines else type(error).__name__

@@ -1,0 +1,229 @@
+"""Checkpoints as a merge reads them: safetensors files, sharded or single, local or from the hub; adapters on their base.
+
+Only headers are read when a checkpoint is opened. Values are read where they are wanted, straight into a small buffer a thread:
+nothing is mapped or kept, so a merge's memory doesn't grow with its inputs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from rlhf_core.errors import ModelError
+from rlhf_core.infra.files import read_json, storage_errors
+from rlhf_core.infra.model_files import adapter_base, check_files, first_line, is_adapter, locate
+from rlhf_core.infra.tensors import TensorEntry, read_header
+from rlhf_core.merging.streams import Source, digest_of
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
+
+
+class Checkpoint:
+    """The tensors of one model, by name."""
+
+    def __init__(self, name: str, path: Path, files: Mapping[str, WeightFile]) -> None:
+        self.name, self.path = name, path
+        self._files = files
+        self.tensors: dict[str, TensorEntry] = {
+            name: entry for file in dict.fromkeys(files.values()) for name, entry in file.entries.items()
+        }
+
+    @classmethod
+    def open(cls, source: str | Path) -> Checkpoint:
+        """Open a directory, an adapter's directory, or a model on the hub; reads headers only.
+
+        Raises:
+            ModelError: there is no such model, a shard is missing or damaged, or the weights are pickles or GGUF.
+        """
+        name = str(source)
+        where, options = locate(name)
+        if "gguf_file" in options:
+            raise ModelError(
+                "GGUF weights are not merged: they are quantised",
+                place=name,
+                fix="load it with transformers and save it with `save_pretrained`",
+            )
+        path = Path(where) if Path(where).is_dir() else _download(where)
+        if is_adapter(str(path)):
+            from rlhf_core.merging.adapter import AdapterCheckpoint
+
+            return AdapterCheckpoint(name, path, cls.open(_beside(adapter_base(str(path)), path)))
+        return cls(name, path, _weight_files(path, name))
+
+    def source(self, name: str) -> Source:
+        """Return one tensor, to be read."""
+        return FileSource(self._files[name], self.tensors[name], name, self)
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in dict.fromkeys(self._files.values()):
+            file.close()
+
+    @property
+    def files(self) -> list[Path]:
+        """The weight files that it is read from."""
+        return [file.path for file in dict.fromkeys(self._files.values())]
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """What `config.json` holds; empty where there is none."""
+        path = self.path / "config.json"
+        if not path.is_file():
+            return {}
+        with storage_errors(path):
+            try:
+                found = read_json(path)
+            except ValueError as error:
+                raise ModelError("config.json can't be read", place=self.name, got=error) from None
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def text_config(self) -> dict[str, Any]:
+        """The language model's part of `config`, where a model has several parts."""
+        inner = self.config.get("text_config")
+        return inner if isinstance(inner, dict) else self.config
+
+    @cached_property
+    def digest(self) -> bytes:
+        """A hash of every tensor's name, shape and some of its values: the same however the files are cut or stored."""
+        total = hashlib.blake2b(digest_size=16)
+        for name in sorted(self.tensors):
+            source = self.source(name)
+            total.update(f"{name}\0{source.shape}\0".encode())
+            total.update(digest_of(source))
+        return total.digest()
+
+
+class WeightFile:
+    """A safetensors file, open for reading from several threads."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        self.path = path
+        with storage_errors(path):
+            try:
+                self.entries = read_header(path)
+            except ValueError as error:
+                raise ModelError("a weight file is damaged", place=name, got=error, fix="copy the file again") from None
+            self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill a buffer with the bytes from an offset on."""
+        with storage_errors(self.path):
+            while len(buffer):
+                got = os.preadv(self._descriptor, [buffer], offset)
+                if got == 0:
+                    raise OSError(None, "the file ended early: it was changed while it was read")
+                buffer, offset = buffer[got:], offset + got
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+class FileSource:
+    """A tensor in a safetensors file."""
+
+    def __init__(self, file: WeightFile, entry: TensorEntry, name: str, owner: Checkpoint) -> None:
+        self.file, self.entry, self.name, self.owner = file, entry, name, owner
+        self.place, self.shape, self.dtype = owner.name, entry.shape, entry.dtype
+
+    def read(self, start: int, stop: int, out: Tensor) -> None:
+        if self.dtype == torch.float32 and out.device.type == "cpu" and out.is_contiguous():
+            view = out.view(torch.uint8).numpy().data  # as it is stored: no copy between
+            self.file.read_into(view, self.entry.start + start * 4)
+        else:
+            out.copy_(self.raw(start, stop))
+
+    def raw(self, start: int, stop: int) -> Tensor:
+        """Return elements as they are stored, in a buffer of this thread that the next call overwrites."""
+        size = self.dtype.itemsize
+        buffer = _buffer((stop - start) * size)
+        self.file.read_into(memoryview(buffer.data), self.entry.start + start * size)
+        return torch.from_numpy(buffer).view(self.dtype)
+
+    def key(self) -> bytes:
+        return self.owner.digest
+
+
+_local = threading.local()
+
+
+def _buffer(nbytes: int) -> numpy.ndarray:
+    """Return bytes of this thread's own, reused from call to call."""
+    room = getattr(_local, "room", None)
+    if room is None or len(room) < nbytes:
+        room = _local.room = numpy.empty(max(nbytes, 1 << 18), dtype=numpy.uint8)
+    return room[:nbytes]
+
+
+def _weight_files(path: Path, name: str) -> dict[str, WeightFile]:
+    check_files(str(path))
+    index = path / INDEX
+    if not index.is_file():
+        single = [path / SINGLE] if (path / SINGLE).is_file() else sorted(path.glob("*.safetensors"))
+        if len(single) != 1:
+            found = ", ".join(file.name for file in single) or "none"
+            raise ModelError(f"has no {SINGLE} and no {INDEX}", place=name, got=f"safetensors files: {found}")
+        file = WeightFile(single[0], name)
+        return dict.fromkeys(file.entries, file)
+    try:
+        mapped: dict[str, str] = read_json(index)["weight_map"]
+        shards = {shard: WeightFile(path / shard, name) for shard in sorted(set(mapped.values()))}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{INDEX} can't be read", place=name, got=first_line(error)) from None
+    for tensor, shard in mapped.items():
+        if tensor not in shards[shard].entries:
+            raise ModelError(f"shard {shard} lacks tensor `{tensor}`", place=name, fix="copy the file again")
+    for shard, file in shards.items():
+        for tensor in file.entries:
+            if mapped.get(tensor) != shard:
+                raise ModelError(
+                    f"tensor `{tensor}` lies in {shard}, where the index doesn't have it",
+                    place=name,
+                    fix=f"mend {INDEX}",
+                )
+    return {tensor: shards[shard] for tensor, shard in mapped.items()}
+
+
+def _beside(base: str, adapter: Path) -> str:
+    """Return an adapter's base, which may be named relative to the adapter's directory."""
+    if not Path(base).expanduser().exists() and (adapter / base).is_dir():
+        return str(adapter / base)
+    return base
+
+
+def _download(name: str) -> Path:
+    """Fetch a model's weights, configuration and tokenizer from the hub, or take them from its cache."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_PATTERNS))
+    except Exception as error:
+        raise ModelError(
+            "is neither a local directory nor a model that the hub gave",
+            place=name,
+            got=first_line(error),
+            fix="check the path, or for a hub name the spelling and the network",
+        ) from error
+
+
+def read_adapter_config(path: Path, name: str) -> dict[str, Any]:
+    """Return what adapter_config.json holds."""
+    try:
+        found = json.loads((path / "adapter_config.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise ModelError("adapter_config.json can't be read", place=name, got=first_line(error)) from None
+    return dict(found)

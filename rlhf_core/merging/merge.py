@@ -1,0 +1,322 @@
+"""A merge from its inputs to the finished directory: plan, stream every tensor past the method, publish."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_core.errors import ConfigError, ModelError, PluginError
+from rlhf_core.infra.devices import DeviceManager
+from rlhf_core.infra.files import storage_errors
+from rlhf_core.interfaces import Merger
+from rlhf_core.merging.checkpoint import Checkpoint, FileSource
+from rlhf_core.merging.config import MergeConfig
+from rlhf_core.merging.directory import fill
+from rlhf_core.merging.method import Method
+from rlhf_core.merging.output import Output, check_target
+from rlhf_core.merging.plan import Item, Plan, check_count, memory
+from rlhf_core.merging.streams import CHUNK, StreamMerger, TensorStream
+
+log = logging.getLogger(__name__)
+
+_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, None: None}
+_GPU_CHUNK = 1 << 24
+_COPY = 1 << 22
+
+Evaluate = Callable[[Path], float]
+Progress = Callable[[int, int], None]
+"""Called with the bytes of output that are done and their total."""
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What a merge made."""
+
+    output: Path
+    tensors: int
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    details: dict[str, Any] = field(default_factory=dict)
+    """What the method tells of itself, such as the models that a greedy soup took."""
+
+
+class ModelMerger:
+    """Merges checkpoints into one.
+
+    `ModelMerger(MergeConfig(method="ties", base="base", models=["a", "b"], output="merged")).merge()`
+
+    Args:
+        config: what to merge and how.
+        evaluate: for a method that evaluates what it makes: takes a model's directory, returns a number, larger being better.
+        progress: told of bytes written.
+    """
+
+    def __init__(
+        self, config: MergeConfig, *, evaluate: Evaluate | None = None, progress: Progress | None = None
+    ) -> None:
+        self.config, self._evaluate, self._progress = config, evaluate, progress
+        self.method = Method(config)
+        self.device = DeviceManager(config.device if config.device != "auto" else _device()).device
+        self.threads = config.threads or _cores()
+        self.details: dict[str, Any] = {}
+        self._resume = self._overwrite = False
+        self._chosen: Sequence[int] | None = None
+
+    def plan(self) -> Plan:
+        """Open the inputs, check that they fit together, and lay the output out; nothing is written."""
+        config = self.config
+        if self.method.merger.needs_base and config.base is None:
+            raise ConfigError(
+                f"{config.method} works on differences from a base model, and none is given",
+                place="base",
+                fix="give `--base`",
+            )
+        check_count(config.models, self.method.merger.models, config.method)
+        base = Checkpoint.open(config.base) if config.base is not None else None
+        models = [Checkpoint.open(entry.model) for entry in config.models]
+        plan = Plan.make(
+            base, models, dtype=_DTYPES[config.dtype], shard_size=config.shard_size, tokenizer=config.tokenizer
+        )
+        self.method.check(plan)
+        return plan
+
+    def merge(self, *, resume: bool = False, overwrite: bool = False) -> MergeResult:
+        """Merge and return what was made.
+
+        Args:
+            resume: go on with a merge into the same output that was killed.
+            overwrite: replace a model in the output.
+
+        Raises:
+            ConfigError, ModelError, StorageError: the options, inputs or output can't do.
+        """
+        if self.config.output is None:
+            raise ConfigError("no output directory is set", place="output", fix="give `--output DIR`")
+        started = time.perf_counter()
+        self._target = Path(self.config.output).expanduser()
+        self._resume, self._overwrite = resume, overwrite
+        check_target(self._target, overwrite=overwrite)
+        self._plan = self.plan()
+        try:
+            self.method.merger.merge(self)
+        finally:
+            for one in (self._plan.base, *self._plan.models):
+                if one is not None:
+                    one.close()
+        seconds = time.perf_counter() - started
+        plan = self._plan
+        return MergeResult(self._target, len(plan.items), plan.read_bytes, plan.nbytes, seconds, self.details)
+
+    # For methods that override `Merger.merge`
+
+    @property
+    def count(self) -> int:
+        """Number of models, the base not counted."""
+        return len(self._plan.models)
+
+    def write(self, merger: Merger, models: Sequence[int] | None = None) -> Path:
+        """Merge every tensor and put the whole in the output directory.
+
+        Args:
+            merger: the method.
+            models: numbers of the models to merge; all where None.
+        """
+        return self._write(merger, models, self._target, resume=self._resume, overwrite=self._overwrite)
+
+    def evaluate(self, merger: Merger, models: Sequence[int]) -> float:
+        """Return the evaluation of some models merged, or of one model as it is; larger is better.
+
+        Raises:
+            ConfigError: no evaluation is given.
+        """
+        if self._evaluate is None:
+            raise ConfigError(
+                "no evaluation is given", place="evaluate", fix="give a function that scores a model's directory"
+            )
+        if len(models) == 1 and self._plan.vocabularies.rows is None:
+            return self._score(self._plan.models[models[0]].path)
+        with storage_errors(self._target.parent):
+            self._target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=f".{self._target.name}.trial-", dir=self._target.parent) as place:
+                trial = Path(place) / "model"
+                self._write(merger, models, trial, resume=False, overwrite=False)
+                return self._score(trial)
+
+    def _score(self, path: Path) -> float:
+        assert self._evaluate is not None
+        value = float(self._evaluate(path))
+        if value != value:
+            raise ConfigError("the evaluation gave no number", place="evaluate", got=value)
+        return value
+
+    def _write(
+        self, merger: Merger, models: Sequence[int] | None, target: Path, *, resume: bool, overwrite: bool
+    ) -> Path:
+        plan = self._plan
+        chosen = list(range(len(plan.models))) if models is None else list(models)
+        fingerprint = plan.fingerprint(self.method.recipe(), chosen)
+        output = Output.open(target, plan, fingerprint, resume=resume, overwrite=overwrite)
+        try:
+            _Run(self, plan, merger, chosen, output).go()
+            return output.publish(lambda path: fill(path, plan, self.config, chosen, self.details))
+        finally:
+            output.close()
+
+
+class _Run:
+    """One pass of all tensors past a method."""
+
+    def __init__(self, owner: ModelMerger, plan: Plan, merger: Merger, chosen: Sequence[int], output: Output) -> None:
+        self.owner, self.plan, self.merger, self.chosen, self.output = owner, plan, merger, chosen, output
+        self._written, self._guard = 0, threading.Lock()
+        self._total = sum(item.nbytes for item in plan.items)
+
+    def go(self) -> None:
+        todo = [item for item in self.plan.items if item.name not in self.output.done]
+        self._count(self._total - sum(item.nbytes for item in todo))
+        merged = [item for item in self.plan.items if item.merged]
+        with _one_thread_an_operation(), torch.inference_mode():
+            if isinstance(self.merger, StreamMerger):
+                self.merger.survey(_Streams(self, merged))
+            # The largest first, so that no thread is left alone with it at the end.
+            self._spread(sorted(todo, key=lambda item: -item.count))
+
+    def stream(self, item: Item, merger: Merger) -> TensorStream:
+        base, models = self.plan.sources(item)
+        weights, options = self.owner.method.values(item.name, self.plan.depth)
+        return TensorStream(
+            item.name,
+            base,
+            [models[number] for number in self.chosen],
+            [weights[number] for number in self.chosen],
+            [options[number] for number in self.chosen],
+            seed=self.owner.config.seed,
+            by_row=isinstance(merger, StreamMerger) and merger.by_row,
+            device=self.owner.device,
+            chunk=_GPU_CHUNK if self.owner.device.type == "cuda" else CHUNK,
+        )
+
+    def _spread(self, items: Sequence[Item]) -> None:
+        stop = threading.Event()
+
+        def work(item: Item) -> None:
+            if not stop.is_set():
+                with torch.inference_mode():
+                    self._one(item)
+
+        with ThreadPoolExecutor(self.owner.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            futures = [pool.submit(work, item) for item in items]
+            try:
+                finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            except BaseException:
+                stop.set()
+                raise
+            if failed := [future for future in finished if future.exception() is not None]:
+                stop.set()
+                raise failed[0].exception()  # type: ignore[misc]
+
+    def _one(self, item: Item) -> None:
+        if not item.merged:
+            self._copy(item)
+        else:
+            merger = self.owner.method.for_tensor(self.merger, item.name, self.plan.depth)
+            stream = self.stream(item, merger)
+            merger.check_weights(stream.weights)
+            if isinstance(merger, StreamMerger):
+                for start, values in merger.merged(stream):
+                    self.output.write(item, start, values)
+                    self._count(values.numel() * item.dtype.itemsize)
+            else:
+                self._whole(item, merger, stream)
+        self.output.finish(item)
+
+    def _whole(self, item: Item, merger: Merger, stream: TensorStream) -> None:
+        """Merge a tensor by a method that wants it whole."""
+        base, tensors = stream.whole()
+        values = merger.merge_tensor(item.name, base, tensors, stream.weights)
+        if tuple(values.shape) != item.shape:
+            raise PluginError(
+                f"merging tensor `{item.name}` gave another shape",
+                place=f"merger `{self.owner.config.method}`",
+                got=f"{list(values.shape)} for {list(item.shape)}",
+            )
+        self.output.write(item, 0, values)
+        self._count(item.nbytes)
+
+    def _copy(self, item: Item) -> None:
+        """Copy what isn't merged, having looked that all inputs agree on it."""
+        base, models = self.plan.sources(item)
+        sources = [source for source in (base, *models) if source is not None]
+        for start in range(0, item.count, _COPY):
+            stop = min(start + _COPY, item.count)
+            first = _raw(sources[0], start, stop).clone()
+            for source in sources[1:]:
+                if not _raw(source, start, stop).equal(first):
+                    raise ModelError(
+                        f"tensor `{item.name}` holds whole numbers that differ, which can't be averaged",
+                        place=source.place,
+                        got=f"other values than {sources[0].place}",
+                    )
+            self.output.write(item, start, first)
+        self._count(item.nbytes)
+
+    def _count(self, nbytes: int) -> None:
+        if self.owner._progress is not None:
+            with self._guard:
+                self._written += nbytes
+                self.owner._progress(self._written, self._total)
+
+
+class _Streams:
+    """The streams of all merged tensors, made anew each time that they are gone through."""
+
+    def __init__(self, run: _Run, items: Sequence[Item]) -> None:
+        self._run, self._items = run, items
+
+    def __iter__(self) -> Iterator[TensorStream]:
+        for item in self._items:
+            yield self._run.stream(item, self._run.merger)
+
+
+def _raw(source: Any, start: int, stop: int) -> torch.Tensor:
+    while not isinstance(source, FileSource):
+        source = source.base
+    return source.raw(start, stop)
+
+
+@contextmanager
+def _one_thread_an_operation() -> Iterator[None]:
+    """Keep torch from splitting single operations: tensors are merged side by side instead."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _device() -> Any:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def memory_needed(merger: ModelMerger, plan: Plan) -> int:
+    """Estimate the memory that a merge takes beyond the interpreter's, bytes."""
+    whole = not isinstance(merger.method.merger, StreamMerger)
+    return memory(plan, merger.threads, CHUNK, whole=whole)

@@ -1,0 +1,129 @@
+"""The method of a merge with its options, which may vary by layer and by model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from rlhf_core import registry
+from rlhf_core.config import BaseConfig
+from rlhf_core.errors import ConfigError, did_you_mean
+from rlhf_core.interfaces import Merger
+from rlhf_core.merging.config import MergeConfig
+from rlhf_core.merging.plan import Plan
+from rlhf_core.merging.weights import LayerValues, Value, layer_wise_interpolation
+
+_VALUE: TypeAdapter[Value] = TypeAdapter(Value)
+
+
+class Method:
+    """The merger of a configuration, and the values that it takes at each tensor."""
+
+    def __init__(self, config: MergeConfig, *, place: Mapping[str, str] | str = "config") -> None:
+        self.config, self._place = config, place
+        self.plugin = registry.lookup(config.method, "merger")
+        self._class: type[Merger] = registry.load(self.plugin)
+        given = dict(config.options)
+        if "seed" in self._class.Config.model_fields:
+            given.setdefault("seed", config.seed)
+        self._by_layer = {
+            name: self._profile(name, value) for name, value in given.items() if self._varies(name, value)
+        }
+        self._fixed = {name: value for name, value in given.items() if name not in self._by_layer}
+        for number, entry in enumerate(config.models):
+            for name in entry.options:
+                self._check_own(name, f"models[{number}].options")
+        self.merger = self._instance({name: _some(value) for name, value in self._by_layer.items()})
+        self._cache: dict[tuple[float, ...], Merger] = {}
+
+    def for_tensor(self, merger: Merger, name: str, depth: int) -> Merger:
+        """Return the merger with the values that its options have at a tensor; `merger` itself where none varies."""
+        if not self._by_layer or merger is not self.merger:
+            return merger
+        values = {
+            option: layer_wise_interpolation(value, name, depth, what=option)
+            for option, value in self._by_layer.items()
+        }
+        key = tuple(values.values())
+        if key not in self._cache:
+            self._cache[key] = self._instance(values)
+        return self._cache[key]
+
+    def values(self, name: str, depth: int) -> tuple[list[float], list[dict[str, float]]]:
+        """Return each model's weight, and its own options, at a tensor."""
+        weights, options = [], []
+        for number, entry in enumerate(self.config.models):
+            what = f"models[{number}]"
+            weights.append(layer_wise_interpolation(entry.weight, name, depth, what=f"{what}.weight"))
+            own = {
+                option: layer_wise_interpolation(value, name, depth, what=f"{what}.options.{option}")
+                for option, value in entry.options.items()
+            }
+            options.append(own)
+        return weights, options
+
+    def check(self, plan: Plan) -> None:
+        """Work out every value once, so that a wrong one is found before anything is read."""
+        for item in plan.items:
+            if not item.merged:
+                continue
+            weights, options = self.values(item.name, plan.depth)
+            for own in options:
+                self._instance({**{name: _some(value) for name, value in self._by_layer.items()}, **own})
+            self.for_tensor(self.merger, item.name, plan.depth).check_weights(weights)
+
+    def recipe(self) -> dict[str, Any]:
+        """Return what the output's bytes depend on besides the inputs, as JSON values."""
+        settings = self.config.model_dump(mode="json", include={"models", "options", "tokenizer", "dtype", "seed"})
+        for entry in settings["models"]:
+            del entry["model"]
+        return {"method": self.plugin.qualified, "version": self.plugin.version, **settings}
+
+    def _instance(self, values: Mapping[str, Any]) -> Merger:
+        return self._class(self._class.Config.parse({**self._fixed, **values}, place=self._place))
+
+    def _varies(self, name: str, value: Any) -> bool:
+        field = self._class.Config.model_fields.get(name)
+        return field is not None and field.annotation in (float, int) and isinstance(value, list | dict | LayerValues)
+
+    def _profile(self, name: str, value: Any) -> Value:
+        try:
+            return _VALUE.validate_python(value)
+        except ValidationError as error:
+            where = self._place if isinstance(self._place, str) else self._place.get(name, "config")
+            message = error.errors(include_url=False)[0]["msg"]
+            raise ConfigError(
+                f"`{name}` is neither a number nor values by layer: {message}",
+                place=where,
+                fix="give a number, a list over the layers, or `layers`, `gradient`, `filters`, `default`",
+            ) from None
+
+    def _check_own(self, name: str, place: str) -> None:
+        if name in self._class.per_model:
+            return
+        if name in self._class.Config.model_fields:
+            own = ", ".join(self._class.per_model) or "none"
+            raise ConfigError(
+                f"`{name}` is the same for all models in {self.config.method}", place=place, fix=f"may differ: {own}"
+            )
+        raise ConfigError(
+            f"unknown option `{name}` of {self.config.method}",
+            place=place,
+            fix=did_you_mean(name, self._class.per_model),
+        )
+
+
+def _some(value: Value) -> float:
+    """Return one of the numbers of a value that varies."""
+    if isinstance(value, LayerValues):
+        inner: Sequence[Any] = [value.layers, value.gradient, *value.filters.values(), value.default]
+        return _some(next(one for one in inner if one is not None))
+    return float(value[0]) if isinstance(value, list) else float(value)
+
+
+def method_config(name: str) -> type[BaseConfig]:
+    """Return the configuration class of a merger, by its name."""
+    config: type[BaseConfig] = registry.load(registry.lookup(name, "merger")).Config
+    return config

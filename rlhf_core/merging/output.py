@@ -1,0 +1,212 @@
+"""The merged checkpoint as it comes into being: weight files at their full length, filled tensor by tensor.
+
+It grows in a directory of another name, beside its place, and is renamed when whole. A journal tells which tensors are safely
+on disk; after a kill a merge goes on from there, to the same bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rlhf_core.errors import ConfigError, NumbersError, StorageError
+from rlhf_core.infra.files import (
+    fsync_directory,
+    fsync_file,
+    lock_directory,
+    read_json,
+    remove_tree,
+    replace_json,
+    require_space,
+    storage_errors,
+)
+from rlhf_core.merging.plan import Item, OutputFile, Plan
+
+_JOURNAL = "merge.journal"
+_STATE = "merge.state"
+_LOCK = "merge.lock"
+_FLUSH = 1 << 28
+"""Bytes after which what was written is put on disk and noted, so that a killed merge loses little."""
+
+
+class Output:
+    """The directory of a merge under way, held by one process at a time."""
+
+    def __init__(self, target: Path, plan: Plan, lock: int | None) -> None:
+        self.target, self.path, self._plan = target, unfinished(target), plan
+        self._lock = lock
+        self._files: dict[str, int] = {}
+        self.done: set[str] = set()
+        self._fresh: list[Item] = []
+        self._guard, self._committing = threading.Lock(), threading.Lock()
+
+    @classmethod
+    def open(cls, target: Path, plan: Plan, fingerprint: str, *, resume: bool, overwrite: bool) -> Output:
+        """Take a directory for a merge and make room for all of its files.
+
+        Raises:
+            StorageError: the place is taken, too little disk is left, or another process merges into it.
+            ConfigError: `resume` finds nothing, or a merge of something else.
+        """
+        check_target(target, overwrite=overwrite)
+        path = unfinished(target)
+        with storage_errors(path):
+            begun = (path / _STATE).is_file()
+            if resume and not begun:
+                raise ConfigError(
+                    "there is no unfinished merge to go on with", place=str(target), fix="leave out --resume"
+                )
+            path.mkdir(parents=True, exist_ok=True)
+            lock = lock_directory(path, _LOCK, "merging into it")
+        output = cls(target, plan, lock)
+        try:
+            with storage_errors(path, plan.nbytes):
+                if resume:
+                    output._go_on(fingerprint)
+                else:
+                    output._begin(fingerprint)
+                output._open_files(new=not resume)
+        except BaseException:
+            output.close()
+            raise
+        return output
+
+    def write(self, item: Item, start: int, values: Tensor) -> None:
+        """Write elements of a tensor from an offset on, in its own type; called from several threads."""
+        stored = values.reshape(-1).to(item.dtype).cpu()
+        if (
+            item.merged
+            and not math.isfinite(float(stored.sum(dtype=torch.float32)))
+            and not bool(stored.isfinite().all())
+        ):
+            largest = float(values.abs().max())
+            raise NumbersError(
+                f"merging tensor `{item.name}` gave values that {str(item.dtype).removeprefix('torch.')} can't hold",
+                got=f"{largest:g}",
+                fix="lower the weights or the scale, or set `dtype` to `bf16` or `float32`",
+            )
+        view = stored.view(torch.uint8).numpy().data
+        offset = item.start + start * item.dtype.itemsize
+        with storage_errors(self.path / item.file, self._plan.nbytes):
+            while len(view):
+                written = os.pwrite(self._files[item.file], view, offset)
+                view, offset = view[written:], offset + written
+
+    def finish(self, item: Item) -> None:
+        """Note that all of a tensor is written; from time to time, put on disk what was."""
+        with self._guard:
+            self._fresh.append(item)
+            if sum(one.nbytes for one in self._fresh) < _FLUSH:
+                return
+            batch, self._fresh = self._fresh, []
+        self._commit(batch)  # the other threads merge on meanwhile
+
+    def publish(self, fill: Callable[[Path], None]) -> Path:
+        """Put the whole in place: `fill` writes what stands beside the weights. Returns the final directory."""
+        self._commit(self._fresh)
+        with storage_errors(self.path):
+            fill(self.path)
+            for name in (_JOURNAL, _STATE):
+                remove_tree(self.path / name)
+            for file in self.path.iterdir():
+                if file.is_file() and file.name not in self._files:
+                    fsync_file(file)
+            fsync_directory(self.path)
+            old = self.target.with_name(f".{self.target.name}.old")
+            remove_tree(old)
+            if self.target.exists():
+                self.target.rename(old)
+            self.path.rename(self.target)
+            fsync_directory(self.target.parent)
+            remove_tree(old)
+            remove_tree(self.target / _LOCK)
+        self.close()
+        return self.target
+
+    def close(self) -> None:
+        """Close the files and let another process have the directory."""
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files = {}
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _begin(self, fingerprint: str) -> None:
+        for file in self.path.iterdir():
+            if file.name != _LOCK:
+                remove_tree(file)
+        require_space(self.path, self._plan.nbytes)
+        replace_json(self.path / _STATE, {"fingerprint": fingerprint})
+
+    def _go_on(self, fingerprint: str) -> None:
+        try:
+            found = read_json(self.path / _STATE)["fingerprint"]
+        except (ValueError, KeyError, TypeError):
+            found = None
+        if found != fingerprint:
+            raise ConfigError(
+                "the unfinished merge is of other inputs or options",
+                place=str(self.path),
+                fix="give the same ones, or leave out --resume to begin anew",
+            )
+        if (self.path / _JOURNAL).is_file():
+            # A line that a kill cut off has no end; its tensors are merged again.
+            lines = (self.path / _JOURNAL).read_text(encoding="utf-8").split("\n")[:-1]
+            self.done = {line for line in lines if line}
+
+    def _open_files(self, *, new: bool) -> None:
+        for file in self._plan.files:
+            path = self.path / file.name
+            fresh = new or not path.is_file() or path.stat().st_size != file.size
+            if fresh and self.done & {item.name for item in self._plan.items if item.file == file.name}:
+                raise StorageError(
+                    "a file of the unfinished merge is damaged", place=str(path), fix="leave out --resume"
+                )
+            self._files[file.name] = _allocate(path, file) if fresh else os.open(path, os.O_RDWR)
+
+    def _commit(self, batch: list[Item]) -> None:
+        """Put on disk what was written, then note its tensors: in this order a noted tensor is a safe one."""
+        with self._committing, storage_errors(self.path, self._plan.nbytes):
+            for name in {item.file for item in batch} or set(self._files):
+                os.fsync(self._files[name])
+            descriptor = os.open(self.path / _JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            try:
+                os.write(descriptor, "".join(f"{item.name}\n" for item in batch).encode())
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def unfinished(target: Path) -> Path:
+    """Return the directory in which a merge grows until it is whole."""
+    return target.with_name(f".{target.name}.merging")
+
+
+def check_target(target: Path, *, overwrite: bool) -> None:
+    """Raise where the place of the output is taken by something that isn't to be replaced."""
+    if target.exists() and not target.is_dir():
+        raise StorageError("is a file, not a directory", place=str(target), fix="choose another output")
+    if target.is_dir() and any(target.iterdir()):
+        if not (target / "config.json").is_file():
+            raise StorageError(
+                "is not empty, and no model", place=str(target), fix="choose an empty or a new directory"
+            )
+        if not overwrite:
+            raise StorageError("holds a model already", place=str(target), fix="`--overwrite` replaces it")
+
+
+def _allocate(path: Path, file: OutputFile) -> int:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o644)
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, file.size)  # a full disk shows now, not after an hour
+    else:
+        os.ftruncate(descriptor, file.size)
+    os.pwrite(descriptor, file.header, 0)
+    return descriptor

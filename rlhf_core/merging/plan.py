@@ -1,0 +1,248 @@
+"""What a merge will do, known before it does it: which tensors are merged or copied, with what weights, and where they go."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from rlhf_core.errors import ConfigError, ModelError
+from rlhf_core.infra.tensors import encode_header
+from rlhf_core.merging.checkpoint import SINGLE, Checkpoint
+from rlhf_core.merging.streams import Source
+from rlhf_core.merging.vocabulary import Vocabularies
+from rlhf_core.merging.weights import GROUPS, layer_of
+
+MERGED = {torch.float32, torch.bfloat16, torch.float16}
+"""Types that are merged; whole numbers and flags are copied where all inputs agree on them."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One tensor of the result."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    merged: bool
+    """Whether it is merged; else it is the same in all inputs and copied."""
+    file: str
+    start: int
+    """Offset of its first byte in the file."""
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.count * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A weight file of the result."""
+
+    name: str
+    header: bytes
+    size: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The inputs, checked against each other, and the layout of the output."""
+
+    base: Checkpoint | None
+    models: Sequence[Checkpoint]
+    items: Sequence[Item]
+    files: Sequence[OutputFile]
+    left_out: Sequence[str]
+    """Tensors that aren't written because they are tied to another."""
+    vocabularies: Vocabularies
+
+    @classmethod
+    def make(
+        cls,
+        base: Checkpoint | None,
+        models: Sequence[Checkpoint],
+        *,
+        dtype: torch.dtype | None = None,
+        shard_size: int = 5_000_000_000,
+        tokenizer: str | None = None,
+    ) -> Plan:
+        """Check the inputs against each other and lay the output out. Reads headers, configurations and tokenizers only.
+
+        Raises:
+            ModelError: names or shapes differ, vocabularies differ and `tokenizer` doesn't say what to do, or a type can't be
+                merged.
+        """
+        inputs = [*([base] if base is not None else []), *models]
+        left_out = _tied(inputs)
+        names = _common_names(inputs, left_out)
+        vocabularies = Vocabularies.compare(base, models, tokenizer, names)
+        described = [_describe(name, inputs, vocabularies, dtype) for name in sorted(names, key=natural)]
+        items, files = _lay_out(described, shard_size)
+        return cls(base, models, items, files, sorted(left_out), vocabularies)
+
+    @cached_property
+    def depth(self) -> int:
+        """Number of layers, from the tensors' names."""
+        return 1 + max((layer for item in self.items if (layer := layer_of(item.name)) is not None), default=0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight files that are written."""
+        return sum(file.size for file in self.files)
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of the inputs' values, each counted once."""
+        inputs = [*([self.base] if self.base is not None else []), *self.models]
+        return sum(one.tensors[item.name].nbytes for one in inputs for item in self.items if item.name in one.tensors)
+
+    def sources(self, item: Item) -> tuple[Source | None, list[Source]]:
+        """Return a tensor of the base, if there is one, and of each model; vocabularies lined up."""
+        base = self.vocabularies.source(self.base, item.name) if self.base is not None else None
+        return base, [self.vocabularies.source(model, item.name) for model in self.models]
+
+    def index(self) -> dict[str, object]:
+        """Return what the index of a sharded output holds."""
+        total = sum(item.nbytes for item in self.items)
+        return {"metadata": {"total_size": total}, "weight_map": {item.name: item.file for item in self.items}}
+
+    def fingerprint(self, *more: object) -> str:
+        """Return a hash of all that the output's bytes depend on: inputs, layout, and whatever else is given."""
+        digest = hashlib.sha256()
+        for one in [self.base, *self.models]:
+            digest.update(one.digest if one is not None else b"none")
+        for file in self.files:
+            digest.update(file.header)
+        digest.update(json.dumps(more, sort_keys=True, default=str).encode())
+        return digest.hexdigest()
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """Return a key that sorts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _tied(inputs: Sequence[Checkpoint]) -> set[str]:
+    """Return output heads that are tied to the input embeddings by every input's configuration: one tensor, not two."""
+    heads = {
+        name
+        for one in inputs
+        for name in one.tensors
+        if name.split(".")[-2:-1] and name.split(".")[-2] in GROUPS["head"]
+    }
+    tied = [bool(one.text_config.get("tie_word_embeddings", one.config.get("tie_word_embeddings"))) for one in inputs]
+    return heads if heads and all(tied) else set()
+
+
+def _common_names(inputs: Sequence[Checkpoint], left_out: set[str]) -> set[str]:
+    first = inputs[0]
+    wanted = set(first.tensors) - left_out
+    for other in inputs[1:]:
+        found = set(other.tensors) - left_out
+        if found == wanted:
+            continue
+        lacking, extra = sorted(wanted - found, key=natural), sorted(found - wanted, key=natural)
+        name, lacks, has = (lacking[0], other, first) if lacking else (extra[0], first, other)
+        more = len(lacking or extra) - 1
+        raise ModelError(
+            f"tensor `{name}` is in {has.name} and not in {lacks.name}",
+            place=other.name,
+            got=f"{len(wanted)} and {len(found)} tensors" + (f", {more} more differ" if more else ""),
+            fix="merge models of one architecture"
+            + (", all with tied embeddings or all without" if name.split(".")[-2] in GROUPS["head"] else ""),
+        )
+    return wanted
+
+
+@dataclass(frozen=True)
+class _Described:
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    merged: bool
+
+
+def _describe(
+    name: str, inputs: Sequence[Checkpoint], vocabularies: Vocabularies, dtype: torch.dtype | None
+) -> _Described:
+    entries = [one.tensors[name] for one in inputs]
+    aligned = vocabularies.shape(name, entries[0].shape)
+    if aligned is None:
+        for one, entry in zip(inputs[1:], entries[1:], strict=True):
+            if entry.shape != entries[0].shape:
+                raise ModelError(
+                    f"tensor `{name}` has another shape",
+                    place=one.name,
+                    got=f"{list(entry.shape)}, and {list(entries[0].shape)} in {inputs[0].name}",
+                    fix="merge models of one architecture and size",
+                )
+    kinds = {entry.dtype for entry in entries}
+    floating = {kind for kind in kinds if kind.is_floating_point}
+    if floating != kinds and len(kinds) > 1:
+        listed = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
+        raise ModelError(f"tensor `{name}` is of kinds that don't mix", place=inputs[0].name, got=listed)
+    merged = bool(floating)
+    if merged and not kinds <= MERGED and dtype is None:
+        odd = next(kind for kind in kinds if kind not in MERGED)
+        raise ModelError(
+            f"tensor `{name}` is stored as {str(odd).removeprefix('torch.')}, which float32 arithmetic can't keep",
+            place=inputs[0].name,
+            fix="set `dtype` to the type that the result shall have",
+        )
+    wide = entries[0].dtype
+    for kind in kinds:
+        wide = torch.promote_types(wide, kind)
+    return _Described(name, aligned or entries[0].shape, (dtype or wide) if merged else wide, merged)
+
+
+def _lay_out(described: Sequence[_Described], shard_size: int) -> tuple[list[Item], list[OutputFile]]:
+    """Fill files in the order of the names, each up to `shard_size`, then wide elements first within a file."""
+    shards: list[list[_Described]] = [[]]
+    room = shard_size
+    for one in described:
+        size = math.prod(one.shape) * one.dtype.itemsize
+        if size > room and shards[-1]:
+            shards.append([])
+            room = shard_size
+        shards[-1].append(one)
+        room -= size
+    items, files = [], []
+    for number, shard in enumerate(shards, 1):
+        name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        ordered = sorted(shard, key=lambda one: -one.dtype.itemsize)
+        header = encode_header({one.name: (one.dtype, one.shape) for one in ordered}, format="pt")
+        start = len(header)
+        for one in ordered:
+            items.append(Item(one.name, one.shape, one.dtype, one.merged, name, start))
+            start += items[-1].nbytes
+        files.append(OutputFile(name, header, start))
+    return items, files
+
+
+def check_count(models: Sequence[object], bounds: tuple[int, int | None], method: str) -> None:
+    """Raise where a method can't merge so many models."""
+    least, most = bounds
+    if len(models) < least or (most is not None and len(models) > most):
+        span = f"{least}" if least == most else f"at least {least}" if most is None else f"{least} to {most}"
+        raise ConfigError(f"{method} merges {span} models", place="models", got=len(models))
+
+
+def memory(plan: Plan, threads: int, chunk: int, *, whole: bool) -> int:
+    """Estimate the bytes of memory that a merge takes beyond the interpreter's: buffers of each thread.
+
+    Args:
+        whole: whether the method needs whole tensors, rather than chunks.
+    """
+    inputs = len(plan.models) + (plan.base is not None)
+    largest = max((item.count for item in plan.items if item.merged), default=0)
+    return threads * 4 * (inputs + 4) * (largest if whole else min(chunk, largest))

@@ -1,0 +1,277 @@
+"""One tensor of every input of a merge, as float32 chunks: what a method sees of checkpoints of any size.
+
+A chunk is small enough to stay in a core's cache, so a method's arithmetic runs at the cache's speed and a merge's memory
+doesn't depend on how large the checkpoints are. A stream may be read several times: first to measure, then to merge.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
+
+import numpy
+import torch
+from torch import Tensor
+
+from rlhf_core.errors import ModelError
+from rlhf_core.interfaces import Merger
+
+CHUNK = 1 << 16
+"""Elements of a chunk on a CPU: 256 KiB an input in float32."""
+_KEY_BYTES = 4096
+
+
+class Source(Protocol):
+    """One tensor of one input, wherever it lies."""
+
+    place: str
+    """The input that it belongs to, for messages."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def read(self, start: int, stop: int, out: Tensor) -> None:
+        """Put the elements from start to stop, counted in row-major order, into `out`, (stop - start,) float32."""
+
+    def key(self) -> bytes:
+        """Return a digest of values, of this tensor or its whole input: inputs are told apart by it, wherever they are listed."""
+
+
+class MemorySource:
+    """A tensor in memory."""
+
+    def __init__(self, tensor: Tensor, place: str = "memory") -> None:
+        self.place, self._flat, self.shape, self.dtype = place, tensor.reshape(-1), tuple(tensor.shape), tensor.dtype
+
+    def read(self, start: int, stop: int, out: Tensor) -> None:
+        out.copy_(self._flat[start:stop])
+
+    def key(self) -> bytes:
+        return digest_of(self)
+
+
+def digest_of(source: Source) -> bytes:
+    """Hash the first, middle and last kilobytes of a tensor's values."""
+    count, size = _count(source.shape), _KEY_BYTES // 4
+    digest = hashlib.blake2b(digest_size=16)
+    for start in sorted({0, max(0, count // 2 - size // 2), max(0, count - size)}):
+        values = torch.empty(min(size, count - start))
+        source.read(start, start + len(values), values)
+        digest.update(values.numpy().tobytes())
+    return digest.digest()
+
+
+class Chunk:
+    """A run of one tensor's elements from every input, float32, on the device of the merge.
+
+    `tensors`, and `base` where there is one, are (N,), or (rows, columns) for a method that works `by_row`. They are scratch
+    space: a method may overwrite them, and they change with the next chunk.
+    """
+
+    def __init__(self, stream: TensorStream, start: int, base: Tensor | None, tensors: list[Tensor]) -> None:
+        self.stream, self.start, self.base, self.tensors = stream, start, base, tensors
+
+    @property
+    def weights(self) -> Sequence[float]:
+        return self.stream.weights
+
+    @property
+    def origin(self) -> Tensor:
+        """The base; for a method that declares `needs_base` it is there."""
+        assert self.base is not None
+        return self.base
+
+    def deltas(self) -> list[Tensor]:
+        """Turn the models' values into differences from the base, in place, and return them; call it once a chunk."""
+        for tensor in self.tensors:
+            tensor.sub_(self.origin)
+        return self.tensors
+
+    def random(self, model: int) -> Tensor:
+        """Return one uniform whole number in -32768 … 32767 an element, int16, shaped as the chunk.
+
+        A function of the seed, the tensor's name and the model's own values, so neither the order of the models, nor threads,
+        nor how files are cut change it. Call it once a chunk and model.
+        """
+        return self.stream._words(model, self.tensors[model])
+
+
+class TensorStream:
+    """One tensor of every input, to be read chunk by chunk, as often as a method wants.
+
+    Models come in an order of their own, by their values, whatever order they were given in: a sum in another order would round
+    differently. The order is the same for every tensor of a merge.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        base: Source | None,
+        models: Sequence[Source],
+        weights: Sequence[float],
+        options: Sequence[Mapping[str, Any]] = (),
+        *,
+        seed: int = 0,
+        by_row: bool = False,
+        device: torch.device | str = "cpu",
+        chunk: int = CHUNK,
+    ) -> None:
+        self.name, self.base, self.seed, self.by_row = name, base, seed, by_row
+        self.shape = models[0].shape
+        for source in (*models, *([base] if base is not None else [])):
+            if source.shape != self.shape:
+                raise ModelError(
+                    f"tensor `{name}` has another shape than in the first model",
+                    place=source.place,
+                    got=f"{tuple(source.shape)}, not {tuple(self.shape)}",
+                    fix="merge models of one architecture and vocabulary",
+                )
+        self.count = _count(self.shape)
+        self.columns = max(1, self.shape[-1]) if by_row and self.shape else 1
+        self.device, self._chunk = torch.device(device), chunk
+        given = options or [{} for _ in models]
+        ranked = sorted(
+            zip(models, weights, given, [model.key() for model in models], strict=True),
+            key=lambda entry: (entry[3], entry[1], sorted(entry[2].items())),
+        )
+        self.models = [entry[0] for entry in ranked]
+        self.weights: list[float] = [float(entry[1]) for entry in ranked]
+        self.options: list[Mapping[str, Any]] = [entry[2] for entry in ranked]
+        self._keys = [entry[3] for entry in ranked]
+        self._generators: list[numpy.random.SFC64] = []
+        self._finite = False
+
+    def option(self, name: str, default: float) -> list[float]:
+        """Return an option's value for each model: its own where it has one, else `default`."""
+        return [float(given.get(name, default)) for given in self.options]
+
+    def whole(self) -> tuple[Tensor | None, list[Tensor]]:
+        """Return the tensor of the base, if there is one, and of each model, whole and float32."""
+        parts = []
+        for source in [*self.models, *([self.base] if self.base is not None else [])]:
+            values = torch.empty(self.count, device=self.device)
+            self._read(source, 0, self.count, values)
+            parts.append(values.view(self.shape))
+        return (parts.pop() if self.base is not None else None), parts
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Read the tensor from its start to its end. One reading at a time; buffers are reused."""
+        self._generators = [self._generator(number) for number in range(len(self.models))]
+        # A multiple of four, as many words as a generator draws at once: so they are the same for chunks of any size.
+        size = max(4, self._chunk // self.columns // 4 * 4) * self.columns
+        room = torch.empty((len(self.models) + 1, min(size, self.count)), device=self.device)
+        for start in range(0, self.count, size):
+            stop = min(start + size, self.count)
+            parts = [buffer[: stop - start] for buffer in room]
+            for part, source in zip(parts, self.models, strict=False):
+                self._read(source, start, stop, part)
+            if self.base is not None:
+                self._read(self.base, start, stop, parts[-1])
+            if self.by_row:
+                parts = [part.view(-1, self.columns) for part in parts]
+            yield Chunk(self, start, parts[-1] if self.base is not None else None, parts[:-1])
+        self._finite = True
+
+    def sample(self, count: int) -> Iterator[Chunk]:
+        """Read short runs spread over the tensor, about `count` elements in all: enough to guess a quantile by."""
+        run = 64
+        sources = [*self.models, *([self.base] if self.base is not None else [])]
+        if self.count <= run:
+            yield from self.chunks()
+            return
+        runs = max(1, min(count, self.count) // run)
+        # Spread evenly, with a shift of its own in each part, so that no period of the rows is met each time.
+        shifts = numpy.random.default_rng(0).random(runs)
+        places = ((numpy.arange(runs) + shifts) * (self.count - run) / runs).astype(int)
+        for group in numpy.array_split(places, -(-runs * run // CHUNK)):
+            parts = []
+            for source in sources:
+                values = torch.empty(len(group) * run, device=self.device)
+                for number, place in enumerate(group.tolist()):
+                    source.read(place, place + run, values[number * run : (number + 1) * run])
+                parts.append(values)
+            base = parts.pop() if self.base is not None else None
+            yield Chunk(self, 0, base, parts)
+
+    def _read(self, source: Source, start: int, stop: int, out: Tensor) -> None:
+        source.read(start, stop, out)
+        # One reduction a chunk; a sum that overflows is looked at again, value by value.
+        if not self._finite and not math.isfinite(float(out.sum())) and not bool(out.isfinite().all()):
+            where = int((~out.isfinite()).nonzero()[0]) + start
+            raise ModelError(
+                f"tensor `{self.name}` holds values that are not finite",
+                place=source.place,
+                got=f"{float(out[where - start])} at position {where:,} of {self.count:,}",
+                fix="use another checkpoint of this model",
+            )
+
+    def _generator(self, model: int) -> numpy.random.SFC64:
+        # Two models with the same values get streams of their own; which gets which makes no difference.
+        twin = self._keys[:model].count(self._keys[model])
+        text = f"{self.seed}\0{self.name}\0{twin}\0".encode() + self._keys[model]
+        seed = hashlib.blake2b(text, digest_size=16).digest()
+        return numpy.random.SFC64(int.from_bytes(seed, "little"))
+
+    def _words(self, model: int, like: Tensor) -> Tensor:
+        count = like.numel()
+        words = self._generators[model].random_raw(-(-count // 4)).view(numpy.int16)[:count]
+        return torch.from_numpy(words).to(self.device).view(like.shape)
+
+
+class StreamMerger(Merger):
+    """A merger that works chunk by chunk: it may measure a whole tensor first, and then merges each chunk by itself."""
+
+    by_row: ClassVar[bool] = False
+    """Whether chunks are whole rows, (rows, columns); else they are (N,)."""
+
+    def survey(self, streams: Iterable[TensorStream]) -> None:
+        """Look at all tensors before the first is merged. Streams are made anew each time that `streams` is iterated.
+
+        The default looks at none, and then nothing is read.
+        """
+
+    def measure(self, stream: TensorStream) -> Any:
+        """Return what merging needs to know of the whole tensor, from one or more readings; the default nothing."""
+        return None
+
+    @abstractmethod
+    def merge_chunk(self, chunk: Chunk, measured: Any) -> Tensor:
+        """Return the merged elements of a chunk, float32, in the chunk's shape; it may be one of the chunk's own tensors."""
+
+    def merge_tensor(
+        self, name: str, base: Tensor | None, tensors: Sequence[Tensor], weights: Sequence[float]
+    ) -> Tensor:
+        stream = TensorStream(
+            name,
+            MemorySource(base) if base is not None else None,
+            [MemorySource(tensor) for tensor in tensors],
+            weights,
+            seed=int(getattr(self.config, "seed", 0)),
+            by_row=self.by_row,
+            device=tensors[0].device,
+        )
+        merged = torch.empty(stream.count, device=tensors[0].device)
+        for start, part in self.merged(stream):
+            merged[start : start + part.numel()] = part.reshape(-1)
+        return merged.view(tensors[0].shape)
+
+    def merged(self, stream: TensorStream) -> Iterator[tuple[int, Tensor]]:
+        """Measure a tensor, then yield its merged chunks, each with where it starts."""
+        if stream.count == 0:
+            return
+        measured = self.measure(stream)
+        for chunk in stream.chunks():
+            yield chunk.start, self.merge_chunk(chunk, measured)
+
+
+def _count(shape: Sequence[int]) -> int:
+    count = 1
+    for length in shape:
+        count *= length
+    return count

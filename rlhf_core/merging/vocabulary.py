@@ -1,0 +1,259 @@
+"""Vocabularies that differ, lined up by the tokens' text, so that a row of the embeddings is merged with its own like.
+
+A token that an input lacks takes no part there: it stands at the base's row, so that its difference is zero, or, where the base
+lacks it too, at the mean of the inputs that have it. Rows without a token (padding) are lined up by number and never dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from rlhf_core.errors import ConfigError, ModelError
+from rlhf_core.infra.files import read_json
+from rlhf_core.merging.checkpoint import Checkpoint
+from rlhf_core.merging.streams import Source
+from rlhf_core.merging.weights import GROUPS
+
+TOKENIZER = "tokenizer.json"
+_NAMES = {*GROUPS["embeddings"], *GROUPS["head"]} - {"wpe", "embeddings"}
+
+Runs = list[tuple[int, int, int]]
+"""Rows as (first row of the result, number of rows, first row of the input, or -1 where the input has none)."""
+
+
+@dataclass(frozen=True)
+class Vocabularies:
+    """How the rows of each input's embeddings come to stand in the result's; nothing to do where all inputs agree."""
+
+    rows: int | None = None
+    """Rows of the result's embeddings, where they are lined up."""
+    tokenizer: dict[str, Any] | None = None
+    """The result's tokenizer.json, where it is nobody's own."""
+    origin: Path | None = None
+    """The directory that the result's tokenizer is taken from, where the plan decided it."""
+    based: int = 0
+    """How many of the inputs, the first, are a base: one or none."""
+    _runs: Mapping[int, Runs] = field(default_factory=dict)
+    """For each input (by identity) where its rows go."""
+    _inputs: Sequence[Checkpoint] = ()
+
+    @classmethod
+    def compare(
+        cls, base: Checkpoint | None, models: Sequence[Checkpoint], wanted: str | None, names: set[str]
+    ) -> Vocabularies:
+        """Compare the inputs' vocabularies, and line them up as `wanted` says where they differ.
+
+        Raises:
+            ModelError: they differ and `wanted` is None, or an input has no tokenizer.json.
+        """
+        inputs = [*([base] if base is not None else []), *models]
+        table = next((name for name in sorted(names) if is_vocabulary(name, inputs[0])), None)
+        if table is None:
+            return cls()
+        rows = [one.tensors[table].shape[0] for one in inputs]
+        files = [_tokenizer_file(one) for one in inputs]
+        path = None if wanted in (None, "base", "union") else Path(str(wanted)).expanduser()
+        texts = {file.read_bytes() for file in files if file is not None}
+        if len(texts) <= 1 and len(set(rows)) == 1 and path is None:
+            return cls()
+        tokens = [_tokens(file) if file is not None else {} for file in files]
+        alike = all(one == tokens[0] for one in tokens if one)
+        if alike and len(set(rows)) == 1 and path is None:
+            return cls()
+        if wanted is None:
+            _refuse(inputs, tokens, rows)
+        for one, file in zip(inputs, files, strict=True):
+            if file is None:
+                raise ModelError(
+                    "vocabularies are lined up by tokens' text, and there is no tokenizer.json", place=one.name
+                )
+        return cls._line_up(base, inputs, tokens, rows, wanted if path is None else path)
+
+    @classmethod
+    def _line_up(
+        cls,
+        base: Checkpoint | None,
+        inputs: Sequence[Checkpoint],
+        tokens: Sequence[dict[str, int]],
+        rows: Sequence[int],
+        wanted: str | Path | None,
+    ) -> Vocabularies:
+        described: dict[str, Any] | None = None
+        if isinstance(wanted, Path):
+            file = wanted if wanted.is_file() else wanted / TOKENIZER
+            if not file.is_file():
+                raise ConfigError("no tokenizer.json is there", place="tokenizer", got=str(wanted))
+            target, origin, count = _tokens(file), file.parent, 0
+        else:
+            # Whose numbers stay: the base's, else those of the longest vocabulary; never the order of the models.
+            main = 0 if base is not None else max(range(len(inputs)), key=lambda n: (len(tokens[n]), inputs[n].digest))
+            target, origin, count = dict(tokens[main]), inputs[main].path, rows[main]
+            if wanted == "union":
+                added = sorted({token for one in tokens for token in one} - set(target))
+                next_id = max(target.values(), default=-1) + 1
+                target |= {token: next_id + number for number, token in enumerate(added)}
+                count = max(rows)
+                if added:
+                    described = _with_tokens(_tokenizer_file(inputs[main]), added, next_id)
+        count = max(count, 1 + max(target.values()))
+        runs = {id(one): _match(target, count, own, size) for one, own, size in zip(inputs, tokens, rows, strict=True)}
+        return cls(count, described, origin, int(base is not None), runs, inputs)
+
+    def shape(self, name: str, shape: Sequence[int]) -> tuple[int, ...] | None:
+        """Return a tensor's shape in the result where its rows are lined up, else None."""
+        if self.rows is None or not is_vocabulary(name, self._inputs[0]):
+            return None
+        return (self.rows, *shape[1:])
+
+    def source(self, one: Checkpoint, name: str) -> Source:
+        """Return a tensor of an input, its rows lined up where need be."""
+        plain = one.source(name)
+        shape = self.shape(name, plain.shape)
+        if shape is None:
+            return plain
+        # Who fills a gap: the base, else all that have the row, in an order that isn't the one they were given in.
+        models = sorted(self._inputs[self.based :], key=lambda model: model.digest)
+        others = [(other.source(name), self._runs[id(other)]) for other in (*self._inputs[: self.based], *models)]
+        return AlignedSource(plain, self._runs[id(one)], others, shape, based=bool(self.based))
+
+
+class AlignedSource:
+    """Rows of an input in the order of the result."""
+
+    def __init__(
+        self,
+        plain: Source,
+        runs: Runs,
+        others: Sequence[tuple[Source, Runs]],
+        shape: tuple[int, ...],
+        *,
+        based: bool,
+    ) -> None:
+        self.plain, self.shape, self._others, self._based = plain, shape, others, based
+        self.place, self.dtype = plain.place, plain.dtype
+        self._columns = shape[1]
+        self._map = _row_map(runs, shape[0])
+        self._maps = [_row_map(runs, shape[0]) for _, runs in others]
+
+    def read(self, start: int, stop: int, out: Tensor) -> None:
+        columns = self._columns
+        first, last = start // columns, -(-stop // columns)
+        if (start, stop) != (first * columns, last * columns):
+            whole = torch.empty((last - first) * columns)
+            self.read(first * columns, last * columns, whole)
+            out.copy_(whole[start - first * columns : stop - first * columns])
+            return
+        table = out.view(-1, columns)
+        for row, count, source in _runs_of(self._map[first:last]):
+            if source >= 0:
+                self.plain.read(source * columns, (source + count) * columns, table[row : row + count].view(-1))
+                continue
+            for missing in range(row, row + count):
+                self._fill(first + missing, table[missing])
+
+    def _fill(self, row: int, out: Tensor) -> None:
+        having = [number for number, rows in enumerate(self._maps) if rows[row] >= 0]
+        if self._based and having[:1] == [0]:
+            having = [0]
+        total, part = torch.zeros_like(out), torch.empty_like(out)
+        for number in having:
+            place = int(self._maps[number][row]) * self._columns
+            self._others[number][0].read(place, place + self._columns, part)
+            total.add_(part)
+        out.copy_(total.div_(max(1, len(having))))
+
+    def key(self) -> bytes:
+        return self.plain.key()
+
+
+def is_vocabulary(name: str, one: Checkpoint) -> bool:
+    """Tell whether a tensor has a row for each token."""
+    pieces = name.split(".")
+    return pieces[-1] == "weight" and len(one.tensors[name].shape) == 2 and any(piece in _NAMES for piece in pieces)
+
+
+def _tokenizer_file(one: Checkpoint) -> Path | None:
+    base = getattr(one, "base", None)
+    for place in (one.path, *([base.path] if base is not None else [])):
+        if (place / TOKENIZER).is_file():
+            return Path(place / TOKENIZER)
+    return None
+
+
+def _tokens(file: Path) -> dict[str, int]:
+    """Return the vocabulary of a tokenizer.json: token → row."""
+    try:
+        described = read_json(file)
+        vocabulary = described["model"]["vocab"]
+        if isinstance(vocabulary, list):  # Unigram: pairs of a token and its score
+            vocabulary = {entry[0]: number for number, entry in enumerate(vocabulary)}
+        return dict(vocabulary) | {token["content"]: token["id"] for token in described.get("added_tokens") or []}
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise ModelError(
+            "tokenizer.json can't be read", place=str(file), got=f"{type(error).__name__}: {error}"
+        ) from None
+
+
+def _refuse(inputs: Sequence[Checkpoint], tokens: Sequence[dict[str, int]], rows: Sequence[int]) -> None:
+    other = next(n for n in range(len(inputs)) if rows[n] != rows[0] or (tokens[n] and tokens[n] != tokens[0]))
+    detail = f"{len(tokens[0])} tokens in {rows[0]} rows, and {len(tokens[other])} in {rows[other]}"
+    if (len(tokens[0]), rows[0]) == (len(tokens[other]), rows[other]):
+        token = next(text for text, row in tokens[0].items() if tokens[other].get(text) != row)
+        detail += f"; token {token!r} is number {tokens[0][token]} and {tokens[other].get(token, 'none')}"
+    raise ModelError(
+        f"its vocabulary differs from that of {inputs[0].name}",
+        place=inputs[other].name,
+        got=detail,
+        fix="set `tokenizer` to `base`, `union` or a path: rows are then lined up by the tokens' text",
+    )
+
+
+def _match(target: Mapping[str, int], count: int, own: Mapping[str, int], size: int) -> Runs:
+    """Return where each row of the result stands in an input."""
+    rows = numpy.full(count, -1, dtype=numpy.int64)
+    named, taken = numpy.zeros(count, dtype=bool), numpy.zeros(max(size, 1), dtype=bool)
+    for token, row in target.items():
+        named[row] = True
+        if (place := own.get(token, size)) < size:
+            rows[row] = place
+    for place in own.values():
+        if place < size:
+            taken[place] = True
+    free = numpy.arange(min(count, size))
+    free = free[~named[free] & ~taken[free]]
+    rows[free] = free
+    return _runs_of(rows)
+
+
+def _runs_of(rows: numpy.ndarray) -> Runs:
+    """Cut a map of rows into runs that can be read at once."""
+    if not len(rows):
+        return []
+    follows = numpy.where(rows[1:] < 0, rows[:-1] < 0, rows[1:] == rows[:-1] + 1) & ((rows[:-1] < 0) == (rows[1:] < 0))
+    starts = [0, *(numpy.flatnonzero(~follows) + 1).tolist()]
+    ends = [*starts[1:], len(rows)]
+    return [(start, end - start, int(rows[start])) for start, end in zip(starts, ends, strict=True)]
+
+
+def _row_map(runs: Runs, count: int) -> numpy.ndarray:
+    rows = numpy.full(count, -1, dtype=numpy.int64)
+    for row, length, source in runs:
+        if source >= 0:
+            rows[row : row + length] = numpy.arange(source, source + length)
+    return rows
+
+
+def _with_tokens(file: Path | None, added: Sequence[str], first: int) -> dict[str, Any]:
+    """Return a tokenizer.json with more tokens, each matched as a whole."""
+    assert file is not None
+    described: dict[str, Any] = read_json(file)
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    more = [{"id": first + number, "content": token, **flags} for number, token in enumerate(added)]
+    return described | {"added_tokens": [*(described.get("added_tokens") or []), *more]}

@@ -1,0 +1,160 @@
+"""Weights of models and values by layer: one number, a list over depth, or by a part of the tensor's name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+import numpy
+from pydantic import Field, model_validator
+
+from rlhf_core.config import BaseConfig
+from rlhf_core.errors import ConfigError
+
+GROUPS = {
+    "attention": ("self_attn", "attn", "attention"),
+    "mlp": ("mlp", "feed_forward", "ffn", "experts"),
+    "embeddings": ("embed_tokens", "wte", "wpe", "word_embeddings", "embed_in", "tok_embeddings", "embeddings"),
+    "head": ("lm_head", "embed_out"),
+    "norms": ("norm", "ln_1", "ln_2", "ln_f"),
+}
+"""Names that stand for several parts of tensors' names, whatever the architecture calls them."""
+_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
+_NUMBER = float | list[float]
+
+
+class LayerValues(BaseConfig):
+    """A value by a tensor's place in the model."""
+
+    layers: list[float] | None = Field(None, description="One value a layer; their number must be the model's.")
+    gradient: list[float] | None = Field(
+        None,
+        description="Values at even distances over the depth, the first at the first layer; straight lines between.",
+    )
+    filters: dict[str, float | list[float] | LayerValues] = Field(
+        default_factory=dict,
+        description="Part of a tensor's name (or attention, mlp, embeddings, head, norms; or a pattern with `*` for the whole"
+        " name) → a value, a gradient, or values by place in turn. The first that fits counts.",
+    )
+    default: float | None = Field(
+        None,
+        description="Value of tensors that nothing else fits; null takes the first layer's before it, the last's after.",
+    )
+
+    @model_validator(mode="after")
+    def _says_something(self) -> LayerValues:
+        if self.layers is not None and self.gradient is not None:
+            raise ValueError("`layers` and `gradient` say the same in two ways: give one of them")
+        for values in (self.layers, self.gradient, *self.filters.values()):
+            if values == []:
+                raise ValueError("a list over the layers needs at least one value")
+        if self.layers is None and self.gradient is None and self.default is None and not self.filters:
+            raise ValueError("give `layers`, `gradient`, `filters` or `default`")
+        return self
+
+
+Value = float | list[float] | LayerValues
+"""One value, a gradient over the depth, or a value by place."""
+
+
+def layer_of(name: str) -> int | None:
+    """Return the number of the layer that a tensor belongs to, from its name; None outside the layers."""
+    found = _LAYER.search(name)
+    return int(found[1]) if found else None
+
+
+def is_embedding(name: str) -> bool:
+    """Tell whether a tensor maps tokens to vectors or back, by its name."""
+    return any(part in name.split(".") for group in ("embeddings", "head") for part in GROUPS[group])
+
+
+def layer_wise_interpolation(value: Value, name: str, depth: int, *, what: str = "weight") -> float:
+    """Return a value for one tensor of a model with `depth` layers.
+
+    A list is a gradient: its values stand at even distances from the first layer to the last, and layers between two of them
+    lie on the straight line; a list of `depth` values gives each layer its own. Tensors outside the layers take the value
+    of the first layer (embeddings) or the last (the final norm, the head), or `default` where one is set.
+
+    Raises:
+        ConfigError: `layers` has another length than the model, or nothing fits the tensor. `what` names the option in it.
+    """
+    if isinstance(value, int | float):
+        return float(value)
+    if isinstance(value, list):
+        return _along(value, name, depth, what)
+    for part, inner in value.filters.items():
+        if _fits(part, name):
+            return layer_wise_interpolation(inner, name, depth, what=what)
+    if layer_of(name) is None and value.default is not None:
+        return value.default
+    if value.layers is not None:
+        if len(value.layers) != depth:
+            raise ConfigError(
+                f"`{what}.layers` has {len(value.layers)} values, the model {depth} layers",
+                place=what,
+                fix=f"give {depth} values, or use `gradient`",
+            )
+        return _along(value.layers, name, depth, what)
+    if value.gradient is not None:
+        return _along(value.gradient, name, depth, what)
+    if value.default is None:
+        raise ConfigError(
+            f"no filter of `{what}` fits tensor `{name}`",
+            place=what,
+            fix="add a `default`, for all that no filter fits",
+        )
+    return value.default
+
+
+def _along(values: Sequence[float], name: str, depth: int, what: str) -> float:
+    if not values:
+        raise ConfigError(f"`{what}` is an empty list", place=what, fix="give at least one value")
+    layer = layer_of(name)
+    if layer is None:
+        layer = 0 if any(part in name.split(".") for part in GROUPS["embeddings"]) else max(0, depth - 1)
+    if depth <= 1:
+        return float(values[0])
+    return float(numpy.interp(layer / (depth - 1), numpy.linspace(0, 1, len(values)), values))
+
+
+def _fits(part: str, name: str) -> bool:
+    if "*" in part:
+        return fnmatchcase(name, part)
+    parts = GROUPS.get(part)
+    if parts is None:
+        return part in name
+    pieces = name.split(".")
+    if part == "norms":
+        return any("norm" in piece or piece in parts for piece in pieces)
+    return any(piece in parts for piece in pieces)
+
+
+def share_of_weights(weights: Sequence[float]) -> list[float]:
+    """Return the weights divided by their sum.
+
+    Raises:
+        ConfigError: they sum to zero or have mixed signs, so that shares would be large numbers that almost cancel.
+    """
+    require_one_sign(weights)
+    total = sum(weights)
+    return [weight / total for weight in weights]
+
+
+def require_one_sign(weights: Sequence[float]) -> None:
+    """Raise where weights that are to be normalised sum to zero or have mixed signs."""
+    listed = ", ".join(f"{weight:g}" for weight in weights)
+    if sum(weights) == 0:
+        raise ConfigError(
+            "weights that are normalised sum to zero",
+            place="weight",
+            got=listed,
+            fix="raise one, or set `normalize: false`",
+        )
+    if min(weights) < 0 < max(weights):
+        raise ConfigError(
+            "weights that are normalised have mixed signs, which blows the result up",
+            place="weight",
+            got=listed,
+            fix="give weights of one sign, or set `normalize: false`",
+        )

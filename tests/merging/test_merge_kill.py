@@ -1,0 +1,196 @@
+"""A merge that is killed leaves nothing or the whole under its name, and goes on to the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from merge_helpers import bytes_of, merge, write_weights
+
+from rlhf_core.errors import ConfigError, StorageError
+from rlhf_core.merging import output
+from rlhf_core.merging.output import unfinished
+
+# Every write, fsync and rename of the merge is counted; the process kills itself at the wanted one.
+WORKER = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {helpers!r})
+from rlhf_core.merging import output
+output._FLUSH = 200_000
+stop, count = int(sys.argv[1]), [0]
+def counted(function):
+    def call(*args, **kwargs):
+        count[0] += 1
+        if count[0] == stop:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    return call
+for name in ("pwrite", "fsync", "write", "rename", "mkdir", "unlink", "posix_fallocate"):
+    setattr(os, name, counted(getattr(os, name)))
+from merge_helpers import merge
+folder = Path(sys.argv[2])
+merge("ties", [folder / "a", folder / "b"], folder / "out", base=folder / "base", shard_size=300_000, threads=2,
+      resume="--resume" in sys.argv)
+print(count[0])
+"""
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    for name in ("base", "a", "b"):
+        tensors = {f"model.layers.{n}.w.weight": torch.randn(100, 200, generator=generator) for n in range(12)}
+        write_weights(tmp_path / name, tensors)
+    return tmp_path
+
+
+def _run(folder: Path, stop: int, *flags: str) -> subprocess.CompletedProcess[str]:
+    script = WORKER.format(helpers=str(Path(__file__).parent))
+    command = [sys.executable, "-c", script, str(stop), str(folder), *flags]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def _whole_or_nothing(folder: Path, expected: dict[str, bytes]) -> None:
+    if (folder / "out").exists():
+        assert bytes_of(folder / "out") == expected
+        assert (folder / "out" / "README.md").is_file()
+
+
+def _settings(folder: Path) -> dict[str, object]:
+    return {"base": folder / "base", "shard_size": 300_000}
+
+
+@pytest.mark.slow
+def test_killed_at_ten_moments_it_goes_on_to_the_same_bytes(inputs: Path) -> None:
+    merge("ties", [inputs / "a", inputs / "b"], inputs / "expected", **_settings(inputs))
+    expected = bytes_of(inputs / "expected")
+    whole = _run(inputs, -1)
+    assert whole.returncode == 0, whole.stderr
+    assert bytes_of(inputs / "out") == expected
+    operations = int(whole.stdout.split()[-1])
+    assert operations > 40
+    moments = sorted(random.Random(0).sample(range(2, operations + 1), 10))
+    resumed = 0
+    for moment in moments:
+        subprocess.run(["rm", "-rf", str(inputs / "out"), str(unfinished(inputs / "out"))], check=True)
+        assert _run(inputs, moment).returncode == -signal.SIGKILL
+        _whole_or_nothing(inputs, expected)
+        if (inputs / "out").exists():
+            continue  # killed after the last rename
+        flags = ["--resume"] if (unfinished(inputs / "out") / "merge.state").is_file() else []
+        resumed += bool(flags)
+        again = _run(inputs, -1, *flags)
+        assert again.returncode == 0, again.stderr
+        assert bytes_of(inputs / "out") == expected
+        assert not unfinished(inputs / "out").exists()
+    assert resumed >= 5
+
+
+@pytest.mark.slow
+def test_killed_from_outside_it_leaves_nothing_or_the_whole(inputs: Path) -> None:
+    merge("ties", [inputs / "a", inputs / "b"], inputs / "expected", **_settings(inputs))
+    expected = bytes_of(inputs / "expected")
+    script = WORKER.format(helpers=str(Path(__file__).parent))
+    for delay in (0.0, 0.01, 0.03, 0.1, 0.3):
+        process = subprocess.Popen([sys.executable, "-c", script, "-1", str(inputs)], stdout=subprocess.DEVNULL)
+        started = time.monotonic()
+        while not unfinished(inputs / "out").exists() and process.poll() is None and time.monotonic() < started + 60:
+            time.sleep(0.001)
+        time.sleep(delay)
+        process.kill()
+        process.wait()
+        _whole_or_nothing(inputs, expected)
+        subprocess.run(["rm", "-rf", str(inputs / "out")], check=True)
+    merge("ties", [inputs / "a", inputs / "b"], inputs / "out", **_settings(inputs))
+    assert bytes_of(inputs / "out") == expected
+
+
+def _interrupted(inputs: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """Leave a merge that a fault ended after so many tensors."""
+    monkeypatch.setattr(output, "_FLUSH", 1)
+    done = []
+    finish = output.Output.finish
+
+    def failing(self: output.Output, item: object) -> None:
+        if len(done) == after:
+            raise KeyboardInterrupt
+        done.append(item)
+        finish(self, item)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(output.Output, "finish", failing)
+        with pytest.raises(KeyboardInterrupt):
+            merge("ties", [inputs / "a", inputs / "b"], inputs / "out", threads=1, **_settings(inputs))
+
+
+def test_what_was_done_is_not_done_again(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    merge("ties", [inputs / "a", inputs / "b"], inputs / "expected", **_settings(inputs))
+    _interrupted(inputs, monkeypatch, after=5)
+    assert not (inputs / "out").exists()
+    written = []
+    write = output.Output.write
+    monkeypatch.setattr(
+        output.Output, "write", lambda self, item, *rest: (written.append(item.name), write(self, item, *rest))[1]
+    )
+    merge("ties", [inputs / "a", inputs / "b"], inputs / "out", resume=True, **_settings(inputs))
+    assert len(set(written)) == 7
+    assert bytes_of(inputs / "out") == bytes_of(inputs / "expected")
+
+
+def test_a_merge_of_something_else_is_not_continued(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _interrupted(inputs, monkeypatch, after=3)
+    with pytest.raises(ConfigError, match="other inputs or options"):
+        merge("ties", [inputs / "a", inputs / "b"], inputs / "out", resume=True, density=0.5, **_settings(inputs))
+    write_weights(inputs / "b", {f"model.layers.{n}.w.weight": torch.ones(100, 200) for n in range(12)})
+    with pytest.raises(ConfigError, match="other inputs or options"):
+        merge("ties", [inputs / "a", inputs / "b"], inputs / "out", resume=True, **_settings(inputs))
+
+
+def test_without_resume_it_begins_anew(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _interrupted(inputs, monkeypatch, after=3)
+    merge("linear", [inputs / "a"], inputs / "out")
+    assert bytes_of(inputs / "out") and not unfinished(inputs / "out").exists()
+
+
+def test_nothing_to_resume_is_told(inputs: Path) -> None:
+    with pytest.raises(ConfigError, match="no unfinished merge"):
+        merge("linear", [inputs / "a"], inputs / "out", resume=True)
+
+
+def test_a_damaged_file_of_an_unfinished_merge_is_told(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _interrupted(inputs, monkeypatch, after=5)
+    for file in unfinished(inputs / "out").glob("*.safetensors"):
+        file.write_bytes(b"short")
+    with pytest.raises(StorageError, match="damaged"):
+        merge("ties", [inputs / "a", inputs / "b"], inputs / "out", resume=True, **_settings(inputs))
+
+
+def test_two_merges_into_one_place_are_refused(inputs: Path) -> None:
+    from rlhf_core.infra.files import lock_directory
+
+    place = unfinished(inputs / "out")
+    place.mkdir()
+    held = lock_directory(place, "merge.lock")
+    assert held is not None
+    with pytest.raises(StorageError, match="another process is merging"):
+        merge("linear", [inputs / "a"], inputs / "out")
+    os.close(held)
+
+
+def test_the_recipe_is_kept(inputs: Path) -> None:
+    merge("linear", [inputs / "a", inputs / "b"], inputs / "out", hash_inputs=True)
+    card = (inputs / "out" / "README.md").read_text()
+    assert card.startswith("---\n") and "base_model:" in card and str(inputs / "a") in card
+    import hashlib
+
+    assert hashlib.sha256((inputs / "a" / "model.safetensors").read_bytes()).hexdigest() in card
+    assert json.loads((inputs / "out" / "config.json").read_text())["model_type"] == "llama"
