@@ -3,10 +3,10 @@
     python benchmarks/merging.py --model models/SmolLM2-135M-Instruct --peer PYTHON_OF_MERGEKIT [--set small large] [--rounds 3]
 
 mergekit needs an environment of its own: `python -m venv mk && mk/bin/pip install mergekit==0.1.5`, then `--peer mk/bin/python`.
-`small` is four float32 models of the shape of SmolLM2-135M with a base, `large` two bf16 models of 2.1 GB with a base; both are made
-here, with random differences. Every cell is a command of its own, ours and the peer's in turn, start-up included, on a warm cache.
-Memory is the peak of the process's anonymous pages (RssAnon), sampled every 10 ms. `--memory` instead measures how our memory
-grows from a checkpoint of 0.5 GB to one of 4 GB with the same largest tensor.
+`small` is four float32 models of the shape of SmolLM2-135M with a base, `large` two bf16 models of 2.1 GB with a base; both
+are made here, with random differences. Every cell is a command of its own, ours and the peer's in turn, start-up included, on a
+warm cache. Memory is the peak of the process's anonymous pages (RssAnon), sampled every 10 ms. `--memory` instead measures how
+our memory grows from a checkpoint of 0.5 GB to one of 4 GB with the same largest tensor.
 """
 
 from __future__ import annotations

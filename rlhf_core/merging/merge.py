@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from rlhf_core.errors import ConfigError, ModelError, PluginError
+from rlhf_core.errors import ConfigError, ModelError, NumbersError, PluginError
 from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.files import storage_errors
 from rlhf_core.interfaces import Merger
@@ -108,6 +108,11 @@ class ModelMerger:
         self._target = Path(self.config.output).expanduser()
         self._resume, self._overwrite = resume, overwrite
         check_target(self._target, overwrite=overwrite)
+        for name in (self.config.base, *(entry.model for entry in self.config.models)):
+            if name is not None and Path(name).expanduser().resolve() == self._target.resolve():
+                raise ConfigError(
+                    "the output is one of the inputs", place=str(self._target), fix="choose another output"
+                )
         self._plan = self.plan()
         try:
             self.method.merger.merge(self)
@@ -171,6 +176,9 @@ class ModelMerger:
         try:
             _Run(self, plan, merger, chosen, output).go()
             return output.publish(lambda path: fill(path, plan, self.config, chosen, self.details))
+        except (ConfigError, ModelError, NumbersError, PluginError):
+            output.discard()  # going on would meet the same fault again
+            raise
         finally:
             output.close()
 
@@ -181,6 +189,7 @@ class _Run:
     def __init__(self, owner: ModelMerger, plan: Plan, merger: Merger, chosen: Sequence[int], output: Output) -> None:
         self.owner, self.plan, self.merger, self.chosen, self.output = owner, plan, merger, chosen, output
         self._written, self._guard = 0, threading.Lock()
+        self._surveyed: Any = None
         self._total = sum(item.nbytes for item in plan.items)
 
     def go(self) -> None:
@@ -189,7 +198,7 @@ class _Run:
         merged = [item for item in self.plan.items if item.merged]
         with _one_thread_an_operation(), torch.inference_mode():
             if isinstance(self.merger, StreamMerger):
-                self.merger.survey(_Streams(self, merged))
+                self._surveyed = self.merger.survey(_Streams(self, merged))
             # The largest first, so that no thread is left alone with it at the end.
             self._spread(sorted(todo, key=lambda item: -item.count))
 
@@ -235,6 +244,7 @@ class _Run:
             stream = self.stream(item, merger)
             merger.check_weights(stream.weights)
             if isinstance(merger, StreamMerger):
+                merger.surveyed = self._surveyed
                 for start, values in merger.merged(stream):
                     self.output.write(item, start, values)
                     self._count(values.numel() * item.dtype.itemsize)

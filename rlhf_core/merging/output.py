@@ -73,7 +73,10 @@ class Output:
                     output._begin(fingerprint)
                 output._open_files(new=not resume)
         except BaseException:
-            output.close()
+            if resume:
+                output.close()
+            else:
+                output.discard()
             raise
         return output
 
@@ -128,6 +131,11 @@ class Output:
             remove_tree(self.target / _LOCK)
         self.close()
         return self.target
+
+    def discard(self) -> None:
+        """Remove what was written."""
+        remove_tree(self.path)
+        self.close()
 
     def close(self) -> None:
         """Close the files and let another process have the directory."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import re
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ from rlhf_core.merging.checkpoint import SINGLE, Checkpoint
 from rlhf_core.merging.streams import Source
 from rlhf_core.merging.vocabulary import Vocabularies
 from rlhf_core.merging.weights import GROUPS, layer_of
+
+log = logging.getLogger(__name__)
 
 MERGED = {torch.float32, torch.bfloat16, torch.float16}
 """Types that are merged; whole numbers and flags are copied where all inputs agree on them."""
@@ -83,6 +86,7 @@ class Plan:
                 merged.
         """
         inputs = [*([base] if base is not None else []), *models]
+        _same_architecture(inputs)
         left_out = _tied(inputs)
         names = _common_names(inputs, left_out)
         vocabularies = Vocabularies.compare(base, models, tokenizer, names)
@@ -130,6 +134,35 @@ class Plan:
 def natural(name: str) -> list[tuple[int, str]]:
     """Return a key that sorts layer 2 before layer 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+_ARCHITECTURE = (
+    "model_type",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "num_hidden_layers",
+)
+_SETTINGS = ("rope_theta", "rope_scaling", "rope_parameters", "rms_norm_eps", "layer_norm_eps", "sliding_window")
+
+
+def _same_architecture(inputs: Sequence[Checkpoint]) -> None:
+    """Raise where tensors of one name would mean different things, though their shapes may agree."""
+    first = inputs[0]
+    for other in inputs[1:]:
+        for key in (*_ARCHITECTURE, *_SETTINGS):
+            a, b = first.text_config.get(key), other.text_config.get(key)
+            if a == b or a is None or b is None:
+                continue
+            if key in _ARCHITECTURE:
+                raise ModelError(
+                    f"its `{key}` differs from that of {first.name}",
+                    place=other.name,
+                    got=f"{b}, and {a}",
+                    fix="merge models of one architecture and size",
+                )
+            log.warning("`%s` is %s in %s and %s in %s; the result has the first", key, a, first.name, b, other.name)
 
 
 def _tied(inputs: Sequence[Checkpoint]) -> set[str]:

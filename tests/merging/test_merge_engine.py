@@ -85,7 +85,7 @@ def test_every_merger_is_tried_here() -> None:
 
 
 def test_outputs_are_cut_into_files_that_transformers_reads(family: tuple[Path, list[Path]], tmp_path: Path) -> None:
-    base, models = family
+    _base, models = family
     merge("linear", models, tmp_path / "whole")
     merge("linear", models, tmp_path / "cut", shard_size=50_000)
     files = sorted(file.name for file in (tmp_path / "cut").glob("*.safetensors"))
@@ -141,7 +141,7 @@ def test_empty_and_scalar_tensors_merge(tmp_path: Path) -> None:
 
 
 def test_tied_heads_are_written_once(tmp_path: Path) -> None:
-    base, models = tiny_family(tmp_path, 2)
+    _, models = tiny_family(tmp_path, 2)
     weights = read_weights(models[0])
     write_weights(models[0], {**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()})
     merge("linear", models, tmp_path / "out")
@@ -149,7 +149,7 @@ def test_tied_heads_are_written_once(tmp_path: Path) -> None:
 
 
 def test_untied_heads_are_merged(tmp_path: Path) -> None:
-    base, models = tiny_family(tmp_path, 2, tie_embeddings=False)
+    _, models = tiny_family(tmp_path, 2, tie_embeddings=False)
     merge("linear", models, tmp_path / "out")
     heads = [read_weights(path)["lm_head.weight"].double() for path in models]
     torch.testing.assert_close(
@@ -176,7 +176,7 @@ def test_a_merger_by_whole_tensors_works_too(
 
 
 def test_weights_vary_by_layer(family: tuple[Path, list[Path]], tmp_path: Path) -> None:
-    base, models = family
+    _base, models = family
     entries = [{"model": str(models[0]), "weight": [1.0, 0.0]}, {"model": str(models[1]), "weight": [0.0, 1.0]}]
     merge("linear", entries, tmp_path / "out")
     merged, first, second = (read_weights(path) for path in (tmp_path / "out", models[0], models[1]))

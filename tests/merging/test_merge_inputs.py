@@ -116,7 +116,7 @@ def test_tokens_with_other_numbers_are_refused(family: tuple[Path, list[Path]], 
 
 
 def test_the_union_of_vocabularies_lines_rows_up_by_text(family: tuple[Path, list[Path]], tmp_path: Path) -> None:
-    base, models = family
+    _base, models = family
     a = _vocabulary(models[0], tmp_path / "a", ["<one>", "<two>"])
     b = _vocabulary(models[1], tmp_path / "b", ["<two>", "<three>"], pad_to=8)
     merge("linear", [a, b], tmp_path / "out", tokenizer="union")
@@ -181,7 +181,7 @@ def test_another_shape_names_the_tensor(tmp_path: Path) -> None:
 
 
 def test_another_name_names_the_tensor(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="`z.weight` is in .*b and not in .*a"):
+    with pytest.raises(ModelError, match=r"`z.weight` is in .*b and not in .*a"):
         merge("linear", _pair(tmp_path, **{"z.weight": torch.ones(1)}), tmp_path / "out")
 
 
@@ -200,10 +200,10 @@ def test_values_that_are_not_finite_name_the_tensor(tmp_path: Path, bad: float, 
 
 def test_values_that_outgrow_the_output_are_a_fault(tmp_path: Path) -> None:
     a = write_weights(tmp_path / "a", {"x": torch.full((9,), 3e38)})
-    with pytest.raises(NumbersError, match="`x`.*float32 can't hold"):
+    with pytest.raises(NumbersError, match=r"`x`.*float32 can't hold"):
         merge("linear", [a, a], tmp_path / "out", normalize=False)
     b = write_weights(tmp_path / "b", {"x": torch.full((9,), 1e5)})
-    with pytest.raises(NumbersError, match="`x`.*float16 can't hold.*100000"):
+    with pytest.raises(NumbersError, match=r"`x`.*float16 can't hold.*100000"):
         merge("linear", [b], tmp_path / "out", dtype="fp16")
     merge("linear", [a], tmp_path / "out")  # a sum over a chunk that overflows is no fault by itself
     assert not any(path.name == "out" for path in tmp_path.iterdir() if not (path / "config.json").is_file())
@@ -217,13 +217,13 @@ def test_whole_numbers_that_differ_are_refused(tmp_path: Path) -> None:
 
 
 def test_kinds_that_do_not_mix_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="`y.weight`.*don't mix"):
+    with pytest.raises(ModelError, match=r"`y.weight`.*don't mix"):
         merge("linear", _pair(tmp_path, **{"y.weight": torch.ones(4, dtype=torch.int64)}), tmp_path / "out")
 
 
 def test_float64_needs_a_word(tmp_path: Path) -> None:
     a = write_weights(tmp_path / "a", {"x": torch.ones(4, dtype=torch.float64)})
-    with pytest.raises(ModelError, match="float64.*`dtype`"):
+    with pytest.raises(ModelError, match=r"float64.*`dtype`"):
         merge("linear", [a, a], tmp_path / "out")
     merge("linear", [a, a], tmp_path / "out", dtype="float32")
 
@@ -231,7 +231,7 @@ def test_float64_needs_a_word(tmp_path: Path) -> None:
 def test_a_missing_shard_is_named(family: tuple[Path, list[Path]], tmp_path: Path) -> None:
     path = write_weights(tmp_path / "cut", read_weights(family[0]), shards=3)
     (path / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(ModelError, match="model-00002-of-00003.safetensors is missing"):
+    with pytest.raises(ModelError, match=r"model-00002-of-00003.safetensors is missing"):
         merge("linear", [family[0], path], tmp_path / "out")
 
 
@@ -243,7 +243,7 @@ def test_an_index_that_lies_is_refused(family: tuple[Path, list[Path]], tmp_path
         index["weight_map"].pop("model.norm.weight"),
     )
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelError, match="shard|index"):
+    with pytest.raises(ModelError, match=r"shard|index"):
         Checkpoint.open(path)
 
 
@@ -325,7 +325,7 @@ def test_a_full_disk_is_known_before_anything_is_written(
     monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))  # type: ignore[attr-defined]
     with pytest.raises(StorageError, match="bytes are needed"):
         merge("linear", family[1], tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -356,6 +356,36 @@ def test_options_that_can_not_do_are_known_before_anything_is_written(
     with pytest.raises(ConfigError, match=message):
         merge(method, entries, tmp_path / "out", base=base if settings.pop("base", False) else None, **settings)
     assert not any(tmp_path.iterdir())
+
+
+def test_the_output_is_never_an_input(family: tuple[Path, list[Path]]) -> None:
+    before = read_weights(family[0])
+    with pytest.raises(ConfigError, match="one of the inputs"):
+        merge("task_arithmetic", family[1], family[0], base=family[0], overwrite=True)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in read_weights(family[0]).items())
+
+
+@pytest.mark.parametrize(("key", "value"), [("model_type", "mistral"), ("num_attention_heads", 8)])
+def test_another_architecture_of_the_same_shapes_is_refused(
+    key: str, value: object, family: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    shutil.copytree(family[1][0], tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(ModelError, match=f"its `{key}` differs"):
+        merge("linear", [family[1][1], tmp_path / "other"], tmp_path / "out")
+
+
+def test_global_trimming_takes_one_density(family: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    base, models = family
+    settings = {"base": base, "trim_scope": "global"}
+    with pytest.raises(ConfigError, match="`density` is one number"):
+        merge("ties", models, tmp_path / "out", density=[0.2, 0.4], **settings)
+    assert not any(tmp_path.iterdir())
+    merge("ties", models, tmp_path / "scaled", density=0.3, scale=[1.0, 1.0], **settings)
+    merge("ties", models, tmp_path / "plain", density=0.3, **settings)
+    scaled, plain = (read_weights(tmp_path / name) for name in ("scaled", "plain"))
+    assert all(torch.equal(scaled[name], tensor) for name, tensor in plain.items())
 
 
 def test_an_output_that_is_taken_is_left_alone(family: tuple[Path, list[Path]], tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rlhf_core.config import BaseConfig
+from rlhf_core.errors import ConfigError
 from rlhf_core.merging import Chunk, StreamMerger, TensorStream, is_embedding, require_one_sign, tensor_thresholds
 from rlhf_core.merging.selection import magnitudes, thresholds
 
@@ -45,23 +46,20 @@ def merge_weighted(deltas: Sequence[Tensor], weights: Sequence[float], *, normal
         normalize: divide by the agreeing weights; else τ = Σ_A wᵢδᵢ.
     """
     # With s = Σ wδ and a = Σ |wδ|, what agrees with γ = sgn(s) adds up to γ(a + |s|) / 2, and likewise the weights that agree to
-    # (Σ|w| over entries that aren't zero + |Σ w sgn(wδ)| turned to γ) / 2: no pass over the models for the election alone.
-    total, size, sign = (torch.zeros_like(deltas[0]) for _ in range(3))
+    # (Σ|w| over entries that aren't zero + γ Σ w sgn(δ)) / 2: no pass over the models for the election alone.
+    total, size, part = (torch.zeros_like(deltas[0]) for _ in range(3))
     turned, counted = (torch.zeros_like(deltas[0]) for _ in range(2)) if normalize else (None, None)
     for delta, weight in zip(deltas, weights, strict=True):
-        if weight != 1.0:
-            delta.mul_(weight)
-        total.add_(delta)
-        size.add_(torch.abs(delta, out=sign))
-        if turned is not None and counted is not None:
-            turned.add_(torch.sign(delta, out=sign), alpha=abs(weight))
-            counted.add_(sign.abs_(), alpha=abs(weight))
-    torch.sign(total, out=sign)
+        total.add_(delta, alpha=weight)
+        if turned is not None and counted is not None and weight != 0.0:
+            turned.add_(torch.sign(delta, out=part), alpha=weight)
+            counted.add_(part.abs_(), alpha=abs(weight))
+        size.add_(delta.abs_(), alpha=abs(weight))
+    sign = torch.sign(total, out=part)
     merged = size.add_(total.abs_()).mul_(sign)
     if turned is None or counted is None:
         return merged.mul_(0.5)
-    divisor = counted.add_(turned.mul_(sign))
-    return merged.div_(divisor.clamp_min_(_TINY))
+    return merged.div_(counted.add_(turned.mul_(sign)).clamp_min_(_TINY))
 
 
 def merge_unweighted(deltas: Sequence[Tensor], weights: Sequence[float], *, normalize: bool = True) -> Tensor:
@@ -120,23 +118,28 @@ class TIESMerger(StreamMerger):
     needs_base = True
     per_model = ("density",)
 
-    _surveyed: list[float] | None = None
-
     def check_weights(self, weights: Sequence[float]) -> None:
         if self.config.normalize and self.config.majority == "weighted":
             require_one_sign(weights)
 
-    def survey(self, streams: Iterable[TensorStream]) -> None:
-        if self.config.trim_scope == "global":
-            shares: list[float] = next(iter(streams)).option("density", self.config.density)
-            self._surveyed = thresholds(
-                lambda: (stream for stream in streams if not is_embedding(stream.name)), magnitudes, shares
-            )
+    def survey(self, streams: Iterable[TensorStream]) -> tuple[float, list[float]] | None:
+        if self.config.trim_scope == "tensor":
+            return None
+        shares: list[float] = next(iter(streams)).option("density", self.config.density)
+        ranked = thresholds(lambda: (stream for stream in streams if not is_embedding(stream.name)), magnitudes, shares)
+        return self.config.density, ranked
 
     def measure(self, stream: TensorStream) -> list[float]:
-        if self._surveyed is not None and not is_embedding(stream.name):
-            return self._surveyed
-        return tensor_thresholds(stream, stream.option("density", self.config.density))
+        if self.surveyed is None or is_embedding(stream.name):
+            return tensor_thresholds(stream, stream.option("density", self.config.density))
+        density, ranked = self.surveyed
+        if density != self.config.density:
+            raise ConfigError(
+                "`density` is one number where entries are ranked over the whole model",
+                place="density",
+                fix="set `trim_scope: tensor`, or give one density",
+            )
+        return list(ranked)
 
     def merge_chunk(self, chunk: Chunk, measured: list[float]) -> Tensor:
         trimmed = [trim(delta, threshold) for delta, threshold in zip(chunk.deltas(), measured, strict=True)]
