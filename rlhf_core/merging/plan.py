@@ -125,6 +125,9 @@ class Plan:
         digest = hashlib.sha256()
         for one in [self.base, *self.models]:
             digest.update(one.digest if one is not None else b"none")
+            for path in one.files if one is not None else []:
+                stat = path.stat()  # what a digest of samples may miss
+                digest.update(f"{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}".encode())
         for file in self.files:
             digest.update(file.header)
         digest.update(json.dumps(more, sort_keys=True, default=str).encode())

@@ -138,7 +138,7 @@ class TensorStream:
         given = options or [{} for _ in models]
         ranked = sorted(
             zip(models, weights, given, [model.key() for model in models], strict=True),
-            key=lambda entry: (entry[3], entry[1], sorted(entry[2].items())),
+            key=lambda entry: (entry[3], entry[1], sorted(entry[2].items()), entry[0].place),
         )
         self.models = [entry[0] for entry in ranked]
         self.weights: list[float] = [float(entry[1]) for entry in ranked]

@@ -42,7 +42,9 @@ def greedy_choice(count: int, score: Score, *, strict: bool = False) -> tuple[li
 class GreedySoupConfig(BaseConfig):
     """Options of the greedy soup."""
 
-    strict: bool = Field(False, description="Add a model only where the evaluation rises; false adds it at equality too.")
+    strict: bool = Field(
+        False, description="Add a model only where the evaluation rises; false adds it at equality too."
+    )
 
 
 class GreedySoupMerger(StreamMerger):

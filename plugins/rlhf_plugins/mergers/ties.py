@@ -45,21 +45,19 @@ def merge_weighted(deltas: Sequence[Tensor], weights: Sequence[float], *, normal
         weights: wᵢ, of one sign where `normalize`.
         normalize: divide by the agreeing weights; else τ = Σ_A wᵢδᵢ.
     """
-    # With s = Σ wδ and a = Σ |wδ|, what agrees with γ = sgn(s) adds up to γ(a + |s|) / 2, and likewise the weights that agree to
-    # (Σ|w| over entries that aren't zero + γ Σ w sgn(δ)) / 2: no pass over the models for the election alone.
-    total, size, part = (torch.zeros_like(deltas[0]) for _ in range(3))
-    turned, counted = (torch.zeros_like(deltas[0]) for _ in range(2)) if normalize else (None, None)
+    total = torch.zeros_like(deltas[0])
     for delta, weight in zip(deltas, weights, strict=True):
-        total.add_(delta, alpha=weight)
-        if turned is not None and counted is not None and weight != 0.0:
-            turned.add_(torch.sign(delta, out=part), alpha=weight)
-            counted.add_(part.abs_(), alpha=abs(weight))
-        size.add_(delta.abs_(), alpha=abs(weight))
-    sign = torch.sign(total, out=part)
-    merged = size.add_(total.abs_()).mul_(sign)
-    if turned is None or counted is None:
-        return merged.mul_(0.5)
-    return merged.div_(counted.add_(turned.mul_(sign)).clamp_min_(_TINY))
+        total.add_(delta if weight == 1.0 else delta.mul_(weight))
+    sign = total.sign_()
+    # Turned to the elected sign, what agrees is above zero and the rest is cut off: no mask, which would cost more than the sum.
+    merged, divisor = torch.zeros_like(sign), torch.zeros_like(sign)
+    for delta, weight in zip(deltas, weights, strict=True):
+        agreeing = delta.mul_(sign).clamp_min_(0.0)
+        merged.add_(agreeing)
+        if normalize:
+            divisor.add_(agreeing.sign_(), alpha=abs(weight))
+    merged.mul_(sign)
+    return merged.div_(divisor.clamp_min_(_TINY)) if normalize else merged
 
 
 def merge_unweighted(deltas: Sequence[Tensor], weights: Sequence[float], *, normalize: bool = True) -> Tensor:

@@ -14,8 +14,8 @@ from rlhf_plugins.mergers.linear import linear
 def uniform_soup(tensors: Sequence[Tensor]) -> Tensor:
     """Return Σ θᵢ / N, in place of the first tensor.
 
-    Wortsman et al. 2022, Model soups (arXiv 2203.05482), section 2. Divided once, after the sum: shares 1 / N are rounded, and where
-    the mean of 16-bit models lies between two 16-bit numbers, that would decide which of them it becomes.
+    Wortsman et al. 2022, Model soups (arXiv 2203.05482), section 2. Divided once, after the sum: shares 1 / N are rounded, and
+    where the mean of 16-bit models lies between two 16-bit numbers, that would decide which of them it becomes.
 
     Args:
         tensors: θᵢ, each (N,) float32; overwritten.

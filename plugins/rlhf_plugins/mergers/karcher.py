@@ -1,0 +1,88 @@
+"""Karcher mean: the weighted mean of models' directions on the sphere, with the weighted mean of their norms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy
+from torch import Tensor
+
+from rlhf_core.merging import Chunk, StreamMerger, TensorStream, share_of_weights
+from rlhf_plugins.mergers.gram import cosines, gram_matrix
+from rlhf_plugins.mergers.linear import linear
+
+STEPS = 200
+_TOLERANCE = 1e-7
+_OPPOSITE = 1e-9
+
+
+def sphere_mean(cosine: numpy.ndarray, shares: numpy.ndarray) -> numpy.ndarray | None:
+    """Return the factors c of the mean m = Σ cᵢ uᵢ of unit vectors on the sphere; None where there is none.
+
+    Karcher 1977, Riemannian center of mass and mollifier smoothing; Wang et al. 2026 (arXiv 2603.04972) for models. The mean is
+    where Σ wᵢ log_m(uᵢ) vanishes, with log_m(u) = θ / sin θ · (u - cos θ m), cos θ = ⟨m, u⟩: iterated m ← exp_m(Σ wᵢ log_m(uᵢ))
+    from the normalised weighted mean. It and all its log maps lie in the span of the vectors, so their cosines are all that the
+    iteration needs. There is none where the weighted mean is zero or a uᵢ lies opposite to m.
+
+    Args:
+        cosine: ⟨uᵢ, uⱼ⟩, (K, K).
+        shares: wᵢ, all above zero, of sum one, (K,).
+    """
+    factors = shares
+    for _ in range(STEPS):
+        length = _norm(factors, cosine)
+        if length < _TOLERANCE:
+            return None
+        factors = factors / length
+        towards = (cosine @ factors).clip(-1.0, 1.0)
+        if towards.min() < _OPPOSITE - 1:
+            return None
+        angles = numpy.arccos(towards)
+        pulls = shares / numpy.sinc(angles / numpy.pi)  # w θ / sin θ, and w at θ = 0
+        step = pulls - (pulls @ towards) * factors
+        angle = _norm(step, cosine)
+        if angle < _TOLERANCE:
+            return factors
+        factors = numpy.cos(angle) * factors + numpy.sin(angle) / angle * step
+    return None
+
+
+def karcher(gram: numpy.ndarray, shares: Sequence[float]) -> list[float]:
+    """Return the factors a of the mean Σ aᵢ xᵢ: its direction is the mean of the directions, its norm Σ wᵢ |xᵢ|.
+
+    A zero vector has no direction: the others alone make the mean's, and its norm of zero counts. Where directions have no mean
+    (they are opposite, or too far apart for the iteration), the factors are the shares: a straight line, as in slerp.
+
+    Args:
+        gram: ⟨xᵢ, xⱼ⟩, (K, K).
+        shares: wᵢ, of sum one, none below zero.
+    """
+    weights, norms = numpy.asarray(shares), numpy.sqrt(numpy.diag(gram))
+    live = (weights > 0) & (norms > 0)
+    if not live.any():
+        return list(shares)
+    mean = sphere_mean(cosines(gram)[numpy.ix_(live, live)], weights[live] / weights[live].sum())
+    if mean is None:
+        return list(shares)
+    factors = numpy.zeros_like(norms)
+    factors[live] = mean / norms[live] * (weights @ norms)
+    return factors.tolist()
+
+
+def _norm(factors: numpy.ndarray, cosine: numpy.ndarray) -> float:
+    return float(numpy.sqrt(max(0.0, factors @ cosine @ factors)))
+
+
+class KarcherMerger(StreamMerger):
+    """Mean of models' directions on the sphere and of their norms (Karcher mean, Wang et al. 2026)."""
+
+    api = 1
+
+    def check_weights(self, weights: Sequence[float]) -> None:
+        share_of_weights(weights)
+
+    def measure(self, stream: TensorStream) -> list[float]:
+        return karcher(gram_matrix(chunk.tensors for chunk in stream.chunks()), share_of_weights(stream.weights))
+
+    def merge_chunk(self, chunk: Chunk, measured: list[float]) -> Tensor:
+        return linear(chunk.tensors, measured)

@@ -1,0 +1,47 @@
+"""Model stock: the mean of models, drawn towards the base by how much their task vectors disagree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy
+from torch import Tensor
+
+from rlhf_core.merging import Chunk, StreamMerger, TensorStream
+from rlhf_plugins.mergers.gram import cosines, gram_matrix
+from rlhf_plugins.mergers.task_arithmetic import task_arithmetic
+from rlhf_plugins.mergers.uniform_soup import require_equal
+
+
+def stock_ratio(gram: numpy.ndarray) -> float:
+    """Return t, the share of the models' mean in θ = t θ̄ + (1 - t) θ₀.
+
+    Jang et al. 2024, Model stock (arXiv 2403.19522), for N models: t = N c / (1 + (N - 1) c), with c the cosine of the angle
+    between task vectors. Here c is the mean over all pairs. A mean below zero, where the paper's geometry has no answer and the
+    formula runs to infinity, counts as zero: the base is returned. So do pairs in which a task vector is zero.
+
+    Args:
+        gram: ⟨δᵢ, δⱼ⟩, (N, N).
+    """
+    count = len(gram)
+    cosine = max(0.0, float(cosines(gram)[numpy.triu_indices(count, 1)].mean()))
+    return count * cosine / (1 + (count - 1) * cosine)
+
+
+class ModelStockMerger(StreamMerger):
+    """Mean of models, drawn towards the base by how much they disagree (model stock, Jang et al. 2024)."""
+
+    api = 1
+    needs_base = True
+    models = (2, None)
+
+    def check_weights(self, weights: Sequence[float]) -> None:
+        require_equal(weights, "model_stock")
+
+    def measure(self, stream: TensorStream) -> float:
+        return stock_ratio(gram_matrix(chunk.deltas() for chunk in stream.chunks()))
+
+    def merge_chunk(self, chunk: Chunk, measured: float) -> Tensor:
+        # θ₀ + t δ̄, which is exact where t is 0, and rounds less than t θ̄ + (1 - t) θ₀.
+        deltas = chunk.deltas()
+        return task_arithmetic(chunk.origin, deltas, [1.0] * len(deltas), measured / len(deltas))

@@ -1,0 +1,78 @@
+"""Slerp: interpolate between two models along the arc from one to the other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy
+from torch import Tensor
+
+from rlhf_core.errors import ConfigError
+from rlhf_core.merging import Chunk, StreamMerger, TensorStream, share_of_weights
+from rlhf_plugins.mergers.gram import cosines, gram_matrix
+from rlhf_plugins.mergers.linear import linear
+
+PARALLEL = 0.9995
+"""From this |cos| on the arc is a straight line, as far as float32 can tell, or leads anywhere (opposite vectors)."""
+
+
+def slerp(gram: numpy.ndarray, shares: Sequence[float]) -> list[float]:
+    """Return the factors (a, b) of a x₀ + b x₁, a point on the arc between two vectors.
+
+    Shoemake 1985, Animating rotation with quaternion curves: a = sin((1 - t) Ω) / sin Ω, b = sin(t Ω) / sin Ω, with Ω the angle
+    between the vectors, which here need not have norm one. a = 1 - t, b = t where |cos Ω| > 0.9995 or a vector is zero.
+
+    Args:
+        gram: ⟨xᵢ, xⱼ⟩, (2, 2).
+        shares: 1 - t and t.
+    """
+    cosine = float(cosines(gram)[0, 1])
+    if abs(cosine) > PARALLEL or not gram.diagonal().all():
+        return list(shares)
+    angle = math.acos(cosine)
+    return [math.sin(share * angle) / math.sin(angle) for share in shares]
+
+
+class SlerpMerger(StreamMerger):
+    """Interpolate along the arc between two models, or the base and one model (slerp, Shoemake 1985).
+
+    Two models: t, the place of the second on the arc, is its share of the weights, w₂ / (w₁ + w₂); a base is not used. One model:
+    the arc starts at the base, and t is the model's weight.
+    """
+
+    api = 1
+    models = (1, 2)
+
+    def check_weights(self, weights: Sequence[float]) -> None:
+        self._shares(weights)
+
+    def measure(self, stream: TensorStream) -> list[float]:
+        if len(stream.models) == 1 and stream.base is None:
+            raise ConfigError(
+                "`slerp` needs two models, or a base and one model",
+                place="models",
+                got="one model and no base",
+                fix="add a model, or a `base`",
+            )
+        return slerp(gram_matrix(_ends(chunk) for chunk in stream.chunks()), self._shares(stream.weights))
+
+    def merge_chunk(self, chunk: Chunk, measured: list[float]) -> Tensor:
+        return linear(_ends(chunk), measured)
+
+    def _shares(self, weights: Sequence[float]) -> list[float]:
+        if len(weights) > 1:
+            return share_of_weights(weights)
+        (t,) = weights
+        if not 0 <= t <= 1:
+            raise ConfigError(
+                "the weight of a single model is its place on the arc from the base, from 0 to 1",
+                place="weight",
+                got=f"{t:g}",
+                fix="give a weight from 0 to 1",
+            )
+        return [1 - t, t]
+
+
+def _ends(chunk: Chunk) -> list[Tensor]:
+    return chunk.tensors if len(chunk.tensors) > 1 else [chunk.origin, *chunk.tensors]

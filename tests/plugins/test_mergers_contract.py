@@ -1,0 +1,130 @@
+"""The mergers that ship with the core fulfil the contract of every merger."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+from unittest import SkipTest
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf_core.interfaces import Merger
+from rlhf_core.testing import MergerContract
+
+DROPS = "it drops entries"
+SELECT, COPIES = "test_weights_one_and_zero_select", "test_copies_of_one_model_give_that_model"
+
+
+class TestLinear(MergerContract):
+    method = "linear"
+
+
+class TestUniformSoup(MergerContract):
+    method = "uniform_soup"
+
+
+class TestTaskArithmetic(MergerContract):
+    method = "task_arithmetic"
+
+
+class TestModelStock(MergerContract):
+    method = "model_stock"
+
+
+class TestSlerp(MergerContract):
+    method = "slerp"
+
+
+class TestKarcher(MergerContract):
+    method = "karcher"
+
+
+class TestTIES(MergerContract):
+    method = "ties"
+    options: ClassVar = {"density": 1.0}
+
+
+class TestTIESThatTrims(MergerContract):
+    method = "ties"
+    expected_failures: ClassVar = {SELECT: DROPS, COPIES: DROPS}
+
+
+class TestDARE(MergerContract):
+    method = "dare"
+    options: ClassVar = {"density": 1.0}
+
+
+class TestDAREThatDrops(MergerContract):
+    method = "dare"
+    options: ClassVar = {"election": "ties"}
+    expected_failures: ClassVar = {SELECT: DROPS, COPIES: DROPS}
+
+
+class TestDELLA(MergerContract):
+    method = "della"
+    options: ClassVar = {"density": 1.0, "epsilon": 0.0}
+
+
+class TestDELLAThatDrops(MergerContract):
+    method = "della"
+    expected_failures: ClassVar = {SELECT: DROPS, COPIES: DROPS}
+
+
+class TestBreadcrumbs(MergerContract):
+    method = "breadcrumbs"
+    options: ClassVar = {"density": 1.0, "gamma": 0.0}
+
+
+class TestBreadcrumbsThatDrop(MergerContract):
+    method = "breadcrumbs"
+    options: ClassVar = {"scope": "tensor", "election": "ties"}
+    expected_failures: ClassVar = {SELECT: DROPS, COPIES: DROPS}
+
+
+class TestSCE(MergerContract):
+    method = "sce"
+    options: ClassVar = {"density": 1.0}
+
+
+class TestSCEThatSelects(MergerContract):
+    method = "sce"
+    expected_failures: ClassVar = {SELECT: DROPS}
+
+
+# The contract itself: what no plugin above can show.
+
+
+class Flattens(Merger):
+    """Adds up what has as many elements, whatever its shape."""
+
+    api = 1
+
+    def merge_tensor(
+        self, name: str, base: Tensor | None, tensors: Sequence[Tensor], weights: Sequence[float]
+    ) -> Tensor:
+        flat = sum(weight * tensor.float().flatten() for weight, tensor in zip(weights, tensors, strict=True))
+        return torch.as_tensor(flat).view(tensors[0].shape)
+
+
+class FlattensContract(MergerContract):
+    merger = Flattens
+
+
+def test_models_of_other_shapes_must_be_an_error() -> None:
+    with pytest.raises(AssertionError, match=r"shapes \(24, 16\) and \(16, 24\) are merged without an error"):
+        FlattensContract().test_shape_is_kept_in_float32()
+
+
+def test_the_contract_keeps_to_what_a_merger_takes() -> None:
+    assert (TestSlerp().count(), TestModelStock().count(), TestLinear().count()) == (2, 3, 3)
+
+    class One(TestModelStock):
+        models = 1
+
+    assert One().count() == 2
+    assert TestSlerp().weights() == pytest.approx([1 / 3, 2 / 3])
+    assert TestUniformSoup().weights() == pytest.approx([1 / 3] * 3)
+    with pytest.raises(SkipTest, match="the merger takes no such weights"):
+        TestUniformSoup().test_weights_one_and_zero_select()

@@ -1,0 +1,214 @@
+"""The k-th largest of values that stream by, against numpy; and what streams promise: order, random words, options."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import numpy
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mergers_helpers import NAME, make_inputs, merge
+from torch import Tensor
+
+from rlhf_core.errors import ModelError
+from rlhf_core.merging import TensorStream, selection, tensor_thresholds
+from rlhf_core.merging.selection import kept_count, magnitudes, thresholds
+from rlhf_core.merging.streams import Chunk, MemorySource
+
+
+def stream_of(
+    *models: Tensor, name: str = NAME, chunk: int = 64, base: Tensor | None = None, **given: Any
+) -> TensorStream:
+    start = base if base is not None else torch.zeros_like(models[0])
+    weights = given.pop("weights", [1.0] * len(models))
+    return TensorStream(name, MemorySource(start), [MemorySource(m) for m in models], weights, chunk=chunk, **given)
+
+
+def kth_largest(values: Tensor, share: float) -> float:
+    sizes = numpy.abs(values.numpy().ravel())
+    place = len(sizes) - max(1, int(share * len(sizes) + 1e-6))
+    return float(numpy.partition(sizes, place)[place])
+
+
+def small(sample: int = 256) -> Any:
+    """Take few values for many, so that guesses are made, and are often wrong."""
+    return mock.patch.multiple(selection, SMALL=16, _SAMPLE=sample)
+
+
+FEW = st.sampled_from([0.0, 0.25, -0.25, 1.0, -1.0, 3.0])
+ANY = st.floats(-1e6, 1e6, width=32)
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> Tensor:
+    """Values of every kind: few that many share, one, zeros, none alike, in order or not, a few large ones."""
+    kind = draw(st.sampled_from(["few", "any", "constant", "zeros", "normal", "sorted", "one apart"]))
+    if kind in ("few", "any"):
+        return torch.tensor(draw(st.lists(FEW if kind == "few" else ANY, min_size=1, max_size=300)))
+    count, seed = draw(st.integers(1, 3000)), draw(st.integers(0, 99))
+    values = torch.randn(count, generator=torch.Generator().manual_seed(seed))
+    if kind == "sorted":
+        return values.abs().sort().values
+    if kind == "one apart":
+        values = torch.full((count,), 0.5)
+        values[seed % count] = -7.0
+    return values if kind in ("normal", "one apart") else torch.full((count,), 2.5 * (kind == "constant"))
+
+
+SHARES = st.one_of(st.floats(1e-6, 1.0), st.sampled_from([0.1, 0.2, 0.5, 0.9, 0.999, 1.0]))
+
+
+@settings(max_examples=200, deadline=None)
+@given(tensors(), SHARES, st.sampled_from([64, 256, 100_000]))
+def test_the_threshold_equals_numpy(values: Tensor, share: float, sample: int) -> None:
+    with small(sample):
+        (found,) = tensor_thresholds(stream_of(values), [share])
+    expected = kth_largest(values, share)
+    # Where everything is kept, zero says so too.
+    assert found == expected or (found == 0 and kept_count(share, len(values)) == len(values))
+    kept, wanted = int((values.abs() >= found).sum()), kept_count(share, len(values))
+    assert (kept >= wanted and int((values.abs() > found).sum()) < wanted) or kept == len(values)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(tensors(), min_size=1, max_size=4), st.floats(0.01, 1.0), st.floats(0.01, 1.0))
+def test_thresholds_over_several_tensors(parts: list[Tensor], one: float, two: float) -> None:
+    def streams() -> list[TensorStream]:
+        return [stream_of(part, name=str(number)) for number, part in enumerate(parts)]
+
+    def measure(chunk: Chunk) -> list[Tensor]:
+        (size,) = magnitudes(chunk)
+        return [size, 3 * size]
+
+    with small():
+        found = thresholds(streams, measure, [one, two])
+    together = torch.cat(parts)
+    for threshold, share, factor in zip(found, (one, two), (1, 3), strict=True):
+        expected = kth_largest(factor * together, share)
+        assert threshold == expected or (threshold == 0 and kept_count(share, len(together)) == len(together))
+
+
+@pytest.mark.parametrize("share", [0.001, 0.2, 0.9])
+def test_large_tensors_equal_numpy(share: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(1_500_000, generator=generator)
+    values[::3] = (values[::3] * 16).round() / 16  # a third has few values
+    rows = values.view(1000, 1500) * torch.rand(1000, 1, generator=generator)  # rows of sizes of their own
+    (found,) = tensor_thresholds(stream_of(rows, chunk=65536), [share])
+    assert found == kth_largest(rows, share)
+
+
+def test_a_sample_that_tells_nothing() -> None:
+    # All that is large stands where the sample doesn't look: it has to read again, and finds it.
+    values = torch.zeros(100_000)
+    values[5:25] = torch.arange(1.0, 21.0)
+    with small(64):
+        assert tensor_thresholds(stream_of(values), [0.0001]) == [11.0]
+        assert tensor_thresholds(stream_of(values), [0.5]) == [0.0]
+
+
+@given(st.integers(1, 10**9), st.integers(1, 1000))
+def test_shares_written_in_decimals_mean_what_they_say(count: int, thousandths: int) -> None:
+    assert kept_count(thousandths / 1000, count) == max(1, thousandths * count // 1000)
+
+
+# Streams.
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "linear": {},
+    "task_arithmetic": {},
+    "ties": {"density": 0.4},
+    "dare": {"density": 0.4, "election": "ties"},
+    "della": {"density": 0.4},
+    "breadcrumbs": {"density": 0.4, "election": "ties"},
+    "sce": {"density": 0.4},
+    "model_stock": {},
+    "slerp": {},
+    "karcher": {},
+    "uniform_soup": {},
+}
+"""Every method of several models, with options that make it do all that it does."""
+
+
+@pytest.mark.parametrize("method", OPTIONS)
+@pytest.mark.parametrize("shape", [(300, 70), (1,)])
+def test_the_order_of_models_changes_no_bit(method: str, shape: tuple[int, ...]) -> None:
+    count = 2 if method == "slerp" else 3
+    base, *models = make_inputs(shape, count, bits=20)
+    weights = [1.0] * count if method in ("uniform_soup", "model_stock") else [0.5, 0.3, 0.7][:count]
+    each: list[dict[str, float]] = [{"density": 0.3 + 0.1 * number} for number in range(count)]
+    expected = merge(method, base, models, weights, each=each, **OPTIONS[method])
+    for order in itertools.permutations(range(count)):
+        moved, theirs, own = ([values[number] for number in order] for values in (models, weights, each))
+        assert merge(method, base, moved, theirs, each=own, **OPTIONS[method]).equal(expected)
+
+
+@pytest.mark.parametrize("method", OPTIONS)
+def test_threads_change_no_bit(method: str) -> None:
+    base, *models = make_inputs((600, 333), 2)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 4):
+            torch.set_num_threads(count)
+            found.append(merge(method, base, models, [1.0, 1.0], **OPTIONS[method]))
+    finally:
+        torch.set_num_threads(threads)
+    assert found[0].equal(found[1])
+
+
+@pytest.mark.parametrize("method", OPTIONS)
+def test_a_tensor_without_elements_stays_one(method: str) -> None:
+    empty = torch.empty(0, 5)
+    assert merge(method, empty, [empty] * 2, [1.0, 1.0], **OPTIONS[method]).shape == (0, 5)
+    empty = torch.empty(3, 0)
+    assert merge(method, empty, [empty] * 2, [1.0, 1.0], **OPTIONS[method]).shape == (3, 0)
+
+
+def words_of(stream: TensorStream, model: int = 0) -> Tensor:
+    return torch.cat([chunk.random(model).reshape(-1) for chunk in stream.chunks()])
+
+
+def test_random_words_are_uniform_and_repeat() -> None:
+    values = make_inputs((400, 250), 1)[1]
+    stream = stream_of(values, chunk=4096)
+    words = words_of(stream)
+    assert words.dtype == torch.int16 and words_of(stream).equal(words)
+    counts = torch.histc(words.double(), 64, -32768, 32767)
+    # χ² of 63 degrees has mean 63 and variance 126.
+    assert abs(float(((counts - counts.mean()) ** 2 / counts.mean()).sum()) - 63) < 5 * 126**0.5
+    together = torch.corrcoef(torch.stack([words[:-1].double(), words[1:].double()]))
+    assert abs(float(together[0, 1])) < 5 / 100_000**0.5
+    for by_row, chunk in itertools.product((False, True), (4, 999, 100_000)):
+        assert words_of(stream_of(values, chunk=chunk, by_row=by_row)).equal(words)
+    assert not words_of(stream_of(values, seed=1)).equal(words)
+    assert not words_of(stream_of(values, name="other")).equal(words)
+
+
+def chunks_of(stream: TensorStream) -> Iterator[tuple[int, Tensor]]:
+    for chunk in stream.chunks():
+        yield chunk.start, chunk.tensors[0].clone()
+
+
+def test_rows_are_never_cut() -> None:
+    values = torch.arange(7.0 * 5 * 9).view(7, 5, 9)
+    parts = list(chunks_of(stream_of(values, chunk=50, by_row=True)))
+    assert [tuple(part.shape) for _, part in parts] == [(4, 9)] * 8 + [(3, 9)]
+    assert torch.cat([part for _, part in parts]).equal(values.view(-1, 9))
+    assert [start for start, _ in parts] == list(range(0, 315, 36))
+    for shape in ((5,), (), (1,)):
+        (part,) = chunks_of(stream_of(torch.ones(shape), by_row=True))
+        assert part[1].shape == (1, shape[0] if shape else 1)
+
+
+def test_values_that_are_not_finite_are_named() -> None:
+    values = torch.ones(300)
+    values[170] = float("nan")
+    with pytest.raises(
+        ModelError, match=rf"tensor `{NAME}` holds values that are not finite; got nan at position 170 of 300"
+    ):
+        list(stream_of(values).chunks())
