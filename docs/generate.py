@@ -12,7 +12,9 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from rlhf_core import registry
-from rlhf_core.config import RunConfig, TrainerConfig
+from rlhf_core.config import BaseConfig, RunConfig, TrainerConfig
+from rlhf_core.merging.config import MergeConfig, ModelEntry
+from rlhf_core.merging.weights import LayerValues
 from rlhf_core.options import option_rows, shown
 from rlhf_core.presets import PRESETS
 
@@ -88,7 +90,41 @@ def configuration() -> str:
     lines += ["", "## Presets", "", "`preset: NAME` sets these where the file and flags set nothing:", ""]
     for name, options in PRESETS.items():
         lines.append(f"- `{name}`: " + ", ".join(f"`{key}: {shown(value)}`" for key, value in options.items()))
+    lines += ["", *merging()]
     return "\n".join(lines) + "\n"
+
+
+def merging() -> list[str]:
+    lines = [
+        "## Keys of a merge",
+        "",
+        "`rlhf merge FILE` takes these keys, and beside them the method's options by name; each is a flag, too, where",
+        "`--model PATH=WEIGHT` stands for an entry of `models`. `compat: mergekit` sets options to what mergekit does.",
+        "[merging.md](merging.md) tells more.",
+        "",
+        *option_table(MergeConfig, only=list(MergeConfig.KEYS)),
+        "",
+        "### `models`",
+        "",
+        "A name alone is a model of weight 1. A model's own options stand beside its name and weight.",
+        "",
+        *option_table(ModelEntry, only=["model", "weight"]),
+        "",
+        "### `weight`",
+        "",
+        "A weight, and any number among a method's options, may be a list, which is a gradient over the layers, or a group:",
+        "",
+        *option_table(LayerValues),
+    ]
+    for plugin in own_plugins("merger"):
+        merger = registry.get("merger", plugin.name)
+        config: type[BaseConfig] = merger.Config  # type: ignore[attr-defined]
+        own = [name for name in config.model_fields if name not in MergeConfig.KEYS]
+        lines += ["", f"## `{plugin.name}`", "", plugin.summary]
+        if per_model := merger.per_model:  # type: ignore[attr-defined]
+            lines[-1] += " Each model may have its own " + " and ".join(f"`{name}`" for name in per_model) + "."
+        lines += ["", *option_table(config, only=own)] if own else ["", "It has no options."]
+    return lines
 
 
 def option_table(config: type[BaseModel], *, prefix: str = "", only: list[str] | None = None) -> list[str]:
@@ -97,7 +133,7 @@ def option_table(config: type[BaseModel], *, prefix: str = "", only: list[str] |
         if only is not None and row.name not in only:
             continue
         default = row.default if row.default == "required" else f"`{row.default}`" if row.default else "see below"
-        kind = f"[group](#{row.name})" if row.group is not None else row.kind
+        kind = row.kind.replace("group", f"[group](#{row.name})") if row.group is not None else row.kind
         lines.append(f"| `{row.name}` | {kind} | {default} | {row.meaning.replace('|', chr(92) + '|')} |")
     return lines
 

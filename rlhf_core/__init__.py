@@ -39,6 +39,8 @@ _PUBLIC = {
     "OptimizedAttention": "models",
     "apply_lora": "models",
     "compile_model": "models",
+    "ModelMerger": "merging",
+    "MergeConfig": "merging",
     "CheckpointManager": "training",
     "EarlyStopping": "training",
     "TrainingLogger": "training",

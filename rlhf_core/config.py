@@ -289,9 +289,7 @@ _PLAIN = {
 def _config_error(cls: type[BaseConfig], error: ValidationError, place: Mapping[str, str] | str) -> ConfigError:
     first = error.errors(include_url=False)[0]
     key = _key(cls, first["loc"])
-    where = (
-        place if isinstance(place, str) else place.get(key) or place.get(key.split(".")[0]) or place.get("", "config")
-    )
+    where = place if isinstance(place, str) else place_of(key, place)
     got = shortened(first["input"])
     if first["type"] == "extra_forbidden":
         owner = _group(cls, first["loc"][:-1])
@@ -309,6 +307,13 @@ def _config_error(cls: type[BaseConfig], error: ValidationError, place: Mapping[
         mend = "write a number" if first["type"] == "flag_for_number" else "put the text in quotes if you meant text"
         fix = f"YAML reads yes, no, on and off as true and false: {mend}"
     return ConfigError(problem, place=where, got=got, fix=fix)
+
+
+def place_of(key: str, places: Mapping[str, str]) -> str:
+    """Return where a dotted key was set, else the nearest group around it, else the whole."""
+    while key and key not in places:
+        key = key.rpartition(".")[0]
+    return places.get(key, "config")
 
 
 def _key(cls: type[BaseModel], path: tuple[int | str, ...]) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from rlhf_core import registry
-from rlhf_core.config import RunConfig, TrainerConfig
+from rlhf_core.config import BaseConfig, RunConfig, TrainerConfig
 from rlhf_core.errors import ConfigError, nearest
 from rlhf_core.flags import Flag, convert, lex, unknown_option
 from rlhf_core.infra.redact import redact, redact_text
@@ -84,18 +84,18 @@ def load_job(target: str | Path, overrides: Mapping[str, Any] | None = None, *, 
         PluginError: the method is broken, ambiguous or disabled.
     """
     given = lex(flags)
-    values, places, text = _read(target)
+    values, places, text = read_target(target)
     run_flags = [flag for flag in given if flag.key in RunConfig.KEYS]
     over, over_places = convert(run_flags, RunConfig, owner="train")
     overrides = dict(overrides or {})
     run_over = {**{key: overrides.pop(key) for key in RunConfig.KEYS if key in overrides}, **over}
     run_values = {key: values.pop(key) for key in RunConfig.KEYS if key in values} | run_over
     places |= over_places
-    plugin, method = _method(run_values, places)
+    plugin, method = find_method(run_values, places, "trainer")
     name = str(run_values["method"])
-    _refuse_unknown(values, method, name, places)
+    refuse_unknown(values, method.Config, name, places, RunConfig.KEYS)
     option_flags = [flag for flag in given if flag.key not in RunConfig.KEYS]
-    option_values, option_places = _convert_options(option_flags, method, name)
+    option_values, option_places = convert_options(option_flags, method.Config, name, RunConfig.KEYS)
     places |= option_places
     preset = _preset(run_values, places)
     options: dict[str, Any] = {}
@@ -115,24 +115,31 @@ def is_file(target: str | Path) -> bool:
     return isinstance(target, Path) or text.endswith((".yaml", ".yml")) or os.sep in text
 
 
-def _read(target: str | Path) -> tuple[dict[str, Any], dict[str, str], str | None]:
+def read_target(target: str | Path) -> tuple[dict[str, Any], dict[str, str], str | None]:
+    """Return what a method's name or a configuration file says: values, the place of each key, and the file's text."""
     if not is_file(target):
         return {"method": str(target)}, {"": COMMAND_LINE, "method": COMMAND_LINE}, None
     values, places = load_yaml(target)
     return values, places, Path(target).read_text(encoding="utf-8-sig")
 
 
-def _method(values: Mapping[str, Any], places: Mapping[str, str]) -> tuple[registry.Plugin, type[Trainer[Any]]]:
+def find_method(values: Mapping[str, Any], places: Mapping[str, str], kind: str) -> tuple[registry.Plugin, Any]:
+    """Return the plugin of some kind that `method` names, and its class.
+
+    Raises:
+        ConfigError: no such plugin, or none is named.
+        PluginError: it is broken, ambiguous or disabled.
+    """
     name = values.get("method")
     if not isinstance(name, str):
-        known = ", ".join(registry.trainers)
+        known = ", ".join(registry.View(kind))
         problem = "`method` is missing" if name is None else "`method` is not a name"
         place = places.get("method", places[""])
         raise ConfigError(
             problem, place=place, got=None if name is None else repr(name), fix=f"set it to one of: {known}"
         )
     try:
-        plugin = registry.lookup(name, "trainer")
+        plugin = registry.lookup(name, kind)
         return plugin, registry.load(plugin)
     except ConfigError as error:
         fix = error.fix
@@ -141,22 +148,26 @@ def _method(values: Mapping[str, Any], places: Mapping[str, str]) -> tuple[regis
         raise type(error)(error.problem, place=places.get("method", places[""]), got=error.got, fix=fix) from None
 
 
-def _refuse_unknown(
-    values: Mapping[str, Any], method: type[Trainer[Any]], name: str, places: Mapping[str, str]
+def refuse_unknown(
+    values: Mapping[str, Any], config: type[BaseConfig], name: str, places: Mapping[str, str], keys: Sequence[str]
 ) -> None:
+    """Raise where a key of a file is no option of a method; `keys` are the file's own, for the hint."""
     for key in values:
-        if str(key) not in method.Config.model_fields:
+        if str(key) not in config.model_fields:
             place = places.get(str(key), places[""])
-            raise unknown_option(str(key), method.Config, owner=name, place=place, also=RunConfig.KEYS)
+            raise unknown_option(str(key), config, owner=name, place=place, also=keys)
 
 
-def _convert_options(flags: list[Flag], method: type[Trainer[Any]], name: str) -> tuple[dict[str, Any], dict[str, str]]:
+def convert_options(
+    flags: Sequence[Flag], config: type[BaseConfig], name: str, keys: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the values and places of flags that are options of a method; `keys` are no options of it, for the hint."""
     for flag in flags:
         head = flag.key.partition(".")[0]
-        near = nearest(head, [*RunConfig.KEYS, *method.Config.model_fields])
-        if head not in method.Config.model_fields and near in RunConfig.KEYS:
+        near = nearest(head, [*keys, *config.model_fields])
+        if head not in config.model_fields and near in keys:
             raise ConfigError(f"unknown option `{flag.name}`", place=flag.typed, fix=f"did you mean `--{near}`?")
-    values, places = convert(flags, method.Config, owner=name)
+    values, places = convert(flags, config, owner=name)
     for group in [key for key in values if any(other.startswith(f"{key}.") for other in values)]:
         if values[group] in (False, None):
             inner = next(other for other in values if other.startswith(f"{group}."))

@@ -28,9 +28,11 @@ def option_rows(config: type[BaseModel], prefix: str = "") -> Iterator[OptionRow
         default = default_of(info)
         group = group_of(info.annotation)
         shown_default = "required" if info.is_required() else shown(default)
-        if group is not None and default is not None:
+        if isinstance(default, BaseModel):
             shown_default = ""
-        kind = "group" if group is not None else type_name(info.annotation)
+        kind = type_name(info.annotation)
+        if group is not None:
+            kind = kind.removesuffix(" or null")
         yield OptionRow(prefix + name, kind, shown_default, info.description or "", group)
 
 
@@ -65,6 +67,8 @@ def type_name(annotation: Any) -> str:
         return " or ".join("null" if part is type(None) else type_name(part) for part in args)
     if origin in (list, dict, tuple):
         return f"{origin.__name__} of {' → '.join(type_name(part) for part in args)}"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "group"
     if isinstance(annotation, type) and issubclass(annotation, Enum):
         return ", ".join(f"`{member.value}`" for member in annotation)
     return {str: "text", int: "whole number", float: "number", bool: "true or false"}.get(annotation, str(annotation))

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from rlhf_core import __version__
-from rlhf_core.cli import INTERRUPTED, author, doctor, methods, train
+from rlhf_core.cli import INTERRUPTED, author, doctor, merge, methods, train
 
 app = typer.Typer(
     name="rlhf",
@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 methods.add_to(app)
 train.add_to(app)
+merge.add_to(app)
 author.add_to(app)
 doctor.add_to(app)
 

@@ -16,12 +16,19 @@ def names(incomplete: str) -> list[tuple[str, str]]:
 
 def trainers(incomplete: str) -> list[tuple[str, str]]:
     """Every trainer's name with its summary, and the files that may be configurations."""
+    return _names("trainer", incomplete) + _files(incomplete)
+
+
+def mergers(incomplete: str) -> list[tuple[str, str]]:
+    """Every merger's name with its summary, and the files that may be configurations."""
+    return _names("merger", incomplete) + _files(incomplete)
+
+
+def _files(incomplete: str) -> list[tuple[str, str]]:
     from pathlib import Path
 
-    files = [
-        (str(path), "configuration file") for path in sorted(Path().glob("*.y*ml")) if str(path).startswith(incomplete)
-    ]
-    return _names("trainer", incomplete) + files
+    found = [str(path) for path in sorted(Path().glob("*.y*ml"))]
+    return [(path, "configuration file") for path in found if path.startswith(incomplete)]
 
 
 def _names(kind: str | None, incomplete: str) -> list[tuple[str, str]]:

@@ -1,5 +1,8 @@
 """Merging of checkpoints of any size: inputs are read and the output is written chunk by chunk."""
 
+from rlhf_core.merging.config import MergeConfig as MergeConfig
+from rlhf_core.merging.merge import MergeResult as MergeResult
+from rlhf_core.merging.merge import ModelMerger as ModelMerger
 from rlhf_core.merging.selection import tensor_thresholds as tensor_thresholds
 from rlhf_core.merging.streams import Chunk as Chunk
 from rlhf_core.merging.streams import StreamMerger as StreamMerger

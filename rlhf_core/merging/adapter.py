@@ -55,7 +55,7 @@ class AdapterCheckpoint(Checkpoint):
         return [*super().files, *self.base.files]
 
     @property
-    def config(self) -> dict[str, Any]:  # type: ignore[override]
+    def config(self) -> dict[str, Any]:
         return self.base.config
 
     def close(self) -> None:

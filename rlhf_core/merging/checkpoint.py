@@ -44,10 +44,19 @@ class Checkpoint:
     def open(cls, source: str | Path) -> Checkpoint:
         """Open a directory, an adapter's directory, or a model on the hub; reads headers only.
 
+        `BASE+ADAPTER` is an adapter on a base of one's own choice, whatever the adapter's configuration names.
+
         Raises:
             ModelError: there is no such model, a shard is missing or damaged, or the weights are pickles or GGUF.
         """
         name = str(source)
+        base, plus, adapter = name.rpartition("+")
+        if plus and base and not Path(name).expanduser().exists():
+            from rlhf_core.merging.adapter import AdapterCheckpoint
+
+            where, _ = locate(adapter)
+            path = Path(where) if Path(where).is_dir() else _download(where)
+            return AdapterCheckpoint(name, path, cls.open(base))
         where, options = locate(name)
         if "gguf_file" in options:
             raise ModelError(
@@ -116,6 +125,9 @@ class WeightFile:
                 self.entries = read_header(path)
             except ValueError as error:
                 raise ModelError("a weight file is damaged", place=name, got=error, fix="copy the file again") from None
+            for tensor in self.entries:
+                if not tensor or tensor.startswith(".") or any(sign in tensor for sign in "/\\\0"):
+                    raise ModelError(f"{path.name} names a tensor like a path", place=name, got=repr(tensor))
             self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
 
     def read_into(self, buffer: memoryview, offset: int) -> None:

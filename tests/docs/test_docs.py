@@ -77,6 +77,19 @@ def test_write_a_plugin(tmp_path: Path, environment: dict[str, str]) -> None:
     assert list((tmp_path / "acme-margin/dist").glob("*.whl"))
 
 
+@pytest.mark.slow
+def test_merging(tmp_path: Path, environment: dict[str, str]) -> None:
+    """Each file is written under the name in its first line, then the commands run as they stand."""
+    for language, text in blocks("docs/merging.md"):
+        if language == "bash":
+            run(text, tmp_path, environment)
+        else:
+            (tmp_path / text.split("\n")[0].removeprefix("# ")).write_text(text)
+    merged = sorted(path.name for path in (tmp_path / "merged").iterdir())
+    assert merged == ["by-layer", "from-file", "soup", "theirs", "ties", "upper"]
+    assert "layers" in yaml.safe_load((tmp_path / "distances.json").read_text())
+
+
 SET_UP = ("make ", "source ", "pip install", "python examples/", "rlhf train examples/")
 """Commands that set the repository itself up, or need weights and data that aren't in it: they have tests of their own."""
 
@@ -99,7 +112,8 @@ def test_readme(tmp_path: Path, environment: dict[str, str]) -> None:
             commands = [line for line in text.splitlines() if not line.startswith(SET_UP)]
             run("\n".join(commands), tmp_path, environment)
             ran += len(commands)
-    assert ran >= 9
+    assert ran >= 11
+    assert (tmp_path / "merged/model.safetensors").is_file()
     for name in ("first", "second", "third"):
         assert (tmp_path / "runs" / name / "metrics.jsonl").is_file()
         assert (tmp_path / "runs" / name / "model").is_dir()

@@ -47,7 +47,7 @@ class GreedySoupConfig(BaseConfig):
     )
 
 
-class GreedySoupMerger(StreamMerger):
+class ModelSoup(StreamMerger):
     """Mean of the models that an evaluation doesn't get worse by (greedy soup, Wortsman et al. 2022)."""
 
     api = 1

@@ -1,0 +1,227 @@
+"""How far two checkpoints are apart: by tensor, by layer, and by part of the layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_core.errors import ConfigError, ModelError
+from rlhf_core.infra.files import storage_errors
+from rlhf_core.merging.checkpoint import Checkpoint
+from rlhf_core.merging.plan import natural
+from rlhf_core.merging.streams import TensorStream
+from rlhf_core.merging.weights import GROUPS, layer_of
+
+PARTS = ("attention", "mlp", "norms", "embeddings", "head", "other")
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Sums over the entries of tensors of two checkpoints, a and b; sums of several tensors add up."""
+
+    count: int = 0
+    apart: float = 0.0
+    """Σ (b - a)²."""
+    first: float = 0.0
+    """Σ a²."""
+    second: float = 0.0
+    """Σ b²."""
+    product: float = 0.0
+    """Σ a b."""
+    largest: float = 0.0
+    """max |b - a|."""
+
+    def __add__(self, other: Distance) -> Distance:
+        return Distance(
+            self.count + other.count,
+            self.apart + other.apart,
+            self.first + other.first,
+            self.second + other.second,
+            self.product + other.product,
+            max(self.largest, other.largest),
+        )
+
+    @property
+    def relative(self) -> float:
+        """‖b - a‖ / ‖a‖; 0 where both are zero, infinite where only a is."""
+        if self.first == 0:
+            return 0.0 if self.apart == 0 else math.inf
+        return math.sqrt(self.apart / self.first)
+
+    @property
+    def cosine(self) -> float:
+        """Cosine of the angle between a and b; 1 where they are equal, 0 where one of them is zero."""
+        if self.apart == 0:
+            return 1.0
+        size = math.sqrt(self.first) * math.sqrt(self.second)
+        return max(-1.0, min(1.0, self.product / size)) if size > 0 else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the figures as JSON values; what is infinite is None."""
+        relative = self.relative if math.isfinite(self.relative) else None
+        return {"entries": self.count, "relative": relative, "cosine": self.cosine, "largest": self.largest}
+
+
+def distance(first: Tensor, second: Tensor) -> Distance:
+    """Return the distance of two pieces of tensors, any shape; sums in float64."""
+    a, b = first.reshape(-1).double(), second.reshape(-1).double()
+    apart = b - a
+    largest = float(apart.abs().max()) if len(apart) else 0.0
+    return Distance(len(a), float(apart.dot(apart)), float(a.dot(a)), float(b.dot(b)), float(a.dot(b)), largest)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What `diff` found."""
+
+    names: tuple[str, str]
+    tensors: dict[str, Distance]
+    """Tensors that both have in the same shape, layers in order."""
+    only: tuple[Sequence[str], Sequence[str]]
+    """Tensors that one of the two has alone."""
+    reshaped: Mapping[str, tuple[Sequence[int], Sequence[int]]]
+    """Tensors that have two shapes."""
+
+    @property
+    def total(self) -> Distance:
+        return sum(self.tensors.values(), Distance())
+
+    def by_layer(self) -> dict[str, dict[str, Distance]]:
+        """Return for each layer (`embeddings`, 0, 1 …, `head`) its parts and their sum, `all`."""
+        table: dict[str, dict[str, Distance]] = {}
+        rows: list[tuple[tuple[int, int], str, str]] = []
+        for name in self.tensors:
+            layer, part = layer_of(name), part_of(name)
+            order = (1, layer) if layer is not None else (0 if part == "embeddings" else 2, 0)
+            rows.append((order, part if layer is None else str(layer), name))
+        for _, row, name in sorted(rows, key=lambda entry: entry[0]):
+            for column in (part_of(name), "all"):
+                cells = table.setdefault(row, {})
+                cells[column] = cells.get(column, Distance()) + self.tensors[name]
+        return table
+
+    def by_part(self) -> dict[str, Distance]:
+        """Return the sum of each part over all layers."""
+        table: dict[str, Distance] = {}
+        for part in PARTS:
+            found = [one for name, one in self.tensors.items() if part_of(name) == part]
+            if found:
+                table[part] = sum(found, Distance())
+        return table
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        return {
+            "first": self.names[0],
+            "second": self.names[1],
+            "all": self.total.as_dict(),
+            "layers": {
+                row: {part: one.as_dict() for part, one in cells.items()} for row, cells in self.by_layer().items()
+            },
+            "parts": {part: one.as_dict() for part, one in self.by_part().items()},
+            "tensors": {name: one.as_dict() for name, one in self.tensors.items()},
+            "only_first": list(self.only[0]),
+            "only_second": list(self.only[1]),
+            "reshaped": {name: [list(shape) for shape in shapes] for name, shapes in self.reshaped.items()},
+        }
+
+
+def diff(first: str | Path, second: str | Path, *, progress: Progress | None = None) -> Difference:
+    """Compare two checkpoints tensor by tensor, in small pieces; adapters are folded into their bases.
+
+    Raises:
+        ModelError: one can't be read, holds values that aren't finite, or the two have no tensor in common.
+    """
+    a, b = Checkpoint.open(first), Checkpoint.open(second)
+    try:
+        return _compare(a, b, progress)
+    finally:
+        a.close()
+        b.close()
+
+
+def _compare(a: Checkpoint, b: Checkpoint, progress: Progress | None) -> Difference:
+    shared = sorted(set(a.tensors) & set(b.tensors), key=natural)
+    shapes = {name: (a.tensors[name].shape, b.tensors[name].shape) for name in shared}
+    reshaped = {name: pair for name, pair in shapes.items() if tuple(pair[0]) != tuple(pair[1])}
+    names = [name for name in shared if name not in reshaped]
+    if not names:
+        raise ModelError(
+            f"has no tensor in common with {a.name}",
+            place=b.name,
+            got=f"{len(a.tensors)} and {len(b.tensors)} tensors, {len(reshaped)} of one name and two shapes",
+            fix="compare models of one architecture",
+        )
+    total = sum(a.tensors[name].nbytes for name in names)
+    tensors, done = {}, 0
+    with torch.inference_mode():
+        for name in names:
+            stream = TensorStream(name, a.source(name), [b.source(name)], [1.0])
+            pieces: Iterable[Distance] = (distance(chunk.origin, chunk.tensors[0]) for chunk in stream.chunks())
+            tensors[name] = sum(pieces, Distance())
+            done += a.tensors[name].nbytes
+            if progress is not None:
+                progress(done, total)
+    only = tuple(sorted(set(one.tensors) - set(other.tensors), key=natural) for one, other in ((a, b), (b, a)))
+    return Difference((a.name, b.name), tensors, (only[0], only[1]), reshaped)
+
+
+def part_of(name: str) -> str:
+    """Return the part of a model that a tensor belongs to, one of `PARTS`."""
+    pieces = name.split(".")
+    if any("norm" in piece or piece in GROUPS["norms"] for piece in pieces):
+        return "norms"
+    return next((part for part in PARTS if any(piece in GROUPS.get(part, ()) for piece in pieces)), "other")
+
+
+def draw(found: Difference, path: Path) -> None:
+    """Write a picture of the distances: layers by parts, and each layer as a whole.
+
+    Raises:
+        ConfigError: matplotlib isn't installed, or draws no files of that kind.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError(
+            "drawing needs matplotlib, which isn't installed", place="--picture", fix="pip install 'rlhf-core[plot]'"
+        ) from None
+    kinds = FigureCanvasAgg.get_supported_filetypes()
+    if path.suffix[1:].lower() not in kinds:
+        raise ConfigError(
+            "no kind of picture that can be drawn",
+            place="--picture",
+            got=str(path),
+            fix=f"end it in .png or .svg ({', '.join(sorted(kinds))})",
+        )
+    table = found.by_layer()
+    columns = [part for part in PARTS if any(part in cells for cells in table.values())]
+    rows = list(table)
+    shares = [[_shown(table[row].get(part)) for part in columns] for row in rows]
+    figure = Figure(figsize=(4 + 1.1 * len(columns), 2 + 0.28 * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, width_ratios=[3, 2], sharey=True)
+    image = left.imshow(shares, aspect="auto", cmap="viridis", interpolation="nearest", vmin=0)
+    left.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
+    left.set_yticks(range(len(rows)), rows)
+    left.set_ylabel("layer")
+    left.set_title("by part")
+    figure.colorbar(image, ax=left, label="‖b - a‖ / ‖a‖")
+    right.barh(range(len(rows)), [_shown(table[row]["all"]) for row in rows], color="tab:blue")
+    right.set_xlabel("‖b - a‖ / ‖a‖")
+    right.set_title("whole layer")
+    figure.suptitle(f"a: {found.names[0]}\nb: {found.names[1]}", fontsize="small")
+    with storage_errors(path):
+        figure.savefig(path, dpi=150)
+
+
+def _shown(one: Distance | None) -> float:
+    return one.relative if one is not None and math.isfinite(one.relative) else math.nan

@@ -1,0 +1,216 @@
+"""A merge as it was asked for: a method or a file, with flags, made into a checked configuration.
+
+A file is flat: the keys of `MergeConfig` and the method's options by name; `compat` sets options. One of mergekit's files is
+known by its key `merge_method`, and read as it is. Defaults give way to the file, the file to flags. Relative paths start at the
+current directory, those in a file too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlhf_core import registry
+from rlhf_core.config import place_of
+from rlhf_core.errors import ConfigError, did_you_mean, shortened
+from rlhf_core.flags import Flag, convert, lex
+from rlhf_core.infra.redact import redact
+from rlhf_core.interfaces import Merger
+from rlhf_core.job import convert_options, find_method, read_target, refuse_unknown
+from rlhf_core.merging import mergekit
+from rlhf_core.merging.config import MergeConfig
+from rlhf_core.merging.merge import Evaluate, ModelMerger, Progress
+from rlhf_core.merging.mergekit_methods import parity
+from rlhf_core.merging.method import Method
+from rlhf_core.merging.weights import LayerValues
+
+COMPAT = "compat"
+_FILE_KEYS = (*MergeConfig.KEYS, COMPAT)
+_FLAG_KEYS = (*(key for key in MergeConfig.KEYS if key != "models"), "model", COMPAT)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to merge, how, and where each value came from."""
+
+    config: MergeConfig
+    plugin: registry.Plugin
+    method: type[Merger]
+    places: Mapping[str, str]
+    """For each dotted key that was set, its place: `file:line`, or a flag."""
+
+    def merger(self, *, evaluate: Evaluate | None = None, progress: Progress | None = None) -> ModelMerger:
+        """Return the merge, ready to go; nothing is opened yet."""
+        return ModelMerger(self.config, evaluate=evaluate, progress=progress)
+
+    def resolved(self) -> dict[str, Any]:
+        """Return every setting as plain values, secrets redacted; as a file it describes the same merge."""
+        values = self.config.model_dump(mode="json", exclude={"options", "models"})
+        models = [
+            {"model": entry["model"], "weight": entry.get("weight", 1.0), **entry.get("options", {})}
+            for entry in self.config.model_dump(mode="json", exclude_unset=True)["models"]
+        ]
+        options = self._options()
+        head = {"method": values.pop("method"), "base": values.pop("base"), "models": models}
+        values = {**head, "output": values.pop("output"), **options, **values}
+        return {key: redact(value, key) for key, value in values.items()}
+
+    def to_yaml(self) -> str:
+        """Return `resolved` as the text of a file."""
+        return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True, width=100)
+
+    def _options(self) -> dict[str, Any]:
+        method = Method(self.config, place=self.places)
+        known = method.merger.config.model_dump(mode="json")
+        given = self.config.model_dump(mode="json", exclude_unset=True).get("options", {})
+        return {name: given.get(name, value) for name, value in known.items() if name not in MergeConfig.KEYS}
+
+
+def load_recipe(target: str | Path, overrides: Mapping[str, Any] | None = None, *, flags: Sequence[str] = ()) -> Recipe:
+    """Resolve a method's name or a file into a recipe.
+
+    Args:
+        target: a name such as `ties` or `acme-merge:ties`, or the path of a YAML file, ours or mergekit's.
+        overrides: keys and options from Python: `{"models": ["a", "b"], "density": 0.3}`.
+        flags: the same as command-line tokens: `["--model", "a=0.5", "--density", "0.3"]`.
+
+    Raises:
+        ConfigError: an unknown method, key or option, a missing one, or a wrong value.
+        PluginError: the method is broken, ambiguous or disabled.
+    """
+    given = lex(flags)
+    values, places, _ = read_target(target)
+    over, over_places = _key_flags(given)
+    over = {**(overrides or {}), **over}
+    theirs = mergekit.KEY in values
+    compat = _compat(over.pop(COMPAT, None if theirs else values.pop(COMPAT, None)), {**places, **over_places})
+    if theirs:
+        values, places = mergekit.translate(values, places, strict=compat)
+    values |= over
+    places = {key: place for key, place in places.items() if key.partition(".")[0] not in over} | over_places
+    plugin, method = find_method(values, places, "merger")
+    name = str(values["method"])
+    keys = {key: values.pop(key) for key in MergeConfig.KEYS if key in values}
+    refuse_unknown(values, method.Config, name, places, _FILE_KEYS)
+    option_flags = [flag for flag in given if flag.key not in _FLAG_KEYS]
+    options, option_places = convert_options(option_flags, method.Config, name, _FLAG_KEYS)
+    places |= option_places
+    options = {**values, **options}
+    if compat and not theirs:
+        options = parity(plugin.name, options, places)
+    for key, value in options.items():
+        check_value(value, key, places)
+    keys["models"] = _entries(keys.get("models"), method, name, places)
+    config = MergeConfig.parse({**keys, "options": options}, place=places)
+    _check(config, places)
+    return Recipe(config, plugin, method, places)
+
+
+def model_flag(text: str) -> dict[str, Any]:
+    """Return a model from `PATH` or `PATH=WEIGHT`; a path that is there with its `=` is taken as it stands."""
+    path, _, number = text.rpartition("=")
+    if path and not Path(text).expanduser().exists():
+        try:
+            weight = float(number)
+        except ValueError:
+            return {"model": text}
+        if math.isfinite(weight):
+            return {"model": path, "weight": weight}
+    return {"model": text}
+
+
+def check_value(value: Any, key: str, places: Mapping[str, str]) -> None:
+    """Raise where values by place are wrong: what is wrong inside is told, and not that they are no number."""
+    if isinstance(value, Mapping):
+        for part, one in (value["filters"] if isinstance(value.get("filters"), Mapping) else {}).items():
+            check_value(one, f"{key}.filters.{part}", places)
+        inner = {"": place_of(key, places)}
+        inner |= {at[len(key) + 1 :]: place for at, place in places.items() if at.startswith(f"{key}.")}
+        LayerValues.parse(value, place=inner)
+
+
+def _key_flags(given: Sequence[Flag]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the values and places of the flags that aren't options of the method."""
+    plain = [flag for flag in given if flag.key in MergeConfig.KEYS and flag.key != "models"]
+    values, places = convert(plain, MergeConfig, owner="merge")
+    models, compat = ([flag for flag in given if flag.key == key] for key in ("model", COMPAT))
+    for flag in [*models, *compat]:
+        if not flag.text:
+            raise ConfigError("needs a value", place=flag.typed, fix=f"write `{flag.typed} VALUE`")
+    if models:
+        values["models"] = [model_flag(str(flag.text)) for flag in models]
+        places["models"] = models[0].typed
+    if compat:
+        values[COMPAT], places[COMPAT] = compat[-1].text, compat[-1].typed
+    if wrong := next((flag for flag in given if flag.key == "models"), None):
+        raise ConfigError("models are given one by one", place=wrong.typed, fix="write `--model A=0.7 --model B=0.3`")
+    return values, places
+
+
+def _compat(value: Any, places: Mapping[str, str]) -> bool:
+    if value not in (None, "mergekit"):
+        raise ConfigError(
+            "there are no definitions of that name",
+            place=place_of(COMPAT, places),
+            got=shortened(value),
+            fix=did_you_mean(str(value), ["mergekit"]),
+        )
+    return value is not None
+
+
+def _entries(models: Any, method: type[Merger], name: str, places: dict[str, str]) -> list[dict[str, Any]]:
+    """Return the models as `ModelEntry` takes them: a model's own options stand beside its name and weight, or in `options`."""
+    where = place_of("models", places)
+    if models is None:
+        raise ConfigError(
+            "`models` is missing", place=where, fix="give `--model A --model B`, or `models:` in the file"
+        )
+    if not isinstance(models, list | tuple) or not models:
+        raise ConfigError("`models` is no list of models", place=where, got=shortened(models))
+    entries = []
+    for number, given in enumerate(models):
+        at = f"models.{number}"
+        if not isinstance(given, str | Mapping):
+            raise ConfigError(
+                "a model is a name, or a group with `model`", place=place_of(at, places), got=shortened(given)
+            )
+        entry = {"model": given} if isinstance(given, str) else dict(given)
+        own = entry.pop("options", {})
+        if not isinstance(own, Mapping):
+            raise ConfigError("`options` is a group", place=place_of(f"{at}.options", places), got=shortened(own))
+        own = {**own, **{key: entry.pop(key) for key in list(entry) if key not in ("model", "weight")}}
+        for key in own:
+            _check_own(str(key), method, name, place_of(f"{at}.{key}", places))
+        for key, value in {**own, "weight": entry.get("weight", 1.0)}.items():
+            check_value(value, f"{at}.{key}", places)
+            if f"{at}.{key}" in places:
+                places.setdefault(f"{at}.options.{key}", places[f"{at}.{key}"])
+        entries.append({**entry, **({"options": own} if own else {})})
+    return entries
+
+
+def _check_own(key: str, method: type[Merger], name: str, place: str) -> None:
+    if key in method.per_model:
+        return
+    if key in method.Config.model_fields:
+        own = ", ".join(method.per_model) or "none"
+        raise ConfigError(f"`{key}` is the same for all models in {name}", place=place, fix=f"may differ: {own}")
+    known = ["model", "weight", *method.per_model]
+    raise ConfigError(f"unknown key `{key}` of a model", place=place, fix=did_you_mean(key, known))
+
+
+def _check(config: MergeConfig, places: Mapping[str, str]) -> None:
+    """Check the method's options, and weights that don't vary, before anything is opened."""
+    merger = Method(config, place=places).merger
+    weights = [entry.weight for entry in config.models]
+    if all(isinstance(weight, float) for weight in weights):
+        try:
+            merger.check_weights([float(weight) for weight in weights])  # type: ignore[arg-type]
+        except ConfigError as error:
+            place = place_of("models.0.weight", places)
+            raise ConfigError(error.problem, place=place, got=error.got, fix=error.fix) from None
