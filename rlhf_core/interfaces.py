@@ -277,6 +277,8 @@ class Merger(ABC):
     Config: ClassVar[type[BaseConfig]] = BaseConfig
     needs_base: ClassVar[bool] = False
     """Whether it works on differences from a base model, which must then be given."""
+    ignores_base: ClassVar[bool] = False
+    """Whether a base that is given only lends its configuration and tokenizer; it is then not read."""
     models: ClassVar[tuple[int, int | None]] = (1, None)
     """The fewest and the most models that it merges, the base not counted; None sets no bound."""
     per_model: ClassVar[tuple[str, ...]] = ()

@@ -66,8 +66,11 @@ def near_path(path: Path) -> str | None:
 
 
 def is_adapter(where: str) -> bool:
-    """Tell whether a directory holds an adapter alone."""
-    return (Path(where) / "adapter_config.json").is_file() and not (Path(where) / "config.json").is_file()
+    """Tell whether a directory holds an adapter alone; some trainers put the base's config.json beside it."""
+    weights = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    return (Path(where) / "adapter_config.json").is_file() and not any(
+        (Path(where) / name).is_file() for name in weights
+    )
 
 
 def adapter_base(adapter: str) -> str:
@@ -87,8 +90,13 @@ def check_files(where: str) -> None:
     if not path.is_dir():
         return
     index = path / "model.safetensors.index.json"
-    if index.is_file():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    if index.is_file() and not (path / "model.safetensors").is_file():
+        try:
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(
+                f"{index.name} can't be read", place=where, got=first_line(error), fix="copy the file again"
+            ) from None
         for shard in shards:
             if "/" in shard or not (path / shard).is_file():
                 raise ModelError(

@@ -17,7 +17,16 @@ from torch import Tensor
 from rlhf_core.errors import ModelError
 from rlhf_core.merging.checkpoint import Checkpoint, FileSource, WeightFile, read_adapter_config
 from rlhf_core.merging.streams import Source
+from rlhf_core.merging.weights import GROUPS, is_embedding
 
+_ODD = {
+    "use_dora": "DoRA",
+    "lora_bias": "LoRA with biases",
+    "alora_invocation_tokens": "activated LoRA",
+    "use_qalora": "QALoRA",
+}
+_KEEPS_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
+"""Starts of an adapter that leave the base's own weights as they are."""
 _PREFIX = "base_model.model."
 _PAIR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?:\.weight)?$")
 
@@ -75,13 +84,18 @@ class AdapterCheckpoint(Checkpoint):
         return LoraSource(plain, left, right, self)
 
     def _check_settings(self, name: str) -> None:
-        kind = self.settings.get("peft_type")
-        if kind != "LORA" or self.settings.get("use_dora") or self.settings.get("lora_bias"):
-            what = "DoRA" if self.settings.get("use_dora") else "LoRA with biases" if kind == "LORA" else kind
+        given = self.settings
+        odd = next((what for key, what in _ODD.items() if given.get(key)), None)
+        if given.get("peft_type") != "LORA":
+            odd = str(given.get("peft_type"))
+        start = given.get("init_lora_weights", True)
+        if odd is None and start not in _KEEPS_BASE:
+            odd = f"init_lora_weights: {start}, which changes the base"
+        if odd is not None:
             raise ModelError(
-                "only LoRA adapters are folded while merging",
+                "only plain LoRA adapters are folded while merging",
                 place=name,
-                got=f"{what}",
+                got=odd,
                 fix="fold it with peft's `merge_and_unload` and save the model",
             )
 
@@ -104,6 +118,13 @@ class AdapterCheckpoint(Checkpoint):
         for name in (wanted, *(prefix + wanted for prefix in sorted(prefixes)), wanted.partition(".")[2]):
             if name in self.base.tensors:
                 return name
+        if any(piece in GROUPS["head"] for piece in wanted.split(".")):
+            raise ModelError(
+                "the adapter trains the output head, which its base ties to the embeddings and doesn't store",
+                place=self.name,
+                got=f"`{key}`",
+                fix="fold it with peft's `merge_and_unload`, untied, and save the model",
+            )
         raise ModelError(
             f"the adapter doesn't fit its base, which has no tensor `{wanted}`",
             place=self.name,
@@ -125,6 +146,13 @@ class AdapterCheckpoint(Checkpoint):
 
     def _require(self, target: str, found: tuple[int, ...]) -> None:
         expected = self.base.tensors[target].shape
+        if found != expected and found[1:] == expected[1:] and is_embedding(target):
+            raise ModelError(
+                f"the adapter was trained with other tokens than its base has: tensor `{target}`",
+                place=self.name,
+                got=f"{found[0]} rows, the base {expected[0]}",
+                fix="fold it with peft's `merge_and_unload` into the base with its tokens, and save the model",
+            )
         if found != expected:
             raise ModelError(
                 f"the adapter doesn't fit its base in tensor `{target}`",

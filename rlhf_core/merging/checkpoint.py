@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rlhf_core.errors import ModelError
 from rlhf_core.infra.files import read_json, storage_errors
-from rlhf_core.infra.model_files import adapter_base, check_files, first_line, is_adapter, locate
+from rlhf_core.infra.model_files import adapter_base, check_files, first_line, is_adapter, locate, near_path
 from rlhf_core.infra.tensors import TensorEntry, read_header
 from rlhf_core.merging.streams import Source, digest_of
 
@@ -68,7 +68,15 @@ class Checkpoint:
         if is_adapter(str(path)):
             from rlhf_core.merging.adapter import AdapterCheckpoint
 
-            return AdapterCheckpoint(name, path, cls.open(_beside(adapter_base(str(path)), path)))
+            base = _beside(adapter_base(str(path)), path)
+            if is_adapter(base):
+                raise ModelError(
+                    "the adapter's base is an adapter itself",
+                    place=name,
+                    got=base,
+                    fix="set `base_model_name_or_path` in adapter_config.json to a model, or write `MODEL+ADAPTER`",
+                )
+            return AdapterCheckpoint(name, path, cls.open(base))
         return cls(name, path, _weight_files(path, name))
 
     def source(self, name: str) -> Source:
@@ -184,7 +192,9 @@ def _buffer(nbytes: int) -> numpy.ndarray:
 def _weight_files(path: Path, name: str) -> dict[str, WeightFile]:
     check_files(str(path))
     index = path / INDEX
-    if not index.is_file():
+    if (
+        path / SINGLE
+    ).is_file() or not index.is_file():  # the single file counts where both are there, as in transformers
         single = [path / SINGLE] if (path / SINGLE).is_file() else sorted(path.glob("*.safetensors"))
         if len(single) != 1:
             found = ", ".join(file.name for file in single) or "none"
@@ -228,7 +238,7 @@ def _download(name: str) -> Path:
             "is neither a local directory nor a model that the hub gave",
             place=name,
             got=first_line(error),
-            fix="check the path, or for a hub name the spelling and the network",
+            fix=near_path(Path(name)) or "check the path, or for a hub name the spelling and the network",
         ) from error
 
 

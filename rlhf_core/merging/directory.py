@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from rlhf_core import __version__
-from rlhf_core.infra.files import replace_file, replace_json, sha256_of, to_json
+from rlhf_core.infra.files import read_json, replace_file, replace_json, sha256_of, to_json
 from rlhf_core.infra.redact import redact_text
 from rlhf_core.merging.checkpoint import INDEX, Checkpoint
 from rlhf_core.merging.config import MergeConfig
@@ -22,8 +22,8 @@ _TOKENIZER_FILES = (
     TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-_OTHER_FILES = ("generation_config.json", "preprocessor_config.json", "processor_config.json")
-_DTYPES = {"float32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_OTHER_FILES = ("preprocessor_config.json", "processor_config.json")
+_GENERATION = "generation_config.json"
 
 
 def fill(path: Path, plan: Plan, config: MergeConfig, chosen: Sequence[int], details: dict[str, Any]) -> None:
@@ -31,15 +31,9 @@ def fill(path: Path, plan: Plan, config: MergeConfig, chosen: Sequence[int], det
     if len(plan.files) > 1:
         replace_json(path / INDEX, plan.index())
     main = plan.base if plan.base is not None else plan.models[0]
-    _write_config(path, plan, main, config)
+    _write_config(path, plan, main)
     _copy(main, _OTHER_FILES, path)
-    origin = plan.vocabularies.origin
-    if origin is not None:
-        _copy_from([origin], _TOKENIZER_FILES, path)
-    else:
-        _copy(main, _TOKENIZER_FILES, path)
-    if plan.vocabularies.tokenizer is not None:
-        replace_file(path / TOKENIZER, to_json(plan.vocabularies.tokenizer))
+    _write_tokenizer(path, plan, main)
     recipe = recipe_of(config)
     replace_file(path / RECIPE, recipe.encode())
     replace_file(path / "README.md", _card(plan, config, chosen, details, recipe).encode())
@@ -52,29 +46,52 @@ def recipe_of(config: MergeConfig) -> str:
     return redact_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100))
 
 
-def _write_config(path: Path, plan: Plan, main: Checkpoint, config: MergeConfig) -> None:
-    if not main.config:
+def _write_tokenizer(path: Path, plan: Plan, main: Checkpoint) -> None:
+    vocabularies = plan.vocabularies
+    if vocabularies.origin is None:
+        _copy(main, _TOKENIZER_FILES, path)
         return
+    shutil.copyfile(vocabularies.origin, path / TOKENIZER)
+    _copy_from([vocabularies.origin.parent], [name for name in _TOKENIZER_FILES if name != TOKENIZER], path)
+    if vocabularies.tokenizer is not None:
+        replace_file(path / TOKENIZER, to_json(vocabularies.tokenizer))
+
+
+def _write_config(path: Path, plan: Plan, main: Checkpoint) -> None:
+    """Write the main input's configuration, and what its generation needs, with the result's type, rows and token numbers."""
     written = dict(main.config)
+    if not written:
+        return
     kinds = {item.dtype for item in plan.items if item.merged}
-    if len(kinds) == 1:
-        for key in ("dtype", "torch_dtype"):
-            if key in written:
-                written[key] = str(kinds.pop() if len(kinds) == 1 else written[key]).removeprefix("torch.")
-                break
+    for key in ("dtype", "torch_dtype"):
+        if key in written and len(kinds) == 1:
+            written[key] = str(next(iter(kinds))).removeprefix("torch.")
     rows = plan.vocabularies.rows
     if rows is not None:
         inner = written.get("text_config")
-        if isinstance(inner, dict) and "vocab_size" in inner:
-            written["text_config"] = {**inner, "vocab_size": rows}
+        if isinstance(inner, dict):
+            written["text_config"] = _renumbered({**inner, "vocab_size": rows}, plan, main)
         if "vocab_size" in written or not isinstance(inner, dict):
             written["vocab_size"] = rows
-    replace_json(path / "config.json", written)
+    replace_json(path / "config.json", _renumbered(written, plan, main))
+    generation = next((place / _GENERATION for place in _places(main) if (place / _GENERATION).is_file()), None)
+    if generation is not None:
+        replace_json(path / _GENERATION, _renumbered(read_json(generation), plan, main))
+
+
+def _renumbered(values: dict[str, Any], plan: Plan, main: Checkpoint) -> dict[str, Any]:
+    """Return settings with the numbers that tokens have in the result."""
+    numbers = {key: value for key, value in values.items() if key.endswith("_token_id")}
+    return values | {key: plan.vocabularies.renumbered(main, value) for key, value in numbers.items()}
+
+
+def _places(one: Checkpoint) -> list[Path]:
+    base = getattr(one, "base", None)
+    return [one.path, *([base.path] if base is not None else [])]
 
 
 def _copy(one: Checkpoint, names: Sequence[str], path: Path) -> None:
-    base = getattr(one, "base", None)
-    _copy_from([one.path, *([base.path] if base is not None else [])], names, path)
+    _copy_from(_places(one), names, path)
 
 
 def _copy_from(places: Sequence[Path], names: Sequence[str], path: Path) -> None:
@@ -109,8 +126,8 @@ def _card(plan: Plan, config: MergeConfig, chosen: Sequence[int], details: dict[
         "|---|---|---|---|",
         *rows,
         "",
-        "A fingerprint hashes every tensor's name and shape and its first, middle and last kilobyte; it doesn't depend on how",
-        "the files are cut.",
+        "A fingerprint hashes every tensor's name and shape and 32 short runs of its values; it doesn't depend on how the files",
+        "are cut.",
         "",
         *([f"{name}: {value}" for name, value in details.items()] + [""] if details else []),
         "```yaml",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import tempfile
 import threading
@@ -16,15 +17,16 @@ from typing import Any
 
 import torch
 
-from rlhf_core.errors import ConfigError, ModelError, NumbersError, PluginError
+from rlhf_core.errors import ConfigError, ModelError, NumbersError, PluginError, RLHFError
 from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.files import storage_errors
+from rlhf_core.infra.model_files import first_line
 from rlhf_core.interfaces import Merger
 from rlhf_core.merging.checkpoint import Checkpoint, FileSource
 from rlhf_core.merging.config import MergeConfig
 from rlhf_core.merging.directory import fill
 from rlhf_core.merging.method import Method
-from rlhf_core.merging.output import Output, check_target
+from rlhf_core.merging.output import Output, check_begun
 from rlhf_core.merging.plan import Item, Plan, check_count, memory
 from rlhf_core.merging.streams import CHUNK, StreamMerger, TensorStream
 
@@ -84,13 +86,24 @@ class ModelMerger:
                 fix="give `--base`",
             )
         check_count(config.models, self.method.merger.models, config.method)
-        base = Checkpoint.open(config.base) if config.base is not None else None
-        models = [Checkpoint.open(entry.model) for entry in config.models]
-        plan = Plan.make(
-            base, models, dtype=_DTYPES[config.dtype], shard_size=config.shard_size, tokenizer=config.tokenizer
-        )
-        self.method.check(plan)
-        return plan
+        opened: list[Checkpoint] = []
+        try:
+            for name in [
+                *([config.base] if config.base is not None else []),
+                *(entry.model for entry in config.models),
+            ]:
+                opened.append(Checkpoint.open(name))
+            base = opened[0] if config.base is not None else None
+            models = opened[len(opened) - len(config.models) :]
+            plan = Plan.make(
+                base, models, dtype=_DTYPES[config.dtype], shard_size=config.shard_size, tokenizer=config.tokenizer
+            )
+            self.method.check(plan)
+            return plan
+        except BaseException:
+            for one in opened:
+                one.close()
+            raise
 
     def merge(self, *, resume: bool = False, overwrite: bool = False) -> MergeResult:
         """Merge and return what was made.
@@ -105,15 +118,13 @@ class ModelMerger:
         if self.config.output is None:
             raise ConfigError("no output directory is set", place="output", fix="give `--output DIR`")
         started = time.perf_counter()
-        self._target = Path(self.config.output).expanduser()
+        self._target = Path(self.config.output).expanduser().resolve()
+        if self._evaluate is not None and self.method.evaluates is False:
+            raise ConfigError(f"{self.config.method} evaluates nothing", place="evaluate", fix="leave it out")
+        check_begun(self._target, resume=resume, overwrite=overwrite)
         self._resume, self._overwrite = resume, overwrite
-        check_target(self._target, overwrite=overwrite)
-        for name in (self.config.base, *(entry.model for entry in self.config.models)):
-            if name is not None and Path(name).expanduser().resolve() == self._target.resolve():
-                raise ConfigError(
-                    "the output is one of the inputs", place=str(self._target), fix="choose another output"
-                )
         self._plan = self.plan()
+        self._refuse_inputs_below()
         try:
             self.method.merger.merge(self)
         finally:
@@ -123,6 +134,20 @@ class ModelMerger:
         seconds = time.perf_counter() - started
         plan = self._plan
         return MergeResult(self._target, len(plan.items), plan.read_bytes, plan.nbytes, seconds, self.details)
+
+    def _refuse_inputs_below(self) -> None:
+        """Raise where an input lies where the output is to be."""
+        inputs = [one for one in (self._plan.base, *self._plan.models) if one is not None]
+        for path in [file for one in inputs for file in one.files]:
+            if self._target in path.resolve().parents:
+                for one in inputs:
+                    one.close()
+                raise ConfigError(
+                    "one of the inputs lies in the output directory",
+                    place=str(self._target),
+                    got=str(path),
+                    fix="choose another output",
+                )
 
     # For methods that override `Merger.merge`
 
@@ -150,7 +175,7 @@ class ModelMerger:
             raise ConfigError(
                 "no evaluation is given", place="evaluate", fix="give a function that scores a model's directory"
             )
-        if len(models) == 1 and self._plan.vocabularies.rows is None:
+        if len(models) == 1 and self._is_as_written(self._plan.models[models[0]]):
             return self._score(self._plan.models[models[0]].path)
         with storage_errors(self._target.parent):
             self._target.parent.mkdir(parents=True, exist_ok=True)
@@ -159,11 +184,28 @@ class ModelMerger:
                 self._write(merger, models, trial, resume=False, overwrite=False)
                 return self._score(trial)
 
+    def digest(self, model: int) -> bytes:
+        """Return what a model is known by, wherever it stands in the list."""
+        return self._plan.models[model].digest
+
+    def _is_as_written(self, one: Checkpoint) -> bool:
+        """Tell whether a model merged alone would be the model as it lies there."""
+        plan = self._plan
+        kinds = all(item.dtype == one.tensors[item.name].dtype for item in plan.items)
+        return type(one) is Checkpoint and plan.vocabularies.rows is None and kinds
+
     def _score(self, path: Path) -> float:
         assert self._evaluate is not None
-        value = float(self._evaluate(path))
-        if value != value:
-            raise ConfigError("the evaluation gave no number", place="evaluate", got=value)
+        try:
+            value = float(self._evaluate(path))
+        except RLHFError:
+            raise
+        except Exception as error:
+            raise PluginError(
+                "the evaluation raised", place="evaluate", got=f"{type(error).__name__}: {first_line(error)}"
+            ) from error
+        if math.isnan(value):
+            raise PluginError("the evaluation gave no number", place="evaluate", got=value)
         return value
 
     def _write(
@@ -171,7 +213,7 @@ class ModelMerger:
     ) -> Path:
         plan = self._plan
         chosen = list(range(len(plan.models))) if models is None else list(models)
-        fingerprint = plan.fingerprint(self.method.recipe(), chosen)
+        fingerprint = plan.fingerprint(self.method.recipe(), chosen, self.device.type)
         output = Output.open(target, plan, fingerprint, resume=resume, overwrite=overwrite)
         try:
             _Run(self, plan, merger, chosen, output).go()
@@ -207,11 +249,11 @@ class _Run:
         weights, options = self.owner.method.values(item.name, self.plan.depth)
         return TensorStream(
             item.name,
-            base,
+            None if merger.ignores_base else base,
             [models[number] for number in self.chosen],
             [weights[number] for number in self.chosen],
             [options[number] for number in self.chosen],
-            seed=self.owner.config.seed,
+            seed=int(getattr(merger.config, "seed", self.owner.config.seed)),
             by_row=isinstance(merger, StreamMerger) and merger.by_row,
             device=self.owner.device,
             chunk=_GPU_CHUNK if self.owner.device.type == "cuda" else CHUNK,

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from rlhf_core import registry
 from rlhf_core.config import BaseConfig
-from rlhf_core.errors import ConfigError, did_you_mean
+from rlhf_core.errors import ConfigError, PluginError, did_you_mean
 from rlhf_core.interfaces import Merger
 from rlhf_core.merging.config import MergeConfig
 from rlhf_core.merging.plan import Plan
-from rlhf_core.merging.weights import LayerValues, Value, layer_wise_interpolation
+from rlhf_core.merging.streams import StreamMerger
+from rlhf_core.merging.weights import GROUPS, LayerValues, Value, layer_wise_interpolation, unused_filters
 
 _VALUE: TypeAdapter[Value] = TypeAdapter(Value)
 
@@ -25,6 +26,7 @@ class Method:
         self.config, self._place = config, place
         self.plugin = registry.lookup(config.method, "merger")
         self._class: type[Merger] = registry.load(self.plugin)
+        self.evaluates = self._class.merge is not Merger.merge
         given = dict(config.options)
         if "seed" in self._class.Config.model_fields:
             given.setdefault("seed", config.seed)
@@ -36,20 +38,34 @@ class Method:
             for name in entry.options:
                 self._check_own(name, f"models[{number}].options")
         self.merger = self._instance({name: _some(value) for name, value in self._by_layer.items()})
-        self._cache: dict[tuple[float, ...], Merger] = {}
+        self._cache: dict[tuple[tuple[str, float], ...], Merger] = {}
 
     def for_tensor(self, merger: Merger, name: str, depth: int) -> Merger:
         """Return the merger with the values that its options have at a tensor; `merger` itself where none varies."""
         if not self._by_layer or merger is not self.merger:
             return merger
-        values = {
+        return self._cached(self._at(name, depth))
+
+    def _at(self, name: str, depth: int) -> dict[str, float]:
+        """Return the options that vary by layer, at a tensor."""
+        return {
             option: layer_wise_interpolation(value, name, depth, what=option)
             for option, value in self._by_layer.items()
         }
-        key = tuple(values.values())
+
+    def _cached(self, values: Mapping[str, float]) -> Merger:
+        key = tuple(sorted(values.items()))
         if key not in self._cache:
             self._cache[key] = self._instance(values)
         return self._cache[key]
+
+    def _values(self) -> Iterator[tuple[str, Value]]:
+        """Yield every value that may vary by layer, with its name."""
+        yield from self._by_layer.items()
+        for number, entry in enumerate(self.config.models):
+            yield f"models[{number}].weight", entry.weight
+            for option, value in entry.options.items():
+                yield f"models[{number}].{option}", value
 
     def values(self, name: str, depth: int) -> tuple[list[float], list[dict[str, float]]]:
         """Return each model's weight, and its own options, at a tensor."""
@@ -66,13 +82,21 @@ class Method:
 
     def check(self, plan: Plan) -> None:
         """Work out every value once, so that a wrong one is found before anything is read."""
-        for item in plan.items:
-            if not item.merged:
-                continue
-            weights, options = self.values(item.name, plan.depth)
+        names = [item.name for item in plan.items if item.merged]
+        for what, value in self._values():
+            for part in unused_filters(value, names):
+                raise ConfigError(
+                    f"a filter of `{what}` fits no tensor",
+                    place=what,
+                    got=f"`{part}`",
+                    fix=did_you_mean(part, {*GROUPS, *(piece for name in names for piece in name.split(".")[:-1])}),
+                )
+        for name in names:
+            weights, options = self.values(name, plan.depth)
             for own in options:
-                self._instance({**{name: _some(value) for name, value in self._by_layer.items()}, **own})
-            self.for_tensor(self.merger, item.name, plan.depth).check_weights(weights)
+                if own:
+                    self._cached({**self._at(name, plan.depth), **own})
+            self.for_tensor(self.merger, name, plan.depth).check_weights(weights)
 
     def recipe(self) -> dict[str, Any]:
         """Return what the output's bytes depend on besides the inputs, as JSON values."""
@@ -102,6 +126,12 @@ class Method:
 
     def _check_own(self, name: str, place: str) -> None:
         if name in self._class.per_model:
+            if not issubclass(self._class, StreamMerger):
+                raise PluginError(
+                    "names options by model, which only a StreamMerger is told",
+                    place=f"merger `{self.plugin.qualified}`",
+                    got=name,
+                )
             return
         if name in self._class.Config.model_fields:
             own = ", ".join(self._class.per_model) or "none"

@@ -1,16 +1,18 @@
 """The merged checkpoint as it comes into being: weight files at their full length, filled tensor by tensor.
 
-It grows in a directory of another name, beside its place, and is renamed when whole. A journal tells which tensors are safely
-on disk; after a kill a merge goes on from there, to the same bytes.
+It grows beside its place, in a directory that also holds the journal of what is safely on disk, and is renamed when whole. Killed
+at any moment, a merge leaves nothing or the whole under the final name, and goes on to the same bytes.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,11 +28,16 @@ from rlhf_core.infra.files import (
     require_space,
     storage_errors,
 )
-from rlhf_core.merging.plan import Item, OutputFile, Plan
+from rlhf_core.merging.plan import Item, Plan
+
+log = logging.getLogger(__name__)
 
 _JOURNAL = "merge.journal"
 _STATE = "merge.state"
 _LOCK = "merge.lock"
+_OLD = "replaced"
+_REPLACED = {".safetensors", ".json", ".jinja", ".txt", ".model", ".md", ".yaml", ".yml", ".png", ""}
+"""Kinds of files that a model's directory holds; with others in it, it isn't replaced."""
 _FLUSH = 1 << 28
 """Bytes after which what was written is put on disk and noted, so that a killed merge loses little."""
 
@@ -38,8 +45,9 @@ _FLUSH = 1 << 28
 class Output:
     """The directory of a merge under way, held by one process at a time."""
 
-    def __init__(self, target: Path, plan: Plan, lock: int | None) -> None:
-        self.target, self.path, self._plan = target, unfinished(target), plan
+    def __init__(self, target: Path, plan: Plan, lock: int | None, *, overwrite: bool) -> None:
+        self.target, self.work, self._plan, self._overwrite = target, unfinished(target), plan, overwrite
+        self.path = self.work / "model"
         self._lock = lock
         self._files: dict[str, int] = {}
         self.done: set[str] = set()
@@ -54,19 +62,14 @@ class Output:
             StorageError: the place is taken, too little disk is left, or another process merges into it.
             ConfigError: `resume` finds nothing, or a merge of something else.
         """
-        check_target(target, overwrite=overwrite)
-        path = unfinished(target)
-        with storage_errors(path):
-            begun = (path / _STATE).is_file()
-            if resume and not begun:
-                raise ConfigError(
-                    "there is no unfinished merge to go on with", place=str(target), fix="leave out --resume"
-                )
-            path.mkdir(parents=True, exist_ok=True)
-            lock = lock_directory(path, _LOCK, "merging into it")
-        output = cls(target, plan, lock)
+        overwrite = check_begun(target, resume=resume, overwrite=overwrite)
+        work = unfinished(target)
+        with storage_errors(work):
+            work.mkdir(parents=True, exist_ok=True)
+            lock = lock_directory(work, _LOCK, "merging into it")
+        output = cls(target, plan, lock, overwrite=overwrite)
         try:
-            with storage_errors(path, plan.nbytes):
+            with storage_errors(work, plan.nbytes):
                 if resume:
                     output._go_on(fingerprint)
                 else:
@@ -115,26 +118,20 @@ class Output:
         self._commit(self._fresh)
         with storage_errors(self.path):
             fill(self.path)
-            for name in (_JOURNAL, _STATE):
-                remove_tree(self.path / name)
             for file in self.path.iterdir():
-                if file.is_file() and file.name not in self._files:
+                if file.name not in self._files:
                     fsync_file(file)
             fsync_directory(self.path)
-            old = self.target.with_name(f".{self.target.name}.old")
-            remove_tree(old)
             if self.target.exists():
-                self.target.rename(old)
+                self.target.rename(self.work / _OLD)
             self.path.rename(self.target)
             fsync_directory(self.target.parent)
-            remove_tree(old)
-            remove_tree(self.target / _LOCK)
-        self.close()
+            self.discard()
         return self.target
 
     def discard(self) -> None:
-        """Remove what was written."""
-        remove_tree(self.path)
+        """Remove all that isn't in place."""
+        remove_tree(self.work)
         self.close()
 
     def close(self) -> None:
@@ -147,29 +144,29 @@ class Output:
             self._lock = None
 
     def _begin(self, fingerprint: str) -> None:
-        for file in self.path.iterdir():
+        if (self.work / _STATE).is_file():
+            log.warning("the unfinished merge into %s is begun anew; --resume would have gone on", self.target)
+        for file in self.work.iterdir():
             if file.name != _LOCK:
                 remove_tree(file)
-        require_space(self.path, self._plan.nbytes)
-        replace_json(self.path / _STATE, {"fingerprint": fingerprint})
+        require_space(self.work, self._plan.nbytes)
+        self.path.mkdir()
+        replace_json(self.work / _STATE, {"fingerprint": fingerprint, "overwrite": self._overwrite})
 
     def _go_on(self, fingerprint: str) -> None:
-        try:
-            found = read_json(self.path / _STATE)["fingerprint"]
-        except (ValueError, KeyError, TypeError):
-            found = None
-        if found != fingerprint:
+        if _state(self.target).get("fingerprint") != fingerprint:
             raise ConfigError(
                 "the unfinished merge is of other inputs or options",
-                place=str(self.path),
+                place=str(self.target),
                 fix="give the same ones, or leave out --resume to begin anew",
             )
-        if (self.path / _JOURNAL).is_file():
+        if (self.work / _JOURNAL).is_file():
             # A line that a kill cut off has no end; its tensors are merged again.
-            lines = (self.path / _JOURNAL).read_text(encoding="utf-8").split("\n")[:-1]
+            lines = (self.work / _JOURNAL).read_text(encoding="utf-8").split("\n")[:-1]
             self.done = {line for line in lines if line}
 
     def _open_files(self, *, new: bool) -> None:
+        self.path.mkdir(exist_ok=True)
         for file in self._plan.files:
             path = self.path / file.name
             fresh = new or not path.is_file() or path.stat().st_size != file.size
@@ -177,14 +174,15 @@ class Output:
                 raise StorageError(
                     "a file of the unfinished merge is damaged", place=str(path), fix="leave out --resume"
                 )
-            self._files[file.name] = _allocate(path, file) if fresh else os.open(path, os.O_RDWR)
+            self._files[file.name] = _allocate(path, file.size) if fresh else os.open(path, os.O_RDWR)
+            os.pwrite(self._files[file.name], file.header, 0)  # a kill may have come before it was first written
 
     def _commit(self, batch: list[Item]) -> None:
         """Put on disk what was written, then note its tensors: in this order a noted tensor is a safe one."""
         with self._committing, storage_errors(self.path, self._plan.nbytes):
             for name in {item.file for item in batch} or set(self._files):
                 os.fsync(self._files[name])
-            descriptor = os.open(self.path / _JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            descriptor = os.open(self.work / _JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             try:
                 os.write(descriptor, "".join(f"{item.name}\n" for item in batch).encode())
                 os.fsync(descriptor)
@@ -197,24 +195,62 @@ def unfinished(target: Path) -> Path:
     return target.with_name(f".{target.name}.merging")
 
 
-def check_target(target: Path, *, overwrite: bool) -> None:
-    """Raise where the place of the output is taken by something that isn't to be replaced."""
+def check_begun(target: Path, *, resume: bool, overwrite: bool) -> bool:
+    """Look whether a merge may begin at a place, or go on there; return whether it replaces a model.
+
+    Raises:
+        StorageError: the place is taken by something that isn't to be replaced.
+        ConfigError: there is nothing to go on with.
+    """
+    _put_back(unfinished(target), target)
+    if resume:
+        state = _state(target)
+        if not state:
+            raise ConfigError("there is no unfinished merge to go on with", place=str(target), fix="leave out --resume")
+        overwrite = bool(state.get("overwrite"))
+    _check_target(target, overwrite=overwrite)
+    return overwrite
+
+
+def _check_target(target: Path, *, overwrite: bool) -> None:
     if target.exists() and not target.is_dir():
         raise StorageError("is a file, not a directory", place=str(target), fix="choose another output")
-    if target.is_dir() and any(target.iterdir()):
-        if not (target / "config.json").is_file():
-            raise StorageError(
-                "is not empty, and no model", place=str(target), fix="choose an empty or a new directory"
-            )
-        if not overwrite:
-            raise StorageError("holds a model already", place=str(target), fix="`--overwrite` replaces it")
+    content = sorted(target.iterdir()) if target.is_dir() else []
+    if not content:
+        return
+    if not (target / "config.json").is_file():
+        raise StorageError("is not empty, and no model", place=str(target), fix="choose an empty or a new directory")
+    if not overwrite:
+        raise StorageError("holds a model already", place=str(target), fix="`--overwrite` replaces it")
+    foreign = [path.name for path in content if path.is_dir() or path.suffix not in _REPLACED]
+    if foreign:
+        raise StorageError(
+            "holds more than a model, and isn't replaced",
+            place=str(target),
+            got=", ".join(foreign[:5]),
+            fix="choose an empty or a new directory",
+        )
 
 
-def _allocate(path: Path, file: OutputFile) -> int:
+def _state(target: Path) -> dict[str, Any]:
+    path = unfinished(target) / _STATE
+    try:
+        found = read_json(path) if path.is_file() else {}
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _put_back(work: Path, target: Path) -> None:
+    """Restore a model that was about to be replaced when a merge was killed."""
+    if (work / _OLD).is_dir() and not target.exists():
+        (work / _OLD).rename(target)
+
+
+def _allocate(path: Path, size: int) -> int:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o644)
     if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, file.size)  # a full disk shows now, not after an hour
+        os.posix_fallocate(descriptor, 0, size)  # a full disk shows now, not after an hour
     else:
-        os.ftruncate(descriptor, file.size)
-    os.pwrite(descriptor, file.header, 0)
+        os.ftruncate(descriptor, size)
     return descriptor

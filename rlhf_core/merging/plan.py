@@ -16,9 +16,9 @@ import torch
 from rlhf_core.errors import ConfigError, ModelError
 from rlhf_core.infra.tensors import encode_header
 from rlhf_core.merging.checkpoint import SINGLE, Checkpoint
-from rlhf_core.merging.streams import Source
+from rlhf_core.merging.streams import CHUNK, Source
 from rlhf_core.merging.vocabulary import Vocabularies
-from rlhf_core.merging.weights import GROUPS, layer_of
+from rlhf_core.merging.weights import GROUPS, is_embedding, layer_of
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +92,15 @@ class Plan:
         vocabularies = Vocabularies.compare(base, models, tokenizer, names)
         described = [_describe(name, inputs, vocabularies, dtype) for name in sorted(names, key=natural)]
         items, files = _lay_out(described, shard_size)
+        for model in models:
+            own = getattr(model, "base", None)
+            if base is not None and own is not None and own.digest != base.digest:
+                log.warning(
+                    "%s is an adapter of %s, not of the base %s: the difference of the two is merged too",
+                    model.name,
+                    own.name,
+                    base.name,
+                )
         return cls(base, models, items, files, sorted(left_out), vocabularies)
 
     @cached_property
@@ -130,6 +139,7 @@ class Plan:
                 digest.update(f"{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}".encode())
         for file in self.files:
             digest.update(file.header)
+        digest.update(repr(self.vocabularies.layout()).encode())
         digest.update(json.dumps(more, sort_keys=True, default=str).encode())
         return digest.hexdigest()
 
@@ -169,15 +179,42 @@ def _same_architecture(inputs: Sequence[Checkpoint]) -> None:
 
 
 def _tied(inputs: Sequence[Checkpoint]) -> set[str]:
-    """Return output heads that are tied to the input embeddings by every input's configuration: one tensor, not two."""
-    heads = {
-        name
-        for one in inputs
-        for name in one.tensors
-        if name.split(".")[-2:-1] and name.split(".")[-2] in GROUPS["head"]
-    }
+    """Return output heads that are the input embeddings by every input's configuration, and in fact: one tensor, not two.
+
+    Raises:
+        ModelError: a head is stored that differs from the embeddings that its configuration ties it to.
+    """
+    heads = {name for one in inputs for name in one.tensors if _is_head(name)}
     tied = [bool(one.text_config.get("tie_word_embeddings", one.config.get("tie_word_embeddings"))) for one in inputs]
-    return heads if heads and all(tied) else set()
+    if not heads or not all(tied):
+        return set()
+    for one in inputs:
+        table = next((name for name in one.tensors if is_embedding(name) and not _is_head(name)), None)
+        for head in heads & set(one.tensors):
+            if table is None or not _same_values(one, head, table):
+                raise ModelError(
+                    f"tensor `{head}` differs from the embeddings that the configuration ties it to",
+                    place=one.name,
+                    fix="set `tie_word_embeddings: false` in the config.json of every model, and store the head in each",
+                )
+    return heads
+
+
+def _is_head(name: str) -> bool:
+    return any(piece in GROUPS["head"] for piece in name.split(".")[:-1])
+
+
+def _same_values(one: Checkpoint, first: str, second: str) -> bool:
+    if one.tensors[first].shape != one.tensors[second].shape:
+        return False
+    a, b, count = one.source(first), one.source(second), one.tensors[first].count
+    for start in range(0, count, CHUNK):
+        parts = torch.empty(2, min(CHUNK, count - start))
+        for source, part in zip((a, b), parts, strict=True):
+            source.read(start, start + parts.shape[1], part)
+        if not torch.equal(parts[0], parts[1]):
+            return False
+    return True
 
 
 def _common_names(inputs: Sequence[Checkpoint], left_out: set[str]) -> set[str]:
@@ -195,7 +232,7 @@ def _common_names(inputs: Sequence[Checkpoint], left_out: set[str]) -> set[str]:
             place=other.name,
             got=f"{len(wanted)} and {len(found)} tensors" + (f", {more} more differ" if more else ""),
             fix="merge models of one architecture"
-            + (", all with tied embeddings or all without" if name.split(".")[-2] in GROUPS["head"] else ""),
+            + (", all with tied embeddings or all without" if _is_head(name) else ""),
         )
     return wanted
 

@@ -18,8 +18,11 @@ from rlhf_core.merging.streams import Chunk, TensorStream
 
 SMALL = 1 << 20
 """Up to so many values are simply kept and partitioned."""
-_SAMPLE = 1 << 16
+_SAMPLES = (1 << 16, 1 << 22)
+"""The fewest and the most values of a sample."""
 _MARGIN = 0.015
+"""How far the smallest sample is trusted, as a share of the ranks: seven standard errors of independent values, for runs of
+neighbours aren't quite that. A larger sample is trusted more, so that what lies between stays few."""
 
 Measure = Callable[[Chunk], Sequence[Tensor]]
 """What is ranked: from a chunk, the values of each of several rankings, none below zero."""
@@ -52,7 +55,8 @@ def thresholds(streams: Callable[[], Iterable[TensorStream]], measure: Measure, 
         return [0.0] * len(shares)  # all are kept, and no value is below zero: nothing need be read
     if count <= SMALL:
         return _partitioned(streams, measure, ranks, count)
-    sample, margin = _sample(streams, measure, count, len(shares)), _MARGIN
+    size = min(_SAMPLES[1], max(_SAMPLES[0], count >> 10))
+    sample, margin = _sample(streams, measure, count, len(shares), size), _MARGIN * math.sqrt(_SAMPLES[0] / size)
     found: dict[int, float] = {}
     while len(found) < len(shares):
         brackets = {
@@ -139,11 +143,11 @@ def _chunks(streams: Callable[[], Iterable[TensorStream]]) -> Iterator[Chunk]:
 
 
 def _sample(
-    streams: Callable[[], Iterable[TensorStream]], measure: Measure, count: int, rankings: int
+    streams: Callable[[], Iterable[TensorStream]], measure: Measure, count: int, rankings: int, size: int
 ) -> list[numpy.ndarray]:
     parts: list[list[numpy.ndarray]] = [[] for _ in range(rankings)]
     for stream in streams():
-        for chunk in stream.sample(math.ceil(_SAMPLE * stream.count / count)):
+        for chunk in stream.sample(math.ceil(size * stream.count / count)):
             for part, values in zip(parts, measure(chunk), strict=True):
                 part.append(values.reshape(-1).cpu().numpy().copy())
     return [-numpy.sort(-numpy.concatenate(part)) for part in parts]

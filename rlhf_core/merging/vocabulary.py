@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from rlhf_core.merging.streams import Source
 from rlhf_core.merging.weights import GROUPS
 
 TOKENIZER = "tokenizer.json"
-_NAMES = {*GROUPS["embeddings"], *GROUPS["head"]} - {"wpe", "embeddings"}
+_NAMES = {*GROUPS["embeddings"], *GROUPS["head"], "shared", "output_layer"} - {"wpe"}
 
 Runs = list[tuple[int, int, int]]
 """Rows as (first row of the result, number of rows, first row of the input, or -1 where the input has none)."""
@@ -34,10 +35,12 @@ class Vocabularies:
 
     rows: int | None = None
     """Rows of the result's embeddings, where they are lined up."""
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    """The result's vocabulary, where rows are lined up: token → row."""
     tokenizer: dict[str, Any] | None = None
     """The result's tokenizer.json, where it is nobody's own."""
     origin: Path | None = None
-    """The directory that the result's tokenizer is taken from, where the plan decided it."""
+    """The tokenizer.json that the result's tokenizer is taken from, where the plan decided it."""
     based: int = 0
     """How many of the inputs, the first, are a base: one or none."""
     _runs: Mapping[int, Runs] = field(default_factory=dict)
@@ -52,59 +55,84 @@ class Vocabularies:
 
         Raises:
             ModelError: they differ and `wanted` is None, or an input has no tokenizer.json.
+            ConfigError: `wanted` has no meaning, since no tensor has a row for each token.
         """
         inputs = [*([base] if base is not None else []), *models]
         table = next((name for name in sorted(names) if is_vocabulary(name, inputs[0])), None)
         if table is None:
+            if wanted is not None:
+                raise ConfigError(
+                    "no tensor is known to have a row for each token",
+                    place="tokenizer",
+                    got=wanted,
+                    fix="leave `tokenizer` out",
+                )
             return cls()
         rows = [one.tensors[table].shape[0] for one in inputs]
-        files = [_tokenizer_file(one) for one in inputs]
+        files = [tokenizer_file(one) for one in inputs]
         path = None if wanted in (None, "base", "union") else Path(str(wanted)).expanduser()
         texts = {file.read_bytes() for file in files if file is not None}
         if len(texts) <= 1 and len(set(rows)) == 1 and path is None:
             return cls()
-        tokens = [_tokens(file) if file is not None else {} for file in files]
-        alike = all(one == tokens[0] for one in tokens if one)
-        if alike and len(set(rows)) == 1 and path is None:
+        described = [_describe(file) if file is not None else None for file in files]
+        tokens = [one.tokens if one is not None else {} for one in described]
+        known = [one for one in tokens if one]
+        if all(one == known[0] for one in known) and len(set(rows)) == 1 and path is None:
             return cls()
         if wanted is None:
             _refuse(inputs, tokens, rows)
-        for one, file in zip(inputs, files, strict=True):
-            if file is None:
+        for one, found in zip(inputs, described, strict=True):
+            if found is None:
                 raise ModelError(
                     "vocabularies are lined up by tokens' text, and there is no tokenizer.json", place=one.name
                 )
-        return cls._line_up(base, inputs, tokens, rows, wanted if path is None else path)
+        found_all = [one for one in described if one is not None]
+        return cls._line_up(base, inputs, found_all, rows, wanted if path is None else path)
 
     @classmethod
     def _line_up(
         cls,
         base: Checkpoint | None,
         inputs: Sequence[Checkpoint],
-        tokens: Sequence[dict[str, int]],
+        described: Sequence[_Tokenizer],
         rows: Sequence[int],
         wanted: str | Path | None,
     ) -> Vocabularies:
-        described: dict[str, Any] | None = None
+        made: dict[str, Any] | None = None
         if isinstance(wanted, Path):
             file = wanted if wanted.is_file() else wanted / TOKENIZER
             if not file.is_file():
                 raise ConfigError("no tokenizer.json is there", place="tokenizer", got=str(wanted))
-            target, origin, count = _tokens(file), file.parent, 0
+            target, origin = _describe(file).tokens, file
         else:
             # Whose numbers stay: the base's, else those of the longest vocabulary; never the order of the models.
-            main = 0 if base is not None else max(range(len(inputs)), key=lambda n: (len(tokens[n]), inputs[n].digest))
-            target, origin, count = dict(tokens[main]), inputs[main].path, rows[main]
+            sizes = [(len(one.tokens), inputs[number].digest) for number, one in enumerate(described)]
+            main = 0 if base is not None else sizes.index(max(sizes))
+            target, origin = dict(described[main].tokens), described[main].file
             if wanted == "union":
-                added = sorted({token for one in tokens for token in one} - set(target))
-                next_id = max(target.values(), default=-1) + 1
-                target |= {token: next_id + number for number, token in enumerate(added)}
-                count = max(rows)
-                if added:
-                    described = _with_tokens(_tokenizer_file(inputs[main]), added, next_id)
-        count = max(count, 1 + max(target.values()))
-        runs = {id(one): _match(target, count, own, size) for one, own, size in zip(inputs, tokens, rows, strict=True)}
-        return cls(count, described, origin, int(base is not None), runs, inputs)
+                made = _joined(inputs, described, main, target)
+        # Rows without a token are never dropped; rows of tokens that the result doesn't have are.
+        padded = [size for one, size in zip(described, rows, strict=True) if size > 1 + max(one.tokens.values())]
+        count = max([1 + max(target.values()), *padded, *rows[: int(base is not None)]])
+        runs = {
+            id(one): _match(target, count, own.tokens, size)
+            for one, own, size in zip(inputs, described, rows, strict=True)
+        }
+        return cls(count, target, made, origin, int(base is not None), runs, inputs)
+
+    def layout(self) -> object:
+        """Return what the rows of the result depend on."""
+        return self.rows, sorted(self.tokens.items()), [self._runs[id(one)] for one in self._inputs]
+
+    def renumbered(self, one: Checkpoint, number: Any) -> Any:
+        """Return the row in the result of a token that an input knows by a number; lists of numbers alike."""
+        if isinstance(number, list):
+            return [self.renumbered(one, item) for item in number]
+        file = tokenizer_file(one)
+        if self.rows is None or not isinstance(number, int) or file is None:
+            return number
+        text = next((text for text, row in _describe(file).tokens.items() if row == number), None)
+        return self.tokens.get(text, number) if text is not None else number
 
     def shape(self, name: str, shape: Sequence[int]) -> tuple[int, ...] | None:
         """Return a tensor's shape in the result where its rows are lined up, else None."""
@@ -175,11 +203,13 @@ class AlignedSource:
 
 def is_vocabulary(name: str, one: Checkpoint) -> bool:
     """Tell whether a tensor has a row for each token."""
-    pieces = name.split(".")
-    return pieces[-1] == "weight" and len(one.tensors[name].shape) == 2 and any(piece in _NAMES for piece in pieces)
+    pieces, entry = name.split("."), one.tensors[name]
+    fits = len(entry.shape) == 2 and entry.dtype.is_floating_point
+    return fits and pieces[-1] == "weight" and pieces[-2:-1] != [] and pieces[-2] in _NAMES
 
 
-def _tokenizer_file(one: Checkpoint) -> Path | None:
+def tokenizer_file(one: Checkpoint) -> Path | None:
+    """Return a model's tokenizer.json: an adapter's own, or its base's."""
     base = getattr(one, "base", None)
     for place in (one.path, *([base.path] if base is not None else [])):
         if (place / TOKENIZER).is_file():
@@ -187,14 +217,31 @@ def _tokenizer_file(one: Checkpoint) -> Path | None:
     return None
 
 
-def _tokens(file: Path) -> dict[str, int]:
-    """Return the vocabulary of a tokenizer.json: token → row."""
+@dataclass(frozen=True)
+class _Tokenizer:
+    """What a tokenizer.json says of its vocabulary."""
+
+    file: Path
+    pieces: Mapping[str, int]
+    """What text is cut into: token → row."""
+    added: Mapping[str, dict[str, Any]]
+    """Tokens that are matched as a whole, with their flags."""
+
+    @cached_property
+    def tokens(self) -> dict[str, int]:
+        return dict(self.pieces) | {text: int(flags["id"]) for text, flags in self.added.items()}
+
+
+def _describe(file: Path) -> _Tokenizer:
     try:
         described = read_json(file)
         vocabulary = described["model"]["vocab"]
         if isinstance(vocabulary, list):  # Unigram: pairs of a token and its score
             vocabulary = {entry[0]: number for number, entry in enumerate(vocabulary)}
-        return dict(vocabulary) | {token["content"]: token["id"] for token in described.get("added_tokens") or []}
+        added = {token["content"]: token for token in described.get("added_tokens") or []}
+        found = _Tokenizer(file, vocabulary, added)
+        found.tokens  # noqa: B018  # a number that is missing shows here
+        return found
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise ModelError(
             "tokenizer.json can't be read", place=str(file), got=f"{type(error).__name__}: {error}"
@@ -202,17 +249,46 @@ def _tokens(file: Path) -> dict[str, int]:
 
 
 def _refuse(inputs: Sequence[Checkpoint], tokens: Sequence[dict[str, int]], rows: Sequence[int]) -> None:
-    other = next(n for n in range(len(inputs)) if rows[n] != rows[0] or (tokens[n] and tokens[n] != tokens[0]))
-    detail = f"{len(tokens[0])} tokens in {rows[0]} rows, and {len(tokens[other])} in {rows[other]}"
-    if (len(tokens[0]), rows[0]) == (len(tokens[other]), rows[other]):
-        token = next(text for text, row in tokens[0].items() if tokens[other].get(text) != row)
-        detail += f"; token {token!r} is number {tokens[0][token]} and {tokens[other].get(token, 'none')}"
+    first = next((n for n in range(len(inputs)) if tokens[n]), 0)
+    other = next(n for n in range(len(inputs)) if rows[n] != rows[first] or (tokens[n] and tokens[n] != tokens[first]))
+    detail = f"{len(tokens[first])} tokens in {rows[first]} rows, and {len(tokens[other])} in {rows[other]}"
+    if (len(tokens[first]), rows[first]) == (len(tokens[other]), rows[other]):
+        token = next(text for text, row in tokens[first].items() if tokens[other].get(text) != row)
+        detail += f"; token {token!r} is number {tokens[first][token]} and {tokens[other].get(token, 'none')}"
     raise ModelError(
-        f"its vocabulary differs from that of {inputs[0].name}",
+        f"its vocabulary differs from that of {inputs[first].name}",
         place=inputs[other].name,
         got=detail,
         fix="set `tokenizer` to `base`, `union` or a path: rows are then lined up by the tokens' text",
     )
+
+
+def _joined(
+    inputs: Sequence[Checkpoint], described: Sequence[_Tokenizer], main: int, target: dict[str, int]
+) -> dict[str, Any] | None:
+    """Add the added tokens of all inputs to the main one's, and to `target`; return its tokenizer.json where there are any.
+
+    Raises:
+        ModelError: text is cut into other pieces by another input: such vocabularies have no union that cuts text as both do.
+    """
+    for one, own in zip(inputs, described, strict=True):
+        if (lacking := sorted(set(own.pieces) - set(target))) and set(own.pieces) != set(described[main].pieces):
+            raise ModelError(
+                f"cuts text into other pieces than {inputs[main].name}, and no tokenizer cuts it as both do",
+                place=one.name,
+                got=f"{len(lacking)} pieces more, such as {lacking[0]!r}",
+                fix="set `tokenizer` to `base` or a path",
+            )
+    more = sorted({text for own in described for text in own.added} - set(target))
+    first = 1 + max(target.values())
+    target |= {text: first + number for number, text in enumerate(more)}
+    if not more:
+        return None
+    flags = {text: next(own.added[text] for own in described if text in own.added) for text in more}
+    document: dict[str, Any] = read_json(described[main].file)
+    return document | {
+        "added_tokens": [*(document.get("added_tokens") or []), *({**flags[t], "id": target[t]} for t in more)]
+    }
 
 
 def _match(target: Mapping[str, int], count: int, own: Mapping[str, int], size: int) -> Runs:
@@ -248,12 +324,3 @@ def _row_map(runs: Runs, count: int) -> numpy.ndarray:
         if source >= 0:
             rows[row : row + length] = numpy.arange(source, source + length)
     return rows
-
-
-def _with_tokens(file: Path | None, added: Sequence[str], first: int) -> dict[str, Any]:
-    """Return a tokenizer.json with more tokens, each matched as a whole."""
-    assert file is not None
-    described: dict[str, Any] = read_json(file)
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
-    more = [{"id": first + number, "content": token, **flags} for number, token in enumerate(added)]
-    return described | {"added_tokens": [*(described.get("added_tokens") or []), *more]}

@@ -107,6 +107,14 @@ def layer_wise_interpolation(value: Value, name: str, depth: int, *, what: str =
     return value.default
 
 
+def unused_filters(value: Value, names: Sequence[str]) -> list[str]:
+    """Return the filters of a value that fit none of the tensors."""
+    if not isinstance(value, LayerValues):
+        return []
+    inner = [part for below in value.filters.values() for part in unused_filters(below, names)]
+    return [part for part in value.filters if not any(_fits(part, name) for name in names)] + inner
+
+
 def _along(values: Sequence[float], name: str, depth: int, what: str) -> float:
     if not values:
         raise ConfigError(f"`{what}` is an empty list", place=what, fix="give at least one value")
@@ -123,7 +131,9 @@ def _fits(part: str, name: str) -> bool:
         return fnmatchcase(name, part)
     parts = GROUPS.get(part)
     if parts is None:
-        return part in name
+        # `layers.1` is no part of `layers.10`.
+        left, right = (r"(?<!\d)" if part[:1].isdigit() else ""), (r"(?!\d)" if part[-1:].isdigit() else "")
+        return re.search(left + re.escape(part) + right, name) is not None
     pieces = name.split(".")
     if part == "norms":
         return any("norm" in piece or piece in parts for piece in pieces)
@@ -142,7 +152,7 @@ def share_of_weights(weights: Sequence[float]) -> list[float]:
 
 
 def require_one_sign(weights: Sequence[float]) -> None:
-    """Raise where weights that are to be normalised sum to zero or have mixed signs."""
+    """Raise where weights that are to be normalised sum to zero, have mixed signs, or are negative."""
     listed = ", ".join(f"{weight:g}" for weight in weights)
     if sum(weights) == 0:
         raise ConfigError(
@@ -150,6 +160,13 @@ def require_one_sign(weights: Sequence[float]) -> None:
             place="weight",
             got=listed,
             fix="raise one, or set `normalize: false`",
+        )
+    if max(weights) < 0:
+        raise ConfigError(
+            "weights that are normalised are all negative, which would turn every difference round",
+            place="weight",
+            got=listed,
+            fix="give positive weights, or set `normalize: false`",
         )
     if min(weights) < 0 < max(weights):
         raise ConfigError(

@@ -239,3 +239,35 @@ def test_greedy_soup_is_never_below_its_best_ingredient(family: tuple[Path, list
     merge("greedy_soup", family[1], tmp_path / "all", evaluate=lambda path: 0.0)
     merge("uniform_soup", family[1], tmp_path / "uniform")
     assert bytes_of(tmp_path / "all") == bytes_of(tmp_path / "uniform")
+
+
+def test_greedy_soup_chooses_alike_in_any_order(family: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    counts = {1: 1.0, 2: 0.5, 3: 0.0}  # any single is best, so which is taken first must not be the order's to say
+
+    def evaluate(path: Path) -> float:
+        close = [
+            all(torch.equal(t, read_weights(model)[n]) for n, t in read_weights(path).items()) for model in family[1]
+        ]
+        return counts[1] if any(close) else counts[2]
+
+    for name, models in (("one", family[1]), ("turned", family[1][::-1])):
+        merge("greedy_soup", models, tmp_path / name, evaluate=evaluate)
+    assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "turned")
+
+
+def test_greedy_soup_evaluates_what_it_writes(family: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    seen = []
+    evaluate = lambda path: (seen.append({t.dtype for t in read_weights(path).values()}), 0.0)[1]  # noqa: E731
+    merge("greedy_soup", family[1][:2], tmp_path / "out", evaluate=evaluate, dtype="bf16")
+    assert seen == [{torch.bfloat16}] * 3
+
+
+def test_the_seed_of_a_method_counts(family: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    base, models = family
+    from rlhf_core.merging.config import MergeConfig
+    from rlhf_core.merging.merge import ModelMerger
+
+    for name, settings in (("a", {}), ("b", {"options": {"seed": 7}}), ("c", {"seed": 7})):
+        config = {"method": "dare", "base": str(base), "models": [str(models[0])], "output": str(tmp_path / name)}
+        ModelMerger(MergeConfig.parse({**config, **settings})).merge()
+    assert bytes_of(tmp_path / "b") == bytes_of(tmp_path / "c") != bytes_of(tmp_path / "a")

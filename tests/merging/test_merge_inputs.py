@@ -13,7 +13,7 @@ import torch
 from merge_helpers import merge, read_weights, tiny_family, write_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf_core.errors import ConfigError, ModelError, NumbersError, StorageError
+from rlhf_core.errors import ConfigError, ModelError, NumbersError, PluginError, StorageError
 from rlhf_core.merging.checkpoint import Checkpoint
 
 
@@ -167,6 +167,61 @@ def test_a_tokenizer_by_path_orders_the_rows(family: tuple[Path, list[Path]], tm
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 264
 
 
+def test_padded_rows_are_never_dropped(family: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    base, models = family
+    padded = _vocabulary(models[0], tmp_path / "padded", ["<one>"], pad_to=64)
+    rows = len(read_weights(padded)[EMBEDDINGS])
+    assert rows == 320
+    for name, wanted in (("base", "base"), ("path", str(models[1])), ("union", "union")):
+        merge("task_arithmetic", [padded, models[1]], tmp_path / name, base=base, tokenizer=wanted)
+        assert len(read_weights(tmp_path / name)[EMBEDDINGS]) == rows
+
+
+def test_special_tokens_keep_their_meaning(family: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    """A tokenizer that numbers tokens otherwise brings its numbers into the configuration."""
+    _base, models = family
+    shutil.copytree(models[0], tmp_path / "turned")
+    described = json.loads((tmp_path / "turned" / "tokenizer.json").read_text())
+    turn = {2: 9, 9: 2}  # <|end|> and a letter
+    described["model"]["vocab"] = {text: turn.get(row, row) for text, row in described["model"]["vocab"].items()}
+    for token in described["added_tokens"]:
+        token["id"] = turn.get(token["id"], token["id"])
+    (tmp_path / "turned" / "tokenizer.json").write_text(json.dumps(described))
+    merge("linear", models, tmp_path / "out", tokenizer=str(tmp_path / "turned"))
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "out" / name).read_text())["eos_token_id"] == 9
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").convert_tokens_to_ids("<|end|>") == 9
+    merged, plain = (read_weights(path)[EMBEDDINGS] for path in (tmp_path / "out", models[0]))
+    assert torch.allclose(merged[9], (plain[2] + read_weights(models[1])[EMBEDDINGS][2]) / 2)
+
+
+def test_the_union_of_an_adapter_has_a_tokenizer(family: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    base, models = family
+    adapter = _adapter(base, tmp_path / "adapter", 1)
+    (tmp_path / "adapter" / "tokenizer.json").unlink(missing_ok=True)
+    longer = _vocabulary(models[0], tmp_path / "longer", ["<one>"])
+    merge("linear", [adapter, longer], tmp_path / "out", tokenizer="union")
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 264
+    merge("linear", models, tmp_path / "file", tokenizer=str(longer / "tokenizer.json"))
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "file")) == 264
+
+
+def test_vocabularies_that_cut_text_otherwise_have_no_union(family: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    _base, models = family
+    shutil.copytree(models[0], tmp_path / "other")
+    described = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
+    described["model"]["vocab"]["th"] = described["model"]["vocab"].pop("t")
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(described))
+    with pytest.raises(ModelError, match="cuts text into other pieces"):
+        merge("linear", [models[1], tmp_path / "other"], tmp_path / "out", tokenizer="union")
+
+
+def test_a_tokenizer_without_embeddings_is_refused(tmp_path: Path) -> None:
+    a = write_weights(tmp_path / "a", {"x.weight": torch.ones(2, 2)})
+    with pytest.raises(ConfigError, match="row for each token"):
+        merge("linear", [a, a], tmp_path / "out", tokenizer="union")
+
+
 # What may be wrong
 
 
@@ -313,10 +368,63 @@ def test_an_adapter_for_another_base_names_the_tensor(family: tuple[Path, list[P
         Checkpoint.open(adapter)
 
 
-def test_adapters_of_other_kinds_are_refused(family: tuple[Path, list[Path]], tmp_path: Path) -> None:
-    adapter = _adapter(family[0], tmp_path / "adapter", 1, use_dora=True)
-    with pytest.raises(ModelError, match="DoRA"):
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"use_dora": True}, "DoRA"), ({"init_lora_weights": "pissa"}, "pissa, which changes the base")],
+)
+def test_adapters_of_other_kinds_are_refused(
+    settings: dict[str, object], message: str, family: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    adapter = _adapter(family[0], tmp_path / "adapter", 1, **settings)
+    with pytest.raises(ModelError, match=message):
         Checkpoint.open(adapter)
+
+
+def test_an_adapter_is_known_beside_a_configuration(family: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    adapter = _adapter(family[0], tmp_path / "adapter", 1)
+    shutil.copy(family[0] / "config.json", adapter)
+    assert set(Checkpoint.open(adapter).tensors) == set(Checkpoint.open(family[0]).tensors)
+
+
+def test_an_adapter_that_names_itself_is_refused(family: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    adapter = _adapter(family[0], tmp_path / "adapter", 1)
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": str(adapter)}))
+    with pytest.raises(ModelError, match="is an adapter itself"):
+        Checkpoint.open(adapter)
+
+
+def test_an_adapter_of_another_base_is_told(
+    family: tuple[Path, list[Path]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    adapter = _adapter(family[0], tmp_path / "adapter", 1)
+    merge("task_arithmetic", [adapter], tmp_path / "right", base=family[0])
+    assert not caplog.records
+    merge("task_arithmetic", [adapter], tmp_path / "out", base=family[1][0])
+    assert "is an adapter of" in caplog.text
+
+
+def test_a_head_that_is_not_what_it_is_tied_to_is_refused(tmp_path: Path) -> None:
+    _, models = tiny_family(tmp_path, 2)
+    weights = read_weights(models[0])
+    write_weights(models[0], {**weights, "lm_head.weight": weights[EMBEDDINGS] + 1})
+    with pytest.raises(ModelError, match=r"`lm_head.weight` differs from the embeddings"):
+        merge("linear", models, tmp_path / "out")
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"weight_map": 3}'])
+def test_a_broken_index_is_told(text: str, family: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    path = write_weights(tmp_path / "cut", read_weights(family[0]), shards=2)
+    (path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ModelError, match=r"index.json can't be read"):
+        Checkpoint.open(path)
+
+
+def test_the_single_file_counts_before_a_stale_index(family: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    path = write_weights(tmp_path / "both", read_weights(family[0]), shards=2)
+    shutil.copy(family[1][0] / "model.safetensors", path)
+    merge("linear", [path], tmp_path / "out")
+    assert torch.equal(read_weights(tmp_path / "out")[EMBEDDINGS], read_weights(family[1][0])[EMBEDDINGS])
 
 
 def test_a_full_disk_is_known_before_anything_is_written(
@@ -344,6 +452,11 @@ def test_a_full_disk_is_known_before_anything_is_written(
         ("tis", {}, "ties"),
         ("linear", {"densty": 1.0}, "densty"),
         ("greedy_soup", {}, "no evaluation is given"),
+        ("greedy_soup", {"weights": [0.9, 0.1]}, "weighs all models alike"),
+        ("uniform_soup", {"weights": [0.0, 0.0]}, "weighs all models alike"),
+        ("linear", {"weights": [-1.0, -1.0]}, "all negative"),
+        ("sce", {"base": True, "models": 1}, "sce merges at least 2"),
+        ("ties", {"base": True, "scale": {"filters": {"self_atn": 0.1}, "default": 1.0}}, "self_attn"),
     ],
 )
 def test_options_that_can_not_do_are_known_before_anything_is_written(
@@ -363,6 +476,45 @@ def test_the_output_is_never_an_input(family: tuple[Path, list[Path]]) -> None:
     with pytest.raises(ConfigError, match="one of the inputs"):
         merge("task_arithmetic", family[1], family[0], base=family[0], overwrite=True)
     assert all(torch.equal(tensor, before[name]) for name, tensor in read_weights(family[0]).items())
+
+
+def test_inputs_below_the_output_are_never_removed(tmp_path: Path) -> None:
+    _, models = tiny_family(tmp_path / "project", 2)
+    (tmp_path / "project" / "config.json").write_text("{}")
+    with pytest.raises((ConfigError, StorageError), match=r"one of the inputs|more than a model"):
+        merge("linear", models, tmp_path / "project", overwrite=True)
+    assert all(path.is_dir() for path in models)
+    adapter = _adapter(models[0], tmp_path / "adapter", 1)
+    with pytest.raises(ConfigError, match="one of the inputs"):
+        merge("linear", [adapter], models[0], overwrite=True)
+    (models[1] / "checkpoints").mkdir()
+    with pytest.raises(StorageError, match="holds more than a model"):
+        merge("linear", models[:1], models[1], overwrite=True)
+
+
+def test_outputs_through_links_and_dots(
+    family: tuple[Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    merge("linear", family[1], tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "config.json").is_file()
+    (tmp_path / "dangling").symlink_to(tmp_path / "later")
+    merge("linear", family[1], tmp_path / "dangling")
+    assert (tmp_path / "later" / "config.json").is_file()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    merge("linear", family[1], Path())
+    assert (tmp_path / "here" / "config.json").is_file()
+
+
+def test_an_evaluation_that_fails_is_named(family: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    for evaluate in (lambda path: 1 / 0, lambda path: None, lambda path: float("nan")):
+        with pytest.raises(PluginError, match="the evaluation"):
+            merge("greedy_soup", family[1], tmp_path / "out", evaluate=evaluate)
+    with pytest.raises(ConfigError, match="linear evaluates nothing"):
+        merge("linear", family[1], tmp_path / "out", evaluate=lambda path: 1.0)
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("key", "value"), [("model_type", "mistral"), ("num_attention_heads", 8)])

@@ -39,7 +39,7 @@ for name in ("pwrite", "fsync", "write", "rename", "mkdir", "unlink", "posix_fal
 from merge_helpers import merge
 folder = Path(sys.argv[2])
 merge("ties", [folder / "a", folder / "b"], folder / "out", base=folder / "base", shard_size=300_000, threads=2,
-      resume="--resume" in sys.argv)
+      resume="--resume" in sys.argv, overwrite="--overwrite" in sys.argv)
 print(count[0])
 """
 
@@ -78,7 +78,8 @@ def test_killed_at_ten_moments_it_goes_on_to_the_same_bytes(inputs: Path) -> Non
     assert bytes_of(inputs / "out") == expected
     operations = int(whole.stdout.split()[-1])
     assert operations > 40
-    moments = sorted(random.Random(0).sample(range(2, operations + 1), 10))
+    begun = 12  # operations before which nothing is noted yet, and a merge begins anew
+    moments = sorted({*random.Random(0).sample(range(2, operations + 1), 10), begun, operations - 4, operations - 2})
     resumed = 0
     for moment in moments:
         subprocess.run(["rm", "-rf", str(inputs / "out"), str(unfinished(inputs / "out"))], check=True)
@@ -87,6 +88,7 @@ def test_killed_at_ten_moments_it_goes_on_to_the_same_bytes(inputs: Path) -> Non
         if (inputs / "out").exists():
             continue  # killed after the last rename
         flags = ["--resume"] if (unfinished(inputs / "out") / "merge.state").is_file() else []
+        assert flags or moment < begun
         resumed += bool(flags)
         again = _run(inputs, -1, *flags)
         assert again.returncode == 0, again.stderr
@@ -112,6 +114,49 @@ def test_killed_from_outside_it_leaves_nothing_or_the_whole(inputs: Path) -> Non
         subprocess.run(["rm", "-rf", str(inputs / "out")], check=True)
     merge("ties", [inputs / "a", inputs / "b"], inputs / "out", **_settings(inputs))
     assert bytes_of(inputs / "out") == expected
+
+
+@pytest.mark.slow
+def test_killed_while_it_replaces_a_model_it_goes_on(inputs: Path) -> None:
+    """At every operation of the last stretch the old model or the new one is there, or can be had again."""
+    merge("ties", [inputs / "a", inputs / "b"], inputs / "expected", **_settings(inputs))
+    expected = bytes_of(inputs / "expected")
+    merge("linear", [inputs / "a"], inputs / "old")
+    subprocess.run(["cp", "-r", str(inputs / "old"), str(inputs / "out")], check=True)
+    operations = int(_run(inputs, -1, "--overwrite").stdout.split()[-1])
+    for moment in range(operations - 12, operations + 1, 2):
+        subprocess.run(["rm", "-rf", str(inputs / "out"), str(unfinished(inputs / "out"))], check=True)
+        subprocess.run(["cp", "-r", str(inputs / "old"), str(inputs / "out")], check=True)
+        assert _run(inputs, moment, "--overwrite").returncode == -signal.SIGKILL
+        found = bytes_of(inputs / "out") if (inputs / "out").exists() else None
+        assert found in (expected, bytes_of(inputs / "old"), None)
+        if found != expected:
+            assert _run(inputs, -1, "--resume").returncode == 0
+            assert bytes_of(inputs / "out") == expected
+
+
+def test_a_model_about_to_be_replaced_is_put_back(inputs: Path) -> None:
+    merge("linear", [inputs / "a"], inputs / "out")
+    before = bytes_of(inputs / "out")
+    work = unfinished(inputs / "out")
+    work.mkdir()
+    (inputs / "out").rename(work / "replaced")  # where a kill may leave it
+    with pytest.raises(ConfigError, match="no unfinished merge"):
+        merge("linear", [inputs / "b"], inputs / "out", resume=True)
+    with pytest.raises(StorageError, match="holds a model already"):
+        merge("linear", [inputs / "b"], inputs / "out")
+    assert bytes_of(inputs / "out") == before
+
+
+def test_a_header_that_a_kill_kept_from_being_written_is_written(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    merge("ties", [inputs / "a", inputs / "b"], inputs / "expected", **_settings(inputs))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(output.Output, "discard", output.Output.close)
+        with pytest.raises(KeyboardInterrupt):
+            merge("ties", [inputs / "a", inputs / "b"], inputs / "out", **_settings(inputs))
+    merge("ties", [inputs / "a", inputs / "b"], inputs / "out", resume=True, **_settings(inputs))
+    assert bytes_of(inputs / "out") == bytes_of(inputs / "expected")
 
 
 def _interrupted(inputs: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
@@ -168,7 +213,7 @@ def test_nothing_to_resume_is_told(inputs: Path) -> None:
 
 def test_a_damaged_file_of_an_unfinished_merge_is_told(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _interrupted(inputs, monkeypatch, after=5)
-    for file in unfinished(inputs / "out").glob("*.safetensors"):
+    for file in (unfinished(inputs / "out") / "model").glob("*.safetensors"):
         file.write_bytes(b"short")
     with pytest.raises(StorageError, match="damaged"):
         merge("ties", [inputs / "a", inputs / "b"], inputs / "out", resume=True, **_settings(inputs))

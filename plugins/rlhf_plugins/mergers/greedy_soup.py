@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf_core.config import BaseConfig
 from rlhf_core.merging import Chunk, StreamMerger
-from rlhf_plugins.mergers.uniform_soup import uniform_soup
+from rlhf_plugins.mergers.uniform_soup import require_equal, uniform_soup
 
 if TYPE_CHECKING:
     from rlhf_core.merging.merge import ModelMerger
@@ -18,19 +18,21 @@ if TYPE_CHECKING:
 Score = Callable[[Sequence[int]], float]
 
 
-def greedy_choice(count: int, score: Score, *, strict: bool = False) -> tuple[list[int], float, list[float]]:
+def greedy_choice(
+    names: Sequence[bytes], score: Score, *, strict: bool = False
+) -> tuple[list[int], float, list[float]]:
     """Return the models of the greedy soup, its score, and each model's own.
 
     Wortsman et al. 2022, Model soups (arXiv 2203.05482), recipe 1: models are sorted by their own score, and each is added where
     the mean of all with it scores no worse than the mean without it. The soup is thus never below its best ingredient.
 
     Args:
-        count: number of models.
+        names: one for each model, by which models of the same score are ordered, wherever they stand in a list.
         score: scores the mean of some models; larger is better.
         strict: add a model only where the score rises. The paper adds at equality; its code is strict.
     """
-    alone = [score([number]) for number in range(count)]
-    ranked = sorted(range(count), key=lambda number: -alone[number])
+    alone = [score([number]) for number in range(len(names))]
+    ranked = sorted(range(len(names)), key=lambda number: (-alone[number], names[number]))
     chosen, best = [ranked[0]], alone[ranked[0]]
     for number in ranked[1:]:
         found = score([*chosen, number])
@@ -53,13 +55,19 @@ class ModelSoup(StreamMerger):
     api = 1
     Config = GreedySoupConfig
     config: GreedySoupConfig
+    ignores_base = True
+
+    def check_weights(self, weights: Sequence[float]) -> None:
+        require_equal(weights, "greedy_soup")
 
     def merge_chunk(self, chunk: Chunk, measured: None) -> Tensor:
         return uniform_soup(chunk.tensors)
 
     def merge(self, merge: ModelMerger) -> None:
         chosen, score, alone = greedy_choice(
-            merge.count, lambda models: merge.evaluate(self, models), strict=self.config.strict
+            [merge.digest(number) for number in range(merge.count)],
+            lambda models: merge.evaluate(self, models),
+            strict=self.config.strict,
         )
         merge.details |= {"models": sorted(chosen), "score": score, "scores": alone}
         merge.write(self, chosen)

@@ -77,6 +77,7 @@ class KarcherMerger(StreamMerger):
     """Mean of models' directions on the sphere and of their norms (Karcher mean, Wang et al. 2026)."""
 
     api = 1
+    ignores_base = True
 
     def check_weights(self, weights: Sequence[float]) -> None:
         share_of_weights(weights)

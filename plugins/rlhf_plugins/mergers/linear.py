@@ -38,6 +38,7 @@ class LinearMerger(StreamMerger):
     """Weighted mean of models (model soups, Wortsman et al. 2022)."""
 
     api = 1
+    ignores_base = True
     Config = LinearConfig
     config: LinearConfig
 

@@ -94,6 +94,7 @@ class SCEMerger(StreamMerger):
     Config = SCEConfig
     config: SCEConfig
     needs_base = True
+    models = (2, None)
 
     def check_weights(self, weights: Sequence[float]) -> None:
         require_one_sign(weights)

@@ -38,7 +38,7 @@ def merge_weighted(deltas: Sequence[Tensor], weights: Sequence[float], *, normal
     """Return the weighted mean of the entries that agree with the elected sign; zero where all cancel.
 
     Yadav et al. 2023, TIES-Merging (arXiv 2306.01708), section 4.1, steps 2 and 3: γ = sgn(Σ wᵢδᵢ), A = {i: sgn(wᵢδᵢ) = γ},
-    τ = Σ_A wᵢδᵢ / Σ_A wᵢ. The weights, not in the paper, act before the election; at wᵢ = 1 this is the paper's mean.
+    τ = Σ_A wᵢδᵢ / Σ_A |wᵢ|. The weights, not in the paper, act before the election; at wᵢ = 1 this is the paper's mean.
 
     Args:
         deltas: trimmed task vectors, each (N,) float32; overwritten.
@@ -123,7 +123,14 @@ class TIESMerger(StreamMerger):
     def survey(self, streams: Iterable[TensorStream]) -> tuple[float, list[float]] | None:
         if self.config.trim_scope == "tensor":
             return None
-        shares: list[float] = next(iter(streams)).option("density", self.config.density)
+        given = [stream.option("density", self.config.density) for stream in streams]
+        shares: list[float] = given[0]
+        if any(other != shares for other in given):
+            raise ConfigError(
+                "a model's `density` is one number where entries are ranked over the whole model",
+                place="density",
+                fix="set `trim_scope: tensor`, or give one density a model",
+            )
         ranked = thresholds(lambda: (stream for stream in streams if not is_embedding(stream.name)), magnitudes, shares)
         return self.config.density, ranked
 

@@ -29,7 +29,7 @@ def require_equal(weights: Sequence[float], method: str) -> None:
     Raises:
         ConfigError: they differ.
     """
-    if len(set(weights)) > 1:
+    if len(set(weights)) > 1 or 0.0 in weights:
         raise ConfigError(
             f"`{method}` weighs all models alike",
             place="weight",
@@ -42,6 +42,7 @@ class UniformSoupMerger(StreamMerger):
     """Mean of all models, whose weights must be equal (uniform soup, Wortsman et al. 2022)."""
 
     api = 1
+    ignores_base = True
 
     def check_weights(self, weights: Sequence[float]) -> None:
         require_equal(weights, "uniform_soup")
