@@ -18,11 +18,12 @@ from rlhf_core.merging.streams import Chunk, TensorStream
 
 SMALL = 1 << 20
 """Up to so many values are simply kept and partitioned."""
-_SAMPLES = (1 << 16, 1 << 22)
+_SAMPLES = (1 << 14, 1 << 22)
 """The fewest and the most values of a sample."""
-_MARGIN = 0.015
+_MARGIN = 0.03
 """How far the smallest sample is trusted, as a share of the ranks: seven standard errors of independent values, for runs of
 neighbours aren't quite that. A larger sample is trusted more, so that what lies between stays few."""
+_HEAVY = 0.01
 
 Measure = Callable[[Chunk], Sequence[Tensor]]
 """What is ranked: from a chunk, the values of each of several rankings, none below zero."""
@@ -105,26 +106,26 @@ class Bracket:
         self.low = float(sample[last]) if last < size else 0.0
         # At least one value wide: a value that many share is told by its count.
         self.high = max(self.high, float(numpy.nextafter(numpy.float32(self.low), numpy.float32(math.inf))))
+        # Many values that equal the lower end are counted, not kept: a model that was hardly trained is full of zeros.
+        self.counts_low = self.low == 0.0 or float((sample == self.low).mean()) > _HEAVY
         self.above = self.at_low = 0
         self.inside: list[numpy.ndarray] = []
 
     def add(self, values: Tensor) -> None:
         """Take some values, (N,) float32, none below zero."""
         flat = values.reshape(-1)
-        if flat.device.type == "cpu":
-            self._add_host(flat.numpy())
+        if flat.device.type != "cpu":
+            above, inside = flat >= self.high, flat > self.low if self.counts_low else flat >= self.low
+            self.above += int(above.count_nonzero())
+            self.at_low += int((flat == self.low).count_nonzero()) if self.counts_low else 0
+            self.inside.append(flat[inside.logical_xor_(above)].cpu().numpy())
             return
-        above, inside = flat >= self.high, flat > self.low
-        self.above += int(above.count_nonzero())
-        self.at_low += int((flat == self.low).count_nonzero())
-        self.inside.append(flat[inside.logical_xor_(above)].cpu().numpy())
-
-    def _add_host(self, flat: numpy.ndarray) -> None:
         # numpy compares five times as fast here as torch does.
-        above, inside = flat >= self.high, flat > self.low
-        self.above += int(numpy.count_nonzero(above))
-        self.at_low += int(numpy.count_nonzero(flat == self.low))
-        self.inside.append(flat[numpy.logical_xor(inside, above, out=inside)])
+        host = flat.numpy()
+        over, within = host >= self.high, host > self.low if self.counts_low else host >= self.low
+        self.above += int(numpy.count_nonzero(over))
+        self.at_low += int(numpy.count_nonzero(host == self.low)) if self.counts_low else 0
+        self.inside.append(host[numpy.logical_xor(within, over, out=within)])
 
     def threshold(self, rank: int) -> float | None:
         """Return the rank-th largest of all that were added; None where it lies outside the bracket."""

@@ -181,7 +181,7 @@ class TensorStream:
 
     def sample(self, count: int) -> Iterator[Chunk]:
         """Read short runs spread over the tensor, about `count` elements in all: enough to guess a quantile by."""
-        run = 64
+        run = 128
         sources = [*self.models, *([self.base] if self.base is not None else [])]
         if self.count <= run:
             yield from self.chunks()

@@ -37,7 +37,7 @@ def kth_largest(values: Tensor, share: float) -> float:
 
 def small(sample: int = 256) -> Any:
     """Take few values for many, so that guesses are made, and are often wrong."""
-    return mock.patch.multiple(selection, SMALL=16, _SAMPLE=sample)
+    return mock.patch.multiple(selection, SMALL=16, _SAMPLES=(sample, sample))
 
 
 FEW = st.sampled_from([0.0, 0.25, -0.25, 1.0, -1.0, 3.0])

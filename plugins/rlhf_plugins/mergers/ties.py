@@ -45,17 +45,20 @@ def merge_weighted(deltas: Sequence[Tensor], weights: Sequence[float], *, normal
         weights: wᵢ, of one sign where `normalize`.
         normalize: divide by the agreeing weights; else τ = Σ_A wᵢδᵢ.
     """
-    total = torch.zeros_like(deltas[0])
-    for delta, weight in zip(deltas, weights, strict=True):
-        total.add_(delta if weight == 1.0 else delta.mul_(weight))
-    sign = total.sign_()
+    values = [delta if weight == 1.0 else delta.mul_(weight) for delta, weight in zip(deltas, weights, strict=True)]
+    sign = values[0].clone() if len(values) == 1 else torch.add(values[0], values[1])
+    for value in values[2:]:
+        sign.add_(value)
+    sign.sign_()
     # Turned to the elected sign, what agrees is above zero and the rest is cut off: no mask, which would cost more than the sum.
-    merged, divisor = torch.zeros_like(sign), torch.zeros_like(sign)
-    for delta, weight in zip(deltas, weights, strict=True):
-        agreeing = delta.mul_(sign).clamp_min_(0.0)
-        merged.add_(agreeing)
+    for value in values:
+        value.mul_(sign).clamp_min_(0.0)
+    divisor = torch.sign(values[0]).mul_(abs(weights[0]))
+    merged, part = values[0], torch.empty_like(sign)
+    for value, weight in zip(values[1:], weights[1:], strict=True):
+        merged.add_(value)
         if normalize:
-            divisor.add_(agreeing.sign_(), alpha=abs(weight))
+            divisor.add_(torch.sign(value, out=part), alpha=abs(weight))
     merged.mul_(sign)
     return merged.div_(divisor.clamp_min_(_TINY)) if normalize else merged
 
