@@ -11,6 +11,7 @@ import math
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,9 @@ _LOCK = "merge.lock"
 _OLD = "replaced"
 _REPLACED = {".safetensors", ".json", ".jinja", ".txt", ".model", ".md", ".yaml", ".yml", ".png", ""}
 """Kinds of files that a model's directory holds; with others in it, it isn't replaced."""
-_FLUSH = 1 << 28
-"""Bytes after which what was written is put on disk and noted, so that a killed merge loses little."""
+_FLUSH = 1 << 26
+"""Bytes after which what was written is put on disk and noted, beside the merging: a killed merge loses little, and little is
+left to wait for at the end."""
 
 
 class Output:
@@ -52,7 +54,9 @@ class Output:
         self._files: dict[str, int] = {}
         self.done: set[str] = set()
         self._fresh: list[Item] = []
-        self._guard, self._committing = threading.Lock(), threading.Lock()
+        self._guard = threading.Lock()
+        self._committer = ThreadPoolExecutor(1, thread_name_prefix="merge-commit")
+        self._commits: list[Future[None]] = []
 
     @classmethod
     def open(cls, target: Path, plan: Plan, fingerprint: str, *, resume: bool, overwrite: bool) -> Output:
@@ -111,10 +115,12 @@ class Output:
             if sum(one.nbytes for one in self._fresh) < _FLUSH:
                 return
             batch, self._fresh = self._fresh, []
-        self._commit(batch)  # the other threads merge on meanwhile
+            self._commits.append(self._committer.submit(self._commit, batch))
 
     def publish(self, fill: Callable[[Path], None]) -> Path:
         """Put the whole in place: `fill` writes what stands beside the weights. Returns the final directory."""
+        for commit in self._commits:
+            commit.result()
         self._commit(self._fresh)
         with storage_errors(self.path):
             fill(self.path)
@@ -131,11 +137,13 @@ class Output:
 
     def discard(self) -> None:
         """Remove all that isn't in place."""
+        self._committer.shutdown(wait=True, cancel_futures=True)
         remove_tree(self.work)
         self.close()
 
     def close(self) -> None:
         """Close the files and let another process have the directory."""
+        self._committer.shutdown(wait=True, cancel_futures=True)
         for descriptor in self._files.values():
             os.close(descriptor)
         self._files = {}
@@ -179,7 +187,7 @@ class Output:
 
     def _commit(self, batch: list[Item]) -> None:
         """Put on disk what was written, then note its tensors: in this order a noted tensor is a safe one."""
-        with self._committing, storage_errors(self.path, self._plan.nbytes):
+        with storage_errors(self.path, self._plan.nbytes):
             for name in {item.file for item in batch} or set(self._files):
                 os.fsync(self._files[name])
             descriptor = os.open(self.work / _JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
