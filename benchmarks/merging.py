@@ -152,6 +152,7 @@ def limit(folder: Path, kind: str, method: str) -> float:
     buffer = bytearray(1 << 22)
     out = folder / "limit.bin"
     out.unlink(missing_ok=True)
+    os.sync()  # what an earlier run wrote isn't to be waited for here
     started = time.perf_counter()
     for number, path in enumerate(inputs):
         with path.open("rb", buffering=0) as source, out.open("ab", buffering=0) as target:
@@ -179,6 +180,7 @@ def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                         continue
                     out = folder / f"out-{side}"
                     shutil.rmtree(out, ignore_errors=True)
+                    os.sync()
                     cells[side].append(run(command(side, path, out, arguments.peer), OMP_NUM_THREADS="2"))
                     print(f"{kind}/{method}/{side}: {cells[side][-1]}", file=sys.stderr)
             rows.append(row(kind, method, cells, limits))
