@@ -68,7 +68,8 @@ def test_weights_that_are_not_finite_name_the_tensor(train: Callable, mine: Path
 
 
 def test_a_missing_shard_is_named(train: Callable, mine: Path) -> None:
-    index = {"metadata": {}, "weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    (mine / "model.safetensors").rename(mine / "model-1.safetensors")
+    index = {"metadata": {}, "weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (mine / "model.safetensors.index.json").write_text(json.dumps(index))
     ended = train(model=mine)
     assert ended.code == 4

@@ -166,8 +166,8 @@ def test_sce_at_its_limits() -> None:
     check_near(merge("sce", base, [one, two], [1.0, 0.0], density=1.0), one.double().numpy())
     # Opposite votes cancel.
     assert merge("sce", torch.zeros(3), [torch.ones(3), -torch.ones(3)], [1.0, 1.0], density=1.0).tolist() == [0.0] * 3
-    negative = merge("sce", base, [one, two], [-1.0, -0.5])
-    assert negative.equal(merge("sce", base, [one, two], [1.0, 0.5]))
+    with pytest.raises(ConfigError, match="all negative"):
+        merge("sce", base, [one, two], [-1.0, -0.5])
 
 
 def test_a_small_share_that_agrees_is_divided_by_itself() -> None:
