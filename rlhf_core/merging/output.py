@@ -143,7 +143,7 @@ class Output:
 
     def close(self) -> None:
         """Close the files and let another process have the directory."""
-        self._committer.shutdown(wait=True, cancel_futures=True)
+        self._committer.shutdown(wait=True)  # what was written is noted: a merge that is stopped goes on from there
         for descriptor in self._files.values():
             os.close(descriptor)
         self._files = {}
