@@ -230,7 +230,7 @@ def run(folder: Path, *, seed: int = 0, scale: float = 1.0) -> dict[str, Any]:
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     show(report, folder)
     soup = rows["greedy_soup"]
-    assert soup["validation"] >= max(soup["scores"]), "the greedy soup is worse than its best ingredient"
+    assert soup["validation"] >= max(soup["scores"].values()), "the greedy soup is worse than its best ingredient"
     return report
 
 
@@ -255,7 +255,7 @@ def show(report: dict[str, Any], folder: Path) -> None:
     soup = report["rows"]["greedy_soup"]
     console.print(
         f"greedy soup on the problems that it was chosen by: {100 * soup['validation']:.1f} %, its best ingredient"
-        f" {100 * max(soup['scores']):.1f} %; {len(soup['models'])} of {len(soup['scores'])} models taken"
+        f" {100 * max(soup['scores'].values()):.1f} %; {len(soup['chosen'])} of {len(soup['scores'])} models taken"
     )
     console.print(f"{report['seconds']:.0f} s; models and report.json are in {folder}")
 

@@ -281,6 +281,8 @@ class Merger(ABC):
     """Whether a base that is given only lends its configuration and tokenizer; it is then not read."""
     models: ClassVar[tuple[int, int | None]] = (1, None)
     """The fewest and the most models that it merges, the base not counted; None sets no bound."""
+    replay: ClassVar[str | None] = None
+    """For a method that chooses among the models: the one that makes the same of the chosen ones without choosing."""
     per_model: ClassVar[tuple[str, ...]] = ()
     """Options that a model may have a value of its own for."""
 

@@ -48,6 +48,8 @@ def locate(source: str) -> tuple[str, dict[str, Any]]:
         if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
             ggufs = sorted(p.name for p in path.glob("*.gguf"))
             hint = f"name the file: {path / ggufs[0]}" if ggufs else None
+            if (path / "run.json").is_file():
+                hint = f"it is a run's directory: name the model in it, {path / 'model'}"
             raise ModelError("is no model: it has no config.json", place=source, fix=hint)
         return str(path), {}
     if path.is_absolute() or source.startswith((".", "~")) or not _HUB_NAME.fullmatch(source):

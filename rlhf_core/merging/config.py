@@ -65,6 +65,16 @@ class MergeConfig(BaseConfig):
             return [{"model": item} if isinstance(item, str) else item for item in value]
         return value
 
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _other_spellings(cls, value: Any) -> Any:
+        # As torch and config.json write it.
+        return (
+            {"bfloat16": "bf16", "float16": "fp16", "fp32": "float32"}.get(value, value)
+            if isinstance(value, str)
+            else value
+        )
+
     @model_validator(mode="after")
     def _base_is_there(self) -> MergeConfig:
         if self.tokenizer == "base" and self.base is None:

@@ -107,8 +107,10 @@ def _card(plan: Plan, config: MergeConfig, chosen: Sequence[int], details: dict[
     header = {
         "library_name": "transformers",
         "tags": ["merge", "rlhf_core", config.method],
-        "base_model": list(dict.fromkeys(one.name for one in inputs)),
     }
+    # The hub takes names on the hub alone.
+    if named := list(dict.fromkeys(one.name for one in inputs if not Path(one.name).expanduser().exists())):
+        header["base_model"] = named
     rows = []
     for one in inputs:
         weight = "" if one is plan.base else _weight(config, plan, one)
@@ -120,7 +122,8 @@ def _card(plan: Plan, config: MergeConfig, chosen: Sequence[int], details: dict[
         "",
         f"# Merge by {config.method}",
         "",
-        f"Made by rlhf_core {__version__}. `rlhf merge {RECIPE} --output DIR` makes it again, bit for bit on the same machine.",
+        f"Made by rlhf_core {__version__}. `rlhf merge {RECIPE} --output DIR`, from the directory where that was done,",
+        "makes it again, bit for bit on the same machine.",
         "",
         "| input | as | weight | fingerprint |",
         "|---|---|---|---|",
@@ -141,5 +144,5 @@ def _card(plan: Plan, config: MergeConfig, chosen: Sequence[int], details: dict[
 
 
 def _weight(config: MergeConfig, plan: Plan, one: Checkpoint) -> str:
-    weight = config.models[[id(model) for model in plan.models].index(id(one))].weight
+    weight = next(entry.weight for entry in config.models if entry.model == one.name)
     return f"{weight:g}" if isinstance(weight, int | float) else "by layer"

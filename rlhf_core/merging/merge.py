@@ -184,9 +184,20 @@ class ModelMerger:
                 self._write(merger, models, trial, resume=False, overwrite=False)
                 return self._score(trial)
 
+    def name(self, model: int) -> str:
+        """Return what a model was called."""
+        return self._plan.models[model].name
+
     def digest(self, model: int) -> bytes:
         """Return what a model is known by, wherever it stands in the list."""
         return self._plan.models[model].digest
+
+    def _replayed(self, merger: Merger, chosen: Sequence[int]) -> MergeConfig:
+        """Return what makes the same again, without choosing anew."""
+        if merger.replay is None:
+            return self.config
+        models = [self.config.models[number] for number in chosen]
+        return self.config.updated(method=merger.replay, models=[entry.model_dump() for entry in models], options={})
 
     def _is_as_written(self, one: Checkpoint) -> bool:
         """Tell whether a model merged alone would be the model as it lies there."""
@@ -217,7 +228,7 @@ class ModelMerger:
         output = Output.open(target, plan, fingerprint, resume=resume, overwrite=overwrite)
         try:
             _Run(self, plan, merger, chosen, output).go()
-            return output.publish(lambda path: fill(path, plan, self.config, chosen, self.details))
+            return output.publish(lambda path: fill(path, plan, self._replayed(merger, chosen), chosen, self.details))
         except (ConfigError, ModelError, NumbersError, PluginError):
             output.discard()  # going on would meet the same fault again
             raise

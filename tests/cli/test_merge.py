@@ -171,7 +171,7 @@ def test_greedy_soup_takes_a_function_that_scores(rlhf, models: list[str], tmp_p
     file.write_text(SCORES)
     chosen = ["--model", models[1], "--model", models[2], "--output", str(tmp_path / "out")]
     code, out, err = rlhf("merge", "greedy_soup", *chosen, "--evaluate", f"{file}:by_name")
-    assert (code, err) == (0, "") and "models: [1]" in out and "score: 2.0" in out
+    assert (code, err) == (0, "") and f"chosen: [{models[2]!r}]" in out and "score: 2.0" in out
     best = load_file(Path(models[2]) / "model.safetensors")
     assert all(value.equal(best[key]) for key, value in load_file(tmp_path / "out/model.safetensors").items())
     arguments = ("merge", "greedy_soup", *chosen, "--overwrite", "--evaluate")

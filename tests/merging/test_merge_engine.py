@@ -108,7 +108,7 @@ def test_bf16_is_rounded_once(tmp_path: Path) -> None:
 
 
 def test_dtype_changes_weights_and_configuration(family: tuple[Path, list[Path]], tmp_path: Path) -> None:
-    merge("linear", family[1], tmp_path / "out", dtype="bf16")
+    merge("linear", family[1], tmp_path / "out", dtype="bfloat16")
     assert {tensor.dtype for tensor in read_weights(tmp_path / "out").values()} == {torch.bfloat16}
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
 
@@ -232,8 +232,9 @@ def test_greedy_soup_is_never_below_its_best_ingredient(family: tuple[Path, list
         return -sum(float((weights[name] - target[name]).square().sum()) for name in target)
 
     result = merge("greedy_soup", family[1], tmp_path / "out", evaluate=evaluate)
-    assert result.details["models"] == [1]
-    assert result.details["score"] == max(result.details["scores"]) == 0.0
+    assert result.details["chosen"] == [str(family[1][1])]
+    assert result.details["score"] == max(result.details["scores"].values()) == 0.0
+    assert "method: uniform_soup" in (tmp_path / "out" / "merge.yaml").read_text()
     assert len(asked) == 5 and all(torch.equal(t, target[name]) for name, t in read_weights(tmp_path / "out").items())
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     merge("greedy_soup", family[1], tmp_path / "all", evaluate=lambda path: 0.0)

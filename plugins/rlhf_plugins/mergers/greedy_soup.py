@@ -56,6 +56,7 @@ class ModelSoup(StreamMerger):
     Config = GreedySoupConfig
     config: GreedySoupConfig
     ignores_base = True
+    replay = "uniform_soup"
 
     def check_weights(self, weights: Sequence[float]) -> None:
         require_equal(weights, "greedy_soup")
@@ -69,5 +70,9 @@ class ModelSoup(StreamMerger):
             lambda models: merge.evaluate(self, models),
             strict=self.config.strict,
         )
-        merge.details |= {"models": sorted(chosen), "score": score, "scores": alone}
+        merge.details |= {
+            "chosen": [merge.name(number) for number in sorted(chosen)],
+            "score": score,
+            "scores": {merge.name(number): own for number, own in enumerate(alone)},
+        }
         merge.write(self, chosen)
