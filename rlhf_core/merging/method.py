@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,12 +10,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from rlhf_core import registry
 from rlhf_core.config import BaseConfig
-from rlhf_core.errors import ConfigError, PluginError, did_you_mean
+from rlhf_core.errors import ConfigError, PluginError, did_you_mean, nearest
 from rlhf_core.interfaces import Merger
 from rlhf_core.merging.config import MergeConfig
 from rlhf_core.merging.plan import Plan
 from rlhf_core.merging.streams import StreamMerger
 from rlhf_core.merging.weights import GROUPS, LayerValues, Value, layer_wise_interpolation, unused_filters
+
+log = logging.getLogger(__name__)
 
 _VALUE: TypeAdapter[Value] = TypeAdapter(Value)
 
@@ -85,11 +88,14 @@ class Method:
         names = [item.name for item in plan.items if item.merged]
         for what, value in self._values():
             for part in unused_filters(value, names):
+                near = nearest(part, {piece for name in names for piece in name.split(".")[:-1]} | set(GROUPS))
+                if (
+                    part in GROUPS or near is None
+                ):  # a file for many models may speak of parts that this one doesn't have
+                    log.warning("a filter of `%s` fits no tensor: `%s`", what, part)
+                    continue
                 raise ConfigError(
-                    f"a filter of `{what}` fits no tensor",
-                    place=what,
-                    got=f"`{part}`",
-                    fix=did_you_mean(part, {*GROUPS, *(piece for name in names for piece in name.split(".")[:-1])}),
+                    f"a filter of `{what}` fits no tensor", place=what, got=f"`{part}`", fix=f"did you mean `{near}`?"
                 )
         for name in names:
             weights, options = self.values(name, plan.depth)

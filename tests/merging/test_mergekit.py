@@ -188,7 +188,7 @@ PLACES: dict[str, list[float]] = {
     "[{value: 0.6}, {filter: self_attn, value: 0.25}]": [0.6] * 8,
     "[{filter: '*', value: 0.3}, {value: 0.6}]": [0.3] * 8,
     "[{filter: attention, value: 0.3}, {value: 0.6}]": [0.6] * 8,
-    "[{filter: Self_Attn, value: 0.3}, {value: 0.6}]": [0.6] * 8,
+    "[{filter: elsewhere, value: 0.3}, {value: 0.6}]": [0.6] * 8,
     "[{filter: lm_head, value: 0.3}, {filter: model.norm, value: 0.4}, {filter: layers.1., value: 0.2}, {value: 0.6}]":
         [0.6, 0.3, 0.4, 0.6, 0.2, 0.6, 0.2, 0.2],
     "[{filter: q_proj, value: 0.25}]": [0.7, 0.7, 0.7, 0.25, 0.25, 0.25, 0.7, 0.7],  # the rest: the weight for all
