@@ -6,11 +6,8 @@ import logging
 import math
 import os
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,19 +19,18 @@ from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.files import storage_errors
 from rlhf_core.infra.model_files import first_line
 from rlhf_core.interfaces import Merger
-from rlhf_core.merging.checkpoint import Checkpoint, FileSource
+from rlhf_core.merging.checkpoint import Checkpoint
 from rlhf_core.merging.config import MergeConfig
 from rlhf_core.merging.directory import fill
 from rlhf_core.merging.method import Method
 from rlhf_core.merging.output import Output, check_begun
-from rlhf_core.merging.plan import Item, Plan, check_count, memory
-from rlhf_core.merging.streams import CHUNK, StreamMerger, TensorStream
+from rlhf_core.merging.passing import Pass
+from rlhf_core.merging.plan import Plan, check_count, memory
+from rlhf_core.merging.streams import CHUNK, StreamMerger
 
 log = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, None: None}
-_GPU_CHUNK = 1 << 24
-_COPY = 1 << 22
 
 Evaluate = Callable[[Path], float]
 Progress = Callable[[int, int], None]
@@ -68,13 +64,12 @@ class ModelMerger:
     def __init__(
         self, config: MergeConfig, *, evaluate: Evaluate | None = None, progress: Progress | None = None
     ) -> None:
-        self.config, self._evaluate, self._progress = config, evaluate, progress
+        self.config, self._evaluate, self.progress = config, evaluate, progress
         self.method = Method(config)
         self.device = DeviceManager(config.device if config.device != "auto" else _device()).device
         self.threads = config.threads or _cores()
         self.details: dict[str, Any] = {}
         self._resume = self._overwrite = False
-        self._chosen: Sequence[int] | None = None
 
     def plan(self) -> Plan:
         """Open the inputs, check that they fit together, and lay the output out; nothing is written."""
@@ -227,147 +222,13 @@ class ModelMerger:
         fingerprint = plan.fingerprint(self.method.recipe(), chosen, self.device.type)
         output = Output.open(target, plan, fingerprint, resume=resume, overwrite=overwrite)
         try:
-            _Run(self, plan, merger, chosen, output).go()
+            Pass(self, plan, merger, chosen, output).go()
             return output.publish(lambda path: fill(path, plan, self._replayed(merger, chosen), chosen, self.details))
         except (ConfigError, ModelError, NumbersError, PluginError):
             output.discard()  # going on would meet the same fault again
             raise
         finally:
             output.close()
-
-
-class _Run:
-    """One pass of all tensors past a method."""
-
-    def __init__(self, owner: ModelMerger, plan: Plan, merger: Merger, chosen: Sequence[int], output: Output) -> None:
-        self.owner, self.plan, self.merger, self.chosen, self.output = owner, plan, merger, chosen, output
-        self._written, self._guard = 0, threading.Lock()
-        self._surveyed: Any = None
-        self._total = sum(item.nbytes for item in plan.items)
-
-    def go(self) -> None:
-        todo = [item for item in self.plan.items if item.name not in self.output.done]
-        self._count(self._total - sum(item.nbytes for item in todo))
-        merged = [item for item in self.plan.items if item.merged]
-        with _one_thread_an_operation(), torch.inference_mode():
-            if isinstance(self.merger, StreamMerger):
-                self._surveyed = self.merger.survey(_Streams(self, merged))
-            # The largest first, so that no thread is left alone with it at the end.
-            self._spread(sorted(todo, key=lambda item: -item.count))
-
-    def stream(self, item: Item, merger: Merger) -> TensorStream:
-        base, models = self.plan.sources(item)
-        weights, options = self.owner.method.values(item.name, self.plan.depth)
-        return TensorStream(
-            item.name,
-            None if merger.ignores_base else base,
-            [models[number] for number in self.chosen],
-            [weights[number] for number in self.chosen],
-            [options[number] for number in self.chosen],
-            seed=int(getattr(merger.config, "seed", self.owner.config.seed)),
-            by_row=isinstance(merger, StreamMerger) and merger.by_row,
-            device=self.owner.device,
-            chunk=_GPU_CHUNK if self.owner.device.type == "cuda" else CHUNK,
-        )
-
-    def _spread(self, items: Sequence[Item]) -> None:
-        stop = threading.Event()
-
-        def work(item: Item) -> None:
-            if not stop.is_set():
-                with torch.inference_mode():
-                    self._one(item)
-
-        with ThreadPoolExecutor(self.owner.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            futures = [pool.submit(work, item) for item in items]
-            try:
-                finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            except BaseException:
-                stop.set()
-                raise
-            if failed := [future for future in finished if future.exception() is not None]:
-                stop.set()
-                raise failed[0].exception()  # type: ignore[misc]
-
-    def _one(self, item: Item) -> None:
-        if not item.merged:
-            self._copy(item)
-        else:
-            merger = self.owner.method.for_tensor(self.merger, item.name, self.plan.depth)
-            stream = self.stream(item, merger)
-            merger.check_weights(stream.weights)
-            if isinstance(merger, StreamMerger):
-                merger.surveyed = self._surveyed
-                for start, values in merger.merged(stream):
-                    self.output.write(item, start, values)
-                    self._count(values.numel() * item.dtype.itemsize)
-            else:
-                self._whole(item, merger, stream)
-        self.output.finish(item)
-
-    def _whole(self, item: Item, merger: Merger, stream: TensorStream) -> None:
-        """Merge a tensor by a method that wants it whole."""
-        base, tensors = stream.whole()
-        values = merger.merge_tensor(item.name, base, tensors, stream.weights)
-        if tuple(values.shape) != item.shape:
-            raise PluginError(
-                f"merging tensor `{item.name}` gave another shape",
-                place=f"merger `{self.owner.config.method}`",
-                got=f"{list(values.shape)} for {list(item.shape)}",
-            )
-        self.output.write(item, 0, values)
-        self._count(item.nbytes)
-
-    def _copy(self, item: Item) -> None:
-        """Copy what isn't merged, having looked that all inputs agree on it."""
-        base, models = self.plan.sources(item)
-        sources = [source for source in (base, *models) if source is not None]
-        for start in range(0, item.count, _COPY):
-            stop = min(start + _COPY, item.count)
-            first = _raw(sources[0], start, stop).clone()
-            for source in sources[1:]:
-                if not _raw(source, start, stop).equal(first):
-                    raise ModelError(
-                        f"tensor `{item.name}` holds whole numbers that differ, which can't be averaged",
-                        place=source.place,
-                        got=f"other values than {sources[0].place}",
-                    )
-            self.output.write(item, start, first)
-        self._count(item.nbytes)
-
-    def _count(self, nbytes: int) -> None:
-        if self.owner._progress is not None:
-            with self._guard:
-                self._written += nbytes
-                self.owner._progress(self._written, self._total)
-
-
-class _Streams:
-    """The streams of all merged tensors, made anew each time that they are gone through."""
-
-    def __init__(self, run: _Run, items: Sequence[Item]) -> None:
-        self._run, self._items = run, items
-
-    def __iter__(self) -> Iterator[TensorStream]:
-        for item in self._items:
-            yield self._run.stream(item, self._run.merger)
-
-
-def _raw(source: Any, start: int, stop: int) -> torch.Tensor:
-    while not isinstance(source, FileSource):
-        source = source.base
-    return source.raw(start, stop)
-
-
-@contextmanager
-def _one_thread_an_operation() -> Iterator[None]:
-    """Keep torch from splitting single operations: tensors are merged side by side instead."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _cores() -> int:

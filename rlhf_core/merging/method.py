@@ -9,7 +9,6 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from rlhf_core import registry
-from rlhf_core.config import BaseConfig
 from rlhf_core.errors import ConfigError, PluginError, did_you_mean, nearest
 from rlhf_core.interfaces import Merger
 from rlhf_core.merging.config import MergeConfig
@@ -157,9 +156,3 @@ def _some(value: Value) -> float:
         inner: Sequence[Any] = [value.layers, value.gradient, *value.filters.values(), value.default]
         return _some(next(one for one in inner if one is not None))
     return float(value[0]) if isinstance(value, list) else float(value)
-
-
-def method_config(name: str) -> type[BaseConfig]:
-    """Return the configuration class of a merger, by its name."""
-    config: type[BaseConfig] = registry.load(registry.lookup(name, "merger")).Config
-    return config

@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 _JOURNAL = "merge.journal"
 _STATE = "merge.state"
 _LOCK = "merge.lock"
+_MODEL = "model"
 _OLD = "replaced"
 _REPLACED = {".safetensors", ".json", ".jinja", ".txt", ".model", ".md", ".yaml", ".yml", ".png", ""}
 """Kinds of files that a model's directory holds; with others in it, it isn't replaced."""
@@ -49,7 +50,7 @@ class Output:
 
     def __init__(self, target: Path, plan: Plan, lock: int | None, *, overwrite: bool) -> None:
         self.target, self.work, self._plan, self._overwrite = target, unfinished(target), plan, overwrite
-        self.path = self.work / "model"
+        self.path = self.work / _MODEL
         self._lock = lock
         self._files: dict[str, int] = {}
         self.done: set[str] = set()
@@ -200,6 +201,7 @@ class Output:
 
 def unfinished(target: Path) -> Path:
     """Return the directory in which a merge grows until it is whole."""
+    target = target.expanduser().resolve()  # `.` has no name
     return target.with_name(f".{target.name}.merging")
 
 
@@ -215,6 +217,9 @@ def check_begun(target: Path, *, resume: bool, overwrite: bool) -> bool:
         state = _state(target)
         if not state:
             raise ConfigError("there is no unfinished merge to go on with", place=str(target), fix="leave out --resume")
+        if target.exists() and not (unfinished(target) / _MODEL).exists():
+            remove_tree(unfinished(target))  # killed after the last rename: all that was left is to tidy up
+            raise ConfigError("the merge is whole already", place=str(target), fix="leave out --resume")
         overwrite = bool(state.get("overwrite"))
     _check_target(target, overwrite=overwrite)
     return overwrite

@@ -16,6 +16,7 @@ import torch
 from rlhf_core.errors import ConfigError, ModelError
 from rlhf_core.infra.tensors import encode_header
 from rlhf_core.merging.checkpoint import SINGLE, Checkpoint
+from rlhf_core.merging.selection import SMALL
 from rlhf_core.merging.streams import CHUNK, Source
 from rlhf_core.merging.vocabulary import Vocabularies
 from rlhf_core.merging.weights import GROUPS, is_embedding, layer_of
@@ -311,11 +312,13 @@ def check_count(models: Sequence[object], bounds: tuple[int, int | None], method
 
 
 def memory(plan: Plan, threads: int, chunk: int, *, whole: bool) -> int:
-    """Estimate the bytes of memory that a merge takes beyond the interpreter's: buffers of each thread.
+    """Estimate the bytes of memory that a merge takes beyond the interpreter's: buffers of each thread, and what thresholds are
+    found from.
 
     Args:
         whole: whether the method needs whole tensors, rather than chunks.
     """
     inputs = len(plan.models) + (plan.base is not None)
     largest = max((item.count for item in plan.items if item.merged), default=0)
-    return threads * 4 * (inputs + 4) * (largest if whole else min(chunk, largest))
+    kept = 0 if whole else len(plan.models) * min(SMALL, largest)
+    return threads * 4 * ((inputs + 4) * (largest if whole else min(chunk, largest)) + kept)

@@ -129,9 +129,9 @@ def test_a_file_of_mergekit_is_read_as_it_is(rlhf, models: list[str], tmp_path: 
 
 
 def test_ctrl_c_says_how_to_go_on(rlhf, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rlhf_core.merging import merge
+    from rlhf_core.merging import passing
 
-    whole = merge._Run._one
+    whole = passing.Pass._one
 
     def stop(self, item) -> None:
         if "layers.1" in item.name:
@@ -139,7 +139,7 @@ def test_ctrl_c_says_how_to_go_on(rlhf, flags: list[str], tmp_path: Path, monkey
         whole(self, item)
 
     arguments = ("merge", "linear", *flags, "--output", str(tmp_path / "out"))
-    monkeypatch.setattr(merge._Run, "_one", stop)
+    monkeypatch.setattr(passing.Pass, "_one", stop)
     code, _, err = rlhf(*arguments)
     assert code == 130
     assert err == "error[interrupted] stopped by Ctrl-C; the same command with `--resume` goes on\n"

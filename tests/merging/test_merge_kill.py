@@ -206,6 +206,17 @@ def test_without_resume_it_begins_anew(inputs: Path, monkeypatch: pytest.MonkeyP
     assert bytes_of(inputs / "out") and not unfinished(inputs / "out").exists()
 
 
+def test_a_merge_killed_after_its_last_rename_is_whole(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(output.Output, "discard", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            merge("ties", [inputs / "a", inputs / "b"], inputs / "out", **_settings(inputs))
+    expected = bytes_of(inputs / "out")
+    with pytest.raises(ConfigError, match="whole already"):
+        merge("ties", [inputs / "a", inputs / "b"], inputs / "out", resume=True, **_settings(inputs))
+    assert bytes_of(inputs / "out") == expected and not unfinished(inputs / "out").exists()
+
+
 def test_nothing_to_resume_is_told(inputs: Path) -> None:
     with pytest.raises(ConfigError, match="no unfinished merge"):
         merge("linear", [inputs / "a"], inputs / "out", resume=True)

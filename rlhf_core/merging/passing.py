@@ -1,0 +1,158 @@
+"""All tensors of a merge, several at a time, past the method and into the output."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rlhf_core.errors import ModelError, PluginError
+from rlhf_core.interfaces import Merger
+from rlhf_core.merging.checkpoint import FileSource
+from rlhf_core.merging.output import Output
+from rlhf_core.merging.plan import Item, Plan
+from rlhf_core.merging.streams import CHUNK, StreamMerger, TensorStream
+
+if TYPE_CHECKING:
+    from rlhf_core.merging.merge import ModelMerger
+
+_GPU_CHUNK = 1 << 24
+_COPY = 1 << 22
+
+
+class Pass:
+    """One pass of all tensors past a method."""
+
+    def __init__(self, owner: ModelMerger, plan: Plan, merger: Merger, chosen: Sequence[int], output: Output) -> None:
+        self.owner, self.plan, self.merger, self.chosen, self.output = owner, plan, merger, chosen, output
+        self._written, self._guard = 0, threading.Lock()
+        self._surveyed: Any = None
+        self._total = sum(item.nbytes for item in plan.items)
+
+    def go(self) -> None:
+        todo = [item for item in self.plan.items if item.name not in self.output.done]
+        self._count(self._total - sum(item.nbytes for item in todo))
+        merged = [item for item in self.plan.items if item.merged]
+        with _one_thread_an_operation(), torch.inference_mode():
+            if isinstance(self.merger, StreamMerger):
+                self._surveyed = self.merger.survey(_Streams(self, merged))
+            # The largest first, so that no thread is left alone with it at the end.
+            self._spread(sorted(todo, key=lambda item: -item.count))
+
+    def stream(self, item: Item, merger: Merger) -> TensorStream:
+        base, models = self.plan.sources(item)
+        weights, options = self.owner.method.values(item.name, self.plan.depth)
+        return TensorStream(
+            item.name,
+            None if merger.ignores_base else base,
+            [models[number] for number in self.chosen],
+            [weights[number] for number in self.chosen],
+            [options[number] for number in self.chosen],
+            seed=int(getattr(merger.config, "seed", self.owner.config.seed)),
+            by_row=isinstance(merger, StreamMerger) and merger.by_row,
+            device=self.owner.device,
+            chunk=_GPU_CHUNK if self.owner.device.type == "cuda" else CHUNK,
+        )
+
+    def _spread(self, items: Sequence[Item]) -> None:
+        stop = threading.Event()
+
+        def work(item: Item) -> None:
+            if not stop.is_set():
+                with torch.inference_mode():
+                    self._one(item)
+
+        with ThreadPoolExecutor(self.owner.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            futures = [pool.submit(work, item) for item in items]
+            try:
+                finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            except BaseException:
+                stop.set()
+                raise
+            if failed := [future for future in finished if future.exception() is not None]:
+                stop.set()
+                raise failed[0].exception()  # type: ignore[misc]
+
+    def _one(self, item: Item) -> None:
+        if not item.merged:
+            self._copy(item)
+        else:
+            merger = self.owner.method.for_tensor(self.merger, item.name, self.plan.depth)
+            stream = self.stream(item, merger)
+            merger.check_weights(stream.weights)
+            if isinstance(merger, StreamMerger):
+                merger.surveyed = self._surveyed
+                for start, values in merger.merged(stream):
+                    self.output.write(item, start, values)
+                    self._count(values.numel() * item.dtype.itemsize)
+            else:
+                self._whole(item, merger, stream)
+        self.output.finish(item)
+
+    def _whole(self, item: Item, merger: Merger, stream: TensorStream) -> None:
+        """Merge a tensor by a method that wants it whole."""
+        base, tensors = stream.whole()
+        values = merger.merge_tensor(item.name, base, tensors, stream.weights)
+        if tuple(values.shape) != item.shape:
+            raise PluginError(
+                f"merging tensor `{item.name}` gave another shape",
+                place=f"merger `{self.owner.config.method}`",
+                got=f"{list(values.shape)} for {list(item.shape)}",
+            )
+        self.output.write(item, 0, values)
+        self._count(item.nbytes)
+
+    def _copy(self, item: Item) -> None:
+        """Copy what isn't merged, having looked that all inputs agree on it."""
+        base, models = self.plan.sources(item)
+        sources = [source for source in (base, *models) if source is not None]
+        for start in range(0, item.count, _COPY):
+            stop = min(start + _COPY, item.count)
+            first = _raw(sources[0], start, stop).clone()
+            for source in sources[1:]:
+                if not _raw(source, start, stop).equal(first):
+                    raise ModelError(
+                        f"tensor `{item.name}` holds whole numbers that differ, which can't be averaged",
+                        place=source.place,
+                        got=f"other values than {sources[0].place}",
+                    )
+            self.output.write(item, start, first)
+        self._count(item.nbytes)
+
+    def _count(self, nbytes: int) -> None:
+        if self.owner.progress is not None:
+            with self._guard:
+                self._written += nbytes
+                self.owner.progress(self._written, self._total)
+
+
+class _Streams:
+    """The streams of all merged tensors, made anew each time that they are gone through."""
+
+    def __init__(self, run: Pass, items: Sequence[Item]) -> None:
+        self._run, self._items = run, items
+
+    def __iter__(self) -> Iterator[TensorStream]:
+        for item in self._items:
+            yield self._run.stream(item, self._run.merger)
+
+
+def _raw(source: Any, start: int, stop: int) -> torch.Tensor:
+    while not isinstance(source, FileSource):
+        source = source.base
+    return source.raw(start, stop)
+
+
+@contextmanager
+def _one_thread_an_operation() -> Iterator[None]:
+    """Keep torch from splitting single operations: tensors are merged side by side instead."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
