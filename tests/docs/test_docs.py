@@ -113,7 +113,7 @@ def test_readme(tmp_path: Path, environment: dict[str, str]) -> None:
             run("\n".join(commands), tmp_path, environment)
             ran += len(commands)
     assert ran >= 11
-    assert (tmp_path / "merged/model.safetensors").is_file()
+    assert (tmp_path / "merged/both/model.safetensors").is_file()
     for name in ("first", "second", "third"):
         assert (tmp_path / "runs" / name / "metrics.jsonl").is_file()
         assert (tmp_path / "runs" / name / "model").is_dir()
