@@ -11,6 +11,7 @@ import typer
 
 from rlhf_core.cli import complete
 from rlhf_core.cli.output import print_json, print_table
+from rlhf_core.cli.quick import quick_imports
 from rlhf_core.errors import ConfigError, Interrupted
 
 if TYPE_CHECKING:
@@ -88,12 +89,12 @@ def merge(
         raise ConfigError(
             "a merge is either continued or begun anew", place="--resume and --overwrite", fix="choose one"
         )
-    from rlhf_core.infra import setup_logging
+    with quick_imports():
+        from rlhf_core.infra import setup_logging
+        from rlhf_core.merging.recipe import load_recipe
 
-    setup_logging()
-    from rlhf_core.merging.recipe import load_recipe
-
-    recipe = load_recipe(target, flags=context.args)
+        setup_logging()
+        recipe = load_recipe(target, flags=context.args)
     if dry_run:
         return _describe(recipe, resume=resume, overwrite=overwrite, as_json=as_json)
     result = _merge(recipe, _evaluation(evaluate, recipe), resume=resume, overwrite=overwrite)
@@ -228,9 +229,10 @@ def _diff(names: tuple[str, str], target: str | None, rest: list[str], *, pictur
             got=f"`{target or rest[0]}`",
             fix="`rlhf merge --diff A B [--picture FILE.png]`",
         )
-    from rlhf_core.infra import setup_logging
-    from rlhf_core.merging.diff import diff, draw
-    from rlhf_core.merging.progress import ByteBar
+    with quick_imports():
+        from rlhf_core.infra import setup_logging
+        from rlhf_core.merging.diff import diff, draw
+        from rlhf_core.merging.progress import ByteBar
 
     setup_logging()
     with ByteBar("comparing") as bar:

@@ -13,6 +13,7 @@ import typer
 
 from rlhf_core.cli import complete
 from rlhf_core.cli.output import print_json
+from rlhf_core.cli.quick import quick_imports
 from rlhf_core.errors import ConfigError, Interrupted
 
 if TYPE_CHECKING:
@@ -61,7 +62,8 @@ def train(
         os.environ.setdefault(
             "TQDM_DISABLE", "1"
         )  # libraries draw their bars into log files too; read when tqdm is imported
-    job = _job(target, context.args)
+    with quick_imports():
+        job = _job(target, context.args)
     if resume and overwrite:
         raise ConfigError("a run is either continued or replaced", place="--resume and --overwrite", fix="choose one")
     if resume and "output" not in job.places:

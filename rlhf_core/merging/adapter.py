@@ -176,7 +176,7 @@ class AdapterCheckpoint(Checkpoint):
         return float(alpha) / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)
 
 
-class LoraSource:
+class LoraSource(Source):
     """A tensor of the base with its low-rank update."""
 
     def __init__(self, base: Source, left: Tensor, right: Tensor, owner: Checkpoint) -> None:
@@ -194,7 +194,7 @@ class LoraSource:
         return self.owner.digest
 
 
-class _Renamed:
+class _Renamed(Source):
     """A tensor of the base as one of the adapter's."""
 
     def __init__(self, base: Source, owner: Checkpoint) -> None:

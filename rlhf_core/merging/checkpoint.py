@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -140,12 +140,18 @@ class WeightFile:
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill a buffer with the bytes from an offset on."""
+        self.read_runs_into(buffer, [offset])
+
+    def read_runs_into(self, buffer: memoryview, offsets: Sequence[int]) -> None:
+        """Fill a buffer with runs of bytes of equal length, one from each offset on."""
+        length = len(buffer) // max(1, len(offsets))
         with storage_errors(self.path):
-            while len(buffer):
-                got = os.preadv(self._descriptor, [buffer], offset)
-                if got == 0:
-                    raise OSError(None, "the file ended early: it was changed while it was read")
-                buffer, offset = buffer[got:], offset + got
+            for number, offset in enumerate(offsets):
+                run = buffer[number * length : (number + 1) * length]
+                while (got := os.preadv(self._descriptor, [run], offset)) < len(run):
+                    if got == 0:
+                        raise OSError(None, "the file ended early: it was changed while it was read")
+                    run, offset = run[got:], offset + got
 
     def close(self) -> None:
         if self._descriptor >= 0:
@@ -153,7 +159,7 @@ class WeightFile:
             self._descriptor = -1
 
 
-class FileSource:
+class FileSource(Source):
     """A tensor in a safetensors file."""
 
     def __init__(self, file: WeightFile, entry: TensorEntry, name: str, owner: Checkpoint) -> None:
@@ -166,6 +172,12 @@ class FileSource:
             self.file.read_into(view, self.entry.start + start * 4)
         else:
             out.copy_(self.raw(start, stop))
+
+    def read_runs(self, starts: Sequence[int], out: Tensor) -> None:
+        size, length = self.dtype.itemsize, out.shape[1]
+        buffer = _buffer(len(starts) * length * size)
+        self.file.read_runs_into(memoryview(buffer.data), [self.entry.start + start * size for start in starts])
+        out.copy_(torch.from_numpy(buffer).view(self.dtype).view(out.shape))
 
     def raw(self, start: int, stop: int) -> Tensor:
         """Return elements as they are stored, in a buffer of this thread that the next call overwrites."""

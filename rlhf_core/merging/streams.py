@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy
 import torch
@@ -21,29 +21,36 @@ from rlhf_core.interfaces import Merger
 
 CHUNK = 1 << 17
 """Elements of a chunk on a CPU: 512 KiB an input in float32, as measured; much smaller or larger ones take a third longer."""
-_KEY_RUNS, _KEY_RUN = 32, 128
+RUN = 512
+"""Elements of a run of a sample."""
+_KEY_RUNS, _KEY_RUN = 8, 128
+"""Runs of a tensor that a digest takes in, and their length: few, since each may be a seek on a disk."""
+_LARGEST = numpy.uint64(2**64 - 1)
 
 
-class Source(Protocol):
+class Source(ABC):
     """One tensor of one input, wherever it lies."""
 
     place: str
     """The input that it belongs to, for messages."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
+    @abstractmethod
     def read(self, start: int, stop: int, out: Tensor) -> None:
         """Put the elements from start to stop, counted in row-major order, into `out`, (stop - start,) float32."""
 
+    @abstractmethod
     def key(self) -> bytes:
         """Return a digest of values, of this tensor or its whole input: inputs are told apart by it, wherever they are listed."""
 
+    def read_runs(self, starts: Sequence[int], out: Tensor) -> None:
+        """Put a run of elements from each start on into the rows of `out`, (runs, length) float32."""
+        for start, row in zip(starts, out, strict=True):
+            self.read(start, start + len(row), row)
 
-class MemorySource:
+
+class MemorySource(Source):
     """A tensor in memory."""
 
     def __init__(self, tensor: Tensor, place: str = "memory") -> None:
@@ -60,12 +67,10 @@ def digest_of(source: Source) -> bytes:
     """Hash some of a tensor's values: short runs at even distances, the first and the last among them."""
     count = _count(source.shape)
     size = min(count, _KEY_RUN)
-    digest = hashlib.blake2b(digest_size=16)
-    values = torch.empty(size)
-    for start in sorted({int(place) for place in numpy.linspace(0, count - size, _KEY_RUNS)}):
-        source.read(start, start + size, values)
-        digest.update(values.numpy().tobytes())
-    return digest.digest()
+    starts = sorted({int(place) for place in numpy.linspace(0, count - size, _KEY_RUNS)})
+    values = torch.empty(len(starts), size)
+    source.read_runs(starts, values)
+    return hashlib.blake2b(values.numpy().tobytes(), digest_size=16).digest()
 
 
 class Chunk:
@@ -145,7 +150,7 @@ class TensorStream:
         self.weights: list[float] = [float(entry[1]) for entry in ranked]
         self.options: list[Mapping[str, Any]] = [entry[2] for entry in ranked]
         self._keys = [entry[3] for entry in ranked]
-        self._generators: list[numpy.random.SFC64] = []
+        self._generators: list[numpy.random.Generator] = []
         self._finite = False
 
     def option(self, name: str, default: float) -> list[float]:
@@ -180,8 +185,11 @@ class TensorStream:
         self._finite = True
 
     def sample(self, count: int) -> Iterator[Chunk]:
-        """Read short runs spread over the tensor, about `count` elements in all: enough to guess a quantile by."""
-        run = 128
+        """Read runs of `RUN` elements spread over the tensor, about `count` in all: enough to guess a quantile by.
+
+        A tensor that isn't longer than a run is read whole.
+        """
+        run = RUN
         sources = [*self.models, *([self.base] if self.base is not None else [])]
         if self.count <= run:
             yield from self.chunks()
@@ -193,10 +201,9 @@ class TensorStream:
         for group in numpy.array_split(places, -(-runs * run // CHUNK)):
             parts = []
             for source in sources:
-                values = torch.empty(len(group) * run, device=self.device)
-                for number, place in enumerate(group.tolist()):
-                    source.read(place, place + run, values[number * run : (number + 1) * run])
-                parts.append(values)
+                values = torch.empty(len(group), run, device=self.device)
+                source.read_runs(group.tolist(), values)
+                parts.append(values.view(-1))
             base = parts.pop() if self.base is not None else None
             yield Chunk(self, 0, base, parts)
 
@@ -212,16 +219,18 @@ class TensorStream:
                 fix="use another checkpoint of this model",
             )
 
-    def _generator(self, model: int) -> numpy.random.SFC64:
+    def _generator(self, model: int) -> numpy.random.Generator:
         # Two models with the same values get streams of their own; which gets which makes no difference.
         twin = self._keys[:model].count(self._keys[model])
         text = f"{self.seed}\0{self.name}\0{twin}\0".encode() + self._keys[model]
         seed = hashlib.blake2b(text, digest_size=16).digest()
-        return numpy.random.SFC64(int.from_bytes(seed, "little"))
+        return numpy.random.Generator(numpy.random.SFC64(int.from_bytes(seed, "little")))
 
     def _words(self, model: int, like: Tensor) -> Tensor:
         count = like.numel()
-        words = self._generators[model].random_raw(-(-count // 4)).view(numpy.int16)[:count]
+        # The raw words, drawn without the interpreter's lock, which `random_raw` would hold.
+        raw = self._generators[model].integers(_LARGEST, size=-(-count // 4), dtype=numpy.uint64, endpoint=True)
+        words = raw.view(numpy.int16)[:count]
         return torch.from_numpy(words).to(self.device).view(like.shape)
 
 

@@ -152,7 +152,7 @@ class Vocabularies:
         return AlignedSource(plain, self._runs[id(one)], others, shape, based=bool(self.based))
 
 
-class AlignedSource:
+class AlignedSource(Source):
     """Rows of an input in the order of the result."""
 
     def __init__(

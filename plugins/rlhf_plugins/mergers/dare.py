@@ -18,12 +18,12 @@ LEVELS = 1 << 16
 """Values that a random word takes: probabilities are multiples of 1 / LEVELS."""
 
 
-def drop(delta: Tensor, words: Tensor, density: float) -> Tensor:
-    """Return δ with each entry kept with probability p, and divided by it; in place.
+def drop(delta: Tensor, words: Tensor, density: float) -> tuple[Tensor, float]:
+    """Return δ with each entry kept with probability p and else zero, in place, and 1 / p, the factor of what is left.
 
     Yu et al. 2024, Language models are super Mario (arXiv 2311.03099), drop and rescale: m ~ Bernoulli(1 - drop rate),
-    δ̂ = m ⊙ δ / (1 - drop rate). Here p = 1 - drop rate is rounded to a multiple of 2⁻¹⁶, and δ is divided by the rounded
-    number, so E[δ̂] = δ.
+    δ̂ = m ⊙ δ / (1 - drop rate). Here p = 1 - drop rate is rounded to a multiple of 2⁻¹⁶, and the factor is that of the rounded
+    number, so E[δ̂] = δ. It is left to the caller, who multiplies by a weight anyway.
 
     Args:
         delta: δ, (N,) float32; overwritten.
@@ -32,10 +32,9 @@ def drop(delta: Tensor, words: Tensor, density: float) -> Tensor:
     """
     bound = max(1, round(density * LEVELS))
     if bound >= LEVELS:  # no word reaches it, and it doesn't fit into 16 bits
-        return delta
+        return delta, 1.0
     # Multiplying by 0 and 1 in float32 is far faster than filling by a mask.
-    kept = torch.lt(words, bound - LEVELS // 2, out=torch.empty_like(delta))
-    return delta.mul_(kept).mul_(LEVELS / bound)
+    return delta.mul_(torch.lt(words, bound - LEVELS // 2, out=torch.empty_like(delta))), LEVELS / bound
 
 
 class DAREConfig(BaseConfig):
@@ -88,11 +87,13 @@ class DAREMerger(StreamMerger):
         return _Measured(thresholds, stream.option("density", self.config.density))
 
     def merge_chunk(self, chunk: Chunk, measured: _Measured) -> Tensor:
-        kept = []
+        kept, factors = [], []
         for model, delta in enumerate(chunk.deltas()):
             density = measured.densities[model]
             left = trim(delta, measured.thresholds[model])
-            kept.append(drop(left, chunk.random(model), density) if density < 1 else left)
+            left, factor = drop(left, chunk.random(model), density) if density < 1 else (left, 1.0)
+            kept.append(left)
+            factors.append(factor)
         config = self.config
         return fuse(
             chunk.origin,
@@ -101,4 +102,5 @@ class DAREMerger(StreamMerger):
             election=config.election,
             normalize=config.normalize,
             scale=config.scale,
+            factors=factors,
         )

@@ -22,6 +22,7 @@ def fuse(
     election: Election,
     normalize: bool | None,
     scale: float,
+    factors: Sequence[float] | None = None,
 ) -> Tensor:
     """Return θ₀ + λτ, in place of the base, with τ = Σ wᵢδᵢ, or with an election what `ties.merge_weighted` makes of them.
 
@@ -32,10 +33,14 @@ def fuse(
         election: whether each entry elects a sign.
         normalize: divide by the sum of the weights (with an election, of those that agree); None does so with an election only.
         scale: λ.
+        factors: what each δᵢ is still to be multiplied by; one where None.
     """
+    factors = factors if factors is not None else [1.0] * len(deltas)
     if election == "ties":
-        return base.add_(merge_weighted(deltas, weights, normalize=divides(election, normalize)), alpha=scale)
-    return task_arithmetic(base, deltas, share_of_weights(weights) if normalize else weights, scale)
+        merged = merge_weighted(deltas, weights, normalize=divides(election, normalize), factors=factors)
+        return base.add_(merged, alpha=scale)
+    shares = share_of_weights(weights) if normalize else weights
+    return task_arithmetic(base, deltas, [share * factor for share, factor in zip(shares, factors, strict=True)], scale)
 
 
 def check_fused_weights(weights: Sequence[float], election: Election, normalize: bool | None) -> None:

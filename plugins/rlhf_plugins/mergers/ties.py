@@ -34,7 +34,13 @@ def trim(delta: Tensor, threshold: float) -> Tensor:
     return torch.nn.functional.hardshrink(delta, below)
 
 
-def merge_weighted(deltas: Sequence[Tensor], weights: Sequence[float], *, normalize: bool = True) -> Tensor:
+def merge_weighted(
+    deltas: Sequence[Tensor],
+    weights: Sequence[float],
+    *,
+    normalize: bool = True,
+    factors: Sequence[float] | None = None,
+) -> Tensor:
     """Return the weighted mean of the entries that agree with the elected sign; zero where all cancel.
 
     Yadav et al. 2023, TIES-Merging (arXiv 2306.01708), section 4.1, steps 2 and 3: γ = sgn(Σ wᵢδᵢ), A = {i: sgn(wᵢδᵢ) = γ},
@@ -44,8 +50,10 @@ def merge_weighted(deltas: Sequence[Tensor], weights: Sequence[float], *, normal
         deltas: trimmed task vectors, each (N,) float32; overwritten.
         weights: wᵢ, of one sign where `normalize`.
         normalize: divide by the agreeing weights; else τ = Σ_A wᵢδᵢ.
+        factors: what each δᵢ is still to be multiplied by, above zero; one where None.
     """
-    values = [delta if weight == 1.0 else delta.mul_(weight) for delta, weight in zip(deltas, weights, strict=True)]
+    by = [weight * factor for weight, factor in zip(weights, factors or [1.0] * len(weights), strict=True)]
+    values = [delta if factor == 1.0 else delta.mul_(factor) for delta, factor in zip(deltas, by, strict=True)]
     sign = values[0].clone() if len(values) == 1 else torch.add(values[0], values[1])
     for value in values[2:]:
         sign.add_(value)
@@ -53,7 +61,7 @@ def merge_weighted(deltas: Sequence[Tensor], weights: Sequence[float], *, normal
     # Turned to the elected sign, what agrees is above zero and the rest is cut off: no mask, which would cost more than the sum.
     for value in values:
         value.mul_(sign).clamp_min_(0.0)
-    divisor = torch.sign(values[0]).mul_(abs(weights[0]))
+    divisor = torch.sign(values[0]).mul_(abs(weights[0])) if normalize else values[0]
     merged, part = values[0], torch.empty_like(sign)
     for value, weight in zip(values[1:], weights[1:], strict=True):
         merged.add_(value)
