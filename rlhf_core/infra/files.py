@@ -46,14 +46,19 @@ def storage_errors(path: str | Path, needed: int | None = None) -> Iterator[None
         error = _system_error(raised)
         if error is None:
             raise
-        reason = error.strerror or str(error)
-        if error.errno in _FULL:
-            room = f"{needed} bytes are needed" if needed is not None else "more room is needed"
-            fix = "free space, raise the file size limit, or choose another output directory"
-            raise StorageError(f"cannot write: {room}", place=str(path), got=reason, fix=fix) from raised
-        denied = error.errno in {errno.EACCES, errno.EROFS, errno.EPERM}
-        mend = "choose a directory that you may write" if denied else None
-        raise StorageError("cannot read or write", place=str(path), got=reason, fix=mend) from raised
+        raise storage_error(error, path, needed) from raised
+
+
+def storage_error(error: OSError, path: str | Path, needed: int | None = None) -> StorageError:
+    """Return what `storage_errors` raises: for loops in which a context manager would be most of the time."""
+    reason = error.strerror or str(error)
+    if error.errno in _FULL:
+        room = f"{needed} bytes are needed" if needed is not None else "more room is needed"
+        fix = "free space, raise the file size limit, or choose another output directory"
+        return StorageError(f"cannot write: {room}", place=str(path), got=reason, fix=fix)
+    denied = error.errno in {errno.EACCES, errno.EROFS, errno.EPERM}
+    mend = "choose a directory that you may write" if denied else None
+    return StorageError("cannot read or write", place=str(path), got=reason, fix=mend)
 
 
 def _system_error(error: Exception) -> OSError | None:

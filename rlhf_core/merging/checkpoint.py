@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rlhf_core.errors import ModelError
-from rlhf_core.infra.files import read_json, storage_errors
+from rlhf_core.infra.files import read_json, storage_error, storage_errors
 from rlhf_core.infra.model_files import adapter_base, check_files, first_line, is_adapter, locate, near_path
 from rlhf_core.infra.tensors import TensorEntry, read_header
 from rlhf_core.merging.streams import Source, digest_of
@@ -140,18 +140,13 @@ class WeightFile:
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill a buffer with the bytes from an offset on."""
-        self.read_runs_into(buffer, [offset])
-
-    def read_runs_into(self, buffer: memoryview, offsets: Sequence[int]) -> None:
-        """Fill a buffer with runs of bytes of equal length, one from each offset on."""
-        length = len(buffer) // max(1, len(offsets))
-        with storage_errors(self.path):
-            for number, offset in enumerate(offsets):
-                run = buffer[number * length : (number + 1) * length]
-                while (got := os.preadv(self._descriptor, [run], offset)) < len(run):
-                    if got == 0:
-                        raise OSError(None, "the file ended early: it was changed while it was read")
-                    run, offset = run[got:], offset + got
+        try:
+            while (got := os.preadv(self._descriptor, [buffer], offset)) < len(buffer):
+                if got == 0:
+                    raise OSError(None, "the file ended early: it was changed while it was read")
+                buffer, offset = buffer[got:], offset + got
+        except OSError as error:
+            raise storage_error(error, self.path) from error
 
     def close(self) -> None:
         if self._descriptor >= 0:
@@ -174,16 +169,18 @@ class FileSource(Source):
             out.copy_(self.raw(start, stop))
 
     def read_runs(self, starts: Sequence[int], out: Tensor) -> None:
-        size, length = self.dtype.itemsize, out.shape[1]
-        buffer = _buffer(len(starts) * length * size)
-        self.file.read_runs_into(memoryview(buffer.data), [self.entry.start + start * size for start in starts])
+        size, length = self.dtype.itemsize, out.shape[1] * self.dtype.itemsize
+        buffer = _buffer(len(starts) * length)
+        view = buffer.data
+        for number, start in enumerate(starts):
+            self.file.read_into(view[number * length : (number + 1) * length], self.entry.start + start * size)
         out.copy_(torch.from_numpy(buffer).view(self.dtype).view(out.shape))
 
     def raw(self, start: int, stop: int) -> Tensor:
         """Return elements as they are stored, in a buffer of this thread that the next call overwrites."""
         size = self.dtype.itemsize
         buffer = _buffer((stop - start) * size)
-        self.file.read_into(memoryview(buffer.data), self.entry.start + start * size)
+        self.file.read_into(buffer.data, self.entry.start + start * size)
         return torch.from_numpy(buffer).view(self.dtype)
 
     def key(self) -> bytes:

@@ -27,6 +27,7 @@ from rlhf_core.infra.files import (
     remove_tree,
     replace_json,
     require_space,
+    storage_error,
     storage_errors,
 )
 from rlhf_core.merging.plan import Item, Plan
@@ -104,10 +105,12 @@ class Output:
             )
         view = stored.view(torch.uint8).numpy().data
         offset = item.start + start * item.dtype.itemsize
-        with storage_errors(self.path / item.file, self._plan.nbytes):
+        try:
             while len(view):
                 written = os.pwrite(self._files[item.file], view, offset)
                 view, offset = view[written:], offset + written
+        except OSError as error:
+            raise storage_error(error, self.path / item.file, self._plan.nbytes) from error
 
     def finish(self, item: Item) -> None:
         """Note that all of a tensor is written; from time to time, put on disk what was."""

@@ -171,17 +171,17 @@ class TensorStream:
         self._generators = [self._generator(number) for number in range(len(self.models))]
         # A multiple of four, as many words as a generator draws at once: so they are the same for chunks of any size.
         size = max(4, self._chunk // self.columns // 4 * 4) * self.columns
-        room = torch.empty((len(self.models) + 1, min(size, self.count)), device=self.device)
+        sources = [*self.models, *([self.base] if self.base is not None else [])]
+        parts = [torch.empty(min(size, self.count), device=self.device) for _ in sources]
         for start in range(0, self.count, size):
             stop = min(start + size, self.count)
-            parts = [buffer[: stop - start] for buffer in room]
-            for part, source in zip(parts, self.models, strict=False):
+            if stop - start < len(parts[0]):
+                parts = [part[: stop - start] for part in parts]
+            for part, source in zip(parts, sources, strict=True):
                 self._read(source, start, stop, part)
-            if self.base is not None:
-                self._read(self.base, start, stop, parts[-1])
-            if self.by_row:
-                parts = [part.view(-1, self.columns) for part in parts]
-            yield Chunk(self, start, parts[-1] if self.base is not None else None, parts[:-1])
+            shaped = [part.view(-1, self.columns) for part in parts] if self.by_row else list(parts)
+            base = shaped.pop() if self.base is not None else None
+            yield Chunk(self, start, base, shaped)
         self._finite = True
 
     def sample(self, count: int) -> Iterator[Chunk]:
