@@ -54,9 +54,13 @@ def installed(kinds: Iterable[str]) -> dict[str, list[Plugin]]:
     """Return what the installed distributions offer of each kind, headers read; a name may stand several times."""
     groups = {GROUPS[kind]: kind for kind in kinds}
     seen: dict[str, dict[tuple[str, str], Plugin]] = {kind: {} for kind in groups.values()}
+    origins: dict[int, tuple[str, str]] = {}
     for entry in _entry_points(groups):
         assert entry.dist is not None  # those found through distributions carry theirs
-        plugin = _read(groups[entry.group], entry.name, entry.value, entry.dist.name, entry.dist.version)
+        # Each look at a distribution's name or version parses its metadata anew.
+        origin = origins.get(id(entry.dist)) or (entry.dist.name, entry.dist.version)
+        origins[id(entry.dist)] = origin
+        plugin = _read(groups[entry.group], entry.name, entry.value, *origin)
         seen[plugin.kind][plugin.qualified, plugin.target] = plugin
     return {kind: list(plugins.values()) for kind, plugins in seen.items()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ class ByteBar:
         self._done = 0
 
     def __enter__(self) -> ByteBar:
-        if console().is_terminal:
+        if sys.stderr.isatty():
             from rich.progress import (
                 BarColumn,
                 DownloadColumn,

@@ -11,7 +11,13 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from batches import random_batch, relative
-from rlhf_plugins.trainers.reward_model import RewardModelConfig, RewardModelTrainer, centring_penalty, ranking_loss
+from rlhf_plugins.trainers.reward_model import (
+    RewardModelConfig,
+    RewardModelTrainer,
+    centring_penalty,
+    disagreement,
+    ranking_loss,
+)
 
 from rlhf_core.errors import ConfigError
 from rlhf_core.models import PolicyModel, RewardModel
@@ -146,7 +152,7 @@ def test_an_ensemble_learns_ranks_and_doubts(tmp_path: Path) -> None:
     assert found["eval_scores/chosen"] > found["eval_scores/rejected"]
     assert 0 <= found["eval_calibration_error"] <= 0.5 and 0 < found["eval_brier"] < 0.25
     assert found["eval_scores/p05"] <= found["eval_scores/p50"] <= found["eval_scores/p95"]
-    assert found["eval_uncertainty"] > 0
+    assert found["eval_uncertainty"] > 0 and 0 < found["eval_disagreement"] < 0.71
     trained = RewardModel.from_pretrained(output / "model")
     assert trained.members == 3
     # Training goes on from its heads; another number of members can't.
@@ -169,6 +175,14 @@ def test_a_model_passed_in_keeps_its_members_or_is_refused() -> None:
         adopt(size=3)
     with pytest.raises(ConfigError, match="the model's members stand on one backbone"):
         adopt(share_backbone=False)
+
+
+def test_disagreement_is_about_which_is_better() -> None:
+    # σ(log 3) = 3/4 and σ(-log 3) = 1/4, whose standard deviation is 1 / (2 √2).
+    three = math.log(3.0)
+    found = disagreement(torch.tensor([[three, -three], [2.0, 2.0], [0.0, 1.0], [5.0, 6.0]]))
+    assert found[:2].tolist() == pytest.approx([0.125**0.5, 0.0], abs=1e-7)
+    assert found[2] > 30 * found[3]  # one margin apart, but of the second pair both are sure
 
 
 def test_held_out_rows_are_not_bootstrapped() -> None:

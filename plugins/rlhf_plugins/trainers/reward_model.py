@@ -49,6 +49,20 @@ def centring_penalty(chosen: Tensor, rejected: Tensor) -> Tensor:
     return (chosen + rejected) ** 2
 
 
+def disagreement(margins: Tensor) -> Tensor:
+    """Return the standard deviation over members of σ(r_w − r_l), the probability that each gives to the chosen being better.
+
+    The spread of the margins themselves also grows with how far apart a pair's responses are, about which members may agree.
+
+    Args:
+        margins: (P, K), K above 1.
+
+    Returns:
+        (P,), from 0 to about 0.7, where two members are sure of opposite orders.
+    """
+    return margins.sigmoid().std(dim=1)
+
+
 class EnsembleConfig(BaseConfig):
     """Several members whose disagreement tells how unsure the score is."""
 
@@ -153,6 +167,7 @@ class RewardModelTrainer(Trainer[RewardModelConfig]):
         }
         if chosen.shape[1] > 1:
             metrics["uncertainty"] = margins.std(dim=1)
+            metrics["disagreement"] = disagreement(margins)
         return {name: (values * counted, counted) for name, values in metrics.items()}
 
     def summary(self, values: Mapping[str, Tensor]) -> dict[str, float]:
@@ -166,11 +181,10 @@ class RewardModelTrainer(Trainer[RewardModelConfig]):
             "scores/std": float(scores.std()) if len(scores) > 1 else 0.0,
             **{f"scores/p{level:02d}": float(value) for level, value in zip((5, 50, 95), levels, strict=True)},
         }
-        if "uncertainty" in values and bool(right.any()) and not bool(right.all()):
-            doubt = values["uncertainty"]
-            found |= {
-                "uncertainty/right": float(doubt[right].mean()),
-                "uncertainty/wrong": float(doubt[~right].mean()),
-                "uncertainty/auc": auc(doubt[~right], doubt[right]),
-            }
+        if bool(right.any()) and not bool(right.all()):
+            for name in ("uncertainty", "disagreement"):
+                if (doubt := values.get(name)) is not None:
+                    found[f"{name}/right"] = float(doubt[right].mean())
+                    found[f"{name}/wrong"] = float(doubt[~right].mean())
+                    found[f"{name}/auc"] = auc(doubt[~right], doubt[right])
         return found
