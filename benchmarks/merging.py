@@ -151,8 +151,8 @@ def recipe(folder: Path, kind: str, method: str) -> Path:
 def limit(folder: Path, kind: str, method: str) -> float:
     """Return the seconds that it takes to read every input once and write the output once: the best of three.
 
-    The first is often several times slower, for the system has to find memory for the file's pages; a merge that is timed after it
-    finds that memory at hand.
+    The first is often several times slower, for the system has to find memory for the file's pages; what is timed next finds it
+    at hand.
     """
     inputs = [folder / f"m{number}" / "model.safetensors" for number in range(len(WEIGHTS[kind]))]
     inputs += [folder / "base" / "model.safetensors"] if method != "linear" else []

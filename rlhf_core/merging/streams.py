@@ -20,8 +20,8 @@ from rlhf_core.errors import ModelError
 from rlhf_core.interfaces import Merger
 
 CHUNK = 1 << 18
-"""Elements of a chunk on a CPU: 1 MiB an input in float32, as measured on two cores. Half as many take a fifth longer, since threads
-then wait for the interpreter's lock more often; twice as many, which no longer fit a core's cache, up to twice as long."""
+"""Elements of a chunk on a CPU: 1 MiB an input in float32, as measured on two cores. Half as many take a fifth longer, since
+threads then wait for the interpreter's lock more often; twice as many, which a core's cache can't hold, up to twice as long."""
 RUN = 512
 """Elements of a run of a sample."""
 _KEY_RUNS, _KEY_RUN = 8, 128
