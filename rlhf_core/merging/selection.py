@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import torch
@@ -57,7 +57,7 @@ def thresholds(streams: Callable[[], Iterable[TensorStream]], measure: Measure, 
     if count <= SMALL:
         return _partitioned(streams, measure, ranks, count)
     size = min(_SAMPLES[1], max(_SAMPLES[0], count >> 10))
-    samples = [Sample(runs) for runs in _sample(streams, measure, count, len(shares), size)]
+    samples = [Sample(parts) for parts in _sample(streams, measure, count, len(shares), size)]
     found: dict[int, float] = {}
     trust = _TRUST
     while len(found) < len(shares):
@@ -91,31 +91,64 @@ def _partitioned(
     return [float(ranking[count - rank]) for ranking, rank in zip(rankings, ranks, strict=True)]
 
 
+class Part(NamedTuple):
+    """What was sampled of one tensor, or of a stretch of it."""
+
+    runs: numpy.ndarray
+    """(runs, length): runs of neighbours."""
+    weight: float
+    """How many of all values each of these stands for."""
+
+
 class Sample:
-    """Some of the values, in runs of neighbours.
+    """Some of the values, which tell about where a rank among all of them lies."""
 
-    Args:
-        runs: (runs, length) each.
-    """
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._parts = parts
+        values = numpy.concatenate([part.runs.reshape(-1) for part in parts])
+        if len({part.weight for part in parts}) == 1:
+            self.values, self._reached = -numpy.sort(-values), numpy.arange(1, len(values) + 1) / len(values)
+        else:
+            order = numpy.argsort(-values)
+            weights = numpy.concatenate([numpy.full(part.runs.size, part.weight) for part in parts])[order].cumsum()
+            self.values, self._reached = values[order], weights / weights[-1]
 
-    def __init__(self, runs: Sequence[numpy.ndarray]) -> None:
-        self._runs = runs
-        self.values = -numpy.sort(-numpy.concatenate([run.reshape(-1) for run in runs]))
-        """All of them, the largest first."""
+    def at(self, share: float) -> float:
+        """Return the value at a share of the ranks, the largest first; infinity before the first, zero after the last."""
+        if share <= 0:
+            return math.inf
+        place = int(numpy.searchsorted(self._reached, share))
+        return float(self.values[place]) if place < len(self.values) else 0.0
 
     def error(self, share: float) -> float:
-        """Return the standard error of the sample's rank at a share of the ranks, in the same unit.
+        """Return the standard error of the sample's rank at a share of the ranks, in the same unit; that of one value at least.
 
-        Neighbours are alike, in a row of large weights, say, so runs are counted as the observations, not values.
+        Neighbours are alike, in a row of large weights, say, so runs are counted as the observations, not values. How parts
+        differ makes no error, for each stands for itself; parts of one run are compared with each other.
         """
-        size = len(self.values)
-        threshold = self.values[min(int(share * size), size - 1)]
-        counts = numpy.concatenate([numpy.count_nonzero(run >= threshold, axis=1) for run in self._runs])
-        lengths = numpy.concatenate([numpy.full(len(run), run.shape[1]) for run in self._runs])
-        if len(counts) < 2:
-            return 1.0
-        off = counts - counts.sum() / size * lengths
-        return max(1.0, math.sqrt(float((off * off).sum()) * len(counts) / (len(counts) - 1))) / size
+        threshold = self.at(min(share, 1.0 - 1.0 / len(self.values)))
+        # Of each run how many values reach the threshold, and how many there are, both weighted.
+        groups: list[list[tuple[float, float]]] = [[]]
+        for runs, weight in self._parts:
+            counts = numpy.count_nonzero(runs >= threshold, axis=1)
+            found = [(weight * float(count), weight * runs.shape[1]) for count in counts]
+            if len(found) > 1:
+                groups.append(found)
+            else:
+                groups[0] += found
+        groups = [group for group in groups if len(group) > 1]
+        if not groups:
+            return 1.0  # one run tells nothing of how runs differ
+        total = sum(part.weight * part.runs.size for part in self._parts)
+        least = max(part.weight for part in self._parts)
+        return max(least, math.sqrt(sum(_variance(numpy.array(group)) for group in groups))) / total
+
+
+def _variance(runs: numpy.ndarray) -> float:
+    """Return the variance of the sum of counts, where a run is (count, length) and counts go with lengths."""
+    counts, lengths = runs[:, 0], runs[:, 1]
+    off = counts - counts.sum() / lengths.sum() * lengths
+    return float(off @ off) * len(runs) / (len(runs) - 1)
 
 
 class Bracket:
@@ -129,10 +162,7 @@ class Bracket:
 
     def __init__(self, sample: Sample, share: float, trust: float) -> None:
         values, margin = sample.values, trust * sample.error(share)
-        size = len(values)
-        first, last = int((share - margin) * size), int((share + margin) * size) + 1
-        self.high = float(values[first]) if first > 0 else math.inf
-        self.low = float(values[last]) if last < size else 0.0
+        self.high, self.low = sample.at(share - margin), sample.at(share + margin)
         # Ends that many values share are counted, not kept: a model that was hardly trained is full of zeros, and differences of
         # weights of 16 bits have few values.
         self.counts_low = self.low == 0.0 or float((values == self.low).mean()) > _HEAVY
@@ -182,13 +212,16 @@ def _chunks(streams: Callable[[], Iterable[TensorStream]]) -> Iterator[Chunk]:
 
 def _sample(
     streams: Callable[[], Iterable[TensorStream]], measure: Measure, count: int, rankings: int, size: int
-) -> list[list[numpy.ndarray]]:
-    """Return, for each ranking, runs of values, (runs, length) each."""
-    parts: list[list[numpy.ndarray]] = [[] for _ in range(rankings)]
+) -> list[list[Part]]:
+    """Return, for each ranking, about `size` of its values: at least a run of every tensor, larger ones in proportion."""
+    parts: list[list[Part]] = [[] for _ in range(rankings)]
     for stream in streams():
-        for chunk in stream.sample(math.ceil(size * stream.count / count)):
+        runs = math.ceil(size / RUN * stream.count / count)
+        sampled = min(stream.count, RUN * max(1, min(runs, stream.count // RUN)))
+        weight = stream.count / sampled
+        for chunk in stream.sample(runs):
             for part, values in zip(parts, measure(chunk), strict=True):
-                part.append(_runs(values.reshape(-1).cpu().numpy().copy()))
+                part.append(Part(_runs(values.reshape(-1).cpu().numpy().copy()), weight))
     return parts
 
 

@@ -185,17 +185,14 @@ class TensorStream:
             yield Chunk(self, start, base, shaped)
         self._finite = True
 
-    def sample(self, count: int) -> Iterator[Chunk]:
-        """Read runs of `RUN` elements spread over the tensor, about `count` in all: enough to guess a quantile by.
-
-        A tensor that isn't longer than a run is read whole.
-        """
+    def sample(self, runs: int) -> Iterator[Chunk]:
+        """Read some runs of `RUN` elements spread over the tensor, to guess a quantile by; a shorter tensor is read whole."""
         run = RUN
         sources = [*self.models, *([self.base] if self.base is not None else [])]
         if self.count <= run:
             yield from self.chunks()
             return
-        runs = max(1, min(count, self.count) // run)
+        runs = min(runs, self.count // run)
         # Spread evenly, with a shift of its own in each part, so that no period of the rows is met each time.
         shifts = numpy.random.default_rng(0).random(runs)
         places = ((numpy.arange(runs) + shifts) * (self.count - run) / runs).astype(int)

@@ -103,6 +103,34 @@ def test_large_tensors_equal_numpy(share: float) -> None:
     assert found == kth_largest(rows, share)
 
 
+@pytest.mark.parametrize("kind", ["scales", "few values", "norms"])
+@pytest.mark.parametrize("share", [0.01, 0.2, 0.7])
+def test_one_pass_is_enough_and_little_is_kept(kind: str, share: float) -> None:
+    """Whether tensors differ in size by thousands, values are as few as differences of 16 bits are, or most tensors are short."""
+    generator = torch.Generator().manual_seed(1)
+    sizes = [576] * 400 + [150_000] * 4 if kind == "norms" else [300_000, 700, 90_000, 30_000, 210_000, 5_000]
+    parts = []
+    for number, size in enumerate(sizes):
+        values = torch.randn(size, generator=generator)
+        values *= 10.0 ** (number % 4) if kind != "few values" else 4
+        parts.append(values.round() if kind == "few values" else values)
+    brackets: list[selection.Bracket] = []
+
+    class Noted(selection.Bracket):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            brackets.append(self)
+
+    def streams() -> list[TensorStream]:
+        return [stream_of(part, name=str(number), chunk=65536) for number, part in enumerate(parts)]
+
+    with small(1 << 16), mock.patch.object(selection, "Bracket", Noted):
+        (found,) = thresholds(streams, magnitudes, [share])
+    assert found == kth_largest(torch.cat(parts), share)
+    assert len(brackets) == 1
+    assert sum(map(len, brackets[0].inside)) < 0.06 * sum(sizes)
+
+
 def test_a_sample_that_tells_nothing() -> None:
     # All that is large stands where the sample doesn't look: it has to read again, and finds it.
     values = torch.zeros(100_000)
