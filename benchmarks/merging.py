@@ -5,8 +5,9 @@
 mergekit needs an environment of its own: `python -m venv mk && mk/bin/pip install mergekit==0.1.5`, then `--peer mk/bin/python`.
 `small` is four float32 models of the shape of SmolLM2-135M with a base, `large` two bf16 models of 2.1 GB with a base; both
 are made here, with random differences. Every cell is a command of its own, ours and the peer's in turn, start-up included, on a
-warm cache; `merging s` is our time without start-up. Memory is the peak of the process's anonymous pages (RssAnon), sampled every
-10 ms. `--memory` instead measures how our memory grows from a checkpoint of 0.5 GB to one of 4 GB with the same largest tensor.
+warm cache; `merging s` is our time without start-up. The limit is the best of all tries, the rest are medians of the rounds.
+Memory is the peak of the process's anonymous pages (RssAnon), sampled every 10 ms. `--memory` instead measures how our memory
+grows from a checkpoint of 0.5 GB to one of 4 GB with the same largest tensor.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,21 +52,20 @@ class Cell:
 
 def run(command: Sequence[str], **environment: str) -> Cell:
     """Run a command, sampling its anonymous memory."""
-    started, peak = time.perf_counter(), 0
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, **environment}
-    )
-    os.set_blocking(process.stdout.fileno(), False)  # type: ignore[union-attr]
-    output = b""
-    while process.poll() is None:
-        peak = max(peak, anonymous(process.pid))
-        output += process.stdout.read() or b""  # type: ignore[union-attr]
-        time.sleep(0.01)
-    seconds = time.perf_counter() - started
+    with tempfile.TemporaryFile() as printed, tempfile.TemporaryFile() as told:
+        started, peak = time.perf_counter(), 0
+        process = subprocess.Popen(command, stdout=printed, stderr=told, env={**os.environ, **environment})
+        while process.poll() is None:
+            peak = max(peak, anonymous(process.pid))
+            time.sleep(0.01)
+        seconds = time.perf_counter() - started
+        outputs = []
+        for file in (printed, told):
+            file.seek(0)
+            outputs.append(file.read().decode(errors="replace"))
     if process.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{(output + (process.stdout.read() or b'')).decode()[-3000:]}")  # type: ignore[union-attr]
-    output += process.stdout.read() or b""  # type: ignore[union-attr]
-    return Cell(seconds, peak / 1e6, output.decode(errors="replace"))
+        sys.exit(f"{' '.join(command)} failed:\n{''.join(outputs)[-3000:]}")
+    return Cell(seconds, peak / 1e6, outputs[0])
 
 
 def anonymous(pid: int) -> int:
@@ -202,13 +202,12 @@ def command(side: str, path: Path, out: Path, peer: Path | None) -> list[str]:
     if side == "peer":
         assert peer is not None
         return [str(peer.parent / "mergekit-yaml"), str(path), str(out)]
-    return [str(Path(sys.executable).parent / "rlhf"), "merge", str(path), "--output", str(out)]
+    return [str(Path(sys.executable).parent / "rlhf"), "merge", str(path), "--output", str(out), "--json"]
 
 
 def row(kind: str, method: str, cells: dict[str, list[Cell]], limits: list[float]) -> dict[str, Any]:
     found: dict[str, Any] = {"set": kind, "method": method, "limit_s": min(limits)}
-    merging = [float(re.search(r", ([0-9.]+) s, ", cell.printed)[1]) for cell in cells["ours"]]  # type: ignore[index]
-    found["merging_s"] = statistics.median(merging)
+    found["merging_s"] = statistics.median(json.loads(cell.printed)["seconds"] for cell in cells["ours"])
     for side, runs in cells.items():
         if runs:
             found[f"{side}_s"] = statistics.median(cell.seconds for cell in runs)

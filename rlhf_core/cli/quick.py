@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import atexit
 import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
-    """Import without looking for garbage, of which imports make none; nor is it looked for when the process ends.
+    """Import without looking for garbage, of which imports make none, and leave what they made out of later collections.
 
-    Measured on two cores: importing torch 0.80 s instead of 0.95, ending the process 0.13 s instead of 0.52.
+    Measured on two cores: importing torch 0.80 s instead of 0.95, ending the process, which collects once more, 0.13 s instead
+    of 0.52.
     """
-    atexit.register(gc.freeze)  # what is frozen isn't gone through by the interpreter's last collection
+    if "torch" in sys.modules or not gc.isenabled():  # a program of someone else's, whose garbage isn't ours to keep
+        yield
+        return
     gc.disable()
     try:
         yield
     finally:
+        gc.freeze()
         gc.enable()

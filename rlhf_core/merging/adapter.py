@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,14 @@ class LoraSource(Source):
 
     def read(self, start: int, stop: int, out: Tensor) -> None:
         self.base.read(start, stop, out)
+        self._update(start, stop, out)
+
+    def read_runs(self, starts: Sequence[int], out: Tensor) -> None:
+        self.base.read_runs(starts, out)
+        for start, row in zip(starts, out, strict=True):
+            self._update(start, start + len(row), row)
+
+    def _update(self, start: int, stop: int, out: Tensor) -> None:
         columns = self.right.shape[1]
         first, last = start // columns, -(-stop // columns)
         update = (self.left[first:last] @ self.right).view(-1)[start - first * columns : stop - first * columns]
@@ -203,6 +212,9 @@ class _Renamed(Source):
 
     def read(self, start: int, stop: int, out: Tensor) -> None:
         self.base.read(start, stop, out)
+
+    def read_runs(self, starts: Sequence[int], out: Tensor) -> None:
+        self.base.read_runs(starts, out)
 
     def key(self) -> bytes:
         return self.owner.digest

@@ -320,5 +320,6 @@ def memory(plan: Plan, threads: int, chunk: int, *, whole: bool) -> int:
     """
     inputs = len(plan.models) + (plan.base is not None)
     largest = max((item.count for item in plan.items if item.merged), default=0)
-    kept = 0 if whole else len(plan.models) * min(SMALL, largest)
+    # Of a large tensor, a twentieth is kept as a rule; more where rows differ much in size.
+    kept = 0 if whole else len(plan.models) * max(min(SMALL, largest), largest // 20)
     return threads * 4 * ((inputs + 4) * (largest if whole else min(chunk, largest)) + kept)

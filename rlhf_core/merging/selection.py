@@ -21,8 +21,10 @@ SMALL = 1 << 20
 """Up to so many values are simply kept and partitioned."""
 _SAMPLES = (1 << 16, 1 << 22)
 """The fewest and the most values of a sample."""
-_TRUST = 5.0
-"""Standard errors that a guess may be off by, so that what lies between stays few: picking it out is most of a pass's work."""
+_TRUST = 4.0
+"""Standard errors that a guess may be off by at first, so that what lies between stays few: picking it out takes time."""
+_WIDER = 0.05
+"""How far a guess may be off, as a share of the ranks, after it was wrong once."""
 _HEAVY = 0.01
 
 Measure = Callable[[Chunk], Sequence[Tensor]]
@@ -59,10 +61,10 @@ def thresholds(streams: Callable[[], Iterable[TensorStream]], measure: Measure, 
     size = min(_SAMPLES[1], max(_SAMPLES[0], count >> 10))
     samples = [Sample(parts) for parts in _sample(streams, measure, count, len(shares), size)]
     found: dict[int, float] = {}
-    trust = _TRUST
+    trust, least = _TRUST, 0.0
     while len(found) < len(shares):
         brackets = {
-            ranking: Bracket(samples[ranking], ranks[ranking] / count, trust)
+            ranking: Bracket(samples[ranking], ranks[ranking] / count, trust, least)
             for ranking in range(len(shares))
             if ranking not in found
         }
@@ -73,7 +75,7 @@ def thresholds(streams: Callable[[], Iterable[TensorStream]], measure: Measure, 
         for ranking, bracket in brackets.items():
             if (threshold := bracket.threshold(ranks[ranking])) is not None:
                 found[ranking] = threshold
-        trust *= 6
+        trust, least = 6 * trust, max(_WIDER, 6 * least)
     return [found[ranking] for ranking in range(len(shares))]
 
 
@@ -127,28 +129,33 @@ class Sample:
         differ makes no error, for each stands for itself; parts of one run are compared with each other.
         """
         threshold = self.at(min(share, 1.0 - 1.0 / len(self.values)))
-        # Of each run how many values reach the threshold, and how many there are, both weighted.
-        groups: list[list[tuple[float, float]]] = [[]]
+        # Of each run how many values reach the threshold, how many are above it, and how many there are, all weighted. Where many
+        # values equal the threshold, one of the first two may hardly vary.
+        groups: list[list[numpy.ndarray]] = [[]]
         for runs, weight in self._parts:
-            counts = numpy.count_nonzero(runs >= threshold, axis=1)
-            found = [(weight * float(count), weight * runs.shape[1]) for count in counts]
+            counts = [
+                (runs >= threshold).sum(axis=1),
+                (runs > threshold).sum(axis=1),
+                numpy.full(len(runs), runs.shape[1]),
+            ]
+            found = weight * numpy.stack(counts, axis=1)
             if len(found) > 1:
-                groups.append(found)
+                groups.append([found])
             else:
-                groups[0] += found
-        groups = [group for group in groups if len(group) > 1]
-        if not groups:
+                groups[0].append(found)
+        tables = [numpy.concatenate(group) for group in groups if group]
+        tables = [table for table in tables if len(table) > 1]
+        if not tables:
             return 1.0  # one run tells nothing of how runs differ
+        variance = max(sum(_variance(table[:, which], table[:, 2]) for table in tables) for which in (0, 1))
         total = sum(part.weight * part.runs.size for part in self._parts)
-        least = max(part.weight for part in self._parts)
-        return max(least, math.sqrt(sum(_variance(numpy.array(group)) for group in groups))) / total
+        return max(max(part.weight for part in self._parts), math.sqrt(variance)) / total
 
 
-def _variance(runs: numpy.ndarray) -> float:
-    """Return the variance of the sum of counts, where a run is (count, length) and counts go with lengths."""
-    counts, lengths = runs[:, 0], runs[:, 1]
+def _variance(counts: numpy.ndarray, lengths: numpy.ndarray) -> float:
+    """Return the variance of the sum of counts that go with lengths, each (runs,)."""
     off = counts - counts.sum() / lengths.sum() * lengths
-    return float(off @ off) * len(runs) / (len(runs) - 1)
+    return float(off @ off) * len(counts) / (len(counts) - 1)
 
 
 class Bracket:
@@ -158,10 +165,11 @@ class Bracket:
         sample: some of the values.
         share: the rank that is looked for, as a share of all values.
         trust: how far the sample's ranks may be off, in standard errors.
+        least: how far they may be off in any case, as a share of the ranks.
     """
 
-    def __init__(self, sample: Sample, share: float, trust: float) -> None:
-        values, margin = sample.values, trust * sample.error(share)
+    def __init__(self, sample: Sample, share: float, trust: float, least: float = 0.0) -> None:
+        values, margin = sample.values, max(least, trust * sample.error(share))
         self.high, self.low = sample.at(share - margin), sample.at(share + margin)
         # Ends that many values share are counted, not kept: a model that was hardly trained is full of zeros, and differences of
         # weights of 16 bits have few values.
@@ -216,6 +224,8 @@ def _sample(
     """Return, for each ranking, about `size` of its values: at least a run of every tensor, larger ones in proportion."""
     parts: list[list[Part]] = [[] for _ in range(rankings)]
     for stream in streams():
+        if stream.count == 0:
+            continue
         runs = math.ceil(size / RUN * stream.count / count)
         sampled = min(stream.count, RUN * max(1, min(runs, stream.count // RUN)))
         weight = stream.count / sampled

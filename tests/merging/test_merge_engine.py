@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_core import registry
 from rlhf_core.interfaces import Merger
-from rlhf_core.merging import layer_wise_interpolation, streams
+from rlhf_core.merging import layer_wise_interpolation, passing
 from rlhf_core.merging.weights import LayerValues
 
 METHODS = sorted(plugin.name for plugin in registry.find("merger") if plugin.distribution == "rlhf-core")
@@ -60,7 +60,7 @@ def test_names_shapes_and_types_are_kept_and_the_model_generates(
 def test_the_order_of_models_threads_and_files_change_no_bit(
     method: str, family: tuple[Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streams, "CHUNK", 1000)
+    monkeypatch.setattr(passing, "CHUNK", 1000)
     base, models = family
     models = _models(method, models)
     weights = [0.5, 0.3, 0.2][: len(models)]

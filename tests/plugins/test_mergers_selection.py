@@ -10,7 +10,7 @@ from unittest import mock
 import numpy
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from mergers_helpers import NAME, make_inputs, merge
 from torch import Tensor
@@ -60,6 +60,16 @@ def tensors(draw: st.DrawFn) -> Tensor:
     return values if kind in ("normal", "one apart") else torch.full((count,), 2.5 * (kind == "constant"))
 
 
+def unchanged_rows(rows: int, columns: int, share: float) -> Tensor:
+    """Task vectors of a model in which a share of the rows was trained."""
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(rows, columns, generator=generator) * (torch.rand(rows, 1, generator=generator) < share)
+
+
+def rows_of_two_sizes(rows: int, columns: int) -> Tensor:
+    return 0.99 * unchanged_rows(rows, columns, 0.5) + 0.01 * torch.randn(rows, columns)
+
+
 SHARES = st.one_of(st.floats(1e-6, 1.0), st.sampled_from([0.1, 0.2, 0.5, 0.9, 0.999, 1.0]))
 
 
@@ -76,8 +86,12 @@ def test_the_threshold_equals_numpy(values: Tensor, share: float, sample: int) -
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(tensors(), min_size=1, max_size=4), st.floats(0.01, 1.0), st.floats(0.01, 1.0))
+@given(
+    st.lists(tensors() | st.just(torch.zeros(0)), min_size=1, max_size=4), st.floats(0.01, 1.0), st.floats(0.01, 1.0)
+)
 def test_thresholds_over_several_tensors(parts: list[Tensor], one: float, two: float) -> None:
+    assume(any(part.numel() for part in parts))
+
     def streams() -> list[TensorStream]:
         return [stream_of(part, name=str(number)) for number, part in enumerate(parts)]
 
@@ -101,6 +115,24 @@ def test_large_tensors_equal_numpy(share: float) -> None:
     rows = values.view(1000, 1500) * torch.rand(1000, 1, generator=generator)  # rows of sizes of their own
     (found,) = tensor_thresholds(stream_of(rows, chunk=65536), [share])
     assert found == kth_largest(rows, share)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.2, 0.24, 0.26, 0.5])
+@pytest.mark.parametrize("kind", ["unchanged rows", "rows of two sizes"])
+def test_rows_that_differ_take_one_pass(kind: str, share: float) -> None:
+    values = unchanged_rows(2048, 1024, 0.25) if kind == "unchanged rows" else rows_of_two_sizes(4096, 512)
+    read = []
+
+    def streams() -> list[TensorStream]:
+        return [stream_of(values, chunk=65536)]
+
+    def measure(chunk: Chunk) -> list[Tensor]:
+        read.append(chunk.tensors[0].numel())
+        return magnitudes(chunk)
+
+    (found,) = thresholds(streams, measure, [share])
+    assert found == kth_largest(values, share)
+    assert sum(read) < 1.1 * values.numel()
 
 
 @pytest.mark.parametrize("kind", ["scales", "few values", "norms"])

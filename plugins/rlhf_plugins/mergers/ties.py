@@ -61,14 +61,21 @@ def merge_weighted(
     # Turned to the elected sign, what agrees is above zero and the rest is cut off: no mask, which would cost more than the sum.
     for value in values:
         value.mul_(sign).clamp_min_(0.0)
-    divisor = torch.sign(values[0]).mul_(abs(weights[0])) if normalize else values[0]
-    merged, part = values[0], torch.empty_like(sign)
-    for value, weight in zip(values[1:], weights[1:], strict=True):
+    divisor = _agreeing(values, weights) if normalize else None
+    merged = values[0]
+    for value in values[1:]:
         merged.add_(value)
-        if normalize:
-            divisor.add_(torch.sign(value, out=part), alpha=abs(weight))
     merged.mul_(sign)
-    return merged.div_(divisor.clamp_min_(_TINY)) if normalize else merged
+    return merged if divisor is None else merged.div_(divisor.clamp_min_(_TINY))
+
+
+def _agreeing(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Return Σ |wᵢ| over the values above zero."""
+    total = torch.sign(values[0]).mul_(abs(weights[0]))
+    part = torch.empty_like(total)
+    for value, weight in zip(values[1:], weights[1:], strict=True):
+        total.add_(torch.sign(value, out=part), alpha=abs(weight))
+    return total
 
 
 def merge_unweighted(deltas: Sequence[Tensor], weights: Sequence[float], *, normalize: bool = True) -> Tensor:
