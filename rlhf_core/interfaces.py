@@ -285,6 +285,9 @@ class Merger(ABC):
     """For a method that chooses among the models: the one that makes the same of the chosen ones without choosing."""
     per_model: ClassVar[tuple[str, ...]] = ()
     """Options that a model may have a value of its own for."""
+    neutral: ClassVar[Mapping[str, Any]] = {}
+    """Options with which it leaves nothing out, where its defaults do: copies of a model then merge into that model, which the
+    conformance kit tests."""
 
     def __init__(self, config: BaseConfig | None = None) -> None:
         self.config = config if config is not None else self.Config()

@@ -11,23 +11,35 @@ from rlhf_core.cli import complete
 
 
 def add_to(app: typer.Typer) -> None:
-    app.command()(check)
+    # Whatever typer doesn't know is an option of the method.
+    app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(check)
     app.command()(new)
 
 
 def check(
+    context: typer.Context,
     name: Annotated[
         str, typer.Argument(metavar="[KIND:]NAME", help="The method to check.", autocompletion=complete.names)
     ],
 ) -> None:
-    """Run the conformance tests of a method's kind against it."""
+    """Run the conformance tests of a method's kind against it: `rlhf check ties`, `rlhf check reward:reward_model --model M`.
+
+    Any option of the method is a flag; those without a default must be given.
+    """
     from rlhf_core import registry
 
     plugin = registry.lookup(name)
-    registry.load(plugin)  # what can't be loaded is told in one line, not as failing tests
-    from rlhf_core.testing.check import run_contract
+    method = registry.load(plugin)  # what can't be loaded is told in one line, not as failing tests
+    from rlhf_core.flags import lex
+    from rlhf_core.job import convert_options
+    from rlhf_core.testing.check import contract_of, run_contract
+    from rlhf_core.yaml_files import nest
 
-    raise typer.Exit(run_contract(plugin.kind, plugin.qualified))
+    contract_of(plugin.kind)
+    given, places = convert_options(lex(context.args), method.Config, plugin.qualified, ())
+    options = nest(given)
+    method.Config.parse(options, place=places | {"": "command line"})  # what is missing is told once, not by each test
+    raise typer.Exit(run_contract(plugin.kind, plugin.qualified, options=options))
 
 
 def new(

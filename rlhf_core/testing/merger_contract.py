@@ -36,10 +36,10 @@ class MergerContract(Contract):
     tolerance: ClassVar[float] = 1e-5
     """Largest difference, as a share of the largest value, that rounding may make in float32."""
 
-    def instance(self) -> Merger:
-        """Return a new merger with `options`."""
+    def instance(self, *, neutral: bool = False) -> Merger:
+        """Return a new merger with `options`, and where `neutral`, those over them with which it leaves nothing out."""
         subject, config = self._found
-        return subject(config)
+        return subject(config.updated(**subject.neutral) if neutral and subject.neutral else config)
 
     @functools.cached_property
     def _found(self) -> tuple[type[Merger], Any]:
@@ -78,15 +78,15 @@ class MergerContract(Contract):
         )
 
     def test_copies_of_one_model_give_that_model(self) -> None:
-        """Models that are all one merge into it: into the base where it is the base, else into that model."""
+        """Models that are all one merge into it: into the base where it is the base, else into that model. `neutral` counts."""
         base, model, *_ = self.tensors()
         for one, what in ((base, "the base's copies"), (model, "a model's copies")):
             copies = [one.clone() for _ in range(self.count())]
-            self.same(self.instance().merge_tensor(NAME, base, copies, self.weights()), one, what)
+            self.same(self.instance(neutral=True).merge_tensor(NAME, base, copies, self.weights()), one, what)
 
     @after(INPUTS)
     def test_weights_one_and_zero_select(self) -> None:
-        """A model of weight one among models of weight zero comes out as it is."""
+        """A model of weight one among models of weight zero comes out as it is. `neutral` counts."""
         base, *tensors = self.tensors()
         for chosen, tensor in enumerate(tensors):
             weights = [float(number == chosen) for number in range(self.count())]
@@ -94,7 +94,8 @@ class MergerContract(Contract):
                 self.instance().check_weights(weights)
             except ConfigError as error:
                 raise SkipTest(f"the merger takes no such weights: {error}") from None
-            self.same(self.instance().merge_tensor(NAME, base, tensors, weights), tensor, f"weights {weights}")
+            found = self.instance(neutral=True).merge_tensor(NAME, base, tensors, weights)
+            self.same(found, tensor, f"weights {weights}")
 
     @after(INPUTS)
     def test_order_of_models_changes_nothing(self) -> None:

@@ -189,6 +189,8 @@ FAULTS = {
     ("new", "trainer", "json"): (2, "error[config] NAME: a module of that name is installed, which it would hide; got `json`"),
     ("new", "trainer", "Acme_X"): (2, "error[config] NAME: a package's name has lower-case letters"),
     ("new", "hook", "acme-x"): (2, "error[config] KIND: there is no template for this kind; got `hook`"),
+    ("check", "reward:reward_model"): (2, "error[config] command line: `model` is missing; fix: set `model`"),
+    ("check", "ties", "--densty", "1"): (2, "error[config] --densty: unknown option `densty` of rlhf-core:ties"),
     ("check", "sftt"): (2, "error[config] registry: unknown plugin `sftt`; fix: did you mean `sft`?"),
 }  # fmt: skip
 

@@ -10,11 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlhf_core import registry
 from rlhf_core.interfaces import Merger
 from rlhf_core.testing import MergerContract
-
-DROPS = "it drops entries"
-SELECT, COPIES = "test_weights_one_and_zero_select", "test_copies_of_one_model_give_that_model"
+from rlhf_core.testing.check import run_contract
 
 
 class TestLinear(MergerContract):
@@ -43,54 +42,41 @@ class TestKarcher(MergerContract):
 
 class TestTIES(MergerContract):
     method = "ties"
-    options: ClassVar = {"density": 1.0}
-
-
-class TestTIESThatTrims(MergerContract):
-    method = "ties"
-    expected_failures: ClassVar = {SELECT: DROPS, COPIES: DROPS}
 
 
 class TestDARE(MergerContract):
     method = "dare"
-    options: ClassVar = {"density": 1.0}
 
 
-class TestDAREThatDrops(MergerContract):
+class TestDAREWithAnElection(MergerContract):
     method = "dare"
     options: ClassVar = {"election": "ties"}
-    expected_failures: ClassVar = {SELECT: DROPS, COPIES: DROPS}
 
 
 class TestDELLA(MergerContract):
     method = "della"
-    options: ClassVar = {"density": 1.0, "epsilon": 0.0}
-
-
-class TestDELLAThatDrops(MergerContract):
-    method = "della"
-    expected_failures: ClassVar = {SELECT: DROPS, COPIES: DROPS}
 
 
 class TestBreadcrumbs(MergerContract):
     method = "breadcrumbs"
-    options: ClassVar = {"density": 1.0, "gamma": 0.0}
 
 
-class TestBreadcrumbsThatDrop(MergerContract):
+class TestBreadcrumbsWithAnElection(MergerContract):
     method = "breadcrumbs"
     options: ClassVar = {"scope": "tensor", "election": "ties"}
-    expected_failures: ClassVar = {SELECT: DROPS, COPIES: DROPS}
 
 
 class TestSCE(MergerContract):
     method = "sce"
-    options: ClassVar = {"density": 1.0}
 
 
-class TestSCEThatSelects(MergerContract):
-    method = "sce"
-    expected_failures: ClassVar = {SELECT: DROPS}
+class TestLayerWise(MergerContract):
+    method = "layer_wise"
+
+
+@pytest.mark.parametrize("name", sorted(plugin.name for plugin in registry.find("merger")))
+def test_checking_by_name_needs_no_options(name: str) -> None:
+    assert run_contract("merger", name) == 0
 
 
 # The contract itself: what no plugin above can show.

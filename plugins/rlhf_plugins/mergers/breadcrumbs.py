@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy
 import torch
@@ -100,6 +100,7 @@ class BreadcrumbsMerger(StreamMerger):
     config: BreadcrumbsConfig
     needs_base = True
     per_model = ("density", "gamma")
+    neutral: ClassVar = {"density": 1.0, "gamma": 0.0}
     by_row = True
 
     def check_weights(self, weights: Sequence[float]) -> None:

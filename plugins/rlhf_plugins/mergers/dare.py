@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -78,6 +78,7 @@ class DAREMerger(StreamMerger):
     config: DAREConfig
     needs_base = True
     per_model = ("density", "trim")
+    neutral: ClassVar = {"density": 1.0}
 
     def check_weights(self, weights: Sequence[float]) -> None:
         check_fused_weights(weights, self.config.election, self.config.normalize)

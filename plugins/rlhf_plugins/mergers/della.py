@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy
 import torch
@@ -115,6 +115,7 @@ class DELLAMerger(StreamMerger):
     needs_base = True
     per_model = ("density", "epsilon")
     by_row = True
+    neutral: ClassVar = {"density": 1.0, "epsilon": 0.0}
 
     def check_weights(self, weights: Sequence[float]) -> None:
         check_fused_weights(weights, self.config.election, self.config.normalize)

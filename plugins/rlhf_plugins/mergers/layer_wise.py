@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field
 from torch import Tensor
 
@@ -38,6 +40,7 @@ class LayerWiseMerger(StreamMerger):
     config: LayerWiseConfig
     needs_base = True
     models = (1, 1)
+    neutral: ClassVar = {"t": 1.0}
 
     def merge_chunk(self, chunk: Chunk, measured: None) -> Tensor:
         return interpolate(chunk.origin, chunk.tensors[0], self.config.t * chunk.weights[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy
 import torch
@@ -95,6 +95,7 @@ class SCEMerger(StreamMerger):
     config: SCEConfig
     needs_base = True
     models = (2, None)
+    neutral: ClassVar = {"density": 1.0}
 
     def check_weights(self, weights: Sequence[float]) -> None:
         require_one_sign(weights)

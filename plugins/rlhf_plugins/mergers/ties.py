@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy
 import torch
@@ -133,6 +133,7 @@ class TIESMerger(StreamMerger):
     config: TIESConfig
     needs_base = True
     per_model = ("density",)
+    neutral: ClassVar = {"density": 1.0}
 
     def check_weights(self, weights: Sequence[float]) -> None:
         if self.config.normalize and self.config.majority == "weighted":
