@@ -290,14 +290,15 @@ def _config_error(cls: type[BaseConfig], error: ValidationError, place: Mapping[
     first = error.errors(include_url=False)[0]
     key = _key(cls, first["loc"])
     where = place if isinstance(place, str) else place_of(key, place)
-    got = shortened(first["input"])
+    # Of a check over several options, all of them would be shown.
+    got = None if first["type"] == "value_error" and isinstance(first["input"], Mapping) else shortened(first["input"])
     if first["type"] == "extra_forbidden":
         owner = _group(cls, first["loc"][:-1])
         near = did_you_mean(str(first["loc"][-1]), owner.model_fields)
         return ConfigError(f"unknown option `{key}`", place=where, fix=near)
     if first["type"] == "missing":
         return ConfigError(f"`{key}` is missing", place=where, fix=f"set `{key}`")
-    message = _PLAIN.get(first["type"], first["msg"].replace("Input should be", "must be"))
+    message = _PLAIN.get(first["type"], first["msg"].replace("Input should be", "must be").removeprefix("Value error, "))
     if first["type"] in ("model_type", "model_attributes_type"):
         message = f"expected a group of options ({', '.join(_group(cls, first['loc']).model_fields)})"
     named = where.lstrip("-").replace("-", "_") == key  # by its flag
