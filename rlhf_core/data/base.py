@@ -88,6 +88,14 @@ class EncodedData(ABC):
         A stream yields what it refuses too, to be counted when it is met.
         """
 
+    def place_of(self, index: int) -> str:
+        """Return what a message calls the row of that number: `file:line`.
+
+        Rows don't carry it, so the data are read again up to there.
+        """
+        rows = (row.place for row in self.source.rows() if row.index == index)
+        return next(rows, f"row {index}")
+
 
 def random_generator(*key: int) -> np.random.Generator:
     """Return the generator that belongs to these numbers, whatever was drawn before."""

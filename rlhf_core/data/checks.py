@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from rlhf_core.data.files import Row
-from rlhf_core.errors import ConfigError, DataError, did_you_mean, nearest
+from rlhf_core.errors import ConfigError, DataError, did_you_mean, nearest, shortened
 from rlhf_core.records import RECORDS, Label, Message, Prompt, RecordContract, Role
 
 _ROLES = get_args(Role)
@@ -128,7 +128,7 @@ class Checker:
         if "label" in self.contract.required:
             label = values["label"]
             if label not in _LABELS:
-                raise DataError("`label` must be `desirable` or `undesirable`", place=row.place, got=repr(label))
+                raise _wrong_label(label, row)
             per_response["desirable"] = [label == "desirable"]
         if "verifiable" in self.contract.required:
             if not isinstance(values["verifiable"], bool):
@@ -139,12 +139,13 @@ class Checker:
 
     def _other_contract(self, columns: Sequence[str]) -> str | None:
         """Return the contract that these columns fulfil, where it has responses and isn't the one asked for."""
-        fits = (
+        fits = [
             c
             for c in RECORDS.values()
             if c.responses and c.name != self.contract.name and set(c.required) <= {*columns}
-        )
-        return next((contract.name for contract in fits), None)
+        ]
+        # The one that asks for most: unpaired rows have what `sft` needs, too.
+        return max(fits, key=lambda contract: len(contract.required)).name if fits else None
 
     def _missing(self, name: str, row: Row) -> DataError:
         own = self.columns.get(name, name)
@@ -167,6 +168,18 @@ class Checker:
         return DataError(
             problem, place=row.place, got=f"columns {', '.join(found) or 'none'}", fix=None if empty else fix
         )
+
+
+def _wrong_label(label: Any, row: Row) -> DataError:
+    truth = isinstance(label, bool | int | float) and label in (0, 1)
+    fix = 'write words for true and false: `"desirable" if row["label"] else "undesirable"`' if truth else None
+    near = nearest(label, _LABELS) if isinstance(label, str) else None
+    return DataError(
+        "`label` must be `desirable` or `undesirable`",
+        place=row.place,
+        got=shortened(label),
+        fix=f"did you mean `{near}`?" if near else fix,
+    )
 
 
 def _wrong_type(name: str, expected: str, got: Any, row: Row) -> DataError:

@@ -13,6 +13,12 @@ from rlhf_core.records import RECORDS
 logger = logging.getLogger(__name__)
 
 _EXAMPLES = 5
+_FIRST = 256
+"""Rows of a stream after which one label only is worth a word."""
+_GIVE_BOTH = {
+    "desirable": "add rows with the label `desirable`",
+    "undesirable": "add rows with the label `undesirable` (`rlhf train sft` learns from good responses alone)",
+}
 
 
 class DataReport:
@@ -84,16 +90,32 @@ class DataReport:
                 got=got,
                 fix=self._mend(),
             )
-        if "label" in RECORDS[self.record].required and len(self.labels) < 2:
-            missing = "undesirable" if "desirable" in self.labels else "desirable"
+        if (missing := self._missing_label()) is not None:
             raise DataError(
                 f"no row has the label `{missing}`; unpaired data need both",
                 place=self.name,
                 got=f"{self.kept} rows, all `{next(iter(self.labels))}`",
+                fix=_GIVE_BOTH[missing],
             )
         self.complete = True
         for line in self.warnings():
             logger.warning(line)
+
+    def warn_of_one_label(self) -> None:
+        """Warn where a stream's first rows have one label only; whether the other comes is known at its end, perhaps never.
+
+        To be called after each row that is kept.
+        """
+        if self.kept == _FIRST and (missing := self._missing_label()) is not None:
+            logger.warning(
+                "%s: none of the first %d rows has the label `%s`, and unpaired data need both: %s, and mix the two",
+                self.name, self.kept, missing, _GIVE_BOTH[missing],
+            )  # fmt: skip
+
+    def _missing_label(self) -> str | None:
+        if "label" not in RECORDS[self.record].required or len(self.labels) > 1:
+            return None
+        return "undesirable" if "desirable" in self.labels else "desirable"
 
     def _mend(self) -> str:
         if EQUAL in self.dropped:

@@ -198,6 +198,8 @@ class DataStream:
             return None
         if self.dataset.streaming and not report.complete:
             report.add(outcome, strict=self.dataset.options.strict)
+            if outcome.row is not None:
+                report.warn_of_one_label()
         return outcome.row
 
 

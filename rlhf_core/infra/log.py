@@ -8,10 +8,14 @@ import sys
 from functools import cache
 from typing import TYPE_CHECKING
 
+from rlhf_core import registry
+
 if TYPE_CHECKING:
     from rich.console import Console
 
 LOGGER = "rlhf_core"
+SHIPPED = "rlhf_plugins"
+"""The package of the methods that ship with the core."""
 
 
 @cache
@@ -23,15 +27,12 @@ def console() -> Console:
 
 
 def setup_logging(level: int | str = logging.INFO, *, rank: int = 0) -> logging.Logger:
-    """Send the core's log to stderr and return its logger. Processes but the first show warnings only.
+    """Send the log of the core and of installed plugins to stderr; return the core's logger.
 
-    Calling it again replaces what it set up before; other loggers are left alone.
+    Processes but the first show warnings only. Calling it again replaces what it set up before; other loggers are left alone.
     """
-    logger = logging.getLogger(LOGGER)
     if not sys.stderr.isatty():
         hide_library_bars()
-    for old in list(logger.handlers):
-        logger.removeHandler(old)
     handler: logging.Handler
     if sys.stderr.isatty():
         from rich.logging import RichHandler
@@ -43,10 +44,25 @@ def setup_logging(level: int | str = logging.INFO, *, rank: int = 0) -> logging.
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     if rank:
         handler.addFilter(lambda record: record.levelno >= logging.WARNING)
-    logger.addHandler(handler)
-    logger.setLevel(level)
-    logger.propagate = False
-    return logger
+    handler.set_name(LOGGER)
+    for name in (LOGGER, *plugin_packages()):
+        logger = logging.getLogger(name)
+        for old in list(logger.handlers):
+            # A plugin may have a handler of its own, say to a file.
+            if name == LOGGER or old.name == LOGGER:
+                logger.removeHandler(old)
+        logger.addHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = False
+    return logging.getLogger(LOGGER)
+
+
+def plugin_packages() -> list[str]:
+    """Return the top-level packages of installed plugins, under which their modules log. Imports none of them."""
+    installed = (plugin for plugin in registry.find() if plugin.distribution != registry.LOCAL)
+    names = {plugin.target.partition(":")[0].partition(".")[0].strip() for plugin in installed}
+    # The root logger has the name "", and belongs to nobody; the core's own hooks need no second handler.
+    return sorted((names | {SHIPPED}) - {"", LOGGER})
 
 
 def hide_library_bars() -> None:

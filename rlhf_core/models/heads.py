@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from rlhf_core.errors import ModelError
 from rlhf_core.infra.tensors import read_tensors, write_tensors
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 NO_HEAD = "the checkpoint has no reward head, so its scores would be random"
@@ -120,10 +123,39 @@ def fill_head(directory: Path, name: str, head: nn.Module) -> None:
 
 
 def head_directory(source: str | Path, name: str) -> Path | None:
-    """Return where a model's `NAME.json` and `NAME.safetensors` stand, here or fetched from the hub; None without them."""
+    """Return where a model's `NAME.json` and `NAME.safetensors` stand, here or fetched from the hub; None without them.
+
+    Raises:
+        ModelError: only one of the two is there. Taken for a model without a head, it would be given a random one.
+    """
+    files = (f"{name}.json", f"{name}.safetensors")
     where = Path(source).expanduser()
     if where.exists():
-        return where if (where / f"{name}.json").is_file() else None
+        found = [where / file if (where / file).is_file() else None for file in files]
+    else:
+        found = _from_hub(str(source), files)
+    if (lost := [file for file, path in zip(files, found, strict=True) if path is None]) == []:
+        return found[0].parent  # type: ignore[union-attr]
+    if len(lost) == 1:
+        there = files[1 - files.index(lost[0])]
+        raise ModelError(
+            NO_HEAD, place=str(source), got=f"{there}, and no {lost[0]}", fix="copy the whole checkpoint again"
+        )
+    return None
+
+
+def warn_of_other_head(source: str | Path, name: str) -> None:
+    """Say that the head of another kind of reward model, `NAME`, isn't used, where a model has it beside its weights."""
+    where = Path(source).expanduser()
+    if any((where / f"{name}.{kind}").is_file() for kind in ("json", "safetensors")):
+        log.warning(
+            "%s has a %s, which another method trained and which isn't used: its backbone is given a new, random head",
+            source,
+            name.replace("_", " "),
+        )
+
+
+def _from_hub(source: str, files: Sequence[str]) -> list[Path | None]:
     from transformers.utils import cached_file
 
     quiet = {
@@ -132,8 +164,7 @@ def head_directory(source: str | Path, name: str) -> Path | None:
         "_raise_exceptions_for_gated_repo": False,
     }
     try:
-        about = cached_file(str(source), f"{name}.json", **quiet)
-        weights = cached_file(str(source), f"{name}.safetensors", **quiet) if about is not None else None
+        found = [cached_file(source, file, **quiet) for file in files]
     except (OSError, ValueError):  # no such name: loading the model itself tells
-        return None
-    return Path(about).parent if about is not None and weights is not None else None
+        return [None] * len(files)
+    return [Path(path) if path is not None else None for path in found]

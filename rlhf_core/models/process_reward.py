@@ -14,8 +14,17 @@ from rlhf_core.batch import Batch
 from rlhf_core.config import LoraConfig, TrainerConfig
 from rlhf_core.errors import ConfigError, ModelError
 from rlhf_core.infra.seeds import stream_seed
-from rlhf_core.models.heads import NO_HEAD, TwoLayerHead, describe_head, fill_head, head_directory, write_head
+from rlhf_core.models.heads import (
+    NO_HEAD,
+    TwoLayerHead,
+    describe_head,
+    fill_head,
+    head_directory,
+    warn_of_other_head,
+    write_head,
+)
 from rlhf_core.models.loading import load_model
+from rlhf_core.models.reward import HEAD as OTHER_HEAD
 from rlhf_core.models.reward import last_hidden, refuse_quantised
 from rlhf_core.models.sequence import SequenceModel, model_hashes
 from rlhf_core.models.steps import step_ends
@@ -86,6 +95,7 @@ class ProcessRewardModel(nn.Module):
             model = cls(backbone, head, separator=about["separator"])
             model.check_separator(separator)
         else:
+            warn_of_other_head(source, OTHER_HEAD)
             model = cls.on(backbone, separator="\n" if separator is None else separator, seed=seed)
         if device is not None:
             model.to(device)

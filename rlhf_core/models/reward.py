@@ -22,13 +22,14 @@ from rlhf_core.models.heads import (
     describe_head,
     fill_head,
     head_directory,
+    warn_of_other_head,
     write_head,
 )
 from rlhf_core.models.layout import Layout
 from rlhf_core.models.loading import architecture, load_model
 from rlhf_core.models.sequence import SequenceModel, model_hashes
 
-HEAD = "reward_head"
+HEAD, OTHER_HEAD = "reward_head", "process_reward_head"
 MOST_MEMBERS = 64
 _HEADS: dict[str, Callable[[int], nn.Module]] = {
     "two_layer": TwoLayerHead,
@@ -43,13 +44,17 @@ class RewardModel(nn.Module):
     Args:
         backbones: one that all heads stand on, or one a head.
         heads: a head a member, (S, D) to (S, 1).
+        centred: whether the members were trained to score a pair around 0. Elsewhere each one's scores are known up to a
+            constant of its own, so members' scores of one response can't be compared.
     """
 
-    def __init__(self, backbones: Sequence[SequenceModel], heads: Sequence[nn.Module]) -> None:
+    def __init__(
+        self, backbones: Sequence[SequenceModel], heads: Sequence[nn.Module], *, centred: bool = False
+    ) -> None:
         super().__init__()
         if len(backbones) not in (1, len(heads)):
             raise ValueError(f"{len(heads)} heads can't stand on {len(backbones)} backbones")
-        self.backbones, self.heads = nn.ModuleList(backbones), nn.ModuleList(heads)
+        self.backbones, self.heads, self.centred = nn.ModuleList(backbones), nn.ModuleList(heads), centred
 
     @classmethod
     def from_pretrained(
@@ -86,6 +91,7 @@ class RewardModel(nn.Module):
         elif architecture(source, trust_remote_code=trust_remote_code).endswith("ForSequenceClassification"):
             model = cls._classifier(str(source), settings)
         elif new_head:
+            warn_of_other_head(source, OTHER_HEAD)
             network, tokenizer = load_model(source, headless=True, **settings)
             backbone = SequenceModel(cast(nn.Module, network.base_model), tokenizer, source=str(source))
             backbone.loaded = True
@@ -118,7 +124,9 @@ class RewardModel(nn.Module):
             raise ModelError("is no head that is known here", place=str(where / f"{HEAD}.json"), got=got)
         folders = [where / f"member-{member}" for member in range(1, 1 if about["shared"] else about["members"])]
         backbones = [first, *(cls._load_backbone(folder, settings) for folder in folders)]
-        model = cls(backbones, [_HEADS[about["head"]](about["width"]) for _ in range(about["members"])])
+        heads = [_HEADS[about["head"]](about["width"]) for _ in range(about["members"])]
+        # Files written before there was this note don't have it.
+        model = cls(backbones, heads, centred=about.get("centred") is True)
         fill_head(where, HEAD, model.heads)
         return model
 
@@ -217,6 +225,7 @@ class RewardModel(nn.Module):
             "width": self._backbones[0].width,
             "members": self.members,
             "shared": len(self.backbones) == 1,
+            "centred": self.centred,
         }
         write_head(directory, HEAD, self.heads, about)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, Literal, TypeVar
@@ -18,6 +19,8 @@ from rlhf_core.data.files import Cursor, Row
 from rlhf_core.errors import DataError
 from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.interfaces import Sample
+
+log = logging.getLogger(__name__)
 
 ScoreT = TypeVar("ScoreT")
 
@@ -44,17 +47,18 @@ class SampleScores(Generic[ScoreT]):
     Args:
         score: what the model makes of a batch, one entry a response.
         model: a `RewardModel` or `ProcessRewardModel`; its tokenizer, device and positions count.
-        config: what is longer than `max_length` is cut at its end.
+        config: what is longer than `max_length` is cut at its end, and told of once.
     """
 
     def __init__(self, score: Callable[[Batch], Sequence[ScoreT]], model: Any, config: ScoringConfig) -> None:
         self.score, self.model, self.config = score, model, config
-        max_length = min(config.max_length, model.max_positions or config.max_length)
-        self.responses = Encoder(model.tokenizer, "sft", max_length=max_length)
-        self.prompts = Encoder(model.tokenizer, "prompt", max_length=max_length)
+        self.max_length: int = min(config.max_length, model.max_positions or config.max_length)
+        self.responses = Encoder(model.tokenizer, "sft", max_length=self.max_length)
+        self.prompts = Encoder(model.tokenizer, "prompt", max_length=self.max_length)
         self.end: int = model.tokenizer.eos_token_id
         self.devices = DeviceManager(model.device.type)
         self.cache: OrderedDict[str, ScoreT] = OrderedDict()
+        self._told = False
 
     def __call__(self, samples: Sequence[Sample]) -> list[ScoreT]:
         """Return one score a sample, in order.
@@ -101,17 +105,28 @@ class SampleScores(Generic[ScoreT]):
     def _rows(self, samples: Sequence[Sample]) -> list[EncodedRow]:
         """Encode samples as training does; a completion without any text is its end token alone."""
         rows = []
+        cut = 0
         for number, sample in enumerate(samples):
             empty = not sample.completion.strip()
             values = {"prompt": sample.prompt, "response": sample.completion}
             row = Row(number, f"sample {number}", values, Cursor())
             (outcome,) = (self.prompts if empty else self.responses).encode([row])
             if outcome.row is None:
-                raise DataError(
-                    f"can't be scored: {outcome.refused}", place=f"sample {number}", fix="raise `max_length`"
-                )
+                raise DataError(f"can't be scored: {outcome.refused}", place=f"sample {number}", fix=self._more_room())
+            cut += outcome.truncated
             if empty:
                 rows.append(EncodedRow(number, outcome.row.prompt_ids, [[self.end]], [[True]]))
             else:
                 rows.append(outcome.row)
+        if cut and not self._told:
+            self._told = True
+            log.warning(
+                "%d of %d samples are longer than %d tokens and scored without their ends (this is said once): %s",
+                cut, len(samples), self.max_length, self._more_room(),
+            )  # fmt: skip
         return rows
+
+    def _more_room(self) -> str:
+        if self.max_length < self.config.max_length:
+            return f"use shorter completions, for the model has {self.max_length} positions"
+        return "raise `max_length`"

@@ -78,7 +78,10 @@ def test_null_column(tiny):
         ("preference", {"prompt": "a", "chosen": "b", "rejected": "c", "margin": "d"}, "`margin` must be a number"),
         ("preference", {"prompt": "a", "chosen": "b", "rejected": "c", "margin": True}, "`margin` must be a number"),
         ("unpaired", {"prompt": "a", "response": "b", "label": "good"}, "must be `desirable` or `undesirable`; got 'good'"),
-        ("unpaired", {"prompt": "a", "response": "b", "label": True}, "got True"),
+        ("unpaired", {"prompt": "a", "response": "b", "label": True}, "got True; fix: write words for true and false"),
+        ("unpaired", {"prompt": "a", "response": "b", "label": 0}, 'fix: write words for true and false: `"desirable" if'),
+        ("unpaired", {"prompt": "a", "response": "b", "label": "Desirable"}, "got 'Desirable'; fix: did you mean `desirable`?"),
+        ("unpaired", {"prompt": "a", "response": "b", "label": [1]}, "got [1]"),
         ("reasoning", {"prompt": "a", "answer": "b", "verifiable": "yes"}, "`verifiable` must be true or false"),
         ("reasoning", {"prompt": "a", "answer": ["b"], "verifiable": True}, "`answer` must be text or a number"),
     ],
@@ -136,6 +139,7 @@ def test_one_label_only(tiny, label, missing):
     rows = [{"prompt": "a", "response": "b", "label": label}] * 3
     error = fault(tiny, rows, "unpaired")
     assert f"no row has the label `{missing}`" in error and f"3 rows, all `{label}`" in error
+    assert f"fix: add rows with the label `{missing}`" in error
 
 
 def test_columns_that_are_no_json_are_left_out_and_told(tiny):
@@ -194,5 +198,11 @@ def test_a_gap_behind_whole_rows_is_a_gap(tiny):
 
 
 def test_rows_of_another_contract_are_recognised(tiny):
-    error = fault(tiny, [{"prompt": "a", "response": "b"}], "preference")
-    assert "fix: these look like `sft` rows, for another method; or set `dataset.columns`" in error
+    row = {"prompt": "a", "response": "b"}
+    for given, name in (
+        (row, "sft"),
+        ({**row, "label": "desirable"}, "unpaired"),
+        ({**row, "label": True}, "unpaired"),
+    ):
+        error = fault(tiny, [given], "preference")
+        assert f"fix: these look like `{name}` rows, for another method; or set `dataset.columns`" in error

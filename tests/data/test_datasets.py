@@ -180,3 +180,11 @@ def test_gsm8k(bpe, file, record, rows):
         [first[name] for name in ("response", "chosen", "rejected") if name in first], mapped[0].responses, strict=True
     ):
         assert bpe.decode(ids) == text + "<|im_end|>"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_row_has_a_place_by_its_number(tiny, tmp_path, streaming):
+    paths = [write_as(sft_rows(3), tmp_path, "jsonl"), write_as(sft_rows(2), tmp_path, "parquet")]
+    data = (StreamingSFTDataset if streaming else SFTDataset)(list(map(str, paths)), tiny)
+    assert [data.place_of(index) for index in (1, 3)] == [f"{paths[0]}:2", f"{paths[1]}:row 1"]
+    assert data.place_of(9) == "row 9"

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from rlhf_core.cli import main
-from rlhf_core.infra.log import LOGGER
+from rlhf_core.infra.log import LOGGER, SHIPPED
 from rlhf_core.testing.tiny import save_tiny
 
 OPTIONS = ("--batch_size", "2", "--max_length", "64", "--max_steps", "2", "--learning_rate", "1e-3")
@@ -51,12 +51,14 @@ def write(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def log_as_before() -> Iterator[None]:
-    """Take back what the command line does to the core's logger."""
-    logger = logging.getLogger(LOGGER)
-    before = logger.level, logger.propagate, list(logger.handlers)
+    """Take back what the command line does to the loggers of the core and of the methods that ship."""
+    loggers = [logging.getLogger(name) for name in (LOGGER, SHIPPED)]
+    before = [(logger.level, logger.propagate, list(logger.handlers)) for logger in loggers]
     yield
-    logger.level, logger.propagate = before[:2]
-    logger.handlers[:] = before[2]
+    for logger, (level, propagate, handlers) in zip(loggers, before, strict=True):
+        # Not by assignment: a logger remembers which levels are on.
+        logger.setLevel(level)
+        logger.propagate, logger.handlers[:] = propagate, handlers
 
 
 @pytest.fixture

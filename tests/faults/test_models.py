@@ -157,3 +157,14 @@ def test_a_damaged_checkpoint_falls_back_loudly(train: Callable, tmp_path: Path)
     assert (tmp_path / "run" / "checkpoints" / "step-2.damaged").is_dir()
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     assert "checkpoint_damaged" in {event["event"] for event in events}
+
+
+def test_half_a_reward_head_is_no_new_one(train: Callable, model: Path, tmp_path: Path) -> None:
+    pairs = [{"prompt": "q", "chosen": "a", "rejected": "b"}] * 4
+    assert train(method="reward_model", data=pairs).code == 0
+    (tmp_path / "run" / "model" / "reward_head.json").unlink()
+    ended = train(method="reward_model", model=tmp_path / "run" / "model", data=pairs, output=tmp_path / "again")
+    assert (ended.code, ended.error) == (
+        4, f"error[model] {tmp_path}/run/model: the checkpoint has no reward head, so its scores would be random; got"
+        " reward_head.safetensors, and no reward_head.json; fix: copy the whole checkpoint again",
+    )  # fmt: skip

@@ -88,3 +88,10 @@ def test_the_libraries_are_at_least_those_without_known_holes() -> None:
     for name, floor in (("torch", (2, 10)), ("transformers", (5, 3))):
         stated = next(found for line in required if (found := re.match(rf"{name}[^;]*?>=(\d+)\.(\d+)", line)))
         assert tuple(map(int, stated.groups())) >= floor
+
+
+def test_a_methods_warnings_look_like_the_cores(train: Callable) -> None:
+    labels = ["desirable"] * 8 + ["undesirable"] * 2
+    ended = train(method="kto", data=[{"prompt": "q", "response": f"a{i}", "label": x} for i, x in enumerate(labels)])
+    assert ended.code == 0
+    assert re.search(r"^[\d:]{8} WARNING 8 desirable and 2 undesirable rows weigh 4 to 1", ended.err, re.MULTILINE)

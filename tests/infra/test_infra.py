@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import random
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from rlhf_core import registry
 from rlhf_core.errors import ConfigError, StorageError
 from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.environment import describe_environment
 from rlhf_core.infra.files import read_json, remove_tree, replace_file, sha256_of, storage_errors, write_file
+from rlhf_core.infra.log import plugin_packages, setup_logging
 from rlhf_core.infra.redact import redact, redact_text
 from rlhf_core.infra.seeds import RandomState, seed_everything, stream_seed
 from rlhf_core.infra.tensors import read_tensors, write_tensors
@@ -151,6 +155,47 @@ def test_secrets_are_redacted_in_values() -> None:
     assert redact(values) == {
         "api_key": "[redacted]", "batching": {"micro_batch_tokens": 5}, "list": ["[redacted]"], "token": None
     }  # fmt: skip
+
+
+@pytest.fixture
+def loggers() -> Iterator[list[logging.Logger]]:
+    """The loggers of the core, of the methods that ship, of a third party's, and of one that is no plugin; put back after."""
+    names = ("rlhf_core", "rlhf_plugins", "acme_methods", "somebody_else")
+    found = [logging.getLogger(name) for name in names]
+    before = [(logger.level, logger.propagate, list(logger.handlers)) for logger in found]
+    yield found
+    for logger, (level, propagate, handlers) in zip(found, before, strict=True):
+        logger.setLevel(level)
+        logger.propagate, logger.handlers[:] = propagate, handlers
+
+
+def test_plugins_log_as_the_core_does(
+    install: Callable[..., Path], loggers: list[logging.Logger], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = 'raise RuntimeError("imported")\nclass Mine:\n    api = 1\n    record = "sft"\n'
+    install("acme", {"acme_methods/mine.py": source}, trainers={"mine": "acme_methods.mine:Mine"})
+    core, shipped, acme, other = loggers
+    own = logging.NullHandler()
+    acme.addHandler(own)
+    other_before = other.level, other.propagate, list(other.handlers)
+    for _ in range(2):  # a second call leaves no second handler
+        assert setup_logging() is core
+    for logger in (core, shipped.getChild("trainers.kto"), acme.getChild("mine")):
+        logger.info("said by %s", logger.name)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" ", 1)[1] for line in lines] == [
+        f"INFO said by {name}" for name in ("rlhf_core", "rlhf_plugins.trainers.kto", "acme_methods.mine")
+    ]
+    assert own in acme.handlers and (other.level, other.propagate, other.handlers) == other_before
+    setup_logging(rank=1)
+    acme.info("not said")
+    shipped.warning("a doubt")
+    assert capsys.readouterr().err.split(" ", 1)[1] == "WARNING a doubt\n"
+
+
+def test_the_methods_that_ship_log_even_where_their_metadata_are_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "find", list)
+    assert plugin_packages() == ["rlhf_plugins"]
 
 
 def test_the_device_says_what_it_is() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from transformers import AutoModelForSequenceClassification, LlamaForSequenceCla
 
 from rlhf_core.config import LoraConfig
 from rlhf_core.errors import ConfigError, ModelError
-from rlhf_core.models import PolicyModel, RewardModel
+from rlhf_core.models import PolicyModel, ProcessRewardModel, RewardModel
+from rlhf_core.models.heads import head_directory
 from rlhf_core.models.layout import padded_layout
 from rlhf_core.testing.tiny import save_tiny, tiny_model, tiny_tokenizer
 
@@ -133,6 +135,38 @@ def test_a_lost_head_is_told(causal: Path, classifier: Path, tmp_path: Path) -> 
         RewardModel.from_pretrained(tmp_path / "hub")
 
 
+@pytest.mark.parametrize("lost", ["reward_head.json", "reward_head.safetensors"])
+def test_half_a_head_is_not_replaced_by_a_new_one(causal: Path, tmp_path: Path, lost: str) -> None:
+    RewardModel.from_pretrained(causal, new_head=True).save_pretrained(tmp_path)
+    (tmp_path / lost).unlink()
+    with pytest.raises(ModelError, match=rf"would be random; got reward_head\..*, and no {lost}; fix: copy"):
+        RewardModel.from_pretrained(tmp_path, new_head=True)
+
+
+@pytest.mark.parametrize("there", ["reward_head.json", "reward_head.safetensors"])
+def test_half_a_head_on_the_hub_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, there: str) -> None:
+    def cached(source: str, file: str, **_: object) -> str | None:
+        return str(tmp_path / file) if file == there else None
+
+    monkeypatch.setattr("transformers.utils.cached_file", cached)
+    with pytest.raises(ModelError, match=f"acme/reward: .* would be random; got {there}, and no reward_head"):
+        head_directory("acme/reward", "reward_head")
+    assert head_directory("acme/reward", "other_head") is None
+
+
+def test_a_head_of_the_other_kind_is_not_replaced_without_a_word(
+    causal: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kinds: tuple[Any, Any] = (RewardModel, ProcessRewardModel)
+    for kind, other, said in zip(kinds, kinds[::-1], ("reward head", "process reward head"), strict=True):
+        place = tmp_path / kind.__name__
+        kind.from_pretrained(causal, new_head=True).save_pretrained(place)
+        assert not caplog.records
+        other.from_pretrained(place, new_head=True)
+        assert f"{place} has a {said}, which another method trained and which isn't used" in caplog.text
+        caplog.clear()
+
+
 def test_a_head_of_another_width_is_told(causal: Path, tmp_path: Path) -> None:
     RewardModel.from_pretrained(causal, new_head=True).save_pretrained(tmp_path)
     about = json.loads((tmp_path / "reward_head.json").read_text())
@@ -191,6 +225,18 @@ def test_damaged_notes_on_the_head_are_told(causal: Path, tmp_path: Path) -> Non
         notes.write_text(text)
         with pytest.raises(ModelError, match=said):
             RewardModel.from_pretrained(tmp_path)
+
+
+def test_notes_written_before_centring_was_noted_are_read(causal: Path, tmp_path: Path) -> None:
+    model = RewardModel.from_pretrained(causal, new_head=True, members=2)
+    model.centred = True
+    model.save_pretrained(tmp_path)
+    assert RewardModel.from_pretrained(tmp_path).centred
+    notes = tmp_path / "reward_head.json"
+    notes.write_text(
+        json.dumps({name: value for name, value in json.loads(notes.read_text()).items() if name != "centred"})
+    )
+    assert not RewardModel.from_pretrained(tmp_path).centred
 
 
 def test_every_members_files_count(causal: Path, tmp_path: Path) -> None:

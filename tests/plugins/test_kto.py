@@ -225,6 +225,26 @@ def test_one_class_is_refused_and_the_missing_label_named(tmp_path: Path, good: 
     assert caught.value.exit_code == 3
 
 
+@pytest.mark.parametrize("steps", [None, 3])
+def test_one_class_is_refused_where_a_stream_has_been_gone_through(tmp_path: Path, steps: int | None) -> None:
+    with pytest.raises(DataError, match=r"data: no row has the label `undesirable`.*8 rows, all `desirable`; fix: add"):
+        options = {"max_steps": steps, "lr_schedule": "constant", "warmup_ratio": 0, "dataset": {"streaming": True}}
+        run(tmp_path, rows(8, 0), **options).train()
+
+
+@pytest.mark.parametrize(("good", "bad", "missing"), [(300, 0, "undesirable"), (0, 300, "desirable"), (299, 1, None)])
+def test_one_class_at_a_streams_beginning_is_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, good: int, bad: int, missing: str | None
+) -> None:
+    data = rows(good, bad)
+    options = {"max_steps": 3, "batch_size": 90, "kl": "zero", "dataset": {"streaming": True, "shuffle": False}}
+    run(tmp_path, data if missing else data[::-1], **options).train()
+    told = [record.getMessage() for record in caplog.records if "of the first" in record.getMessage()]
+    assert [f"data: none of the first 256 rows has the label `{missing}`" in line for line in told] == [True] * bool(
+        missing
+    )
+
+
 def test_a_batch_of_one_class_is_learnt_from(tmp_path: Path) -> None:
     data = rows(4, 4)
     result = run(tmp_path, data, dataset={"shuffle": False}).train()

@@ -31,7 +31,9 @@ def saved(kind: str) -> str:
     if kind == "process":
         ProcessRewardModel.from_pretrained(tiny, new_head=True, seed=1).save_pretrained(folder / "model")
     else:
-        RewardModel.from_pretrained(tiny, new_head=True, members=3, seed=1).save_pretrained(folder / "model")
+        model = RewardModel.from_pretrained(tiny, new_head=True, members=1 if kind == "single" else 3, seed=1)
+        model.centred = kind != "loose"
+        model.save_pretrained(folder / "model")
     return str(folder / "model")
 
 
@@ -69,6 +71,19 @@ def test_scores_are_those_of_training() -> None:
     )
     assert plain == pytest.approx(scores.mean(dim=1).tolist(), rel=1e-5, abs=1e-6)
     assert careful == pytest.approx((scores.mean(dim=1) - 2 * scores.std(dim=1)).tolist(), rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("loose", r"doubt_weight: the ensemble's members weren't centred.*got 0.5 for .*fix: train .* `centre_weight`"),
+        ("single", r"doubt_weight: a model of one member has no doubt; got 0.5 for .*ensemble.size"),
+    ],
+)
+def test_doubt_that_means_nothing_is_refused(kind: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        RewardModelReward(RewardModelRewardConfig(model=saved(kind), doubt_weight=0.5)).score(samples(1))
+    assert len(RewardModelReward(RewardModelRewardConfig(model=saved(kind))).score(samples(1))) == 1
 
 
 def test_a_text_that_comes_again_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,6 +127,29 @@ def test_a_prompt_without_room_is_told() -> None:
     reward = RewardModelReward(RewardModelRewardConfig(model=saved("ensemble"), max_length=8))
     with pytest.raises(DataError, match=r"sample 0: can't be scored.*raise `max_length`"):
         reward.score([Sample("a long prompt", "4")])
+
+
+def test_completions_that_are_cut_are_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    reward = RewardModelReward(RewardModelRewardConfig(model=saved("ensemble"), max_length=16))
+    given = [Sample("1+1=", text) for text in ("2", "9" * 20, "3" * 30, "3" * 8)]
+    reward.score(given[::3])
+    assert not caplog.records
+    reward.score(given)
+    reward.score([Sample("1+2=", "9" * 20)])
+    # Of the four, two had a score already.
+    said = (
+        "2 of 2 samples are longer than 16 tokens and scored without their ends (this is said once): raise `max_length`"
+    )
+    assert [record.getMessage() for record in caplog.records] == [said]
+
+
+def test_a_completion_beyond_the_models_positions_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    reward = RewardModelReward(RewardModelRewardConfig(model=saved("ensemble"), max_length=100_000))
+    positions = reward.model.max_positions
+    assert positions is not None
+    reward.score([Sample("1+1=", "9" * positions), Sample("1+1=", "2")])
+    assert f"1 of 2 samples are longer than {positions} tokens" in caplog.text
+    assert f"use shorter completions, for the model has {positions} positions" in caplog.text
 
 
 def test_steps_have_probabilities() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,7 +14,7 @@ import torch
 from batches import random_batch, relative
 from hypothesis import given
 from hypothesis import strategies as st
-from rlhf_plugins.trainers.process_metrics import NO_LABEL, RIGHT, WRONG, first_wrong
+from rlhf_plugins.trainers.process_metrics import NO_LABEL, RIGHT, WRONG, first_wrong, row_labels
 from rlhf_plugins.trainers.process_reward import ProcessRewardConfig, ProcessRewardTrainer, ranking_loss, step_loss
 
 from rlhf_core.batch import Batch
@@ -142,32 +144,58 @@ def test_what_is_saved_scores_the_same(tmp_path: Path) -> None:
         ProcessRewardModel.from_pretrained(save_tiny(tmp_path / "plain", hidden=32))
 
 
-def run(tmp_path: Path, rows: list[dict[str, Any]], **options: Any) -> ProcessRewardTrainer:
+def run(tmp_path: Path, rows: Any, **options: Any) -> ProcessRewardTrainer:
     config = {"max_steps": 2, "batch_size": 4, "logging": {"progress": False}, **options}
     made = save_tiny(tmp_path / "model", hidden=32, layers=2, heads=2)
     return ProcessRewardTrainer(ProcessRewardConfig.parse(config), model=made, data=rows)
 
 
 ROW = {"prompt": "1+1+1=?", "chosen": "1+1=2\n2+1=3", "rejected": "1+1=3\n3+1=4", "labels": [[1, 1], [0, 0]]}
-MISFITS: dict[str, tuple[Any, str]] = {
+STEPS = [["1+1=2", "2+1=3"], ["1+1=3", "3+1=4"]]
+MISFITS: dict[str, tuple[dict[str, Any], str]] = {
     "too few": (
-        [[1, 1], [0]],
-        r"row 1: `labels` has 1 entries for the 2 steps of `rejected`; got steps that end with '\\n'",
+        {"labels": [[1, 1], [0]]},
+        r"`labels` has 1 entries for the 2 steps of `rejected`; got steps that end with '\\n'",
     ),
-    "too many": ([[1, 1, 1], [0, 0]], "row 1: `labels` has 3 entries for the 2 steps of `chosen`"),
-    "flat": ([1, 0], "row 1: `labels` must be two lists of true and false"),
-    "no labels": ([[1, 2], [0, 0]], "row 1: `labels` must be two lists of true and false"),
+    "too many": ({"labels": [[1, 1, 1], [0, 0]]}, "`labels` has 3 entries for the 2 steps of `chosen`"),
+    "flat": ({"labels": [1, 0]}, "`labels` must be two lists of true and false"),
+    "no labels": ({"labels": [[1, 2], [0, 0]]}, "`labels` must be two lists of true and false"),
+    "no texts": ({"steps": [["1+1=2", 3], STEPS[1]]}, "`steps` must be two lists of texts, for chosen and rejected"),
+    "a list of texts": ({"steps": STEPS[0]}, "`steps` must be two lists of texts"),
+    "fewer steps than labels": (
+        {"steps": [STEPS[0], ["1+1=3"]]},
+        "`steps` has 1 entries for the 2 steps of `rejected`",
+    ),
+    "other steps": (
+        {"steps": [["1+1=2\n2+1=3"], STEPS[1]], "labels": None},
+        "`steps` has 1 entries for the 2 steps of `chosen`; got steps that end with",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", MISFITS)
 @pytest.mark.parametrize("streaming", [False, True])
-def test_labels_that_do_not_fit_are_told(tmp_path: Path, case: str, streaming: bool) -> None:
-    labels, said = MISFITS[case]
-    rows = [ROW, {**ROW, "labels": labels}, ROW, ROW]
-    with pytest.raises(DataError, match=said) as caught:
-        run(tmp_path, rows, dataset={"streaming": streaming, "shuffle": False}).train()
+def test_labels_and_steps_that_do_not_fit_are_told(tmp_path: Path, case: str, streaming: bool) -> None:
+    columns, said = MISFITS[case]
+    rows = [ROW, {**ROW, "steps": STEPS, **columns}, ROW, ROW]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n" + "".join(json.dumps(row) + "\n" for row in rows))  # a blank line is no row
+    with pytest.raises(DataError, match=f"^{re.escape(str(path))}:3: {said}") as caught:
+        run(tmp_path, path, dataset={"streaming": streaming, "shuffle": False}).train()
     assert caught.value.exit_code == 3
+
+
+def test_held_out_rows_have_places_of_their_own(tmp_path: Path) -> None:
+    for streaming in (False, True):
+        trainer = run(tmp_path, [ROW] * 4, dataset={"streaming": streaming})
+        trainer.eval_data = tmp_path / "held_out.jsonl"
+        trainer.eval_data.write_text("".join(json.dumps({**ROW, "labels": labels}) + "\n" for labels in (None, [1])))
+        with pytest.raises(DataError, match=r"/held_out.jsonl:2: `labels` must be two lists"):
+            trainer.train()
+
+
+def test_steps_that_fit_are_taken(tmp_path: Path) -> None:
+    assert run(tmp_path, [{**ROW, "steps": STEPS}, {**ROW, "labels": None, "steps": STEPS}] * 2).train().step == 2
 
 
 @pytest.mark.parametrize(
@@ -182,6 +210,14 @@ def test_a_response_that_was_cut_keeps_the_labels_of_its_whole_steps(room: int, 
     trainer.models = torch.nn.ModuleDict(trainer.build(trainer.adopt(policy)))
     (window,) = trainer.experience(iter([collate([data[0]])]))
     assert window["step_labels"][0][window["step_ends"][0]].tolist() == expected
+
+
+def test_of_a_response_that_was_cut_labels_and_steps_are_held_against_each_other() -> None:
+    row = {"labels": [[1, 0, 0], [0]], "steps": [["1", "2"], ["3"]]}
+    cut: dict[str, Any] = {"cut": True, "separator": "\n", "place": lambda: "rows.jsonl:1"}
+    with pytest.raises(DataError, match=r"rows.jsonl:1: `labels` has 3 entries for the 2 `steps` of `chosen`"):
+        row_labels(row, 0, 1, **cut)
+    assert row_labels(row, 1, 1, **cut) == [NO_LABEL] and row_labels({"steps": row["steps"]}, 0, 1, **cut) is None
 
 
 def test_steps_are_found_behind_tokenizers_that_mark_words() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -161,6 +162,19 @@ def test_an_ensemble_learns_ranks_and_doubts(tmp_path: Path) -> None:
     wrong = config.updated(ensemble={"size": 2})
     with pytest.raises(ConfigError, match="2 members were asked for"):
         RewardModelTrainer(wrong, model=output / "model", data=rows).train()
+
+
+def test_whether_members_were_centred_is_noted(tmp_path: Path) -> None:
+    model: Any = save_tiny(tmp_path / "tiny", hidden=32, layers=1, heads=2)
+    rows = list(Arithmetic().rows("preference", 8))
+    # What trains on from centred members without the penalty drifts from there, and says so.
+    for number, weight in enumerate((0.01, 0.0)):
+        options = {"max_steps": 1, "batch_size": 4, "centre_weight": weight, "logging": {"progress": False}}
+        output = tmp_path / f"run-{number}"
+        RewardModelTrainer(RewardModelConfig.parse(options), model=model, data=rows, output=output).train()
+        model = output / "model"
+        assert json.loads((model / "reward_head.json").read_text())["centred"] is (weight > 0)
+        assert RewardModel.from_pretrained(model).centred is (weight > 0)
 
 
 def test_a_model_passed_in_keeps_its_members_or_is_refused() -> None:

@@ -8,6 +8,7 @@ from functools import cached_property
 from pydantic import Field
 
 from rlhf_core.batch import Batch
+from rlhf_core.errors import ConfigError
 from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.interfaces import RewardFn, Sample
 from rlhf_core.models import RewardModel
@@ -24,7 +25,8 @@ class RewardModelRewardConfig(ScoringConfig):
     doubt_weight: float = Field(
         0.0,
         ge=0,
-        description="Standard deviations of an ensemble's members taken off their mean; larger trusts less what they doubt.",
+        description="Standard deviations of an ensemble's members taken off their mean; larger trusts less what they doubt."
+        " Needs members trained with `centre_weight`.",
     )
 
 
@@ -37,11 +39,36 @@ class RewardModelReward(RewardFn):
 
     @cached_property
     def model(self) -> RewardModel:
-        """The model, loaded when it is first needed."""
+        """The model, loaded when it is first needed.
+
+        Raises:
+            ConfigError: doubt is to count, and the model has none that means anything.
+        """
         loaded = RewardModel.from_pretrained(
             self.config.model, device=DeviceManager().device, precision=self.config.precision
         )
+        if self.config.doubt_weight:
+            self._check_doubt(loaded)
         return loaded.eval().requires_grad_(False)
+
+    def _check_doubt(self, model: RewardModel) -> None:
+        weight, source = self.config.doubt_weight, self.config.model
+        if model.members == 1:
+            raise ConfigError(
+                "a model of one member has no doubt",
+                place="doubt_weight",
+                got=f"{weight:g} for {source}",
+                fix="set `doubt_weight: 0`, or train an ensemble: `rlhf train reward_model --ensemble.size 4"
+                " --centre_weight 0.01`",
+            )
+        if not model.centred:
+            # Ranking leaves each member a constant of its own, which would pass for disagreement.
+            raise ConfigError(
+                "the ensemble's members weren't centred, so their scores can't be held against each other",
+                place="doubt_weight",
+                got=f"{weight:g} for {source}",
+                fix="train the ensemble with `centre_weight` above 0 (0.01 is usual), or set `doubt_weight: 0`",
+            )
 
     @cached_property
     def _scores(self) -> SampleScores[float]:

@@ -99,7 +99,7 @@ class KTOTrainer(Trainer[KTOConfig]):
 
     def inspect(self, data: EncodedData) -> None:
         if data.streaming:
-            log.info("streamed rows aren't counted by label: see to it that the weights fit them")
+            log.info("streamed rows aren't counted by label beforehand: see to it that the weights fit them")
             return
         labels = data.report.labels
         good, bad = labels["desirable"], labels["undesirable"]

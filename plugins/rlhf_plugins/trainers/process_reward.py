@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
@@ -21,7 +22,7 @@ from rlhf_core.errors import DataError
 from rlhf_core.interfaces import Loss, Trainer
 from rlhf_core.models import PolicyModel, ProcessRewardModel
 from rlhf_core.models.process_reward import AGGREGATIONS
-from rlhf_plugins.trainers.process_metrics import NO_LABEL, RIGHT, WRONG, ranked, step_metrics
+from rlhf_plugins.trainers.process_metrics import NO_LABEL, RIGHT, ranked, row_labels, step_metrics
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +91,9 @@ class ProcessRewardTrainer(Trainer[ProcessRewardConfig]):
     Config = ProcessRewardConfig
     trains = ("reward",)
 
+    _opened: list[EncodedData]
+    """The data of the run, for messages."""
+
     def load(self, source: str | Path, **options: Any) -> Any:
         return ProcessRewardModel.from_pretrained(
             source, new_head=True, separator=self._asked(), seed=self.config.seed, **options
@@ -105,9 +109,11 @@ class ProcessRewardTrainer(Trainer[ProcessRewardConfig]):
         return ProcessRewardModel.on(model.without_head(), separator=self.config.separator, seed=self.config.seed)
 
     def build(self, policy: Any) -> dict[str, nn.Module]:
+        self._opened = []
         return {"reward": policy}
 
     def inspect(self, data: EncodedData) -> None:
+        self._opened.append(data)
         if data.streaming:
             return  # each batch is looked at when it comes
         outcomes = (outcome.row for outcome, _ in data.walk(0, seed=0, shuffle=False, position=[]))
@@ -116,7 +122,7 @@ class ProcessRewardTrainer(Trainer[ProcessRewardConfig]):
         while chunk := list(islice(rows, _LOOK_AT)):
             batch = collate(chunk)
             ends = self.reward.step_ends(batch)
-            labelled += int((self._labels(batch, ends) != NO_LABEL).sum())
+            labelled += int((self._labels(batch, ends, data) != NO_LABEL).sum())
             separated += int((ends.sum(dim=1) > 1).sum())
         if not separated:
             log.warning("%s: no response holds %r, so each is one step", data.report.name, self.reward.separator)
@@ -127,57 +133,40 @@ class ProcessRewardTrainer(Trainer[ProcessRewardConfig]):
                 fix="give `labels`, or set `ranking_weight` to learn from pairs alone",
             )
 
-    def _labels(self, batch: Batch, ends: Tensor) -> Tensor:
+    def _labels(self, batch: Batch, ends: Tensor, data: EncodedData | None) -> Tensor:
         """Return (R, T) labels at the steps' ends: right so far, or not, or without a label.
 
         Raises:
-            DataError: a response has another number of labels than of steps.
+            DataError: a response has another number of labels, or of `steps`, than of steps.
         """
         labels = torch.full(ends.shape, NO_LABEL)
-        if not batch.records:
-            return labels.to(batch.device)
         # A pair's chosen response stands directly before its rejected one.
-        for response, prompt in enumerate(batch.owner.tolist()):
-            given, which = batch.records[prompt].get("labels"), response % 2
-            if given is None:
-                continue
+        for response, prompt in enumerate(batch.owner.tolist() if batch.records else ()):
             at = ends[response].nonzero().squeeze(1).cpu()
-            labels[response, at] = torch.tensor(self._row_labels(batch, prompt, response, which, given, len(at)))
+            tokens = int(batch.prompt_lengths[prompt] + batch.response_lengths[response])
+            last = int(batch.response_ids[response, batch.response_lengths[response] - 1])
+            found = row_labels(
+                batch.records[prompt],
+                response % 2,
+                len(at),
+                cut=tokens >= self.config.max_length and last not in self.reward.tokenizer.all_special_ids,
+                separator=self.reward.separator,
+                place=functools.partial(_place, data, batch.rows[prompt]),
+            )
+            if found is not None:
+                labels[response, at] = torch.tensor(found)
         return labels.to(batch.device)
-
-    def _row_labels(self, batch: Batch, prompt: int, response: int, which: int, given: Any, steps: int) -> list[float]:
-        name = ("chosen", "rejected")[which]
-        place = f"row {batch.rows[prompt]}"
-        shape = isinstance(given, list) and len(given) == 2 and all(isinstance(part, list) for part in given)
-        if not shape or not all(value in (0, 1) for part in given for value in part):
-            raise DataError(
-                "`labels` must be two lists of true and false, for chosen and rejected",
-                place=place,
-                got=repr(given)[:80],
-            )
-        labels = [RIGHT if value else WRONG for value in given[which]]
-        tokens = int(batch.prompt_lengths[prompt] + batch.response_lengths[response])
-        last = int(batch.response_ids[response, batch.response_lengths[response] - 1])
-        if tokens >= self.config.max_length and last not in self.reward.tokenizer.all_special_ids:
-            # It was cut: the steps that are left keep their labels, but the last of them may be half a step.
-            return [*labels[: steps - 1], NO_LABEL] if len(labels) >= steps else [NO_LABEL] * steps
-        if len(labels) != steps:
-            raise DataError(
-                f"`labels` has {len(labels)} entries for the {steps} steps of `{name}`",
-                place=place,
-                got=f"steps that end with {self.reward.separator!r}",
-                fix="give a label a step, or set `separator` to what ends a step in these texts",
-            )
-        return labels
 
     @property
     def reward(self) -> ProcessRewardModel:
         return self.models["reward"]  # type: ignore[return-value]
 
     def experience(self, stream: Iterator[Batch]) -> Iterable[Batch]:
+        # Held-out data are opened last.
+        data = next(iter(self._opened[-1:] if self.seam.evaluating else self._opened), None)
         for batch in stream:
             ends = self.reward.step_ends(batch)
-            yield batch.attach(per_token={"step_ends": ends, "step_labels": self._labels(batch, ends)})
+            yield batch.attach(per_token={"step_ends": ends, "step_labels": self._labels(batch, ends, data)})
 
     def weights(self, batch: Batch) -> Mapping[str, float]:
         config = self.config
@@ -205,3 +194,7 @@ class ProcessRewardTrainer(Trainer[ProcessRewardConfig]):
             metrics["outcome_accuracy"] = ranked(pairs["outcome"].detach())
         metrics |= step_metrics(batch, steps.detach(), labels)
         return Loss({name: term for name, term in terms.items() if name in self.weights(batch)}, metrics)
+
+
+def _place(data: EncodedData | None, row: int) -> str:
+    return data.place_of(row) if data is not None else f"row {row}"

@@ -122,6 +122,7 @@ class RewardModelTrainer(Trainer[RewardModelConfig]):
         )
 
     def build(self, policy: Any) -> dict[str, nn.Module]:
+        policy.centred = self.config.centre_weight > 0
         return {"reward": policy}
 
     @property
