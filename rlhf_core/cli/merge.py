@@ -112,7 +112,10 @@ def _merge(recipe: Recipe, evaluate: Any, *, resume: bool, overwrite: bool) -> M
         # typer would make an exit of it, without what is left behind.
         text = "stopped by Ctrl-C"
         if recipe.config.output and unfinished(Path(recipe.config.output).expanduser()).is_dir():
-            text += "; the same command with `--resume` goes on"
+            # What the new model shall replace is noted beside it, and the two flags don't go together.
+            text += (
+                "; the same command with `--resume`" + (" in place of `--overwrite`" if overwrite else "") + " goes on"
+            )
         raise Interrupted(text) from error
 
 

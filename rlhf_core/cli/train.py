@@ -101,8 +101,27 @@ def validate(context: typer.Context, target: Target) -> None:
 
     Whether its paths exist is told by `rlhf train FILE --dry-run`.
     """
-    job = _job(target, context.args)
+    try:
+        job = _job(target, context.args)
+    except ConfigError:
+        if _is_merge(target):
+            raise ConfigError(
+                "is the file of a merge, not of a run", place=target, fix=f"`rlhf merge {target} --dry-run`"
+            ) from None
+        raise
     print(f"ok: {target} is a valid configuration of {job.plugin.qualified}")
+
+
+def _is_merge(target: str) -> bool:
+    """Tell whether a file that is none of a run is one that `rlhf merge` takes, ours or mergekit's."""
+    from rlhf_core import registry
+    from rlhf_core.job import is_file, read_target
+
+    if not is_file(target):
+        return False
+    values, _, _ = read_target(target)
+    name = values.get("method")
+    return "merge_method" in values or (name not in registry.trainers and name in registry.mergers)
 
 
 def _job(target: str, flags: list[str]) -> Job:

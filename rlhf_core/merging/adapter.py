@@ -49,6 +49,7 @@ class AdapterCheckpoint(Checkpoint):
             )
         file = WeightFile(weights, name)
         super().__init__(name, path, dict.fromkeys(file.entries, file))
+        self.heads = self.heads or base.heads
         self._own = self.tensors
         self._pairs: dict[str, dict[str, str | None]] = {}
         self._whole: dict[str, str] = {}
@@ -62,7 +63,7 @@ class AdapterCheckpoint(Checkpoint):
 
     @property
     def files(self) -> list[Path]:
-        return [*super().files, *self.base.files]
+        return list(dict.fromkeys([*super().files, *self.base.files]))
 
     @property
     def config(self) -> dict[str, Any]:

@@ -27,6 +27,8 @@ from rlhf_core.merging.streams import Source, digest_of
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+HEADS = ("reward_head", "process_reward_head")
+"""Heads that reward models keep beside their weights, each as `NAME.json` and `NAME.safetensors`."""
 _PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
 
 
@@ -39,6 +41,7 @@ class Checkpoint:
         self.tensors: dict[str, TensorEntry] = {
             name: entry for file in dict.fromkeys(files.values()) for name, entry in file.entries.items()
         }
+        self.heads = _head_files(path, name)
 
     @classmethod
     def open(cls, source: str | Path) -> Checkpoint:
@@ -76,22 +79,56 @@ class Checkpoint:
                     got=base,
                     fix="set `base_model_name_or_path` in adapter_config.json to a model, or write `MODEL+ADAPTER`",
                 )
-            return AdapterCheckpoint(name, path, cls.open(base))
+            return AdapterCheckpoint(name, path, cls._base_of(name, base))
         return cls(name, path, _weight_files(path, name))
+
+    @classmethod
+    def _base_of(cls, adapter: str, base: str) -> Checkpoint:
+        """Open the base that an adapter names, which may have been moved since."""
+        try:
+            return cls.open(base)
+        except ModelError as error:
+            if Path(base).expanduser().exists():
+                raise
+            raise ModelError(
+                "the base that this adapter names isn't there",
+                place=adapter,
+                got=f"{base}: {error.got or error.problem}",
+                fix=f"name it where it lies now, `BASE+{adapter}`",
+            ) from error
 
     def source(self, name: str) -> Source:
         """Return one tensor, to be read."""
         return FileSource(self._files[name], self.tensors[name], name, self)
 
+    @property
+    def head_tensors(self) -> dict[str, TensorEntry]:
+        """The tensors of its heads, by the head's name and their own."""
+        return {f"{head}.{key}": entry for head, file in self.heads.items() for key, entry in file.entries.items()}
+
+    def head_source(self, name: str) -> Source:
+        """Return one tensor of a head, to be read."""
+        head, _, key = name.partition(".")
+        return FileSource(self.heads[head], self.heads[head].entries[key], name, self)
+
+    @property
+    def all_tensors(self) -> dict[str, TensorEntry]:
+        """The model's own tensors and those of its heads."""
+        return {**self.tensors, **self.head_tensors}
+
+    def any_source(self, name: str) -> Source:
+        """Return one of `all_tensors`, to be read."""
+        return self.source(name) if name in self.tensors else self.head_source(name)
+
     def close(self) -> None:
         """Close the files."""
-        for file in dict.fromkeys(self._files.values()):
+        for file in (*dict.fromkeys(self._files.values()), *self.heads.values()):
             file.close()
 
     @property
     def files(self) -> list[Path]:
         """The weight files that it is read from."""
-        return [file.path for file in dict.fromkeys(self._files.values())]
+        return [file.path for file in (*dict.fromkeys(self._files.values()), *self.heads.values())]
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -116,8 +153,8 @@ class Checkpoint:
     def digest(self) -> bytes:
         """A hash of every tensor's name, shape and some of its values: the same however the files are cut or stored."""
         total = hashlib.blake2b(digest_size=16)
-        for name in sorted(self.tensors):
-            source = self.source(name)
+        for name in [*sorted(self.tensors), *sorted(self.head_tensors)]:
+            source = self.any_source(name)
             total.update(f"{name}\0{source.shape}\0".encode())
             total.update(digest_of(source))
         return total.digest()
@@ -135,7 +172,12 @@ class WeightFile:
                 raise ModelError("a weight file is damaged", place=name, got=error, fix="copy the file again") from None
             for tensor in self.entries:
                 if not tensor or tensor.startswith(".") or any(sign in tensor for sign in "/\\\0"):
-                    raise ModelError(f"{path.name} names a tensor like a path", place=name, got=repr(tensor))
+                    raise ModelError(
+                        f"{path.name} names a tensor like a path",
+                        place=name,
+                        got=repr(tensor),
+                        fix="don't use the file, unless you trust it: then rename the tensor and save it again",
+                    )
             self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
@@ -204,10 +246,16 @@ def _weight_files(path: Path, name: str) -> dict[str, WeightFile]:
     if (
         path / SINGLE
     ).is_file() or not index.is_file():  # the single file counts where both are there, as in transformers
-        single = [path / SINGLE] if (path / SINGLE).is_file() else sorted(path.glob("*.safetensors"))
+        others = sorted(file for file in path.glob("*.safetensors") if file.stem not in HEADS)
+        single = [path / SINGLE] if (path / SINGLE).is_file() else others
         if len(single) != 1:
             found = ", ".join(file.name for file in single) or "none"
-            raise ModelError(f"has no {SINGLE} and no {INDEX}", place=name, got=f"safetensors files: {found}")
+            raise ModelError(
+                f"has no {SINGLE} and no {INDEX}",
+                place=name,
+                got=f"safetensors files: {found}",
+                fix=f"copy {INDEX} too, which says what lies in which shard" if single else "copy the weights too",
+            )
         file = WeightFile(single[0], name)
         return dict.fromkeys(file.entries, file)
     try:
@@ -227,6 +275,21 @@ def _weight_files(path: Path, name: str) -> dict[str, WeightFile]:
                     fix=f"mend {INDEX}",
                 )
     return {tensor: shards[shard] for tensor, shard in mapped.items()}
+
+
+def _head_files(path: Path, name: str) -> dict[str, WeightFile]:
+    """Open the weights of the heads that stand beside a model's own."""
+    found = {}
+    for head in HEADS:
+        there = [kind for kind in ("json", "safetensors") if (path / f"{head}.{kind}").is_file()]
+        if len(there) == 1:
+            lacking = "safetensors" if there == ["json"] else "json"
+            raise ModelError(
+                "the reward head is not whole", place=name, got=f"no {head}.{lacking}", fix="copy the file"
+            )
+        if there:
+            found[head] = WeightFile(path / f"{head}.safetensors", name)
+    return found
 
 
 def _beside(base: str, adapter: Path) -> str:

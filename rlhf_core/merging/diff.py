@@ -148,28 +148,29 @@ def diff(first: str | Path, second: str | Path, *, progress: Progress | None = N
 
 
 def _compare(a: Checkpoint, b: Checkpoint, progress: Progress | None) -> Difference:
-    shared = sorted(set(a.tensors) & set(b.tensors), key=natural)
-    shapes = {name: (a.tensors[name].shape, b.tensors[name].shape) for name in shared}
+    own, others = a.all_tensors, b.all_tensors
+    shared = sorted(set(own) & set(others), key=natural)
+    shapes = {name: (own[name].shape, others[name].shape) for name in shared}
     reshaped = {name: pair for name, pair in shapes.items() if tuple(pair[0]) != tuple(pair[1])}
     names = [name for name in shared if name not in reshaped]
     if not names:
         raise ModelError(
             f"has no tensor in common with {a.name}",
             place=b.name,
-            got=f"{len(a.tensors)} and {len(b.tensors)} tensors, {len(reshaped)} of one name and two shapes",
+            got=f"{len(own)} and {len(others)} tensors, {len(reshaped)} of one name and two shapes",
             fix="compare models of one architecture",
         )
-    total = sum(a.tensors[name].nbytes for name in names)
+    total = sum(own[name].nbytes for name in names)
     tensors, done = {}, 0
     with torch.inference_mode():
         for name in names:
-            stream = TensorStream(name, a.source(name), [b.source(name)], [1.0])
+            stream = TensorStream(name, a.any_source(name), [b.any_source(name)], [1.0])
             pieces: Iterable[Distance] = (distance(chunk.origin, chunk.tensors[0]) for chunk in stream.chunks())
             tensors[name] = sum(pieces, Distance())
-            done += a.tensors[name].nbytes
+            done += own[name].nbytes
             if progress is not None:
                 progress(done, total)
-    only = tuple(sorted(set(one.tensors) - set(other.tensors), key=natural) for one, other in ((a, b), (b, a)))
+    only = tuple(sorted(set(one) - set(other), key=natural) for one, other in ((own, others), (others, own)))
     return Difference((a.name, b.name), tensors, (only[0], only[1]), reshaped)
 
 

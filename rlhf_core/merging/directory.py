@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,24 +17,33 @@ from rlhf_core.merging.checkpoint import INDEX, Checkpoint
 from rlhf_core.merging.config import MergeConfig
 from rlhf_core.merging.plan import Plan
 from rlhf_core.merging.vocabulary import TOKENIZER
+from rlhf_core.merging.weights import Value
+
+log = logging.getLogger(__name__)
 
 RECIPE = "merge.yaml"
 _TOKENIZER_FILES = (
     TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+_TOKENS = (TOKENIZER, "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
+"""Files one of which every tokenizer has."""
 _OTHER_FILES = ("preprocessor_config.json", "processor_config.json")
 _GENERATION = "generation_config.json"
 
 
-def fill(path: Path, plan: Plan, config: MergeConfig, chosen: Sequence[int], details: dict[str, Any]) -> None:
-    """Write all that stands beside the weights; `chosen` are the numbers of the models that were merged."""
-    if len(plan.files) > 1:
+def fill(
+    path: Path, plan: Plan, config: MergeConfig, chosen: Sequence[tuple[int, Value]], details: dict[str, Any]
+) -> None:
+    """Write all that stands beside the weights; `chosen` are the numbers of the models that were merged, with their weights."""
+    if len({item.file for item in plan.own}) > 1:
         replace_json(path / INDEX, plan.index())
     main = plan.base if plan.base is not None else plan.models[0]
     _write_config(path, plan, main)
     _copy(main, _OTHER_FILES, path)
-    _write_tokenizer(path, plan, main)
+    for head in plan.heads:
+        head.describe(path)
+    _write_tokenizer(path, plan)
     recipe = recipe_of(config)
     replace_file(path / RECIPE, recipe.encode())
     replace_file(path / "README.md", _card(plan, config, chosen, details, recipe).encode())
@@ -46,10 +56,25 @@ def recipe_of(config: MergeConfig) -> str:
     return redact_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100))
 
 
-def _write_tokenizer(path: Path, plan: Plan, main: Checkpoint) -> None:
+def check_tokenizer(plan: Plan) -> None:
+    """Warn where the result will have no tokenizer, since no input has one."""
+    if plan.vocabularies.origin is None and _with_tokenizer(plan) is None:
+        log.warning("no input has a tokenizer, so the result has none; copy its files beside the result's weights")
+
+
+def _with_tokenizer(plan: Plan) -> Checkpoint | None:
+    """Return the base, or else the first model, that has a tokenizer; their vocabularies don't differ where none was chosen."""
+    inputs = [*([plan.base] if plan.base is not None else []), *plan.models]
+    return next(
+        (one for one in inputs if any((place / name).is_file() for place in _places(one) for name in _TOKENS)), None
+    )
+
+
+def _write_tokenizer(path: Path, plan: Plan) -> None:
     vocabularies = plan.vocabularies
     if vocabularies.origin is None:
-        _copy(main, _TOKENIZER_FILES, path)
+        if (source := _with_tokenizer(plan)) is not None:
+            _copy(source, _TOKENIZER_FILES, path)
         return
     shutil.copyfile(vocabularies.origin, path / TOKENIZER)
     _copy_from([vocabularies.origin.parent], [name for name in _TOKENIZER_FILES if name != TOKENIZER], path)
@@ -62,7 +87,7 @@ def _write_config(path: Path, plan: Plan, main: Checkpoint) -> None:
     written = dict(main.config)
     if not written:
         return
-    kinds = {item.dtype for item in plan.items if item.merged}
+    kinds = {item.dtype for item in plan.own if item.merged}
     for key in ("dtype", "torch_dtype"):
         if key in written and len(kinds) == 1:
             written[key] = str(next(iter(kinds))).removeprefix("torch.")
@@ -101,9 +126,13 @@ def _copy_from(places: Sequence[Path], names: Sequence[str], path: Path) -> None
             shutil.copyfile(found, path / name)
 
 
-def _card(plan: Plan, config: MergeConfig, chosen: Sequence[int], details: dict[str, Any], recipe: str) -> str:
+def _card(
+    plan: Plan, config: MergeConfig, chosen: Sequence[tuple[int, Value]], details: dict[str, Any], recipe: str
+) -> str:
     """Return the model card: what was merged, how, and by what its inputs are known again."""
-    inputs = [*([plan.base] if plan.base is not None else []), *(plan.models[number] for number in chosen)]
+    entries = [(plan.base, "base", "")] if plan.base is not None else []
+    entries += [(plan.models[number], "model", _listed(weight)) for number, weight in chosen]
+    inputs = [one for one, _, _ in entries]
     header = {
         "library_name": "transformers",
         "tags": ["merge", "rlhf_core", config.method],
@@ -111,10 +140,7 @@ def _card(plan: Plan, config: MergeConfig, chosen: Sequence[int], details: dict[
     # The hub takes names on the hub alone.
     if named := list(dict.fromkeys(one.name for one in inputs if not Path(one.name).expanduser().exists())):
         header["base_model"] = named
-    rows = []
-    for one in inputs:
-        weight = "" if one is plan.base else _weight(config, plan, one)
-        rows.append(f"| {one.name} | {'base' if one is plan.base else 'model'} | {weight} | `{one.digest.hex()}` |")
+    rows = [f"| {one.name} | {kind} | {weight} | `{one.digest.hex()}` |" for one, kind, weight in entries]
     lines = [
         "---",
         redact_text(yaml.safe_dump(header, sort_keys=False, allow_unicode=True)).rstrip(),
@@ -143,6 +169,5 @@ def _card(plan: Plan, config: MergeConfig, chosen: Sequence[int], details: dict[
     return "\n".join(lines) + "\n"
 
 
-def _weight(config: MergeConfig, plan: Plan, one: Checkpoint) -> str:
-    weight = next(entry.weight for entry in config.models if entry.model == one.name)
+def _listed(weight: Value) -> str:
     return f"{weight:g}" if isinstance(weight, int | float) else "by layer"

@@ -21,7 +21,8 @@ from rlhf_core.infra.model_files import first_line
 from rlhf_core.interfaces import Merger
 from rlhf_core.merging.checkpoint import Checkpoint
 from rlhf_core.merging.config import MergeConfig
-from rlhf_core.merging.directory import fill
+from rlhf_core.merging.directory import check_tokenizer, fill
+from rlhf_core.merging.heads import common_heads
 from rlhf_core.merging.method import Method
 from rlhf_core.merging.output import Output, check_begun
 from rlhf_core.merging.passing import Pass
@@ -90,10 +91,17 @@ class ModelMerger:
                 opened.append(Checkpoint.open(name))
             base = opened[0] if config.base is not None else None
             models = opened[len(opened) - len(config.models) :]
+            takes_base = base is not None and not self.method.merger.ignores_base
             plan = Plan.make(
-                base, models, dtype=_DTYPES[config.dtype], shard_size=config.shard_size, tokenizer=config.tokenizer
+                base,
+                models,
+                dtype=_DTYPES[config.dtype],
+                shard_size=config.shard_size,
+                tokenizer=config.tokenizer,
+                heads=common_heads(opened if takes_base else models),
             )
             self.method.check(plan)
+            check_tokenizer(plan)
             return plan
         except BaseException:
             for one in opened:
@@ -197,7 +205,7 @@ class ModelMerger:
     def _is_as_written(self, one: Checkpoint) -> bool:
         """Tell whether a model merged alone would be the model as it lies there."""
         plan = self._plan
-        kinds = all(item.dtype == one.tensors[item.name].dtype for item in plan.items)
+        kinds = all(item.dtype == one.tensors[item.name].dtype for item in plan.own)
         return type(one) is Checkpoint and plan.vocabularies.rows is None and kinds
 
     def _score(self, path: Path) -> float:
@@ -223,7 +231,9 @@ class ModelMerger:
         output = Output.open(target, plan, fingerprint, resume=resume, overwrite=overwrite)
         try:
             Pass(self, plan, merger, chosen, output).go()
-            return output.publish(lambda path: fill(path, plan, self._replayed(merger, chosen), chosen, self.details))
+            config = self._replayed(merger, chosen)
+            merged = [(number, self.config.models[number].weight) for number in chosen]
+            return output.publish(lambda path: fill(path, plan, config, merged, self.details))
         except (ConfigError, ModelError, NumbersError, PluginError):
             output.discard()  # going on would meet the same fault again
             raise

@@ -118,10 +118,12 @@ class Method:
         return field is not None and field.annotation in (float, int) and isinstance(value, list | dict | LayerValues)
 
     def _profile(self, name: str, value: Any) -> Value:
+        where = self._place if isinstance(self._place, str) else self._place.get(name, "config")
+        if value == []:
+            raise ConfigError(f"`{name}` is an empty list", place=where, fix="give at least one value")
         try:
             return _VALUE.validate_python(value)
         except ValidationError as error:
-            where = self._place if isinstance(self._place, str) else self._place.get(name, "config")
             message = error.errors(include_url=False)[0]["msg"]
             raise ConfigError(
                 f"`{name}` is neither a number nor values by layer: {message}",

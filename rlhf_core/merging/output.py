@@ -30,7 +30,8 @@ from rlhf_core.infra.files import (
     storage_error,
     storage_errors,
 )
-from rlhf_core.merging.plan import Item, Plan
+from rlhf_core.merging.layout import Item
+from rlhf_core.merging.plan import Plan
 
 log = logging.getLogger(__name__)
 

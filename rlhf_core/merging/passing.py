@@ -13,8 +13,9 @@ import torch
 from rlhf_core.errors import ModelError, PluginError
 from rlhf_core.interfaces import Merger
 from rlhf_core.merging.checkpoint import FileSource
+from rlhf_core.merging.layout import Item
 from rlhf_core.merging.output import Output
-from rlhf_core.merging.plan import Item, Plan
+from rlhf_core.merging.plan import Plan
 from rlhf_core.merging.streams import CHUNK, StreamMerger, TensorStream
 
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ class Pass:
                         f"tensor `{item.name}` holds whole numbers that differ, which can't be averaged",
                         place=source.place,
                         got=f"other values than {sources[0].place}",
+                        fix="store the same values in every model, or merge models that have them",
                     )
             self.output.write(item, start, first)
         self._count(item.nbytes)

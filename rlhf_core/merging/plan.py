@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,48 +13,15 @@ from functools import cached_property
 import torch
 
 from rlhf_core.errors import ConfigError, ModelError
-from rlhf_core.infra.tensors import encode_header
-from rlhf_core.merging.checkpoint import SINGLE, Checkpoint
+from rlhf_core.merging.checkpoint import Checkpoint
+from rlhf_core.merging.heads import Head
+from rlhf_core.merging.layout import MERGED, Described, Item, OutputFile, lay_out, lay_out_file
 from rlhf_core.merging.selection import SMALL
 from rlhf_core.merging.streams import CHUNK, Source
 from rlhf_core.merging.vocabulary import Vocabularies
 from rlhf_core.merging.weights import GROUPS, is_embedding, layer_of
 
 log = logging.getLogger(__name__)
-
-MERGED = {torch.float32, torch.bfloat16, torch.float16}
-"""Types that are merged; whole numbers and flags are copied where all inputs agree on them."""
-
-
-@dataclass(frozen=True)
-class Item:
-    """One tensor of the result."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    merged: bool
-    """Whether it is merged; else it is the same in all inputs and copied."""
-    file: str
-    start: int
-    """Offset of its first byte in the file."""
-
-    @property
-    def count(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.count * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
-class OutputFile:
-    """A weight file of the result."""
-
-    name: str
-    header: bytes
-    size: int
 
 
 @dataclass(frozen=True)
@@ -69,6 +35,8 @@ class Plan:
     left_out: Sequence[str]
     """Tensors that aren't written because they are tied to another."""
     vocabularies: Vocabularies
+    heads: Sequence[Head] = ()
+    """Heads that are merged and written beside the weights."""
 
     @classmethod
     def make(
@@ -79,6 +47,7 @@ class Plan:
         dtype: torch.dtype | None = None,
         shard_size: int = 5_000_000_000,
         tokenizer: str | None = None,
+        heads: Sequence[Head] = (),
     ) -> Plan:
         """Check the inputs against each other and lay the output out. Reads headers, configurations and tokenizers only.
 
@@ -92,7 +61,11 @@ class Plan:
         names = _common_names(inputs, left_out)
         vocabularies = Vocabularies.compare(base, models, tokenizer, names)
         described = [_describe(name, inputs, vocabularies, dtype) for name in sorted(names, key=natural)]
-        items, files = _lay_out(described, shard_size)
+        items, files = lay_out(described, shard_size)
+        for head in heads:
+            tensors = [Described(key, shape, kind, merged=True) for key, (kind, shape) in head.tensors.items()]
+            beside, file = lay_out_file(f"{head.name}.safetensors", tensors, head=head.name)
+            items, files = [*items, *beside], [*files, file]
         for model in models:
             own = getattr(model, "base", None)
             if base is not None and own is not None and own.digest != base.digest:
@@ -102,12 +75,17 @@ class Plan:
                     own.name,
                     base.name,
                 )
-        return cls(base, models, items, files, sorted(left_out), vocabularies)
+        return cls(base, models, items, files, sorted(left_out), vocabularies, heads)
 
     @cached_property
     def depth(self) -> int:
         """Number of layers, from the tensors' names."""
         return 1 + max((layer for item in self.items if (layer := layer_of(item.name)) is not None), default=0)
+
+    @property
+    def own(self) -> list[Item]:
+        """The model's own tensors, without those of heads beside it."""
+        return [item for item in self.items if item.head is None]
 
     @property
     def nbytes(self) -> int:
@@ -118,17 +96,22 @@ class Plan:
     def read_bytes(self) -> int:
         """Bytes of the inputs' values, each counted once."""
         inputs = [*([self.base] if self.base is not None else []), *self.models]
-        return sum(one.tensors[item.name].nbytes for one in inputs for item in self.items if item.name in one.tensors)
+        entries = [one.all_tensors for one in inputs]
+        return sum(own[item.name].nbytes for own in entries for item in self.items if item.name in own)
 
     def sources(self, item: Item) -> tuple[Source | None, list[Source]]:
         """Return a tensor of the base, if there is one, and of each model; vocabularies lined up."""
+        if item.head is not None:
+            has = self.base is not None and item.head in self.base.heads
+            origin = self.base.head_source(item.name) if self.base is not None and has else None
+            return origin, [model.head_source(item.name) for model in self.models]
         base = self.vocabularies.source(self.base, item.name) if self.base is not None else None
         return base, [self.vocabularies.source(model, item.name) for model in self.models]
 
     def index(self) -> dict[str, object]:
         """Return what the index of a sharded output holds."""
-        total = sum(item.nbytes for item in self.items)
-        return {"metadata": {"total_size": total}, "weight_map": {item.name: item.file for item in self.items}}
+        total = sum(item.nbytes for item in self.own)
+        return {"metadata": {"total_size": total}, "weight_map": {item.name: item.file for item in self.own}}
 
     def fingerprint(self, *more: object) -> str:
         """Return a hash of all that the output's bytes depend on: inputs, layout, and whatever else is given."""
@@ -238,17 +221,9 @@ def _common_names(inputs: Sequence[Checkpoint], left_out: set[str]) -> set[str]:
     return wanted
 
 
-@dataclass(frozen=True)
-class _Described:
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    merged: bool
-
-
 def _describe(
     name: str, inputs: Sequence[Checkpoint], vocabularies: Vocabularies, dtype: torch.dtype | None
-) -> _Described:
+) -> Described:
     entries = [one.tensors[name] for one in inputs]
     aligned = vocabularies.shape(name, entries[0].shape)
     if aligned is None:
@@ -276,31 +251,7 @@ def _describe(
     wide = entries[0].dtype
     for kind in kinds:
         wide = torch.promote_types(wide, kind)
-    return _Described(name, aligned or entries[0].shape, (dtype or wide) if merged else wide, merged)
-
-
-def _lay_out(described: Sequence[_Described], shard_size: int) -> tuple[list[Item], list[OutputFile]]:
-    """Fill files in the order of the names, each up to `shard_size`, then wide elements first within a file."""
-    shards: list[list[_Described]] = [[]]
-    room = shard_size
-    for one in described:
-        size = math.prod(one.shape) * one.dtype.itemsize
-        if size > room and shards[-1]:
-            shards.append([])
-            room = shard_size
-        shards[-1].append(one)
-        room -= size
-    items, files = [], []
-    for number, shard in enumerate(shards, 1):
-        name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        ordered = sorted(shard, key=lambda one: -one.dtype.itemsize)
-        header = encode_header({one.name: (one.dtype, one.shape) for one in ordered}, format="pt")
-        start = len(header)
-        for one in ordered:
-            items.append(Item(one.name, one.shape, one.dtype, one.merged, name, start))
-            start += items[-1].nbytes
-        files.append(OutputFile(name, header, start))
-    return items, files
+    return Described(name, aligned or entries[0].shape, (dtype or wide) if merged else wide, merged)
 
 
 def check_count(models: Sequence[object], bounds: tuple[int, int | None], method: str) -> None:

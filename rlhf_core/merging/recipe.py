@@ -96,6 +96,7 @@ def load_recipe(target: str | Path, overrides: Mapping[str, Any] | None = None, 
     plugin, method = find_method(values, places, "merger")
     name = str(values["method"])
     keys = {key: values.pop(key) for key in MergeConfig.KEYS if key in values}
+    _refuse_lambda(values, given, method, name, places)
     refuse_unknown(values, method.Config, name, places, _FILE_KEYS)
     option_flags = [flag for flag in given if flag.key not in _FLAG_KEYS]
     options, option_places = convert_options(option_flags, method.Config, name, _FLAG_KEYS)
@@ -112,16 +113,36 @@ def load_recipe(target: str | Path, overrides: Mapping[str, Any] | None = None, 
 
 
 def model_flag(text: str) -> dict[str, Any]:
-    """Return a model from `PATH` or `PATH=WEIGHT`; a path that is there with its `=` is taken as it stands."""
+    """Return a model from `PATH` or `PATH=WEIGHT`; a path that is there with its `=` is taken as it stands.
+
+    Raises:
+        ConfigError: the path is there, and what follows it is no weight.
+    """
     path, _, number = text.rpartition("=")
-    if path and not Path(text).expanduser().exists():
-        try:
-            weight = float(number)
-        except ValueError:
-            return {"model": text}
-        if math.isfinite(weight):
-            return {"model": path, "weight": weight}
+    if not path or _is_there(text):
+        return {"model": text}
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = math.nan
+    if math.isfinite(weight):
+        return {"model": path, "weight": weight}
+    if "/" not in number and _is_there(path):
+        raise ConfigError(
+            f"the weight of {path} is no finite number",
+            place="--model",
+            got=f"`{number}`",
+            fix=f"write `--model {path}=0.5`, or `--model {path}` for a weight of 1",
+        )
     return {"model": text}
+
+
+def _is_there(name: str) -> bool:
+    """Tell whether a model's directory exists, or both of `BASE+ADAPTER`."""
+    base, plus, adapter = name.rpartition("+")
+    return Path(name).expanduser().exists() or bool(
+        plus and base and adapter and _is_there(base) and _is_there(adapter)
+    )
 
 
 def check_value(value: Any, key: str, places: Mapping[str, str]) -> None:
@@ -132,6 +153,17 @@ def check_value(value: Any, key: str, places: Mapping[str, str]) -> None:
         inner = {"": place_of(key, places)}
         inner |= {at[len(key) + 1 :]: place for at, place in places.items() if at.startswith(f"{key}.")}
         LayerValues.parse(value, place=inner)
+
+
+def _refuse_lambda(
+    values: Mapping[str, Any], given: Sequence[Flag], method: type[Merger], name: str, places: Mapping[str, str]
+) -> None:
+    """Raise where λ is called as in papers and in mergekit, by a method that calls it `scale`."""
+    fields = method.Config.model_fields
+    flag = next((flag for flag in given if flag.key == "lambda"), None)
+    if (flag is not None or "lambda" in values) and "lambda" not in fields and "scale" in fields:
+        place = place_of("lambda", places) if flag is None else flag.typed
+        raise ConfigError(f"unknown option `lambda` of {name}", place=place, fix="λ is called `scale` here")
 
 
 def _key_flags(given: Sequence[Flag]) -> tuple[dict[str, Any], dict[str, str]]:

@@ -159,19 +159,19 @@ def require_one_sign(weights: Sequence[float]) -> None:
             "weights that are normalised sum to zero",
             place="weight",
             got=listed,
-            fix="raise one, or set `normalize: false`",
+            fix="raise one, or where the method has `normalize`, set it to false",
         )
     if max(weights) < 0:
         raise ConfigError(
             "weights that are normalised are all negative, which would turn every difference round",
             place="weight",
             got=listed,
-            fix="give positive weights, or set `normalize: false`",
+            fix="give positive weights, or where the method has `normalize`, set it to false",
         )
     if min(weights) < 0 < max(weights):
         raise ConfigError(
             "weights that are normalised have mixed signs, which blows the result up",
             place="weight",
             got=listed,
-            fix="give weights of one sign, or set `normalize: false`",
+            fix="give weights of one sign, or where the method has `normalize`, set it to false",
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pty
 import re
@@ -146,6 +147,12 @@ def test_ctrl_c_says_how_to_go_on(rlhf, flags: list[str], tmp_path: Path, monkey
     assert "unfinished merge is there: continued" in rlhf(*arguments, "--dry-run", "--resume")[1]
     monkeypatch.undo()
     assert rlhf(*arguments, "--resume")[0] == 0
+    monkeypatch.setattr(passing.Pass, "_one", stop)
+    code, _, err = rlhf(*arguments, "--overwrite")
+    advice = "stopped by Ctrl-C; the same command with `--resume` in place of `--overwrite` goes on"
+    assert code == 130 and advice in err
+    monkeypatch.undo()
+    assert rlhf(*arguments, "--resume")[0] == 0
     assert rlhf(*arguments[:-1], str(tmp_path / "plain"))[0] == 0
     assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "plain/model.safetensors").read_bytes()
     code, _, err = rlhf(*arguments[:-1], str(tmp_path / "none"), "--resume")
@@ -222,6 +229,9 @@ FAULTS = {
     ("merge", "ties", "--model", "a", "--densty", "1"): (2, "error[config] --densty: unknown option `densty` of ties"),
     ("merge", "ties", "--model", "a", "--output", "o"): (2, "error[config] base: ties works on differences from a base model"),
     ("merge", "linear", "--model", "./gone", "--output", "o"): (4, "error[model] ./gone: no such model directory or file"),
+    ("merge", "linear", "--model", ".=nan"): (2, "error[config] --model: the weight of . is no finite number; got `nan`; fix: "),
+    ("merge", "ties", "--model", "a", "--density", "[]"): (2, "error[config] --density: `density` is an empty list; fix: "),
+    ("merge", "ties", "--model", "a", "--lambda", "1"): (2, "error[config] --lambda: unknown option `lambda` of ties"),
     ("merge", "linear", "--model", "./gone"): (2, "error[config] output: no output directory is set; fix: give `--output DIR`"),
     ("merge", "slerp", "--model", "a", "--model", "b", "--model", "c", "--output", "o"):
         (2, "error[config] models: slerp merges 1 to 2 models"),
@@ -250,6 +260,43 @@ def test_help_and_completion_load_nothing_heavy() -> None:
     environment = {**os.environ, "_RLHF_COMPLETE": "complete_zsh", "_TYPER_COMPLETE_ARGS": "rlhf merge t"}
     done = subprocess.run([sys.executable, "-m", "rlhf_core"], env=environment, capture_output=True, text=True)
     assert "ties" in done.stdout and "task_arithmetic" in done.stdout and "dpo" not in done.stdout
+
+
+def test_without_a_terminal_a_line_now_and_then_says_how_far(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from rlhf_core.merging import progress
+
+    now = 100.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    # An earlier command in this process may have sent the core's log to its own stderr.
+    monkeypatch.setattr(progress, "log", logging.getLogger("merge under test"))
+    with caplog.at_level(logging.INFO), progress.ByteBar("merging") as bar:
+        for seconds, done in ((0, 1_000_000), (10, 2_000_000), (31, 4_100_000), (40, 5_000_000), (62, 7_200_000)):
+            now = 100.0 + seconds
+            bar(done, 10_000_000)
+        bar(0, 10_000_000)  # the next trial of a soup
+        now += 31
+        bar(0, 10_000_000)
+        bar(10_000_000, 10_000_000)
+    assert [record.getMessage() for record in caplog.records] == [
+        "merging: 4.1 MB of 10.0 MB, 100.0 kB/s, 0:00:59 left",
+        "merging: 7.2 MB of 10.0 MB, 100.0 kB/s, 0:00:28 left",
+        "merging: 0 bytes of 10.0 MB, 0 bytes/s, no end in sight",
+    ]
+
+
+def test_validate_points_to_the_dry_run(rlhf, models: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "merge.yaml"
+    for text in (f"method: ties\nmodels: [{models[1]}]\n", f"merge_method: ties\nmodels: [{{model: {models[1]}}}]\n"):
+        path.write_text(text)
+        code, out, err = rlhf("validate", str(path))
+        assert (code, out) == (2, "")
+        assert (
+            err == f"error[config] {path}: is the file of a merge, not of a run; fix: `rlhf merge {path} --dry-run`\n"
+        )
+    path.write_text("method: tis\n")
+    assert "unknown trainer `tis`" in rlhf("validate", str(path))[2]
 
 
 def test_a_terminal_shows_bytes_as_they_are_written(flags: list[str], tmp_path: Path) -> None:

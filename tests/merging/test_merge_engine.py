@@ -272,3 +272,21 @@ def test_the_seed_of_a_method_counts(family: tuple[Path, list[Path]], tmp_path: 
         config = {"method": "dare", "base": str(base), "models": [str(models[0])], "output": str(tmp_path / name)}
         ModelMerger(MergeConfig.parse({**config, **settings})).merge()
     assert bytes_of(tmp_path / "b") == bytes_of(tmp_path / "c") != bytes_of(tmp_path / "a")
+
+
+def test_the_card_gives_each_entry_its_own_weight(family: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    model, other = (str(path) for path in family[1][:2])
+    entries = [
+        {"model": model, "weight": 0.25},
+        {"model": other, "weight": 0.5},
+        {"model": model, "weight": [0.0, 1.0]},
+    ]
+    merge("linear", entries, tmp_path / "out")
+    rows = [line.split("|") for line in (tmp_path / "out/README.md").read_text().splitlines() if "| model |" in line]
+    found = [(row[1].strip(), row[3].strip()) for row in rows]
+    assert found == [(model, "0.25"), (other, "0.5"), (model, "by layer")]
+    score = {model: 1.0, other: 2.0}
+    souped = [{"model": model, "weight": 1.0}, {"model": other, "weight": 1.0}]
+    merge("greedy_soup", souped, tmp_path / "soup", evaluate=lambda path: score.get(str(path), 0.0))
+    rows = [line.split("|") for line in (tmp_path / "soup/README.md").read_text().splitlines() if "| model |" in line]
+    assert [(row[1].strip(), row[3].strip()) for row in rows] == [(other, "1")]

@@ -222,6 +222,22 @@ def test_a_tokenizer_without_embeddings_is_refused(tmp_path: Path) -> None:
         merge("linear", [a, a], tmp_path / "out", tokenizer="union")
 
 
+def test_the_tokenizer_is_that_of_the_first_model_that_has_one(
+    family: tuple[Path, list[Path]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base, models = family
+    bare = shutil.copytree(models[0], tmp_path / "bare")
+    for file in [*bare.glob("tokenizer*"), *bare.glob("*.jinja")]:
+        file.unlink()
+    merge("linear", [bare, models[1]], tmp_path / "out")
+    assert (tmp_path / "out/tokenizer.json").read_bytes() == (models[1] / "tokenizer.json").read_bytes()
+    merge("task_arithmetic", [bare], tmp_path / "based", base=base)
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "based")) == len(AutoTokenizer.from_pretrained(base))
+    assert not caplog.records
+    merge("linear", [bare, bare], tmp_path / "none")
+    assert "no input has a tokenizer" in caplog.text and not (tmp_path / "none/tokenizer.json").exists()
+
+
 # What may be wrong
 
 
@@ -267,7 +283,7 @@ def test_values_that_outgrow_the_output_are_a_fault(tmp_path: Path) -> None:
 def test_whole_numbers_that_differ_are_refused(tmp_path: Path) -> None:
     a = write_weights(tmp_path / "a", {"ids": torch.arange(4)})
     b = write_weights(tmp_path / "b", {"ids": torch.arange(4) + 1})
-    with pytest.raises(ModelError, match="`ids` holds whole numbers that differ"):
+    with pytest.raises(ModelError, match=r"`ids` holds whole numbers that differ.*fix: "):
         merge("linear", [a, b], tmp_path / "out")
 
 
@@ -288,6 +304,15 @@ def test_a_missing_shard_is_named(family: tuple[Path, list[Path]], tmp_path: Pat
     (path / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(ModelError, match=r"model-00002-of-00003.safetensors is missing"):
         merge("linear", [family[0], path], tmp_path / "out")
+
+
+def test_shards_without_their_index_are_told(family: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    path = write_weights(tmp_path / "cut", read_weights(family[0]), shards=2)
+    (path / "model.safetensors.index.json").unlink()
+    with pytest.raises(
+        ModelError, match=r"no model.safetensors.index.json.*fix: copy model.safetensors.index.json too"
+    ):
+        merge("linear", [path], tmp_path / "out")
 
 
 def test_an_index_that_lies_is_refused(family: tuple[Path, list[Path]], tmp_path: Path) -> None:
@@ -332,7 +357,7 @@ def _header(path: Path, header: dict[str, object], data: bytes = b"\0" * 8) -> P
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "a/b", "..", ".hidden", "a\\b", ""])
 def test_tensors_named_like_paths_are_refused(name: str, tmp_path: Path) -> None:
     path = _header(tmp_path / "a", {name: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}})
-    with pytest.raises(ModelError, match="like a path"):
+    with pytest.raises(ModelError, match=r"like a path.*fix: "):
         Checkpoint.open(path)
 
 
@@ -384,6 +409,18 @@ def test_an_adapter_is_known_beside_a_configuration(family: tuple[Path, list[Pat
     adapter = _adapter(family[0], tmp_path / "adapter", 1)
     shutil.copy(family[0] / "config.json", adapter)
     assert set(Checkpoint.open(adapter).tensors) == set(Checkpoint.open(family[0]).tensors)
+
+
+def test_an_adapter_whose_base_is_gone_is_named(tmp_path: Path) -> None:
+    base, _ = tiny_family(tmp_path, 0)
+    adapter = _adapter(base, tmp_path / "adapter", 1)
+    base.rename(tmp_path / "moved")
+    with pytest.raises(ModelError, match=f"{adapter}: the base that this adapter names isn't there") as caught:
+        merge("linear", [adapter], tmp_path / "out")
+    assert caught.value.got == f"{base}: no such model directory or file" and f"`BASE+{adapter}`" in str(
+        caught.value.fix
+    )
+    merge("linear", [f"{tmp_path / 'moved'}+{adapter}"], tmp_path / "out")
 
 
 def test_an_adapter_that_names_itself_is_refused(family: tuple[Path, list[Path]], tmp_path: Path) -> None:
@@ -455,6 +492,7 @@ def test_a_full_disk_is_known_before_anything_is_written(
         ("greedy_soup", {"weights": [0.9, 0.1]}, "weighs all models alike"),
         ("uniform_soup", {"weights": [0.0, 0.0]}, "weighs all models alike"),
         ("linear", {"weights": [-1.0, -1.0]}, "all negative"),
+        ("sce", {"base": True, "weights": [2.0, -1.0]}, "where the method has `normalize`"),
         ("sce", {"base": True, "models": 1}, "sce merges at least 2"),
         ("ties", {"base": True, "scale": {"filters": {"self_atn": 0.1}, "default": 1.0}}, "self_attn"),
     ],

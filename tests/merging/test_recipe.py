@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,31 @@ def test_a_path_that_is_there_keeps_its_equals_sign(tmp_path: Path, monkeypatch:
     (tmp_path / "lr=0.1").mkdir()
     assert model_flag("lr=0.1") == {"model": "lr=0.1"}
     assert model_flag("lr=0.1=2") == {"model": "lr=0.1", "weight": 2.0}
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "abc", ""])
+def test_a_weight_that_is_none_is_told(number: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "adapter"):
+        (tmp_path / name).mkdir()
+    for path in ("base", "base+adapter"):
+        with pytest.raises(ConfigError, match=f"--model: the weight of {re.escape(path)} is no finite number"):
+            model_flag(f"{path}={number}")
+    assert model_flag("base=0.1/modl") == {"model": "base=0.1/modl"}
+
+
+def test_lambda_is_called_scale() -> None:
+    for flags, overrides, place in ((["--lambda", "0.5"], {}, "--lambda"), ([], {"lambda": 0.5}, "command line")):
+        with pytest.raises(ConfigError, match=f"{place}: unknown option `lambda` of ties; fix: λ is called `scale`"):
+            load_recipe("ties", {"models": ["a"], **overrides}, flags=flags)
+
+
+@pytest.mark.parametrize("value", ["[]", [], {"gradient": []}])
+def test_an_empty_list_over_the_layers_is_told(value: object) -> None:
+    flags = ["--density", value] if isinstance(value, str) else []
+    options = {} if flags else {"density": value}
+    with pytest.raises(ConfigError, match=r"empty list|at least one value"):
+        load_recipe("ties", {"models": ["a"], "base": "b", **options}, flags=flags)
 
 
 def test_a_file_and_flags_that_win(file) -> None:
