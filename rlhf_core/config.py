@@ -298,7 +298,9 @@ def _config_error(cls: type[BaseConfig], error: ValidationError, place: Mapping[
         return ConfigError(f"unknown option `{key}`", place=where, fix=near)
     if first["type"] == "missing":
         return ConfigError(f"`{key}` is missing", place=where, fix=f"set `{key}`")
-    message = _PLAIN.get(first["type"], first["msg"].replace("Input should be", "must be").removeprefix("Value error, "))
+    message = _PLAIN.get(
+        first["type"], first["msg"].replace("Input should be", "must be").removeprefix("Value error, ")
+    )
     if first["type"] in ("model_type", "model_attributes_type"):
         message = f"expected a group of options ({', '.join(_group(cls, first['loc']).model_fields)})"
     named = where.lstrip("-").replace("-", "_") == key  # by its flag
