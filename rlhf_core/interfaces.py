@@ -286,8 +286,8 @@ class Merger(ABC):
     per_model: ClassVar[tuple[str, ...]] = ()
     """Options that a model may have a value of its own for."""
     neutral: ClassVar[Mapping[str, Any]] = {}
-    """Options with which it leaves nothing out, where its defaults do: copies of a model then merge into that model, which the
-    conformance kit tests."""
+    """Options with which copies of a model merge into that model, as the conformance kit tests, where other values of them leave
+    entries out or scale differences."""
 
     def __init__(self, config: BaseConfig | None = None) -> None:
         self.config = config if config is not None else self.Config()

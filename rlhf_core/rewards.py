@@ -48,7 +48,7 @@ def as_reward(reward: RewardFn | RewardFunction) -> RewardFn:
 
 
 def checked_scores(reward: RewardFn, samples: Sequence[Sample], *, rows: Sequence[int] | None = None) -> list[float]:
-    """Return a reward's scores of the samples, as floats; it may give them as an array or tensor, too.
+    """Return a reward's scores of the samples, as floats. A list is what it promises; an array or tensor is taken all the same.
 
     Args:
         rows: each sample's row in its data, for messages.

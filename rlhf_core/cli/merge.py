@@ -192,8 +192,8 @@ def _facts(recipe: Recipe, merger: ModelMerger, plan: Any) -> dict[str, Any]:
             {
                 "as": kind,
                 "name": one.name,
-                "tensors": len(one.tensors),
-                "bytes": sum(entry.nbytes for entry in one.tensors.values()),
+                "tensors": len(one.all_tensors),
+                "bytes": sum(entry.nbytes for entry in one.all_tensors.values()),
             }
             for kind, one in inputs
         ],

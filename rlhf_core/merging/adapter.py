@@ -18,7 +18,7 @@ from torch import Tensor
 from rlhf_core.errors import ModelError
 from rlhf_core.merging.checkpoint import Checkpoint, FileSource, WeightFile, read_adapter_config
 from rlhf_core.merging.streams import Source
-from rlhf_core.merging.weights import GROUPS, is_embedding
+from rlhf_core.merging.weights import LM_HEAD, is_embedding
 
 _ODD = {
     "use_dora": "DoRA",
@@ -120,7 +120,7 @@ class AdapterCheckpoint(Checkpoint):
         for name in (wanted, *(prefix + wanted for prefix in sorted(prefixes)), wanted.partition(".")[2]):
             if name in self.base.tensors:
                 return name
-        if any(piece in GROUPS["head"] for piece in wanted.split(".")):
+        if any(piece in LM_HEAD for piece in wanted.split(".")):
             raise ModelError(
                 "the adapter trains the output head, which its base ties to the embeddings and doesn't store",
                 place=self.name,

@@ -41,7 +41,12 @@ class Checkpoint:
         self.tensors: dict[str, TensorEntry] = {
             name: entry for file in dict.fromkeys(files.values()) for name, entry in file.entries.items()
         }
-        self.heads = _head_files(path, name)
+        try:
+            self.heads = _head_files(path, name)
+        except ModelError:
+            for file in dict.fromkeys(files.values()):
+                file.close()
+            raise
 
     @classmethod
     def open(cls, source: str | Path) -> Checkpoint:

@@ -15,6 +15,9 @@ from rlhf_core.infra.tensors import TensorEntry
 from rlhf_core.merging.checkpoint import Checkpoint
 from rlhf_core.merging.layout import MERGED
 
+CENTRED = "centred"
+"""The note of a reward head that its members' scores can be compared: true of a merge where it is of all that are merged."""
+
 
 @dataclass(frozen=True)
 class Head:
@@ -59,10 +62,12 @@ def _listed(one: Checkpoint) -> str:
 def _common(name: str, inputs: Sequence[Checkpoint]) -> Head:
     first = inputs[0]
     about, entries = _about(name, first), first.heads[name].entries
+    centred = [bool(_about(name, one).get(CENTRED)) for one in inputs]
     for other in inputs:
         own = _about(name, other)
         # A note that a file lacks, since it is older than the note, says the same as false.
-        if apart := [key for key in {**about, **own} if (about.get(key) or False) != (own.get(key) or False)]:
+        keys = {**about, **own}.keys() - {CENTRED}
+        if apart := sorted(key for key in keys if (about.get(key) or False) != (own.get(key) or False)):
             key = apart[0]
             raise ModelError(
                 f"its {name} is of another kind than that of {first.name}",
@@ -72,6 +77,8 @@ def _common(name: str, inputs: Sequence[Checkpoint]) -> Head:
             )
         _same_tensors(name, other, first)
     kinds = {key: [one.heads[name].entries[key].dtype for one in inputs] for key in entries}
+    if CENTRED in about:
+        about[CENTRED] = all(centred)
     return Head(name, about, {key: (_widest(kinds[key]), entry.shape) for key, entry in entries.items()})
 
 

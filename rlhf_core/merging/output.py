@@ -102,7 +102,7 @@ class Output:
             raise NumbersError(
                 f"merging tensor `{item.name}` gave values that {str(item.dtype).removeprefix('torch.')} can't hold",
                 got=f"{largest:g}",
-                fix="lower the weights or the scale, or set `dtype` to `bf16` or `float32`",
+                fix="lower the weights or the scale" + ("" if item.head else ", or set `dtype` to `bf16` or `float32`"),
             )
         view = stored.view(torch.uint8).numpy().data
         offset = item.start + start * item.dtype.itemsize

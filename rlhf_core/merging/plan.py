@@ -19,7 +19,7 @@ from rlhf_core.merging.layout import MERGED, Described, Item, OutputFile, lay_ou
 from rlhf_core.merging.selection import SMALL
 from rlhf_core.merging.streams import CHUNK, Source
 from rlhf_core.merging.vocabulary import Vocabularies
-from rlhf_core.merging.weights import GROUPS, is_embedding, layer_of
+from rlhf_core.merging.weights import LM_HEAD, is_embedding, layer_of
 
 log = logging.getLogger(__name__)
 
@@ -185,7 +185,7 @@ def _tied(inputs: Sequence[Checkpoint]) -> set[str]:
 
 
 def _is_head(name: str) -> bool:
-    return any(piece in GROUPS["head"] for piece in name.split(".")[:-1])
+    return any(piece in LM_HEAD for piece in name.split(".")[:-1])
 
 
 def _same_values(one: Checkpoint, first: str, second: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -193,8 +194,9 @@ class TensorStream:
             yield from self.chunks()
             return
         runs = min(runs, self.count // run)
-        # Spread evenly, with a shift of its own in each part, so that no period of the rows is met each time.
-        shifts = numpy.random.default_rng(0).random(runs)
+        # Spread evenly, with a shift of its own in each part, so that no period of the rows is met each time; other shifts in
+        # each tensor, for layers are alike, and what stands at one place in all of them would be met in all or in none.
+        shifts = numpy.random.default_rng(zlib.crc32(self.name.encode())).random(runs)
         places = ((numpy.arange(runs) + shifts) * (self.count - run) / runs).astype(int)
         for group in numpy.array_split(places, -(-runs * run // CHUNK)):
             parts = []

@@ -20,10 +20,10 @@ from rlhf_core.errors import ConfigError, ModelError
 from rlhf_core.infra.files import read_json
 from rlhf_core.merging.checkpoint import Checkpoint
 from rlhf_core.merging.streams import Source
-from rlhf_core.merging.weights import GROUPS
+from rlhf_core.merging.weights import GROUPS, LM_HEAD
 
 TOKENIZER = "tokenizer.json"
-_NAMES = {*GROUPS["embeddings"], *GROUPS["head"], "shared", "output_layer"} - {"wpe"}
+_NAMES = {*GROUPS["embeddings"], *LM_HEAD, "shared", "output_layer"} - {"wpe"}
 
 Runs = list[tuple[int, int, int]]
 """Rows as (first row of the result, number of rows, first row of the input, or -1 where the input has none)."""

@@ -12,11 +12,13 @@ from pydantic import Field, model_validator
 from rlhf_core.config import BaseConfig
 from rlhf_core.errors import ConfigError
 
+LM_HEAD = ("lm_head", "embed_out")
+"""What the head that predicts tokens is called; it has a row a token."""
 GROUPS = {
     "attention": ("self_attn", "attn", "attention"),
     "mlp": ("mlp", "feed_forward", "ffn", "experts"),
     "embeddings": ("embed_tokens", "wte", "wpe", "word_embeddings", "embed_in", "tok_embeddings", "embeddings"),
-    "head": ("lm_head", "embed_out"),
+    "head": (*LM_HEAD, "reward_head", "process_reward_head"),
     "norms": ("norm", "ln_1", "ln_2", "ln_f"),
 }
 """Names that stand for several parts of tensors' names, whatever the architecture calls them."""
@@ -66,7 +68,7 @@ def layer_of(name: str) -> int | None:
 
 def is_embedding(name: str) -> bool:
     """Tell whether a tensor maps tokens to vectors or back, by its name."""
-    return any(part in name.split(".") for group in ("embeddings", "head") for part in GROUPS[group])
+    return any(part in name.split(".") for part in (*GROUPS["embeddings"], *LM_HEAD))
 
 
 def layer_wise_interpolation(value: Value, name: str, depth: int, *, what: str = "weight") -> float:

@@ -37,7 +37,7 @@ class MergerContract(Contract):
     """Largest difference, as a share of the largest value, that rounding may make in float32."""
 
     def instance(self, *, neutral: bool = False) -> Merger:
-        """Return a new merger with `options`, and where `neutral`, those over them with which it leaves nothing out."""
+        """Return a new merger with `options`, and where `neutral`, the merger's `neutral` ones over them."""
         subject, config = self._found
         return subject(config.updated(**subject.neutral) if neutral and subject.neutral else config)
 

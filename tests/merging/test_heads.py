@@ -87,9 +87,20 @@ def test_values_by_layer_take_the_head_for_the_end(rewards: list[Path], tmp_path
     expected = load_file(rewards[1] / HEAD)
     for key, value in load_file(tmp_path / "out" / HEAD).items():
         torch.testing.assert_close(value, expected[key], atol=1e-6, rtol=1e-5)
-    only = {"filters": {"reward_head": 0.0}, "default": 1.0}
-    merge("layer_wise", [rewards[1]], tmp_path / "filtered", base=rewards[0], t=only)
-    torch.testing.assert_close(load_file(tmp_path / "filtered" / HEAD), load_file(rewards[0] / HEAD), atol=0, rtol=0)
+    for name in ("head", "reward_head"):
+        only = {"filters": {name: 0.0}, "default": 1.0}
+        merge("layer_wise", [rewards[1]], tmp_path / name, base=rewards[0], t=only)
+        torch.testing.assert_close(load_file(tmp_path / name / HEAD), load_file(rewards[0] / HEAD), atol=0, rtol=0)
+
+
+def test_a_merge_is_centred_where_all_are_that_are_merged(causal: Path, tmp_path: Path) -> None:
+    for name, centred in (("loose", False), ("one", True), ("two", True)):
+        model = RewardModel.from_pretrained(causal, new_head=True, members=2)
+        model.centred = centred
+        model.save_pretrained(tmp_path / name)
+    for names, expected in ((("one", "two"), True), (("one", "loose"), False), (("loose", "one"), False)):
+        merge("linear", [tmp_path / name for name in names], tmp_path / "-".join(names))
+        assert RewardModel.from_pretrained(tmp_path / "-".join(names)).centred is expected
 
 
 def test_a_models_own_options_hold_for_its_head(rewards: list[Path], tmp_path: Path) -> None:
@@ -194,7 +205,7 @@ def test_distances_count_heads(causal: Path, tmp_path: Path) -> None:
     found = diff(tmp_path / "0", tmp_path / "1")
     apart = {name for name, one in found.tensors.items() if one.apart > 0}
     assert apart == {"reward_head.0.inner.weight", "reward_head.0.outer.weight"}
-    assert set(found.by_layer()["other"]) == {"other", "all"}
+    assert found.by_part()["head"].count > 0 and "other" not in found.by_part()
 
 
 @pytest.mark.parametrize("done", [0, 1, 3])

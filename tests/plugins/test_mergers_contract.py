@@ -79,6 +79,21 @@ def test_checking_by_name_needs_no_options(name: str) -> None:
     assert run_contract("merger", name) == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("ties", {"scale": 0.5}),
+        ("dare", {"trim": 0.3, "scale": 2.0}),
+        ("della", {"scale": 0.5}),
+        ("breadcrumbs", {"scale": 0.5}),
+        ("task_arithmetic", {"scale": 0.5}),
+        ("layer_wise", {"t": 0.2}),
+    ],
+)
+def test_checking_by_name_with_options(name: str, options: dict[str, float]) -> None:
+    assert run_contract("merger", name, options=options) == 0
+
+
 # The contract itself: what no plugin above can show.
 
 

@@ -135,6 +135,30 @@ def test_rows_that_differ_take_one_pass(kind: str, share: float) -> None:
     assert sum(read) < 1.1 * values.numel()
 
 
+@pytest.mark.parametrize("kind", ["large columns", "second half small"])
+def test_layers_that_are_alike_take_one_pass(kind: str) -> None:
+    """What is large stands at the same place in every tensor, and each tensor has few of the sample's runs."""
+    generator = torch.Generator().manual_seed(2)
+    if kind == "large columns":
+        scale = 1 + 50 * (torch.rand(576, generator=generator) < 0.05).float()
+        parts = [(torch.randn(192, 576, generator=generator) * scale).flatten() for _ in range(30)]
+    else:
+        scale = torch.where(torch.arange(4096) < 2048, 1.0, 0.001)
+        parts = [torch.randn(4096, generator=generator) * scale for _ in range(600)]
+    read = []
+
+    def streams() -> list[TensorStream]:
+        return [stream_of(part, name=f"layers.{number}.w", chunk=65536) for number, part in enumerate(parts)]
+
+    def measure(chunk: Chunk) -> list[Tensor]:
+        read.append(chunk.tensors[0].numel())
+        return magnitudes(chunk)
+
+    (found,) = thresholds(streams, measure, [0.2])
+    assert found == kth_largest(torch.cat(parts), 0.2)
+    assert sum(read) < 1.1 * sum(part.numel() for part in parts)
+
+
 @pytest.mark.parametrize("kind", ["scales", "few values", "norms"])
 @pytest.mark.parametrize("share", [0.01, 0.2, 0.7])
 def test_one_pass_is_enough_and_little_is_kept(kind: str, share: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,10 @@ def test_scores_are_those_of_training() -> None:
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("loose", r"doubt_weight: the ensemble's members weren't centred.*got 0.5 for .*fix: train .* `centre_weight`"),
+        (
+            "loose",
+            r"doubt_weight: .* aren't known to be centred.*got 0.5 for .*fix: train .* `centre_weight`",
+        ),
         ("single", r"doubt_weight: a model of one member has no doubt; got 0.5 for .*ensemble.size"),
     ],
 )
@@ -133,14 +137,20 @@ def test_completions_that_are_cut_are_told_of_once(caplog: pytest.LogCaptureFixt
     reward = RewardModelReward(RewardModelRewardConfig(model=saved("ensemble"), max_length=16))
     given = [Sample("1+1=", text) for text in ("2", "9" * 20, "3" * 30, "3" * 8)]
     reward.score(given[::3])
-    assert not caplog.records
+    assert not _ours(caplog)
     reward.score(given)
     reward.score([Sample("1+2=", "9" * 20)])
     # Of the four, two had a score already.
     said = (
         "2 of 2 samples are longer than 16 tokens and scored without their ends (this is said once): raise `max_length`"
     )
-    assert [record.getMessage() for record in caplog.records] == [said]
+    assert _ours(caplog) == [said]
+
+
+def _ours(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return what the core warned of: it says other things, too, and so do the libraries below."""
+    ours = (one for one in caplog.records if one.name.startswith("rlhf_core") and one.levelno >= logging.WARNING)
+    return [record.getMessage() for record in ours]
 
 
 def test_a_completion_beyond_the_models_positions_is_told(caplog: pytest.LogCaptureFixture) -> None:

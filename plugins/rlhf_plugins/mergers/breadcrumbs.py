@@ -100,7 +100,7 @@ class BreadcrumbsMerger(StreamMerger):
     config: BreadcrumbsConfig
     needs_base = True
     per_model = ("density", "gamma")
-    neutral: ClassVar = {"density": 1.0, "gamma": 0.0}
+    neutral: ClassVar = {"density": 1.0, "gamma": 0.0, "scale": 1.0}
     by_row = True
 
     def check_weights(self, weights: Sequence[float]) -> None:

@@ -78,7 +78,7 @@ class DAREMerger(StreamMerger):
     config: DAREConfig
     needs_base = True
     per_model = ("density", "trim")
-    neutral: ClassVar = {"density": 1.0}
+    neutral: ClassVar = {"density": 1.0, "trim": 1.0, "scale": 1.0}
 
     def check_weights(self, weights: Sequence[float]) -> None:
         check_fused_weights(weights, self.config.election, self.config.normalize)

@@ -115,7 +115,7 @@ class DELLAMerger(StreamMerger):
     needs_base = True
     per_model = ("density", "epsilon")
     by_row = True
-    neutral: ClassVar = {"density": 1.0, "epsilon": 0.0}
+    neutral: ClassVar = {"density": 1.0, "epsilon": 0.0, "scale": 1.0}
 
     def check_weights(self, weights: Sequence[float]) -> None:
         check_fused_weights(weights, self.config.election, self.config.normalize)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from pydantic import Field
 from torch import Tensor
@@ -41,6 +42,7 @@ class TaskArithmeticMerger(StreamMerger):
     Config = TaskArithmeticConfig
     config: TaskArithmeticConfig
     needs_base = True
+    neutral: ClassVar = {"scale": 1.0}
 
     def merge_chunk(self, chunk: Chunk, measured: None) -> Tensor:
         return task_arithmetic(chunk.origin, chunk.deltas(), chunk.weights, self.config.scale)

@@ -133,7 +133,7 @@ class TIESMerger(StreamMerger):
     config: TIESConfig
     needs_base = True
     per_model = ("density",)
-    neutral: ClassVar = {"density": 1.0}
+    neutral: ClassVar = {"density": 1.0, "scale": 1.0}
 
     def check_weights(self, weights: Sequence[float]) -> None:
         if self.config.normalize and self.config.majority == "weighted":

@@ -64,7 +64,7 @@ class RewardModelReward(RewardFn):
         if not model.centred:
             # Ranking leaves each member a constant of its own, which would pass for disagreement.
             raise ConfigError(
-                "the ensemble's members weren't centred, so their scores can't be held against each other",
+                "the ensemble's members aren't known to be centred, so their scores can't be held against each other",
                 place="doubt_weight",
                 got=f"{weight:g} for {source}",
                 fix="train the ensemble with `centre_weight` above 0 (0.01 is usual), or set `doubt_weight: 0`",
