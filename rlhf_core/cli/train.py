@@ -101,14 +101,7 @@ def validate(context: typer.Context, target: Target) -> None:
 
     Whether its paths exist is told by `rlhf train FILE --dry-run`.
     """
-    try:
-        job = _job(target, context.args)
-    except ConfigError:
-        if _is_merge(target):
-            raise ConfigError(
-                "is the file of a merge, not of a run", place=target, fix=f"`rlhf merge {target} --dry-run`"
-            ) from None
-        raise
+    job = _job(target, context.args)
     print(f"ok: {target} is a valid configuration of {job.plugin.qualified}")
 
 
@@ -134,7 +127,14 @@ def _job(target: str, flags: list[str]) -> Job:
         )
     from rlhf_core.job import load_job
 
-    return load_job(target, flags=flags)
+    try:
+        return load_job(target, flags=flags)
+    except ConfigError:
+        if _is_merge(target):
+            raise ConfigError(
+                "is the file of a merge, not of a run", place=target, fix=f"`rlhf merge {target} --dry-run`"
+            ) from None
+        raise
 
 
 def _describe(job: Job, *, resume: bool, overwrite: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,12 @@ from rlhf_core.merging.layout import MERGED
 
 CENTRED = "centred"
 """The note of a reward head that its members' scores can be compared: true of a merge where it is of all that are merged."""
+
+
+_LOOK_AT, _ALIKE = 1 << 16, 0.5
+"""Values of a head that are compared, and the cosine below which heads aren't of one start: the one of random heads is near zero,
+and training from one start leaves it near one."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,9 +57,28 @@ def common_heads(inputs: Sequence[Checkpoint]) -> list[Head]:
                 "reward models are merged with models of the same head only",
                 place=other.name,
                 got=f"{_listed(other)}, and {_listed(first)} in {first.name}",
-                fix="merge models that all have that head, the base too where differences are taken from it",
+                fix="merge models that all have that head, the base too where differences are taken from it: `linear` and"
+                " others need no base",
             )
     return [_common(name, inputs) for name in first.heads]
+
+
+def _warn_of_other_start(name: str, inputs: Sequence[Checkpoint]) -> None:
+    """Say where heads have nothing in common: those that began from other random weights can't be averaged."""
+    first = inputs[0]
+    key = max(first.heads[name].entries, key=lambda key: first.heads[name].entries[key].count)
+    count = min(first.heads[name].entries[key].count, _LOOK_AT)
+    values = torch.empty(len(inputs), count)
+    for row, one in zip(values, inputs, strict=True):
+        one.head_source(f"{name}.{key}").read(0, count, row)
+    for row, one in zip(values[1:], inputs[1:], strict=True):
+        alike = float(torch.cosine_similarity(values[0], row, dim=0))
+        if alike < _ALIKE:
+            log.warning(
+                "the %ss of %s and %s have a cosine of %.2f: they began from other weights, and what is merged of them ranks"
+                " badly; train both from one start",
+                name.replace("_", " "), first.name, one.name, alike,
+            )  # fmt: skip
 
 
 def _listed(one: Checkpoint) -> str:
@@ -77,6 +103,7 @@ def _common(name: str, inputs: Sequence[Checkpoint]) -> Head:
             )
         _same_tensors(name, other, first)
     kinds = {key: [one.heads[name].entries[key].dtype for one in inputs] for key in entries}
+    _warn_of_other_start(name, inputs)
     if CENTRED in about:
         about[CENTRED] = all(centred)
     return Head(name, about, {key: (_widest(kinds[key]), entry.shape) for key, entry in entries.items()})

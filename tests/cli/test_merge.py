@@ -105,7 +105,7 @@ def test_an_output_is_replaced_only_when_told(rlhf, flags: list[str], tmp_path: 
     assert rlhf(*arguments)[0] == 0
     code, _, err = rlhf(*arguments)
     assert code == 7 and err.startswith(
-        f"error[io] {tmp_path / 'out'}: holds a model already; fix: `--overwrite` replaces it"
+        f"error[io] {tmp_path / 'out'}: holds a model already; fix: `--overwrite`, in Python `overwrite=True`, replaces it"
     )
     assert rlhf(*arguments, "--overwrite")[0] == 0
     code, _, err = rlhf(*arguments, "--overwrite", "--resume")

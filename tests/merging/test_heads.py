@@ -199,6 +199,18 @@ def test_models_that_differ_in_their_heads_alone_have_fingerprints_of_their_own(
     assert card.count(f": {HEAD} |") == 2
 
 
+def test_heads_of_other_starts_are_told(causal: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = RewardModel.from_pretrained(causal, new_head=True)
+    model.save_pretrained(tmp_path / "one")
+    _move(model, 1)
+    model.save_pretrained(tmp_path / "near")
+    RewardModel.from_pretrained(causal, new_head=True, seed=1).save_pretrained(tmp_path / "far")
+    merge("linear", [tmp_path / "one", tmp_path / "near"], tmp_path / "sound")
+    assert "began from other weights" not in caplog.text
+    merge("linear", [tmp_path / "one", tmp_path / "far"], tmp_path / "mixed")
+    assert f"the reward heads of {tmp_path / 'one'} and {tmp_path / 'far'} have a cosine of" in caplog.text
+
+
 def test_distances_count_heads(causal: Path, tmp_path: Path) -> None:
     for seed in (0, 1):
         RewardModel.from_pretrained(causal, new_head=True, seed=seed).save_pretrained(tmp_path / str(seed))
