@@ -90,8 +90,16 @@ def configuration() -> str:
     lines += ["", "## Presets", "", "`preset: NAME` sets these where the file and flags set nothing:", ""]
     for name, options in PRESETS.items():
         lines.append(f"- `{name}`: " + ", ".join(f"`{key}: {shown(value)}`" for key, value in options.items()))
-    lines += ["", *merging()]
+    lines += ["", *rewards(), "", *merging()]
     return "\n".join(lines) + "\n"
+
+
+def rewards() -> list[str]:
+    lines = ["## Rewards", "", "[rewards.md](rewards.md) tells how they are used."]
+    for plugin in own_plugins("reward"):
+        config: type[BaseConfig] = registry.get("reward", plugin.name).Config  # type: ignore[attr-defined]
+        lines += ["", f"### Reward `{plugin.name}`", "", plugin.summary, "", *option_table(config)]
+    return lines
 
 
 def merging() -> list[str]:

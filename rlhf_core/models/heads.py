@@ -144,6 +144,17 @@ def head_directory(source: str | Path, name: str) -> Path | None:
     return None
 
 
+REWARD_HEAD, PROCESS_REWARD_HEAD = "reward_head", "process_reward_head"
+
+
+def warn_of_heads(source: str | Path) -> None:
+    """Say that a model which is taken for a policy has a reward head, which it loses."""
+    where = Path(source).expanduser()
+    for name in (REWARD_HEAD, PROCESS_REWARD_HEAD):
+        if (where / f"{name}.safetensors").is_file():
+            log.warning("%s is a reward model: its backbone is taken, and its %s isn't", source, name.replace("_", " "))
+
+
 def warn_of_other_head(source: str | Path, name: str) -> None:
     """Say that the head of another kind of reward model, `NAME`, isn't used, where a model has it beside its weights."""
     where = Path(source).expanduser()

@@ -14,6 +14,7 @@ from rlhf_core.config import LoraConfig
 from rlhf_core.interfaces import Completion
 from rlhf_core.models.attention import Kernel
 from rlhf_core.models.generate import generate
+from rlhf_core.models.heads import warn_of_heads
 from rlhf_core.models.loading import load_model, plain_checkpoint
 from rlhf_core.models.logprobs import linear_token_logprobs, module_token_logprobs
 from rlhf_core.models.sequence import LayoutName, SequenceModel
@@ -41,6 +42,7 @@ class PolicyModel(SequenceModel):
 
         See `TrainerConfig` for what the options do.
         """
+        warn_of_heads(source)
         model, tokenizer = load_model(source, attention="sdpa", lora=lora, trust_remote_code=trust_remote_code)
         policy = cls(model, tokenizer, source=str(source))
         policy.base, policy.loaded = plain_checkpoint(source), True

@@ -16,6 +16,8 @@ from rlhf_core.errors import ConfigError, ModelError
 from rlhf_core.infra.seeds import stream_seed
 from rlhf_core.models.heads import (
     NO_HEAD,
+    PROCESS_REWARD_HEAD,
+    REWARD_HEAD,
     TwoLayerHead,
     describe_head,
     fill_head,
@@ -24,12 +26,11 @@ from rlhf_core.models.heads import (
     write_head,
 )
 from rlhf_core.models.loading import load_model
-from rlhf_core.models.reward import HEAD as OTHER_HEAD
 from rlhf_core.models.reward import last_hidden, refuse_quantised
 from rlhf_core.models.sequence import SequenceModel, model_hashes
 from rlhf_core.models.steps import step_ends
 
-HEAD = "process_reward_head"
+HEAD = PROCESS_REWARD_HEAD
 Aggregation = Literal["min", "product", "mean", "last"]
 
 
@@ -95,7 +96,7 @@ class ProcessRewardModel(nn.Module):
             model = cls(backbone, head, separator=about["separator"])
             model.check_separator(separator)
         else:
-            warn_of_other_head(source, OTHER_HEAD)
+            warn_of_other_head(source, REWARD_HEAD)
             model = cls.on(backbone, separator="\n" if separator is None else separator, seed=seed)
         if device is not None:
             model.to(device)

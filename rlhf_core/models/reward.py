@@ -17,6 +17,8 @@ from rlhf_core.errors import ConfigError, ModelError
 from rlhf_core.infra.seeds import stream_seed
 from rlhf_core.models.heads import (
     NO_HEAD,
+    PROCESS_REWARD_HEAD,
+    REWARD_HEAD,
     LinearHead,
     TwoLayerHead,
     describe_head,
@@ -29,7 +31,7 @@ from rlhf_core.models.layout import Layout
 from rlhf_core.models.loading import architecture, load_model
 from rlhf_core.models.sequence import SequenceModel, model_hashes
 
-HEAD, OTHER_HEAD = "reward_head", "process_reward_head"
+HEAD = REWARD_HEAD
 MOST_MEMBERS = 64
 _HEADS: dict[str, Callable[[int], nn.Module]] = {
     "two_layer": TwoLayerHead,
@@ -91,7 +93,7 @@ class RewardModel(nn.Module):
         elif architecture(source, trust_remote_code=trust_remote_code).endswith("ForSequenceClassification"):
             model = cls._classifier(str(source), settings)
         elif new_head:
-            warn_of_other_head(source, OTHER_HEAD)
+            warn_of_other_head(source, PROCESS_REWARD_HEAD)
             network, tokenizer = load_model(source, headless=True, **settings)
             backbone = SequenceModel(cast(nn.Module, network.base_model), tokenizer, source=str(source))
             backbone.loaded = True

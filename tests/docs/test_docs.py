@@ -90,6 +90,18 @@ def test_merging(tmp_path: Path, environment: dict[str, str]) -> None:
     assert "layers" in yaml.safe_load((tmp_path / "distances.json").read_text())
 
 
+@pytest.mark.slow
+def test_rewards(tmp_path: Path, environment: dict[str, str]) -> None:
+    printed = ""
+    for language, text in blocks("docs/rewards.md"):
+        if language == "bash":
+            run(text, tmp_path, environment)
+        else:
+            (tmp_path / "score.py").write_text(text)
+            printed += run("python score.py", tmp_path, environment)
+    assert "[-1.0, -8.0]" in printed
+
+
 SET_UP = ("make ", "source ", "pip install", "python examples/", "rlhf train examples/")
 """Commands that set the repository itself up, or need weights and data that aren't in it: they have tests of their own."""
 

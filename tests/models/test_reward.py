@@ -168,6 +168,15 @@ def test_a_head_of_the_other_kind_is_not_replaced_without_a_word(
         caplog.clear()
 
 
+def test_a_policy_from_a_reward_model_is_told_of(
+    causal: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    RewardModel.from_pretrained(causal, new_head=True).save_pretrained(tmp_path)
+    assert not _ours(caplog)
+    PolicyModel.from_pretrained(tmp_path)
+    assert _ours(caplog) == [f"{tmp_path} is a reward model: its backbone is taken, and its reward head isn't"]
+
+
 def _ours(caplog: pytest.LogCaptureFixture) -> list[str]:
     """Return what the core warned of: it says other things, too, and so do the libraries below."""
     ours = (one for one in caplog.records if one.name.startswith("rlhf_core") and one.levelno >= logging.WARNING)
