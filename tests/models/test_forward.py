@@ -19,6 +19,9 @@ from rlhf_core.models.layout import packed_layout, padded_layout
 from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
 
 TOLERANCE = 1e-5
+GRADIENT_TOLERANCE = 1e-4
+"""Of gradients through weights four times as large as at initialisation: on some processors, rounding in float32 reaches 2e-5 in
+one of 300 batches; a leak is a thousand times as large."""
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +80,8 @@ def test_the_gradient_is_the_same_for_any_layout(
     _, padded = logps_and_gradient(policy, batch, "padded")
     _, shared = logps_and_gradient(policy, batch, "packed", True)
     _, apart = logps_and_gradient(policy, batch, "packed", False)
-    assert relative(shared, padded) < TOLERANCE
-    assert relative(apart, padded) < TOLERANCE
+    assert relative(shared, padded) < GRADIENT_TOLERANCE
+    assert relative(apart, padded) < GRADIENT_TOLERANCE
 
 
 def test_padding_changes_nothing(policy: PolicyModel) -> None:
