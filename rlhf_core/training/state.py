@@ -162,6 +162,8 @@ class RunState:
         run.trainer.load_state_dict(ranks[min(rank, len(ranks) - 1)]["trainer"])
         self.saved_step = checkpoint.step
         log.info("resumed from %s", checkpoint.path)
+        if run.total_steps is not None and run.progress.step >= run.total_steps:
+            log.info("all of its %d steps were done already: there is nothing left to train", run.progress.step)
 
     def _check_held_out(self, saved: str | None) -> None:
         """Refuse other held-out rows: what is evaluated before and after a resume must be comparable."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -150,11 +151,13 @@ def test_changed_held_out_rows_are_refused(tmp_path: Path, monkeypatch: pytest.M
     toy(tmp_path, kind=Crashing, checkpoint={"every": 2}, eval_rows=ROWS[:8]).train(resume=True)
 
 
-def test_a_finished_run_is_returned_as_it_ended(tmp_path: Path) -> None:
+def test_a_finished_run_is_returned_as_it_ended(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first = toy(tmp_path).train()
     before = model_bytes(tmp_path)
-    again = toy(tmp_path).train(resume=True)
+    with caplog.at_level(logging.INFO, "rlhf_core"):
+        again = toy(tmp_path).train(resume=True)
     assert (again.step, again.metrics, model_bytes(tmp_path)) == (first.step, first.metrics, before)
+    assert f"all of its {first.step} steps were done already" in caplog.text
 
 
 def killer(kind: str, directory: Path, *arguments: str) -> dict[str, Any]:
