@@ -13,6 +13,8 @@ from typing import Any
 
 from rlhf_core.errors import ModelError, nearest
 
+REWARD_HEAD, PROCESS_REWARD_HEAD = HEADS = ("reward_head", "process_reward_head")
+"""Heads that reward models keep beside their weights, each as `NAME.json` and `NAME.safetensors`."""
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 
 

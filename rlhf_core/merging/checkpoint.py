@@ -21,14 +21,12 @@ from torch import Tensor
 
 from rlhf_core.errors import ModelError
 from rlhf_core.infra.files import read_json, storage_error, storage_errors
-from rlhf_core.infra.model_files import adapter_base, check_files, first_line, is_adapter, locate, near_path
+from rlhf_core.infra.model_files import HEADS, adapter_base, check_files, first_line, is_adapter, locate, near_path
 from rlhf_core.infra.tensors import TensorEntry, read_header
 from rlhf_core.merging.streams import Source, digest_of
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-HEADS = ("reward_head", "process_reward_head")
-"""Heads that reward models keep beside their weights, each as `NAME.json` and `NAME.safetensors`."""
 _PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.config import place_of
+from rlhf_core.config_errors import place_of
 from rlhf_core.errors import ConfigError, did_you_mean, shortened
 from rlhf_core.merging.mergekit_methods import METHODS, outliers
 from rlhf_core.merging.mergekit_values import Setting, conditions, constant, mapped

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf_core.config import place_of
+from rlhf_core.config_errors import place_of
 from rlhf_core.errors import ConfigError
 
 _DROPS = (

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from rlhf_core import registry
-from rlhf_core.config import place_of
+from rlhf_core.config_errors import place_of
 from rlhf_core.errors import ConfigError, did_you_mean, shortened
 from rlhf_core.flags import Flag, convert, lex
 from rlhf_core.infra.redact import redact

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from rlhf_core.config import BaseConfig
 from rlhf_core.errors import ConfigError
+from rlhf_core.infra.model_files import HEADS
 
 LM_HEAD = ("lm_head", "embed_out")
 """What the head that predicts tokens is called; it has a row a token."""
@@ -18,7 +19,7 @@ GROUPS = {
     "attention": ("self_attn", "attn", "attention"),
     "mlp": ("mlp", "feed_forward", "ffn", "experts"),
     "embeddings": ("embed_tokens", "wte", "wpe", "word_embeddings", "embed_in", "tok_embeddings", "embeddings"),
-    "head": (*LM_HEAD, "reward_head", "process_reward_head"),
+    "head": (*LM_HEAD, *HEADS),
     "norms": ("norm", "ln_1", "ln_2", "ln_f"),
 }
 """Names that stand for several parts of tensors' names, whatever the architecture calls them."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.config import place_of
+from rlhf_core.config_errors import place_of
 from rlhf_core.errors import ConfigError, ModelError, shortened
 from rlhf_core.infra.files import read_json
 from rlhf_core.infra.model_files import adapter_base, first_line, is_adapter, locate

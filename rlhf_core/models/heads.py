@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_core.errors import ModelError
+from rlhf_core.infra.model_files import HEADS
 from rlhf_core.infra.tensors import read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
@@ -144,13 +145,10 @@ def head_directory(source: str | Path, name: str) -> Path | None:
     return None
 
 
-REWARD_HEAD, PROCESS_REWARD_HEAD = "reward_head", "process_reward_head"
-
-
 def warn_of_heads(source: str | Path) -> None:
     """Say that a model which is taken for a policy has a reward head, which it loses."""
     where = Path(source).expanduser()
-    for name in (REWARD_HEAD, PROCESS_REWARD_HEAD):
+    for name in HEADS:
         if (where / f"{name}.safetensors").is_file():
             log.warning("%s is a reward model: its backbone is taken, and its %s isn't", source, name.replace("_", " "))
 

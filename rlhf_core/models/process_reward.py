@@ -13,11 +13,10 @@ from torch.nn.functional import logsigmoid
 from rlhf_core.batch import Batch
 from rlhf_core.config import LoraConfig, TrainerConfig
 from rlhf_core.errors import ConfigError, ModelError
+from rlhf_core.infra.model_files import PROCESS_REWARD_HEAD, REWARD_HEAD
 from rlhf_core.infra.seeds import stream_seed
 from rlhf_core.models.heads import (
     NO_HEAD,
-    PROCESS_REWARD_HEAD,
-    REWARD_HEAD,
     TwoLayerHead,
     describe_head,
     fill_head,

@@ -14,7 +14,7 @@ from unittest import SkipTest
 
 from rlhf_core import registry
 from rlhf_core.errors import ConfigError, PluginError
-from rlhf_core.infra.log import LOGGER, hide_library_bars
+from rlhf_core.infra.log import LOGGER, hide_library_bars, plugin_packages
 from rlhf_core.testing.contract import Contract, describe_error
 
 KINDS = ("trainer", "reward", "sampler", "merger")
@@ -123,12 +123,14 @@ def _one_thread() -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the runs' own reports out of the way."""
-    logger = logging.getLogger(LOGGER)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in (LOGGER, *plugin_packages())]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -19,9 +19,9 @@ from rlhf_core.models.layout import packed_layout, padded_layout
 from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
 
 TOLERANCE = 1e-5
-GRADIENT_TOLERANCE = 1e-4
+GRADIENT_TOLERANCE = 5e-5
 """Of gradients through weights four times as large as at initialisation: on some processors, rounding in float32 reaches 2e-5 in
-one of 300 batches; a leak is a thousand times as large."""
+one of 300 batches."""
 
 
 @pytest.fixture(scope="module")
