@@ -1,6 +1,6 @@
 """Teach a tiny model to find the first wrong step of written arithmetic, and measure it on problems it never met.
 
-    python examples/process_reward.py [--output runs/process-reward] [--seed 0] [--steps 400]
+    python examples/process_reward.py [--output runs/process-reward] [--seed 0] [--steps 700]
 
 A model that can't add can't find a sum that is wrong, so it learns to write right solutions first, then to judge them. Solutions
 come from the embedded task (`rlhf_core.testing.arithmetic`): a right one and one with a slip for each problem, with a label
@@ -82,7 +82,7 @@ def main() -> int:
         "--output", type=Path, default=Path("runs/process-reward"), help="folder to write (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=400, help="optimiser steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=700, help="optimiser steps (default: %(default)s)")
     options = parser.parse_args()
     setup_logging()
     try:
