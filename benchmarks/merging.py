@@ -6,7 +6,8 @@ mergekit needs an environment of its own: `python -m venv mk && mk/bin/pip insta
 `small` is four float32 models of the shape of SmolLM2-135M with a base, `large` two bf16 models of 2.1 GB with a base; both
 are made here, with random differences. Every cell is a command of its own, ours and the peer's in turn, start-up included, on a
 warm cache; `merging s` is our time without start-up. The limit is the best of all tries, the rest are medians of the rounds.
-Memory is the peak of the process's anonymous pages (RssAnon), sampled every 10 ms. `--memory` instead measures how our memory
+Memory is the peak of the anonymous pages of the process and those below it, a page that several share counted once (the sum of
+Pss_Anon in /proc/PID/smaps_rollup), sampled every 20 ms. `--memory` instead measures how our memory
 grows from a checkpoint of 0.5 GB to one of 4 GB with the same largest tensor.
 """
 
@@ -26,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
@@ -57,7 +59,7 @@ def run(command: Sequence[str], **environment: str) -> Cell:
         process = subprocess.Popen(command, stdout=printed, stderr=told, env={**os.environ, **environment})
         while process.poll() is None:
             peak = max(peak, anonymous(process.pid))
-            time.sleep(0.01)
+            time.sleep(0.02)
         seconds = time.perf_counter() - started
         outputs = []
         for file in (printed, told):
@@ -69,12 +71,16 @@ def run(command: Sequence[str], **environment: str) -> Cell:
 
 
 def anonymous(pid: int) -> int:
-    """Return a process's anonymous memory, bytes."""
+    """Return the anonymous memory of a process and of those that it started, bytes, each page counted once."""
+    total = 0
     try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
+        process = psutil.Process(pid)
+        for one in (process, *process.children(recursive=True)):
+            lines = Path(f"/proc/{one.pid}/smaps_rollup").read_text().splitlines()
+            total += next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss_Anon"))
+    except (OSError, psutil.Error, StopIteration):  # one has just ended
         return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
+    return total
 
 
 def make_small(folder: Path, model: Path) -> None:

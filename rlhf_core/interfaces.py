@@ -299,7 +299,10 @@ class Merger(ABC):
     def merge_tensor(
         self, name: str, base: Tensor | None, tensors: Sequence[Tensor], weights: Sequence[float]
     ) -> Tensor:
-        """Return the merged tensor, float32, of the shape that all inputs have. Inputs are left as they are."""
+        """Return the merged tensor, float32, of the shape that all inputs have. Inputs are left as they are.
+
+        Tensors are merged side by side, in forked processes or in threads: what one call leaves in `self` isn't seen by others.
+        """
 
     def merge(self, merge: ModelMerger) -> None:
         """Make the merged checkpoint in the directory of `merge`. The default merges every tensor once."""

@@ -27,7 +27,7 @@ from rlhf_core.merging.method import Method
 from rlhf_core.merging.output import Output, check_begun
 from rlhf_core.merging.passing import Pass
 from rlhf_core.merging.plan import Plan, check_count, memory
-from rlhf_core.merging.streams import CHUNK, StreamMerger
+from rlhf_core.merging.streams import THREADS_CHUNK, StreamMerger
 
 log = logging.getLogger(__name__)
 
@@ -253,4 +253,4 @@ def _device() -> Any:
 def memory_needed(merger: ModelMerger, plan: Plan) -> int:
     """Estimate the memory that a merge takes beyond the interpreter's, bytes."""
     whole = not isinstance(merger.method.merger, StreamMerger)
-    return memory(plan, merger.threads, CHUNK, whole=whole)
+    return memory(plan, merger.threads, THREADS_CHUNK, whole=whole)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -57,7 +56,6 @@ class Output:
         self._files: dict[str, int] = {}
         self.done: set[str] = set()
         self._fresh: list[Item] = []
-        self._guard = threading.Lock()
         self._committer = ThreadPoolExecutor(1, thread_name_prefix="merge-commit")
         self._commits: list[Future[None]] = []
 
@@ -91,7 +89,7 @@ class Output:
         return output
 
     def write(self, item: Item, start: int, values: Tensor) -> None:
-        """Write elements of a tensor from an offset on, in its own type; called from several threads."""
+        """Write elements of a tensor from an offset on, in its own type; called from several threads or processes."""
         stored = values.reshape(-1).to(item.dtype).cpu()
         if (
             item.merged
@@ -115,12 +113,17 @@ class Output:
 
     def finish(self, item: Item) -> None:
         """Note that all of a tensor is written; from time to time, put on disk what was."""
-        with self._guard:
-            self._fresh.append(item)
-            if sum(one.nbytes for one in self._fresh) < _FLUSH:
-                return
-            batch, self._fresh = self._fresh, []
-            self._commits.append(self._committer.submit(self._commit, batch))
+        self._fresh.append(item)
+        if sum(one.nbytes for one in self._fresh) < _FLUSH:
+            return
+        batch, self._fresh = self._fresh, []
+        self._commits.append(self._committer.submit(self._commit, batch))
+
+    def leave_to_parent(self) -> None:
+        """In a process that only writes: let go of the directory, which is free for others once the parent is gone."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def publish(self, fill: Callable[[Path], None]) -> Path:
         """Put the whole in place: `fill` writes what stands beside the weights. Returns the final directory."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +14,8 @@ from rlhf_core.merging.checkpoint import FileSource
 from rlhf_core.merging.layout import Item
 from rlhf_core.merging.output import Output
 from rlhf_core.merging.plan import Plan
-from rlhf_core.merging.streams import CHUNK, StreamMerger, TensorStream
+from rlhf_core.merging.streams import CHUNK, THREADS_CHUNK, StreamMerger, TensorStream
+from rlhf_core.merging.workers import Told, may_fork, spread
 
 if TYPE_CHECKING:
     from rlhf_core.merging.merge import ModelMerger
@@ -30,18 +29,18 @@ class Pass:
 
     def __init__(self, owner: ModelMerger, plan: Plan, merger: Merger, chosen: Sequence[int], output: Output) -> None:
         self.owner, self.plan, self.merger, self.chosen, self.output = owner, plan, merger, chosen, output
-        self._written, self._guard = 0, threading.Lock()
+        self._written = 0
         self._surveyed: Any = None
+        self._chunk = CHUNK
         self._total = sum(item.nbytes for item in plan.items)
 
     def go(self) -> None:
         todo = [item for item in self.plan.items if item.name not in self.output.done]
-        self._count(self._total - sum(item.nbytes for item in todo))
         merged = [item for item in self.plan.items if item.merged]
         with _one_thread_an_operation(), torch.inference_mode():
             if isinstance(self.merger, StreamMerger):
                 self._surveyed = self.merger.survey(_Streams(self, merged))
-            # The largest first, so that no thread is left alone with it at the end.
+            # The largest first, so that none is left alone with it at the end.
             self._spread(sorted(todo, key=lambda item: -item.count))
 
     def stream(self, item: Item, merger: Merger) -> TensorStream:
@@ -56,31 +55,24 @@ class Pass:
             seed=int(getattr(merger.config, "seed", self.owner.config.seed)),
             by_row=isinstance(merger, StreamMerger) and merger.by_row,
             device=self.owner.device,
-            chunk=_GPU_CHUNK if self.owner.device.type == "cuda" else CHUNK,
+            chunk=_GPU_CHUNK if self.owner.device.type == "cuda" else self._chunk,
         )
 
     def _spread(self, items: Sequence[Item]) -> None:
-        stop = threading.Event()
+        threads = self.owner.threads
+        forked = threads > 1 and self.owner.device.type == "cpu" and may_fork()
+        self._chunk = CHUNK if forked or threads == 1 else THREADS_CHUNK
+        self._count(self._total - sum(item.nbytes for item in items))
+        with closing(spread(items, self._one, threads, forked=forked, enter=self.output.leave_to_parent)) as events:
+            for item, nbytes in events:
+                if nbytes is None:
+                    self.output.finish(item)
+                else:
+                    self._count(nbytes)
 
-        def work(item: Item) -> None:
-            if not stop.is_set():
-                with torch.inference_mode():
-                    self._one(item)
-
-        with ThreadPoolExecutor(self.owner.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            futures = [pool.submit(work, item) for item in items]
-            try:
-                finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            except BaseException:
-                stop.set()
-                raise
-            if failed := [future for future in finished if future.exception() is not None]:
-                stop.set()
-                raise failed[0].exception()  # type: ignore[misc]
-
-    def _one(self, item: Item) -> None:
+    def _one(self, item: Item, told: Told) -> None:
         if not item.merged:
-            self._copy(item)
+            self._copy(item, told)
         else:
             merger = self.owner.method.for_tensor(self.merger, item.name, self.plan.depth)
             stream = self.stream(item, merger)
@@ -89,10 +81,10 @@ class Pass:
                 merger.surveyed = self._surveyed
                 for start, values in merger.merged(stream):
                     self.output.write(item, start, values)
-                    self._count(values.numel() * item.dtype.itemsize)
+                    told(values.numel() * item.dtype.itemsize)
             else:
                 self._whole(item, merger, stream)
-        self.output.finish(item)
+                told(item.nbytes)
 
     def _whole(self, item: Item, merger: Merger, stream: TensorStream) -> None:
         """Merge a tensor by a method that wants it whole."""
@@ -105,9 +97,8 @@ class Pass:
                 got=f"{list(values.shape)} for {list(item.shape)}",
             )
         self.output.write(item, 0, values)
-        self._count(item.nbytes)
 
-    def _copy(self, item: Item) -> None:
+    def _copy(self, item: Item, told: Told) -> None:
         """Copy what isn't merged, having looked that all inputs agree on it."""
         base, models = self.plan.sources(item)
         sources = [source for source in (base, *models) if source is not None]
@@ -123,13 +114,12 @@ class Pass:
                         fix="store the same values in every model, or merge models that have them",
                     )
             self.output.write(item, start, first)
-        self._count(item.nbytes)
+            told(first.numel() * item.dtype.itemsize)
 
     def _count(self, nbytes: int) -> None:
+        self._written += nbytes
         if self.owner.progress is not None:
-            with self._guard:
-                self._written += nbytes
-                self.owner.progress(self._written, self._total)
+            self.owner.progress(self._written, self._total)
 
 
 class _Streams:

@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 
 EVERY = 30.0
 """Seconds between two lines where there is no terminal."""
+REDRAW = 0.1
+"""Seconds between two pictures of the bar."""
 
 
 class ByteBar:
@@ -49,7 +51,8 @@ class ByteBar:
                 TransferSpeedColumn(),
                 TimeRemainingColumn(),
             )
-            self._progress = Progress(*columns, console=console(), transient=True)
+            # Drawn when told of progress, not by a thread: a process with threads can't be forked.
+            self._progress = Progress(*columns, console=console(), transient=True, auto_refresh=False)
             self._progress.start()
         return self
 
@@ -67,8 +70,10 @@ class ByteBar:
             if self._task is not None:
                 self._progress.remove_task(self._task)
             self._task = self._progress.add_task(self._what, total=total, completed=done)
-        self._progress.update(self._task, completed=done, total=total)
-        self._done = done
+        self._done, now = done, time.monotonic()
+        due = now - self._told > REDRAW or done >= total
+        self._progress.update(self._task, completed=done, total=total, refresh=due)
+        self._told = now if due else self._told
 
     def _log(self, done: int, total: int) -> None:
         from rich.filesize import decimal

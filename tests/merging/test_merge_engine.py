@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from merge_helpers import bytes_of, merge, read_weights, tiny_family, write_weights
+from rlhf_plugins.mergers import gram
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_core import registry
@@ -60,7 +61,9 @@ def test_names_shapes_and_types_are_kept_and_the_model_generates(
 def test_the_order_of_models_threads_and_files_change_no_bit(
     method: str, family: tuple[Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(passing, "CHUNK", 1000)
+    monkeypatch.setattr(passing, "CHUNK", 1024)
+    monkeypatch.setattr(passing, "THREADS_CHUNK", 4096)
+    monkeypatch.setattr(gram, "_PIECE", 1024)
     base, models = family
     models = _models(method, models)
     weights = [0.5, 0.3, 0.2][: len(models)]
@@ -76,8 +79,10 @@ def test_the_order_of_models_threads_and_files_change_no_bit(
     for number, entry in enumerate(entries):
         path = write_weights(tmp_path / f"cut-{number}", read_weights(Path(entry["model"])), shards=3)
         cut.append({**entry, "model": str(path)})
-    merge(method, cut, tmp_path / "sharded", base=base, threads=2, **settings)
-    assert bytes_of(tmp_path / "sharded") == expected
+    for forked in (True, False):
+        monkeypatch.setattr(passing, "may_fork", lambda forked=forked: forked)
+        merge(method, cut, tmp_path / f"sharded-{forked}", base=base, threads=2, **settings)
+        assert bytes_of(tmp_path / f"sharded-{forked}") == expected
 
 
 def test_every_merger_is_tried_here() -> None:

@@ -19,39 +19,42 @@ from rlhf_core.errors import ConfigError, StorageError
 from rlhf_core.merging import output
 from rlhf_core.merging.output import unfinished
 
-# Every write, fsync and rename of the merge is counted; the process kills itself at the wanted one. Two threads write: which files
-# a commit has to put on disk, and so how many operations come before the last stretch, differs by a few from run to run. With
-# --publish those of the last stretch alone are counted, which is one thread's.
+# Every write, fsync and rename of the merge is counted, over its processes; all kill themselves at the wanted one. Two processes
+# write: which files a commit has to put on disk, and so how many operations come before the last stretch, differs by a few from
+# run to run. With --publish those of the last stretch alone are counted, which is one process's.
 WORKER = """
-import os, signal, sys
+import multiprocessing, os, signal, sys, threading
 from pathlib import Path
 sys.path.insert(0, {helpers!r})
 from rlhf_core.merging import output
 output._FLUSH = 200_000
-stop, count = int(sys.argv[1]), [0]
+count = multiprocessing.Value("l", 0)
+stop = multiprocessing.Value("l", int(sys.argv[1]))
 def counted(function):
     def call(*args, **kwargs):
-        count[0] += 1
-        if count[0] == stop:
-            os.kill(os.getpid(), signal.SIGKILL)
+        with count.get_lock():
+            count.value += 1
+            if count.value == stop.value:
+                os.killpg(0, signal.SIGKILL)
         return function(*args, **kwargs)
     return call
 for name in ("pwrite", "fsync", "write", "rename", "mkdir", "unlink", "posix_fallocate"):
     setattr(os, name, counted(getattr(os, name)))
 if "--publish" in sys.argv:
-    publish, wanted, stop = output.Output.publish, stop, -1
+    publish, wanted, stop.value = output.Output.publish, stop.value, -1
     def counted_from_here(self, *args):
-        global stop
         for commit in self._commits:
             commit.result()
-        count[0], stop = 0, wanted
+        count.value, stop.value = 0, wanted
         return publish(self, *args)
     output.Output.publish = counted_from_here
+if "--threads" in sys.argv:
+    threading.Thread(target=threading.Event().wait, daemon=True).start()  # a process with threads isn't forked
 from merge_helpers import merge
 folder = Path(sys.argv[2])
 merge("ties", [folder / "a", folder / "b"], folder / "out", base=folder / "base", shard_size=300_000, threads=2,
       resume="--resume" in sys.argv, overwrite="--overwrite" in sys.argv)
-print(count[0])
+print(count.value)
 """
 
 
@@ -67,7 +70,13 @@ def inputs(tmp_path: Path) -> Path:
 def _run(folder: Path, stop: int, *flags: str) -> subprocess.CompletedProcess[str]:
     script = WORKER.format(helpers=str(Path(__file__).parent))
     command = [sys.executable, "-c", script, str(stop), str(folder), *flags]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
 
 
 def _whole_or_nothing(folder: Path, expected: dict[str, bytes]) -> None:
@@ -81,10 +90,11 @@ def _settings(folder: Path) -> dict[str, object]:
 
 
 @pytest.mark.slow
-def test_killed_at_ten_moments_it_goes_on_to_the_same_bytes(inputs: Path) -> None:
+@pytest.mark.parametrize("how", ["--processes", "--threads"])
+def test_killed_at_ten_moments_it_goes_on_to_the_same_bytes(how: str, inputs: Path) -> None:
     merge("ties", [inputs / "a", inputs / "b"], inputs / "expected", **_settings(inputs))
     expected = bytes_of(inputs / "expected")
-    whole = _run(inputs, -1)
+    whole = _run(inputs, -1, how)
     assert whole.returncode == 0, whole.stderr
     assert bytes_of(inputs / "out") == expected
     operations = int(whole.stdout.split()[-1]) - 6  # a few fewer in another run
@@ -94,14 +104,14 @@ def test_killed_at_ten_moments_it_goes_on_to_the_same_bytes(inputs: Path) -> Non
     resumed = 0
     for moment in moments:
         subprocess.run(["rm", "-rf", str(inputs / "out"), str(unfinished(inputs / "out"))], check=True)
-        assert _run(inputs, moment).returncode == -signal.SIGKILL
+        assert _run(inputs, moment, how).returncode == -signal.SIGKILL
         _whole_or_nothing(inputs, expected)
         if (inputs / "out").exists():
             continue  # killed after the last rename
         flags = ["--resume"] if (unfinished(inputs / "out") / "merge.state").is_file() else []
         assert flags or moment < begun
         resumed += bool(flags)
-        again = _run(inputs, -1, *flags)
+        again = _run(inputs, -1, how, *flags)
         assert again.returncode == 0, again.stderr
         assert bytes_of(inputs / "out") == expected
         assert not unfinished(inputs / "out").exists()

@@ -5,53 +5,67 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from merge_helpers import write_weights
 
-# Peak anonymous memory, sampled while the merge runs.
 WORKER = """
-import sys, threading, time
+import sys, threading
 from pathlib import Path
 sys.path.insert(0, {helpers!r})
 from merge_helpers import merge
-def anonymous():
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
-peak, done = [0], threading.Event()
-def watch():
-    while not done.is_set():
-        peak[0] = max(peak[0], anonymous())
-        time.sleep(0.002)
-watcher = threading.Thread(target=watch)
-watcher.start()
+if sys.argv[3] == "threads":
+    threading.Thread(target=threading.Event().wait, daemon=True).start()  # a process with threads isn't forked
 folder = Path(sys.argv[2])
 merge(sys.argv[1], [folder / "a", folder / "b"], folder / "out", base=folder / "base", threads=2)
-done.set()
-watcher.join()
-print(peak[0])
 """
 
 
-def _peak(method: str, folder: Path) -> int:
-    command = [sys.executable, "-c", WORKER.format(helpers=str(Path(__file__).parent)), method, str(folder)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    return int(done.stdout.split()[-1])
+def _anonymous(process: psutil.Process) -> tuple[int, int]:
+    """Return the anonymous memory of a process and of those that it started, kB, each page counted once, and their number."""
+    family = [process, *process.children(recursive=True)]
+    found = [
+        next(
+            int(line.split()[1])
+            for line in Path(f"/proc/{one.pid}/smaps_rollup").read_text().splitlines()
+            if "Pss_Anon" in line
+        )
+        for one in family
+    ]
+    return sum(found), len(family)
+
+
+def _peak(method: str, folder: Path, how: str) -> int:
+    command = [sys.executable, "-c", WORKER.format(helpers=str(Path(__file__).parent)), method, str(folder), how]
+    peak, most = 0, 0
+    with subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
+        while not (folder / "out").exists() and process.poll() is None:
+            with suppress(OSError, psutil.Error, StopIteration):  # one has just ended
+                now, count = _anonymous(psutil.Process(process.pid))
+                peak, most = max(peak, now), max(most, count)
+            time.sleep(0.002)
+    assert process.returncode == 0
+    assert most == (3 if how == "processes" else 1)
+    return peak
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="anonymous memory is read from /proc")
-@pytest.mark.parametrize("method", ["linear", "ties", "dare", "slerp"])
-def test_eight_times_the_model_takes_the_same_memory(method: str, tmp_path: Path) -> None:
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="anonymous memory is read from /proc")
+@pytest.mark.parametrize(
+    ("method", "how"),
+    [(method, "processes") for method in ("linear", "ties", "dare", "slerp")] + [("ties", "threads")],
+)
+def test_eight_times_the_model_takes_the_same_memory(method: str, how: str, tmp_path: Path) -> None:
     peaks = []
     for count in (4, 32):
         folder = tmp_path / str(count)
         for number, name in enumerate(("base", "a", "b")):
             one = torch.randn(2048, 2048, generator=torch.Generator().manual_seed(number))
             write_weights(folder / name, {f"model.layers.{n}.w.weight": one + n for n in range(count)})
-        peaks.append(_peak(method, folder))
+        peaks.append(_peak(method, folder, how))
     assert peaks[1] < 1.2 * peaks[0]

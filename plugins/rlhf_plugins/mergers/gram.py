@@ -8,7 +8,11 @@ import numpy
 import torch
 from torch import Tensor
 
+from rlhf_core.merging.streams import CHUNK
+
 _BLOCK = 1 << 8
+_PIECE = CHUNK
+"""Elements whose blocks are summed at once: a longer chunk, as threads have, is a few of these, so that sums round the same."""
 
 
 def gram_matrix(chunks: Iterable[Sequence[Tensor]]) -> numpy.ndarray:
@@ -20,12 +24,15 @@ def gram_matrix(chunks: Iterable[Sequence[Tensor]]) -> numpy.ndarray:
     Products are summed in float32 over blocks short enough to lose nothing that counts, and blocks in float64.
     """
     total = numpy.zeros(())
-    for parts in chunks:
+    pieces = (
+        piece for parts in chunks for piece in zip(*(part.reshape(-1).split(_PIECE) for part in parts), strict=True)
+    )
+    for parts in pieces:
         count = parts[0].numel()
         blocks = -(-count // _BLOCK)
         values = torch.zeros((len(parts), blocks * _BLOCK), device=parts[0].device)
         for row, part in zip(values, parts, strict=True):
-            row[:count] = part.reshape(-1)
+            row[:count] = part
         cut = values.view(len(parts), blocks, _BLOCK).transpose(0, 1)
         total = total + torch.bmm(cut, cut.transpose(1, 2)).sum(0, dtype=torch.float64).cpu().numpy()
     return total

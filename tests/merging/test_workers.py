@@ -1,0 +1,160 @@
+"""Work side by side: what comes back, in processes and in threads, and what faults and kills leave."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf_core.errors import ModelError, StorageError
+from rlhf_core.merging.workers import Told, may_fork, spread
+
+both = pytest.mark.parametrize("forked", [True, False], ids=["processes", "threads"])
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
+
+
+@both
+@pytest.mark.parametrize("count", [1, 3, 50])
+def test_every_item_is_done_once_and_every_byte_told(forked: bool, count: int) -> None:
+    def work(item: int, told: Told) -> None:
+        assert torch.get_num_threads() == 1 and torch.is_inference_mode_enabled()
+        for _ in range(item):
+            told(10)
+
+    events = list(spread(range(20), work, count, forked=forked))
+    assert sorted(item for item, nbytes in events if nbytes is None) == list(range(20))
+    for item in range(20):
+        told = [nbytes for one, nbytes in events if one == item]
+        assert sum(nbytes or 0 for nbytes in told) == 10 * item
+        assert told[-1] is None  # the end comes last
+
+
+@both
+def test_nothing_to_do_is_done(forked: bool) -> None:
+    assert list(spread([], lambda item, told: None, 2, forked=forked)) == []
+
+
+def test_processes_are_others_and_enter_once_each(tmp_path: Path) -> None:
+    def note(what: str) -> None:
+        (tmp_path / f"{what}-{os.getpid()}-{time.monotonic_ns()}").touch()
+
+    def work(item: int, told: Told) -> None:
+        note("work")
+        time.sleep(0.05)
+
+    list(spread(range(8), work, 2, forked=True, enter=lambda: note("enter")))
+    entered = [path.name.split("-")[1] for path in tmp_path.glob("enter-*")]
+    worked = {path.name.split("-")[1] for path in tmp_path.glob("work-*")}
+    assert len(entered) == 2 and worked == set(entered) and str(os.getpid()) not in worked
+
+
+@both
+def test_a_fault_comes_back_as_it_was_raised_and_ends_the_rest(forked: bool, tmp_path: Path) -> None:
+    def work(item: int, told: Told) -> None:
+        if item == 0:
+            time.sleep(0.1)
+            raise ModelError("holds values that are not finite", place="a", got="nan", fix="mend it")
+        for _ in range(1000):
+            time.sleep(0.01)
+            told(1)
+        (tmp_path / str(item)).touch()
+
+    began = time.monotonic()
+    with pytest.raises(ModelError, match="a: holds values that are not finite; got nan; fix: mend it"):
+        list(spread(range(4), work, 2, forked=forked))
+    assert time.monotonic() - began < 5
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bug_comes_back_with_the_lines_where_it_was_raised() -> None:
+    class Unknown(Exception):
+        """Can't be pickled: it is nobody else's."""
+
+    def known(item: int, told: Told) -> None:
+        raise ZeroDivisionError("by nought")
+
+    def unknown(item: int, told: Told) -> None:
+        raise Unknown("of its own kind")
+
+    with pytest.raises(ZeroDivisionError, match="by nought") as caught:
+        list(spread([0], known, 1, forked=True))
+    assert "in known" in caught.value.__notes__[0]
+    with pytest.raises(RuntimeError, match=r"(?s)in unknown.*of its own kind"):
+        list(spread([0], unknown, 1, forked=True))
+
+
+def test_a_process_that_is_killed_is_told() -> None:
+    def work(item: int, told: Told) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(
+        StorageError, match="ended from outside; got SIGKILL; fix: where memory was short, set fewer `threads`"
+    ):
+        list(spread(range(3), work, 2, forked=True))
+
+
+@both
+def test_left_before_its_end_it_gives_up(forked: bool, tmp_path: Path) -> None:
+    def work(item: int, told: Told) -> None:
+        for _ in range(1000):
+            time.sleep(0.01)
+            told(1)
+        (tmp_path / str(item)).touch()
+
+    began = time.monotonic()
+    with closing(spread(range(4), work, 2, forked=forked)) as events:
+        next(events)
+    assert time.monotonic() - began < 5
+    assert not list(tmp_path.iterdir())
+
+
+ORPHANS = """
+import os, sys, time
+from rlhf_core.merging.workers import spread
+def work(item, told):
+    os.write(1, b"%d\\n" % os.getpid())
+    while True:
+        time.sleep(0.01)
+        told(1)
+list(spread(range(2), work, 2, forked=True))
+"""
+
+
+def test_processes_end_with_their_parent() -> None:
+    with subprocess.Popen([sys.executable, "-c", ORPHANS], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        try:
+            pids = [int(parent.stdout.readline()) for _ in range(2)]
+        finally:
+            parent.kill()
+    until = time.monotonic() + 10
+    while (alive := [pid for pid in pids if _runs(pid)]) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not alive
+
+
+def _runs(pid: int) -> bool:
+    """Tell whether a process is there and not just waiting to be reaped."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_process_with_threads_is_not_forked() -> None:
+    done = threading.Event()
+    thread = threading.Thread(target=done.wait)
+    thread.start()
+    try:
+        assert not may_fork()
+    finally:
+        done.set()
+        thread.join()
