@@ -6,9 +6,9 @@ mergekit needs an environment of its own: `python -m venv mk && mk/bin/pip insta
 `small` is four float32 models of the shape of SmolLM2-135M with a base, `large` two bf16 models of 2.1 GB with a base; both
 are made here, with random differences. Every cell is a command of its own, ours and the peer's in turn, start-up included, on a
 warm cache; `merging s` is our time without start-up. The limit is the best of all tries, the rest are medians of the rounds.
-Memory is the peak of the anonymous pages of the process and those below it, a page that several share counted once (the sum of
-Pss_Anon in /proc/PID/smaps_rollup), sampled every 20 ms. `--memory` instead measures how our memory
-grows from a checkpoint of 0.5 GB to one of 4 GB with the same largest tensor.
+Memory is the peak of anonymous pages. The peer's is read off its process (RssAnon) every 20 ms; ours are several, whose shared
+pages count once (the sum of Pss_Anon), which takes milliseconds to read, and so a run of its own that isn't timed. `--memory`
+instead measures how our memory grows from a checkpoint of 0.5 GB to one of 4 GB with the same largest tensor.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,13 +52,13 @@ class Cell:
     printed: str = ""
 
 
-def run(command: Sequence[str], **environment: str) -> Cell:
-    """Run a command, sampling its anonymous memory."""
+def run(command: Sequence[str], memory: Callable[[int], int] = lambda pid: 0, **environment: str) -> Cell:
+    """Run a command, sampling what `memory` says of its process."""
     with tempfile.TemporaryFile() as printed, tempfile.TemporaryFile() as told:
         started, peak = time.perf_counter(), 0
         process = subprocess.Popen(command, stdout=printed, stderr=told, env={**os.environ, **environment})
         while process.poll() is None:
-            peak = max(peak, anonymous(process.pid))
+            peak = max(peak, memory(process.pid))
             time.sleep(0.02)
         seconds = time.perf_counter() - started
         outputs = []
@@ -68,6 +68,15 @@ def run(command: Sequence[str], **environment: str) -> Cell:
     if process.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{''.join(outputs)[-3000:]}")
     return Cell(seconds, peak / 1e6, outputs[0])
+
+
+def own_anonymous(pid: int) -> int:
+    """Return the anonymous memory of a process, bytes."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
 
 
 def anonymous(pid: int) -> int:
@@ -186,19 +195,25 @@ def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         if not (folder / "base").is_dir():
             {"small": make_small, "large": make_large}[kind](folder, arguments.model)
         for method in arguments.method:
-            path, cells = recipe(folder, kind, method), {"ours": [], "peer": []}  # type: ignore[var-annotated]
+            path = recipe(folder, kind, method)
+            cells: dict[str, list[Cell]] = {"ours": [], "peer": []}
             limits = []
+
+            def one(side: str, memory: Callable[[int], int], path: Path = path, folder: Path = folder) -> Cell:
+                out = folder / f"out-{side}"
+                shutil.rmtree(out, ignore_errors=True)
+                cell = run(command(side, path, out, arguments.peer), memory, OMP_NUM_THREADS="2")
+                shutil.rmtree(out)
+                return cell
+
             for _ in range(arguments.rounds):
                 for side in cells:
                     if side == "peer" and arguments.peer is None:
                         continue
-                    out = folder / f"out-{side}"
-                    shutil.rmtree(out, ignore_errors=True)
                     limits.append(limit(folder, kind, method))
-                    cells[side].append(run(command(side, path, out, arguments.peer), OMP_NUM_THREADS="2"))
-                    shutil.rmtree(out)
+                    cells[side].append(one(side, own_anonymous if side == "peer" else lambda pid: 0))
                     print(f"{kind}/{method}/{side}: {cells[side][-1].seconds:.2f} s", file=sys.stderr)
-            rows.append(row(kind, method, cells, limits))
+            rows.append(row(kind, method, cells, limits, one("ours", anonymous).megabytes))
             print_row(rows[-1])
     return rows
 
@@ -211,13 +226,14 @@ def command(side: str, path: Path, out: Path, peer: Path | None) -> list[str]:
     return [str(Path(sys.executable).parent / "rlhf"), "merge", str(path), "--output", str(out), "--json"]
 
 
-def row(kind: str, method: str, cells: dict[str, list[Cell]], limits: list[float]) -> dict[str, Any]:
-    found: dict[str, Any] = {"set": kind, "method": method, "limit_s": min(limits)}
+def row(kind: str, method: str, cells: dict[str, list[Cell]], limits: list[float], megabytes: float) -> dict[str, Any]:
+    found: dict[str, Any] = {"set": kind, "method": method, "limit_s": min(limits), "ours_mb": megabytes}
     found["merging_s"] = statistics.median(json.loads(cell.printed)["seconds"] for cell in cells["ours"])
     for side, runs in cells.items():
         if runs:
             found[f"{side}_s"] = statistics.median(cell.seconds for cell in runs)
-            found[f"{side}_mb"] = max(cell.megabytes for cell in runs)
+    if cells["peer"]:
+        found["peer_mb"] = max(cell.megabytes for cell in cells["peer"])
     found["of_limit"] = found["ours_s"] / found["limit_s"]
     if "peer_s" in found:
         found["speed"] = found["peer_s"] / found["ours_s"]
@@ -264,7 +280,7 @@ def grow(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             path.write_text(yaml.safe_dump(content))
             out = folder / "out"
             shutil.rmtree(out, ignore_errors=True)
-            cell = run(command("ours", path, out, None))
+            cell = run(command("ours", path, out, None), anonymous)
             shutil.rmtree(out)
             rows.append(
                 {"gigabytes": gigabytes, "method": method, "seconds": cell.seconds, "megabytes": cell.megabytes}

@@ -2,10 +2,11 @@
 
     python benchmarks/training.py --data PATH_OF_GSM8K [--method sft dpo reward_model kto] [--precision float32 bf16] [--rounds 2]
 
-Each cell runs in a process of its own, ours and the peer's in turn. The peer's best setting counts: every one in `SETTINGS`
-is run and the fastest compared. Steps are timed from the end of one to the end of the next, the first `WARM_UP` left out, in
-which memory is touched for the first time; memory is the process's peak resident set. The result is a table on stdout and
-JSON beside it (`--output`).
+Both sides take a GPU where there is one; `--batch 32` gives it more to do. Each cell runs in a process of its own, ours and the
+peer's in turn. The peer's best setting counts: every one in `SETTINGS` is run and the fastest compared. Steps are timed from the
+end of one to the end of the next, the first `WARM_UP` left out, in which memory is touched for the first time; memory is the
+process's peak resident set, on a GPU the most that was allocated there. The result is a table on stdout and JSON beside it
+(`--output`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 MODEL = "models/SmolLM2-135M-Instruct"
-BATCH = 8
 WARM_UP = 3
 MAX_LENGTH = 512
 LEARNING_RATE = 1e-6
@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--method", nargs="+", default=list(RECORDS), choices=list(RECORDS))
     parser.add_argument("--precision", nargs="+", default=["float32", "bf16"], choices=["float32", "bf16"])
     parser.add_argument("--steps", type=int, default=9, help="steps a cell, warm-up included")
+    parser.add_argument("--batch", type=int, default=8, help="rows a step")
     parser.add_argument("--rounds", type=int, default=2, help="times that each cell is run")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/training.json"))
     parser.add_argument("--cell", help=argparse.SUPPRESS)
@@ -93,7 +94,7 @@ def compare(options: argparse.Namespace, method: str, precision: str, tokens: li
         rows[name] = {
             "seconds": totals,
             "tokens_per_second": plain / statistics.median(totals),
-            "rows_per_second": BATCH * len(timed) / statistics.median(totals),
+            "rows_per_second": options.batch * len(timed) / statistics.median(totals),
             "peak_mib": statistics.median(run["peak"] for run in found) / 2**20,
             "of_matmul_rate": work / statistics.median(totals) / rate,
         }
@@ -112,7 +113,7 @@ def compare(options: argparse.Namespace, method: str, precision: str, tokens: li
 def _cell(options: argparse.Namespace, side: str, method: str, precision: str, setting: str) -> dict[str, Any]:
     name = f"{side}/{method}/{precision}/{setting}"
     command = [sys.executable, __file__, "--data", str(options.data), "--model", options.model]
-    command += ["--steps", str(options.steps), "--cell", name]
+    command += ["--steps", str(options.steps), "--batch", str(options.batch), "--cell", name]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     if done.returncode:
         raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
@@ -131,7 +132,7 @@ def encoded(options: argparse.Namespace, method: str) -> list[Any]:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     config = TrainerConfig(max_length=MAX_LENGTH)
     dataset = open_dataset(rows(options, method), RECORDS[method], tokenizer, config=config)
-    return [dataset[i] for i in range(BATCH * options.steps)]
+    return [dataset[i] for i in range(options.batch * options.steps)]
 
 
 def rows(options: argparse.Namespace, method: str) -> list[dict[str, Any]]:
@@ -145,7 +146,7 @@ def rows(options: argparse.Namespace, method: str) -> list[dict[str, Any]]:
         once = {row["prompt"]: row for row in found}.values()
         good, bad = ([row for row in once if row["label"] == label] for label in ("desirable", "undesirable"))
         found = [row for pair in zip(good, bad, strict=False) for row in pair]
-    return found[: BATCH * options.steps]
+    return found[: options.batch * options.steps]
 
 
 def count_tokens(options: argparse.Namespace, method: str) -> list[dict[str, int]]:
@@ -156,8 +157,8 @@ def count_tokens(options: argparse.Namespace, method: str) -> list[dict[str, int
     found = encoded(options, method)
     head = PARAMETERS - BODY
     steps = []
-    for start in range(0, len(found), BATCH):
-        batch = found[start : start + BATCH]
+    for start in range(0, len(found), options.batch):
+        batch = found[start : start + options.batch]
         shared = sum(row.num_tokens for row in batch)
         responses = sum(len(ids) for row in batch for ids in row.responses)
         plain = sum(len(row.prompt_ids) * len(row.responses) + sum(map(len, row.responses)) for row in batch)
@@ -171,7 +172,7 @@ def ours(options: argparse.Namespace, method: str, precision: str, setting: str)
 
     cls: Any = registry.get("trainer", method)
     config = cls.Config(
-        learning_rate=LEARNING_RATE, batch_size=BATCH, max_steps=options.steps, max_length=MAX_LENGTH,
+        learning_rate=LEARNING_RATE, batch_size=options.batch, max_steps=options.steps, max_length=MAX_LENGTH,
         precision=precision, lr_schedule="constant", warmup_ratio=0, dataset={"shuffle": False},
         logging={"progress": False},
     )  # fmt: skip
@@ -226,7 +227,7 @@ def peer(options: argparse.Namespace, method: str, precision: str, setting: str)
     clock = Clock()
     with tempfile.TemporaryDirectory() as directory:
         shared: dict[str, Any] = {
-            "output_dir": directory, "per_device_train_batch_size": BATCH, "max_steps": options.steps,
+            "output_dir": directory, "per_device_train_batch_size": options.batch, "max_steps": options.steps,
             "max_length": MAX_LENGTH, "learning_rate": LEARNING_RATE, "lr_scheduler_type": "constant",
             "use_cpu": not torch.cuda.is_available(), "bf16": precision == "bf16", "report_to": "none",
             "gradient_checkpointing": False, "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True,
@@ -260,7 +261,11 @@ def peer(options: argparse.Namespace, method: str, precision: str, setting: str)
                 callbacks=[clock],
             )
         elif method == "kto":
-            others = [found[start + (i + 1) % BATCH] for start in range(0, len(found), BATCH) for i in range(BATCH)]
+            others = [
+                found[start + (i + 1) % options.batch]
+                for start in range(0, len(found), options.batch)
+                for i in range(options.batch)
+            ]
             table = [
                 {
                     "prompt_ids": row.prompt_ids,
@@ -309,19 +314,27 @@ def matmul_rate(precision: str) -> float:
     import torch
 
     dtype = torch.float32 if precision == "float32" else torch.bfloat16
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     rates = []
     for m, k, n in ((2048, 576, 1536), (2048, 1536, 576), (2048, 576, 576)):
-        a, b = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
+        a, b = torch.randn(m, k, device=device).to(dtype), torch.randn(k, n, device=device).to(dtype)
+        wait()
         times = []
         for _ in range(30):
             began = time.perf_counter()
             a @ b
+            wait()
             times.append(time.perf_counter() - began)
         rates.append(2 * m * k * n / statistics.median(times))
     return statistics.fmean(rates)
 
 
 def _peak_memory() -> int:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024

@@ -48,7 +48,11 @@ class MergeConfig(BaseConfig):
     shard_size: int = Field(
         5_000_000_000, ge=1, description="Most bytes in a weight file; larger makes fewer files. A tensor is never cut."
     )
-    threads: int | None = Field(None, ge=1, description="Tensors merged at once, in a process or a thread each; null takes the processor's cores.")
+    threads: int | None = Field(
+        None,
+        ge=1,
+        description="Tensors merged at once, in a process or a thread each; null takes the processor's cores.",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Where values are computed; `auto` takes an NVIDIA GPU where there is one."
     )

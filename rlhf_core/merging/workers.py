@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import pickle
 import queue
 import signal
 import sys
@@ -55,7 +54,8 @@ def spread(
         enter: called once in each process, to let go of what is its parent's alone.
 
     Raises:
-        Exception: what `work` raised first; the others' work is given up.
+        RLHFError: what `work` raised first; the others' work is given up.
+        WorkerError: the same of another kind, in a process. In a thread it is raised as it is.
         StorageError: a process was killed.
     """
     count = max(1, min(count, len(items)))
@@ -132,8 +132,8 @@ def _in_processes(
                     event = connection.recv()
                 except (EOFError, ConnectionError):
                     raise _ended(workers[connection]) from None
-                if isinstance(event, BaseException):
-                    raise event
+                if isinstance(event, dict):
+                    raise _rebuilt(event)
                 if event is None:
                     del busy[connection]
                     hand_out(connection)
@@ -182,7 +182,7 @@ def _serve(
                 with torch.inference_mode():
                     work(item, told)
             except BaseException as error:
-                connection.send(_portable(error))
+                connection.send(_report(error))
                 return
             connection.send(pending)
             connection.send(None)
@@ -191,14 +191,22 @@ def _serve(
         return
 
 
-def _portable(error: BaseException) -> BaseException:
-    """Return an error that another process can have, with the lines where it was raised if it is no user's fault."""
-    if not isinstance(error, RLHFError):
-        error.add_note(f"raised in a process of its own:\n{traceback.format_exc()}")
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError("".join(traceback.format_exception(error)))
+class WorkerError(Exception):
+    """What isn't a user's fault and was raised in a process of its own; its note has the lines where."""
+
+
+def _report(error: BaseException) -> dict[str, Any]:
+    """Return what another process needs to know of an error."""
+    if isinstance(error, RLHFError):
+        return {"fault": error.to_json()}
+    return {"text": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
+
+
+def _rebuilt(report: dict[str, Any]) -> Exception:
+    if "fault" in report:
+        return RLHFError.from_json(report["fault"])
+    error = WorkerError(report["text"])
+    error.add_note(report["trace"])
     return error
 
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.interfaces import Trainer
 from rlhf_core.models import PolicyModel
 from rlhf_core.records import RECORDS
@@ -30,7 +31,12 @@ class TrainerSetup(Contract):
     trainer: ClassVar[type[Trainer] | None] = None
     """The class under test, in place of `method`."""
     tolerance: ClassVar[float] = 1e-5
-    """Relative difference of loss and gradient that rounding may make in float32."""
+    """Relative difference of loss and gradient that rounding may make in float32 on a CPU; on a GPU, which takes other kernels
+    for other shapes, three times that."""
+
+    @property
+    def allowed(self) -> float:
+        return self.tolerance * (1 if DeviceManager().kind == "cpu" else 3)
 
     def model(self) -> PolicyModel | str | Path:
         """Return the model to train, always the same one; without dropout, or the cut of a step changes what it draws."""
@@ -93,9 +99,9 @@ class TrainerSetup(Contract):
         loss = abs(found.loss - expected.loss) / max(abs(expected.loss), 1e-12)
         gradient = _relative(found.gradient, expected.gradient)
         require(
-            loss <= self.tolerance and gradient <= self.tolerance,
+            loss <= self.allowed and gradient <= self.allowed,
             f"{what}: loss {found.loss:.7g} instead of {expected.loss:.7g}; relative difference of the loss {loss:.1e}, of"
-            f" the gradient {gradient:.1e} ({self.tolerance:.0e} is allowed)",
+            f" the gradient {gradient:.1e} ({self.allowed:.0e} is allowed)",
         )
 
     def same_metrics(self, found: Step, expected: Step, what: str) -> None:
@@ -104,7 +110,7 @@ class TrainerSetup(Contract):
             found.metrics.keys() == expected.metrics.keys(),
             f"{what}: metrics {sorted(found.metrics)} instead of {sorted(expected.metrics)}",
         )
-        allowed = 10 * self.tolerance
+        allowed = 10 * self.allowed
         wrong = [
             f"`{name}` is {value:.6g} instead of {expected.metrics[name]:.6g}"
             for name, value in found.metrics.items()

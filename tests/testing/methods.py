@@ -317,7 +317,7 @@ class CountsPlaces(SFTTrainer):
     record = "sft"
 
     def loss(self, batch: Batch) -> Loss:
-        places: Tensor = 1.0 + torch.arange(batch.num_responses)
+        places: Tensor = 1.0 + torch.arange(batch.num_responses, device=batch.device)
         return Loss({"nll": -(self.policy.response_logps(batch) * places).sum()})
 
 
