@@ -8,7 +8,6 @@ K key-value heads, N tokens of the packed row, D head width.
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rlhf_core.errors import ConfigError
-from rlhf_core.models.layout import Segment
+from rlhf_core.models.gpu_attention import flash_segment_attention, padded_segment_attention
+from rlhf_core.models.layout import Segment, Segments
 
 Kernel = Literal["auto", "flash", "sdpa", "eager"]
 PREFIX = "rlhf_"
@@ -131,79 +131,6 @@ def _suffix_mask(segment: Segment, device: torch.device) -> Tensor:
     return torch.ones(segment.length, segment.keys, dtype=torch.bool, device=device).tril(segment.prefix_length)
 
 
-def padded_segment_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    segments: Sequence[Segment],
-    *,
-    scale: float,
-    dropout: float = 0.0,
-) -> Tensor:
-    """The same result in one kernel call: segments are gathered into padded rows, attended under a mask, and put back.
-
-    The choice on a GPU without flash-attn, where a call a segment would leave it idle. Only attention is padded; all other
-    layers run on the packed row.
-    """
-    device = query.device
-    groups = query.shape[1] // key.shape[1]
-    starts, lengths, prefix_starts, prefixes = (
-        torch.tensor([getattr(s, name) for s in segments], device=device)
-        for name in ("start", "length", "prefix_start", "prefix_length")
-    )
-    q_steps = torch.arange(int(lengths.max()), device=device)
-    k_steps = torch.arange(int((prefixes + lengths).max()), device=device)
-    q_real = q_steps < lengths[:, None]  # (segments, Tq)
-    q_index = torch.where(q_real, starts[:, None] + q_steps, 0)
-    in_prefix = k_steps < prefixes[:, None]
-    k_index = torch.where(in_prefix, prefix_starts[:, None] + k_steps, starts[:, None] + k_steps - prefixes[:, None])
-    k_index = torch.where(k_steps < (prefixes + lengths)[:, None], k_index, 0)
-    mask = k_steps[None, None, :] <= prefixes[:, None, None] + q_steps[None, :, None]  # (segments, Tq, Tk)
-    q, k, v = (x[0, :, index].transpose(0, 1) for x, index in ((query, q_index), (key, k_index), (value, k_index)))
-    k, v = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], scale=scale, dropout_p=dropout)
-    return out.transpose(1, 2)[q_real][None]
-
-
-def flash_segment_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    segments: Sequence[Segment],
-    *,
-    scale: float,
-    dropout: float = 0.0,
-    kernel: Callable[..., Tensor] | None = None,
-) -> Tensor:
-    """The same through flash-attn's variable-length kernel, whose causal mask is aligned to the end of the keys."""
-    if kernel is None:
-        kernel = importlib.import_module("flash_attn").flash_attn_varlen_func
-    device = query.device
-    q_lengths = torch.tensor([0, *(s.length for s in segments)], device=device)
-    k_lengths = torch.tensor([0, *(s.keys for s in segments)], device=device)
-    k_index = torch.cat(
-        [
-            torch.arange(first, first + length)
-            for s in segments
-            for first, length in ((s.prefix_start, s.prefix_length), (s.start, s.length))
-        ]
-    ).to(device)
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, D)
-    assert kernel is not None
-    return kernel(
-        q.contiguous(),
-        k[k_index],
-        v[k_index],
-        q_lengths.cumsum(0, dtype=torch.int32),
-        k_lengths.cumsum(0, dtype=torch.int32),
-        max(s.length for s in segments),
-        max(s.keys for s in segments),
-        dropout_p=dropout,
-        softmax_scale=scale,
-        causal=True,
-    )[None]
-
-
 def _register(base: str) -> None:
     plain = ALL_ATTENTION_FUNCTIONS[base]
 
@@ -214,7 +141,7 @@ def _register(base: str) -> None:
         value: Tensor,
         attention_mask: Tensor | None,
         *,
-        segments: Sequence[Segment] | None = None,
+        segments: Segments | None = None,
         scaling: float | None = None,
         dropout: float = 0.0,
         **kwargs: Any,

@@ -8,12 +8,16 @@ separate rows. Axes: R responses, T response tokens, N tokens of the packed row,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from rlhf_core.batch import Batch
+
+PlanT = TypeVar("PlanT")
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,18 @@ class Segment:
         return self.prefix_length + self.length
 
 
+class Segments(tuple[Segment, ...]):
+    """The segments that tile a packed row in order, with what a kernel works out of them once for all layers."""
+
+    def plan(self, make: Callable[[Segments, torch.device], PlanT], device: torch.device) -> PlanT:
+        """Return what `make` makes of the segments on a device, the same object each time."""
+        plans: dict[Any, Any] = self.__dict__.setdefault("plans", {})
+        key = (make, device)
+        if key not in plans:
+            plans[key] = make(self, device)
+        return plans[key]
+
+
 @dataclass(frozen=True)
 class Layout:
     """Model inputs for a batch, and where in the hidden states, flattened to (rows × width, D), each response stands."""
@@ -40,7 +56,7 @@ class Layout:
     """Of the shape of `input_ids`."""
     attention_mask: Tensor | None
     """(R, W) where padded; None where packed."""
-    segments: tuple[Segment, ...] | None
+    segments: Segments | None
     """Who sees whom, where packed: the segments tile the row in order."""
     at: Tensor | None
     """(R, T) long: flat index of the hidden state at each response token, 0 beyond a response's end; None where the last
@@ -61,8 +77,10 @@ def packed_layout(batch: Batch, *, share_prompts: bool = True, drop_last: bool =
 
     With `drop_last`, the last token of each response is left out: it predicts nothing that is scored.
     """
-    prompt_lengths, response_lengths = batch.prompt_lengths.tolist(), batch.response_lengths.tolist()
-    owner = batch.owner.tolist()
+    # From a GPU in one transfer: each is waited for.
+    facts = torch.cat([batch.prompt_lengths, batch.response_lengths, batch.owner]).tolist()
+    prompts, responses = batch.num_prompts, batch.num_responses
+    prompt_lengths, response_lengths, owner = facts[:prompts], facts[prompts:-responses], facts[prompts + responses :]
     width = batch.response_ids.shape[1]
     ids, positions, segments = [], [], []
     at_start = []
@@ -103,7 +121,7 @@ def packed_layout(batch: Batch, *, share_prompts: bool = True, drop_last: bool =
         input_ids=torch.cat(ids)[None],
         position_ids=torch.cat([torch.arange(first, first + length) for first, length in positions]).to(device)[None],
         attention_mask=None,
-        segments=tuple(segments),
+        segments=Segments(segments),
         at=None if drop_last else torch.where(inside, at, 0),
         before=torch.where(inside, before, 0),
         prompt_end=firsts,

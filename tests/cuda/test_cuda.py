@@ -19,7 +19,7 @@ from rlhf_core.interfaces import Sample
 from rlhf_core.merging import MergeConfig, ModelMerger
 from rlhf_core.models import RewardModel
 from rlhf_core.models.attention import padded_segment_attention, segment_attention
-from rlhf_core.models.layout import Segment
+from rlhf_core.models.layout import Segment, Segments
 from rlhf_core.models.logprobs import linear_token_logprobs
 from rlhf_core.testing.tiny import save_tiny
 from rlhf_core.training.logger import TIMING
@@ -108,7 +108,7 @@ def test_options_that_change_no_number_change_none(
 
 def test_attention_in_one_call_is_that_of_segments() -> None:
     generator = torch.Generator().manual_seed(0)
-    segments = [Segment(0, 5), Segment(5, 3, 0, 5), Segment(8, 7, 0, 5), Segment(15, 1), Segment(16, 9)]
+    segments = Segments([Segment(0, 5), Segment(5, 3, 0, 5), Segment(8, 7, 0, 5), Segment(15, 1), Segment(16, 9)])
     shapes = ((1, 4, 25, 16), (1, 2, 25, 16), (1, 2, 25, 16))
     plain = [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
     moved = [tensor.detach().cuda().requires_grad_() for tensor in plain]

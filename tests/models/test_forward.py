@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from batches import random_batch, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf_core.batch import Batch
 from rlhf_core.errors import ConfigError
@@ -156,18 +160,66 @@ def test_mismatched_owners_are_the_same_batch_with_another_owner(policy: PolicyM
         assert relative(found.double(), expected) < TOLERANCE
 
 
+@pytest.mark.parametrize("responses", [1, 2, 5])
 @pytest.mark.parametrize("attend", ["padded_segment_attention", "flash_segment_attention"])
-def test_attention_kernels_agree(attend: str) -> None:
-    layout = packed_layout(random_batch(3, 3))
+def test_attention_kernels_agree(attend: str, responses: int) -> None:
+    layout = packed_layout(random_batch(3, responses))
     assert layout.segments is not None
     tokens = layout.num_positions
     torch.manual_seed(0)
-    query, key, value = torch.randn(1, 4, tokens, 8), torch.randn(1, 2, tokens, 8), torch.randn(1, 2, tokens, 8)
-    expected = attentions.segment_attention(query, key, value, layout.segments, scale=0.3)
+    shapes = ((1, 4, tokens, 8), (1, 2, tokens, 8), (1, 2, tokens, 8))
+    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    expected = attentions.segment_attention(*inputs, layout.segments, scale=0.3)
+    upstream = torch.randn_like(expected)
+    gradients = torch.autograd.grad(expected, inputs, upstream)
     extra = {"kernel": varlen_reference} if attend.startswith("flash") else {}
-    found = getattr(attentions, attend)(query, key, value, layout.segments, scale=0.3, **extra)
-    assert found.shape == expected.shape
-    assert relative(found, expected) < TOLERANCE
+    for _ in range(2):  # the second time by the plan of the first
+        found = getattr(attentions, attend)(*inputs, layout.segments, scale=0.3, **extra)
+        assert found.shape == expected.shape
+        assert relative(found, expected) < TOLERANCE
+        for mine, other in zip(torch.autograd.grad(found, inputs, upstream), gradients, strict=True):
+            assert relative(mine, other) < TOLERANCE
+    assert len(layout.segments.__dict__["plans"]) == 1
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_a_models_gradient_through_a_gpus_attention_is_the_same(
+    policy: PolicyModel, monkeypatch: pytest.MonkeyPatch, share: bool
+) -> None:
+    batch = random_batch(4, 3)
+    expected = logps_and_gradient(policy, batch, "packed", share)
+    monkeypatch.setattr(attentions, "segment_attention", attentions.padded_segment_attention)
+    found = logps_and_gradient(policy, batch, "packed", share)
+    assert relative(found[0], expected[0]) < TOLERANCE
+    assert relative(found[1], expected[1]) < GRADIENT_TOLERANCE
+
+
+class Waits(TorchDispatchMode):
+    """Counts what a GPU's host waits for: values that it reads, and small tensors that it makes."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        self.count += any(part in name for part in ("_local_scalar_dense", "nonzero", "lift_fresh", "masked_select"))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("attend", ["padded_segment_attention", "flash_segment_attention"])
+def test_no_layer_makes_the_host_wait(attend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: Callable[..., Tensor] = getattr(attentions, attend)
+    if attend.startswith("flash"):
+        # Any kernel will do for counting: this one leaves queries as they are.
+        chosen = functools.partial(chosen, kernel=lambda q, *rest, **options: q * 1)
+    monkeypatch.setattr(attentions, "segment_attention", chosen)
+    counts = []
+    for layers in (1, 4):
+        model = PolicyModel(tiny_model(layers=layers), tiny_tokenizer())
+        model.layout, model._packs = "packed", True
+        with Waits() as waits:
+            model.token_logps(random_batch(3, 3)).sum().backward()
+        counts.append(waits.count)
+    assert counts[0] == counts[1]
 
 
 def varlen_reference(

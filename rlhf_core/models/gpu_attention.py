@@ -1,0 +1,245 @@
+"""Attention over segments on a GPU: a few kernels a layer, none of which the host waits for.
+
+What kernels need to know of the segments (which token goes where, who reads it) is worked out once for all layers of a forward
+pass. Gradients of a prompt's keys and values, which several responses read, are added up reader by reader, in one order, where
+PyTorch's own backward pass of indexing sorts all indices, or adds in any order. Axes as in `attention`; M padded places.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from rlhf_core.models.layout import Segments
+
+Readers = tuple[tuple[Tensor | None, Tensor], ...]
+"""Who reads each row: pairs of rows, each once, and the places that read them. The first has every row (None) in order."""
+
+
+class _Take(torch.autograd.Function):
+    """x[index] for rows of x (N, ...).
+
+    A row's gradient is the sum over its readers, in their order. Without readers, `index` names no row twice, and a row that it
+    doesn't name gets zero.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, readers: Readers | None) -> Tensor:
+        ctx.index, ctx.readers, ctx.shape = index, readers, x.shape
+        return x.index_select(0, index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        if ctx.readers is None:
+            return upstream.new_zeros(ctx.shape).index_copy_(0, ctx.index, upstream), None, None
+        (_, places), *others = ctx.readers
+        total = upstream.index_select(0, places)
+        for rows, places in others:
+            total.index_add_(0, rows, upstream.index_select(0, places))
+        return total, None, None
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Segments in padded rows, (rows, width)."""
+
+    rows: int
+    width: int
+    index: Tensor
+    """(rows, width): the packed token at each place, 0 beyond a row's end."""
+    real: Tensor
+    """(rows, width) bool."""
+
+    @classmethod
+    def of(cls, starts: Tensor, lengths: Tensor) -> _Grid:
+        width = int(lengths.max()) if len(lengths) else 0
+        steps = torch.arange(width)
+        real = steps < lengths[:, None]
+        return cls(len(lengths), width, torch.where(real, starts[:, None] + steps, 0), real)
+
+
+@dataclass(frozen=True)
+class PaddedPlan:
+    """Where tokens stand in padded rows: first the segments without a prefix, then those with one."""
+
+    queries: Tensor
+    """(M,): the token of each query's place."""
+    query_readers: Readers
+    keys: Tensor
+    """(M',): the token of each key's place; a segment's prefix stands before it."""
+    key_readers: Readers
+    place: Tensor
+    """(N,): the query's place of each token."""
+    whole: tuple[int, int]
+    """Rows and width of the segments without a prefix."""
+    suffixes: tuple[int, int, int]
+    """Rows, width of queries and width of keys of those with one."""
+    visible: Tensor | None
+    """(rows, 1, queries, keys) bool, for the segments with a prefix."""
+
+    @classmethod
+    def make(cls, segments: Segments, device: torch.device) -> PaddedPlan:
+        facts = torch.tensor([(s.start, s.length, s.prefix_start, s.prefix_length) for s in segments])
+        with_prefix = facts[:, 3] > 0
+        whole, (starts, lengths, prefix_starts, prefixes) = facts[~with_prefix], facts[with_prefix].unbind(1)
+        first = _Grid.of(whole[:, 0], whole[:, 1])
+        own = _Grid.of(starts, lengths)
+        # Keys of the segments with a prefix: the prefix, then the segment itself.
+        steps = torch.arange(int((prefixes + lengths).max()) if len(starts) else 0)
+        in_prefix = steps < prefixes[:, None]
+        real = steps < (prefixes + lengths)[:, None]
+        keys = torch.where(in_prefix, prefix_starts[:, None], starts[:, None] - prefixes[:, None]) + steps
+        keys = torch.where(real, keys, 0)
+        tokens, before = int(facts[:, 1].sum()), first.index.numel()
+        queries = torch.cat([first.index.flatten(), own.index.flatten()])
+        place = _places(queries, torch.cat([first.real.flatten(), own.real.flatten()]), tokens)
+        all_keys = torch.cat([first.index.flatten(), keys.flatten()])
+        own_place = _places(all_keys, torch.cat([first.real.flatten(), (real & ~in_prefix).flatten()]), tokens)
+        others = _occurrences(keys[in_prefix], before + in_prefix.flatten().nonzero().squeeze(1))
+        visible = steps <= prefixes[:, None, None] + torch.arange(own.width)[:, None] if len(starts) else None
+        return cls(
+            queries=queries.to(device),
+            query_readers=((None, place.to(device)),),
+            keys=all_keys.to(device),
+            key_readers=((None, own_place.to(device)), *((r.to(device), p.to(device)) for r, p in others)),
+            place=place.to(device),
+            whole=(first.rows, first.width),
+            suffixes=(own.rows, own.width, len(steps)),
+            visible=None if visible is None else visible[:, None].to(device),
+        )
+
+
+def _places(index: Tensor, real: Tensor, tokens: int) -> Tensor:
+    """Return (N,) the place at which each token really stands, of which there is one."""
+    places = torch.empty(tokens, dtype=torch.long)
+    places[index[real]] = real.nonzero().squeeze(1)
+    return places
+
+
+def _occurrences(tokens: Tensor, places: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Cut pairs of a token and its reader into lists in which no token comes twice."""
+    order = tokens.argsort(stable=True)
+    tokens, places = tokens[order], places[order]
+    positions = torch.arange(len(tokens))
+    begins = torch.ones(len(tokens), dtype=torch.bool)
+    begins[1:] = tokens[1:] != tokens[:-1]
+    rank = positions - torch.where(begins, positions, 0).cummax(0).values if len(tokens) else positions
+    return [(tokens[rank == n], places[rank == n]) for n in range(int(rank.max()) + 1 if len(tokens) else 0)]
+
+
+def padded_segment_attention(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, *, scale: float, dropout: float = 0.0
+) -> Tensor:
+    """Attend in padded rows: what `attention.segment_attention` computes, in two kernel calls, or one where no prompt is shared.
+
+    The choice on a GPU without flash-attn, where a call a segment would leave it idle. Only attention is padded; all other
+    layers run on the packed row. Segments without a prefix need no mask, so PyTorch may take its own flash kernel for them.
+    """
+    plan = segments.plan(PaddedPlan.make, query.device)
+    queries, keys, values = (_rows(x) for x in (query, key, value))
+    queries = _Take.apply(queries, plan.queries, plan.query_readers)
+    keys, values = (_Take.apply(x, plan.keys, plan.key_readers) for x in (keys, values))
+    (rows, width), (suffixes, own, seen) = plan.whole, plan.suffixes
+    cut = rows * width
+    outputs = []
+    for part, mask, shape in (
+        (slice(0, cut), None, (rows, width, width)),
+        (slice(cut, None), plan.visible, (suffixes, own, seen)),
+    ):
+        if not shape[0]:
+            continue
+        q = queries[part].unflatten(0, (shape[0], shape[1])).transpose(1, 2)  # (rows, H, width, D)
+        k, v = (x[part].unflatten(0, (shape[0], shape[2])).transpose(1, 2) for x in (keys, values))
+        outputs.append(_attend(q, k, v, mask, scale, dropout).transpose(1, 2).flatten(0, 1))
+    found = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return _Take.apply(found, plan.place, None)[None]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float) -> Tensor:
+    groups = q.shape[1] // k.shape[1]
+    # Kernels that take grouped keys as they are: flash, in 16 bits and without a mask.
+    grouped = groups > 1 and mask is None and q.dtype in (torch.bfloat16, torch.float16)
+    if groups > 1 and not grouped:
+        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, dropout_p=dropout, enable_gqa=grouped
+    )
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Return (1, heads, N, D) as (N, heads, D), in autocast's precision where it is on, which kernels would be given anyway."""
+    device = x.device.type
+    x = x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    return x[0].transpose(0, 1)
+
+
+@dataclass(frozen=True)
+class VarlenPlan:
+    """What flash-attn's variable-length kernel wants to know."""
+
+    query_starts: Tensor
+    key_starts: Tensor
+    """(segments + 1,) int32, where each segment's queries and keys begin."""
+    keys: Tensor
+    """(M',): the token of each key, a segment's prefix before it."""
+    key_readers: Readers
+    longest: tuple[int, int]
+    """Most queries and keys of a segment."""
+
+    @classmethod
+    def make(cls, segments: Segments, device: torch.device) -> VarlenPlan:
+        parts, own, places, read = [], [], [], []
+        at = 0
+        for s in segments:
+            prefix = torch.arange(s.prefix_start, s.prefix_start + s.prefix_length)
+            parts += [prefix, torch.arange(s.start, s.start + s.length)]
+            read.append(prefix)
+            places.append(torch.arange(at, at + s.prefix_length))
+            own.append(torch.arange(at + s.prefix_length, at + s.keys))
+            at += s.keys
+        others = _occurrences(torch.cat(read), torch.cat(places))
+        lengths = torch.tensor([(0, 0), *((s.length, s.keys) for s in segments)]).cumsum(0, dtype=torch.int32)
+        return cls(
+            query_starts=lengths[:, 0].contiguous().to(device),
+            key_starts=lengths[:, 1].contiguous().to(device),
+            keys=torch.cat(parts).to(device),
+            key_readers=((None, torch.cat(own).to(device)), *((r.to(device), p.to(device)) for r, p in others)),
+            longest=(max(s.length for s in segments), max(s.keys for s in segments)),
+        )
+
+
+def flash_segment_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    *,
+    scale: float,
+    dropout: float = 0.0,
+    kernel: Callable[..., Tensor] | None = None,
+) -> Tensor:
+    """The same through flash-attn's variable-length kernel, whose causal mask is aligned to the end of the keys."""
+    if kernel is None:
+        kernel = importlib.import_module("flash_attn").flash_attn_varlen_func
+    assert kernel is not None
+    plan = segments.plan(VarlenPlan.make, query.device)
+    queries, keys, values = (_rows(x) for x in (query, key, value))
+    return kernel(
+        queries.contiguous(),
+        _Take.apply(keys, plan.keys, plan.key_readers),
+        _Take.apply(values, plan.keys, plan.key_readers),
+        plan.query_starts,
+        plan.key_starts,
+        *plan.longest,
+        dropout_p=dropout,
+        softmax_scale=scale,
+        causal=True,
+    )[None]
