@@ -29,7 +29,6 @@ RUN = 128
 """Elements of a run of a sample: short, for a row of large weights is one observation, however much of it is read."""
 _KEY_RUNS, _KEY_RUN = 32, 128
 """Runs of a tensor that a digest takes in, and their length. It seeds random words: with other numbers DARE drops others."""
-_LARGEST = numpy.uint64(2**64 - 1)
 
 
 class Source(ABC):
@@ -154,7 +153,7 @@ class TensorStream:
         self.weights: list[float] = [float(entry[1]) for entry in ranked]
         self.options: list[Mapping[str, Any]] = [entry[2] for entry in ranked]
         self._keys = [entry[3] for entry in ranked]
-        self._generators: list[numpy.random.Generator] = []
+        self._generators: list[numpy.random.SFC64] = []
         self._finite = False
 
     def option(self, name: str, default: float) -> list[float]:
@@ -221,17 +220,16 @@ class TensorStream:
                 fix="use another checkpoint of this model",
             )
 
-    def _generator(self, model: int) -> numpy.random.Generator:
+    def _generator(self, model: int) -> numpy.random.SFC64:
         # Two models with the same values get streams of their own; which gets which makes no difference.
         twin = self._keys[:model].count(self._keys[model])
         text = f"{self.seed}\0{self.name}\0{twin}\0".encode() + self._keys[model]
         seed = hashlib.blake2b(text, digest_size=16).digest()
-        return numpy.random.Generator(numpy.random.SFC64(int.from_bytes(seed, "little")))
+        return numpy.random.SFC64(int.from_bytes(seed, "little"))
 
     def _words(self, model: int, like: Tensor) -> Tensor:
         count = like.numel()
-        # The raw words, drawn without the interpreter's lock, which `random_raw` would hold.
-        raw = self._generators[model].integers(_LARGEST, size=-(-count // 4), dtype=numpy.uint64, endpoint=True)
+        raw = self._generators[model].random_raw(-(-count // 4))
         words = raw.view(numpy.int16)[:count]
         return torch.from_numpy(words).to(self.device).view(like.shape)
 

@@ -12,6 +12,7 @@ import pytest
 from rlhf_core import registry
 from rlhf_core.config import RunConfig
 from rlhf_core.errors import DataError, ModelError, StorageError
+from rlhf_core.testing.tiny import save_tiny
 from rlhf_core.yaml_files import load_yaml
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -134,3 +135,41 @@ def test_process_reward_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for name in ("first_error_found", "right_let_pass", "step_accuracy"):
         share, error = report[name]
         assert 0 <= share <= 1 and 0 < error < 0.1
+
+
+@pytest.mark.slow
+def test_cross_validation_in_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every pair is scored once, by a model that didn't learn from its question; folds that are there are taken as they are."""
+    example = load("gsm8k_cross_validation", monkeypatch)
+    pairs = [
+        {
+            "prompt": [{"role": "user", "content": f"{n // 2}+{k}=?"}],
+            "chosen": f"#### {n // 2 + k}",
+            "rejected": f"#### {n}",
+        }
+        for n in range(24)
+        for k in (1, 2)
+    ]
+    write(tmp_path / "preferences.train.jsonl", pairs[:40])
+    write(tmp_path / "preferences.heldout.jsonl", pairs[40:])
+    model = save_tiny(tmp_path / "tiny", layers=1)
+    options = ["--data", str(tmp_path), "--model", str(model), "--folds", "2", "--steps", "2"]
+    trained = []
+    monkeypatch.setattr(
+        example,
+        "train",
+        lambda rows, fold, options, train=example.train: trained.append(fold) or train(rows, fold, options),
+    )
+    for rest in (["--fold", "1"], []):
+        monkeypatch.setattr(sys, "argv", ["x", *options, "--output", str(tmp_path / "out"), *rest])
+        assert example.main() == 0
+    assert trained == [1, 0]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["pairs"] == 48 and report["questions"] == 24
+    printed = capsys.readouterr().out
+    assert "fold 0: " in printed and "all: " in printed and "disagreement, auc: " in printed
+    folds = [(tmp_path / "out" / f"fold-{fold}-of-2-steps-2.jsonl").read_text().splitlines() for fold in (0, 1)]
+    questions = [{json.loads(line)["question"] for line in lines} for lines in folds]
+    assert not questions[0] & questions[1] and sum(map(len, folds)) == 48
