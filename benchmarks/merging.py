@@ -6,10 +6,10 @@ mergekit needs an environment of its own: `python -m venv mk && mk/bin/pip insta
 `small` is four float32 models of the shape of SmolLM2-135M with a base, `large` two bf16 models of 2.1 GB with a base; both
 are made here, with random differences. Every cell is a command of its own, ours and the peer's in turn, start-up included, on a
 warm cache; `merging s` is our time without start-up. The limit is the best of all tries, and our best round is held against it;
-the rest are medians of the rounds. Memory is the peak of anonymous pages. The peer's is read off its process (RssAnon) every
-20 ms; ours are several, whose shared pages count once (the sum of Pss_Anon), which takes milliseconds to read, and so a run of
-its own that isn't timed. `--memory` instead measures how our memory grows from a checkpoint of 0.5 GB to one of 4 GB with the
-same largest tensor.
+the rest are medians of the rounds. Memory is the peak of anonymous pages, sampled every 20 ms. The peer's is read off its
+process (RssAnon); ours are several, whose shared pages count once (the sum of Pss_Anon), which takes milliseconds to read, and
+so a run of its own that isn't timed. `--memory` instead measures how our memory grows from a checkpoint of 0.5 GB to one of
+4 GB with the same largest tensor.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
 Trains `gsm8k_reward_model.yaml` once a fold, each time with the questions of one fold left out, and scores that fold's pairs with
 it. Printed are the share of pairs ranked rightly, by fold and in all, and how far the members disagree on the pairs ranked
 wrongly and rightly; standard errors take the questions as the observations. `--fold` trains one fold only, so that several
-processes may share the work; folds that are there already are not trained again.
+processes may share the work; a fold that is there already, of the same rows, model and options, is not trained again.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from torch import Tensor
 
 from rlhf_core import registry, setup_logging
 from rlhf_core.config import RunConfig
-from rlhf_core.errors import DataError, RLHFError
+from rlhf_core.errors import ConfigError, DataError, RLHFError
 from rlhf_core.infra.devices import DeviceManager
+from rlhf_core.infra.files import replace_json
 from rlhf_core.interfaces import Sample
 from rlhf_core.models import RewardModel
 from rlhf_core.models.sample_scores import SampleScores, ScoringConfig
@@ -64,20 +65,26 @@ def margins(model: Path, rows: list[Row], config: Any) -> list[list[float]]:
     return [[a - b for a, b in zip(*pair, strict=True)] for pair in zip(*sides, strict=True)]
 
 
-def train(rows: list[Row], fold: int, options: argparse.Namespace) -> None:
-    """Train on all folds but one, and write the margins of that one's pairs."""
+def cross_validated(rows: list[Row], fold: int, options: argparse.Namespace) -> list[Row]:
+    """Return the margins of a fold's pairs by a model of the other folds, trained unless that was done before."""
     values, places = load_yaml(CONFIGURATION)
     run = RunConfig.parse({key: values.pop(key) for key in RunConfig.KEYS if key in values}, place=places)
     trainer = registry.get("trainer", run.method)
     config = trainer.Config.parse({**values, "max_steps": options.steps, "seed": fold}, place=places)
+    model = options.model or run.model
+    what = json.dumps([rows, model, options.folds, config.model_dump(mode="json")])
+    path = options.output / f"fold-{fold}-{hashlib.sha256(what.encode()).hexdigest()[:12]}.json"
+    if path.is_file():
+        return list(json.loads(path.read_text(encoding="utf-8")))
     left_out = [row for row in rows if fold_of(row, options.folds) == fold]
     learnt = [row for row in rows if fold_of(row, options.folds) != fold]
-    model = options.model or run.model
-    folder = _path(options, fold).with_suffix("")
-    result = trainer(config, model=model, data=learnt, output=folder).train(overwrite=True)
+    if not left_out or not learnt:
+        raise DataError("a fold without questions", place=f"fold {fold}", fix="set fewer --folds, and at least 2")
+    result = trainer(config, model=model, data=learnt, output=path.with_suffix("")).train(overwrite=True)
     found = margins(result.model_dir, left_out, config)
     lines = [{"question": _question(row), "margins": one} for row, one in zip(left_out, found, strict=True)]
-    _path(options, fold).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    replace_json(path, lines)
+    return lines
 
 
 def summarise(found: list[list[Row]]) -> dict[str, Any]:
@@ -88,16 +95,18 @@ def summarise(found: list[list[Row]]) -> dict[str, Any]:
     print(f"all: {_accuracy(pairs)}")
     table = torch.tensor([pair["margins"] for pair in pairs])
     right, doubt = table.mean(1) > 0, table.sigmoid().std(1)
+    report: dict[str, Any] = {"pairs": len(pairs), "accuracy": float(right.float().mean())}
+    if right.all() or not right.any():
+        return report
     by_question: dict[str, list[int]] = {}
     for number, pair in enumerate(pairs):
         by_question.setdefault(pair["question"], []).append(number)
     groups = [torch.tensor(numbers) for numbers in by_question.values()]
     draws = numpy.random.default_rng(0).integers(len(groups), size=(1000, len(groups)))
-    again = [
-        _doubt(right[chosen], doubt[chosen]) for chosen in (torch.cat([groups[i] for i in draw]) for draw in draws)
-    ]
+    chosen = [torch.cat([groups[i] for i in draw]) for draw in draws]
+    again = [_doubt(right[one], doubt[one]) for one in chosen if right[one].any() and not right[one].all()]
     errors = torch.tensor(again).std(0).tolist()
-    report: dict[str, Any] = {"pairs": len(pairs), "questions": len(groups), "accuracy": float(right.float().mean())}
+    report["questions"] = len(groups)
     for name, value, error in zip(("wrong", "right", "difference", "auc"), _doubt(right, doubt), errors, strict=True):
         report[f"disagreement/{name}"] = [value, error]
         print(f"disagreement, {name}: {value:.4f} ± {error:.4f}")
@@ -123,10 +132,6 @@ def _question(row: Row) -> str:
     return str(row["prompt"][-1]["content"])
 
 
-def _path(options: argparse.Namespace, fold: int) -> Path:
-    return Path(options.output / f"fold-{fold}-of-{options.folds}-steps-{options.steps}.jsonl")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
@@ -142,13 +147,16 @@ def main() -> int:
     options = parser.parse_args()
     setup_logging()
     try:
+        if options.fold is not None and not 0 <= options.fold < options.folds:
+            raise ConfigError(
+                "there is no such fold", place="--fold", got=options.fold, fix=f"0 to {options.folds - 1}"
+            )
         rows = read(options.data)
-        for fold in range(options.folds) if options.fold is None else [options.fold]:
-            if not _path(options, fold).is_file():
-                train(rows, fold, options)
+        options.output.mkdir(parents=True, exist_ok=True)
+        wanted = range(options.folds) if options.fold is None else [options.fold]
+        found = [cross_validated(rows, fold, options) for fold in wanted]
         if options.fold is None:
-            found = [_path(options, fold).read_text(encoding="utf-8").splitlines() for fold in range(options.folds)]
-            report = summarise([[json.loads(line) for line in lines] for lines in found])
+            report = summarise(found)
             (options.output / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     except RLHFError as error:
         print(error.line(), file=sys.stderr)

@@ -301,7 +301,8 @@ class Merger(ABC):
     ) -> Tensor:
         """Return the merged tensor, float32, of the shape that all inputs have. Inputs are left as they are.
 
-        Tensors are merged side by side, in forked processes or in threads: what one call leaves in `self` isn't seen by others.
+        Tensors are merged side by side, in forked processes or in threads, so nothing may be kept in `self`: threads share it,
+        processes don't. A method starts no processes of its own.
         """
 
     def merge(self, merge: ModelMerger) -> None:

@@ -59,10 +59,10 @@ class Pass:
         )
 
     def _spread(self, items: Sequence[Item]) -> None:
+        self._count(self._total - sum(item.nbytes for item in items))
         threads = self.owner.threads
         forked = threads > 1 and self.owner.device.type == "cpu" and may_fork()
         self._chunk = CHUNK if forked or threads == 1 else THREADS_CHUNK
-        self._count(self._total - sum(item.nbytes for item in items))
         with closing(spread(items, self._one, threads, forked=forked, enter=self.output.leave_to_parent)) as events:
             for item, nbytes in events:
                 if nbytes is None:

@@ -263,8 +263,8 @@ def check_count(models: Sequence[object], bounds: tuple[int, int | None], method
 
 
 def memory(plan: Plan, threads: int, chunk: int, *, whole: bool) -> int:
-    """Estimate the bytes of memory that a merge takes beyond the interpreter's: buffers of each thread, and what thresholds are
-    found from.
+    """Estimate the bytes of memory that a merge takes beyond the interpreter's: buffers of each of `threads`, and what thresholds
+    are found from.
 
     Args:
         whole: whether the method needs whole tensors, rather than chunks.

@@ -7,6 +7,7 @@ they write to it. What they change in Python's objects stays theirs: results go 
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import queue
@@ -17,7 +18,9 @@ import time
 import traceback
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar, cast
 
 import torch
@@ -32,10 +35,15 @@ Work = Callable[[T, Told], None]
 
 _EVERY = 0.05
 """Seconds between two messages of a process about how far it is."""
+_PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl.h."""
 
 
 def may_fork() -> bool:
-    """Tell whether this process may be forked: with other threads, a lock that one of them holds would stay held for ever."""
+    """Tell whether this process may be forked: a lock that another thread held would stay held for ever.
+
+    Python's threads are counted. Those of BLAS and OpenMP, which wait for work, are not: the libraries see to them at a fork.
+    """
     return sys.platform == "linux" and threading.active_count() == 1 and not multiprocessing.current_process().daemon
 
 
@@ -54,12 +62,13 @@ def spread(
         enter: called once in each process, to let go of what is its parent's alone.
 
     Raises:
-        RLHFError: what `work` raised first; the others' work is given up.
-        WorkerError: the same of another kind, in a process. In a thread it is raised as it is.
-        StorageError: a process was killed.
+        Exception: what `work` raised first; the others' work is given up. From a process, faults and errors of the system come as
+            they are, all else as WorkerError.
+        StorageError: a process ended before its work did.
     """
-    count = max(1, min(count, len(items)))
-    return _in_processes(items, work, count, enter) if forked else _in_threads(items, work, count)
+    if items:
+        count = min(count, len(items))
+        yield from _in_processes(items, work, count, enter) if forked else _in_threads(items, work, count)
 
 
 class _GivenUp(BaseException):
@@ -103,8 +112,7 @@ def _in_threads(items: Sequence[T], work: Work[T], count: int) -> Generator[tupl
 def _in_processes(
     items: Sequence[T], work: Work[T], count: int, enter: Callable[[], None] | None
 ) -> Generator[tuple[T, int | None]]:
-    context = multiprocessing.get_context("fork")
-    workers: dict[Connection, Any] = {}
+    workers: dict[Connection, BaseProcess] = {}
     busy: dict[Connection, int] = {}
     todo = iter(range(len(items)))
 
@@ -112,16 +120,20 @@ def _in_processes(
         index = next(todo, None)
         if index is not None:
             busy[connection] = index
-            connection.send(index)
+            try:
+                connection.send(index)
+            except ConnectionError:
+                raise _ended(connection, workers[connection]) from None
 
     try:
         for _ in range(count):
-            ours, theirs = context.Pipe()
-            arguments = (theirs, [*workers, ours], items, work, enter, os.getpid())
-            process = context.Process(target=_serve, args=arguments, daemon=True)
-            process.start()
-            theirs.close()
-            workers[ours] = process
+            try:
+                connection, process = _start(items, work, enter, list(workers))
+            except OSError:  # no more processes or memory: fewer will do
+                break
+            workers[connection] = process
+        if not workers:
+            yield from _in_threads(items, work, count)
         for connection in workers:
             hand_out(connection)
         while busy:
@@ -131,21 +143,45 @@ def _in_processes(
                 try:
                     event = connection.recv()
                 except (EOFError, ConnectionError):
-                    raise _ended(workers[connection]) from None
+                    raise _ended(connection, workers[connection]) from None
                 if isinstance(event, dict):
                     raise _rebuilt(event)
                 if event is None:
                     del busy[connection]
                     hand_out(connection)
                 yield item, event
+        for connection in workers:
+            with suppress(ConnectionError):
+                connection.send(None)  # not the closing alone: a process that someone forked may hold our end, too
     except BaseException:
         for process in workers.values():
             process.kill()
         raise
     finally:
         for connection, process in workers.items():
-            connection.close()  # a process that waits for more ends
+            connection.close()
             process.join()
+
+
+def _start(
+    items: Sequence[T], work: Work[T], enter: Callable[[], None] | None, others: list[Connection]
+) -> tuple[Connection, BaseProcess]:
+    """Fork a process that serves."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    arguments = (theirs, [*others, ours], items, work, enter, os.getpid())
+    process = context.Process(target=_serve, args=arguments, daemon=True)
+    # Ctrl-C goes to all of a terminal's processes. The parent answers it, and a child never sees it.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process.start()
+    except BaseException:
+        ours.close()
+        raise
+    finally:
+        theirs.close()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return ours, process
 
 
 def _serve(
@@ -157,38 +193,39 @@ def _serve(
     parent: int,
 ) -> None:
     """Work at the items whose numbers come, in a process of its own, until the parent wants no more or is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all of a terminal's processes; the parent answers it
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _die_with(parent)
     for other in parents:
         other.close()  # else it would never be seen that the parent is gone
-    if enter is not None:
-        enter()
     torch.set_num_threads(1)
     pending, sent = 0, time.monotonic()
 
     def told(nbytes: int) -> None:
         nonlocal pending, sent
-        if os.getppid() != parent:
-            os._exit(1)
         pending += nbytes
         if (now := time.monotonic()) - sent > _EVERY:
             connection.send(pending)
             pending, sent = 0, now
 
     try:
-        while True:
-            item = items[connection.recv()]
-            try:
-                with torch.inference_mode():
-                    work(item, told)
-            except BaseException as error:
-                connection.send(_report(error))
-                return
+        if enter is not None:
+            enter()
+        while (index := connection.recv()) is not None:
+            with torch.inference_mode():
+                work(items[index], told)
             connection.send(pending)
             connection.send(None)
             pending = 0
-    except (EOFError, ConnectionError):
-        return
+    except BaseException as error:
+        with suppress(ConnectionError):  # the parent hung up
+            connection.send(_report(error))
+
+
+def _die_with(parent: int) -> None:
+    """Have Linux kill this process as soon as its parent is gone: nothing of it may be written any more."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it was gone before
+        os._exit(1)
 
 
 class WorkerError(Exception):
@@ -197,25 +234,38 @@ class WorkerError(Exception):
 
 def _report(error: BaseException) -> dict[str, Any]:
     """Return what another process needs to know of an error."""
+    told: dict[str, Any] = {"text": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
     if isinstance(error, RLHFError):
-        return {"fault": error.to_json()}
-    return {"text": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
+        told["fault"] = error.to_json()
+    elif isinstance(error, OSError):
+        told["system"] = (error.errno, error.strerror, error.filename)
+    return told
 
 
-def _rebuilt(report: dict[str, Any]) -> Exception:
-    if "fault" in report:
-        return RLHFError.from_json(report["fault"])
-    error = WorkerError(report["text"])
-    error.add_note(report["trace"])
+def _rebuilt(told: dict[str, Any]) -> Exception:
+    error: Exception = WorkerError(told["text"])
+    if "fault" in told:
+        with suppress(TypeError):  # a kind of its own making
+            error = RLHFError.from_json(told["fault"])
+    elif "system" in told:
+        error = OSError(*told["system"])
+    error.add_note(told["trace"])
     return error
 
 
-def _ended(process: Any) -> StorageError:
+def _ended(connection: Connection, process: BaseProcess) -> Exception:
+    """Return why a process hung up: what it still said, else how it ended."""
+    with suppress(EOFError, ConnectionError):
+        while connection.poll():
+            if isinstance(event := connection.recv(), dict):
+                return _rebuilt(event)
     process.join()
-    code = process.exitcode
+    code = process.exitcode or 0
+    short = code == -signal.SIGKILL
     return StorageError(
-        "one of the merge's processes was ended from outside",
+        "one of the merge's processes ended before its work did",
         place=f"process {process.pid}",
-        got=signal.Signals(-code).name if code and code < 0 else f"exit code {code}",
-        fix="where memory was short, set fewer `threads`; --resume goes on",
+        got=signal.Signals(-code).name if code < 0 else f"exit code {code}",
+        fix=("where memory was short, set fewer `threads`" if short else "set `threads: 1` to see where")
+        + "; --resume goes on",
     )

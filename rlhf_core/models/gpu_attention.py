@@ -19,15 +19,26 @@ from torch.nn import functional as F
 
 from rlhf_core.models.layout import Segments
 
-Readers = tuple[tuple[Tensor | None, Tensor], ...]
-"""Who reads each row: pairs of rows, each once, and the places that read them. The first has every row (None) in order."""
+
+@dataclass(frozen=True)
+class Readers:
+    """Who reads each row of (N, ...): one place each, and of some rows further ones."""
+
+    first: Tensor
+    """(N,): a place that reads each row."""
+    rows: Tensor | None = None
+    """(n,): rows that have further readers; None where there are none."""
+    others: Tensor | None = None
+    """(n, G): their places, 0 where a row has fewer than G."""
+    missing: Tensor | None = None
+    """(n, G, 1, 1) bool: where it has fewer."""
 
 
 class _Take(torch.autograd.Function):
-    """x[index] for rows of x (N, ...).
+    """x[index] for rows of x (N, heads, D).
 
-    A row's gradient is the sum over its readers, in their order. Without readers, `index` names no row twice, and a row that it
-    doesn't name gets zero.
+    A row's gradient is the sum over its readers, in their order, in float32 and rounded once. Without readers, `index` names no
+    row twice, and a row that it doesn't name gets zero.
     """
 
     @staticmethod
@@ -38,12 +49,16 @@ class _Take(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        if ctx.readers is None:
+        readers: Readers | None = ctx.readers
+        if readers is None:
             return upstream.new_zeros(ctx.shape).index_copy_(0, ctx.index, upstream), None, None
-        (_, places), *others = ctx.readers
-        total = upstream.index_select(0, places)
-        for rows, places in others:
-            total.index_add_(0, rows, upstream.index_select(0, places))
+        total = upstream.index_select(0, readers.first)
+        if readers.rows is not None:
+            assert readers.others is not None and readers.missing is not None
+            further = upstream.index_select(0, readers.others.flatten()).unflatten(0, readers.others.shape)
+            further = further.masked_fill_(readers.missing, 0).sum(1, dtype=torch.float32)  # (n, heads, D)
+            together = further.add_(total.index_select(0, readers.rows)).to(total.dtype)
+            total.index_copy_(0, readers.rows, together)
         return total, None, None
 
 
@@ -72,7 +87,6 @@ class PaddedPlan:
 
     queries: Tensor
     """(M,): the token of each query's place."""
-    query_readers: Readers
     keys: Tensor
     """(M',): the token of each key's place; a segment's prefix stands before it."""
     key_readers: Readers
@@ -103,13 +117,12 @@ class PaddedPlan:
         place = _places(queries, torch.cat([first.real.flatten(), own.real.flatten()]), tokens)
         all_keys = torch.cat([first.index.flatten(), keys.flatten()])
         own_place = _places(all_keys, torch.cat([first.real.flatten(), (real & ~in_prefix).flatten()]), tokens)
-        others = _occurrences(keys[in_prefix], before + in_prefix.flatten().nonzero().squeeze(1))
+        read, by = keys[in_prefix], before + in_prefix.flatten().nonzero().squeeze(1)
         visible = steps <= prefixes[:, None, None] + torch.arange(own.width)[:, None] if len(starts) else None
         return cls(
             queries=queries.to(device),
-            query_readers=((None, place.to(device)),),
             keys=all_keys.to(device),
-            key_readers=((None, own_place.to(device)), *((r.to(device), p.to(device)) for r, p in others)),
+            key_readers=_readers(own_place, read, by, device),
             place=place.to(device),
             whole=(first.rows, first.width),
             suffixes=(own.rows, own.width, len(steps)),
@@ -124,15 +137,16 @@ def _places(index: Tensor, real: Tensor, tokens: int) -> Tensor:
     return places
 
 
-def _occurrences(tokens: Tensor, places: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Cut pairs of a token and its reader into lists in which no token comes twice."""
+def _readers(first: Tensor, tokens: Tensor, places: Tensor, device: torch.device) -> Readers:
+    """Return the readers of tokens: one place of each, and further pairs of a token and a place."""
+    if not len(tokens):
+        return Readers(first.to(device))
     order = tokens.argsort(stable=True)
-    tokens, places = tokens[order], places[order]
-    positions = torch.arange(len(tokens))
-    begins = torch.ones(len(tokens), dtype=torch.bool)
-    begins[1:] = tokens[1:] != tokens[:-1]
-    rank = positions - torch.where(begins, positions, 0).cummax(0).values if len(tokens) else positions
-    return [(tokens[rank == n], places[rank == n]) for n in range(int(rank.max()) + 1 if len(tokens) else 0)]
+    rows, counts = tokens.unique(return_counts=True)
+    real = torch.arange(int(counts.max())) < counts[:, None]  # (n, G)
+    others = torch.zeros(real.shape, dtype=torch.long)
+    others[real] = places[order]
+    return Readers(first.to(device), rows.to(device), others.to(device), ~real[:, :, None, None].to(device))
 
 
 def padded_segment_attention(
@@ -145,7 +159,7 @@ def padded_segment_attention(
     """
     plan = segments.plan(PaddedPlan.make, query.device)
     queries, keys, values = (_rows(x) for x in (query, key, value))
-    queries = _Take.apply(queries, plan.queries, plan.query_readers)
+    queries = _Take.apply(queries, plan.queries, Readers(plan.place))
     keys, values = (_Take.apply(x, plan.keys, plan.key_readers) for x in (keys, values))
     (rows, width), (suffixes, own, seen) = plan.whole, plan.suffixes
     cut = rows * width
@@ -165,13 +179,17 @@ def padded_segment_attention(
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float) -> Tensor:
     groups = q.shape[1] // k.shape[1]
-    # Kernels that take grouped keys as they are: flash, in 16 bits and without a mask.
-    grouped = groups > 1 and mask is None and q.dtype in (torch.bfloat16, torch.float16)
+    # PyTorch's flash kernel takes grouped keys as they are: in 16 bits, without a mask, on a GPU of capability 8.0.
+    grouped = groups > 1 and mask is None and q.dtype in (torch.bfloat16, torch.float16) and _is_recent(q.device)
     if groups > 1 and not grouped:
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, dropout_p=dropout, enable_gqa=grouped
     )
+
+
+def _is_recent(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -188,30 +206,32 @@ class VarlenPlan:
     query_starts: Tensor
     key_starts: Tensor
     """(segments + 1,) int32, where each segment's queries and keys begin."""
-    keys: Tensor
-    """(M',): the token of each key, a segment's prefix before it."""
-    key_readers: Readers
+    keys: Tensor | None
+    """(M',): the token of each key, a segment's prefix before it; None where no segment has one."""
+    key_readers: Readers | None
     longest: tuple[int, int]
     """Most queries and keys of a segment."""
 
     @classmethod
     def make(cls, segments: Segments, device: torch.device) -> VarlenPlan:
-        parts, own, places, read = [], [], [], []
-        at = 0
-        for s in segments:
-            prefix = torch.arange(s.prefix_start, s.prefix_start + s.prefix_length)
-            parts += [prefix, torch.arange(s.start, s.start + s.length)]
-            read.append(prefix)
-            places.append(torch.arange(at, at + s.prefix_length))
-            own.append(torch.arange(at + s.prefix_length, at + s.keys))
-            at += s.keys
-        others = _occurrences(torch.cat(read), torch.cat(places))
-        lengths = torch.tensor([(0, 0), *((s.length, s.keys) for s in segments)]).cumsum(0, dtype=torch.int32)
+        ends = torch.tensor([(0, 0), *((s.length, s.keys) for s in segments)]).cumsum(0, dtype=torch.int32)
+        keys = readers = None
+        if any(s.prefix_length for s in segments):
+            tokens = [
+                torch.arange(first, first + length)
+                for s in segments
+                for first, length in ((s.prefix_start, s.prefix_length), (s.start, s.length))
+            ]
+            lengths = torch.tensor([length for s in segments for length in (s.prefix_length, s.length)])
+            own = torch.tensor([False, True]).repeat(len(segments)).repeat_interleave(lengths)
+            keys = torch.cat(tokens)
+            readers = _readers(_places(keys, own, int(own.sum())), keys[~own], (~own).nonzero().squeeze(1), device)
+            keys = keys.to(device)
         return cls(
-            query_starts=lengths[:, 0].contiguous().to(device),
-            key_starts=lengths[:, 1].contiguous().to(device),
-            keys=torch.cat(parts).to(device),
-            key_readers=((None, torch.cat(own).to(device)), *((r.to(device), p.to(device)) for r, p in others)),
+            query_starts=ends[:, 0].contiguous().to(device),
+            key_starts=ends[:, 1].contiguous().to(device),
+            keys=keys,
+            key_readers=readers,
             longest=(max(s.length for s in segments), max(s.keys for s in segments)),
         )
 
@@ -227,15 +247,15 @@ def flash_segment_attention(
     kernel: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """The same through flash-attn's variable-length kernel, whose causal mask is aligned to the end of the keys."""
-    if kernel is None:
-        kernel = importlib.import_module("flash_attn").flash_attn_varlen_func
-    assert kernel is not None
+    attend: Callable[..., Tensor] = kernel or importlib.import_module("flash_attn").flash_attn_varlen_func
     plan = segments.plan(VarlenPlan.make, query.device)
     queries, keys, values = (_rows(x) for x in (query, key, value))
-    return kernel(
+    if plan.keys is not None:
+        keys, values = (_Take.apply(x, plan.keys, plan.key_readers) for x in (keys, values))
+    return attend(
         queries.contiguous(),
-        _Take.apply(keys, plan.keys, plan.key_readers),
-        _Take.apply(values, plan.keys, plan.key_readers),
+        keys.contiguous(),
+        values.contiguous(),
         plan.query_starts,
         plan.key_starts,
         *plan.longest,

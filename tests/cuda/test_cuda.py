@@ -98,7 +98,7 @@ def test_training_in_16_bits_stays_near(
 
 
 @pytest.mark.parametrize("options", [{"lora": {"rank": 4}}, {"gradient_checkpointing": True}])
-def test_options_that_change_no_number_change_none(
+def test_options_give_the_numbers_of_the_cpu(
     options: dict[str, Any], steps: Callable[..., list[dict[str, Any]]]
 ) -> None:
     here, there = steps("dpo", "cuda", **options), steps("dpo", "cpu", **options)
@@ -106,7 +106,7 @@ def test_options_that_change_no_number_change_none(
         assert mine["loss"] == pytest.approx(other["loss"], rel=2e-4)
 
 
-def test_attention_in_one_call_is_that_of_segments() -> None:
+def test_attention_in_padded_rows_is_that_of_segments() -> None:
     generator = torch.Generator().manual_seed(0)
     segments = Segments([Segment(0, 5), Segment(5, 3, 0, 5), Segment(8, 7, 0, 5), Segment(15, 1), Segment(16, 9)])
     shapes = ((1, 4, 25, 16), (1, 2, 25, 16), (1, 2, 25, 16))
@@ -120,6 +120,18 @@ def test_attention_in_one_call_is_that_of_segments() -> None:
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-6)
     for mine, other in zip(moved, plain, strict=True):
         torch.testing.assert_close(mine.grad.cpu(), other.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_waits_for_nothing_once_it_has_its_plan() -> None:
+    segments = Segments([Segment(0, 5), Segment(5, 3, 0, 5), Segment(8, 7, 0, 5), Segment(15, 1), Segment(16, 9)])
+    inputs = [torch.randn(1, heads, 25, 16, device="cuda", requires_grad=True) for heads in (4, 2, 2)]
+    padded_segment_attention(*inputs, segments, scale=0.25).sum().backward()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        padded_segment_attention(*inputs, segments, scale=0.25).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])

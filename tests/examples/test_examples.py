@@ -156,20 +156,22 @@ def test_cross_validation_in_small(
     write(tmp_path / "preferences.heldout.jsonl", pairs[40:])
     model = save_tiny(tmp_path / "tiny", layers=1)
     options = ["--data", str(tmp_path), "--model", str(model), "--folds", "2", "--steps", "2"]
-    trained = []
-    monkeypatch.setattr(
-        example,
-        "train",
-        lambda rows, fold, options, train=example.train: trained.append(fold) or train(rows, fold, options),
-    )
+    scored = []
+    margins = example.margins
+
+    def noting(model: Path, rows: list[dict], config: object) -> list[list[float]]:
+        scored.append(rows)
+        return margins(model, rows, config)
+
+    monkeypatch.setattr(example, "margins", noting)
     for rest in (["--fold", "1"], []):
         monkeypatch.setattr(sys, "argv", ["x", *options, "--output", str(tmp_path / "out"), *rest])
         assert example.main() == 0
-    assert trained == [1, 0]
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["pairs"] == 48 and report["questions"] == 24
+    assert len(scored) == 2
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["pairs"] == 48
     printed = capsys.readouterr().out
     assert "fold 0: " in printed and "all: " in printed and "disagreement, auc: " in printed
-    folds = [(tmp_path / "out" / f"fold-{fold}-of-2-steps-2.jsonl").read_text().splitlines() for fold in (0, 1)]
-    questions = [{json.loads(line)["question"] for line in lines} for lines in folds]
-    assert not questions[0] & questions[1] and sum(map(len, folds)) == 48
+    questions = [{row["prompt"][0]["content"] for row in rows} for rows in scored]
+    assert not questions[0] & questions[1] and sum(map(len, scored)) == 48
+    monkeypatch.setattr(sys, "argv", ["x", *options, "--fold", "7"])
+    assert example.main() == 2

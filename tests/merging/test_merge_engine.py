@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_core import registry
 from rlhf_core.interfaces import Merger
-from rlhf_core.merging import layer_wise_interpolation, passing
+from rlhf_core.merging import MergeConfig, ModelMerger, layer_wise_interpolation, passing
 from rlhf_core.merging.weights import LayerValues
+from rlhf_core.merging.workers import spread
 
 METHODS = sorted(plugin.name for plugin in registry.find("merger") if plugin.distribution == "rlhf-core")
 RANDOM = {"dare", "della"}
@@ -83,6 +86,34 @@ def test_the_order_of_models_threads_and_files_change_no_bit(
         monkeypatch.setattr(passing, "may_fork", lambda forked=forked: forked)
         merge(method, cut, tmp_path / f"sharded-{forked}", base=base, threads=2, **settings)
         assert bytes_of(tmp_path / f"sharded-{forked}") == expected
+
+
+def test_a_callback_that_starts_a_thread_keeps_the_merge_from_forking(
+    family: tuple[Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forked = []
+
+    def noting(*args: Any, **options: Any) -> Any:
+        forked.append(options["forked"])
+        return spread(*args, **options)
+
+    monkeypatch.setattr(passing, "spread", noting)
+    done = threading.Event()
+    threads: list[threading.Thread] = []
+
+    def progress(now: int, total: int) -> None:
+        if not threads:
+            threads.append(threading.Thread(target=done.wait))
+            threads[0].start()
+
+    config = MergeConfig(
+        method="linear", models=[{"model": str(family[1][0])}], output=str(tmp_path / "out"), threads=2
+    )
+    try:
+        ModelMerger(config, progress=progress).merge()
+    finally:
+        done.set()
+    assert forked == [False]
 
 
 def test_every_merger_is_tried_here() -> None:

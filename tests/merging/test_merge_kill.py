@@ -97,14 +97,16 @@ def test_killed_at_ten_moments_it_goes_on_to_the_same_bytes(how: str, inputs: Pa
     whole = _run(inputs, -1, how)
     assert whole.returncode == 0, whole.stderr
     assert bytes_of(inputs / "out") == expected
-    operations = int(whole.stdout.split()[-1]) - 6  # a few fewer in another run
+    operations = int(whole.stdout.split()[-1])
     assert operations > 40
     begun = 12  # operations before which nothing is noted yet, and a merge begins anew
     moments = sorted({*random.Random(0).sample(range(2, operations + 1), 10), begun, operations - 4, operations - 2})
     resumed = 0
     for moment in moments:
         subprocess.run(["rm", "-rf", str(inputs / "out"), str(unfinished(inputs / "out"))], check=True)
-        assert _run(inputs, moment, how).returncode == -signal.SIGKILL
+        killed = _run(inputs, moment, how)
+        # Another run may have a few operations fewer, and be whole before the last moments.
+        assert killed.returncode == -signal.SIGKILL or (killed.returncode == 0 and moment > operations - 8)
         _whole_or_nothing(inputs, expected)
         if (inputs / "out").exists():
             continue  # killed after the last rename
@@ -208,7 +210,7 @@ def test_what_was_done_is_not_done_again(inputs: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(
         output.Output, "write", lambda self, item, *rest: (written.append(item.name), write(self, item, *rest))[1]
     )
-    merge("ties", [inputs / "a", inputs / "b"], inputs / "out", resume=True, **_settings(inputs))
+    merge("ties", [inputs / "a", inputs / "b"], inputs / "out", resume=True, threads=1, **_settings(inputs))
     assert len(set(written)) == 7
     assert bytes_of(inputs / "out") == bytes_of(inputs / "expected")
 

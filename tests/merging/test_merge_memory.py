@@ -26,18 +26,10 @@ merge(sys.argv[1], [folder / "a", folder / "b"], folder / "out", base=folder / "
 """
 
 
-def _anonymous(process: psutil.Process) -> tuple[int, int]:
-    """Return the anonymous memory of a process and of those that it started, kB, each page counted once, and their number."""
-    family = [process, *process.children(recursive=True)]
-    found = [
-        next(
-            int(line.split()[1])
-            for line in Path(f"/proc/{one.pid}/smaps_rollup").read_text().splitlines()
-            if "Pss_Anon" in line
-        )
-        for one in family
-    ]
-    return sum(found), len(family)
+def _anonymous(family: list[psutil.Process]) -> int:
+    """Return the anonymous memory of some processes, kB, each page counted once."""
+    texts = [Path(f"/proc/{one.pid}/smaps_rollup").read_text() for one in family]
+    return sum(int(line.split()[1]) for text in texts for line in text.splitlines() if "Pss_Anon" in line)
 
 
 def _peak(method: str, folder: Path, how: str) -> int:
@@ -45,9 +37,10 @@ def _peak(method: str, folder: Path, how: str) -> int:
     peak, most = 0, 0
     with subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
         while not (folder / "out").exists() and process.poll() is None:
-            with suppress(OSError, psutil.Error, StopIteration):  # one has just ended
-                now, count = _anonymous(psutil.Process(process.pid))
-                peak, most = max(peak, now), max(most, count)
+            with suppress(OSError, psutil.Error):  # one has just ended
+                family = [one := psutil.Process(process.pid), *one.children(recursive=True)]
+                most = max(most, len(family))
+                peak = max(peak, _anonymous(family))
             time.sleep(0.002)
     assert process.returncode == 0
     assert most == (3 if how == "processes" else 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -85,12 +87,77 @@ def test_a_bug_comes_back_with_the_lines_where_it_was_raised() -> None:
         list(spread([0], work, 1, forked=False))
 
 
+class OfItsOwn(ModelError):
+    """A fault that is made in a way of its own."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"number {number} is bad")
+
+
+def test_faults_and_errors_of_the_system_stay_what_they_are() -> None:
+    def work(item: int, told: Told) -> None:
+        if item == 0:
+            raise PermissionError(errno.EACCES, "Permission denied", "there.bin")
+        if item == 1:
+            raise OfItsOwn(7)
+        raise StorageError("no room", place="here")
+
+    with pytest.raises(PermissionError, match=r"there\.bin"):
+        list(spread([0], work, 1, forked=True))
+    with pytest.raises(WorkerError, match="OfItsOwn: number 7 is bad"):
+        list(spread([1], work, 1, forked=True))
+    with pytest.raises(StorageError, match="here: no room") as caught:
+        list(spread([2], work, 1, forked=True))
+    assert "in work\n" in caught.value.__notes__[0]
+
+
+def test_a_fault_on_entering_is_told() -> None:
+    def enter() -> None:
+        raise StorageError("can't be let go of")
+
+    with pytest.raises(StorageError, match="can't be let go of"):
+        list(spread(range(3), lambda item, told: None, 2, forked=True, enter=enter))
+
+
+def test_a_process_killed_between_two_items_is_told() -> None:
+    def work(item: int, told: Told) -> None:
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+    with closing(spread(range(6), work, 2, forked=True)) as events:
+        with pytest.raises(StorageError, match="ended before its work did; got SIGKILL"):
+            for _ in events:
+                time.sleep(0.3)
+
+
+def test_a_process_that_someone_forked_keeps_none_waiting() -> None:
+    """It has the parent's ends of the pipes, so that hanging up isn't noticed."""
+    sleeper = None
+    began = time.monotonic()
+    for _ in spread(range(4), lambda item, told: None, 2, forked=True):
+        if sleeper is None:
+            sleeper = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
+            sleeper.start()
+    assert sleeper is not None
+    sleeper.kill()
+    sleeper.join()
+    assert time.monotonic() - began < 20
+
+
+def test_without_room_for_processes_threads_do_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused() -> int:
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", refused)
+    events = list(spread(range(5), lambda item, told: told(1), 2, forked=True))
+    assert sum(nbytes is None for _, nbytes in events) == 5
+
+
 def test_a_process_that_is_killed_is_told() -> None:
     def work(item: int, told: Told) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     with pytest.raises(
-        StorageError, match="ended from outside; got SIGKILL; fix: where memory was short, set fewer `threads`"
+        StorageError, match="ended before its work did; got SIGKILL; fix: where memory was short, set fewer `threads`"
     ):
         list(spread(range(3), work, 2, forked=True))
 
@@ -115,9 +182,7 @@ import os, sys, time
 from rlhf_core.merging.workers import spread
 def work(item, told):
     os.write(1, b"%d\\n" % os.getpid())
-    while True:
-        time.sleep(0.01)
-        told(1)
+    time.sleep(1000)
 list(spread(range(2), work, 2, forked=True))
 """
 

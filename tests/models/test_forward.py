@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf_core.batch import Batch
 from rlhf_core.errors import ConfigError
-from rlhf_core.models import PolicyModel
+from rlhf_core.models import PolicyModel, gpu_attention
 from rlhf_core.models import attention as attentions
 from rlhf_core.models.layout import packed_layout, padded_layout
 from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
@@ -201,7 +201,11 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func)
-        self.count += any(part in name for part in ("_local_scalar_dense", "nonzero", "lift_fresh", "masked_select"))
+        self.count += any(
+            part in name for part in ("_local_scalar_dense", "nonzero", "lift_fresh", "masked_select", "_to_copy")
+        )
+        if name.startswith("aten.index.Tensor"):  # by a mask, it waits for how many are chosen
+            self.count += any(x is not None and x.dtype == torch.bool for x in args[1])
         return func(*args, **(kwargs or {}))
 
 
@@ -220,6 +224,24 @@ def test_no_layer_makes_the_host_wait(attend: str, monkeypatch: pytest.MonkeyPat
             model.token_logps(random_batch(3, 3)).sum().backward()
         counts.append(waits.count)
     assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("responses", [2, 8, 32])
+def test_gradients_of_shared_keys_are_rounded_once(responses: int) -> None:
+    layout = packed_layout(random_batch(2, responses))
+    assert layout.segments is not None
+    plan = layout.segments.plan(gpu_attention.PaddedPlan.make, torch.device("cpu"))
+    torch.manual_seed(0)
+    x = torch.randn(layout.num_positions, 2, 16).bfloat16().requires_grad_()
+    taken = gpu_attention._Take.apply(x, plan.keys, plan.key_readers)
+    real = torch.zeros(len(plan.keys), dtype=torch.bool)
+    real[plan.key_readers.first] = True
+    if plan.key_readers.others is not None:
+        real[plan.key_readers.others[~plan.key_readers.missing.squeeze()]] = True
+    upstream = torch.randn(taken.shape).bfloat16() * real[:, None, None]
+    (found,) = torch.autograd.grad(taken, x, upstream)
+    exact = torch.zeros(x.shape, dtype=torch.float64).index_add_(0, plan.keys, upstream.double())
+    assert relative(found.double(), exact) < 1.05 * relative(exact.bfloat16().double(), exact) + 1e-6
 
 
 def varlen_reference(
