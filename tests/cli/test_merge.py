@@ -130,24 +130,24 @@ def test_a_file_of_mergekit_is_read_as_it_is(rlhf, models: list[str], tmp_path: 
 
 
 def test_ctrl_c_says_how_to_go_on(rlhf, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rlhf_core.merging import passing
+    from rlhf_core.merging import output
 
-    whole = passing.Pass._one
+    finish = output.Output.finish
 
     def stop(self, item) -> None:
         if "layers.1" in item.name:
             raise KeyboardInterrupt
-        whole(self, item)
+        finish(self, item)
 
     arguments = ("merge", "linear", *flags, "--output", str(tmp_path / "out"))
-    monkeypatch.setattr(passing.Pass, "_one", stop)
+    monkeypatch.setattr(output.Output, "finish", stop)
     code, _, err = rlhf(*arguments)
     assert code == 130
     assert err == "error[interrupted] stopped by Ctrl-C; the same command with `--resume` goes on\n"
     assert "unfinished merge is there: continued" in rlhf(*arguments, "--dry-run", "--resume")[1]
     monkeypatch.undo()
     assert rlhf(*arguments, "--resume")[0] == 0
-    monkeypatch.setattr(passing.Pass, "_one", stop)
+    monkeypatch.setattr(output.Output, "finish", stop)
     code, _, err = rlhf(*arguments, "--overwrite")
     advice = "stopped by Ctrl-C; the same command with `--resume` in place of `--overwrite` goes on"
     assert code == 130 and advice in err

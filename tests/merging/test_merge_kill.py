@@ -35,7 +35,7 @@ def counted(function):
         with count.get_lock():
             count.value += 1
             if count.value == stop.value:
-                os.killpg(0, signal.SIGKILL)
+                os.killpg(0, signal.SIGINT if "--interrupt" in sys.argv else signal.SIGKILL)
         return function(*args, **kwargs)
     return call
 for name in ("pwrite", "fsync", "write", "rename", "mkdir", "unlink", "posix_fallocate"):
@@ -137,6 +137,24 @@ def test_killed_from_outside_it_leaves_nothing_or_the_whole(inputs: Path) -> Non
         subprocess.run(["rm", "-rf", str(inputs / "out")], check=True)
     merge("ties", [inputs / "a", inputs / "b"], inputs / "out", **_settings(inputs))
     assert bytes_of(inputs / "out") == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", [22, 26, 32])
+def test_ctrl_c_ends_all_of_its_processes_and_it_goes_on(moment: int, inputs: Path) -> None:
+    """A terminal sends it to each of them."""
+    merge("ties", [inputs / "a", inputs / "b"], inputs / "expected", **_settings(inputs))
+    script = WORKER.format(helpers=str(Path(__file__).parent))
+    command = [sys.executable, "-c", script, str(moment), str(inputs), "--interrupt"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        told = process.communicate()[1]
+    assert process.returncode == -signal.SIGINT
+    assert told.count("KeyboardInterrupt") == 1 and "multiprocessing" not in told.split("KeyboardInterrupt")[1]
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)  # nobody is left
+    assert not (inputs / "out").exists()
+    assert _run(inputs, -1, "--resume").returncode == 0
+    assert bytes_of(inputs / "out") == bytes_of(inputs / "expected")
 
 
 @pytest.mark.slow
