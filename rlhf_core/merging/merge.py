@@ -102,6 +102,7 @@ class ModelMerger:
             )
             self.method.check(plan)
             check_tokenizer(plan)
+            self._refuse_inputs_below(opened)
             return plan
         except BaseException:
             for one in opened:
@@ -127,7 +128,6 @@ class ModelMerger:
         check_begun(self._target, resume=resume, overwrite=overwrite)
         self._resume, self._overwrite = resume, overwrite
         self._plan = self.plan()
-        self._refuse_inputs_below()
         try:
             self.method.merger.merge(self)
         finally:
@@ -138,16 +138,16 @@ class ModelMerger:
         plan = self._plan
         return MergeResult(self._target, len(plan.items), plan.read_bytes, plan.nbytes, seconds, self.details)
 
-    def _refuse_inputs_below(self) -> None:
+    def _refuse_inputs_below(self, inputs: Sequence[Checkpoint]) -> None:
         """Raise where an input lies where the output is to be."""
-        inputs = [one for one in (self._plan.base, *self._plan.models) if one is not None]
+        if self.config.output is None:
+            return
+        target = Path(self.config.output).expanduser().resolve()
         for path in [file for one in inputs for file in one.files]:
-            if self._target in path.resolve().parents:
-                for one in inputs:
-                    one.close()
+            if target in path.resolve().parents:
                 raise ConfigError(
                     "one of the inputs lies in the output directory",
-                    place=str(self._target),
+                    place=str(target),
                     got=str(path),
                     fix="choose another output",
                 )

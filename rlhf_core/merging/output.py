@@ -241,9 +241,10 @@ def _check_target(target: Path, *, overwrite: bool) -> None:
     if not (target / "config.json").is_file():
         raise StorageError("is not empty, and no model", place=str(target), fix="choose an empty or a new directory")
     if not overwrite:
-        raise StorageError(
-            "holds a model already", place=str(target), fix="`--overwrite`, in Python `overwrite=True`, replaces it"
-        )
+        fix = "`--overwrite`, in Python `overwrite=True`, replaces it"
+        if _state(target):
+            fix = f"`--resume` goes on with the unfinished merge that is to replace it; {fix}, from the beginning"
+        raise StorageError("holds a model already", place=str(target), fix=fix)
     foreign = [path.name for path in content if path.is_dir() or path.suffix not in _REPLACED]
     if foreign:
         raise StorageError(

@@ -129,6 +129,15 @@ def test_a_file_of_mergekit_is_read_as_it_is(rlhf, models: list[str], tmp_path: 
     assert rlhf("merge", str(path), "--compat", "mergekit", "--output", str(tmp_path / "strict"))[0] == 2
 
 
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_an_input_is_not_written_over(rlhf, models: list[str], dry: list[str]) -> None:
+    one = Path(models[1])
+    before = {file.name: file.read_bytes() for file in one.iterdir()}
+    code, _, err = rlhf("merge", "linear", "--model", models[1], "--output", models[1], "--overwrite", *dry)
+    assert code == 2 and f"{one}: one of the inputs lies in the output directory; got {one}/model.safetensors" in err
+    assert {file.name: file.read_bytes() for file in one.iterdir()} == before
+
+
 def test_ctrl_c_says_how_to_go_on(rlhf, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from rlhf_core.merging import output
 

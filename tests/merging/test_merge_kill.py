@@ -233,6 +233,14 @@ def test_what_was_done_is_not_done_again(inputs: Path, monkeypatch: pytest.Monke
     assert bytes_of(inputs / "out") == bytes_of(inputs / "expected")
 
 
+def test_an_unfinished_merge_that_is_to_replace_a_model_is_named(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    merge("linear", [inputs / "a"], inputs / "old")
+    _interrupted(inputs, monkeypatch, after=3)
+    (inputs / "old").rename(inputs / "out")
+    with pytest.raises(StorageError, match="holds a model already; fix: `--resume` goes on with the unfinished merge"):
+        merge("ties", [inputs / "a", inputs / "b"], inputs / "out", **_settings(inputs))
+
+
 def test_a_merge_of_something_else_is_not_continued(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _interrupted(inputs, monkeypatch, after=3)
     with pytest.raises(ConfigError, match="other inputs or options"):
