@@ -124,7 +124,8 @@ def _accuracy(pairs: list[Row]) -> str:
         total, count = clusters.get(pair["question"], (0.0, 0.0))
         clusters[pair["question"]] = (total + (sum(pair["margins"]) > 0), count + 1)
     total, count = (sum(part) for part in zip(*clusters.values(), strict=True))
-    error = ratio_standard_error(list(clusters.values())) or float("nan")
+    error = ratio_standard_error(list(clusters.values()))
+    error = float("nan") if error is None else error  # of one question
     return f"{total / count:.3f} ± {error:.3f} of {count:.0f} pairs of {len(clusters)} questions"
 
 
@@ -139,7 +140,7 @@ def main() -> int:
     )
     parser.add_argument("--model", help="the model to start from (default: that of the configuration)")
     parser.add_argument("--folds", type=int, default=5, help="parts of the questions (default: %(default)s)")
-    parser.add_argument("--fold", type=int, help="train this one only, and print nothing")
+    parser.add_argument("--fold", type=int, help="train this one only, and sum nothing up")
     parser.add_argument("--steps", type=int, default=126, help="optimiser steps a fold (default: %(default)s)")
     parser.add_argument(
         "--output", type=Path, default=Path("runs/gsm8k-cross-validation"), help="folder (default: %(default)s)"

@@ -36,6 +36,7 @@ class TrainerSetup(Contract):
 
     @property
     def allowed(self) -> float:
+        """`tolerance` on the device that trains."""
         return self.tolerance * (1 if DeviceManager().kind == "cpu" else 3)
 
     def model(self) -> PolicyModel | str | Path:
