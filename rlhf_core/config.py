@@ -226,6 +226,12 @@ class TrainerConfig(BaseConfig):
     attention: Literal["auto", "flash", "sdpa", "eager"] = Field(
         "auto", description="Attention kernel; `auto` takes the fastest that the device has."
     )
+    dropout: Literal["none", "keep"] = Field(
+        "none",
+        description="The model's own dropout, skipped layers and router noise while it trains: `none` switches them off; `keep`"
+        " leaves them on, which regularises, but then a step's gradient depends on how it is cut into micro-batches, and a"
+        " policy differs from its reference before the first step (the first DPO loss isn't ln 2). `lora.dropout` is apart.",
+    )
     compile: bool = Field(False, description="Compile the model with torch.compile: slow start, faster steps on a GPU.")
     trust_remote_code: bool = Field(
         False, description="Run code that the model's repository ships; true only where you trust that code."

@@ -13,6 +13,7 @@ from rlhf_core.data.encode import Encoder, Outcome
 from rlhf_core.data.sources import Cursor, Rows
 from rlhf_core.errors import ConfigError, DataError
 from rlhf_core.interfaces import Completion
+from rlhf_core.models.dropout import evaluating
 
 if TYPE_CHECKING:
     from rlhf_core.models.policy import PolicyModel
@@ -65,13 +66,12 @@ def generate(
         if temperature > 0
         else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     )
-    training, model = policy.training, policy.causal_lm
+    model = policy.causal_lm
     own_settings = model.generation_config
     cuda = [policy.device] if policy.device.type == "cuda" else []
-    policy.eval()
     completions: list[Completion] = []
     try:
-        with torch.random.fork_rng(devices=cuda):
+        with evaluating(policy), torch.random.fork_rng(devices=cuda):
             torch.manual_seed(seed)
             # What a model brings of its own (a repetition penalty, min-p) would fill in what isn't set here, and the
             # log-probabilities would be of another distribution.
@@ -81,7 +81,6 @@ def generate(
                 completions += _decode(policy, part, max_new_tokens, sampling)
     finally:
         model.generation_config = own_settings
-        policy.train(training)
     return [completions[i * n : (i + 1) * n] for i in range(len(ids))]
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_core.batch import Batch
+from rlhf_core.models.dropout import evaluating
 from rlhf_core.models.layout import Layout, packed_layout, padded_layout
 
 
@@ -23,7 +24,6 @@ def packing_obstacle(forward: Callable[[Layout], Tensor], backbone: nn.Module, *
         vocabulary: how many token ids there are.
     """
     example = next(backbone.parameters())
-    training = backbone.training
     ids = torch.arange(24, device=example.device).remainder(vocabulary)
     lengths = torch.tensor([4, 2, 3], device=example.device)
     probe = Batch(
@@ -35,17 +35,14 @@ def packing_obstacle(forward: Callable[[Layout], Tensor], backbone: nn.Module, *
         loss_mask=torch.arange(4, device=example.device) < lengths[:, None],
         rows=(0, 1),
     )
-    backbone.eval()
     try:
-        with torch.autocast(example.device.type, enabled=False):
+        with evaluating(backbone), torch.autocast(example.device.type, enabled=False):
             packed, padded = packed_layout(probe), padded_layout(probe)
             assert packed.at is not None and padded.at is not None
             ours = forward(packed)[packed.at[probe.loss_mask]].float()
             theirs = forward(padded)[padded.at[probe.loss_mask]].float()
     except (TypeError, ValueError, RuntimeError, KeyError) as failure:
         return f"{type(failure).__name__}: {failure}"
-    finally:
-        backbone.train(training)
     error = float((ours - theirs).norm() / theirs.norm())
     limit = 1e-4 if example.dtype == torch.float32 else 3e-2
     return None if error < limit else f"relative difference {error:.1e}"

@@ -21,6 +21,7 @@ from rlhf_core.batch import Batch
 from rlhf_core.errors import ConfigError, ModelError
 from rlhf_core.infra.files import storage_errors
 from rlhf_core.infra.tensors import read_tensors, write_tensors
+from rlhf_core.models.dropout import evaluating
 from rlhf_core.models.policy import PolicyModel
 from rlhf_core.models.scoring import score_in_parts
 
@@ -82,13 +83,9 @@ class Reference:
 
     def _score(self, batch: Batch) -> Tensor:
         model = self._model
-        training = model.training
-        model.eval()
-        try:
-            with model.adapter_off() if self.mode == "adapter_off" else contextlib.nullcontext():
-                return score_in_parts(batch, model.response_logps, cut=self._cut, device=model.device)
-        finally:
-            model.train(training)
+        off = model.adapter_off() if self.mode == "adapter_off" else contextlib.nullcontext()
+        with evaluating(model), off:
+            return score_in_parts(batch, model.response_logps, cut=self._cut, device=model.device)
 
     @torch.no_grad()
     def precompute(self, batches: Iterable[Batch], path: Path | None = None) -> None:

@@ -40,7 +40,7 @@ class TrainerSetup(Contract):
         return self.tolerance * (1 if DeviceManager().kind == "cpu" else 3)
 
     def model(self) -> PolicyModel | str | Path:
-        """Return the model to train, always the same one; without dropout, or the cut of a step changes what it draws."""
+        """Return the model to train, always the same one."""
         return PolicyModel(tiny_model(hidden=32, heads=2, kv_heads=1), tiny_tokenizer())
 
     def rows(self) -> list[dict[str, Any]]:

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from rlhf_core.config import TrainerConfig
 from rlhf_core.data.base import EncodedData
 from rlhf_core.errors import ConfigError, PluginError
 from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.interfaces import Seam, Trainer
 from rlhf_core.models import PolicyModel
+from rlhf_core.models.dropout import allow_dropout, keep_still, set_training
 from rlhf_core.models.reference import Reference
 from rlhf_core.models.scoring import score_in_parts
 from rlhf_core.training.distribution import Distribution
@@ -103,7 +105,9 @@ def build_models(trainer: Trainer, policy: PolicyModel, devices: DeviceManager) 
         )
     trainer.models = nn.ModuleDict(models).to(devices.device)
     for role, module in trainer.models.items():
-        if role not in trainer.trains:
+        if role in trainer.trains:
+            _settle_dropout(module, trainer.config, devices)
+        else:
             module.requires_grad_(False)
     trained = {name: p for name, p in trainer.models.named_parameters() if p.requires_grad}
     if not trained:
@@ -114,6 +118,16 @@ def build_models(trainer: Trainer, policy: PolicyModel, devices: DeviceManager) 
     if narrow:
         log.info("%d trained tensors of 16 bits are kept in float32", len(narrow))
     return trained
+
+
+def _settle_dropout(module: nn.Module, config: TrainerConfig, devices: DeviceManager) -> None:
+    if config.dropout == "keep":
+        return allow_dropout(module)
+    asked = config.lora is not None and config.lora.dropout > 0
+    context = functools.partial(devices.autocast, config.precision)
+    if count := keep_still(module, adapters=not asked, context=context):
+        log.info("the model's own dropout is off, in %d of its modules; `dropout: keep` leaves it on", count)
+    return None
 
 
 def connect(
@@ -127,7 +141,10 @@ def connect(
 def training_mode(trainer: Trainer, training: bool) -> None:
     """Switch the trained models between training and evaluation mode; the others are always in evaluation mode."""
     for role, module in trainer.models.items():
-        module.train(training and role in trainer.trains)
+        if training and role in trainer.trains:
+            set_training(module)
+        else:
+            module.eval()
 
 
 def create_reference(

@@ -155,7 +155,7 @@ class RunState:
             RandomState.from_json(ranks[rank]["random"]).restore()
         else:
             log.warning(
-                "resumed with %d processes after %d: the data go on where they were, rounding and dropout will differ",
+                "resumed with %d processes after %d: the data go on where they were, rounding and random draws will differ",
                 run.distribution.world_size,
                 len(ranks),
             )

@@ -109,6 +109,7 @@ def toy(
 ) -> ToyTrainer:
     """Return a toy trainer; options are those of its configuration."""
     defaults: dict[str, Any] = {"learning_rate": 0.02, "batch_size": 8, "max_steps": 6, "max_length": 64}
+    defaults |= {"dropout": "keep"}
     config = ToyConfig.parse({**defaults, **options})
     data = ROWS if rows is None else rows
     return kind(config, model=ToyPolicy(dropout), data=data, eval_data=eval_rows, output=output)

@@ -1,0 +1,218 @@
+"""Keeping a model's forward pass in training the one that it has in evaluation: its own dropout is off unless asked for.
+
+What draws is found by trying, not by name: dropout stands in modules, in numbers that attention functions read, in
+configurations that layers read, as skipped layers and as noise in routers. Exactly the modules that draw are left in
+evaluation mode while the rest trains, so that gradient checkpointing and adapters work as ever and no configuration changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from rlhf_core.infra.seeds import RandomState
+
+log = logging.getLogger(__name__)
+
+_STILL = "_rlhf_still"
+"""Attribute of a module that stays in evaluation mode while the others train."""
+_ROUNDS = 8
+"""How often a model is tried: a module that draws can hide others, such as the layers that it skips."""
+
+
+def set_training(module: nn.Module) -> None:
+    """Put a module into training mode, all but the parts that `keep_still` marked."""
+    module.train()
+    for part in module.modules():
+        if getattr(part, _STILL, False):
+            part.training = False
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module into evaluation mode and each of its parts back into the mode that it had."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def allow_dropout(module: nn.Module) -> None:
+    """Take back what `keep_still` marked: every part trains in training mode."""
+    for part in module.modules():
+        part.__dict__.pop(_STILL, None)
+        checkpoint = getattr(part, "_gradient_checkpointing_func", None)
+        if isinstance(checkpoint, functools.partial) and checkpoint.func is _checkpoint_still:
+            part._gradient_checkpointing_func = checkpoint.args[1]
+
+
+def keep_still(module: nn.Module, *, adapters: bool, context: Callable[[], Any] = contextlib.nullcontext) -> int:
+    """Mark the parts that would draw random numbers in training; return how many do.
+
+    Warns of a model whose forward pass still differs between training and evaluation.
+
+    Args:
+        module: a role's model, heads and adapters included.
+        adapters: whether adapters draw too; False leaves them the dropout that was asked for.
+        context: makes the context that forward passes run in (autocast).
+    """
+    allow_dropout(module)
+    spared = set() if adapters else _adapter_parts(module)
+    plain = [part for part in module.modules() if isinstance(part, _DropoutNd) and part not in spared]
+    _mark(set(plain))
+    found: set[nn.Module] = {part for part in plain if part.p > 0}
+    modes = [(part, part.training) for part in module.modules()]
+    state = RandomState.capture()
+    try:
+        # With gradients: a layer that recomputes itself takes another way without.
+        with torch.enable_grad(), torch.compiler.set_stance("force_eager"), context():
+            for model in _networks(module):
+                found |= _settle(model, spared)
+    finally:
+        state.restore()
+        for part, mode in modes:
+            part.training = mode
+    return len(found)
+
+
+def _settle(model: nn.Module, spared: set[nn.Module]) -> set[nn.Module]:
+    """Mark what draws in a model's forward pass until nothing does, and compare training with evaluation."""
+    found: set[nn.Module] = set()
+    marked: set[nn.Module] = set()
+    try:
+        for _ in range(_ROUNDS):
+            set_training(model)
+            drawing = _draws(model) - spared
+            found |= drawing
+            # One that is in evaluation mode already calls parts that no hook sees, so these are next.
+            parts = {part for drawn in drawing for part in (drawn.modules() if drawn in marked else (drawn,))} - marked
+            if not parts:
+                break
+            _mark(parts)
+            marked |= parts
+        for part in spared:
+            part.training = False
+        trained = _forward(model).detach()
+        model.eval()
+        difference = float((trained - _forward(model).detach()).norm() / trained.norm())
+    except (
+        Exception
+    ) as error:  # Whatever a model of a form of its own does with these inputs is no reason to refuse it.
+        log.warning(
+            "can't tell whether this model draws random numbers in training (%s: %s)", type(error).__name__, error
+        )
+        return found
+    parameter = next(model.parameters())
+    limit = 1e-4 if parameter.dtype == torch.float32 and not torch.is_autocast_enabled(parameter.device.type) else 3e-2
+    if drawing or difference > limit:
+        log.warning(
+            "this model's forward pass in training isn't the one in evaluation, with its dropout off too (relative"
+            " difference %.1e): losses against a reference are off by as much, and gradients depend on the micro-batch",
+            difference,
+        )
+    return found
+
+
+def _draws(model: nn.Module) -> set[nn.Module]:
+    """Forward a few tokens; return the modules whose own code, not a submodule's, moved a random state."""
+    found: set[nn.Module] = set()
+    running: list[nn.Module] = []
+    last = _random_state()
+
+    def note() -> None:
+        nonlocal last
+        now = _random_state()
+        if now != last and running:
+            found.add(running[-1])
+        last = now
+
+    def enter(module: nn.Module, arguments: Any) -> None:
+        note()
+        running.append(module)
+
+    def leave(module: nn.Module, arguments: Any, output: Any) -> None:
+        note()
+        running.pop()
+
+    hooks = [
+        hook
+        for part in model.modules()
+        for hook in (part.register_forward_pre_hook(enter), part.register_forward_hook(leave))
+    ]
+    try:
+        _forward(model)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _forward(model: Any) -> Tensor:
+    """Return what a model makes of a few tokens: logits, or hidden states."""
+    embedding = model.get_input_embeddings().weight
+    ids = torch.arange(16, device=embedding.device).remainder(embedding.shape[0]).view(2, 8)
+    output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    values: Tensor = output.logits if getattr(output, "logits", None) is not None else output[0]
+    return values.float()
+
+
+def _random_state() -> tuple[Any, ...]:
+    device = torch.cuda.get_rng_state().numpy().tobytes() if torch.cuda.is_available() else b""
+    if not device and torch.backends.mps.is_available():
+        device = torch.mps.get_rng_state().cpu().numpy().tobytes()
+    numpy: dict[str, Any] = np.random.get_state(legacy=False)["state"]
+    return torch.get_rng_state().numpy().tobytes(), device, random.getstate(), numpy["key"].tobytes(), numpy["pos"]
+
+
+def _mark(parts: set[nn.Module]) -> None:
+    for part in parts:
+        if isinstance(part, GradientCheckpointingLayer) and part.gradient_checkpointing:
+            # It recomputes itself in training mode only; what runs inside of that is in evaluation mode.
+            checkpoint = part._gradient_checkpointing_func
+            part._gradient_checkpointing_func = functools.partial(_checkpoint_still, part, checkpoint)
+        else:
+            setattr(part, _STILL, True)
+
+
+def _checkpoint_still(
+    layer: nn.Module, checkpoint: Callable[..., Any], forward: Callable[..., Any], *given: Any
+) -> Any:
+    def still(*arguments: Any) -> Any:
+        mode, layer.training = layer.training, False
+        try:
+            return forward(*arguments)
+        finally:
+            layer.training = mode
+
+    return checkpoint(still, *given)
+
+
+def _networks(module: nn.Module) -> list[nn.Module]:
+    """Return the transformers models inside a module, outermost first, with the adapters around them."""
+    if isinstance(module, PreTrainedModel) or hasattr(module, "peft_config"):
+        return [module]
+    return [model for child in module.children() for model in _networks(child)]
+
+
+def _adapter_parts(module: nn.Module) -> set[nn.Module]:
+    """Return what adapters add to a model, without the layers that they stand around."""
+    parts: set[nn.Module] = set()
+    for layer in module.modules():
+        base = getattr(layer, "base_layer", None)
+        if hasattr(layer, "adapter_layer_names") and isinstance(base, nn.Module):
+            parts |= set(layer.modules()) - set(base.modules())
+    return parts
