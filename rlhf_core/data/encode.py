@@ -24,6 +24,9 @@ NO_ROOM = "the prompt leaves no response token"
 TOO_LONG = "longer than max_length"
 EQUAL = "chosen equals rejected"
 
+# Text to put before what continues a text: a newline merges with the least, but some tokenizers drop it.
+_ANCHORS = ("\n", "=", ".", "a")
+
 
 @dataclass(frozen=True, slots=True)
 class EncodedRow:
@@ -92,7 +95,7 @@ class Encoder:
         self.checker = Checker(record, columns)
         self.template = ChatTemplate(tokenizer, chat_template)
         self.begin = self._begin_ids()
-        self._anchor, self._anchor_ids = self._find_anchor()
+        self._anchors = self._find_anchors()
 
     def encode(self, rows: Sequence[Row]) -> list[Outcome]:
         """Return what becomes of each row, in order. The tokenizer is called once or twice for all of them.
@@ -121,7 +124,8 @@ class Encoder:
         seen = any(map(control.within, texts))
         if isinstance(prompt, str):
             end = self._end_piece(example) if example.responses else None
-            answers = [[Piece(text, learnt=True), end] for text in example.responses if end]
+            # A response continues its prompt: what marks a text's beginning (Llama's `▁`) stands at the prompt's alone.
+            answers = [[Piece(text, learnt=True, continues=bool(prompt)), end] for text in example.responses if end]
             return _Plan(example, [Piece(ids=self.begin), Piece(prompt)], answers, seen)
         if example.conversation:
             learnt = [number for number, turn in enumerate(prompt) if turn["role"] == "assistant"]
@@ -149,10 +153,16 @@ class Encoder:
     def _ids(self, pieces: Sequence[Piece]) -> list[Sequence[int]]:
         ids: list[Sequence[int]] = [piece.ids for piece in pieces]
         for literal in (False, True):
-            which = [number for number, piece in enumerate(pieces) if piece.text and piece.literal is literal]
-            found = self._tokenize([self._anchored(pieces[number]) for number in which], literal=literal)
-            for number, tokens in zip(which, found, strict=True):
-                ids[number] = self._unanchored(pieces[number], tokens)
+            for continues in (False, True):
+                which = [
+                    number
+                    for number, piece in enumerate(pieces)
+                    if piece.text and piece.literal is literal and piece.continues is continues
+                ]
+                texts = [pieces[number].text for number in which]
+                tokenize = self._continued if continues and self._anchors else self._tokenize
+                for number, tokens in zip(which, tokenize(texts, literal=literal), strict=True):
+                    ids[number] = tokens
         return ids
 
     def _tokenize(self, texts: list[str], *, literal: bool) -> list[list[int]]:
@@ -178,22 +188,34 @@ class Encoder:
                 return tuple(full[:start])
         return ()
 
-    def _find_anchor(self) -> tuple[str, list[int]]:
-        """Return text (and its ids) to put before a piece that continues another, for tokenizers that mark a text's beginning."""
-        anchor, piece, joined = self._tokenize(["\n", "a", "\na"], literal=True)
-        marks = joined[: len(anchor)] == anchor and joined[len(anchor) :] != piece
-        return ("\n", anchor) if marks else ("", [])
+    def _find_anchors(self) -> list[tuple[str, list[int]]]:
+        """Return texts (and their ids) to put before a piece that continues another, best first, for tokenizers that mark a
+        text's beginning; none for others.
+        """
+        found = []
+        for text in _ANCHORS:
+            anchor, piece, joined = self._tokenize([text, "a", f"{text}a"], literal=True)
+            if anchor and joined[: len(anchor)] == anchor:
+                if joined[len(anchor) :] == piece:
+                    return []
+                found.append((text, anchor))
+        return found
 
-    def _anchored(self, piece: Piece) -> str:
-        return self._anchor + piece.text if piece.continues else piece.text
-
-    def _unanchored(self, piece: Piece, tokens: list[int]) -> list[int]:
-        if not (self._anchor and piece.continues):
-            return tokens
-        if tokens[: len(self._anchor_ids)] == self._anchor_ids:
-            return tokens[len(self._anchor_ids) :]
-        # The anchor has merged with the text; its plain encoding is the next best, and a true one.
-        return self._tokenize([piece.text], literal=piece.literal)[0]
+    def _continued(self, texts: list[str], *, literal: bool) -> list[list[int]]:
+        """Encode texts that stand behind others: without the mark of a text's beginning."""
+        found: list[list[int] | None] = [None] * len(texts)
+        for anchor, ids in self._anchors:
+            left = [number for number, tokens in enumerate(found) if tokens is None]
+            for number, tokens in zip(
+                left, self._tokenize([anchor + texts[n] for n in left], literal=literal), strict=True
+            ):
+                # Where the anchor has merged with the text, another one may not.
+                if tokens[: len(ids)] == ids:
+                    found[number] = tokens[len(ids) :]
+        left = [number for number, tokens in enumerate(found) if tokens is None]
+        for number, tokens in zip(left, self._tokenize([texts[n] for n in left], literal=literal), strict=True):
+            found[number] = tokens
+        return [tokens for tokens in found if tokens is not None]
 
     def _outcome(self, plan: _Plan, prompt: list[int], responses: list[list[int]], masks: list[list[bool]]) -> Outcome:
         example = plan.example
