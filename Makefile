@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint bench smollm2 docs clean
+.PHONY: demo test test-slow lint bench gpu smollm2 docs clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -25,6 +25,11 @@ lint: $(STAMP)
 DATA ?= ../shared/data/gsm8k
 bench: $(STAMP)
 	$(BIN)/python benchmarks/training.py --data $(DATA)
+
+# On a machine with a GPU, where nothing can be installed: the environment where there is one, else the machine's own Python.
+# `make gpu GPU="--wheels wheels --output DIR"` hands options on.
+gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py $(GPU)
 
 smollm2: $(STAMP)
 	$(BIN)/python examples/fetch_smollm2.py

@@ -1,0 +1,146 @@
+"""The GPU check on a machine without one: its parts run in small, and nothing that a part does costs the others' results."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """The modules of `benchmarks`, which is no package."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu
+    import gpu_report
+    import random_models
+    import step_profile
+
+    yield SimpleNamespace(gpu=gpu, report=gpu_report, models=random_models, profile=step_profile)
+
+
+def check(output: Path, *options: str) -> list[str]:
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--device", "cpu", "--size", "tiny"]
+    return [*command, "--output", str(output), *options]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["sft", "dpo", "reward_model", "kto"])
+def test_a_method_is_timed_and_profiled_beside_the_peer(method: str, tmp_path: Path) -> None:
+    done = subprocess.run(check(tmp_path, "--parts", f"{method}/*"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "results.json").read_text())["parts"]
+    assert list(results) == [f"{method}/tiny/ours", f"{method}/tiny/peer"]
+    for found in results.values():
+        assert found["status"] == "done", found
+        assert len(found["seconds"]) == 6 and min(found["seconds"]) > 0
+        assert found["profile"]["operations"] > 100
+        assert found["profile"]["top_operations"][0]["ms"] > 0
+    ours, peer = results.values()
+    assert ours["tokens"] == peer["tokens"]
+    assert f"| {method} | tiny |" in done.stdout and "| – |" in done.stdout  # a tiny model has no target
+
+
+@pytest.mark.slow
+def test_a_killed_check_keeps_what_it_had(tmp_path: Path) -> None:
+    process = subprocess.Popen(check(tmp_path, "--parts", "environment", "sft/*"), stdout=subprocess.PIPE)
+    path = tmp_path / "results.json"
+    until = time.monotonic() + 120
+    while not path.exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert json.loads(path.read_text())["parts"]["environment"]["status"] == "done"
+    assert (tmp_path / "summary.md").read_text().startswith("cpu, ")
+
+
+@pytest.mark.slow
+def test_parts_without_time_left_are_named(tmp_path: Path) -> None:
+    done = subprocess.run(
+        check(tmp_path, "--parts", "environment", "tests", "--seconds", "11"), capture_output=True, text=True
+    )
+    assert "tests: not run" in done.stdout and "no time was left" in done.stdout
+    assert json.loads((tmp_path / "results.json").read_text())["parts"]["tests"]["status"] == "not run"
+
+
+def run_one(bench: SimpleNamespace, run: Any, tmp_path: Path) -> dict[str, Any]:
+    settings = bench.gpu.Settings("cpu", 4, tmp_path, 60.0)
+    bench.gpu.run_part("part", bench.gpu.Part(run, 60), settings, tmp_path / "part.json")
+    found: dict[str, Any] = json.loads((tmp_path / "part.json").read_text())
+    return found
+
+
+def test_a_part_that_fails_keeps_what_it_saved_and_says_why(bench: SimpleNamespace, tmp_path: Path) -> None:
+    def breaks(settings: Any, save: Any) -> dict[str, Any]:
+        save({"tokens_per_second": 3.0})
+        raise ValueError("no such luck")
+
+    found = run_one(bench, breaks, tmp_path)
+    assert (found["status"], found["reason"]) == ("failed", "ValueError: no such luck")
+    assert found["tokens_per_second"] == 3.0
+
+
+def test_a_missing_package_is_no_failure(
+    bench: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = bench.gpu.importlib.util.find_spec
+    monkeypatch.setattr(bench.gpu.importlib.util, "find_spec", lambda name: None if name == "trl" else found(name))
+    ended = run_one(bench, bench.gpu.train("sft", "tiny", "peer"), tmp_path)
+    assert (ended["status"], ended["reason"]) == ("skipped", "trl isn't installed")
+
+
+def test_methods_are_found_without_an_installation(bench: SimpleNamespace, tmp_path: Path) -> None:
+    bench.gpu.write_metadata(tmp_path)
+    (found,) = importlib.metadata.distributions(path=[str(tmp_path)])
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert (found.name, found.version) == (project["name"], project["version"])
+    points = {(entry.group, entry.name): entry.value for entry in found.entry_points}
+    wanted = project["entry-points"].items()
+    assert points == {(group, name): target for group, named in wanted for name, target in named.items()}
+
+
+def test_rows_are_the_same_each_time_and_of_the_length_asked_for(bench: SimpleNamespace) -> None:
+    rows = bench.models.make_rows("dpo", "135m", 400)
+    assert rows == bench.models.make_rows("dpo", "135m", 400)
+    lengths = sorted(len(row["chosen"].split()) for row in rows)
+    assert 95 < lengths[200] < 115  # the median
+    labels = [row["label"] for row in bench.models.make_rows("kto", "tiny", 4)]
+    assert labels == ["desirable", "undesirable"] * 2
+
+
+def timed(side: str, speed: float, mib: int, setting: str = "padded") -> dict[str, Any]:
+    found = {"method": "sft", "shape": "135m", "side": side, "setting": setting, "tokens_per_second": speed}
+    return {"status": "done", "reason": None, **found, "step_ms": 10.0, "peak_bytes": mib * 2**20}
+
+
+def test_the_table_has_ratios_beside_the_best_setting_of_the_peer(bench: SimpleNamespace) -> None:
+    results = {
+        "sft/135m/ours": timed("ours", 2600, 700),
+        "sft/135m/peer": timed("peer", 1000, 900),
+        "sft/135m/peer-padding_free": timed("peer", 2000, 1000, "padding_free"),
+        "dpo/135m/ours": {"status": "failed", "reason": "stopped after 75 s"},
+    }
+    text = bench.report.report(results)
+    assert "| sft | 135m | 2,600 | 2,000 | 1.30× | 700 | 1,000 | 0.70× | yes |" in text
+    assert "- `dpo/135m/ours`: stopped after 75 s" in text
+
+
+def test_operations_that_compute_are_counted_and_views_are_not(bench: SimpleNamespace) -> None:
+    import torch
+
+    x = torch.randn(4, 4, requires_grad=True)
+    with bench.profile.Operations() as operations:
+        (x.view(16) * 2).sum().backward()
+    # Forward: a product and a sum. Backward: ones for the sum's gradient, and a product.
+    assert operations.count == 4
