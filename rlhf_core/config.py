@@ -157,8 +157,17 @@ class BatchingConfig(BaseConfig):
 class DatasetConfig(BaseConfig):
     """How rows are read."""
 
+    format: Literal["auto", "columns", "alpaca", "messages", "sharegpt", "pairs", "dialogue", "text"] = Field(
+        "auto",
+        description="Shape of the rows (docs/data.md shows each); `auto` recognises it and says so, another value refuses rows of"
+        " any other.",
+    )
     columns: dict[str, str] = Field(
-        default_factory=dict, description="Contract column → the data's own name, such as `prompt: question`."
+        default_factory=dict, description="Column of the record type → the data's own name, such as `prompt: question`."
+    )
+    ignore_columns: list[str] = Field(
+        default_factory=list,
+        description="Columns of text that may go unused: no warning for them, and no error under `strict`.",
     )
     split: str = Field("train", min_length=1, description="Split of a hub dataset, or of a `DatasetDict`, to train on.")
     eval_split: str = Field(
@@ -170,7 +179,9 @@ class DatasetConfig(BaseConfig):
         4096, ge=1, description="Rows shuffled together when streaming; larger mixes better and takes more memory."
     )
     strict: bool = Field(
-        False, description="Make a row that would be dropped or cut an error instead of a counted warning."
+        False,
+        description="Make a row that would be dropped or cut, and a column of text that nothing uses, an error instead of a"
+        " counted warning.",
     )
     truncation: Literal["keep_start", "keep_end", "drop"] = Field(
         "keep_start",

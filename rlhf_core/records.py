@@ -7,16 +7,22 @@ token ids. Columns that a contract does not name are kept and reach the method a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 Role = Literal["system", "user", "assistant", "tool"]
 
 
 class Message(TypedDict):
-    """One turn of a conversation."""
+    """One turn of a conversation. Whatever other keys it has in the data stay with it and reach the chat template."""
 
     role: Role
     content: str
+    """Empty where a turn is tool calls or reasoning alone."""
+    tool_calls: NotRequired[list[dict[str, Any]]]
+    reasoning_content: NotRequired[str]
+    name: NotRequired[str]
+    weight: NotRequired[float]
+    """0 keeps an assistant's turn out of the loss."""
 
 
 Prompt = str | list[Message]
@@ -44,23 +50,24 @@ RECORDS: dict[str, RecordContract] = {
     contract.name: contract
     for contract in (
         RecordContract(
-            "sft", ("prompt", "response"), ("messages",), ("response",),
-            "a prompt and the response to imitate; or `messages`, of which every assistant turn is learnt",
+            "sft", ("prompt", "response"), ("messages", "text", "input", "system", "tools"), ("response",),
+            "a prompt and the response to imitate; or `messages`, every assistant turn in the loss; or `text`, all in the loss",
         ),
         RecordContract(
-            "preference", ("prompt", "chosen", "rejected"), ("margin", "steps", "labels"), ("chosen", "rejected"),
+            "preference", ("prompt", "chosen", "rejected"), ("margin", "steps", "labels", "input", "system", "tools"),
+            ("chosen", "rejected"),
             "a prompt with a better and a worse response",
         ),
         RecordContract(
-            "unpaired", ("prompt", "response", "label"), (), ("response",),
+            "unpaired", ("prompt", "response", "label"), ("messages", "input", "system", "tools"), ("response",),
             "a prompt, a response, and whether it is `desirable` or `undesirable`",
         ),
         RecordContract(
-            "prompt", ("prompt",), (), (),
+            "prompt", ("prompt",), ("input", "system", "tools"), (),
             "a prompt to answer; other columns reach the reward",
         ),
         RecordContract(
-            "reasoning", ("prompt", "answer", "verifiable"), (), (),
+            "reasoning", ("prompt", "answer", "verifiable"), ("input", "system", "tools"), (),
             "a prompt, its reference answer, and whether a verifier can check a response against it",
         ),
     )

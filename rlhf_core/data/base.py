@@ -68,6 +68,8 @@ class EncodedData(ABC):
             truncation=self.options.truncation,
             chat_template=self.options.chat_template,
             columns=self.options.columns,
+            format=self.options.format,
+            ignored=self.options.ignore_columns,
         )
         self.report = DataReport(
             self.record,

@@ -1,28 +1,22 @@
-"""One row against its contract: the right columns, of the right types, with something to learn from."""
+"""One row against its record type: the right columns, of the right types, with tokens for the loss."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
+from rlhf_core.data.examples import Parts, parts_of
 from rlhf_core.data.files import Row
+from rlhf_core.data.messages import wrong_type
+from rlhf_core.data.shapes import TEXT, TURNS, Format, Reading, Recogniser, kind_of
+from rlhf_core.data.values import check_sound, is_json
 from rlhf_core.errors import ConfigError, DataError, did_you_mean, nearest, shortened
-from rlhf_core.records import RECORDS, Label, Message, Prompt, RecordContract, Role
+from rlhf_core.records import RECORDS, Message, Prompt, RecordContract
 
-_ROLES = get_args(Role)
-_LABELS = get_args(Label)
-
-# What other data sets call a contract's columns; only ever used to suggest `dataset.columns`.
-_SYNONYMS = {
-    "prompt": ("question", "instruction", "input", "query", "problem", "text"),
-    "response": ("answer", "output", "completion", "target", "solution"),
-    "chosen": ("accepted", "preferred", "better", "positive"),
-    "rejected": ("dispreferred", "worse", "negative"),
-    "label": ("desirable", "score", "feedback"),
-    "answer": ("solution", "final_answer", "target", "ground_truth"),
-    "verifiable": ("is_verifiable",),
+_LABELS = {
+    **dict.fromkeys(("desirable", "true", "1", "yes", "good", "positive", "chosen"), True),
+    **dict.fromkeys(("undesirable", "false", "0", "no", "bad", "negative", "rejected"), False),
 }
 
 
@@ -33,25 +27,45 @@ class Example:
     index: int
     place: str
     prompt: Prompt
-    """The prompt; for a conversation all of its messages, each assistant turn of which is learnt."""
-    responses: tuple[str, ...]
-    conversation: bool = False
+    """Text, or the messages before the first answer."""
+    responses: tuple[str, ...] | tuple[list[Message], ...]
+    """Texts behind a text; behind messages the messages that follow them, of which the assistant's are in the loss."""
+    tools: list[dict[str, Any]] | None = None
+    """What the assistant may call, for the chat template."""
     per_prompt: Mapping[str, float] = field(default_factory=dict)
     per_response: Mapping[str, list[bool]] = field(default_factory=dict)
     record: Mapping[str, Any] = field(default_factory=dict)
     """The columns that are kept for methods and rewards, as JSON values."""
     left_out: tuple[str, ...] = ()
     """Columns that are not JSON values and so are not kept."""
+    read_as: str | None = None
+    """What was taken for what, where columns don't bear the record type's own names."""
+    unused: tuple[str, ...] = ()
+    """Columns of text or turns that nothing uses."""
 
 
 class Checker:
-    """Checks rows against a record contract, with the data's own column names mapped to the contract's."""
+    """Checks rows against a record type, in whichever shape they stand.
 
-    def __init__(self, record: str, columns: Mapping[str, str] | None = None) -> None:
+    Args:
+        record: name of the record type.
+        columns: `dataset.columns`: its columns → the data's own names.
+        format: `dataset.format`: the one shape that rows may have, or `auto`.
+        ignored: `dataset.ignore_columns`: columns that may go unused without a word.
+    """
+
+    def __init__(
+        self,
+        record: str,
+        columns: Mapping[str, str] | None = None,
+        *,
+        format: Format = "auto",
+        ignored: Sequence[str] = (),
+    ) -> None:
         if record not in RECORDS:
             raise ConfigError(f"unknown record `{record}`", place="record", fix=did_you_mean(record, RECORDS))
         self.contract: RecordContract = RECORDS[record]
-        self.columns = dict(columns or {})
+        self.columns, self.ignored = dict(columns or {}), {*ignored}
         known = {*self.contract.required, *self.contract.optional}
         for name in self.columns:
             if name not in known:
@@ -60,6 +74,7 @@ class Checker:
                     place=f"dataset.columns.{name}",
                     fix=did_you_mean(name, known),
                 )
+        self.recogniser = Recogniser(self.contract, format, self.columns)
         self._margin: bool | None = None
         self._complete = False
         """Whether a row before had every column."""
@@ -68,205 +83,178 @@ class Checker:
         """Return the row's parts.
 
         Raises:
-            DataError: a column is missing, of the wrong type, not finite, or empty.
+            DataError: a column is missing, of the wrong type, no sound value, or empty; or it can't be told which is which.
         """
-        values = {**row.values}
+        check_sound(row.values, row.place)
+        reading = self.recogniser.read(self._renamed(row.values), row.place)
+        found, values = reading.columns, reading.values
+        if "messages" in found and values.get("response") is not None:
+            raise DataError(
+                f"has both `{found['messages']}` and `response`", place=row.place, fix="keep the one to imitate"
+            )
+        whole = {"messages", "text"} & {*found}
+        for name in self.contract.required:
+            absent = name not in found and not (whole and name in ("prompt", "response"))
+            if absent and not (name == "prompt" and reading.prompt_inside):
+                raise self._missing(name, row)
+        self._complete = True
+        parts = parts_of(reading, self.contract, row.place)
+        per_prompt, per_response = self._columns(reading, row)
+        used = {*found.values(), *per_prompt}
+        unused = self._unused(reading, parts, used)
+        record = {name: value for name, value in values.items() if name not in used}
+        if not self.contract.responses:
+            # A reward reads the prompt, and may read any other column.
+            record = {**values, **{name: values[column] for name, column in found.items()}, "prompt": parts.prompt}
+        kept = {name: value for name, value in record.items() if is_json(value)}
+        left_out = tuple(name for name in record if name not in kept)
+        return Example(
+            row.index, row.place, parts.prompt, parts.responses, parts.tools,
+            per_prompt, per_response, kept, left_out, reading.says, unused,
+        )  # fmt: skip
+
+    def _renamed(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the row under the record type's names, as `dataset.columns` says."""
+        renamed = {**values}
         for name, own in self.columns.items():
             if own in values:
-                values[name] = row.values[own]
+                renamed[name] = values[own]
                 if own not in self.columns:
-                    values.pop(own, None)
+                    renamed.pop(own, None)
             else:
-                values.pop(name, None)
-        for name, value in values.items():
-            _finite(value, name, row.place)
-        conversation = self._is_conversation(values, row)
-        used = {"messages"} if conversation else {"prompt", *self.contract.responses}
-        for name in self.contract.required:
-            if not conversation and values.get(name) is None:
-                raise self._missing(name, row)
-        self._complete = self._complete or not conversation
-        prompt = _messages(values["messages"], "messages", row) if conversation else _prompt(values["prompt"], row)
-        if conversation:
-            _whole_conversation(prompt, row)  # type: ignore[arg-type]
-        responses = (
-            () if conversation else tuple(_response(values[name], name, row) for name in self.contract.responses)
-        )
-        per_prompt, per_response = self._columns(values, row)
-        used |= {*per_prompt, *(("label",) if per_response else ())}
+                renamed.pop(name, None)
+        return renamed
+
+    def _unused(self, reading: Reading, parts: Parts, used: set[str]) -> tuple[str, ...]:
+        """Return the columns of text or turns that nothing uses, those aside that repeat what is used."""
         if not self.contract.responses:
-            used.discard("prompt")  # A reward needs the prompt as it stood in the data.
-        rest = {name: value for name, value in values.items() if name not in used}
-        kept = {name: value for name, value in rest.items() if _is_json(value)}
-        left_out = tuple(name for name in rest if name not in kept)
-        return Example(row.index, row.place, prompt, responses, conversation, per_prompt, per_response, kept, left_out)
+            return ()
+        values = reading.values
+        known = {*self.contract.optional} - {"messages", "text", "input", "system", "tools"} | used | self.ignored
+        texts, same = parts.texts, [values[column] for column in reading.columns.values()]
+        answers = parts.texts[-len(parts.responses) :]
 
-    def _is_conversation(self, values: Mapping[str, Any], row: Row) -> bool:
-        if "messages" not in self.contract.optional or values.get("messages") is None:
-            return False
-        if values.get("response") is not None:
-            raise DataError(
-                "has both `messages` and `response`", place=row.place, fix="keep the one that should be learnt"
-            )
-        return True
+        def repeats(value: Any) -> bool:
+            if not isinstance(value, str):
+                return value in same
+            text = value.strip()
+            return not text or text in texts or any(answer and answer in text for answer in answers)
 
-    def _columns(self, values: Mapping[str, Any], row: Row) -> tuple[dict[str, float], dict[str, list[bool]]]:
+        return tuple(
+            name
+            for name, value in values.items()
+            if name not in known and kind_of(value) in (*TEXT, *TURNS, "turn") and not repeats(value)
+        )
+
+    def _columns(self, reading: Reading, row: Row) -> tuple[dict[str, float], dict[str, list[bool]]]:
+        values, found = reading.values, reading.columns
         per_prompt: dict[str, float] = {}
         per_response: dict[str, list[bool]] = {}
         if "margin" in self.contract.optional:
             margin = values.get("margin")
+            margin = None if margin == "" else margin
             if margin is not None:
-                if isinstance(margin, bool) or not isinstance(margin, int | float):
-                    raise _wrong_type("margin", "a number", margin, row)
-                per_prompt["margin"] = float(margin)
+                per_prompt["margin"] = _number(margin, "margin", row)
             if self._margin is None:
                 self._margin = margin is not None
             elif self._margin != (margin is not None):
                 raise DataError(
                     "`margin` stands in some rows only", place=row.place, fix="give it in every row, or in none"
                 )
-        if "label" in self.contract.required:
-            label = values["label"]
-            if label not in _LABELS:
-                raise _wrong_label(label, row)
-            per_response["desirable"] = [label == "desirable"]
-        if "verifiable" in self.contract.required:
-            if not isinstance(values["verifiable"], bool):
-                raise _wrong_type("verifiable", "true or false", values["verifiable"], row)
+        if "label" in found:
+            per_response["desirable"] = [_label(values[found["label"]], found["label"], row)]
+        if "verifiable" in found:
+            verifiable = values[found["verifiable"]]
+            if str(verifiable).casefold() not in ("true", "false"):
+                raise wrong_type("verifiable", "true or false", verifiable, row.place)
             if not isinstance(values["answer"], str | int | float):
-                raise _wrong_type("answer", "text or a number", values["answer"], row)
+                raise wrong_type("answer", "text or a number", values["answer"], row.place)
         return per_prompt, per_response
-
-    def _other_contract(self, columns: Sequence[str]) -> str | None:
-        """Return the contract that these columns fulfil, where it has responses and isn't the one asked for."""
-        fits = [
-            c
-            for c in RECORDS.values()
-            if c.responses and c.name != self.contract.name and set(c.required) <= {*columns}
-        ]
-        # The one that asks for most: unpaired rows have what `sft` needs, too.
-        return max(fits, key=lambda contract: len(contract.required)).name if fits else None
 
     def _missing(self, name: str, row: Row) -> DataError:
         own = self.columns.get(name, name)
         found = [str(key) for key, value in row.values.items() if value is not None]
-        synonyms = [key for key in found if key.casefold() in _SYNONYMS.get(name, ())]
-        taken = set(self.contract.required) | set(self.columns.values())
-        free = [key for key in found if key not in taken]
-        near = nearest(own, free) or next(iter(synonyms), None)
-        fix = f"set `dataset.columns` to `{{{name}: {near or 'YOUR_COLUMN'}}}`"
-        empty = own in row.values
-        problem = (
-            f"column `{own}` is null"
-            if empty
-            else f"no column `{own}`, which the `{self.contract.name}` contract needs"
-        )
+        if own in row.values:
+            return DataError(f"column `{own}` is null", place=row.place, got=f"columns {', '.join(found) or 'none'}")
+        fix = self._mapping(name, own, row)
         if self._complete:
             fix = "the rows before have it: fill or delete this one"
-        elif other := self._other_contract(found):
+        elif other := self._other_contract(row):
             fix = f"these look like `{other}` rows, for another method; or {fix}"
         return DataError(
-            problem, place=row.place, got=f"columns {', '.join(found) or 'none'}", fix=None if empty else fix
+            f"no column `{own}`, which the `{self.contract.name}` contract needs",
+            place=row.place,
+            got=f"columns {self._described(row) or 'none'}",
+            fix=fix,
         )
 
+    def _mapping(self, name: str, own: str, row: Row) -> str:
+        """Return which `dataset.columns` would name the missing column, from the columns that hold the kind of it."""
+        wanted = (*TEXT, *TURNS, "turn") if name in ("prompt", *self.contract.responses) else ()
+        taken = {*self.contract.required, *self.columns.values()}
+        free = [
+            str(key)
+            for key, value in row.values.items()
+            if key not in taken and value is not None and (not wanted or kind_of(value) in wanted)
+        ]
+        if not free:
+            return f"give each row a `{own}`"
+        near = nearest(own, free) or (
+            free[0] if len(free) == 1 and name in ("prompt", *self.contract.responses) else None
+        )
+        if near:
+            return f"set `dataset.columns` to `{{{name}: {near}}}`"
+        return f"set `dataset.columns` to `{{{name}: COLUMN}}`, COLUMN being one of {', '.join(free)}"
 
-def _wrong_label(label: Any, row: Row) -> DataError:
-    truth = isinstance(label, bool | int | float) and label in (0, 1)
-    fix = 'write words for true and false: `"desirable" if row["label"] else "undesirable"`' if truth else None
-    near = nearest(label, _LABELS) if isinstance(label, str) else None
-    return DataError(
-        "`label` must be `desirable` or `undesirable`",
+    def _other_contract(self, row: Row) -> str | None:
+        """Return the record type that the row fulfils, where it has responses and isn't the one asked for."""
+        fits = []
+        for contract in RECORDS.values():
+            if not contract.responses or contract.name == self.contract.name:
+                continue
+            try:
+                reading = Recogniser(contract, "auto", {}).read(row.values, row.place)
+            except DataError:
+                continue
+            optional = ("prompt", "response") if "messages" in reading.columns else ()
+            inside = ("prompt",) if reading.prompt_inside else ()
+            if {*contract.required} <= {*reading.columns, *optional, *inside}:
+                fits.append(contract)
+        # The one that asks for most: unpaired rows have what `sft` needs, too.
+        return max(fits, key=lambda contract: len(contract.required)).name if fits else None
+
+    def _described(self, row: Row) -> str:
+        return ", ".join(str(key) for key, value in row.values.items() if value is not None)
+
+
+def _label(value: Any, name: str, row: Row) -> bool:
+    """Return whether a label says desirable: true, 1, or a word for it."""
+    text = value.strip().casefold() if isinstance(value, str) else str(value).casefold()
+    if isinstance(value, float) and value in (0.0, 1.0):
+        text = str(int(value))
+    if isinstance(value, str | bool | int | float) and text in _LABELS:
+        return _LABELS[text]
+    near = nearest(value, ("desirable", "undesirable")) if isinstance(value, str) else None
+    number = isinstance(value, int | float)
+    raise DataError(
+        f"`{name}` must be `desirable` or `undesirable`, true or false, 1 or 0",
         place=row.place,
-        got=shortened(label),
-        fix=f"did you mean `{near}`?" if near else fix,
+        got=shortened(value),
+        fix=f"did you mean `{near}`?"
+        if near
+        else "say from which score on an answer is good, and write that as the label"
+        if number
+        else None,
     )
 
 
-def _wrong_type(name: str, expected: str, got: Any, row: Row) -> DataError:
-    shown = repr(got)
-    shown = shown if len(shown) <= 60 else shown[:57] + "..."
-    return DataError(f"`{name}` must be {expected}", place=row.place, got=f"{type(got).__name__} {shown}")
-
-
-def _prompt(value: Any, row: Row) -> Prompt:
-    if isinstance(value, str):
-        return value
-    messages = _messages(value, "prompt", row)
-    if messages[-1]["role"] == "assistant":
-        raise DataError(
-            "the prompt ends on an assistant turn, which leaves nothing to answer",
-            place=row.place,
-            fix="end it on a user turn, and put the answer into its own column",
-        )
-    return messages
-
-
-def _messages(value: Any, name: str, row: Row) -> list[Message]:
-    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
-        raise _wrong_type(name, "text or a list of messages" if name == "prompt" else "a list of messages", value, row)
-    if not value:
-        raise DataError(f"`{name}` has no messages", place=row.place)
-    messages: list[Message] = []
-    for number, message in enumerate(value):
-        where = f"{name}[{number}]"
-        if not isinstance(message, Mapping):
-            raise _wrong_type(where, "a message with `role` and `content`", message, row)
-        present = {key: item for key, item in message.items() if item is not None}
-        if set(present) != {"role", "content"}:
-            raise DataError(
-                f"`{where}` must have `role` and `content` and nothing else",
-                place=row.place,
-                got=", ".join(map(str, present)) or "no keys",
-            )
-        role, content = present["role"], present["content"]
-        if role not in _ROLES:
-            raise DataError(
-                f"`{where}.role` is unknown", place=row.place, got=repr(role), fix=f"use {', '.join(_ROLES)}"
-            )
-        if not isinstance(content, str):
-            raise _wrong_type(f"{where}.content", "text", content, row)
-        messages.append({"role": role, "content": content})
-    return messages
-
-
-def _whole_conversation(messages: list[Message], row: Row) -> None:
-    last, first = messages[-1]["role"], messages[0]["role"]
-    if last != "assistant":
-        raise DataError(
-            f"the conversation ends on a {last} turn, which nothing answers",
-            place=row.place,
-            fix="end it on an assistant turn, or leave the last turn out",
-        )
-    if first == "assistant":
-        raise DataError("the conversation begins with an assistant turn, which answers nothing", place=row.place)
-    for number, message in enumerate(messages):
-        if message["role"] == "assistant" and not message["content"].strip():
-            raise DataError(f"`messages[{number}]` is an empty response", place=row.place, fix="fill or delete the row")
-
-
-def _response(value: Any, name: str, row: Row) -> str:
-    if not isinstance(value, str):
-        raise _wrong_type(name, "text", value, row)
-    if not value.strip():
-        raise DataError(f"`{name}` is an empty response", place=row.place, fix="fill or delete the row")
-    return value
-
-
-def _finite(value: Any, name: str, place: str) -> None:
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise DataError(f"`{name}` isn't finite", place=place, got=repr(value), fix="repair or delete the row")
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            _finite(item, f"{name}.{key}", place)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            _finite(item, name, place)
-
-
-def _is_json(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return all(isinstance(key, str) and _is_json(item) for key, item in value.items())
-    if isinstance(value, list):
-        return all(_is_json(item) for item in value)
-    return value is None or isinstance(value, str | bool | int | float)
+def _number(value: Any, name: str, row: Row) -> float:
+    try:
+        if isinstance(value, bool) or not isinstance(value, int | float | str):
+            raise TypeError
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise wrong_type(name, "a number", value, row.place) from None
+    if number - number != 0:
+        raise DataError(f"`{name}` isn't finite", place=row.place, got=repr(value), fix="repair or delete the row")
+    return number

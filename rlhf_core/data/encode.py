@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_core.data.checks import Checker, Example
+from rlhf_core.data.examples import in_loss
 from rlhf_core.data.files import Row
+from rlhf_core.data.shapes import Format
 from rlhf_core.data.templates import ChatTemplate, Piece
 from rlhf_core.errors import DataError, ModelError
 
@@ -59,6 +61,9 @@ class Outcome:
     control_text: bool = False
     """Whether its text holds what looks like a control token. It was encoded as text."""
     left_out: tuple[str, ...] = ()
+    read_as: str | None = None
+    """What was taken for what; see `checks.Example`."""
+    unused: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -85,6 +90,8 @@ class Encoder:
         truncation: Truncation = "keep_start",
         chat_template: str | None = None,
         columns: dict[str, str] | None = None,
+        format: Format = "auto",
+        ignored: Sequence[str] = (),
     ) -> None:
         if not tokenizer.is_fast:
             raise ModelError(
@@ -92,7 +99,7 @@ class Encoder:
             )
         self.tokenizer, self.record = tokenizer, record
         self.max_length, self.truncation = max_length, truncation
-        self.checker = Checker(record, columns)
+        self.checker = Checker(record, columns, format=format, ignored=ignored)
         self.template = ChatTemplate(tokenizer, chat_template)
         self.begin = self._begin_ids()
         self._anchors = self._find_anchors()
@@ -120,24 +127,26 @@ class Encoder:
 
     def _plan(self, example: Example) -> _Plan:
         control, prompt = self.template.control, example.prompt
-        texts = [*example.responses, *([prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt])]
-        seen = any(map(control.within, texts))
         if isinstance(prompt, str):
-            end = self._end_piece(example) if example.responses else None
+            answers = [text for text in example.responses if isinstance(text, str)]
+            seen = any(map(control.within, [prompt, *answers]))
+            end = self._end_piece(example) if answers else None
             # A response continues its prompt: what marks a text's beginning (Llama's `▁`) stands at the prompt's alone.
-            answers = [[Piece(text, learnt=True, continues=bool(prompt)), end] for text in example.responses if end]
-            return _Plan(example, [Piece(ids=self.begin), Piece(prompt)], answers, seen)
-        if example.conversation:
-            learnt = [number for number, turn in enumerate(prompt) if turn["role"] == "assistant"]
-            before, turns = self.template.turns(prompt, learnt, example.place)
-            return _Plan(example, before, [turns], seen)
-        if not example.responses:
+            pieces = [[Piece(text, learnt=True, continues=bool(prompt)), end] for text in answers if end]
+            return _Plan(example, [Piece(ids=self.begin), Piece(prompt)], pieces, seen)
+        chats = [messages for messages in example.responses if not isinstance(messages, str)]
+        texts = [turn["content"] for messages in (prompt, *chats) for turn in messages]
+        seen = any(map(control.within, texts))
+        if not chats:
             return _Plan(example, self.template.prompt(prompt, example.place), [], seen)
         both = [
             self.template.turns(
-                [*prompt, {"role": "assistant", "content": text}], [len(prompt)], example.place, also=example.responses
+                [*prompt, *messages],
+                [number for number, turn in enumerate(messages, len(prompt)) if in_loss(turn)],
+                example.place,
+                also=texts,
             )
-            for text in example.responses
+            for messages in chats
         ]
         return _Plan(example, both[0][0], [turns for _, turns in both], seen)
 
@@ -239,7 +248,10 @@ class Encoder:
                 example.index, prompt, responses, masks,
                 dict(example.per_prompt), dict(example.per_response), dict(example.record),
             )  # fmt: skip
-        return Outcome(example.place, row, reason, truncated and row is not None, plan.control_text, example.left_out)
+        return Outcome(
+            example.place, row, reason, truncated and row is not None, plan.control_text,
+            example.left_out, example.read_as, example.unused,
+        )  # fmt: skip
 
     def _stand_in(self, example: Example) -> int:
         """Return the token that stands for an empty prompt: the beginning token, else the end token."""

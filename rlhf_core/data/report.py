@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhf_core.data.encode import EQUAL, Outcome
@@ -35,6 +35,7 @@ class DataReport:
         self.prompt_tokens = self.response_tokens = self.learnt_tokens = 0
         self.dropped: dict[str, dict[str, Any]] = {}
         self.notes: dict[str, dict[str, Any]] = {}
+        self.shapes: dict[str, dict[str, Any]] = {}
         self.labels: dict[str, int] = {}
         self.complete = False
 
@@ -47,7 +48,7 @@ class DataReport:
         """Count one row.
 
         Raises:
-            DataError: `strict`, and the row was dropped or cut.
+            DataError: `strict`, and the row was dropped or cut, or has text that nothing uses.
         """
         self.rows += 1
         if strict and (outcome.refused or outcome.truncated):
@@ -56,6 +57,19 @@ class DataReport:
                 place=outcome.place,
                 fix="repair the row, raise `max_length`, or unset `dataset.strict`",
             )
+        if strict and outcome.unused:
+            raise DataError(
+                "text that nothing uses",
+                place=outcome.place,
+                got=_named(outcome.unused),
+                fix="use it (`dataset.columns`), list it in `dataset.ignore_columns`, or unset `dataset.strict`",
+            )
+        if outcome.read_as is not None:
+            if outcome.read_as not in self.shapes:
+                logger.info("%s: rows read as %s", self.name, outcome.read_as)
+            _tally(self.shapes, outcome.read_as, outcome.place)
+        if outcome.unused:
+            _tally(self.notes, f"text that nothing uses: {_named(outcome.unused)}", outcome.place)
         if outcome.truncated:
             _tally(self.notes, "truncated", outcome.place)
         if outcome.control_text:
@@ -147,7 +161,17 @@ class DataReport:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts, as JSON values."""
-        names = ("rows", "kept", "dropped", "notes", "labels", "prompt_tokens", "response_tokens", "learnt_tokens")
+        names = (
+            "rows",
+            "kept",
+            "dropped",
+            "notes",
+            "shapes",
+            "labels",
+            "prompt_tokens",
+            "response_tokens",
+            "learnt_tokens",
+        )
         state = {name: getattr(self, name) for name in (*names, "complete")}
         return {name: _copied(value) for name, value in state.items()}
 
@@ -162,6 +186,10 @@ def _tally(tallies: dict[str, dict[str, Any]], name: str, place: str) -> None:
     tally["rows"] += 1
     if len(tally["examples"]) < _EXAMPLES:
         tally["examples"].append(place)
+
+
+def _named(columns: Sequence[str]) -> str:
+    return f"column{'s' * (len(columns) > 1)} {', '.join(f'`{column}`' for column in columns)}"
 
 
 def _examples(tally: Mapping[str, Any]) -> str:

@@ -25,14 +25,14 @@ def fault(tokenizer, data, record, **dataset) -> str:
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_missing_key_shows_found_keys_and_a_mapping(tiny, jsonl, streaming):
-    path = jsonl([{"question": "a", "response": "b"}])
+    path = jsonl([{"frage": "a", "response": "b", "id": 3}])
     error = fault(tiny, path, "sft", streaming=streaming)
     assert error.startswith(f"{path}:1: no column `prompt`")
-    assert "columns question, response" in error and "{prompt: question}" in error
+    assert "columns frage, response, id" in error and "{prompt: frage}" in error
 
 
 def test_missing_key_prefers_the_nearest_name(tiny):
-    error = fault(tiny, [{"promt": "a", "question": "q", "response": "b"}], "sft")
+    error = fault(tiny, [{"promt": "a", "frage": "q", "response": "b"}], "sft")
     assert "{prompt: promt}" in error
 
 
@@ -65,22 +65,22 @@ def test_null_column(tiny):
     ("record", "row", "message"),
     [
         ("sft", {"prompt": 3, "response": "b"}, "`prompt` must be text or a list of messages; got int 3"),
-        ("sft", {"prompt": "a", "response": ["b"]}, "`response` must be text; got list"),
+        ("sft", {"prompt": "a", "response": ["b"]}, "`response` must be text or a list of messages; got list"),
         ("sft", {"messages": "hi"}, "`messages` must be a list of messages"),
         ("sft", {"messages": []}, "`messages` has no messages"),
         ("sft", {"messages": ASK, "response": "b"}, "has both `messages` and `response`"),
         ("prompt", {"prompt": ["hi"]}, "`prompt[0]` must be a message"),
         ("prompt", {"prompt": [{"role": "user"}]}, "`prompt[0]` must have `role` and `content`"),
-        ("prompt", {"prompt": [{"role": "user", "content": "a", "weight": 1}]}, "nothing else; got role, content, weight"),
-        ("prompt", {"prompt": [{"role": "human", "content": "a"}]}, "`prompt[0].role` is unknown; got 'human'"),
-        ("prompt", {"prompt": [{"role": "user", "content": [1]}]}, "`prompt[0].content` must be text"),
+        ("prompt", {"prompt": [{"role": "user", "content": "a", "weight": 0.5}]}, "`prompt[0].weight` must be 0 or 1; got 0.5"),
+        ("prompt", {"prompt": [{"role": "sage", "content": "a"}]}, "`prompt[0].role` is unknown; got 'sage'; fix: use system"),
+        ("prompt", {"prompt": [{"role": "user", "content": [1]}]}, "`prompt[0].content[0]` must be a part of text; got 1"),
+        ("prompt", {"prompt": [{"role": "user", "content": 1}]}, "`prompt[0].content` must be text; got int 1"),
         ("prompt", {"prompt": [*ASK, {"role": "assistant", "content": "a"}]}, "ends on an assistant turn"),
         ("preference", {"prompt": "a", "chosen": "b", "rejected": "c", "margin": "d"}, "`margin` must be a number"),
         ("preference", {"prompt": "a", "chosen": "b", "rejected": "c", "margin": True}, "`margin` must be a number"),
-        ("unpaired", {"prompt": "a", "response": "b", "label": "good"}, "must be `desirable` or `undesirable`; got 'good'"),
-        ("unpaired", {"prompt": "a", "response": "b", "label": True}, "got True; fix: write words for true and false"),
-        ("unpaired", {"prompt": "a", "response": "b", "label": 0}, 'fix: write words for true and false: `"desirable" if'),
-        ("unpaired", {"prompt": "a", "response": "b", "label": "Desirable"}, "got 'Desirable'; fix: did you mean `desirable`?"),
+        ("unpaired", {"prompt": "a", "response": "b", "label": "fine"}, "must be `desirable` or `undesirable`, true or false"),
+        ("unpaired", {"prompt": "a", "response": "b", "label": 0.5}, "got 0.5; fix: say from which score on an answer is good"),
+        ("unpaired", {"prompt": "a", "response": "b", "label": "desireable"}, "fix: did you mean `desirable`?"),
         ("unpaired", {"prompt": "a", "response": "b", "label": [1]}, "got [1]"),
         ("reasoning", {"prompt": "a", "answer": "b", "verifiable": "yes"}, "`verifiable` must be true or false"),
         ("reasoning", {"prompt": "a", "answer": ["b"], "verifiable": True}, "`answer` must be text or a number"),
@@ -104,7 +104,7 @@ def test_scores_must_be_finite(tiny, tmp_path, number):
     datasets.Dataset.from_list(rows).to_parquet(path)
     assert f"{path}:row 2: `score` isn't finite" in fault(tiny, path, "prompt")
     nested = [{"prompt": "a", "scores": {"a": [1.0, number]}}]
-    assert "`scores.a` isn't finite" in fault(tiny, nested, "prompt")
+    assert "`scores.a[1]` isn't finite" in fault(tiny, nested, "prompt")
 
 
 @pytest.mark.parametrize("empty", ["", "  \n"])

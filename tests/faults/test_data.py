@@ -18,9 +18,9 @@ FAULTS: dict[str, tuple[Any, str]] = {
     "empty": ("", ": holds no rows; fix: give data with at least one row"),
     "blank": (" \n\n", ": holds no rows; fix: give data with at least one row"),
     "missing key": (
-        [{"question": "a", "response": "b"}],
-        ":1: no column `prompt`, which the `sft` contract needs; got columns question, response; fix: set"
-        " `dataset.columns` to `{prompt: question}`",
+        [{"frage": "a", "response": "b"}],
+        ":1: no column `prompt`, which the `sft` contract needs; got columns frage, response; fix: set"
+        " `dataset.columns` to `{prompt: frage}`",
     ),
     "wrong type": ([{"prompt": 3, "response": "b"}], ":1: `prompt` must be text or a list of messages; got int 3"),
     "not UTF-8": (

@@ -1,0 +1,338 @@
+"""The shapes of people's rows: which column is what, told from the values that stand in them.
+
+Each row is recognised by itself, so a stream that resumes reads as one that was never stopped. A column's name decides only
+between columns of the right kind, and where two could be meant, neither is taken.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rlhf_core.data.messages import ROLES, is_dialogue, is_plain_message, pair_keys, role_key
+from rlhf_core.errors import DataError
+from rlhf_core.records import RecordContract
+
+Format = Literal["auto", "columns", "alpaca", "messages", "sharegpt", "pairs", "dialogue", "text"]
+"""The shapes by name, as `dataset.format` takes them."""
+
+_WORDS: dict[str, str] = {
+    "columns": "columns",
+    "alpaca": "instructions with their input",
+    "messages": "chat messages",
+    "sharegpt": "ShareGPT conversations",
+    "pairs": "conversations of questions with their answers",
+    "dialogue": "dialogues of `Human:` and `Assistant:`",
+    "text": "text without a prompt, all of it in the loss",
+}
+
+# What other data sets call a column. Taken only where exactly one of them is there, with a value of the right kind.
+_NAMES: dict[str, tuple[str, ...]] = {
+    "prompt": ("question", "instruction", "query", "problem", "input", "inputs"),
+    "response": (
+        "completion", "output", "outputs", "answer", "solution", "generated_solution", "target", "targets", "reply",
+    ),
+    "chosen": ("chosen_response", "accepted", "preferred", "better", "winner", "positive"),
+    "rejected": ("rejected_response", "dispreferred", "worse", "loser", "negative"),
+    "label": ("desirable", "kto_tag"),
+    "messages": ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns"),
+    "input": ("context",),
+    "system": ("system_prompt", "system_message"),
+    "tools": ("functions",),
+}  # fmt: skip
+
+TURNS: tuple[Literal["sharegpt", "pairs", "messages"], ...] = ("sharegpt", "pairs", "messages")
+TEXT = ("text", "dialogue")
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What the columns of a row are."""
+
+    format: Format
+    columns: Mapping[str, str]
+    """What it is → the column that holds it: a column of the record type, or `input` or `history`, which belong to the prompt."""
+    says: str | None
+    """What was taken for what; None where every column bears its own name."""
+    prompt_inside: bool
+    """Whether each of the responses begins with the prompt."""
+    values: Mapping[str, Any]
+    """The row, with turns that stood as JSON in a text decoded."""
+
+
+def kind_of(value: Any) -> str:
+    """Return what kind of value a column holds.
+
+    `text`, `dialogue` (a text of several speakers), `messages`, `sharegpt`, `pairs` (lists of turns), `turn` (one alone), `null`,
+    `empty` (a list without entries), `number`, `list` or `other`.
+    """
+    if isinstance(value, str):
+        return "dialogue" if is_dialogue(value) else "text"
+    if value is None:
+        return "null"
+    if isinstance(value, bool | int | float):
+        return "number"
+    if isinstance(value, Mapping):
+        return "turn" if role_key(value) else "other"
+    if not isinstance(value, list | tuple):
+        return "other"
+    if not value:
+        return "empty"
+    if not isinstance(value[0], Mapping):
+        return "list"
+    if role_key(value[0]) is None:
+        return "pairs" if pair_keys(value[0]) else "list"
+    return "messages" if is_plain_message(value[0]) else "sharegpt"
+
+
+class Recogniser:
+    """Recognises rows of one record type, of any shape or of the one that `dataset.format` says.
+
+    Args:
+        contract: the record type.
+        format: the shape, or `auto`.
+        given: `dataset.columns`, already applied to the rows: a message calls a column by its name in the data.
+    """
+
+    def __init__(self, contract: RecordContract, format: Format, given: Mapping[str, str]) -> None:
+        self.contract, self.format, self.given = contract, format, given
+
+    def read(self, values: Mapping[str, Any], place: str) -> Reading:
+        """Return what the columns are. What the record type needs and the row lacks isn't among them; the checker says so.
+
+        Raises:
+            DataError: two columns could be meant, or the row isn't of the format that was asked for.
+        """
+        row = _Row(values, self.contract, self.format, self.given, place)
+        found = self._conversation(row) or self._whole_text(row, asked=True) or self._answered(row)
+        missing = [name for name in self.contract.required if name not in found]
+        if missing and "messages" not in found:
+            found = self._whole_text(row) or found
+        format = row.format_of(found)
+        if self.format not in ("auto", format) and (not missing or {"messages", "text"} & {*found}):
+            raise DataError(
+                f"isn't of the format `{self.format}`",
+                place=place,
+                got=f"`{format}` ({row.described()})",
+                fix="set `dataset.format` to what the rows are, or to `auto`",
+            )
+        return Reading(format, found, row.says(format, found), row.hold_prompts(found), row.values)
+
+    def _conversation(self, row: _Row) -> dict[str, str]:
+        """Find a whole conversation: the column `messages`, else the one list of turns that ends with an answer."""
+        if "messages" not in self.contract.optional or self.format not in ("auto", *TURNS):
+            return {}
+        answered = "prompt" in row.there and row.find("response", (*TEXT, *TURNS, "turn")) is not None
+        column = "messages" if "messages" in row.there else None if answered else row.turns(answered=True)
+        if column is None:
+            return {}
+        return row.with_context({"messages": column}, [name for name in self.contract.required if name == "label"])
+
+    def _answered(self, row: _Row) -> dict[str, str]:
+        """Find a column each for the prompt, the answers, and what else the record type has."""
+        found: dict[str, str] = {}
+        for name in self.contract.responses:
+            row.add(found, name, (*TEXT, *TURNS, "turn"))
+        inside = row.hold_prompts(found)
+        if not inside or "prompt" in row.there:
+            row.add(found, "prompt", (*TEXT, *TURNS))
+        if "prompt" not in found and not inside and (column := row.turns(but=found.values())) is not None:
+            found["prompt"] = column
+        return row.with_context(
+            found, [name for name in self.contract.required if name not in found and name != "prompt"]
+        )
+
+    def _whole_text(self, row: _Row, *, asked: bool = False) -> dict[str, str]:
+        """Find a column `text` where there is neither prompt nor answer, or where it is asked for."""
+        if "text" not in self.contract.optional or row.kind("text") not in TEXT:
+            return {}
+        if asked or self.format != "auto":
+            wanted = self.format == "text" or (self.format == "dialogue" and row.kind("text") == "dialogue")
+            return ({"text": "text"} if self.format == "text" else {"messages": "text"}) if wanted else {}
+        if {"prompt", "response", "chosen", "rejected"} & row.there:
+            return {}
+        return {"messages": "text"} if row.kind("text") == "dialogue" else {"text": "text"}
+
+
+class _Row:
+    """One row's columns by kind."""
+
+    def __init__(
+        self, values: Mapping[str, Any], contract: RecordContract, format: Format, given: Mapping[str, str], place: str
+    ) -> None:
+        self.values = _decoded(values)
+        self.contract, self.format, self.given, self.place = contract, format, given, place
+        self.kinds = {str(name): kind_of(value) for name, value in self.values.items()}
+        self.there = {name for name, kind in self.kinds.items() if kind != "null"}
+
+    def kind(self, column: str) -> str:
+        return self.kinds.get(column, "null")
+
+    def shown(self, column: str) -> str:
+        """Return the name that a column has in the data."""
+        return self.given.get(column, column)
+
+    def find(self, name: str, kinds: Iterable[str] = (), *, but: Iterable[str] = ()) -> str | None:
+        """Return the column that is `name`: the one of that name, or the only one of another name and one of these kinds."""
+        if name in self.there:
+            return name
+        taken = {*self.contract.required, *self.given, *but}
+        others = [
+            column
+            for column in _NAMES.get(name, ())
+            if column in self.there and column not in taken and (not kinds or self.kind(column) in kinds)
+        ]
+        if name == "prompt" and len(others) > 1:
+            others = [column for column in others if column != "input"]
+        if len(others) > 1:
+            raise self._ambiguous(others, name)
+        return others[0] if others else None
+
+    def add(self, found: dict[str, str], name: str, kinds: Iterable[str] = ()) -> None:
+        column = self.find(name, kinds, but=found.values())
+        if column is not None:
+            found[name] = column
+
+    def with_context(self, found: dict[str, str], names: Iterable[str]) -> dict[str, str]:
+        """Add the columns of these names, and what stands beside a prompt or a conversation: system, tools, input, history."""
+        for name in names:
+            self.add(found, name)
+        self.add(found, "system", TEXT)
+        self.add(found, "tools")
+        prompt = found.get("prompt")
+        if prompt is None or self.kind(prompt) not in TEXT:
+            return found
+        # A prompt of its own name is whole; beside an instruction or a question, an input belongs to it.
+        instructs = self.format == "auto" and self.shown(prompt) not in ("prompt", "input", "inputs")
+        if instructs or self.format == "alpaca" or "input" in self.given:
+            self.add(found, "input", TEXT)
+            if self.kind("history") == "list" and _is_history(self.values["history"]):
+                found["history"] = "history"
+        return found
+
+    def turns(self, *, answered: bool = False, but: Iterable[str] = ()) -> str | None:
+        """Return the column that holds turns: the one that is called so, else the only one.
+
+        `answered` asks for turns that end with an answer, `but` leaves columns aside.
+        """
+        apart = {"chosen", "rejected", *but}
+        lists = [
+            name
+            for name, kind in self.kinds.items()
+            if kind in TURNS and name not in apart and not (answered and not _answers(self.values[name][-1]))
+        ]
+        named = [name for name in _NAMES["messages"] if name in self.there and name not in apart]
+        named = [name for name in named if name in lists or self.kind(name) in (*TURNS, "empty")]
+        if named:
+            return named[0]
+        if len(lists) > 1:
+            raise self._ambiguous(lists, "messages")
+        return lists[0] if lists else None
+
+    def hold_prompts(self, found: Mapping[str, str]) -> bool:
+        """Tell whether two answers begin with what was asked: turns that don't begin with an answer, or whole dialogues."""
+        answers = [found[name] for name in self.contract.responses if name in found]
+        kinds = {self.kind(column) for column in answers}
+        if len(answers) < 2:
+            return False
+        if kinds == {"dialogue"}:
+            return "prompt" not in self.there and self.format in ("auto", "dialogue")
+        return kinds <= set(TURNS) and any(
+            self.kind(column) == "pairs" or not _answers(self.values[column][0]) for column in answers
+        )
+
+    def format_of(self, found: Mapping[str, str]) -> Format:
+        """Return the name of the shape that these columns make."""
+        if "text" in found:
+            return "text"
+        told = [name for name in ("messages", "prompt", *self.contract.responses) if name in found]
+        kinds = {self.kind(found[name]) for name in told}
+        turns = next((kind for kind in TURNS if kind in kinds), None)
+        if "messages" in found:
+            return "dialogue" if "dialogue" in kinds else turns or "messages"
+        if turns is not None:
+            return turns
+        if "prompt" not in found and kinds == {"dialogue"} and self.hold_prompts(found):
+            return "dialogue"
+        return "messages" if "turn" in kinds else "alpaca" if {"input", "history"} & {*found} else "columns"
+
+    def says(self, format: Format, found: Mapping[str, str]) -> str | None:
+        """Return what was taken for what, or None where each column bears its own name, or the one that the user gave."""
+        own = all(name == column for name, column in found.items())
+        words_for_label = self._label_form(found)
+        if format in ("columns", "messages") and own and words_for_label is None and not self.hold_prompts(found):
+            return None
+        parts = []
+        for name, column in found.items():
+            shown = self.shown(column)
+            text = f"`{shown}`"
+            if name == "label" and words_for_label is not None:
+                text += f" ({words_for_label})"
+            if name not in (shown, "messages", "text"):
+                text += f" as {name}"
+            if format != "columns" or text != f"`{shown}`":
+                parts.append(text)
+        inside = ", with their prompts inside" if "prompt" not in found and self.hold_prompts(found) else ""
+        return f"{_WORDS[format]}{inside}: {'column ' if len(parts) == 1 else ''}{', '.join(parts)}"
+
+    def _label_form(self, found: Mapping[str, str]) -> str | None:
+        label = self.values[found["label"]] if "label" in found else "desirable"
+        if isinstance(label, bool):
+            return "true or false"
+        if isinstance(label, int | float):
+            return "1 or 0"
+        return None if label in ("desirable", "undesirable") else "in words"
+
+    def described(self) -> str:
+        """Return the columns with their kinds, for a message."""
+        words = {"dialogue": "text", "turn": "one message", "empty": "an empty list"}
+        words |= {kind: f"a list of {_WORDS[kind]}" for kind in ("messages", "sharegpt", "pairs")}
+        named = [f"`{self.shown(name)}` ({words.get(kind, kind)})" for name, kind in self.kinds.items()]
+        return ", ".join(named) or "no columns"
+
+    def _ambiguous(self, columns: list[str], name: str) -> DataError:
+        return DataError(
+            f"{' and '.join(f'`{column}`' for column in columns)} could each be the `{name}`",
+            place=self.place,
+            got=self.described(),
+            fix=f"say which by `dataset.columns`, such as `{{{name}: {columns[0]}}}`",
+        )
+
+
+def _decoded(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Decode turns that stand as JSON in a text, as in a CSV file: prompts and conversations, and the answers beside them."""
+    result = dict(values)
+    asked = [name for name in ("prompt", "chosen", "rejected", *_NAMES["messages"]) if name in result]
+    for name in asked:
+        result[name] = _turns_in(result[name])
+    if any(result[name] is not values[name] for name in asked):
+        for name in ("response", *_NAMES["response"]):
+            if name in result:
+                result[name] = _turns_in(result[name])
+    return result
+
+
+def _turns_in(value: Any) -> Any:
+    if isinstance(value, str) and value.lstrip()[:1] == "[" and value.rstrip()[-1:] == "]":
+        try:
+            turns = json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+        return turns if kind_of(turns) in TURNS else value
+    return value
+
+
+def _answers(turn: Any) -> bool:
+    """Tell whether a turn is the assistant's, or a question with its answer."""
+    if not isinstance(turn, Mapping):
+        return False
+    key = role_key(turn)
+    return pair_keys(turn) is not None if key is None else ROLES.get(turn[key].casefold()) in ("assistant", "call")
+
+
+def _is_history(value: Any) -> bool:
+    return all(
+        isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(t, str) for t in turn) for turn in value
+    )
