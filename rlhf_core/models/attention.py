@@ -7,9 +7,11 @@ K key-value heads, N tokens of the packed row, D head width.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -131,8 +133,31 @@ def _suffix_mask(segment: Segment, device: torch.device) -> Tensor:
     return torch.ones(segment.length, segment.keys, dtype=torch.bool, device=device).tril(segment.prefix_length)
 
 
+_windows: contextvars.ContextVar[list[int] | None] = contextvars.ContextVar("windows", default=None)
+
+
+@contextlib.contextmanager
+def windows_seen() -> Iterator[list[int]]:
+    """Collect the windows of the masks that models ask for meanwhile: how many tokens back a layer attends to."""
+    seen: list[int] = []
+    token = _windows.set(seen)
+    try:
+        yield seen
+    finally:
+        _windows.reset(token)
+
+
+_NOT_IN_SEGMENTS = ("softcap", "s_aux", "position_bias")
+"""What some models hand to attention beside queries, keys and values, and what segments leave out."""
+
+
 def _register(base: str) -> None:
-    plain = ALL_ATTENTION_FUNCTIONS[base]
+    plain, plain_mask = ALL_ATTENTION_FUNCTIONS[base], ALL_MASK_ATTENTION_FUNCTIONS[base]
+
+    def make_mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> Any:
+        if local_size is not None and (seen := _windows.get()) is not None:
+            seen.append(int(local_size))
+        return plain_mask(*args, local_size=local_size, **kwargs)
 
     def forward(
         module: nn.Module,
@@ -148,6 +173,8 @@ def _register(base: str) -> None:
     ) -> tuple[Tensor, Tensor | None]:
         if segments is None:
             return plain(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        if extra := [name for name in _NOT_IN_SEGMENTS if kwargs.get(name) is not None]:
+            raise ValueError(f"packed rows can't have attention with `{extra[0]}`")
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
         if base == "flash_attention_2":
             attend: Callable[..., Tensor] = flash_segment_attention
@@ -156,7 +183,7 @@ def _register(base: str) -> None:
         return attend(query, key, value, segments, scale=scale, dropout=dropout), None
 
     AttentionInterface.register(PREFIX + base, forward)
-    AttentionMaskInterface.register(PREFIX + base, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    AttentionMaskInterface.register(PREFIX + base, make_mask)
 
 
 for _base in ("sdpa", "flash_attention_2"):

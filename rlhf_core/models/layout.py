@@ -8,8 +8,8 @@ separate rows. Axes: R responses, T response tokens, N tokens of the packed row,
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -52,10 +52,10 @@ class Layout:
 
     input_ids: Tensor
     """(1, N) packed, or (R, W) padded."""
-    position_ids: Tensor
-    """Of the shape of `input_ids`."""
+    position_ids: Tensor | None
+    """Of the shape of `input_ids` where packed; None where padded, which leaves them to the model."""
     attention_mask: Tensor | None
-    """(R, W) where padded; None where packed."""
+    """(R, W) where padded; None where packed, or a row alone."""
     segments: Segments | None
     """Who sees whom, where packed: the segments tile the row in order."""
     at: Tensor | None
@@ -129,7 +129,10 @@ def packed_layout(batch: Batch, *, share_prompts: bool = True, drop_last: bool =
 
 
 def padded_layout(batch: Batch) -> Layout:
-    """Give each response its own right-padded row behind a copy of its prompt: the plain layout that any model takes."""
+    """Give each response its own right-padded row behind a copy of its prompt: the plain layout that nearly any model takes.
+
+    A response alone has no padding, and no mask.
+    """
     prompt_lengths = batch.prompt_lengths[batch.owner]  # (R,)
     lengths = prompt_lengths + batch.response_lengths
     width = int(lengths.max())
@@ -148,10 +151,51 @@ def padded_layout(batch: Batch) -> Layout:
     return Layout(
         # Id 0 stands in for padding: it is attended by nothing and read by nothing.
         input_ids=torch.where(real, ids, 0),
-        position_ids=columns.expand(len(lengths), -1),
-        attention_mask=real.long(),
+        # Counted by the model itself: some begin at another number than 0.
+        position_ids=None,
+        attention_mask=real.long() if len(lengths) > 1 else None,
         segments=None,
         at=torch.where(inside, at, 0),
         before=torch.where(inside, at - 1, 0),
         prompt_end=torch.arange(len(lengths), device=batch.device) * width + prompt_lengths - 1,
+    )
+
+
+def of_responses(batch: Batch, responses: Tensor) -> Batch:
+    """Return some of a batch's responses (R',) with their tokens and masks alone, of the same width; prompts all stay."""
+    return replace(
+        batch,
+        response_ids=batch.response_ids[responses],
+        response_lengths=batch.response_lengths[responses],
+        owner=batch.owner[responses],
+        loss_mask=batch.loss_mask[responses],
+        per_response={},
+        per_token={},
+    )
+
+
+def joined(layouts: Sequence[Layout], responses: Sequence[Tensor]) -> Layout:
+    """Return the layout of several forward passes whose hidden states stand one behind the other.
+
+    Args:
+        layouts: one a forward pass.
+        responses: (R',) the responses that each of them holds; together they are all R.
+    """
+    order = torch.cat(list(responses)).argsort()
+    starts = [0]
+    for layout in layouts:
+        starts.append(starts[-1] + layout.num_positions)
+
+    def together(parts: list[Tensor]) -> Tensor:
+        return torch.cat([part + start for part, start in zip(parts, starts, strict=False)])[order]
+
+    at = [layout.at for layout in layouts if layout.at is not None]
+    return Layout(
+        input_ids=torch.cat([layout.input_ids.flatten() for layout in layouts])[None],
+        position_ids=None,
+        attention_mask=None,
+        segments=None,
+        at=together(at) if at else None,
+        before=together([layout.before for layout in layouts]),
+        prompt_end=together([layout.prompt_end for layout in layouts]),
     )

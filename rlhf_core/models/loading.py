@@ -32,7 +32,6 @@ _CLASSES = {
 def load_model(
     source: str | Path,
     *,
-    attention: str,
     dtype: torch.dtype = torch.float32,
     lora: LoraConfig | None = None,
     trust_remote_code: bool = False,
@@ -68,7 +67,6 @@ def load_model(
             base,
             output_loading_info=True,
             dtype=dtype,
-            attn_implementation=attention,
             **({} if "gguf_file" in options else {"use_safetensors": True}),
             **({"quantization_config": settings} if (settings := quantization(lora)) else {}),
             **options,

@@ -7,11 +7,11 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
@@ -162,21 +162,18 @@ def linear_token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, sc
 
 
 def module_token_logprobs(
-    head: nn.Module, hidden: Tensor, targets: Tensor, *, scale: float = 1.0, softcap: float | None = None
+    logits: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, *, scale: float = 1.0
 ) -> Tensor:
-    """The same for any output layer: an adapter on it, a bias, or logits capped by `softcap · tanh(logits / softcap)`.
+    """The same for any output layer, such as one with an adapter, a bias or a cap: a function from (S, D) to logits (S, V).
 
-    Slower than `linear_token_logprobs`: each chunk's logits are computed anew by autograd in the backward pass.
+    Slower than `linear_token_logprobs`: autograd computes each chunk's logits a second time in the backward pass.
     """
 
     def logprobs(part: Tensor, wanted: Tensor) -> Tensor:
-        logits = head(part).float()
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        return torch.log_softmax(logits * scale, dim=-1).gather(1, wanted[:, None]).squeeze(1)
+        return torch.log_softmax(logits(part).float() * scale, dim=-1).gather(1, wanted[:, None]).squeeze(1)
 
     with torch.no_grad():
-        vocabulary = head(hidden[:1]).shape[-1] if hidden.shape[0] else 1
+        vocabulary = logits(hidden[:1]).shape[-1] if hidden.shape[0] else 1
     rows = chunk_rows(vocabulary, hidden.device)
     parts = zip(hidden.split(rows), targets.split(rows), strict=True)
     return torch.cat([checkpoint(logprobs, part, wanted, use_reentrant=False) for part, wanted in parts])

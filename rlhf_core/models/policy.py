@@ -11,17 +11,22 @@ from torch import Tensor, nn
 
 from rlhf_core.batch import Batch
 from rlhf_core.config import LoraConfig
+from rlhf_core.errors import ModelError
 from rlhf_core.interfaces import Completion
 from rlhf_core.models.attention import Kernel
 from rlhf_core.models.generate import generate
 from rlhf_core.models.heads import warn_of_heads
 from rlhf_core.models.loading import load_model, plain_checkpoint
 from rlhf_core.models.logprobs import linear_token_logprobs, module_token_logprobs
+from rlhf_core.models.output_layer import OutputLayer, Unexplained, graft, measure
+from rlhf_core.models.probe import FAILURES, Findings
 from rlhf_core.models.sequence import LayoutName, SequenceModel
 
 
 class PolicyModel(SequenceModel):
     """A causal language model to be trained or read, with its tokenizer."""
+
+    _output_layer: tuple[Findings, OutputLayer] | None = None
 
     @classmethod
     def from_pretrained(
@@ -43,7 +48,7 @@ class PolicyModel(SequenceModel):
         See `TrainerConfig` for what the options do.
         """
         warn_of_heads(source)
-        model, tokenizer = load_model(source, attention="sdpa", lora=lora, trust_remote_code=trust_remote_code)
+        model, tokenizer = load_model(source, lora=lora, trust_remote_code=trust_remote_code)
         policy = cls(model, tokenizer, source=str(source))
         policy.base, policy.loaded = plain_checkpoint(source), True
         if device is not None:
@@ -88,16 +93,47 @@ class PolicyModel(SequenceModel):
     def forward(self, batch: Batch) -> Tensor:
         return self.token_logps(batch)
 
+    @property
+    def output_layer(self) -> OutputLayer:
+        """What the model does between its hidden states and its logits.
+
+        Raises:
+            ModelError: the model isn't causal, or hidden states alone don't decide its logits.
+        """
+        if self._output_layer is None or self._output_layer[0] is not self.findings:
+            self._output_layer = (self.findings, self._measure())
+        return self._output_layer[1]
+
+    def check(self) -> None:
+        """Try the model, its output layer too; see `output_layer` for what is refused."""
+        _ = self.output_layer
+
+    def _measure(self) -> OutputLayer:
+        findings, kind = self.findings, type(self.network).__name__
+        if not findings.causal:
+            raise ModelError(
+                "is not a causal language model: what it says of a token depends on the tokens after it",
+                place=self.source,
+                got=f"{kind}: earlier hidden states change by a factor of {findings.leak:.1e} with later tokens",
+                fix="use a decoder, or set `is_decoder: true` in its config.json where it was trained as one",
+            )
+        try:
+            return measure(self.network, findings)
+        except (Unexplained, *FAILURES) as error:
+            raise ModelError(
+                "the model's logits aren't decided by its hidden states, so its log-probabilities can't be computed",
+                place=self.source,
+                got=f"{kind} {error}".strip(),
+            ) from None
+
     def _head_logps(self, hidden: Tensor, targets: Tensor, scale: float) -> Tensor:
-        config, head = self._text_config, self.head
-        softcap = getattr(config, "final_logit_softcapping", None)
-        if (scaling := getattr(config, "logits_scaling", None)) is not None:  # Granite divides
-            scale = scale / scaling
-        if (factor := getattr(config, "logit_scale", None)) is not None:  # Cohere multiplies
-            scale = scale * factor
-        if type(head) is nn.Linear and head.bias is None and softcap is None:
-            return linear_token_logprobs(hidden, head.weight, targets, scale=scale)
-        return module_token_logprobs(head, hidden, targets, scale=scale, softcap=softcap)
+        layer = self.output_layer
+        if layer.own:
+            return module_token_logprobs(graft(self.network, self.findings), hidden, targets, scale=scale)
+        head = self.head
+        if type(head) is nn.Linear and head.bias is None and layer.cap is None:
+            return linear_token_logprobs(hidden, head.weight, targets, scale=scale * layer.slope)
+        return module_token_logprobs(lambda states: layer.apply(head(states).float()), hidden, targets, scale=scale)
 
     def generate(self, prompts: Sequence[Any], **options: Any) -> list[list[Completion]]:
         """Return completions for each prompt; the options are those of `rlhf_core.models.generate.generate`."""

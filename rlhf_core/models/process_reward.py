@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from rlhf_core.models.loading import load_model
 from rlhf_core.models.reward import last_hidden, refuse_quantised
 from rlhf_core.models.sequence import SequenceModel, model_hashes
 from rlhf_core.models.steps import step_ends
+from rlhf_core.models.structure import without_head
 
 HEAD = PROCESS_REWARD_HEAD
 Aggregation = Literal["min", "product", "mean", "last"]
@@ -82,11 +83,10 @@ class ProcessRewardModel(nn.Module):
             source,
             kind="causal" if where is None else "backbone",
             headless=True,
-            attention="sdpa",
             lora=lora,
             trust_remote_code=trust_remote_code,
         )
-        backbone = SequenceModel(cast(nn.Module, network.base_model), tokenizer, source=str(source))
+        backbone = SequenceModel(without_head(network), tokenizer, source=str(source))
         backbone.loaded = True
         if where is not None:
             about = describe_head(where, HEAD, width=backbone.width, keys={"separator": str})

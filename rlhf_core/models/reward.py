@@ -6,7 +6,7 @@ import copy
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from rlhf_core.models.heads import (
 from rlhf_core.models.layout import Layout
 from rlhf_core.models.loading import architecture, load_model
 from rlhf_core.models.sequence import SequenceModel, model_hashes
+from rlhf_core.models.structure import without_head
 
 HEAD = REWARD_HEAD
 MOST_MEMBERS = 64
@@ -86,7 +87,7 @@ class RewardModel(nn.Module):
         """
         refuse_quantised(lora)
         where = head_directory(source, HEAD)
-        settings: dict[str, Any] = {"attention": "sdpa", "lora": lora, "trust_remote_code": trust_remote_code}
+        settings: dict[str, Any] = {"lora": lora, "trust_remote_code": trust_remote_code}
         if where is not None:
             model = cls._saved(where, source, settings)
         elif architecture(source, trust_remote_code=trust_remote_code).endswith("ForSequenceClassification"):
@@ -94,7 +95,7 @@ class RewardModel(nn.Module):
         elif new_head:
             warn_of_other_head(source, PROCESS_REWARD_HEAD)
             network, tokenizer = load_model(source, headless=True, **settings)
-            backbone = SequenceModel(cast(nn.Module, network.base_model), tokenizer, source=str(source))
+            backbone = SequenceModel(without_head(network), tokenizer, source=str(source))
             backbone.loaded = True
             model = cls.on(backbone, members=members or 1, share_backbone=share_backbone is not False, seed=seed)
         else:
@@ -150,7 +151,7 @@ class RewardModel(nn.Module):
                 got=got,
                 fix="use a checkpoint with `num_labels: 1` whose head is its last layer, `score`",
             )
-        backbone = SequenceModel(cast(nn.Module, network.base_model), tokenizer, source=source)
+        backbone = SequenceModel(without_head(network), tokenizer, source=source)
         backbone.loaded = True
         return cls([backbone], [LinearHead.like(head)])
 

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from rlhf_core.batch import Batch
 from rlhf_core.config import LoraConfig, TrainerConfig
 from rlhf_core.errors import ConfigError, ModelError
-from rlhf_core.infra.model_files import file_hashes
+from rlhf_core.infra.model_files import file_hashes, first_line
 from rlhf_core.models.attention import Kernel, OptimizedAttention
 from rlhf_core.models.compile import compile_model
-from rlhf_core.models.layout import Layout, packed_layout, padded_layout
+from rlhf_core.models.layout import Layout, joined, of_responses, packed_layout, padded_layout
 from rlhf_core.models.lora import apply_lora
-from rlhf_core.models.packing import packing_obstacle
+from rlhf_core.models.probe import FAILURES, Arrangement, Findings, Unexplained, examine
+from rlhf_core.models.rope import LengthClasses
+from rlhf_core.models.structure import accepted, hidden_of, without_head
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +53,8 @@ class SequenceModel(nn.Module):
         self.fresh_adapter = False
         """True while the adapter was made here and not trained yet: without it the model is the one passed in."""
         self.attention = self._select_attention("auto", torch.float32)
-        self._packs: bool | None = None
+        self._findings: Findings | None = None
+        self._lengths = LengthClasses(self.network)
 
     def configure(self, config: TrainerConfig) -> Self:
         """Apply a trainer's options (attention, adapters, checkpointing, layout) to this model, in place; return it."""
@@ -90,26 +93,35 @@ class SequenceModel(nn.Module):
         """Apply options, in place; see `TrainerConfig` for what they do."""
         dtype = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         self.attention = self._select_attention(attention, dtype)
-        log.info("attention: %s (%s)", self.attention.kernel, self.attention.reason)
+        self._findings = None
         self.share_prompts = share_prompts
         if layout == "packed" and (compile or self.attention.kernel == "eager"):
             raise ConfigError(
                 "packed rows need replaceable attention and no compilation",
                 place="batching.layout",
-                got="compile: true" if compile else "attention: eager",
+                got="compile: true" if compile else f"attention: eager ({self.attention.reason})",
                 fix="set `batching.layout: padded`",
             )
-        # A compiled block would be compiled anew for every list of segments.
-        self.layout = "padded" if compile or self.attention.kernel == "eager" else layout
+        # A compiled block would be compiled again for every list of segments.
+        self.layout = "padded" if compile else layout
         if lora is not None:
             self._adapt(lora)
         if gradient_checkpointing:
             _checkpointing(self.network, "enable")({"use_reentrant": False})
         elif any(getattr(module, "gradient_checkpointing", False) for module in self.network.modules()):
             _checkpointing(self.network, "disable")()
+        self.check()
         if compile:
             compile_model(self.network)
         return self
+
+    def check(self) -> None:
+        """Try the model, so that what can't be used is known before anything is trained.
+
+        Raises:
+            ModelError: see `findings`.
+        """
+        _ = self.findings
 
     def _adapt(self, lora: LoraConfig) -> None:
         if not self.has_adapter:
@@ -126,12 +138,22 @@ class SequenceModel(nn.Module):
             )
 
     def _select_attention(self, wanted: Kernel, dtype: torch.dtype) -> OptimizedAttention:
+        network = self.network
         choice = OptimizedAttention.select(wanted, device=self.device, dtype=dtype)
-        if choice.kernel == "sdpa" and not getattr(self.network, "_supports_sdpa", False):
+        if choice.kernel == "flash" and not getattr(network, "_supports_flash_attn", False):
+            if wanted == "flash":
+                raise ConfigError(
+                    "flash attention can't be used",
+                    place="attention",
+                    got=f"{type(network).__name__} has no attention through flash-attn",
+                    fix="use `attention: auto`",
+                )
+            choice = OptimizedAttention("sdpa", "the model has no attention through flash-attn")
+        if choice.kernel == "sdpa" and not getattr(network, "_supports_sdpa", False):
             # Under a name of ours transformers would not notice, and what SDPA leaves out (sinks, caps) would be lost.
             choice = OptimizedAttention("eager", "the model has no attention through SDPA")
         try:
-            self.network.set_attn_implementation(choice.implementation)
+            network.set_attn_implementation(choice.implementation)
         except (ValueError, ImportError) as error:
             # A model without replaceable attention keeps its own, and takes padded rows.
             choice = OptimizedAttention("eager", f"the model's attention can't be replaced: {error}")
@@ -151,12 +173,23 @@ class SequenceModel(nn.Module):
     @property
     def backbone(self) -> nn.Module:
         """The stack that maps token ids to hidden states."""
-        return cast(nn.Module, getattr(self.network, self.network.base_model_prefix, self.network))
+        return self.findings.backbone
 
     @property
     def width(self) -> int:
         """Width of the hidden states."""
-        return int(self._text_config.hidden_size)
+        return self.findings.width
+
+    @property
+    def findings(self) -> Findings:
+        """What was found by trying the model, once: how it may be forwarded, and what it gives.
+
+        Raises:
+            ModelError: its own hidden states can't be reproduced, or not in the layout that was asked for.
+        """
+        if self._findings is None:
+            self._findings = self._examine()
+        return self._findings
 
     @property
     def device(self) -> torch.device:
@@ -180,7 +213,7 @@ class SequenceModel(nn.Module):
                 got=self.source,
                 fix="merge the adapter first (`model.merge_and_unload()`), or pass the path of what was saved",
             )
-        made = SequenceModel(self.backbone, self.tokenizer, source=self.source)
+        made = SequenceModel(without_head(self.network), self.tokenizer, source=self.source)
         made.loaded = self.loaded
         return made
 
@@ -191,50 +224,90 @@ class SequenceModel(nn.Module):
 
         With `drop_last`, each response's last token is left out where the layout allows: it predicts nothing.
         """
-        packed = self._packs_batch(batch)
-        layout = (
-            packed_layout(batch, share_prompts=self.share_prompts, drop_last=drop_last)
-            if packed
-            else padded_layout(batch)
-        )
-        return self._forward(layout), layout
+        groups = self._groups(batch)
+        if len(groups) == 1:
+            return self._forward_together(batch, drop_last=drop_last)
+        parts = [self._forward_together(of_responses(batch, group), drop_last=drop_last) for group in groups]
+        hidden, layouts = zip(*parts, strict=True)
+        return torch.cat(hidden), joined(layouts, groups)
 
-    def _forward(self, layout: Layout) -> Tensor:
-        extra: dict[str, Any] = {} if layout.segments is None else {"segments": layout.segments}
+    def _groups(self, batch: Batch) -> list[Tensor]:
+        """Return which responses may share a forward pass: all, unless what the model computes depends on their company."""
+        if self.findings.arrangement == "alone":
+            return list(torch.arange(batch.num_responses, device=batch.device)[:, None])
+        if not self._lengths:
+            return [torch.arange(batch.num_responses, device=batch.device)]
+        return self._lengths.groups(batch.prompt_lengths[batch.owner] + batch.response_lengths)
+
+    def _forward_together(self, batch: Batch, *, drop_last: bool) -> tuple[Tensor, Layout]:
+        if self._lengths:
+            self._lengths.reset()
+            drop_last = False  # the last token counts in the length that decides
+        if self._packs_batch(batch):
+            layout = packed_layout(batch, share_prompts=self.share_prompts, drop_last=drop_last)
+        else:
+            layout = padded_layout(batch)
+        return self._forward(self.backbone, layout), layout
+
+    def _forward(self, backbone: nn.Module, layout: Layout) -> Tensor:
+        """Return hidden states (N, D), flattened, under a backbone."""
+        inputs: dict[str, Any] = {"use_cache": False}
         if layout.segments is not None:
             # A mask of four dimensions is taken as it is, so none is built over the whole row; segments say who sees whom.
-            extra["attention_mask"] = layout.input_ids.new_ones((1, 1, 1, 1), dtype=torch.bool)
+            inputs["attention_mask"] = layout.input_ids.new_ones((1, 1, 1, 1), dtype=torch.bool)
+            inputs |= {"position_ids": layout.position_ids, "segments": layout.segments}
         else:
-            extra["attention_mask"] = layout.attention_mask
-        out = self.backbone(input_ids=layout.input_ids, position_ids=layout.position_ids, use_cache=False, **extra)
-        return out.last_hidden_state.flatten(0, 1)
+            if layout.attention_mask is not None:
+                inputs["attention_mask"] = layout.attention_mask
+            inputs = accepted(backbone.forward, **inputs)
+        return hidden_of(backbone(input_ids=layout.input_ids, **inputs)).flatten(0, 1)
 
     def _packs_batch(self, batch: Batch) -> bool:
-        if self.layout == "padded" or self.attention.kernel == "eager":
+        if self.findings.arrangement != "packed" or self.layout == "padded":
             return False
-        if self._packs is None:
-            self._packs = self._check_packing()
-        window = getattr(self._text_config, "sliding_window", None)
         # Segments know no window; a sequence that doesn't fill it is attended in the same way with and without.
-        return self._packs and (window is None or int(batch.prompt_tokens().max()) <= window)
+        window = self.findings.window
+        return window is None or int((batch.prompt_lengths[batch.owner] + batch.response_lengths).max()) <= window
 
-    def _check_packing(self) -> bool:
-        obstacle = packing_obstacle(
-            self._forward,
-            self.backbone,
-            vocabulary=self._text_config.vocab_size,
-        )
-        if obstacle is None:
-            return True
-        if self.layout == "packed":
+    def _examine(self) -> Findings:
+        self._lengths = LengthClasses(self.network)
+        plain: list[Arrangement] = ["padded", "alone"]
+        arrangements: list[Arrangement] = plain if self.attention.kernel == "eager" else ["packed", *plain]
+        try:
+            findings = examine(self.network, self._forward, arrangements)
+        except Unexplained as error:
+            raise ModelError(
+                "the model's own hidden states can't be reproduced, so it can't be trained here",
+                place=self.source,
+                got=f"{type(self.network).__name__}: {error}",
+                fix="report it with the model's configuration",
+            ) from None
+        except FAILURES as error:
+            raise ModelError(
+                "the model can't be run on plain token ids",
+                place=self.source,
+                got=f"{type(self.network).__name__}: {type(error).__name__}: {first_line(error)}",
+                fix="use a causal language model over text",
+            ) from error
+        reason = findings.obstacles.get("packed")
+        if reason is not None and self.layout == "packed":
             raise ModelError(
                 "this model can't keep packed sequences apart",
                 place="batching.layout",
-                got=obstacle,
+                got=reason,
                 fix="set `batching.layout: padded`",
             )
-        log.warning("packed rows don't give this model's own hidden states (%s): rows are padded instead", obstacle)
-        return False
+        self._report(findings)
+        return findings
+
+    def _report(self, findings: Findings) -> None:
+        log.info("attention: %s (%s)", self.attention.kernel, self.attention.reason)
+        slower = {"padded": "rows are padded", "alone": "each sequence has a forward pass of its own, which is slow"}
+        if findings.obstacles and self.layout != "padded":
+            how = slower[findings.arrangement]
+            log.warning("packed rows don't give this model's own hidden states: %s (%s)", how, findings.obstacles)
+        if self._lengths:
+            log.info("positions depend on length: sequences are forwarded with those of the same frequencies")
 
     @contextlib.contextmanager
     def adapter_off(self) -> Iterator[None]:

@@ -120,9 +120,9 @@ def test_the_leak_that_reset_positions_leave_is_seen(policy: PolicyModel, monkey
         attend = torch.nn.functional.scaled_dot_product_attention
         return attend(query, key, value, is_causal=True, scale=scale).transpose(1, 2)
 
-    policy.layout = "auto"
     monkeypatch.setattr(attentions, "segment_attention", leaking)
-    assert not policy._check_packing()
+    seen = PolicyModel(policy.causal_lm, policy.tokenizer)
+    assert seen.findings.arrangement == "padded" and "packed" in seen.findings.obstacles
 
 
 def test_shared_prompts_are_computed_once() -> None:
@@ -215,11 +215,13 @@ def test_no_layer_makes_the_host_wait(attend: str, monkeypatch: pytest.MonkeyPat
     if attend.startswith("flash"):
         # Any kernel will do for counting: this one leaves queries as they are.
         chosen = functools.partial(chosen, kernel=lambda q, *rest, **options: q * 1)
+    models = [PolicyModel(tiny_model(layers=layers), tiny_tokenizer()) for layers in (1, 4)]
+    for model in models:
+        model.check()
+        assert model.findings.arrangement == "packed"
     monkeypatch.setattr(attentions, "segment_attention", chosen)
     counts = []
-    for layers in (1, 4):
-        model = PolicyModel(tiny_model(layers=layers), tiny_tokenizer())
-        model.layout, model._packs = "packed", True
+    for model in models:
         with Waits() as waits:
             model.token_logps(random_batch(3, 3)).sum().backward()
         counts.append(waits.count)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rlhf_core.models import logprobs as module
 from rlhf_core.models.logprobs import linear_token_logprobs, module_token_logprobs
+from rlhf_core.models.output_layer import OutputLayer
 
 
 def reference(hidden: Tensor, weight: Tensor, targets: Tensor, scale: float) -> Tensor:
@@ -52,14 +53,15 @@ def test_nothing_to_score() -> None:
     assert linear_token_logprobs(hidden, torch.randn(8, 4), torch.zeros(0, dtype=torch.long)).shape == (0,)
 
 
-@pytest.mark.parametrize("softcap", [None, 2.0])
-def test_any_output_layer(softcap: float | None) -> None:
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_any_output_layer(cap: float | None) -> None:
     torch.manual_seed(0)
     head, hidden, targets = nn.Linear(5, 11), torch.randn(7, 5, requires_grad=True), torch.randint(0, 11, (7,))
-    found = module_token_logprobs(head, hidden, targets, scale=0.5, softcap=softcap)
-    logits = hidden.double() @ head.weight.double().t() + head.bias.double()
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
+    layer = OutputLayer(slope=1.5, cap=cap)
+    found = module_token_logprobs(lambda states: layer.apply(head(states)), hidden, targets, scale=0.5)
+    logits = 1.5 * (hidden.double() @ head.weight.double().t() + head.bias.double())
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
     expected = (logits * 0.5).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
     assert relative(found.double(), expected) < 1e-6
     ours, theirs = (torch.autograd.grad(x.sum(), [hidden, head.weight, head.bias]) for x in (found, expected))

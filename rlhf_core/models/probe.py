@@ -1,0 +1,178 @@
+"""How a model may be forwarded, found by trying it against its own plain forward pass.
+
+Nothing here trusts what a configuration or a class says of itself. A few short sequences are run one by one through the model as
+transformers calls it; then as this package would, and the fastest way that gives the same hidden states is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_core.batch import Batch
+from rlhf_core.models.attention import windows_seen
+from rlhf_core.models.dropout import evaluating
+from rlhf_core.models.layout import Layout, of_responses, packed_layout, padded_layout
+from rlhf_core.models.structure import accepted, captured, find_backbone, hidden_of, plain_ids
+
+Arrangement = Literal["packed", "padded", "alone"]
+"""Sequences end to end in one row; a padded row each; or each in a forward pass of its own."""
+
+FAILURES = (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError, NotImplementedError)
+"""What a model raises on inputs that it wasn't made for."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was found about a model."""
+
+    backbone: nn.Module
+    """What maps token ids to hidden states."""
+    output_type: type
+    """What it returns them in."""
+    width: int
+    """Width of the hidden states."""
+    arrangement: Arrangement
+    obstacles: dict[str, str]
+    """Why faster arrangements were not taken, by their names."""
+    window: int | None
+    """Tokens back that some layer attends to, itself included; None where every layer attends to all."""
+    leak: float
+    """Relative change of hidden states when later tokens change: 0 of a causal model, up to rounding."""
+    causal: bool
+    """Whether the leak is rounding, next to what earlier tokens change."""
+    dtype: torch.dtype
+    """Of the hidden states."""
+
+
+class Unexplained(Exception):
+    """The model's hidden states couldn't be reproduced, even for one sequence at a time."""
+
+
+def tolerance(dtype: torch.dtype, context: float = 1.0) -> float:
+    """Return the relative difference of hidden states that is taken for rounding.
+
+    Args:
+        dtype: precision of the products.
+        context: relative change of hidden states when earlier tokens change. Of a model that isn't trained yet this is so small
+            that a leak between sequences would pass for rounding by any fixed measure.
+    """
+    return min(1e-4, max(2e-6, 1e-2 * context)) if dtype == torch.float32 else 3e-2
+
+
+@torch.no_grad()
+def examine(
+    network: Any, forward: Callable[[nn.Module, Layout], Tensor], arrangements: Sequence[Arrangement]
+) -> Findings:
+    """Find a model's backbone, and the first of these arrangements that gives the hidden states of its own forward pass.
+
+    Args:
+        network: a transformers model.
+        forward: returns the hidden states of a layout under a backbone, flattened to (N, D).
+
+    Raises:
+        Unexplained: none does.
+    """
+    backbone = find_backbone(network)
+    batch = probe_batch(network)
+    device = batch.device
+    with evaluating(network), torch.autocast(device.type, enabled=False), windows_seen() as windows:
+        own, kind = _own_hidden(network, backbone, batch)
+        leak, context = _dependence(network, backbone, sequence(batch, 0))
+        causal = leak < max(2e-6 if own.dtype == torch.float32 else 1e-2, 0.05 * context)
+        limit, obstacles = tolerance(own.dtype, context), dict[str, str]()
+        for arrangement in arrangements:
+            try:
+                found = _ours(lambda layout: forward(backbone, layout), batch, arrangement)
+            except FAILURES as failure:
+                obstacles[arrangement] = f"{type(failure).__name__}: {failure}"
+                continue
+            error = float((found.float() - own.float()).norm() / own.float().norm().clamp(min=1e-30))
+            if error < limit:
+                window = min(windows, default=_window_of(network))
+                width, dtype = own.shape[-1], own.dtype
+                return Findings(backbone, kind, width, arrangement, obstacles, window, leak, causal, dtype)
+            obstacles[arrangement] = f"its hidden states differ by a factor of {error:.1e}"
+    raise Unexplained("; ".join(f"{name}: {reason}" for name, reason in obstacles.items()))
+
+
+def probe_batch(network: Any) -> Batch:
+    """Return three short responses to two prompts, all of different lengths, of ordinary tokens."""
+    ids = plain_ids(network, 22)
+    lengths = torch.tensor([4, 2, 3], device=ids.device)
+    return Batch(
+        prompt_ids=ids[:10].view(2, 5),
+        prompt_lengths=torch.tensor([5, 3], device=ids.device),
+        response_ids=ids[10:].view(3, 4),
+        response_lengths=lengths,
+        owner=torch.tensor([0, 0, 1], device=ids.device),
+        loss_mask=torch.arange(4, device=ids.device) < lengths[:, None],
+        rows=(0, 1),
+    )
+
+
+def sequence(batch: Batch, response: int) -> Tensor:
+    """Return (L,) the ids of a response behind its prompt."""
+    owner, length = int(batch.owner[response]), int(batch.response_lengths[response])
+    return torch.cat(
+        [batch.prompt_ids[owner, : int(batch.prompt_lengths[owner])], batch.response_ids[response, :length]]
+    )
+
+
+def run_alone(network: Any, backbone: nn.Module, ids: Tensor) -> tuple[Tensor, Any, Any]:
+    """Run a model as it is on one sequence (L,); return hidden states (L, D), its output, and its backbone's."""
+    with captured(backbone) as outputs:
+        output = network(input_ids=ids[None], **accepted(network.forward, use_cache=False))
+    return hidden_of(outputs[-1])[0], output, outputs[-1]
+
+
+def _own_hidden(network: Any, backbone: nn.Module, batch: Batch) -> tuple[Tensor, type]:
+    """Return (N, D) hidden states from each prompt's last token on, row by row, and the backbone's type of output."""
+    rows, kind = [], object
+    for response in range(batch.num_responses):
+        ids = sequence(batch, response)
+        hidden, _, output = run_alone(network, backbone, ids)
+        kind = type(output)
+        rows.append(hidden[len(ids) - int(batch.response_lengths[response]) - 1 :])
+    return torch.cat(rows), kind
+
+
+def _dependence(network: Any, backbone: nn.Module, ids: Tensor) -> tuple[float, float]:
+    """Return the relative change of hidden states in the middle third when the last third changes, and when the first does."""
+    third = len(ids) // 3
+    middle = slice(third, len(ids) - third)
+    plain = run_alone(network, backbone, ids)[0][middle].float()
+    changes = []
+    for changed in (torch.cat([ids[:-third], ids[:third]]), torch.cat([ids[-third:], ids[third:]])):
+        other = run_alone(network, backbone, changed)[0][middle].float()
+        changes.append(float((other - plain).norm() / plain.norm().clamp(min=1e-30)))
+    return changes[0], changes[1]
+
+
+def _ours(forward: Callable[[Layout], Tensor], batch: Batch, arrangement: Arrangement) -> Tensor:
+    """Return the same hidden states as `_own_hidden`, in the order of the responses."""
+    apart = [torch.tensor([r], device=batch.device) for r in range(batch.num_responses)]
+    parts = [batch] if arrangement != "alone" else [of_responses(batch, index) for index in apart]
+    rows = []
+    for part in parts:
+        layout = packed_layout(part) if arrangement == "packed" else padded_layout(part)
+        hidden = forward(layout)
+        assert layout.at is not None
+        for row, length in enumerate(part.response_lengths.tolist()):
+            rows.append(hidden[torch.cat([layout.prompt_end[row : row + 1], layout.at[row, :length]])])
+    return torch.cat(rows)
+
+
+def _window_of(network: Any) -> int | None:
+    """Return the narrowest window that attention layers carry, for models whose masks are their own."""
+    found = [
+        value
+        for module in network.modules()
+        for name in ("sliding_window", "attention_chunk_size", "window_size")
+        if isinstance(value := getattr(module, name, None), int) and not isinstance(value, bool) and value > 0
+    ]
+    return min(found, default=None)

@@ -1,0 +1,106 @@
+"""What a transformers model is made of, found by running it on a few tokens: names of attributes promise nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_core.models.dropout import evaluating
+
+
+def hidden_of(output: Any) -> Tensor:
+    """Return the hidden states (B, T, D) in what a backbone returns."""
+    hidden = getattr(output, "last_hidden_state", None)
+    return hidden if hidden is not None else output[0]
+
+
+def find_backbone(network: Any) -> nn.Module:
+    """Return the stack of a model that maps token ids to hidden states; the model itself where it has no head.
+
+    That is what runs and returns hidden states when the model does: the module that transformers calls the base model where it is
+    among those, else the outermost one.
+    """
+    found: list[nn.Module] = []
+
+    def note(module: nn.Module, arguments: Any, output: Any) -> None:
+        if getattr(output, "last_hidden_state", None) is not None:
+            found.append(module)
+
+    names = {module: name for name, module in network.named_modules()}
+    hooks = [module.register_forward_hook(note) for module in names]
+    try:
+        with evaluating(network), torch.no_grad():
+            network(input_ids=plain_ids(network, 2)[None], **accepted(network.forward, use_cache=False))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    named = getattr(network, getattr(network, "base_model_prefix", ""), None)
+    if not found:
+        return named if isinstance(named, nn.Module) else network
+    if network in found or named not in found:
+        return min(reversed(found), key=lambda module: names[module].count(".") + bool(names[module]))
+    return named
+
+
+def without_head(network: Any) -> nn.Module:
+    """Return a model's own base model, which is saved and loaded without a head; its backbone where it names none."""
+    base = network.base_model
+    return base if base is not network else find_backbone(network)
+
+
+def plain_ids(network: Any, count: int) -> Tensor:
+    """Return (count,) long: different ordinary token ids from all over the vocabulary, on the model's device.
+
+    Ids that the configuration gives a meaning (padding, images) are left out where there are enough others.
+    """
+    config = network.config
+    embeddings = network.get_input_embeddings()
+    vocabulary = embeddings.weight.shape[0]
+    special = set[int]()
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        for name, value in part.to_dict().items():
+            if name.endswith(("token_id", "token_index")):
+                special |= {item for item in (value if isinstance(value, list) else [value]) if isinstance(item, int)}
+    spread = max(1, vocabulary // (4 * count))
+    ids = [index for index in range(0, vocabulary, spread) if index not in special]
+    ids = (ids or [0]) * count
+    step = max(1, len(ids) // count // 2) if len(ids) > 2 * count else 1
+    return torch.tensor(ids[::step][:count], device=embeddings.weight.device)
+
+
+def accepted(function: Callable[..., Any], **arguments: Any) -> dict[str, Any]:
+    """Return those of the arguments that a function takes."""
+    parameters = inspect.signature(function).parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return arguments
+    return {name: value for name, value in arguments.items() if name in parameters}
+
+
+@contextlib.contextmanager
+def captured(module: nn.Module) -> Iterator[list[Any]]:
+    """Collect what a module returns while it runs."""
+    outputs: list[Any] = []
+    hook = module.register_forward_hook(lambda module, arguments, output: outputs.append(output))
+    try:
+        yield outputs
+    finally:
+        hook.remove()
+
+
+@contextlib.contextmanager
+def replaced_hidden(backbone: nn.Module, hidden: Tensor, output_type: Callable[..., Any]) -> Iterator[None]:
+    """Let a backbone return these hidden states (B, T, D), in an output of its own type, instead of computing any."""
+    output: Any = (hidden,) if output_type is tuple else output_type(last_hidden_state=hidden)
+    before = vars(backbone).get("forward")
+    backbone.forward = lambda *arguments, **options: output
+    try:
+        yield
+    finally:
+        del backbone.forward
+        if before is not None:
+            backbone.forward = before
