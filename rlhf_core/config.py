@@ -82,7 +82,17 @@ class LoraConfig(BaseConfig):
 class CheckpointConfig(BaseConfig):
     """When checkpoints are saved and how many are kept."""
 
-    every: int = Field(0, ge=0, description="Steps between checkpoints; larger saves less often, 0 only at the end.")
+    minutes: float | None = Field(
+        10.0,
+        gt=0,
+        description="Most minutes of training between checkpoints; larger saves less often and loses more to a crash, null goes"
+        " by steps alone. The end and a stop (Ctrl-C, SIGTERM) are always saved.",
+    )
+    every: int = Field(
+        0,
+        ge=0,
+        description="Steps between checkpoints, besides those by time; larger saves less often, 0 by time alone.",
+    )
     keep: int = Field(
         2, ge=2, description="Checkpoints that are kept; larger keeps more to fall back to and takes more disk."
     )

@@ -99,13 +99,13 @@ class StorageError(RLHFError):
 
 
 class Stopped(RLHFError):
-    """The run was asked to stop (SIGTERM); its state is saved and it can be resumed."""
+    """The run was asked to stop (SIGTERM, Ctrl-C); its state is saved where there is one, and it can be resumed."""
 
     code, exit_code = "stopped", 75
 
 
 class Interrupted(RLHFError):
-    """Ctrl-C came while a run was under way."""
+    """Ctrl-C came where there was nothing to save, or for the second time."""
 
     code, exit_code = "interrupted", 130
 

@@ -44,9 +44,13 @@ class Distribution:
         """Return each value added up over the processes, in float64."""
         return list(values)
 
+    def flags(self, *values: bool) -> list[bool]:
+        """Return for each flag whether it is set on at least one process."""
+        return [total > 0 for total in self.sum([float(value) for value in values])]
+
     def any(self, flag: bool) -> bool:
         """Return whether the flag is set on at least one process."""
-        return flag
+        return self.flags(flag)[0]
 
     def all(self, flag: bool) -> bool:
         """Return whether the flag is set on every process."""
@@ -149,9 +153,6 @@ class DataParallel(Distribution):
         total = torch.tensor(list(values), dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
-
-    def any(self, flag: bool) -> bool:
-        return self.sum([float(flag)])[0] > 0
 
     def gather(self, value: Any) -> list[Any]:
         data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)

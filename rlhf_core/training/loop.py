@@ -6,7 +6,10 @@ killed and resumed makes the same updates as one that never was.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import signal
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,7 +18,7 @@ import torch
 
 from rlhf_core.batch import Batch
 from rlhf_core.data.sources import check_paths
-from rlhf_core.errors import NumbersError, PluginError
+from rlhf_core.errors import NumbersError, PluginError, Stopped
 from rlhf_core.hooks import Hooks, load_hooks
 from rlhf_core.infra.devices import DeviceManager, is_out_of_memory
 from rlhf_core.infra.seeds import seed_everything
@@ -41,7 +44,7 @@ from rlhf_core.training.result import TrainResult
 from rlhf_core.training.rows import open_data, open_stream
 from rlhf_core.training.run_directory import RunDirectory
 from rlhf_core.training.settings import check_unchanged, run_settings
-from rlhf_core.training.signals import StopSignal, stopped
+from rlhf_core.training.signals import StopNow, StopSignal, stopped
 from rlhf_core.training.state import Progress, RunState
 from rlhf_core.training.update import Outcome, Update
 
@@ -56,7 +59,8 @@ def run(trainer: Trainer, *, resume: bool = False, overwrite: bool = False) -> T
 
     Raises:
         RLHFError: a fault that the user can mend; the run directory's `run.json` says the same.
-        Stopped: SIGTERM came; the state is saved.
+        Stopped: SIGTERM or Ctrl-C came; the state is saved.
+        KeyboardInterrupt: Ctrl-C came where nothing could be saved, or twice.
     """
     return Run(trainer, resume=resume, overwrite=overwrite).execute()
 
@@ -76,36 +80,56 @@ class Run:
         self.settings = run_settings(trainer)
         self.progress = Progress()
         self.started = False
+        self.saved_at = time.monotonic()
 
     def execute(self) -> TrainResult:
         """Prepare, train, finish; however it ends, the run's record says so."""
-        with StopSignal() as self.stop:
-            self.devices = DeviceManager()
-            self.distribution = create_distribution(self.config.distributed, self.devices)
-            check_config(self.trainer, self.distribution, self.devices)
+        with StopSignal(speak=int(os.environ.get("RANK", "0")) == 0) as self.stop:
+            with self.stop.at_once(signal.SIGINT):
+                self.devices = DeviceManager()
+                self.distribution = create_distribution(self.config.distributed, self.devices)
+                check_config(self.trainer, self.distribution, self.devices)
             self.directory = self._open_directory()
             try:
-                self._prepare()
-                self._train()
-                return self._finish()
-            except BaseException as error:
-                if isinstance(error, KeyboardInterrupt):
-                    error.add_note(self._remains())
+                with self.stop.at_once(*self._alone_or(signal.SIGINT)):
+                    self._prepare()
+                # Without a directory there is nothing that finishing the step would save.
+                with self.stop.at_once(signal.SIGINT) if self.trainer.output is None else contextlib.nullcontext():
+                    self._train()
+                    return self._finish()
+            except BaseException as raised:
+                error = self._ended_by(raised)
                 note_failure(self, error)
-                raise
+                if error is raised:
+                    raise
+                raise error from None
             finally:
                 if self.started:
                     self.logger.close()
                 self.directory.close()
 
+    def _alone_or(self, *signals: signal.Signals) -> tuple[signal.Signals, ...]:
+        """Return which signals are met at once: all where this process is alone, else these, which reach every process."""
+        return signals if self.distribution.world_size > 1 else (signal.SIGTERM, signal.SIGINT)
+
+    def _ended_by(self, error: BaseException) -> BaseException:
+        """Return what a run ends with that is interrupted where it can't save: a request by SIGTERM has an end of its own."""
+        if isinstance(error, StopNow) and self.stop.requested == signal.SIGTERM:
+            return self._stopped()
+        if isinstance(error, KeyboardInterrupt):
+            error.add_note(self._remains())
+        return error
+
     def _remains(self) -> str:
         """Tell what an interrupted run leaves behind."""
         step = self.progress.step
+        if self.directory.continued and not self.started:
+            return "before it had resumed: its checkpoints are as they were"
         if not (self.started and step):
             return "before its first step"
         if self.state.saved_step:
-            return f"after step {step}: `--resume` goes on from the checkpoint of step {self.state.saved_step}"
-        return f"after step {step}, with no checkpoint to go on from (`checkpoint.every` saves them as it goes)"
+            return f"after step {step}: `--resume` continues from the checkpoint of step {self.state.saved_step}"
+        return f"after step {step}, with no checkpoint to continue from"
 
     # Before the first step
 
@@ -208,13 +232,16 @@ class Run:
 
     def _train(self) -> None:
         self.hooks.emit("run_started", run=self.trainer)
+        self.saved_at = time.monotonic()
         for module in self.trainer.models.modules():
             if getattr(module, "fresh_adapter", False):
                 # From the first step on the base isn't what was passed in, should this model be trained again.
                 module.fresh_adapter = False  # type: ignore[assignment]
         self._stop_if_asked()
-        if self.progress.step == 0 and self.config.eval_steps is not None and self.progress.evaluated is None:
-            self._evaluate()
+        if self.progress.evaluated != self.progress.step and self._evaluation_is_due(self.progress.step):
+            # Of the start, or of a step that was saved before it could be evaluated.
+            with self._stopping_at_once():
+                self._evaluate_late()
             self._stop_if_asked()
         windows = iter(self.trainer.experience(self.stream))
         while not self._at_end():
@@ -269,14 +296,20 @@ class Run:
                 place=f"{type(self.trainer).__name__}.loss",
             )
         row |= outcome.metrics
-        every = self.config.eval_steps
-        if self.eval_dataset is not None and (step == self.total_steps or (every is not None and step % every == 0)):
-            progress.metrics = row
+        timing = dict(zip(TIMING, (seconds, outcome.tokens / seconds), strict=True))
+        if self._evaluation_is_due(step):
+            progress.metrics = row | timing
             row |= self._evaluate_or_save(boundary)
-        row |= dict(zip(TIMING, (seconds, outcome.tokens / seconds), strict=True))
+        row |= timing
         progress.metrics = row
         self.logger.metrics(row)
         self.hooks.emit("step_ended", run=self.trainer, step=step, metrics=row)
+
+    def _evaluation_is_due(self, step: int) -> bool:
+        every = self.config.eval_steps
+        if self.eval_dataset is None:
+            return False
+        return (step > 0 and step == self.total_steps) or (every is not None and step % every == 0)
 
     def _skip(self, window: Batch) -> None:
         progress = self.progress
@@ -292,17 +325,36 @@ class Run:
             )
 
     def _evaluate_or_save(self, boundary: bool) -> dict[str, float]:
-        """Evaluate; where that fails, what was learnt is saved first, so that a resume can do without learning it again.
+        """Evaluate; where that fails or is stopped, what was learnt is saved first, and a resume evaluates it.
 
         Not among several processes, where the others may be waiting inside the evaluation, nor in the middle of a rollout.
         """
-        try:
+        if not boundary or self.distribution.world_size > 1:
             return self._evaluate()
-        except Exception:
-            if boundary and self.distribution.world_size == 1:
-                self.logger.metrics(self.progress.metrics)
-                self._save()
+        try:
+            with self.stop.at_once():
+                return self._evaluate()
+        except (Exception, StopNow) as error:
+            self.logger.metrics(self.progress.metrics)
+            self._save()
+            if isinstance(error, StopNow) and self.trainer.output is not None:
+                raise self._stopped() from None
             raise
+
+    @contextlib.contextmanager
+    def _stopping_at_once(self) -> Iterator[None]:
+        """Within, a request to stop is met at once, since there is nothing left to learn before the state can be saved."""
+        if self.distribution.world_size > 1:
+            yield
+            return
+        try:
+            with self.stop.at_once():
+                yield
+        except StopNow:
+            self._save()
+            if self.state.saved_step != self.progress.step or not self.progress.step:
+                raise
+            raise self._stopped() from None
 
     def _evaluate(self) -> dict[str, float]:
         assert self.eval_dataset is not None
@@ -325,18 +377,23 @@ class Run:
         return metrics
 
     def _save_or_stop(self) -> None:
-        """Save where it is due; on SIGTERM to any process all save the same step and stop."""
-        stopping = self.distribution.any(self.stop.requested)
-        every = self.config.checkpoint.every
-        if stopping or (every and self.progress.step % every == 0):
+        """Save where it is due by steps or by the first process's clock; on a request to any process all save and stop."""
+        checkpoint, step = self.config.checkpoint, self.progress.step
+        late = checkpoint.minutes is not None and time.monotonic() - self.saved_at >= 60 * checkpoint.minutes
+        stopping, late = self.distribution.flags(self.stop.requested is not None, late and self.distribution.is_main)
+        if stopping or late or (checkpoint.every and step % checkpoint.every == 0):
             self._save()
         if stopping:
-            raise stopped(self.progress.step, self.trainer.output)
+            raise self._stopped()
 
     def _stop_if_asked(self) -> None:
         """Stop where nothing was learnt since the last checkpoint, or nothing at all."""
-        if self.distribution.any(self.stop.requested):
-            raise stopped(self.progress.step, self.trainer.output)
+        if self.distribution.any(self.stop.requested is not None):
+            raise self._stopped()
+
+    def _stopped(self) -> Stopped:
+        resuming = self.directory.continued and not self.started
+        return stopped(self.progress.step, self.trainer.output, resuming=resuming)
 
     def _save(self) -> None:
         if self.trainer.output is None or self.progress.step == self.state.saved_step or not self.progress.step:
@@ -346,16 +403,19 @@ class Run:
         self.directory.update(step=self.progress.step)
         self.logger.event("checkpoint_saved", step=self.progress.step, path=path.name)
         self.hooks.emit("checkpoint_saved", run=self.trainer, step=self.progress.step, path=path)
+        self.saved_at = time.monotonic()
 
     # The end
 
     def _finish(self) -> TrainResult:
         progress = self.progress
         if self.eval_dataset is not None and progress.evaluated != progress.step:
-            self._evaluate_late()
+            with self._stopping_at_once():
+                self._evaluate_late()
         self._save()
         note_data(self)
-        model_dir = export_models(self.trainer, self.distribution)
+        with self._stopping_at_once():
+            model_dir = export_models(self.trainer, self.distribution)
         result = TrainResult(
             step=progress.step,
             metrics=progress.metrics,
@@ -373,7 +433,7 @@ class Run:
         return result
 
     def _evaluate_late(self) -> None:
-        """Evaluate at an end that wasn't known beforehand, and put the result into the last step's row."""
+        """Evaluate after a step's row was written, and put the result into it."""
         metrics = self._evaluate()
         if self.progress.step:
             self.progress.metrics |= metrics

@@ -50,8 +50,10 @@ def check_config(trainer: Trainer, distribution: Distribution, devices: DeviceMa
     if config.early_stopping is not None and (trainer.eval_data is None or config.eval_steps is None):
         missing = "eval_data" if trainer.eval_data is None else "eval_steps"
         raise ConfigError("early stopping needs evaluations under way", place="early_stopping", fix=f"set `{missing}`")
-    if config.checkpoint.every and trainer.output is None:
-        raise ConfigError("there is no directory for checkpoints", place="checkpoint.every", fix="set `output`")
+    if trainer.output is None:
+        timed = config.checkpoint.minutes is not None and "minutes" in config.checkpoint.model_fields_set
+        if asked := "every" if config.checkpoint.every else "minutes" if timed else None:
+            raise ConfigError("there is no directory for checkpoints", place=f"checkpoint.{asked}", fix="set `output`")
     check_trackers(config.logging.trackers, trainer.output)
 
 

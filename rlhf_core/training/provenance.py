@@ -71,7 +71,8 @@ def note_failure(run: Run, error: BaseException) -> None:
     code = error.exit_code if isinstance(error, RLHFError) else 130 if isinstance(error, KeyboardInterrupt) else 1
     text = str(error) if isinstance(error, RLHFError) else f"{type(error).__name__}: {error}".removesuffix(": ")
     status: Status = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
-    step = run.progress.step
+    # A run that hadn't resumed yet is where it was.
+    step = run.progress.step if run.started else run.directory.record.get("step") or 0
     try:
         if run.distribution.is_main:
             run.directory.end(status, code, step=step, message=text)

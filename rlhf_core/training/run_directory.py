@@ -68,6 +68,7 @@ class RunDirectory:
             if continued:
                 old = read_json(path / "run.json")
                 record |= {"id": old["id"], "started": old["started"], "resumed": [*old.get("resumed", []), _now()]}
+                record["step"] = old.get("step")
         except BaseException:
             _release(lock)
             raise

@@ -1,49 +1,96 @@
-"""SIGTERM as a flag: the run goes on to the end of its step, saves, and only then stops.
+"""SIGTERM and Ctrl-C as requests: the run finishes its step, saves it, and only then stops; a second Ctrl-C stops at once.
 
-The flag is looked at before the first step and after each one that may be saved. Loading, an evaluation and a step come to
-their end first, and after the last step so do the final evaluation and the export: then the run ends as done.
+While there is nothing to finish (loading, tokenising), or what was learnt can be saved as it stands (evaluation, export),
+a request is met at once: `StopNow` is raised where the run happens to be. Otherwise it is a flag that the loop looks at
+between its steps, where all processes agree on it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
+import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 
 from rlhf_core.errors import Stopped
 
+_ALL = frozenset({signal.SIGTERM, signal.SIGINT})
+_ASKED = {
+    signal.SIGINT: "Ctrl-C: the run finishes this step, saves it and stops; press Ctrl-C again to stop at once, unsaved",
+    signal.SIGTERM: "SIGTERM: the run finishes this step, saves it and stops",
+}
+
+
+class StopNow(KeyboardInterrupt):
+    """A request to stop, raised where it can be met at once."""
+
 
 class StopSignal:
-    """Within this context SIGTERM sets `requested` instead of ending the process.
+    """Within this context SIGTERM and the first SIGINT are requests; a second SIGINT is a `KeyboardInterrupt`.
 
-    SIGINT keeps its meaning (`KeyboardInterrupt`, nothing saved). Signals can only be taken in the main thread; elsewhere the
-    context changes nothing.
+    Signals can only be taken in the main thread; elsewhere the context changes nothing. Where SIGINT is ignored, as in a job in
+    the background, it stays so.
+
+    Args:
+        speak: whether this process says on stderr that it was asked.
     """
 
-    def __init__(self) -> None:
-        self.requested = False
-        self._before: signal._HANDLER = None
-        self._installed = False
+    def __init__(self, *, speak: bool = True) -> None:
+        self.requested: signal.Signals | None = None
+        """The signal that asked first."""
+        self._speak = speak
+        self._at_once: frozenset[signal.Signals] = frozenset()
+        self._before: dict[signal.Signals, signal._HANDLER] = {}
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._request)
-            self._installed = True
+            for number in sorted(_ALL):
+                if number == signal.SIGTERM or signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self._before[number] = signal.signal(number, self._request)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._installed:
-            signal.signal(signal.SIGTERM, self._before if self._before is not None else signal.SIG_DFL)
+        for number, before in self._before.items():
+            signal.signal(number, before if before is not None else signal.SIG_DFL)
+
+    @contextlib.contextmanager
+    def at_once(self, *signals: signal.Signals) -> Iterator[None]:
+        """Meet requests by these signals (all where none is named) where the run is, by raising `StopNow`."""
+        outer, self._at_once = self._at_once, frozenset(signals) or _ALL
+        try:
+            if self.requested in self._at_once:
+                raise StopNow
+            yield
+        finally:
+            self._at_once = outer
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+        asked = signal.Signals(number)
+        again, self.requested = self.requested is not None, self.requested or asked
+        if asked in self._at_once:
+            raise StopNow
+        if again and asked == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self._speak and not again:
+            # Not through a logger: this may have come in the middle of one of its lines.
+            with contextlib.suppress(OSError):
+                os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{_ASKED[asked]}\n".encode())
 
 
-def stopped(step: int, output: Path | None) -> Stopped:
-    """Return the end of a run that was asked to stop after `step`, whose state is saved where there is an `output`."""
+def stopped(step: int, output: Path | None, *, resuming: bool = False) -> Stopped:
+    """Return the end of a run that was asked to stop after `step`, whose state is saved where there is an `output`.
+
+    `resuming` says that it hadn't read its checkpoint yet.
+    """
+    if resuming:
+        problem = "stopped before it had resumed; its checkpoints are as they were"
+        return Stopped(problem, place=str(output), fix="continue with `--resume`")
     if not step:
         fix = "begin again with `--resume`" if output is not None else "begin again"
         return Stopped(

@@ -1,4 +1,4 @@
-"""Numbers that go wrong, disks that are full, runs that are interrupted: exit codes 6, 7 and 130."""
+"""Numbers that go wrong, disks that are full, runs that are interrupted: exit codes 6, 7 and 75."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_a_full_disk_names_the_path_and_the_bytes(
         assert (record(run)["status"], record(run)["exit_code"]) == ("failed", 7)
 
 
-def test_an_interrupt_is_exit_code_130(model: Path, write: Callable, tmp_path: Path) -> None:
+def test_an_interrupt_saves_and_is_exit_code_75(model: Path, write: Callable, tmp_path: Path) -> None:
     run, data = tmp_path / "run", write([{"prompt": "q", "response": "a"}] * 8)
     command = ["train", "sft", "--model", str(model), "--data", str(data), "--output", str(run), "--max_length", "64"]
     process = subprocess.Popen(
@@ -133,12 +133,11 @@ def test_an_interrupt_is_exit_code_130(model: Path, write: Callable, tmp_path: P
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130, errors
+    assert process.returncode == 75, errors
     last = errors.splitlines()[-1]
-    assert last.startswith("error[interrupted] stopped by Ctrl-C; after step ") and "Traceback" not in errors
-    assert last.endswith(", with no checkpoint to go on from (`checkpoint.every` saves them as it goes)")
-    assert (record(run)["status"], record(run)["exit_code"]) == ("stopped", 130)
-    assert record(run)["step"] >= 1 and not (run / "checkpoints").exists()
+    assert last.startswith("error[stopped] ") and last.endswith("; its state is saved; fix: continue with `--resume`")
+    assert (record(run)["status"], record(run)["exit_code"]) == ("stopped", 75) and "Traceback" not in errors
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{record(run)['step']}"]
 
 
 def test_a_damaged_cache_of_the_reference_is_computed_anew(train: Callable, tmp_path: Path) -> None:

@@ -464,8 +464,9 @@ def test_sigterm_before_the_first_step_stops_there(tmp_path: Path) -> None:
     Early.asked = False
     assert toy(tmp_path / "run", kind=Early).train(resume=True).step == 6
     Early.asked = True
-    with pytest.raises(Stopped, match="stopped after step 6; its state is saved"):
+    with pytest.raises(Stopped, match="stopped before it had resumed; its checkpoints are as they were"):
         toy(tmp_path / "run", kind=Early).train(resume=True)
+    assert read_json(tmp_path / "run" / "status.json")["step"] == 6
 
 
 def test_a_fault_between_log_and_steps_is_the_one_that_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,7 +56,7 @@ def test_what_a_run_leaves(tmp_path: Path) -> None:
     assert record["plugin"] == {"target": "toy:ToyTrainer"}
     data = read_json(tmp_path / "data.json")
     assert data["data"]["kept"] == len(ROWS) and data["eval_data"]["kept"] == 8
-    assert load_yaml(tmp_path / "config.yaml")[0]["checkpoint"] == {"every": 2, "keep": 2}
+    assert load_yaml(tmp_path / "config.yaml")[0]["checkpoint"] == {"minutes": 10.0, "every": 2, "keep": 2}
     assert yaml.safe_load((tmp_path / "config.input.yaml").read_text())["max_steps"] == 6
 
 
