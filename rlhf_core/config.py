@@ -198,7 +198,24 @@ class DatasetConfig(BaseConfig):
         description="For a row over `max_length`: cut the response's end, cut the prompt's start, or drop the row.",
     )
     chat_template: str | None = Field(
-        None, description="Jinja template for chat messages, or the path of one, in place of the tokenizer's own."
+        None,
+        description="Jinja template for chat messages, or the path of one, in place of the tokenizer's own; it is saved with the"
+        " model.",
+    )
+    wrap: Literal["none", "chat"] | None = Field(
+        None,
+        description="What rows of plain text are: `chat` makes a prompt the user's turn and a response the assistant's, `none`"
+        " keeps them as they are. Null takes what the model was trained with, else `none`, and warns where there is a template.",
+    )
+    turns: Literal["together", "each"] = Field(
+        "together",
+        description="How a conversation trains: `together` is one row with every assistant turn in the loss; `each` makes every"
+        " turn a row behind exactly the prompt that it answers, for templates that rewrite earlier turns.",
+    )
+    special_tokens: list[str] | None = Field(
+        None,
+        description="Special tokens that data may use, such as `<think>`: in a text they are encoded as themselves, all others as"
+        " mere text. Null takes what the model was trained with, else none.",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -10,13 +11,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from rlhf_core.config import DatasetConfig
-from rlhf_core.data.encode import EncodedRow, Encoder, Outcome
+from rlhf_core.data.encode import PLAIN, EncodedRow, Encoder, Outcome
 from rlhf_core.data.report import DataReport
 from rlhf_core.data.sources import open_source
 from rlhf_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 Position = list[Any]
 """Where in an epoch a walk stands, as JSON values. Empty at its beginning."""
@@ -70,6 +73,9 @@ class EncodedData(ABC):
             columns=self.options.columns,
             format=self.options.format,
             ignored=self.options.ignore_columns,
+            wrap=self.options.wrap,
+            special_tokens=self.options.special_tokens,
+            turns=self.options.turns,
         )
         self.report = DataReport(
             self.record,
@@ -89,6 +95,11 @@ class EncodedData(ABC):
 
         A stream yields what it refuses too, to be counted when it is met.
         """
+
+    def warn_of_plain_text(self) -> None:
+        """Warn where the rows read so far are plain text, the model has a chat template, and nobody said which is meant."""
+        if self.encoder.plain:
+            logger.warning("%s: %s", self.source.name, PLAIN)
 
     def place_of(self, index: int) -> str:
         """Return what a message calls the row of that number: `file:line`.

@@ -62,6 +62,7 @@ class MapDataset(EncodedData, torch.utils.data.Dataset[EncodedRow]):
                     kept.append(outcome.row)
             store.write(kept)
         self.report.finish()
+        self.warn_of_plain_text()
         self.fingerprint = digest.hexdigest()
         self.table = store.close()
         self._directory = store.directory

@@ -1,33 +1,40 @@
 """Rows → token ids: one encoder for map-style and streaming data, for text and chat.
 
 A prompt's ids never depend on its response: the two are encoded apart, exactly as a sampler would meet them. The mask says
-which response tokens are learnt, the one that ends a turn included. No id is ever compared with a padding id.
+which response tokens are in the loss, the one that ends a turn included. No id is ever compared with a padding id.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_core.data.checks import Checker, Example
 from rlhf_core.data.examples import in_loss
 from rlhf_core.data.files import Row
+from rlhf_core.data.pieces import Piece, PieceEncoder
+from rlhf_core.data.saved import TextSettings
 from rlhf_core.data.shapes import Format
-from rlhf_core.data.templates import ChatTemplate, Piece
-from rlhf_core.errors import DataError, ModelError
+from rlhf_core.data.templates import ChatTemplate, texts_in
+from rlhf_core.data.turns import UNUSED_TOOLS, ignores_tools, split_turns
+from rlhf_core.errors import ConfigError, DataError, ModelError
+from rlhf_core.records import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Truncation = Literal["keep_start", "keep_end", "drop"]
+Wrap = Literal["none", "chat"]
 
 NO_ROOM = "the prompt leaves no response token"
 TOO_LONG = "longer than max_length"
 EQUAL = "chosen equals rejected"
 
-# Text to put before what continues a text: a newline merges with the least, but some tokenizers drop it.
-_ANCHORS = ("\n", "=", ".", "a")
+PLAIN = (
+    "the rows are plain text, and the model has a chat template, which they don't pass: `dataset.wrap: chat` makes a prompt the"
+    " user's turn and a response the assistant's, `none` keeps them as they are"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +46,7 @@ class EncodedRow:
     """At least one id."""
     responses: list[list[int]] = field(default_factory=list)
     masks: list[list[bool]] = field(default_factory=list)
-    """For each response token, whether it is learnt; at least one in each response is."""
+    """For each response token, whether it is in the loss; at least one in each response is."""
     per_prompt: dict[str, float] = field(default_factory=dict)
     per_response: dict[str, list[bool]] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
@@ -58,12 +65,16 @@ class Outcome:
     row: EncodedRow | None
     refused: str | None = None
     truncated: bool = False
-    control_text: bool = False
-    """Whether its text holds what looks like a control token. It was encoded as text."""
+    control_text: tuple[str, ...] = ()
+    """What in its text looks like control tokens. It was encoded as text."""
     left_out: tuple[str, ...] = ()
     read_as: str | None = None
     """What was taken for what; see `checks.Example`."""
     unused: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What else a person should know of the row."""
+    lost: tuple[str, ...] = ()
+    """What the data hold and the chat template doesn't render."""
 
 
 @dataclass(slots=True)
@@ -71,14 +82,22 @@ class _Plan:
     example: Example
     prompt: list[Piece]
     responses: list[list[Piece]]
-    control_text: bool
+    control_text: list[str]
+    notes: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
 
 
 class Encoder:
-    """Turns rows of one record contract into token ids.
+    """Turns rows of one record type into token ids.
 
-    Text prompts are encoded as they are, after the tokenizer's own beginning token where it adds one; text responses get
-    the end token. Chat messages are rendered by the chat template, which alone says where control tokens stand.
+    Text prompts are encoded as they are, after the tokenizer's own beginning token where it adds one; text responses continue
+    them and get the end token. Chat messages are rendered by the chat template, which alone says where control tokens stand.
+
+    Args:
+        chat_template: in place of the tokenizer's own: its text, or the path of a file.
+        wrap: `chat` makes a text prompt the user's turn; None takes what is kept with the tokenizer, else `none`.
+        special_tokens: control tokens that data may use; None takes what is kept with the tokenizer, else none.
+        turns: `each` makes every assistant turn a row of its own.
     """
 
     def __init__(
@@ -92,63 +111,118 @@ class Encoder:
         columns: dict[str, str] | None = None,
         format: Format = "auto",
         ignored: Sequence[str] = (),
+        wrap: Wrap | None = None,
+        special_tokens: Sequence[str] | None = None,
+        turns: Literal["together", "each"] = "together",
     ) -> None:
         if not tokenizer.is_fast:
             raise ModelError(
                 "the tokenizer is not a fast one", place=type(tokenizer).__name__, fix="use its fast version"
             )
-        self.tokenizer, self.record = tokenizer, record
+        if turns == "each" and record != "sft":
+            raise ConfigError(
+                f"`{record}` rows have no turns to train apart", place="dataset.turns", got=turns, fix="leave it out"
+            )
+        self.tokenizer, self.record, self.turns = tokenizer, record, turns
         self.max_length, self.truncation = max_length, truncation
         self.checker = Checker(record, columns, format=format, ignored=ignored)
-        self.template = ChatTemplate(tokenizer, chat_template)
-        self.begin = self._begin_ids()
-        self._anchors = self._find_anchors()
+        kept = TextSettings.of(tokenizer)
+        self.wrap = kept.wrap if wrap is None else wrap
+        allowed = kept.special_tokens if special_tokens is None else special_tokens
+        self.template = ChatTemplate(tokenizer, chat_template, allowed=allowed or ())
+        self.pieces = PieceEncoder(tokenizer)
+        self.plain = False
+        """Whether a row was plain text where a chat template would have something to say, and nobody has said which is meant."""
 
     def encode(self, rows: Sequence[Row]) -> list[Outcome]:
-        """Return what becomes of each row, in order. The tokenizer is called once or twice for all of them.
+        """Return what becomes of each row, in order. The tokenizer is called a few times for all of them.
 
         Raises:
-            DataError: a row breaks its contract.
+            DataError: a row breaks its record type.
             ModelError: the tokenizer lacks what the rows need (a chat template, an end token).
         """
-        plans = [self._plan(self.checker.check(row)) for row in rows]
-        pieces = [piece for plan in plans for group in (plan.prompt, *plan.responses) for piece in group]
-        ids = iter(self._ids(pieces))
-        outcomes = []
-        for plan in plans:
-            prompt = [token for _ in plan.prompt for token in next(ids)]
-            responses, masks = [], []
-            for group in plan.responses:
-                parts = [(next(ids), piece.learnt) for piece in group]
-                responses.append([token for part, _ in parts for token in part])
-                masks.append([learnt for part, learnt in parts for _ in part])
-            outcomes.append(self._outcome(plan, prompt, responses, masks))
-        return outcomes
+        return [outcome for group in self.encode_each(rows) for outcome in group]
+
+    def encode_each(self, rows: Sequence[Row]) -> list[list[Outcome]]:
+        """Return for each row what becomes of it: one outcome, or one for each assistant turn where `turns` is `each`."""
+        plans = [[self._plan(example) for example in self._examples(row)] for row in rows]
+        flat = [plan for group in plans for plan in group]
+        pieces = [piece for plan in flat for group in (plan.prompt, *plan.responses) for piece in group]
+        ids = iter(self.pieces(pieces))
+        return [[self._encoded(plan, ids) for plan in group] for group in plans]
+
+    def _encoded(self, plan: _Plan, ids: Iterator[Sequence[int]]) -> Outcome:
+        prompt = [token for _ in plan.prompt for token in next(ids)]
+        responses, masks = [], []
+        for group in plan.responses:
+            parts = [(next(ids), piece.in_loss) for piece in group]
+            responses.append([token for part, _ in parts for token in part])
+            masks.append([in_loss for part, in_loss in parts for _ in part])
+        return self._outcome(plan, prompt, responses, masks)
+
+    def _examples(self, row: Row) -> list[Example]:
+        example = self._wrapped(self.checker.check(row))
+        if isinstance(example.prompt, str) or self.turns == "together" or not example.responses:
+            return [example]
+        messages = [*example.prompt, *example.responses[0]]
+        each = [
+            replace(example, prompt=messages[:number], responses=([message],))
+            for number, message in enumerate(messages)
+            if number >= len(example.prompt) and in_loss(message)
+        ]
+        return each or [example]
+
+    def _wrapped(self, example: Example) -> Example:
+        """Make a text prompt the user's turn, and its responses the assistant's, where that is asked for."""
+        if not isinstance(example.prompt, str) or not example.prompt:
+            return example
+        if self.wrap is None and self.template.source is not None:
+            self.plain = True
+        if self.wrap != "chat":
+            return example
+        answers = [[Message(role="assistant", content=text)] for text in example.responses if isinstance(text, str)]
+        return replace(example, prompt=[Message(role="user", content=example.prompt)], responses=tuple(answers))
 
     def _plan(self, example: Example) -> _Plan:
-        control, prompt = self.template.control, example.prompt
-        if isinstance(prompt, str):
-            answers = [text for text in example.responses if isinstance(text, str)]
-            seen = any(map(control.within, [prompt, *answers]))
-            end = self._end_piece(example) if answers else None
-            # A response continues its prompt: what marks a text's beginning (Llama's `▁`) stands at the prompt's alone.
-            pieces = [[Piece(text, learnt=True, continues=bool(prompt)), end] for text in answers if end]
-            return _Plan(example, [Piece(ids=self.begin), Piece(prompt)], pieces, seen)
-        chats = [messages for messages in example.responses if not isinstance(messages, str)]
-        texts = [turn["content"] for messages in (prompt, *chats) for turn in messages]
-        seen = any(map(control.within, texts))
-        if not chats:
-            return _Plan(example, self.template.prompt(prompt, example.place), [], seen)
-        both = [
-            self.template.turns(
-                [*prompt, *messages],
-                [number for number, turn in enumerate(messages, len(prompt)) if in_loss(turn)],
-                example.place,
-                also=texts,
-            )
-            for messages in chats
+        if isinstance(example.prompt, str):
+            return self._text_plan(example, example.prompt)
+        prompt, tools, place = example.prompt, example.tools, example.place
+        contents = [prompt, tools or [], *example.responses]
+        seen = [name for text in texts_in(contents) for name in self.template.control.within(text)]
+        if not example.responses:
+            chat = self.template.chat(prompt, place, tools=tools)
+            text = self.template.render(chat, answer=True)
+            lost = [UNUSED_TOOLS] if ignores_tools(self.template, chat, text, answer=True) else []
+            return _Plan(example, self.template.control.pieces(text, chat.mark), [], seen, lost=lost)
+        both = []
+        for messages in example.responses:
+            assert not isinstance(messages, str)
+            numbers = [number for number, turn in enumerate(messages, len(prompt)) if in_loss(turn)]
+            if not numbers:
+                raise DataError("no turn of the answer is in the loss", place=place, fix="give one a `weight` of 1")
+            # What stands behind the last turn in the loss would teach nothing, and may change how templates render it.
+            chat = self.template.chat([*prompt, *messages][: numbers[-1] + 1], place, tools=tools, also=contents)
+            both.append(split_turns(self.template, chat, numbers, answers_from=len(prompt)))
+        if any(turns.prompt != both[0].prompt for turns in both):
+            raise DataError(
+                "the chat template renders the prompt otherwise for one answer than for the other", place=place,
+                fix="give answers of one turn each",
+            )  # fmt: skip
+        notes, lost = ([text for turns in both for text in getattr(turns, name)] for name in ("notes", "lost"))
+        return _Plan(example, both[0].prompt, [turns.response for turns in both], seen, notes, lost)
+
+    def _text_plan(self, example: Example, prompt: str) -> _Plan:
+        control = self.template.control
+        texts = [text for text in example.responses if isinstance(text, str)]
+        seen = [name for text in (prompt, *texts) for name in control.within(text)]
+        end = self._end_piece(example) if texts else None
+        # A response continues its prompt: what marks a text's beginning (Llama's `▁`) stands at the prompt's alone.
+        answers = [
+            [*control.text_pieces(text, in_loss=True, continues=bool(prompt)), end] for text in texts if end is not None
         ]
-        return _Plan(example, both[0][0], [turns for _, turns in both], seen)
+        before = [Piece(ids=self.pieces.begin), *control.text_pieces(prompt)]
+        lost = ["`tools` reach a chat template, and the rows are plain text"] if example.tools else []
+        return _Plan(example, before, answers, seen, lost=lost)
 
     def _end_piece(self, example: Example) -> Piece:
         if self.tokenizer.eos_token_id is None:
@@ -157,74 +231,7 @@ class Encoder:
                 place=example.place,
                 fix="set the tokenizer's `eos_token`",
             )
-        return Piece(ids=(self.tokenizer.eos_token_id,), learnt=True)
-
-    def _ids(self, pieces: Sequence[Piece]) -> list[Sequence[int]]:
-        ids: list[Sequence[int]] = [piece.ids for piece in pieces]
-        for literal in (False, True):
-            for continues in (False, True):
-                which = [
-                    number
-                    for number, piece in enumerate(pieces)
-                    if piece.text and piece.literal is literal and piece.continues is continues
-                ]
-                texts = [pieces[number].text for number in which]
-                tokenize = self._continued if continues and self._anchors else self._tokenize
-                for number, tokens in zip(which, tokenize(texts, literal=literal), strict=True):
-                    ids[number] = tokens
-        return ids
-
-    def _tokenize(self, texts: list[str], *, literal: bool) -> list[list[int]]:
-        if not texts:
-            return []
-        return self.tokenizer(
-            texts,
-            add_special_tokens=False,
-            split_special_tokens=literal,
-            padding=False,
-            truncation=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )["input_ids"]
-
-    def _begin_ids(self) -> tuple[int, ...]:
-        """Return what the tokenizer itself puts before a text."""
-        bare = self._tokenize(["a"], literal=True)[0]
-        full = self.tokenizer("a")["input_ids"]
-        for start in range(len(full) - len(bare) + 1):
-            if bare and full[start : start + len(bare)] == bare:
-                return tuple(full[:start])
-        return ()
-
-    def _find_anchors(self) -> list[tuple[str, list[int]]]:
-        """Return texts (and their ids) to put before a piece that continues another, best first, for tokenizers that mark a
-        text's beginning; none for others.
-        """
-        found = []
-        for text in _ANCHORS:
-            anchor, piece, joined = self._tokenize([text, "a", f"{text}a"], literal=True)
-            if anchor and joined[: len(anchor)] == anchor:
-                if joined[len(anchor) :] == piece:
-                    return []
-                found.append((text, anchor))
-        return found
-
-    def _continued(self, texts: list[str], *, literal: bool) -> list[list[int]]:
-        """Encode texts that stand behind others: without the mark of a text's beginning."""
-        found: list[list[int] | None] = [None] * len(texts)
-        for anchor, ids in self._anchors:
-            left = [number for number, tokens in enumerate(found) if tokens is None]
-            for number, tokens in zip(
-                left, self._tokenize([anchor + texts[n] for n in left], literal=literal), strict=True
-            ):
-                # Where the anchor has merged with the text, another one may not.
-                if tokens[: len(ids)] == ids:
-                    found[number] = tokens[len(ids) :]
-        left = [number for number, tokens in enumerate(found) if tokens is None]
-        for number, tokens in zip(left, self._tokenize([texts[n] for n in left], literal=literal), strict=True):
-            found[number] = tokens
-        return [tokens for tokens in found if tokens is not None]
+        return Piece(ids=(self.tokenizer.eos_token_id,), in_loss=True)
 
     def _outcome(self, plan: _Plan, prompt: list[int], responses: list[list[int]], masks: list[list[bool]]) -> Outcome:
         example = plan.example
@@ -248,9 +255,10 @@ class Encoder:
                 example.index, prompt, responses, masks,
                 dict(example.per_prompt), dict(example.per_response), dict(example.record),
             )  # fmt: skip
+        control, notes, lost = (tuple(dict.fromkeys(found)) for found in (plan.control_text, plan.notes, plan.lost))
         return Outcome(
-            example.place, row, reason, truncated and row is not None, plan.control_text,
-            example.left_out, example.read_as, example.unused,
+            example.place, row, reason, truncated and row is not None, control,
+            example.left_out, example.read_as, example.unused, notes, lost,
         )  # fmt: skip
 
     def _stand_in(self, example: Example) -> int:
@@ -267,7 +275,7 @@ class Encoder:
     def _cut(
         self, prompt: list[int], responses: list[list[int]], masks: list[list[bool]]
     ) -> tuple[list[int], list[list[int]], list[list[bool]]] | str:
-        """Cut to `max_length` by the policy; the reason instead where nothing learnt would be left."""
+        """Cut to `max_length` by the policy; the reason instead where nothing of the loss would be left."""
         if self.truncation == "drop":
             return TOO_LONG
         if self.truncation == "keep_start":
@@ -276,7 +284,8 @@ class Encoder:
                 return NO_ROOM
             masks = [mask[:room] for mask in masks]
             return (prompt, [response[:room] for response in responses], masks) if all(map(any, masks)) else NO_ROOM
-        kept = self.begin if tuple(prompt[: len(self.begin)]) == self.begin else ()
+        begin = self.pieces.begin
+        kept = begin if tuple(prompt[: len(begin)]) == begin else ()
         room = self.max_length - max(map(len, responses), default=1) - len(kept)
         if room >= 1:
             return [*kept, *prompt[-room:]], responses, masks

@@ -13,6 +13,7 @@ from rlhf_core.records import RECORDS
 logger = logging.getLogger(__name__)
 
 _EXAMPLES = 5
+_CONTROL = "control tokens in text, encoded as text"
 _FIRST = 256
 """Rows of a stream after which one label only is worth a word."""
 _GIVE_BOTH = {
@@ -48,7 +49,8 @@ class DataReport:
         """Count one row.
 
         Raises:
-            DataError: `strict`, and the row was dropped or cut, or has text that nothing uses.
+            DataError: `strict`, and the row was dropped or cut, has text that nothing uses, or the chat template doesn't
+                render something of it.
         """
         self.rows += 1
         if strict and (outcome.refused or outcome.truncated):
@@ -70,10 +72,20 @@ class DataReport:
             _tally(self.shapes, outcome.read_as, outcome.place)
         if outcome.unused:
             _tally(self.notes, f"text that nothing uses: {_named(outcome.unused)}", outcome.place)
+        if strict and outcome.lost:
+            raise DataError(
+                outcome.lost[0],
+                place=outcome.place,
+                fix="give a template that does by `dataset.chat_template`, or unset `dataset.strict`",
+            )
         if outcome.truncated:
             _tally(self.notes, "truncated", outcome.place)
+        for note in (*outcome.lost, *outcome.notes):
+            _tally(self.notes, note, outcome.place)
         if outcome.control_text:
-            _tally(self.notes, "control tokens in text, encoded as text", outcome.place)
+            _tally(self.notes, _CONTROL, outcome.place)
+            seen = self.notes[_CONTROL].setdefault("tokens", [])
+            seen += [token for token in outcome.control_text if token not in seen][: _EXAMPLES - len(seen)]
         for column in outcome.left_out:
             _tally(self.notes, f"column `{column}` is no JSON value and is left out", outcome.place)
         if outcome.row is None:
@@ -143,7 +155,7 @@ class DataReport:
             for reason, tally in self.dropped.items()
         ]
         lines += [
-            f"{self.name}: {tally['rows']} of {self.rows} rows: {note} ({_examples(tally)})"
+            f"{self.name}: {tally['rows']} of {self.rows} rows: {note} ({_examples(tally)}){_tokens(tally)}"
             for note, tally in self.notes.items()
         ]
         return lines
@@ -195,6 +207,13 @@ def _named(columns: Sequence[str]) -> str:
 def _examples(tally: Mapping[str, Any]) -> str:
     more = ["…"] if tally["rows"] > len(tally["examples"]) else []
     return ", ".join([*tally["examples"], *more])
+
+
+def _tokens(tally: Mapping[str, Any]) -> str:
+    if not tally.get("tokens"):
+        return ""
+    names = ", ".join(f"`{token}`" for token in tally["tokens"])
+    return f": {names}; `dataset.special_tokens` lists those that data may use"
 
 
 def _copied(value: Any) -> Any:

@@ -52,6 +52,7 @@ class StreamingDataset(EncodedData, torch.utils.data.IterableDataset[EncodedRow]
         for outcome in self.encoder.encode(list(itertools.islice(self.source.rows(), _PROBE))):
             if outcome.row is not None:
                 add_to_hash(digest, outcome.row)
+        self.warn_of_plain_text()
         self.fingerprint = digest.hexdigest()
 
     def __iter__(self) -> Iterator[EncodedRow]:
@@ -70,17 +71,23 @@ class StreamingDataset(EncodedData, torch.utils.data.IterableDataset[EncodedRow]
         return self.report.kept if self.report.complete else None
 
     def walk(self, epoch: int, *, seed: int, shuffle: bool, position: Position) -> Iterator[tuple[Outcome, Position]]:
-        block, cursor, taken = position or (0, Cursor(), 0)
+        block, cursor, taken, within = position or (0, Cursor(), 0, 0)
         cursor = Cursor(*cursor)
         rows = self.source.rows(cursor)
         while chunk := list(itertools.islice(rows, self._block_size(epoch, block, seed, shuffle))):
             order = random_generator(seed, epoch, 0, block).permutation(len(chunk)) if shuffle else range(len(chunk))
             for first in range(taken, len(chunk), _ENCODE):
                 numbers = order[first : first + _ENCODE]
-                for outcome in self.encoder.encode([chunk[number] for number in numbers]):
-                    taken += 1
-                    done = taken == len(chunk)
-                    yield outcome, [block + 1, list(chunk[-1].after), 0] if done else [block, list(cursor), taken]
+                # A row may become several, one for each of its turns.
+                for outcomes in self.encoder.encode_each([chunk[number] for number in numbers]):
+                    for done, outcome in enumerate(outcomes[within:], within + 1):
+                        last = done == len(outcomes)
+                        taken, within = (taken + 1, 0) if last else (taken, done)
+                        whole = taken == len(chunk)
+                        here = (
+                            [block + 1, list(chunk[-1].after), 0, 0] if whole else [block, list(cursor), taken, within]
+                        )
+                        yield outcome, here
             block, cursor, taken = block + 1, chunk[-1].after, 0
 
     def _block_size(self, epoch: int, block: int, seed: int, shuffle: bool) -> int:

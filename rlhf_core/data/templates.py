@@ -1,18 +1,16 @@
-"""Chat templates: messages → pieces of text, what is learnt told apart, control tokens only where the template puts them.
-
-A template is rendered for each prefix of a conversation that an assistant turn follows. Each rendering must be the beginning
-of the whole one, which gives every learnt turn its exact characters; nothing is searched for.
-"""
+"""Chat templates: messages and tools → rendered text, with the control tokens that stand in them hidden as plain words."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.data.pieces import ControlTokens
 from rlhf_core.errors import ConfigError, DataError, ModelError
 from rlhf_core.records import Message
 
@@ -21,192 +19,228 @@ if TYPE_CHECKING:
 
 OPTION = "dataset.chat_template"
 
+_TAGS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_WORD = "zqWord"
+
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """Some text, or some ids, to be encoded on its own."""
+class Chat:
+    """A conversation as a template gets it."""
 
-    text: str = ""
-    ids: tuple[int, ...] = ()
-    """Ids that stand as they are, instead of text."""
-    learnt: bool = False
-    literal: bool = True
-    """Whether the text of a control token is only text. False where a template wrote it."""
-    continues: bool = False
-    """Whether text stands before it, so that a tokenizer which marks a text's beginning must not mark this one's."""
+    messages: list[dict[str, Any]]
+    tools: list[Any] | None
+    mark: str | None
+    """What the words in place of control tokens begin with; None where nothing is hidden."""
+    place: str
 
+    def word(self, letter: str) -> str:
+        """Return a word that nothing in the conversation holds."""
+        word = _WORD
+        while any(word in text for text in texts_in([self.messages, self.tools])):
+            word += "q"
+        return f"{word}{letter}z"
 
-class ControlTokens:
-    """The tokenizer's special tokens, as they would look in text."""
+    def with_text(self, number: int, text: str) -> Chat:
+        """Return the conversation with one message's content, reasoning and tool calls replaced by a text."""
+        messages = list(self.messages)
+        kept = {"role", "name", "tool_call_id"}
+        messages[number] = {key: value for key, value in messages[number].items() if key in kept} | {"content": text}
+        return Chat(messages, self.tools, self.mark, self.place)
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokens = {
-            token.content: (number, token) for number, token in tokenizer.added_tokens_decoder.items() if token.special
-        }
-        names = sorted((name for name in self.tokens if name), key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, names))) if names else None
-        # Some tokenizers mark a text's beginning behind a control token too.
-        after, alone = (
-            (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (f"{names[0]}a", "a"))
-            if names
-            else ([], [])
-        )
-        self._begins_text = after[1:] == alone
-
-    def within(self, text: str) -> bool:
-        """Tell whether the text holds what looks like a control token."""
-        return self._pattern is not None and self._pattern.search(text) is not None
-
-    def end_of_last(self, text: str) -> int | None:
-        """Return where the last control token in the text ends, or None where there is none."""
-        ends = [match.end() for match in self._pattern.finditer(text)] if self._pattern else []
-        return ends[-1] if ends else None
-
-    def continued(self, before: str) -> bool:
-        """Tell whether the tokenizer takes what follows this text as its continuation, not as a text's beginning."""
-        return not (self._begins_text and self.end_of_last(before) == len(before))
-
-    def hidden(self, text: str, mark: str) -> str:
-        """Return the text with each control token replaced by a plain word that `mark` makes unmistakable."""
-        if self._pattern is None:
-            return text
-        numbers = {name: number for number, name in enumerate(self.tokens)}
-        return self._pattern.sub(lambda match: f"{mark}{numbers[match.group()]}z", text)
-
-    def shown(self, text: str, mark: str) -> str:
-        """Undo `hidden`."""
-        names = list(self.tokens)
-        return re.sub(rf"{mark}(\d+)z", lambda match: names[int(match.group(1))], text)
-
-    def pieces(self, text: str, mark: str, *, learnt: bool, continues: bool) -> list[Piece]:
-        """Cut rendered text at its true control tokens; what was hidden is text again in the pieces between."""
-        pieces: list[Piece] = []
-        parts = re.split(f"({self._pattern.pattern})", text) if self._pattern else [text]
-        for number, part in enumerate(parts):
-            if number % 2:
-                pieces.append(Piece(ids=(self.tokens[part][0],), learnt=learnt))
-                continue
-            # As the tokenizer does: some control tokens swallow the white space beside them.
-            if number and self.tokens[parts[number - 1]][1].rstrip:
-                part = part.lstrip()
-            if number + 1 < len(parts) and self.tokens[parts[number + 1]][1].lstrip:
-                part = part.rstrip()
-            if part:
-                pieces.append(
-                    Piece(
-                        self.shown(part, mark), learnt=learnt, continues=not self._begins_text if number else continues
-                    )
-                )
-        return pieces
+    def until(self, number: int) -> Chat:
+        """Return the conversation's first messages."""
+        return Chat(self.messages[:number], self.tools, self.mark, self.place)
 
 
 class ChatTemplate:
-    """The tokenizer's chat template, or the one that the option gives in its place."""
+    """The tokenizer's chat template, or the one that the option gives in its place.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, option: str | None = None) -> None:
+    Args:
+        allowed: control tokens that data may use.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, option: str | None = None, *, allowed: Sequence[str] = ()
+    ) -> None:
         self.tokenizer = tokenizer
-        self.control = ControlTokens(tokenizer)
-        self.source = read_template(option) if option is not None else _own_template(tokenizer)
+        self.control = ControlTokens(tokenizer, allowed)
+        own: Any = tokenizer.chat_template
+        self.option = read_template(option) if option is not None else None
+        named = own if isinstance(own, dict) else {"default": own}
+        self.source: str | None = self.option if option is not None else named.get("default")
+        # Some tokenizers have another template for conversations with tools.
+        self.with_tools = self.source if option is not None else named.get("tool_use", self.source)
+        self._markers: dict[str, str | None] = {}
 
     @property
     def sha256(self) -> str | None:
         """Hash of the template's text; None where there is no template."""
         return hashlib.sha256(self.source.encode()).hexdigest() if self.source is not None else None
 
-    def prompt(self, messages: Sequence[Message], place: str) -> list[Piece]:
-        """Return the pieces of a prompt, up to where the assistant begins to speak."""
-        mark, hidden = self._hide(messages)
-        return self._pieces(self._render(hidden, place, answer=True), mark)
-
-    def turns(
-        self, messages: Sequence[Message], learnt: Sequence[int], place: str, *, also: Sequence[str] = ()
-    ) -> tuple[list[Piece], list[Piece]]:
-        """Return the pieces before the first learnt turn, and those from it to the end of the last.
+    def chat(
+        self, messages: Sequence[Message], place: str, *, tools: list[Any] | None = None, also: Sequence[Any] = ()
+    ) -> Chat:
+        """Return a conversation with its control tokens hidden.
 
         Args:
-            messages: the conversation, which ends on the last learnt turn.
-            learnt: which messages are learnt, each with the control token that ends its turn.
             also: other texts of the row (the other answer), so that one prompt is cut alike for both.
+        """
+        if not any(map(self.control.within, texts_in([messages, tools, also]))):
+            return Chat([dict(message) for message in messages], tools, None, place)
+        mark = "zqControl"
+        while any(mark in text for text in texts_in([messages, tools, also])):
+            mark += "q"
+
+        def hide(text: str) -> str:
+            return self.control.hidden(text, mark)
+
+        hidden = [
+            {key: value if key == "role" else _mapped(value, hide) for key, value in message.items()}
+            for message in messages
+        ]
+        return Chat(hidden, _mapped(tools, hide), mark, place)
+
+    def render(self, chat: Chat, *, answer: bool = False) -> str:
+        """Return the rendered text; with `answer`, up to where the assistant begins to speak.
 
         Raises:
-            ModelError: there is no template, or it doesn't render a conversation's beginning as it renders the whole.
+            ModelError: there is no template, or it is not valid.
             DataError: the template refuses this conversation.
         """
-        mark, hidden = self._hide(messages, also)
-        whole = self._render(hidden, place)
-        response: list[Piece] = []
-        prompt_end = end = 0
-        for turn in learnt:
-            before = self._render(hidden[:turn], place, answer=True)
-            after = self._render(hidden[: turn + 1], place) if turn + 1 < len(hidden) else whole
-            start, stop = len(before), len(after)
-            if not (whole.startswith(after) and after.startswith(before)) or start < end:
-                raise self._rewrites(place, turn)
-            self._check_opening(hidden, turn, before, whole[start:stop], place)
-            if turn == learnt[0]:
-                prompt_end = start
-            else:
-                response += self._pieces(whole[end:start], mark, continues=self.control.continued(whole[:end]))
-            end, closed = start + (self.control.end_of_last(whole[start:stop]) or 0), True
-            if end == start:
-                end, closed = stop, False
-            response += self._pieces(whole[start:end], mark, learnt=True, continues=self.control.continued(before))
-            if not closed and turn == learnt[-1] and self.tokenizer.eos_token_id is not None:
-                response.append(Piece(ids=(self.tokenizer.eos_token_id,), learnt=True))
-        return self._pieces(whole[:prompt_end], mark), response
+        try:
+            return self._render(chat, answer=answer)
+        except TypeError:
+            # Most templates write a call's arguments as JSON themselves; some take them as JSON.
+            written = _with_written_arguments(chat)
+            if written is None:
+                raise
+            return self._render(written, answer=answer)
 
-    def _hide(self, messages: Sequence[Message], also: Sequence[str] = ()) -> tuple[str | None, list[Message]]:
-        """Put plain words in place of control tokens in contents; the mark of those words, or None where there are none."""
-        contents = [message["content"] for message in messages] + list(also)
-        if not any(map(self.control.within, contents)):
-            return None, list(messages)
-        mark = "zqControl"
-        while any(mark in content for content in contents):
-            mark += "q"
-        return mark, [
-            {"role": message["role"], "content": self.control.hidden(message["content"], mark)} for message in messages
+    def generation_spans(self, chat: Chat) -> list[tuple[int, int]] | None:
+        """Return what `{% generation %}` tags enclose in the rendered text, as offsets; None where the template has none."""
+        if not self.tagged(chat):
+            return None
+        source = self._source(chat)
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        def spans(chat: Chat) -> list[tuple[int, int]]:
+            _, found = render_jinja_template(
+                conversations=[self._in_form(chat.messages)],
+                tools=chat.tools,
+                chat_template=source,
+                return_assistant_tokens_mask=True,
+                **self.tokenizer.special_tokens_map,
+            )
+            return [(begin, end) for begin, end in found[0]]
+
+        try:
+            return spans(chat)
+        except TypeError:
+            written = _with_written_arguments(chat)
+            if written is None:
+                raise
+            return spans(written)
+
+    def tagged(self, chat: Chat) -> bool:
+        """Tell whether the conversation's template has `{% generation %}` tags."""
+        return _TAGS.search(self._source(chat)) is not None
+
+    def next_marker(self, role: str) -> str | None:
+        """Return the control token, with white space before it, that follows an assistant's turn when `role` speaks next.
+
+        Some models (GLM-4) end their turns with it. None where none follows.
+        """
+        if role not in self._markers:
+            said, after = f"{_WORD}Az", f"{_WORD}Bz"
+            messages: list[Message] = [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": said},
+                {"role": role, "content": after},  # type: ignore[typeddict-item]
+            ]
+            try:
+                rendered = self.render(Chat([dict(message) for message in messages], None, None, "a probe"))
+            except (DataError, ModelError):
+                rendered = ""
+            gap = rendered.partition(said)[2].partition(after)[0]
+            blank = len(gap) - len(gap.lstrip())
+            found = self.control.at(gap, blank)
+            self._markers[role] = gap[: found.end()] if found else None
+        return self._markers[role]
+
+    @cached_property
+    def opening(self) -> str | None:
+        """The control token that opens a turn whoever speaks (`<|im_start|>`), or the assistant's; None where none does."""
+        asked = f"{_WORD}Az"
+        chat = Chat([{"role": "user", "content": asked}], None, None, "a probe")
+        try:
+            plain, answer = (self.render(chat, answer=flag).partition(asked)[2] for flag in (False, True))
+        except (DataError, ModelError):
+            return None
+        shared = self.control.whole_until(answer, common(plain, answer))
+        found = self.control.matches(answer[shared:])
+        return found[0].group() if found else None
+
+    @cached_property
+    def takes_parts(self) -> bool:
+        """Whether contents must be lists of parts, as templates of models that see images want them."""
+        word = f"{_WORD}Az"
+        try:
+            texts = [
+                self._apply([{"role": "user", "content": content}])
+                for content in (word, [{"type": "text", "text": word}])
+            ]
+        except Exception:  # a template that refuses either says so when it meets the data
+            return False
+        return word not in texts[0] and word in texts[1]
+
+    def _in_form(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        if not self.takes_parts:
+            return [dict(message) for message in messages]
+        return [
+            {**message, "content": [{"type": "text", "text": message["content"]}] if message["content"] else []}
+            for message in messages
         ]
 
-    def _pieces(self, text: str, mark: str | None, *, learnt: bool = False, continues: bool = False) -> list[Piece]:
-        if mark is not None and mark in text:
-            return self.control.pieces(text, mark, learnt=learnt, continues=continues)
-        return [Piece(text, learnt=learnt, literal=False, continues=continues)] if text else []
-
-    def _check_opening(self, messages: Sequence[Message], turn: int, before: str, span: str, place: str) -> None:
-        # A template that ignores the generation prompt leaves the turn's opening where the answer should begin.
-        opens = span.lstrip().startswith(messages[turn]["content"].strip())
-        if not opens and before == self._render(messages[:turn], place):
-            raise ModelError(
-                "the chat template ignores `add_generation_prompt`, so where an answer begins can't be told",
-                place=place,
-                fix=f"give a template that honours it by `{OPTION}`",
-            )
-
-    def _rewrites(self, place: str, turn: int) -> ModelError:
-        return ModelError(
-            f"the chat template renders the conversation up to message {turn} otherwise once it goes on, so the answer's"
-            " tokens can't be told apart",
-            place=place,
-            fix=f"give a template that only appends by `{OPTION}`, or make each turn a row of its own",
-        )
-
-    def _render(self, messages: Sequence[Message], place: str, *, answer: bool = False) -> str:
-        import jinja2
-
-        if self.source is None:
+    def _source(self, chat: Chat) -> str:
+        source = self.with_tools if chat.tools else self.source
+        if source is None:
             raise ModelError(
                 "the data hold chat messages, and the tokenizer has no chat template",
-                place=place,
+                place=chat.place,
                 fix=f"give one by `{OPTION}`, or use a model that has one",
             )
+        return source
+
+    def _apply(self, messages: list[dict[str, Any]], **options: Any) -> str:
+        options.setdefault("chat_template", self.source)
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+
+    def _render(self, chat: Chat, *, answer: bool) -> str:
+        import jinja2
+
+        source = self._source(chat)
         try:
-            return self.tokenizer.apply_chat_template(
-                list(messages), chat_template=self.source, add_generation_prompt=answer, tokenize=False
+            return self._apply(
+                self._in_form(chat.messages), chat_template=source, tools=chat.tools, add_generation_prompt=answer
             )
         except jinja2.TemplateSyntaxError as error:
             raise ModelError("the chat template is not valid Jinja", place=OPTION, got=str(error)) from None
-        except (jinja2.TemplateError, TypeError, KeyError, IndexError) as error:
-            raise DataError("the chat template refuses the messages", place=place, got=str(error)) from None
+        except (jinja2.TemplateError, TypeError, KeyError, IndexError, ValueError, AttributeError) as error:
+            if isinstance(error, TypeError) and _with_written_arguments(chat) is not None:
+                raise
+            raise DataError("the chat template refuses the messages", place=chat.place, got=str(error)) from None
+
+
+def common(one: str, other: str) -> int:
+    """Return how many characters two texts begin with alike."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[:middle] == other[:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def read_template(option: str) -> str:
@@ -222,8 +256,47 @@ def read_template(option: str) -> str:
         ) from None
 
 
-def _own_template(tokenizer: Any) -> str | None:
-    own = tokenizer.chat_template
-    if isinstance(own, dict):
-        return own.get("default")
-    return own
+def _with_written_arguments(chat: Chat) -> Chat | None:
+    """Return the conversation with the arguments of its tool calls as JSON; None where none are mappings."""
+    import json
+
+    found = False
+
+    def written(value: Any) -> Any:
+        nonlocal found
+        if isinstance(value, list):
+            return [written(item) for item in value]
+        if not isinstance(value, Mapping):
+            return value
+        out = {key: written(item) if key == "function" else item for key, item in value.items()}
+        if isinstance(out.get("arguments"), Mapping):
+            found, out["arguments"] = True, json.dumps(out["arguments"], ensure_ascii=False)
+        return out
+
+    messages = [
+        {**message, "tool_calls": written(message["tool_calls"])} if "tool_calls" in message else message
+        for message in chat.messages
+    ]
+    return Chat(messages, chat.tools, chat.mark, chat.place) if found else None
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """Return a value with every text in it changed, the keys of mappings too."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {change(key) if isinstance(key, str) else key: _mapped(item, change) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_mapped(item, change) for item in value]
+    return value
+
+
+def texts_in(value: Any) -> list[str]:
+    """Return every text in a value."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Mapping):
+        return [text for item in value.items() for text in texts_in(item)]
+    if isinstance(value, list | tuple):
+        return [text for item in value for text in texts_in(item)]
+    return []

@@ -8,6 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rlhf_core.data.encode import NO_ROOM, TOO_LONG, EncodedRow, Encoder
+from rlhf_core.data.pieces import PieceEncoder
 from rlhf_core.data.sources import open_source
 from rlhf_core.errors import ConfigError, DataError, ModelError
 from rlhf_core.testing.tiny import tiny_tokenizer
@@ -157,8 +158,8 @@ def test_template_that_rewrites_earlier_turns(bpe):
         "{{ m['content'] }}<|im_end|>{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
     )
     assert "(last)" in learnt(bpe, encoded(bpe, {"messages": [USER, REPLY]}, chat_template=template))
-    with pytest.raises(ModelError, match="up to message 1 otherwise once it goes on"):
-        outcomes(bpe, [{"messages": [USER, REPLY, USER, REPLY]}], chat_template=template)
+    row = encoded(bpe, {"messages": [USER, REPLY, USER, REPLY]}, chat_template=template)
+    assert learnt(bpe, row) == "The answer.<|im_end|>(last)The answer.<|im_end|>"
 
 
 def test_template_without_an_end_token_gets_one_at_the_end(bpe):
@@ -183,8 +184,8 @@ def test_hiding_control_tokens_changes_nothing_else(name, request):
     tokenizer = request.getfixturevalue(name)
     mark = Encoder(tokenizer, "sft").template.control
     for text in ("a", "<not control>", "[INST] a b", f"a{tokenizer.eos_token} b\n{tokenizer.bos_token}c"):
-        pieces = mark.pieces(text, "zqControl", learnt=False, continues=False)
-        ids = [token for part in Encoder(tokenizer, "sft")._ids(pieces) for token in part]
+        pieces = mark.cut(text, mark.pattern)
+        ids = [token for part in PieceEncoder(tokenizer)(pieces) for token in part]
         assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 

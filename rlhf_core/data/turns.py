@@ -1,0 +1,391 @@
+"""Where the assistant's turns stand in a rendered conversation, and which of its text is in the loss.
+
+A conversation is rendered once whole, and a turn's tokens are what that text holds for it, the control token that ends it
+included. Most templates only append: then the beginnings of the conversation, rendered alone, give each turn's exact place.
+Where one rewrites what came before (drops earlier reasoning, writes an end token after the last turn only, moves the system
+message), a turn is found between the words that are put in place of its content and of the message before it. Texts are never
+searched for, so contents may repeat, and templates may trim them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from rlhf_core.data.pieces import Piece
+from rlhf_core.data.templates import OPTION, Chat, ChatTemplate, common
+from rlhf_core.errors import DataError, ModelError
+
+EACH = "dataset.turns: each"
+
+OTHER_CONTEXT = (
+    f"a turn follows other text inside the conversation than the model is prompted with: `{EACH}` trains each behind its own"
+    " prompt"
+)
+NO_STOP = f"the chat template ends only the last turn, so earlier ones are trained without a stop: `{EACH}` ends each"
+TAGGED_STOP = "the chat template's generation tags leave out what ends a turn, so no stop is in the loss"
+UNUSED_TOOLS = "the chat template doesn't render the row's `tools`"
+UNUSED = "the chat template doesn't render `{}`"
+
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+_NAMES = "think|thinking|thought|reasoning"
+_OPENS = re.compile(rf"\s*(?:<((?:\w+:)?(?:{_NAMES}))>|\[(THINK)\]|◁(think)▷|<\|START_(THINKING)\|>)\s*", re.IGNORECASE)
+_CLOSES = re.compile(rf"</(?:\w+:)?(?:{_NAMES})>|\[/THINK\]|◁/think▷|<\|END_THINKING\|>", re.IGNORECASE)
+
+
+@dataclass(slots=True)
+class Turns:
+    """A conversation cut for training."""
+
+    prompt: list[Piece] = field(default_factory=list)
+    response: list[Piece] = field(default_factory=list)
+    """From the first turn that is learnt from to the end of the last."""
+    notes: list[str] = field(default_factory=list)
+    """What a person should know of it."""
+    lost: list[str] = field(default_factory=list)
+    """What the data hold and the rendering doesn't."""
+
+
+@dataclass(slots=True)
+class _Turn:
+    number: int
+    start: int
+    """Where what the model writes begins in the whole text."""
+    end: int = 0
+    """Where it ends there, the control token that ends the turn included."""
+    opener: str = ""
+    """What the generation prompt has and the whole text lacks: the opening of a think block."""
+    in_place: bool = True
+    """Whether the whole text begins with the prompt that the turn answers."""
+    closed: bool = True
+
+
+def split_turns(template: ChatTemplate, chat: Chat, learnt: Sequence[int], *, answers_from: int | None = None) -> Turns:
+    """Cut a conversation into the prompt and what the model answers.
+
+    The prompt of the last turn, and of the first where it can be, is exactly what the template renders with its generation
+    prompt. Where that opens a think block that the whole text lacks, the reasoning in the data follows it, or, not in the loss,
+    an empty block's end.
+
+    Args:
+        learnt: the assistant turns in the loss.
+        answers_from: the first message that isn't the prompt's; where None, the first of `learnt`.
+
+    Raises:
+        ModelError: a turn can't be found, or its reasoning isn't in the text.
+        DataError: the template refuses this conversation, or renders no turn that is to be in the loss.
+    """
+    return _Cutter(template, chat).cut(learnt, learnt[0] if answers_from is None else answers_from)
+
+
+class _Cutter:
+    """One conversation, rendered whole, with what its beginnings render to."""
+
+    def __init__(self, template: ChatTemplate, chat: Chat) -> None:
+        self.template, self.chat, self.control = template, chat, template.control
+        self.whole = template.render(chat)
+        self.turns = Turns()
+        self.tagged = template.tagged(chat)
+        self._words = chat.word("A"), chat.word("B")
+        self._prompts: dict[int, str] = {}
+
+    def cut(self, learnt: Sequence[int], first: int) -> Turns:
+        found = [
+            self._find(number)
+            for number, message in enumerate(self.chat.messages)
+            if message["role"] == "assistant" and number >= first
+        ]
+        spans = self.template.generation_spans(self.chat)
+        if spans is not None:
+            self._tag(found, spans, learnt)
+        learnt = [turn.number for turn in found if turn.number in learnt and self._check(turn)]
+        if not learnt:
+            raise DataError(
+                "the chat template renders nothing of the answer, which is tool calls",
+                place=self.chat.place,
+                fix=f"give a template that renders them by `{OPTION}`",
+            )
+        at, alone = found[0].start, len(found) == 1
+        before = self._before(found[0].number)
+        if not alone or self.whole.startswith(before):
+            before = self.whole[:at]
+        self.turns.prompt = self._pieces(before)
+        for turn in found:
+            if turn is not found[0]:
+                self._add(self.whole[at : turn.start], before=self.whole[:at])
+            in_loss = turn.number in learnt
+            if turn.opener and self._is_last(turn):
+                self._add_behind_opener(turn, added=not alone)
+            if spans is None:
+                self._add(self.whole[turn.start : turn.end], before=self.whole[: turn.start], in_loss=in_loss)
+            else:
+                self._add_tagged(turn, spans if in_loss else [])
+            if not turn.closed and in_loss:
+                self._add_stop(turn)
+            at = turn.end
+        if ignores_tools(self.template, self.chat, self.whole):
+            self.turns.lost.append(UNUSED_TOOLS)
+        return self.turns
+
+    # Where turns stand
+
+    def _find(self, number: int) -> _Turn:
+        before = self._before(number)
+        turn = _Turn(number, len(before)) if self.whole.startswith(before) else self._find_start(number)
+        if number == len(self.chat.messages) - 1:
+            self._close(turn, len(self.whole), "", "")
+        else:
+            alone = self.template.render(self.chat.until(number + 1))
+            if self.whole.startswith(alone) and len(alone) >= turn.start:
+                self._close(turn, len(alone), self.whole[len(alone) :], "")
+            else:
+                self._find_end(turn)
+        self._check_opening(turn)
+        return turn
+
+    def _before(self, number: int) -> str:
+        """Return the prompt that a turn answers."""
+        if number not in self._prompts:
+            self._prompts[number] = self.template.render(self.chat.until(number), answer=True)
+        return self._prompts[number]
+
+    def _is_last(self, turn: _Turn) -> bool:
+        return turn.number == len(self.chat.messages) - 1
+
+    def _find_start(self, number: int) -> _Turn:
+        """Find a turn by what stands between the message before it and its own content."""
+        one, other = self._words
+        if number > 0:
+            marked = self.chat.with_text(number - 1, one)
+            prompted = self.template.render(marked.until(number), answer=True)
+            both = self.template.render(marked.with_text(number, other))
+            whole = self.template.render(marked)
+            behind = prompted.rpartition(one)[2]
+            spoken, content, _ = both.rpartition(one)[2].partition(other)
+            rest = whole.rpartition(one)[2]
+            if one in prompted and one in both and one in whole and content and self.whole.endswith(rest):
+                shared = common(behind, spoken)
+                start = len(self.whole) - len(rest) + shared
+                if shared == len(behind):
+                    return _Turn(number, start, in_place=False)
+                if shared == len(spoken):
+                    return _Turn(number, start, opener=behind[shared:], in_place=False)
+        raise self._not_found(number)
+
+    def _find_end(self, turn: _Turn) -> None:
+        """Find a turn's end by what stands behind its content in the whole, and behind it as the last turn."""
+        word, number = self._words[0], turn.number
+        for keep_calls in (False, True):
+            marked = self.chat.with_text(number, word)
+            if keep_calls and "tool_calls" in (message := self.chat.messages[number]):
+                marked.messages[number]["tool_calls"] = message["tool_calls"]
+            try:
+                whole, last = self.template.render(marked), self.template.render(marked.until(number + 1))
+            except DataError:
+                continue
+            rest = whole.rpartition(word)[2]
+            if word in whole and word in last and self.whole.endswith(rest):
+                end = len(self.whole) - len(rest)
+                alone = last.rpartition(word)[2]
+                shared = self.control.whole_until(rest, self.control.whole_until(alone, common(rest, alone)))
+                if end >= turn.start:
+                    self._close(turn, end + shared, rest[shared:], alone[shared:])
+                    return
+        raise self._not_found(number)
+
+    def _close(self, turn: _Turn, end: int, rest: str, alone_rest: str) -> None:
+        """Set where a turn ends: behind the control token that ends it, which may be the next role's marker.
+
+        Args:
+            end: where its text ends at the latest, as far as is known without what follows.
+            rest: what follows in the whole; empty where it is the last turn.
+            alone_rest: what follows instead where the turn is the last.
+        """
+        closed = self.control.closed_end(self.whole[turn.start : end])
+        if closed is not None:
+            turn.end = turn.start + closed
+            return
+        turn.end = end
+        run = self._control_run(rest)
+        opening = self.template.opening
+        opens = next((number for number, token in enumerate(run) if token.group() == opening), None)
+        own = opens if opens is not None else len(run) - 1
+        if own > 0:
+            turn.end += run[own - 1].end()
+        elif run and not self.control.matches(alone_rest):
+            turn.end += run[0].end()
+        else:
+            turn.closed = False
+
+    def _control_run(self, text: str) -> list[re.Match[str]]:
+        """Return the control tokens that a text begins with, white space between them."""
+        run: list[re.Match[str]] = []
+        for token in self.control.matches(text):
+            if text[run[-1].end() if run else 0 : token.start()].strip():
+                break
+            run.append(token)
+        return run
+
+    def _check_opening(self, turn: _Turn) -> None:
+        # A template that ignores the generation prompt leaves the turn's opening where the answer should begin.
+        content = self.chat.messages[turn.number]["content"].strip()
+        if self.tagged or self.whole[turn.start : turn.end].lstrip().startswith(content):
+            return
+        if self._before(turn.number) != self.template.render(self.chat.until(turn.number)):
+            return
+        word = self._words[0]
+        spoken = self.template.render(self.chat.with_text(turn.number, word))
+        header = spoken[common(spoken, self.whole[: turn.start]) :].partition(word)[0]
+        if _OPENS.sub("", _CLOSES.sub("", header)).strip():
+            raise ModelError(
+                "the chat template ignores `add_generation_prompt`, so where an answer begins can't be told",
+                place=self.chat.place,
+                fix=f"give a template that honours it by `{OPTION}`",
+            )
+
+    def _not_found(self, number: int) -> ModelError:
+        fix = f"give a template that only appends by `{OPTION}`"
+        if number < len(self.chat.messages) - 1:
+            fix = f"make each turn a row of its own by `{EACH}`, or {fix}"
+        return ModelError(
+            f"the chat template renders the conversation up to message {number} otherwise once it goes on, so the answer's"
+            " tokens can't be told apart",
+            place=self.chat.place,
+            fix=fix,
+        )
+
+    # What of them is in the loss
+
+    def _tag(self, found: list[_Turn], spans: list[tuple[int, int]], learnt: Sequence[int]) -> None:
+        """Say where tags leave out the stop; a turn begins with its tag where the template writes no generation prompt."""
+        for turn in found:
+            own = [(begin, end) for begin, end in spans if begin < turn.end and end > turn.start]
+            if not own:
+                continue
+            if self._before(turn.number) == self.template.render(self.chat.until(turn.number)):
+                turn.start = max(turn.start, own[0][0])
+            left_out = self.whole[own[-1][1] : turn.end]
+            if turn.number in learnt and turn.closed and self.control.matches(left_out):
+                self.turns.notes.append(TAGGED_STOP)
+
+    def _check(self, turn: _Turn) -> bool:
+        """Say what of a turn's own text isn't in the whole; return whether there is something to learn from."""
+        message, text = self.chat.messages[turn.number], self.whole[turn.start : turn.end]
+        last = self._is_last(turn)
+        key, reasoning = reasoning_of(message)
+        if reasoning and not _holds(text, reasoning) and not (last and _closing(turn.opener)):
+            alone = self.template.render(self.chat.until(turn.number + 1))
+            if not last and (_closing(turn.opener) or _holds(alone, reasoning)):
+                raise ModelError(
+                    f"the chat template drops the reasoning of message {turn.number} once the conversation goes on, so it"
+                    " can't be trained there",
+                    place=self.chat.place,
+                    fix=f"make each turn a row of its own by `{EACH}`, or give another template by `{OPTION}`",
+                )
+            if key == "content":
+                raise ModelError(
+                    f"the chat template drops the reasoning that message {turn.number} begins with",
+                    place=self.chat.place,
+                    fix=f"give a template that keeps it by `{OPTION}`, or leave the reasoning out of the data",
+                )
+            self.turns.lost.append(UNUSED.format(key))
+        names = [str((call.get("function") or call).get("name", "")) for call in message.get("tool_calls") or []]
+        rendered = all(name in text for name in names)
+        if not rendered:
+            self.turns.lost.append(UNUSED.format("tool_calls"))
+        if not last and not turn.in_place:
+            self.turns.notes.append(OTHER_CONTEXT)
+        # An empty answer isn't what was meant where the calls that it was are missing.
+        return rendered or bool(message["content"].strip())
+
+    def _add_behind_opener(self, turn: _Turn, *, added: bool) -> None:
+        """Add what belongs between a generation prompt that opens a think block and the turn.
+
+        That is the data's reasoning with the block's end, in the loss; or, where the data have none, an empty block's end, which
+        isn't: the model is taught what to answer behind its reasoning, and not to leave it out.
+
+        Args:
+            added: whether the opening itself isn't in the prompt and must be added.
+        """
+        text, opener = self.whole[turn.start : turn.end], turn.opener
+        closing = _closing(opener)
+        if closing is None:
+            raise self._not_found(turn.number)
+        if added:
+            self._add(opener, before=self.whole[: turn.start])
+        opened = _OPENS.match(text)
+        if opened and opened.group().strip() == opener.strip():
+            turn.start += opened.end()
+        elif closing not in text:
+            line = "\n" if opener.endswith("\n") else ""
+            _, reasoning = reasoning_of(self.chat.messages[turn.number])
+            block = f"{reasoning.strip()}{line}{closing}{line}{line}"
+            self._add(block, before=self._before(turn.number), in_loss=bool(reasoning))
+
+    def _add_tagged(self, turn: _Turn, spans: list[tuple[int, int]]) -> None:
+        at = turn.start
+        for begin, end in spans:
+            begin, end = max(begin, at), min(end, turn.end)
+            if begin >= end:
+                continue
+            self._add(self.whole[at:begin], before=self.whole[:at])
+            self._add(self.whole[begin:end], before=self.whole[:begin], in_loss=True)
+            at = end
+        self._add(self.whole[at : turn.end], before=self.whole[:at])
+
+    def _add_stop(self, turn: _Turn) -> None:
+        if not self._is_last(turn):
+            self.turns.notes.append(NO_STOP)
+            return
+        called = bool(self.chat.messages[turn.number].get("tool_calls"))
+        marker = self.template.next_marker("tool") if called else None
+        marker = marker or self.template.next_marker("user")
+        end = self.template.tokenizer.eos_token_id
+        if marker is not None:
+            self._add(marker, before=self.whole[: turn.end], in_loss=True)
+        elif end is not None:
+            self.turns.response.append(Piece(ids=(end,), in_loss=True))
+
+    def _add(self, text: str, *, before: str, in_loss: bool = False) -> None:
+        self.turns.response += self._pieces(text, in_loss=in_loss, continues=self.control.continued(before))
+
+    def _pieces(self, text: str, *, in_loss: bool = False, continues: bool = False) -> list[Piece]:
+        return self.control.pieces(text, self.chat.mark, in_loss=in_loss, continues=continues)
+
+
+def reasoning_of(message: dict[str, object]) -> tuple[str, str]:
+    """Return a message's reasoning, and the key that holds it; empty where it has none."""
+    for key in _REASONING:
+        if isinstance(value := message.get(key), str) and value.strip():
+            return key, value
+    content = str(message["content"])
+    closing = _CLOSES.search(content)
+    if closing is None:
+        return "content", ""
+    said = content[: closing.start()]
+    opened = _OPENS.match(said)
+    return "content", (said[opened.end() :] if opened else said).strip()
+
+
+def ignores_tools(template: ChatTemplate, chat: Chat, rendered: str, *, answer: bool = False) -> bool:
+    """Tell whether a conversation has tools and is rendered the same without them."""
+    if not chat.tools:
+        return False
+    return template.render(Chat(chat.messages, None, chat.mark, chat.place), answer=answer) == rendered
+
+
+def _closing(opener: str) -> str | None:
+    """Return what closes the think block that a text opens; None where it opens none."""
+    opened = _OPENS.fullmatch(opener)
+    if opened is None:
+        return None
+    tag = opener.strip()
+    if tag.startswith("<|"):
+        return tag.replace("START", "END")
+    return f"{tag[0]}/{tag[1:]}"
+
+
+def _holds(text: str, part: str) -> bool:
+    """Tell whether a text holds another, white space apart."""
+    return "".join(part.split()) in "".join(text.split())
