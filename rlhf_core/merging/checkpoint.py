@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -24,10 +25,14 @@ from rlhf_core.infra.files import read_json, storage_error, storage_errors
 from rlhf_core.infra.model_files import HEADS, adapter_base, check_files, first_line, is_adapter, locate, near_path
 from rlhf_core.infra.tensors import TensorEntry, read_header
 from rlhf_core.merging.streams import Source, digest_of
+from rlhf_core.merging.weights import GROUPS, LM_HEAD, is_head
+
+log = logging.getLogger(__name__)
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
+_TABLES = {*GROUPS["embeddings"], *LM_HEAD, "shared", "output_layer"} - {"wpe"}
 
 
 class Checkpoint:
@@ -36,6 +41,7 @@ class Checkpoint:
     def __init__(self, name: str, path: Path, files: Mapping[str, WeightFile]) -> None:
         self.name, self.path = name, path
         self._files = files
+        self._aliases: dict[str, str] = {}
         self.tensors: dict[str, TensorEntry] = {
             name: entry for file in dict.fromkeys(files.values()) for name, entry in file.entries.items()
         }
@@ -102,7 +108,52 @@ class Checkpoint:
 
     def source(self, name: str) -> Source:
         """Return one tensor, to be read."""
+        return self._source(self._aliases.get(name, name))
+
+    def _source(self, name: str) -> Source:
         return FileSource(self._files[name], self.tensors[name], name, self)
+
+    @cached_property
+    def table(self) -> str | None:
+        """Name of the tensor with a row for each token that goes in."""
+        return next((name for name in sorted(self.tensors) if not is_head(name) and is_vocabulary(name, self)), None)
+
+    @cached_property
+    def tied(self) -> bool:
+        """Whether its output head is its embeddings: by its configuration, or where that says nothing, its architecture."""
+        said = self.text_config.get("tie_word_embeddings", self.config.get("tie_word_embeddings"))
+        if said is None and (kind := self.config.get("model_type")):
+            from transformers import AutoConfig
+
+            try:
+                said = AutoConfig.for_model(kind).get_text_config().tie_word_embeddings
+            except Exception:  # an architecture that transformers doesn't know has its head where it is stored
+                log.debug("what %s ties isn't known", kind, exc_info=True)
+        return bool(said)
+
+    def head_name(self) -> str:
+        """Return what its output head is called where it has one of its own."""
+        if (stored := next((name for name in self.tensors if is_head(name)), None)) is not None:
+            return stored
+        import transformers
+
+        named = self.config.get("architectures") or []
+        for architecture in named:
+            keys = getattr(getattr(transformers, str(architecture), None), "_tied_weights_keys", None) or ()
+            if (name := next((key for key in keys if is_head(key)), None)) is not None:
+                return str(name)
+        raise ModelError(
+            "its output head is its embeddings, and what it is called with values of its own isn't known",
+            place=self.name,
+            got=f"architectures {named}",
+            fix="set `tie_word_embeddings: false` in its config.json, and store the head",
+        )
+
+    def untie(self, head: str) -> None:
+        """Give a head that is the embeddings a name of its own, under which it is read as they are."""
+        assert self.table is not None
+        self._aliases[head] = self.table
+        self.tensors[head] = self.tensors[self.table]
 
     @property
     def head_tensors(self) -> dict[str, TensorEntry]:
@@ -156,7 +207,8 @@ class Checkpoint:
     def digest(self) -> bytes:
         """A hash of every tensor's name, shape and some of its values: the same however the files are cut or stored."""
         total = hashlib.blake2b(digest_size=16)
-        for name in [*sorted(self.tensors), *sorted(self.head_tensors)]:
+        own = set(self.tensors) - set(self._aliases)
+        for name in [*sorted(own), *sorted(self.head_tensors)]:
             source = self.any_source(name)
             total.update(f"{name}\0{source.shape}\0".encode())
             total.update(digest_of(source))
@@ -241,6 +293,13 @@ def _buffer(nbytes: int) -> numpy.ndarray:
     if room is None or len(room) < nbytes:
         room = _local.room = numpy.empty(max(nbytes, 1 << 18), dtype=numpy.uint8)
     return room[:nbytes]
+
+
+def is_vocabulary(name: str, one: Checkpoint) -> bool:
+    """Tell whether a tensor has a row for each token."""
+    pieces, entry = name.split("."), one.tensors[name]
+    fits = len(entry.shape) == 2 and entry.dtype.is_floating_point
+    return fits and pieces[-1] == "weight" and pieces[-2:-1] != [] and pieces[-2] in _TABLES
 
 
 def _weight_files(path: Path, name: str) -> dict[str, WeightFile]:

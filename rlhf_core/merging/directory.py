@@ -17,7 +17,7 @@ from rlhf_core.merging.checkpoint import INDEX, Checkpoint
 from rlhf_core.merging.config import MergeConfig
 from rlhf_core.merging.plan import Plan
 from rlhf_core.merging.vocabulary import TOKENIZER
-from rlhf_core.merging.weights import Value
+from rlhf_core.merging.weights import Value, is_head
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +91,12 @@ def _write_config(path: Path, plan: Plan, main: Checkpoint) -> None:
     for key in ("dtype", "torch_dtype"):
         if key in written and len(kinds) == 1:
             written[key] = str(next(iter(kinds))).removeprefix("torch.")
+    inputs = [*([plan.base] if plan.base is not None else []), *plan.models]
+    if any(is_head(item.name) for item in plan.own) and any(one.tied for one in inputs):
+        # Whichever of them the configuration is from, what is written has a head of its own.
+        written["tie_word_embeddings"] = False
+        if isinstance(inner := written.get("text_config"), dict):
+            written["text_config"] = inner | {"tie_word_embeddings": False}
     rows = plan.vocabularies.rows
     if rows is not None:
         inner = written.get("text_config")

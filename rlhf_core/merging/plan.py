@@ -19,7 +19,7 @@ from rlhf_core.merging.layout import MERGED, Described, Item, OutputFile, lay_ou
 from rlhf_core.merging.selection import SMALL
 from rlhf_core.merging.streams import CHUNK, Source
 from rlhf_core.merging.vocabulary import Vocabularies
-from rlhf_core.merging.weights import LM_HEAD, is_embedding, layer_of
+from rlhf_core.merging.weights import is_head, layer_of
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Plan:
         """
         inputs = [*([base] if base is not None else []), *models]
         _same_architecture(inputs)
-        left_out = _tied(inputs)
+        left_out = _settle_heads(inputs)
         names = _common_names(inputs, left_out)
         vocabularies = Vocabularies.compare(base, models, tokenizer, names)
         described = [_describe(name, inputs, vocabularies, dtype) for name in sorted(names, key=natural)]
@@ -162,30 +162,40 @@ def _same_architecture(inputs: Sequence[Checkpoint]) -> None:
             log.warning("`%s` is %s in %s and %s in %s; the result has the first", key, a, first.name, b, other.name)
 
 
-def _tied(inputs: Sequence[Checkpoint]) -> set[str]:
-    """Return output heads that are the input embeddings by every input's configuration, and in fact: one tensor, not two.
+def _settle_heads(inputs: Sequence[Checkpoint]) -> set[str]:
+    """Return output heads that are every input's embeddings, and so aren't written: one tensor, not two.
+
+    Where only some inputs tie theirs, each gets a head under its own name, with the values that it uses.
 
     Raises:
         ModelError: a head is stored that differs from the embeddings that its configuration ties it to.
     """
-    heads = {name for one in inputs for name in one.tensors if _is_head(name)}
-    tied = [bool(one.text_config.get("tie_word_embeddings", one.config.get("tie_word_embeddings"))) for one in inputs]
-    if not heads or not all(tied):
+    heads = {name for one in inputs for name in one.tensors if is_head(name)}
+    if not heads:
         return set()
-    for one in inputs:
-        table = next((name for name in one.tensors if is_embedding(name) and not _is_head(name)), None)
+    tied = [one for one in inputs if one.tied]
+    for one in tied:
         for head in heads & set(one.tensors):
-            if table is None or not _same_values(one, head, table):
+            if one.table is None or not _same_values(one, head, one.table):
                 raise ModelError(
                     f"tensor `{head}` differs from the embeddings that the configuration ties it to",
                     place=one.name,
                     fix="set `tie_word_embeddings: false` in the config.json of every model, and store the head in each",
                 )
-    return heads
-
-
-def _is_head(name: str) -> bool:
-    return any(piece in LM_HEAD for piece in name.split(".")[:-1])
+    if len(tied) == len(inputs):
+        return heads
+    for one in tied:
+        for head in heads - set(one.tensors):
+            if one.table is not None and head.endswith(".weight"):
+                one.untie(head)
+    if tied:
+        own = next(one for one in inputs if not one.tied)
+        log.warning(
+            "the output head of %s is its embeddings, and %s has one of its own: so has the result",
+            tied[0].name,
+            own.name,
+        )
+    return set()
 
 
 def _same_values(one: Checkpoint, first: str, second: str) -> bool:
@@ -201,22 +211,42 @@ def _same_values(one: Checkpoint, first: str, second: str) -> bool:
     return True
 
 
+_BUFFERS = re.compile(
+    r"(.+\.)?(rotary_emb|rotary_pos_emb|rope)\.[^.]+|(.+\.)?(position_ids|inv_freq|masked_bias)|(.+\.)?(attn|attention)\.bias"
+)
+"""Tensors that some releases of transformers saved and all work out when a model is made."""
+
+
+def _is_buffer(name: str, one: Checkpoint) -> bool:
+    entry = one.tensors[name]
+    # A mask of past positions is (1, 1, positions, positions); a bias of that name is a vector.
+    return _BUFFERS.fullmatch(name) is not None and (not name.endswith(".bias") or len(entry.shape) == 4)
+
+
 def _common_names(inputs: Sequence[Checkpoint], left_out: set[str]) -> set[str]:
-    first = inputs[0]
-    wanted = set(first.tensors) - left_out
-    for other in inputs[1:]:
-        found = set(other.tensors) - left_out
-        if found == wanted:
+    """Return the tensors of all inputs, without what is worked out anew and only some of them hold."""
+    found = [set(one.tensors) - left_out for one in inputs]
+    odd = set[str]().union(*found) - found[0].intersection(*found)
+    buffers = {name for one in inputs for name in odd & set(one.tensors) if _is_buffer(name, one)}
+    if buffers:
+        name = min(buffers, key=natural)
+        has = next(one for one in inputs if name in one.tensors)
+        log.warning(
+            "%d tensors are left out, as a model works them out itself and not every input has them: `%s` of %s%s",
+            len(buffers), name, has.name, " and others" if len(buffers) > 1 else "",
+        )  # fmt: skip
+    first, wanted = inputs[0], found[0] - buffers
+    for other, names in zip(inputs[1:], found[1:], strict=True):
+        if names - buffers == wanted:
             continue
-        lacking, extra = sorted(wanted - found, key=natural), sorted(found - wanted, key=natural)
+        lacking, extra = sorted(wanted - names, key=natural), sorted(names - buffers - wanted, key=natural)
         name, lacks, has = (lacking[0], other, first) if lacking else (extra[0], first, other)
         more = len(lacking or extra) - 1
         raise ModelError(
             f"tensor `{name}` is in {has.name} and not in {lacks.name}",
             place=other.name,
-            got=f"{len(wanted)} and {len(found)} tensors" + (f", {more} more differ" if more else ""),
-            fix="merge models of one architecture"
-            + (", all with tied embeddings or all without" if _is_head(name) else ""),
+            got=f"{len(wanted)} and {len(names - buffers)} tensors" + (f", {more} more differ" if more else ""),
+            fix="merge models of one architecture" + (", and copy the head's weights too" if is_head(name) else ""),
         )
     return wanted
 

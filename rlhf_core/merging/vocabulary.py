@@ -18,12 +18,10 @@ from torch import Tensor
 
 from rlhf_core.errors import ConfigError, ModelError
 from rlhf_core.infra.files import read_json
-from rlhf_core.merging.checkpoint import Checkpoint
+from rlhf_core.merging.checkpoint import Checkpoint, is_vocabulary
 from rlhf_core.merging.streams import Source
-from rlhf_core.merging.weights import GROUPS, LM_HEAD
 
 TOKENIZER = "tokenizer.json"
-_NAMES = {*GROUPS["embeddings"], *LM_HEAD, "shared", "output_layer"} - {"wpe"}
 
 Runs = list[tuple[int, int, int]]
 """Rows as (first row of the result, number of rows, first row of the input, or -1 where the input has none)."""
@@ -199,13 +197,6 @@ class AlignedSource(Source):
 
     def key(self) -> bytes:
         return self.plain.key()
-
-
-def is_vocabulary(name: str, one: Checkpoint) -> bool:
-    """Tell whether a tensor has a row for each token."""
-    pieces, entry = name.split("."), one.tensors[name]
-    fits = len(entry.shape) == 2 and entry.dtype.is_floating_point
-    return fits and pieces[-1] == "weight" and pieces[-2:-1] != [] and pieces[-2] in _NAMES
 
 
 def tokenizer_file(one: Checkpoint) -> Path | None:

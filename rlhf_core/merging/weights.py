@@ -72,6 +72,11 @@ def is_embedding(name: str) -> bool:
     return any(part in name.split(".") for part in (*GROUPS["embeddings"], *LM_HEAD))
 
 
+def is_head(name: str) -> bool:
+    """Tell whether a tensor belongs to the head that predicts tokens, by its name."""
+    return any(piece in LM_HEAD for piece in name.split(".")[:-1])
+
+
 def layer_wise_interpolation(value: Value, name: str, depth: int, *, what: str = "weight") -> float:
     """Return a value for one tensor of a model with `depth` layers.
 
