@@ -71,8 +71,37 @@ class LoraConfig(BaseConfig):
         32.0, gt=0, description="Scale of the update (alpha / rank); larger makes it act more strongly."
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input; larger regularises more.")
-    target_modules: list[str] | Literal["all-linear"] = Field(
-        "all-linear", description="Names of the modules that get an adapter; more modules learn more and cost more."
+    target_modules: list[str] | str = Field(
+        "all-linear",
+        description="Modules that get an adapter, as peft takes them: names or ends of names in a list (`q_proj`,"
+        " `self_attn.q_proj`), a regular expression of whole names as one text, or `all-linear`. More modules learn more and"
+        " cost more.",
+    )
+    exclude_modules: list[str] | str = Field(
+        default_factory=list,
+        description="Modules that get none though they are targets, written as those are; more of them train less.",
+    )
+    target_parameters: list[str] = Field(
+        default_factory=list,
+        description="Parameters that aren't modules and get an adapter, such as `mlp.experts.gate_up_proj` of a mixture of"
+        " experts; more of them learn more and cost more.",
+    )
+    modules_to_save: list[str] = Field(
+        default_factory=list,
+        description="Modules that are trained whole and saved with the adapter, such as `embed_tokens` and `lm_head`; more of"
+        " them learn more and cost much more.",
+    )
+    use_rslora: bool = Field(
+        False,
+        description="Scale the update by alpha / √rank (rank-stabilised LoRA), which acts more strongly at high ranks.",
+    )
+    use_dora: bool = Field(
+        False, description="Train the weights' magnitudes apart from their directions (DoRA): often better, and slower."
+    )
+    init_lora_weights: Literal["default", "gaussian", "orthogonal"] = Field(
+        "default",
+        description="How the update's first half starts (the other half is 0, so that nothing changes at first): uniform as in"
+        " the reference implementation, or `gaussian`; `orthogonal` starts both halves so that their product is 0.",
     )
     quantize: Literal["none", "4bit", "8bit"] = Field(
         "none", description="Quantisation of the frozen base (QLoRA); fewer bits save memory and lose precision."
@@ -278,6 +307,11 @@ class TrainerConfig(BaseConfig):
         None, ge=1, description="Steps between evaluations; larger evaluates less often, null only at the end."
     )
     lora: LoraConfig | None = Field(None, description="Train low-rank adapters; null trains every weight.")
+    adapter: Literal["continue", "fold"] = Field(
+        "continue",
+        description="Where `model` is an adapter: `continue` trains and saves that adapter, its base as it is; `fold` merges it"
+        " into the base first and trains every weight, or with `lora` a new adapter, and saves a whole model.",
+    )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="AdamW beyond its learning rate.")
     batching: BatchingConfig = Field(default_factory=BatchingConfig, description="Layout of a step's rows.")
     dataset: DatasetConfig = Field(default_factory=DatasetConfig, description="How rows are read.")

@@ -48,7 +48,7 @@ def refused(path: Path) -> str:
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key": ({"lerning_rate": 1}, "unknown option `lerning_rate`; fix: did you mean `learning_rate`?"),
     "unknown key in a group": ({"lora": {"rnk": 8}}, "unknown option `lora.rnk`; fix: did you mean `rank`?"),
-    "nothing near": ({"lora": {"zzz": 8}}, "unknown option `lora.zzz`; fix: use one of: alpha, dropout, quantize, rank,"),
+    "nothing near": ({"lora": {"zzz": 8}}, "unknown option `lora.zzz`; fix: use one of: alpha, dropout, exclude_modules,"),
     "negative rate": ({"learning_rate": -1e-5}, "`learning_rate`: must be greater than 0; got -1e-05"),
     "NaN rate": ({"learning_rate": float("nan")}, "`learning_rate`: must be a finite number; got nan"),
     "infinite rate": ({"learning_rate": float("inf")}, "`learning_rate`: must be a finite number; got inf"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,18 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 def file_hashes(source: str) -> dict[str, str] | None:
     """Return the SHA-256 of each file that a model is read from, an adapter's base included; None where it isn't local."""
     path = Path(source).expanduser()
+    hashes = _own_hashes(path)
+    if hashes is None or not path.is_dir():
+        return hashes
+    base, adapters = adapter_chain(str(path))
+    # Of an adapter on an adapter the inner one counts too.
+    under = [*adapters[-2::-1], base] if adapters else []
+    for depth, place in enumerate(under, 1):
+        hashes |= {"base/" * depth + name: value for name, value in (_own_hashes(Path(place)) or {}).items()}
+    return hashes
+
+
+def _own_hashes(path: Path) -> dict[str, str] | None:
     if path.is_file():
         return {path.name: _sha256(path)}
     if not path.is_dir():
@@ -29,11 +42,7 @@ def file_hashes(source: str) -> dict[str, str] | None:
     wanted = sorted(
         p for part in parts for p in part.iterdir() if p.suffix in (".safetensors", ".json", ".jinja", ".model")
     )
-    hashes = {str(file.relative_to(path)): _sha256(file) for file in wanted}
-    if is_adapter(str(path)):
-        base = file_hashes(adapter_base(str(path)))
-        hashes |= {f"base/{name}": value for name, value in (base or {}).items()}
-    return hashes
+    return {str(file.relative_to(path)): _sha256(file) for file in wanted}
 
 
 def _sha256(path: Path) -> str:
@@ -78,14 +87,45 @@ def is_adapter(where: str) -> bool:
 
 
 def adapter_base(adapter: str) -> str:
-    """Return the base that an adapter names."""
+    """Return the base that an adapter names; a relative path is looked for from here, as peft does, then beside the adapter."""
     try:
         base = json.loads((Path(adapter) / "adapter_config.json").read_bytes()).get("base_model_name_or_path")
     except (ValueError, AttributeError) as error:
         raise ModelError("not a JSON object", place=f"{adapter}/adapter_config.json", got=first_line(error)) from None
     if not base:
         raise ModelError("the adapter doesn't say which base it belongs to", place=f"{adapter}/adapter_config.json")
-    return str(base)
+    base = str(base)
+    if not Path(base).expanduser().exists() and (beside := Path(adapter) / base).exists():
+        return str(beside.resolve())
+    return base
+
+
+def adapter_chain(where: str, local: Callable[[str], str] = str) -> tuple[str, list[str]]:
+    """Return the model under an adapter, and the adapters on it, the innermost first; a plain model is under none.
+
+    Args:
+        where: a directory or a hub name.
+        local: returns the directory of an adapter that was fetched from the hub by its name, anything else as it is.
+
+    Raises:
+        ModelError: the adapters stand on each other in a circle.
+    """
+    adapters: list[str] = []
+    seen: set[Path] = set()
+    while is_adapter(where := local(where)):
+        if (here := Path(where).expanduser().resolve()) in seen:
+            raise ModelError(
+                "adapters name each other as their base, so there is no model under them",
+                place=f"{adapters[0]}/adapter_config.json",
+                got=" → ".join([*adapters, where]),
+                fix="set `base_model_name_or_path` to the model that the first of them was trained on",
+            )
+        seen.add(here)
+        adapters.append(where)
+        where = adapter_base(where)
+        if Path(where).expanduser().exists():
+            where = str(Path(where).expanduser())
+    return where, adapters[::-1]
 
 
 def check_files(where: str) -> None:

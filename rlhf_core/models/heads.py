@@ -134,7 +134,7 @@ def head_directory(source: str | Path, name: str) -> Path | None:
     if where.exists():
         found = [where / file if (where / file).is_file() else None for file in files]
     else:
-        found = _from_hub(str(source), files)
+        found = from_hub(str(source), files)
     if (lost := [file for file, path in zip(files, found, strict=True) if path is None]) == []:
         return found[0].parent  # type: ignore[union-attr]
     if len(lost) == 1:
@@ -164,7 +164,8 @@ def warn_of_other_head(source: str | Path, name: str) -> None:
         )
 
 
-def _from_hub(source: str, files: Sequence[str]) -> list[Path | None]:
+def from_hub(source: str, files: Sequence[str]) -> list[Path | None]:
+    """Return where files of a hub repository stand in the cache, fetched where need be; None for those that it hasn't."""
     from transformers.utils import cached_file
 
     quiet = {

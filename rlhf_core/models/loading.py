@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,17 @@ from torch import nn
 
 from rlhf_core.config import LoraConfig
 from rlhf_core.errors import ModelError, RLHFError
-from rlhf_core.infra.model_files import adapter_base, check_files, first_line, is_adapter, locate, near_path
+from rlhf_core.infra.model_files import adapter_chain, check_files, first_line, is_adapter, locate, near_path
+from rlhf_core.models.adapters import (
+    AdapterUse,
+    describe_adapter,
+    fit_vocabulary,
+    fold,
+    is_sequence_classifier,
+    labels_of,
+    local_adapter,
+    put_on,
+)
 from rlhf_core.models.lora import quantization
 
 log = logging.getLogger(__name__)
@@ -29,6 +40,19 @@ _CLASSES = {
 }
 
 
+@dataclass
+class Loaded:
+    """A model as it was loaded, with what has to be known of it to save it."""
+
+    model: nn.Module
+    """A transformers model, or a peft model around one."""
+    tokenizer: Any
+    base: str | None = None
+    """Where the weights under an adapter stand as a plain checkpoint; None where they stand nowhere as they are."""
+    resized: bool = False
+    """Whether the base's embeddings were resized, so that an adapter must bring them along."""
+
+
 def load_model(
     source: str | Path,
     *,
@@ -37,10 +61,13 @@ def load_model(
     trust_remote_code: bool = False,
     kind: Kind = "causal",
     headless: bool = False,
-) -> tuple[nn.Module, Any]:
-    """Load a model with its tokenizer; an adapter directory is loaded on its base, the adapter merged in.
+    adapter: AdapterUse = "continue",
+) -> Loaded:
+    """Load a model with its tokenizer; an adapter directory is loaded on its base.
 
     Args:
+        adapter: what is done with an adapter: it is left on its base, where it alone is trained, or folded into it, where all
+            weights are. Of adapters on adapters the inner ones are folded in any case.
         kind: a causal language model, the `backbone` without any head, or one that scores sequences (`classifier`).
         headless: whether the output layer isn't used, and may be missing.
 
@@ -54,35 +81,40 @@ def load_model(
 
     source = str(source)
     where, options = locate(source)
-    adapter = where if is_adapter(where) else None
-    base = adapter_base(where) if adapter else where
+    base, adapters = adapter_chain(where, local_adapter)
+    if adapters:
+        base, options = _locate_base(base, adapters[0])
     options |= {"trust_remote_code": trust_remote_code}
     transformers_logging.disable_progress_bar()
     # Each of a dozen attempts to reach the hub would be a line; the last one's reason is in our error.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
-        tokenizer = _load_tokenizer(AutoTokenizer, [where, base], options)
+        tokenizer = _load_tokenizer(AutoTokenizer, [*adapters[::-1], base], options)
         check_files(base)
+        labels = labels_of(adapters[-1]) if adapters and kind == "classifier" else None
         model, info = getattr(transformers, _CLASSES[kind]).from_pretrained(
             base,
             output_loading_info=True,
             dtype=dtype,
             **({} if "gguf_file" in options else {"use_safetensors": True}),
             **({"quantization_config": settings} if (settings := quantization(lora)) else {}),
+            **({"num_labels": labels} if labels else {}),
             **options,
         )
-        check_weights(model, info["missing_keys"], source, base=base, headless=headless)
-        if adapter:
-            model = _with_adapter(model, adapter, base)
+        missing = {name for name in info["missing_keys"] if not (labels and name.startswith("score."))}
+        check_weights(model, missing, source, base=base, headless=headless)
+        if "gguf_file" in options:
+            _forget_gguf(model)
+        loaded = Loaded(model, tokenizer, None if "gguf_file" in options else _absolute(base))
+        if adapters:
+            _with_adapters(loaded, adapters, base, use=adapter)
     except RLHFError:
         raise
     except Exception as error:
         raise _load_error(source, error) from error
-    if "gguf_file" in options:
-        _forget_gguf(model)
-    check_finite(model, source)
-    check_tokenizer(model, tokenizer, source)
-    return model, tokenizer
+    check_finite(loaded.model, source)
+    check_tokenizer(loaded.model, tokenizer, source)
+    return loaded
 
 
 def check_weights(model: nn.Module, missing: Iterable[str], source: str, *, base: str, headless: bool = False) -> None:
@@ -118,21 +150,16 @@ def architecture(source: str | Path, *, trust_remote_code: bool = False) -> str:
     from transformers import AutoConfig
 
     where, options = locate(str(source))
-    if options or is_adapter(where):
+    where = local_adapter(where)
+    if is_adapter(where):
+        return "ForSequenceClassification" if is_sequence_classifier(where) else ""
+    if options:
         return ""
     try:
         config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise _load_error(str(source), error) from error
     return str((getattr(config, "architectures", None) or [""])[0])
-
-
-def plain_checkpoint(source: str | Path) -> str | None:
-    """Return the source as an adapter may name its base, or None where it is an adapter itself, or GGUF."""
-    where, options = locate(str(source))
-    if options or is_adapter(where):
-        return None
-    return str(Path(where).resolve()) if Path(where).is_dir() else where
 
 
 def check_finite(model: nn.Module, source: str) -> None:
@@ -155,7 +182,8 @@ def check_finite(model: nn.Module, source: str) -> None:
 
 def check_tokenizer(model: nn.Module, tokenizer: Any, source: str) -> None:
     """Raise where the tokenizer knows ids that the model has no embedding for; give it a padding token if it has none."""
-    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    network = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    rows = network.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     if len(tokenizer) > rows:
         raise ModelError(
             "the tokenizer is longer than the model's embeddings",
@@ -172,32 +200,40 @@ def check_tokenizer(model: nn.Module, tokenizer: Any, source: str) -> None:
         tokenizer.pad_token = tokenizer.eos_token
 
 
-def _with_adapter(model: nn.Module, adapter: str, base: str) -> nn.Module:
-    import peft
+def _with_adapters(loaded: Loaded, adapters: list[str], base: str, *, use: AdapterUse) -> None:
+    """Put adapters on a base, the innermost first, and fold all but the one that is to be trained."""
+    for depth, adapter in enumerate(adapters):
+        own_tokenizer = depth == len(adapters) - 1
+        resized = fit_vocabulary(loaded.model, adapter, len(loaded.tokenizer) if own_tokenizer else 0)
+        loaded.resized |= resized
+        adapted = put_on(loaded.model, adapter, base)
+        about = describe_adapter(adapted)
+        if use == "continue" and depth == len(adapters) - 1:
+            loaded.model = adapted
+            log.info("adapter %s (%s on %s): it is trained on, and its base stays as it is", adapter, about, base)
+            return
+        loaded.model, loaded.base, loaded.resized = fold(adapted, place=adapter), None, False
+        for parameter in loaded.model.parameters():
+            # peft froze the base; of quantised weights, which are whole numbers, none can learn.
+            parameter.requires_grad_(parameter.is_floating_point())
+        log.info("adapter %s (%s): folded into the weights of %s", adapter, about, base)
+        base = adapter
 
-    if Path(adapter).is_dir() and not (Path(adapter) / "adapter_model.safetensors").is_file():
-        pickles = ", ".join(sorted(p.name for p in Path(adapter).glob("*.bin")))
-        raise ModelError(
-            "the adapter has no adapter_model.safetensors; pickled weights can run code and are not loaded",
-            place=adapter,
-            got=pickles or "no weights",
-            fix="save it again with `save_pretrained`, where you trust it",
-        )
+
+def _locate_base(base: str, adapter: str) -> tuple[str, dict[str, Any]]:
     try:
-        adapted = peft.PeftModel.from_pretrained(model, adapter)
-    except (RuntimeError, ValueError) as error:
+        return locate(base)
+    except ModelError as error:
         raise ModelError(
-            "the adapter doesn't fit its base",
+            "the base that this adapter names isn't there",
             place=adapter,
-            got=f"base {base}: {first_line(error)}",
-            fix="set `base_model_name_or_path` in adapter_config.json to the model that it was trained on",
+            got=f"{base}: {error.problem}",
+            fix="set `base_model_name_or_path` in adapter_config.json to where it lies now",
         ) from error
-    # Merged, the adapter is part of the policy as passed in: a fresh one can be trained on top, and its reference stays.
-    merged = adapted.merge_and_unload()
-    for parameter in merged.parameters():
-        # peft froze the base; of quantised weights, which are whole numbers, none can learn.
-        parameter.requires_grad_(parameter.is_floating_point())
-    return merged
+
+
+def _absolute(where: str) -> str:
+    return str(Path(where).resolve()) if Path(where).is_dir() else where
 
 
 def _load_tokenizer(auto: Any, places: list[str], options: dict[str, Any]) -> Any:

@@ -13,10 +13,11 @@ from rlhf_core.batch import Batch
 from rlhf_core.config import LoraConfig
 from rlhf_core.errors import ModelError
 from rlhf_core.interfaces import Completion
+from rlhf_core.models.adapters import AdapterUse
 from rlhf_core.models.attention import Kernel
 from rlhf_core.models.generate import generate
 from rlhf_core.models.heads import warn_of_heads
-from rlhf_core.models.loading import load_model, plain_checkpoint
+from rlhf_core.models.loading import load_model
 from rlhf_core.models.logprobs import linear_token_logprobs, module_token_logprobs
 from rlhf_core.models.output_layer import OutputLayer, Unexplained, graft, measure
 from rlhf_core.models.probe import FAILURES, Findings
@@ -36,6 +37,7 @@ class PolicyModel(SequenceModel):
         attention: Kernel = "auto",
         precision: str = "float32",
         lora: LoraConfig | None = None,
+        adapter: AdapterUse = "continue",
         gradient_checkpointing: bool = False,
         compile: bool = False,
         layout: LayoutName = "auto",
@@ -48,9 +50,8 @@ class PolicyModel(SequenceModel):
         See `TrainerConfig` for what the options do.
         """
         warn_of_heads(source)
-        model, tokenizer = load_model(source, lora=lora, trust_remote_code=trust_remote_code)
-        policy = cls(model, tokenizer, source=str(source))
-        policy.base, policy.loaded = plain_checkpoint(source), True
+        loaded = load_model(source, lora=lora, trust_remote_code=trust_remote_code, adapter=adapter)
+        policy = cls.of(loaded, source)
         if device is not None:
             policy.to(device)
         policy.set_options(

@@ -15,6 +15,7 @@ from rlhf_core.config import LoraConfig, TrainerConfig
 from rlhf_core.errors import ConfigError, ModelError
 from rlhf_core.infra.model_files import PROCESS_REWARD_HEAD, REWARD_HEAD
 from rlhf_core.infra.seeds import stream_seed
+from rlhf_core.models.adapters import AdapterUse
 from rlhf_core.models.heads import (
     NO_HEAD,
     TwoLayerHead,
@@ -28,7 +29,6 @@ from rlhf_core.models.loading import load_model
 from rlhf_core.models.reward import last_hidden, refuse_quantised
 from rlhf_core.models.sequence import SequenceModel, model_hashes
 from rlhf_core.models.steps import step_ends
-from rlhf_core.models.structure import without_head
 
 HEAD = PROCESS_REWARD_HEAD
 Aggregation = Literal["min", "product", "mean", "last"]
@@ -60,6 +60,7 @@ class ProcessRewardModel(nn.Module):
         trust_remote_code: bool = False,
         device: str | torch.device | None = None,
         lora: LoraConfig | None = None,
+        adapter: AdapterUse = "continue",
         **options: Any,
     ) -> Self:
         """Load what `save_pretrained` wrote.
@@ -79,15 +80,15 @@ class ProcessRewardModel(nn.Module):
         if where is None and not new_head:
             fix = "train one: `rlhf train process_reward`"
             raise ModelError(NO_HEAD, place=str(source), got=f"no {HEAD}.json", fix=fix)
-        network, tokenizer = load_model(
+        loaded = load_model(
             source,
             kind="causal" if where is None else "backbone",
             headless=True,
             lora=lora,
             trust_remote_code=trust_remote_code,
+            adapter=adapter,
         )
-        backbone = SequenceModel(without_head(network), tokenizer, source=str(source))
-        backbone.loaded = True
+        backbone = SequenceModel.of(loaded, source).without_head()
         if where is not None:
             about = describe_head(where, HEAD, width=backbone.width, keys={"separator": str})
             head = TwoLayerHead(backbone.width, outputs=2)

@@ -1,6 +1,7 @@
 """The reference: the policy as it was passed in, kept to be compared with while the policy learns.
 
-Three ways to keep it, one objective: a frozen copy; the base with the adapter off, where the adapter is fresh; or
+Three ways to keep it, one objective: a frozen copy (of what is trained: under an adapter, of the adapter alone); the base with
+the adapter off, where the adapter is fresh; or
 log-probabilities computed once before the first step, which need no second model in memory.
 """
 
@@ -10,12 +11,12 @@ import contextlib
 import copy
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf_core.batch import Batch
 from rlhf_core.errors import ConfigError, ModelError
@@ -44,7 +45,11 @@ class Reference:
         self._policy = policy
         self._model = policy
         self._known: dict[bytes, float] | None = None
-        if mode == "copy":
+        self._kept: list[tuple[nn.Parameter, Tensor]] = []
+        if mode == "copy" and policy.has_adapter:
+            # The base doesn't change: what is trained is enough, and is put in its place while the reference is read.
+            self._kept = [(p, p.detach().clone()) for p in policy.parameters() if p.requires_grad]
+        elif mode == "copy":
             self._model = copy.deepcopy(policy).eval().requires_grad_(False)
 
     @classmethod
@@ -83,9 +88,21 @@ class Reference:
 
     def _score(self, batch: Batch) -> Tensor:
         model = self._model
-        off = model.adapter_off() if self.mode == "adapter_off" else contextlib.nullcontext()
+        off = model.adapter_off() if self.mode == "adapter_off" else self._as_kept()
         with evaluating(model), off:
             return score_in_parts(batch, model.response_logps, cut=self._cut, device=model.device)
+
+    @contextlib.contextmanager
+    def _as_kept(self) -> Iterator[None]:
+        """Have the policy's trained parameters hold what they held at the start; nothing is copied, and no gradient touched."""
+        now = [parameter.data for parameter, _ in self._kept]
+        try:
+            for parameter, start in self._kept:
+                parameter.data = start
+            yield
+        finally:
+            for (parameter, _), value in zip(self._kept, now, strict=True):
+                parameter.data = value
 
     @torch.no_grad()
     def precompute(self, batches: Iterable[Batch], path: Path | None = None) -> None:

@@ -16,6 +16,7 @@ from rlhf_core.config import LoraConfig, TrainerConfig
 from rlhf_core.errors import ConfigError, ModelError
 from rlhf_core.infra.model_files import PROCESS_REWARD_HEAD, REWARD_HEAD
 from rlhf_core.infra.seeds import stream_seed
+from rlhf_core.models.adapters import AdapterUse, trained_module
 from rlhf_core.models.heads import (
     NO_HEAD,
     LinearHead,
@@ -29,7 +30,6 @@ from rlhf_core.models.heads import (
 from rlhf_core.models.layout import Layout
 from rlhf_core.models.loading import architecture, load_model
 from rlhf_core.models.sequence import SequenceModel, model_hashes
-from rlhf_core.models.structure import without_head
 
 HEAD = REWARD_HEAD
 MOST_MEMBERS = 64
@@ -70,6 +70,7 @@ class RewardModel(nn.Module):
         trust_remote_code: bool = False,
         device: str | torch.device | None = None,
         lora: LoraConfig | None = None,
+        adapter: AdapterUse = "continue",
         **options: Any,
     ) -> Self:
         """Load what `save_pretrained` wrote, or a decoder of the hub with a classification head of one label.
@@ -88,15 +89,14 @@ class RewardModel(nn.Module):
         refuse_quantised(lora)
         where = head_directory(source, HEAD)
         settings: dict[str, Any] = {"lora": lora, "trust_remote_code": trust_remote_code}
+        settings["adapter"] = adapter
         if where is not None:
             model = cls._saved(where, source, settings)
         elif architecture(source, trust_remote_code=trust_remote_code).endswith("ForSequenceClassification"):
             model = cls._classifier(str(source), settings)
         elif new_head:
             warn_of_other_head(source, PROCESS_REWARD_HEAD)
-            network, tokenizer = load_model(source, headless=True, **settings)
-            backbone = SequenceModel(without_head(network), tokenizer, source=str(source))
-            backbone.loaded = True
+            backbone = SequenceModel.of(load_model(source, headless=True, **settings), source).without_head()
             model = cls.on(backbone, members=members or 1, share_backbone=share_backbone is not False, seed=seed)
         else:
             raise ModelError(
@@ -134,26 +134,21 @@ class RewardModel(nn.Module):
 
     @staticmethod
     def _load_backbone(where: str | Path, settings: dict[str, Any]) -> SequenceModel:
-        network, tokenizer = load_model(where, kind="backbone", **settings)
-        backbone = SequenceModel(network, tokenizer, source=str(where))
-        backbone.loaded = True
-        return backbone
+        return SequenceModel.of(load_model(where, kind="backbone", **settings), where)
 
     @classmethod
     def _classifier(cls, source: str, settings: dict[str, Any]) -> Self:
-        network, tokenizer = load_model(source, kind="classifier", **settings)
-        head = getattr(network, "score", None)
+        whole = SequenceModel.of(load_model(source, kind="classifier", **settings), source)
+        head = trained_module(getattr(whole.network, "score", None))
         if not isinstance(head, nn.Linear) or head.out_features != 1:
-            got = f"{head.out_features} labels" if isinstance(head, nn.Linear) else f"{type(network).__name__}"
+            got = f"{head.out_features} labels" if isinstance(head, nn.Linear) else f"{type(whole.network).__name__}"
             raise ModelError(
                 "only a decoder with one label is a reward model here",
                 place=source,
                 got=got,
                 fix="use a checkpoint with `num_labels: 1` whose head is its last layer, `score`",
             )
-        backbone = SequenceModel(without_head(network), tokenizer, source=source)
-        backbone.loaded = True
-        return cls([backbone], [LinearHead.like(head)])
+        return cls([whole.without_head()], [LinearHead.like(head)])
 
     @property
     def _backbones(self) -> list[SequenceModel]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, cast
@@ -17,10 +17,12 @@ from rlhf_core.batch import Batch
 from rlhf_core.config import LoraConfig, TrainerConfig
 from rlhf_core.errors import ConfigError, ModelError
 from rlhf_core.infra.model_files import file_hashes, first_line
+from rlhf_core.models.adapters import folded_copy
 from rlhf_core.models.attention import Kernel, OptimizedAttention
 from rlhf_core.models.compile import compile_model
 from rlhf_core.models.layout import Layout, joined, of_responses, packed_layout, padded_layout
-from rlhf_core.models.lora import apply_lora
+from rlhf_core.models.loading import Loaded
+from rlhf_core.models.lora import apply_lora, lora_difference
 from rlhf_core.models.probe import FAILURES, Arrangement, Findings, Unexplained, examine
 from rlhf_core.models.rope import LengthClasses
 from rlhf_core.models.structure import accepted, hidden_of, without_head
@@ -48,6 +50,10 @@ class SequenceModel(nn.Module):
         """Whether its weights are those of `source` still, as far as this class knows."""
         self.base: str | None = None
         """Where the weights under the adapter stand as a plain checkpoint; None where they stand nowhere as they are."""
+        self.resized = False
+        """Whether the base's embeddings were resized since, so that an adapter must bring them along."""
+        self.headless = False
+        """Whether the network has a head that isn't used, and is left out where the model is saved."""
         self.layout: LayoutName = "auto"
         self.share_prompts = True
         self.fresh_adapter = False
@@ -55,6 +61,13 @@ class SequenceModel(nn.Module):
         self.attention = self._select_attention("auto", torch.float32)
         self._findings: Findings | None = None
         self._lengths = LengthClasses(self.network)
+
+    @classmethod
+    def of(cls, loaded: Loaded, source: str | Path) -> Self:
+        """Return what was loaded just now, as it lies on disk."""
+        made = cls(loaded.model, loaded.tokenizer, source=str(source))
+        made.base, made.resized, made.loaded = loaded.base, loaded.resized, True
+        return made
 
     def configure(self, config: TrainerConfig) -> Self:
         """Apply a trainer's options (attention, adapters, checkpointing, layout) to this model, in place; return it."""
@@ -129,12 +142,12 @@ class SequenceModel(nn.Module):
             self.fresh_adapter = True
             return
         held = next(iter(self.model.peft_config.values()))  # type: ignore[operator]
-        if (held.r, held.lora_alpha, held.lora_dropout) != (lora.rank, lora.alpha, lora.dropout):
+        if (difference := lora_difference(held, lora)) is not None:
             raise ConfigError(
                 "the model has an adapter of another shape already",
                 place="lora",
-                got=f"rank {held.r}, alpha {held.lora_alpha} in the model; rank {lora.rank}, alpha {lora.alpha} asked for",
-                fix="leave `lora` out to go on training its adapter, or merge it (`model.merge_and_unload()`) to train a new one",
+                got=difference,
+                fix="leave `lora` out to go on training its adapter, or set `adapter: fold` to train a new one on top of it",
             )
 
     def _select_attention(self, wanted: Kernel, dtype: torch.dtype) -> OptimizedAttention:
@@ -205,16 +218,17 @@ class SequenceModel(nn.Module):
         return self.network.config.get_text_config()
 
     def without_head(self) -> SequenceModel:
-        """Return the model's backbone as a model of its own, sharing its weights."""
-        if self.has_adapter:
-            raise ConfigError(
-                "a backbone can't be taken out from under an adapter",
-                place="model",
-                got=self.source,
-                fix="merge the adapter first (`model.merge_and_unload()`), or pass the path of what was saved",
-            )
-        made = SequenceModel(without_head(self.network), self.tokenizer, source=self.source)
-        made.loaded = self.loaded
+        """Return the model's backbone as a model of its own, sharing its weights.
+
+        Under an adapter the whole network is kept, for the adapter knows its layers by their names in it; its head isn't used.
+        """
+        inner = without_head(self.network)
+        made = SequenceModel(self.model if self.has_adapter else inner, self.tokenizer, source=self.source)
+        made.loaded, made.base, made.resized, made.headless = self.loaded, self.base, self.resized, self.has_adapter
+        inside = {id(parameter) for parameter in inner.parameters()}
+        for parameter in made.parameters():
+            if id(parameter) not in inside:
+                parameter.requires_grad_(False)
         return made
 
     # The forward pass
@@ -323,17 +337,25 @@ class SequenceModel(nn.Module):
         """Write a plain Hugging Face directory with the tokenizer.
 
         That is the whole model; or, of a model with an adapter, the adapter alone, which names its base. Where the base stands
-        nowhere as it is (an adapter merged on loading, a GGUF file, a model made in Python), or where `merged`, the adapter is
-        merged into what is written. The model itself is left as it is.
+        nowhere as it is (an adapter folded on loading, a GGUF file, a model made in Python), or where `merged`, the adapter is
+        folded into what is written. The model itself is left as it is.
         """
         directory, model = Path(directory), self.model
+        options: dict[str, Any] = {}
         if self.has_adapter:
             if merged or self.base is None:
-                model = copy.deepcopy(self.model).merge_and_unload()  # type: ignore[operator]
+                model = folded_copy(self.model, place=self.source)
+                if self.headless:
+                    model = without_head(model)
             else:
+                if self.resized:
+                    options["save_embedding_layers"] = True
                 for adapter in self.model.peft_config.values():  # type: ignore[operator]
                     adapter.base_model_name_or_path = self.base
-        model.save_pretrained(directory)  # type: ignore[operator]
+        with warnings.catch_warnings():
+            # peft says that it saves embeddings along, and that it can't ask the hub for the base's configuration.
+            warnings.simplefilter("ignore", UserWarning)
+            model.save_pretrained(directory, **options)  # type: ignore[operator]
         self.tokenizer.save_pretrained(directory)
 
     def describe(self) -> dict[str, Any]:

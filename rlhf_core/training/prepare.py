@@ -70,6 +70,7 @@ def load_policy(trainer: Trainer, devices: DeviceManager) -> PolicyModel:
             attention=config.attention,
             precision=config.precision,
             lora=config.lora,
+            adapter=config.adapter,
             gradient_checkpointing=config.gradient_checkpointing,
             compile=config.compile,
             layout=config.batching.layout,
@@ -114,6 +115,10 @@ def build_models(trainer: Trainer, policy: PolicyModel, devices: DeviceManager) 
     trained = {name: p for name, p in trainer.models.named_parameters() if p.requires_grad}
     if not trained:
         raise ConfigError("nothing to train: no parameter needs a gradient", place=place, fix="unfreeze the model")
+    every = {id(p): p.numel() for p in trainer.models.parameters()}
+    log.info(
+        "trainable %s of %s parameters", f"{sum(p.numel() for p in trained.values()):,}", f"{sum(every.values()):,}"
+    )
     narrow = [parameter for parameter in trained.values() if parameter.dtype in (torch.bfloat16, torch.float16)]
     for parameter in narrow:
         parameter.data = parameter.data.float()

@@ -69,20 +69,20 @@ def test_an_adapter_round_trip_merged_and_not(saved: Path, tmp_path: Path) -> No
     assert (tmp_path / "adapter/adapter_model.safetensors").is_file()
     for path in ("adapter", "merged"):
         found = PolicyModel.from_pretrained(tmp_path / path)
-        assert not found.has_adapter
+        assert found.has_adapter == (path == "adapter")
         assert relative(found.token_logps(batch), expected) < 1e-4
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / path)
         assert relative(PolicyModel(plain, policy.tokenizer).token_logps(batch), expected) < 1e-4
 
 
-def test_an_adapter_on_an_adapter_is_saved_whole(saved: Path, tmp_path: Path) -> None:
+def test_an_adapter_on_a_folded_one_is_saved_whole(saved: Path, tmp_path: Path) -> None:
     """Its base is the first adapter merged in, which stands nowhere: an adapter alone would lose it silently."""
     first = PolicyModel.from_pretrained(saved, lora=LoraConfig(rank=2))
     batch = random_batch(3, 2)
     shake(first)
     expected = first.token_logps(batch).detach()
     first.save_pretrained(tmp_path / "first")
-    second = PolicyModel.from_pretrained(tmp_path / "first", lora=LoraConfig(rank=2))
+    second = PolicyModel.from_pretrained(tmp_path / "first", lora=LoraConfig(rank=2), adapter="fold")
     assert second.fresh_adapter
     assert relative(second.token_logps(batch), expected) < 1e-4
     shake(second)
@@ -120,10 +120,11 @@ def test_only_adapters_train_and_targets_are_checked(saved: Path) -> None:
     assert caught.value.exit_code == 2
 
 
-def test_an_adapter_can_be_trained_on_whole(saved: Path, tmp_path: Path) -> None:
+def test_a_folded_adapter_can_be_trained_on_whole(saved: Path, tmp_path: Path) -> None:
     """peft leaves the base frozen when it merges an adapter into it."""
     PolicyModel.from_pretrained(saved, lora=LoraConfig(rank=2)).save_pretrained(tmp_path / "adapter")
-    assert all(parameter.requires_grad for parameter in PolicyModel.from_pretrained(tmp_path / "adapter").parameters())
+    policy = PolicyModel.from_pretrained(tmp_path / "adapter", adapter="fold")
+    assert all(parameter.requires_grad for parameter in policy.parameters())
 
 
 def test_quantisation_without_its_package(saved: Path) -> None:

@@ -1,0 +1,319 @@
+"""Adapters that a model is given as: on their base as peft puts them there, or folded into its weights, never another model."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_core.errors import ModelError
+from rlhf_core.infra.model_files import first_line, is_adapter
+from rlhf_core.infra.tensors import read_header
+from rlhf_core.models.heads import from_hub
+
+log = logging.getLogger(__name__)
+
+AdapterUse = Literal["continue", "fold"]
+FOLD_TOLERANCE = 1e-4
+"""Most relative difference of outputs that folding may make in float32. Rounding makes 1e-6 to 1e-5."""
+WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_PROBE = 64
+
+
+def local_adapter(where: str) -> str:
+    """Return the directory of an adapter named by its hub name, fetched where need be; anything else as it is."""
+    if Path(where).expanduser().exists() or (found := from_hub(where, ("adapter_config.json",))[0]) is None:
+        return where
+    import huggingface_hub
+
+    directory = found.parent
+    with contextlib.suppress(Exception):  # offline, what the cache has must do
+        if not any(name.startswith(("model", "pytorch_model")) for name in huggingface_hub.list_repo_files(where)):
+            patterns = ["*.json", "*.jinja", "*.model", "*.txt", "adapter_model.*"]
+            directory = Path(huggingface_hub.snapshot_download(where, allow_patterns=patterns))
+    return str(directory) if is_adapter(str(directory)) and not list(directory.glob("model*")) else where
+
+
+def put_on(model: nn.Module, adapter: str, base: str) -> nn.Module:
+    """Return the peft model of an adapter's directory on its base; what it trains needs gradients and is float32.
+
+    Args:
+        model: the base, its embeddings already of the adapter's size (`fit_vocabulary`).
+        adapter: the directory.
+        base: where the base came from, for messages.
+
+    Raises:
+        ModelError: it doesn't fit, is pickled, or is of a kind that isn't part of the network's layers.
+    """
+    import peft
+
+    _check_weights_file(adapter)
+    try:
+        _check_kind(peft.PeftConfig.from_pretrained(adapter), adapter)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            adapted = peft.PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise _misfit(adapter, base, first_line(error)) from error
+    # peft only warns of weights that found no place, and would leave them at their random start.
+    if lost := next((str(w.message) for w in caught if "missing adapter keys" in str(w.message)), None):
+        raise _misfit(adapter, base, lost[:300])
+    for parameter in adapted.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
+    return adapted
+
+
+def fit_vocabulary(model: Any, adapter: str, tokens: int) -> bool:
+    """Give a base the embeddings that an adapter was saved with, where its vocabulary grew; return whether it was resized.
+
+    Args:
+        model: the base.
+        adapter: the adapter's directory.
+        tokens: how many the adapter's own tokenizer knows; 0 where it has none.
+
+    Raises:
+        ModelError: the adapter knows more tokens than its base, and doesn't hold their embeddings.
+    """
+    _check_weights_file(adapter)
+    rows = model.get_input_embeddings().weight.shape[0]
+    shapes = {name: tuple(entry.shape) for name, entry in read_header(Path(adapter) / WEIGHTS).items()}
+    parts = list(_vocabulary_parts(model))
+    saved = {part: [n for name, shape in shapes.items() if (n := _rows(name, shape, part))] for part, _ in parts}
+    wanted = max((n for found in saved.values() for n, _ in found), default=rows)
+    if wanted == rows and tokens <= rows:
+        return False
+    whole = all(any(n == wanted and is_whole for n, is_whole in saved[part]) for part, own in parts if own)
+    if max(wanted, tokens) > rows and not (whole and wanted >= tokens):
+        raise ModelError(
+            "the adapter was trained with a vocabulary that grew, and doesn't hold the new tokens' embeddings",
+            place=adapter,
+            got=f"{max(wanted, tokens)} tokens, {rows} embeddings in the base",
+            fix="save it again with peft's `save_embedding_layers=True`, or save the base with its embeddings resized and set"
+            " `base_model_name_or_path` in adapter_config.json to that",
+        )
+    if wanted == rows or not whole:
+        return False
+    model.resize_token_embeddings(wanted, mean_resizing=False)
+    log.info("the base's %d embeddings are resized to the adapter's %d, which it brings along", rows, wanted)
+    return True
+
+
+def fold(adapted: Any, *, place: str) -> nn.Module:
+    """Return the network with its adapter in its own weights, float32; the peft model is used up.
+
+    Embeddings that are tied are untied first where the adapter changes one of the two only.
+
+    Raises:
+        ModelError: the network would compute something else than with the adapter on it.
+    """
+    adapted = adapted.float()
+    network = adapted.get_base_model()
+    ids = _probe_ids(adapted)
+    before = _probe(network, ids)
+    tied = [config for config in _configs(network) if getattr(config, "tie_word_embeddings", False)]
+    untied = _untie(network)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            merged = adapted.merge_and_unload()
+        after = _probe(merged, ids)
+    except (RuntimeError, ValueError, NotImplementedError, AttributeError, TypeError) as error:
+        raise _not_folded(place, first_line(error)) from error
+    difference = float((after - before).norm() / before.norm())
+    if not difference <= FOLD_TOLERANCE:
+        raise _not_folded(
+            place, f"outputs that differ by {difference:.1e}, more than the {FOLD_TOLERANCE:g} of rounding"
+        )
+    if untied:
+        _settle_tie(merged, tied)
+    return merged
+
+
+def folded_copy(adapted: Any, *, place: str) -> nn.Module:
+    """Return what `fold` makes of a copy; the peft model is left as it is."""
+    # Adapters that peft ties keep the tensors that they were tied with in their layers' notes, and those can't be copied.
+    memo: dict[int, Any] = {}
+    for layer in adapted.modules():
+        for tensor in (getattr(layer, "kwargs", None) or {}).get("tied_adapter", {}).values():
+            memo[id(tensor)] = tensor.detach()
+    return fold(copy.deepcopy(adapted, memo), place=place)
+
+
+def describe_adapter(adapted: Any) -> str:
+    """Return what an adapter is, for a line of the log."""
+    held = next(iter(adapted.peft_config.values()))
+    kind = str(getattr(held.peft_type, "value", held.peft_type))
+    return f"LoRA of rank {held.r}" if kind == "LORA" else kind
+
+
+def _check_weights_file(adapter: str) -> None:
+    if (Path(adapter) / WEIGHTS).is_file():
+        return
+    pickles = ", ".join(sorted(p.name for p in Path(adapter).glob("*.bin")))
+    raise ModelError(
+        f"the adapter has no {WEIGHTS}; pickled weights can run code and are not loaded",
+        place=adapter,
+        got=pickles or "no weights",
+        fix="save it again with `save_pretrained`, where you trust it",
+    )
+
+
+def _check_kind(held: Any, adapter: str) -> None:
+    """Refuse what isn't part of the network's layers: the backbone is called by itself, and it would be lost."""
+    if held.is_prompt_learning or getattr(held, "alora_invocation_tokens", None) or held.peft_type == "XLORA":
+        raise ModelError(
+            "adapters of this kind aren't part of the model's layers and can't be used here",
+            place=adapter,
+            got="activated LoRA" if held.peft_type == "LORA" else str(getattr(held.peft_type, "value", held.peft_type)),
+            fix="use a LoRA adapter, or a model that it was folded into",
+        )
+
+
+def _misfit(adapter: str, base: str, got: str) -> ModelError:
+    return ModelError(
+        "the adapter doesn't fit its base",
+        place=adapter,
+        got=f"base {base}: {got}",
+        fix="set `base_model_name_or_path` in adapter_config.json to the model that it was trained on",
+    )
+
+
+def _not_folded(place: str, got: str) -> ModelError:
+    return ModelError(
+        "the adapter can't be folded into its base without making another model of it",
+        place=place,
+        got=got,
+        fix="set `adapter: continue`, which leaves it as it is",
+    )
+
+
+# Which of an adapter's tensors have a row a token
+
+
+def _vocabulary_parts(model: Any) -> Iterator[tuple[str, bool]]:
+    """Yield the names of the embeddings and the output layer, and whether each has weights of its own."""
+    names = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
+    first, last = model.get_input_embeddings(), model.get_output_embeddings()
+    yield names[id(first)], True
+    if last is not None and id(last) in names:
+        yield names[id(last)], last.weight is not first.weight
+
+
+def _rows(name: str, shape: tuple[int, ...], part: str) -> tuple[int, bool] | None:
+    """Return how many tokens a tensor of the adapter has rows for, and whether it is a whole matrix of them."""
+    inner = name.removeprefix(_PREFIX)
+    if not inner.startswith(part + ".") or len(shape) != 2:
+        return None
+    if inner.endswith("lora_embedding_A"):
+        return shape[1], False
+    if inner.endswith("lora_B.weight"):
+        return shape[0], False
+    if "lora_" in inner or "token_adapter" in inner or not inner.endswith("weight"):
+        return None
+    return shape[0], True
+
+
+# Folding
+
+
+def _wrapped(module: Any) -> tuple[Any, bool]:
+    """Return the layer of the base inside what peft put around it, and whether there was anything around it."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    inner = module
+    while isinstance(inner, BaseTunerLayer | AuxiliaryTrainingWrapper):
+        inner = inner.get_base_layer() if isinstance(inner, BaseTunerLayer) else inner.original_module
+    return inner, inner is not module
+
+
+def _untie(network: Any) -> bool:
+    """Give the output layer weights of its own where it shares the embeddings' and an adapter is on one of them."""
+    if not hasattr(network, "get_output_embeddings") or network.get_output_embeddings() is None:
+        return False
+    (first, around_first), (last, around_last) = map(
+        _wrapped, (network.get_input_embeddings(), network.get_output_embeddings())
+    )
+    if not (around_first or around_last) or last.weight is not first.weight:
+        return False
+    last.weight = nn.Parameter(first.weight.detach().clone(), requires_grad=first.weight.requires_grad)
+    return True
+
+
+def _settle_tie(network: Any, configs: list[Any]) -> None:
+    """Tie again what is equal still, and have the configurations that said that it is tied say how it is now."""
+    first, last = network.get_input_embeddings(), network.get_output_embeddings()
+    equal = torch.equal(first.weight, last.weight)
+    for config in configs:
+        config.tie_word_embeddings = equal
+    if equal:
+        last.weight = first.weight
+        return
+    network.all_tied_weights_keys = network.get_expanded_tied_weights_keys(all_submodels=True)
+    log.info("embeddings and output layer were tied and differ now that the adapter is folded: both are kept")
+
+
+def _configs(network: Any) -> list[Any]:
+    """Return a network's configuration and that of its text part, each once."""
+    return list({id(config): config for config in (network.config, network.config.get_text_config())}.values())
+
+
+def _probe_ids(adapted: Any) -> Tensor:
+    """Return (1, S) tokens from all over the vocabulary, and those whose embeddings an adapter trains one by one."""
+    network = adapted.get_base_model()
+    rows = network.get_input_embeddings().weight.shape[0]
+    spread = torch.linspace(0, rows - 1, min(_PROBE, rows)).long().tolist()
+    own = [token for held in adapted.peft_config.values() for token in _trained_tokens(held)]
+    return torch.tensor([spread + own], device=next(network.parameters()).device)
+
+
+@torch.no_grad()
+def _probe(network: Any, ids: Tensor) -> Tensor:
+    """Return what a network makes of tokens: logits, or hidden states where it has no output layer."""
+    training = network.training
+    network.eval()
+    try:
+        out = network(input_ids=ids, use_cache=False)
+    finally:
+        network.train(training)
+    return (out.logits if hasattr(out, "logits") else out.last_hidden_state).float()
+
+
+def _trained_tokens(held: Any) -> list[int]:
+    """Return the tokens whose embeddings an adapter trains one by one."""
+    given = getattr(held, "trainable_token_indices", None) or getattr(held, "token_indices", None) or []
+    groups = given.values() if isinstance(given, dict) else [given]
+    return sorted({int(token) for group in groups for token in group})[:_PROBE]
+
+
+def trained_module(module: nn.Module | None) -> nn.Module | None:
+    """Return the copy of a module that an adapter trains whole, or the module itself."""
+    copies = getattr(module, "modules_to_save", None)
+    return copies[module.active_adapter] if copies is not None else module  # type: ignore[union-attr]
+
+
+def labels_of(adapter: str) -> int | None:
+    """Return how many labels the head has that an adapter of a sequence classifier brings; None where it brings none."""
+    _check_weights_file(adapter)
+    for name, entry in read_header(Path(adapter) / WEIGHTS).items():
+        if name.endswith(("score.weight", "score.modules_to_save.weight")):
+            return int(entry.shape[0])
+    return None
+
+
+def is_sequence_classifier(adapter: str) -> bool:
+    """Tell whether an adapter was trained on a model that scores sequences."""
+    try:
+        return json.loads((Path(adapter) / "adapter_config.json").read_bytes()).get("task_type") == "SEQ_CLS"
+    except (ValueError, AttributeError):
+        return False
