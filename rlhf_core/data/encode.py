@@ -131,6 +131,8 @@ class Encoder:
         allowed = kept.special_tokens if special_tokens is None else special_tokens
         self.template = ChatTemplate(tokenizer, chat_template, allowed=allowed or ())
         self.pieces = PieceEncoder(tokenizer)
+        self.chats = False
+        """Whether a row so far was a chat."""
         self.plain = False
         """Whether a row was plain text where a chat template would have something to say, and nobody has said which is meant."""
 
@@ -186,6 +188,7 @@ class Encoder:
     def _plan(self, example: Example) -> _Plan:
         if isinstance(example.prompt, str):
             return self._text_plan(example, example.prompt)
+        self.chats = True
         prompt, tools, place = example.prompt, example.tools, example.place
         contents = [prompt, tools or [], *example.responses]
         seen = [name for text in texts_in(contents) for name in self.template.control.within(text)]

@@ -168,6 +168,22 @@ class ChatTemplate:
         return self._markers[role]
 
     @cached_property
+    def stops(self) -> tuple[int, ...]:
+        """The control tokens that end an assistant's turn, as ids; where the template writes none, the next role's markers."""
+        said = f"{_WORD}Az"
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": said}]
+        if self.source is None:
+            return ()
+        try:
+            rendered = self.render(Chat(messages, None, None, "a probe"))
+        except (DataError, ModelError):
+            return ()
+        behind = self.control.matches(rendered.rpartition(said)[2])
+        markers = (self.next_marker(role) for role in ("user", "tool"))
+        names = [behind[0].group()] if behind else [marker.strip() for marker in markers if marker is not None]
+        return tuple(dict.fromkeys(self.control.tokens[name][0] for name in names))
+
+    @cached_property
     def opening(self) -> str | None:
         """The control token that opens a turn whoever speaks (`<|im_start|>`), or the assistant's; None where none does."""
         asked = f"{_WORD}Az"

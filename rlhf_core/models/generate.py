@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,6 +69,7 @@ def generate(
     )
     model = policy.causal_lm
     own_settings = model.generation_config
+    stops = _stops(policy, encoder)
     cuda = [policy.device] if policy.device.type == "cuda" else []
     completions: list[Completion] = []
     try:
@@ -78,9 +80,15 @@ def generate(
             model.generation_config = GenerationConfig()
             rows = [row for row in ids for _ in range(n)]
             for part in _parts(rows, max_new_tokens, model.config.get_text_config().vocab_size):
-                completions += _decode(policy, part, max_new_tokens, sampling)
+                completions += _decode(policy, part, max_new_tokens, sampling, stops)
     finally:
         model.generation_config = own_settings
+    for number, completion in enumerate(completions):
+        tokens = completion.ids[:-1] if completion.stop_reason == "end" else completion.ids
+        # The blank that a continued text begins with is a part of it; a chat's turn begins a text.
+        continues = isinstance(prompts[number // n], str) and encoder.wrap != "chat"
+        text = encoder.pieces.text_of(tokens) if continues else policy.tokenizer.decode(tokens)
+        completions[number] = replace(completion, text=text)
     return [completions[i * n : (i + 1) * n] for i in range(len(ids))]
 
 
@@ -99,6 +107,13 @@ def _fitting(outcome: Outcome, max_new_tokens: int, positions: int | None) -> li
     return outcome.row.prompt_ids
 
 
+def _stops(policy: PolicyModel, encoder: Encoder) -> list[int]:
+    """Return the tokens that end a completion: the tokenizer's end token, the model's own, and for chats the template's."""
+    own = policy.causal_lm.generation_config.eos_token_id
+    own = [own] if isinstance(own, int) else own or []
+    return [*dict.fromkeys([policy.tokenizer.eos_token_id, *own, *(encoder.template.stops if encoder.chats else ())])]
+
+
 def _parts(rows: list[list[int]], max_new_tokens: int, vocabulary: int) -> Iterator[list[list[int]]]:
     size = max(1, min(MOST_ROWS, SCORE_BYTES // (8 * max_new_tokens * vocabulary)))
     for start in range(0, len(rows), size):
@@ -106,8 +121,9 @@ def _parts(rows: list[list[int]], max_new_tokens: int, vocabulary: int) -> Itera
 
 
 def _decode(
-    policy: PolicyModel, rows: list[list[int]], max_new_tokens: int, sampling: dict[str, Any]
+    policy: PolicyModel, rows: list[list[int]], max_new_tokens: int, sampling: dict[str, Any], stops: list[int]
 ) -> list[Completion]:
+    """Return completions whose texts are still to be decoded."""
     tokenizer, device = policy.tokenizer, policy.device
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
@@ -117,7 +133,7 @@ def _decode(
         attention_mask=mask,
         generation_config=GenerationConfig(
             max_new_tokens=max_new_tokens,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=stops,
             pad_token_id=tokenizer.pad_token_id,
             return_dict_in_generate=True,
             output_scores=True,
@@ -133,16 +149,15 @@ def _decode(
     completions = []
     for row in range(len(rows)):
         tokens = drawn[row].tolist()
-        ended = tokenizer.eos_token_id in tokens
-        length = tokens.index(tokenizer.eos_token_id) + 1 if ended else len(tokens)
-        kept = tokens[:length]
+        end = next((number for number, token in enumerate(tokens) if token in stops), None)
+        length = len(tokens) if end is None else end + 1
         completions.append(
             Completion(
-                text=tokenizer.decode(kept[:-1] if ended else kept),
-                ids=kept,
+                text="",
+                ids=tokens[:length],
                 logprobs=used[row, :length].tolist(),
                 raw_logprobs=raw[row, :length].tolist(),
-                stop_reason="end" if ended else "length",
+                stop_reason="length" if end is None else "end",
             )
         )
     return completions

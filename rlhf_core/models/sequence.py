@@ -333,6 +333,16 @@ class SequenceModel(nn.Module):
 
     # In and out
 
+    def add_stops(self, ids: Sequence[int]) -> None:
+        """Let `generation_config.json`, which engines read, say that these tokens end an answer too."""
+        settings = getattr(self.network, "generation_config", None)
+        if settings is None:
+            return
+        own = settings.eos_token_id
+        own = [self.tokenizer.eos_token_id] if own is None else [own] if isinstance(own, int) else own
+        if missing := [token for token in ids if token not in own]:
+            settings.eos_token_id = [*own, *missing]
+
     def save_pretrained(self, directory: str | Path, *, merged: bool = False) -> None:
         """Write a plain Hugging Face directory with the tokenizer.
 

@@ -41,7 +41,7 @@ from rlhf_core.training.prepare import (
 )
 from rlhf_core.training.provenance import note_data, note_failure, note_inputs
 from rlhf_core.training.result import TrainResult
-from rlhf_core.training.rows import open_data, open_stream
+from rlhf_core.training.rows import keep_texts, open_data, open_stream
 from rlhf_core.training.run_directory import RunDirectory
 from rlhf_core.training.settings import check_unchanged, run_settings
 from rlhf_core.training.signals import StopNow, StopSignal, stopped
@@ -153,6 +153,7 @@ class Run:
         self.dataset, self.eval_dataset = open_data(trainer, policy)
         note_inputs(self, policy)
         self.parameters = build_models(trainer, policy, self.devices)
+        keep_texts(trainer, self.dataset)
         for data in (self.dataset, self.eval_dataset):
             if data is not None:
                 trainer.inspect(data)

@@ -11,10 +11,12 @@ from rlhf_core.batch import Batch
 from rlhf_core.config import TrainerConfig
 from rlhf_core.data import DataStream, open_dataset
 from rlhf_core.data.base import EncodedData
+from rlhf_core.data.saved import keep
 from rlhf_core.data.sources import has_splits
 from rlhf_core.errors import ConfigError
 from rlhf_core.interfaces import Trainer
 from rlhf_core.models import PolicyModel
+from rlhf_core.models.sequence import SequenceModel
 from rlhf_core.training.distribution import Distribution
 
 log = logging.getLogger(__name__)
@@ -32,6 +34,19 @@ def open_data(trainer: Trainer, policy: PolicyModel) -> tuple[EncodedData, Encod
     if held_out is None:
         return dataset, None
     return dataset, open_dataset(trainer.eval_data, trainer.record, tokenizer, config=held_out)
+
+
+def keep_texts(trainer: Trainer, dataset: EncodedData) -> None:
+    """Let what is trained keep how its texts became tokens: the chat template, `wrap`, special tokens, what ends a turn.
+
+    It is exported with them, so rewards, generation, the next stage and other tools encode a prompt as training did.
+    """
+    for role in trainer.trains:
+        for part in trainer.models[role].modules():
+            if isinstance(part, SequenceModel):
+                keep(part.tokenizer, trainer.config.dataset)
+                if dataset.encoder.chats:
+                    part.add_stops(dataset.encoder.template.stops)
 
 
 def _eval_config(trainer: Trainer) -> TrainerConfig:
