@@ -349,9 +349,12 @@ def install_wheels(wheels: Path, site: Path) -> None:
     if not files:
         raise SystemExit(f"no wheels in {wheels}")
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
-    command += ["--disable-pip-version-check", "--upgrade", "--target", str(site), *files]
-    if subprocess.run(command).returncode:
-        print("some wheels couldn't be installed: the parts go on without them", file=sys.stderr)
+    command += ["--disable-pip-version-check", "--upgrade", "--target", str(site)]
+    if subprocess.run([*command, *files], capture_output=True).returncode:
+        for file in files:  # one that doesn't fit this Python must not cost the others
+            done = subprocess.run([*command, file], capture_output=True, text=True)
+            if done.returncode:
+                print(f"{Path(file).name} can't be installed: {done.stderr.strip()[-300:]}", file=sys.stderr)
 
 
 def main() -> None:
