@@ -13,6 +13,28 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_moved: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Tensor on a device → (where it came from on the host, the versions of both)."""
+
+
+def on_host(tensor: Tensor) -> Tensor:
+    """Return a tensor's values on the host, without waiting for a GPU where `Batch.to` moved them there."""
+    if tensor.device.type == "cpu":
+        return tensor
+    source, versions = _moved.get(tensor, (None, None))
+    if source is not None and versions == (source._version, tensor._version):  # neither was written to since
+        return source
+    return tensor.cpu()
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Move a tensor; from the host, nobody waits until it is there, and `on_host` knows its values."""
+    there = tensor.to(device, non_blocking=True)
+    if tensor.device.type == "cpu" and there is not tensor:
+        _moved[there] = (tensor, (tensor._version, there._version))
+    return there
 
 
 @dataclass(frozen=True)
@@ -59,12 +81,12 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         """Real tokens: each prompt counted once, padding not at all."""
-        return int(self.prompt_lengths.sum() + self.response_lengths.sum())
+        return int(on_host(self.prompt_lengths).sum() + on_host(self.response_lengths).sum())
 
     @property
     def num_loss_tokens(self) -> int:
         """Response tokens inside the loss mask."""
-        return int(self.loss_mask.sum())
+        return int(on_host(self.loss_mask).sum())
 
     def __getitem__(self, name: str) -> Tensor:
         """Return the attached column of that name, wherever it is attached."""
@@ -108,7 +130,7 @@ class Batch:
         )
 
     def to(self, device: torch.device | str) -> Batch:
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return self._map(lambda tensor: to_device(tensor, device))
 
     def select(self, prompts: Sequence[int] | Tensor) -> Batch:
         """Return the batch of these prompts, in this order, with all responses of each, trimmed to the longest."""

@@ -120,13 +120,13 @@ class PaddedPlan:
         read, by = keys[in_prefix], before + in_prefix.flatten().nonzero().squeeze(1)
         visible = steps <= prefixes[:, None, None] + torch.arange(own.width)[:, None] if len(starts) else None
         return cls(
-            queries=queries.to(device),
-            keys=all_keys.to(device),
+            queries=queries.to(device, non_blocking=True),
+            keys=all_keys.to(device, non_blocking=True),
             key_readers=_readers(own_place, read, by, device),
-            place=place.to(device),
+            place=place.to(device, non_blocking=True),
             whole=(first.rows, first.width),
             suffixes=(own.rows, own.width, len(steps)),
-            visible=None if visible is None else visible[:, None].to(device),
+            visible=None if visible is None else visible[:, None].to(device, non_blocking=True),
         )
 
 
@@ -140,13 +140,18 @@ def _places(index: Tensor, real: Tensor, tokens: int) -> Tensor:
 def _readers(first: Tensor, tokens: Tensor, places: Tensor, device: torch.device) -> Readers:
     """Return the readers of tokens: one place of each, and further pairs of a token and a place."""
     if not len(tokens):
-        return Readers(first.to(device))
+        return Readers(first.to(device, non_blocking=True))
     order = tokens.argsort(stable=True)
     rows, counts = tokens.unique(return_counts=True)
     real = torch.arange(int(counts.max())) < counts[:, None]  # (n, G)
     others = torch.zeros(real.shape, dtype=torch.long)
     others[real] = places[order]
-    return Readers(first.to(device), rows.to(device), others.to(device), ~real[:, :, None, None].to(device))
+    return Readers(
+        first.to(device, non_blocking=True),
+        rows.to(device, non_blocking=True),
+        others.to(device, non_blocking=True),
+        ~real[:, :, None, None].to(device, non_blocking=True),
+    )
 
 
 def padded_segment_attention(
@@ -226,10 +231,10 @@ class VarlenPlan:
             own = torch.tensor([False, True]).repeat(len(segments)).repeat_interleave(lengths)
             keys = torch.cat(tokens)
             readers = _readers(_places(keys, own, int(own.sum())), keys[~own], (~own).nonzero().squeeze(1), device)
-            keys = keys.to(device)
+            keys = keys.to(device, non_blocking=True)
         return cls(
-            query_starts=ends[:, 0].contiguous().to(device),
-            key_starts=ends[:, 1].contiguous().to(device),
+            query_starts=ends[:, 0].contiguous().to(device, non_blocking=True),
+            key_starts=ends[:, 1].contiguous().to(device, non_blocking=True),
             keys=keys,
             key_readers=readers,
             longest=(max(s.length for s in segments), max(s.keys for s in segments)),

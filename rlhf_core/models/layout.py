@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from rlhf_core.batch import Batch
+from rlhf_core.batch import Batch, on_host, to_device
 
 PlanT = TypeVar("PlanT")
 
@@ -77,10 +77,9 @@ def packed_layout(batch: Batch, *, share_prompts: bool = True, drop_last: bool =
 
     With `drop_last`, the last token of each response is left out: it predicts nothing that is scored.
     """
-    # From a GPU in one transfer: each is waited for.
-    facts = torch.cat([batch.prompt_lengths, batch.response_lengths, batch.owner]).tolist()
-    prompts, responses = batch.num_prompts, batch.num_responses
-    prompt_lengths, response_lengths, owner = facts[:prompts], facts[prompts:-responses], facts[prompts + responses :]
+    prompt_lengths, response_lengths, owner = (
+        on_host(tensor).tolist() for tensor in (batch.prompt_lengths, batch.response_lengths, batch.owner)
+    )
     width = batch.response_ids.shape[1]
     ids, positions, segments = [], [], []
     at_start = []
@@ -111,15 +110,16 @@ def packed_layout(batch: Batch, *, share_prompts: bool = True, drop_last: bool =
             positions.append((0, prefix + length))
             used += prefix + length
     device = batch.device
-    starts = torch.tensor([start for _, start in sorted(at_start)], dtype=torch.long, device=device)
-    firsts = torch.tensor([first for _, first in sorted(before_first)], dtype=torch.long, device=device)
+    starts = to_device(torch.tensor([start for _, start in sorted(at_start)], dtype=torch.long), device)
+    firsts = to_device(torch.tensor([first for _, first in sorted(before_first)], dtype=torch.long), device)
+    counted = torch.cat([torch.arange(first, first + length) for first, length in positions])
     steps = torch.arange(width, device=device)
     inside = steps < batch.response_lengths[:, None]  # (R, T)
     at = starts[:, None] + steps
     before = torch.where(steps == 0, firsts[:, None], at - 1)
     return Layout(
         input_ids=torch.cat(ids)[None],
-        position_ids=torch.cat([torch.arange(first, first + length) for first, length in positions]).to(device)[None],
+        position_ids=to_device(counted, device)[None],
         attention_mask=None,
         segments=Segments(segments),
         at=None if drop_last else torch.where(inside, at, 0),

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from rlhf_core.batch import Batch
+from rlhf_core.batch import Batch, on_host, to_device
 from rlhf_core.config import LoraConfig
 from rlhf_core.errors import ModelError
 from rlhf_core.interfaces import Completion
@@ -80,12 +80,16 @@ class PolicyModel(SequenceModel):
 
         The distribution is softmax(logits / temperature), given the prompt and the response so far.
         """
-        if not bool(batch.loss_mask.any()):
-            return batch.loss_mask.float()
-        hidden, layout = self.hidden_states(batch, drop_last=True)
         mask = batch.loss_mask
-        logps = self._head_logps(hidden[layout.before[mask]], batch.response_ids[mask], 1.0 / temperature)
-        return torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_scatter(mask, logps)
+        scored = on_host(mask).flatten().nonzero().squeeze(1)
+        if not len(scored):
+            return mask.float()
+        scored = to_device(scored, mask.device)
+        hidden, layout = self.hidden_states(batch, drop_last=True)
+        at, targets = layout.before.flatten()[scored], batch.response_ids.flatten()[scored]
+        logps = self._head_logps(hidden[at], targets, 1.0 / temperature)
+        found = torch.zeros(mask.numel(), dtype=torch.float32, device=mask.device)
+        return found.index_copy(0, scored, logps).view(mask.shape)
 
     def response_logps(self, batch: Batch) -> Tensor:
         """Return (R,) log-probabilities of the responses, summed over their loss mask, nats."""

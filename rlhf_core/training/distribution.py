@@ -95,17 +95,14 @@ class Distribution:
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Add up the gradients over the processes, in place. A parameter without a gradient anywhere keeps none."""
 
-    def clip(self, parameters: Iterable[nn.Parameter], max_norm: float | None) -> float:
-        """Scale gradients down to a total 2-norm of at most `max_norm`; return the norm before.
+    def norm(self, gradients: list[Tensor]) -> Tensor:
+        """Return the total 2-norm of gradients that are added up over the processes already, a scalar on their device."""
+        return torch.nn.utils.get_total_norm(gradients)
 
-        Gradients are left as they are where the norm isn't finite.
-        """
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        value = float(norm)
-        if max_norm is not None and value > max_norm and value != float("inf"):
-            torch._foreach_mul_(gradients, max_norm / (value + 1e-6))
-        return value
+    def clip(self, gradients: list[Tensor], norm: float, max_norm: float | None) -> None:
+        """Scale gradients of a total norm above `max_norm` down to it; they stay as they are where the norm isn't finite."""
+        if max_norm is not None and norm > max_norm and norm != float("inf"):
+            torch._foreach_mul_(gradients, max_norm / (norm + 1e-6))
 
     def full_state(self, module: nn.Module) -> dict[str, Tensor]:
         """Return what a checkpoint keeps of the module, whole: trained parameters (a tied one once) and saved buffers."""

@@ -61,13 +61,13 @@ def evaluate(
         trainer.seam = seam
         random.restore()
         trainer.load_state_dict(json.loads(remembered))
-    averages = quotients(sum_pairs(distribution, scores.terms))
+    averages = quotients(sum_pairs(distribution, scores.terms.totals()))
     if not averages:
         raise DataError("no held-out row has anything to score", place="eval_data", fix="use rows with response tokens")
     values = {"loss": sum(averages.values())}
     if len(averages) > 1:
         values |= {f"loss_{name}": value for name, value in averages.items()}
-    values |= quotients(sum_pairs(distribution, scores.metrics))
+    values |= quotients(sum_pairs(distribution, scores.metrics.totals()))
     entries = merge_entries(distribution.gather(scores.per_prompt.entries))
     values |= {f"{name}_se": error for name, error in standard_errors(entries).items()}
     values |= trainer.summary(per_prompt_values(entries)) if entries else {}

@@ -71,6 +71,8 @@ def objective(terms: Mapping[str, Tensor], weights: Mapping[str, float], *, plac
                 f"term `{name}` must be the sum of a micro-batch, one number", place=f"{place}.loss", got=got
             )
     shares = [terms[name].reshape(()) / weights[name] for name in sorted(terms) if weights[name] > 0]
+    if len(shares) == 1:
+        return shares[0]
     return torch.stack(shares).sum() if shares else None
 
 
@@ -89,9 +91,18 @@ class Tally:
             self._names.append(name)
             self._pairs.append((_detached(total), _detached(count)))
 
-    def totals(self) -> dict[str, tuple[float, float]]:
-        """Return (sum, count) by name, added in float64 in the order in which they came."""
-        values = _numbers([value for pair in self._pairs for value in pair])
+    @property
+    def values(self) -> list[Tensor | float]:
+        """What was added, each sum before its count."""
+        return [value for pair in self._pairs for value in pair]
+
+    def totals(self, values: Sequence[float] | None = None) -> dict[str, tuple[float, float]]:
+        """Return (sum, count) by name, added in float64 in the order in which they came.
+
+        Args:
+            values: the numbers of `values`, where they were read together with others.
+        """
+        values = numbers(self.values) if values is None else values
         totals: dict[str, tuple[float, float]] = {}
         for name, total, count in zip(self._names, values[::2], values[1::2], strict=True):
             below = totals.get(name, (0.0, 0.0))
@@ -105,20 +116,22 @@ def quotients(totals: Mapping[str, tuple[float, float]]) -> dict[str, float]:
 
 
 def _detached(value: Tensor | float) -> Tensor | float:
-    return value.detach().sum() if isinstance(value, Tensor) else float(value)
+    if not isinstance(value, Tensor):
+        return float(value)
+    return value.detach().sum() if value.ndim else value.detach()
 
 
-def _numbers(values: Sequence[Tensor | float]) -> list[float]:
-    """Read values off the device in one transfer a device and dtype."""
+def numbers(values: Sequence[Tensor | float]) -> list[float]:
+    """Return scalar values as numbers, read off a device in one transfer a dtype: each is waited for."""
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    numbers = [0.0] * len(values)
+    found = [0.0] * len(values)
     for index, value in enumerate(values):
         if isinstance(value, Tensor):
             groups.setdefault((value.device, value.dtype), []).append(index)
         else:
-            numbers[index] = value
+            found[index] = value
     for indices in groups.values():
         read = torch.stack([values[index] for index in indices]).tolist()  # type: ignore[misc]
         for index, number in zip(indices, read, strict=True):
-            numbers[index] = float(number)
-    return numbers
+            found[index] = float(number)
+    return found

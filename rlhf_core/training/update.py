@@ -18,7 +18,7 @@ from rlhf_core.interfaces import Trainer
 from rlhf_core.training.distribution import Distribution
 from rlhf_core.training.loss_scale import LossScale
 from rlhf_core.training.micro_batches import MicroBatches
-from rlhf_core.training.reduction import Tally, objective, quotients, total_weights
+from rlhf_core.training.reduction import Tally, numbers, objective, quotients, total_weights
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,30 @@ class _Sums:
     metrics: Tally = field(default_factory=Tally)
     shares: list[tuple[Tensor, tuple[int, ...]]] = field(default_factory=list)
     """Each micro-batch's share of the loss with its rows, to name the rows of one that isn't finite."""
+
+    def read(self, norm: Tensor) -> _Read:
+        """Read everything off the device together with the gradient's norm: the one wait of a step."""
+        shares = [share for share, _ in self.shares]
+        terms, metrics = self.terms.values, self.metrics.values
+        found = numbers([norm, *shares, *terms, *metrics])
+        after = 1 + len(shares), 1 + len(shares) + len(terms)
+        return _Read(
+            norm=found[0],
+            shares=found[1 : after[0]],
+            terms=self.terms.totals(found[after[0] : after[1]]),
+            metrics=self.metrics.totals(found[after[1] :]),
+        )
+
+
+@dataclass(frozen=True)
+class _Read:
+    """The numbers of a step on this process."""
+
+    norm: float
+    """Total 2-norm of the gradients before clipping, over all processes."""
+    shares: list[float]
+    terms: dict[str, tuple[float, float]]
+    metrics: dict[str, tuple[float, float]]
 
 
 class Update:
@@ -93,15 +117,16 @@ class Update:
                 self._shrink(micros, step)
             else:
                 assert sums is not None
-                self._refuse_loss(sums, step)
-                norm = self._gradient_norm()
-                if math.isfinite(norm):
+                read = sums.read(self._gradient_norm())
+                self._refuse_loss(sums, read, step)
+                if math.isfinite(read.norm):
+                    self.distribution.clip(self._gradients(), read.norm, self.config.max_grad_norm)
                     self.optimizer.step()
                     self.optimizer.zero_grad(set_to_none=True)
                     self.loss_scale.succeeded()
-                    return self._outcome(sums, weights, norm, window)
+                    return self._outcome(read, weights, window)
                 if not self.loss_scale.overflowed():
-                    self._refuse_gradient(window, norm, step)
+                    self._refuse_gradient(window, read.norm, step)
             self.optimizer.zero_grad(set_to_none=True)
             random.restore()
 
@@ -140,7 +165,7 @@ class Update:
             sums.shares.append((share.detach(), micro.rows))
             # A micro-batch may touch no trained parameter, such as one whose every response lies outside a term's mask.
             if share.requires_grad:
-                (share * self.loss_scale.value).backward()
+                (share if self.loss_scale.value == 1 else share * self.loss_scale.value).backward()
 
     def _shrink(self, micros: Sequence[Batch], step: int) -> None:
         self.devices.release()
@@ -156,17 +181,23 @@ class Update:
         )
         self.notify("out_of_memory", step=step, micro_batch_size=self.micro_batches.max_prompts)
 
-    def _gradient_norm(self) -> float:
-        """Add up gradients over the processes, undo the loss scale, clip; return the norm before."""
+    def _gradient_norm(self) -> Tensor:
+        """Add up gradients over the processes, undo the loss scale; return their norm, which nobody has waited for yet."""
         self.distribution.sum_gradients(self.parameters)
-        if all(parameter.grad is None for parameter in self.parameters):
-            raise PluginError("the loss gives no trained parameter a gradient", place=f"{self.place}.loss")
+        gradients = self._gradients()
         if self.loss_scale.value != 1:
-            torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], self.loss_scale.value)
-        return self.distribution.clip(self.parameters, self.config.max_grad_norm)
+            torch._foreach_div_(gradients, self.loss_scale.value)
+        return self.distribution.norm(gradients)
 
-    def _refuse_loss(self, sums: _Sums, step: int) -> None:
-        shares = [float(share) for share, _ in sums.shares]
+    def _gradients(self) -> list[Tensor]:
+        """Return the gradients that there are; there must be one."""
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        if not gradients:
+            raise PluginError("the loss gives no trained parameter a gradient", place=f"{self.place}.loss")
+        return gradients
+
+    def _refuse_loss(self, sums: _Sums, read: _Read, step: int) -> None:
+        shares = read.shares
         rows = [
             row
             for value, (_, rows) in zip(shares, sums.shares, strict=True)
@@ -193,21 +224,20 @@ class Update:
             fix="look at these rows, or lower `learning_rate`",
         )
 
-    def _outcome(self, sums: _Sums, weights: dict[str, float], norm: float, window: Batch) -> Outcome:
+    def _outcome(self, read: _Read, weights: dict[str, float], window: Batch) -> Outcome:
         names = list(weights)
-        local_terms = sums.terms.totals()
-        totals = self.distribution.sum([*(local_terms.get(name, (0.0, 0.0))[0] for name in names), window.num_tokens])
+        totals = self.distribution.sum([*(read.terms.get(name, (0.0, 0.0))[0] for name in names), window.num_tokens])
         terms = {name: total / weights[name] for name, total in zip(names, totals, strict=False) if weights[name] > 0}
-        metrics = quotients(sum_pairs(self.distribution, sums.metrics))
+        metrics = quotients(sum_pairs(self.distribution, read.metrics))
         if len(names) > 1:
             metrics = {f"loss_{name}": value for name, value in terms.items()} | metrics
-        return Outcome(sum(terms.values()), norm, int(totals[-1]), metrics)
+        return Outcome(sum(terms.values()), read.norm, int(totals[-1]), metrics)
 
 
-def sum_pairs(distribution: Distribution, tally: Tally) -> dict[str, tuple[float, float]]:
-    """Return a tally's pairs added up over the processes, which may hold different names."""
+def sum_pairs(distribution: Distribution, pairs: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+    """Return (sum, count) by name added up over the processes, which may hold different names."""
     totals: dict[str, tuple[float, float]] = {}
-    for part in distribution.gather(tally.totals()):
+    for part in distribution.gather(pairs):
         for name, (total, count) in part.items():
             below = totals.get(name, (0.0, 0.0))
             totals[name] = (below[0] + total, below[1] + count)

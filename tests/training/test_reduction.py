@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlhf_core.errors import PluginError
-from rlhf_core.training.reduction import Tally, objective, quotients, total_weights
+from rlhf_core.training.reduction import Tally, numbers, objective, quotients, total_weights
 
 
 def test_weights_add_up_over_micro_batches() -> None:
@@ -59,3 +59,8 @@ def test_a_tally_adds_in_float64() -> None:
     tally.add({"x": (torch.tensor(2.0**30, dtype=torch.float64) + 1, 2.0), "z": (1.0, 0.0)})
     assert tally.totals() == {"x": (2.0**30 + 2, 4.0), "y": (3.0, 4.0), "z": (1.0, 0.0)}
     assert quotients(tally.totals()) == {"x": (2.0**30 + 2) / 4, "y": 0.75}
+
+
+def test_values_are_read_together_and_each_is_its_own() -> None:
+    values = [torch.tensor(1.5), 2, torch.tensor(3, dtype=torch.int64), torch.tensor(0.25), torch.tensor(True)]
+    assert numbers(values) == [1.5, 2.0, 3.0, 0.25, 1.0]
