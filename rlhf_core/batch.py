@@ -84,6 +84,11 @@ class Batch:
         return int(on_host(self.prompt_lengths).sum() + on_host(self.response_lengths).sum())
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest response with its prompt."""
+        return int((on_host(self.prompt_lengths)[on_host(self.owner)] + on_host(self.response_lengths)).max())
+
+    @property
     def num_loss_tokens(self) -> int:
         """Response tokens inside the loss mask."""
         return int(on_host(self.loss_mask).sum())

@@ -135,7 +135,7 @@ def padded_layout(batch: Batch) -> Layout:
     """
     prompt_lengths = batch.prompt_lengths[batch.owner]  # (R,)
     lengths = prompt_lengths + batch.response_lengths
-    width = int(lengths.max())
+    width = batch.longest
     columns = torch.arange(width, device=batch.device)
     real = columns < lengths[:, None]  # (R, W)
     in_prompt = columns < prompt_lengths[:, None]

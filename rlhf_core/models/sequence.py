@@ -281,7 +281,7 @@ class SequenceModel(nn.Module):
             return False
         # Segments know no window; a sequence that doesn't fill it is attended in the same way with and without.
         window = self.findings.window
-        return window is None or int((batch.prompt_lengths[batch.owner] + batch.response_lengths).max()) <= window
+        return window is None or batch.longest <= window
 
     def _examine(self) -> Findings:
         self._lengths = LengthClasses(self.network)

@@ -1,5 +1,5 @@
-"""On a GPU the host never waits for a forward or backward pass: what it needs to know, it knows. Shown on the device `meta`, which
-has no values to read, so that whoever waits for one fails."""
+"""On a GPU the host never waits for a forward or backward pass: what it needs to know, it knows. Shown on the device `meta`,
+which has no values to read, so that whoever waits for one fails."""
 
 from __future__ import annotations
 
