@@ -23,8 +23,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rlhf_core.errors import ConfigError
-from rlhf_core.models.gpu_attention import flash_segment_attention, padded_segment_attention
+from rlhf_core.models.gpu_attention import flash_segment_attention
 from rlhf_core.models.layout import Segment, Segments
+from rlhf_core.models.varlen import gpu_segment_attention
 
 Kernel = Literal["auto", "flash", "sdpa", "eager"]
 PREFIX = "rlhf_"
@@ -179,7 +180,7 @@ def _register(base: str) -> None:
         if base == "flash_attention_2":
             attend: Callable[..., Tensor] = flash_segment_attention
         else:
-            attend = segment_attention if query.device.type == "cpu" else padded_segment_attention
+            attend = segment_attention if query.device.type == "cpu" else gpu_segment_attention
         return attend(query, key, value, segments, scale=scale, dropout=dropout), None
 
     AttentionInterface.register(PREFIX + base, forward)

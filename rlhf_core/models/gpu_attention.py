@@ -159,8 +159,8 @@ def padded_segment_attention(
 ) -> Tensor:
     """Attend in padded rows: what `attention.segment_attention` computes, in two kernel calls, or one where no prompt is shared.
 
-    The choice on a GPU without flash-attn, where a call a segment would leave it idle. Only attention is padded; all other
-    layers run on the packed row. Segments without a prefix need no mask, so PyTorch may take its own flash kernel for them.
+    The choice on a GPU where no variable-length kernel runs, and a call a segment would leave it idle. Only attention is padded;
+    all other layers run on the packed row. Segments without a prefix need no mask, so PyTorch may take its own flash kernel.
     """
     plan = segments.plan(PaddedPlan.make, query.device)
     queries, keys, values = (_rows(x) for x in (query, key, value))
@@ -201,7 +201,8 @@ def _rows(x: Tensor) -> Tensor:
     """Return (1, heads, N, D) as (N, heads, D), in autocast's precision where it is on, which kernels would be given anyway."""
     device = x.device.type
     x = x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
-    return x[0].transpose(0, 1)
+    x = x[0].transpose(0, 1)
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @dataclass(frozen=True)
@@ -251,16 +252,19 @@ def flash_segment_attention(
     dropout: float = 0.0,
     kernel: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """The same through flash-attn's variable-length kernel, whose causal mask is aligned to the end of the keys."""
+    """The same through flash-attn's variable-length kernel, or one with its arguments.
+
+    Its causal mask is aligned to the end of the keys, and heads' values must lie side by side, as they do here.
+    """
     attend: Callable[..., Tensor] = kernel or importlib.import_module("flash_attn").flash_attn_varlen_func
     plan = segments.plan(VarlenPlan.make, query.device)
     queries, keys, values = (_rows(x) for x in (query, key, value))
     if plan.keys is not None:
         keys, values = (_Take.apply(x, plan.keys, plan.key_readers) for x in (keys, values))
     return attend(
-        queries.contiguous(),
-        keys.contiguous(),
-        values.contiguous(),
+        queries,
+        keys,
+        values,
         plan.query_starts,
         plan.key_starts,
         *plan.longest,

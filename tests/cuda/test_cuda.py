@@ -18,9 +18,11 @@ from rlhf_core import registry
 from rlhf_core.interfaces import Sample
 from rlhf_core.merging import MergeConfig, ModelMerger
 from rlhf_core.models import RewardModel
-from rlhf_core.models.attention import padded_segment_attention, segment_attention
+from rlhf_core.models.attention import segment_attention
+from rlhf_core.models.gpu_attention import padded_segment_attention
 from rlhf_core.models.layout import Segment, Segments
 from rlhf_core.models.logprobs import linear_token_logprobs
+from rlhf_core.models.varlen import gpu_segment_attention, kernel_obstacle, torch_varlen
 from rlhf_core.testing.tiny import save_tiny
 from rlhf_core.training.logger import TIMING
 
@@ -122,14 +124,23 @@ def test_attention_in_padded_rows_is_that_of_segments() -> None:
         torch.testing.assert_close(mine.grad.cpu(), other.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_attention_waits_for_nothing_once_it_has_its_plan() -> None:
+@pytest.mark.parametrize("heads", [(9, 3, 64), (32, 8, 64), (16, 16, 128), (4, 2, 16)])
+def test_pytorchs_variable_length_kernel_is_right_here(heads: tuple[int, int, int]) -> None:
+    device = torch.device("cuda")
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("the kernel wants compute capability 8.0")
+    assert kernel_obstacle(torch_varlen, device, torch.bfloat16, *heads) is None
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_attention_waits_for_nothing_once_it_has_its_plan(precision: torch.dtype) -> None:
     segments = Segments([Segment(0, 5), Segment(5, 3, 0, 5), Segment(8, 7, 0, 5), Segment(15, 1), Segment(16, 9)])
-    inputs = [torch.randn(1, heads, 25, 16, device="cuda", requires_grad=True) for heads in (4, 2, 2)]
-    padded_segment_attention(*inputs, segments, scale=0.25).sum().backward()
+    inputs = [torch.randn(1, heads, 25, 16, device="cuda", dtype=precision, requires_grad=True) for heads in (4, 2, 2)]
+    gpu_segment_attention(*inputs, segments, scale=0.25).sum().backward()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        padded_segment_attention(*inputs, segments, scale=0.25).sum().backward()
+        gpu_segment_attention(*inputs, segments, scale=0.25).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

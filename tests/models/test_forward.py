@@ -174,7 +174,7 @@ def test_attention_kernels_agree(attend: str, responses: int) -> None:
     gradients = torch.autograd.grad(expected, inputs, upstream)
     extra = {"kernel": varlen_reference} if attend.startswith("flash") else {}
     for _ in range(2):  # the second time by the plan of the first
-        found = getattr(attentions, attend)(*inputs, layout.segments, scale=0.3, **extra)
+        found = getattr(gpu_attention, attend)(*inputs, layout.segments, scale=0.3, **extra)
         assert found.shape == expected.shape
         assert relative(found, expected) < TOLERANCE
         for mine, other in zip(torch.autograd.grad(found, inputs, upstream), gradients, strict=True):
@@ -188,7 +188,7 @@ def test_a_models_gradient_through_a_gpus_attention_is_the_same(
 ) -> None:
     batch = random_batch(4, 3)
     expected = logps_and_gradient(policy, batch, "packed", share)
-    monkeypatch.setattr(attentions, "segment_attention", attentions.padded_segment_attention)
+    monkeypatch.setattr(attentions, "segment_attention", gpu_attention.padded_segment_attention)
     found = logps_and_gradient(policy, batch, "packed", share)
     assert relative(found[0], expected[0]) < TOLERANCE
     assert relative(found[1], expected[1]) < GRADIENT_TOLERANCE
@@ -209,7 +209,7 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("attend", ["padded_segment_attention", "flash_segment_attention"])
+@pytest.mark.parametrize("attend", ["gpu_segment_attention", "flash_segment_attention"])
 def test_no_layer_makes_the_host_wait(attend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: Callable[..., Tensor] = getattr(attentions, attend)
     if attend.startswith("flash"):
