@@ -320,7 +320,8 @@ class _Cutter:
         elif closing not in text:
             line = "\n" if opener.endswith("\n") else ""
             _, reasoning = reasoning_of(self.chat.messages[turn.number])
-            block = f"{reasoning.strip()}{line}{closing}{line}{line}"
+            # An answer cut from text that held its reasoning may still begin with the blank lines between the two.
+            block = f"{reasoning.strip()}{line}{closing}{'' if text.startswith(line) else line * 2}"
             self._add(block, before=self._before(turn.number), in_loss=bool(reasoning))
 
     def _add_tagged(self, turn: _Turn, spans: list[tuple[int, int]]) -> None:
