@@ -50,8 +50,8 @@ def apply_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
         with warnings.catch_warnings():
             # peft asks transformers for an attribute by its old name, and warns of what folding tied embeddings would do,
             # which isn't folded blindly here: nothing that a user could mend.
-            warnings.simplefilter("ignore", FutureWarning)
-            warnings.simplefilter("ignore", UserWarning)
+            for kind in (FutureWarning, UserWarning, RuntimeWarning):
+                warnings.simplefilter("ignore", kind)
             adapted = peft.get_peft_model(model, settings)
     except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
         raise _refused(modules, names, error) from error
