@@ -126,7 +126,8 @@ def _attend_each(
             mask = _suffix_mask(segment, query.device)
             out = attend(queries[i], k, v, attn_mask=mask)
         outputs.append(out)
-    return torch.cat(outputs, dim=2).transpose(1, 2)
+    # Copied once, into the order that some models view as rows.
+    return torch.cat([out.transpose(1, 2) for out in outputs], dim=1)
 
 
 def _suffix_mask(segment: Segment, device: torch.device) -> Tensor:
@@ -148,15 +149,26 @@ def windows_seen() -> Iterator[list[int]]:
         _windows.reset(token)
 
 
-_NOT_IN_SEGMENTS = ("softcap", "s_aux", "position_bias")
-"""What some models hand to attention beside queries, keys and values, and what segments leave out."""
+_PLAIN = ("position_ids", "cache_position")
+"""Tensors that models hand to attention beside queries, keys and values without a meaning for it."""
+
+
+def _check_plain(attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
+    """Raise where a layer's attention is more than segments say: a mask of the model's own, a bias, a cap, sinks."""
+    extra = [name for name, value in kwargs.items() if isinstance(value, Tensor) and name not in _PLAIN]
+    if kwargs.get("softcap") is not None:
+        extra.append("softcap")
+    if attention_mask is not None and attention_mask.numel() > 1:
+        extra.append("a mask of its own")
+    if extra:
+        raise ValueError(f"packed rows can't have attention with {extra[0]}")
 
 
 def _register(base: str) -> None:
     plain, plain_mask = ALL_ATTENTION_FUNCTIONS[base], ALL_MASK_ATTENTION_FUNCTIONS[base]
 
     def make_mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> Any:
-        if local_size is not None and (seen := _windows.get()) is not None:
+        if local_size and (seen := _windows.get()) is not None:
             seen.append(int(local_size))
         return plain_mask(*args, local_size=local_size, **kwargs)
 
@@ -174,8 +186,7 @@ def _register(base: str) -> None:
     ) -> tuple[Tensor, Tensor | None]:
         if segments is None:
             return plain(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-        if extra := [name for name in _NOT_IN_SEGMENTS if kwargs.get(name) is not None]:
-            raise ValueError(f"packed rows can't have attention with `{extra[0]}`")
+        _check_plain(attention_mask, kwargs)
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
         if base == "flash_attention_2":
             attend: Callable[..., Tensor] = flash_segment_attention

@@ -6,7 +6,8 @@ transformers calls it; then as this package would, and the fastest way that give
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -40,7 +41,9 @@ class Findings:
     obstacles: dict[str, str]
     """Why faster arrangements were not taken, by their names."""
     window: int | None
-    """Tokens back that some layer attends to, itself included; None where every layer attends to all."""
+    """Tokens back that some layer attends to, itself included; None where every layer attends to all, or rows aren't packed."""
+    longest_row: int | None
+    """Tokens in a packed row from which on some layer would count its own positions along the row; None where none does."""
     leak: float
     """Relative change of hidden states when later tokens change: 0 of a causal model, up to rounding."""
     causal: bool
@@ -61,42 +64,72 @@ def tolerance(dtype: torch.dtype, context: float = 1.0) -> float:
         context: relative change of hidden states when earlier tokens change. Of a model that isn't trained yet this is so small
             that a leak between sequences would pass for rounding by any fixed measure.
     """
-    return min(1e-4, max(2e-6, 1e-2 * context)) if dtype == torch.float32 else 3e-2
+    return min(3e-5, max(2e-6, 1e-2 * context)) if dtype == torch.float32 else 3e-2
 
 
 @torch.no_grad()
 def examine(
-    network: Any, forward: Callable[[nn.Module, Layout], Tensor], arrangements: Sequence[Arrangement]
+    network: Any,
+    forward: Callable[[nn.Module, Layout], Tensor],
+    *,
+    switch: Callable[[bool], None],
+    packs: bool,
+    precision: torch.dtype | None = None,
 ) -> Findings:
-    """Find a model's backbone, and the first of these arrangements that gives the hidden states of its own forward pass.
+    """Find a model's backbone, and the fastest arrangement that gives the hidden states of its own forward pass.
 
     Args:
         network: a transformers model.
         forward: returns the hidden states of a layout under a backbone, flattened to (N, D).
+        switch: gives the model attention that knows segments, or its plain one; it is left with what the arrangement needs. Some
+            models compute something else under an attention whose name they don't know, so padded rows have the plain one.
+        packs: whether packed rows come into question.
+        precision: of the products, where attention over segments has no kernel in float32.
 
     Raises:
-        Unexplained: none does.
+        Unexplained: no arrangement does.
     """
+    switch(False)
     backbone = find_backbone(network)
     batch = probe_batch(network)
-    device = batch.device
-    with evaluating(network), torch.autocast(device.type, enabled=False), windows_seen() as windows:
-        own, kind = _own_hidden(network, backbone, batch)
-        leak, context = _dependence(network, backbone, sequence(batch, 0))
-        causal = leak < max(2e-6 if own.dtype == torch.float32 else 1e-2, 0.05 * context)
-        limit, obstacles = tolerance(own.dtype, context), dict[str, str]()
+    device, obstacles = batch.device, dict[str, str]()
+
+    def obstacle(own: Tensor, limit: float, *arrangements: Arrangement) -> str | None:
         for arrangement in arrangements:
             try:
-                found = _ours(lambda layout: forward(backbone, layout), batch, arrangement)
+                found = _ours(lambda layout: forward(backbone, layout), batch, arrangement).float()
             except FAILURES as failure:
-                obstacles[arrangement] = f"{type(failure).__name__}: {failure}"
-                continue
-            error = float((found.float() - own.float()).norm() / own.float().norm().clamp(min=1e-30))
-            if error < limit:
-                window = min(windows, default=_window_of(network))
-                width, dtype = own.shape[-1], own.dtype
-                return Findings(backbone, kind, width, arrangement, obstacles, window, leak, causal, dtype)
-            obstacles[arrangement] = f"its hidden states differ by a factor of {error:.1e}"
+                return f"{type(failure).__name__}: {failure}"
+            error = float((found - own).norm() / own.norm().clamp(min=1e-30))
+            if not error < limit:
+                return f"its hidden states differ by a factor of {error:.1e}"
+        return None
+
+    def findings(arrangement: Arrangement, window: int | None) -> Findings:
+        return Findings(
+            backbone, kind, own.shape[-1], arrangement, obstacles, window, _row_limit(network), leak, causal, dtype
+        )
+
+    with evaluating(network), torch.autocast(device.type, enabled=False):
+        own, kind = _own_hidden(network, backbone, batch)
+        dtype, own = own.dtype, own.float()
+        leak, context = _dependence(network, backbone, sequence(batch, 0))
+        causal = leak < max(2e-6 if dtype == torch.float32 else 1e-2, 0.05 * context)
+        if packs:
+            switch(True)
+            used = torch.autocast(device.type, dtype=precision) if precision else contextlib.nullcontext()
+            with used, windows_seen() as windows:
+                # Padded rows too: a sequence that overruns a window is padded, under the same attention.
+                reason = obstacle(own, tolerance(precision or dtype, context), "packed", "padded")
+            if reason is None:
+                return findings("packed", min(windows, default=_window_of(network)))
+            obstacles["packed"] = reason
+            switch(False)
+        for arrangement in ("padded", "alone"):
+            reason = obstacle(own, tolerance(dtype, context), arrangement)
+            if reason is None:
+                return findings(arrangement, None)
+            obstacles[arrangement] = reason
     raise Unexplained("; ".join(f"{name}: {reason}" for name, reason in obstacles.items()))
 
 
@@ -176,3 +209,11 @@ def _window_of(network: Any) -> int | None:
         if isinstance(value := getattr(module, name, None), int) and not isinstance(value, bool) and value > 0
     ]
     return min(found, default=None)
+
+
+def _row_limit(network: Any) -> int | None:
+    """Return from which place in a row on Llama 4 scales its queries: by the place, not by the position in the sequence."""
+    scales = [
+        int(module.floor_scale) for module in network.modules() if getattr(module, "attn_temperature_tuning", False)
+    ]
+    return min(scales, default=None)

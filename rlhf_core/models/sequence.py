@@ -23,7 +23,7 @@ from rlhf_core.models.compile import compile_model
 from rlhf_core.models.layout import Layout, joined, of_responses, packed_layout, padded_layout
 from rlhf_core.models.loading import Loaded
 from rlhf_core.models.lora import apply_lora, lora_difference
-from rlhf_core.models.probe import FAILURES, Arrangement, Findings, Unexplained, examine
+from rlhf_core.models.probe import FAILURES, Findings, Unexplained, examine
 from rlhf_core.models.rope import LengthClasses
 from rlhf_core.models.structure import accepted, hidden_of, without_head
 
@@ -58,7 +58,9 @@ class SequenceModel(nn.Module):
         self.share_prompts = True
         self.fresh_adapter = False
         """True while the adapter was made here and not trained yet: without it the model is the one passed in."""
-        self.attention = self._select_attention("auto", torch.float32)
+        self.precision = torch.float32
+        """Of matrix products."""
+        self.attention = self._select_attention("auto")
         self._findings: Findings | None = None
         self._lengths = LengthClasses(self.network)
 
@@ -104,8 +106,8 @@ class SequenceModel(nn.Module):
         share_prompts: bool = True,
     ) -> Self:
         """Apply options, in place; see `TrainerConfig` for what they do."""
-        dtype = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-        self.attention = self._select_attention(attention, dtype)
+        self.precision = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        self.attention = self._select_attention(attention)
         self._findings = None
         self.share_prompts = share_prompts
         if layout == "packed" and (compile or self.attention.kernel == "eager"):
@@ -150,9 +152,9 @@ class SequenceModel(nn.Module):
                 fix="leave `lora` out to go on training its adapter, or set `adapter: fold` to train a new one on top of it",
             )
 
-    def _select_attention(self, wanted: Kernel, dtype: torch.dtype) -> OptimizedAttention:
+    def _select_attention(self, wanted: Kernel) -> OptimizedAttention:
         network = self.network
-        choice = OptimizedAttention.select(wanted, device=self.device, dtype=dtype)
+        choice = OptimizedAttention.select(wanted, device=self.device, dtype=self.precision)
         if choice.kernel == "flash" and not getattr(network, "_supports_flash_attn", False):
             if wanted == "flash":
                 raise ConfigError(
@@ -162,15 +164,16 @@ class SequenceModel(nn.Module):
                     fix="use `attention: auto`",
                 )
             choice = OptimizedAttention("sdpa", "the model has no attention through flash-attn")
-        if choice.kernel == "sdpa" and not getattr(network, "_supports_sdpa", False):
+        if choice.kernel != "eager" and not getattr(network, "_supports_sdpa", False):
             # Under a name of ours transformers would not notice, and what SDPA leaves out (sinks, caps) would be lost.
             choice = OptimizedAttention("eager", "the model has no attention through SDPA")
-        try:
-            network.set_attn_implementation(choice.implementation)
-        except (ValueError, ImportError) as error:
-            # A model without replaceable attention keeps its own, and takes padded rows.
-            choice = OptimizedAttention("eager", f"the model's attention can't be replaced: {error}")
         return choice
+
+    def _switch_attention(self, segments: bool) -> None:
+        """Give the model attention that knows segments, or its plain one."""
+        plain = "eager" if self.attention.kernel == "eager" else "sdpa"
+        with contextlib.suppress(ValueError, ImportError):  # a model without replaceable attention keeps its own
+            self.network.set_attn_implementation(self.attention.implementation if segments else plain)
 
     # What it is made of
 
@@ -267,6 +270,9 @@ class SequenceModel(nn.Module):
         """Return hidden states (N, D), flattened, under a backbone."""
         inputs: dict[str, Any] = {"use_cache": False}
         if layout.segments is not None:
+            if self.network.config._attn_implementation != self.attention.implementation:
+                # Whoever shares the network may have given it another attention, which would not see the segments.
+                self._switch_attention(True)
             # A mask of four dimensions is taken as it is, so none is built over the whole row; segments say who sees whom.
             inputs["attention_mask"] = layout.input_ids.new_ones((1, 1, 1, 1), dtype=torch.bool)
             inputs |= {"position_ids": layout.position_ids, "segments": layout.segments}
@@ -279,16 +285,22 @@ class SequenceModel(nn.Module):
     def _packs_batch(self, batch: Batch) -> bool:
         if self.findings.arrangement != "packed" or self.layout == "padded":
             return False
+        if (limit := self.findings.longest_row) is not None and batch.longest * batch.num_responses >= limit:
+            return False
         # Segments know no window; a sequence that doesn't fill it is attended in the same way with and without.
         window = self.findings.window
         return window is None or batch.longest <= window
 
     def _examine(self) -> Findings:
         self._lengths = LengthClasses(self.network)
-        plain: list[Arrangement] = ["padded", "alone"]
-        arrangements: list[Arrangement] = plain if self.attention.kernel == "eager" else ["packed", *plain]
         try:
-            findings = examine(self.network, self._forward, arrangements)
+            findings = examine(
+                self.network,
+                self._forward,
+                switch=self._switch_attention,
+                packs=self.attention.kernel != "eager",
+                precision=self.precision if self.attention.kernel == "flash" else None,
+            )
         except Unexplained as error:
             raise ModelError(
                 "the model's own hidden states can't be reproduced, so it can't be trained here",
@@ -311,6 +323,8 @@ class SequenceModel(nn.Module):
                 got=reason,
                 fix="set `batching.layout: padded`",
             )
+        if reason is not None:
+            self.attention = OptimizedAttention("sdpa", "packed rows don't give this model's own hidden states")
         self._report(findings)
         return findings
 
