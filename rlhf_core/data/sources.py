@@ -9,12 +9,26 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.data.files import SUFFIXES, Cursor, JsonLines, ParquetRows, Part, Row
-from rlhf_core.errors import DataError
+from rlhf_core.data.files import COMPRESSION, Cursor, Part, Row
+from rlhf_core.data.json_files import JsonArray, JsonLines
+from rlhf_core.data.tables import Delimited, ParquetRows
+from rlhf_core.errors import DataError, RLHFError, shortened
+
+_JSON = (".jsonl", ".ndjson", ".json")
+_TEXTS = (*_JSON, ".csv", ".tsv")
+SUFFIXES = (*_TEXTS, *(end + pack for end in _TEXTS for pack in COMPRESSION), ".parquet")
+"""File names that are read, by their end."""
+
+_SPLITS = {
+    "train": "train",
+    "test": "test",
+    **dict.fromkeys(("validation", "valid", "val", "dev", "eval"), "validation"),
+}
+"""Words in a file's name → the split that its rows are of."""
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?")
 
@@ -83,7 +97,8 @@ class Source:
             if number != start.part:
                 cursor = Cursor(number, cursor.row)
             empty = cursor.line == 0
-            for row in part.rows(cursor):
+            rows = part.rows(cursor)
+            while (row := _next(rows, part, cursor)) is not None:
                 empty, cursor = False, row.after
                 yield row
             if empty:
@@ -91,7 +106,24 @@ class Source:
 
     def identity(self, *, whole: bool) -> list[dict[str, Any]]:
         """Return each part's name and hash; see `Part.identity`."""
-        return [part.identity(whole=whole) for part in self.parts]
+        return [_reading(part.name, part.identity, whole=whole) for part in self.parts]
+
+
+def _next(rows: Iterator[Row], part: Part, cursor: Cursor) -> Row | None:
+    return _reading(f"{part.name}, after {cursor.line} rows" if cursor.line else part.name, next, rows, None)
+
+
+def _reading(place: str, read: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Return what `read` does. Whatever a library raises while it reads is a fault of the data."""
+    try:
+        return read(*args, **options)
+    except RLHFError:
+        raise
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise DataError(
+            "cannot be read", place=place, got=f"{type(error).__name__}: {first}" if first else type(error).__name__
+        ) from error
 
 
 def open_source(data: Any, *, split: str = "train", streaming: bool = False) -> Source:
@@ -102,12 +134,12 @@ def open_source(data: Any, *, split: str = "train", streaming: bool = False) -> 
         DataError: there are none, or nothing of that name.
     """
     if isinstance(data, str | Path):
-        return Source([_named(data, split, streaming)])
+        return Source(_named(data, split, streaming))
     if isinstance(data, Sequence):
         if not data:
             raise DataError("holds no rows", place="data", got="an empty list")
         if all(isinstance(item, str | Path) for item in data):
-            return Source([_named(item, split, streaming) for item in data])
+            return Source([part for item in data for part in _named(item, split, streaming)])
         return Source([Rows(data)])
     return Source([_dataset(data, "data", split)])
 
@@ -115,17 +147,18 @@ def open_source(data: Any, *, split: str = "train", streaming: bool = False) -> 
 def check_paths(data: Any) -> None:
     """Raise `DataError` where a file that `data` names isn't there: cheap, so that it can be known before anything slow."""
     for item in data if isinstance(data, list | tuple) else [data]:
-        if isinstance(item, str | Path):
-            path = Path(item).expanduser()
-            if not path.exists() and not _is_hub_name(item):
-                raise _no_such_file(item, path)
+        if isinstance(item, str | Path) and not _exists(item) and not _is_hub_name(item):
+            raise _no_such_file(item)
 
 
 def has_splits(data: Any) -> bool:
-    """Tell whether `data` is of the kinds that come in named splits: a hub name, or a `DatasetDict`, in memory or on disk."""
+    """Tell whether `data` is of the kinds that come in named splits: a hub name, a folder whose files bear such names, or a
+    `DatasetDict`, in memory or on disk."""
     if isinstance(data, str | Path):
-        path = Path(data).expanduser()
-        return (path / "dataset_dict.json").exists() or (not path.exists() and _is_hub_name(data))
+        path = _path(data)
+        if _exists(data):
+            return (path / "dataset_dict.json").exists() or len(_splits(_files(path))) > 1
+        return _is_hub_name(data)
     if isinstance(data, Sequence):
         return any(isinstance(item, str | Path) and has_splits(item) for item in data)
     import datasets
@@ -133,30 +166,54 @@ def has_splits(data: Any) -> bool:
     return isinstance(data, datasets.DatasetDict | datasets.IterableDatasetDict)
 
 
+def _exists(name: str | Path) -> bool:
+    try:
+        return _path(name).exists()
+    except (OSError, ValueError):  # Too long, or a NUL in it: no name of a file.
+        return False
+
+
+def _path(name: str | Path) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # No such user's home.
+        return Path(name)
+
+
 def _is_hub_name(name: str | Path) -> bool:
     text = str(name)
-    return not isinstance(name, Path) and not text.endswith(SUFFIXES) and _HUB_NAME.fullmatch(text) is not None
+    named = not isinstance(name, Path) and not text.endswith(SUFFIXES) and len(text) <= 200
+    return named and _HUB_NAME.fullmatch(text) is not None
 
 
-def _named(name: str | Path, split: str, streaming: bool) -> Part:
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return _directory(path, split, streaming)
-    if path.exists():
-        if not path.name.endswith(SUFFIXES):
-            raise DataError(
-                "unknown kind of file", place=str(path), fix=f"name it by what it holds: {', '.join(SUFFIXES)}"
-            )
-        return ParquetRows(path) if path.suffix == ".parquet" else JsonLines(path)
-    text = str(name)
-    if not _is_hub_name(name):
-        raise _no_such_file(name, path)
-    repository, _, config = text.partition(":")
-    return _load(repository, config or None, split, streaming)
+def _named(name: str | Path, split: str, streaming: bool) -> list[Part]:
+    if not _exists(name):
+        if not _is_hub_name(name):
+            raise _no_such_file(name)
+        repository, _, config = str(name).partition(":")
+        return [_load(repository, config or None, split, streaming)]
+    path = _path(name)
+    return _directory(path, split, streaming) if path.is_dir() else [_file(path)]
 
 
-def _no_such_file(name: str | Path, path: Path) -> DataError:
-    return DataError("no such file", place=str(name), fix=_near_file(path))
+def _file(path: Path) -> Part:
+    name = path.name.casefold()
+    if not name.endswith(SUFFIXES):
+        raise DataError("unknown kind of file", place=str(path), fix=f"name it by what it holds: {', '.join(SUFFIXES)}")
+    if name.endswith(".parquet"):
+        return ParquetRows(path)
+    name = name.removesuffix(path.suffix) if path.suffix in COMPRESSION else name
+    if name.endswith((".csv", ".tsv")):
+        return Delimited(path)
+    array = JsonArray(path)
+    return array if name.endswith(".json") and array.is_one() else JsonLines(path)
+
+
+def _no_such_file(name: str | Path) -> DataError:
+    shown = str(name)
+    if len(shown) > 200 or not shown.isprintable():
+        return DataError("no such file", place="data", got=shortened(shown), fix="give the path of a file of rows")
+    return DataError("no such file", place=shown, fix=_near_file(_path(name)))
 
 
 def _near_file(path: Path) -> str | None:
@@ -170,23 +227,63 @@ def _near_file(path: Path) -> str | None:
     return f"{parent} has {', '.join(names[:8])}" if names else None
 
 
-def _directory(path: Path, split: str, streaming: bool) -> Part:
+def _directory(path: Path, split: str, streaming: bool) -> list[Part]:
+    """Return a folder's parts: what `datasets` saved there, else the files of the split, which must be of one kind."""
     import datasets
 
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        return _dataset(datasets.load_from_disk(str(path)), str(path), split)
-    try:
-        return _load(str(path), None, split, streaming)
-    except DataError as error:
-        names = sorted(item.name for item in path.iterdir() if item.name.endswith(SUFFIXES))
-        if not names:
-            raise
+        return [_dataset(_reading(str(path), datasets.load_from_disk, str(path)), str(path), split)]
+    files = _files(path)
+    if not files or {*split} & {*"[+"}:  # A slice of a split, or several together, as `datasets` writes them.
+        return [_load(str(path), None, split, streaming)]
+    splits = _splits(files)
+    if splits and split not in splits:
+        raise DataError(
+            f"has no files of the split `{split}`",
+            place=str(path),
+            got=", ".join(file.name for file in files[:8]),
+            fix=f"set `dataset.split` (for `eval_data`: `dataset.eval_split`) to {' or '.join(splits)}, or name the files",
+        )
+    parts = [_file(file) for file in (splits[split] if splits else files)]
+    columns = {part.name: _first_columns(part) for part in parts}
+    if len({*columns.values()}) > 1:
         raise DataError(
             "is a directory that can't be read as one dataset",
             place=str(path),
-            got=f"{', '.join(names[:8])}: {error.got}",
-            fix=f"name a file, such as {path / names[0]}, or several",
-        ) from None
+            got="; ".join(f"{Path(name).name}: {', '.join(sorted(held))}" for name, held in list(columns.items())[:4]),
+            fix=f"name a file, such as {parts[0].name}, or several",
+        )
+    return parts
+
+
+def _files(path: Path) -> list[Path]:
+    """Return the files of rows in a folder, or in the folder `data` of a downloaded repository, by name."""
+    for folder in (path, path / "data"):
+        if folder.is_dir():
+            files = sorted(
+                item for item in folder.iterdir() if item.name.casefold().endswith(SUFFIXES) and item.is_file()
+            )
+            files = [item for item in files if not item.name.startswith((".", "_")) and item.stem != "dataset_infos"]
+            if files:
+                return files
+    return []
+
+
+def _splits(files: Sequence[Path]) -> dict[str, list[Path]]:
+    """Return files by split, where the name of each tells one (`train-00000-of-00002.parquet`)."""
+    splits: dict[str, list[Path]] = {}
+    for file in files:
+        words = re.split(r"[^a-z]+", file.name.casefold())
+        found = next((_SPLITS[word] for word in words if word in _SPLITS), None)
+        if found is None:
+            return {}
+        splits.setdefault(found, []).append(file)
+    return splits
+
+
+def _first_columns(part: Part) -> frozenset[str]:
+    row = _next(part.rows(Cursor()), part, Cursor())
+    return frozenset(map(str, row.values)) if row is not None else frozenset()
 
 
 def _load(name: str, config: str | None, split: str, streaming: bool) -> Part:
@@ -194,7 +291,7 @@ def _load(name: str, config: str | None, split: str, streaming: bool) -> Part:
 
     try:
         loaded = datasets.load_dataset(name, config, split=split, streaming=streaming)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # Loading scripts, decoders and the network raise errors of any kind.
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
             "is no file here, and `datasets.load_dataset` cannot load it",

@@ -10,8 +10,8 @@ from rlhf_core.errors import DataError, shortened
 
 DEEPEST = 100
 """Most levels of lists and mappings in each other."""
-_BITS = 14_280
-"""Of the largest integer: Python writes no more than 4,300 digits."""
+_LARGEST = 10**4300
+"""Python writes integers of no more digits than those below it have."""
 
 
 def check_sound(values: Mapping[Any, Any], place: str) -> None:
@@ -31,7 +31,7 @@ def _check(value: Any, name: str, place: str, depth: int) -> None:
         if not math.isfinite(value):
             raise DataError(f"`{name}` isn't finite", place=place, got=repr(value), fix="repair or delete the row")
     elif isinstance(value, int):
-        if value.bit_length() > _BITS:
+        if not -_LARGEST < value < _LARGEST:
             raise DataError(
                 f"`{name}` is an integer of more than 4,300 digits",
                 place=place,

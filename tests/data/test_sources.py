@@ -13,7 +13,8 @@ from data_helpers import lines, sft_rows, write_as
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_core.data.files import Cursor, JsonLines
+from rlhf_core.data.files import Cursor
+from rlhf_core.data.json_files import JsonLines
 from rlhf_core.data.sources import check_paths, has_splits, open_source
 from rlhf_core.errors import DataError
 
@@ -152,8 +153,8 @@ def test_missing_file_names_the_nearest(tmp_path):
 
 
 def test_unknown_kind_of_file(tmp_path):
-    (tmp_path / "rows.csv").write_text("a,b\n")
-    assert ".jsonl" in str(fault(tmp_path / "rows.csv"))
+    (tmp_path / "rows.xlsx").write_text("a,b\n")
+    assert ".jsonl" in str(fault(tmp_path / "rows.xlsx"))
 
 
 def test_malformed_line_has_line_and_column(jsonl):
@@ -282,7 +283,7 @@ def test_a_directory_of_files_is_told_apart(tmp_path: Path) -> None:
     (tmp_path / "sft.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
     (tmp_path / "preference.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": ["c"]}\n')
     with pytest.raises(
-        DataError, match=r"is a directory that can't be read as one dataset; got preference.jsonl, sft.jsonl"
+        DataError, match=r"is a directory that can't be read as one dataset; got preference.jsonl: chosen, prompt,"
     ):
         open_source(tmp_path)
 

@@ -1,0 +1,161 @@
+"""Rows in JSON: one object a line, or one array of objects."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rlhf_core.data.files import Cursor, Row, TextFile
+from rlhf_core.errors import DataError
+
+_SPACE = re.compile(r"[ \t\r\n]*")
+_HUGE = re.compile(r"\d{4301,}")
+
+
+class JsonLines(TextFile):
+    """One JSON object a line. Blank lines are skipped."""
+
+    def rows(self, start: Cursor) -> Iterator[Row]:
+        row, line, offset = start.row, start.line, start.offset
+        for raw, ended in self.lines(offset):
+            line, begin, offset = line + 1, offset, offset + len(raw) + ended
+            place = f"{self.name}:{line}"
+            text = self.decode(raw, place, begin).removesuffix("\r")
+            if not text.strip():
+                continue
+            values = self._parse(text, place, ended=ended, first=begin == 0)
+            yield Row(row, place, values, Cursor(start.part, row + 1, line, offset))
+            row += 1
+
+    def _parse(self, text: str, place: str, *, ended: bool, first: bool) -> dict[str, Any]:
+        try:
+            values = _checked(lambda: _DECODER.decode(text), text, place)
+        except json.JSONDecodeError as error:
+            raise self._malformed(text, error, place, ended=ended, first=first) from None
+        if isinstance(values, dict):
+            return values
+        if isinstance(values, list):
+            raise self._array(place)
+        raise DataError("expected one JSON object a line", place=place, got=type(values).__name__)
+
+    def _malformed(self, text: str, error: json.JSONDecodeError, place: str, *, ended: bool, first: bool) -> DataError:
+        if first and text.lstrip().startswith("["):
+            return self._array(place)
+        place = f"{place}:{error.colno}"
+        if not ended and (not text.rstrip().endswith("}") or error.pos >= len(text.rstrip())):
+            return DataError("the last line is cut off", place=place, got=error.msg, fix="write the file again")
+        hint = "write each object on one line" if text.strip() in ("{", "[") else "repair or delete the line"
+        return DataError("not valid JSON", place=place, got=error.msg, fix=hint)
+
+    def _array(self, place: str) -> DataError:
+        return DataError(
+            "holds a JSON array, expected one JSON object a line",
+            place=place,
+            fix=f"name the file .json, or `jq -c '.[]' {self.path.name} > rows.jsonl` writes one row a line",
+        )
+
+
+class JsonArray(TextFile):
+    """One array of objects. The file's text is held in memory, and its objects are read one by one."""
+
+    def is_one(self) -> bool:
+        """Tell whether the file's text begins as an array does."""
+        with self.opened() as read:
+            return read(1024).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+
+    def rows(self, start: Cursor) -> Iterator[Row]:
+        with self.opened() as read:
+            text = self.decode(b"".join(iter(lambda: read(1 << 20), b"")), self.name, 0)
+        at = start.offset or _after_space(text, 0) + 1
+        row, number, line, counted = start.row, start.line, 1, 0
+        while True:
+            at = _after_space(text, at)
+            if text[at : at + 1] == "]":
+                break
+            if number:
+                if text[at : at + 1] != ",":
+                    raise self._malformed(text, at, "Expecting ',' delimiter")
+                at = _after_space(text, at + 1)
+            line, counted = line + text.count("\n", counted, at), at
+            values, at = self._next(text, at, f"{self.name}:{line}")
+            yield Row(row, f"{self.name}:{line}", values, Cursor(start.part, row + 1, number + 1, at))
+            row, number = row + 1, number + 1
+        if (end := _after_space(text, at + 1)) != len(text):
+            raise self._malformed(text, end, "Extra data")
+
+    def _next(self, text: str, at: int, place: str) -> tuple[dict[str, Any], int]:
+        try:
+            values, end = _checked(lambda: _DECODER.raw_decode(text, at), text[at : at + _LONGEST], place)
+        except json.JSONDecodeError as error:
+            raise self._malformed(text, error.pos, error.msg) from None
+        if not isinstance(values, dict):
+            raise DataError("expected an array of objects", place=place, got=type(values).__name__)
+        return values, end
+
+    def _malformed(self, text: str, at: int, problem: str) -> DataError:
+        column = at - text.rfind("\n", 0, at)
+        place = f"{self.name}:{1 + text.count(chr(10), 0, at)}:{column}"
+        if at >= len(text.rstrip()) or problem.startswith("Unterminated"):
+            return DataError("the array is cut off", place=place, got=problem, fix="write the file again")
+        return DataError("not valid JSON", place=place, got=problem, fix="repair the file")
+
+
+_LONGEST = 1 << 20
+"""Characters of an array's object that are searched for the number that is at fault."""
+
+
+def _after_space(text: str, at: int) -> int:
+    match = _SPACE.match(text, at)
+    return match.end() if match else at
+
+
+def _checked(parse: Callable[[], Any], text: str, place: str) -> Any:
+    """Return what `parse` does; what isn't a fault of syntax becomes a `DataError`."""
+    try:
+        return parse()
+    except _DuplicateKey as error:
+        raise DataError(
+            f"key {_quoted(str(error))} stands twice in one object", place=place, fix="keep one of them"
+        ) from None
+    except _NotFinite as error:
+        raise DataError("a number isn't finite", place=place, got=str(error), fix="remove or repair the row") from None
+    except json.JSONDecodeError:
+        raise
+    except ValueError:
+        huge = _HUGE.search(text)
+        raise DataError(
+            "an integer has more than 4,300 digits",
+            place=f"{place}:{huge.start() + 1}" if huge else place,
+            fix="write it as text, or leave it out",
+        ) from None
+    except RecursionError:
+        raise DataError("nested too deeply", place=place) from None
+
+
+def _quoted(text: str) -> str:
+    return f"`{text}`" if text.isprintable() else ascii(text)
+
+
+class _DuplicateKey(Exception):
+    pass
+
+
+class _NotFinite(Exception):
+    pass
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        seen: set[str] = set()
+        raise _DuplicateKey(next(key for key, _ in pairs if key in seen or seen.add(key)))  # type: ignore[func-returns-value]
+    return values
+
+
+def _no_constant(text: str) -> float:
+    raise _NotFinite(text)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
