@@ -92,3 +92,15 @@ def gsm8k() -> Path:
 
 def sft_rows(count: int) -> list[dict[str, str]]:
     return [{"prompt": f"{i} + {i}?", "response": f"It is {2 * i}." + "!" * (i % 5)} for i in range(count)]
+
+
+def in_words(tokenizer: PreTrainedTokenizerFast, row: Any) -> list[str]:
+    """Return each response of an encoded row behind its prompt, as text; what is in the loss stands between « and »."""
+    texts = []
+    for ids, mask in zip(row.responses or [[]], row.masks or [[]], strict=True):
+        text = tokenizer.decode(row.prompt_ids)
+        for number, (token, learned) in enumerate(zip(ids, mask, strict=True)):
+            before = number > 0 and mask[number - 1]
+            text += "«" * (learned and not before) + "»" * (before and not learned) + tokenizer.decode([token])
+        texts.append(text + "»" * bool(mask and mask[-1]))
+    return texts

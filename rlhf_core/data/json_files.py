@@ -31,7 +31,7 @@ class JsonLines(TextFile):
 
     def _parse(self, text: str, place: str, *, ended: bool, first: bool) -> dict[str, Any]:
         try:
-            values = _checked(lambda: _DECODER.decode(text), text, place)
+            values = _checked(lambda: _DECODER.decode(text), place, lambda: f"{place}:{_huge_at(text, 0) + 1}")
         except json.JSONDecodeError as error:
             raise self._malformed(text, error, place, ended=ended, first=first) from None
         if isinstance(values, dict):
@@ -87,7 +87,9 @@ class JsonArray(TextFile):
 
     def _next(self, text: str, at: int, place: str) -> tuple[dict[str, Any], int]:
         try:
-            values, end = _checked(lambda: _DECODER.raw_decode(text, at), text[at : at + _LONGEST], place)
+            values, end = _checked(
+                lambda: _DECODER.raw_decode(text, at), place, lambda: self._place(_huge_at(text, at), text)
+            )
         except json.JSONDecodeError as error:
             raise self._malformed(text, error.pos, error.msg) from None
         if not isinstance(values, dict):
@@ -95,15 +97,14 @@ class JsonArray(TextFile):
         return values, end
 
     def _malformed(self, text: str, at: int, problem: str) -> DataError:
-        column = at - text.rfind("\n", 0, at)
-        place = f"{self.name}:{1 + text.count(chr(10), 0, at)}:{column}"
+        place = self._place(at, text)
         if at >= len(text.rstrip()) or problem.startswith("Unterminated"):
             return DataError("the array is cut off", place=place, got=problem, fix="write the file again")
         return DataError("not valid JSON", place=place, got=problem, fix="repair the file")
 
-
-_LONGEST = 1 << 20
-"""Characters of an array's object that are searched for the number that is at fault."""
+    def _place(self, at: int, text: str) -> str:
+        line, column = 1 + text.count("\n", 0, at), at - text.rfind("\n", 0, at)
+        return f"{self.name}:{line}:{column}"
 
 
 def _after_space(text: str, at: int) -> int:
@@ -111,7 +112,7 @@ def _after_space(text: str, at: int) -> int:
     return match.end() if match else at
 
 
-def _checked(parse: Callable[[], Any], text: str, place: str) -> Any:
+def _checked(parse: Callable[[], Any], place: str, place_of_integer: Callable[[], str]) -> Any:
     """Return what `parse` does; what isn't a fault of syntax becomes a `DataError`."""
     try:
         return parse()
@@ -124,14 +125,18 @@ def _checked(parse: Callable[[], Any], text: str, place: str) -> Any:
     except json.JSONDecodeError:
         raise
     except ValueError:
-        huge = _HUGE.search(text)
         raise DataError(
             "an integer has more than 4,300 digits",
-            place=f"{place}:{huge.start() + 1}" if huge else place,
+            place=place_of_integer(),
             fix="write it as text, or leave it out",
         ) from None
     except RecursionError:
         raise DataError("nested too deeply", place=place) from None
+
+
+def _huge_at(text: str, start: int) -> int:
+    match = _HUGE.search(text, start)
+    return match.start() if match else start
 
 
 def _quoted(text: str) -> str:

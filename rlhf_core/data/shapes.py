@@ -43,6 +43,10 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "tools": ("functions",),
 }  # fmt: skip
 
+_ORDER = (
+    "messages", "text", "system", "history", "prompt", "input", "response", "chosen", "rejected", "label", "answer", "verifiable",
+    "tools",
+)  # fmt: skip
 TURNS: tuple[Literal["sharegpt", "pairs", "messages"], ...] = ("sharegpt", "pairs", "messages")
 TEXT = ("text", "dialogue")
 
@@ -265,7 +269,8 @@ class _Row:
         if format in ("columns", "messages") and own and words_for_label is None and not self.hold_prompts(found):
             return None
         parts = []
-        for name, column in found.items():
+        for name in sorted(found, key=_ORDER.index):
+            column = found[name]
             shown = self.shown(column)
             text = f"`{shown}`"
             if name == "label" and words_for_label is not None:
@@ -275,7 +280,8 @@ class _Row:
             if format != "columns" or text != f"`{shown}`":
                 parts.append(text)
         inside = ", with their prompts inside" if "prompt" not in found and self.hold_prompts(found) else ""
-        return f"{_WORDS[format]}{inside}: {'column ' if len(parts) == 1 else ''}{', '.join(parts)}"
+        one = "column " if len(parts) == 1 and format != "columns" else ""
+        return f"{_WORDS[format]}{inside}: {one}{', '.join(parts)}"
 
     def _label_form(self, found: Mapping[str, str]) -> str | None:
         label = self.values[found["label"]] if "label" in found else "desirable"

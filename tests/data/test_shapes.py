@@ -1,0 +1,400 @@
+"""The shapes that people's rows have: each is read as what it means, and said once; what could mean two things is refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import datasets
+import pytest
+from data_helpers import in_words
+
+from rlhf_core.config import TrainerConfig
+from rlhf_core.data import open_dataset
+from rlhf_core.data.checks import Checker
+from rlhf_core.data.sources import open_source
+from rlhf_core.errors import DataError
+
+U, A, N = ({"role": role, "content": text} for role, text in (("user", "hi"), ("assistant", "yo"), ("assistant", "no")))
+S = {"role": "system", "content": "be"}
+SAID = "<|user|>hi<|end|><|assistant|>"
+CHAT = f"<|bos|>{SAID}«yo<|end|>»"
+TURNS = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]
+
+
+def opened(tokenizer, rows, record="sft", **dataset):
+    return open_dataset(rows, record, tokenizer, config=TrainerConfig(max_length=256, dataset=dataset))
+
+
+def words(tokenizer, row, record="sft", **dataset):
+    data = opened(tokenizer, [row], record, **dataset)
+    streamed = list(opened(tokenizer, [row], record, streaming=True, **dataset))
+    assert streamed == [data[0]]
+    return in_words(tokenizer, data[0])
+
+
+def fault(tokenizer, rows, record="sft", **dataset) -> str:
+    with pytest.raises(DataError) as caught:
+        opened(tokenizer, rows if isinstance(rows, list) else [rows], record, **dataset)
+    return str(caught.value)
+
+
+def example(row, record="sft", **options):
+    return Checker(record, options.pop("columns", None), **options).check(next(open_source([row]).rows()))
+
+
+SFT = {
+    "ShareGPT": ({"conversations": TURNS}, CHAT, "ShareGPT conversations: column `conversations`"),
+    "ShareGPT under `messages`": ({"messages": TURNS}, CHAT, "ShareGPT conversations: column `messages`"),
+    "ShareGPT under any name": ({"foo": TURNS, "id": 3}, CHAT, "ShareGPT conversations: column `foo`"),
+    "a system turn of ShareGPT": (
+        {"conversations": [{"from": "system", "value": "be"}, *TURNS]},
+        CHAT.replace("<|user|>", "<|system|>be<|end|><|user|>"),
+        "ShareGPT conversations: column `conversations`",
+    ),
+    "roles in capitals": ({"messages": [{**U, "role": "User"}, {**A, "role": "ASSISTANT"}]}, CHAT, None),
+    "messages": ({"messages": [U, A]}, CHAT, None),
+    "messages under another name": ({"conversations": [U, A]}, CHAT, "chat messages: column `conversations`"),
+    "messages under any name": ({"foo": [U, A]}, CHAT, "chat messages: column `foo`"),
+    "messages under a prompt's name": ({"prompt": [U, A]}, CHAT, "chat messages: column `prompt`"),
+    "messages under a text's name": ({"text": [U, A]}, CHAT, "chat messages: column `text`"),
+    "messages with their first question beside them": ({"prompt": "hi", "prompt_id": 3, "messages": [U, A]}, CHAT, None),
+    "messages as JSON in a text": ({"messages": json.dumps([U, A])}, CHAT, None),
+    "pairs of question and answer": (
+        {"conversation": [{"input": "hi", "output": "yo"}]}, CHAT,
+        "conversations of questions with their answers: column `conversation`",
+    ),
+    "prompt and completion": (
+        {"prompt": "hi ", "completion": "yo"}, "<|bos|>hi «yo<|end|>»", "columns: `completion` as response",
+    ),
+    "prompt and completion as messages": (
+        {"prompt": [U], "completion": [A]}, CHAT, "chat messages: `prompt`, `completion` as response",
+    ),
+    "prompt as messages, completion as text": (
+        {"prompt": [U], "completion": "yo"}, CHAT, "chat messages: `prompt`, `completion` as response",
+    ),
+    "a completion of one message": ({"prompt": [U], "response": A}, CHAT, None),
+    "question and answer": (
+        {"question": "hi ", "answer": "yo"}, "<|bos|>hi «yo<|end|>»", "columns: `question` as prompt, `answer` as response",
+    ),
+    "problem and solution": ({"problem": "hi ", "solution": "yo"}, "<|bos|>hi «yo<|end|>»", None),
+    "input and output": ({"input": "hi ", "output": "yo"}, "<|bos|>hi «yo<|end|>»", None),
+    "alpaca": (
+        {"instruction": "do", "input": "hi", "output": "yo", "text": "do this: hi\n\nyo"}, "<|bos|>do\n\nhi«yo<|end|>»",
+        "instructions with their input: `instruction` as prompt, `input`, `output` as response",
+    ),
+    "alpaca without an input": ({"instruction": "do", "input": "", "output": "yo"}, "<|bos|>do«yo<|end|>»", None),
+    "alpaca with system and history": (
+        {"instruction": "do", "input": "x", "output": "yo", "system": "be", "history": [["hi", "no"]]},
+        "<|bos|><|system|>be<|end|><|user|>hi<|end|><|assistant|>no<|end|><|user|>do\n\nx<|end|><|assistant|>«yo<|end|>»", None,
+    ),
+    "dolly": (
+        {"instruction": "do", "context": "hi", "response": "yo", "category": "x"}, "<|bos|>do\n\nhi«yo<|end|>»",
+        "instructions with their input: `instruction` as prompt, `context` as input, `response`",
+    ),
+    "orca": (
+        {"id": 1, "system_prompt": "be", "question": "hi", "response": "yo"},
+        CHAT.replace("<|user|>", "<|system|>be<|end|><|user|>"), None,
+    ),
+    "a system column that is empty": ({"system": "", "question": "hi", "response": "yo"}, CHAT, None),
+    "a system column beside messages": (
+        {"system": "be", "messages": [U, A]}, CHAT.replace("<|user|>", "<|system|>be<|end|><|user|>"), None,
+    ),
+    "a system column that repeats the system turn": (
+        {"system": "be", "messages": [S, U, A]}, CHAT.replace("<|user|>", "<|system|>be<|end|><|user|>"), None,
+    ),
+    "text": ({"text": "some text"}, "<|bos|>«some text<|end|>»", "text without a prompt, all of it in the loss: column `text`"),
+    "text with where it is from": ({"text": "some text", "url": "x", "id": "3"}, "<|bos|>«some text<|end|>»", None),
+    "a dialogue in one text": (
+        {"text": "\n\nHuman: hi\n\nAssistant: yo"}, CHAT, "dialogues of `Human:` and `Assistant:`: column `text`",
+    ),
+    "content in parts": (
+        {"messages": [{**U, "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]}, A]}, CHAT, None,
+    ),
+    "a turn kept out of the loss": (
+        {"messages": [U, {**N, "weight": 0}, U, {**A, "weight": 1}]},
+        f"<|bos|>{SAID}no<|end|>{SAID}«yo<|end|>»", None,
+    ),
+    "a later turn kept out of the loss": (
+        {"messages": [U, A, U, {**N, "weight": 0}, U, A]}, f"<|bos|>{SAID}«yo<|end|>»{SAID}no<|end|>{SAID}«yo<|end|>»", None,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SFT)
+def test_rows_to_imitate(tiny, case):
+    row, expected, said = SFT[case]
+    assert words(tiny, row) == [expected]
+    if said is not None or case in ("messages", "roles in capitals", "a completion of one message"):
+        assert example(row).read_as == said
+
+
+CHOSEN = [f"<|bos|>{SAID}«yo<|end|>»", f"<|bos|>{SAID}«no<|end|>»"]
+SYSTEM = [text.replace("<|user|>", "<|system|>be<|end|><|user|>") for text in CHOSEN]
+TEXT = ["<|bos|>hi«yo<|end|>»", "<|bos|>hi«no<|end|>»"]
+LONG = [f"<|bos|>{SAID}yo<|end|>{SAID}«yo<|end|>»", f"<|bos|>{SAID}yo<|end|>{SAID}«no<|end|>»"]
+
+PAIRS = {
+    "texts": ({"prompt": "hi", "chosen": "yo", "rejected": "no"}, TEXT, None),
+    "answers as messages": ({"prompt": [U], "chosen": [A], "rejected": [N]}, CHOSEN, None),
+    "answers as one message each": ({"prompt": [U], "chosen": A, "rejected": N}, CHOSEN, None),
+    "a prompt of text, answers as messages": ({"prompt": "hi", "chosen": [A], "rejected": [N]}, CHOSEN, None),
+    "the prompt inside": (
+        {"chosen": [U, A], "rejected": [U, N]}, CHOSEN, "chat messages, with their prompts inside: `chosen`, `rejected`",
+    ),
+    "the prompt inside and beside": ({"prompt": [U], "chosen": [U, A], "rejected": [U, N]}, CHOSEN, None),
+    "UltraFeedback": (
+        {"prompt": "hi", "prompt_id": 3, "chosen": [U, A], "rejected": [U, N], "messages": [U, A], "score_chosen": 9.0,
+         "score_rejected": 1.0},
+        CHOSEN, None,
+    ),
+    "several turns inside": ({"chosen": [U, A, U, A], "rejected": [U, A, U, N]}, LONG, None),
+    "several turns of which the last prompt is given": (
+        {"prompt": "again", "chosen": [U, A, U, A], "rejected": [U, A, U, N]}, LONG, None,
+    ),
+    "a system turn inside": ({"chosen": [S, U, A], "rejected": [S, U, N]}, SYSTEM, None),
+    "a system turn inside, a prompt beside": ({"prompt": "hi", "chosen": [S, A], "rejected": [S, N]}, SYSTEM, None),
+    "a system column": ({"system": "be", "question": "hi", "chosen": "yo", "rejected": "no"}, SYSTEM, None),
+    "answers that go on": (
+        {"chosen": [U, A, U, A], "rejected": [U, N]},
+        [f"<|bos|>{SAID}«yo<|end|>»{SAID}«yo<|end|>»", CHOSEN[1]], None,
+    ),
+    "equal up to the last answer": ({"chosen": [U, A, U, A], "rejected": [U, A, U, {**A, "content": "no"}]}, LONG, None),
+    "ShareGPT": (
+        {"conversations": TURNS[:1], "chosen": TURNS[1], "rejected": {"from": "gpt", "value": "no"}}, CHOSEN, None,
+    ),
+    "dialogues": (
+        {"chosen": "\n\nHuman: hi\n\nAssistant: yo", "rejected": "\n\nHuman: hi\n\nAssistant: no"}, CHOSEN,
+        "dialogues of `Human:` and `Assistant:`, with their prompts inside: `chosen`, `rejected`",
+    ),
+    "dialogues of several turns": (
+        {"chosen": "\n\nHuman: hi\n\nAssistant: yo\n\nHuman: hi\n\nAssistant: yo",
+         "rejected": "\n\nHuman: hi\n\nAssistant: yo\n\nHuman: hi\n\nAssistant: no"},
+        LONG, None,
+    ),
+    "other names": (
+        {"instruction": "hi", "chosen_response": "yo", "rejected_response": "no"}, TEXT,
+        "columns: `instruction` as prompt, `chosen_response` as chosen, `rejected_response` as rejected",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PAIRS)
+def test_pairs(tiny, case):
+    row, expected, said = PAIRS[case]
+    assert words(tiny, row, "preference") == expected
+    if said is not None:
+        assert example(row, "preference").read_as == said
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "form"),
+    [
+        ("desirable", "undesirable", None),
+        (True, False, "true or false"),
+        (1, 0, "1 or 0"),
+        (1.0, 0.0, "1 or 0"),
+        ("True", "false", "in words"),
+        ("good", "bad", "in words"),
+        ("1", "0", "in words"),
+    ],
+)
+def test_labels(tiny, good, bad, form):
+    rows = [{"prompt": "a", "response": "b", "label": label} for label in (good, bad)]
+    data = opened(tiny, rows, "unpaired")
+    assert [row.per_response["desirable"] for row in data] == [[True], [False]]
+    said = None if form is None else f"columns: `label` ({form})"
+    assert example(rows[0], "unpaired").read_as == said
+
+
+def test_unpaired_rows_of_other_shapes(tiny):
+    for row in (
+        {"prompt": [U], "completion": [A], "label": True},
+        {"messages": [U, A], "label": 1},
+        {"conversations": TURNS, "kto_tag": True},
+    ):
+        data = opened(tiny, [row, {**row, **dict.fromkeys({"label", "kto_tag"} & {*row}, False)}], "unpaired")
+        assert in_words(tiny, data[0]) == [CHAT]
+    longer = {"messages": [U, A, U, A], "label": True}
+    assert [turn["content"] for turn in example(longer, "unpaired").prompt] == ["hi", "yo", "hi"]
+
+
+def test_prompts(tiny):
+    for row in ({"prompt": [U]}, {"messages": [U]}, {"conversations": TURNS[:1]}, {"prompt": [{**U, "name": None}]}):
+        assert words(tiny, row, "prompt") == [f"<|bos|>{SAID}"]
+        assert example(row, "prompt").record["prompt"] == [U]
+    row = opened(tiny, [{"question": "hi", "answer": 3, "level": "easy"}], "prompt")[0]
+    assert row.record == {"prompt": "hi", "question": "hi", "answer": 3, "level": "easy"}
+    data = opened(tiny, [{"problem": "hi", "answer": "4", "verifiable": "true"}], "reasoning")
+    assert data[0].record["answer"] == "4" and not data.report.notes
+
+
+def test_tool_calls_and_tool_turns_keep_their_keys():
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    row = {
+        "messages": [
+            U,
+            {"role": "assistant", "content": None, "tool_calls": [call], "name": None},
+            {"role": "tool", "content": "5", "tool_call_id": "1"},
+            {**A, "reasoning_content": "hm"},
+        ],
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": {"x": {"type": "int", "enum": None}}}}],
+    }
+    read = example(row)
+    assert read.prompt == [U]
+    assert read.responses[0] == [
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{**call, "function": {"name": "f", "arguments": {"x": 1}}}],
+        },
+        {"role": "tool", "content": "5", "tool_call_id": "1"},
+        {**A, "reasoning_content": "hm"},
+    ]
+    assert read.tools == [{"type": "function", "function": {"name": "f", "parameters": {"x": {"type": "int"}}}}]
+    assert example({**row, "tools": json.dumps(read.tools)}).tools == read.tools
+    assert example({**row, "tools": [json.dumps(read.tools[0])]}).tools == read.tools
+    assert [example({**row, "tools": none}).tools for none in (None, [], "")] == [None] * 3
+
+
+@pytest.mark.parametrize("role", ["tool", "ipython", "function", "observation"])
+def test_tool_roles(role):
+    assert example({"messages": [U, A, {"role": role, "content": "5"}, A]}).responses[0][1] == {
+        "role": "tool",
+        "content": "5",
+    }
+
+
+def test_calls_of_other_forms():
+    function = {"name": "f", "arguments": {"x": 1}}
+    calls = [{"type": "function", "function": function}]
+    for turn in (
+        {"from": "function_call", "value": json.dumps(function)},
+        {"role": "assistant", "content": None, "function_call": {**function, "arguments": '{"x": 1}'}},
+        {"role": "assistant", "content": "", "tool_calls": json.dumps(calls)},
+    ):
+        read = example({"conversations": [U if "role" in turn else TURNS[0], turn]})
+        assert read.responses[0] == [{"role": "assistant", "content": "", "tool_calls": calls}]
+    bare = {"name": "f", "description": "d", "parameters": {}}
+    assert example({"messages": [U, A], "functions": [bare]}).tools == [{"type": "function", "function": bare}]
+
+
+def test_arrow_fills_in_what_other_rows_have(tiny):
+    rows = [
+        {"messages": [U, {**A, "tool_calls": [{"function": {"name": "f", "arguments": {"x": "1"}}}]}]},
+        {"messages": [{**U, "name": "n"}, A]},
+        {"messages": [U, {**A, "tool_calls": [{"function": {"name": "g", "arguments": {"y": "2"}}}]}]},
+    ]
+    table = datasets.Dataset.from_list(rows)
+    assert table[1]["messages"][1]["tool_calls"] is None
+    for number, row in enumerate(rows):
+        assert example(table[number]) == example(row)
+
+
+@pytest.mark.parametrize(
+    ("record", "row", "message"),
+    [
+        ("sft", {"problem": "a", "question": "b", "answer": "c"}, "`question` and `problem` could each be the `prompt`"),
+        ("sft", {"problem": "a", "answer": "b", "solution": "c"}, "fix: say which by `dataset.columns`, such as `{response: "),
+        ("sft", {"one": [U, A], "two": [U, A]}, "`one` and `two` could each be the `messages`"),
+        ("sft", {"prompt": "a", "text": "b"}, "no column `response`"),
+        ("sft", {"conversations": "hi"}, "no column `prompt`, which the `sft` contract needs; got columns"),
+        ("sft", {"conversations": ["hi", "yo"]}, "no column `prompt`"),
+        ("sft", {"article": "a", "summary": "b"}, "to `{prompt: COLUMN}`, COLUMN being one of article, summary"),
+        ("sft", {"prompt": "a", "score": 3}, "got columns prompt, score; fix: give each row a `response`"),
+        ("sft", {"chosen": [U, A], "rejected": [U, N]}, "these look like `preference` rows"),
+        ("sft", {"messages": [U, {"role": "assistant", "content": [{"type": "image_url", "image_url": "x"}]}]},
+         "`messages[1].content[0]` must be a part of text; got a part of type 'image_url'; fix: only text can be read"),
+        ("sft", {"messages": [U, {"role": "assistant", "content": None}]}, "`messages[1]` must have `role` and `content`"),
+        ("sft", {"messages": [U, {**A, "weight": 0}]}, "every assistant turn has weight 0"),
+        ("sft", {"messages": [S, U, A], "system": "other"}, "has both a system turn and a column `system`, which differ"),
+        ("sft", {"messages": [U, A], "tools": "not JSON"}, "`tools` must be a list of mappings, or the JSON of one; got str"),
+        ("sft", {"prompt": [U], "completion": [U, A]}, "`completion` must begin with an assistant turn; got `completion[0]`"),
+        ("preference", {"chosen": [U, A], "rejected": [{**U, "content": "ho"}, N]},
+         "differ before the assistant speaks, at message 0; got `chosen[0]` is user: 'hi', `rejected[0]` is user: 'ho'"),
+        ("preference", {"chosen": [U, A, U, A], "rejected": [U, A, {**U, "content": "ho"}, N]}, "at message 2; got `chosen[2]`"),
+        ("preference", {"prompt": [{**U, "content": "ho"}], "chosen": [U, A], "rejected": [U, N]},
+         "the answers hold another prompt than `prompt`; got user: 'hi', `prompt` ends user: 'ho'"),
+        ("preference", {"chosen": [U, A, U], "rejected": [U, N]}, "`chosen` must end with an assistant turn"),
+        ("preference", {"chosen": [A], "rejected": [N]}, "no column `prompt`"),
+        ("preference", {"chosen": "yo", "rejected": "no"}, "no column `prompt`"),
+        ("preference", {"prompt": "hi", "chosen": [A], "rejected": ["no"]}, "`rejected` must be text or a list of messages"),
+        ("unpaired", {"prompt": "a", "response": "b", "score": 0.3}, "no column `label`"),
+        ("reasoning", {"question": "a", "answer": "b"}, "no column `verifiable`"),
+    ],
+)  # fmt: skip
+def test_what_could_mean_two_things_or_nothing_is_refused(tiny, record, row, message):
+    error = fault(tiny, row, record)
+    assert error.startswith("data[0]: ") and message in error
+
+
+def test_the_format_is_fixed_by_an_option(tiny):
+    dialogue = {"text": "Human: hi\n\nAssistant: yo"}
+    assert words(tiny, dialogue, format="text") == ["<|bos|>«Human: hi\n\nAssistant: yo<|end|>»"]
+    both = {"instruction": "do", "input": "hi", "output": "yo", "text": "all"}
+    assert words(tiny, both, format="text") == ["<|bos|>«all<|end|>»"]
+    assert words(tiny, both, format="columns") == ["<|bos|>do«yo<|end|>»"]
+    assert words(tiny, {"prompt": "do", "input": "hi", "response": "yo"}, format="alpaca") == [
+        "<|bos|>do\n\nhi«yo<|end|>»"
+    ]
+    error = fault(tiny, {"messages": [U, A]}, format="sharegpt")
+    assert error.startswith(
+        "data[0]: isn't of the format `sharegpt`; got `messages` (`messages` (a list of chat messages))"
+    )
+    assert "isn't of the format `text`" in fault(tiny, {"prompt": "a", "response": "b"}, format="text")
+    assert words(tiny, {"conversations": TURNS}, format="sharegpt") == [CHAT]
+    pair = {"chosen": "Human: hi\n\nAssistant: yo", "rejected": "Human: hi\n\nAssistant: no"}
+    assert words(tiny, pair, "preference", format="dialogue") == CHOSEN
+    assert words(tiny, {"prompt": "a", **pair}, "preference")[0] == "<|bos|>a«Human: hi\n\nAssistant: yo<|end|>»"
+
+
+def test_columns_name_what_the_shape_leaves_open(tiny):
+    row = {"one": TURNS, "two": TURNS[:1], "body": "some text"}
+    assert words(tiny, row, columns={"messages": "one"}) == [CHAT]
+    assert words(tiny, {"body": "some text", "title": "t"}, columns={"text": "body"}) == ["<|bos|>«some text<|end|>»"]
+    alpaca = {"instruction": "do", "input": "hi", "output": "yo"}
+    assert words(tiny, alpaca, columns={"prompt": "instruction", "response": "output"}) == [
+        "<|bos|>do\n\nhi«yo<|end|>»"
+    ]
+    mapped = {"prompt": "do", "response": "yo", "extra": "hi"}
+    assert words(tiny, mapped, columns={"input": "extra"}) == ["<|bos|>do\n\nhi«yo<|end|>»"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_was_taken_for_what_is_said_once(tiny, caplog, streaming):
+    caplog.set_level(logging.INFO, "rlhf_core")
+    data = opened(tiny, [{"conversations": TURNS}] * 5, streaming=streaming)
+    list(data)
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["data: rows read as ShareGPT conversations: column `conversations`"]
+    assert data.report.as_dict()["shapes"]["ShareGPT conversations: column `conversations`"]["rows"] == 5
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_text_that_nothing_uses_is_named_once_and_refused_when_strict(tiny, caplog, streaming):
+    rows = [{"prompt": "a", "response": "b", "note": "c", "why": "d", "score": 3}] * 4
+    data = opened(tiny, rows, streaming=streaming)
+    list(data)
+    told = "data: 4 of 4 rows: text that nothing uses: columns `note`, `why` (data[0], data[1], data[2], data[3])"
+    assert [record.getMessage() for record in caplog.records] == [told]
+    with pytest.raises(DataError, match=r"data\[0\]: text that nothing uses; got columns `note`, `why`"):
+        list(opened(tiny, rows, streaming=streaming, strict=True))
+    list(opened(tiny, rows, streaming=streaming, strict=True, ignore_columns=["note", "why"]))
+    mapped = opened(tiny, rows, strict=True, columns={"prompt": "note"}, ignore_columns=["why"])
+    assert tiny.decode(mapped[0].prompt_ids) == "<|bos|>c"
+
+
+def test_what_a_method_or_a_reward_may_use_is_no_waste(tiny):
+    assert example({"prompt": "a", "solution": "b"}, "prompt").unused == ()
+    steps = {"prompt": "a", "chosen": "b", "rejected": "c", "steps": "x", "labels": "y"}
+    assert example(steps, "preference").unused == ()
+    repeated = {"messages": [U, A], "prompt": "hi", "chosen": [U, A], "text": "so: hi, yo"}
+    assert example(repeated).unused == ()
+    assert example({**repeated, "rejected": [U, N]}).unused == ("rejected",)
+
+
+def test_several_shapes_in_one_file(tiny):
+    rows = [{"conversations": TURNS}, {"messages": [U, A]}, {"prompt": "hi ", "completion": "yo"}, {"text": "t"}]
+    data = opened(tiny, rows)
+    assert [in_words(tiny, row)[0] for row in data] == [CHAT, CHAT, "<|bos|>hi «yo<|end|>»", "<|bos|>«t<|end|>»"]
+    assert len(data.report.shapes) == 3
