@@ -53,7 +53,7 @@ class JsonLines(TextFile):
         return DataError(
             "holds a JSON array, expected one JSON object a line",
             place=place,
-            fix=f"name the file .json, or `jq -c '.[]' {self.path.name} > rows.jsonl` writes one row a line",
+            fix="name the file .json, or write one row a line",
         )
 
 

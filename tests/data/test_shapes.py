@@ -373,7 +373,7 @@ def test_what_was_taken_for_what_is_said_once(tiny, caplog, streaming):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_text_that_nothing_uses_is_named_once_and_refused_when_strict(tiny, caplog, streaming):
     rows = [{"prompt": "a", "response": "b", "note": "c", "why": "d", "score": 3}] * 4
-    data = opened(tiny, rows, streaming=streaming)
+    data = opened(tiny, rows, streaming=streaming, wrap="none")
     list(data)
     told = "data: 4 of 4 rows: text that nothing uses: columns `note`, `why` (data[0], data[1], data[2], data[3])"
     assert [record.getMessage() for record in caplog.records] == [told]

@@ -205,7 +205,7 @@ def test_byte_order_mark_and_crlf_are_fine(jsonl):
 def test_json_array(jsonl, content):
     path = jsonl(content)
     error = str(fault(path))
-    assert error.startswith(f"{path}:1: holds a JSON array") and "jq -c" in error
+    assert error.startswith(f"{path}:1: holds a JSON array") and "name the file .json" in error
 
 
 def test_pretty_printed_objects_are_explained(jsonl):

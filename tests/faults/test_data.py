@@ -28,7 +28,7 @@ FAULTS: dict[str, tuple[Any, str]] = {
         ":2: not UTF-8; got byte 0xff at offset 45; fix: save the file as UTF-8",
     ),
     "NaN score": ('{"prompt": "a", "response": "b", "score": NaN}\n', ":1: a number isn't finite; got NaN; fix: "),
-    "JSON array": ('[{"prompt": "a", "response": "b"}]\n', ":1: holds a JSON array, expected one JSON object a line; fix: `jq"),
+    "JSON array": ('[{"prompt": "a", "response": "b"}]\n', ":1: holds a JSON array, expected one JSON object a line; fix: name"),
     "empty response": ([{"prompt": "a", "response": ""}], ":1: `response` is an empty response; fix: fill or delete the row"),
     "no response token left in any": (
         [LONG, LONG],
