@@ -1,0 +1,64 @@
+"""docs/data.md shows rows of every shape: each is read, and becomes what stands below it."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from data_helpers import in_words
+
+from rlhf_core.data.encode import Encoder
+from rlhf_core.data.shapes import Format
+from rlhf_core.data.sources import open_source
+from rlhf_core.records import RECORDS
+from rlhf_core.testing.tiny import tiny_tokenizer
+
+PAGE = Path(__file__).parents[2] / "docs" / "data.md"
+EXAMPLE = re.compile(r"^```json (\w+)( messages)?\n(.*?)^```\n\n```(?:text|json)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+EXAMPLES = EXAMPLE.findall(PAGE.read_text(encoding="utf-8"))
+
+
+def becomes(record: str, rows: list[dict], *, as_messages: bool) -> str:
+    """Return what is said of rows and what they are in words, or their messages as JSON."""
+    encoder = Encoder(tiny_tokenizer(), record, max_length=1024)
+    lines, said = [], set()
+    for row in open_source(rows).rows():
+        example = encoder.checker.check(row)
+        if example.read_as is not None and example.read_as not in said:
+            said.add(example.read_as)
+            lines.append(f"rows read as {example.read_as}")
+        if as_messages:
+            parts = {"prompt": example.prompt, "response": example.responses[0], "tools": example.tools}
+            lines = [f'"{name}": {json.dumps(part)}' for name, part in parts.items()]
+            continue
+        encoded = encoder.encode([row])[0].row
+        assert encoded is not None
+        label = [f" ({'' if good else 'un'}desirable)" for good in encoded.per_response.get("desirable", [])] or [
+            "",
+            "",
+        ]
+        lines += [
+            text.replace("\n", "\\n") + end
+            for text, end in zip(in_words(encoder.tokenizer, encoded), label, strict=False)
+        ]
+    return "{\n " + ",\n ".join(lines) + "\n}" if as_messages else "\n".join(lines)
+
+
+@pytest.mark.parametrize(("record", "messages", "rows", "expected"), EXAMPLES)
+def test_an_example_becomes_what_the_page_says(record: str, messages: str, rows: str, expected: str) -> None:
+    assert becomes(
+        record, [json.loads(row) for row in rows.splitlines()], as_messages=bool(messages)
+    ) == expected.rstrip("\n")
+
+
+def test_the_page_shows_every_record_type_and_format() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    assert {record for record, *_ in EXAMPLES} == set(RECORDS)
+    assert text.count("```json ") == len(EXAMPLES) > 15
+    assert all(f"`{name}`" in text for name in get_args(Format) if name != "auto")
