@@ -201,7 +201,7 @@ def _rows(x: Tensor) -> Tensor:
     """Return (1, heads, N, D) as (N, heads, D), in autocast's precision where it is on, which kernels would be given anyway."""
     device = x.device.type
     x = x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
-    x = x[0].transpose(0, 1)
+    x = x.squeeze(0).transpose(0, 1)  # taking [0] would copy in the backward pass
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

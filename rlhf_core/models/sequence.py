@@ -20,6 +20,7 @@ from rlhf_core.infra.model_files import file_hashes, first_line
 from rlhf_core.models.adapters import folded_copy
 from rlhf_core.models.attention import Kernel, OptimizedAttention
 from rlhf_core.models.compile import compile_model
+from rlhf_core.models.gpu_norm import fuse_norms
 from rlhf_core.models.layout import Layout, joined, of_responses, packed_layout, padded_layout
 from rlhf_core.models.loading import Loaded
 from rlhf_core.models.lora import apply_lora, lora_difference
@@ -125,6 +126,8 @@ class SequenceModel(nn.Module):
             _checkpointing(self.network, "enable")({"use_reentrant": False})
         elif any(getattr(module, "gradient_checkpointing", False) for module in self.network.modules()):
             _checkpointing(self.network, "disable")()
+        if not compile:
+            fuse_norms(self.network)
         self.check()
         if compile:
             compile_model(self.network)
