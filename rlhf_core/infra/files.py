@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 MAX_JSON_BYTES = 256 * 2**20
 """The largest JSON file that is read: a longer one isn't ours."""
 
+_LEFTOVER = re.compile(r"\.(?:tmp|old)-(?P<checkpoint>.+)|\.(?P<file>.+)\.(?:tmp|old)|\.probe-\d+")
+
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _QUOTED = re.compile(r"\(os error (\d+)\)")
 
@@ -126,14 +128,15 @@ def lock_directory(path: Path, name: str, what: str = "working in this directory
     Returns None where the system or the file system has no locks.
 
     Raises:
-        StorageError: another process holds it.
+        StorageError: another process holds it, or the directory can't be written.
     """
+    with storage_errors(path):
+        descriptor = os.open(path / name, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         import fcntl
     except ImportError:  # Windows has no such lock.
+        os.close(descriptor)
         return None
-    with storage_errors(path):
-        descriptor = os.open(path / name, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -145,9 +148,28 @@ def lock_directory(path: Path, name: str, what: str = "working in this directory
     return descriptor
 
 
+def temporary_path(path: Path) -> Path:
+    """Return where a file or directory grows until it is whole."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def replaced_path(path: Path) -> Path:
+    """Return where a directory that is replaced waits for its removal."""
+    return path.with_name(f".{path.name}.old")
+
+
+def leftover_of(name: str) -> str | None:
+    """Return what a process of ours that was killed was about to write or replace when it left a file of this name behind.
+
+    Empty for one that belongs to nothing (the trial whether a directory can be written); None for a name that is none of ours.
+    """
+    match = _LEFTOVER.fullmatch(name)
+    return None if match is None else match["file"] or match["checkpoint"] or ""
+
+
 def replace_file(path: Path, content: bytes) -> None:
     """Put a file in place whole: readers see the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_path(path)
     with storage_errors(path, len(content)):
         write_file(temporary, [content])
         temporary.replace(path)
@@ -168,12 +190,17 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
     """Read a JSON file of at most `limit` bytes.
 
     Raises:
-        ValueError: too long, not UTF-8, not JSON, or a key that stands twice.
+        ValueError: too long, not UTF-8, not JSON, nested too deeply, or a key that stands twice.
         OSError: not readable.
     """
     if path.stat().st_size > limit:
         raise ValueError(f"{path.name} is longer than {limit} bytes")
-    return json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_unique)
+    try:
+        return json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_unique)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path.name} is not JSON: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{path.name} is nested too deeply") from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

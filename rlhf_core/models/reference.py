@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from rlhf_core.batch import Batch
 from rlhf_core.errors import ConfigError, ModelError
-from rlhf_core.infra.files import storage_errors
+from rlhf_core.infra.files import storage_errors, temporary_path
 from rlhf_core.infra.tensors import read_tensors, write_tensors
 from rlhf_core.models.dropout import evaluating
 from rlhf_core.models.policy import PolicyModel
@@ -163,7 +163,7 @@ def _digests(batch: Batch) -> list[bytes]:
 def _write(path: Path, known: dict[bytes, float]) -> None:
     digests = torch.frombuffer(bytearray(b"".join(known)), dtype=torch.uint8).view(-1, 16)
     logps = torch.tensor(list(known.values()), dtype=torch.float32)
-    partial = path.with_suffix(".partial")
+    partial = temporary_path(path)
     with storage_errors(path, digests.nbytes + logps.nbytes):
         write_tensors(partial, {"digests": digests, "logps": logps, "sha256": _checksum(digests, logps)})
         partial.replace(path)

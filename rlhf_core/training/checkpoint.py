@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_core.errors import ModelError
+from rlhf_core.errors import ModelError, shortened
 from rlhf_core.infra.files import (
     FileRecord,
     fsync_directory,
@@ -29,7 +29,7 @@ from rlhf_core.infra.files import (
     to_json,
     write_file,
 )
-from rlhf_core.infra.tensors import nbytes, read_tensors, write_tensors
+from rlhf_core.infra.tensors import nbytes, read_header, read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
 
-_STEP = re.compile(r"^step-(\d{1,12})$")
+_STEP = re.compile(r"^step-(0|[1-9]\d{0,11})$")
 _FILE = re.compile(r"^[a-z][a-z0-9_]*\.(safetensors|json)$")
 _MAX_MANIFEST_BYTES = 1 << 20
 
@@ -147,10 +147,11 @@ class CheckpointManager:
             if path.name.startswith((".tmp-step-", ".old-step-")):
                 remove_tree(path)
 
-    def load_latest(self) -> Checkpoint | None:
+    def load_latest(self, check: Callable[[Any], None] | None = None) -> Checkpoint | None:
         """Return the newest checkpoint that is whole, or None where none was ever saved.
 
-        A damaged one is renamed `step-N.damaged`, logged, and noted in `damaged`.
+        A damaged one is renamed `step-N.damaged`, logged, and noted in `damaged`. `check` raises ValueError for a state that
+        nothing can be made of.
 
         Raises:
             ModelError: there are checkpoints, and none is whole; each one's reason is given.
@@ -159,7 +160,9 @@ class CheckpointManager:
         for step in reversed(self.steps()):
             try:
                 checkpoint = self._verified(step)
-            except (OSError, ValueError) as error:
+                if check is not None:
+                    check(checkpoint.state)
+            except Exception as error:  # Whatever is wrong with its files, the one before may be whole.
                 self.damaged.append(self._set_aside(step, _reason(error)))
                 continue
             with storage_errors(self.directory):
@@ -194,6 +197,8 @@ class CheckpointManager:
                 raise ValueError(f"{name} has {found.bytes} bytes, not {record.bytes}")
             if found.sha256 != record.sha256:
                 raise ValueError(f"{name} has another SHA-256 than when it was saved")
+            if name.endswith(".safetensors"):
+                read_header(path / name)
         return Checkpoint(step, path, read_json(path / STATE))
 
     def _set_aside(self, step: int, reason: str) -> Damaged:
@@ -221,21 +226,25 @@ def _read_manifest(path: Path, step: int) -> dict[str, FileRecord]:
     if not (path / MANIFEST).is_file():
         raise ValueError(f"{MANIFEST} is missing")
     manifest = read_json(path / MANIFEST, _MAX_MANIFEST_BYTES)
-    if to_json(manifest) != (path / MANIFEST).read_bytes():
-        raise ValueError(f"{MANIFEST} is not as it was written")
     if not isinstance(manifest, dict) or manifest.keys() != {"format", "step", "files"}:
         raise ValueError(f"{MANIFEST} is malformed")
     if manifest["format"] != FORMAT:
-        raise ValueError(f"{MANIFEST} has format {manifest['format']!r}, not {FORMAT}")
+        raise ValueError(f"{MANIFEST} has format {shortened(manifest['format'])}, not {FORMAT}")
     if manifest["step"] != step:
-        raise ValueError(f"{MANIFEST} is of step {manifest['step']!r}")
+        raise ValueError(f"{MANIFEST} is of step {shortened(manifest['step'])}")
+    if not isinstance(manifest["files"], dict):
+        raise ValueError(f"{MANIFEST} is malformed at 'files'")
     records = {}
     for name, record in manifest["files"].items():
         if not _FILE.match(name) or not isinstance(record, dict) or record.keys() != {"sha256", "bytes"}:
-            raise ValueError(f"{MANIFEST} is malformed at {name!r}")
+            raise ValueError(f"{MANIFEST} is malformed at {shortened(name)}")
+        if not isinstance(record["sha256"], str) or type(record["bytes"]) is not int:
+            raise ValueError(f"{MANIFEST} is malformed at {shortened(name)}")
         records[name] = FileRecord(record["sha256"], record["bytes"])
     if STATE not in records:
         raise ValueError(f"{MANIFEST} lists no {STATE}")
+    if to_json(manifest) != (path / MANIFEST).read_bytes():
+        raise ValueError(f"{MANIFEST} is not as it was written")
     return records
 
 
@@ -244,7 +253,8 @@ def _reason(error: Exception) -> str:
         return error.strerror or str(error)
     if isinstance(error, UnicodeDecodeError):
         return "not UTF-8"
-    return str(error)
+    text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    return text if len(text) <= 300 else f"{text[:297]}..."
 
 
 def optimizer_state(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from rlhf_core.infra.files import fsync_directory, remove_tree, storage_errors
+from rlhf_core.infra.files import fsync_directory, remove_tree, replaced_path, storage_errors, temporary_path
 from rlhf_core.infra.tensors import write_tensors
 from rlhf_core.interfaces import Trainer
 from rlhf_core.training.distribution import Distribution
@@ -31,7 +31,7 @@ def export_models(trainer: Trainer, distribution: Distribution) -> Path | None:
 
 
 def _export(module: nn.Module, target: Path) -> None:
-    temporary, old = target.with_name(f".{target.name}.tmp"), target.with_name(f".{target.name}.old")
+    temporary, old = temporary_path(target), replaced_path(target)
     with storage_errors(target, sum(parameter.nbytes for parameter in module.parameters())):
         for leftover in (temporary, old):
             remove_tree(leftover)

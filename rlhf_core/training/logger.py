@@ -76,14 +76,35 @@ class TrainingLogger:
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         self._append("events.jsonl", {"time": now, "event": name, **{k: _jsonable(v) for k, v in fields.items()}})
 
-    def rewind(self, step: int) -> None:
-        """Cut `metrics.jsonl` back to the rows up to `step`; what a kill left half written goes too."""
+    def rewind(self, step: int) -> list[int]:
+        """Cut `metrics.jsonl` back to the rows up to `step`; what a kill left half written goes too.
+
+        Returns the steps up to there whose rows are missing: damaged, and left out.
+        """
         path = self._path("metrics.jsonl")
-        if path is None or not path.exists():
-            return
+        if path is None:
+            return []
+        rows: dict[int, bytes] = {}
+        if path.exists():
+            rows = {number: line for number, line in self._rows(path) if 0 < number <= step}
+            replace_file(path, b"".join(rows.values()))
+        return sorted(set(range(1, step + 1)) - rows.keys())
+
+    def amend(self, row: Mapping[str, Any]) -> None:
+        """Replace the row of the last step, in one stroke."""
+        path = self._path("metrics.jsonl")
+        if path is not None:
+            clean = {name: _jsonable(value) for name, value in row.items()}
+            earlier = [line for number, line in self._rows(path) if 0 < number < row["step"]]
+            replace_file(path, b"".join([*earlier, _encoded(clean)]))
+            self._trackers.log(clean, int(row["step"]))
+
+    @staticmethod
+    def _rows(path: Path) -> list[tuple[int, bytes]]:
+        """Return each line with its step, 0 where it isn't a whole row."""
         with storage_errors(path):
-            lines = path.read_bytes().splitlines(keepends=True)
-        replace_file(path, b"".join(line for line in lines if 0 < _step_of(line) <= step))
+            lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        return [(_step_of(line), line) for line in lines]
 
     def flush(self) -> None:
         """Make the rows written so far durable."""
@@ -105,7 +126,7 @@ class TrainingLogger:
         path = self._path(name)
         if path is None:
             return
-        line = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        line = _encoded(row)
         with storage_errors(path, len(line)), path.open("ab+", buffering=0) as handle:
             if handle.tell():
                 handle.seek(-1, os.SEEK_END)
@@ -125,14 +146,20 @@ def _jsonable(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
+def _encoded(row: Mapping[str, Any]) -> bytes:
+    return (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
 def _step_of(line: bytes) -> int:
     """Return a row's step, or 0 for a line that isn't a whole row."""
     if not line.endswith(b"\n"):
         return 0
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+        row = json.loads(line)
+    except (ValueError, RecursionError):
         return 0
+    whole = isinstance(row, dict) and row.keys() >= set(REQUIRED) and type(row["step"]) is int
+    return row["step"] if whole else 0
 
 
 def _line(row: Mapping[str, Any], total: int | None) -> str:

@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -217,7 +217,7 @@ class Run:
             settings=self.settings,
         )
         self.started = True
-        self.logger.rewind(self.progress.step)
+        self._restore_log()
         for item in self.state.damaged():
             self.logger.event("checkpoint_damaged", step=item.step, path=item.path.name, reason=item.reason)
         if self.directory.continued:
@@ -228,6 +228,18 @@ class Run:
             if self.resume:
                 log.warning("%s holds no run to resume: starting one at step 0", self.trainer.output)
             self.logger.event("run_started", total_steps=self.total_steps)
+
+    def _restore_log(self) -> None:
+        """Cut the log back to the checkpoint. Its last row is in the checkpoint; an earlier one that is damaged is lost."""
+        step = self.progress.step
+        lost = self.logger.rewind(step)
+        if lost[-1:] == [step]:
+            self.logger.amend(self.progress.metrics)
+            lost.pop()
+        if lost:
+            place = f"{self.trainer.output}/metrics.jsonl"
+            log.warning("%s: the rows of %d steps are damaged and left out: %s", place, len(lost), _ranges(lost))
+            self.logger.event("metrics_damaged", step=step, steps=lost)
 
     # The steps
 
@@ -438,8 +450,19 @@ class Run:
         metrics = self._evaluate()
         if self.progress.step:
             self.progress.metrics |= metrics
-            self.logger.rewind(self.progress.step - 1)
-            self.logger.metrics(self.progress.metrics)
+            self.logger.amend(self.progress.metrics)
+
+
+def _ranges(steps: Sequence[int], limit: int = 8) -> str:
+    """Return ascending steps as text, neighbours as ranges: `1-3, 7`."""
+    ranges: list[list[int]] = []
+    for step in steps:
+        if ranges and step == ranges[-1][1] + 1:
+            ranges[-1][1] = step
+        else:
+            ranges.append([step, step])
+    shown = [str(first) if first == last else f"{first}-{last}" for first, last in ranges[:limit]]
+    return ", ".join(shown) + (" …" if len(ranges) > limit else "")
 
 
 def _shown(metrics: Mapping[str, float]) -> str:

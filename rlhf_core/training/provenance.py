@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.errors import ModelError, RLHFError, Stopped
+from rlhf_core.errors import ModelError, RLHFError, Stopped, StorageError
 from rlhf_core.infra.environment import describe_environment
 from rlhf_core.infra.seeds import stream_seed
 from rlhf_core.training.run_directory import RunDirectory, Status, note_fault
@@ -45,9 +45,16 @@ def note_inputs(run: Run, policy: Any) -> None:
 
 def _same_files(directory: RunDirectory, models: dict[str, Any]) -> None:
     before = directory.read("models.json") if directory.continued else None
-    if not before:
+    if before is None:
         return
-    old, new = before["policy"].get("files"), models["policy"].get("files")
+    try:
+        old, new = before["policy"].get("files"), models["policy"].get("files")
+        if old is not None and not isinstance(old, dict):
+            raise TypeError("`files` is no mapping")
+    except (AttributeError, KeyError, TypeError) as error:
+        place = f"{directory.path}/models.json"
+        fix = "put a whole copy of it back, or start a new run in another directory"
+        raise StorageError("can't be read as what the run was made from", place=place, got=error, fix=fix) from None
     if old is not None and new is not None and old != new:
         changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
         raise ModelError(

@@ -6,6 +6,7 @@ Only the first process writes. Every file but the two logs is put in place whole
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 import time
@@ -20,6 +21,7 @@ from rlhf_core import __version__
 from rlhf_core.errors import ConfigError, StorageError
 from rlhf_core.infra.files import (
     fsync_directory,
+    leftover_of,
     lock_directory,
     read_json,
     remove_tree,
@@ -33,6 +35,10 @@ from rlhf_core.yaml_files import load_yaml
 Status = Literal["running", "done", "stopped", "failed"]
 
 _LOCK = "run.lock"
+_WRITTEN = re.compile(
+    r"(run|status|data|models)\.json|config(\.input)?\.yaml|command\.txt|metrics\.jsonl|reference\.safetensors|model(_\w+)?"
+)
+"""What stands in a run's directory after it was written or replaced as a whole."""
 
 
 class RunDirectory:
@@ -61,15 +67,16 @@ class RunDirectory:
             if resume or overwrite:
                 raise ConfigError("no run directory is set", place="output", fix="set `output`")
             return cls(None, record)
-        _make_writable(path)
-        lock = lock_directory(path, _LOCK, "working in this run directory")
+        _make_directory(path)
+        new = not (path / _LOCK).exists()
+        lock = lock_directory(path, _LOCK, "working in this run directory")  # and so tries whether it can be written
         try:
             continued = _settle(path, resume=resume, overwrite=overwrite)
             if continued:
-                old = read_json(path / "run.json")
-                record |= {"id": old["id"], "started": old["started"], "resumed": [*old.get("resumed", []), _now()]}
-                record["step"] = old.get("step")
+                record |= _continued_record(path)
         except BaseException:
+            if new and not (path / "run.json").exists():
+                remove_tree(path / _LOCK)  # what isn't ours is left as it was
             _release(lock)
             raise
         opened = cls(path, record, continued=continued, lock=lock)
@@ -88,7 +95,7 @@ class RunDirectory:
     def end(self, status: Status, exit_code: int, *, step: int, message: str | None = None) -> None:
         """Note how the run ended. A fault that another process noted first is the cause, and ours its consequence."""
         told = self.read("status.json") or {}
-        if told.get("status") == "failed" and exit_code == 1:
+        if isinstance(told, dict) and told.get("status") == "failed" and exit_code == 1:
             exit_code, message = told["exit_code"], told["message"]
         self.update(status=status, exit_code=exit_code, step=step, message=message, ended=_now())
 
@@ -117,7 +124,7 @@ class RunDirectory:
             return None
         try:
             return read_json(self.path / name)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise StorageError("cannot read the run's record", place=str(self.path / name), got=error) from None
 
     def write(self, name: str, value: Any) -> None:
@@ -150,20 +157,32 @@ def _new_record() -> dict[str, Any]:
     return {"rlhf_core": __version__, "id": uuid.uuid4().hex, "started": _now(), "status": "running", "exit_code": None}
 
 
-def _make_writable(path: Path) -> None:
+def _continued_record(path: Path) -> dict[str, Any]:
+    """Return what a continued run keeps of its record, which `_is_run` has looked at."""
+    old = read_json(path / "run.json")
+    resumed, step = old.get("resumed"), old.get("step")
+    return {
+        "id": old["id"],
+        "started": old["started"],
+        "resumed": [*(resumed if isinstance(resumed, list) else []), _now()],
+        "step": step if isinstance(step, int) else None,
+    }
+
+
+def _make_directory(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise StorageError("is a file, not a directory", place=str(path), fix="choose another `output`")
     with storage_errors(path):
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".probe-{os.getpid()}"
-        probe.write_bytes(b"")
-        probe.unlink()
 
 
 def _settle(path: Path, *, resume: bool, overwrite: bool) -> bool:
     """Make the directory fit for the run; return whether it continues an earlier one."""
-    content = [item for item in path.iterdir() if item.name != _LOCK and not item.name.startswith(".run.json")]
+    found = [item for item in path.iterdir() if item.name != _LOCK]
+    leftovers = [item for item in found if _is_leftover(item.name)]
+    content = [item for item in found if item not in leftovers]
     if not content:
+        _remove(path, leftovers)
         return False
     ours = _is_run(path)
     # After a mistake that was found before the first step there is nothing to lose, and nothing to ask.
@@ -183,21 +202,42 @@ def _settle(path: Path, *, resume: bool, overwrite: bool) -> bool:
             got=", ".join(sorted(item.name for item in content)[:5]),
             fix="choose an empty or a new directory",
         )
-    if overwrite:
-        with storage_errors(path):
-            # The mark of a run goes last: a kill half-way leaves something that can be overwritten again.
-            for item in sorted(content, key=lambda item: item.name == "run.json"):
-                remove_tree(item)
-            fsync_directory(path)
+    # The mark of a run goes last: a kill half-way leaves something that can be overwritten again.
+    _remove(path, leftovers + (sorted(content, key=lambda item: item.name == "run.json") if overwrite else []))
     return resume
 
 
+def _is_leftover(name: str) -> bool:
+    """Tell whether a killed run left a file of this name behind, of use to nobody."""
+    of = leftover_of(name)
+    return of is not None and (not of or _WRITTEN.fullmatch(of) is not None)
+
+
+def _remove(path: Path, items: list[Path]) -> None:
+    if items:
+        with storage_errors(path):
+            for item in items:
+                remove_tree(item)
+            fsync_directory(path)
+
+
 def _is_run(path: Path) -> bool:
-    try:
-        record = read_json(path / "run.json")
-    except (OSError, ValueError):
+    """Tell whether a directory is a run's.
+
+    Raises:
+        StorageError: it holds the record of one, which can't be read.
+    """
+    place = path / "run.json"
+    if not place.is_file():
         return False
-    return isinstance(record, dict) and {"rlhf_core", "id", "started"} <= record.keys()
+    try:
+        record = read_json(place)
+        if not isinstance(record, dict) or not {"rlhf_core", "id", "started"} <= record.keys():
+            raise ValueError("no record of a run")
+    except (OSError, ValueError) as error:
+        fix = "put a whole copy of it back, or choose a new directory"
+        raise StorageError("can't be read as a run's record", place=str(place), got=error, fix=fix) from None
+    return True
 
 
 def _never_began(path: Path) -> bool:

@@ -19,6 +19,7 @@ from rlhf_core.training.checkpoint import (
     load_optimizer_state,
     optimizer_state,
 )
+from rlhf_core.training.saved_state import check_state
 
 if TYPE_CHECKING:
     from rlhf_core.training.loop import Run
@@ -111,7 +112,7 @@ class RunState:
         found: list[Checkpoint | None] = []
 
         def verify() -> int | None:
-            found.append(manager.load_latest())
+            found.append(manager.load_latest(lambda state: check_state(run, state)))
             return found[0].step if found[0] is not None else None
 
         step = run.distribution.on_main(verify)

@@ -6,9 +6,11 @@ prints a JSON report.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -26,7 +28,7 @@ from toy import ROWS, toy
 
 import rlhf_core.data.datasets
 import rlhf_core.data.streaming
-import rlhf_core.training.loop  # noqa: F401
+import rlhf_core.training.loop
 from rlhf_core.training.checkpoint import CheckpointManager
 from rlhf_core.training.logger import TIMING
 
@@ -35,7 +37,7 @@ LAST_SAVE = 5
 """How often a run saves; the third save is the first that has an older checkpoint to prune."""
 
 
-def train(output: Path, data: Path, streaming: bool, *, resume: bool) -> None:
+def train(output: Path, data: Path, streaming: bool, **how: bool) -> None:
     toy(
         output,
         rows=str(data),
@@ -44,7 +46,7 @@ def train(output: Path, data: Path, streaming: bool, *, resume: bool) -> None:
         eval_steps=4,
         checkpoint={"every": 2},
         dataset={"streaming": streaming, "shuffle_block": 16},
-    ).train(resume=resume)
+    ).train(**how)
 
 
 def forked(action: Callable[[], None], after: float | None = None) -> int:
@@ -142,6 +144,72 @@ def every_write(root: Path, data: Path, streaming: bool, expected: dict[str, Any
     return {"killed": killed, "different": different}
 
 
+def every_start(root: Path, data: Path, streaming: bool, expected: dict[str, Any]) -> dict[str, Any]:
+    """Kill a run within every operation on files before its first step; then start, replace and resume what it left."""
+    killed = 0
+    different = []
+    operations = forked_count(lambda: starting(0, lambda: train(root / "counted", data, streaming, resume=False)))
+    for at in range(1, operations + 1):
+        output = root / f"start-{at}"
+        forked(lambda at=at, output=output: starting(at, lambda: train(output, data, streaming, resume=False)))
+        killed += 1
+        for how in ("start", "overwrite" if at % 2 else "resume"):
+            copy = root / f"start-{at}-{how}"
+            shutil.copytree(output, copy) if output.exists() else None
+            record = copy / "run.json"
+            began = record.exists() and json.loads(record.read_text())["status"] == "running"
+            code = forked(
+                lambda copy=copy, how=how: train(copy, data, streaming, **({how: True} if how != "start" else {}))
+            )
+            # A run that has a record is asked about, and nothing else is.
+            if (code == 0) == (how == "start" and began) or (code == 0 and outcome(copy) != expected):
+                different.append([at, how, code, began])
+            shutil.rmtree(copy)
+    return {"killed": killed, "different": different}
+
+
+def forked_count(action: Callable[[], int]) -> int:
+    """Run an action in a child; return the number that it returned, at most 255."""
+    child = os.fork()
+    if child == 0:
+        code = 0
+        try:
+            code = action()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def starting(at: int, action: Callable[[], None]) -> int:
+    """Do the action up to its first step; kill this process within the `at`-th operation on files. Return their number."""
+    count = 0
+
+    class Begun(Exception):
+        pass
+
+    def begun(self: Any) -> None:
+        raise Begun
+
+    def wrap(name: str) -> None:
+        real = getattr(os, name)
+
+        def operation(*arguments: Any, **options: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*arguments, **options)
+
+        setattr(os, name, operation)
+
+    for name in OPERATIONS:
+        wrap(name)
+    rlhf_core.training.loop.Run._train = begun  # type: ignore[method-assign]
+    with contextlib.suppress(Begun):
+        action()
+    return count
+
+
 def random_moments(root: Path, data: Path, streaming: bool, expected: dict[str, Any], seconds: float) -> dict[str, Any]:
     """Kill runs at random moments, up to three times each with a resume between, until ten kills have struck."""
     draw = random.Random(1)
@@ -175,6 +243,8 @@ def main() -> None:
     expected = outcome(root / "whole")
     if kind == "every_write":
         report = every_write(root, data, streaming, expected, LAST_SAVE if "last" in sys.argv else LAST_SAVE - 1)
+    elif kind == "every_start":
+        report = every_start(root, data, streaming, expected)
     else:
         report = random_moments(root, data, streaming, expected, seconds)
     print(json.dumps(report | {"steps": len(expected["metrics"]), "files": sorted(expected["files"])}))

@@ -183,6 +183,14 @@ def test_killed_at_every_write_of_a_save(tmp_path: Path, form: str, save: str) -
 
 
 @pytest.mark.slow
+def test_killed_at_every_operation_of_a_start(tmp_path: Path) -> None:
+    report = killer("every_start", tmp_path)
+    assert report["different"] == []
+    # At least: a directory, the lock, and seven files each written, fsynced and renamed.
+    assert report["killed"] > 20
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["map", "streaming"])
 def test_killed_at_random_moments(tmp_path: Path, form: str) -> None:
     report = killer("random_moments", tmp_path, form)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from toy import toy
 
 from rlhf_core.errors import StorageError
 from rlhf_core.training.run_directory import RunDirectory
@@ -33,6 +34,40 @@ def test_what_was_trained_is_asked_about(tmp_path: Path, left: str) -> None:
         (tmp_path / "run/metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(StorageError, match="holds an earlier run"):
         RunDirectory.open(tmp_path / "run", resume=False, overwrite=False)
+
+
+LEFT_BEHIND = [".probe-123", ".run.json.tmp", ".status.json.tmp", "run.lock"]
+"""What a kill may leave before there is a record of the run."""
+
+
+@pytest.mark.parametrize("left", LEFT_BEHIND)
+@pytest.mark.parametrize("how", [{}, {"resume": True}, {"overwrite": True}], ids=["start", "resume", "overwrite"])
+def test_what_a_kill_left_is_no_content(tmp_path: Path, left: str, how: dict[str, bool]) -> None:
+    (tmp_path / left).write_bytes(b"half")
+    assert toy(tmp_path, max_steps=1).train(**how).step == 1
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("left", [*LEFT_BEHIND, ".config.yaml.tmp", ".model.tmp", ".model.old", ".model_value.tmp"])
+@pytest.mark.parametrize("how", [{"resume": True}, {"overwrite": True}], ids=["resume", "overwrite"])
+def test_a_run_with_leftovers_is_continued_and_replaced(tmp_path: Path, left: str, how: dict[str, bool]) -> None:
+    toy(tmp_path, max_steps=1).train()
+    if left.startswith(".model"):
+        (tmp_path / left).mkdir()
+    (tmp_path / left / "file" if left.startswith(".model") else tmp_path / left).write_bytes(b"half")
+    assert toy(tmp_path, max_steps=1).train(**how).step == 1
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    "foreign", [".notes.tmp", ".thesis.tex.old", ".probe-me", "probe-1", ".tmp-notes", ".run.json"]
+)
+def test_hidden_files_of_others_are_left_alone(tmp_path: Path, foreign: str) -> None:
+    (tmp_path / foreign).write_text("years of work")
+    for how in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(StorageError, match="not a run of ours"):
+            toy(tmp_path).train(**how)
+    assert [path.name for path in tmp_path.iterdir()] == [foreign]
 
 
 def test_a_run_that_is_still_marked_as_running_is_asked_about(tmp_path: Path) -> None:
