@@ -71,6 +71,7 @@ class ChatTemplate:
         # Some tokenizers have another template for conversations with tools.
         self.with_tools = self.source if option is not None else named.get("tool_use", self.source)
         self._markers: dict[str, str | None] = {}
+        self._tagged = {text: _TAGS.search(text) is not None for text in (self.source, self.with_tools) if text}
 
     @property
     def sha256(self) -> str | None:
@@ -143,7 +144,7 @@ class ChatTemplate:
 
     def tagged(self, chat: Chat) -> bool:
         """Tell whether the conversation's template has `{% generation %}` tags."""
-        return _TAGS.search(self._source(chat)) is not None
+        return self._tagged[self._source(chat)]
 
     def next_marker(self, role: str) -> str | None:
         """Return the control token, with white space before it, that follows an assistant's turn when `role` speaks next.

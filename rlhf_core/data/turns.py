@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from rlhf_core.data.pieces import Piece
 from rlhf_core.data.templates import OPTION, Chat, ChatTemplate, common
@@ -24,6 +25,9 @@ OTHER_CONTEXT = (
     " prompt"
 )
 NO_STOP = f"the chat template ends only the last turn, so earlier ones are trained without a stop: `{EACH}` ends each"
+NO_PROMPT = (
+    "the chat template ignores `add_generation_prompt`, so an answer is trained behind a turn's opening that generation lacks"
+)
 TAGGED_STOP = "the chat template's generation tags leave out what ends a turn, so no stop is in the loss"
 UNUSED_TOOLS = "the chat template doesn't render the row's `tools`"
 UNUSED = "the chat template doesn't render `{}`"
@@ -87,7 +91,6 @@ class _Cutter:
         self.whole = template.render(chat)
         self.turns = Turns()
         self.tagged = template.tagged(chat)
-        self._words = chat.word("A"), chat.word("B")
         self._prompts: dict[int, str] = {}
 
     def cut(self, learnt: Sequence[int], first: int) -> Turns:
@@ -149,6 +152,10 @@ class _Cutter:
         if number not in self._prompts:
             self._prompts[number] = self.template.render(self.chat.until(number), answer=True)
         return self._prompts[number]
+
+    @cached_property
+    def _words(self) -> tuple[str, str]:
+        return self.chat.word("A"), self.chat.word("B")
 
     def _is_last(self, turn: _Turn) -> bool:
         return turn.number == len(self.chat.messages) - 1
@@ -263,8 +270,10 @@ class _Cutter:
             own = [(begin, end) for begin, end in spans if begin < turn.end and end > turn.start]
             if not own:
                 continue
-            if self._before(turn.number) == self.template.render(self.chat.until(turn.number)):
-                turn.start = max(turn.start, own[0][0])
+            header = self.whole[turn.start : own[0][0]]
+            if header.strip() and self._before(turn.number) == self.template.render(self.chat.until(turn.number)):
+                turn.start = own[0][0]
+                self.turns.notes.append(NO_PROMPT)
             left_out = self.whole[own[-1][1] : turn.end]
             if turn.number in learnt and turn.closed and self.control.matches(left_out):
                 self.turns.notes.append(TAGGED_STOP)
@@ -311,7 +320,12 @@ class _Cutter:
         text, opener = self.whole[turn.start : turn.end], turn.opener
         closing = _closing(opener)
         if closing is None:
-            raise self._not_found(turn.number)
+            raise ModelError(
+                "the chat template's generation prompt ends in text that a rendered turn lacks",
+                place=self.chat.place,
+                got=repr(opener),
+                fix=f"give a template by `{OPTION}` that writes it in both, or in neither",
+            )
         if added:
             self._add(opener, before=self.whole[: turn.start])
         opened = _OPENS.match(text)
