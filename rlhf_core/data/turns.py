@@ -26,7 +26,7 @@ OTHER_CONTEXT = (
 )
 NO_STOP = f"the chat template ends only the last turn, so earlier ones are trained without a stop: `{EACH}` ends each"
 NO_PROMPT = (
-    "the chat template ignores `add_generation_prompt`, so an answer is trained behind a turn's opening that generation lacks"
+    "the chat template ignores `add_generation_prompt`: an answer is trained behind an opening that generation lacks"
 )
 TAGGED_STOP = "the chat template's generation tags leave out what ends a turn, so no stop is in the loss"
 UNUSED_TOOLS = "the chat template doesn't render the row's `tools`"
