@@ -6,24 +6,27 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from batches import random_batch
 from safetensors.torch import load_file, save_file
 
 from rlhf_core import registry
 from rlhf_core.interfaces import Sample
 from rlhf_core.merging import MergeConfig, ModelMerger
-from rlhf_core.models import RewardModel
+from rlhf_core.models import PolicyModel, RewardModel
 from rlhf_core.models.attention import segment_attention
 from rlhf_core.models.gpu_attention import padded_segment_attention
+from rlhf_core.models.gpu_norm import fuse_norms
 from rlhf_core.models.layout import Segment, Segments
 from rlhf_core.models.logprobs import linear_token_logprobs
 from rlhf_core.models.varlen import gpu_segment_attention, kernel_obstacle, torch_varlen
-from rlhf_core.testing.tiny import save_tiny
+from rlhf_core.testing.tiny import save_tiny, tiny_model, tiny_tokenizer
 from rlhf_core.training.logger import TIMING
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -143,6 +146,39 @@ def test_attention_waits_for_nothing_once_it_has_its_plan(precision: torch.dtype
         gpu_segment_attention(*inputs, segments, scale=0.25).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("responses", [1, 3])
+def test_a_forward_and_a_backward_pass_wait_for_nothing(responses: int) -> None:
+    policy = PolicyModel(tiny_model(), tiny_tokenizer()).cuda().set_options(precision="bf16")
+
+    def passes() -> None:
+        batch = random_batch(4, responses).to("cuda")
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = policy.token_logps(batch).sum()
+        loss.backward()
+
+    passes()  # tries kernels and norms, once
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            passes()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert [f"{warning.filename}:{warning.lineno}" for warning in caught if "synchroniz" in str(warning.message)] == []
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_norms_take_the_kernel_and_give_the_same_numbers(precision: torch.dtype) -> None:
+    plain, fused = (tiny_model(hidden=64).cuda().to(precision) for _ in range(2))
+    assert fuse_norms(fused) == 5
+    ids = torch.arange(40, device="cuda").view(2, 20)
+    found, expected = (model(ids).logits.float().log_softmax(-1) for model in (fused, plain))
+    assert all(module._fused == {precision: True} for module in fused.modules() if hasattr(module, "_fused"))
+    tolerance = 1e-5 if precision == torch.float32 else 2e-2
+    assert float((found - expected).norm() / expected.norm()) < tolerance
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
