@@ -336,6 +336,18 @@ class TrainerConfig(BaseConfig):
         return values
 
 
+class DataFile(BaseConfig):
+    """Rows to train on, and how often each of them is seen."""
+
+    path: str = Field(min_length=1, description="Path of a file or folder, or a hub name.")
+    weight: float = Field(
+        1.0,
+        gt=0,
+        description="How often an epoch holds each of its rows: 2 twice, 0.5 about half of them (the same in every epoch), 1.5"
+        " all of them and about half of them again.",
+    )
+
+
 class RunConfig(BaseConfig):
     """The keys of a run's file that aren't options of its method."""
 
@@ -343,12 +355,19 @@ class RunConfig(BaseConfig):
 
     method: str = Field(min_length=1, description="Name of the method, as `rlhf list trainers` shows it.")
     model: str = Field(min_length=1, description="Path or hub name of the model to train.")
-    data: str | list[str] = Field(description="Path, paths or hub name of the rows to train on.")
+    data: str | list[str | DataFile] = Field(
+        description="Path or hub name of the rows to train on, or several, each alone or as `{path: …, weight: 2}`."
+    )
     eval_data: str | list[str] | None = Field(
         None, description="Path, paths or hub name of rows held out; null evaluates nothing."
     )
     output: str | None = Field(None, description="Run directory; null names one `runs/METHOD-DATE`.")
     preset: str | None = Field(None, description="Preset whose options apply where the file sets none: `7b` or `70b`.")
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _one_file_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, Mapping) else value
 
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:

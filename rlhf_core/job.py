@@ -44,7 +44,11 @@ class Job:
     def trainer(self, command: str | None = None) -> Trainer[Any]:
         """Return the trainer, ready to train; nothing is loaded or read yet. `command` is kept in the run directory."""
         trainer = self.method(
-            self.options, model=self.run.model, data=self.run.data, eval_data=self.run.eval_data, output=self.run.output
+            self.options,
+            model=self.run.model,
+            data=self.run.model_dump()["data"],
+            eval_data=self.run.eval_data,
+            output=self.run.output,
         )
         trainer.run_inputs = {
             "config_input": self._given() if self.config_input is None else redact_text(self.config_input),

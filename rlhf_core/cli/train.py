@@ -139,7 +139,7 @@ def _job(target: str, flags: list[str]) -> Job:
 
 def _describe(job: Job, *, resume: bool, overwrite: bool) -> None:
     """Print the resolved configuration, itself a valid file, under comments on what would be read and written."""
-    from rlhf_core.data.sources import SUFFIXES
+    from rlhf_core.data.sources import SUFFIXES, data_files
     from rlhf_core.errors import DataError
 
     lines = [
@@ -147,11 +147,12 @@ def _describe(job: Job, *, resume: bool, overwrite: bool) -> None:
         f"model: {_place(job.run.model)}",
     ]
     for key in ("data", "eval_data"):
-        value = getattr(job.run, key)
-        for name in [value] if isinstance(value, str) else value or []:
+        given = job.run.model_dump()[key]
+        for path, weight in [] if given is None else data_files(given) or []:
+            name, times = str(path), "" if weight == 1 else f", weight {weight:g}"
             if name.endswith(SUFFIXES) and not Path(name).expanduser().exists():
                 raise DataError("no such file", place=name, fix=f"mend `{key}` ({job.places.get(key, 'command line')})")
-            lines.append(f"{key}: {_place(name)} (rows of the record `{job.method.record}`)")
+            lines.append(f"{key}: {_place(name)} (rows of the record `{job.method.record}`{times})")
     output = Path(str(job.run.output))
     state = "new"
     if output.exists() and any(output.iterdir()):

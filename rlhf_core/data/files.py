@@ -33,6 +33,8 @@ class Cursor(NamedTuple):
     """Lines, or rows, before it in its part."""
     offset: int = 0
     """Uncompressed bytes (in a JSON array characters) before it in its part, where that is known."""
+    copy: int = 0
+    """Copies of the next row that stand before it, where rows are repeated."""
 
 
 @dataclass(frozen=True, slots=True)

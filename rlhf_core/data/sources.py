@@ -7,12 +7,14 @@ place that a message can name.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_core.config import DataFile
 from rlhf_core.data.files import COMPRESSION, Cursor, Part, Row
 from rlhf_core.data.json_files import JsonArray, JsonLines
 from rlhf_core.data.tables import Delimited, ParquetRows
@@ -75,10 +77,14 @@ class IterableRows(Part):
 
 
 class Source:
-    """The parts of some data, read one after the other."""
+    """The parts of some data, read one after the other, each row as often as its part's weight says.
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    A weight's fraction takes some of the rows once more: which, is a function of the part and the line alone.
+    """
+
+    def __init__(self, parts: Sequence[Part], weights: Sequence[float] | None = None) -> None:
         self.parts = list(parts)
+        self.weights = list(weights) if weights is not None else [1.0] * len(self.parts)
 
     @property
     def name(self) -> str:
@@ -96,17 +102,38 @@ class Source:
         for number, part in enumerate(self.parts[start.part :], start.part):
             if number != start.part:
                 cursor = Cursor(number, cursor.row)
-            empty = cursor.line == 0
+            empty = cursor.line == 0 and cursor.copy == 0
             rows = part.rows(cursor)
             while (row := _next(rows, part, cursor)) is not None:
-                empty, cursor = False, row.after
-                yield row
+                empty = False
+                for copied in self._repeated(row, cursor):
+                    yield copied
+                    cursor = copied.after
+                cursor = row.after._replace(row=cursor.row)
             if empty:
                 raise DataError("holds no rows", place=part.name, fix="give data with at least one row")
 
+    def _repeated(self, row: Row, before: Cursor) -> Iterator[Row]:
+        """Yield a row as often as its part's weight says; `before` is the place before it, or between its copies."""
+        weight = self.weights[before.part]
+        if weight == 1:
+            yield Row(before.row, row.place, row.values, row.after._replace(row=before.row + 1))
+            return
+        key = hashlib.blake2b(f"{before.part} {row.after.line}".encode(), digest_size=8).digest()
+        copies = int(weight) + (int.from_bytes(key) / 2**64 < weight % 1)
+        for copy in range(before.copy, copies):
+            number = before.row + copy - before.copy
+            after = before._replace(row=number + 1, copy=copy + 1)
+            if copy + 1 == copies:
+                after = row.after._replace(row=number + 1)
+            yield Row(number, row.place, row.values, after)
+
     def identity(self, *, whole: bool) -> list[dict[str, Any]]:
-        """Return each part's name and hash; see `Part.identity`."""
-        return [_reading(part.name, part.identity, whole=whole) for part in self.parts]
+        """Return each part's name and hash (see `Part.identity`), and its weight where that isn't 1."""
+        return [
+            _reading(part.name, part.identity, whole=whole) | ({"weight": weight} if weight != 1 else {})
+            for part, weight in zip(self.parts, self.weights, strict=True)
+        ]
 
 
 def _next(rows: Iterator[Row], part: Part, cursor: Cursor) -> Row | None:
@@ -128,42 +155,69 @@ def _reading(place: str, read: Callable[..., Any], *args: Any, **options: Any) -
 
 def open_source(data: Any, *, split: str = "train", streaming: bool = False) -> Source:
     """Find the rows of `data`: a path, a directory, a hub name (`owner/name` or `owner/name:config`), a `datasets` object,
-    a list of rows, or a list of paths.
+    a list of rows, or a list of paths and names, each alone or with a weight (`{"path": …, "weight": 2}`).
 
     Raises:
         DataError: there are none, or nothing of that name.
     """
-    if isinstance(data, str | Path):
-        return Source(_named(data, split, streaming))
+    if isinstance(data, Sequence) and not isinstance(data, str) and not data:
+        raise DataError("holds no rows", place="data", got="an empty list")
+    files = data_files(data)
+    if files is not None:
+        opened = [(part, weight) for path, weight in files for part in _named(path, split, streaming)]
+        return Source([part for part, _ in opened], [weight for _, weight in opened])
     if isinstance(data, Sequence):
-        if not data:
-            raise DataError("holds no rows", place="data", got="an empty list")
-        if all(isinstance(item, str | Path) for item in data):
-            return Source([part for item in data for part in _named(item, split, streaming)])
         return Source([Rows(data)])
     return Source([_dataset(data, "data", split)])
 
 
+def data_files(data: Any) -> list[tuple[str | Path, float]] | None:
+    """Return the files, folders and hub names that `data` lists, each with its weight; None where it holds rows itself.
+
+    Raises:
+        ConfigError: a weight isn't a positive number.
+    """
+    items = data if isinstance(data, Sequence) and not isinstance(data, str) else [data]
+    if not all(isinstance(item, str | Path) or _is_weighted(item) for item in items):
+        return None
+    files: list[tuple[str | Path, float]] = []
+    for number, item in enumerate(items):
+        if isinstance(item, str | Path):
+            files.append((item, 1.0))
+        else:
+            file = DataFile.parse({**item, "path": str(item["path"])}, place=f"data[{number}]")
+            files.append((file.path, file.weight))
+    return files
+
+
+def _is_weighted(item: Any) -> bool:
+    return isinstance(item, Mapping) and isinstance(item.get("path"), str | Path) and {*item} <= {"path", "weight"}
+
+
 def check_paths(data: Any) -> None:
     """Raise `DataError` where a file that `data` names isn't there: cheap, so that it can be known before anything slow."""
-    for item in data if isinstance(data, list | tuple) else [data]:
-        if isinstance(item, str | Path) and not _exists(item) and not _is_hub_name(item):
-            raise _no_such_file(item)
+    for path, _ in data_files(data) or []:
+        if not _exists(path) and not _is_hub_name(path):
+            raise _no_such_file(path)
 
 
 def has_splits(data: Any) -> bool:
     """Tell whether `data` is of the kinds that come in named splits: a hub name, a folder whose files bear such names, or a
     `DatasetDict`, in memory or on disk."""
-    if isinstance(data, str | Path):
-        path = _path(data)
-        if _exists(data):
-            return (path / "dataset_dict.json").exists() or len(_splits(_files(path))) > 1
-        return _is_hub_name(data)
+    files = data_files(data)
+    if files is not None:
+        return any(_has_splits(path) for path, _ in files)
     if isinstance(data, Sequence):
-        return any(isinstance(item, str | Path) and has_splits(item) for item in data)
+        return False
     import datasets
 
     return isinstance(data, datasets.DatasetDict | datasets.IterableDatasetDict)
+
+
+def _has_splits(name: str | Path) -> bool:
+    if not _exists(name):
+        return _is_hub_name(name)
+    return (_path(name) / "dataset_dict.json").exists() or len(_splits(_files(_path(name)))) > 1
 
 
 def _exists(name: str | Path) -> bool:

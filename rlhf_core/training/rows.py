@@ -12,7 +12,7 @@ from rlhf_core.config import TrainerConfig
 from rlhf_core.data import DataStream, open_dataset
 from rlhf_core.data.base import EncodedData
 from rlhf_core.data.saved import keep
-from rlhf_core.data.sources import has_splits
+from rlhf_core.data.sources import data_files, has_splits
 from rlhf_core.errors import ConfigError
 from rlhf_core.interfaces import Trainer
 from rlhf_core.models import PolicyModel
@@ -52,6 +52,14 @@ def keep_texts(trainer: Trainer, dataset: EncodedData) -> None:
 def _eval_config(trainer: Trainer) -> TrainerConfig:
     """Return the configuration under which `eval_data` are read: of named splits, `dataset.eval_split`."""
     config, options = trainer.config, trainer.config.dataset
+    for path, weight in data_files(trainer.eval_data) or []:
+        if weight != 1:
+            raise ConfigError(
+                "held-out rows have no weight: each is scored once",
+                place="eval_data",
+                got=f"{path}: {weight}",
+                fix="leave it out",
+            )
     trained, held_out = _names(trainer.data), _names(trainer.eval_data)
     same = sorted(trained & held_out)
     if not has_splits(trainer.eval_data):
@@ -70,8 +78,7 @@ def _eval_config(trainer: Trainer) -> TrainerConfig:
 
 def _names(data: Any) -> set[str]:
     """Return the paths, made absolute, and hub names among some data."""
-    items = data if isinstance(data, list | tuple) else [data]
-    named = [Path(item).expanduser() for item in items if isinstance(item, str | Path)]
+    named = [Path(path).expanduser() for path, _ in data_files(data) or []]
     return {str(path.resolve() if path.exists() else path) for path in named}
 
 

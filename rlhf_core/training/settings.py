@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core import registry
+from rlhf_core.data.sources import data_files
 from rlhf_core.errors import ConfigError
 from rlhf_core.infra.redact import redact
 from rlhf_core.interfaces import Trainer
@@ -66,8 +67,8 @@ def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any], *, place:
 def _source(source: Any) -> Any:
     if isinstance(source, str | Path):
         return str(source)
-    if isinstance(source, list | tuple) and source and all(isinstance(item, str | Path) for item in source):
-        return [str(item) for item in source]
+    if isinstance(source, list | tuple | Mapping) and source and (files := data_files(source)) is not None:
+        return [str(path) if weight == 1 else {"path": str(path), "weight": weight} for path, weight in files]
     if hasattr(source, "__len__"):
         return f"<{type(source).__name__} of {len(source)}>"
     return f"<{type(source).__name__}>"
