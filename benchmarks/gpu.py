@@ -154,7 +154,7 @@ def train(method: str, shape: str, side: str, setting: str = "padded") -> Callab
 
     def run(settings: Settings, save: Save) -> Result:
         import step_profile
-        from harness import SIDES, Cell, Clock, encoded, peak_memory, step_tokens
+        from harness import SIDES, Cell, Clock, encoded, forget_peak, peak_memory, step_tokens
         from random_models import make_rows, save_model
 
         if side == "peer":
@@ -184,6 +184,7 @@ def train(method: str, shape: str, side: str, setting: str = "padded") -> Callab
             profile.after(step)
 
         clock = Clock(after)
+        forget_peak()
         SIDES[side](cell, clock)
         if len(clock.seconds) < steps:
             raise Unfinished(f"only {len(clock.seconds)} of {steps} steps were made", found)

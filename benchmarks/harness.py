@@ -93,6 +93,15 @@ def peak_memory() -> int:
     raise RuntimeError("no peak memory in /proc/self/status")
 
 
+def forget_peak() -> None:
+    """Begin a GPU's peak again: what was done before the run isn't the run's."""
+    if on_gpu():
+        import torch
+
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
 def matmul_rate(precision: str) -> float:
     """Return the machine's measured rate on the shapes of a model of 135M, floating-point operations a second."""
     import torch

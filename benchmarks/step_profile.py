@@ -1,4 +1,4 @@
-"""What one training step does: kernels and who launches them, waits and copies, and the operations that take the time."""
+"""What one training step does: kernels and their launches, waits and copies, and the operations that take the time."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-STEPS = 3
-"""Steps that a profile takes: one to warm the profiler up, one profiled, one in which operations and waits are counted."""
+STEPS = 4
+"""Steps that a profile takes: one to warm the profiler up, one profiled, one to count operations in, one to find waits in."""
 TOP = 15
 LAUNCHES = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch", "hipLaunch", "hipExtLaunch")
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "hipStreamSynchronize")
@@ -60,12 +60,17 @@ class StepProfile:
         elif step == self.last + 2:
             self._profiler.step()
             self._profiler.stop()
-            self._start_counting()
+            self._operations = Operations()
+            self._operations.__enter__()
         elif step == self.last + 3:
-            self._stop_counting()
+            self._operations.__exit__(None, None, None)
+            self.found["operations"] = self._operations.count
+            self._watch_waits()
+        elif step == self.last + 4:
+            self._stop_watching()
 
     def _read(self, profiler: Any) -> None:
-        events = [event for event in profiler.events() if not event.is_user_annotation]
+        events = [event for event in profiler.events() if not _is_annotation(event)]
         on_device = [event for event in events if event.device_type != torch.autograd.DeviceType.CPU]
         on_host = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
         names = collections.Counter(event.name for event in on_host)
@@ -82,28 +87,37 @@ class StepProfile:
             "top_kernels": _top((e.name, 1, e.time_range.elapsed_us() / 1e3) for e in on_device),
         }
 
-    # Both slow a step down, so they get one of their own.
-
-    def _start_counting(self) -> None:
-        self._operations = Operations()
-        self._operations.__enter__()
+    def _watch_waits(self) -> None:
         if self.gpu:
             self._before = warnings.showwarning, warnings.filters[:]
             warnings.simplefilter("always")
             warnings.showwarning = self._note_wait  # type: ignore[assignment]
             torch.cuda.set_sync_debug_mode("warn")
 
-    def _stop_counting(self) -> None:
-        self._operations.__exit__(None, None, None)
-        self.found["operations"] = self._operations.count
+    def _stop_watching(self) -> None:
         if self.gpu:
             torch.cuda.set_sync_debug_mode("default")
             warnings.showwarning, warnings.filters[:] = self._before  # type: ignore[misc]
             self.found["waits_at"] = dict(self._waits.most_common(TOP))
 
-    def _note_wait(self, message: Any, category: Any, filename: str, lineno: int, *_: Any) -> None:
+    def _note_wait(self, message: Any, *_: Any) -> None:
         if "synchroniz" in str(message):
-            self._waits[f"{_short(filename)}:{lineno}"] += 1
+            self._waits[_caller()] += 1
+
+
+def _caller() -> str:
+    """Return the innermost line that is neither torch's nor Python's, nor of this file."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if name != __file__ and "/torch/" not in name and not name.endswith("/warnings.py"):
+            return f"{_short(name)}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return "the backward pass"
+
+
+def _is_annotation(event: Any) -> bool:
+    return bool(getattr(event, "is_user_annotation", False))
 
 
 def _copy(name: str) -> str:
@@ -120,7 +134,7 @@ def _starting(names: collections.Counter[str], prefixes: tuple[str, ...]) -> int
 def _by_operation(profiler: Any, *, gpu: bool) -> Iterable[tuple[str, int, float]]:
     """Yield each operation with its calls and its own milliseconds: on the device where there is a GPU, else on the host."""
     for event in profiler.key_averages():
-        if event.key.startswith("ProfilerStep") or event.is_user_annotation:
+        if event.key.startswith("ProfilerStep") or _is_annotation(event):
             continue
         if gpu and event.device_type != torch.autograd.DeviceType.CPU:
             continue  # the kernel itself, which its operation counts already

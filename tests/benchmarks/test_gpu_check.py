@@ -144,3 +144,71 @@ def test_operations_that_compute_are_counted_and_views_are_not(bench: SimpleName
         (x.view(16) * 2).sum().backward()
     # Forward: a product and a sum. Backward: ones for the sum's gradient, and a product.
     assert operations.count == 4
+
+
+def test_kernels_launches_waits_and_copies_are_told_apart(
+    bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A profile of a GPU's step, as the profiler would give it."""
+    import torch
+
+    host, device = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
+
+    def event(name: str, where: Any, microseconds: float = 0.0, annotation: bool = False) -> SimpleNamespace:
+        spent = SimpleNamespace(elapsed_us=lambda: microseconds)
+        return SimpleNamespace(name=name, device_type=where, time_range=spent, is_user_annotation=annotation)
+
+    def average(key: str, where: Any, count: int, microseconds: float) -> SimpleNamespace:
+        return SimpleNamespace(
+            key=key, device_type=where, count=count, self_device_time_total=microseconds, is_user_annotation=False
+        )
+
+    events = [
+        *(event("cudaLaunchKernel", host) for _ in range(3)),
+        event("cuLaunchKernelEx", host),
+        event("cudaMemcpyAsync", host),
+        event("cudaStreamSynchronize", host),
+        event("aten::_local_scalar_dense", host),
+        event("gemm", device, 500.0),
+        event("gemm", device, 1500.0),
+        event("softmax", device, 100.0),
+        event("Memcpy HtoD (Pageable -> Device)", device, 10.0),
+        event("Memset (Device)", device, 5.0),
+        event("Optimizer.step", device, 9000.0, annotation=True),
+    ]
+    averages = [
+        average("aten::mm", host, 2, 2000.0),
+        average("gemm", device, 2, 2000.0),
+        average("aten::softmax", host, 1, 100.0),
+    ]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    profile = bench.profile.StepProfile(3)
+    profile._read(SimpleNamespace(events=lambda: events, key_averages=lambda: averages))
+    found = profile.found
+    assert (found["kernels"], found["launches"], found["waits"], found["items"]) == (3, 4, 1, 1)
+    assert found["copies"] == {"HtoD": 1, "set": 1} and found["device_ms"] == pytest.approx(2.115)
+    assert found["top_operations"] == [
+        {"name": "aten::mm", "calls": 2, "ms": 2.0},
+        {"name": "aten::softmax", "calls": 1, "ms": 0.1},
+    ]
+    assert found["top_kernels"][0] == {"name": "gemm", "calls": 2, "ms": 2.0}
+
+
+def test_waits_are_named_by_the_line_that_waits(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    import warnings
+
+    import torch
+
+    modes: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    profile = bench.profile.StepProfile(3)
+    shown = warnings.showwarning
+    profile._watch_waits()
+    for _ in range(2):
+        warnings.warn("called a synchronizing CUDA operation", UserWarning)
+        warnings.warn("something else", UserWarning)
+    profile._stop_watching()
+    assert modes == ["warn", "default"] and warnings.showwarning is shown
+    ((place, count),) = profile.found["waits_at"].items()
+    assert count == 2 and "test_gpu_check.py:" in place
