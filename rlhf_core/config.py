@@ -19,6 +19,10 @@ from rlhf_core.config_errors import config_error
 ConfigType = TypeVar("ConfigType", bound="BaseConfig")
 
 
+DEFAULT_MAX_LENGTH = 1024
+"""What `max_length` is at most where it isn't set."""
+
+
 class TrainingStage(StrEnum):
     """Where in the pipeline a trainer stands."""
 
@@ -265,10 +269,11 @@ class TrainerConfig(BaseConfig):
     epochs: float = Field(
         1.0, gt=0, description="Passes over the data where `max_steps` is null; larger trains longer."
     )
-    max_length: int = Field(
-        1024,
+    max_length: int | None = Field(
+        None,
         ge=2,
-        description="Most tokens in a prompt with its response; larger keeps more text and takes more memory.",
+        description="Most tokens in a prompt with its response; larger keeps more text and takes more memory. Null takes what the"
+        " model has positions for, at most 1,024.",
     )
     lr_schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="How the learning rate falls after warm-up: to 0 along a cosine or a line, or not at all."
@@ -323,6 +328,11 @@ class TrainerConfig(BaseConfig):
     distributed: DistributedConfig = Field(
         default_factory=DistributedConfig, description="Processes that train together."
     )
+
+    @property
+    def length_limit(self) -> int:
+        """`max_length` as a number: in a run, what was found for its model; without a model, the most that null stands for."""
+        return DEFAULT_MAX_LENGTH if self.max_length is None else self.max_length
 
     @model_validator(mode="before")
     @classmethod

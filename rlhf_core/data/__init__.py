@@ -64,7 +64,7 @@ def open_dataset(data: Any, record: str, tokenizer: PreTrainedTokenizerBase, *, 
         raise ConfigError(f"unknown record `{record}`", place="record", fix=did_you_mean(record, _BY_RECORD))
     name = _BY_RECORD[record]
     kind = __getattr__(f"Streaming{name}" if config.dataset.streaming else name)
-    return kind(data, tokenizer, max_length=config.max_length, options=config.dataset, record=record)
+    return kind(data, tokenizer, max_length=config.length_limit, options=config.dataset, record=record)
 
 
 def __getattr__(name: str) -> Any:

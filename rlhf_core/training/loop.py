@@ -76,6 +76,8 @@ class Run:
 
     def __init__(self, trainer: Trainer, *, resume: bool, overwrite: bool) -> None:
         self.trainer, self.config = trainer, trainer.config
+        self.explicit = trainer.config.model_dump(mode="json", exclude_unset=True)
+        """The options that were set."""
         self.resume, self.overwrite = resume, overwrite
         self.settings = run_settings(trainer)
         self.progress = Progress()
@@ -150,6 +152,7 @@ class Run:
             check_paths(data)
         seed_everything(config.seed, "model")
         policy = load_policy(trainer, self.devices)
+        self._take_up_config()
         self.dataset, self.eval_dataset = open_data(trainer, policy)
         note_inputs(self, policy)
         self.parameters = build_models(trainer, policy, self.devices)
@@ -192,6 +195,13 @@ class Run:
             return check_unchanged(before, self.settings, place=str(self.trainer.output)) if before else []
 
         self.changes = self.distribution.on_main(compare)
+
+    def _take_up_config(self) -> None:
+        """Go by the trainer's configuration with what only the model could tell."""
+        if self.trainer.config is not self.config:
+            self.config = self.trainer.config
+            self.settings = run_settings(self.trainer)
+            self._check_resumable()
 
     def _prepare_stream(self) -> None:
         """Make the stream and the schedule, with what the checkpoint of a continued run knows of their length."""

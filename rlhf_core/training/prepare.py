@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlhf_core.config import TrainerConfig
+from rlhf_core.config import DEFAULT_MAX_LENGTH, TrainerConfig
 from rlhf_core.data.base import EncodedData
 from rlhf_core.errors import ConfigError, PluginError
 from rlhf_core.infra.devices import DeviceManager
@@ -60,6 +60,8 @@ def check_config(trainer: Trainer, distribution: Distribution, devices: DeviceMa
 def load_policy(trainer: Trainer, devices: DeviceManager) -> PolicyModel:
     """Return the policy on the device with the run's options, loaded from its source or taken as passed in.
 
+    Where `max_length` isn't set, `trainer.config` is given what the policy has positions for.
+
     Raises:
         ConfigError: sequences of `max_length` don't fit the model's positions.
     """
@@ -81,15 +83,25 @@ def load_policy(trainer: Trainer, devices: DeviceManager) -> PolicyModel:
     else:
         policy = trainer.adopt(trainer.model).to(devices.device)
         policy.configure(config)
-    positions = policy.max_positions
-    if positions is not None and config.max_length > positions:
+    trainer.config = _with_length(config, policy.max_positions)
+    return policy
+
+
+def _with_length(config: TrainerConfig, positions: int | None) -> TrainerConfig:
+    """Return the configuration with a `max_length` that is a number and fits the model's positions."""
+    if positions is not None and (config.max_length or 0) > positions:
         raise ConfigError(
             "longer than the model's positions",
             place="max_length",
             got=f"{config.max_length} for a model of {positions}",
             fix=f"set `max_length: {positions}` or less",
         )
-    return policy
+    if config.max_length is not None:
+        return config
+    length = min(DEFAULT_MAX_LENGTH, positions or DEFAULT_MAX_LENGTH)
+    why = "all of the model's positions" if length == positions else "the default"
+    log.info("max_length: %d, %s; longer rows are cut or dropped as `dataset.truncation` says", length, why)
+    return config.model_copy(update={"max_length": length})
 
 
 def build_models(trainer: Trainer, policy: PolicyModel, devices: DeviceManager) -> dict[str, nn.Parameter]:

@@ -35,10 +35,9 @@ def note_inputs(run: Run, policy: Any) -> None:
         plugin=run_plugin(trainer),
         seeds={"seed": run.config.seed} | {name: stream_seed(run.config.seed, name) for name in STREAMS},
     )
-    explicit = run.config.model_dump(mode="json", exclude_unset=True)
     models = {"policy": policy.describe()}
     run.distribution.on_main(lambda: _same_files(directory, models))
-    directory.write_inputs(run.settings, inputs, explicit)
+    directory.write_inputs(run.settings, inputs, run.explicit)
     directory.write("models.json", models)
     note_data(run)
 

@@ -50,6 +50,8 @@ def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any], *, place:
         ConfigError: something else changed; the difference is shown.
     """
     old, new = _flat(before), _flat(now)
+    if new.get("max_length") is None:
+        new["max_length"] = old.get("max_length")  # compared once the model is known, and with it this number
     changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     lines = {name: f"{name}: {old.get(name)!r} → {new.get(name)!r}" for name in changed}
     refused = [name for name in changed if not any(name == free or name.startswith(f"{free}.") for free in MAY_CHANGE)]

@@ -125,7 +125,7 @@ class KTOTrainer(Trainer[KTOConfig]):
         """Return z₀ = max(0, E[log π(y'|x) − log π_ref(y'|x)]) over mismatched pairs of the whole step, nats."""
         if self.config.kl == "zero":
             return 0.0
-        other = mismatched(batch, self._next_prompts(batch), self.config.max_length)
+        other = mismatched(batch, self._next_prompts(batch), self.config.length_limit)
         total, count = 0.0, other.num_responses
         if count:
             ratios = self.score_responses(other) - self.reference.response_logps(other)

@@ -149,7 +149,7 @@ class ProcessRewardTrainer(Trainer[ProcessRewardConfig]):
                 batch.records[prompt],
                 response % 2,
                 len(at),
-                cut=tokens >= self.config.max_length and last not in self.reward.tokenizer.all_special_ids,
+                cut=tokens >= self.config.length_limit and last not in self.reward.tokenizer.all_special_ids,
                 separator=self.reward.separator,
                 place=functools.partial(_place, data, batch.rows[prompt]),
             )
