@@ -27,7 +27,7 @@ def fuse_norms(network: nn.Module) -> int:
     """Let the network's norms take the kernel on a GPU, in place; return how many may."""
     norms = [module for module in network.modules() if _may_be_norm(module)]
     for module in norms:
-        module.forward = types.MethodType(_forward, module)
+        module.forward = types.MethodType(forward, module)
         module._fused = {}  # type: ignore[assignment]
     return len(norms)
 
@@ -53,8 +53,11 @@ def _epsilon(module: nn.Module) -> float | None:
     return found[0] if len(found) == 1 else None
 
 
-def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Stand in for a norm's `forward`; bound to the module, so that a copy of the module is bound to the copy."""
+def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Stand in for a norm's `forward`; bound to the module, so that a copy of the module is bound to the copy.
+
+    Its name is the method's, so that a pickled module is found to have the method of its class.
+    """
     own = type(self).forward
     if len(args) != 1 or kwargs or not _applies(args[0]):
         return own(self, *args, **kwargs)

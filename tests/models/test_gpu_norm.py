@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -81,6 +82,14 @@ def test_a_copy_has_norms_of_its_own(as_on_a_gpu: list[int]) -> None:
         policy.causal_lm.model.norm.weight.mul_(2)
     assert torch.equal(reference.token_logps(batch), before)
     assert not torch.equal(policy.token_logps(batch), before)
+
+
+def test_a_model_can_still_be_pickled() -> None:
+    model = tiny_model()
+    gpu_norm.fuse_norms(model)
+    again = pickle.loads(pickle.dumps(model))
+    ids = torch.arange(20)[None]
+    assert torch.equal(again(ids).logits, model(ids).logits)
 
 
 def test_sixteen_bits_and_mixed_ones(as_on_a_gpu: list[int]) -> None:
