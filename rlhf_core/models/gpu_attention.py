@@ -62,6 +62,14 @@ class _Take(torch.autograd.Function):
         return total, None, None
 
 
+def _take_both(keys: Tensor, values: Tensor, index: Tensor, readers: Readers | None) -> tuple[Tensor, Tensor]:
+    """Take rows of both, side by side where they fit: half as many operations, most of them in the backward pass."""
+    if keys.shape != values.shape:
+        return _Take.apply(keys, index, readers), _Take.apply(values, index, readers)
+    taken_keys, taken_values = _Take.apply(torch.cat([keys, values], dim=1), index, readers).chunk(2, dim=1)
+    return taken_keys, taken_values
+
+
 @dataclass(frozen=True)
 class _Grid:
     """Segments in padded rows, (rows, width)."""
@@ -165,7 +173,7 @@ def padded_segment_attention(
     plan = segments.plan(PaddedPlan.make, query.device)
     queries, keys, values = (_rows(x) for x in (query, key, value))
     queries = _Take.apply(queries, plan.queries, Readers(plan.place))
-    keys, values = (_Take.apply(x, plan.keys, plan.key_readers) for x in (keys, values))
+    keys, values = _take_both(keys, values, plan.keys, plan.key_readers)
     (rows, width), (suffixes, own, seen) = plan.whole, plan.suffixes
     cut = rows * width
     outputs = []
@@ -260,7 +268,7 @@ def flash_segment_attention(
     plan = segments.plan(VarlenPlan.make, query.device)
     queries, keys, values = (_rows(x) for x in (query, key, value))
     if plan.keys is not None:
-        keys, values = (_Take.apply(x, plan.keys, plan.key_readers) for x in (keys, values))
+        keys, values = _take_both(keys, values, plan.keys, plan.key_readers)
     return attend(
         queries,
         keys,

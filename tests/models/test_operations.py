@@ -69,7 +69,7 @@ def padded(policy: PolicyModel) -> Tensor:
     return logits.float().log_softmax(-1)[..., 0].sum()
 
 
-@pytest.mark.parametrize(("responses", "most"), [(1, 0.72), (2, 0.85)])
+@pytest.mark.parametrize(("responses", "most"), [(1, 0.72), (2, 0.8)])
 def test_a_layer_launches_fewer_operations_than_transformers_own(responses: int, most: float, count: Any) -> None:
     """With two responses the gradients of the prompt that they share are added up, and half as many rows are forwarded."""
     batch = random_batch(3, responses)
