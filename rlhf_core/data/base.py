@@ -100,6 +100,10 @@ class EncodedData(ABC):
         """Warn where the rows read so far are plain text, the model has a chat template, and nobody said which is meant."""
         if self.encoder.plain:
             logger.warning("%s: %s", self.source.name, PLAIN)
+        if self.encoder.wrapped and self.options.wrap is None:
+            logger.info(
+                "%s: text prompts are the user's turns, as in the model's training (`dataset.wrap`)", self.source.name
+            )
 
     def place_of(self, index: int) -> str:
         """Return what a message calls the row of that number: `file:line`.

@@ -133,6 +133,8 @@ class Encoder:
         self.pieces = PieceEncoder(tokenizer)
         self.chats = False
         """Whether a row so far was a chat."""
+        self.wrapped = False
+        """Whether a text prompt so far was made the user's turn."""
         self.plain = False
         """Whether a row was plain text where a chat template would have something to say, and nobody has said which is meant."""
 
@@ -182,6 +184,7 @@ class Encoder:
             self.plain = True
         if self.wrap != "chat":
             return example
+        self.wrapped = True
         answers = [[Message(role="assistant", content=text)] for text in example.responses if isinstance(text, str)]
         return replace(example, prompt=[Message(role="user", content=example.prompt)], responses=tuple(answers))
 

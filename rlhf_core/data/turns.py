@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from rlhf_core.data.pieces import Piece
@@ -299,14 +299,22 @@ class _Cutter:
                     fix=f"give a template that keeps it by `{OPTION}`, or leave the reasoning out of the data",
                 )
             self.turns.lost.append(UNUSED.format(key))
-        names = [str((call.get("function") or call).get("name", "")) for call in message.get("tool_calls") or []]
-        rendered = all(name in text for name in names)
+        rendered = not message.get("tool_calls") or not self._ignores_calls(turn.number)
         if not rendered:
             self.turns.lost.append(UNUSED.format("tool_calls"))
         if not last and not turn.in_place:
             self.turns.notes.append(OTHER_CONTEXT)
         # An empty answer isn't what was meant where the calls that it was are missing.
         return rendered or bool(message["content"].strip())
+
+    def _ignores_calls(self, number: int) -> bool:
+        """Tell whether the conversation is rendered the same without a message's tool calls."""
+        messages = list(self.chat.messages)
+        messages[number] = {key: value for key, value in messages[number].items() if key != "tool_calls"}
+        try:
+            return self.template.render(replace(self.chat, messages=messages)) == self.whole
+        except DataError:
+            return False
 
     def _add_behind_opener(self, turn: _Turn, *, added: bool) -> None:
         """Add what belongs between a generation prompt that opens a think block and the turn.
@@ -387,7 +395,7 @@ def ignores_tools(template: ChatTemplate, chat: Chat, rendered: str, *, answer: 
     """Tell whether a conversation has tools and is rendered the same without them."""
     if not chat.tools:
         return False
-    return template.render(Chat(chat.messages, None, chat.mark, chat.place), answer=answer) == rendered
+    return template.render(replace(chat, tools=None), answer=answer) == rendered
 
 
 def _closing(opener: str) -> str | None:

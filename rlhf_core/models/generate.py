@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +40,7 @@ def generate(
 
     Args:
         policy: the model; it is read in evaluation mode and left in the mode that it was in.
-        prompts: texts, or lists of chat messages, encoded as in training.
+        prompts: texts, or lists of chat messages, encoded as in training; or rows with a `prompt` and the `tools` of its chat.
         n: completions a prompt.
         max_new_tokens: most tokens in a completion, its end token included.
         temperature: divisor of the logits; 0 takes the most likely token.
@@ -60,7 +60,8 @@ def generate(
         if not good:
             raise ConfigError(f"must be {wanted}", place=f"generate({name}=…)", got=locals()[name])
     encoder = Encoder(policy.tokenizer, "prompt", max_length=policy.max_positions or 2**31)
-    outcomes = encoder.encode(list(Rows([{"prompt": prompt} for prompt in prompts], "prompts").rows(Cursor())))
+    asked = [prompt if isinstance(prompt, Mapping) else {"prompt": prompt} for prompt in prompts]
+    outcomes = encoder.encode(list(Rows(asked, "prompts").rows(Cursor())))
     ids = [_fitting(outcome, max_new_tokens, policy.max_positions) for outcome in outcomes]
     sampling: dict[str, Any] = (
         {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
@@ -86,7 +87,7 @@ def generate(
     for number, completion in enumerate(completions):
         tokens = completion.ids[:-1] if completion.stop_reason == "end" else completion.ids
         # The blank that a continued text begins with is a part of it; a chat's turn begins a text.
-        continues = isinstance(prompts[number // n], str) and encoder.wrap != "chat"
+        continues = isinstance(asked[number // n]["prompt"], str) and encoder.wrap != "chat"
         text = encoder.pieces.text_of(tokens) if continues else policy.tokenizer.decode(tokens)
         completions[number] = replace(completion, text=text)
     return [completions[i * n : (i + 1) * n] for i in range(len(ids))]

@@ -66,7 +66,7 @@ class SampleScores(Generic[ScoreT]):
         Raises:
             DataError: a prompt leaves no room for a completion.
         """
-        keys = [json.dumps([sample.prompt, sample.completion]) for sample in samples]
+        keys = [json.dumps([sample.prompt, sample.completion, sample.columns.get("tools")]) for sample in samples]
         known = {key: self.cache[key] for key in keys if key in self.cache}
         new = {key: sample for key, sample in zip(keys, samples, strict=True) if key not in known}
         for part, scores in self._computed(new):
@@ -108,7 +108,7 @@ class SampleScores(Generic[ScoreT]):
         cut = 0
         for number, sample in enumerate(samples):
             empty = not sample.completion.strip()
-            values = {"prompt": sample.prompt, "response": sample.completion}
+            values = {"prompt": sample.prompt, "response": sample.completion, "tools": sample.columns.get("tools")}
             row = Row(number, f"sample {number}", values, Cursor())
             (outcome,) = (self.prompts if empty else self.responses).encode([row])
             if outcome.row is None:

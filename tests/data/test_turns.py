@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from chat_families import Family
+from chat_families import FAMILIES, Family
 
 from rlhf_core.data.encode import Encoder, Outcome
 from rlhf_core.data.sources import open_source
@@ -191,3 +191,29 @@ def test_reasoning_that_the_template_always_drops_from_the_content_is_refused():
     family = chatml(PLAIN.replace("m.content", "m.content.split('</think>')[-1]"), added=("<think>", "</think>"))
     with pytest.raises(ModelError, match=r"drops the reasoning that message 1 begins with.*chat_template"):
         outcomes(family, {"messages": [ASK, {"role": "assistant", "content": "<think>hm</think>b"}]})
+
+
+def test_reasoning_between_calls_and_their_results_is_kept_where_the_template_keeps_it():
+    family = FAMILIES["Qwen3"]
+    call = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}],
+    }
+    messages = [
+        ASK,
+        {**call, "reasoning_content": "r1"},
+        {"role": "tool", "content": "5"},
+        {**REPLY, "reasoning_content": "r2"},
+    ]
+    (found,) = outcomes(family, {"messages": messages})
+    called = '<think>\nr1\n</think>\n\n<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call><|im_end|>'
+    assert [text for mask, text in parts(family, found) if mask] == [called, "<think>\nr2\n</think>\n\nb<|im_end|>"]
+    assert not found.lost and not found.notes
+
+
+def test_calls_are_not_taken_as_rendered_for_a_name_that_stands_there_anyway():
+    family = FAMILIES["OLMo-2"]  # its end token holds an `f`
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    (found,) = outcomes(family, {"messages": [ASK, call, {"role": "tool", "content": "5"}, REPLY]})
+    assert [text for mask, text in parts(family, found) if mask] == ["b<|endoftext|>"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tokenizers.decoders import Metaspace
 
 from rlhf_core.batch import Batch
 from rlhf_core.errors import ConfigError, DataError
@@ -96,3 +97,28 @@ def test_the_models_own_settings_do_not_bend_the_distribution() -> None:
 def test_options_out_of_range(policy: PolicyModel, option: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(option))):
         policy.generate(["a"], **option)
+
+
+def test_a_row_s_tools_reach_the_template(policy: PolicyModel) -> None:
+    tokenizer, before = policy.tokenizer, policy.tokenizer.chat_template
+    tokenizer.chat_template = "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}" + before
+    row = {"prompt": [{"role": "user", "content": "hi"}], "tools": [{"type": "function", "function": {"name": "f"}}]}
+    try:
+        with_tools, without = policy.generate([row, row["prompt"]], max_new_tokens=4, temperature=0)
+        ids = tokenizer.apply_chat_template(row["prompt"], tools=row["tools"], add_generation_prompt=True)["input_ids"]
+    finally:
+        tokenizer.chat_template = before
+    (completion,) = with_tools
+    assert scored(policy, ids, list(completion.ids), 1.0) == pytest.approx(completion.raw_logprobs, abs=1e-4)
+    assert completion.raw_logprobs != without[0].raw_logprobs
+
+
+def test_the_text_of_a_continued_prompt_keeps_its_first_blank() -> None:
+    from data_helpers import metaspace_tokenizer
+
+    from rlhf_core.data.pieces import PieceEncoder
+
+    tokenizer = metaspace_tokenizer()
+    tokenizer.backend_tokenizer.decoder = Metaspace(prepend_scheme="always")
+    ids = tokenizer.convert_tokens_to_ids(["▁", "4"])
+    assert tokenizer.decode(ids) == "4" and PieceEncoder(tokenizer).text_of(ids) == " 4"

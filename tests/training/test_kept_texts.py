@@ -99,3 +99,21 @@ def test_what_ends_a_turn_ends_a_completion(tmp_path):
     assert json.loads((model / "generation_config.json").read_text())["eos_token_id"] == stops
     ((completion,),) = PolicyModel.from_pretrained(model).generate([ASK], max_new_tokens=12, temperature=0)
     assert (completion.text, completion.stop_reason, completion.ids[-1]) == ("good", "end", stops[1])
+
+
+def test_a_reward_renders_a_sample_s_tools(tmp_path):
+    template = "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}" + NEW
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    data = [row | {"tools": tools} for row in PAIRS]
+    base = save_tiny(tmp_path / "base", layers=1, hidden=16)
+    trainer, model = run("reward_model", base, data, tmp_path, dataset={"chat_template": template})
+    row = (
+        Encoder(tiny_tokenizer(), "preference", chat_template=template)
+        .encode(list(open_source(data[:1]).rows()))[0]
+        .row
+    )
+    kind = registry.get("reward", "reward_model")
+    samples = [Sample(ASK, "good", columns=columns) for columns in ({"tools": tools}, {})]
+    with_tools, without = kind(kind.Config(model=str(model))).score(samples)
+    assert with_tools == pytest.approx(trainer.models["reward"].eval().score(collate([row]))[0].item(), abs=1e-5)
+    assert with_tools != without
