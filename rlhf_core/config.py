@@ -292,6 +292,17 @@ class TrainerConfig(BaseConfig):
         "float32",
         description="Precision of matrix products; 16 bits are faster. Weights and log-probabilities stay float32.",
     )
+    frozen_precision: Literal["auto", "float32", "bf16", "fp16"] = Field(
+        "auto",
+        description="What frozen weights that the run loads or copies are held in: a base under an adapter, a reference. `auto`"
+        " takes `precision`, which halves their memory in 16 bits and changes no result, but that a mixture's experts compute in"
+        " 16 bits, too; `float32` keeps every bit.",
+    )
+    save_precision: Literal["auto", "float32", "bf16", "fp16"] = Field(
+        "auto",
+        description="What the trained model is saved in: `auto` takes what it came in; `float32` keeps every bit and takes"
+        " twice the disk of 16. Checkpoints are always exact.",
+    )
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, about a third more time."
     )
@@ -333,6 +344,12 @@ class TrainerConfig(BaseConfig):
     def length_limit(self) -> int:
         """`max_length` as a number: in a run, what was found for its model; without a model, the most that null stands for."""
         return DEFAULT_MAX_LENGTH if self.max_length is None else self.max_length
+
+    @model_validator(mode="after")
+    def _frozen_weights_fit_products(self) -> TrainerConfig:
+        if self.precision == "float32" and self.frozen_precision in ("bf16", "fp16"):
+            raise ValueError(f"frozen_precision {self.frozen_precision} needs products of 16 bits: set precision too")
+        return self
 
     @model_validator(mode="before")
     @classmethod

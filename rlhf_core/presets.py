@@ -18,7 +18,7 @@ _SHARED: dict[str, Any] = {
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # LoRA at rank 16 on one 80 GB device: 28 GB of float32 base, products in bf16, and no copy of it for the reference.
+    # LoRA at rank 16 on one 80 GB device: 14 GB of base in bf16, and no copy of it for the reference.
     "7b": {**_SHARED, "batch_size": 64, "batching": {"micro_batch_tokens": 16384}, "lora": {"rank": 16, "alpha": 32.0}},
     # Quantised base: 70 B parameters take 35 GB in 4 bits, which leaves room for activations on one 80 GB device.
     "70b": {

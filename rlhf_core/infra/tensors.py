@@ -85,6 +85,20 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         ValueError: the header is too long, malformed, names a tensor twice, or doesn't fit the file.
     """
     size = path.stat().st_size
+    header, data = _raw_header(path, size)
+    return {name: _entry(path, name, described, data, size) for name, described in header.items()}
+
+
+def raw_header(path: Path) -> dict[str, Any]:
+    """Return what a safetensors file's header says of each tensor (`dtype`, `shape`, `data_offsets`), of whatever type it is.
+
+    Raises:
+        ValueError: the header is too long, malformed, or names a tensor twice.
+    """
+    return _raw_header(path, path.stat().st_size)[0]
+
+
+def _raw_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
     with path.open("rb") as handle:
         prefix = handle.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else MAX_HEADER_BYTES + 1
@@ -97,7 +111,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     if not isinstance(header, dict):
         raise ValueError(f"{path.name} has no valid header")
     header.pop("__metadata__", None)
-    return {name: _entry(path, name, described, 8 + length, size) for name, described in header.items()}
+    return header, 8 + length
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

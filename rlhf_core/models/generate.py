@@ -15,6 +15,7 @@ from rlhf_core.data.sources import Cursor, Rows
 from rlhf_core.errors import ConfigError, DataError
 from rlhf_core.interfaces import Completion
 from rlhf_core.models.dropout import evaluating
+from rlhf_core.models.precision import within_products
 
 if TYPE_CHECKING:
     from rlhf_core.models.policy import PolicyModel
@@ -129,20 +130,18 @@ def _decode(
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    out = policy.causal_lm.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        generation_config=GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            eos_token_id=stops,
-            pad_token_id=tokenizer.pad_token_id,
-            return_dict_in_generate=True,
-            output_scores=True,
-            output_logits=True,
-            use_cache=True,
-            **sampling,
-        ),
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=stops,
+        pad_token_id=tokenizer.pad_token_id,
+        return_dict_in_generate=True,
+        output_scores=True,
+        output_logits=True,
+        use_cache=True,
+        **sampling,
     )
+    with within_products(policy.network):
+        out = policy.causal_lm.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
     drawn = out.sequences[:, width:]  # (B, T)
     # Under the distribution that drew the token, and under the model's own; greedy decoding draws with certainty.
     used = _at(out.scores, drawn) if sampling["do_sample"] else torch.zeros(drawn.shape)

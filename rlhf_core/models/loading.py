@@ -5,6 +5,7 @@ Weights come from safetensors (or GGUF) only, never from pickles, and a reposito
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ from rlhf_core.config import LoraConfig
 from rlhf_core.errors import ModelError, RLHFError
 from rlhf_core.infra.model_files import adapter_chain, check_files, first_line, is_adapter, locate, near_path
 from rlhf_core.models.adapters import (
+    WEIGHTS,
     AdapterUse,
     describe_adapter,
     fit_vocabulary,
@@ -29,6 +31,7 @@ from rlhf_core.models.adapters import (
     put_on,
 )
 from rlhf_core.models.lora import quantization
+from rlhf_core.models.precision import Stored, has_narrow_constants
 
 log = logging.getLogger(__name__)
 
@@ -47,16 +50,21 @@ class Loaded:
     model: nn.Module
     """A transformers model, or a peft model around one."""
     tokenizer: Any
+    stored: Stored
+    """The types of the checkpoint's tensors."""
     base: str | None = None
     """Where the weights under an adapter stand as a plain checkpoint; None where they stand nowhere as they are."""
     resized: bool = False
     """Whether the base's embeddings were resized, so that an adapter must bring them along."""
+    adapter_stored: Stored | None = None
+    """The types of an adapter's tensors."""
 
 
 def load_model(
     source: str | Path,
     *,
-    dtype: torch.dtype = torch.float32,
+    hold: torch.dtype = torch.float32,
+    frozen: bool = False,
     lora: LoraConfig | None = None,
     trust_remote_code: bool = False,
     kind: Kind = "causal",
@@ -66,6 +74,8 @@ def load_model(
     """Load a model with its tokenizer; an adapter directory is loaded on its base.
 
     Args:
+        hold: the type that frozen weights will be held in (`narrow_frozen`): a checkpoint of 16 bits isn't widened first.
+        frozen: whether the model is only read.
         adapter: what is done with an adapter: it is left on its base, where it alone is trained, or folded into it, where all
             weights are. Of adapters on adapters the inner ones are folded in any case.
         kind: a causal language model, the `backbone` without any head, or one that scores sequences (`classifier`).
@@ -91,21 +101,29 @@ def load_model(
     try:
         tokenizer = _load_tokenizer(AutoTokenizer, [*adapters[::-1], base], options)
         check_files(base)
+        stored = _stored(base, options)
+        folds = len(adapters) > 1 or bool(adapters and adapter == "fold")
+        narrow = hold != torch.float32 and not folds and (frozen or lora is not None or bool(adapters))
         labels = labels_of(adapters[-1]) if adapters and kind == "classifier" else None
-        model, info = getattr(transformers, _CLASSES[kind]).from_pretrained(
+        load = functools.partial(
+            getattr(transformers, _CLASSES[kind]).from_pretrained,
             base,
             output_loading_info=True,
-            dtype=dtype,
             **({} if "gguf_file" in options else {"use_safetensors": True}),
             **({"quantization_config": settings} if (settings := quantization(lora)) else {}),
             **({"num_labels": labels} if labels else {}),
             **options,
         )
+        model, info = load(dtype=stored.loading if narrow else torch.float32)
+        if has_narrow_constants(model):
+            # Gemma's scale of embeddings, for one, would be rounded.
+            del model
+            model, info = load(dtype=torch.float32)
         missing = {name for name in info["missing_keys"] if not (labels and name.startswith("score."))}
         check_weights(model, missing, source, base=base, headless=headless)
         if "gguf_file" in options:
             _forget_gguf(model)
-        loaded = Loaded(model, tokenizer, None if "gguf_file" in options else _absolute(base))
+        loaded = Loaded(model, tokenizer, stored, None if "gguf_file" in options else _absolute(base))
         if adapters:
             _with_adapters(loaded, adapters, base, use=adapter)
     except RLHFError:
@@ -209,7 +227,7 @@ def _with_adapters(loaded: Loaded, adapters: list[str], base: str, *, use: Adapt
         adapted = put_on(loaded.model, adapter, base)
         about = describe_adapter(adapted)
         if use == "continue" and depth == len(adapters) - 1:
-            loaded.model = adapted
+            loaded.model, loaded.adapter_stored = adapted, Stored.on_disk(Path(adapter), WEIGHTS)
             log.info("adapter %s (%s on %s): it is trained on, and its base stays as it is", adapter, about, base)
             return
         loaded.model, loaded.base, loaded.resized = fold(adapted, place=adapter), None, False
@@ -218,6 +236,18 @@ def _with_adapters(loaded: Loaded, adapters: list[str], base: str, *, use: Adapt
             parameter.requires_grad_(parameter.is_floating_point())
         log.info("adapter %s (%s): folded into the weights of %s", adapter, about, base)
         base = adapter
+
+
+def _stored(base: str, options: dict[str, Any]) -> Stored:
+    """Return the types of a checkpoint's tensors: what its files say, or of one on the hub, its configuration."""
+    from transformers import AutoConfig
+
+    if "gguf_file" in options:
+        return Stored()
+    if Path(base).is_dir():
+        return Stored.on_disk(Path(base)) or Stored()
+    dtype = getattr(AutoConfig.from_pretrained(base, **options), "dtype", None)
+    return Stored(dtype) if isinstance(dtype, torch.dtype) else Stored()
 
 
 def _locate_base(base: str, adapter: str) -> tuple[str, dict[str, Any]]:

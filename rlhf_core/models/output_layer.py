@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_core.models.dropout import evaluating
+from rlhf_core.models.precision import own_products
 from rlhf_core.models.probe import FAILURES, Findings, run_alone, tolerance
 from rlhf_core.models.structure import plain_ids, replaced_hidden
 
@@ -53,7 +54,7 @@ def measure(network: Any, findings: Findings) -> OutputLayer:
         Unexplained: hidden states alone don't decide the logits.
     """
     ids = plain_ids(network, 12)
-    with evaluating(network), torch.autocast(ids.device.type, enabled=False):
+    with evaluating(network), own_products(network):
         hidden, _, _ = run_alone(network, findings.backbone, ids)
         head = network.get_output_embeddings()
         crafted = _crafted(hidden, head)

@@ -20,6 +20,7 @@ from rlhf_core.models.heads import warn_of_heads
 from rlhf_core.models.loading import load_model
 from rlhf_core.models.logprobs import linear_token_logprobs, module_token_logprobs
 from rlhf_core.models.output_layer import OutputLayer, Unexplained, graft, measure
+from rlhf_core.models.precision import Precision, frozen_dtype, within_products
 from rlhf_core.models.probe import FAILURES, Findings
 from rlhf_core.models.sequence import LayoutName, SequenceModel
 
@@ -38,6 +39,8 @@ class PolicyModel(SequenceModel):
         precision: str = "float32",
         lora: LoraConfig | None = None,
         adapter: AdapterUse = "continue",
+        frozen_precision: Precision = "auto",
+        save_precision: Precision = "auto",
         gradient_checkpointing: bool = False,
         compile: bool = False,
         layout: LayoutName = "auto",
@@ -45,12 +48,18 @@ class PolicyModel(SequenceModel):
         trust_remote_code: bool = False,
         device: str | torch.device | None = None,
     ) -> PolicyModel:
-        """Load from a local directory, a `.gguf` file, an adapter directory or the hub, with float32 weights.
+        """Load from a local directory, a `.gguf` file, an adapter directory or the hub; trained weights are float32.
 
         See `TrainerConfig` for what the options do.
         """
         warn_of_heads(source)
-        loaded = load_model(source, lora=lora, trust_remote_code=trust_remote_code, adapter=adapter)
+        loaded = load_model(
+            source,
+            hold=frozen_dtype(precision, frozen_precision),
+            lora=lora,
+            trust_remote_code=trust_remote_code,
+            adapter=adapter,
+        )
         policy = cls.of(loaded, source)
         if device is not None:
             policy.to(device)
@@ -58,6 +67,8 @@ class PolicyModel(SequenceModel):
             attention=attention,
             precision=precision,
             lora=lora,
+            frozen_precision=frozen_precision,
+            save_precision=save_precision,
             gradient_checkpointing=gradient_checkpointing,
             compile=compile,
             layout=layout,
@@ -132,6 +143,10 @@ class PolicyModel(SequenceModel):
             ) from None
 
     def _head_logps(self, hidden: Tensor, targets: Tensor, scale: float) -> Tensor:
+        with within_products(self.network):
+            return self._logps_of(hidden, targets, scale)
+
+    def _logps_of(self, hidden: Tensor, targets: Tensor, scale: float) -> Tensor:
         layer = self.output_layer
         if layer.own:
             return module_token_logprobs(graft(self.network, self.findings), hidden, targets, scale=scale)

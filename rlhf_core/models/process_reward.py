@@ -26,6 +26,7 @@ from rlhf_core.models.heads import (
     write_head,
 )
 from rlhf_core.models.loading import load_model
+from rlhf_core.models.precision import Precision, frozen_dtype
 from rlhf_core.models.reward import last_hidden, refuse_quantised
 from rlhf_core.models.sequence import SequenceModel, model_hashes
 from rlhf_core.models.steps import step_ends
@@ -61,6 +62,9 @@ class ProcessRewardModel(nn.Module):
         device: str | torch.device | None = None,
         lora: LoraConfig | None = None,
         adapter: AdapterUse = "continue",
+        precision: str = "float32",
+        frozen_precision: Precision = "auto",
+        frozen: bool = False,
         **options: Any,
     ) -> Self:
         """Load what `save_pretrained` wrote.
@@ -69,6 +73,7 @@ class ProcessRewardModel(nn.Module):
             new_head: give a checkpoint without a head a new one, for training; without it, that is an error.
             separator: text that ends a step; None takes what the checkpoint was trained with, or a line's end.
             seed: of a new head.
+            frozen: whether the model is only read: none of its weights can be trained, and all are held as frozen ones are.
             options: those of `PolicyModel.from_pretrained`.
 
         Raises:
@@ -87,6 +92,8 @@ class ProcessRewardModel(nn.Module):
             lora=lora,
             trust_remote_code=trust_remote_code,
             adapter=adapter,
+            hold=frozen_dtype(precision, frozen_precision),
+            frozen=frozen,
         )
         backbone = SequenceModel.of(loaded, source).without_head()
         if where is not None:
@@ -100,7 +107,9 @@ class ProcessRewardModel(nn.Module):
             model = cls.on(backbone, separator="\n" if separator is None else separator, seed=seed)
         if device is not None:
             model.to(device)
-        backbone.set_options(lora=lora, **options)
+        if frozen:
+            model.requires_grad_(False).eval()
+        backbone.set_options(lora=lora, precision=precision, frozen_precision=frozen_precision, **options)
         return model
 
     @classmethod

@@ -8,7 +8,6 @@ log-probabilities computed once before the first step, which need no second mode
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,6 +23,7 @@ from rlhf_core.infra.files import storage_errors, temporary_path
 from rlhf_core.infra.tensors import read_tensors, write_tensors
 from rlhf_core.models.dropout import evaluating
 from rlhf_core.models.policy import PolicyModel
+from rlhf_core.models.precision import narrowed_copy
 from rlhf_core.models.scoring import score_in_parts
 
 log = logging.getLogger(__name__)
@@ -39,6 +39,9 @@ class Reference:
         policy: PolicyModel,
         mode: Literal["copy", "adapter_off", "precompute"],
         cut: Callable[[Batch], Sequence[Batch]] | None = None,
+        *,
+        hold: torch.dtype = torch.float32,
+        products: torch.dtype = torch.float32,
     ) -> None:
         self.mode = mode
         self._cut = cut or (lambda batch: [batch])
@@ -50,7 +53,7 @@ class Reference:
             # The base doesn't change: what is trained is enough, and is put in its place while the reference is read.
             self._kept = [(p, p.detach().clone()) for p in policy.parameters() if p.requires_grad]
         elif mode == "copy":
-            self._model = copy.deepcopy(policy).eval().requires_grad_(False)
+            self._model = narrowed_copy(policy, hold, products=products)
 
     @classmethod
     def create(
@@ -59,10 +62,13 @@ class Reference:
         mode: ReferenceMode = "auto",
         *,
         cut: Callable[[Batch], Sequence[Batch]] | None = None,
+        hold: torch.dtype = torch.float32,
+        products: torch.dtype = torch.float32,
     ) -> Reference:
         """Keep the policy as it is now; `auto` switches a fresh adapter off and copies anything else.
 
-        `cut` cuts a batch into the micro-batches that memory allows; without it a batch is forwarded at once.
+        `hold` is the type in which a frozen copy is held, for matrix products of the precision `products`. `cut` cuts a batch
+        into the micro-batches that memory allows; without it a batch is forwarded at once.
 
         Raises:
             ConfigError: `adapter_off` without a fresh adapter, which would compare with another model than the one passed in.
@@ -76,7 +82,7 @@ class Reference:
                 got="a policy without a fresh adapter",
                 fix="set `lora`, or `reference: copy`",
             )
-        return cls(policy, mode, cut)
+        return cls(policy, mode, cut, hold=hold, products=products)
 
     @torch.no_grad()
     def response_logps(self, batch: Batch) -> Tensor:

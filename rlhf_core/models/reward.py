@@ -29,6 +29,7 @@ from rlhf_core.models.heads import (
 )
 from rlhf_core.models.layout import Layout
 from rlhf_core.models.loading import architecture, load_model
+from rlhf_core.models.precision import Precision, frozen_dtype
 from rlhf_core.models.sequence import SequenceModel, model_hashes
 
 HEAD = REWARD_HEAD
@@ -71,6 +72,9 @@ class RewardModel(nn.Module):
         device: str | torch.device | None = None,
         lora: LoraConfig | None = None,
         adapter: AdapterUse = "continue",
+        precision: str = "float32",
+        frozen_precision: Precision = "auto",
+        frozen: bool = False,
         **options: Any,
     ) -> Self:
         """Load what `save_pretrained` wrote, or a decoder of the hub with a classification head of one label.
@@ -80,6 +84,7 @@ class RewardModel(nn.Module):
             share_backbone: whether the members stand on one backbone; None takes what the checkpoint has, or one backbone.
             new_head: give a checkpoint without a head new ones, for training; without it, that is an error.
             seed: of new heads, member by member.
+            frozen: whether the model is only read: none of its weights can be trained, and all are held as frozen ones are.
             options: those of `PolicyModel.from_pretrained`.
 
         Raises:
@@ -89,7 +94,7 @@ class RewardModel(nn.Module):
         refuse_quantised(lora)
         where = head_directory(source, HEAD)
         settings: dict[str, Any] = {"lora": lora, "trust_remote_code": trust_remote_code}
-        settings["adapter"] = adapter
+        settings |= {"adapter": adapter, "hold": frozen_dtype(precision, frozen_precision), "frozen": frozen}
         if where is not None:
             model = cls._saved(where, source, settings)
         elif architecture(source, trust_remote_code=trust_remote_code).endswith("ForSequenceClassification"):
@@ -105,8 +110,10 @@ class RewardModel(nn.Module):
         model.check_members(members, share_backbone)
         if device is not None:
             model.to(device)
+        if frozen:
+            model.requires_grad_(False).eval()
         for backbone in model._backbones:
-            backbone.set_options(lora=lora, **options)
+            backbone.set_options(lora=lora, precision=precision, frozen_precision=frozen_precision, **options)
         return model
 
     @classmethod

@@ -24,6 +24,16 @@ from rlhf_core.models.gpu_norm import fuse_norms
 from rlhf_core.models.layout import Layout, joined, of_responses, packed_layout, padded_layout
 from rlhf_core.models.loading import Loaded
 from rlhf_core.models.lora import apply_lora, lora_difference
+from rlhf_core.models.precision import (
+    DTYPES,
+    Precision,
+    Stored,
+    cast_for_saving,
+    frozen_dtype,
+    narrow_frozen,
+    note_dtype,
+    within_products,
+)
 from rlhf_core.models.probe import FAILURES, Findings, Unexplained, examine
 from rlhf_core.models.rope import LengthClasses
 from rlhf_core.models.structure import accepted, hidden_of, without_head
@@ -55,6 +65,9 @@ class SequenceModel(nn.Module):
         """Whether the base's embeddings were resized since, so that an adapter must bring them along."""
         self.headless = False
         """Whether the network has a head that isn't used, and is left out where the model is saved."""
+        self.stored, self.adapter_stored = Stored.in_memory(model), Stored()
+        """The types that weights came in, and those of an adapter: they are saved in these."""
+        self.save_precision: Precision = "auto"
         self.layout: LayoutName = "auto"
         self.share_prompts = True
         self.fresh_adapter = False
@@ -70,6 +83,7 @@ class SequenceModel(nn.Module):
         """Return what was loaded just now, as it lies on disk."""
         made = cls(loaded.model, loaded.tokenizer, source=str(source))
         made.base, made.resized, made.loaded = loaded.base, loaded.resized, True
+        made.stored, made.adapter_stored = loaded.stored, loaded.adapter_stored or Stored()
         return made
 
     def configure(self, config: TrainerConfig) -> Self:
@@ -89,6 +103,7 @@ class SequenceModel(nn.Module):
             attention=config.attention,
             precision=config.precision,
             lora=config.lora,
+            save_precision=config.save_precision,
             gradient_checkpointing=config.gradient_checkpointing,
             compile=config.compile,
             layout=config.batching.layout,
@@ -101,13 +116,15 @@ class SequenceModel(nn.Module):
         attention: Kernel = "auto",
         precision: str = "float32",
         lora: LoraConfig | None = None,
+        frozen_precision: Precision = "float32",
+        save_precision: Precision = "auto",
         gradient_checkpointing: bool = False,
         compile: bool = False,
         layout: LayoutName = "auto",
         share_prompts: bool = True,
     ) -> Self:
-        """Apply options, in place; see `TrainerConfig` for what they do."""
-        self.precision = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        """Apply options, in place; see `TrainerConfig` for what they do. `float32` leaves frozen weights as they are."""
+        self.precision, self.save_precision = DTYPES[precision], save_precision
         self.attention = self._select_attention(attention)
         self._findings = None
         self.share_prompts = share_prompts
@@ -122,6 +139,7 @@ class SequenceModel(nn.Module):
         self.layout = "padded" if compile else layout
         if lora is not None:
             self._adapt(lora)
+        narrow_frozen(self.network, frozen_dtype(precision, frozen_precision), products=self.precision)
         if gradient_checkpointing:
             _checkpointing(self.network, "enable")({"use_reentrant": False})
         elif any(getattr(module, "gradient_checkpointing", False) for module in self.network.modules()):
@@ -231,6 +249,8 @@ class SequenceModel(nn.Module):
         inner = without_head(self.network)
         made = SequenceModel(self.model if self.has_adapter else inner, self.tokenizer, source=self.source)
         made.loaded, made.base, made.resized, made.headless = self.loaded, self.base, self.resized, self.has_adapter
+        made.stored, made.adapter_stored = self.stored, self.adapter_stored
+        made.save_precision = self.save_precision
         inside = {id(parameter) for parameter in inner.parameters()}
         for parameter in made.parameters():
             if id(parameter) not in inside:
@@ -283,7 +303,8 @@ class SequenceModel(nn.Module):
             if layout.attention_mask is not None:
                 inputs["attention_mask"] = layout.attention_mask
             inputs = accepted(backbone.forward, **inputs)
-        return hidden_of(backbone(input_ids=layout.input_ids, **inputs)).flatten(0, 1)
+        with within_products(self.network):
+            return hidden_of(backbone(input_ids=layout.input_ids, **inputs)).flatten(0, 1)
 
     def _packs_batch(self, batch: Batch) -> bool:
         if self.findings.arrangement != "packed" or self.layout == "padded":
@@ -382,8 +403,30 @@ class SequenceModel(nn.Module):
         with warnings.catch_warnings():
             # peft says that it saves embeddings along, and that it can't ask the hub for the base's configuration.
             warnings.simplefilter("ignore", UserWarning)
-            model.save_pretrained(directory, **options)  # type: ignore[operator]
+            self._write(model, directory, **options)
         self.tokenizer.save_pretrained(directory)
+
+    def _write(self, model: Any, directory: Path, **options: Any) -> None:
+        """Write a model, or an adapter, in the types that it came in unless told otherwise."""
+        adapter = hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
+        stored = self.adapter_stored if adapter else self.stored
+        if self.save_precision != "auto":
+            stored = Stored(DTYPES[self.save_precision])
+        state = model.state_dict()
+        kept = {name for name, p in model.named_parameters() if p.requires_grad} if adapter else state.keys()
+        wrong = [
+            n for n in kept & state.keys() if state[n].is_floating_point() and state[n].dtype != stored.dtype_of(n)
+        ]
+        if not wrong or (not adapter and getattr(model, "is_quantized", False)):
+            model.save_pretrained(directory, **options)
+            return
+        cast = cast_for_saving({name: state[name] for name in state if name in kept}, stored)
+        model.save_pretrained(directory, state_dict=state | cast, **options)
+        if not adapter:
+            note_dtype(directory / "config.json", stored.main)
+        if any(state[name].itemsize > stored.dtype_of(name).itemsize for name in wrong):
+            why = ", as it came: `save_precision: float32` keeps every bit" if self.save_precision == "auto" else ""
+            log.info("saved in %s%s", str(stored.main).removeprefix("torch."), why)
 
     def describe(self) -> dict[str, Any]:
         """Return what this model is, for a run's record."""

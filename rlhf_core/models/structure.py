@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_core.models.dropout import evaluating
+from rlhf_core.models.precision import within_products
 
 
 def hidden_of(output: Any) -> Tensor:
@@ -34,7 +35,7 @@ def find_backbone(network: Any) -> nn.Module:
     names = {module: name for name, module in network.named_modules()}
     hooks = [module.register_forward_hook(note) for module in names]
     try:
-        with evaluating(network), torch.no_grad():
+        with evaluating(network), torch.no_grad(), within_products(network):
             network(input_ids=plain_ids(network, 2)[None], **accepted(network.forward, use_cache=False))
     finally:
         for hook in hooks:

@@ -18,6 +18,7 @@ from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.interfaces import Seam, Trainer
 from rlhf_core.models import PolicyModel
 from rlhf_core.models.dropout import allow_dropout, keep_still, set_training
+from rlhf_core.models.precision import DTYPES, frozen_dtype
 from rlhf_core.models.reference import Reference
 from rlhf_core.models.scoring import score_in_parts
 from rlhf_core.training.distribution import Distribution
@@ -73,6 +74,8 @@ def load_policy(trainer: Trainer, devices: DeviceManager) -> PolicyModel:
             precision=config.precision,
             lora=config.lora,
             adapter=config.adapter,
+            frozen_precision=config.frozen_precision,
+            save_precision=config.save_precision,
             gradient_checkpointing=config.gradient_checkpointing,
             compile=config.compile,
             layout=config.batching.layout,
@@ -177,7 +180,14 @@ def create_reference(
 ) -> None:
     """Set `trainer.reference` to the policy as it is now, before any step or checkpoint changes it."""
     mode: Any = getattr(trainer.config, "reference", "auto")
-    trainer.reference = Reference.create(policy, mode, cut=micro_batches.cut)
+    config = trainer.config
+    trainer.reference = Reference.create(
+        policy,
+        mode,
+        cut=micro_batches.cut,
+        hold=frozen_dtype(config.precision, config.frozen_precision),
+        products=DTYPES[config.precision],
+    )
     if trainer.reference.mode != "precompute":
         return
     training_mode(trainer, False)

@@ -38,9 +38,9 @@ class ProcessRewardReward(RewardFn):
     def model(self) -> ProcessRewardModel:
         """The model, loaded when it is first needed."""
         loaded = ProcessRewardModel.from_pretrained(
-            self.config.model, device=DeviceManager().device, precision=self.config.precision
+            self.config.model, device=DeviceManager().device, precision=self.config.precision, frozen=True
         )
-        return loaded.eval().requires_grad_(False)
+        return loaded
 
     @cached_property
     def _scores(self) -> SampleScores[tuple[float, list[float]]]:

@@ -45,11 +45,11 @@ class RewardModelReward(RewardFn):
             ConfigError: doubt is to count, and the model has none that means anything.
         """
         loaded = RewardModel.from_pretrained(
-            self.config.model, device=DeviceManager().device, precision=self.config.precision
+            self.config.model, device=DeviceManager().device, precision=self.config.precision, frozen=True
         )
         if self.config.doubt_weight:
             self._check_doubt(loaded)
-        return loaded.eval().requires_grad_(False)
+        return loaded
 
     def _check_doubt(self, model: RewardModel) -> None:
         weight, source = self.config.doubt_weight, self.config.model
