@@ -28,6 +28,8 @@ class Family:
     keeps_thoughts: bool = False
     """Whether earlier turns keep their reasoning."""
     bos: str | None = None
+    trims: str = ""
+    """What the template strips from a content: `both` sides of every one, or the blank lines that the `last` begins with."""
     takes_tools: bool = True
     """Whether the template renders what may be called."""
 
@@ -97,6 +99,7 @@ QWEN3 = Family(
     ),
     special=("<|im_start|>", "<|endoftext|>"),
     added=("<tool_call>", "</tool_call>", "<think>", "</think>"),
+    trims="last",
     eos="<|im_end|>",
     turn="{}<|im_end|>",
     last="<think>\n\n</think>\n\n{}<|im_end|>",
@@ -111,6 +114,7 @@ QWEN3_THINKING = Family(
     ),
     special=QWEN3.special,
     added=QWEN3.added,
+    trims="last",
     eos="<|im_end|>",
     turn="{}<|im_end|>",
     last="\n</think>\n\n{}<|im_end|>",
@@ -136,6 +140,7 @@ LLAMA3 = Family(
     ),
     special=("<|start_header_id|>", "<|end_header_id|>", "<|end_of_text|>"),
     bos="<|begin_of_text|>",
+    trims="both",
     eos="<|eot_id|>",
     turn="{}<|eot_id|>",
     last="{}<|eot_id|>",
@@ -298,6 +303,7 @@ GEMMA = Family(
     ),
     special=("<start_of_turn>", "<end_of_turn>"),
     bos="<bos>",
+    trims="both",
     eos="<eos>",
     turn="{}<end_of_turn>",
     last="{}<end_of_turn>",

@@ -57,6 +57,7 @@ class ControlTokens:
         self.pattern = _any_of(self.tokens)
         self._hidden = _any_of([name for name in self.tokens if name not in allowed])
         self._allowed = _any_of(allowed)
+        self._all = tuple(name for name in known if name)
         # Some tokenizers mark a text's beginning behind a control token too.
         after, alone = (
             (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (f"{next(iter(self.tokens))}a", "a"))
@@ -92,8 +93,7 @@ class ControlTokens:
 
     def continued(self, before: str) -> bool:
         """Tell whether the tokenizer takes what follows this text as its continuation, not as a text's beginning."""
-        found = self.matches(before)
-        return not (self._begins_text and found and found[-1].end() == len(before))
+        return not (self._begins_text and self._all and before.endswith(self._all))
 
     def hidden(self, text: str, mark: str) -> str:
         """Return the text with each control token replaced by a plain word that `mark` makes unmistakable."""

@@ -24,7 +24,9 @@ OTHER_CONTEXT = (
     f"a turn follows other text inside the conversation than the model is prompted with: `{EACH}` trains each behind its own"
     " prompt"
 )
-NO_STOP = f"the chat template ends only the last turn, so earlier ones are trained without a stop: `{EACH}` ends each"
+NO_STOP = (
+    f"the chat template writes no stop behind an earlier turn, so it is trained without one: `{EACH}` ends each turn"
+)
 NO_PROMPT = (
     "the chat template ignores `add_generation_prompt`: an answer is trained behind an opening that generation lacks"
 )

@@ -5,6 +5,8 @@ Each prompt is what the template renders with its generation prompt, so training
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from chat_families import FAMILIES
 
@@ -196,3 +198,36 @@ def test_control_tokens_in_contents_stay_text(name):
     assert control(found) == control(plain)
     assert in_loss(name, found) == [family.turn.format(f"a {evil}"), family.last.format(f"b {evil}")]
     assert set(found.control_text) == {*family.special, family.eos}
+
+
+# Words that templates, and what finds turns in them, might trip over.
+WORDS = ["a", "answer", " ", "\n", "zqWordAz", "zqControl0z", "|", "<", "assistant", "user\n", "é", "{%", "}}", "0"]
+
+
+def test_whatever_the_contents_are(name):
+    family = FAMILIES[name]
+    draw = random.Random(name)
+    words = [*WORDS, family.eos, *family.special[:3]]
+
+    def content() -> str:
+        around = ["".join(draw.choices(words, k=draw.randint(0, most))) for most in (5, 2)]
+        return draw.choice("xy.").join(around)
+
+    def expected(form: str, text: str, *, last: bool) -> str:
+        if family.trims == "both":
+            text = text.strip()
+        return form.format(text.lstrip("\n") if last and family.trims == "last" else text)
+
+    for turns in (1, 2, 3, 1, 2, 3, 4):
+        contents = [content() for _ in range(2 * turns)] if draw.random() < 0.7 else [content()] * (2 * turns)
+        messages = [user(text) if number % 2 == 0 else says(text) for number, text in enumerate(contents)]
+        messages[:0] = [{"role": "system", "content": content()}] if draw.random() < 0.3 else []
+        places = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        *earlier, last = [messages[number]["content"] for number in places]
+        whole = "".join(expected(family.turn, text, last=False) for text in earlier) + expected(
+            family.last, last, last=True
+        )
+        assert "".join(in_loss(name, outcome(name, {"messages": messages}))) == whole
+        for found, place in zip(outcomes(name, {"messages": messages}, turns="each"), places, strict=True):
+            assert in_loss(name, found) == [expected(family.last, messages[place]["content"], last=True)]
+            assert prompt(name, found) == prompted(name, messages[:place])

@@ -124,7 +124,7 @@ def test_a_stop_that_only_the_last_turn_has_is_said_to_be_missing():
     )
     (found,) = outcomes(family, {"messages": [ASK, REPLY, ASK, REPLY]})
     assert [text for mask, text in parts(family, found) if mask] == ["b", "b<|im_end|>"]
-    assert "`dataset.turns: each` ends each" in found.notes[0]
+    assert "`dataset.turns: each` ends each turn" in found.notes[0]
     both = outcomes(family, {"messages": [ASK, REPLY, ASK, REPLY]}, turns="each")
     assert [parts(family, found) for found in both] == [[(True, "b<|im_end|>")]] * 2
 
