@@ -200,7 +200,7 @@ class BatchingConfig(BaseConfig):
 class DatasetConfig(BaseConfig):
     """How rows are read."""
 
-    format: Literal["auto", "columns", "alpaca", "messages", "sharegpt", "pairs", "dialogue", "text"] = Field(
+    format: Literal["auto", "columns", "alpaca", "messages", "sharegpt", "pairs", "texts", "dialogue", "text"] = Field(
         "auto",
         description="Shape of the rows (docs/data.md shows each); `auto` recognises it and says so, another value refuses rows of"
         " any other.",

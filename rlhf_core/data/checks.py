@@ -18,6 +18,16 @@ _LABELS = {
     **dict.fromkeys(("desirable", "true", "1", "yes", "good", "positive", "chosen"), True),
     **dict.fromkeys(("undesirable", "false", "0", "no", "bad", "negative", "rejected"), False),
 }
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios", "documents", "chat_template_kwargs")
+"""Columns that mean something, whatever they hold, and that nothing here reads."""
+
+_SHAPES = {
+    **dict.fromkeys(("prompt", "response", "chosen", "rejected"), (*TEXT, *TURNS, "turn")),
+    "label": (*TEXT, "number"),
+    "answer": (*TEXT, "number"),
+    "verifiable": ("number",),
+}
+"""Kinds of value that a column of a record type may hold; another is never advised."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,12 +148,15 @@ class Checker:
             if not isinstance(value, str):
                 return value in same
             text = value.strip()
-            return not text or text in texts or any(answer and answer in text for answer in answers)
+            return not text or text in texts or _is_number(text) or any(answer and answer in text for answer in answers)
+
+        def means_something(name: str, value: Any) -> bool:
+            return kind_of(value) in (*TEXT, *TURNS, "turn") or (name.casefold() in _MEDIA and bool(value))
 
         return tuple(
             name
             for name, value in values.items()
-            if name not in known and kind_of(value) in (*TEXT, *TURNS, "turn") and not repeats(value)
+            if name not in known and means_something(name, value) and not repeats(value)
         )
 
     def _columns(self, reading: Reading, row: Row) -> tuple[dict[str, float], dict[str, list[bool]]]:
@@ -190,13 +203,16 @@ class Checker:
 
     def _mapping(self, name: str, own: str, row: Row) -> str:
         """Return which `dataset.columns` would name the missing column, from the columns that hold the kind of it."""
-        wanted = (*TEXT, *TURNS, "turn") if name in ("prompt", *self.contract.responses) else ()
-        taken = {*self.contract.required, *self.columns.values()}
-        free = [
-            str(key)
-            for key, value in row.values.items()
-            if key not in taken and value is not None and (not wanted or kind_of(value) in wanted)
-        ]
+        taken = {*self.contract.required, *self.contract.optional, *self.columns.values()}
+        held = {str(key): kind_of(value) for key, value in row.values.items()}
+        free = [key for key, kind in held.items() if key not in taken and kind in _SHAPES[name]]
+        answers = [column for column in self.contract.responses if column not in held and column not in self.columns]
+        if name == "prompt" and answers and (texts := [key for key in free if held[key] in TEXT]):
+            # Neither the prompt nor an answer is there: a single text can only be all there is.
+            if len(texts) <= len(answers) and "text" in self.contract.optional:
+                return f"set `dataset.columns` to `{{text: {texts[0]}}}` to train on all of it, or give a prompt and a response"
+            named = ", ".join(f"{column}: COLUMN" for column in ("prompt", *answers))
+            return f"set `dataset.columns` to `{{{named}}}`, each COLUMN one of {', '.join(texts)}"
         if not free:
             return f"give each row a `{own}`"
         near = nearest(own, free) or (
@@ -258,3 +274,11 @@ def _number(value: Any, name: str, row: Row) -> float:
     if number - number != 0:
         raise DataError(f"`{name}` isn't finite", place=row.place, got=repr(value), fix="repair or delete the row")
     return number
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

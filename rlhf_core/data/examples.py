@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_core.data.messages import is_dialogue, read_dialogue, read_messages, read_tools, wrong_type
+from rlhf_core.data.messages import is_dialogue, read_dialogue, read_messages, read_text, read_tools, wrong_type
 from rlhf_core.data.shapes import TURNS, Reading, kind_of
 from rlhf_core.errors import DataError, shortened
-from rlhf_core.records import Message, Prompt, RecordContract
+from rlhf_core.records import Message, Prompt, RecordContract, Role
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ class _Columns:
             return prompt
         if not isinstance(more, str):
             raise wrong_type(self.name("input"), "text", more, self.place)
-        return f"{prompt}\n\n{more}"
+        return f"{prompt}\n\n{more}" if prompt.strip() else more
 
     def conversation(self) -> tuple[list[Message], list[list[Message]]]:
         """Return what goes before the first turn in the loss, and the rest; of a labelled conversation only its last turn is."""
@@ -126,7 +126,8 @@ class _Columns:
             if not any(turn["role"] == "user" for turn in before):
                 asked = [*before, *asked]
             else:
-                if isinstance(raw, list | tuple) and asked != before[-len(asked) :]:
+                repeated = [_says_the_same(*both) for both in zip(asked, before[-len(asked) :], strict=False)]
+                if isinstance(raw, list | tuple) and not (len(asked) <= len(before) and all(repeated)):
                     raise DataError(
                         f"the answers hold another prompt than `{self.name('prompt')}`",
                         place=self.place,
@@ -140,11 +141,10 @@ class _Columns:
 
     def with_system(self, prompt: list[Message]) -> list[Message]:
         """Put the system column before the messages, where it holds anything."""
-        system = self.of("system")
-        if system is None or (isinstance(system, str) and not system.strip()):
+        given = self.of("system")
+        system = "" if given is None else read_text(given, self.name("system"), self.place)
+        if not system.strip():
             return prompt
-        if not isinstance(system, str):
-            raise wrong_type(self.name("system"), "text", system, self.place)
         if prompt and prompt[0]["role"] == "system":
             if prompt[0]["content"].strip() == system.strip():
                 return prompt
@@ -160,6 +160,9 @@ class _Columns:
         value = self.of(what)
         if isinstance(value, str) and is_dialogue(value):
             return read_dialogue(value)
+        if kind_of(value) == "texts":
+            roles: tuple[Role, ...] = ("user", "assistant")
+            return [{"role": roles[number % 2], "content": text} for number, text in enumerate(value)]
         return read_messages(value, self.name(what), self.place)
 
     def _answer(self, name: str) -> list[Message]:
@@ -179,7 +182,9 @@ class _Columns:
     def _shared(self, answers: Sequence[list[Message]]) -> int:
         """Return how many messages the answers begin with in common, up to the answers proper."""
         shared = 0
-        while shared < min(map(len, answers)) and all(answer[shared] == answers[0][shared] for answer in answers):
+        while shared < min(map(len, answers)) and all(
+            _says_the_same(answer[shared], answers[0][shared]) for answer in answers
+        ):
             shared += 1
         if shared == min(map(len, answers)):
             # One of them is the beginning of the other, or they are equal: what they differ in is the last answer.
@@ -196,6 +201,11 @@ class _Columns:
                 fix="give both answers the same prompt, or delete the row",
             )
         return shared
+
+
+def _says_the_same(one: Message, other: Message) -> bool:
+    """Tell whether two turns are alike but for what was noted on them, such as a number or a time."""
+    return all(one.get(key) == other.get(key) for key in ("role", "content", "tool_calls"))
 
 
 def _check_prompt(prompt: Sequence[Message], row: _Columns, place: str) -> None:

@@ -31,6 +31,9 @@ _CONTENT_KEYS = ("content", "value", "text")
 _INSTEAD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 """Keys that an assistant turn may have in place of content."""
 
+_SWITCHES = ("train", "training", "loss")
+"""Keys by which other tools say whether a turn is in the loss."""
+
 PAIRS = (
     ("input", "output"),
     ("user", "assistant"),
@@ -107,7 +110,7 @@ def _message(entry: Mapping[str, Any], where: str, place: str) -> Message:
     if key is None and not (role == "assistant" and any(present.get(other) for other in _INSTEAD)):
         got = ", ".join(map(str, present))
         raise DataError(f"`{where}` must have `role` and `content`", place=place, got=got)
-    content = "" if key is None else _text(present[key], f"{where}.{key}", place)
+    content = "" if key is None else read_text(present[key], f"{where}.{key}", place)
     rest = {name: item for name, item in present.items() if name not in (who, key)}
     message: dict[str, Any] = {"role": "assistant" if role == "call" else role, "content": content, **rest}
     if role == "call":
@@ -117,6 +120,9 @@ def _message(entry: Mapping[str, Any], where: str, place: str) -> Message:
     if "tool_calls" in message:
         calls = _decoded(message["tool_calls"])
         message["tool_calls"] = [_call(call) for call in _mappings(calls, f"{where}.tool_calls", place)]
+    for name in _SWITCHES:
+        if isinstance(message.get(name), bool):
+            message["weight"] = float(message.pop(name))
     weight = message.get("weight", 1)
     if weight not in (0, 1):
         raise DataError(
@@ -125,7 +131,8 @@ def _message(entry: Mapping[str, Any], where: str, place: str) -> Message:
     return cast(Message, message)
 
 
-def _text(value: Any, where: str, place: str) -> str:
+def read_text(value: Any, where: str, place: str) -> str:
+    """Return a content's text: text, or parts of text."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list | tuple):

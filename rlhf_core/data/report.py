@@ -61,7 +61,7 @@ class DataReport:
             )
         if strict and outcome.unused:
             raise DataError(
-                "text that nothing uses",
+                "has columns that nothing uses",
                 place=outcome.place,
                 got=_named(outcome.unused),
                 fix="use it (`dataset.columns`), list it in `dataset.ignore_columns`, or unset `dataset.strict`",
@@ -71,7 +71,7 @@ class DataReport:
                 logger.info("%s: rows read as %s", self.name, outcome.read_as)
             _tally(self.shapes, outcome.read_as, outcome.place)
         if outcome.unused:
-            _tally(self.notes, f"text that nothing uses: {_named(outcome.unused)}", outcome.place)
+            _tally(self.notes, f"columns that nothing uses: {_named(outcome.unused)}", outcome.place)
         if strict and outcome.lost:
             raise DataError(
                 outcome.lost[0],
@@ -201,7 +201,7 @@ def _tally(tallies: dict[str, dict[str, Any]], name: str, place: str) -> None:
 
 
 def _named(columns: Sequence[str]) -> str:
-    return f"column{'s' * (len(columns) > 1)} {', '.join(f'`{column}`' for column in columns)}"
+    return ", ".join(f"`{column}`" for column in columns)
 
 
 def _examples(tally: Mapping[str, Any]) -> str:

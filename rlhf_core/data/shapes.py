@@ -15,7 +15,7 @@ from rlhf_core.data.messages import ROLES, is_dialogue, is_plain_message, pair_k
 from rlhf_core.errors import DataError
 from rlhf_core.records import RecordContract
 
-Format = Literal["auto", "columns", "alpaca", "messages", "sharegpt", "pairs", "dialogue", "text"]
+Format = Literal["auto", "columns", "alpaca", "messages", "sharegpt", "pairs", "texts", "dialogue", "text"]
 """The shapes by name, as `dataset.format` takes them."""
 
 _WORDS: dict[str, str] = {
@@ -24,20 +24,22 @@ _WORDS: dict[str, str] = {
     "messages": "chat messages",
     "sharegpt": "ShareGPT conversations",
     "pairs": "conversations of questions with their answers",
+    "texts": "texts of the user and the assistant in turn",
     "dialogue": "dialogues of `Human:` and `Assistant:`",
     "text": "text without a prompt, all of it in the loss",
 }
 
 # What other data sets call a column. Taken only where exactly one of them is there, with a value of the right kind.
 _NAMES: dict[str, tuple[str, ...]] = {
-    "prompt": ("question", "instruction", "query", "problem", "input", "inputs"),
+    "prompt": ("question", "instruction", "query", "problem", "input", "inputs", "user", "human"),
     "response": (
-        "completion", "output", "outputs", "answer", "solution", "generated_solution", "target", "targets", "reply",
+        "completion", "output", "outputs", "answer", "solution", "generated_solution", "target", "targets", "reply", "assistant",
+        "bot",
     ),
-    "chosen": ("chosen_response", "accepted", "preferred", "better", "winner", "positive"),
-    "rejected": ("rejected_response", "dispreferred", "worse", "loser", "negative"),
+    "chosen": ("chosen_response", "accepted", "preferred", "preferred_output", "better", "winner", "positive"),
+    "rejected": ("rejected_response", "dispreferred", "non_preferred_output", "worse", "loser", "negative"),
     "label": ("desirable", "kto_tag"),
-    "messages": ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns"),
+    "messages": ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns", "data"),
     "input": ("context",),
     "system": ("system_prompt", "system_message"),
     "tools": ("functions",),
@@ -48,6 +50,7 @@ _ORDER = (
     "tools",
 )  # fmt: skip
 TURNS: tuple[Literal["sharegpt", "pairs", "messages"], ...] = ("sharegpt", "pairs", "messages")
+_CHATS: tuple[Literal["sharegpt", "pairs", "messages", "texts"], ...] = (*TURNS, "texts")
 TEXT = ("text", "dialogue")
 
 
@@ -70,7 +73,7 @@ def kind_of(value: Any) -> str:
     """Return what kind of value a column holds.
 
     `text`, `dialogue` (a text of several speakers), `messages`, `sharegpt`, `pairs` (lists of turns), `turn` (one alone), `null`,
-    `empty` (a list without entries), `number`, `list` or `other`.
+    `empty` (a list without entries), `texts` (a list of two and more), `number`, `list` or `other`.
     """
     if isinstance(value, str):
         return "dialogue" if is_dialogue(value) else "text"
@@ -85,7 +88,7 @@ def kind_of(value: Any) -> str:
     if not value:
         return "empty"
     if not isinstance(value[0], Mapping):
-        return "list"
+        return "texts" if len(value) > 1 and all(isinstance(item, str) for item in value) else "list"
     if role_key(value[0]) is None:
         return "pairs" if pair_keys(value[0]) else "list"
     return "messages" if is_plain_message(value[0]) else "sharegpt"
@@ -126,10 +129,10 @@ class Recogniser:
 
     def _conversation(self, row: _Row) -> dict[str, str]:
         """Find a whole conversation: the column `messages`, else the one list of turns that ends with an answer."""
-        if "messages" not in self.contract.optional or self.format not in ("auto", *TURNS):
+        if "messages" not in self.contract.optional or self.format not in ("auto", *_CHATS):
             return {}
         answered = "prompt" in row.there and row.find("response", (*TEXT, *TURNS, "turn")) is not None
-        column = "messages" if "messages" in row.there else None if answered else row.turns(answered=True)
+        column = row.own("messages") or (None if answered else row.turns(answered=True))
         if column is None:
             return {}
         return row.with_context({"messages": column}, [name for name in self.contract.required if name == "label"])
@@ -149,15 +152,17 @@ class Recogniser:
         )
 
     def _whole_text(self, row: _Row, *, asked: bool = False) -> dict[str, str]:
-        """Find a column `text` where there is neither prompt nor answer, or where it is asked for."""
-        if "text" not in self.contract.optional or row.kind("text") not in TEXT:
+        """Find a column `text`, or the one dialogue, where there is neither prompt nor answer, or where it is asked for."""
+        column = row.own("text", TEXT) or row.only_dialogue()
+        if "text" not in self.contract.optional or column is None:
             return {}
+        dialogue = row.kind(column) == "dialogue"
         if asked or self.format != "auto":
-            wanted = self.format == "text" or (self.format == "dialogue" and row.kind("text") == "dialogue")
-            return ({"text": "text"} if self.format == "text" else {"messages": "text"}) if wanted else {}
-        if {"prompt", "response", "chosen", "rejected"} & row.there:
+            wanted = self.format == "text" or (self.format == "dialogue" and dialogue)
+            return ({"text": column} if self.format == "text" else {"messages": column}) if wanted else {}
+        if any(row.own(name) for name in ("prompt", "response", "chosen", "rejected")):
             return {}
-        return {"messages": "text"} if row.kind("text") == "dialogue" else {"text": "text"}
+        return {"messages": column} if dialogue else {"text": column}
 
 
 class _Row:
@@ -170,6 +175,7 @@ class _Row:
         self.contract, self.format, self.given, self.place = contract, format, given, place
         self.kinds = {str(name): kind_of(value) for name, value in self.values.items()}
         self.there = {name for name, kind in self.kinds.items() if kind != "null"}
+        self.folded = {_folded(name): name for name in reversed(self.kinds) if name in self.there}
 
     def kind(self, column: str) -> str:
         return self.kinds.get(column, "null")
@@ -178,18 +184,20 @@ class _Row:
         """Return the name that a column has in the data."""
         return self.given.get(column, column)
 
+    def own(self, name: str, kinds: Iterable[str] = ()) -> str | None:
+        """Return the column of that name, in capitals or not, where it isn't null and is of one of these kinds."""
+        column = name if name in self.there else self.folded.get(name)
+        return column if column is not None and (not kinds or self.kind(column) in kinds) else None
+
     def find(self, name: str, kinds: Iterable[str] = (), *, but: Iterable[str] = ()) -> str | None:
         """Return the column that is `name`: the one of that name, or the only one of another name and one of these kinds."""
-        if name in self.there:
-            return name
+        if (own := self.own(name, () if name in self.there else kinds)) is not None:
+            return own
         taken = {*self.contract.required, *self.given, *but}
-        others = [
-            column
-            for column in _NAMES.get(name, ())
-            if column in self.there and column not in taken and (not kinds or self.kind(column) in kinds)
-        ]
+        others = [self.folded[other] for other in _NAMES.get(name, ()) if other in self.folded]
+        others = [column for column in others if column not in taken and (not kinds or self.kind(column) in kinds)]
         if name == "prompt" and len(others) > 1:
-            others = [column for column in others if column != "input"]
+            others = [column for column in others if _folded(column) != "input"]
         if len(others) > 1:
             raise self._ambiguous(others, name)
         return others[0] if others else None
@@ -209,7 +217,7 @@ class _Row:
         if prompt is None or self.kind(prompt) not in TEXT:
             return found
         # A prompt of its own name is whole; beside an instruction or a question, an input belongs to it.
-        instructs = self.format == "auto" and self.shown(prompt) not in ("prompt", "input", "inputs")
+        instructs = self.format == "auto" and self.shown(prompt).casefold() not in ("prompt", "input", "inputs")
         if instructs or self.format == "alpaca" or "input" in self.given:
             self.add(found, "input", TEXT)
             if self.kind("history") == "list" and _is_history(self.values["history"]):
@@ -227,13 +235,18 @@ class _Row:
             for name, kind in self.kinds.items()
             if kind in TURNS and name not in apart and not (answered and not _answers(self.values[name][-1]))
         ]
-        named = [name for name in _NAMES["messages"] if name in self.there and name not in apart]
-        named = [name for name in named if name in lists or self.kind(name) in (*TURNS, "empty")]
+        named = [self.folded[name] for name in _NAMES["messages"] if name in self.folded]
+        named = [name for name in named if name not in apart and self.kind(name) in (*_CHATS, "empty")]
         if named:
             return named[0]
         if len(lists) > 1:
             raise self._ambiguous(lists, "messages")
         return lists[0] if lists else None
+
+    def only_dialogue(self) -> str | None:
+        """Return the column that holds a dialogue, where one does."""
+        dialogues = [name for name, kind in self.kinds.items() if kind == "dialogue"]
+        return dialogues[0] if len(dialogues) == 1 else None
 
     def hold_prompts(self, found: Mapping[str, str]) -> bool:
         """Tell whether two answers begin with what was asked: turns that don't begin with an answer, or whole dialogues."""
@@ -242,7 +255,7 @@ class _Row:
         if len(answers) < 2:
             return False
         if kinds == {"dialogue"}:
-            return "prompt" not in self.there and self.format in ("auto", "dialogue")
+            return self.own("prompt") is None and self.format in ("auto", "dialogue")
         return kinds <= set(TURNS) and any(
             self.kind(column) == "pairs" or not _answers(self.values[column][0]) for column in answers
         )
@@ -253,7 +266,7 @@ class _Row:
             return "text"
         told = [name for name in ("messages", "prompt", *self.contract.responses) if name in found]
         kinds = {self.kind(found[name]) for name in told}
-        turns = next((kind for kind in TURNS if kind in kinds), None)
+        turns = next((kind for kind in _CHATS if kind in kinds), None)
         if "messages" in found:
             return "dialogue" if "dialogue" in kinds else turns or "messages"
         if turns is not None:
@@ -294,7 +307,7 @@ class _Row:
     def described(self) -> str:
         """Return the columns with their kinds, for a message."""
         words = {"dialogue": "text", "turn": "one message", "empty": "an empty list"}
-        words |= {kind: f"a list of {_WORDS[kind]}" for kind in ("messages", "sharegpt", "pairs")}
+        words |= {kind: f"a list of {_WORDS[kind]}" for kind in _CHATS}
         named = [f"`{self.shown(name)}` ({words.get(kind, kind)})" for name, kind in self.kinds.items()]
         return ", ".join(named) or "no columns"
 
@@ -307,15 +320,27 @@ class _Row:
         )
 
 
+def _folded(name: str) -> str:
+    return name.casefold().replace(" ", "_").replace("-", "_")
+
+
 def _decoded(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Decode turns that stand as JSON in a text, as in a CSV file: prompts and conversations, and the answers beside them."""
+    """Decode turns that stand as JSON in a text, as in a CSV file: prompts and conversations, and the answers beside them.
+
+    An `input` that is itself a request of `messages` and `tools`, as OpenAI's files of preferences have it, is laid open.
+    """
     result = dict(values)
-    asked = [name for name in ("prompt", "chosen", "rejected", *_NAMES["messages"]) if name in result]
+    request = result.get("input")
+    if isinstance(request, Mapping) and kind_of(request.get("messages")) in TURNS and "prompt" not in result:
+        result |= {"prompt": request["messages"], **({"tools": request["tools"]} if "tools" in request else {})}
+        del result["input"]
+    names = {str(name): _folded(str(name)) for name in result}
+    asked = [name for name, folded in names.items() if folded in ("prompt", "chosen", "rejected", *_NAMES["messages"])]
     for name in asked:
         result[name] = _turns_in(result[name])
-    if any(result[name] is not values[name] for name in asked):
-        for name in ("response", *_NAMES["response"]):
-            if name in result:
+    if any(result[name] is not values.get(name) for name in asked):
+        for name, folded in names.items():
+            if folded in ("response", *_NAMES["response"]):
                 result[name] = _turns_in(result[name])
     return result
 

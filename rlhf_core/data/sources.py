@@ -197,7 +197,7 @@ def _is_weighted(item: Any) -> bool:
 def check_paths(data: Any) -> None:
     """Raise `DataError` where a file that `data` names isn't there: cheap, so that it can be known before anything slow."""
     for path, _ in data_files(data) or []:
-        if not _exists(path) and not _is_hub_name(path):
+        if not _exists(path) and not _is_hub_name(path) and not _matched(path):
             raise _no_such_file(path)
 
 
@@ -227,6 +227,18 @@ def _exists(name: str | Path) -> bool:
         return False
 
 
+def _matched(name: str | Path) -> list[Path]:
+    """Return the files that a pattern such as `rows/*.jsonl` matches, by name."""
+    if not {*str(name)} & {*"*?["}:
+        return []
+    path = _path(name)
+    try:
+        found = Path(path.anchor or ".").glob(str(path.relative_to(path.anchor) if path.anchor else path))
+        return sorted(item for item in found if item.is_file())
+    except (OSError, ValueError, NotImplementedError):  # No pattern that can be looked for.
+        return []
+
+
 def _path(name: str | Path) -> Path:
     try:
         return Path(name).expanduser()
@@ -242,6 +254,8 @@ def _is_hub_name(name: str | Path) -> bool:
 
 def _named(name: str | Path, split: str, streaming: bool) -> list[Part]:
     if not _exists(name):
+        if matched := _matched(name):
+            return [_file(path) for path in matched]
         if not _is_hub_name(name):
             raise _no_such_file(name)
         repository, _, config = str(name).partition(":")
@@ -370,7 +384,7 @@ def _dataset(data: Any, name: str, split: str) -> Part:
             )
         data = data[split]
     if isinstance(data, datasets.IterableDataset):
-        return IterableRows(data, name)
+        return IterableRows(data.with_format(None), name)
     if isinstance(data, datasets.Dataset):
         return TableRows(data.with_format(None), name)
     raise DataError(

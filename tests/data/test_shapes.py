@@ -108,12 +108,32 @@ SFT = {
     "a dialogue in one text": (
         {"text": "\n\nHuman: hi\n\nAssistant: yo"}, CHAT, "dialogues of `Human:` and `Assistant:`: column `text`",
     ),
+    "a dialogue under any name": (
+        {"transcript": "\n\nHuman: hi\n\nAssistant: yo", "tags": ["a", "b"]}, CHAT,
+        "dialogues of `Human:` and `Assistant:`: column `transcript`",
+    ),
+    "names in capitals": (
+        {"Question": "hi ", "Answer": "yo"}, "<|bos|>hi «yo<|end|>»", "columns: `Question` as prompt, `Answer` as response",
+    ),
+    "own names in capitals": ({"Prompt": "hi ", "RESPONSE": "yo"}, "<|bos|>hi «yo<|end|>»", None),
+    "messages in capitals": ({"Messages": [U, A], "System Prompt": ""}, CHAT, None),
+    "texts in turn": (
+        {"conversations": ["hi", "yo"], "source": ""}, CHAT,
+        "texts of the user and the assistant in turn: column `conversations`",
+    ),
+    "a system column in parts": ({"system": [{"text": "be"}], "messages": [U, A]},
+        CHAT.replace("<|user|>", "<|system|>be<|end|><|user|>"), None,
+    ),
     "content in parts": (
         {"messages": [{**U, "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]}, A]}, CHAT, None,
     ),
     "a turn kept out of the loss": (
         {"messages": [U, {**N, "weight": 0}, U, {**A, "weight": 1}]},
         f"<|bos|>{SAID}no<|end|>{SAID}«yo<|end|>»", None,
+    ),
+    "turns kept out of the loss by other switches": (
+        {"messages": [U, {**N, "train": False}, U, {**N, "loss": False}, U, {**A, "loss": True}]},
+        f"<|bos|>{SAID}no<|end|>{SAID}no<|end|>{SAID}«yo<|end|>»", None,
     ),
     "a later turn kept out of the loss": (
         {"messages": [U, A, U, {**N, "weight": 0}, U, A]}, f"<|bos|>{SAID}«yo<|end|>»{SAID}no<|end|>{SAID}«yo<|end|>»", None,
@@ -171,6 +191,12 @@ PAIRS = {
         {"chosen": "\n\nHuman: hi\n\nAssistant: yo\n\nHuman: hi\n\nAssistant: yo",
          "rejected": "\n\nHuman: hi\n\nAssistant: yo\n\nHuman: hi\n\nAssistant: no"},
         LONG, None,
+    ),
+    "turns with numbers of their own": (
+        {"chosen": [{**U, "id": 1}, {**A, "id": 2}], "rejected": [{**U, "id": 3}, {**N, "id": 4}]}, CHOSEN, None,
+    ),
+    "OpenAI's request with two outputs": (
+        {"input": {"messages": [U], "tools": []}, "preferred_output": [A], "non_preferred_output": [N]}, CHOSEN, None,
     ),
     "other names": (
         {"instruction": "hi", "chosen_response": "yo", "rejected_response": "no"}, TEXT,
@@ -299,8 +325,11 @@ def test_arrow_fills_in_what_other_rows_have(tiny):
         ("sft", {"one": [U, A], "two": [U, A]}, "`one` and `two` could each be the `messages`"),
         ("sft", {"prompt": "a", "text": "b"}, "no column `response`"),
         ("sft", {"conversations": "hi"}, "no column `prompt`, which the `sft` contract needs; got columns"),
-        ("sft", {"conversations": ["hi", "yo"]}, "no column `prompt`"),
-        ("sft", {"article": "a", "summary": "b"}, "to `{prompt: COLUMN}`, COLUMN being one of article, summary"),
+        ("sft", {"tags": ["hi", "yo"]}, "no column `prompt`"),
+        ("sft", {"conversations": ["hi", "yo", "ho"]}, "the conversation ends on a user turn"),
+        ("sft", {"body": "some text", "id": 3}, "set `dataset.columns` to `{text: body}` to train on all of it"),
+        ("preference", {"a": "x", "b": "y", "c": "z"}, "rejected: COLUMN}`, each COLUMN one of a, b, c"),
+        ("sft", {"article": "a", "summary": "b"}, "to `{prompt: COLUMN, response: COLUMN}`, each COLUMN one of article, summary"),
         ("sft", {"prompt": "a", "score": 3}, "got columns prompt, score; fix: give each row a `response`"),
         ("sft", {"chosen": [U, A], "rejected": [U, N]}, "these look like `preference` rows"),
         ("sft", {"messages": [U, {"role": "assistant", "content": [{"type": "image_url", "image_url": "x"}]}]},
@@ -320,7 +349,8 @@ def test_arrow_fills_in_what_other_rows_have(tiny):
         ("preference", {"chosen": "yo", "rejected": "no"}, "no column `prompt`"),
         ("preference", {"prompt": "hi", "chosen": [A], "rejected": ["no"]}, "`rejected` must be text or a list of messages"),
         ("unpaired", {"prompt": "a", "response": "b", "score": 0.3}, "no column `label`"),
-        ("reasoning", {"question": "a", "answer": "b"}, "no column `verifiable`"),
+        ("reasoning", {"question": "a", "answer": "b"}, "or give each row a `verifiable`"),
+        ("reasoning", {"question": "a", "answer": "b", "checkable": True}, "`{verifiable: COLUMN}`, COLUMN being one of check"),
     ],
 )  # fmt: skip
 def test_what_could_mean_two_things_or_nothing_is_refused(tiny, record, row, message):
@@ -375,9 +405,9 @@ def test_text_that_nothing_uses_is_named_once_and_refused_when_strict(tiny, capl
     rows = [{"prompt": "a", "response": "b", "note": "c", "why": "d", "score": 3}] * 4
     data = opened(tiny, rows, streaming=streaming, wrap="none")
     list(data)
-    told = "data: 4 of 4 rows: text that nothing uses: columns `note`, `why` (data[0], data[1], data[2], data[3])"
+    told = "data: 4 of 4 rows: columns that nothing uses: `note`, `why` (data[0], data[1], data[2], data[3])"
     assert [record.getMessage() for record in caplog.records] == [told]
-    with pytest.raises(DataError, match=r"data\[0\]: text that nothing uses; got columns `note`, `why`"):
+    with pytest.raises(DataError, match=r"data\[0\]: has columns that nothing uses; got `note`, `why`"):
         list(opened(tiny, rows, streaming=streaming, strict=True))
     list(opened(tiny, rows, streaming=streaming, strict=True, ignore_columns=["note", "why"]))
     mapped = opened(tiny, rows, strict=True, columns={"prompt": "note"}, ignore_columns=["why"])
@@ -391,6 +421,8 @@ def test_what_a_method_or_a_reward_may_use_is_no_waste(tiny):
     repeated = {"messages": [U, A], "prompt": "hi", "chosen": [U, A], "text": "so: hi, yo"}
     assert example(repeated).unused == ()
     assert example({**repeated, "rejected": [U, N]}).unused == ("rejected",)
+    held = {"messages": [U, A], "images": [{"path": "x.png"}], "videos": [], "documents": [{"a": 1}], "count": "3"}
+    assert example(held).unused == ("images", "documents")
 
 
 def test_several_shapes_in_one_file(tiny):

@@ -15,7 +15,7 @@ from data_helpers import lines, sft_rows, write_as
 from rlhf_core.config import TrainerConfig
 from rlhf_core.data import open_dataset
 from rlhf_core.data.files import Cursor
-from rlhf_core.data.sources import has_splits, open_source
+from rlhf_core.data.sources import check_paths, has_splits, open_source
 from rlhf_core.errors import DataError
 
 ODD = [
@@ -144,6 +144,18 @@ def test_a_folder_of_files_of_one_kind(tmp_path):
     assert not has_splits(tmp_path)
     (tmp_path / "c.jsonl").write_bytes(lines([{"text": "t"}]))
     assert "is a directory that can't be read as one dataset; got a.jsonl: prompt, response; b.csv" in fault(tmp_path)
+
+
+def test_a_pattern_of_files(tmp_path, monkeypatch):
+    rows = sft_rows(4)
+    (tmp_path / "a-1.jsonl").write_bytes(lines(rows[:2]))
+    (tmp_path / "a-2.jsonl").write_bytes(lines(rows[2:]))
+    (tmp_path / "b.jsonl").write_bytes(lines(rows))
+    monkeypatch.chdir(tmp_path)
+    for pattern in (str(tmp_path / "a-*.jsonl"), "a-?.jsonl", "a-[12].jsonl", ["a-*.jsonl"]):
+        check_paths(pattern)
+        assert [dict(row.values) for row in open_source(pattern).rows()] == rows
+    assert "no such file" in fault("c-*.jsonl") and "no such file" in fault("***")
 
 
 def test_a_folder_whose_files_are_named_by_split(tmp_path):
