@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from rlhf_core.errors import ModelError
-from rlhf_core.merging.checkpoint import Checkpoint, FileSource, WeightFile, is_vocabulary, read_adapter_config
+from rlhf_core.merging.checkpoint import Checkpoint, FileSource, Renamed, WeightFile, is_vocabulary, read_adapter_config
 from rlhf_core.merging.experts import Parameter, Piece, Structure
-from rlhf_core.merging.lora import DoraSource, LoraSource, Renamed, RowsSource, scale_of
+from rlhf_core.merging.lora import DoraSource, LoraSource, RowsSource, scale_of
 from rlhf_core.merging.streams import Source
 from rlhf_core.merging.weights import is_embedding, is_head
 
@@ -113,6 +113,14 @@ class AdapterCheckpoint(Checkpoint):
         for target, change in self._changes.items():
             self._require(target, change)
         self._require_one_vocabulary()
+
+    @property
+    def places(self) -> list[Path]:
+        return [self.path, *self.base.places]
+
+    @property
+    def root(self) -> Checkpoint:
+        return self.base.root
 
     @property
     def files(self) -> list[Path]:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rlhf_core.errors import ModelError
 from rlhf_core.infra.files import read_json, storage_error, storage_errors
-from rlhf_core.infra.model_files import HEADS, adapter_base, check_files, first_line, is_adapter, locate, near_path
+from rlhf_core.infra.model_files import HEADS, adapter_chain, check_files, first_line, is_adapter, locate, near_path
 from rlhf_core.infra.tensors import TensorEntry, read_header
 from rlhf_core.merging.streams import Source, digest_of
 from rlhf_core.merging.weights import GROUPS, LM_HEAD, is_head
@@ -80,15 +80,11 @@ class Checkpoint:
         if is_adapter(str(path)):
             from rlhf_core.merging.adapter import AdapterCheckpoint
 
-            base = _beside(adapter_base(str(path)), path)
-            if is_adapter(base):
-                raise ModelError(
-                    "the adapter's base is an adapter itself",
-                    place=name,
-                    got=base,
-                    fix="set `base_model_name_or_path` in adapter_config.json to a model, or write `MODEL+ADAPTER`",
-                )
-            return AdapterCheckpoint(name, path, cls._base_of(name, base))
+            base, adapters = adapter_chain(str(path), local=_local)
+            under = cls._base_of(name, base)
+            for inner in adapters[:-1]:
+                under = AdapterCheckpoint(inner, Path(inner), under)
+            return AdapterCheckpoint(name, path, under)
         return cls(name, path, _weight_files(path, name))
 
     @classmethod
@@ -149,6 +145,10 @@ class Checkpoint:
             fix="set `tie_word_embeddings: false` in its config.json, and store the head",
         )
 
+    def absent(self, name: str) -> bool:
+        """Tell whether it takes no part in merging a tensor, by its plan; else a tensor that it lacks is a fault."""
+        return False
+
     def untie(self, head: str) -> None:
         """Give a head that is the embeddings a name of its own, under which it is read as they are."""
         assert self.table is not None
@@ -178,6 +178,16 @@ class Checkpoint:
         """Close the files."""
         for file in (*dict.fromkeys(self._files.values()), *self.heads.values()):
             file.close()
+
+    @property
+    def places(self) -> list[Path]:
+        """Directories in which its tokenizer and settings are looked for, the first that counts first."""
+        return [self.path]
+
+    @property
+    def root(self) -> Checkpoint:
+        """The model under it, where it is an adapter; else itself."""
+        return self
 
     @property
     def files(self) -> list[Path]:
@@ -284,14 +294,31 @@ class FileSource(Source):
         return self.owner.digest
 
 
-_local = threading.local()
+class Renamed(Source):
+    """A tensor of another checkpoint as one of its owner's."""
+
+    def __init__(self, base: Source, owner: Checkpoint) -> None:
+        self.base, self.owner = base, owner
+        self.place, self.shape, self.dtype = owner.name, base.shape, base.dtype
+
+    def read(self, start: int, stop: int, out: Tensor) -> None:
+        self.base.read(start, stop, out)
+
+    def read_runs(self, starts: Sequence[int], out: Tensor) -> None:
+        self.base.read_runs(starts, out)
+
+    def key(self) -> bytes:
+        return self.owner.digest
+
+
+_own = threading.local()
 
 
 def _buffer(nbytes: int) -> numpy.ndarray:
     """Return bytes of this thread's own, reused from call to call."""
-    room = getattr(_local, "room", None)
+    room = getattr(_own, "room", None)
     if room is None or len(room) < nbytes:
-        room = _local.room = numpy.empty(max(nbytes, 1 << 18), dtype=numpy.uint8)
+        room = _own.room = numpy.empty(max(nbytes, 1 << 18), dtype=numpy.uint8)
     return room[:nbytes]
 
 
@@ -354,11 +381,13 @@ def _head_files(path: Path, name: str) -> dict[str, WeightFile]:
     return found
 
 
-def _beside(base: str, adapter: Path) -> str:
-    """Return an adapter's base, which may be named relative to the adapter's directory."""
-    if not Path(base).expanduser().exists() and (adapter / base).is_dir():
-        return str(adapter / base)
-    return base
+def _local(where: str) -> str:
+    """Return the directory of a model that may be one of the hub's; as it is where there is none."""
+    try:
+        found, _ = locate(where)
+        return found if Path(found).is_dir() else str(_download(found))
+    except ModelError:
+        return where
 
 
 def _download(name: str) -> Path:

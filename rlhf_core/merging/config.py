@@ -10,10 +10,28 @@ from rlhf_core.config import BaseConfig
 from rlhf_core.merging.weights import Value
 
 
+class LayerRun(BaseConfig):
+    """A run of layers of one model."""
+
+    model: str | None = Field(
+        min_length=1, description="Directory, adapter or hub name; null where the entry takes no part in these layers."
+    )
+    layers: tuple[int, int] = Field(description="The first layer, counted from 0, and the one after the last.")
+
+    @model_validator(mode="after")
+    def _runs_forwards(self) -> LayerRun:
+        if not 0 <= self.layers[0] < self.layers[1]:
+            raise ValueError(f"layers from {self.layers[0]} to {self.layers[1]} are none")
+        return self
+
+
 class ModelEntry(BaseConfig):
     """One model of a merge."""
 
-    model: str = Field(min_length=1, description="Directory, adapter or hub name.")
+    model: str | list[LayerRun] = Field(
+        min_length=1,
+        description="Directory, adapter or hub name; or a list of `{model, layers}`, runs of layers put one on the other.",
+    )
     weight: Value = Field(
         1.0,
         description="Its weight; larger counts more. A list is a gradient over the layers, a group a value by place.",
@@ -29,7 +47,7 @@ class MergeConfig(BaseConfig):
     KEYS: ClassVar[tuple[str, ...]]
 
     method: str = Field(min_length=1, description="Name of the method, as `rlhf list mergers` shows it.")
-    base: str | None = Field(
+    base: str | list[LayerRun] | None = Field(
         None, description="Model that differences are taken from; it also gives configuration and tokenizer."
     )
     models: list[ModelEntry] = Field(min_length=1, description="Models that are merged.")
@@ -41,6 +59,16 @@ class MergeConfig(BaseConfig):
         None,
         description="Which tokenizer the result has where the models' differ: `base`, `union`, or a path; rows are then lined up"
         " by the tokens' text. Null refuses models whose vocabularies differ.",
+    )
+    pad_to_multiple_of: int | None = Field(
+        None,
+        ge=1,
+        description="The embeddings' rows are made a multiple of this, with rows of zeros; null adds none.",
+    )
+    chat_template: str | None = Field(
+        None,
+        description="The result's chat template: `alpaca`, `chatml`, `exaone`, `llama3`, `mistral`, a Jinja text, or `auto`, that"
+        " of most models; null keeps the one that comes with the tokenizer.",
     )
     dtype: Literal["float32", "bf16", "fp16"] | None = Field(
         None, description="Type of the written values; null keeps the inputs' (the wider where they differ)."

@@ -13,6 +13,7 @@ import yaml
 from rlhf_core import __version__
 from rlhf_core.infra.files import read_json, replace_file, replace_json, sha256_of, to_json
 from rlhf_core.infra.redact import redact_text
+from rlhf_core.merging import chat_template
 from rlhf_core.merging.checkpoint import INDEX, Checkpoint
 from rlhf_core.merging.config import MergeConfig
 from rlhf_core.merging.plan import Plan
@@ -44,6 +45,14 @@ def fill(
     for head in plan.heads:
         head.describe(path)
     _write_tokenizer(path, plan)
+    if config.chat_template is not None:
+        text = chat_template.chosen(
+            config.chat_template, [*([plan.base] if plan.base is not None else []), *plan.models]
+        )
+        if text is None:
+            log.warning("no model has a chat template, so the result has none")
+        else:
+            chat_template.write(path, text)
     recipe = recipe_of(config)
     replace_file(path / RECIPE, recipe.encode())
     replace_file(path / "README.md", _card(plan, config, chosen, details, recipe).encode())
@@ -66,7 +75,7 @@ def _with_tokenizer(plan: Plan) -> Checkpoint | None:
     """Return the base, or else the first model, that has a tokenizer; their vocabularies don't differ where none was chosen."""
     inputs = [*([plan.base] if plan.base is not None else []), *plan.models]
     return next(
-        (one for one in inputs if any((place / name).is_file() for place in _places(one) for name in _TOKENS)), None
+        (one for one in inputs if any((place / name).is_file() for place in one.places for name in _TOKENS)), None
     )
 
 
@@ -105,7 +114,7 @@ def _write_config(path: Path, plan: Plan, main: Checkpoint) -> None:
         if "vocab_size" in written or not isinstance(inner, dict):
             written["vocab_size"] = rows
     replace_json(path / "config.json", _renumbered(written, plan, main))
-    generation = next((place / _GENERATION for place in _places(main) if (place / _GENERATION).is_file()), None)
+    generation = next((place / _GENERATION for place in main.places if (place / _GENERATION).is_file()), None)
     if generation is not None:
         replace_json(path / _GENERATION, _renumbered(read_json(generation), plan, main))
 
@@ -116,13 +125,8 @@ def _renumbered(values: dict[str, Any], plan: Plan, main: Checkpoint) -> dict[st
     return values | {key: plan.vocabularies.renumbered(main, value) for key, value in numbers.items()}
 
 
-def _places(one: Checkpoint) -> list[Path]:
-    base = getattr(one, "base", None)
-    return [one.path, *([base.path] if base is not None else [])]
-
-
 def _copy(one: Checkpoint, names: Sequence[str], path: Path) -> None:
-    _copy_from(_places(one), names, path)
+    _copy_from(one.places, names, path)
 
 
 def _copy_from(places: Sequence[Path], names: Sequence[str], path: Path) -> None:

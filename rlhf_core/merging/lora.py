@@ -12,25 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rlhf_core.merging.checkpoint import Checkpoint
+from rlhf_core.merging.checkpoint import Checkpoint, Renamed
 from rlhf_core.merging.streams import Source
-
-
-class Renamed(Source):
-    """A tensor of the base as one of the adapter's."""
-
-    def __init__(self, base: Source, owner: Checkpoint) -> None:
-        self.base, self.owner = base, owner
-        self.place, self.shape, self.dtype = owner.name, base.shape, base.dtype
-
-    def read(self, start: int, stop: int, out: Tensor) -> None:
-        self.base.read(start, stop, out)
-
-    def read_runs(self, starts: Sequence[int], out: Tensor) -> None:
-        self.base.read_runs(starts, out)
-
-    def key(self) -> bytes:
-        return self.owner.digest
 
 
 class LoraSource(Renamed):

@@ -19,6 +19,7 @@ from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.files import storage_errors
 from rlhf_core.infra.model_files import first_line
 from rlhf_core.interfaces import Merger
+from rlhf_core.merging import chat_template
 from rlhf_core.merging.checkpoint import Checkpoint
 from rlhf_core.merging.config import MergeConfig
 from rlhf_core.merging.directory import check_tokenizer, fill
@@ -27,6 +28,7 @@ from rlhf_core.merging.method import Method
 from rlhf_core.merging.output import Output, check_begun
 from rlhf_core.merging.passing import Pass
 from rlhf_core.merging.plan import Plan, check_count, memory
+from rlhf_core.merging.stack import open_model
 from rlhf_core.merging.streams import THREADS_CHUNK, StreamMerger
 
 log = logging.getLogger(__name__)
@@ -82,13 +84,15 @@ class ModelMerger:
                 fix="give `--base`",
             )
         check_count(config.models, self.method.merger.models, config.method)
+        if config.chat_template is not None:
+            chat_template.check(config.chat_template)
         opened: list[Checkpoint] = []
         try:
             for name in [
                 *([config.base] if config.base is not None else []),
                 *(entry.model for entry in config.models),
             ]:
-                opened.append(Checkpoint.open(name))
+                opened.append(open_model(name))
             base = opened[0] if config.base is not None else None
             models = opened[len(opened) - len(config.models) :]
             takes_base = base is not None and not self.method.merger.ignores_base
@@ -98,6 +102,7 @@ class ModelMerger:
                 dtype=_DTYPES[config.dtype],
                 shard_size=config.shard_size,
                 tokenizer=config.tokenizer,
+                multiple=config.pad_to_multiple_of,
                 heads=common_heads(opened if takes_base else models),
             )
             self.method.check(plan)

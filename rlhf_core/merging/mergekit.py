@@ -12,10 +12,10 @@ from typing import Any
 
 from rlhf_core.config_errors import place_of
 from rlhf_core.errors import ConfigError, did_you_mean, shortened
-from rlhf_core.merging.mergekit_methods import METHODS, outliers
-from rlhf_core.merging.mergekit_values import Setting, conditions, constant, mapped
+from rlhf_core.merging.mergekit_methods import METHODS, PARAMETERS, outliers
+from rlhf_core.merging.mergekit_values import Setting, conditions, constant, in_runs, mapped
 from rlhf_core.merging.mergekit_values import value as value_of
-from rlhf_core.merging.whole_slices import from_slices
+from rlhf_core.merging.slices import Column, Slices, read_slices
 
 log = logging.getLogger(__name__)
 
@@ -23,8 +23,21 @@ KEY = "merge_method"
 """The key by which one of mergekit's files is known."""
 _DTYPES = {"float32": "float32", "bfloat16": "bf16", "float16": "fp16"}
 _KEYS = (
-    KEY, "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "tokenizer", "tokenizer_source", "chat_template",
+    KEY, "models", "slices", "modules", "base_model", "parameters", "dtype", "out_dtype", "tokenizer", "tokenizer_source",
+    "chat_template", "random_seed",
 )  # fmt: skip
+_IDLE = {
+    "name": "the result is called what `--output` says",
+    **dict.fromkeys(
+        (
+            "allow_crimes", "trust_remote_code", "lora_merge_cache", "transformers_cache", "cuda", "low_cpu_memory",
+            "lazy_unpickle", "lazy_loader", "clone_tensors", "copy_tokenizer", "write_model_card", "safe_serialization", "quiet",
+            "read_to_gpu", "multi_gpu", "async_write", "write_threads", "num_threads", "verbosity",
+        ),
+        "it is an option of mergekit's command",
+    ),
+}  # fmt: skip
+"""Keys that are found in files and change nothing, with the reason."""
 
 
 def translate(
@@ -45,7 +58,10 @@ class _File:
     def __init__(self, values: Mapping[str, Any], places: Mapping[str, str], strict: bool) -> None:
         self.values, self.places, self.strict = values, places, strict
         for key in values:
-            if key not in _KEYS:
+            if key in _IDLE or key in PARAMETERS:
+                why = _IDLE.get(key, "a parameter counts under `parameters` alone, in mergekit as here")
+                log.warning("%s: `%s` has no effect: %s", self.place(key), key, why)
+            elif key not in _KEYS:
                 raise self.fault(f"unknown key `{key}` of a mergekit file", key, fix=did_you_mean(str(key), _KEYS))
         self.name = values[KEY]
         if self.name not in METHODS:
@@ -68,48 +84,68 @@ class _File:
             if self.strict:
                 raise self.fault(f"mergekit's definition of {name} can't be had", KEY, got=peer.differs)
             log.warning("%s is merged by our `%s`: mergekit differs in that %s", name, peer.ours, peer.differs)
-        if self.values.get("chat_template") is not None:
-            raise self.fault("`chat_template` is not supported", "chat_template", fix="set it in the merged tokenizer")
-        entries, shared = self.inputs()
         base = self.values.get("base_model")
         if base is not None:
             base = self.model(base, "base_model")
-        self.check(entries, shared)
+        self.check(found := self.inputs(base))
+        columns = found.columns
         if peer.based:
-            entries = [
-                entry for entry in entries if entry.model != base
-            ]  # its own parameters have no effect in mergekit
-            self.out["base"] = base
+            # Its own parameters have no effect in mergekit.
+            columns = [column for column in columns if column.model != found.base]
+            self.out["base"] = found.base
             self.put["base"] = self.place("base_model")
         elif base is not None:
-            entries = self.with_base(entries, base)
-        if peer.ours == "slerp" and (base is None or len(entries) != 1):
-            raise self.fault("slerp takes two models, one of them the `base_model`", "models" if base else KEY)
-        self.out["models"] = [self.entry(number, one, shared) for number, one in enumerate(entries)]
-        self.options(shared)
-        self.output(base if base is not None else entries[0].model)
+            columns = self.with_base(found, base)
+        if name == "slerp" and (found.base is None or len(columns) != 1):
+            place = f"{self.at}models" if found.base else KEY
+            raise self.fault("slerp takes two models, one of them the `base_model`", place)
+        if name == "nuslerp" and (base is not None or len(columns) != 2):
+            raise self.fault("nuslerp takes two models here, and no `base_model`", "base_model" if base else KEY)
+        self.out["models"] = [self.entry(number, one, found) for number, one in enumerate(columns)]
+        self.options(found)
+        self.output(base if base is not None else columns[0].model)
         return {key: value for key, value in self.out.items() if value is not None}, self.put
 
-    def inputs(self) -> tuple[list[Setting], list[Setting]]:
-        """Return the models with their parameters, and the parameters of all, those that win first."""
-        shared = [Setting("", self.values.get("parameters") or {}, "parameters")]
-        if ("models" in self.values) == ("slices" in self.values):
-            raise self.fault("give either `models` or `slices`", "models" if "models" in self.values else "")
-        if "slices" in self.values:
-            models, more = from_slices(self.values["slices"], shared[0].values, self.places, self.model)
-            return models, more + shared
-        given = self.values["models"]
-        if not isinstance(given, list) or not all(isinstance(one, Mapping) for one in given) or not given:
-            raise self.fault("`models` is no list of models with parameters", "models", got=shortened(given))
-        entries = []
-        for number, one in enumerate(given):
-            key = f"models.{number}"
+    def inputs(self, base: str | None) -> Slices:
+        """Return the models with their parameters, in each slice; whole models are one slice."""
+        given, self.at = self.values, ""
+        shared = [Setting("", given.get("parameters") or {}, "parameters")]
+        if given.get("modules") is not None:
+            given, more = self.module(given)
+            shared = [more, *shared]
+        if (given.get("models") is None) == (given.get("slices") is None):
+            raise self.fault(
+                "give either `models` or `slices`", f"{self.at}models" if "models" in given else self.at[:-1]
+            )
+        if given.get("slices") is not None:
+            based, at = self.peer.based, f"{self.at}slices"
+            return read_slices(given["slices"], shared, base, self.places, self.model, based=based, at=at)
+        models = given["models"]
+        if not isinstance(models, list) or not all(isinstance(one, Mapping) for one in models) or not models:
+            raise self.fault("`models` is no list of models with parameters", f"{self.at}models", got=shortened(models))
+        columns = []
+        for number, one in enumerate(models):
+            key = f"{self.at}models.{number}"
             for extra in set(one) - {"model", "parameters"}:
                 raise self.fault(f"unknown key `{extra}` of a model", f"{key}.{extra}", fix="model, parameters")
-            entries.append(
-                Setting(self.model(one.get("model"), f"{key}.model"), one.get("parameters") or {}, f"{key}.parameters")
+            own = Setting(
+                self.model(one.get("model"), f"{key}.model"), one.get("parameters") or {}, f"{key}.parameters"
             )
-        return entries, shared
+            columns.append(Column(own.model, [[own, *shared]], own.key))
+        return Slices(columns, [shared], base, [1])
+
+    def module(self, given: Mapping[str, Any]) -> tuple[Mapping[str, Any], Setting]:
+        """Return what stands in the file's only module, and its parameters."""
+        modules = given["modules"]
+        one = next(iter(modules.values())) if isinstance(modules, Mapping) and len(modules) == 1 else None
+        if not isinstance(one, Mapping) or given.get("models") or given.get("slices"):
+            raise self.fault("only a file of one module, with its `models` or `slices`, can be done", "modules")
+        self.at = f"modules.{next(iter(modules))}."
+        for extra in set(one) - {"models", "slices", "parameters"}:
+            raise self.fault(
+                f"unknown key `{extra}` of a module", f"{self.at}{extra}", fix="models, slices, parameters"
+            )
+        return one, Setting("", one.get("parameters") or {}, f"{self.at}parameters")
 
     def model(self, name: Any, key: str) -> str:
         if not isinstance(name, str) or not name:
@@ -120,69 +156,124 @@ class _File:
             )
         return name
 
-    def check(self, entries: Sequence[Setting], shared: Sequence[Setting]) -> None:
+    def check(self, found: Slices) -> None:
         """Look at every parameter's name, and at those that may have one value only."""
         peer = self.peer
         known = {*peer.per_model, *peer.shared, *peer.only}
-        for setting in [*shared, *entries]:
+        seen = set()
+        for setting in [
+            one for part in (*found.shared, *(s for c in found.columns for s in c.settings)) for one in part
+        ]:
             for name, value in setting.values.items():
                 key = f"{setting.key}.{name}"
+                if key in seen:
+                    continue
+                seen.add(key)
                 own = setting.model != ""
                 if name in peer.idle or name == "int8_mask":
                     log.info("%s: `%s` has no effect here: it concerns how mergekit computes", self.place(key), name)
                 elif own and name in known and name not in peer.per_model:
                     raise self.fault(f"`{name}` is one for all models", key, fix="set it in the file's `parameters`")
+                elif name not in PARAMETERS:
+                    raise self.fault(
+                        f"unknown parameter `{name}` of {self.name}", key, fix=did_you_mean(name, known or PARAMETERS)
+                    )
                 elif name not in known:
-                    raise self.fault(f"unknown parameter `{name}` of {self.name}", key, fix=did_you_mean(name, known))
-                elif name in peer.only and constant(value) != peer.only[name]:
+                    log.warning("%s: `%s` has no effect: %s", self.place(key), name, self.why_idle(name))
+                elif name in peer.only and constant(value) != peer.only[name] and not self.normalizes(name):
                     raise self.fault(
                         f"only `{name}: {str(peer.only[name]).lower()}` can be done for {self.name}", key, got=value
                     )
 
-    def with_base(self, entries: list[Setting], base: str) -> list[Setting]:
+    def why_idle(self, name: str) -> str:
+        if name == "embed_slerp":
+            return f"embeddings are merged by {self.name}, as all other tensors are"
+        return f"it is no parameter of {self.name}"
+
+    def normalizes(self, name: str) -> bool:
+        """Tell whether a parameter divides by the weights in a method of ours that never does: they are divided here."""
+        return self.name == "task_arithmetic" and name == "normalize"
+
+    def with_base(self, found: Slices, base: str) -> list[Column]:
         """Put the base model first: it is merged as the others are, and gives configuration and tokenizer."""
-        if self.name == "multislerp":
-            raise self.fault("multislerp of task vectors has no equal here", "base_model", fix="leave `base_model` out")
-        own = [entry for entry in entries if entry.model == base]
-        return [*(own or [Setting(base, {}, "base_model")]), *(entry for entry in entries if entry.model != base)]
+        if self.name in ("multislerp", "nuslerp"):
+            raise self.fault(
+                f"{self.name} of task vectors has no equal here", "base_model", fix="leave `base_model` out"
+            )
+        if self.name == "passthrough" or len(found.counts) > 1:
+            log.warning(
+                "%s: `base_model` has no effect: configuration and tokenizer are those of the first model",
+                self.place("base_model"),
+            )
+            return found.columns
+        own = [column for column in found.columns if column.model == base]
+        return [
+            *(own or [Column(base, found.shared, "base_model")]),
+            *(column for column in found.columns if column.model != base),
+        ]
 
-    def entry(self, number: int, setting: Setting, shared: Sequence[Setting]) -> dict[str, Any]:
-        entry: dict[str, Any] = {"model": setting.model}
-        self.put[f"models.{number}"] = self.place(setting.key)
+    def entry(self, number: int, column: Column, found: Slices) -> dict[str, Any]:
+        each = [self.values_at(settings) for settings in column.settings]
+        if self.name == "slerp":
+            for values, shared in zip(each, found.shared, strict=True):
+                values["weight"] = self.value("t", shared)
+            self.put["models.0.weight"] = self.where("t", found.shared[0])
+        self.put[f"models.{number}"] = self.place(column.key)
         for name, ours in self.peer.per_model.items():
-            entry[ours] = self.value(name, [setting, *shared])
-            self.put[f"models.{number}.{ours}"] = self.where(name, [setting, *shared])
-        if self.peer.ours == "slerp":
-            entry["weight"] = self.value("t", shared)
-            self.put["models.0.weight"] = self.where("t", shared)
-        if "gamma" in entry:
-            entry["gamma"] = outliers(entry["gamma"], entry["density"], self.where("gamma", [setting, *shared]))
-        if (
-            "epsilon" in entry
-        ):  # half the width of the probabilities there, the whole here; nothing is dropped at density 1
-            entry["epsilon"] = 0.0 if entry["density"] == 1 else mapped(entry["epsilon"], lambda half: 2 * half)
-        return entry
+            self.put[f"models.{number}.{ours}"] = self.where(name, column.settings[0])
+        return {
+            "model": column.model,
+            **{ours: in_runs([values[ours] for values in each], found.counts) for ours in each[0]},
+        }
 
-    def options(self, shared: Sequence[Setting]) -> None:
+    def values_at(self, settings: Sequence[Setting]) -> dict[str, Any]:
+        """Return a model's values in one slice, by our names."""
+        values = {ours: self.value(name, settings) for name, ours in self.peer.per_model.items()}
+        if "gamma" in values:
+            values["gamma"] = outliers(values["gamma"], values["density"], self.where("gamma", settings))
+        if "epsilon" in values:
+            # Half the width of the probabilities there, the whole here; nothing is dropped at density 1.
+            values["epsilon"] = 0.0 if values["density"] == 1 else mapped(values["epsilon"], lambda half: 2 * half)
+        return values
+
+    def options(self, found: Slices) -> None:
         """Set what holds for all models; an option in which they all agree is one for all."""
         for name, ours in self.peer.shared.items():
             if ours == "weight":
                 continue
-            found = self.value(name, shared)
+            given = in_runs([self.value(name, shared) for shared in found.shared], found.counts)
             if isinstance(self.peer.defaults[name], bool):
-                if not isinstance(constant(found), bool):
+                if not isinstance(constant(given), bool):
                     raise self.fault(
-                        f"`{name}` is true or false, for all tensors alike", f"parameters.{name}", got=found
+                        f"`{name}` is true or false, for all tensors alike", f"{self.at}parameters.{name}", got=given
                     )
-                found = constant(found)
-            self.out[ours], self.put[ours] = found, self.where(name, shared)
+                given = constant(given)
+            self.out[ours], self.put[ours] = given, self.where(name, found.shared[0])
         for ours in set(self.peer.per_model.values()) - {"weight"}:
             each = [entry[ours] for entry in self.out["models"]]
             if all(one == each[0] for one in each):
                 self.out[ours], self.put[ours] = each[0], self.put[f"models.0.{ours}"]
                 for entry in self.out["models"]:
                     del entry[ours]
+        if self.name == "task_arithmetic":
+            self.normalize(found.shared)
         self.out |= self.peer.options
+
+    def normalize(self, shared: Sequence[Sequence[Setting]]) -> None:
+        """Divide weights by their sum where `normalize` says so, which our method leaves to whoever sets them."""
+        wanted = [constant(one.values["normalize"]) for part in shared for one in part if "normalize" in one.values]
+        if not any(wanted):
+            return
+        weights = [entry["weight"] for entry in self.out["models"]]
+        if not all(isinstance(weight, int | float) for weight in weights) or sum(weights) == 0:
+            place = self.where("normalize", shared[0])
+            raise ConfigError(
+                "weights that vary by layer, or sum to zero, can't be normalised for task_arithmetic",
+                place=place,
+                fix="give weights that sum to 1 at every layer, and `normalize: false`",
+            )
+        for entry, weight in zip(self.out["models"], weights, strict=True):
+            entry["weight"] = weight / sum(weights)
 
     def value(self, name: str, settings: Sequence[Setting]) -> Any:
         found = conditions(name, settings, self.place)
@@ -194,8 +285,10 @@ class _File:
         setting = next((one for one in settings if name in one.values), None)
         return self.place(f"{setting.key}.{name}" if setting else settings[0].key)
 
-    def output(self, main: str) -> None:
-        """Set type and tokenizer of the result."""
+    def output(self, main: Any) -> None:
+        """Set type, tokenizer, template and seed of the result."""
+        for key, ours in (("chat_template", "chat_template"), ("random_seed", "seed")):
+            self.out[ours], self.put[ours] = self.values.get(key), self.place(key)
         given = {key: self.values[key] for key in ("dtype", "out_dtype") if self.values.get(key) is not None}
         kinds = {key: str(kind).removeprefix("torch.") for key, kind in given.items()}
         for key, kind in kinds.items():
@@ -209,7 +302,7 @@ class _File:
         self.out["tokenizer"] = self.tokenizer(main)
         self.put["tokenizer"] = self.place("tokenizer" if "tokenizer" in self.values else "tokenizer_source")
 
-    def tokenizer(self, main: str) -> str | None:
+    def tokenizer(self, main: Any) -> str | None:
         source, key = self.values.get("tokenizer_source"), "tokenizer_source"
         given = self.values.get("tokenizer")
         if given is not None:
@@ -218,9 +311,11 @@ class _File:
             if not isinstance(given, Mapping):
                 raise self.fault("`tokenizer` is a group", "tokenizer", got=given, fix="tokenizer: {source: union}")
             for name, value in given.items():
-                if name != "source" and value:
+                if name == "pad_to_multiple_of":
+                    self.out[name], self.put[name] = value, self.place(f"tokenizer.{name}")
+                elif name != "source" and value:
                     raise self.fault(f"`tokenizer.{name}` is not supported", f"tokenizer.{name}", got=shortened(value))
             source, key = given.get("source", "union"), "tokenizer"
-        if source == "base" and self.out.get("base") is None:
-            return main
+        if source == "base" and not isinstance(self.out.get("base"), str):
+            return main if isinstance(main, str) else next(run["model"] for run in main if run["model"])
         return None if source is None else self.model(source, key)

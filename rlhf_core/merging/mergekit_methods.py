@@ -51,6 +51,15 @@ METHODS: dict[str, Peer] = {
         "linear", per_model=_WEIGHT, shared={"normalize": "normalize"}, defaults={"normalize": True}, based=False
     ),
     "slerp": Peer("slerp", shared={"t": "weight"}),
+    "nuslerp": Peer(
+        "slerp",
+        per_model=_WEIGHT,
+        only={"nuslerp_flatten": True},
+        idle=("nuslerp_row_wise",),
+        based=False,
+        differs="between tensors that are nearly parallel it takes the arc, where ours takes the straight line",
+    ),
+    "passthrough": Peer("passthrough", per_model={"scale": "weight"}, defaults={"scale": 1.0}, based=False),
     "task_arithmetic": Peer(
         "task_arithmetic",
         per_model=_WEIGHT,
@@ -142,6 +151,11 @@ METHODS: dict[str, Peer] = {
     ),
 }
 """mergekit's methods that we have, by its names."""
+PARAMETERS = {
+    *(name for peer in METHODS.values() for name in (*peer.per_model, *peer.shared, *peer.only, *peer.idle)),
+    "int8_mask", "embed_slerp", "consensus_method", "similarity_threshold",
+}  # fmt: skip
+"""All parameters that mergekit's methods have, or had; a method pays no heed to those of others."""
 
 
 def parity(method: str, given: Mapping[str, Any], places: Mapping[str, str]) -> dict[str, Any]:

@@ -57,6 +57,32 @@ def value(found: Sequence[Condition], missing: Callable[[], ConfigError]) -> Any
     raise missing()
 
 
+def in_runs(values: Sequence[Any], counts: Sequence[int]) -> Any:
+    """Return the values of runs of layers, of so many each, as one value by place."""
+    if len(values) == 1 or (all(one == values[0] for one in values) and not _varies(values[0])):
+        return values[0]
+    runs = [
+        {"count": count, "value": _alone(one) if count == 1 else one} for one, count in zip(values, counts, strict=True)
+    ]
+    return {"runs": runs}
+
+
+def _varies(given: Any) -> bool:
+    """Tell whether a value is another at another layer of a run."""
+    if isinstance(given, Mapping):
+        return "gradient" in given or any(_varies(one) for one in given.get("filters", {}).values())
+    return isinstance(given, list)
+
+
+def _alone(given: Any) -> Any:
+    """Return what a gradient over a single layer is there: its last value."""
+    if not isinstance(given, Mapping):
+        return given
+    changed = {"gradient": given["gradient"][-1:]} if "gradient" in given else {}
+    filters = {part: _alone(one) for part, one in given.get("filters", {}).items()}
+    return {**given, **changed, **({"filters": filters} if filters else {})}
+
+
 def mapped(given: Any, change: Callable[[float], float]) -> Any:
     """Return a value with each of its numbers changed."""
     if isinstance(given, Mapping):

@@ -101,11 +101,14 @@ class Method:
             for own in options:
                 if own:
                     self._cached({**self._at(name, plan.depth), **own})
-            self.for_tensor(self.merger, name, plan.depth).check_weights(weights)
+            there = [weight for weight, model in zip(weights, plan.models, strict=True) if not model.absent(name)]
+            self.for_tensor(self.merger, name, plan.depth).check_weights(there)
 
     def recipe(self) -> dict[str, Any]:
         """Return what the output's bytes depend on besides the inputs, as JSON values."""
-        settings = self.config.model_dump(mode="json", include={"models", "options", "tokenizer", "dtype", "seed"})
+        settings = self.config.model_dump(
+            mode="json", include={"models", "options", "tokenizer", "pad_to_multiple_of", "dtype", "seed"}
+        )
         for entry in settings["models"]:
             del entry["model"]
         return {"method": self.plugin.qualified, "version": self.plugin.version, **settings}
@@ -155,6 +158,7 @@ class Method:
 def _some(value: Value) -> float:
     """Return one of the numbers of a value that varies."""
     if isinstance(value, LayerValues):
-        inner: Sequence[Any] = [value.layers, value.gradient, *value.filters.values(), value.default]
+        runs = [run.value for run in value.runs or ()]
+        inner: Sequence[Any] = [value.layers, value.gradient, *runs, *value.filters.values(), value.default]
         return _some(next(one for one in inner if one is not None))
     return float(value[0]) if isinstance(value, list) else float(value)

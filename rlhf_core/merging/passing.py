@@ -46,12 +46,13 @@ class Pass:
     def stream(self, item: Item, merger: Merger) -> TensorStream:
         base, models = self.plan.sources(item)
         weights, options = self.owner.method.values(item.name, self.plan.depth)
+        present = [(number, model) for number in self.chosen if (model := models[number]) is not None]
         return TensorStream(
             item.name,
             None if merger.ignores_base else base,
-            [models[number] for number in self.chosen],
-            [weights[number] for number in self.chosen],
-            [options[number] for number in self.chosen],
+            [model for _, model in present],
+            [weights[number] for number, _ in present],
+            [options[number] for number, _ in present],
             seed=int(getattr(merger.config, "seed", self.owner.config.seed)),
             by_row=isinstance(merger, StreamMerger) and merger.by_row,
             device=self.owner.device,

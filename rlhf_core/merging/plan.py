@@ -47,6 +47,7 @@ class Plan:
         dtype: torch.dtype | None = None,
         shard_size: int = 5_000_000_000,
         tokenizer: str | None = None,
+        multiple: int | None = None,
         heads: Sequence[Head] = (),
     ) -> Plan:
         """Check the inputs against each other and lay the output out. Reads headers, configurations and tokenizers only.
@@ -59,7 +60,7 @@ class Plan:
         _same_architecture(inputs)
         left_out = _settle_heads(inputs)
         names = _common_names(inputs, left_out)
-        vocabularies = Vocabularies.compare(base, models, tokenizer, names)
+        vocabularies = Vocabularies.compare(base, models, tokenizer, names, multiple)
         described = [_describe(name, inputs, vocabularies, dtype) for name in sorted(names, key=natural)]
         items, files = lay_out(described, shard_size)
         for head in heads:
@@ -67,8 +68,8 @@ class Plan:
             beside, file = lay_out_file(f"{head.name}.safetensors", tensors, head=head.name)
             items, files = [*items, *beside], [*files, file]
         for model in models:
-            own = getattr(model, "base", None)
-            if base is not None and own is not None and own.digest != base.digest:
+            own = model.root
+            if base is not None and own is not model and own.digest != base.digest:
                 log.warning(
                     "%s is an adapter of %s, not of the base %s: the difference of the two is merged too",
                     model.name,
@@ -99,14 +100,18 @@ class Plan:
         entries = [one.all_tensors for one in inputs]
         return sum(own[item.name].nbytes for own in entries for item in self.items if item.name in own)
 
-    def sources(self, item: Item) -> tuple[Source | None, list[Source]]:
-        """Return a tensor of the base, if there is one, and of each model; vocabularies lined up."""
+    def sources(self, item: Item) -> tuple[Source | None, list[Source | None]]:
+        """Return a tensor of the base, if there is one, and of each model that takes part; vocabularies lined up."""
         if item.head is not None:
             has = self.base is not None and item.head in self.base.heads
             origin = self.base.head_source(item.name) if self.base is not None and has else None
             return origin, [model.head_source(item.name) for model in self.models]
         base = self.vocabularies.source(self.base, item.name) if self.base is not None else None
-        return base, [self.vocabularies.source(model, item.name) for model in self.models]
+        takes_part = (not model.absent(item.name) for model in self.models)
+        return base, [
+            self.vocabularies.source(model, item.name) if there else None
+            for model, there in zip(self.models, takes_part, strict=True)
+        ]
 
     def index(self) -> dict[str, object]:
         """Return what the index of a sharded output holds."""
@@ -186,7 +191,7 @@ def _settle_heads(inputs: Sequence[Checkpoint]) -> set[str]:
         return heads
     for one in tied:
         for head in heads - set(one.tensors):
-            if one.table is not None and head.endswith(".weight"):
+            if not one.absent(head) and one.table is not None and head.endswith(".weight"):
                 one.untie(head)
     if tied:
         own = next(one for one in inputs if not one.tied)
@@ -225,9 +230,10 @@ def _is_buffer(name: str, one: Checkpoint) -> bool:
 
 def _common_names(inputs: Sequence[Checkpoint], left_out: set[str]) -> set[str]:
     """Return the tensors of all inputs, without what is worked out anew and only some of them hold."""
-    found = [set(one.tensors) - left_out for one in inputs]
+    every = set[str]().union(*(one.tensors for one in inputs))
+    found = [{*one.tensors, *(name for name in every if one.absent(name))} - left_out for one in inputs]
     odd = set[str]().union(*found) - found[0].intersection(*found)
-    buffers = {name for one in inputs for name in odd & set(one.tensors) if _is_buffer(name, one)}
+    buffers = {name for one in inputs for name in odd & one.tensors.keys() if _is_buffer(name, one)}
     if buffers:
         name = min(buffers, key=natural)
         has = next(one for one in inputs if name in one.tensors)
@@ -254,6 +260,7 @@ def _common_names(inputs: Sequence[Checkpoint], left_out: set[str]) -> set[str]:
 def _describe(
     name: str, inputs: Sequence[Checkpoint], vocabularies: Vocabularies, dtype: torch.dtype | None
 ) -> Described:
+    inputs = [one for one in inputs if not one.absent(name)]
     entries = [one.tensors[name] for one in inputs]
     aligned = vocabularies.shape(name, entries[0].shape)
     if aligned is None:

@@ -169,6 +169,9 @@ def _refuse_lambda(
 def _key_flags(given: Sequence[Flag]) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the values and places of the flags that aren't options of the method."""
     plain = [flag for flag in given if flag.key in MergeConfig.KEYS and flag.key != "models"]
+    bases = [flag for flag in plain if flag.key == "base"]
+    if len(bases) > 1:  # it may be a list, but of layers, which no flag can say
+        raise ConfigError(f"given {len(bases)} times", place=bases[0].typed, fix="keep one of them")
     values, places = convert(plain, MergeConfig, owner="merge")
     models, compat = ([flag for flag in given if flag.key == key] for key in ("model", COMPAT))
     for flag in [*models, *compat]:

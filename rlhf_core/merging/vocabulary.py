@@ -47,37 +47,50 @@ class Vocabularies:
 
     @classmethod
     def compare(
-        cls, base: Checkpoint | None, models: Sequence[Checkpoint], wanted: str | None, names: set[str]
+        cls,
+        base: Checkpoint | None,
+        models: Sequence[Checkpoint],
+        wanted: str | None,
+        names: set[str],
+        multiple: int | None = None,
     ) -> Vocabularies:
         """Compare the inputs' vocabularies, and line them up as `wanted` says where they differ.
+
+        Args:
+            wanted: whose tokens the result has: `base`, `union`, or a path.
+            names: the tensors that are merged.
+            multiple: the result's rows are a multiple of this.
 
         Raises:
             ModelError: they differ and `wanted` is None, or an input has no tokenizer.json.
             ConfigError: `wanted` has no meaning, since no tensor has a row for each token.
         """
         inputs = [*([base] if base is not None else []), *models]
-        table = next((name for name in sorted(names) if is_vocabulary(name, inputs[0])), None)
+        table = next((name for name in sorted(names) if _is_vocabulary(name, inputs)), None)
         if table is None:
-            if wanted is not None:
+            if wanted is not None or multiple is not None:
                 raise ConfigError(
                     "no tensor is known to have a row for each token",
-                    place="tokenizer",
-                    got=wanted,
-                    fix="leave `tokenizer` out",
+                    place="tokenizer" if wanted is not None else "pad_to_multiple_of",
+                    got=wanted or multiple,
+                    fix="leave it out",
                 )
             return cls()
+        inputs = [one for one in inputs if not one.absent(table)]
         rows = [one.tensors[table].shape[0] for one in inputs]
         files = [tokenizer_file(one) for one in inputs]
         path = None if wanted in (None, "base", "union") else Path(str(wanted)).expanduser()
+        as_they_are = path is None and len(set(rows)) == 1 and rows[0] % (multiple or 1) == 0
         texts = {file.read_bytes() for file in files if file is not None}
-        if len(texts) <= 1 and len(set(rows)) == 1 and path is None:
+        if len(texts) <= 1 and as_they_are:
             return cls()
         described = [_describe(file) if file is not None else None for file in files]
         tokens = [one.tokens if one is not None else {} for one in described]
         known = [one for one in tokens if one]
-        if all(one == known[0] for one in known) and len(set(rows)) == 1 and path is None:
+        alike = all(one == known[0] for one in known) and len(set(rows)) == 1
+        if alike and as_they_are:
             return cls()
-        if wanted is None:
+        if wanted is None and not alike:
             _refuse(inputs, tokens, rows)
         for one, found in zip(inputs, described, strict=True):
             if found is None:
@@ -85,7 +98,7 @@ class Vocabularies:
                     "vocabularies are lined up by tokens' text, and there is no tokenizer.json", place=one.name
                 )
         found_all = [one for one in described if one is not None]
-        return cls._line_up(base, inputs, found_all, rows, wanted if path is None else path)
+        return cls._line_up(base, inputs, found_all, rows, wanted if path is None else path, multiple or 1)
 
     @classmethod
     def _line_up(
@@ -95,6 +108,7 @@ class Vocabularies:
         described: Sequence[_Tokenizer],
         rows: Sequence[int],
         wanted: str | Path | None,
+        multiple: int,
     ) -> Vocabularies:
         made: dict[str, Any] | None = None
         if isinstance(wanted, Path):
@@ -112,6 +126,7 @@ class Vocabularies:
         # Rows without a token are never dropped; rows of tokens that the result doesn't have are.
         padded = [size for one, size in zip(described, rows, strict=True) if size > 1 + max(one.tokens.values())]
         count = max([1 + max(target.values()), *padded, *rows[: int(base is not None)]])
+        count = -(-count // multiple) * multiple
         runs = {
             id(one): _match(target, count, own.tokens, size)
             for one, own, size in zip(inputs, described, rows, strict=True)
@@ -134,7 +149,7 @@ class Vocabularies:
 
     def shape(self, name: str, shape: Sequence[int]) -> tuple[int, ...] | None:
         """Return a tensor's shape in the result where its rows are lined up, else None."""
-        if self.rows is None or not is_vocabulary(name, self._inputs[0]):
+        if self.rows is None or not _is_vocabulary(name, self._inputs):
             return None
         return (self.rows, *shape[1:])
 
@@ -199,13 +214,22 @@ class AlignedSource(Source):
         return self.plain.key()
 
 
+def _is_vocabulary(name: str, inputs: Sequence[Checkpoint]) -> bool:
+    return any(name in one.tensors and is_vocabulary(name, one) for one in inputs)
+
+
+def same_tokens(one: Checkpoint, other: Checkpoint) -> bool:
+    """Tell whether two models number the same tokens alike, as far as their files say."""
+    files = [tokenizer_file(one), tokenizer_file(other)]
+    if None in files or files[0] == files[1]:
+        return True
+    first, second = (_describe(file).tokens for file in files if file is not None)
+    return first == second
+
+
 def tokenizer_file(one: Checkpoint) -> Path | None:
     """Return a model's tokenizer.json: an adapter's own, or its base's."""
-    base = getattr(one, "base", None)
-    for place in (one.path, *([base.path] if base is not None else [])):
-        if (place / TOKENIZER).is_file():
-            return Path(place / TOKENIZER)
-    return None
+    return next((place / TOKENIZER for place in one.places if (place / TOKENIZER).is_file()), None)
 
 
 @dataclass(frozen=True)

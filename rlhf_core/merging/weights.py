@@ -23,8 +23,17 @@ GROUPS = {
     "norms": ("norm", "ln_1", "ln_2", "ln_f"),
 }
 """Names that stand for several parts of tensors' names, whatever the architecture calls them."""
-_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
+_LAYER = re.compile(r"((?:^|.*?\.)(?:layers|layer|h|blocks|block)\.)(\d+)\.")
 _NUMBER = float | list[float]
+
+
+class RunValue(BaseConfig):
+    """A value of a run of layers."""
+
+    count: int = Field(ge=1, description="How many layers it is of.")
+    value: float | list[float] | LayerValues = Field(
+        description="A value, a gradient from the first of these layers to their last, or values by place."
+    )
 
 
 class LayerValues(BaseConfig):
@@ -40,6 +49,11 @@ class LayerValues(BaseConfig):
         description="Part of a tensor's name (or attention, mlp, embeddings, head, norms; or a pattern with `*` for the whole"
         " name) → a value, a gradient, or values by place in turn. The first that fits counts.",
     )
+    runs: list[RunValue] | None = Field(
+        None,
+        description="Values of runs of layers, one after the other, as `{count, value}`: a gradient goes over its own run. What"
+        " lies before the layers takes the first's, what lies after them the last's.",
+    )
     default: float | None = Field(
         None,
         description="Value of tensors that nothing else fits; null takes the first layer's before it, the last's after.",
@@ -47,15 +61,17 @@ class LayerValues(BaseConfig):
 
     @model_validator(mode="after")
     def _says_something(self) -> LayerValues:
-        if self.layers is not None and self.gradient is not None:
-            raise ValueError("`layers` and `gradient` say the same in two ways: give one of them")
-        for values in (self.layers, self.gradient, *self.filters.values()):
+        if sum(one is not None for one in (self.layers, self.gradient, self.runs)) > 1:
+            raise ValueError("`layers`, `gradient` and `runs` say the same in several ways: give one of them")
+        for values in (self.layers, self.gradient, self.runs, *self.filters.values()):
             if values == []:
                 raise ValueError("a list over the layers needs at least one value")
-        if self.layers is None and self.gradient is None and self.default is None and not self.filters:
-            raise ValueError("give `layers`, `gradient`, `filters` or `default`")
+        if not any((self.layers, self.gradient, self.runs, self.filters)) and self.default is None:
+            raise ValueError("give `layers`, `gradient`, `runs`, `filters` or `default`")
         return self
 
+
+RunValue.model_rebuild()
 
 Value = float | list[float] | LayerValues
 """One value, a gradient over the depth, or a value by place."""
@@ -63,8 +79,14 @@ Value = float | list[float] | LayerValues
 
 def layer_of(name: str) -> int | None:
     """Return the number of the layer that a tensor belongs to, from its name; None outside the layers."""
-    found = _LAYER.search(name)
-    return int(found[1]) if found else None
+    found = _LAYER.match(name)
+    return int(found[2]) if found else None
+
+
+def layer_place(name: str) -> str | None:
+    """Return what stands before the layer's number in a tensor's name; None outside the layers."""
+    found = _LAYER.match(name)
+    return found[1] if found else None
 
 
 def is_embedding(name: str) -> bool:
@@ -87,14 +109,19 @@ def layer_wise_interpolation(value: Value, name: str, depth: int, *, what: str =
     Raises:
         ConfigError: `layers` has another length than the model, or nothing fits the tensor. `what` names the option in it.
     """
+    return _at(value, name, layer_of(name), depth, what)
+
+
+def _at(value: Value, name: str, layer: int | None, depth: int, what: str) -> float:
+    """Return a value at a layer of so many, None being outside of them."""
     if isinstance(value, int | float):
         return float(value)
     if isinstance(value, list):
-        return _along(value, name, depth, what)
+        return _along(value, name, layer, depth, what)
     for part, inner in value.filters.items():
         if _fits(part, name):
-            return layer_wise_interpolation(inner, name, depth, what=what)
-    if layer_of(name) is None and value.default is not None:
+            return _at(inner, name, layer, depth, what)
+    if layer is None and value.default is not None:
         return value.default
     if value.layers is not None:
         if len(value.layers) != depth:
@@ -103,9 +130,11 @@ def layer_wise_interpolation(value: Value, name: str, depth: int, *, what: str =
                 place=what,
                 fix=f"give {depth} values, or use `gradient`",
             )
-        return _along(value.layers, name, depth, what)
+        return _along(value.layers, name, layer, depth, what)
     if value.gradient is not None:
-        return _along(value.gradient, name, depth, what)
+        return _along(value.gradient, name, layer, depth, what)
+    if value.runs is not None:
+        return _in_runs(value.runs, name, layer, depth, what)
     if value.default is None:
         raise ConfigError(
             f"no filter of `{what}` fits tensor `{name}`",
@@ -115,20 +144,41 @@ def layer_wise_interpolation(value: Value, name: str, depth: int, *, what: str =
     return value.default
 
 
+def _in_runs(runs: Sequence[RunValue], name: str, layer: int | None, depth: int, what: str) -> float:
+    if (total := sum(run.count for run in runs)) != depth:
+        raise ConfigError(
+            f"the runs of `{what}` have {total} layers, the model {depth}",
+            place=what,
+            fix=f"let them add up to {depth}",
+        )
+    if layer is None:
+        run = runs[0] if _first_in(name) else runs[-1]
+        return _at(run.value, name, None, run.count, what)
+    for run in runs:
+        if layer < run.count:
+            return _at(run.value, name, layer, run.count, what)
+        layer -= run.count
+    raise AssertionError(name)
+
+
 def unused_filters(value: Value, names: Sequence[str]) -> list[str]:
     """Return the filters of a value that fit none of the tensors."""
     if not isinstance(value, LayerValues):
         return []
-    inner = [part for below in value.filters.values() for part in unused_filters(below, names)]
+    below = [*value.filters.values(), *(run.value for run in value.runs or ())]
+    inner = [part for one in below for part in unused_filters(one, names)]
     return [part for part in value.filters if not any(_fits(part, name) for name in names)] + inner
 
 
-def _along(values: Sequence[float], name: str, depth: int, what: str) -> float:
+def _first_in(name: str) -> bool:
+    return any(part in name.split(".") for part in GROUPS["embeddings"])
+
+
+def _along(values: Sequence[float], name: str, layer: int | None, depth: int, what: str) -> float:
     if not values:
         raise ConfigError(f"`{what}` is an empty list", place=what, fix="give at least one value")
-    layer = layer_of(name)
     if layer is None:
-        layer = 0 if any(part in name.split(".") for part in GROUPS["embeddings"]) else max(0, depth - 1)
+        layer = 0 if _first_in(name) else max(0, depth - 1)
     if depth <= 1:
         return float(values[0])
     return float(numpy.interp(layer / (depth - 1), numpy.linspace(0, 1, len(values)), values))

@@ -244,6 +244,22 @@ def test_an_adapter_of_experts_on_another_model_is_named(bases: Mapping[bool, Pa
         merge("linear", [f"{bases[False]}+{tmp_path / 'adapter'}"], tmp_path / "out")
 
 
+@pytest.mark.parametrize("targets", [["q_proj", "up_proj"], ["q_proj", "lm_head"], ["embed_tokens"]])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_an_adapter_on_an_adapter(tied: bool, targets: list[str], bases: Mapping[bool, Path], tmp_path: Path) -> None:
+    adapt(bases[tied], tmp_path / "first", target_modules=["q_proj"], modules_to_save=["norm"])
+    merge("linear", [tmp_path / "first"], tmp_path / "folded")
+    expected = adapt(tmp_path / "folded", tmp_path / "second", seed=2, target_modules=targets)
+    settings = json.loads((tmp_path / "second/adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = "../first"
+    (tmp_path / "second/adapter_config.json").write_text(json.dumps(settings))
+    for number, name in enumerate([tmp_path / "second", f"{bases[tied]}+{tmp_path / 'first'}+{tmp_path / 'second'}"]):
+        merge("linear", [name], tmp_path / f"out-{number}")
+        assert_same(tmp_path / f"out-{number}", expected)
+    merge("task_arithmetic", [tmp_path / "second"], tmp_path / "based", base=bases[tied])
+    assert_same(tmp_path / "based", expected)
+
+
 # Heads that only some inputs have
 
 

@@ -412,7 +412,7 @@ def test_an_adapter_that_names_itself_is_refused(family: tuple[Path, list[Path]]
     adapter = _adapter(family[0], tmp_path / "adapter", 1)
     settings = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": str(adapter)}))
-    with pytest.raises(ModelError, match="is an adapter itself"):
+    with pytest.raises(ModelError, match="name each other as their base"):
         Checkpoint.open(adapter)
 
 

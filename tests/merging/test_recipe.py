@@ -201,7 +201,7 @@ FILES = {
     "method: linear\nmodels:\n  - model: x\n    weight:\n      filters: {mlp: {gradent: [1, 2]}}\n":
         "merge.yaml:5: unknown option `gradent`; fix: did you mean `gradient`?",
     "method: linear\nmodels:\n  - model: x\n    weight: {layers: [1], gradient: [1]}\n":
-        "`layers` and `gradient` say the same in two ways",
+        "`layers`, `gradient` and `runs` say the same in several ways",
     "method: ties\nmodels: [x]\ndensity: 0\n": "merge.yaml:3: `density`: must be greater than 0; got 0",
     "method: ties\nmodels: [x]\ndensity: 1.5\n": "merge.yaml:3: `density`: must be less than or equal to 1; got 1.5",
     "method: dare\nmodels: [x]\ndensity: .nan\n": "merge.yaml:3: `density`: must be",

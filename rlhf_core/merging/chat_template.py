@@ -1,0 +1,123 @@
+"""The chat template of a merged model, where it is chosen: by name, as text, or the one that most models have."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from rlhf_core.errors import ConfigError, did_you_mean, shortened
+from rlhf_core.infra.files import read_json, replace_file, to_json
+from rlhf_core.merging.checkpoint import Checkpoint
+
+AUTO = "auto"
+FILE = "chat_template.jinja"
+_SETTINGS = "tokenizer_config.json"
+
+_CHATML = """\
+{%- for message in messages -%}
+{{ '<|im_start|>' ~ message['role'] ~ '\\n' ~ message['content'] ~ '<|im_end|>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
+"""
+_LLAMA3 = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+{{ '<|start_header_id|>' ~ message['role'] ~ '<|end_header_id|>\\n\\n' ~ message['content'] | trim ~ '<|eot_id|>' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif -%}
+"""
+# A system prompt stands before the first user's text, inside of its brackets.
+_MISTRAL = """\
+{{- bos_token -}}
+{%- set ns = namespace(system='') -%}
+{%- for message in messages -%}
+{%- if message['role'] == 'system' -%}
+{%- set ns.system = message['content'] ~ '\\n\\n' -%}
+{%- elif message['role'] == 'user' -%}
+{{ '[INST] ' ~ ns.system ~ message['content'] ~ ' [/INST]' }}
+{%- set ns.system = '' -%}
+{%- else -%}
+{{ ' ' ~ message['content'] ~ eos_token }}
+{%- endif -%}
+{%- endfor -%}
+"""
+_ALPACA = """\
+{%- for message in messages -%}
+{%- if message['role'] == 'system' -%}
+{{ message['content'] ~ '\\n\\n' }}
+{%- elif message['role'] == 'user' -%}
+{{ '### Instruction:\\n' ~ message['content'] ~ '\\n\\n' }}
+{%- else -%}
+{{ '### Response:\\n' ~ message['content'] ~ eos_token ~ '\\n\\n' }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '### Response:\\n' }}{%- endif -%}
+"""
+_EXAONE = """\
+{%- for message in messages -%}
+{{ '[|' ~ message['role'] ~ '|]' ~ message['content'] ~ ('\\n' if message['role'] == 'user' else '[|endofturn|]\\n') }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '[|assistant|]' }}{%- endif -%}
+"""
+NAMED = {"alpaca": _ALPACA, "chatml": _CHATML, "exaone": _EXAONE, "llama3": _LLAMA3, "mistral": _MISTRAL}
+"""Templates by the names that mergekit has for them."""
+
+
+def check(given: str) -> None:
+    """Raise where a template is neither a known name nor a text that could be one."""
+    import jinja2
+
+    if given == AUTO or given in NAMED:
+        return
+    if "{" not in given:
+        raise ConfigError(
+            "there is no chat template of that name",
+            place="chat_template",
+            got=shortened(given),
+            fix=did_you_mean(given, [AUTO, *NAMED]) + ", or give a Jinja text",
+        )
+    # transformers knows one tag more, around what a model is to learn.
+    plain = given.replace("endgeneration", "endif").replace("generation", "if true")
+    try:
+        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
+            given if "generation %}" not in given else plain
+        )
+    except jinja2.TemplateSyntaxError as error:
+        raise ConfigError("is no Jinja template", place="chat_template", got=f"line {error.lineno}: {error}") from None
+
+
+def chosen(given: str, models: Sequence[Checkpoint]) -> str | None:
+    """Return a template's text; of `auto`, what most models have, the first of them where several do; None where none has."""
+    if given != AUTO:
+        return NAMED.get(given, given)
+    found = [text for one in models if (text := _template_of(one)) is not None]
+    return Counter(found).most_common(1)[0][0] if found else None
+
+
+def write(path: Path, text: str) -> None:
+    """Put a template beside a model's tokenizer, in place of what is there."""
+    replace_file(path / FILE, text.encode())
+    (path / "chat_template.json").unlink(missing_ok=True)
+    settings = path / _SETTINGS
+    if settings.is_file():
+        described = read_json(settings)
+        if isinstance(described, dict) and described.pop("chat_template", None) is not None:
+            replace_file(settings, to_json(described))
+
+
+def _template_of(one: Checkpoint) -> str | None:
+    for place in one.places:
+        if (place / FILE).is_file():
+            return (place / FILE).read_text(encoding="utf-8")
+        if (place / _SETTINGS).is_file():
+            try:
+                text = json.loads((place / _SETTINGS).read_bytes()).get("chat_template")
+            except (ValueError, AttributeError):
+                text = None
+            if isinstance(text, list):  # several by name
+                text = next((entry.get("template") for entry in text if entry.get("name") == "default"), None)
+            if isinstance(text, str):
+                return text
+    return None
