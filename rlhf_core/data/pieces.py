@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.errors import ConfigError, did_you_mean
+from rlhf_core.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,8 +51,9 @@ class ControlTokens:
         known = {token.content: (number, token) for number, token in added.items()}
         for name in allowed:
             if name not in known:
-                near = did_you_mean(name, known)
-                raise ConfigError("the tokenizer has no such token", place=ALLOWED, got=repr(name), fix=near)
+                near = nearest(name, known)
+                fix = f"did you mean `{near}`?" if near else "add it to the tokenizer, and an embedding to the model"
+                raise ConfigError("the tokenizer has no such token", place=ALLOWED, got=repr(name), fix=fix)
         self.tokens |= {name: known[name] for name in allowed}
         self.pattern = _any_of(self.tokens)
         self._hidden = _any_of([name for name in self.tokens if name not in allowed])

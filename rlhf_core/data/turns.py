@@ -46,7 +46,7 @@ class Turns:
 
     prompt: list[Piece] = field(default_factory=list)
     response: list[Piece] = field(default_factory=list)
-    """From the first turn that is learnt from to the end of the last."""
+    """From the first answer to the end of the last."""
     notes: list[str] = field(default_factory=list)
     """What a person should know of it."""
     lost: list[str] = field(default_factory=list)
@@ -67,7 +67,7 @@ class _Turn:
     closed: bool = True
 
 
-def split_turns(template: ChatTemplate, chat: Chat, learnt: Sequence[int], *, answers_from: int | None = None) -> Turns:
+def split_turns(template: ChatTemplate, chat: Chat, scored: Sequence[int], *, answers_from: int | None = None) -> Turns:
     """Cut a conversation into the prompt and what the model answers.
 
     The prompt of the last turn, and of the first where it can be, is exactly what the template renders with its generation
@@ -75,14 +75,14 @@ def split_turns(template: ChatTemplate, chat: Chat, learnt: Sequence[int], *, an
     an empty block's end.
 
     Args:
-        learnt: the assistant turns in the loss.
-        answers_from: the first message that isn't the prompt's; where None, the first of `learnt`.
+        scored: numbers of the assistant turns in the loss.
+        answers_from: the first message that isn't the prompt's; where None, the first of `scored`.
 
     Raises:
         ModelError: a turn can't be found, or its reasoning isn't in the text.
         DataError: the template refuses this conversation, or renders no turn that is to be in the loss.
     """
-    return _Cutter(template, chat).cut(learnt, learnt[0] if answers_from is None else answers_from)
+    return _Cutter(template, chat).cut(scored, scored[0] if answers_from is None else answers_from)
 
 
 class _Cutter:
@@ -95,7 +95,7 @@ class _Cutter:
         self.tagged = template.tagged(chat)
         self._prompts: dict[int, str] = {}
 
-    def cut(self, learnt: Sequence[int], first: int) -> Turns:
+    def cut(self, scored: Sequence[int], first: int) -> Turns:
         found = [
             self._find(number)
             for number, message in enumerate(self.chat.messages)
@@ -103,9 +103,9 @@ class _Cutter:
         ]
         spans = self.template.generation_spans(self.chat)
         if spans is not None:
-            self._tag(found, spans, learnt)
-        learnt = [turn.number for turn in found if turn.number in learnt and self._check(turn)]
-        if not learnt:
+            self._tag(found, spans, scored)
+        scored = [turn.number for turn in found if turn.number in scored and self._check(turn)]
+        if not scored:
             raise DataError(
                 "the chat template renders nothing of the answer, which is tool calls",
                 place=self.chat.place,
@@ -119,14 +119,14 @@ class _Cutter:
         for turn in found:
             if turn is not found[0]:
                 self._add(self.whole[at : turn.start], before=self.whole[:at])
-            in_loss = turn.number in learnt
+            counts = turn.number in scored
             if turn.opener and self._is_last(turn):
                 self._add_behind_opener(turn, added=not alone)
             if spans is None:
-                self._add(self.whole[turn.start : turn.end], before=self.whole[: turn.start], in_loss=in_loss)
+                self._add(self.whole[turn.start : turn.end], before=self.whole[: turn.start], in_loss=counts)
             else:
-                self._add_tagged(turn, spans if in_loss else [])
-            if not turn.closed and in_loss:
+                self._add_tagged(turn, spans if counts else [])
+            if not turn.closed and counts:
                 self._add_stop(turn)
             at = turn.end
         if ignores_tools(self.template, self.chat, self.whole):
@@ -266,7 +266,7 @@ class _Cutter:
 
     # What of them is in the loss
 
-    def _tag(self, found: list[_Turn], spans: list[tuple[int, int]], learnt: Sequence[int]) -> None:
+    def _tag(self, found: list[_Turn], spans: list[tuple[int, int]], scored: Sequence[int]) -> None:
         """Say where tags leave out the stop; a turn begins with its tag where the template writes no generation prompt."""
         for turn in found:
             own = [(begin, end) for begin, end in spans if begin < turn.end and end > turn.start]
@@ -277,7 +277,7 @@ class _Cutter:
                 turn.start = own[0][0]
                 self.turns.notes.append(NO_PROMPT)
             left_out = self.whole[own[-1][1] : turn.end]
-            if turn.number in learnt and turn.closed and self.control.matches(left_out):
+            if turn.number in scored and turn.closed and self.control.matches(left_out):
                 self.turns.notes.append(TAGGED_STOP)
 
     def _check(self, turn: _Turn) -> bool:
