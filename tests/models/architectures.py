@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+)
 
 from rlhf_core.testing.tiny import VOCAB_SIZE
 
@@ -83,6 +86,18 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def kinds() -> list[str]:
+    """Return the model types that transformers has a causal language model for."""
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def most_parameters(kind: str) -> int:
+    """Return how many parameters `make_tiny` would make, without making them."""
+    architecture, config = _described(kind, {})
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in architecture(config).parameters())
+
+
 def make_tiny(kind: str, seed: int = 0, **options: Any) -> Any:
     """Return a random model of a model type, in evaluation mode, its weights larger than at initialisation.
 
@@ -92,10 +107,7 @@ def make_tiny(kind: str, seed: int = 0, **options: Any) -> Any:
 
     At initialisation attention is so even, and logits are so small, that most mistakes would hide.
     """
-    config = _shrunk(CONFIG_MAPPING[kind], EXCEPTIONS.get(kind, {}) | options)
-    architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    if architecture.config_class is not type(config):
-        config = config.get_text_config()
+    architecture, config = _described(kind, options)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model = architecture(config).eval()
@@ -103,6 +115,15 @@ def make_tiny(kind: str, seed: int = 0, **options: Any) -> Any:
             if parameter.dim() > 1 and not any(part in name for part in ("A_log", "conv", "embed", "wte", "shared.")):
                 parameter.mul_(3)
     return model
+
+
+def _described(kind: str, options: dict[str, Any]) -> tuple[Any, Any]:
+    """Return the class and the tiny configuration of a model type."""
+    config = _shrunk(CONFIG_MAPPING[kind], EXCEPTIONS.get(kind, {}) | options)
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if architecture.config_class is not type(config):
+        config = config.get_text_config()
+    return architecture, config
 
 
 def _shrunk(config: type, over: dict[str, Any], depth: int = 0) -> Any:
