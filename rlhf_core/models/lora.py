@@ -30,13 +30,16 @@ def apply_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
     import peft
 
     modules, parameters = _targets(model, config)
+    excluded = _by_name(config.exclude_modules) or None
+    if modules == "all-linear" and excluded is None:
+        excluded = _unsuited(model) or None
     settings = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules=modules,
         target_parameters=parameters or None,
-        exclude_modules=_by_name(config.exclude_modules) or None,
+        exclude_modules=excluded,
         modules_to_save=config.modules_to_save or None,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
@@ -83,6 +86,47 @@ def _targets(model: nn.Module, config: LoraConfig) -> tuple[list[str] | str, lis
         log.info("`%s` is no module but a parameter: an adapter is put on %s", short, ", ".join(found))
         parameters += found
     return [name for name in modules if name not in as_parameters], parameters
+
+
+def _unsuited(model: nn.Module) -> list[str]:
+    """Return the linear layers that can't take an adapter, which `all-linear` does without.
+
+    These are layers that do more than multiply, such as routers that return choices, and the output of state-space mixers,
+    whose weight kernels read past any adapter.
+    """
+    from transformers import PreTrainedModel
+
+    code = {type(module).__module__ for module in model.modules() if isinstance(module, PreTrainedModel)}
+    found = []  # Quantised layers have code of their own too, but a library's.
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        parent, _, leaf = name.rpartition(".")
+        own = type(module).forward is not nn.Linear.forward and type(module).__module__ in code
+        mixer = model.get_submodule(parent)
+        if (own and not _is_product(module)) or (
+            leaf == "out_proj" and hasattr(mixer, "A_log") and hasattr(mixer, "D")
+        ):
+            found.append(name)
+    if found:
+        log.info(
+            "no adapters on %s, which can't take any", ", ".join(sorted({name.rpartition(".")[2] for name in found}))
+        )
+    return found
+
+
+@torch.no_grad()
+def _is_product(module: nn.Linear) -> bool:
+    """Tell whether a layer gives the product of its input and weight, and its bias, by trying it."""
+    inputs = torch.linspace(-1, 1, 2 * module.in_features).view(2, -1).to(module.weight)
+    try:
+        found = module(inputs)
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        return False
+    expected = nn.functional.linear(inputs, module.weight, module.bias)
+    return (
+        isinstance(found, torch.Tensor) and found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-2)
+    )
 
 
 def _by_name(targets: list[str] | str) -> list[str] | str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_core.batch import Batch
+from rlhf_core.infra.model_files import first_line
 from rlhf_core.models.attention import windows_seen
 from rlhf_core.models.dropout import evaluating
 from rlhf_core.models.layout import Layout, of_responses, packed_layout, padded_layout
@@ -100,7 +101,7 @@ def examine(
             try:
                 found = _ours(lambda layout: forward(backbone, layout), batch, arrangement).float()
             except FAILURES as failure:
-                return f"{type(failure).__name__}: {failure}"
+                return f"{type(failure).__name__}: {first_line(failure)}"
             error = float((found - own).norm() / own.norm().clamp(min=1e-30))
             if not error < limit:
                 return f"its hidden states differ by a factor of {error:.1e}"

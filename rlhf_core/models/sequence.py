@@ -356,7 +356,7 @@ class SequenceModel(nn.Module):
         log.info("attention: %s (%s)", self.attention.kernel, self.attention.reason)
         slower = {"padded": "rows are padded", "alone": "each sequence has a forward pass of its own, which is slow"}
         if findings.obstacles and self.layout != "padded":
-            reasons = "; ".join(f"{name}: {first_line(reason)}" for name, reason in findings.obstacles.items())
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in findings.obstacles.items())
             log.warning("%s, since faster layouts don't suit this model (%s)", slower[findings.arrangement], reasons)
         if self._lengths:
             log.info("positions depend on length: sequences are forwarded with those of the same frequencies")

@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import (
 from rlhf_core.testing.tiny import VOCAB_SIZE
 
 SIZES: dict[str, int] = {
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCAB_SIZE + 1),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size"), VOCAB_SIZE + 1),
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embedding_size", "dim_model", "lru_width", "word_embed_proj_dim"), 32),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), 256),
     **dict.fromkeys(
@@ -44,7 +44,7 @@ SIZES: dict[str, int] = {
         ("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size", "router_hidden_size"), 32
     ),
     **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "num_shared_experts", "mamba_ngroups", "mamba_n_groups",
-                     "n_groups", "first_k_dense_replace", "num_dense_layers"), 1),
+                     "n_groups", "num_expert_group", "first_k_dense_replace", "num_dense_layers"), 1),
     **dict.fromkeys(("sliding_window", "attention_window_size", "attention_chunk_size", "window_size"), 64),
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
 }  # fmt: skip
@@ -72,7 +72,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "rembert": {"is_decoder": True, "input_embedding_size": 16, "output_embedding_size": 48},
     "roc_bert": {"is_decoder": True, "pronunciation_vocab_size": 32, "shape_vocab_size": 32},
     "xmod": {"is_decoder": True, "languages": ["en_XX"], "default_language": "en_XX"},
-    "bailing_hybrid": {"num_key_value_heads": 4, "head_dim": 8},
+    "bailing_hybrid": {"num_key_value_heads": 4, "n_group": 1, "topk_group": 1},
+    "dots3_note_text": {"num_key_value_heads": 4},
     "cohere_compass_text": {"layer_types": ["full_attention", "full_attention"]},
     "deepseek_v2": {"num_key_value_heads": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "gemma3": {"vision_config": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
