@@ -139,8 +139,7 @@ def _job(target: str, flags: list[str]) -> Job:
 
 def _describe(job: Job, *, resume: bool, overwrite: bool) -> None:
     """Print the resolved configuration, itself a valid file, under comments on what would be read and written."""
-    from rlhf_core.data.sources import SUFFIXES, data_files
-    from rlhf_core.errors import DataError
+    from rlhf_core.data.sources import check_paths, data_files
 
     lines = [
         f"{job.plugin.qualified} {job.plugin.version}: {job.plugin.summary}".strip(),
@@ -150,9 +149,9 @@ def _describe(job: Job, *, resume: bool, overwrite: bool) -> None:
         given = job.run.model_dump()[key]
         for path, weight in [] if given is None else data_files(given) or []:
             name, times = str(path), "" if weight == 1 else f", weight {weight:g}"
-            if name.endswith(SUFFIXES) and not Path(name).expanduser().exists():
-                raise DataError("no such file", place=name, fix=f"mend `{key}` ({job.places.get(key, 'command line')})")
-            lines.append(f"{key}: {_place(name)} (rows of the record `{job.method.record}`{times})")
+            check_paths(name)
+            read_as = _read_as(name, job)
+            lines.append(f"{key}: {_place(name)} (rows of the record `{job.method.record}`{read_as}{times})")
     output = Path(str(job.run.output))
     state = "new"
     if output.exists() and any(output.iterdir()):
@@ -160,6 +159,19 @@ def _describe(job: Job, *, resume: bool, overwrite: bool) -> None:
     lines.append(f"output: {output} ({state})")
     print("\n".join(f"# {line}" for line in lines))
     print(job.to_yaml(), end="")
+
+
+def _read_as(name: str, job: Job) -> str:
+    """Return what the first row of a file is taken for; what is wrong with it is said now."""
+    from rlhf_core.data.checks import Checker
+    from rlhf_core.data.sources import open_source
+
+    if not Path(name).expanduser().is_file():
+        return ""
+    options = job.options.dataset
+    checker = Checker(job.method.record, options.columns, format=options.format, ignored=options.ignore_columns)
+    read_as = checker.check(next(open_source(name).rows())).read_as
+    return "" if read_as is None else f", read as {read_as}"
 
 
 def _place(name: str) -> str:

@@ -44,7 +44,7 @@ class StreamingDataset(EncodedData, torch.utils.data.IterableDataset[EncodedRow]
         settings = [
             self.record,
             max_length,
-            self.options.model_dump(exclude={"shuffle", "strict", "split", "eval_split"}),
+            self.options.model_dump(exclude={"shuffle", "strict", "split", "eval_split", "ignore_columns"}),
         ]
         identity = [{**part, "name": None} for part in self.report.files]
         digest = hashlib.sha256(json.dumps([settings, identity], sort_keys=True).encode())

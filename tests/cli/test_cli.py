@@ -144,7 +144,7 @@ def test_validate_says_yes_or_why_not(rlhf, tmp_path: Path) -> None:
 
 def test_a_dry_run_prints_a_configuration_that_runs_the_same(rlhf, tmp_path: Path) -> None:
     data = tmp_path / "d.jsonl"
-    data.write_text('{"prompt": "a"}\n')
+    data.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
     output = tmp_path / "out"
     arguments = [
         "train",
@@ -161,7 +161,7 @@ def test_a_dry_run_prints_a_configuration_that_runs_the_same(rlhf, tmp_path: Pat
     ]
     code, out, err = rlhf(*arguments)
     assert (code, err) == (0, "") and not output.exists()
-    assert f"# data: file {data}, 16 bytes (rows of the record `preference`)" in out
+    assert f"# data: file {data}, 48 bytes (rows of the record `preference`)" in out
     assert f"# output: {output} (new)" in out and "beta: 0.2" in out
     path = tmp_path / "again.yaml"
     path.write_text(out)
@@ -169,6 +169,18 @@ def test_a_dry_run_prints_a_configuration_that_runs_the_same(rlhf, tmp_path: Pat
     output.mkdir()
     (output / "x").touch()
     assert "needs --resume or --overwrite" in rlhf(*arguments)[1]
+
+
+def test_a_dry_run_says_what_rows_are_read_as(rlhf, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    arguments = ("train", "sft", "--model", "m", "--data", str(path), "--dry-run")
+    path.write_text('{"talk": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}\n')
+    code, out, _ = rlhf(*arguments)
+    assert code == 0
+    assert "bytes (rows of the record `sft`, read as ShareGPT conversations: column `talk`)" in out
+    path.write_text('{"prompt": "a"}\n')
+    code, _, err = rlhf(*arguments)
+    assert code == 3 and f"error[data] {path}:1: no column `response`" in err
 
 
 FAULTS = {

@@ -230,7 +230,7 @@ ROW = st.fixed_dictionaries(
 def test_mutated_lines_give_rows_or_faults(tmp_path_factory, rows, data):
     raw = bytearray("".join(json.dumps(row) + "\n" for row in rows).encode())
     for _ in range(data.draw(st.integers(0, 3))):
-        at = data.draw(st.integers(0, len(raw) - 1))
+        at = data.draw(st.integers(0, max(0, len(raw) - 1)))
         raw[at : at + data.draw(st.integers(0, 2))] = data.draw(st.binary(max_size=2))
     path = tmp_path_factory.mktemp("fuzz") / data.draw(
         st.sampled_from(["rows.jsonl", "rows.json", "rows.csv", "rows.tsv"])
