@@ -150,6 +150,9 @@ class Trainer(ABC, Generic[ConfigT]):
         wait for a boundary, so no resume begins in the middle of a rollout; it states how many in `windows_per_batch`. The
         generator is made anew on a resume, and for each evaluation (there over held-out rows): what must outlive it belongs on
         the trainer, in `state_dict`, never in its local variables.
+
+        Where the last step of a run has fewer rows than there are processes, the batch of some is empty (P = R = 0): they yield
+        an empty window with the same columns, and gather as often as the others.
         """
         yield from stream
 

@@ -24,8 +24,8 @@ _State = tuple[int, Position, int, int]
 class DataStream:
     """An iterator of batches: each is this process's share of the rows of one optimiser step.
 
-    Rows that an epoch leaves over begin the next epoch's first window; the last window of all may be smaller. Where that would
-    hold fewer rows than there are processes, its rows join the window before, so every process always has a row.
+    Rows that an epoch leaves over begin the next epoch's first window; the last window of all may be smaller. Where it has fewer
+    rows than there are processes, the batches of some are empty: how many windows there are never depends on the processes.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class DataStream:
         if total is None:
             return None
         windows, left = divmod(total, self.batch_size)
-        return windows + (left >= self.world_size or (left > 0 and windows == 0))
+        return windows + (left > 0)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -93,17 +93,15 @@ class DataStream:
             window.append(self._take())
         if not window:
             raise StopIteration
-        if len(window) == self.batch_size:
-            left = self._look_ahead(self.world_size)
-            if left < self.world_size:
-                window += [self._take() for _ in range(left)]
-        if len(window) < self.world_size:
+        self._look_ahead(1)  # after the last row, so that what was refused behind it is counted
+        if self._state[3] < self.world_size and not self._waiting:
             raise ConfigError(
                 "fewer rows than processes",
                 place=self.dataset.source.name,
                 got=f"{len(window)} rows, {self.world_size} processes",
             )
-        return collate([window[number] for number in shares(window, self.world_size)[self.rank]])
+        share = shares(window, self.world_size)[self.rank]
+        return collate([window[number] for number in share]) if share else collate(window[:1]).select([])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the place after the last batch, as JSON values. It is the same on every process, for any number of them."""

@@ -6,12 +6,15 @@ class TestDPO(TrainerContract):
 
 from __future__ import annotations
 
+import json
 import math
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 from unittest import SkipTest
 
 import torch
@@ -235,6 +238,33 @@ class TrainerContract(TrainerSetup):
             raise SkipTest("the method reports no metrics")
         for size in (1, 3):
             self.same_metrics(self.step({"micro_batch_size": size}), expected, f"with micro_batch_size {size}")
+
+    @after(GRADIENT)
+    def test_a_share_without_rows_is_taken(self) -> None:
+        """A process that has no rows in a step takes part: what it gathers, and an empty window with the same columns."""
+        if not self.offline:
+            raise SkipTest("its windows are made of its own responses")
+        full, empty = self.bench(), self.bench()
+        gathered: list[Any] = []
+
+        def note(value: Any) -> list[Any]:
+            gathered.append(json.loads(json.dumps(value)))
+            return [gathered[-1]]
+
+        full.trainer.seam = replace(full.trainer.seam, gather=note)
+        expected = full.window()
+        others = iter(gathered)
+        empty.trainer.seam = replace(empty.trainer.seam, gather=lambda value: [next(others), value], index=1)
+        empty.batches = (batch.select([]) for batch in empty.batches)
+        window = empty.window()
+        require(window.num_prompts == 0, f"an empty batch becomes a window of {window.num_prompts} prompts")
+        require(
+            next(others, None) is None,
+            "`gather` is called less often where a process has no rows: the others would wait",
+        )
+        for kind in ("per_prompt", "per_response", "per_token"):
+            lost = sorted(getattr(expected, kind).keys() ^ getattr(window, kind).keys())
+            require(not lost, f"without rows the window has other columns: {', '.join(lost)}")
 
     # Runs
 

@@ -7,12 +7,13 @@ import math
 
 import datasets
 import pytest
+import torch
 from data_helpers import sft_rows, write_as
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_core.config import DatasetConfig
-from rlhf_core.data import DataStream, SFTDataset, StreamingSFTDataset
+from rlhf_core.data import DataStream, PreferenceDataset, SFTDataset, StreamingSFTDataset
 from rlhf_core.data.encode import EncodedRow
 from rlhf_core.data.stream import shares
 from rlhf_core.errors import ConfigError, DataError
@@ -134,14 +135,27 @@ def test_processes_together_are_one(rows, per_process, world, epochs, streaming)
         for rank in range(world)
     ]
     shared = [list(window) for window in zip(*map(list, streams), strict=True)]
-    assert all(batch.num_prompts for window in shared for batch in window)
+    assert all(batch.num_prompts for window in shared[:-1] for batch in window)
     together = [sorted(row for batch in window for row in batch.rows) for window in shared]
-    if len(alone[-1]) < world and len(alone) > 1:
-        alone[-2:] = [alone[-2] + alone[-1]]
     assert together == [sorted(window) for window in alone]
     assert len({json.dumps(stream.state_dict()) for stream in streams}) == 1
     if not streaming:
         assert streams[0].steps == len(alone)
+
+
+@pytest.mark.parametrize("record", ["sft", "preference"])
+def test_an_empty_share_has_the_columns_of_the_others(record):
+    rows = [{"prompt": f"q{i}", "chosen": "yes", "rejected": "no", "margin": i} for i in range(5)]
+    kind, rows = (SFTDataset, sft_rows(5)) if record == "sft" else (PreferenceDataset, rows)
+    data = kind(rows, TOKENIZER, max_length=64)
+    streams = [DataStream(data, batch_size=4, world_size=4, rank=rank) for rank in range(4)]
+    last = [list(stream)[-1] for stream in streams]
+    assert [batch.num_prompts for batch in last] == [1, 0, 0, 0]
+    for empty in last[1:]:
+        assert (empty.num_responses, empty.rows, empty.records, empty.num_tokens) == (0, (), (), 0)
+        assert empty.per_prompt.keys() == last[0].per_prompt.keys()
+        assert empty.per_response.keys() == last[0].per_response.keys()
+        assert empty.loss_mask.dtype == torch.bool and empty.prompt_ids.dtype == torch.long
 
 
 def test_resume_on_another_number_of_processes():

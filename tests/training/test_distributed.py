@@ -115,6 +115,44 @@ def test_a_method_learns_the_same_from_one_process_and_two(
 
 
 @pytest.mark.slow
+def test_the_number_of_steps_and_the_schedule_are_those_of_one_process(tmp_path: Path) -> None:
+    """Steps of 12 leave four of 40 rows, and two of 38: fewer than there are processes."""
+    for rows_used, steps in ((40, 4), (38, 4)):
+        options = {"batch_size": 12, "max_steps": None, "epochs": rows_used / 40}
+        for processes in (1, 2, 3):
+            assert launch(tmp_path / f"{rows_used}-{processes}", processes, options=options) == [0] * processes
+        expected = rows(tmp_path / f"{rows_used}-1")
+        assert len(expected) == steps
+        for processes in (2, 3):
+            output = tmp_path / f"{rows_used}-{processes}"
+            for row, same in zip(rows(output), expected, strict=True):
+                assert (row["learning_rate"], row["tokens"]) == (same["learning_rate"], same["tokens"])
+                assert row["loss"] == pytest.approx(same["loss"], rel=1e-3)
+            found, wanted = tensors(output, "gradients"), tensors(tmp_path / f"{rows_used}-1", "gradients")
+            assert found.keys() == wanted.keys()
+            for name in FIRST_STEP:
+                assert float((found[name] - wanted[name]).norm() / wanted[name].norm()) < 1e-5
+            last = [name for name in wanted if name.startswith(f"{steps - 1}.")]
+            both = [torch.cat([side[name].flatten() for name in last]) for side in (found, wanted)]
+            assert float((both[0] - both[1]).norm() / both[1].norm()) < 1e-2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["sft", "dpo", "kto", "reward_model", "process_reward", "simpo", "cpo", "orpo"])
+def test_a_last_step_of_two_rows_on_three_processes(tmp_path: Path, method: str) -> None:
+    """24 rows in steps of 6, of which 20 are taken: the fourth step has two, and one process none."""
+    options = {"batch_size": 6, "epochs": 20 / 24, "max_length": 128, "learning_rate": 1e-3}
+    for processes in (1, 3):
+        assert launch(tmp_path / str(processes), processes, method=method, options=options) == [0] * processes
+    one_process, three = rows(tmp_path / "1"), rows(tmp_path / "3")
+    assert len(one_process) == 4
+    for row, same in zip(three, one_process, strict=True):
+        assert (row["learning_rate"], row["tokens"]) == (same["learning_rate"], same["tokens"])
+        assert row["loss"] == pytest.approx(same["loss"], rel=1e-3)
+        assert row["grad_norm"] == pytest.approx(same["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.slow
 def test_sigterm_to_one_process_stops_all_at_the_same_step_and_resumes_exactly(tmp_path: Path) -> None:
     """Three processes: with more than two, the order in which gradients are added shows in the last bits."""
     options = {"batch_size": 9}
