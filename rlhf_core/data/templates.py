@@ -170,19 +170,32 @@ class ChatTemplate:
 
     @cached_property
     def stops(self) -> tuple[int, ...]:
-        """The control tokens that end an assistant's turn, as ids; where the template writes none, the next role's markers."""
+        """The control tokens that end an assistant's turn of text, and of tool calls, as ids.
+
+        Where the template writes none, they are the next role's markers.
+        """
         said = f"{_WORD}Az"
-        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": said}]
+        call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": {}}}
         if self.source is None:
             return ()
-        try:
-            rendered = self.render(Chat(messages, None, None, "a probe"))
-        except (DataError, ModelError):
-            return ()
-        behind = self.control.matches(rendered.rpartition(said)[2])
-        markers = (self.next_marker(role) for role in ("user", "tool"))
-        names = [behind[0].group()] if behind else [marker.strip() for marker in markers if marker is not None]
+        spoken = self.control.matches(self._probe({"content": said}).rpartition(said)[2])
+        called = self._probe({"content": "", "tool_calls": [call]})
+        if spoken:
+            names = [spoken[0].group()]
+            if self.control.closed_end(called) is not None:
+                names.append(self.control.matches(called)[-1].group())
+        else:
+            markers = (self.next_marker(role) for role in ("user", "tool"))
+            names = [marker.strip() for marker in markers if marker is not None]
         return tuple(dict.fromkeys(self.control.tokens[name][0] for name in names))
+
+    def _probe(self, turn: dict[str, Any]) -> str:
+        """Return a question with an assistant's turn, rendered; empty where the template refuses it."""
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", **turn}]
+        try:
+            return self.render(Chat(messages, None, None, "a probe"))
+        except (DataError, ModelError):
+            return ""
 
     @cached_property
     def opening(self) -> str | None:

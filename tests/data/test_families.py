@@ -231,3 +231,16 @@ def test_whatever_the_contents_are(name):
         for found, place in zip(outcomes(name, {"messages": messages}, turns="each"), places, strict=True):
             assert in_loss(name, found) == [expected(family.last, messages[place]["content"], last=True)]
             assert prompt(name, found) == prompted(name, messages[:place])
+
+
+def test_the_stops_are_what_ends_turns(name):
+    family, tokenizer = FAMILIES[name], TOKENIZERS[name]
+    stops = tokenizer.convert_ids_to_tokens(list(Encoder(tokenizer, "sft").template.stops))
+    ends = {
+        "Phi-3": ["<|end|>", "<|endoftext|>"],
+        "gpt-oss": ["<|return|>", "<|call|>"],
+        "GLM-4": ["<|user|>", "<|observation|>"],
+    }
+    assert stops == ends.get(
+        name, [family.last.format("").removeprefix("<think>\n\n</think>\n\n").removeprefix("\n</think>\n\n")]
+    )
