@@ -106,7 +106,7 @@ class Checker:
         for name in self.contract.required:
             absent = name not in found and not (whole and name in ("prompt", "response"))
             if absent and not (name == "prompt" and reading.prompt_inside):
-                raise self._missing(name, row)
+                raise self._missing(name, row, found)
         self._complete = True
         parts = parts_of(reading, self.contract, row.place)
         per_prompt, per_response = self._columns(reading, row)
@@ -184,12 +184,12 @@ class Checker:
                 raise wrong_type("answer", "text or a number", values["answer"], row.place)
         return per_prompt, per_response
 
-    def _missing(self, name: str, row: Row) -> DataError:
+    def _missing(self, name: str, row: Row, told: Mapping[str, str]) -> DataError:
         own = self.columns.get(name, name)
         found = [str(key) for key, value in row.values.items() if value is not None]
         if own in row.values:
             return DataError(f"column `{own}` is null", place=row.place, got=f"columns {', '.join(found) or 'none'}")
-        fix = self._mapping(name, own, row)
+        fix = self._mapping(name, own, row, told)
         if self._complete:
             fix = "the rows before have it: fill or delete this one"
         elif other := self._other_contract(row):
@@ -201,9 +201,9 @@ class Checker:
             fix=fix,
         )
 
-    def _mapping(self, name: str, own: str, row: Row) -> str:
+    def _mapping(self, name: str, own: str, row: Row, told: Mapping[str, str]) -> str:
         """Return which `dataset.columns` would name the missing column, from the columns that hold the kind of it."""
-        taken = {*self.contract.required, *self.contract.optional, *self.columns.values()}
+        taken = {*self.contract.required, *self.contract.optional, *self.columns.values(), *told.values()}
         held = {str(key): kind_of(value) for key, value in row.values.items()}
         free = [key for key, kind in held.items() if key not in taken and kind in _SHAPES[name]]
         answers = [column for column in self.contract.responses if column not in held and column not in self.columns]

@@ -327,6 +327,7 @@ def test_arrow_fills_in_what_other_rows_have(tiny):
         ("sft", {"conversations": "hi"}, "no column `prompt`, which the `sft` contract needs; got columns"),
         ("sft", {"tags": ["hi", "yo"]}, "no column `prompt`"),
         ("sft", {"conversations": ["hi", "yo", "ho"]}, "the conversation ends on a user turn"),
+        ("sft", {"query": "a", "verdict": "b"}, "fix: set `dataset.columns` to `{response: verdict}`"),
         ("sft", {"body": "some text", "id": 3}, "set `dataset.columns` to `{text: body}` to train on all of it"),
         ("preference", {"a": "x", "b": "y", "c": "z"}, "rejected: COLUMN}`, each COLUMN one of a, b, c"),
         ("sft", {"article": "a", "summary": "b"}, "to `{prompt: COLUMN, response: COLUMN}`, each COLUMN one of article, summary"),

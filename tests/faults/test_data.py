@@ -29,6 +29,12 @@ FAULTS: dict[str, tuple[Any, str]] = {
     ),
     "NaN score": ('{"prompt": "a", "response": "b", "score": NaN}\n', ":1: a number isn't finite; got NaN; fix: "),
     "JSON array": ('[{"prompt": "a", "response": "b"}]\n', ":1: holds a JSON array, expected one JSON object a line; fix: name"),
+    "half of a surrogate pair": (
+        GOOD + '{"prompt": "a", "response": "\\ud83d"}\n', ":2: `response` holds half of a surrogate pair, which is no character"
+    ),
+    "an integer without end": (
+        GOOD + '{"prompt": "a", "response": "b", "n": ' + "9" * 5000 + "}\n", ":2:39: an integer has more than 4,300 digits"
+    ),
     "empty response": ([{"prompt": "a", "response": ""}], ":1: `response` is an empty response; fix: fill or delete the row"),
     "no response token left in any": (
         [LONG, LONG],
