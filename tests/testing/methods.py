@@ -330,3 +330,17 @@ class ClimbsUp(SFTTrainer):
     def loss(self, batch: Batch) -> Loss:
         nll = super().loss(batch).terms["nll"]
         return Loss({"nll": 2 * nll.detach() - nll})
+
+
+class ForgetsEmptyShares(SFTTrainer):
+    """Attaches nothing where a process has no rows."""
+
+    api = 1
+    record = "sft"
+
+    def experience(self, stream: Iterator[Batch]) -> Iterable[Batch]:
+        for batch in stream:
+            if batch.num_prompts:
+                yield batch.attach(per_prompt={"first": torch.ones(batch.num_prompts)})
+            else:
+                yield batch

@@ -96,6 +96,9 @@ FAULTS: dict[type[Trainer], dict[str, str]] = {
         "test_length_grouping_changes_nothing": "without length_grouped: loss",
         "test_order_of_rows_changes_nothing": "in another order: loss",
     },
+    methods.ForgetsEmptyShares: {
+        "test_a_share_without_rows_is_taken": "without rows the window has other columns: first",
+    },
     methods.ClimbsUp: {"test_loss_falls": "the loss is .* before and .* after 20 steps"},
 }
 
