@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from rlhf_core.models.dropout import evaluating
 from rlhf_core.models.precision import own_products
-from rlhf_core.models.probe import FAILURES, Findings, run_alone, tolerance
+from rlhf_core.models.probe import FAILURES, Findings, tolerance
 from rlhf_core.models.structure import plain_ids, replaced_hidden
 
 SIZES = (0.01, 30.0, 1e4)
@@ -55,9 +55,8 @@ def measure(network: Any, findings: Findings) -> OutputLayer:
     """
     ids = plain_ids(network, 12)
     with evaluating(network), own_products(network):
-        hidden, _, _ = run_alone(network, findings.backbone, ids)
         head = network.get_output_embeddings()
-        crafted = _crafted(hidden, head)
+        crafted = _crafted(torch.empty(len(ids), findings.width, dtype=findings.dtype, device=ids.device), head)
         own = _own_logits_within(network, findings.backbone, ids, crafted)
         if head is not None:
             try:
@@ -87,7 +86,7 @@ def graft(network: Any, findings: Findings) -> Callable[[Tensor], Tensor]:
 
 
 def _crafted(hidden: Tensor, head: nn.Module | None) -> Tensor:
-    """Return random hidden states (S, D) that give logits of each of `SIZES`, as far as the output embedding tells."""
+    """Return random hidden states like `hidden` (S, D) that give logits of each of `SIZES`, as far as the output layer tells."""
     generator = torch.Generator().manual_seed(0)
     made = torch.randn(hidden.shape, generator=generator).to(hidden.device)
     scale = 1.0

@@ -113,9 +113,9 @@ def examine(
         )
 
     with evaluating(network), own_products(network):
-        own, kind = _own_hidden(network, backbone, batch)
+        own, first, kind = _own_hidden(network, backbone, batch)
         dtype, own = products_dtype(network, own.dtype), own.float()
-        leak, context = _dependence(network, backbone, sequence(batch, 0))
+        leak, context = _dependence(network, backbone, sequence(batch, 0), first.float())
         causal = leak < max(2e-6 if dtype == torch.float32 else 1e-2, 0.05 * context)
         if packs:
             switch(True)
@@ -165,26 +165,30 @@ def run_alone(network: Any, backbone: nn.Module, ids: Tensor) -> tuple[Tensor, A
     return hidden_of(outputs[-1])[0], output, outputs[-1]
 
 
-def _own_hidden(network: Any, backbone: nn.Module, batch: Batch) -> tuple[Tensor, type]:
-    """Return (N, D) hidden states from each prompt's last token on, row by row, and the backbone's type of output."""
-    rows, kind = [], object
+def _own_hidden(network: Any, backbone: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, type]:
+    """Return (N, D) hidden states from each prompt's last token on, row by row; all of the first row; the type of output."""
+    rows: list[Tensor] = []
+    kind: type = object
     for response in range(batch.num_responses):
-        ids = sequence(batch, response)
-        hidden, _, output = run_alone(network, backbone, ids)
+        hidden, _, output = run_alone(network, backbone, sequence(batch, response))
         kind = type(output)
-        rows.append(hidden[len(ids) - int(batch.response_lengths[response]) - 1 :])
-    return torch.cat(rows), kind
+        rows.append(hidden)
+    lengths = batch.response_lengths.tolist()
+    return torch.cat([row[-length - 1 :] for row, length in zip(rows, lengths, strict=True)]), rows[0], kind
 
 
-def _dependence(network: Any, backbone: nn.Module, ids: Tensor) -> tuple[float, float]:
-    """Return the relative change of hidden states in the middle third when the last third changes, and when the first does."""
+def _dependence(network: Any, backbone: nn.Module, ids: Tensor, hidden: Tensor) -> tuple[float, float]:
+    """Return the relative change of hidden states in the middle third when the last third changes, and when the first does.
+
+    Args:
+        ids: (L,). hidden: (L, D), its hidden states.
+    """
     third = len(ids) // 3
     middle = slice(third, len(ids) - third)
-    plain = run_alone(network, backbone, ids)[0][middle].float()
     changes = []
     for changed in (torch.cat([ids[:-third], ids[:third]]), torch.cat([ids[-third:], ids[third:]])):
-        other = run_alone(network, backbone, changed)[0][middle].float()
-        changes.append(float((other - plain).norm() / plain.norm().clamp(min=1e-30)))
+        difference = run_alone(network, backbone, changed)[0][middle].float() - hidden[middle]
+        changes.append(float(difference.norm() / hidden[middle].norm().clamp(min=1e-30)))
     return changes[0], changes[1]
 
 
