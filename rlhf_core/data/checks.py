@@ -98,6 +98,7 @@ class Checker:
         check_sound(row.values, row.place)
         reading = self.recogniser.read(self._renamed(row.values), row.place)
         found, values = reading.columns, reading.values
+        check_sound({name: value for name, value in values.items() if value is not row.values.get(name)}, row.place)
         if "messages" in found and values.get("response") is not None:
             raise DataError(
                 f"has both `{found['messages']}` and `response`", place=row.place, fix="keep the one to imitate"

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+from rlhf_core.data.values import check_sound
 from rlhf_core.errors import DataError, shortened
 from rlhf_core.records import Message
 
@@ -114,12 +115,14 @@ def _message(entry: Mapping[str, Any], where: str, place: str) -> Message:
     rest = {name: item for name, item in present.items() if name not in (who, key)}
     message: dict[str, Any] = {"role": "assistant" if role == "call" else role, "content": content, **rest}
     if role == "call":
-        _read_call(message)
+        _read_call(message, f"{where}.{key}", place)
     if "function_call" in message:
         message["tool_calls"] = [{"type": "function", "function": message.pop("function_call")}]
     if "tool_calls" in message:
-        calls = _decoded(message["tool_calls"])
-        message["tool_calls"] = [_call(call) for call in _mappings(calls, f"{where}.tool_calls", place)]
+        calls = _decoded(message["tool_calls"], f"{where}.tool_calls", place)
+        message["tool_calls"] = [
+            _call(call, f"{where}.tool_calls", place) for call in _mappings(calls, f"{where}.tool_calls", place)
+        ]
     for name in _SWITCHES:
         if isinstance(message.get(name), bool):
             message["weight"] = float(message.pop(name))
@@ -151,20 +154,20 @@ def read_text(value: Any, where: str, place: str) -> str:
     return "".join(texts)
 
 
-def _read_call(message: dict[str, Any]) -> None:
+def _read_call(message: dict[str, Any], where: str, place: str) -> None:
     """Make a turn whose content is a call (`{"name": …, "arguments": …}`, or a list of them) one with `tool_calls`."""
-    calls = _decoded(message["content"])
+    calls = _decoded(message["content"], where, place)
     calls = [calls] if isinstance(calls, Mapping) else calls
     if isinstance(calls, list) and calls and all(isinstance(call, Mapping) and "name" in call for call in calls):
         message["content"] = ""
         message["tool_calls"] = [{"type": "function", "function": call} for call in calls]
 
 
-def _call(call: Mapping[str, Any]) -> dict[str, Any]:
+def _call(call: Mapping[str, Any], where: str, place: str) -> dict[str, Any]:
     """Decode the arguments of a call, which templates write as JSON themselves."""
     function = call.get("function")
     inner = function if isinstance(function, Mapping) else call
-    arguments = _decoded(inner.get("arguments"))
+    arguments = _decoded(inner.get("arguments"), f"{where}.arguments", place)
     if isinstance(arguments, Mapping):
         inner = {**inner, "arguments": arguments}
     return {**call, "function": inner} if isinstance(function, Mapping) else dict(inner)
@@ -176,11 +179,15 @@ def read_tools(value: Any, name: str, place: str) -> list[dict[str, Any]] | None
     Raises:
         DataError: they are neither a list of mappings nor the JSON of one.
     """
-    value = _decoded(value) if isinstance(value, str) and value.strip() else value
-    if value is None or value == "" or (isinstance(value, list | tuple) and not value):
+    value = _decoded(value, name, place)
+    if (
+        value is None
+        or (isinstance(value, str) and not value.strip())
+        or (isinstance(value, list | tuple) and not value)
+    ):
         return None
     value = [value] if isinstance(value, Mapping) else value
-    items = [_decoded(item) for item in value] if isinstance(value, list | tuple) else value
+    items = [_decoded(item, name, place) for item in value] if isinstance(value, list | tuple) else value
     tools = _mappings(without_nulls(items), name, place)
     # A function that stands bare, as OpenAI's older `functions` did.
     return [
@@ -197,14 +204,16 @@ def _mappings(value: Any, name: str, place: str) -> list[dict[str, Any]]:
     return [dict(item) for item in value]
 
 
-def _decoded(value: Any) -> Any:
+def _decoded(value: Any, where: str, place: str) -> Any:
     """Return what a text of JSON holds; anything else as it is."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-    return value
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("{", "["):
+        return value
+    try:
+        decoded = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    check_sound({where: decoded}, place)
+    return decoded
 
 
 def without_nulls(value: Any) -> Any:

@@ -217,7 +217,7 @@ def has_splits(data: Any) -> bool:
 def _has_splits(name: str | Path) -> bool:
     if not _exists(name):
         return _is_hub_name(name)
-    return (_path(name) / "dataset_dict.json").exists() or len(_splits(_files(_path(name)))) > 1
+    return (_path(name) / "dataset_dict.json").exists() or bool(_splits(_files(_path(name))))
 
 
 def _exists(name: str | Path) -> bool:
@@ -331,7 +331,11 @@ def _files(path: Path) -> list[Path]:
             files = sorted(
                 item for item in folder.iterdir() if item.name.casefold().endswith(SUFFIXES) and item.is_file()
             )
-            files = [item for item in files if not item.name.startswith((".", "_")) and item.stem != "dataset_infos"]
+            files = [
+                item
+                for item in files
+                if not item.name.startswith((".", "_")) and item.stem not in ("dataset_infos", "dataset_info")
+            ]
             if files:
                 return files
     return []

@@ -104,6 +104,21 @@ def test_rows_in_memory_are_held_to_the_same():
     ]
 
 
+@pytest.mark.parametrize("odd", [r'"\ud83d"', "NaN", "1e999", "[" * 300 + "]" * 300])
+def test_json_in_a_text_is_held_to_the_same(odd):
+    turn = f'{{"role": "user", "content": "a", "x": {odd}}}, {{"role": "assistant", "content": "b"}}'
+    call = f'{{"name": "f", "arguments": {{"x": {odd}}}}}'
+    user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    for row, column in (
+        ({"messages": f"[{turn}]"}, "messages"),
+        ({"messages": [user, answer], "tools": f"[{call}]"}, "tools"),
+        ({"messages": [user, {**answer, "tool_calls": f"[{call}]"}]}, "messages"),
+        ({"messages": [user, {**answer, "tool_calls": [{"name": "f", "arguments": f'{{"x": {odd}}}'}]}]}, "messages"),
+        ({"messages": [user, {"role": "function_call", "content": call}]}, "messages"),
+    ):
+        assert fault([row]).startswith(f"data[0]: `{column}")
+
+
 def test_margin_must_fit_a_float():
     assert "`margin` must be a number" in fault(
         [{"prompt": "a", "chosen": "b", "rejected": "c", "margin": 10**400}], "preference"

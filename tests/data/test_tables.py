@@ -172,6 +172,10 @@ def test_a_folder_whose_files_are_named_by_split(tmp_path):
     assert [dict(row.values) for row in open_source(tmp_path).rows()] == rows[:4]
     assert [dict(row.values) for row in open_source(tmp_path, split="validation").rows()] == rows[4:]
     assert "has no files of the split `test`" in fault(tmp_path, split="test")
+    held_out = tmp_path / "held_out"
+    held_out.mkdir()
+    (held_out / "test.jsonl").write_bytes(lines(rows))
+    assert has_splits(held_out) and [dict(row.values) for row in open_source(held_out, split="test").rows()] == rows
 
 
 @pytest.mark.parametrize("split", [None, "test"])
