@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cached_property
+from datetime import datetime
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +24,8 @@ OPTION = "dataset.chat_template"
 
 _TAGS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _WORD = "zqWord"
+_FORMATS = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+_TIME: ContextVar[datetime | None] = ContextVar("the time that templates are told", default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,11 +130,13 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         def spans(chat: Chat) -> list[tuple[int, int]]:
+            told, times = _at_time(source, _TIME.get())
             _, found = render_jinja_template(
                 conversations=[self._in_form(chat.messages)],
                 tools=chat.tools,
-                chat_template=source,
+                chat_template=told,
                 return_assistant_tokens_mask=True,
+                rlhf_times=times,
                 **self.tokenizer.special_tokens_map,
             )
             return [(begin, end) for begin, end in found[0]]
@@ -242,8 +249,9 @@ class ChatTemplate:
         return source
 
     def _apply(self, messages: list[dict[str, Any]], **options: Any) -> str:
-        options.setdefault("chat_template", self.source)
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        source, times = _at_time(options.pop("chat_template", self.source), _TIME.get())
+        given = {"rlhf_times": times} if times else {}
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, chat_template=source, **options, **given)
 
     def _render(self, chat: Chat, *, answer: bool) -> str:
         import jinja2
@@ -259,6 +267,36 @@ class ChatTemplate:
             if isinstance(error, TypeError) and _with_written_arguments(chat) is not None:
                 raise
             raise DataError("the chat template refuses the messages", place=chat.place, got=str(error)) from None
+
+
+@contextlib.contextmanager
+def rendered_at(time: str) -> Iterator[None]:
+    """Let templates that ask for the time be told this one, so that a run resumed on another day renders what it did before.
+
+    Args:
+        time: as in ISO 8601; what is none is not told.
+    """
+    try:
+        told = datetime.fromisoformat(time).astimezone()
+    except (TypeError, ValueError):
+        told = None
+    token = _TIME.set(told)
+    try:
+        yield
+    finally:
+        _TIME.reset(token)
+
+
+@lru_cache(maxsize=16)
+def _at_time(source: str, time: datetime | None) -> tuple[str, dict[str, str]]:
+    """Return a template that is told a time, and what it needs for it; as it is where it doesn't ask with formats of its own."""
+    formats = {found[1] for found in _FORMATS.findall(source)}
+    asks = len(re.findall(r"strftime_now\s*\(", source))
+    if time is None or not asks or len(_FORMATS.findall(source)) != asks or source[0].isspace():
+        return source, {}
+    # A macro of this name stands before transformers' function.
+    macro = "{% macro strftime_now(format) %}{{ rlhf_times[format] }}{% endmacro %}{{ '' }}"
+    return macro + source, {format: time.strftime(format) for format in formats}
 
 
 def common(one: str, other: str) -> int:

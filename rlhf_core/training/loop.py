@@ -18,6 +18,7 @@ import torch
 
 from rlhf_core.batch import Batch
 from rlhf_core.data.sources import check_paths
+from rlhf_core.data.templates import rendered_at
 from rlhf_core.errors import NumbersError, PluginError, Stopped
 from rlhf_core.hooks import Hooks, load_hooks
 from rlhf_core.infra.devices import DeviceManager, is_out_of_memory
@@ -93,12 +94,13 @@ class Run:
                 check_config(self.trainer, self.distribution, self.devices)
             self.directory = self._open_directory()
             try:
-                with self.stop.at_once(*self._alone_or(signal.SIGINT)):
-                    self._prepare()
-                # Without a directory there is nothing that finishing the step would save.
-                with self.stop.at_once(signal.SIGINT) if self.trainer.output is None else contextlib.nullcontext():
-                    self._train()
-                    return self._finish()
+                with rendered_at(self.directory.record["started"]):
+                    with self.stop.at_once(*self._alone_or(signal.SIGINT)):
+                        self._prepare()
+                    # Without a directory there is nothing that finishing the step would save.
+                    with self.stop.at_once(signal.SIGINT) if self.trainer.output is None else contextlib.nullcontext():
+                        self._train()
+                        return self._finish()
             except BaseException as raised:
                 error = self._ended_by(raised)
                 note_failure(self, error)
@@ -140,10 +142,10 @@ class Run:
 
         def open_here() -> dict[str, Any]:
             opened.append(RunDirectory.open(self.trainer.output, resume=self.resume, overwrite=self.overwrite))
-            return {"continued": opened[0].continued}
+            return {"continued": opened[0].continued, "started": opened[0].record["started"]}
 
         told = self.distribution.on_main(open_here)
-        return opened[0] if opened else RunDirectory(None, {}, continued=told["continued"])
+        return opened[0] if opened else RunDirectory(None, {"started": told["started"]}, continued=told["continued"])
 
     def _prepare(self) -> None:
         config, trainer = self.config, self.trainer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 
 import pytest
 from tokenizers import AddedToken
@@ -117,3 +118,50 @@ def test_a_reward_renders_a_sample_s_tools(tmp_path):
     with_tools, without = kind(kind.Config(model=str(model))).score(samples)
     assert with_tools == pytest.approx(trainer.models["reward"].eval().score(collate([row]))[0].item(), abs=1e-5)
     assert with_tools != without
+
+
+class Later(datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return cls(2031, 5, 6, tzinfo=tz)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("tag", ["", "{% generation %}"])
+def test_a_template_that_writes_the_date_resumes_on_another_day(streaming, tag, tmp_path, monkeypatch):
+    template = "{{ 'Day ' + strftime_now('%d %b %Y') + '\\n' if strftime_now is defined }}" + NEW
+    if tag:
+        said = "{{ m.content + '<|tool|>' }}"
+        template = template.replace("+ m.content + '<|tool|>' }}", "}}" + tag + said + "{% endgeneration %}")
+    base = save_tiny(tmp_path / "base", layers=1, hidden=16)
+    settings = {
+        "max_length": 64,
+        "batch_size": 2,
+        "max_steps": 4,
+        "checkpoint": {"every": 1},
+        "logging": {"progress": False},
+    }
+    settings |= {"dataset": {"chat_template": template, "streaming": streaming}}
+    data = [{"prompt": ASK, "response": f"good {number}"} for number in range(8)]
+    kind = registry.get("trainer", "sft")
+
+    def trainer():
+        return kind(kind.Config(**settings), model=str(base), data=data, output=str(tmp_path / "out"))
+
+    def weights(self, batch, own=kind.weights):
+        if len(list((tmp_path / "out").rglob("manifest.json"))) == 2:
+            raise KeyboardInterrupt
+        return own(self, batch)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(kind, "weights", weights)
+        trainer().train()
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Later)
+    resumed = trainer()
+    assert resumed.train(resume=True).step == 4
+    assert '"run_resumed"' in (tmp_path / "out" / "events.jsonl").read_text()
+    rows = list(open_source(data[:1]).rows())
+    (outcome,) = Encoder(resumed.models["policy"].tokenizer, "sft").encode(rows)
+    assert "Day 06 May 2031" in resumed.models["policy"].tokenizer.decode(outcome.row.prompt_ids)
+    # The exported template still asks for the day.
+    assert (tmp_path / "out" / "model" / "chat_template.jinja").read_text() == template
