@@ -149,6 +149,11 @@ class EarlyStoppingConfig(BaseConfig):
     mode: Literal["min", "max"] = Field("min", description="Whether a smaller (min) or larger (max) value is better.")
     patience: int = Field(3, ge=1, description="Evaluations without improvement before it stops; larger waits longer.")
     min_delta: float = Field(0.0, ge=0, description="Least change that counts as improvement; larger stops sooner.")
+    keep_best: bool = Field(
+        True,
+        description="Save a checkpoint at each improvement, keep the best one beside `checkpoint.keep` others, and export its"
+        " weights at the end; false saves that disk and exports the last step's weights.",
+    )
 
 
 class DistributedConfig(BaseConfig):

@@ -187,12 +187,15 @@ def _report(result: TrainResult, *, as_json: bool) -> None:
     values: dict[str, Any] = {**vars(result)}
     if as_json:
         return print_json(values)
+    if result.stopped_early:
+        print(f"stopped early: the best evaluation was that of step {result.best_step}")
     print(f"{values['status']}: {result.step} steps, {result.tokens:,} tokens, {result.seconds:.1f} s")
     for title, metrics in (("last step", result.metrics), ("evaluation", result.eval_metrics)):
         if metrics:
             print(f"{title}: " + ", ".join(f"{name} {value:.6g}" for name, value in metrics.items()))
     if result.model_dir is not None:
-        print(f"model: {result.model_dir}")
+        of = "" if result.model_step in (None, result.step) else f" (of step {result.model_step}, the best)"
+        print(f"model: {result.model_dir}{of}")
     if result.output is not None:
         print(f"run: {result.output}")
     return None

@@ -79,6 +79,8 @@ class CheckpointManager:
         if keep < 2:
             raise ValueError(f"keep must be at least 2, got {keep}")
         self.directory, self.keep = Path(directory), keep
+        self.protected: int | None = None
+        """A step whose checkpoint is kept beside the newest."""
         self.damaged: list[Damaged] = []
         """What `load_latest` refused, newest first."""
 
@@ -134,7 +136,7 @@ class CheckpointManager:
         return trash
 
     def _prune(self) -> None:
-        for step in self.steps()[: -self.keep]:
+        for step in [step for step in self.steps()[: -self.keep] if step != self.protected]:
             # Out of sight in one rename first: a kill half-way through the removal must not leave half a checkpoint.
             trash = self._trash(step)
             self.path(step).rename(trash)
@@ -185,6 +187,17 @@ class CheckpointManager:
             return Checkpoint(step, self.path(step), read_json(self.path(step) / STATE))
         except (OSError, ValueError) as error:
             raise ModelError("cannot read the checkpoint", place=str(self.path(step)), got=error) from None
+
+    def verified(self, step: int) -> Checkpoint:
+        """Return one checkpoint, checked.
+
+        Raises:
+            ModelError: it is damaged, or not there.
+        """
+        try:
+            return self._verified(step)
+        except (OSError, ValueError) as error:
+            raise ModelError("the checkpoint is damaged", place=str(self.path(step)), got=_reason(error)) from None
 
     def _verified(self, step: int) -> Checkpoint:
         path = self.path(step)

@@ -36,6 +36,12 @@ class EarlyStopping:
     def create(cls, config: EarlyStoppingConfig) -> EarlyStopping:
         return cls(config.metric, config.mode, config.patience, config.min_delta)
 
+    def describe(self) -> str:
+        """Say what was best, in words."""
+        if self.best is None:
+            return f"`{self.metric}` was never finite"
+        return f"`{self.metric}` was best at step {self.best_step}: {self.best:.6g}"
+
     @property
     def stopped(self) -> bool:
         """Whether patience has run out."""

@@ -366,6 +366,22 @@ class Run:
                 raise self._stopped() from None
             raise
 
+    def _tell_of_the_end(self, value: float) -> None:
+        """Say that early stopping ends the run, and why."""
+        stopping, step = self.early_stopping, self.progress.step
+        assert stopping is not None
+        log.info(
+            "step %d: stopped early, after %d evaluations without improvement: `%s` is %.6g now; %s",
+            step, stopping.waited, stopping.metric, value, stopping.describe(),
+        )  # fmt: skip
+        numbers = {
+            "value": value,
+            "best": stopping.best,
+            "best_step": stopping.best_step,
+            "patience": stopping.patience,
+        }
+        self.logger.event("early_stopped", step=step, metric=stopping.metric, **numbers)
+
     @contextlib.contextmanager
     def _stopping_at_once(self) -> Iterator[None]:
         """Within, a request to stop is met at once, since there is nothing left to learn before the state can be saved."""
@@ -397,8 +413,8 @@ class Run:
         self.hooks.emit("evaluated", run=self.trainer, step=step, metrics=metrics)
         if self.early_stopping is not None:
             self.early_stopping.check(metrics)  # at step 0 already, before a wrong name can lose a step
-            if step:
-                self.early_stopping.update(metrics, step)
+            if step and self.early_stopping.update(metrics, step):
+                self._tell_of_the_end(float(metrics[self.early_stopping.metric]))
         return metrics
 
     def _save_or_stop(self) -> None:
@@ -406,10 +422,16 @@ class Run:
         checkpoint, step = self.config.checkpoint, self.progress.step
         late = checkpoint.minutes is not None and time.monotonic() - self.saved_at >= 60 * checkpoint.minutes
         stopping, late = self.distribution.flags(self.stop.requested is not None, late and self.distribution.is_main)
-        if stopping or late or (checkpoint.every and step % checkpoint.every == 0):
+        if stopping or late or self._is_best(step) or (checkpoint.every and step % checkpoint.every == 0):
             self._save()
         if stopping:
             raise self._stopped()
+
+    def _is_best(self, step: int) -> bool:
+        config = self.config.early_stopping
+        return config is not None and config.keep_best and self.early_stopping is not None and (
+            self.early_stopping.best is not None and self.early_stopping.best_step == step
+        )  # fmt: skip
 
     def _stop_if_asked(self) -> None:
         """Stop where nothing was learnt since the last checkpoint, or nothing at all."""
@@ -439,6 +461,7 @@ class Run:
                 self._evaluate_late()
         self._save()
         note_data(self)
+        model_step = self._take_best()
         with self._stopping_at_once():
             model_dir = export_models(self.trainer, self.distribution)
         result = TrainResult(
@@ -450,12 +473,37 @@ class Run:
             seconds=progress.seconds,
             tokens=progress.tokens,
             stopped_early=self.early_stopping is not None and self.early_stopping.stopped,
+            best_step=self.early_stopping.best_step if self.early_stopping is not None else None,
+            model_step=model_step,
         )
         self.directory.record |= {"peak_memory_bytes": self.devices.peak_memory(), "skipped_windows": progress.skipped}
+        self.directory.record |= {"best_step": result.best_step, "model_step": model_step}
         self.directory.end("done", 0, step=progress.step)
-        self.logger.event("run_ended", step=progress.step, stopped_early=result.stopped_early)
+        self.logger.event(
+            "run_ended", step=progress.step, stopped_early=result.stopped_early, model_step=result.model_step
+        )
         self.hooks.emit("run_ended", run=self.trainer, result=result)
         return result
+
+    def _take_best(self) -> int:
+        """Give the models their best weights where early stopping keeps them; return the step that the models are of."""
+        stopping, config, step = self.early_stopping, self.config.early_stopping, self.progress.step
+        if (
+            stopping is None
+            or config is None
+            or not config.keep_best
+            or stopping.best is None
+            or stopping.best_step == step
+        ):
+            return step
+        if self.state.take_best(stopping.best_step):
+            log.info("the model of step %d is exported: %s", stopping.best_step, stopping.describe())
+            return stopping.best_step
+        log.warning(
+            "no checkpoint of step %d is there, so the model stays that of step %d: %s",
+            stopping.best_step, step, stopping.describe(),
+        )  # fmt: skip
+        return step
 
     def _evaluate_late(self) -> None:
         """Evaluate after a step's row was written, and put the result into it."""

@@ -26,4 +26,8 @@ class TrainResult:
     """Real tokens trained on, each prompt counted once."""
     stopped_early: bool = False
     """Whether early stopping ended the run."""
+    best_step: int | None = None
+    """The step at which early stopping's metric was best; None without it."""
+    model_step: int | None = None
+    """The step whose weights `model_dir` holds and the trainer's models have."""
     status: str = "done"

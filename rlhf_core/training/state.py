@@ -101,6 +101,7 @@ class RunState:
             "ranks": ranks,
         }
         tensors = {"model": run.distribution.full_state(run.trainer.models), "optimizer": optimizer}
+        self._protect(state["early_stopping"])
         run.distribution.on_main(lambda: manager.save(step, tensors, state) and None)
         self.saved_step = step
         return manager.path(step)
@@ -111,14 +112,45 @@ class RunState:
         assert manager is not None
         found: list[Checkpoint | None] = []
 
+        def check(state: Any) -> None:
+            check_state(run, state)
+            self._protect(state["early_stopping"])
+
         def verify() -> int | None:
-            found.append(manager.load_latest(lambda state: check_state(run, state)))
+            found.append(manager.load_latest(check))
             return found[0].step if found[0] is not None else None
 
         step = run.distribution.on_main(verify)
         if step is None:
             return None
         return found[0] if found else manager.open(step)
+
+    def _protect(self, early_stopping: Mapping[str, Any] | None) -> None:
+        """Keep the best checkpoint from being pruned, where it is to be kept."""
+        config = self._run.config.early_stopping
+        if self._manager is not None and config is not None and config.keep_best and early_stopping is not None:
+            self._manager.protected = early_stopping["best_step"]
+
+    def take_best(self, step: int) -> bool:
+        """Give the models the weights that they had at a step, where its checkpoint is kept and whole."""
+        run, manager = self._run, self._manager
+        if manager is None:
+            return False
+
+        def verify() -> bool:
+            if step not in manager.steps():
+                return False
+            try:
+                return bool(manager.verified(step))
+            except ModelError as error:
+                log.warning("%s", error)
+                return False
+
+        if not run.distribution.on_main(verify):
+            return False
+        checkpoint = manager.open(step)
+        run.distribution.load_state(run.trainer.models, checkpoint.tensors("model"), place=str(checkpoint.path))
+        return True
 
     def _remembered(self) -> dict[str, Any]:
         """Return the method's own state, checked to be JSON."""

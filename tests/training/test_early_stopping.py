@@ -1,10 +1,20 @@
-"""When patience runs out."""
+"""When patience runs out, that is said, and the best model is what is exported."""
 
 from __future__ import annotations
 
-import pytest
+import json
+import logging
+from pathlib import Path
+from typing import Any, ClassVar
 
+import pytest
+import torch
+from toy import ROWS, ToyTrainer, toy
+
+from rlhf_core.batch import Batch
 from rlhf_core.errors import ConfigError
+from rlhf_core.infra.tensors import read_tensors
+from rlhf_core.interfaces import Loss
 from rlhf_core.training.early_stopping import EarlyStopping
 
 
@@ -40,3 +50,102 @@ def test_its_state_comes_back() -> None:
     feed(first, 1.0, 2.0)
     second.load_state_dict(first.state_dict())
     assert second.state_dict() == first.state_dict() == {"best": 1.0, "best_step": 1, "waited": 1}
+
+
+class Rated(ToyTrainer):
+    """Its evaluations are as the test says, one after the other; training is the toy's."""
+
+    ratings: ClassVar[dict[int, float]] = {}
+
+    def summary(self, values: Any) -> dict[str, float]:
+        return {}
+
+    def loss(self, batch: Batch) -> Loss:
+        loss = super().loss(batch)
+        if not self.seam.evaluating:
+            return loss
+        rating = self.ratings[round(float(self.policy.seen) / 8)]  # Eight rows a step were seen.
+        return Loss(loss.terms, {"rating": (rating * batch.num_prompts, batch.num_prompts)})
+
+
+RATINGS = {0: 0.0, 1: 1.0, 2: 3.0, 3: 2.0, 4: 2.5, 5: 1.0, 6: 0.5}
+
+
+def rated(output: Path | None, *, ratings: dict[int, float] | None = None, **options: Any) -> Rated:
+    kind = type("Rated", (Rated,), {"ratings": ratings or RATINGS})
+    watched = {"metric": "eval_rating", "mode": "max", "patience": 3, **options.pop("early_stopping", {})}
+    return toy(output, kind=kind, eval_rows=ROWS[:4], eval_steps=1, early_stopping=watched, **options)
+
+
+def exported(output: Path) -> dict[str, torch.Tensor]:
+    return read_tensors(output / "model" / "model.safetensors")
+
+
+def test_the_best_model_is_exported_and_its_checkpoint_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        result = rated(tmp_path / "run", checkpoint={"every": 1}).train()
+    assert (result.step, result.stopped_early, result.best_step, result.model_step) == (5, True, 2, 2)
+    assert "step 5: stopped early, after 3 evaluations without improvement: `eval_rating` is 1 now" in caplog.text
+    assert "`eval_rating` was best at step 2: 3" in caplog.text and "the model of step 2 is exported" in caplog.text
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-2", "step-4", "step-5"]
+    toy(tmp_path / "two", max_steps=2, lr_schedule="constant").train()
+    rated(tmp_path / "same", lr_schedule="constant").train()
+    for name, tensor in exported(tmp_path / "two").items():
+        assert torch.equal(exported(tmp_path / "same")[name], tensor)
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    (told,) = [event for event in events if event["event"] == "early_stopped"]
+    assert (told["step"], told["best"], told["best_step"], told["value"], told["metric"]) == (
+        5,
+        3.0,
+        2,
+        1.0,
+        "eval_rating",
+    )
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (record["step"], record["best_step"], record["model_step"]) == (5, 2, 2)
+
+
+def test_the_best_survives_a_resume(tmp_path: Path) -> None:
+    rated(tmp_path / "whole").train()
+    trainer = rated(tmp_path / "run", checkpoint={"every": 1})
+    windows = trainer.experience
+
+    def broken(stream: Any) -> Any:
+        for number, window in enumerate(windows(stream), 1):
+            if number == 5:
+                raise ZeroDivisionError
+            yield window
+
+    trainer.experience = broken  # type: ignore[method-assign]
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    result = rated(tmp_path / "run", checkpoint={"every": 1}).train(resume=True)
+    assert (result.step, result.model_step) == (5, 2)
+    again = rated(tmp_path / "run", checkpoint={"every": 1}).train(resume=True)
+    assert (again.step, again.stopped_early, again.model_step) == (5, True, 2)
+    for name, tensor in exported(tmp_path / "whole").items():
+        assert torch.equal(exported(tmp_path / "run")[name], tensor)
+
+
+def test_without_a_checkpoint_of_the_best_step_the_last_is_exported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    result = rated(tmp_path / "run", early_stopping={"keep_best": False}).train()
+    assert (result.step, result.best_step, result.model_step) == (5, 2, 5) and "no checkpoint" not in caplog.text
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-5"]
+    result = rated(None).train()
+    assert (
+        result.model_step == 5 and "no checkpoint of step 2 is there, so the model stays that of step 5" in caplog.text
+    )
+
+
+def test_a_damaged_best_checkpoint_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rated(tmp_path).train()
+    (tmp_path / "checkpoints" / "step-2" / "model.safetensors").write_bytes(b"no")
+    assert rated(tmp_path).train(resume=True).model_step == 5
+    assert "the checkpoint is damaged" in caplog.text and "no checkpoint of step 2" in caplog.text
+
+
+def test_a_run_that_goes_to_its_end_exports_the_best_too(tmp_path: Path) -> None:
+    result = rated(tmp_path, max_steps=4).train()
+    assert (result.step, result.stopped_early, result.model_step) == (4, False, 2)
