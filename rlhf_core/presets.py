@@ -18,9 +18,7 @@ _SHARED: dict[str, Any] = {
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # LoRA at rank 16 on one 80 GB device: 14 GB of base in bf16, and no copy of it for the reference.
     "7b": {**_SHARED, "batch_size": 64, "batching": {"micro_batch_tokens": 16384}, "lora": {"rank": 16, "alpha": 32.0}},
-    # Quantised base: 70 B parameters take 35 GB in 4 bits, which leaves room for activations on one 80 GB device.
     "70b": {
         **_SHARED,
         "batch_size": 128,
@@ -28,6 +26,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lora": {"rank": 32, "alpha": 64.0, "quantize": "4bit"},
     },
 }
+
+
+ABOUT: dict[str, str] = {
+    "7b": "LoRA on one device of 80 GB: the frozen base takes 14 GB in bf16, and the reference no copy of it",
+    "70b": "LoRA on a quantised base on one device of 80 GB: the base takes 35 GB in 4 bits, which leaves room for activations",
+}
+"""What a preset is for, and what its weights take."""
 
 
 def get_preset(name: str) -> dict[str, Any]:

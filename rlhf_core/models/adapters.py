@@ -67,9 +67,12 @@ def put_on(model: nn.Module, adapter: str, base: str) -> nn.Module:
     # peft only warns of weights that found no place, and would leave them at their random start.
     if lost := next((str(w.message) for w in caught if "missing adapter keys" in str(w.message)), None):
         raise _misfit(adapter, base, lost[:300])
-    for parameter in adapted.parameters():
-        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
-            parameter.data = parameter.data.float()
+    narrow = [p for p in adapted.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
+    for parameter in narrow:
+        parameter.data = parameter.data.float()
+    if narrow:
+        # They took the base's type, and what was read into them was rounded to it.
+        adapted.load_adapter(adapter, adapted.active_adapter, is_trainable=True)
     return adapted
 
 

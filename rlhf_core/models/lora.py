@@ -159,7 +159,8 @@ def _refused(modules: list[str] | str, names: list[str], error: Exception) -> Co
         "peft can't put these adapters on the model",
         place="lora",
         got=first_line(error),
-        fix=f"name modules of the model ({', '.join(leaves[:12])}), or a regular expression of whole names",
+        fix=f"name modules of the model ({', '.join(leaves[:12])}) or a regular expression of whole names, or leave some out"
+        " by `lora.exclude_modules`",
     )
 
 

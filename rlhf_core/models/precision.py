@@ -48,11 +48,11 @@ def narrow_frozen(network: Any, hold: torch.dtype, *, products: torch.dtype) -> 
 
     Args:
         network: a transformers model, adapters inside it.
-        hold: the type; float32 leaves the network as it is.
+        hold: the type; float32 leaves the network as it is, but that one narrowed before is widened for float32 products.
         products: the precision of matrix products from now on.
     """
     if hold not in _NARROW:
-        return
+        return _keep(network, products)
     plan = list(_plan(network, hold))
     for module in network.modules() if plan else ():
         for name, buffer in module.named_buffers(recurse=False):
@@ -65,6 +65,19 @@ def narrow_frozen(network: Any, hold: torch.dtype, *, products: torch.dtype) -> 
         _settle(network, products)
         size = sum(parameter.nbytes for parameter, _ in plan)
         log.info("frozen weights: %s MiB, in %s where products read them", f"{size / 2**20:,.0f}", _short(hold))
+    return None
+
+
+def _keep(network: Any, products: torch.dtype) -> None:
+    if getattr(network, _PRODUCTS, None) is None:
+        return
+    if products in _NARROW:
+        setattr(network, _PRODUCTS, products)
+        return
+    for parameter in network.parameters():
+        if parameter.dtype in _NARROW:
+            parameter.data = parameter.data.float()
+    delattr(network, _PRODUCTS)
 
 
 def narrowed_copy(model: Any, hold: torch.dtype, *, products: torch.dtype) -> Any:

@@ -34,7 +34,8 @@ class ScoringConfig(BaseConfig):
     )
     cache_size: int = Field(10_000, ge=0, description="Scores of texts that are remembered; larger takes more memory.")
     precision: Literal["float32", "bf16", "fp16"] = Field(
-        "float32", description="Precision of the backbone's matrix products; 16 bits are faster."
+        "float32",
+        description="Precision of the backbone's matrix products and weights; 16 bits are faster and take half the memory.",
     )
 
 

@@ -143,6 +143,33 @@ def test_a_wholly_trained_model_and_one_from_memory_stay_as_wide_as_they_are(bf1
     assert set(weights(policy, trained=False).values()) == {torch.float32}
 
 
+def test_a_narrowed_model_is_widened_for_float32_products(bf16: Path) -> None:
+    policy = PolicyModel.from_pretrained(bf16, precision="bf16", lora=LoraConfig(rank=2))
+    policy.configure(TrainerConfig())
+    assert {p.dtype for p in policy.parameters()} == {torch.float32}
+    expected = PolicyModel.from_pretrained(bf16).token_logps(random_batch(3, 2))
+    assert torch.allclose(policy.token_logps(random_batch(3, 2)), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"modules_to_save": ["embed_tokens", "lm_head"], "target_modules": ["q_proj"]},
+        {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+        {"target_modules": ["q_proj"], "use_dora": True},
+    ],
+    ids=["whole modules", "embeddings", "DoRA"],
+)
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_adapters_of_every_form_train_on_16_bits(
+    bf16: Path, tmp_path: Path, options: dict[str, Any], precision: str
+) -> None:
+    trainer = train("sft", bf16, ROWS, tmp_path / "run", lora={"rank": 2, **options}, precision=precision)
+    assert set(weights(trainer.policy, trained=True).values()) == {torch.float32}
+    again = PolicyModel.from_pretrained(tmp_path / "run/model", precision=precision)
+    assert torch.equal(results(again)[0], results(trainer.policy.eval())[0])
+
+
 def test_products_of_float32_need_frozen_weights_of_float32() -> None:
     with pytest.raises(ConfigError, match="frozen_precision bf16 needs products of 16 bits"):
         TrainerConfig.parse({"frozen_precision": "bf16"})
