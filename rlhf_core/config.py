@@ -167,6 +167,12 @@ class DistributedConfig(BaseConfig):
         ge=1,
         description="Number of processes that must be running; a run started with another number is refused.",
     )
+    timeout_minutes: float = Field(
+        30.0,
+        gt=0,
+        description="Minutes that a process waits for another, at the start and in a step, before it gives the run up; larger"
+        " bears slower partners (one that reads or writes for long), smaller notices a lost one sooner.",
+    )
 
 
 class OptimizerConfig(BaseConfig):

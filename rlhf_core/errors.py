@@ -16,6 +16,8 @@ class RLHFError(Exception):
 
     code: ClassVar[str] = "internal"
     exit_code: ClassVar[int] = 1
+    silent: bool = False
+    """Whether another process of the run says it, so that this one needn't."""
 
     def __init__(
         self, problem: str, *, place: str | None = None, got: object | None = None, fix: str | None = None
@@ -96,6 +98,12 @@ class StorageError(RLHFError):
     """Reading or writing failed: a full disk, a directory that may not be written."""
 
     code, exit_code = "io", 7
+
+
+class LostProcess(RLHFError):
+    """Another process of the run is gone, or doesn't answer."""
+
+    code, exit_code = "lost", 7
 
 
 class Stopped(RLHFError):

@@ -44,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             raise
         line, code = describe(error)
-        print(line, file=sys.stderr)
+        if not getattr(error, "silent", False):
+            print(line, file=sys.stderr)
         return code
 
 

@@ -81,7 +81,9 @@ def train(
         result = trainer.train(resume=resume, overwrite=overwrite)
     except KeyboardInterrupt as error:
         # typer would make an exit of it, without what the run leaves behind.
-        raise Interrupted("; ".join(["stopped by Ctrl-C", *getattr(error, "__notes__", [])])) from error
+        interrupted = Interrupted("; ".join(["stopped by Ctrl-C", *getattr(error, "__notes__", [])]))
+        interrupted.silent = rank > 0
+        raise interrupted from error
     if rank == 0:
         _report(result, as_json=as_json)
     return None

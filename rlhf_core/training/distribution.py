@@ -10,7 +10,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import socket
+import time
 from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -18,8 +22,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rlhf_core.config import DistributedConfig
-from rlhf_core.errors import ConfigError, ModelError, RLHFError
+from rlhf_core.errors import ConfigError, LostProcess, ModelError, RLHFError
 from rlhf_core.infra.devices import DeviceManager
+
+_UNANSWERED = re.compile(
+    r"gloo|nccl|closed by peer|connection (reset|refused)|broken pipe|timed? ?out waiting|socket|TCPStore|DistNetwork",
+    re.IGNORECASE,
+)
+"""What the backends' messages have in common when another process is gone or doesn't answer."""
 
 BUCKET_BYTES = 64 * 2**20
 
@@ -83,8 +93,14 @@ class Distribution:
         if fault is not None:
             raise fault
         if "fault" in told:
-            raise RLHFError.from_json(told["fault"])
+            known = RLHFError.from_json(told["fault"])
+            known.silent = True
+            raise known
         return told["value"]
+
+    def lost(self, error: BaseException) -> LostProcess | None:
+        """Return the fault behind an exception that says that another process is gone or doesn't answer; else None."""
+        return None
 
     def barrier(self) -> None:
         """Wait until every process is here."""
@@ -140,9 +156,11 @@ class Distribution:
 class DataParallel(Distribution):
     """Processes started by torchrun, each with the whole model and its share of every step's rows."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, timeout_minutes: float) -> None:
         super().__init__(device)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self._timeout_minutes = timeout_minutes
+        self._processes = [tuple(entry) for entry in self.gather([socket.gethostname(), os.getpid()])]
 
     def sum(self, values: Sequence[float]) -> list[float]:
         if not values:
@@ -164,6 +182,31 @@ class DataParallel(Distribution):
             json.loads(part[: int(size)].cpu().numpy().tobytes().decode())
             for part, size in zip(parts, sizes, strict=True)
         ]
+
+    def lost(self, error: BaseException) -> LostProcess | None:
+        text = str(error)
+        if isinstance(error, RLHFError) or not isinstance(error, RuntimeError) or not _UNANSWERED.search(text):
+            return None
+        gone = self._gone()
+        if gone:
+            who = f"process{'es' * (len(gone) > 1)} {', '.join(map(str, gone))} of {self.world_size}"
+            problem = f"{who} ended in the middle of the run"
+        elif re.search("timed? ?out", text, re.IGNORECASE):
+            problem = f"another of {self.world_size} processes gave no answer for {self._timeout_minutes:g} minutes"
+        else:
+            problem = f"the connection to another of {self.world_size} processes was lost"
+        fault = LostProcess(problem, place=f"process {self.rank}")
+        fault.silent = any(rank not in gone for rank in range(self.rank))
+        return fault
+
+    def _gone(self) -> list[int]:
+        """Return the ranks of processes on this machine that have ended, waiting a moment for one that is about to."""
+        here, end = socket.gethostname(), time.monotonic() + 2
+        while True:
+            gone = [rank for rank, (host, pid) in enumerate(self._processes) if host == here and _ended(pid)]
+            if gone or time.monotonic() > end:
+                return gone
+            time.sleep(0.05)
 
     def barrier(self) -> None:
         self.sum([0.0])
@@ -187,6 +230,15 @@ class DataParallel(Distribution):
             dist.all_reduce(flat)
             for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
                 gradient.copy_(part.view_as(gradient))
+
+
+def _ended(pid: int) -> bool:
+    import psutil
+
+    try:
+        return psutil.Process(pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _buckets(gradients: Sequence[Tensor]) -> Iterable[list[Tensor]]:
@@ -231,9 +283,20 @@ def create_distribution(config: DistributedConfig, devices: DeviceManager) -> Di
             place="distributed.strategy",
             fix="start with `torchrun --nproc_per_node N -m rlhf_core train …`",
         )
-    from accelerate import Accelerator
+    from accelerate import Accelerator, InitProcessGroupKwargs
 
-    accelerator = Accelerator(cpu=devices.kind == "cpu")
+    waiting = InitProcessGroupKwargs(timeout=timedelta(minutes=config.timeout_minutes))
+    try:
+        accelerator = Accelerator(cpu=devices.kind == "cpu", kwargs_handlers=[waiting])
+    except (RuntimeError, TimeoutError) as error:
+        if running == 1:
+            raise
+        raise LostProcess(
+            f"not all of {running} processes joined within {config.timeout_minutes:g} minutes",
+            place=f"process {os.environ['RANK']}",
+            got=" ".join(str(error).split())[:200],
+            fix="start all of them, with one MASTER_ADDR and MASTER_PORT; `distributed.timeout_minutes` waits longer",
+        ) from error
     joined = dist.is_available() and dist.is_initialized()
     if accelerator.num_processes != running or (dist.get_world_size() if joined else 1) != running:
         raise ConfigError(
@@ -241,4 +304,4 @@ def create_distribution(config: DistributedConfig, devices: DeviceManager) -> Di
             place="distributed",
             got=f"{accelerator.num_processes} that found each other",
         )
-    return DataParallel(devices.device) if joined else Distribution(devices.device)
+    return DataParallel(devices.device, config.timeout_minutes) if joined else Distribution(devices.device)

@@ -122,6 +122,14 @@ class Run:
             return self._stopped()
         if isinstance(error, KeyboardInterrupt):
             error.add_note(self._remains())
+        if (lost := self.distribution.lost(error)) is not None:
+            saved = self.state.saved_step if hasattr(self, "state") else 0
+            kept = f", from the checkpoint of step {saved}" if saved else ", from the beginning"
+            lost.fix = f"start all processes again with `--resume`{kept}"
+            # The process that ended has said why, or another has said that it ended.
+            lost.silent = lost.silent or self.directory.fault_noted(self.trainer.output)
+            lost.__cause__ = error
+            return lost
         return error
 
     def _remains(self) -> str:
@@ -440,7 +448,9 @@ class Run:
 
     def _stopped(self) -> Stopped:
         resuming = self.directory.continued and not self.started
-        return stopped(self.progress.step, self.trainer.output, resuming=resuming)
+        end = stopped(self.progress.step, self.trainer.output, resuming=resuming)
+        end.silent = not self.distribution.is_main
+        return end
 
     def _save(self) -> None:
         if self.trainer.output is None or self.progress.step == self.state.saved_step or not self.progress.step:

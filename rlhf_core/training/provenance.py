@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.errors import ModelError, RLHFError, Stopped, StorageError
+from rlhf_core.errors import LostProcess, ModelError, RLHFError, Stopped, StorageError
 from rlhf_core.infra.environment import describe_environment
 from rlhf_core.infra.seeds import stream_seed
 from rlhf_core.training.run_directory import RunDirectory, Status, note_fault
@@ -79,10 +79,15 @@ def note_failure(run: Run, error: BaseException) -> None:
     status: Status = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
     # A run that hadn't resumed yet is where it was.
     step = run.progress.step if run.started else run.directory.record.get("step") or 0
+    consequence = code == 1 or isinstance(error, LostProcess)
     try:
         if run.distribution.is_main:
-            run.directory.end(status, code, step=step, message=text)
-        elif run.trainer.output is not None and status == "failed":
+            run.directory.end(status, code, step=step, message=text, consequence=consequence)
+        elif (
+            run.trainer.output is not None
+            and status == "failed"
+            and not (consequence and run.directory.fault_noted(run.trainer.output))
+        ):
             note_fault(run.trainer.output, rank=run.distribution.rank, code=code, step=step, message=text)
         if run.started:
             run.logger.event(f"run_{status}", step=step, exit_code=code, message=text)

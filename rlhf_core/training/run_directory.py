@@ -92,12 +92,29 @@ class RunDirectory:
         short = {name: self.record.get(name) for name in ("status", "exit_code", "step", "message")}
         self._write("status.json", short)
 
-    def end(self, status: Status, exit_code: int, *, step: int, message: str | None = None) -> None:
-        """Note how the run ended. A fault that another process noted first is the cause, and ours its consequence."""
+    def end(
+        self,
+        status: Status,
+        exit_code: int,
+        *,
+        step: int,
+        message: str | None = None,
+        consequence: bool = False,
+    ) -> None:
+        """Note how the run ended. Of a `consequence`, a fault that another process noted first is the cause."""
         told = self.read("status.json") or {}
-        if isinstance(told, dict) and told.get("status") == "failed" and exit_code == 1:
+        if consequence and isinstance(told, dict) and told.get("status") == "failed":
             exit_code, message = told["exit_code"], told["message"]
         self.update(status=status, exit_code=exit_code, step=step, message=message, ended=_now())
+
+    @staticmethod
+    def fault_noted(path: Path | None) -> bool:
+        """Tell whether a process of the run has noted a fault."""
+        try:
+            told = read_json(path / "status.json") if path is not None else None
+        except (OSError, ValueError):
+            return False
+        return isinstance(told, dict) and told.get("status") == "failed"
 
     def write_inputs(self, settings: Mapping[str, Any], inputs: Mapping[str, Any], explicit: Mapping[str, Any]) -> None:
         """Write what was asked: `config.input.yaml` as given, `config.yaml` resolved, `command.txt`; secrets redacted.

@@ -26,7 +26,9 @@ OPTIONS: dict[str, Any] = {"max_steps": 6, "micro_batch_size": 2, "max_grad_norm
 FIRST_STEP = ("0.0", "0.1", "0.2")
 
 
-def launch(output: Path, processes: int, *, options: dict[str, Any] | None = None, **job: Any) -> list[int]:
+def launch(
+    output: Path, processes: int, *, options: dict[str, Any] | None = None, gone: tuple[int, ...] = (), **job: Any
+) -> list[int]:
     """Run the worker on so many processes; return the code that each one wrote."""
     output.mkdir(exist_ok=True)
     path = output.parent / f"{output.name}.job.json"
@@ -40,7 +42,7 @@ def launch(output: Path, processes: int, *, options: dict[str, Any] | None = Non
     done = subprocess.run(
         [*start, *worker], capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
-    codes = [output / "run" / f"code.{rank}" for rank in range(processes)]
+    codes = [output / "run" / f"code.{rank}" for rank in range(processes) if rank not in gone]
     assert all(code.exists() for code in codes), done.stderr[-3000:]
     return [int(code.read_text()) for code in codes]
 
@@ -181,6 +183,69 @@ def test_nan_on_one_process_is_the_same_fault_on_all(tmp_path: Path) -> None:
     assert launch(tmp_path / "nan", 2, event="nan") == [6, 6]
     status = read_json(tmp_path / "nan" / "run" / "status.json")
     assert status["exit_code"] == 6 and "step 2: the loss is not finite on rows" in status["message"]
+
+
+def line(output: Path, rank: int) -> tuple[bool, str]:
+    """Return whether a process left it to another to say how it ended, and the line."""
+    silent, _, text = (output / "run" / f"line.{rank}").read_text().partition(" ")
+    return silent == "True", text
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_is_named_by_one_of_the_others(tmp_path: Path) -> None:
+    options = {"batch_size": 9, "checkpoint": {"every": 1}}
+    assert launch(tmp_path, 3, options=options, event="killed", gone=(1,)) == [7, 7]
+    lines = [line(tmp_path, rank) for rank in (0, 2)]
+    assert [silent for silent, _ in lines] == [False, True]
+    assert lines[0][1] == (
+        "error[lost] process 0: process 1 of 3 ended in the middle of the run; fix: start all processes again with"
+        " `--resume`, from the checkpoint of step 2"
+    )
+    status = read_json(tmp_path / "run" / "status.json")
+    assert (status["status"], status["exit_code"]) == ("failed", 7) and "process 1 of 3 ended" in status["message"]
+    assert launch(tmp_path, 3, options=options, resume=True) == [0, 0, 0]
+    assert len(rows(tmp_path)) == 6
+
+
+@pytest.mark.slow
+def test_a_fault_of_one_process_is_said_by_that_one(tmp_path: Path) -> None:
+    assert launch(tmp_path, 2, event="fault") == [7, 3]
+    assert line(tmp_path, 1) == (False, "error[data] rows.jsonl:7: bad") and line(tmp_path, 0)[0]
+    status = read_json(tmp_path / "run" / "status.json")
+    assert (status["exit_code"], status["message"]) == (3, "process 1: rows.jsonl:7: bad")
+
+
+@pytest.mark.slow
+def test_a_process_that_is_stuck_is_given_up(tmp_path: Path) -> None:
+    options = {"distributed": {"timeout_minutes": 0.1}}
+    assert launch(tmp_path, 2, options=options, event="stuck", gone=(1,)) == [7]
+    assert "another of 2 processes gave no answer for 0.1 minutes" in line(tmp_path, 0)[1]
+
+
+@pytest.mark.slow
+def test_a_partner_that_never_joins_is_given_up(tmp_path: Path) -> None:
+    """The first of two processes, started alone."""
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    path = tmp_path / "job.json"
+    options = {**OPTIONS, "distributed": {"timeout_minutes": 0.05}}
+    path.write_text(json.dumps({"output": str(tmp_path / "run"), "options": options}))
+    code = (
+        "import sys; sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[0].rpartition('/')[0]);"
+        "import json, worker; from pathlib import Path; job = json.loads(Path(sys.argv[1]).read_text());"
+        "worker.trainer_of(job, Path(job['output'])).train()"
+    )
+    place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(Path(__file__).with_name("worker.py")), str(path)],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1", **place},
+    )  # fmt: skip
+    last = done.stderr.strip().splitlines()[-1]
+    assert "LostProcess: process 0: not all of 2 processes joined within 0.05 minutes" in last
+    assert "start all of them" in last
 
 
 @pytest.mark.slow

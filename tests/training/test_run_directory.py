@@ -166,7 +166,7 @@ def test_a_failure_is_noted(tmp_path: Path) -> None:
 def test_the_fault_of_another_process_is_the_cause(tmp_path: Path) -> None:
     directory = RunDirectory.open(tmp_path, resume=False, overwrite=False)
     note_fault(tmp_path, rank=1, code=3, step=5, message="rows.jsonl:7: bad")
-    directory.end("failed", 1, step=5, message="RuntimeError: connection closed by peer")
+    directory.end("failed", 1, step=5, message="process 1 ended", consequence=True)
     assert read_json(tmp_path / "run.json")["exit_code"] == 3
     assert read_json(tmp_path / "status.json")["message"] == "process 1: rows.jsonl:7: bad"
 

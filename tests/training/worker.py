@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from toy import ROWS, ToyTrainer, toy
 
 from rlhf_core import registry
 from rlhf_core.batch import Batch
-from rlhf_core.errors import RLHFError
+from rlhf_core.errors import DataError, LostProcess, RLHFError
 from rlhf_core.infra.tensors import write_tensors
 from rlhf_core.interfaces import Loss, Trainer
 from rlhf_core.models import PolicyModel
@@ -41,6 +42,12 @@ class Worker(ToyTrainer):
         event = self.job.get("event") if dist.is_initialized() and dist.get_rank() == 1 else None
         if event == "sigterm" and self.windows == 3:
             os.kill(os.getpid(), signal.SIGTERM)
+        if event == "killed" and self.windows == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if event == "fault" and self.windows == 3:
+            raise DataError("bad", place="rows.jsonl:7")
+        if event == "stuck" and self.windows == 3:
+            time.sleep(60)
         if event == "memory" and batch.num_prompts > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         loss = super().loss(batch)
@@ -78,6 +85,12 @@ def main() -> None:
         trainer.train(resume=job.get("resume", False))
     except RLHFError as error:
         code = error.exit_code
+        (output / f"line.{dist.get_rank() if dist.is_initialized() else 0}").write_text(
+            f"{error.silent} {error.line()}"
+        )
+    if code == LostProcess.exit_code:
+        (output / f"code.{dist.get_rank()}").write_text(str(code))
+        os._exit(code)
     rank = dist.get_rank() if dist.is_initialized() else 0
     weights = {name: p.detach() for name, p in trainer.models.named_parameters()} if hasattr(trainer, "models") else {}
     write_tensors(output / f"weights.{rank}.safetensors", weights)
