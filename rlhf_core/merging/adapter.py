@@ -199,7 +199,8 @@ class AdapterCheckpoint(Checkpoint):
         key = pair.a or pair.b
         if not pair.a or not pair.b:
             raise ModelError(f"the adapter has one half of the update of `{pair.module}` only", place=self.name)
-        if not self.settings.get("target_parameters") and (target := self._find(f"{pair.module}.weight")) is not None:
+        target = self._find(f"{pair.module}.weight")
+        if target is not None and not self.settings.get("target_parameters") and self._lies_there(pair, target):
             self._changes.setdefault(target, _Change()).pair = pair
             return
         if not self.base.config.get("model_type"):  # nothing says what a model of it looks like
@@ -209,6 +210,13 @@ class AdapterCheckpoint(Checkpoint):
         for piece in parameter.pieces:
             change = self._change(piece.name, key)
             change.pair, change.parameter, change.piece = pair, parameter, piece
+
+    def _lies_there(self, pair: _Pair, target: str) -> bool:
+        """Tell whether a tensor of that name is the module's own, by its shape: files may hold several modules in one."""
+        if not self.base.config.get("model_type") or target not in self.base.tensors:
+            return True
+        update = (self._own[pair.b].shape[0], self._own[pair.a].shape[1])
+        return sorted(update) == sorted(self.base.tensors[target].shape) or is_embedding(target)
 
     def _saved_whole(self, module: str) -> bool:
         """Tell whether a module is one of `modules_to_save`, as PEFT finds them: by the end of its name."""
@@ -291,6 +299,13 @@ class AdapterCheckpoint(Checkpoint):
             self.tensors[target] = self._own[whole]
             expected = found
         if change.pair is not None and (found := self._shape_of_update(change, expected)) != expected:
+            if change.parameter is not None:
+                raise ModelError(
+                    f"the base's files hold `{change.pair.module}` and others in one tensor, `{target}`",
+                    place=self.name,
+                    got=f"an update of shape {list(found)} for {list(expected)}",
+                    fix=_FOLD,
+                )
             self._misfit(target, found, expected)
         if change.rows is not None and max(self._rows(change.rows), default=0) >= expected[0]:
             self._misfit(target, (1 + max(self._rows(change.rows)), *expected[1:]), expected)

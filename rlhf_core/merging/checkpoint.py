@@ -24,7 +24,7 @@ from rlhf_core.errors import ModelError
 from rlhf_core.infra.files import read_json, storage_error, storage_errors
 from rlhf_core.infra.model_files import HEADS, adapter_chain, check_files, first_line, is_adapter, locate, near_path
 from rlhf_core.infra.tensors import TensorEntry, read_header
-from rlhf_core.merging.streams import Source, digest_of
+from rlhf_core.merging.streams import CHUNK, Source, digest_of
 from rlhf_core.merging.weights import GROUPS, LM_HEAD, is_head
 
 log = logging.getLogger(__name__)
@@ -116,7 +116,23 @@ class Checkpoint:
 
     @cached_property
     def tied(self) -> bool:
-        """Whether its output head is its embeddings: by its configuration, or where that says nothing, its architecture."""
+        """Whether its output head is its embeddings: by its configuration, unless it stores a head with other values.
+
+        So does transformers: what is stored counts.
+        """
+        if not self.said_tied:
+            return False
+        stored = next((name for name in self.tensors if is_head(name)), None)
+        if stored is None or self.table is None or self._same_values(stored, self.table):
+            return True
+        log.warning(
+            "%s stores a head that differs from the embeddings that its configuration ties it to: it is kept", self.name
+        )
+        return False
+
+    @cached_property
+    def said_tied(self) -> bool:
+        """Whether its configuration says that its head is its embeddings, or where that says nothing, its architecture."""
         said = self.text_config.get("tie_word_embeddings", self.config.get("tie_word_embeddings"))
         if said is None and (kind := self.config.get("model_type")):
             from transformers import AutoConfig
@@ -126,6 +142,18 @@ class Checkpoint:
             except Exception:  # an architecture that transformers doesn't know has its head where it is stored
                 log.debug("what %s ties isn't known", kind, exc_info=True)
         return bool(said)
+
+    def _same_values(self, first: str, second: str) -> bool:
+        if self.tensors[first].shape != self.tensors[second].shape:
+            return False
+        a, b, count = self.source(first), self.source(second), self.tensors[first].count
+        for start in range(0, count, CHUNK):
+            parts = torch.empty(2, min(CHUNK, count - start))
+            for source, part in zip((a, b), parts, strict=True):
+                source.read(start, start + parts.shape[1], part)
+            if not torch.equal(parts[0], parts[1]):
+                return False
+        return True
 
     def head_name(self) -> str:
         """Return what its output head is called where it has one of its own."""

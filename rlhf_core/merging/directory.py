@@ -101,7 +101,7 @@ def _write_config(path: Path, plan: Plan, main: Checkpoint) -> None:
         if key in written and len(kinds) == 1:
             written[key] = str(next(iter(kinds))).removeprefix("torch.")
     inputs = [*([plan.base] if plan.base is not None else []), *plan.models]
-    if any(is_head(item.name) for item in plan.own) and any(one.tied for one in inputs):
+    if any(is_head(item.name) for item in plan.own) and any(one.said_tied for one in inputs):
         # Whichever of them the configuration is from, what is written has a head of its own.
         written["tie_word_embeddings"] = False
         if isinstance(inner := written.get("text_config"), dict):

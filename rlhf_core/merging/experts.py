@@ -7,6 +7,8 @@ transformers': a model without values is built, PEFT puts the adapter on it, and
 
 from __future__ import annotations
 
+import json
+import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -106,7 +108,10 @@ class Structure:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         try:
-            config = AutoConfig.for_model(**self._config)
+            with tempfile.TemporaryDirectory() as directory:
+                # Through a file: the reader of files knows what JSON has no word for, such as infinity.
+                Path(directory, "config.json").write_text(json.dumps(self._config), encoding="utf-8")
+                config = AutoConfig.from_pretrained(directory)
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config)
             shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

@@ -17,7 +17,7 @@ from rlhf_core.merging.checkpoint import Checkpoint
 from rlhf_core.merging.heads import Head
 from rlhf_core.merging.layout import MERGED, Described, Item, OutputFile, lay_out, lay_out_file
 from rlhf_core.merging.selection import SMALL
-from rlhf_core.merging.streams import CHUNK, Source
+from rlhf_core.merging.streams import Source
 from rlhf_core.merging.vocabulary import Vocabularies
 from rlhf_core.merging.weights import is_head, layer_of
 
@@ -171,22 +171,11 @@ def _settle_heads(inputs: Sequence[Checkpoint]) -> set[str]:
     """Return output heads that are every input's embeddings, and so aren't written: one tensor, not two.
 
     Where only some inputs tie theirs, each gets a head under its own name, with the values that it uses.
-
-    Raises:
-        ModelError: a head is stored that differs from the embeddings that its configuration ties it to.
     """
     heads = {name for one in inputs for name in one.tensors if is_head(name)}
     if not heads:
         return set()
     tied = [one for one in inputs if one.tied]
-    for one in tied:
-        for head in heads & set(one.tensors):
-            if one.table is None or not _same_values(one, head, one.table):
-                raise ModelError(
-                    f"tensor `{head}` differs from the embeddings that the configuration ties it to",
-                    place=one.name,
-                    fix="set `tie_word_embeddings: false` in the config.json of every model, and store the head in each",
-                )
     if len(tied) == len(inputs):
         return heads
     for one in tied:
@@ -201,19 +190,6 @@ def _settle_heads(inputs: Sequence[Checkpoint]) -> set[str]:
             own.name,
         )
     return set()
-
-
-def _same_values(one: Checkpoint, first: str, second: str) -> bool:
-    if one.tensors[first].shape != one.tensors[second].shape:
-        return False
-    a, b, count = one.source(first), one.source(second), one.tensors[first].count
-    for start in range(0, count, CHUNK):
-        parts = torch.empty(2, min(CHUNK, count - start))
-        for source, part in zip((a, b), parts, strict=True):
-            source.read(start, start + parts.shape[1], part)
-        if not torch.equal(parts[0], parts[1]):
-            return False
-    return True
 
 
 _BUFFERS = re.compile(

@@ -91,12 +91,12 @@ def layer_place(name: str) -> str | None:
 
 def is_embedding(name: str) -> bool:
     """Tell whether a tensor maps tokens to vectors or back, by its name."""
-    return any(part in name.split(".") for part in (*GROUPS["embeddings"], *LM_HEAD))
+    return is_head(name) or any(part in name.split(".") for part in GROUPS["embeddings"])
 
 
 def is_head(name: str) -> bool:
-    """Tell whether a tensor belongs to the head that predicts tokens, by its name."""
-    return any(piece in LM_HEAD for piece in name.split(".")[:-1])
+    """Tell whether a tensor is the matrix of the head that predicts tokens, by its name: not a bias, nor a layer before it."""
+    return name.split(".")[-2:] in ([module, "weight"] for module in LM_HEAD)
 
 
 def layer_wise_interpolation(value: Value, name: str, depth: int, *, what: str = "weight") -> float:

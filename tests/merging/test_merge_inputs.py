@@ -426,12 +426,20 @@ def test_an_adapter_of_another_base_is_told(
     assert "is an adapter of" in caplog.text
 
 
-def test_a_head_that_is_not_what_it_is_tied_to_is_refused(tmp_path: Path) -> None:
+def test_a_stored_head_counts_more_than_a_configuration_that_ties_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in transformers, which then ties nothing."""
     _, models = tiny_family(tmp_path, 2)
     weights = read_weights(models[0])
     write_weights(models[0], {**weights, "lm_head.weight": weights[EMBEDDINGS] + 1})
-    with pytest.raises(ModelError, match=r"`lm_head.weight` differs from the embeddings"):
-        merge("linear", models, tmp_path / "out")
+    other = read_weights(models[1])[EMBEDDINGS]
+    merge("linear", models, tmp_path / "out")
+    assert "stores a head that differs from the embeddings" in caplog.text
+    merged = read_weights(tmp_path / "out")
+    assert torch.allclose(merged["lm_head.weight"], (weights[EMBEDDINGS] + 1 + other) / 2, atol=1e-6)
+    assert torch.allclose(merged[EMBEDDINGS], (weights[EMBEDDINGS] + other) / 2, atol=1e-6)
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
 
 
 @pytest.mark.parametrize("text", ["{", "{}", '{"weight_map": 3}'])
