@@ -299,7 +299,7 @@ class AdapterCheckpoint(Checkpoint):
             self.tensors[target] = self._own[whole]
             expected = found
         if change.pair is not None and (found := self._shape_of_update(change, expected)) != expected:
-            if change.parameter is not None:
+            if change.parameter is not None and change.piece is not None and change.parameter.shape[-2:] == found[-2:]:
                 raise ModelError(
                     f"the base's files hold `{change.pair.module}` and others in one tensor, `{target}`",
                     place=self.name,

@@ -55,6 +55,8 @@ class Parameter:
     """Whether it is (…, inputs, outputs), the other way round than a linear layer's weight."""
     scale: float
     pieces: tuple[Piece, ...]
+    shape: tuple[int, ...]
+    """That it has in a model like the base."""
 
     def factors(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """Return s·B, (experts, rows, r), and A, (experts, r, columns), as the parameter has its rows.
@@ -99,7 +101,11 @@ class Structure:
         name = f"{module.replace('.base_layer', '')}.{inner}"
         swapped = len(self._shapes[name]) == 3 and not getattr(layer, "_did_swap_in_out_features", True)
         return Parameter(
-            int(getattr(layer, "num_experts", 1)), swapped, float(layer.scaling["default"]), tuple(self._pieces(name))
+            int(getattr(layer, "num_experts", 1)),
+            swapped,
+            float(layer.scaling["default"]),
+            tuple(self._pieces(name)),
+            self._shapes[name],
         )
 
     @cached_property
