@@ -159,6 +159,7 @@ def _describe(job: Job, *, resume: bool, overwrite: bool) -> None:
     if output.exists() and any(output.iterdir()):
         state = "continued" if resume else "replaced" if overwrite else "not empty: needs --resume or --overwrite"
     lines.append(f"output: {output} ({state})")
+    lines += _disk(job, output)
     print("\n".join(f"# {line}" for line in lines))
     print(job.to_yaml(), end="")
 
@@ -174,6 +175,16 @@ def _read_as(name: str, job: Job) -> str:
     checker = Checker(job.method.record, options.columns, format=options.format, ignored=options.ignore_columns)
     read_as = checker.check(next(open_source(name).rows())).read_as
     return "" if read_as is None else f", read as {read_as}"
+
+
+def _disk(job: Job, output: Path) -> list[str]:
+    """Return what the run will write and the room that there is, where the model's files tell; raise where it is too little."""
+    from rlhf_core.training.disk import need_of_files, room_taken
+
+    need = need_of_files(job.run.model, job.options)
+    if need is None:
+        return []
+    return [f"disk: at most {need}; {need.require(output, there=room_taken(output)):,} bytes are free"]
 
 
 def _place(name: str) -> str:

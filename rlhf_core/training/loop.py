@@ -24,6 +24,7 @@ from rlhf_core.hooks import Hooks, load_hooks
 from rlhf_core.infra.devices import DeviceManager, is_out_of_memory
 from rlhf_core.infra.seeds import seed_everything
 from rlhf_core.interfaces import Trainer
+from rlhf_core.training.disk import need_of_run, room_taken
 from rlhf_core.training.distribution import Distribution, create_distribution
 from rlhf_core.training.early_stopping import EarlyStopping
 from rlhf_core.training.evaluate import evaluate
@@ -183,6 +184,7 @@ class Run:
                 micro_batches=self.micro_batches,
             )
         self._prepare_stream()
+        self._require_disk()
         self.optimizer = create_optimizer(self.parameters.items(), config)
         self.loss_scale = LossScale(enabled=config.precision == "fp16")
         self.early_stopping = EarlyStopping.create(config.early_stopping) if config.early_stopping else None
@@ -222,6 +224,19 @@ class Run:
             self.trainer, self.dataset, distribution=self.distribution, saved=saved
         )
         self.schedule = Schedule.create(self.config, self.total_steps)
+
+    def _require_disk(self) -> None:
+        """Refuse to begin where the disk has too little room for what the run will write."""
+        output = self.trainer.output
+        if output is None:
+            return
+
+        def require() -> None:
+            need = need_of_run(self)
+            free = need.require(output, there=room_taken(output))
+            log.info("the run writes at most %s; %s bytes are free", need, f"{free:,}")
+
+        self.distribution.on_main(require)
 
     def _restore(self) -> None:
         """Put back the newest whole checkpoint of a continued run, and start the log behind it."""

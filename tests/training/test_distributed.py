@@ -298,7 +298,7 @@ def test_the_number_of_processes_is_asserted(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(ConfigError, match="one process was asked for; got `none` with 3 running"):
         create_distribution(DistributedConfig(strategy="none"), devices)
     # Started as one of three, and alone all the same: what runs is not what was started.
-    monkeypatch.setattr("accelerate.Accelerator", lambda cpu: SimpleNamespace(num_processes=1))
+    monkeypatch.setattr("accelerate.Accelerator", lambda **_: SimpleNamespace(num_processes=1))
     with pytest.raises(ConfigError, match="3 processes were started; got 1 that found each other"):
         create_distribution(DistributedConfig(), devices)
 

@@ -1,0 +1,114 @@
+"""What a run will write, known before its first step: it must find room then, not after the last one."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_core.config import TrainerConfig
+from rlhf_core.errors import StorageError
+from rlhf_core.infra.files import storage_errors
+from rlhf_core.infra.model_files import is_adapter
+from rlhf_core.infra.tensors import nbytes, read_header
+
+if TYPE_CHECKING:
+    from rlhf_core.training.loop import Run
+
+_MOMENTS = 2
+"""Numbers that AdamW keeps for each one that it trains."""
+
+
+@dataclass(frozen=True)
+class DiskNeed:
+    """The most that a run's directory holds at once, beside its logs."""
+
+    checkpoints: int
+    checkpoint_bytes: int
+    model_bytes: int
+
+    @property
+    def bytes(self) -> int:
+        return self.checkpoints * self.checkpoint_bytes + self.model_bytes
+
+    def __str__(self) -> str:
+        plural = "s" if self.checkpoints != 1 else ""
+        return (
+            f"{self.checkpoints} checkpoint{plural} of {self.checkpoint_bytes:,} bytes"
+            f" and models of {self.model_bytes:,} bytes"
+        )
+
+    def require(self, output: Path, *, there: int = 0) -> int:
+        """Return the bytes that are free at `output`.
+
+        Args:
+            there: bytes of the need that stand on the disk already.
+
+        Raises:
+            StorageError: they are too few.
+        """
+        place = next(path for path in (output, *output.absolute().parents) if path.exists())
+        with storage_errors(place):
+            free = shutil.disk_usage(place).free
+        if free < self.bytes - there:
+            raise StorageError(
+                f"too little room for what the run will write: {self.bytes - there} bytes are needed ({self})",
+                place=str(output),
+                got=f"{free} bytes free",
+                fix="free space, choose another `output`, or train less: `lora`, a smaller `checkpoint.keep`",
+            )
+        return free
+
+
+def checkpoints_at_once(config: TrainerConfig, total_steps: int | None) -> int:
+    """Return the most checkpoints that stand on the disk at one time: those kept, the best one, and the one being written."""
+    best = config.early_stopping is not None and config.early_stopping.keep_best
+    most = config.checkpoint.keep + best + 1
+    if config.checkpoint.minutes is None and not best:
+        # By steps alone it is known when each is saved; the last one always is.
+        every = config.checkpoint.every
+        saved = 1 if not every else None if total_steps is None else -(-total_steps // every)
+        most = most if saved is None else min(most, saved)
+    return most if total_steps is None else min(most, max(1, total_steps))
+
+
+def need_of_run(run: Run) -> DiskNeed:
+    """Return what a prepared run will write."""
+    trained = sum(parameter.nbytes for parameter in run.parameters.values())
+    kept = nbytes(run.distribution.full_state(run.trainer.models))
+    models = sum(_exported(run.trainer.models[role]) for role in run.trainer.trains)
+    return DiskNeed(checkpoints_at_once(run.config, run.total_steps), kept + _MOMENTS * trained, models)
+
+
+def _exported(module: Any) -> int:
+    """Return the bytes of a model's export at least: an adapter alone, or all weights in what they came in."""
+    adapter = getattr(module, "has_adapter", False) and getattr(module, "base", None) is not None
+    parameters = [p for p in module.parameters() if p.requires_grad or not adapter]
+    asked, stored = getattr(module, "save_precision", "auto"), getattr(module, "stored", None)
+    width = (4 if asked == "float32" else 2) if asked != "auto" else stored.main.itemsize if stored is not None else 4
+    return sum(p.numel() * min(p.element_size(), width) for p in parameters)
+
+
+def room_taken(directory: Path) -> int:
+    """Return the bytes of the checkpoints that stand in a run's directory."""
+    files: Iterable[Path] = directory.glob("checkpoints/step-*/*")
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def need_of_files(model: str, config: TrainerConfig) -> DiskNeed | None:
+    """Return what a run on a model's directory would write, from its files alone; None where they don't tell."""
+    path = Path(model).expanduser()
+    if config.lora is not None or not path.is_dir() or is_adapter(str(path)):
+        return None
+    weights = sorted(path.glob("*.safetensors"))
+    try:
+        entries = [entry for file in weights for entry in read_header(file).values()]
+    except (OSError, ValueError):
+        return None
+    if not entries:
+        return None
+    trained = 4 * sum(entry.count for entry in entries)
+    stored = sum(entry.nbytes for entry in entries)
+    return DiskNeed(checkpoints_at_once(config, config.max_steps), (1 + _MOMENTS) * trained, stored)
