@@ -102,7 +102,7 @@ def test_the_number_of_processes_is_that_which_was_asked_for(train: Callable, mo
     """Started as one of two that never find each other, a run must not train alone as if nothing were wrong."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("accelerate.Accelerator", lambda cpu: SimpleNamespace(num_processes=1))
+    monkeypatch.setattr("accelerate.Accelerator", lambda **_: SimpleNamespace(num_processes=1))
     ended = train()
     assert ended.code == 2
     assert "2 processes were started; got 1 that found each other" in ended.error
