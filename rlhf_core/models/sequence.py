@@ -392,6 +392,8 @@ class SequenceModel(nn.Module):
         options: dict[str, Any] = {}
         if self.has_adapter:
             if merged or self.base is None:
+                if not merged:
+                    log.info("the adapter's base stands nowhere on disk as it is: saved whole, the adapter folded in")
                 model = folded_copy(self.model, place=self.source)
                 if self.headless:
                     model = without_head(model)
