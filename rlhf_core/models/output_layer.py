@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_core.models.dropout import evaluating
-from rlhf_core.models.precision import own_products
+from rlhf_core.models.precision import exact_products
 from rlhf_core.models.probe import FAILURES, Findings, tolerance
 from rlhf_core.models.structure import plain_ids, replaced_hidden
 
@@ -54,7 +54,7 @@ def measure(network: Any, findings: Findings) -> OutputLayer:
         Unexplained: hidden states alone don't decide the logits.
     """
     ids = plain_ids(network, 12)
-    with evaluating(network), own_products(network):
+    with evaluating(network), exact_products(network):
         head = network.get_output_embeddings()
         crafted = _crafted(torch.empty(len(ids), findings.width, dtype=findings.dtype, device=ids.device), head)
         own = _own_logits_within(network, findings.backbone, ids, crafted)

@@ -13,7 +13,7 @@ import copy
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,11 +102,87 @@ def has_narrow_constants(network: nn.Module) -> bool:
     return any(name not in saved and buffer.dtype in _NARROW for name, buffer in network.named_buffers())
 
 
-def own_products(network: Any) -> AbstractContextManager[Any]:
-    """Return a context for forward passes outside of training: products in the precision that narrowed weights need, if any."""
+@contextlib.contextmanager
+def exact_products(network: Any) -> Iterator[None]:
+    """Run forward passes in float32, without autocast, whatever frozen weights are held in: rounding hides what is looked for.
+
+    Weights are widened block by block while the block runs, so no more than one is held wide.
+    """
+    with torch.autocast(next(network.parameters()).device.type, enabled=False):
+        if getattr(network, _PRODUCTS, None) is None:
+            yield
+            return
+        wide = _Widening()
+        blocks = _blocks(network)
+        inside = {id(parameter) for block in blocks for parameter in block.parameters()}
+        hooks = []
+        for block in blocks:
+            hooks.append(block.register_forward_pre_hook(lambda module, arguments: wide.enter(module.parameters())))
+            hooks.append(block.register_forward_hook(lambda module, arguments, output: wide.leave(module.parameters())))
+        products = getattr(network, _PRODUCTS)
+        setattr(network, _PRODUCTS, None)
+        wide.enter(parameter for parameter in network.parameters() if id(parameter) not in inside)
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            wide.restore()
+            setattr(network, _PRODUCTS, products)
+
+
+class _Widening:
+    """Parameters that are float32 for now, with what they are held in."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, tuple[nn.Parameter, Tensor, int]] = {}
+
+    def enter(self, parameters: Iterable[nn.Parameter]) -> None:
+        for parameter in parameters:
+            if (known := self._held.get(id(parameter))) is not None:
+                self._held[id(parameter)] = (*known[:2], known[2] + 1)
+            elif parameter.dtype in _NARROW:
+                self._held[id(parameter)] = (parameter, parameter.data, 1)
+                parameter.data = parameter.data.float()
+
+    def leave(self, parameters: Iterable[nn.Parameter]) -> None:
+        for parameter in parameters:
+            if (known := self._held.get(id(parameter))) is None:
+                continue
+            if known[2] > 1:
+                self._held[id(parameter)] = (*known[:2], known[2] - 1)
+            else:
+                parameter.data = self._held.pop(id(parameter))[1]
+
+    def restore(self) -> None:
+        for parameter, data, _ in self._held.values():
+            parameter.data = data
+        self._held.clear()
+
+
+def _blocks(network: nn.Module) -> list[nn.Module]:
+    """Return the members of the outermost lists of modules: a model's layers."""
+    found: list[nn.Module] = []
+    for child in network.children():
+        found += list(child) if isinstance(child, nn.ModuleList) else _blocks(child)
+    return found
+
+
+def widen_unless_it_runs(network: Any, ids: Tensor) -> None:
+    """Hold narrowed weights in float32 after all where a forward pass fails with them.
+
+    Args:
+        ids: (T,) token ids to try.
+    """
     products = getattr(network, _PRODUCTS, None)
-    device = next(network.parameters()).device.type
-    return torch.autocast(device, dtype=products, enabled=products is not None)
+    if products is None:
+        return
+    try:
+        with torch.no_grad(), torch.autocast(ids.device.type, dtype=products):
+            network(input_ids=ids[None])
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        log.warning("frozen weights are held in float32: in 16 bits the model fails (%s)", str(error).split("\n")[0])
+        _keep(network, torch.float32)
 
 
 def within_products(network: Any) -> AbstractContextManager[Any]:
@@ -115,12 +191,7 @@ def within_products(network: Any) -> AbstractContextManager[Any]:
         return contextlib.nullcontext()
     if torch.is_autocast_enabled(next(network.parameters()).device.type):
         return contextlib.nullcontext()
-    return own_products(network)
-
-
-def products_dtype(network: Any, otherwise: torch.dtype) -> torch.dtype:
-    """Return the precision that a network's products run in outside of training."""
-    return getattr(network, _PRODUCTS, None) or otherwise
+    return torch.autocast(next(network.parameters()).device.type, dtype=getattr(network, _PRODUCTS))
 
 
 def _plan(network: Any, hold: torch.dtype, *, every: bool = False) -> Iterator[tuple[nn.Parameter, torch.dtype]]:

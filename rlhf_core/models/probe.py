@@ -19,7 +19,7 @@ from rlhf_core.infra.model_files import first_line
 from rlhf_core.models.attention import windows_seen
 from rlhf_core.models.dropout import evaluating
 from rlhf_core.models.layout import Layout, of_responses, packed_layout, padded_layout
-from rlhf_core.models.precision import own_products, products_dtype
+from rlhf_core.models.precision import exact_products
 from rlhf_core.models.structure import accepted, captured, find_backbone, hidden_of, plain_ids
 
 Arrangement = Literal["packed", "padded", "alone"]
@@ -112,9 +112,9 @@ def examine(
             backbone, kind, own.shape[-1], arrangement, obstacles, window, _row_limit(network), leak, causal, dtype
         )
 
-    with evaluating(network), own_products(network):
+    with evaluating(network), exact_products(network):
         own, first, kind = _own_hidden(network, backbone, batch)
-        dtype, own = products_dtype(network, own.dtype), own.float()
+        dtype, own = own.dtype, own.float()
         leak, context = _dependence(network, backbone, sequence(batch, 0), first.float())
         causal = leak < max(2e-6 if dtype == torch.float32 else 1e-2, 0.05 * context)
         if packs:

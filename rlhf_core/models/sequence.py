@@ -20,6 +20,7 @@ from rlhf_core.infra.model_files import file_hashes, first_line
 from rlhf_core.models.adapters import folded_copy
 from rlhf_core.models.attention import Kernel, OptimizedAttention
 from rlhf_core.models.compile import compile_model
+from rlhf_core.models.dropout import evaluating
 from rlhf_core.models.gpu_norm import fuse_norms
 from rlhf_core.models.layout import Layout, joined, of_responses, packed_layout, padded_layout
 from rlhf_core.models.loading import Loaded
@@ -32,11 +33,12 @@ from rlhf_core.models.precision import (
     frozen_dtype,
     narrow_frozen,
     note_dtype,
+    widen_unless_it_runs,
     within_products,
 )
 from rlhf_core.models.probe import FAILURES, Findings, Unexplained, examine
 from rlhf_core.models.rope import LengthClasses
-from rlhf_core.models.structure import accepted, hidden_of, without_head
+from rlhf_core.models.structure import accepted, hidden_of, plain_ids, without_head
 
 log = logging.getLogger(__name__)
 
@@ -147,6 +149,8 @@ class SequenceModel(nn.Module):
         if not compile:
             fuse_norms(self.network)
         self.check()
+        with evaluating(self.network):
+            widen_unless_it_runs(self.network, plain_ids(self.network, 8))
         if compile:
             compile_model(self.network)
         return self
