@@ -78,6 +78,16 @@ def near_path(path: Path) -> str | None:
     return f"did you mean {path.parent / near}?" if near else None
 
 
+def no_such_model(source: str, error: Exception) -> ModelError:
+    """Return the error of a name that is no directory here, and that the hub doesn't give."""
+    return ModelError(
+        "is neither a local directory nor a model that the hub gave",
+        place=source,
+        got=first_line(error),
+        fix=near_path(Path(source)) or "check the path, or for a hub name the spelling and the network",
+    )
+
+
 def is_adapter(where: str) -> bool:
     """Tell whether a directory holds an adapter alone; some trainers put the base's config.json beside it."""
     weights = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_core.errors import ModelError
-from rlhf_core.infra.model_files import HEADS
+from rlhf_core.infra.model_files import HEADS, no_such_model
 from rlhf_core.infra.tensors import read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
@@ -165,16 +165,24 @@ def warn_of_other_head(source: str | Path, name: str) -> None:
 
 
 def from_hub(source: str, files: Sequence[str]) -> list[Path | None]:
-    """Return where files of a hub repository stand in the cache, fetched where need be; None for those that it hasn't."""
-    from transformers.utils import cached_file
+    """Return where files of a hub repository stand in the cache, fetched where need be; None for those that it hasn't.
 
-    quiet = {
-        "_raise_exceptions_for_missing_entries": False,
-        "_raise_exceptions_for_connection_errors": False,
-        "_raise_exceptions_for_gated_repo": False,
-    }
-    try:
-        found = [cached_file(source, file, **quiet) for file in files]
-    except (OSError, ValueError):  # no such name: loading the model itself tells
-        return [None] * len(files)
-    return [Path(path) if path is not None else None for path in found]
+    Raises:
+        ModelError: the hub can't be reached, and the cache has nothing of that name. Each further attempt would take its time.
+    """
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    found: list[Path | None] = []
+    for file in files:
+        try:
+            found.append(Path(hf_hub_download(source, file)))
+        except LocalEntryNotFoundError as error:
+            if not isinstance(try_to_load_from_cache(source, "config.json"), str):
+                raise no_such_model(source, error) from error
+            found.append(None)
+        except EntryNotFoundError:
+            found.append(None)
+        except (OSError, ValueError):  # no such name, or none that is let in: loading the model itself tells
+            return [None] * len(files)
+    return found

@@ -18,7 +18,7 @@ from torch import nn
 
 from rlhf_core.config import LoraConfig
 from rlhf_core.errors import ModelError, RLHFError
-from rlhf_core.infra.model_files import adapter_chain, check_files, first_line, is_adapter, locate, near_path
+from rlhf_core.infra.model_files import adapter_chain, check_files, first_line, is_adapter, locate, no_such_model
 from rlhf_core.models.adapters import (
     WEIGHTS,
     AdapterUse,
@@ -297,10 +297,5 @@ def _load_error(source: str, error: Exception) -> ModelError:
             fix="set `trust_remote_code: true` where you trust that code",
         )
     if not Path(source).exists():
-        return ModelError(
-            "is neither a local directory nor a model that the hub gave",
-            place=source,
-            got=text,
-            fix=near_path(Path(source)) or "check the path, or for a hub name the spelling and the network",
-        )
+        return no_such_model(source, error)
     return ModelError("can't be loaded", place=source, got=f"{type(error).__name__}: {text}")

@@ -196,7 +196,8 @@ def test_missing_directory_names_the_nearest(saved: Path) -> None:
 
 
 def test_neither_directory_nor_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # The hub's client has read the environment by now.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "neither a local directory nor a model that the hub gave" in refusal("acme/no-such-model")
 
 

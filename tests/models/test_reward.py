@@ -146,10 +146,14 @@ def test_half_a_head_is_not_replaced_by_a_new_one(causal: Path, tmp_path: Path, 
 
 @pytest.mark.parametrize("there", ["reward_head.json", "reward_head.safetensors"])
 def test_half_a_head_on_the_hub_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, there: str) -> None:
-    def cached(source: str, file: str, **_: object) -> str | None:
-        return str(tmp_path / file) if file == there else None
+    from huggingface_hub.errors import EntryNotFoundError
 
-    monkeypatch.setattr("transformers.utils.cached_file", cached)
+    def download(source: str, file: str) -> str:
+        if file != there:
+            raise EntryNotFoundError(file)
+        return str(tmp_path / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     with pytest.raises(ModelError, match=f"acme/reward: .* would be random; got {there}, and no reward_head"):
         head_directory("acme/reward", "reward_head")
     assert head_directory("acme/reward", "other_head") is None
