@@ -1,7 +1,7 @@
 """Chat messages as people's files write them → messages with `role` and `content`, every other key kept.
 
 Roles have one name each, content is text, tool calls are lists of mappings with their arguments decoded, and keys without a
-value are gone: Arrow fills in None wherever another row has a key.
+value are gone: Arrow fills in None wherever another row has a key. Content that was missing stays known as such (`NoContent`).
 """
 
 from __future__ import annotations
@@ -47,6 +47,10 @@ PAIRS = (
 """Keys of a list's entries that each hold one question with its answer."""
 
 _SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+
+
+class NoContent(str):
+    """The content of a turn that has none: empty text, which a chat template gets as None where it takes that."""
 
 
 def role_key(message: Mapping[Any, Any]) -> str | None:
@@ -111,7 +115,7 @@ def _message(entry: Mapping[str, Any], where: str, place: str) -> Message:
     if key is None and not (role == "assistant" and any(present.get(other) for other in _INSTEAD)):
         got = ", ".join(map(str, present))
         raise DataError(f"`{where}` must have `role` and `content`", place=place, got=got)
-    content = "" if key is None else read_text(present[key], f"{where}.{key}", place)
+    content = NoContent() if key is None else read_text(present[key], f"{where}.{key}", place)
     rest = {name: item for name, item in present.items() if name not in (who, key)}
     message: dict[str, Any] = {"role": "assistant" if role == "call" else role, "content": content, **rest}
     if role == "call":
@@ -159,7 +163,7 @@ def _read_call(message: dict[str, Any], where: str, place: str) -> None:
     calls = _decoded(message["content"], where, place)
     calls = [calls] if isinstance(calls, Mapping) else calls
     if isinstance(calls, list) and calls and all(isinstance(call, Mapping) and "name" in call for call in calls):
-        message["content"] = ""
+        message["content"] = NoContent()
         message["tool_calls"] = [{"type": "function", "function": call} for call in calls]
 
 

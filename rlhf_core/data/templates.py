@@ -13,6 +13,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.data.messages import NoContent
 from rlhf_core.data.pieces import ControlTokens
 from rlhf_core.errors import ConfigError, DataError, ModelError
 from rlhf_core.records import Message
@@ -113,41 +114,11 @@ class ChatTemplate:
             ModelError: there is no template, or it is not valid.
             DataError: the template refuses this conversation.
         """
-        try:
-            return self._render(chat, answer=answer)
-        except TypeError:
-            # Most templates write a call's arguments as JSON themselves; some take them as JSON.
-            written = _with_written_arguments(chat)
-            if written is None:
-                raise
-            return self._render(written, answer=answer)
+        return self._rendered(chat, answer=answer)[0]
 
     def generation_spans(self, chat: Chat) -> list[tuple[int, int]] | None:
         """Return what `{% generation %}` tags enclose in the rendered text, as offsets; None where the template has none."""
-        if not self.tagged(chat):
-            return None
-        source = self._source(chat)
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        def spans(chat: Chat) -> list[tuple[int, int]]:
-            told, times = _at_time(source, _TIME.get())
-            _, found = render_jinja_template(
-                conversations=[self._in_form(chat.messages)],
-                tools=chat.tools,
-                chat_template=told,
-                return_assistant_tokens_mask=True,
-                rlhf_times=times,
-                **self.tokenizer.special_tokens_map,
-            )
-            return [(begin, end) for begin, end in found[0]]
-
-        try:
-            return spans(chat)
-        except TypeError:
-            written = _with_written_arguments(chat)
-            if written is None:
-                raise
-            return spans(written)
+        return self._rendered(chat, tagged=True)[1] if self.tagged(chat) else None
 
     def tagged(self, chat: Chat) -> bool:
         """Tell whether the conversation's template has `{% generation %}` tags."""
@@ -223,7 +194,7 @@ class ChatTemplate:
         word = f"{_WORD}Az"
         try:
             texts = [
-                self._apply([{"role": "user", "content": content}])
+                self._apply(self.source or "", [{"role": "user", "content": content}])[0]
                 for content in (word, [{"type": "text", "text": word}])
             ]
         except Exception:  # a template that refuses either says so when it meets the data
@@ -233,10 +204,7 @@ class ChatTemplate:
     def _in_form(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if not self.takes_parts:
             return [dict(message) for message in messages]
-        return [
-            {**message, "content": [{"type": "text", "text": message["content"]}] if message["content"] else []}
-            for message in messages
-        ]
+        return [{**message, "content": _parts(message["content"])} for message in messages]
 
     def _source(self, chat: Chat) -> str:
         source = self.with_tools if chat.tools else self.source
@@ -248,25 +216,69 @@ class ChatTemplate:
             )
         return source
 
-    def _apply(self, messages: list[dict[str, Any]], **options: Any) -> str:
-        source, times = _at_time(options.pop("chat_template", self.source), _TIME.get())
-        given = {"rlhf_times": times} if times else {}
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, chat_template=source, **options, **given)
+    def _rendered(self, chat: Chat, *, answer: bool = False, tagged: bool = False) -> tuple[str, list[tuple[int, int]]]:
+        """Return the rendered text and, with `tagged`, what tags enclose; content that is missing is None where that is taken."""
+        if not any(isinstance(message["content"], NoContent) for message in chat.messages):
+            return self._with_calls(chat, answer=answer, tagged=tagged)
+        try:
+            bare = self._with_calls(_with_content(chat, None), answer=answer, tagged=tagged)
+        except DataError:
+            return self._with_calls(_with_content(chat, ""), answer=answer, tagged=tagged)
+        try:
+            empty = self._with_calls(_with_content(chat, ""), answer=answer, tagged=tagged)
+        except DataError:
+            return bare
+        # Jinja prints None as a word where a template writes contents without a look at them.
+        return empty if bare[0].count("None") > empty[0].count("None") else bare
 
-    def _render(self, chat: Chat, *, answer: bool) -> str:
+    def _with_calls(self, chat: Chat, *, answer: bool, tagged: bool) -> tuple[str, list[tuple[int, int]]]:
+        try:
+            return self._render(chat, answer=answer, tagged=tagged)
+        except TypeError:
+            # Most templates write a call's arguments as JSON themselves; some take them as JSON.
+            written = _with_written_arguments(chat)
+            if written is None:
+                raise
+            return self._render(written, answer=answer, tagged=tagged)
+
+    def _render(self, chat: Chat, *, answer: bool, tagged: bool) -> tuple[str, list[tuple[int, int]]]:
         import jinja2
 
         source = self._source(chat)
         try:
-            return self._apply(
-                self._in_form(chat.messages), chat_template=source, tools=chat.tools, add_generation_prompt=answer
-            )
+            return self._apply(source, self._in_form(chat.messages), tools=chat.tools, answer=answer, tagged=tagged)
         except jinja2.TemplateSyntaxError as error:
             raise ModelError("the chat template is not valid Jinja", place=OPTION, got=str(error)) from None
         except (jinja2.TemplateError, TypeError, KeyError, IndexError, ValueError, AttributeError) as error:
             if isinstance(error, TypeError) and _with_written_arguments(chat) is not None:
                 raise
             raise DataError("the chat template refuses the messages", place=chat.place, got=str(error)) from None
+
+    def _apply(
+        self,
+        source: str,
+        messages: list[dict[str, Any]],
+        *,
+        tools: list[Any] | None = None,
+        answer: bool = False,
+        tagged: bool = False,
+    ) -> tuple[str, list[tuple[int, int]]]:
+        # `apply_chat_template` itself drops keys that are None, and templates test for them.
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        if not messages:
+            raise ValueError("no message to render")
+        source, times = _at_time(source, _TIME.get())
+        texts, spans = render_jinja_template(
+            conversations=[messages],
+            tools=tools,
+            chat_template=source,
+            return_assistant_tokens_mask=tagged,
+            add_generation_prompt=answer,
+            **self.tokenizer.special_tokens_map,
+            **({"rlhf_times": times} if times else {}),
+        )
+        return texts[0], [(begin, end) for begin, end in spans[0]] if tagged else []
 
 
 @contextlib.contextmanager
@@ -324,6 +336,22 @@ def read_template(option: str) -> str:
         ) from None
 
 
+def _parts(content: str | None) -> list[dict[str, str]] | None:
+    """Return a content as templates of models that see images take it."""
+    if content is None:
+        return None
+    return [{"type": "text", "text": content}] if content else []
+
+
+def _with_content(chat: Chat, content: str | None) -> Chat:
+    """Return the conversation with this in place of each content that is missing."""
+    messages = [
+        {**message, "content": content} if isinstance(message["content"], NoContent) else message
+        for message in chat.messages
+    ]
+    return Chat(messages, chat.tools, chat.mark, chat.place)
+
+
 def _with_written_arguments(chat: Chat) -> Chat | None:
     """Return the conversation with the arguments of its tool calls as JSON; None where none are mappings."""
     import json
@@ -351,7 +379,7 @@ def _with_written_arguments(chat: Chat) -> Chat | None:
 def _mapped(value: Any, change: Callable[[str], str]) -> Any:
     """Return a value with every text in it changed, the keys of mappings too."""
     if isinstance(value, str):
-        return change(value)
+        return change(value) if value else value  # a missing content stays one
     if isinstance(value, Mapping):
         return {change(key) if isinstance(key, str) else key: _mapped(item, change) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -217,3 +217,33 @@ def test_calls_are_not_taken_as_rendered_for_a_name_that_stands_there_anyway():
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
     (found,) = outcomes(family, {"messages": [ASK, call, {"role": "tool", "content": "5"}, REPLY]})
     assert [text for mask, text in parts(family, found) if mask] == ["b<|endoftext|>"]
+
+
+CALLS = "{% for c in m.tool_calls or [] %}" + HEADER + "<|note|>{{ c.function.name }}<|im_end|>{{ '\n' }}{% endfor %}"
+CALLED = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}
+NOTE = "<|note|>f<|im_end|>"
+
+
+@pytest.mark.parametrize("more", [{}, {"content": None}])
+@pytest.mark.parametrize(
+    "text",
+    [
+        # A turn of its own for content, whatever it is, if there is any: as DeepSeek-R1's.
+        "{% if m.content is not none %}" + HEADER + "{{ m.content }}<|im_end|>{{ '\n' }}{% endif %}",
+        # None as a word, or refused, where nothing looks at it.
+        "{% if not m.tool_calls %}" + HEADER + "{{ m.content + '<|im_end|>\n' }}{% endif %}{{ m.content | trim if m.tool_calls }}",
+        "{{ ('' + m.content) if m.tool_calls }}{% if not m.tool_calls %}" + HEADER + "{{ m.content + '<|im_end|>\n' }}{% endif %}",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("tags", [False, True])
+def test_a_call_without_content(text, more, tags):
+    calls = CALLS.replace("<|note|>", "{% generation %}<|note|>").replace("<|im_end|>", "<|im_end|>{% endgeneration %}")
+    family = chatml((calls if tags else CALLS) + text)
+    # What looks like a control token, so that texts are hidden while they are rendered.
+    for asked in (ASK, {"role": "user", "content": "<|im_end|>"}):
+        (found,) = outcomes(family, {"messages": [asked, {**CALLED, **more}]})
+        assert [text for mask, text in parts(family, found) if mask] == [NOTE]
+        rest = [{"role": "tool", "content": "1"}, REPLY]
+        (found,) = outcomes(family, {"messages": [asked, {**CALLED, **more}, *rest]})
+        expected = [NOTE] if tags else [NOTE, "b<|im_end|>"]
+        assert [text for mask, text in parts(family, found) if mask] == expected
