@@ -221,14 +221,26 @@ class Encoder:
         control = self.template.control
         texts = [text for text in example.responses if isinstance(text, str)]
         seen = [name for text in (prompt, *texts) for name in control.within(text)]
-        end = self._end_piece(example) if texts else None
         # A response continues its prompt: what marks a text's beginning (Llama's `▁`) stands at the prompt's alone.
-        answers = [
-            [*control.text_pieces(text, in_loss=True, continues=bool(prompt)), end] for text in texts if end is not None
-        ]
-        before = [Piece(ids=self.pieces.begin), *control.text_pieces(prompt)]
+        answers = [control.text_pieces(text, in_loss=True, continues=bool(prompt)) for text in texts]
+        if not prompt:
+            # A whole text that writes its own beginning token has it as its prompt.
+            begin = self.pieces.begin or (self._stand_in(example),)
+            answers = [answer[len(begin) :] if _begins_with(answer, begin) else answer for answer in answers]
+        answers = [self._ended(answer, example) for answer in answers]
+        before = control.text_pieces(prompt)
+        if not _begins_with(before, self.pieces.begin):
+            before.insert(0, Piece(ids=self.pieces.begin))
         lost = ["`tools` reach a chat template, and the rows are plain text"] if example.tools else []
         return _Plan(example, before, answers, seen, lost=lost)
+
+    def _ended(self, answer: list[Piece], example: Example) -> list[Piece]:
+        """Return a response with the end token behind it, which its text may have written itself."""
+        end = self._end_piece(example)
+        for length in (len(answer), len(answer) - 1):
+            if length > 0 and answer[length - 1].ids == end.ids and not any(p.text.strip() for p in answer[length:]):
+                return answer[:length]
+        return [*answer, end]
 
     def _end_piece(self, example: Example) -> Piece:
         if self.tokenizer.eos_token_id is None:
@@ -309,3 +321,8 @@ class Encoder:
             if mask[start] and not mask[start - 1]:
                 return [*kept, *response[first:start]], [response[start:]], [mask[start:]]
         return TOO_LONG
+
+
+def _begins_with(pieces: Sequence[Piece], ids: tuple[int, ...]) -> bool:
+    """Tell whether pieces begin with pieces of these ids, one each."""
+    return bool(ids) and [piece.ids for piece in pieces[: len(ids)]] == [(token,) for token in ids]

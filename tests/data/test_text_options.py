@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 import pytest
-from data_helpers import metaspace_tokenizer
+from data_helpers import bpe_tokenizer, metaspace_tokenizer
 from tokenizers import AddedToken
 
 from rlhf_core import registry
@@ -78,6 +78,28 @@ def test_a_token_that_the_tokenizer_lacks_is_refused_with_the_nearest():
         ConfigError, match=r"dataset\.special_tokens: the tokenizer has no such token; got '<thinks>'.*`<think>`"
     ):
         Encoder(thinking(), "sft", special_tokens=["<thinks>"])
+
+
+@pytest.mark.parametrize("ending", ["{}", "{}\n", ""])
+@pytest.mark.parametrize("make", [tiny_tokenizer, bpe_tokenizer])
+def test_a_rendered_text_has_one_beginning_and_one_end(make, ending):
+    tokenizer = make()
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    listed = [tokenizer.bos_token, tokenizer.eos_token]
+    assert begin is not None and begin != end
+    ending = ending.format(tokenizer.eos_token)
+    rows = [
+        {"prompt": f"{tokenizer.bos_token}q", "response": f"a b{ending}"},
+        {"text": f"{tokenizer.bos_token}q a{ending}"},
+    ]
+    for row in rows:
+        found = encoded(tokenizer, row, special_tokens=listed)
+        ids = [*found.prompt_ids, *found.responses[0]]
+        assert ids[0] == begin and ids[-1] == end and ids.count(begin) == ids.count(end) == 1
+        assert all(found.masks[0])
+    # What follows an end makes it none.
+    found = encoded(tokenizer, {"prompt": "q", "response": f"a{tokenizer.eos_token}b"}, special_tokens=listed)
+    assert found.responses[0].count(end) == 2 and found.responses[0][-1] == end
 
 
 def test_what_was_spelled_out_is_named(caplog):

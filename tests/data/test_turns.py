@@ -231,10 +231,12 @@ NOTE = "<|note|>f<|im_end|>"
         # A turn of its own for content, whatever it is, if there is any: as DeepSeek-R1's.
         "{% if m.content is not none %}" + HEADER + "{{ m.content }}<|im_end|>{{ '\n' }}{% endif %}",
         # None as a word, or refused, where nothing looks at it.
-        "{% if not m.tool_calls %}" + HEADER + "{{ m.content + '<|im_end|>\n' }}{% endif %}{{ m.content | trim if m.tool_calls }}",
-        "{{ ('' + m.content) if m.tool_calls }}{% if not m.tool_calls %}" + HEADER + "{{ m.content + '<|im_end|>\n' }}{% endif %}",
+        "{% if not m.tool_calls %}"
+        + HEADER
+        + "{{ m.content + '<|im_end|>\n' }}{% else %}{{ m.content | trim }}{% endif %}",
+        "{% if not m.tool_calls %}" + HEADER + "{% endif %}{{ m.content + ('' if m.tool_calls else '<|im_end|>\n') }}",
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("tags", [False, True])
 def test_a_call_without_content(text, more, tags):
     calls = CALLS.replace("<|note|>", "{% generation %}<|note|>").replace("<|im_end|>", "<|im_end|>{% endgeneration %}")
