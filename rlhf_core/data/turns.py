@@ -32,6 +32,7 @@ NO_PROMPT = (
 )
 TAGGED_STOP = "the chat template's generation tags leave out what ends a turn, so no stop is in the loss"
 UNUSED_TOOLS = "the chat template doesn't render the row's `tools`"
+UNUSED_ROLE = "the chat template doesn't render role `{}`"
 UNUSED = "the chat template doesn't render `{}`"
 
 _REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -129,6 +130,7 @@ class _Cutter:
             if not turn.closed and counts:
                 self._add_stop(turn)
             at = turn.end
+        self._note_unrendered()
         if ignores_tools(self.template, self.chat, self.whole):
             self.turns.lost.append(UNUSED_TOOLS)
         return self.turns
@@ -222,10 +224,14 @@ class _Cutter:
         own = opens if opens is not None else len(run) - 1
         if own > 0:
             turn.end += run[own - 1].end()
-        elif run and not self.control.matches(alone_rest):
+        elif run and self._stops(run[0].group()) and not self.control.matches(alone_rest):
             turn.end += run[0].end()
         else:
             turn.closed = False
+
+    def _stops(self, token: str) -> bool:
+        """Tell whether generation ends at a control token: what opens another turn of the assistant's ends none."""
+        return self.control.tokens[token][0] in self.template.stops
 
     def _control_run(self, text: str) -> list[re.Match[str]]:
         """Return the control tokens that a text begins with, white space between them."""
@@ -253,7 +259,32 @@ class _Cutter:
                 fix=f"give a template that honours it by `{OPTION}`",
             )
 
+    def _note_unrendered(self) -> None:
+        """Say which role's messages the template leaves out."""
+        for number, message in enumerate(self.chat.messages):
+            if (
+                message["role"] != "assistant"
+                and not _holds(self.whole, message["content"])
+                and self._leaves_out(number)
+            ):
+                self.turns.lost.append(UNUSED_ROLE.format(message["role"]))
+
+    def _leaves_out(self, number: int) -> bool:
+        """Tell whether the whole text holds nothing of a message's content."""
+        word = self._words[0]
+        try:
+            return word not in self.template.render(self.chat.with_text(number, word))
+        except DataError:
+            return False
+
     def _not_found(self, number: int) -> ModelError:
+        for message in (number - 1, number):
+            if message >= 0 and self._leaves_out(message):
+                role = self.chat.messages[message]["role"]
+                follows = role == "assistant" and message > 0 and self.chat.messages[message - 1]["role"] == role
+                what = UNUSED_ROLE.format(role) + (" where it follows itself" if follows else "")
+                fix = f"give a template that does by `{OPTION}`"
+                return ModelError(f"{what} (message {message})", place=self.chat.place, fix=fix)
         fix = f"give a template that only appends by `{OPTION}`"
         if number < len(self.chat.messages) - 1:
             fix = f"make each turn a row of its own by `{EACH}`, or {fix}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from chat_families import FAMILIES, Family
 
@@ -249,3 +251,45 @@ def test_a_call_without_content(text, more, tags):
         (found,) = outcomes(family, {"messages": [asked, {**CALLED, **more}, *rest]})
         expected = [NOTE] if tags else [NOTE, "b<|im_end|>"]
         assert [text for mask, text in parts(family, found) if mask] == expected
+
+
+def test_what_opens_the_next_answer_ends_none():
+    family = FAMILIES["GLM-4"]
+    (found,) = outcomes(family, {"messages": [ASK, REPLY, {**REPLY, "content": "c"}, ASK, REPLY]})
+    assert parts(family, found) == [
+        (True, "\nb"),
+        (False, "<|assistant|>"),
+        (True, "\nc<|user|>"),
+        (False, "\nq<|assistant|>"),
+        (True, "\nb<|user|>"),
+    ]
+    assert any("no stop behind an earlier turn" in note for note in found.notes)
+
+
+WITHOUT_TOOLS = "{% for m in messages if m.role != 'tool' %}"
+TOOL = {"role": "tool", "content": "1"}
+
+
+def test_a_role_that_is_not_rendered_is_named():
+    template = chatml(PLAIN).template.replace("{% for m in messages %}", WITHOUT_TOOLS)
+    family = replace(chatml(PLAIN), template=template)
+    (found,) = outcomes(family, {"messages": [ASK, REPLY, TOOL, REPLY]})
+    assert found.lost == ("the chat template doesn't render role `tool`",)
+    (found,) = outcomes(chatml(PLAIN), {"messages": [ASK, REPLY, TOOL, REPLY]})
+    assert not found.lost
+    # Where what ends a turn depends on what follows, the answer can't even be found.
+    between = chatml(HEADER + "{{ m.content }}{% if not loop.last %}<|im_end|>{{ '\n' }}{% endif %}")
+    family = replace(between, template=between.template.replace("{% for m in messages %}", WITHOUT_TOOLS))
+    with pytest.raises(ModelError, match=r"doesn't render role `tool` \(message 2\); .*; fix: .*chat_template"):
+        outcomes(family, {"messages": [ASK, REPLY, TOOL, REPLY]})
+
+
+def test_a_second_answer_in_a_row_that_is_not_rendered():
+    once = (
+        "{% set ns = namespace(before='') %}{% for m in messages %}{% if m.role != 'assistant' or ns.before != 'assistant' %}"
+        "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% set ns.before = m.role %}{% endfor %}"
+        "{% if add_generation_prompt %}" + HEADER + "{% endif %}"
+    )
+    family = replace(chatml(PLAIN), template=once)
+    with pytest.raises(ModelError, match=r"doesn't render role `assistant` where it follows itself \(message 2\)"):
+        outcomes(family, {"messages": [ASK, REPLY, REPLY, ASK, REPLY]})
