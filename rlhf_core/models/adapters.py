@@ -43,13 +43,14 @@ def local_adapter(where: str) -> str:
     return str(directory) if is_adapter(str(directory)) and not list(directory.glob("model*")) else where
 
 
-def put_on(model: nn.Module, adapter: str, base: str) -> nn.Module:
+def put_on(model: nn.Module, adapter: str, base: str, *, classifier: bool = False) -> nn.Module:
     """Return the peft model of an adapter's directory on its base; what it trains needs gradients and is float32.
 
     Args:
         model: the base, its embeddings already of the adapter's size (`fit_vocabulary`).
         adapter: the directory.
         base: where the base came from, for messages.
+        classifier: whether the model scores sequences; on another one, an adapter of such a model is one of its layers alone.
 
     Raises:
         ModelError: it doesn't fit, is pickled, or is of a kind that isn't part of the network's layers.
@@ -58,10 +59,13 @@ def put_on(model: nn.Module, adapter: str, base: str) -> nn.Module:
 
     _check_weights_file(adapter)
     try:
-        _check_kind(peft.PeftConfig.from_pretrained(adapter), adapter)
+        held = peft.PeftConfig.from_pretrained(adapter)
+        _check_kind(held, adapter)
+        if held.task_type == "SEQ_CLS" and not classifier:
+            _without_classifier(held, model)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            adapted = peft.PeftModel.from_pretrained(model, adapter, is_trainable=True)
+            adapted = peft.PeftModel.from_pretrained(model, adapter, config=held, is_trainable=True)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise _misfit(adapter, base, first_line(error)) from error
     # peft only warns of weights that found no place, and would leave them at their random start.
@@ -180,6 +184,13 @@ def _check_kind(held: Any, adapter: str) -> None:
             got="activated LoRA" if held.peft_type == "LORA" else str(getattr(held.peft_type, "value", held.peft_type)),
             fix="use a LoRA adapter, or a model that it was folded into",
         )
+
+
+def _without_classifier(held: Any, model: nn.Module) -> None:
+    """Have the settings of a sequence classifier's adapter say what it is on a model without that head."""
+    held.task_type = "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else "FEATURE_EXTRACTION"
+    if getattr(held, "modules_to_save", None):
+        held.modules_to_save = [name for name in held.modules_to_save if name not in ("classifier", "score")] or None
 
 
 def _misfit(adapter: str, base: str, got: str) -> ModelError:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from rlhf_core.config import LoraConfig
-from rlhf_core.errors import ModelError, RLHFError
+from rlhf_core.errors import ConfigError, ModelError, RLHFError
 from rlhf_core.infra.model_files import adapter_chain, check_files, first_line, is_adapter, locate, no_such_model
 from rlhf_core.models.adapters import (
     WEIGHTS,
@@ -30,7 +30,7 @@ from rlhf_core.models.adapters import (
     local_adapter,
     put_on,
 )
-from rlhf_core.models.lora import quantization
+from rlhf_core.models.lora import Targets, quantization, wanted_targets
 from rlhf_core.models.precision import Stored, has_narrow_constants
 
 log = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ def load_model(
             _forget_gguf(model)
         loaded = Loaded(model, tokenizer, stored, None if "gguf_file" in options else _absolute(base))
         if adapters:
-            _with_adapters(loaded, adapters, base, use=adapter)
+            _with_adapters(loaded, adapters, base, use=adapter, lora=lora, classifier=kind == "classifier")
     except RLHFError:
         raise
     except Exception as error:
@@ -218,15 +218,35 @@ def check_tokenizer(model: nn.Module, tokenizer: Any, source: str) -> None:
         tokenizer.pad_token = tokenizer.eos_token
 
 
-def _with_adapters(loaded: Loaded, adapters: list[str], base: str, *, use: AdapterUse) -> None:
-    """Put adapters on a base, the innermost first, and fold all but the one that is to be trained."""
+def _with_adapters(
+    loaded: Loaded, adapters: list[str], base: str, *, use: AdapterUse, lora: LoraConfig | None, classifier: bool
+) -> None:
+    """Put adapters on a base, the innermost first, and fold all but the one that is to be trained.
+
+    Raises:
+        ConfigError: the one that is to be trained is on other modules than options for one say.
+    """
     for depth, adapter in enumerate(adapters):
         own_tokenizer = depth == len(adapters) - 1
         resized = fit_vocabulary(loaded.model, adapter, len(loaded.tokenizer) if own_tokenizer else 0)
         loaded.resized |= resized
-        adapted = put_on(loaded.model, adapter, base)
+        trained = use == "continue" and depth == len(adapters) - 1
+        wanted = wanted_targets(loaded.model, lora) if trained and lora is not None else None
+        if not classifier and is_sequence_classifier(adapter):
+            log.warning(
+                "%s was trained on a model that scores sequences: its layers' updates are taken, and its head isn't",
+                adapter,
+            )
+        adapted = put_on(loaded.model, adapter, base, classifier=classifier)
         about = describe_adapter(adapted)
-        if use == "continue" and depth == len(adapters) - 1:
+        if wanted is not None and (difference := Targets.of(adapted).difference(wanted)) is not None:
+            raise ConfigError(
+                "the adapter has other targets than were set",
+                place="lora",
+                got=difference,
+                fix="leave `lora` out to go on training the adapter, or set `adapter: fold` to train a new one on top of it",
+            )
+        if trained:
             loaded.model, loaded.adapter_stored = adapted, Stored.on_disk(Path(adapter), WEIGHTS)
             log.info("adapter %s (%s on %s): it is trained on, and its base stays as it is", adapter, about, base)
             return

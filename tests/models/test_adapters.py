@@ -392,3 +392,21 @@ def test_adapters_that_are_no_part_of_the_layers_are_refused(tied: Path, tmp_pat
     made.save_pretrained(tmp_path / "prompt")
     with pytest.raises(ModelError, match=r"of this kind aren't part of the model's layers.*got PROMPT_TUNING"):
         PolicyModel.from_pretrained(tmp_path / "prompt")
+
+
+def test_a_classifiers_adapter_as_a_policy_loses_its_head_aloud(
+    tied: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = AutoModelForSequenceClassification.from_pretrained(tied, num_labels=1, dtype=torch.float32)
+    path = adapter(base, tmp_path / "scores", task_type="SEQ_CLS", target_modules=["q_proj"])
+    policy = PolicyModel.from_pretrained(path)
+    assert caplog.text.count("was trained on a model that scores sequences") == 1
+    policy.save_pretrained(tmp_path / "policy")
+    about = json.loads((tmp_path / "policy/adapter_config.json").read_text())
+    assert (about["task_type"], about["modules_to_save"]) == ("CAUSAL_LM", None)
+    expected = logits(policy.network)
+    assert far(expected, logits(plain(tied))) > 1e-3
+    assert far(logits(peft.PeftModel.from_pretrained(plain(tied), tmp_path / "policy")), expected) < 1e-5
+    caplog.clear()
+    RewardModel.from_pretrained(path)
+    assert "scores sequences" not in caplog.text
