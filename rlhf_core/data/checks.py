@@ -9,7 +9,7 @@ from typing import Any
 from rlhf_core.data.examples import Parts, parts_of
 from rlhf_core.data.files import Row
 from rlhf_core.data.messages import wrong_type
-from rlhf_core.data.shapes import TEXT, TURNS, Format, Reading, Recogniser, kind_of
+from rlhf_core.data.shapes import ASKING, TEXT, TURNS, Format, Reading, Recogniser, kind_of
 from rlhf_core.data.values import check_sound, is_json
 from rlhf_core.errors import ConfigError, DataError, did_you_mean, nearest, shortened
 from rlhf_core.records import RECORDS, Message, Prompt, RecordContract
@@ -52,6 +52,8 @@ class Example:
     """What was taken for what, where columns don't bear the record type's own names."""
     unused: tuple[str, ...] = ()
     """Columns of text or turns that nothing uses."""
+    absent: tuple[tuple[str, str], ...] = ()
+    """Columns that `dataset.columns` names and the row lacks, each with what to do about it."""
 
 
 class Checker:
@@ -121,7 +123,7 @@ class Checker:
         left_out = tuple(name for name in record if name not in kept)
         return Example(
             row.index, row.place, parts.prompt, parts.responses, parts.tools,
-            per_prompt, per_response, kept, left_out, reading.says, unused,
+            per_prompt, per_response, kept, left_out, reading.says, unused, self._absent(row),
         )  # fmt: skip
 
     def _renamed(self, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,6 +138,14 @@ class Checker:
                 renamed.pop(name, None)
         return renamed
 
+    def _absent(self, row: Row) -> tuple[tuple[str, str], ...]:
+        """Return the columns that `dataset.columns` names and the row lacks."""
+        return tuple(
+            (own, f"`dataset.columns.{name}`: {did_you_mean(own, map(str, row.values))}")
+            for name, own in self.columns.items()
+            if own not in row.values
+        )
+
     def _unused(self, reading: Reading, parts: Parts, used: set[str]) -> tuple[str, ...]:
         """Return the columns of text or turns that nothing uses, those aside that repeat what is used."""
         if not self.contract.responses:
@@ -144,15 +154,30 @@ class Checker:
         known = {*self.contract.optional} - {"messages", "text", "input", "system", "tools"} | used | self.ignored
         texts, same = parts.texts, [values[column] for column in reading.columns.values()]
         answers = parts.texts[-len(parts.responses) :]
+        asked = [
+            text for name in ("prompt", "input") if isinstance(text := values.get(reading.columns.get(name, "")), str)
+        ]
+        asked = [text.strip() for text in asked] or texts[: -len(answers)][-1:]
+
+        def is_rendered(text: str) -> bool:
+            """Tell whether a text is the row written out: what is asked, and an answer behind it."""
+            begin = max((text.find(part) + len(part) if part in text else len(text) for part in asked), default=0)
+            return any(answer and answer in text[begin:] for answer in answers)
 
         def repeats(value: Any) -> bool:
-            if not isinstance(value, str):
-                return value in same
-            text = value.strip()
-            return not text or text in texts or _is_number(text) or any(answer and answer in text for answer in answers)
+            if isinstance(value, str):
+                return not (text := value.strip()) or text in texts or is_rendered(text)
+            return value in same or (kind_of(value) == "texts" and all(map(repeats, value)))
 
         def means_something(name: str, value: Any) -> bool:
-            return kind_of(value) in (*TEXT, *TURNS, "turn") or (name.casefold() in _MEDIA and bool(value))
+            if isinstance(value, str):
+                return name.casefold() in ASKING or not _is_number(value)
+            kind = kind_of(value)
+            return (
+                kind in (*TURNS, "turn")
+                or (kind in ("texts", "list") and _holds_text(value))
+                or (name.casefold() in _MEDIA and bool(value))
+            )
 
         return tuple(
             name
@@ -275,6 +300,13 @@ def _number(value: Any, name: str, row: Row) -> float:
     if number - number != 0:
         raise DataError(f"`{name}` isn't finite", place=row.place, got=repr(value), fix="repair or delete the row")
     return number
+
+
+def _holds_text(value: Any) -> bool:
+    if isinstance(value, str):
+        return bool(value.strip()) and not _is_number(value)
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return any(map(_holds_text, items))
 
 
 def _is_number(text: str) -> bool:

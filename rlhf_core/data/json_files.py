@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from rlhf_core.data.files import Cursor, Row, TextFile
+from rlhf_core.data.messages import pair_keys, role_key
+from rlhf_core.data.shapes import CONVERSATIONS, KNOWN
 from rlhf_core.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _HUGE = re.compile(r"\d{4301,}")
@@ -58,17 +63,45 @@ class JsonLines(TextFile):
 
 
 class JsonArray(TextFile):
-    """One array of objects. The file's text is held in memory, and its objects are read one by one."""
+    """One array of objects, which may stand under a key of one object. The file's text is held in memory, and its objects are
+    read one by one."""
+
+    begin: int | None = None
+    """Where the array stands, where it isn't the whole file: characters before it."""
 
     def is_one(self) -> bool:
-        """Tell whether the file's text begins as an array does."""
+        """Tell whether the file's text begins as an array does, or is one object around an array of rows."""
         with self.opened() as read:
-            return read(1024).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+            if read(1024).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+                return True
+        if self._has_lines():
+            return False
+        try:
+            found = _wrapped(self._text())
+        except (DataError, ValueError, RecursionError):  # What is wrong with it is said where it is read.
+            return False
+        if found is None:
+            return False
+        key, self.begin = found
+        logger.info("%s: the rows are what stands under `%s`", self.name, key)
+        return True
+
+    def _has_lines(self) -> bool:
+        """Tell whether the file's first line is an object, and more follows."""
+        lines = (line for line, _ in self.lines(0) if line.strip())
+        first, second = next(lines, b""), next(lines, None)
+        try:
+            return second is not None and isinstance(json.loads(first), dict)
+        except (ValueError, RecursionError):
+            return False
+
+    def _text(self) -> str:
+        with self.opened() as read:
+            return self.decode(b"".join(iter(lambda: read(1 << 20), b"")), self.name, 0)
 
     def rows(self, start: Cursor) -> Iterator[Row]:
-        with self.opened() as read:
-            text = self.decode(b"".join(iter(lambda: read(1 << 20), b"")), self.name, 0)
-        at = start.offset or _after_space(text, 0) + 1
+        text = self._text()
+        at = start.offset or (_after_space(text, 0) if self.begin is None else self.begin) + 1
         row, number, line, counted = start.row, start.line, 1, 0
         while True:
             at = _after_space(text, at)
@@ -82,7 +115,7 @@ class JsonArray(TextFile):
             values, at = self._next(text, at, f"{self.name}:{line}")
             yield Row(row, f"{self.name}:{line}", values, Cursor(start.part, row + 1, number + 1, at))
             row, number = row + 1, number + 1
-        if (end := _after_space(text, at + 1)) != len(text):
+        if self.begin is None and (end := _after_space(text, at + 1)) != len(text):
             raise self._malformed(text, end, "Extra data")
 
     def _next(self, text: str, at: int, place: str) -> tuple[dict[str, Any], int]:
@@ -105,6 +138,40 @@ class JsonArray(TextFile):
     def _place(self, at: int, text: str) -> str:
         line, column = 1 + text.count("\n", 0, at), at - text.rfind("\n", 0, at)
         return f"{self.name}:{line}:{column}"
+
+
+def _wrapped(text: str) -> tuple[str, int] | None:
+    """Return the key of the one array of rows in an object, and where that array begins; None where the object is a row itself.
+
+    Raises:
+        ValueError: the text isn't one JSON object.
+    """
+    decode, at, ends = json.JSONDecoder().raw_decode, _after_space(text, 0), {}
+    values: dict[str, Any] = {}
+    while text[at : at + 1] in ("{", ","):
+        key, at = decode(text, _after_space(text, at + 1))
+        if not isinstance(key, str) or text[(at := _after_space(text, at)) : at + 1] != ":":
+            raise ValueError(text[:20])
+        begin = _after_space(text, at + 1)
+        values[key], at = decode(text, begin)
+        ends[key], at = begin, _after_space(text, at)
+    if text[at : at + 1] != "}" or _after_space(text, at + 1) != len(text):
+        raise ValueError(text[:20])
+    lists = [key for key, value in values.items() if _are_rows(key, value)]
+    others = [key for key in values if key not in lists]
+    if len(lists) != 1 or any(key.casefold() in KNOWN or isinstance(values[key], list) for key in others):
+        return None
+    return lists[0], ends[lists[0]]
+
+
+def _are_rows(key: str, value: Any) -> bool:
+    """Tell whether a value is a list of rows: mappings, and not the turns of one conversation."""
+    if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):
+        return False
+    if role_key(value[0]) is not None:
+        return False
+    name = key.casefold()
+    return pair_keys(value[0]) is None or name == "data" or name not in CONVERSATIONS
 
 
 def _after_space(text: str, at: int) -> int:

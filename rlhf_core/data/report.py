@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhf_core.data.encode import EQUAL, Outcome
-from rlhf_core.errors import DataError
+from rlhf_core.errors import ConfigError, DataError
 from rlhf_core.records import RECORDS
 
 logger = logging.getLogger(__name__)
@@ -38,6 +38,7 @@ class DataReport:
         self.notes: dict[str, dict[str, Any]] = {}
         self.shapes: dict[str, dict[str, Any]] = {}
         self.labels: dict[str, int] = {}
+        self.absent: dict[str, dict[str, Any]] = {}
         self.complete = False
 
     @property
@@ -53,6 +54,9 @@ class DataReport:
                 render something of it.
         """
         self.rows += 1
+        for column, fix in outcome.absent:
+            _tally(self.absent, column, outcome.place)
+            self.absent[column].setdefault("fix", fix)
         if strict and (outcome.refused or outcome.truncated):
             raise DataError(
                 outcome.refused or "longer than max_length, and would be cut",
@@ -104,10 +108,16 @@ class DataReport:
         """Close the pass: warn of what was dropped or cut.
 
         Raises:
+            ConfigError: no row has a column that `dataset.columns` names.
             DataError: no row is left, or unpaired rows have one label only.
         """
         if self.complete:
             return
+        for column, tally in self.absent.items():
+            if tally["rows"] == self.rows:
+                raise ConfigError(
+                    f"no row has a column `{column}`", place=f"dataset.columns, for {self.name}", fix=tally["fix"]
+                )
         if not self.kept:
             got = ", ".join(f"{tally['rows']} × {reason}" for reason, tally in self.dropped.items())
             raise DataError(
@@ -127,11 +137,17 @@ class DataReport:
         for line in self.warnings():
             logger.warning(line)
 
-    def warn_of_one_label(self) -> None:
-        """Warn where a stream's first rows have one label only; whether the other comes is known at its end, perhaps never.
+    def warn_of_first_rows(self) -> None:
+        """Warn where a stream's first rows have one label only, or lack a column that `dataset.columns` names; whether it comes
+        is known at the stream's end, perhaps never.
 
         To be called after each row that is kept.
         """
+        for column, tally in self.absent.items():
+            if self.kept == _FIRST and tally["rows"] == self.rows:
+                logger.warning(
+                    "%s: none of the first %d rows has a column `%s`: %s", self.name, self.rows, column, tally["fix"]
+                )
         if self.kept == _FIRST and (missing := self._missing_label()) is not None:
             logger.warning(
                 "%s: none of the first %d rows has the label `%s`, and unpaired data need both: %s, and mix the two",
@@ -180,6 +196,7 @@ class DataReport:
             "notes",
             "shapes",
             "labels",
+            "absent",
             "prompt_tokens",
             "response_tokens",
             "learnt_tokens",

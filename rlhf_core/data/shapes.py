@@ -45,6 +45,15 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "tools": ("functions",),
 }  # fmt: skip
 
+ASKING = frozenset(("prompt", "input", "system", *_NAMES["prompt"], *_NAMES["input"], *_NAMES["system"]))
+"""Names of columns that belong to what is asked, numbers too."""
+
+KNOWN = frozenset((*_NAMES, *(name for names in _NAMES.values() for name in names)))
+"""Every name that a column of a row may be recognised by."""
+
+CONVERSATIONS = frozenset(_NAMES["messages"])
+"""Names of columns that hold a whole conversation."""
+
 _ORDER = (
     "messages", "text", "system", "history", "prompt", "input", "response", "chosen", "rejected", "label", "answer", "verifiable",
     "tools",

@@ -197,7 +197,7 @@ class DataStream:
         if self.dataset.streaming and not report.complete:
             report.add(outcome, strict=self.dataset.options.strict)
             if outcome.row is not None:
-                report.warn_of_one_label()
+                report.warn_of_first_rows()
         return outcome.row
 
 

@@ -13,7 +13,8 @@ from rlhf_core.config import TrainerConfig
 from rlhf_core.data import open_dataset
 from rlhf_core.data.checks import Checker
 from rlhf_core.data.sources import open_source
-from rlhf_core.errors import DataError
+from rlhf_core.data.stream import DataStream
+from rlhf_core.errors import ConfigError, DataError
 
 U, A, N = ({"role": role, "content": text} for role, text in (("user", "hi"), ("assistant", "yo"), ("assistant", "no")))
 S = {"role": "system", "content": "be"}
@@ -431,3 +432,29 @@ def test_several_shapes_in_one_file(tiny):
     data = opened(tiny, rows)
     assert [in_words(tiny, row)[0] for row in data] == [CHAT, CHAT, "<|bos|>hi «yo<|end|>»", "<|bos|>«t<|end|>»"]
     assert len(data.report.shapes) == 3
+
+
+def test_a_text_that_holds_the_answer_alone_is_no_copy(tiny):
+    row = {"prompt": "What is the capital?", "context": "The capital is Paris.", "response": "Paris"}
+    assert example(row).unused == ("context",)
+    assert "has columns that nothing uses; got `context`" in fault(tiny, row, strict=True)
+    rendered = {**row, "context": "### Question: What is the capital?\n### Answer: Paris"}
+    assert example(rendered).unused == ()
+    assert example({"prompt": "Double it.", "input": "21", "response": "42", "id": "7"}).unused == ("input",)
+
+
+def test_lists_of_text_that_nothing_uses_are_named():
+    row = {"prompt": "a", "response": "b", "docs": ["d1", "d2"], "one": ["d"], "scores": [1, 2], "ids": ["1", "2"]}
+    assert example(row).unused == ("docs", "one")
+    assert example({**row, "docs": [{"title": "t"}], "one": ["a", "b"]}).unused == ("docs",)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_mapped_column_that_no_row_has_is_refused(tiny, streaming):
+    rows = [{"prompt": "a", "response": "b", "system": "be"}] * 3
+    with pytest.raises(ConfigError, match="no row has a column `sytem`") as caught:
+        data = opened(tiny, rows, columns={"system": "sytem"}, streaming=streaming)
+        list(DataStream(data, batch_size=1, shuffle=False))
+    assert "`dataset.columns.system`: did you mean `system`?" in str(caught.value)
+    some = [*rows, {"prompt": "a", "response": "b", "sytem": "be"}]
+    list(DataStream(opened(tiny, some, columns={"system": "sytem"}, streaming=streaming), batch_size=1))

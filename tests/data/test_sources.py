@@ -296,3 +296,42 @@ def test_missing_files_are_known_before_anything_is_opened(tmp_path: Path) -> No
         check_paths([str(tmp_path), str(tmp_path / "gone.jsonl")])
     with pytest.raises(DataError, match="there is no directory"):
         check_paths("nowhere/gone.jsonl")
+
+
+ROWS = [{"instruction": f"q{number}", "output": f"a{number}"} for number in range(3)]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("around", [{}, {"version": "1.0", "type": "text2text"}])
+@pytest.mark.parametrize("key", ["data", "train", "instances"])
+def test_a_json_file_of_one_object_around_rows(tmp_path, caplog, key, around, indent):
+    caplog.set_level("INFO", "rlhf_core")
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps({**around, key: ROWS}, indent=indent))
+    source = open_source(path)
+    rows = list(source.rows())
+    assert [dict(row.values) for row in rows] == ROWS
+    assert f"{path}: the rows are what stands under `{key}`" in caplog.text
+    assert [dict(row.values) for row in source.rows(rows[0].after)] == ROWS[1:]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": "a"}]},
+        {"conversation": [{"input": "a", "output": "b"}]},
+        {"instruction": "a", "instances": [{"input": "a", "output": "b"}]},
+        {"prompt": "a", "response": "b"},
+        {"data": ["a", "b"]},
+    ],
+)
+def test_a_json_file_of_one_row(tmp_path, row):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(row))
+    assert [dict(found.values) for found in open_source(path).rows()] == [row]
+
+
+def test_a_json_file_of_lines_that_hold_lists(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(2 * (json.dumps({"data": ROWS}) + "\n"))
+    assert [dict(found.values) for found in open_source(path).rows()] == [{"data": ROWS}] * 2
