@@ -25,6 +25,9 @@ from rlhf_core.models.structure import plain_ids, replaced_hidden
 SIZES = (0.01, 30.0, 1e4)
 """Standard deviations of the logits that are tried: below any cap, near one, and far beyond."""
 
+_MASKED = -1e9
+"""Logits at or below this are no logits: a model leaves these tokens out."""
+
 
 @dataclass(frozen=True)
 class OutputLayer:
@@ -68,9 +71,11 @@ def measure(network: Any, findings: Findings) -> OutputLayer:
                 for layer in _candidates(product, own, network.config, findings.dtype):
                     if _same(layer.apply(product), own, findings.dtype):
                         return layer
-        grafted = graft(network, findings)(crafted).float()
-    if not _same(grafted, own, findings.dtype):
-        raise Unexplained
+        logits = graft(network, findings)
+        # As they will be read: chosen positions in any order, each on its own.
+        for rows in (torch.arange(len(ids)), torch.arange(len(ids) - 1, -1, -1), torch.arange(1, len(ids), 2)):
+            if not _same(logits(crafted[rows]), own[rows], findings.dtype):
+                raise Unexplained
     return OutputLayer(own=True)
 
 
@@ -153,6 +158,11 @@ def _snapped(measured: float, constants: list[float], dtype: torch.dtype) -> flo
 
 
 def _same(found: Tensor, own: Tensor, dtype: torch.dtype) -> bool:
-    """Tell whether logits agree, row by row."""
-    error = (found.float() - own).norm(dim=1) / own.norm(dim=1).clamp(min=1e-30)
+    """Tell whether logits (S, V) agree, row by row, and leave out the same tokens."""
+    found, own = found.double(), own.double()
+    masked = ~(own > _MASKED)
+    if not torch.equal(~(found > _MASKED), masked) or bool(masked.all()):
+        return False
+    found, own = found.masked_fill(masked, 0.0), own.masked_fill(masked, 0.0)
+    error = (found - own).norm(dim=1) / own.norm(dim=1).clamp(min=1e-30)
     return bool((error < tolerance(dtype) / 10).all())

@@ -140,6 +140,7 @@ class PolicyModel(SequenceModel):
                 "the model's logits aren't decided by its hidden states, so its log-probabilities can't be computed",
                 place=self.source,
                 got=f"{kind} {error}".strip(),
+                fix="use a model whose logits for a token are a function of its last hidden state",
             ) from None
 
     def _head_logps(self, hidden: Tensor, targets: Tensor, scale: float) -> Tensor:

@@ -135,6 +135,39 @@ def examine(
     raise Unexplained("; ".join(f"{name}: {reason}" for name, reason in obstacles.items()))
 
 
+@torch.no_grad()
+def odd_company(
+    network: Any,
+    backbone: nn.Module,
+    forward: Callable[[Batch], tuple[Tensor, Layout]],
+    batch: Batch,
+    precision: torch.dtype | None = None,
+) -> bool:
+    """Tell whether a model gives responses other hidden states together than each alone, beyond rounding.
+
+    Some models do something else from a length on, which the few tokens of `examine` don't show.
+
+    Args:
+        forward: the hidden states of a batch, and its layout.
+        batch: responses that would share a forward pass.
+        precision: of the products, where attention over segments has no kernel in float32.
+    """
+    with evaluating(network), exact_products(network):
+        used = torch.autocast(batch.device.type, dtype=precision) if precision else contextlib.nullcontext()
+        with used:
+            hidden, layout = forward(batch)
+        # A mixture of experts may choose another one for a token because of rounding, so a few positions may differ.
+        limit, share = (1e-4, 0.005) if precision is None and hidden.dtype == torch.float32 else (1e-1, 0.05)
+        differing = total = 0
+        for row, length in enumerate(batch.response_lengths.tolist()):
+            ids = sequence(batch, row)
+            own = run_alone(network, backbone, ids)[0][len(ids) - length - 1 : -1].float()
+            ours = hidden[layout.before[row, :length]].float()
+            differing += int(((ours - own).norm(dim=1) > limit * own.norm(dim=1)).sum())
+            total += length
+    return differing > 2 + share * total
+
+
 def probe_batch(network: Any) -> Batch:
     """Return three short responses to two prompts, all of different lengths, of ordinary tokens."""
     ids = plain_ids(network, 22)

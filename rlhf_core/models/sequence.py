@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import hashlib
 import logging
 import warnings
@@ -36,7 +38,7 @@ from rlhf_core.models.precision import (
     widen_unless_it_runs,
     within_products,
 )
-from rlhf_core.models.probe import FAILURES, Findings, Unexplained, examine
+from rlhf_core.models.probe import FAILURES, Findings, Unexplained, examine, odd_company
 from rlhf_core.models.rope import LengthClasses
 from rlhf_core.models.structure import accepted, hidden_of, plain_ids, without_head
 
@@ -78,7 +80,11 @@ class SequenceModel(nn.Module):
         """Of matrix products."""
         self.attention = self._select_attention("auto")
         self._findings: Findings | None = None
+        self._attention_name: str | None = None
         self._lengths = LengthClasses(self.network)
+        self._tried = 0
+        """Tokens of the longest sequence that was tried together with others."""
+        self._compiled = False
 
     @classmethod
     def of(cls, loaded: Loaded, source: str | Path) -> Self:
@@ -148,9 +154,10 @@ class SequenceModel(nn.Module):
             _checkpointing(self.network, "disable")()
         if not compile:
             fuse_norms(self.network)
-        self.check()
         with evaluating(self.network):
             widen_unless_it_runs(self.network, plain_ids(self.network, 8))
+        self.check()
+        self._compiled = compile
         if compile:
             compile_model(self.network)
         return self
@@ -165,6 +172,13 @@ class SequenceModel(nn.Module):
 
     def _adapt(self, lora: LoraConfig) -> None:
         if not self.has_adapter:
+            if any(hasattr(module, "adapter_layer_names") for module in self.network.modules()):
+                raise ConfigError(
+                    "the network has adapters already, put on it through another model that shares it",
+                    place="lora",
+                    got=self.source,
+                    fix="pass that model, or load the network a second time",
+                )
             self.model = apply_lora(self.model, lora)
             self.fresh_adapter = True
             return
@@ -200,6 +214,11 @@ class SequenceModel(nn.Module):
         with contextlib.suppress(ValueError, ImportError):  # a model without replaceable attention keeps its own
             self.network.set_attn_implementation(self.attention.implementation if segments else plain)
 
+    def _settle_attention(self) -> None:
+        """Give the model the attention that its arrangement needs, and remember what that is called."""
+        self._switch_attention(self.findings.arrangement == "packed")
+        self._attention_name = self.network.config._attn_implementation
+
     # What it is made of
 
     @property
@@ -229,7 +248,8 @@ class SequenceModel(nn.Module):
             ModelError: its own hidden states can't be reproduced, or not in the layout that was asked for.
         """
         if self._findings is None:
-            self._findings = self._examine()
+            self._findings, self._tried = self._examine(), 0
+            self._settle_attention()
         return self._findings
 
     @property
@@ -269,11 +289,42 @@ class SequenceModel(nn.Module):
         With `drop_last`, each response's last token is left out where the layout allows: it predicts nothing.
         """
         groups = self._groups(batch)
+        if batch.longest > self._tried and self._check_company(batch, groups):
+            groups = self._groups(batch)
         if len(groups) == 1:
             return self._forward_together(batch, drop_last=drop_last)
         parts = [self._forward_together(of_responses(batch, group), drop_last=drop_last) for group in groups]
         hidden, layouts = zip(*parts, strict=True)
         return torch.cat(hidden), joined(layouts, groups)
+
+    def _check_company(self, batch: Batch, groups: list[Tensor]) -> bool:
+        """Try sequences longer than any before, together and alone; forward them alone from now on where that differs.
+
+        Returns whether it does. Only a new longest sequence is tried, so that it happens a few times in a run.
+        """
+        self._tried = batch.longest
+        if self.findings.arrangement == "alone" or self._compiled or batch.device.type == "meta":
+            return False
+        lengths = (batch.prompt_lengths[batch.owner] + batch.response_lengths).tolist()
+        longest = max(range(len(lengths)), key=lengths.__getitem__)
+        group = next(group for group in groups if longest in group).tolist()
+        # The longest, the next shorter one, which is padded and long, and the shortest.
+        shorter = max(
+            (one for one in group if lengths[one] < lengths[longest]), key=lengths.__getitem__, default=longest
+        )
+        chosen = sorted({longest, shorter, min(group, key=lengths.__getitem__)})
+        few = of_responses(batch, torch.tensor(chosen, device=batch.device))
+        together = functools.partial(self._forward_together, drop_last=False)
+        precision = self.precision if self.attention.kernel == "flash" else None
+        odd = odd_company(self.network, self.findings.backbone, together, few, precision)
+        self._settle_attention()
+        if not odd:
+            return False
+        obstacles = {**self.findings.obstacles, self.findings.arrangement: f"sequences of {self._tried} tokens differ"}
+        self._findings = dataclasses.replace(self.findings, arrangement="alone", obstacles=obstacles)
+        self._settle_attention()
+        self._report(self._findings)
+        return True
 
     def _groups(self, batch: Batch) -> list[Tensor]:
         """Return which responses may share a forward pass: all, unless what the model computes depends on their company."""
@@ -296,10 +347,10 @@ class SequenceModel(nn.Module):
     def _forward(self, backbone: nn.Module, layout: Layout) -> Tensor:
         """Return hidden states (N, D), flattened, under a backbone."""
         inputs: dict[str, Any] = {"use_cache": False}
+        if self._findings is not None and self.network.config._attn_implementation != self._attention_name:
+            # Whoever shares the network has given it another attention, which may not see the segments.
+            self._settle_attention()
         if layout.segments is not None:
-            if self.network.config._attn_implementation != self.attention.implementation:
-                # Whoever shares the network may have given it another attention, which would not see the segments.
-                self._switch_attention(True)
             # A mask of four dimensions is taken as it is, so none is built over the whole row; segments say who sees whom.
             inputs["attention_mask"] = layout.input_ids.new_ones((1, 1, 1, 1), dtype=torch.bool)
             inputs |= {"position_ids": layout.position_ids, "segments": layout.segments}

@@ -12,7 +12,8 @@ from batches import random_batch, relative
 from torch import Tensor, nn
 
 from rlhf_core.batch import Batch
-from rlhf_core.errors import ModelError
+from rlhf_core.config import LoraConfig
+from rlhf_core.errors import ConfigError, ModelError
 from rlhf_core.models import PolicyModel, RewardModel
 from rlhf_core.models.output_layer import OutputLayer
 from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
@@ -186,6 +187,71 @@ def test_a_long_packed_row_of_a_model_that_counts_along_it_is_padded() -> None:
     assert policy.findings.longest_row == 24 and policy.findings.arrangement == "packed"
     for batch in (random_batch(1, 1, longest=6), random_batch(4, 2)):
         assert relative(policy.token_logps(batch), own_logps(policy.network, batch)) < 1e-5
+
+
+@pytest.mark.parametrize("layout", ["auto", "padded"])
+def test_what_only_longer_sequences_show_is_found_when_they_come(layout: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Doge attends to chosen tokens only from a length on, and chooses others for a padded row than for one alone."""
+    policy = policy_of(make_tiny("doge", keep_window_size=16))
+    policy.layout = layout  # type: ignore[assignment]
+    for longest, arrangement in ((6, "padded"), (30, "alone"), (6, "alone")):
+        batch = random_batch(3, 2, longest=longest, seed=3)
+        assert relative(policy.token_logps(batch), own_logps(policy.network, batch)) < 1e-5
+        assert policy.findings.arrangement == arrangement
+
+
+class ByPlace(nn.Module):
+    """Logits that depend on where in the row a token stands, on top of a plain output layer."""
+
+    def __init__(self, inner: nn.Linear) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.inner(hidden) * torch.linspace(1, 2, hidden.shape[1])[:, None]
+
+
+class Masked(nn.Module):
+    """Tokens that a model never gives, left out in the way that models do, on top of a bias by the last dimension's size."""
+
+    def __init__(self, inner: nn.Linear, value: float) -> None:
+        super().__init__()
+        self.inner, self.value = inner, value
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        logits = torch.asinh(self.inner(hidden))
+        logits[..., -5:] = self.value
+        return logits
+
+
+def with_head(head: nn.Module, plain: nn.Linear, network: Any) -> Any:
+    network.get_output_embeddings = lambda: plain
+    network.lm_head = head
+    return network
+
+
+def test_logits_that_hidden_states_alone_dont_decide_are_refused() -> None:
+    network = tiny_model(tie_embeddings=False)
+    policy = policy_of(with_head(ByPlace(network.lm_head), network.lm_head, network))
+    with pytest.raises(ModelError, match="aren't decided by its hidden states") as caught:
+        policy.token_logps(random_batch(1, 1))
+    assert caught.value.fix is not None
+
+
+@pytest.mark.parametrize("value", [torch.finfo(torch.float32).min, -1e30, -torch.inf])
+def test_tokens_that_a_model_leaves_out_hide_nothing(value: float) -> None:
+    network = tiny_model(tie_embeddings=False)
+    batch = random_batch(2, 2)
+    policy = policy_of(with_head(Masked(network.lm_head, value), network.lm_head, network))
+    assert relative(policy.token_logps(batch), own_logps(network, batch)) < 1e-5
+    assert policy.output_layer == OutputLayer(own=True)
+
+
+def test_a_network_with_anothers_adapters_takes_no_more() -> None:
+    network = tiny_model()
+    PolicyModel(network, tiny_tokenizer()).set_options(lora=LoraConfig(rank=2))
+    with pytest.raises(ConfigError, match="has adapters already"):
+        PolicyModel(network, tiny_tokenizer()).set_options(lora=LoraConfig(rank=2))
 
 
 # Positions that depend on how long the sequence is
