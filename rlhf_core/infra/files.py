@@ -190,13 +190,13 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
     """Read a JSON file of at most `limit` bytes.
 
     Raises:
-        ValueError: too long, not UTF-8, not JSON, nested too deeply, or a key that stands twice.
+        ValueError: too long, not UTF-8, not JSON, nested too deeply, a key that stands twice, or too many digits.
         OSError: not readable.
     """
     if path.stat().st_size > limit:
         raise ValueError(f"{path.name} is longer than {limit} bytes")
     try:
-        return json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_unique)
+        return json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_unique, parse_int=_integer)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path.name} is not JSON: {error}") from None
     except RecursionError:
@@ -208,6 +208,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         raise ValueError("a key stands twice")
     return found
+
+
+def _integer(digits: str) -> int:
+    try:
+        return int(digits)
+    except ValueError:  # Python has a limit
+        raise ValueError(f"a number has {len(digits):,} digits") from None
 
 
 def sha256_of(path: Path) -> FileRecord:

@@ -273,7 +273,8 @@ class Run:
             lost.pop()
         if lost:
             place = f"{self.trainer.output}/metrics.jsonl"
-            log.warning("%s: the rows of %d steps are damaged and left out: %s", place, len(lost), _ranges(lost))
+            which = "the row of 1 step is" if len(lost) == 1 else f"the rows of {len(lost)} steps are"
+            log.warning("%s: %s damaged and left out: %s", place, which, _ranges(lost))
             self.logger.event("metrics_damaged", step=step, steps=lost)
 
     # The steps

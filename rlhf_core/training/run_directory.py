@@ -35,6 +35,7 @@ from rlhf_core.yaml_files import load_yaml
 Status = Literal["running", "done", "stopped", "failed"]
 
 _LOCK = "run.lock"
+_MEND = "put a whole copy of it back, or choose a new directory"
 _WRITTEN = re.compile(
     r"(run|status|data|models)\.json|config(\.input)?\.yaml|command\.txt|metrics\.jsonl|reference\.safetensors|model(_\w+)?"
 )
@@ -130,10 +131,25 @@ class RunDirectory:
         self.write_text("command.txt", redact_text(inputs.get("command") or shlex.join(sys.argv)) + "\n")
 
     def settings(self) -> dict[str, Any] | None:
-        """Return the settings that an earlier process wrote here, if one did."""
-        if self.path is None or not (self.path / "config.yaml").exists():
+        """Return the settings that an earlier process wrote here, if one did.
+
+        Raises:
+            StorageError: they can't be read, or are missing beside checkpoints, which they would say what they are of.
+        """
+        if self.path is None:
             return None
-        return load_yaml(self.path / "config.yaml")[0]
+        place = self.path / "config.yaml"
+        if not place.exists():
+            if any(self.path.glob("checkpoints/step-*")):
+                problem = "the run has checkpoints, and its record of its settings is missing"
+                raise StorageError(problem, place=str(place), fix=_MEND)
+            return None
+        try:
+            return load_yaml(place)[0]
+        except ConfigError as error:
+            got = error.problem if error.got is None else f"{error.problem}: {error.got}"
+            problem = "can't be read as the run's record of its settings"
+            raise StorageError(problem, place=error.place, got=got, fix=_MEND) from None
 
     def read(self, name: str) -> Any:
         """Return a JSON file of the run, or None where it isn't there."""
@@ -252,8 +268,7 @@ def _is_run(path: Path) -> bool:
         if not isinstance(record, dict) or not {"rlhf_core", "id", "started"} <= record.keys():
             raise ValueError("no record of a run")
     except (OSError, ValueError) as error:
-        fix = "put a whole copy of it back, or choose a new directory"
-        raise StorageError("can't be read as a run's record", place=str(place), got=error, fix=fix) from None
+        raise StorageError("can't be read as a run's record", place=str(place), got=error, fix=_MEND) from None
     return True
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,6 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture
 def resume(run: Path, tmp_path: Path) -> Callable[[], Any]:
     """Return what resumes a copy of the run, which lies at `tmp_path`."""
-    import shutil
 
     shutil.copytree(run, tmp_path, dirs_exist_ok=True)
     streaming = bool(read_json(run / "checkpoints" / "step-4" / "state.json")["stream"]["report"])
@@ -106,7 +106,6 @@ FREE = {("optimizer",), ("ranks", 0, "trainer"), ("ranks", 0, "trainer", "window
 
 def test_a_state_of_any_shape_falls_back(run: Path, tmp_path: Path) -> None:
     """Every value of `state.json` in turn becomes one of another type, under a hash that fits."""
-    import shutil
 
     whole = read_json(run / "checkpoints" / "step-4" / "state.json")
     streaming = bool(whole["stream"]["report"])
@@ -147,7 +146,6 @@ JSON = st.recursive(
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(value=JSON, raw=st.binary(max_size=64), use_raw=st.booleans())
 def test_no_manifest_ends_in_another_fault(tmp_path: Path, value: Any, raw: bytes, use_raw: bool) -> None:
-    import shutil
 
     import torch
 
@@ -159,6 +157,14 @@ def test_no_manifest_ends_in_another_fault(tmp_path: Path, value: Any, raw: byte
     (directory / "step-2" / "manifest.json").write_bytes(raw if use_raw else to_json(value))
     checkpoint = manager.load_latest()
     assert checkpoint is not None and checkpoint.step == 1
+
+
+def test_a_number_of_too_many_digits_is_told_in_our_words(tmp_path: Path, resume: Callable[[], Any]) -> None:
+    for step in (2, 4):
+        (tmp_path / "checkpoints" / f"step-{step}" / "manifest.json").write_bytes(b'{"step": ' + b"9" * 5000 + b"}")
+    with pytest.raises(ModelError, match=r"got step 4: a number has 5,000 digits \|") as caught:
+        resume()
+    assert "limit" not in str(caught.value)
 
 
 def test_nothing_to_fall_back_to_is_a_fault_of_the_model(tmp_path: Path, resume: Callable[[], Any]) -> None:
@@ -191,8 +197,21 @@ def test_a_damaged_record_is_named(tmp_path: Path, resume: Callable[[], Any], ki
     (tmp_path / name).write_bytes(content)
     with pytest.raises(RLHFError) as caught:
         resume()
-    assert caught.value.exit_code in (2, 7) and name in str(caught.value)
+    assert caught.value.exit_code == 7 and name in str(caught.value)
+    assert (name != "config.yaml") or "the run's record of its settings" in str(caught.value)
     assert (tmp_path / "checkpoints" / "step-4").is_dir()
+
+
+def test_missing_settings_are_told_and_nothing_is_trained(tmp_path: Path, resume: Callable[[], Any]) -> None:
+    (tmp_path / "config.yaml").unlink()
+    with pytest.raises(
+        StorageError, match=r"config\.yaml: the run has checkpoints, and its record of its settings is missing"
+    ):
+        resume()
+    assert (tmp_path / "checkpoints" / "step-4").is_dir() and not (tmp_path / "config.yaml").exists()
+    # Without a checkpoint there is nothing that they could be compared for.
+    shutil.rmtree(tmp_path / "checkpoints")
+    assert resume().step == 4
 
 
 @pytest.mark.parametrize("content", [b'{"resumed": 3}', b'{"step": "x"}', b'{"resumed": {"a": 1}, "step": []}'])
@@ -218,7 +237,7 @@ def test_a_damaged_row_of_metrics_is_told(
     path.write_bytes(b"".join([lines[0], damage, *lines[2:]]))
     with caplog.at_level(logging.WARNING):
         resume()
-    assert "the rows of 1 steps are damaged and left out: 2" in caplog.text
+    assert "the row of 1 step is damaged and left out: 2" in caplog.text
     assert path.read_bytes() == b"".join([lines[0], *lines[2:]])
     found = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert [event["steps"] for event in found if event["event"] == "metrics_damaged"] == [[2]]
