@@ -8,7 +8,7 @@ from typing import Any
 
 from rlhf_core.data.examples import Parts, parts_of
 from rlhf_core.data.files import Row
-from rlhf_core.data.messages import wrong_type
+from rlhf_core.data.messages import is_dialogue, read_dialogue, wrong_type
 from rlhf_core.data.shapes import ASKING, TEXT, TURNS, Format, Reading, Recogniser, kind_of
 from rlhf_core.data.values import check_sound, is_json
 from rlhf_core.errors import ConfigError, DataError, did_you_mean, nearest, shortened
@@ -86,7 +86,7 @@ class Checker:
                     place=f"dataset.columns.{name}",
                     fix=did_you_mean(name, known),
                 )
-        self.recogniser = Recogniser(self.contract, format, self.columns)
+        self.recogniser = Recogniser(self.contract, format, self.columns, self.ignored)
         self._margin: bool | None = None
         self._complete = False
         """Whether a row before had every column."""
@@ -101,10 +101,6 @@ class Checker:
         reading = self.recogniser.read(self._renamed(row.values), row.place)
         found, values = reading.columns, reading.values
         check_sound({name: value for name, value in values.items() if value is not row.values.get(name)}, row.place)
-        if "messages" in found and values.get("response") is not None:
-            raise DataError(
-                f"has both `{found['messages']}` and `response`", place=row.place, fix="keep the one to imitate"
-            )
         whole = {"messages", "text"} & {*found}
         for name in self.contract.required:
             absent = name not in found and not (whole and name in ("prompt", "response"))
@@ -151,12 +147,12 @@ class Checker:
         if not self.contract.responses:
             return ()
         values = reading.values
+        columns = {name: col for name, col in reading.columns.items() if name != "prompt" or not parts.prompt_inside}
+        used = used - {*reading.columns.values()} | {*columns.values()}
         known = {*self.contract.optional} - {"messages", "text", "input", "system", "tools"} | used | self.ignored
-        texts, same = parts.texts, [values[column] for column in reading.columns.values()]
+        texts, same = parts.texts, [values[column] for column in columns.values()]
         answers = parts.texts[-len(parts.responses) :]
-        asked = [
-            text for name in ("prompt", "input") if isinstance(text := values.get(reading.columns.get(name, "")), str)
-        ]
+        asked = [text for name in ("prompt", "input") if isinstance(text := values.get(columns.get(name, "")), str)]
         asked = [text.strip() for text in asked] or texts[: -len(answers)][-1:]
 
         def is_rendered(text: str) -> bool:
@@ -166,6 +162,8 @@ class Checker:
 
         def repeats(value: Any) -> bool:
             if isinstance(value, str):
+                if is_dialogue(value) and all(turn["content"] in ("", *texts) for turn in read_dialogue(value)):
+                    return True
                 return not (text := value.strip()) or text in texts or is_rendered(text)
             return value in same or (kind_of(value) == "texts" and all(map(repeats, value)))
 

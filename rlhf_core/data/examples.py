@@ -19,6 +19,8 @@ class Parts:
     prompt: Prompt
     responses: tuple[str, ...] | tuple[list[Message], ...]
     tools: list[dict[str, Any]] | None
+    prompt_inside: bool = False
+    """Whether the prompt is the one that the answers begin with, and not the text beside them."""
 
     @property
     def texts(self) -> list[str]:
@@ -52,12 +54,12 @@ def parts_of(reading: Reading, contract: RecordContract, place: str) -> Parts:
     else:
         if tools is None and not row.is_chat():
             return Parts(
-                row.text_prompt(), tuple(_filled(row.of(n), row.name(n), place) for n in contract.responses), None
+                row.text_prompt(), tuple(_filled(row.answer(n), row.name(n), place) for n in contract.responses), None
             )
         prompt, responses = row.chat()
     prompt = row.with_system(prompt)
     _check_prompt(prompt, row, place)
-    return Parts(prompt, tuple(responses), tools)
+    return Parts(prompt, tuple(responses), tools, row.prompt_inside)
 
 
 class _Columns:
@@ -65,12 +67,19 @@ class _Columns:
 
     def __init__(self, reading: Reading, contract: RecordContract, place: str) -> None:
         self.reading, self.contract, self.place = reading, contract, place
+        self.prompt_inside = False
+        """Whether a prompt of text stands aside for the one that the answers begin with."""
 
     def name(self, what: str) -> str:
         return self.reading.columns.get(what, what)
 
     def of(self, what: str) -> Any:
         return self.reading.values.get(self.name(what)) if what in self.reading.columns else None
+
+    def answer(self, what: str) -> Any:
+        """Return an answer, a text without the prompt at its beginning where the answers repeat it."""
+        value = self.of(what)
+        return value[len(self.of("prompt")) :] if self.reading.prompt_repeated else value
 
     def is_chat(self) -> bool:
         """Tell whether any part of the row is more than text."""
@@ -134,7 +143,10 @@ class _Columns:
                         got=f"{_shown(before[-1])}, `{self.name('prompt')}` ends {_shown(asked[-1])}",
                         fix="keep one of them",
                     )
-                asked = before
+                asked, self.prompt_inside = before, isinstance(raw, str)
+        elif len(answers) == 1:
+            shared = _repeated(asked, answers[0])
+            asked, answers = answers[0][:shared] or asked, [answers[0][shared:]]
         for name, answer in zip(self.contract.responses, answers, strict=True):
             _check_response(answer, self.name(name), shared, self.place)
         return asked, answers
@@ -166,7 +178,9 @@ class _Columns:
         return read_messages(value, self.name(what), self.place)
 
     def _answer(self, name: str) -> list[Message]:
-        value = self.of(name)
+        value = self.answer(name)
+        if self.reading.prompt_repeated:
+            value = value.lstrip()
         if isinstance(value, str) and not (self.reading.format == "dialogue" and is_dialogue(value)):
             return [{"role": "assistant", "content": _filled(value, self.name(name), self.place)}]
         if not isinstance(value, str) and kind_of(value) not in (*TURNS, "turn", "empty"):
@@ -174,8 +188,11 @@ class _Columns:
         return self._turns(name)
 
     def _history(self) -> list[Message]:
+        history = self.of("history")
+        if kind_of(history) in (*TURNS, "texts"):
+            return self._turns("history")
         turns: list[Message] = []
-        for question, answer in self.of("history") or []:
+        for question, answer in history or []:
             turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         return turns
 
@@ -201,6 +218,17 @@ class _Columns:
                 fix="give both answers the same prompt, or delete the row",
             )
         return shared
+
+
+def _repeated(asked: Sequence[Message], answer: Sequence[Message]) -> int:
+    """Return how many messages an answer begins with that repeat what is asked, a system turn before it counted in."""
+    for skipped in (0, 1):
+        end = skipped + len(asked)
+        if not asked or len(answer) <= end or (skipped and answer[0]["role"] != "system"):
+            return 0
+        if all(_says_the_same(*both) for both in zip(asked, answer[skipped:end], strict=True)):
+            return end
+    return 0
 
 
 def _says_the_same(one: Message, other: Message) -> bool:

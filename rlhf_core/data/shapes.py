@@ -11,7 +11,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rlhf_core.data.messages import ROLES, is_dialogue, is_plain_message, pair_keys, role_key
+from rlhf_core.data.messages import (
+    ROLES,
+    is_dialogue,
+    is_plain_message,
+    pair_keys,
+    read_dialogue,
+    read_messages,
+    role_key,
+)
 from rlhf_core.errors import DataError
 from rlhf_core.records import RecordContract
 
@@ -51,6 +59,12 @@ ASKING = frozenset(("prompt", "input", "system", *_NAMES["prompt"], *_NAMES["inp
 KNOWN = frozenset((*_NAMES, *(name for names in _NAMES.values() for name in names)))
 """Every name that a column of a row may be recognised by."""
 
+_HISTORY = ("history", "chat_history", "conversation_history")
+"""Columns of turns that go before a prompt."""
+
+_WHOLE_PROMPT = 12
+"""Characters from which on a text at the beginning of an answer is taken as its prompt, and not as words that both share."""
+
 CONVERSATIONS = frozenset(_NAMES["messages"])
 """Names of columns that hold a whole conversation."""
 
@@ -73,7 +87,9 @@ class Reading:
     says: str | None
     """What was taken for what; None where every column bears its own name."""
     prompt_inside: bool
-    """Whether each of the responses begins with the prompt."""
+    """Whether each of the responses begins with the prompt, as messages."""
+    prompt_repeated: bool
+    """Whether each of the responses, which are texts, begins with the text of the prompt."""
     values: Mapping[str, Any]
     """The row, with turns that stood as JSON in a text decoded."""
 
@@ -110,10 +126,13 @@ class Recogniser:
         contract: the record type.
         format: the shape, or `auto`.
         given: `dataset.columns`, already applied to the rows: a message calls a column by its name in the data.
+        ignored: `dataset.ignore_columns`, which don't stand against a conversation, and aren't taken for one.
     """
 
-    def __init__(self, contract: RecordContract, format: Format, given: Mapping[str, str]) -> None:
-        self.contract, self.format, self.given = contract, format, given
+    def __init__(
+        self, contract: RecordContract, format: Format, given: Mapping[str, str], ignored: Iterable[str] = ()
+    ) -> None:
+        self.contract, self.format, self.given, self.ignored = contract, format, given, {*ignored}
 
     def read(self, values: Mapping[str, Any], place: str) -> Reading:
         """Return what the columns are. What the record type needs and the row lacks isn't among them; the checker says so.
@@ -121,12 +140,14 @@ class Recogniser:
         Raises:
             DataError: two columns could be meant, or the row isn't of the format that was asked for.
         """
-        row = _Row(values, self.contract, self.format, self.given, place)
+        row = _Row(values, self.contract, self.format, self.given, place, self.ignored)
         found = self._conversation(row) or self._whole_text(row, asked=True) or self._answered(row)
         missing = [name for name in self.contract.required if name not in found]
         if missing and "messages" not in found:
             found = self._whole_text(row) or found
         format = row.format_of(found)
+        if self.format == "alpaca" and format == "columns":  # Instructions, whose input is null or not there.
+            format = "alpaca"
         if self.format not in ("auto", format) and (not missing or {"messages", "text"} & {*found}):
             raise DataError(
                 f"isn't of the format `{self.format}`",
@@ -134,16 +155,34 @@ class Recogniser:
                 got=f"`{format}` ({row.described()})",
                 fix="set `dataset.format` to what the rows are, or to `auto`",
             )
-        return Reading(format, found, row.says(format, found), row.hold_prompts(found), row.values)
+        inside, repeated = row.hold_prompts(found), row.repeat_prompt(found)
+        return Reading(format, found, row.says(format, found), inside, repeated, row.values)
 
     def _conversation(self, row: _Row) -> dict[str, str]:
-        """Find a whole conversation: the column `messages`, else the one list of turns that ends with an answer."""
+        """Find a whole conversation: the column `messages`, else the one list of turns that ends with an answer.
+
+        A prompt and an answer beside it must repeat one of its turns, or the row could mean either; where the turns bear no
+        name of a conversation, such as few-shot `examples`, the prompt and the answer are the row's own.
+        """
         if "messages" not in self.contract.optional or self.format not in ("auto", *_CHATS):
             return {}
-        answered = "prompt" in row.there and row.find("response", (*TEXT, *TURNS, "turn")) is not None
-        column = row.own("messages") or (None if answered else row.turns(answered=True))
+        column = row.own("messages") if "messages" not in self.ignored else None
+        asked, answer = None, row.guess("response", (), but=[column]) if column and "response" in row.there else None
         if column is None:
-            return {}
+            if "prompt" in row.there and row.find("response", (*TEXT, *TURNS, "turn")) is not None:
+                return {}
+            column = row.turns(answered=True)
+            if column is None:
+                return {}
+            if self.format == "auto":
+                asked, answer = (row.guess(name, TEXT, but=[column]) for name in ("prompt", "response"))
+                if asked and _folded(column) in _HISTORY:
+                    return {}
+                answer = answer if asked else None
+            if answer and _folded(column) not in CONVERSATIONS:
+                return {}
+        if self.format == "auto" and answer and not row.holds(column, asked, answer):
+            raise row.either(column, answer)
         return row.with_context({"messages": column}, [name for name in self.contract.required if name == "label"])
 
     def _answered(self, row: _Row) -> dict[str, str]:
@@ -178,10 +217,16 @@ class _Row:
     """One row's columns by kind."""
 
     def __init__(
-        self, values: Mapping[str, Any], contract: RecordContract, format: Format, given: Mapping[str, str], place: str
+        self,
+        values: Mapping[str, Any],
+        contract: RecordContract,
+        format: Format,
+        given: Mapping[str, str],
+        place: str,
+        ignored: set[str],
     ) -> None:
         self.values = _decoded(values)
-        self.contract, self.format, self.given, self.place = contract, format, given, place
+        self.contract, self.format, self.given, self.place, self.ignored = contract, format, given, place, ignored
         self.kinds = {str(name): kind_of(value) for name, value in self.values.items()}
         self.there = {name for name, kind in self.kinds.items() if kind != "null"}
         self.folded = {_folded(name): name for name in reversed(self.kinds) if name in self.there}
@@ -211,6 +256,35 @@ class _Row:
             raise self._ambiguous(others, name)
         return others[0] if others else None
 
+    def guess(self, name: str, kinds: Iterable[str], *, but: Iterable[str | None]) -> str | None:
+        """Return what `find` does, and None where several could be meant or the column is to be ignored."""
+        if name in self.ignored:
+            return None
+        try:
+            return self.find(name, kinds, but=[*(column for column in but if column), *self.ignored])
+        except DataError:
+            return None
+
+    def holds(self, column: str, asked: str | None, answer: str) -> bool:
+        """Tell whether a conversation holds an answer, behind what is asked where a column says that."""
+        turns = self.values[column]
+        if self.kind(column) not in TURNS or not isinstance(self.values[answer], str):
+            return False
+        said = [(turn["role"], turn["content"].strip()) for turn in read_messages(turns, column, self.place)]
+        wanted = [("assistant", self.values[answer].strip())]
+        if asked is not None:
+            wanted.insert(0, ("user", self.values[asked].strip()))
+        return any(said[at : at + len(wanted)] == wanted for at in range(len(said)))
+
+    def either(self, column: str, answer: str) -> DataError:
+        """Return the fault of a row that holds a conversation and another answer."""
+        return DataError(
+            f"has both `{column}` and `{answer}`, which isn't in it",
+            place=self.place,
+            fix="say which to imitate: set `dataset.format` to `columns` or `messages` (`sharegpt`, `pairs`), or list the other"
+            " in `dataset.ignore_columns`",
+        )
+
     def add(self, found: dict[str, str], name: str, kinds: Iterable[str] = ()) -> None:
         column = self.find(name, kinds, but=found.values())
         if column is not None:
@@ -229,8 +303,9 @@ class _Row:
         instructs = self.format == "auto" and self.shown(prompt).casefold() not in ("prompt", "input", "inputs")
         if instructs or self.format == "alpaca" or "input" in self.given:
             self.add(found, "input", TEXT)
-            if self.kind("history") == "list" and _is_history(self.values["history"]):
-                found["history"] = "history"
+        history = next((self.folded[name] for name in _HISTORY if name in self.folded), None)
+        if history is not None and history not in self.ignored and _is_history(self.values[history]):
+            found["history"] = history
         return found
 
     def turns(self, *, answered: bool = False, but: Iterable[str] = ()) -> str | None:
@@ -238,7 +313,7 @@ class _Row:
 
         `answered` asks for turns that end with an answer, `but` leaves columns aside.
         """
-        apart = {"chosen", "rejected", *but}
+        apart = {"chosen", "rejected", *but, *self.ignored}
         lists = [
             name
             for name, kind in self.kinds.items()
@@ -248,6 +323,8 @@ class _Row:
         named = [name for name in named if name not in apart and self.kind(name) in (*_CHATS, "empty")]
         if named:
             return named[0]
+        if len(lists) > 1:
+            lists = [name for name in lists if _folded(name) not in _HISTORY]
         if len(lists) > 1:
             raise self._ambiguous(lists, "messages")
         return lists[0] if lists else None
@@ -264,9 +341,25 @@ class _Row:
         if len(answers) < 2:
             return False
         if kinds == {"dialogue"}:
-            return self.own("prompt") is None and self.format in ("auto", "dialogue")
+            if self.format not in ("auto", "dialogue"):
+                return False
+            # Answers to a prompt that are dialogues themselves have nothing in common.
+            return self.own("prompt") is None or _begin_alike(self.values[column] for column in answers)
         return kinds <= set(TURNS) and any(
             self.kind(column) == "pairs" or not _answers(self.values[column][0]) for column in answers
+        )
+
+    def repeat_prompt(self, found: Mapping[str, str]) -> bool:
+        """Tell whether all answers are texts that begin with the whole text of the prompt, and go on behind it."""
+        prompt = self.values.get(found.get("prompt", ""))
+        answers = [self.values[found[name]] for name in self.contract.responses if name in found]
+        if not isinstance(prompt, str) or len(prompt.strip()) < _WHOLE_PROMPT or not answers:
+            return False
+        if "input" in found and str(self.values[found["input"]]).strip():
+            return False
+        return not self.hold_prompts(found) and all(
+            isinstance(answer, str) and answer.startswith(prompt) and answer[len(prompt) :].strip()
+            for answer in answers
         )
 
     def format_of(self, found: Mapping[str, str]) -> Format:
@@ -280,15 +373,22 @@ class _Row:
             return "dialogue" if "dialogue" in kinds else turns or "messages"
         if turns is not None:
             return turns
-        if "prompt" not in found and kinds == {"dialogue"} and self.hold_prompts(found):
+        if "dialogue" in kinds and self.hold_prompts(found):
             return "dialogue"
-        return "messages" if "turn" in kinds else "alpaca" if {"input", "history"} & {*found} else "columns"
+        if "turn" in kinds:
+            return "messages"
+        instructs = (
+            "history" in found and self.shown(found["prompt"]).casefold() != "prompt" and self.format != "columns"
+        )
+        return "alpaca" if "input" in found or instructs else "columns"
 
     def says(self, format: Format, found: Mapping[str, str]) -> str | None:
         """Return what was taken for what, or None where each column bears its own name, or the one that the user gave."""
         own = all(name == column for name, column in found.items())
         words_for_label = self._label_form(found)
-        if format in ("columns", "messages") and own and words_for_label is None and not self.hold_prompts(found):
+        repeated = self.repeat_prompt(found)
+        plain = format in ("columns", "messages") and own and words_for_label is None
+        if plain and not repeated and not self.hold_prompts(found):
             return None
         parts = []
         for name in sorted(found, key=_ORDER.index):
@@ -302,8 +402,9 @@ class _Row:
             if format != "columns" or text != f"`{shown}`":
                 parts.append(text)
         inside = ", with their prompts inside" if "prompt" not in found and self.hold_prompts(found) else ""
+        inside += ", without the prompt that the answers begin with" if repeated else ""
         one = "column " if len(parts) == 1 and format != "columns" else ""
-        return f"{_WORDS[format]}{inside}: {one}{', '.join(parts)}"
+        return f"{_WORDS[format]}{inside}" + (f": {one}{', '.join(parts)}" if parts else "")
 
     def _label_form(self, found: Mapping[str, str]) -> str | None:
         label = self.values[found["label"]] if "label" in found else "desirable"
@@ -372,7 +473,15 @@ def _answers(turn: Any) -> bool:
     return pair_keys(turn) is not None if key is None else ROLES.get(turn[key].casefold()) in ("assistant", "call")
 
 
+def _begin_alike(dialogues: Iterable[str]) -> bool:
+    return len({read_dialogue(text)[0]["content"] for text in dialogues}) == 1
+
+
 def _is_history(value: Any) -> bool:
+    """Tell whether a value holds earlier turns: pairs of a question and its answer, messages, or texts of both in turn."""
+    kind = kind_of(value)
+    if kind != "list":
+        return kind in TURNS or (kind == "texts" and len(value) % 2 == 0)
     return all(
         isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(t, str) for t in turn) for turn in value
     )

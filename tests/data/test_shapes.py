@@ -340,7 +340,8 @@ def test_arrow_fills_in_what_other_rows_have(tiny):
         ("sft", {"messages": [U, {**A, "weight": 0}]}, "every assistant turn has weight 0"),
         ("sft", {"messages": [S, U, A], "system": "other"}, "has both a system turn and a column `system`, which differ"),
         ("sft", {"messages": [U, A], "tools": "not JSON"}, "`tools` must be a list of mappings, or the JSON of one; got str"),
-        ("sft", {"prompt": [U], "completion": [U, A]}, "`completion` must begin with an assistant turn; got `completion[0]`"),
+        ("sft", {"prompt": [U], "completion": [{**U, "content": "ho"}, A]},
+         "`completion` must begin with an assistant turn; got `completion[0]`"),
         ("preference", {"chosen": [U, A], "rejected": [{**U, "content": "ho"}, N]},
          "differ before the assistant speaks, at message 0; got `chosen[0]` is user: 'hi', `rejected[0]` is user: 'ho'"),
         ("preference", {"chosen": [U, A, U, A], "rejected": [U, A, {**U, "content": "ho"}, N]}, "at message 2; got `chosen[2]`"),
@@ -377,7 +378,9 @@ def test_the_format_is_fixed_by_an_option(tiny):
     assert words(tiny, {"conversations": TURNS}, format="sharegpt") == [CHAT]
     pair = {"chosen": "Human: hi\n\nAssistant: yo", "rejected": "Human: hi\n\nAssistant: no"}
     assert words(tiny, pair, "preference", format="dialogue") == CHOSEN
-    assert words(tiny, {"prompt": "a", **pair}, "preference")[0] == "<|bos|>a«Human: hi\n\nAssistant: yo<|end|>»"
+    assert words(tiny, {"prompt": "hi", **pair}, "preference", strict=True) == CHOSEN
+    other = {"prompt": "a", **pair, "rejected": "Human: ho\n\nAssistant: no"}
+    assert words(tiny, other, "preference")[0] == "<|bos|>a«Human: hi\n\nAssistant: yo<|end|>»"
 
 
 def test_columns_name_what_the_shape_leaves_open(tiny):
@@ -458,3 +461,81 @@ def test_a_mapped_column_that_no_row_has_is_refused(tiny, streaming):
     assert "`dataset.columns.system`: did you mean `system`?" in str(caught.value)
     some = [*rows, {"prompt": "a", "response": "b", "sytem": "be"}]
     list(DataStream(opened(tiny, some, columns={"system": "sytem"}, streaming=streaming), batch_size=1))
+
+
+ASKED = "\n\nHuman: hi\n\nAssistant:"
+
+
+def test_a_prompt_at_the_beginning_of_the_answers_is_cut(tiny):
+    row = {"prompt": ASKED, "chosen": ASKED + " yo", "rejected": ASKED + " no"}
+    assert words(tiny, row, "preference", strict=True) == CHOSEN
+    row = {"prompt": "What is 2 + 3?", "chosen": "What is 2 + 3? It is 5.", "rejected": "What is 2 + 3? It is 6."}
+    assert words(tiny, row, "preference") == [f"<|bos|>What is 2 + 3?« It is {n}.<|end|>»" for n in (5, 6)]
+    said = "columns, without the prompt that the answers begin with"
+    assert example(row, "preference").read_as == said
+    assert example({**row, "rejected": "It is 6."}, "preference").responses[0] == row["chosen"]
+    assert example({"prompt": "Yes", "chosen": "Yes, sir", "rejected": "Yes"}, "preference").read_as is None
+    one = {"prompt": row["prompt"], "response": row["chosen"]}
+    assert words(tiny, one) == ["<|bos|>What is 2 + 3?« It is 5.<|end|>»"] and example(one).read_as == said
+    assert example({**one, "system": "be"}).responses[0] == [{"role": "assistant", "content": "It is 5."}]
+
+
+def test_a_prompt_of_messages_at_the_beginning_of_an_answer_is_cut(tiny):
+    for prompt in ([U], "hi"):
+        assert words(tiny, {"prompt": prompt, "completion": [U, A], "label": True}) == [CHAT]
+        assert example({"prompt": prompt, "completion": [U, A], "label": True}, "unpaired").prompt == [U]
+    assert example({"prompt": [U], "completion": [S, U, A]}).prompt == [S, U]
+
+
+def test_a_prompt_beside_answers_that_hold_another_is_named(tiny):
+    row = {"prompt": "what?", "chosen": [U, A], "rejected": [U, N]}
+    assert words(tiny, row, "preference") == CHOSEN
+    assert example(row, "preference").unused == ("prompt",)
+    assert "has columns that nothing uses; got `prompt`" in fault(tiny, row, "preference", strict=True)
+    assert example({**row, "prompt": "hi"}, "preference").unused == ()
+    dialogues = {"prompt": ASKED, "chosen": ASKED + " yo", "rejected": ASKED + " no"}
+    assert example(dialogues, "preference").unused == ()
+    assert example({**dialogues, "prompt": "ho"}, "preference").unused == ("prompt",)
+
+
+FEW = [{"input": "x", "output": "y"}]
+
+
+def test_turns_beside_a_question_and_its_answer(tiny):
+    row = {"instruction": "Add 1", "output": "ok 1", "examples": FEW}
+    assert words(tiny, row) == ["<|bos|>Add 1«ok 1<|end|>»"] and example(row).unused == ("examples",)
+    assert words(tiny, {"query": "q", "answer": "a", "history": [U, A]}) == [
+        f"<|bos|>{SAID}yo<|end|><|user|>q<|end|><|assistant|>«a<|end|>»"
+    ]
+    error = fault(tiny, {"query": "q", "history": [U, A]})
+    assert "no column `response`" in error
+
+
+def test_magpie_rows_are_conversations_that_say_it_twice(tiny):
+    row = {"instruction": "hi", "response": "yo", "conversations": TURNS}
+    assert words(tiny, row, strict=True) == [CHAT]
+    assert words(tiny, {"messages": [U, A], "response": "yo"}, strict=True) == [CHAT]
+    other = {**row, "response": "other"}
+    error = fault(tiny, other)
+    assert "has both `conversations` and `response`, which isn't in it" in error and "`dataset.ignore_columns`" in error
+    assert words(tiny, other, format="sharegpt") == [CHAT]
+    assert words(tiny, other, format="columns") == ["<|bos|>hi«other<|end|>»"]
+    assert words(tiny, other, ignore_columns=["response", "instruction"], strict=True) == [CHAT]
+    assert words(tiny, other, ignore_columns=["conversations"], strict=True) == ["<|bos|>hi«other<|end|>»"]
+
+
+@pytest.mark.parametrize(
+    "history",
+    [[["hi", "yo"]], [{"user": "hi", "assistant": "yo"}], [U, A], TURNS, ["hi", "yo"]],
+)
+@pytest.mark.parametrize("asked", ["prompt", "instruction"])
+def test_history_goes_before_any_text_prompt(tiny, history, asked):
+    row = {asked: "q", "response": "a", "history": history}
+    expected = [f"<|bos|>{SAID}yo<|end|><|user|>q<|end|><|assistant|>«a<|end|>»"]
+    assert words(tiny, row, strict=True) == expected
+    assert example({asked: "q", "chat_history": history}, "prompt").prompt[:-1] == [U, A]
+
+
+def test_alpaca_rows_without_an_input_are_alpaca(tiny):
+    for row in ({"instruction": "do", "input": None, "output": "yo"}, {"instruction": "do", "output": "yo"}):
+        assert words(tiny, row, format="alpaca") == ["<|bos|>do«yo<|end|>»"]
