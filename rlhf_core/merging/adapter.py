@@ -172,7 +172,12 @@ class AdapterCheckpoint(Checkpoint):
         if odd is None and start not in _KEEPS_BASE:
             odd = f"init_lora_weights: {start}, which changes the base"
         if odd is not None:
-            raise ModelError("only LoRA and DoRA adapters are folded while merging", place=name, got=odd, fix=_FOLD)
+            fix: str | None = _FOLD
+            if given.get("lora_bias"):
+                fix = f"where the base's layers have biases to add them to, {_FOLD}; else it stays an adapter"
+            elif any(given.get(key) for key in ("alora_invocation_tokens", "arrow_config")):
+                fix = None  # peft doesn't fold these either
+            raise ModelError("only LoRA and DoRA adapters are folded while merging", place=name, got=odd, fix=fix)
 
     # What the adapter's tensors belong to
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from rlhf_core.errors import ConfigError
 from rlhf_core.infra.tensors import raw_header
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,13 @@ _FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "
 
 
 def frozen_dtype(precision: str, frozen: Precision) -> torch.dtype:
-    """Return the type that frozen weights are held in, for products of a precision."""
+    """Return the type that frozen weights are held in, for products of a precision.
+
+    Raises:
+        ConfigError: weights of 16 bits are to be read by products of 32.
+    """
+    if precision == "float32" and frozen in ("bf16", "fp16"):
+        raise ConfigError(f"frozen_precision {frozen} needs products of 16 bits: set precision too", place="config")
     return DTYPES[precision if frozen == "auto" else frozen]
 
 

@@ -16,6 +16,7 @@ from rlhf_core.errors import ConfigError, ModelError
 from rlhf_core.infra.model_files import PROCESS_REWARD_HEAD, REWARD_HEAD
 from rlhf_core.infra.seeds import stream_seed
 from rlhf_core.models.adapters import AdapterUse
+from rlhf_core.models.attention import Kernel
 from rlhf_core.models.heads import (
     NO_HEAD,
     TwoLayerHead,
@@ -28,7 +29,7 @@ from rlhf_core.models.heads import (
 from rlhf_core.models.loading import load_model
 from rlhf_core.models.precision import Precision, frozen_dtype
 from rlhf_core.models.reward import last_hidden, refuse_quantised
-from rlhf_core.models.sequence import SequenceModel, model_hashes
+from rlhf_core.models.sequence import LayoutName, SequenceModel, model_hashes
 from rlhf_core.models.steps import step_ends
 
 HEAD = PROCESS_REWARD_HEAD
@@ -65,7 +66,12 @@ class ProcessRewardModel(nn.Module):
         precision: str = "float32",
         frozen_precision: Precision = "auto",
         frozen: bool = False,
-        **options: Any,
+        attention: Kernel = "auto",
+        save_precision: Precision = "auto",
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
+        layout: LayoutName = "auto",
+        share_prompts: bool = True,
     ) -> Self:
         """Load what `save_pretrained` wrote.
 
@@ -74,13 +80,15 @@ class ProcessRewardModel(nn.Module):
             separator: text that ends a step; None takes what the checkpoint was trained with, or a line's end.
             seed: of a new head.
             frozen: whether the model is only read: none of its weights can be trained, and all are held as frozen ones are.
-            options: those of `PolicyModel.from_pretrained`.
+
+        The other options are those of `PolicyModel.from_pretrained`.
 
         Raises:
             ModelError: the head is missing, or its width isn't the backbone's.
             ConfigError: another separator is asked for than the checkpoint was trained with.
         """
         refuse_quantised(lora)
+        hold = frozen_dtype(precision, frozen_precision)
         where = head_directory(source, HEAD)
         if where is None and not new_head:
             fix = "train one: `rlhf train process_reward`"
@@ -92,7 +100,7 @@ class ProcessRewardModel(nn.Module):
             lora=lora,
             trust_remote_code=trust_remote_code,
             adapter=adapter,
-            hold=frozen_dtype(precision, frozen_precision),
+            hold=hold,
             frozen=frozen,
         )
         backbone = SequenceModel.of(loaded, source).without_head()
@@ -109,7 +117,17 @@ class ProcessRewardModel(nn.Module):
             model.to(device)
         if frozen:
             model.requires_grad_(False).eval()
-        backbone.set_options(lora=lora, precision=precision, frozen_precision=frozen_precision, **options)
+        backbone.set_options(
+            attention=attention,
+            precision=precision,
+            lora=lora,
+            frozen_precision=frozen_precision,
+            save_precision=save_precision,
+            gradient_checkpointing=gradient_checkpointing,
+            compile=compile,
+            layout=layout,
+            share_prompts=share_prompts,
+        )
         return model
 
     @classmethod

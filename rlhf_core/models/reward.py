@@ -17,6 +17,7 @@ from rlhf_core.errors import ConfigError, ModelError
 from rlhf_core.infra.model_files import PROCESS_REWARD_HEAD, REWARD_HEAD
 from rlhf_core.infra.seeds import stream_seed
 from rlhf_core.models.adapters import AdapterUse, trained_module
+from rlhf_core.models.attention import Kernel
 from rlhf_core.models.heads import (
     NO_HEAD,
     LinearHead,
@@ -30,7 +31,7 @@ from rlhf_core.models.heads import (
 from rlhf_core.models.layout import Layout
 from rlhf_core.models.loading import architecture, load_model
 from rlhf_core.models.precision import Precision, frozen_dtype
-from rlhf_core.models.sequence import SequenceModel, model_hashes
+from rlhf_core.models.sequence import LayoutName, SequenceModel, model_hashes
 
 HEAD = REWARD_HEAD
 MOST_MEMBERS = 64
@@ -75,7 +76,12 @@ class RewardModel(nn.Module):
         precision: str = "float32",
         frozen_precision: Precision = "auto",
         frozen: bool = False,
-        **options: Any,
+        attention: Kernel = "auto",
+        save_precision: Precision = "auto",
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
+        layout: LayoutName = "auto",
+        share_prompts: bool = True,
     ) -> Self:
         """Load what `save_pretrained` wrote, or a decoder of the hub with a classification head of one label.
 
@@ -85,35 +91,44 @@ class RewardModel(nn.Module):
             new_head: give a checkpoint without a head new ones, for training; without it, that is an error.
             seed: of new heads, member by member.
             frozen: whether the model is only read: none of its weights can be trained, and all are held as frozen ones are.
-            options: those of `PolicyModel.from_pretrained`.
+
+        The other options are those of `PolicyModel.from_pretrained`.
 
         Raises:
             ModelError: the head is missing, or its width isn't the backbone's.
             ConfigError: another number of members is asked for than the checkpoint has.
         """
         refuse_quantised(lora)
+        hold = frozen_dtype(precision, frozen_precision)
         where = head_directory(source, HEAD)
         settings: dict[str, Any] = {"lora": lora, "trust_remote_code": trust_remote_code}
-        settings |= {"adapter": adapter, "hold": frozen_dtype(precision, frozen_precision), "frozen": frozen}
+        settings |= {"adapter": adapter, "hold": hold, "frozen": frozen}
         if where is not None:
             model = cls._saved(where, source, settings)
         elif architecture(source, trust_remote_code=trust_remote_code).endswith("ForSequenceClassification"):
             model = cls._classifier(str(source), settings)
         elif new_head:
-            warn_of_other_head(source, PROCESS_REWARD_HEAD)
-            backbone = SequenceModel.of(load_model(source, headless=True, **settings), source).without_head()
-            model = cls.on(backbone, members=members or 1, share_backbone=share_backbone is not False, seed=seed)
+            model = cls._new(source, members or 1, share_backbone is not False, seed, settings)
         else:
-            raise ModelError(
-                NO_HEAD, place=str(source), got=f"no {HEAD}.json", fix="train one: `rlhf train reward_model`"
-            )
+            fix = "train one: `rlhf train reward_model`"
+            raise ModelError(NO_HEAD, place=str(source), got=f"no {HEAD}.json", fix=fix)
         model.check_members(members, share_backbone)
         if device is not None:
             model.to(device)
         if frozen:
             model.requires_grad_(False).eval()
         for backbone in model._backbones:
-            backbone.set_options(lora=lora, precision=precision, frozen_precision=frozen_precision, **options)
+            backbone.set_options(
+                attention=attention,
+                precision=precision,
+                lora=lora,
+                frozen_precision=frozen_precision,
+                save_precision=save_precision,
+                gradient_checkpointing=gradient_checkpointing,
+                compile=compile,
+                layout=layout,
+                share_prompts=share_prompts,
+            )
         return model
 
     @classmethod
@@ -138,6 +153,12 @@ class RewardModel(nn.Module):
         model = cls(backbones, heads, centred=about.get("centred") is True)
         fill_head(where, HEAD, model.heads)
         return model
+
+    @classmethod
+    def _new(cls, source: str | Path, members: int, share_backbone: bool, seed: int, settings: dict[str, Any]) -> Self:
+        warn_of_other_head(source, PROCESS_REWARD_HEAD)
+        backbone = SequenceModel.of(load_model(source, headless=True, **settings), source).without_head()
+        return cls.on(backbone, members=members, share_backbone=share_backbone, seed=seed)
 
     @staticmethod
     def _load_backbone(where: str | Path, settings: dict[str, Any]) -> SequenceModel:

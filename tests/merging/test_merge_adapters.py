@@ -159,7 +159,11 @@ def test_kinds_of_adapters(name: str, tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"target_modules": ["q_proj", "embed_tokens"], "use_dora": True}, "DoRA of `model.embed_tokens.weight`"),
-        ({"target_modules": ["q_proj"], "lora_bias": True}, "LoRA with biases"),
+        (
+            {"target_modules": ["q_proj"], "lora_bias": True},
+            "LoRA with biases; fix: where the base's layers have biases",
+        ),
+        ({"target_modules": ["q_proj"], "alora_invocation_tokens": [5, 6]}, "activated LoRA$"),
         ({"target_modules": ["q_proj"], "layer_replication": [[0, 1], [0, 1]]}, "layers that the adapter replicates"),
     ],
 )

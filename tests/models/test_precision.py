@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rlhf_core import registry
 from rlhf_core.config import LoraConfig, TrainerConfig
 from rlhf_core.errors import ConfigError
-from rlhf_core.models import PolicyModel, RewardModel
+from rlhf_core.models import PolicyModel, ProcessRewardModel, RewardModel
 from rlhf_core.testing.tiny import VOCAB_SIZE, save_tiny, tiny_model, tiny_tokenizer
 
 ROWS = [{"prompt": f"{a}+{b}=", "response": str(a + b)} for a in range(4) for b in range(4)]
@@ -296,3 +296,13 @@ def test_an_adapter_on_16_bits_is_folded_in_float32_and_rounded_once(bf16: Path,
     exact = layer.base_layer.weight.float() + layer.get_delta_weight("default")
     found = T.AutoModelForCausalLM.from_pretrained(tmp_path / "whole").model.layers[0].self_attn.q_proj.weight
     assert found.dtype == torch.bfloat16 and torch.equal(found, exact.bfloat16())
+
+
+@pytest.mark.parametrize("kind", [PolicyModel, RewardModel, ProcessRewardModel])
+def test_frozen_weights_narrower_than_products_are_refused_as_in_a_run(kind: Any) -> None:
+    with pytest.raises(ConfigError) as of_run:
+        TrainerConfig.parse({"frozen_precision": "bf16"})
+    options = {"new_head": True} if kind is not PolicyModel else {}
+    with pytest.raises(ConfigError) as of_model:
+        kind.from_pretrained("nowhere", lora=LoraConfig(), frozen_precision="bf16", **options)
+    assert of_model.value.line() == of_run.value.line()

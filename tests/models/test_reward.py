@@ -265,6 +265,12 @@ def test_every_members_files_count(causal: Path, tmp_path: Path) -> None:
     assert {"model.safetensors", "member-1/model.safetensors", "reward_head.safetensors"} <= before.keys()
 
 
+@pytest.mark.parametrize("kind", [RewardModel, ProcessRewardModel])
+def test_an_unknown_option_is_told_before_a_model_is_loaded(kind: Any) -> None:
+    with pytest.raises(TypeError, match=r"from_pretrained\(\) got an unexpected keyword argument 'bogus'"):
+        kind.from_pretrained("nowhere", new_head=True, bogus=1)
+
+
 def test_a_quantised_base_is_refused(causal: Path) -> None:
     with pytest.raises(ConfigError, match="aren't trained on a quantised base"):
         RewardModel.from_pretrained(causal, new_head=True, lora=LoraConfig(quantize="4bit"))
