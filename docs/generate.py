@@ -45,7 +45,7 @@ def readme() -> str:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
-    lines = ["", "| kind | name | what it does | rows it eats |", "|---|---|---|---|"]
+    lines = ["", "| kind | name | what it does | rows it reads |", "|---|---|---|---|"]
     for kind in KINDS:
         lines += [f"| {kind} | `{p.name}` | {p.summary} | {p.record or '—'} |" for p in own_plugins(kind)]
     return before + BEGIN + "\n".join(lines) + "\n\n" + END + after
@@ -82,7 +82,7 @@ def configuration() -> str:
             or info.default != shared[field].default
             or info.annotation != shared[field].annotation
         ]
-        lines += ["", f"## `{plugin.name}`", "", f"{plugin.summary} Eats `{plugin.record}` rows.", ""]
+        lines += ["", f"## `{plugin.name}`", "", f"{plugin.summary} Reads `{plugin.record}` rows.", ""]
         lines += option_table(config, only=own) if own else ["It has no options beyond those of every trainer."]
         for name, group in groups(config):
             if name in own:

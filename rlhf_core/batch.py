@@ -52,7 +52,7 @@ class Batch:
     owner: Tensor
     """(R,) long: the prompt that each response answers."""
     loss_mask: Tensor
-    """(R, T) bool: the response tokens that are learnt or scored; False beyond each length."""
+    """(R, T) bool: the response tokens that are in the loss or scored; False beyond each length."""
     rows: tuple[int, ...]
     """The row number of each prompt in its data, for messages and caches."""
     per_prompt: Mapping[str, Tensor] = field(default_factory=dict)

@@ -28,7 +28,7 @@ class Plugin:
     """One plugin, as it is listed.
 
     `status` is `ok`, `conflict` (another distribution offers the same name), `disabled`, `broken` or `wrong-api`; `reason` is
-    empty where it is `ok`. `record` is the row contract that a trainer eats.
+    empty where it is `ok`. `record` is the record type of a trainer's rows.
     """
 
     kind: str
@@ -57,7 +57,7 @@ def installed(kinds: Iterable[str]) -> dict[str, list[Plugin]]:
     origins: dict[int, tuple[str, str]] = {}
     for entry in _entry_points(groups):
         assert entry.dist is not None  # those found through distributions carry theirs
-        # Each look at a distribution's name or version parses its metadata anew.
+        # Each look at a distribution's name or version parses its metadata again.
         origin = origins.get(id(entry.dist)) or (entry.dist.name, entry.dist.version)
         origins[id(entry.dist)] = origin
         plugin = _read(groups[entry.group], entry.name, entry.value, *origin)

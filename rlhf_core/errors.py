@@ -71,7 +71,7 @@ class ConfigError(RLHFError):
 
 
 class DataError(RLHFError):
-    """Input data that break their contract."""
+    """Input data that break their record type."""
 
     code, exit_code = "data", 3
 

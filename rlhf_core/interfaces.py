@@ -52,7 +52,7 @@ class Seam:
     index: int = 0
     """Which of these values is this process's."""
     evaluating: bool = False
-    """Whether experience is made of held-out rows, to be scored and not learnt from."""
+    """Whether experience is made of held-out rows, to be scored and not trained on."""
     score: Callable[[Batch, Callable[[Batch], Tensor]], Tensor] = lambda batch, score: score(batch)
     """A function's scores of a batch's responses, computed in micro-batches that fit in memory."""
 
@@ -65,7 +65,7 @@ class Trainer(ABC, Generic[ConfigT]):
 
     api: ClassVar[int]
     record: ClassVar[str]
-    """The row contract that it eats: a name in `rlhf_core.records.RECORDS`."""
+    """The record type of its rows: a name in `rlhf_core.records.RECORDS`."""
     stage: ClassVar[TrainingStage]
     Config: ClassVar[type[TrainerConfig]]
     trains: ClassVar[tuple[str, ...]] = ("policy",)
@@ -100,7 +100,7 @@ class Trainer(ABC, Generic[ConfigT]):
         Args:
             config: options of the method; its defaults where None.
             model: a path, a hub name, or a loaded `PolicyModel`.
-            data: rows of the contract `record`: a path, several paths, a hub name, a `datasets` object, or a list of rows.
+            data: rows of the record type `record`: a path, several paths, a hub name, a `datasets` object, or a list of rows.
             eval_data: rows held out, scored during training.
             output: the run directory. None keeps nothing on disk, so such a run can't be resumed.
 

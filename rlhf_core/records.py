@@ -1,7 +1,7 @@
-"""The row contracts: what one line of a data file holds, by name.
+"""The record types: what one line of a data file holds, by name.
 
-A method names the contract that it eats (`Trainer.record`); the data layer checks each row against it and turns it into
-token ids. Columns that a contract does not name are kept and reach the method and its rewards.
+A method names the record type of its rows (`Trainer.record`); the data layer checks each row against it and turns it into
+token ids. Columns that a record type does not name are kept and reach the method and its rewards.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Label = Literal["desirable", "undesirable"]
 class RecordContract:
     """What a row of one record type holds.
 
-    `required` and `optional` name columns; `responses` names the columns that hold text to be learnt from or scored, in
+    `required` and `optional` name columns; `responses` names the columns that hold text to train on or to score, in
     the order in which they stand in a batch.
     """
 
@@ -47,8 +47,8 @@ class RecordContract:
 
 
 RECORDS: dict[str, RecordContract] = {
-    contract.name: contract
-    for contract in (
+    kind.name: kind
+    for kind in (
         RecordContract(
             "sft", ("prompt", "response"), ("messages", "text", "input", "system", "tools"), ("response",),
             "a prompt and the response to imitate; or `messages`, every assistant turn in the loss; or `text`, all in the loss",

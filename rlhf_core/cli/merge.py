@@ -68,7 +68,7 @@ def merge(
     configuration file is flat: method, base, models (each a name, or model, weight and its own options), output, then the
     method's options by name. Each is also a flag, which wins over the file; so are dtype, tokenizer, shard_size, threads,
     device, seed, hash_inputs, and `--compat mergekit` for its definitions. `rlhf show METHOD` lists a method's options. Files of
-    mergekit are read unchanged. A merge that was killed goes on with --resume.
+    mergekit are read unchanged. A merge that was killed is continued by --resume.
 
     `rlhf merge --diff A B` shows the distances between two checkpoints by layer.
     """
@@ -87,7 +87,7 @@ def merge(
         )
     if resume and overwrite:
         raise ConfigError(
-            "a merge is either continued or begun anew", place="--resume and --overwrite", fix="choose one"
+            "a merge is either continued or started over", place="--resume and --overwrite", fix="choose one"
         )
     with quick_imports():
         from rlhf_core.infra import setup_logging
@@ -218,7 +218,7 @@ def _state(recipe: Recipe, resume: bool, overwrite: bool) -> str:
         return ""
     output = Path(recipe.config.output).expanduser()
     if unfinished(output).is_dir():
-        return " (an unfinished merge is there: " + ("continued)" if resume else "begun anew without --resume)")
+        return " (an unfinished merge is there: " + ("continued)" if resume else "started over without --resume)")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         return " (replaced)" if overwrite else " (not empty: needs --overwrite)"
     return " (new)"

@@ -49,7 +49,7 @@ def show(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
-    """Show one method: where it comes from, the rows that it eats, its own options. Imports none of it, but with --all."""
+    """Show one method: where it comes from, the record type of its rows, its own options. Imports none of it, but with --all."""
     from rlhf_core import registry
     from rlhf_core.header import HeaderError, read_header, read_options
 
@@ -112,5 +112,5 @@ def schema(name: Name) -> None:
 def _record(plugin: Plugin) -> str:
     from rlhf_core.records import RECORDS
 
-    contract = RECORDS.get(plugin.record or "")
-    return f"{contract.name} ({', '.join(contract.required)}): {contract.summary}" if contract else ""
+    record = RECORDS.get(plugin.record or "")
+    return f"{record.name} ({', '.join(record.required)}): {record.summary}" if record else ""

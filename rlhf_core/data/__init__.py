@@ -47,7 +47,7 @@ _BY_RECORD = {
 
 
 def open_dataset(data: Any, record: str, tokenizer: PreTrainedTokenizerBase, *, config: TrainerConfig) -> EncodedData:
-    """Open and check `data` as rows of the contract `record`: map-style, or streaming where the configuration says so.
+    """Open and check `data` as rows of the record type `record`: map-style, or streaming where the configuration says so.
 
     Args:
         data: a path, several paths, a hub name, a `datasets` object, or a list of rows.
@@ -56,8 +56,8 @@ def open_dataset(data: Any, record: str, tokenizer: PreTrainedTokenizerBase, *, 
         config: its `max_length` and `dataset` options are used.
 
     Raises:
-        DataError: the data break their contract.
-        ConfigError: an option is wrong, or there is no such contract.
+        DataError: the data break their record type.
+        ConfigError: an option is wrong, or there is no such record type.
         ModelError: the tokenizer lacks what the data need.
     """
     if record not in _BY_RECORD:

@@ -26,10 +26,10 @@ Position = list[Any]
 
 
 class EncodedData(ABC):
-    """Rows of one record contract as token ids, walked epoch by epoch in an order that is a function of the seed."""
+    """Rows of one record type as token ids, walked epoch by epoch in an order that is a function of the seed."""
 
     records: ClassVar[tuple[str, ...]]
-    """The contracts that it reads; the first is the default."""
+    """The record types that it reads; the first is the default."""
     streaming: ClassVar[bool] = False
 
     report: DataReport
@@ -52,10 +52,10 @@ class EncodedData(ABC):
             tokenizer: a fast tokenizer; its own conventions say which beginning and end tokens there are.
             max_length: most tokens in a prompt with its response.
             options: how rows are read; the defaults where None.
-            record: which contract, where the class reads more than one.
+            record: which record type, where the class reads more than one.
 
         Raises:
-            DataError: the data break their contract.
+            DataError: the data break their record type.
         """
         self.record = record or self.records[0]
         if self.record not in self.records:

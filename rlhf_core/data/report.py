@@ -31,9 +31,9 @@ class DataReport:
         self.reset()
 
     def reset(self) -> None:
-        """Begin to count anew."""
+        """Begin to count again."""
         self.rows = self.kept = 0
-        self.prompt_tokens = self.response_tokens = self.learnt_tokens = 0
+        self.prompt_tokens = self.response_tokens = self.loss_tokens = 0
         self.dropped: dict[str, dict[str, Any]] = {}
         self.notes: dict[str, dict[str, Any]] = {}
         self.shapes: dict[str, dict[str, Any]] = {}
@@ -99,7 +99,7 @@ class DataReport:
         self.kept += 1
         self.prompt_tokens += len(row.prompt_ids)
         self.response_tokens += sum(map(len, row.responses))
-        self.learnt_tokens += sum(map(sum, row.masks))
+        self.loss_tokens += sum(map(sum, row.masks))
         for desirable in row.per_response.get("desirable", ()):
             label = "desirable" if desirable else "undesirable"
             self.labels[label] = self.labels.get(label, 0) + 1
@@ -199,7 +199,7 @@ class DataReport:
             "absent",
             "prompt_tokens",
             "response_tokens",
-            "learnt_tokens",
+            "loss_tokens",
         )
         state = {name: getattr(self, name) for name in (*names, "complete")}
         return {name: _copied(value) for name, value in state.items()}

@@ -26,7 +26,7 @@ OPTION = "dataset.chat_template"
 _TAGS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _WORD = "zqWord"
 _FORMATS = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
-_TIME: ContextVar[datetime | None] = ContextVar("the time that templates are told", default=None)
+_TIME: ContextVar[datetime | None] = ContextVar("the time that templates get", default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,16 +283,16 @@ class ChatTemplate:
 
 @contextlib.contextmanager
 def rendered_at(time: str) -> Iterator[None]:
-    """Let templates that ask for the time be told this one, so that a run resumed on another day renders what it did before.
+    """Let templates that ask for the time get this one, so that a run resumed on another day renders what it did before.
 
     Args:
-        time: as in ISO 8601; what is none is not told.
+        time: as in ISO 8601; what is no time is ignored.
     """
     try:
-        told = datetime.fromisoformat(time).astimezone()
+        given = datetime.fromisoformat(time).astimezone()
     except (TypeError, ValueError):
-        told = None
-    token = _TIME.set(told)
+        given = None
+    token = _TIME.set(given)
     try:
         yield
     finally:
@@ -301,7 +301,7 @@ def rendered_at(time: str) -> Iterator[None]:
 
 @lru_cache(maxsize=16)
 def _at_time(source: str, time: datetime | None) -> tuple[str, dict[str, str]]:
-    """Return a template that is told a time, and what it needs for it; as it is where it doesn't ask with formats of its own."""
+    """Return a template that gets a time, and what it needs for it; as it is where it doesn't ask with formats of its own."""
     formats = {found[1] for found in _FORMATS.findall(source)}
     asks = len(re.findall(r"strftime_now\s*\(", source))
     if time is None or not asks or len(_FORMATS.findall(source)) != asks or source[0].isspace():

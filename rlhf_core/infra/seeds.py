@@ -1,4 +1,4 @@
-"""Random streams: a draw is a function of (seed, name of the stream, indices), and global states can be put back."""
+"""Random streams: a draw is a function of (seed, name of the stream, indices), and global states can be restored."""
 
 from __future__ import annotations
 

@@ -161,7 +161,7 @@ class Output:
 
     def _begin(self, fingerprint: str) -> None:
         if (self.work / _STATE).is_file():
-            log.warning("the unfinished merge into %s is begun anew; --resume would have gone on", self.target)
+            log.warning("the unfinished merge into %s is started over; --resume would have continued it", self.target)
         for file in self.work.iterdir():
             if file.name != _LOCK:
                 remove_tree(file)
@@ -174,7 +174,7 @@ class Output:
             raise ConfigError(
                 "the unfinished merge is of other inputs or options",
                 place=str(self.target),
-                fix="give the same ones, or leave out --resume to begin anew",
+                fix="give the same ones, or leave out --resume to start over",
             )
         if (self.work / _JOURNAL).is_file():
             # A line that a kill cut off has no end; its tensors are merged again.
@@ -243,7 +243,7 @@ def _check_target(target: Path, *, overwrite: bool) -> None:
     if not overwrite:
         fix = "`--overwrite`, in Python `overwrite=True`, replaces it"
         if _state(target):
-            fix = f"`--resume` goes on with the unfinished merge that is to replace it; {fix}, from the beginning"
+            fix = f"`--resume` continues the unfinished merge that is to replace it; {fix}, from the beginning"
         raise StorageError("holds a model already", place=str(target), fix=fix)
     foreign = [path.name for path in content if path.is_dir() or path.suffix not in _REPLACED]
     if foreign:

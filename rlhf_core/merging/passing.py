@@ -15,7 +15,7 @@ from rlhf_core.merging.layout import Item
 from rlhf_core.merging.output import Output
 from rlhf_core.merging.plan import Plan
 from rlhf_core.merging.streams import CHUNK, THREADS_CHUNK, StreamMerger, TensorStream
-from rlhf_core.merging.workers import Told, may_fork, spread
+from rlhf_core.merging.workers import Advance, may_fork, spread
 
 if TYPE_CHECKING:
     from rlhf_core.merging.merge import ModelMerger
@@ -71,9 +71,9 @@ class Pass:
                 else:
                     self._count(nbytes)
 
-    def _one(self, item: Item, told: Told) -> None:
+    def _one(self, item: Item, advance: Advance) -> None:
         if not item.merged:
-            self._copy(item, told)
+            self._copy(item, advance)
         else:
             merger = self.owner.method.for_tensor(self.merger, item.name, self.plan.depth)
             stream = self.stream(item, merger)
@@ -82,10 +82,10 @@ class Pass:
                 merger.surveyed = self._surveyed
                 for start, values in merger.merged(stream):
                     self.output.write(item, start, values)
-                    told(values.numel() * item.dtype.itemsize)
+                    advance(values.numel() * item.dtype.itemsize)
             else:
                 self._whole(item, merger, stream)
-                told(item.nbytes)
+                advance(item.nbytes)
 
     def _whole(self, item: Item, merger: Merger, stream: TensorStream) -> None:
         """Merge a tensor by a method that wants it whole."""
@@ -99,7 +99,7 @@ class Pass:
             )
         self.output.write(item, 0, values)
 
-    def _copy(self, item: Item, told: Told) -> None:
+    def _copy(self, item: Item, advance: Advance) -> None:
         """Copy what isn't merged, having looked that all inputs agree on it."""
         base, models = self.plan.sources(item)
         sources = [source for source in (base, *models) if source is not None]
@@ -115,7 +115,7 @@ class Pass:
                         fix="store the same values in every model, or merge models that have them",
                     )
             self.output.write(item, start, first)
-            told(first.numel() * item.dtype.itemsize)
+            advance(first.numel() * item.dtype.itemsize)
 
     def _count(self, nbytes: int) -> None:
         self._written += nbytes

@@ -217,7 +217,7 @@ def _require_one_stack(part: Checkpoint) -> None:
     stacks = {layer_place(name) for name in part.tensors} - {None}
     if len(stacks) > 1:
         raise ModelError(
-            "has several stacks of layers, and layers are put together anew of one only",
+            "has several stacks of layers, and layers are put together of one only",
             place=part.name,
             got=", ".join(sorted(str(stack) for stack in stacks)),
             fix="merge whole models",

@@ -29,9 +29,9 @@ from rlhf_core.errors import RLHFError, StorageError
 
 T = TypeVar("T")
 
-Told = Callable[[int], None]
+Advance = Callable[[int], None]
 """Called at work with the bytes that were done since it was called last."""
-Work = Callable[[T, Told], None]
+Work = Callable[[T, Advance], None]
 
 _EVERY = 0.05
 """Seconds between two messages of a process about how far it is."""
@@ -56,7 +56,7 @@ def spread(
 
     Args:
         items: what to work at.
-        work: called with an item and `Told`, in a thread or a process of one torch thread, without gradients.
+        work: called with an item and `Advance`, in a thread or a process of one torch thread, without gradients.
         count: items at once.
         forked: in processes.
         enter: called once in each process, to let go of what is its parent's alone.
@@ -80,7 +80,7 @@ def _in_threads(items: Sequence[T], work: Work[T], count: int) -> Generator[tupl
     stop = threading.Event()
 
     def run(item: T) -> None:
-        def told(nbytes: int) -> None:
+        def advance(nbytes: int) -> None:
             if stop.is_set():
                 raise _GivenUp
             events.put((item, nbytes))
@@ -89,7 +89,7 @@ def _in_threads(items: Sequence[T], work: Work[T], count: int) -> Generator[tupl
             return
         try:
             with torch.inference_mode():
-                work(item, told)
+                work(item, advance)
             events.put((item, None))
         except BaseException as error:
             events.put((item, error))
@@ -200,7 +200,7 @@ def _serve(
     torch.set_num_threads(1)
     pending, sent = 0, time.monotonic()
 
-    def told(nbytes: int) -> None:
+    def advance(nbytes: int) -> None:
         nonlocal pending, sent
         pending += nbytes
         if (now := time.monotonic()) - sent > _EVERY:
@@ -212,7 +212,7 @@ def _serve(
             enter()
         while (index := connection.recv()) is not None:
             with torch.inference_mode():
-                work(items[index], told)
+                work(items[index], advance)
             connection.send(pending)
             connection.send(None)
             pending = 0
@@ -234,22 +234,22 @@ class WorkerError(Exception):
 
 def _report(error: BaseException) -> dict[str, Any]:
     """Return what another process needs to know of an error."""
-    told: dict[str, Any] = {"text": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
+    report: dict[str, Any] = {"text": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
     if isinstance(error, RLHFError):
-        told["fault"] = error.to_json()
+        report["fault"] = error.to_json()
     elif isinstance(error, OSError):
-        told["system"] = (error.errno, error.strerror, error.filename)
-    return told
+        report["system"] = (error.errno, error.strerror, error.filename)
+    return report
 
 
-def _rebuilt(told: dict[str, Any]) -> Exception:
-    error: Exception = WorkerError(told["text"])
-    if "fault" in told:
+def _rebuilt(report: dict[str, Any]) -> Exception:
+    error: Exception = WorkerError(report["text"])
+    if "fault" in report:
         with suppress(TypeError):  # a kind of its own making
-            error = RLHFError.from_json(told["fault"])
-    elif "system" in told:
-        error = OSError(*told["system"])
-    error.add_note(told["trace"])
+            error = RLHFError.from_json(report["fault"])
+    elif "system" in report:
+        error = OSError(*report["system"])
+    error.add_note(report["trace"])
     return error
 
 

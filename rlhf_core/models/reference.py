@@ -121,7 +121,7 @@ class Reference:
                 self._known = _read(path)
             except (OSError, ValueError) as error:
                 # The policy is still as it was passed in, so the same values can be computed again.
-                log.warning("%s is damaged (%s): the reference's log-probabilities are computed anew", path, error)
+                log.warning("%s is damaged (%s): the reference's log-probabilities are computed again", path, error)
             else:
                 log.info("reference log-probabilities read from %s", path)
                 return
@@ -146,7 +146,7 @@ class Reference:
                 "a response has no precomputed reference log-probability",
                 place="reference: precompute",
                 got=f"rows {list(batch.rows)[:8]}",
-                fix="the data changed since the run began: start anew, or use `reference: copy`",
+                fix="the data changed since the run began: start a new run, or use `reference: copy`",
             ) from None
         return torch.tensor(values, dtype=torch.float32, device=batch.device)
 
@@ -176,7 +176,7 @@ def _write(path: Path, known: dict[bytes, float]) -> None:
 
 
 def _read(path: Path) -> dict[bytes, float]:
-    """Read what `_write` wrote. Raises ValueError where a bit of it has changed: it would change what is learnt."""
+    """Read what `_write` wrote. Raises ValueError where a bit of it has changed: it would change what is learned."""
     tensors = read_tensors(path)
     if tensors.keys() != {"digests", "logps", "sha256"}:
         raise ValueError(f"it holds {', '.join(sorted(tensors)) or 'nothing'}")

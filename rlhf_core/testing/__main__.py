@@ -1,7 +1,7 @@
 """`python -m rlhf_core.testing FOLDER`: a tiny model and rows of the embedded task, to try things on.
 
 Writes `FOLDER/model`, a random Hugging Face model of a few megabytes, and `FOLDER/{train,test}/RECORD.jsonl` for each of the
-five row contracts.
+five record types.
 """
 
 from __future__ import annotations

@@ -177,7 +177,7 @@ class CheckpointManager:
                 "no checkpoint is whole",
                 place=str(self.directory),
                 got=" | ".join(reasons),
-                fix="start anew with `--overwrite`, or put a whole checkpoint back",
+                fix="start over with `--overwrite`, or put a whole checkpoint back",
             )
         return None
 
@@ -293,7 +293,7 @@ def load_optimizer_state(
     *,
     place: str,
 ) -> None:
-    """Put back what `optimizer_state` returned; hyper-parameters stay those of the configuration.
+    """Restore what `optimizer_state` returned; hyper-parameters stay those of the configuration.
 
     Raises:
         ModelError: the state is of a parameter that isn't trained now.

@@ -1,7 +1,7 @@
 """The seam between the loop and the processes that train together: one process, or data-parallel ones.
 
 Gradients are accumulated on each process alone and added up once a step, in buckets whose layout never changes. torch's
-`DistributedDataParallel` is not used: it lays its buckets out anew after its first step, so with three or more processes
+`DistributedDataParallel` is not used: it lays its buckets out again after its first step, so with three or more processes
 the order of additions, and with it the last bits of a gradient, differs between a run and its resume (measured: 147,000 of
 540,000 elements on 3 processes); and a process that runs out of memory inside its reducer leaves the others waiting.
 """
@@ -79,24 +79,24 @@ class Distribution:
 
         A fault that is no `RLHFError` reaches the other processes as one, with its type and text, so that none waits for ever.
         """
-        told: dict[str, Any] = {}
+        outcome: dict[str, Any] = {}
         fault: Exception | None = None
         if self.is_main:
             try:
-                told["value"] = action()
+                outcome["value"] = action()
             except Exception as error:
                 fault = error
                 known = error if isinstance(error, RLHFError) else RLHFError(f"{type(error).__name__}: {error}")
-                told["fault"] = known.to_json()
+                outcome["fault"] = known.to_json()
         if self.world_size > 1:
-            told = self.broadcast(told)
+            outcome = self.broadcast(outcome)
         if fault is not None:
             raise fault
-        if "fault" in told:
-            known = RLHFError.from_json(told["fault"])
+        if "fault" in outcome:
+            known = RLHFError.from_json(outcome["fault"])
             known.silent = True
             raise known
-        return told["value"]
+        return outcome["value"]
 
     def lost(self, error: BaseException) -> LostProcess | None:
         """Return the fault behind an exception that says that another process is gone or doesn't answer; else None."""
@@ -129,7 +129,7 @@ class Distribution:
 
     @torch.no_grad()
     def load_state(self, module: nn.Module, state: dict[str, Tensor], *, place: str) -> None:
-        """Put back what `full_state` returned.
+        """Restore what `full_state` returned.
 
         Raises:
             ModelError: names, shapes or dtypes differ.

@@ -1,6 +1,6 @@
 """The one loop that every method trains in: windows of experience, one update each, evaluation, checkpoints, an end.
 
-Everything that decides what is learnt is a function of the configuration and the state in the checkpoint, so a run that is
+Everything that decides what is learned is a function of the configuration and the state in the checkpoint, so a run that is
 killed and resumed makes the same updates as one that never was.
 """
 
@@ -153,8 +153,8 @@ class Run:
             opened.append(RunDirectory.open(self.trainer.output, resume=self.resume, overwrite=self.overwrite))
             return {"continued": opened[0].continued, "started": opened[0].record["started"]}
 
-        told = self.distribution.on_main(open_here)
-        return opened[0] if opened else RunDirectory(None, {"started": told["started"]}, continued=told["continued"])
+        main = self.distribution.on_main(open_here)
+        return opened[0] if opened else RunDirectory(None, {"started": main["started"]}, continued=main["continued"])
 
     def _prepare(self) -> None:
         config, trainer = self.config, self.trainer
@@ -239,7 +239,7 @@ class Run:
         self.distribution.on_main(require)
 
     def _restore(self) -> None:
-        """Put back the newest whole checkpoint of a continued run, and start the log behind it."""
+        """Restore the newest whole checkpoint of a continued run, and start the log behind it."""
         if self.checkpoint is not None:
             self.state.put_back(self.checkpoint)
         self.hooks = load_hooks()
@@ -374,7 +374,7 @@ class Run:
             )
 
     def _evaluate_or_save(self, boundary: bool) -> dict[str, float]:
-        """Evaluate; where that fails or is stopped, what was learnt is saved first, and a resume evaluates it.
+        """Evaluate; where that fails or is stopped, what was learned is saved first, and a resume evaluates it.
 
         Not among several processes, where the others may be waiting inside the evaluation, nor in the middle of a rollout.
         """
@@ -390,7 +390,7 @@ class Run:
                 raise self._stopped() from None
             raise
 
-    def _tell_of_the_end(self, value: float) -> None:
+    def _log_early_stop(self, value: float) -> None:
         """Say that early stopping ends the run, and why."""
         stopping, step = self.early_stopping, self.progress.step
         assert stopping is not None
@@ -438,7 +438,7 @@ class Run:
         if self.early_stopping is not None:
             self.early_stopping.check(metrics)  # at step 0 already, before a wrong name can lose a step
             if step and self.early_stopping.update(metrics, step):
-                self._tell_of_the_end(float(metrics[self.early_stopping.metric]))
+                self._log_early_stop(float(metrics[self.early_stopping.metric]))
         return metrics
 
     def _save_or_stop(self) -> None:
@@ -458,7 +458,7 @@ class Run:
         )  # fmt: skip
 
     def _stop_if_asked(self) -> None:
-        """Stop where nothing was learnt since the last checkpoint, or nothing at all."""
+        """Stop where nothing was learned since the last checkpoint, or nothing at all."""
         if self.distribution.any(self.stop.requested is not None):
             raise self._stopped()
 

@@ -103,19 +103,19 @@ class RunDirectory:
         consequence: bool = False,
     ) -> None:
         """Note how the run ended. Of a `consequence`, a fault that another process noted first is the cause."""
-        told = self.read("status.json") or {}
-        if consequence and isinstance(told, dict) and told.get("status") == "failed":
-            exit_code, message = told["exit_code"], told["message"]
+        noted = self.read("status.json") or {}
+        if consequence and isinstance(noted, dict) and noted.get("status") == "failed":
+            exit_code, message = noted["exit_code"], noted["message"]
         self.update(status=status, exit_code=exit_code, step=step, message=message, ended=_now())
 
     @staticmethod
     def fault_noted(path: Path | None) -> bool:
         """Tell whether a process of the run has noted a fault."""
         try:
-            told = read_json(path / "status.json") if path is not None else None
+            noted = read_json(path / "status.json") if path is not None else None
         except (OSError, ValueError):
             return False
-        return isinstance(told, dict) and told.get("status") == "failed"
+        return isinstance(noted, dict) and noted.get("status") == "failed"
 
     def write_inputs(self, settings: Mapping[str, Any], inputs: Mapping[str, Any], explicit: Mapping[str, Any]) -> None:
         """Write what was asked: `config.input.yaml` as given, `config.yaml` resolved, `command.txt`; secrets redacted.

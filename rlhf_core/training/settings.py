@@ -13,7 +13,7 @@ from rlhf_core.infra.redact import redact
 from rlhf_core.interfaces import Trainer
 
 MAY_CHANGE = ("output", "logging", "checkpoint", "distributed", "micro_batch_size", "batching.micro_batch_tokens")
-"""Options that a resumed run may set anew. None of them changes what is learnt, beyond rounding."""
+"""Options that a resumed run may change. None of them changes what is learned, beyond rounding."""
 
 
 def run_settings(trainer: Trainer) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """SIGTERM and Ctrl-C as requests: the run finishes its step, saves it, and only then stops; a second Ctrl-C stops at once.
 
-While there is nothing to finish (loading, tokenising), or what was learnt can be saved as it stands (evaluation, export),
+While there is nothing to finish (loading, tokenising), or what was learned can be saved as it stands (evaluation, export),
 a request is met at once: `StopNow` is raised where the run happens to be. Otherwise it is a flag that the loop looks at
 between its steps, where all processes agree on it.
 """

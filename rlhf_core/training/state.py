@@ -1,4 +1,4 @@
-"""Everything of a run that changes with its steps, gathered into a checkpoint and put back."""
+"""Everything of a run that changes with its steps, gathered into a checkpoint and restored."""
 
 from __future__ import annotations
 

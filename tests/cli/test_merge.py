@@ -109,7 +109,7 @@ def test_an_output_is_replaced_only_when_told(rlhf, flags: list[str], tmp_path: 
     )
     assert rlhf(*arguments, "--overwrite")[0] == 0
     code, _, err = rlhf(*arguments, "--overwrite", "--resume")
-    assert code == 2 and "a merge is either continued or begun anew" in err
+    assert code == 2 and "a merge is either continued or started over" in err
 
 
 def test_a_file_of_mergekit_is_read_as_it_is(rlhf, models: list[str], tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_report(tiny, jsonl):
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     assert report["files"] == [{"name": str(path), "bytes": path.stat().st_size, "sha256": digest}]
     assert report["template_sha256"] == hashlib.sha256(tiny.chat_template.encode()).hexdigest()
-    assert report["learnt_tokens"] == report["response_tokens"] > 0
+    assert report["loss_tokens"] == report["response_tokens"] > 0
 
 
 def test_examples_are_few(tiny):

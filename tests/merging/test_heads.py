@@ -16,7 +16,7 @@ from rlhf_core.errors import ConfigError, ModelError
 from rlhf_core.merging import passing
 from rlhf_core.merging.diff import diff
 from rlhf_core.merging.layout import Item
-from rlhf_core.merging.workers import Told
+from rlhf_core.merging.workers import Advance
 from rlhf_core.models import ProcessRewardModel, RewardModel
 from rlhf_core.testing.tiny import save_tiny
 
@@ -228,13 +228,13 @@ def test_a_merge_killed_in_the_head_goes_on_to_the_same_bytes(
     merge("linear", rewards[:2], tmp_path / "whole")
     one, left = passing.Pass._one, done
 
-    def stop(self: passing.Pass, item: Item, told: Told) -> None:
+    def stop(self: passing.Pass, item: Item, advance: Advance) -> None:
         nonlocal left
         if item.head is not None:
             if not left:
                 raise KeyboardInterrupt
             left -= 1
-        one(self, item, told)
+        one(self, item, advance)
 
     with monkeypatch.context() as patch:
         patch.setattr(passing.Pass, "_one", stop)

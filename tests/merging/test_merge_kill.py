@@ -99,7 +99,7 @@ def test_killed_at_ten_moments_it_goes_on_to_the_same_bytes(how: str, inputs: Pa
     assert bytes_of(inputs / "out") == expected
     operations = int(whole.stdout.split()[-1])
     assert operations > 40
-    begun = 12  # operations before which nothing is noted yet, and a merge begins anew
+    begun = 12  # operations before which nothing is noted yet, and a merge starts over
     moments = sorted({*random.Random(0).sample(range(2, operations + 1), 10), begun, operations - 4, operations - 2})
     resumed = 0
     for moment in moments:
@@ -237,7 +237,7 @@ def test_an_unfinished_merge_that_is_to_replace_a_model_is_named(inputs: Path, m
     merge("linear", [inputs / "a"], inputs / "old")
     _interrupted(inputs, monkeypatch, after=3)
     (inputs / "old").rename(inputs / "out")
-    with pytest.raises(StorageError, match="holds a model already; fix: `--resume` goes on with the unfinished merge"):
+    with pytest.raises(StorageError, match="holds a model already; fix: `--resume` continues the unfinished merge"):
         merge("ties", [inputs / "a", inputs / "b"], inputs / "out", **_settings(inputs))
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from rlhf_core.errors import ModelError, StorageError
-from rlhf_core.merging.workers import Told, WorkerError, may_fork, spread
+from rlhf_core.merging.workers import Advance, WorkerError, may_fork, spread
 
 both = pytest.mark.parametrize("forked", [True, False], ids=["processes", "threads"])
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
@@ -26,29 +26,29 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are f
 @both
 @pytest.mark.parametrize("count", [1, 3, 50])
 def test_every_item_is_done_once_and_every_byte_told(forked: bool, count: int) -> None:
-    def work(item: int, told: Told) -> None:
+    def work(item: int, advance: Advance) -> None:
         assert torch.get_num_threads() == 1 and torch.is_inference_mode_enabled()
         for _ in range(item):
-            told(10)
+            advance(10)
 
     events = list(spread(range(20), work, count, forked=forked))
     assert sorted(item for item, nbytes in events if nbytes is None) == list(range(20))
     for item in range(20):
-        told = [nbytes for one, nbytes in events if one == item]
-        assert sum(nbytes or 0 for nbytes in told) == 10 * item
-        assert told[-1] is None  # the end comes last
+        found = [nbytes for one, nbytes in events if one == item]
+        assert sum(nbytes or 0 for nbytes in found) == 10 * item
+        assert found[-1] is None  # the end comes last
 
 
 @both
 def test_nothing_to_do_is_done(forked: bool) -> None:
-    assert list(spread([], lambda item, told: None, 2, forked=forked)) == []
+    assert list(spread([], lambda item, advance: None, 2, forked=forked)) == []
 
 
 def test_processes_are_others_and_enter_once_each(tmp_path: Path) -> None:
     def note(what: str) -> None:
         (tmp_path / f"{what}-{os.getpid()}-{time.monotonic_ns()}").touch()
 
-    def work(item: int, told: Told) -> None:
+    def work(item: int, advance: Advance) -> None:
         note("work")
         time.sleep(0.05)
 
@@ -60,13 +60,13 @@ def test_processes_are_others_and_enter_once_each(tmp_path: Path) -> None:
 
 @both
 def test_a_fault_comes_back_as_it_was_raised_and_ends_the_rest(forked: bool, tmp_path: Path) -> None:
-    def work(item: int, told: Told) -> None:
+    def work(item: int, advance: Advance) -> None:
         if item == 0:
             time.sleep(0.1)
             raise ModelError("holds values that are not finite", place="a", got="nan", fix="mend it")
         for _ in range(1000):
             time.sleep(0.01)
-            told(1)
+            advance(1)
         (tmp_path / str(item)).touch()
 
     began = time.monotonic()
@@ -77,7 +77,7 @@ def test_a_fault_comes_back_as_it_was_raised_and_ends_the_rest(forked: bool, tmp
 
 
 def test_a_bug_comes_back_with_the_lines_where_it_was_raised() -> None:
-    def work(item: int, told: Told) -> None:
+    def work(item: int, advance: Advance) -> None:
         raise ZeroDivisionError("by nought")
 
     with pytest.raises(WorkerError, match="ZeroDivisionError: by nought") as caught:
@@ -95,7 +95,7 @@ class OfItsOwn(ModelError):
 
 
 def test_faults_and_errors_of_the_system_stay_what_they_are() -> None:
-    def work(item: int, told: Told) -> None:
+    def work(item: int, advance: Advance) -> None:
         if item == 0:
             raise PermissionError(errno.EACCES, "Permission denied", "there.bin")
         if item == 1:
@@ -116,11 +116,11 @@ def test_a_fault_on_entering_is_told() -> None:
         raise StorageError("can't be let go of")
 
     with pytest.raises(StorageError, match="can't be let go of"):
-        list(spread(range(3), lambda item, told: None, 2, forked=True, enter=enter))
+        list(spread(range(3), lambda item, advance: None, 2, forked=True, enter=enter))
 
 
 def test_a_process_killed_between_two_items_is_told() -> None:
-    def work(item: int, told: Told) -> None:
+    def work(item: int, advance: Advance) -> None:
         threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
     with closing(spread(range(6), work, 2, forked=True)) as events:
@@ -133,7 +133,7 @@ def test_a_process_that_someone_forked_keeps_none_waiting() -> None:
     """It has the parent's ends of the pipes, so that hanging up isn't noticed."""
     sleeper = None
     began = time.monotonic()
-    for _ in spread(range(4), lambda item, told: None, 2, forked=True):
+    for _ in spread(range(4), lambda item, advance: None, 2, forked=True):
         if sleeper is None:
             sleeper = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
             sleeper.start()
@@ -148,12 +148,12 @@ def test_without_room_for_processes_threads_do_it(monkeypatch: pytest.MonkeyPatc
         raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
 
     monkeypatch.setattr(os, "fork", refused)
-    events = list(spread(range(5), lambda item, told: told(1), 2, forked=True))
+    events = list(spread(range(5), lambda item, advance: advance(1), 2, forked=True))
     assert sum(nbytes is None for _, nbytes in events) == 5
 
 
 def test_a_process_that_is_killed_is_told() -> None:
-    def work(item: int, told: Told) -> None:
+    def work(item: int, advance: Advance) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     with pytest.raises(
@@ -164,10 +164,10 @@ def test_a_process_that_is_killed_is_told() -> None:
 
 @both
 def test_left_before_its_end_it_gives_up(forked: bool, tmp_path: Path) -> None:
-    def work(item: int, told: Told) -> None:
+    def work(item: int, advance: Advance) -> None:
         for _ in range(1000):
             time.sleep(0.01)
-            told(1)
+            advance(1)
         (tmp_path / str(item)).touch()
 
     began = time.monotonic()
@@ -180,7 +180,7 @@ def test_left_before_its_end_it_gives_up(forked: bool, tmp_path: Path) -> None:
 ORPHANS = """
 import os, sys, time
 from rlhf_core.merging.workers import spread
-def work(item, told):
+def work(item, advance):
     os.write(1, b"%d\\n" % os.getpid())
     time.sleep(1000)
 list(spread(range(2), work, 2, forked=True))
