@@ -222,6 +222,14 @@ def _refused(model: nn.Module, modules: Iterable[str] | str, names: list[str], e
         missing = _unmatched(sorted(modules), names)
         if missing is not None:
             return _no_such(model, missing, names, "lora.target_modules")
+    if option := re.search(r"ParamWrapper does not work with (lora_dropout|use_dora)", str(error)):
+        setting = {"lora_dropout": "lora.dropout: 0", "use_dora": "lora.use_dora: false"}[option[1]]
+        return ConfigError(
+            "peft can't put these adapters on parameters, as experts are here",
+            place=setting.partition(":")[0],
+            got=first_line(error),
+            fix=f"set `{setting}`, or name modules without experts in `lora.target_modules`",
+        )
     # A module's description may take many lines.
     kind = re.match(r"Target module (\w+)\(", str(error))
     got = f"a module {kind[1]}, which is not supported" if kind else first_line(error)
@@ -229,7 +237,7 @@ def _refused(model: nn.Module, modules: Iterable[str] | str, names: list[str], e
         leaf
         for name, module in model.named_modules()
         if (leaf := name.rpartition(".")[2]) and not leaf.isdigit() and getattr(module, "weight", None) is not None
-        if module.weight.ndim == 2 and not leaf.startswith(("lora_", "base_layer"))
+        if module.weight.ndim == 2 and "lora_" not in name and leaf != "base_layer"
     }
     experts = _expert_parameters(model)
     return ConfigError(

@@ -181,8 +181,24 @@ def test_experts_are_pointed_to_as_parameters(models: dict[str, Path]) -> None:
     assert "lora.target_parameters: [mlp.experts.down_proj, mlp.experts.gate_up_proj]" in line
     with pytest.raises(ConfigError, match=r"no module `w4`.*target_parameters: \[mlp.experts.down_proj"):
         PolicyModel.from_pretrained(models["mixtral"], lora=LoraConfig(target_modules=["q_proj", "w4"]))
+    with pytest.raises(
+        ConfigError, match=r"name modules of the model \(embed_tokens, gate, k_proj, lm_head, o_proj, q_proj,"
+    ):
+        PolicyModel.from_pretrained(
+            models["mixtral"], lora=LoraConfig(target_modules=["q_proj", "post_attention_layernorm"])
+        )
     with pytest.raises(ConfigError, match=r"w1 without also targeting w3"):
         PolicyModel.from_pretrained(models["mixtral"], lora=LoraConfig(target_modules=["q_proj", "w1"]))
+
+
+@pytest.mark.parametrize(
+    ("options", "fix"), [({"dropout": 0.1}, "lora.dropout: 0"), ({"use_dora": True}, "lora.use_dora: false")]
+)
+def test_what_peft_doesnt_do_for_experts_is_told(models: dict[str, Path], options: Any, fix: str) -> None:
+    with pytest.raises(ConfigError, match=rf"on parameters, as experts are here.*fix: set `{fix}`"):
+        PolicyModel.from_pretrained(models["mixtral"], lora=LoraConfig(**options))
+    options |= {"target_modules": ["q_proj", "k_proj"]}
+    assert PolicyModel.from_pretrained(models["mixtral"], lora=LoraConfig(**options)).has_adapter
 
 
 def test_what_adapters_are_on_is_said(models: dict[str, Path], caplog: pytest.LogCaptureFixture) -> None:
