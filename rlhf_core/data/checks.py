@@ -15,9 +15,15 @@ from rlhf_core.errors import ConfigError, DataError, did_you_mean, nearest, shor
 from rlhf_core.records import RECORDS, Message, Prompt, RecordContract
 
 _LABELS = {
-    **dict.fromkeys(("desirable", "true", "1", "yes", "good", "positive", "chosen"), True),
-    **dict.fromkeys(("undesirable", "false", "0", "no", "bad", "negative", "rejected"), False),
-}
+    **dict.fromkeys(
+        ("desirable", "true", "t", "1", "+1", "yes", "y", "good", "positive", "chosen", "accepted", "accept", "preferred",
+         "thumbs_up", "thumbsup", "up", "upvote", "like", "liked", "correct", "👍"), True,
+    ),
+    **dict.fromkeys(
+        ("undesirable", "false", "f", "0", "-1", "no", "n", "bad", "negative", "rejected", "reject", "dispreferred",
+         "thumbs_down", "thumbsdown", "down", "downvote", "dislike", "disliked", "incorrect", "👎"), False,
+    ),
+}  # fmt: skip
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios", "documents", "chat_template_kwargs")
 """Columns that mean something, whatever they hold, and that nothing here reads."""
 
@@ -52,6 +58,8 @@ class Example:
     """What was taken for what, where columns don't bear the record type's own names."""
     unused: tuple[str, ...] = ()
     """Columns of text or turns that nothing uses."""
+    set_aside: tuple[str, ...] = ()
+    """Turns that are not in the loss because nothing asks for them or answers them."""
     absent: tuple[tuple[str, str], ...] = ()
     """Columns that `dataset.columns` names and the row lacks, each with what to do about it."""
 
@@ -119,7 +127,7 @@ class Checker:
         left_out = tuple(name for name in record if name not in kept)
         return Example(
             row.index, row.place, parts.prompt, parts.responses, parts.tools,
-            per_prompt, per_response, kept, left_out, reading.says, unused, self._absent(row),
+            per_prompt, per_response, kept, left_out, reading.says, unused, parts.set_aside, self._absent(row),
         )  # fmt: skip
 
     def _renamed(self, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -208,16 +216,17 @@ class Checker:
                 raise wrong_type("answer", "text or a number", values["answer"], row.place)
         return per_prompt, per_response
 
-    def _missing(self, name: str, row: Row, told: Mapping[str, str]) -> DataError:
+    def _missing(self, name: str, row: Row, found: Mapping[str, str]) -> DataError:
         own = self.columns.get(name, name)
-        found = [str(key) for key, value in row.values.items() if value is not None]
         if own in row.values:
-            return DataError(f"column `{own}` is null", place=row.place, got=f"columns {', '.join(found) or 'none'}")
-        fix = self._mapping(name, own, row, told)
+            filled = [str(key) for key, value in row.values.items() if value is not None]
+            return DataError(f"column `{own}` is null", place=row.place, got=f"columns {', '.join(filled) or 'none'}")
+        fix = self._mapping(name, own, row, found)
         if self._complete:
             fix = "the rows before have it: fill or delete this one"
         elif other := self._other_contract(row):
-            fix = f"these look like `{other}` rows, for another method; or {fix}"
+            look = f"these look like `{other}` rows, for another method"
+            fix = f"{fix}; or {look}" if name == "label" and self._switches(row) else f"{look}; or {fix}"
         return DataError(
             f"no column `{own}`, which the `{self.contract.name}` contract needs",
             place=row.place,
@@ -225,12 +234,19 @@ class Checker:
             fix=fix,
         )
 
-    def _mapping(self, name: str, own: str, row: Row, told: Mapping[str, str]) -> str:
+    def _mapping(self, name: str, own: str, row: Row, found: Mapping[str, str]) -> str:
         """Return which `dataset.columns` would name the missing column, from the columns that hold the kind of it."""
-        taken = {*self.contract.required, *self.contract.optional, *self.columns.values(), *told.values()}
         held = {str(key): kind_of(value) for key, value in row.values.items()}
+        if own != name and own not in held:
+            # `dataset.columns` names a column that isn't there: what stands near it may bear any name.
+            near = nearest(own, [key for key, kind in held.items() if kind in _SHAPES[name]])
+            if near == name:
+                return f"leave `{name}` out of `dataset.columns`: the row has a column of that name"
+            if near is not None:
+                return f"set `dataset.columns` to `{{{name}: {near}}}`"
+        taken = {*self.contract.required, *self.contract.optional, *self.columns.values(), *found.values()}
         free = [key for key, kind in held.items() if key not in taken and kind in _SHAPES[name]]
-        answers = [column for column in self.contract.responses if column not in held and column not in self.columns]
+        answers = [column for column in self.contract.responses if column not in found]
         if name == "prompt" and answers and (texts := [key for key in free if held[key] in TEXT]):
             # Neither the prompt nor an answer is there: a single text can only be all there is.
             if len(texts) <= len(answers) and "text" in self.contract.optional:
@@ -239,12 +255,18 @@ class Checker:
             return f"set `dataset.columns` to `{{{named}}}`, each COLUMN one of {', '.join(texts)}"
         if not free:
             return f"give each row a `{own}`"
-        near = nearest(own, free) or (
-            free[0] if len(free) == 1 and name in ("prompt", *self.contract.responses) else None
-        )
+        switches = self._switches(row) if name in ("label", "verifiable") else []
+        near = nearest(own, free) or (switches[0] if switches else None)
+        if near is None and len(free) == 1 and name in ("prompt", *self.contract.responses):
+            near = free[0]
         if near:
             return f"set `dataset.columns` to `{{{name}: {near}}}`"
         return f"set `dataset.columns` to `{{{name}: COLUMN}}`, COLUMN being one of {', '.join(free)}"
+
+    def _switches(self, row: Row) -> list[str]:
+        """Return the one column of true and false, where the row has one only."""
+        columns = [str(key) for key, value in row.values.items() if isinstance(value, bool)]
+        return columns if len(columns) == 1 else []
 
     def _other_contract(self, row: Row) -> str | None:
         """Return the record type that the row fulfils, where it has responses and isn't the one asked for."""
@@ -264,14 +286,21 @@ class Checker:
         return max(fits, key=lambda contract: len(contract.required)).name if fits else None
 
     def _described(self, row: Row) -> str:
-        return ", ".join(str(key) for key, value in row.values.items() if value is not None)
+        return ", ".join(f"{key}{_unknown_turns(value)}" for key, value in row.values.items() if value is not None)
+
+
+def _unknown_turns(value: Any) -> str:
+    """Return the keys of a list of mappings that isn't recognised as turns, for a message."""
+    if kind_of(value) != "list" or not isinstance(value[0], Mapping):
+        return ""
+    return (
+        f" (a list of mappings with {', '.join(f'`{key}`' for key in value[0]) or 'no keys'}, which aren't known turns)"
+    )
 
 
 def _label(value: Any, name: str, row: Row) -> bool:
     """Return whether a label says desirable: true, 1, or a word for it."""
-    text = value.strip().casefold() if isinstance(value, str) else str(value).casefold()
-    if isinstance(value, float) and value in (0.0, 1.0):
-        text = str(int(value))
+    text = str(value).strip().casefold().replace(" ", "_").replace("thumbs-", "thumbs_").removesuffix(".0")
     if isinstance(value, str | bool | int | float) and text in _LABELS:
         return _LABELS[text]
     near = nearest(value, ("desirable", "undesirable")) if isinstance(value, str) else None

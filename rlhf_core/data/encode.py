@@ -75,6 +75,8 @@ class Outcome:
     """What else a person should know of the row."""
     lost: tuple[str, ...] = ()
     """What the data hold and the chat template doesn't render."""
+    set_aside: tuple[str, ...] = ()
+    """Turns that are not in the loss because nothing asks for them or answers them."""
     absent: tuple[tuple[str, str], ...] = ()
     """Columns that `dataset.columns` names and the row lacks; see `checks.Example`."""
 
@@ -278,7 +280,7 @@ class Encoder:
         control, notes, lost = (tuple(dict.fromkeys(found)) for found in (plan.control_text, plan.notes, plan.lost))
         return Outcome(
             example.place, row, reason, truncated and row is not None, control,
-            example.left_out, example.read_as, example.unused, notes, lost, example.absent,
+            example.left_out, example.read_as, example.unused, notes, lost, example.set_aside, example.absent,
         )  # fmt: skip
 
     def _stand_in(self, example: Example) -> int:

@@ -11,6 +11,9 @@ from rlhf_core.data.shapes import TURNS, Reading, kind_of
 from rlhf_core.errors import DataError, shortened
 from rlhf_core.records import Message, Prompt, RecordContract, Role
 
+FIRST = "the conversation begins with an assistant turn, which answers nothing and is context only"
+LAST = "the conversation ends on turns that nothing answers, which are left out"
+
 
 @dataclass(frozen=True, slots=True)
 class Parts:
@@ -21,6 +24,8 @@ class Parts:
     tools: list[dict[str, Any]] | None
     prompt_inside: bool = False
     """Whether the prompt is the one that the answers begin with, and not the text beside them."""
+    set_aside: tuple[str, ...] = ()
+    """Turns of a conversation that are not in the loss because nothing asks for them or answers them."""
 
     @property
     def texts(self) -> list[str]:
@@ -59,7 +64,7 @@ def parts_of(reading: Reading, contract: RecordContract, place: str) -> Parts:
         prompt, responses = row.chat()
     prompt = row.with_system(prompt)
     _check_prompt(prompt, row, place)
-    return Parts(prompt, tuple(responses), tools, row.prompt_inside)
+    return Parts(prompt, tuple(responses), tools, row.prompt_inside, tuple(row.set_aside))
 
 
 class _Columns:
@@ -69,6 +74,7 @@ class _Columns:
         self.reading, self.contract, self.place = reading, contract, place
         self.prompt_inside = False
         """Whether a prompt of text stands aside for the one that the answers begin with."""
+        self.set_aside: list[str] = []
 
     def name(self, what: str) -> str:
         return self.reading.columns.get(what, what)
@@ -103,21 +109,35 @@ class _Columns:
     def conversation(self) -> tuple[list[Message], list[list[Message]]]:
         """Return what goes before the first turn in the loss, and the rest; of a labelled conversation only its last turn is."""
         column = self.name("messages")
-        turns = self._turns("messages")
-        last = turns[-1]["role"]
-        if last != "assistant":
-            raise DataError(
-                f"the conversation ends on a {last} turn, which nothing answers",
-                place=self.place,
-                fix="end it on an assistant turn, or leave the last turn out",
-            )
-        learned = [number for number, turn in enumerate(turns) if in_loss(turn)]
+        turns = self._answered(self._turns("messages"))
+        # Assistant turns that nothing comes before answer nothing: they are context.
+        asked = next((number for number, turn in enumerate(turns) if turn["role"] != "assistant"), len(turns))
+        if 0 < asked < len(turns):
+            self.set_aside.append(FIRST)
+        learned = [number for number, turn in enumerate(turns) if in_loss(turn) and number >= asked % len(turns)]
         if not learned:
             raise DataError("every assistant turn has weight 0, so none is in the loss", place=self.place)
         for number in learned:
             _check_answer(turns[number], f"{column}[{number}]", self.place)
         first = len(turns) - 1 if "label" in self.contract.required else learned[0]
         return turns[:first], [turns[first:]]
+
+    def _answered(self, turns: list[Message]) -> list[Message]:
+        """Return turns without those behind the last answer.
+
+        Raises:
+            DataError: no turn is an answer.
+        """
+        last = max((number for number, turn in enumerate(turns) if turn["role"] == "assistant"), default=None)
+        if last is None:
+            raise DataError(
+                f"the conversation ends on a {turns[-1]['role']} turn, which nothing answers",
+                place=self.place,
+                fix="end it on an assistant turn",
+            )
+        if last + 1 < len(turns):
+            self.set_aside.append(LAST)
+        return turns[: last + 1]
 
     def chat(self) -> tuple[list[Message], list[list[Message]]]:
         """Return the messages of a prompt, and those of each response behind them."""
@@ -270,7 +290,7 @@ def _check_response(answer: Sequence[Message], name: str, shared: int, place: st
 
 def _check_answer(turn: Message, name: str, place: str) -> None:
     if turn["content"].strip() or any(
-        turn.get(key) for key in ("tool_calls", "reasoning_content", "reasoning", "thinking")
+        turn.get(key) for key in ("tool_calls", "function_calls", "reasoning_content", "reasoning", "thinking")
     ):
         return
     raise DataError(f"`{name}` is an empty response", place=place, fix="fill or delete the row")

@@ -20,7 +20,16 @@ ROLES = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "chatbot", "model", "bing", "bard"), "assistant"),
     **dict.fromkeys(
-        ("tool", "ipython", "function", "observation", "function_response", "tool_response", "function-response"),
+        (
+            "tool",
+            "ipython",
+            "function",
+            "observation",
+            "environment",
+            "function_response",
+            "tool_response",
+            "function-response",
+        ),
         "tool",
     ),
     **dict.fromkeys(("function_call", "tool_call", "function-call"), "call"),
@@ -28,8 +37,10 @@ ROLES = {
 """What a turn's author is called → its role. `call` is the assistant's, its content the call."""
 
 _ROLE_KEYS = ("role", "from")
-_CONTENT_KEYS = ("content", "value", "text")
-_INSTEAD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+_SPEAKER_KEYS = ("speaker", "sender", "author")
+"""Keys that say who speaks where they hold the name of a role, and not a person's."""
+_CONTENT_KEYS = ("content", "value", "text", "utterance", "message")
+_INSTEAD = ("tool_calls", "function_call", "function_calls", "reasoning_content", "reasoning", "thinking")
 """Keys that an assistant turn may have in place of content."""
 
 _SWITCHES = ("train", "training", "loss")
@@ -55,7 +66,11 @@ class NoContent(str):
 
 def role_key(message: Mapping[Any, Any]) -> str | None:
     """Return the key that says who speaks, or None where this is no message."""
-    return next((key for key in _ROLE_KEYS if isinstance(message.get(key), str)), None)
+    named = next((key for key in _ROLE_KEYS if isinstance(message.get(key), str)), None)
+    if named is not None:
+        return named
+    speakers = ((key, message.get(key)) for key in _SPEAKER_KEYS)
+    return next((key for key, who in speakers if isinstance(who, str) and who.casefold() in ROLES), None)
 
 
 def is_plain_message(message: Mapping[Any, Any]) -> bool:

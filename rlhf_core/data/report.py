@@ -82,9 +82,11 @@ class DataReport:
                 place=outcome.place,
                 fix="give a template that does by `dataset.chat_template`, or unset `dataset.strict`",
             )
+        if strict and outcome.set_aside:
+            raise DataError(outcome.set_aside[0], place=outcome.place, fix="repair the row, or unset `dataset.strict`")
         if outcome.truncated:
             _tally(self.notes, "truncated", outcome.place)
-        for note in (*outcome.lost, *outcome.notes):
+        for note in (*outcome.set_aside, *outcome.lost, *outcome.notes):
             _tally(self.notes, note, outcome.place)
         if outcome.control_text:
             _tally(self.notes, _CONTROL, outcome.place)

@@ -57,6 +57,14 @@ def test_mapping_of_an_unknown_contract_column(tiny):
     assert caught.value.exit_code == 2
 
 
+def test_a_mapping_that_is_misspelt_names_the_nearest_column(tiny):
+    rows = [{"prompt": "a", "response": "b", "sys": "c"}]
+    error = fault(tiny, rows, "sft", columns={"prompt": "promt"})
+    assert "fix: leave `prompt` out of `dataset.columns`: the row has a column of that name" in error
+    rows = [{"frage": "a", "response": "b", "sys": "c"}]
+    assert "to `{prompt: frage}`" in fault(tiny, rows, "sft", columns={"prompt": "farge"})
+
+
 def test_null_column(tiny):
     assert "column `response` is null" in fault(tiny, [{"prompt": "a", "response": None}], "sft")
 
@@ -130,7 +138,10 @@ def test_empty_response(tiny, record, row, column, empty):
 
 def test_conversation_that_ends_on_a_user_turn(tiny):
     turns = [*ASK, {"role": "assistant", "content": "yes"}, *ASK]
-    assert "the conversation ends on a user turn" in fault(tiny, [{"messages": turns}], "sft")
+    assert "the conversation ends on a user turn" in fault(tiny, [{"messages": ASK}], "sft")
+    assert "the conversation ends on turns that nothing answers" in fault(
+        tiny, [{"messages": turns}], "sft", strict=True
+    )
     assert "begins with an assistant turn" in fault(tiny, [{"messages": turns[1:2]}], "sft")
 
 

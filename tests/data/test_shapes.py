@@ -224,6 +224,16 @@ def test_pairs(tiny, case):
         ("True", "false", "in words"),
         ("good", "bad", "in words"),
         ("1", "0", "in words"),
+        ("1.0", "0.0", "in words"),
+        ("+1", "-1", "in words"),
+        (1, -1, "1 or 0"),
+        (1.0, -1.0, "1 or 0"),
+        ("Y", "n", "in words"),
+        ("t", "F", "in words"),
+        ("accepted", "rejected", "in words"),
+        ("thumbs_up", "Thumbs Down", "in words"),
+        ("thumbs-up", "thumbs-down", "in words"),
+        ("like", "dislike", "in words"),
     ],
 )
 def test_labels(tiny, good, bad, form):
@@ -284,7 +294,7 @@ def test_tool_calls_and_tool_turns_keep_their_keys():
     assert [example({**row, "tools": none}).tools for none in (None, [], "")] == [None] * 3
 
 
-@pytest.mark.parametrize("role", ["tool", "ipython", "function", "observation"])
+@pytest.mark.parametrize("role", ["tool", "ipython", "function", "observation", "environment"])
 def test_tool_roles(role):
     assert example({"messages": [U, A, {"role": role, "content": "5"}, A]}).responses[0][1] == {
         "role": "tool",
@@ -327,7 +337,6 @@ def test_arrow_fills_in_what_other_rows_have(tiny):
         ("sft", {"prompt": "a", "text": "b"}, "no column `response`"),
         ("sft", {"conversations": "hi"}, "no column `prompt`, which the `sft` contract needs; got columns"),
         ("sft", {"tags": ["hi", "yo"]}, "no column `prompt`"),
-        ("sft", {"conversations": ["hi", "yo", "ho"]}, "the conversation ends on a user turn"),
         ("sft", {"query": "a", "verdict": "b"}, "fix: set `dataset.columns` to `{response: verdict}`"),
         ("sft", {"body": "some text", "id": 3}, "set `dataset.columns` to `{text: body}` to train on all of it"),
         ("preference", {"a": "x", "b": "y", "c": "z"}, "rejected: COLUMN}`, each COLUMN one of a, b, c"),
@@ -353,7 +362,12 @@ def test_arrow_fills_in_what_other_rows_have(tiny):
         ("preference", {"prompt": "hi", "chosen": [A], "rejected": ["no"]}, "`rejected` must be text or a list of messages"),
         ("unpaired", {"prompt": "a", "response": "b", "score": 0.3}, "no column `label`"),
         ("reasoning", {"question": "a", "answer": "b"}, "or give each row a `verifiable`"),
-        ("reasoning", {"question": "a", "answer": "b", "checkable": True}, "`{verifiable: COLUMN}`, COLUMN being one of check"),
+        ("reasoning", {"question": "a", "answer": "b", "checkable": True}, "set `dataset.columns` to `{verifiable: checkable}`"),
+        ("unpaired", {"prompt": "a", "response": "b", "thumbs_up": True, "n": 1},
+         "fix: set `dataset.columns` to `{label: thumbs_up}`; or these look like `sft` rows"),
+        ("sft", {"source": "a", "target": "b"}, "fix: set `dataset.columns` to `{prompt: source}`"),
+        ("sft", {"turns": [{"who": "a", "what": "b"}]},
+         "got columns turns (a list of mappings with `who`, `what`, which aren't known turns)"),
     ],
 )  # fmt: skip
 def test_what_could_mean_two_things_or_nothing_is_refused(tiny, record, row, message):
@@ -539,3 +553,46 @@ def test_history_goes_before_any_text_prompt(tiny, history, asked):
 def test_alpaca_rows_without_an_input_are_alpaca(tiny):
     for row in ({"instruction": "do", "input": None, "output": "yo"}, {"instruction": "do", "output": "yo"}):
         assert words(tiny, row, format="alpaca") == ["<|bos|>do«yo<|end|>»"]
+
+
+@pytest.mark.parametrize(
+    ("who", "what", "user", "assistant"),
+    [
+        ("speaker", "utterance", "USER", "ASSISTANT"),
+        ("speaker", "text", "human", "bot"),
+        ("sender", "text", "human", "assistant"),
+        ("author", "content", "user", "assistant"),
+        ("role", "message", "user", "assistant"),
+    ],
+)
+def test_turns_of_other_keys(tiny, who, what, user, assistant):
+    turns = [{who: user, what: "hi"}, {who: assistant, what: "yo"}]
+    assert words(tiny, {"log": turns}, strict=True) == [CHAT]
+
+
+def test_persons_names_are_no_roles():
+    comments = [{"author": "Ann", "text": "a"}, {"author": "Bob", "text": "b"}]
+    read = example({"prompt": "hi", "response": "yo", "comments": comments})
+    assert read.prompt == "hi" and read.unused == ("comments",)
+
+
+def test_calls_as_a_text_of_functions_stand_in_place_of_content():
+    turn = {"role": "assistant", "content": None, "function_calls": "f(x=1)"}
+    read = example({"messages": [U, turn, {"role": "environment", "content": "5"}, A]})
+    assert read.responses[0][0]["function_calls"] == "f(x=1)" and read.responses[0][1]["role"] == "tool"
+    assert example({"messages": [U, turn]}).responses[0][0]["function_calls"] == "f(x=1)"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_turns_that_nothing_asks_for_or_answers_are_no_lesson(tiny, caplog, streaming):
+    row = {"conversations": [{"from": "gpt", "value": "no"}, *TURNS, {"from": "human", "value": "ho"}]}
+    data = opened(tiny, [row, {"conversations": TURNS}], streaming=streaming)
+    found = list(data)
+    assert in_words(tiny, found[0]) == [f"<|bos|><|assistant|>no<|end|>{SAID}«yo<|end|>»"]
+    assert in_words(tiny, found[1]) == [CHAT]
+    assert "1 of 2 rows: the conversation begins with an assistant turn, which answers nothing" in caplog.text
+    assert "1 of 2 rows: the conversation ends on turns that nothing answers, which are left out" in caplog.text
+    for part in (row["conversations"][:-1], row["conversations"][1:]):
+        with pytest.raises(DataError, match=r"data\[0\]: the conversation (begins|ends).*unset `dataset.strict`"):
+            list(opened(tiny, [{"conversations": part}], streaming=streaming, strict=True))
+    assert example({"messages": [A, U, A, U], "label": True}, "unpaired").prompt == [A, U]
