@@ -28,8 +28,12 @@ class EarlyStopping:
         min_delta: float = 0.0,
     ) -> None:
         self.metric, self.mode, self.patience, self.min_delta = metric, mode, patience, min_delta
+        self.start: float | None = None
+        """The metric before the first step, where that was evaluated."""
         self.best: float | None = None
         self.best_step = 0
+        self.best_metrics: dict[str, float] = {}
+        """All metrics of the best evaluation."""
         self.waited = 0
 
     @classmethod
@@ -61,13 +65,22 @@ class EarlyStopping:
             )
 
     def update(self, metrics: Mapping[str, float], step: int) -> bool:
-        """Take an evaluation's metrics, which `check` accepts; return whether to stop."""
+        """Take an evaluation's metrics, which `check` accepts; return whether to stop. Those of step 0 are the start."""
         value = float(metrics[self.metric])
-        if self._improves(value):
-            self.best, self.best_step, self.waited = value, step, 0
+        if step == 0:
+            self.start = value if math.isfinite(value) else None
+        elif self._improves(value):
+            self.best, self.best_step, self.best_metrics, self.waited = value, step, dict(metrics), 0
         else:
             self.waited += 1
         return self.stopped
+
+    @property
+    def never_improved(self) -> bool:
+        """Whether the start was evaluated, and no later evaluation was better."""
+        if self.start is None or self.best is None:
+            return False
+        return self.best >= self.start if self.mode == "min" else self.best <= self.start
 
     def _improves(self, value: float) -> bool:
         if not math.isfinite(value):
@@ -78,7 +91,12 @@ class EarlyStopping:
         return gain > self.min_delta
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "best_step": self.best_step, "waited": self.waited}
+        # JSON has no words for NaN and infinity.
+        metrics = {name: value if math.isfinite(value) else repr(value) for name, value in self.best_metrics.items()}
+        found = {"start": self.start, "best": self.best, "best_step": self.best_step, "waited": self.waited}
+        return {**found, "best_metrics": metrics}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.best, self.best_step, self.waited = state["best"], int(state["best_step"]), int(state["waited"])
+        self.start, self.best = state["start"], state["best"]
+        self.best_step, self.waited = int(state["best_step"]), int(state["waited"])
+        self.best_metrics = {name: float(value) for name, value in state["best_metrics"].items()}

@@ -437,7 +437,7 @@ class Run:
         self.hooks.emit("evaluated", run=self.trainer, step=step, metrics=metrics)
         if self.early_stopping is not None:
             self.early_stopping.check(metrics)  # at step 0 already, before a wrong name can lose a step
-            if step and self.early_stopping.update(metrics, step):
+            if self.early_stopping.update(metrics, step) and step:
                 self._log_early_stop(float(metrics[self.early_stopping.metric]))
         return metrics
 
@@ -488,6 +488,13 @@ class Run:
         self._save()
         note_data(self)
         model_step = self._take_best()
+        if (stopping := self.early_stopping) is not None and stopping.never_improved:
+            log.warning(
+                "no evaluation was better than the one before the first step: `%s` was %g there, and %g at its best",
+                stopping.metric,
+                stopping.start,
+                stopping.best,
+            )
         with self._stopping_at_once():
             model_dir = export_models(self.trainer, self.distribution)
         result = TrainResult(
@@ -524,6 +531,7 @@ class Run:
             return step
         if self.state.take_best(stopping.best_step):
             log.info("the model of step %d is exported: %s", stopping.best_step, stopping.describe())
+            self.progress.eval_metrics = dict(stopping.best_metrics)
             return stopping.best_step
         log.warning(
             "no checkpoint of step %d is there, so the model stays that of step %d: %s",

@@ -15,7 +15,7 @@ class TrainResult:
     metrics: dict[str, float] = field(default_factory=dict)
     """The last step's row of metrics."""
     eval_metrics: dict[str, float] = field(default_factory=dict)
-    """The last evaluation, names prefixed `eval_`; empty without evaluation data."""
+    """The evaluation of the model that is exported, names prefixed `eval_`: the last one, or with early stopping the best one."""
     output: Path | None = None
     """The run directory."""
     model_dir: Path | None = None

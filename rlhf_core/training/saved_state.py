@@ -75,6 +75,8 @@ class SavedEarlyStopping(_Part):
     best: float | None
     best_step: int = Field(ge=0)
     waited: int = Field(ge=0)
+    start: float | None
+    best_metrics: dict[str, float | str]
 
 
 class SavedState(_Part):

@@ -49,7 +49,8 @@ def test_its_state_comes_back() -> None:
     first, second = EarlyStopping(patience=3), EarlyStopping(patience=3)
     feed(first, 1.0, 2.0)
     second.load_state_dict(first.state_dict())
-    assert second.state_dict() == first.state_dict() == {"best": 1.0, "best_step": 1, "waited": 1}
+    expected = {"start": None, "best": 1.0, "best_step": 1, "waited": 1, "best_metrics": {"eval_loss": 1.0}}
+    assert second.state_dict() == first.state_dict() == expected
 
 
 class Rated(ToyTrainer):
@@ -149,3 +150,24 @@ def test_a_damaged_best_checkpoint_is_told(tmp_path: Path, caplog: pytest.LogCap
 def test_a_run_that_goes_to_its_end_exports_the_best_too(tmp_path: Path) -> None:
     result = rated(tmp_path, max_steps=4).train()
     assert (result.step, result.stopped_early, result.model_step) == (4, False, 2)
+
+
+def test_a_start_that_nothing_improved_on_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stopping = EarlyStopping(patience=2)
+    stopping.update({"eval_loss": 0.5}, 0)
+    assert not stopping.never_improved and stopping.best is None
+    stopping.update({"eval_loss": 0.7, "eval_kl": float("nan")}, 1)
+    assert stopping.never_improved and (stopping.best, stopping.best_step) == (0.7, 1)
+    again = EarlyStopping(patience=2)
+    again.load_state_dict(json.loads(json.dumps(stopping.state_dict(), allow_nan=False)))
+    assert again.never_improved and again.best_metrics["eval_loss"] == 0.7
+    stopping.update({"eval_loss": 0.4}, 2)
+    assert not stopping.never_improved
+
+
+def test_the_evaluation_that_is_returned_is_that_of_the_model(tmp_path: Path) -> None:
+    result = rated(tmp_path / "run").train()
+    assert (result.step, result.model_step) == (5, 2)
+    events = map(json.loads, (tmp_path / "run/events.jsonl").read_text().splitlines())
+    evaluated = {event["step"]: event["metrics"] for event in events if event["event"] == "evaluated"}
+    assert result.eval_metrics == evaluated[2] != evaluated[5]
