@@ -7,6 +7,7 @@ between columns of the right kind, and where two could be meant, neither is take
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from rlhf_core.data.messages import (
     read_messages,
     role_key,
 )
-from rlhf_core.errors import DataError
+from rlhf_core.errors import DataError, shortened
 from rlhf_core.records import RecordContract
 
 Format = Literal["auto", "columns", "alpaca", "messages", "sharegpt", "pairs", "texts", "dialogue", "text"]
@@ -64,6 +65,11 @@ _HISTORY = ("history", "chat_history", "conversation_history")
 
 _WHOLE_PROMPT = 12
 """Characters from which on a text at the beginning of an answer is taken as its prompt, and not as words that both share."""
+
+_TURNS_IN = ("prompt", "chosen", "rejected")
+"""Columns, those of conversations aside, in which turns may stand as JSON in a text."""
+
+_PYTHON = re.compile(r"\s*\[\s*\{\s*'(?:role|from|content|value)'\s*:")
 
 CONVERSATIONS = frozenset(_NAMES["messages"])
 """Names of columns that hold a whole conversation."""
@@ -141,6 +147,7 @@ class Recogniser:
             DataError: two columns could be meant, or the row isn't of the format that was asked for.
         """
         row = _Row(values, self.contract, self.format, self.given, place, self.ignored)
+        row.refuse_python()
         found = self._conversation(row) or self._whole_text(row, asked=True) or self._answered(row)
         missing = [name for name in self.contract.required if name not in found]
         if missing and "messages" not in found:
@@ -230,6 +237,17 @@ class _Row:
         self.kinds = {str(name): kind_of(value) for name, value in self.values.items()}
         self.there = {name for name, kind in self.kinds.items() if kind != "null"}
         self.folded = {_folded(name): name for name in reversed(self.kinds) if name in self.there}
+
+    def refuse_python(self) -> None:
+        """Raise `DataError` where turns stand as Python writes them, which isn't JSON."""
+        for name, value in self.values.items():
+            if isinstance(value, str) and _PYTHON.match(value) and _folded(str(name)) in (*CONVERSATIONS, *_TURNS_IN):
+                raise DataError(
+                    f"`{self.shown(str(name))}` was written by Python's str()",
+                    place=self.place,
+                    got=shortened(value),
+                    fix="write it as JSON (`json.dumps`), or save the rows as .jsonl or .parquet",
+                )
 
     def kind(self, column: str) -> str:
         return self.kinds.get(column, "null")
@@ -445,7 +463,7 @@ def _decoded(values: Mapping[str, Any]) -> dict[str, Any]:
         result |= {"prompt": request["messages"], **({"tools": request["tools"]} if "tools" in request else {})}
         del result["input"]
     names = {str(name): _folded(str(name)) for name in result}
-    asked = [name for name, folded in names.items() if folded in ("prompt", "chosen", "rejected", *_NAMES["messages"])]
+    asked = [name for name, folded in names.items() if folded in (*_TURNS_IN, *_NAMES["messages"])]
     for name in asked:
         result[name] = _turns_in(result[name])
     if any(result[name] is not values.get(name) for name in asked):

@@ -30,6 +30,7 @@ class Delimited(TextFile):
         records = self._records(Cursor())
         header, after = next(((fields, after) for _, fields, after in records), ([], Cursor()))
         records.close()
+        header = [name.strip() for name in header]
         if header:
             self._check_header(header)
         row = start.row
@@ -41,7 +42,8 @@ class Delimited(TextFile):
                     place=place,
                     fix=f"put values that hold `{self.delimiter}` or a line end in quotes".replace("\t", "a tab"),
                 )
-            values = dict(zip(header, fields, strict=True))
+            # A column without a name is the index that pandas writes.
+            values = {name: value for name, value in zip(header, fields, strict=True) if name}
             yield Row(row, place, values, Cursor(start.part, row + 1, end.line, end.offset))
             row += 1
 
@@ -61,6 +63,12 @@ class Delimited(TextFile):
             try:
                 fields = next(reader, None)
             except csv.Error as error:
+                if "new-line character" in str(error):
+                    raise DataError(
+                        "a carriage return stands alone outside quotes",
+                        place=f"{self.name}:{first}",
+                        fix="write line ends as LF or CRLF, and put values that hold one in quotes",
+                    ) from None
                 raise DataError(
                     "not a readable table",
                     place=f"{self.name}:{first}",
@@ -75,6 +83,12 @@ class Delimited(TextFile):
     def _check_header(self, header: list[str]) -> None:
         twice = next((name for name in header if header.count(name) > 1), None)
         place = f"{self.name}:1"
+        if twice == "":
+            raise DataError(
+                f"{header.count('')} columns have no name",
+                place=place,
+                fix="name them, or leave them out (pandas writes its index so without `index=False`)",
+            )
         if twice is not None:
             raise DataError(f"column {twice!r} stands twice", place=place, fix="name each column once")
         other = next((mark for mark in (";", "\t", "|", ",") if mark != self.delimiter and mark in header[0]), None)

@@ -14,6 +14,7 @@ from data_helpers import lines, sft_rows, write_as
 
 from rlhf_core.config import TrainerConfig
 from rlhf_core.data import open_dataset
+from rlhf_core.data.checks import Checker
 from rlhf_core.data.files import Cursor
 from rlhf_core.data.sources import check_paths, has_splits, open_source
 from rlhf_core.errors import DataError
@@ -187,3 +188,41 @@ def test_a_folder_that_datasets_saved(tmp_path, split):
     for file in (tmp_path / "saved").rglob("*.arrow"):
         file.write_bytes(file.read_bytes()[:40])
     assert "cannot be read" in fault(tmp_path / "saved", split=split or "train")
+
+
+def test_names_in_a_header_lose_the_space_around_them(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt, response \na,b\n")
+    assert [dict(row.values) for row in open_source(path).rows()] == [{"prompt": "a", "response": "b"}]
+
+
+def test_a_column_without_a_name_is_an_index_and_two_are_a_fault(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text(",prompt,response\n0,a,b\n1,c,d\n")
+    assert [dict(row.values) for row in open_source(path).rows()] == [
+        {"prompt": "a", "response": "b"},
+        {"prompt": "c", "response": "d"},
+    ]
+    path.write_text(",,prompt\n0,0,a\n")
+    with pytest.raises(DataError, match=r"rows.csv:1: 2 columns have no name; fix: name them, or .*`index=False`"):
+        list(open_source(path).rows())
+
+
+def test_line_ends_of_cr_alone_are_a_fault(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b"prompt,response\ra,b\r")
+    with pytest.raises(
+        DataError, match=r"rows.csv:1: a carriage return stands alone outside quotes; fix: .*LF or CRLF"
+    ):
+        list(open_source(path).rows())
+
+
+@pytest.mark.parametrize("name", ["messages", "conversations", "prompt"])
+def test_turns_as_python_writes_them_are_a_fault(tmp_path, name):
+    path = tmp_path / "rows.csv"
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "it's"}]
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([[name], [str(turns)]])
+    with pytest.raises(DataError, match=f"rows.csv:2: `{name}` was written by Python's str.*fix: write it as JSON"):
+        for row in open_source(path).rows():
+            Checker("sft").check(row)
