@@ -12,6 +12,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
 )
 
+from rlhf_core.batch import Batch
 from rlhf_core.testing.tiny import VOCAB_SIZE
 
 SIZES: dict[str, int] = {
@@ -116,6 +117,19 @@ def make_tiny(kind: str, seed: int = 0, **options: Any) -> Any:
             if parameter.dim() > 1 and not any(part in name for part in ("A_log", "conv", "embed", "wte", "shared.")):
                 parameter.mul_(3)
     return model
+
+
+@torch.no_grad()
+def own_logps(network: Any, batch: Batch) -> torch.Tensor:
+    """Return (R, T) log-probabilities by transformers alone, each response in a forward pass of its own, without a cache."""
+    out = torch.zeros(batch.loss_mask.shape)
+    for r in range(batch.num_responses):
+        owner, length = int(batch.owner[r]), int(batch.response_lengths[r])
+        prompt = int(batch.prompt_lengths[owner])
+        ids = torch.cat([batch.prompt_ids[owner, :prompt], batch.response_ids[r, :length]])
+        logps = network.eval()(input_ids=ids[None], use_cache=False).logits[0].float().log_softmax(-1)
+        out[r, :length] = logps[prompt - 1 : -1].gather(1, ids[prompt:, None]).squeeze(1)
+    return out.where(batch.loss_mask, 0.0)
 
 
 def _described(kind: str, options: dict[str, Any]) -> tuple[Any, Any]:

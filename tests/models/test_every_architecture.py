@@ -9,12 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import kinds, make_tiny, most_parameters
+from architectures import kinds, make_tiny, most_parameters, own_logps
 from batches import random_batch, relative
-from torch import Tensor
 
 from rlhf_core import registry
-from rlhf_core.batch import Batch
 from rlhf_core.errors import ModelError
 from rlhf_core.merging.config import MergeConfig
 from rlhf_core.merging.merge import ModelMerger
@@ -63,22 +61,6 @@ def saved(kind: str, path: Path) -> Path:
     make_tiny(kind).save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)
     return path
-
-
-def own_logps(network: Any, batch: Batch) -> Tensor:
-    out = torch.zeros(batch.loss_mask.shape)
-    for r in range(batch.num_responses):
-        owner, length = int(batch.owner[r]), int(batch.response_lengths[r])
-        prompt = int(batch.prompt_lengths[owner])
-        ids = torch.cat([batch.prompt_ids[owner, :prompt], batch.response_ids[r, :length]])
-        logps = logits(network, ids).log_softmax(-1)
-        out[r, :length] = logps[prompt - 1 : -1].gather(1, ids[prompt:, None]).squeeze(1)
-    return out
-
-
-@torch.no_grad()
-def logits(network: Any, ids: Tensor) -> Tensor:
-    return network.eval()(input_ids=ids[None], use_cache=False).logits[0].float()
 
 
 def train(method: str, model: Path, data: list[dict[str, Any]], output: Path, **options: Any) -> dict[str, float]:

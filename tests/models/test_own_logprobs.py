@@ -7,29 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import make_tiny
+from architectures import make_tiny, own_logps
 from batches import random_batch, relative
 from torch import Tensor, nn
 
-from rlhf_core.batch import Batch
 from rlhf_core.config import LoraConfig
 from rlhf_core.errors import ConfigError, ModelError
 from rlhf_core.models import PolicyModel, RewardModel
 from rlhf_core.models.output_layer import OutputLayer
 from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
-
-
-def own_logps(network: Any, batch: Batch) -> Tensor:
-    """Return (R, T) by transformers alone, each response in a forward pass of its own."""
-    out = torch.zeros(batch.loss_mask.shape)
-    for r in range(batch.num_responses):
-        owner, length = int(batch.owner[r]), int(batch.response_lengths[r])
-        prompt = int(batch.prompt_lengths[owner])
-        ids = torch.cat([batch.prompt_ids[owner, :prompt], batch.response_ids[r, :length]])
-        with torch.no_grad():
-            logps = network(input_ids=ids[None]).logits[0].float().log_softmax(-1)
-        out[r, :length] = logps[prompt - 1 : -1].gather(1, ids[prompt:, None]).squeeze(1)
-    return out.where(batch.loss_mask, 0.0)
 
 
 def policy_of(network: Any) -> PolicyModel:
