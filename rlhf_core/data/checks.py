@@ -8,7 +8,7 @@ from typing import Any
 
 from rlhf_core.data.examples import Parts, parts_of
 from rlhf_core.data.files import Row
-from rlhf_core.data.messages import is_dialogue, read_dialogue, wrong_type
+from rlhf_core.data.messages import is_dialogue, read_dialogue, read_messages, wrong_type
 from rlhf_core.data.shapes import ASKING, TEXT, TURNS, Format, Reading, Recogniser, kind_of
 from rlhf_core.data.values import check_sound, is_json
 from rlhf_core.errors import ConfigError, DataError, did_you_mean, nearest, shortened
@@ -173,7 +173,11 @@ class Checker:
                 if is_dialogue(value) and all(turn["content"] in ("", *texts) for turn in read_dialogue(value)):
                     return True
                 return not (text := value.strip()) or text in texts or is_rendered(text)
-            return value in same or (kind_of(value) == "texts" and all(map(repeats, value)))
+            if value in same:
+                return True
+            kind = kind_of(value)
+            said = value if kind == "texts" else _contents(value) if kind in TURNS else []
+            return bool(said) and all(text.strip() in texts for text in said)
 
         def means_something(name: str, value: Any) -> bool:
             if isinstance(value, str):
@@ -327,6 +331,14 @@ def _number(value: Any, name: str, row: Row) -> float:
     if number - number != 0:
         raise DataError(f"`{name}` isn't finite", place=row.place, got=repr(value), fix="repair or delete the row")
     return number
+
+
+def _contents(turns: Any) -> list[str]:
+    """Return what is said in turns; nothing where they can't be read."""
+    try:
+        return [message["content"] for message in read_messages(turns, "turns", "")]
+    except DataError:
+        return []
 
 
 def _holds_text(value: Any) -> bool:

@@ -529,6 +529,9 @@ def test_magpie_rows_are_conversations_that_say_it_twice(tiny):
     row = {"instruction": "hi", "response": "yo", "conversations": TURNS}
     assert words(tiny, row, strict=True) == [CHAT]
     assert words(tiny, {"messages": [U, A], "response": "yo"}, strict=True) == [CHAT]
+    assert words(tiny, {"prompt": "hi", "response": "yo", "conversations": TURNS}, strict=True) == [
+        "<|bos|>hi«yo<|end|>»"
+    ]
     other = {**row, "response": "other"}
     error = fault(tiny, other)
     assert "has both `conversations` and `response`, which isn't in it" in error and "`dataset.ignore_columns`" in error
