@@ -90,7 +90,7 @@ class Checker:
         for name in self.columns:
             if name not in known:
                 raise ConfigError(
-                    f"the `{record}` contract has no column `{name}`",
+                    f"the record type `{record}` has no column `{name}`",
                     place=f"dataset.columns.{name}",
                     fix=did_you_mean(name, known),
                 )
@@ -177,7 +177,10 @@ class Checker:
                 return True
             kind = kind_of(value)
             said = value if kind == "texts" else _contents(value) if kind in TURNS else []
-            return bool(said) and all(text.strip() in texts for text in said)
+            if bool(said) and all(text.strip() in texts for text in said):
+                return True
+            # A used text in pieces, such as an answer's steps.
+            return bool(said) and _without_space("".join(said)) in map(_without_space, texts)
 
         def means_something(name: str, value: Any) -> bool:
             if isinstance(value, str):
@@ -232,7 +235,7 @@ class Checker:
             look = f"these look like `{other}` rows, for another method"
             fix = f"{fix}; or {look}" if name == "label" and self._switches(row) else f"{look}; or {fix}"
         return DataError(
-            f"no column `{own}`, which the `{self.contract.name}` contract needs",
+            f"no column `{own}`, which the record type `{self.contract.name}` needs",
             place=row.place,
             got=f"columns {self._described(row) or 'none'}",
             fix=fix,
@@ -300,6 +303,10 @@ def _unknown_turns(value: Any) -> str:
     return (
         f" (a list of mappings with {', '.join(f'`{key}`' for key in value[0]) or 'no keys'}, which aren't known turns)"
     )
+
+
+def _without_space(text: str) -> str:
+    return "".join(text.split())
 
 
 def _label(value: Any, name: str, row: Row) -> bool:

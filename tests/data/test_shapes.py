@@ -335,7 +335,7 @@ def test_arrow_fills_in_what_other_rows_have(tiny):
         ("sft", {"problem": "a", "answer": "b", "solution": "c"}, "fix: say which by `dataset.columns`, such as `{response: "),
         ("sft", {"one": [U, A], "two": [U, A]}, "`one` and `two` could each be the `messages`"),
         ("sft", {"prompt": "a", "text": "b"}, "no column `response`"),
-        ("sft", {"conversations": "hi"}, "no column `prompt`, which the `sft` contract needs; got columns"),
+        ("sft", {"conversations": "hi"}, "no column `prompt`, which the record type `sft` needs; got columns"),
         ("sft", {"tags": ["hi", "yo"]}, "no column `prompt`"),
         ("sft", {"query": "a", "verdict": "b"}, "fix: set `dataset.columns` to `{response: verdict}`"),
         ("sft", {"body": "some text", "id": 3}, "set `dataset.columns` to `{text: body}` to train on all of it"),

@@ -19,7 +19,7 @@ FAULTS: dict[str, tuple[Any, str]] = {
     "blank": (" \n\n", ": holds no rows; fix: give data with at least one row"),
     "missing key": (
         [{"frage": "a", "response": "b"}],
-        ":1: no column `prompt`, which the `sft` contract needs; got columns frage, response; fix: set"
+        ":1: no column `prompt`, which the record type `sft` needs; got columns frage, response; fix: set"
         " `dataset.columns` to `{prompt: frage}`",
     ),
     "wrong type": ([{"prompt": 3, "response": "b"}], ":1: `prompt` must be text or a list of messages; got int 3"),
