@@ -262,5 +262,6 @@ class Drops(Linear):
         assert base is not None
         merged = super().merge_tensor(name, base, tensors, weights)
         active = sum(1 for weight in weights if weight)
-        keep = torch.rand(()) if active > 1 else torch.ones(())
+        # A draw an entry: two draws for the whole may be too near each other to change a bit.
+        keep = torch.rand(merged.shape) if active > 1 else torch.ones(())
         return base.float() + (1 - 1e-6 * keep) * (merged - base.float())
