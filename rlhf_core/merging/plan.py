@@ -205,7 +205,7 @@ def _is_buffer(name: str, one: Checkpoint) -> bool:
 
 
 def _common_names(inputs: Sequence[Checkpoint], left_out: set[str]) -> set[str]:
-    """Return the tensors of all inputs, without what is worked out anew and only some of them hold."""
+    """Return the tensors of all inputs, without what models work out themselves and only some of them hold."""
     every = set[str]().union(*(one.tensors for one in inputs))
     found = [{*one.tensors, *(name for name in every if one.absent(name))} - left_out for one in inputs]
     odd = set[str]().union(*found) - found[0].intersection(*found)

@@ -205,7 +205,7 @@ EXPERTS: dict[str, Callable[[], Any]] = {
     "Mixtral": _moe("Mixtral", num_local_experts=4, num_experts_per_tok=2),
     # The gate, up and down projections of one shape.
     "Qwen3Moe": _moe("Qwen3Moe", head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
-    # Two experts of four rows: experts and halves are told apart by place.
+    # Two experts of four rows: experts and halves differ by place.
     "Olmoe": _moe("Olmoe", num_experts=2, num_experts_per_tok=1, intermediate_size=16),
     # All experts of a layer in one tensor of the files, inputs before outputs.
     "GptOss": _moe("GptOss", head_dim=8, num_local_experts=4, num_experts_per_tok=2, layer_types=["full_attention"] * 2),

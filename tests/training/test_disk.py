@@ -1,4 +1,4 @@
-"""A disk that is too small for what a run will write is told before the first step, and in a dry run."""
+"""A disk that is too small for what a run will write is reported before the first step, and in a dry run."""
 
 from __future__ import annotations
 
