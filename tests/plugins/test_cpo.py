@@ -27,11 +27,10 @@ def sums(seed: int = 0, pairs: int = 7) -> list[Tensor]:
 
 
 def check(values: list[Tensor], beta: float, eps: float) -> None:
-    """Compare with the paper's formula, written anew as a ratio of powers in float64."""
+    """Compare with the paper's ratio of powers in float64, as -log(a / (a + b)) = log(1 + b / a), which keeps its digits."""
     found = cpo_loss(values[0], values[1], beta, eps)
     chosen, rejected = (torch.exp(beta * value.double()) for value in values)
-    prefer = chosen / (chosen + rejected)
-    expected = -(1 - eps) * prefer.log() - eps * (rejected / (chosen + rejected)).log()
+    expected = (1 - eps) * (rejected / chosen).log1p() + eps * (chosen / rejected).log1p()
     assert relative(found.double(), expected) < 1e-6
     ours, theirs = (torch.stack(torch.autograd.grad(x.sum(), values)) for x in (found, expected))
     assert relative(ours, theirs) < 1e-6
