@@ -198,7 +198,7 @@ class ByPlace(nn.Module):
 
 
 class Masked(nn.Module):
-    """Tokens that a model never gives, left out in the way that models do, on top of a bias by the last dimension's size."""
+    """Tokens that a model never gives, left out in the way that models do, on top of an output layer of its own."""
 
     def __init__(self, inner: nn.Linear, value: float) -> None:
         super().__init__()
