@@ -374,6 +374,47 @@ class TrainerConfig(BaseConfig):
         return values
 
 
+class ModelConfig(BaseConfig):
+    """A model beside the one that is trained, such as a teacher: only read."""
+
+    path: str = Field(min_length=1, description="Path or hub name of the model.")
+    precision: Literal["float32", "bf16", "fp16"] | None = Field(
+        None, description="Precision of its matrix products; null takes the run's, 16 bits take half the memory."
+    )
+    trust_remote_code: bool = Field(
+        False, description="Run code that its repository ships; true only where you trust that code."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_alone(cls, values: Any) -> Any:
+        return {"path": values} if isinstance(values, str) else values
+
+
+class TrainedModelConfig(ModelConfig):
+    """A model that is trained beside the policy, such as a critic."""
+
+    lora: LoraConfig | None = Field(None, description="Train low-rank adapters on it; null trains every weight.")
+    learning_rate_factor: float = Field(
+        1.0,
+        gt=0,
+        description="Its learning rate as a multiple of `learning_rate`; larger learns faster than the policy.",
+    )
+
+
+ReferenceMode = Literal["auto", "copy", "adapter_off", "precompute"]
+
+
+class ReferenceConfig(TrainerConfig):
+    """Options of a method that compares the policy with what it was at the start."""
+
+    reference: ReferenceMode = Field(
+        "auto",
+        description="How the reference is kept: a frozen `copy`, the base with a fresh adapter off (`adapter_off`), or"
+        " log-probabilities computed once at the start (`precompute`). The objective is the same.",
+    )
+
+
 class DataFile(BaseConfig):
     """Rows to train on, and how often each of them is seen."""
 

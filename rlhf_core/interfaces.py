@@ -212,13 +212,21 @@ class Trainer(ABC, Generic[ConfigT]):
 
 @dataclass(frozen=True)
 class Sample:
-    """One completion to be scored: its prompt, text, token ids, and the record's other columns."""
+    """One completion to be scored."""
 
     prompt: Any
+    """Text or chat messages, as in the data."""
     completion: str
     prompt_ids: Sequence[int] = ()
     completion_ids: Sequence[int] = ()
     columns: Mapping[str, Any] = field(default_factory=dict)
+    """The record's other columns, such as a reference answer."""
+    group: int = 0
+    """Completions of the same prompt, drawn together, have the same number."""
+    stop_reason: str = "end"
+    """Why it ended; see `Completion.stop_reason`."""
+    mask: Sequence[bool] | None = None
+    """For each completion token, whether the policy wrote it; None where it wrote them all."""
 
 
 class RewardFn(ABC):
@@ -241,18 +249,23 @@ class RewardFn(ABC):
 
 @dataclass(frozen=True)
 class Completion:
-    """What was generated for a prompt: it can't lie about where it came from."""
+    """What was generated for a prompt: it can't lie about where it came from. Axis: T, its tokens."""
 
     text: str
     ids: Sequence[int]
     logprobs: Sequence[float]
-    """Log-probability of each token under the distribution that drew it (temperature and truncation included), nats."""
+    """(T,) log-probability of each token under the distribution that drew it (temperature and truncation included), nats."""
     stop_reason: str
     """`end` after the end token, which is the last of `ids`; `length` where the limit cut it off."""
     raw_logprobs: Sequence[float] = ()
-    """Log-probability of each token under the model's own distribution (temperature 1, nothing truncated), nats."""
+    """(T,) log-probability of each token under the model's own distribution (temperature 1, nothing truncated), nats."""
+    kept_mass: Sequence[float] = ()
+    """(T,) share of the tempered distribution that truncation (top-p, top-k) kept where each token was drawn, at most 1."""
+    mask: Sequence[bool] | None = None
+    """(T,) whether the policy wrote each token (a tool's output isn't its own); None where it wrote them all."""
     score: float | None = None
     policy_version: int = 0
+    """Optimiser steps that the policy had made when it wrote this."""
 
 
 class Sampler(ABC):
