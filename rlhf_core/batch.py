@@ -169,29 +169,54 @@ class Batch:
         """Return (P,) the tokens of each prompt together with all of its responses."""
         return self.prompt_lengths.index_add(0, self.owner, self.response_lengths)
 
+    def take(self, responses: Sequence[int] | Tensor) -> Batch:
+        """Return the batch of these responses, in this order, and of the prompts that they answer, trimmed to the longest."""
+        chosen = torch.as_tensor(responses, dtype=torch.long, device=self.device)
+        prompts, owner = torch.unique(self.owner[chosen], return_inverse=True)
+        part = replace(
+            self,
+            response_ids=self.response_ids[chosen],
+            response_lengths=self.response_lengths[chosen],
+            owner=self.owner[chosen],
+            loss_mask=self.loss_mask[chosen],
+            per_response={name: column[chosen] for name, column in self.per_response.items()},
+            per_token={name: column[chosen] for name, column in self.per_token.items()},
+        )
+        found = part.select(prompts)
+        # `select` puts responses in the order of their prompts; theirs was asked for.
+        back = torch.argsort(torch.argsort(owner, stable=True))
+        return found._reordered(back)
+
     def split(
-        self, *, max_prompts: int | None = None, max_tokens: int | None = None, by_length: bool = True
+        self, *, size: int | None = None, max_tokens: int | None = None, by_length: bool = True, divide: bool = False
     ) -> list[Batch]:
-        """Cut into micro-batches of at most so many prompts and tokens; a prompt's responses stay together.
+        """Cut into micro-batches of at most `size` prompts and so many tokens.
 
         Which rows share an optimiser step never depends on this cut, so the step's gradient doesn't either. With
-        `by_length`, rows of like length share a micro-batch. A prompt that alone exceeds `max_tokens` stands alone.
+        `by_length`, rows of like length share a micro-batch. With `divide`, the cut may fall between a prompt's responses, `size`
+        counts responses, and prompts without any are left out; else they stay together. What alone exceeds `max_tokens` stands
+        alone.
         """
         cost = self.prompt_tokens().tolist()
         order = sorted(range(self.num_prompts), key=cost.__getitem__) if by_length else list(range(self.num_prompts))
-        cuts: list[list[int]] = []
-        used = 0
-        for prompt in order:
-            full = cuts and (
-                (max_prompts is not None and len(cuts[-1]) >= max_prompts)
-                or (max_tokens is not None and used + cost[prompt] > max_tokens)
-            )
-            if not cuts or full:
-                cuts.append([])
-                used = 0
-            cuts[-1].append(prompt)
-            used += cost[prompt]
-        return [self.select(cut) for cut in cuts]
+        if not divide:
+            return [self.select(cut) for cut in _cuts(order, lambda prompt, _: cost[prompt], size, max_tokens)]
+        lengths, owners = self.response_lengths.tolist(), self.owner.tolist()
+        prompt_lengths = self.prompt_lengths.tolist()
+        of_prompt: list[list[int]] = [[] for _ in range(self.num_prompts)]
+        for response, owner in enumerate(owners):
+            of_prompt[owner].append(response)
+
+        def tokens(response: int, cut: Sequence[int]) -> int:
+            known = bool(cut) and owners[cut[-1]] == owners[response]  # a prompt's responses are neighbours
+            return int(lengths[response]) + (0 if known else int(prompt_lengths[owners[response]]))
+
+        responses = [
+            response
+            for prompt in order
+            for response in (sorted(of_prompt[prompt], key=lengths.__getitem__) if by_length else of_prompt[prompt])
+        ]
+        return [self.take(sorted(cut)) for cut in _cuts(responses, tokens, size, max_tokens)]
 
     def pad(self, prompt_tokens: int = 0, response_tokens: int = 0, *, value: int = 0) -> Batch:
         """Return the same batch with columns of padding added on the right. No result may depend on it."""
@@ -206,6 +231,18 @@ class Batch:
             response_ids=grow(self.response_ids, response_tokens, value),
             loss_mask=grow(self.loss_mask, response_tokens, False),
             per_token={name: grow(column, response_tokens, 0) for name, column in self.per_token.items()},
+        )
+
+    def _reordered(self, order: Tensor) -> Batch:
+        """Return the batch with its responses in another order."""
+        return replace(
+            self,
+            response_ids=self.response_ids[order],
+            response_lengths=self.response_lengths[order],
+            owner=self.owner[order],
+            loss_mask=self.loss_mask[order],
+            per_response={name: column[order] for name, column in self.per_response.items()},
+            per_token={name: column[order] for name, column in self.per_token.items()},
         )
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -224,6 +261,25 @@ class Batch:
             per_response=each(self.per_response),
             per_token=each(self.per_token),
         )
+
+
+def _cuts(
+    order: Sequence[int], tokens: Callable[[int, Sequence[int]], int], size: int | None, max_tokens: int | None
+) -> list[list[int]]:
+    """Return the order cut into runs of at most `size` entries and so many tokens; `tokens` counts an entry behind a run."""
+    cuts: list[list[int]] = []
+    used = 0
+    for entry in order:
+        full = cuts and (
+            (size is not None and len(cuts[-1]) >= size)
+            or (max_tokens is not None and used + tokens(entry, cuts[-1]) > max_tokens)
+        )
+        if not cuts or full:
+            cuts.append([])
+            used = 0
+        used += tokens(entry, cuts[-1])
+        cuts[-1].append(entry)
+    return cuts
 
 
 def _longest(lengths: Tensor) -> int:

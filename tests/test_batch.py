@@ -116,7 +116,7 @@ def test_a_cut_keeps_every_row_once_and_its_bounds(
     prompts: int, responses: int, max_prompts: int | None, max_tokens: int | None, by_length: bool, seed: int
 ) -> None:
     batch = filled(prompts, responses, seed)
-    micros = batch.split(max_prompts=max_prompts, max_tokens=max_tokens, by_length=by_length)
+    micros = batch.split(size=max_prompts, max_tokens=max_tokens, by_length=by_length)
     assert Counter(row for micro in micros for row in contents(micro)) == Counter(contents(batch))
     for micro in micros:
         assert micro.num_responses == responses * micro.num_prompts  # a prompt's responses stay together
@@ -144,3 +144,30 @@ def test_moving_takes_every_tensor() -> None:
     tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
     tensors += [moved["number"], moved["score"], moved["twice"]]
     assert len(tensors) == 9 and {tensor.device.type for tensor in tensors} == {"meta"}
+
+
+@given(
+    prompts=sizes,
+    responses=sizes,
+    size=st.none() | st.integers(1, 8),
+    max_tokens=st.none() | st.integers(1, 60),
+    by_length=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_a_cut_between_a_prompts_responses_keeps_each_once(
+    prompts: int, responses: int, size: int | None, max_tokens: int | None, by_length: bool, seed: int
+) -> None:
+    batch = filled(prompts, responses, seed)
+    micros = batch.split(size=size, max_tokens=max_tokens, by_length=by_length, divide=True)
+    assert Counter(entry for micro in micros for entry in contents(micro)) == Counter(contents(batch))
+    for micro in micros:
+        assert size is None or micro.num_responses <= size
+        assert max_tokens is None or micro.num_tokens <= max_tokens or micro.num_responses == 1
+        assert set(micro.owner.tolist()) == set(range(micro.num_prompts))  # no prompt without a response
+
+
+@given(seed=st.integers(0, 99), chosen=st.lists(st.integers(0, 11), min_size=1, max_size=12, unique=True))
+def test_take_keeps_the_order_that_was_asked_for(seed: int, chosen: list[int]) -> None:
+    batch = filled(4, 3, seed)
+    every = contents(batch)
+    assert contents(batch.take(chosen)) == [every[response] for response in chosen]

@@ -96,7 +96,7 @@ class Reference:
         model = self._model
         off = model.adapter_off() if self.mode == "adapter_off" else self._as_kept()
         with evaluating(model), off:
-            return score_in_parts(batch, model.response_logps, cut=self._cut, device=model.device)
+            return score_in_parts(batch, model.response_logps, axis="response", cut=self._cut, device=model.device)
 
     @contextlib.contextmanager
     def _as_kept(self) -> Iterator[None]:

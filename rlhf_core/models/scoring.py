@@ -1,61 +1,97 @@
-"""Scores of a whole window without gradients, computed in the micro-batches that memory allows."""
+"""Values of a whole batch without gradients, computed in the micro-batches that memory allows."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from rlhf_core.batch import Batch
-from rlhf_core.infra.devices import is_out_of_memory, release_memory
+from rlhf_core.errors import PluginError
+from rlhf_core.infra.memory import in_parts
 
-log = logging.getLogger(__name__)
+Axis = Literal["prompt", "response", "token"]
+Values = TypeVar("Values", Tensor, tuple[Tensor, ...])
 
-_COLUMN = "_response"
+_PROMPT, _RESPONSE = "_prompt", "_response"
 
 
 @torch.no_grad()
 def score_in_parts(
     batch: Batch,
-    score: Callable[[Batch], Tensor],
+    function: Callable[[Batch], Values],
     *,
+    axis: Axis = "response",
     cut: Callable[[Batch], Sequence[Batch]],
     device: torch.device,
-) -> Tensor:
-    """Return `score(micro)`, one row a response, put together for the whole batch.
+) -> Values:
+    """Return a function's values of a batch, computed in micro-batches and put together.
 
     Args:
-        batch: P prompts with R responses.
-        score: gives (responses of the micro-batch, ...).
+        batch: P prompts with R responses of at most T tokens.
+        function: returns for a micro-batch of p prompts with r responses of at most t tokens a tensor of (p, ...), (r, ...) or
+            (r, t, ...) values, as the axis says, or a tuple of such tensors. It must take a batch without rows.
+        axis: what the values belong to.
         cut: cuts a batch into micro-batches; one that doesn't fit in memory is halved further.
-        device: where micro-batches are scored.
+        device: where micro-batches are computed.
 
     Returns:
-        (R, ...) float32, on the batch's device.
+        (P, ...), (R, ...) or (R, T, ...) on the batch's device, floating values as float32; zero beyond the width of the
+        micro-batch that a token belongs to.
     """
-    numbered = batch.attach(per_response={_COLUMN: torch.arange(batch.num_responses, device=batch.device)})
-    parts = [part for micro in cut(numbered) for part in _score(micro, score, device)]
-    if not parts:
-        return torch.zeros(batch.num_responses, device=batch.device)
-    numbers, values = (torch.cat(column) for column in zip(*parts, strict=True))
-    return values[numbers.argsort()].to(batch.device)
+    numbered = batch.attach(
+        per_prompt={_PROMPT: torch.arange(batch.num_prompts, device=batch.device)},
+        per_response={_RESPONSE: torch.arange(batch.num_responses, device=batch.device)},
+    )
+    several = False
+    parts: list[tuple[Tensor, tuple[Tensor, ...]]] = []
+
+    def work(micro: Batch) -> tuple[Tensor, tuple[Tensor, ...]]:
+        nonlocal several
+        found = function(micro.to(device))
+        several = isinstance(found, tuple)
+        values = found if isinstance(found, tuple) else (found,)
+        for value in values:
+            _check(value, micro, axis)
+        return micro[_PROMPT if axis == "prompt" else _RESPONSE].cpu(), tuple(_plain(value) for value in values)
+
+    for micro in cut(numbered) or [numbered]:
+        parts += in_parts(micro, work, lambda piece: halves(piece, divide=axis != "prompt"), device=device)
+    numbers = torch.cat([rows for rows, _ in parts])
+    order = numbers.argsort()
+    width = batch.response_ids.shape[1]
+    joined = []
+    for column in zip(*(values for _, values in parts), strict=True):
+        widened = [_widened(value, width) for value in column] if axis == "token" else column
+        joined.append(torch.cat(list(widened))[order].to(batch.device))
+    return tuple(joined) if several else joined[0]  # type: ignore[return-value]
 
 
-def _score(micro: Batch, score: Callable[[Batch], Tensor], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield response numbers with their scores: of the whole micro-batch, or of its halves where memory runs out."""
-    values: Tensor | None = None
-    try:
-        values = score(micro.to(device))
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error) or micro.num_prompts == 1:
-            raise
-    if values is not None:
-        yield micro[_COLUMN].cpu(), values.float().cpu()
-        return
-    # Outside the handler: its traceback would keep the failed forward pass in memory.
-    release_memory(device)
-    log.warning("out of memory: %d prompts are forwarded in halves", micro.num_prompts)
-    for half in micro.split(max_prompts=(micro.num_prompts + 1) // 2):
-        yield from _score(half, score, device)
+def halves(batch: Batch, *, divide: bool) -> list[Batch]:
+    """Cut a batch in two, between prompts, or with `divide` between the responses of its only one; one part where neither can."""
+    if batch.num_prompts > 1:
+        return batch.split(size=(batch.num_prompts + 1) // 2)
+    if divide and batch.num_responses > 1:
+        return batch.split(size=(batch.num_responses + 1) // 2, divide=True)
+    return [batch]
+
+
+def _check(value: object, micro: Batch, axis: Axis) -> None:
+    tokens = tuple(micro.response_ids.shape)
+    wanted = {"prompt": (micro.num_prompts,), "response": (micro.num_responses,), "token": tokens}[axis]
+    got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+    if got[: len(wanted)] != wanted:
+        raise PluginError(
+            f"the values of axis `{axis}` must begin with shape {wanted}", place="run.forward", got=got,
+            fix="return values for every row of the micro-batch, or name another `axis`",
+        )  # fmt: skip
+
+
+def _plain(value: Tensor) -> Tensor:
+    return (value.float() if value.is_floating_point() else value).cpu()
+
+
+def _widened(value: Tensor, width: int) -> Tensor:
+    return torch.cat([value, value.new_zeros(value.shape[0], width - value.shape[1], *value.shape[2:])], dim=1)

@@ -22,7 +22,7 @@ class MicroBatches:
         """Return the window's micro-batches; those without prompts are left out."""
         if not window.num_prompts:
             return []
-        return window.split(max_prompts=self.max_prompts, max_tokens=self.max_tokens, by_length=self._by_length)
+        return window.split(size=self.max_prompts, max_tokens=self.max_tokens, by_length=self._by_length)
 
     def halve(self, largest: int) -> bool:
         """Allow half as many prompts a micro-batch as the `largest` one had; False where that one had a single prompt."""
@@ -42,4 +42,4 @@ class MicroBatches:
 
 def halves(micro: Batch) -> list[Batch]:
     """Cut a micro-batch of several prompts in two."""
-    return micro.split(max_prompts=math.ceil(micro.num_prompts / 2))
+    return micro.split(size=math.ceil(micro.num_prompts / 2))

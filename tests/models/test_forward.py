@@ -138,7 +138,7 @@ def test_shared_prompts_are_computed_once() -> None:
 def test_micro_batches_cover_the_batch_and_keep_groups(policy: PolicyModel) -> None:
     batch = random_batch(7, 2, seed=3)
     whole, gradient = logps_and_gradient(policy, batch, "packed")
-    for cut in ({"max_prompts": 1}, {"max_prompts": 2}, {"max_tokens": 25}, {"max_prompts": 3, "by_length": False}):
+    for cut in ({"size": 1}, {"size": 2}, {"max_tokens": 25}, {"size": 3, "by_length": False}):
         micros = batch.split(**cut)  # type: ignore[arg-type]
         assert sorted(row for micro in micros for row in micro.rows) == list(range(7))
         for micro in micros:

@@ -39,7 +39,7 @@ def test_every_mode_gives_the_policy_as_passed_in(mode: str, lora: bool) -> None
     expected = policy.response_logps(batch).detach()
     references = [
         Reference.create(policy, mode, cut=cut)  # type: ignore[arg-type]
-        for cut in (None, lambda b: b.split(max_prompts=2), lambda b: b.split(max_tokens=20))
+        for cut in (None, lambda b: b.split(size=2), lambda b: b.split(max_tokens=20))
     ]
     if mode == "precompute":
         for reference in references:
@@ -52,7 +52,7 @@ def test_every_mode_gives_the_policy_as_passed_in(mode: str, lora: bool) -> None
 
 def test_the_reference_keeps_to_the_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = PolicyModel(tiny_model(), tiny_tokenizer())
-    reference = Reference.create(policy, "copy", cut=lambda b: b.split(max_prompts=2))
+    reference = Reference.create(policy, "copy", cut=lambda b: b.split(size=2))
     seen: list[int] = []
     forward = PolicyModel.token_logps
 

@@ -139,7 +139,7 @@ def test_a_sorted_step_is_the_same_however_it_is_shared_out(kind: str) -> None:
     for index, share in enumerate(shares):
         made = trainer(policy, loss_type=kind, beta=beta)
         made.seam = Seam(gather=lambda value: told if value in told else [], index=index)
-        for micro in window(made, share).split(max_prompts=1):
+        for micro in window(made, share).split(size=1):
             term = made.loss(micro).terms["preference"]
             total += term.item()
             ours += gradient(term, parameters)
