@@ -7,13 +7,19 @@ tokens. Padding is on the right and is told by lengths alone, never by comparing
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from rlhf_core.errors import PluginError
+
+if TYPE_CHECKING:
+    from rlhf_core.interfaces import Completion
 
 _moved: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """Tensor on a device → (where it came from on the host, the versions of both)."""
@@ -61,10 +67,105 @@ class Batch:
     """Columns (R, ...)."""
     per_token: Mapping[str, Tensor] = field(default_factory=dict)
     """Columns (R, T, ...), aligned with `response_ids`."""
+    prompts: tuple[Any, ...] = ()
+    """Each prompt as it stands in the data, text or chat messages, for rewards; () where it isn't known."""
     records: tuple[Mapping[str, Any], ...] = ()
     """Each prompt's other columns, as they stand in its record (an answer, step labels), for rewards."""
     boundary: bool = True
     """False on every window but the last that `experience` makes from one rollout: a checkpoint waits for a boundary."""
+
+    @classmethod
+    def from_completions(cls, batch: Batch, completions: Sequence[Sequence[Completion]]) -> Batch:
+        """Return a batch of the same prompts with completions as their responses, on the same device.
+
+        Prompts keep their ids, rows, records and columns; the responses that the batch had are gone. Groups may be of any sizes.
+
+        Args:
+            completions: for each prompt its completions, in the order in which they become responses. `Completion.mask` is
+                their loss mask; without one every token is in the loss, the end token included.
+
+        Columns:
+            `sampled_logps`, `raw_logps`, `kept_mass`: (R, T) float32, each from the field of a completion that bears its name,
+                0 beyond the length; one that no completion has is left out.
+            `truncated`: (R,) bool, whether the limit cut the completion off. `policy_version`: (R,) long.
+
+        Raises:
+            PluginError: a completion's fields are of unequal lengths, or there aren't as many groups as prompts.
+        """
+        if len(completions) != batch.num_prompts:
+            raise PluginError(
+                f"{len(completions)} groups of completions for {batch.num_prompts} prompts", place="completions"
+            )
+        sizes = [len(group) for group in completions]
+        flat = [completion for group in completions for completion in group]
+        names = [f"row {row}" for row, size in zip(batch.rows, sizes, strict=True) for _ in range(size)]
+        lengths = torch.tensor([len(completion.ids) for completion in flat], dtype=torch.long)
+        masks = [[True] * len(one.ids) if one.mask is None else one.mask for one in flat]
+        columns = {
+            column: _padded(values, lengths, names, field, torch.float32)
+            for column, field in (
+                ("sampled_logps", "logprobs"), ("raw_logps", "raw_logprobs"), ("kept_mass", "kept_mass"),
+            )
+            if any(map(len, values := [getattr(one, field) for one in flat])) or not flat
+        }  # fmt: skip
+        made = replace(
+            batch,
+            response_ids=_padded([one.ids for one in flat], lengths, names, "ids", torch.long),
+            response_lengths=lengths,
+            owner=torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes, dtype=torch.long)),
+            loss_mask=_padded(masks, lengths, names, "mask", torch.bool),
+            per_response={
+                "truncated": torch.tensor([one.stop_reason == "length" for one in flat], dtype=torch.bool),
+                "policy_version": torch.tensor([one.policy_version for one in flat], dtype=torch.long),
+            },
+            per_token=columns,
+        )
+        return made.to(batch.device)
+
+    @classmethod
+    def cat(cls, batches: Sequence[Batch]) -> Batch:
+        """Return the batches' prompts and responses as one batch, in order, padded to the widest.
+
+        Raises:
+            ValueError: there is no batch, or a column isn't in all of them.
+        """
+        if not batches:
+            raise ValueError("there is no batch to join")
+        for kind in ("per_prompt", "per_response", "per_token"):
+            held = [{*getattr(batch, kind)} for batch in batches]
+            if different := sorted(set.union(*held) - set.intersection(*held)):
+                raise ValueError(f"{kind} column {different[0]!r} is in some of the batches only")
+        for kind in ("prompts", "records"):
+            # A batch without a prompt has none to show.
+            if len({bool(getattr(batch, kind)) for batch in batches if batch.num_prompts}) > 1:
+                raise ValueError(f"some of the batches only have `{kind}`")
+        width = max(batch.prompt_ids.shape[1] for batch in batches)
+        length = max(batch.response_ids.shape[1] for batch in batches)
+        wide = [batch.pad(width - batch.prompt_ids.shape[1], length - batch.response_ids.shape[1]) for batch in batches]
+        starts = itertools.accumulate((batch.num_prompts for batch in batches), initial=0)
+
+        def joined(name: str) -> Tensor:
+            return torch.cat([getattr(batch, name) for batch in wide])
+
+        def columns(kind: str) -> dict[str, Tensor]:
+            tables = [getattr(batch, kind) for batch in wide]
+            return {name: torch.cat([table[name] for table in tables]) for name in tables[0]}
+
+        return replace(
+            wide[-1],
+            prompt_ids=joined("prompt_ids"),
+            prompt_lengths=joined("prompt_lengths"),
+            response_ids=joined("response_ids"),
+            response_lengths=joined("response_lengths"),
+            owner=torch.cat([batch.owner + start for batch, start in zip(wide, starts, strict=False)]),
+            loss_mask=joined("loss_mask"),
+            rows=tuple(row for batch in batches for row in batch.rows),
+            per_prompt=columns("per_prompt"),
+            per_response=columns("per_response"),
+            per_token=columns("per_token"),
+            prompts=tuple(prompt for batch in batches for prompt in batch.prompts),
+            records=tuple(record for batch in batches for record in batch.records),
+        )
 
     @property
     def num_prompts(self) -> int:
@@ -161,6 +262,7 @@ class Batch:
             per_prompt={name: column[chosen] for name, column in self.per_prompt.items()},
             per_response={name: column[responses] for name, column in self.per_response.items()},
             per_token={name: column[responses, :length] for name, column in self.per_token.items()},
+            prompts=tuple(self.prompts[p] for p in picks) if self.prompts else (),
             records=tuple(self.records[p] for p in picks) if self.records else (),
             boundary=self.boundary,
         )
@@ -284,3 +386,19 @@ def _cuts(
 
 def _longest(lengths: Tensor) -> int:
     return int(lengths.max()) if lengths.numel() else 0
+
+
+def _padded(
+    values: Sequence[Sequence[Any]], lengths: Tensor, names: Sequence[str], field: str, dtype: torch.dtype
+) -> Tensor:
+    """Return (R, T) values of completions, 0 beyond each length.
+
+    Raises:
+        PluginError: a completion has another number of values than of tokens.
+    """
+    table = torch.zeros(len(values), _longest(lengths), dtype=dtype)
+    for line, value, length, name in zip(table, values, lengths.tolist(), names, strict=True):
+        if len(value) != length:
+            raise PluginError(f"a completion's `{field}` has {len(value)} values for {length} tokens", place=name)
+        line[:length] = torch.as_tensor(value, dtype=dtype)
+    return table

@@ -120,8 +120,9 @@ def random_generator(*key: int) -> np.random.Generator:
 
 
 def add_to_hash(digest: hashlib._Hash, row: EncodedRow) -> None:
-    """Let a row's index, ids, masks and columns count in a fingerprint."""
-    digest.update(f"{row.index} {len(row.prompt_ids)} {row.per_prompt} {row.per_response} {row.record}".encode())
+    """Let a row's index, ids, masks, prompt and columns count in a fingerprint."""
+    columns = f"{row.per_prompt} {row.per_response} {row.prompt} {row.record}"
+    digest.update(f"{row.index} {len(row.prompt_ids)} {columns}".encode())
     digest.update(np.asarray(row.prompt_ids, dtype=np.int64).tobytes())
     for ids, mask in zip(row.responses, row.masks, strict=True):
         digest.update(f"{len(ids)}".encode() + np.asarray(ids, dtype=np.int64).tobytes() + bytes(mask))

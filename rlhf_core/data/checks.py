@@ -10,7 +10,7 @@ from rlhf_core.data.examples import Parts, parts_of
 from rlhf_core.data.files import Row
 from rlhf_core.data.messages import is_dialogue, read_dialogue, read_messages, wrong_type
 from rlhf_core.data.shapes import ASKING, TEXT, TURNS, Format, Reading, Recogniser, kind_of
-from rlhf_core.data.values import check_sound, is_json
+from rlhf_core.data.values import as_json, check_sound, is_json
 from rlhf_core.errors import ConfigError, DataError, did_you_mean, nearest, shortened
 from rlhf_core.records import RECORDS, Message, Prompt, RecordContract
 
@@ -50,8 +50,10 @@ class Example:
     """What the assistant may call, for the chat template."""
     per_prompt: Mapping[str, float] = field(default_factory=dict)
     per_response: Mapping[str, list[bool]] = field(default_factory=dict)
+    asked: Prompt = ""
+    """The prompt as it stands in the data, as JSON values, for rewards: no option for how it is encoded changes it."""
     record: Mapping[str, Any] = field(default_factory=dict)
-    """The columns that are kept for methods and rewards, as JSON values."""
+    """The other columns that are kept for methods and rewards, as JSON values."""
     left_out: tuple[str, ...] = ()
     """Columns that are not JSON values and so are not kept."""
     read_as: str | None = None
@@ -121,13 +123,15 @@ class Checker:
         unused = self._unused(reading, parts, used)
         record = {name: value for name, value in values.items() if name not in used}
         if not self.contract.responses:
-            # A reward reads the prompt, and may read any other column.
-            record = {**values, **{name: values[column] for name, column in found.items()}, "prompt": parts.prompt}
+            # A reward may read any column, under its own name or that of the record type; the prompt stands apart.
+            record = {**values, **{name: values[column] for name, column in found.items()}}
+            record = {name: value for name, value in record.items() if name not in ("prompt", found.get("prompt"))}
         kept = {name: value for name, value in record.items() if is_json(value)}
         left_out = tuple(name for name in record if name not in kept)
         return Example(
             row.index, row.place, parts.prompt, parts.responses, parts.tools,
-            per_prompt, per_response, kept, left_out, reading.says, unused, parts.set_aside, self._absent(row),
+            per_prompt, per_response, as_json(parts.prompt), kept, left_out, reading.says, unused,
+            parts.set_aside, self._absent(row),
         )  # fmt: skip
 
     def _renamed(self, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,6 +34,7 @@ def collate(rows: Sequence[EncodedRow]) -> Batch:
             name: torch.tensor([value for row in rows for value in row.per_response[name]])
             for name in rows[0].per_response
         },
+        prompts=tuple(row.prompt for row in rows),
         records=tuple(row.record for row in rows),
     )
 

@@ -32,7 +32,7 @@ _SCHEMA = pa.schema(
         "prompt_ids": pa.list_(pa.int32()),
         "responses": pa.list_(pa.list_(pa.int32())),
         "masks": pa.list_(pa.list_(pa.bool_())),
-        # Other columns differ from row to row, so they are kept as the JSON that they came from.
+        # The prompt as it stands and other columns differ from row to row, so they are kept as the JSON that they came from.
         "columns": pa.large_string(),
     }
 )
@@ -104,7 +104,7 @@ class _Store:
 
     def write(self, rows: Sequence[EncodedRow]) -> None:
         columns: dict[str, list[Any]] = {name: [getattr(row, name) for row in rows] for name in _SCHEMA.names[:-1]}
-        columns["columns"] = [json.dumps([row.per_prompt, row.per_response, row.record]) for row in rows]
+        columns["columns"] = [json.dumps([row.per_prompt, row.per_response, row.prompt, row.record]) for row in rows]
         batch = pa.RecordBatch.from_pydict(columns, schema=_SCHEMA)
         self._size += batch.nbytes
         self._batches.append(batch)

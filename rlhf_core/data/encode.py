@@ -18,8 +18,9 @@ from rlhf_core.data.saved import TextSettings
 from rlhf_core.data.shapes import Format
 from rlhf_core.data.templates import ChatTemplate, texts_in
 from rlhf_core.data.turns import UNUSED_TOOLS, ignores_tools, split_turns
+from rlhf_core.data.values import as_json
 from rlhf_core.errors import ConfigError, DataError, ModelError
-from rlhf_core.records import Message
+from rlhf_core.records import Message, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,7 +50,10 @@ class EncodedRow:
     """For each response token, whether it is in the loss; at least one in each response is."""
     per_prompt: dict[str, float] = field(default_factory=dict)
     per_response: dict[str, list[bool]] = field(default_factory=dict)
+    prompt: Prompt = ""
+    """The prompt as it stands in the data: text, or chat messages."""
     record: dict[str, Any] = field(default_factory=dict)
+    """Its other columns that are kept."""
 
     @property
     def num_tokens(self) -> int:
@@ -174,11 +178,17 @@ class Encoder:
             return [example]
         messages = [*example.prompt, *example.responses[0]]
         each = [
-            replace(example, prompt=messages[:number], responses=([message],))
+            replace(
+                example, prompt=messages[:number], responses=([message],), asked=self._asked(example, messages[:number])
+            )
             for number, message in enumerate(messages)
             if number >= len(example.prompt) and in_loss(message)
         ]
         return each or [example]
+
+    def _asked(self, example: Example, prompt: list[Message]) -> Prompt:
+        """Return what a turn of a conversation answers, as it stands in the data."""
+        return example.asked if len(prompt) == len(example.prompt) else as_json(prompt)
 
     def _wrapped(self, example: Example) -> Example:
         """Make a text prompt the user's turn, and its responses the assistant's, where that is asked for."""
@@ -275,7 +285,7 @@ class Encoder:
         if reason is None:
             row = EncodedRow(
                 example.index, prompt, responses, masks,
-                dict(example.per_prompt), dict(example.per_response), dict(example.record),
+                dict(example.per_prompt), dict(example.per_response), example.asked, dict(example.record),
             )  # fmt: skip
         control, notes, lost = (tuple(dict.fromkeys(found)) for found in (plan.control_text, plan.notes, plan.lost))
         return Outcome(

@@ -66,6 +66,15 @@ def _check_text(text: str, what: str, place: str) -> None:
         ) from None
 
 
+def as_json(value: Any) -> Any:
+    """Return a value as JSON holds it: sequences as lists, keys as text, what JSON has no kind for as its text."""
+    if isinstance(value, Mapping):
+        return {str(key): as_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(item) for item in value]
+    return value if value is None or isinstance(value, str | bool | int | float) else str(value)
+
+
 def is_json(value: Any) -> bool:
     """Tell whether a value is one of JSON's."""
     if isinstance(value, Mapping):

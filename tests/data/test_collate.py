@@ -27,6 +27,7 @@ def encoded_rows(draw, responses: int | None = None):
                 masks=[draw(st.lists(st.booleans(), min_size=len(part), max_size=len(part))) for part in ids],
                 per_prompt={"margin": float(index)},
                 per_response={"desirable": [draw(st.booleans()) for _ in ids]},
+                prompt=f"p{index}",
                 record={"id": index},
             )
         )
@@ -47,7 +48,7 @@ def test_rows_come_back(rows):
         assert [batch.loss_mask[r, : batch.response_lengths[r]].tolist() for r in mine] == row.masks
         assert batch.per_response["desirable"][mine].tolist() == row.per_response["desirable"]
         assert batch.per_prompt["margin"][number] == row.per_prompt["margin"]
-        assert batch.records[number] == row.record
+        assert batch.records[number] == row.record and batch.prompts[number] == row.prompt
 
 
 @settings(max_examples=100)

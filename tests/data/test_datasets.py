@@ -58,7 +58,9 @@ def test_twins_give_the_same_rows_and_batches(tiny, tmp_path, record, form):
     assert streamed.num_rows == mapped.num_rows == len(every)
     assert streamed.report.state_dict() == mapped.report.state_dict()
     left, right = collate(every), collate(mapped.rows(range(len(mapped))))
-    assert left.response_ids.equal(right.response_ids) and left.records == right.records
+    assert (
+        left.response_ids.equal(right.response_ids) and left.records == right.records and left.prompts == right.prompts
+    )
     list(streamed)
     assert streamed.report.rows == len(rows)  # A second pass counts nothing twice.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import date
+
 import pytest
 from data_helpers import CHATML, bpe_tokenizer
 from hypothesis import assume, example, given, settings
@@ -376,4 +378,41 @@ def test_columns_reach_the_row(tiny):
     }
     task = {"prompt": "a", "answer": "7", "verifiable": True, "level": 3}
     row = encoded(tiny, task, "reasoning")
-    assert row.record == task and row.responses == [] and row.masks == []
+    assert row.prompt == "a" and row.record == {"answer": "7", "verifiable": True, "level": 3}
+    assert row.responses == [] and row.masks == []
+
+
+ADD = [{"role": "user", "content": "1+1"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "record", "options", "prompt"),
+    [
+        ({"prompt": "a", "response": "b"}, "sft", {}, "a"),
+        ({"prompt": "a", "response": "b"}, "sft", {"wrap": "chat"}, "a"),
+        ({"prompt": "a", "response": "b"}, "sft", {"wrap": "chat", "turns": "each"}, "a"),
+        ({"prompt": "abcdefgh", "response": "b"}, "sft", {"max_length": 6, "truncation": "keep_end"}, "abcdefgh"),
+        ({"question": "a"}, "prompt", {}, "a"),
+        ({"instruction": "Add.", "input": "1 2"}, "prompt", {}, "Add.\n\n1 2"),
+        ({"prompt": ADD, "system": "S"}, "prompt", {}, [{"role": "system", "content": "S"}, *ADD]),
+        ({"messages": [*ADD, {"role": "assistant", "content": "2"}]}, "sft", {}, ADD),
+        ({"text": "abc"}, "sft", {}, ""),
+    ],
+)
+def test_the_prompt_is_kept_as_it_stands_apart_from_the_other_columns(tiny, row, record, options, prompt):
+    found = encoded(tiny, row, record, **options)
+    assert found.prompt == prompt
+    assert not {"prompt", "question", "messages"} & {*found.record}
+
+
+def test_a_prompt_in_the_middle_of_a_conversation_is_the_turns_before_the_answer(tiny):
+    turns = [*ADD, {"role": "assistant", "content": "2"}, *ADD, {"role": "assistant", "content": "two"}]
+    rows = [outcome.row for outcome in outcomes(tiny, [{"messages": turns}], turns="each")]
+    assert [row.prompt for row in rows] == [turns[:1], turns[:3]]
+
+
+def test_prompts_of_tool_calls_are_kept_as_json(tiny):
+    call = {"type": "function", "function": {"name": "f", "arguments": {"day": date(2024, 1, 2), "at": (1, 2)}}}
+    turns = [*ADD, {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "2"}]
+    row = encoded(tiny, {"prompt": turns}, "prompt")
+    assert row.prompt[1]["tool_calls"][0]["function"]["arguments"] == {"day": "2024-01-02", "at": [1, 2]}

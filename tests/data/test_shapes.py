@@ -259,9 +259,9 @@ def test_unpaired_rows_of_other_shapes(tiny):
 def test_prompts(tiny):
     for row in ({"prompt": [U]}, {"messages": [U]}, {"conversations": TURNS[:1]}, {"prompt": [{**U, "name": None}]}):
         assert words(tiny, row, "prompt") == [f"<|bos|>{SAID}"]
-        assert example(row, "prompt").record["prompt"] == [U]
+        assert example(row, "prompt").asked == [U]
     row = opened(tiny, [{"question": "hi", "answer": 3, "level": "easy"}], "prompt")[0]
-    assert row.record == {"prompt": "hi", "question": "hi", "answer": 3, "level": "easy"}
+    assert row.prompt == "hi" and row.record == {"answer": 3, "level": "easy"}
     data = opened(tiny, [{"problem": "hi", "answer": "4", "verifiable": "true"}], "reasoning")
     assert data[0].record["answer"] == "4" and not data.report.notes
 

@@ -46,7 +46,7 @@ def same(left, right) -> bool:
         and left.prompt_ids.equal(right.prompt_ids)
         and left.response_ids.equal(right.response_ids)
         and left.loss_mask.equal(right.loss_mask)
-        and left.records == right.records
+        and (left.prompts, left.records) == (right.prompts, right.records)
     )
 
 
