@@ -23,13 +23,15 @@ _PLAIN = {
 """What pydantic's commonest complaints mean."""
 
 
-def config_error(cls: type[BaseModel], error: ValidationError, place: Mapping[str, str] | str) -> ConfigError:
+def config_error(
+    cls: type[BaseModel], error: ValidationError, place: Mapping[str, str] | str, *, within: str = ""
+) -> ConfigError:
     """Return the first of pydantic's complaints about a configuration as one of ours.
 
-    `place` is where the values came from: one text, or a text for each dotted key.
+    `place` is where the values came from: one text, or a text for each dotted key. `within` is the key of what holds it.
     """
     first = error.errors(include_url=False)[0]
-    key = _key(cls, first["loc"])
+    key = ".".join(part for part in (within, _key(cls, first["loc"])) if part)
     where = place if isinstance(place, str) else place_of(key, place)
     # Of a check over several options, all of them would be shown.
     got = None if first["type"] == "value_error" and isinstance(first["input"], Mapping) else shortened(first["input"])

@@ -238,6 +238,16 @@ class RewardFn(ABC):
     def __init__(self, config: BaseConfig | None = None) -> None:
         self.config = config if config is not None else self.Config()
 
+    def prepare(self) -> None:  # noqa: B027
+        """Load what scoring needs, such as a model. Called once before the first samples, without a time limit."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return what scores depend on besides the options and the class's source, as JSON values, for a run's record.
+
+        A reward by a model gives its model's `files`, name → SHA-256; a run is resumed only where all of it is as it was.
+        """
+        return {}
+
     @abstractmethod
     def score(self, samples: Sequence[Sample]) -> list[float]:
         """Return one finite float a sample. None, NaN or a wrong count stop the run with this reward's name."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rlhf_core.config import BaseConfig, TrainerConfig
 
@@ -55,6 +56,9 @@ class RewardConfig(BaseConfig):
 class OnlineConfig(TrainerConfig):
     """Options of a method that learns from what its policy generates."""
 
+    needs_rewards: ClassVar[bool] = True
+    """Whether the method can't do without rewards; False for one that learns from something else, such as a teacher."""
+
     rewards: list[RewardConfig] = Field(
         default_factory=list,
         description="Rewards whose weighted sum is learned from: names, or `{name: …, weight: …, options: {…}}`; more of them"
@@ -76,3 +80,8 @@ class OnlineConfig(TrainerConfig):
         ge=1,
         description="Optimiser steps that a pass over a rollout is cut into; larger makes smaller, staler steps.",
     )
+
+    @field_validator("rewards", mode="before")
+    @classmethod
+    def _one_reward_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str | Mapping | RewardConfig) else value

@@ -75,7 +75,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 def load_yaml(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Read a configuration file: its values, and for each dotted key its place (`file:line`; the file itself under '').
 
-    Groups in a list have their number in the key: `models.0.weight`.
+    Items of a list have their number in the key: `models.0.weight`.
 
     Raises:
         ConfigError: the file is missing, isn't UTF-8, isn't a mapping, has a key twice, a tag or an alias.
@@ -115,8 +115,8 @@ def _note_lines(node: Any, prefix: str, file: str, places: dict[str, str]) -> No
             _note_lines(value_node, key + ".", file, places)
     elif isinstance(node, yaml.SequenceNode):
         for number, item in enumerate(node.value):
+            places[f"{prefix}{number}"] = f"{file}:{item.start_mark.line + 1}"
             if isinstance(item, yaml.MappingNode):
-                places[f"{prefix}{number}"] = f"{file}:{item.start_mark.line + 1}"
                 _note_lines(item, f"{prefix}{number}.", file, places)
 
 

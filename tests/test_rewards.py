@@ -41,7 +41,8 @@ def test_a_function_gets_prompts_completions_and_the_columns_that_all_have() -> 
 
     samples = [Sample("p", "a", columns={"answer": "4", "extra": 1}), Sample("q", "b", columns={"answer": "5"})]
     assert checked_scores(as_reward(note), samples) == [1.0, 2.0]
-    assert given == {"prompts": ["p", "q"], "completions": ["a", "b"], "answer": ["4", "5"]}
+    ids = {"completion_ids": [[], []], "stop_reasons": ["end", "end"]}
+    assert given == {"prompts": ["p", "q"], "completions": ["a", "b"], "answer": ["4", "5"]} | ids
 
 
 def test_a_reward_class_is_taken_as_it_is() -> None:

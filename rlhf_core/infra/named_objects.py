@@ -1,0 +1,95 @@
+"""An object of the user's own by name: `package.module:attribute`, or `path/to/file.py:attribute`."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rlhf_core.errors import ConfigError, PluginError, RLHFError, did_you_mean, nearest
+
+
+def named_object(name: str, *, place: str) -> Any:
+    """Import what a name means, guarded: what goes wrong in it is one error that says so.
+
+    A module is looked for as `import` does, and then in the current directory; a file's neighbours can be imported from it.
+
+    Raises:
+        ConfigError: there is no such module, file or attribute.
+        PluginError: importing it raises.
+    """
+    source, colon, attribute = name.rpartition(":")
+    if not colon or not source or not attribute:
+        raise ConfigError("no object is named", place=place, got=f"`{name}`", fix="write `package.module:name`")
+    module = _file(source, place) if source.endswith(".py") else _module(source, place)
+    found: Any = module
+    for part in attribute.split("."):
+        try:
+            found = getattr(found, part)
+        except AttributeError:
+            there = getattr(found, "__dict__", {})
+            own = [key for key, value in there.items() if callable(value) and not key.startswith("_")]
+            near = nearest(part, own)
+            fix = f"did you mean `{near}`?" if near else did_you_mean(part, own) if len(own) < 20 else None
+            raise ConfigError(f"`{source}` has no `{attribute}`", place=place, fix=fix) from None
+    return found
+
+
+def _module(name: str, place: str) -> ModuleType:
+    if not all(part.isidentifier() for part in name.split(".")):
+        fix = "write `package.module:name` or `path/to/file.py:name`"
+        raise ConfigError("no module can have that name", place=place, got=f"`{name}`", fix=fix)
+    here = str(Path.cwd())
+    top = Path(here, name.partition(".")[0])
+    if here not in sys.path and (top.is_dir() or top.with_name(f"{top.name}.py").is_file()):
+        sys.path.append(here)  # `python script.py` would have it there; last, so that it hides nothing installed
+        importlib.invalidate_caches()
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if name != missing and not name.startswith(f"{missing}."):
+            raise _broken(name, place, error) from error
+        fix = f"install it, or run from the directory that holds `{missing.partition('.')[0]}`"
+        raise ConfigError(f"there is no module `{missing}`", place=place, got=f"`{name}`", fix=fix) from None
+    except RLHFError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise _broken(name, place, error) from error
+
+
+def _file(name: str, place: str) -> ModuleType:
+    path = Path(name).expanduser()
+    if not path.is_file():
+        near = nearest(path.name, (p.name for p in path.parent.glob("*.py"))) if path.parent.is_dir() else None
+        fix = f"did you mean {path.parent / near}?" if near else None
+        raise ConfigError("no such file", place=place, got=name, fix=fix)
+    path = path.resolve()
+    # One module for each file, however often it is named: its state is shared, as with any import.
+    key = f"rlhf_file_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}_{path.stem}"
+    if key in sys.modules:
+        return sys.modules[key]
+    spec = importlib.util.spec_from_file_location(key, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    sys.modules[key] = module  # dataclasses and pickling look a module up by its name
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[key]
+        if isinstance(error, RLHFError):
+            raise
+        raise _broken(name, place, error) from error
+    return module
+
+
+def _broken(name: str, place: str, error: BaseException) -> PluginError:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    got = f"{type(error).__name__}: {' '.join(lines[:2])[:300]}".removesuffix(": ")
+    return PluginError(f"importing `{name}` raised an error", place=place, got=got)

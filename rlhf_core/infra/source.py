@@ -1,0 +1,82 @@
+"""Where a function or class comes from, and the hash of its source: what a run's record says of code of the user's own."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def describe_source(thing: Any) -> dict[str, Any]:
+    """Return `name` (`module:qualified name`), `source_sha256`, and the plain `values` that are bound to it.
+
+    The hash is that of the file, for what can be imported; of the text alone for what stands in a script or a notebook, whose
+    other lines may change; of the compiled code where there is no text; None for what is no Python.
+    """
+    values: dict[str, Any] = {}
+    while isinstance(thing, functools.partial):
+        values = {str(number): value for number, value in enumerate(thing.args)} | dict(thing.keywords) | values
+        thing = thing.func
+    if inspect.ismethod(thing):
+        values |= _own_values(thing.__self__)
+        thing = thing.__func__
+    elif not isinstance(thing, type) and not inspect.isroutine(thing):
+        values |= _own_values(thing)
+        thing = type(thing)
+    values |= _closure(thing)
+    name = f"{thing.__module__}:{thing.__qualname__}"
+    found = {"name": name, "source_sha256": _hash(thing)}
+    plain = {key: value for key, value in values.items() if _is_plain(value)}
+    return found | ({"values": plain} if plain else {})
+
+
+def _hash(thing: Any) -> str | None:
+    if thing.__module__ != "__main__":
+        try:
+            file = inspect.getsourcefile(thing)
+            if file is not None and Path(file).is_file():
+                return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        except (OSError, TypeError):
+            pass
+    try:
+        return hashlib.sha256(inspect.getsource(thing).encode()).hexdigest()
+    except (OSError, TypeError):
+        code = getattr(inspect.unwrap(thing) if callable(thing) else thing, "__code__", None)
+        return None if code is None else hashlib.sha256(_code_bytes(code)).hexdigest()
+
+
+def _code_bytes(code: Any) -> bytes:
+    """Return a function's bytes and constants, those of functions inside it too; addresses in memory don't count."""
+    parts = [code.co_code, repr(code.co_names).encode()]
+    for one in code.co_consts:
+        # A set's order differs from process to process.
+        plain = sorted(map(repr, one)) if isinstance(one, frozenset) else one
+        parts.append(_code_bytes(one) if hasattr(one, "co_code") else repr(plain).encode())
+    return b"\0".join(parts)
+
+
+def _closure(thing: Callable[..., Any]) -> dict[str, Any]:
+    cells = getattr(thing, "__closure__", None) or ()
+    names = getattr(getattr(thing, "__code__", None), "co_freevars", ())
+    values = {}
+    for name, cell in zip(names, cells, strict=False):
+        try:
+            values[name] = cell.cell_contents
+        except ValueError:  # not filled yet
+            continue
+    return values
+
+
+def _own_values(thing: Any) -> dict[str, Any]:
+    return dict(vars(thing)) if hasattr(thing, "__dict__") and not isinstance(thing, type) else {}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return len(value) <= 100 and all(map(_is_plain, value))
+    if isinstance(value, Mapping):
+        return len(value) <= 100 and all(isinstance(key, str) and _is_plain(one) for key, one in value.items())
+    return value is None or isinstance(value, str | int | float | bool)

@@ -1,0 +1,242 @@
+"""Plain functions as rewards, in the habit of the field: `f(prompts, completions, **columns)` → one number a completion."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import logging
+import threading
+import typing
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from rlhf_core.errors import ConfigError, PluginError, did_you_mean, shortened
+from rlhf_core.infra.source import describe_source
+from rlhf_core.interfaces import RewardFn, Sample
+
+RewardFunction = Callable[..., Any]
+"""`f(prompts, completions, **columns)`, which may be async, or an object that is called so; an array or tensor will do."""
+
+log = logging.getLogger(__name__)
+
+OFFERED: dict[str, Callable[[Sample], Any]] = {
+    "prompts": lambda sample: sample.prompt,
+    "completions": lambda sample: sample.completion,
+    "completion_ids": lambda sample: list(sample.completion_ids),
+    "stop_reasons": lambda sample: sample.stop_reason,
+}
+"""What a function can have of each sample besides the columns of its row, by the argument's name."""
+
+_loops = threading.local()
+"""Each thread's event loop: kept, so that a client that was opened in one call is good in the next."""
+
+
+class FunctionReward(RewardFn):
+    """A plain function as a reward.
+
+    It is called with whatever it has arguments for: `prompts`, `completions` (text, for prompts that are chats too),
+    `completion_ids`, `stop_reasons`, and the columns of the rows by name, each as a list; with all columns where it takes
+    `**columns`. Where no argument is called `completions`, its first two are the prompts and the completions.
+
+    Args:
+        function: may be async; a bound method, a partial or an object that can be called will do.
+        options: further keyword arguments of every call.
+        place: returns where an option was set, for messages.
+
+    Raises:
+        ConfigError: it can't be called so, or has no argument for an option.
+    """
+
+    api = 1
+
+    def __init__(
+        self,
+        function: RewardFunction,
+        options: Mapping[str, Any] | None = None,
+        *,
+        place: Callable[[str], str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.name = function_name(function)
+        self.options = _checked(function, options or {}, place or (lambda name: f"reward `{self.name}`"))
+        self.function, self.how = function, _how_to_call(function, self.name)
+
+    def score(self, samples: Sequence[Sample]) -> list[float]:
+        if not samples:
+            return []
+        found = self.function(*self._first(samples), **self._named(samples), **self.options)
+        found = plain(_awaited(found) if inspect.isawaitable(found) else found)
+        # What can't be gone through, such as None or a single number, is for `checked_scores` to refuse.
+        return list(found) if isinstance(found, Iterable) else found
+
+    def describe(self) -> dict[str, Any]:
+        return describe_source(self.function) | ({"options": self.options} if self.options else {})
+
+    def _first(self, samples: Sequence[Sample]) -> list[list[Any]]:
+        return [[OFFERED[name](sample) for sample in samples] for name in self.how.first]
+
+    def _named(self, samples: Sequence[Sample]) -> dict[str, list[Any]]:
+        how, there = self.how, set.intersection(*(set(sample.columns) for sample in samples))
+        for name in how.required - self.options.keys() - OFFERED.keys() - there:
+            raise self._no_column(name, samples)
+        taken = {*how.first, *how.bound, *self.options}
+        if hidden := sorted(there & OFFERED.keys()):
+            _say_once(self.name, hidden[0])
+        names = [*OFFERED, *sorted(there - OFFERED.keys())]
+        wanted = [name for name in names if (how.every or name in how.named) and name not in taken]
+        return {
+            name: [OFFERED[name](sample) if name in OFFERED else sample.columns[name] for sample in samples]
+            for name in wanted
+        }
+
+    def _no_column(self, name: str, samples: Sequence[Sample]) -> PluginError:
+        lacking = [sample for sample in samples if name not in sample.columns]
+        problem = f"the function needs a column `{name}`, which " + (
+            "the rows don't have" if len(lacking) == len(samples) else f"{len(lacking)} of {len(samples)} rows lack"
+        )
+        columns = {column for sample in samples for column in sample.columns}
+        fix = did_you_mean(name, {*OFFERED, *columns}) if len(lacking) == len(samples) else "give it a default"
+        return PluginError(problem, place=f"reward `{self.name}`", fix=fix)
+
+
+def as_reward(reward: RewardFn | RewardFunction) -> RewardFn:
+    """Return a reward for whatever is accepted as one: a `RewardFn`, or a function."""
+    return reward if isinstance(reward, RewardFn) else FunctionReward(reward)
+
+
+def function_name(function: RewardFunction) -> str:
+    """Return a function's name as metrics and messages show it."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    name = getattr(function, "__name__", type(function).__name__)
+    return "lambda" if name == "<lambda>" else name
+
+
+def plain(value: Any) -> Any:
+    """Return what an array, a tensor or one of their scalars holds as lists and numbers, other values as they are."""
+    return value.tolist() if callable(getattr(value, "tolist", None)) else value
+
+
+def _checked(function: RewardFunction, options: Mapping[str, Any], place: Callable[[str], str]) -> dict[str, Any]:
+    """Return options as a function takes them, read by its annotations."""
+    if not options:
+        return {}
+    parameters = _parameters(function) or {}
+    known = {name for name, one in parameters.items() if one.kind in _NAMED} - OFFERED.keys()
+    hints = _hints(function)
+    checked = {}
+    for name, value in options.items():
+        if name not in known:  # `**columns` is none: it would swallow a misspelt one
+            fix = did_you_mean(name, known) if known else "leave it out: the function has no options"
+            problem = f"the function `{function_name(function)}` has no argument `{name}`"
+            raise ConfigError(problem, place=place(name), got=shortened(value), fix=fix)
+        try:
+            checked[name] = TypeAdapter(hints[name]).validate_python(value) if name in hints else value
+        except ValidationError as error:
+            message = error.errors(include_url=False)[0]["msg"].replace("Input should be", "must be")
+            raise ConfigError(
+                f"argument `{name}` of `{function_name(function)}`: {message}", place=place(name), got=shortened(value)
+            ) from None
+        except Exception:  # an annotation that pydantic makes nothing of checks nothing
+            checked[name] = value
+    return checked
+
+
+@dataclass(frozen=True)
+class _HowToCall:
+    first: tuple[str, ...]
+    """What is given by position."""
+    named: frozenset[str]
+    """Arguments that can be given by name."""
+    required: frozenset[str]
+    """Those of them without a default."""
+    every: bool
+    """Whether any other name is taken, too."""
+    bound: frozenset[str]
+    """Arguments that a partial has set."""
+
+
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+def _how_to_call(function: RewardFunction, name: str) -> _HowToCall:
+    parameters = _parameters(function)
+    if parameters is None:  # one written in C says nothing of its arguments
+        return _HowToCall(("prompts", "completions"), frozenset(), frozenset(), False, frozenset())
+    bound: set[str] = set()
+    inner = function
+    while isinstance(inner, functools.partial):
+        bound |= inner.keywords.keys()
+        inner = inner.func
+    kinds = {one.kind for one in parameters.values()}
+    every = inspect.Parameter.VAR_KEYWORD in kinds
+    named = {key for key, one in parameters.items() if one.kind in _NAMED}
+    positions = [key for key, one in parameters.items() if one.kind in _POSITIONAL and key not in bound]
+    first: tuple[str, ...] = ()
+    if "completions" not in named and (positions or not every):
+        if len(positions) < 2 and inspect.Parameter.VAR_POSITIONAL not in kinds:
+            raise ConfigError(
+                "the function takes neither `completions` nor two arguments",
+                place=f"reward `{name}`",
+                got=f"({', '.join(map(str, parameters.values()))})",
+                fix="write it as `def f(prompts, completions, **columns)`",
+            )
+        first = ("prompts", "completions")
+        named -= set(positions[:2])
+    required = {key for key in named if parameters[key].default is inspect.Parameter.empty}
+    return _HowToCall(first, frozenset(named), frozenset(required - bound), every, frozenset(bound))
+
+
+def _parameters(function: RewardFunction) -> Mapping[str, inspect.Parameter] | None:
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return None
+
+
+def _hints(function: RewardFunction) -> dict[str, Any]:
+    while isinstance(function, functools.partial):
+        function = function.func
+    if not inspect.isroutine(function):
+        function = type(function).__call__
+    try:
+        return typing.get_type_hints(function)
+    except Exception:  # a name that only a type checker knows
+        return {}
+
+
+@functools.lru_cache(maxsize=256)
+def _say_once(reward: str, column: str) -> None:
+    log.warning("reward `%s`: the column `%s` isn't passed on, for that argument is the samples' own", reward, column)
+
+
+class _Loop:
+    """A thread's event loop, closed with the thread."""
+
+    def __init__(self) -> None:
+        self.runner = asyncio.Runner()
+
+    def __del__(self) -> None:
+        self.runner.close()
+
+
+def _awaited(result: Awaitable[Any]) -> Any:
+    """Return what an async function comes to; its thread may have a loop that runs, as a notebook's has."""
+
+    async def wait() -> Any:
+        return await result
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        if not hasattr(_loops, "loop"):
+            _loops.loop = _Loop()
+        return _loops.loop.runner.run(wait())
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, wait()).result()

@@ -1,0 +1,201 @@
+"""Names, functions, classes and configurations → the rewards of a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from pydantic import ValidationError
+
+from rlhf_core import registry
+from rlhf_core.config_errors import config_error, place_of
+from rlhf_core.errors import ConfigError, PluginError, RLHFError, shortened
+from rlhf_core.infra.named_objects import named_object
+from rlhf_core.interfaces import RewardFn
+from rlhf_core.online import OnlineConfig, RewardConfig
+from rlhf_core.rewards.checks import name_of
+from rlhf_core.rewards.functions import FunctionReward, RewardFunction
+from rlhf_core.rewards.run import Reward, Rewards
+
+Given = RewardFn | type[RewardFn] | RewardFunction | RewardConfig | str | Mapping[str, Any] | tuple[Any, float]
+"""What is accepted as one reward; a tuple is a reward and its weight."""
+
+
+def open_rewards(given: Sequence[Given] | Given, *, place: Mapping[str, str] | str = "rewards") -> Rewards:
+    """Return the rewards that names, functions, classes, objects and configurations mean; nothing is scored or loaded.
+
+    A name is a reward's in the registry (`exact`, `acme:exact`), or a function's or class's: `package.module:function`,
+    `path/to/file.py:function`. A weight of 0 has a reward logged and not learned from.
+
+    Args:
+        given: one reward or several, each alone or as (reward, weight); none at all is accepted until something is scored.
+        place: where they were configured: one text, or a text for each dotted key (`rewards.0.options.threshold`).
+
+    Raises:
+        ConfigError: an unknown name (with the nearest), module or attribute, an option that the reward doesn't have or that is
+            of another type, weights that are all 0.
+        PluginError: a plugin is broken, ambiguous or disabled; importing a module or making a reward raises.
+    """
+    return Rewards([one.open() for one in _resolved(given, place)])
+
+
+def check_rewards(config: OnlineConfig, *, place: Mapping[str, str] | str = "rewards") -> None:
+    """Raise what `open_rewards` would of a configuration's rewards, without making any: no reward's own code runs but imports.
+
+    Raises:
+        ConfigError: as `open_rewards`, or there are none and the method needs some.
+        PluginError: as `open_rewards`.
+    """
+    if not config.rewards and config.needs_rewards:
+        known = ", ".join(registry.rewards) or "none is installed"
+        fix = f"set `rewards`, a list of names ({known}) or of functions, `package.module:function`"
+        raise ConfigError("no rewards are given", place=_at("rewards", place), fix=fix)
+    _resolved(config.rewards, place)
+
+
+@dataclass(frozen=True)
+class _Resolved:
+    name: str
+    make: Callable[[], RewardFn]
+    weight: float = 1.0
+    time_limit: float | None = RewardConfig.model_fields["time_limit"].default
+    place: str = "rewards"
+    origin: Mapping[str, str] = field(default_factory=dict)
+
+    def open(self) -> Reward:
+        try:
+            reward = self.make()
+        except RLHFError:
+            raise
+        except Exception as error:
+            place, got = f"{self.place}, reward `{self.name}`", f"{type(error).__name__}: {error}"
+            raise PluginError("making the reward raised an error", place=place, got=got) from error
+        return Reward(self.name, reward, self.weight, self.time_limit, self.origin)
+
+
+def _resolved(given: Any, place: Mapping[str, str] | str) -> list[_Resolved]:
+    several = isinstance(given, Sequence) and not isinstance(given, str) and not _is_pair(given)
+    found: list[_Resolved] = []
+    taken: set[str] = set()
+    for number, one in enumerate(given if several else [given]):
+        resolved = _resolve(one, f"rewards.{number}", place)
+        name, count = resolved.name, 1
+        while name in taken:
+            count += 1
+            name = f"{resolved.name}_{count}"
+        taken.add(name)
+        found.append(replace(resolved, name=name))
+    if found and not any(one.weight for one in found):
+        fix = "give one of them another weight"
+        raise ConfigError("every reward has a weight of 0, so nothing is learned", place=_at("rewards", place), fix=fix)
+    return found
+
+
+def _is_pair(given: Any) -> bool:
+    return isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], int | float)
+
+
+def _resolve(given: Any, key: str, place: Mapping[str, str] | str) -> _Resolved:
+    where = _at(key, place)
+    if isinstance(given, tuple):
+        if not _is_pair(given) or isinstance(given[1], bool) or not math.isfinite(given[1]):
+            raise ConfigError("a tuple must be a reward and its weight", place=where, got=shortened(given))
+        inner = _resolve(given[0], key, place)
+        return replace(inner, weight=float(given[1]))
+    if isinstance(given, str | Mapping):
+        try:
+            given = RewardConfig.model_validate(given)
+        except ValidationError as error:
+            raise config_error(RewardConfig, error, place, within=key) from None
+    if isinstance(given, RewardConfig):
+        return _configured(given, key, place)
+    if isinstance(given, RewardFn):
+        return _Resolved(name_of(given), lambda: given, place=where, origin=_origin(type(given)))
+    if isinstance(given, type) and issubclass(given, RewardFn):
+        return _of_class(given, given.__name__, {}, key, place)
+    if hasattr(given, "forward") and hasattr(given, "parameters"):
+        fix = "wrap it: `RewardModelReward.of(model)`, or a function that encodes the texts and calls it"
+        raise ConfigError("a model alone is no reward", place=where, got=type(given).__name__, fix=fix)
+    if callable(given) and not isinstance(given, type):
+        reward = FunctionReward(given)
+        return _Resolved(reward.name, lambda: reward, place=where)
+    fix = "give a name, a function, a RewardFn, or a RewardConfig"
+    raise ConfigError("is no reward", place=where, got=shortened(given), fix=fix)
+
+
+def _configured(config: RewardConfig, key: str, place: Mapping[str, str] | str) -> _Resolved:
+    where = _at(f"{key}.name", place)
+    plugin: registry.Plugin | None = None
+    try:
+        plugin = registry.lookup(config.name, "reward")
+        found = registry.load(plugin)
+    except registry.UnknownPlugin as unknown:
+        found = _named(config.name, unknown, where)
+    name = plugin.name if plugin is not None else config.name.rpartition(":")[2].rpartition(".")[2]
+    options = config.options
+    if isinstance(found, type) and issubclass(found, RewardFn):
+        one = _of_class(found, name, options, key, place)
+        if plugin is not None:
+            one = replace(one, origin=_of_plugin(plugin))
+    elif isinstance(found, RewardFn):
+        if options:
+            problem = f"`{config.name}` is a reward that is made already, so it takes no options"
+            raise ConfigError(problem, place=_at(f"{key}.options", place), fix="name its class, or leave them out")
+        one = _Resolved(name, lambda: found, place=where, origin=_origin(type(found)))
+    elif callable(found) and not isinstance(found, type):
+        reward = FunctionReward(found, options, place=lambda option: _at(f"{key}.options.{option}", place))
+        one = _Resolved(name, lambda: reward, place=where)
+    else:
+        problem = f"`{config.name}` is neither a function nor a class of RewardFn"
+        raise ConfigError(problem, place=where, got=shortened(found))
+    return replace(one, weight=config.weight, time_limit=config.time_limit)
+
+
+def _named(name: str, unknown: registry.UnknownPlugin, where: str) -> Any:
+    """Return the function or class that `module:attribute` names, where no plugin has that name."""
+    head, colon, _ = name.rpartition(":")
+    if not colon:
+        module, dot, attribute = name.rpartition(".")
+        fix = f"write `{module}:{attribute}` for a function of a module; {unknown.fix}" if dot else unknown.fix
+        raise ConfigError(unknown.problem, place=where, fix=fix)
+    try:
+        return named_object(name, place=where)
+    except ConfigError as error:
+        # `acme:exat` may be a slip in a plugin's qualified name as well.
+        if any(
+            registry.canonical(plugin.distribution) == registry.canonical(head) for plugin in registry.find("reward")
+        ):
+            raise ConfigError(unknown.problem, place=where, fix=unknown.fix) from None
+        raise ConfigError(
+            f"unknown reward `{name}`: {error.problem}", place=where, got=None, fix=error.fix or unknown.fix
+        ) from None
+
+
+def _of_class(
+    cls: type[RewardFn], name: str, options: Mapping[str, Any], key: str, place: Mapping[str, str] | str
+) -> _Resolved:
+    where = _at(key, place)
+    if missing := sorted(getattr(cls, "__abstractmethods__", ())):
+        raise PluginError(f"the reward doesn't define `{missing[0]}`", place=f"{where}, reward `{name}`")
+    try:
+        config = cls.Config.model_validate(dict(options))
+    except ValidationError as error:
+        raise config_error(cls.Config, error, place, within=f"{key}.options") from None
+    return _Resolved(name, lambda: cls(config), place=where, origin=_origin(cls))
+
+
+def _origin(cls: type) -> dict[str, str]:
+    """Return the distribution and version of a class that is a plugin."""
+    target = f"{cls.__module__}:{cls.__qualname__}"
+    found = [plugin for plugin in registry.find("reward") if plugin.target == target]
+    return _of_plugin(found[0]) if found else {}
+
+
+def _of_plugin(plugin: registry.Plugin) -> dict[str, str]:
+    return {"distribution": plugin.distribution, "version": plugin.version}
+
+
+def _at(key: str, place: Mapping[str, str] | str) -> str:
+    return f"{place}{key.removeprefix('rewards')}" if isinstance(place, str) else place_of(key, place)

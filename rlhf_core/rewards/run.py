@@ -1,0 +1,235 @@
+"""The rewards of a run: scored under a time limit, checked, and added up."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from rlhf_core.errors import ConfigError, PluginError
+from rlhf_core.infra.background import Background, TimeLimit
+from rlhf_core.infra.redact import redact
+from rlhf_core.infra.source import describe_source
+from rlhf_core.interfaces import Completion, RewardFn, Sample
+from rlhf_core.rewards.checks import checked_scores, checked_steps, naming, place_of_rows, sample_or_row
+from rlhf_core.rewards.functions import FunctionReward
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlhf_core.batch import Batch
+
+_LARGEST = 3.4028234e38
+"""The largest float32, in which advantages are computed."""
+
+
+@dataclass
+class Scores:
+    """What the rewards of a run make of some samples. Axis: N, the samples."""
+
+    total: Tensor
+    """(N,) float32: the weighted sum, which is learned from."""
+    by_name: dict[str, list[float]]
+    """For each reward, (N,) its scores, unweighted."""
+    score_steps: Callable[[], dict[str, list[list[float]]]] = field(repr=False, compare=False, default=dict)
+
+    @cached_property
+    def steps(self) -> dict[str, list[list[float]]]:
+        """For each step-wise reward, (N, steps) its scores of each sample's steps; computed when first asked for."""
+        return self.score_steps()
+
+
+@dataclass(frozen=True)
+class Reward:
+    """One reward of a run."""
+
+    name: str
+    reward: RewardFn
+    weight: float = 1.0
+    time_limit: float | None = None
+    """Seconds that scoring one batch may take."""
+    origin: Mapping[str, str] = field(default_factory=dict)
+    """The plugin's distribution and version, where it is one."""
+
+
+class Rewards:
+    """The rewards of a run, with their weights, as `open_rewards` makes them."""
+
+    def __init__(self, entries: Sequence[Reward]) -> None:
+        self._entries = tuple(entries)
+        self._thread = Background("rewards")
+        self._prepared = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Each reward's name; of two that share one, the second is `NAME_2`."""
+        return tuple(entry.name for entry in self._entries)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        return tuple(entry.weight for entry in self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __repr__(self) -> str:
+        return f"Rewards({', '.join(f'{entry.name} × {entry.weight:g}' for entry in self._entries)})"
+
+    def prepare(self) -> None:
+        """Let every reward load what it needs, without a time limit; once. `score` does it where it wasn't done.
+
+        Raises:
+            PluginError: one of them raises. What is an error of the user's (a path without a model) keeps its kind.
+        """
+        if self._prepared:
+            return
+        for entry in self._entries:
+            with naming(entry.name):
+                self._thread.run(entry.reward.prepare)
+        self._prepared = True
+
+    def score(self, samples: Sequence[Sample], rows: Sequence[int] | None = None) -> Scores:
+        """Return what each reward and their weighted sum make of the samples, in order; gradients are off.
+
+        Args:
+            rows: each sample's row in its data, for messages.
+
+        Raises:
+            ConfigError: there is no reward.
+            PluginError: a reward raises, takes longer than its time limit, or gives another number of scores, or one that
+                is no finite number. Names the reward and the rows.
+        """
+        if not self._entries:
+            raise ConfigError(
+                "no rewards are given", place="rewards", fix="set `rewards`, a list of names or functions"
+            )
+        import torch
+
+        if not samples:
+            return Scores(torch.zeros(0), {name: [] for name in self.names})
+        self.prepare()
+        by_name = {
+            entry.name: self._limited(entry, samples, rows, checked_scores, "scoring") for entry in self._entries
+        }
+        total: list[float] = []
+        for number, scores in enumerate(zip(*by_name.values(), strict=True)):
+            total.append(sum(weight * score for weight, score in zip(self.weights, scores, strict=True)))
+            if not abs(total[-1]) <= _LARGEST:
+                where = sample_or_row(number, rows)
+                got = " + ".join(f"{weight:g} × {score:g}" for weight, score in zip(self.weights, scores, strict=True))
+                raise PluginError("the weighted sum is too large for float32", place=f"rewards, {where}", got=got)
+        return Scores(torch.tensor(total, dtype=torch.float32), by_name, lambda: self._steps(samples, rows))
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """Return where each reward comes from and what its scores depend on, as JSON values, secrets redacted.
+
+        For a run's record; `rewards_changed` compares two of them. Hashes of source and model files are computed now.
+        """
+        found: dict[str, dict[str, Any]] = {}
+        for entry in self._entries:
+            about: dict[str, Any] = {"weight": entry.weight}
+            if not isinstance(entry.reward, FunctionReward):
+                about |= describe_source(type(entry.reward)) | dict(entry.origin)
+                config = getattr(entry.reward, "config", None)  # a class may do without
+                about["options"] = {} if config is None else config.model_dump(mode="json")
+            with naming(entry.name):
+                about |= entry.reward.describe()
+            found[entry.name] = redact(json.loads(json.dumps(about, default=lambda value: f"<{type(value).__name__}>")))
+        return found
+
+    def _steps(self, samples: Sequence[Sample], rows: Sequence[int] | None) -> dict[str, list[list[float]]]:
+        found = {}
+        for entry in self._entries:
+            steps = self._limited(entry, samples, rows, checked_steps, "scoring steps")
+            if steps is not None:
+                found[entry.name] = steps
+        return found
+
+    def _limited(
+        self,
+        entry: Reward,
+        samples: Sequence[Sample],
+        rows: Sequence[int] | None,
+        check: Callable[..., Any],
+        doing: str,
+    ) -> Any:
+        def call() -> Any:
+            return check(entry.reward, samples, rows=rows, name=entry.name)
+
+        try:
+            return self._thread.run(call, entry.time_limit)
+        except TimeLimit:
+            raise PluginError(
+                f"{doing} took longer than {entry.time_limit:g} seconds",
+                place=place_of_rows(entry.name, rows),
+                got=f"{len(samples)} samples",
+                fix="raise the reward's `time_limit`, or null for none, where it needs more; else look why it hangs",
+            ) from None
+
+
+def samples_of(batch: Batch, completions: Sequence[Sequence[Completion]]) -> list[Sample]:
+    """Return the samples of a batch of prompts and the completions of each, prompt by prompt: what rewards score.
+
+    A sample's group is its prompt's number in the batch.
+    """
+    if len(completions) != batch.num_prompts:
+        raise ValueError(f"{len(completions)} lists of completions for {batch.num_prompts} prompts")
+    samples = []
+    for number, group in enumerate(completions):
+        ids = batch.prompt_ids[number, : int(batch.prompt_lengths[number])].tolist()
+        columns = batch.records[number] if batch.records else {}
+        samples += [
+            Sample(
+                prompt=batch.prompts[number],
+                completion=one.text,
+                prompt_ids=ids,
+                completion_ids=one.ids,
+                columns=columns,
+                group=number,
+                stop_reason=one.stop_reason,
+                mask=one.mask,
+            )
+            for one in group
+        ]
+    return samples
+
+
+def rewards_changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return how the rewards of a run differ from those that it was started with, a text for each difference.
+
+    Args:
+        before: what `Rewards.describe` returned then.
+        now: what it returns now.
+
+    What counts is what scores depend on: weights, options, source and model files. A distribution's version is only recorded.
+    """
+    found = [f"`{name}` is gone" for name in before if name not in now]
+    found += [f"`{name}` is new" for name in now if name not in before]
+    for name in now:
+        if name not in before:
+            continue
+        old, new = _flat(before[name]), _flat(now[name])
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key) and key not in ("distribution", "version"):
+                found.append(f"`{name}`: {_difference(key, old.get(key), new.get(key), new.get('name'))}")
+    return found
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(values, Mapping):
+        return {prefix: values}
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}/{key}" if prefix else str(key))
+    return flat
+
+
+def _difference(key: str, old: Any, new: Any, source: Any) -> str:
+    if key == "source_sha256":
+        return f"its source changed ({source})"
+    head, _, rest = key.partition("/")
+    if head == "files":
+        return f"the file {rest} {'is gone' if new is None else 'is new' if old is None else 'changed'}"
+    return f"{key.replace('/', '.')} {old!r} → {new!r}"
