@@ -36,6 +36,8 @@ _PUBLIC = {
     "StreamingKTODataset": "data",
     "StreamingGRPODataset": "data",
     "PolicyModel": "models",
+    "RewardModel": "models",
+    "ProcessRewardModel": "models",
     "OptimizedAttention": "models",
     "apply_lora": "models",
     "compile_model": "models",

@@ -14,9 +14,14 @@ from typing import Any
 
 from rlhf_core.errors import ModelError, nearest
 
-REWARD_HEAD, PROCESS_REWARD_HEAD = HEADS = ("reward_head", "process_reward_head")
-"""Heads that reward models keep beside their weights, each as `NAME.json` and `NAME.safetensors`."""
+REWARD_HEAD, PROCESS_REWARD_HEAD, VALUE_HEAD = HEADS = ("reward_head", "process_reward_head", "value_head")
+"""Heads that models keep beside their weights, each as `NAME.json` and `NAME.safetensors`."""
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
+
+
+def kind_of(head: str) -> str:
+    """Return what a model with such a head is, in words: `reward model`."""
+    return head.removesuffix("_head").replace("_", " ") + " model"
 
 
 def file_hashes(source: str) -> dict[str, str] | None:

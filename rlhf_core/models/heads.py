@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_core.errors import ModelError
-from rlhf_core.infra.model_files import HEADS, no_such_model
+from rlhf_core.infra.model_files import HEADS, kind_of, no_such_model
 from rlhf_core.infra.tensors import read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-NO_HEAD = "the checkpoint has no reward head, so its scores would be random"
 
 
 class TwoLayerHead(nn.Module):
@@ -68,6 +68,30 @@ class LinearHead(nn.Module):
             return self.outer(hidden.float())
 
 
+SCALAR_HEADS: dict[str, Callable[[int], nn.Module]] = {
+    "two_layer": TwoLayerHead,
+    "linear": LinearHead,
+    "linear_bias": functools.partial(LinearHead, bias=True),
+}
+"""Heads of one score by the name that is noted beside their weights; each is made for a width."""
+
+
+def head_kind(head: nn.Module) -> str:
+    """Return the name under which `SCALAR_HEADS` has a head."""
+    if not isinstance(head, LinearHead):
+        return "two_layer"
+    return "linear" if head.outer.bias is None else "linear_bias"
+
+
+def no_head(name: str) -> str:
+    """Return what is wrong with a checkpoint that lacks its `NAME`."""
+    return f"the checkpoint has no {_words(name)}, so its scores would be random"
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
 def write_head(directory: Path, name: str, head: nn.Module, about: Mapping[str, Any]) -> None:
     """Write `NAME.json` with what the head is and `NAME.safetensors` with its weights."""
     (directory / f"{name}.json").write_text(json.dumps({"format": FORMAT, **about}, indent=1) + "\n", encoding="utf-8")
@@ -96,7 +120,7 @@ def describe_head(directory: Path, name: str, *, width: int, keys: Mapping[str, 
         raise ModelError("is of another format", place=str(path), got=f"{about['format']} for {FORMAT}")
     if about["width"] != width:
         raise ModelError(
-            "the reward head doesn't fit the backbone",
+            f"the {_words(name)} doesn't fit the backbone",
             place=str(directory),
             got=f"a head of width {about['width']} for a backbone of {width}",
             fix="use the two that were saved together",
@@ -112,14 +136,14 @@ def fill_head(directory: Path, name: str, head: nn.Module) -> None:
     """
     path = directory / f"{name}.safetensors"
     if not path.is_file():
-        raise ModelError(NO_HEAD, place=str(directory), got=f"no {path.name}", fix="copy the file")
+        raise ModelError(no_head(name), place=str(directory), got=f"no {path.name}", fix="copy the file")
     tensors, wanted = read_tensors(path), head.state_dict()
     if missing := sorted(wanted.keys() ^ tensors.keys()):
-        raise ModelError(NO_HEAD, place=str(path), got=f"`{missing[0]}` is missing or too many")
+        raise ModelError(no_head(name), place=str(path), got=f"`{missing[0]}` is missing or too many")
     for key, tensor in tensors.items():
         if tensor.shape != wanted[key].shape:
             got = f"{tuple(tensor.shape)} for {tuple(wanted[key].shape)}"
-            raise ModelError(f"`{key}` of the reward head has another shape", place=str(path), got=got)
+            raise ModelError(f"`{key}` of the {_words(name)} has another shape", place=str(path), got=got)
     head.load_state_dict(tensors)
 
 
@@ -140,28 +164,29 @@ def head_directory(source: str | Path, name: str) -> Path | None:
     if len(lost) == 1:
         there = files[1 - files.index(lost[0])]
         raise ModelError(
-            NO_HEAD, place=str(source), got=f"{there}, and no {lost[0]}", fix="copy the whole checkpoint again"
+            no_head(name), place=str(source), got=f"{there}, and no {lost[0]}", fix="copy the whole checkpoint again"
         )
     return None
 
 
 def warn_of_heads(source: str | Path) -> None:
-    """Say that a model which is taken for a policy has a reward head, which it loses."""
+    """Say that a model which is taken for a policy has a head beside its weights, which it loses."""
     where = Path(source).expanduser()
     for name in HEADS:
         if (where / f"{name}.safetensors").is_file():
-            log.warning("%s is a reward model: its backbone is taken, and its %s isn't", source, name.replace("_", " "))
+            log.warning("%s is a %s: its backbone is taken, and its %s isn't", source, kind_of(name), _words(name))
 
 
-def warn_of_other_head(source: str | Path, name: str) -> None:
-    """Say that the head of another kind of reward model, `NAME`, isn't used, where a model has it beside its weights."""
+def warn_of_other_heads(source: str | Path, own: str) -> None:
+    """Say that heads of other kinds of models than `own` aren't used, where a model has them beside its weights."""
     where = Path(source).expanduser()
-    if any((where / f"{name}.{kind}").is_file() for kind in ("json", "safetensors")):
-        log.warning(
-            "%s has a %s, which another method trained and which isn't used: its backbone is given a new, random head",
-            source,
-            name.replace("_", " "),
-        )
+    for name in HEADS:
+        if name != own and any((where / f"{name}.{kind}").is_file() for kind in ("json", "safetensors")):
+            log.warning(
+                "%s has a %s, which another method trained and which isn't used: its backbone is given a new head",
+                source,
+                _words(name),
+            )
 
 
 def from_hub(source: str, files: Sequence[str]) -> list[Path | None]:

@@ -161,6 +161,20 @@ def padded_layout(batch: Batch) -> Layout:
     )
 
 
+def empty_layout(batch: Batch) -> Layout:
+    """Return the layout of a batch without responses, which takes no forward pass."""
+    nowhere = torch.zeros(0, batch.response_ids.shape[1], dtype=torch.long, device=batch.device)
+    return Layout(
+        input_ids=nowhere.new_zeros(1, 0),
+        position_ids=None,
+        attention_mask=None,
+        segments=None,
+        at=nowhere,
+        before=nowhere,
+        prompt_end=nowhere.new_zeros(0),
+    )
+
+
 def of_responses(batch: Batch, responses: Tensor) -> Batch:
     """Return some of a batch's responses (R',) with their tokens and masks alone, of the same width; prompts all stay."""
     return replace(

@@ -18,7 +18,16 @@ from torch import nn
 
 from rlhf_core.config import LoraConfig
 from rlhf_core.errors import ConfigError, ModelError, RLHFError
-from rlhf_core.infra.model_files import adapter_chain, check_files, first_line, is_adapter, locate, no_such_model
+from rlhf_core.infra.model_files import (
+    HEADS,
+    adapter_chain,
+    check_files,
+    first_line,
+    is_adapter,
+    kind_of,
+    locate,
+    no_such_model,
+)
 from rlhf_core.models.adapters import (
     WEIGHTS,
     AdapterUse,
@@ -144,10 +153,9 @@ def check_weights(model: nn.Module, missing: Iterable[str], source: str, *, base
     absent = sorted(name for name in missing if not (headless and name in free))
     if not absent:
         return
-    if any((Path(base) / f"{name}.json").is_file() for name in ("reward_head", "process_reward_head")):
-        raise ModelError(
-            "is a reward model, not a language model", place=source, fix="name the model that it was made from"
-        )
+    if head := next((name for name in HEADS if (Path(base) / f"{name}.json").is_file()), None):
+        fix = "name the model that it was made from"
+        raise ModelError(f"is a {kind_of(head)}, not a language model", place=source, fix=fix)
     if absent[0].startswith(("score", "classifier")):
         raise ModelError(
             "the checkpoint has no reward head, so its scores would be random",

@@ -7,7 +7,7 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -169,11 +169,51 @@ def module_token_logprobs(
     Slower than `linear_token_logprobs`: autograd computes each chunk's logits a second time in the backward pass.
     """
 
-    def logprobs(part: Tensor, wanted: Tensor) -> Tensor:
-        return torch.log_softmax(logits(part).float() * scale, dim=-1).gather(1, wanted[:, None]).squeeze(1)
+    def logprobs(table: Tensor, wanted: Tensor) -> Tensor:
+        return torch.log_softmax(table.float() * scale, dim=-1).gather(1, wanted[:, None]).squeeze(1)
 
+    return over_vocabulary(logprobs, (logits, hidden), columns=[targets])
+
+
+def over_vocabulary(
+    function: Callable[..., Tensor],
+    *models: tuple[Callable[[Tensor], Tensor], Tensor],
+    columns: Sequence[Tensor] = (),
+) -> Tensor:
+    """Return a function of the whole vocabulary's logits, state by state, while few rows of logits exist at once.
+
+    For losses that need more than the log-probability of one token: the divergence between two policies, an entropy.
+
+        def forward_kl(student, teacher):  # (s, V) each
+            p = teacher.log_softmax(-1)
+            return (p.exp() * (p - student.log_softmax(-1))).sum(-1)
+
+        over_vocabulary(forward_kl, (student.logits, states.predicting()), (teacher.logits, others.predicting()))
+
+    Gradients are exact: autograd computes each chunk's logits a second time in the backward pass.
+
+    Args:
+        function: takes (s, V) logits of each model, in order, then s entries of each column; returns (s, ...), each row of
+            which depends on its own rows alone.
+        models: each a function from hidden states to logits (`PolicyModel.logits`), with its hidden states (S, D).
+        columns: what else each state has, (S, ...).
+
+    Returns:
+        (S, ...).
+    """
+    states = [hidden for _, hidden in models]
+    lengths = {len(rows) for rows in (*states, *columns)}
+    if len(lengths) != 1:
+        raise ValueError(f"hidden states and columns must be equally long, got {[len(r) for r in (*states, *columns)]}")
+
+    def of_chunk(*rows: Tensor) -> Tensor:
+        tables = [logits(part) for (logits, _), part in zip(models, rows, strict=False)]
+        return function(*tables, *rows[len(models) :])
+
+    if not lengths.pop():
+        return of_chunk(*states, *columns)
     with torch.no_grad():
-        vocabulary = logits(hidden[:1]).shape[-1] if hidden.shape[0] else 1
-    rows = chunk_rows(vocabulary, hidden.device)
-    parts = zip(hidden.split(rows), targets.split(rows), strict=True)
-    return torch.cat([checkpoint(logprobs, part, wanted, use_reentrant=False) for part, wanted in parts])
+        width = sum(logits(hidden[:1]).shape[-1] for logits, hidden in models)
+    rows = chunk_rows(width, states[0].device)
+    parts = zip(*(tensor.split(rows) for tensor in (*states, *columns)), strict=True)
+    return torch.cat([checkpoint(of_chunk, *part, use_reentrant=False) for part in parts])

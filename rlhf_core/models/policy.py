@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, Unpack, cast
 
 import torch
 from torch import Tensor, nn
 
-from rlhf_core.batch import Batch, on_host, to_device
-from rlhf_core.config import LoraConfig
+from rlhf_core.batch import Batch, on_host
 from rlhf_core.errors import ModelError
 from rlhf_core.interfaces import Completion
-from rlhf_core.models.adapters import AdapterUse
-from rlhf_core.models.attention import Kernel
 from rlhf_core.models.generate import generate
+from rlhf_core.models.headed import wrong_kind
 from rlhf_core.models.heads import warn_of_heads
 from rlhf_core.models.loading import load_model
-from rlhf_core.models.logprobs import linear_token_logprobs, module_token_logprobs
+from rlhf_core.models.logprobs import linear_token_logprobs, module_token_logprobs, over_vocabulary
+from rlhf_core.models.options import LoadOptions, loading, settle
 from rlhf_core.models.output_layer import OutputLayer, Unexplained, graft, measure
-from rlhf_core.models.precision import Precision, frozen_dtype, within_products
+from rlhf_core.models.precision import within_products
 from rlhf_core.models.probe import FAILURES, Findings
-from rlhf_core.models.sequence import LayoutName, SequenceModel
+from rlhf_core.models.sequence import SequenceModel
+from rlhf_core.models.states import HiddenStates
 
 
 class PolicyModel(SequenceModel):
@@ -31,50 +31,27 @@ class PolicyModel(SequenceModel):
     _output_layer: tuple[Findings, OutputLayer] | None = None
 
     @classmethod
-    def from_pretrained(
-        cls,
-        source: str | Path,
-        *,
-        attention: Kernel = "auto",
-        precision: str = "float32",
-        lora: LoraConfig | None = None,
-        adapter: AdapterUse = "continue",
-        frozen_precision: Precision = "auto",
-        save_precision: Precision = "auto",
-        gradient_checkpointing: bool = False,
-        compile: bool = False,
-        layout: LayoutName = "auto",
-        share_prompts: bool = True,
-        trust_remote_code: bool = False,
-        device: str | torch.device | None = None,
-    ) -> PolicyModel:
+    def from_pretrained(cls, source: str | Path, **options: Unpack[LoadOptions]) -> Self:
         """Load from a local directory, a `.gguf` file, an adapter directory or the hub; trained weights are float32.
 
-        See `TrainerConfig` for what the options do.
+        See `LoadOptions` and `TrainerConfig` for what the options do.
         """
+        settings = loading(options)
         warn_of_heads(source)
-        loaded = load_model(
-            source,
-            hold=frozen_dtype(precision, frozen_precision),
-            lora=lora,
-            trust_remote_code=trust_remote_code,
-            adapter=adapter,
-        )
-        policy = cls.of(loaded, source)
-        if device is not None:
-            policy.to(device)
-        policy.set_options(
-            attention=attention,
-            precision=precision,
-            lora=lora,
-            frozen_precision=frozen_precision,
-            save_precision=save_precision,
-            gradient_checkpointing=gradient_checkpointing,
-            compile=compile,
-            layout=layout,
-            share_prompts=share_prompts,
-        )
+        policy = cls.of(load_model(source, **settings), source)
+        settle(policy, [policy], options)
         return policy
+
+    @classmethod
+    def adopt(cls, model: object) -> Self:
+        """Return a policy that was loaded already as it is.
+
+        Raises:
+            ModelError: it is of another kind.
+        """
+        if not isinstance(model, cls):
+            raise wrong_kind(model, wanted=cls, allowed="a PolicyModel")
+        return model
 
     @property
     def causal_lm(self) -> Any:
@@ -86,25 +63,57 @@ class PolicyModel(SequenceModel):
         """The output layer, hidden states to logits."""
         return cast(nn.Module, self.causal_lm.get_output_embeddings())
 
-    def token_logps(self, batch: Batch, *, temperature: float = 1.0) -> Tensor:
+    def token_logps(self, batch: Batch, *, temperature: float = 1.0, states: HiddenStates | None = None) -> Tensor:
         """Return (R, T) float32 log-probabilities of the response tokens inside the loss mask, nats; 0 elsewhere.
 
         The distribution is softmax(logits / temperature), given the prompt and the response so far.
-        """
-        mask = batch.loss_mask
-        scored = on_host(mask).flatten().nonzero().squeeze(1)
-        if not len(scored):
-            return mask.float()
-        scored = to_device(scored, mask.device)
-        hidden, layout = self.hidden_states(batch, drop_last=True)
-        at, targets = layout.before.flatten()[scored], batch.response_ids.flatten()[scored]
-        logps = self._head_logps(hidden[at], targets, 1.0 / temperature)
-        found = torch.zeros(mask.numel(), dtype=torch.float32, device=mask.device)
-        return found.index_copy(0, scored, logps).view(mask.shape)
 
-    def response_logps(self, batch: Batch) -> Tensor:
-        """Return (R,) log-probabilities of the responses, summed over their loss mask, nats."""
-        return self.token_logps(batch).sum(dim=1)
+        Args:
+            states: this batch's hidden states, where they are known: nothing is forwarded again.
+        """
+        if not len(on_host(batch.loss_mask).flatten().nonzero()):
+            return batch.loss_mask.float()
+        states = self._states(batch, states)
+        targets = batch.response_ids.flatten()[states.places()]
+        return states.to_tokens(self._head_logps(states.predicting(), targets, 1.0 / temperature))
+
+    def response_logps(self, batch: Batch, *, temperature: float = 1.0, states: HiddenStates | None = None) -> Tensor:
+        """Return (R,) log-probabilities of the responses, summed over their loss mask, nats; see `token_logps`."""
+        return self.token_logps(batch, temperature=temperature, states=states).sum(dim=1)
+
+    def _states(self, batch: Batch, states: HiddenStates | None) -> HiddenStates:
+        if states is None:
+            return self.hidden_states(batch, drop_last=True)
+        states.check(batch)
+        return states
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return (..., V) float32: the model's own logits for hidden states (..., D), with gradients.
+
+        Whatever the model does to the product with its output embedding (a factor, a cap, a layer of its own) is done here. The
+        whole table exists at once: of many states, use `over_vocabulary`.
+        """
+        states = hidden.reshape(-1, hidden.shape[-1])
+        # Code of the model's own may not take a batch of nothing.
+        flat = states if len(states) else states.new_zeros(1, states.shape[1])
+        layer = self.output_layer
+        own = graft(self.network, self.findings) if layer.own else None
+        with within_products(self.network):
+            found = layer.apply(self.head(flat).float()) if own is None else own(flat).float()
+        return found[: len(states)].reshape(*hidden.shape[:-1], found.shape[-1])
+
+    def token_entropy(self, hidden: Tensor, *, temperature: float = 1.0) -> Tensor:
+        """Return (S,) float32: the entropy of softmax(logits / temperature) for hidden states (S, D), nats.
+
+        With gradients where there are any; the table of logits never exists whole.
+        """
+
+        def entropy(logits: Tensor) -> Tensor:
+            logps = torch.log_softmax(logits / temperature, dim=-1)
+            # A token that the model leaves out has probability 0 and a log-probability of -inf.
+            return -(logps.exp() * logps.clamp(min=torch.finfo(logps.dtype).min)).sum(dim=-1)
+
+        return over_vocabulary(entropy, (self.logits, hidden))
 
     def forward(self, batch: Batch) -> Tensor:
         return self.token_logps(batch)
@@ -144,17 +153,11 @@ class PolicyModel(SequenceModel):
             ) from None
 
     def _head_logps(self, hidden: Tensor, targets: Tensor, scale: float) -> Tensor:
+        layer, head = self.output_layer, self.head
+        if type(head) is not nn.Linear or head.bias is not None or layer.cap is not None or layer.own:
+            return module_token_logprobs(self.logits, hidden, targets, scale=scale)
         with within_products(self.network):
-            return self._logps_of(hidden, targets, scale)
-
-    def _logps_of(self, hidden: Tensor, targets: Tensor, scale: float) -> Tensor:
-        layer = self.output_layer
-        if layer.own:
-            return module_token_logprobs(graft(self.network, self.findings), hidden, targets, scale=scale)
-        head = self.head
-        if type(head) is nn.Linear and head.bias is None and layer.cap is None:
             return linear_token_logprobs(hidden, head.weight, targets, scale=scale * layer.slope)
-        return module_token_logprobs(lambda states: layer.apply(head(states).float()), hidden, targets, scale=scale)
 
     def generate(self, prompts: Sequence[Any], **options: Any) -> list[list[Completion]]:
         """Return completions for each prompt; the options are those of `rlhf_core.models.generate.generate`."""

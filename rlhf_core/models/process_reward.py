@@ -4,39 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from rlhf_core.batch import Batch
-from rlhf_core.config import LoraConfig, TrainerConfig
 from rlhf_core.errors import ConfigError, ModelError
-from rlhf_core.infra.model_files import PROCESS_REWARD_HEAD, REWARD_HEAD
+from rlhf_core.infra.model_files import PROCESS_REWARD_HEAD
 from rlhf_core.infra.seeds import stream_seed
-from rlhf_core.models.adapters import AdapterUse
-from rlhf_core.models.attention import Kernel
+from rlhf_core.models.headed import HeadedModel, wrong_kind
 from rlhf_core.models.heads import (
-    NO_HEAD,
     TwoLayerHead,
     describe_head,
     fill_head,
     head_directory,
-    warn_of_other_head,
+    no_head,
+    warn_of_other_heads,
     write_head,
 )
 from rlhf_core.models.loading import load_model
-from rlhf_core.models.precision import Precision, frozen_dtype
-from rlhf_core.models.reward import last_hidden, refuse_quantised
-from rlhf_core.models.sequence import LayoutName, SequenceModel, model_hashes
+from rlhf_core.models.options import LoadOptions, loading, settle
+from rlhf_core.models.sequence import SequenceModel
 from rlhf_core.models.steps import step_ends
 
 HEAD = PROCESS_REWARD_HEAD
 Aggregation = Literal["min", "product", "mean", "last"]
 
 
-class ProcessRewardModel(nn.Module):
+class ProcessRewardModel(HeadedModel):
     """Scores the steps of responses and their outcome. Axes: R responses, T response tokens.
 
     Args:
@@ -59,19 +56,7 @@ class ProcessRewardModel(nn.Module):
         new_head: bool = False,
         separator: str | None = None,
         seed: int = 0,
-        trust_remote_code: bool = False,
-        device: str | torch.device | None = None,
-        lora: LoraConfig | None = None,
-        adapter: AdapterUse = "continue",
-        precision: str = "float32",
-        frozen_precision: Precision = "auto",
-        frozen: bool = False,
-        attention: Kernel = "auto",
-        save_precision: Precision = "auto",
-        gradient_checkpointing: bool = False,
-        compile: bool = False,
-        layout: LayoutName = "auto",
-        share_prompts: bool = True,
+        **options: Unpack[LoadOptions],
     ) -> Self:
         """Load what `save_pretrained` wrote.
 
@@ -79,30 +64,17 @@ class ProcessRewardModel(nn.Module):
             new_head: give a checkpoint without a head a new one, for training; without it, that is an error.
             separator: text that ends a step; None takes what the checkpoint was trained with, or a line's end.
             seed: of a new head.
-            frozen: whether the model is only read: none of its weights can be trained, and all are held as frozen ones are.
-
-        The other options are those of `PolicyModel.from_pretrained`.
 
         Raises:
             ModelError: the head is missing, or its width isn't the backbone's.
             ConfigError: another separator is asked for than the checkpoint was trained with.
         """
-        refuse_quantised(lora)
-        hold = frozen_dtype(precision, frozen_precision)
+        settings = loading(options, quantised=False)
         where = head_directory(source, HEAD)
         if where is None and not new_head:
             fix = "train one: `rlhf train process_reward`"
-            raise ModelError(NO_HEAD, place=str(source), got=f"no {HEAD}.json", fix=fix)
-        loaded = load_model(
-            source,
-            kind="causal" if where is None else "backbone",
-            headless=True,
-            lora=lora,
-            trust_remote_code=trust_remote_code,
-            adapter=adapter,
-            hold=hold,
-            frozen=frozen,
-        )
+            raise ModelError(no_head(HEAD), place=str(source), got=f"no {HEAD}.json", fix=fix)
+        loaded = load_model(source, kind="causal" if where is None else "backbone", headless=True, **settings)
         backbone = SequenceModel.of(loaded, source).without_head()
         if where is not None:
             about = describe_head(where, HEAD, width=backbone.width, keys={"separator": str})
@@ -111,24 +83,30 @@ class ProcessRewardModel(nn.Module):
             model = cls(backbone, head, separator=about["separator"])
             model.check_separator(separator)
         else:
-            warn_of_other_head(source, REWARD_HEAD)
+            warn_of_other_heads(source, HEAD)
             model = cls.on(backbone, separator="\n" if separator is None else separator, seed=seed)
-        if device is not None:
-            model.to(device)
-        if frozen:
-            model.requires_grad_(False).eval()
-        backbone.set_options(
-            attention=attention,
-            precision=precision,
-            lora=lora,
-            frozen_precision=frozen_precision,
-            save_precision=save_precision,
-            gradient_checkpointing=gradient_checkpointing,
-            compile=compile,
-            layout=layout,
-            share_prompts=share_prompts,
-        )
+        settle(model, [backbone], options)
         return model
+
+    @classmethod
+    def adopt(cls, model: object, *, separator: str | None = None, seed: int = 0) -> Self:
+        """Return a process reward model as it is, or a new head on the backbone of a model in memory, which is shared with it.
+
+        Args:
+            model: a process reward model, or a policy.
+            separator: text that ends a step; None takes what there is, or a line's end.
+            seed: of a new head.
+
+        Raises:
+            ModelError: it is of another kind.
+            ConfigError: it was trained with another separator.
+        """
+        if isinstance(model, cls):
+            model.check_separator(separator)
+            return model
+        if not isinstance(model, SequenceModel):
+            raise wrong_kind(model, wanted=cls, allowed="a PolicyModel or a ProcessRewardModel")
+        return cls.on(model.without_head(), separator="\n" if separator is None else separator, seed=seed)
 
     @classmethod
     def on(cls, backbone: SequenceModel, *, separator: str = "\n", seed: int = 0) -> Self:
@@ -137,16 +115,8 @@ class ProcessRewardModel(nn.Module):
         return cls(backbone, head, separator=separator)
 
     @property
-    def tokenizer(self) -> Any:
-        return self.backbone.tokenizer
-
-    @property
-    def device(self) -> torch.device:
-        return self.backbone.device
-
-    @property
-    def max_positions(self) -> int | None:
-        return self.backbone.max_positions
+    def _backbones(self) -> list[SequenceModel]:
+        return [self.backbone]
 
     def check_separator(self, separator: str | None) -> None:
         """Refuse another separator than the model was trained with; None asks for nothing."""
@@ -157,12 +127,6 @@ class ProcessRewardModel(nn.Module):
                 got=f"{separator!r} for {self.separator!r}",
                 fix="leave `separator` out, or start from a model without a head",
             )
-
-    def configure(self, config: TrainerConfig) -> Self:
-        """Apply a trainer's options to the backbone, in place; return the model."""
-        refuse_quantised(config.lora)
-        self.backbone.configure(config)
-        return self
 
     def step_ends(self, batch: Batch) -> Tensor:
         """Return (R, T) bool: where each step ends."""
@@ -180,12 +144,9 @@ class ProcessRewardModel(nn.Module):
             the outcome, read at the last token.
         """
         ends = self.step_ends(batch) if ends is None else ends
-        hidden, layout = self.backbone.hidden_states(batch)
-        assert layout.at is not None
-        steps = self.head(hidden[layout.at[ends]])[:, 0]
-        outcome = self.head(last_hidden(hidden, layout, batch))[:, 1]
-        table = torch.zeros(ends.shape, dtype=torch.float32, device=ends.device)
-        return table.masked_scatter(ends, steps), outcome
+        states = self.backbone.hidden_states(batch)
+        steps = self.head(states.at(ends))[:, 0]
+        return states.to_tokens(steps, ends), self.head(states.last())[:, 1]
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return self.scores(batch)
@@ -195,14 +156,8 @@ class ProcessRewardModel(nn.Module):
         self.backbone.save_pretrained(directory, merged=True)
         write_head(Path(directory), HEAD, self.head, {"width": self.backbone.width, "separator": self.separator})
 
-    def describe(self) -> dict[str, Any]:
-        """Return what this model is, for a run's record."""
-        return self.backbone.describe() | {
-            "files": model_hashes(self, [self.backbone]),
-            "parameters": sum(p.numel() for p in self.parameters()),
-            "trainable": sum(p.numel() for p in self.parameters() if p.requires_grad),
-            "separator": self.separator,
-        }
+    def _about(self) -> dict[str, Any]:
+        return {"separator": self.separator}
 
 
 def _product(steps: Tensor, ends: Tensor) -> Tensor:

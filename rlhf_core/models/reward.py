@@ -3,46 +3,40 @@
 from __future__ import annotations
 
 import copy
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_core.batch import Batch
-from rlhf_core.config import LoraConfig, TrainerConfig
 from rlhf_core.errors import ConfigError, ModelError
-from rlhf_core.infra.model_files import PROCESS_REWARD_HEAD, REWARD_HEAD
+from rlhf_core.infra.model_files import REWARD_HEAD
 from rlhf_core.infra.seeds import stream_seed
-from rlhf_core.models.adapters import AdapterUse, trained_module
-from rlhf_core.models.attention import Kernel
+from rlhf_core.models.adapters import trained_module
+from rlhf_core.models.headed import HeadedModel, wrong_kind
 from rlhf_core.models.heads import (
-    NO_HEAD,
+    SCALAR_HEADS,
     LinearHead,
     TwoLayerHead,
     describe_head,
     fill_head,
     head_directory,
-    warn_of_other_head,
+    head_kind,
+    no_head,
+    warn_of_other_heads,
     write_head,
 )
-from rlhf_core.models.layout import Layout
 from rlhf_core.models.loading import architecture, load_model
-from rlhf_core.models.precision import Precision, frozen_dtype
-from rlhf_core.models.sequence import LayoutName, SequenceModel, model_hashes
+from rlhf_core.models.options import LoadOptions, loading, settle
+from rlhf_core.models.sequence import SequenceModel
 
 HEAD = REWARD_HEAD
 MOST_MEMBERS = 64
-_HEADS: dict[str, Callable[[int], nn.Module]] = {
-    "two_layer": TwoLayerHead,
-    "linear": LinearHead,
-    "linear_bias": functools.partial(LinearHead, bias=True),
-}
 
 
-class RewardModel(nn.Module):
+class RewardModel(HeadedModel):
     """K members that score each response; one backbone for all of them, or one each. Axes: R responses, D hidden width.
 
     Args:
@@ -69,19 +63,7 @@ class RewardModel(nn.Module):
         share_backbone: bool | None = None,
         new_head: bool = False,
         seed: int = 0,
-        trust_remote_code: bool = False,
-        device: str | torch.device | None = None,
-        lora: LoraConfig | None = None,
-        adapter: AdapterUse = "continue",
-        precision: str = "float32",
-        frozen_precision: Precision = "auto",
-        frozen: bool = False,
-        attention: Kernel = "auto",
-        save_precision: Precision = "auto",
-        gradient_checkpointing: bool = False,
-        compile: bool = False,
-        layout: LayoutName = "auto",
-        share_prompts: bool = True,
+        **options: Unpack[LoadOptions],
     ) -> Self:
         """Load what `save_pretrained` wrote, or a decoder of the hub with a classification head of one label.
 
@@ -90,46 +72,49 @@ class RewardModel(nn.Module):
             share_backbone: whether the members stand on one backbone; None takes what the checkpoint has, or one backbone.
             new_head: give a checkpoint without a head new ones, for training; without it, that is an error.
             seed: of new heads, member by member.
-            frozen: whether the model is only read: none of its weights can be trained, and all are held as frozen ones are.
-
-        The other options are those of `PolicyModel.from_pretrained`.
 
         Raises:
             ModelError: the head is missing, or its width isn't the backbone's.
             ConfigError: another number of members is asked for than the checkpoint has.
         """
-        refuse_quantised(lora)
-        hold = frozen_dtype(precision, frozen_precision)
+        settings = loading(options, quantised=False)
         where = head_directory(source, HEAD)
-        settings: dict[str, Any] = {"lora": lora, "trust_remote_code": trust_remote_code}
-        settings |= {"adapter": adapter, "hold": hold, "frozen": frozen}
         if where is not None:
             model = cls._saved(where, source, settings)
-        elif architecture(source, trust_remote_code=trust_remote_code).endswith("ForSequenceClassification"):
+        elif is_classifier(source, options):
             model = cls._classifier(str(source), settings)
         elif new_head:
             model = cls._new(source, members or 1, share_backbone is not False, seed, settings)
         else:
             fix = "train one: `rlhf train reward_model`"
-            raise ModelError(NO_HEAD, place=str(source), got=f"no {HEAD}.json", fix=fix)
+            raise ModelError(no_head(HEAD), place=str(source), got=f"no {HEAD}.json", fix=fix)
         model.check_members(members, share_backbone)
-        if device is not None:
-            model.to(device)
-        if frozen:
-            model.requires_grad_(False).eval()
-        for backbone in model._backbones:
-            backbone.set_options(
-                attention=attention,
-                precision=precision,
-                lora=lora,
-                frozen_precision=frozen_precision,
-                save_precision=save_precision,
-                gradient_checkpointing=gradient_checkpointing,
-                compile=compile,
-                layout=layout,
-                share_prompts=share_prompts,
-            )
+        settle(model, model._backbones, options)
         return model
+
+    @classmethod
+    def adopt(
+        cls, model: object, *, members: int | None = None, share_backbone: bool | None = None, seed: int = 0
+    ) -> Self:
+        """Return a reward model as it is, or new heads on the backbone of a model in memory, which is shared with it.
+
+        Args:
+            model: a reward model, or a policy.
+            members: how many there must be; None takes what there are, or one.
+            share_backbone: whether the members stand on one backbone; None takes what there is, or one backbone.
+            seed: of new heads.
+
+        Raises:
+            ModelError: it is of another kind.
+            ConfigError: it has another number of members, or stands on backbones in another way.
+        """
+        if isinstance(model, cls):
+            model.check_members(members, share_backbone)
+            return model
+        if not isinstance(model, SequenceModel):
+            raise wrong_kind(model, wanted=cls, allowed="a PolicyModel or a RewardModel")
+        shared = share_backbone is not False
+        return cls.on(model.without_head(), members=members or 1, share_backbone=shared, seed=seed)
 
     @classmethod
     def on(cls, backbone: SequenceModel, *, members: int = 1, share_backbone: bool = True, seed: int = 0) -> Self:
@@ -143,12 +128,12 @@ class RewardModel(nn.Module):
         first = cls._load_backbone(source, settings)
         keys = {"head": str, "members": int, "shared": bool}
         about = describe_head(where, HEAD, width=first.width, keys=keys)
-        if about["head"] not in _HEADS or not 1 <= about["members"] <= MOST_MEMBERS:
+        if about["head"] not in SCALAR_HEADS or not 1 <= about["members"] <= MOST_MEMBERS:
             got = f"head {about['head']}, {about['members']} members"
             raise ModelError("is no head that is known here", place=str(where / f"{HEAD}.json"), got=got)
         folders = [where / f"member-{member}" for member in range(1, 1 if about["shared"] else about["members"])]
         backbones = [first, *(cls._load_backbone(folder, settings) for folder in folders)]
-        heads = [_HEADS[about["head"]](about["width"]) for _ in range(about["members"])]
+        heads = [SCALAR_HEADS[about["head"]](about["width"]) for _ in range(about["members"])]
         # Files written before there was this note don't have it.
         model = cls(backbones, heads, centred=about.get("centred") is True)
         fill_head(where, HEAD, model.heads)
@@ -156,7 +141,7 @@ class RewardModel(nn.Module):
 
     @classmethod
     def _new(cls, source: str | Path, members: int, share_backbone: bool, seed: int, settings: dict[str, Any]) -> Self:
-        warn_of_other_head(source, PROCESS_REWARD_HEAD)
+        warn_of_other_heads(source, HEAD)
         backbone = SequenceModel.of(load_model(source, headless=True, **settings), source).without_head()
         return cls.on(backbone, members=members, share_backbone=share_backbone, seed=seed)
 
@@ -186,18 +171,6 @@ class RewardModel(nn.Module):
     def members(self) -> int:
         return len(self.heads)
 
-    @property
-    def tokenizer(self) -> Any:
-        return self._backbones[0].tokenizer
-
-    @property
-    def device(self) -> torch.device:
-        return self._backbones[0].device
-
-    @property
-    def max_positions(self) -> int | None:
-        return self._backbones[0].max_positions
-
     def check_members(self, members: int | None, share_backbone: bool | None) -> None:
         """Refuse another number of members than there are, or backbones shared in another way; None asks for nothing."""
         if members is not None and members != self.members:
@@ -216,20 +189,13 @@ class RewardModel(nn.Module):
                 fix="leave it out, or start from a model without heads",
             )
 
-    def configure(self, config: TrainerConfig) -> Self:
-        """Apply a trainer's options to every backbone, in place; return the model."""
-        refuse_quantised(config.lora)
-        for backbone in self._backbones:
-            backbone.configure(config)
-        return self
-
     def scores(self, batch: Batch) -> Tensor:
         """Return (R, K) float32: what each member thinks of each response, read at its last token."""
         columns: list[Tensor] = []
         hidden: Tensor | None = None
         for member, head in enumerate(self.heads):
             if hidden is None or len(self.backbones) > 1:
-                hidden = last_hidden(*self._backbones[member].hidden_states(batch), batch)
+                hidden = self._backbones[member].hidden_states(batch).last()
             columns.append(head(hidden))
         return torch.cat(columns, dim=1)
 
@@ -246,7 +212,7 @@ class RewardModel(nn.Module):
         for member, backbone in enumerate(self._backbones):
             backbone.save_pretrained(directory if member == 0 else directory / f"member-{member}", merged=True)
         about = {
-            "head": _head_name(self.heads[0]),
+            "head": head_kind(self.heads[0]),
             "width": self._backbones[0].width,
             "members": self.members,
             "shared": len(self.backbones) == 1,
@@ -254,39 +220,11 @@ class RewardModel(nn.Module):
         }
         write_head(directory, HEAD, self.heads, about)
 
-    def describe(self) -> dict[str, Any]:
-        """Return what this model is, for a run's record."""
-        return self._backbones[0].describe() | {
-            "files": model_hashes(self, self._backbones),
-            "parameters": sum(p.numel() for p in self.parameters()),
-            "trainable": sum(p.numel() for p in self.parameters() if p.requires_grad),
-            "members": self.members,
-            "shared_backbone": len(self.backbones) == 1,
-        }
+    def _about(self) -> dict[str, Any]:
+        return {"members": self.members, "shared_backbone": len(self.backbones) == 1}
 
 
-def last_hidden(hidden: Tensor, layout: Layout, batch: Batch) -> Tensor:
-    """Return (R, D): the hidden state at each response's last token, or at its prompt's end where it is empty."""
-    assert layout.at is not None
-    if not batch.response_ids.shape[1]:
-        return hidden[layout.prompt_end]
-    last = (batch.response_lengths - 1).clamp(min=0)[:, None]
-    at = layout.at.gather(1, last).squeeze(1)
-    return hidden[torch.where(batch.response_lengths > 0, at, layout.prompt_end)]
-
-
-def refuse_quantised(lora: LoraConfig | None) -> None:
-    """Refuse a quantised base: what is exported has the adapter merged in, and would be rounded to 4 or 8 bits again."""
-    if lora is not None and lora.quantize != "none":
-        raise ConfigError(
-            "reward models aren't trained on a quantised base",
-            place="lora.quantize",
-            got=lora.quantize,
-            fix="set `lora.quantize: none`",
-        )
-
-
-def _head_name(head: nn.Module) -> str:
-    if not isinstance(head, LinearHead):
-        return "two_layer"
-    return "linear" if head.outer.bias is None else "linear_bias"
+def is_classifier(source: str | Path, options: LoadOptions) -> bool:
+    """Tell whether a checkpoint says that it is a decoder with a classification head, as reward models of the hub are."""
+    found = architecture(source, trust_remote_code=options.get("trust_remote_code", False))
+    return found.endswith("ForSequenceClassification")

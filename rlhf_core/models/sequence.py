@@ -24,7 +24,7 @@ from rlhf_core.models.attention import Kernel, OptimizedAttention
 from rlhf_core.models.compile import compile_model
 from rlhf_core.models.dropout import evaluating
 from rlhf_core.models.gpu_norm import fuse_norms
-from rlhf_core.models.layout import Layout, joined, of_responses, packed_layout, padded_layout
+from rlhf_core.models.layout import Layout, empty_layout, joined, of_responses, packed_layout, padded_layout
 from rlhf_core.models.loading import Loaded
 from rlhf_core.models.lora import apply_lora, lora_difference
 from rlhf_core.models.precision import (
@@ -40,6 +40,7 @@ from rlhf_core.models.precision import (
 )
 from rlhf_core.models.probe import FAILURES, Findings, Unexplained, examine, odd_company
 from rlhf_core.models.rope import LengthClasses
+from rlhf_core.models.states import HiddenStates
 from rlhf_core.models.structure import accepted, hidden_of, plain_ids, without_head
 
 log = logging.getLogger(__name__)
@@ -283,19 +284,21 @@ class SequenceModel(nn.Module):
 
     # The forward pass
 
-    def hidden_states(self, batch: Batch, *, drop_last: bool = False) -> tuple[Tensor, Layout]:
-        """Forward a batch with each prompt computed once; return hidden states (N, D), flattened, and where each one stands.
+    def hidden_states(self, batch: Batch, *, drop_last: bool = False) -> HiddenStates:
+        """Forward a batch with each prompt computed once; return its last hidden states.
 
         With `drop_last`, each response's last token is left out where the layout allows: it predicts nothing.
         """
+        if not batch.num_responses:
+            return HiddenStates(torch.zeros(0, self.width, device=batch.device), empty_layout(batch), batch)
         groups = self._groups(batch)
         if batch.longest > self._tried and self._check_company(batch, groups):
             groups = self._groups(batch)
         if len(groups) == 1:
-            return self._forward_together(batch, drop_last=drop_last)
+            return HiddenStates(*self._forward_together(batch, drop_last=drop_last), batch)
         parts = [self._forward_together(of_responses(batch, group), drop_last=drop_last) for group in groups]
         hidden, layouts = zip(*parts, strict=True)
-        return torch.cat(hidden), joined(layouts, groups)
+        return HiddenStates(torch.cat(hidden), joined(layouts, groups), batch)
 
     def _check_company(self, batch: Batch, groups: list[Tensor]) -> bool:
         """Try sequences longer than any before, together and alone; forward them alone from now on where that differs.

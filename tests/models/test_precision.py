@@ -130,7 +130,7 @@ def test_what_products_do_not_read_stays_float32(bf16: Path) -> None:
     assert frozen["model.base_model.model.model.embed_tokens.weight"] == torch.bfloat16
     assert policy.head.weight is policy.network.get_input_embeddings().weight, "tied still"
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert policy.hidden_states(random_batch(2, 1))[0].dtype == torch.float32
+        assert policy.hidden_states(random_batch(2, 1)).values.dtype == torch.float32
 
 
 def test_embeddings_that_16_bits_do_not_hold_stay_float32(wide: Path) -> None:

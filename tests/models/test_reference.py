@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,9 +57,9 @@ def test_the_reference_keeps_to_the_micro_batches(monkeypatch: pytest.MonkeyPatc
     seen: list[int] = []
     forward = PolicyModel.token_logps
 
-    def counting(self: PolicyModel, batch: Batch) -> torch.Tensor:
+    def counting(self: PolicyModel, batch: Batch, **options: Any) -> torch.Tensor:
         seen.append(batch.num_prompts)
-        return forward(self, batch)
+        return forward(self, batch, **options)
 
     monkeypatch.setattr(PolicyModel, "token_logps", counting)
     reference.response_logps(random_batch(5, 2))
@@ -72,10 +73,10 @@ def test_out_of_memory_in_the_reference_halves(monkeypatch: pytest.MonkeyPatch) 
     reference = Reference.create(policy, "copy")
     forward = PolicyModel.token_logps
 
-    def tight(self: PolicyModel, batch: Batch) -> torch.Tensor:
+    def tight(self: PolicyModel, batch: Batch, **options: Any) -> torch.Tensor:
         if batch.num_prompts > 2:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
-        return forward(self, batch)
+        return forward(self, batch, **options)
 
     monkeypatch.setattr(PolicyModel, "token_logps", tight)
     assert relative(reference.response_logps(batch), expected) < 1e-5
@@ -125,3 +126,45 @@ def test_precomputed_values_are_found_in_any_order_and_read_back(tmp_path: Path)
     with pytest.raises(ModelError, match="no precomputed reference") as caught:
         again.response_logps(random_batch(2, 2, seed=9))
     assert caught.value.exit_code == 4
+
+
+@pytest.mark.parametrize(("mode", "lora"), [("copy", False), ("copy", True), ("adapter_off", True)])
+def test_every_mode_with_a_model_gives_each_tokens_log_probability_at_any_temperature(mode: str, lora: bool) -> None:
+    policy = with_adapter() if lora else PolicyModel(tiny_model(), tiny_tokenizer())
+    batch = random_batch(5, 2, masked=True)
+    expected = policy.token_logps(batch, temperature=0.7).detach()
+    assert relative(policy.token_logps(batch), expected) > 0.05
+    cuts = (None, lambda b: b.split(size=2), lambda b: b.split(size=3, divide=True))
+    references = [Reference.create(policy, mode, cut=cut) for cut in cuts]  # type: ignore[arg-type]
+    shake(policy)
+    for reference in references:
+        found = reference.token_logps(batch, temperature=0.7)
+        assert found.shape == batch.loss_mask.shape and not found[~batch.loss_mask].any()
+        assert relative(found, expected) < 1e-5
+        assert relative(reference.response_logps(batch, temperature=0.7), expected.sum(dim=1)) < 1e-5
+
+
+def test_what_was_computed_once_is_sums_at_one_temperature(tmp_path: Path) -> None:
+    policy = PolicyModel(tiny_model(), tiny_tokenizer())
+    batch, path = random_batch(3, 2), tmp_path / "reference.safetensors"
+    expected = policy.response_logps(batch, temperature=0.5).detach()
+    reference = Reference.create(policy, "precompute")
+    reference.precompute([batch], path, temperature=0.5)
+    assert relative(reference.response_logps(batch, temperature=0.5), expected) < 1e-5
+    with pytest.raises(ConfigError, match=r"reference: .*another temperature; got 1 is wanted, 0.5 was computed"):
+        reference.response_logps(batch)
+    with pytest.raises(ConfigError, match=r"reference: .*sums over responses.*; got precompute; fix: set `reference:"):
+        reference.token_logps(batch, temperature=0.5)
+    again = Reference.create(policy, "precompute")
+    with pytest.raises(ConfigError, match=r"reference.safetensors: .*got 1 is wanted, 0.5 was computed"):
+        again.precompute([], path)
+    again.precompute([], path, temperature=0.5)
+    assert torch.equal(again.response_logps(batch, temperature=0.5), reference.response_logps(batch, temperature=0.5))
+
+
+@pytest.mark.parametrize("mode", ["copy", "adapter_off"])
+def test_a_batch_without_rows_has_no_values(mode: str) -> None:
+    reference = Reference.create(with_adapter(), mode)  # type: ignore[arg-type]
+    none = random_batch(2, 2).select([])
+    assert reference.response_logps(none).shape == (0,)
+    assert reference.token_logps(none).shape == (0, 0)

@@ -223,8 +223,8 @@ def test_an_empty_response_is_scored_at_its_prompts_end(causal: Path) -> None:
     empty = replace(batch, response_lengths=lengths, loss_mask=inside)
     with torch.no_grad():
         found = model.score(empty)
-        hidden, layout = model._backbones[0].hidden_states(empty.select([0]))
-        assert relative(model.heads[0](hidden[layout.prompt_end])[1], found[1:2]) < 1e-5
+        states = model._backbones[0].hidden_states(empty.select([0]))
+        assert relative(model.heads[0](states.values[states.layout.prompt_end])[1], found[1:2]) < 1e-5
         assert relative(found[[0, 2, 3, 4, 5]], model.score(batch)[[0, 2, 3, 4, 5]]) < 1e-5
         none = replace(
             batch, response_ids=batch.response_ids[:, :0], loss_mask=inside[:, :0], response_lengths=lengths * 0

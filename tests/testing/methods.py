@@ -294,7 +294,7 @@ class ReadsTheLayout(DPOTrainer):
     record = "preference"
 
     def loss(self, batch: Batch) -> Loss:
-        hidden, _ = self.policy.hidden_states(batch)
+        hidden = self.policy.hidden_states(batch).values
         return Loss({"preference": super().loss(batch).terms["preference"] + 1e-3 * hidden.square().sum()})
 
 
