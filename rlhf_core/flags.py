@@ -110,8 +110,10 @@ def _field(flag: Flag, config: type[BaseModel], owner: str) -> tuple[str, tuple[
             raise unknown_option(flag.name, config, owner=owner, place=flag.typed)
         key.append(name)
         members = _members(group.model_fields[name].annotation)
-        if any(get_origin(member) is dict for member in members) and number + 2 == len(parts):
-            return ".".join([*key, parts[-1]]), (str,)  # an entry of a mapping, its key as typed
+        mapping = next((member for member in members if get_origin(member) is dict), None)
+        if mapping is not None and number + 2 == len(parts):
+            # An entry of a mapping: its key as typed, its value as the mapping's are.
+            return ".".join([*key, parts[-1]]), _members(get_args(mapping)[1])
         group = next((member for member in members if _is_group(member)), None)
     return ".".join(key), members
 
@@ -151,7 +153,9 @@ def _one(flag: Flag, members: tuple[Any, ...]) -> Any:
     if str in accepted:
         return flag.text  # a name such as `2024` or `yes` stays text
     if list in accepted:
-        return [flag.text if str in _items(members) else value]
+        # An item that is a group may be named alone, as `--rewards exact`.
+        items = _items(members)
+        return [flag.text if str in items or any(map(_is_group, items)) else value]
     return value
 
 

@@ -43,7 +43,7 @@ class Events:
 
     @hookspec
     def rollouts_scored(self, run: Any, step: int, samples: Any, rewards: Any) -> None:
-        """Completions for step `step` were generated and scored: samples and one float a sample, in the same order."""
+        """Completions for step `step` were generated and scored: this process's `Sample`s, each one's weighted rewards."""
 
     @hookspec
     def evaluated(self, run: Any, step: int, metrics: Mapping[str, float]) -> None:

@@ -22,7 +22,9 @@ from rlhf_core.errors import ConfigError, nearest
 from rlhf_core.flags import Flag, convert, lex, unknown_option
 from rlhf_core.infra.redact import redact, redact_text
 from rlhf_core.interfaces import Trainer
+from rlhf_core.online import OnlineConfig
 from rlhf_core.presets import get_preset
+from rlhf_core.rewards import check_rewards
 from rlhf_core.yaml_files import load_yaml, merge, nest
 
 COMMAND_LINE = "command line"
@@ -84,8 +86,8 @@ def load_job(target: str | Path, overrides: Mapping[str, Any] | None = None, *, 
         flags: the same as command-line tokens: `["--beta", "0.2", "--lora.rank=8"]`.
 
     Raises:
-        ConfigError: an unknown method, key or option, a missing one, or a wrong value.
-        PluginError: the method is broken, ambiguous or disabled.
+        ConfigError: an unknown method, key, option or reward, a missing one, or a wrong value.
+        PluginError: the method or a reward is broken, ambiguous or disabled.
     """
     given = lex(flags)
     values, places, text = read_target(target)
@@ -106,7 +108,10 @@ def load_job(target: str | Path, overrides: Mapping[str, Any] | None = None, *, 
     for layer in (preset, values, nest(overrides), nest(option_values)):
         options = merge(options, _switches(layer, options))
     run = _run(run_values, places)
-    return Job(run, method.Config.parse(options, place=places), method, plugin, places, text)
+    config = method.Config.parse(options, place=places)
+    if isinstance(config, OnlineConfig):
+        check_rewards(config, place=places)
+    return Job(run, config, method, plugin, places, text)
 
 
 def _yaml(values: Mapping[str, Any]) -> str:

@@ -176,9 +176,12 @@ def samples_of(batch: Batch, completions: Sequence[Sequence[Completion]]) -> lis
     """
     if len(completions) != batch.num_prompts:
         raise ValueError(f"{len(completions)} lists of completions for {batch.num_prompts} prompts")
+    if len(batch.prompts) != batch.num_prompts:
+        raise ValueError("the batch doesn't hold its prompts as they stand in the data, which rewards need")
     samples = []
+    prompt_ids, lengths = batch.prompt_ids.tolist(), batch.prompt_lengths.tolist()
     for number, group in enumerate(completions):
-        ids = batch.prompt_ids[number, : int(batch.prompt_lengths[number])].tolist()
+        ids = prompt_ids[number][: lengths[number]]
         columns = batch.records[number] if batch.records else {}
         samples += [
             Sample(
