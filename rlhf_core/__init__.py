@@ -38,6 +38,7 @@ _PUBLIC = {
     "PolicyModel": "models",
     "RewardModel": "models",
     "ProcessRewardModel": "models",
+    "ValueModel": "models",
     "OptimizedAttention": "models",
     "apply_lora": "models",
     "compile_model": "models",

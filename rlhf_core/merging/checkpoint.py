@@ -402,7 +402,10 @@ def _head_files(path: Path, name: str) -> dict[str, WeightFile]:
         if len(there) == 1:
             lacking = "safetensors" if there == ["json"] else "json"
             raise ModelError(
-                "the reward head is not whole", place=name, got=f"no {head}.{lacking}", fix="copy the file"
+                f"the {head.replace('_', ' ')} is not whole",
+                place=name,
+                got=f"no {head}.{lacking}",
+                fix="copy the file",
             )
         if there:
             found[head] = WeightFile(path / f"{head}.safetensors", name)

@@ -1,4 +1,4 @@
-"""Heads that score hidden states, which reward models keep beside their weights: merged as those are, by one method."""
+"""Heads that score hidden states, which reward and value models keep beside their weights: merged as those are, by one method."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def common_heads(inputs: Sequence[Checkpoint]) -> list[Head]:
     for other in inputs[1:]:
         if set(other.heads) != set(first.heads):
             raise ModelError(
-                "reward models are merged with models of the same head only",
+                "models with a head beside their weights are merged with models of the same head only",
                 place=other.name,
                 got=f"{_listed(other)}, and {_listed(first)} in {first.name}",
                 fix="merge models that all have that head, the base too where differences are taken from it: `linear` and"
@@ -99,7 +99,7 @@ def _common(name: str, inputs: Sequence[Checkpoint]) -> Head:
                 f"its {name} is of another kind than that of {first.name}",
                 place=other.name,
                 got=f"`{key}` {own.get(key)!r}, and {about.get(key)!r}",
-                fix="merge reward models that were trained with one kind of head",
+                fix="merge models that were trained with one kind of head",
             )
         _same_tensors(name, other, first)
     kinds = {key: [one.heads[name].entries[key].dtype for one in inputs] for key in entries}

@@ -1,4 +1,4 @@
-"""Models: policies, reward models and what stands on hidden states, with the forward pass that they share."""
+"""Models: policies, reward and value models, the reference, and the forward pass that they share."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rlhf_core.models.reward import RewardModel as RewardModel
     from rlhf_core.models.sequence import SequenceModel as SequenceModel
     from rlhf_core.models.states import HiddenStates as HiddenStates
+    from rlhf_core.models.value import ValueModel as ValueModel
 
 # Public name → the module that defines it, loaded on first use.
 _PUBLIC = {
@@ -31,6 +32,7 @@ _PUBLIC = {
     "RewardModel": "reward",
     "SequenceModel": "sequence",
     "HiddenStates": "states",
+    "ValueModel": "value",
 }
 
 __all__ = [*_PUBLIC]

@@ -28,9 +28,10 @@ class TwoLayerHead(nn.Module):
         width: D, of the hidden states.
         outputs: scores a position.
         seed: of the initial weights, which depend on nothing else.
+        zero: whether the last layer begins at 0, and so do all scores.
     """
 
-    def __init__(self, width: int, outputs: int = 1, *, seed: int = 0) -> None:
+    def __init__(self, width: int, outputs: int = 1, *, seed: int = 0, zero: bool = False) -> None:
         super().__init__()
         self.width = width
         self.inner, self.outer = nn.Linear(width, width), nn.Linear(width, outputs)
@@ -40,6 +41,8 @@ class TwoLayerHead(nn.Module):
             nn.init.normal_(self.outer.weight, std=width**-0.5)
             nn.init.zeros_(self.inner.bias)
             nn.init.zeros_(self.outer.bias)
+            if zero:
+                nn.init.zeros_(self.outer.weight)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map (S, D) to (S, outputs) float32."""

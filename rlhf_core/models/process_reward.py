@@ -112,7 +112,7 @@ class ProcessRewardModel(HeadedModel):
     def on(cls, backbone: SequenceModel, *, separator: str = "\n", seed: int = 0) -> Self:
         """Put a new head on a backbone."""
         head = TwoLayerHead(backbone.width, outputs=2, seed=stream_seed(seed, "process reward head"))
-        return cls(backbone, head, separator=separator)
+        return cls(backbone, head.to(backbone.device), separator=separator)
 
     @property
     def _backbones(self) -> list[SequenceModel]:

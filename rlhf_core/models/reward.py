@@ -121,7 +121,8 @@ class RewardModel(HeadedModel):
         """Put new heads, each with a seed of its own, on a backbone or on copies of it."""
         backbones = [backbone, *(copy.deepcopy(backbone) for _ in range(0 if share_backbone else members - 1))]
         seeds = [stream_seed(seed, "reward head", member) for member in range(members)]
-        return cls(backbones, [TwoLayerHead(backbone.width, seed=of_member) for of_member in seeds])
+        heads = [TwoLayerHead(backbone.width, seed=of_member) for of_member in seeds]
+        return cls(backbones, [head.to(backbone.device) for head in heads])
 
     @classmethod
     def _saved(cls, where: Path, source: str | Path, settings: dict[str, Any]) -> Self:

@@ -266,10 +266,11 @@ class SequenceModel(nn.Module):
     def _text_config(self) -> Any:
         return self.network.config.get_text_config()
 
-    def without_head(self) -> SequenceModel:
+    def without_head(self, *, freeze: bool = True) -> SequenceModel:
         """Return the model's backbone as a model of its own, sharing its weights.
 
-        Under an adapter the whole network is kept, for the adapter knows its layers by their names in it; its head isn't used.
+        Under an adapter the whole network is kept, for the adapter knows its layers by their names in it; its head isn't used,
+        and with `freeze` isn't trained either.
         """
         inner = without_head(self.network)
         made = SequenceModel(self.model if self.has_adapter else inner, self.tokenizer, source=self.source)
@@ -278,7 +279,7 @@ class SequenceModel(nn.Module):
         made.save_precision = self.save_precision
         inside = {id(parameter) for parameter in inner.parameters()}
         for parameter in made.parameters():
-            if id(parameter) not in inside:
+            if freeze and id(parameter) not in inside:
                 parameter.requires_grad_(False)
         return made
 

@@ -17,7 +17,7 @@ from rlhf_core.merging import passing
 from rlhf_core.merging.diff import diff
 from rlhf_core.merging.layout import Item
 from rlhf_core.merging.workers import Advance
-from rlhf_core.models import ProcessRewardModel, RewardModel
+from rlhf_core.models import ProcessRewardModel, RewardModel, ValueModel
 from rlhf_core.testing.tiny import save_tiny
 
 HEAD = "reward_head.safetensors"
@@ -244,3 +244,25 @@ def test_a_merge_killed_in_the_head_goes_on_to_the_same_bytes(
     merge("linear", rewards[:2], tmp_path / "out", resume=True)
     for name in (HEAD, "model.safetensors", "reward_head.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_value_models_are_merged_with_their_heads_and_with_no_other_kind(
+    causal: Path, rewards: list[Path], tmp_path: Path
+) -> None:
+    for number in (0, 1):
+        model = ValueModel.from_pretrained(causal, new_head=True)
+        _move(model, number)
+        model.save_pretrained(tmp_path / str(number))
+    merge("linear", [tmp_path / "0", tmp_path / "1"], tmp_path / "out")
+    merged, *own = (load_file(tmp_path / name / "value_head.safetensors") for name in ("out", "0", "1"))
+    for key, tensor in merged.items():
+        torch.testing.assert_close(tensor, (own[0][key] + own[1][key]) / 2)
+    with torch.no_grad():
+        found = ValueModel.from_pretrained(tmp_path / "out").token_values(random_batch(2, 2))
+    assert bool(found.isfinite().all()) and bool(found.any())
+    for other, said in ((rewards[0], "got reward_head, and value_head in"), (causal, "got no head, and value_head in")):
+        with pytest.raises(ModelError, match=f"of the same head only; {said}"):
+            merge("linear", [tmp_path / "0", other], tmp_path / "apart")
+    (tmp_path / "1/value_head.json").unlink()
+    with pytest.raises(ModelError, match="the value head is not whole"):
+        merge("linear", [tmp_path / "0", tmp_path / "1"], tmp_path / "apart")
