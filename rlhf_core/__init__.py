@@ -44,6 +44,7 @@ _PUBLIC = {
     "compile_model": "models",
     "ModelMerger": "merging",
     "MergeConfig": "merging",
+    "layer_wise_interpolation": "merging",
     "CheckpointManager": "training",
     "EarlyStopping": "training",
     "TrainingLogger": "training",

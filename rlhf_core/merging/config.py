@@ -36,8 +36,9 @@ class ModelEntry(BaseConfig):
         1.0,
         description="Its weight; larger counts more. A list is a gradient over the layers, a group a value by place.",
     )
-    options: dict[str, Value] = Field(
-        default_factory=dict, description="Options of the method for this model alone, such as `density`."
+    options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Options of the method for this model alone, such as `density`; a number may vary by layer as a weight may.",
     )
 
 

@@ -164,7 +164,7 @@ def _compare(a: Checkpoint, b: Checkpoint, progress: Progress | None) -> Differe
     tensors, done = {}, 0
     with torch.inference_mode():
         for name in names:
-            stream = TensorStream(name, a.any_source(name), [b.any_source(name)], [1.0])
+            stream = TensorStream(name, a.any_source(name), [b.any_source(name)])
             pieces: Iterable[Distance] = (distance(chunk.origin, chunk.tensors[0]) for chunk in stream.chunks())
             tensors[name] = sum(pieces, Distance())
             done += own[name].nbytes

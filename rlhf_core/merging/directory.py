@@ -61,7 +61,7 @@ def fill(
 def recipe_of(config: MergeConfig) -> str:
     """Return a merge as the text of a file that `rlhf merge` takes."""
     values = config.model_dump(mode="json", exclude_unset=True, exclude={"options", "output"})
-    values = {"method": config.method, **values, **config.options}
+    values = {"method": config.method, **values, **config.model_dump(mode="json")["options"]}
     return redact_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100))
 
 

@@ -24,12 +24,13 @@ from rlhf_core.merging.checkpoint import Checkpoint
 from rlhf_core.merging.config import MergeConfig
 from rlhf_core.merging.directory import check_tokenizer, fill
 from rlhf_core.merging.heads import common_heads
+from rlhf_core.merging.inputs import MergeInput
 from rlhf_core.merging.method import Method
 from rlhf_core.merging.output import Output, check_begun
 from rlhf_core.merging.passing import Pass
 from rlhf_core.merging.plan import Plan, check_count, memory
-from rlhf_core.merging.stack import open_model
-from rlhf_core.merging.streams import THREADS_CHUNK, StreamMerger
+from rlhf_core.merging.stack import StackedCheckpoint, open_model
+from rlhf_core.merging.streams import THREADS_CHUNK
 
 log = logging.getLogger(__name__)
 
@@ -144,11 +145,11 @@ class ModelMerger:
         return MergeResult(self._target, len(plan.items), plan.read_bytes, plan.nbytes, seconds, self.details)
 
     def _refuse_inputs_below(self, inputs: Sequence[Checkpoint]) -> None:
-        """Raise where an input lies where the output is to be."""
+        """Raise where an input, or a file that an option names, lies where the output is to be."""
         if self.config.output is None:
             return
         target = Path(self.config.output).expanduser().resolve()
-        for path in [file for one in inputs for file in one.files]:
+        for path in [*(file for one in inputs for file in one.files), *self.method.files]:
             if target in path.resolve().parents:
                 raise ConfigError(
                     "one of the inputs lies in the output directory",
@@ -160,9 +161,41 @@ class ModelMerger:
     # For methods that override `Merger.merge`
 
     @property
-    def count(self) -> int:
-        """Number of models, the base not counted."""
-        return len(self._plan.models)
+    def inputs(self) -> list[MergeInput]:
+        """The models, the base not counted, in the order in which they were given.
+
+        Raises:
+            ConfigError: a weight or an option of a model varies by layer: `inputs_at` has its values.
+        """
+        self.method.require_one_value()
+        return self.inputs_at(self._plan.items[0].name)
+
+    def inputs_at(self, tensor: str, merger: Merger | None = None) -> list[MergeInput]:
+        """Return the models in the order in which they were given, with their weights and options at a tensor.
+
+        Args:
+            tensor: its name.
+            merger: the method whose options they are; the configuration's where None.
+        """
+        plan = self._plan
+        weights = self.method.weights(tensor, plan.depth)
+        options = self.method.options(merger or self.method.merger, tensor, plan.depth)
+        return [
+            MergeInput(
+                one.name,
+                None if isinstance(one, StackedCheckpoint) else one.path,
+                weights[number],
+                options[number],
+                number,
+                one.digest,
+            )
+            for number, one in enumerate(plan.models)
+        ]
+
+    @property
+    def tensors(self) -> list[str]:
+        """Names of the tensors that are merged."""
+        return [item.name for item in self._plan.items if item.merged]
 
     def write(self, merger: Merger, models: Sequence[int] | None = None) -> Path:
         """Merge every tensor and put the whole in the output directory.
@@ -191,14 +224,6 @@ class ModelMerger:
                 trial = Path(place) / "model"
                 self._write(merger, models, trial, resume=False, overwrite=False)
                 return self._score(trial)
-
-    def name(self, model: int) -> str:
-        """Return what a model was called."""
-        return self._plan.models[model].name
-
-    def digest(self, model: int) -> bytes:
-        """Return what a model is known by, wherever it stands in the list."""
-        return self._plan.models[model].digest
 
     def _replayed(self, merger: Merger, chosen: Sequence[int]) -> MergeConfig:
         """Return what makes the same again, without choosing anew."""
@@ -232,7 +257,7 @@ class ModelMerger:
     ) -> Path:
         plan = self._plan
         chosen = list(range(len(plan.models))) if models is None else list(models)
-        fingerprint = plan.fingerprint(self.method.recipe(), chosen, self.device.type)
+        fingerprint = plan.fingerprint(self.method.recipe(merger), chosen, self.device.type)
         output = Output.open(target, plan, fingerprint, resume=resume, overwrite=overwrite)
         try:
             Pass(self, plan, merger, chosen, output).go()
@@ -257,5 +282,4 @@ def _device() -> Any:
 
 def memory_needed(merger: ModelMerger, plan: Plan) -> int:
     """Estimate the memory that a merge takes beyond the interpreter's, bytes."""
-    whole = not isinstance(merger.method.merger, StreamMerger)
-    return memory(plan, merger.threads, THREADS_CHUNK, whole=whole)
+    return memory(plan, merger.threads, THREADS_CHUNK, whole=merger.method.merger.whole_tensors)

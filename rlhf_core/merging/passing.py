@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlhf_core.errors import ModelError, PluginError
+from rlhf_core.errors import ModelError
 from rlhf_core.interfaces import Merger
 from rlhf_core.merging.checkpoint import FileSource
 from rlhf_core.merging.layout import Item
 from rlhf_core.merging.output import Output
 from rlhf_core.merging.plan import Plan
-from rlhf_core.merging.streams import CHUNK, THREADS_CHUNK, StreamMerger, TensorStream
+from rlhf_core.merging.streams import CHUNK, THREADS_CHUNK, TensorStream
+from rlhf_core.merging.tensor import merged_chunks, stream_for
 from rlhf_core.merging.workers import Advance, may_fork, spread
 
 if TYPE_CHECKING:
@@ -38,23 +39,22 @@ class Pass:
         todo = [item for item in self.plan.items if item.name not in self.output.done]
         merged = [item for item in self.plan.items if item.merged]
         with _one_thread_an_operation(), torch.inference_mode():
-            if isinstance(self.merger, StreamMerger):
-                self._surveyed = self.merger.survey(_Streams(self, merged))
+            self._surveyed = self.merger.survey(_Streams(self, merged))
             # The largest first, so that none is left alone with it at the end.
             self._spread(sorted(todo, key=lambda item: -item.count))
 
     def stream(self, item: Item, merger: Merger) -> TensorStream:
         base, models = self.plan.sources(item)
-        weights, options = self.owner.method.values(item.name, self.plan.depth)
-        present = [(number, model) for number in self.chosen if (model := models[number]) is not None]
-        return TensorStream(
+        inputs = self.owner.inputs_at(item.name, self.merger)
+        present = [(model, inputs[number]) for number in self.chosen if (model := models[number]) is not None]
+        return stream_for(
+            merger,
             item.name,
-            None if merger.ignores_base else base,
-            [model for _, model in present],
-            [weights[number] for number, _ in present],
-            [options[number] for number, _ in present],
+            base,
+            [model for model, _ in present],
+            [one for _, one in present],
+            surveyed=self._surveyed,
             seed=int(getattr(merger.config, "seed", self.owner.config.seed)),
-            by_row=isinstance(merger, StreamMerger) and merger.by_row,
             device=self.owner.device,
             chunk=_GPU_CHUNK if self.owner.device.type == "cuda" else self._chunk,
         )
@@ -78,26 +78,9 @@ class Pass:
             merger = self.owner.method.for_tensor(self.merger, item.name, self.plan.depth)
             stream = self.stream(item, merger)
             merger.check_weights(stream.weights)
-            if isinstance(merger, StreamMerger):
-                merger.surveyed = self._surveyed
-                for start, values in merger.merged(stream):
-                    self.output.write(item, start, values)
-                    advance(values.numel() * item.dtype.itemsize)
-            else:
-                self._whole(item, merger, stream)
-                advance(item.nbytes)
-
-    def _whole(self, item: Item, merger: Merger, stream: TensorStream) -> None:
-        """Merge a tensor by a method that wants it whole."""
-        base, tensors = stream.whole()
-        values = merger.merge_tensor(item.name, base, tensors, stream.weights)
-        if tuple(values.shape) != item.shape:
-            raise PluginError(
-                f"merging tensor `{item.name}` gave another shape",
-                place=f"merger `{self.owner.config.method}`",
-                got=f"{list(values.shape)} for {list(item.shape)}",
-            )
-        self.output.write(item, 0, values)
+            for start, values in merged_chunks(merger, stream):
+                self.output.write(item, start, values)
+                advance(values.numel() * item.dtype.itemsize)
 
     def _copy(self, item: Item, advance: Advance) -> None:
         """Copy what isn't merged, having looked that all inputs agree on it."""

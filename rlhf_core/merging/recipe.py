@@ -8,6 +8,7 @@ current directory, those in a file too.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +24,19 @@ from rlhf_core.infra.redact import redact
 from rlhf_core.interfaces import Merger
 from rlhf_core.job import convert_options, find_method, read_target, refuse_unknown
 from rlhf_core.merging import mergekit
-from rlhf_core.merging.config import MergeConfig
+from rlhf_core.merging.config import MergeConfig, ModelEntry
+from rlhf_core.merging.inputs import check_own
 from rlhf_core.merging.merge import Evaluate, ModelMerger, Progress
 from rlhf_core.merging.mergekit_methods import parity
-from rlhf_core.merging.method import Method
+from rlhf_core.merging.method import Method, is_number
 from rlhf_core.merging.weights import LayerValues
+from rlhf_core.yaml_files import merge as merge_values
+from rlhf_core.yaml_files import nest
 
 COMPAT = "compat"
 _FILE_KEYS = (*MergeConfig.KEYS, COMPAT)
+_OF_MODEL = re.compile(r"models\.(\d+)\.(.+)")
+"""Flags that say something of one model, by its number in the list."""
 _FLAG_KEYS = (*(key for key in MergeConfig.KEYS if key != "models"), "model", COMPAT)
 
 
@@ -96,17 +102,19 @@ def load_recipe(target: str | Path, overrides: Mapping[str, Any] | None = None, 
     plugin, method = find_method(values, places, "merger")
     name = str(values["method"])
     keys = {key: values.pop(key) for key in MergeConfig.KEYS if key in values}
+    keys["models"] = _with_flags(keys.get("models"), given, method, name, places)
     _refuse_lambda(values, given, method, name, places)
     refuse_unknown(values, method.Config, name, places, _FILE_KEYS)
-    option_flags = [flag for flag in given if flag.key not in _FLAG_KEYS]
+    option_flags = [flag for flag in given if flag.key not in _FLAG_KEYS and not _OF_MODEL.match(flag.name)]
     options, option_places = convert_options(option_flags, method.Config, name, _FLAG_KEYS)
     places |= option_places
-    options = {**values, **options}
+    options = _laid(values, options)
     if compat and not theirs:
         options = parity(plugin.name, options, places)
     for key, value in options.items():
-        check_value(value, key, places)
-    keys["models"] = _entries(keys.get("models"), method, name, places)
+        if is_number(method, key):
+            check_value(value, key, places)
+    keys["models"] = _entries(keys["models"], method, name, places)
     config = MergeConfig.parse({**keys, "options": options}, place=places)
     _check(config, places)
     return Recipe(config, plugin, method, places)
@@ -182,9 +190,52 @@ def _key_flags(given: Sequence[Flag]) -> tuple[dict[str, Any], dict[str, str]]:
         places["models"] = models[0].typed
     if compat:
         values[COMPAT], places[COMPAT] = compat[-1].text, compat[-1].typed
-    if wrong := next((flag for flag in given if flag.key == "models"), None):
-        raise ConfigError("models are given one by one", place=wrong.typed, fix="write `--model A=0.7 --model B=0.3`")
+    if wrong := next(
+        (flag for flag in given if re.match(r"models(\.|$)", flag.key) and not _OF_MODEL.match(flag.name)), None
+    ):
+        fix = "write `--model A=0.7 --model B=0.3`, and `--models.0.OPTION VALUE` for an option of the first"
+        raise ConfigError("models are given one by one", place=wrong.typed, fix=fix)
     return values, places
+
+
+def _with_flags(models: Any, given: Sequence[Flag], method: type[Merger], name: str, places: dict[str, str]) -> Any:
+    """Return the models with what flags such as `--models.0.density 0.3` say of one of them, by its number."""
+    of_models = [(match, flag) for flag in given if (match := _OF_MODEL.match(flag.name))]
+    if not of_models or not isinstance(models, list | tuple):
+        return models
+    entries = [{"model": one} if isinstance(one, str) else one for one in models]
+    for number in dict.fromkeys(int(match[1]) for match, _ in of_models):
+        flags = [Flag(match[2], flag.text) for match, flag in of_models if int(match[1]) == number]
+        at = f"models.{number}"
+        if number >= len(entries):
+            counted = f"{len(entries)} models, counted from 0"
+            raise ConfigError("there is no such model", place=f"--{at}.{flags[0].name}", got=counted)
+        entry = entries[number]
+        own: Any = entry.get("options", {}) if isinstance(entry, Mapping) else None
+        if not isinstance(entry, Mapping) or not isinstance(own, Mapping):
+            continue  # an error of its own, reported where entries are read
+        for flag in flags:
+            if (key := flag.key.partition(".")[0]) != "weight":
+                check_own(key, method, name, f"--{at}.{flag.name}")
+        try:
+            values, set_at = convert([flag for flag in flags if flag.key == "weight"], ModelEntry, owner="merge")
+            more, more_at = convert([flag for flag in flags if flag.key != "weight"], method.Config, owner=name)
+        except ConfigError as error:
+            place, fix = (text and text.replace("--", f"--{at}.") for text in (error.place, error.fix))
+            raise ConfigError(error.problem, place=place, got=error.got, fix=fix) from None
+        for key, place in {**set_at, **more_at}.items():
+            places[f"{at}.{key}"] = places[f"{at}.options.{key}"] = place.replace("--", f"--{at}.")
+        plain = {key: value for key, value in entry.items() if key != "options"}
+        entries[number] = _laid({**plain, **own}, {**values, **more})
+    return entries
+
+
+def _laid(values: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values with those of flags over them; a dotted one sets one entry of a group."""
+    laid = dict(values)
+    for key, value in flags.items():
+        laid = merge_values(laid, nest({key: value})) if "." in key else {**laid, key: value}
+    return laid
 
 
 def _compat(value: Any, places: Mapping[str, str]) -> bool:
@@ -220,23 +271,14 @@ def _entries(models: Any, method: type[Merger], name: str, places: dict[str, str
             raise ConfigError("`options` is a group", place=place_of(f"{at}.options", places), got=shortened(own))
         own = {**own, **{key: entry.pop(key) for key in list(entry) if key not in ("model", "weight")}}
         for key in own:
-            _check_own(str(key), method, name, place_of(f"{at}.{key}", places))
+            check_own(str(key), method, name, place_of(f"{at}.{key}", places))
         for key, value in {**own, "weight": entry.get("weight", 1.0)}.items():
-            check_value(value, f"{at}.{key}", places)
+            if key == "weight" or is_number(method, key):
+                check_value(value, f"{at}.{key}", places)
             if f"{at}.{key}" in places:
                 places.setdefault(f"{at}.options.{key}", places[f"{at}.{key}"])
         entries.append({**entry, **({"options": own} if own else {})})
     return entries
-
-
-def _check_own(key: str, method: type[Merger], name: str, place: str) -> None:
-    if key in method.per_model:
-        return
-    if key in method.Config.model_fields:
-        own = ", ".join(method.per_model) or "none"
-        raise ConfigError(f"`{key}` is the same for all models in {name}", place=place, fix=f"may differ: {own}")
-    known = ["model", "weight", *method.per_model]
-    raise ConfigError(f"unknown key `{key}` of a model", place=place, fix=did_you_mean(key, known))
 
 
 def _check(config: MergeConfig, places: Mapping[str, str]) -> None:

@@ -10,15 +10,16 @@ import hashlib
 import math
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy
 import torch
 from torch import Tensor
 
 from rlhf_core.errors import ModelError
-from rlhf_core.interfaces import Merger
+from rlhf_core.merging.inputs import MergeInput
 
 CHUNK = 1 << 16
 """Elements of a chunk on a CPU: 256 KiB an input in float32, so that a method's few tensors stay in a core's cache."""
@@ -79,15 +80,27 @@ def digest_of(source: Source) -> bytes:
 class Chunk:
     """A run of one tensor's elements from every input, float32, on the device of the merge.
 
-    `tensors`, and `base` where there is one, are (N,), or (rows, columns) for a method that works `by_row`. They are scratch
-    space: a method may overwrite them, and they change with the next chunk.
+    `tensors`, and `base` where there is one, are (N,); (rows, columns) for a method that works `by_row`; the whole tensor in its
+    own shape for one that wants `whole_tensors`. They are scratch space: a method may overwrite them, and they change with the
+    next chunk. `inputs[i]` tells of the model that `tensors[i]` is of.
     """
 
     def __init__(self, stream: TensorStream, start: int, base: Tensor | None, tensors: list[Tensor]) -> None:
         self.stream, self.start, self.base, self.tensors = stream, start, base, tensors
 
     @property
+    def name(self) -> str:
+        """The tensor's name."""
+        return self.stream.name
+
+    @property
+    def inputs(self) -> Sequence[MergeInput]:
+        """What is known of each model, in the order of `tensors`."""
+        return self.stream.inputs
+
+    @property
     def weights(self) -> Sequence[float]:
+        """Each model's weight, in the order of `tensors`."""
         return self.stream.weights
 
     @property
@@ -114,8 +127,19 @@ class Chunk:
 class TensorStream:
     """One tensor of every input, to be read chunk by chunk, as often as a method wants.
 
-    Models come in an order of their own, by their values, whatever order they were given in: a sum in another order would round
-    differently. The order is the same for every tensor of a merge.
+    Args:
+        name: the tensor's name.
+        base: it of the base, where there is one.
+        models: it of each model.
+        inputs: what is known of each model; those of weight one where left out.
+        seed: seed of random words.
+        by_row: whether a chunk is whole rows.
+        whole: whether a chunk is the whole tensor.
+        sort: put the models into an order of their own, by their values: a sum in another order would round differently. It is
+            the same for every tensor of a merge. Without it they come as given.
+        surveyed: what the method's `survey` returned.
+        device: where chunks are put.
+        chunk: elements of a chunk, about.
     """
 
     def __init__(
@@ -123,15 +147,18 @@ class TensorStream:
         name: str,
         base: Source | None,
         models: Sequence[Source],
-        weights: Sequence[float],
-        options: Sequence[Mapping[str, Any]] = (),
+        inputs: Sequence[MergeInput] = (),
         *,
         seed: int = 0,
         by_row: bool = False,
+        whole: bool = False,
+        sort: bool = False,
+        surveyed: Any = None,
         device: torch.device | str = "cpu",
         chunk: int = CHUNK,
     ) -> None:
-        self.name, self.base, self.seed, self.by_row = name, base, seed, by_row
+        self.name, self.base, self.seed, self.by_row, self.whole = name, base, seed, by_row, whole
+        self.surveyed = surveyed
         self.shape = models[0].shape
         for source in (*models, *([base] if base is not None else [])):
             if source.shape != self.shape:
@@ -144,36 +171,25 @@ class TensorStream:
         self.count = _count(self.shape)
         self.columns = max(1, self.shape[-1]) if by_row and self.shape else 1
         self.device, self._chunk = torch.device(device), chunk
-        given = options or [{} for _ in models]
-        ranked = sorted(
-            zip(models, weights, given, [model.key() for model in models], strict=True),
-            key=lambda entry: (entry[3], entry[1], sorted(entry[2].items()), entry[0].place),
-        )
-        self.models = [entry[0] for entry in ranked]
-        self.weights: list[float] = [float(entry[1]) for entry in ranked]
-        self.options: list[Mapping[str, Any]] = [entry[2] for entry in ranked]
-        self._keys = [entry[3] for entry in ranked]
+        given = inputs or [MergeInput(model.place, index=number) for number, model in enumerate(models)]
+        pairs = [(model, replace(one, digest=model.key())) for model, one in zip(models, given, strict=True)]
+        if sort:
+            pairs.sort(key=lambda pair: (pair[1].digest, pair[1].weight, _ranked(pair[1].options), pair[0].place))
+        self.models = [model for model, _ in pairs]
+        self.inputs: Sequence[MergeInput] = tuple(one for _, one in pairs)
+        self.weights: Sequence[float] = tuple(float(one.weight) for one in self.inputs)
         self._generators: list[numpy.random.SFC64] = []
         self._finite = False
 
-    def option(self, name: str, default: float) -> list[float]:
-        """Return an option's value for each model: its own where it has one, else `default`."""
-        return [float(given.get(name, default)) for given in self.options]
-
-    def whole(self) -> tuple[Tensor | None, list[Tensor]]:
-        """Return the tensor of the base, if there is one, and of each model, whole and float32."""
-        parts = []
-        for source in [*self.models, *([self.base] if self.base is not None else [])]:
-            values = torch.empty(self.count, device=self.device)
-            self._read(source, 0, self.count, values)
-            parts.append(values.view(self.shape))
-        return (parts.pop() if self.base is not None else None), parts
+    def option(self, name: str) -> list[Any]:
+        """Return an option's value for each model: one of the method's `per_model`."""
+        return [one.options[name] for one in self.inputs]
 
     def chunks(self) -> Iterator[Chunk]:
         """Read the tensor from its start to its end. One reading at a time; buffers are reused."""
         self._generators = [self._generator(number) for number in range(len(self.models))]
         # A multiple of four, as many words as a generator draws at once: so they are the same for chunks of any size.
-        size = max(4, self._chunk // self.columns // 4 * 4) * self.columns
+        size = max(1, self.count) if self.whole else max(4, self._chunk // self.columns // 4 * 4) * self.columns
         sources = [*self.models, *([self.base] if self.base is not None else [])]
         parts = [torch.empty(min(size, self.count), device=self.device) for _ in sources]
         for start in range(0, self.count, size):
@@ -182,10 +198,15 @@ class TensorStream:
                 parts = [part[: stop - start] for part in parts]
             for part, source in zip(parts, sources, strict=True):
                 self._read(source, start, stop, part)
-            shaped = [part.view(-1, self.columns) for part in parts] if self.by_row else list(parts)
+            shaped = [self._shaped(part) for part in parts]
             base = shaped.pop() if self.base is not None else None
             yield Chunk(self, start, base, shaped)
         self._finite = True
+
+    def _shaped(self, part: Tensor) -> Tensor:
+        if self.whole:
+            return part.view(self.shape)
+        return part.view(-1, self.columns) if self.by_row else part
 
     def sample(self, runs: int) -> Iterator[Chunk]:
         """Read some runs of `RUN` elements spread over the tensor, to guess a quantile by; a shorter tensor is read whole."""
@@ -222,8 +243,9 @@ class TensorStream:
 
     def _generator(self, model: int) -> numpy.random.SFC64:
         # Two models with the same values get streams of their own; which gets which makes no difference.
-        twin = self._keys[:model].count(self._keys[model])
-        text = f"{self.seed}\0{self.name}\0{twin}\0".encode() + self._keys[model]
+        key = self.inputs[model].digest
+        twin = [one.digest for one in self.inputs[:model]].count(key)
+        text = f"{self.seed}\0{self.name}\0{twin}\0".encode() + key
         seed = hashlib.blake2b(text, digest_size=16).digest()
         return numpy.random.SFC64(int.from_bytes(seed, "little"))
 
@@ -234,54 +256,12 @@ class TensorStream:
         return torch.from_numpy(words).to(self.device).view(like.shape)
 
 
-class StreamMerger(Merger):
-    """A merger that works chunk by chunk: it may measure a whole tensor first, and then merges each chunk by itself."""
-
-    by_row: ClassVar[bool] = False
-    """Whether chunks are whole rows, (rows, columns); else they are (N,)."""
-
-    surveyed: Any = None
-    """What `survey` returned, set before the first tensor is merged."""
-
-    def survey(self, streams: Iterable[TensorStream]) -> Any:
-        """Look at all tensors before the first is merged. Streams are made anew each time that `streams` is iterated.
-
-        The default looks at none, and then nothing is read.
-        """
-        return None
-
-    def measure(self, stream: TensorStream) -> Any:
-        """Return what merging needs to know of the whole tensor, from one or more readings; the default nothing."""
-        return None
-
-    @abstractmethod
-    def merge_chunk(self, chunk: Chunk, measured: Any) -> Tensor:
-        """Return the merged elements of a chunk, float32, in the chunk's shape; it may be one of the chunk's own tensors."""
-
-    def merge_tensor(
-        self, name: str, base: Tensor | None, tensors: Sequence[Tensor], weights: Sequence[float]
-    ) -> Tensor:
-        stream = TensorStream(
-            name,
-            MemorySource(base) if base is not None else None,
-            [MemorySource(tensor) for tensor in tensors],
-            weights,
-            seed=int(getattr(self.config, "seed", 0)),
-            by_row=self.by_row,
-            device=tensors[0].device,
-        )
-        merged = torch.empty(stream.count, device=tensors[0].device)
-        for start, part in self.merged(stream):
-            merged[start : start + part.numel()] = part.reshape(-1)
-        return merged.view(tensors[0].shape)
-
-    def merged(self, stream: TensorStream) -> Iterator[tuple[int, Tensor]]:
-        """Measure a tensor, then yield its merged chunks, each with where it starts."""
-        if stream.count == 0:
-            return
-        measured = self.measure(stream)
-        for chunk in stream.chunks():
-            yield chunk.start, self.merge_chunk(chunk, measured)
+def _ranked(options: Mapping[str, Any]) -> list[tuple[str, float, str]]:
+    """Return what models with the same values are ordered by: numbers by size, all else by how it is written."""
+    return [
+        (name, float(value), "") if isinstance(value, int | float) else (name, 0.0, repr(value))
+        for name, value in sorted(options.items())
+    ]
 
 
 def _count(shape: Sequence[int]) -> int:

@@ -99,7 +99,7 @@ def is_head(name: str) -> bool:
     return name.split(".")[-2:] in ([module, "weight"] for module in LM_HEAD)
 
 
-def layer_wise_interpolation(value: Value, name: str, depth: int, *, what: str = "weight") -> float:
+def value_at(value: Value, name: str, depth: int, *, what: str = "weight") -> float:
     """Return a value for one tensor of a model with `depth` layers.
 
     A list is a gradient: its values stand at even distances from the first layer to the last, and layers between two of them

@@ -14,9 +14,8 @@ from rlhf_plugins.mergers import gram
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_core import registry
-from rlhf_core.interfaces import Merger
-from rlhf_core.merging import MergeConfig, ModelMerger, layer_wise_interpolation, passing
-from rlhf_core.merging.weights import LayerValues
+from rlhf_core.merging import Chunk, MergeConfig, Merger, ModelMerger, passing
+from rlhf_core.merging.weights import LayerValues, value_at
 from rlhf_core.merging.workers import spread
 
 METHODS = sorted(plugin.name for plugin in registry.find("merger") if plugin.distribution == "rlhf-core")
@@ -200,15 +199,21 @@ def test_a_merger_by_whole_tensors_works_too(
         """Median of models."""
 
         api = 1
+        whole_tensors = True
 
-        def merge_tensor(self, name, base, tensors, weights):  # type: ignore[no-untyped-def]
-            return torch.stack(tensors).median(0).values
+        def merge_chunk(self, chunk: Chunk, measured: Any) -> torch.Tensor:
+            assert chunk.start == 0 and chunk.origin.shape == chunk.tensors[0].shape
+            shapes[chunk.name] = chunk.tensors[0].shape
+            return torch.stack(chunk.tensors).median(0).values
 
+    shapes: dict[str, torch.Size] = {}
+    monkeypatch.setattr(passing, "CHUNK", 64)
     registry.register("merger", "median", Median)
-    merge("median", family[1], tmp_path / "out")
+    merge("median", family[1], tmp_path / "out", base=family[0], threads=1)
     expected = [read_weights(path) for path in family[1]]
     for name, tensor in read_weights(tmp_path / "out").items():
         assert torch.equal(tensor, torch.stack([one[name] for one in expected]).median(0).values)
+        assert shapes[name] == tensor.shape
 
 
 def test_weights_vary_by_layer(family: tuple[Path, list[Path]], tmp_path: Path) -> None:
@@ -254,8 +259,8 @@ def test_options_vary_by_layer_and_by_model(family: tuple[Path, list[Path]], tmp
         (LayerValues(filters={"norms": 2.0}, gradient=[0.0, 1.0]), "model.layers.4.input_layernorm.weight", 2.0),
     ],
 )
-def test_layer_wise_interpolation(value: object, name: str, expected: float) -> None:
-    assert layer_wise_interpolation(value, name, 5) == pytest.approx(expected)  # type: ignore[arg-type]
+def test_values_by_layer_at_a_tensor(value: object, name: str, expected: float) -> None:
+    assert value_at(value, name, 5) == pytest.approx(expected)  # type: ignore[arg-type]
 
 
 def test_greedy_soup_is_never_below_its_best_ingredient(family: tuple[Path, list[Path]], tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_what_seeds_random_words_stays_as_it_is() -> None:
     assert MemorySource(values).key().hex() == "eff098a0ea4a5648c0366ba1c2183017"
     base, model = MemorySource(torch.zeros(100, 100)), MemorySource(values)
     for chunk in (64, 1 << 18):
-        stream = TensorStream("w", base, [model], [1.0], seed=7, chunk=chunk)
+        stream = TensorStream("w", base, [model], seed=7, chunk=chunk)
         words = torch.cat([chunk.random(0) for chunk in stream.chunks()])
         assert words[:4].tolist() == [14780, -21315, -23353, 29866]
         assert words[-4:].tolist() == [-11636, 15660, -29663, -24124]

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from rlhf_core.errors import ConfigError, ModelError
 from rlhf_core.merging.recipe import Recipe, load_recipe
-from rlhf_core.merging.weights import layer_wise_interpolation
+from rlhf_core.merging.weights import value_at
 
 LAYERS = 3
 
@@ -205,7 +205,7 @@ def by_place(weight: str) -> str:
 @pytest.mark.parametrize("weight", PLACES)
 def test_gradients_and_filters_mean_what_they_mean_there(load, weight: str) -> None:
     value = load(by_place(weight)).config.models[1].weight
-    found = [layer_wise_interpolation(value, name, LAYERS) for name in NAMES.values()]
+    found = [value_at(value, name, LAYERS) for name in NAMES.values()]
     assert found == pytest.approx(PLACES[weight])
 
 
@@ -220,11 +220,11 @@ def whole(t: str, *ranges: str) -> str:
 def test_slices_of_whole_models_are_models(load, fault) -> None:
     gradient = "[{filter: self_attn, value: [0.1, 0.9]}, {value: 0.5}]"
     config = load(whole(gradient, "[0, 3]")).config
-    assert layer_wise_interpolation(config.models[0].weight, NAMES["q2"], LAYERS) == 0.9
+    assert value_at(config.models[0].weight, NAMES["q2"], LAYERS) == 0.9
     assert len(config.models) == 1
     assert load(whole("0.5", "[0, 1]", "[1, 3]")).config.models[0].weight == 0.5
     by_slice = load(whole(gradient, "[0, 1]", "[1, 3]")).config.models
-    found = [layer_wise_interpolation(by_slice[0].weight, NAMES[name], LAYERS) for name in ("q0", "q1", "q2", "up1")]
+    found = [value_at(by_slice[0].weight, NAMES[name], LAYERS) for name in ("q0", "q1", "q2", "up1")]
     assert found == [0.9, 0.1, 0.9, 0.5]  # a gradient begins in each slice; over one layer it is at its end
 
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf_core import registry
-from rlhf_core.merging import StreamMerger, TensorStream
-from rlhf_core.merging.streams import CHUNK, MemorySource
+from rlhf_core.merging import CHUNK, Merger, merge_tensor
 
 Array = numpy.ndarray
 
@@ -33,11 +32,11 @@ def make_inputs(shape: tuple[int, ...], models: int = 3, *, seed: int = 0, bits:
 
 
 @functools.cache
-def merger_class(method: str) -> type[StreamMerger]:
+def merger_class(method: str) -> type[Merger]:
     return registry.get("merger", method)
 
 
-def make_merger(method: str, **options: Any) -> StreamMerger:
+def make_merger(method: str, **options: Any) -> Merger:
     cls = merger_class(method)
     return cls(cls.Config.parse(options))
 
@@ -55,21 +54,7 @@ def merge(
 ) -> Tensor:
     """Merge one tensor; `each` holds each model's own options."""
     merger = make_merger(method, **options)
-    merger.check_weights(weights)
-    stream = TensorStream(
-        name,
-        MemorySource(base) if base is not None else None,
-        [MemorySource(model) for model in models],
-        weights,
-        each,
-        seed=options.get("seed", 0),
-        by_row=merger.by_row,
-        chunk=chunk,
-    )
-    found = torch.empty(stream.count)
-    for start, part in merger.merged(stream):
-        found[start : start + part.numel()] = part.reshape(-1)
-    return found.view(models[0].shape)
+    return merge_tensor(merger, models, weights, base=base, options=each, name=name, chunk=chunk)
 
 
 def doubles(tensors: Sequence[Tensor]) -> list[Array]:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
 from unittest import SkipTest
 
 import pytest
-import torch
-from torch import Tensor
 
 from rlhf_core import registry
-from rlhf_core.interfaces import Merger
 from rlhf_core.testing import MergerContract
 from rlhf_core.testing.check import run_contract
 
@@ -95,27 +91,6 @@ def test_checking_by_name_with_options(name: str, options: dict[str, float]) -> 
 
 
 # The contract itself: what no plugin above can show.
-
-
-class Flattens(Merger):
-    """Adds up what has as many elements, whatever its shape."""
-
-    api = 1
-
-    def merge_tensor(
-        self, name: str, base: Tensor | None, tensors: Sequence[Tensor], weights: Sequence[float]
-    ) -> Tensor:
-        flat = sum(weight * tensor.float().flatten() for weight, tensor in zip(weights, tensors, strict=True))
-        return torch.as_tensor(flat).view(tensors[0].shape)
-
-
-class FlattensContract(MergerContract):
-    merger = Flattens
-
-
-def test_models_of_other_shapes_must_be_an_error() -> None:
-    with pytest.raises(AssertionError, match=r"shapes \(24, 16\) and \(16, 24\) are merged without an error"):
-        FlattensContract().test_shape_is_kept_in_float32()
 
 
 def test_the_contract_keeps_to_what_a_merger_takes() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from mergers_helpers import NAME, make_inputs, merge
+from mergers_helpers import NAME, make_inputs, merge, merger_class
 from torch import Tensor
 
 from rlhf_core.errors import ModelError
@@ -25,8 +25,7 @@ def stream_of(
     *models: Tensor, name: str = NAME, chunk: int = 64, base: Tensor | None = None, **given: Any
 ) -> TensorStream:
     start = base if base is not None else torch.zeros_like(models[0])
-    weights = given.pop("weights", [1.0] * len(models))
-    return TensorStream(name, MemorySource(start), [MemorySource(m) for m in models], weights, chunk=chunk, **given)
+    return TensorStream(name, MemorySource(start), [MemorySource(m) for m in models], chunk=chunk, **given)
 
 
 def kth_largest(values: Tensor, share: float) -> float:
@@ -225,7 +224,8 @@ def test_the_order_of_models_changes_no_bit(method: str, shape: tuple[int, ...])
     count = 2 if method == "slerp" else 3
     base, *models = make_inputs(shape, count, bits=20)
     weights = [1.0] * count if method in ("uniform_soup", "model_stock") else [0.5, 0.3, 0.7][:count]
-    each: list[dict[str, float]] = [{"density": 0.3 + 0.1 * number} for number in range(count)]
+    has = "density" in merger_class(method).per_model
+    each: list[dict[str, float]] = [{"density": 0.3 + 0.1 * number} if has else {} for number in range(count)]
     expected = merge(method, base, models, weights, each=each, **OPTIONS[method])
     for order in itertools.permutations(range(count)):
         moved, theirs, own = ([values[number] for number in order] for values in (models, weights, each))

@@ -148,9 +148,9 @@ def test_weights_that_have_no_mean_are_refused(weights: list[float], message: st
 
 def test_a_tensor_of_another_shape_is_named() -> None:
     with pytest.raises(ModelError, match=r"tensor `w` has another shape .* got \(3, 2\), not \(2, 3\)"):
-        make_merger("linear").merge_tensor("w", None, [torch.ones(2, 3), torch.ones(3, 2)], [1.0, 1.0])
+        merge("linear", None, [torch.ones(2, 3), torch.ones(3, 2)], [1.0, 1.0], name="w")
     with pytest.raises(ModelError, match=r"got \(6,\), not \(2, 3\)"):
-        make_merger("task_arithmetic").merge_tensor("w", torch.ones(6), [torch.ones(2, 3)], [1.0])
+        merge("task_arithmetic", torch.ones(6), [torch.ones(2, 3)], [1.0], name="w")
 
 
 def test_unknown_options_are_refused() -> None:

@@ -15,8 +15,9 @@ from rlhf_plugins.mergers.ties import TIESConfig, trim
 from torch import Tensor
 
 from rlhf_core.errors import ConfigError
-from rlhf_core.merging import TensorStream
+from rlhf_core.merging import MergeInput, Merger, TensorStream
 from rlhf_core.merging.streams import MemorySource
+from rlhf_core.merging.tensor import merged_chunks, options_of, stream_for
 
 
 def threshold64(delta: Array, density: float) -> float:
@@ -180,13 +181,21 @@ class ModelSource(MemorySource):
 class Streams:
     """The tensors of a model, as streams made anew each time."""
 
-    def __init__(self, tensors: dict[str, list[Tensor]], weights: list[float], each: list[dict[str, float]]) -> None:
-        self.tensors, self.weights, self.each = tensors, weights, each
+    surveyed: Any = None
+
+    def __init__(
+        self, merger: Merger, tensors: dict[str, list[Tensor]], weights: list[float], each: list[dict[str, float]]
+    ) -> None:
+        self.merger, self.tensors, self.weights, self.each = merger, tensors, weights, each
 
     def __iter__(self) -> Iterator[TensorStream]:
         for name, (base, *models) in self.tensors.items():
             sources = [ModelSource(model, f"model {number}") for number, model in enumerate(models)]
-            yield TensorStream(name, MemorySource(base), sources, self.weights, self.each, chunk=1000)
+            inputs = [
+                MergeInput(source.place, weight=weight, options=options_of(self.merger, own))
+                for source, weight, own in zip(sources, self.weights, self.each, strict=True)
+            ]
+            yield stream_for(self.merger, name, MemorySource(base), sources, inputs, surveyed=self.surveyed, chunk=1000)
 
 
 def test_the_global_scope_ranks_all_but_the_embeddings_together() -> None:
@@ -199,8 +208,8 @@ def test_the_global_scope_ranks_all_but_the_embeddings_together() -> None:
     }
     weights, densities = [1.0, 0.5], [0.3, 0.05]
     merger = make_merger("ties", trim_scope="global", density=0.3)
-    streams = Streams(tensors, weights, [{}, {"density": 0.05}])
-    merger.surveyed = merger.survey(streams)
+    streams = Streams(merger, tensors, weights, [{}, {"density": 0.05}])
+    streams.surveyed = merger.survey(streams)
     ranked = [name for name in tensors if "embed" not in name and "head" not in name]
     together = [
         numpy.concatenate([doubles([tensors[name][model] - tensors[name][0]])[0].ravel() for name in ranked])
@@ -208,7 +217,7 @@ def test_the_global_scope_ranks_all_but_the_embeddings_together() -> None:
     ]
     limits = [threshold64(delta, density) for delta, density in zip(together, densities, strict=True)]
     for stream in streams:
-        found = torch.cat([part.reshape(-1).clone() for _, part in merger.merged(stream)])
+        found = torch.cat([part.reshape(-1).clone() for _, part in merged_chunks(merger, stream)])
         inputs = doubles(tensors[stream.name])
         thresholds = limits if stream.name in ranked else None
         expected, _ = ties64(inputs, weights, densities, thresholds=thresholds)

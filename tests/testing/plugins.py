@@ -1,4 +1,4 @@
-"""Rewards, samplers and mergers to try the contracts on: sound ones, and broken ones with one fault each."""
+"""Rewards and samplers to try the contracts on: sound ones, and broken ones with one fault each."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from rlhf_core.interfaces import Completion, Merger, RewardFn, Sample, Sampler
+from rlhf_core.interfaces import Completion, RewardFn, Sample, Sampler
 from rlhf_core.testing.arithmetic import step_labels, verify
 
 
@@ -176,92 +173,3 @@ class UnknownEnd(Echo):
 
     def completion(self, index: int, n: int) -> Completion:
         return Completion("ab", [97, 98], [-0.5, -0.5], "eos")
-
-
-class Linear(Merger):
-    """Adds weighted tensors up."""
-
-    api = 1
-
-    def merge_tensor(
-        self, name: str, base: Tensor | None, tensors: Sequence[Tensor], weights: Sequence[float]
-    ) -> Tensor:
-        merged = torch.zeros(tensors[0].shape)
-        for tensor, weight in zip(tensors, weights, strict=True):
-            merged += weight * tensor.float()
-        return merged
-
-
-class AddsToBase(Linear):
-    """Adds whole models to the base in place of differences."""
-
-    api = 1
-
-    def merge_tensor(
-        self, name: str, base: Tensor | None, tensors: Sequence[Tensor], weights: Sequence[float]
-    ) -> Tensor:
-        assert base is not None
-        return base.float() + super().merge_tensor(name, base, tensors, weights)
-
-
-class IgnoresWeights(Linear):
-    """Averages, whatever the weights."""
-
-    api = 1
-
-    def merge_tensor(
-        self, name: str, base: Tensor | None, tensors: Sequence[Tensor], weights: Sequence[float]
-    ) -> Tensor:
-        return super().merge_tensor(name, base, tensors, [1 / len(tensors)] * len(tensors))
-
-
-class FirstWins(Linear):
-    """Takes the sign of the first model with a weight."""
-
-    api = 1
-
-    def merge_tensor(
-        self, name: str, base: Tensor | None, tensors: Sequence[Tensor], weights: Sequence[float]
-    ) -> Tensor:
-        first = next(tensor for tensor, weight in zip(tensors, weights, strict=True) if weight)
-        return super().merge_tensor(name, base, tensors, weights).abs() * first.float().sign()
-
-
-class KeepsBits(Linear):
-    """Returns the inputs' dtype."""
-
-    api = 1
-
-    def merge_tensor(
-        self, name: str, base: Tensor | None, tensors: Sequence[Tensor], weights: Sequence[float]
-    ) -> Tensor:
-        return super().merge_tensor(name, base, tensors, weights).to(tensors[0].dtype)
-
-
-class InPlace(Linear):
-    """Adds up in its first input."""
-
-    api = 1
-
-    def merge_tensor(
-        self, name: str, base: Tensor | None, tensors: Sequence[Tensor], weights: Sequence[float]
-    ) -> Tensor:
-        merged = super().merge_tensor(name, base, tensors, weights)
-        tensors[0].copy_(merged)
-        return merged
-
-
-class Drops(Linear):
-    """Drops differences at random, from the global generator."""
-
-    api = 1
-
-    def merge_tensor(
-        self, name: str, base: Tensor | None, tensors: Sequence[Tensor], weights: Sequence[float]
-    ) -> Tensor:
-        assert base is not None
-        merged = super().merge_tensor(name, base, tensors, weights)
-        active = sum(1 for weight in weights if weight)
-        # A draw an entry: two draws for the whole may be too near each other to change a bit.
-        keep = torch.rand(merged.shape) if active > 1 else torch.ones(())
-        return base.float() + (1 - 1e-6 * keep) * (merged - base.float())

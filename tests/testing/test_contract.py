@@ -6,9 +6,9 @@ import subprocess
 import sys
 from unittest import SkipTest
 
+import merger_plugins
 import pytest
 
-import plugins
 from rlhf_core import registry
 from rlhf_core.errors import ConfigError
 from rlhf_core.testing import MergerContract, TrainerContract
@@ -18,7 +18,7 @@ from rlhf_core.testing.contract import Contract, after, require
 pytest_plugins = ["pytester"]
 
 MODULE = """
-from plugins import IgnoresWeights, Linear
+from merger_plugins import IgnoresWeights, Linear
 from rlhf_core.testing import MergerContract
 
 class TestWrong(MergerContract):
@@ -96,7 +96,7 @@ def test_nothing_heavy_is_imported_before_it_is_used() -> None:
 
 
 def test_check_prints_a_line_a_check(capsys: pytest.CaptureFixture[str]) -> None:
-    registry.register("merger", "sum", plugins.Linear)
+    registry.register("merger", "sum", merger_plugins.Linear)
     assert run_contract("mergers", "sum") == 0
     *lines, summary = capsys.readouterr().out.splitlines()
     assert [line.split()[-1] for line in lines] == MergerContract.checks()
@@ -105,7 +105,7 @@ def test_check_prints_a_line_a_check(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_check_tells_what_failed(capsys: pytest.CaptureFixture[str]) -> None:
-    registry.register("merger", "average", plugins.IgnoresWeights)
+    registry.register("merger", "average", merger_plugins.IgnoresWeights)
     assert run_contract("merger", "average") == 5
     out = capsys.readouterr().out
     (failed,) = (line for line in out.splitlines() if line.startswith("failed"))
@@ -114,11 +114,11 @@ def test_check_tells_what_failed(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_check_knows_expected_failures(capsys: pytest.CaptureFixture[str]) -> None:
-    registry.register("merger", "average", plugins.IgnoresWeights)
+    registry.register("merger", "average", merger_plugins.IgnoresWeights)
     name = "test_weights_one_and_zero_select"
     assert run_contract("merger", "average", expected_failures={name: "it averages"}) == 0
     assert f"{name}: it averages" in capsys.readouterr().out
-    registry.register("merger", "sum", plugins.Linear)
+    registry.register("merger", "sum", merger_plugins.Linear)
     assert run_contract("merger", "sum", expected_failures={name: "it averages"}) == 5
     assert f"{name}: passes, and was expected to fail: it averages" in capsys.readouterr().out
 

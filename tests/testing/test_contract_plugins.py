@@ -1,4 +1,4 @@
-"""The contracts of rewards, samplers and mergers: sound plugins fulfil them, and each fault is caught by its check alone."""
+"""The contracts of rewards and samplers: sound plugins fulfil them, and each fault is caught by its check alone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 import plugins
 from rlhf_core.interfaces import INTERFACES
-from rlhf_core.testing import MergerContract, RewardContract, SamplerContract
+from rlhf_core.testing import RewardContract, SamplerContract
 from rlhf_core.testing.check import run_checks
 from rlhf_core.testing.contract import Contract
 
@@ -23,14 +23,9 @@ class TestEcho(SamplerContract):
     sampler = plugins.Echo
 
 
-class TestLinear(MergerContract):
-    merger = plugins.Linear
-
-
 CONTRACTS: dict[str, type[Contract]] = {
     "reward": RewardContract,
     "sampler": SamplerContract,
-    "merger": MergerContract,
 }
 
 FAULTS: dict[type, dict[str, str]] = {
@@ -54,15 +49,6 @@ FAULTS: dict[type, dict[str, str]] = {
     plugins.NoLogprobs: {"test_completions_tell_how_they_were_drawn": "0 logprobs for 2 ids"},
     plugins.Positive: {"test_completions_tell_how_they_were_drawn": "not a log-probability"},
     plugins.UnknownEnd: {"test_completions_tell_how_they_were_drawn": "stop_reason is 'eos', not one of end, length"},
-    plugins.AddsToBase: {
-        "test_copies_of_one_model_give_that_model": "copies: off by",
-        "test_weights_one_and_zero_select": r"weights \[1.0, 0.0, 0.0\]: off by",
-    },
-    plugins.IgnoresWeights: {"test_weights_one_and_zero_select": "off by"},
-    plugins.FirstWins: {"test_order_of_models_changes_nothing": "in another order: off by"},
-    plugins.KeepsBits: {"test_shape_is_kept_in_float32": "from bfloat16 .*: torch.bfloat16, not float32"},
-    plugins.InPlace: {"test_inputs_are_left_alone": "merging changes model 0"},
-    plugins.Drops: {"test_the_same_inputs_give_the_same_bits": "another tensor"},
 }
 
 

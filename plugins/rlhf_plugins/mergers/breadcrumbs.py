@@ -12,8 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rlhf_core.config import BaseConfig
-from rlhf_core.merging import Chunk, StreamMerger, TensorStream, tensor_thresholds
-from rlhf_core.merging.selection import kept_count, magnitudes
+from rlhf_core.merging import Chunk, Merger, TensorStream, kept_count, magnitudes, tensor_thresholds
 from rlhf_plugins.mergers.sparse import check_fused_weights, fuse
 
 
@@ -92,10 +91,11 @@ class BreadcrumbsConfig(BaseConfig):
     scale: float = Field(1.0, description="Factor λ of the merged task vector; larger moves farther from the base.")
 
 
-class BreadcrumbsMerger(StreamMerger):
+class BreadcrumbsMerger(Merger):
     """Leave outliers and small entries of task vectors out (model breadcrumbs, Davari & Belilovsky 2024)."""
 
     api = 1
+    commutative = True
     Config = BreadcrumbsConfig
     config: BreadcrumbsConfig
     needs_base = True
@@ -108,7 +108,7 @@ class BreadcrumbsMerger(StreamMerger):
 
     def measure(self, stream: TensorStream) -> list[tuple[float, float]]:
         """Return each model's (γ, β), or for a whole tensor its limits of |δ|."""
-        gammas, densities = stream.option("gamma", self.config.gamma), stream.option("density", self.config.density)
+        gammas, densities = stream.option("gamma"), stream.option("density")
         pairs = list(zip(gammas, densities, strict=True))
         if self.config.scope == "row":
             return pairs

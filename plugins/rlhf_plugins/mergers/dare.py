@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rlhf_core.config import BaseConfig
-from rlhf_core.merging import Chunk, StreamMerger, TensorStream, tensor_thresholds
+from rlhf_core.merging import Chunk, Merger, TensorStream, tensor_thresholds
 from rlhf_plugins.mergers.sparse import check_fused_weights, fuse
 from rlhf_plugins.mergers.ties import trim
 
@@ -70,10 +70,11 @@ class _Measured(NamedTuple):
     densities: list[float]
 
 
-class DAREMerger(StreamMerger):
+class DAREMerger(Merger):
     """Drop entries at random and rescale the rest, with or without an election of signs (DARE, Yu et al. 2024)."""
 
     api = 1
+    commutative = True
     Config = DAREConfig
     config: DAREConfig
     needs_base = True
@@ -84,8 +85,8 @@ class DAREMerger(StreamMerger):
         check_fused_weights(weights, self.config.election, self.config.normalize)
 
     def measure(self, stream: TensorStream) -> _Measured:
-        thresholds = tensor_thresholds(stream, stream.option("trim", self.config.trim))
-        return _Measured(thresholds, stream.option("density", self.config.density))
+        thresholds = tensor_thresholds(stream, stream.option("trim"))
+        return _Measured(thresholds, stream.option("density"))
 
     def merge_chunk(self, chunk: Chunk, measured: _Measured) -> Tensor:
         kept, factors = [], []

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from rlhf_core.config import BaseConfig
-from rlhf_core.merging import Chunk, StreamMerger, TensorStream
+from rlhf_core.merging import Chunk, Merger, TensorStream
 from rlhf_plugins.mergers.dare import LEVELS
 from rlhf_plugins.mergers.sparse import check_fused_weights, fuse
 
@@ -106,10 +106,11 @@ class _Measured(NamedTuple):
     epsilons: list[float]
 
 
-class DELLAMerger(StreamMerger):
+class DELLAMerger(Merger):
     """Drop small entries rather than large ones, at random, and rescale the rest (DELLA, Deep et al. 2024)."""
 
     api = 1
+    commutative = True
     Config = DELLAConfig
     config: DELLAConfig
     needs_base = True
@@ -121,8 +122,8 @@ class DELLAMerger(StreamMerger):
         check_fused_weights(weights, self.config.election, self.config.normalize)
 
     def measure(self, stream: TensorStream) -> _Measured:
-        densities = stream.option("density", self.config.density)
-        return _Measured(densities, stream.option("epsilon", self.config.epsilon))
+        densities = stream.option("density")
+        return _Measured(densities, stream.option("epsilon"))
 
     def merge_chunk(self, chunk: Chunk, measured: _Measured) -> Tensor:
         kept = []

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rlhf_core.config import BaseConfig
-from rlhf_core.merging import Chunk, StreamMerger
+from rlhf_core.merging import Chunk, Merger
 from rlhf_plugins.mergers.uniform_soup import require_equal, uniform_soup
 
 if TYPE_CHECKING:
@@ -49,10 +49,11 @@ class GreedySoupConfig(BaseConfig):
     )
 
 
-class ModelSoup(StreamMerger):
+class ModelSoup(Merger):
     """Mean of the models that an evaluation doesn't get worse by (greedy soup, Wortsman et al. 2022)."""
 
     api = 1
+    commutative = True
     Config = GreedySoupConfig
     config: GreedySoupConfig
     ignores_base = True
@@ -65,14 +66,15 @@ class ModelSoup(StreamMerger):
         return uniform_soup(chunk.tensors)
 
     def merge(self, merge: ModelMerger) -> None:
+        inputs = merge.inputs
         chosen, score, alone = greedy_choice(
-            [merge.digest(number) for number in range(merge.count)],
+            [one.digest for one in inputs],
             lambda models: merge.evaluate(self, models),
             strict=self.config.strict,
         )
         merge.details |= {
-            "chosen": [merge.name(number) for number in sorted(chosen)],
+            "chosen": [inputs[number].name for number in sorted(chosen)],
             "score": score,
-            "scores": {merge.name(number): own for number, own in enumerate(alone)},
+            "scores": {one.name: own for one, own in zip(inputs, alone, strict=True)},
         }
         merge.write(self, chosen)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy
 from torch import Tensor
 
-from rlhf_core.merging import Chunk, StreamMerger, TensorStream, share_of_weights
+from rlhf_core.merging import Chunk, Merger, TensorStream, share_of_weights
 from rlhf_plugins.mergers.gram import cosines, gram_matrix
 from rlhf_plugins.mergers.linear import linear
 
@@ -73,10 +73,11 @@ def _norm(factors: numpy.ndarray, cosine: numpy.ndarray) -> float:
     return float(numpy.sqrt(max(0.0, factors @ cosine @ factors)))
 
 
-class KarcherMerger(StreamMerger):
+class KarcherMerger(Merger):
     """Mean of models' directions on the sphere and of their norms (Karcher mean, Wang et al. 2026)."""
 
     api = 1
+    commutative = True
     ignores_base = True
 
     def check_weights(self, weights: Sequence[float]) -> None:

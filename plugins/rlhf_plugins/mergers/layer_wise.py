@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rlhf_core.config import BaseConfig
-from rlhf_core.merging import Chunk, StreamMerger
+from rlhf_core.merging import Chunk, Merger
 
 
 def interpolate(start: Tensor, end: Tensor, t: float) -> Tensor:
@@ -32,7 +32,7 @@ class LayerWiseConfig(BaseConfig):
     )
 
 
-class LayerWiseMerger(StreamMerger):
+class LayerWiseMerger(Merger):
     """Straight line from the base to one model, as far along as the layer says."""
 
     api = 1

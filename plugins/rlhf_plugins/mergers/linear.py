@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rlhf_core.config import BaseConfig
-from rlhf_core.merging import Chunk, StreamMerger, require_one_sign
+from rlhf_core.merging import Chunk, Merger, require_one_sign
 
 
 def linear(tensors: Sequence[Tensor], weights: Sequence[float], divisor: float = 1.0) -> Tensor:
@@ -34,10 +34,11 @@ class LinearConfig(BaseConfig):
     normalize: bool = Field(True, description="Divide the weights by their sum; false takes them as they are.")
 
 
-class LinearMerger(StreamMerger):
+class LinearMerger(Merger):
     """Weighted mean of models (model soups, Wortsman et al. 2022)."""
 
     api = 1
+    commutative = True
     ignores_base = True
     Config = LinearConfig
     config: LinearConfig

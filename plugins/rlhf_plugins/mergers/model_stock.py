@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy
 from torch import Tensor
 
-from rlhf_core.merging import Chunk, StreamMerger, TensorStream
+from rlhf_core.merging import Chunk, Merger, TensorStream
 from rlhf_plugins.mergers.gram import cosines, gram_matrix
 from rlhf_plugins.mergers.task_arithmetic import task_arithmetic
 from rlhf_plugins.mergers.uniform_soup import require_equal
@@ -28,10 +28,11 @@ def stock_ratio(gram: numpy.ndarray) -> float:
     return count * cosine / (1 + (count - 1) * cosine)
 
 
-class ModelStockMerger(StreamMerger):
+class ModelStockMerger(Merger):
     """Mean of models, drawn towards the base by how much they disagree (model stock, Jang et al. 2024)."""
 
     api = 1
+    commutative = True
     needs_base = True
     models = (2, None)
 

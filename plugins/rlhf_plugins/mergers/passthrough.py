@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rlhf_core.merging import Chunk, StreamMerger
+from rlhf_core.merging import Chunk, Merger
 
 
-class PassthroughMerger(StreamMerger):
+class PassthroughMerger(Merger):
     """Take one model's values as they are, each times the weight: for models put together of runs of layers.
 
     A weight by place silences parts: with 0 for the projections that end a layer's halves, the layer hands on what it is given.

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rlhf_core.config import BaseConfig
-from rlhf_core.merging import Chunk, StreamMerger, TensorStream, require_one_sign, tensor_thresholds
+from rlhf_core.merging import Chunk, Merger, TensorStream, require_one_sign, tensor_thresholds
 from rlhf_plugins.mergers.gram import gram_matrix
 
 
@@ -87,10 +87,11 @@ class _Measured(NamedTuple):
     shares: list[float]
 
 
-class SCEMerger(StreamMerger):
+class SCEMerger(Merger):
     """Select by variance, weigh by size, erase what disagrees in sign (SCE, FuseChat, Wan et al. 2024)."""
 
     api = 1
+    commutative = True
     Config = SCEConfig
     config: SCEConfig
     needs_base = True

@@ -9,7 +9,7 @@ import numpy
 from torch import Tensor
 
 from rlhf_core.errors import ConfigError
-from rlhf_core.merging import Chunk, StreamMerger, TensorStream, share_of_weights
+from rlhf_core.merging import Chunk, Merger, TensorStream, share_of_weights
 from rlhf_plugins.mergers.gram import cosines, gram_matrix
 from rlhf_plugins.mergers.linear import linear
 
@@ -34,7 +34,7 @@ def slerp(gram: numpy.ndarray, shares: Sequence[float]) -> list[float]:
     return [math.sin(share * angle) / math.sin(angle) for share in shares]
 
 
-class SlerpMerger(StreamMerger):
+class SlerpMerger(Merger):
     """Interpolate along the arc between two models, or the base and one model (slerp, Shoemake 1985).
 
     Two models: t, the place of the second on the arc, is its share of the weights, w₂ / (w₁ + w₂); a base is not used. One model:
@@ -42,6 +42,7 @@ class SlerpMerger(StreamMerger):
     """
 
     api = 1
+    commutative = True
     models = (1, 2)
 
     def check_weights(self, weights: Sequence[float]) -> None:

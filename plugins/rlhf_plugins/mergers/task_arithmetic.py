@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rlhf_core.config import BaseConfig
-from rlhf_core.merging import Chunk, StreamMerger
+from rlhf_core.merging import Chunk, Merger
 
 
 def task_arithmetic(base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], scale: float) -> Tensor:
@@ -35,10 +35,11 @@ class TaskArithmeticConfig(BaseConfig):
     scale: float = Field(1.0, description="Factor λ of the summed task vectors; larger moves farther from the base.")
 
 
-class TaskArithmeticMerger(StreamMerger):
+class TaskArithmeticMerger(Merger):
     """Weighted sum of task vectors, added to the base (Ilharco et al. 2023)."""
 
     api = 1
+    commutative = True
     Config = TaskArithmeticConfig
     config: TaskArithmeticConfig
     needs_base = True

@@ -12,8 +12,16 @@ from torch import Tensor
 
 from rlhf_core.config import BaseConfig
 from rlhf_core.errors import ConfigError
-from rlhf_core.merging import Chunk, StreamMerger, TensorStream, is_embedding, require_one_sign, tensor_thresholds
-from rlhf_core.merging.selection import magnitudes, thresholds
+from rlhf_core.merging import (
+    Chunk,
+    Merger,
+    TensorStream,
+    is_embedding,
+    magnitudes,
+    require_one_sign,
+    tensor_thresholds,
+    thresholds,
+)
 
 _TINY = float(torch.finfo(torch.float32).tiny)
 """Divides zeros: where nothing agrees, both the sum and its divisor are zero."""
@@ -125,10 +133,11 @@ class TIESConfig(BaseConfig):
     )
 
 
-class TIESMerger(StreamMerger):
+class TIESMerger(Merger):
     """Trim, elect signs, merge what agrees (TIES, Yadav et al. 2023)."""
 
     api = 1
+    commutative = True
     Config = TIESConfig
     config: TIESConfig
     needs_base = True
@@ -139,31 +148,23 @@ class TIESMerger(StreamMerger):
         if self.config.normalize and self.config.majority == "weighted":
             require_one_sign(weights)
 
-    def survey(self, streams: Iterable[TensorStream]) -> tuple[float, list[float]] | None:
+    def survey(self, streams: Iterable[TensorStream]) -> list[float] | None:
         if self.config.trim_scope == "tensor":
             return None
-        given = [stream.option("density", self.config.density) for stream in streams]
+        given = [stream.option("density") for stream in streams]
         shares: list[float] = given[0]
         if any(other != shares for other in given):
             raise ConfigError(
-                "a model's `density` is one number where entries are ranked over the whole model",
+                "`density` is one number a model where entries are ranked over the whole model",
                 place="density",
-                fix="set `trim_scope: tensor`, or give one density a model",
+                fix="set `trim_scope: tensor`, or give densities that don't vary by layer",
             )
-        ranked = thresholds(lambda: (stream for stream in streams if not is_embedding(stream.name)), magnitudes, shares)
-        return self.config.density, ranked
+        return thresholds(lambda: (stream for stream in streams if not is_embedding(stream.name)), magnitudes, shares)
 
     def measure(self, stream: TensorStream) -> list[float]:
-        if self.surveyed is None or is_embedding(stream.name):
-            return tensor_thresholds(stream, stream.option("density", self.config.density))
-        density, ranked = self.surveyed
-        if density != self.config.density:
-            raise ConfigError(
-                "`density` is one number where entries are ranked over the whole model",
-                place="density",
-                fix="set `trim_scope: tensor`, or give one density",
-            )
-        return list(ranked)
+        if stream.surveyed is None or is_embedding(stream.name):
+            return tensor_thresholds(stream, stream.option("density"))
+        return list(stream.surveyed)
 
     def merge_chunk(self, chunk: Chunk, measured: list[float]) -> Tensor:
         trimmed = [trim(delta, threshold) for delta, threshold in zip(chunk.deltas(), measured, strict=True)]

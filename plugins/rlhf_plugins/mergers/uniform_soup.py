@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from rlhf_core.errors import ConfigError
-from rlhf_core.merging import Chunk, StreamMerger
+from rlhf_core.merging import Chunk, Merger
 from rlhf_plugins.mergers.linear import linear
 
 
@@ -38,10 +38,11 @@ def require_equal(weights: Sequence[float], method: str) -> None:
         )
 
 
-class UniformSoupMerger(StreamMerger):
+class UniformSoupMerger(Merger):
     """Mean of all models, whose weights must be equal (uniform soup, Wortsman et al. 2022)."""
 
     api = 1
+    commutative = True
     ignores_base = True
 
     def check_weights(self, weights: Sequence[float]) -> None:

@@ -1,0 +1,126 @@
+"""One tensor past a method: measured, then merged chunk by chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_core.errors import PluginError
+from rlhf_core.interfaces import Merger
+from rlhf_core.merging.inputs import MergeInput, check_own
+from rlhf_core.merging.streams import CHUNK, MemorySource, TensorStream
+
+
+def merged_chunks(merger: Merger, stream: TensorStream) -> Iterator[tuple[int, Tensor]]:
+    """Measure a tensor, then yield its merged chunks, each with where it starts.
+
+    Raises:
+        PluginError: the method returned another shape than the chunk's, or another type than float32.
+    """
+    if stream.count == 0:
+        return
+    measured = merger.measure(stream)
+    for chunk in stream.chunks():
+        merged, like = merger.merge_chunk(chunk, measured), chunk.tensors[0]
+        if not isinstance(merged, Tensor) or merged.shape != like.shape or merged.dtype != torch.float32:
+            raise PluginError(
+                f"merging tensor `{stream.name}` gave something else than a chunk's float32 values",
+                place=f"merger {type(merger).__name__}",
+                got=_described(merged),
+                fix=f"return {_described(like)} from `merge_chunk`",
+            )
+        yield chunk.start, merged
+
+
+def merge_tensor(
+    merger: Merger,
+    tensors: Sequence[Tensor],
+    weights: Sequence[float] | None = None,
+    *,
+    base: Tensor | None = None,
+    options: Sequence[Mapping[str, Any]] = (),
+    inputs: Sequence[MergeInput] = (),
+    name: str = "model.layers.0.mlp.up_proj.weight",
+    chunk: int = CHUNK,
+) -> Tensor:
+    """Return what a merge makes of one tensor in memory, float32: for tests of a method, and a look at what it does.
+
+    Args:
+        merger: the method.
+        tensors: the tensor of each model, all of one shape, any floating type; left as they are.
+        weights: each model's weight; one where left out.
+        base: the tensor of the base, where there is one.
+        options: each model's own options, as a file may give them.
+        inputs: name, path and place of each model, for a method that looks at them; `weights` and `options` are set in them.
+        name: the tensor's name.
+        chunk: elements of a chunk, about.
+
+    Raises:
+        ConfigError: the weights or an option can't do.
+        ModelError: shapes differ, or values aren't finite.
+    """
+    given = weights if weights is not None else [1.0] * len(tensors)
+    merger.check_weights(given)
+    named = inputs or [MergeInput(f"model {number}", index=number) for number in range(len(tensors))]
+    own = options or [{}] * len(tensors)
+    stream = stream_for(
+        merger,
+        name,
+        MemorySource(base, "base") if base is not None else None,
+        [MemorySource(tensor, one.name) for tensor, one in zip(tensors, named, strict=True)],
+        [
+            MergeInput(one.name, one.path, weight, options_of(merger, values), one.index)
+            for one, weight, values in zip(named, given, own, strict=True)
+        ],
+        seed=int(getattr(merger.config, "seed", 0)),
+        device=tensors[0].device,
+        chunk=chunk,
+    )
+    stream.surveyed = merger.survey([stream])
+    merged = torch.empty(stream.count, device=stream.device)
+    for start, part in merged_chunks(merger, stream):
+        merged[start : start + part.numel()] = part.reshape(-1)
+    return merged.view(stream.shape)
+
+
+def stream_for(
+    merger: Merger,
+    name: str,
+    base: Any,
+    models: Sequence[Any],
+    inputs: Sequence[MergeInput],
+    **settings: Any,
+) -> TensorStream:
+    """Return a tensor's stream in the order and pieces that a method works with; `settings` are others of `TensorStream`."""
+    return TensorStream(
+        name,
+        None if merger.ignores_base else base,
+        models,
+        inputs,
+        by_row=merger.by_row,
+        whole=merger.whole_tensors,
+        sort=merger.commutative,
+        **settings,
+    )
+
+
+def options_of(merger: Merger, own: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what holds for a model with options of its own: a value for each name in `per_model`.
+
+    Raises:
+        ConfigError: it can't have such an option of its own, or the value can't do.
+    """
+    for key in own:
+        check_own(key, type(merger), type(merger).__name__, f"options of a model, `{key}`")
+    config = merger.config.updated(**own) if own else merger.config
+    return MappingProxyType({name: getattr(config, name) for name in merger.per_model})
+
+
+def _described(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{str(value.dtype).removeprefix('torch.')} of shape {list(value.shape)}"

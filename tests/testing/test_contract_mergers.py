@@ -1,0 +1,80 @@
+"""The contract of mergers: sound ones fulfil it, and each fault is caught by its check alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import merger_plugins as mergers
+import pytest
+
+from rlhf_core.merging import Merger
+from rlhf_core.testing import MergerContract
+from rlhf_core.testing.check import run_checks
+from rlhf_core.testing.contract import Contract
+
+OPTIONS = "test_options_of_a_model_are_its_own"
+FAULTS: dict[type[Merger], dict[str, str]] = {
+    mergers.AddsToBase: {
+        "test_copies_of_one_model_give_that_model": "copies: off by",
+        "test_weights_one_and_zero_select": r"weights \[1.0, 0.0, 0.0\]: off by",
+    },
+    mergers.IgnoresWeights: {"test_weights_one_and_zero_select": "off by"},
+    mergers.FirstWins: {"test_order_of_models_changes_nothing": "in another order: off by"},
+    mergers.CountsPlaces: {"test_order_of_models_changes_nothing": "in another order: other bits"},
+    mergers.Doubles: {
+        "test_shape_is_kept_in_float32": r"got float64 of shape \[384\]; fix: return float32 of shape \[384\]"
+    },
+    mergers.Flattens: {
+        "test_shape_is_kept_in_float32": r"got float32 of shape \[384\]; fix: return float32 of shape \[24, 16\]"
+    },
+    mergers.Drops: {"test_the_same_inputs_give_the_same_bits": "another tensor"},
+    mergers.ByChunk: {"test_chunks_of_any_size_give_the_same_tensor": "in chunks of about 4 elements: off by"},
+    mergers.Remembers: {
+        "test_tensors_do_not_depend_on_one_another": "merged after another, a tensor comes out otherwise"
+    },
+    mergers.Leaves: {"test_inputs_are_left_alone": "merging changes .*model-0/norms.json"},
+    mergers.Appends: {"test_inputs_are_left_alone": "merging changes its own options"},
+    mergers.OneForAll: {OPTIONS: "in another order, with `scale` of a model: off by"},
+    mergers.NextOnes: {OPTIONS: "in another order, with `scale` of a model: off by"},
+    mergers.ByPlace: {OPTIONS: "in another order, with `scale` of a model: off by"},
+    mergers.Unread: {OPTIONS: r"`power` of a model changes nothing \(tried two\)"},
+}
+
+
+class TestLinear(MergerContract):
+    merger = mergers.Linear
+
+
+class MaskedContract(MergerContract):
+    """Gives each model a file of its own."""
+
+    def own_options(self, folder: Path) -> Mapping[str, Sequence[Any]]:
+        files = [folder / f"mask-{number}" for number in range(self.count())]
+        for number, file in enumerate(files):
+            file.write_text(str(1 / (number + 2)))
+        return {"mask": files, "tags": [["flip"], [], ["other"]]}
+
+
+class TestMasked(MaskedContract):
+    merger = mergers.Masked
+
+
+def contract(plugin: type[Merger]) -> type[MergerContract]:
+    base = MaskedContract if issubclass(plugin, mergers.Masked) else MergerContract
+    return type("Contract", (base,), {"merger": plugin})
+
+
+@pytest.mark.parametrize("plugin", FAULTS, ids=lambda plugin: plugin.__name__)
+def test_a_fault_is_caught_by_its_check_alone(plugin: type[Merger]) -> None:
+    failed = {check.name: check.reason for check in run_checks(contract(plugin)) if check.status == "failed"}
+    assert failed.keys() == FAULTS[plugin].keys(), failed
+    for name, pattern in FAULTS[plugin].items():
+        with pytest.raises(AssertionError, match=pattern):
+            raise AssertionError(failed[name])
+
+
+def test_every_check_can_fail() -> None:
+    shared = {name for name in vars(Contract) if name.startswith("test_")}
+    assert {check for checks in FAULTS.values() for check in checks} == set(MergerContract.checks()) - shared
