@@ -1,0 +1,328 @@
+"""What a method sees of each model: in the order given, with name, path, weight and options of any type of its own."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+import yaml
+from merge_helpers import bytes_of, merge, read_weights, tiny_family, write_weights
+from pydantic import Field
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rlhf_core import registry
+from rlhf_core.config import BaseConfig
+from rlhf_core.errors import ConfigError, PluginError
+from rlhf_core.merging import Chunk, MergeConfig, Merger, MergeResult, ModelMerger, merge_tensor
+from rlhf_core.merging.recipe import load_recipe
+
+
+class ImportanceConfig(BaseConfig):
+    """Options of importance-weighted merging."""
+
+    importance: Path | None = Field(None, description="File with each entry's importance, a tensor of every name.")
+    power: float = Field(1.0, description="Exponent of importances; larger lets the larger ones count more.")
+    parts: list[str] = Field(
+        default_factory=list, description="Parts of names that a model takes part in; empty means all."
+    )
+    shift: dict[str, float] = Field(default_factory=dict, description="Part of a name → what is added there.")
+    kind: Literal["plain", "none"] = Field("plain", description="Whether importances count.")
+
+
+class Importance(Merger):
+    """Mean of models, each entry weighed by what its model's own file says (Fisher merging, Matena & Raffel 2022)."""
+
+    api = 1
+    Config = ImportanceConfig
+    config: ImportanceConfig
+    per_model = ("importance", "power", "parts", "shift", "kind")
+
+    def merge_chunk(self, chunk: Chunk, measured: Any) -> Tensor:
+        SEEN.setdefault(chunk.name, [(one.name, one.path, one.weight, one.index) for one in chunk.inputs])
+        total, divisor = torch.zeros_like(chunk.tensors[0]), torch.zeros_like(chunk.tensors[0])
+        for one, tensor in zip(chunk.inputs, chunk.tensors, strict=True):
+            importance = torch.full_like(tensor, one.weight)
+            if one.options["importance"] is not None and one.options["kind"] == "plain":
+                values = load_file(one.options["importance"])[chunk.name].reshape(-1)
+                importance *= values[chunk.start : chunk.start + tensor.numel()] ** one.options["power"]
+            if one.options["parts"] and not any(part in chunk.name for part in one.options["parts"]):
+                continue
+            shift = sum(value for part, value in one.options["shift"].items() if part in chunk.name)
+            total += importance * (tensor + shift)
+            divisor += importance
+        return total / divisor.clamp_min(1e-12)
+
+
+SEEN: dict[str, list[tuple[str, Path | None, float, int]]] = {}
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> list[dict[str, Any]]:
+    """Three models, each with a file of importances."""
+    SEEN.clear()
+    registry.register("merger", "importance", Importance)
+    entries = []
+    for number in range(3):
+        generator = torch.Generator().manual_seed(number)
+        weights = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+        write_weights(tmp_path / f"model-{number}", weights)
+        file = tmp_path / f"importance-{number}.safetensors"
+        save_file({name: torch.rand(shape, generator=generator) for name, shape in SHAPES.items()}, file)
+        entries.append(
+            {"model": str(tmp_path / f"model-{number}"), "weight": 1.0 + number, "options": {"importance": str(file)}}
+        )
+    return entries
+
+
+SHAPES = {
+    "model.layers.0.mlp.up_proj.weight": (300, 300),
+    "model.layers.1.mlp.up_proj.weight": (7, 5),
+    "model.norm.weight": (9,),
+}
+
+
+def expected(entries: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Return the merge in float64, computed by itself."""
+    found = {}
+    for name in SHAPES:
+        parts = [
+            (entry["weight"] * load_file(entry["options"]["importance"])[name].double(), read(entry, name))
+            for entry in entries
+        ]
+        found[name] = sum(share * values for share, values in parts) / sum(share for share, _ in parts)
+    return found  # type: ignore[return-value]
+
+
+def read(entry: dict[str, Any], name: str) -> Tensor:
+    return read_weights(Path(entry["model"]))[name].double()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("commutative", [False, True])
+def test_each_model_gets_its_own_file_in_every_order(
+    models: list[dict[str, Any]], tmp_path: Path, threads: int, commutative: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Importance, "commutative", commutative)
+    wanted = expected(models)
+    found = []
+    for number, order in enumerate(itertools.permutations(models)):
+        merge("importance", order, tmp_path / f"out-{number}", threads=threads)
+        for name, tensor in read_weights(tmp_path / f"out-{number}").items():
+            torch.testing.assert_close(tensor.double(), wanted[name], rtol=1e-5, atol=1e-5)
+        found.append(bytes_of(tmp_path / f"out-{number}"))
+    assert not commutative or all(one == found[0] for one in found)
+
+
+def test_a_method_sees_models_in_the_order_given_with_name_path_and_weight(
+    models: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    for number, order in enumerate(itertools.permutations(models)):
+        SEEN.clear()
+        merge("importance", order, tmp_path / f"out-{number}", threads=1)
+        for seen in SEEN.values():
+            assert seen == [
+                (entry["model"], Path(entry["model"]), entry["weight"], place) for place, entry in enumerate(order)
+            ]
+        assert set(SEEN) == set(SHAPES)
+
+
+def test_a_commutative_method_has_them_in_an_order_of_their_own(
+    models: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Importance, "commutative", True)
+    seen = set()
+    for number, order in enumerate(itertools.permutations(models)):
+        SEEN.clear()
+        merge("importance", order, tmp_path / f"out-{number}", threads=1)
+        seen |= {tuple(name for name, *_ in one) for one in SEEN.values()}
+        for place, entry in enumerate(order):
+            assert all((entry["model"], Path(entry["model"]), entry["weight"], place) in one for one in SEEN.values())
+    assert len(seen) == 1
+
+
+def test_options_of_any_type_from_files_and_flags(models: list[dict[str, Any]], tmp_path: Path) -> None:
+    first, second, _ = models
+    file = tmp_path / "merge.yaml"
+    file.write_text(
+        f"""
+method: importance
+models:
+  - {{model: {first["model"]}, parts: [layers.0, norm], power: [1, 3], kind: none}}
+  - {{model: {second["model"]}, importance: {second["options"]["importance"]}, shift: {{norm: 2}}}}
+power: 2
+"""
+    )
+    flags = "--models.0.importance x.safetensors --models.0.kind plain --models.1.parts norm --models.1.parts mlp"
+    flags += " --models.1.shift.mlp 0.5 --models.0.weight 0.25"
+    recipe = load_recipe(file, flags=flags.split())
+    merger = recipe.merger()
+    at = "model.layers.1.mlp.up_proj.weight"
+    one, two = merger.method.options(merger.method.merger, at, 2)
+    assert dict(one) == {
+        "importance": Path("x.safetensors"),
+        "power": 3.0,
+        "parts": ["layers.0", "norm"],
+        "shift": {},
+        "kind": "plain",
+    }
+    assert dict(two) == {
+        "importance": Path(second["options"]["importance"]),
+        "power": 2.0,
+        "parts": ["norm", "mlp"],
+        "shift": {"norm": 2.0, "mlp": 0.5},
+        "kind": "plain",
+    }
+    assert merger.method.weights(at, 2) == [0.25, 1.0]
+    assert recipe.places["models.0.kind"] == "--models.0.kind" and recipe.places["models.1.shift"] == f"{file}:5"
+    again = tmp_path / "again.yaml"
+    again.write_text(recipe.to_yaml())
+    assert load_recipe(again).resolved() == recipe.resolved()
+
+
+def test_the_recipe_beside_the_result_makes_it_again(models: list[dict[str, Any]], tmp_path: Path) -> None:
+    models[0]["options"] |= {"shift": {"norm": 1.0}, "parts": ["layers", "norm"], "power": {"gradient": [1, 2]}}
+    models[1]["options"]["importance"] = Path(models[1]["options"]["importance"])
+    merge("importance", models, tmp_path / "first", shift={"mlp": 0.1}, importance=models[1]["options"]["importance"])
+    written = yaml.safe_load((tmp_path / "first/merge.yaml").read_text())
+    assert written["models"][0]["options"]["shift"] == {"norm": 1.0} and written["shift"] == {"mlp": 0.1}
+    load_recipe(tmp_path / "first/merge.yaml", {"output": str(tmp_path / "again")}).merger().merge()
+    assert bytes_of(tmp_path / "again") == bytes_of(tmp_path / "first")
+
+
+FAULTS = {
+    "--models.1.power x": "--models.1.power: model b: `power`: must be a number; got 'x'",
+    "--models.1.kind other": "--models.1.kind: model b: `kind`: must be 'plain' or 'none'; got 'other'",
+    "--models.1.powr 1": "--models.1.powr: unknown key `powr` of a model; fix: did you mean `power`?",
+    "--models.1.power": "--models.1.power: needs a value; fix: write `--models.1.power VALUE`",
+    "--models.1.power 1 --models.1.power 2": "--models.1.power: given 2 times; got `1` and `2`",
+    "--models.2.power 1": "--models.2.power: there is no such model; got 2 models, counted from 0",
+    "--models.1.model c": "--models.1.model: unknown key `model` of a model",
+    "--models.one.power 1": "--models.one.power: models are given one by one",
+    "--models.1.power [1,[2]]": "--models.1.power: `power` is neither a number nor values by layer",
+}
+
+
+@pytest.mark.parametrize("flags", FAULTS)
+def test_what_is_wrong_with_a_model_names_it_and_the_key(flags: str) -> None:
+    registry.register("merger", "importance", Importance)
+    with pytest.raises(ConfigError) as raised:
+        load_recipe("importance", {"models": ["a", "b"]}, flags=flags.split())
+    assert FAULTS[flags] in str(raised.value)
+
+
+def test_what_is_wrong_in_a_file_has_its_line(tmp_path: Path) -> None:
+    registry.register("merger", "importance", Importance)
+    file = tmp_path / "merge.yaml"
+    for own, message in {
+        "parts: 3": "5: model b: `parts`",
+        "kind: x": "5: model b: `kind`: must be 'plain' or 'none'; got 'x'",
+        "shift: {norm: x}": "5: model b: `shift.norm`: must be a number; got 'x'",
+        "options: {kind: x}": "5: model b: `kind`: must be 'plain' or 'none'; got 'x'",
+    }.items():
+        file.write_text(f"method: importance\nmodels:\n  - a\n  - model: b\n    {own}\n")
+        with pytest.raises(ConfigError) as raised:
+            load_recipe(file)
+        assert f"merge.yaml:{message}" in str(raised.value)
+    with pytest.raises(ConfigError, match=r"models\[1\]: model b: density ± epsilon / 2 must lie in \(0, 1\]"):
+        ModelMerger(MergeConfig(method="della", models=["a", {"model": "b", "options": {"density": 0.05}}]))
+
+
+def test_a_file_that_changed_keeps_a_merge_from_going_on(
+    models: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge_chunk = Importance.merge_chunk
+
+    def stopped(self: Importance, chunk: Chunk, measured: Any) -> Tensor:
+        if chunk.name == "model.norm.weight":
+            raise KeyboardInterrupt
+        return merge_chunk(self, chunk, measured)
+
+    for changed in (False, True):
+        monkeypatch.setattr(Importance, "merge_chunk", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            merge("importance", models, tmp_path / "out", threads=1)
+        monkeypatch.setattr(Importance, "merge_chunk", merge_chunk)
+        if changed:
+            file = Path(models[2]["options"]["importance"])
+            save_file({name: torch.ones(shape) for name, shape in SHAPES.items()}, file)
+            with pytest.raises(ConfigError, match="the unfinished merge is of other inputs or options"):
+                merge("importance", models, tmp_path / "out", threads=1, resume=True)
+        else:
+            merge("importance", models, tmp_path / "out", threads=1, resume=True)
+            (tmp_path / "out").rename(tmp_path / "kept")
+
+
+def test_an_option_file_isnt_written_over(models: list[dict[str, Any]], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    merge("importance", models, out)
+    models[0]["options"]["importance"] = str(out / "model.safetensors")
+    with pytest.raises(ConfigError, match="one of the inputs lies in the output directory"):
+        merge("importance", models, out, overwrite=True)
+
+
+def test_a_method_that_overrides_merge_sees_models_too(tmp_path: Path) -> None:
+    base, paths = tiny_family(tmp_path, 2)
+    seen = []
+
+    class Chosen(Importance):
+        """Takes the models that are tagged."""
+
+        api = 1
+
+        def merge(self, merge: ModelMerger) -> None:
+            seen.extend(merge.inputs)
+            at = merge.inputs_at("model.layers.1.mlp.up_proj.weight")
+            assert [one.weight for one in at] == [one.weight for one in merge.inputs]
+            assert set(merge.tensors) == set(read_weights(base))
+            merge.write(self, [one.index for one in merge.inputs if "keep" in one.options["parts"]])
+
+    registry.register("merger", "chosen", Chosen)
+    entries = [{"model": str(path), "weight": 2.0, "options": {"parts": ["keep", "."]}} for path in paths]
+    entries[0]["options"] = {"kind": "none"}
+    result = merge("chosen", entries, tmp_path / "out")
+    assert isinstance(result, MergeResult)
+    assert [(one.name, one.path, one.index, one.options["kind"]) for one in seen] == [
+        (str(paths[0]), paths[0], 0, "none"),
+        (str(paths[1]), paths[1], 1, "plain"),
+    ]
+    merged, second = read_weights(tmp_path / "out"), read_weights(paths[1])
+    assert all(torch.allclose(merged[name], second[name]) for name in second)
+    entries[1]["weight"] = [0.0, 1.0]
+    with pytest.raises(ConfigError, match=r"models\[1\]\.weight: `chosen` takes one value for a whole model"):
+        merge("chosen", entries, tmp_path / "other")
+
+
+def test_plugins_that_say_what_cannot_be_are_broken() -> None:
+    class Both(Importance):
+        """Wants rows and tensors."""
+
+        api = 1
+        by_row = whole_tensors = True
+
+    class Unknown(Importance):
+        """Names an option that isn't."""
+
+        api = 1
+        per_model = ("mask",)
+
+    for cls, message in ((Both, "declares `by_row` and `whole_tensors`"), (Unknown, "`per_model` names `mask`")):
+        registry.register("merger", "broken", cls)
+        with pytest.raises(PluginError, match=message):
+            ModelMerger(MergeConfig(method="broken", models=["a"]))
+
+
+def test_one_tensor_in_memory() -> None:
+    tensors = [torch.ones(3), torch.full((3,), 3.0)]
+    merger = Importance(ImportanceConfig(shift={"mlp": 1.0}))
+    assert merge_tensor(merger, tensors).tolist() == [3.0] * 3
+    own = [{"shift": {}}, {}]
+    assert merge_tensor(merger, tensors, [3.0, 1.0], options=own).tolist() == [7 / 4] * 3
+    assert merge_tensor(merger, tensors[::-1], [1.0, 3.0], options=own[::-1], chunk=4).tolist() == [7 / 4] * 3
+    with pytest.raises(ConfigError, match="`scale` of a model"):
+        merge_tensor(merger, tensors, options=[{"scale": 1}, {}])
+    with pytest.raises(ConfigError, match="`kind`: must be"):
+        merge_tensor(merger, tensors, options=[{"kind": "x"}, {}])
