@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import random
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,25 @@ def stream_seed(seed: int, name: str, *index: int) -> int:
     """Return the 63-bit seed of a named stream; streams of other names or indices share nothing."""
     digest = hashlib.sha256(repr((int(seed), name, *map(int, index))).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
+
+
+def completion_seeds(
+    seed: int, name: str, *index: int, rows: Sequence[int], n: int, met: Counter[int] | None = None
+) -> list[list[int]]:
+    """Return for each row the seeds of n completions: functions of (seed, name, index, row, occurrence, sample) alone.
+
+    So a completion doesn't depend on which rows are sampled with it, in which order, or by which process.
+
+    Args:
+        rows: numbers that name the rows; one that stands here again, or was met before, is another occurrence of it.
+        met: how often each row was met before; counted on here.
+    """
+    met = Counter() if met is None else met
+    seeds = []
+    for row in rows:
+        seeds.append([stream_seed(seed, name, *index, row, met[row], sample) for sample in range(n)])
+        met[row] += 1
+    return seeds
 
 
 def seed_everything(seed: int, name: str, *index: int) -> None:

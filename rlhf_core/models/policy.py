@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rlhf_core.batch import Batch, on_host
 from rlhf_core.errors import ModelError
 from rlhf_core.interfaces import Completion
+from rlhf_core.models.engine import Company, measure_company
 from rlhf_core.models.generate import generate
 from rlhf_core.models.headed import wrong_kind
 from rlhf_core.models.heads import warn_of_heads
@@ -29,6 +30,7 @@ class PolicyModel(SequenceModel):
     """A causal language model to be trained or read, with its tokenizer."""
 
     _output_layer: tuple[Findings, OutputLayer] | None = None
+    _company: tuple[Findings, Company] | None = None
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Unpack[LoadOptions]) -> Self:
@@ -159,6 +161,38 @@ class PolicyModel(SequenceModel):
         with within_products(self.network):
             return linear_token_logprobs(hidden, head.weight, targets, scale=scale * layer.slope)
 
-    def generate(self, prompts: Sequence[Any], **options: Any) -> list[list[Completion]]:
-        """Return completions for each prompt; the options are those of `rlhf_core.models.generate.generate`."""
-        return generate(self, prompts, **options)
+    @property
+    def company(self) -> Company:
+        """Which rows may be decoded together without changing each other's logits."""
+        if self._company is None or self._company[0] is not self.findings:
+            self._company = (self.findings, measure_company(self))
+        return self._company[1]
+
+    def generate(
+        self,
+        prompts: Sequence[Any],
+        n: int = 1,
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int | None = None,
+    ) -> list[list[Completion]]:
+        """Return n completions for each prompt, in the order in which they were drawn.
+
+        Args:
+            prompts: texts, or lists of chat messages, encoded as in training; or rows with a `prompt` and its `tools`.
+            n: completions of each prompt.
+            max_new_tokens: most tokens in a completion, its end token included; fewer where the model has no more positions.
+            temperature: divisor of the logits; 0 takes the most likely token.
+            top_p: keeps the most likely tokens whose mass reaches it. top_k: keeps so many; 0 keeps all.
+            seed: makes the draws repeatable; None draws others each time, from torch's global state.
+
+        Raises:
+            ConfigError: an option is out of its range.
+            DataError: a prompt can't be read, or leaves no room for a completion.
+        """
+        return generate(
+            self, prompts, n=n, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
+        )  # fmt: skip

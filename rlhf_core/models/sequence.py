@@ -263,6 +263,15 @@ class SequenceModel(nn.Module):
         return getattr(self._text_config, "max_position_embeddings", None)
 
     @property
+    def has_length_classes(self) -> bool:
+        """Whether some positions are encoded in a way that depends on the longest sequence of a forward pass."""
+        return bool(self._lengths)
+
+    @property
+    def compiled(self) -> bool:
+        return self._compiled
+
+    @property
     def _text_config(self) -> Any:
         return self.network.config.get_text_config()
 

@@ -1,0 +1,373 @@
+"""Completions of a batch's prompts, tokens in and tokens out, through transformers' own decoding loop."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from rlhf_core.batch import Batch, on_host
+from rlhf_core.data.pieces import PieceEncoder
+from rlhf_core.data.saved import TextSettings
+from rlhf_core.data.templates import ChatTemplate
+from rlhf_core.errors import ConfigError, DataError, NumbersError
+from rlhf_core.infra.memory import in_parts
+from rlhf_core.infra.seeds import completion_seeds
+from rlhf_core.interfaces import Completion
+from rlhf_core.models.draw import Drawing, Ended
+from rlhf_core.models.dropout import evaluating
+from rlhf_core.models.precision import exact_products, within_products
+from rlhf_core.models.probe import FAILURES
+from rlhf_core.models.structure import accepted, plain_ids
+from rlhf_core.online import SamplingConfig
+
+if TYPE_CHECKING:
+    from rlhf_core.models.policy import PolicyModel
+
+Company = Literal["any", "equal", "none"]
+"""Which rows are decoded together: any, those with prompts of equal lengths, or each alone."""
+MOST_ROWS = 512
+HOST_BYTES = 2**31
+"""Bytes that one decoding loop may take where nobody says how many are free; more makes faster, larger batches."""
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One completion to be drawn."""
+
+    number: int
+    """Its place among all."""
+    prompt: int
+    ids: list[int]
+    seed: int
+    limit: int
+    """Most tokens that it may have."""
+    chat: bool
+    """Whether it is a turn of a chat, and not the continuation of a text."""
+    ends: tuple[int, ...]
+    """The ids that end it."""
+
+
+class Engine:
+    """Draws completions from a policy, live: what it is trained to between two calls counts in the second.
+
+    Args:
+        policy: read in evaluation mode, without gradients, and left in the mode that it was in.
+        seed: of every draw for which no seeds are given; None takes one from torch's global state.
+    """
+
+    def __init__(self, policy: PolicyModel, *, seed: int | None = 0) -> None:
+        self.policy = policy
+        self.seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed
+        self.policy_version = 0
+        self._stream: tuple[Any, ...] = ()
+        self._met: Counter[int] = Counter()
+
+    def begin(self, name: str, *index: int, policy_version: int = 0) -> None:
+        """Begin a stream of draws: what is drawn from here on is a function of (seed, name, index), row number and occurrence.
+
+        For the core, which begins one for each step, so that a resumed run draws what the run would have drawn.
+
+        Args:
+            policy_version: optimiser steps that the policy has made.
+        """
+        self._stream, self._met, self.policy_version = (name, *index), Counter(), policy_version
+
+    @torch.no_grad()
+    def generate(
+        self,
+        batch: Batch,
+        n: int = 1,
+        sampling: SamplingConfig | None = None,
+        *,
+        seeds: Sequence[Sequence[int]] | None = None,
+        policy_version: int | None = None,
+    ) -> list[list[Completion]]:
+        """Return n completions for each prompt, in the order in which they were drawn.
+
+        A completion depends on its prompt's ids and its seed alone, up to the rounding of logits: not on what is drawn with it,
+        nor on how memory cuts the work.
+
+        Args:
+            batch: its prompts are taken as they are encoded; its responses don't matter.
+            sampling: how tokens are drawn; the defaults where None.
+            seeds: for each prompt, one for each completion. None takes the engine's own: functions of its seed and, between
+                `begin` and the next, of row numbers, else of the prompts' ids; the same prompt again is another draw.
+            policy_version: optimiser steps that the policy has made; None takes what `begin` was given.
+
+        Raises:
+            ConfigError: n is below 1, or there aren't as many seeds.
+            DataError: a prompt leaves no room for a token among the model's positions.
+            NumbersError: logits aren't finite, or memory doesn't suffice for one completion.
+        """
+        sampling = sampling or SamplingConfig()
+        if n < 1:
+            raise ConfigError("must be at least 1", place="generate(n=…)", got=n)
+        if seeds is None:
+            rows = batch.rows if self._stream else prompt_keys(batch)
+            seeds = completion_seeds(self.seed, *(self._stream or ("generate",)), rows=rows, n=n, met=self._met)
+        if [len(each) for each in seeds] != [n] * batch.num_prompts:
+            raise ConfigError(f"must be {n} seeds for each of {batch.num_prompts} prompts", place="generate(seeds=…)")
+        rows_to_draw = self._rows(batch, seeds, sampling.max_new_tokens)
+        version = self.policy_version if policy_version is None else policy_version
+        drawn: list[Completion | None] = [None] * len(rows_to_draw)
+        with self._reading():
+            for part in self._parts(rows_to_draw):
+                work = in_parts(
+                    part,
+                    lambda rows: self._decode(batch, rows, sampling, version),
+                    lambda rows: [half for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]) if half],
+                    device=self.policy.device,
+                    unit="completion",
+                )
+                for row, completion in zip(part, (one for piece in work for one in piece), strict=True):
+                    drawn[row.number] = completion
+        found = [completion for completion in drawn if completion is not None]
+        return [found[start : start + n] for start in range(0, len(found), n)]
+
+    # What is drawn together
+
+    def _rows(self, batch: Batch, seeds: Sequence[Sequence[int]], max_new_tokens: int) -> list[_Row]:
+        rows: list[_Row] = []
+        positions = self.policy.max_positions
+        lengths = on_host(batch.prompt_lengths).tolist()
+        for prompt, (ids, length) in enumerate(zip(on_host(batch.prompt_ids).tolist(), lengths, strict=True)):
+            room = max_new_tokens if positions is None else min(max_new_tokens, positions - length)
+            if room < 1:
+                raise DataError(
+                    "the prompt leaves no room for a completion among the model's positions",
+                    place=f"row {batch.rows[prompt]}",
+                    got=f"{length} tokens for {positions} positions",
+                    fix="shorten the prompt, or set a smaller `max_length`",
+                )
+            chat = self._is_chat(batch, prompt)
+            ends = self._own_ends + (self._turn_ends if chat else ())
+            rows += [
+                _Row(len(rows) + k, prompt, ids[:length], seed, room, chat, ends)
+                for k, seed in enumerate(seeds[prompt])
+            ]
+        return rows
+
+    def _parts(self, rows: list[_Row]) -> Iterator[list[_Row]]:
+        """Yield rows that may be drawn together: of like length, and not more than are likely to fit in memory."""
+        company, positions = self.policy.company, self.policy.max_positions or 2**31
+        fixed, per_token, room = *self._bytes(), _free_bytes(self.policy.device)
+        part: list[_Row] = []
+        for row in sorted(rows, key=lambda row: len(row.ids)):
+            length = len(row.ids)
+            if part:
+                apart = company == "none" or (company == "equal" and length != len(part[0].ids))
+                # A row that has ended runs on until all have: none may run out of positions.
+                apart = apart or length + part[0].limit > positions
+                size = fixed + per_token * (length + part[0].limit)
+                if apart or len(part) == MOST_ROWS or (len(part) + 1) * size > room:
+                    yield part
+                    part = []
+            part.append(row)
+        if part:
+            yield part
+
+    def _bytes(self) -> tuple[int, int]:
+        """Return about how many bytes a row takes for the work on its logits, and for each token's keys and values."""
+        config = self.policy.network.config.get_text_config()
+        heads = getattr(config, "num_attention_heads", None) or 1
+        width = getattr(config, "head_dim", None) or self.policy.width // heads
+        held = getattr(config, "num_key_value_heads", None) or heads
+        layers = getattr(config, "num_hidden_layers", None) or 1
+        size = 4 if self.policy.precision == torch.float32 else 2
+        # A layer's cache is copied as it grows; softmax, order and sums are each of the vocabulary, some in float64.
+        every = 0 if accepted(self.policy.network.forward, logits_to_keep=1) else 4 * config.vocab_size
+        return 40 * config.vocab_size, 2 * (layers + 1) * held * width * size + every
+
+    # The decoding loop
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Have the policy compute as it does when it is scored, and nothing of its own settings touch its logits."""
+        policy = self.policy
+        model, own = policy.causal_lm, policy.causal_lm.generation_config
+        model.generation_config = GenerationConfig()
+        try:
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(evaluating(policy))
+                stack.enter_context(_products(policy))
+                if policy.compiled:
+                    # A block would be compiled again for the cache, and for each length of it.
+                    stack.enter_context(torch.compiler.set_stance("force_eager"))
+                yield
+        finally:
+            model.generation_config = own
+
+    def _decode(
+        self, batch: Batch, rows: Sequence[_Row], sampling: SamplingConfig, policy_version: int
+    ) -> list[Completion]:
+        device = self.policy.device
+        drawing = Drawing(
+            sampling,
+            seeds=[row.seed for row in rows],
+            limits=[row.limit for row in rows],
+            ends=[row.ends for row in rows],
+            filler=self.policy.tokenizer.pad_token_id or 0,
+            device=device,
+        )
+        ids, mask = left_padded([row.ids for row in rows], device)
+        _loop(self.policy, ids, mask, drawing, Ended(drawing), most=max(row.limit for row in rows))
+        made = []
+        for row, length, tokens, logprobs, raw, mass in zip(rows, *drawing.columns(), strict=True):
+            tokens = tokens[:length]
+            ended = tokens[-1] in row.ends
+            if not all(map(math.isfinite, (*raw[:length], *logprobs[:length]))):
+                raise NumbersError(
+                    "the model's logits aren't finite", place=f"row {batch.rows[row.prompt]}", fix="check its weights"
+                )
+            made.append(
+                Completion(
+                    text=self._text(row, tokens[:-1] if ended else tokens),
+                    ids=tokens,
+                    logprobs=logprobs[:length],
+                    raw_logprobs=raw[:length],
+                    kept_mass=mass[:length],
+                    stop_reason="end" if ended else "length",
+                    policy_version=policy_version,
+                )
+            )
+        return made
+
+    # Texts
+
+    def _is_chat(self, batch: Batch, prompt: int) -> bool:
+        """Tell whether a prompt went through the chat template; one that isn't known is taken for a text."""
+        asked = batch.prompts[prompt] if batch.prompts else ""
+        return not isinstance(asked, str) or (bool(asked) and TextSettings.of(self.policy.tokenizer).wrap == "chat")
+
+    def _text(self, row: _Row, ids: list[int]) -> str:
+        """Return the text of a completion; the blank that a continued text begins with is a part of it, a turn begins a text."""
+        return str(self.policy.tokenizer.decode(ids)) if row.chat else self._pieces.text_of(ids)
+
+    @cached_property
+    def _own_ends(self) -> tuple[int, ...]:
+        """The tokenizer's end token, and what the model itself says ends its texts."""
+        own = getattr(self.policy.causal_lm.generation_config, "eos_token_id", None)
+        own = [own] if isinstance(own, int) else own or []
+        return tuple(token for token in dict.fromkeys([self.policy.tokenizer.eos_token_id, *own]) if token is not None)
+
+    @cached_property
+    def _turn_ends(self) -> tuple[int, ...]:
+        """What ends a turn by the chat template."""
+        return ChatTemplate(self.policy.tokenizer).stops
+
+    @cached_property
+    def _pieces(self) -> PieceEncoder:
+        return PieceEncoder(self.policy.tokenizer)
+
+
+def _loop(
+    policy: PolicyModel, ids: Tensor, mask: Tensor, processor: LogitsProcessor, *criteria: StoppingCriteria, most: int
+) -> None:
+    """Run transformers' decoding loop on left-padded prompts (B, L); the processor keeps what comes of it."""
+    settings = GenerationConfig(
+        max_new_tokens=most, pad_token_id=policy.tokenizer.pad_token_id or 0, do_sample=False, use_cache=True
+    )
+    policy.causal_lm.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        generation_config=settings,
+        logits_processor=LogitsProcessorList([processor]),
+        stopping_criteria=StoppingCriteriaList(criteria),
+    )
+
+
+def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return (B, L) ids with zeros on the left, and which of them are real."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + [*row] for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
+
+
+class _Forced(LogitsProcessor):
+    """Gives the loop known tokens, and keeps the logits that it saw of the first row."""
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        self.tokens, self.logits = tokens, list[Tensor]()
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.logits.append(scores[0].clone())
+        chosen = torch.full_like(scores[:, :1], self.tokens[len(self.logits) - 1], dtype=torch.long)
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
+
+
+@torch.no_grad()
+def measure_company(policy: PolicyModel) -> Company:
+    """Find by trying which rows a model may decode together: those of any, of equal lengths, or none.
+
+    Padding on the left leaks into states that run along the sequence, and into positions that are counted along the row.
+    """
+    if policy.findings.arrangement == "alone":
+        return "none"
+    if policy.has_length_classes:
+        return "equal"
+    ids = plain_ids(policy.network, 15)
+    short, long, tokens = ids[:4].tolist(), ids[4:12].tolist(), ids[12:].tolist()
+
+    def logits(*rows: list[int]) -> Tensor:
+        forced = _Forced(tokens)
+        _loop(policy, *left_padded(rows, policy.device), forced, most=len(tokens))
+        return torch.stack(forced.logits)  # (3, V)
+
+    flash = policy.attention.kernel == "flash"
+    kind = policy.device.type
+    own, policy.causal_lm.generation_config = policy.causal_lm.generation_config, GenerationConfig()
+    try:
+        with (
+            evaluating(policy),
+            exact_products(policy.network),
+            torch.autocast(kind, dtype=policy.precision, enabled=flash),
+        ):
+            alone, together = logits(short), logits(short, long)
+    except FAILURES:
+        return "equal"
+    finally:
+        policy.causal_lm.generation_config = own
+    spread = (alone - alone.mean(dim=1, keepdim=True)).norm()
+    return "any" if float((together - alone).norm() / spread) < (3e-2 if flash else 1e-4) else "equal"
+
+
+def prompt_keys(batch: Batch) -> list[int]:
+    """Return a number for each prompt that is a function of its ids."""
+    keys = []
+    for ids, length in zip(on_host(batch.prompt_ids).tolist(), on_host(batch.prompt_lengths).tolist(), strict=True):
+        digest = hashlib.sha256(repr(ids[:length]).encode()).digest()
+        keys.append(int.from_bytes(digest[:8], "little") >> 1)
+    return keys
+
+
+def _products(policy: PolicyModel) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which products have the policy's precision, where none was set around."""
+    kind = policy.device.type
+    if policy.precision == torch.float32 or torch.is_autocast_enabled(kind):
+        return within_products(policy.network)
+    return torch.autocast(kind, dtype=policy.precision)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return HOST_BYTES
+    free, _ = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return (free + unused) // 2
