@@ -185,14 +185,22 @@ class Engine:
     def _bytes(self) -> tuple[int, int]:
         """Return about how many bytes a row takes for the work on its logits, and for each token's keys and values."""
         config = self.policy.network.config.get_text_config()
-        heads = getattr(config, "num_attention_heads", None) or 1
-        width = getattr(config, "head_dim", None) or self.policy.width // heads
-        held = getattr(config, "num_key_value_heads", None) or heads
-        layers = getattr(config, "num_hidden_layers", None) or 1
+
+        def said(name: str, default: int) -> int:
+            try:
+                value = getattr(config, name, None)
+            except Exception:
+                value = None  # a number for each layer, which is not to be asked for as one
+            return value if isinstance(value, int) and value > 0 else default
+
+        heads = said("num_attention_heads", 1)
+        width = said("head_dim", self.policy.width // heads)
+        held, layers = said("num_key_value_heads", heads), said("num_hidden_layers", 1)
         size = 4 if self.policy.precision == torch.float32 else 2
+        vocabulary = said("vocab_size", len(self.policy.tokenizer))
         # A layer's cache is copied as it grows; softmax, order and sums are each of the vocabulary, some in float64.
-        every = 0 if accepted(self.policy.network.forward, logits_to_keep=1) else 4 * config.vocab_size
-        return 40 * config.vocab_size, 2 * (layers + 1) * held * width * size + every
+        every = 0 if accepted(self.policy.network.forward, logits_to_keep=1) else 4 * vocabulary
+        return 40 * vocabulary, 2 * (layers + 1) * held * width * size + every
 
     # The decoding loop
 
