@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rlhf_core.batch import Batch, on_host
 from rlhf_core.errors import ModelError
 from rlhf_core.interfaces import Completion
-from rlhf_core.models.engine import Company, measure_company
+from rlhf_core.models.engine import Decoding, measure_decoding
 from rlhf_core.models.generate import generate
 from rlhf_core.models.headed import wrong_kind
 from rlhf_core.models.heads import warn_of_heads
@@ -30,7 +30,7 @@ class PolicyModel(SequenceModel):
     """A causal language model to be trained or read, with its tokenizer."""
 
     _output_layer: tuple[Findings, OutputLayer] | None = None
-    _company: tuple[Findings, Company] | None = None
+    _decoding: tuple[Findings, Decoding] | None = None
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Unpack[LoadOptions]) -> Self:
@@ -162,11 +162,11 @@ class PolicyModel(SequenceModel):
             return linear_token_logprobs(hidden, head.weight, targets, scale=scale * layer.slope)
 
     @property
-    def company(self) -> Company:
-        """Which rows may be decoded together without changing each other's logits."""
-        if self._company is None or self._company[0] is not self.findings:
-            self._company = (self.findings, measure_company(self))
-        return self._company[1]
+    def decoding(self) -> Decoding:
+        """How the model is decoded so that it draws from what is trained."""
+        if self._decoding is None or self._decoding[0] is not self.findings:
+            self._decoding = (self.findings, measure_decoding(self))
+        return self._decoding[1]
 
     def generate(
         self,

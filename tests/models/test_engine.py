@@ -170,7 +170,7 @@ def test_room_at_the_end_of_the_positions() -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["gpt2", "mistral", "gemma2", "gemma3_text", "bloom", "mamba", "qwen3_next", "opt", "mixtral"]
+    "kind", ["gpt2", "mistral", "gemma2", "gemma3_text", "bloom", "mamba", "qwen3_next", "opt", "mixtral", "dory"]
 )
 def test_models_of_other_kinds(kind: str) -> None:
     """Learnt positions, windows shorter than the text, capped logits, alibi, states that run along the row, experts."""
@@ -178,6 +178,16 @@ def test_models_of_other_kinds(kind: str) -> None:
     policy = PolicyModel(make_tiny(kind, **options), tiny_tokenizer())
     tempered, raw, _ = differences(policy, ["a", "some prompt of text", "b" * 40], temperature=0.8)
     assert tempered < 2e-4 and raw < 2e-4
+
+
+def test_a_model_whose_loop_counts_positions_otherwise_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    policy = PolicyModel(make_tiny("roberta"), tiny_tokenizer())
+    assert policy.decoding.company == "equal" and policy.decoding.cache
+    _ = policy.decoding
+    (line,) = [
+        record.getMessage() for record in caplog.records if "aren't those that are trained on" in record.getMessage()
+    ]
+    assert line.startswith("in memory: its logits")
 
 
 def test_training_mode_checkpointing_adapters_and_compilation() -> None:
@@ -236,7 +246,7 @@ def test_wrong_calls(policy: PolicyModel) -> None:
         Engine(policy).generate(batch, 0)
     assert Engine(policy).generate(prompt_batch(policy, []), 3) == []
     broken = PolicyModel(tiny_model(), tiny_tokenizer())
-    assert broken.company == "any"
+    assert broken.decoding.company == "any"
     with torch.no_grad():
         broken.causal_lm.model.norm.weight.fill_(torch.nan)
     with pytest.raises(NumbersError, match="aren't finite") as caught:
