@@ -15,6 +15,7 @@ from rlhf_core import registry
 from rlhf_core.config import BaseConfig, RunConfig, TrainerConfig
 from rlhf_core.merging.config import MergeConfig, ModelEntry
 from rlhf_core.merging.weights import LayerValues
+from rlhf_core.models.sample_scores import ScoringModelConfig
 from rlhf_core.options import option_rows, shown
 from rlhf_core.presets import ABOUT, PRESETS
 
@@ -101,7 +102,8 @@ def rewards() -> list[str]:
     for plugin in own_plugins("reward"):
         config: type[BaseConfig] = registry.get("reward", plugin.name).Config  # type: ignore[attr-defined]
         lines += ["", f"### Reward `{plugin.name}`", "", plugin.summary, "", *option_table(config)]
-    return lines
+    lines += ["", "### `model`", "", *paragraph(ScoringModelConfig), ""]
+    return lines + option_table(ScoringModelConfig, prefix="model.")
 
 
 def merging() -> list[str]:

@@ -57,7 +57,7 @@ def fold_of(row: Row, folds: int) -> int:
 def margins(model: Path, rows: list[Row], config: Any) -> list[list[float]]:
     """Return by how much each member scores the chosen response above the rejected one, one list a pair."""
     loaded = RewardModel.from_pretrained(str(model), device=DeviceManager().device, precision=config.precision).eval()
-    scoring = ScoringConfig(max_length=config.length_limit, precision=config.precision)
+    scoring = ScoringConfig(max_length=config.length_limit)
     score = SampleScores[list[float]](lambda batch: loaded.scores(batch).tolist(), loaded, scoring)
     sides = [
         score([Sample(prompt=row["prompt"], completion=row[side]) for row in rows]) for side in ("chosen", "rejected")

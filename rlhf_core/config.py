@@ -39,6 +39,14 @@ class BaseConfig(BaseModel):
         frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
+    alone: ClassVar[str | None] = None
+    """The field that a text means where it stands in place of the group, such as the path of `teacher: PATH`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_alone(cls, values: Any) -> Any:
+        return {cls.alone: values} if cls.alone is not None and isinstance(values, str) else values
+
     @field_validator("*", mode="before")
     @classmethod
     def _flag_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
@@ -377,6 +385,8 @@ class TrainerConfig(BaseConfig):
 class ModelConfig(BaseConfig):
     """A model beside the one that is trained, such as a teacher: only read."""
 
+    alone = "path"
+
     path: str = Field(min_length=1, description="Path or hub name of the model.")
     precision: Literal["float32", "bf16", "fp16"] | None = Field(
         None, description="Precision of its matrix products; null takes the run's, 16 bits take half the memory."
@@ -384,11 +394,6 @@ class ModelConfig(BaseConfig):
     trust_remote_code: bool = Field(
         False, description="Run code that its repository ships; true only where you trust that code."
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _path_alone(cls, values: Any) -> Any:
-        return {"path": values} if isinstance(values, str) else values
 
 
 class TrainedModelConfig(ModelConfig):

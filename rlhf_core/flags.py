@@ -129,6 +129,11 @@ def _is_group(member: Any) -> bool:
     return isinstance(member, type) and issubclass(member, BaseModel)
 
 
+def _may_be_text(member: Any) -> bool:
+    """Tell whether a text may stand for a group, as in `--rewards exact`."""
+    return _is_group(member) and getattr(member, "alone", None) is not None
+
+
 def _value(given: Sequence[Flag], members: tuple[Any, ...]) -> Any:
     values = [_one(flag, members) for flag in given]
     if len(values) == 1:
@@ -150,12 +155,11 @@ def _one(flag: Flag, members: tuple[Any, ...]) -> Any:
     accepted = {get_origin(member) or member for member in members}
     if isinstance(value, list | Mapping) or (value is None and flag.text and types.NoneType in accepted):
         return value
-    if str in accepted:
+    if str in accepted or (not isinstance(value, bool) and any(map(_may_be_text, members))):
         return flag.text  # a name such as `2024` or `yes` stays text
     if list in accepted:
-        # An item that is a group may be named alone, as `--rewards exact`.
         items = _items(members)
-        return [flag.text if str in items or any(map(_is_group, items)) else value]
+        return [flag.text if str in items or any(map(_may_be_text, items)) else value]
     return value
 
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 
@@ -23,6 +23,7 @@ from rlhf_core.flags import Flag, convert, lex, unknown_option
 from rlhf_core.infra.redact import redact, redact_text
 from rlhf_core.interfaces import Trainer
 from rlhf_core.online import OnlineConfig
+from rlhf_core.options import group_of
 from rlhf_core.presets import get_preset
 from rlhf_core.rewards import check_rewards
 from rlhf_core.yaml_files import load_yaml, merge, nest
@@ -106,7 +107,7 @@ def load_job(target: str | Path, overrides: Mapping[str, Any] | None = None, *, 
     preset = _preset(run_values, places)
     options: dict[str, Any] = {}
     for layer in (preset, values, nest(overrides), nest(option_values)):
-        options = merge(options, _switches(layer, options))
+        options = merge(options, _switches(spread(layer, method.Config), options))
     run = _run(run_values, places)
     config = method.Config.parse(options, place=places)
     if isinstance(config, OnlineConfig):
@@ -184,8 +185,24 @@ def convert_options(
                 f"`{group}` is off, so `{inner}` has no meaning", place=places[inner], fix="leave one out"
             )
         switched = values.pop(group)  # `--lora --lora.rank 8`, in either order: the group is on, and so filled
-        values = {**({group: switched} if isinstance(switched, Mapping) else {}), **values}
+        whole = spread({group: switched}, config)[group]  # `--teacher M --teacher.precision bf16`: so is its path
+        values = {**({group: whole} if isinstance(whole, Mapping) else {}), **values}
     return values, places
+
+
+def spread(values: Mapping[str, Any], config: type[BaseConfig]) -> dict[str, Any]:
+    """Return options with each text that stands for a group made that group, for another layer to be merged with."""
+    spread = dict(values)
+    for name, value in values.items():
+        group = group_of(config.model_fields[name].annotation) if name in config.model_fields else None
+        alone = getattr(group, "alone", None)
+        if (
+            alone is not None
+            and isinstance(value, str)
+            and get_origin(config.model_fields[name].annotation) is not list
+        ):
+            spread[name] = {alone: value}
+    return spread
 
 
 def _preset(values: Mapping[str, Any], places: dict[str, str]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from rlhf_core.config import BaseConfig, TrainerConfig
 
@@ -31,6 +31,8 @@ class SamplingConfig(BaseConfig):
 class RewardConfig(BaseConfig):
     """One reward of a run. A name alone stands for `{name: …}`."""
 
+    alone = "name"
+
     name: str = Field(
         min_length=1,
         description="A reward's name, as `rlhf list rewards` shows it, or a function as `package.module:function`.",
@@ -46,11 +48,6 @@ class RewardConfig(BaseConfig):
         gt=0,
         description="Seconds that scoring one batch may take before the run stops; larger bears slower rewards, null any.",
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _name_alone(cls, values: Any) -> Any:
-        return {"name": values} if isinstance(values, str) else values
 
 
 class OnlineConfig(TrainerConfig):

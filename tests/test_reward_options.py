@@ -11,7 +11,7 @@ from pydantic import Field
 
 from rlhf_core import registry
 from rlhf_core.cli import main
-from rlhf_core.config import BaseConfig, TrainingStage
+from rlhf_core.config import BaseConfig, ModelConfig, TrainingStage
 from rlhf_core.errors import ConfigError
 from rlhf_core.flags import convert, lex
 from rlhf_core.interfaces import Loss, RewardFn, Sample, Trainer
@@ -151,6 +151,24 @@ def test_a_method_that_needs_no_rewards_does_without() -> None:
     assert load_job("taught", flags=given).options.rewards == []  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match="--rewards: unknown reward `no`"):
         load_job("taught", flags=[*given, "--rewards", "no"])
+
+
+class TaughtConfig(OnlineConfig):
+    needs_rewards = False
+    teacher: ModelConfig = Field(description="Who teaches.")
+
+
+def test_a_path_alone_stands_for_its_model_beside_its_other_options(file: Any) -> None:
+    registry.register("trainer", "online", type("Taught", (Online,), {"Config": TaughtConfig, "__doc__": "Learns."}))
+    given = ["--model", "m", "--data", "d", "--output", "o"]
+    alone = load_job("online", flags=[*given, "--teacher", "2024"]).options.teacher  # type: ignore[attr-defined]
+    assert alone == ModelConfig(path="2024")
+    wanted = ModelConfig(path="t", precision="bf16")
+    for flags in (["--teacher", "t", "--teacher.precision", "bf16"], ["--teacher.precision", "bf16", "--teacher", "t"]):
+        assert load_job("online", flags=[*given, *flags]).options.teacher == wanted  # type: ignore[attr-defined]
+    for text in ("teacher: t\n", "teacher: {path: t, precision: fp16}\n"):
+        found = load_job(file(text), flags=["--teacher.precision", "bf16"]).options.teacher  # type: ignore[attr-defined]
+        assert found == wanted
 
 
 class MappedConfig(BaseConfig):

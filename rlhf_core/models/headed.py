@@ -34,6 +34,16 @@ class HeadedModel(nn.Module):
         return self._backbones[0].device
 
     @property
+    def source(self) -> str:
+        """Where the model was loaded from; empty for one that was made in memory."""
+        return str(self._backbones[0].source or "")
+
+    @property
+    def precision(self) -> torch.dtype:
+        """The type of matrix products."""
+        return self._backbones[0].precision
+
+    @property
     def max_positions(self) -> int | None:
         return self._backbones[0].max_positions
 

@@ -1,4 +1,4 @@
-"""Scores of samples by a model: encoded as in training, batched by tokens, and remembered."""
+"""Rewards by models: samples encoded as in training, by their own ids where these are the model's, batched, and remembered."""
 
 from __future__ import annotations
 
@@ -6,58 +6,129 @@ import json
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Generic, Literal, TypeVar
+from functools import cached_property
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 import torch
 from pydantic import Field
 
 from rlhf_core.batch import Batch
-from rlhf_core.config import BaseConfig
+from rlhf_core.config import BaseConfig, ModelConfig
 from rlhf_core.data.collate import collate
-from rlhf_core.data.encode import EncodedRow, Encoder
+from rlhf_core.data.encode import NO_ROOM, EncodedRow, Encoder
 from rlhf_core.data.files import Cursor, Row
 from rlhf_core.errors import DataError
 from rlhf_core.infra.devices import DeviceManager
-from rlhf_core.interfaces import Sample
+from rlhf_core.infra.model_files import file_hashes
+from rlhf_core.interfaces import RewardFn, Sample
+from rlhf_core.models.dropout import evaluating
+from rlhf_core.models.headed import HeadedModel, wrong_kind
+from rlhf_core.models.precision import DTYPES
 
 log = logging.getLogger(__name__)
 
 ScoreT = TypeVar("ScoreT")
+ModelT = TypeVar("ModelT", bound=HeadedModel)
+
+
+class ScoringModelConfig(ModelConfig):
+    """The model that scores. A path alone stands for `{path: …}`."""
+
+    precision: Literal["float32", "bf16", "fp16"] = Field(
+        "float32",
+        description="Precision of its matrix products and weights; 16 bits are faster and take half the memory.",
+    )
 
 
 class ScoringConfig(BaseConfig):
-    """Options that every reward by a model has."""
+    """How samples are scored by a model."""
 
     max_length: int = Field(2048, ge=2, description="Most tokens in a prompt with its completion; more are cut off.")
     batch_tokens: int = Field(
         8192, ge=1, description="Most tokens in one forward pass; larger is faster and takes more memory."
     )
     cache_size: int = Field(10_000, ge=0, description="Scores of texts that are remembered; larger takes more memory.")
-    precision: Literal["float32", "bf16", "fp16"] = Field(
-        "float32",
-        description="Precision of the backbone's matrix products and weights; 16 bits are faster and take half the memory.",
-    )
+
+
+class ModelRewardConfig(ScoringConfig):
+    """Options that every reward by a model has."""
+
+    model: ScoringModelConfig = Field(description="Path or hub name of the model that scores.")
+
+
+class ModelReward(RewardFn, Generic[ModelT]):
+    """The base of a reward by a model, which is loaded when it is first needed, or given: `MyReward.of(model)`."""
+
+    Config = ModelRewardConfig
+    config: ModelRewardConfig
+    kind: ClassVar[type[HeadedModel]]
+    """The class of the model."""
+
+    @classmethod
+    def of(cls, model: ModelT, **options: Any) -> Self:
+        """Return the reward by a model in memory, which is used as it is.
+
+        Args:
+            options: those of the configuration, without `model`.
+
+        Raises:
+            ModelError: it is a model of another kind.
+        """
+        if not isinstance(model, cls.kind):
+            raise wrong_kind(model, wanted=cls.kind, allowed=f"a {cls.kind.__name__}")
+        precision = next(name for name, dtype in DTYPES.items() if dtype == model.precision)
+        about = {"path": model.source or "in memory", "precision": precision}
+        reward = cls(cls.Config.parse({**options, "model": about}))
+        reward.check(model)
+        reward.__dict__["model"] = model
+        return reward
+
+    @cached_property
+    def model(self) -> ModelT:
+        """The model."""
+        about = self.config.model
+        loaded: Any = self.kind.from_pretrained(  # type: ignore[attr-defined]
+            about.path,
+            device=DeviceManager().device,
+            precision=about.precision,
+            trust_remote_code=about.trust_remote_code,
+            frozen=True,
+        )
+        self.check(loaded)
+        return loaded
+
+    def check(self, model: ModelT) -> None:
+        """Raise `ConfigError` where the options ask for what the model hasn't. The default asks for nothing."""
+
+    def prepare(self) -> None:
+        _ = self.model
+
+    def describe(self) -> dict[str, Any]:
+        loaded = "model" in self.__dict__
+        files = None if loaded else file_hashes(self.config.model.path)
+        return {"files": self.model.describe()["files"] if files is None else files}
 
 
 class SampleScores(Generic[ScoreT]):
     """Gives each sample what a model makes of its prompt and completion.
 
-    Completions are scored as text: a reward model may have another tokenizer than the policy that wrote them. Samples of one
-    prompt share its computation.
+    The ids that were drawn are scored where they are the model's own, so that its tokenizer reads them as the completion's text:
+    encoded again, that text may have other ids, which were never drawn. Elsewhere, for a reward model may have another tokenizer
+    than the policy, the text is encoded as in training, as prompts always are. A completion that was cut off is scored as if it
+    ended there, for the model knows no other. Samples of one prompt share its computation.
 
     Args:
         score: what the model makes of a batch, one entry a response.
-        model: a `RewardModel` or `ProcessRewardModel`; its tokenizer, device and positions count.
+        model: a `RewardModel` or `ProcessRewardModel`; its tokenizer, device, precision and positions count.
         config: what is longer than `max_length` is cut at its end, and told of once.
     """
 
-    def __init__(self, score: Callable[[Batch], Sequence[ScoreT]], model: Any, config: ScoringConfig) -> None:
+    def __init__(self, score: Callable[[Batch], Sequence[ScoreT]], model: HeadedModel, config: ScoringConfig) -> None:
         self.score, self.model, self.config = score, model, config
         self.max_length: int = min(config.max_length, model.max_positions or config.max_length)
         self.responses = Encoder(model.tokenizer, "sft", max_length=self.max_length)
         self.prompts = Encoder(model.tokenizer, "prompt", max_length=self.max_length)
         self.end: int = model.tokenizer.eos_token_id
-        self.devices = DeviceManager(model.device.type)
         self.cache: OrderedDict[str, ScoreT] = OrderedDict()
         self._told = False
 
@@ -67,9 +138,13 @@ class SampleScores(Generic[ScoreT]):
         Raises:
             DataError: a prompt leaves no room for a completion.
         """
-        keys = [json.dumps([sample.prompt, sample.completion, sample.columns.get("tools")]) for sample in samples]
+        own = [self.own_ids(sample) for sample in samples]
+        keys = [
+            json.dumps([sample.prompt, sample.completion, sample.columns.get("tools"), ids])
+            for sample, ids in zip(samples, own, strict=True)
+        ]
         known = {key: self.cache[key] for key in keys if key in self.cache}
-        new = {key: sample for key, sample in zip(keys, samples, strict=True) if key not in known}
+        new = {key: (sample, ids) for key, sample, ids in zip(keys, samples, own, strict=True) if key not in known}
         for part, scores in self._computed(new):
             known |= zip(part, scores, strict=True)
         for key in keys:
@@ -79,7 +154,25 @@ class SampleScores(Generic[ScoreT]):
             self.cache.popitem(last=False)
         return [known[key] for key in keys]
 
-    def _computed(self, samples: dict[str, Sample]) -> Iterator[tuple[list[str], Sequence[ScoreT]]]:
+    def own_ids(self, sample: Sample) -> list[int] | None:
+        """Return a completion's ids without its end token where they are the model's own tokenizer's, else None."""
+        ids = list(sample.completion_ids)
+        ends = [ids[:-1], ids] if sample.stop_reason == "end" else [ids]
+        for tokens in ends if ids and min(ids) >= 0 and max(ids) < len(self.model.tokenizer) else ():
+            if sample.completion in self._texts(tokens):
+                return tokens
+        return None
+
+    def _texts(self, ids: list[int]) -> Iterator[str]:
+        """Yield what the ids may have been decoded to: as what continues a text, and alone."""
+        decode = self.model.tokenizer.decode
+        yield self.prompts.pieces.text_of(ids)
+        yield decode(ids, clean_up_tokenization_spaces=False)
+        yield decode(ids)
+
+    def _computed(
+        self, samples: dict[str, tuple[Sample, list[int] | None]]
+    ) -> Iterator[tuple[list[str], Sequence[ScoreT]]]:
         """Yield keys with their scores, a forward pass at a time."""
         if not samples:
             return
@@ -98,27 +191,34 @@ class SampleScores(Generic[ScoreT]):
             for numbers in by_prompt.values()
         ]
         order = {row.index: numbers for row, numbers in zip(shared, by_prompt.values(), strict=True)}
-        with torch.no_grad(), self.devices.autocast(self.config.precision):
+        model = self.model
+        narrow = torch.autocast(model.device.type, dtype=model.precision, enabled=model.precision != torch.float32)
+        with torch.no_grad(), evaluating(model), narrow:
             for micro in collate(shared).split(max_tokens=self.config.batch_tokens):
                 numbers = [number for row in micro.rows for number in order[row]]
                 yield [keys[number] for number in numbers], self.score(micro.to(self.model.device))
 
-    def _rows(self, samples: Sequence[Sample]) -> list[EncodedRow]:
+    def _rows(self, samples: Sequence[tuple[Sample, list[int] | None]]) -> list[EncodedRow]:
         """Encode samples as training does; a completion without any text is its end token alone."""
         rows = []
         cut = 0
-        for number, sample in enumerate(samples):
-            empty = not sample.completion.strip()
+        for number, (sample, own) in enumerate(samples):
+            if own is None and not sample.completion.strip():
+                own = []
             values = {"prompt": sample.prompt, "response": sample.completion, "tools": sample.columns.get("tools")}
             row = Row(number, f"sample {number}", values, Cursor())
-            (outcome,) = (self.prompts if empty else self.responses).encode([row])
+            (outcome,) = (self.responses if own is None else self.prompts).encode([row])
             if outcome.row is None:
-                raise DataError(f"can't be scored: {outcome.refused}", place=f"sample {number}", fix=self._more_room())
-            cut += outcome.truncated
-            if empty:
-                rows.append(EncodedRow(number, outcome.row.prompt_ids, [[self.end]], [[True]]))
-            else:
+                raise self._no_room(number, outcome.refused)
+            if own is None:
+                cut += outcome.truncated
                 rows.append(outcome.row)
+                continue
+            response = [*own, self._end_of(sample)]
+            if (room := self.max_length - len(outcome.row.prompt_ids)) < 1:
+                raise self._no_room(number, NO_ROOM)
+            cut += len(response) > room
+            rows.append(EncodedRow(number, outcome.row.prompt_ids, [response[:room]], [[True] * len(response[:room])]))
         if cut and not self._told:
             self._told = True
             log.warning(
@@ -126,6 +226,15 @@ class SampleScores(Generic[ScoreT]):
                 cut, len(samples), self.max_length, self._more_room(),
             )  # fmt: skip
         return rows
+
+    def _end_of(self, sample: Sample) -> int:
+        """Return the token that ends a completion in the model's training."""
+        chat = not isinstance(sample.prompt, str) or self.prompts.wrap == "chat"
+        stops = self.prompts.template.stops if chat else ()
+        return stops[0] if stops else self.end
+
+    def _no_room(self, number: int, reason: str | None) -> DataError:
+        return DataError(f"can't be scored: {reason}", place=f"sample {number}", fix=self._more_room())
 
     def _more_room(self) -> str:
         if self.max_length < self.config.max_length:

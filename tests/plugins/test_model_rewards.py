@@ -1,10 +1,13 @@
-"""Rewards by models: the contract, the same scores as in training, doubt, and texts that come again."""
+"""Rewards by models: the contract, the same scores as in training, doubt, texts that come again, and ids that were drawn."""
 
 from __future__ import annotations
 
 import functools
+import json
 import logging
+import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +15,20 @@ import pytest
 import torch
 from rlhf_plugins.rewards.process_reward import ProcessRewardReward, ProcessRewardRewardConfig
 from rlhf_plugins.rewards.reward_model import RewardModelReward, RewardModelRewardConfig
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from rlhf_core import registry
 from rlhf_core.data import SFTDataset
 from rlhf_core.data.collate import collate
+from rlhf_core.data.encode import EncodedRow
 from rlhf_core.errors import ConfigError, DataError, ModelError
 from rlhf_core.interfaces import Sample
 from rlhf_core.models import ProcessRewardModel, RewardModel
+from rlhf_core.rewards import open_rewards, rewards_changed
 from rlhf_core.testing import RewardContract
 from rlhf_core.testing.arithmetic import Arithmetic, split_steps
-from rlhf_core.testing.tiny import save_tiny
+from rlhf_core.testing.tiny import VOCAB_SIZE, save_tiny, tiny_tokenizer
 
 
 @functools.cache
@@ -176,3 +183,138 @@ def test_a_model_without_a_head_is_refused(name: str, tmp_path: Path) -> None:
         cls(cls.Config(model=str(save_tiny(tmp_path / "tiny", hidden=32)))).score(samples(1))
     with pytest.raises(ConfigError, match="`model` is missing"):
         cls.Config.parse({})
+
+
+# Scores of the ids that were drawn
+
+
+@functools.cache
+def merging() -> Any:
+    """A tokenizer that writes `42` as one token, though a policy may draw `4` and `2`."""
+    plain = tiny_tokenizer()
+    about = json.loads(plain.backend_tokenizer.to_str())
+    about["model"]["vocab"]["42"] = VOCAB_SIZE
+    about["model"]["merges"] = [["4", "2"]]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(about)),
+        bos_token=plain.bos_token,
+        eos_token=plain.eos_token,
+        pad_token=plain.pad_token,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = plain.chat_template
+    return tokenizer
+
+
+@functools.cache
+def merged(cls: Any) -> Any:
+    """A model with that tokenizer."""
+    folder = Path(tempfile.mkdtemp(prefix="rlhf-rewards-"))
+    save_tiny(folder, hidden=32, heads=2, kv_heads=1, vocab_size=VOCAB_SIZE + 1, tokenizer=merging())
+    return cls.from_pretrained(folder, new_head=True, seed=1).eval()
+
+
+def drawn(text: str, ids: Sequence[int], prompt: Any = "6*7=", stop_reason: str = "end") -> Sample:
+    return Sample(prompt, text, completion_ids=tuple(ids), stop_reason=stop_reason)
+
+
+def of_ids(model: RewardModel, prompt: str, ids: list[int]) -> float:
+    """The score of a prompt's text with the response of these ids."""
+    row = EncodedRow(0, merging()(prompt, add_special_tokens=False)["input_ids"], [ids], [[True] * len(ids)])
+    with torch.no_grad():
+        return float(model.score(collate([row])))
+
+
+def test_ids_that_were_drawn_are_scored_as_they_are() -> None:
+    tokenizer, model = merging(), merged(RewardModel)
+    four, two, both, end = (tokenizer.convert_tokens_to_ids(token) for token in ("4", "2", "42", "<|end|>"))
+    assert tokenizer("42", add_special_tokens=False)["input_ids"] == [both]
+    reward = RewardModelReward.of(model)
+    apart, joined, text = reward.score([drawn("42", [four, two, end]), drawn("42", [both, end]), Sample("6*7=", "42")])
+    assert apart == pytest.approx(of_ids(model, "<|bos|>6*7=", [four, two, end]), rel=1e-5, abs=1e-6)
+    assert text == pytest.approx(joined, rel=1e-5, abs=1e-6)
+    assert joined == pytest.approx(of_ids(model, "<|bos|>6*7=", [both, end]), rel=1e-5, abs=1e-6)
+    assert abs(apart - joined) > 1e-4
+    chat = [{"role": "user", "content": "6*7="}]
+    wanted = of_ids(model, "<|bos|><|user|>6*7=<|end|><|assistant|>", [four, two, end])
+    assert reward.score([drawn("42", [four, two, end], chat)]) == [pytest.approx(wanted, rel=1e-5, abs=1e-6)]
+
+
+def test_a_completion_that_was_cut_off_is_scored_as_if_it_ended_there() -> None:
+    four, two, end = (merging().convert_tokens_to_ids(token) for token in ("4", "2", "<|end|>"))
+    reward = RewardModelReward.of(merged(RewardModel))
+    ended, cut = reward.score([drawn("42", [four, two, end]), drawn("42", [four, two], stop_reason="length")])
+    assert ended == cut
+    short = RewardModelReward.of(merged(RewardModel), max_length=7)  # room for two tokens behind the prompt's five
+    wanted = of_ids(merged(RewardModel), "<|bos|>6*7=", [four, two])
+    assert short.score([drawn("42", [four, two, end])]) == [pytest.approx(wanted, rel=1e-5, abs=1e-6)]
+    with pytest.raises(DataError, match="sample 0: can't be scored: the prompt leaves no response token"):
+        RewardModelReward.of(merged(RewardModel), max_length=5).score([drawn("42", [four, two, end])])
+
+
+@pytest.mark.parametrize("ids", [(9, 9, 2), (VOCAB_SIZE + 7, 2), (-1, 2), (2,), ()])
+def test_ids_of_another_tokenizer_are_not_taken_for_its_own(ids: tuple[int, ...]) -> None:
+    reward = RewardModelReward.of(merged(RewardModel))
+    assert reward.score([drawn("42", ids)]) == reward.score([Sample("6*7=", "42")])
+
+
+def test_a_byte_that_is_no_text_is_scored_by_its_id() -> None:
+    byte, end = merging().convert_tokens_to_ids("Ã"), merging().eos_token_id
+    text = merging().decode([byte])
+    assert text == "\ufffd"
+    (found,) = RewardModelReward.of(merged(RewardModel)).score([drawn(text, [byte, end])])
+    assert found == pytest.approx(of_ids(merged(RewardModel), "<|bos|>6*7=", [byte, end]), rel=1e-5, abs=1e-6)
+
+
+def test_steps_are_those_of_the_ids() -> None:
+    ids = merging()("4\n", add_special_tokens=False)["input_ids"] + [merging().convert_tokens_to_ids(t) for t in "42"]
+    reward = ProcessRewardReward.of(merged(ProcessRewardModel))
+    apart, joined = reward.score_steps([drawn("4\n42", [*ids, 2]), Sample("6*7=", "4\n42")])
+    assert len(apart) == len(joined) == 2 and apart[0] == pytest.approx(joined[0], rel=1e-5)
+    assert abs(apart[1] - joined[1]) > 1e-5
+
+
+# A model in memory
+
+
+def test_a_model_in_memory_is_used_as_it_is() -> None:
+    path = saved("ensemble")
+    model = RewardModel.from_pretrained(path)
+    model.train()
+    reward = RewardModelReward.of(model, doubt_weight=0.5)
+    by_path = RewardModelReward(RewardModelRewardConfig(model=path, doubt_weight=0.5))
+    assert reward.model is model and model.training
+    assert reward.score(samples()) == pytest.approx(by_path.score(samples()), rel=1e-6)
+    assert reward.describe() == by_path.describe() and reward.describe()["files"].keys() >= {"reward_head.safetensors"}
+    assert open_rewards([reward]).score(samples()).total.shape == (5,)
+    with pytest.raises(ModelError, match="can't be used as a RewardModel; got ProcessRewardModel"):
+        RewardModelReward.of(ProcessRewardModel.from_pretrained(saved("process")))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="aren't known to be centred"):
+        RewardModelReward.of(RewardModel.from_pretrained(saved("loose")), doubt_weight=1.0)
+
+
+def test_a_models_options_stand_with_its_path() -> None:
+    reward = RewardModelReward(RewardModelRewardConfig.parse({"model": {"path": saved("single"), "precision": "bf16"}}))
+    assert reward.model.precision is torch.bfloat16
+    exact = RewardModelReward(RewardModelRewardConfig(model=saved("single"))).score(samples())
+    found = reward.score(samples())
+    assert found != exact and found == pytest.approx(exact, rel=0.1, abs=0.1)
+    again = RewardModelReward.of(reward.model)
+    assert again.config.model == reward.config.model and again.score(samples()) == found
+
+
+def test_another_model_is_noticed(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        model = RewardModel.from_pretrained(save_tiny(tmp_path / "tiny", hidden=32), new_head=True, seed=seed)
+        model.save_pretrained(tmp_path / f"model-{seed}")
+    before = open_rewards([{"name": "reward_model", "options": {"model": str(tmp_path / "model-1")}}]).describe()
+    shutil.rmtree(tmp_path / "model-1")
+    (tmp_path / "model-2").rename(tmp_path / "model-1")
+    now = open_rewards([{"name": "reward_model", "options": {"model": str(tmp_path / "model-1")}}]).describe()
+    assert rewards_changed(before, now) == ["`reward_model`: the file reward_head.safetensors changed"]
+
+
+def test_a_path_without_a_model_keeps_its_kind_of_error(tmp_path: Path) -> None:
+    rewards = open_rewards([{"name": "reward_model", "options": {"model": str(tmp_path / "none")}}])
+    with pytest.raises(ModelError, match=r"reward `reward_model`, .*no such model directory"):
+        rewards.score(samples())

@@ -9,17 +9,16 @@ from typing import Literal
 from pydantic import Field
 
 from rlhf_core.batch import Batch
-from rlhf_core.infra.devices import DeviceManager
-from rlhf_core.interfaces import RewardFn, Sample
+from rlhf_core.interfaces import Sample
 from rlhf_core.models import ProcessRewardModel
 from rlhf_core.models.process_reward import AGGREGATIONS
-from rlhf_core.models.sample_scores import SampleScores, ScoringConfig
+from rlhf_core.models.sample_scores import ModelReward, ModelRewardConfig, SampleScores, ScoringModelConfig
 
 
-class ProcessRewardRewardConfig(ScoringConfig):
+class ProcessRewardRewardConfig(ModelRewardConfig):
     """Options of the reward by a process reward model."""
 
-    model: str = Field(min_length=1, description="Path of the model: one of `rlhf train process_reward`.")
+    model: ScoringModelConfig = Field(description="Path of the model: one of `rlhf train process_reward`.")
     aggregation: Literal["min", "product", "mean", "last", "outcome"] = Field(
         "min",
         description="How step scores make a completion's: the worst, their product, mean, or the last; or `outcome`, the score of"
@@ -27,20 +26,13 @@ class ProcessRewardRewardConfig(ScoringConfig):
     )
 
 
-class ProcessRewardReward(RewardFn):
+class ProcessRewardReward(ModelReward[ProcessRewardModel]):
     """Scores completions, and each of their steps, by a trained process reward model."""
 
     api = 1
     Config = ProcessRewardRewardConfig
     config: ProcessRewardRewardConfig
-
-    @cached_property
-    def model(self) -> ProcessRewardModel:
-        """The model, loaded when it is first needed."""
-        loaded = ProcessRewardModel.from_pretrained(
-            self.config.model, device=DeviceManager().device, precision=self.config.precision, frozen=True
-        )
-        return loaded
+    kind = ProcessRewardModel
 
     @cached_property
     def _scores(self) -> SampleScores[tuple[float, list[float]]]:

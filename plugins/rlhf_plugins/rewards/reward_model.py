@@ -9,18 +9,16 @@ from pydantic import Field
 
 from rlhf_core.batch import Batch
 from rlhf_core.errors import ConfigError
-from rlhf_core.infra.devices import DeviceManager
-from rlhf_core.interfaces import RewardFn, Sample
+from rlhf_core.interfaces import Sample
 from rlhf_core.models import RewardModel
-from rlhf_core.models.sample_scores import SampleScores, ScoringConfig
+from rlhf_core.models.sample_scores import ModelReward, ModelRewardConfig, SampleScores, ScoringModelConfig
 
 
-class RewardModelRewardConfig(ScoringConfig):
+class RewardModelRewardConfig(ModelRewardConfig):
     """Options of the reward by a reward model."""
 
-    model: str = Field(
-        min_length=1,
-        description="Path or hub name of the reward model: one of `rlhf train reward_model`, or a classifier.",
+    model: ScoringModelConfig = Field(
+        description="Path or hub name of the reward model: one of `rlhf train reward_model`, or a classifier."
     )
     doubt_weight: float = Field(
         0.0,
@@ -30,29 +28,19 @@ class RewardModelRewardConfig(ScoringConfig):
     )
 
 
-class RewardModelReward(RewardFn):
+class RewardModelReward(ModelReward[RewardModel]):
     """Scores completions by a trained reward model, or by a classifier from the hub."""
 
     api = 1
     Config = RewardModelRewardConfig
     config: RewardModelRewardConfig
+    kind = RewardModel
 
-    @cached_property
-    def model(self) -> RewardModel:
-        """The model, loaded when it is first needed.
-
-        Raises:
-            ConfigError: doubt is to count, and the model has none that means anything.
-        """
-        loaded = RewardModel.from_pretrained(
-            self.config.model, device=DeviceManager().device, precision=self.config.precision, frozen=True
-        )
-        if self.config.doubt_weight:
-            self._check_doubt(loaded)
-        return loaded
-
-    def _check_doubt(self, model: RewardModel) -> None:
-        weight, source = self.config.doubt_weight, self.config.model
+    def check(self, model: RewardModel) -> None:
+        """Refuse a doubt that is to count, of a model that has none that means anything."""
+        weight, source = self.config.doubt_weight, self.config.model.path
+        if not weight:
+            return
         if model.members == 1:
             raise ConfigError(
                 "a model of one member has no doubt",
