@@ -39,6 +39,7 @@ _PUBLIC = {
     "RewardModel": "models",
     "ProcessRewardModel": "models",
     "ValueModel": "models",
+    "over_vocabulary": "models",
     "OptimizedAttention": "models",
     "apply_lora": "models",
     "compile_model": "models",

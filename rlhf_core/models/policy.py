@@ -9,7 +9,7 @@ from typing import Any, Self, Unpack, cast
 import torch
 from torch import Tensor, nn
 
-from rlhf_core.batch import Batch, on_host
+from rlhf_core.batch import Batch
 from rlhf_core.errors import ModelError
 from rlhf_core.interfaces import Completion
 from rlhf_core.models.engine import Decoding, measure_decoding
@@ -73,7 +73,7 @@ class PolicyModel(SequenceModel):
         Args:
             states: this batch's hidden states, where they are known: nothing is forwarded again.
         """
-        if not len(on_host(batch.loss_mask).flatten().nonzero()):
+        if not batch.num_loss_tokens:
             return batch.loss_mask.float()
         states = self._states(batch, states)
         targets = batch.response_ids.flatten()[states.places()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -66,8 +67,14 @@ class HiddenStates:
         Raises:
             ValueError: the mask has another shape, or holds places beyond a response's end.
         """
-        batch = self.batch
-        mask = on_host(batch.loss_mask if where is None else where)
+        return self._in_loss if where is None else self._places(where)
+
+    @functools.cached_property
+    def _in_loss(self) -> Tensor:
+        return self._places(self.batch.loss_mask)
+
+    def _places(self, where: Tensor) -> Tensor:
+        batch, mask = self.batch, on_host(where)
         if mask.shape != batch.response_ids.shape:
             raise ValueError(f"the mask must be of shape {tuple(batch.response_ids.shape)}, got {tuple(mask.shape)}")
         beyond = torch.arange(mask.shape[1]) >= on_host(batch.response_lengths)[:, None]

@@ -102,6 +102,17 @@ def test_rewards(tmp_path: Path, environment: dict[str, str]) -> None:
     assert "[-1.0, -8.0]" in printed
 
 
+@pytest.mark.slow
+def test_models(tmp_path: Path, environment: dict[str, str]) -> None:
+    """The listings are one program."""
+    listings = blocks("docs/models.md")
+    for language, text in listings:
+        if language == "bash":
+            run(text, tmp_path, environment)
+    (tmp_path / "models.py").write_text("".join(text for language, text in listings if language == "python"))
+    run("python models.py", tmp_path, environment)
+
+
 SET_UP = ("make ", "source ", "pip install", "python examples/", "rlhf train examples/")
 """Commands that set the repository itself up, or need weights and data that aren't in it: they have tests of their own."""
 

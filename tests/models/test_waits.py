@@ -11,7 +11,7 @@ import torch
 from batches import random_batch
 
 from rlhf_core.batch import on_host, to_device
-from rlhf_core.models import PolicyModel
+from rlhf_core.models import PolicyModel, ValueModel
 from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
 
 
@@ -29,6 +29,18 @@ def test_no_value_is_read_in_a_forward_and_a_backward_pass(responses: int) -> No
     policy.to("meta")
     policy.token_logps(random_batch(3, responses).to("meta")).sum().backward()
     assert all(parameter.grad is not None for parameter in policy.parameters())
+
+
+def test_no_value_is_read_where_a_policy_and_its_critic_share_a_forward_pass() -> None:
+    policy = PolicyModel(tiny_model(), tiny_tokenizer())
+    policy.token_logps(random_batch(2, 2))
+    value = ValueModel.on(policy).to("meta")
+    batch = random_batch(3, 2, masked=True).to("meta")
+    states = policy.hidden_states(batch)
+    tokens, ends = value.values(batch, states=states)
+    entropy = policy.token_entropy(states.predicting())
+    (policy.token_logps(batch, states=states).sum() + tokens.sum() + ends.sum() + entropy.sum()).backward()
+    assert all(parameter.grad is not None for parameter in value.parameters())
 
 
 def test_what_was_moved_is_known_until_it_is_written_to() -> None:
