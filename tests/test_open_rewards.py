@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import signal
 import sys
 import threading
 import time
@@ -294,6 +295,27 @@ def test_a_reward_that_hangs_is_named_with_its_rows_and_left_behind() -> None:
     assert all(thread.daemon for thread in threading.enumerate() if thread.name == "rewards")
     release.set()
     assert rewards.score(SAMPLES).total.tolist() == [1, 1]  # by a thread of its own again
+
+
+def test_a_reward_with_signals_of_its_own_is_scored_in_the_main_thread_without_a_time_limit() -> None:
+    seen = []
+
+    class Alarmed(Window):
+        api = 1
+
+        def score(self, samples: Sequence[Sample]) -> Any:
+            signal.signal(signal.SIGUSR1, signal.signal(signal.SIGUSR1, signal.SIG_IGN))
+            seen.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+            return [1] * len(samples)
+
+    registry.register("reward", "alarmed", Alarmed)
+    said = "signal only works in main thread.*fix: switch its own time limit by signals off, or set `time_limit: null`"
+    with pytest.raises(PluginError, match=said):
+        scores("alarmed")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert scores({"name": "alarmed", "time_limit": None}) == [1, 1]
+        assert torch.is_autocast_enabled("cpu")
+    assert seen == [(False, False)] and torch.is_grad_enabled()
 
 
 def test_ctrl_c_interrupts_the_wait() -> None:

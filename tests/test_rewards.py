@@ -19,17 +19,8 @@ def length(prompts: Sequence[Any], completions: Sequence[str], **columns: Sequen
     return [float(len(text)) for text in completions]
 
 
-class Length(FunctionReward):
-    """A function as a reward class, for the contract."""
-
-    api = 1
-
-    def __init__(self, config: Any = None) -> None:
-        super().__init__(length)
-
-
 class TestFunctionReward(RewardContract):
-    reward = Length
+    reward = length
 
 
 def test_a_function_gets_prompts_completions_and_the_columns_that_all_have() -> None:
@@ -46,7 +37,7 @@ def test_a_function_gets_prompts_completions_and_the_columns_that_all_have() -> 
 
 
 def test_a_reward_class_is_taken_as_it_is() -> None:
-    reward = Length()
+    reward = FunctionReward(length)
     assert as_reward(reward) is reward
 
 

@@ -124,3 +124,16 @@ def _without_gradients(device: int | None) -> Iterator[None]:
         torch.cuda.set_device(device)
     with torch.no_grad():
         yield
+
+
+@contextlib.contextmanager
+def as_in_background() -> Iterator[None]:
+    """Give a call in the caller's thread what one in a thread of its own has: no gradients, no autocast."""
+    torch = sys.modules.get("torch")
+    with contextlib.ExitStack() as stack:
+        if torch is not None:
+            stack.enter_context(torch.no_grad())
+            for kind in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+        yield

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.errors import ConfigError, PluginError
-from rlhf_core.infra.background import Background, TimeLimit
+from rlhf_core.infra.background import Background, TimeLimit, as_in_background
 from rlhf_core.infra.redact import redact
 from rlhf_core.infra.source import describe_source
 from rlhf_core.interfaces import Completion, RewardFn, Sample
@@ -49,7 +49,7 @@ class Reward:
     reward: RewardFn
     weight: float = 1.0
     time_limit: float | None = None
-    """Seconds that scoring one batch may take."""
+    """Seconds that scoring one batch may take; None sets no limit, and scores in the caller's thread."""
     origin: Mapping[str, str] = field(default_factory=dict)
     """The plugin's distribution and version, where it is one."""
 
@@ -87,7 +87,7 @@ class Rewards:
             return
         for entry in self._entries:
             with naming(entry.name):
-                self._thread.run(entry.reward.prepare)
+                self._run(entry, entry.reward.prepare)
         self._prepared = True
 
     def score(self, samples: Sequence[Sample], rows: Sequence[int] | None = None) -> Scores:
@@ -147,6 +147,13 @@ class Rewards:
                 found[entry.name] = steps
         return found
 
+    def _run(self, entry: Reward, call: Callable[[], Any], limit: float | None = None) -> Any:
+        """Call in the rewards' thread, or, without a time limit, in this one, so that the reward may set alarms of its own."""
+        if entry.time_limit is not None:
+            return self._thread.run(call, limit)
+        with as_in_background():
+            return call()
+
     def _limited(
         self,
         entry: Reward,
@@ -159,7 +166,7 @@ class Rewards:
             return check(entry.reward, samples, rows=rows, name=entry.name)
 
         try:
-            return self._thread.run(call, entry.time_limit)
+            return self._run(entry, call, entry.time_limit)
         except TimeLimit:
             raise PluginError(
                 f"{doing} took longer than {entry.time_limit:g} seconds",

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import random
+import signal
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from pydantic import Field
+
+from rlhf_core.config import BaseConfig
 from rlhf_core.interfaces import Completion, RewardFn, Sample, Sampler
 from rlhf_core.testing.arithmetic import step_labels, verify
 
@@ -95,6 +101,128 @@ class BadSteps(Length):
 
     def score_steps(self, samples: Sequence[Sample]) -> list[list[float]] | None:
         return [[1.0, float("nan")] for _ in samples]
+
+
+class Loose(Length):
+    """Returns steps in an order of its own."""
+
+    api = 1
+
+    def score_steps(self, samples: Sequence[Sample]) -> list[list[float]] | None:
+        return [[score] for score in sorted(self.score(samples))]
+
+
+class Numbered(Length):
+    """Adds the group's number."""
+
+    api = 1
+
+    def score(self, samples: Sequence[Sample]) -> list[float]:
+        return [score + sample.group for score, sample in zip(super().score(samples), samples, strict=True)]
+
+
+class Fussy(Length):
+    """Has no score for what was cut off."""
+
+    api = 1
+
+    def score(self, samples: Sequence[Sample]) -> list[float]:
+        scores = super().score(samples)
+        return [
+            math.nan if sample.stop_reason == "length" else score for score, sample in zip(scores, samples, strict=True)
+        ]
+
+
+class PerWord(Length):
+    """Divides by the number of words."""
+
+    api = 1
+
+    def score(self, samples: Sequence[Sample]) -> list[float]:
+        return [len(sample.completion) / len(sample.completion.split()) for sample in samples]
+
+
+class Masked(Length):
+    """Asks whether there is a mask as if it were a number."""
+
+    api = 1
+
+    def score(self, samples: Sequence[Sample]) -> list[float]:
+        return [float(len(sample.completion) + 0 * (sample.mask or 0)) for sample in samples]  # type: ignore[operator]
+
+
+class Alarmed(Length):
+    """Limits its time by a signal, and swallows what goes wrong."""
+
+    api = 1
+
+    def score(self, samples: Sequence[Sample]) -> list[float]:
+        try:
+            signal.signal(signal.SIGUSR2, signal.signal(signal.SIGUSR2, signal.SIG_IGN))
+        except ValueError:
+            return [0.0] * len(samples)
+        return super().score(samples)
+
+
+class ScaledConfig(BaseConfig):
+    scale: float = Field(1.0, description="Factor of the scores; larger counts more.")
+
+
+class Scaled(Length):
+    """Rewards length, scaled."""
+
+    api = 1
+    Config = ScaledConfig
+    config: ScaledConfig
+
+    def score(self, samples: Sequence[Sample]) -> list[float]:
+        return [self.config.scale * score for score in super().score(samples)]
+
+
+class Unscaled(Length):
+    """Has an option that does nothing."""
+
+    api = 1
+    Config = ScaledConfig
+
+
+class Dated(Length):
+    """Describes itself by a number of its own."""
+
+    api = 1
+
+    def describe(self) -> dict[str, Any]:
+        return {"made": random.random()}
+
+
+class Opaque(Length):
+    """Describes itself by what isn't JSON."""
+
+    api = 1
+
+    def describe(self) -> dict[str, Any]:
+        return {"samples": Sample}
+
+
+class OfGroup(Length):
+    """Rewards being longer than the others of a group, as a group's reward may."""
+
+    api = 1
+
+    def score(self, samples: Sequence[Sample]) -> list[float]:
+        scores = super().score(samples)
+        means = {
+            group: statistics.fmean(
+                score for score, sample in zip(scores, samples, strict=True) if sample.group == group
+            )
+            for group in {sample.group for sample in samples}
+        }
+        return [score - means[sample.group] for score, sample in zip(scores, samples, strict=True)]
+
+
+def length(completions: Sequence[str], answer: Sequence[str], scale: float = 1.0) -> list[float]:
+    """Rewards length."""
+    return [scale * len(text) for text in completions]
 
 
 class Echo(Sampler):

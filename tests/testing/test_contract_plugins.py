@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import pytest
 
 import plugins
@@ -19,6 +21,21 @@ class TestLength(RewardContract):
     reward = plugins.Length
 
 
+class TestScaled(RewardContract):
+    reward = plugins.Scaled
+    changes: ClassVar = {"scale": 2.0}
+
+
+class TestOfGroup(RewardContract):
+    reward = plugins.OfGroup
+
+
+class TestFunction(RewardContract):
+    reward = plugins.length
+    options: ClassVar = {"scale": 3}
+    changes: ClassVar = {"scale": 2.0}
+
+
 class TestEcho(SamplerContract):
     sampler = plugins.Echo
 
@@ -33,9 +50,20 @@ FAULTS: dict[type, dict[str, str]] = {
     plugins.NoScore: {"test_one_finite_float_a_sample": "not a finite float: sample .*: None"},
     plugins.Unordered: {
         "test_scores_follow_the_order_of_samples": "in another order: sample . scores",
-        "test_scores_do_not_depend_on_company": "in batches of 1: sample . scores",
+        "test_scores_do_not_depend_on_company": "1 prompts at a time: sample . scores",
     },
-    plugins.Relative: {"test_scores_do_not_depend_on_company": "in batches of 1: sample . scores"},
+    plugins.Relative: {"test_scores_do_not_depend_on_company": "1 prompts at a time: sample . scores"},
+    plugins.Loose: {"test_steps_are_finite_floats": "steps of sample . in another order: sample 0 scores"},
+    plugins.Numbered: {"test_group_numbers_mean_nothing": "with other group numbers: sample 0 scores"},
+    plugins.Fussy: {"test_any_completion_has_a_score": r"completions that are cut off score \[nan"},
+    plugins.PerWord: {"test_any_completion_has_a_score": "ZeroDivisionError"},
+    plugins.Masked: {"test_any_completion_has_a_score": "TypeError"},
+    plugins.Alarmed: {
+        "test_scores_in_a_thread_are_the_same": r"in a thread \(signals.*: sample 0 scores 0.0 instead of"
+    },
+    plugins.Unscaled: {"test_options_change_scores": "`scale: 2.0` changes no score"},
+    plugins.Dated: {"test_what_it_describes_is_recorded": "`describe` of a new instance says otherwise"},
+    plugins.Opaque: {"test_what_it_describes_is_recorded": "`describe` returns what JSON can't hold"},
     plugins.Noisy: {"test_the_same_samples_score_the_same": "score otherwise the second time"},
     plugins.Writes: {"test_samples_are_left_alone": "sample 0 isn't as it was"},
     plugins.BadSteps: {"test_steps_are_finite_floats": "sample 0 has a step score that isn't a finite float"},
@@ -54,7 +82,10 @@ FAULTS: dict[type, dict[str, str]] = {
 
 def contract(plugin: type) -> type[Contract]:
     kind = next(kind for kind in CONTRACTS if issubclass(plugin, INTERFACES[kind]))
-    return type("Contract", (CONTRACTS[kind],), {kind: plugin})
+    members: dict[str, Any] = {kind: plugin}
+    if issubclass(plugin, plugins.Length) and plugin.Config is plugins.ScaledConfig:
+        members["changes"] = {"scale": 2.0}
+    return type("Contract", (CONTRACTS[kind],), members)
 
 
 @pytest.mark.parametrize("plugin", FAULTS, ids=lambda plugin: plugin.__name__)
