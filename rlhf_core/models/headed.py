@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -9,8 +10,20 @@ from torch import nn
 
 from rlhf_core.config import TrainerConfig
 from rlhf_core.errors import ModelError
+from rlhf_core.models.loading import Kind, kind_of_backbone, load_model
 from rlhf_core.models.options import refuse_quantised
 from rlhf_core.models.sequence import SequenceModel, model_hashes
+
+
+def load_backbone(source: str | Path, settings: dict[str, Any], *, saved: bool) -> SequenceModel:
+    """Load what heads stand on, with the settings of `load_model`.
+
+    Args:
+        saved: whether a model with a head of its own was saved there, and not a whole model that has none yet.
+    """
+    trusted = settings.get("trust_remote_code", False)
+    kind: Kind = kind_of_backbone(source, trust_remote_code=trusted) if saved else "causal"
+    return SequenceModel.of(load_model(source, kind=kind, headless=True, **settings), source).without_head()
 
 
 class HeadedModel(nn.Module):

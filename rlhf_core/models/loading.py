@@ -188,6 +188,20 @@ def architecture(source: str | Path, *, trust_remote_code: bool = False) -> str:
     return str((getattr(config, "architectures", None) or [""])[0])
 
 
+def kind_of_backbone(source: str | Path, *, trust_remote_code: bool = False) -> Kind:
+    """Return how the backbone is loaded that a model with a head of its own was saved with: by itself, or inside a whole model.
+
+    It was saved whole where it can't be loaded by itself. An adapter knows its layers by their names in a whole model.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    where, _ = locate(str(source))
+    whole = is_adapter(where) or architecture(source, trust_remote_code=trust_remote_code) in (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    )
+    return "causal" if whole else "backbone"
+
+
 def check_finite(model: nn.Module, source: str) -> None:
     """Raise where a weight is NaN or infinite, naming the tensor."""
     for name, parameter in model.named_parameters():

@@ -14,7 +14,7 @@ from rlhf_core.batch import Batch
 from rlhf_core.errors import ConfigError, ModelError
 from rlhf_core.infra.model_files import PROCESS_REWARD_HEAD
 from rlhf_core.infra.seeds import stream_seed
-from rlhf_core.models.headed import HeadedModel, wrong_kind
+from rlhf_core.models.headed import HeadedModel, load_backbone, wrong_kind
 from rlhf_core.models.heads import (
     TwoLayerHead,
     describe_head,
@@ -24,7 +24,6 @@ from rlhf_core.models.heads import (
     warn_of_other_heads,
     write_head,
 )
-from rlhf_core.models.loading import load_model
 from rlhf_core.models.options import LoadOptions, loading, settle
 from rlhf_core.models.sequence import SequenceModel
 from rlhf_core.models.steps import step_ends
@@ -74,8 +73,7 @@ class ProcessRewardModel(HeadedModel):
         if where is None and not new_head:
             fix = "train one: `rlhf train process_reward`"
             raise ModelError(no_head(HEAD), place=str(source), got=f"no {HEAD}.json", fix=fix)
-        loaded = load_model(source, kind="causal" if where is None else "backbone", headless=True, **settings)
-        backbone = SequenceModel.of(loaded, source).without_head()
+        backbone = load_backbone(source, settings, saved=where is not None)
         if where is not None:
             about = describe_head(where, HEAD, width=backbone.width, keys={"separator": str})
             head = TwoLayerHead(backbone.width, outputs=2)

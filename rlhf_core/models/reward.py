@@ -15,7 +15,7 @@ from rlhf_core.errors import ConfigError, ModelError
 from rlhf_core.infra.model_files import REWARD_HEAD
 from rlhf_core.infra.seeds import stream_seed
 from rlhf_core.models.adapters import trained_module
-from rlhf_core.models.headed import HeadedModel, wrong_kind
+from rlhf_core.models.headed import HeadedModel, load_backbone, wrong_kind
 from rlhf_core.models.heads import (
     SCALAR_HEADS,
     LinearHead,
@@ -126,14 +126,14 @@ class RewardModel(HeadedModel):
 
     @classmethod
     def _saved(cls, where: Path, source: str | Path, settings: dict[str, Any]) -> Self:
-        first = cls._load_backbone(source, settings)
+        first = load_backbone(source, settings, saved=True)
         keys = {"head": str, "members": int, "shared": bool}
         about = describe_head(where, HEAD, width=first.width, keys=keys)
         if about["head"] not in SCALAR_HEADS or not 1 <= about["members"] <= MOST_MEMBERS:
             got = f"head {about['head']}, {about['members']} members"
             raise ModelError("is no head that is known here", place=str(where / f"{HEAD}.json"), got=got)
         folders = [where / f"member-{member}" for member in range(1, 1 if about["shared"] else about["members"])]
-        backbones = [first, *(cls._load_backbone(folder, settings) for folder in folders)]
+        backbones = [first, *(load_backbone(folder, settings, saved=True) for folder in folders)]
         heads = [SCALAR_HEADS[about["head"]](about["width"]) for _ in range(about["members"])]
         # Files written before there was this note don't have it.
         model = cls(backbones, heads, centred=about.get("centred") is True)
@@ -143,12 +143,8 @@ class RewardModel(HeadedModel):
     @classmethod
     def _new(cls, source: str | Path, members: int, share_backbone: bool, seed: int, settings: dict[str, Any]) -> Self:
         warn_of_other_heads(source, HEAD)
-        backbone = SequenceModel.of(load_model(source, headless=True, **settings), source).without_head()
+        backbone = load_backbone(source, settings, saved=False)
         return cls.on(backbone, members=members, share_backbone=share_backbone, seed=seed)
-
-    @staticmethod
-    def _load_backbone(where: str | Path, settings: dict[str, Any]) -> SequenceModel:
-        return SequenceModel.of(load_model(where, kind="backbone", **settings), where)
 
     @classmethod
     def _classifier(cls, source: str, settings: dict[str, Any]) -> Self:

@@ -41,7 +41,7 @@ from rlhf_core.models.precision import (
 from rlhf_core.models.probe import FAILURES, Findings, Unexplained, examine, odd_company
 from rlhf_core.models.rope import LengthClasses
 from rlhf_core.models.states import HiddenStates
-from rlhf_core.models.structure import accepted, hidden_of, plain_ids, without_head
+from rlhf_core.models.structure import accepted, hidden_of, loads_alone, plain_ids, without_head
 
 log = logging.getLogger(__name__)
 
@@ -278,12 +278,13 @@ class SequenceModel(nn.Module):
     def without_head(self, *, freeze: bool = True) -> SequenceModel:
         """Return the model's backbone as a model of its own, sharing its weights.
 
-        Under an adapter the whole network is kept, for the adapter knows its layers by their names in it; its head isn't used,
-        and with `freeze` isn't trained either.
+        The whole network is kept under an adapter, which knows its layers by their names in it, and where the backbone couldn't
+        be loaded by itself; its head isn't used, and with `freeze` isn't trained either.
         """
         inner = without_head(self.network)
-        made = SequenceModel(self.model if self.has_adapter else inner, self.tokenizer, source=self.source)
-        made.loaded, made.base, made.resized, made.headless = self.loaded, self.base, self.resized, self.has_adapter
+        whole = self.has_adapter or not loads_alone(inner)
+        made = SequenceModel(self.model if whole else inner, self.tokenizer, source=self.source)
+        made.loaded, made.base, made.resized, made.headless = self.loaded, self.base, self.resized, whole
         made.stored, made.adapter_stored = self.stored, self.adapter_stored
         made.save_precision = self.save_precision
         inside = {id(parameter) for parameter in inner.parameters()}
@@ -463,8 +464,8 @@ class SequenceModel(nn.Module):
                 if not merged:
                     log.info("the adapter's base stands nowhere on disk as it is: saved whole, the adapter folded in")
                 model = folded_copy(self.model, place=self.source)
-                if self.headless:
-                    model = without_head(model)
+                if self.headless and loads_alone(inner := without_head(model)):
+                    model = inner
             else:
                 if self.resized:
                     options["save_embedding_layers"] = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -52,6 +53,22 @@ def without_head(network: Any) -> nn.Module:
     """Return a model's own base model, which is saved and loaded without a head; its backbone where it names none."""
     base = network.base_model
     return base if base is not network else find_backbone(network)
+
+
+def loads_alone(inner: Any) -> bool:
+    """Tell whether transformers can load a base model by itself: whether it makes no other tensors of the same configuration.
+
+    A decoder cut out of a pair with an encoder can't be, nor can one without the pooling layer that its kind has elsewhere.
+    """
+    from transformers import MODEL_MAPPING, AutoModel
+
+    if getattr(inner.config, "auto_map", None):
+        return True  # made by code of its repository's own
+    if type(inner.config) not in MODEL_MAPPING:
+        return False
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        made = AutoModel.from_config(copy.deepcopy(inner.config))
+    return made.state_dict().keys() <= inner.state_dict().keys()
 
 
 def plain_ids(network: Any, count: int) -> Tensor:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from rlhf_core.batch import Batch
 from rlhf_core.errors import ConfigError, ModelError
-from rlhf_core.infra.model_files import VALUE_HEAD, is_adapter
+from rlhf_core.infra.model_files import VALUE_HEAD
 from rlhf_core.infra.seeds import stream_seed
-from rlhf_core.models.headed import HeadedModel, wrong_kind
+from rlhf_core.models.headed import HeadedModel, load_backbone, wrong_kind
 from rlhf_core.models.heads import (
     SCALAR_HEADS,
     TwoLayerHead,
@@ -23,7 +23,6 @@ from rlhf_core.models.heads import (
     warn_of_other_heads,
     write_head,
 )
-from rlhf_core.models.loading import load_model
 from rlhf_core.models.options import LoadOptions, loading, settle
 from rlhf_core.models.reward import RewardModel
 from rlhf_core.models.sequence import SequenceModel
@@ -78,9 +77,7 @@ class ValueModel(HeadedModel):
             raise ModelError(no_head(HEAD), place=str(source), got=f"no {HEAD}.json", fix=fix)
         if where is None and head == "reward":
             return cls._of_reward(RewardModel.from_pretrained(source, **options), str(source))
-        # An adapter was trained on a whole model, and knows its layers by their names there.
-        kind: Any = "causal" if where is None or is_adapter(str(where)) else "backbone"
-        backbone = SequenceModel.of(load_model(source, kind=kind, headless=True, **settings), source).without_head()
+        backbone = load_backbone(source, settings, saved=where is not None)
         if where is not None:
             about = describe_head(where, HEAD, width=backbone.width, keys={"head": str})
             if about["head"] not in SCALAR_HEADS:

@@ -230,6 +230,25 @@ def test_what_is_saved_has_the_same_values(causal: Path, tmp_path: Path, lora: L
     assert about["head"] == "two_layer" and {"model.safetensors", "value_head.safetensors"} <= about["files"].keys()
 
 
+@pytest.mark.parametrize("kind", ["bert", "bart", "trocr"])
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)], ids=["whole", "adapter"])
+@pytest.mark.parametrize("made", [ValueModel, RewardModel, ProcessRewardModel])
+def test_a_backbone_that_transformers_cannot_load_by_itself_is_saved_in_its_model(
+    made: Any, kind: str, lora: LoraConfig | None, tmp_path: Path
+) -> None:
+    """A decoder without its encoder, or without a pooling layer that its kind has elsewhere."""
+    model = made.adopt(PolicyModel(make_tiny(kind), tiny_tokenizer()))
+    if lora is not None:
+        model.configure(TrainerConfig(lora=lora))
+    shaken(model)
+    model.save_pretrained(tmp_path)
+    batch = random_batch(2, 2)
+    again = made.from_pretrained(tmp_path).eval()
+    found, expected = (out if isinstance(out, tuple) else (out,) for out in (again(batch), model(batch)))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other) if lora is None else relative(one, other) < 1e-4
+
+
 @torch.no_grad()
 def test_a_critic_begins_where_the_reward_model_stands(reward: Path, tmp_path: Path) -> None:
     batch = random_batch(3, 2)
