@@ -15,7 +15,7 @@ from rlhf_core.merging.layout import Item
 from rlhf_core.merging.output import Output
 from rlhf_core.merging.plan import Plan
 from rlhf_core.merging.streams import CHUNK, THREADS_CHUNK, TensorStream
-from rlhf_core.merging.tensor import merged_chunks, stream_for
+from rlhf_core.merging.tensor import guarded, merged_chunks, stream_for
 from rlhf_core.merging.workers import Advance, may_fork, spread
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ class Pass:
         todo = [item for item in self.plan.items if item.name not in self.output.done]
         merged = [item for item in self.plan.items if item.merged]
         with _one_thread_an_operation(), torch.inference_mode():
-            self._surveyed = self.merger.survey(_Streams(self, merged))
+            with guarded(self.merger, "looking at all tensors"):
+                self._surveyed = self.merger.survey(_Streams(self, merged))
             # The largest first, so that none is left alone with it at the end.
             self._spread(sorted(todo, key=lambda item: -item.count))
 

@@ -85,8 +85,16 @@ class Chunk:
     next chunk. `inputs[i]` tells of the model that `tensors[i]` is of.
     """
 
-    def __init__(self, stream: TensorStream, start: int, base: Tensor | None, tensors: list[Tensor]) -> None:
+    def __init__(
+        self,
+        stream: TensorStream,
+        start: int,
+        base: Tensor | None,
+        tensors: list[Tensor],
+        runs: numpy.ndarray | None = None,
+    ) -> None:
         self.stream, self.start, self.base, self.tensors = stream, start, base, tensors
+        self._runs = runs  # of a sample: where each of its runs starts
 
     @property
     def name(self) -> str:
@@ -114,6 +122,27 @@ class Chunk:
         for tensor in self.tensors:
             tensor.sub_(self.origin)
         return self.tensors
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """Return the elements of this chunk out of a tensor as large as the whole, shaped as the chunk, on its device.
+
+        For what a method brings itself, such as an importance of each entry: loaded once per tensor in `measure`, and cut in
+        `merge_chunk`.
+
+        Raises:
+            ModelError: it has another number of elements than the tensor that is merged.
+        """
+        if whole.numel() != self.stream.count:
+            raise ModelError(
+                f"what belongs to tensor `{self.name}` has another size",
+                got=f"{list(whole.shape)} for {list(self.stream.shape)}",
+            )
+        flat, like = whole.reshape(-1), self.tensors[0]
+        if self._runs is None:
+            part = flat[self.start : self.start + like.numel()]
+        else:
+            part = flat[torch.from_numpy(self._runs[:, None] + numpy.arange(RUN)).to(flat.device)]
+        return part.to(like.device).view(like.shape)
 
     def random(self, model: int) -> Tensor:
         """Return one uniform whole number in -32768 … 32767 an element, int16, shaped as the chunk.
@@ -227,7 +256,7 @@ class TensorStream:
                 source.read_runs(group.tolist(), values)
                 parts.append(values.view(-1))
             base = parts.pop() if self.base is not None else None
-            yield Chunk(self, 0, base, parts)
+            yield Chunk(self, 0, base, parts, runs=group)
 
     def _read(self, source: Source, start: int, stop: int, out: Tensor) -> None:
         source.read(start, stop, out)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf_core.errors import PluginError
+from rlhf_core.errors import PluginError, RLHFError
+from rlhf_core.infra.model_files import first_line
 from rlhf_core.interfaces import Merger
 from rlhf_core.merging.inputs import MergeInput, check_own
 from rlhf_core.merging.streams import CHUNK, MemorySource, TensorStream
@@ -19,13 +21,16 @@ def merged_chunks(merger: Merger, stream: TensorStream) -> Iterator[tuple[int, T
     """Measure a tensor, then yield its merged chunks, each with where it starts.
 
     Raises:
-        PluginError: the method returned another shape than the chunk's, or another type than float32.
+        PluginError: the method raised, or returned another shape than the chunk's or another type than float32.
     """
     if stream.count == 0:
         return
-    measured = merger.measure(stream)
+    with guarded(merger, f"measuring tensor `{stream.name}`"):
+        measured = merger.measure(stream)
     for chunk in stream.chunks():
-        merged, like = merger.merge_chunk(chunk, measured), chunk.tensors[0]
+        with guarded(merger, f"merging tensor `{stream.name}`"):
+            merged = merger.merge_chunk(chunk, measured)
+        like = chunk.tensors[0]
         if not isinstance(merged, Tensor) or merged.shape != like.shape or merged.dtype != torch.float32:
             raise PluginError(
                 f"merging tensor `{stream.name}` gave something else than a chunk's float32 values",
@@ -34,6 +39,22 @@ def merged_chunks(merger: Merger, stream: TensorStream) -> Iterator[tuple[int, T
                 fix=f"return {_described(like)} from `merge_chunk`",
             )
         yield chunk.start, merged
+
+
+@contextmanager
+def guarded(merger: Merger, doing: str) -> Iterator[None]:
+    """Make whatever a method raises a fault with its name; faults and a lack of memory stay what they are."""
+    try:
+        yield
+    except (RLHFError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise PluginError(
+            f"{doing} raised",
+            place=f"merger {type(merger).__name__}",
+            got=f"{type(error).__name__}: {first_line(error)}",
+            fix="`--debug` shows where",
+        ) from error
 
 
 def merge_tensor(
@@ -80,7 +101,8 @@ def merge_tensor(
         device=tensors[0].device,
         chunk=chunk,
     )
-    stream.surveyed = merger.survey([stream])
+    with guarded(merger, "looking at all tensors"):
+        stream.surveyed = merger.survey([stream])
     merged = torch.empty(stream.count, device=stream.device)
     for start, part in merged_chunks(merger, stream):
         merged[start : start + part.numel()] = part.reshape(-1)

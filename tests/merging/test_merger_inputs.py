@@ -16,9 +16,10 @@ from torch import Tensor
 
 from rlhf_core import registry
 from rlhf_core.config import BaseConfig
-from rlhf_core.errors import ConfigError, PluginError
-from rlhf_core.merging import Chunk, MergeConfig, Merger, MergeResult, ModelMerger, merge_tensor
+from rlhf_core.errors import ConfigError, ModelError, PluginError
+from rlhf_core.merging import Chunk, MergeConfig, Merger, MergeResult, ModelMerger, TensorStream, merge_tensor
 from rlhf_core.merging.recipe import load_recipe
+from rlhf_core.merging.streams import MemorySource
 
 
 class ImportanceConfig(BaseConfig):
@@ -47,8 +48,7 @@ class Importance(Merger):
         for one, tensor in zip(chunk.inputs, chunk.tensors, strict=True):
             importance = torch.full_like(tensor, one.weight)
             if one.options["importance"] is not None and one.options["kind"] == "plain":
-                values = load_file(one.options["importance"])[chunk.name].reshape(-1)
-                importance *= values[chunk.start : chunk.start + tensor.numel()] ** one.options["power"]
+                importance *= chunk.cut(load_file(one.options["importance"])[chunk.name]) ** one.options["power"]
             if one.options["parts"] and not any(part in chunk.name for part in one.options["parts"]):
                 continue
             shift = sum(value for part, value in one.options["shift"].items() if part in chunk.name)
@@ -309,7 +309,10 @@ def test_plugins_that_say_what_cannot_be_are_broken() -> None:
         api = 1
         per_model = ("mask",)
 
-    for cls, message in ((Both, "declares `by_row` and `whole_tensors`"), (Unknown, "`per_model` names `mask`")):
+    for cls, message in (
+        (Both, "declares `by_row` and `whole_tensors`"),
+        (Unknown, "`per_model` names `mask`"),
+    ):
         registry.register("merger", "broken", cls)
         with pytest.raises(PluginError, match=message):
             ModelMerger(MergeConfig(method="broken", models=["a"]))
@@ -326,3 +329,41 @@ def test_one_tensor_in_memory() -> None:
         merge_tensor(merger, tensors, options=[{"scale": 1}, {}])
     with pytest.raises(ConfigError, match="`kind`: must be"):
         merge_tensor(merger, tensors, options=[{"kind": "x"}, {}])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_what_a_method_raises_names_it_and_the_tensor(
+    models: list[dict[str, Any]], tmp_path: Path, threads: int
+) -> None:
+    models[1]["options"] = {"importance": "gone.safetensors"}
+    with pytest.raises(PluginError) as raised:
+        merge("importance", models, tmp_path / "out", threads=threads)
+    assert "merger Importance: merging tensor `model." in str(raised.value)
+    assert "got FileNotFoundError: No such file or directory: gone.safetensors" in str(raised.value)
+
+
+@pytest.mark.parametrize("changes", [{}, {"by_row": True}, {"whole_tensors": True}])
+def test_what_a_method_brings_is_cut_as_chunks_are(changes: dict[str, bool]) -> None:
+    values = torch.arange(12.0 * 40).view(12, 40)
+    model = torch.randn(12, 40, generator=torch.Generator().manual_seed(0))
+    cls = type("Product", (Product,), changes)
+    for chunk in (4, 100, 1000):
+        assert merge_tensor(cls(), [model], chunk=chunk, name="values").equal(model * values)
+    large = torch.randn(200, 300)
+    stream = TensorStream("w", None, [MemorySource(large)])
+    for sampled in stream.sample(9):
+        assert sampled.cut(large).equal(sampled.tensors[0])
+    with pytest.raises(ModelError, match=r"belongs to tensor `values` has another size; got \[12, 40\] for \[12, 4\]"):
+        merge_tensor(cls(), [torch.ones(12, 4)], name="values")
+
+
+class Product(Merger):
+    """Multiplies a model by values that it brings itself."""
+
+    api = 1
+
+    def measure(self, stream: TensorStream) -> Tensor:
+        return torch.arange(12.0 * 40).view(12, 40)
+
+    def merge_chunk(self, chunk: Chunk, measured: Tensor) -> Tensor:
+        return chunk.tensors[0] * chunk.cut(measured)

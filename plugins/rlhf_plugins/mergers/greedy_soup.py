@@ -13,7 +13,7 @@ from rlhf_core.merging import Chunk, Merger
 from rlhf_plugins.mergers.uniform_soup import require_equal, uniform_soup
 
 if TYPE_CHECKING:
-    from rlhf_core.merging.merge import ModelMerger
+    from rlhf_core.merging import ModelMerger
 
 Score = Callable[[Sequence[int]], float]
 
