@@ -111,7 +111,8 @@ def merging() -> list[str]:
         "## Keys of a merge",
         "",
         "`rlhf merge FILE` takes these keys, and beside them the method's options by name; each is a flag, too, where",
-        "`--model PATH=WEIGHT` stands for an entry of `models`. `compat: mergekit` sets options to what mergekit does.",
+        "`--model PATH=WEIGHT` stands for an entry of `models`, and `--models.0.weight` and `--models.0.OPTION` change one."
+        " `compat: mergekit` sets options to what mergekit does.",
         "[merging.md](merging.md) tells more.",
         "",
         *option_table(MergeConfig, only=list(MergeConfig.KEYS)),

@@ -66,9 +66,9 @@ def merge(
 
     --model PATH[=WEIGHT] names a model, as often as there are models; --base the one that differences are taken from. A
     configuration file is flat: method, base, models (each a name, or model, weight and its own options), output, then the
-    method's options by name. Each is also a flag, which wins over the file; so are dtype, tokenizer, shard_size, threads,
-    device, seed, hash_inputs, and `--compat mergekit` for its definitions. `rlhf show METHOD` lists a method's options. Files of
-    mergekit are read unchanged. A merge that was killed is continued by --resume.
+    method's options by name. Each is also a flag, which wins over the file, a model's own as `--models.0.density 0.5`; so are
+    dtype, tokenizer, shard_size, threads, device, seed, hash_inputs, and `--compat mergekit` for its definitions. `rlhf show
+    METHOD` lists a method's options. Files of mergekit are read unchanged. A merge that was killed is continued by --resume.
 
     `rlhf merge --diff A B` shows the distances between two checkpoints by layer.
     """
