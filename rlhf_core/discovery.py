@@ -1,26 +1,25 @@
-"""Find plugins without importing them: entry points from installed metadata, headers from source text."""
+"""Find plugins without importing them: entry points from installed metadata, headers from source text.
+
+What is installed is read once in a process and kept while the places on `sys.path` stay as they are; a source is read again
+when its file changes.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
-import re
-from collections.abc import Iterable
+import os
+import sys
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from rlhf_core import API
-from rlhf_core.errors import did_you_mean
-from rlhf_core.header import Header, HeaderError, read_header, read_module_summary
+from rlhf_core.distributions import GROUPS as GROUPS
+from rlhf_core.distributions import LOCAL as LOCAL
+from rlhf_core.distributions import Offer, Scan, scan
+from rlhf_core.distributions import canonical as canonical
+from rlhf_core.errors import did_you_mean, printable
+from rlhf_core.header import Header, HeaderError, NoSource, read_header, read_module_summary, split_target
 from rlhf_core.records import RECORDS
-
-GROUPS = {
-    "trainer": "rlhf_core.trainers",
-    "reward": "rlhf_core.rewards",
-    "sampler": "rlhf_core.samplers",
-    "merger": "rlhf_core.mergers",
-    "hook": "rlhf_core.hooks",
-}
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,8 @@ class Plugin:
     """One plugin, as it is listed.
 
     `status` is `ok`, `conflict` (another distribution offers the same name), `disabled`, `broken` or `wrong-api`; `reason` is
-    empty where it is `ok`. `record` is the record type of a trainer's rows.
+    empty where it is `ok`, unless the plugin has no source: then it says that summary, record, stage and api are known once it
+    is loaded. `record` is the record type of a trainer's rows, `stage` where in the pipeline it stands.
     """
 
     kind: str
@@ -38,6 +38,7 @@ class Plugin:
     version: str
     summary: str
     record: str | None
+    stage: str | None
     api: int | None
     status: str
     reason: str
@@ -46,63 +47,96 @@ class Plugin:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the public record, as `rlhf list --json` prints it."""
-        names = ("kind", "name", "qualified", "distribution", "version", "summary", "record", "api", "status", "reason")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in PUBLIC}
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What tells it from every other plugin, those that share its qualified name too."""
+        return self.kind, self.qualified, self.target
 
 
-def installed(kinds: Iterable[str]) -> dict[str, list[Plugin]]:
-    """Return what the installed distributions offer of each kind, headers read; a name may stand several times."""
-    groups = {GROUPS[kind]: kind for kind in kinds}
-    seen: dict[str, dict[tuple[str, str], Plugin]] = {kind: {} for kind in groups.values()}
-    origins: dict[int, tuple[str, str]] = {}
-    for entry in _entry_points(groups):
-        assert entry.dist is not None  # those found through distributions carry theirs
-        # Each look at a distribution's name or version parses its metadata again.
-        origin = origins.get(id(entry.dist)) or (entry.dist.name, entry.dist.version)
-        origins[id(entry.dist)] = origin
-        plugin = _read(groups[entry.group], entry.name, entry.value, *origin)
-        seen[plugin.kind][plugin.qualified, plugin.target] = plugin
-    return {kind: list(plugins.values()) for kind, plugins in seen.items()}
+PUBLIC = (
+    "kind", "name", "qualified", "distribution", "version", "summary", "record", "stage", "api", "status", "reason",
+)  # fmt: skip
+
+MOST = 300
+"""Characters of a summary that are listed."""
+UNREAD = "it has no source to read; summary, record type, stage and api are known once it is loaded"
+
+Stamp = tuple[str, int, int, int]
+
+_scanned: tuple[object, Scan] | None = None
+_read: dict[Offer, tuple[Stamp, Plugin]] = {}
 
 
-def _entry_points(groups: Iterable[str]) -> list[importlib.metadata.EntryPoint]:
-    # The first distribution of a name on sys.path shadows later ones, as it does for imports.
+def installed() -> Scan:
+    """Return what is installed, read again only where `sys.path`, or what stands in its places, has changed."""
+    global _scanned
+    if _scanned is None or _scanned[0] != _state(_scanned[1]):
+        found = scan()
+        _scanned = (_state(found), found)
+        _read.clear()
+    return _scanned[1]
+
+
+def forget() -> None:
+    """Read everything again when it is next asked for."""
+    global _scanned
+    _scanned = None
+    _read.clear()
+
+
+def read(offer: Offer) -> Plugin:
+    """Return the plugin that an entry point offers, its header read."""
+    known = _read.get(offer)
+    if known is not None and known[0] == _stamp(known[0][0]):
+        return known[1]
+    plugin, path = _plugin(offer)
+    if path is not None:
+        _read[offer] = (_stamp(str(path)), plugin)
+    return plugin
+
+
+def _state(found: Scan) -> object:
+    places = [place or "." for place in sys.path if isinstance(place, str)]
+    return [_stamp(place) for place in (*places, *found.tables)], [id(finder) for finder in sys.meta_path]
+
+
+def _stamp(path: str) -> Stamp:
     try:
-        points = importlib.metadata.entry_points()
-        return [entry for group in groups for entry in points.select(group=group)]
-    except Exception:  # one malformed table must not hide every other distribution's; `rlhf doctor` names it
-        found: dict[str, list[importlib.metadata.EntryPoint]] = {}
-        for distribution in importlib.metadata.distributions():
-            with contextlib.suppress(Exception):
-                found.setdefault(canonical(distribution.name), list(distribution.entry_points))
-        return [entry for entries in found.values() for entry in entries if entry.group in groups]
+        about = os.stat(path)  # noqa: PTH116
+    except (OSError, ValueError):
+        return path, 0, 0, 0
+    return path, about.st_mtime_ns, about.st_size, about.st_ino
 
 
-def unreadable_distributions() -> list[tuple[str, str]]:
-    """Return (place, reason) for each installed distribution whose metadata can't be read."""
-    faults = []
-    for distribution in importlib.metadata.distributions():
-        try:
-            canonical(distribution.name)
-            list(distribution.entry_points)
-        except Exception as error:
-            place = str(getattr(distribution, "_path", distribution))
-            faults.append((place, f"{type(error).__name__}: {error}"))
-    return faults
-
-
-def _read(kind: str, name: str, target: str, distribution: str, version: str) -> Plugin:
-    qualified = f"{distribution}:{name}"
-    plugin = Plugin(kind, name, qualified, distribution, version, "", None, None, "ok", "", target)
+def _plugin(offer: Offer) -> tuple[Plugin, Path | None]:
+    """Return an offer as a plugin, and the file that says so."""
+    plugin = Plugin(
+        offer.kind, offer.name, offer.qualified, offer.distribution, offer.version, "", None, None, None, "ok", "", offer.target
+    )  # fmt: skip
+    if offer.fault:
+        return replace(plugin, status="broken", reason=offer.fault), None
     try:
-        if kind == "hook":
-            return replace(plugin, summary=read_module_summary(target))
-        header = read_header(target)
+        module, name = split_target(offer.target)
+        plugin = replace(plugin, target=f"{module}:{name}" if name else module)
+        if offer.kind == "hook":
+            return replace(plugin, summary=_brief(read_module_summary(offer.target))), None
+        header = read_header(offer.target)
+    except NoSource as unread:
+        return replace(plugin, reason=printable(f"{UNREAD}: {unread}")), unread.path
     except HeaderError as error:
-        return replace(plugin, status="broken", reason=str(error))
-    plugin = replace(plugin, summary=header.summary, record=header.record, api=header.api)
-    status, reason = _header_fault(kind, header) or ("ok", "")
-    return replace(plugin, status=status, reason=reason)
+        return replace(plugin, status="broken", reason=printable(str(error))), error.path
+    status, reason = _header_fault(offer.kind, header) or ("ok", "")
+    plugin = replace(
+        plugin, summary=_brief(header.summary), record=header.record, stage=header.stage, api=header.api,
+        status=status, reason=printable(reason),
+    )  # fmt: skip
+    return plugin, header.path
+
+
+def _brief(summary: str) -> str:
+    return summary if len(summary) <= MOST else f"{summary[:MOST]}…"
 
 
 def _header_fault(kind: str, header: Header) -> tuple[str, str] | None:
@@ -120,8 +154,3 @@ def _header_fault(kind: str, header: Header) -> tuple[str, str] | None:
 def fold(name: str) -> str:
     """Return a method's name as it is compared: case, `-` and `_` make no difference."""
     return name.strip().casefold().replace("-", "_")
-
-
-def canonical(distribution: str) -> str:
-    """Return a distribution's name as it is compared."""
-    return re.sub(r"[-_.]+", "-", distribution.strip()).casefold()

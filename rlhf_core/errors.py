@@ -51,7 +51,7 @@ class RLHFError(Exception):
 
     def line(self) -> str:
         """Return the one line that the command line prints to stderr."""
-        return " ".join(f"error[{self.code}] {self}".split("\n"))
+        return printable(f"error[{self.code}] {self}")
 
 
 def _kinds(kind: type[RLHFError]) -> Iterator[type[RLHFError]]:
@@ -131,6 +131,28 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     near = nearest(name, options)
     listed = ", ".join(options) if options else "none"
     return f"did you mean `{near}`? (known: {listed})" if near else f"use one of: {listed}"
+
+
+_SPACES = frozenset("\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000")
+_JOINERS = frozenset("\u200c\u200d")  # words of Persian and Hindi need them, and many emoji
+_BREAKS = frozenset("\n\r\t\v\f\x1c\x1d\x1e\x85\u2028\u2029")
+
+
+def printable(text: str, *, lines: bool = False) -> str:
+    """Return text that a terminal only shows: control and direction characters as escapes such as `\\x1b`.
+
+    With `lines`, line feeds and tabs stay; else every line break is a space, so that the text is one line.
+    """
+    if text.isprintable():
+        return text
+    kept = {"\n", "\t"} if lines else ()
+    return "".join(character if character in kept else _shown(character) for character in text.replace("\r\n", "\n"))
+
+
+def _shown(character: str) -> str:
+    if character.isprintable() or character in _SPACES or character in _JOINERS:
+        return character
+    return " " if character in _BREAKS else character.encode("unicode_escape").decode("ascii")
 
 
 def shortened(value: object) -> str:

@@ -23,6 +23,7 @@ import pluggy
 
 from rlhf_core import registry
 from rlhf_core.errors import RLHFError, did_you_mean
+from rlhf_core.foreign import ForeignFault, describe, run_foreign
 
 logger = logging.getLogger(__name__)
 
@@ -79,15 +80,21 @@ class Hooks:
 
     def add(self, listener: Any, name: str) -> bool:
         """Add an object or module whose `@hookimpl` functions bear the names of events; a wrong one is warned about."""
-        if self._manager.has_plugin(name) or self._manager.is_registered(listener):
+        if self._manager.has_plugin(name) or any(listener is one for _, one in self._manager.list_name_plugin()):
             logger.warning("hook `%s` is left out: it listens already", name)
             return False
         try:
+            # pluggy hashes and compares listeners, each with every other. A plain dataclass has no hash.
+            _ = hash(listener), bool(listener == object())
             self._manager.register(listener, name)
             self._refuse_unknown_events(listener)
         except (ValueError, pluggy.PluginValidationError) as error:
             self._drop(name)
             logger.warning("hook `%s` is left out: %s", name, error)
+            return False
+        except Exception as error:  # the object's own methods, which may do anything
+            self._drop(name)
+            logger.warning("hook `%s` is left out: looking at it raised %s", name, describe(error))
             return False
         return True
 
@@ -118,16 +125,20 @@ class Hooks:
 
 
 def load_hooks() -> Hooks:
-    """Load the hook plugins that are installed and enabled, each guarded. Called when a run starts, never before."""
+    """Load the hook plugins that are installed and enabled, each guarded. Called when a run starts, never before.
+
+    What an import or a constructor prints goes to stderr. One that ends the process at once (`os._exit`, a crash in C code)
+    ends the run: `rlhf list hooks --check` finds it.
+    """
     hooks = Hooks()
     for plugin in registry.find("hook"):
         if plugin.status == "disabled":
             continue
         try:
             loaded = registry.load(plugin)
-            listener = loaded() if isinstance(loaded, type) else loaded
-        except (Exception, SystemExit) as error:
-            reason = error.line() if isinstance(error, RLHFError) else f"{type(error).__name__}: {error}"
+            listener = run_foreign(loaded) if isinstance(loaded, type) else loaded
+        except (RLHFError, ForeignFault) as error:
+            reason = error.line() if isinstance(error, RLHFError) else f"making it raised {error}"
             logger.warning("hook `%s` is left out, the run goes on without it: %s", plugin.qualified, reason)
             continue
         hooks.add(listener, plugin.qualified)

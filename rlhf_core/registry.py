@@ -10,48 +10,60 @@ takes plugins out, and where `RLHF_PLUGINS_ALLOW` is set, only what it names sta
 
 from __future__ import annotations
 
-import importlib
-import inspect
+import logging
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
-from rlhf_core import API
-from rlhf_core.discovery import GROUPS, Plugin, canonical, fold, installed
-from rlhf_core.errors import ConfigError, PluginError, RLHFError, did_you_mean
-from rlhf_core.header import split_target
-from rlhf_core.records import RECORDS
+from rlhf_core import API, discovery
+from rlhf_core.discovery import GROUPS, LOCAL, Plugin, canonical, fold
+from rlhf_core.distributions import Offer, method_name_fault
+from rlhf_core.errors import ConfigError, PluginError, RLHFError, did_you_mean, shortened
 
 DISTRIBUTION = "rlhf-core"
-LOCAL = "local"
-"""The distribution of what `register` adds in this process."""
 
 KINDS = tuple(GROUPS)
 DISABLE_VARIABLE, ALLOW_VARIABLE = "RLHF_PLUGINS_DISABLE", "RLHF_PLUGINS_ALLOW"
+
+logger = logging.getLogger(__name__)
 
 
 class UnknownPlugin(ConfigError, KeyError):
     """No plugin of that kind bears the name."""
 
 
-_registered: dict[tuple[str, str], tuple[str, Any]] = {}
-"""What `register` added: (kind, folded name) → the name as given and the object."""
-_failed: dict[tuple[str, str], tuple[str, str]] = {}
-"""Loads that failed in this process: (qualified, target) → status and reason."""
+@dataclass(frozen=True)
+class _Failure:
+    """A load that failed. Where it ended a process, it isn't tried again in this one."""
+
+    status: str
+    reason: str
+    fatal: bool = False
+
+
+T = TypeVar("T")
+Key = tuple[str, str, str]
+
+_registered: dict[tuple[str, str], tuple[Plugin, Any]] = {}
+"""What `register` added: (kind, folded name) → its record and the object."""
+_failed: dict[Key, _Failure] = {}
+_loaded: dict[Key, Mapping[str, Any]] = {}
+"""Loads that worked, here or in another process, with what the class says of itself where its source didn't."""
+_said: set[tuple[Key, str]] = set()
+"""Bare names of which it was said that they mean one plugin, because another's load failed."""
 
 
 def find(kind: str | None = None) -> list[Plugin]:
     """List the plugins of one kind, or of all, sorted by kind and name. Imports none of them."""
-    kinds = KINDS if kind is None else (parse_kind(kind),)
-    there = installed(kinds)
-    found = [plugin for one in kinds for plugin in _resolved([*there[one], *_local(one)])]
-    return sorted(found, key=lambda plugin: (KINDS.index(plugin.kind), plugin.name, plugin.qualified))
+    return _found(KINDS if kind is None else (parse_kind(kind),))
 
 
 def get(kind: str, name: str) -> Any:
     """Return the class of that kind and name; the name may be qualified, `distribution:name`.
+
+    An import that ends the process at once (`os._exit`, a crash in C code) ends this one: only `check` outlives it.
 
     Raises:
         UnknownPlugin: no such name (a `ConfigError`, with the nearest and all of the kind).
@@ -61,53 +73,80 @@ def get(kind: str, name: str) -> Any:
 
 
 def lookup(text: str, kind: str | None = None) -> Plugin:
-    """Return the one plugin that `[kind:][distribution:]name` means; nothing is imported. Raises as `get` does."""
+    """Return the one plugin that `[kind:][distribution:]name` means. Raises as `get` does.
+
+    Nothing is imported in this process. Where several plugins offer a bare name, they are tried in another one, and if all but
+    one of them fail there, the name means that one, with a warning.
+    """
     head, colon, rest = text.partition(":")
     if colon and _kind_of(head) and kind in (None, _kind_of(head)):
         kind, text = _kind_of(head), rest
+    kinds = KINDS if kind is None else (parse_kind(kind),)
     distribution, colon, name = text.rpartition(":")
-    candidates = find(kind)
-    named = [p for p in candidates if fold(p.name) == fold(name)]
-    if colon:
-        named = [p for p in named if canonical(p.distribution) == canonical(distribution)]
+    named = _named(kinds, name, distribution if colon else None)
     if not named:
-        known = {p.qualified if colon else p.name for p in candidates}
-        what = kind or "plugin"
-        raise UnknownPlugin(f"unknown {what} `{text}`", place="registry", fix=did_you_mean(text, known))
-    kinds = sorted({p.kind for p in named}, key=KINDS.index)
-    if len(kinds) > 1:
-        forms = " or ".join(f"`{one}:{name}`" for one in kinds)
+        known = {one.qualified if colon else one.name for one in _everything(kinds) if not method_name_fault(one.name)}
+        raise UnknownPlugin(f"unknown {kind or 'plugin'} `{text}`", place="registry", fix=did_you_mean(text, known))
+    of_kinds = sorted({p.kind for p in named}, key=KINDS.index)
+    if len(of_kinds) > 1:
+        forms = " or ".join(f"`{one}:{name}`" for one in of_kinds)
         raise ConfigError(f"`{name}` is the name of several kinds", place="registry", fix=f"write {forms}")
-    enabled = [p for p in named if p.status != "disabled"] or named
-    conflicting = [p for p in enabled if p.status == "conflict"]
-    if conflicting and (not colon or len(enabled) > 1):
-        raise PluginError(
-            conflicting[0].reason, place=f"{conflicting[0].kind} `{name}`", fix=_fix_conflict(conflicting)
-        )
-    # A name that only broken plugins offer is reported as the first of them.
-    return min(enabled, key=lambda p: p.status not in ("ok", "conflict"))
+    if len([p for p in named if p.status == "conflict"]) > 1:
+        _try_out(named)
+        named = _named(of_kinds, name, distribution if colon else None)
+    return _chosen(named, name, qualified=bool(colon))
 
 
 def load(plugin: Plugin) -> Any:
-    """Import a plugin's class and check it against its kind's contract.
+    """Import a plugin's class and check it against its kind's contract. What the import prints goes to stderr.
 
-    A failure is remembered for `find` to list; the next load tries again, for the module may have been mended.
+    A failure is remembered for `find` to list; the next load tries again, for the module may have been mended, unless the
+    import is known to end the process.
     """
+    before = _failed.get(plugin.key)
+    if before is not None and before.fatal:
+        raise _fault(replace(plugin, status=before.status, reason=before.reason))
+    if plugin.status not in ("ok", "conflict") and (before is None or plugin.status == "disabled"):
+        raise _fault(plugin)
     if plugin.distribution == LOCAL:
         return _registered[plugin.kind, fold(plugin.name)][1]
-    failed_before = _failed.pop((plugin.qualified, plugin.target), None) is not None
-    if plugin.status not in ("ok", "conflict") and not failed_before:
-        raise _fault(plugin)
+    from rlhf_core.loading import LoadFault, describe_class, load_target
+
     try:
-        module, name = split_target(plugin.target)
-        loaded: Any = importlib.import_module(module)
-        for part in name.split(".") if name else ():
-            loaded = getattr(loaded, part)
-    except (Exception, SystemExit) as error:
-        raise _remember(plugin, "broken", f"importing it raised {type(error).__name__}: {error}") from error
-    if (fault := _contract_fault(plugin.kind, loaded)) is not None:
-        raise _remember(plugin, *fault)
+        loaded = load_target(plugin.kind, plugin.target)
+    except LoadFault as fault:
+        _remember(plugin, _Failure(fault.status, fault.reason))
+        raise _fault(replace(plugin, status=fault.status, reason=fault.reason)) from fault.__cause__
+    _remember(plugin, {} if plugin.kind == "hook" or plugin.api is not None else describe_class(loaded))
     return loaded
+
+
+def ask(plugin: Plugin, question: Callable[[Any], T]) -> T:
+    """Load a plugin's class and return what `question` makes of it, guarded as the load is.
+
+    Raises:
+        PluginError: it can't be loaded, or `question` raised.
+    """
+    from rlhf_core.foreign import ForeignFault, run_foreign
+
+    loaded = load(plugin)
+    try:
+        return run_foreign(lambda: question(loaded))
+    except ForeignFault as fault:
+        reason = f"its class can't be described: that raised {fault}"
+        raise _fault(replace(plugin, status="broken", reason=reason)) from fault.__cause__
+
+
+def check(kind: str | None = None, *, seconds: float | None = None) -> list[Plugin]:
+    """Import the plugins of one kind, or of all, in another process, and list them with what that revealed.
+
+    An import that exits, crashes or takes longer than `seconds` (60 where None) is listed as broken.
+    """
+    kinds = KINDS if kind is None else (parse_kind(kind),)
+    for key in [key for key in _failed if key[0] in kinds]:
+        del _failed[key]
+    _try_out(_found(kinds), seconds, again=True)
+    return _found(kinds)
 
 
 def register(kind: str, name: str, cls: Any) -> None:
@@ -115,12 +154,19 @@ def register(kind: str, name: str, cls: Any) -> None:
 
     It is listed under the distribution `local`; a name that an installed plugin bears too is then ambiguous.
     """
+    from rlhf_core.loading import contract_fault, describe_class
+
     kind = parse_kind(kind)
-    if not name or ":" in name:
-        raise ConfigError("a plugin's name is not empty and has no colon", place="register", got=repr(name))
-    if (fault := _contract_fault(kind, cls)) is not None:
-        raise PluginError(fault[1], place=f"{kind} `{name}`", got=repr(cls))
-    _registered[kind, fold(name)] = (name, cls)
+    if reason := method_name_fault(name):
+        raise ConfigError(reason, place="register", fix="name it otherwise")
+    if (fault := contract_fault(kind, cls)) is not None:
+        raise PluginError(fault[1], place=f"{kind} `{name}`", got=_shown(cls))
+    named = cls if isinstance(cls, type) else type(cls)
+    target = f"{named.__module__}:{named.__qualname__}"
+    plugin = Plugin(
+        kind, name, f"{LOCAL}:{name}", LOCAL, "", status="ok", reason="", target=target, **describe_class(cls)
+    )
+    _registered[kind, fold(name)] = (plugin, cls)
 
 
 def unregister(kind: str, name: str) -> None:
@@ -129,9 +175,12 @@ def unregister(kind: str, name: str) -> None:
 
 
 def forget() -> None:
-    """Forget every registration and every load that failed."""
+    """Forget every registration, every load that failed, and what is installed: the next look reads it again."""
     _registered.clear()
     _failed.clear()
+    _loaded.clear()
+    _said.clear()
+    discovery.forget()
 
 
 def parse_kind(text: str) -> str:
@@ -142,14 +191,21 @@ def parse_kind(text: str) -> str:
     return kind
 
 
+def faults() -> list[str]:
+    """Return what is wrong with the installation and shows in no plugin, a line each.
+
+    Distributions of which another of the same name hides the plugins, tables that can't be read, groups that are misspelt.
+    """
+    return list(discovery.installed().faults)
+
+
 def unmatched_policy() -> list[tuple[str, str]]:
     """Return (variable, entry) for each entry of the two policy variables that matches no plugin: likely a typing slip."""
-    plugins = find()
     return [
         (variable, entry)
         for variable in (DISABLE_VARIABLE, ALLOW_VARIABLE)
         for entry in _entries(variable)
-        if not any(_matches(entry, plugin) for plugin in plugins)
+        if not any(_matches(entry, one) for one in _everything(KINDS))
     ]
 
 
@@ -181,39 +237,102 @@ class View(Mapping[str, Any]):
 trainers, rewards, samplers, mergers = View("trainer"), View("reward"), View("sampler"), View("merger")
 
 
-def _local(kind: str) -> list[Plugin]:
-    plugins = []
-    for (one, _), (name, obj) in _registered.items():
-        if one == kind:
-            cls = obj if isinstance(obj, type) else type(obj)
-            summary = (inspect.getdoc(obj) or "").strip().split("\n")[0]
-            record, api = getattr(obj, "record", None), getattr(obj, "api", None)
-            target = f"{cls.__module__}:{cls.__qualname__}"
-            plugins.append(Plugin(kind, name, f"{LOCAL}:{name}", LOCAL, "", summary, record, api, "ok", "", target))
-    return plugins
+# Find
+
+
+def _found(kinds: Iterable[str], wanted: Callable[[Plugin | Offer], bool] = lambda _: True) -> list[Plugin]:
+    """Return the plugins of some kinds; only of those that are wanted is the source read."""
+    plugins = [discovery.read(one) if isinstance(one, Offer) else one for one in _everything(kinds) if wanted(one)]
+    of_kind: dict[str, list[Plugin]] = defaultdict(list)
+    for plugin in plugins:
+        of_kind[plugin.kind].append(plugin)
+    resolved = [plugin for one in of_kind.values() for plugin in _resolved(one)]
+    return sorted(resolved, key=lambda plugin: (KINDS.index(plugin.kind), plugin.name, plugin.qualified))
+
+
+def _everything(kinds: Iterable[str]) -> list[Plugin | Offer]:
+    """Return what is installed and what is registered, unread and before policy."""
+    kinds = tuple(kinds)
+    everything: list[Plugin | Offer] = [*discovery.installed().offers, *(plugin for plugin, _ in _registered.values())]
+    return [one for one in everything if one.kind in kinds]
+
+
+def _named(kinds: Iterable[str], name: str, distribution: str | None) -> list[Plugin]:
+    """Return the plugins of a name, or those among them that one distribution offers; policy sees them all."""
+    named = _found(kinds, lambda one: fold(one.name) == fold(name))
+    return [p for p in named if distribution is None or canonical(p.distribution) == canonical(distribution)]
 
 
 # Policy
 
 
 def _resolved(plugins: list[Plugin]) -> list[Plugin]:
-    """Settle each plugin's status: disabled first, then conflicts among the rest, then loads that failed."""
-    plugins = [_filtered(plugin) for plugin in plugins]
+    """Settle the status of each plugin of one kind: disabled first, then loads that failed, then conflicts among the rest."""
+    plugins = [_tried(_filtered(plugin)) for plugin in plugins]
     same: dict[str, list[Plugin]] = defaultdict(list)
     for plugin in plugins:
         # A broken offer takes nobody's name away; several hooks may share a name, for all of them listen.
         if plugin.status == "ok" and plugin.kind != "hook":
             same[fold(plugin.name)].append(plugin)
-    resolved = []
-    for plugin in plugins:
-        rivals = same.get(fold(plugin.name), [])
-        if plugin.status == "ok" and len(rivals) > 1:
-            plugin = replace(plugin, status="conflict", reason=_conflict_reason(rivals))
-        failed = _failed.get((plugin.qualified, plugin.target))
-        if plugin.status in ("ok", "conflict") and failed:
-            plugin = replace(plugin, status=failed[0], reason=failed[1])
-        resolved.append(plugin)
-    return resolved
+    return [
+        replace(plugin, status="conflict", reason=_conflict_reason(rivals))
+        if plugin.status == "ok" and len(rivals := same.get(fold(plugin.name), [])) > 1
+        else plugin
+        for plugin in plugins
+    ]
+
+
+def _tried(plugin: Plugin) -> Plugin:
+    """Add what a load revealed."""
+    failure, loaded = _failed.get(plugin.key), _loaded.get(plugin.key)
+    if plugin.status == "ok" and failure is not None:
+        return replace(plugin, status=failure.status, reason=failure.reason)
+    return replace(plugin, reason="", **loaded) if plugin.status == "ok" and loaded else plugin
+
+
+def _try_out(plugins: Iterable[Plugin], seconds: float | None = None, *, again: bool = False) -> None:
+    """Import plugins in another process and remember how that went; those that loaded before need it only `again`."""
+    from rlhf_core.probe import SECONDS, probe
+
+    tried = [
+        plugin
+        for plugin in plugins
+        if plugin.status in ("ok", "conflict") and plugin.distribution != LOCAL and (again or plugin.key not in _loaded)
+    ]
+    verdicts = probe([(plugin.kind, plugin.target) for plugin in tried], SECONDS if seconds is None else seconds)
+    for plugin, verdict in zip(tried, verdicts, strict=True):
+        if verdict.status == "ok":
+            _remember(plugin, {} if plugin.kind == "hook" or plugin.api is not None else verdict.about)
+        else:
+            _remember(plugin, _Failure(verdict.status, verdict.reason, verdict.fatal))
+
+
+def _remember(plugin: Plugin, outcome: _Failure | Mapping[str, Any]) -> None:
+    if isinstance(outcome, _Failure):
+        _failed[plugin.key] = outcome
+        _loaded.pop(plugin.key, None)
+    else:
+        _loaded[plugin.key] = outcome
+        _failed.pop(plugin.key, None)
+
+
+def _chosen(named: list[Plugin], name: str, *, qualified: bool) -> Plugin:
+    """Return the one of a name's plugins that it means, with a word where only failures of the others leave it alone."""
+    enabled = [p for p in named if p.status != "disabled"] or named
+    conflicting = [p for p in enabled if p.status == "conflict"]
+    if len(conflicting) > 1 or (conflicting and not qualified):
+        first = conflicting[0]
+        raise PluginError(first.reason, place=f"{first.kind} `{name}`", fix=_fix_conflict(conflicting))
+    # A name that only broken plugins offer is reported as the first of them.
+    chosen = min(enabled, key=lambda p: p.status not in ("ok", "conflict"))
+    for other in enabled:
+        if chosen.status == "ok" and other.key in _failed and (chosen.key, other.qualified) not in _said:
+            _said.add((chosen.key, other.qualified))
+            logger.warning(
+                "%s `%s` means `%s`, for `%s` is %s: %s",
+                chosen.kind, name, chosen.qualified, other.qualified, other.status, other.reason,
+            )  # fmt: skip
+    return chosen
 
 
 def _conflict_reason(rivals: list[Plugin]) -> str:
@@ -242,12 +361,12 @@ def _entries(variable: str) -> list[str]:
     return [entry.strip() for entry in os.environ.get(variable, "").split(",") if entry.strip()]
 
 
-def _matches(entry: str, plugin: Plugin) -> bool:
+def _matches(entry: str, one: Plugin | Offer) -> bool:
     distribution, colon, name = entry.rpartition(":")
-    same_name = fold(name) == fold(plugin.name)
+    same_name = fold(name) == fold(one.name)
     if colon:
-        return same_name and canonical(distribution) == canonical(plugin.distribution)
-    return same_name or canonical(entry) == canonical(plugin.distribution)
+        return same_name and canonical(distribution) == canonical(one.distribution)
+    return same_name or canonical(entry) == canonical(one.distribution)
 
 
 def only_this_distribution() -> None:
@@ -260,36 +379,11 @@ def _kind_of(text: str) -> str | None:
     return kind if kind in GROUPS else None
 
 
-# Load
-
-
-def _contract_fault(kind: str, cls: Any) -> tuple[str, str] | None:
-    """Tell what keeps a loaded object from being a plugin of that kind: (status, reason)."""
-    if kind == "hook":
-        return None
-    from rlhf_core.config import BaseConfig, TrainerConfig
-    from rlhf_core.interfaces import INTERFACES
-
-    interface = INTERFACES[kind]
-    if not (isinstance(cls, type) and issubclass(cls, interface)):
-        return "broken", f"not a subclass of rlhf_core.{interface.__name__}"
-    if (missing := sorted(getattr(cls, "__abstractmethods__", ()))) != []:
-        return "broken", f"doesn't define {', '.join(f'`{name}`' for name in missing)}"
-    base = TrainerConfig if kind == "trainer" else BaseConfig
-    config = getattr(cls, "Config", None)
-    if not (isinstance(config, type) and issubclass(config, base)):
-        return "broken", f"its `Config` is not a subclass of rlhf_core.{base.__name__}"
-    if kind == "trainer" and getattr(cls, "record", None) not in RECORDS:
-        return "broken", f"its `record` is not one of: {', '.join(sorted(RECORDS))}"
-    api = getattr(cls, "api", None)
-    if api != API:
-        return "wrong-api", f"written for api {api}, not {API}"
-    return None
-
-
-def _remember(plugin: Plugin, status: str, reason: str) -> PluginError:
-    _failed[plugin.qualified, plugin.target] = (status, reason)
-    return _fault(replace(plugin, status=status, reason=reason))
+def _shown(thing: Any) -> str:
+    try:
+        return shortened(thing)
+    except Exception:
+        return type(thing).__name__
 
 
 def _fault(plugin: Plugin) -> PluginError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -41,11 +42,14 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
         return root
 
     yield put
-    inside = [str(root) for root in roots]
-    for name in set(sys.modules) - before:
-        file = getattr(sys.modules[name], "__file__", None) or ""
-        if any(file.startswith(root) for root in inside):
-            del sys.modules[name]
+    inside = tuple(str(root) for root in roots)
+    for name in [name for name in set(sys.modules) - before if _place(sys.modules[name]).startswith(inside)]:
+        del sys.modules[name]
+
+
+def _place(module: ModuleType) -> str:
+    """Where a module, or a namespace package, was imported from."""
+    return getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", [])), "")
 
 
 @pytest.fixture(autouse=True)

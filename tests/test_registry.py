@@ -58,7 +58,7 @@ def test_a_plugin_is_found_without_being_imported(install) -> None:
     )
     assert one("trainers", "mine").as_dict() == {
         "kind": "trainer", "name": "mine", "qualified": "acme-rlhf:mine", "distribution": "acme-rlhf", "version": "1.0",
-        "summary": "Does what mine does.", "record": "sft", "api": 1, "status": "ok", "reason": "",
+        "summary": "Does what mine does.", "record": "sft", "stage": "sft", "api": 1, "status": "ok", "reason": "",
     }  # fmt: skip
     assert "acme" not in sys.modules and "acme.mine" not in sys.modules
 
@@ -165,7 +165,7 @@ def test_policy_entries_that_match_nothing_are_told(monkeypatch) -> None:
 
 
 BROKEN = {
-    "no-module": ("acme.gone:Mine", {"acme/__init__.py": ""}, "broken", "module `acme.gone` has no source file"),
+    "no-module": ("acme.gone:Mine", {"acme/__init__.py": ""}, "broken", "package `acme` has no module `acme.gone`"),
     "no-package": ("nowhere.at.all:Mine", {}, "broken", "package `nowhere` isn't installed"),
     "no-class": ("acme:Other", {"acme.py": METHOD}, "broken", "class `Other` isn't defined in `acme`"),
     "syntax": ("acme:Mine", {"acme.py": "class Mine(:\n"}, "broken", "acme.py:1: invalid syntax"),
@@ -256,7 +256,7 @@ def test_register_offers_a_class_in_this_process() -> None:
     assert registry.get("trainer", "mine") is Local
     assert one("trainer", "mine").as_dict() | {"reason": ""} == {
         "kind": "trainer", "name": "mine", "qualified": "local:mine", "distribution": "local", "version": "",
-        "summary": "Trains in a notebook.", "record": "sft", "api": 1, "status": "ok", "reason": "",
+        "summary": "Trains in a notebook.", "record": "sft", "stage": "sft", "api": 1, "status": "ok", "reason": "",
     }  # fmt: skip
     registry.register("trainer", "dpo", Local)
     with pytest.raises(PluginError, match="`local:dpo`"):
@@ -266,7 +266,7 @@ def test_register_offers_a_class_in_this_process() -> None:
     assert registry.get("trainer", "dpo").__name__ == "DPOTrainer"
     with pytest.raises(PluginError, match=r"not a subclass of rlhf_core\.RewardFn"):
         registry.register("reward", "mine", Local)
-    with pytest.raises(ConfigError, match="no colon"):
+    with pytest.raises(ConfigError, match="can't be addressed"):
         registry.register("trainer", "a:b", Local)
 
 

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from rlhf_core.errors import RLHFError
+from rlhf_core.errors import RLHFError, printable
 
 INTERRUPTED = 130
 
@@ -20,15 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         only_this_distribution()
     try:
-        if (plain := _plain_list(tokens)) is not None:
-            from rlhf_core.cli.listing import print_list
-
-            print_list(plain[0], as_json="--json" in tokens, check="--check" in tokens)
-            code = 0
-        else:
-            from rlhf_core.cli.app import run
-
-            code = run(tokens)
+        code = 0 if _plainly(tokens) else _through_typer(tokens)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
@@ -61,17 +53,38 @@ def describe(error: Exception) -> tuple[str, int]:
 
         fault = StorageError(error.strerror or str(error), place=str(error.filename or "input/output"))
         return fault.line(), fault.exit_code
-    text = " ".join(str(error).split())
+    text = printable(" ".join(str(error).split()))
     fix = "run it again with `--debug` to see where, and report it if it isn't your plugin's"
     return f"error[internal] {type(error).__name__}: {text}; fix: {fix}", 1
 
 
-def _plain_list(tokens: Sequence[str]) -> list[str | None] | None:
-    """Return the kind (or None) of a `list` in its usual forms, which goes without typer: that takes four times as long."""
-    if not tokens or tokens[0] != "list" or "_RLHF_COMPLETE" in os.environ:
-        return None
-    rest = [token for token in tokens[1:] if token not in ("--json", "--check")]
-    return None if len(rest) > 1 or any(token.startswith("-") for token in rest) else [*rest, None]
+def _plainly(tokens: Sequence[str]) -> bool:
+    """Run a `list` or `show` in its usual forms without typer, whose import takes longer than either; else return False."""
+    verb, words = tokens[0], [token for token in tokens[1:] if not token.startswith("-")]
+    switches = {token for token in tokens[1:] if token.startswith("-")}
+    if "_RLHF_COMPLETE" in os.environ:
+        return False
+    if verb == "list" and len(words) <= 1 and switches <= {"--json", "--check"}:
+        from rlhf_core.cli.listing import print_list
+
+        print_list(*words, as_json="--json" in switches, check="--check" in switches)
+        return True
+    if verb == "show" and len(words) == 1 and switches <= {"--json", "--all"}:
+        from rlhf_core.cli.listing import print_plugin
+
+        print_plugin(*words, as_json="--json" in switches, every="--all" in switches)
+        return True
+    return False
+
+
+def _through_typer(tokens: Sequence[str]) -> int:
+    if not tokens[0].startswith("-"):
+        from rlhf_core.discovery import installed
+
+        installed()  # before anything imports pydantic or torch, which another package's malformed table would break
+    from rlhf_core.cli.app import run
+
+    return run(tokens)
 
 
 _STORAGE = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EFBIG, errno.EPERM)

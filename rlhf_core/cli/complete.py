@@ -33,7 +33,8 @@ def _files(incomplete: str) -> list[tuple[str, str]]:
 
 def _names(kind: str | None, incomplete: str) -> list[tuple[str, str]]:
     from rlhf_core import registry
+    from rlhf_core.errors import printable
 
     usable = [plugin for plugin in registry.find(kind) if plugin.status in ("ok", "conflict")]
     offers = [(p.name if p.status == "ok" else p.qualified, p.summary) for p in usable]
-    return [offer for offer in offers if offer[0].startswith(incomplete)]
+    return [(name, printable(summary)) for name, summary in offers if name.startswith(incomplete)]

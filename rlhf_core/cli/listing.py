@@ -1,19 +1,30 @@
-"""The list of plugins. Apart from typer, so that `rlhf list` is quicker than typer's own import."""
+"""What `rlhf list` and `rlhf show` print. Apart from typer, so that both are quicker than typer's own import."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from rlhf_core import registry
-from rlhf_core.cli.output import print_json, print_table
-from rlhf_core.errors import RLHFError
+from rlhf_core.cli.output import print_json, print_table, print_text, print_warning
+from rlhf_core.header import HeaderError, Option, read_header, read_options
+
+if TYPE_CHECKING:
+    from rlhf_core.registry import Plugin
 
 _STYLES = {"ok": "", "conflict": "yellow", "disabled": "dim", "broken": "red", "wrong-api": "red"}
 
 
-def print_list(kind: str | None = None, *, as_json: bool = False, check: bool = False) -> None:
-    """Print the plugins of one kind, or of all; with `check` each is imported first, so that its status is the true one."""
-    if check:
-        _load_each(kind)
-    plugins = registry.find(kind)
+def print_list(
+    kind: str | None = None, *, as_json: bool = False, check: bool = False, seconds: float | None = None
+) -> None:
+    """Print the plugins of one kind, or of all.
+
+    With `check` each is imported first, in another process, so that its status is the true one; `seconds` is how long an import
+    may take. What is wrong with the installation and shows in no plugin goes to stderr.
+    """
+    plugins = registry.check(kind, seconds=seconds) if check else registry.find(kind)
+    for fault in registry.faults():
+        print_warning(fault)
     if as_json:
         return print_json([plugin.as_dict() for plugin in plugins])
     rows = [
@@ -24,10 +35,73 @@ def print_list(kind: str | None = None, *, as_json: bool = False, check: bool = 
     return print_table(header, rows, styles=[_STYLES[plugin.status] for plugin in plugins])
 
 
-def _load_each(kind: str | None) -> None:
-    for plugin in registry.find(kind):
-        if plugin.status in ("ok", "conflict"):
-            try:
-                registry.load(plugin)
-            except RLHFError:
-                continue  # the registry remembers the reason and lists it
+def print_plugin(name: str, *, every: bool = False, as_json: bool = False) -> None:
+    """Print what one plugin's source says of it; with `every`, all its options, for which it is imported."""
+    plugin = registry.lookup(name)
+    doc, source, options = _of_source(plugin)
+    if every:
+        options, loaded_doc = _of_class(plugin)
+        plugin, doc = registry.lookup(f"{plugin.kind}:{plugin.qualified}"), doc or loaded_doc
+    doc = doc or plugin.summary
+    if as_json:
+        facts: dict[str, Any] = {**plugin.as_dict(), "doc": doc, "source": source}
+        return print_json({**facts, "options": [vars(option) for option in options]})
+    print_text(f"{plugin.name}: {doc.strip()}" if doc else plugin.name)
+    print()
+    _print_facts(plugin, source)
+    if options:
+        print()
+        print_table(("option", "type", "default", "description"), [tuple(vars(option).values()) for option in options])
+    if plugin.kind == "trainer" and not every:
+        print_text(f"\nWith the options that all trainers share: rlhf show {name} --all")
+    return None
+
+
+def _print_facts(plugin: Plugin, source: str) -> None:
+    facts = {
+        "kind": plugin.kind,
+        "qualified": plugin.qualified,
+        "version": plugin.version,
+        "target": plugin.target,
+        "source": source,
+        "record": _record(plugin),
+        "stage": plugin.stage or "",
+        "status": plugin.status,
+        "reason": plugin.reason,
+    }
+    width = max(map(len, facts))
+    for label, value in facts.items():
+        if value:
+            print_text(f"{label:{width}}  {value}")
+
+
+def _of_source(plugin: Plugin) -> tuple[str, str, list[Option]]:
+    """Return what a plugin's source says: docstring, place and own options."""
+    if plugin.kind != "hook":
+        try:
+            header = read_header(plugin.target)
+            return header.doc, f"{header.path}:{header.line}", read_options(plugin.target)
+        except HeaderError:
+            pass  # its reason is shown with its status
+    return "", "", []
+
+
+def _of_class(plugin: Plugin) -> tuple[list[Option], str]:
+    """Return every option of a plugin, and its docstring, by importing it."""
+    import inspect
+
+    from rlhf_core.options import every_option
+
+    def look(cls: Any) -> tuple[list[Option], str]:
+        config = getattr(cls, "Config", None)
+        options = [Option(*row[:4]) for row in every_option(config)] if config is not None else []
+        return options, inspect.getdoc(cls) or ""
+
+    return registry.ask(plugin, look)
+
+
+def _record(plugin: Plugin) -> str:
+    from rlhf_core.records import RECORDS
+
+    record = RECORDS.get(plugin.record or "")
+    return f"{record.name} ({', '.join(record.required)}): {record.summary}" if record else ""
