@@ -71,8 +71,6 @@ class Batch:
     """Each prompt as it stands in the data, text or chat messages, for rewards; () where it isn't known."""
     records: tuple[Mapping[str, Any], ...] = ()
     """Each prompt's other columns, as they stand in its record (an answer, step labels), for rewards."""
-    boundary: bool = True
-    """False on every window but the last that `experience` makes from one rollout: a checkpoint waits for a boundary."""
 
     @classmethod
     def from_completions(cls, batch: Batch, completions: Sequence[Sequence[Completion]]) -> Batch:
@@ -264,7 +262,6 @@ class Batch:
             per_token={name: column[responses, :length] for name, column in self.per_token.items()},
             prompts=tuple(self.prompts[p] for p in picks) if self.prompts else (),
             records=tuple(self.records[p] for p in picks) if self.records else (),
-            boundary=self.boundary,
         )
 
     def prompt_tokens(self) -> Tensor:

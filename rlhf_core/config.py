@@ -338,6 +338,12 @@ class TrainerConfig(BaseConfig):
     trust_remote_code: bool = Field(
         False, description="Run code that the model's repository ships; true only where you trust that code."
     )
+    max_idle_batches: int = Field(
+        50,
+        ge=1,
+        description="Batches of data in a row that may give nothing to learn from (every token masked, every reward of a group"
+        " the same) before the run is stopped as broken; larger waits longer.",
+    )
     eval_steps: int | None = Field(
         None, ge=1, description="Steps between evaluations; larger evaluates less often, null only at the end."
     )

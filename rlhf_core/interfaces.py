@@ -7,13 +7,13 @@ checkpoints. Importing this module imports no torch.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from rlhf_core import API as API
-from rlhf_core.config import BaseConfig, TrainerConfig, TrainingStage
+from rlhf_core.config import BaseConfig, ReferenceConfig, TrainerConfig, TrainingStage
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -24,9 +24,37 @@ if TYPE_CHECKING:
     from rlhf_core.merging.streams import Chunk, TensorStream
     from rlhf_core.models.policy import PolicyModel
     from rlhf_core.models.reference import Reference
+    from rlhf_core.training.context import RunContext
+    from rlhf_core.training.loader import Loader
     from rlhf_core.training.result import TrainResult
 
 ConfigT = TypeVar("ConfigT", bound=TrainerConfig)
+
+
+Pair = tuple["Tensor | float", "Tensor | float"]
+"""A sum and what it is counted over; either may be a number or a tensor of one entry per prompt, (P,)."""
+
+
+@dataclass(frozen=True)
+class Role:
+    """How a method uses one of its models."""
+
+    trained: bool
+    """Trained models get gradients, are checkpointed and exported; frozen ones are only read."""
+    optional: bool = False
+    """Whether a configuration may make it unnecessary, so that `build` leaves it out."""
+
+
+TRAINED, FROZEN = Role(trained=True), Role(trained=False)
+
+
+@dataclass(frozen=True)
+class Window:
+    """The work of one optimiser step."""
+
+    batch: Batch
+    last: bool = True
+    """False for every window but the last one of a rollout: checkpoints and evaluations wait for that one."""
 
 
 @dataclass(frozen=True)
@@ -35,27 +63,23 @@ class Loss:
 
     `terms` are scalar sums with gradient, by name, each averaged by the core over the weight that `Trainer.weights` gives
     for that name, taken over the whole optimiser step (micro-batches × ranks); the step's loss is the sum of the averages.
-    `metrics` are pairs (sum, count), logged as the quotient over the whole step. A sum may be given one entry a prompt, (P,),
+    `metrics` are pairs (sum, count), reported as the quotient over the whole step. A sum may be given one entry per prompt, (P,),
     and its count too; evaluation then adds the quotient's standard error as `eval_NAME_se`, for which rows of the same prompt
     are one observation.
     """
 
     terms: Mapping[str, Tensor]
-    metrics: Mapping[str, tuple[Tensor | float, Tensor | float]] = field(default_factory=dict)
+    metrics: Mapping[str, Pair] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Seam:
-    """What the loop lends a method while it makes experience, so that it needs to know of no process and no memory."""
+class Evaluation:
+    """What one batch of held-out rows adds to an evaluation: sums, never means; the core adds them up over the whole set."""
 
-    gather: Callable[[Any], list[Any]] = lambda value: [value]
-    """Every process's value, in order of rank."""
-    index: int = 0
-    """Which of these values is this process's."""
-    evaluating: bool = False
-    """Whether experience is made of held-out rows, to be scored and not trained on."""
-    score: Callable[[Batch, Callable[[Batch], Tensor]], Tensor] = lambda batch, score: score(batch)
-    """A function's scores of a batch's responses, computed in micro-batches that fit in memory."""
+    terms: Mapping[str, Pair] = field(default_factory=dict)
+    """Loss terms as pairs (sum, weight); `eval_loss` is the sum of their quotients over the set."""
+    metrics: Mapping[str, Pair] = field(default_factory=dict)
+    """Pairs (sum, count), reported as `eval_NAME`, with a standard error where they have one entry per prompt."""
 
 
 class Trainer(ABC, Generic[ConfigT]):
@@ -68,21 +92,20 @@ class Trainer(ABC, Generic[ConfigT]):
     record: ClassVar[str]
     """The record type of its rows: a name in `rlhf_core.records.RECORDS`."""
     stage: ClassVar[TrainingStage]
+    """Where in a pipeline it belongs; shown by `rlhf show` and kept in the run's record."""
     Config: ClassVar[type[TrainerConfig]]
-    trains: ClassVar[tuple[str, ...]] = ("policy",)
-    """Roles of the models that get gradients."""
-    frozen: ClassVar[tuple[str, ...]] = ()
-    """Roles of the models that are only read, such as `reference`."""
-    windows_per_batch: ClassVar[int] = 1
-    """Windows that `experience` yields for each batch that it takes: how many steps `epochs` make. With `max_steps` it has no
-    effect."""
+    roles: ClassVar[Mapping[str, Role]] = {"policy": TRAINED}
+    """Its models by name. `reference` is the policy as it was passed in; every other one is what `build` makes of it."""
+    splits_groups: ClassVar[bool] = False
+    """Whether a micro-batch may hold some of a prompt's responses only. `micro_batch_size` then counts responses, so that a large
+    group trains on a small device; a prompt comes in several micro-batches, so its weights and metrics must count responses
+    or tokens."""
 
     config: ConfigT
     models: nn.ModuleDict
-    """The models that it trains, by role, once `build` has run. One optimiser serves them all."""
+    """Its models by role, once `build` has run. One optimiser serves the trained ones."""
     reference: Reference
-    """The policy as it was passed in; there when `reference` is among `frozen`."""
-    seam: Seam = Seam()
+    """The policy as it was passed in; there when `build` returns it."""
     run_inputs: Mapping[str, Any] | None = None
     """Where the run comes from, set by the command line for the run directory: `config_input` (the file's text, or None)
     and `command` (as one shell line), both with secrets redacted, and `plugin` (its `Plugin.as_dict()`). None from Python."""
@@ -95,21 +118,25 @@ class Trainer(ABC, Generic[ConfigT]):
         data: Any,
         eval_data: Any = None,
         output: str | Path | None = None,
+        rewards: Sequence[Any] | None = None,
     ) -> None:
         """Take what to train and on what; nothing is loaded or read before `train`.
 
         Args:
             config: options of the method; its defaults where None.
-            model: a path, a hub name, or a loaded `PolicyModel`.
+            model: a path, a hub name, or a loaded model.
             data: rows of the record type `record`: a path, several paths, a hub name, a `datasets` object, or a list of rows.
             eval_data: rows held out, scored during training.
             output: the run directory. None keeps nothing on disk, so such a run can't be resumed.
+            rewards: of a method that learns from rewards, in place of `config.rewards`: functions, `RewardFn` objects, names, or
+                `RewardConfig`; a pair `(reward, weight)` gives one a weight.
 
         A leading `~` in a path is the home directory.
         """
         self.config = config if config is not None else self.Config()  # type: ignore[assignment]
         self.model, self.data, self.eval_data = model, data, eval_data
         self.output = Path(output).expanduser() if output is not None else None
+        self.rewards = rewards
 
     @property
     def policy(self) -> PolicyModel:
@@ -122,57 +149,43 @@ class Trainer(ABC, Generic[ConfigT]):
         Rows that are streamed aren't known yet: `data.streaming`.
         """
 
-    def load(self, source: str | Path, **options: Any) -> PolicyModel:
-        """Load what `model` names; a method that trains another kind of model returns that.
+    def build(self, loader: Loader) -> Mapping[str, nn.Module | Reference]:
+        """Return the models by role: all of `roles`, but for optional ones that the configuration makes unnecessary.
 
-        Args:
-            source: a path or hub name.
-            options: those of `PolicyModel.from_pretrained`.
+        `loader.main` gives what the run was given as `model`, `loader.load` any other model by path with its own options. A
+        trained model has a `save_pretrained(directory)`, by which it is exported. The default has a policy and, where it is
+        among the roles, its reference.
         """
-        from rlhf_core.models.policy import PolicyModel
+        policy: PolicyModel = loader.main()
+        models: dict[str, nn.Module | Reference] = {"policy": policy}
+        if "reference" in self.roles:
+            mode = self.config.reference if isinstance(self.config, ReferenceConfig) else "auto"
+            models["reference"] = loader.reference(policy, mode)
+        return models
 
-        return PolicyModel.from_pretrained(source, **options)
+    def windows_per_batch(self) -> int | None:
+        """Return how many windows `experience` makes of each batch; None where the data decide, as in dynamic sampling.
 
-    def adopt(self, model: PolicyModel) -> PolicyModel:
-        """Return what is trained where a loaded model was passed in, before any option is applied to it."""
-        return model
+        With `epochs` it says how many steps there are, over which the learning rate's schedule runs; where it is None, the
+        schedule runs over the batches of data. The core checks it.
+        """
+        return 1
 
-    def build(self, policy: PolicyModel) -> dict[str, nn.Module]:
-        """Return the models that it trains, by role. The default trains the policy as loaded."""
-        return {"policy": policy}
-
-    def experience(self, stream: Iterator[Batch]) -> Iterable[Batch]:
+    def experience(self, stream: Iterator[Batch], run: RunContext) -> Iterable[Window | Batch]:
         """Take batches from the data as needed; yield windows, each the work of one optimiser step. No gradients here.
 
         Here live reference log-probabilities, rollouts, rewards and advantages, attached as columns (`Batch.attach`), and
-        every estimate over a whole window. The default yields each batch as it is.
+        every estimate over a whole window. The default yields each batch as it is; a batch stands for `Window(batch)`.
 
-        A method that makes several windows of one rollout marks all but the rollout's last with `boundary=False`: checkpoints
-        wait for a boundary, so no resume begins in the middle of a rollout; it states how many in `windows_per_batch`. The
-        generator is made anew on a resume, and for each evaluation (there over held-out rows): what must outlive it belongs on
-        the trainer, in `state_dict`, never in its local variables.
+        A method that makes several windows of one rollout yields all but the rollout's last as `Window(batch, last=False)`, so
+        that no resume begins in the middle of a rollout, and says how many in `windows_per_batch`. The generator starts again
+        on a resume and for each held-out batch: what must outlive it belongs on the trainer, in `state_dict`, never in its
+        local variables.
 
         Where the last step of a run has fewer rows than there are processes, the batch of some is empty (P = R = 0): they yield
         an empty window with the same columns, and gather as often as the others.
         """
         yield from stream
-
-    def gather(self, value: Any) -> list[Any]:
-        """Return every process's value, in order of rank, for estimates over a whole step; values are what JSON can hold.
-
-        For `experience`, where every process must call it as often as the others: once a window, not once a row.
-        """
-        return self.seam.gather(value)
-
-    def score_responses(self, batch: Batch, score: Callable[[Batch], Tensor] | None = None) -> Tensor:
-        """Return (R, ...) scores of a window's responses without gradients, forwarded in micro-batches that fit in memory.
-
-        For `experience`. Without `score`, the policy's log-probabilities of the responses, summed over their loss mask, nats.
-        """
-        import torch
-
-        with torch.no_grad():
-            return self.seam.score(batch, score or self.policy.response_logps)
 
     @abstractmethod
     def weights(self, batch: Batch) -> Mapping[str, float]:
@@ -185,8 +198,16 @@ class Trainer(ABC, Generic[ConfigT]):
     def loss(self, batch: Batch) -> Loss:
         """Return the sums of one micro-batch, with gradients."""
 
+    def evaluate(self, batch: Batch, run: RunContext) -> Evaluation:
+        """Return the sums of one batch of held-out rows, without gradients.
+
+        The default makes experience of it and takes the loss. A method whose loss on its own completions says nothing of their
+        quality overrides it: it generates, scores, and returns the rewards as metrics with one entry per prompt.
+        """
+        return run.held_out_loss(batch)
+
     def summary(self, values: Mapping[str, Tensor]) -> dict[str, float]:
-        """Return figures of a whole held-out set that are no averages, from the metrics given one entry a prompt.
+        """Return figures of a whole held-out set that are no averages, from the metrics given one entry per prompt.
 
         Args:
             values: for each such metric, sum / count of every held-out row, (rows,) float64 in the data's order.

@@ -22,7 +22,7 @@ def filled(prompts: int = 3, responses: int = 2, seed: int = 0) -> Batch:
         per_response={"score": torch.arange(prompts * responses) * 10.0},
     )
     batch = batch.attach(per_token={"twice": batch.response_ids * 2})
-    return Batch(**{**vars(batch), "records": tuple({"id": number} for number in range(prompts)), "boundary": False})
+    return Batch(**{**vars(batch), "records": tuple({"id": number} for number in range(prompts))})
 
 
 def contents(batch: Batch) -> list[tuple[object, ...]]:
@@ -96,7 +96,7 @@ def test_a_selection_takes_whole_prompts_in_order(prompts: int, responses: int, 
     assert contents(chosen) == [everything[pick * responses + k] for pick in picks for k in range(responses)]
     assert chosen.prompt_ids.shape[1] == chosen.prompt_lengths.max()
     assert chosen.response_ids.shape[1] == chosen.response_lengths.max()
-    assert chosen.boundary is False and chosen.rows == tuple(picks)
+    assert chosen.rows == tuple(picks)
 
 
 def test_selecting_nothing_is_an_empty_batch() -> None:

@@ -84,6 +84,16 @@ class DataStream:
         windows, left = divmod(total, self.batch_size)
         return windows + (left > 0)
 
+    @property
+    def batches(self) -> int:
+        """Windows taken so far, from the beginning of the first epoch."""
+        return -(-self._state[3] // self.batch_size)
+
+    @property
+    def rows(self) -> int:
+        """Rows taken so far by all processes, from the beginning of the first epoch."""
+        return self._state[3]
+
     def __iter__(self) -> Iterator[Batch]:
         return self
 

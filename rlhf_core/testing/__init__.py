@@ -14,16 +14,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rlhf_core.testing import arithmetic as arithmetic
     from rlhf_core.testing.merger_contract import MergerContract as MergerContract
+    from rlhf_core.testing.processes import simulate as simulate
     from rlhf_core.testing.reward_contract import RewardContract as RewardContract
     from rlhf_core.testing.sampler_contract import SamplerContract as SamplerContract
     from rlhf_core.testing.tiny import save_tiny as save_tiny
     from rlhf_core.testing.tiny import tiny_model as tiny_model
     from rlhf_core.testing.tiny import tiny_tokenizer as tiny_tokenizer
     from rlhf_core.testing.trainer_contract import TrainerContract as TrainerContract
+    from rlhf_core.testing.workbench import run_context as run_context
 
 # Public name → the module that defines it, loaded on first use: the task alone needs no torch, and nothing needs pytest.
 _PUBLIC = {
     "TrainerContract": "trainer_contract",
+    "run_context": "workbench",
+    "simulate": "processes",
     "RewardContract": "reward_contract",
     "SamplerContract": "sampler_contract",
     "MergerContract": "merger_contract",

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from rlhf_core.batch import Batch
-from rlhf_core.interfaces import Trainer
+from rlhf_core.interfaces import Trainer, Window
 from rlhf_core.testing.contract import require
 from rlhf_core.training.checkpoint import CheckpointManager
+from rlhf_core.training.context import RunContext
 from rlhf_core.training.logger import TIMING
 
 
@@ -26,8 +27,8 @@ def interruptible(cls: type[Trainer]) -> type[Trainer]:
     class Interruptible(cls):  # type: ignore[valid-type, misc]
         stop_after: int | None = None
 
-        def experience(self, stream: Iterator[Batch]) -> Iterable[Batch]:
-            for number, window in enumerate(super().experience(stream)):
+        def experience(self, stream: Iterator[Batch], run: RunContext) -> Iterable[Window | Batch]:
+            for number, window in enumerate(super().experience(stream, run)):
                 if number == self.stop_after:
                     raise Interrupted
                 yield window
@@ -61,5 +62,6 @@ def require_same_run(found: Path, expected: Path) -> None:
         tensors, want_tensors = last.tensors(group), want_last.tensors(group)
         different = [name for name in want_tensors if not torch.equal(tensors[name], want_tensors[name])]
         require(not different, f"the resumed run ends with another {group}: {', '.join(different[:4])}")
-    for name in ("stream", "ranks"):
-        require(last.state[name] == want_last.state[name], f"the resumed run ends with another state of `{name}`")
+    for rank, (own, want_own) in enumerate(zip(last.state["ranks"], want_last.state["ranks"], strict=True)):
+        different = [name for name in want_own if own[name] != want_own[name]]
+        require(not different, f"process {rank} ends with another state after a resume: {', '.join(different)}")

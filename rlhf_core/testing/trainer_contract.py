@@ -6,15 +6,12 @@ class TestDPO(TrainerContract):
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 from unittest import SkipTest
 
 import torch
@@ -22,14 +19,18 @@ from torch import Tensor
 
 from rlhf_core.batch import Batch
 from rlhf_core.config import TrainingStage
+from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.seeds import seed_everything
-from rlhf_core.interfaces import Trainer
+from rlhf_core.interfaces import Role, Trainer
 from rlhf_core.records import RECORDS
 from rlhf_core.testing.contract import after, require
+from rlhf_core.testing.processes import OutOfStep, simulate
 from rlhf_core.testing.runs import metrics_of
 from rlhf_core.testing.trainer_setup import TrainerSetup
 from rlhf_core.testing.workbench import Workbench, reseeds
-from rlhf_core.training.prepare import training_mode
+from rlhf_core.training.distribution import Distribution
+from rlhf_core.training.loader import reference_of
+from rlhf_core.training.prepare import trained_roles, training_mode
 
 TERMS = "test_every_term_has_a_weight"
 GRADIENT = "test_trained_models_get_a_gradient"
@@ -46,9 +47,9 @@ class TrainerContract(TrainerSetup):
         require(cls.record in RECORDS, f"unknown record {cls.record!r}; known: {', '.join(sorted(RECORDS))}")
         stage = getattr(cls, "stage", None)
         require(isinstance(stage, TrainingStage), f"`stage` is {stage!r}, not a TrainingStage")
-        require(len(cls.trains) > 0, "`trains` is empty: no model would learn")
-        both = sorted(set(cls.trains) & set(cls.frozen))
-        require(not both, f"both trained and frozen: {', '.join(both)}")
+        wrong = [f"`{name}` is {role!r}" for name, role in cls.roles.items() if not isinstance(role, Role)]
+        require(not wrong, f"`roles` maps names to a Role: {', '.join(wrong)}")
+        require(any(role.trained for role in cls.roles.values()), "no role in `roles` is trained: no model would learn")
 
     def test_experience_keeps_the_rows(self) -> None:
         """Windows are whole batches of the data's rows, none lost or doubled, with finite columns and no gradients."""
@@ -62,8 +63,8 @@ class TrainerContract(TrainerSetup):
         bench.batches = map(note, bench.batches)
         made: list[int] = []
         for window in islice(bench.windows(), 4 * len(self.rows())):
-            made += window.rows
-            _check_window(window)
+            made += window.batch.rows
+            _check_window(window.batch)
         require(bool(made), "`experience` yields no window")
         if self.offline:
             lost, extra = Counter(given) - Counter(made), Counter(made) - Counter(given)
@@ -145,13 +146,11 @@ class TrainerContract(TrainerSetup):
 
     @after("test_loss_is_finite")
     def test_trained_models_get_a_gradient(self) -> None:
-        """Each role in `trains` gets a gradient that isn't zero."""
+        """Each trained role gets a gradient that isn't zero."""
         bench = self.bench()
         trainer = bench.trainer
-        missing = [role for role in trainer.trains if role not in trainer.models]
-        require(not missing, f"`build` returns no `{', '.join(missing)}`")
         gradient = bench.step(bench.window()).gradient
-        for role in trainer.trains:
+        for role in trained_roles(trainer):
             own = [value for name, value in gradient.items() if name.startswith(f"{role}.")]
             require(any(bool(value.any()) for value in own), f"`{role}` gets no gradient")
 
@@ -162,14 +161,14 @@ class TrainerContract(TrainerSetup):
         trainer = bench.trainer
         parameters = trainer.models.named_parameters()
         still: dict[str, Tensor] = {name: p for name, p in parameters if name not in bench.parameters}
-        for role in sorted(trainer.models.keys() - set(trainer.trains)):
+        for role in sorted(trainer.models.keys() - set(trained_roles(trainer))):
             still |= {f"{role}.{name}": buffer for name, buffer in trainer.models[role].named_buffers()}
-        reference = trainer.reference if "reference" in trainer.frozen else None
+        reference = reference_of(trainer)
         if not still and reference is None:
             raise SkipTest("nothing is frozen")
         before = {name: tensor.detach().clone() for name, tensor in still.items()}
         windows = bench.windows()
-        window = next(windows)
+        window = next(windows).batch
         logps = reference.response_logps(window) if reference is not None else None
         bench.learn(window)
         next(windows, None)
@@ -240,30 +239,33 @@ class TrainerContract(TrainerSetup):
             self.same_metrics(self.step({"micro_batch_size": size}), expected, f"with micro_batch_size {size}")
 
     @after(GRADIENT)
+    def test_processes_change_nothing(self) -> None:
+        """Two and three processes that share the rows make the same update as one."""
+        if not self.offline:
+            raise SkipTest("its windows are made of its own responses")
+        for count in (2, 3):
+            found, expected = self.shared(count), self.shared(1, {"batch_size": self.shared_rows(count)})
+            self.same(found, expected, f"with {count} processes")
+            self.same_metrics(found, expected, f"with {count} processes")
+
+    @after(GRADIENT)
     def test_a_share_without_rows_is_taken(self) -> None:
         """A process that has no rows in a step takes part: what it gathers, and an empty window with the same columns."""
         if not self.offline:
             raise SkipTest("its windows are made of its own responses")
-        full, empty = self.bench(), self.bench()
-        gathered: list[Any] = []
 
-        def note(value: Any) -> list[Any]:
-            gathered.append(json.loads(json.dumps(value)))
-            return [gathered[-1]]
+        def work(distribution: Distribution) -> Batch:
+            bench, main = self.bench(distribution=distribution), distribution.is_main
+            bench.batches = (one if main else one.select([]) for one in self.bench().batches)
+            return bench.window()
 
-        full.trainer.seam = replace(full.trainer.seam, gather=note)
-        expected = full.window()
-        others = iter(gathered)
-        empty.trainer.seam = replace(empty.trainer.seam, gather=lambda value: [next(others), value], index=1)
-        empty.batches = (batch.select([]) for batch in empty.batches)
-        window = empty.window()
-        require(window.num_prompts == 0, f"an empty batch becomes a window of {window.num_prompts} prompts")
-        require(
-            next(others, None) is None,
-            "`gather` is called less often where a process has no rows: the others would wait",
-        )
+        try:
+            full, empty = simulate(2, work, DeviceManager().device)
+        except OutOfStep as error:
+            raise AssertionError(f"`gather` is called less often where a process has no rows: {error}") from None
+        require(empty.num_prompts == 0, f"an empty batch becomes a window of {empty.num_prompts} prompts")
         for kind in ("per_prompt", "per_response", "per_token"):
-            lost = sorted(getattr(expected, kind).keys() ^ getattr(window, kind).keys())
+            lost = sorted(getattr(full, kind).keys() ^ getattr(empty, kind).keys())
             require(not lost, f"without rows the window has other columns: {', '.join(lost)}")
 
     # Runs

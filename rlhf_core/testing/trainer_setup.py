@@ -18,9 +18,11 @@ from rlhf_core.models import PolicyModel
 from rlhf_core.records import RECORDS
 from rlhf_core.testing.arithmetic import Arithmetic
 from rlhf_core.testing.contract import Contract, require
+from rlhf_core.testing.processes import OutOfStep, simulate
 from rlhf_core.testing.runs import Interrupted, interruptible, require_same_run
 from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
 from rlhf_core.testing.workbench import Step, Workbench
+from rlhf_core.training.distribution import Distribution
 from rlhf_core.yaml_files import merge
 
 
@@ -72,9 +74,11 @@ class TrainerSetup(Contract):
         config = kind.Config.parse(values, place=f"{type(self).__name__}.options")
         return kind(config, model=copy.deepcopy(self.model()), data=rows, output=output)
 
-    def bench(self, *changes: Mapping[str, Any], moved: bool = True) -> Workbench:
+    def bench(
+        self, *changes: Mapping[str, Any], moved: bool = True, distribution: Distribution | None = None
+    ) -> Workbench:
         """Return a new trainer prepared for its first window; `moved` puts its models off their start, always alike."""
-        bench = Workbench(self.build({"max_grad_norm": None}, *changes))
+        bench = Workbench(self.build({"max_grad_norm": None}, *changes), distribution)
         if moved:
             bench.move()
         return bench
@@ -89,6 +93,30 @@ class TrainerSetup(Contract):
             change(bench)
         # What is sampled hangs on rounding, so an online method's responses are those of one run.
         return bench.step(bench.window() if self.offline else self.bench().window())
+
+    def shared_rows(self, count: int) -> int:
+        """Return rows in a step that so many processes can share evenly."""
+        return max(1, min(8, len(self.rows())) // count) * count
+
+    def shared(self, count: int, *changes: Mapping[str, Any]) -> Step:
+        """Return the first update of so many processes that share its rows, unevenly: the first has one row alone."""
+        size = {"batch_size": self.shared_rows(count)}
+
+        def work(distribution: Distribution) -> Step:
+            bench = self.bench(size, *changes, distribution=distribution)
+            rank, others = distribution.rank, max(count - 1, 1)
+            bench.batches = (
+                batch if count == 1 else batch.select([0] if rank == 0 else range(rank, batch.num_prompts, others))
+                for batch in self.bench(size, *changes).batches
+            )
+            return bench.step(bench.window())
+
+        try:
+            return simulate(count, work, DeviceManager().device)[0]
+        except OutOfStep as error:
+            raise AssertionError(
+                f"{count} processes don't gather equally often, so they would wait for ever: {error}; gather once a window"
+            ) from None
 
     def same(self, found: Step, expected: Step, what: str) -> None:
         """Fail unless two updates are equal within `tolerance`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,24 +15,48 @@ from rlhf_core.batch import Batch
 from rlhf_core.data import DataStream
 from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.seeds import RandomState, seed_everything
-from rlhf_core.interfaces import Trainer
+from rlhf_core.interfaces import Trainer, Window
+from rlhf_core.rewards import open_rewards
+from rlhf_core.training.context import RunContext
 from rlhf_core.training.distribution import Distribution
+from rlhf_core.training.loader import Loader
 from rlhf_core.training.loss_scale import LossScale
 from rlhf_core.training.micro_batches import MicroBatches
 from rlhf_core.training.optimizer import create_optimizer
-from rlhf_core.training.prepare import (
-    build_models,
-    check_config,
-    connect,
-    create_reference,
-    load_policy,
-    training_mode,
-)
+from rlhf_core.training.prepare import build_models, check_config, precompute_reference, prepare_rewards, training_mode
 from rlhf_core.training.rows import open_data
 from rlhf_core.training.update import Outcome, Update
 
 GARBAGE = 65
 """A token id as good as any other, to stand where nobody may look."""
+
+
+def run_context(
+    trainer: Trainer[Any],
+    *,
+    distribution: Distribution | None = None,
+    rewards: Sequence[Any] = (),
+    evaluating: bool = False,
+    step: int = 0,
+) -> RunContext:
+    """Return a run context to try a method's `experience` in, where its models are set already and there is no run.
+
+    Args:
+        trainer: the method.
+        distribution: the processes that this is one of, from `simulate`; alone where None.
+        rewards: what `Trainer(rewards=…)` accepts.
+        step: optimiser steps that were made.
+    """
+    devices = DeviceManager()
+    return RunContext(
+        trainer,
+        distribution or Distribution(devices.device),
+        devices,
+        MicroBatches(trainer.config, divide=trainer.splits_groups),
+        open_rewards(rewards),
+        clock=lambda: step,
+        evaluating=evaluating,
+    )
 
 
 @dataclass(frozen=True)
@@ -46,37 +70,51 @@ class Step:
 
 
 class Workbench:
-    """One trainer with its models, reference and data, on this process alone."""
+    """One trainer with its models, reference and data, on this process or as one of several.
 
-    def __init__(self, trainer: Trainer) -> None:
-        config = trainer.config
+    Args:
+        trainer: the method, with a configuration, a model and data.
+        distribution: the processes that it is one of; alone where None.
+    """
+
+    def __init__(self, trainer: Trainer[Any], distribution: Distribution | None = None) -> None:
         self.trainer, self.devices = trainer, DeviceManager()
-        self.distribution = Distribution(self.devices.device)
+        self.distribution = distribution or Distribution(self.devices.device)
         check_config(trainer, self.distribution, self.devices)
-        seed_everything(config.seed, "model")
-        policy = load_policy(trainer, self.devices)
-        dataset, _ = open_data(trainer, policy)
-        self.parameters = build_models(trainer, policy, self.devices)
+        self.rewards = prepare_rewards(trainer)
+        seed_everything(trainer.config.seed, "model")
+        self.micro_batches = MicroBatches(trainer.config, divide=trainer.splits_groups)
+        loader = Loader(trainer, self.devices, self.micro_batches)
+        self.parameters = build_models(trainer, loader, self.devices)
+        self.factors = loader.factors
+        config = trainer.config
+        dataset, _ = open_data(trainer, loader.given.tokenizer)
         trainer.inspect(dataset)
-        self.micro_batches = MicroBatches(config)
-        self._connect()
-        if "reference" in trainer.frozen:
-            create_reference(
-                trainer,
-                policy,
-                (dataset, None),
-                distribution=self.distribution,
-                devices=self.devices,
-                micro_batches=self.micro_batches,
-            )
+        precompute_reference(trainer, (dataset, None), distribution=self.distribution, devices=self.devices)
         self.batches: Iterator[Batch] = DataStream(
             dataset,
             batch_size=config.batch_size,
             epochs=1.0,
             seed=config.seed,
             shuffle=config.dataset.shuffle,
+            rank=self.distribution.rank,
+            world_size=self.distribution.world_size,
         )
-        seed_everything(config.seed, "training", 0)
+        self.steps = 0
+        """Optimiser steps that the method is told of."""
+        seed_everything(config.seed, "training", self.distribution.rank)
+
+    @property
+    def run(self) -> RunContext:
+        """The context that the method's experience sees."""
+        return RunContext(
+            self.trainer,
+            self.distribution,
+            self.devices,
+            self.micro_batches,
+            self.rewards,
+            clock=lambda: self.steps,
+        )
 
     @torch.no_grad()
     def move(self, scale: float = 0.02) -> None:
@@ -88,28 +126,26 @@ class Workbench:
     def pad(self) -> None:
         """Give the method wider padding with garbage in it, in every batch of the data and every micro-batch."""
         self.batches = map(padded, self.batches)
-        self.micro_batches = PaddedMicroBatches(self.trainer.config)
-        self._connect()
+        self.micro_batches = PaddedMicroBatches(self.trainer.config, divide=self.trainer.splits_groups)
 
-    def _connect(self) -> None:
-        connect(self.trainer, distribution=self.distribution, devices=self.devices, micro_batches=self.micro_batches)
-
-    def windows(self) -> Iterator[Batch]:
+    def windows(self) -> Iterator[Window]:
         """Yield the method's windows over one pass of the data, as the loop asks for them."""
-        windows = iter(self.trainer.experience(self.batches))
+        windows = iter(self.trainer.experience(self.batches, self.run))
         while True:
             training_mode(self.trainer, False)
             with torch.no_grad(), self.devices.autocast(self.trainer.config.precision):
-                window = next(windows, None)
+                made = next(windows, None)
             training_mode(self.trainer, True)
-            if window is None:
+            # Where experience ends for all: a process that gathers more often than others is known by it.
+            self.distribution.barrier()
+            if made is None:
                 return
-            yield window
+            yield made if isinstance(made, Window) else Window(made)
 
     def window(self) -> Batch:
         """Return the method's first window."""
         for window in self.windows():
-            return window
+            return window.batch
         raise AssertionError("`experience` yields no window from a pass over the data")
 
     def micros(self, window: Batch) -> list[Batch]:
@@ -126,13 +162,14 @@ class Workbench:
 
     def learn(self, window: Batch) -> Outcome | None:
         """Make the loop's update on a window."""
-        return self._update(create_optimizer(self.parameters.items(), self.trainer.config))(window, 1)
+        optimizer = create_optimizer(self.parameters.items(), self.trainer.config, self.factors)
+        return self._update(optimizer)(window, 1)
 
     def _update(self, optimizer: torch.optim.Optimizer) -> Update:
         return Update(
             self.trainer,
             optimizer,
-            list(self.parameters.values()),
+            self.parameters,
             distribution=self.distribution,
             devices=self.devices,
             micro_batches=self.micro_batches,
@@ -156,8 +193,8 @@ class _Recorder(torch.optim.Optimizer):
 class PaddedMicroBatches(MicroBatches):
     """Cuts as the loop does, then pads what the method sees."""
 
-    def cut(self, window: Batch) -> list[Batch]:
-        return [padded(micro) for micro in super().cut(window)]
+    def _cut(self, window: Batch, divide: bool) -> list[Batch]:
+        return [padded(micro) for micro in super()._cut(window, divide)]
 
 
 def padded(batch: Batch) -> Batch:

@@ -13,6 +13,7 @@ from rlhf_core.errors import StorageError
 from rlhf_core.infra.files import storage_errors
 from rlhf_core.infra.model_files import is_adapter
 from rlhf_core.infra.tensors import nbytes, read_header
+from rlhf_core.training.prepare import trained_roles
 
 if TYPE_CHECKING:
     from rlhf_core.training.loop import Run
@@ -78,7 +79,7 @@ def need_of_run(run: Run) -> DiskNeed:
     """Return what a prepared run will write."""
     trained = sum(parameter.nbytes for parameter in run.parameters.values())
     kept = nbytes(run.distribution.full_state(run.trainer.models))
-    models = sum(_exported(run.trainer.models[role]) for role in run.trainer.trains)
+    models = sum(_exported(run.trainer.models[role]) for role in trained_roles(run.trainer))
     return DiskNeed(checkpoints_at_once(run.config, run.total_steps), kept + _MOMENTS * trained, models)
 
 

@@ -9,6 +9,7 @@ the order of additions, and with it the last bits of a gradient, differs between
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import socket
@@ -69,6 +70,10 @@ class Distribution:
     def gather(self, value: Any) -> list[Any]:
         """Return every process's value, in order of rank; values are what JSON can hold."""
         return [json.loads(json.dumps(value))]
+
+    def gather_tensor(self, tensor: Tensor) -> list[Tensor]:
+        """Return every process's tensor, in order of rank, on the device of this one's; they may differ in their first axis."""
+        return [tensor]
 
     def broadcast(self, value: Any) -> Any:
         """Return the first process's value on all."""
@@ -181,6 +186,20 @@ class DataParallel(Distribution):
         return [
             json.loads(part[: int(size)].cpu().numpy().tobytes().decode())
             for part, size in zip(parts, sizes, strict=True)
+        ]
+
+    def gather_tensor(self, tensor: Tensor) -> list[Tensor]:
+        # A type that every backend moves, whatever the tensor's own is.
+        data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).to(self.device)
+        shapes = self.gather(list(tensor.shape))
+        sizes = [math.prod(shape) * tensor.element_size() for shape in shapes]
+        padded = torch.zeros(max(sizes), dtype=torch.uint8, device=self.device)
+        padded[: data.numel()] = data
+        parts = [torch.empty_like(padded) for _ in range(self.world_size)]
+        dist.all_gather(parts, padded)
+        return [
+            part[:size].view(tensor.dtype).reshape(shape).to(tensor.device)
+            for part, size, shape in zip(parts, sizes, shapes, strict=True)
         ]
 
     def lost(self, error: BaseException) -> LostProcess | None:

@@ -1,103 +1,137 @@
-"""Scoring held-out rows while training: the method's own loss and metrics, averaged over the whole set."""
+"""Scoring held-out rows while training: what the method makes of each batch, averaged over the whole set."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from rlhf_core.batch import Batch
 from rlhf_core.data import DataStream
 from rlhf_core.data.base import EncodedData
-from rlhf_core.errors import DataError
-from rlhf_core.infra.devices import DeviceManager, is_out_of_memory
+from rlhf_core.errors import DataError, PluginError
+from rlhf_core.infra.memory import in_parts
 from rlhf_core.infra.seeds import RandomState, seed_everything
-from rlhf_core.interfaces import Trainer
-from rlhf_core.training.distribution import Distribution
-from rlhf_core.training.micro_batches import MicroBatches, halves
+from rlhf_core.interfaces import Evaluation, Loss, Pair, Trainer, Window
+from rlhf_core.models.scoring import halves
+from rlhf_core.training.context import RunContext
 from rlhf_core.training.per_prompt import PerPrompt, merge_entries, standard_errors
 from rlhf_core.training.per_prompt import values as per_prompt_values
 from rlhf_core.training.reduction import Tally, quotients
 from rlhf_core.training.update import sum_pairs
 
 PREFIX = "eval_"
+_NUMBER = "_held_out"
 
 
-def evaluate(
-    trainer: Trainer,
-    dataset: EncodedData,
-    *,
-    distribution: Distribution,
-    devices: DeviceManager,
-    micro_batches: MicroBatches,
-) -> dict[str, float]:
-    """Return `eval_loss`, each term where there are several, and the method's metrics, names prefixed `eval_`.
+def evaluate(trainer: Trainer[Any], dataset: EncodedData, run: RunContext) -> dict[str, float]:
+    """Return the averages over a held-out set, names prefixed `eval_`: `eval_loss`, each term where there are several, metrics.
 
-    The same `experience`, `weights` and `loss` as in training, in evaluation mode and without gradients; every average is
-    over the whole set. A metric that the method gives one entry a prompt for has its standard error beside it, as
-    `eval_NAME_se`, and what its `summary` makes of them. Random states and the method's own state are left as they were.
+    In evaluation mode and without gradients. A metric that the method gives one entry per prompt for has its standard error
+    beside it, as `eval_NAME_se`, and what its `summary` makes of them. Random states and the method's own state are left as
+    they were.
     """
+    config, distribution = trainer.config, run.distribution
     random, remembered = RandomState.capture(), json.dumps(trainer.state_dict())
-    seed_everything(trainer.config.seed, "evaluation", distribution.rank)
+    seed_everything(config.seed, "evaluation", distribution.rank)
     trainer.models.eval()
     stream = DataStream(
         dataset,
-        batch_size=trainer.config.batch_size,
+        batch_size=config.batch_size,
         epochs=1.0,
-        seed=trainer.config.seed,
+        seed=config.seed,
         shuffle=False,
         rank=distribution.rank,
         world_size=distribution.world_size,
     )
-    seam, trainer.seam = trainer.seam, replace(trainer.seam, evaluating=True)
-    scores = _Scores(PerPrompt(type(trainer).__name__))
+    per_prompt, terms, metrics = PerPrompt(type(trainer).__name__), Tally(), Tally()
     try:
-        with torch.no_grad(), devices.autocast(trainer.config.precision):
-            for window in trainer.experience(stream):
-                for micro in micro_batches.cut(window):
-                    _score(trainer, micro, devices, scores)
+        with torch.no_grad(), run.devices.autocast(config.precision):
+            for batch in stream:
+                found = trainer.evaluate(batch, run)
+                _check(trainer, found)
+                terms.add(found.terms)
+                metrics.add(found.metrics)
+                per_prompt.add(batch, found.metrics)
+                metrics.add(run.logged())
     finally:
-        trainer.seam = seam
         random.restore()
         trainer.load_state_dict(json.loads(remembered))
-    averages = quotients(sum_pairs(distribution, scores.terms.totals()))
-    if not averages:
-        raise DataError("no held-out row has anything to score", place="eval_data", fix="use rows with response tokens")
-    values = {"loss": sum(averages.values())}
+    averages = quotients(sum_pairs(distribution, terms.totals()))
+    values = {"loss": sum(averages.values())} if averages else {}
     if len(averages) > 1:
         values |= {f"loss_{name}": value for name, value in averages.items()}
-    values |= quotients(sum_pairs(distribution, scores.metrics.totals()))
-    entries = merge_entries(distribution.gather(scores.per_prompt.entries))
+    values |= quotients(sum_pairs(distribution, metrics.totals()))
+    if not values:
+        raise DataError("no held-out row has anything to score", place="eval_data", fix="use rows with response tokens")
+    entries = merge_entries(distribution.gather(per_prompt.entries))
     values |= {f"{name}_se": error for name, error in standard_errors(entries).items()}
     values |= trainer.summary(per_prompt_values(entries)) if entries else {}
     return {PREFIX + name: value for name, value in values.items()}
 
 
-@dataclass
-class _Scores:
-    """What one process adds up over its held-out rows."""
+def held_out_loss(trainer: Trainer[Any], batch: Batch, run: RunContext) -> Evaluation:
+    """Return the sums of `loss` over the windows that `experience` makes of a batch, each micro-batch as memory allows."""
+    terms, sums = Tally(), _PerBatch(batch.num_prompts)
+    device = run.devices.device
+    for window in _windows(trainer, batch, run):
+        for micro in run.micro_batches.cut(window):
+            if not any(trainer.weights(micro).values()):
+                continue
 
-    per_prompt: PerPrompt
-    terms: Tally = field(default_factory=Tally)
-    metrics: Tally = field(default_factory=Tally)
+            def work(piece: Batch) -> tuple[Batch, Loss]:
+                return piece, trainer.loss(piece.to(device))
+
+            def cut(piece: Batch) -> list[Batch]:
+                return halves(piece, divide=trainer.splits_groups)
+
+            for piece, loss in in_parts(micro, work, cut, device=device, unit=run.micro_batches.unit):
+                weights = trainer.weights(piece)
+                terms.add({name: (term, weights[name]) for name, term in loss.terms.items() if weights[name] > 0})
+                sums.add(piece, loss.metrics)
+    return Evaluation(dict(terms.totals()), sums.metrics())
 
 
-def _score(trainer: Trainer, micro: Batch, devices: DeviceManager, scores: _Scores) -> None:
-    weights = trainer.weights(micro)
-    if not any(weights.values()):
-        return
-    try:
-        loss = trainer.loss(micro.to(devices.device))
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error) or micro.num_prompts == 1:
-            raise
-        loss = None
-    if loss is None:
-        devices.release()
-        for half in halves(micro):
-            _score(trainer, half, devices, scores)
-        return
-    scores.terms.add({name: (term, weights[name]) for name, term in loss.terms.items() if weights[name] > 0})
-    scores.metrics.add(loss.metrics)
-    scores.per_prompt.add(micro, loss.metrics)
+def _windows(trainer: Trainer[Any], batch: Batch, run: RunContext) -> Iterator[Batch]:
+    numbered = batch.attach(per_prompt={_NUMBER: torch.arange(batch.num_prompts, device=batch.device)})
+    for made in trainer.experience(iter([numbered]), run):
+        yield made.batch if isinstance(made, Window) else made
+
+
+class _PerBatch:
+    """Adds up metrics of micro-batches; those of one entry per prompt at the places of the batch's prompts."""
+
+    def __init__(self, prompts: int) -> None:
+        self._prompts = prompts
+        self._plain = Tally()
+        self._entries: dict[str, Tensor] = {}
+
+    def add(self, micro: Batch, metrics: dict[str, Pair] | Any) -> None:
+        for name, (total, count) in metrics.items():
+            if not (isinstance(total, Tensor) and total.ndim and _NUMBER in micro.per_prompt):
+                self._plain.add({name: (total, count)})
+                continue
+            if tuple(total.shape) != (micro.num_prompts,):
+                self._entries[name] = total  # refused by shape, where all metrics are looked at
+                continue
+            if not isinstance(count, Tensor) or count.ndim == 0:
+                count = torch.full_like(total, float(count) / total.numel())
+            table = self._entries.setdefault(name, torch.zeros(self._prompts, 2, dtype=torch.float64))
+            table.index_add_(0, micro[_NUMBER].cpu(), torch.stack([total, count], dim=1).double().cpu())
+
+    def metrics(self) -> dict[str, Pair]:
+        of_prompts: dict[str, Pair] = {
+            name: (table[:, 0], table[:, 1]) if table.shape == (self._prompts, 2) else (table, 1.0)
+            for name, table in self._entries.items()
+        }
+        return {**self._plain.totals(), **of_prompts}
+
+
+def _check(trainer: Trainer[Any], found: object) -> None:
+    if not isinstance(found, Evaluation):
+        raise PluginError(
+            "must return an `Evaluation`", place=f"{type(trainer).__name__}.evaluate", got=type(found).__name__
+        )

@@ -8,9 +8,9 @@ from pathlib import Path
 from torch import nn
 
 from rlhf_core.infra.files import fsync_directory, remove_tree, replaced_path, storage_errors, temporary_path
-from rlhf_core.infra.tensors import write_tensors
 from rlhf_core.interfaces import Trainer
 from rlhf_core.training.distribution import Distribution
+from rlhf_core.training.prepare import trained_roles
 
 PRIMARY = "policy"
 
@@ -23,8 +23,9 @@ def export_models(trainer: Trainer, distribution: Distribution) -> Path | None:
     output = trainer.output
     if output is None:
         return None
-    main = PRIMARY if PRIMARY in trainer.trains else trainer.trains[0]
-    for role in trainer.trains:
+    trained = trained_roles(trainer)
+    main = PRIMARY if PRIMARY in trained else trained[0]
+    for role in trained:
         target = output / ("model" if role == main else f"model_{role}")
         distribution.on_main(partial(_export, trainer.models[role], target))
     return output / "model"
@@ -36,11 +37,7 @@ def _export(module: nn.Module, target: Path) -> None:
         for leftover in (temporary, old):
             remove_tree(leftover)
         temporary.mkdir()
-        save = getattr(module, "save_pretrained", None)
-        if callable(save):
-            save(temporary)
-        else:
-            write_tensors(temporary / "model.safetensors", module.state_dict())
+        module.save_pretrained(temporary)  # type: ignore[operator]
         if target.exists():
             target.rename(old)
         temporary.rename(target)

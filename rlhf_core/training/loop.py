@@ -16,19 +16,21 @@ from typing import Any
 
 import torch
 
-from rlhf_core.batch import Batch
 from rlhf_core.data.sources import check_paths
 from rlhf_core.data.templates import rendered_at
 from rlhf_core.errors import NumbersError, PluginError, Stopped
 from rlhf_core.hooks import Hooks, load_hooks
-from rlhf_core.infra.devices import DeviceManager, is_out_of_memory
+from rlhf_core.infra.devices import DeviceManager
+from rlhf_core.infra.memory import attempt
 from rlhf_core.infra.seeds import seed_everything
-from rlhf_core.interfaces import Trainer
+from rlhf_core.interfaces import Trainer, Window
+from rlhf_core.training.context import RunContext
 from rlhf_core.training.disk import need_of_run, room_taken
 from rlhf_core.training.distribution import Distribution, create_distribution
 from rlhf_core.training.early_stopping import EarlyStopping
 from rlhf_core.training.evaluate import evaluate
 from rlhf_core.training.export import export_models
+from rlhf_core.training.loader import Loader
 from rlhf_core.training.logger import REQUIRED, TIMING, TrainingLogger
 from rlhf_core.training.loss_scale import LossScale
 from rlhf_core.training.micro_batches import MicroBatches
@@ -36,24 +38,22 @@ from rlhf_core.training.optimizer import Schedule, create_optimizer, set_learnin
 from rlhf_core.training.prepare import (
     build_models,
     check_config,
-    connect,
-    create_reference,
-    load_policy,
+    precompute_reference,
+    prepare_rewards,
     training_mode,
 )
 from rlhf_core.training.provenance import note_data, note_failure, note_inputs
+from rlhf_core.training.reduction import quotients
 from rlhf_core.training.result import TrainResult
 from rlhf_core.training.rows import keep_texts, open_data, open_stream
 from rlhf_core.training.run_directory import RunDirectory
 from rlhf_core.training.settings import check_unchanged, run_settings
 from rlhf_core.training.signals import StopNow, StopSignal, stopped
 from rlhf_core.training.state import Progress, RunState
-from rlhf_core.training.update import Outcome, Update
+from rlhf_core.training.update import Outcome, Update, sum_pairs
+from rlhf_core.training.windows import Windows
 
 log = logging.getLogger(__name__)
-
-MAX_SKIPPED_IN_A_ROW = 10
-"""Windows in a row with nothing to learn from, after which the run is stopped as broken."""
 
 
 def run(trainer: Trainer, *, resume: bool = False, overwrite: bool = False) -> TrainResult:
@@ -84,6 +84,8 @@ class Run:
         self.settings = run_settings(trainer)
         self.progress = Progress()
         self.started = False
+        self.inside_rollout = False
+        """Whether the last window wasn't its rollout's last, so that no run can go on from here."""
         self.saved_at = time.monotonic()
 
     def execute(self) -> TrainResult:
@@ -93,6 +95,7 @@ class Run:
                 self.devices = DeviceManager()
                 self.distribution = create_distribution(self.config.distributed, self.devices)
                 check_config(self.trainer, self.distribution, self.devices)
+                self.rewards = prepare_rewards(self.trainer)
             self.directory = self._open_directory()
             try:
                 with rendered_at(self.directory.record["started"]):
@@ -161,39 +164,41 @@ class Run:
         self._check_resumable()
         for data in (trainer.data, trainer.eval_data):
             check_paths(data)
+        self.micro_batches = MicroBatches(config, divide=trainer.splits_groups)
+        loader = Loader(trainer, self.devices, self.micro_batches)
         seed_everything(config.seed, "model")
-        policy = load_policy(trainer, self.devices)
+        self.parameters = build_models(trainer, loader, self.devices)
         self._take_up_config()
-        self.dataset, self.eval_dataset = open_data(trainer, policy)
-        note_inputs(self, policy)
-        self.parameters = build_models(trainer, policy, self.devices)
+        self.dataset, self.eval_dataset = open_data(trainer, loader.given.tokenizer)
+        note_inputs(self, loader)
         keep_texts(trainer, self.dataset)
         for data in (self.dataset, self.eval_dataset):
             if data is not None:
                 trainer.inspect(data)
         self.distribution.same_parameters(trainer.models)
-        self.micro_batches = MicroBatches(config)
-        connect(trainer, distribution=self.distribution, devices=self.devices, micro_batches=self.micro_batches)
-        if "reference" in trainer.frozen:
-            create_reference(
-                trainer,
-                policy,
-                (self.dataset, self.eval_dataset),
-                distribution=self.distribution,
-                devices=self.devices,
-                micro_batches=self.micro_batches,
-            )
+        precompute_reference(
+            trainer, (self.dataset, self.eval_dataset), distribution=self.distribution, devices=self.devices
+        )
         self._prepare_stream()
         self._require_disk()
-        self.optimizer = create_optimizer(self.parameters.items(), config)
+        self.optimizer = create_optimizer(self.parameters.items(), config, loader.factors)
         self.loss_scale = LossScale(enabled=config.precision == "fp16")
         self.early_stopping = EarlyStopping.create(config.early_stopping) if config.early_stopping else None
         seed_everything(config.seed, "training", self.distribution.rank)
         self._restore()
+        self.context = RunContext(
+            trainer,
+            self.distribution,
+            self.devices,
+            self.micro_batches,
+            self.rewards,
+            clock=lambda: self.progress.step,
+            notify=self.hooks.emit,
+        )
         self.update = Update(
             trainer,
             self.optimizer,
-            list(self.parameters.values()),
+            self.parameters,
             distribution=self.distribution,
             devices=self.devices,
             micro_batches=self.micro_batches,
@@ -292,63 +297,81 @@ class Run:
             with self._stopping_at_once():
                 self._evaluate_late()
             self._stop_if_asked()
-        windows = iter(self.trainer.experience(self.stream))
+        windows = Windows(
+            self.trainer,
+            self.stream,
+            self.context,
+            counted=self.config.max_steps is None,
+            last_used=lambda: self.progress.batches,
+        )
         while not self._at_end():
             began = time.perf_counter()
             window = self._next_window(windows)
             if window is None:
                 break
             step = self.progress.step + 1
-            rate = self.schedule(step)
+            rate = self.schedule(self._position())
             set_learning_rate(self.optimizer, rate)
             training_mode(self.trainer, True)
-            outcome = self.update(window, step)
+            outcome = self.update(window.batch, step)
+            self.inside_rollout = not window.last
             if outcome is None:
                 self._skip(window)
             else:
-                self._commit(step, rate, outcome, time.perf_counter() - began, boundary=window.boundary)
-            if window.boundary:
+                self._commit(step, rate, outcome, time.perf_counter() - began)
+            if window.last:
                 self._save_or_stop()
+        windows.finish()
+
+    def _position(self) -> int:
+        """Return which of the schedule's steps comes next, counted from 1; the same on every process."""
+        if self.total_steps is None:
+            return max(self.distribution.gather(self.stream.batches))
+        # Windows without anything to learn from were steps of an epoch's too.
+        return self.progress.step + 1 + (self.progress.skipped if self.config.max_steps is None else 0)
 
     def _at_end(self) -> bool:
         if self.early_stopping is not None and self.early_stopping.stopped:
             return True
-        return self.total_steps is not None and self.progress.step >= self.total_steps
+        return self.total_steps is not None and self._position() > self.total_steps
 
-    def _next_window(self, windows: Iterator[Batch]) -> Batch | None:
+    def _next_window(self, windows: Windows) -> Window | None:
         """Let the method make its next window, without gradients and in evaluation mode."""
         training_mode(self.trainer, False)
-        try:
-            with torch.no_grad(), self.devices.autocast(self.config.precision):
-                window = next(windows, None)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
+        made = attempt(lambda: self._made(windows), self.devices.device)
+        if made is None:
             raise NumbersError(
                 "out of memory while the method made its experience",
                 place=f"step {self.progress.step + 1}",
-                fix="set a smaller `micro_batch_size` or `batch_size`",
-            ) from error
-        return window if self.distribution.all(window is not None) else None
+                fix="set a smaller `micro_batch_size`; a method forwards whole windows through `run.forward`",
+            )
+        return made.value if self.distribution.all(made.value is not None) else None
 
-    def _commit(self, step: int, rate: float, outcome: Outcome, seconds: float, *, boundary: bool) -> None:
+    def _made(self, windows: Windows) -> Window | None:
+        with torch.no_grad(), self.devices.autocast(self.config.precision):
+            return next(windows, None)
+
+    def _commit(self, step: int, rate: float, outcome: Outcome, seconds: float) -> None:
         """Count the step, evaluate where it is due, and write its row."""
         progress = self.progress
-        progress.step, progress.skipped_in_a_row = step, 0
+        progress.step, progress.batches = step, self.stream.batches
         progress.tokens += outcome.tokens
         progress.seconds += seconds
         row: dict[str, Any] = {"step": step, "loss": outcome.loss, "learning_rate": rate}
         row |= {"grad_norm": outcome.grad_norm, "tokens": outcome.tokens}
-        if clash := sorted(outcome.metrics.keys() & {*REQUIRED, *TIMING}):
+        logged = quotients(sum_pairs(self.distribution, self.context.logged()))
+        metrics = {**logged, **outcome.metrics}
+        clash = {*REQUIRED, *TIMING} & metrics.keys() or logged.keys() & outcome.metrics.keys()
+        if clash:
+            name = min(clash)
             raise PluginError(
-                f"a metric may not be named `{clash[0]}`, which the loop logs",
-                place=f"{type(self.trainer).__name__}.loss",
+                f"a metric may not be named `{name}`, which is reported already", place=type(self.trainer).__name__
             )
-        row |= outcome.metrics
+        row |= metrics
         timing = dict(zip(TIMING, (seconds, outcome.tokens / seconds), strict=True))
-        if self._evaluation_is_due(step):
+        if not self.inside_rollout and self._evaluation_is_due(step):
             progress.metrics = row | timing
-            row |= self._evaluate_or_save(boundary)
+            row |= self._evaluate_or_save()
         row |= timing
         progress.metrics = row
         self.logger.metrics(row)
@@ -358,27 +381,23 @@ class Run:
         every = self.config.eval_steps
         if self.eval_dataset is None:
             return False
-        return (step > 0 and step == self.total_steps) or (every is not None and step % every == 0)
+        if step == 0:
+            return every is not None
+        return step == self.total_steps or (
+            every is not None and step // every > (self.progress.evaluated or 0) // every
+        )
 
-    def _skip(self, window: Batch) -> None:
+    def _skip(self, window: Window) -> None:
         progress = self.progress
         progress.skipped += 1
-        progress.skipped_in_a_row += 1
-        self.logger.event("window_skipped", step=progress.step, rows=list(window.rows), skipped=progress.skipped)
-        if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise NumbersError(
-                f"{MAX_SKIPPED_IN_A_ROW} windows in a row held nothing to learn from: every weight was zero",
-                place=f"step {progress.step + 1}",
-                got=f"rows {list(window.rows)[:16]} last",
-                fix="look at the loss mask of these rows, or at the rewards",
-            )
+        self.logger.event("window_skipped", step=progress.step, rows=list(window.batch.rows), skipped=progress.skipped)
 
-    def _evaluate_or_save(self, boundary: bool) -> dict[str, float]:
+    def _evaluate_or_save(self) -> dict[str, float]:
         """Evaluate; where that fails or is stopped, what was learned is saved first, and a resume evaluates it.
 
-        Not among several processes, where the others may be waiting inside the evaluation, nor in the middle of a rollout.
+        Not among several processes, where the others may be waiting inside the evaluation.
         """
-        if not boundary or self.distribution.world_size > 1:
+        if self.distribution.world_size > 1:
             return self._evaluate()
         try:
             with self.stop.at_once():
@@ -423,13 +442,7 @@ class Run:
 
     def _evaluate(self) -> dict[str, float]:
         assert self.eval_dataset is not None
-        metrics = evaluate(
-            self.trainer,
-            self.eval_dataset,
-            distribution=self.distribution,
-            devices=self.devices,
-            micro_batches=self.micro_batches,
-        )
+        metrics = evaluate(self.trainer, self.eval_dataset, self.context.for_evaluation())
         step = self.progress.step
         self.progress.evaluated, self.progress.eval_metrics = step, metrics
         log.info("step %d  %s", step, _shown(metrics))
@@ -446,7 +459,8 @@ class Run:
         checkpoint, step = self.config.checkpoint, self.progress.step
         late = checkpoint.minutes is not None and time.monotonic() - self.saved_at >= 60 * checkpoint.minutes
         stopping, late = self.distribution.flags(self.stop.requested is not None, late and self.distribution.is_main)
-        if stopping or late or self._is_best(step) or (checkpoint.every and step % checkpoint.every == 0):
+        every = checkpoint.every and step // checkpoint.every > self.state.saved_step // checkpoint.every
+        if stopping or late or every or self._is_best(step):
             self._save()
         if stopping:
             raise self._stopped()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,14 +13,16 @@ from torch import nn
 from rlhf_core.config import TrainerConfig
 from rlhf_core.errors import ConfigError
 
+_FACTOR = "learning_rate_factor"
+
 
 @dataclass(frozen=True)
 class Schedule:
     """The learning rate of every step: a linear rise over the warm-up, then constant or down to 0.
 
-    Steps count from 1. Over W warm-up steps the rate is peak · s / (W + 1); after that, with S steps in all and the share
-    p = (s - 1 - W) / (S - W) that is done, it is peak · (1 + cos πp) / 2, peak · (1 - p), or peak. No step has a rate of 0,
-    so none is wasted.
+    Steps count from 1; a run whose steps aren't known beforehand counts its batches of data in their place. Over W warm-up
+    steps the rate is peak · s / (W + 1); after that, with S steps in all and the share p = (s - 1 - W) / (S - W) that is done, it
+    is peak · (1 + cos πp) / 2, peak · (1 - p), or peak. No step has a rate of 0, so none is wasted.
     """
 
     kind: Literal["cosine", "linear", "constant"]
@@ -59,7 +61,9 @@ class Schedule:
 
 
 def create_optimizer(
-    parameters: nn.Module | Iterable[tuple[str, nn.Parameter]], config: TrainerConfig
+    parameters: nn.Module | Iterable[tuple[str, nn.Parameter]],
+    config: TrainerConfig,
+    factors: Mapping[str, float] | None = None,
 ) -> torch.optim.AdamW:
     """Build AdamW over the parameters that need gradients, weight decay on matrices only (not on biases and norms).
 
@@ -67,27 +71,28 @@ def create_optimizer(
     407 ms with `foreach` and 358 ms with a plain loop.
 
     Args:
-        parameters: a module or named parameters.
+        parameters: a module or named parameters; a name begins with its role.
         config: gives the learning rate and `optimizer`.
+        factors: learning rates by role as multiples of that rate; 1 where a role isn't named.
     """
     named = parameters.named_parameters() if isinstance(parameters, nn.Module) else parameters
     trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
     if not trained:
         raise ConfigError("nothing to train: no parameter needs a gradient", place="optimizer", fix="unfreeze a model")
     options = config.optimizer
-    matrices = [parameter for _, parameter in trained if parameter.ndim >= 2]
-    others = [parameter for _, parameter in trained if parameter.ndim < 2]
-    groups = [
-        {"params": group, "weight_decay": decay}
-        for group, decay in ((matrices, options.weight_decay), (others, 0.0))
-        if group
-    ]
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in trained:
+        factor = (factors or {}).get(name.partition(".")[0], 1.0)
+        groups.setdefault((factor, parameter.ndim < 2), []).append(parameter)
     fused = all(
         parameter.device.type in {"cpu", "cuda", "mps"} and torch.is_floating_point(parameter)
         for _, parameter in trained
     )
     return torch.optim.AdamW(
-        groups,
+        [
+            {"params": group, "weight_decay": 0.0 if small else options.weight_decay, _FACTOR: factor}
+            for (factor, small), group in sorted(groups.items(), key=lambda item: item[0])
+        ],
         lr=config.learning_rate,
         betas=(options.beta1, options.beta2),
         eps=options.epsilon,
@@ -96,6 +101,6 @@ def create_optimizer(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the rate of every group."""
+    """Set the rate of every group, times the factor of its role."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group[_FACTOR]

@@ -38,7 +38,7 @@ class PerPrompt:
             if tuple(sums.shape) != (batch.num_prompts,):
                 raise PluginError(
                     f"metric `{name}` must be one number, or one entry a prompt",
-                    place=f"{self.place}.loss",
+                    place=self.place,
                     got=f"shape {tuple(sums.shape)} for {batch.num_prompts} prompts",
                 )
             prompts = prompts or _prompt_keys(batch)

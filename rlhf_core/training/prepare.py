@@ -1,35 +1,33 @@
-"""What a run needs before its first step: a configuration that fits, the policy, models by role, the reference."""
+"""What a run needs before its first step: a configuration that fits, models by role, the reference, the rewards."""
 
 from __future__ import annotations
 
 import functools
 import itertools
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from rlhf_core.config import DEFAULT_MAX_LENGTH, TrainerConfig
+from rlhf_core.config import TrainerConfig
 from rlhf_core.data.base import EncodedData
-from rlhf_core.errors import ConfigError, PluginError
+from rlhf_core.errors import ConfigError
 from rlhf_core.infra.devices import DeviceManager
-from rlhf_core.interfaces import Seam, Trainer
-from rlhf_core.models import PolicyModel
+from rlhf_core.interfaces import Trainer
 from rlhf_core.models.dropout import allow_dropout, keep_still, set_training
-from rlhf_core.models.precision import DTYPES, frozen_dtype
 from rlhf_core.models.reference import Reference
-from rlhf_core.models.scoring import score_in_parts
+from rlhf_core.online import OnlineConfig
+from rlhf_core.rewards import Rewards, check_rewards, open_rewards
 from rlhf_core.training.distribution import Distribution
-from rlhf_core.training.micro_batches import MicroBatches
+from rlhf_core.training.loader import Loader, reference_of, roles_of, widened
 from rlhf_core.training.rows import one_pass
 from rlhf_core.training.trackers import check_trackers
 
 log = logging.getLogger(__name__)
 
 
-def check_config(trainer: Trainer, distribution: Distribution, devices: DeviceManager) -> None:
+def check_config(trainer: Trainer[Any], distribution: Distribution, devices: DeviceManager) -> None:
     """Refuse options that can't hold together, before anything is loaded.
 
     Raises:
@@ -58,88 +56,67 @@ def check_config(trainer: Trainer, distribution: Distribution, devices: DeviceMa
     check_trackers(config.logging.trackers, trainer.output)
 
 
-def load_policy(trainer: Trainer, devices: DeviceManager) -> PolicyModel:
-    """Return the policy on the device with the run's options, loaded from its source or taken as passed in.
-
-    Where `max_length` isn't set, `trainer.config` is given what the policy has positions for.
+def prepare_rewards(trainer: Trainer[Any]) -> Rewards:
+    """Return the rewards of the run, from its configuration or as they were given in Python, before anything is loaded.
 
     Raises:
-        ConfigError: sequences of `max_length` don't fit the model's positions.
+        ConfigError: a method that learns from rewards has none, or one that doesn't has some.
     """
-    config = trainer.config
-    if isinstance(trainer.model, str | Path):
-        policy = trainer.load(
-            trainer.model,
-            attention=config.attention,
-            precision=config.precision,
-            lora=config.lora,
-            adapter=config.adapter,
-            frozen_precision=config.frozen_precision,
-            save_precision=config.save_precision,
-            gradient_checkpointing=config.gradient_checkpointing,
-            compile=config.compile,
-            layout=config.batching.layout,
-            share_prompts=config.batching.share_prompts,
-            trust_remote_code=config.trust_remote_code,
-            device=devices.device,
-        )
-    else:
-        policy = trainer.adopt(trainer.model).to(devices.device)
-        policy.configure(config)
-    trainer.config = _with_length(config, policy.max_positions)
-    return policy
+    config, given = trainer.config, trainer.rewards
+    if not isinstance(config, OnlineConfig):
+        if given is not None:
+            got = f"{len(given)} of them"
+            raise ConfigError("the method learns from no rewards", place="rewards", got=got, fix="leave them out")
+        return open_rewards([])
+    if given is None:
+        check_rewards(config)
+        return open_rewards(config.rewards)
+    if config.rewards:
+        raise ConfigError("rewards are given twice", place="rewards", fix="give them in the configuration or in Python")
+    if not given and config.needs_rewards:
+        raise ConfigError("there is nothing to learn from", place="rewards", got="an empty list")
+    return open_rewards(given)
 
 
-def _with_length(config: TrainerConfig, positions: int | None) -> TrainerConfig:
-    """Return the configuration with a `max_length` that is a number and fits the model's positions."""
-    if positions is not None and (config.max_length or 0) > positions:
-        raise ConfigError(
-            "longer than the model's positions",
-            place="max_length",
-            got=f"{config.max_length} for a model of {positions}",
-            fix=f"set `max_length: {positions}` or less",
-        )
-    if config.max_length is not None:
-        return config
-    length = min(DEFAULT_MAX_LENGTH, positions or DEFAULT_MAX_LENGTH)
-    why = "all of the model's positions" if length == positions else "the default"
-    log.info("max_length: %d, %s; longer rows are cut or dropped as `dataset.truncation` says", length, why)
-    return config.model_copy(update={"max_length": length})
+def build_models(trainer: Trainer[Any], loader: Loader, devices: DeviceManager) -> dict[str, nn.Parameter]:
+    """Set `trainer.models` and `trainer.reference`; return the trained parameters by name, a tied one once.
 
-
-def build_models(trainer: Trainer, policy: PolicyModel, devices: DeviceManager) -> dict[str, nn.Parameter]:
-    """Set `trainer.models`; return the trained parameters by name, a tied one once.
-
-    Trained weights are float32 whatever the precision of products: an update of 16-bit weights rounds away.
+    Trained weights are float32 whatever the precision of products.
 
     Raises:
-        PluginError: `build` leaves out a role that the method trains.
+        PluginError: `build` returns other roles than the method declares.
     """
-    place = type(trainer).__name__
-    models = trainer.build(policy)
-    if missing := [role for role in trainer.trains if role not in models]:
-        raise PluginError(
-            f"`build` returns no `{missing[0]}`, which the method trains", place=place, got=f"roles {sorted(models)}"
-        )
-    trainer.models = nn.ModuleDict(models).to(devices.device)
+    built = roles_of(trainer, trainer.build(loader), loader)
+    for role, model in built.items():
+        if isinstance(model, Reference):
+            trainer.reference = model
+        elif trainer.roles[role].trained:
+            widened(model)
+    modules = {role: model for role, model in built.items() if not isinstance(model, Reference)}
+    trainer.models = nn.ModuleDict(modules).to(devices.device)
     for role, module in trainer.models.items():
-        if role in trainer.trains:
+        if trainer.roles[role].trained:
             _settle_dropout(module, trainer.config, devices)
         else:
             module.requires_grad_(False)
     trained = {name: p for name, p in trainer.models.named_parameters() if p.requires_grad}
-    if not trained:
-        raise ConfigError("nothing to train: no parameter needs a gradient", place=place, fix="unfreeze the model")
+    for role in trained_roles(trainer):
+        if not any(parameter.requires_grad for parameter in trainer.models[role].parameters()):
+            raise ConfigError(
+                f"nothing to train in `{role}`: no parameter needs a gradient",
+                place=type(trainer).__name__,
+                fix="unfreeze the model",
+            )
     every = {id(p): p.numel() for p in trainer.models.parameters()}
     log.info(
         "trainable %s of %s parameters", f"{sum(p.numel() for p in trained.values()):,}", f"{sum(every.values()):,}"
     )
-    narrow = [parameter for parameter in trained.values() if parameter.dtype in (torch.bfloat16, torch.float16)]
-    for parameter in narrow:
-        parameter.data = parameter.data.float()
-    if narrow:
-        log.info("%d trained tensors of 16 bits are kept in float32", len(narrow))
     return trained
+
+
+def trained_roles(trainer: Trainer[Any]) -> list[str]:
+    """Return the roles of the models that are trained."""
+    return [role for role in trainer.models if trainer.roles[role].trained]
 
 
 def _settle_dropout(module: nn.Module, config: TrainerConfig, devices: DeviceManager) -> None:
@@ -152,48 +129,30 @@ def _settle_dropout(module: nn.Module, config: TrainerConfig, devices: DeviceMan
     return None
 
 
-def connect(
-    trainer: Trainer, *, distribution: Distribution, devices: DeviceManager, micro_batches: MicroBatches
-) -> None:
-    """Lend the method what its `experience` may ask of the loop."""
-    score = functools.partial(score_in_parts, cut=micro_batches.cut, device=devices.device)
-    trainer.seam = Seam(gather=distribution.gather, index=distribution.rank, score=score)
-
-
-def training_mode(trainer: Trainer, training: bool) -> None:
+def training_mode(trainer: Trainer[Any], training: bool) -> None:
     """Switch the trained models between training and evaluation mode; the others are always in evaluation mode."""
     for role, module in trainer.models.items():
-        if training and role in trainer.trains:
+        if training and trainer.roles[role].trained:
             set_training(module)
         else:
             module.eval()
 
 
-def create_reference(
-    trainer: Trainer,
-    policy: PolicyModel,
+def precompute_reference(
+    trainer: Trainer[Any],
     datasets: tuple[EncodedData, EncodedData | None],
     *,
     distribution: Distribution,
     devices: DeviceManager,
-    micro_batches: MicroBatches,
 ) -> None:
-    """Set `trainer.reference` to the policy as it is now, before any step or checkpoint changes it."""
-    mode: Any = getattr(trainer.config, "reference", "auto")
-    config = trainer.config
-    trainer.reference = Reference.create(
-        policy,
-        mode,
-        cut=micro_batches.cut,
-        hold=frozen_dtype(config.precision, config.frozen_precision),
-        products=DTYPES[config.precision],
-    )
-    if trainer.reference.mode != "precompute":
+    """Let a reference that is computed beforehand score all rows, before any step or checkpoint changes the policy."""
+    reference = reference_of(trainer)
+    if reference is None or reference.mode != "precompute":
         return
     training_mode(trainer, False)
     path = trainer.output / "reference.safetensors" if trainer.output is not None else None
     with torch.no_grad(), devices.autocast(trainer.config.precision):
-        trainer.reference.precompute(
+        reference.precompute(
             itertools.chain.from_iterable(one_pass(trainer, dataset, distribution) for dataset in datasets if dataset),
             path,
         )

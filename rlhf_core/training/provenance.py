@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.errors import LostProcess, ModelError, RLHFError, Stopped, StorageError
+from rlhf_core.errors import LostProcess, ModelError, PluginError, RLHFError, Stopped, StorageError
 from rlhf_core.infra.environment import describe_environment
 from rlhf_core.infra.seeds import stream_seed
+from rlhf_core.rewards import rewards_changed
 from rlhf_core.training.run_directory import RunDirectory, Status, note_fault
 from rlhf_core.training.settings import run_inputs, run_plugin
 
 if TYPE_CHECKING:
+    from rlhf_core.training.loader import Loader
     from rlhf_core.training.loop import Run
 
 log = logging.getLogger(__name__)
@@ -20,11 +22,12 @@ STREAMS = ("model", "training", "evaluation")
 """The named random streams whose seeds the record shows."""
 
 
-def note_inputs(run: Run, policy: Any) -> None:
-    """Write the configuration, the environment, the models and the data, before the first step.
+def note_inputs(run: Run, loader: Loader) -> None:
+    """Write the configuration, the environment, the models, the rewards and the data, before the first step.
 
     Raises:
         ModelError: the run is continued with other model files than it was started with.
+        PluginError: or with other rewards.
     """
     trainer, directory = run.trainer, run.directory
     inputs = run_inputs(trainer)
@@ -33,21 +36,37 @@ def note_inputs(run: Run, policy: Any) -> None:
         device=run.devices.describe(),
         processes=run.distribution.world_size,
         plugin=run_plugin(trainer),
+        stage=str(trainer.stage),
         seeds={"seed": run.config.seed} | {name: stream_seed(run.config.seed, name) for name in STREAMS},
     )
-    models = {"policy": policy.describe()}
-    run.distribution.on_main(lambda: _same_files(directory, models))
+    given = {role: model for role, model in trainer.models.items() if model is loader.given} or {"model": loader.given}
+    models = {role: model.describe() for role, model in {**given, **loader.loaded}.items()}
+    rewards = run.rewards.describe()
+    run.distribution.on_main(lambda: _same_inputs(directory, models, rewards))
     directory.write_inputs(run.settings, inputs, run.explicit)
     directory.write("models.json", models)
+    if rewards:
+        directory.write("rewards.json", rewards)
     note_data(run)
 
 
-def _same_files(directory: RunDirectory, models: dict[str, Any]) -> None:
+def _same_inputs(directory: RunDirectory, models: dict[str, Any], rewards: dict[str, Any]) -> None:
     before = directory.read("models.json") if directory.continued else None
-    if before is None:
-        return
+    for role, model in models.items() if before is not None else ():
+        _same_files(directory, role, before, model)
+    known = directory.read("rewards.json") if directory.continued else None
+    if known is not None and (changed := rewards_changed(known, rewards)):
+        raise PluginError(
+            "the rewards changed since the run was started",
+            place=str(directory.path),
+            got="; ".join(changed[:5]),
+            fix="resume with the same rewards, or start a new run in another directory",
+        )
+
+
+def _same_files(directory: RunDirectory, role: str, before: Any, model: dict[str, Any]) -> None:
     try:
-        old, new = before["policy"].get("files"), models["policy"].get("files")
+        old, new = before[role].get("files"), model.get("files")
         if old is not None and not isinstance(old, dict):
             raise TypeError("`files` is no mapping")
     except (AttributeError, KeyError, TypeError) as error:
@@ -57,7 +76,7 @@ def _same_files(directory: RunDirectory, models: dict[str, Any]) -> None:
     if old is not None and new is not None and old != new:
         changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
         raise ModelError(
-            "the model's files changed since the run was started",
+            f"the files of the model `{role}` changed since the run was started",
             place=str(directory.path),
             got=", ".join(changed[:5]),
             fix="resume with the same model, or start a new run in another directory",

@@ -91,6 +91,11 @@ class Tally:
             self._names.append(name)
             self._pairs.append((_detached(total), _detached(count)))
 
+    def clear(self) -> None:
+        """Forget what was added."""
+        self._names.clear()
+        self._pairs.clear()
+
     @property
     def values(self) -> list[Tensor | float]:
         """What was added, each sum before its count."""

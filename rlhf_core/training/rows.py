@@ -15,20 +15,19 @@ from rlhf_core.data.saved import keep
 from rlhf_core.data.sources import data_files, has_splits
 from rlhf_core.errors import ConfigError
 from rlhf_core.interfaces import Trainer
-from rlhf_core.models import PolicyModel
 from rlhf_core.models.sequence import SequenceModel
 from rlhf_core.training.distribution import Distribution
+from rlhf_core.training.loader import reference_of
 
 log = logging.getLogger(__name__)
 
 
-def open_data(trainer: Trainer, policy: PolicyModel) -> tuple[EncodedData, EncodedData | None]:
+def open_data(trainer: Trainer[Any], tokenizer: Any) -> tuple[EncodedData, EncodedData | None]:
     """Return the training data and the held-out data as encoded rows.
 
     Raises:
         ConfigError: the held-out rows are the split that is trained on.
     """
-    tokenizer: Any = policy.tokenizer
     held_out = _eval_config(trainer) if trainer.eval_data is not None else None
     dataset = open_dataset(trainer.data, trainer.record, tokenizer, config=trainer.config)
     if held_out is None:
@@ -41,8 +40,8 @@ def keep_texts(trainer: Trainer, dataset: EncodedData) -> None:
 
     It is exported with them, so rewards, generation, the next stage and other tools encode a prompt as training did.
     """
-    for role in trainer.trains:
-        for part in trainer.models[role].modules():
+    for role, model in trainer.models.items():
+        for part in model.modules() if trainer.roles[role].trained else ():
             if isinstance(part, SequenceModel):
                 keep(part.tokenizer, trainer.config.dataset)
                 if dataset.encoder.chats:
@@ -83,7 +82,7 @@ def _names(data: Any) -> set[str]:
 
 
 def open_stream(
-    trainer: Trainer, dataset: EncodedData, *, distribution: Distribution, saved: Mapping[str, Any] | None
+    trainer: Trainer[Any], dataset: EncodedData, *, distribution: Distribution, saved: Mapping[str, Any] | None
 ) -> tuple[DataStream, int | None]:
     """Return the stream of training batches, at its beginning, and the number of steps where it is known.
 
@@ -104,17 +103,18 @@ def open_stream(
     )
     if saved is not None and len(saved["ranks"]) == distribution.world_size:
         return stream, saved["total_steps"]
+    windows = trainer.windows_per_batch()
     steps = config.max_steps
-    if steps is None and stream.steps is not None:
-        steps = stream.steps * trainer.windows_per_batch
+    if steps is None and stream.steps is not None and windows is not None:
+        steps = stream.steps * windows
     return stream, steps
 
 
 def _count(trainer: Trainer, dataset: EncodedData, distribution: Distribution, saved: Mapping[str, Any] | None) -> None:
     """Know again how many rows there are, where the run that is continued knew it from scoring its reference."""
     if saved is not None:
-        dataset.report.load_state_dict(saved["stream"]["report"])
-    elif dataset.num_rows is None and "reference" in trainer.frozen and trainer.reference.mode == "precompute":
+        dataset.report.load_state_dict(saved["ranks"][0]["stream"]["report"])
+    elif dataset.num_rows is None and (kept := reference_of(trainer)) and kept.mode == "precompute":
         for _ in one_pass(trainer, dataset, distribution):
             pass
 

@@ -25,7 +25,7 @@ class SavedProgress(_Part):
     tokens: int = Field(ge=0)
     seconds: float = Field(ge=0)
     skipped: int = Field(ge=0)
-    skipped_in_a_row: int = Field(ge=0)
+    batches: int = Field(ge=0)
     evaluated: int | None
     metrics: Metrics
     eval_metrics: Metrics
@@ -60,10 +60,11 @@ class SavedRank(_Part):
 
     random: SavedRandom
     trainer: dict[str, Any]
+    stream: SavedStream
 
 
 class SavedMicroBatches(_Part):
-    max_prompts: int | None = Field(ge=1)
+    size: int | None = Field(ge=1)
 
 
 class SavedLossScale(_Part):
@@ -84,7 +85,7 @@ class SavedState(_Part):
 
     progress: SavedProgress
     total_steps: int | None
-    stream: SavedStream
+    inside_rollout: bool
     eval_fingerprint: str | None
     micro_batches: SavedMicroBatches
     loss_scale: SavedLossScale
@@ -109,7 +110,8 @@ def check_state(run: Run, state: Any) -> None:
         raise ValueError(f"state.json is malformed at `ranks.random`: {error}") from None
     finally:
         now.restore()
-    _check_stream(run, saved.stream)
+    for rank in saved.ranks:
+        _check_stream(run, rank.stream)
 
 
 def _check_stream(run: Run, stream: SavedStream) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,8 @@ class Progress:
     """Time spent in steps."""
     skipped: int = 0
     """Windows that held nothing to learn from."""
-    skipped_in_a_row: int = 0
+    batches: int = 0
+    """Batches of data that had been taken when the last step was made."""
     evaluated: int | None = None
     """The step of the last evaluation."""
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -88,11 +89,12 @@ class RunState:
         assert manager is not None
         step = run.progress.step
         optimizer, values = optimizer_state(run.optimizer, run.parameters)
-        ranks = run.distribution.gather({"random": RandomState.capture().to_json(), "trainer": self._remembered()})
-        state = {
+        own = {"random": RandomState.capture().to_json(), "trainer": self._remembered()}
+        ranks = run.distribution.gather(own | {"stream": run.stream.state_dict()})
+        state: dict[str, Any] = {
             "progress": run.progress.to_json(),
             "total_steps": run.total_steps,
-            "stream": run.stream.state_dict(),
+            "inside_rollout": run.inside_rollout,
             "eval_fingerprint": run.eval_dataset.fingerprint if run.eval_dataset is not None else None,
             "micro_batches": run.micro_batches.state_dict(),
             "loss_scale": run.loss_scale.state_dict(),
@@ -176,7 +178,6 @@ class RunState:
             run.optimizer, run.parameters, checkpoint.tensors("optimizer"), state["optimizer"], place=place
         )
         run.progress = Progress.from_json(state["progress"])
-        run.stream.load_state_dict(state["stream"])
         run.micro_batches.load_state_dict(state["micro_batches"])
         run.loss_scale.load_state_dict(state["loss_scale"])
         if run.early_stopping is not None:
@@ -184,6 +185,7 @@ class RunState:
                 raise ModelError("the checkpoint has no state of early stopping", place=place)
             run.early_stopping.load_state_dict(state["early_stopping"])
         ranks, rank = state["ranks"], run.distribution.rank
+        run.stream.load_state_dict(_stream_of(ranks, rank, run.distribution.world_size))
         if len(ranks) == run.distribution.world_size:
             RandomState.from_json(ranks[rank]["random"]).restore()
         else:
@@ -195,6 +197,8 @@ class RunState:
         run.trainer.load_state_dict(ranks[min(rank, len(ranks) - 1)]["trainer"])
         self.saved_step = checkpoint.step
         log.info("resumed from %s", checkpoint.path)
+        if state["inside_rollout"] and (run.total_steps is None or run.progress.step < run.total_steps):
+            raise ModelError("the checkpoint is inside a rollout, which no run can go on with", place=place)
         if run.total_steps is not None and run.progress.step >= run.total_steps:
             log.info("all of its %d steps were done already: there is nothing left to train", run.progress.step)
 
@@ -209,3 +213,14 @@ class RunState:
                 got=f"fingerprint {(now or 'none')[:12]}, saved {(saved or 'none')[:12]}",
                 fix="resume with what the run was started with, or start a new run",
             )
+
+
+def _stream_of(ranks: Sequence[Mapping[str, Any]], rank: int, world_size: int) -> Mapping[str, Any]:
+    """Return where in the data a process goes on: where it was, or with another number of processes where the furthest was."""
+    streams = [entry["stream"] for entry in ranks]
+    if len(streams) == world_size:
+        return streams[rank]
+    furthest = max(streams, key=lambda stream: stream["rows"])
+    if any(stream["rows"] != furthest["rows"] for stream in streams):
+        log.warning("some processes had taken fewer batches than others: their shares of the last ones are left out")
+    return furthest

@@ -6,13 +6,15 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_core.batch import Batch
 from rlhf_core.errors import NumbersError, PluginError
-from rlhf_core.infra.devices import DeviceManager, is_out_of_memory
+from rlhf_core.infra.devices import DeviceManager
+from rlhf_core.infra.memory import attempt
 from rlhf_core.infra.seeds import RandomState
 from rlhf_core.interfaces import Trainer
 from rlhf_core.training.distribution import Distribution
@@ -44,17 +46,16 @@ class _Sums:
     shares: list[tuple[Tensor, tuple[int, ...]]] = field(default_factory=list)
     """Each micro-batch's share of the loss with its rows, to name the rows of one that isn't finite."""
 
-    def read(self, norm: Tensor) -> _Read:
-        """Read everything off the device together with the gradient's norm: the one wait of a step."""
+    def read(self, norms: Mapping[str, Tensor]) -> _Read:
+        """Read everything off the device together with the gradients' norms by role: the one wait of a step."""
         shares = [share for share, _ in self.shares]
         terms, metrics = self.terms.values, self.metrics.values
-        found = numbers([norm, *shares, *terms, *metrics])
-        after = 1 + len(shares), 1 + len(shares) + len(terms)
+        found = iter(numbers([*norms.values(), *shares, *terms, *metrics]))
         return _Read(
-            norm=found[0],
-            shares=found[1 : after[0]],
-            terms=self.terms.totals(found[after[0] : after[1]]),
-            metrics=self.metrics.totals(found[after[1] :]),
+            norms=dict(zip(norms, found, strict=False)),
+            shares=list(islice(found, len(shares))),
+            terms=self.terms.totals(list(islice(found, len(terms)))),
+            metrics=self.metrics.totals(list(found)),
         )
 
 
@@ -62,11 +63,16 @@ class _Sums:
 class _Read:
     """The numbers of a step on this process."""
 
-    norm: float
-    """Total 2-norm of the gradients before clipping, over all processes."""
+    norms: dict[str, float]
+    """2-norm of each role's gradients before clipping, over all processes."""
     shares: list[float]
     terms: dict[str, tuple[float, float]]
     metrics: dict[str, tuple[float, float]]
+
+    @property
+    def norm(self) -> float:
+        """Total 2-norm of the gradients."""
+        return next(iter(self.norms.values())) if len(self.norms) == 1 else math.hypot(*self.norms.values())
 
 
 class Update:
@@ -75,8 +81,7 @@ class Update:
     Args:
         trainer: the method, its models built and on the device.
         optimizer: serves all of its trained parameters.
-        parameters: these parameters, in an order that never changes.
-        max_grad_norm: gradients of a larger norm are scaled down to it; None never.
+        parameters: these parameters by name, which begins with the role, in an order that never changes.
         notify: called with the name and fields of an event.
     """
 
@@ -84,7 +89,7 @@ class Update:
         self,
         trainer: Trainer,
         optimizer: torch.optim.Optimizer,
-        parameters: Sequence[nn.Parameter],
+        parameters: Mapping[str, nn.Parameter],
         *,
         distribution: Distribution,
         devices: DeviceManager,
@@ -92,7 +97,10 @@ class Update:
         loss_scale: LossScale,
         notify: Callable[..., None],
     ) -> None:
-        self.trainer, self.optimizer, self.parameters = trainer, optimizer, list(parameters)
+        self.trainer, self.optimizer, self.parameters = trainer, optimizer, list(parameters.values())
+        self.roles: dict[str, list[nn.Parameter]] = {}
+        for name, parameter in parameters.items():
+            self.roles.setdefault(name.partition(".")[0], []).append(parameter)
         self.distribution, self.devices, self.micro_batches = distribution, devices, micro_batches
         self.loss_scale, self.notify = loss_scale, notify
         self.config = trainer.config
@@ -117,10 +125,10 @@ class Update:
                 self._shrink(micros, step)
             else:
                 assert sums is not None
-                read = sums.read(self._gradient_norm())
+                read = sums.read(self._gradient_norms())
                 self._refuse_loss(sums, read, step)
                 if math.isfinite(read.norm):
-                    self.distribution.clip(self._gradients(), read.norm, self.config.max_grad_norm)
+                    self._clip(read.norms)
                     self.optimizer.step()
                     self.optimizer.zero_grad(set_to_none=True)
                     self.loss_scale.succeeded()
@@ -145,15 +153,13 @@ class Update:
     ) -> _Sums | None:
         """Run forward and backward over this process's micro-batches; None where memory ran out."""
         sums = _Sums()
-        try:
+
+        def work() -> None:
             for micro, own in zip(micros, counted, strict=True):
                 if any(own.values()):
                     self._backward(micro.to(self.devices.device), weights, sums)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            return None
-        return sums
+
+        return sums if attempt(work, self.devices.device) is not None else None
 
     def _backward(self, micro: Batch, weights: dict[str, float], sums: _Sums) -> None:
         with self.devices.autocast(self.config.precision):
@@ -168,33 +174,37 @@ class Update:
                 (share if self.loss_scale.value == 1 else share * self.loss_scale.value).backward()
 
     def _shrink(self, micros: Sequence[Batch], step: int) -> None:
-        self.devices.release()
-        largest = max(self.distribution.gather(max((micro.num_prompts for micro in micros), default=0)))
-        if not self.micro_batches.halve(largest):
+        sizes = self.micro_batches
+        largest = max(self.distribution.gather(max(map(sizes.count, micros), default=0)))
+        if not sizes.halve(largest):
             raise NumbersError(
-                "out of memory with one prompt a forward pass",
+                f"out of memory with one {sizes.unit} a forward pass",
                 place=f"step {step}",
                 fix="set `gradient_checkpointing: true`, a smaller `max_length`, or `lora`",
             )
-        log.warning(
-            "step %d: out of memory; micro-batches of %d prompts from now on", step, self.micro_batches.max_prompts
-        )
-        self.notify("out_of_memory", step=step, micro_batch_size=self.micro_batches.max_prompts)
+        log.warning("step %d: out of memory; micro-batches of %d %ss from now on", step, sizes.size, sizes.unit)
+        self.notify("out_of_memory", step=step, micro_batch_size=sizes.size)
 
-    def _gradient_norm(self) -> Tensor:
-        """Add up gradients over the processes, undo the loss scale; return their norm, which nobody has waited for yet."""
+    def _gradient_norms(self) -> dict[str, Tensor]:
+        """Add up gradients over the processes, undo the loss scale; return each role's norm, which nobody has waited for yet."""
         self.distribution.sum_gradients(self.parameters)
-        gradients = self._gradients()
-        if self.loss_scale.value != 1:
-            torch._foreach_div_(gradients, self.loss_scale.value)
-        return self.distribution.norm(gradients)
-
-    def _gradients(self) -> list[Tensor]:
-        """Return the gradients that there are; there must be one."""
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        if not gradients:
+        by_role = {role: gradients for role in self.roles if (gradients := self._gradients(role))}
+        if not by_role:
             raise PluginError("the loss gives no trained parameter a gradient", place=f"{self.place}.loss")
-        return gradients
+        if self.loss_scale.value != 1:
+            torch._foreach_div_(
+                [gradient for gradients in by_role.values() for gradient in gradients], self.loss_scale.value
+            )
+        return {role: self.distribution.norm(gradients) for role, gradients in by_role.items()}
+
+    def _clip(self, norms: Mapping[str, float]) -> None:
+        """Scale each role's gradients down to `max_grad_norm`: one role's large loss must not take another's step."""
+        for role, norm in norms.items():
+            self.distribution.clip(self._gradients(role), norm, self.config.max_grad_norm)
+
+    def _gradients(self, role: str) -> list[Tensor]:
+        """Return the gradients that a role's parameters have."""
+        return [parameter.grad for parameter in self.roles[role] if parameter.grad is not None]
 
     def _refuse_loss(self, sums: _Sums, read: _Read, step: int) -> None:
         shares = read.shares
@@ -229,6 +239,8 @@ class Update:
         totals = self.distribution.sum([*(read.terms.get(name, (0.0, 0.0))[0] for name in names), window.num_tokens])
         terms = {name: total / weights[name] for name, total in zip(names, totals, strict=False) if weights[name] > 0}
         metrics = quotients(sum_pairs(self.distribution, read.metrics))
+        if len(read.norms) > 1:
+            metrics = {f"grad_norm_{role}": norm for role, norm in read.norms.items()} | metrics
         if len(names) > 1:
             metrics = {f"loss_{name}": value for name, value in terms.items()} | metrics
         return Outcome(sum(terms.values()), read.norm, int(totals[-1]), metrics)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,9 +12,10 @@ from rlhf_plugins.trainers import dpo
 
 from rlhf_core.batch import Batch
 from rlhf_core.errors import ConfigError
-from rlhf_core.interfaces import Seam
 from rlhf_core.models import PolicyModel, Reference
+from rlhf_core.testing import run_context, simulate
 from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
+from rlhf_core.training.distribution import Distribution
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_the_first_loss_is_log_2_for_any_model_passed_in(mode: str) -> None:
     batch = random_batch(3, 2)
     if mode == "precompute":
         made.reference.precompute([batch])
-    (window,) = made.experience(iter([batch]))
+    (window,) = made.experience(iter([batch]), run_context(made))
     loss = made.loss(window)
     weight = made.weights(window)["preference"]
     assert weight == 3
@@ -85,7 +85,7 @@ def test_metrics_by_hand() -> None:
     assert float(found["kl"][0]) == pytest.approx(-(2.0 - 1.0 - 1.0 - 0.5)) and found["kl"][1] == 4
 
 
-def window(made: dpo.DPOTrainer, batch: Batch) -> Batch:
+def window(made: dpo.DPOTrainer, batch: Batch, distribution: Distribution | None = None) -> Batch:
     """Return the batch as the method's window, with a reference that isn't the policy."""
     reference = tiny_model()
     with torch.no_grad():
@@ -93,7 +93,7 @@ def window(made: dpo.DPOTrainer, batch: Batch) -> Batch:
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7)) * 0.05)
     made.reference = Reference.create(PolicyModel(reference, tiny_tokenizer()), "copy")
     with torch.no_grad():
-        (made_window,) = made.experience(iter([batch]))
+        (made_window,) = made.experience(iter([batch]), run_context(made, distribution=distribution))
     return made_window
 
 
@@ -134,26 +134,16 @@ def test_a_sorted_step_is_the_same_however_it_is_shared_out(kind: str) -> None:
     theirs = gradient(expected, parameters)
 
     shares = [batch.select([4, 1]), batch.select([0, 5, 2, 3])]
-    told = [payload(whole, share) for share in shares]
+    made = trainer(policy, loss_type=kind, beta=beta)
+    seen_by = simulate(2, lambda process: window(made, shares[process.rank], process))
     total, ours = 0.0, torch.zeros_like(theirs)
-    for index, share in enumerate(shares):
-        made = trainer(policy, loss_type=kind, beta=beta)
-        made.seam = Seam(gather=lambda value: told if value in told else [], index=index)
-        for micro in window(made, share).split(size=1):
+    for share in seen_by:
+        for micro in share.split(size=1):
             term = made.loss(micro).terms["preference"]
             total += term.item()
             ours += gradient(term, parameters)
     assert total == pytest.approx(expected.item(), rel=1e-5)
     assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
-
-
-def payload(made: dpo.DPOTrainer, share: Batch) -> Any:
-    """Return what a process tells the others of its share."""
-    said: list[Any] = []
-    gather: Callable[[Any], list[Any]] = lambda value: said.append(value) or [value]  # type: ignore[func-returns-value]  # noqa: E731
-    made.seam = Seam(gather=gather)
-    window(made, share)
-    return said[0]
 
 
 def gradient(term: torch.Tensor, parameters: list[torch.nn.Parameter]) -> torch.Tensor:

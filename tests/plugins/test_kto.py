@@ -18,9 +18,8 @@ from torch import Tensor
 
 from rlhf_core.batch import Batch
 from rlhf_core.errors import ConfigError, DataError
-from rlhf_core.interfaces import Seam
 from rlhf_core.models import PolicyModel, Reference
-from rlhf_core.testing import TrainerContract
+from rlhf_core.testing import TrainerContract, run_context, simulate
 from rlhf_core.testing.arithmetic import Arithmetic
 from rlhf_core.testing.tiny import save_tiny, tiny_model, tiny_tokenizer
 
@@ -133,14 +132,15 @@ def test_rows_of_one_prompt_are_no_mismatch_and_processes_change_nothing() -> No
     twice = replace(
         batch, prompt_ids=batch.prompt_ids[[0, 0, 2, 3, 4]], prompt_lengths=batch.prompt_lengths[[0, 0, 2, 3, 4]]
     )
-    whole = trainer._next_prompts(twice)
+    whole = trainer._next_prompts(twice, run_context(trainer))
     ids = [twice.prompt_ids[p, : twice.prompt_lengths[p]].tolist() for p in range(5)]
     assert whole == [ids[2], ids[2], ids[3], ids[4], ids[0]]
-    assert trainer._next_prompts(batch.select([2])) == [None]
+    assert trainer._next_prompts(batch.select([2]), run_context(trainer)) == [None]
     shares = [twice.select([0, 2, 4]), twice.select([1, 3])]
-    told = [[[row, ids[row]] for row in share.rows] for share in shares]
-    trainer.seam = Seam(gather=lambda value: told)
-    assert [trainer._next_prompts(share) for share in shares] == [[whole[0], whole[2], whole[4]], [whole[1], whole[3]]]
+    found = simulate(
+        2, lambda process: trainer._next_prompts(shares[process.rank], run_context(trainer, distribution=process))
+    )
+    assert found == [[whole[0], whole[2], whole[4]], [whole[1], whole[3]]]
 
 
 def made(**options: Any) -> tuple[KTOTrainer, Batch]:
@@ -172,24 +172,28 @@ def estimate(trainer: KTOTrainer, batch: Batch) -> float:
 def test_the_reference_point_by_hand() -> None:
     trainer, batch = made()
     expected = estimate(trainer, batch)
-    assert trainer._reference_point(batch) == pytest.approx(max(expected, 0.0), rel=1e-5, abs=1e-6)
-    (window,) = trainer.experience(iter([batch]))
+    assert trainer._reference_point(batch, run_context(trainer)) == pytest.approx(
+        max(expected, 0.0), rel=1e-5, abs=1e-6
+    )
+    (window,) = trainer.experience(iter([batch]), run_context(trainer))
     assert window["kl"].tolist() == pytest.approx([max(expected, 0.0)] * 5, rel=1e-5, abs=1e-6)
-    assert made(kl="zero")[0]._reference_point(batch) == 0.0
+    assert made(kl="zero")[0]._reference_point(batch, run_context(trainer)) == 0.0
 
 
 def test_the_moving_average_by_hand_and_over_a_resume() -> None:
     trainer, batch = made(kl="ema", kl_decay=0.5)
     once = estimate(trainer, batch)
-    trainer._reference_point(batch)
+    trainer._reference_point(batch, run_context(trainer))
     assert trainer.moving_kl == pytest.approx(once, rel=1e-5, abs=1e-6)
     trainer.load_state_dict({"moving_kl": 10.0})
-    assert trainer._reference_point(batch) == pytest.approx(max(0.5 * 10 + 0.5 * once, 0), rel=1e-5)
+    assert trainer._reference_point(batch, run_context(trainer)) == pytest.approx(
+        max(0.5 * 10 + 0.5 * once, 0), rel=1e-5
+    )
     assert trainer.state_dict() == {"moving_kl": pytest.approx(5 + 0.5 * once, rel=1e-5)}
 
 
 def test_a_step_of_one_row_has_no_reference_point() -> None:
-    assert made()[0]._reference_point(made()[1].select([0])) == 0.0
+    assert made()[0]._reference_point(made()[1].select([0]), run_context(made()[0])) == 0.0
     with pytest.raises(ConfigError, match="a step of one row has no mismatched pair"):
         KTOConfig.parse({"batch_size": 1})
     assert KTOConfig.parse({"batch_size": 1, "kl": "zero"}).kl == "zero"
@@ -202,7 +206,7 @@ def test_identical_models_have_no_kl_and_pay_half() -> None:
     trainer = KTOTrainer(model=policy, data=[])
     trainer.models = torch.nn.ModuleDict({"policy": policy})
     trainer.reference = Reference.create(policy, "copy")
-    (window,) = trainer.experience(iter([made()[1]]))
+    (window,) = trainer.experience(iter([made()[1]]), run_context(trainer))
     loss = trainer.loss(window)
     assert window["kl"].tolist() == pytest.approx([0.0] * 5, abs=1e-4)
     assert loss.terms["kto"].item() / trainer.weights(window)["kto"] == pytest.approx(0.5, rel=1e-4)

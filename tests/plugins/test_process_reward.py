@@ -15,18 +15,26 @@ from batches import random_batch, relative
 from hypothesis import given
 from hypothesis import strategies as st
 from rlhf_plugins.trainers.process_metrics import NO_LABEL, RIGHT, WRONG, first_wrong, row_labels
-from rlhf_plugins.trainers.process_reward import ProcessRewardConfig, ProcessRewardTrainer, ranking_loss, step_loss
+from rlhf_plugins.trainers.process_reward import (
+    ProcessRewardModelConfig,
+    ProcessRewardModelTrainer,
+    ranking_loss,
+    step_loss,
+)
 
 from rlhf_core.batch import Batch
 from rlhf_core.data import PreferenceDataset, SFTDataset
 from rlhf_core.data.collate import collate
 from rlhf_core.errors import ConfigError, DataError, ModelError
+from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.models import PolicyModel, ProcessRewardModel
 from rlhf_core.models.process_reward import AGGREGATIONS
 from rlhf_core.models.steps import step_ends
-from rlhf_core.testing import TrainerContract
+from rlhf_core.testing import TrainerContract, run_context
 from rlhf_core.testing.arithmetic import Arithmetic, split_steps
 from rlhf_core.testing.tiny import save_tiny, tiny_model, tiny_tokenizer
+from rlhf_core.training.loader import Loader
+from rlhf_core.training.micro_batches import MicroBatches
 
 
 class TestProcessReward(TrainerContract):
@@ -144,10 +152,10 @@ def test_what_is_saved_scores_the_same(tmp_path: Path) -> None:
         ProcessRewardModel.from_pretrained(save_tiny(tmp_path / "plain", hidden=32))
 
 
-def run(tmp_path: Path, rows: Any, **options: Any) -> ProcessRewardTrainer:
+def run(tmp_path: Path, rows: Any, **options: Any) -> ProcessRewardModelTrainer:
     config = {"max_steps": 2, "batch_size": 4, "logging": {"progress": False}, **options}
     made = save_tiny(tmp_path / "model", hidden=32, layers=2, heads=2)
-    return ProcessRewardTrainer(ProcessRewardConfig.parse(config), model=made, data=rows)
+    return ProcessRewardModelTrainer(ProcessRewardModelConfig.parse(config), model=made, data=rows)
 
 
 ROW = {"prompt": "1+1+1=?", "chosen": "1+1=2\n2+1=3", "rejected": "1+1=3\n3+1=4", "labels": [[1, 1], [0, 0]]}
@@ -206,9 +214,9 @@ def test_a_response_that_was_cut_keeps_the_labels_of_its_whole_steps(room: int, 
     row = {"prompt": "?", "chosen": "1+1=2\n2+1=4", "rejected": "no", "labels": [[1, 0], [0]]}
     data = PreferenceDataset([row], tiny_tokenizer(), max_length=2 + room)
     policy = PolicyModel(tiny_model(hidden=32, heads=2, kv_heads=1), tiny_tokenizer())
-    trainer = ProcessRewardTrainer(ProcessRewardConfig(max_length=2 + room), model=policy, data=[])
-    trainer.models = torch.nn.ModuleDict(trainer.build(trainer.adopt(policy)))
-    (window,) = trainer.experience(iter([collate([data[0]])]))
+    trainer = ProcessRewardModelTrainer(ProcessRewardModelConfig(max_length=2 + room), model=policy, data=[])
+    trainer.models = torch.nn.ModuleDict(trainer.build(Loader(trainer, DeviceManager(), MicroBatches(trainer.config))))
+    (window,) = trainer.experience(iter([collate([data[0]])]), run_context(trainer))
     assert window["step_labels"][0][window["step_ends"][0]].tolist() == expected
 
 

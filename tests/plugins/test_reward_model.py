@@ -21,10 +21,13 @@ from rlhf_plugins.trainers.reward_model import (
 )
 
 from rlhf_core.errors import ConfigError
+from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.models import PolicyModel, RewardModel
-from rlhf_core.testing import TrainerContract
+from rlhf_core.testing import TrainerContract, run_context
 from rlhf_core.testing.arithmetic import Arithmetic
 from rlhf_core.testing.tiny import save_tiny, tiny_model, tiny_tokenizer
+from rlhf_core.training.loader import Loader
+from rlhf_core.training.micro_batches import MicroBatches
 
 
 class TestRewardModel(TrainerContract):
@@ -88,7 +91,7 @@ def made(members: int = 1, **options: Any) -> RewardModelTrainer:
     policy = PolicyModel(tiny_model(hidden=32, heads=2, kv_heads=1), tiny_tokenizer())
     config = RewardModelConfig.parse({"ensemble": {"size": members}, **options})
     trainer = RewardModelTrainer(config, model=policy, data=[])
-    trainer.models = torch.nn.ModuleDict(trainer.build(trainer.adopt(policy)))
+    trainer.models = torch.nn.ModuleDict(trainer.build(Loader(trainer, DeviceManager(), MicroBatches(trainer.config))))
     return trainer
 
 
@@ -96,7 +99,7 @@ def test_loss_equals_trl() -> None:
     peer = pytest.importorskip("trl.trainer.reward_trainer", reason="TRL isn't installed (extra `oracles`)")
     trainer = made(centre_weight=0.05)
     batch = random_batch(4, 2).attach(per_prompt={"margin": torch.tensor([0.0, 0.5, 1.0, 0.2])})
-    (window,) = trainer.experience(iter([batch]))
+    (window,) = trainer.experience(iter([batch]), run_context(trainer))
     loss, weights = trainer.loss(window), trainer.weights(window)
     ours = torch.stack([loss.terms[name] / weights[name] for name in weights]).sum()
     # TRL wants all chosen rows before all rejected ones.
@@ -132,10 +135,16 @@ class _Lists(dict):  # type: ignore[type-arg]
 def test_bootstrap_weights_are_a_function_of_the_row() -> None:
     trainer = made(4, ensemble={"size": 4, "bootstrap": True})
     batch = random_batch(6, 2)
-    (window,), (part,) = trainer.experience(iter([batch])), trainer.experience(iter([batch.select([4, 1])]))
+    (window,), (part,) = (
+        trainer.experience(iter([batch]), run_context(trainer)),
+        trainer.experience(iter([batch.select([4, 1])]), run_context(trainer)),
+    )
     assert torch.equal(part["member_weights"], window["member_weights"][[4, 1]])
     draws = torch.cat(
-        [trainer._member_weights(replace(batch, rows=tuple(range(10 * i, 10 * i + 6)))) for i in range(200)]
+        [
+            trainer._member_weights(replace(batch, rows=tuple(range(10 * i, 10 * i + 6))), run_context(trainer))
+            for i in range(200)
+        ]
     )
     assert draws.mean().item() == pytest.approx(1.0, abs=0.08) and draws.var().item() == pytest.approx(1.0, abs=0.2)
 
@@ -182,7 +191,8 @@ def test_a_model_passed_in_keeps_its_members_or_is_refused() -> None:
     model = RewardModel.on(policy.without_head(), members=2)
 
     def adopt(**ensemble: Any) -> Any:
-        return RewardModelTrainer(RewardModelConfig.parse({"ensemble": ensemble}), model=policy, data=[]).adopt(model)
+        trainer = RewardModelTrainer(RewardModelConfig.parse({"ensemble": ensemble}), model=model, data=[])
+        return trainer.build(Loader(trainer, DeviceManager(), MicroBatches(trainer.config)))["reward"]
 
     assert adopt(bootstrap=True) is model and adopt(size=2, share_backbone=True) is model
     with pytest.raises(ConfigError, match="3 members were asked for; got a model of 2"):
@@ -201,5 +211,5 @@ def test_disagreement_is_about_which_is_better() -> None:
 
 def test_held_out_rows_are_not_bootstrapped() -> None:
     trainer = made(4, ensemble={"size": 4, "bootstrap": True})
-    trainer.seam = replace(trainer.seam, evaluating=True)
-    assert (trainer._member_weights(random_batch(6, 2)) == 1).all()
+    (held_out,) = trainer.experience(iter([random_batch(6, 2)]), run_context(trainer, evaluating=True))
+    assert (held_out["member_weights"] == 1).all()

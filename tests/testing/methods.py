@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field, field_validator
@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from rlhf_core.batch import Batch
 from rlhf_core.config import TrainerConfig, TrainingStage
-from rlhf_core.interfaces import Loss, Trainer
+from rlhf_core.interfaces import FROZEN, TRAINED, Loss, Trainer, Window
 from rlhf_core.models import PolicyModel, Reference
 from rlhf_core.testing.tiny import SPECIAL_TOKENS, VOCAB_SIZE
+from rlhf_core.training.context import RunContext
+from rlhf_core.training.loader import Loader
 
 
 class Online(Trainer[TrainerConfig]):
@@ -27,7 +29,10 @@ class Online(Trainer[TrainerConfig]):
     stage = TrainingStage.POLICY
     Config = TrainerConfig
 
-    def experience(self, stream: Iterator[Batch]) -> Iterable[Batch]:
+    def windows_per_batch(self) -> int:
+        return 2
+
+    def experience(self, stream: Iterator[Batch], run: RunContext) -> Iterable[Window | Batch]:
         for prompts in stream:
             number = 2 * prompts.num_prompts
             lengths = torch.randint(1, 7, (number,))
@@ -39,12 +44,11 @@ class Online(Trainer[TrainerConfig]):
                 owner=torch.arange(prompts.num_prompts).repeat_interleave(2),
                 loss_mask=torch.arange(int(lengths.max())) < lengths[:, None],
                 rows=prompts.rows,
-                boundary=False,
             )
             rewards = (rollout.response_ids[:, 0] % 2).float()
             window = rollout.attach(per_response={"advantage": rewards - rewards.mean() + 0.1})
-            yield window
-            yield Batch(**{**vars(window), "boundary": True})
+            yield Window(window, last=False)
+            yield Window(window)
 
     def weights(self, batch: Batch) -> Mapping[str, float]:
         return {"gain": batch.num_responses}
@@ -84,7 +88,7 @@ class ForgetsItsState(SFTTrainer):
         super().__init__(*args, **kwargs)
         self.windows = 0
 
-    def experience(self, stream: Iterator[Batch]) -> Iterable[Batch]:
+    def experience(self, stream: Iterator[Batch], run: RunContext) -> Iterable[Window | Batch]:
         for batch in stream:
             self.windows += 1
             scale = 1.0 / (1 + self.windows)
@@ -225,7 +229,7 @@ class SeedsExperience(SFTTrainer):
     api = 1
     record = "sft"
 
-    def experience(self, stream: Iterator[Batch]) -> Iterable[Batch]:
+    def experience(self, stream: Iterator[Batch], run: RunContext) -> Iterable[Window | Batch]:
         for batch in stream:
             torch.manual_seed(0)
             yield batch
@@ -237,12 +241,13 @@ class MovesTheFrozen(SFTTrainer):
     api = 1
     record = "sft"
 
-    frozen = ("teacher",)
+    roles: ClassVar = {"policy": TRAINED, "teacher": FROZEN}
 
-    def build(self, policy: PolicyModel) -> dict[str, nn.Module]:
+    def build(self, loader: Loader) -> dict[str, nn.Module]:
+        policy: PolicyModel = loader.main()
         return {"policy": policy, "teacher": copy.deepcopy(policy)}
 
-    def experience(self, stream: Iterator[Batch]) -> Iterable[Batch]:
+    def experience(self, stream: Iterator[Batch], run: RunContext) -> Iterable[Window | Batch]:
         for batch in stream:
             for old, new in zip(self.models["teacher"].parameters(), self.policy.parameters(), strict=True):
                 old.lerp_(new, 0.1)
@@ -255,7 +260,7 @@ class MovesTheReference(DPOTrainer):
     api = 1
     record = "preference"
 
-    def experience(self, stream: Iterator[Batch]) -> Iterable[Batch]:
+    def experience(self, stream: Iterator[Batch], run: RunContext) -> Iterable[Window | Batch]:
         for batch in stream:
             self.reference = Reference.create(self.policy)
             yield batch.attach(per_response={"ref_logps": self.reference.response_logps(batch)})
@@ -271,7 +276,7 @@ class DropsRows(SFTTrainer):
     api = 1
     record = "sft"
 
-    def experience(self, stream: Iterator[Batch]) -> Iterable[Batch]:
+    def experience(self, stream: Iterator[Batch], run: RunContext) -> Iterable[Window | Batch]:
         for batch in stream:
             yield batch.select(range(batch.num_prompts - 1))
 
@@ -338,9 +343,36 @@ class ForgetsEmptyShares(SFTTrainer):
     api = 1
     record = "sft"
 
-    def experience(self, stream: Iterator[Batch]) -> Iterable[Batch]:
+    def experience(self, stream: Iterator[Batch], run: RunContext) -> Iterable[Window | Batch]:
         for batch in stream:
             if batch.num_prompts:
                 yield batch.attach(per_prompt={"first": torch.ones(batch.num_prompts)})
             else:
                 yield batch
+
+
+class GathersWithinRows(SFTTrainer):
+    """Gathers once a row, so that processes with unequal shares wait for each other for ever."""
+
+    api = 1
+    record = "sft"
+
+    def experience(self, stream: Iterator[Batch], run: RunContext) -> Iterable[Window | Batch]:
+        for batch in stream:
+            means = [sum(run.gather(row)) for row in batch.rows]
+            yield batch.attach(per_prompt={"mean": torch.tensor(means, dtype=torch.float32)})
+
+
+class OwnMean(SFTTrainer):
+    """Weighs responses by a mean over its own process's rows alone."""
+
+    api = 1
+    record = "sft"
+
+    def experience(self, stream: Iterator[Batch], run: RunContext) -> Iterable[Window | Batch]:
+        for batch in stream:
+            lengths = batch.response_lengths.float()
+            yield batch.attach(per_response={"scale": lengths / lengths.mean()})
+
+    def loss(self, batch: Batch) -> Loss:
+        return Loss({"nll": -(self.policy.response_logps(batch) * batch["scale"]).sum()})

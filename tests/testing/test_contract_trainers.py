@@ -99,6 +99,11 @@ FAULTS: dict[type[Trainer], dict[str, str]] = {
     methods.ForgetsEmptyShares: {
         "test_a_share_without_rows_is_taken": "without rows the window has other columns: first",
     },
+    methods.GathersWithinRows: {
+        "test_processes_change_nothing": "don't gather equally often",
+        "test_a_share_without_rows_is_taken": "gather",
+    },
+    methods.OwnMean: {"test_processes_change_nothing": "with 2 processes: loss"},
     methods.ClimbsUp: {"test_loss_falls": "the loss is .* before and .* after 20 steps"},
 }
 

@@ -63,7 +63,7 @@ class Rated(ToyTrainer):
 
     def loss(self, batch: Batch) -> Loss:
         loss = super().loss(batch)
-        if not self.seam.evaluating:
+        if not self.evaluating:
             return loss
         rating = self.ratings[round(float(self.policy.seen) / 8)]  # Eight rows a step were seen.
         return Loss(loss.terms, {"rating": (rating * batch.num_prompts, batch.num_prompts)})
@@ -111,8 +111,8 @@ def test_the_best_survives_a_resume(tmp_path: Path) -> None:
     trainer = rated(tmp_path / "run", checkpoint={"every": 1})
     windows = trainer.experience
 
-    def broken(stream: Any) -> Any:
-        for number, window in enumerate(windows(stream), 1):
+    def broken(stream: Any, run: Any) -> Any:
+        for number, window in enumerate(windows(stream, run), 1):
             if number == 5:
                 raise ZeroDivisionError
             yield window

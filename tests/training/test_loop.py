@@ -8,7 +8,6 @@ import os
 import re
 import signal
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from toy import ROWS, ToyTrainer, toy
 from rlhf_core.batch import Batch
 from rlhf_core.errors import ConfigError, DataError, NumbersError, PluginError, Stopped, StorageError
 from rlhf_core.infra.files import read_json
-from rlhf_core.interfaces import Loss
+from rlhf_core.interfaces import Loss, Window
 from rlhf_core.training import update as update_module
 from rlhf_core.training.logger import TrainingLogger
 
@@ -82,8 +81,8 @@ def test_the_gradient_is_that_of_the_formula(gradients: list[Gradients]) -> None
     windows: list[Batch] = []
 
     class Noting(ToyTrainer):
-        def experience(self, stream: Any) -> Any:
-            for window in super().experience(stream):
+        def experience(self, stream: Any, run: Any) -> Any:
+            for window in super().experience(stream, run):
                 windows.append(window)
                 yield window
 
@@ -216,9 +215,9 @@ def test_a_window_without_weight_is_skipped_and_counted(tmp_path: Path) -> None:
     assert read_json(tmp_path / "run" / "run.json")["skipped_windows"] == 1
 
 
-def test_ten_windows_without_weight_are_an_error() -> None:
-    with pytest.raises(NumbersError, match="10 windows in a row") as caught:
-        toy(kind=AllAreEmpty).train()
+def test_too_many_batches_without_weight_are_an_error() -> None:
+    with pytest.raises(NumbersError, match="10 batches in a row gave nothing to learn from") as caught:
+        toy(kind=AllAreEmpty, max_idle_batches=10).train()
     assert caught.value.exit_code == 6
 
 
@@ -338,13 +337,14 @@ def test_sigterm_saves_the_step_and_stops(tmp_path: Path) -> None:
 class BetweenBoundaries(Terminated):
     """Makes two windows of one batch: a checkpoint waits for the second."""
 
-    def experience(self, stream: Any) -> Any:
-        for batch in super().experience(stream):
-            yield replace(batch, boundary=False)
-            yield batch
+    def experience(self, stream: Any, run: Any) -> Any:
+        for batch in super().experience(stream, run):
+            for last in (False, True):
+                self.inside = not last
+                yield Window(batch, last=last)
 
     def loss(self, batch: Batch) -> Loss:
-        if self.windows == 2 and not batch.boundary:
+        if self.windows == 2 and self.inside:
             os.kill(os.getpid(), signal.SIGTERM)
         return ToyTrainer.loss(self, batch)
 
@@ -430,12 +430,13 @@ def test_metrics_that_are_not_finite_are_saved_and_come_back(tmp_path: Path) -> 
 class Reused(ToyTrainer):
     """Learns from each batch twice."""
 
-    windows_per_batch = 2
+    def windows_per_batch(self) -> int:
+        return 2
 
-    def experience(self, stream: Any) -> Any:
-        for batch in super().experience(stream):
-            yield replace(batch, boundary=False)
-            yield batch
+    def experience(self, stream: Any, run: Any) -> Any:
+        for batch in super().experience(stream, run):
+            yield Window(batch, last=False)
+            yield Window(batch)
 
 
 def test_epochs_make_as_many_steps_as_a_batch_has_windows(tmp_path: Path) -> None:
@@ -450,10 +451,10 @@ def test_sigterm_before_the_first_step_stops_there(tmp_path: Path) -> None:
     class Early(ToyTrainer):
         asked = True
 
-        def build(self, policy: Any) -> Any:
+        def build(self, loader: Any) -> Any:
             if self.asked:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return super().build(policy)
+            return super().build(loader)
 
     for output, fix in ((tmp_path / "run", "begin again with `--resume`"), (None, "begin again")):
         trainer = toy(output, kind=Early)

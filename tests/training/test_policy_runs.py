@@ -110,7 +110,7 @@ def test_sft_learns_and_what_it_saves_can_be_loaded(model: Path, tmp_path: Path,
 
 def test_memory_that_runs_out_in_experience_is_told(model: Path) -> None:
     class Hungry(DPOTrainer):
-        def experience(self, stream: Any) -> Any:
+        def experience(self, stream: Any, run: Any) -> Any:
             raise torch.OutOfMemoryError("CUDA out of memory")
             yield
 
@@ -148,5 +148,5 @@ def test_a_resume_with_another_model_in_memory_is_refused(model: Path, tmp_path:
     changed = PolicyModel.from_pretrained(model)
     with torch.no_grad():
         next(changed.parameters()).mul_(1.5)
-    with pytest.raises(ModelError, match="the model's files changed since the run was started; got weights in memory"):
+    with pytest.raises(ModelError, match=r"files of the model `policy` changed since .*; got weights in memory"):
         train(changed, 2, resume=True)

@@ -21,7 +21,7 @@ from rlhf_core.yaml_files import load_yaml
 class Unloaded(ToyTrainer):
     """Fails if anything is loaded."""
 
-    def build(self, policy: Any) -> Any:
+    def build(self, loader: Any) -> Any:
         raise AssertionError("the model was loaded")
 
 

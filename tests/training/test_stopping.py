@@ -51,11 +51,11 @@ def asked(when: Callable[[Asked], bool], number: signal.Signals = signal.SIGINT,
 
 
 def in_step_three(trainer: Asked) -> bool:
-    return trainer.windows == 3 and not trainer.seam.evaluating
+    return trainer.windows == 3 and not trainer.evaluating
 
 
 def in_the_second_evaluation(trainer: Asked) -> bool:
-    return trainer.seam.evaluating and bool(trainer.models["policy"].seen > 16)
+    return trainer.evaluating and bool(trainer.models["policy"].seen > 16)
 
 
 def outcome(output: Path) -> tuple[list[dict[str, Any]], bytes]:

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from rlhf_core.batch import Batch
 from rlhf_core.config import TrainerConfig, TrainingStage
 from rlhf_core.infra.tensors import write_tensors
-from rlhf_core.interfaces import Loss, Trainer
+from rlhf_core.interfaces import Loss, Trainer, Window
 from rlhf_core.testing.tiny import VOCAB_SIZE, tiny_tokenizer
+from rlhf_core.training.context import RunContext
+from rlhf_core.training.loader import Loader
 
 ROWS = [
     {"prompt": "p" * (1 + i % 5), "response": chr(97 + i % 7) * (40 if i % 6 == 0 else 1 + i % 4)} for i in range(40)
@@ -39,6 +41,10 @@ class ToyPolicy(nn.Module):
             self.embedding.weight.copy_(torch.randn(self.embedding.weight.shape, generator=generator))
         self.register_buffer("seen", torch.zeros(1))
         self.tokenizer = tiny_tokenizer()
+
+    @classmethod
+    def adopt(cls, model: ToyPolicy) -> ToyPolicy:
+        return model
 
     def configure(self, config: TrainerConfig) -> ToyPolicy:
         return self
@@ -70,12 +76,19 @@ class ToyTrainer(Trainer[ToyConfig]):
     stage = TrainingStage.SFT
     Config = ToyConfig
 
+    evaluating = False
+    """Whether what is experienced are held-out rows."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.windows = 0
 
-    def experience(self, stream: Iterator[Batch]) -> Iterable[Batch]:
+    def build(self, loader: Loader) -> Mapping[str, nn.Module]:
+        return {"policy": loader.main(ToyPolicy)}
+
+    def experience(self, stream: Iterator[Batch], run: RunContext) -> Iterable[Window | Batch]:
         for batch in stream:
+            self.evaluating = run.evaluating
             self.windows += 1
             noise = torch.rand(batch.num_responses) + float(np.random.rand()) + self.windows / 100
             yield batch.attach(per_response={"noise": noise})

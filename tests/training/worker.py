@@ -32,7 +32,7 @@ class Worker(ToyTrainer):
 
     job: dict[str, Any]
 
-    def experience(self, stream: Any) -> Any:
+    def experience(self, stream: Any, run: Any) -> Any:
         for batch in stream:
             self.windows += 1
             noise = torch.tensor([1.0 + row / 100 for row in batch.rows])

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Literal
+from typing import ClassVar
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from rlhf_core.batch import Batch
-from rlhf_core.config import TrainerConfig, TrainingStage
-from rlhf_core.interfaces import Loss, Trainer
-from rlhf_plugins.trainers.dpo_aot import match
+from rlhf_core.plugin import FROZEN, TRAINED, Batch, Loss, ReferenceConfig, RunContext, Trainer, TrainingStage
 from rlhf_plugins.trainers.dpo_losses import LOSSES, LossType
 from rlhf_plugins.trainers.pairs import Pairs, chosen_nll, pair_metrics, response_tokens
 
 
-class DPOConfig(TrainerConfig):
+class DPOConfig(ReferenceConfig):
     """Options of direct preference optimisation."""
 
     learning_rate: float = Field(1e-6, gt=0, description="Peak step size; larger learns faster and may diverge.")
@@ -46,11 +43,6 @@ class DPOConfig(TrainerConfig):
         description="Weight of the chosen response's negative log-likelihood a token, averaged over pairs (RPO); larger imitates"
         " it more.",
     )
-    reference: Literal["auto", "copy", "adapter_off", "precompute"] = Field(
-        "auto",
-        description="How the reference is kept: a frozen `copy`, the base with a fresh adapter off (`adapter_off`), or"
-        " log-probabilities computed once at the start (`precompute`). The objective is the same.",
-    )
 
     @model_validator(mode="after")
     def _options_are_used(self) -> DPOConfig:
@@ -69,11 +61,11 @@ class DPOTrainer(Trainer[DPOConfig]):
     record = "preference"
     stage = TrainingStage.PREFERENCE
     Config = DPOConfig
-    frozen = ("reference",)
+    roles: ClassVar = {"policy": TRAINED, "reference": FROZEN}
 
-    def experience(self, stream: Iterator[Batch]) -> Iterable[Batch]:
+    def experience(self, stream: Iterator[Batch], run: RunContext) -> Iterable[Batch]:
         for batch in stream:
-            yield self._matched(batch.attach(per_response={"ref_logps": self.reference.response_logps(batch)}))
+            yield self._matched(run, batch.attach(per_response={"ref_logps": self.reference.response_logps(batch)}))
 
     def weights(self, batch: Batch) -> Mapping[str, float]:
         terms = ("preference", "sft") if self.config.sft_weight else ("preference",)
@@ -99,15 +91,15 @@ class DPOTrainer(Trainer[DPOConfig]):
             partners=batch.pairs(batch["partners"]) if LOSSES[config.loss_type].match else None,
         )
 
-    def _matched(self, batch: Batch) -> Batch:
+    def _matched(self, run: RunContext, batch: Batch) -> Batch:
         """Attach what each response is compared with, where the loss sorts the step."""
         rule = LOSSES[self.config.loss_type].match
         if rule is None:
             return batch
-        logps = self.score_responses(batch)
+        logps = run.forward(batch, self.policy.response_logps)
         own = torch.stack([*batch.pairs(logps), *batch.pairs(batch["ref_logps"])], dim=1)  # (P, 4)
-        partners = match(self.gather([list(batch.rows), own.tolist()]), self.seam.index, rule)  # (P, 2)
-        return batch.attach(per_response={"partners": partners.flatten().to(batch.device)})
+        partners = run.over_step(rule, own, rows=batch.rows)  # (P, 2)
+        return batch.attach(per_response={"partners": partners.flatten()})
 
     def _metrics(self, batch: Batch, logps: Tensor) -> dict[str, tuple[Tensor, float]]:
         """Implicit rewards β(log π − log π_ref), and the KL to the reference as the data's responses estimate it."""

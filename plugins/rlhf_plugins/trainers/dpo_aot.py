@@ -6,8 +6,6 @@ then carries its partner as a constant, and the gradient is the same for any cut
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import torch
 from torch import Tensor
 
@@ -63,27 +61,6 @@ def aot_unpaired_partners(step: Tensor) -> Tensor:
         [rejected.sort().values[_ranks(chosen)], chosen.sort().values[_ranks(rejected)]],
         dim=1,
     )
-
-
-def match(
-    shares: Sequence[tuple[Sequence[int], Sequence[Sequence[float]]]],
-    own: int,
-    rule: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """Return (P, 2) partners of one process's pairs, in its order.
-
-    Args:
-        shares: each process's row numbers, and its (P, 4) input to `rule`.
-        own: which of the shares is asked for.
-        rule: `aot_partners` or `aot_unpaired_partners`.
-    """
-    # In the order of rows, ties break alike however the rows are shared out.
-    order = torch.tensor([row for share, _ in shares for row in share]).argsort(stable=True)
-    step = torch.tensor([values for _, share in shares for values in share], dtype=torch.float64)
-    partners = torch.empty(len(step), 2, dtype=torch.float64)
-    partners[order] = rule(step[order])
-    before = sum(len(share) for share, _ in shares[:own])
-    return partners[before : before + len(shares[own][0])].float()
 
 
 def _ranks(values: Tensor) -> Tensor:

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from rlhf_core.batch import Batch
-from rlhf_core.config import TrainerConfig, TrainingStage
-from rlhf_core.data.base import EncodedData
-from rlhf_core.interfaces import Loss, Trainer
-from rlhf_core.statistics import auc
+from rlhf_core.plugin import (
+    FROZEN,
+    TRAINED,
+    Batch,
+    EncodedData,
+    Loss,
+    ReferenceConfig,
+    RunContext,
+    Trainer,
+    TrainingStage,
+    auc,
+)
 from rlhf_plugins.trainers.kto_pairs import mismatched
 
 log = logging.getLogger(__name__)
@@ -51,7 +58,7 @@ def kto_loss(
     return weights * torch.sigmoid(-margin)
 
 
-class KTOConfig(TrainerConfig):
+class KTOConfig(ReferenceConfig):
     """Options of Kahneman-Tversky optimisation."""
 
     learning_rate: float = Field(1e-6, gt=0, description="Peak step size; larger learns faster and may diverge.")
@@ -92,7 +99,7 @@ class KTOTrainer(Trainer[KTOConfig]):
     record = "unpaired"
     stage = TrainingStage.PREFERENCE
     Config = KTOConfig
-    frozen = ("reference",)
+    roles: ClassVar = {"policy": TRAINED, "reference": FROZEN}
 
     moving_kl: float | None = None
     """The moving average of the KL estimates, nats; None before the first."""
@@ -113,24 +120,24 @@ class KTOTrainer(Trainer[KTOConfig]):
                 good, bad, ratio, low, high, low * fit, high * fit,
             )  # fmt: skip
 
-    def experience(self, stream: Iterator[Batch]) -> Iterable[Batch]:
+    def experience(self, stream: Iterator[Batch], run: RunContext) -> Iterable[Batch]:
         for batch in stream:
-            point = self._reference_point(batch)
+            point = self._reference_point(batch, run)
             yield batch.attach(
                 per_response={"ref_logps": self.reference.response_logps(batch)},
                 per_prompt={"kl": torch.full((batch.num_prompts,), point, device=batch.device)},
             )
 
-    def _reference_point(self, batch: Batch) -> float:
+    def _reference_point(self, batch: Batch, run: RunContext) -> float:
         """Return z₀ = max(0, E[log π(y'|x) − log π_ref(y'|x)]) over mismatched pairs of the whole step, nats."""
         if self.config.kl == "zero":
             return 0.0
-        other = mismatched(batch, self._next_prompts(batch), self.config.length_limit)
+        other = mismatched(batch, self._next_prompts(batch, run), self.config.length_limit)
         total, count = 0.0, other.num_responses
         if count:
-            ratios = self.score_responses(other) - self.reference.response_logps(other)
+            ratios = run.forward(other, self.policy.response_logps) - self.reference.response_logps(other)
             total = float(ratios.double().sum())
-        total, count = (sum(column) for column in zip(*self.gather([total, count]), strict=True))
+        total, count = sum(run.gather(total)), sum(run.gather(count))
         if count:
             estimate = total / count
             if self.config.kl == "batch":
@@ -139,14 +146,14 @@ class KTOTrainer(Trainer[KTOConfig]):
             self.moving_kl = decay * (self.moving_kl or 0.0) + (1 - decay) * estimate
         return max(self.moving_kl or 0.0, 0.0)
 
-    def _next_prompts(self, batch: Batch) -> list[list[int] | None]:
+    def _next_prompts(self, batch: Batch, run: RunContext) -> list[list[int] | None]:
         """Return for each row of this process the next other prompt of the whole step, in the order of rows, round and round.
 
         None where the step has no other prompt. Whichever process has a row, it meets the same prompt.
         """
         ids, lengths = batch.prompt_ids.tolist(), batch.prompt_lengths.tolist()
         own = [[row, prompt[:length]] for row, prompt, length in zip(batch.rows, ids, lengths, strict=True)]
-        step = sorted(entry for share in self.gather(own) for entry in share)
+        step = sorted(run.gather(own))
         found: list[list[int] | None] = []
         for entry in own:
             at = step.index(entry)

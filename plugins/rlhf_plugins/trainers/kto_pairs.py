@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from rlhf_core.batch import Batch
+from rlhf_core.plugin import Batch
 
 
 def mismatched(batch: Batch, prompts: Sequence[Sequence[int] | None], max_length: int) -> Batch:

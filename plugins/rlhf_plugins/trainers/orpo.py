@@ -10,9 +10,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rlhf_core.batch import Batch
-from rlhf_core.config import TrainerConfig, TrainingStage
-from rlhf_core.interfaces import Loss, Trainer
+from rlhf_core.plugin import Batch, Loss, Trainer, TrainerConfig, TrainingStage
 from rlhf_plugins.trainers.pairs import chosen_nll, pair_metrics, response_tokens
 
 

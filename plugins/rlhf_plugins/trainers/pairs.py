@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rlhf_core.batch import Batch
+from rlhf_core.plugin import Batch
 
 
 @dataclass(frozen=True)

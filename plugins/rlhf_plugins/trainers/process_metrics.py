@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_core.batch import Batch
-from rlhf_core.errors import DataError, shortened
+from rlhf_core.plugin import Batch, DataError, shortened
 
 RIGHT, WRONG, NO_LABEL = 1.0, -1.0, 0.0
 """Labels of steps as a column: padding, which is 0, has none."""

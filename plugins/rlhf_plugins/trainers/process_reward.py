@@ -6,22 +6,28 @@ import functools
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
-from pathlib import Path
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
-from rlhf_core.batch import Batch
-from rlhf_core.config import TrainerConfig, TrainingStage
-from rlhf_core.data.base import EncodedData
-from rlhf_core.data.collate import collate
-from rlhf_core.errors import DataError
-from rlhf_core.interfaces import Loss, Trainer
-from rlhf_core.models import PolicyModel, ProcessRewardModel
-from rlhf_core.models.process_reward import AGGREGATIONS
+from rlhf_core.plugin import (
+    AGGREGATIONS,
+    TRAINED,
+    Batch,
+    DataError,
+    EncodedData,
+    Loader,
+    Loss,
+    ProcessRewardModel,
+    RunContext,
+    Trainer,
+    TrainerConfig,
+    TrainingStage,
+    collate,
+)
 from rlhf_plugins.trainers.process_metrics import NO_LABEL, RIGHT, ranked, row_labels, step_metrics
 
 log = logging.getLogger(__name__)
@@ -59,7 +65,7 @@ def ranking_loss(values: Tensor) -> Tensor:
     return -logsigmoid(values[:, 0] - values[:, 1])
 
 
-class ProcessRewardConfig(TrainerConfig):
+class ProcessRewardModelConfig(TrainerConfig):
     """Options of process reward models."""
 
     learning_rate: float = Field(1e-5, gt=0, description="Peak step size; larger learns faster and may diverge.")
@@ -76,41 +82,30 @@ class ProcessRewardConfig(TrainerConfig):
     )
 
     @model_validator(mode="after")
-    def _something_to_learn(self) -> ProcessRewardConfig:
+    def _something_to_learn(self) -> ProcessRewardModelConfig:
         if not (self.step_weight or self.ranking_weight or self.outcome_weight):
             raise ValueError("step_weight, ranking_weight and outcome_weight are all 0: there is nothing to learn")
         return self
 
 
-class ProcessRewardTrainer(Trainer[ProcessRewardConfig]):
+class ProcessRewardModelTrainer(Trainer[ProcessRewardModelConfig]):
     """Process reward model on pairs, with or without labels of their steps."""
 
     api = 1
     record = "preference"
     stage = TrainingStage.REWARD
-    Config = ProcessRewardConfig
-    trains = ("reward",)
+    Config = ProcessRewardModelConfig
+    roles: ClassVar = {"reward": TRAINED}
 
     _opened: list[EncodedData]
     """The data of the run, for messages."""
 
-    def load(self, source: str | Path, **options: Any) -> Any:
-        return ProcessRewardModel.from_pretrained(
-            source, new_head=True, separator=self._asked(), seed=self.config.seed, **options
-        )
+    def build(self, loader: Loader) -> dict[str, ProcessRewardModel]:
+        self._opened = []
+        return {"reward": loader.main(ProcessRewardModel, separator=self._asked(), seed=self.config.seed)}
 
     def _asked(self) -> str | None:
         return self.config.separator if "separator" in self.config.model_fields_set else None
-
-    def adopt(self, model: PolicyModel | ProcessRewardModel) -> Any:
-        if isinstance(model, ProcessRewardModel):
-            model.check_separator(self._asked())
-            return model
-        return ProcessRewardModel.on(model.without_head(), separator=self.config.separator, seed=self.config.seed)
-
-    def build(self, policy: Any) -> dict[str, nn.Module]:
-        self._opened = []
-        return {"reward": policy}
 
     def inspect(self, data: EncodedData) -> None:
         self._opened.append(data)
@@ -161,9 +156,9 @@ class ProcessRewardTrainer(Trainer[ProcessRewardConfig]):
     def reward(self) -> ProcessRewardModel:
         return self.models["reward"]  # type: ignore[return-value]
 
-    def experience(self, stream: Iterator[Batch]) -> Iterable[Batch]:
+    def experience(self, stream: Iterator[Batch], run: RunContext) -> Iterable[Batch]:
         # Held-out data are opened last.
-        data = next(iter(self._opened[-1:] if self.seam.evaluating else self._opened), None)
+        data = next(iter(self._opened[-1:] if run.evaluating else self._opened), None)
         for batch in stream:
             ends = self.reward.step_ends(batch)
             yield batch.attach(per_token={"step_ends": ends, "step_labels": self._labels(batch, ends, data)})

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rlhf_core.batch import Batch
-from rlhf_core.config import BaseConfig, TrainerConfig, TrainingStage
-from rlhf_core.data.base import random_generator
-from rlhf_core.interfaces import Loss, Trainer
-from rlhf_core.models import PolicyModel, RewardModel
-from rlhf_core.statistics import auc, calibration_error
+from rlhf_core.plugin import (
+    TRAINED,
+    BaseConfig,
+    Batch,
+    Loader,
+    Loss,
+    RewardModel,
+    RunContext,
+    Trainer,
+    TrainerConfig,
+    TrainingStage,
+    auc,
+    calibration_error,
+    random_generator,
+)
 
 
 def ranking_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0) -> Tensor:
@@ -99,10 +107,12 @@ class RewardModelTrainer(Trainer[RewardModelConfig]):
     record = "preference"
     stage = TrainingStage.REWARD
     Config = RewardModelConfig
-    trains = ("reward",)
+    roles: ClassVar = {"reward": TRAINED}
 
-    def load(self, source: str | Path, **options: Any) -> Any:
-        return RewardModel.from_pretrained(source, new_head=True, seed=self.config.seed, **self._asked(), **options)
+    def build(self, loader: Loader) -> dict[str, RewardModel]:
+        model = loader.main(RewardModel, **self._asked(), seed=self.config.seed)
+        model.centred = self.config.centre_weight > 0
+        return {"reward": model}
 
     def _asked(self) -> dict[str, Any]:
         """Return the number of members and how they stand, as far as the options say."""
@@ -112,31 +122,18 @@ class RewardModelTrainer(Trainer[RewardModelConfig]):
             key: getattr(ensemble, name) if name in ensemble.model_fields_set else None for key, name in names.items()
         }
 
-    def adopt(self, model: PolicyModel | RewardModel) -> Any:
-        if isinstance(model, RewardModel):
-            model.check_members(**self._asked())
-            return model
-        ensemble = self.config.ensemble
-        return RewardModel.on(
-            model.without_head(), members=ensemble.size, share_backbone=ensemble.share_backbone, seed=self.config.seed
-        )
-
-    def build(self, policy: Any) -> dict[str, nn.Module]:
-        policy.centred = self.config.centre_weight > 0
-        return {"reward": policy}
-
     @property
     def reward(self) -> RewardModel:
         return self.models["reward"]  # type: ignore[return-value]
 
-    def experience(self, stream: Iterator[Batch]) -> Iterable[Batch]:
+    def experience(self, stream: Iterator[Batch], run: RunContext) -> Iterable[Batch]:
         for batch in stream:
-            yield batch.attach(per_prompt={"member_weights": self._member_weights(batch)})
+            yield batch.attach(per_prompt={"member_weights": self._member_weights(batch, run)})
 
-    def _member_weights(self, batch: Batch) -> Tensor:
+    def _member_weights(self, batch: Batch, run: RunContext) -> Tensor:
         """Return (P, K) how much each member learns from each pair: 1, or a bootstrap's Poisson(1), a function of the row."""
         members = self.reward.members
-        if self.seam.evaluating or not self.config.ensemble.bootstrap:
+        if run.evaluating or not self.config.ensemble.bootstrap:
             return torch.ones(batch.num_prompts, members, device=batch.device)
         draws = [random_generator(self.config.seed, row).poisson(1.0, members).tolist() for row in batch.rows]
         return torch.tensor(draws, dtype=torch.float32, device=batch.device).view(-1, members)

@@ -6,9 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from rlhf_core.batch import Batch
-from rlhf_core.config import TrainerConfig, TrainingStage
-from rlhf_core.interfaces import Loss, Trainer
+from rlhf_core.plugin import Batch, Loss, Trainer, TrainerConfig, TrainingStage
 
 
 def sft_loss(logps: Tensor, mask: Tensor) -> Tensor:

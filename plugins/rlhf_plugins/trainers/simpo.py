@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from pydantic import Field
 from torch import Tensor
 
-from rlhf_core.batch import Batch
-from rlhf_core.config import TrainerConfig, TrainingStage
-from rlhf_core.interfaces import Loss, Trainer
+from rlhf_core.plugin import Batch, Loss, Trainer, TrainerConfig, TrainingStage
 from rlhf_plugins.trainers.pairs import chosen_tokens, logistic_loss, pair_metrics, response_tokens
 
 

@@ -1,0 +1,92 @@
+"""All that a plugin imports from the project, from one place.
+
+    from rlhf_core.plugin import Batch, Loss, Trainer, TrainerConfig
+
+Names are loaded when they are first used, so a plugin that needs no model imports none.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rlhf_core.batch import Batch as Batch
+    from rlhf_core.config import BaseConfig as BaseConfig
+    from rlhf_core.config import LoraConfig as LoraConfig
+    from rlhf_core.config import ModelConfig as ModelConfig
+    from rlhf_core.config import ReferenceConfig as ReferenceConfig
+    from rlhf_core.config import TrainedModelConfig as TrainedModelConfig
+    from rlhf_core.config import TrainerConfig as TrainerConfig
+    from rlhf_core.config import TrainingStage as TrainingStage
+    from rlhf_core.data.base import EncodedData as EncodedData
+    from rlhf_core.data.base import random_generator as random_generator
+    from rlhf_core.data.collate import collate as collate
+    from rlhf_core.errors import ConfigError as ConfigError
+    from rlhf_core.errors import DataError as DataError
+    from rlhf_core.errors import ModelError as ModelError
+    from rlhf_core.errors import NumbersError as NumbersError
+    from rlhf_core.errors import PluginError as PluginError
+    from rlhf_core.errors import shortened as shortened
+    from rlhf_core.hooks import hookimpl as hookimpl
+    from rlhf_core.interfaces import FROZEN as FROZEN
+    from rlhf_core.interfaces import TRAINED as TRAINED
+    from rlhf_core.interfaces import Completion as Completion
+    from rlhf_core.interfaces import Evaluation as Evaluation
+    from rlhf_core.interfaces import Loss as Loss
+    from rlhf_core.interfaces import Merger as Merger
+    from rlhf_core.interfaces import Pair as Pair
+    from rlhf_core.interfaces import RewardFn as RewardFn
+    from rlhf_core.interfaces import Role as Role
+    from rlhf_core.interfaces import Sample as Sample
+    from rlhf_core.interfaces import Sampler as Sampler
+    from rlhf_core.interfaces import Trainer as Trainer
+    from rlhf_core.interfaces import Window as Window
+    from rlhf_core.models import PolicyModel as PolicyModel
+    from rlhf_core.models import ProcessRewardModel as ProcessRewardModel
+    from rlhf_core.models import RewardModel as RewardModel
+    from rlhf_core.models.process_reward import AGGREGATIONS as AGGREGATIONS
+    from rlhf_core.models.reference import Reference as Reference
+    from rlhf_core.online import OnlineConfig as OnlineConfig
+    from rlhf_core.online import RewardConfig as RewardConfig
+    from rlhf_core.online import SamplingConfig as SamplingConfig
+    from rlhf_core.records import Message as Message
+    from rlhf_core.records import Prompt as Prompt
+    from rlhf_core.statistics import auc as auc
+    from rlhf_core.statistics import calibration_error as calibration_error
+    from rlhf_core.training.context import RunContext as RunContext
+    from rlhf_core.training.loader import Loader as Loader
+
+# Module → the names in it that plugins use.
+_MODULES = {
+    "batch": "Batch",
+    "config": "BaseConfig LoraConfig ModelConfig ReferenceConfig TrainedModelConfig TrainerConfig TrainingStage",
+    "data.base": "EncodedData random_generator",
+    "data.collate": "collate",
+    "errors": "ConfigError DataError ModelError NumbersError PluginError shortened",
+    "hooks": "hookimpl",
+    "interfaces": "FROZEN TRAINED Completion Evaluation Loss Merger Pair RewardFn Role Sample Sampler Trainer Window",
+    "models": "PolicyModel ProcessRewardModel RewardModel",
+    "models.process_reward": "AGGREGATIONS",
+    "models.reference": "Reference",
+    "online": "OnlineConfig RewardConfig SamplingConfig",
+    "records": "Message Prompt",
+    "statistics": "auc calibration_error",
+    "training.context": "RunContext",
+    "training.loader": "Loader",
+}
+_PUBLIC = {name: module for module, names in _MODULES.items() for name in names.split()}
+
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        value = getattr(importlib.import_module(f"rlhf_core.{_PUBLIC[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'rlhf_core.plugin' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__
