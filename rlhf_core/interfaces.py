@@ -336,7 +336,7 @@ class Merger(ABC):
     by_row: ClassVar[bool] = False
     """Whether chunks are whole rows, (rows, columns); else they are (N,)."""
     whole_tensors: ClassVar[bool] = False
-    """Whether it needs whole tensors: a chunk is then one tensor, in its own shape. A merge holds as many as it has threads."""
+    """Whether it needs whole tensors: a chunk is then one tensor, in its own shape. By default at most four merge at once."""
     per_model: ClassVar[tuple[str, ...]] = ()
     """Options of `Config` that a model may have a value of its own for, of any type. `chunk.inputs[i].options` and
     `stream.option(name)` hold what counts for each model. A file is a field of type `Path`: a merge that is continued then

@@ -80,7 +80,8 @@ class MergeConfig(BaseConfig):
     threads: int | None = Field(
         None,
         ge=1,
-        description="Tensors merged at once, in a process or a thread each; null takes the processor's cores.",
+        description="Tensors merged at once, in a process or a thread each; null takes the processor's cores, at most four for a"
+        " method that needs whole tensors.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Where values are computed; `auto` takes an NVIDIA GPU where there is one."

@@ -36,6 +36,9 @@ log = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, None: None}
 
+_WHOLE = 4
+"""Tensors at once by default where a method needs them whole: a few, however many cores there are."""
+
 Evaluate = Callable[[Path], float]
 Progress = Callable[[int, int], None]
 """Called with the bytes of output that are done and their total."""
@@ -71,7 +74,8 @@ class ModelMerger:
         self.config, self._evaluate, self.progress = config, evaluate, progress
         self.method = Method(config)
         self.device = DeviceManager(config.device if config.device != "auto" else _device()).device
-        self.threads = config.threads or _cores()
+        most = _WHOLE if self.method.merger.whole_tensors else None
+        self.threads = config.threads or min(_cores(), most or _cores())
         self.details: dict[str, Any] = {}
         self._resume = self._overwrite = False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -294,6 +295,25 @@ def test_a_method_that_overrides_merge_sees_models_too(tmp_path: Path) -> None:
     entries[1]["weight"] = [0.0, 1.0]
     with pytest.raises(ConfigError, match=r"models\[1\]\.weight: `chosen` takes one value for a whole model"):
         merge("chosen", entries, tmp_path / "other")
+
+
+def test_adapters_and_layers_put_together_say_where_they_lie(tmp_path: Path) -> None:
+    base, paths = tiny_family(tmp_path, 1)
+    registry.register("merger", "importance", Importance)
+    SEEN.clear()
+    settings = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "base_model_name_or_path": str(base)}
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora/adapter_config.json").write_text(json.dumps(settings))
+    at = "base_model.model.model.layers.0.mlp.up_proj"
+    rows, columns = read_weights(base)["model.layers.0.mlp.up_proj.weight"].shape
+    factors = {f"{at}.lora_A.weight": torch.ones(1, columns), f"{at}.lora_B.weight": torch.ones(rows, 1)}
+    save_file(factors, tmp_path / "lora/adapter_model.safetensors")
+    runs = [{"model": str(base), "layers": [0, 1]}, {"model": str(paths[0]), "layers": [1, 2]}]
+    named = [f"{paths[0]}+{tmp_path / 'lora'}", str(tmp_path / "lora"), {"model": runs}]
+    merge("importance", named, tmp_path / "out", threads=1)
+    for seen in SEEN.values():
+        assert [path for _, path, *_ in seen] == [tmp_path / "lora", tmp_path / "lora", None]
+        assert [name for name, *_ in seen][:2] == named[:2]
 
 
 def test_plugins_that_say_what_cannot_be_are_broken() -> None:

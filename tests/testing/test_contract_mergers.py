@@ -9,7 +9,7 @@ from typing import Any
 import merger_plugins as mergers
 import pytest
 
-from rlhf_core.merging import Merger
+from rlhf_core.merging import Chunk, Merger
 from rlhf_core.testing import MergerContract
 from rlhf_core.testing.check import run_checks
 from rlhf_core.testing.contract import Contract
@@ -59,6 +59,24 @@ class MaskedContract(MergerContract):
 
 class TestMasked(MaskedContract):
     merger = mergers.Masked
+
+
+class Unmasked(mergers.Masked):
+    """Adds models up, with fewer options of their own."""
+
+    api = 1
+    per_model = ("mask", "scale")
+
+    def factors(self, chunk: Chunk) -> list[float]:
+        return [one.options["scale"] for one in chunk.inputs]
+
+
+def test_an_option_without_a_known_value_is_skipped_by_name_and_the_others_are_tried() -> None:
+    one = type("UnmaskedContract", (MergerContract,), {"merger": Unmasked})
+    (found,) = (check for check in run_checks(one) if check.name == OPTIONS)
+    assert (found.status, found.reason) == (
+        "skipped", "say in `own_options` what to test `mask` with; the others are right"
+    )  # fmt: skip
 
 
 def contract(plugin: type[Merger]) -> type[MergerContract]:
