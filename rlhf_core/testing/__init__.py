@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rlhf_core.testing.sampler_contract import SamplerContract as SamplerContract
     from rlhf_core.testing.tiny import save_tiny as save_tiny
     from rlhf_core.testing.tiny import tiny_model as tiny_model
+    from rlhf_core.testing.tiny import tiny_policy as tiny_policy
     from rlhf_core.testing.tiny import tiny_tokenizer as tiny_tokenizer
     from rlhf_core.testing.trainer_contract import TrainerContract as TrainerContract
     from rlhf_core.testing.workbench import run_context as run_context
@@ -32,6 +33,7 @@ _PUBLIC = {
     "SamplerContract": "sampler_contract",
     "MergerContract": "merger_contract",
     "tiny_model": "tiny",
+    "tiny_policy": "tiny",
     "tiny_tokenizer": "tiny",
     "save_tiny": "tiny",
 }

@@ -7,14 +7,38 @@ class TestDistinct(SamplerContract):
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any, ClassVar
+from unittest import SkipTest
 
-from rlhf_core.interfaces import Completion, Sampler
+from rlhf_core.config import BaseConfig
+from rlhf_core.interfaces import Completion, RewardFn, Sample, Sampler
+from rlhf_core.online import SamplingConfig
 from rlhf_core.testing.arithmetic import Arithmetic
-from rlhf_core.testing.contract import Contract, is_number, require
+from rlhf_core.testing.contract import Contract, after, is_number, require
+from rlhf_core.testing.tiny import tiny_policy
 
 STOP_REASONS = ("end", "length")
+COUNTS = "test_n_completions_for_each_prompt"
+TOKENS = "test_completions_tell_how_they_were_drawn"
+OWN = "test_log_probabilities_are_the_policys"
+REPEATS = "test_a_seed_repeats_the_completions"
+SEED = 20
+
+
+class KitReward(RewardFn):
+    """The kit's reward: more for digits, less for length. It remembers the columns that it was shown."""
+
+    api = 1
+
+    def __init__(self, config: BaseConfig | None = None) -> None:
+        super().__init__(config)
+        self.columns: list[Mapping[str, Any]] = []
+
+    def score(self, samples: Sequence[Sample]) -> list[float]:
+        self.columns += [sample.columns for sample in samples]
+        return [sum(map(str.isdigit, one.completion)) - 0.01 * len(one.completion_ids) for one in samples]
 
 
 class SamplerContract(Contract):
@@ -23,30 +47,47 @@ class SamplerContract(Contract):
     kind = "sampler"
     sampler: ClassVar[type[Sampler] | None] = None
     """The class under test, in place of `method`."""
+    tolerance: ClassVar[float] = 1e-4
+    """Difference in nats between log-probabilities of one token, by rounding."""
+    reward: KitReward | None = None
+    """What `models` gave as rewards."""
+
+    def models(self) -> dict[str, Any]:
+        """Return the models that the sampler is built from, by role: tiny policies, and a reward of the kit.
+
+        Override it where a role needs another.
+        """
+        self.reward = KitReward()
+        kinds = self.subject().roles.items()
+        return {role: tiny_policy(seed) if kind == "policy" else self.reward for seed, (role, kind) in enumerate(kinds)}
 
     def instance(self) -> Sampler:
-        """Return a new sampler with `options`."""
-        return self.subject()(self.config())
+        """Return a new sampler with `options` and `models`."""
+        return self.subject()(self.config(), **self.models())
 
     def prompts(self) -> list[Any]:
-        """Return prompts as text."""
+        """Return prompts as text, no two alike."""
         return list(islice(Arithmetic().problems(seed=1), 3))
 
     def chats(self) -> list[Any]:
         """Return prompts as chat messages."""
         return list(islice(Arithmetic(chat=True).problems(seed=1), 2))
 
+    def rows(self) -> list[dict[str, Any]]:
+        """Return rows: prompts with other columns."""
+        return list(Arithmetic().rows("prompt", 3, seed=1))
+
     def test_n_completions_for_each_prompt(self) -> None:
-        """Each prompt gets n completions, in the order of the prompts; no prompts, no completions."""
+        """Each prompt gets exactly n completions, in the order of the prompts; no prompts, no completions."""
         sampler, prompts = self.instance(), self.prompts()
-        for n in (1, 3):
-            found = sampler.sample(prompts, n)
+        for n in (1, 2, 3, 4):
+            found = sampler.sample(prompts, n, seed=SEED)
             require(len(found) == len(prompts), f"{len(found)} lists for {len(prompts)} prompts")
             for number, completions in enumerate(found):
                 require(len(completions) == n, f"prompt {number} gets {len(completions)} completions, not n = {n}")
                 kinds = {type(one).__name__ for one in completions if not isinstance(one, Completion)}
                 require(not kinds, f"prompt {number} gets {', '.join(sorted(kinds))} in place of a Completion")
-        empty = sampler.sample([], 2)
+        empty = sampler.sample([], 2, seed=SEED)
         require(len(empty) == 0, f"{len(empty)} lists for no prompt")
 
     def test_one_completion_by_default(self) -> None:
@@ -54,15 +95,37 @@ class SamplerContract(Contract):
         counts = [len(completions) for completions in self.instance().sample(self.prompts())]
         require(counts == [1] * len(self.prompts()), f"without n, the prompts get {counts} completions")
 
+    @after(OWN)
     def test_chat_messages_are_prompts_too(self) -> None:
-        """Prompts may be chat messages, as in training."""
-        chats = self.chats()
-        found = [len(completions) for completions in self.instance().sample(chats, 2)]
-        require(found == [2] * len(chats), f"{len(chats)} chats get {found} completions, not 2 each")
+        """Prompts may be chat messages, and are rendered as in training: the completions are those of the chat."""
+        chats, sampler = self.chats(), self.instance()
+        found = sampler.sample(chats, 2, seed=SEED)
+        counts = [len(completions) for completions in found]
+        require(counts == [2] * len(chats), f"{len(chats)} chats get {counts} completions, not 2 each")
+        self._require_own(sampler, chats, found, "chat")
 
+    @after(OWN, REPEATS)
+    def test_rows_are_prompts_too(self) -> None:
+        """Prompts may be rows; their `prompt` is answered, and their other columns reach the reward."""
+        rows, sampler = self.rows(), self.instance()
+        reward = self.reward
+        found = sampler.sample(rows, 2, seed=SEED)
+        counts = [len(completions) for completions in found]
+        require(counts == [2] * len(rows), f"{len(rows)} rows get {counts} completions, not 2 each")
+        plain = self.instance().sample([row["prompt"] for row in rows], 2, seed=SEED)
+        self._require_own(sampler, [row["prompt"] for row in rows], found, "row")
+        if "reward" not in self.subject().roles.values():
+            require(_ids(found) == _ids(plain), "rows get other completions than their prompts alone")
+            return
+        if reward is not None:
+            answers = {str(columns.get("answer")) for columns in reward.columns}
+            wanted = {row["answer"] for row in rows}
+            require(answers == wanted, f"the rows' `answer` {sorted(wanted)} reaches the reward as {sorted(answers)}")
+
+    @after(COUNTS)
     def test_best_first(self) -> None:
-        """Scores, where there are any, are finite and fall: the best completion stands first."""
-        for number, completions in enumerate(self.instance().sample(self.prompts(), 4)):
+        """Scores are set in all completions or in none, are finite, and fall: the best stands first."""
+        for number, completions in enumerate(self.instance().sample(self.prompts(), 4, seed=SEED)):
             scores = [one.score for one in completions]
             if all(score is None for score in scores):
                 continue
@@ -70,20 +133,143 @@ class SamplerContract(Contract):
             require(len(numbers) == len(scores), f"prompt {number}: not all scores are finite floats: {scores}")
             require(numbers == sorted(numbers, reverse=True), f"prompt {number}: the best isn't first: {numbers}")
 
+    @after(COUNTS)
     def test_completions_tell_how_they_were_drawn(self) -> None:
-        """Each token has a log-probability, at most 0, and each completion a reason for its end."""
-        for number, completions in enumerate(self.instance().sample(self.prompts(), 2)):
+        """Each token has a log-probability as drawn and the model's own, each completion an end and the text of its ids."""
+        sampler = self.instance()
+        tokenizer = _tokenizer(sampler)
+        for number, completions in enumerate(sampler.sample(self.prompts(), 4, seed=SEED)):
+            place = f"prompt {number}"
             for one in completions:
-                place = f"prompt {number}"
-                require(
-                    len(one.logprobs) == len(one.ids), f"{place}: {len(one.logprobs)} logprobs for {len(one.ids)} ids"
-                )
-                raw = len(one.raw_logprobs)
-                require(raw in (0, len(one.ids)), f"{place}: {raw} raw_logprobs for {len(one.ids)} ids")
-                wrong = [value for value in (*one.logprobs, *one.raw_logprobs) if not _is_logprob(value)]
-                require(not wrong, f"{place}: not a log-probability: {wrong[:4]}")
+                size = len(one.ids)
+                for name in ("logprobs", "raw_logprobs"):
+                    values = getattr(one, name)
+                    require(len(values) == size, f"{place}: {len(values)} {name} for {size} ids")
+                    wrong = [value for value in values if not _is_logprob(value)]
+                    require(not wrong, f"{place}: not a log-probability: {wrong[:4]}")
+                require(len(one.kept_mass) in (0, size), f"{place}: {len(one.kept_mass)} kept_mass for {size} ids")
+                wrong = [value for value in one.kept_mass if not 0 < value <= 1 + 1e-6]
+                require(not wrong, f"{place}: not a share of the distribution: {wrong[:4]}")
                 known = one.stop_reason in STOP_REASONS
                 require(known, f"{place}: stop_reason is {one.stop_reason!r}, not one of {', '.join(STOP_REASONS)}")
+                if tokenizer is not None:
+                    ended = bool(size) and one.ids[-1] == tokenizer.eos_token_id
+                    require(ended == (one.stop_reason == "end"), f"{place}: stop_reason is {one.stop_reason!r}, and the last "
+                            f"id is {'the' if ended else 'no'} end token")  # fmt: skip
+                    text = tokenizer.decode(list(one.ids)[: size - ended])
+                    require(one.text == text, f"{place}: the text {one.text!r} isn't what its ids say, {text!r}")
+
+    @after(TOKENS)
+    def test_log_probabilities_are_the_policys(self) -> None:
+        """Scored again by the policy, each token has the log-probabilities that its completion tells."""
+        sampler, prompts = self.instance(), self.prompts()
+        self._require_own(sampler, prompts, sampler.sample(prompts, 3, seed=SEED), "prompt")
+
+    @after(COUNTS)
+    def test_a_seed_repeats_the_completions(self) -> None:
+        """The same seed gives the same completions, whatever was drawn before."""
+        sampler, prompts = self.instance(), self.prompts()
+        first = sampler.sample(prompts, 2, seed=SEED)
+        for who, again in (("again", sampler), ("by a new instance", self.instance())):
+            require(_ids(again.sample(prompts, 2, seed=SEED)) == _ids(first), f"{who}, the same seed draws otherwise")
+
+    @after(REPEATS)
+    def test_other_seeds_draw_otherwise(self) -> None:
+        """Another seed gives other completions, and without one every call does."""
+        sampler, prompts = self.instance(), self.prompts()
+        found = [sampler.sample(prompts, 4, seed=seed) for seed in (SEED, SEED + 1, None, None)]
+        if all(value == 0 for one in _flat(found[0]) for value in one.logprobs):
+            raise SkipTest("with these options nothing is drawn at random: every token has probability 1")
+        require(_ids(found[0]) != _ids(found[1]), "another seed gives the same completions")
+        require(_ids(found[2]) != _ids(found[3]), "without a seed, a second call gives the same completions")
+
+    @after(REPEATS)
+    def test_completions_do_not_depend_on_company(self) -> None:
+        """With a seed, a prompt gets the same completions and scores alone as among others."""
+        sampler, prompts = self.instance(), [*self.prompts(), *self.chats()]
+        together = sampler.sample(prompts, 2, seed=SEED)
+        for number, prompt in enumerate(prompts):
+            (alone,) = sampler.sample([prompt], 2, seed=SEED)
+            same = _ids([alone]) == _ids([together[number]])
+            require(same, f"prompt {number} alone gets other completions than among {len(prompts)}")
+            for one, other in zip(alone, together[number], strict=True):
+                equal = one.score == other.score or (
+                    one.score is not None
+                    and other.score is not None
+                    and math.isclose(one.score, other.score, rel_tol=self.tolerance, abs_tol=self.tolerance)
+                )
+                require(equal, f"prompt {number} alone scores {one.score}, among {len(prompts)} {other.score}")
+
+    @after(COUNTS)
+    def test_models_are_left_alone(self) -> None:
+        """Sampling changes no weight and no mode of a model, and gives none of them a gradient."""
+        sampler = self.instance()
+        policies = {role: sampler.models[role] for role, kind in sampler.roles.items() if kind == "policy"}
+        if not policies:
+            raise SkipTest("no role is a policy")
+        before = {role: [value.clone() for value in policy.state_dict().values()] for role, policy in policies.items()}
+        for policy in policies.values():
+            policy.train()
+        sampler.sample(self.prompts(), 2, seed=SEED)
+        for role, policy in policies.items():
+            same = all(old.equal(new) for old, new in zip(before[role], policy.state_dict().values(), strict=True))
+            require(same, f"sampling changes the weights of `{role}`")
+            require(all(part.training for part in policy.modules()), f"`{role}` was training, and is left otherwise")
+            require(all(one.grad is None for one in policy.parameters()), f"sampling leaves a gradient in `{role}`")
+
+    def _require_own(
+        self, sampler: Sampler, prompts: Sequence[Any], found: Sequence[Sequence[Completion]], what: str
+    ) -> None:
+        """Fail unless the tokens that the policy wrote have the log-probabilities that it gives them behind these prompts."""
+        import torch
+
+        from rlhf_core.batch import Batch
+        from rlhf_core.models.generate import prompt_batch
+
+        if sampler.roles.get("policy") != "policy":
+            return
+        batch = Batch.from_completions(prompt_batch(sampler.policy, prompts), found)
+        temperature = _temperature(sampler)
+        checks = [("raw_logps", 1.0)] + ([("sampled_logps", temperature)] if temperature else [])
+        for column, divisor in checks:
+            if column not in batch.per_token:
+                continue
+            with torch.no_grad():
+                own = sampler.policy.token_logps(batch, temperature=divisor)
+            told = batch[column]
+            if column == "sampled_logps" and "kept_mass" in batch.per_token:
+                told = told + batch["kept_mass"].clamp(min=1e-30).log()
+            wrong = ((told - own).abs() > self.tolerance * (1 + own.abs())) & batch.loss_mask
+            for response in wrong.any(dim=1).nonzero()[:1, 0].tolist():
+                token = int(wrong[response].nonzero()[0, 0])
+                raise AssertionError(
+                    f"{what} {int(batch.owner[response])}: `{_FIELDS[column]}` of token {token} is {told[response, token]:.4f}"
+                    f" where the policy gives {own[response, token]:.4f}"
+                )
+
+
+_FIELDS = {"raw_logps": "raw_logprobs", "sampled_logps": "logprobs"}
+
+
+def _temperature(sampler: Sampler) -> float | None:
+    """Return the temperature that a sampler's configuration draws with, where it says one above 0."""
+    config = sampler.config
+    values = {name: getattr(config, name) for name in type(config).model_fields}
+    found = [value.temperature for value in values.values() if isinstance(value, SamplingConfig)]
+    found += [value for name, value in values.items() if name == "temperature" and is_number(value)]
+    return float(found[0]) if len(found) == 1 and found[0] > 0 else None
+
+
+def _tokenizer(sampler: Sampler) -> Any:
+    return sampler.policy.tokenizer if sampler.roles.get("policy") == "policy" else None
+
+
+def _ids(found: Sequence[Sequence[Completion]]) -> list[list[list[int]]]:
+    return [[list(one.ids) for one in group] for group in found]
+
+
+def _flat(found: Sequence[Sequence[Completion]]) -> list[Completion]:
+    return [one for group in found for one in group]
 
 
 def _is_logprob(value: float) -> bool:

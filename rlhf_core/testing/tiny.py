@@ -5,11 +5,15 @@ Nothing is downloaded and nothing is drawn from the global random state, so the 
 
 from __future__ import annotations
 
+import copy
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from rlhf_core.models.policy import PolicyModel
 
 PAD, BOS, END = "<|pad|>", "<|bos|>", "<|end|>"
 TURNS = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
@@ -107,6 +111,26 @@ def tiny_model(
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
     return model.float().eval()
+
+
+def tiny_policy(seed: int = 0) -> PolicyModel:
+    """Return a random policy that ends a text after a few tokens."""
+    return copy.deepcopy(_made(seed))
+
+
+@functools.cache
+def _made(seed: int) -> PolicyModel:
+    import torch
+
+    from rlhf_core.models.policy import PolicyModel
+
+    model, tokenizer = tiny_model(seed, layers=1, max_positions=64, tie_embeddings=False), tiny_tokenizer()
+    with torch.no_grad():
+        hidden = model.model(torch.arange(7, 263)[None]).last_hidden_state[0].mean(dim=0)
+        model.lm_head.weight[tokenizer.eos_token_id] = 3 * hidden / hidden.square().sum()
+    policy = PolicyModel(model, tokenizer)
+    _ = policy.decoding  # what was found by trying is copied, too
+    return policy
 
 
 def save_tiny(

@@ -1,4 +1,4 @@
-"""Rewards and samplers to try the contracts on: sound ones, and broken ones with one fault each."""
+"""Rewards to try the contract on: sound ones, and broken ones with one fault each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import Field
 
 from rlhf_core.config import BaseConfig
-from rlhf_core.interfaces import Completion, RewardFn, Sample, Sampler
+from rlhf_core.interfaces import RewardFn, Sample
 from rlhf_core.testing.arithmetic import step_labels, verify
 
 
@@ -223,81 +223,3 @@ class OfGroup(Length):
 def length(completions: Sequence[str], answer: Sequence[str], scale: float = 1.0) -> list[float]:
     """Rewards length."""
     return [scale * len(text) for text in completions]
-
-
-class Echo(Sampler):
-    """Answers with the same tokens, scored by their number."""
-
-    api = 1
-    first = 9
-    score: float | None = 1.0
-
-    def sample(self, prompts: Sequence[Any], n: int = 1) -> list[list[Completion]]:
-        return [[self.completion(index, n) for index in range(n)] for _ in prompts]
-
-    def completion(self, index: int, n: int) -> Completion:
-        length = self.first - index
-        return Completion("a" * length, [97] * length, [-0.5] * length, "length", score=float(length))
-
-
-class Fewer(Echo):
-    """Returns one completion, whatever n is."""
-
-    api = 1
-
-    def sample(self, prompts: Sequence[Any], n: int = 1) -> list[list[Completion]]:
-        return [completions[:1] for completions in super().sample(prompts, n)]
-
-
-class ManyByDefault(Echo):
-    """Returns four completions where none were asked for."""
-
-    api = 1
-
-    def sample(self, prompts: Sequence[Any], n: int = 4) -> list[list[Completion]]:
-        return super().sample(prompts, n)
-
-
-class TextOnly(Echo):
-    """Takes no chat messages."""
-
-    api = 1
-
-    def sample(self, prompts: Sequence[Any], n: int = 1) -> list[list[Completion]]:
-        return super().sample([prompt.strip() for prompt in prompts], n)
-
-
-class WorstFirst(Echo):
-    """Returns the worst first."""
-
-    api = 1
-
-    def sample(self, prompts: Sequence[Any], n: int = 1) -> list[list[Completion]]:
-        return [completions[::-1] for completions in super().sample(prompts, n)]
-
-
-class NoLogprobs(Echo):
-    """Doesn't say how likely its tokens were."""
-
-    api = 1
-
-    def completion(self, index: int, n: int) -> Completion:
-        return Completion("ab", [97, 98], [], "end")
-
-
-class Positive(Echo):
-    """Gives probabilities for log-probabilities."""
-
-    api = 1
-
-    def completion(self, index: int, n: int) -> Completion:
-        return Completion("ab", [97, 98], [0.5, 0.5], "end")
-
-
-class UnknownEnd(Echo):
-    """Ends for a reason of its own."""
-
-    api = 1
-
-    def completion(self, index: int, n: int) -> Completion:
-        return Completion("ab", [97, 98], [-0.5, -0.5], "eos")

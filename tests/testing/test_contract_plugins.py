@@ -1,4 +1,4 @@
-"""The contracts of rewards and samplers: sound plugins fulfil them, and each fault is caught by its check alone."""
+"""The contract of rewards: sound ones fulfil it, and each fault is caught by its check alone."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Any, ClassVar
 import pytest
 
 import plugins
-from rlhf_core.interfaces import INTERFACES
-from rlhf_core.testing import RewardContract, SamplerContract
+from rlhf_core.testing import RewardContract
 from rlhf_core.testing.check import run_checks
 from rlhf_core.testing.contract import Contract
 
@@ -36,15 +35,6 @@ class TestFunction(RewardContract):
     changes: ClassVar = {"scale": 2.0}
 
 
-class TestEcho(SamplerContract):
-    sampler = plugins.Echo
-
-
-CONTRACTS: dict[str, type[Contract]] = {
-    "reward": RewardContract,
-    "sampler": SamplerContract,
-}
-
 FAULTS: dict[type, dict[str, str]] = {
     plugins.OneScore: {"test_one_finite_float_a_sample": "1 scores for 8 samples"},
     plugins.NoScore: {"test_one_finite_float_a_sample": "not a finite float: sample .*: None"},
@@ -67,25 +57,14 @@ FAULTS: dict[type, dict[str, str]] = {
     plugins.Noisy: {"test_the_same_samples_score_the_same": "score otherwise the second time"},
     plugins.Writes: {"test_samples_are_left_alone": "sample 0 isn't as it was"},
     plugins.BadSteps: {"test_steps_are_finite_floats": "sample 0 has a step score that isn't a finite float"},
-    plugins.Fewer: {
-        "test_n_completions_for_each_prompt": "prompt 0 gets 1 completions, not n = 3",
-        "test_chat_messages_are_prompts_too": r"2 chats get \[1, 1\] completions",
-    },
-    plugins.ManyByDefault: {"test_one_completion_by_default": r"without n, the prompts get \[4, 4, 4\] completions"},
-    plugins.TextOnly: {"test_chat_messages_are_prompts_too": "AttributeError: 'list' object has no attribute 'strip'"},
-    plugins.WorstFirst: {"test_best_first": "prompt 0: the best isn't first"},
-    plugins.NoLogprobs: {"test_completions_tell_how_they_were_drawn": "0 logprobs for 2 ids"},
-    plugins.Positive: {"test_completions_tell_how_they_were_drawn": "not a log-probability"},
-    plugins.UnknownEnd: {"test_completions_tell_how_they_were_drawn": "stop_reason is 'eos', not one of end, length"},
 }
 
 
 def contract(plugin: type) -> type[Contract]:
-    kind = next(kind for kind in CONTRACTS if issubclass(plugin, INTERFACES[kind]))
-    members: dict[str, Any] = {kind: plugin}
+    members: dict[str, Any] = {"reward": plugin}
     if issubclass(plugin, plugins.Length) and plugin.Config is plugins.ScaledConfig:
         members["changes"] = {"scale": 2.0}
-    return type("Contract", (CONTRACTS[kind],), members)
+    return type("Contract", (RewardContract,), members)
 
 
 @pytest.mark.parametrize("plugin", FAULTS, ids=lambda plugin: plugin.__name__)
@@ -97,7 +76,7 @@ def test_a_fault_is_caught_by_its_check_alone(plugin: type) -> None:
             raise AssertionError(failed[name])
 
 
-def test_every_check_of_a_kind_can_fail() -> None:
+def test_every_check_can_fail() -> None:
     shared = {name for name in vars(Contract) if name.startswith("test_")}
-    own = {name for base in CONTRACTS.values() for name in base.checks()} - shared
+    own = {*RewardContract.checks()} - shared
     assert {check for checks in FAULTS.values() for check in checks} == own

@@ -1,0 +1,113 @@
+"""What a sampler is built from: its models by role, loaded or as given, and the choice of the best completions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rlhf_core.config import ModelConfig
+from rlhf_core.errors import ConfigError, PluginError, did_you_mean, shortened
+from rlhf_core.infra.devices import DeviceManager
+from rlhf_core.interfaces import Completion, Sampler
+from rlhf_core.models.policy import PolicyModel
+from rlhf_core.rewards import Rewards, open_rewards
+
+KINDS = ("policy", "reward")
+"""What a sampler's role may need: a `PolicyModel`, or whatever is accepted as rewards."""
+
+
+def models_by_role(sampler: type[Sampler], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a sampler's models by role: policies as given, and what was given as rewards as `Rewards`.
+
+    Raises:
+        ConfigError: a role is missing, unknown, or given something else than it needs.
+        PluginError: the sampler declares a kind that there isn't.
+    """
+    _check_roles(sampler, given)
+    return {role: _model(sampler, role, kind, given[role]) for role, kind in sampler.roles.items()}
+
+
+def load_models(sampler: type[Sampler], sources: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a sampler's models by role, those that are given by path loaded to be read, on the device of this process.
+
+    Raises:
+        ConfigError: as `models_by_role`.
+        ModelError: a model can't be loaded.
+    """
+    _check_roles(sampler, sources)
+    loaded = dict(sources)
+    for role, kind in sampler.roles.items():
+        source = sources[role]
+        if kind != "policy" or isinstance(source, PolicyModel):
+            continue
+        if isinstance(source, str | Path):
+            source = ModelConfig(path=str(source))
+        elif isinstance(source, Mapping):
+            source = ModelConfig.parse(source, place=f"{sampler.__name__}.load({role}=…)")
+        if not isinstance(source, ModelConfig):
+            raise ConfigError(
+                "must be a path, or a PolicyModel", place=f"{sampler.__name__}.load({role}=…)", got=shortened(source)
+            )
+        device = DeviceManager()
+        precision = source.precision or "float32"
+        device.check(precision)
+        loaded[role] = PolicyModel.from_pretrained(
+            Path(source.path).expanduser() if source.path.startswith("~") else source.path,
+            precision=precision,
+            trust_remote_code=source.trust_remote_code,
+            frozen=True,
+            device=device.device,
+        )
+    return loaded
+
+
+def best_first(completions: Sequence[Sequence[Completion]], scores: Sequence[float], n: int) -> list[list[Completion]]:
+    """Return for each prompt its n completions of the highest scores, best first, with their scores.
+
+    Args:
+        completions: for each prompt, at least n.
+        scores: one for each completion, prompt by prompt; of equals the one drawn first stands first.
+    """
+    left = iter(scores)
+    scored = [[replace(one, score=float(next(left))) for one in group] for group in completions]
+    return [sorted(group, key=lambda one: -(one.score or 0.0))[:n] for group in scored]
+
+
+def _check_roles(sampler: type[Sampler], given: Mapping[str, Any]) -> None:
+    name, roles = sampler.__name__, sampler.roles
+    for role, kind in roles.items():
+        if kind not in KINDS:
+            raise PluginError(
+                f"there is no kind of model `{kind}`", place=f"{name}.roles[{role!r}]", fix=f"use {' or '.join(KINDS)}"
+            )
+    if unknown := next((role for role in given if role not in roles), None):
+        raise ConfigError(
+            f"the sampler has no role `{unknown}`", place=f"{name}({unknown}=…)", fix=did_you_mean(unknown, roles)
+        )
+    if missing := [role for role in roles if given.get(role) is None]:
+        role = missing[0]
+        what = (
+            "a PolicyModel"
+            if roles[role] == "policy"
+            else "a reward: a name, a function, a RewardFn, or a reward model's path"
+        )
+        raise ConfigError(f"the sampler needs `{role}`", place=f"{name}({role}=…)", fix=f"give it {what}")
+
+
+def _model(sampler: type[Sampler], role: str, kind: str, given: Any) -> Any:
+    place = f"{sampler.__name__}({role}=…)"
+    if kind == "policy":
+        if not isinstance(given, PolicyModel):
+            fix = f"`{sampler.__name__}.load({role}=PATH)` loads one" if isinstance(given, str | Path) else None
+            raise ConfigError("must be a PolicyModel", place=place, got=shortened(given), fix=fix)
+        return given
+    if isinstance(given, Rewards):
+        return given
+    if isinstance(given, Path) or (isinstance(given, str) and Path(given).expanduser().is_dir()):
+        given = {"name": "reward_model", "options": {"model": str(Path(given).expanduser())}}
+    opened = open_rewards(given, place=place)
+    if not len(opened):
+        raise ConfigError("no rewards are given", place=place)
+    return opened

@@ -1,0 +1,253 @@
+"""Samplers to try the contract on: sound ones, and broken ones with one fault each."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from rlhf_core.config import BaseConfig
+from rlhf_core.infra.seeds import completion_seeds
+from rlhf_core.interfaces import Completion, Sampler
+from rlhf_core.models.engine import Engine
+from rlhf_core.models.generate import prompt_batch
+from rlhf_core.models.sampling import best_first
+from rlhf_core.online import SamplingConfig
+from rlhf_core.rewards import samples_of
+
+Found = list[list[Completion]]
+
+
+class PlainConfig(BaseConfig):
+    """Options of plain sampling."""
+
+    temperature: float = Field(0.8, ge=0, description="Divisor of the logits; larger draws more varied tokens.")
+
+
+class Plain(Sampler):
+    """Draws from the policy."""
+
+    api = 1
+    Config = PlainConfig
+    config: PlainConfig
+
+    def sample(self, prompts: Sequence[Any], n: int = 1, *, seed: int | None = None) -> Found:
+        sampling = SamplingConfig(max_new_tokens=24, temperature=self.config.temperature)
+        drawn = Engine(self.policy, seed=seed).generate(prompt_batch(self.policy, prompts), n, sampling)
+        return [[self.changed(one) for one in group] for group in drawn]
+
+    def changed(self, one: Completion) -> Completion:
+        return one
+
+
+class Ranked(Plain):
+    """Returns what a reward scores highest of twice as many completions."""
+
+    api = 1
+    roles: ClassVar = {"policy": "policy", "reward": "reward"}
+
+    def sample(self, prompts: Sequence[Any], n: int = 1, *, seed: int | None = None) -> Found:
+        drawn = super().sample(prompts, 2 * n, seed=seed)
+        return best_first(drawn, self.scores(prompts, drawn), n)
+
+    def scores(self, prompts: Sequence[Any], drawn: Found) -> list[float]:
+        samples = samples_of(prompt_batch(self.policy, prompts), drawn)
+        return self.models["reward"].score(samples).total.tolist()
+
+
+class Fewer(Plain):
+    """Returns no completion twice."""
+
+    api = 1
+
+    def sample(self, prompts: Sequence[Any], n: int = 1, *, seed: int | None = None) -> Found:
+        return [group[: min(n, 3)] for group in super().sample(prompts, n, seed=seed)]
+
+
+class ManyByDefault(Plain):
+    """Returns four completions where none were asked for."""
+
+    api = 1
+
+    def sample(self, prompts: Sequence[Any], n: int = 4, *, seed: int | None = None) -> Found:
+        return super().sample(prompts, n, seed=seed)
+
+
+class TextOnly(Plain):
+    """Takes what was said last in a chat for a text."""
+
+    api = 1
+
+    def sample(self, prompts: Sequence[Any], n: int = 1, *, seed: int | None = None) -> Found:
+        texts = [prompt[-1]["content"] if isinstance(prompt, list) else prompt for prompt in prompts]
+        return super().sample(texts, n, seed=seed)
+
+
+class NoRows(Plain):
+    """Reads a row as a text."""
+
+    api = 1
+
+    def sample(self, prompts: Sequence[Any], n: int = 1, *, seed: int | None = None) -> Found:
+        return super().sample([str(one) if isinstance(one, dict) else one for one in prompts], n, seed=seed)
+
+
+class NoColumns(Ranked):
+    """Shows the reward prompts alone."""
+
+    api = 1
+
+    def scores(self, prompts: Sequence[Any], drawn: Found) -> list[float]:
+        return super().scores([one["prompt"] if isinstance(one, dict) else one for one in prompts], drawn)
+
+
+class WorstFirst(Ranked):
+    """Returns the worst first."""
+
+    api = 1
+
+    def sample(self, prompts: Sequence[Any], n: int = 1, *, seed: int | None = None) -> Found:
+        return [group[::-1] for group in super().sample(prompts, n, seed=seed)]
+
+
+class OneScored(Ranked):
+    """Scores the best alone."""
+
+    api = 1
+
+    def sample(self, prompts: Sequence[Any], n: int = 1, *, seed: int | None = None) -> Found:
+        found = super().sample(prompts, n, seed=seed)
+        return [[*group[:1], *(replace(one, score=None) for one in group[1:])] for group in found]
+
+
+class RelativeScores(Ranked):
+    """Scores a completion by its place among those of all prompts."""
+
+    api = 1
+
+    def scores(self, prompts: Sequence[Any], drawn: Found) -> list[float]:
+        scores = super().scores(prompts, drawn)
+        return [score - max(scores) for score in scores]
+
+
+class NoLogprobs(Plain):
+    """Doesn't say how likely its tokens were."""
+
+    api = 1
+
+    def changed(self, one: Completion) -> Completion:
+        return replace(one, logprobs=[])
+
+
+class Positive(Plain):
+    """Gives probabilities for log-probabilities."""
+
+    api = 1
+
+    def changed(self, one: Completion) -> Completion:
+        return replace(one, logprobs=[-value for value in one.logprobs])
+
+
+class UnknownEnd(Plain):
+    """Ends for a reason of its own."""
+
+    api = 1
+
+    def changed(self, one: Completion) -> Completion:
+        return replace(one, stop_reason="eos")
+
+
+class LostEnd(Plain):
+    """Leaves the end token out."""
+
+    api = 1
+
+    def changed(self, one: Completion) -> Completion:
+        if one.stop_reason != "end":
+            return one
+        return replace(
+            one,
+            ids=one.ids[:-1],
+            logprobs=one.logprobs[:-1],
+            raw_logprobs=one.raw_logprobs[:-1],
+            kept_mass=one.kept_mass[:-1],
+        )
+
+
+class StrippedText(Plain):
+    """Returns another text than that of the ids."""
+
+    api = 1
+
+    def changed(self, one: Completion) -> Completion:
+        return replace(one, text=one.text[1:])
+
+
+class TemperedAsRaw(Plain):
+    """Takes the log-probabilities that tokens were drawn with for the model's own."""
+
+    api = 1
+
+    def changed(self, one: Completion) -> Completion:
+        return replace(one, raw_logprobs=one.logprobs)
+
+
+class RawAsDrawn(Plain):
+    """Takes the model's own log-probabilities for those that tokens were drawn with."""
+
+    api = 1
+
+    def changed(self, one: Completion) -> Completion:
+        return replace(one, logprobs=one.raw_logprobs)
+
+
+class Seedless(Plain):
+    """Leaves the seed aside."""
+
+    api = 1
+
+    def sample(self, prompts: Sequence[Any], n: int = 1, *, seed: int | None = None) -> Found:
+        return super().sample(prompts, n)
+
+
+class OneSeed(Plain):
+    """Draws with the same seed always."""
+
+    api = 1
+
+    def sample(self, prompts: Sequence[Any], n: int = 1, *, seed: int | None = None) -> Found:
+        return super().sample(prompts, n, seed=3)
+
+
+class ZeroByDefault(Plain):
+    """Repeats its draws where no seed is given."""
+
+    api = 1
+
+    def sample(self, prompts: Sequence[Any], n: int = 1, *, seed: int | None = None) -> Found:
+        return super().sample(prompts, n, seed=seed or 0)
+
+
+class SeedByPlace(Plain):
+    """Gives a prompt the seed of its place in the list."""
+
+    api = 1
+
+    def sample(self, prompts: Sequence[Any], n: int = 1, *, seed: int | None = None) -> Found:
+        batch, sampling = prompt_batch(self.policy, prompts), SamplingConfig(max_new_tokens=24, temperature=0.8)
+        seed = random.randrange(2**60) if seed is None else seed
+        seeds = completion_seeds(seed, "place", rows=range(len(prompts)), n=n)
+        return Engine(self.policy).generate(batch, n, sampling, seeds=seeds)
+
+
+class LeftInEvaluation(Plain):
+    """Leaves the policy in evaluation mode."""
+
+    api = 1
+
+    def sample(self, prompts: Sequence[Any], n: int = 1, *, seed: int | None = None) -> Found:
+        self.policy.eval()
+        return super().sample(prompts, n, seed=seed)
