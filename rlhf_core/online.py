@@ -46,8 +46,7 @@ class RewardConfig(BaseConfig):
     time_limit: float | None = Field(
         600.0,
         gt=0,
-        description="Seconds that scoring one batch may take before the run stops; larger bears slower rewards. Null bears any,"
-        " and scores in the main thread, as rewards with signals of their own need it.",
+        description="Seconds that scoring one batch may take before the run stops; larger bears slower rewards, null any.",
     )
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import json
+import os
+import re
 import signal
 import sys
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,13 +21,14 @@ from typing import Any
 import pytest
 import torch
 from pydantic import Field
+from trl import rewards as trl_rewards
 
 from rlhf_core import registry
 from rlhf_core.config import BaseConfig
 from rlhf_core.errors import ConfigError, DataError, PluginError
 from rlhf_core.interfaces import Completion, RewardFn, Sample
 from rlhf_core.online import OnlineConfig, RewardConfig
-from rlhf_core.rewards import check_rewards, open_rewards, rewards_changed, samples_of
+from rlhf_core.rewards import FunctionReward, Reward, Rewards, check_rewards, open_rewards, rewards_changed, samples_of
 
 SAMPLES = [
     Sample("1+1=", "2", completion_ids=(5, 1), columns={"answer": "2", "level": 1}),
@@ -147,6 +152,9 @@ def test_functions_of_any_form_get_the_arguments_that_they_have() -> None:
     def positional(prompts: Any, texts: Any, /, answer: Any) -> Any:
         return [float(text == right) for text, right in zip(texts, answer, strict=True)]
 
+    def overlong(completion_ids: Any) -> Any:
+        return [-float(len(ids)) for ids in completion_ids]
+
     cases: list[tuple[Any, list[float]]] = [
         (named, [1, 14]),
         (tokens, [3, 0]),
@@ -158,13 +166,12 @@ def test_functions_of_any_form_get_the_arguments_that_they_have() -> None:
         (Callable_().method, [1, 1]),
         (functools.partial(exact, bonus=4), [4, 0]),
         (functools.partial(functools.partial(exact, bonus=4), bonus=5), [5, 0]),
-        (max, None),
+        (overlong, [-2, 0]),
+        (trl_rewards.get_soft_overlong_punishment(2, 1), [-1, 0]),
     ]
     for function, expected in cases:
-        if expected is None:
-            assert open_rewards([function]).names == ("max",)
-        else:
-            assert scores([function]) == expected, function
+        assert scores([function]) == expected, function
+    assert open_rewards([max]).names == ("max",)
 
 
 def test_what_a_partial_sets_no_column_overrides() -> None:
@@ -276,60 +283,117 @@ def test_checking_makes_nothing() -> None:
 # What stops a run
 
 
-def test_a_reward_that_hangs_is_named_with_its_rows_and_left_behind() -> None:
-    release = threading.Event()
-
-    def hangs(completions: Any) -> Any:
-        if not release.is_set():
-            release.wait(30)
-        return [1.0] * len(completions)
-
-    registry.register("reward", "slow", type("Slow", (Window,), {"api": 1, "score": lambda self, s: hangs(s)}))
-    rewards = open_rewards([{"name": "slow", "time_limit": 0.2}])
-    began = time.monotonic()
-    with pytest.raises(
-        PluginError, match=r"reward `slow`, rows 7, 9: scoring took longer than 0\.2 seconds; got 2 samples"
-    ):
-        rewards.score(SAMPLES, rows=[7, 9])
-    assert time.monotonic() - began < 5
-    assert all(thread.daemon for thread in threading.enumerate() if thread.name == "rewards")
-    release.set()
-    assert rewards.score(SAMPLES).total.tolist() == [1, 1]  # by a thread of its own again
+def sleeps() -> None:
+    time.sleep(60)
 
 
-def test_a_reward_with_signals_of_its_own_is_scored_in_the_main_thread_without_a_time_limit() -> None:
-    seen = []
-
-    class Alarmed(Window):
-        api = 1
-
-        def score(self, samples: Sequence[Sample]) -> Any:
-            signal.signal(signal.SIGUSR1, signal.signal(signal.SIGUSR1, signal.SIG_IGN))
-            seen.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
-            return [1] * len(samples)
-
-    registry.register("reward", "alarmed", Alarmed)
-    said = "signal only works in main thread.*fix: switch its own time limit by signals off, or set `time_limit: null`"
-    with pytest.raises(PluginError, match=said):
-        scores("alarmed")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert scores({"name": "alarmed", "time_limit": None}) == [1, 1]
-        assert torch.is_autocast_enabled("cpu")
-    assert seen == [(False, False)] and torch.is_grad_enabled()
+def loops() -> None:
+    while True:
+        pass
 
 
-def test_ctrl_c_interrupts_the_wait() -> None:
-    import _thread
+def matches() -> None:
+    re.match("(a+)+$", "a" * 60 + "b")
+
+
+def multiplies() -> None:
+    3 ** (3**20)
+
+
+def computes() -> None:
+    table = torch.randn(200, 200)
+    while True:
+        table = (table @ table).tanh()
+
+
+def waits() -> None:
+    threading.Event().wait()
+
+
+def swallows() -> None:
+    while True:
+        with contextlib.suppress(Exception):
+            time.sleep(0.01)
+
+
+async def sleeps_async() -> None:
+    await asyncio.sleep(60)
+
+
+async def loops_async() -> None:
+    matches()
+
+
+HANGS = (sleeps, loops, matches, multiplies, computes, waits, swallows, sleeps_async, loops_async)
+
+
+@pytest.mark.parametrize("hangs", HANGS, ids=lambda hangs: hangs.__name__)
+def test_a_reward_that_hangs_is_ended_and_named(hangs: Any) -> None:
+    calm: list[int] = []
 
     def slow(completions: Any) -> Any:
-        time.sleep(0.2)
-        _thread.interrupt_main()
-        time.sleep(20)
+        return [1.0] * len(completions) if calm else hangs()
 
+    space: dict[str, Any] = {"slow": slow}
+    if asyncio.iscoroutinefunction(hangs):
+
+        async def slowly(completions: Any) -> Any:
+            return [1.0] * len(completions) if calm else await hangs()
+
+        space["slow"] = slowly
+    rewards = Rewards([Reward("slow", FunctionReward(space["slow"]), time_limit=0.3)])
+    before = signal.getsignal(signal.SIGVTALRM)
     began = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        scores([slow])
+    with pytest.raises(PluginError) as raised:
+        rewards.score(SAMPLES, rows=[7, 9])
     assert time.monotonic() - began < 5
+    said = raised.value.line()
+    assert "reward `slow`, rows 7, 9: scoring took longer than 0.3 seconds; got 2 samples" in said
+    place = "matches" if hangs is loops_async else hangs.__name__
+    assert re.search(rf", and it was at test_open_rewards\.py:\d+ in {place};", said) or hangs is sleeps_async
+    assert signal.getsignal(signal.SIGVTALRM) is before and signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
+    calm.append(1)
+    assert rewards.score(SAMPLES).total.tolist() == [1, 1]
+
+
+def test_a_reward_that_hangs_in_another_thread_or_a_notebook_is_ended_too() -> None:
+    def slow(completions: Any) -> Any:
+        time.sleep(2)
+
+    async def notebook(rewards: Rewards) -> None:
+        rewards.score(SAMPLES)
+
+    async def slowly(completions: Any) -> Any:
+        await asyncio.sleep(60)
+
+    limited = Rewards([Reward("slow", FunctionReward(slow), time_limit=0.2)])
+    with ThreadPoolExecutor(1) as pool:
+        with pytest.raises(PluginError, match=r"scoring took longer than 0\.2 seconds"):
+            pool.submit(limited.score, SAMPLES).result()
+    with pytest.raises(PluginError, match=r"scoring took longer than 0\.2 seconds"):
+        asyncio.run(notebook(Rewards([Reward("slow", FunctionReward(slowly), time_limit=0.2)])))
+
+
+def test_a_reward_may_set_alarms_of_its_own() -> None:
+    rung = []
+
+    def alarmed(completions: Any) -> Any:
+        before = signal.signal(signal.SIGALRM, lambda *_: rung.append(1))
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        time.sleep(0.1)
+        signal.signal(signal.SIGALRM, before)
+        return [len(rung)] * len(completions)
+
+    assert scores(alarmed) == [1, 1]
+
+
+def test_ctrl_c_interrupts_a_reward() -> None:
+    def slow(completions: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+
+    with pytest.raises(KeyboardInterrupt):
+        scores(slow)
 
 
 def test_what_a_reward_raises_keeps_its_traceback_and_its_kind() -> None:
@@ -366,6 +430,12 @@ def test_what_a_row_lacks_is_named() -> None:
         PluginError, match=r"needs a column `anwser`, which the rows don't have; fix: did you mean `answer`\?"
     ):
         scores([misspelt])
+    with pytest.raises(PluginError, match=r"first two arguments get prompts and completions, and `answer` is a column"):
+        scores([lambda answer, texts: []])
+    with pytest.raises(
+        PluginError, match=r"needs a column `completion`, which the rows don't have; fix: did you mean `completions`\?"
+    ):
+        scores([lambda completion, **columns: []])
     with pytest.raises(PluginError, match=r"needs a column `answer`, which 1 of 2 rows lack"):
         scores([exact], [SAMPLES[0], Sample("p", "c")])
     with pytest.raises(
@@ -383,28 +453,14 @@ def test_rewards_are_scored_without_gradients_and_leave_no_state() -> None:
     seen = []
 
     def notes(completions: Any) -> Any:
-        seen.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), threading.current_thread()))
+        seen.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
         torch.set_grad_enabled(True)
         return weight * torch.ones(len(completions))
 
-    rewards = open_rewards([notes])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        rewards.score(SAMPLES)
-        rewards.score(SAMPLES)
-    assert [one[:2] for one in seen] == [(False, False)] * 2 and seen[0][2] is seen[1][2] is not threading.main_thread()
-    assert torch.is_grad_enabled()
-
-
-def test_the_thread_ends_with_its_rewards() -> None:
-    found: list[threading.Thread] = []
-
-    def notes(completions: Any) -> Any:
-        found.append(threading.current_thread())
-        return [1] * len(completions)
-
-    scores([notes])
-    found[0].join(5)
-    assert not found[0].is_alive()
+        scores(notes)
+        assert torch.is_autocast_enabled("cpu")
+    assert seen == [(False, False)] and torch.is_grad_enabled()
 
 
 def test_rewards_load_once_and_without_a_time_limit() -> None:

@@ -100,7 +100,7 @@ def naming(name: str, rows: Sequence[int] | None = None) -> Iterator[None]:
         if isinstance(error, TypeError) and "string ind" in str(error):
             fix = "completions are text here, not chat messages: read `completion`, not `completion[0]['content']`"
         elif "signal only works in main thread" in str(error):
-            fix = "switch its own time limit by signals off, or set `time_limit: null`, which scores it in the main thread"
+            fix = "train in the main thread, or switch the reward's own time limit by signals off"
         got = f"{type(error).__name__}: {error}".removesuffix(": ")
         raise PluginError("the reward raised an error", place=place, got=got, fix=fix) from error
 

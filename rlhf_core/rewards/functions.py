@@ -8,8 +8,7 @@ import inspect
 import logging
 import threading
 import typing
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +83,10 @@ class FunctionReward(RewardFn):
         how, there = self.how, set.intersection(*(set(sample.columns) for sample in samples))
         for name in how.required - self.options.keys() - OFFERED.keys() - there:
             raise self._no_column(name, samples)
+        if mistaken := sorted(there & set(how.positions)):
+            problem = f"the function's first two arguments get prompts and completions, and `{mistaken[0]}` is a column"
+            fix = "call the arguments `prompts` and `completions`"
+            raise PluginError(problem, place=f"reward `{self.name}`", fix=fix)
         taken = {*how.first, *how.bound, *self.options}
         if hidden := sorted(there & OFFERED.keys()):
             _say_once(self.name, hidden[0])
@@ -150,7 +153,8 @@ def _checked(function: RewardFunction, options: Mapping[str, Any], place: Callab
 @dataclass(frozen=True)
 class _HowToCall:
     first: tuple[str, ...]
-    """What is given by position."""
+    """What is given by position, and the names that the function has for it."""
+    positions: tuple[str, ...]
     named: frozenset[str]
     """Arguments that can be given by name."""
     required: frozenset[str]
@@ -168,7 +172,7 @@ _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONL
 def _how_to_call(function: RewardFunction, name: str) -> _HowToCall:
     parameters = _parameters(function)
     if parameters is None:  # one written in C says nothing of its arguments
-        return _HowToCall(("prompts", "completions"), frozenset(), frozenset(), False, frozenset())
+        return _HowToCall(("prompts", "completions"), (), frozenset(), frozenset(), False, frozenset())
     bound: set[str] = set()
     inner = function
     while isinstance(inner, functools.partial):
@@ -179,7 +183,8 @@ def _how_to_call(function: RewardFunction, name: str) -> _HowToCall:
     named = {key for key, one in parameters.items() if one.kind in _NAMED}
     positions = [key for key, one in parameters.items() if one.kind in _POSITIONAL and key not in bound]
     first: tuple[str, ...] = ()
-    if "completions" not in named and (positions or not every):
+    # As in TRL, whose functions all take `**columns`, arguments go by their names; only one that names nothing is given two.
+    if not every and not named & {"completions", "completion_ids"}:
         if len(positions) < 2 and inspect.Parameter.VAR_POSITIONAL not in kinds:
             raise ConfigError(
                 "the function takes neither `completions` nor two arguments",
@@ -190,7 +195,9 @@ def _how_to_call(function: RewardFunction, name: str) -> _HowToCall:
         first = ("prompts", "completions")
         named -= set(positions[:2])
     required = {key for key in named if parameters[key].default is inspect.Parameter.empty}
-    return _HowToCall(first, frozenset(named), frozenset(required - bound), every, frozenset(bound))
+    return _HowToCall(
+        first, tuple(positions[: len(first)]), frozenset(named), frozenset(required - bound), every, frozenset(bound)
+    )
 
 
 def _parameters(function: RewardFunction) -> Mapping[str, inspect.Parameter] | None:
@@ -216,16 +223,6 @@ def _say_once(reward: str, column: str) -> None:
     log.warning("reward `%s`: the column `%s` isn't passed on, for that argument is the samples' own", reward, column)
 
 
-class _Loop:
-    """A thread's event loop, closed with the thread."""
-
-    def __init__(self) -> None:
-        self.runner = asyncio.Runner()
-
-    def __del__(self) -> None:
-        self.runner.close()
-
-
 def _awaited(result: Awaitable[Any]) -> Any:
     """Return what an async function comes to; its thread may have a loop that runs, as a notebook's has."""
 
@@ -235,8 +232,31 @@ def _awaited(result: Awaitable[Any]) -> Any:
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        if not hasattr(_loops, "loop"):
-            _loops.loop = _Loop()
-        return _loops.loop.runner.run(wait())
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(asyncio.run, wait()).result()
+        return _in_own_loop(wait())
+    future = asyncio.run_coroutine_threadsafe(wait(), _loop_of_a_thread())
+    try:
+        return future.result()
+    except BaseException:
+        future.cancel()
+        raise
+
+
+def _in_own_loop(waiting: Coroutine[Any, Any, Any]) -> Any:
+    runner = _loops.__dict__.pop("runner", None) or asyncio.Runner()
+    try:
+        found = runner.run(waiting)
+    except Exception:
+        _loops.runner = runner
+        raise
+    except BaseException:  # stopped in the middle of something, so it isn't good for another call
+        runner.close()
+        raise
+    _loops.runner = runner
+    return found
+
+
+@functools.cache
+def _loop_of_a_thread() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="async rewards", daemon=True).start()
+    return loop

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.errors import ConfigError, PluginError
-from rlhf_core.infra.background import Background, TimeLimit, as_in_background
 from rlhf_core.infra.redact import redact
 from rlhf_core.infra.source import describe_source
+from rlhf_core.infra.time_limit import TimeLimit, call_within
 from rlhf_core.interfaces import Completion, RewardFn, Sample
 from rlhf_core.rewards.checks import checked_scores, checked_steps, naming, place_of_rows, sample_or_row
 from rlhf_core.rewards.functions import FunctionReward
@@ -49,7 +50,7 @@ class Reward:
     reward: RewardFn
     weight: float = 1.0
     time_limit: float | None = None
-    """Seconds that scoring one batch may take; None sets no limit, and scores in the caller's thread."""
+    """Seconds that scoring one batch may take; None sets no limit."""
     origin: Mapping[str, str] = field(default_factory=dict)
     """The plugin's distribution and version, where it is one."""
 
@@ -59,7 +60,6 @@ class Rewards:
 
     def __init__(self, entries: Sequence[Reward]) -> None:
         self._entries = tuple(entries)
-        self._thread = Background("rewards")
         self._prepared = False
 
     @property
@@ -86,8 +86,8 @@ class Rewards:
         if self._prepared:
             return
         for entry in self._entries:
-            with naming(entry.name):
-                self._run(entry, entry.reward.prepare)
+            with naming(entry.name), _without_gradients():
+                entry.reward.prepare()
         self._prepared = True
 
     def score(self, samples: Sequence[Sample], rows: Sequence[int] | None = None) -> Scores:
@@ -147,13 +147,6 @@ class Rewards:
                 found[entry.name] = steps
         return found
 
-    def _run(self, entry: Reward, call: Callable[[], Any], limit: float | None = None) -> Any:
-        """Call in the rewards' thread, or, without a time limit, in this one, so that the reward may set alarms of its own."""
-        if entry.time_limit is not None:
-            return self._thread.run(call, limit)
-        with as_in_background():
-            return call()
-
     def _limited(
         self,
         entry: Reward,
@@ -163,17 +156,31 @@ class Rewards:
         doing: str,
     ) -> Any:
         def call() -> Any:
-            return check(entry.reward, samples, rows=rows, name=entry.name)
+            with _without_gradients():
+                return check(entry.reward, samples, rows=rows, name=entry.name)
 
         try:
-            return self._run(entry, call, entry.time_limit)
-        except TimeLimit:
+            return call_within(entry.time_limit, call)
+        except TimeLimit as error:
             raise PluginError(
                 f"{doing} took longer than {entry.time_limit:g} seconds",
                 place=place_of_rows(entry.name, rows),
-                got=f"{len(samples)} samples",
+                got=f"{len(samples)} samples" + (f", and it was at {error}" if str(error) else ""),
                 fix="raise the reward's `time_limit`, or null for none, where it needs more; else look why it hangs",
-            ) from None
+            ) from error
+
+
+@contextlib.contextmanager
+def _without_gradients() -> Iterator[None]:
+    """Score with gradients and the caller's autocast off; what a reward switches on ends with it."""
+    import torch
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def samples_of(batch: Batch, completions: Sequence[Sequence[Completion]]) -> list[Sample]:

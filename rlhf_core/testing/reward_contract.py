@@ -17,7 +17,6 @@ from typing import Any, ClassVar
 from unittest import SkipTest
 
 from rlhf_core.config import BaseConfig
-from rlhf_core.infra.background import Background
 from rlhf_core.interfaces import RewardFn, Sample
 from rlhf_core.rewards import FunctionReward, RewardFunction
 from rlhf_core.testing.arithmetic import Arithmetic
@@ -158,14 +157,6 @@ class RewardContract(Contract):
         again = self.instance()
         again.prepare()
         require(again.score(samples) == first, "the same samples score otherwise with a new instance")
-
-    @after(FLOATS)
-    def test_scores_in_a_thread_are_the_same(self) -> None:
-        """Scored as in a run, in a thread of its own with gradients off, samples score the same: no signals are needed."""
-        samples = self.samples()
-        here = self.instance().score(samples)
-        there = Background("contract").run(lambda: self.instance().score(samples))
-        self.same(there, here, "in a thread (signals, such as `signal.alarm`, work in the main thread alone)")
 
     @after(FLOATS)
     def test_options_change_scores(self) -> None:

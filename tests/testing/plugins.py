@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import signal
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -149,19 +148,6 @@ class Masked(Length):
 
     def score(self, samples: Sequence[Sample]) -> list[float]:
         return [float(len(sample.completion) + 0 * (sample.mask or 0)) for sample in samples]  # type: ignore[operator]
-
-
-class Alarmed(Length):
-    """Limits its time by a signal, and swallows what goes wrong."""
-
-    api = 1
-
-    def score(self, samples: Sequence[Sample]) -> list[float]:
-        try:
-            signal.signal(signal.SIGUSR2, signal.signal(signal.SIGUSR2, signal.SIG_IGN))
-        except ValueError:
-            return [0.0] * len(samples)
-        return super().score(samples)
 
 
 class ScaledConfig(BaseConfig):

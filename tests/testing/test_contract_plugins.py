@@ -48,9 +48,6 @@ FAULTS: dict[type, dict[str, str]] = {
     plugins.Fussy: {"test_any_completion_has_a_score": r"completions that are cut off score \[nan"},
     plugins.PerWord: {"test_any_completion_has_a_score": "ZeroDivisionError"},
     plugins.Masked: {"test_any_completion_has_a_score": "TypeError"},
-    plugins.Alarmed: {
-        "test_scores_in_a_thread_are_the_same": r"in a thread \(signals.*: sample 0 scores 0.0 instead of"
-    },
     plugins.Unscaled: {"test_options_change_scores": "`scale: 2.0` changes no score"},
     plugins.Dated: {"test_what_it_describes_is_recorded": "`describe` of a new instance says otherwise"},
     plugins.Opaque: {"test_what_it_describes_is_recorded": "`describe` returns what JSON can't hold"},
