@@ -42,6 +42,19 @@ if TYPE_CHECKING:
     from rlhf_core.interfaces import Sampler as Sampler
     from rlhf_core.interfaces import Trainer as Trainer
     from rlhf_core.interfaces import Window as Window
+    from rlhf_core.merging import CHUNK as CHUNK
+    from rlhf_core.merging import Chunk as Chunk
+    from rlhf_core.merging import MergeInput as MergeInput
+    from rlhf_core.merging import ModelMerger as ModelMerger
+    from rlhf_core.merging import TensorStream as TensorStream
+    from rlhf_core.merging import is_embedding as is_embedding
+    from rlhf_core.merging import kept_count as kept_count
+    from rlhf_core.merging import magnitudes as magnitudes
+    from rlhf_core.merging import merge_tensor as merge_tensor
+    from rlhf_core.merging import require_one_sign as require_one_sign
+    from rlhf_core.merging import share_of_weights as share_of_weights
+    from rlhf_core.merging import tensor_thresholds as tensor_thresholds
+    from rlhf_core.merging import thresholds as thresholds
     from rlhf_core.models import PolicyModel as PolicyModel
     from rlhf_core.models import ProcessRewardModel as ProcessRewardModel
     from rlhf_core.models import RewardModel as RewardModel
@@ -66,6 +79,8 @@ _MODULES = {
     "errors": "ConfigError DataError ModelError NumbersError PluginError shortened",
     "hooks": "hookimpl",
     "interfaces": "FROZEN TRAINED Completion Evaluation Loss Merger Pair RewardFn Role Sample Sampler Trainer Window",
+    "merging": "CHUNK Chunk MergeInput ModelMerger TensorStream is_embedding kept_count magnitudes merge_tensor require_one_sign"
+    " share_of_weights tensor_thresholds thresholds",
     "models": "PolicyModel ProcessRewardModel RewardModel",
     "models.process_reward": "AGGREGATIONS",
     "models.reference": "Reference",

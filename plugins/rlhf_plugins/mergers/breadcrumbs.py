@@ -11,8 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rlhf_core.config import BaseConfig
-from rlhf_core.merging import Chunk, Merger, TensorStream, kept_count, magnitudes, tensor_thresholds
+from rlhf_core.plugin import BaseConfig, Chunk, Merger, TensorStream, kept_count, magnitudes, tensor_thresholds
 from rlhf_plugins.mergers.sparse import check_fused_weights, fuse
 
 

@@ -9,8 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rlhf_core.config import BaseConfig
-from rlhf_core.merging import Chunk, Merger, TensorStream, tensor_thresholds
+from rlhf_core.plugin import BaseConfig, Chunk, Merger, TensorStream, tensor_thresholds
 from rlhf_plugins.mergers.sparse import check_fused_weights, fuse
 from rlhf_plugins.mergers.ties import trim
 

@@ -10,8 +10,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from rlhf_core.config import BaseConfig
-from rlhf_core.merging import Chunk, Merger, TensorStream
+from rlhf_core.plugin import BaseConfig, Chunk, Merger, TensorStream
 from rlhf_plugins.mergers.dare import LEVELS
 from rlhf_plugins.mergers.sparse import check_fused_weights, fuse
 

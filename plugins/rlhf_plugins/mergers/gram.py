@@ -8,7 +8,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from rlhf_core.merging import CHUNK
+from rlhf_core.plugin import CHUNK
 
 _BLOCK = 1 << 8
 _PIECE = CHUNK

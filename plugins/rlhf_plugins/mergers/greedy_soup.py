@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 from torch import Tensor
 
-from rlhf_core.config import BaseConfig
-from rlhf_core.merging import Chunk, Merger
+from rlhf_core.plugin import BaseConfig, Chunk, Merger
 from rlhf_plugins.mergers.uniform_soup import require_equal, uniform_soup
 
 if TYPE_CHECKING:
-    from rlhf_core.merging import ModelMerger
+    from rlhf_core.plugin import ModelMerger
 
 Score = Callable[[Sequence[int]], float]
 

@@ -7,8 +7,7 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from rlhf_core.config import BaseConfig
-from rlhf_core.merging import Chunk, Merger
+from rlhf_core.plugin import BaseConfig, Chunk, Merger
 
 
 def interpolate(start: Tensor, end: Tensor, t: float) -> Tensor:

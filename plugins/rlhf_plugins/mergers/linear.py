@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pydantic import Field
 from torch import Tensor
 
-from rlhf_core.config import BaseConfig
-from rlhf_core.merging import Chunk, Merger, require_one_sign
+from rlhf_core.plugin import BaseConfig, Chunk, Merger, require_one_sign
 
 
 def linear(tensors: Sequence[Tensor], weights: Sequence[float], divisor: float = 1.0) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy
 from torch import Tensor
 
-from rlhf_core.merging import Chunk, Merger, TensorStream
+from rlhf_core.plugin import Chunk, Merger, TensorStream
 from rlhf_plugins.mergers.gram import cosines, gram_matrix
 from rlhf_plugins.mergers.task_arithmetic import task_arithmetic
 from rlhf_plugins.mergers.uniform_soup import require_equal

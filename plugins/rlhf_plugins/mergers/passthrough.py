@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rlhf_core.merging import Chunk, Merger
+from rlhf_core.plugin import Chunk, Merger
 
 
 class PassthroughMerger(Merger):

@@ -10,8 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rlhf_core.config import BaseConfig
-from rlhf_core.merging import Chunk, Merger, TensorStream, require_one_sign, tensor_thresholds
+from rlhf_core.plugin import BaseConfig, Chunk, Merger, TensorStream, require_one_sign, tensor_thresholds
 from rlhf_plugins.mergers.gram import gram_matrix
 
 

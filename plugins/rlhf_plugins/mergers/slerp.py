@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import numpy
 from torch import Tensor
 
-from rlhf_core.errors import ConfigError
-from rlhf_core.merging import Chunk, Merger, TensorStream, share_of_weights
+from rlhf_core.plugin import Chunk, ConfigError, Merger, TensorStream, share_of_weights
 from rlhf_plugins.mergers.gram import cosines, gram_matrix
 from rlhf_plugins.mergers.linear import linear
 

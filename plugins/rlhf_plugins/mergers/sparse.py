@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from rlhf_core.merging import require_one_sign, share_of_weights
+from rlhf_core.plugin import require_one_sign, share_of_weights
 from rlhf_plugins.mergers.task_arithmetic import task_arithmetic
 from rlhf_plugins.mergers.ties import merge_weighted
 

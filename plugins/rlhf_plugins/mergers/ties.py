@@ -10,10 +10,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rlhf_core.config import BaseConfig
-from rlhf_core.errors import ConfigError
-from rlhf_core.merging import (
+from rlhf_core.plugin import (
+    BaseConfig,
     Chunk,
+    ConfigError,
     Merger,
     TensorStream,
     is_embedding,

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from rlhf_core.errors import ConfigError
-from rlhf_core.merging import Chunk, Merger
+from rlhf_core.plugin import Chunk, ConfigError, Merger
 from rlhf_plugins.mergers.linear import linear
 
 
