@@ -20,7 +20,6 @@ from rlhf_core.models.loading import load_model
 from rlhf_core.models.logprobs import linear_token_logprobs, module_token_logprobs, over_vocabulary
 from rlhf_core.models.options import LoadOptions, loading, settle
 from rlhf_core.models.output_layer import OutputLayer, Unexplained, graft, measure
-from rlhf_core.models.precision import within_products
 from rlhf_core.models.probe import FAILURES, Findings
 from rlhf_core.models.sequence import SequenceModel
 from rlhf_core.models.states import HiddenStates
@@ -100,7 +99,7 @@ class PolicyModel(SequenceModel):
         flat = states if len(states) else states.new_zeros(1, states.shape[1])
         layer = self.output_layer
         own = graft(self.network, self.findings) if layer.own else None
-        with within_products(self.network):
+        with self.own_precision():
             found = layer.apply(self.head(flat).float()) if own is None else own(flat).float()
         return found[: len(states)].reshape(*hidden.shape[:-1], found.shape[-1])
 
@@ -158,7 +157,7 @@ class PolicyModel(SequenceModel):
         layer, head = self.output_layer, self.head
         if type(head) is not nn.Linear or head.bias is not None or layer.cap is not None or layer.own:
             return module_token_logprobs(self.logits, hidden, targets, scale=scale)
-        with within_products(self.network):
+        with self.own_precision():
             return linear_token_logprobs(hidden, head.weight, targets, scale=scale * layer.slope)
 
     @property

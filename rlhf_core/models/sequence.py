@@ -9,6 +9,7 @@ import hashlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
@@ -78,7 +79,8 @@ class SequenceModel(nn.Module):
         self.fresh_adapter = False
         """True while the adapter was made here and not trained yet: without it the model is the one passed in."""
         self.precision = torch.float32
-        """Of matrix products."""
+        """Of matrix products, once options were set; until then they run in the precision of whatever is around them."""
+        self._set_up = False
         self.attention = self._select_attention("auto")
         self._findings: Findings | None = None
         self._attention_name: str | None = None
@@ -133,7 +135,7 @@ class SequenceModel(nn.Module):
         share_prompts: bool = True,
     ) -> Self:
         """Apply options, in place; see `TrainerConfig` for what they do. `float32` leaves frozen weights as they are."""
-        self.precision, self.save_precision = DTYPES[precision], save_precision
+        self.precision, self.save_precision, self._set_up = DTYPES[precision], save_precision, True
         self.attention = self._select_attention(attention)
         self._findings = None
         self.share_prompts = share_prompts
@@ -302,6 +304,18 @@ class SequenceModel(nn.Module):
         """
         if not batch.num_responses:
             return HiddenStates(torch.zeros(0, self.width, device=batch.device), empty_layout(batch), batch)
+        with self.own_precision():
+            return self._forward_groups(batch, drop_last=drop_last)
+
+    def own_precision(self) -> AbstractContextManager[Any]:
+        """Return the context for this model's matrix products: its own precision, whatever the models around it run in."""
+        kind = self.device.type
+        around = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+        if not self._set_up or around == self.precision:
+            return within_products(self.network)
+        return torch.autocast(kind, dtype=self.precision, enabled=self.precision != torch.float32)
+
+    def _forward_groups(self, batch: Batch, *, drop_last: bool) -> HiddenStates:
         groups = self._groups(batch)
         if batch.longest > self._tried and self._check_company(batch, groups):
             groups = self._groups(batch)

@@ -19,6 +19,7 @@ from rlhf_core import registry
 from rlhf_core.config import LoraConfig, TrainerConfig
 from rlhf_core.errors import ConfigError
 from rlhf_core.models import PolicyModel, ProcessRewardModel, RewardModel
+from rlhf_core.models.precision import DTYPES
 from rlhf_core.testing.tiny import VOCAB_SIZE, save_tiny, tiny_model, tiny_tokenizer
 
 ROWS = [{"prompt": f"{a}+{b}=", "response": str(a + b)} for a in range(4) for b in range(4)]
@@ -306,3 +307,25 @@ def test_frozen_weights_narrower_than_products_are_refused_as_in_a_run(kind: Any
     with pytest.raises(ConfigError) as of_model:
         kind.from_pretrained("nowhere", lora=LoraConfig(), frozen_precision="bf16", **options)
     assert of_model.value.line() == of_run.value.line()
+
+
+@pytest.mark.parametrize("own", ["float32", "bf16", "fp16"])
+@pytest.mark.parametrize("around", ["float32", "bf16"])
+@pytest.mark.parametrize("frozen", ["auto", "float32"])
+@torch.no_grad()
+def test_a_model_beside_the_policy_keeps_its_own_precision(own: str, around: str, frozen: Any, wide: Path) -> None:
+    """A float32 teacher beside a bf16 policy, and a teacher of 16 bits beside a float32 policy."""
+    hold = "float32" if own == "float32" else frozen
+    teacher = PolicyModel.from_pretrained(wide, frozen=True, precision=own, frozen_precision=hold)
+    batch = random_batch(3, 2)
+    plain = PolicyModel.from_pretrained(wide, precision=own)
+    with torch.autocast("cpu", dtype=DTYPES[own], enabled=own != "float32"):
+        own_states = plain.hidden_states(batch)
+        expected, again = plain.token_logps(batch), plain.token_logps(batch, states=own_states)
+        logits = plain.logits(own_states.predicting())
+    with torch.autocast("cpu", dtype=DTYPES[around], enabled=around != "float32"):
+        states = teacher.hidden_states(batch)
+        assert torch.equal(teacher.token_logps(batch), expected)
+        assert torch.equal(teacher.token_logps(batch, states=states), again)
+        assert torch.equal(teacher.logits(states.predicting()), logits)
+        assert torch.is_autocast_enabled("cpu") == (around != "float32")
