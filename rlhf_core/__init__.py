@@ -2,68 +2,92 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from typing import TYPE_CHECKING
+
+from rlhf_core.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from rlhf_core import registry as registry
+    from rlhf_core.batch import Batch as Batch
+    from rlhf_core.config import BaseConfig as BaseConfig
+    from rlhf_core.config import LoraConfig as LoraConfig
+    from rlhf_core.config import ModelConfig as ModelConfig
+    from rlhf_core.config import ReferenceConfig as ReferenceConfig
+    from rlhf_core.config import TrainerConfig as TrainerConfig
+    from rlhf_core.config import TrainingStage as TrainingStage
+    from rlhf_core.data.datasets import GRPODataset as GRPODataset
+    from rlhf_core.data.datasets import KTODataset as KTODataset
+    from rlhf_core.data.datasets import PreferenceDataset as PreferenceDataset
+    from rlhf_core.data.datasets import SFTDataset as SFTDataset
+    from rlhf_core.data.streaming import StreamingGRPODataset as StreamingGRPODataset
+    from rlhf_core.data.streaming import StreamingKTODataset as StreamingKTODataset
+    from rlhf_core.data.streaming import StreamingPreferenceDataset as StreamingPreferenceDataset
+    from rlhf_core.data.streaming import StreamingSFTDataset as StreamingSFTDataset
+    from rlhf_core.errors import RLHFError as RLHFError
+    from rlhf_core.infra.devices import DeviceManager as DeviceManager
+    from rlhf_core.infra.log import setup_logging as setup_logging
+    from rlhf_core.interfaces import Completion as Completion
+    from rlhf_core.interfaces import Loss as Loss
+    from rlhf_core.interfaces import Merger as Merger
+    from rlhf_core.interfaces import RewardFn as RewardFn
+    from rlhf_core.interfaces import Sample as Sample
+    from rlhf_core.interfaces import Sampler as Sampler
+    from rlhf_core.interfaces import Trainer as Trainer
+    from rlhf_core.merging.config import MergeConfig as MergeConfig
+    from rlhf_core.merging.interpolation import layer_wise_interpolation as layer_wise_interpolation
+    from rlhf_core.merging.merge import ModelMerger as ModelMerger
+    from rlhf_core.models.attention import OptimizedAttention as OptimizedAttention
+    from rlhf_core.models.compile import compile_model as compile_model
+    from rlhf_core.models.logprobs import over_vocabulary as over_vocabulary
+    from rlhf_core.models.lora import apply_lora as apply_lora
+    from rlhf_core.models.policy import PolicyModel as PolicyModel
+    from rlhf_core.models.process_reward import ProcessRewardModel as ProcessRewardModel
+    from rlhf_core.models.reward import RewardModel as RewardModel
+    from rlhf_core.models.value import ValueModel as ValueModel
+    from rlhf_core.online import OnlineConfig as OnlineConfig
+    from rlhf_core.online import RewardConfig as RewardConfig
+    from rlhf_core.online import SamplingConfig as SamplingConfig
+    from rlhf_core.presets import get_7b_model_config as get_7b_model_config
+    from rlhf_core.presets import get_70b_model_config as get_70b_model_config
+    from rlhf_core.training.checkpoint import CheckpointManager as CheckpointManager
+    from rlhf_core.training.early_stopping import EarlyStopping as EarlyStopping
+    from rlhf_core.training.logger import TrainingLogger as TrainingLogger
+    from rlhf_core.training.optimizer import create_optimizer as create_optimizer
 
 __version__ = "0.1.0"
 
 API = 1
 """The version of the contracts in `interfaces`. A plugin states the one that it was written for as a literal: `api = 1`."""
 
-# Public name → the module that defines it. Loaded on first use, so that `import rlhf_core` imports no torch.
-_PUBLIC = {
-    "Trainer": "interfaces",
-    "RewardFn": "interfaces",
-    "Sampler": "interfaces",
-    "Merger": "interfaces",
-    "Loss": "interfaces",
-    "Sample": "interfaces",
-    "Completion": "interfaces",
-    "BaseConfig": "config",
-    "TrainerConfig": "config",
-    "LoraConfig": "config",
-    "TrainingStage": "config",
-    "get_7b_model_config": "presets",
-    "get_70b_model_config": "presets",
-    "RLHFError": "errors",
-    "Batch": "batch",
-    "SFTDataset": "data",
-    "PreferenceDataset": "data",
-    "KTODataset": "data",
-    "GRPODataset": "data",
-    "StreamingSFTDataset": "data",
-    "StreamingPreferenceDataset": "data",
-    "StreamingKTODataset": "data",
-    "StreamingGRPODataset": "data",
-    "PolicyModel": "models",
-    "RewardModel": "models",
-    "ProcessRewardModel": "models",
-    "ValueModel": "models",
-    "over_vocabulary": "models",
-    "OptimizedAttention": "models",
-    "apply_lora": "models",
-    "compile_model": "models",
-    "ModelMerger": "merging",
-    "MergeConfig": "merging",
-    "layer_wise_interpolation": "merging",
-    "CheckpointManager": "training",
-    "EarlyStopping": "training",
-    "TrainingLogger": "training",
-    "create_optimizer": "training",
-    "DeviceManager": "infra",
-    "setup_logging": "infra",
-}
-
-__all__ = ["API", *_PUBLIC, "__version__", "registry"]
-
-
-def __getattr__(name: str) -> Any:
-    if name == "registry":
-        return importlib.import_module("rlhf_core.registry")
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(f"rlhf_core.{_PUBLIC[name]}"), name)
-    raise AttributeError(f"module 'rlhf_core' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "rlhf_core.registry": "",
+        "rlhf_core.batch": "Batch",
+        "rlhf_core.config": "BaseConfig LoraConfig ModelConfig ReferenceConfig TrainerConfig TrainingStage",
+        "rlhf_core.data.datasets": "GRPODataset KTODataset PreferenceDataset SFTDataset",
+        "rlhf_core.data.streaming": "StreamingGRPODataset StreamingKTODataset StreamingPreferenceDataset StreamingSFTDataset",
+        "rlhf_core.errors": "RLHFError",
+        "rlhf_core.infra.devices": "DeviceManager",
+        "rlhf_core.infra.log": "setup_logging",
+        "rlhf_core.interfaces": "Completion Loss Merger RewardFn Sample Sampler Trainer",
+        "rlhf_core.merging.config": "MergeConfig",
+        "rlhf_core.merging.interpolation": "layer_wise_interpolation",
+        "rlhf_core.merging.merge": "ModelMerger",
+        "rlhf_core.models.attention": "OptimizedAttention",
+        "rlhf_core.models.compile": "compile_model",
+        "rlhf_core.models.logprobs": "over_vocabulary",
+        "rlhf_core.models.lora": "apply_lora",
+        "rlhf_core.models.policy": "PolicyModel",
+        "rlhf_core.models.process_reward": "ProcessRewardModel",
+        "rlhf_core.models.reward": "RewardModel",
+        "rlhf_core.models.value": "ValueModel",
+        "rlhf_core.online": "OnlineConfig RewardConfig SamplingConfig",
+        "rlhf_core.presets": "get_70b_model_config get_7b_model_config",
+        "rlhf_core.training.checkpoint": "CheckpointManager",
+        "rlhf_core.training.early_stopping": "EarlyStopping",
+        "rlhf_core.training.logger": "TrainingLogger",
+        "rlhf_core.training.optimizer": "create_optimizer",
+    },
+)
+__all__ += ["API", "__version__"]

@@ -7,8 +7,9 @@ Names are loaded when they are first used, so a plugin that needs no model impor
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from rlhf_core.lazy import lazy_names as lazy_names
 
 if TYPE_CHECKING:
     from rlhf_core.batch import Batch as Batch
@@ -55,9 +56,12 @@ if TYPE_CHECKING:
     from rlhf_core.merging import share_of_weights as share_of_weights
     from rlhf_core.merging import tensor_thresholds as tensor_thresholds
     from rlhf_core.merging import thresholds as thresholds
+    from rlhf_core.models import HiddenStates as HiddenStates
     from rlhf_core.models import PolicyModel as PolicyModel
     from rlhf_core.models import ProcessRewardModel as ProcessRewardModel
     from rlhf_core.models import RewardModel as RewardModel
+    from rlhf_core.models import ValueModel as ValueModel
+    from rlhf_core.models import over_vocabulary as over_vocabulary
     from rlhf_core.models.process_reward import AGGREGATIONS as AGGREGATIONS
     from rlhf_core.models.reference import Reference as Reference
     from rlhf_core.online import OnlineConfig as OnlineConfig
@@ -70,38 +74,27 @@ if TYPE_CHECKING:
     from rlhf_core.training.context import RunContext as RunContext
     from rlhf_core.training.loader import Loader as Loader
 
-# Module → the names in it that plugins use.
-_MODULES = {
-    "batch": "Batch",
-    "config": "BaseConfig LoraConfig ModelConfig ReferenceConfig TrainedModelConfig TrainerConfig TrainingStage",
-    "data.base": "EncodedData random_generator",
-    "data.collate": "collate",
-    "errors": "ConfigError DataError ModelError NumbersError PluginError shortened",
-    "hooks": "hookimpl",
-    "interfaces": "FROZEN TRAINED Completion Evaluation Loss Merger Pair RewardFn Role Sample Sampler Trainer Window",
-    "merging": "CHUNK Chunk MergeInput ModelMerger TensorStream is_embedding kept_count magnitudes merge_tensor require_one_sign"
-    " share_of_weights tensor_thresholds thresholds",
-    "models": "PolicyModel ProcessRewardModel RewardModel",
-    "models.process_reward": "AGGREGATIONS",
-    "models.reference": "Reference",
-    "online": "OnlineConfig RewardConfig SamplingConfig",
-    "records": "Message Prompt",
-    "statistics": "auc calibration_error",
-    "training.context": "RunContext",
-    "training.loader": "Loader",
-}
-_PUBLIC = {name: module for module, names in _MODULES.items() for name in names.split()}
-
-__all__ = sorted(_PUBLIC)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        value = getattr(importlib.import_module(f"rlhf_core.{_PUBLIC[name]}"), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'rlhf_core.plugin' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "rlhf_core.batch": "Batch",
+        "rlhf_core.config": "BaseConfig LoraConfig ModelConfig ReferenceConfig TrainedModelConfig TrainerConfig TrainingStage",
+        "rlhf_core.data.base": "EncodedData random_generator",
+        "rlhf_core.data.collate": "collate",
+        "rlhf_core.errors": "ConfigError DataError ModelError NumbersError PluginError shortened",
+        "rlhf_core.hooks": "hookimpl",
+        "rlhf_core.lazy": "lazy_names",
+        "rlhf_core.interfaces": "FROZEN TRAINED Completion Evaluation Loss Merger Pair RewardFn Role Sample Sampler Trainer"
+        " Window",
+        "rlhf_core.merging": "CHUNK Chunk MergeInput ModelMerger TensorStream is_embedding kept_count magnitudes merge_tensor"
+        " require_one_sign share_of_weights tensor_thresholds thresholds",
+        "rlhf_core.models": "PolicyModel ProcessRewardModel RewardModel ValueModel HiddenStates over_vocabulary",
+        "rlhf_core.models.process_reward": "AGGREGATIONS",
+        "rlhf_core.models.reference": "Reference",
+        "rlhf_core.online": "OnlineConfig RewardConfig SamplingConfig",
+        "rlhf_core.records": "Message Prompt",
+        "rlhf_core.statistics": "auc calibration_error",
+        "rlhf_core.training.context": "RunContext",
+        "rlhf_core.training.loader": "Loader",
+    },
+)

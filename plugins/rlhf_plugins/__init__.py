@@ -1,1 +1,82 @@
 """Methods that ship with rlhf_core. Each is found through an entry point, exactly as a third party's is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rlhf_core.plugin import lazy_names
+
+if TYPE_CHECKING:
+    from rlhf_plugins.mergers.breadcrumbs import BreadcrumbsConfig as BreadcrumbsConfig
+    from rlhf_plugins.mergers.breadcrumbs import BreadcrumbsMerger as BreadcrumbsMerger
+    from rlhf_plugins.mergers.dare import DAREConfig as DAREConfig
+    from rlhf_plugins.mergers.dare import DAREMerger as DAREMerger
+    from rlhf_plugins.mergers.della import DELLAConfig as DELLAConfig
+    from rlhf_plugins.mergers.della import DELLAMerger as DELLAMerger
+    from rlhf_plugins.mergers.greedy_soup import GreedySoupConfig as GreedySoupConfig
+    from rlhf_plugins.mergers.greedy_soup import ModelSoup as ModelSoup
+    from rlhf_plugins.mergers.karcher import KarcherMerger as KarcherMerger
+    from rlhf_plugins.mergers.layer_wise import LayerWiseConfig as LayerWiseConfig
+    from rlhf_plugins.mergers.layer_wise import LayerWiseMerger as LayerWiseMerger
+    from rlhf_plugins.mergers.linear import LinearConfig as LinearConfig
+    from rlhf_plugins.mergers.linear import LinearMerger as LinearMerger
+    from rlhf_plugins.mergers.model_stock import ModelStockMerger as ModelStockMerger
+    from rlhf_plugins.mergers.passthrough import PassthroughMerger as PassthroughMerger
+    from rlhf_plugins.mergers.sce import SCEConfig as SCEConfig
+    from rlhf_plugins.mergers.sce import SCEMerger as SCEMerger
+    from rlhf_plugins.mergers.slerp import SlerpMerger as SlerpMerger
+    from rlhf_plugins.mergers.task_arithmetic import TaskArithmeticConfig as TaskArithmeticConfig
+    from rlhf_plugins.mergers.task_arithmetic import TaskArithmeticMerger as TaskArithmeticMerger
+    from rlhf_plugins.mergers.ties import TIESConfig as TIESConfig
+    from rlhf_plugins.mergers.ties import TIESMerger as TIESMerger
+    from rlhf_plugins.mergers.uniform_soup import UniformSoupMerger as UniformSoupMerger
+    from rlhf_plugins.rewards.process_reward import ProcessRewardReward as ProcessRewardReward
+    from rlhf_plugins.rewards.process_reward import ProcessRewardRewardConfig as ProcessRewardRewardConfig
+    from rlhf_plugins.rewards.reward_model import RewardModelReward as RewardModelReward
+    from rlhf_plugins.rewards.reward_model import RewardModelRewardConfig as RewardModelRewardConfig
+    from rlhf_plugins.trainers.cpo import CPOConfig as CPOConfig
+    from rlhf_plugins.trainers.cpo import CPOTrainer as CPOTrainer
+    from rlhf_plugins.trainers.dpo import DPOConfig as DPOConfig
+    from rlhf_plugins.trainers.dpo import DPOTrainer as DPOTrainer
+    from rlhf_plugins.trainers.kto import KTOConfig as KTOConfig
+    from rlhf_plugins.trainers.kto import KTOTrainer as KTOTrainer
+    from rlhf_plugins.trainers.orpo import ORPOConfig as ORPOConfig
+    from rlhf_plugins.trainers.orpo import ORPOTrainer as ORPOTrainer
+    from rlhf_plugins.trainers.process_reward import ProcessRewardModelConfig as ProcessRewardModelConfig
+    from rlhf_plugins.trainers.process_reward import ProcessRewardModelTrainer as ProcessRewardModelTrainer
+    from rlhf_plugins.trainers.reward_model import RewardModelConfig as RewardModelConfig
+    from rlhf_plugins.trainers.reward_model import RewardModelTrainer as RewardModelTrainer
+    from rlhf_plugins.trainers.sft import SFTConfig as SFTConfig
+    from rlhf_plugins.trainers.sft import SFTTrainer as SFTTrainer
+    from rlhf_plugins.trainers.simpo import SimPOConfig as SimPOConfig
+    from rlhf_plugins.trainers.simpo import SimPOTrainer as SimPOTrainer
+
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "rlhf_plugins.mergers.breadcrumbs": "BreadcrumbsConfig BreadcrumbsMerger",
+        "rlhf_plugins.mergers.dare": "DAREConfig DAREMerger",
+        "rlhf_plugins.mergers.della": "DELLAConfig DELLAMerger",
+        "rlhf_plugins.mergers.greedy_soup": "GreedySoupConfig ModelSoup",
+        "rlhf_plugins.mergers.karcher": "KarcherMerger",
+        "rlhf_plugins.mergers.layer_wise": "LayerWiseConfig LayerWiseMerger",
+        "rlhf_plugins.mergers.linear": "LinearConfig LinearMerger",
+        "rlhf_plugins.mergers.model_stock": "ModelStockMerger",
+        "rlhf_plugins.mergers.passthrough": "PassthroughMerger",
+        "rlhf_plugins.mergers.sce": "SCEConfig SCEMerger",
+        "rlhf_plugins.mergers.slerp": "SlerpMerger",
+        "rlhf_plugins.mergers.task_arithmetic": "TaskArithmeticConfig TaskArithmeticMerger",
+        "rlhf_plugins.mergers.ties": "TIESConfig TIESMerger",
+        "rlhf_plugins.mergers.uniform_soup": "UniformSoupMerger",
+        "rlhf_plugins.rewards.process_reward": "ProcessRewardReward ProcessRewardRewardConfig",
+        "rlhf_plugins.rewards.reward_model": "RewardModelReward RewardModelRewardConfig",
+        "rlhf_plugins.trainers.cpo": "CPOConfig CPOTrainer",
+        "rlhf_plugins.trainers.dpo": "DPOConfig DPOTrainer",
+        "rlhf_plugins.trainers.kto": "KTOConfig KTOTrainer",
+        "rlhf_plugins.trainers.orpo": "ORPOConfig ORPOTrainer",
+        "rlhf_plugins.trainers.process_reward": "ProcessRewardModelConfig ProcessRewardModelTrainer",
+        "rlhf_plugins.trainers.reward_model": "RewardModelConfig RewardModelTrainer",
+        "rlhf_plugins.trainers.sft": "SFTConfig SFTTrainer",
+        "rlhf_plugins.trainers.simpo": "SimPOConfig SimPOTrainer",
+    },
+)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from rlhf_core.lazy import lazy_names
 
-_PUBLIC = {"DeviceManager": "devices", "setup_logging": "log", "RandomState": "seeds", "stream_seed": "seeds"}
-
-__all__ = [*_PUBLIC]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(f"rlhf_core.infra.{_PUBLIC[name]}"), name)
-    raise AttributeError(f"module 'rlhf_core.infra' has no attribute {name!r}")
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "rlhf_core.infra.devices": "DeviceManager",
+        "rlhf_core.infra.log": "setup_logging",
+        "rlhf_core.infra.seeds": "RandomState stream_seed",
+    },
+)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from rlhf_core.lazy import lazy_names
 
 if TYPE_CHECKING:
     from rlhf_core.models.attention import OptimizedAttention as OptimizedAttention
@@ -19,30 +20,20 @@ if TYPE_CHECKING:
     from rlhf_core.models.states import HiddenStates as HiddenStates
     from rlhf_core.models.value import ValueModel as ValueModel
 
-# Public name → the module that defines it, loaded on first use.
-_PUBLIC = {
-    "OptimizedAttention": "attention",
-    "compile_model": "compile",
-    "over_vocabulary": "logprobs",
-    "apply_lora": "lora",
-    "LoadOptions": "options",
-    "PolicyModel": "policy",
-    "ProcessRewardModel": "process_reward",
-    "Reference": "reference",
-    "RewardModel": "reward",
-    "SequenceModel": "sequence",
-    "HiddenStates": "states",
-    "ValueModel": "value",
-}
-
-__all__ = [*_PUBLIC]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(f"rlhf_core.models.{_PUBLIC[name]}"), name)
-    raise AttributeError(f"module 'rlhf_core.models' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "rlhf_core.models.attention": "OptimizedAttention",
+        "rlhf_core.models.compile": "compile_model",
+        "rlhf_core.models.logprobs": "over_vocabulary",
+        "rlhf_core.models.lora": "apply_lora",
+        "rlhf_core.models.options": "LoadOptions",
+        "rlhf_core.models.policy": "PolicyModel",
+        "rlhf_core.models.process_reward": "ProcessRewardModel",
+        "rlhf_core.models.reference": "Reference",
+        "rlhf_core.models.reward": "RewardModel",
+        "rlhf_core.models.sequence": "SequenceModel",
+        "rlhf_core.models.states": "HiddenStates",
+        "rlhf_core.models.value": "ValueModel",
+    },
+)

@@ -8,8 +8,9 @@ class TestMargin(TrainerContract):
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from rlhf_core.lazy import lazy_names
 
 if TYPE_CHECKING:
     from rlhf_core.testing import arithmetic as arithmetic
@@ -24,30 +25,16 @@ if TYPE_CHECKING:
     from rlhf_core.testing.trainer_contract import TrainerContract as TrainerContract
     from rlhf_core.testing.workbench import run_context as run_context
 
-# Public name → the module that defines it, loaded on first use: the task alone needs no torch, and nothing needs pytest.
-_PUBLIC = {
-    "TrainerContract": "trainer_contract",
-    "run_context": "workbench",
-    "simulate": "processes",
-    "RewardContract": "reward_contract",
-    "SamplerContract": "sampler_contract",
-    "MergerContract": "merger_contract",
-    "tiny_model": "tiny",
-    "tiny_policy": "tiny",
-    "tiny_tokenizer": "tiny",
-    "save_tiny": "tiny",
-}
-
-__all__ = [*_PUBLIC, "arithmetic"]
-
-
-def __getattr__(name: str) -> Any:
-    if name == "arithmetic":
-        return importlib.import_module("rlhf_core.testing.arithmetic")
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(f"rlhf_core.testing.{_PUBLIC[name]}"), name)
-    raise AttributeError(f"module 'rlhf_core.testing' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "rlhf_core.testing.trainer_contract": "TrainerContract",
+        "rlhf_core.testing.workbench": "run_context",
+        "rlhf_core.testing.processes": "simulate",
+        "rlhf_core.testing.reward_contract": "RewardContract",
+        "rlhf_core.testing.sampler_contract": "SamplerContract",
+        "rlhf_core.testing.merger_contract": "MergerContract",
+        "rlhf_core.testing.tiny": "tiny_model tiny_policy tiny_tokenizer save_tiny",
+        "rlhf_core.testing.arithmetic": "",
+    },
+)

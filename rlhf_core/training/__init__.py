@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from rlhf_core.lazy import lazy_names
 
-_PUBLIC = {
-    "CheckpointManager": "checkpoint",
-    "EarlyStopping": "early_stopping",
-    "TrainResult": "result",
-    "TrainingLogger": "logger",
-    "create_optimizer": "optimizer",
-    "run": "loop",
-}
-
-__all__ = [*_PUBLIC]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(f"rlhf_core.training.{_PUBLIC[name]}"), name)
-    raise AttributeError(f"module 'rlhf_core.training' has no attribute {name!r}")
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "rlhf_core.training.checkpoint": "CheckpointManager",
+        "rlhf_core.training.early_stopping": "EarlyStopping",
+        "rlhf_core.training.result": "TrainResult",
+        "rlhf_core.training.logger": "TrainingLogger",
+        "rlhf_core.training.optimizer": "create_optimizer",
+        "rlhf_core.training.loop": "run",
+    },
+)

@@ -228,7 +228,10 @@ class Run:
         self.stream, self.total_steps = open_stream(
             self.trainer, self.dataset, distribution=self.distribution, saved=saved
         )
-        self.schedule = Schedule.create(self.config, self.total_steps)
+        # Where the data decide how many steps there are, the schedule runs over batches.
+        self.schedule = Schedule.create(
+            self.config, self.stream.steps if self.total_steps is None else self.total_steps
+        )
 
     def _require_disk(self) -> None:
         """Refuse to begin where the disk has too little room for what the run will write."""
