@@ -8,7 +8,7 @@ V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -175,11 +175,14 @@ def module_token_logprobs(
     return over_vocabulary(logprobs, (logits, hidden), columns=[targets])
 
 
+Values = TypeVar("Values", Tensor, tuple[Tensor, ...])
+
+
 def over_vocabulary(
-    function: Callable[..., Tensor],
+    function: Callable[..., Values],
     *models: tuple[Callable[[Tensor], Tensor], Tensor],
     columns: Sequence[Tensor] = (),
-) -> Tensor:
+) -> Values:
     """Return a function of the whole vocabulary's logits, state by state, while few rows of logits exist at once.
 
     For losses that need more than the log-probability of one token: the divergence between two policies, an entropy.
@@ -193,20 +196,20 @@ def over_vocabulary(
     Gradients are exact: autograd computes each chunk's logits a second time in the backward pass.
 
     Args:
-        function: takes (s, V) logits of each model, in order, then s entries of each column; returns (s, ...), each row of
-            which depends on its own rows alone.
+        function: takes (s, V) logits of each model, in order, then s entries of each column; returns (s, ...), or a tuple of
+            such, each row of which depends on its own rows alone. Models of one family may differ in V, by rows of padding.
         models: each a function from hidden states to logits (`PolicyModel.logits`), with its hidden states (S, D).
         columns: what else each state has, (S, ...).
 
     Returns:
-        (S, ...).
+        (S, ...), or a tuple of such.
     """
-    states = [hidden for _, hidden in models]
+    states: list[Tensor] = [hidden for _, hidden in models]
     lengths = {len(rows) for rows in (*states, *columns)}
     if len(lengths) != 1:
         raise ValueError(f"hidden states and columns must be equally long, got {[len(r) for r in (*states, *columns)]}")
 
-    def of_chunk(*rows: Tensor) -> Tensor:
+    def of_chunk(*rows: Tensor) -> Values:
         tables = [logits(part) for (logits, _), part in zip(models, rows, strict=False)]
         return function(*tables, *rows[len(models) :])
 
@@ -216,4 +219,6 @@ def over_vocabulary(
         width = sum(logits(hidden[:1]).shape[-1] for logits, hidden in models)
     rows = chunk_rows(width, states[0].device)
     parts = zip(*(tensor.split(rows) for tensor in (*states, *columns)), strict=True)
-    return torch.cat([checkpoint(of_chunk, *part, use_reentrant=False) for part in parts])
+    found: list[Any] = [checkpoint(of_chunk, *part, use_reentrant=False) for part in parts]
+    joined: Any = torch.cat(found) if isinstance(found[0], Tensor) else tuple(map(torch.cat, zip(*found, strict=True)))
+    return joined

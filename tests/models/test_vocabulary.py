@@ -126,6 +126,18 @@ def test_what_is_not_equally_long_is_refused_and_nothing_gives_nothing() -> None
     assert over_vocabulary(forward_kl, (policy.logits, hidden[:0]), (policy.logits, hidden[:0])).shape == (0,)
 
 
+def test_one_pass_gives_several_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logprobs, "chunk_rows", lambda vocabulary, device: 3)
+    policy = policy_of(tiny_model())
+    hidden = torch.randn(7, policy.width, requires_grad=True)
+    peak, total = over_vocabulary(lambda logits: (logits.amax(-1), logits.logsumexp(-1)), (policy.logits, hidden))
+    table = policy.logits(hidden)
+    assert torch.allclose(peak, table.amax(-1)) and torch.allclose(total, table.logsumexp(-1))
+    (ours,) = torch.autograd.grad(peak.sum() + total.square().sum(), hidden)
+    (wanted,) = torch.autograd.grad(table.amax(-1).sum() + table.logsumexp(-1).square().sum(), hidden)
+    assert relative(ours, wanted) < 1e-5
+
+
 def test_no_more_than_a_chunk_of_logits_exists_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """What autograd keeps for the backward pass, too."""
     policy = policy_of(tiny_model(vocab_size=5000))
