@@ -23,7 +23,7 @@ def score_in_parts(
     batch: Batch,
     function: Callable[[Batch], Values],
     *,
-    axis: Axis = "response",
+    axis: Axis | tuple[Axis, ...] = "response",
     cut: Callable[[Batch], Sequence[Batch]],
     device: torch.device,
 ) -> Values:
@@ -33,7 +33,8 @@ def score_in_parts(
         batch: P prompts with R responses of at most T tokens.
         function: returns for a micro-batch of p prompts with r responses of at most t tokens a tensor of (p, ...), (r, ...) or
             (r, t, ...) values, as the axis says, or a tuple of such tensors. It must take a batch without rows.
-        axis: what the values belong to.
+        axis: what the values belong to; of a tuple of tensors that belong to different axes, the axis of each. With `prompt`
+            among them, a prompt's responses stay together.
         cut: cuts a batch into micro-batches; one that doesn't fit in memory is halved further.
         device: where micro-batches are computed.
 
@@ -45,28 +46,40 @@ def score_in_parts(
         per_prompt={_PROMPT: torch.arange(batch.num_prompts, device=batch.device)},
         per_response={_RESPONSE: torch.arange(batch.num_responses, device=batch.device)},
     )
-    several = False
-    parts: list[tuple[Tensor, tuple[Tensor, ...]]] = []
+    several, whole = False, "prompt" in (axis if isinstance(axis, tuple) else (axis,))
+    parts: list[tuple[dict[str, Tensor], tuple[Tensor, ...]]] = []
 
-    def work(micro: Batch) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def work(micro: Batch) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
         nonlocal several
         found = function(micro.to(device))
         several = isinstance(found, tuple)
         values = found if isinstance(found, tuple) else (found,)
-        for value in values:
-            _check(value, micro, axis)
-        return micro[_PROMPT if axis == "prompt" else _RESPONSE].cpu(), tuple(_plain(value) for value in values)
+        for value, own in zip(values, _axes(axis, len(values)), strict=True):
+            _check(value, micro, own)
+        return {name: micro[name].cpu() for name in (_PROMPT, _RESPONSE)}, tuple(_plain(value) for value in values)
 
     for micro in cut(numbered) or [numbered]:
-        parts += in_parts(micro, work, lambda piece: halves(piece, divide=axis != "prompt"), device=device)
-    numbers = torch.cat([rows for rows, _ in parts])
-    order = numbers.argsort()
+        parts += in_parts(micro, work, lambda piece: halves(piece, divide=not whole), device=device)
     width = batch.response_ids.shape[1]
     joined = []
-    for column in zip(*(values for _, values in parts), strict=True):
-        widened = [_widened(value, width) for value in column] if axis == "token" else column
-        joined.append(torch.cat(list(widened))[order].to(batch.device))
+    columns = list(zip(*(values for _, values in parts), strict=True))
+    for column, own in zip(columns, _axes(axis, len(columns)), strict=True):
+        rows = torch.cat([numbers[_PROMPT if own == "prompt" else _RESPONSE] for numbers, _ in parts])
+        widened = [_widened(value, width) for value in column] if own == "token" else column
+        joined.append(torch.cat(list(widened))[rows.argsort()].to(batch.device))
     return tuple(joined) if several else joined[0]  # type: ignore[return-value]
+
+
+def _axes(axis: Axis | tuple[Axis, ...], count: int) -> tuple[Axis, ...]:
+    """Return the axis of each of so many tensors."""
+    if not isinstance(axis, tuple):
+        return (axis,) * count
+    if len(axis) != count:
+        raise PluginError(
+            f"{len(axis)} axes are named for {count} tensors", place="run.forward", got=axis,
+            fix="name one `axis` for each tensor that the function returns, or one for all",
+        )  # fmt: skip
+    return axis
 
 
 def halves(batch: Batch, *, divide: bool) -> list[Batch]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from rlhf_core.batch import Batch
 from rlhf_core.errors import PluginError
 from rlhf_core.infra.devices import DeviceManager
+from rlhf_core.infra.seeds import stream_seed
 from rlhf_core.interfaces import Completion, Evaluation, Trainer
 from rlhf_core.models.engine import Engine
 from rlhf_core.models.policy import PolicyModel
@@ -65,19 +66,23 @@ class RunContext:
             self._begun = self.step
         return self._engine
 
-    def forward(self, batch: Batch, function: Callable[[Batch], Values], axis: Axis = "response") -> Values:
+    def forward(
+        self, batch: Batch, function: Callable[[Batch], Values], axis: Axis | tuple[Axis, ...] = "response"
+    ) -> Values:
         """Return a function's values of a batch without gradients, forwarded in micro-batches that fit in memory.
 
         Args:
             batch: P prompts with R responses of at most T tokens.
             function: returns for a micro-batch one value per prompt, response or token, or a tuple of tensors of such; it
                 must take a batch without rows.
-            axis: `prompt`, `response` or `token`: what the values belong to.
+            axis: `prompt`, `response` or `token`: what the values belong to. Where tensors of a tuple belong to different axes,
+                a tuple of each one's: `("token", "response")`.
 
         Returns:
             (P, ...), (R, ...) or (R, T, ...), on the batch's device.
         """
-        cut = self.micro_batches.cut_between_prompts if axis == "prompt" else self.micro_batches.cut
+        whole = "prompt" in (axis if isinstance(axis, tuple) else (axis,))
+        cut = self.micro_batches.cut_between_prompts if whole else self.micro_batches.cut
         return score_in_parts(batch, function, axis=axis, cut=cut, device=self.devices.device)
 
     def gather(self, value: Any) -> Any:
@@ -109,6 +114,25 @@ class RunContext:
         back[order] = torch.arange(len(order))
         first = sum(shares[: self.distribution.rank])
         return found[back.to(found.device)][first : first + len(numbers)]
+
+    def minibatches(self, batch: Batch, count: int) -> list[Batch]:
+        """Return this process's parts of a rollout's prompts, drawn at random, each for an optimiser step of its own.
+
+        Over all processes a part holds the same prompts for any number of processes; here it may be empty. Draws are functions of
+        the run's seed and the step, so each pass over a rollout cuts it in another way. Every process must call it as often as
+        the others.
+
+        Args:
+            count: how many parts; those of a step with fewer prompts than that are empty everywhere.
+        """
+        generator = torch.Generator().manual_seed(stream_seed(self.trainer.config.seed, "minibatches", self.step))
+
+        def parts(numbers: Tensor) -> Tensor:
+            drawn = torch.randperm(len(numbers), generator=generator)
+            return torch.arange(len(numbers))[drawn.argsort()] * count // max(len(numbers), 1)
+
+        part = self.over_step(parts, torch.tensor(batch.rows, dtype=torch.long), rows=batch.rows)
+        return [batch.select((part == number).nonzero().flatten()) for number in range(count)]
 
     def score(self, batch: Batch, completions: Sequence[Sequence[Completion]]) -> Scores:
         """Return the configured rewards of completions, P lists in the order of the batch's prompts.

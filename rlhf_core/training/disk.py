@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.config import TrainerConfig
+from rlhf_core.config import TrainedModelConfig, TrainerConfig
 from rlhf_core.errors import StorageError
 from rlhf_core.infra.files import storage_errors
 from rlhf_core.infra.model_files import is_adapter
-from rlhf_core.infra.tensors import nbytes, read_header
+from rlhf_core.infra.tensors import TensorEntry, nbytes, read_header
+from rlhf_core.models.sequence import SequenceModel
 from rlhf_core.training.prepare import trained_roles
 
 if TYPE_CHECKING:
@@ -86,10 +87,13 @@ def need_of_run(run: Run) -> DiskNeed:
 def _exported(module: Any) -> int:
     """Return the bytes of a model's export at least: an adapter alone, or all weights in what they came in."""
     adapter = getattr(module, "has_adapter", False) and getattr(module, "base", None) is not None
-    parameters = [p for p in module.parameters() if p.requires_grad or not adapter]
-    asked, stored = getattr(module, "save_precision", "auto"), getattr(module, "stored", None)
-    width = (4 if asked == "float32" else 2) if asked != "auto" else stored.main.itemsize if stored is not None else 4
-    return sum(p.numel() * min(p.element_size(), width) for p in parameters)
+    sizes = {id(p): p.nbytes for p in module.parameters() if p.requires_grad or not adapter}
+    for part in module.modules():
+        if isinstance(part, SequenceModel):
+            asked = part.save_precision
+            width = part.stored.main.itemsize if asked == "auto" else 4 if asked == "float32" else 2
+            sizes |= {id(p): p.numel() * min(p.element_size(), width) for p in part.parameters() if id(p) in sizes}
+    return sum(sizes.values())
 
 
 def room_taken(directory: Path) -> int:
@@ -99,17 +103,26 @@ def room_taken(directory: Path) -> int:
 
 
 def need_of_files(model: str, config: TrainerConfig) -> DiskNeed | None:
-    """Return what a run on a model's directory would write, from its files alone; None where they don't tell."""
-    path = Path(model).expanduser()
-    if config.lora is not None or not path.is_dir() or is_adapter(str(path)):
-        return None
-    weights = sorted(path.glob("*.safetensors"))
-    try:
-        entries = [entry for file in weights for entry in read_header(file).values()]
-    except (OSError, ValueError):
-        return None
-    if not entries:
-        return None
-    trained = 4 * sum(entry.count for entry in entries)
-    stored = sum(entry.nbytes for entry in entries)
+    """Return what a run on a model's directory would write, from its files alone; None where they don't tell.
+
+    Models beside it that are trained, such as a critic, are those that the configuration names.
+    """
+    named = [value for _, value in config if isinstance(value, TrainedModelConfig)]
+    trained = stored = 0
+    for source, lora in ((model, config.lora), *((other.path, other.lora) for other in named)):
+        entries = _weights(Path(source).expanduser()) if lora is None else []
+        if not entries:
+            return None
+        trained += 4 * sum(entry.count for entry in entries)
+        stored += sum(entry.nbytes for entry in entries)
     return DiskNeed(checkpoints_at_once(config, config.max_steps), (1 + _MOMENTS) * trained, stored)
+
+
+def _weights(path: Path) -> list[TensorEntry]:
+    """Return what a directory's files say of each tensor; nothing where it is no whole model."""
+    if not path.is_dir() or is_adapter(str(path)):
+        return []
+    try:
+        return [entry for file in sorted(path.glob("*.safetensors")) for entry in read_header(file).values()]
+    except (OSError, ValueError):
+        return []

@@ -10,7 +10,14 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from rlhf_core.config import DEFAULT_MAX_LENGTH, ModelConfig, ReferenceMode, TrainedModelConfig, TrainerConfig
+from rlhf_core.config import (
+    DEFAULT_MAX_LENGTH,
+    LoraConfig,
+    ModelConfig,
+    ReferenceMode,
+    TrainedModelConfig,
+    TrainerConfig,
+)
 from rlhf_core.errors import ConfigError, ModelError, PluginError
 from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.interfaces import Trainer
@@ -39,6 +46,7 @@ class Loader:
         """Models that `load` gave, by role."""
         self.factors: dict[str, float] = {}
         """Learning rates by role as multiples of the run's; 1 where a role isn't named."""
+        self._loras: dict[str, LoraConfig | None] = {}
 
     @property
     def given(self) -> Any:
@@ -100,14 +108,18 @@ class Loader:
             model = wanted.adopt(given, **own).to(device)
             # LoRA of the run is that of its own model.
             model.configure(config.model_copy(update={"lora": None})) if trained else model.requires_grad_(False).eval()
+            self._loras[role] = None
         else:
             asked = given if isinstance(given, ModelConfig) else ModelConfig(path=str(given))
-            options = run_options(config) if trained else {"attention": config.attention, "frozen": True}
-            options["precision"] = self._precision(role, asked)
+            options = run_options(config)
+            if not trained:
+                options = {name: options[name] for name in _OF_READING} | {"frozen": True}
             if isinstance(asked, TrainedModelConfig):
                 self._trained_options(role, trained)
                 options["lora"] = asked.lora
                 self.factors[role] = asked.learning_rate_factor
+            options["precision"] = self._precision(role, asked, narrow=not trained or options.get("lora") is not None)
+            self._loras[role] = options.get("lora")
             options["trust_remote_code"] = asked.trust_remote_code
             options |= _may_begin(wanted) if trained else {}
             model = wanted.from_pretrained(asked.path, device=device, **options, **own)
@@ -132,6 +144,10 @@ class Loader:
         self._trained_options(role, self._trained(role))
         self.factors[role] = factor
 
+    def lora(self, role: str) -> LoraConfig | None:
+        """Return the adapters that were asked for on a role's model: of one that stands on the run's own model, the run's."""
+        return self._loras.get(role, self._trainer.config.lora)
+
     def _trained(self, role: str) -> bool:
         roles = self._trainer.roles
         if role not in roles:
@@ -146,7 +162,12 @@ class Loader:
         if not trained:
             raise PluginError(f"`{role}` is frozen, so it has no learning rate", place=type(self._trainer).__name__)
 
-    def _precision(self, role: str, asked: ModelConfig) -> str:
+    def _precision(self, role: str, asked: ModelConfig, *, narrow: bool) -> str:
+        """Return the precision of a model's products.
+
+        Args:
+            narrow: whether it has frozen weights that can be held in 16 bits.
+        """
         precision = self._trainer.config.precision
         if asked.precision not in (None, precision) and precision != "float32":
             raise ConfigError(
@@ -154,6 +175,13 @@ class Loader:
                 place=f"{role}.precision",
                 got=asked.precision,
                 fix="leave it out, or set `precision: float32`",
+            )
+        if asked.precision not in (None, precision) and not narrow:
+            raise ConfigError(
+                "a model whose every weight is trained computes in the run's precision",
+                place=f"{role}.precision",
+                got=f"{asked.precision} in a run of {precision}",
+                fix=f"leave it out, or set `{role}.lora`",
             )
         return asked.precision or precision
 
@@ -169,6 +197,10 @@ class Loader:
             else "another vocabulary of that size",
             fix="use a model of the same tokenizer",
         )
+
+
+_OF_READING = ("attention", "frozen_precision", "layout", "share_prompts")
+"""Options of a run that hold for models which are only read, too."""
 
 
 def _may_begin(kind: type[nn.Module]) -> dict[str, Any]:
@@ -209,7 +241,8 @@ def roles_of(trainer: Trainer[Any], built: Mapping[str, Any], loader: Loader) ->
     """Return what `build` returned, by role, once it is what the method's `roles` say.
 
     Raises:
-        PluginError: a role is missing or undeclared, can't be exported, or is frozen and shares weights with a trained one.
+        PluginError: a role is missing or undeclared, was loaded and left out, can't be exported, or is frozen and shares weights
+            with a trained one.
     """
     place, roles = f"{type(trainer).__name__}.build", trainer.roles
     _ = loader.given
@@ -221,6 +254,8 @@ def roles_of(trainer: Trainer[Any], built: Mapping[str, Any], loader: Loader) ->
         raise PluginError(
             f"returns no `{missing[0]}`, which is among `roles`", place=place, got=f"roles {sorted(built)}"
         )
+    if unused := sorted(loader.loaded.keys() - built.keys()):
+        raise PluginError(f"loads a model for `{unused[0]}` and doesn't return it", place=place)
     trained: dict[int, str] = {}
     for role, model in built.items():
         if isinstance(model, Reference) != (role == "reference"):

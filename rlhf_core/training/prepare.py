@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlhf_core.config import TrainerConfig
+from rlhf_core.config import LoraConfig, TrainerConfig
 from rlhf_core.data.base import EncodedData
 from rlhf_core.errors import ConfigError
 from rlhf_core.infra.devices import DeviceManager
@@ -93,10 +93,12 @@ def build_models(trainer: Trainer[Any], loader: Loader, devices: DeviceManager) 
         elif trainer.roles[role].trained:
             widened(model)
     modules = {role: model for role, model in built.items() if not isinstance(model, Reference)}
-    trainer.models = nn.ModuleDict(modules).to(devices.device)
+    # What two roles share has the name, and with it the learning rate and clipping, of the run's own model.
+    order = sorted(modules, key=lambda role: modules[role] is not loader.given)
+    trainer.models = nn.ModuleDict({role: modules[role] for role in order}).to(devices.device)
     for role, module in trainer.models.items():
         if trainer.roles[role].trained:
-            _settle_dropout(module, trainer.config, devices)
+            _settle_dropout(module, trainer.config, loader.lora(role), devices)
         else:
             module.requires_grad_(False)
     trained = {name: p for name, p in trainer.models.named_parameters() if p.requires_grad}
@@ -119,10 +121,10 @@ def trained_roles(trainer: Trainer[Any]) -> list[str]:
     return [role for role in trainer.models if trainer.roles[role].trained]
 
 
-def _settle_dropout(module: nn.Module, config: TrainerConfig, devices: DeviceManager) -> None:
+def _settle_dropout(module: nn.Module, config: TrainerConfig, lora: LoraConfig | None, devices: DeviceManager) -> None:
     if config.dropout == "keep":
         return allow_dropout(module)
-    asked = config.lora is not None and config.lora.dropout > 0
+    asked = lora is not None and lora.dropout > 0
     context = functools.partial(devices.autocast, config.precision)
     if count := keep_still(module, adapters=not asked, context=context):
         log.info("the model's own dropout is off, in %d of its modules; `dropout: keep` leaves it on", count)

@@ -39,8 +39,9 @@ def note_inputs(run: Run, loader: Loader) -> None:
         stage=str(trainer.stage),
         seeds={"seed": run.config.seed} | {name: stream_seed(run.config.seed, name) for name in STREAMS},
     )
-    given = {role: model for role, model in trainer.models.items() if model is loader.given} or {"model": loader.given}
-    models = {role: model.describe() for role, model in {**given, **loader.loaded}.items()}
+    given = {} if any(model is loader.given for model in trainer.models.values()) else {"model": loader.given}
+    built = {role: model for role, model in trainer.models.items() if callable(getattr(model, "describe", None))}
+    models = {role: model.describe() for role, model in {**given, **built}.items()}
     rewards = run.rewards.describe()
     run.distribution.on_main(lambda: _same_inputs(directory, models, rewards))
     directory.write_inputs(run.settings, inputs, run.explicit)

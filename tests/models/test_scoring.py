@@ -66,6 +66,21 @@ def test_several_values_come_from_one_pass() -> None:
     assert torch.equal(values[..., 1], token_values(batch).float())
 
 
+@pytest.mark.parametrize("cut", [*CUTS, lambda batch: batch.split(size=2, divide=True)])
+def test_values_of_different_axes_come_from_one_pass(cut: Callable[[Batch], Sequence[Batch]]) -> None:
+    batch = random_batch(5, 3, seed=1)
+    axes: tuple[Axis, ...] = ("token", "response")
+    tokens, sums = score_in_parts(
+        batch, lambda micro: tuple(FUNCTIONS[axis](micro) for axis in axes), axis=axes, cut=cut, device=CPU
+    )
+    assert torch.equal(tokens, token_values(batch).float()) and torch.equal(sums, token_values(batch).float().sum(1))
+
+
+def test_as_many_axes_as_values() -> None:
+    with pytest.raises(PluginError, match="2 axes are named for 1 tensors"):
+        score_in_parts(random_batch(2, 2), token_values, axis=("token", "response"), cut=lambda b: [b], device=CPU)
+
+
 def test_a_batch_without_rows_has_no_values() -> None:
     batch = random_batch(3, 2).select([])
     assert score_in_parts(batch, token_values, axis="token", cut=lambda b: [], device=CPU).shape == (0, 0)
