@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rlhf_core import API
+from rlhf_core import API, locate
 from rlhf_core.distributions import GROUPS as GROUPS
 from rlhf_core.distributions import LOCAL as LOCAL
 from rlhf_core.distributions import Offer, Scan, scan
@@ -73,6 +73,7 @@ def installed() -> Scan:
     """Return what is installed, read again only where `sys.path`, or what stands in its places, has changed."""
     global _scanned
     if _scanned is None or _scanned[0] != _state(_scanned[1]):
+        locate.forget()
         found = scan()
         _scanned = (_state(found), found)
         _read.clear()
@@ -84,6 +85,7 @@ def forget() -> None:
     global _scanned
     _scanned = None
     _read.clear()
+    locate.forget()
 
 
 def read(offer: Offer) -> Plugin:

@@ -159,3 +159,18 @@ def shortened(value: object) -> str:
     """Return a value as Python writes it, cut to fit a line."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+LONGEST = 500
+"""Characters of an exception's text that `describe` repeats."""
+
+
+def describe(error: BaseException) -> str:
+    """Return an exception's kind and text in one line, whatever its `__str__` does."""
+    name = printable(type(error).__name__)
+    try:
+        text = " ".join(printable(str(error)).split())
+    except BaseException as second:
+        text = f"(its text can't be read: {type(second).__name__})"
+    text = text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
+    return f"{name}: {text}" if text else name

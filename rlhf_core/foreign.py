@@ -17,12 +17,9 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, TextIO, TypeVar
 
-from rlhf_core.errors import printable
+from rlhf_core.errors import describe
 
 T = TypeVar("T")
-
-MOST = 500
-"""Characters of an exception's text that a reason repeats."""
 
 
 class ForeignFault(Exception):
@@ -49,17 +46,6 @@ def run_foreign(action: Callable[[], T]) -> T:
     if watch.raised is not None:
         raise watch.raised
     return value
-
-
-def describe(error: BaseException) -> str:
-    """Return an exception's kind and text in one line, whatever its `__str__` does."""
-    name = printable(type(error).__name__)
-    try:
-        text = " ".join(printable(str(error)).split())
-    except BaseException as second:
-        text = f"(its text can't be read: {type(second).__name__})"
-    text = text if len(text) <= MOST else f"{text[:MOST]}…"
-    return f"{name}: {text}" if text else name
 
 
 class _InterruptWatch:

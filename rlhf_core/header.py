@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rlhf_core.errors import describe
 from rlhf_core.locate import HeaderError as HeaderError
 from rlhf_core.locate import NoSource as NoSource
 from rlhf_core.locate import read_source
@@ -94,7 +95,7 @@ def _reading(module: str, look: Callable[[ast.Module, Path], T]) -> T:
     except (RecursionError, MemoryError) as error:
         raise HeaderError(f"{path} can't be read: it nests too deeply for Python's parser", path) from error
     except Exception as error:
-        raise HeaderError(f"{path} can't be read: {type(error).__name__}: {error}", path) from error
+        raise HeaderError(f"{path} can't be read: {describe(error)}", path) from error
 
 
 def _header(tree: ast.Module, path: Path, module: str, name: str) -> Header:

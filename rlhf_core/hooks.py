@@ -22,8 +22,8 @@ from typing import Any
 import pluggy
 
 from rlhf_core import registry
-from rlhf_core.errors import RLHFError, did_you_mean
-from rlhf_core.foreign import ForeignFault, describe, run_foreign
+from rlhf_core.errors import RLHFError, describe, did_you_mean
+from rlhf_core.foreign import ForeignFault, run_foreign
 
 logger = logging.getLogger(__name__)
 

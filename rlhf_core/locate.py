@@ -13,6 +13,8 @@ from importlib.machinery import BuiltinImporter, FrozenImporter, ModuleSpec, Pat
 from pathlib import Path
 from typing import Any
 
+from rlhf_core.errors import describe
+
 LARGEST = 10_000_000
 """Bytes of source that are read; a module that is written by hand has a thousandth of it."""
 
@@ -59,7 +61,7 @@ def find_module(module: str) -> ModuleSpec:
         HeaderError: there is no such module.
     """
     name, *rest = module.split(".")
-    spec, places = _spec(name, None), None
+    spec, places = _package(name, None), None
     if spec is None:
         raise HeaderError(f"package `{name}` isn't installed")
     for part in rest:
@@ -67,13 +69,29 @@ def find_module(module: str) -> ModuleSpec:
         if own is None:
             raise HeaderError(f"`{name}` is a module, not a package: there is no `{module}`")
         below = f"{name}.{part}"
-        found = _spec(below, own)
+        found = _package(below, own)
         if found is None and _extends_its_path(name, spec):
             own += [place for place in _portions(name, places) if place not in own]
-            found = _spec(below, own)
+            found = _package(below, own)
         if found is None:
             raise HeaderError(f"package `{name}` has no module `{below}`")
         name, spec, places = below, found, own
+    return spec
+
+
+_packages: dict[str, ModuleSpec] = {}
+"""Packages that were found: every plugin of a package asks for it."""
+
+
+def forget() -> None:
+    """Look for every package again."""
+    _packages.clear()
+
+
+def _package(name: str, places: list[str] | None) -> ModuleSpec | None:
+    spec = _packages.get(name) or _spec(name, places)
+    if spec is not None and spec.submodule_search_locations is not None:
+        _packages[name] = spec
     return spec
 
 
@@ -166,7 +184,7 @@ def _source_of(module: str, spec: ModuleSpec) -> Source:
     except HeaderError:
         raise
     except Exception as error:  # a loader of someone else's may raise anything
-        raise HeaderError(f"{path} can't be read: {type(error).__name__}: {error}", path) from error
+        raise HeaderError(f"{path} can't be read: {describe(error)}", path) from error
     if text is None:
         raise NoSource(f"module `{module}` has no source ({path})", path)
     return Source(text, path)

@@ -10,7 +10,6 @@ takes plugins out, and where `RLHF_PLUGINS_ALLOW` is set, only what it names sta
 
 from __future__ import annotations
 
-import logging
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,8 +25,6 @@ DISTRIBUTION = "rlhf-core"
 
 KINDS = tuple(GROUPS)
 DISABLE_VARIABLE, ALLOW_VARIABLE = "RLHF_PLUGINS_DISABLE", "RLHF_PLUGINS_ALLOW"
-
-logger = logging.getLogger(__name__)
 
 
 class UnknownPlugin(ConfigError, KeyError):
@@ -327,8 +324,10 @@ def _chosen(named: list[Plugin], name: str, *, qualified: bool) -> Plugin:
     chosen = min(enabled, key=lambda p: p.status not in ("ok", "conflict"))
     for other in enabled:
         if chosen.status == "ok" and other.key in _failed and (chosen.key, other.qualified) not in _said:
+            import logging  # which takes longer to import than the rest of this
+
             _said.add((chosen.key, other.qualified))
-            logger.warning(
+            logging.getLogger(__name__).warning(
                 "%s `%s` means `%s`, for `%s` is %s: %s",
                 chosen.kind, name, chosen.qualified, other.qualified, other.status, other.reason,
             )  # fmt: skip

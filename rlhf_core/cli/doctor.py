@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rlhf_core.cli.output import print_json, print_table, print_text
-from rlhf_core.errors import PluginError
-from rlhf_core.foreign import describe
+from rlhf_core.errors import PluginError, describe
 
 if TYPE_CHECKING:
-    from importlib.metadata import Distribution
+    from rlhf_core.distributions import Installed
 
 
 def add_to(app: typer.Typer) -> None:
@@ -57,11 +56,11 @@ def find_problems() -> list[str]:
     return problems
 
 
-def stale_entry_points(distribution: Distribution) -> list[str]:
+def stale_entry_points(distribution: Installed) -> list[str]:
     """Compare an editable installation's entry points with its source's table: an installer reads the table only once."""
-    from rlhf_core.distributions import GROUPS, editable_source, entry_points
+    from rlhf_core.distributions import GROUPS
 
-    source = Path(editable_source(distribution) or "")
+    source = Path(distribution.editable_source or "")
     if not source.is_absolute() or not (source / "pyproject.toml").is_file():
         return []
     import tomllib
@@ -77,7 +76,7 @@ def stale_entry_points(distribution: Distribution) -> list[str]:
     problems = []
     for group in GROUPS.values():
         stated = {name: str(target).replace(" ", "") for name, target in table[group].items()}
-        there = {name: target.replace(" ", "") for name, target in entry_points(distribution, group).items()}
+        there = {name: target.replace(" ", "") for name, target in distribution.entry_points(group).items()}
         changed = sorted(name for name in stated.keys() | there.keys() if stated.get(name) != there.get(name))
         if changed:
             names = ", ".join(f"`{name}`" for name in changed)
