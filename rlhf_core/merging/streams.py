@@ -18,7 +18,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from rlhf_core.errors import ModelError
+from rlhf_core.errors import ModelError, PluginError
 from rlhf_core.merging.inputs import MergeInput
 
 CHUNK = 1 << 16
@@ -211,7 +211,13 @@ class TensorStream:
         self._finite = False
 
     def option(self, name: str) -> list[Any]:
-        """Return an option's value for each model: one of the method's `per_model`."""
+        """Return an option's value for each model.
+
+        Raises:
+            PluginError: it is none of the method's `per_model`.
+        """
+        if any(name not in one.options for one in self.inputs):
+            raise PluginError(f"`{name}` is none of the merger's `per_model`", place="TensorStream.option")
         return [one.options[name] for one in self.inputs]
 
     def chunks(self) -> Iterator[Chunk]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -83,30 +84,54 @@ def merge_tensor(
     Raises:
         ConfigError: the weights or an option can't do.
         ModelError: shapes differ, or values aren't finite.
+        PluginError: the method raised, or returned something else than values of a chunk.
     """
-    given = weights if weights is not None else [1.0] * len(tensors)
-    merger.check_weights(given)
-    named = inputs or [MergeInput(f"model {number}", index=number) for number in range(len(tensors))]
+    given: dict[str, Any] = {"base": base, "options": options, "inputs": inputs, "name": name, "chunk": chunk}
+    return merged_tensors(merger, [memory_stream(merger, tensors, weights, **given)])[0]
+
+
+def merged_tensors(merger: Merger, streams: Sequence[TensorStream]) -> list[Tensor]:
+    """Return what a merge makes of the tensors of some streams, float32, in memory."""
+    with guarded(merger, "looking at all tensors"):
+        surveyed = merger.survey(streams)
+    found = []
+    for stream in streams:
+        merger.check_weights(stream.weights)
+        stream.surveyed, merged = surveyed, torch.empty(stream.count, device=stream.device)
+        for start, part in merged_chunks(merger, stream):
+            merged[start : start + part.numel()] = part.reshape(-1)
+        found.append(merged.view(stream.shape))
+    return found
+
+
+def memory_stream(
+    merger: Merger,
+    tensors: Sequence[Tensor],
+    weights: Sequence[float] | None,
+    *,
+    base: Tensor | None,
+    options: Sequence[Mapping[str, Any]],
+    inputs: Sequence[MergeInput],
+    name: str,
+    chunk: int,
+) -> TensorStream:
+    """Return a stream of a tensor in memory, as `merge_tensor` takes it."""
+    given = inputs or [MergeInput(f"model {number}", index=number) for number in range(len(tensors))]
+    theirs = weights if weights is not None else [1.0] * len(tensors)
     own = options or [{}] * len(tensors)
-    stream = stream_for(
+    return stream_for(
         merger,
         name,
         MemorySource(base, "base") if base is not None else None,
-        [MemorySource(tensor, one.name) for tensor, one in zip(tensors, named, strict=True)],
+        [MemorySource(tensor, one.name) for tensor, one in zip(tensors, given, strict=True)],
         [
-            MergeInput(one.name, one.path, weight, options_of(merger, values), one.index)
-            for one, weight, values in zip(named, given, own, strict=True)
+            replace(one, weight=weight, options=options_of(merger, values))
+            for one, weight, values in zip(given, theirs, own, strict=True)
         ],
         seed=int(getattr(merger.config, "seed", 0)),
         device=tensors[0].device,
         chunk=chunk,
     )
-    with guarded(merger, "looking at all tensors"):
-        stream.surveyed = merger.survey([stream])
-    merged = torch.empty(stream.count, device=stream.device)
-    for start, part in merged_chunks(merger, stream):
-        merged[start : start + part.numel()] = part.reshape(-1)
-    return merged.view(stream.shape)
 
 
 def stream_for(

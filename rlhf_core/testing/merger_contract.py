@@ -10,6 +10,7 @@ import copy
 import functools
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import NoneType
 from typing import Any, ClassVar, Literal, get_args, get_origin
@@ -23,10 +24,12 @@ from rlhf_core.errors import ConfigError
 from rlhf_core.infra.files import replace_json
 from rlhf_core.interfaces import Merger
 from rlhf_core.merging import CHUNK, MergeInput, merge_tensor
+from rlhf_core.merging.tensor import memory_stream, merged_tensors
 from rlhf_core.testing.contract import Contract, after, require
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 SHAPE = "test_shape_is_kept_in_float32"
+OPTIONS = "test_options_of_a_model_are_its_own"
 BITS = "test_the_same_inputs_give_the_same_bits"
 _PIECES = (4, 64, CHUNK)
 """Elements of chunks: of a tensor of 384 elements these make many, a few and one."""
@@ -109,6 +112,7 @@ class MergerContract(Contract):
         inputs: Sequence[MergeInput] = (),
         name: str = NAME,
         chunk: int = CHUNK,
+        based: bool = True,
     ) -> Tensor:
         """Return what is made of a base and models.
 
@@ -121,6 +125,7 @@ class MergerContract(Contract):
             inputs: what is known of each model.
             name: the tensor's name.
             chunk: elements of a chunk, about.
+            based: whether there is a base.
         """
         base, *models = self.tensors() if tensors is None else tensors
         numbers = range(self.count()) if order is None else order
@@ -129,7 +134,7 @@ class MergerContract(Contract):
             merger or self.instance(),
             [models[number] for number in numbers],
             [theirs[number] for number in numbers],
-            base=base,
+            base=base if based else None,
             options=[own[number] for number in numbers],
             inputs=inputs,
             name=name,
@@ -139,6 +144,7 @@ class MergerContract(Contract):
     def same(self, found: Tensor, expected: Tensor, what: str) -> None:
         """Fail unless two tensors are equal within `tolerance`."""
         require(found.shape == expected.shape, f"{what}: shape {tuple(found.shape)}, not {tuple(expected.shape)}")
+        require(bool(found.isfinite().all()), f"{what}: values that aren't finite")
         error = _apart(found, expected)
         require(
             error <= self.tolerance,
@@ -162,12 +168,29 @@ class MergerContract(Contract):
                 require(bool(merged.isfinite().all()), f"{what}: values that aren't finite")
 
     @after(SHAPE)
+    def test_the_base_is_needed_as_declared(self) -> None:
+        """A merger that doesn't say `needs_base` merges without one."""
+        if self._found[0].needs_base:
+            return
+        try:
+            merged = self.merged(based=False)
+        except Exception as error:
+            raise AssertionError(f"without a base it fails, and doesn't declare `needs_base`: {error}") from error
+        require(bool(merged.isfinite().all()), "without a base it gives values that aren't finite")
+
+    @after(SHAPE)
     def test_copies_of_one_model_give_that_model(self) -> None:
-        """Models that are all one merge into it: into the base where it is the base, else into that model. `neutral` counts."""
+        """Models that are all one merge into it: the base, another, or zeros, as new biases are. `neutral` counts."""
         base, model, *_ = self.tensors()
-        for one, what in ((base, "the base's copies"), (model, "a model's copies")):
+        zeros = torch.zeros_like(base)
+        for start, one, what in (
+            (base, base, "the base's copies"),
+            (base, model, "a model's copies"),
+            (zeros, zeros, "zeros, the base's copies"),
+            (base, zeros, "zeros"),
+        ):
             copies = [one.clone() for _ in range(self.count())]
-            self.same(self.merged(tensors=[base, *copies], merger=self.instance(neutral=True)), one, what)
+            self.same(self.merged(tensors=[start, *copies], merger=self.instance(neutral=True)), one, what)
 
     @after(SHAPE)
     def test_weights_one_and_zero_select(self) -> None:
@@ -218,6 +241,56 @@ class MergerContract(Contract):
                     self._follows(own, name, sort)
         if unknown := [name for name in names if name not in known]:
             raise SkipTest(f"say in `own_options` what to test `{', '.join(unknown)}` with; the others are right")
+
+    @after(SHAPE, OPTIONS)
+    def test_every_option_counts(self) -> None:
+        """Each option of the configuration changes what is merged, alone or where another one is changed."""
+        subject, config = self._found
+        with tempfile.TemporaryDirectory() as folder:
+            given = self.own_options(Path(folder))
+            values = {
+                name: [*_other_values(config, name), *given.get(name, ())] for name in subject.Config.model_fields
+            }
+            around: list[dict[str, Any]] = [{}]
+            around += [{name: value} for name, several in values.items() for value in several]
+            idle = [name for name, several in values.items() if several and not self._counts(name, several, around)]
+        if subject.merge is not Merger.merge and idle:
+            raise SkipTest(f"`{', '.join(idle)}` may count in `merge`, which isn't tried here")
+        require(not idle, f"`{', '.join(idle)}` changes nothing, whatever its value")
+        if unknown := [name for name, several in values.items() if not several]:
+            raise SkipTest(f"say in `own_options` what to test `{', '.join(unknown)}` with; the others count")
+
+    def _counts(self, name: str, values: Sequence[Any], around: Sequence[Mapping[str, Any]]) -> bool:
+        """Tell whether an option has a value that changes what is merged, in one of some surroundings."""
+        for other in around:
+            if name in other or (plain := self._model(other)) is None:
+                continue
+            for value in values:
+                found = self._model({**other, name: value})
+                if found is not None and not all(one.equal(was) for one, was in zip(found, plain, strict=True)):
+                    return True
+        return False
+
+    def _model(self, options: Mapping[str, Any]) -> list[Tensor] | None:
+        """Return a model of two tensors of several sizes, merged with options; None where they don't go together.
+
+        The weights' sum is not one where the merger takes such: dividing by it then makes a difference.
+        """
+        try:
+            merger = self.instance(**options)
+            weights = self.weights()
+            with suppress(ConfigError):
+                merger.check_weights(heavier := [1.5 * weight for weight in weights])
+                weights = heavier
+            streams = []
+            for number, size in enumerate((1.0, 3.0)):
+                base, *models = (size * tensor for tensor in self.tensors())
+                name = f"model.layers.{number}.mlp.up_proj.weight"
+                rest: dict[str, Any] = {"base": base, "options": (), "inputs": (), "name": name, "chunk": CHUNK}
+                streams.append(memory_stream(merger, models, weights, **rest))
+            return merged_tensors(merger, streams)
+        except ConfigError:
+            return None
 
     def _follows(self, own: Sequence[Mapping[str, Any]], name: str, sort: bool) -> None:
         """Check that models in another order bring their options with them."""
@@ -287,16 +360,16 @@ class MergerContract(Contract):
 
 
 def _apart(found: Tensor, expected: Tensor) -> float:
-    """Return the largest difference as a share of the largest value."""
-    return float((found - expected.float()).abs().max() / expected.float().abs().max())
+    """Return the largest difference as a share of the largest value; of one where all are zero."""
+    return float((found - expected.float()).abs().max()) / (float(expected.float().abs().max()) or 1.0)
 
 
 def _other_values(config: Any, name: str) -> Iterator[Any]:
     """Yield values of an option that the configuration takes, other than its own."""
     value, kinds = getattr(config, name), _kinds(type(config).model_fields[name].annotation)
     found: list[Any] = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
-    if isinstance(value, bool):
-        found.append(not value)
+    if bool in kinds:
+        found += [True, False]
     elif float in kinds or int in kinds:
         size = value or 1.0
         found += [size / 2, size / 4, size * 2, size * 4, size * 10, size + 1, 0]

@@ -35,6 +35,7 @@ class AddsToBase(Linear):
     """Adds whole models to the base in place of differences."""
 
     api = 1
+    needs_base = True
 
     def merge_chunk(self, chunk: Chunk, measured: Any) -> Tensor:
         return chunk.origin + super().merge_chunk(chunk, measured)
@@ -94,6 +95,7 @@ class Drops(Linear):
     """Drops differences at random, from the global generator."""
 
     api = 1
+    needs_base = True
 
     def merge_chunk(self, chunk: Chunk, measured: Any) -> Tensor:
         merged = super().merge_chunk(chunk, measured)
@@ -101,6 +103,60 @@ class Drops(Linear):
         # A draw an entry: two draws for the whole may be too near each other to change a bit.
         keep = torch.rand(merged.shape) if active > 1 else torch.ones(())
         return chunk.origin + (1 - 1e-6 * keep) * (merged - chunk.origin)
+
+
+class NeedsBase(Linear):
+    """Adds differences from a base, and doesn't say that it needs one."""
+
+    api = 1
+
+    def merge_chunk(self, chunk: Chunk, measured: Any) -> Tensor:
+        chunk.deltas()
+        return chunk.origin + super().merge_chunk(chunk, measured)
+
+
+class Divides(Linear):
+    """Divides by the size of each model, and multiplies by it again."""
+
+    api = 1
+    whole_tensors = True
+
+    def merge_chunk(self, chunk: Chunk, measured: Any) -> Tensor:
+        sizes = [float(tensor.norm()) for tensor in chunk.tensors]
+        for tensor, size in zip(chunk.tensors, sizes, strict=True):
+            tensor.div_(size)
+        return weighted(chunk, [weight * size for weight, size in zip(chunk.weights, sizes, strict=True)])
+
+
+class ScaledConfig(BaseConfig):
+    """Options of scaled sums."""
+
+    normalize: bool | None = Field(None, description="Divide by the sum of the weights; null does so, too.")
+    scale: float = Field(1.0, description="Factor of the sum; larger makes it larger.")
+
+
+class Scaled(Linear):
+    """Divides by the sum of the weights, or not; and scales."""
+
+    api = 1
+    Config = ScaledConfig
+    config: ScaledConfig
+
+    def merge_chunk(self, chunk: Chunk, measured: Any) -> Tensor:
+        divisor = 1.0 if self.config.normalize is False else sum(chunk.weights)
+        return super().merge_chunk(chunk, measured).mul_(self.factor() / divisor)
+
+    def factor(self) -> float:
+        return self.config.scale
+
+
+class Unscaled(Scaled):
+    """Accepts a scale, and leaves it aside."""
+
+    api = 1
+
+    def factor(self) -> float:
+        return 1.0
 
 
 class ByChunk(Linear):
@@ -112,13 +168,14 @@ class ByChunk(Linear):
         active = [tensor for tensor, weight in zip(chunk.tensors, chunk.weights, strict=True) if weight]
         size = sum(float(tensor.norm()) for tensor in active) / len(active)
         merged = super().merge_chunk(chunk, measured)
-        return merged * (size / float(merged.norm()))
+        return merged * (size / (float(merged.norm()) or 1.0))
 
 
 class Remembers(Linear):
     """Scales by the largest value of the first tensor that it ever merged."""
 
     api = 1
+    needs_base = True
     largest: float | None = None
 
     def merge_chunk(self, chunk: Chunk, measured: Any) -> Tensor:
