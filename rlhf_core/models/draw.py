@@ -55,12 +55,12 @@ def draw(logits: Tensor, uniform: Tensor, sampling: SamplingConfig) -> Drawn:
     largest = logits.max(dim=-1, keepdim=True).values
     divisor = max(sampling.temperature, torch.finfo(torch.float32).tiny)
     tempered = raw if divisor == 1 else ((logits - largest) / divisor).log_softmax(dim=-1)
-    exact = torch.float32 if logits.device.type == "mps" else torch.float64
-    weights = tempered.to(exact).exp()
+    exact = _exact(logits.device)
+    weights = tempered.exp()
     keep = kept(tempered, sampling.top_k, sampling.top_p)
     if keep is not None:
         weights = weights.where(keep, 0)
-    cumulative = weights.cumsum(dim=-1)
+    cumulative = weights.cumsum(dim=-1, dtype=exact)
     mass = cumulative[:, -1:]
     target = uniform.to(exact)[:, None] * mass
     target = target.minimum(torch.nextafter(mass, torch.zeros_like(mass)))  # a product rounded up would find no token
@@ -99,8 +99,13 @@ def kept(logps: Tensor, top_k: int, top_p: float) -> Tensor | None:
     return above | (equal & (equal.cumsum(dim=-1) <= count - above.sum(dim=-1, keepdim=True)))
 
 
+def _exact(device: torch.device) -> torch.dtype:
+    """Return the widest type that a device sums in."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def _mass(logps: Tensor) -> Tensor:
-    return logps.to(torch.float32 if logps.device.type == "mps" else torch.float64).exp().cumsum(dim=-1)
+    return logps.exp().cumsum(dim=-1, dtype=_exact(logps.device))
 
 
 def _at(logps: Tensor, tokens: Tensor) -> Tensor:
@@ -146,8 +151,7 @@ class Drawing(LogitsProcessor):
         step = len(self._steps)
         if step % BLOCK == 0 and self.sampling.temperature > 0:
             block = np.stack([generator.random(BLOCK) for generator in self._generators])
-            exact = torch.float32 if self.device.type == "mps" else torch.float64
-            self._uniform = torch.from_numpy(block).to(self.device, exact)
+            self._uniform = torch.from_numpy(block).to(_exact(self.device)).to(self.device)
         uniform = self._uniform[:, step % BLOCK] if self.sampling.temperature > 0 else self._uniform
         drawn = draw(scores, uniform, self.sampling)
         self._steps.append(drawn)
@@ -155,7 +159,7 @@ class Drawing(LogitsProcessor):
         tokens = drawn.tokens.where(~self.ended, self.filler)
         last = ((drawn.tokens[:, None] == self._known) & self._may_end).any(dim=1) | (step + 1 >= self._limits)
         self.ended = self.ended | last
-        return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
+        return scores.fill_(-torch.inf).scatter_(1, tokens[:, None], 0.0)  # a copy that the loop made for this
 
     def columns(self) -> tuple[list[int], list[list[int]], list[list[float]], list[list[float]], list[list[float]]]:
         """Return each row's length, and its ids, `logprobs`, `raw_logprobs` and `kept_mass`, with more behind the end."""
