@@ -32,7 +32,7 @@ from rlhf_core.infra.seeds import completion_seeds
 from rlhf_core.interfaces import Completion
 from rlhf_core.models.draw import Drawing, Ended
 from rlhf_core.models.dropout import evaluating
-from rlhf_core.models.precision import exact_products, within_products
+from rlhf_core.models.precision import exact_products
 from rlhf_core.models.probe import FAILURES
 from rlhf_core.models.structure import accepted, plain_ids
 from rlhf_core.online import SamplingConfig
@@ -225,7 +225,7 @@ class Engine:
         try:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(evaluating(policy))
-                stack.enter_context(_products(policy))
+                stack.enter_context(policy.own_precision())
                 if policy.compiled:
                     # A block would be compiled again for the cache, and for each length of it.
                     stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -393,14 +393,6 @@ def prompt_keys(batch: Batch) -> list[int]:
         digest = hashlib.sha256(repr(ids[:length]).encode()).digest()
         keys.append(int.from_bytes(digest[:8], "little") >> 1)
     return keys
-
-
-def _products(policy: PolicyModel) -> contextlib.AbstractContextManager[Any]:
-    """Return a context in which products have the policy's precision, where none was set around."""
-    kind = policy.device.type
-    if policy.precision == torch.float32 or torch.is_autocast_enabled(kind):
-        return within_products(policy.network)
-    return torch.autocast(kind, dtype=policy.precision)
 
 
 def _free_bytes(device: torch.device) -> int:
