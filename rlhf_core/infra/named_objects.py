@@ -12,6 +12,8 @@ from typing import Any
 
 from rlhf_core.errors import ConfigError, PluginError, RLHFError, did_you_mean, nearest
 
+_PREFIX = "rlhf_file_"
+
 
 def named_object(name: str, *, place: str) -> Any:
     """Import what a name means, guarded: what goes wrong in it is one error that says so.
@@ -24,7 +26,8 @@ def named_object(name: str, *, place: str) -> Any:
     """
     source, colon, attribute = name.rpartition(":")
     if not colon or not source or not attribute:
-        raise ConfigError("no object is named", place=place, got=f"`{name}`", fix="write `package.module:name`")
+        fix = "write `FILE.py:NAME` or `package.module:NAME`"
+        raise ConfigError("names neither a file's nor a module's object", place=place, got=f"`{name}`", fix=fix)
     module = _file(source, place) if source.endswith(".py") else _module(source, place)
     found: Any = module
     for part in attribute.split("."):
@@ -34,9 +37,14 @@ def named_object(name: str, *, place: str) -> Any:
             there = getattr(found, "__dict__", {})
             own = [key for key, value in there.items() if callable(value) and not key.startswith("_")]
             near = nearest(part, own)
-            fix = f"did you mean `{near}`?" if near else did_you_mean(part, own) if len(own) < 20 else None
-            raise ConfigError(f"`{source}` has no `{attribute}`", place=place, fix=fix) from None
+            hint = f"did you mean `{near}`?" if near else did_you_mean(part, own) if len(own) < 20 else None
+            raise ConfigError(f"`{source}` has no `{attribute}`", place=place, fix=hint) from None
     return found
+
+
+def is_of_file(module: str) -> bool:
+    """Tell whether a module's name is one that was given to a file."""
+    return module.startswith(_PREFIX) and module in sys.modules
 
 
 def _module(name: str, place: str) -> ModuleType:
@@ -69,8 +77,9 @@ def _file(name: str, place: str) -> ModuleType:
         fix = f"did you mean {path.parent / near}?" if near else None
         raise ConfigError("no such file", place=place, got=name, fix=fix)
     path = path.resolve()
-    # One module for each file, however often it is named: its state is shared, as with any import.
-    key = f"rlhf_file_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}_{path.stem}"
+    # One module for each file as it stands, however often it is named: its state is shared, as with any import.
+    text = str(path).encode() + path.read_bytes()
+    key = f"{_PREFIX}{hashlib.sha256(text).hexdigest()[:12]}_{path.stem}"
     if key in sys.modules:
         return sys.modules[key]
     spec = importlib.util.spec_from_file_location(key, path)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from rlhf_core.infra.named_objects import is_of_file
 
 
 def describe_source(thing: Any) -> dict[str, Any]:
@@ -27,8 +30,10 @@ def describe_source(thing: Any) -> dict[str, Any]:
         values |= _own_values(thing)
         thing = type(thing)
     values |= _closure(thing)
-    name = f"{thing.__module__}:{thing.__qualname__}"
-    found = {"name": name, "source_sha256": _hash(thing)}
+    module = getattr(thing, "__module__", None) or "?"
+    if is_of_file(module):  # its name there depends on where the file lies
+        module = Path(sys.modules[module].__file__ or module).name
+    found = {"name": f"{module}:{thing.__qualname__}", "source_sha256": _hash(thing)}
     plain = {key: value for key, value in values.items() if _is_plain(value)}
     return found | ({"values": plain} if plain else {})
 

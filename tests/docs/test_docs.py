@@ -92,14 +92,23 @@ def test_merging(tmp_path: Path, environment: dict[str, str]) -> None:
 
 @pytest.mark.slow
 def test_rewards(tmp_path: Path, environment: dict[str, str]) -> None:
-    printed = ""
+    """Listings run as they stand, under the name in their first line, and the rewards of the example file are all there."""
+    printed, files = "", []
     for language, text in blocks("docs/rewards.md"):
         if language == "bash":
             run(text, tmp_path, environment)
+        elif language == "yaml":
+            files.append(text)
         else:
-            (tmp_path / "score.py").write_text(text)
-            printed += run("python score.py", tmp_path, environment)
-    assert "[-1.0, -8.0]" in printed
+            first = text.split("\n")[0]
+            name = first.removeprefix("# ") if first.endswith(".py") else "score.py"
+            (tmp_path / name).write_text(text)
+            printed += run(f"python {name}", tmp_path, environment)
+    assert "[1.0, 0.0] tensor([ 0.9000, -0.8000])" in printed
+    (file,) = files
+    (tmp_path / "run.yaml").write_text(file)
+    opened = "import yaml; from rlhf_core.rewards import open_rewards as o; print(o(yaml.safe_load(open('run.yaml'))['rewards']))"
+    assert "exact × 1, brevity × 1" in run(f'python -c "{opened}"', tmp_path, environment)
 
 
 @pytest.mark.slow

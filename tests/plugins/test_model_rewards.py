@@ -19,16 +19,19 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_core import registry
-from rlhf_core.data import SFTDataset
+from rlhf_core.data import GRPODataset, SFTDataset
 from rlhf_core.data.collate import collate
 from rlhf_core.data.encode import EncodedRow
 from rlhf_core.errors import ConfigError, DataError, ModelError
 from rlhf_core.interfaces import Sample
-from rlhf_core.models import ProcessRewardModel, RewardModel
-from rlhf_core.rewards import open_rewards, rewards_changed
+from rlhf_core.models import PolicyModel, ProcessRewardModel, RewardModel
+from rlhf_core.models.engine import Engine
+from rlhf_core.models.sample_scores import SampleScores, ScoringConfig
+from rlhf_core.online import SamplingConfig
+from rlhf_core.rewards import open_rewards, rewards_changed, samples_of
 from rlhf_core.testing import RewardContract
 from rlhf_core.testing.arithmetic import Arithmetic, split_steps
-from rlhf_core.testing.tiny import VOCAB_SIZE, save_tiny, tiny_tokenizer
+from rlhf_core.testing.tiny import VOCAB_SIZE, save_tiny, tiny_model, tiny_tokenizer
 
 
 @functools.cache
@@ -250,6 +253,20 @@ def test_a_completion_that_was_cut_off_is_scored_as_if_it_ended_there() -> None:
     assert short.score([drawn("42", [four, two, end])]) == [pytest.approx(wanted, rel=1e-5, abs=1e-6)]
     with pytest.raises(DataError, match="sample 0: can't be scored: the prompt leaves no response token"):
         RewardModelReward.of(merged(RewardModel), max_length=5).score([drawn("42", [four, two, end])])
+
+
+@pytest.mark.parametrize("prompt", ["6*7=", [{"role": "user", "content": "6*7="}]], ids=["text", "chat"])
+def test_what_a_policy_with_the_same_tokenizer_draws_is_scored_by_its_ids(prompt: Any) -> None:
+    policy = PolicyModel(tiny_model(vocab_size=VOCAB_SIZE + 1, hidden=32, heads=2, kv_heads=1), merging())
+    batch = collate([GRPODataset([{"prompt": prompt}], merging())[0]])
+    drawn_here = Engine(policy).generate(batch, 32, SamplingConfig(max_new_tokens=6))
+    given = samples_of(batch, drawn_here)
+    scorer = SampleScores(lambda batch: [0.0] * batch.num_responses, merged(RewardModel), ScoringConfig())
+    ended = [sample.stop_reason == "end" for sample in given]
+    wanted = [list(s.completion_ids)[: -1 if end else None] for s, end in zip(given, ended, strict=True)]
+    assert [scorer.own_ids(sample) for sample in given] == wanted
+    again = [merging()(sample.completion, add_special_tokens=False)["input_ids"] for sample in given]
+    assert sum(one != ids for one, ids in zip(again, wanted, strict=True)) > 8  # bytes that are no text
 
 
 @pytest.mark.parametrize("ids", [(9, 9, 2), (VOCAB_SIZE + 7, 2), (-1, 2), (2,), ()])

@@ -8,11 +8,16 @@ from typing import Literal
 
 from pydantic import Field
 
-from rlhf_core.batch import Batch
-from rlhf_core.interfaces import Sample
-from rlhf_core.models import ProcessRewardModel
-from rlhf_core.models.process_reward import AGGREGATIONS
-from rlhf_core.models.sample_scores import ModelReward, ModelRewardConfig, SampleScores, ScoringModelConfig
+from rlhf_core.plugin import (
+    AGGREGATIONS,
+    Batch,
+    ModelReward,
+    ModelRewardConfig,
+    ProcessRewardModel,
+    Sample,
+    SampleScores,
+    ScoringModelConfig,
+)
 
 
 class ProcessRewardRewardConfig(ModelRewardConfig):

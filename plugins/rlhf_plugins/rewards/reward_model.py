@@ -7,11 +7,16 @@ from functools import cached_property
 
 from pydantic import Field
 
-from rlhf_core.batch import Batch
-from rlhf_core.errors import ConfigError
-from rlhf_core.interfaces import Sample
-from rlhf_core.models import RewardModel
-from rlhf_core.models.sample_scores import ModelReward, ModelRewardConfig, SampleScores, ScoringModelConfig
+from rlhf_core.plugin import (
+    Batch,
+    ConfigError,
+    ModelReward,
+    ModelRewardConfig,
+    RewardModel,
+    Sample,
+    SampleScores,
+    ScoringModelConfig,
+)
 
 
 class RewardModelRewardConfig(ModelRewardConfig):
