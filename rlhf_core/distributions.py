@@ -112,7 +112,7 @@ class Installed:
     @cached_property
     def stated(self) -> tuple[str, str]:
         """Name and version as its metadata state them, '' where they don't."""
-        text = self.read("METADATA") or self.read("PKG-INFO") or ""
+        text = self.read("METADATA") or self.read("PKG-INFO") or self.read("") or ""
         fields: dict[str, str] = {}
         for line in text.splitlines():
             if not line.strip():  # what follows is the description
@@ -258,9 +258,10 @@ def _installed(distribution: Any) -> Installed:
     return Installed(str(getattr(distribution, "_path", distribution)), distribution.read_text)
 
 
-def _read_file(directory: str, file: str) -> str | None:
+def _read_file(place: str, file: str) -> str | None:
+    """Read a file of a metadata directory; '' is the place itself, where it is a file as distutils wrote it."""
     try:
-        with open(os.path.join(directory, file), encoding="utf-8") as stream:  # noqa: PTH118, PTH123
+        with open(os.path.join(place, file) if file else place, encoding="utf-8") as stream:  # noqa: PTH118, PTH123
             return stream.read()
     except (FileNotFoundError, NotADirectoryError):
         return None

@@ -111,6 +111,11 @@ class _Diversion:
                 sys.stdout, sys.stderr = kind._streams
 
 
+def turn_stdout() -> None:
+    """Turn stdout to stderr for the rest of the process."""
+    _Diversion().__enter__()
+
+
 def _flush(stream: TextIO | None) -> None:
     """Flush a stream of Python's and C's own buffers, which else reach the descriptor once it is turned."""
     with contextlib.suppress(Exception):

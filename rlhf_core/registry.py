@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -89,7 +90,8 @@ def lookup(text: str, kind: str | None = None) -> Plugin:
         forms = " or ".join(f"`{one}:{name}`" for one in of_kinds)
         raise ConfigError(f"`{name}` is the name of several kinds", place="registry", fix=f"write {forms}")
     if len([p for p in named if p.status == "conflict"]) > 1:
-        _try_out(named)
+        with suppress(PluginError):  # where no process can be started, the name stays ambiguous
+            _try_out(named)
         named = _named(of_kinds, name, distribution if colon else None)
     return _chosen(named, name, qualified=bool(colon))
 

@@ -19,6 +19,7 @@ import pytest
 
 from rlhf_core import discovery, probe, registry
 from rlhf_core.cli import main
+from rlhf_core.distributions import unreadable_distributions
 from rlhf_core.errors import ConfigError, PluginError, printable
 from rlhf_core.foreign import ForeignFault, run_foreign
 from rlhf_core.hooks import load_hooks
@@ -353,8 +354,12 @@ os.write(1, b"DESCRIPTOR\\n")
 subprocess.run(["echo", "CHILD"])
 ctypes.CDLL(None).puts(b"C CODE")
 sys.__stdout__.write("ORIGINAL\\n")
+import atexit, logging
+atexit.register(print, "GOODBYE")
+logging.basicConfig(stream=sys.stdout, force=True)
+logging.error("LOGGED")
 """
-NOISES = ("PRINTED", "WRITTEN", "BYTES", "DESCRIPTOR", "CHILD", "C CODE", "ORIGINAL")
+NOISES = ("PRINTED", "WRITTEN", "BYTES", "DESCRIPTOR", "CHILD", "C CODE", "ORIGINAL", "LOGGED")
 
 
 @pytest.mark.parametrize(
@@ -378,7 +383,8 @@ def test_what_an_import_prints_goes_to_stderr(install, arguments: list[str]) -> 
         [sys.executable, "-m", "rlhf_core", *arguments], capture_output=True, text=True, env=environment, check=True
     )
     json.loads(done.stdout)
-    assert [noise for noise in (*NOISES, "CLASS BODY") if noise not in done.stderr] == []
+    expected = [*NOISES, "CLASS BODY"] + (["GOODBYE"] if arguments[0] != "list" else [])
+    assert [noise for noise in expected if noise not in done.stderr] == []
 
 
 def test_stdout_is_back_after_an_import_that_replaced_or_closed_it(install, capfd) -> None:
@@ -781,6 +787,15 @@ def test_what_pip_left_over_is_not_a_distribution(install, good) -> None:
     good_ones_are_well()
 
 
+def test_a_record_that_is_one_file_has_its_name(install, good) -> None:
+    root = install("acme", {}, rewards={})
+    (root / "old-0.3.egg-info").write_text(
+        "Metadata-Version: 1.1\nName: old\nVersion: 0.3\n\nName: in the description\n"
+    )
+    assert not [place for place, _ in unreadable_distributions() if place.startswith(str(root))]
+    good_ones_are_well()
+
+
 class Distributions:
     def find_distributions(self, context=None):
         raise RuntimeError("an import hook that fails")
@@ -813,6 +828,25 @@ def test_text_of_others_reaches_no_terminal_raw(install, capsys) -> None:
     assert (
         json.loads(capsys.readouterr().out)["summary"] == eval(f"'''{doc}'''").split("\n")[0]
     )  # as it is, for programs
+
+
+def test_log_lines_show_escapes_too(install, capsys, monkeypatch) -> None:
+    from rlhf_core.infra.log import setup_logging
+
+    source = "class Listener:\n    def __init__(self): raise OSError('\\x1b[31mred\\x07')\n"
+    install("odd", {"odd_hook.py": source}, hooks={"odd": "odd_hook:Listener"})
+    core = logging.getLogger("rlhf_core")
+    monkeypatch.setattr(core, "handlers", [])
+    monkeypatch.setattr(core, "propagate", False)
+    setup_logging()
+    core.warning("a tensor named \x1b[2J\nand a second line")
+    load_hooks()
+    err = capsys.readouterr().err
+    assert (
+        "a tensor named \\x1b[2J\nand a second line" in err
+        and "OSError: \\x1b[31mred\\x07" in err
+        and "\x1b" not in err
+    )
 
 
 def test_printable_shows_what_a_terminal_would_act_upon() -> None:

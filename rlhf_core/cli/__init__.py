@@ -22,6 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = 0 if _plainly(tokens) else _through_typer(tokens)
         sys.stdout.flush()
+        if arguments is None:
+            _end_of_results()
         return code
     except KeyboardInterrupt:
         if debug:
@@ -75,6 +77,16 @@ def _plainly(tokens: Sequence[str]) -> bool:
         print_plugin(*words, as_json="--json" in switches, every="--all" in switches)
         return True
     return False
+
+
+def _end_of_results() -> None:
+    """Turn stdout to stderr for the end of the process: what plugins print there is no part of the results."""
+    if "rlhf_core.loading" in sys.modules:
+        import atexit
+
+        from rlhf_core.foreign import turn_stdout
+
+        atexit.register(turn_stdout)  # the last to be registered runs first
 
 
 def _through_typer(tokens: Sequence[str]) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rlhf_core.cli import complete
-from rlhf_core.cli.output import print_json, print_table
+from rlhf_core.cli.output import print_json, print_table, print_text
 from rlhf_core.cli.quick import quick_imports
 from rlhf_core.errors import ConfigError, Interrupted
 
@@ -137,7 +137,7 @@ def _report(result: MergeResult, *, as_json: bool) -> None:
     if as_json:
         return print_json({**vars(result), "bytes_per_second": rate})
     for name, value in result.details.items():
-        print(f"{name}: {value}")
+        print_text(f"{name}: {value}")
     print(
         f"merged: {result.tensors} tensors, {size(result.bytes_read)} read, {size(result.bytes_written)} written,"
         f" {result.seconds:.1f} s, {size(rate)}/s"
@@ -258,7 +258,7 @@ def _print_difference(found: Difference) -> None:
     header = ("layer", *parts, "all", "cosine", "max |b - a|")
     rows = [_row(row, cells, parts) for row, cells in table.items()]
     rows.append(_row("all", {**found.by_part(), "all": found.total}, parts))
-    print(f"‖b - a‖ / ‖a‖ by layer and part; a: {found.names[0]}, b: {found.names[1]}")
+    print_text(f"‖b - a‖ / ‖a‖ by layer and part; a: {found.names[0]}, b: {found.names[1]}")
     print_table(header, rows)
     farthest = sorted(found.tensors.items(), key=lambda entry: -entry[1].relative)[:5]
     if farthest and farthest[0][1].apart > 0:
@@ -271,9 +271,9 @@ def _print_difference(found: Difference) -> None:
         print("\nall values are equal")
     for name, only in zip(found.names, found.only, strict=True):
         if only:
-            print(f"only in {name}: {', '.join(only)}")
+            print_text(f"only in {name}: {', '.join(only)}")
     for name, (first, second) in found.reshaped.items():
-        print(f"of two shapes, left out: {name} {list(first)}, {list(second)}")
+        print_text(f"of two shapes, left out: {name} {list(first)}, {list(second)}")
 
 
 def _row(name: str, cells: dict[str, Distance], parts: list[str]) -> tuple[str, ...]:

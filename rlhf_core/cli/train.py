@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rlhf_core.cli import complete
-from rlhf_core.cli.output import print_json
+from rlhf_core.cli.output import print_json, print_text
 from rlhf_core.cli.quick import quick_imports
 from rlhf_core.errors import ConfigError, Interrupted
 
@@ -205,7 +205,7 @@ def _report(result: TrainResult, *, as_json: bool) -> None:
     print(f"{values['status']}: {result.step} steps, {result.tokens:,} tokens, {result.seconds:.1f} s")
     for title, metrics in (("last step", result.metrics), ("evaluation", result.eval_metrics)):
         if metrics:
-            print(f"{title}: " + ", ".join(f"{name} {value:.6g}" for name, value in metrics.items()))
+            print_text(f"{title}: " + ", ".join(f"{name} {value:.6g}" for name, value in metrics.items()))
     if result.model_dir is not None:
         of = "" if result.model_step in (None, result.step) else f" (of step {result.model_step}, the best)"
         print(f"model: {result.model_dir}{of}")

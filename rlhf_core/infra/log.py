@@ -9,6 +9,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from rlhf_core import registry
+from rlhf_core.errors import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,6 +27,13 @@ def console() -> Console:
     return Console(stderr=True)
 
 
+class PrintableFormatter(logging.Formatter):
+    """Shows what a terminal would act upon: log lines repeat names and texts of plugins, files and models."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), lines=True)
+
+
 def setup_logging(level: int | str = logging.INFO, *, rank: int = 0) -> logging.Logger:
     """Send the log of the core and of installed plugins to stderr; return the core's logger.
 
@@ -38,10 +46,10 @@ def setup_logging(level: int | str = logging.INFO, *, rank: int = 0) -> logging.
         from rich.logging import RichHandler
 
         handler = RichHandler(console=console(), show_path=False, log_time_format="%H:%M:%S", markup=False)
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(PrintableFormatter("%(message)s"))
     else:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+        handler.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     if rank:
         handler.addFilter(lambda record: record.levelno >= logging.WARNING)
     handler.set_name(LOGGER)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from unittest import SkipTest
 
 from rlhf_core import registry
-from rlhf_core.errors import ConfigError, PluginError
+from rlhf_core.errors import ConfigError, PluginError, printable
 from rlhf_core.infra.log import LOGGER, hide_library_bars, plugin_packages
 from rlhf_core.testing.contract import Contract, describe_error
 
@@ -83,7 +83,7 @@ def run_contract(
     for check in run_checks(type(base.__name__, (base,), members)):
         counts[check.status] += 1
         line = f"{check.status:<8} {check.seconds:5.1f} s  {check.name}"
-        print(line + (f": {check.reason}" if check.reason else ""), flush=True)
+        print(printable(line + (f": {check.reason}" if check.reason else ""), lines=True), flush=True)
     summary = ", ".join(
         f"{counts[status]} {status}" for status in ("ok", "failed", "expected", "skipped") if counts[status]
     )

@@ -88,14 +88,15 @@ def test_what_lists_and_shows_imports_no_torch(arguments: list[str]) -> None:
     assert done.stderr.strip() == "[]", done.stderr
 
 
-def test_listing_takes_at_most_twice_the_time_of_typer_and_rich() -> None:
+@pytest.mark.parametrize("arguments", [["list", "--json"], ["show", "dpo"]], ids=lambda arguments: arguments[0])
+def test_listing_and_showing_take_at_most_twice_the_time_of_typer_and_rich(arguments: list[str]) -> None:
     def seconds(*command: str) -> float:
         begin = time.perf_counter()
         subprocess.run([sys.executable, *command], capture_output=True, check=True)
         return time.perf_counter() - begin
 
     # Interleaved pairs, and the median of their ratios: other work on the machine slows both of a pair alike.
-    ratios = [seconds("-m", "rlhf_core", "list", "--json") / seconds("-c", "import typer, rich") for _ in range(11)]
+    ratios = [seconds("-m", "rlhf_core", *arguments) / seconds("-c", "import typer, rich") for _ in range(11)]
     assert statistics.median(ratios) < 2
 
 
@@ -105,6 +106,7 @@ def test_show_tells_all_that_the_source_says(rlhf) -> None:
     for text in (
         "rlhf-core:dpo",
         "preference (prompt, chosen, rejected)",
+        "stage      preference",
         "dpo.py:",
         "beta",
         "larger keeps the policy",
@@ -119,6 +121,24 @@ def test_show_all_lists_every_option_with_its_groups(rlhf) -> None:
     shown = {line.split()[0] for line in out.splitlines() if line.strip()}
     assert code == 0 and {"learning_rate", "ensemble.size", "lora.rank", "dataset.streaming"} <= shown
     assert "rlhf show trainer:reward_model --all" in rlhf("show", "trainer:reward_model")[1]
+
+
+def test_typer_and_the_short_way_show_the_same(rlhf) -> None:
+    from rlhf_core.cli.app import run
+
+    short = rlhf("show", "dpo", "--json")[1]
+    assert run(["show", "dpo", "--json"]) == 0
+    assert rlhf("show", "--json", "dpo")[1] == short * 2
+
+
+def test_a_check_takes_a_time_limit(rlhf, install, monkeypatch) -> None:
+    source = "import time\ntime.sleep(30)\nclass Mine:\n    api = 1\n"
+    install("acme", {"acme.py": source}, rewards={"slow": "acme:Mine"})
+    monkeypatch.setenv(registry.ALLOW_VARIABLE, "acme")
+    code, out, _ = rlhf("list", "rewards", "--check", "--timeout", "1.5", "--json")
+    slow = next(plugin for plugin in json.loads(out) if plugin["name"] == "slow")
+    assert (code, slow["status"], slow["reason"]) == (0, "broken", "importing it takes longer than 1.5 s")
+    assert rlhf("list", "--check", "--timeout", "0")[0] == 2
 
 
 def test_show_tells_why_a_plugin_is_broken(rlhf, install) -> None:
