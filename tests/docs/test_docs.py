@@ -86,7 +86,7 @@ def test_merging(tmp_path: Path, environment: dict[str, str]) -> None:
         else:
             (tmp_path / text.split("\n")[0].removeprefix("# ")).write_text(text)
     merged = sorted(path.name for path in (tmp_path / "merged").iterdir())
-    assert merged == ["by-layer", "fisher", "from-file", "soup", "stack", "theirs", "ties", "upper"]
+    assert merged == ["blend", "by-layer", "fisher", "from-file", "soup", "stack", "theirs", "ties", "upper"]
     assert "layers" in yaml.safe_load((tmp_path / "distances.json").read_text())
 
 
