@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from rlhf_core.merging.merge import ModelMerger as ModelMerger
     from rlhf_core.models.attention import OptimizedAttention as OptimizedAttention
     from rlhf_core.models.compile import compile_model as compile_model
+    from rlhf_core.models.engine import Engine as Engine
     from rlhf_core.models.logprobs import over_vocabulary as over_vocabulary
     from rlhf_core.models.lora import apply_lora as apply_lora
     from rlhf_core.models.policy import PolicyModel as PolicyModel
@@ -76,6 +77,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.merging.merge": "ModelMerger",
         "rlhf_core.models.attention": "OptimizedAttention",
         "rlhf_core.models.compile": "compile_model",
+        "rlhf_core.models.engine": "Engine",
         "rlhf_core.models.logprobs": "over_vocabulary",
         "rlhf_core.models.lora": "apply_lora",
         "rlhf_core.models.policy": "PolicyModel",

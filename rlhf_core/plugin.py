@@ -62,18 +62,23 @@ if TYPE_CHECKING:
     from rlhf_core.models import RewardModel as RewardModel
     from rlhf_core.models import ValueModel as ValueModel
     from rlhf_core.models import over_vocabulary as over_vocabulary
+    from rlhf_core.models.engine import Engine as Engine
+    from rlhf_core.models.generate import prompt_batch as prompt_batch
     from rlhf_core.models.process_reward import AGGREGATIONS as AGGREGATIONS
     from rlhf_core.models.reference import Reference as Reference
     from rlhf_core.models.sample_scores import ModelReward as ModelReward
     from rlhf_core.models.sample_scores import ModelRewardConfig as ModelRewardConfig
     from rlhf_core.models.sample_scores import SampleScores as SampleScores
     from rlhf_core.models.sample_scores import ScoringModelConfig as ScoringModelConfig
+    from rlhf_core.models.sampling import best_first as best_first
     from rlhf_core.online import OnlineConfig as OnlineConfig
     from rlhf_core.online import RewardConfig as RewardConfig
     from rlhf_core.online import SamplingConfig as SamplingConfig
     from rlhf_core.records import Message as Message
     from rlhf_core.records import Prompt as Prompt
+    from rlhf_core.rewards import Rewards as Rewards
     from rlhf_core.rewards import Scores as Scores
+    from rlhf_core.rewards import samples_of as samples_of
     from rlhf_core.statistics import auc as auc
     from rlhf_core.statistics import calibration_error as calibration_error
     from rlhf_core.training.context import RunContext as RunContext
@@ -94,12 +99,15 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.merging": "CHUNK Chunk MergeInput ModelMerger TensorStream is_embedding kept_count magnitudes merge_tensor"
         " require_one_sign share_of_weights tensor_thresholds thresholds",
         "rlhf_core.models": "PolicyModel ProcessRewardModel RewardModel ValueModel HiddenStates over_vocabulary",
+        "rlhf_core.models.engine": "Engine",
+        "rlhf_core.models.generate": "prompt_batch",
         "rlhf_core.models.process_reward": "AGGREGATIONS",
         "rlhf_core.models.reference": "Reference",
         "rlhf_core.models.sample_scores": "ModelReward ModelRewardConfig SampleScores ScoringModelConfig",
+        "rlhf_core.models.sampling": "best_first",
         "rlhf_core.online": "OnlineConfig RewardConfig SamplingConfig",
         "rlhf_core.records": "Message Prompt",
-        "rlhf_core.rewards": "Scores",
+        "rlhf_core.rewards": "Rewards Scores samples_of",
         "rlhf_core.statistics": "auc calibration_error",
         "rlhf_core.training.context": "RunContext",
         "rlhf_core.training.loader": "Loader",

@@ -7,13 +7,16 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from rlhf_core.config import BaseConfig
-from rlhf_core.interfaces import Completion, Sampler
-from rlhf_core.models.engine import Engine
-from rlhf_core.models.generate import prompt_batch
-from rlhf_core.models.sampling import best_first
-from rlhf_core.online import SamplingConfig
-from rlhf_core.rewards import samples_of
+from rlhf_core.plugin import (
+    BaseConfig,
+    Completion,
+    Engine,
+    Sampler,
+    SamplingConfig,
+    best_first,
+    prompt_batch,
+    samples_of,
+)
 
 
 class BestOfNConfig(BaseConfig):
