@@ -44,7 +44,10 @@ def test_a_selected_plugin_that_raises_is_exit_code_5(train: Callable, install: 
 
 
 def test_two_of_one_name_are_exit_code_5_and_both_are_named(train: Callable, install: Callable) -> None:
-    source = 'class Mine:\n    """Mine."""\n    api = 1\n    record = "preference"\n'
+    source = (
+        "from rlhf_plugins import DPOTrainer\n"
+        'class Mine(DPOTrainer):\n    """Mine."""\n    api = 1\n    record = "preference"\n'
+    )
     install("acme", {"acme_dpo.py": source}, trainers={"dpo": "acme_dpo:Mine"})
     ended = train(method="dpo")
     assert ended.code == 5

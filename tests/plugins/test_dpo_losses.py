@@ -13,11 +13,13 @@ from batches import relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rlhf_plugins.trainers import dpo_aot
+from rlhf_plugins.trainers.dpo import DPOTrainer
 from rlhf_plugins.trainers.dpo_losses import LOSSES, LossType
 from rlhf_plugins.trainers.pairs import Pairs
 from torch import Tensor
 
-from rlhf_core.testing import TrainerContract
+from rlhf_core.testing import TrainerContract, run_context, simulate
+from rlhf_core.training.distribution import Distribution
 
 KINDS = list(LOSSES)
 SORTED = [kind for kind, row in LOSSES.items() if row.match]
@@ -322,12 +324,18 @@ def test_partners_are_those_of_the_whole_step_however_it_is_shared_out(
     shuffled = data.draw(st.permutations(range(count)))
     cuts = sorted(data.draw(st.sets(st.integers(1, count - 1))) if count > 1 else set())
     parts = [list(shuffled[a:b]) for a, b in zip([0, *cuts], [*cuts, count], strict=True)]
-    shares = [(part, [list(step[row]) for row in part]) for part in parts]
+    values = torch.tensor(step, dtype=torch.float64)
+    trainer = DPOTrainer(model="unused", data=[])
     for rule in (dpo_aot.aot_partners, dpo_aot.aot_unpaired_partners):
-        whole = dpo_aot.match([(range(count), step)], 0, rule)
-        for own, part in enumerate(parts):
-            assert torch.equal(dpo_aot.match(shares, own, rule), whole[part])
-    paired = dpo_aot.match([(range(count), step)], 0, dpo_aot.aot_partners)
+
+        def share(process: Distribution, rule: Any = rule) -> torch.Tensor:
+            own = parts[process.rank]
+            return run_context(trainer, distribution=process).over_step(rule, values[own], rows=own)
+
+        whole = rule(values)
+        for part, found in zip(parts, simulate(len(parts), share), strict=True):
+            assert torch.equal(found, whole[part])
+    paired = dpo_aot.aot_partners(values)
     assert Counter(map(tuple, paired.tolist())) == Counter(row[2:] for row in step)
     margins = torch.tensor([row[0] - row[1] for row in step])
     other = paired[:, 0] - paired[:, 1]
