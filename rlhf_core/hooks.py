@@ -43,8 +43,9 @@ class Events:
         """Optimiser step `step` (counted from 1) was made; `metrics` is its row of `metrics.jsonl`."""
 
     @hookspec
-    def rollouts_scored(self, run: Any, step: int, samples: Any, rewards: Any) -> None:
-        """Completions for step `step` were generated and scored: this process's `Sample`s, each one's weighted rewards."""
+    def rollouts_scored(self, run: Any, step: int, samples: Any, rewards: Any, evaluating: bool) -> None:
+        """Completions were generated after step `step` and scored: this process's `Sample`s and the weighted sum of each one's
+        rewards; `evaluating` where they answer held-out prompts."""
 
     @hookspec
     def evaluated(self, run: Any, step: int, metrics: Mapping[str, float]) -> None:

@@ -34,12 +34,36 @@ class Scores:
     """(N,) float32: the weighted sum, which is learned from."""
     by_name: dict[str, list[float]]
     """For each reward, (N,) its scores, unweighted."""
+    groups: Sequence[int] = ()
+    """(N,) the number of each sample's prompt in its batch."""
     score_steps: Callable[[], dict[str, list[list[float]]]] = field(repr=False, compare=False, default=dict)
 
     @cached_property
     def steps(self) -> dict[str, list[list[float]]]:
         """For each step-wise reward, (N, steps) its scores of each sample's steps; computed when first asked for."""
         return self.score_steps()
+
+    def per_prompt(self, prompts: int) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return `reward` and each `reward/NAME` as metrics of one entry per prompt, which an evaluation gives errors.
+
+        Args:
+            prompts: how many prompts the batch has.
+
+        Returns:
+            By name the sums and the counts of each prompt's samples, (prompts,) float64 each.
+        """
+        import torch
+
+        groups = torch.tensor(list(self.groups), dtype=torch.long)
+        counts = torch.zeros(prompts, dtype=torch.float64).index_add_(
+            0, groups, torch.ones(len(groups), dtype=torch.float64)
+        )
+
+        def sums(values: Tensor) -> Tensor:
+            return torch.zeros(prompts, dtype=torch.float64).index_add_(0, groups, values.double())
+
+        named = {f"reward/{name}": torch.tensor(values, dtype=torch.float64) for name, values in self.by_name.items()}
+        return {name: (sums(values), counts) for name, values in (named | {"reward": self.total}).items()}
 
 
 @dataclass(frozen=True)
@@ -108,7 +132,7 @@ class Rewards:
         import torch
 
         if not samples:
-            return Scores(torch.zeros(0), {name: [] for name in self.names})
+            return Scores(torch.zeros(0), {name: [] for name in self.names}, ())
         self.prepare()
         by_name = {
             entry.name: self._limited(entry, samples, rows, checked_scores, "scoring") for entry in self._entries
@@ -120,7 +144,12 @@ class Rewards:
                 where = sample_or_row(number, rows)
                 got = " + ".join(f"{weight:g} × {score:g}" for weight, score in zip(self.weights, scores, strict=True))
                 raise PluginError("the weighted sum is too large for float32", place=f"rewards, {where}", got=got)
-        return Scores(torch.tensor(total, dtype=torch.float32), by_name, lambda: self._steps(samples, rows))
+        return Scores(
+            torch.tensor(total, dtype=torch.float32),
+            by_name,
+            [sample.group for sample in samples],
+            lambda: self._steps(samples, rows),
+        )
 
     def describe(self) -> dict[str, dict[str, Any]]:
         """Return where each reward comes from and what its scores depend on, as JSON values, secrets redacted.

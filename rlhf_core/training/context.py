@@ -137,7 +137,8 @@ class RunContext:
     def score(self, batch: Batch, completions: Sequence[Sequence[Completion]]) -> Scores:
         """Return the configured rewards of completions, P lists in the order of the batch's prompts.
 
-        Each reward's mean is reported as `reward/NAME`, the weighted sum's as `reward`, and listeners hear of `rollouts_scored`.
+        While training, each reward's mean is reported as `reward/NAME` and the weighted sum's as `reward`; in an evaluation the
+        method returns `Scores.per_prompt` as metrics, which have standard errors. Listeners hear of `rollouts_scored`.
 
         Raises:
             PluginError: a reward raises, takes too long, or returns another number of scores, None, or what isn't finite.
@@ -145,10 +146,17 @@ class RunContext:
         samples = samples_of(batch, completions)
         rows = [row for row, drawn in zip(batch.rows, completions, strict=True) for _ in drawn]
         scores = self.rewards.score(samples, rows=rows)
-        for name, values in scores.by_name.items():
-            self.log(f"reward/{name}", sum(values), len(values))
-        self.log("reward", float(scores.total.double().sum()), len(samples))
-        self.emit("rollouts_scored", step=self.step, samples=samples, rewards=scores.total.tolist())
+        if not self.evaluating:
+            for name, values in scores.by_name.items():
+                self.log(f"reward/{name}", sum(values), len(values))
+            self.log("reward", float(scores.total.double().sum()), len(samples))
+        self.emit(
+            "rollouts_scored",
+            step=self.step,
+            samples=samples,
+            rewards=scores.total.tolist(),
+            evaluating=self.evaluating,
+        )
         return scores
 
     def log(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None:

@@ -1,0 +1,127 @@
+"""What the tests of the online method work with: a tiny model, rows, and a run on them. A script of its own, too, for runs in
+other processes: `online.py JOB.json`."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from online_rewards import Ends
+from policy_gradient import PolicyGradientTrainer
+
+from rlhf_core import registry
+from rlhf_core.batch import Batch
+from rlhf_core.errors import RLHFError
+from rlhf_core.infra.tensors import write_tensors
+from rlhf_core.interfaces import Window
+from rlhf_core.models import PolicyModel
+from rlhf_core.testing.arithmetic import Arithmetic
+from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
+from rlhf_core.training.context import RunContext
+
+OPTIONS: dict[str, Any] = {
+    "batch_size": 8, "max_length": 64, "learning_rate": 3e-3, "lr_schedule": "constant", "warmup_ratio": 0.0, "max_steps": 8,
+    "generation": {"max_new_tokens": 8}, "rollout_epochs": 2, "minibatches": 2, "logging": {"progress": False},
+    "dataset": {"wrap": "none"},
+    "rewards": ["online_rewards:digits", {"name": "ends", "weight": 0.5, "options": {"worth": 0.2}}],
+}  # fmt: skip
+"""A function and a reward by name; four windows a rollout."""
+KL: dict[str, Any] = {"kl_weight": 0.05, "kl_target": 0.02, "scale": "step"}
+"""A reference, and a weight of the KL that must be remembered."""
+DYNAMIC: dict[str, Any] = {"dynamic_sampling": True, "rewards": ["online_rewards:rare"]}
+"""Groups of which many are alike."""
+
+
+@functools.cache
+def rows(split: Any = "train", count: int = 40) -> list[dict[str, Any]]:
+    return list(Arithmetic(digits=1).rows("prompt", count, split=split, seed=0))
+
+
+@functools.cache
+def _model() -> PolicyModel:
+    return PolicyModel(tiny_model(hidden=32, heads=2, kv_heads=1), tiny_tokenizer())
+
+
+def model() -> PolicyModel:
+    return copy.deepcopy(_model())
+
+
+class Watched(PolicyGradientTrainer):
+    """The method, with its windows noted; it may break off, or be killed, before one of them."""
+
+    # The header is read from the class's own source.
+    api = 1
+    record = "prompt"
+    fail_at: int | None = None
+    how: str = "raise"
+
+    def experience(self, stream: Iterator[Batch], run: RunContext) -> Iterator[Window]:
+        self.made: list[tuple[int, Window]] = []
+        for window in super().experience(stream, run):
+            if len(self.made) == self.fail_at:
+                if self.how == "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise Broken
+            self.made.append((run.step, window))
+            yield window
+
+
+class Broken(Exception):
+    """The run broke off, as it was told to."""
+
+
+def trainer(
+    output: Path | str | None = None,
+    *,
+    kind: type[PolicyGradientTrainer] = Watched,
+    policy: PolicyModel | None = None,
+    data: Any = None,
+    held_out: int = 0,
+    rewards: Any = None,
+    **options: Any,
+) -> Any:
+    """Return a trainer on a copy of the tiny model, or on `policy`; options are those of its configuration, on top of OPTIONS."""
+    registry.register("reward", "ends", Ends)
+    own = {} if rewards is None else {"rewards": []}
+    config = kind.Config.parse({**OPTIONS, **own, **options})
+    return kind(
+        config,
+        model=policy or model(),
+        data=rows() if data is None else data,
+        eval_data=rows("test", held_out) if held_out else None,
+        output=output,
+        rewards=rewards,
+    )
+
+
+def main() -> None:
+    """Train as a job says; the first process writes the weights."""
+    job = json.loads(Path(sys.argv[1]).read_text())
+    output = Path(job["output"])
+    run = trainer(output, held_out=job.get("held_out", 0), **job["options"])
+    run.fail_at, run.how = job.get("fail_at"), job.get("how", "raise")
+    code = 0
+    try:
+        run.train(resume=job.get("resume", False))
+    except RLHFError as error:
+        print(error.line(), file=sys.stderr)
+        code = error.exit_code
+    rank = int(os.environ.get("RANK", "0"))
+    report = {"code": code, "rows": [list(w.batch.rows) for _, w in run.made]}
+    (output / f"report.{rank}.json").write_text(json.dumps(report))
+    if rank == 0:
+        weights = {name: p.detach() for name, p in run.models.named_parameters()}
+        write_tensors(output / "weights.safetensors", weights)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
