@@ -26,7 +26,7 @@ from rlhf_core.batch import Batch, on_host
 from rlhf_core.data.pieces import PieceEncoder
 from rlhf_core.data.saved import TextSettings
 from rlhf_core.data.templates import ChatTemplate
-from rlhf_core.errors import ConfigError, DataError, NumbersError
+from rlhf_core.errors import ConfigError, DataError, ModelError, NumbersError
 from rlhf_core.infra.memory import in_parts
 from rlhf_core.infra.seeds import completion_seeds
 from rlhf_core.interfaces import Completion
@@ -125,11 +125,12 @@ class Engine:
         Raises:
             ConfigError: n is below 1, or there aren't as many seeds.
             DataError: a prompt leaves no room for a token among the model's positions.
+            ModelError: the model can't generate.
             NumbersError: logits aren't finite, or memory doesn't suffice for one completion.
         """
         sampling = sampling or SamplingConfig()
-        if n < 1:
-            raise ConfigError("must be at least 1", place="generate(n=…)", got=n)
+        if not isinstance(n, int) or n < 1:
+            raise ConfigError("must be a whole number, at least 1", place="generate(n=…)", got=n)
         if seeds is None:
             rows = batch.rows if self._stream else prompt_keys(batch)
             seeds = completion_seeds(self.seed, *(self._stream or ("generate",)), rows=rows, n=n, met=self._met)
@@ -345,7 +346,15 @@ def measure_decoding(policy: PolicyModel) -> Decoding:
 
     Padding on the left leaks into states that run along the sequence, and into positions that are counted along the row; some
     models count positions otherwise once they keep states.
+
+    Raises:
+        ModelError: the model has no decoding loop.
     """
+    if not getattr(policy.causal_lm, "can_generate", lambda: False)():
+        raise ModelError(
+            "can't generate: transformers has no decoding loop for it", place=policy.source,
+            got=type(policy.causal_lm).__name__, fix="use a model whose class inherits GenerationMixin",
+        )  # fmt: skip
     ids = plain_ids(policy.network, 15)
     short, long, tokens = ids[:4].tolist(), ids[4:12].tolist(), ids[12:].tolist()
     flash, kind = policy.attention.kernel == "flash", policy.device.type

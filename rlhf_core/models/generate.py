@@ -9,7 +9,7 @@ from rlhf_core.batch import Batch
 from rlhf_core.data.collate import collate
 from rlhf_core.data.encode import EncodedRow, Encoder
 from rlhf_core.data.sources import Cursor, Rows
-from rlhf_core.errors import ConfigError, DataError
+from rlhf_core.errors import DataError
 from rlhf_core.interfaces import Completion
 from rlhf_core.models.engine import Engine
 from rlhf_core.online import SamplingConfig
@@ -51,14 +51,6 @@ def generate(
     seed: int | None = None,
 ) -> list[list[Completion]]:
     """Return n completions for each prompt, in the order in which they were drawn; see `PolicyModel.generate`."""
-    for name, good, wanted in (
-        ("n", n >= 1, "at least 1"),
-        ("max_new_tokens", max_new_tokens >= 1, "at least 1"),
-        ("temperature", temperature >= 0, "0 or more"),
-        ("top_p", 0 < top_p <= 1, "above 0, at most 1"),
-        ("top_k", top_k >= 0, "0 or more"),
-    ):
-        if not good:
-            raise ConfigError(f"must be {wanted}", place=f"generate({name}=…)", got=locals()[name])
-    sampling = SamplingConfig(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k)
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+    sampling = SamplingConfig.parse(options, place="generate")
     return Engine(policy, seed=seed).generate(prompt_batch(policy, prompts), n, sampling)

@@ -11,10 +11,10 @@ from architectures import make_tiny
 
 from rlhf_core.batch import Batch
 from rlhf_core.config import LoraConfig
-from rlhf_core.errors import ConfigError, DataError, NumbersError
+from rlhf_core.errors import ConfigError, DataError, ModelError, NumbersError
 from rlhf_core.infra.seeds import completion_seeds
 from rlhf_core.interfaces import Completion
-from rlhf_core.models import PolicyModel
+from rlhf_core.models import PolicyModel, draw
 from rlhf_core.models import engine as module
 from rlhf_core.models.engine import Engine
 from rlhf_core.models.generate import prompt_batch
@@ -103,7 +103,9 @@ def test_a_completion_does_not_depend_on_its_company(policy: PolicyModel, monkey
     monkeypatch.setattr(module, "MOST_ROWS", 1)
     cut = Engine(policy).generate(batch, 3, sampling, seeds=seeds)
     assert [[one.ids for one in group] for group in cut] == [[one.ids for one in group] for group in whole]
-    longer = Engine(policy).generate(batch, 3, SamplingConfig(max_new_tokens=300, temperature=0.9), seeds=seeds)
+    monkeypatch.setattr(module, "MOST_ROWS", 512)
+    monkeypatch.setattr(draw, "BLOCK", 3)
+    longer = Engine(policy).generate(batch, 3, SamplingConfig(max_new_tokens=20, temperature=0.9), seeds=seeds)
     assert [[one.ids[:10] for one in group] for group in longer] == [[one.ids for one in group] for group in whole]
 
 
@@ -244,6 +246,10 @@ def test_wrong_calls(policy: PolicyModel) -> None:
     with pytest.raises(ConfigError, match="at least 1"):
         Engine(policy).generate(batch, 0)
     assert Engine(policy).generate(prompt_batch(policy, []), 3) == []
+    still = PolicyModel(tiny_model(), tiny_tokenizer())
+    still.causal_lm.can_generate = lambda: False
+    with pytest.raises(ModelError, match="no decoding loop"):
+        still.generate(["a"])
     broken = PolicyModel(tiny_model(), tiny_tokenizer())
     assert broken.decoding.company == "any"
     with torch.no_grad():
