@@ -125,11 +125,11 @@ class Contract:
             schema.get("properties", {}).keys() == kind.model_fields.keys(),
             f"the schema names {sorted(schema.get('properties', {}))}, the configuration {sorted(kind.model_fields)}",
         )
-        # Options without a default come from `options`; the others at their defaults must read as the configuration.
-        required = {name: value for name, value in self.options.items() if name in schema.get("required", ())}
+        # What `options` leave out must be at the schema's defaults what it is in the configuration; some are needed, such as one
+        # of two that exclude each other.
         defaults = {name: about["default"] for name, about in schema["properties"].items() if "default" in about}
         require(
-            kind.parse({**defaults, **required}) == kind.parse(required),
+            kind.parse({**defaults, **self.options}) == kind.parse(self.options),
             "the schema's defaults are not the configuration's",
         )
 

@@ -56,7 +56,8 @@ def evaluate(trainer: Trainer[Any], dataset: EncodedData, run: RunContext) -> di
                 terms.add(found.terms)
                 metrics.add(found.metrics)
                 per_prompt.add(batch, found.metrics)
-                metrics.add(run.logged())
+                # What the method returns itself stands for what was logged under that name, such as the `reward` of all draws.
+                metrics.add({name: pair for name, pair in run.logged().items() if name not in found.metrics})
     finally:
         random.restore()
         trainer.load_state_dict(json.loads(remembered))

@@ -1,0 +1,50 @@
+"""Trains a method of these tests on processes of torchrun's: `processes.py JOB.json`, one of which writes the run.
+
+A job names the method (`module:class`), the record of its rows, its options, and where the run goes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from rlhf_core.models import PolicyModel
+from rlhf_core.testing.arithmetic import Arithmetic
+from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
+
+
+def train(method: str, options: dict[str, Any], output: Path, *, count: int, model: dict[str, Any]) -> Path:
+    """Train on so many processes; return the run's directory.
+
+    Args:
+        model: the arguments of `tiny_model`.
+    """
+    job = output.with_suffix(".json")
+    job.write_text(json.dumps({"method": method, "options": options, "output": str(output), "model": model}))
+    worker = [str(Path(__file__)), str(job)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)] if count > 1 else []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, *launcher, *worker],
+        capture_output=True, text=True, timeout=300, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return output
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    module, name = job["method"].split(":")
+    method = getattr(importlib.import_module(module), name)
+    policy = PolicyModel(tiny_model(**job["model"]), tiny_tokenizer())
+    rows = list(Arithmetic(terms=2, digits=1).rows(method.record, 16))
+    method(method.Config.parse(job["options"]), model=policy, data=rows, output=job["output"]).train()
+
+
+if __name__ == "__main__":
+    main()
