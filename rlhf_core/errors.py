@@ -134,7 +134,7 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
 
 
 _SPACES = frozenset("\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000")
-_JOINERS = frozenset("\u200c\u200d")  # words of Persian and Hindi need them, and many emoji
+JOINERS = frozenset("\u200c\u200d")  # words of Persian and Hindi need them, and many emoji
 _BREAKS = frozenset("\n\r\t\v\f\x1c\x1d\x1e\x85\u2028\u2029")
 
 
@@ -150,7 +150,7 @@ def printable(text: str, *, lines: bool = False) -> str:
 
 
 def _shown(character: str) -> str:
-    if character.isprintable() or character in _SPACES or character in _JOINERS:
+    if character.isprintable() or character in _SPACES or character in JOINERS:
         return character
     return " " if character in _BREAKS else character.encode("unicode_escape").decode("ascii")
 

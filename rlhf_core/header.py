@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from rlhf_core.locate import read_source
 
 T = TypeVar("T")
 
+_parsing = threading.Lock()
+"""Held while warnings are turned off, which is for all threads."""
 _EXTRAS = re.compile(r"\s*\[[^\[\]]*\]\s*$")
 
 
@@ -85,7 +88,7 @@ def _reading(module: str, look: Callable[[ast.Module, Path], T]) -> T:
     source = read_source(module)
     path = source.path
     try:
-        with warnings.catch_warnings():
+        with _parsing, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on odd escapes, which are for the author to see
             return look(ast.parse(source.text, filename=str(path)), path)
     except HeaderError as error:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
+from itertools import zip_longest
+from shutil import get_terminal_size
 from typing import Any
 
-from rlhf_core.errors import printable
+from rlhf_core.errors import JOINERS, printable
+
+_BETWEEN = "  "
+_CODES = {"": "", "bold": "1", "dim": "2", "red": "31", "yellow": "33"}
 
 
 def print_json(value: Any) -> None:
@@ -28,19 +34,19 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, styles:
 
     `styles` gives each row's colour, for terminals that have any. A cell is one line, and nothing in it is acted upon.
     """
-    rows = [[_encodable(printable(cell)) for cell in row] for row in rows]
+    cells = [list(header), *([_encodable(printable(cell)) for cell in row] for row in rows)]
+    widths = [max(map(_width, column)) for column in zip(*cells, strict=True)]
     if not sys.stdout.isatty():
-        return _print_plain([header, *rows])
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in header:
-        table.add_column(name, overflow="fold")
-    for number, row in enumerate(rows):
-        table.add_row(*(Text(cell) for cell in row), style=styles[number] if styles else "")
-    return Console().print(table)
+        for row in cells:
+            print(_aligned(row, widths))
+        return
+    widths = _fitted(widths, get_terminal_size().columns - len(_BETWEEN) * (len(widths) - 1))
+    plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
+    for row, style in zip(cells, ("bold", *(styles or [""] * len(rows))), strict=True):
+        code = "" if plain else _CODES[style]
+        for line in zip_longest(*map(_folded, row, widths), fillvalue=""):
+            text = _aligned(line, widths)
+            print(f"\x1b[{code}m{text}\x1b[0m" if code else text)
 
 
 def print_warning(text: str) -> None:
@@ -57,7 +63,36 @@ def _encodable(text: str) -> str:
     return text.encode(_encoding(), "backslashreplace").decode(_encoding())
 
 
-def _print_plain(rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
+    padded = (cell + " " * (width - _width(cell)) for cell, width in zip(row, widths, strict=True))
+    return _BETWEEN.join(padded).rstrip()
+
+
+def _fitted(widths: list[int], room: int) -> list[int]:
+    """Return widths that fit together: the widest give way, down to a few characters."""
+    most = next((most for most in range(max(widths), 8, -1) if sum(min(width, most) for width in widths) <= room), 8)
+    return [min(width, most) for width in widths]
+
+
+def _folded(text: str, width: int) -> list[str]:
+    """Return text in lines of at most `width` columns, broken between words where it can be."""
+    lines, line = [], ""
+    for word in text.split(" "):
+        if line and _width(f"{line} {word}") > width:
+            lines.append(line)
+            line = ""
+        line = f"{line} {word}" if line else word
+        while _width(line) > width:
+            cut = next(count for count in range(len(line), 0, -1) if _width(line[:count]) <= width or count == 1)
+            lines.append(line[:cut])
+            line = line[cut:]
+    return [*lines, line]
+
+
+def _width(text: str) -> int:
+    """Return how many columns of a terminal text takes."""
+    if text.isascii():
+        return len(text)
+    from unicodedata import combining, east_asian_width
+
+    return sum(0 if combining(one) or one in JOINERS else 2 if east_asian_width(one) in "WF" else 1 for one in text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -302,14 +303,42 @@ def test_the_version_is_printed() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, f"rlhf-core {__version__}\n", "")
 
 
-def test_the_table_is_wrapped_to_a_terminal() -> None:
+def on_a_terminal(*command: str, columns: int = 70, **environment: str) -> str:
+    """Return what a command writes to a terminal of so many columns."""
     master, slave = pty.openpty()
-    environment = {**os.environ, "COLUMNS": "70", "TERM": "xterm"}
-    done = subprocess.Popen([sys.executable, "-m", "rlhf_core", "list"], stdout=slave, env=environment)
-    assert done.wait() == 0
+    done = subprocess.Popen(
+        [sys.executable, *command],
+        stdout=slave,
+        env={**os.environ, "COLUMNS": str(columns), "TERM": "xterm", **environment},
+    )
     os.close(slave)
-    text = re.sub(r"\x1b\[[0-9;]*m", "", os.read(master, 65536).decode())
-    assert "preference" in text and max(len(line) for line in text.splitlines()) <= 70
+    written = b""
+    with contextlib.suppress(OSError):  # the end of the terminal
+        while part := os.read(master, 65536):
+            written += part
+    os.close(master)
+    assert done.wait() == 0
+    return written.decode().replace("\r\n", "\n")
+
+
+def test_the_table_is_wrapped_to_a_terminal() -> None:
+    for columns in (70, 200):
+        written = on_a_terminal("-m", "rlhf_core", "list", columns=columns)
+        text = re.sub(r"\x1b\[[0-9;]*m", "", written)
+        assert "\x1b[1mkind" in written and "preference" in text
+        assert max(len(line) for line in text.splitlines()) <= columns
+    assert "\x1b" not in on_a_terminal("-m", "rlhf_core", "list", NO_COLOR="1")
+
+
+def test_a_table_keeps_all_of_its_words_in_every_script_and_width() -> None:
+    code = (
+        "from rlhf_core.cli.output import print_table;"
+        "print_table(('name', 'text'), [('评分' * 9, 'words ' * 12 + 'x' * 50), ('e\u0301', '日本語')], styles=['red', ''])"
+    )
+    text = re.sub(r"\x1b\[[0-9;]*m", "", on_a_terminal("-c", code, columns=40))
+    for characters, count in (("评", 9), ("words", 12), ("x", 50 + text.count("text")), ("日本語", 1)):
+        assert text.count(characters) == count
+    assert max(len(line) + sum(ord(one) > 0x2E80 for one in line) for line in text.splitlines()) <= 40
 
 
 def test_the_shell_completes_verbs_and_methods() -> None:
