@@ -387,3 +387,36 @@ class Product(Merger):
 
     def merge_chunk(self, chunk: Chunk, measured: Tensor) -> Tensor:
         return chunk.tensors[0] * chunk.cut(measured)
+
+
+class CappedConfig(BaseConfig):
+    """Options of capped sums."""
+
+    cap: float | None = Field(None, gt=0, description="Largest value of a model; null sets none.")
+
+
+class Capped(Merger):
+    """Mean of models, each cut off at a value."""
+
+    api = 1
+    Config = CappedConfig
+    per_model = ("cap",)
+
+    def merge_chunk(self, chunk: Chunk, measured: Any) -> Tensor:
+        caps = zip(chunk.tensors, chunk.stream.option("cap"), strict=True)
+        return torch.stack([tensor if cap is None else tensor.clamp(-cap, cap) for tensor, cap in caps]).mean(0)
+
+
+def test_a_number_or_null_varies_by_layer_too(tmp_path: Path) -> None:
+    _, paths = tiny_family(tmp_path, 2)
+    registry.register("merger", "capped", Capped)
+    own = [{"model": str(path)} for path in paths]
+    own[1]["options"] = {"cap": [0.01, 0.03]}  # type: ignore[assignment]
+    merge("capped", own, tmp_path / "out")
+    one, two, merged = (read_weights(path) for path in (*paths, tmp_path / "out"))
+    for layer, cap in ((0, 0.01), (1, 0.03)):
+        name = f"model.layers.{layer}.mlp.up_proj.weight"
+        torch.testing.assert_close(merged[name], (one[name] + two[name].clamp(-cap, cap)) / 2, rtol=0, atol=1e-7)
+    own[1]["options"] = {"cap": [0.01, -1.0]}  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match=r"models\[1\]\.cap: model .*model-1: `cap`: must be greater than 0; got -1"):
+        merge("capped", own, tmp_path / "other")
