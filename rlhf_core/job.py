@@ -103,7 +103,9 @@ def load_job(target: str | Path, overrides: Mapping[str, Any] | None = None, *, 
     refuse_unknown(values, method.Config, name, places, RunConfig.KEYS)
     option_flags = [flag for flag in given if flag.key not in RunConfig.KEYS]
     option_values, option_places = convert_options(option_flags, method.Config, name, RunConfig.KEYS)
-    places |= option_places
+    option_values = spread(option_values, method.Config)
+    replaced = tuple(f"{key}." for key, value in option_values.items() if isinstance(value, list))
+    places = {key: place for key, place in places.items() if not key.startswith(replaced)} | option_places
     preset = _preset(run_values, places)
     options: dict[str, Any] = {}
     for layer in (preset, values, nest(overrides), nest(option_values)):
@@ -191,18 +193,16 @@ def convert_options(
 
 
 def spread(values: Mapping[str, Any], config: type[BaseConfig]) -> dict[str, Any]:
-    """Return options with each text that stands for a group made that group, for another layer to be merged with."""
-    spread = dict(values)
+    """Return options with what stands for a group made that group, and one item a list, for another layer to be merged with."""
+    whole = dict(values)
     for name, value in values.items():
-        group = group_of(config.model_fields[name].annotation) if name in config.model_fields else None
-        alone = getattr(group, "alone", None)
-        if (
-            alone is not None
-            and isinstance(value, str)
-            and get_origin(config.model_fields[name].annotation) is not list
-        ):
-            spread[name] = {alone: value}
-    return spread
+        annotation = config.model_fields[name].annotation if name in config.model_fields else None
+        alone = getattr(group_of(annotation), "alone", None)
+        if alone is not None and get_origin(annotation) is list:
+            whole[name] = [value] if isinstance(value, str | Mapping) else value
+        elif alone is not None and isinstance(value, str):
+            whole[name] = {alone: value}
+    return whole
 
 
 def _preset(values: Mapping[str, Any], places: dict[str, str]) -> dict[str, Any]:

@@ -71,7 +71,9 @@ def type_name(annotation: Any) -> str:
         return "group"
     if isinstance(annotation, type) and issubclass(annotation, Enum):
         return ", ".join(f"`{member.value}`" for member in annotation)
-    return {str: "text", int: "whole number", float: "number", bool: "true or false"}.get(annotation, str(annotation))
+    return {Any: "any value", str: "text", int: "whole number", float: "number", bool: "true or false"}.get(
+        annotation, str(annotation)
+    )
 
 
 def shown(value: Any) -> str:

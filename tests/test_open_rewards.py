@@ -89,7 +89,7 @@ def test_names_functions_classes_objects_and_pairs_are_added_up() -> None:
         (Window, 0.5),
     ]
     rewards = open_rewards(given)
-    assert rewards.names == ("window", "window_2", "exact", "window_3", "Window", "Window_2") and len(rewards) == 6
+    assert rewards.names == ("window", "window_2", "exact", "window_3", "window_4", "window_5") and len(rewards) == 6
     assert rewards.weights == (1, 2, 10, 0, 1, 0.5)
     found = rewards.score(SAMPLES)
     assert found.by_name["window_2"] == [3, 3] and found.by_name["exact"] == [1, 0]
@@ -166,6 +166,7 @@ def test_functions_of_any_form_get_the_arguments_that_they_have() -> None:
         (Callable_().method, [1, 1]),
         (functools.partial(exact, bonus=4), [4, 0]),
         (functools.partial(functools.partial(exact, bonus=4), bonus=5), [5, 0]),
+        (lambda stop_reasons: [one == "end" for one in stop_reasons], [1, 0]),
         (overlong, [-2, 0]),
         (trl_rewards.get_soft_overlong_punishment(2, 1), [-1, 0]),
     ]
@@ -529,7 +530,7 @@ def test_a_changed_reward_is_noticed(here: Path) -> None:
     changes = rewards_changed(before, open_rewards(given).describe())
     assert [change.partition(" (")[0] for change in changes] == [
         "`exact` is gone",
-        "`Window` is new",
+        "`window_2` is new",
         "`grade`: options.bonus 2.0 → 3.0",
         "`grade`: its source changed",
         "`window`: options.threshold 0.5 → 1.0",

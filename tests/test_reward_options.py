@@ -137,6 +137,18 @@ def test_a_wrong_reward_is_one_line_before_anything_is_loaded(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_flag_in_place_of_a_files_list_is_named_as_the_place(file: Any) -> None:
+    path = file("rewards:\n- {name: window,\n   options: {threshold: 1}}\n")
+    with pytest.raises(ConfigError, match=r"^--rewards: `rewards\.0\.options\.threshold`: must be a number"):
+        load_job(path, flags=["--rewards", "{name: window, options: {threshold: much}}"])
+
+
+def test_a_flag_replaces_a_files_rewards_whole(file: Any) -> None:
+    path = file("rewards: {name: window, weight: 2, options: {threshold: 1}}\n")
+    assert rewards("--rewards", "{name: local:window}", target=path) == [RewardConfig(name="local:window")]
+    assert load_job(path, {"rewards": "window"}).options.rewards == [RewardConfig(name="window")]  # type: ignore[attr-defined]
+
+
 def test_right_rewards_pass(file: Any, capsys: Any) -> None:
     path = str(file(f"rewards:\n- window\n- name: {__name__}:count\n  options: {{least: 2}}\n"))
     assert main(["validate", path]) == 0 and "ok:" in capsys.readouterr().out

@@ -184,7 +184,7 @@ def _how_to_call(function: RewardFunction, name: str) -> _HowToCall:
     positions = [key for key, one in parameters.items() if one.kind in _POSITIONAL and key not in bound]
     first: tuple[str, ...] = ()
     # As in TRL, whose functions all take `**columns`, arguments go by their names; only one that names nothing is given two.
-    if not every and not named & {"completions", "completion_ids"}:
+    if not every and not named & (OFFERED.keys() - {"prompts"}):
         if len(positions) < 2 and inspect.Parameter.VAR_POSITIONAL not in kinds:
             raise ConfigError(
                 "the function takes neither `completions` nor two arguments",

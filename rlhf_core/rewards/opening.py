@@ -112,9 +112,12 @@ def _resolve(given: Any, key: str, place: Mapping[str, str] | str) -> _Resolved:
     if isinstance(given, RewardConfig):
         return _configured(given, key, place)
     if isinstance(given, RewardFn):
-        return _Resolved(name_of(given), lambda: given, place=where, origin=_origin(type(given)))
+        plugin = _plugin(type(given))
+        name = name_of(given) if plugin is None or hasattr(given, "name") else plugin.name
+        return _Resolved(name, lambda: given, place=where, origin=_origin(plugin))
     if isinstance(given, type) and issubclass(given, RewardFn):
-        return _of_class(given, given.__name__, {}, key, place)
+        plugin = _plugin(given)
+        return _of_class(given, given.__name__ if plugin is None else plugin.name, {}, key, place)
     if hasattr(given, "forward") and hasattr(given, "parameters"):
         fix = "wrap it: `RewardModelReward.of(model)`, or a function that encodes the texts and calls it"
         raise ConfigError("a model alone is no reward", place=where, got=type(given).__name__, fix=fix)
@@ -138,12 +141,12 @@ def _configured(config: RewardConfig, key: str, place: Mapping[str, str] | str) 
     if isinstance(found, type) and issubclass(found, RewardFn):
         one = _of_class(found, name, options, key, place)
         if plugin is not None:
-            one = replace(one, origin=_of_plugin(plugin))
+            one = replace(one, origin=_origin(plugin))
     elif isinstance(found, RewardFn):
         if options:
             problem = f"`{config.name}` is a reward that is made already, so it takes no options"
             raise ConfigError(problem, place=_at(f"{key}.options", place), fix="name its class, or leave them out")
-        one = _Resolved(name, lambda: found, place=where, origin=_origin(type(found)))
+        one = _Resolved(name, lambda: found, place=where, origin=_origin(_plugin(type(found))))
     elif callable(found) and not isinstance(found, type):
         reward = FunctionReward(found, options, place=lambda option: _at(f"{key}.options.{option}", place))
         one = _Resolved(name, lambda: reward, place=where)
@@ -183,18 +186,17 @@ def _of_class(
         config = cls.Config.model_validate(dict(options))
     except ValidationError as error:
         raise config_error(cls.Config, error, place, within=f"{key}.options") from None
-    return _Resolved(name, lambda: cls(config), place=where, origin=_origin(cls))
+    return _Resolved(name, lambda: cls(config), place=where, origin=_origin(_plugin(cls)))
 
 
-def _origin(cls: type) -> dict[str, str]:
-    """Return the distribution and version of a class that is a plugin."""
+def _plugin(cls: type) -> registry.Plugin | None:
+    """Return the plugin that a class is, if it is one."""
     target = f"{cls.__module__}:{cls.__qualname__}"
-    found = [plugin for plugin in registry.find("reward") if plugin.target == target]
-    return _of_plugin(found[0]) if found else {}
+    return next((plugin for plugin in registry.find("reward") if plugin.target == target), None)
 
 
-def _of_plugin(plugin: registry.Plugin) -> dict[str, str]:
-    return {"distribution": plugin.distribution, "version": plugin.version}
+def _origin(plugin: registry.Plugin | None) -> dict[str, str]:
+    return {} if plugin is None else {"distribution": plugin.distribution, "version": plugin.version}
 
 
 def _at(key: str, place: Mapping[str, str] | str) -> str:
