@@ -95,7 +95,8 @@ class Contract:
         stated = {"summary": header.summary, "api": header.api}
         found = {"summary": summary, "api": getattr(cls, "api", None)}
         if self.kind == "trainer":
-            stated["record"], found["record"] = header.record, getattr(cls, "record", None)
+            stated |= {"record": header.record, "stage": header.stage}
+            found |= {"record": getattr(cls, "record", None), "stage": getattr(cls, "stage", None)}
         for name, value in found.items():
             require(
                 stated[name] == value,
