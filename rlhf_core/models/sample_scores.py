@@ -120,7 +120,7 @@ class SampleScores(Generic[ScoreT]):
     Args:
         score: what the model makes of a batch, one entry a response.
         model: a `RewardModel` or `ProcessRewardModel`; its tokenizer, device, precision and positions count.
-        config: what is longer than `max_length` is cut at its end, and told of once.
+        config: what is longer than `max_length` is cut at its end, which is said once.
     """
 
     def __init__(self, score: Callable[[Batch], Sequence[ScoreT]], model: HeadedModel, config: ScoringConfig) -> None:
@@ -130,7 +130,7 @@ class SampleScores(Generic[ScoreT]):
         self.prompts = Encoder(model.tokenizer, "prompt", max_length=self.max_length)
         self.end: int = model.tokenizer.eos_token_id
         self.cache: OrderedDict[str, ScoreT] = OrderedDict()
-        self._told = False
+        self._said = False
 
     def __call__(self, samples: Sequence[Sample]) -> list[ScoreT]:
         """Return one score a sample, in order.
@@ -219,8 +219,8 @@ class SampleScores(Generic[ScoreT]):
                 raise self._no_room(number, NO_ROOM)
             cut += len(response) > room
             rows.append(EncodedRow(number, outcome.row.prompt_ids, [response[:room]], [[True] * len(response[:room])]))
-        if cut and not self._told:
-            self._told = True
+        if cut and not self._said:
+            self._said = True
             log.warning(
                 "%d of %d samples are longer than %d tokens and scored without their ends (this is said once): %s",
                 cut, len(samples), self.max_length, self._more_room(),
