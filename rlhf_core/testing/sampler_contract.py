@@ -6,6 +6,7 @@ class TestDistinct(SamplerContract):
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from itertools import islice
@@ -13,6 +14,7 @@ from typing import Any, ClassVar
 from unittest import SkipTest
 
 from rlhf_core.config import BaseConfig
+from rlhf_core.infra.seeds import RandomState
 from rlhf_core.interfaces import Completion, RewardFn, Sample, Sampler
 from rlhf_core.online import SamplingConfig
 from rlhf_core.testing.arithmetic import Arithmetic
@@ -87,6 +89,8 @@ class SamplerContract(Contract):
                 require(len(completions) == n, f"prompt {number} gets {len(completions)} completions, not n = {n}")
                 kinds = {type(one).__name__ for one in completions if not isinstance(one, Completion)}
                 require(not kinds, f"prompt {number} gets {', '.join(sorted(kinds))} in place of a Completion")
+        many = len(sampler.sample(prompts[:1], 17, seed=SEED)[0])
+        require(many == 17, f"prompt 0 gets {many} completions, not n = 17")
         empty = sampler.sample([], 2, seed=SEED)
         require(len(empty) == 0, f"{len(empty)} lists for no prompt")
 
@@ -108,12 +112,12 @@ class SamplerContract(Contract):
     def test_rows_are_prompts_too(self) -> None:
         """Prompts may be rows; their `prompt` is answered, and their other columns reach the reward."""
         rows, sampler = self.rows(), self.instance()
-        reward = self.reward
+        reward, asked = self.reward, [row["prompt"] for row in rows]
         found = sampler.sample(rows, 2, seed=SEED)
         counts = [len(completions) for completions in found]
         require(counts == [2] * len(rows), f"{len(rows)} rows get {counts} completions, not 2 each")
-        plain = self.instance().sample([row["prompt"] for row in rows], 2, seed=SEED)
-        self._require_own(sampler, [row["prompt"] for row in rows], found, "row")
+        plain = self.instance().sample(asked, 2, seed=SEED)
+        self._require_own(sampler, asked, found, "row")
         if "reward" not in self.subject().roles.values():
             require(_ids(found) == _ids(plain), "rows get other completions than their prompts alone")
             return
@@ -216,6 +220,41 @@ class SamplerContract(Contract):
             require(same, f"sampling changes the weights of `{role}`")
             require(all(part.training for part in policy.modules()), f"`{role}` was training, and is left otherwise")
             require(all(one.grad is None for one in policy.parameters()), f"sampling leaves a gradient in `{role}`")
+
+    @after(OWN)
+    def test_sampling_options_count(self) -> None:
+        """Options of generation reach the draw: the limit holds, and truncation is told by `kept_mass`."""
+        config = self.config()
+        names = [name for name in type(config).model_fields if isinstance(getattr(config, name), SamplingConfig)]
+        if not names:
+            raise SkipTest("no option is a `SamplingConfig`")
+        options = {"max_new_tokens": 3, "temperature": 0.7, "top_p": 0.6, "top_k": 50}
+        changed = config.updated(**dict.fromkeys(names, options))
+        sampler, prompts = self.subject()(changed, **self.models()), self.prompts()
+        found = sampler.sample(prompts, 3, seed=SEED)
+        longest = max(len(one.ids) for one in _flat(found))
+        require(longest <= 3, f"with `max_new_tokens: 3` a completion has {longest} tokens")
+        told = [value for one in _flat(found) for value in (*one.kept_mass, *([1.0] * (not one.kept_mass)))]
+        require(min(told) < 0.99, "with `top_p: 0.6` and `top_k: 50`, `kept_mass` says that nothing was cut off")
+        self._require_own(sampler, prompts, found, "with truncation, prompt")
+
+    @after(COUNTS)
+    def test_prompts_are_left_alone(self) -> None:
+        """Sampling changes nothing in the prompts, which the caller still needs."""
+        for prompts in (self.chats(), self.rows()):
+            before = copy.deepcopy(prompts)
+            self.instance().sample(prompts, 2, seed=SEED)
+            require(prompts == before, f"the prompts aren't as they were: {prompts[0]!r}, before {before[0]!r}")
+
+    @after(REPEATS)
+    def test_global_random_state_is_left_alone(self) -> None:
+        """With a seed, Python's, numpy's and torch's own random numbers go on as if nothing had been sampled."""
+        sampler, prompts = self.instance(), self.prompts()
+        before = RandomState.capture().to_json()
+        sampler.sample(prompts, 2, seed=SEED + 5)  # which no other check left the state of
+        now = RandomState.capture().to_json()
+        moved = [name for name in ("python", "numpy", "torch_cpu") if now[name] != before[name]]
+        require(not moved, f"sampling with a seed moves the global random state of {', '.join(moved)}")
 
     def _require_own(
         self, sampler: Sampler, prompts: Sequence[Any], found: Sequence[Sequence[Completion]], what: str

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
+import torch
 from pydantic import Field
 
 from rlhf_core.config import BaseConfig
@@ -251,3 +253,83 @@ class LeftInEvaluation(Plain):
     def sample(self, prompts: Sequence[Any], n: int = 1, *, seed: int | None = None) -> Found:
         self.policy.eval()
         return super().sample(prompts, n, seed=seed)
+
+
+class ConfiguredConfig(BaseConfig):
+    """Options of sampling as it is configured."""
+
+    generation: SamplingConfig = Field(default_factory=SamplingConfig, description="How completions are drawn.")
+
+
+class Configured(Sampler):
+    """Draws from the policy as it is configured."""
+
+    api = 1
+    Config = ConfiguredConfig
+    config: ConfiguredConfig
+
+    def sample(self, prompts: Sequence[Any], n: int = 1, *, seed: int | None = None) -> Found:
+        drawn = Engine(self.policy, seed=seed).generate(prompt_batch(self.policy, prompts), n, self.sampling())
+        return [[self.changed(one) for one in group] for group in drawn]
+
+    def sampling(self) -> SamplingConfig:
+        return self.config.generation
+
+    def changed(self, one: Completion) -> Completion:
+        return one
+
+
+class FixedOptions(Configured):
+    """Has options that do nothing."""
+
+    api = 1
+
+    def sampling(self) -> SamplingConfig:
+        return SamplingConfig(max_new_tokens=24)
+
+
+class SilentlyCut(Configured):
+    """Doesn't say what truncation kept."""
+
+    api = 1
+
+    def changed(self, one: Completion) -> Completion:
+        return replace(one, kept_mass=[])
+
+
+class CutAsDrawn(Configured):
+    """Takes the tempered log-probabilities for those of the truncated distribution."""
+
+    api = 1
+
+    def changed(self, one: Completion) -> Completion:
+        return replace(one, logprobs=[a + math.log(m) for a, m in zip(one.logprobs, one.kept_mass, strict=True)])
+
+
+class TakesPrompts(Plain):
+    """Takes the prompts out of their rows."""
+
+    api = 1
+
+    def sample(self, prompts: Sequence[Any], n: int = 1, *, seed: int | None = None) -> Found:
+        return super().sample([one.pop("prompt") if "prompt" in one else one for one in prompts], n, seed=seed)
+
+
+class SeedsTheWorld(Plain):
+    """Seeds the global random state."""
+
+    api = 1
+
+    def sample(self, prompts: Sequence[Any], n: int = 1, *, seed: int | None = None) -> Found:
+        if seed is not None:
+            torch.manual_seed(seed)
+        return super().sample(prompts, n)
+
+
+class AtMostEight(Plain):
+    """Draws eight at most."""
+
+    api = 1
+
+    def sample(self, prompts: Sequence[Any], n: int = 1, *, seed: int | None = None) -> Found:
+        return super().sample(prompts, min(n, 8), seed=seed)

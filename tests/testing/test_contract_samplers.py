@@ -17,6 +17,10 @@ class TestPlain(SamplerContract):
     sampler = plugins.Plain
 
 
+class TestConfigured(SamplerContract):
+    sampler = plugins.Configured
+
+
 class TestGreedy(SamplerContract):
     sampler = plugins.Plain
     options: ClassVar = {"temperature": 0}
@@ -50,6 +54,12 @@ FAULTS: dict[type[Sampler], dict[str, str]] = {
         "test_other_seeds_draw_otherwise": "without a seed, a second call gives the same completions"
     },
     plugins.SeedByPlace: {"test_completions_do_not_depend_on_company": "prompt . alone gets other completions"},
+    plugins.FixedOptions: {"test_sampling_options_count": "with `max_new_tokens: 3` a completion has"},
+    plugins.SilentlyCut: {"test_sampling_options_count": "`kept_mass` says that nothing was cut off"},
+    plugins.CutAsDrawn: {"test_sampling_options_count": "with truncation, prompt 0: `logprobs` of token 0 is"},
+    plugins.TakesPrompts: {"test_prompts_are_left_alone": "the prompts aren't as they were"},
+    plugins.SeedsTheWorld: {"test_global_random_state_is_left_alone": "moves the global random state of torch_cpu"},
+    plugins.AtMostEight: {"test_n_completions_for_each_prompt": "prompt 0 gets 8 completions, not n = 17"},
     plugins.LeftInEvaluation: {"test_models_are_left_alone": "`policy` was training, and is left otherwise"},
 }
 
