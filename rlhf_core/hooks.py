@@ -2,14 +2,15 @@
 
 A hook plugin is an object or module behind an entry point of the group `rlhf_core.hooks`:
 
-    from rlhf_core.hooks import hookimpl
+    from rlhf_core.plugin import hookimpl
 
     @hookimpl
     def step_ended(step, metrics):  # any of the event's arguments, by name
         print(step, metrics["loss"])
 
-A hook never harms a run: one that can't be loaded is warned about and left out; one that raises is warned about and heard no
-more. Methods are looked up by name in `registry`, never through hooks.
+Of a run in several processes the first one's events are heard. A hook never harms a run: one that can't be loaded is warned
+about and left out; one that raises is warned about and heard no more. Methods are looked up by name in `registry`, never
+through hooks.
 """
 
 from __future__ import annotations
@@ -78,6 +79,10 @@ class Hooks:
     def names(self) -> list[str]:
         """The names of those that listen, in the order in which they were added."""
         return [name for name, plugin in self._manager.list_name_plugin() if plugin is not None]
+
+    def events_of(self, name: str) -> list[str]:
+        """Return the events that a listener hears."""
+        return [caller.name for caller in self._manager.get_hookcallers(self._manager.get_plugin(name)) or ()]
 
     def add(self, listener: Any, name: str) -> bool:
         """Add an object or module whose `@hookimpl` functions bear the names of events; a wrong one is warned about."""

@@ -19,10 +19,10 @@ def add_to(app: typer.Typer) -> None:
 def check(
     context: typer.Context,
     name: Annotated[
-        str, typer.Argument(metavar="[KIND:]NAME", help="The method to check.", autocompletion=complete.names)
+        str, typer.Argument(metavar="[KIND:]NAME", help="The plugin to check.", autocompletion=complete.names)
     ],
 ) -> None:
-    """Run the conformance tests of a method's kind against it: `rlhf check ties`, `rlhf check reward:reward_model --model M`.
+    """Run the conformance tests of a plugin's kind against it: `rlhf check ties`, `rlhf check reward:reward_model --model M`.
 
     Any option of the method is a flag; those without a default must be given.
     """
@@ -30,30 +30,32 @@ def check(
 
     plugin = registry.lookup(name)
     method = registry.load(plugin)  # what can't be loaded is told in one line, not as failing tests
+    from rlhf_core.config import BaseConfig
     from rlhf_core.flags import lex
     from rlhf_core.job import convert_options
-    from rlhf_core.testing.check import contract_of, run_contract
+    from rlhf_core.testing.check import run_contract
     from rlhf_core.yaml_files import nest
 
-    contract_of(plugin.kind)
-    given, places = convert_options(lex(context.args), method.Config, plugin.qualified, ())
+    kind = BaseConfig if plugin.kind == "hook" else method.Config
+    given, places = convert_options(lex(context.args), kind, plugin.qualified, ())
     options = nest(given)
-    method.Config.parse(options, place=places | {"": "command line"})  # what is missing is told once, not by each test
+    kind.parse(options, place=places | {"": "command line"})  # what is missing is told once, not by each test
     raise typer.Exit(run_contract(plugin.kind, plugin.qualified, options=options))
 
 
 def new(
     kind: Annotated[
-        str, typer.Argument(metavar="KIND", help="trainer, reward, sampler or merger.", autocompletion=complete.kinds)
+        str,
+        typer.Argument(metavar="KIND", help="trainer, reward, sampler, merger or hook.", autocompletion=complete.kinds),
     ],
     name: Annotated[
-        str, typer.Argument(metavar="NAME", help="Name of the package and its method, such as acme-margin.")
+        str, typer.Argument(metavar="NAME", help="Name of the package and its plugin, such as acme-margin.")
     ],
     directory: Annotated[
         Path, typer.Option("--dir", help="Where to make the package's directory.", file_okay=False)
     ] = Path(),
 ) -> None:
-    """Write a package that offers one method: it installs, is listed and passes its tests as it is."""
+    """Write a package that offers one plugin: it installs, is listed and passes its tests as it is."""
     from rlhf_core.cli.scaffold import write_package
     from rlhf_core.registry import parse_kind
 

@@ -14,6 +14,7 @@ from rlhf_core.lazy import lazy_names
 
 if TYPE_CHECKING:
     from rlhf_core.testing import arithmetic as arithmetic
+    from rlhf_core.testing.hook_contract import HookContract as HookContract
     from rlhf_core.testing.merger_contract import MergerContract as MergerContract
     from rlhf_core.testing.processes import simulate as simulate
     from rlhf_core.testing.reward_contract import RewardContract as RewardContract
@@ -34,6 +35,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.testing.reward_contract": "RewardContract",
         "rlhf_core.testing.sampler_contract": "SamplerContract",
         "rlhf_core.testing.merger_contract": "MergerContract",
+        "rlhf_core.testing.hook_contract": "HookContract",
         "rlhf_core.testing.tiny": "tiny_model tiny_policy tiny_tokenizer save_tiny",
         "rlhf_core.testing.arithmetic": "",
     },

@@ -1,4 +1,4 @@
-"""What every kind's contract shares: which class is tested, expected failures, and the checks of header and configuration.
+"""What every kind's contract shares: what is tested, expected failures, and of methods the checks of header and configuration.
 
 A contract is a class whose methods `test_…` each prove one promise. pytest collects its subclasses, and `rlhf check` runs them
 without pytest. A check that has nothing to look at is skipped and says why; it never passes unseen.
@@ -24,8 +24,8 @@ from rlhf_core.header import HeaderError, read_header
 Test = Callable[[Any], None]
 
 
-class Contract:
-    """The base of the contracts. Inherit one of them, and name what it is to test."""
+class Checks:
+    """What every contract is: checks of one plugin, some of which may be expected to fail."""
 
     kind: ClassVar[str]
     method: ClassVar[str | None] = None
@@ -48,7 +48,7 @@ class Contract:
                 fix=did_you_mean(unknown[0], cls.checks()),
             )
         for name in cls.checks():
-            _mark(cls, name)
+            cls._mark(name)
 
     @classmethod
     def checks(cls) -> list[str]:
@@ -71,6 +71,31 @@ class Contract:
                 f"nothing to test: give `method`, a {cls.kind}'s name, or `{cls.kind}`, a class", place=cls.__name__
             )
         return registry.get(cls.kind, cls.method)
+
+    @classmethod
+    def _mark(cls, name: str) -> None:
+        """Give a class's own copy of a test the mark that tells pytest of an expected failure."""
+        test = getattr(cls, name)
+        plain = getattr(test, "_unmarked", test)
+        if name not in cls.expected_failures:
+            if plain is not test:
+                setattr(cls, name, plain)
+            return
+        try:
+            import pytest
+        except ImportError:  # then only `run_contract` runs this class, which reads `expected_failures` itself
+            return
+
+        @functools.wraps(plain)
+        def marked(self: Checks) -> None:
+            plain(self)
+
+        marked._unmarked = plain  # type: ignore[attr-defined]
+        setattr(cls, name, pytest.mark.xfail(strict=True, reason=cls.expected_failures[name])(marked))
+
+
+class Contract(Checks):
+    """The base of the contracts of methods. Inherit one of them, and name what it is to test."""
 
     def config(self) -> Any:
         """Return the method's configuration with `options`."""
@@ -140,7 +165,7 @@ def after(*names: str) -> Callable[[Test], Test]:
 
     def decorate(test: Test) -> Test:
         @functools.wraps(test)
-        def guarded(self: Contract) -> None:
+        def guarded(self: Checks) -> None:
             for name in names:
                 if (error := _outcome(self, name)) is not None:
                     first = str(error).partition("\n")[0]
@@ -164,7 +189,7 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _outcome(contract: Contract, name: str) -> Exception | None:
+def _outcome(contract: Checks, name: str) -> Exception | None:
     outcomes = type(contract)._outcomes
     if name not in outcomes:
         try:
@@ -173,27 +198,6 @@ def _outcome(contract: Contract, name: str) -> Exception | None:
         except Exception as error:
             outcomes[name] = error
     return outcomes[name]
-
-
-def _mark(cls: type[Contract], name: str) -> None:
-    """Give a class's own copy of a test the mark that tells pytest of an expected failure."""
-    test = getattr(cls, name)
-    plain = getattr(test, "_unmarked", test)
-    if name not in cls.expected_failures:
-        if plain is not test:
-            setattr(cls, name, plain)
-        return
-    try:
-        import pytest
-    except ImportError:  # then only `run_contract` runs this class, which reads `expected_failures` itself
-        return
-
-    @functools.wraps(plain)
-    def marked(self: Contract) -> None:
-        plain(self)
-
-    marked._unmarked = plain  # type: ignore[attr-defined]
-    setattr(cls, name, pytest.mark.xfail(strict=True, reason=cls.expected_failures[name])(marked))
 
 
 def _described(config: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str | None]]:

@@ -250,7 +250,8 @@ class Run:
         """Restore the newest whole checkpoint of a continued run, and start the log behind it."""
         if self.checkpoint is not None:
             self.state.put_back(self.checkpoint)
-        self.hooks = load_hooks()
+        # What listens writes files and talks to trackers: once, whatever the number of processes.
+        self.hooks = load_hooks() if self.distribution.is_main else Hooks()
         self.logger = TrainingLogger(
             self.trainer.output,
             self.config.logging,

@@ -7,13 +7,16 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from rlhf_core import registry
 from rlhf_core.cli import main
 from rlhf_core.cli.scaffold import write_package
 from rlhf_core.errors import ConfigError, StorageError
 from rlhf_core.header import read_header, read_options
+from rlhf_core.testing import tiny_policy
 
 
 @pytest.mark.parametrize("kind", ["trainer", "reward", "sampler", "merger"])
@@ -31,7 +34,7 @@ def test_the_header_of_a_new_package_is_that_of_its_kind(kind: str, tmp_path: Pa
 
 def test_new_packages_pass_their_tests(tmp_path: Path, install) -> None:
     paths, roots = [], []
-    for kind in ("reward", "sampler", "merger"):
+    for kind in ("reward", "sampler", "merger", "hook"):
         root = write_package(kind, f"acme-{kind}", tmp_path)
         entries = tomllib.loads((root / "pyproject.toml").read_text())["project"]["entry-points"][f"rlhf_core.{kind}s"]
         paths += [root / "src", install(f"acme-{kind}", {}, **{f"{kind}s": entries})]
@@ -41,6 +44,24 @@ def test_new_packages_pass_their_tests(tmp_path: Path, install) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout and "skipped" not in done.stdout
+
+
+def test_a_new_hook_hears_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, install: Any) -> None:
+    from rlhf_plugins import SFTConfig, SFTTrainer
+
+    root = write_package("hook", "acme-evaluations", tmp_path)
+    entries = tomllib.loads((root / "pyproject.toml").read_text())["project"]["entry-points"]["rlhf_core.hooks"]
+    install("acme-evaluations", {}, hooks=entries)
+    monkeypatch.syspath_prepend(str(root / "src"))
+    (hook,) = (plugin for plugin in registry.find("hook") if plugin.name == "acme-evaluations")
+    assert hook.summary == "Writes each run's evaluations to a table, evaluations.csv in the run directory."
+    rows = [{"prompt": "1+1=", "response": "2"}] * 4
+    config = SFTConfig(eval_steps=1, batch_size=2, max_steps=2)
+    result = SFTTrainer(config, model=tiny_policy(), data=rows, eval_data=rows[:1], output=tmp_path / "run").train()
+    table = (tmp_path / "run/evaluations.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in table] == ["step", "0", "1", "2"]
+    last = dict(zip(table[0].split(","), table[-1].split(","), strict=True))
+    assert float(last["eval_loss"]) == result.eval_metrics["eval_loss"]
 
 
 def test_the_example_is_a_valid_configuration(tmp_path: Path, monkeypatch, install, capsys) -> None:

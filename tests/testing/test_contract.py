@@ -123,9 +123,9 @@ def test_check_knows_expected_failures(capsys: pytest.CaptureFixture[str]) -> No
     assert f"{name}: passes, and was expected to fail: it averages" in capsys.readouterr().out
 
 
-def test_what_has_no_contract_is_refused() -> None:
-    with pytest.raises(ConfigError, match="a hook has no contract to check") as caught:
-        run_contract("hook", "any")
+def test_what_there_is_not_is_refused() -> None:
+    with pytest.raises(ConfigError, match="unknown kind of plugin `optimiser`") as caught:
+        run_contract("optimiser", "any")
     assert caught.value.exit_code == 2
     with pytest.raises(registry.UnknownPlugin, match=r"unknown trainer `dop`.*did you mean `dpo`"):
         run_contract("trainer", "dop")

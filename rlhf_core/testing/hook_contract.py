@@ -1,0 +1,175 @@
+"""What every hook promises, as tests to inherit.
+
+class TestEvaluations(HookContract):
+    method = "acme-evaluations"  # a registered name, or `hook = EvaluationsHook`
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from rlhf_core import hooks, registry
+from rlhf_core.batch import Batch
+from rlhf_core.config import TrainingStage
+from rlhf_core.errors import PluginError
+from rlhf_core.interfaces import Evaluation, Loss, Trainer
+from rlhf_core.online import OnlineConfig
+from rlhf_core.testing.contract import Checks, after, require
+from rlhf_core.testing.tiny import tiny_policy
+from rlhf_core.training.context import RunContext
+
+NAME = "under-test"
+LISTENS, TAKES = "test_it_listens", "test_it_takes_every_event"
+
+
+class HookContract(Checks):
+    """The conformance tests of a hook. Short runs of a tiny model emit every event."""
+
+    kind = "hook"
+    hook: ClassVar[Any] = None
+    """The class, object or module under test, in place of `method`."""
+
+    def test_it_is_described(self) -> None:
+        """The docstring of its module has a first line, which is its summary in `rlhf list`."""
+        subject = self.subject()
+        owner = subject if isinstance(subject, type) else type(subject)
+        module = subject if isinstance(subject, ModuleType) else sys.modules[owner.__module__]
+        name = module.__name__
+        require(
+            bool((module.__doc__ or "").strip()), f"`{name}` has no docstring; its first line is shown by `rlhf list`"
+        )
+
+    def test_it_listens(self) -> None:
+        """A run accepts it: its `@hookimpl` functions bear the names of events, and of their arguments."""
+        subject = self.subject()
+        listeners = hooks.Hooks()
+        with _warnings() as said:
+            listeners.add(subject() if isinstance(subject, type) else subject, NAME)
+        require(not said, "".join(said[:1]))
+        known = ", ".join(hooks.EVENTS)
+        require(bool(listeners.events_of(NAME)), f"it hears nothing: mark a function with `@hookimpl`, one of {known}")
+
+    @after(LISTENS)
+    def test_it_takes_every_event(self) -> None:
+        """Nothing raises in it while a run reaches its end and another fails, with and without a run directory."""
+        for rewards in ([_digits], [_broken]):
+            for output in (True, False):
+                with self._listening() as said, suppress(PluginError):
+                    _train(rewards, output=output)
+                where = "" if output else " in a run without a directory"
+                require(not said, "".join(said[:1]) + where)
+
+    @after(TAKES)
+    def test_it_leaves_the_run_alone(self) -> None:
+        """A run that it listens to ends in the same weights, bit for bit, as one that it doesn't."""
+        with _only_registered():
+            alone = _train([_digits])
+        with self._listening():
+            heard = _train([_digits])
+        changed = [name for name, value in alone.items() if not torch.equal(value, heard[name])]
+        require(not changed, f"the run ends in other weights where it listens: {', '.join(changed[:4])}")
+
+    @contextmanager
+    def _listening(self) -> Iterator[list[str]]:
+        """Have it listen, and no other hook; yield the list of what is said of it."""
+        subject = self.subject()  # an installed one is not there within
+        with _only_registered(), _warnings() as said:
+            registry.register("hook", NAME, subject)
+            try:
+                yield said
+            finally:
+                registry.unregister("hook", NAME)
+
+
+class _Toy(Trainer[OnlineConfig]):
+    """REINFORCE, as short as it can be: its runs emit every event."""
+
+    api = 1
+    record = "prompt"
+    stage = TrainingStage.POLICY
+    Config = OnlineConfig
+
+    def experience(self, stream: Iterator[Batch], run: RunContext) -> Iterable[Batch]:
+        for batch in stream:
+            drawn = run.engine.generate(batch, self.config.group_size, self.config.generation)
+            yield Batch.from_completions(batch, drawn).attach(per_response={"rewards": run.score(batch, drawn).total})
+
+    def weights(self, batch: Batch) -> Mapping[str, float]:
+        return {"policy": batch.num_responses}
+
+    def loss(self, batch: Batch) -> Loss:
+        return Loss({"policy": -(batch["rewards"] * self.policy.response_logps(batch)).sum()})
+
+    def evaluate(self, batch: Batch, run: RunContext) -> Evaluation:
+        rewards = run.score(batch, run.engine.generate(batch, 1, self.config.generation)).total
+        return Evaluation(metrics={"reward": (rewards, torch.ones_like(rewards))})
+
+
+def _digits(completions: list[str]) -> list[float]:
+    return [float(sum(map(str.isdigit, text))) for text in completions]
+
+
+def _broken(completions: list[str]) -> list[float]:
+    raise RuntimeError("this reward is broken, so that a run fails")
+
+
+def _train(rewards: list[Any], *, output: bool = True) -> dict[str, Tensor]:
+    """Return the weights that a short run ends in."""
+    config = OnlineConfig.parse(
+        {
+            "max_steps": 2, "batch_size": 2, "group_size": 2, "eval_steps": 1, "learning_rate": 1e-3, "max_length": 32,
+            "generation": {"max_new_tokens": 4}, "checkpoint": {"every": int(output)}, "logging": {"progress": False},
+        }
+    )  # fmt: skip
+    rows = [{"prompt": f"{number}+1="} for number in range(4)]
+    with tempfile.TemporaryDirectory(prefix="rlhf-contract-") as folder:
+        place = Path(folder) / "run" if output else None
+        trainer = _Toy(config, model=tiny_policy(), data=rows, eval_data=rows[:2], output=place, rewards=rewards)
+        trainer.train()
+        return {name: value.detach().clone() for name, value in trainer.models.named_parameters()}
+
+
+@contextmanager
+def _only_registered() -> Iterator[None]:
+    """Leave out every plugin that is installed."""
+    before = os.environ.get(registry.ALLOW_VARIABLE)
+    os.environ[registry.ALLOW_VARIABLE] = NAME
+    try:
+        yield
+    finally:
+        os.environ.pop(registry.ALLOW_VARIABLE, None)
+        if before is not None:
+            os.environ[registry.ALLOW_VARIABLE] = before
+
+
+@contextmanager
+def _warnings() -> Iterator[list[str]]:
+    """Yield the list of warnings that are given of hooks, and keep them out of the log."""
+
+    class Kept(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    said: list[str] = []
+    logger, handler = logging.getLogger(hooks.__name__), Kept(logging.WARNING)
+    level, passes = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
+    try:
+        yield said
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = passes

@@ -1,0 +1,119 @@
+"""The hooks' contract: a right one passes, and each kind of fault is caught by the check that is made for it."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_core.plugin import hookimpl
+from rlhf_core.testing import HookContract
+from rlhf_core.testing.check import run_checks, run_contract
+
+HEARD: list[str] = []
+
+
+class Listens:
+    """Hears everything, and draws from a generator of its own."""
+
+    def __init__(self) -> None:
+        self.random = random.Random(0)
+
+    @hookimpl
+    def run_started(self, run):
+        HEARD.append("run_started")
+
+    @hookimpl
+    def step_ended(self, run, step, metrics):
+        HEARD.append("step_ended")
+        assert self.random.random() < 1 and metrics["loss"] < 100
+
+    @hookimpl
+    def rollouts_scored(self, samples, rewards):
+        HEARD.append("rollouts_scored")
+        assert len(samples) == len(rewards) and samples[0].completion_ids
+
+    @hookimpl
+    def evaluated(self, metrics):
+        HEARD.append("evaluated")
+        assert "eval_reward" in metrics
+
+    @hookimpl
+    def checkpoint_saved(self, path):
+        HEARD.append("checkpoint_saved")
+        assert path.is_dir()
+
+    @hookimpl
+    def run_ended(self, result):
+        HEARD.append("run_ended")
+
+    @hookimpl
+    def run_failed(self, error):
+        HEARD.append("run_failed")
+        assert "this reward is broken" in str(error)
+
+
+class Deaf:
+    def step_ended(self, step):
+        """It lacks its mark."""
+
+
+class Misspelt:
+    @hookimpl
+    def step_end(self, step):
+        pass
+
+
+class NeedsADirectory:
+    @hookimpl
+    def run_ended(self, run):
+        (run.output / "done").touch()
+
+
+class RaisesOnFailure:
+    @hookimpl
+    def run_failed(self, error):
+        raise RuntimeError(error.errno)
+
+
+class MovesWeights:
+    @hookimpl
+    def step_ended(self, run):
+        with torch.no_grad():
+            next(run.policy.parameters()).mul_(0.5)
+
+
+def outcomes(hook: Any) -> dict[str, tuple[str, str]]:
+    contract = type("Contract", (HookContract,), {"hook": hook})
+    return {check.name: (check.status, check.reason) for check in run_checks(contract)}
+
+
+@pytest.mark.parametrize(
+    ("hook", "check", "reason"),
+    [
+        (Deaf, "test_it_listens", "it hears nothing: mark a function with `@hookimpl`, one of run_started, step_ended"),
+        (Misspelt, "test_it_listens", "there is no event `step_end`; did you mean `step_ended`"),
+        (NeedsADirectory, "test_it_takes_every_event", "TypeError in run_ended"),
+        (RaisesOnFailure, "test_it_takes_every_event", "AttributeError in run_failed"),
+        (MovesWeights, "test_it_leaves_the_run_alone", "the run ends in other weights where it listens"),
+    ],
+)
+def test_a_fault_is_caught(hook: type, check: str, reason: str) -> None:
+    found = outcomes(hook)
+    assert [name for name, (status, _) in found.items() if status == "failed"] == [check]
+    assert reason in found[check][1]
+    if hook is NeedsADirectory:
+        assert "in a run without a directory" in found[check][1]
+
+
+def test_a_right_hook_hears_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    from rlhf_core import registry
+    from rlhf_core.hooks import EVENTS
+
+    HEARD.clear()
+    registry.register("hook", "listens", Listens)
+    assert run_contract("hook", "listens") == 0
+    assert "4 ok" in capsys.readouterr().out
+    assert set(HEARD) == set(EVENTS)
