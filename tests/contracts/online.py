@@ -85,12 +85,13 @@ def trainer(
     policy: PolicyModel | None = None,
     data: Any = None,
     held_out: int = 0,
-    rewards: Any = None,
+    objects: Any = None,
     **options: Any,
 ) -> Any:
-    """Return a trainer on a copy of the tiny model, or on `policy`; options are those of its configuration, on top of OPTIONS."""
+    """Return a trainer on a copy of the tiny model, or on `policy`; `objects` are its rewards in place of names; options
+    are those of its configuration, on top of OPTIONS."""
     registry.register("reward", "ends", Ends)
-    own = {} if rewards is None else {"rewards": []}
+    own = {} if objects is None else {"rewards": []}
     config = kind.Config.parse({**OPTIONS, **own, **options})
     return kind(
         config,
@@ -98,7 +99,7 @@ def trainer(
         data=rows() if data is None else data,
         eval_data=rows("test", held_out) if held_out else None,
         output=output,
-        rewards=rewards,
+        rewards=objects,
     )
 
 

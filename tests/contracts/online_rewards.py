@@ -39,3 +39,10 @@ def rare(completions: Sequence[str], **columns: Any) -> list[float]:
 def alike(completions: Sequence[str], **columns: Any) -> list[float]:
     """Score all the same."""
     return [1.0] * len(completions)
+
+
+def ends_or_digits(completions: Sequence[str], stop_reasons: Sequence[str]) -> list[float]:
+    """Score an end, and a little each digit, so that completions of both kinds differ."""
+    return [
+        (stop == "end") + sum(map(str.isdigit, text)) / 8 for text, stop in zip(completions, stop_reasons, strict=True)
+    ]

@@ -107,7 +107,7 @@ def test_checkpoints_wait_for_the_end_of_a_rollout(tmp_path: Path) -> None:
 def test_rewards_as_objects_learn_what_names_do(tmp_path: Path) -> None:
     by_name, in_python = (
         trainer(tmp_path / "a"),
-        trainer(tmp_path / "b", rewards=[digits, (Ends(Ends.Config(worth=0.2)), 0.5)]),
+        trainer(tmp_path / "b", objects=[digits, (Ends(Ends.Config(worth=0.2)), 0.5)]),
     )
     assert by_name.train().step == in_python.train().step == 8
     first, second = ([row["loss"] for row in metrics_of(tmp_path / name)] for name in "ab")

@@ -1,0 +1,343 @@
+"""What the core promises an online method: the same update however it is cut, a schedule that ends, events, faults."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from online import DYNAMIC, KL, model, rows, trainer
+from torch import Tensor
+
+from rlhf_core import registry
+from rlhf_core.batch import Batch
+from rlhf_core.errors import ConfigError, NumbersError, PluginError
+from rlhf_core.hooks import hookimpl
+from rlhf_core.infra.tensors import read_tensors
+from rlhf_core.interfaces import Sample
+from rlhf_core.models import PolicyModel
+from rlhf_core.testing import simulate
+from rlhf_core.testing.runs import metrics_of, require_same_run
+from rlhf_core.testing.workbench import Workbench
+from rlhf_core.training.distribution import Distribution
+
+TOLERANCE = 1e-5
+"""Relative difference of a gradient in float32 that another cut may make by rounding."""
+
+
+def apart(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Return ‖found − expected‖ / ‖expected‖ over all tensors."""
+    assert found.keys() == expected.keys() and expected
+    whole = [torch.cat([side[name].flatten().double() for name in expected]) for side in (found, expected)]
+    return float((whole[0] - whole[1]).norm() / whole[1].norm())
+
+
+def weights_of(run: Any) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in run.models.named_parameters()}
+
+
+def learned(run: Any) -> dict[str, Tensor]:
+    """Return by how much each weight has moved from the model's."""
+    start = {f"policy.{name}": p.detach() for name, p in model().named_parameters()}
+    return {name: value - start[name] for name, value in weights_of(run).items() if name in start}
+
+
+# However it is cut. An epsilon of the size of gradients keeps AdamW from making a sign of what rounds to zero.
+
+SMOOTH: dict[str, Any] = {"optimizer": {"epsilon": 1e-2}, "max_grad_norm": None, "learning_rate": 1e-2}
+CUTS: list[dict[str, Any]] = [
+    {"micro_batch_size": 1},
+    {"micro_batch_size": 3},
+    {"batching": {"micro_batch_tokens": 60}},
+]
+
+
+@pytest.mark.parametrize("options", [{}, KL, DYNAMIC], ids=["plain", "kl", "dynamic"])
+def test_any_micro_batch_learns_the_same(options: dict[str, Any]) -> None:
+    """A rollout of four steps; groups of four are cut by 1, by 3 and by tokens."""
+    shared = {**SMOOTH, **options, "max_steps": 4}
+    whole = trainer(**shared)
+    whole.train()
+    expected = learned(whole)
+    assert min(float(value.norm()) for value in expected.values()) > 0
+    for cut in CUTS:
+        run = trainer(**shared, **cut)
+        run.train()
+        assert [window.batch.rows for _, window in run.made] == [window.batch.rows for _, window in whole.made]
+        assert apart(learned(run), expected) < 10 * TOLERANCE  # of four steps
+
+
+@pytest.mark.parametrize("options", [{}, KL, {**KL, **DYNAMIC}], ids=["plain", "kl", "dynamic"])
+def test_two_processes_make_the_windows_and_gradients_of_one(options: dict[str, Any]) -> None:
+    def work(distribution: Distribution) -> list[tuple[tuple[int, ...], dict[str, Tensor]]]:
+        bench = Workbench(trainer(max_grad_norm=None, **options), distribution)
+        bench.move(0.01)
+        found = []
+        for window in itertools.islice(bench.windows(), 4):
+            found.append((window.batch.rows, bench.step(window.batch).gradient))
+            bench.steps += 1
+        return found
+
+    (alone,), shared = simulate(1, work), simulate(2, work)
+    assert len(alone) == len(shared[0]) == 4
+    for (whole, expected), *parts in zip(alone, *shared, strict=True):
+        assert sorted(row for share, _ in parts for row in share) == sorted(whole)
+        assert apart(parts[0][1], expected) < TOLERANCE
+    if "dynamic_sampling" in options:  # groups that taught nothing were replaced, on whichever process they were
+        assert sum(len(whole) for whole, _ in alone[:2]) >= 8
+
+
+# Memory
+
+
+class Hungry(PolicyModel):
+    """Runs out of memory where it forwards more than so many sequences: without gradients, with them, or while it decodes."""
+
+    most: dict[str, int] = {}  # noqa: RUF012
+    refused: list[str] = []  # noqa: RUF012
+
+    def use(self, kind: str, size: int) -> None:
+        if size > self.most.get(kind, size):
+            self.refused.append(kind)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def token_logps(self, batch: Batch, **options: Any) -> Tensor:
+        self.use("update" if torch.is_grad_enabled() else "forward", batch.num_responses)
+        return super().token_logps(batch, **options)
+
+
+def hungry(**most: int) -> Hungry:
+    plain = model()
+    policy = Hungry(plain.network, plain.tokenizer)
+    Hungry.most, Hungry.refused = most, []
+
+    def before(module: Any, args: Any, kwargs: Any) -> None:
+        if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
+            policy.use("generate", kwargs["input_ids"].shape[0])
+
+    policy.network.register_forward_pre_hook(before, with_kwargs=True)
+    return policy
+
+
+@pytest.mark.parametrize("where", ["generate", "forward", "update"])
+def test_running_out_of_memory_changes_nothing(where: str) -> None:
+    shared = {**SMOOTH, **KL, "max_steps": 4}
+    whole = trainer(**shared, policy=hungry())
+    whole.train()
+    assert not Hungry.refused
+    run = trainer(**shared, policy=hungry(**{where: 6}))
+    run.train()
+    assert {*Hungry.refused} == {where}
+    for (_, found), (_, expected) in zip(run.made, whole.made, strict=True):
+        assert torch.equal(found.batch.response_ids, expected.batch.response_ids)
+    assert apart(learned(run), learned(whole)) < 10 * TOLERANCE
+
+
+# Steps, schedule, events
+
+
+def test_dynamic_sampling_ends_with_the_data_and_the_schedule_with_it(tmp_path: Path) -> None:
+    options = {**DYNAMIC, "max_steps": None, "epochs": 4.0, "lr_schedule": "linear", "warmup_ratio": 0.1}
+    run = trainer(tmp_path, **options)
+    result = run.train()
+    rates = [row["learning_rate"] for row in metrics_of(tmp_path)]
+    assert result.step == len(run.made) == len(rates) and result.step % 4 == 0
+    taken = json.loads((tmp_path / "checkpoints" / f"step-{result.step}" / "state.json").read_text())["ranks"][0]
+    assert taken["stream"]["rows"] == 4 * len(rows())
+    # 20 batches, 2 of them warm-up: after the last one, 1/18 of the way down is left.
+    assert rates[-1] == pytest.approx(3e-3 / 18) and max(rates) <= 3e-3
+    assert (rates[4:] == sorted(rates[4:], reverse=True) and rates[0] < 3e-3 / 2) or rates[0] > rates[-1]
+
+
+def test_dynamic_sampling_fills_its_steps(tmp_path: Path) -> None:
+    run = trainer(tmp_path, **DYNAMIC, max_steps=9)
+    assert run.train().step == 9
+    for first in (0, 4):
+        rollout = [window.batch for _, window in run.made[first : first + 2]]
+        assert 8 <= sum(batch.num_prompts for batch in rollout) <= 15
+        for batch in rollout:
+            groups = batch["rewards"].view(-1, 4)
+            assert (groups.amax(1) > groups.amin(1)).all()
+    assert [window.last for _, window in run.made[:8]] == [False, False, False, True] * 2
+
+
+def test_a_completion_knows_which_policy_wrote_it() -> None:
+    run = trainer(max_steps=12)
+    run.train()
+    for number, (_, window) in enumerate(run.made):
+        assert set(window.batch["policy_version"].tolist()) == {4 * (number // 4)}
+
+
+def test_the_first_update_of_a_rollout_has_ratio_one_at_any_temperature(tmp_path: Path) -> None:
+    generation = {"max_new_tokens": 8, "temperature": 0.7, "top_p": 0.9}
+    trainer(tmp_path, generation=generation, minibatches=1, max_steps=4).train()
+    ratios = [row["ratio"] for row in metrics_of(tmp_path)]
+    assert ratios[0] == pytest.approx(1, abs=1e-5) and ratios[2] == pytest.approx(1, abs=1e-5)
+    assert abs(ratios[1] - 1) > 1e-3
+
+
+def test_listeners_hear_of_rollouts_and_whose_they_are() -> None:
+    heard: list[tuple[int, list[Sample], list[float], bool]] = []
+
+    class Listener:
+        @hookimpl
+        def rollouts_scored(self, step, samples, rewards, evaluating):
+            heard.append((step, samples, rewards, evaluating))
+
+    registry.register("hook", "listener", Listener())
+    trainer(max_steps=8, held_out=5, eval_steps=8).train()
+    assert [(step, len(samples), evaluating) for step, samples, _, evaluating in heard] == [
+        (0, 5, True), (0, 32, False), (4, 32, False), (8, 5, True),
+    ]  # fmt: skip
+    for _, samples, rewards, evaluating in heard:
+        assert len(rewards) == len(samples) and samples[0].columns.keys() == {"answer"}
+        assert [sample.group for sample in samples] == [n // (1 if evaluating else 4) for n in range(len(samples))]
+        for sample, reward in zip(samples, rewards, strict=True):
+            share = sum(one.isdigit() for one in sample.completion) / max(len(sample.completion), 1)
+            assert reward == pytest.approx(share + 0.1 * (sample.stop_reason == "end"))
+
+
+# Truncation, the reference
+
+
+def test_truncated_completions_may_be_left_out_of_the_loss_and_not_of_their_group() -> None:
+    run = trainer(learn_from_truncated=False, max_steps=1, rewards=["online_rewards:ends_or_digits"])
+    run.train()
+    batch = run.made[0][1].batch
+    assert batch["truncated"].any()
+    assert not batch.loss_mask[batch["truncated"]].any()
+    torch.testing.assert_close(
+        batch["advantages"],
+        (batch["rewards"].view(-1, 4) - batch["rewards"].view(-1, 4).mean(1, keepdim=True)).flatten(),
+    )
+
+
+def test_no_reference_is_kept_where_nothing_is_compared_with_it() -> None:
+    plain, compared = trainer(max_steps=1), trainer(max_steps=1, **KL)
+    plain.train(), compared.train()
+    assert not hasattr(plain, "reference") and compared.reference.mode == "copy"
+
+
+def test_a_fresh_adapter_is_its_own_reference(tmp_path: Path) -> None:
+    run = trainer(tmp_path, **KL, lora={"rank": 4}, max_steps=8, learning_rate=1e-2)
+    run.train()
+    kls = [row["kl"] for row in metrics_of(tmp_path)]
+    assert run.reference.mode == "adapter_off" and kls[0] == pytest.approx(0, abs=1e-6) and max(map(abs, kls)) > 1e-4
+
+
+def test_the_weight_of_the_kl_follows_its_target(tmp_path: Path) -> None:
+    trainer(tmp_path, kl_weight=0.1, kl_target=10.0, max_steps=12).train()
+    found = [row["kl_weight"] for row in metrics_of(tmp_path) if "kl_weight" in row]
+    # Far below the target: 2 % less each time.
+    assert found == pytest.approx([0.1 * 0.98, 0.1 * 0.98**2, 0.1 * 0.98**3])
+
+
+# Faults
+
+
+def test_a_misspelt_reward_ends_it_before_anything_is_loaded(tmp_path: Path) -> None:
+    run = trainer(tmp_path / "run", policy=tmp_path / "no-model", rewards=["online_rewards:digit"])
+    with pytest.raises((ConfigError, PluginError), match="digit"):
+        run.train()
+    assert not (tmp_path / "run").exists()
+    run = trainer(tmp_path / "run", policy=tmp_path / "no-model", rewards=["endz"])
+    with pytest.raises((ConfigError, PluginError), match="endz"):
+        run.train()
+
+
+def test_no_rewards_and_greedy_draws_are_refused() -> None:
+    with pytest.raises(ConfigError, match="no rewards are given"):
+        trainer(rewards=[]).train()
+    with pytest.raises(ConfigError, match="nothing to learn from; got an empty list"):
+        trainer(objects=[]).train()
+    with pytest.raises(ConfigError, match="temperature"):
+        trainer(generation={"temperature": 0.0})
+
+
+def test_a_reward_whose_source_changed_refuses_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "mine" / "my_changing_reward.py"
+    source.parent.mkdir()
+    monkeypatch.syspath_prepend(str(source.parent))
+    text = "def mine(completions, **columns):\n    return [float(len(one)) for one in completions]\n"
+    source.write_text(text)
+    options: dict[str, Any] = {"rewards": ["my_changing_reward:mine"], "checkpoint": {"every": 4}}
+    trainer(tmp_path / "run", **options).train()
+    trainer(tmp_path / "run", **options).train(resume=True)
+    source.write_text(text.replace("len(one)", "2 * len(one)"))
+    with pytest.raises(PluginError, match=r"the rewards changed since the run was started.*its source changed"):
+        trainer(tmp_path / "run", **options).train(resume=True)
+    sys.modules.pop("my_changing_reward", None)
+
+
+def test_a_reward_that_raises_names_its_rows() -> None:
+    def broken(prompts: list[str], completions: list[str]) -> list[float]:
+        raise ZeroDivisionError("no digits")
+
+    run = trainer(objects=[broken])
+    with pytest.raises(PluginError, match=r"no digits") as caught:
+        run.train()
+    assert "broken" in caught.value.line() and "row" in caught.value.line()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_rewards_that_are_all_alike_end_the_run(dynamic: bool) -> None:
+    run = trainer(max_idle_batches=5, dynamic_sampling=dynamic, rewards=["online_rewards:alike"])
+    with pytest.raises(NumbersError, match="5 batches in a row gave nothing to learn from"):
+        run.train()
+
+
+# Other processes
+
+
+def start(output: Path, processes: int = 1, **job: Any) -> subprocess.CompletedProcess[str]:
+    """Run a job of `online.py`."""
+    output.mkdir(exist_ok=True, parents=True)
+    path = output.parent / f"{output.name}.json"
+    path.write_text(json.dumps({"output": str(output), **job}))
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command += [str(Path(__file__).with_name("online.py")), str(path)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [KL, {**KL, **DYNAMIC}], ids=["kl", "dynamic"])
+def test_killed_inside_a_rollout_it_resumes_exactly(tmp_path: Path, options: dict[str, Any]) -> None:
+    options = {**options, "max_steps": 16, "checkpoint": {"every": 4}, "eval_steps": 8}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start(whole, options=options, held_out=5).returncode == 0
+    for stop in (6, 7):  # after a checkpoint at 4 a second time, on the way from there
+        done = start(killed, options=options, held_out=5, fail_at=stop, how="kill", resume=True)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+    assert start(killed, options=options, held_out=5, resume=True).returncode == 0
+    require_same_run(killed, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [KL, {**KL, **DYNAMIC}], ids=["kl", "dynamic"])
+def test_two_real_processes_learn_what_one_does_and_resume_exactly(tmp_path: Path, options: dict[str, Any]) -> None:
+    options = {**SMOOTH, **options, "max_steps": 8, "checkpoint": {"every": 4}}
+    one, two, broken = (tmp_path / name for name in ("one", "two", "broken"))
+    assert start(one, options=options).returncode == 0
+    assert (done := start(two, 2, options=options)).returncode == 0, done.stderr[-3000:]
+    found, expected = (
+        {name: value - model().state_dict()[name.removeprefix("policy.")] for name, value in weights.items()}
+        for weights in (read_tensors(path / "weights.safetensors") for path in (two, one))
+    )
+    assert apart(found, expected) < 1e-3  # of eight steps, the second rollout drawn from the first one's weights
+    shares = [json.loads((two / f"report.{rank}.json").read_text())["rows"] for rank in (0, 1)]
+    whole = json.loads((one / "report.0.json").read_text())["rows"]
+    assert [sorted(a + b) for a, b in zip(*shares, strict=True)] == [sorted(rows) for rows in whole]
+    start(broken, 2, options=options, fail_at=6)
+    assert (done := start(broken, 2, options=options, resume=True)).returncode == 0, done.stderr[-3000:]
+    require_same_run(broken, two)
