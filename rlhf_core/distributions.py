@@ -160,7 +160,7 @@ class Installed:
             line = line.strip()
             if not line or line.startswith(("#", ";")):
                 continue
-            if line.startswith("["):
+            if line.startswith("[") and (line.endswith("]") or "=" not in line):
                 group = line[1:-1].strip() if line.endswith("]") else ""
             elif group.startswith(PREFIX):
                 name, equals, target = (part.strip() for part in line.partition("="))

@@ -65,14 +65,17 @@ def probe(jobs: Sequence[tuple[str, str]], seconds: float = SECONDS) -> list[Ver
 def serve(jobs: Sequence[tuple[str, str]]) -> None:
     """Import each and write its verdict to what is stdout at first, a line each. This is the child's whole life."""
     from rlhf_core.discovery import installed
+
+    installed()  # before pydantic is imported, which another package's malformed table would break
+    from rlhf_core import interfaces as interfaces  # the core's own import is on nobody's time
     from rlhf_core.loading import LoadFault, describe_class, load_target
 
-    installed()  # a malformed table is none of these plugins' fault
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")  # no child of a plugin inherits it
     os.dup2(2, 1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # an import that asks a question gets no answer
     print("{}", file=answers, flush=True)
-    process, place, path, environment = os.getpid(), os.getcwd(), list(sys.path), dict(os.environ)  # noqa: PTH109
+    process, path, environment = os.getpid(), list(sys.path), dict(os.environ)
+    place = _directory()
     for kind, target in jobs:
         try:
             loaded = load_target(kind, target)
@@ -82,11 +85,19 @@ def serve(jobs: Sequence[tuple[str, str]]) -> None:
         if os.getpid() != process:  # an import forked, and this is the copy
             os._exit(0)
         print(json.dumps(asdict(verdict)), file=answers, flush=True)
-        os.chdir(place)
+        if _directory() != place:
+            os.chdir(place)
         sys.path[:] = path
         os.environ.clear()
         os.environ.update(environment)
     os._exit(0)  # what plugins left for the end of the process doesn't run
+
+
+def _directory() -> str:
+    """Return the working directory; '' where it was removed."""
+    with contextlib.suppress(OSError):
+        return os.getcwd()  # noqa: PTH109
+    return ""
 
 
 def _in_one_child(jobs: Sequence[tuple[str, str]], seconds: float) -> list[Verdict]:

@@ -293,6 +293,7 @@ NAMES = {
     "esc\x1b[31m": "can't be addressed",
     "\u202eltr": "can't be addressed",
     "\N{ZERO WIDTH SPACE}": "can't be addressed",
+    "[group": "can't be addressed",
     "run.yaml": "reads as a file's",
     "": "has no name",
     "x" * 101: "can't be addressed",
@@ -613,17 +614,22 @@ def test_a_mended_plugin_is_well_at_the_next_check(install, monkeypatch) -> None
     assert registry.get("reward", "mine").__name__ == "Mine"
 
 
-def test_ctrl_c_stops_a_check_and_what_it_started(install) -> None:
-    root = install("slow", {"slow.py": "import time; time.sleep(60)\n" + REWARD}, rewards={"slow": "slow:Mine"})
+def test_ctrl_c_stops_a_check_and_what_it_started(install, tmp_path) -> None:
+    begun = tmp_path / "begun"
+    body = f"import os, pathlib, time\npathlib.Path({str(begun)!r}).write_text(str(os.getpid()))\ntime.sleep(60)\n"
+    root = install("slow", {"slow.py": body + REWARD}, rewards={"slow": "slow:Mine"})
     environment = {**os.environ, "PYTHONPATH": str(root), registry.ALLOW_VARIABLE: "slow"}
     process = subprocess.Popen(
         [sys.executable, "-m", "rlhf_core", "list", "rewards", "--check"], stderr=subprocess.PIPE, env=environment
     )
-    time.sleep(2)
+    while not (begun.exists() and begun.read_text()):
+        time.sleep(0.05)
     begin = time.monotonic()
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=20)
-    assert process.returncode == 130 and b"error[interrupted]" in err and time.monotonic() - begin < 10
+    assert process.returncode == 130 and b"error[interrupted]" in err and time.monotonic() - begin < 20
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(begun.read_text()), 0)
 
 
 # Ambiguous names
