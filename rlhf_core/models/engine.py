@@ -4,58 +4,38 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import logging
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from transformers import (
     GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
 )
 
 from rlhf_core.batch import Batch, on_host
 from rlhf_core.data.pieces import PieceEncoder
 from rlhf_core.data.saved import TextSettings
 from rlhf_core.data.templates import ChatTemplate
-from rlhf_core.errors import ConfigError, DataError, ModelError, NumbersError
+from rlhf_core.errors import ConfigError, DataError, NumbersError
 from rlhf_core.infra.memory import in_parts
 from rlhf_core.infra.seeds import completion_seeds
 from rlhf_core.interfaces import Completion
+from rlhf_core.models.decoding import decode, left_padded
 from rlhf_core.models.draw import Drawing, Ended
 from rlhf_core.models.dropout import evaluating
-from rlhf_core.models.precision import exact_products
-from rlhf_core.models.probe import FAILURES
-from rlhf_core.models.structure import accepted, plain_ids
+from rlhf_core.models.structure import accepted
 from rlhf_core.online import SamplingConfig
 
 if TYPE_CHECKING:
     from rlhf_core.models.policy import PolicyModel
 
-log = logging.getLogger(__name__)
-
-Company = Literal["any", "equal", "none"]
 MOST_ROWS = 512
 HOST_BYTES = 2**31
 """Bytes that one decoding loop may take where nobody says how many are free; more makes faster, larger batches."""
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How a model is decoded."""
-
-    company: Company
-    """Which rows are decoded together: any, those with prompts of equal lengths, or each alone."""
-    cache: bool = True
-    """Whether keys, values and states are kept from token to token; else each token reads the sequence from its beginning."""
 
 
 @dataclass(frozen=True)
@@ -248,7 +228,7 @@ class Engine:
         )
         ids, mask = left_padded([row.ids for row in rows], device)
         most, cache = max(row.limit for row in rows), self.policy.decoding.cache
-        _loop(self.policy, ids, mask, drawing, Ended(drawing), most=most, cache=cache)
+        decode(self.policy, ids, mask, drawing, Ended(drawing), most=most, cache=cache)
         made = []
         for row, length, tokens, logprobs, raw, mass in zip(rows, *drawing.columns(), strict=True):
             tokens = tokens[:length]
@@ -296,103 +276,6 @@ class Engine:
     @cached_property
     def _pieces(self) -> PieceEncoder:
         return PieceEncoder(self.policy.tokenizer)
-
-
-def _loop(
-    policy: PolicyModel,
-    ids: Tensor,
-    mask: Tensor,
-    processor: LogitsProcessor,
-    *criteria: StoppingCriteria,
-    most: int,
-    cache: bool,
-) -> None:
-    """Run transformers' decoding loop on left-padded prompts (B, L); the processor keeps what comes of it."""
-    settings = GenerationConfig(
-        max_new_tokens=most, pad_token_id=policy.tokenizer.pad_token_id or 0, do_sample=False, use_cache=cache
-    )
-    policy.causal_lm.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        generation_config=settings,
-        logits_processor=LogitsProcessorList([processor]),
-        stopping_criteria=StoppingCriteriaList(criteria),
-    )
-
-
-def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return (B, L) ids with zeros on the left, and which of them are real."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + [*row] for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, mask
-
-
-class _Forced(LogitsProcessor):
-    """Gives the loop known tokens, and keeps the logits that it saw of the first row."""
-
-    def __init__(self, tokens: Sequence[int]) -> None:
-        self.tokens, self.logits = tokens, list[Tensor]()
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.logits.append(scores[0].clone())
-        chosen = torch.full_like(scores[:, :1], self.tokens[len(self.logits) - 1], dtype=torch.long)
-        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
-
-
-@torch.no_grad()
-def measure_decoding(policy: PolicyModel) -> Decoding:
-    """Find by trying how a model is decoded such that its logits are those of its plain forward pass, which is what is trained.
-
-    Padding on the left leaks into states that run along the sequence, and into positions that are counted along the row; some
-    models count positions otherwise once they keep states.
-
-    Raises:
-        ModelError: the model has no decoding loop.
-    """
-    if not getattr(policy.causal_lm, "can_generate", lambda: False)():
-        raise ModelError(
-            "can't generate: transformers has no decoding loop for it", place=policy.source,
-            got=type(policy.causal_lm).__name__, fix="use a model whose class inherits GenerationMixin",
-        )  # fmt: skip
-    ids = plain_ids(policy.network, 15)
-    short, long, tokens = ids[:4].tolist(), ids[4:12].tolist(), ids[12:].tolist()
-    flash, kind = policy.attention.kernel == "flash", policy.device.type
-    limit, error = 3e-2 if flash else 1e-4, float("inf")
-    company: Company = "none" if policy.findings.arrangement == "alone" else "any"
-    company = "equal" if company == "any" and policy.has_length_classes else company
-
-    def logits(rows: list[list[int]], cache: bool) -> Tensor:
-        forced = _Forced(tokens)
-        _loop(policy, *left_padded(rows, policy.device), forced, most=len(tokens), cache=cache)
-        return torch.stack(forced.logits)  # (3, V)
-
-    own, policy.causal_lm.generation_config = policy.causal_lm.generation_config, GenerationConfig()
-    try:
-        with (
-            evaluating(policy),
-            exact_products(policy.network),
-            torch.autocast(kind, dtype=policy.precision, enabled=flash),
-        ):
-            whole = torch.tensor([short + tokens], device=policy.device)
-            wanted = policy.network(input_ids=whole, **accepted(policy.network.forward, use_cache=False)).logits
-            wanted = wanted[0, len(short) - 1 : -1].float()
-            spread = (wanted - wanted.mean(dim=1, keepdim=True)).norm()
-            for way in (Decoding("any"), Decoding("equal"), Decoding("equal", cache=False)):
-                if way.company == "any" and company != "any":
-                    continue
-                rows = [short, long] if way.company == "any" else [short]
-                with contextlib.suppress(*FAILURES):
-                    error = float((logits(rows, way.cache) - wanted).norm() / spread)
-                if error < limit:
-                    return Decoding(company if company == "none" else way.company, way.cache)
-    finally:
-        policy.causal_lm.generation_config = own
-    log.warning(
-        "%s: its logits while it generates aren't those that are trained on: they differ by a factor of %.0e",
-        policy.source, error,
-    )  # fmt: skip
-    return Decoding("none" if company == "none" else "equal")
 
 
 def prompt_keys(batch: Batch) -> list[int]:

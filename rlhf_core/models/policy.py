@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rlhf_core.batch import Batch
 from rlhf_core.errors import ModelError
 from rlhf_core.interfaces import Completion
-from rlhf_core.models.engine import Decoding, measure_decoding
+from rlhf_core.models.decoding import Decoding, measure_decoding
 from rlhf_core.models.generate import generate
 from rlhf_core.models.headed import wrong_kind
 from rlhf_core.models.heads import warn_of_heads

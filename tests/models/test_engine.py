@@ -136,7 +136,7 @@ def test_running_out_of_memory_halves_the_rows(policy: PolicyModel, monkeypatch:
     sampling = SamplingConfig(max_new_tokens=5)
     batch = prompt_batch(policy, PROMPTS)
     whole = Engine(policy, seed=1).generate(batch, 2, sampling)
-    sizes, loop = [], module._loop
+    sizes, loop = [], module.decode
 
     def small(policy: PolicyModel, ids: torch.Tensor, *rest: Any, **options: Any) -> None:
         sizes.append(len(ids))
@@ -144,12 +144,12 @@ def test_running_out_of_memory_halves_the_rows(policy: PolicyModel, monkeypatch:
             raise torch.OutOfMemoryError
         loop(policy, ids, *rest, **options)
 
-    monkeypatch.setattr(module, "_loop", small)
+    monkeypatch.setattr(module, "decode", small)
     assert [[one.ids for one in group] for group in Engine(policy, seed=1).generate(batch, 2, sampling)] == [
         [one.ids for one in group] for group in whole
     ]
     assert sizes == [8, 4, 2, 2, 4, 2, 2]
-    monkeypatch.setattr(module, "_loop", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError))
+    monkeypatch.setattr(module, "decode", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError))
     with pytest.raises(NumbersError, match="one completion at a time"):
         Engine(policy).generate(batch.select([0]), 1, sampling)
 
