@@ -54,10 +54,14 @@ class Loader:
         if self._main is None:
             raise PluginError(
                 "`build` doesn't load what the run was given as `model`",
-                place=type(self._trainer).__name__,
-                fix="call `loader.main()`",
+                place=self._place,
+                fix=_FIRST,
             )
         return self._main
+
+    @property
+    def _place(self) -> str:
+        return f"{type(self._trainer).__name__}.build"
 
     def main(self, kind: type[Model] | None = None, **own: Any) -> Model:
         """Return what the run was given as `model`, as a kind of model, a `PolicyModel` where None.
@@ -71,7 +75,7 @@ class Loader:
         wanted: Any = kind or PolicyModel
         trainer, config, device = self._trainer, self._trainer.config, self._devices.device
         if self._main is not None:
-            raise PluginError("`loader.main` gives its model once", place=f"{type(trainer).__name__}.build")
+            raise PluginError("`loader.main` gives its model once", place=self._place)
         if isinstance(trainer.model, str | Path):
             options = run_options(config) | {"lora": config.lora, "adapter": config.adapter}
             options |= {"trust_remote_code": config.trust_remote_code}
@@ -101,8 +105,13 @@ class Loader:
 
         Raises:
             ModelError: its tokens aren't those of the run's model.
+            ConfigError: sequences of `max_length` don't fit its positions; an option of its own can't hold.
         """
         wanted: Any = kind
+        if self._main is None:
+            raise PluginError(
+                f"`{role}` is loaded before what the run was given as `model`", place=self._place, fix=_FIRST
+            )
         config, device, trained = self._trainer.config, self._devices.device, self._trained(role)
         if isinstance(given, nn.Module):
             model = wanted.adopt(given, **own).to(device)
@@ -125,6 +134,7 @@ class Loader:
             model = wanted.from_pretrained(asked.path, device=device, **options, **own)
         if not own_tokens:
             self._same_tokens(role, model)
+            _fits(config.max_length, model.max_positions, f"the positions of the `{role}`")
         self.loaded[role] = widened(model) if trained else model
         return model
 
@@ -153,14 +163,14 @@ class Loader:
         if role not in roles:
             raise PluginError(
                 f"there is no role `{role}`",
-                place=f"{type(self._trainer).__name__}.build",
+                place=self._place,
                 got=f"roles {sorted(roles)}",
             )
         return roles[role].trained
 
     def _trained_options(self, role: str, trained: bool) -> None:
         if not trained:
-            raise PluginError(f"`{role}` is frozen, so it has no learning rate", place=type(self._trainer).__name__)
+            raise PluginError(f"`{role}` is frozen, so it has no learning rate", place=self._place)
 
     def _precision(self, role: str, asked: ModelConfig, *, narrow: bool) -> str:
         """Return the precision of a model's products.
@@ -199,6 +209,7 @@ class Loader:
         )
 
 
+_FIRST = "call `loader.main()` first"
 _OF_READING = ("attention", "frozen_precision", "layout", "share_prompts")
 """Options of a run that hold for models which are only read, too."""
 
@@ -271,7 +282,7 @@ def roles_of(trainer: Trainer[Any], built: Mapping[str, Any], loader: Loader) ->
                     place=place,
                     fix="use a model of the core, such as `ValueModel`, or give the class one",
                 )
-            trained |= {id(p): role for p in model.parameters()}
+            trained = {id(p): role for p in model.parameters()} | trained
     for role, model in built.items():
         if isinstance(model, Reference) or roles[role].trained:
             continue
@@ -280,15 +291,19 @@ def roles_of(trainer: Trainer[Any], built: Mapping[str, Any], loader: Loader) ->
     return dict(built)
 
 
-def _with_length(config: TrainerConfig, positions: int | None) -> TrainerConfig:
-    """Return the configuration with a `max_length` that is a number and fits the model's positions."""
-    if positions is not None and (config.max_length or 0) > positions:
+def _fits(max_length: int | None, positions: int | None, what: str) -> None:
+    if positions is not None and (max_length or 0) > positions:
         raise ConfigError(
-            "longer than the model's positions",
+            f"longer than {what}",
             place="max_length",
-            got=f"{config.max_length} for a model of {positions}",
+            got=f"{max_length} for a model of {positions}",
             fix=f"set `max_length: {positions}` or less",
         )
+
+
+def _with_length(config: TrainerConfig, positions: int | None) -> TrainerConfig:
+    """Return the configuration with a `max_length` that is a number and fits the model's positions."""
+    _fits(config.max_length, positions, "the model's positions")
     if config.max_length is not None:
         return config
     length = min(DEFAULT_MAX_LENGTH, positions or DEFAULT_MAX_LENGTH)

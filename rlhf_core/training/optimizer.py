@@ -90,10 +90,14 @@ def create_optimizer(
     )
     return torch.optim.AdamW(
         [
-            {"params": group, "weight_decay": 0.0 if small else options.weight_decay, _FACTOR: factor}
+            {
+                "params": group,
+                "lr": config.learning_rate * factor,
+                "weight_decay": 0.0 if small else options.weight_decay,
+                _FACTOR: factor,
+            }
             for (factor, small), group in sorted(groups.items(), key=lambda item: item[0])
         ],
-        lr=config.learning_rate,
         betas=(options.beta1, options.beta2),
         eps=options.epsilon,
         fused=fused,
