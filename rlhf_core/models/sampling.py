@@ -69,7 +69,15 @@ def best_first(completions: Sequence[Sequence[Completion]], scores: Sequence[flo
     Args:
         completions: for each prompt, at least n.
         scores: one for each completion, prompt by prompt; of equals the one drawn first stands first.
+
+    Raises:
+        ValueError: a prompt has fewer completions than n, or there is another number of scores.
     """
+    sizes = [len(group) for group in completions]
+    if sum(sizes) != len(scores):
+        raise ValueError(f"{len(scores)} scores for {sum(sizes)} completions")
+    if min(sizes, default=n) < n:
+        raise ValueError(f"a prompt has {min(sizes)} completions, fewer than n = {n}")
     left = iter(scores)
     scored = [[replace(one, score=float(next(left))) for one in group] for group in completions]
     return [sorted(group, key=lambda one: -(one.score or 0.0))[:n] for group in scored]

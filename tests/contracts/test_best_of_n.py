@@ -6,16 +6,19 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from random import Random
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from best_of_n import BestOfNConfig, BestOfNSampler
 
 from rlhf_core import registry
-from rlhf_core.errors import ConfigError
-from rlhf_core.interfaces import RewardFn, Sample
+from rlhf_core.config import ModelConfig
+from rlhf_core.errors import ConfigError, PluginError
+from rlhf_core.interfaces import Completion, RewardFn, Sample, Sampler
 from rlhf_core.models import PolicyModel, RewardModel
 from rlhf_core.models.generate import prompt_batch
+from rlhf_core.models.sampling import best_first
 from rlhf_core.online import SamplingConfig
 from rlhf_core.rewards import samples_of
 from rlhf_core.testing import SamplerContract
@@ -96,6 +99,40 @@ def test_roles_are_checked(tmp_path: Path) -> None:
         BestOfNSampler(policy=policy, reward="reward_modl")
     with pytest.raises(ConfigError, match="a model alone is no reward"):
         BestOfNSampler(policy=policy, reward=torch.nn.Linear(1, 1))
+
+
+def test_the_best_stand_first_and_equals_in_their_order() -> None:
+    group = [Completion(text, [1], [-1.0], "end") for text in "abcd"]
+    best = best_first([group, group[:2]], [1.0, 3.0, 3.0, 2.0, 0.0, 5.0], 2)
+    assert [[(one.text, one.score) for one in found] for found in best] == [
+        [("b", 3.0), ("c", 3.0)],
+        [("b", 5.0), ("a", 0.0)],
+    ]
+    with pytest.raises(ValueError, match="2 completions, fewer than n = 3"):
+        best_first([group, group[:2]], [0.0] * 6, 3)
+    with pytest.raises(ValueError, match="5 scores for 6 completions"):
+        best_first([group, group[:2]], [0.0] * 5, 1)
+
+
+class Drafted(Sampler):
+    """Has a second policy."""
+
+    api = 1
+    roles: ClassVar = {"policy": "policy", "draft": "policy"}
+
+    def sample(self, prompts: Sequence[Any], n: int = 1, *, seed: int | None = None) -> list[list[Completion]]:
+        raise NotImplementedError
+
+
+def test_a_sampler_may_have_several_policies_and_kinds_are_checked(tmp_path: Path) -> None:
+    path, draft = save_tiny(tmp_path / "draft", layers=1), tiny_policy()
+    sampler = Drafted.load(policy=draft, draft=ModelConfig(path=str(path), precision="bf16"))
+    assert sampler.policy is draft and sampler.models["draft"].precision == torch.bfloat16
+    with pytest.raises(ConfigError, match="needs `draft`"):
+        Drafted(policy=draft)
+    odd = type("Odd", (Drafted,), {"roles": {"policy": "polcy"}})
+    with pytest.raises(PluginError, match="there is no kind of model `polcy`"):
+        odd(policy=draft)
 
 
 def accuracy(sampler: BestOfNSampler) -> float:
