@@ -141,11 +141,13 @@ def _job(target: str, flags: list[str]) -> Job:
 
 def _describe(job: Job, *, resume: bool, overwrite: bool) -> None:
     """Print the resolved configuration, itself a valid file, under comments on what would be read and written."""
+    from rlhf_core.config import models_beside
     from rlhf_core.data.sources import check_paths, data_files
 
     lines = [
         f"{job.plugin.qualified} {job.plugin.version}: {job.plugin.summary}".strip(),
         f"model: {_place(job.run.model)}",
+        *(f"{name}: {_place(model.path)}" for name, model in models_beside(job.options).items()),
     ]
     for key in ("data", "eval_data"):
         given = job.run.model_dump()[key]

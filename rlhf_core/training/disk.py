@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.config import TrainedModelConfig, TrainerConfig
+from rlhf_core.config import TrainedModelConfig, TrainerConfig, models_beside
 from rlhf_core.errors import StorageError
 from rlhf_core.infra.files import storage_errors
 from rlhf_core.infra.model_files import is_adapter
@@ -107,7 +107,7 @@ def need_of_files(model: str, config: TrainerConfig) -> DiskNeed | None:
 
     Models beside it that are trained, such as a critic, are those that the configuration names.
     """
-    named = [value for _, value in config if isinstance(value, TrainedModelConfig)]
+    named = [other for other in models_beside(config).values() if isinstance(other, TrainedModelConfig)]
     trained = stored = 0
     for source, lora in ((model, config.lora), *((other.path, other.lora) for other in named)):
         entries = _weights(Path(source).expanduser()) if lora is None else []

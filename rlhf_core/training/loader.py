@@ -25,6 +25,7 @@ from rlhf_core.models import PolicyModel
 from rlhf_core.models.headed import HeadedModel
 from rlhf_core.models.precision import DTYPES, frozen_dtype
 from rlhf_core.models.reference import Reference
+from rlhf_core.models.sequence import SequenceModel
 from rlhf_core.training.micro_batches import MicroBatches
 
 log = logging.getLogger(__name__)
@@ -115,6 +116,11 @@ class Loader:
         config, device, trained = self._trainer.config, self._devices.device, self._trained(role)
         if isinstance(given, nn.Module):
             model = wanted.adopt(given, **own).to(device)
+            for part in model.modules():
+                if isinstance(part, SequenceModel):
+                    part.loaded = (
+                        False  # its weights may have been changed since, so the run's record goes by what they are
+                    )
             # LoRA of the run is that of its own model.
             model.configure(config.model_copy(update={"lora": None})) if trained else model.requires_grad_(False).eval()
             self._loras[role] = None

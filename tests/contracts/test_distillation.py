@@ -236,6 +236,21 @@ def test_only_the_student_is_checkpointed_and_exported(tmp_path: Path, student: 
     assert models["teacher"]["trainable"] == 0
 
 
+@pytest.mark.parametrize("run", [{"teacher": {"precision": "bf16"}}, {"precision": "bf16"}])
+def test_a_teacher_in_half_precision(student: PolicyModel, teacher: Path, run: dict[str, Any]) -> None:
+    """Beside a student in float32, or with it: loss and gradient stay near those of float32."""
+    exact, bench = (
+        Workbench(trainer_of(student, {"path": str(teacher)} | options.pop("teacher", {}), **options))
+        for options in ({}, dict(run))
+    )
+    window = exact.window()
+    expected, found = exact.step(window), bench.step(window)
+    weight = bench.trainer.models["teacher"].network.model.layers[0].mlp.up_proj.weight
+    assert weight.dtype == torch.bfloat16 and found.loss == pytest.approx(expected.loss, rel=0.01)
+    assert {gradient.dtype for gradient in found.gradient.values()} == {torch.float32}
+    assert all(relative(found.gradient[name], value) < 0.1 for name, value in expected.gradient.items())
+
+
 @pytest.fixture
 def registered() -> Iterator[None]:
     registry.register("trainer", "distillation", DistillationTrainer)
@@ -245,7 +260,7 @@ def registered() -> Iterator[None]:
 
 @pytest.mark.parametrize("way", ["--teacher", "--teacher.path", "text", "group"])
 def test_the_teacher_by_flag_and_by_file(
-    tmp_path: Path, student: PolicyModel, teacher: Path, way: str, registered: None
+    tmp_path: Path, student: PolicyModel, teacher: Path, way: str, registered: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     student.save_pretrained(tmp_path / "student")
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:8]))
@@ -258,6 +273,8 @@ def test_the_teacher_by_flag_and_by_file(
         lines = ["method: distillation", *(f"{name}: {value}" for name, value in run.items()), stated]
         (tmp_path / "run.yaml").write_text("\n".join(lines) + "\n")
         command = ["train", str(tmp_path / "run.yaml")]
+    assert main([*command, "--dry-run"]) == 0
+    assert f"# teacher: directory {teacher}" in capsys.readouterr().out
     assert main(command) == 0
     models = json.loads((tmp_path / "run" / "models.json").read_text())
     assert models["teacher"]["source"] == str(teacher)

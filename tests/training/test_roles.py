@@ -252,6 +252,24 @@ def test_a_reward_model_may_read_tokens_of_its_own(paths: dict[str, Path], tmp_p
     assert isinstance(reward, RewardModel) and not any(p.requires_grad for p in reward.parameters())
 
 
+def test_a_teacher_in_memory_is_known_by_its_weights(paths: dict[str, Path], tmp_path: Path) -> None:
+    teacher = PolicyModel.from_pretrained(paths["teacher"])
+
+    def made(loader: Loader) -> Mapping[str, Any]:
+        return parts(loader) | {"teacher": loader.load("teacher", PolicyModel, teacher)}
+
+    kind: Any = interruptible(type("Given", (Building,), {"made": staticmethod(made)}))
+    trainer = trainer_of(paths, tmp_path / "run", kind, checkpoint={"every": 1})
+    trainer.stop_after = 1
+    with pytest.raises(Interrupted):
+        trainer.train()
+    assert trainer.models["teacher"] is teacher and not any(p.requires_grad for p in teacher.parameters())
+    with torch.no_grad():
+        teacher.network.model.norm.weight.add_(0.1)
+    with pytest.raises(ModelError, match="the files of the model `teacher` changed"):
+        trainer_of(paths, tmp_path / "run", kind, checkpoint={"every": 1}).train(resume=True)
+
+
 # Trained at rates of their own
 
 
