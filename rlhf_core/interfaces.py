@@ -266,7 +266,8 @@ class RewardFn(ABC):
     def describe(self) -> dict[str, Any]:
         """Return what scores depend on besides the options and the class's source, as JSON values, for a run's record.
 
-        A reward by a model gives its model's `files`, name → SHA-256; a run is resumed only where all of it is as it was.
+        A reward by a model gives its model's `files`, name → SHA-256; a run is resumed only where all of it is as it was. A run
+        asks before `prepare`.
         """
         return {}
 

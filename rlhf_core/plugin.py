@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     from rlhf_core.models.sample_scores import SampleScores as SampleScores
     from rlhf_core.models.sample_scores import ScoringModelConfig as ScoringModelConfig
     from rlhf_core.models.sampling import best_first as best_first
+    from rlhf_core.models.scoring import score_in_parts as score_in_parts
     from rlhf_core.online import OnlineConfig as OnlineConfig
     from rlhf_core.online import RewardConfig as RewardConfig
     from rlhf_core.online import SamplingConfig as SamplingConfig
@@ -78,6 +79,7 @@ if TYPE_CHECKING:
     from rlhf_core.records import Prompt as Prompt
     from rlhf_core.rewards import Rewards as Rewards
     from rlhf_core.rewards import Scores as Scores
+    from rlhf_core.rewards import open_rewards as open_rewards
     from rlhf_core.rewards import samples_of as samples_of
     from rlhf_core.statistics import auc as auc
     from rlhf_core.statistics import calibration_error as calibration_error
@@ -105,9 +107,10 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.models.reference": "Reference",
         "rlhf_core.models.sample_scores": "ModelReward ModelRewardConfig SampleScores ScoringModelConfig",
         "rlhf_core.models.sampling": "best_first",
+        "rlhf_core.models.scoring": "score_in_parts",
         "rlhf_core.online": "OnlineConfig RewardConfig SamplingConfig",
         "rlhf_core.records": "Message Prompt",
-        "rlhf_core.rewards": "Rewards Scores samples_of",
+        "rlhf_core.rewards": "Rewards Scores open_rewards samples_of",
         "rlhf_core.statistics": "auc calibration_error",
         "rlhf_core.training.context": "RunContext",
         "rlhf_core.training.loader": "Loader",

@@ -24,8 +24,8 @@ def score_in_parts(
     function: Callable[[Batch], Values],
     *,
     axis: Axis | tuple[Axis, ...] = "response",
-    cut: Callable[[Batch], Sequence[Batch]],
-    device: torch.device,
+    cut: Callable[[Batch], Sequence[Batch]] = lambda batch: [batch],
+    device: torch.device | None = None,
 ) -> Values:
     """Return a function's values of a batch, computed in micro-batches and put together.
 
@@ -35,13 +35,14 @@ def score_in_parts(
             (r, t, ...) values, as the axis says, or a tuple of such tensors. It must take a batch without rows.
         axis: what the values belong to; of a tuple of tensors that belong to different axes, the axis of each. With `prompt`
             among them, a prompt's responses stay together.
-        cut: cuts a batch into micro-batches; one that doesn't fit in memory is halved further.
-        device: where micro-batches are computed.
+        cut: cuts a batch into micro-batches, at first into one; what doesn't fit in memory is halved further.
+        device: where micro-batches are computed; the batch's where None.
 
     Returns:
         (P, ...), (R, ...) or (R, T, ...) on the batch's device, floating values as float32; zero beyond the width of the
         micro-batch that a token belongs to.
     """
+    device = device or batch.device
     numbered = batch.attach(
         per_prompt={_PROMPT: torch.arange(batch.num_prompts, device=batch.device)},
         per_response={_RESPONSE: torch.arange(batch.num_responses, device=batch.device)},

@@ -154,8 +154,9 @@ class Contract(Checks):
         # What `options` leave out must be at the schema's defaults what it is in the configuration; some are needed, such as one
         # of two that exclude each other.
         defaults = {name: about["default"] for name, about in schema["properties"].items() if "default" in about}
+        options = {name: value for name, value in self.options.items() if name in kind.model_fields}
         require(
-            kind.parse({**defaults, **self.options}) == kind.parse(self.options),
+            kind.parse({**defaults, **options}) == kind.parse(options),
             "the schema's defaults are not the configuration's",
         )
 

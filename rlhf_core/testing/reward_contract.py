@@ -61,6 +61,12 @@ class RewardContract(Contract):
         """Return a new reward with `options`."""
         return self.subject()(self.config())
 
+    def ready(self) -> RewardFn:
+        """Return a new reward that is prepared, as a run has it before the first samples."""
+        reward = self.instance()
+        reward.prepare()
+        return reward
+
     def samples(self) -> list[Sample]:
         """Return samples to score, at least four, with the columns that the reward reads."""
         tokenizer = tiny_tokenizer()
@@ -96,7 +102,7 @@ class RewardContract(Contract):
 
     def test_one_finite_float_a_sample(self) -> None:
         """Each sample gets one finite float; no samples, no scores."""
-        reward, samples = self.instance(), self.samples()
+        reward, samples = self.ready(), self.samples()
         for batch in (samples, samples[:1], []):
             scores = reward.score(batch)
             require(isinstance(scores, list), f"`score` returns a {type(scores).__name__}, not a list")
@@ -107,7 +113,7 @@ class RewardContract(Contract):
     @after(FLOATS)
     def test_scores_follow_the_order_of_samples(self) -> None:
         """Samples in another order get the same scores in that order."""
-        reward, samples = self.instance(), self.grouped()
+        reward, samples = self.ready(), self.grouped()
         order = list(range(len(samples)))
         Random(0).shuffle(order)
         scores = reward.score(samples)
@@ -117,7 +123,7 @@ class RewardContract(Contract):
     @after(FLOATS)
     def test_scores_do_not_depend_on_company(self) -> None:
         """A sample's score is its own, or its group's, whichever other samples are scored together with it."""
-        reward, samples = self.instance(), self.grouped()
+        reward, samples = self.ready(), self.grouped()
         whole = reward.score(samples)
         groups = list(dict.fromkeys(sample.group for sample in samples))
         for size in (1, 3):
@@ -130,14 +136,14 @@ class RewardContract(Contract):
     @after(FLOATS)
     def test_group_numbers_mean_nothing(self) -> None:
         """Which number a group has changes no score: it only says which samples answer one prompt."""
-        reward, samples = self.instance(), self.grouped()
+        reward, samples = self.ready(), self.grouped()
         other = [replace(sample, group=1000 - 7 * sample.group) for sample in samples]
         self.same(reward.score(other), reward.score(samples), "with other group numbers")
 
     @after(FLOATS)
     def test_any_completion_has_a_score(self) -> None:
         """Completions that were cut off, are empty, or have tokens that the policy didn't write get a finite float as well."""
-        reward, samples = self.instance(), self.grouped()
+        reward, samples = self.ready(), self.grouped()
         for what, changed in (
             ("cut off", [replace(sample, stop_reason="length") for sample in samples]),
             ("empty", [replace(sample, completion="", completion_ids=()) for sample in samples]),
@@ -151,11 +157,10 @@ class RewardContract(Contract):
     @after(FLOATS)
     def test_the_same_samples_score_the_same(self) -> None:
         """Scoring again, or with a new instance, gives the same floats."""
-        reward, samples = self.instance(), self.samples()
+        reward, samples = self.ready(), self.samples()
         first = reward.score(samples)
         require(reward.score(samples) == first, "the same samples score otherwise the second time")
-        again = self.instance()
-        again.prepare()
+        again = self.ready()
         require(again.score(samples) == first, "the same samples score otherwise with a new instance")
 
     @after(FLOATS)
@@ -167,12 +172,12 @@ class RewardContract(Contract):
         if not self.changes:
             raise SkipTest(f"`changes` names no option to try, of {', '.join(own)}")
         samples = self.samples()
-        before = self.instance().score(samples)
+        before = self.ready().score(samples)
         for name, value in self.changes.items():
             changed = type(
                 "Changed", (type(self),), {"options": {**self.options, name: value}, "expected_failures": {}}
             )
-            after = changed().instance().score(samples)
+            after = changed().ready().score(samples)
             require(after != before, f"`{name}: {value!r}` changes no score of the samples")
 
     def test_what_it_describes_is_recorded(self) -> None:
@@ -190,7 +195,7 @@ class RewardContract(Contract):
         """Scoring changes nothing in the samples, which other rewards see too."""
         samples = self.samples()
         before: list[dict[str, Any]] = copy.deepcopy([asdict(sample) for sample in samples])
-        reward = self.instance()
+        reward = self.ready()
         reward.score(samples)
         reward.score_steps(samples)
         for number, sample in enumerate(samples):
@@ -198,7 +203,7 @@ class RewardContract(Contract):
 
     def test_steps_are_finite_floats(self) -> None:
         """A step-wise reward gives each sample a list of finite floats, in order; any other gives None."""
-        reward, samples = self.instance(), self.grouped()
+        reward, samples = self.ready(), self.grouped()
         scores = reward.score_steps(samples)
         if scores is None:
             return

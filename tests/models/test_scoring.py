@@ -95,7 +95,7 @@ def test_where_memory_runs_out_the_batch_is_halved_even_between_a_prompts_respon
             raise torch.OutOfMemoryError("CUDA out of memory")
         return token_values(micro)
 
-    found = score_in_parts(batch, small_only, axis="token", cut=lambda b: [b], device=CPU)
+    found = score_in_parts(batch, small_only, axis="token")
     assert torch.equal(found, token_values(batch).float())
     assert sizes == [8, 4, 2, 2, 4, 2, 2]
 

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from rlhf_core.config import BaseConfig
 from rlhf_core.interfaces import RewardFn, Sample
+from rlhf_core.rewards import open_rewards
 from rlhf_core.testing.arithmetic import step_labels, verify
 
 
@@ -34,6 +35,27 @@ class Length(RewardFn):
 
     def score(self, samples: Sequence[Sample]) -> list[float]:
         return [float(len(sample.completion)) for sample in samples]
+
+
+class Lowest(RewardFn):
+    """Gives the lowest of two rewards, which it prepares when the run does."""
+
+    api = 1
+
+    def __init__(self, config: BaseConfig | None = None) -> None:
+        super().__init__(config)
+        self.rewards = open_rewards([Length, length])
+
+    def prepare(self) -> None:
+        self.rewards.prepare()
+        self.ready = True
+
+    def describe(self) -> dict[str, Any]:
+        return self.rewards.describe()
+
+    def score(self, samples: Sequence[Sample]) -> list[float]:
+        assert self.ready
+        return [min(scores) for scores in zip(*self.rewards.score(samples).by_name.values(), strict=True)]
 
 
 class OneScore(Length):

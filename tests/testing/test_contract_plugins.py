@@ -20,6 +20,10 @@ class TestLength(RewardContract):
     reward = plugins.Length
 
 
+class TestLowest(RewardContract):
+    reward = plugins.Lowest
+
+
 class TestScaled(RewardContract):
     reward = plugins.Scaled
     changes: ClassVar = {"scale": 2.0}
