@@ -163,11 +163,11 @@ def ours(cell: Cell, clock: Clock) -> None:
         precision=cell.precision, lr_schedule="constant", warmup_ratio=0, dataset={"shuffle": False},
         logging={"progress": False},
     )  # fmt: skip
-    registry.register("hook", "benchmark clock", Listener())
+    registry.register("hook", "benchmark-clock", Listener())
     try:
         cls(config, model=cell.model, data=cell.rows).train()
     finally:
-        registry.unregister("hook", "benchmark clock")
+        registry.unregister("hook", "benchmark-clock")
 
 
 def peer(cell: Cell, clock: Clock) -> None:
