@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -38,8 +39,11 @@ def load_target(kind: str, target: str) -> Any:
         module, name = split_target(target)
     except HeaderError as error:
         raise LoadFault("broken", str(error)) from error
+    was_there = module in sys.modules
     loaded = _guarded("importing", lambda: _import(module, name))
     if (fault := contract_fault(kind, loaded)) is not None:
+        if not was_there:
+            sys.modules.pop(module, None)  # once its file is mended, the next load reads it again
         raise LoadFault(*fault)
     return loaded
 
@@ -99,6 +103,7 @@ def _contract_fault(kind: str, cls: Any) -> Fault | None:
     interface = INTERFACES[kind]
     if not _is_below(cls, interface):
         return "broken", f"not a subclass of rlhf_core.{interface.__name__}"
+    issubclass(object, cls)  # asked of every class whenever anything is checked against the interface: it may not raise
     if (missing := sorted(getattr(cls, "__abstractmethods__", ()))) != []:
         return "broken", f"doesn't define {', '.join(f'`{name}`' for name in missing)}"
     base = TrainerConfig if kind == "trainer" else BaseConfig

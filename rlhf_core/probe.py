@@ -85,7 +85,7 @@ def serve(jobs: Sequence[tuple[str, str]]) -> None:
         if os.getpid() != process:  # an import forked, and this is the copy
             os._exit(0)
         print(json.dumps(asdict(verdict)), file=answers, flush=True)
-        if _directory() != place:
+        if place and _directory() != place:
             os.chdir(place)
         sys.path[:] = path
         os.environ.clear()

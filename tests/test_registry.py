@@ -231,6 +231,14 @@ def test_a_plugin_that_was_mended_loads(install) -> None:
     assert one("trainer", "mine").status == "ok"
 
 
+def test_a_class_that_was_mended_loads(install) -> None:
+    root = install("acme", {"acme.py": METHOD.replace("def loss", "def lost")}, trainers={"mine": "acme:Mine"})
+    with pytest.raises(PluginError, match="doesn't define `loss`"):
+        registry.get("trainer", "mine")
+    (root / "acme.py").write_text(METHOD + "\n# mended\n")
+    assert registry.get("trainer", "mine").__name__ == "Mine"
+
+
 def test_a_malformed_table_of_one_distribution_hides_no_other(install) -> None:
     root = install("bad", {}, trainers={"x": "y:Z"})
     next(root.glob("*.dist-info/entry_points.txt")).write_text("[rlhf_core.trainers]\nno equals sign\n")

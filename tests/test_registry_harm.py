@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import compileall
+import gc
+import importlib.util
 import json
 import logging
 import os
@@ -23,6 +25,7 @@ from rlhf_core.distributions import unreadable_distributions
 from rlhf_core.errors import ConfigError, PluginError, printable
 from rlhf_core.foreign import ForeignFault, run_foreign
 from rlhf_core.hooks import load_hooks
+from rlhf_core.interfaces import RewardFn
 
 REWARD = '''
 """A reward."""
@@ -271,6 +274,38 @@ def test_a_package_whose_init_defines_the_class_is_found(install) -> None:
     assert "without an `__init__.py`" in one("bare").reason
 
 
+class Editable:
+    """What setuptools puts on `sys.meta_path` for an editable installation: names and where they are."""
+
+    def __init__(self, **places: Path) -> None:
+        self.places = places
+
+    def find_spec(self, name, path=None, target=None):
+        place = self.places.get(name.replace(".", "_"))
+        if place is None:
+            return None
+        packages = [str(place)] if place.is_dir() else None
+        file = place / "__init__.py" if packages else place
+        return importlib.util.spec_from_file_location(name, file, submodule_search_locations=packages)
+
+
+def test_what_an_editable_installation_maps_is_found(install, tmp_path, monkeypatch) -> None:
+    source = tmp_path / "sources"
+    (source / "inner").mkdir(parents=True)
+    for path in (source / "__init__.py", source / "one.py", source / "inner" / "two.py"):
+        path.write_text(REWARD)
+    (source / "inner" / "__init__.py").write_text("")
+    finder = Editable(mapped=source, mapped_elsewhere=source / "inner" / "two.py")
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, finder])
+    targets = {"top": "mapped", "one": "mapped.one", "two": "mapped.inner.two", "moved": "mapped.elsewhere"}
+    install("acme", {}, rewards={name: f"{module}:Mine" for name, module in targets.items()})
+    for name in targets:
+        assert one(name).status == "ok", one(name)
+        assert registry.get("reward", name).__name__ == "Mine"
+    for name in [name for name in sys.modules if name.startswith("mapped")]:
+        del sys.modules[name]
+
+
 class Finder:
     def find_spec(self, name, path=None, target=None):
         raise RuntimeError("a hook that fails")
@@ -497,7 +532,7 @@ CLASSES = {
     "subclass checks that raise": (
         "class Meta(type(RewardFn)):\n    def __subclasscheck__(cls, other): raise RuntimeError('unchecked')\n",
         "class Mine(RewardFn, metaclass=Meta):",
-        None,
+        "raised RuntimeError: unchecked",
     ),
     "equality that raises": (
         "class Meta(type(RewardFn)):\n    __hash__ = type.__hash__\n    def __eq__(cls, other): raise RuntimeError('unequal')\n",
@@ -530,6 +565,9 @@ def test_whatever_a_class_is_hurts_nobody(install, good, case: str) -> None:
         with pytest.raises(PluginError) as raised:
             registry.get("reward", "odd")
         assert reason in str(raised.value)
+        del raised
+    gc.collect()  # what was refused is gone, and with it what it does to others
+    assert not isinstance(print, RewardFn)
     # Its metaclass isn't asked about others either.
     install("dict", {"plain.py": REWARD.replace("(RewardFn)", "(dict)")}, rewards={"plain": "plain:Mine"})
     with pytest.raises(PluginError, match="not a subclass of"):
