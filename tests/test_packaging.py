@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
 import tarfile
+import time
 import venv
 import zipfile
 from collections.abc import Mapping
@@ -36,15 +38,18 @@ class Environment:
             if not item.name.startswith(OURS):
                 (site / item.name).symlink_to(item)
 
-    def run(self, *command: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    def variables(self) -> dict[str, str]:
+        """Return the environment variables of its commands."""
         hidden = {"PYTHONPATH", "VIRTUAL_ENV", "PYTEST_ADDOPTS"}
-        environment = {key: value for key, value in os.environ.items() if key not in hidden}
-        environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        kept = {key: value for key, value in os.environ.items() if key not in hidden}
+        return kept | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+    def run(self, *command: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
         program, *arguments = command
         done = subprocess.run(
             [str(self.path / "bin" / program), *arguments],
             cwd=self.work,
-            env=environment,
+            env=self.variables(),
             capture_output=True,
             text=True,
         )
@@ -213,3 +218,47 @@ def test_the_new_package_passes_its_own_tests(crowded: Environment) -> None:
     done = crowded.run("python", "-m", "pytest", "-q", str(crowded.work / "acme-margin"))
     assert " passed" in done.stdout and " failed" not in done.stdout
     crowded.run("rlhf", "check", "trainer:acme-margin")
+
+
+@pytest.fixture(scope="module")
+def online(built: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    """The wheel beside an online trainer from `rlhf new`, and the data of its example."""
+    environment = Environment(tmp_path_factory.mktemp("online") / "venv", tmp_path_factory.mktemp("beyond"))
+    environment.install(built[1])
+    environment.run("rlhf", "new", "trainer", "acme-rollouts", "--online")
+    environment.install(environment.work / "acme-rollouts")
+    environment.run("python", "-m", "rlhf_core.testing", "demo")
+    return environment
+
+
+def test_a_new_online_trainer_learns_from_its_example_and_resumes(online: Environment) -> None:
+    example, run = str(online.work / "acme-rollouts" / "example.yaml"), online.work / "runs" / "acme-rollouts"
+    done = json.loads(online.run("rlhf", "train", example, "--json").stdout)
+    assert done["step"] == 40
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    first, last = (sum(row["reward/digits"] for row in part) / 5 for part in (rows[:5], rows[-5:]))
+    # About 0.05 before and 0.7 after.
+    assert last > first + 0.3 and all(row["ratio"] == pytest.approx(1, abs=1e-4) for row in rows)
+    killed = online.work / "runs" / "killed"
+    going = subprocess.Popen(
+        [str(online.path / "bin" / "rlhf"), "train", example, "--output", str(killed)],
+        cwd=online.work,
+        env=online.variables(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while not (killed / "checkpoints" / "step-10").exists():
+        assert going.poll() is None, "it ended before its first checkpoint"
+        time.sleep(0.02)
+    going.kill()
+    assert going.wait() == -signal.SIGKILL, "it ended before it was killed"
+    again = online.run("rlhf", "train", example, "--output", str(killed), "--resume", "--json")
+    assert json.loads(again.stdout)["step"] == 40
+    ends = [(path / "model" / "model.safetensors").read_bytes() for path in (run, killed)]
+    assert ends[0] == ends[1]
+
+
+def test_the_new_online_trainer_passes_its_own_tests(online: Environment) -> None:
+    done = online.run("python", "-m", "pytest", "-q", str(online.work / "acme-rollouts"))
+    assert " passed" in done.stdout and " failed" not in done.stdout
+    online.run("rlhf", "check", "trainer:acme-rollouts", "--rewards", "acme_rollouts.rewards:digits")

@@ -54,12 +54,21 @@ def new(
     directory: Annotated[
         Path, typer.Option("--dir", help="Where to make the package's directory.", file_okay=False)
     ] = Path(),
+    online: Annotated[
+        bool,
+        typer.Option(
+            "--online", help="A trainer that learns from its own completions and their rewards, not from pairs."
+        ),
+    ] = False,
 ) -> None:
-    """Write a package that offers one plugin: it installs, is listed and passes its tests as it is."""
+    """Write a package that offers one plugin: it installs, is listed and passes its tests as it is.
+
+    A trainer learns from preference pairs, or with `--online` from what its policy generates.
+    """
     from rlhf_core.cli.scaffold import write_package
     from rlhf_core.registry import parse_kind
 
-    root = write_package(parse_kind(kind), name, directory)
+    root = write_package(parse_kind(kind), name, directory, online=online)
     for path in sorted(path for path in root.rglob("*") if path.is_file()):
         print(path)
     print(f"\nnext: pip install -e {root} && rlhf show {name} && pytest {root}/tests")

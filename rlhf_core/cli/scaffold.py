@@ -12,11 +12,15 @@ from rlhf_core import API, __version__, registry
 from rlhf_core.errors import ConfigError, StorageError
 
 TEMPLATES = Path(__file__).parent / "templates"
+ONLINE = "trainer_online"
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
 
-def write_package(kind: str, name: str, directory: Path) -> Path:
-    """Write the package `name` with one method of that kind and name; return its directory.
+def write_package(kind: str, name: str, directory: Path, *, online: bool = False) -> Path:
+    """Write the package `name` with one plugin of that kind and name; return its directory.
+
+    Args:
+        online: of a trainer, whether it learns from its policy's own completions, and not from responses in the data.
 
     Raises:
         ConfigError: the kind has no template, or the name can't be a package's, is taken, or hides another module.
@@ -24,11 +28,13 @@ def write_package(kind: str, name: str, directory: Path) -> Path:
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    if not (TEMPLATES / kind).is_dir():
-        kinds = ", ".join(sorted(path.name for path in TEMPLATES.iterdir() if path.name != "shared"))
+    kinds = sorted({path.name for path in TEMPLATES.iterdir()} - {"shared", ONLINE})
+    if kind not in kinds:
         raise ConfigError(
-            "there is no template for this kind", place="KIND", got=f"`{kind}`", fix=f"use one of: {kinds}"
+            "there is no template for this kind", place="KIND", got=f"`{kind}`", fix=f"use one of: {', '.join(kinds)}"
         )
+    if online and kind != "trainer":
+        raise ConfigError("only a trainer is online", place="--online", got=f"`{kind}`", fix="leave it out")
     _check_name(kind, name)
     root = directory / name
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
@@ -40,7 +46,8 @@ def write_package(kind: str, name: str, directory: Path) -> Path:
     stem = "".join(part.capitalize() for part in name.split("-"))
     values = {"kind": kind, "name": name, "module": module, "stem": stem, "api": API, "core_version": __version__}
     values["class_name"] = stem.removesuffix(kind.capitalize()) + kind.capitalize()
-    for source in sorted([*(TEMPLATES / "shared").rglob("*.j2"), *(TEMPLATES / kind).rglob("*.j2")]):
+    own = TEMPLATES / (ONLINE if online else kind)
+    for source in sorted([*(TEMPLATES / "shared").rglob("*.j2"), *own.rglob("*.j2")]):
         inside = source.relative_to(TEMPLATES)
         target = root / str(Path(*inside.parts[1:])).removesuffix(".j2").replace("MODULE", module)
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from rlhf_core.cli.scaffold import write_package
 from rlhf_core.errors import ConfigError, StorageError
 from rlhf_core.header import read_header, read_options
 from rlhf_core.testing import tiny_policy
+from rlhf_core.testing.arithmetic import Arithmetic
 
 
 @pytest.mark.parametrize("kind", ["trainer", "reward", "sampler", "merger"])
@@ -64,11 +65,46 @@ def test_a_new_hook_hears_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert float(last["eval_loss"]) == result.eval_metrics["eval_loss"]
 
 
-def test_the_example_is_a_valid_configuration(tmp_path: Path, monkeypatch, install, capsys) -> None:
-    root = write_package("trainer", "acme-example", tmp_path)
-    install("acme-example", {}, trainers={"acme-example": "acme_example.trainer:AcmeExampleTrainer"})
+@pytest.mark.parametrize("online", [False, True])
+def test_the_example_is_a_valid_configuration(tmp_path: Path, monkeypatch, install, capsys, online: bool) -> None:
+    name, module = ("acme-drawn", "acme_drawn") if online else ("acme-example", "acme_example")
+    root = write_package("trainer", name, tmp_path, online=online)
+    stem = "AcmeDrawn" if online else "AcmeExample"
+    install(name, {}, trainers={name: f"{module}.trainer:{stem}Trainer"})
     monkeypatch.syspath_prepend(str(root / "src"))
     assert main(["validate", str(root / "example.yaml")]) == 0, capsys.readouterr().err
+
+
+def test_an_online_trainer_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, install: Any) -> None:
+    root = write_package("trainer", "acme-online", tmp_path, online=True)
+    target = "acme_online.trainer:AcmeOnlineTrainer"
+    install("acme-online", {}, trainers={"acme-online": target})
+    monkeypatch.syspath_prepend(str(root / "src"))
+    header, options = read_header(target), read_options(target)
+    assert (header.api, header.record) == (1, "prompt") and all(option.description for option in options)
+    assert {"clip", "kl_weight", "group_size"} <= {option.name for option in options}
+    config = registry.get("trainer", "acme-online").Config
+    held = {"batch_size": 4, "max_steps": 3, "generation": {"max_new_tokens": 4}, "max_length": 64}
+    rows = list(Arithmetic().rows("prompt", 8))
+    for rewards in (
+        {"kl_weight": 0.1, "rewards": ["acme_online.rewards:digits"]},
+        {"rewards": "acme_online.rewards:right"},
+    ):
+        trainer = registry.get("trainer", "acme-online")(
+            config.parse({**held, **rewards}), model=tiny_policy(), data=rows, eval_data=rows[:2]
+        )
+        result = trainer.train()
+        assert result.step == 3 and {"eval_reward", "eval_reward_se"} <= result.eval_metrics.keys()
+        assert hasattr(trainer, "reference") == ("kl_weight" in rewards)
+    with pytest.raises(ConfigError, match="above 0"):
+        config.parse({"generation": {"temperature": 0.0}})
+
+
+def test_only_a_trainer_is_online(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["new", "reward", "acme-reward", "--online", "--dir", str(tmp_path)]) == 2
+    assert "only a trainer is online" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    with pytest.raises(ConfigError, match=r"use one of: hook, merger, reward, sampler, trainer$"):
+        write_package("trainer_online", "acme-other", tmp_path)
 
 
 def test_names_and_places_that_are_taken(tmp_path: Path) -> None:
