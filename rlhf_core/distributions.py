@@ -123,8 +123,10 @@ class Installed:
 
     @property
     def name(self) -> str:
-        """The name by its metadata, else by its directory; '' where neither is a name."""
-        return next((name for name in (self.stated[0], self.stem) if _DISTRIBUTION_NAME.fullmatch(name)), "")
+        """The name by its metadata, which agrees with its directory's, else by its directory; '' where neither is a name."""
+        stated = self.stated[0]
+        agreed = not self.stem or canonical(stated) == canonical(self.stem)
+        return next((name for name in (stated if agreed else "", self.stem) if _DISTRIBUTION_NAME.fullmatch(name)), "")
 
     @property
     def version(self) -> str:
@@ -178,8 +180,8 @@ class Installed:
 
     def faults(self) -> Iterator[str]:
         """Yield what is wrong with it and shows in no plugin."""
-        if not _DISTRIBUTION_NAME.fullmatch(self.stated[0]) and self.name:
-            yield f"the METADATA in {self.place} has no valid name; the directory's is used, `{self.name}`"
+        if self.name and self.name != self.stated[0]:
+            yield f"the METADATA in {self.place} has no valid name, or another; the directory's is used, `{self.name}`"
         for group in sorted({group for *_, group in self.entries()} - KIND_OF_GROUP.keys()):
             yield f"{self.place}: unknown entry-point group `{group}`; {did_you_mean(group, KIND_OF_GROUP)}"
 

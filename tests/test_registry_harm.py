@@ -363,7 +363,7 @@ def test_a_distribution_whose_name_cannot_be_addressed_is_broken(install, good, 
     metadata = next(Path(sys.path[0]).glob("*.dist-info")) / "METADATA"
     metadata.write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
     plugin = one("mine")
-    if distribution == "a:b":  # the directory's name does
+    if distribution == "a:b":  # the directory's name can
         assert (plugin.status, plugin.qualified) == ("ok", "a-b:mine")
         return
     assert plugin.status == "broken" and "distribution" in plugin.reason
@@ -801,6 +801,7 @@ METADATA = {
     "nameless": b"Metadata-Version: 2.1\nVersion: 3\n",
     "not text": b"Name: \xff\xfe\nVersion: 3\n",
     "empty": b"",
+    "another's": b"Metadata-Version: 2.1\nName: rlhf-core\nVersion: 3\n",
     "an escape": b"Metadata-Version: 2.1\nName: \x1b[31mred\nVersion: \x1b]0;x\x07\n",
 }
 
@@ -813,7 +814,7 @@ def test_metadata_without_a_name_leave_the_directorys_with_a_warning(install, go
     (path / "METADATA").unlink() if content is None else (path / "METADATA").write_bytes(content)
     assert (one("mine").qualified, one("mine").status) == ("odd:mine", "ok")
     (fault,) = registry.faults()
-    assert fault == f"the METADATA in {path} has no valid name; the directory's is used, `odd`"
+    assert fault == f"the METADATA in {path} has no valid name, or another; the directory's is used, `odd`"
     assert main(["list"]) == 0 and main(["show", "odd:mine"]) == 0
     out, err = capsys.readouterr()
     assert "\x1b" not in out + err and "\x07" not in out + err
