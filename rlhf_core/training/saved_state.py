@@ -25,7 +25,6 @@ class SavedProgress(_Part):
     tokens: int = Field(ge=0)
     seconds: float = Field(ge=0)
     skipped: int = Field(ge=0)
-    batches: int = Field(ge=0)
     evaluated: int | None
     metrics: Metrics
     eval_metrics: Metrics
@@ -61,6 +60,7 @@ class SavedRank(_Part):
     random: SavedRandom
     trainer: dict[str, Any]
     stream: SavedStream
+    batches: int = Field(ge=0)
 
 
 class SavedMicroBatches(_Part):

@@ -40,7 +40,7 @@ class Progress:
     skipped: int = 0
     """Windows that held nothing to learn from."""
     batches: int = 0
-    """Batches of data that had been taken when the last step was made."""
+    """Batches of data that this process had taken when the last step was made; each process saves its own."""
     evaluated: int | None = None
     """The step of the last evaluation."""
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -48,9 +48,9 @@ class Progress:
     eval_metrics: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the counters as JSON values; a metric that isn't finite is its name as text, since JSON has none for it."""
+        """Return the counters that all processes share, as JSON values; a metric that isn't finite is its name as text."""
         metrics = {"metrics": _encoded(self.metrics), "eval_metrics": _encoded(self.eval_metrics)}
-        return asdict(self) | metrics
+        return {name: value for name, value in asdict(self).items() if name != "batches"} | metrics
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Progress:
@@ -89,8 +89,9 @@ class RunState:
         assert manager is not None
         step = run.progress.step
         optimizer, values = optimizer_state(run.optimizer, run.parameters)
-        own = {"random": RandomState.capture().to_json(), "trainer": self._remembered()}
-        ranks = run.distribution.gather(own | {"stream": run.stream.state_dict()})
+        own: dict[str, Any] = {"random": RandomState.capture().to_json(), "trainer": self._remembered()}
+        own |= {"stream": run.stream.state_dict(), "batches": run.progress.batches}
+        ranks = run.distribution.gather(own)
         state: dict[str, Any] = {
             "progress": run.progress.to_json(),
             "total_steps": run.total_steps,
@@ -185,7 +186,9 @@ class RunState:
                 raise ModelError("the checkpoint has no state of early stopping", place=place)
             run.early_stopping.load_state_dict(state["early_stopping"])
         ranks, rank = state["ranks"], run.distribution.rank
-        run.stream.load_state_dict(_stream_of(ranks, rank, run.distribution.world_size))
+        reached = _place_in_data(ranks, rank, run.distribution.world_size)
+        run.stream.load_state_dict(reached["stream"])
+        run.progress.batches = reached["batches"]
         if len(ranks) == run.distribution.world_size:
             RandomState.from_json(ranks[rank]["random"]).restore()
         else:
@@ -215,12 +218,11 @@ class RunState:
             )
 
 
-def _stream_of(ranks: Sequence[Mapping[str, Any]], rank: int, world_size: int) -> Mapping[str, Any]:
-    """Return where in the data a process goes on: where it was, or with another number of processes where the furthest was."""
-    streams = [entry["stream"] for entry in ranks]
-    if len(streams) == world_size:
-        return streams[rank]
-    furthest = max(streams, key=lambda stream: stream["rows"])
-    if any(stream["rows"] != furthest["rows"] for stream in streams):
+def _place_in_data(ranks: Sequence[Mapping[str, Any]], rank: int, world_size: int) -> Mapping[str, Any]:
+    """Return whose place in the data a process continues from: its own, or with another number of processes the furthest."""
+    if len(ranks) == world_size:
+        return ranks[rank]
+    furthest = max(ranks, key=lambda entry: entry["stream"]["rows"])
+    if any(entry["stream"]["rows"] != furthest["stream"]["rows"] for entry in ranks):
         log.warning("some processes had taken fewer batches than others: their shares of the last ones are left out")
     return furthest

@@ -74,6 +74,27 @@ class Watched(PolicyGradientTrainer):
             yield window
 
 
+class Apart(Watched):
+    """Dynamic sampling in which no process asks the others: each takes batches until it has three groups of its own."""
+
+    api = 1
+    record = "prompt"
+
+    def experience(self, stream: Iterator[Batch], run: RunContext) -> Iterator[Window]:
+        self.made = []
+        held: list[Batch] = []
+        for batch in stream:
+            rollout = self.rollout(batch, run)
+            held.append(rollout.select(rollout["differs"].nonzero()[:, 0]))
+            if sum(part.num_prompts for part in held) >= 3:
+                for window in self.windows(Batch.cat(held), run):
+                    if len(self.made) == self.fail_at:
+                        raise Broken
+                    self.made.append((run.step, window))
+                    yield window
+                held = []
+
+
 class Broken(Exception):
     """The run broke off, as it was told to."""
 
@@ -107,7 +128,8 @@ def main() -> None:
     """Train as a job says; the first process writes the weights."""
     job = json.loads(Path(sys.argv[1]).read_text())
     output = Path(job["output"])
-    run = trainer(output, held_out=job.get("held_out", 0), **job["options"])
+    kind = Apart if job.get("apart") else Watched
+    run = trainer(output, kind=kind, held_out=job.get("held_out", 0), **job["options"])
     run.fail_at, run.how = job.get("fail_at"), job.get("how", "raise")
     code = 0
     try:

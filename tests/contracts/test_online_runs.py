@@ -26,6 +26,7 @@ from rlhf_core.models import PolicyModel
 from rlhf_core.testing import simulate
 from rlhf_core.testing.runs import metrics_of, require_same_run
 from rlhf_core.testing.workbench import Workbench
+from rlhf_core.training.checkpoint import CheckpointManager
 from rlhf_core.training.distribution import Distribution
 
 TOLERANCE = 1e-5
@@ -341,3 +342,16 @@ def test_two_real_processes_learn_what_one_does_and_resume_exactly(tmp_path: Pat
     start(broken, 2, options=options, fail_at=6)
     assert (done := start(broken, 2, options=options, resume=True)).returncode == 0, done.stderr[-3000:]
     require_same_run(broken, two)
+
+
+@pytest.mark.slow
+def test_processes_that_take_different_numbers_of_batches_resume_each_at_its_own_place(tmp_path: Path) -> None:
+    options = {**KL, **DYNAMIC, "max_steps": 16, "checkpoint": {"every": 4}, "max_idle_batches": 12}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert (done := start(whole, 2, options=options, apart=True)).returncode == 0, done.stderr[-3000:]
+    ranks = json.loads((whole / "checkpoints" / "step-16" / "state.json").read_text())["ranks"]
+    assert ranks[0]["stream"]["rows"] != ranks[1]["stream"]["rows"] and ranks[0]["batches"] != ranks[1]["batches"]
+    start(broken, 2, options=options, apart=True, fail_at=10)
+    assert CheckpointManager(broken / "checkpoints").steps() == [4, 8]
+    assert (done := start(broken, 2, options=options, apart=True, resume=True)).returncode == 0, done.stderr[-3000:]
+    require_same_run(broken, whole)
