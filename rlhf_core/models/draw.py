@@ -19,6 +19,8 @@ from rlhf_core.online import SamplingConfig
 
 BLOCK = 256
 """Random numbers that are made at once for each row."""
+SPAN = 128
+"""Tokens whose weights are summed before the sums are."""
 HEAD = 1024
 """Most likely tokens that are sorted first for top-p; the whole vocabulary only where their mass doesn't reach it."""
 
@@ -46,30 +48,24 @@ def draw(logits: Tensor, uniform: Tensor, sampling: SamplingConfig) -> Drawn:
         logits: (B, V) float32.
         uniform: (B,) in [0, 1).
     """
-    raw = logits.log_softmax(dim=-1)
+    # The largest logit is taken off first: a low temperature would send it to infinity.
+    shifted = logits - logits.amax(dim=-1, keepdim=True)
     if sampling.temperature == 0:
         tokens = logits.argmax(dim=-1)
         certain = torch.zeros(len(tokens), device=logits.device)
-        return Drawn(tokens, certain, _at(raw, tokens), certain + 1)
-    # The largest logit is taken off first: a low temperature would send it to infinity.
-    largest = logits.max(dim=-1, keepdim=True).values
+        return Drawn(tokens, certain, _at(_distribution(shifted)[1], tokens), certain + 1)
     divisor = max(sampling.temperature, torch.finfo(torch.float32).tiny)
-    tempered = raw if divisor == 1 else ((logits - largest) / divisor).log_softmax(dim=-1)
-    exact = _exact(logits.device)
-    weights = tempered.exp()
-    keep = kept(tempered, sampling.top_k, sampling.top_p)
+    weights, logps = _distribution(shifted / divisor)
+    keep = kept(logps, sampling.top_k, sampling.top_p)
     if keep is not None:
         weights = weights.where(keep, 0)
-    cumulative = weights.cumsum(dim=-1, dtype=exact)
-    mass = cumulative[:, -1:]
-    target = uniform.to(exact)[:, None] * mass
-    target = target.minimum(torch.nextafter(mass, torch.zeros_like(mass)))  # a product rounded up would find no token
-    tokens = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
-    logprobs = _at(tempered, tokens)
+    tokens, mass = _inverse(weights, uniform)
+    logprobs = _at(logps, tokens)
+    raw = logprobs if divisor == 1 else _at(_distribution(shifted)[1], tokens)
     if keep is None:
-        return Drawn(tokens, logprobs, _at(raw, tokens), torch.ones_like(logprobs))
-    mass = mass[:, 0].clamp(max=1)
-    return Drawn(tokens, (logprobs - mass.log()).clamp(max=0).float(), _at(raw, tokens), mass.float())
+        return Drawn(tokens, logprobs, raw, torch.ones_like(logprobs))
+    mass = mass.clamp(max=1)
+    return Drawn(tokens, (logprobs - mass.log()).clamp(max=0).float(), raw, mass.float())
 
 
 def kept(logps: Tensor, top_k: int, top_p: float) -> Tensor | None:
@@ -86,26 +82,64 @@ def kept(logps: Tensor, top_k: int, top_p: float) -> Tensor | None:
     if width == size and top_p == 1:
         return None
     values = logps.topk(width if top_k else min(HEAD, size), dim=-1).values  # falling
-    count = torch.full_like(values[:, :1], width, dtype=torch.long)
-    if top_p < 1:
-        mass = _mass(values)
-        if not top_k and values.shape[1] < size and bool((mass[:, -1] < top_p).any()):
-            values = logps.sort(dim=-1, descending=True).values
-            mass = _mass(values)
-        share = mass / mass[:, -1:] if top_k else mass
-        count = (share < top_p).sum(dim=-1, keepdim=True).add(1).clamp(max=values.shape[1])
+    count, share = _fewest(values, top_p, whole=not top_k)
     least = values.gather(1, count - 1)
-    above, equal = logps > least, logps == least
-    return above | (equal & (equal.cumsum(dim=-1) <= count - above.sum(dim=-1, keepdim=True)))
+    if not top_k and values.shape[1] < size and bool((short := share < top_p).any()):
+        values = logps[short].sort(dim=-1, descending=True).values
+        count[short] = _fewest(values, top_p, whole=True)[0]
+        least[short] = values.gather(1, count[short] - 1)
+    keep = logps >= least
+    if bool((keep.sum(dim=-1, keepdim=True) > count).any()):
+        above, equal = logps > least, logps == least
+        keep = above | (equal & (equal.cumsum(dim=-1) <= count - above.sum(dim=-1, keepdim=True)))
+    return keep
+
+
+def _fewest(logps: Tensor, top_p: float, *, whole: bool) -> tuple[Tensor, Tensor]:
+    """Return (B, 1) how many of the most likely tokens, in falling order, reach a mass, and (B,) the mass of all.
+
+    Args:
+        whole: whether the mass is that of the whole distribution, and not relative to these tokens'.
+    """
+    mass = logps.exp().cumsum(dim=-1, dtype=_exact(logps.device))
+    reached = mass if whole else mass / mass[:, -1:]
+    count = logps.shape[1] if top_p == 1 else (reached < top_p).sum(dim=-1, keepdim=True) + 1
+    return torch.zeros_like(mass[:, :1], dtype=torch.long).add(count).clamp(max=logps.shape[1]), mass[:, -1]
+
+
+def _distribution(shifted: Tensor) -> tuple[Tensor, Tensor]:
+    """Return probabilities and their logarithms (B, V) for logits whose largest is 0: its probability is one over the sum."""
+    weights = shifted.softmax(dim=-1)
+    return weights, shifted + weights.amax(dim=-1, keepdim=True).log()
+
+
+def _inverse(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (B,) the tokens where cumulative weights exceed `uniform` of their sum, and (B,) the sums.
+
+    In two levels, over spans of the vocabulary and within one: a sum along all of it is slow, most of all in float64.
+    """
+    exact, size = _exact(weights.device), weights.shape[-1]
+    body = size // SPAN * SPAN
+    spans = [weights[:, :body].unflatten(1, (-1, SPAN)).sum(dim=-1), weights[:, body:].sum(dim=-1, keepdim=True)]
+    ends = torch.cat(spans, dim=1).cumsum(dim=-1, dtype=exact)
+    mass = ends[:, -1:]
+    target = _below(uniform.to(exact)[:, None] * mass, mass)
+    span = torch.searchsorted(ends, target, right=True).clamp(max=ends.shape[1] - 1)
+    begin = torch.where(span > 0, ends.gather(1, (span - 1).clamp(min=0)), 0)
+    places = span * SPAN + torch.arange(SPAN, device=weights.device)  # (B, SPAN)
+    within = weights.gather(1, places.clamp(max=size - 1)).where(places < size, 0).cumsum(dim=-1, dtype=exact)
+    found = torch.searchsorted(within, _below(target - begin, within[:, -1:]), right=True)
+    return (span * SPAN + found)[:, 0].clamp(max=size - 1), mass[:, 0]
+
+
+def _below(target: Tensor, mass: Tensor) -> Tensor:
+    """Return a target below the mass: one that was rounded up to it would find no token."""
+    return target.minimum(torch.nextafter(mass, torch.zeros_like(mass)))
 
 
 def _exact(device: torch.device) -> torch.dtype:
     """Return the widest type that a device sums in."""
     return torch.float32 if device.type == "mps" else torch.float64
-
-
-def _mass(logps: Tensor) -> Tensor:
-    return logps.exp().cumsum(dim=-1, dtype=_exact(logps.device))
 
 
 def _at(logps: Tensor, tokens: Tensor) -> Tensor:

@@ -71,6 +71,21 @@ def test_truncation_keeps_what_sorting_keeps(logits: list[float], top_k: int, to
     assert [token for token in found[0].nonzero()[:, 0].tolist() if p[token] > 0] == sorted(possible)
 
 
+@given(st.integers(1, 3 * drawing.SPAN + 1), st.integers(0, 999), st.sampled_from([0.0, 0.5, 0.98]))
+def test_the_inverse_is_that_of_one_long_sum(size: int, seed: int, empty: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.rand(1, size, generator=generator) * (torch.rand(1, size, generator=generator) >= empty)
+    weights[0, seed % size] = 1e-3  # one at least can be drawn
+    uniform = torch.tensor([0.0, 1 - 2**-53, *torch.rand(20, generator=generator).tolist()], dtype=torch.float64)
+    tokens, mass = drawing._inverse(weights.expand(len(uniform), -1), uniform)
+    ends = weights[0].double().cumsum(0)
+    assert torch.allclose(mass, ends[-1], rtol=1e-6)
+    assert (weights[0, tokens] > 0).all()
+    target = uniform * ends[-1]
+    slack = 1e-5 * ends[-1]  # what lies this near to a token's end may fall to its neighbour
+    assert (target < ends[tokens] + slack).all() and (target > ends[tokens] - weights[0, tokens] - slack).all()
+
+
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.6}, {"top_k": 7}, {"top_p": 0.8, "temperature": 1.5}])
 def test_frequencies_are_the_probabilities(options: dict[str, float]) -> None:
     generator = torch.Generator().manual_seed(0)
