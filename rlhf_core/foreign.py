@@ -1,7 +1,8 @@
 """Run code that others wrote, such as a plugin's import, so that it can't take the program with it.
 
 What it prints goes to stderr, for stdout is for results; whatever it raises, `SystemExit` and `KeyboardInterrupt` too, is one
-fault with a reason. The user's own Ctrl-C still interrupts. What ends the process at once (`os._exit`, a crash in C code) can
+fault with a reason; the working directory, `sys.argv` and what is logged are afterwards as they were. The user's own Ctrl-C still
+interrupts. What ends the process at once (`os._exit`, a crash in C code) can
 only be outlived by another process: see `rlhf_core.probe`.
 """
 
@@ -34,7 +35,7 @@ def run_foreign(action: Callable[[], T]) -> T:
         KeyboardInterrupt: the user pressed Ctrl-C meanwhile (or what the program's own handler raises then), even where the
             foreign code swallowed it.
     """
-    watch = _InterruptWatch()
+    watch, surroundings = _InterruptWatch(), _Surroundings()
     try:
         with _Diversion():
             value = action()
@@ -43,6 +44,7 @@ def run_foreign(action: Callable[[], T]) -> T:
             raise ForeignFault(describe(error)) from error
     finally:
         watch.stop()
+        surroundings.restore()
     if watch.raised is not None:
         raise watch.raised
     return value
@@ -71,6 +73,35 @@ class _InterruptWatch:
         # A handler that the foreign code set stays: a library may need its own.
         if self._before is not None and signal.getsignal(signal.SIGINT) == self._handle:
             signal.signal(signal.SIGINT, self._before)
+
+
+class _Surroundings:
+    """What the program's own paths and log lines depend on."""
+
+    def __init__(self) -> None:
+        self._directory = _directory()
+        self._arguments, self._words = sys.argv, list(sys.argv)
+        self._unlogged = _manager().disable if "logging" in sys.modules else 0
+
+    def restore(self) -> None:
+        if self._directory and _directory() != self._directory:
+            with contextlib.suppress(OSError):
+                os.chdir(self._directory)
+        sys.argv, sys.argv[:] = self._arguments, self._words
+        if "logging" in sys.modules:
+            _manager().disable = self._unlogged
+
+
+def _directory() -> str:
+    with contextlib.suppress(OSError):  # it may be gone
+        return os.getcwd()  # noqa: PTH109
+    return ""
+
+
+def _manager() -> Any:
+    import logging
+
+    return logging.root.manager
 
 
 class _Diversion:

@@ -75,7 +75,6 @@ def serve(jobs: Sequence[tuple[str, str]]) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # an import that asks a question gets no answer
     print("{}", file=answers, flush=True)
     process, path, environment = os.getpid(), list(sys.path), dict(os.environ)
-    place = _directory()
     for kind, target in jobs:
         try:
             loaded = load_target(kind, target)
@@ -85,19 +84,10 @@ def serve(jobs: Sequence[tuple[str, str]]) -> None:
         if os.getpid() != process:  # an import forked, and this is the copy
             os._exit(0)
         print(json.dumps(asdict(verdict)), file=answers, flush=True)
-        if place and _directory() != place:
-            os.chdir(place)
         sys.path[:] = path
         os.environ.clear()
         os.environ.update(environment)
     os._exit(0)  # what plugins left for the end of the process doesn't run
-
-
-def _directory() -> str:
-    """Return the working directory; '' where it was removed."""
-    with contextlib.suppress(OSError):
-        return os.getcwd()  # noqa: PTH109
-    return ""
 
 
 def _in_one_child(jobs: Sequence[tuple[str, str]], seconds: float) -> list[Verdict]:

@@ -460,6 +460,22 @@ def test_loads_in_threads_leave_stdout_as_it_was() -> None:
     assert sys.stdout is before
 
 
+def test_paths_arguments_and_logging_are_as_they_were_after_an_import(install, caplog) -> None:
+    source = "import logging, os, sys\nos.chdir('/')\nsys.argv[1:] = ['--other']\nlogging.disable(logging.CRITICAL)\n"
+    install("moves", {"moves.py": source + REWARD}, rewards={"moves": "moves:Mine"})
+    install(
+        "swaps",
+        {"swaps.py": "import sys\nsys.argv = []\nraise RuntimeError\n" + REWARD},
+        rewards={"swaps": "swaps:Mine"},
+    )
+    place, arguments, words = Path.cwd(), sys.argv, list(sys.argv)
+    assert registry.get("reward", "moves").__name__ == "Mine"
+    with pytest.raises(PluginError):
+        registry.get("reward", "swaps")
+    logging.getLogger("rlhf_core.test").warning("heard")
+    assert Path.cwd() == place and sys.argv is arguments and sys.argv == words and "heard" in caplog.text
+
+
 RAISED = {
     "KeyboardInterrupt": "raise KeyboardInterrupt",
     "SystemExit: 3": "raise SystemExit(3)",

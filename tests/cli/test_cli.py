@@ -221,7 +221,7 @@ FAULTS = {
     ("train", "gone.yaml"): (2, "error[config] gone.yaml: no such file"),
     ("new", "trainer", "json"): (2, "error[config] NAME: a module of that name is installed, which it would hide; got `json`"),
     ("new", "trainer", "Acme_X"): (2, "error[config] NAME: a package's name has lower-case letters"),
-    ("new", "hook", "acme-x"): (2, "error[config] KIND: there is no template for this kind; got `hook`"),
+    ("new", "hok", "acme-x"): (2, "error[config] registry: unknown kind of plugin `hok`; fix: did you mean `hook`?"),
     ("check", "reward:reward_model"): (2, "error[config] command line: `model` is missing; fix: set `model`"),
     ("check", "ties", "--densty", "1"): (2, "error[config] --densty: unknown option `densty` of rlhf-core:ties"),
     ("check", "sftt"): (2, "error[config] registry: unknown plugin `sftt`; fix: did you mean `sft`?"),
