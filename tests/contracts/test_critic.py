@@ -214,6 +214,24 @@ def test_weights_are_the_same_for_two_processes(policy: PolicyModel, critic: Pat
         same(found, expected)
 
 
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_last_step_of_few_rows_is_shared(policy: PolicyModel, critic: Path, rows: int) -> None:
+    """A process without a row, or without one in a minibatch, takes part; weights are those of one process."""
+
+    whole = next(Workbench(trainer_of(policy, critic, batch_size=6)).batches).select(range(rows))
+
+    def work(distribution: Distribution) -> dict[str, Tensor]:
+        trainer = trainer_of(policy, critic, kl_weight=0.1, batch_size=6)
+        bench = Workbench(trainer, distribution)
+        share = range(distribution.rank, rows, distribution.world_size)
+        bench.batches = iter([whole.select(share)])
+        return learned(bench)
+
+    expected = work(Distribution(torch.device("cpu")))
+    for found in simulate(2, work):
+        same(found, expected)
+
+
 def test_a_window_holds_what_the_update_needs(policy: PolicyModel) -> None:
     """Advantages are white over the step, the ratio is 1 at the first window, and only the policy's tokens are in it."""
     bench = Workbench(trainer_of(policy, None, kl_weight=0.1))
