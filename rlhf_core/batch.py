@@ -71,6 +71,9 @@ class Batch:
     """Each prompt as it stands in the data, text or chat messages, for rewards; () where it isn't known."""
     records: tuple[Mapping[str, Any], ...] = ()
     """Each prompt's other columns, as they stand in its record (an answer, step labels), for rewards."""
+    places: tuple[int, ...] = ()
+    """The place of each prompt in the run's order of rows, counted from 0 over epochs and processes: a row that comes again has
+    the same number in `rows` and another place. () where it isn't known."""
 
     @classmethod
     def from_completions(cls, batch: Batch, completions: Sequence[Sequence[Completion]]) -> Batch:
@@ -133,7 +136,7 @@ class Batch:
             held = [{*getattr(batch, kind)} for batch in batches]
             if different := sorted(set.union(*held) - set.intersection(*held)):
                 raise ValueError(f"{kind} column {different[0]!r} is in some of the batches only")
-        for kind in ("prompts", "records"):
+        for kind in ("prompts", "records", "places"):
             # A batch without a prompt has none to show.
             if len({bool(getattr(batch, kind)) for batch in batches if batch.num_prompts}) > 1:
                 raise ValueError(f"some of the batches only have `{kind}`")
@@ -163,6 +166,7 @@ class Batch:
             per_token=columns("per_token"),
             prompts=tuple(prompt for batch in batches for prompt in batch.prompts),
             records=tuple(record for batch in batches for record in batch.records),
+            places=tuple(place for batch in batches for place in batch.places),
         )
 
     @property
@@ -262,6 +266,7 @@ class Batch:
             per_token={name: column[responses, :length] for name, column in self.per_token.items()},
             prompts=tuple(self.prompts[p] for p in picks) if self.prompts else (),
             records=tuple(self.records[p] for p in picks) if self.records else (),
+            places=tuple(self.places[p] for p in picks) if self.places else (),
         )
 
     def prompt_tokens(self) -> Tensor:

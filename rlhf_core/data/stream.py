@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from rlhf_core.batch import Batch
@@ -99,6 +100,7 @@ class DataStream:
 
     def __next__(self) -> Batch:
         window: list[EncodedRow] = []
+        first = self._state[3]
         while len(window) < self.batch_size and self._look_ahead(1):
             window.append(self._take())
         if not window:
@@ -111,7 +113,9 @@ class DataStream:
                 got=f"{len(window)} rows, {self.world_size} processes",
             )
         share = shares(window, self.world_size)[self.rank]
-        return collate([window[number] for number in share]) if share else collate(window[:1]).select([])
+        if not share:
+            return collate(window[:1]).select([])
+        return replace(collate([window[number] for number in share]), places=tuple(first + number for number in share))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the place after the last batch, as JSON values. It is the same on every process, for any number of them."""

@@ -22,21 +22,28 @@ def stream_seed(seed: int, name: str, *index: int) -> int:
 
 
 def completion_seeds(
-    seed: int, name: str, *index: int, rows: Sequence[int], n: int, met: Counter[int] | None = None
+    seed: int,
+    name: str,
+    *index: int,
+    rows: Sequence[int],
+    n: int,
+    met: Counter[tuple[int, ...]] | None = None,
+    places: Sequence[int] = (),
 ) -> list[list[int]]:
-    """Return for each row the seeds of n completions: functions of (seed, name, index, row, occurrence, sample) alone.
+    """Return for each row the seeds of n completions: functions of (seed, name, index, row, place, occurrence, sample) alone.
 
     So a completion doesn't depend on which rows are sampled with it, in which order, or by which process.
 
     Args:
         rows: numbers that name the rows; one that stands here again, or was met before, is another occurrence of it.
-        met: how often each row was met before; counted on here.
+        met: how often each row was met before at its place; counted on here.
+        places: what tells a row from itself where it comes again and another process may hold it; () where none does.
     """
     met = Counter() if met is None else met
     seeds = []
-    for row in rows:
-        seeds.append([stream_seed(seed, name, *index, row, met[row], sample) for sample in range(n)])
-        met[row] += 1
+    for key in zip(rows, places, strict=True) if places else ((row,) for row in rows):
+        seeds.append([stream_seed(seed, name, *index, *key, met[key], sample) for sample in range(n)])
+        met[key] += 1
     return seeds
 
 

@@ -68,7 +68,7 @@ class Engine:
         self.seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed
         self.policy_version = 0
         self._stream: tuple[Any, ...] = ()
-        self._met: Counter[int] = Counter()
+        self._met: Counter[tuple[int, ...]] = Counter()
 
     def begin(self, name: str, *index: int, policy_version: int = 0) -> None:
         """Begin a stream of draws: what is drawn from here on is a function of (seed, name, index), row number and occurrence.
@@ -99,7 +99,7 @@ class Engine:
             batch: its prompts are taken as they are encoded; its responses don't matter.
             sampling: how tokens are drawn; the defaults where None.
             seeds: for each prompt, one for each completion. None takes the engine's own: functions of its seed and, between
-                `begin` and the next, of row numbers, else of the prompts' ids; the same prompt again is another draw.
+                `begin` and the next, of row numbers and places, else of the prompts' ids; the same prompt again is another draw.
             policy_version: optimiser steps that the policy has made; None takes what `begin` was given.
 
         Raises:
@@ -112,8 +112,9 @@ class Engine:
         if not isinstance(n, int) or n < 1:
             raise ConfigError("must be a whole number, at least 1", place="generate(n=…)", got=n)
         if seeds is None:
-            rows = batch.rows if self._stream else prompt_keys(batch)
-            seeds = completion_seeds(self.seed, *(self._stream or ("generate",)), rows=rows, n=n, met=self._met)
+            rows, places = (batch.rows, batch.places) if self._stream else (prompt_keys(batch), ())
+            stream = self._stream or ("generate",)
+            seeds = completion_seeds(self.seed, *stream, rows=rows, places=places, n=n, met=self._met)
         if [len(each) for each in seeds] != [n] * batch.num_prompts:
             raise ConfigError(f"must be {n} seeds for each of {batch.num_prompts} prompts", place="generate(seeds=…)")
         rows_to_draw = self._rows(batch, seeds, sampling.max_new_tokens)

@@ -131,7 +131,8 @@ class RunContext:
             drawn = torch.randperm(len(numbers), generator=generator)
             return torch.arange(len(numbers))[drawn.argsort()] * count // max(len(numbers), 1)
 
-        part = self.over_step(parts, torch.tensor(batch.rows, dtype=torch.long), rows=batch.rows)
+        rows = batch.places or batch.rows
+        part = self.over_step(parts, torch.tensor(rows, dtype=torch.long), rows=rows)
         return [batch.select((part == number).nonzero().flatten()) for number in range(count)]
 
     def score(self, batch: Batch, completions: Sequence[Sequence[Completion]]) -> Scores:

@@ -56,7 +56,7 @@ def evaluate(trainer: Trainer[Any], dataset: EncodedData, run: RunContext) -> di
                 terms.add(found.terms)
                 metrics.add(found.metrics)
                 per_prompt.add(batch, found.metrics)
-                # What the method returns itself stands for what was logged under that name, such as the `reward` of all draws.
+                # What the method returns itself stands for what it logged under that name: never a mixture of both.
                 metrics.add({name: pair for name, pair in run.logged().items() if name not in found.metrics})
     finally:
         random.restore()

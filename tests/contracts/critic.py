@@ -228,7 +228,6 @@ class CriticTrainer(Trainer[CriticConfig]):
         return Loss({"policy": policy.sum(), "value": config.value_weight * per_response.sum()}, metrics)
 
     def evaluate(self, batch: Batch, run: RunContext) -> Evaluation:
-        """Return the reward of one completion of each prompt."""
+        """Return the rewards of one completion of each prompt."""
         completions = run.engine.generate(batch, 1, self.config.generation)
-        scores = run.score(batch, completions).total
-        return Evaluation(metrics={"reward": (scores, torch.ones_like(scores))})
+        return Evaluation(metrics=run.score(batch, completions).per_prompt(batch.num_prompts))

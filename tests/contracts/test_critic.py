@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rlhf_core.batch import Batch
+from rlhf_core.data import DataStream
 from rlhf_core.models import PolicyModel, ValueModel
 from rlhf_core.testing import TrainerContract, simulate
 from rlhf_core.testing.arithmetic import Arithmetic
@@ -232,6 +233,22 @@ def test_a_last_step_of_few_rows_is_shared(policy: PolicyModel, critic: Path, ro
         same(found, expected)
 
 
+def test_a_row_that_comes_twice_in_a_step_is_answered_twice(policy: PolicyModel, critic: Path) -> None:
+    """Where an epoch ends inside a step, also when two processes hold the row."""
+
+    def work(distribution: Distribution) -> dict[str, Tensor]:
+        trainer = trainer_of(policy, critic)
+        trainer.data = ROWS[:3]
+        bench = Workbench(trainer, distribution)
+        ranks = {"rank": distribution.rank, "world_size": distribution.world_size}
+        bench.batches = DataStream(bench.batches.dataset, batch_size=4, epochs=None, **ranks)  # type: ignore[attr-defined]
+        return learned(bench)
+
+    expected = work(Distribution(torch.device("cpu")))
+    for found in simulate(2, work):
+        same(found, expected)
+
+
 def test_a_window_holds_what_the_update_needs(policy: PolicyModel) -> None:
     """Advantages are white over the step, the ratio is 1 at the first window, and only the policy's tokens are in it."""
     bench = Workbench(trainer_of(policy, None, kl_weight=0.1))
@@ -305,7 +322,7 @@ def test_held_out_rows_are_answered_and_scored(tmp_path: Path, policy: PolicyMod
     trainer.eval_data = ROWS[:5]
     result = trainer.train()
     assert 0 <= result.eval_metrics["eval_reward"] <= 1 and "eval_reward_se" in result.eval_metrics
-    assert "eval_loss" not in result.eval_metrics and "eval_reward/digits" in result.eval_metrics
+    assert "eval_loss" not in result.eval_metrics and "eval_reward/digits_se" in result.eval_metrics
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from data_helpers import sft_rows, write_as
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlhf_core.batch import Batch
 from rlhf_core.config import DatasetConfig
 from rlhf_core.data import DataStream, PreferenceDataset, SFTDataset, StreamingSFTDataset
 from rlhf_core.data.encode import EncodedRow
@@ -46,7 +47,7 @@ def same(left, right) -> bool:
         and left.prompt_ids.equal(right.prompt_ids)
         and left.response_ids.equal(right.response_ids)
         and left.loss_mask.equal(right.loss_mask)
-        and (left.prompts, left.records) == (right.prompts, right.records)
+        and (left.prompts, left.records, left.places) == (right.prompts, right.records, right.places)
     )
 
 
@@ -293,3 +294,19 @@ def test_a_stream_of_refused_rows_ends_with_an_error():
     stream = DataStream(opened([LONG] * 3, streaming=True), batch_size=2, epochs=None)
     with pytest.raises(DataError, match="none of 3 rows can be used"):
         next(stream)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_a_rows_places_are_those_of_one_process(processes: int) -> None:
+    """No two readings of a row share a place, whoever holds it: seven rows are read about three times here, six at a time."""
+    data = opened(sft_rows(7), streaming=False)
+    streams = [DataStream(data, batch_size=6, epochs=3.0, rank=r, world_size=processes) for r in range(processes)]
+    (whole,) = (
+        [*zip(b.places, b.rows, strict=True)] for b in [Batch.cat([*DataStream(data, batch_size=6, epochs=3.0)])]
+    )
+    found = sorted(
+        (place, row) for stream in streams for b in stream for place, row in zip(b.places, b.rows, strict=True)
+    )
+    assert found == whole and [place for place, _ in whole] == list(range(21))
+    batch = next(DataStream(data, batch_size=6, epochs=3.0))
+    assert batch.select([4, 1]).places == (4, 1) and batch.take([5, 0]).places == (0, 5) and not batch.select([]).places

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -107,3 +109,9 @@ def test_seeds_are_functions_of_row_occurrence_and_sample() -> None:
     assert completion_seeds(3, "rollout", 5, rows=[8], n=3)[0][:2] == two
     assert len({seed for each in (one, two, again) for seed in each}) == 6
     assert completion_seeds(3, "rollout", 6, rows=[7], n=2) != [one]
+    # A row at two places draws apart, whichever process holds it, and again where it is drawn for a second time.
+    met: Counter[tuple[int, ...]] = Counter()
+    first, second = completion_seeds(3, "rollout", 5, rows=[7, 7], places=[2, 9], n=1, met=met)
+    assert [first] == completion_seeds(3, "rollout", 5, rows=[7], places=[2], n=1) != [second]
+    assert [second] == completion_seeds(3, "rollout", 5, rows=[7], places=[9], n=1)
+    assert completion_seeds(3, "rollout", 5, rows=[7], places=[9], n=1, met=met) != [second]
