@@ -21,6 +21,7 @@ import pytest
 
 from rlhf_core import discovery, probe, registry
 from rlhf_core.cli import main
+from rlhf_core.cli.doctor import find_problems
 from rlhf_core.distributions import unreadable_distributions
 from rlhf_core.errors import ConfigError, PluginError, printable
 from rlhf_core.foreign import ForeignFault, run_foreign
@@ -789,6 +790,19 @@ def test_a_malformed_table_is_told_and_blamed_on_nobody_else(install, good, caps
     assert str(path) in fault and reason in fault
     assert main(["list"]) == 0
     assert fault in capsys.readouterr().err
+    good_ones_are_well()
+
+
+def test_a_table_that_is_no_file_and_an_origin_that_is_no_json_are_told_or_ignored(install, good, capsys) -> None:
+    root = install("odd", {}, rewards={})
+    path = next(root.glob("*.dist-info"))
+    (path / "entry_points.txt").unlink()
+    (path / "entry_points.txt").mkdir()
+    other = install("other", {"other.py": REWARD}, rewards={"other": "other:Mine"})
+    (next(other.glob("*.dist-info")) / "direct_url.json").write_text("[" * 100_000)
+    (fault,) = registry.faults()
+    assert fault.startswith(f"the metadata at {path} can't be read: entry_points.txt: IsADirectoryError")
+    assert one("other").status == "ok" and not [p for p in find_problems() if "other" in p]
     good_ones_are_well()
 
 
