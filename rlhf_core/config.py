@@ -143,6 +143,12 @@ class LoggingConfig(BaseConfig):
     """What is reported while training. `metrics.jsonl` is always written, a row a step."""
 
     every: int = Field(1, ge=1, description="Steps between lines on the console; larger prints less.")
+    samples: int = Field(
+        4,
+        ge=0,
+        description="Completions that `samples.jsonl` keeps of each rollout and of each evaluation, with their rewards; larger"
+        " keeps more, 0 none.",
+    )
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
         default_factory=list, description="Trackers that mirror the metrics; more of them mirror to more places."
     )

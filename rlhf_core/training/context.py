@@ -35,6 +35,8 @@ class RunContext:
     clock: Callable[[], int] = lambda: 0
     """Optimiser steps made so far."""
     notify: Callable[..., None] = lambda event, **values: None
+    keep: Callable[..., None] = lambda samples, scores, **values: None
+    """Keeps some of the samples that were scored, to be looked at."""
     evaluating: bool = False
     """Whether these are held-out rows, to be scored and not trained on."""
     _tally: Tally = field(default_factory=Tally, init=False)
@@ -151,6 +153,7 @@ class RunContext:
             for name, values in scores.by_name.items():
                 self.log(f"reward/{name}", sum(values), len(values))
             self.log("reward", float(scores.total.double().sum()), len(samples))
+        self.keep(samples, scores, rows=rows, step=self.step, evaluating=self.evaluating)
         self.emit(
             "rollouts_scored",
             step=self.step,

@@ -1,4 +1,4 @@
-"""What a run reports: a row of metrics a step, events, lines on the console, a progress bar, and trackers."""
+"""What a run reports: a row of metrics a step, samples, events, lines on the console, a progress bar, and trackers."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf_core.config import LoggingConfig
 from rlhf_core.infra.files import replace_file, storage_errors
 from rlhf_core.training.progress import ProgressBar
 from rlhf_core.training.trackers import Trackers
+
+if TYPE_CHECKING:
+    from rlhf_core.interfaces import Sample
+    from rlhf_core.rewards import Scores
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +30,13 @@ TIMING = ("seconds", "tokens_per_second")
 """The only values that may differ between a run and the same run killed and resumed."""
 
 
+_LONGEST = 10_000
+"""Characters of a text that `samples.jsonl` keeps at most."""
+
+
 class TrainingLogger:
-    """Writes `metrics.jsonl` (a row a step) and `events.jsonl` (append-only) into a run directory, and tells people.
+    """Writes `metrics.jsonl` (a row a step), `samples.jsonl` (some completions of each rollout) and `events.jsonl` (append-only)
+    into a run directory, and tells people.
 
     Args:
         directory: the run directory; None writes no file.
@@ -59,6 +68,8 @@ class TrainingLogger:
         )
         self._progress = ProgressBar(wanted=enabled and self.config.progress, total_steps=total_steps, step=step)
         self._progress.__enter__()
+        self._sampled: tuple[tuple[int, bool] | None, int] = (None, 0)
+        """The rollout or evaluation that completions were last kept of, and how many."""
 
     def metrics(self, row: Mapping[str, Any]) -> None:
         """Write a step's row, and show it. Values that aren't finite become null, since JSON has no name for them."""
@@ -70,6 +81,28 @@ class TrainingLogger:
         if row["step"] % self.config.every == 0 or row["step"] == self.total_steps:
             log.info("%s", _line(row, self.total_steps))
         self._trackers.log(clean, int(row["step"]))
+
+    def samples(
+        self, samples: Sequence[Sample], scores: Scores, *, rows: Sequence[int], step: int, evaluating: bool
+    ) -> None:
+        """Keep some of the completions that were scored after a step, evenly apart, up to `logging.samples` for each rollout.
+
+        Args:
+            rows: each sample's row in its data.
+            evaluating: whether they answer held-out prompts.
+        """
+        of, kept = (step, evaluating), self._sampled[1] if self._sampled[0] == (step, evaluating) else 0
+        room = min(self.config.samples - kept, len(samples))
+        if self.directory is None or room <= 0:
+            return
+        for number in (place * len(samples) // room for place in range(room)):
+            sample = samples[number]
+            row = {"step": step, "evaluating": evaluating, "row": rows[number], "prompt": _cut(sample.prompt)}
+            row |= {"completion": _cut(sample.completion), "stop_reason": sample.stop_reason}
+            row |= {"reward": float(scores.total[number])}
+            row |= {"rewards": {name: values[number] for name, values in scores.by_name.items()}}
+            self._append("samples.jsonl", row)
+        self._sampled = (of, kept + room)
 
     def event(self, name: str, **fields: Any) -> None:
         """Append an event, with the time in UTC."""
@@ -90,6 +123,24 @@ class TrainingLogger:
             replace_file(path, b"".join(rows.values()))
         return sorted(set(range(1, step + 1)) - rows.keys())
 
+    def rewind_samples(self, step: int, evaluated: int | None) -> None:
+        """Cut `samples.jsonl` back to the rollouts before `step` and the evaluations up to `evaluated`: the others come again."""
+        path = self._path("samples.jsonl")
+        if path is None or not path.exists():
+            return
+
+        def stays(line: bytes) -> bool:
+            try:
+                row = json.loads(line)
+                last = (evaluated if evaluated is not None else -1) if row["evaluating"] else step - 1
+                return line.endswith(b"\n") and row["step"] <= last
+            except (ValueError, LookupError, TypeError, RecursionError):
+                return False
+
+        with storage_errors(path):
+            lines = path.read_bytes().splitlines(keepends=True)
+        replace_file(path, b"".join(line for line in lines if stays(line)))
+
     def amend(self, row: Mapping[str, Any]) -> None:
         """Replace the row of the last step, in one stroke."""
         path = self._path("metrics.jsonl")
@@ -108,11 +159,10 @@ class TrainingLogger:
 
     def flush(self) -> None:
         """Make the rows written so far durable."""
-        path = self._path("metrics.jsonl")
-        if path is None or not path.exists():
-            return
-        with storage_errors(path), path.open("rb+") as handle:
-            os.fsync(handle.fileno())
+        for path in (self._path("metrics.jsonl"), self._path("samples.jsonl")):
+            if path is not None and path.exists():
+                with storage_errors(path), path.open("rb+") as handle:
+                    os.fsync(handle.fileno())
 
     def close(self) -> None:
         """Take the progress bar away and finish the trackers."""
@@ -134,6 +184,15 @@ class TrainingLogger:
                     # A kill in the middle of a line: the next one must not be glued to it.
                     line = b"\n" + line
             handle.write(line)
+
+
+def _cut(value: Any) -> Any:
+    """Return a text, or the texts of a chat, without what is longer than `_LONGEST` characters."""
+    if isinstance(value, str):
+        return value if len(value) <= _LONGEST else f"{value[:_LONGEST]} … [{len(value) - _LONGEST} characters more]"
+    if isinstance(value, Mapping):
+        return {str(name): _cut(item) for name, item in value.items()}
+    return [_cut(item) for item in value] if isinstance(value, list | tuple) else _jsonable(value)
 
 
 def _jsonable(value: Any) -> Any:

@@ -195,6 +195,7 @@ class Run:
             self.rewards,
             clock=lambda: self.progress.step,
             notify=self.hooks.emit,
+            keep=self.logger.samples,
         )
         self.update = Update(
             trainer,
@@ -277,6 +278,7 @@ class Run:
     def _restore_log(self) -> None:
         """Cut the log back to the checkpoint. Its last row is in the checkpoint; an earlier one that is damaged is lost."""
         step = self.progress.step
+        self.logger.rewind_samples(step, self.progress.evaluated)
         lost = self.logger.rewind(step)
         if lost[-1:] == [step]:
             self.logger.amend(self.progress.metrics)

@@ -37,7 +37,7 @@ Status = Literal["running", "done", "stopped", "failed"]
 _LOCK = "run.lock"
 _MEND = "put a whole copy of it back, or choose a new directory"
 _WRITTEN = re.compile(
-    r"(run|status|data|models)\.json|config(\.input)?\.yaml|command\.txt|metrics\.jsonl|reference\.safetensors|model(_\w+)?"
+    r"(run|status|data|models)\.json|config(\.input)?\.yaml|command\.txt|(metrics|samples)\.jsonl|reference\.safetensors|model(_\w+)?"
 )
 """What stands in a run's directory after it was written or replaced as a whole."""
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from online import DYNAMIC, KL, model, rows, trainer
+from online import DYNAMIC, KL, Broken, model, rows, trainer
 from torch import Tensor
 
 from rlhf_core import registry
@@ -203,6 +203,48 @@ def test_listeners_hear_of_rollouts_and_whose_they_are() -> None:
         for sample, reward in zip(samples, rewards, strict=True):
             share = sum(one.isdigit() for one in sample.completion) / max(len(sample.completion), 1)
             assert reward == pytest.approx(share + 0.1 * (sample.stop_reason == "end"))
+
+
+def samples_of(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
+
+
+def test_some_completions_of_each_rollout_are_kept_and_of_each_evaluation(tmp_path: Path) -> None:
+    trainer(tmp_path, held_out=5, eval_steps=8, logging={"samples": 3, "progress": False}).train()
+    found = samples_of(tmp_path)
+    assert [(row["step"], row["evaluating"]) for row in found] == [
+        (step, held_out) for step, held_out in ((0, True), (0, False), (4, False), (8, True)) for _ in range(3)
+    ]
+    data = {number: row["prompt"] for number, row in enumerate(rows())}
+    for row in found:
+        assert row["evaluating"] or data[row["row"]] == row["prompt"]
+        assert row["rewards"].keys() == {"digits", "ends"} and row["stop_reason"] in ("end", "length")
+        assert row["reward"] == pytest.approx(row["rewards"]["digits"] + 0.5 * row["rewards"]["ends"])
+    assert len({row["prompt"] for row in found[3:6]}) == 3  # of different prompts
+
+
+def test_no_more_are_kept_where_a_rollout_takes_several_batches_and_none_where_none_are_asked_for(
+    tmp_path: Path,
+) -> None:
+    trainer(tmp_path / "some", **DYNAMIC, max_steps=4, logging={"samples": 5, "progress": False}).train()
+    assert len(samples_of(tmp_path / "some")) == 5
+    trainer(tmp_path / "none", max_steps=4, logging={"samples": 0, "progress": False}).train()
+    assert not (tmp_path / "none" / "samples.jsonl").exists()
+
+
+def test_samples_are_cut_back_on_a_resume(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"max_steps": 16, "checkpoint": {"every": 4}, "held_out": 5, "eval_steps": 8}
+    trainer(tmp_path / "whole", **options).train()
+    broken = trainer(tmp_path / "broken", **options)
+    broken.fail_at = 10
+    with pytest.raises(Broken):
+        broken.train()
+    path = tmp_path / "broken" / "samples.jsonl"
+    assert samples_of(tmp_path / "broken")[-1]["step"] == 8
+    with path.open("a") as file:
+        file.write('{"step": 8, "evalu')  # a kill in the middle of a line
+    trainer(tmp_path / "broken", **options).train(resume=True)
+    assert path.read_text() == (tmp_path / "whole" / "samples.jsonl").read_text()
 
 
 # Truncation, the reference
