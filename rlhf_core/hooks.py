@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 hookspec = pluggy.HookspecMarker("rlhf_core")
 hookimpl = pluggy.HookimplMarker("rlhf_core")
+"""Mark a function or method that hears the event of its name."""
 
 
 class Events:

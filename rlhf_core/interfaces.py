@@ -45,7 +45,10 @@ class Role:
     """Whether a configuration may make it unnecessary, so that `build` leaves it out."""
 
 
-TRAINED, FROZEN = Role(trained=True), Role(trained=False)
+TRAINED = Role(trained=True)
+"""A role that is trained, and always there."""
+FROZEN = Role(trained=False)
+"""A role that is only read, and always there."""
 
 
 @dataclass(frozen=True)

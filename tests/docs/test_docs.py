@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rlhf_core.hooks import Hooks, hookimpl
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -70,8 +72,8 @@ def test_write_a_plugin(tmp_path: Path, environment: dict[str, str]) -> None:
         if language == "bash":
             printed[text.split("\n")[0]] = run(text, tmp_path, environment)
         else:
-            assert language == "toml"
-            assert text.strip() in (tmp_path / "acme-margin/pyproject.toml").read_text()
+            shown = {"toml": "pyproject.toml", "python": "src/acme_margin/trainer.py"}[language]
+            assert text.strip() in (tmp_path / "acme-margin" / shown).read_text()
     assert "acme-margin" in "".join(printed.values())
     assert (tmp_path / "runs/margin/model/model.safetensors").is_file()
     assert list((tmp_path / "acme-margin/dist").glob("*.whl"))
@@ -105,10 +107,60 @@ def test_rewards(tmp_path: Path, environment: dict[str, str]) -> None:
             (tmp_path / name).write_text(text)
             printed += run(f"python {name}", tmp_path, environment)
     assert "[1.0, 0.0] tensor([ 0.9000, -0.8000])" in printed
+    assert "[-1, -8]" in printed.replace(".0", "")
     (file,) = files
     (tmp_path / "run.yaml").write_text(file)
     opened = "import yaml; from rlhf_core.rewards import open_rewards as o; print(o(yaml.safe_load(open('run.yaml'))['rewards']))"
     assert "exact × 1, brevity × 1" in run(f'python -c "{opened}"', tmp_path, environment)
+
+
+def run_page(page: str, folder: Path, environment: dict[str, str]) -> str:
+    """Write each listing under the name in its first line, run each command as it stands; return what they print."""
+    printed = ""
+    for language, text in blocks(page):
+        if language == "bash":
+            printed += run(text, folder, environment)
+        elif language == "python" and text.startswith("# "):
+            (folder / text.split("\n")[0].removeprefix("# ")).write_text(text)
+    return printed
+
+
+@pytest.mark.slow
+def test_online_methods(tmp_path: Path, environment: dict[str, str]) -> None:
+    printed = run_page("docs/online-methods.md", tmp_path, environment)
+    assert "prompts solved" in printed and "shared" in printed and " passed" in printed
+    assert (tmp_path / "runs/apart/model_value/value_head.json").is_file()
+
+
+@pytest.mark.slow
+def test_samplers(tmp_path: Path, environment: dict[str, str]) -> None:
+    printed = run_page("docs/samplers.md", tmp_path, environment)
+    assert " passed" in printed and "sampler acme-best" in printed
+
+
+@pytest.mark.slow
+def test_hooks(tmp_path: Path, environment: dict[str, str]) -> None:
+    """The listing beside the commands is the package's own, and the warning is one that a run gives."""
+    printed = run_page("docs/hooks.md", tmp_path, environment)
+    assert "step,eval_loss" in printed and "acme-table" in printed
+    package, listings = tmp_path / "acme-table", blocks("docs/hooks.md")
+    (method,) = (text for language, text in listings if language == "python" and not text.startswith("# "))
+    assert method in (package / "src/acme_table/hook.py").read_text()
+    (entry,) = (text for language, text in listings if language == "toml")
+    assert entry in (package / "pyproject.toml").read_text()
+
+
+def test_the_warning_of_a_hook_is_the_one_that_is_shown(caplog: pytest.LogCaptureFixture) -> None:
+    class Denied:
+        @hookimpl
+        def evaluated(self) -> None:
+            raise PermissionError(13, "Permission denied", "runs/a/evaluations.csv")
+
+    hooks = Hooks()
+    hooks.add(Denied(), "acme-table:acme-table")
+    hooks.emit("evaluated", run=None, step=1, metrics={})
+    (shown,) = (text for language, text in blocks("docs/hooks.md") if language == "text")
+    assert [record.message for record in caplog.records] == [shown.rstrip("\n")]
 
 
 @pytest.mark.slow
