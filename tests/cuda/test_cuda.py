@@ -17,15 +17,19 @@ from batches import random_batch
 from safetensors.torch import load_file, save_file
 
 from rlhf_core import registry
+from rlhf_core.batch import Batch
 from rlhf_core.interfaces import Sample
 from rlhf_core.merging import MergeConfig, ModelMerger
 from rlhf_core.models import PolicyModel, RewardModel
 from rlhf_core.models.attention import segment_attention
+from rlhf_core.models.engine import Engine
+from rlhf_core.models.generate import prompt_batch
 from rlhf_core.models.gpu_attention import padded_segment_attention
 from rlhf_core.models.gpu_norm import fuse_norms
 from rlhf_core.models.layout import Segment, Segments
 from rlhf_core.models.logprobs import linear_token_logprobs
 from rlhf_core.models.varlen import gpu_segment_attention, kernel_obstacle, torch_varlen
+from rlhf_core.online import SamplingConfig
 from rlhf_core.testing.tiny import save_tiny, tiny_model, tiny_tokenizer
 from rlhf_core.training.logger import TIMING
 
@@ -236,3 +240,22 @@ def test_merges_give_the_numbers_of_the_cpu(method: str, model: Path, tmp_path: 
     for name, tensor in made["cpu"].items():
         # Thresholds are exact and random words are the same, so the same entries are kept; what is left is rounding.
         torch.testing.assert_close(made["cuda"][name], tensor, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.8}, {"top_k": 7}, {"temperature": 0.0}])
+def test_completions_are_drawn_as_they_are_scored_and_alone_as_together(model: Path, options: dict[str, float]) -> None:
+    policy = PolicyModel.from_pretrained(model, device="cuda")
+    batch = prompt_batch(policy, ["a", "a longer prompt", "middling"])
+    sampling = SamplingConfig(**{"max_new_tokens": 40, "temperature": 0.8, **options})
+    drawn = Engine(policy, seed=1).generate(batch, 4, sampling)
+    made = Batch.from_completions(batch, drawn)
+    assert made.device.type == "cuda"
+    with torch.no_grad():
+        assert (policy.token_logps(made) - made["raw_logps"]).abs().max() < 1e-4
+        if sampling.temperature:
+            own = policy.token_logps(made, temperature=sampling.temperature)
+            told = made["sampled_logps"] + made["kept_mass"].log().where(made.loss_mask, 0)
+            assert (own - told).abs().max() < 1e-4
+    for number in range(3):
+        (alone,) = Engine(policy, seed=1).generate(batch.select([number]), 4, sampling)
+        assert [one.ids for one in alone] == [one.ids for one in drawn[number]]
