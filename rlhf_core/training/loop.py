@@ -293,6 +293,7 @@ class Run:
 
     def _train(self) -> None:
         self.hooks.emit("run_started", run=self.trainer)
+        self.began_at = self.progress.step
         self.saved_at = time.monotonic()
         for module in self.trainer.models.modules():
             if getattr(module, "fresh_adapter", False):
@@ -508,6 +509,9 @@ class Run:
                 self._evaluate_late()
         self._save()
         note_data(self)
+        if steps := progress.step - self.began_at:
+            for role in sorted(self.update.untouched):
+                log.warning("`%s` is trained, and got no gradient in %d steps: it is exported as it was", role, steps)
         model_step = self._take_best()
         if (stopping := self.early_stopping) is not None and stopping.never_improved:
             log.warning(

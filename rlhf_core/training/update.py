@@ -106,6 +106,8 @@ class Update:
         self.config = trainer.config
         self.place = type(trainer).__name__
         self._names: list[str] | None = None
+        self.untouched = set(self.roles)
+        """Roles that no step has given a gradient yet."""
 
     def __call__(self, window: Batch, step: int) -> Outcome | None:
         """Make the update of a window; return None, with nothing changed, where every weight is zero.
@@ -191,6 +193,7 @@ class Update:
         by_role = {role: gradients for role in self.roles if (gradients := self._gradients(role))}
         if not by_role:
             raise PluginError("the loss gives no trained parameter a gradient", place=f"{self.place}.loss")
+        self.untouched -= by_role.keys()
         if self.loss_scale.value != 1:
             torch._foreach_div_(
                 [gradient for gradients in by_role.values() for gradient in gradients], self.loss_scale.value

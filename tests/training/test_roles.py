@@ -325,6 +325,26 @@ def test_a_large_loss_of_one_role_takes_no_step_from_another(paths: dict[str, Pa
     assert not torch.equal(moved[0]["value.head.outer.bias"], moved[1]["value.head.outer.bias"])
 
 
+class Forgetful(RolesTrainer):
+    """Leaves its values out of the loss."""
+
+    def weights(self, batch: Batch) -> Mapping[str, float]:
+        return {"nll": batch.num_loss_tokens}
+
+    def loss(self, batch: Batch) -> Loss:
+        return Loss({"nll": super().loss(batch).terms["nll"]})
+
+
+@pytest.mark.parametrize("kind", [RolesTrainer, Forgetful])
+def test_a_trained_role_that_learns_nothing_is_named(
+    paths: dict[str, Path], kind: type[RolesTrainer], caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer_of(paths, kind=kind, critic=str(paths["critic"])).train()
+    said = [message for message in caplog.messages if "no gradient" in message]
+    forgotten = ["`value` is trained, and got no gradient in 2 steps: it is exported as it was"]
+    assert said == (forgotten if kind is Forgetful else [])
+
+
 def test_lora_on_the_critic_alone(paths: dict[str, Path]) -> None:
     critic = {"path": str(paths["critic"]), "lora": {"rank": 2, "dropout": 0.5}}
     bench = Workbench(trainer_of(paths, critic=critic))
