@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -9,12 +10,13 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from online import DYNAMIC, KL, Broken, trainer
+from online import DYNAMIC, KL, Broken, model, trainer
 from online_rewards import Ends, digits
 from policy_gradient import PolicyGradientTrainer, clipped, group_advantages, kl_loss
 
 from rlhf_core.testing import TrainerContract
 from rlhf_core.testing.runs import metrics_of, require_same_run
+from rlhf_core.testing.workbench import Workbench
 from rlhf_core.training.checkpoint import CheckpointManager
 
 
@@ -58,6 +60,47 @@ def test_the_gradient_of_the_kl_is_that_of_the_exact_one_off_policy_too() -> Non
     weight = (logps.detach() - old).exp()
     (found,) = torch.autograd.grad((old.exp() * kl_loss(logps, ref, weight)).sum(), logits)
     torch.testing.assert_close(found, exact)
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_the_gradient_is_that_of_plain_transformers(layout: str) -> None:
+    """Off the policy that drew, at another temperature, top-p and all, against the formula written out over whole sequences."""
+    generation = {"max_new_tokens": 8, "temperature": 0.8, "top_p": 0.9}
+    bench = Workbench(
+        trainer(generation=generation, max_grad_norm=None, batching={"layout": layout}, kl_weight=0.3, clip_high=0.05)
+    )
+    window = bench.window()
+    bench.move(0.02)
+    found = bench.step(window)
+    plain, start = copy.deepcopy(bench.trainer.policy.network), model().network
+
+    def logps(network: Any, prompt: list[int], ids: list[int]) -> torch.Tensor:
+        logits = network(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+        return (logits / 0.8).log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+
+    policy, kl, counts = torch.zeros(()), torch.zeros(()), [0, 0]
+    rewards = window["rewards"].view(-1, 4)
+    advantages = (rewards - rewards.mean(1, keepdim=True)).flatten()
+    for response, owner in enumerate(window.owner.tolist()):
+        prompt = window.prompt_ids[owner, : window.prompt_lengths[owner]].tolist()
+        ids = window.response_ids[response, : window.response_lengths[response]].tolist()
+        mass = window["kept_mass"][response, : len(ids)]
+        now, then = logps(plain, prompt, ids), logps(start, prompt, ids).detach()
+        drawn = window["sampled_logps"][response, : len(ids)]
+        torch.testing.assert_close(drawn + mass.log(), then, rtol=1e-4, atol=1e-4)
+        ratio = (now - then).exp()
+        bounded = torch.where(advantages[response] > 0, ratio.clamp(max=1.05), ratio.clamp(min=0.8))
+        policy = policy - (mass * bounded * advantages[response]).sum()
+        kl = kl + (mass * ratio.detach() * (now - then).square() / 2).sum()
+        counts[1] += len(ids)
+        counts[0] += len(ids) if rewards[owner].amax() > rewards[owner].amin() else 0
+    loss = policy / counts[0] + 0.3 * kl / counts[1]
+    loss.backward()
+    assert found.loss == pytest.approx(float(loss.detach()), rel=1e-4)
+    assert found.metrics["clipped"] > 0.1
+    for name, parameter in plain.named_parameters():
+        wanted = parameter.grad
+        assert float((found.gradient[f"policy.model.{name}"] - wanted).norm()) < 1e-4 * float(wanted.norm()) + 1e-7
 
 
 # Runs
