@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf_core.infra.seeds import RandomState
+from rlhf_core.models.precision import within_products
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +82,8 @@ def keep_still(module: nn.Module, *, adapters: bool, context: Callable[[], Any] 
         # With gradients: a layer that recomputes itself takes another way without.
         with torch.enable_grad(), torch.compiler.set_stance("force_eager"), context():
             for model in _networks(module):
-                found |= _settle(model, spared)
+                with within_products(model):
+                    found |= _settle(model, spared)
     finally:
         state.restore()
         for part, mode in modes:

@@ -366,6 +366,19 @@ def test_lora_on_the_critic_alone(paths: dict[str, Path]) -> None:
     assert drawing and torch.equal(*still) and not torch.equal(*drawn)
 
 
+def test_adapters_on_a_critic_in_half_precision(paths: dict[str, Path], caplog: pytest.LogCaptureFixture) -> None:
+    """In a float32 run its base is held and multiplied in bf16, what is trained in float32; its dropout is seen to, too."""
+    critic = {"path": str(paths["critic"]), "precision": "bf16", "lora": {"rank": 2}}
+    bench = Workbench(trainer_of(paths, critic=critic))
+    assert not [message for message in caplog.messages if "draws random numbers" in message]
+    value = bench.trainer.models["value"]
+    held = {p.dtype for p in value.parameters() if not p.requires_grad and p.ndim == 2}
+    assert torch.bfloat16 in held and {p.dtype for p in bench.parameters.values()} == {torch.float32}
+    gradient = bench.step(bench.window()).gradient
+    assert all(bool(value.isfinite().all()) for value in gradient.values())
+    assert any(name.startswith("value.head") for name in gradient)
+
+
 def test_dropout_of_the_runs_adapters_is_not_the_critics(paths: dict[str, Path]) -> None:
     critic = {"path": str(paths["critic"]), "lora": {"rank": 2}}
     bench = Workbench(trainer_of(paths, critic=critic, lora={"rank": 2, "dropout": 0.5}))
