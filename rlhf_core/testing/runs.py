@@ -44,7 +44,7 @@ def metrics_of(output: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name not in TIMING} for row in rows]
 
 
-def require_same_run(found: Path, expected: Path) -> None:
+def require_same_run(found: Path, expected: Path, what: str = "a resume") -> None:
     """Fail unless two finished runs have the same bits: metrics, and models, optimiser and states at the end."""
     rows, wanted = metrics_of(found), metrics_of(expected)
     require(len(rows) == len(wanted), f"the resumed run has {len(rows)} rows of metrics, the whole one {len(wanted)}")
@@ -52,9 +52,9 @@ def require_same_run(found: Path, expected: Path) -> None:
         different = sorted(name for name in row.keys() | want.keys() if row.get(name) != want.get(name))
         require(
             not different,
-            f"step {want['step']} differs after a resume: "
+            f"step {want['step']} differs after {what}: "
             + ", ".join(f"`{name}` {row.get(name)!r} instead of {want.get(name)!r}" for name in different[:3])
-            + "; what the method keeps between windows belongs into `state_dict`",
+            + "; what the method keeps between windows belongs in `state_dict`",
         )
     last, want_last = (CheckpointManager(path / "checkpoints").load_latest() for path in (found, expected))
     assert last is not None and want_last is not None  # a run saves at its end
@@ -64,4 +64,4 @@ def require_same_run(found: Path, expected: Path) -> None:
         require(not different, f"the resumed run ends with another {group}: {', '.join(different[:4])}")
     for rank, (own, want_own) in enumerate(zip(last.state["ranks"], want_last.state["ranks"], strict=True)):
         different = [name for name in want_own if own[name] != want_own[name]]
-        require(not different, f"process {rank} ends with another state after a resume: {', '.join(different)}")
+        require(not different, f"process {rank} ends with another state after {what}: {', '.join(different)}")

@@ -17,15 +17,17 @@ from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.seeds import RandomState, seed_everything
 from rlhf_core.interfaces import Trainer, Window
 from rlhf_core.rewards import open_rewards
+from rlhf_core.testing.script import BenchContext, Script
 from rlhf_core.training.context import RunContext
 from rlhf_core.training.distribution import Distribution
 from rlhf_core.training.loader import Loader
 from rlhf_core.training.loss_scale import LossScale
 from rlhf_core.training.micro_batches import MicroBatches
-from rlhf_core.training.optimizer import create_optimizer
+from rlhf_core.training.optimizer import create_optimizer, set_learning_rate
 from rlhf_core.training.prepare import build_models, check_config, precompute_reference, prepare_rewards, training_mode
+from rlhf_core.training.reduction import quotients
 from rlhf_core.training.rows import open_data
-from rlhf_core.training.update import Outcome, Update
+from rlhf_core.training.update import Update, sum_pairs
 
 GARBAGE = 65
 """A token id as good as any other, to stand where nobody may look."""
@@ -69,15 +71,22 @@ class Step:
     """By parameter name, before clipping; parameters without a gradient are left out."""
 
 
+class NothingToLearn(AssertionError):
+    """A window whose every weight is zero, for which the loop makes no step."""
+
+
 class Workbench:
     """One trainer with its models, reference and data, on this process or as one of several.
 
     Args:
         trainer: the method, with a configuration, a model and data.
         distribution: the processes that it is one of; alone where None.
+        script: completions for its engine to repeat; drawn as in a run where None.
     """
 
-    def __init__(self, trainer: Trainer[Any], distribution: Distribution | None = None) -> None:
+    def __init__(
+        self, trainer: Trainer[Any], distribution: Distribution | None = None, script: Script | None = None
+    ) -> None:
         self.trainer, self.devices = trainer, DeviceManager()
         self.distribution = distribution or Distribution(self.devices.device)
         check_config(trainer, self.distribution, self.devices)
@@ -101,20 +110,18 @@ class Workbench:
             world_size=self.distribution.world_size,
         )
         self.steps = 0
-        """Optimiser steps that the method is told of."""
-        seed_everything(config.seed, "training", self.distribution.rank)
-
-    @property
-    def run(self) -> RunContext:
-        """The context that the method's experience sees."""
-        return RunContext(
-            self.trainer,
+        """Optimiser steps that the run context reports."""
+        self.run = BenchContext(
+            trainer,
             self.distribution,
             self.devices,
             self.micro_batches,
             self.rewards,
             clock=lambda: self.steps,
+            script=script,
         )
+        """The context that the method's experience sees."""
+        seed_everything(config.seed, "training", self.distribution.rank)
 
     @torch.no_grad()
     def move(self, scale: float = 0.02) -> None:
@@ -154,16 +161,31 @@ class Workbench:
 
     def step(self, window: Batch) -> Step:
         """Return what the loop's update on a window would do; no parameter is changed."""
-        recorder = _Recorder(self.parameters)
-        outcome = self._update(recorder)(window, 1)
-        if outcome is None:
-            raise AssertionError("every weight is zero: there is nothing to learn from in these rows")
-        return Step(outcome.loss, outcome.metrics, recorder.gradient)
+        return self._recorded(window, None)
 
-    def learn(self, window: Batch) -> Outcome | None:
+    def first(self) -> Step:
+        """Return what the update on the first window would do, with what `experience` reported among its metrics."""
+        window = self.window()
+        logged = self.logged()
+        found = self.step(window)
+        return replace(found, metrics=logged | found.metrics)
+
+    def logged(self) -> dict[str, float]:
+        """Return what the method reported by `run.log` since the last call, over all processes."""
+        return quotients(sum_pairs(self.distribution, self.run.logged()))
+
+    def learn(self, window: Batch) -> Step:
         """Make the loop's update on a window."""
         optimizer = create_optimizer(self.parameters.items(), self.trainer.config, self.factors)
-        return self._update(optimizer)(window, 1)
+        set_learning_rate(optimizer, self.trainer.config.learning_rate)
+        return self._recorded(window, optimizer)
+
+    def _recorded(self, window: Batch, optimizer: torch.optim.Optimizer | None) -> Step:
+        recorder = _Recorder(self.parameters, optimizer)
+        outcome = self._update(recorder)(window, 1)
+        if outcome is None:
+            raise NothingToLearn("every weight is zero: there is nothing to learn from in these rows")
+        return Step(outcome.loss, outcome.metrics, recorder.gradient)
 
     def _update(self, optimizer: torch.optim.Optimizer) -> Update:
         return Update(
@@ -179,15 +201,17 @@ class Workbench:
 
 
 class _Recorder(torch.optim.Optimizer):
-    """Keeps the gradient in place of a step."""
+    """Keeps the gradient, and makes a step where it is given an optimiser."""
 
-    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
+    def __init__(self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer | None) -> None:
         super().__init__(parameters.values(), {})
-        self._named = parameters
+        self._named, self._optimizer = parameters, optimizer
         self.gradient: dict[str, Tensor] = {}
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         self.gradient = {name: p.grad.detach().clone() for name, p in self._named.items() if p.grad is not None}
+        if self._optimizer is not None:
+            self._optimizer.step()
 
 
 class PaddedMicroBatches(MicroBatches):

@@ -1,0 +1,204 @@
+"""Checks of what a trainer says, yields and returns, and of which models learn."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from itertools import islice
+from unittest import SkipTest
+
+import torch
+from torch import Tensor
+
+from rlhf_core.batch import Batch
+from rlhf_core.config import TrainingStage
+from rlhf_core.infra.seeds import seed_everything
+from rlhf_core.interfaces import Role, Trainer
+from rlhf_core.records import RECORDS
+from rlhf_core.testing.contract import after, require
+from rlhf_core.testing.trainer_setup import TrainerSetup
+from rlhf_core.testing.workbench import reseeds
+from rlhf_core.training.loader import reference_of
+from rlhf_core.training.prepare import trained_roles, training_mode
+
+TERMS = "test_every_term_has_a_weight"
+GRADIENT = "test_trained_models_get_a_gradient"
+
+
+class BasicChecks(TrainerSetup):
+    """What every other check builds on."""
+
+    # What it says
+
+    def test_record_and_roles_are_known(self) -> None:
+        """Its record is one of the core's, its stage a stage, and no model is both trained and frozen."""
+        cls = self.subject()
+        require(cls.record in RECORDS, f"unknown record {cls.record!r}; known: {', '.join(sorted(RECORDS))}")
+        stage = getattr(cls, "stage", None)
+        require(isinstance(stage, TrainingStage), f"`stage` is {stage!r}, not a TrainingStage")
+        wrong = [f"`{name}` is {role!r}" for name, role in cls.roles.items() if not isinstance(role, Role)]
+        require(not wrong, f"`roles` maps names to a Role: {', '.join(wrong)}")
+        require(any(role.trained for role in cls.roles.values()), "no role in `roles` is trained: no model would learn")
+
+    def test_experience_keeps_the_rows(self) -> None:
+        """Windows are whole batches of the data's rows, none lost or doubled, with finite columns and no gradients."""
+        bench = self.bench()
+        given: list[int] = []
+
+        def note(batch: Batch) -> Batch:
+            given.extend(batch.rows)
+            return batch
+
+        bench.batches = map(note, bench.batches)
+        made: list[int] = []
+        for window in islice(bench.windows(), 4 * len(self.rows())):
+            made += window.batch.rows
+            _check_window(window.batch)
+        require(bool(made), "`experience` yields no window")
+        if self.offline:
+            lost, extra = Counter(given) - Counter(made), Counter(made) - Counter(given)
+            require(not lost, f"rows lost: {sorted(lost)[:16]}")
+            require(not extra, f"rows that the data didn't give: {sorted(extra)[:16]}")
+        else:
+            strange = sorted(set(made) - set(given))
+            require(not strange, f"rows that the data didn't give: {strange[:16]}")
+
+    # Loss and weights
+
+    def test_every_term_has_a_weight(self) -> None:
+        """`loss` and `weights` name the same terms, and each term is one number."""
+        bench = self.bench()
+        (micro,) = bench.micros(bench.window())
+        weights, loss = bench.trainer.weights(micro), bench.trainer.loss(micro)
+        require(bool(loss.terms), "`loss` returns no term")
+        require(
+            set(weights) == set(loss.terms),
+            f"`loss` names the terms {sorted(loss.terms)}, `weights` {sorted(weights)}",
+        )
+        for name, term in loss.terms.items():
+            require(
+                isinstance(term, Tensor) and term.numel() == 1,
+                f"term `{name}` is {_shown(term)}, not the sum of a micro-batch, one number",
+            )
+
+    @after(TERMS)
+    def test_weights_depend_on_the_batch_alone(self) -> None:
+        """The weights of a batch are finite, not negative, and stay the same whatever was learnt or seen since."""
+        bench = self.bench()
+        trainer = bench.trainer
+        window = bench.window()
+        before = {name: float(weight) for name, weight in trainer.weights(window).items()}
+        for name, weight in before.items():
+            require(math.isfinite(weight) and weight >= 0, f"the weight of `{name}` is {weight}")
+        trainer.loss(window.to(bench.devices.device))
+        next(bench.windows(), None)
+        bench.move()
+        training_mode(trainer, False)
+        seed_everything(1, "weights")
+        now = {name: float(weight) for name, weight in trainer.weights(window).items()}
+        require(now == before, f"the weights of one batch were {before}, later {now}")
+
+    @after(TERMS)
+    def test_loss_is_finite(self) -> None:
+        """Every term and metric of the first window is finite."""
+        bench = self.bench(moved=False)
+        (micro,) = bench.micros(bench.window())
+        loss = bench.trainer.loss(micro)
+        numbers = {f"term `{name}`": float(term.detach()) for name, term in loss.terms.items()}
+        for name, pair in loss.metrics.items():
+            for part, value in zip(("sum", "count"), pair, strict=True):
+                numbers[f"the {part} of metric `{name}`"] = float(torch.as_tensor(value).detach().sum())
+        wrong = [f"{name} is {value}" for name, value in numbers.items() if not math.isfinite(value)]
+        require(not wrong, "; ".join(wrong))
+
+    @after(TERMS)
+    def test_loss_leaves_no_trace(self) -> None:
+        """`loss` doesn't switch modes, change weights or gradients, or seed; nor does `experience` seed or build graphs."""
+        bench = self.bench()
+        trainer = bench.trainer
+        (micro,) = bench.micros(bench.window())
+        before, modes = _snapshot(trainer.models), _modes(trainer)
+        seeded = reseeds(lambda: trainer.loss(micro))
+        require(seeded is None, f"`loss` sets the state of the `{seeded}` random generator")
+        changed = [name for name, mode in _modes(trainer).items() if mode != modes.get(name)]
+        require(not changed, f"`loss` leaves another mode (training, requires_grad) at {', '.join(changed[:4])}")
+        changed = _changed(before, trainer.models)
+        require(not changed, f"`loss` changes {', '.join(changed[:4])}")
+        graded = [name for name, p in trainer.models.named_parameters() if p.grad is not None]
+        require(not graded, f"`loss` runs a backward pass, which is the loop's: {', '.join(graded[:4])}")
+        require(torch.is_grad_enabled(), "`loss` leaves gradients switched off")
+        fresh = self.bench()
+        seeded = reseeds(fresh.window)
+        require(seeded is None, f"`experience` sets the state of the `{seeded}` random generator")
+
+    # Gradients
+
+    @after("test_loss_is_finite")
+    def test_trained_models_get_a_gradient(self) -> None:
+        """Each trained role gets a gradient that isn't zero."""
+        bench = self.bench()
+        trainer = bench.trainer
+        gradient = bench.step(bench.window()).gradient
+        for role in trained_roles(trainer):
+            own = [value for name, value in gradient.items() if name.startswith(f"{role}.")]
+            require(any(bool(value.any()) for value in own), f"`{role}` gets no gradient")
+
+    @after(GRADIENT)
+    def test_frozen_models_stay(self) -> None:
+        """What isn't trained gets no gradient and keeps its weights; the reference stays where it was."""
+        bench = self.bench()
+        trainer = bench.trainer
+        parameters = trainer.models.named_parameters()
+        still: dict[str, Tensor] = {name: p for name, p in parameters if name not in bench.parameters}
+        for role in sorted(trainer.models.keys() - set(trained_roles(trainer))):
+            still |= {f"{role}.{name}": buffer for name, buffer in trainer.models[role].named_buffers()}
+        reference = reference_of(trainer)
+        if not still and reference is None:
+            raise SkipTest("nothing is frozen")
+        before = {name: tensor.detach().clone() for name, tensor in still.items()}
+        windows = bench.windows()
+        window = next(windows).batch
+        logps = reference.response_logps(window) if reference is not None else None
+        bench.learn(window)
+        next(windows, None)
+        moved = [name for name, tensor in still.items() if not torch.equal(tensor, before[name])]
+        require(not moved, f"frozen, and changed: {', '.join(moved[:4])}")
+        graded = [name for name, tensor in still.items() if tensor.grad is not None or tensor.requires_grad]
+        require(not graded, f"frozen, and given a gradient: {', '.join(graded[:4])}")
+        if reference is not None and logps is not None:
+            require(not logps.requires_grad, "the reference's log-probabilities carry a gradient")
+            now = trainer.reference.response_logps(window)
+            require(torch.equal(now, logps), "the reference moves as the policy learns")
+
+
+def _check_window(window: Batch) -> None:
+    prompts, responses = window.num_prompts, window.num_responses
+    require(len(window.rows) == prompts, f"a window of {prompts} prompts names {len(window.rows)} rows")
+    owners = window.owner.tolist()
+    require(len(owners) == responses, f"a window of {responses} responses names {len(owners)} owners")
+    require(all(0 <= owner < prompts for owner in owners), f"`owner` names a prompt beyond the {prompts}")
+    columns = torch.arange(window.response_ids.shape[1], device=window.device)
+    outside = window.loss_mask & (columns >= window.response_lengths[:, None])
+    require(not bool(outside.any()), "the loss mask is set behind a response's end")
+    for name, column in {**window.per_prompt, **window.per_response, **window.per_token}.items():
+        require(not column.requires_grad, f"column `{name}` carries a gradient")
+        finite = not column.is_floating_point() or bool(column.isfinite().all())
+        require(finite, f"column `{name}` holds values that aren't finite")
+
+
+def _snapshot(models: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in models.named_parameters()}
+
+
+def _changed(before: Mapping[str, Tensor], models: torch.nn.Module) -> list[str]:
+    return [name for name, parameter in models.named_parameters() if not torch.equal(before[name], parameter)]
+
+
+def _modes(trainer: Trainer) -> dict[str, bool]:
+    modes = {f"{name} (mode)": module.training for name, module in trainer.models.named_modules()}
+    return modes | {name: parameter.requires_grad for name, parameter in trainer.models.named_parameters()}
+
+
+def _shown(term: object) -> str:
+    return f"of shape {tuple(term.shape)}" if isinstance(term, Tensor) else repr(term)

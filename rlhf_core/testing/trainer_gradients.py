@@ -1,0 +1,315 @@
+"""Checks of what a loss is made of: where its gradient comes from, which tokens it counts, and what it is divided by."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+from unittest import SkipTest
+
+import torch
+from torch import Tensor
+
+from rlhf_core.batch import Batch
+from rlhf_core.interfaces import Trainer
+from rlhf_core.models import PolicyModel
+from rlhf_core.testing.contract import after, require
+from rlhf_core.testing.trainer_setup import TrainerSetup
+from rlhf_core.testing.workbench import Workbench
+from rlhf_core.training.prepare import trained_roles
+
+TERMS = "test_every_term_has_a_weight"
+GRADIENT = "test_trained_models_get_a_gradient"
+FACTORS = tuple(range(2, 17))
+
+
+class LossChecks(TrainerSetup):
+    """A loss that is the wrong one, though it is the same for any layout."""
+
+    @after(GRADIENT)
+    def test_gradient_comes_through_the_loss_alone(self) -> None:
+        """No gradient runs through what `experience` computed, nor into a model that isn't trained."""
+        bench, window = self.window()
+        (micro,) = bench.micros(window)
+        before = _sequence_number()
+        loss = bench.trainer.loss(micro)
+        trained = {id(parameter) for parameter in bench.parameters.values()}
+        names = {id(p): name for name, p in bench.trainer.models.named_parameters()}
+        for name, term in loss.terms.items():
+            for node in _graph(term):
+                leaf = getattr(node, "variable", None)
+                if leaf is not None:
+                    other = names.get(id(leaf), f"a tensor of shape {tuple(leaf.shape)}")
+                    require(
+                        id(leaf) in trained,
+                        f"term `{name}` sends a gradient into {other}, which no role trains: read a frozen model under"
+                        " `torch.no_grad()`, in `experience`",
+                    )
+                elif node._sequence_nr() < before:
+                    raise AssertionError(
+                        f"the gradient of term `{name}` runs through what was computed before `loss`, in `experience` or `build`"
+                        f" ({node.name()}): keep it without its graph, by `.detach()`"
+                    )
+
+    @after(TERMS)
+    def test_weights_count_what_is_summed(self) -> None:
+        """The weights of rows add up to their window's, and are as many as a term has entries, not so many times as many."""
+        bench, window = self.window()
+        trainer, rows = bench.trainer, [window.select([prompt]) for prompt in range(window.num_prompts)]
+        whole = {name: float(weight) for name, weight in trainer.weights(window).items()}
+        of_rows = [{name: float(weight) for name, weight in trainer.weights(row).items()} for row in rows]
+        for name, weight in whole.items():
+            total = sum(weights[name] for weights in of_rows)
+            require(
+                math.isclose(total, weight, rel_tol=1e-6, abs_tol=1e-9),
+                f"the weight of `{name}` is {weight:g} for a window and {total:g} for its rows added up: the core adds weights up"
+                " over micro-batches, so give what this batch holds (tokens, responses, prompts), not a number for the step",
+            )
+        if self.constant_weights:
+            return
+        terms = [bench.trainer.loss(row.to(bench.devices.device)).terms for row in rows]
+        for name in whole:
+            weights = [row[name] for row in of_rows]
+            entries = [_entries(found[name], row) for found, row in zip(terms, rows, strict=True)]
+            self._check_factor(name, weights, entries, rows)
+            prompts = [float(row.prompt_lengths.sum()) for row in rows]
+            own = [float(row.num_loss_tokens) for row in rows]
+            for what, other in (("of prompts", prompts), ("of prompts and responses", _added(prompts, own))):
+                require(
+                    not (len(set(other)) > 2 and weights == other and other != own),
+                    f"the weight of `{name}` is the number of tokens {what}, and prompts' tokens aren't in the loss: give"
+                    " `batch.num_loss_tokens`",
+                )
+
+    def _check_factor(
+        self, name: str, weights: Sequence[float], entries: Sequence[_Entries], rows: list[Batch]
+    ) -> None:
+        known = [(w, e.number, e.what) for w, e in zip(weights, entries, strict=True) if e.number and w]
+        factors = {round(weight / number, 6) for weight, number, _ in known}
+        if len(known) < 3 or len(factors) != 1 or (factor := factors.pop()) == 1:
+            return
+        what = known[0][2]
+        if what == "token in the loss" and len({number for _, number, _ in known}) == 1:
+            return  # responses of one length: tokens can't be told from responses
+        if self.offline and what == "response" and {row.num_responses * factor for row in rows} == {1.0}:
+            return  # a pair's two parts added up, averaged over pairs
+        raise AssertionError(
+            f"term `{name}` adds up one entry per {what}, {sum(n for _, n, _ in known):g} of them, and its weight is"
+            f" {sum(w for w, _, _ in known):g}, {factor:g} times that: count what is summed; a factor belongs in the term, and a"
+            " constant on purpose is declared by `constant_weights = True`"
+        )
+
+    @after(GRADIENT)
+    def test_repeated_rows_change_nothing(self) -> None:
+        """Every row twice gives the same loss, gradient and metrics: they are averages."""
+        if self.constant_weights:
+            raise SkipTest("`constant_weights`: the method averages over a constant")
+        bench, window = self.window()
+        expected = bench.step(window)
+        found = bench.step(Batch.cat([window, window]))
+        self.same(found, expected, "with every row twice (an average stays, a sum doubles)")
+        self.same_metrics(found, expected, "with every row twice")
+        if bench.trainer.splits_groups:
+            twice = window.take([response for response in range(window.num_responses) for _ in range(2)])
+            self.same(bench.step(twice), expected, "with every response twice (weights count prompts for responses?)")
+
+    @after(TERMS)
+    def test_first_loss_is_the_known_one(self) -> None:
+        """The loss before the first step is `first_loss`; that of an imitation isn't a multiple of the likelihood's."""
+        imitates = self.subject().record == "sft" and self.first_loss is None
+        if self.first_loss is None and not imitates:
+            raise SkipTest("`first_loss` isn't given: what the loss is before the first step, such as ln 2")
+        bench = self.bench(moved=False, script=self.script)
+        window = bench.window()
+        found = bench.step(window).loss
+        if imitates or self.first_loss == "nll":
+            expected = _nll(bench, window)
+        else:
+            assert isinstance(self.first_loss, int | float)
+            expected = float(self.first_loss)
+        if not imitates:
+            require(
+                math.isclose(found, expected, rel_tol=1e-4, abs_tol=1e-6),
+                f"the loss before the first step is {found:.6g}, and should be {expected:.6g} (`first_loss`):"
+                f" {found / expected if expected else math.inf:.4g} times that",
+            )
+            return
+        for factor in (*FACTORS, *(1 / factor for factor in FACTORS)):
+            require(
+                not math.isclose(found, factor * expected, rel_tol=1e-5),
+                f"the loss before the first step is {factor:.4g} times the negative log-likelihood per token in the loss: a"
+                " denominator is off (where it is meant, give `first_loss`)",
+            )
+
+    # Tokens
+
+    @after(GRADIENT)
+    def test_no_token_is_lost(self) -> None:
+        """Each response's first, middle and last token count: the loss is another without it in the loss mask."""
+        bench, window = self.window()
+        _require_policy(bench.trainer)
+        seen: dict[str, set[bool]] = {"first": set(), "middle": set(), "last": set()}
+        for row in _some_rows(window):
+            whole = _values(bench, row)
+            for response in range(min(row.num_responses, 4)):
+                at = row.loss_mask[response].nonzero().flatten().tolist()
+                if len(at) < 3:
+                    continue
+                changed = {}
+                for place, column in zip(seen, (at[0], at[len(at) // 2], at[-1]), strict=True):
+                    mask = row.loss_mask.clone()
+                    mask[response, column] = False
+                    changed[place] = _values(bench, replace(row, loss_mask=mask)) != whole
+                # A response that nothing is learned from, such as one without an advantage, tells nothing.
+                if any(changed.values()):
+                    for place, value in changed.items():
+                        seen[place].add(value)
+        if not any(seen.values()):
+            raise AssertionError(
+                "no token of any response counts in the loss: it is the same without it in the loss mask; take the tokens that"
+                " `batch.loss_mask` marks"
+            )
+        self._require_ends(window)
+        for place, values in seen.items():
+            why = "; the end token is one of a response's tokens" if place == "last" else ""
+            require(True in values, f"the {place} token of a response is lost: the loss is the same without it{why}")
+
+    def _require_ends(self, window: Batch) -> None:
+        """Fail where no response's last token is in the loss mask, though the data or the completions have it there."""
+        given = next(iter(self.bench().batches))
+        if self.offline and not _last_in_mask(given):
+            return
+        require(
+            _last_in_mask(window),
+            "the last token of a response, its end token, is lost: no window has it in the loss mask, so that a policy never"
+            " learns to end",
+        )
+
+    @after(GRADIENT)
+    def test_no_token_is_seen_before_it_is_scored(self) -> None:
+        """A response's last token is only scored, never read: what predicts a token is what stands before it."""
+        bench, window = self.window()
+        trainer = bench.trainer
+        policy = _require_policy(trainer)
+        others = [trainer.models[role] for role in trained_roles(trainer) if role != "policy"]
+        shared = {id(p) for p in policy.parameters()}
+        if any(id(parameter) in shared for model in others for parameter in model.parameters()):
+            raise SkipTest("another trained model reads the policy's hidden states")
+        (micro,) = bench.micros(window)
+        used = {*micro.response_ids.flatten().tolist(), *micro.prompt_ids.flatten().tolist()}
+        mark = next(token for token in range(len(policy.tokenizer) - 1, -1, -1) if token not in used)
+        lengths = micro.response_lengths
+        rows = torch.arange(micro.num_responses, device=micro.device)[lengths > 0]
+        ids = micro.response_ids.clone()
+        ids[rows, lengths[rows] - 1] = mark
+        read: list[tuple[Tensor, Tensor]] = []
+
+        def keep(module: Any, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+            inner = output.detach().requires_grad_()
+            read.append((inputs[0], inner))
+            return inner
+
+        handle = policy.network.get_input_embeddings().register_forward_hook(keep)
+        try:
+            loss = trainer.loss(replace(micro, response_ids=ids))
+        finally:
+            handle.remove()
+        torch.stack([term.reshape(()) for term in loss.terms.values()]).sum().backward()
+        for given, inner in read:
+            if inner.grad is not None and given.shape == inner.shape[:2]:
+                leak = bool(inner.grad[given == mark].any())
+                require(
+                    not leak,
+                    "the loss depends on what the model computes at a response's last token, which predicts nothing that is"
+                    " scored: the log-probability of token t is read at position t - 1, before it is seen"
+                    " (`HiddenStates.predicting()`, not `at()`)",
+                )
+
+
+class _Entries:
+    """How many entries a term adds up for one row, and what they belong to; 0 where that can't be seen."""
+
+    def __init__(self, number: float = 0, what: str = "") -> None:
+        self.number, self.what = number, what
+
+
+def _entries(term: Tensor, row: Batch) -> _Entries:
+    """Read from a term's graph what was summed to make it."""
+    shapes = set(_summed(term.grad_fn))
+    if len(shapes) != 1 or (shape := shapes.pop()) is None:
+        return _Entries()
+    if shape == tuple(row.response_ids.shape):
+        return _Entries(row.num_loss_tokens, "token in the loss")
+    if shape == (row.num_responses,):
+        return _Entries(row.num_responses, "response" if row.num_responses > 1 else "prompt")
+    return _Entries(1, "prompt") if shape == (row.num_prompts,) else _Entries()
+
+
+def _summed(node: Any) -> Iterator[tuple[int, ...] | None]:
+    """Yield the shape of each sum that a node is a combination of; None where it is something else."""
+    name = node.name() if node is not None else ""
+    inner = [below for below, _ in node.next_functions if below is not None] if node is not None else []
+    if name.startswith("SumBackward"):
+        yield tuple(int(size) for size in node._saved_self_sym_sizes)
+    elif name.startswith(("NegBackward", "MulBackward", "DivBackward", "ViewBackward", "ReshapeBackward")):
+        yield from _summed(inner[0]) if len(inner) == 1 else (None,)
+    elif name.startswith(("AddBackward", "SubBackward")):
+        for below in inner:
+            yield from _summed(below)
+    else:
+        yield None
+
+
+def _graph(term: Tensor) -> Iterator[Any]:
+    """Yield the nodes of a term's graph."""
+    seen: set[Any] = set()
+    todo = [term.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        todo += [below for below, _ in node.next_functions]
+
+
+def _sequence_number() -> int:
+    """Return a number above those of all nodes made so far, and at most those of the nodes to come."""
+    node = torch.zeros(1, requires_grad=True).neg().grad_fn
+    assert node is not None
+    return int(node._sequence_nr())
+
+
+def _require_policy(trainer: Trainer) -> PolicyModel:
+    policy = dict(trainer.models.items()).get("policy")
+    if not isinstance(policy, PolicyModel) or "policy" not in trained_roles(trainer):
+        raise SkipTest("no policy is trained: what its tokens count for isn't known")
+    return policy
+
+
+def _last_in_mask(batch: Batch) -> bool:
+    """Tell whether any response's last token is in the loss mask."""
+    last = (batch.response_lengths - 1).clamp(min=0)[:, None]
+    return bool(batch.loss_mask.gather(1, last.to(batch.loss_mask.device)).any())
+
+
+def _some_rows(window: Batch) -> list[Batch]:
+    return [window.select([prompt]) for prompt in range(min(window.num_prompts, 4))]
+
+
+@torch.no_grad()
+def _values(bench: Workbench, row: Batch) -> list[float]:
+    return [float(term) for term in bench.trainer.loss(row.to(bench.devices.device)).terms.values()]
+
+
+@torch.no_grad()
+def _nll(bench: Workbench, window: Batch) -> float:
+    """Return the negative log-likelihood per token in the loss, nats."""
+    policy = _require_policy(bench.trainer)
+    batch = window.to(bench.devices.device)
+    return -float(policy.token_logps(batch).double().sum()) / batch.num_loss_tokens
+
+
+def _added(left: Sequence[float], right: Sequence[float]) -> list[float]:
+    return [a + b for a, b in zip(left, right, strict=True)]

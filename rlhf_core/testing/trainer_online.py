@@ -1,0 +1,178 @@
+"""Checks of methods that learn from what their policy generates: draws, rewards, ratios, temperature."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+from unittest import SkipTest
+
+import torch
+
+from rlhf_core.batch import Batch
+from rlhf_core.interfaces import Window
+from rlhf_core.online import OnlineConfig
+from rlhf_core.testing.contract import after, require
+from rlhf_core.testing.script import Script, TokenShare
+from rlhf_core.testing.trainer_setup import TrainerSetup, distance
+from rlhf_core.testing.workbench import Step, Workbench
+
+TERMS = "test_every_term_has_a_weight"
+GRADIENT = "test_trained_models_get_a_gradient"
+
+
+class OnlineChecks(TrainerSetup):
+    """What only a method with completions of its own can get wrong."""
+
+    @after(TERMS)
+    def test_draws_differ(self) -> None:
+        """Completions of one prompt differ within a group, between rows, and from step to step."""
+        self._require_online()
+        bench = self.bench()
+        sampling = getattr(bench.trainer.config, "generation", None)
+        if sampling is not None and sampling.temperature == 0:
+            raise SkipTest("temperature 0 always draws the same")
+        batch = next(iter(bench.batches))
+        alike = replace(batch.select([0] * batch.num_prompts), rows=batch.rows)
+        bench.batches = iter([alike, alike, alike])
+        rollouts = [_by_row(rollout) for rollout in _rollouts(bench, 2)]
+        require(bool(rollouts) and bool(rollouts[0]), "`experience` yields no window")
+        for groups in rollouts:
+            for row, group in groups.items():
+                if len(group) > 1:
+                    require(len(set(group)) > 1, f"the {len(group)} completions of row {row} are all the same: {SEED}")
+            drawn = [tuple(sorted(group)) for group in groups.values()]
+            require(
+                len(drawn) < 2 or len(set(drawn)) == len(drawn),
+                f"rows with the same prompt get the same completions in one step: {SEED}",
+            )
+        if len(rollouts) > 1:
+            again = [row for row, group in rollouts[0].items() if sorted(group) == sorted(rollouts[1].get(row, ()))]
+            require(not again, f"row {again[:1]} gets the same completions in two steps: {SEED}")
+
+    @after(GRADIENT)
+    def test_rewards_decide_the_gradient(self) -> None:
+        """Other rewards of the same completions give another gradient."""
+        if not self.rewarded:
+            raise SkipTest("the method learns from no rewards")
+        found = [self._update(rewards=[TokenShare(bit)]) for bit in (0, 1)]
+        require(
+            distance(found[1].gradient, found[0].gradient) > 100 * self.allowed,
+            "other rewards of the same completions give the same gradient: no reward or advantage is in the loss",
+        )
+
+    @after(GRADIENT)
+    def test_ratios_follow_the_policy(self) -> None:
+        """In a rollout's later windows the loss weighs how far the policy has moved since it drew the completions."""
+        self._require_online()
+        if not self.repeatable:
+            raise SkipTest("it generates by itself: the same completions can't be given again")
+        change = self.several_windows(minibatches=1)
+        if self._windows_of_a_rollout(change) < 2:
+            raise SkipTest("each rollout is learned from once, by the policy that drew it")
+        script = Script()
+        bench = self.bench(change, script=script)
+        window = bench.window()
+        bench.move(0.004)
+        stale = bench.step(window)
+        fresh = self.bench(change, script=script, moved=False)
+        fresh.move()
+        fresh.move(0.004)
+        current = fresh.step(fresh.window())
+        require(
+            distance(stale.gradient, current.gradient) > 10 * self.allowed,
+            "completions that an earlier policy drew give the same gradient as completions of the policy itself: the ratio of the"
+            " two is always 1; keep the log-probabilities of the draw (`sampled_logps`), or compute them in `experience`",
+        )
+
+    @after(GRADIENT)
+    def test_temperature_is_that_of_the_draw(self) -> None:
+        """Completions drawn at a temperature are scored at that temperature."""
+        if not (self.rewarded and self._is_config()):
+            raise SkipTest("it doesn't learn from rewards of what it draws")
+        if not self.repeatable:
+            raise SkipTest("it generates by itself: the same completions can't be given again")
+        script = Script(as_drawn=True)
+        cold, warm = (
+            self._update({"generation": {"temperature": value, "top_p": 1.0, "top_k": 0}}, script=script)
+            for value in (0.7, 1.3)
+        )
+        require(
+            distance(warm.gradient, cold.gradient) > 100 * self.allowed,
+            "`generation.temperature` doesn't reach the loss: completions are drawn from softmax(logits / temperature) and scored"
+            " at another; give it to `token_logps(batch, temperature=…)`",
+        )
+
+    def _update(self, *changes: Any, script: Script | None = None, **given: Any) -> Step:
+        script = script or self.script
+        bench = self.bench(*changes, script=script, **given)
+        return bench.step(bench.window())
+
+    def _is_config(self) -> bool:
+        return issubclass(self.subject().Config, OnlineConfig)
+
+    def _require_online(self) -> None:
+        if self.offline:
+            raise SkipTest("its responses come from the data")
+
+    def _windows_of_a_rollout(self, change: dict[str, Any]) -> int:
+        bench = self.bench(change, script=self.script)
+        count = 0
+        for window in bench.windows():
+            count += 1
+            if window.last:
+                break
+        return count
+
+
+SEED = "leave the seeds to `run.engine`, or take the step and the row into yours"
+
+
+def _rollouts(bench: Workbench, most: int) -> Iterator[list[Window]]:
+    """Yield rollouts as lists of windows, the step counted on with each."""
+    found: list[Window] = []
+    for window in bench.windows():
+        found.append(window)
+        bench.steps += 1
+        if window.last:
+            yield found
+            found, most = [], most - 1
+            if not most:
+                return
+    if found:
+        yield found
+
+
+def _by_row(rollout: list[Window]) -> dict[int, list[tuple[int, ...]]]:
+    """Return each row's responses, once each though several windows hold them."""
+    groups: dict[int, list[tuple[int, ...]]] = {}
+    for window in rollout:
+        seen: dict[int, list[tuple[int, ...]]] = {}
+        for row, response in responses_of(window.batch):
+            seen.setdefault(row, []).append(response)
+        for row, group in seen.items():
+            if len(group) > len(groups.get(row, ())):
+                groups[row] = group
+    return groups
+
+
+def responses_of(batch: Batch) -> list[tuple[int, tuple[int, ...]]]:
+    """Return for each response its row and its ids."""
+    ids, lengths = batch.response_ids.tolist(), batch.response_lengths.tolist()
+    return [
+        (batch.rows[owner], tuple(response[:length]))
+        for owner, response, length in zip(batch.owner.tolist(), ids, lengths, strict=True)
+    ]
+
+
+def rises(values: list[float]) -> bool:
+    """Tell whether the last third of values lies above the first three by more than chance, judged by neighbours' distance."""
+    if len(values) < 4:
+        return False
+    numbers = torch.tensor(values, dtype=torch.float64)
+    noise = (
+        float(numbers.diff().abs().mean()) / 1.128
+    )  # E|x − y| of two draws from a normal distribution is 1.128 deviations
+    last = numbers[-max(len(values) // 3, 2) :]
+    return float(last.mean() - numbers[:3].mean()) > noise * math.sqrt(1 / 3 + 1 / len(last))
