@@ -181,6 +181,10 @@ class RunContext:
         """Return the context in which held-out rows are scored."""
         return replace(self, evaluating=True)
 
+    def pending(self) -> dict[str, tuple[float, float]]:
+        """Return what `log` was given since the last step, (sum, count) by name."""
+        return self._tally.totals()
+
     def logged(self) -> dict[str, tuple[float, float]]:
         """Return what `log` was given since the last call, (sum, count) by name."""
         totals = self._tally.totals()

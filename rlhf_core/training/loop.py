@@ -197,6 +197,8 @@ class Run:
             notify=self.hooks.emit,
             keep=self.logger.samples,
         )
+        for name, pair in self.state.logged.items():
+            self.context.log(name, *pair)
         self.update = Update(
             trainer,
             self.optimizer,

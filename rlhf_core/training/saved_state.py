@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from rlhf_core.infra.seeds import RandomState
 
@@ -12,6 +12,15 @@ if TYPE_CHECKING:
     from rlhf_core.training.loop import Run
 
 Metrics = dict[str, int | float | str | None]
+
+
+def _is_number(text: str) -> str:
+    float(text)
+    return text
+
+
+SavedFloat = Annotated[str, AfterValidator(_is_number)]
+"""A float as text, which JSON has no name for where it isn't finite."""
 
 
 class _Part(BaseModel):
@@ -61,6 +70,7 @@ class SavedRank(_Part):
     trainer: dict[str, Any]
     stream: SavedStream
     batches: int = Field(ge=0)
+    logged: dict[str, Annotated[list[SavedFloat], Field(min_length=2, max_length=2)]]
 
 
 class SavedMicroBatches(_Part):

@@ -78,6 +78,8 @@ class RunState:
         output = run.trainer.output
         self._manager = CheckpointManager(output / "checkpoints", run.config.checkpoint.keep) if output else None
         self.saved_step = 0
+        self.logged: dict[str, tuple[float, float]] = {}
+        """What the method had logged for the next step's row when the checkpoint was saved that the run continues from."""
 
     def damaged(self) -> list[Damaged]:
         """Return the checkpoints that the last load refused."""
@@ -91,6 +93,8 @@ class RunState:
         optimizer, values = optimizer_state(run.optimizer, run.parameters)
         own: dict[str, Any] = {"random": RandomState.capture().to_json(), "trainer": self._remembered()}
         own |= {"stream": run.stream.state_dict(), "batches": run.progress.batches}
+        # Of rollouts that made no step: the next step's row reports them.
+        own["logged"] = {name: list(map(repr, pair)) for name, pair in run.context.pending().items()}
         ranks = run.distribution.gather(own)
         state: dict[str, Any] = {
             "progress": run.progress.to_json(),
@@ -191,6 +195,7 @@ class RunState:
         run.progress.batches = reached["batches"]
         if len(ranks) == run.distribution.world_size:
             RandomState.from_json(ranks[rank]["random"]).restore()
+            self.logged = {name: (float(pair[0]), float(pair[1])) for name, pair in ranks[rank]["logged"].items()}
         else:
             log.warning(
                 "resumed with %d processes after %d: the data go on where they were, rounding and random draws will differ",

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from online import DYNAMIC, KL, Broken, model, rows, trainer
+from online import DYNAMIC, KL, Broken, Watched, model, rows, trainer
 from torch import Tensor
 
 from rlhf_core import registry
 from rlhf_core.batch import Batch
-from rlhf_core.errors import ConfigError, NumbersError, PluginError
+from rlhf_core.errors import ConfigError, NumbersError, PluginError, Stopped
 from rlhf_core.hooks import hookimpl
 from rlhf_core.infra.tensors import read_tensors
 from rlhf_core.interfaces import Sample
@@ -245,6 +245,40 @@ def test_samples_are_cut_back_on_a_resume(tmp_path: Path) -> None:
         file.write('{"step": 8, "evalu')  # a kill in the middle of a line
     trainer(tmp_path / "broken", **options).train(resume=True)
     assert path.read_text() == (tmp_path / "whole" / "samples.jsonl").read_text()
+
+
+class Asked(Watched):
+    """Is asked to stop while it makes a rollout that teaches nothing."""
+
+    api = 1
+    record = "prompt"
+    stop = False
+
+    def rollout(self, batch: Batch, run: Any) -> Batch:
+        made = super().rollout(batch, run)
+        self.drawn = getattr(self, "drawn", 0) + 1
+        if self.drawn == 3:
+            made["differs"].fill_(False)
+            if self.stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return made
+
+
+def test_what_a_skipped_rollout_logged_is_reported_after_a_resume_too(tmp_path: Path) -> None:
+    whole, stopped = (
+        trainer(tmp_path / "whole", kind=Asked, max_steps=12),
+        trainer(tmp_path / "stopped", kind=Asked, max_steps=12),
+    )
+    whole.train()
+    stopped.stop = True
+    with pytest.raises(Stopped):
+        stopped.train()
+    again = trainer(tmp_path / "stopped", kind=Asked, max_steps=12)
+    again.drawn = 3
+    again.train(resume=True)
+    require_same_run(tmp_path / "stopped", tmp_path / "whole")
+    # The third rollout and the fourth share a row: 64 completions.
+    assert [row["step"] for row in metrics_of(tmp_path / "whole") if "reward" in row] == [1, 5, 9]
 
 
 # Truncation, the reference
