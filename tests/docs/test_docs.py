@@ -36,6 +36,15 @@ def test_generated_pages_are_fresh() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("page", ["online-methods", "samplers", "rewards"])
+def test_plugins_import_what_plugins_may(page: str) -> None:
+    plugins = [text for language, text in blocks(f"docs/{page}.md") if language == "python" and "    api = 1" in text]
+    assert plugins
+    for text in plugins:
+        imported = set(re.findall(r"^from (rlhf_\S+) import|^import (rlhf_\S+)", text, re.MULTILINE))
+        assert imported == {("rlhf_core.plugin", "")}, text.split("\n")[0]
+
+
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """An environment that packages can be installed into, and that sees what is installed here."""

@@ -79,6 +79,8 @@ def test_the_gradient_is_that_of_one_process(tmp_path: Path, one: Path) -> None:
     weights = tensors(two, "weights")
     assert all(torch.equal(weights[name], tensor) for name, tensor in tensors(two, "weights", 1).items())
     assert read_json(two / "run" / "run.json")["processes"] == 2
+    heard = {path.name: path.read_text().split() for path in (two / "run").glob("heard.*")}
+    assert heard == {"heard.0": [str(row["step"]) for row in rows(two)]}, "hooks listen in the first process alone"
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from toy import ROWS, ToyTrainer, toy
 from rlhf_core import registry
 from rlhf_core.batch import Batch
 from rlhf_core.errors import DataError, LostProcess, RLHFError
+from rlhf_core.hooks import hookimpl
 from rlhf_core.infra.tensors import write_tensors
 from rlhf_core.interfaces import Loss, Trainer
 from rlhf_core.models import PolicyModel
@@ -56,6 +57,16 @@ class Worker(ToyTrainer):
         return loss
 
 
+class Listener:
+    """Notes the steps that it hears of, under its process's number."""
+
+    @hookimpl
+    def step_ended(self, run: Any, step: int) -> None:
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        with (run.output / f"heard.{rank}").open("a") as file:
+            file.write(f"{step} ")
+
+
 def trainer_of(job: dict[str, Any], output: Path) -> Trainer[Any]:
     """Return the toy, or a registered method on a tiny model and the embedded task."""
     if "method" not in job:
@@ -79,6 +90,7 @@ def main() -> None:
         return step(self, *arguments)
 
     torch.optim.AdamW.step = noting  # type: ignore[method-assign]
+    registry.register("hook", "listener", Listener)
     trainer = trainer_of(job, output)
     code = 0
     try:
