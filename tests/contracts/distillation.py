@@ -138,7 +138,7 @@ class DistillationTrainer(Trainer[DistillationConfig]):
             own = drawn < self.config.on_policy and not run.evaluating
             if own:
                 batch = Batch.from_completions(batch, run.engine.generate(batch, 1, self.config.generation))
-            run.log("on_policy", own)
+            run.log("on_policy", own * batch.num_prompts, batch.num_prompts)
             yield batch
 
     def weights(self, batch: Batch) -> Mapping[str, float]:
