@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from rlhf_core.hooks import Hooks, hookimpl
+from rlhf_core.testing import TrainerContract
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -43,6 +44,14 @@ def test_plugins_import_what_plugins_may(page: str) -> None:
     for text in plugins:
         imported = set(re.findall(r"^from (rlhf_\S+) import|^import (rlhf_\S+)", text, re.MULTILINE))
         assert imported == {("rlhf_core.plugin", "")}, text.split("\n")[0]
+
+
+def test_the_kit_knows_what_a_test_may_say() -> None:
+    ((_, listing),) = blocks("docs/testing.md")
+    said = re.findall(r"^    (\w+) = ", listing, re.MULTILINE)
+    assert len(said) > 5 and [name for name in said if name not in dir(TrainerContract)] == []
+    checks = set(re.findall(r"`(test_\w+)`", (ROOT / "docs/testing.md").read_text(encoding="utf-8")))
+    assert checks and checks <= set(TrainerContract.checks())
 
 
 @pytest.fixture(scope="module")
