@@ -15,7 +15,7 @@ from rlhf_core.interfaces import Window
 from rlhf_core.online import OnlineConfig
 from rlhf_core.testing.contract import after, require
 from rlhf_core.testing.script import Script, TokenShare
-from rlhf_core.testing.trainer_setup import TrainerSetup, distance
+from rlhf_core.testing.trainer_setup import TrainerSetup, distance, sharpened
 from rlhf_core.testing.workbench import Step, Workbench
 
 TERMS = "test_every_term_has_a_weight"
@@ -102,6 +102,30 @@ class OnlineChecks(TrainerSetup):
             distance(warm.gradient, cold.gradient) > 100 * self.allowed,
             "`generation.temperature` doesn't reach the loss: completions are drawn from softmax(logits / temperature) and scored"
             " at another; give it to `token_logps(batch, temperature=…)`",
+        )
+
+        self._same_as_sharpened(0.7)
+
+    def _same_as_sharpened(self, temperature: float) -> None:
+        """Fail unless an update at a temperature is that of a policy with logits divided by it, at temperature 1."""
+        script, found = Script(), []
+        for divisor, value in ((1.0, temperature), (temperature, 1.0)):
+            change = {"generation": {"temperature": value, "top_p": 1.0, "top_k": 0}}
+            bench = self.bench(change, script=script, moved=False, model=sharpened(divisor))
+            step = bench.step(bench.window())
+            # The output layer of the second is the first's divided, so its gradient is the first's multiplied.
+            layer = bench.trainer.policy.network.get_output_embeddings().weight
+            gradient = {
+                name: value / divisor if bench.parameters[name] is layer else value
+                for name, value in step.gradient.items()
+            }
+            found.append(replace(step, gradient=gradient))
+        apart = distance(found[0].gradient, found[1].gradient)
+        require(
+            apart <= 100 * self.allowed,
+            f"at temperature {temperature} the gradient isn't that of a policy with logits divided by {temperature} (relative"
+            f" difference {apart:.1e}): log-probabilities of the draw, of the reference and of the loss are to be of one"
+            " temperature (`sampled_logps`, not `raw_logps`; `temperature=…` for each)",
         )
 
     def _update(self, *changes: Any, script: Script | None = None, **given: Any) -> Step:

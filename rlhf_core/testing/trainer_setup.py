@@ -75,10 +75,7 @@ class TrainerSetup(Contract):
         """Return the model to train, always the same one; for a method that generates, one that ends its texts now and then."""
         model = tiny_model(hidden=32, heads=2, kv_heads=1)
         if not self.offline:
-            with torch.no_grad():
-                embeddings = model.get_input_embeddings().weight
-                embeddings[:, 0] = 1.0  # nearly the same in every hidden state, so that it acts as a bias of the logits
-                embeddings[model.config.eos_token_id, 0] = 3.5
+            _end_often(model)
         return PolicyModel(model, tiny_tokenizer())
 
     def rows(self) -> list[dict[str, Any]]:
@@ -109,13 +106,13 @@ class TrainerSetup(Contract):
         output: Path | None = None,
         kind: type[Trainer] | None = None,
         rewards: Sequence[Any] | None = None,
-        rows: Sequence[Mapping[str, Any]] | None = None,
+        model: PolicyModel | None = None,
     ) -> Trainer:
         """Return a new trainer with `options` and these changes on top, on a copy of the model.
 
-        `rewards` stand in place of the configured ones, `rows` in place of the contract's own.
+        `rewards` and `model` stand in place of the contract's own.
         """
-        kind, rows = kind or self.subject(), list(rows if rows is not None else self.rows())
+        kind, rows = kind or self.subject(), self.rows()
         values: Mapping[str, Any] = {
             "learning_rate": 3e-3,
             "lr_schedule": "constant",
@@ -133,7 +130,7 @@ class TrainerSetup(Contract):
             values = {**values, "rewards": []}
             given["rewards"] = list(rewards if rewards is not None else self.rewards)
         config = kind.Config.parse(values, place=f"{type(self).__name__}.options")
-        return kind(config, model=copy.deepcopy(self.model()), data=rows, output=output, **given)
+        return kind(config, model=copy.deepcopy(model or self.model()), data=rows, output=output, **given)
 
     @property
     def batch_size(self) -> int:
@@ -283,6 +280,22 @@ class TrainerSetup(Contract):
                     shutil.rmtree(manager.path(later))
                 self.build(run, changes, output=resumed, kind=kind).train(resume=True)
                 require_same_run(resumed, whole, f"a resume from step {step}")
+
+
+def sharpened(divisor: float) -> PolicyModel:
+    """Return a policy whose logits are those of another one, divided by a number."""
+    model = tiny_model(hidden=32, heads=2, kv_heads=1, tie_embeddings=False)
+    _end_often(model)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.copy_(model.get_input_embeddings().weight / divisor)
+    return PolicyModel(model, tiny_tokenizer())
+
+
+@torch.no_grad()
+def _end_often(model: Any) -> None:
+    embeddings = model.get_input_embeddings().weight
+    embeddings[:, 0] = 1.0  # nearly the same in every hidden state, so that it acts as a bias of the logits
+    embeddings[model.config.eos_token_id, 0] = 3.5
 
 
 def norm(gradient: Mapping[str, Tensor]) -> float:

@@ -606,6 +606,16 @@ class ScoresAtOne(Online):
         return 1.0
 
 
+class RatioToTheRaw(Online):
+    """Takes the log-probabilities without temperature for those of the draw."""
+
+    api = 1
+    record = "prompt"
+
+    def ratio(self, logps: Tensor, batch: Batch) -> Tensor:
+        return ((logps - batch["raw_logps"]) * batch.loss_mask).exp()
+
+
 # The sign
 
 

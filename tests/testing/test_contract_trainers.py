@@ -131,6 +131,7 @@ FAULTS: dict[type[Trainer], dict[str, str]] = {
     methods.LosesTheFirst: {"test_no_token_is_lost": "the first token of a response is lost"},
     methods.MasksTheEnd: {"test_no_token_is_lost": "its end token, is lost"},
     methods.ScoresAtOne: {"test_temperature_is_that_of_the_draw": "`generation.temperature` doesn't reach the loss"},
+    methods.RatioToTheRaw: {"test_temperature_is_that_of_the_draw": "`sampled_logps`, not `raw_logps`"},
     # The sign
     methods.Unlearns: {"test_it_learns_in_the_right_direction": "the loss has the wrong sign"},
     methods.PrefersTheRejected: {"test_it_learns_in_the_right_direction": "the loss has the wrong sign"},
