@@ -99,7 +99,9 @@ class Workbench:
         config = trainer.config
         dataset, _ = open_data(trainer, loader.given.tokenizer)
         trainer.inspect(dataset)
-        precompute_reference(trainer, (dataset, None), distribution=self.distribution, devices=self.devices)
+        # Each simulated process scores every row: they don't share what the processes of a run exchange.
+        alone = Distribution(self.devices.device)
+        precompute_reference(trainer, (dataset, None), distribution=alone, devices=self.devices)
         self.batches: Iterator[Batch] = DataStream(
             dataset,
             batch_size=config.batch_size,
