@@ -107,7 +107,7 @@ class Batch:
             for column, field in (
                 ("sampled_logps", "logprobs"), ("raw_logps", "raw_logprobs"), ("kept_mass", "kept_mass"),
             )
-            if any(map(len, values := [getattr(one, field) for one in flat])) or not flat
+            if any(map(len, values := [getattr(one, field) for one in flat])) or not lengths.any()
         }  # fmt: skip
         made = replace(
             batch,

@@ -32,6 +32,13 @@ def asked(prompts: int = 2, seed: int = 0) -> Batch:
     )
 
 
+def test_completions_without_a_token_have_the_columns_of_others() -> None:
+    nothing = Completion("", [], [], "end")
+    made = Batch.from_completions(asked(), [[nothing], [nothing]])
+    assert made.per_token.keys() == {"sampled_logps", "raw_logps", "kept_mass"} and made.response_ids.shape == (2, 0)
+    assert Batch.cat([made, Batch.from_completions(asked(), [[ONE], [CUT]])]).response_lengths.tolist() == [0, 0, 2, 1]
+
+
 def test_completions_become_the_responses() -> None:
     batch = asked()
     made = Batch.from_completions(batch, [[ONE, CUT], [ONE]])

@@ -106,6 +106,7 @@ class _Process(Distribution):
         return [json.loads(text) for text in self._simulation.exchange(self.rank, "gather", json.dumps(value))]
 
     def gather_tensor(self, tensor: Tensor) -> list[Tensor]:
+        self.agreed_shapes(tensor)
         return [part.clone() for part in self._simulation.exchange(self.rank, "gather_tensor", tensor.detach().clone())]
 
     def barrier(self) -> None:

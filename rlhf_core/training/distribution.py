@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rlhf_core.config import DistributedConfig
-from rlhf_core.errors import ConfigError, LostProcess, ModelError, RLHFError
+from rlhf_core.errors import ConfigError, LostProcess, ModelError, PluginError, RLHFError
 from rlhf_core.infra.devices import DeviceManager
 
 _UNANSWERED = re.compile(
@@ -72,8 +72,24 @@ class Distribution:
         return [json.loads(json.dumps(value))]
 
     def gather_tensor(self, tensor: Tensor) -> list[Tensor]:
-        """Return every process's tensor, in order of rank, on the device of this one's; they may differ in their first axis."""
+        """Return every process's tensor, in order of rank, on the device of this one's; they may differ in their first axis.
+
+        Raises:
+            PluginError: they differ otherwise, on every process.
+        """
         return [tensor]
+
+    def agreed_shapes(self, tensor: Tensor) -> list[list[int]]:
+        """Return the shape of every process's tensor, once they differ in nothing but their first axis."""
+        found = self.gather([str(tensor.dtype).removeprefix("torch."), list(tensor.shape)])
+        if len({(kind, len(shape), *shape[1:]) for kind, shape in found}) > 1:
+            raise PluginError(
+                "processes gather tensors of different types or widths",
+                place="run.gather",
+                got=", ".join(f"{kind} {tuple(shape)}" for kind, shape in found),
+                fix="make tensors of one type and width, also of no rows: `values.new_zeros(0)` is of the type of `values`",
+            )
+        return [shape for _, shape in found]
 
     def broadcast(self, value: Any) -> Any:
         """Return the first process's value on all."""
@@ -191,7 +207,7 @@ class DataParallel(Distribution):
     def gather_tensor(self, tensor: Tensor) -> list[Tensor]:
         # A type that every backend moves, whatever the tensor's own is.
         data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).to(self.device)
-        shapes = self.gather(list(tensor.shape))
+        shapes = self.agreed_shapes(tensor)
         sizes = [math.prod(shape) * tensor.element_size() for shape in shapes]
         padded = torch.zeros(max(sizes), dtype=torch.uint8, device=self.device)
         padded[: data.numel()] = data

@@ -119,7 +119,7 @@ class _PerBatch:
                 self._entries[name] = total  # refused by shape, where all metrics are looked at
                 continue
             if not isinstance(count, Tensor) or count.ndim == 0:
-                count = torch.full_like(total, float(count) / total.numel())
+                count = torch.full(total.shape, float(count) / max(total.numel(), 1), device=total.device)
             table = self._entries.setdefault(name, torch.zeros(self._prompts, 2, dtype=torch.float64))
             table.index_add_(0, micro[_NUMBER].cpu(), torch.stack([total, count], dim=1).double().cpu())
 

@@ -330,6 +330,7 @@ class Run:
             else:
                 self._commit(step, rate, outcome, time.perf_counter() - began)
             if window.last:
+                self._evaluate_if_missed()
                 self._save_or_stop()
         windows.finish()
 
@@ -401,6 +402,15 @@ class Run:
         progress = self.progress
         progress.skipped += 1
         self.logger.event("window_skipped", step=progress.step, rows=list(window.batch.rows), skipped=progress.skipped)
+
+    def _evaluate_if_missed(self) -> None:
+        """Evaluate at a rollout's end what was due inside it; the last window may have been skipped.
+
+        A run that is resumed here evaluates at once, so one that never was must, too.
+        """
+        if self.progress.evaluated != self.progress.step and self._evaluation_is_due(self.progress.step):
+            with self._stopping_at_once():
+                self._evaluate_late()
 
     def _evaluate_or_save(self) -> dict[str, float]:
         """Evaluate; where that fails or is stopped, what was learned is saved first, and a resume evaluates it.

@@ -43,7 +43,7 @@ class PerPrompt:
                 )
             prompts = prompts or _prompt_keys(batch)
             if not isinstance(counts, Tensor) or counts.ndim == 0:
-                counts = torch.full_like(sums, float(counts) / sums.numel())
+                counts = torch.full(sums.shape, float(counts) / max(sums.numel(), 1))
             rows = zip(batch.rows, prompts, sums.tolist(), counts.tolist(), strict=True)
             self.entries.setdefault(name, []).extend(map(list, rows))
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from rlhf_core.batch import Batch
 from rlhf_core.errors import PluginError
+from rlhf_core.training.evaluate import _NUMBER, _PerBatch
 from rlhf_core.training.per_prompt import (
     Entries,
     PerPrompt,
@@ -80,3 +81,15 @@ def test_rows_that_count_nothing_are_left_out() -> None:
 def test_a_wrong_number_of_entries_is_the_plugins_fault() -> None:
     with pytest.raises(PluginError, match=r"metric `accuracy` must be one number, or one entry a prompt"):
         entries(random_batch(prompts=3), {"accuracy": (torch.zeros(2), 2)})
+
+
+def test_whole_numbers_and_no_rows_at_all_count_like_any_others() -> None:
+    """Three responses over two prompts are one and a half each, whatever type the sums are of."""
+    batch = random_batch(2, 1)
+    assert [entry[3] for entry in entries(batch, {"right": (torch.tensor([1, 0]), 3)})["right"]] == [1.5, 1.5]
+    sums = _PerBatch(2)
+    sums.add(batch.attach(per_prompt={_NUMBER: torch.arange(2)}), {"right": (torch.tensor([True, True]), 3)})
+    total, count = sums.metrics()["right"]
+    assert isinstance(total, torch.Tensor) and isinstance(count, torch.Tensor)
+    assert (total.tolist(), count.tolist()) == ([1, 1], [1.5, 1.5])
+    assert entries(batch.select([]), {"right": (torch.zeros(0), 3)}) == {"right": []}

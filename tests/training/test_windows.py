@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import torch
 from toy import ROWS, ToyTrainer, toy
 
 from rlhf_core.batch import Batch
@@ -16,6 +18,7 @@ from rlhf_core.interfaces import Window
 from rlhf_core.testing import simulate
 from rlhf_core.testing.runs import Interrupted, interruptible, require_same_run
 from rlhf_core.training.context import RunContext
+from rlhf_core.training.distribution import Distribution
 
 
 class Four(ToyTrainer):
@@ -87,6 +90,25 @@ def test_checkpoints_are_saved_at_the_first_end_of_a_rollout_that_is_due(tmp_pat
 def test_evaluations_wait_for_the_end_of_a_rollout_too(tmp_path: Path) -> None:
     toy(tmp_path, kind=Four, max_steps=14, eval_rows=ROWS[:8], eval_steps=3).train()
     assert [row["step"] for row in rows_of(tmp_path) if "eval_loss" in row] == [4, 8, 12, 14]
+
+
+class LastIsEmpty(Four):
+    """The last window of the first rollout holds nothing to learn from."""
+
+    def experience(self, stream: Iterator[Batch], run: RunContext) -> Iterable[Window]:
+        for window in super().experience(stream, run):
+            nothing = window.last and run.step == 3 and not run.evaluating
+            mask = window.batch.loss_mask & (not nothing)
+            yield Window(replace(window.batch, loss_mask=mask), last=window.last)
+
+    def weights(self, batch: Batch) -> Mapping[str, float]:
+        return {name: weight * bool(batch.loss_mask.any()) for name, weight in super().weights(batch).items()}
+
+
+def test_an_evaluation_waits_no_longer_where_the_last_window_is_skipped(tmp_path: Path) -> None:
+    """A run that is resumed there evaluates at once, so one that never was must, too."""
+    toy(tmp_path, kind=LastIsEmpty, max_steps=8, eval_rows=ROWS[:8], eval_steps=3).train()
+    assert [row["step"] for row in rows_of(tmp_path) if "eval_loss" in row] == [3, 7, 8]
 
 
 def test_a_run_that_ends_inside_a_rollout_is_finished_and_resumes_as_that(tmp_path: Path) -> None:
@@ -196,6 +218,22 @@ def test_a_function_of_the_step_gives_each_process_its_own_rows() -> None:
     whole = work([[0, 1, 2, 3, 4, 5]])[0]
     assert whole == [3, 11, 22, 35, 44, 50]
     assert work([[4], [1, 5, 0], [3, 2]]) == [[44], [11, 50, 3], [35, 22]]
+
+
+@pytest.mark.parametrize(
+    "other", [torch.zeros(0), torch.zeros(2, dtype=torch.long), torch.zeros(2, 4, dtype=torch.float64)]
+)
+def test_tensors_that_no_step_can_join_are_refused_on_every_process(other: torch.Tensor) -> None:
+    """Read as another type, the bytes of one process would be numbers that nobody gathered."""
+
+    def gathered(distribution: Distribution) -> str:
+        ours = torch.ones(3, 3, dtype=torch.float64) if distribution.rank == 0 else other
+        with pytest.raises(PluginError, match="different types or widths") as raised:
+            distribution.gather_tensor(ours)
+        return str(raised.value)
+
+    first, second = simulate(2, gathered)
+    assert first == second and "float64 (3, 3)" in first
 
 
 def test_gather_joins_tensors_and_lists_and_lists_numbers() -> None:
