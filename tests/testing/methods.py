@@ -104,6 +104,28 @@ class Online(Trainer[OnlineOptions]):
         return Evaluation(metrics={"score": (rewards.sum(dim=1), torch.full((batch.num_prompts,), rewards.shape[1]))})
 
 
+class OnlineOverAConstant(Online):
+    """The same over the longest completion that there may be, as Dr. GRPO has it."""
+
+    api = 1
+    record = "prompt"
+
+    def weights(self, batch: Batch) -> Mapping[str, float]:
+        weight = float(batch.num_responses * self.config.generation.max_new_tokens)
+        return dict.fromkeys(super().weights(batch), weight)
+
+
+class OnlineOverTheStep(Online):
+    """The same with a baseline and a deviation of the whole step."""
+
+    api = 1
+    record = "prompt"
+
+    def advantages(self, rewards: Tensor, rollout: Batch, run: RunContext) -> Tensor:
+        rows = [rollout.rows[owner] for owner in rollout.owner.tolist()]
+        return run.over_step(lambda whole: (whole - whole.mean()) / (whole.std() + 1e-6), rewards, rows=rows)
+
+
 class Means(SFTTrainer):
     """Returns the mean of a micro-batch for its sum."""
 

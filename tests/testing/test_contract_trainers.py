@@ -53,6 +53,16 @@ class TestOnline(Small):
     trainer = methods.Online
 
 
+@pytest.mark.slow
+class TestOnlineOverAConstant(Small):
+    trainer = methods.OnlineOverAConstant
+
+
+@pytest.mark.slow
+class TestOnlineOverTheStep(Small):
+    trainer = methods.OnlineOverTheStep
+
+
 FAULTS: dict[type[Trainer], dict[str, str]] = {
     methods.Means: {
         "test_micro_batches_change_nothing": "with micro_batch_size 1: loss",
