@@ -160,6 +160,8 @@ class BasicChecks(TrainerSetup):
         windows = bench.windows()
         window = next(windows).batch
         logps = reference.response_logps(window) if reference is not None else None
+        if logps is not None:
+            _require_owners(window, logps)
         bench.learn(window)
         next(windows, None)
         moved = [name for name, tensor in still.items() if not torch.equal(tensor, before[name])]
@@ -185,6 +187,18 @@ def _check_window(window: Batch) -> None:
         require(not column.requires_grad, f"column `{name}` carries a gradient")
         finite = not column.is_floating_point() or bool(column.isfinite().all())
         require(finite, f"column `{name}` holds values that aren't finite")
+
+
+def _require_owners(window: Batch, logps: Tensor) -> None:
+    """Fail where a column holds the reference's log-probabilities (R,) at other responses than theirs."""
+    sums = {name: (column * window.loss_mask).sum(dim=1) for name, column in window.per_token.items()}
+    for name, column in {**window.per_response, **sums}.items():
+        values, known = column.double().cpu(), logps.double().cpu()
+        if column.is_floating_point() and column.shape == logps.shape and not torch.allclose(values, known, atol=1e-3):
+            same = torch.allclose(values.sort().values, known.sort().values, atol=1e-3)
+            require(
+                not same, f"column `{name}` holds the reference's log-probabilities of other responses than its rows'"
+            )
 
 
 def _snapshot(models: torch.nn.Module) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from rlhf_core.batch import Batch
 from rlhf_core.interfaces import Trainer
 from rlhf_core.models import PolicyModel
 from rlhf_core.testing.contract import after, require
+from rlhf_core.testing.trainer_online import responses_of
 from rlhf_core.testing.trainer_setup import TrainerSetup
 from rlhf_core.testing.workbench import Workbench
 from rlhf_core.training.prepare import trained_roles
@@ -69,6 +70,7 @@ class LossChecks(TrainerSetup):
         if self.constant_weights:
             return
         terms = [bench.trainer.loss(row.to(bench.devices.device)).terms for row in rows]
+        self._require_masked(bench, rows)
         for name in whole:
             weights = [row[name] for row in of_rows]
             entries = [_entries(found[name], row) for found, row in zip(terms, rows, strict=True)]
@@ -81,6 +83,18 @@ class LossChecks(TrainerSetup):
                     f"the weight of `{name}` is the number of tokens {what}, and prompts' tokens aren't in the loss: give"
                     " `batch.num_loss_tokens`",
                 )
+
+    def _require_masked(self, bench: Workbench, rows: list[Batch]) -> None:
+        """Fail where a weight counts all tokens of the responses, though the first ones aren't in the loss."""
+        lengths = [float(row.response_lengths.sum()) for row in rows]
+        masks = [row.loss_mask & (row.loss_mask.cumsum(dim=1) > 1) for row in rows]
+        counted = [bench.trainer.weights(replace(row, loss_mask=mask)) for row, mask in zip(rows, masks, strict=True)]
+        for name in counted[0]:
+            require(
+                len(set(lengths)) < 3 or [float(weights[name]) for weights in counted] != lengths,
+                f"the weight of `{name}` is the number of tokens of the responses, in the loss mask or not: tokens that a tool"
+                " or another turn wrote aren't in the loss; give `batch.num_loss_tokens`",
+            )
 
     def _check_factor(
         self, name: str, weights: Sequence[float], entries: Sequence[_Entries], rows: list[Batch]
@@ -184,6 +198,15 @@ class LossChecks(TrainerSetup):
             _last_in_mask(window),
             "the last token of a response, its end token, is lost: no window has it in the loss mask, so that a policy never"
             " learns to end",
+        )
+        if self.offline or not self.repeatable:
+            return
+        end = _require_policy(self.bench().trainer).tokenizer.eos_token_id
+        drawn = any(one.stop_reason == "end" for group in self.script.drawn.values() for one in group)
+        require(
+            not drawn or any(response[-1:] == (end,) for _, response in responses_of(window)),
+            "completions lose their end token: some end with it, and none of the window's responses does; make the batch of them"
+            " as they were drawn",
         )
 
     @after(GRADIENT)

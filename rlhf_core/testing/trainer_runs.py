@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import tempfile
 from collections import Counter
@@ -74,7 +75,13 @@ class RunChecks(TrainerSetup):
         batch = next(iter(bench.batches))
         if type(bench.trainer).evaluate is Trainer.evaluate:
             self._each_row_once(bench, batch)
+        before = json.dumps(bench.trainer.state_dict(), sort_keys=True)
         whole, logged = self._evaluated(bench, batch)
+        require(
+            json.dumps(bench.trainer.state_dict(), sort_keys=True) == before,
+            "held-out rows change what the method remembers (`state_dict`): an evaluation would change the run; leave it where"
+            " `run.evaluating`",
+        )
         if not self.repeatable:
             return
         parts, logged_parts = zip(

@@ -470,6 +470,16 @@ class PromptTokens(SFTTrainer):
         return {"nll": batch.num_tokens}
 
 
+class TokensOfResponses(SFTTrainer):
+    """Counts the responses' tokens, in the loss mask or not."""
+
+    api = 1
+    record = "sft"
+
+    def weights(self, batch: Batch) -> Mapping[str, float]:
+        return {"nll": float(batch.response_lengths.sum())}
+
+
 class OnePerMicroBatch(SFTTrainer):
     """Gives what a micro-batch should count for in place of what it holds."""
 
@@ -617,6 +627,22 @@ class MasksTheEnd(Online):
         return replace(rollout, loss_mask=rollout.loss_mask & ~last)
 
 
+class CutsTheEnd(Online):
+    """Makes its batch of completions without their end tokens."""
+
+    api = 1
+    record = "prompt"
+
+    def draw(self, batch: Batch, run: RunContext) -> list[list[Completion]]:
+        return [[self.cut(one) for one in group] for group in super().draw(batch, run)]
+
+    def cut(self, one: Completion) -> Completion:
+        if one.stop_reason != "end":
+            return one
+        kept = {name: getattr(one, name)[:-1] for name in ("ids", "logprobs", "raw_logprobs", "kept_mass")}
+        return replace(one, **kept)
+
+
 class ScoresAtOne(Online):
     """Draws at a temperature and scores without it."""
 
@@ -636,6 +662,21 @@ class RatioToTheRaw(Online):
 
     def ratio(self, logps: Tensor, batch: Batch) -> Tensor:
         return ((logps - batch["raw_logps"]) * batch.loss_mask).exp()
+
+
+# Owners
+
+
+class SwapsTheReference(DPOTrainer):
+    """Holds each response of a pair against the reference of the other one."""
+
+    api = 1
+    record = "preference"
+
+    def experience(self, stream: Iterator[Batch], run: RunContext) -> Iterable[Window | Batch]:
+        for batch in stream:
+            logps = self.reference.response_logps(batch).view(-1, 2).flip(1).flatten()
+            yield batch.attach(per_response={"ref_logps": logps})
 
 
 # The sign
@@ -874,6 +915,25 @@ class HeldOutTwice(SFTTrainer):
         for batch in stream:
             yield Window(batch, last=False)
             yield Window(batch)
+
+
+class RemembersHeldOutRows(SFTTrainer):
+    """Remembers what it has seen, held-out rows too."""
+
+    api = 1
+    record = "sft"
+    seen = 0
+
+    def experience(self, stream: Iterator[Batch], run: RunContext) -> Iterable[Window | Batch]:
+        for batch in stream:
+            self.seen += sum(run.gather(batch.num_prompts))
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.seen = state["seen"]
 
 
 class EvaluatesItsEpochs(Online):
