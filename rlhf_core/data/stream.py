@@ -39,6 +39,7 @@ class DataStream:
         shuffle: bool = True,
         rank: int = 0,
         world_size: int = 1,
+        held_out: bool = False,
     ) -> None:
         """Take what to walk and how.
 
@@ -50,11 +51,12 @@ class DataStream:
             seed: the order of rows is a function of this and the epoch.
             shuffle: False keeps the data's order.
             rank, world_size: which process of how many this is.
+            held_out: whether rows are only scored: there may then be fewer of them than processes.
 
         Raises:
             ConfigError: the processes can't share the windows evenly, or the end can't be told.
         """
-        _check_shares(batch_size, world_size, dataset.num_rows)
+        _check_shares(batch_size, world_size, None if held_out else dataset.num_rows)
         if epochs is not None and epochs < 1 and dataset.num_rows is None:
             raise ConfigError(
                 "a streaming dataset doesn't know where part of its first epoch ends",
@@ -64,6 +66,7 @@ class DataStream:
             )
         self.dataset, self.batch_size, self.epochs = dataset, batch_size, epochs
         self.seed, self.shuffle, self.rank, self.world_size = seed, shuffle, rank, world_size
+        self._held_out = held_out
         self._state: _State = (0, [], 0, 0)
         self._ahead: deque[tuple[Outcome | None, _State]] = deque()
         self._waiting = 0
@@ -106,7 +109,7 @@ class DataStream:
         if not window:
             raise StopIteration
         self._look_ahead(1)  # after the last row, so that what was refused behind it is counted
-        if self._state[3] < self.world_size and not self._waiting:
+        if self._state[3] < self.world_size and not self._waiting and not self._held_out:
             raise ConfigError(
                 "fewer rows than processes",
                 place=self.dataset.source.name,

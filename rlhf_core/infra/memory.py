@@ -59,7 +59,8 @@ def in_parts(
     parts = halve(piece)
     if len(parts) < 2:
         raise NumbersError(
-            f"out of memory with one {unit} at a time", fix="set a smaller `max_length`, or `precision: bf16`"
+            f"out of memory with one {unit} at a time",
+            fix="set a smaller `max_length` (`generation.max_new_tokens` for completions), or `precision: bf16`",
         )
     log.warning("out of memory: trying again in halves")
     return [result for part in parts for result in in_parts(part, work, halve, device=device, unit=unit)]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import operator
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
 from transformers import (
@@ -109,8 +110,9 @@ class Engine:
             NumbersError: logits aren't finite, or memory doesn't suffice for one completion.
         """
         sampling = sampling or SamplingConfig()
-        if not isinstance(n, int) or n < 1:
-            raise ConfigError("must be a whole number, at least 1", place="generate(n=…)", got=n)
+        if isinstance(n, bool) or not isinstance(n, SupportsIndex) or operator.index(n) < 1:
+            raise ConfigError("must be a whole number, at least 1", place="generate(n=…)", got=repr(n))
+        n = operator.index(n)
         if seeds is None:
             rows, places = (batch.rows, batch.places) if self._stream else (prompt_keys(batch), ())
             stream = self._stream or ("generate",)

@@ -12,8 +12,8 @@ from torch import Tensor
 from rlhf_core.batch import Batch
 from rlhf_core.data import DataStream
 from rlhf_core.data.base import EncodedData
-from rlhf_core.errors import DataError, PluginError
-from rlhf_core.infra.memory import in_parts
+from rlhf_core.errors import DataError, NumbersError, PluginError
+from rlhf_core.infra.memory import attempt, in_parts
 from rlhf_core.infra.seeds import RandomState, seed_everything
 from rlhf_core.interfaces import Evaluation, Loss, Pair, Trainer, Window
 from rlhf_core.models.scoring import halves
@@ -46,13 +46,13 @@ def evaluate(trainer: Trainer[Any], dataset: EncodedData, run: RunContext) -> di
         shuffle=False,
         rank=distribution.rank,
         world_size=distribution.world_size,
+        held_out=True,
     )
     per_prompt, terms, metrics = PerPrompt(type(trainer).__name__), Tally(), Tally()
     try:
         with torch.no_grad(), run.devices.autocast(config.precision):
             for batch in stream:
-                found = trainer.evaluate(batch, run)
-                _check(trainer, found)
+                found = _evaluated(trainer, batch, run)
                 terms.add(found.terms)
                 metrics.add(found.metrics)
                 per_prompt.add(batch, found.metrics)
@@ -131,8 +131,15 @@ class _PerBatch:
         return {**self._plain.totals(), **of_prompts}
 
 
-def _check(trainer: Trainer[Any], found: object) -> None:
-    if not isinstance(found, Evaluation):
-        raise PluginError(
-            "must return an `Evaluation`", place=f"{type(trainer).__name__}.evaluate", got=type(found).__name__
+def _evaluated(trainer: Trainer[Any], batch: Batch, run: RunContext) -> Evaluation:
+    place = f"{type(trainer).__name__}.evaluate"
+    made = attempt(lambda: trainer.evaluate(batch, run), run.devices.device)
+    if made is None:
+        raise NumbersError(
+            "out of memory",
+            place=place,
+            fix="set a smaller `batch_size`; a method forwards batches through `run.forward`",
         )
+    if not isinstance(made.value, Evaluation):
+        raise PluginError("must return an `Evaluation`", place=place, got=type(made.value).__name__)
+    return made.value

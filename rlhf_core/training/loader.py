@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +21,7 @@ from rlhf_core.config import (
 )
 from rlhf_core.errors import ConfigError, ModelError, PluginError
 from rlhf_core.infra.devices import DeviceManager
-from rlhf_core.interfaces import Trainer
+from rlhf_core.interfaces import Role, Trainer
 from rlhf_core.models import PolicyModel
 from rlhf_core.models.headed import HeadedModel
 from rlhf_core.models.precision import DTYPES, frozen_dtype
@@ -92,7 +93,7 @@ class Loader:
         self,
         role: str,
         kind: type[Model],
-        given: ModelConfig | str | Path | nn.Module,
+        given: ModelConfig | str | Path | nn.Module | None,
         *,
         own_tokens: bool = False,
         **own: Any,
@@ -100,7 +101,7 @@ class Loader:
         """Return another model for a role, trained or frozen as the role is.
 
         Args:
-            given: its options, its path or hub name, or a loaded model.
+            given: its options, its path or hub name, or a loaded model; None is an option that was left unset, and refused.
             own_tokens: whether it reads tokens of its own; else its tokenizer must be that of the model which `main` gave.
             own: options of the kind beyond those of `given`.
 
@@ -114,6 +115,16 @@ class Loader:
                 f"`{role}` is loaded before what the run was given as `model`", place=self._place, fix=_FIRST
             )
         config, device, trained = self._trainer.config, self._devices.device, self._trained(role)
+        if role in self.loaded:
+            raise PluginError(f"`{role}` is loaded twice", place=self._place)
+        if given is None:
+            raise ConfigError("no model is given", place=role, fix="set its path")
+        if of_config := sorted(own.keys() & {*run_options(config), "lora", "trust_remote_code", "frozen", "device"}):
+            raise PluginError(
+                f"`{of_config[0]}` of `{role}` is not an option of its kind",
+                place=self._place,
+                fix="give it in a `ModelConfig` or a `TrainedModelConfig`",
+            )
         if isinstance(given, nn.Module):
             model = wanted.adopt(given, **own).to(device)
             for part in model.modules():
@@ -158,6 +169,8 @@ class Loader:
     def learning_rate(self, role: str, factor: float) -> None:
         """Give a role that `build` makes itself, such as a head on the policy, a multiple of the run's learning rate."""
         self._trained_options(role, self._trained(role))
+        if not (math.isfinite(factor) and factor > 0):
+            raise PluginError(f"the factor of `{role}` must be finite and above 0", place=self._place, got=factor)
         self.factors[role] = factor
 
     def lora(self, role: str) -> LoraConfig | None:
@@ -254,6 +267,23 @@ def reference_of(trainer: Trainer[Any]) -> Reference | None:
     return getattr(trainer, "reference", None)
 
 
+def check_roles(trainer: Trainer[Any]) -> None:
+    """Refuse roles that no run can have, before anything is loaded.
+
+    Raises:
+        PluginError: names what is wrong with `roles`.
+    """
+    place, roles = f"{type(trainer).__name__}.roles", trainer.roles
+    if not isinstance(roles, Mapping) or not all(isinstance(role, Role) for role in roles.values()):
+        raise PluginError("must map names to `TRAINED`, `FROZEN` or a `Role`", place=place, got=repr(roles))
+    for name in roles:
+        # They name directories and the parameters' groups.
+        if not str(name).isidentifier() or hasattr(nn.ModuleDict, str(name)):
+            raise PluginError("a role can't have that name", place=place, got=repr(name), fix="use a plain word")
+    if "reference" in roles and roles["reference"].trained:
+        raise PluginError("the reference is the policy at the start, so it isn't trained", place=place)
+
+
 def roles_of(trainer: Trainer[Any], built: Mapping[str, Any], loader: Loader) -> dict[str, Any]:
     """Return what `build` returned, by role, once it is what the method's `roles` say.
 
@@ -263,6 +293,8 @@ def roles_of(trainer: Trainer[Any], built: Mapping[str, Any], loader: Loader) ->
     """
     place, roles = f"{type(trainer).__name__}.build", trainer.roles
     _ = loader.given
+    if not isinstance(built, Mapping):
+        raise PluginError("must return a mapping from roles to models", place=place, got=type(built).__name__)
     if undeclared := sorted(built.keys() - roles.keys()):
         raise PluginError(
             f"`{undeclared[0]}` is not among the method's `roles`", place=place, got=f"roles {sorted(roles)}"
@@ -276,7 +308,11 @@ def roles_of(trainer: Trainer[Any], built: Mapping[str, Any], loader: Loader) ->
     trained: dict[int, str] = {}
     for role, model in built.items():
         if isinstance(model, Reference) != (role == "reference"):
-            raise PluginError("a reference is the role `reference`, and nothing else is", place=place, got=f"`{role}`")
+            raise PluginError(
+                "what `loader.reference` gives is the role `reference`, and nothing else is",
+                place=place,
+                got=f"{type(model).__name__} for `{role}`",
+            )
         if isinstance(model, Reference):
             continue
         if not isinstance(model, nn.Module):

@@ -517,6 +517,8 @@ class Run:
     def _finish(self) -> TrainResult:
         progress = self.progress
         if self.eval_dataset is not None and progress.evaluated != progress.step:
+            if self.distribution.world_size > 1:
+                self._save()  # whatever the evaluation of several processes may meet, what was learned stands
             with self._stopping_at_once():
                 self._evaluate_late()
         self._save()

@@ -20,7 +20,7 @@ from rlhf_core.models.reference import Reference
 from rlhf_core.online import OnlineConfig
 from rlhf_core.rewards import Rewards, check_rewards, open_rewards
 from rlhf_core.training.distribution import Distribution
-from rlhf_core.training.loader import Loader, reference_of, roles_of, widened
+from rlhf_core.training.loader import Loader, check_roles, reference_of, roles_of, widened
 from rlhf_core.training.rows import one_pass
 from rlhf_core.training.trackers import check_trackers
 
@@ -34,6 +34,7 @@ def check_config(trainer: Trainer[Any], distribution: Distribution, devices: Dev
         ConfigError: names the option and what to set.
     """
     config, processes = trainer.config, distribution.world_size
+    check_roles(trainer)
     devices.check(config.precision)
     if config.batch_size % processes:
         below = config.batch_size // processes * processes

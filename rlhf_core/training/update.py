@@ -184,7 +184,8 @@ class Update:
                 place=f"step {step}",
                 fix="set `gradient_checkpointing: true`, a smaller `max_length`, or `lora`",
             )
-        log.warning("step %d: out of memory; micro-batches of %d %ss from now on", step, sizes.size, sizes.unit)
+        several = f"{sizes.size} {sizes.unit}" + "s" * (sizes.size != 1)
+        log.warning("step %d: out of memory; micro-batches of %s from now on", step, several)
         self.notify("out_of_memory", step=step, micro_batch_size=sizes.size)
 
     def _gradient_norms(self) -> dict[str, Tensor]:

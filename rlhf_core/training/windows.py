@@ -32,7 +32,7 @@ class Windows:
         self._trainer, self._stream, self._run = trainer, stream, run
         self._per_batch = trainer.windows_per_batch() if counted else None
         self._last_used = last_used
-        self._before, self._made = stream.batches, 0
+        self._before, self._made, self._inside = stream.batches, 0, False
         self._windows = iter(trainer.experience(self._batches(), run))
 
     def __iter__(self) -> Iterator[Window]:
@@ -48,6 +48,7 @@ class Windows:
                 got=type(made).__name__,
             )
         self._made += 1
+        self._inside = not window.last
         self._check_count()
         return window
 
@@ -65,6 +66,12 @@ class Windows:
     def _batches(self) -> Iterator[Batch]:
         most = self._trainer.config.max_idle_batches
         for batch in self._stream:
+            if self._inside:
+                raise PluginError(
+                    "takes a new batch before a window of the rollout was its last: no checkpoint could be saved",
+                    place=f"{type(self._trainer).__name__}.experience",
+                    fix="yield a rollout's last window as `Window(batch)`",
+                )
             if (idle := self._stream.batches - self._last_used()) > most:
                 raise NumbersError(
                     f"{idle - 1} batches in a row gave nothing to learn from",
@@ -78,7 +85,9 @@ class Windows:
         if self._per_batch is None:
             return
         taken = self._stream.batches - self._before
-        if self._per_batch * (taken - 1) <= self._made <= self._per_batch * taken:
+        # Checkpoints are saved where a rollout ends, so nothing that was taken from the data may be held back there.
+        expected = self._per_batch * taken
+        if self._made == expected or (self._inside and self._made < expected):
             return
         raise PluginError(
             f"`windows_per_batch` says {self._per_batch}, on which the length of the run rests",

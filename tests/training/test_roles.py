@@ -130,7 +130,7 @@ def parts(loader: Loader) -> dict[str, Any]:
             lambda loader: (found := parts(loader)) | {"teacher": loader.load("teacher", PolicyModel, found["policy"])},
             "the frozen `teacher` shares weights with the trained `policy`",
         ),
-        (lambda loader: parts(loader) | {"teacher": loader.reference(loader.given)}, "reference is the role `reference`"),
+        (lambda loader: parts(loader) | {"teacher": loader.reference(loader.given)}, "gives is the role `reference`"),
         (lambda loader: {"policy": loader.load("policy", PolicyModel, "x")}, "`policy` is loaded before what the run was given"),
         (lambda loader: {**parts(loader), "x": loader.load("draft", PolicyModel, "x")}, "there is no role `draft`"),
         (lambda loader: [loader.main(), loader.main()], "`loader.main` gives its model once"),
@@ -509,3 +509,60 @@ def test_models_beside_the_policy_by_flag_and_by_file(
     options = load_job(tmp_path / "run.yaml" if file else "roles", flags=[*HERE, *flags]).options
     assert options.critic == TrainedModelConfig(path="c", learning_rate_factor=10.0)  # type: ignore[attr-defined]
     assert options.teacher == ModelConfig(path="t")  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("roles", "said"),
+    [
+        (["policy"], "must map names to `TRAINED`, `FROZEN` or a `Role`"),
+        ({"policy": True}, "must map names to"),
+        ({"policy": TRAINED, "a.b": FROZEN}, "a role can't have that name; got 'a.b'"),
+        ({"policy": TRAINED, "a/b": TRAINED}, "a role can't have that name"),
+        ({"policy": TRAINED, "keys": FROZEN}, "a role can't have that name; got 'keys'"),
+        ({"policy": TRAINED, "reference": TRAINED}, "the reference is the policy at the start"),
+    ],
+)
+def test_roles_that_no_run_can_have_are_refused_before_anything_is_loaded(
+    paths: dict[str, Path], roles: Any, said: str, tmp_path: Path
+) -> None:
+    kind = type("Odd", (RolesTrainer,), {"roles": roles})
+    trainer = kind(RolesConfig.parse(BASE), model=tmp_path / "there is none", data=ROWS)
+    assert said in fault(trainer, PluginError)
+
+
+@pytest.mark.parametrize(
+    ("load", "kind", "said"),
+    [
+        (lambda loader: [loader.load("teacher", PolicyModel, None)], ConfigError, "teacher: no model is given"),
+        (
+            lambda loader: [loader.load("teacher", PolicyModel, loader.given, precision="bf16")],
+            PluginError,
+            "`precision` of `teacher` is not an option of its kind",
+        ),
+        (lambda loader: loader.learning_rate("value", -1.0), PluginError, "must be finite and above 0; got -1.0"),
+        (lambda loader: loader.learning_rate("value", float("nan")), PluginError, "must be finite and above 0"),
+    ],
+)
+def test_slips_in_build_are_named(
+    paths: dict[str, Path], load: Callable[[Loader], Any], kind: type[RLHFError], said: str
+) -> None:
+    class Slipping(RolesTrainer):
+        def build(self, loader: Loader) -> Mapping[str, nn.Module]:
+            models = super().build(loader)
+            load(loader)
+            return models
+
+    assert said in fault(Slipping(RolesConfig.parse(BASE), model=paths["policy"], data=ROWS), kind)
+
+
+def test_a_role_that_is_loaded_twice_is_refused(paths: dict[str, Path]) -> None:
+    class Twice(RolesTrainer):
+        def build(self, loader: Loader) -> Mapping[str, nn.Module]:
+            models = dict(super().build(loader))
+            for _ in range(2):
+                models["teacher"] = loader.load("teacher", PolicyModel, paths["critic"])
+            return models
+
+    assert "`teacher` is loaded twice" in fault(
+        Twice(RolesConfig.parse(BASE), model=paths["policy"], data=ROWS), PluginError
+    )
