@@ -14,12 +14,14 @@ from typing import Any, ClassVar
 from unittest import SkipTest
 
 from rlhf_core.config import BaseConfig
+from rlhf_core.errors import RLHFError
 from rlhf_core.infra.seeds import RandomState
 from rlhf_core.interfaces import Completion, RewardFn, Sample, Sampler
 from rlhf_core.online import SamplingConfig
 from rlhf_core.testing.arithmetic import Arithmetic
 from rlhf_core.testing.contract import Contract, after, is_number, require
 from rlhf_core.testing.tiny import tiny_policy
+from rlhf_core.testing.trainer_options import values_of
 
 STOP_REASONS = ("end", "length")
 COUNTS = "test_n_completions_for_each_prompt"
@@ -34,13 +36,21 @@ class KitReward(RewardFn):
 
     api = 1
 
-    def __init__(self, config: BaseConfig | None = None) -> None:
+    def __init__(self, config: BaseConfig | None = None, *, sign: int = 1) -> None:
         super().__init__(config)
+        self.sign = sign
         self.columns: list[Mapping[str, Any]] = []
+        self.given: dict[tuple[int, ...], float] = {}
+        """The score of each completion that it was shown, by its ids."""
 
     def score(self, samples: Sequence[Sample]) -> list[float]:
         self.columns += [sample.columns for sample in samples]
-        return [sum(map(str.isdigit, one.completion)) - 0.01 * len(one.completion_ids) for one in samples]
+        scores = [self.sign * self.worth(one.completion, one.completion_ids) for one in samples]
+        self.given |= {tuple(one.completion_ids): score for one, score in zip(samples, scores, strict=True)}
+        return scores
+
+    def worth(self, text: str, ids: Sequence[int]) -> float:
+        return sum(map(str.isdigit, text)) - 0.01 * len(ids)
 
 
 class SamplerContract(Contract):
@@ -51,6 +61,8 @@ class SamplerContract(Contract):
     """The class under test, in place of `method`."""
     tolerance: ClassVar[float] = 1e-4
     """Difference in nats between log-probabilities of one token, by rounding."""
+    no_effect: ClassVar[Sequence[str]] = ()
+    """Options that change no completion and no score, for a good reason, such as how many are scored at once."""
     reward: KitReward | None = None
     """What `models` gave as rewards."""
 
@@ -129,13 +141,66 @@ class SamplerContract(Contract):
     @after(COUNTS)
     def test_best_first(self) -> None:
         """Scores are set in all completions or in none, are finite, and fall: the best stands first."""
-        for number, completions in enumerate(self.instance().sample(self.prompts(), 4, seed=SEED)):
+        found = self.instance().sample(self.prompts(), 4, seed=SEED)
+        for number, completions in enumerate(found):
             scores = [one.score for one in completions]
             if all(score is None for score in scores):
                 continue
             numbers = [score for score in scores if score is not None and is_number(score)]
             require(len(numbers) == len(scores), f"prompt {number}: not all scores are finite floats: {scores}")
             require(numbers == sorted(numbers, reverse=True), f"prompt {number}: the best isn't first: {numbers}")
+        given = self.reward.given if self.reward is not None else {}
+        pairs = [
+            (one.score, given[tuple(one.ids)])
+            for one in _flat(found)
+            if one.score is not None and tuple(one.ids) in given
+        ]
+        if all(any(_close(score, value) for value in given.values()) for score, _ in pairs):
+            for score, own in pairs:
+                require(
+                    _close(score, own),
+                    f"a completion's score is {score:.4g}, which the reward gave another one; its own is {own:.4g}",
+                )
+
+    @after(COUNTS)
+    def test_larger_rewards_are_kept(self) -> None:
+        """Under a reward, the first completions are worth more by it than under its opposite."""
+        worth = []
+        for sign in (1, -1):
+            models = self.models()
+            if self.reward is None or self.reward not in models.values():
+                raise SkipTest("no model is the kit's reward")
+            self.reward.sign = sign
+            firsts = [group[0] for group in self.subject()(self.config(), **models).sample(self.prompts(), seed=SEED)]
+            worth.append(sum(self.reward.worth(one.text, one.ids) for one in firsts) / max(len(firsts), 1))
+        require(
+            worth[0] >= worth[1],
+            f"the first completions are worth {worth[0]:.3f} under the kit's reward, and {worth[1]:.3f} under its opposite: a"
+            " larger reward is a better one",
+        )
+
+    @after(REPEATS)
+    def test_every_option_does_something(self) -> None:
+        """Another value of each option changes some completion or score, or is refused."""
+
+        def tried(config: BaseConfig) -> Any:
+            found = self.subject()(config, **self.models()).sample(self.prompts(), 2, seed=SEED)
+            return _ids(found), [one.score for one in _flat(found)]
+
+        config, idle = self.config(), []
+        for name, field in type(config).model_fields.items():
+            now, base = getattr(config, name), None
+            for value in values_of(field.annotation, now)[:4] if name not in self.no_effect else ():
+                try:
+                    changed = config.updated(**{name: value})
+                except RLHFError:
+                    continue
+                base = base or tried(config)
+                if changed != config and tried(changed) != base:
+                    break
+            else:
+                idle += [name] if base else []
+        require(not idle, f"no effect on completions or scores: {', '.join(idle)}; use it, or name it in `no_effect`")
 
     @after(COUNTS)
     def test_completions_tell_how_they_were_drawn(self) -> None:
@@ -184,6 +249,8 @@ class SamplerContract(Contract):
         found = [sampler.sample(prompts, 4, seed=seed) for seed in (SEED, SEED + 1, None, None)]
         if all(value == 0 for one in _flat(found[0]) for value in one.logprobs):
             raise SkipTest("with these options nothing is drawn at random: every token has probability 1")
+        varied = any(len({tuple(one.ids) for one in group}) > 1 for group in found[0])
+        require(varied, "the 4 completions of each prompt are all the same one, though tokens are drawn at random")
         require(_ids(found[0]) != _ids(found[1]), "another seed gives the same completions")
         require(_ids(found[2]) != _ids(found[3]), "without a seed, a second call gives the same completions")
 
@@ -309,6 +376,10 @@ def _ids(found: Sequence[Sequence[Completion]]) -> list[list[list[int]]]:
 
 def _flat(found: Sequence[Sequence[Completion]]) -> list[Completion]:
     return [one for group in found for one in group]
+
+
+def _close(score: float, value: float) -> bool:
+    return math.isclose(score, value, rel_tol=1e-5, abs_tol=1e-9)
 
 
 def _is_logprob(value: float) -> bool:

@@ -66,7 +66,8 @@ class OptionChecks(TrainerSetup):
             pairs = list(self._pairs(path, own))
             if pairs and all(before.same(now) for before, now in pairs):
                 idle.append(name)
-            moved = [(before, now) for before, now in pairs if before.losses != now.losses]
+            # A value that the method fails with has no losses, and says nothing of their gradient.
+            moved = [(old, new) for old, new in pairs if old.losses and new.losses and old.losses != new.losses]
             if moved and name not in self.no_gradient and all(before.same_gradients(now) for before, now in moved):
                 detached.append(name)
         require(
@@ -96,7 +97,8 @@ class OptionChecks(TrainerSetup):
                     continue
                 yield before, now
                 seen = seen or not before.same(now)
-                if seen and (before.losses == now.losses or not before.same_gradients(now)):
+                failed = not (before.losses and now.losses)
+                if seen and not failed and (before.losses == now.losses or not before.same_gradients(now)):
                     return
             if seen:
                 return
@@ -120,7 +122,7 @@ class OptionChecks(TrainerSetup):
             config = getattr(config, part)
         field = type(config).model_fields[path[-1]]
         now = getattr(config, path[-1])
-        return [value for value in _values(field.annotation, now) if type(value) is not type(now) or value != now]
+        return [value for value in values_of(field.annotation, now) if type(value) is not type(now) or value != now]
 
     def _trace(self, *changes: Mapping[str, Any]) -> Trace | None:
         """Return what the method does under changed options; None where they are refused."""
@@ -212,7 +214,7 @@ def _kinds(annotation: Any) -> list[Any]:
     return [] if annotation is type(None) else [annotation]
 
 
-def _values(annotation: Any, now: Any) -> list[Any]:
+def values_of(annotation: Any, now: Any) -> list[Any]:
     """Return values of a type, the likeliest to show an effect first."""
     found: list[Any] = []
     for kind in _kinds(annotation):

@@ -569,6 +569,16 @@ class FlatKL(Online):
         return super().kl(logps.detach(), batch)
 
 
+class FlatKLAlone(FlatKL):
+    """Adds a KL that has no gradient, and fails without it."""
+
+    api = 1
+    record = "prompt"
+
+    def weights(self, batch: Batch) -> Mapping[str, float]:
+        return {"gain": batch.num_loss_tokens / bool(self.config.kl_weight), "kl": batch.num_loss_tokens}
+
+
 class RatioOfOne(Online):
     """Takes the policy of now for the one that drew the completions."""
 

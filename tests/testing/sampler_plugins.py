@@ -239,7 +239,10 @@ class SeedByPlace(Plain):
     api = 1
 
     def sample(self, prompts: Sequence[Any], n: int = 1, *, seed: int | None = None) -> Found:
-        batch, sampling = prompt_batch(self.policy, prompts), SamplingConfig(max_new_tokens=24, temperature=0.8)
+        batch, sampling = (
+            prompt_batch(self.policy, prompts),
+            SamplingConfig(max_new_tokens=24, temperature=self.config.temperature),
+        )
         seed = random.randrange(2**60) if seed is None else seed
         seeds = completion_seeds(seed, "place", rows=range(len(prompts)), n=n)
         return Engine(self.policy).generate(batch, n, sampling, seeds=seeds)
@@ -333,3 +336,46 @@ class AtMostEight(Plain):
 
     def sample(self, prompts: Sequence[Any], n: int = 1, *, seed: int | None = None) -> Found:
         return super().sample(prompts, min(n, 8), seed=seed)
+
+
+class KeepsTheLeast(Ranked):
+    """Takes a reward for a cost."""
+
+    api = 1
+
+    def scores(self, prompts: Sequence[Any], drawn: Found) -> list[float]:
+        return [-score for score in super().scores(prompts, drawn)]
+
+
+class ScoresOfTheNext(Ranked):
+    """Gives each completion the score of the one drawn before it."""
+
+    api = 1
+
+    def sample(self, prompts: Sequence[Any], n: int = 1, *, seed: int | None = None) -> Found:
+        return [
+            best_first([group], [one.score for one in (group[-1], *group[:-1])], n)[0]
+            for group in super().sample(prompts, n, seed=seed)
+        ]
+
+
+class CopiesTheFirst(Plain):
+    """Returns one completion n times."""
+
+    api = 1
+
+    def sample(self, prompts: Sequence[Any], n: int = 1, *, seed: int | None = None) -> Found:
+        return [group[:1] * n for group in super().sample(prompts, n, seed=seed)]
+
+
+class IdleConfig(PlainConfig):
+    """Options of plain sampling, and one too many."""
+
+    draws: int = Field(2, ge=1, description="Completions drawn for each that is returned; larger finds better ones.")
+
+
+class IdleOption(Plain):
+    """Accepts an option and ignores it."""
+
+    api = 1
+    Config = IdleConfig

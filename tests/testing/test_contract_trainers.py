@@ -135,6 +135,7 @@ FAULTS: dict[type[Trainer], dict[str, str]] = {
     methods.AttachesTheGraph: {"test_experience_keeps_the_rows": "column `logps` carries a gradient"},
     methods.KeepsTheGraph: {"test_gradient_comes_through_the_loss_alone": "what was computed before `loss`"},
     methods.FlatKL: {"test_every_option_does_something": "changes the loss and not its gradient: kl_weight"},
+    methods.FlatKLAlone: {"test_every_option_does_something": "changes the loss and not its gradient: kl_weight"},
     methods.RatioOfOne: {"test_ratios_follow_the_policy": "the ratio of the two is always 1"},
     # Tokens
     methods.ScoresWhatItSees: {"test_no_token_is_seen_before_it_is_scored": "read at position t - 1"},
@@ -179,10 +180,11 @@ FAULTS: dict[type[Trainer], dict[str, str]] = {
 
 
 def contract(trainer: type[Trainer]) -> type[TrainerContract]:
-    return type("Contract", (Small,), {"trainer": trainer})
+    options = {"kl_weight": 0.1} if trainer is methods.FlatKLAlone else {}
+    return type("Contract", (Small,), {"trainer": trainer, "options": options})
 
 
-LONG = {methods.IgnoresClip, methods.IgnoresTopK, methods.FlatKL}
+LONG = {methods.IgnoresClip, methods.IgnoresTopK, methods.FlatKL, methods.FlatKLAlone}
 """Methods whose fault is found by trying many values."""
 
 
