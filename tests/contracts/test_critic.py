@@ -138,6 +138,7 @@ class TestOfASharedBackbone(TrainerContract):
     options = OPTIONS | {"share_backbone": True, "kl_weight": 0.1, "group_size": 3}
 
 
+@pytest.mark.slow
 class TestOfAModelOfItsOwn(TrainerContract):
     trainer = CriticTrainer
 

@@ -28,6 +28,7 @@ class TestContract(TrainerContract):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 class TestContractOfDynamicSampling(TestContract):
     options: ClassVar[dict[str, Any]] = {**TestContract.options, "dynamic_sampling": True, "scale": "group"}
 

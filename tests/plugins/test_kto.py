@@ -30,6 +30,7 @@ class TestKTO(TrainerContract):
     method = "kto"
 
 
+@pytest.mark.slow
 class TestKTOWithMovingAverage(TrainerContract):
     method = "kto"
     options: ClassVar[dict[str, Any]] = {"kl": "ema", "desirable_weight": 1.2}

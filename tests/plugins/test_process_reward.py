@@ -41,6 +41,7 @@ class TestProcessReward(TrainerContract):
     method = "process_reward"
 
 
+@pytest.mark.slow
 class TestProcessRewardByProduct(TrainerContract):
     method = "process_reward"
     options: ClassVar[dict[str, Any]] = {"aggregation": "product", "step_weight": 0.0, "ranking_weight": 1.0}

@@ -34,11 +34,13 @@ class TestRewardModel(TrainerContract):
     method = "reward_model"
 
 
+@pytest.mark.slow
 class TestEnsembleOfHeads(TrainerContract):
     method = "reward_model"
     options: ClassVar[dict[str, Any]] = {"ensemble": {"size": 3, "bootstrap": True}}
 
 
+@pytest.mark.slow
 class TestEnsembleOfModels(TrainerContract):
     method = "reward_model"
     options: ClassVar[dict[str, Any]] = {
@@ -48,6 +50,7 @@ class TestEnsembleOfModels(TrainerContract):
     }
 
 
+@pytest.mark.slow
 class TestRewardModelWithAdapter(TrainerContract):
     method = "reward_model"
     options: ClassVar[dict[str, Any]] = {"lora": {"rank": 4}}
