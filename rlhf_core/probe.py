@@ -28,6 +28,7 @@ _GRACE = 1.0
 """Seconds in which what a dead child wrote must arrive, where a child of its own holds the line open."""
 _CODE = (
     "import sys, json; given = json.loads(sys.stdin.readline()); sys.path[:] = given['path'];"
+    "from rlhf_core.infra.parent import end_with_parent; end_with_parent(given['parent']);"
     "from rlhf_core.probe import serve; serve(given['jobs'])"
 )
 
@@ -125,7 +126,11 @@ class _Child:
         except OSError as error:
             raise PluginError(f"no process that imports plugins can be started: {error}", place="registry") from error
         self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        given = {"path": [place for place in sys.path if isinstance(place, str)], "jobs": list(jobs)}
+        given = {
+            "path": [place for place in sys.path if isinstance(place, str)],
+            "jobs": list(jobs),
+            "parent": os.getpid(),
+        }
         assert self.process.stdin is not None and self.process.stdout is not None
         threading.Thread(target=self._read, args=(self.process.stdout,), daemon=True).start()
         with contextlib.suppress(OSError):

@@ -7,7 +7,6 @@ they write to it. What they change in Python's objects stays theirs: results go 
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import queue
@@ -26,6 +25,7 @@ from typing import Any, TypeVar, cast
 import torch
 
 from rlhf_core.errors import RLHFError, StorageError
+from rlhf_core.infra.parent import end_with_parent
 
 T = TypeVar("T")
 
@@ -35,8 +35,6 @@ Work = Callable[[T, Advance], None]
 
 _EVERY = 0.05
 """Seconds between two messages of a process about how far it is."""
-_PR_SET_PDEATHSIG = 1
-"""Of Linux's prctl.h."""
 
 
 def may_fork() -> bool:
@@ -194,7 +192,7 @@ def _serve(
 ) -> None:
     """Work at the items whose numbers come, in a process of its own, until the parent wants no more or is gone."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _die_with(parent)
+    end_with_parent(parent)
     for other in parents:
         other.close()  # else it would never be seen that the parent is gone
     torch.set_num_threads(1)
@@ -219,13 +217,6 @@ def _serve(
     except BaseException as error:
         with suppress(ConnectionError):  # the parent hung up
             connection.send(_report(error))
-
-
-def _die_with(parent: int) -> None:
-    """Have Linux kill this process as soon as its parent is gone: nothing of it may be written any more."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was gone before
-        os._exit(1)
 
 
 class WorkerError(Exception):
