@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_core.infra.seeds import RandomState
-from rlhf_core.training.distribution import Distribution
+from rlhf_core.training.distribution import Distribution, type_and_shape
 
 Result = TypeVar("Result")
 
@@ -106,8 +106,9 @@ class _Process(Distribution):
         return [json.loads(text) for text in self._simulation.exchange(self.rank, "gather", json.dumps(value))]
 
     def gather_tensor(self, tensor: Tensor) -> list[Tensor]:
-        self.agreed_shapes(tensor)
-        return [part.clone() for part in self._simulation.exchange(self.rank, "gather_tensor", tensor.detach().clone())]
+        parts = self._simulation.exchange(self.rank, "gather_tensor", tensor.detach().clone())
+        self.agreed_shapes([type_and_shape(part) for part in parts])
+        return [part.clone() for part in parts]
 
     def barrier(self) -> None:
         self._simulation.exchange(self.rank, "barrier", None)

@@ -79,9 +79,9 @@ class Distribution:
         """
         return [tensor]
 
-    def agreed_shapes(self, tensor: Tensor) -> list[list[int]]:
-        """Return the shape of every process's tensor, once they differ in nothing but their first axis."""
-        found = self.gather([str(tensor.dtype).removeprefix("torch."), list(tensor.shape)])
+    @staticmethod
+    def agreed_shapes(found: Sequence[tuple[str, Sequence[int]]]) -> list[Sequence[int]]:
+        """Return the shapes of all processes' tensors, given each one's type and shape, if only their first axes differ."""
         if len({(kind, len(shape), *shape[1:]) for kind, shape in found}) > 1:
             raise PluginError(
                 "processes gather tensors of different types or widths",
@@ -174,6 +174,11 @@ class Distribution:
             current[name].copy_(tensor)
 
 
+def type_and_shape(tensor: Tensor) -> tuple[str, list[int]]:
+    """Return a tensor's type and shape as what JSON can hold."""
+    return str(tensor.dtype).removeprefix("torch."), list(tensor.shape)
+
+
 class DataParallel(Distribution):
     """Processes started by torchrun, each with the whole model and its share of every step's rows."""
 
@@ -207,7 +212,7 @@ class DataParallel(Distribution):
     def gather_tensor(self, tensor: Tensor) -> list[Tensor]:
         # A type that every backend moves, whatever the tensor's own is.
         data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).to(self.device)
-        shapes = self.agreed_shapes(tensor)
+        shapes = self.agreed_shapes(self.gather(type_and_shape(tensor)))
         sizes = [math.prod(shape) * tensor.element_size() for shape in shapes]
         padded = torch.zeros(max(sizes), dtype=torch.uint8, device=self.device)
         padded[: data.numel()] = data
