@@ -28,11 +28,23 @@ def print_list(
     if as_json:
         return print_json([plugin.as_dict() for plugin in plugins])
     rows = [
-        (p.kind, p.name, f"{p.distribution} {p.version}".strip(), p.record or "", p.status, p.reason or p.summary)
+        (
+            p.kind,
+            _cut(p.name),
+            _cut(f"{p.distribution} {p.version}".strip()),
+            p.record or "",
+            p.status,
+            p.reason or p.summary,
+        )
         for p in plugins
     ]
     header = ("kind", "name", "distribution", "record", "status", "summary")
     return print_table(header, rows, styles=[_STYLES[plugin.status] for plugin in plugins])
+
+
+def _cut(text: str, length: int = 60) -> str:
+    """Return a text that is no longer than a column should be: names of others are as long as they like."""
+    return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
 def print_plugin(name: str, *, every: bool = False, as_json: bool = False) -> None:
