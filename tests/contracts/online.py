@@ -143,6 +143,9 @@ def main() -> None:
     if rank == 0:
         weights = {name: p.detach() for name, p in run.models.named_parameters()}
         write_tensors(output / "weights.safetensors", weights)
+    # gloo's threads may abort a process that has done all its work.
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -109,6 +109,7 @@ class OnlineOverAConstant(Online):
 
     api = 1
     record = "prompt"
+    stage = TrainingStage.POLICY
 
     def weights(self, batch: Batch) -> Mapping[str, float]:
         weight = float(batch.num_responses * self.config.generation.max_new_tokens)
@@ -120,6 +121,7 @@ class OnlineOverTheStep(Online):
 
     api = 1
     record = "prompt"
+    stage = TrainingStage.POLICY
 
     def advantages(self, rewards: Tensor, rollout: Batch, run: RunContext) -> Tensor:
         rows = [rollout.rows[owner] for owner in rollout.owner.tolist()]
