@@ -9,7 +9,7 @@ A hook plugin is an object or module behind an entry point of the group `rlhf_co
         print(step, metrics["loss"])
 
 Of a run in several processes the first one's events are heard. A hook never harms a run: one that can't be loaded is warned
-about and left out; one that raises is warned about and heard no more. Methods are looked up by name in `registry`, never
+about and left out; one that raises is warned about and not called again. Methods are looked up by name in `registry`, never
 through hooks.
 """
 
@@ -118,7 +118,7 @@ class Hooks:
             except (Exception, SystemExit) as error:
                 self._drop(name)
                 logger.warning(
-                    "hook `%s` raised %s in %s and is heard no more: %s", name, type(error).__name__, event, error
+                    "hook `%s` raised %s in %s and is not called again: %s", name, type(error).__name__, event, error
                 )
 
     def _refuse_unknown_events(self, listener: Any) -> None:

@@ -53,7 +53,7 @@ def test_a_listener_that_raises_is_warned_about_once_and_removed(caplog) -> None
             hooks.emit("step_ended", run=None, step=step, metrics={"loss": 0.0})
     assert len(before.heard) == len(after.heard) == 2
     assert hooks.names == ["before", "after"]
-    warning = "hook `raiser` raised RuntimeError in step_ended and is heard no more: disk of the tracker is full"
+    warning = "hook `raiser` raised RuntimeError in step_ended and is not called again: disk of the tracker is full"
     assert [record.message for record in caplog.records] == [warning]
 
 

@@ -39,7 +39,7 @@ def check(
     kind = BaseConfig if plugin.kind == "hook" else method.Config
     given, places = convert_options(lex(context.args), kind, plugin.qualified, ())
     options = nest(given)
-    kind.parse(options, place=places | {"": "command line"})  # what is missing is told once, not by each test
+    kind.parse(options, place=places | {"": "command line"})  # what is missing is reported once, not by each test
     raise typer.Exit(run_contract(plugin.kind, plugin.qualified, options=options))
 
 

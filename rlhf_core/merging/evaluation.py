@@ -12,7 +12,7 @@ from rlhf_core.merging.merge import Evaluate
 
 
 def load_evaluation(name: str, *, place: str = "--evaluate") -> Evaluate:
-    """Return the function that a name means, guarded: what goes wrong in it is told by its name.
+    """Return the function that a name means, guarded: what goes wrong in it is reported under its name.
 
     Raises:
         ConfigError: there is no such file, module or function.

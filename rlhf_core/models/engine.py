@@ -13,9 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
-from transformers import (
-    GenerationConfig,
-)
+from transformers import GenerationConfig
 
 from rlhf_core.batch import Batch, on_host
 from rlhf_core.data.pieces import PieceEncoder

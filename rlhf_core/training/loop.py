@@ -168,10 +168,10 @@ class Run:
         loader = Loader(trainer, self.devices, self.micro_batches)
         seed_everything(config.seed, "model")
         self.parameters = build_models(trainer, loader, self.devices)
-        self.rewards.prepare()  # a reward's model that isn't there is known before the first rollout
         self._take_up_config()
         self.dataset, self.eval_dataset = open_data(trainer, loader.given.tokenizer)
         note_inputs(self, loader)
+        self.rewards.prepare()  # a reward's model that isn't there is known before the first rollout
         keep_texts(trainer, self.dataset)
         for data in (self.dataset, self.eval_dataset):
             if data is not None:

@@ -54,7 +54,7 @@ class Trackers:
         try:
             self._accelerator.log({k: v for k, v in row.items() if isinstance(v, int | float)}, step=step)
         except Exception as error:
-            log.warning("trackers are heard no more: %s: %s", type(error).__name__, error)
+            log.warning("trackers are not called again: %s: %s", type(error).__name__, error)
             self._accelerator = None
 
     def close(self) -> None:

@@ -21,7 +21,7 @@ from rlhf_core.batch import Batch
 from rlhf_core.errors import ConfigError, NumbersError, PluginError, Stopped
 from rlhf_core.hooks import hookimpl
 from rlhf_core.infra.tensors import read_tensors
-from rlhf_core.interfaces import Sample
+from rlhf_core.interfaces import RewardFn, Sample
 from rlhf_core.models import PolicyModel
 from rlhf_core.testing import simulate
 from rlhf_core.testing.runs import metrics_of, require_same_run
@@ -431,3 +431,31 @@ def test_processes_that_take_different_numbers_of_batches_resume_each_at_its_own
     assert CheckpointManager(broken / "checkpoints").steps() == [4, 8]
     assert (done := start(broken, 2, options=options, apart=True, resume=True)).returncode == 0, done.stderr[-3000:]
     require_same_run(broken, whole)
+
+
+class Questioned(RewardFn):
+    """Notes what a run asks of it."""
+
+    api = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+
+    def describe(self) -> dict[str, Any]:
+        self.asked.append("describe")
+        return {}
+
+    def prepare(self) -> None:
+        self.asked.append("prepare")
+
+    def score(self, samples: Any) -> list[float]:
+        self.asked.append("score")
+        return [float(len(sample.completion_ids)) for sample in samples]
+
+
+def test_a_reward_is_described_then_prepared_then_asked_for_scores(tmp_path: Path) -> None:
+    """The record of files comes first, so that a run which continues with others ends before they are loaded."""
+    reward = Questioned()
+    trainer(tmp_path / "run", objects=[reward], max_steps=1).train()
+    assert reward.asked[:3] == ["describe", "prepare", "score"] and reward.asked.count("prepare") == 1
