@@ -48,8 +48,11 @@ def _by_signal(seconds: float, function: Callable[[], T]) -> T:
     running = True
 
     def look(number: int, frame: FrameType | None) -> None:
+        nonlocal end
         inside = frame is None or frame.f_code is not _by_signal.__code__  # else the call has ended, or not begun
         if running and inside and time.monotonic() >= end:
+            # The timer and the reminder come together: the second must not take the place of the first while that ends the call.
+            end = time.monotonic() + _AGAIN / 2
             raise _TimeIsUp
 
     handler = signal.signal(signal.SIGVTALRM, look)
