@@ -128,7 +128,7 @@ def encoded(cell: Cell) -> list[Any]:
     """Return the cell's rows as token ids, which both sides train on."""
     from transformers import AutoTokenizer
 
-    from rlhf_core.config import TrainerConfig
+    from rlhf_core.config.trainer import TrainerConfig
     from rlhf_core.data import open_dataset
 
     tokenizer = AutoTokenizer.from_pretrained(cell.model)
@@ -146,7 +146,7 @@ def step_tokens(rows: list[Any], batch: int) -> list[int]:
 def ours(cell: Cell, clock: Clock) -> None:
     """Train with this project. Nothing is written, so that only training is timed."""
     from rlhf_core import registry
-    from rlhf_core.hooks import hookimpl
+    from rlhf_core.registry.hooks import hookimpl
 
     class Listener:
         @hookimpl

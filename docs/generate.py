@@ -17,13 +17,15 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from rlhf_core import registry
-from rlhf_core.config import BaseConfig, RunConfig, TrainerConfig
-from rlhf_core.hooks import EVENTS, Events
+from rlhf_core.config.base import BaseConfig
+from rlhf_core.config.fields import option_rows, shown
+from rlhf_core.config.presets import ABOUT, PRESETS
+from rlhf_core.config.run import RunConfig
+from rlhf_core.config.trainer import TrainerConfig
 from rlhf_core.merging.config import MergeConfig, ModelEntry
 from rlhf_core.merging.weights import LayerValues
 from rlhf_core.models.sample_scores import ScoringModelConfig
-from rlhf_core.options import option_rows, shown
-from rlhf_core.presets import ABOUT, PRESETS
+from rlhf_core.registry.hooks import EVENTS, Events
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = {"trainer": "Trainers", "reward": "Rewards", "sampler": "Samplers", "merger": "Mergers"}

@@ -26,8 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf_core import PolicyModel, registry, setup_logging
-from rlhf_core.errors import DataError, RLHFError
-from rlhf_core.records import Prompt
+from rlhf_core.contracts.records import Prompt
+from rlhf_core.infra.errors import DataError, RLHFError
 from rlhf_core.testing.arithmetic import Arithmetic, Row, Split, step_labels, verify
 from rlhf_core.testing.tiny import save_tiny
 

@@ -24,16 +24,16 @@ import torch
 from torch import Tensor
 
 from rlhf_core import registry, setup_logging
-from rlhf_core.config import RunConfig
-from rlhf_core.errors import ConfigError, DataError, RLHFError
+from rlhf_core.config.run import RunConfig
+from rlhf_core.config.yaml_file import load_yaml
+from rlhf_core.contracts.reward import Sample
 from rlhf_core.infra.devices import DeviceManager
+from rlhf_core.infra.errors import ConfigError, DataError, RLHFError
 from rlhf_core.infra.files import replace_json
-from rlhf_core.interfaces import Sample
+from rlhf_core.infra.statistics import auc
 from rlhf_core.models import RewardModel
 from rlhf_core.models.sample_scores import SampleScores, ScoringConfig
-from rlhf_core.statistics import auc
 from rlhf_core.training.per_prompt import ratio_standard_error
-from rlhf_core.yaml_files import load_yaml
 
 CONFIGURATION = Path(__file__).parent / "gsm8k_reward_model.yaml"
 Row = dict[str, Any]

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.errors import ConfigError, DataError, RLHFError, StorageError
+from rlhf_core.infra.errors import ConfigError, DataError, RLHFError, StorageError
 
 HELD_OUT = {"sft": 0.03, "preferences": 0.2, "unpaired": 0.2}
 """Share of the questions held out, by file: losses are averaged over many tokens, pairs are few."""

@@ -30,11 +30,11 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf_core import PolicyModel, registry, setup_logging
-from rlhf_core.errors import RLHFError
-from rlhf_core.interfaces import Merger
+from rlhf_core.contracts.merger import Merger
+from rlhf_core.contracts.records import Prompt
+from rlhf_core.infra.errors import RLHFError
 from rlhf_core.merging.config import MergeConfig, ModelEntry
 from rlhf_core.merging.merge import ModelMerger
-from rlhf_core.records import Prompt
 from rlhf_core.testing.arithmetic import Arithmetic, Row, solve, verify
 from rlhf_core.testing.tiny import save_tiny
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core import registry, setup_logging
-from rlhf_core.errors import RLHFError
+from rlhf_core.infra.errors import RLHFError
 from rlhf_core.testing.arithmetic import Arithmetic, Row
 from rlhf_core.testing.tiny import save_tiny
 

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rlhf_core.lazy import lazy_names
+from rlhf_core.infra.lazy import lazy_names
 
 if TYPE_CHECKING:
     from rlhf_core import registry as registry
-    from rlhf_core.batch import Batch as Batch
-    from rlhf_core.config import BaseConfig as BaseConfig
-    from rlhf_core.config import LoraConfig as LoraConfig
-    from rlhf_core.config import ModelConfig as ModelConfig
-    from rlhf_core.config import ReferenceConfig as ReferenceConfig
-    from rlhf_core.config import TrainerConfig as TrainerConfig
-    from rlhf_core.config import TrainingStage as TrainingStage
+    from rlhf_core.config.base import BaseConfig as BaseConfig
+    from rlhf_core.config.online import OnlineConfig as OnlineConfig
+    from rlhf_core.config.online import RewardConfig as RewardConfig
+    from rlhf_core.config.online import SamplingConfig as SamplingConfig
+    from rlhf_core.config.presets import get_7b_model_config as get_7b_model_config
+    from rlhf_core.config.presets import get_70b_model_config as get_70b_model_config
+    from rlhf_core.config.trainer import LoraConfig as LoraConfig
+    from rlhf_core.config.trainer import ModelConfig as ModelConfig
+    from rlhf_core.config.trainer import ReferenceConfig as ReferenceConfig
+    from rlhf_core.config.trainer import TrainerConfig as TrainerConfig
+    from rlhf_core.config.trainer import TrainingStage as TrainingStage
+    from rlhf_core.contracts.batch import Batch as Batch
+    from rlhf_core.contracts.completion import Completion as Completion
+    from rlhf_core.contracts.merger import Merger as Merger
+    from rlhf_core.contracts.reward import RewardFn as RewardFn
+    from rlhf_core.contracts.reward import Sample as Sample
+    from rlhf_core.contracts.sampler import Sampler as Sampler
+    from rlhf_core.contracts.trainer import Loss as Loss
+    from rlhf_core.contracts.trainer import Trainer as Trainer
     from rlhf_core.data.datasets import GRPODataset as GRPODataset
     from rlhf_core.data.datasets import KTODataset as KTODataset
     from rlhf_core.data.datasets import PreferenceDataset as PreferenceDataset
@@ -23,16 +35,8 @@ if TYPE_CHECKING:
     from rlhf_core.data.streaming import StreamingKTODataset as StreamingKTODataset
     from rlhf_core.data.streaming import StreamingPreferenceDataset as StreamingPreferenceDataset
     from rlhf_core.data.streaming import StreamingSFTDataset as StreamingSFTDataset
-    from rlhf_core.errors import RLHFError as RLHFError
     from rlhf_core.infra.devices import DeviceManager as DeviceManager
-    from rlhf_core.infra.log import setup_logging as setup_logging
-    from rlhf_core.interfaces import Completion as Completion
-    from rlhf_core.interfaces import Loss as Loss
-    from rlhf_core.interfaces import Merger as Merger
-    from rlhf_core.interfaces import RewardFn as RewardFn
-    from rlhf_core.interfaces import Sample as Sample
-    from rlhf_core.interfaces import Sampler as Sampler
-    from rlhf_core.interfaces import Trainer as Trainer
+    from rlhf_core.infra.errors import RLHFError as RLHFError
     from rlhf_core.merging.config import MergeConfig as MergeConfig
     from rlhf_core.merging.interpolation import layer_wise_interpolation as layer_wise_interpolation
     from rlhf_core.merging.merge import ModelMerger as ModelMerger
@@ -45,11 +49,7 @@ if TYPE_CHECKING:
     from rlhf_core.models.process_reward import ProcessRewardModel as ProcessRewardModel
     from rlhf_core.models.reward import RewardModel as RewardModel
     from rlhf_core.models.value import ValueModel as ValueModel
-    from rlhf_core.online import OnlineConfig as OnlineConfig
-    from rlhf_core.online import RewardConfig as RewardConfig
-    from rlhf_core.online import SamplingConfig as SamplingConfig
-    from rlhf_core.presets import get_7b_model_config as get_7b_model_config
-    from rlhf_core.presets import get_70b_model_config as get_70b_model_config
+    from rlhf_core.registry.logs import setup_logging as setup_logging
     from rlhf_core.training.checkpoint import CheckpointManager as CheckpointManager
     from rlhf_core.training.early_stopping import EarlyStopping as EarlyStopping
     from rlhf_core.training.logger import TrainingLogger as TrainingLogger
@@ -64,14 +64,19 @@ __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "rlhf_core.registry": "",
-        "rlhf_core.batch": "Batch",
-        "rlhf_core.config": "BaseConfig LoraConfig ModelConfig ReferenceConfig TrainerConfig TrainingStage",
+        "rlhf_core.contracts.batch": "Batch",
+        "rlhf_core.config.base": "BaseConfig",
+        "rlhf_core.config.trainer": "LoraConfig ModelConfig ReferenceConfig TrainerConfig TrainingStage",
         "rlhf_core.data.datasets": "GRPODataset KTODataset PreferenceDataset SFTDataset",
         "rlhf_core.data.streaming": "StreamingGRPODataset StreamingKTODataset StreamingPreferenceDataset StreamingSFTDataset",
-        "rlhf_core.errors": "RLHFError",
+        "rlhf_core.infra.errors": "RLHFError",
         "rlhf_core.infra.devices": "DeviceManager",
-        "rlhf_core.infra.log": "setup_logging",
-        "rlhf_core.interfaces": "Completion Loss Merger RewardFn Sample Sampler Trainer",
+        "rlhf_core.registry.logs": "setup_logging",
+        "rlhf_core.contracts.completion": "Completion",
+        "rlhf_core.contracts.merger": "Merger",
+        "rlhf_core.contracts.reward": "RewardFn Sample",
+        "rlhf_core.contracts.sampler": "Sampler",
+        "rlhf_core.contracts.trainer": "Loss Trainer",
         "rlhf_core.merging.config": "MergeConfig",
         "rlhf_core.merging.interpolation": "layer_wise_interpolation",
         "rlhf_core.merging.merge": "ModelMerger",
@@ -84,8 +89,8 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.models.process_reward": "ProcessRewardModel",
         "rlhf_core.models.reward": "RewardModel",
         "rlhf_core.models.value": "ValueModel",
-        "rlhf_core.online": "OnlineConfig RewardConfig SamplingConfig",
-        "rlhf_core.presets": "get_70b_model_config get_7b_model_config",
+        "rlhf_core.config.online": "OnlineConfig RewardConfig SamplingConfig",
+        "rlhf_core.config.presets": "get_70b_model_config get_7b_model_config",
         "rlhf_core.training.checkpoint": "CheckpointManager",
         "rlhf_core.training.early_stopping": "EarlyStopping",
         "rlhf_core.training.logger": "TrainingLogger",

@@ -9,40 +9,46 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rlhf_core.lazy import lazy_names as lazy_names
+from rlhf_core.infra.lazy import lazy_names as lazy_names
 
 if TYPE_CHECKING:
-    from rlhf_core.batch import Batch as Batch
-    from rlhf_core.config import BaseConfig as BaseConfig
-    from rlhf_core.config import LoraConfig as LoraConfig
-    from rlhf_core.config import ModelConfig as ModelConfig
-    from rlhf_core.config import ReferenceConfig as ReferenceConfig
-    from rlhf_core.config import TrainedModelConfig as TrainedModelConfig
-    from rlhf_core.config import TrainerConfig as TrainerConfig
-    from rlhf_core.config import TrainingStage as TrainingStage
+    from rlhf_core.config.base import BaseConfig as BaseConfig
+    from rlhf_core.config.online import OnlineConfig as OnlineConfig
+    from rlhf_core.config.online import RewardConfig as RewardConfig
+    from rlhf_core.config.online import SamplingConfig as SamplingConfig
+    from rlhf_core.config.trainer import LoraConfig as LoraConfig
+    from rlhf_core.config.trainer import ModelConfig as ModelConfig
+    from rlhf_core.config.trainer import ReferenceConfig as ReferenceConfig
+    from rlhf_core.config.trainer import TrainedModelConfig as TrainedModelConfig
+    from rlhf_core.config.trainer import TrainerConfig as TrainerConfig
+    from rlhf_core.config.trainer import TrainingStage as TrainingStage
+    from rlhf_core.contracts.batch import Batch as Batch
+    from rlhf_core.contracts.completion import Completion as Completion
+    from rlhf_core.contracts.merger import Merger as Merger
+    from rlhf_core.contracts.records import Message as Message
+    from rlhf_core.contracts.records import Prompt as Prompt
+    from rlhf_core.contracts.reward import RewardFn as RewardFn
+    from rlhf_core.contracts.reward import Sample as Sample
+    from rlhf_core.contracts.sampler import Sampler as Sampler
+    from rlhf_core.contracts.trainer import FROZEN as FROZEN
+    from rlhf_core.contracts.trainer import TRAINED as TRAINED
+    from rlhf_core.contracts.trainer import Evaluation as Evaluation
+    from rlhf_core.contracts.trainer import Loss as Loss
+    from rlhf_core.contracts.trainer import Pair as Pair
+    from rlhf_core.contracts.trainer import Role as Role
+    from rlhf_core.contracts.trainer import Trainer as Trainer
+    from rlhf_core.contracts.trainer import Window as Window
     from rlhf_core.data.base import EncodedData as EncodedData
     from rlhf_core.data.base import random_generator as random_generator
     from rlhf_core.data.collate import collate as collate
-    from rlhf_core.errors import ConfigError as ConfigError
-    from rlhf_core.errors import DataError as DataError
-    from rlhf_core.errors import ModelError as ModelError
-    from rlhf_core.errors import NumbersError as NumbersError
-    from rlhf_core.errors import PluginError as PluginError
-    from rlhf_core.errors import shortened as shortened
-    from rlhf_core.hooks import hookimpl as hookimpl
-    from rlhf_core.interfaces import FROZEN as FROZEN
-    from rlhf_core.interfaces import TRAINED as TRAINED
-    from rlhf_core.interfaces import Completion as Completion
-    from rlhf_core.interfaces import Evaluation as Evaluation
-    from rlhf_core.interfaces import Loss as Loss
-    from rlhf_core.interfaces import Merger as Merger
-    from rlhf_core.interfaces import Pair as Pair
-    from rlhf_core.interfaces import RewardFn as RewardFn
-    from rlhf_core.interfaces import Role as Role
-    from rlhf_core.interfaces import Sample as Sample
-    from rlhf_core.interfaces import Sampler as Sampler
-    from rlhf_core.interfaces import Trainer as Trainer
-    from rlhf_core.interfaces import Window as Window
+    from rlhf_core.infra.errors import ConfigError as ConfigError
+    from rlhf_core.infra.errors import DataError as DataError
+    from rlhf_core.infra.errors import ModelError as ModelError
+    from rlhf_core.infra.errors import NumbersError as NumbersError
+    from rlhf_core.infra.errors import PluginError as PluginError
+    from rlhf_core.infra.errors import shortened as shortened
+    from rlhf_core.infra.statistics import auc as auc
+    from rlhf_core.infra.statistics import calibration_error as calibration_error
     from rlhf_core.merging import CHUNK as CHUNK
     from rlhf_core.merging import Chunk as Chunk
     from rlhf_core.merging import MergeInput as MergeInput
@@ -72,32 +78,30 @@ if TYPE_CHECKING:
     from rlhf_core.models.sample_scores import ScoringModelConfig as ScoringModelConfig
     from rlhf_core.models.sampling import best_first as best_first
     from rlhf_core.models.scoring import score_in_parts as score_in_parts
-    from rlhf_core.online import OnlineConfig as OnlineConfig
-    from rlhf_core.online import RewardConfig as RewardConfig
-    from rlhf_core.online import SamplingConfig as SamplingConfig
-    from rlhf_core.records import Message as Message
-    from rlhf_core.records import Prompt as Prompt
+    from rlhf_core.registry.hooks import hookimpl as hookimpl
     from rlhf_core.rewards import Rewards as Rewards
     from rlhf_core.rewards import Scores as Scores
     from rlhf_core.rewards import open_rewards as open_rewards
     from rlhf_core.rewards import samples_of as samples_of
-    from rlhf_core.statistics import auc as auc
-    from rlhf_core.statistics import calibration_error as calibration_error
     from rlhf_core.training.context import RunContext as RunContext
     from rlhf_core.training.loader import Loader as Loader
 
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
-        "rlhf_core.batch": "Batch",
-        "rlhf_core.config": "BaseConfig LoraConfig ModelConfig ReferenceConfig TrainedModelConfig TrainerConfig TrainingStage",
+        "rlhf_core.contracts.batch": "Batch",
+        "rlhf_core.config.base": "BaseConfig",
+        "rlhf_core.config.trainer": "LoraConfig ModelConfig ReferenceConfig TrainedModelConfig TrainerConfig TrainingStage",
         "rlhf_core.data.base": "EncodedData random_generator",
         "rlhf_core.data.collate": "collate",
-        "rlhf_core.errors": "ConfigError DataError ModelError NumbersError PluginError shortened",
-        "rlhf_core.hooks": "hookimpl",
-        "rlhf_core.lazy": "lazy_names",
-        "rlhf_core.interfaces": "FROZEN TRAINED Completion Evaluation Loss Merger Pair RewardFn Role Sample Sampler Trainer"
-        " Window",
+        "rlhf_core.infra.errors": "ConfigError DataError ModelError NumbersError PluginError shortened",
+        "rlhf_core.registry.hooks": "hookimpl",
+        "rlhf_core.infra.lazy": "lazy_names",
+        "rlhf_core.contracts.completion": "Completion",
+        "rlhf_core.contracts.merger": "Merger",
+        "rlhf_core.contracts.reward": "RewardFn Sample",
+        "rlhf_core.contracts.sampler": "Sampler",
+        "rlhf_core.contracts.trainer": "FROZEN TRAINED Evaluation Loss Pair Role Trainer Window",
         "rlhf_core.merging": "CHUNK Chunk MergeInput ModelMerger TensorStream is_embedding kept_count magnitudes merge_tensor"
         " require_one_sign share_of_weights tensor_thresholds thresholds",
         "rlhf_core.models": "PolicyModel ProcessRewardModel RewardModel ValueModel HiddenStates over_vocabulary",
@@ -108,10 +112,10 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.models.sample_scores": "ModelReward ModelRewardConfig SampleScores ScoringModelConfig",
         "rlhf_core.models.sampling": "best_first",
         "rlhf_core.models.scoring": "score_in_parts",
-        "rlhf_core.online": "OnlineConfig RewardConfig SamplingConfig",
-        "rlhf_core.records": "Message Prompt",
+        "rlhf_core.config.online": "OnlineConfig RewardConfig SamplingConfig",
+        "rlhf_core.contracts.records": "Message Prompt",
         "rlhf_core.rewards": "Rewards Scores open_rewards samples_of",
-        "rlhf_core.statistics": "auc calibration_error",
+        "rlhf_core.infra.statistics": "auc calibration_error",
         "rlhf_core.training.context": "RunContext",
         "rlhf_core.training.loader": "Loader",
     },

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rlhf_core.batch import Batch
+from rlhf_core.contracts.batch import Batch
 
 
 def random_batch(

@@ -134,8 +134,8 @@ def write_package(root: Path, name: str, source: str, entries: Mapping[str, str]
 
 
 METHOD = '''
-from rlhf_core.config import TrainerConfig, TrainingStage
-from rlhf_core.interfaces import Loss, Trainer
+from rlhf_core.config.trainer import TrainerConfig, TrainingStage
+from rlhf_core.contracts.trainer import Loss, Trainer
 
 
 class Theirs(Trainer[TrainerConfig]):

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from rlhf_core.errors import RLHFError, printable
+from rlhf_core.infra.errors import RLHFError, printable
 
 INTERRUPTED = 130
 
@@ -51,7 +51,7 @@ def describe(error: Exception) -> tuple[str, int]:
         usage = _usage_error(error)
         return usage.line(), usage.exit_code
     if isinstance(error, OSError) and error.errno in _STORAGE:
-        from rlhf_core.errors import StorageError
+        from rlhf_core.infra.errors import StorageError
 
         fault = StorageError(error.strerror or str(error), place=str(error.filename or "input/output"))
         return fault.line(), fault.exit_code
@@ -81,17 +81,17 @@ def _plainly(tokens: Sequence[str]) -> bool:
 
 def _end_of_results() -> None:
     """Turn stdout to stderr for the end of the process: what plugins print there is no part of the results."""
-    if "rlhf_core.loading" in sys.modules:
+    if "rlhf_core.registry.load_class" in sys.modules:
         import atexit
 
-        from rlhf_core.foreign import turn_stdout
+        from rlhf_core.registry.foreign import turn_stdout
 
         atexit.register(turn_stdout)  # the last to be registered runs first
 
 
 def _through_typer(tokens: Sequence[str]) -> int:
     if not tokens[0].startswith("-"):
-        from rlhf_core.discovery import installed
+        from rlhf_core.registry.discovery import installed
 
         installed()  # before anything imports pydantic or torch, which another package's malformed table would break
     from rlhf_core.cli.app import run
@@ -103,7 +103,7 @@ _STORAGE = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EFBIG, 
 
 
 def _usage_error(error: Exception) -> RLHFError:
-    from rlhf_core.errors import ConfigError
+    from rlhf_core.infra.errors import ConfigError
 
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "rlhf"

@@ -30,11 +30,10 @@ def check(
 
     plugin = registry.lookup(name)
     method = registry.load(plugin)  # what can't be loaded is told in one line, not as failing tests
-    from rlhf_core.config import BaseConfig
-    from rlhf_core.flags import lex
-    from rlhf_core.job import convert_options
+    from rlhf_core.config.base import BaseConfig
+    from rlhf_core.config.flags import convert_options, lex
+    from rlhf_core.config.yaml_file import nest
     from rlhf_core.testing.check import run_contract
-    from rlhf_core.yaml_files import nest
 
     kind = BaseConfig if plugin.kind == "hook" else method.Config
     given, places = convert_options(lex(context.args), kind, plugin.qualified, ())

@@ -33,7 +33,7 @@ def _files(incomplete: str) -> list[tuple[str, str]]:
 
 def _names(kind: str | None, incomplete: str) -> list[tuple[str, str]]:
     from rlhf_core import registry
-    from rlhf_core.errors import printable
+    from rlhf_core.infra.errors import printable
 
     usable = [plugin for plugin in registry.find(kind) if plugin.status in ("ok", "conflict")]
     offers = [(p.name if p.status == "ok" else p.qualified, p.summary) for p in usable]

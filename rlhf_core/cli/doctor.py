@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rlhf_core.cli.output import print_json, print_table, print_text
-from rlhf_core.errors import PluginError, describe
+from rlhf_core.infra.errors import PluginError, describe
 
 if TYPE_CHECKING:
-    from rlhf_core.distributions import Installed
+    from rlhf_core.registry.distributions import Installed
 
 
 def add_to(app: typer.Typer) -> None:
@@ -45,8 +45,8 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON."
 
 def find_problems() -> list[str]:
     """Return what is wrong with installed metadata and the policy variables, a line each."""
-    from rlhf_core.distributions import every_distribution, unreadable_distributions
     from rlhf_core.registry import faults, unmatched_policy
+    from rlhf_core.registry.distributions import every_distribution, unreadable_distributions
 
     unreadable = [f"the metadata at {place} can't be read: {reason}" for place, reason in unreadable_distributions()]
     problems = list(dict.fromkeys([*unreadable, *faults()]))
@@ -58,7 +58,7 @@ def find_problems() -> list[str]:
 
 def stale_entry_points(distribution: Installed) -> list[str]:
     """Compare an editable installation's entry points with its source's table: an installer reads the table only once."""
-    from rlhf_core.distributions import GROUPS
+    from rlhf_core.registry.distributions import GROUPS
 
     source = Path(distribution.editable_source or "")
     if not source.is_absolute() or not (source / "pyproject.toml").is_file():

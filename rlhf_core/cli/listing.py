@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_core import registry
 from rlhf_core.cli.output import print_json, print_table, print_text, print_warning
-from rlhf_core.header import HeaderError, Option, read_header, read_options
+from rlhf_core.registry.header import HeaderError, Option, read_header, read_options
 
 if TYPE_CHECKING:
     from rlhf_core.registry import Plugin
@@ -102,7 +102,7 @@ def _of_class(plugin: Plugin) -> tuple[list[Option], str]:
     """Return every option of a plugin, and its docstring, by importing it."""
     import inspect
 
-    from rlhf_core.options import every_option
+    from rlhf_core.config.fields import every_option
 
     def look(cls: Any) -> tuple[list[Option], str]:
         config = getattr(cls, "Config", None)
@@ -113,7 +113,7 @@ def _of_class(plugin: Plugin) -> tuple[list[Option], str]:
 
 
 def _record(plugin: Plugin) -> str:
-    from rlhf_core.records import RECORDS
+    from rlhf_core.contracts.records import RECORDS
 
     record = RECORDS.get(plugin.record or "")
     return f"{record.name} ({', '.join(record.required)}): {record.summary}" if record else ""

@@ -12,7 +12,7 @@ import typer
 from rlhf_core.cli import complete
 from rlhf_core.cli.output import print_json, print_table, print_text
 from rlhf_core.cli.quick import quick_imports
-from rlhf_core.errors import ConfigError, Interrupted
+from rlhf_core.infra.errors import ConfigError, Interrupted
 
 if TYPE_CHECKING:
     from rlhf_core.merging.diff import Difference, Distance
@@ -90,8 +90,8 @@ def merge(
             "a merge is either continued or started over", place="--resume and --overwrite", fix="choose one"
         )
     with quick_imports():
-        from rlhf_core.infra import setup_logging
         from rlhf_core.merging.recipe import load_recipe
+        from rlhf_core.registry.logs import setup_logging
 
         setup_logging()
         recipe = load_recipe(target, flags=context.args)
@@ -122,7 +122,7 @@ def _merge(recipe: Recipe, evaluate: Any, *, resume: bool, overwrite: bool) -> M
 def _evaluation(name: str | None, recipe: Recipe) -> Any:
     if name is None:
         return None
-    from rlhf_core.interfaces import Merger
+    from rlhf_core.contracts.merger import Merger
     from rlhf_core.merging.evaluation import load_evaluation
 
     if recipe.method.merge is Merger.merge:
@@ -233,9 +233,9 @@ def _diff(names: tuple[str, str], target: str | None, rest: list[str], *, pictur
             fix="`rlhf merge --diff A B [--picture FILE.png]`",
         )
     with quick_imports():
-        from rlhf_core.infra import setup_logging
         from rlhf_core.merging.diff import diff, draw
         from rlhf_core.merging.progress import ByteBar
+        from rlhf_core.registry.logs import setup_logging
 
     setup_logging()
     with ByteBar("comparing") as bar:

@@ -63,7 +63,7 @@ def schema(name: Name) -> None:
 
     plugin = registry.lookup(name)
     if plugin.kind == "hook":
-        from rlhf_core.errors import ConfigError
+        from rlhf_core.infra.errors import ConfigError
 
         raise ConfigError("a hook has no options", place=f"hook `{name}`", fix="name a method")
     print_json(registry.ask(plugin, lambda cls: cls.Config.model_json_schema()))

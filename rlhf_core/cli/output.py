@@ -10,7 +10,7 @@ from itertools import zip_longest
 from shutil import get_terminal_size
 from typing import Any
 
-from rlhf_core.errors import JOINERS, printable
+from rlhf_core.infra.errors import JOINERS, printable
 
 _BETWEEN = "  "
 _CODES = {"": "", "bold": "1", "dim": "2", "red": "31", "yellow": "33"}

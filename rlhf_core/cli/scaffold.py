@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from rlhf_core import API, __version__, registry
-from rlhf_core.errors import ConfigError, StorageError
+from rlhf_core.infra.errors import ConfigError, StorageError
 
 TEMPLATES = Path(__file__).parent / "templates"
 ONLINE = "trainer_online"

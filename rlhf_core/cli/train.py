@@ -14,10 +14,10 @@ import typer
 from rlhf_core.cli import complete
 from rlhf_core.cli.output import print_json, print_text
 from rlhf_core.cli.quick import quick_imports
-from rlhf_core.errors import ConfigError, Interrupted
+from rlhf_core.infra.errors import ConfigError, Interrupted
 
 if TYPE_CHECKING:
-    from rlhf_core.job import Job
+    from rlhf_core.training.job import Job
     from rlhf_core.training.result import TrainResult
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def train(
         raise ConfigError("no run to continue is named", place="--resume", fix="give `--output DIR`")
     if dry_run:
         return _describe(job, resume=resume, overwrite=overwrite)
-    from rlhf_core.infra import setup_logging
+    from rlhf_core.registry.logs import setup_logging
 
     rank = int(os.environ.get("RANK", "0"))
     setup_logging(rank=rank)
@@ -110,7 +110,7 @@ def validate(context: typer.Context, target: Target) -> None:
 def _is_merge(target: str) -> bool:
     """Tell whether a file that is none of a run is one that `rlhf merge` takes, ours or mergekit's."""
     from rlhf_core import registry
-    from rlhf_core.job import is_file, read_target
+    from rlhf_core.registry.target import is_file, read_target
 
     if not is_file(target):
         return False
@@ -127,7 +127,7 @@ def _job(target: str, flags: list[str]) -> Job:
             got=f"`{target}`",
             fix="`rlhf train METHOD --option value`",
         )
-    from rlhf_core.job import load_job
+    from rlhf_core.training.job import load_job
 
     try:
         return load_job(target, flags=flags)
@@ -141,7 +141,7 @@ def _job(target: str, flags: list[str]) -> Job:
 
 def _describe(job: Job, *, resume: bool, overwrite: bool) -> None:
     """Print the resolved configuration, itself a valid file, under comments on what would be read and written."""
-    from rlhf_core.config import models_beside
+    from rlhf_core.config.trainer import models_beside
     from rlhf_core.data.sources import check_paths, data_files
 
     lines = [

@@ -9,12 +9,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.errors import ConfigError, did_you_mean
+from rlhf_core.infra.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rlhf_core.config import TrainerConfig
+    from rlhf_core.config.trainer import TrainerConfig
     from rlhf_core.data.base import EncodedData
 
 # Public name → the module that defines it, loaded on first use: torch comes with the datasets.
@@ -51,7 +51,7 @@ def open_dataset(data: Any, record: str, tokenizer: PreTrainedTokenizerBase, *, 
 
     Args:
         data: a path, several paths, a hub name, a `datasets` object, or a list of rows.
-        record: a name in `rlhf_core.records.RECORDS`.
+        record: a name in `rlhf_core.contracts.records.RECORDS`.
         tokenizer: the model's fast tokenizer.
         config: its `max_length` and `dataset` options are used.
 

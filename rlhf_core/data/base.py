@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from rlhf_core.config import DatasetConfig
+from rlhf_core.config.trainer import DatasetConfig
 from rlhf_core.data.encode import PLAIN, EncodedRow, Encoder, Outcome
 from rlhf_core.data.report import DataReport
 from rlhf_core.data.sources import open_source
-from rlhf_core.errors import ConfigError
+from rlhf_core.infra.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

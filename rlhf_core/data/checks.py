@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rlhf_core.contracts.records import RECORDS, Message, Prompt, RecordContract
 from rlhf_core.data.examples import Parts, parts_of
 from rlhf_core.data.files import Row
 from rlhf_core.data.messages import is_dialogue, read_dialogue, read_messages, wrong_type
 from rlhf_core.data.shapes import ASKING, TEXT, TURNS, Format, Reading, Recogniser, kind_of
 from rlhf_core.data.values import as_json, check_sound, is_json
-from rlhf_core.errors import ConfigError, DataError, did_you_mean, nearest, shortened
-from rlhf_core.records import RECORDS, Message, Prompt, RecordContract
+from rlhf_core.infra.errors import ConfigError, DataError, did_you_mean, nearest, shortened
 
 _LABELS = {
     **dict.fromkeys(

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_core.batch import Batch
+from rlhf_core.contracts.batch import Batch
 from rlhf_core.data.encode import EncodedRow
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from rlhf_core.contracts.records import Message, Prompt
 from rlhf_core.data.checks import Checker, Example
 from rlhf_core.data.examples import in_loss
 from rlhf_core.data.files import Row
@@ -19,8 +20,7 @@ from rlhf_core.data.shapes import Format
 from rlhf_core.data.templates import ChatTemplate, texts_in
 from rlhf_core.data.turns import UNUSED_TOOLS, ignores_tools, split_turns
 from rlhf_core.data.values import as_json
-from rlhf_core.errors import ConfigError, DataError, ModelError
-from rlhf_core.records import Message, Prompt
+from rlhf_core.infra.errors import ConfigError, DataError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf_core.contracts.records import Message, Prompt, RecordContract, Role
 from rlhf_core.data.messages import is_dialogue, read_dialogue, read_messages, read_text, read_tools, wrong_type
 from rlhf_core.data.shapes import TURNS, Reading, kind_of
-from rlhf_core.errors import DataError, shortened
-from rlhf_core.records import Message, Prompt, RecordContract, Role
+from rlhf_core.infra.errors import DataError, shortened
 
 FIRST = "the conversation begins with an assistant turn, which answers nothing and is context only"
 LAST = "the conversation ends on turns that nothing answers, which are left out"

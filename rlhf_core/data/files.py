@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf_core.data.values import check_sound
-from rlhf_core.errors import DataError
+from rlhf_core.infra.errors import DataError
 
 COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 

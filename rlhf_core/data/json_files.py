@@ -11,7 +11,7 @@ from typing import Any
 from rlhf_core.data.files import Cursor, Row, TextFile
 from rlhf_core.data.messages import pair_keys, role_key
 from rlhf_core.data.shapes import CONVERSATIONS, KNOWN
-from rlhf_core.errors import DataError
+from rlhf_core.infra.errors import DataError
 
 logger = logging.getLogger(__name__)
 

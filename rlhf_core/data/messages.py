@@ -11,9 +11,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+from rlhf_core.contracts.records import Message
 from rlhf_core.data.values import check_sound
-from rlhf_core.errors import DataError, shortened
-from rlhf_core.records import Message
+from rlhf_core.infra.errors import DataError, shortened
 
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),

@@ -6,9 +6,9 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rlhf_core.contracts.records import RECORDS
 from rlhf_core.data.encode import EQUAL, Outcome
-from rlhf_core.errors import ConfigError, DataError
-from rlhf_core.records import RECORDS
+from rlhf_core.infra.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 

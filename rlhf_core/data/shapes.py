@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from rlhf_core.contracts.records import RecordContract
 from rlhf_core.data.messages import (
     ROLES,
     is_dialogue,
@@ -21,8 +22,7 @@ from rlhf_core.data.messages import (
     read_messages,
     role_key,
 )
-from rlhf_core.errors import DataError, shortened
-from rlhf_core.records import RecordContract
+from rlhf_core.infra.errors import DataError, shortened
 
 Format = Literal["auto", "columns", "alpaca", "messages", "sharegpt", "pairs", "texts", "dialogue", "text"]
 """The shapes by name, as `dataset.format` takes them."""

@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.config import DataFile
+from rlhf_core.config.run import DataFile
 from rlhf_core.data.files import COMPRESSION, Cursor, Part, Row
 from rlhf_core.data.json_files import JsonArray, JsonLines
 from rlhf_core.data.tables import Delimited, ParquetRows
-from rlhf_core.errors import DataError, RLHFError, shortened
+from rlhf_core.infra.errors import DataError, RLHFError, shortened
 
 _JSON = (".jsonl", ".ndjson", ".json")
 _TEXTS = (*_JSON, ".csv", ".tsv")

@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from rlhf_core.batch import Batch
+from rlhf_core.contracts.batch import Batch
 from rlhf_core.data.base import EncodedData, Position
 from rlhf_core.data.collate import collate
 from rlhf_core.data.encode import EncodedRow, Outcome
-from rlhf_core.errors import ConfigError, DataError
+from rlhf_core.infra.errors import ConfigError, DataError
 
 _State = tuple[int, Position, int, int]
 """Epoch, position in it, rows drawn in it, rows drawn in all."""

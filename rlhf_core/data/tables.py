@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.data.files import COMPRESSION, Cursor, File, Row, TextFile
-from rlhf_core.errors import DataError
+from rlhf_core.infra.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -13,10 +13,10 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.contracts.records import Message
 from rlhf_core.data.messages import NoContent
 from rlhf_core.data.pieces import ControlTokens
-from rlhf_core.errors import ConfigError, DataError, ModelError
-from rlhf_core.records import Message
+from rlhf_core.infra.errors import ConfigError, DataError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

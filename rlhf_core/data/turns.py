@@ -16,7 +16,7 @@ from functools import cached_property
 
 from rlhf_core.data.pieces import Piece
 from rlhf_core.data.templates import OPTION, Chat, ChatTemplate, common
-from rlhf_core.errors import DataError, ModelError
+from rlhf_core.infra.errors import DataError, ModelError
 
 EACH = "dataset.turns: each"
 

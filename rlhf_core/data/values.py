@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf_core.errors import DataError, shortened
+from rlhf_core.infra.errors import DataError, shortened
 
 DEEPEST = 100
 """Most levels of lists and mappings in each other."""

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from rlhf_core.errors import ConfigError
+from rlhf_core.infra.errors import ConfigError
 
 Kind = Literal["auto", "cuda", "mps", "cpu"]
 _DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.errors import RLHFError, StorageError
+from rlhf_core.infra.errors import RLHFError, StorageError
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
-from rlhf_core import registry
-from rlhf_core.errors import printable
+from rlhf_core.infra.errors import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,8 +34,8 @@ class PrintableFormatter(logging.Formatter):
         return printable(super().format(record), lines=True)
 
 
-def setup_logging(level: int | str = logging.INFO, *, rank: int = 0) -> logging.Logger:
-    """Send the log of the core and of installed plugins to stderr; return the core's logger.
+def log_to_stderr(packages: Sequence[str], level: int | str = logging.INFO, *, rank: int = 0) -> logging.Logger:
+    """Send the log of the core and of other top-level packages to stderr; return the core's logger.
 
     Processes but the first show warnings only. Calling it again replaces what it set up before; other loggers are left alone.
     """
@@ -53,7 +53,7 @@ def setup_logging(level: int | str = logging.INFO, *, rank: int = 0) -> logging.
     if rank:
         handler.addFilter(lambda record: record.levelno >= logging.WARNING)
     handler.set_name(LOGGER)
-    for name in (LOGGER, *plugin_packages()):
+    for name in (LOGGER, *packages):
         logger = logging.getLogger(name)
         for old in list(logger.handlers):
             # A plugin may have a handler of its own, say to a file.
@@ -63,14 +63,6 @@ def setup_logging(level: int | str = logging.INFO, *, rank: int = 0) -> logging.
         logger.setLevel(level)
         logger.propagate = False
     return logging.getLogger(LOGGER)
-
-
-def plugin_packages() -> list[str]:
-    """Return the top-level packages of installed plugins, under which their modules log. Imports none of them."""
-    installed = (plugin for plugin in registry.find() if plugin.distribution != registry.LOCAL)
-    names = {plugin.target.partition(":")[0].partition(".")[0].strip() for plugin in installed}
-    # The root logger has the name "", and belongs to nobody; the core's own hooks need no second handler.
-    return sorted((names | {SHIPPED}) - {"", LOGGER})
 
 
 def hide_library_bars() -> None:

@@ -8,8 +8,8 @@ from typing import Generic, TypeVar
 
 import torch
 
-from rlhf_core.errors import NumbersError
 from rlhf_core.infra.devices import is_out_of_memory, release_memory
+from rlhf_core.infra.errors import NumbersError
 
 log = logging.getLogger(__name__)
 

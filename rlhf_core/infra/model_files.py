@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.errors import ModelError, nearest
+from rlhf_core.infra.errors import ModelError, nearest
 
 REWARD_HEAD, PROCESS_REWARD_HEAD, VALUE_HEAD = HEADS = ("reward_head", "process_reward_head", "value_head")
 """Heads that models keep beside their weights, each as `NAME.json` and `NAME.safetensors`."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rlhf_core.errors import ConfigError, PluginError, RLHFError, did_you_mean, nearest
+from rlhf_core.infra.errors import ConfigError, PluginError, RLHFError, did_you_mean, nearest
 
 _PREFIX = "rlhf_file_"
 

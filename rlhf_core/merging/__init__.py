@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from rlhf_core.infra.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from rlhf_core.interfaces import Merger as Merger
+    from rlhf_core.contracts.merger import Merger as Merger
     from rlhf_core.merging.config import MergeConfig as MergeConfig
     from rlhf_core.merging.inputs import MergeInput as MergeInput
     from rlhf_core.merging.interpolation import layer_wise_interpolation as layer_wise_interpolation
@@ -24,35 +25,17 @@ if TYPE_CHECKING:
     from rlhf_core.merging.weights import require_one_sign as require_one_sign
     from rlhf_core.merging.weights import share_of_weights as share_of_weights
 
-# Public name → the module that defines it, loaded on first use: torch comes with most of them.
-_PUBLIC = {
-    "CHUNK": "merging.streams",
-    "Chunk": "merging.streams",
-    "MergeConfig": "merging.config",
-    "MergeInput": "merging.inputs",
-    "MergeResult": "merging.merge",
-    "Merger": "interfaces",
-    "ModelMerger": "merging.merge",
-    "TensorStream": "merging.streams",
-    "is_embedding": "merging.weights",
-    "kept_count": "merging.selection",
-    "layer_wise_interpolation": "merging.interpolation",
-    "magnitudes": "merging.selection",
-    "merge_tensor": "merging.tensor",
-    "require_one_sign": "merging.weights",
-    "share_of_weights": "merging.weights",
-    "tensor_thresholds": "merging.selection",
-    "thresholds": "merging.selection",
-}
-
-__all__ = [*_PUBLIC]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(f"rlhf_core.{_PUBLIC[name]}"), name)
-    raise AttributeError(f"module 'rlhf_core.merging' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "rlhf_core.contracts.merger": "Merger",
+        "rlhf_core.merging.config": "MergeConfig",
+        "rlhf_core.merging.inputs": "MergeInput",
+        "rlhf_core.merging.interpolation": "layer_wise_interpolation",
+        "rlhf_core.merging.merge": "MergeResult ModelMerger",
+        "rlhf_core.merging.selection": "kept_count magnitudes tensor_thresholds thresholds",
+        "rlhf_core.merging.streams": "CHUNK Chunk TensorStream",
+        "rlhf_core.merging.tensor": "merge_tensor",
+        "rlhf_core.merging.weights": "is_embedding require_one_sign share_of_weights",
+    },
+)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_core.errors import ModelError
+from rlhf_core.infra.errors import ModelError
 from rlhf_core.merging.checkpoint import Checkpoint, FileSource, Renamed, WeightFile, is_vocabulary, read_adapter_config
 from rlhf_core.merging.experts import Parameter, Piece, Structure
 from rlhf_core.merging.lora import DoraSource, LoraSource, RowsSource, scale_of

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlhf_core.errors import ConfigError, did_you_mean, shortened
+from rlhf_core.infra.errors import ConfigError, did_you_mean, shortened
 from rlhf_core.infra.files import read_json, replace_file, to_json
 from rlhf_core.merging.checkpoint import Checkpoint
 

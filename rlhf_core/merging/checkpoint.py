@@ -20,7 +20,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from rlhf_core.errors import ModelError
+from rlhf_core.infra.errors import ModelError
 from rlhf_core.infra.files import read_json, storage_error, storage_errors
 from rlhf_core.infra.model_files import HEADS, adapter_chain, check_files, first_line, is_adapter, locate, near_path
 from rlhf_core.infra.tensors import TensorEntry, read_header

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_core.errors import ConfigError, ModelError
+from rlhf_core.infra.errors import ConfigError, ModelError
 from rlhf_core.infra.files import storage_errors
 from rlhf_core.merging.checkpoint import Checkpoint
 from rlhf_core.merging.plan import natural

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.errors import ConfigError, PluginError, RLHFError
+from rlhf_core.infra.errors import ConfigError, PluginError, RLHFError
 from rlhf_core.infra.model_files import first_line
 from rlhf_core.infra.named_objects import named_object
 from rlhf_core.merging.merge import Evaluate

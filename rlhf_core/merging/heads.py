@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from rlhf_core.errors import ModelError
+from rlhf_core.infra.errors import ModelError
 from rlhf_core.infra.files import read_json, replace_json, storage_errors
 from rlhf_core.infra.tensors import TensorEntry
 from rlhf_core.merging.checkpoint import Checkpoint

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.errors import ConfigError, did_you_mean
+from rlhf_core.infra.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
-    from rlhf_core.interfaces import Merger
+    from rlhf_core.contracts.merger import Merger
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from rlhf_core.errors import ConfigError, ModelError, NumbersError, PluginError, RLHFError
+from rlhf_core.contracts.merger import Merger
 from rlhf_core.infra.devices import DeviceManager
+from rlhf_core.infra.errors import ConfigError, ModelError, NumbersError, PluginError, RLHFError
 from rlhf_core.infra.files import storage_errors
 from rlhf_core.infra.model_files import first_line
-from rlhf_core.interfaces import Merger
 from rlhf_core.merging import chat_template
 from rlhf_core.merging.checkpoint import Checkpoint
 from rlhf_core.merging.config import MergeConfig

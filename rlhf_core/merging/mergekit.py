@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.config_errors import place_of
-from rlhf_core.errors import ConfigError, did_you_mean, shortened
+from rlhf_core.config.base import place_of
+from rlhf_core.infra.errors import ConfigError, did_you_mean, shortened
 from rlhf_core.merging.mergekit_methods import METHODS, PARAMETERS, outliers
 from rlhf_core.merging.mergekit_values import Setting, conditions, constant, in_runs, mapped
 from rlhf_core.merging.mergekit_values import value as value_of

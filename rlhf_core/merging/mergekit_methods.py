@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf_core.config_errors import place_of
-from rlhf_core.errors import ConfigError
+from rlhf_core.config.base import place_of
+from rlhf_core.infra.errors import ConfigError
 
 _DROPS = (
     "it drops other entries, and scales the rest to the L1 norm of all where ours divides by the probability of keeping"

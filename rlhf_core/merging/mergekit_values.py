@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rlhf_core.errors import ConfigError, shortened
+from rlhf_core.infra.errors import ConfigError, shortened
 from rlhf_core.merging.weights import GROUPS
 
 Condition = tuple[str | None, Any]

@@ -11,8 +11,8 @@ from typing import Any, get_args
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from rlhf_core import registry
-from rlhf_core.errors import ConfigError, PluginError, nearest
-from rlhf_core.interfaces import Merger
+from rlhf_core.contracts.merger import Merger
+from rlhf_core.infra.errors import ConfigError, PluginError, nearest
 from rlhf_core.merging.config import MergeConfig
 from rlhf_core.merging.inputs import check_own
 from rlhf_core.merging.plan import Plan

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_core.errors import ConfigError, NumbersError, StorageError
+from rlhf_core.infra.errors import ConfigError, NumbersError, StorageError
 from rlhf_core.infra.files import (
     fsync_directory,
     fsync_file,

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlhf_core.errors import ModelError
-from rlhf_core.interfaces import Merger
+from rlhf_core.contracts.merger import Merger
+from rlhf_core.infra.errors import ModelError
 from rlhf_core.merging.checkpoint import FileSource
 from rlhf_core.merging.layout import Item
 from rlhf_core.merging.output import Output

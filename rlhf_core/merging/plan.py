@@ -12,7 +12,7 @@ from functools import cached_property
 
 import torch
 
-from rlhf_core.errors import ConfigError, ModelError
+from rlhf_core.infra.errors import ConfigError, ModelError
 from rlhf_core.merging.checkpoint import Checkpoint
 from rlhf_core.merging.heads import Head
 from rlhf_core.merging.layout import MERGED, Described, Item, OutputFile, lay_out, lay_out_file

@@ -17,12 +17,13 @@ from typing import Any
 import yaml
 
 from rlhf_core import registry
-from rlhf_core.config_errors import place_of
-from rlhf_core.errors import ConfigError, did_you_mean, shortened
-from rlhf_core.flags import Flag, convert, lex
+from rlhf_core.config.base import place_of
+from rlhf_core.config.flags import Flag, convert, convert_options, lex, refuse_unknown
+from rlhf_core.config.yaml_file import merge as merge_values
+from rlhf_core.config.yaml_file import nest
+from rlhf_core.contracts.merger import Merger
+from rlhf_core.infra.errors import ConfigError, did_you_mean, shortened
 from rlhf_core.infra.redact import redact
-from rlhf_core.interfaces import Merger
-from rlhf_core.job import convert_options, find_method, read_target, refuse_unknown
 from rlhf_core.merging import mergekit
 from rlhf_core.merging.config import MergeConfig, ModelEntry
 from rlhf_core.merging.inputs import check_own
@@ -30,8 +31,7 @@ from rlhf_core.merging.merge import Evaluate, ModelMerger, Progress
 from rlhf_core.merging.mergekit_methods import parity
 from rlhf_core.merging.method import Method, is_number
 from rlhf_core.merging.weights import LayerValues
-from rlhf_core.yaml_files import merge as merge_values
-from rlhf_core.yaml_files import nest
+from rlhf_core.registry.target import find_method, read_target
 
 COMPAT = "compat"
 _FILE_KEYS = (*MergeConfig.KEYS, COMPAT)

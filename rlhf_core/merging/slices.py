@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.config_errors import place_of
-from rlhf_core.errors import ConfigError, ModelError, did_you_mean, shortened
+from rlhf_core.config.base import place_of
+from rlhf_core.infra.errors import ConfigError, ModelError, did_you_mean, shortened
 from rlhf_core.infra.files import read_json
 from rlhf_core.infra.model_files import adapter_base, first_line, is_adapter, locate
 from rlhf_core.merging.mergekit_values import Setting

@@ -18,7 +18,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from rlhf_core.errors import ModelError, PluginError
+from rlhf_core.infra.errors import ModelError, PluginError
 from rlhf_core.merging.inputs import MergeInput
 
 CHUNK = 1 << 16

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_core.errors import PluginError, RLHFError
+from rlhf_core.contracts.merger import Merger
+from rlhf_core.infra.errors import PluginError, RLHFError
 from rlhf_core.infra.model_files import first_line
-from rlhf_core.interfaces import Merger
 from rlhf_core.merging.inputs import MergeInput, check_own
 from rlhf_core.merging.streams import CHUNK, MemorySource, TensorStream
 

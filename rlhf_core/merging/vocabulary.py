@@ -16,7 +16,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from rlhf_core.errors import ConfigError, ModelError
+from rlhf_core.infra.errors import ConfigError, ModelError
 from rlhf_core.infra.files import read_json
 from rlhf_core.merging.checkpoint import Checkpoint, is_vocabulary
 from rlhf_core.merging.streams import Source

@@ -9,8 +9,8 @@ from fnmatch import fnmatchcase
 import numpy
 from pydantic import Field, model_validator
 
-from rlhf_core.config import BaseConfig
-from rlhf_core.errors import ConfigError
+from rlhf_core.config.base import BaseConfig
+from rlhf_core.infra.errors import ConfigError
 from rlhf_core.infra.model_files import HEADS
 
 LM_HEAD = ("lm_head", "embed_out")

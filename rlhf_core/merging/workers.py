@@ -24,7 +24,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from rlhf_core.errors import RLHFError, StorageError
+from rlhf_core.infra.errors import RLHFError, StorageError
 from rlhf_core.infra.parent import end_with_parent
 
 T = TypeVar("T")

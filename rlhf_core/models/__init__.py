@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rlhf_core.lazy import lazy_names
+from rlhf_core.infra.lazy import lazy_names
 
 if TYPE_CHECKING:
     from rlhf_core.models.attention import OptimizedAttention as OptimizedAttention

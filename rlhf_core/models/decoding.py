@@ -21,7 +21,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from rlhf_core.errors import ModelError
+from rlhf_core.infra.errors import ModelError
 from rlhf_core.models.dropout import evaluating
 from rlhf_core.models.precision import exact_products
 from rlhf_core.models.probe import FAILURES

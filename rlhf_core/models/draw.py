@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 
-from rlhf_core.online import SamplingConfig
+from rlhf_core.config.online import SamplingConfig
 
 BLOCK = 256
 """Random numbers that are made at once for each row."""

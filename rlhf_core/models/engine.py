@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 import torch
 from transformers import GenerationConfig
 
-from rlhf_core.batch import Batch, on_host
+from rlhf_core.config.online import SamplingConfig
+from rlhf_core.contracts.batch import Batch, on_host
+from rlhf_core.contracts.completion import Completion
 from rlhf_core.data.pieces import PieceEncoder
 from rlhf_core.data.saved import TextSettings
 from rlhf_core.data.templates import ChatTemplate
-from rlhf_core.errors import ConfigError, DataError, NumbersError
+from rlhf_core.infra.errors import ConfigError, DataError, NumbersError
 from rlhf_core.infra.memory import in_parts
 from rlhf_core.infra.seeds import completion_seeds
-from rlhf_core.interfaces import Completion
 from rlhf_core.models.decoding import decode, left_padded
 from rlhf_core.models.draw import Drawing, Ended
 from rlhf_core.models.dropout import evaluating
 from rlhf_core.models.structure import accepted
-from rlhf_core.online import SamplingConfig
 
 if TYPE_CHECKING:
     from rlhf_core.models.policy import PolicyModel

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.batch import Batch
+from rlhf_core.config.online import SamplingConfig
+from rlhf_core.contracts.batch import Batch
+from rlhf_core.contracts.completion import Completion
 from rlhf_core.data.collate import collate
 from rlhf_core.data.encode import EncodedRow, Encoder
 from rlhf_core.data.sources import Cursor, Rows
-from rlhf_core.errors import DataError
-from rlhf_core.interfaces import Completion
+from rlhf_core.infra.errors import DataError
 from rlhf_core.models.engine import Engine
-from rlhf_core.online import SamplingConfig
 
 if TYPE_CHECKING:
     from rlhf_core.models.policy import PolicyModel

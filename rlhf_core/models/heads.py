@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_core.errors import ModelError
+from rlhf_core.infra.errors import ModelError
 from rlhf_core.infra.model_files import HEADS, kind_of, no_such_model
 from rlhf_core.infra.tensors import read_tensors, write_tensors
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from rlhf_core.batch import Batch, on_host, to_device
+from rlhf_core.contracts.batch import Batch, on_host, to_device
 
 PlanT = TypeVar("PlanT")
 

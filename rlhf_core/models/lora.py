@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlhf_core.config import LoraConfig
-from rlhf_core.errors import ConfigError, did_you_mean, nearest
+from rlhf_core.config.trainer import LoraConfig
+from rlhf_core.infra.errors import ConfigError, did_you_mean, nearest
 from rlhf_core.infra.model_files import first_line
 
 log = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ from typing import Any, TypedDict
 import torch
 from torch import nn
 
-from rlhf_core.config import LoraConfig
-from rlhf_core.errors import ConfigError, did_you_mean
+from rlhf_core.config.trainer import LoraConfig
+from rlhf_core.infra.errors import ConfigError, did_you_mean
 from rlhf_core.models.adapters import AdapterUse
 from rlhf_core.models.attention import Kernel
 from rlhf_core.models.precision import Precision, frozen_dtype

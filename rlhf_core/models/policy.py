@@ -9,9 +9,9 @@ from typing import Any, Self, Unpack, cast
 import torch
 from torch import Tensor, nn
 
-from rlhf_core.batch import Batch
-from rlhf_core.errors import ModelError
-from rlhf_core.interfaces import Completion
+from rlhf_core.contracts.batch import Batch
+from rlhf_core.contracts.completion import Completion
+from rlhf_core.infra.errors import ModelError
 from rlhf_core.models.decoding import Decoding, measure_decoding
 from rlhf_core.models.generate import generate
 from rlhf_core.models.headed import wrong_kind

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from rlhf_core.errors import ConfigError
+from rlhf_core.infra.errors import ConfigError
 from rlhf_core.infra.tensors import raw_header
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from rlhf_core.batch import Batch
+from rlhf_core.contracts.batch import Batch
 from rlhf_core.infra.model_files import first_line
 from rlhf_core.models.attention import windows_seen
 from rlhf_core.models.dropout import evaluating

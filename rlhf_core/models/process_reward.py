@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from rlhf_core.batch import Batch
-from rlhf_core.errors import ConfigError, ModelError
+from rlhf_core.contracts.batch import Batch
+from rlhf_core.infra.errors import ConfigError, ModelError
 from rlhf_core.infra.model_files import PROCESS_REWARD_HEAD
 from rlhf_core.infra.seeds import stream_seed
 from rlhf_core.models.headed import HeadedModel, load_backbone, wrong_kind

@@ -19,8 +19,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from rlhf_core.batch import Batch
-from rlhf_core.errors import ConfigError, ModelError
+from rlhf_core.contracts.batch import Batch
+from rlhf_core.infra.errors import ConfigError, ModelError
 from rlhf_core.infra.files import storage_errors, temporary_path
 from rlhf_core.infra.tensors import read_tensors, write_tensors
 from rlhf_core.models.dropout import evaluating

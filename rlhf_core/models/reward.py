@@ -10,8 +10,8 @@ from typing import Any, Self, Unpack
 import torch
 from torch import Tensor, nn
 
-from rlhf_core.batch import Batch
-from rlhf_core.errors import ConfigError, ModelError
+from rlhf_core.contracts.batch import Batch
+from rlhf_core.infra.errors import ConfigError, ModelError
 from rlhf_core.infra.model_files import REWARD_HEAD
 from rlhf_core.infra.seeds import stream_seed
 from rlhf_core.models.adapters import trained_module

@@ -12,15 +12,16 @@ from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 import torch
 from pydantic import Field
 
-from rlhf_core.batch import Batch
-from rlhf_core.config import BaseConfig, ModelConfig
+from rlhf_core.config.base import BaseConfig
+from rlhf_core.config.trainer import ModelConfig
+from rlhf_core.contracts.batch import Batch
+from rlhf_core.contracts.reward import RewardFn, Sample
 from rlhf_core.data.collate import collate
 from rlhf_core.data.encode import NO_ROOM, EncodedRow, Encoder
 from rlhf_core.data.files import Cursor, Row
-from rlhf_core.errors import DataError
 from rlhf_core.infra.devices import DeviceManager
+from rlhf_core.infra.errors import DataError
 from rlhf_core.infra.model_files import file_hashes
-from rlhf_core.interfaces import RewardFn, Sample
 from rlhf_core.models.dropout import evaluating
 from rlhf_core.models.headed import HeadedModel, wrong_kind
 from rlhf_core.models.precision import DTYPES

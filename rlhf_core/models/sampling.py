@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.config import ModelConfig
-from rlhf_core.errors import ConfigError, PluginError, did_you_mean, shortened
+from rlhf_core.config.trainer import ModelConfig
+from rlhf_core.contracts.completion import Completion
+from rlhf_core.contracts.sampler import Sampler
 from rlhf_core.infra.devices import DeviceManager
-from rlhf_core.interfaces import Completion, Sampler
+from rlhf_core.infra.errors import ConfigError, PluginError, did_you_mean, shortened
 from rlhf_core.models.policy import PolicyModel
 from rlhf_core.rewards import Rewards, open_rewards
 

@@ -8,8 +8,8 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from rlhf_core.batch import Batch
-from rlhf_core.errors import PluginError
+from rlhf_core.contracts.batch import Batch
+from rlhf_core.infra.errors import PluginError
 from rlhf_core.infra.memory import in_parts
 
 Axis = Literal["prompt", "response", "token"]

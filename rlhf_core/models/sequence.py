@@ -16,9 +16,9 @@ from typing import Any, Literal, Self, cast
 import torch
 from torch import Tensor, nn
 
-from rlhf_core.batch import Batch
-from rlhf_core.config import LoraConfig, TrainerConfig
-from rlhf_core.errors import ConfigError, ModelError
+from rlhf_core.config.trainer import LoraConfig, TrainerConfig
+from rlhf_core.contracts.batch import Batch
+from rlhf_core.infra.errors import ConfigError, ModelError
 from rlhf_core.infra.model_files import file_hashes, first_line
 from rlhf_core.models.adapters import folded_copy
 from rlhf_core.models.attention import Kernel, OptimizedAttention

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rlhf_core.batch import Batch, on_host, to_device
+from rlhf_core.contracts.batch import Batch, on_host, to_device
 from rlhf_core.models.layout import Layout
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from rlhf_core.batch import Batch
+    from rlhf_core.contracts.batch import Batch
 
 
 def step_ends(batch: Batch, tokenizer: Any, separator: str) -> Tensor:

@@ -7,8 +7,8 @@ from typing import Any, Literal, Self, Unpack
 
 from torch import Tensor, nn
 
-from rlhf_core.batch import Batch
-from rlhf_core.errors import ConfigError, ModelError
+from rlhf_core.contracts.batch import Batch
+from rlhf_core.infra.errors import ConfigError, ModelError
 from rlhf_core.infra.model_files import VALUE_HEAD
 from rlhf_core.infra.seeds import stream_seed
 from rlhf_core.models.headed import HeadedModel, load_backbone, wrong_kind

@@ -7,8 +7,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rlhf_core.errors import PluginError, RLHFError, shortened
-from rlhf_core.interfaces import RewardFn, Sample
+from rlhf_core.contracts.reward import RewardFn, Sample
+from rlhf_core.infra.errors import PluginError, RLHFError, shortened
 from rlhf_core.rewards.functions import function_name, plain
 
 _SHOWN = 8

@@ -14,9 +14,9 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from rlhf_core.errors import ConfigError, PluginError, did_you_mean, shortened
+from rlhf_core.contracts.reward import RewardFn, Sample
+from rlhf_core.infra.errors import ConfigError, PluginError, did_you_mean, shortened
 from rlhf_core.infra.source import describe_source
-from rlhf_core.interfaces import RewardFn, Sample
 
 RewardFunction = Callable[..., Any]
 """`f(prompts, completions, **columns)`, which may be async, or an object that is called so; an array or tensor will do."""

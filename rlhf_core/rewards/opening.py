@@ -10,11 +10,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from rlhf_core import registry
-from rlhf_core.config_errors import config_error, place_of
-from rlhf_core.errors import ConfigError, PluginError, RLHFError, shortened
+from rlhf_core.config.base import config_error, place_of
+from rlhf_core.config.online import OnlineConfig, RewardConfig
+from rlhf_core.contracts.reward import RewardFn
+from rlhf_core.infra.errors import ConfigError, PluginError, RLHFError, shortened
 from rlhf_core.infra.named_objects import named_object
-from rlhf_core.interfaces import RewardFn
-from rlhf_core.online import OnlineConfig, RewardConfig
+from rlhf_core.registry.distributions import canonical
 from rlhf_core.rewards.checks import name_of
 from rlhf_core.rewards.functions import FunctionReward, RewardFunction
 from rlhf_core.rewards.run import Reward, Rewards
@@ -167,9 +168,7 @@ def _named(name: str, unknown: registry.UnknownPlugin, where: str) -> Any:
         return named_object(name, place=where)
     except ConfigError as error:
         # `acme:exat` may be a slip in a plugin's qualified name as well.
-        if any(
-            registry.canonical(plugin.distribution) == registry.canonical(head) for plugin in registry.find("reward")
-        ):
+        if any(canonical(plugin.distribution) == canonical(head) for plugin in registry.find("reward")):
             raise ConfigError(unknown.problem, place=where, fix=unknown.fix) from None
         raise ConfigError(
             f"unknown reward `{name}`: {error.problem}", place=where, got=None, fix=error.fix or unknown.fix

@@ -9,18 +9,19 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.errors import ConfigError, PluginError
+from rlhf_core.contracts.completion import Completion
+from rlhf_core.contracts.reward import RewardFn, Sample
+from rlhf_core.infra.errors import ConfigError, PluginError
 from rlhf_core.infra.redact import redact
 from rlhf_core.infra.source import describe_source
 from rlhf_core.infra.time_limit import TimeLimit, call_within
-from rlhf_core.interfaces import Completion, RewardFn, Sample
 from rlhf_core.rewards.checks import checked_scores, checked_steps, naming, place_of_rows, sample_or_row
 from rlhf_core.rewards.functions import FunctionReward
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_core.batch import Batch
+    from rlhf_core.contracts.batch import Batch
 
 _LARGEST = 3.4028234e38
 """The largest float32, in which advantages are computed."""

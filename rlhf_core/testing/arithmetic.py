@@ -25,8 +25,8 @@ from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
-from rlhf_core.errors import ConfigError, DataError, did_you_mean
-from rlhf_core.records import Prompt
+from rlhf_core.contracts.records import Prompt
+from rlhf_core.infra.errors import ConfigError, DataError, did_you_mean
 
 Split = Literal["train", "test"]
 Row = dict[str, Any]

@@ -13,8 +13,9 @@ from typing import Any, Literal
 from unittest import SkipTest
 
 from rlhf_core import registry
-from rlhf_core.errors import PluginError, printable
-from rlhf_core.infra.log import LOGGER, hide_library_bars, plugin_packages
+from rlhf_core.infra.errors import PluginError, printable
+from rlhf_core.infra.log import LOGGER, hide_library_bars
+from rlhf_core.registry.logs import plugin_packages
 from rlhf_core.testing.contract import Checks, describe_error
 
 Status = Literal["ok", "failed", "expected", "skipped"]

@@ -17,9 +17,9 @@ from unittest import SkipTest
 from pydantic import BaseModel
 
 from rlhf_core import registry
-from rlhf_core.config import BaseConfig
-from rlhf_core.errors import ConfigError, RLHFError, did_you_mean
-from rlhf_core.header import HeaderError, read_header
+from rlhf_core.config.base import BaseConfig
+from rlhf_core.infra.errors import ConfigError, RLHFError, did_you_mean
+from rlhf_core.registry.header import HeaderError, read_header
 
 Test = Callable[[Any], None]
 

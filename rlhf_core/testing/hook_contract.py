@@ -19,12 +19,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from rlhf_core import hooks, registry
-from rlhf_core.batch import Batch
-from rlhf_core.config import TrainingStage
-from rlhf_core.errors import PluginError
-from rlhf_core.interfaces import Evaluation, Loss, Trainer
-from rlhf_core.online import OnlineConfig
+from rlhf_core import registry
+from rlhf_core.config.online import OnlineConfig
+from rlhf_core.config.trainer import TrainingStage
+from rlhf_core.contracts.batch import Batch
+from rlhf_core.contracts.trainer import Evaluation, Loss, Trainer
+from rlhf_core.infra.errors import PluginError
+from rlhf_core.registry import hooks
 from rlhf_core.testing.contract import Checks, after, require
 from rlhf_core.testing.tiny import tiny_policy
 from rlhf_core.training.context import RunContext

@@ -20,9 +20,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rlhf_core.errors import ConfigError
+from rlhf_core.contracts.merger import Merger
+from rlhf_core.infra.errors import ConfigError
 from rlhf_core.infra.files import replace_json
-from rlhf_core.interfaces import Merger
 from rlhf_core.merging import CHUNK, MergeInput, merge_tensor
 from rlhf_core.merging.tensor import memory_stream, merged_tensors
 from rlhf_core.testing.contract import Contract, after, require

@@ -16,8 +16,8 @@ from random import Random
 from typing import Any, ClassVar
 from unittest import SkipTest
 
-from rlhf_core.config import BaseConfig
-from rlhf_core.interfaces import RewardFn, Sample
+from rlhf_core.config.base import BaseConfig
+from rlhf_core.contracts.reward import RewardFn, Sample
 from rlhf_core.rewards import FunctionReward, RewardFunction
 from rlhf_core.testing.arithmetic import Arithmetic
 from rlhf_core.testing.contract import Contract, after, is_number, require

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from rlhf_core.batch import Batch
-from rlhf_core.interfaces import Trainer, Window
+from rlhf_core.contracts.batch import Batch
+from rlhf_core.contracts.trainer import Trainer, Window
 from rlhf_core.testing.contract import require
 from rlhf_core.training.checkpoint import CheckpointManager
 from rlhf_core.training.context import RunContext

@@ -13,11 +13,13 @@ from itertools import islice
 from typing import Any, ClassVar
 from unittest import SkipTest
 
-from rlhf_core.config import BaseConfig
-from rlhf_core.errors import RLHFError
+from rlhf_core.config.base import BaseConfig
+from rlhf_core.config.online import SamplingConfig
+from rlhf_core.contracts.completion import Completion
+from rlhf_core.contracts.reward import RewardFn, Sample
+from rlhf_core.contracts.sampler import Sampler
+from rlhf_core.infra.errors import RLHFError
 from rlhf_core.infra.seeds import RandomState
-from rlhf_core.interfaces import Completion, RewardFn, Sample, Sampler
-from rlhf_core.online import SamplingConfig
 from rlhf_core.testing.arithmetic import Arithmetic
 from rlhf_core.testing.contract import Contract, after, is_number, require
 from rlhf_core.testing.tiny import tiny_policy
@@ -329,7 +331,7 @@ class SamplerContract(Contract):
         """Fail unless the tokens that the policy wrote have the log-probabilities that it gives them behind these prompts."""
         import torch
 
-        from rlhf_core.batch import Batch
+        from rlhf_core.contracts.batch import Batch
         from rlhf_core.models.generate import prompt_batch
 
         if sampler.roles.get("policy") != "policy":

@@ -11,11 +11,11 @@ from unittest import SkipTest
 import torch
 from torch import Tensor
 
-from rlhf_core.batch import Batch
-from rlhf_core.config import TrainingStage
+from rlhf_core.config.trainer import TrainingStage
+from rlhf_core.contracts.batch import Batch
+from rlhf_core.contracts.records import RECORDS
+from rlhf_core.contracts.trainer import Role, Trainer
 from rlhf_core.infra.seeds import seed_everything
-from rlhf_core.interfaces import Role, Trainer
-from rlhf_core.records import RECORDS
 from rlhf_core.testing.contract import after, require
 from rlhf_core.testing.trainer_setup import TrainerSetup
 from rlhf_core.testing.workbench import reseeds

@@ -11,8 +11,8 @@ from unittest import SkipTest
 import torch
 from torch import Tensor
 
-from rlhf_core.batch import Batch
-from rlhf_core.interfaces import Trainer
+from rlhf_core.contracts.batch import Batch
+from rlhf_core.contracts.trainer import Trainer
 from rlhf_core.models import PolicyModel
 from rlhf_core.testing.contract import after, require
 from rlhf_core.testing.trainer_online import responses_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from unittest import SkipTest
 
-from rlhf_core.batch import Batch
+from rlhf_core.contracts.batch import Batch
 from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.testing.contract import after, require
 from rlhf_core.testing.processes import OutOfStep, simulate

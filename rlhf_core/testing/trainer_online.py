@@ -10,9 +10,9 @@ from unittest import SkipTest
 
 import torch
 
-from rlhf_core.batch import Batch
-from rlhf_core.interfaces import Window
-from rlhf_core.online import OnlineConfig
+from rlhf_core.config.online import OnlineConfig
+from rlhf_core.contracts.batch import Batch
+from rlhf_core.contracts.trainer import Window
 from rlhf_core.testing.contract import after, require
 from rlhf_core.testing.script import Script, TokenShare
 from rlhf_core.testing.trainer_setup import TrainerSetup, distance, sharpened

@@ -12,9 +12,9 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from rlhf_core.config import LoraConfig, ModelConfig, ReferenceConfig, TrainerConfig
-from rlhf_core.errors import RLHFError
-from rlhf_core.interfaces import Window
+from rlhf_core.config.trainer import LoraConfig, ModelConfig, ReferenceConfig, TrainerConfig
+from rlhf_core.contracts.trainer import Window
+from rlhf_core.infra.errors import RLHFError
 from rlhf_core.testing.contract import after, require
 from rlhf_core.testing.trainer_setup import TrainerSetup
 from rlhf_core.testing.workbench import NothingToLearn, Workbench

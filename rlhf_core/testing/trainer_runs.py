@@ -14,10 +14,10 @@ from unittest import SkipTest
 import torch
 from torch import Tensor
 
-from rlhf_core.batch import Batch
-from rlhf_core.interfaces import Evaluation, Pair, Trainer, Window
+from rlhf_core.config.online import OnlineConfig
+from rlhf_core.contracts.batch import Batch
+from rlhf_core.contracts.trainer import Evaluation, Pair, Trainer, Window
 from rlhf_core.models import PolicyModel, ProcessRewardModel, RewardModel
-from rlhf_core.online import OnlineConfig
 from rlhf_core.testing.contract import after, require
 from rlhf_core.testing.runs import metrics_of
 from rlhf_core.testing.trainer_online import responses_of, rises

@@ -14,12 +14,13 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from rlhf_core.batch import Batch
+from rlhf_core.config.online import OnlineConfig
+from rlhf_core.config.yaml_file import merge
+from rlhf_core.contracts.batch import Batch
+from rlhf_core.contracts.records import RECORDS
+from rlhf_core.contracts.trainer import Trainer
 from rlhf_core.infra.devices import DeviceManager
-from rlhf_core.interfaces import Trainer
 from rlhf_core.models import PolicyModel
-from rlhf_core.online import OnlineConfig
-from rlhf_core.records import RECORDS
 from rlhf_core.testing.arithmetic import Arithmetic
 from rlhf_core.testing.contract import Contract, require
 from rlhf_core.testing.processes import OutOfStep, simulate
@@ -29,7 +30,6 @@ from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
 from rlhf_core.testing.workbench import Step, Workbench
 from rlhf_core.training.checkpoint import CheckpointManager
 from rlhf_core.training.distribution import Distribution
-from rlhf_core.yaml_files import merge
 
 Result = TypeVar("Result")
 

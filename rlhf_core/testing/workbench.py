@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rlhf_core.batch import Batch
+from rlhf_core.contracts.batch import Batch
+from rlhf_core.contracts.trainer import Trainer, Window
 from rlhf_core.data import DataStream
 from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.seeds import RandomState, seed_everything
-from rlhf_core.interfaces import Trainer, Window
 from rlhf_core.rewards import open_rewards
 from rlhf_core.testing.script import BenchContext, Script
 from rlhf_core.training.context import RunContext

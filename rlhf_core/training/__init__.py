@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlhf_core.lazy import lazy_names
+from rlhf_core.infra.lazy import lazy_names
 
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_core.errors import ModelError, shortened
+from rlhf_core.infra.errors import ModelError, shortened
 from rlhf_core.infra.files import (
     FileRecord,
     fsync_directory,

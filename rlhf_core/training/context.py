@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_core.batch import Batch
-from rlhf_core.errors import PluginError
+from rlhf_core.contracts.batch import Batch
+from rlhf_core.contracts.completion import Completion
+from rlhf_core.contracts.trainer import Evaluation, Trainer
 from rlhf_core.infra.devices import DeviceManager
+from rlhf_core.infra.errors import PluginError
 from rlhf_core.infra.seeds import stream_seed
-from rlhf_core.interfaces import Completion, Evaluation, Trainer
 from rlhf_core.models.engine import Engine
 from rlhf_core.models.policy import PolicyModel
 from rlhf_core.models.scoring import Axis, Values, score_in_parts
@@ -168,7 +169,7 @@ class RunContext:
         self._tally.add({name: (total, count)})
 
     def emit(self, event: str, **values: Any) -> None:
-        """Tell the hooks of an event; see `rlhf_core.hooks.Events`."""
+        """Tell the hooks of an event; see `rlhf_core.registry.hooks.Events`."""
         self.notify(event, run=self.trainer, **values)
 
     def held_out_loss(self, batch: Batch) -> Evaluation:

@@ -22,9 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rlhf_core.config import DistributedConfig
-from rlhf_core.errors import ConfigError, LostProcess, ModelError, PluginError, RLHFError
+from rlhf_core.config.trainer import DistributedConfig
 from rlhf_core.infra.devices import DeviceManager
+from rlhf_core.infra.errors import ConfigError, LostProcess, ModelError, PluginError, RLHFError
 
 _UNANSWERED = re.compile(
     r"gloo|nccl|closed by peer|connection (reset|refused)|broken pipe|timed? ?out waiting|socket|TCPStore|DistNetwork",

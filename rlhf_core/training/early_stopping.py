@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from rlhf_core.config import EarlyStoppingConfig
-from rlhf_core.errors import ConfigError, did_you_mean
+from rlhf_core.config.trainer import EarlyStoppingConfig
+from rlhf_core.infra.errors import ConfigError, did_you_mean
 
 
 class EarlyStopping:

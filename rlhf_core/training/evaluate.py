@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_core.batch import Batch
+from rlhf_core.contracts.batch import Batch
+from rlhf_core.contracts.trainer import Evaluation, Loss, Pair, Trainer, Window
 from rlhf_core.data import DataStream
 from rlhf_core.data.base import EncodedData
-from rlhf_core.errors import DataError, NumbersError, PluginError
+from rlhf_core.infra.errors import DataError, NumbersError, PluginError
 from rlhf_core.infra.memory import attempt, in_parts
 from rlhf_core.infra.seeds import RandomState, seed_everything
-from rlhf_core.interfaces import Evaluation, Loss, Pair, Trainer, Window
 from rlhf_core.models.scoring import halves
 from rlhf_core.training.context import RunContext
 from rlhf_core.training.per_prompt import PerPrompt, merge_entries, standard_errors

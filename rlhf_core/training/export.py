@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import nn
 
+from rlhf_core.contracts.trainer import Trainer
 from rlhf_core.infra.files import fsync_directory, remove_tree, replaced_path, storage_errors, temporary_path
-from rlhf_core.interfaces import Trainer
 from rlhf_core.training.distribution import Distribution
 from rlhf_core.training.prepare import trained_roles
 

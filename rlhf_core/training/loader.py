@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from rlhf_core.config import (
+from rlhf_core.config.trainer import (
     DEFAULT_MAX_LENGTH,
     LoraConfig,
     ModelConfig,
@@ -19,9 +19,9 @@ from rlhf_core.config import (
     TrainedModelConfig,
     TrainerConfig,
 )
-from rlhf_core.errors import ConfigError, ModelError, PluginError
+from rlhf_core.contracts.trainer import Role, Trainer
 from rlhf_core.infra.devices import DeviceManager
-from rlhf_core.interfaces import Role, Trainer
+from rlhf_core.infra.errors import ConfigError, ModelError, PluginError
 from rlhf_core.models import PolicyModel
 from rlhf_core.models.headed import HeadedModel
 from rlhf_core.models.precision import DTYPES, frozen_dtype

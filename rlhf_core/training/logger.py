@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.config import LoggingConfig
+from rlhf_core.config.trainer import LoggingConfig
 from rlhf_core.infra.files import replace_file, storage_errors
 from rlhf_core.training.progress import ProgressBar
 from rlhf_core.training.trackers import Trackers
 
 if TYPE_CHECKING:
-    from rlhf_core.interfaces import Sample
+    from rlhf_core.contracts.reward import Sample
     from rlhf_core.rewards import Scores
 
 log = logging.getLogger(__name__)

@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
+from rlhf_core.contracts.trainer import Trainer, Window
 from rlhf_core.data.sources import check_paths
 from rlhf_core.data.templates import rendered_at
-from rlhf_core.errors import NumbersError, PluginError, Stopped
-from rlhf_core.hooks import Hooks, load_hooks
 from rlhf_core.infra.devices import DeviceManager
+from rlhf_core.infra.errors import NumbersError, PluginError, Stopped
 from rlhf_core.infra.memory import attempt
 from rlhf_core.infra.seeds import seed_everything
-from rlhf_core.interfaces import Trainer, Window
+from rlhf_core.registry.hooks import Hooks, load_hooks
 from rlhf_core.training.context import RunContext
 from rlhf_core.training.disk import need_of_run, room_taken
 from rlhf_core.training.distribution import Distribution, create_distribution

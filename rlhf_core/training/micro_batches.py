@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf_core.batch import Batch
-from rlhf_core.config import TrainerConfig
+from rlhf_core.config.trainer import TrainerConfig
+from rlhf_core.contracts.batch import Batch
 
 
 class MicroBatches:

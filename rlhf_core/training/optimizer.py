@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from rlhf_core.config import TrainerConfig
-from rlhf_core.errors import ConfigError
+from rlhf_core.config.trainer import TrainerConfig
+from rlhf_core.infra.errors import ConfigError
 
 _FACTOR = "learning_rate_factor"
 

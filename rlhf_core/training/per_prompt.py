@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_core.batch import Batch
-from rlhf_core.errors import PluginError
+from rlhf_core.contracts.batch import Batch
+from rlhf_core.infra.errors import PluginError
 
 Pair = tuple[Tensor | float, Tensor | float]
 Entries = dict[str, list[list[Any]]]

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlhf_core.config import LoraConfig, TrainerConfig
+from rlhf_core.config.online import OnlineConfig
+from rlhf_core.config.trainer import LoraConfig, TrainerConfig
+from rlhf_core.contracts.trainer import Trainer
 from rlhf_core.data.base import EncodedData
-from rlhf_core.errors import ConfigError
 from rlhf_core.infra.devices import DeviceManager
-from rlhf_core.interfaces import Trainer
+from rlhf_core.infra.errors import ConfigError
 from rlhf_core.models.dropout import allow_dropout, keep_still, set_training
 from rlhf_core.models.reference import Reference
-from rlhf_core.online import OnlineConfig
 from rlhf_core.rewards import Rewards, check_rewards, open_rewards
 from rlhf_core.training.distribution import Distribution
 from rlhf_core.training.loader import Loader, check_roles, reference_of, roles_of, widened

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.errors import LostProcess, ModelError, PluginError, RLHFError, Stopped, StorageError
 from rlhf_core.infra.environment import describe_environment
+from rlhf_core.infra.errors import LostProcess, ModelError, PluginError, RLHFError, Stopped, StorageError
 from rlhf_core.infra.seeds import stream_seed
 from rlhf_core.rewards import rewards_changed
 from rlhf_core.training.run_directory import RunDirectory, Status, note_fault

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from rlhf_core.errors import PluginError
+from rlhf_core.infra.errors import PluginError
 
 
 def total_weights(parts: Iterable[Mapping[str, float]], names: Sequence[str], *, place: str) -> dict[str, float]:

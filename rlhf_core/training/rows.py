@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.batch import Batch
-from rlhf_core.config import TrainerConfig
+from rlhf_core.config.trainer import TrainerConfig
+from rlhf_core.contracts.batch import Batch
+from rlhf_core.contracts.trainer import Trainer
 from rlhf_core.data import DataStream, open_dataset
 from rlhf_core.data.base import EncodedData
 from rlhf_core.data.saved import keep
 from rlhf_core.data.sources import data_files, has_splits
-from rlhf_core.errors import ConfigError
-from rlhf_core.interfaces import Trainer
+from rlhf_core.infra.errors import ConfigError
 from rlhf_core.models.sequence import SequenceModel
 from rlhf_core.training.distribution import Distribution
 from rlhf_core.training.loader import reference_of

@@ -18,7 +18,8 @@ from typing import Any, Literal
 import yaml
 
 from rlhf_core import __version__
-from rlhf_core.errors import ConfigError, StorageError
+from rlhf_core.config.yaml_file import load_yaml
+from rlhf_core.infra.errors import ConfigError, StorageError
 from rlhf_core.infra.files import (
     fsync_directory,
     leftover_of,
@@ -30,7 +31,6 @@ from rlhf_core.infra.files import (
     storage_errors,
 )
 from rlhf_core.infra.redact import redact_text
-from rlhf_core.yaml_files import load_yaml
 
 Status = Literal["running", "done", "stopped", "failed"]
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core import registry
+from rlhf_core.contracts.trainer import Trainer
 from rlhf_core.data.sources import data_files
-from rlhf_core.errors import ConfigError
+from rlhf_core.infra.errors import ConfigError
 from rlhf_core.infra.redact import redact
-from rlhf_core.interfaces import Trainer
 
 MAY_CHANGE = ("output", "logging", "checkpoint", "distributed", "micro_batch_size", "batching.micro_batch_tokens")
 """Options that a resumed run may change. None of them changes what is learned, beyond rounding."""

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 
-from rlhf_core.errors import Stopped
+from rlhf_core.infra.errors import Stopped
 
 _ALL = frozenset({signal.SIGTERM, signal.SIGINT})
 _ASKED = {

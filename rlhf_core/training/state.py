@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.errors import DataError, ModelError, PluginError
+from rlhf_core.infra.errors import DataError, ModelError, PluginError
 from rlhf_core.infra.seeds import RandomState
 from rlhf_core.training.checkpoint import (
     Checkpoint,

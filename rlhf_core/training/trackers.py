@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.errors import ConfigError
+from rlhf_core.infra.errors import ConfigError
 
 log = logging.getLogger(__name__)
 

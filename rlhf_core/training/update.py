@@ -11,12 +11,12 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from rlhf_core.batch import Batch
-from rlhf_core.errors import NumbersError, PluginError
+from rlhf_core.contracts.batch import Batch
+from rlhf_core.contracts.trainer import Trainer
 from rlhf_core.infra.devices import DeviceManager
+from rlhf_core.infra.errors import NumbersError, PluginError
 from rlhf_core.infra.memory import attempt
 from rlhf_core.infra.seeds import RandomState
-from rlhf_core.interfaces import Trainer
 from rlhf_core.training.distribution import Distribution
 from rlhf_core.training.loss_scale import LossScale
 from rlhf_core.training.micro_batches import MicroBatches

@@ -6,10 +6,10 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from rlhf_core.batch import Batch
+from rlhf_core.contracts.batch import Batch
+from rlhf_core.contracts.trainer import Trainer, Window
 from rlhf_core.data import DataStream
-from rlhf_core.errors import NumbersError, PluginError
-from rlhf_core.interfaces import Trainer, Window
+from rlhf_core.infra.errors import NumbersError, PluginError
 from rlhf_core.training.context import RunContext
 
 log = logging.getLogger(__name__)

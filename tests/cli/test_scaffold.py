@@ -14,8 +14,8 @@ import pytest
 from rlhf_core import registry
 from rlhf_core.cli import main
 from rlhf_core.cli.scaffold import write_package
-from rlhf_core.errors import ConfigError, StorageError
-from rlhf_core.header import read_header, read_options
+from rlhf_core.infra.errors import ConfigError, StorageError
+from rlhf_core.registry.header import read_header, read_options
 from rlhf_core.testing import tiny_policy
 from rlhf_core.testing.arithmetic import Arithmetic
 

@@ -18,10 +18,10 @@ from online_rewards import Ends
 from policy_gradient import PolicyGradientTrainer
 
 from rlhf_core import registry
-from rlhf_core.batch import Batch
-from rlhf_core.errors import RLHFError
+from rlhf_core.contracts.batch import Batch
+from rlhf_core.contracts.trainer import Window
+from rlhf_core.infra.errors import RLHFError
 from rlhf_core.infra.tensors import write_tensors
-from rlhf_core.interfaces import Window
 from rlhf_core.models import PolicyModel
 from rlhf_core.testing.arithmetic import Arithmetic
 from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer

@@ -26,7 +26,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rlhf_core.batch import Batch
+from rlhf_core.contracts.batch import Batch
 from rlhf_core.data import DataStream
 from rlhf_core.models import PolicyModel, ValueModel
 from rlhf_core.testing import TrainerContract, simulate

@@ -17,12 +17,12 @@ from online import DYNAMIC, KL, Broken, Watched, model, rows, trainer
 from torch import Tensor
 
 from rlhf_core import registry
-from rlhf_core.batch import Batch
-from rlhf_core.errors import ConfigError, NumbersError, PluginError, Stopped
-from rlhf_core.hooks import hookimpl
+from rlhf_core.contracts.batch import Batch
+from rlhf_core.contracts.reward import RewardFn, Sample
+from rlhf_core.infra.errors import ConfigError, NumbersError, PluginError, Stopped
 from rlhf_core.infra.tensors import read_tensors
-from rlhf_core.interfaces import RewardFn, Sample
 from rlhf_core.models import PolicyModel
+from rlhf_core.registry.hooks import hookimpl
 from rlhf_core.testing import simulate
 from rlhf_core.testing.runs import metrics_of, require_same_run
 from rlhf_core.testing.workbench import Workbench

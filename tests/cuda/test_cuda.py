@@ -17,8 +17,9 @@ from batches import random_batch
 from safetensors.torch import load_file, save_file
 
 from rlhf_core import registry
-from rlhf_core.batch import Batch
-from rlhf_core.interfaces import Sample
+from rlhf_core.config.online import SamplingConfig
+from rlhf_core.contracts.batch import Batch
+from rlhf_core.contracts.reward import Sample
 from rlhf_core.merging import MergeConfig, ModelMerger
 from rlhf_core.models import PolicyModel, RewardModel
 from rlhf_core.models.attention import segment_attention
@@ -29,7 +30,6 @@ from rlhf_core.models.gpu_norm import fuse_norms
 from rlhf_core.models.layout import Segment, Segments
 from rlhf_core.models.logprobs import linear_token_logprobs
 from rlhf_core.models.varlen import gpu_segment_attention, kernel_obstacle, torch_varlen
-from rlhf_core.online import SamplingConfig
 from rlhf_core.testing.tiny import save_tiny, tiny_model, tiny_tokenizer
 from rlhf_core.training.logger import TIMING
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import datasets
 import pytest
 
-from rlhf_core.config import TrainerConfig
+from rlhf_core.config.trainer import TrainerConfig
 from rlhf_core.data import open_dataset
-from rlhf_core.errors import ConfigError, DataError
+from rlhf_core.infra.errors import ConfigError, DataError
 
 ASK = [{"role": "user", "content": "hi"}]
 

@@ -10,7 +10,7 @@ import pytest
 from data_helpers import gsm8k, sft_rows, write_as
 
 import rlhf_core
-from rlhf_core.config import DatasetConfig, TrainerConfig
+from rlhf_core.config.trainer import DatasetConfig, TrainerConfig
 from rlhf_core.data import (
     GRPODataset,
     SFTDataset,
@@ -19,7 +19,7 @@ from rlhf_core.data import (
     open_dataset,
 )
 from rlhf_core.data.collate import collate
-from rlhf_core.errors import ConfigError, DataError
+from rlhf_core.infra.errors import ConfigError, DataError
 
 TURNS = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}] * 2
 LONG = {"prompt": "p" * 99, "response": "r"}

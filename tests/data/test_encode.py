@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rlhf_core.data.encode import NO_ROOM, TOO_LONG, EncodedRow, Encoder
 from rlhf_core.data.pieces import PieceEncoder
 from rlhf_core.data.sources import open_source
-from rlhf_core.errors import ConfigError, DataError, ModelError
+from rlhf_core.infra.errors import ConfigError, DataError, ModelError
 from rlhf_core.testing.tiny import tiny_tokenizer
 
 BPE = bpe_tokenizer()

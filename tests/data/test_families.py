@@ -12,7 +12,7 @@ from chat_families import FAMILIES
 
 from rlhf_core.data.encode import Encoder, Outcome
 from rlhf_core.data.sources import open_source
-from rlhf_core.errors import ModelError
+from rlhf_core.infra.errors import ModelError
 
 TOKENIZERS = {name: family.tokenizer() for name, family in FAMILIES.items()}
 TOOLS = [

@@ -9,12 +9,12 @@ import datasets
 import pytest
 from data_helpers import in_words
 
-from rlhf_core.config import TrainerConfig
+from rlhf_core.config.trainer import TrainerConfig
 from rlhf_core.data import open_dataset
 from rlhf_core.data.checks import Checker
 from rlhf_core.data.sources import open_source
 from rlhf_core.data.stream import DataStream
-from rlhf_core.errors import ConfigError, DataError
+from rlhf_core.infra.errors import ConfigError, DataError
 
 U, A, N = ({"role": role, "content": text} for role, text in (("user", "hi"), ("assistant", "yo"), ("assistant", "no")))
 S = {"role": "system", "content": "be"}

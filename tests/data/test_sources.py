@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from rlhf_core.data.files import Cursor
 from rlhf_core.data.json_files import JsonLines
 from rlhf_core.data.sources import check_paths, has_splits, open_source
-from rlhf_core.errors import DataError
+from rlhf_core.infra.errors import DataError
 
 FORMS = ("jsonl", "gz", "zst", "parquet")
 

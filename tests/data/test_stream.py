@@ -12,12 +12,12 @@ from data_helpers import sft_rows, write_as
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_core.batch import Batch
-from rlhf_core.config import DatasetConfig
+from rlhf_core.config.trainer import DatasetConfig
+from rlhf_core.contracts.batch import Batch
 from rlhf_core.data import DataStream, PreferenceDataset, SFTDataset, StreamingSFTDataset
 from rlhf_core.data.encode import EncodedRow
 from rlhf_core.data.stream import shares
-from rlhf_core.errors import ConfigError, DataError
+from rlhf_core.infra.errors import ConfigError, DataError
 from rlhf_core.testing.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

@@ -12,12 +12,12 @@ import pyarrow as pa
 import pytest
 from data_helpers import lines, sft_rows, write_as
 
-from rlhf_core.config import TrainerConfig
+from rlhf_core.config.trainer import TrainerConfig
 from rlhf_core.data import open_dataset
 from rlhf_core.data.checks import Checker
 from rlhf_core.data.files import Cursor
 from rlhf_core.data.sources import check_paths, has_splits, open_source
-from rlhf_core.errors import DataError
+from rlhf_core.infra.errors import DataError
 
 ODD = [
     {"prompt": 'say "hi", please', "response": "two\nlines\r\nand, a comma"},

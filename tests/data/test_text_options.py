@@ -9,12 +9,12 @@ from data_helpers import bpe_tokenizer, metaspace_tokenizer
 from tokenizers import AddedToken
 
 from rlhf_core import registry
-from rlhf_core.config import DatasetConfig
+from rlhf_core.config.trainer import DatasetConfig
 from rlhf_core.data import SFTDataset, StreamingSFTDataset
 from rlhf_core.data.encode import EncodedRow, Encoder
 from rlhf_core.data.sources import open_source
 from rlhf_core.data.stream import DataStream
-from rlhf_core.errors import ConfigError
+from rlhf_core.infra.errors import ConfigError
 from rlhf_core.testing.tiny import save_tiny, tiny_tokenizer
 
 THINK = ["<think>", "</think>"]

@@ -9,7 +9,7 @@ from chat_families import FAMILIES, Family
 
 from rlhf_core.data.encode import Encoder, Outcome
 from rlhf_core.data.sources import open_source
-from rlhf_core.errors import DataError, ModelError
+from rlhf_core.infra.errors import DataError, ModelError
 
 ASK = {"role": "user", "content": "q"}
 REPLY = {"role": "assistant", "content": "b"}

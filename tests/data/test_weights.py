@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from data_helpers import lines, sft_rows, write_as
 
-from rlhf_core.config import TrainerConfig
+from rlhf_core.config.trainer import TrainerConfig
 from rlhf_core.data import DataStream, open_dataset
 from rlhf_core.data.files import Cursor
 from rlhf_core.data.sources import check_paths, has_splits, open_source
-from rlhf_core.errors import ConfigError, DataError
-from rlhf_core.job import load_job
+from rlhf_core.infra.errors import ConfigError, DataError
+from rlhf_core.training.job import load_job
 
 
 @pytest.fixture

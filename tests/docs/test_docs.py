@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlhf_core.hooks import Hooks, hookimpl
+from rlhf_core.registry.hooks import Hooks, hookimpl
 from rlhf_core.testing import TrainerContract
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,10 +10,10 @@ from types import ModuleType
 import pytest
 
 from rlhf_core import registry
-from rlhf_core.config import RunConfig
-from rlhf_core.errors import DataError, ModelError, StorageError
+from rlhf_core.config.run import RunConfig
+from rlhf_core.config.yaml_file import load_yaml
+from rlhf_core.infra.errors import DataError, ModelError, StorageError
 from rlhf_core.testing.tiny import save_tiny
-from rlhf_core.yaml_files import load_yaml
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from merge_helpers import tiny_family, write_weights
 
-from rlhf_core.errors import ConfigError, ModelError, StorageError
+from rlhf_core.infra.errors import ConfigError, ModelError, StorageError
 from rlhf_core.merging import streams
 from rlhf_core.merging.diff import Distance, diff, distance, draw, part_of
 

@@ -12,7 +12,7 @@ from batches import random_batch
 from merge_helpers import merge
 from safetensors.torch import load_file
 
-from rlhf_core.errors import ConfigError, ModelError
+from rlhf_core.infra.errors import ConfigError, ModelError
 from rlhf_core.merging import passing
 from rlhf_core.merging.diff import diff
 from rlhf_core.merging.layout import Item

@@ -10,7 +10,7 @@ import torch
 from merge_helpers import bytes_of, merge, read_weights, tiny_family
 
 import rlhf_core
-from rlhf_core.errors import ConfigError, StorageError
+from rlhf_core.infra.errors import ConfigError, StorageError
 from rlhf_core.merging import layer_wise_interpolation
 
 

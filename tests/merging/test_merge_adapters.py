@@ -16,7 +16,7 @@ import transformers
 from merge_helpers import merge, read_weights
 from torch import Tensor
 
-from rlhf_core.errors import ModelError
+from rlhf_core.infra.errors import ModelError
 from rlhf_core.testing.tiny import save_tiny, tiny_tokenizer
 
 SMALL: dict[str, Any] = {"layers": 1, "hidden": 32, "heads": 2, "kv_heads": 1}

@@ -13,7 +13,7 @@ import torch
 from merge_helpers import merge, read_weights, tiny_family, write_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf_core.errors import ConfigError, ModelError, NumbersError, PluginError, StorageError
+from rlhf_core.infra.errors import ConfigError, ModelError, NumbersError, PluginError, StorageError
 from rlhf_core.merging.checkpoint import Checkpoint
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from merge_helpers import bytes_of, merge, write_weights
 
-from rlhf_core.errors import ConfigError, StorageError
+from rlhf_core.infra.errors import ConfigError, StorageError
 from rlhf_core.merging import output
 from rlhf_core.merging.output import unfinished
 

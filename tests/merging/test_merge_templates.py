@@ -11,7 +11,7 @@ import torch
 import transformers
 from merge_helpers import merge, read_weights, tiny_family
 
-from rlhf_core.errors import ConfigError
+from rlhf_core.infra.errors import ConfigError
 from rlhf_core.merging.recipe import load_recipe
 
 CHAT = [

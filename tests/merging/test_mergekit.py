@@ -16,7 +16,7 @@ import yaml
 from merge_helpers import read_weights, tiny_family, write_weights
 from safetensors.torch import save_file
 
-from rlhf_core.errors import ConfigError, ModelError
+from rlhf_core.infra.errors import ConfigError, ModelError
 from rlhf_core.merging.recipe import Recipe, load_recipe
 from rlhf_core.merging.weights import value_at
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlhf_core import registry
-from rlhf_core.config import BaseConfig
-from rlhf_core.errors import ConfigError, ModelError, PluginError
+from rlhf_core.config.base import BaseConfig
+from rlhf_core.infra.errors import ConfigError, ModelError, PluginError
 from rlhf_core.merging import Chunk, MergeConfig, Merger, MergeResult, ModelMerger, TensorStream, merge_tensor
 from rlhf_core.merging.recipe import load_recipe
 from rlhf_core.merging.streams import MemorySource

@@ -11,7 +11,7 @@ import yaml
 from merge_helpers import bytes_of, tiny_family
 
 from rlhf_core import registry
-from rlhf_core.errors import ConfigError
+from rlhf_core.infra.errors import ConfigError
 from rlhf_core.merging.config import MergeConfig
 from rlhf_core.merging.recipe import Recipe, load_recipe, model_flag
 

@@ -13,7 +13,7 @@ import yaml
 from merge_helpers import merge, read_weights, write_weights
 from torch import Tensor
 
-from rlhf_core.errors import ConfigError, ModelError
+from rlhf_core.infra.errors import ConfigError, ModelError
 from rlhf_core.merging.recipe import load_recipe
 from rlhf_core.merging.weights import layer_of
 from rlhf_core.testing.tiny import save_tiny

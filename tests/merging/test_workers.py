@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_core.errors import ModelError, StorageError
+from rlhf_core.infra.errors import ModelError, StorageError
 from rlhf_core.merging.workers import Advance, WorkerError, may_fork, spread
 
 both = pytest.mark.parametrize("forked", [True, False], ids=["processes", "threads"])

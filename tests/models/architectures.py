@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
 )
 
-from rlhf_core.batch import Batch
+from rlhf_core.contracts.batch import Batch
 from rlhf_core.testing.tiny import VOCAB_SIZE
 
 SIZES: dict[str, int] = {

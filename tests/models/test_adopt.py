@@ -9,8 +9,8 @@ import pytest
 import torch
 from batches import random_batch
 
-from rlhf_core.config import LoraConfig
-from rlhf_core.errors import ConfigError, ModelError
+from rlhf_core.config.trainer import LoraConfig
+from rlhf_core.infra.errors import ConfigError, ModelError
 from rlhf_core.models import PolicyModel, ProcessRewardModel, RewardModel
 from rlhf_core.testing.tiny import save_tiny, tiny_model, tiny_tokenizer
 

@@ -9,16 +9,16 @@ import pytest
 import torch
 from architectures import make_tiny
 
-from rlhf_core.batch import Batch
-from rlhf_core.config import LoraConfig
-from rlhf_core.errors import ConfigError, DataError, ModelError, NumbersError
+from rlhf_core.config.online import SamplingConfig
+from rlhf_core.config.trainer import LoraConfig
+from rlhf_core.contracts.batch import Batch
+from rlhf_core.contracts.completion import Completion
+from rlhf_core.infra.errors import ConfigError, DataError, ModelError, NumbersError
 from rlhf_core.infra.seeds import completion_seeds
-from rlhf_core.interfaces import Completion
 from rlhf_core.models import PolicyModel, draw
 from rlhf_core.models import engine as module
 from rlhf_core.models.engine import Engine
 from rlhf_core.models.generate import prompt_batch
-from rlhf_core.online import SamplingConfig
 from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
 
 CHAT = [{"role": "user", "content": "hi"}]

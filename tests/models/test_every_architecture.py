@@ -13,7 +13,7 @@ from architectures import kinds, make_tiny, most_parameters, own_logps
 from batches import random_batch, relative
 
 from rlhf_core import registry
-from rlhf_core.errors import ModelError
+from rlhf_core.infra.errors import ModelError
 from rlhf_core.merging.config import MergeConfig
 from rlhf_core.merging.merge import ModelMerger
 from rlhf_core.models import PolicyModel

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlhf_core.batch import Batch
-from rlhf_core.errors import ConfigError
+from rlhf_core.contracts.batch import Batch
+from rlhf_core.infra.errors import ConfigError
 from rlhf_core.models import PolicyModel, gpu_attention
 from rlhf_core.models import attention as attentions
 from rlhf_core.models.layout import packed_layout, padded_layout

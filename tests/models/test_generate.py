@@ -6,8 +6,8 @@ import pytest
 import torch
 from tokenizers.decoders import Metaspace
 
-from rlhf_core.batch import Batch
-from rlhf_core.errors import ConfigError, DataError
+from rlhf_core.contracts.batch import Batch
+from rlhf_core.infra.errors import ConfigError, DataError
 from rlhf_core.models import PolicyModel
 from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
 

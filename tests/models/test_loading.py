@@ -11,8 +11,8 @@ import torch
 from batches import random_batch, relative
 from safetensors.torch import load_file, save_file
 
-from rlhf_core.config import LoraConfig, TrainerConfig
-from rlhf_core.errors import ConfigError, ModelError
+from rlhf_core.config.trainer import LoraConfig, TrainerConfig
+from rlhf_core.infra.errors import ConfigError, ModelError
 from rlhf_core.models import PolicyModel
 from rlhf_core.testing.tiny import save_tiny
 

@@ -22,8 +22,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from rlhf_core.config import LoraConfig
-from rlhf_core.errors import ConfigError
+from rlhf_core.config.trainer import LoraConfig
+from rlhf_core.infra.errors import ConfigError
 from rlhf_core.models import PolicyModel
 from rlhf_core.models.lora import apply_lora
 from rlhf_core.testing.tiny import VOCAB_SIZE, save_tiny, tiny_tokenizer

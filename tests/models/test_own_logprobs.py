@@ -11,8 +11,8 @@ from architectures import make_tiny, own_logps
 from batches import random_batch, relative
 from torch import Tensor, nn
 
-from rlhf_core.config import LoraConfig
-from rlhf_core.errors import ConfigError, ModelError
+from rlhf_core.config.trainer import LoraConfig
+from rlhf_core.infra.errors import ConfigError, ModelError
 from rlhf_core.models import PolicyModel, RewardModel
 from rlhf_core.models.output_layer import OutputLayer
 from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer

@@ -9,9 +9,9 @@ import pytest
 import torch
 from batches import random_batch, relative
 
-from rlhf_core.batch import Batch
-from rlhf_core.config import LoraConfig
-from rlhf_core.errors import ConfigError, ModelError
+from rlhf_core.config.trainer import LoraConfig
+from rlhf_core.contracts.batch import Batch
+from rlhf_core.infra.errors import ConfigError, ModelError
 from rlhf_core.models import PolicyModel, Reference, apply_lora
 from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
 

@@ -9,8 +9,8 @@ import torch
 from batches import random_batch
 from torch import Tensor
 
-from rlhf_core.batch import Batch
-from rlhf_core.errors import NumbersError, PluginError
+from rlhf_core.contracts.batch import Batch
+from rlhf_core.infra.errors import NumbersError, PluginError
 from rlhf_core.models.scoring import Axis, score_in_parts
 
 CPU = torch.device("cpu")

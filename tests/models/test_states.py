@@ -11,7 +11,7 @@ from architectures import make_tiny
 from batches import random_batch, relative
 from torch import Tensor
 
-from rlhf_core.batch import Batch
+from rlhf_core.contracts.batch import Batch
 from rlhf_core.models import PolicyModel
 from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
 

@@ -15,9 +15,9 @@ from batches import random_batch, relative
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rlhf_core.batch import Batch
-from rlhf_core.config import LoraConfig, TrainerConfig
-from rlhf_core.errors import ConfigError, ModelError
+from rlhf_core.config.trainer import LoraConfig, TrainerConfig
+from rlhf_core.contracts.batch import Batch
+from rlhf_core.infra.errors import ConfigError, ModelError
 from rlhf_core.models import PolicyModel, ProcessRewardModel, RewardModel, ValueModel
 from rlhf_core.models.scoring import score_in_parts
 from rlhf_core.testing.tiny import save_tiny, tiny_model, tiny_tokenizer

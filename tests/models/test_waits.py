@@ -10,7 +10,7 @@ import pytest
 import torch
 from batches import random_batch
 
-from rlhf_core.batch import on_host, to_device
+from rlhf_core.contracts.batch import on_host, to_device
 from rlhf_core.models import PolicyModel, ValueModel
 from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
 

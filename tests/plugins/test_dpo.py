@@ -10,8 +10,8 @@ import torch
 from batches import random_batch
 from rlhf_plugins.trainers import dpo
 
-from rlhf_core.batch import Batch
-from rlhf_core.errors import ConfigError
+from rlhf_core.contracts.batch import Batch
+from rlhf_core.infra.errors import ConfigError
 from rlhf_core.models import PolicyModel, Reference
 from rlhf_core.testing import run_context, simulate
 from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer

@@ -16,8 +16,8 @@ from rlhf_plugins.trainers.kto import KTOConfig, KTOTrainer, kto_loss
 from rlhf_plugins.trainers.kto_pairs import mismatched
 from torch import Tensor
 
-from rlhf_core.batch import Batch
-from rlhf_core.errors import ConfigError, DataError
+from rlhf_core.contracts.batch import Batch
+from rlhf_core.infra.errors import ConfigError, DataError
 from rlhf_core.models import PolicyModel, Reference
 from rlhf_core.testing import TrainerContract, run_context, simulate
 from rlhf_core.testing.arithmetic import Arithmetic

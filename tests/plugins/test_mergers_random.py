@@ -16,7 +16,7 @@ from rlhf_plugins.mergers.della import DELLAConfig, keep_bounds, magprune, row_o
 from test_mergers_ties import elect64, peft, threshold64
 from torch import Tensor
 
-from rlhf_core.errors import ConfigError
+from rlhf_core.infra.errors import ConfigError
 
 METHODS: dict[str, dict[str, Any]] = {"dare": {"density": 0.3}, "della": {"density": 0.4, "epsilon": 0.3}}
 

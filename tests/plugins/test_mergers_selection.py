@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from mergers_helpers import NAME, make_inputs, merge, merger_class
 from torch import Tensor
 
-from rlhf_core.errors import ModelError
+from rlhf_core.infra.errors import ModelError
 from rlhf_core.merging import TensorStream, selection, tensor_thresholds
 from rlhf_core.merging.selection import kept_count, magnitudes, thresholds
 from rlhf_core.merging.streams import Chunk, MemorySource

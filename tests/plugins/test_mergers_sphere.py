@@ -14,7 +14,7 @@ from rlhf_plugins.mergers.karcher import karcher
 from rlhf_plugins.mergers.slerp import slerp
 from torch import Tensor
 
-from rlhf_core.errors import ConfigError
+from rlhf_core.infra.errors import ConfigError
 
 
 def slerp64(one: Array, two: Array, t: float) -> Array:

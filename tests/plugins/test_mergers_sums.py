@@ -13,7 +13,7 @@ from mergers_helpers import SHAPES, Array, check_bf16, check_near, doubles, make
 from rlhf_plugins.mergers.gram import cosines, gram_matrix
 from rlhf_plugins.mergers.model_stock import stock_ratio
 
-from rlhf_core.errors import ConfigError, ModelError
+from rlhf_core.infra.errors import ConfigError, ModelError
 
 WEIGHTS = [0.5, 0.3, 0.7]
 

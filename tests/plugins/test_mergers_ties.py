@@ -14,7 +14,7 @@ from mergers_helpers import NAME, SHAPES, Array, check_bf16, check_near, doubles
 from rlhf_plugins.mergers.ties import TIESConfig, trim
 from torch import Tensor
 
-from rlhf_core.errors import ConfigError
+from rlhf_core.infra.errors import ConfigError
 from rlhf_core.merging import MergeInput, Merger, TensorStream
 from rlhf_core.merging.streams import MemorySource
 from rlhf_core.merging.tensor import merged_chunks, options_of, stream_for

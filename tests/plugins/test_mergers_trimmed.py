@@ -14,7 +14,7 @@ from rlhf_plugins.mergers.breadcrumbs import BreadcrumbsConfig, limit_ranks
 from rlhf_plugins.mergers.sce import SCEConfig, erase_and_merge, variances
 from test_mergers_ties import elect64
 
-from rlhf_core.errors import ConfigError
+from rlhf_core.infra.errors import ConfigError
 
 # Breadcrumbs.
 

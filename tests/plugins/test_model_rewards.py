@@ -19,15 +19,15 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_core import registry
+from rlhf_core.config.online import SamplingConfig
+from rlhf_core.contracts.reward import Sample
 from rlhf_core.data import GRPODataset, SFTDataset
 from rlhf_core.data.collate import collate
 from rlhf_core.data.encode import EncodedRow
-from rlhf_core.errors import ConfigError, DataError, ModelError
-from rlhf_core.interfaces import Sample
+from rlhf_core.infra.errors import ConfigError, DataError, ModelError
 from rlhf_core.models import PolicyModel, ProcessRewardModel, RewardModel
 from rlhf_core.models.engine import Engine
 from rlhf_core.models.sample_scores import SampleScores, ScoringConfig
-from rlhf_core.online import SamplingConfig
 from rlhf_core.rewards import open_rewards, rewards_changed, samples_of
 from rlhf_core.testing import RewardContract
 from rlhf_core.testing.arithmetic import Arithmetic, split_steps

@@ -22,11 +22,11 @@ from rlhf_plugins.trainers.process_reward import (
     step_loss,
 )
 
-from rlhf_core.batch import Batch
+from rlhf_core.contracts.batch import Batch
 from rlhf_core.data import PreferenceDataset, SFTDataset
 from rlhf_core.data.collate import collate
-from rlhf_core.errors import ConfigError, DataError, ModelError
 from rlhf_core.infra.devices import DeviceManager
+from rlhf_core.infra.errors import ConfigError, DataError, ModelError
 from rlhf_core.models import PolicyModel, ProcessRewardModel
 from rlhf_core.models.process_reward import AGGREGATIONS
 from rlhf_core.models.steps import step_ends

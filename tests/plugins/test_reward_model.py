@@ -20,8 +20,8 @@ from rlhf_plugins.trainers.reward_model import (
     ranking_loss,
 )
 
-from rlhf_core.errors import ConfigError
 from rlhf_core.infra.devices import DeviceManager
+from rlhf_core.infra.errors import ConfigError
 from rlhf_core.models import PolicyModel, RewardModel
 from rlhf_core.testing import TrainerContract, run_context
 from rlhf_core.testing.arithmetic import Arithmetic

@@ -10,7 +10,7 @@ import torch
 from batches import random_batch, relative
 from rlhf_plugins.trainers.sft import SFTTrainer, sft_loss
 
-from rlhf_core.batch import Batch
+from rlhf_core.contracts.batch import Batch
 from rlhf_core.models import PolicyModel
 from rlhf_core.models.layout import padded_layout
 from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer

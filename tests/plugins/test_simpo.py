@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from rlhf_plugins.trainers.simpo import SimPOConfig, SimPOTrainer, simpo_loss
 from torch import Tensor
 
-from rlhf_core.errors import ConfigError
+from rlhf_core.infra.errors import ConfigError
 from rlhf_core.models import PolicyModel
 from rlhf_core.testing import TrainerContract
 from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer

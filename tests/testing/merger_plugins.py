@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rlhf_core.config import BaseConfig
+from rlhf_core.config.base import BaseConfig
 from rlhf_core.merging import Chunk, Merger
 
 

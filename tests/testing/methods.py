@@ -13,11 +13,12 @@ from rlhf_plugins.trainers.dpo import DPOTrainer
 from rlhf_plugins.trainers.sft import SFTConfig, SFTTrainer
 from torch import Tensor, nn
 
-from rlhf_core.batch import Batch
-from rlhf_core.config import TrainingStage
-from rlhf_core.interfaces import FROZEN, TRAINED, Completion, Evaluation, Loss, Trainer, Window
+from rlhf_core.config.online import OnlineConfig
+from rlhf_core.config.trainer import TrainingStage
+from rlhf_core.contracts.batch import Batch
+from rlhf_core.contracts.completion import Completion
+from rlhf_core.contracts.trainer import FROZEN, TRAINED, Evaluation, Loss, Trainer, Window
 from rlhf_core.models import PolicyModel, Reference
-from rlhf_core.online import OnlineConfig
 from rlhf_core.training.context import RunContext
 from rlhf_core.training.loader import Loader
 

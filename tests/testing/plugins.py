@@ -10,8 +10,8 @@ from typing import Any
 
 from pydantic import Field
 
-from rlhf_core.config import BaseConfig
-from rlhf_core.interfaces import RewardFn, Sample
+from rlhf_core.config.base import BaseConfig
+from rlhf_core.contracts.reward import RewardFn, Sample
 from rlhf_core.rewards import open_rewards
 from rlhf_core.testing.arithmetic import step_labels, verify
 

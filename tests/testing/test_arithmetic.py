@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_core.config import TrainerConfig
+from rlhf_core.config.trainer import TrainerConfig
+from rlhf_core.contracts.records import RECORDS
 from rlhf_core.data import open_dataset
-from rlhf_core.errors import ConfigError, DataError
-from rlhf_core.records import RECORDS
+from rlhf_core.infra.errors import ConfigError, DataError
 from rlhf_core.testing.arithmetic import (
     FAMILIES,
     Arithmetic,

@@ -10,7 +10,7 @@ import merger_plugins
 import pytest
 
 from rlhf_core import registry
-from rlhf_core.errors import ConfigError
+from rlhf_core.infra.errors import ConfigError
 from rlhf_core.testing import MergerContract, TrainerContract
 from rlhf_core.testing.check import run_contract
 from rlhf_core.testing.contract import Contract, after, require

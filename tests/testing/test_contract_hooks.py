@@ -110,7 +110,7 @@ def test_a_fault_is_caught(hook: type, check: str, reason: str) -> None:
 
 def test_a_right_hook_hears_everything(capsys: pytest.CaptureFixture[str]) -> None:
     from rlhf_core import registry
-    from rlhf_core.hooks import EVENTS
+    from rlhf_core.registry.hooks import EVENTS
 
     HEARD.clear()
     registry.register("hook", "listens", Listens)

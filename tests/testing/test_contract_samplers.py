@@ -7,7 +7,7 @@ from typing import ClassVar
 import pytest
 import sampler_plugins as plugins
 
-from rlhf_core.interfaces import Sampler
+from rlhf_core.contracts.sampler import Sampler
 from rlhf_core.testing import SamplerContract
 from rlhf_core.testing.check import run_checks
 from rlhf_core.testing.contract import Contract

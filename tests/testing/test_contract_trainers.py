@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import methods
 import pytest
 
-from rlhf_core.interfaces import Trainer
+from rlhf_core.contracts.trainer import Trainer
 from rlhf_core.testing import TrainerContract
 from rlhf_core.testing.arithmetic import Arithmetic
 from rlhf_core.testing.check import Check, run_checks

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_core.errors import ModelError, StorageError
+from rlhf_core.infra.errors import ModelError, StorageError
 from rlhf_core.infra.files import read_json, to_json
 from rlhf_core.training.checkpoint import CheckpointManager, load_optimizer_state, optimizer_state
 
@@ -179,7 +179,7 @@ def test_too_little_space_is_told_before_writing(tmp_path: Path, monkeypatch: py
 
 _LIMITED = """
 import resource, signal, sys, torch
-from rlhf_core.errors import StorageError
+from rlhf_core.infra.errors import StorageError
 from rlhf_core.infra.files import read_json, to_json
 from rlhf_core.training.checkpoint import CheckpointManager
 manager = CheckpointManager(sys.argv[1])

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from toy import ROWS, toy
 
-from rlhf_core.errors import ModelError, RLHFError, StorageError
+from rlhf_core.infra.errors import ModelError, RLHFError, StorageError
 from rlhf_core.infra.files import read_json, to_json
 from rlhf_core.training.checkpoint import CheckpointManager
 

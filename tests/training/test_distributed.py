@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_core.config import DistributedConfig
-from rlhf_core.errors import ConfigError, DataError, RLHFError
+from rlhf_core.config.trainer import DistributedConfig
 from rlhf_core.infra.devices import DeviceManager
+from rlhf_core.infra.errors import ConfigError, DataError, RLHFError
 from rlhf_core.infra.files import read_json
 from rlhf_core.infra.tensors import read_tensors
 from rlhf_core.training.distribution import Distribution, create_distribution

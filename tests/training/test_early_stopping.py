@@ -11,10 +11,10 @@ import pytest
 import torch
 from toy import ROWS, ToyTrainer, toy
 
-from rlhf_core.batch import Batch
-from rlhf_core.errors import ConfigError
+from rlhf_core.contracts.batch import Batch
+from rlhf_core.contracts.trainer import Loss
+from rlhf_core.infra.errors import ConfigError
 from rlhf_core.infra.tensors import read_tensors
-from rlhf_core.interfaces import Loss
 from rlhf_core.training.early_stopping import EarlyStopping
 
 

@@ -9,10 +9,10 @@ import pytest
 from tokenizers import AddedToken
 
 from rlhf_core import registry
+from rlhf_core.contracts.reward import Sample
 from rlhf_core.data.collate import collate
 from rlhf_core.data.encode import Encoder
 from rlhf_core.data.sources import open_source
-from rlhf_core.interfaces import Sample
 from rlhf_core.models import PolicyModel
 from rlhf_core.testing.tiny import VOCAB_SIZE, save_tiny, tiny_tokenizer
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from toy import toy
 
-from rlhf_core.config import LoggingConfig
-from rlhf_core.errors import ConfigError
+from rlhf_core.config.trainer import LoggingConfig
+from rlhf_core.infra.errors import ConfigError
 from rlhf_core.training.logger import TrainingLogger
 from rlhf_core.training.trackers import Trackers
 

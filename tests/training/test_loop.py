@@ -15,10 +15,10 @@ import pytest
 import torch
 from toy import ROWS, ToyTrainer, toy
 
-from rlhf_core.batch import Batch
-from rlhf_core.errors import ConfigError, DataError, NumbersError, PluginError, Stopped, StorageError
+from rlhf_core.contracts.batch import Batch
+from rlhf_core.contracts.trainer import Loss, Window
+from rlhf_core.infra.errors import ConfigError, DataError, NumbersError, PluginError, Stopped, StorageError
 from rlhf_core.infra.files import read_json
-from rlhf_core.interfaces import Loss, Window
 from rlhf_core.training import update as update_module
 from rlhf_core.training.logger import TrainingLogger
 

@@ -11,11 +11,11 @@ import pytest
 from toy import ToyPolicy, toy
 
 from rlhf_core import registry
-from rlhf_core.config import TrainerConfig
-from rlhf_core.errors import ConfigError
+from rlhf_core.config.trainer import TrainerConfig
+from rlhf_core.config.yaml_file import load_yaml
+from rlhf_core.infra.errors import ConfigError
 from rlhf_core.models import PolicyModel
 from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
-from rlhf_core.yaml_files import load_yaml
 
 
 def trained(output: Path | None, positions: int, **options: Any) -> Any:

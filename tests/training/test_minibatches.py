@@ -7,7 +7,7 @@ import torch
 from batches import random_batch
 from toy import toy
 
-from rlhf_core.batch import Batch
+from rlhf_core.contracts.batch import Batch
 from rlhf_core.testing import run_context, simulate
 from rlhf_core.training.distribution import Distribution
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlhf_core.config import TrainerConfig
-from rlhf_core.errors import ConfigError
+from rlhf_core.config.trainer import TrainerConfig
+from rlhf_core.infra.errors import ConfigError
 from rlhf_core.training.optimizer import Schedule, create_optimizer
 
 

@@ -13,8 +13,8 @@ from batches import random_batch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_core.batch import Batch
-from rlhf_core.errors import PluginError
+from rlhf_core.contracts.batch import Batch
+from rlhf_core.infra.errors import PluginError
 from rlhf_core.training.evaluate import _NUMBER, _PerBatch
 from rlhf_core.training.per_prompt import (
     Entries,

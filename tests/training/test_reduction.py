@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlhf_core.errors import PluginError
+from rlhf_core.infra.errors import PluginError
 from rlhf_core.training.reduction import Tally, numbers, objective, quotients, total_weights
 
 

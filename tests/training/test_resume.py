@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from toy import ROWS, ToyTrainer, toy
 
-from rlhf_core.batch import Batch
-from rlhf_core.errors import ConfigError, DataError, ModelError
-from rlhf_core.interfaces import Loss
+from rlhf_core.contracts.batch import Batch
+from rlhf_core.contracts.trainer import Loss
+from rlhf_core.infra.errors import ConfigError, DataError, ModelError
 from rlhf_core.training.logger import TIMING
 
 

@@ -15,17 +15,17 @@ from batches import random_batch, relative
 from torch import Tensor, nn
 
 from rlhf_core import registry
-from rlhf_core.batch import Batch
-from rlhf_core.config import ModelConfig, TrainedModelConfig, TrainerConfig, TrainingStage
-from rlhf_core.errors import ConfigError, ModelError, PluginError, RLHFError
-from rlhf_core.interfaces import FROZEN, TRAINED, Loss, Role, Trainer
-from rlhf_core.job import load_job
+from rlhf_core.config.trainer import ModelConfig, TrainedModelConfig, TrainerConfig, TrainingStage
+from rlhf_core.contracts.batch import Batch
+from rlhf_core.contracts.trainer import FROZEN, TRAINED, Loss, Role, Trainer
+from rlhf_core.infra.errors import ConfigError, ModelError, PluginError, RLHFError
 from rlhf_core.models import PolicyModel, RewardModel, ValueModel
 from rlhf_core.testing.arithmetic import Arithmetic
 from rlhf_core.testing.runs import Interrupted, interruptible, metrics_of, require_same_run
 from rlhf_core.testing.tiny import save_tiny, tiny_model, tiny_tokenizer
 from rlhf_core.testing.workbench import Workbench
 from rlhf_core.training.disk import need_of_files
+from rlhf_core.training.job import load_job
 from rlhf_core.training.loader import Loader
 from rlhf_core.training.prepare import training_mode
 

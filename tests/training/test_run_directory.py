@@ -12,10 +12,10 @@ import pytest
 import yaml
 from toy import ROWS, ToyTrainer, toy
 
-from rlhf_core.errors import ConfigError, RLHFError, StorageError
+from rlhf_core.config.yaml_file import load_yaml
+from rlhf_core.infra.errors import ConfigError, RLHFError, StorageError
 from rlhf_core.infra.files import read_json
 from rlhf_core.training.run_directory import RunDirectory, note_fault
-from rlhf_core.yaml_files import load_yaml
 
 
 class Unloaded(ToyTrainer):
@@ -175,7 +175,7 @@ def test_the_events_reach_listeners(tmp_path: Path, install: Any) -> None:
     install(
         "listener",
         {
-            "listener.py": "from rlhf_core.hooks import hookimpl\nheard = []\n"
+            "listener.py": "from rlhf_core.registry.hooks import hookimpl\nheard = []\n"
             + "".join(
                 f"@hookimpl\ndef {name}({arguments}):\n    heard.append(('{name}', {value}))\n"
                 for name, arguments, value in (

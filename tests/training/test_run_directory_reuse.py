@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from toy import toy
 
-from rlhf_core.errors import StorageError
+from rlhf_core.infra.errors import StorageError
 from rlhf_core.training.run_directory import RunDirectory
 
 

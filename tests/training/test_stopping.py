@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 from toy import ROWS, ToyTrainer, toy
 
-from rlhf_core.batch import Batch
-from rlhf_core.errors import ConfigError, Stopped
+from rlhf_core.contracts.batch import Batch
+from rlhf_core.contracts.trainer import Loss
+from rlhf_core.infra.errors import ConfigError, Stopped
 from rlhf_core.infra.files import read_json
-from rlhf_core.interfaces import Loss
 from rlhf_core.testing.tiny import save_tiny
 from rlhf_core.training.logger import TIMING
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from toy import ROWS, ToyTrainer, toy
 
-from rlhf_core.batch import Batch
-from rlhf_core.errors import NumbersError, PluginError
-from rlhf_core.interfaces import Window
+from rlhf_core.contracts.batch import Batch
+from rlhf_core.contracts.trainer import Window
+from rlhf_core.infra.errors import NumbersError, PluginError
 from rlhf_core.testing import simulate
 from rlhf_core.testing.runs import Interrupted, interruptible, require_same_run
 from rlhf_core.training.context import RunContext

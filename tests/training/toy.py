@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rlhf_core.batch import Batch
-from rlhf_core.config import TrainerConfig, TrainingStage
+from rlhf_core.config.trainer import TrainerConfig, TrainingStage
+from rlhf_core.contracts.batch import Batch
+from rlhf_core.contracts.trainer import Loss, Trainer, Window
 from rlhf_core.infra.tensors import write_tensors
-from rlhf_core.interfaces import Loss, Trainer, Window
 from rlhf_core.testing.tiny import VOCAB_SIZE, tiny_tokenizer
 from rlhf_core.training.context import RunContext
 from rlhf_core.training.loader import Loader

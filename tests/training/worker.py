@@ -18,12 +18,12 @@ import torch.distributed as dist
 from toy import ROWS, ToyTrainer, toy
 
 from rlhf_core import registry
-from rlhf_core.batch import Batch
-from rlhf_core.errors import DataError, LostProcess, RLHFError
-from rlhf_core.hooks import hookimpl
+from rlhf_core.contracts.batch import Batch
+from rlhf_core.contracts.trainer import Loss, Trainer
+from rlhf_core.infra.errors import DataError, LostProcess, RLHFError
 from rlhf_core.infra.tensors import write_tensors
-from rlhf_core.interfaces import Loss, Trainer
 from rlhf_core.models import PolicyModel
+from rlhf_core.registry.hooks import hookimpl
 from rlhf_core.testing.arithmetic import Arithmetic
 from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
 

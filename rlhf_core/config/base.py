@@ -1,0 +1,149 @@
+"""The base of every configuration, and what is wrong with one in plain words. Importing this imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import NoneType, UnionType
+from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from rlhf_core.infra.errors import ConfigError, did_you_mean, shortened
+
+ConfigType = TypeVar("ConfigType", bound="BaseConfig")
+
+
+class BaseConfig(BaseModel):
+    """The base of every configuration: frozen, and a key that it doesn't know is an error, never ignored."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    alone: ClassVar[str | None] = None
+    """The field that a text means where it stands in place of the group, such as the path of `teacher: PATH`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_alone(cls, values: Any) -> Any:
+        return {cls.alone: values} if cls.alone is not None and isinstance(values, str) else values
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _flag_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # Python counts true as 1 and false as 0, so `max_steps: yes` would quietly train for one step.
+        if isinstance(value, bool) and info.field_name in cls.model_fields:
+            kinds = _alternatives(cls.model_fields[info.field_name].annotation)
+            if bool not in kinds and (int in kinds or float in kinds):
+                raise PydanticCustomError("flag_for_number", "must be a number")
+        return value
+
+    @classmethod
+    def parse(
+        cls: type[ConfigType], values: Mapping[str, Any], *, place: Mapping[str, str] | str = "config"
+    ) -> ConfigType:
+        """Build from plain values; what is wrong becomes one `ConfigError` that names the key and the nearest right one.
+
+        `place` is where the values came from: one text, or a text for each dotted key (a file and line, a flag).
+        """
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise config_error(cls, error, place) from None
+
+    def updated(self: ConfigType, **changes: Any) -> ConfigType:
+        """Return a copy with these fields changed, validated anew."""
+        return type(self).parse({**self.model_dump(exclude_unset=True), **changes})
+
+
+_PLAIN = {
+    "float_parsing": "must be a number",
+    "float_type": "must be a number",
+    "int_parsing": "must be a whole number",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
+    "string_type": "must be text",
+}
+"""What pydantic's commonest complaints mean."""
+
+
+def config_error(
+    cls: type[BaseModel], error: ValidationError, place: Mapping[str, str] | str, *, within: str = ""
+) -> ConfigError:
+    """Return the first of pydantic's complaints about a configuration as one of ours.
+
+    `place` is where the values came from: one text, or a text for each dotted key. `within` is the key of what holds it.
+    """
+    first = error.errors(include_url=False)[0]
+    key = ".".join(part for part in (within, _key(cls, first["loc"])) if part)
+    where = place if isinstance(place, str) else place_of(key, place)
+    # Of a check over several options, all of them would be shown.
+    got = None if first["type"] == "value_error" and isinstance(first["input"], Mapping) else shortened(first["input"])
+    if first["type"] == "extra_forbidden":
+        owner = _group(cls, first["loc"][:-1])
+        near = did_you_mean(str(first["loc"][-1]), owner.model_fields)
+        return ConfigError(f"unknown option `{key}`", place=where, fix=near)
+    if first["type"] == "missing":
+        return ConfigError(f"`{key}` is missing", place=where, fix=f"set `{key}`")
+    message = _PLAIN.get(
+        first["type"], first["msg"].replace("Input should be", "must be").removeprefix("Value error, ")
+    )
+    if first["type"] in ("model_type", "model_attributes_type"):
+        message = f"expected a group of options ({', '.join(_group(cls, first['loc']).model_fields)})"
+    named = where.lstrip("-").replace("-", "_") == key  # by its flag
+    problem = f"`{key}`: {message}" if key and not named else message
+    fix = None
+    if isinstance(first["input"], bool):
+        mend = "write a number" if first["type"] == "flag_for_number" else "put the text in quotes if you meant text"
+        fix = f"YAML reads yes, no, on and off as true and false: {mend}"
+    return ConfigError(problem, place=where, got=got, fix=fix)
+
+
+def place_of(key: str, places: Mapping[str, str]) -> str:
+    """Return where a dotted key was set, else the nearest group around it, else the whole."""
+    while key and key not in places:
+        key = key.rpartition(".")[0]
+    return places.get(key, "config")
+
+
+def _key(cls: type[BaseModel], path: tuple[int | str, ...]) -> str:
+    """Return the dotted key of a place in a configuration, without the type names that pydantic adds for unions."""
+    parts: list[str] = []
+    tag_follows = False
+    for position, part in enumerate(path):
+        if tag_follows:
+            tag_follows = False
+            continue
+        parts.append(str(part))
+        field = _group(cls, path[:position]).model_fields.get(str(part))
+        kinds = get_args(field.annotation) if field and get_origin(field.annotation) in (Union, UnionType) else ()
+        tag_follows = len([kind for kind in kinds if kind is not NoneType]) > 1
+    return ".".join(parts)
+
+
+def _group(cls: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseModel]:
+    """Return the configuration class that stands at a dotted path."""
+    for part in path:
+        annotation = cls.model_fields[part].annotation if part in cls.model_fields else None
+        found = next(
+            (
+                t
+                for t in (annotation, *getattr(annotation, "__args__", ()))
+                if isinstance(t, type) and issubclass(t, BaseModel)
+            ),
+            None,
+        )
+        if found is None:
+            return cls
+        cls = found
+    return cls
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    """Return the types of a union, flat; any other annotation alone."""
+    if get_origin(annotation) in (Union, UnionType):
+        return tuple(kind for part in get_args(annotation) for kind in _alternatives(part))
+    return (annotation,)

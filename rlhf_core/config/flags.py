@@ -1,0 +1,216 @@
+"""Flags of the command line: `--lora.rank 8` as options of a configuration, typed by its fields.
+
+A flag is named as the option is, with `-` and `_` alike and a dot between a group and its option. `--flag value` and
+`--flag=value` mean the same; a flag of a boolean, or of a group that is off by default (`--lora`), may stand bare; a list is
+given by repeating the flag, or as `[a, b]`.
+"""
+
+from __future__ import annotations
+
+import re
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+
+from rlhf_core.config.base import BaseConfig
+from rlhf_core.config.fields import group_of
+from rlhf_core.config.yaml_file import parse_scalar
+from rlhf_core.infra.errors import ConfigError, nearest
+
+_NEGATIVE = re.compile(r"-(\d|\.\d|inf|nan)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag as it was typed; `text` is None where it stood bare."""
+
+    name: str
+    text: str | None
+
+    @property
+    def typed(self) -> str:
+        return f"--{self.name}"
+
+    @property
+    def key(self) -> str:
+        """The dotted option that it names."""
+        return self.name.replace("-", "_")
+
+
+def lex(tokens: Sequence[str]) -> list[Flag]:
+    """Cut the tokens after `rlhf train METHOD` into flags. Raises ConfigError for a token that belongs to none."""
+    flags: list[Flag] = []
+    rest = list(tokens)
+    while rest:
+        token = rest.pop(0)
+        if not token.startswith("--") or len(token) == 2:
+            fix = "options are written `--name value`"
+            if flags and flags[-1].text is not None and not token.startswith("-"):
+                fix = f"quote a value with blanks; give a list as `{flags[-1].typed} A {flags[-1].typed} B`"
+            raise ConfigError("unexpected argument", place="command line", got=f"`{token}`", fix=fix)
+        name, equals, text = token[2:].partition("=")
+        if equals:
+            flags.append(Flag(name, text))
+        elif rest and (not rest[0].startswith("-") or _NEGATIVE.match(rest[0])):
+            flags.append(Flag(name, rest.pop(0)))
+        else:
+            flags.append(Flag(name, None))
+    return flags
+
+
+def convert(flags: Iterable[Flag], config: type[BaseModel], *, owner: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return each flag's value by dotted option, typed by the configuration's field, and its place for messages.
+
+    `owner` names the configuration in messages ("dpo").
+
+    Raises:
+        ConfigError: an unknown option (with the nearest), one without a value, or one given twice.
+    """
+    grouped: dict[str, list[Flag]] = {}
+    members: dict[str, tuple[Any, ...]] = {}
+    for flag in flags:
+        key, members_of = _field(flag, config, owner)
+        members[key] = members_of
+        grouped.setdefault(key, []).append(flag)
+    values = {key: _value(given, members[key]) for key, given in grouped.items()}
+    return values, {key: given[0].typed for key, given in grouped.items()}
+
+
+def unknown_option(
+    name: str, config: type[BaseModel], *, owner: str, place: str, also: Iterable[str] = ()
+) -> ConfigError:
+    """Return the error for an option that a configuration doesn't have, with the nearest that it has."""
+    near = nearest(name.replace("-", "_"), [*also, *_paths(config)]) or nearest(name.rpartition(".")[2], _paths(config))
+    hint = f"did you mean `{near}`? " if near else ""
+    return ConfigError(
+        f"unknown option `{name}` of {owner}", place=place, fix=f"{hint}`rlhf show {owner} --all` lists them"
+    )
+
+
+def _paths(config: type[BaseModel], prefix: str = "") -> list[str]:
+    paths = []
+    for name, field in config.model_fields.items():
+        paths.append(prefix + name)
+        for member in _members(field.annotation):
+            if _is_group(member):
+                paths += _paths(member, f"{prefix}{name}.")
+    return paths
+
+
+def _field(flag: Flag, config: type[BaseModel], owner: str) -> tuple[str, tuple[Any, ...]]:
+    """Return the dotted option that a flag names and the types that its value may have."""
+    key: list[str] = []
+    group: type[BaseModel] | None = config
+    members: tuple[Any, ...] = ()
+    parts = flag.name.split(".")
+    for number, part in enumerate(parts):
+        name = part.replace("-", "_")
+        if group is None or name not in group.model_fields:
+            raise unknown_option(flag.name, config, owner=owner, place=flag.typed)
+        key.append(name)
+        members = _members(group.model_fields[name].annotation)
+        mapping = next((member for member in members if get_origin(member) is dict), None)
+        if mapping is not None and number + 2 == len(parts):
+            # An entry of a mapping: its key as typed, its value as the mapping's are.
+            return ".".join([*key, parts[-1]]), _members(get_args(mapping)[1])
+        group = next((member for member in members if _is_group(member)), None)
+    return ".".join(key), members
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    """Return the types of a union, flat; literals stay whole."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return tuple(member for part in get_args(annotation) for member in _members(part))
+    return (annotation,)
+
+
+def _is_group(member: Any) -> bool:
+    return isinstance(member, type) and issubclass(member, BaseModel)
+
+
+def _may_be_text(member: Any) -> bool:
+    """Tell whether a text may stand for a group, as in `--rewards exact`."""
+    return _is_group(member) and getattr(member, "alone", None) is not None
+
+
+def _value(given: Sequence[Flag], members: tuple[Any, ...]) -> Any:
+    values = [_one(flag, members) for flag in given]
+    if len(values) == 1:
+        return values[0]
+    if not any(get_origin(member) is list for member in members):
+        texts = " and ".join(f"`{flag.text}`" for flag in given)
+        raise ConfigError(f"given {len(given)} times", place=given[0].typed, got=texts, fix="keep one of them")
+    return [item for value in values for item in (value if isinstance(value, list) else [value])]
+
+
+def _one(flag: Flag, members: tuple[Any, ...]) -> Any:
+    if flag.text is None:
+        if bool in members or any(_is_group(member) for member in members):
+            return True
+        raise ConfigError("needs a value", place=flag.typed, fix=f"write `{flag.typed} VALUE` or `{flag.typed}=VALUE`")
+    if any(flag.text in get_args(member) for member in members if get_origin(member) is Literal):
+        return flag.text
+    value = parse_scalar(flag.text)
+    accepted = {get_origin(member) or member for member in members}
+    if isinstance(value, list | Mapping) or (value is None and flag.text and types.NoneType in accepted):
+        return value
+    if str in accepted or (not isinstance(value, bool) and any(map(_may_be_text, members))):
+        return flag.text  # a name such as `2024` or `yes` stays text
+    if list in accepted:
+        items = _items(members)
+        return [flag.text if str in items or any(map(_may_be_text, items)) else value]
+    return value
+
+
+def _items(members: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the types that a list's items may have, literals of text counting as text."""
+    items = [item for member in members if get_origin(member) is list for item in get_args(member)]
+    return tuple(str if get_origin(item) is Literal else item for item in items)
+
+
+def refuse_unknown(
+    values: Mapping[str, Any], config: type[BaseConfig], name: str, places: Mapping[str, str], keys: Sequence[str]
+) -> None:
+    """Raise where a key of a file is no option of a method; `keys` are the file's own, for the hint."""
+    for key in values:
+        if str(key) not in config.model_fields:
+            place = places.get(str(key), places[""])
+            raise unknown_option(str(key), config, owner=name, place=place, also=keys)
+
+
+def convert_options(
+    flags: Sequence[Flag], config: type[BaseConfig], name: str, keys: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the values and places of flags that are options of a method; `keys` are no options of it, for the hint."""
+    for flag in flags:
+        head = flag.key.partition(".")[0]
+        near = nearest(head, [*keys, *config.model_fields])
+        if head not in config.model_fields and near in keys:
+            raise ConfigError(f"unknown option `{flag.name}`", place=flag.typed, fix=f"did you mean `--{near}`?")
+    values, places = convert(flags, config, owner=name)
+    for group in [key for key in values if any(other.startswith(f"{key}.") for other in values)]:
+        if values[group] in (False, None):
+            inner = next(other for other in values if other.startswith(f"{group}."))
+            raise ConfigError(
+                f"`{group}` is off, so `{inner}` has no meaning", place=places[inner], fix="leave one out"
+            )
+        switched = values.pop(group)  # `--lora --lora.rank 8`, in either order: the group is on, and so filled
+        whole = spread({group: switched}, config)[group]  # `--teacher M --teacher.precision bf16`: so is its path
+        values = {**({group: whole} if isinstance(whole, Mapping) else {}), **values}
+    return values, places
+
+
+def spread(values: Mapping[str, Any], config: type[BaseConfig]) -> dict[str, Any]:
+    """Return options with what stands for a group made that group, and one item a list, for another layer to be merged with."""
+    whole = dict(values)
+    for name, value in values.items():
+        annotation = config.model_fields[name].annotation if name in config.model_fields else None
+        alone = getattr(group_of(annotation), "alone", None)
+        if alone is not None and get_origin(annotation) is list:
+            whole[name] = [value] if isinstance(value, str | Mapping) else value
+        elif alone is not None and isinstance(value, str):
+            whole[name] = {alone: value}
+    return whole

@@ -1,0 +1,85 @@
+"""Options that methods share which learn from what the policy generates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pydantic import Field, field_validator
+
+from rlhf_core.config.base import BaseConfig
+from rlhf_core.config.trainer import TrainerConfig
+
+
+class SamplingConfig(BaseConfig):
+    """How completions are drawn."""
+
+    max_new_tokens: int = Field(
+        256, ge=1, description="Most tokens in a completion, its end token included; larger allows longer answers."
+    )
+    temperature: float = Field(
+        1.0, ge=0, description="Divisor of the logits; larger draws more varied tokens, 0 always the most likely one."
+    )
+    top_p: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Draw among the most likely tokens whose mass reaches it; smaller draws fewer kinds.",
+    )
+    top_k: int = Field(0, ge=0, description="Draw among so many of the most likely tokens; 0 among all.")
+
+
+class RewardConfig(BaseConfig):
+    """One reward of a run. A name alone stands for `{name: …}`."""
+
+    alone = "name"
+
+    name: str = Field(
+        min_length=1,
+        description="A reward's name, as `rlhf list rewards` shows it, or a function as `package.module:function`.",
+    )
+    weight: float = Field(
+        1.0, allow_inf_nan=False, description="Factor of its scores in the sum; larger counts it more."
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="Its own options, as `rlhf show NAME` lists them."
+    )
+    time_limit: float | None = Field(
+        600.0,
+        gt=0,
+        description="Seconds that scoring one batch may take before the run stops; larger bears slower rewards, null any.",
+    )
+
+
+class OnlineConfig(TrainerConfig):
+    """Options of a method that learns from what its policy generates."""
+
+    needs_rewards: ClassVar[bool] = True
+    """Whether the method can't do without rewards; False for one that learns from something else, such as a teacher."""
+
+    rewards: list[RewardConfig] = Field(
+        default_factory=list,
+        description="Rewards whose weighted sum is learned from: names, or `{name: …, weight: …, options: {…}}`; more of them"
+        " are added up. From Python they may be given to the trainer instead.",
+    )
+    generation: SamplingConfig = Field(default_factory=SamplingConfig, description="How completions are drawn.")
+    group_size: int = Field(
+        8,
+        ge=1,
+        description="Completions of each prompt; larger estimates a prompt's mean reward better and costs more.",
+    )
+    rollout_epochs: int = Field(
+        1,
+        ge=1,
+        description="Passes over each rollout; larger learns more from it, further off the policy that wrote it.",
+    )
+    minibatches: int = Field(
+        1,
+        ge=1,
+        description="Optimiser steps that a pass over a rollout is cut into; larger makes smaller, staler steps.",
+    )
+
+    @field_validator("rewards", mode="before")
+    @classmethod
+    def _one_reward_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str | Mapping | RewardConfig) else value

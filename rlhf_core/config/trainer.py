@@ -1,0 +1,389 @@
+"""Options that every method that trains has, in groups.
+
+Flat for the options that everyone sets, small named groups for the rest. Every field's description says what a larger (or
+the other) value does. Importing this module imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from rlhf_core.config.base import BaseConfig
+
+DEFAULT_MAX_LENGTH = 1024
+"""What `max_length` is at most where it isn't set."""
+
+
+class TrainingStage(StrEnum):
+    """Where in the pipeline a trainer stands."""
+
+    SFT = "sft"
+    REWARD = "reward"
+    PREFERENCE = "preference"
+    POLICY = "policy"
+
+
+class LoraConfig(BaseConfig):
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) instead of training every weight."""
+
+    rank: int = Field(16, ge=1, description="Rank of the update; larger learns more and costs more memory.")
+    alpha: float = Field(
+        32.0, gt=0, description="Scale of the update (alpha / rank); larger makes it act more strongly."
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input; larger regularises more.")
+    target_modules: list[str] | str = Field(
+        "all-linear",
+        description="Modules that get an adapter, as peft takes them: names or ends of names in a list (`q_proj`,"
+        " `self_attn.q_proj`), a regular expression of whole names as one text, or `all-linear`. More modules learn more and"
+        " cost more.",
+    )
+    exclude_modules: list[str] | str = Field(
+        default_factory=list,
+        description="Modules that get none though they are targets, written as those are; more of them train less.",
+    )
+    target_parameters: list[str] = Field(
+        default_factory=list,
+        description="Parameters that aren't modules and get an adapter, such as `mlp.experts.gate_up_proj` of a mixture of"
+        " experts; more of them learn more and cost more.",
+    )
+    modules_to_save: list[str] = Field(
+        default_factory=list,
+        description="Modules that are trained whole and saved with the adapter, such as `embed_tokens` and `lm_head`; more of"
+        " them learn more and cost much more.",
+    )
+    use_rslora: bool = Field(
+        False,
+        description="Scale the update by alpha / √rank (rank-stabilised LoRA), which acts more strongly at high ranks.",
+    )
+    use_dora: bool = Field(
+        False, description="Train the weights' magnitudes apart from their directions (DoRA): often better, and slower."
+    )
+    init_lora_weights: Literal["default", "gaussian", "orthogonal"] = Field(
+        "default",
+        description="How the update's first half starts (the other half is 0, so that nothing changes at first): uniform as in"
+        " the reference implementation, or `gaussian`; `orthogonal` starts both halves so that their product is 0.",
+    )
+    quantize: Literal["none", "4bit", "8bit"] = Field(
+        "none", description="Quantisation of the frozen base (QLoRA); fewer bits save memory and lose precision."
+    )
+
+
+class CheckpointConfig(BaseConfig):
+    """When checkpoints are saved and how many are kept."""
+
+    minutes: float | None = Field(
+        10.0,
+        gt=0,
+        description="Most minutes of training between checkpoints; larger saves less often and loses more to a crash, null goes"
+        " by steps alone. The end and a stop (Ctrl-C, SIGTERM) are always saved.",
+    )
+    every: int = Field(
+        0,
+        ge=0,
+        description="Steps between checkpoints, besides those by time; larger saves less often, 0 by time alone.",
+    )
+    keep: int = Field(
+        2, ge=2, description="Checkpoints that are kept; larger keeps more to fall back to and takes more disk."
+    )
+
+
+class LoggingConfig(BaseConfig):
+    """What is reported while training. `metrics.jsonl` is always written, a row a step."""
+
+    every: int = Field(1, ge=1, description="Steps between lines on the console; larger prints less.")
+    samples: int = Field(
+        4,
+        ge=0,
+        description="Completions that `samples.jsonl` keeps of each rollout and of each evaluation, with their rewards; larger"
+        " keeps more, 0 none.",
+    )
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        default_factory=list, description="Trackers that mirror the metrics; more of them mirror to more places."
+    )
+    project: str = Field("rlhf", min_length=1, description="Project name that trackers group runs under.")
+    progress: bool = Field(True, description="Show a progress bar where there is a terminal; false shows none.")
+
+
+class EarlyStoppingConfig(BaseConfig):
+    """Stop when an evaluated metric no longer improves."""
+
+    metric: str = Field("eval_loss", min_length=1, description="Name of the metric that is watched, as logged.")
+    mode: Literal["min", "max"] = Field("min", description="Whether a smaller (min) or larger (max) value is better.")
+    patience: int = Field(3, ge=1, description="Evaluations without improvement before it stops; larger waits longer.")
+    min_delta: float = Field(0.0, ge=0, description="Least change that counts as improvement; larger stops sooner.")
+    keep_best: bool = Field(
+        True,
+        description="Save a checkpoint at each improvement, keep the best one beside `checkpoint.keep` others, and export its"
+        " weights at the end; false saves that disk and exports the last step's weights.",
+    )
+
+
+class DistributedConfig(BaseConfig):
+    """How many processes train together. They are started by `torchrun --nproc_per_node N -m rlhf_core train …`."""
+
+    strategy: Literal["auto", "none", "ddp"] = Field(
+        "auto", description="`auto` takes DDP when started by torchrun; `none` refuses more than one process."
+    )
+    world_size: int | None = Field(
+        None,
+        ge=1,
+        description="Number of processes that must be running; a run started with another number is refused.",
+    )
+    timeout_minutes: float = Field(
+        30.0,
+        gt=0,
+        description="Minutes that a process waits for another, at the start and in a step, before it gives the run up; larger"
+        " bears slower partners (one that reads or writes for long), smaller notices a lost one sooner.",
+    )
+
+
+class OptimizerConfig(BaseConfig):
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) beyond its learning rate."""
+
+    beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the gradient's mean; larger remembers longer.")
+    beta2: float = Field(0.999, ge=0, lt=1, description="Decay of the gradient's square; larger remembers longer.")
+    epsilon: float = Field(1e-8, gt=0, description="Added to the denominator; larger damps small gradients.")
+    weight_decay: float = Field(
+        0.0, ge=0, description="Decoupled decay of matrices (not of biases or norms); larger shrinks more."
+    )
+
+
+class BatchingConfig(BaseConfig):
+    """How a step's rows are laid out for the model. None of these changes a gradient beyond rounding."""
+
+    layout: Literal["auto", "packed", "padded"] = Field(
+        "auto",
+        description="`packed` lays sequences end to end without padding, attention isolated per sequence; `padded` gives each"
+        " its own row; `auto` packs where the model's attention can be replaced.",
+    )
+    share_prompts: bool = Field(
+        True, description="Compute a prompt once for all of its responses (packed layout); false computes it for each."
+    )
+    length_grouped: bool = Field(
+        True, description="Put rows of like length into one micro-batch of a step; false keeps the data's order."
+    )
+    micro_batch_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Most real tokens in one forward pass, each prompt counted once and padding not; larger is faster and takes"
+        " more memory. Null sets no bound.",
+    )
+
+
+class DatasetConfig(BaseConfig):
+    """How rows are read."""
+
+    format: Literal["auto", "columns", "alpaca", "messages", "sharegpt", "pairs", "texts", "dialogue", "text"] = Field(
+        "auto",
+        description="Shape of the rows (docs/data.md shows each); `auto` recognises it and says so, another value refuses rows of"
+        " any other.",
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="Column of the record type → the data's own name, such as `prompt: question`."
+    )
+    ignore_columns: list[str] = Field(
+        default_factory=list,
+        description="Columns of text that may go unused: no warning for them, and no error under `strict`.",
+    )
+    split: str = Field("train", min_length=1, description="Split of a hub dataset, or of a `DatasetDict`, to train on.")
+    eval_split: str = Field(
+        "test", min_length=1, description="Split of a hub dataset, or of a `DatasetDict`, given as `eval_data`."
+    )
+    streaming: bool = Field(False, description="Read rows as they are needed instead of all at the start.")
+    shuffle: bool = Field(True, description="Draw rows in a random order, new in each epoch; false keeps the file's.")
+    shuffle_block: int = Field(
+        4096, ge=1, description="Rows shuffled together when streaming; larger mixes better and takes more memory."
+    )
+    strict: bool = Field(
+        False,
+        description="Make a row that would be dropped or cut, and a column of text that nothing uses, an error instead of a"
+        " counted warning.",
+    )
+    truncation: Literal["keep_start", "keep_end", "drop"] = Field(
+        "keep_start",
+        description="For a row over `max_length`: cut the response's end, cut the prompt's start, or drop the row.",
+    )
+    chat_template: str | None = Field(
+        None,
+        description="Jinja template for chat messages, or the path of one, in place of the tokenizer's own; it is saved with the"
+        " model.",
+    )
+    wrap: Literal["none", "chat"] | None = Field(
+        None,
+        description="What rows of plain text are: `chat` makes a prompt the user's turn and a response the assistant's, `none`"
+        " keeps them as they are. Null takes what the model was trained with, else `none`, and warns where there is a template.",
+    )
+    turns: Literal["together", "each"] = Field(
+        "together",
+        description="How a conversation trains: `together` is one row with every assistant turn in the loss; `each` makes every"
+        " turn a row behind exactly the prompt that it answers, for templates that rewrite earlier turns.",
+    )
+    special_tokens: list[str] | None = Field(
+        None,
+        description="Special tokens that data may use, such as `<think>`: in a text they are encoded as themselves, all others as"
+        " mere text. Null takes what the model was trained with, else none.",
+    )
+
+
+class TrainerConfig(BaseConfig):
+    """Options that every trainer has. A method's own configuration inherits these and adds its own."""
+
+    learning_rate: float = Field(1e-5, gt=0, description="Peak step size; larger learns faster and may diverge.")
+    batch_size: int = Field(
+        8, ge=1, description="Rows an optimiser step learns from, over all processes; larger gives smoother gradients."
+    )
+    micro_batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="Most rows in one forward pass; larger is faster and takes more memory. Null takes a process's share at"
+        " once. The gradient doesn't depend on it.",
+    )
+    max_steps: int | None = Field(None, ge=1, description="Optimiser steps to take; null trains for `epochs`.")
+    epochs: float = Field(
+        1.0, gt=0, description="Passes over the data where `max_steps` is null; larger trains longer."
+    )
+    max_length: int | None = Field(
+        None,
+        ge=2,
+        description="Most tokens in a prompt with its response; larger keeps more text and takes more memory. Null takes what the"
+        " model has positions for, at most 1,024.",
+    )
+    lr_schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="How the learning rate falls after warm-up: to 0 along a cosine or a line, or not at all."
+    )
+    warmup_ratio: float = Field(
+        0.03,
+        ge=0,
+        lt=1,
+        description="Share of the steps over which the learning rate rises from 0; larger rises more gently.",
+    )
+    max_grad_norm: float | None = Field(
+        1.0, gt=0, description="Gradients of a larger norm are scaled down to it; larger clips less, null never."
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of every random stream; another value draws other numbers.")
+    precision: Literal["float32", "bf16", "fp16"] = Field(
+        "float32",
+        description="Precision of matrix products; 16 bits are faster. Weights and log-probabilities stay float32.",
+    )
+    frozen_precision: Literal["auto", "float32", "bf16", "fp16"] = Field(
+        "auto",
+        description="What frozen weights that the run loads or copies are held in: a base under an adapter, a reference. `auto`"
+        " takes `precision`, which halves their memory in 16 bits and changes no result, but that a mixture's experts compute in"
+        " 16 bits, too; `float32` keeps every bit.",
+    )
+    save_precision: Literal["auto", "float32", "bf16", "fp16"] = Field(
+        "auto",
+        description="What the trained model is saved in: `auto` takes what it came in; `float32` keeps every bit and takes"
+        " twice the disk of 16. Checkpoints are always exact.",
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass: less memory, about a third more time."
+    )
+    attention: Literal["auto", "flash", "sdpa", "eager"] = Field(
+        "auto", description="Attention kernel; `auto` takes the fastest that the device has."
+    )
+    dropout: Literal["none", "keep"] = Field(
+        "none",
+        description="The model's own dropout, skipped layers and router noise while it trains: `none` switches them off; `keep`"
+        " leaves them on, which regularises, but then a step's gradient depends on how it is cut into micro-batches, and a"
+        " policy differs from its reference before the first step (the first DPO loss isn't ln 2). `lora.dropout` is apart.",
+    )
+    compile: bool = Field(False, description="Compile the model with torch.compile: slow start, faster steps on a GPU.")
+    trust_remote_code: bool = Field(
+        False, description="Run code that the model's repository ships; true only where you trust that code."
+    )
+    max_idle_batches: int = Field(
+        50,
+        ge=1,
+        description="Batches of data in a row that may give nothing to learn from (every token masked, every reward of a group"
+        " the same) before the run is stopped as broken; larger waits longer.",
+    )
+    eval_steps: int | None = Field(
+        None, ge=1, description="Steps between evaluations; larger evaluates less often, null only at the end."
+    )
+    lora: LoraConfig | None = Field(None, description="Train low-rank adapters; null trains every weight.")
+    adapter: Literal["continue", "fold"] = Field(
+        "continue",
+        description="Where `model` is an adapter: `continue` trains and saves that adapter, its base as it is; `fold` merges it"
+        " into the base first and trains every weight, or with `lora` a new adapter, and saves a whole model.",
+    )
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="AdamW beyond its learning rate.")
+    batching: BatchingConfig = Field(default_factory=BatchingConfig, description="Layout of a step's rows.")
+    dataset: DatasetConfig = Field(default_factory=DatasetConfig, description="How rows are read.")
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="When state is saved.")
+    logging: LoggingConfig = Field(default_factory=LoggingConfig, description="What is reported.")
+    early_stopping: EarlyStoppingConfig | None = Field(
+        None, description="When to stop before the last step; null never."
+    )
+    distributed: DistributedConfig = Field(
+        default_factory=DistributedConfig, description="Processes that train together."
+    )
+
+    @property
+    def length_limit(self) -> int:
+        """`max_length` as a number: in a run, what was found for its model; without a model, the most that null stands for."""
+        return DEFAULT_MAX_LENGTH if self.max_length is None else self.max_length
+
+    @model_validator(mode="after")
+    def _frozen_weights_fit_products(self) -> TrainerConfig:
+        if self.precision == "float32" and self.frozen_precision in ("bf16", "fp16"):
+            raise ValueError(f"frozen_precision {self.frozen_precision} needs products of 16 bits: set precision too")
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _groups_by_flag(cls, values: Any) -> Any:
+        # `lora: true` means its defaults, and `lora: false` none, which is what people type.
+        if isinstance(values, Mapping):
+            values = dict(values)
+            for group in ("lora", "early_stopping"):
+                if isinstance(values.get(group), bool):
+                    values[group] = {} if values[group] else None
+        return values
+
+
+class ModelConfig(BaseConfig):
+    """A model beside the one that is trained, such as a teacher: only read."""
+
+    alone = "path"
+
+    path: str = Field(min_length=1, description="Path or hub name of the model.")
+    precision: Literal["float32", "bf16", "fp16"] | None = Field(
+        None, description="Precision of its matrix products; null takes the run's, 16 bits take half the memory."
+    )
+    trust_remote_code: bool = Field(
+        False, description="Run code that its repository ships; true only where you trust that code."
+    )
+
+
+class TrainedModelConfig(ModelConfig):
+    """A model that is trained beside the policy, such as a critic."""
+
+    lora: LoraConfig | None = Field(None, description="Train low-rank adapters on it; null trains every weight.")
+    learning_rate_factor: float = Field(
+        1.0,
+        gt=0,
+        description="Its learning rate as a multiple of `learning_rate`; larger learns faster than the policy.",
+    )
+
+
+def models_beside(config: BaseConfig) -> dict[str, ModelConfig]:
+    """Return the models that a configuration names beside the one that is trained, by option."""
+    return {name: value for name, value in config if isinstance(value, ModelConfig)}
+
+
+ReferenceMode = Literal["auto", "copy", "adapter_off", "precompute"]
+
+
+class ReferenceConfig(TrainerConfig):
+    """Options of a method that compares the policy with what it was at the start."""
+
+    reference: ReferenceMode = Field(
+        "auto",
+        description="How the reference is kept: a frozen `copy`, the base with a fresh adapter off (`adapter_off`), or"
+        " log-probabilities computed once at the start (`precompute`). The objective is the same.",
+    )

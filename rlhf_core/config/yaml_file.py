@@ -1,0 +1,154 @@
+"""YAML files and flags: values with the place of each key, safe tags only, nothing said twice.
+
+Importing this module imports no torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlhf_core.infra.errors import ConfigError, shortened
+
+
+class _Loader(yaml.SafeLoader):
+    """A safe loader that refuses duplicate keys and aliases, and notes the line of each key."""
+
+    def __init__(self, text: str, name: str) -> None:
+        super().__init__(text)
+        self.file = name
+        self.lines: dict[str, int] = {}
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise ConfigError(
+                "YAML aliases are not accepted",
+                place=f"{self.file}:{event.start_mark.line + 1}",
+                got=f"*{event.anchor}",
+                fix="write the value out",
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+        seen: dict[str, int] = {}
+        for key_node, _ in node.value:
+            key, line = str(key_node.value), key_node.start_mark.line + 1
+            if key in seen:
+                raise ConfigError(
+                    f"key `{key}` stands twice, on lines {seen[key]} and {line}",
+                    place=f"{self.file}:{line}",
+                    fix="remove one of them",
+                )
+            seen[key] = line
+        return super().construct_mapping(node, deep=True)
+
+
+# YAML 1.1 reads `1e-5` (no dot) as text, `010` as eight and `1:30` as ninety. People who write them mean other things.
+_NUMBERS = {
+    "int": re.compile(r"^[-+]?[0-9][0-9_]*$|^0x[0-9a-fA-F_]+$"),
+    "float": re.compile(
+        r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?$"
+        r"|^[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
+    ),
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.rsplit(":", 1)[1] not in _NUMBERS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _name, _pattern in _NUMBERS.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", _pattern, list("-+0123456789."))
+
+
+def _integer(loader: yaml.SafeLoader, node: yaml.Node) -> int:
+    text = str(node.value).replace("_", "")
+    return int(text, 16 if text.lower().startswith("0x") else 10)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
+
+
+def load_yaml(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Read a configuration file: its values, and for each dotted key its place (`file:line`; the file itself under '').
+
+    Items of a list have their number in the key: `models.0.weight`.
+
+    Raises:
+        ConfigError: the file is missing, isn't UTF-8, isn't a mapping, has a key twice, a tag or an alias.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError("no such file", place=str(path)) from None
+    except IsADirectoryError:
+        raise ConfigError("is a directory, not a file", place=str(path)) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError("is not UTF-8", place=str(path), got=f"a bad byte at offset {error.start}") from None
+    try:
+        loader = _Loader(text, str(path))  # looks for characters that YAML doesn't have
+        node = loader.get_single_node()
+        values = loader.construct_document(node) if node is not None else None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"not valid YAML: {error.problem}", place=f"{path}:{line}") from None
+    except RecursionError:
+        raise ConfigError("not valid YAML: nested too deeply", place=str(path)) from None
+    except (yaml.YAMLError, ValueError) as error:  # a date that no calendar has is a ValueError
+        raise ConfigError(f"not valid YAML: {error}", place=str(path)) from None
+    if not isinstance(values, dict):
+        raise ConfigError("expected a mapping of options to values", place=str(path), got=shortened(values))
+    places = {"": str(path)}
+    _note_lines(node, "", str(path), places)
+    return values, places
+
+
+def _note_lines(node: Any, prefix: str, file: str, places: dict[str, str]) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key_node, value_node in node.value:
+            key = f"{prefix}{key_node.value}"
+            places[key] = f"{file}:{key_node.start_mark.line + 1}"
+            _note_lines(value_node, key + ".", file, places)
+    elif isinstance(node, yaml.SequenceNode):
+        for number, item in enumerate(node.value):
+            places[f"{prefix}{number}"] = f"{file}:{item.start_mark.line + 1}"
+            if isinstance(item, yaml.MappingNode):
+                _note_lines(item, f"{prefix}{number}.", file, places)
+
+
+def parse_scalar(text: str) -> Any:
+    """Read a flag's value as YAML would (`3`, `1e-5`, `true`, `null`, `[a, b]`, `{rank: 8}`), else as text."""
+    try:
+        loader = _Loader(text, "flag")
+        value = loader.get_single_data()
+    except (yaml.YAMLError, ConfigError, ValueError, RecursionError):
+        return text
+    return text if value is None and text.strip() not in ("null", "~", "") else value
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `base` with `over` laid on it; groups are merged key by key, and a null or flag gives way to a group."""
+    merged = dict(base)
+    for key, value in over.items():
+        if isinstance(value, Mapping):
+            below = merged.get(key)
+            merged[key] = merge(below if isinstance(below, Mapping) else {}, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn dotted keys into groups: `{"lora.rank": 8}` → `{"lora": {"rank": 8}}`."""
+    nested: dict[str, Any] = {}
+    for dotted, value in flat.items():
+        *groups, last = dotted.split(".")
+        leaf: dict[str, Any] = {last: value}
+        for group in reversed(groups):
+            leaf = {group: leaf}
+        nested = merge(nested, leaf)
+    return nested

@@ -1,0 +1,27 @@
+"""What generation returns for a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What was generated for a prompt: it can't lie about where it came from. Axis: T, its tokens."""
+
+    text: str
+    ids: Sequence[int]
+    logprobs: Sequence[float]
+    """(T,) log-probability of each token under the distribution that drew it (temperature and truncation included), nats."""
+    stop_reason: str
+    """`end` after the end token, which is the last of `ids`; `length` where the limit cut it off."""
+    raw_logprobs: Sequence[float] = ()
+    """(T,) log-probability of each token under the model's own distribution (temperature 1, nothing truncated), nats."""
+    kept_mass: Sequence[float] = ()
+    """(T,) share of the tempered distribution that truncation (top-p, top-k) kept where each token was drawn, at most 1."""
+    mask: Sequence[bool] | None = None
+    """(T,) whether the policy wrote each token (a tool's output isn't its own); None where it wrote them all."""
+    score: float | None = None
+    policy_version: int = 0
+    """Optimiser steps that the policy had made when it wrote this."""

@@ -1,0 +1,58 @@
+"""The contract of a reward: one finite number for each completion. Importing this imports no torch."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from rlhf_core.config.base import BaseConfig
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion to be scored."""
+
+    prompt: Any
+    """Text or chat messages, as in the data."""
+    completion: str
+    prompt_ids: Sequence[int] = ()
+    completion_ids: Sequence[int] = ()
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """The record's other columns, such as a reference answer."""
+    group: int = 0
+    """Completions of the same prompt, drawn together, have the same number."""
+    stop_reason: str = "end"
+    """Why it ended; see `Completion.stop_reason`."""
+    mask: Sequence[bool] | None = None
+    """For each completion token, whether the policy wrote it; None where it wrote them all."""
+
+
+class RewardFn(ABC):
+    """A reward: one finite float a sample, in order."""
+
+    api: ClassVar[int]
+    Config: ClassVar[type[BaseConfig]] = BaseConfig
+
+    def __init__(self, config: BaseConfig | None = None) -> None:
+        self.config = config if config is not None else self.Config()
+
+    def prepare(self) -> None:  # noqa: B027
+        """Load what scoring needs, such as a model. Called once before the first samples, without a time limit."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return what scores depend on besides the options and the class's source, as JSON values, for a run's record.
+
+        A reward by a model gives its model's `files`, name → SHA-256; a run is resumed only where all of it is as it was. A run
+        asks before `prepare`.
+        """
+        return {}
+
+    @abstractmethod
+    def score(self, samples: Sequence[Sample]) -> list[float]:
+        """Return one finite float a sample. None, NaN or a wrong count stop the run with this reward's name."""
+
+    def score_steps(self, samples: Sequence[Sample]) -> list[list[float]] | None:
+        """Return one finite float for each reasoning step of each sample, or None where the reward is not step-wise."""
+        return None

@@ -1,0 +1,232 @@
+"""The contract of a method that trains.
+
+A method states sums and what they are averaged over; the core owns data, devices, processes, denominators, the loop and
+checkpoints. Importing this module imports no torch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+from rlhf_core.config.trainer import ReferenceConfig, TrainerConfig, TrainingStage
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from rlhf_core.contracts.batch import Batch
+    from rlhf_core.data.base import EncodedData
+    from rlhf_core.models.policy import PolicyModel
+    from rlhf_core.models.reference import Reference
+    from rlhf_core.training.context import RunContext
+    from rlhf_core.training.loader import Loader
+    from rlhf_core.training.result import TrainResult
+
+ConfigT = TypeVar("ConfigT", bound=TrainerConfig)
+
+
+Pair = tuple["Tensor | float", "Tensor | float"]
+"""A sum and what it is counted over; either may be a number or a tensor of one entry per prompt, (P,)."""
+
+
+@dataclass(frozen=True)
+class Role:
+    """How a method uses one of its models."""
+
+    trained: bool
+    """Trained models get gradients, are checkpointed and exported; frozen ones are only read."""
+    optional: bool = False
+    """Whether a configuration may make it unnecessary, so that `build` leaves it out."""
+
+
+TRAINED = Role(trained=True)
+"""A role that is trained, and always there."""
+FROZEN = Role(trained=False)
+"""A role that is only read, and always there."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """The work of one optimiser step."""
+
+    batch: Batch
+    last: bool = True
+    """False for every window but the last one of a rollout: checkpoints and evaluations wait for that one."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What one micro-batch adds to a step: sums, never means.
+
+    `terms` are scalar sums with gradient, by name, each averaged by the core over the weight that `Trainer.weights` gives
+    for that name, taken over the whole optimiser step (micro-batches × ranks); the step's loss is the sum of the averages.
+    `metrics` are pairs (sum, count), reported as the quotient over the whole step. A sum may be given one entry per prompt, (P,),
+    and its count too; evaluation then adds the quotient's standard error as `eval_NAME_se`, for which rows of the same prompt
+    are one observation.
+    """
+
+    terms: Mapping[str, Tensor]
+    metrics: Mapping[str, Pair] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one batch of held-out rows adds to an evaluation: sums, never means; the core adds them up over the whole set."""
+
+    terms: Mapping[str, Pair] = field(default_factory=dict)
+    """Loss terms as pairs (sum, weight); `eval_loss` is the sum of their quotients over the set."""
+    metrics: Mapping[str, Pair] = field(default_factory=dict)
+    """Pairs (sum, count), reported as `eval_NAME`, with a standard error where they have one entry per prompt."""
+
+
+class Trainer(ABC, Generic[ConfigT]):
+    """A method that trains. Subclass it, set the class attributes, write `weights` and `loss`; the loop is the core's.
+
+    `DPOTrainer(DPOConfig(...), model="path or PolicyModel", data="pairs.jsonl", output="runs/dpo").train()`
+    """
+
+    api: ClassVar[int]
+    record: ClassVar[str]
+    """The record type of its rows: a name in `rlhf_core.contracts.records.RECORDS`."""
+    stage: ClassVar[TrainingStage]
+    """Where in a pipeline it belongs; shown by `rlhf show` and kept in the run's record."""
+    Config: ClassVar[type[TrainerConfig]]
+    roles: ClassVar[Mapping[str, Role]] = {"policy": TRAINED}
+    """Its models by name. `reference` is the policy as it was passed in; every other one is what `build` makes of it."""
+    splits_groups: ClassVar[bool] = False
+    """Whether a micro-batch may hold some of a prompt's responses only. `micro_batch_size` then counts responses, so that a large
+    group trains on a small device; a prompt comes in several micro-batches, so its weights and metrics must count responses
+    or tokens."""
+
+    config: ConfigT
+    models: nn.ModuleDict
+    """Its models by role, once `build` has run. One optimiser serves the trained ones."""
+    reference: Reference
+    """The policy as it was passed in; there when `build` returns it."""
+    run_inputs: Mapping[str, Any] | None = None
+    """Where the run comes from, set by the command line for the run directory: `config_input` (the file's text, or None)
+    and `command` (as one shell line), both with secrets redacted, and `plugin` (its `Plugin.as_dict()`). None from Python."""
+
+    def __init__(
+        self,
+        config: ConfigT | None = None,
+        *,
+        model: str | Path | PolicyModel,
+        data: Any,
+        eval_data: Any = None,
+        output: str | Path | None = None,
+        rewards: Sequence[Any] | None = None,
+    ) -> None:
+        """Take what to train and on what; nothing is loaded or read before `train`.
+
+        Args:
+            config: options of the method; its defaults where None.
+            model: a path, a hub name, or a loaded model.
+            data: rows of the record type `record`: a path, several paths, a hub name, a `datasets` object, or a list of rows.
+            eval_data: rows held out, scored during training.
+            output: the run directory. None keeps nothing on disk, so such a run can't be resumed.
+            rewards: of a method that learns from rewards, in place of `config.rewards`: functions, `RewardFn` objects, names, or
+                `RewardConfig`; a pair `(reward, weight)` gives one a weight.
+
+        A leading `~` in a path is the home directory.
+        """
+        self.config = config if config is not None else self.Config()  # type: ignore[assignment]
+        self.model, self.data, self.eval_data = model, data, eval_data
+        self.output = Path(output).expanduser() if output is not None else None
+        self.rewards = rewards
+
+    @property
+    def policy(self) -> PolicyModel:
+        return self.models["policy"]  # type: ignore[return-value]
+
+    def inspect(self, data: EncodedData) -> None:
+        """Look at data once models are built, before anything is computed; raise `DataError` where they can't do.
+
+        Called with the training data, and then with the held-out data where there are any. The default has nothing to say.
+        Rows that are streamed aren't known yet: `data.streaming`.
+        """
+
+    def build(self, loader: Loader) -> Mapping[str, nn.Module | Reference]:
+        """Return the models by role: all of `roles`, but for optional ones that the configuration makes unnecessary.
+
+        `loader.main` gives what the run was given as `model`, `loader.load` any other model by path with its own options. A
+        trained model has a `save_pretrained(directory)`, by which it is exported. The default has a policy and, where it is
+        among the roles, its reference.
+        """
+        policy: PolicyModel = loader.main()
+        models: dict[str, nn.Module | Reference] = {"policy": policy}
+        if "reference" in self.roles:
+            mode = self.config.reference if isinstance(self.config, ReferenceConfig) else "auto"
+            models["reference"] = loader.reference(policy, mode)
+        return models
+
+    def windows_per_batch(self) -> int | None:
+        """Return how many windows `experience` makes of each batch; None where the data decide, as in dynamic sampling.
+
+        With `epochs` it says how many steps there are, over which the learning rate's schedule runs; where it is None, the
+        schedule runs over the batches of data. The core checks it.
+        """
+        return 1
+
+    def experience(self, stream: Iterator[Batch], run: RunContext) -> Iterable[Window | Batch]:
+        """Take batches from the data as needed; yield windows, each the work of one optimiser step. No gradients here.
+
+        Here live reference log-probabilities, rollouts, rewards and advantages, attached as columns (`Batch.attach`), and
+        every estimate over a whole window. The default yields each batch as it is; a batch stands for `Window(batch)`.
+
+        A method that makes several windows of one rollout yields all but the rollout's last as `Window(batch, last=False)`, so
+        that no resume begins in the middle of a rollout, and says how many in `windows_per_batch`. The generator starts again
+        on a resume and for each held-out batch: what must outlive it belongs on the trainer, in `state_dict`, never in its
+        local variables.
+
+        Where the last step of a run has fewer rows than there are processes, the batch of some is empty (P = R = 0): they yield
+        an empty window with the same columns, and gather as often as the others.
+        """
+        yield from stream
+
+    @abstractmethod
+    def weights(self, batch: Batch) -> Mapping[str, float]:
+        """Return what each term of `loss` is averaged over in this micro-batch (tokens, sequences, a constant).
+
+        Computed from the batch alone: the loop adds these up over the step before the first backward.
+        """
+
+    @abstractmethod
+    def loss(self, batch: Batch) -> Loss:
+        """Return the sums of one micro-batch, with gradients."""
+
+    def evaluate(self, batch: Batch, run: RunContext) -> Evaluation:
+        """Return the sums of one batch of held-out rows, without gradients.
+
+        The default makes experience of it and takes the loss. A method whose loss on its own completions says nothing of their
+        quality overrides it: it generates, scores, and returns the rewards as metrics with one entry per prompt.
+        """
+        return run.held_out_loss(batch)
+
+    def summary(self, values: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return figures of a whole held-out set that are no averages, from the metrics given one entry per prompt.
+
+        Args:
+            values: for each such metric, sum / count of every held-out row, (rows,) float64 in the data's order.
+
+        The default has none. Names appear as `eval_NAME`.
+        """
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the method itself must remember over a resume, as JSON values. The default remembers nothing."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
+        if state:
+            raise NotImplementedError(f"{type(self).__name__} saves state but does not load it")
+
+    def train(self, *, resume: bool = False, overwrite: bool = False) -> TrainResult:
+        """Run the loop to its end and return the result; `resume` continues the run in `output`. Never overridden."""
+        from rlhf_core.training.loop import run
+
+        return run(self, resume=resume, overwrite=overwrite)

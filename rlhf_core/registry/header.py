@@ -1,0 +1,222 @@
+"""What a plugin's source says about itself, read without importing anything.
+
+The first line of the class docstring, and the literals `record`, `api` and `stage` in its body: enough to list a method, refuse
+one that was written for other contracts, and name its options, however long its imports would take.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rlhf_core.infra.errors import describe
+from rlhf_core.registry.locate import HeaderError as HeaderError
+from rlhf_core.registry.locate import NoSource as NoSource
+from rlhf_core.registry.locate import read_source
+
+T = TypeVar("T")
+
+_parsing = threading.Lock()
+"""Held while warnings are turned off, which is for all threads."""
+_EXTRAS = re.compile(r"\s*\[[^\[\]]*\]\s*$")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One field of a configuration, as its source states it."""
+
+    name: str
+    type: str
+    default: str
+    description: str
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the source of one class states. A literal that is absent, or isn't a literal, is None."""
+
+    summary: str
+    doc: str
+    record: str | None
+    api: int | None
+    stage: str | None
+    path: Path
+    line: int
+
+
+def split_target(target: str) -> tuple[str, str]:
+    """Split `package.module:Class`, with extras behind it or not, into module and class; '' where it names a module alone."""
+    module, colon, name = (part.strip() for part in _EXTRAS.sub("", target).partition(":"))
+    words = [*module.split("."), *(name.split(".") if colon else [])]
+    if not all(word.isidentifier() for word in words):
+        raise HeaderError(f"its entry point `{target}` isn't of the form `package.module:Class`")
+    return module, name
+
+
+def read_header(target: str) -> Header:
+    """Read the header of `package.module:Class`.
+
+    Raises:
+        NoSource: the module is there, but not as source.
+        HeaderError: the file is missing or doesn't parse, or the class isn't defined in it.
+    """
+    module, name = split_target(target)
+    if not name:
+        raise HeaderError(f"its entry point `{target}` isn't of the form `package.module:Class`")
+    return _reading(module, lambda tree, path: _header(tree, path, module, name))
+
+
+def read_module_summary(target: str) -> str:
+    """Return the first line of the docstring of a target's module: the summary of a hook, which may be any object."""
+    return _reading(split_target(target)[0], lambda tree, _: _first_line(ast.get_docstring(tree)))
+
+
+def read_options(target: str) -> list[Option]:
+    """Return the options that a class's `Config` adds, where that configuration is written in the same file."""
+    module, name = split_target(target)
+    return _reading(module, lambda tree, _: _options(tree, name))
+
+
+def _reading(module: str, look: Callable[[ast.Module, Path], T]) -> T:
+    """Parse a module's source and look at it; whatever is wrong with the source is a `HeaderError`."""
+    source = read_source(module)
+    path = source.path
+    try:
+        with _parsing, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on odd escapes, which are for the author to see
+            return look(ast.parse(source.text, filename=str(path)), path)
+    except HeaderError as error:
+        raise HeaderError(str(error), path) from None
+    except SyntaxError as error:
+        raise HeaderError(f"{path}:{error.lineno or 1}: {error.msg}", path) from error
+    except (RecursionError, MemoryError) as error:
+        raise HeaderError(f"{path} can't be read: it nests too deeply for Python's parser", path) from error
+    except Exception as error:
+        raise HeaderError(f"{path} can't be read: {describe(error)}", path) from error
+
+
+def _header(tree: ast.Module, path: Path, module: str, name: str) -> Header:
+    found = _definition(tree.body, name)
+    if found is None:
+        raise HeaderError(_what_stands_there(tree, module, name, path))
+    doc = ast.get_docstring(found) or ""
+    values = dict(_literals(found.body))
+    record, api, stage = values.get("record"), values.get("api"), values.get("stage")
+    return Header(
+        summary=_first_line(doc),
+        doc=doc,
+        record=record if isinstance(record, str) else None,
+        api=api if isinstance(api, int) and not isinstance(api, bool) else None,
+        stage=stage if isinstance(stage, str) else None,
+        path=path,
+        line=found.lineno,
+    )
+
+
+def _first_line(doc: str | None) -> str:
+    return (doc or "").strip().split("\n")[0].strip()
+
+
+def _what_stands_there(tree: ast.Module, module: str, name: str, path: Path) -> str:
+    """Tell why a target isn't a class that its module defines."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name:
+            return f"`{name}` in `{module}` is a function, not a class ({path}:{node.lineno})"
+        if isinstance(node, ast.ImportFrom) and name in [alias.asname or alias.name for alias in node.names]:
+            origin = f"`{'.' * node.level}{node.module or ''}`"
+            return (
+                f"class `{name}` isn't defined in `{module}` but imported there from {origin} ({path}:{node.lineno});"
+                " an entry point names the defining module"
+            )
+        if any(target == name for target, _ in _assigned(node)):
+            return f"`{name}` in `{module}` is a value, not a class that is defined there ({path}:{node.lineno})"
+    return f"class `{name}` isn't defined in `{module}` ({path}); an entry point names the defining module"
+
+
+def _options(tree: ast.Module, name: str) -> list[Option]:
+    owner = _definition(tree.body, name)
+    if owner is None:
+        return []
+    config = next((node for node in owner.body if isinstance(node, ast.ClassDef) and node.name == "Config"), None)
+    for statement in owner.body:
+        for field, value in _assigned(statement):
+            if field == "Config" and isinstance(value, ast.Name):
+                config = _definition(tree.body, value.id)
+    if config is None:
+        return []
+    options = []
+    for node, after in zip(config.body, [*config.body[1:], None], strict=True):
+        if isinstance(node, ast.AnnAssign) and "ClassVar" not in ast.unparse(node.annotation):
+            options.append(_option(node, after))
+    return options
+
+
+def _definition(body: Iterable[ast.stmt], name: str) -> ast.ClassDef | None:
+    """Find a class by its dotted name; inside `if`, `try` and `with` too, the first in the order of the file."""
+    head, _, rest = name.partition(".")
+    waiting = [*body][::-1]
+    while waiting:  # a list of what waits, for a chain of `elif` is nested as deep as it is long
+        node = waiting.pop()
+        if isinstance(node, ast.ClassDef) and node.name == head:
+            return _definition(node.body, rest) if rest else node
+        if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            parts = [node, *getattr(node, "handlers", [])]
+            blocks = [getattr(part, block, []) for part in parts for block in ("body", "orelse", "finalbody")]
+            waiting += [statement for block in blocks for statement in block][::-1]
+    return None
+
+
+def _assigned(statement: ast.stmt) -> Iterator[tuple[str, ast.expr]]:
+    if isinstance(statement, ast.Assign):
+        for target in statement.targets:
+            if isinstance(target, ast.Name):
+                yield target.id, statement.value
+    elif (
+        isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and statement.value is not None
+    ):
+        yield statement.target.id, statement.value
+
+
+def _literals(body: Iterable[ast.stmt]) -> Iterator[tuple[str, Any]]:
+    for statement in body:
+        for name, value in _assigned(statement):
+            if name in ("record", "api", "stage"):
+                yield name, _stage(value) if name == "stage" else _constant(value)
+
+
+def _constant(value: ast.expr) -> Any:
+    return value.value if isinstance(value, ast.Constant) else None
+
+
+def _stage(value: ast.expr) -> Any:
+    """Return the stage that `TrainingStage.PREFERENCE` means; its members' values are their names in small letters."""
+    if not isinstance(value, ast.Attribute):
+        return _constant(value)
+    owner = getattr(value.value, "id", None) or getattr(value.value, "attr", None)
+    return value.attr.lower() if owner == "TrainingStage" else None
+
+
+def _option(node: ast.AnnAssign, after: ast.stmt | None) -> Option:
+    default = "required"
+    # A string that stands below a field describes it too.
+    description = _text(after.value) if isinstance(after, ast.Expr) else ""
+    value = node.value
+    if isinstance(value, ast.Call) and ast.unparse(value.func).endswith("Field"):
+        named = {keyword.arg: keyword.value for keyword in value.keywords}
+        stated = value.args[0] if value.args else named.get("default", named.get("default_factory"))
+        if stated is not None and not (isinstance(stated, ast.Constant) and stated.value is Ellipsis):
+            default = ast.unparse(stated)
+        description = _text(named.get("description")) or description
+    elif value is not None:
+        default = ast.unparse(value)
+    return Option(ast.unparse(node.target), ast.unparse(node.annotation), default, description)
+
+
+def _text(node: ast.expr | None) -> str:
+    return node.value.strip() if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""

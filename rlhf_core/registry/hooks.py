@@ -1,0 +1,152 @@
+"""Events of a run, for plugins that listen: pluggy specifications, loaded one by one and guarded.
+
+A hook plugin is an object or module behind an entry point of the group `rlhf_core.hooks`:
+
+    from rlhf_core.plugin import hookimpl
+
+    @hookimpl
+    def step_ended(step, metrics):  # any of the event's arguments, by name
+        print(step, metrics["loss"])
+
+Of a run in several processes the first one's events are heard. A hook never harms a run: one that can't be loaded is warned
+about and left out; one that raises is warned about and not called again. Methods are looked up by name in `registry`, never
+through hooks.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pluggy
+
+from rlhf_core import registry
+from rlhf_core.infra.errors import RLHFError, describe, did_you_mean
+from rlhf_core.registry.foreign import ForeignFault, run_foreign
+
+logger = logging.getLogger(__name__)
+
+hookspec = pluggy.HookspecMarker("rlhf_core")
+hookimpl = pluggy.HookimplMarker("rlhf_core")
+"""Mark a function or method that hears the event of its name."""
+
+
+class Events:
+    """What happens in a run. `run` is the trainer whose run it is: its `config`, `models` and `output` can be read."""
+
+    @hookspec
+    def run_started(self, run: Any) -> None:
+        """Models and data are loaded; the first step comes next. Of a resumed run, too."""
+
+    @hookspec
+    def step_ended(self, run: Any, step: int, metrics: Mapping[str, float]) -> None:
+        """Optimiser step `step` (counted from 1) was made; `metrics` is its row of `metrics.jsonl`."""
+
+    @hookspec
+    def rollouts_scored(self, run: Any, step: int, samples: Any, rewards: Any, evaluating: bool) -> None:
+        """Completions were generated after step `step` and scored: this process's `Sample`s and the weighted sum of each one's
+        rewards; `evaluating` where they answer held-out prompts."""
+
+    @hookspec
+    def evaluated(self, run: Any, step: int, metrics: Mapping[str, float]) -> None:
+        """Held-out rows were scored after step `step`."""
+
+    @hookspec
+    def checkpoint_saved(self, run: Any, step: int, path: Path) -> None:
+        """The checkpoint of step `step` stands whole at `path`."""
+
+    @hookspec
+    def run_ended(self, run: Any, result: Any) -> None:
+        """The run reached its end; `result` is what `train` returns."""
+
+    @hookspec
+    def run_failed(self, run: Any, error: BaseException) -> None:
+        """The run ended by `error`, which is raised after this."""
+
+
+EVENTS = tuple(name for name in vars(Events) if not name.startswith("_"))
+
+
+class Hooks:
+    """The listeners of one run."""
+
+    def __init__(self) -> None:
+        self._manager = pluggy.PluginManager("rlhf_core")
+        self._manager.add_hookspecs(Events)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of those that listen, in the order in which they were added."""
+        return [name for name, plugin in self._manager.list_name_plugin() if plugin is not None]
+
+    def events_of(self, name: str) -> list[str]:
+        """Return the events that a listener hears."""
+        return [caller.name for caller in self._manager.get_hookcallers(self._manager.get_plugin(name)) or ()]
+
+    def add(self, listener: Any, name: str) -> bool:
+        """Add an object or module whose `@hookimpl` functions bear the names of events; a wrong one is warned about."""
+        if self._manager.has_plugin(name) or any(listener is one for _, one in self._manager.list_name_plugin()):
+            logger.warning("hook `%s` is left out: it listens already", name)
+            return False
+        try:
+            # pluggy hashes and compares listeners, each with every other. A plain dataclass has no hash.
+            _ = hash(listener), bool(listener == object())
+            self._manager.register(listener, name)
+            self._refuse_unknown_events(listener)
+        except (ValueError, pluggy.PluginValidationError) as error:
+            self._drop(name)
+            logger.warning("hook `%s` is left out: %s", name, error)
+            return False
+        except Exception as error:  # the object's own methods, which may do anything
+            self._drop(name)
+            logger.warning("hook `%s` is left out: looking at it raised %s", name, describe(error))
+            return False
+        return True
+
+    def emit(self, event: str, **values: Any) -> None:
+        """Tell every listener; one that raises is warned about and removed, and the rest still hear of it."""
+        if event not in EVENTS:
+            raise ValueError(f"no event {event!r}; {did_you_mean(event, EVENTS)}")
+        everyone = self._manager.get_plugins()
+        for name, listener in self._manager.list_name_plugin():
+            if listener is None:
+                continue
+            try:
+                self._manager.subset_hook_caller(event, everyone - {listener})(**values)
+            except (Exception, SystemExit) as error:
+                self._drop(name)
+                logger.warning(
+                    "hook `%s` raised %s in %s and is not called again: %s", name, type(error).__name__, event, error
+                )
+
+    def _refuse_unknown_events(self, listener: Any) -> None:
+        for caller in self._manager.get_hookcallers(listener) or ():
+            if caller.name not in EVENTS:
+                raise ValueError(f"there is no event `{caller.name}`; {did_you_mean(caller.name, EVENTS)}")
+
+    def _drop(self, name: str) -> None:
+        if self._manager.get_plugin(name) is not None:
+            self._manager.unregister(name=name)
+
+
+def load_hooks() -> Hooks:
+    """Load the hook plugins that are installed and enabled, each guarded. Called when a run starts, never before.
+
+    What an import or a constructor prints goes to stderr. One that ends the process at once (`os._exit`, a crash in C code)
+    ends the run: `rlhf list hooks --check` finds it.
+    """
+    hooks = Hooks()
+    for plugin in registry.find("hook"):
+        if plugin.status == "disabled":
+            continue
+        try:
+            loaded = registry.load(plugin)
+            listener = run_foreign(loaded) if isinstance(loaded, type) else loaded
+        except (RLHFError, ForeignFault) as error:
+            reason = error.line() if isinstance(error, RLHFError) else f"making it raised {error}"
+            logger.warning("hook `%s` is left out, the run goes on without it: %s", plugin.qualified, reason)
+            continue
+        hooks.add(listener, plugin.qualified)
+    return hooks

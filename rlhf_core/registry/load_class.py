@@ -1,0 +1,127 @@
+"""Import one plugin and check it against its kind's contract.
+
+The import runs guarded (see `registry/foreign.py`). An import that ends the process at once, by `os._exit` or a crash in C code,
+ends this one; `registry/trial.py` does the same work in another process, which may die of it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from rlhf_core import API
+from rlhf_core.contracts.records import RECORDS
+from rlhf_core.registry.foreign import ForeignFault, run_foreign
+from rlhf_core.registry.header import HeaderError, split_target
+
+Fault = tuple[str, str]
+"""A status and its reason."""
+
+
+class LoadFault(Exception):
+    """A plugin can't be loaded. The cause is the exception that its import raised, where it raised one."""
+
+    def __init__(self, status: str, reason: str) -> None:
+        super().__init__(status, reason)
+        self.status, self.reason = status, reason
+
+
+def load_target(kind: str, target: str) -> Any:
+    """Import the object that `package.module:Class` names, and return it.
+
+    Raises:
+        LoadFault: the import or the check failed.
+    """
+    try:
+        module, name = split_target(target)
+    except HeaderError as error:
+        raise LoadFault("broken", str(error)) from error
+    was_there = module in sys.modules
+    loaded = _guarded("importing", lambda: _import(module, name))
+    if (fault := contract_fault(kind, loaded)) is not None:
+        if not was_there:
+            sys.modules.pop(module, None)  # once its file is mended, the next load reads it again
+        raise LoadFault(*fault)
+    return loaded
+
+
+def contract_fault(kind: str, cls: Any) -> Fault | None:
+    """Return what keeps an object from being a plugin of that kind, or None.
+
+    The object may be anything, with a metaclass that raises: whatever happens is a reason.
+    """
+    if kind == "hook":
+        return None
+    try:
+        return _guarded("looking at", lambda: _contract_fault(kind, cls))
+    except LoadFault as fault:
+        return fault.status, fault.reason
+
+
+def describe_class(cls: Any) -> dict[str, Any]:
+    """Return what a loaded class says of itself, as its source would have: summary, record, stage and api."""
+
+    def text(value: Any) -> str | None:
+        return str(value) if isinstance(value, str) else None
+
+    def look() -> dict[str, Any]:
+        api = getattr(cls, "api", None)
+        return {
+            "summary": (inspect.getdoc(cls) or "").strip().split("\n")[0],
+            "record": text(getattr(cls, "record", None)),
+            "stage": text(getattr(cls, "stage", None)),
+            "api": api if type(api) is int else None,
+        }
+
+    try:
+        return run_foreign(look)
+    except ForeignFault:
+        return {"summary": "", "record": None, "stage": None, "api": None}
+
+
+def _import(module: str, name: str) -> Any:
+    loaded: Any = importlib.import_module(module)
+    for part in name.split(".") if name else ():
+        loaded = getattr(loaded, part)
+    return loaded
+
+
+def _guarded(what: str, action: Callable[[], Any]) -> Any:
+    try:
+        return run_foreign(action)
+    except ForeignFault as fault:
+        raise LoadFault("broken", f"{what} it raised {fault}") from fault.__cause__
+
+
+def _contract_fault(kind: str, cls: Any) -> Fault | None:
+    from rlhf_core.config.base import BaseConfig
+    from rlhf_core.config.trainer import TrainerConfig
+    from rlhf_core.contracts.merger import Merger
+    from rlhf_core.contracts.reward import RewardFn
+    from rlhf_core.contracts.sampler import Sampler
+    from rlhf_core.contracts.trainer import Trainer
+
+    interfaces: dict[str, type] = {"trainer": Trainer, "reward": RewardFn, "sampler": Sampler, "merger": Merger}
+    interface = interfaces[kind]
+    if not _is_below(cls, interface):
+        return "broken", f"not a subclass of rlhf_core.{interface.__name__}"
+    issubclass(object, cls)  # asked of every class whenever anything is checked against the interface: it may not raise
+    if (missing := sorted(getattr(cls, "__abstractmethods__", ()))) != []:
+        return "broken", f"doesn't define {', '.join(f'`{name}`' for name in missing)}"
+    base = TrainerConfig if kind == "trainer" else BaseConfig
+    if not _is_below(getattr(cls, "Config", None), base):
+        return "broken", f"its `Config` is not a subclass of rlhf_core.{base.__name__}"
+    if kind == "trainer" and getattr(cls, "record", None) not in RECORDS:
+        return "broken", f"its `record` is not one of: {', '.join(sorted(RECORDS))}"
+    api = getattr(cls, "api", None)
+    if api != API:
+        return "wrong-api", f"written for api {api}, not {API}"
+    return None
+
+
+def _is_below(cls: Any, base: type) -> bool:
+    # `issubclass` would ask the metaclasses of every subclass that `base` has, those of other plugins too.
+    return issubclass(type(cls), type) and any(one is base for one in type.__dict__["__mro__"].__get__(cls))

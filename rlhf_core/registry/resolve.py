@@ -1,0 +1,393 @@
+"""Which plugin a name means, by policy, and its class once it is loaded; see `rlhf_core.registry`."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from rlhf_core import API
+from rlhf_core.infra.errors import ConfigError, PluginError, RLHFError, did_you_mean, shortened
+from rlhf_core.registry import discovery
+from rlhf_core.registry.discovery import GROUPS, LOCAL, Plugin, fold
+from rlhf_core.registry.distributions import Offer, canonical, method_name_fault
+
+DISTRIBUTION = "rlhf-core"
+
+KINDS = tuple(GROUPS)
+DISABLE_VARIABLE, ALLOW_VARIABLE = "RLHF_PLUGINS_DISABLE", "RLHF_PLUGINS_ALLOW"
+
+
+class UnknownPlugin(ConfigError, KeyError):
+    """No plugin of that kind bears the name."""
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """A load that failed. Where it ended a process, it isn't tried again in this one."""
+
+    status: str
+    reason: str
+    fatal: bool = False
+
+
+T = TypeVar("T")
+Key = tuple[str, str, str]
+
+_registered: dict[tuple[str, str], tuple[Plugin, Any]] = {}
+"""What `register` added: (kind, folded name) → its record and the object."""
+_failed: dict[Key, _Failure] = {}
+_loaded: dict[Key, Mapping[str, Any]] = {}
+"""Loads that worked, here or in another process, with what the class says of itself where its source didn't."""
+_said: set[tuple[Key, str]] = set()
+"""Bare names of which it was said that they mean one plugin, because another's load failed."""
+
+
+def find(kind: str | None = None) -> list[Plugin]:
+    """List the plugins of one kind, or of all, sorted by kind and name. Imports none of them."""
+    return _found(KINDS if kind is None else (parse_kind(kind),))
+
+
+def get(kind: str, name: str) -> Any:
+    """Return the class of that kind and name; the name may be qualified, `distribution:name`.
+
+    An import that ends the process at once (`os._exit`, a crash in C code) ends this one: only `check` outlives it.
+
+    Raises:
+        UnknownPlugin: no such name (a `ConfigError`, with the nearest and all of the kind).
+        PluginError: it is ambiguous, disabled, broken, or written for other contracts.
+    """
+    return load(lookup(name, kind=kind))
+
+
+def lookup(text: str, kind: str | None = None) -> Plugin:
+    """Return the one plugin that `[kind:][distribution:]name` means. Raises as `get` does.
+
+    Nothing is imported in this process. Where several plugins offer a bare name, they are tried in another one, and if all but
+    one of them fail there, the name means that one, with a warning.
+    """
+    head, colon, rest = text.partition(":")
+    if colon and _kind_of(head) and kind in (None, _kind_of(head)):
+        kind, text = _kind_of(head), rest
+    kinds = KINDS if kind is None else (parse_kind(kind),)
+    distribution, colon, name = text.rpartition(":")
+    named = _named(kinds, name, distribution if colon else None)
+    if not named:
+        known = {one.qualified if colon else one.name for one in _everything(kinds) if not method_name_fault(one.name)}
+        raise UnknownPlugin(f"unknown {kind or 'plugin'} `{text}`", place="registry", fix=did_you_mean(text, known))
+    of_kinds = sorted({p.kind for p in named}, key=KINDS.index)
+    if len(of_kinds) > 1:
+        forms = " or ".join(f"`{one}:{name}`" for one in of_kinds)
+        raise ConfigError(f"`{name}` is the name of several kinds", place="registry", fix=f"write {forms}")
+    if len([p for p in named if p.status == "conflict"]) > 1:
+        with suppress(PluginError):  # where no process can be started, the name stays ambiguous
+            _try_out(named)
+        named = _named(of_kinds, name, distribution if colon else None)
+    return _chosen(named, name, qualified=bool(colon))
+
+
+def load(plugin: Plugin) -> Any:
+    """Import a plugin's class and check it against its kind's contract. What the import prints goes to stderr.
+
+    A failure is remembered for `find` to list; the next load tries again, for the module may have been mended, unless the
+    import is known to end the process.
+    """
+    before = _failed.get(plugin.key)
+    if before is not None and before.fatal:
+        raise _fault(replace(plugin, status=before.status, reason=before.reason))
+    if plugin.status not in ("ok", "conflict") and (before is None or plugin.status == "disabled"):
+        raise _fault(plugin)
+    if plugin.distribution == LOCAL:
+        return _registered[plugin.kind, fold(plugin.name)][1]
+    from rlhf_core.registry.load_class import LoadFault, describe_class, load_target
+
+    try:
+        loaded = load_target(plugin.kind, plugin.target)
+    except LoadFault as fault:
+        _remember(plugin, _Failure(fault.status, fault.reason))
+        raise _fault(replace(plugin, status=fault.status, reason=fault.reason)) from fault.__cause__
+    _remember(plugin, {} if plugin.kind == "hook" or plugin.api is not None else describe_class(loaded))
+    return loaded
+
+
+def ask(plugin: Plugin, question: Callable[[Any], T]) -> T:
+    """Load a plugin's class and return what `question` makes of it, guarded as the load is.
+
+    Raises:
+        PluginError: it can't be loaded, or `question` raised.
+    """
+    from rlhf_core.registry.foreign import ForeignFault, run_foreign
+
+    loaded = load(plugin)
+    try:
+        return run_foreign(lambda: question(loaded))
+    except ForeignFault as fault:
+        reason = f"its class can't be described: that raised {fault}"
+        raise _fault(replace(plugin, status="broken", reason=reason)) from fault.__cause__
+
+
+def check(kind: str | None = None, *, seconds: float | None = None) -> list[Plugin]:
+    """Import the plugins of one kind, or of all, in another process, and list them with what that revealed.
+
+    An import that exits, crashes or takes longer than `seconds` (60 where None) is listed as broken.
+    """
+    kinds = KINDS if kind is None else (parse_kind(kind),)
+    for key in [key for key in _failed if key[0] in kinds]:
+        del _failed[key]
+    _try_out(_found(kinds), seconds, again=True)
+    return _found(kinds)
+
+
+def register(kind: str, name: str, cls: Any) -> None:
+    """Offer a class (for a hook, any object) under a name in this process only; the same name again replaces it.
+
+    It is listed under the distribution `local`; a name that an installed plugin bears too is then ambiguous.
+    """
+    from rlhf_core.registry.load_class import contract_fault, describe_class
+
+    kind = parse_kind(kind)
+    if reason := method_name_fault(name):
+        raise ConfigError(reason, place="register", fix="name it otherwise")
+    if (fault := contract_fault(kind, cls)) is not None:
+        raise PluginError(fault[1], place=f"{kind} `{name}`", got=_shown(cls))
+    named = cls if isinstance(cls, type) else type(cls)
+    target = f"{named.__module__}:{named.__qualname__}"
+    plugin = Plugin(
+        kind, name, f"{LOCAL}:{name}", LOCAL, "", status="ok", reason="", target=target, **describe_class(cls)
+    )
+    _registered[kind, fold(name)] = (plugin, cls)
+
+
+def unregister(kind: str, name: str) -> None:
+    """Take back what `register` added; nothing where it isn't there."""
+    _registered.pop((parse_kind(kind), fold(name)), None)
+
+
+def forget() -> None:
+    """Forget every registration, every load that failed, and what is installed: the next look reads it again."""
+    _registered.clear()
+    _failed.clear()
+    _loaded.clear()
+    _said.clear()
+    discovery.forget()
+
+
+def parse_kind(text: str) -> str:
+    """Return the kind that a user means: singular or plural."""
+    kind = _kind_of(text)
+    if kind is None:
+        raise ConfigError(f"unknown kind of plugin `{text}`", place="registry", fix=did_you_mean(text, KINDS))
+    return kind
+
+
+def faults() -> list[str]:
+    """Return what is wrong with the installation and shows in no plugin, a line each.
+
+    Distributions of which another of the same name hides the plugins, tables that can't be read, groups that are misspelt.
+    """
+    return list(discovery.installed().faults)
+
+
+def unmatched_policy() -> list[tuple[str, str]]:
+    """Return (variable, entry) for each entry of the two policy variables that matches no plugin: likely a typing slip."""
+    return [
+        (variable, entry)
+        for variable in (DISABLE_VARIABLE, ALLOW_VARIABLE)
+        for entry in _entries(variable)
+        if not any(_matches(entry, one) for one in _everything(KINDS))
+    ]
+
+
+class View(Mapping[str, Any]):
+    """The usable plugins of one kind as a mapping from name to class: `registry.trainers["dpo"]`."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def __getitem__(self, name: str) -> Any:
+        return get(self.kind, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([plugin.name for plugin in find(self.kind) if plugin.status == "ok"])
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def __contains__(self, name: object) -> bool:
+        try:
+            return isinstance(name, str) and lookup(name, self.kind).status in ("ok", "conflict")
+        except RLHFError:
+            return False
+
+    def __repr__(self) -> str:
+        return f"registry.{self.kind}s({', '.join(self)})"
+
+
+trainers, rewards, samplers, mergers = View("trainer"), View("reward"), View("sampler"), View("merger")
+
+
+# Find
+
+
+def _found(kinds: Iterable[str], wanted: Callable[[Plugin | Offer], bool] = lambda _: True) -> list[Plugin]:
+    """Return the plugins of some kinds; only of those that are wanted is the source read."""
+    plugins = [discovery.read(one) if isinstance(one, Offer) else one for one in _everything(kinds) if wanted(one)]
+    of_kind: dict[str, list[Plugin]] = defaultdict(list)
+    for plugin in plugins:
+        of_kind[plugin.kind].append(plugin)
+    resolved = [plugin for one in of_kind.values() for plugin in _resolved(one)]
+    return sorted(resolved, key=lambda plugin: (KINDS.index(plugin.kind), plugin.name, plugin.qualified))
+
+
+def _everything(kinds: Iterable[str]) -> list[Plugin | Offer]:
+    """Return what is installed and what is registered, unread and before policy."""
+    kinds = tuple(kinds)
+    everything: list[Plugin | Offer] = [*discovery.installed().offers, *(plugin for plugin, _ in _registered.values())]
+    return [one for one in everything if one.kind in kinds]
+
+
+def _named(kinds: Iterable[str], name: str, distribution: str | None) -> list[Plugin]:
+    """Return the plugins of a name, or those among them that one distribution offers; policy sees them all."""
+    named = _found(kinds, lambda one: fold(one.name) == fold(name))
+    return [p for p in named if distribution is None or canonical(p.distribution) == canonical(distribution)]
+
+
+# Policy
+
+
+def _resolved(plugins: list[Plugin]) -> list[Plugin]:
+    """Settle the status of each plugin of one kind: disabled first, then loads that failed, then conflicts among the rest."""
+    plugins = [_tried(_filtered(plugin)) for plugin in plugins]
+    same: dict[str, list[Plugin]] = defaultdict(list)
+    for plugin in plugins:
+        # A broken offer takes nobody's name away; several hooks may share a name, for all of them listen.
+        if plugin.status == "ok" and plugin.kind != "hook":
+            same[fold(plugin.name)].append(plugin)
+    return [
+        replace(plugin, status="conflict", reason=_conflict_reason(rivals))
+        if plugin.status == "ok" and len(rivals := same.get(fold(plugin.name), [])) > 1
+        else plugin
+        for plugin in plugins
+    ]
+
+
+def _tried(plugin: Plugin) -> Plugin:
+    """Add what a load revealed."""
+    failure, loaded = _failed.get(plugin.key), _loaded.get(plugin.key)
+    if plugin.status == "ok" and failure is not None:
+        return replace(plugin, status=failure.status, reason=failure.reason)
+    return replace(plugin, reason="", **loaded) if plugin.status == "ok" and loaded else plugin
+
+
+def _try_out(plugins: Iterable[Plugin], seconds: float | None = None, *, again: bool = False) -> None:
+    """Import plugins in another process and remember how that went; those that loaded before need it only `again`."""
+    from rlhf_core.registry.trial import SECONDS, probe
+
+    tried = [
+        plugin
+        for plugin in plugins
+        if plugin.status in ("ok", "conflict") and plugin.distribution != LOCAL and (again or plugin.key not in _loaded)
+    ]
+    verdicts = probe([(plugin.kind, plugin.target) for plugin in tried], SECONDS if seconds is None else seconds)
+    for plugin, verdict in zip(tried, verdicts, strict=True):
+        if verdict.status == "ok":
+            _remember(plugin, {} if plugin.kind == "hook" or plugin.api is not None else verdict.about)
+        else:
+            _remember(plugin, _Failure(verdict.status, verdict.reason, verdict.fatal))
+
+
+def _remember(plugin: Plugin, outcome: _Failure | Mapping[str, Any]) -> None:
+    if isinstance(outcome, _Failure):
+        _failed[plugin.key] = outcome
+        _loaded.pop(plugin.key, None)
+    else:
+        _loaded[plugin.key] = outcome
+        _failed.pop(plugin.key, None)
+
+
+def _chosen(named: list[Plugin], name: str, *, qualified: bool) -> Plugin:
+    """Return the one of a name's plugins that it means, with a word where only failures of the others leave it alone."""
+    enabled = [p for p in named if p.status != "disabled"] or named
+    conflicting = [p for p in enabled if p.status == "conflict"]
+    if len(conflicting) > 1 or (conflicting and not qualified):
+        first = conflicting[0]
+        raise PluginError(first.reason, place=f"{first.kind} `{name}`", fix=_fix_conflict(conflicting))
+    # A name that only broken plugins offer is reported as the first of them.
+    chosen = min(enabled, key=lambda p: p.status not in ("ok", "conflict"))
+    for other in enabled:
+        if chosen.status == "ok" and other.key in _failed and (chosen.key, other.qualified) not in _said:
+            import logging  # which takes longer to import than the rest of this
+
+            _said.add((chosen.key, other.qualified))
+            logging.getLogger(__name__).warning(
+                "%s `%s` means `%s`, for `%s` is %s: %s",
+                chosen.kind, name, chosen.qualified, other.qualified, other.status, other.reason,
+            )  # fmt: skip
+    return chosen
+
+
+def _conflict_reason(rivals: list[Plugin]) -> str:
+    offers = sorted(f"`{plugin.qualified}` ({plugin.target})" for plugin in rivals)
+    return f"the name is offered {len(rivals)} times: {' and '.join(offers)}"
+
+
+def _fix_conflict(rivals: list[Plugin]) -> str:
+    forms = sorted({fold(plugin.qualified): plugin.qualified for plugin in rivals}.values())
+    if len(forms) == 1:
+        return f"uninstall {rivals[0].distribution}, whose entry points name it twice"
+    return f"write {' or '.join(f'`{form}`' for form in forms)}, or set {DISABLE_VARIABLE}={forms[0]}"
+
+
+def _filtered(plugin: Plugin) -> Plugin:
+    entry = next((entry for entry in _entries(DISABLE_VARIABLE) if _matches(entry, plugin)), None)
+    if entry is not None:
+        return replace(plugin, status="disabled", reason=f"{DISABLE_VARIABLE} names `{entry}`")
+    allowed = _entries(ALLOW_VARIABLE)
+    if allowed and plugin.distribution != LOCAL and not any(_matches(entry, plugin) for entry in allowed):
+        return replace(plugin, status="disabled", reason=f"{ALLOW_VARIABLE} doesn't name it")
+    return plugin
+
+
+def _entries(variable: str) -> list[str]:
+    return [entry.strip() for entry in os.environ.get(variable, "").split(",") if entry.strip()]
+
+
+def _matches(entry: str, one: Plugin | Offer) -> bool:
+    distribution, colon, name = entry.rpartition(":")
+    same_name = fold(name) == fold(one.name)
+    if colon:
+        return same_name and canonical(distribution) == canonical(one.distribution)
+    return same_name or canonical(entry) == canonical(one.distribution)
+
+
+def only_this_distribution() -> None:
+    """Allow the core's own plugins only, in this process and those that it starts (`--no-plugins`)."""
+    os.environ[ALLOW_VARIABLE] = DISTRIBUTION
+
+
+def _kind_of(text: str) -> str | None:
+    kind = text.strip().casefold().removesuffix("s")
+    return kind if kind in GROUPS else None
+
+
+def _shown(thing: Any) -> str:
+    try:
+        return shortened(thing)
+    except Exception:
+        return type(thing).__name__
+
+
+def _fault(plugin: Plugin) -> PluginError:
+    origin = f"{plugin.distribution} {plugin.version}".strip()
+    fixes = {
+        "disabled": f"change {DISABLE_VARIABLE} or {ALLOW_VARIABLE}, or leave out --no-plugins",
+        "wrong-api": f"install a version of {plugin.distribution} that was written for api {API}",
+    }
+    return PluginError(
+        f"{plugin.status}: {plugin.reason}",
+        place=f"{plugin.kind} `{plugin.name}` of {origin} ({plugin.target})",
+        fix=fixes.get(plugin.status, f"mend, update or uninstall {plugin.distribution}"),
+    )

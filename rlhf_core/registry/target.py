@@ -1,0 +1,54 @@
+"""What a user names to run: a method by its name, or a configuration file that names one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf_core.config.yaml_file import load_yaml
+from rlhf_core.infra.errors import ConfigError
+from rlhf_core.registry.discovery import Plugin
+from rlhf_core.registry.resolve import View, load, lookup
+
+COMMAND_LINE = "command line"
+
+
+def is_file(target: str | Path) -> bool:
+    """Tell whether a target means a configuration file, by its name: a path, or an end in .yaml or .yml."""
+    text = str(target)
+    return isinstance(target, Path) or text.endswith((".yaml", ".yml")) or os.sep in text
+
+
+def read_target(target: str | Path) -> tuple[dict[str, Any], dict[str, str], str | None]:
+    """Return what a method's name or a configuration file says: values, the place of each key, and the file's text."""
+    if not is_file(target):
+        return {"method": str(target)}, {"": COMMAND_LINE, "method": COMMAND_LINE}, None
+    values, places = load_yaml(target)
+    return values, places, Path(target).read_text(encoding="utf-8-sig")
+
+
+def find_method(values: Mapping[str, Any], places: Mapping[str, str], kind: str) -> tuple[Plugin, Any]:
+    """Return the plugin of some kind that `method` names, and its class.
+
+    Raises:
+        ConfigError: no such plugin, or none is named.
+        PluginError: it is broken, ambiguous or disabled.
+    """
+    name = values.get("method")
+    if not isinstance(name, str):
+        known = ", ".join(View(kind))
+        problem = "`method` is missing" if name is None else "`method` is not a name"
+        place = places.get("method", places[""])
+        raise ConfigError(
+            problem, place=place, got=None if name is None else repr(name), fix=f"set it to one of: {known}"
+        )
+    try:
+        plugin = lookup(name, kind)
+        return plugin, load(plugin)
+    except ConfigError as error:
+        fix = error.fix
+        if not is_file(name) and Path(f"{name}.yaml").is_file():
+            fix = f"write `{name}.yaml` for the file; {fix}"
+        raise type(error)(error.problem, place=places.get("method", places[""]), got=error.got, fix=fix) from None

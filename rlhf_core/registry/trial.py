@@ -1,0 +1,175 @@
+"""Import plugins in another process, so that one which exits, crashes or hangs there is a status with a reason.
+
+One child imports them one after the other. Where one fails that wasn't the child's first, it is tried again in a child of its
+own: what came before it may be to blame. Where the child dies, the next takes up the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, BinaryIO
+
+from rlhf_core.infra.errors import PluginError
+
+SECONDS = 60.0
+"""How long an import may take, unless another limit is given."""
+
+_GRACE = 1.0
+"""Seconds in which what a dead child wrote must arrive, where a child of its own holds the line open."""
+_CODE = (
+    "import sys, json; given = json.loads(sys.stdin.readline()); sys.path[:] = given['path'];"
+    "from rlhf_core.infra.parent import end_with_parent; end_with_parent(given['parent']);"
+    "from rlhf_core.registry.trial import serve; serve(given['jobs'])"
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What an import in another process revealed. `fatal`: it ended that process, and would end this one."""
+
+    status: str = "ok"
+    reason: str = ""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """Summary, record, stage and api of the class, where it loaded."""
+    fatal: bool = False
+
+
+def probe(jobs: Sequence[tuple[str, str]], seconds: float = SECONDS) -> list[Verdict]:
+    """Import the (kind, target) pairs in child processes; return a verdict for each, in order.
+
+    Args:
+        jobs: what to import.
+        seconds: how long each import may take.
+
+    Raises:
+        PluginError: no child process can be started.
+    """
+    verdicts: list[Verdict] = []
+    while len(verdicts) < len(jobs):
+        rest = jobs[len(verdicts) :]
+        for number, verdict in enumerate(_in_one_child(rest, seconds)):
+            again = verdict.status == "broken" and number > 0
+            verdicts.append(_in_one_child(rest[number : number + 1], seconds)[0] if again else verdict)
+    return verdicts
+
+
+def serve(jobs: Sequence[tuple[str, str]]) -> None:
+    """Import each and write its verdict to what is stdout at first, a line each. This is the child's whole life."""
+    from rlhf_core.registry.discovery import installed
+
+    installed()  # before pydantic is imported, which another package's malformed table would break
+    from rlhf_core.registry.load_class import LoadFault, describe_class, load_target
+
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")  # no child of a plugin inherits it
+    os.dup2(2, 1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # an import that asks a question gets no answer
+    print("{}", file=answers, flush=True)
+    process, path, environment = os.getpid(), list(sys.path), dict(os.environ)
+    for kind, target in jobs:
+        try:
+            loaded = load_target(kind, target)
+            verdict = Verdict(about=describe_class(loaded) if kind != "hook" else {})
+        except LoadFault as fault:
+            verdict = Verdict(fault.status, fault.reason)
+        if os.getpid() != process:  # an import forked, and this is the copy
+            os._exit(0)
+        print(json.dumps(asdict(verdict)), file=answers, flush=True)
+        sys.path[:] = path
+        os.environ.clear()
+        os.environ.update(environment)
+    os._exit(0)  # what plugins left for the end of the process doesn't run
+
+
+def _in_one_child(jobs: Sequence[tuple[str, str]], seconds: float) -> list[Verdict]:
+    """Return the verdicts of one child: one for each job, or up to and with the one that it died on."""
+    child = _Child(jobs)
+    try:
+        # Nobody's import is to blame for how long the core's own takes.
+        if (line := child.line(max(seconds, SECONDS))) is None:
+            raise PluginError(f"the process that imports plugins can't start: {child.end()}", place="registry")
+        verdicts: list[Verdict] = []
+        while len(verdicts) < len(jobs):
+            begin = time.monotonic()
+            line = child.line(seconds)
+            if line is not None:
+                verdicts.append(Verdict(**json.loads(line)))
+            elif time.monotonic() - begin >= seconds and child.process.poll() is None:
+                return [*verdicts, Verdict("broken", f"importing it takes longer than {seconds:g} s")]
+            else:
+                return [*verdicts, Verdict("broken", f"importing it ended the process: {child.end()}", fatal=True)]
+        return verdicts
+    finally:
+        child.kill()
+
+
+class _Child:
+    """A process that imports, and the lines that it writes."""
+
+    def __init__(self, jobs: Sequence[tuple[str, str]]) -> None:
+        # A session of its own: Ctrl-C on the terminal reaches this process alone, and what the child starts ends with it.
+        command = [sys.executable or "python", "-P", "-c", _CODE]
+        try:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+            )
+        except OSError as error:
+            raise PluginError(f"no process that imports plugins can be started: {error}", place="registry") from error
+        self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        given = {
+            "path": [place for place in sys.path if isinstance(place, str)],
+            "jobs": list(jobs),
+            "parent": os.getpid(),
+        }
+        assert self.process.stdin is not None and self.process.stdout is not None
+        threading.Thread(target=self._read, args=(self.process.stdout,), daemon=True).start()
+        with contextlib.suppress(OSError):
+            self.process.stdin.write(json.dumps(given).encode() + b"\n")
+            self.process.stdin.close()
+
+    def _read(self, stream: BinaryIO) -> None:
+        with stream:
+            for line in stream:
+                self._lines.put(line)
+        self._lines.put(None)
+
+    def line(self, seconds: float) -> bytes | None:
+        """Return the next line, or None where none comes in time, or the process has ended."""
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            with contextlib.suppress(queue.Empty):
+                return self._lines.get(timeout=min(left, 0.2))
+            if self.process.poll() is not None:
+                with contextlib.suppress(queue.Empty):
+                    return self._lines.get(timeout=_GRACE)
+                return None
+        return None
+
+    def end(self) -> str:
+        """Return how the process ended."""
+        try:
+            code = self.process.wait(timeout=_GRACE)
+        except subprocess.TimeoutExpired:
+            return "it gives no answer any more"
+        if code >= 0:
+            return f"exit code {code}"
+        with contextlib.suppress(ValueError):
+            return signal.Signals(-code).name
+        return f"signal {-code}"
+
+    def kill(self) -> None:
+        with contextlib.suppress(OSError):
+            if hasattr(os, "killpg"):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            else:
+                self.process.kill()
+        self.process.wait()
