@@ -15,9 +15,9 @@ from rlhf_core.cli.quick import quick_imports
 from rlhf_core.infra.errors import ConfigError, Interrupted
 
 if TYPE_CHECKING:
-    from rlhf_core.merging.diff import Difference, Distance
+    from rlhf_core.evaluation.weight_diff import Difference, Distance
+    from rlhf_core.merging.job import MergeJob
     from rlhf_core.merging.merge import MergeResult, ModelMerger
-    from rlhf_core.merging.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
@@ -90,28 +90,28 @@ def merge(
             "a merge is either continued or started over", place="--resume and --overwrite", fix="choose one"
         )
     with quick_imports():
-        from rlhf_core.merging.recipe import load_recipe
+        from rlhf_core.merging.job import load_merge_job
         from rlhf_core.registry.logs import setup_logging
 
         setup_logging()
-        recipe = load_recipe(target, flags=context.args)
+        job = load_merge_job(target, flags=context.args)
     if dry_run:
-        return _describe(recipe, resume=resume, overwrite=overwrite, as_json=as_json)
-    result = _merge(recipe, _evaluation(evaluate, recipe), resume=resume, overwrite=overwrite)
+        return _describe(job, resume=resume, overwrite=overwrite, as_json=as_json)
+    result = _merge(job, _evaluation(evaluate, job), resume=resume, overwrite=overwrite)
     return _report(result, as_json=as_json)
 
 
-def _merge(recipe: Recipe, evaluate: Any, *, resume: bool, overwrite: bool) -> MergeResult:
+def _merge(job: MergeJob, evaluate: Any, *, resume: bool, overwrite: bool) -> MergeResult:
+    from rlhf_core.infra.progress import ByteBar
     from rlhf_core.merging.output import unfinished
-    from rlhf_core.merging.progress import ByteBar
 
     try:
         with ByteBar("merging") as bar:
-            return recipe.merger(evaluate=evaluate, progress=bar).merge(resume=resume, overwrite=overwrite)
+            return job.merger(evaluate=evaluate, progress=bar).merge(resume=resume, overwrite=overwrite)
     except KeyboardInterrupt as error:
         # typer would make an exit of it, without what is left behind.
         text = "stopped by Ctrl-C"
-        if recipe.config.output and unfinished(Path(recipe.config.output).expanduser()).is_dir():
+        if job.config.output and unfinished(Path(job.config.output).expanduser()).is_dir():
             # What the new model shall replace is noted beside it, and the two flags don't go together.
             text += (
                 "; the same command with `--resume`" + (" in place of `--overwrite`" if overwrite else "") + " goes on"
@@ -119,15 +119,15 @@ def _merge(recipe: Recipe, evaluate: Any, *, resume: bool, overwrite: bool) -> M
         raise Interrupted(text) from error
 
 
-def _evaluation(name: str | None, recipe: Recipe) -> Any:
+def _evaluation(name: str | None, job: MergeJob) -> Any:
     if name is None:
         return None
     from rlhf_core.contracts.merger import Merger
     from rlhf_core.merging.evaluation import load_evaluation
 
-    if recipe.method.merge is Merger.merge:
+    if job.method.merge is Merger.merge:
         raise ConfigError(
-            f"{recipe.config.method} evaluates nothing", place="--evaluate", fix="leave it out, or use greedy_soup"
+            f"{job.config.method} evaluates nothing", place="--evaluate", fix="leave it out, or use greedy_soup"
         )
     return load_evaluation(name)
 
@@ -146,26 +146,26 @@ def _report(result: MergeResult, *, as_json: bool) -> None:
     return None
 
 
-def _describe(recipe: Recipe, *, resume: bool, overwrite: bool, as_json: bool) -> None:
+def _describe(job: MergeJob, *, resume: bool, overwrite: bool, as_json: bool) -> None:
     """Print what would be read and written as comments, then the resolved configuration, itself a valid file."""
-    merger = recipe.merger()
+    merger = job.merger()
     plan = merger.plan()
     try:
-        facts = _facts(recipe, merger, plan)
+        facts = _facts(job, merger, plan)
     finally:
         for one in (plan.base, *plan.models):
             if one is not None:
                 one.close()
     if as_json:
-        return print_json({**facts, "config": recipe.resolved()})
-    lines = [f"{recipe.plugin.qualified} {recipe.plugin.version}: {recipe.plugin.summary}".strip()]
+        return print_json({**facts, "config": job.resolved()})
+    lines = [f"{job.plugin.qualified} {job.plugin.version}: {job.plugin.summary}".strip()]
     for one in facts["inputs"]:
         lines.append(f"{one['as']}: {one['name']} ({one['tensors']} tensors, {size(one['bytes'])})")
     lines.append(
         f"tensors: {facts['merged']} merged, {facts['copied']} copied as they are, {len(facts['left_out'])} left out as tied"
         + "".join(f" ({name})" for name in facts["left_out"])
     )
-    lines.append(f"output: {recipe.config.output or 'not set: give --output'}{_state(recipe, resume, overwrite)}")
+    lines.append(f"output: {job.config.output or 'not set: give --output'}{_state(job, resume, overwrite)}")
     for file in facts["files"]:
         lines.append(f"  {file['name']} ({size(file['bytes'])})")
     lines.append(f"disk: {size(facts['bytes'])} needed, {size(facts['free'])} free")
@@ -175,19 +175,19 @@ def _describe(recipe: Recipe, *, resume: bool, overwrite: bool, as_json: bool) -
     if facts["free"] < facts["bytes"]:
         lines.append("not enough disk: this merge would be refused")
     print("\n".join(f"# {line}" for line in lines))
-    print(recipe.to_yaml(), end="")
+    print(job.to_yaml(), end="")
     return None
 
 
-def _facts(recipe: Recipe, merger: ModelMerger, plan: Any) -> dict[str, Any]:
+def _facts(job: MergeJob, merger: ModelMerger, plan: Any) -> dict[str, Any]:
     from rlhf_core.merging.merge import memory_needed
 
     inputs = [("base", plan.base)] if plan.base is not None else []
     inputs += [("model", model) for model in plan.models]
-    place = Path(recipe.config.output or ".").expanduser().absolute()
+    place = Path(job.config.output or ".").expanduser().absolute()
     there = next(one for one in (place, *place.parents) if one.exists())
     return {
-        "method": recipe.plugin.qualified,
+        "method": job.plugin.qualified,
         "inputs": [
             {
                 "as": kind,
@@ -200,7 +200,7 @@ def _facts(recipe: Recipe, merger: ModelMerger, plan: Any) -> dict[str, Any]:
         "merged": sum(item.merged for item in plan.items),
         "copied": sum(not item.merged for item in plan.items),
         "left_out": list(plan.left_out),
-        "output": recipe.config.output,
+        "output": job.config.output,
         "files": [{"name": file.name, "bytes": file.size} for file in plan.files],
         "bytes": plan.nbytes,
         "free": shutil.disk_usage(there).free,
@@ -210,13 +210,13 @@ def _facts(recipe: Recipe, merger: ModelMerger, plan: Any) -> dict[str, Any]:
     }
 
 
-def _state(recipe: Recipe, resume: bool, overwrite: bool) -> str:
+def _state(job: MergeJob, resume: bool, overwrite: bool) -> str:
     """Return what there is at the place of the output."""
     from rlhf_core.merging.output import unfinished
 
-    if recipe.config.output is None:
+    if job.config.output is None:
         return ""
-    output = Path(recipe.config.output).expanduser()
+    output = Path(job.config.output).expanduser()
     if unfinished(output).is_dir():
         return " (an unfinished merge is there: " + ("continued)" if resume else "started over without --resume)")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -233,8 +233,8 @@ def _diff(names: tuple[str, str], target: str | None, rest: list[str], *, pictur
             fix="`rlhf merge --diff A B [--picture FILE.png]`",
         )
     with quick_imports():
-        from rlhf_core.merging.diff import diff, draw
-        from rlhf_core.merging.progress import ByteBar
+        from rlhf_core.evaluation.weight_diff import diff, draw
+        from rlhf_core.infra.progress import ByteBar
         from rlhf_core.registry.logs import setup_logging
 
     setup_logging()
@@ -251,7 +251,7 @@ def _diff(names: tuple[str, str], target: str | None, rest: list[str], *, pictur
 
 
 def _print_difference(found: Difference) -> None:
-    from rlhf_core.merging.diff import PARTS
+    from rlhf_core.evaluation.weight_diff import PARTS
 
     table = found.by_layer()
     parts = [part for part in PARTS if part in found.by_part()]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_core.config.trainer import LoggingConfig
 from rlhf_core.infra.files import replace_file, storage_errors
-from rlhf_core.training.progress import ProgressBar
+from rlhf_core.infra.progress import StepBar
 from rlhf_core.training.trackers import Trackers
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class TrainingLogger:
             output=self.directory,
             settings=settings or {},
         )
-        self._progress = ProgressBar(wanted=enabled and self.config.progress, total_steps=total_steps, step=step)
+        self._progress = StepBar(wanted=enabled and self.config.progress, total_steps=total_steps, step=step)
         self._progress.__enter__()
         self._sampled: tuple[tuple[int, bool] | None, int] = (None, 0)
         """The rollout or evaluation that completions were last kept of, and how many."""

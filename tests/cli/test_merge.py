@@ -274,7 +274,7 @@ def test_help_and_completion_load_nothing_heavy() -> None:
 def test_without_a_terminal_a_line_now_and_then_says_how_far(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from rlhf_core.merging import progress
+    from rlhf_core.infra import progress
 
     now = 100.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)

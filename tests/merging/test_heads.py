@@ -12,9 +12,9 @@ from batches import random_batch
 from merge_helpers import merge
 from safetensors.torch import load_file
 
+from rlhf_core.evaluation.weight_diff import diff
 from rlhf_core.infra.errors import ConfigError, ModelError
 from rlhf_core.merging import passing
-from rlhf_core.merging.diff import diff
 from rlhf_core.merging.layout import Item
 from rlhf_core.merging.workers import Advance
 from rlhf_core.models import ProcessRewardModel, RewardModel, ValueModel

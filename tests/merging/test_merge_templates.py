@@ -12,7 +12,7 @@ import transformers
 from merge_helpers import merge, read_weights, tiny_family
 
 from rlhf_core.infra.errors import ConfigError
-from rlhf_core.merging.recipe import load_recipe
+from rlhf_core.merging.job import load_merge_job
 
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -81,7 +81,7 @@ def test_rows_are_padded_with_zeros(models: list[Path], tmp_path: Path) -> None:
         "merge_method: linear\nparameters: {weight: 1}\ntokenizer: {source: union, pad_to_multiple_of: 64}\n"
         "chat_template: chatml\nmodels:\n" + "".join(f"  - model: {model}\n" for model in models)
     )
-    load_recipe(tmp_path / "theirs.yaml", flags=["--output", str(tmp_path / "out")]).merger().merge()
+    load_merge_job(tmp_path / "theirs.yaml", flags=["--output", str(tmp_path / "out")]).merger().merge()
     merge("linear", models, tmp_path / "plain")
     table, plain = (read_weights(tmp_path / name)["model.embed_tokens.weight"] for name in ("out", "plain"))
     assert len(table) == 320 and torch.equal(table[:263], plain) and not bool(table[263:].any())

@@ -19,7 +19,7 @@ from rlhf_core import registry
 from rlhf_core.config.base import BaseConfig
 from rlhf_core.infra.errors import ConfigError, ModelError, PluginError
 from rlhf_core.merging import Chunk, MergeConfig, Merger, MergeResult, ModelMerger, TensorStream, merge_tensor
-from rlhf_core.merging.recipe import load_recipe
+from rlhf_core.merging.job import load_merge_job
 from rlhf_core.merging.streams import MemorySource
 
 
@@ -159,8 +159,8 @@ power: 2
     )
     flags = "--models.0.importance x.safetensors --models.0.kind plain --models.1.parts norm --models.1.parts mlp"
     flags += " --models.1.shift.mlp 0.5 --models.0.weight 0.25"
-    recipe = load_recipe(file, flags=flags.split())
-    merger = recipe.merger()
+    job = load_merge_job(file, flags=flags.split())
+    merger = job.merger()
     at = "model.layers.1.mlp.up_proj.weight"
     one, two = merger.method.options(merger.method.merger, at, 2)
     assert dict(one) == {
@@ -178,10 +178,10 @@ power: 2
         "kind": "plain",
     }
     assert merger.method.weights(at, 2) == [0.25, 1.0]
-    assert recipe.places["models.0.kind"] == "--models.0.kind" and recipe.places["models.1.shift"] == f"{file}:5"
+    assert job.places["models.0.kind"] == "--models.0.kind" and job.places["models.1.shift"] == f"{file}:5"
     again = tmp_path / "again.yaml"
-    again.write_text(recipe.to_yaml())
-    assert load_recipe(again).resolved() == recipe.resolved()
+    again.write_text(job.to_yaml())
+    assert load_merge_job(again).resolved() == job.resolved()
 
 
 def test_the_recipe_beside_the_result_makes_it_again(models: list[dict[str, Any]], tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_the_recipe_beside_the_result_makes_it_again(models: list[dict[str, Any]
     merge("importance", models, tmp_path / "first", shift={"mlp": 0.1}, importance=models[1]["options"]["importance"])
     written = yaml.safe_load((tmp_path / "first/merge.yaml").read_text())
     assert written["models"][0]["options"]["shift"] == {"norm": 1.0} and written["shift"] == {"mlp": 0.1}
-    load_recipe(tmp_path / "first/merge.yaml", {"output": str(tmp_path / "again")}).merger().merge()
+    load_merge_job(tmp_path / "first/merge.yaml", {"output": str(tmp_path / "again")}).merger().merge()
     assert bytes_of(tmp_path / "again") == bytes_of(tmp_path / "first")
 
 
@@ -211,7 +211,7 @@ FAULTS = {
 def test_what_is_wrong_with_a_model_names_it_and_the_key(flags: str) -> None:
     registry.register("merger", "importance", Importance)
     with pytest.raises(ConfigError) as raised:
-        load_recipe("importance", {"models": ["a", "b"]}, flags=flags.split())
+        load_merge_job("importance", {"models": ["a", "b"]}, flags=flags.split())
     assert FAULTS[flags] in str(raised.value)
 
 
@@ -226,7 +226,7 @@ def test_what_is_wrong_in_a_file_has_its_line(tmp_path: Path) -> None:
     }.items():
         file.write_text(f"method: importance\nmodels:\n  - a\n  - model: b\n    {own}\n")
         with pytest.raises(ConfigError) as raised:
-            load_recipe(file)
+            load_merge_job(file)
         assert f"merge.yaml:{message}" in str(raised.value)
     with pytest.raises(ConfigError, match=r"models\[1\]: model b: density ± epsilon / 2 must lie in \(0, 1\]"):
         ModelMerger(MergeConfig(method="della", models=["a", {"model": "b", "options": {"density": 0.05}}]))

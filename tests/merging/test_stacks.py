@@ -14,7 +14,7 @@ from merge_helpers import merge, read_weights, write_weights
 from torch import Tensor
 
 from rlhf_core.infra.errors import ConfigError, ModelError
-from rlhf_core.merging.recipe import load_recipe
+from rlhf_core.merging.job import load_merge_job
 from rlhf_core.merging.weights import layer_of
 from rlhf_core.testing.tiny import save_tiny
 
@@ -86,7 +86,7 @@ def run(models: Path, tmp_path: Path):
             text = text.replace(f"model: {model}\n", f"model: {models / model}\n")
         file = tmp_path / "theirs.yaml"
         file.write_text(text)
-        load_recipe(file, flags=["--output", str(tmp_path / name)]).merger().merge()
+        load_merge_job(file, flags=["--output", str(tmp_path / name)]).merger().merge()
         return values(tmp_path / name)
 
     return go
@@ -216,7 +216,7 @@ def test_slices_of_a_file(name: str, run, tmp_path: Path) -> None:
         round(float(model.get_output_embeddings().weight[0, 0]), 5) == expected.get("head", expected["embeddings"])[0]
     )
     # What is written down makes the same again.
-    load_recipe(tmp_path / "out/merge.yaml", flags=["--output", str(tmp_path / "again")]).merger().merge()
+    load_merge_job(tmp_path / "out/merge.yaml", flags=["--output", str(tmp_path / "again")]).merger().merge()
     assert values(tmp_path / "again") == expected
 
 
@@ -253,7 +253,7 @@ models:
     weight: {{filters: {{o_proj: {{runs: [{{count: 2, value: 1}}, {{count: 2, value: 0}}]}}}}, default: 1}}
 """
     (tmp_path / "ours.yaml").write_text(text)
-    load_recipe(tmp_path / "ours.yaml", flags=["--output", str(tmp_path / "out")]).merger().merge()
+    load_merge_job(tmp_path / "ours.yaml", flags=["--output", str(tmp_path / "out")]).merger().merge()
     assert values(tmp_path / "out")["o"] == [10, 11, 0, 0] and values(tmp_path / "out")["q"] == [10, 11, 21, 22]
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,25 +73,25 @@ def test_no_bar_without_a_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[
     assert captured.out == "" and "\x1b" not in captured.err and "━" not in captured.err
 
 
+class Terminal(io.StringIO):
+    """Keeps what is drawn on a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 def test_a_bar_with_loss_speed_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    import io
-
-    from rich.console import Console
-
-    from rlhf_core.training import progress
-
-    screen = Console(file=io.StringIO(), force_terminal=True, width=100)
-    monkeypatch.setattr(progress, "console", lambda: screen)
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
     logger = TrainingLogger(None, total_steps=4)
     logger.metrics(ROW)
     logger.close()
-    text = screen.file.getvalue()  # type: ignore[attr-defined]
+    text = screen.getvalue()
     assert "2/4" in text and "loss 0.5000" in text and "100 tokens/s" in text
     silent = TrainingLogger(None, LoggingConfig(progress=False), total_steps=4)
-    before = len(screen.file.getvalue())  # type: ignore[attr-defined]
     silent.metrics(ROW)
     silent.close()
-    assert len(screen.file.getvalue()) == before  # type: ignore[attr-defined]
+    assert screen.getvalue() == text
 
 
 def test_tensorboard_mirrors_the_numbers(tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from merge_helpers import tiny_family, write_weights
 
+from rlhf_core.evaluation.weight_diff import Distance, diff, distance, draw, part_of
 from rlhf_core.infra.errors import ConfigError, ModelError, StorageError
 from rlhf_core.merging import streams
-from rlhf_core.merging.diff import Distance, diff, distance, draw, part_of
 
 A = {
     "model.embed_tokens.weight": torch.tensor([[3.0, 4.0]]),

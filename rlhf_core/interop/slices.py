@@ -16,7 +16,7 @@ from rlhf_core.config.base import place_of
 from rlhf_core.infra.errors import ConfigError, ModelError, did_you_mean, shortened
 from rlhf_core.infra.files import read_json
 from rlhf_core.infra.model_files import adapter_base, first_line, is_adapter, locate
-from rlhf_core.merging.mergekit_values import Setting
+from rlhf_core.interop.mergekit_parameters import Setting
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rlhf_core.infra.errors import ConfigError, shortened
-from rlhf_core.merging.weights import GROUPS
 
 Condition = tuple[str | None, Any]
 """A part of a name, or None for all, with a scalar or a gradient."""
@@ -48,7 +47,7 @@ def value(found: Sequence[Condition], missing: Callable[[], ConfigError]) -> Any
     filters: dict[str, Any] = {}
     for part, given in found:
         if part is not None:
-            filters.setdefault(f"*{part}*" if part in GROUPS else part, _by_layer(given))
+            filters.setdefault(f"*{part}*", _by_layer(given))
             continue
         fallback = _by_layer(given)
         if not filters:

@@ -12,10 +12,10 @@ from typing import Any
 
 from rlhf_core.config.base import place_of
 from rlhf_core.infra.errors import ConfigError, did_you_mean, shortened
-from rlhf_core.merging.mergekit_methods import METHODS, PARAMETERS, outliers
-from rlhf_core.merging.mergekit_values import Setting, conditions, constant, in_runs, mapped
-from rlhf_core.merging.mergekit_values import value as value_of
-from rlhf_core.merging.slices import Column, Slices, read_slices
+from rlhf_core.interop.mergekit_methods import METHODS, PARAMETERS, outliers
+from rlhf_core.interop.mergekit_parameters import Setting, conditions, constant, in_runs, mapped
+from rlhf_core.interop.mergekit_parameters import value as value_of
+from rlhf_core.interop.slices import Column, Slices, read_slices
 
 log = logging.getLogger(__name__)
 

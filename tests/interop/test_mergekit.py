@@ -17,7 +17,7 @@ from merge_helpers import read_weights, tiny_family, write_weights
 from safetensors.torch import save_file
 
 from rlhf_core.infra.errors import ConfigError, ModelError
-from rlhf_core.merging.recipe import Recipe, load_recipe
+from rlhf_core.merging.job import MergeJob, load_merge_job
 from rlhf_core.merging.weights import value_at
 
 LAYERS = 3
@@ -44,10 +44,10 @@ def located(text: str, family: Path) -> str:
 def load(family: Path, tmp_path: Path):
     """Read the text of a file, `@name` being the directory of a model."""
 
-    def read(text: str, *flags: str) -> Recipe:
+    def read(text: str, *flags: str) -> MergeJob:
         path = tmp_path / "theirs.yaml"
         path.write_text(located(text, family))
-        return load_recipe(path, flags=flags)
+        return load_merge_job(path, flags=flags)
 
     return read
 
@@ -261,13 +261,13 @@ def test_an_adapter_stands_on_the_base_that_the_file_names(load, family: Path, t
     )
     settings = {"peft_type": "LORA", "r": 1, "lora_alpha": 2, "base_model_name_or_path": "nowhere"}
     (adapter / "adapter_config.json").write_text(json.dumps(settings))
-    recipe = load(
+    job = load(
         f"merge_method: linear\nmodels:\n  - {{model: @zero+{adapter}, parameters: {{weight: 1}}}}\n"
         "  - {model: @one, parameters: {weight: 3}}\n",
         "--output",
         str(tmp_path / "out"),
     )
-    recipe.merger().merge()
+    job.merger().merge()
     merged = read_weights(tmp_path / "out")
     assert merged[f"{name}.weight"].unique().tolist() == [0.75 + 0.25 * 2]
     assert merged["lm_head.weight"].unique().tolist() == [0.75]
@@ -343,7 +343,7 @@ def test_what_has_no_effect_is_logged(load, caplog: pytest.LogCaptureFixture) ->
 
 def test_compat_sets_the_options_of_a_merge_of_ours() -> None:
     def options(*flags: str) -> dict[str, Any]:
-        return load_recipe(
+        return load_merge_job(
             flags[0], flags=["--model", "a", "--base", "b", "--compat", "mergekit", *flags[1:]]
         ).config.options
 
@@ -416,10 +416,10 @@ def test_mergekit_itself_gives_the_same(family: Path, load, tmp_path: Path) -> N
 
 
 def test_a_translated_merge_is_written_as_a_file_of_ours(load, family: Path, tmp_path: Path) -> None:
-    recipe = load(f"{SAME['ties']}dtype: bfloat16\n", "--output", str(tmp_path / "out"))
-    recipe.merger().merge()
+    job = load(f"{SAME['ties']}dtype: bfloat16\n", "--output", str(tmp_path / "out"))
+    job.merger().merge()
     written = yaml.safe_load((tmp_path / "out/merge.yaml").read_text())
     assert written["method"] == "ties" and written["dtype"] == "bf16"
-    again = load_recipe(tmp_path / "out/merge.yaml", flags=["--output", str(tmp_path / "out")])
-    assert again.config.model_dump() == recipe.config.model_dump()
+    again = load_merge_job(tmp_path / "out/merge.yaml", flags=["--output", str(tmp_path / "out")])
+    assert again.config.model_dump() == job.config.model_dump()
     assert {tensor.dtype for tensor in read_weights(tmp_path / "out").values()} == {torch.bfloat16}

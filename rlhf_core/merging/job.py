@@ -24,11 +24,11 @@ from rlhf_core.config.yaml_file import nest
 from rlhf_core.contracts.merger import Merger
 from rlhf_core.infra.errors import ConfigError, did_you_mean, shortened
 from rlhf_core.infra.redact import redact
-from rlhf_core.merging import mergekit
+from rlhf_core.interop import mergekit
+from rlhf_core.interop.mergekit_methods import parity
 from rlhf_core.merging.config import MergeConfig, ModelEntry
 from rlhf_core.merging.inputs import check_own
 from rlhf_core.merging.merge import Evaluate, ModelMerger, Progress
-from rlhf_core.merging.mergekit_methods import parity
 from rlhf_core.merging.method import Method, is_number
 from rlhf_core.merging.weights import LayerValues
 from rlhf_core.registry.target import find_method, read_target
@@ -41,7 +41,7 @@ _FLAG_KEYS = (*(key for key in MergeConfig.KEYS if key != "models"), "model", CO
 
 
 @dataclass(frozen=True)
-class Recipe:
+class MergeJob:
     """What to merge, how, and where each value came from."""
 
     config: MergeConfig
@@ -77,8 +77,10 @@ class Recipe:
         return {name: given.get(name, value) for name, value in known.items() if name not in MergeConfig.KEYS}
 
 
-def load_recipe(target: str | Path, overrides: Mapping[str, Any] | None = None, *, flags: Sequence[str] = ()) -> Recipe:
-    """Resolve a method's name or a file into a recipe.
+def load_merge_job(
+    target: str | Path, overrides: Mapping[str, Any] | None = None, *, flags: Sequence[str] = ()
+) -> MergeJob:
+    """Resolve a method's name or a file into a merge that can start.
 
     Args:
         target: a name such as `ties` or `acme-merge:ties`, or the path of a YAML file, ours or mergekit's.
@@ -117,7 +119,7 @@ def load_recipe(target: str | Path, overrides: Mapping[str, Any] | None = None, 
     keys["models"] = _entries(keys["models"], method, name, places)
     config = MergeConfig.parse({**keys, "options": options}, place=places)
     _check(config, places)
-    return Recipe(config, plugin, method, places)
+    return MergeJob(config, plugin, method, places)
 
 
 def model_flag(text: str) -> dict[str, Any]:

@@ -13,16 +13,16 @@ from merge_helpers import bytes_of, tiny_family
 from rlhf_core import registry
 from rlhf_core.infra.errors import ConfigError
 from rlhf_core.merging.config import MergeConfig
-from rlhf_core.merging.recipe import Recipe, load_recipe, model_flag
+from rlhf_core.merging.job import MergeJob, load_merge_job, model_flag
 
 
-def recipe(target: str | Path, flags: str = "", **overrides: Any) -> Recipe:
-    return load_recipe(target, overrides, flags=flags.split())
+def load(target: str | Path, flags: str = "", **overrides: Any) -> MergeJob:
+    return load_merge_job(target, overrides, flags=flags.split())
 
 
 def fault(target: str | Path, flags: str = "", **overrides: Any) -> str:
     with pytest.raises(ConfigError) as raised:
-        recipe(target, flags, **overrides)
+        load(target, flags, **overrides)
     assert raised.value.exit_code == 2
     return raised.value.line()
 
@@ -38,7 +38,7 @@ def file(tmp_path: Path):
 
 
 def test_a_method_with_flags() -> None:
-    config = recipe(
+    config = load(
         "ties",
         "--base b --model x=0.5 --model y --output o --density 0.3 --scale=-1 --dtype bf16 --threads 2 --hash-inputs",
     ).config
@@ -92,7 +92,7 @@ def test_a_weight_that_is_none_is_told(number: str, tmp_path: Path, monkeypatch:
 def test_lambda_is_called_scale() -> None:
     for flags, overrides, place in ((["--lambda", "0.5"], {}, "--lambda"), ([], {"lambda": 0.5}, "command line")):
         with pytest.raises(ConfigError, match=f"{place}: unknown option `lambda` of ties; fix: λ is called `scale`"):
-            load_recipe("ties", {"models": ["a"], **overrides}, flags=flags)
+            load_merge_job("ties", {"models": ["a"], **overrides}, flags=flags)
 
 
 @pytest.mark.parametrize("value", ["[]", [], {"gradient": []}])
@@ -100,20 +100,20 @@ def test_an_empty_list_over_the_layers_is_told(value: object) -> None:
     flags = ["--density", value] if isinstance(value, str) else []
     options = {} if flags else {"density": value}
     with pytest.raises(ConfigError, match=r"empty list|at least one value"):
-        load_recipe("ties", {"models": ["a"], "base": "b", **options}, flags=flags)
+        load_merge_job("ties", {"models": ["a"], "base": "b", **options}, flags=flags)
 
 
 def test_a_file_and_flags_that_win(file) -> None:
     path = file(
         "method: ties\nbase: b\ndensity: 0.3\nscale: 2\noutput: o\nmodels:\n  - x\n  - {model: y, weight: 0.5, density: 0.7}\n"
     )
-    found = recipe(path, "--scale 3 --output p")
+    found = load(path, "--scale 3 --output p")
     assert found.config.options == {"density": 0.3, "scale": 3} and found.config.output == "p"
     assert [entry.model_dump(exclude_unset=True) for entry in found.config.models] == [
         {"model": "x"},
         {"model": "y", "weight": 0.5, "options": {"density": 0.7}},
     ]
-    assert recipe(path, "--model z=2").config.models == [
+    assert load(path, "--model z=2").config.models == [
         MergeConfig(method="m", models=["z"]).models[0].updated(weight=2.0)
     ]
     assert found.places["density"] == f"{path}:3" and found.places["scale"] == "--scale"
@@ -132,10 +132,10 @@ models:
     density: [0.2, 0.4]
 """
     )
-    config = recipe(path).config
+    config = load(path).config
     assert config.models[0].options["density"] == [0.2, 0.4]
-    assert recipe("ties", "--model x --density [0.1,0.3]").config.options == {"density": [0.1, 0.3]}
-    assert yaml.safe_load(recipe(path).to_yaml())["models"] == [
+    assert load("ties", "--model x --density [0.1,0.3]").config.options == {"density": [0.1, 0.3]}
+    assert yaml.safe_load(load(path).to_yaml())["models"] == [
         {
             "model": "x",
             "weight": {"filters": {"mlp": 0.3, "attention": {"gradient": [0.0, 1.0], "default": 0.5}}, "default": 1.0},
@@ -151,8 +151,8 @@ def test_what_is_resolved_is_a_file_of_the_same_merge(file) -> None:
         "breadcrumbs --compat mergekit",
     ):
         method, _, rest = flags.partition(" ")
-        first = recipe(method, f"{rest} --base b --model x --model y=1 --output o")
-        again = recipe(file(first.to_yaml()))
+        first = load(method, f"{rest} --base b --model x --model y=1 --output o")
+        again = load(file(first.to_yaml()))
         assert again.resolved() == first.resolved()
         assert again.config.model_dump(exclude={"options"}) == first.config.model_dump(exclude={"options"})
 
@@ -160,9 +160,9 @@ def test_what_is_resolved_is_a_file_of_the_same_merge(file) -> None:
 def test_the_recipe_beside_a_merged_model_makes_it_again(tmp_path: Path) -> None:
     base, models = tiny_family(tmp_path, 2)
     flags = f"--base {base} --model {models[0]}=0.7 --model {models[1]} --density 0.3 --seed 3 --output {tmp_path / 'first'}"
-    first = recipe("dare", flags)
+    first = load("dare", flags)
     first.merger().merge()
-    again = recipe(tmp_path / "first/merge.yaml", f"--output {tmp_path / 'again'}")
+    again = load(tmp_path / "first/merge.yaml", f"--output {tmp_path / 'again'}")
     assert again.config.model_copy(update={"output": None}) == first.config.model_copy(update={"output": None})
     again.merger().merge()
     assert bytes_of(tmp_path / "again") == bytes_of(tmp_path / "first")
@@ -172,7 +172,7 @@ def test_the_recipe_beside_a_merged_model_makes_it_again(tmp_path: Path) -> None
     "name", sorted(plugin.name for plugin in registry.find("merger") if plugin.distribution == "rlhf-core")
 )
 def test_every_method_resolves(name: str) -> None:
-    found = recipe(name, "--base b --model x")
+    found = load(name, "--base b --model x")
     assert set(found.method.Config.model_fields) <= set(found.resolved())
 
 
@@ -249,11 +249,11 @@ def test_what_is_wrong_in_a_flag_is_told_by_its_name(flags: str) -> None:
 
 
 def test_weights_of_mixed_signs_are_fine_where_nothing_divides_by_them() -> None:
-    assert recipe("task_arithmetic", "--base b --model x=1 --model y=-1").config.models[1].weight == -1
-    assert recipe("linear", "--model x=1 --model y=-1 --normalize false").config.options == {"normalize": False}
+    assert load("task_arithmetic", "--base b --model x=1 --model y=-1").config.models[1].weight == -1
+    assert load("linear", "--model x=1 --model y=-1 --normalize false").config.options == {"normalize": False}
 
 
 def test_from_python() -> None:
-    config = recipe("ties", base="b", models=["x", {"model": "y", "weight": 2}], density=0.3).config
+    config = load("ties", base="b", models=["x", {"model": "y", "weight": 2}], density=0.3).config
     assert config.options == {"density": 0.3} and config.models[1].weight == 2
     assert "unknown option `densty` of ties" in fault("ties", models=["x"], densty=0.3)

@@ -1,0 +1,1 @@
+"""What models are like, measured: how far their weights are apart."""

@@ -1,0 +1,128 @@
+"""Progress on stderr: a bar where there is a terminal; of bytes, elsewhere a line in the log now and then."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from datetime import timedelta
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from rlhf_core.infra.log import console
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, ProgressColumn, TaskID
+
+log = logging.getLogger(__name__)
+
+LOG_EVERY = 30.0
+"""Seconds between two log lines where there is no terminal."""
+REDRAW_EVERY = 0.1
+"""Seconds between two drawings of a byte bar."""
+
+
+class _Bar:
+    """A bar that is shown inside its `with` block; `_bar` is None where there is no terminal, or none is wanted."""
+
+    def __init__(self) -> None:
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+
+    def _make(self, *columns: ProgressColumn, **options: Any) -> Progress:
+        from rich.progress import Progress
+
+        self._bar = Progress(*columns, console=console(), transient=True, **options)
+        return self._bar
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+class StepBar(_Bar):
+    """Shows the steps of a training run: how many are done, the loss, tokens per second and the time left.
+
+    Args:
+        wanted: false shows nothing.
+        total_steps: steps of the whole run, where that is known.
+        step: those that are done already.
+    """
+
+    def __init__(self, *, wanted: bool, total_steps: int | None, step: int = 0) -> None:
+        super().__init__()
+        if wanted and sys.stderr.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+            speed = TextColumn("loss {task.fields[loss]} · {task.fields[speed]} tokens/s ·")
+            bar = self._make(TextColumn("training"), BarColumn(), MofNCompleteColumn(), speed, TimeRemainingColumn())
+            self._task = bar.add_task("training", total=total_steps, completed=step, loss="–", speed="–")
+
+    def update(self, step: int, loss: float, tokens_per_second: float) -> None:
+        """Show that a step is done, and its figures."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=step, loss=f"{loss:.4f}", speed=f"{tokens_per_second:,.0f}")
+
+
+class ByteBar(_Bar):
+    """Shows how many bytes are done; it is a progress callback: `bar(done, total)`, both in bytes.
+
+    A smaller `done` than before starts the speed again, as the next trial of a merge does.
+
+    Args:
+        what: what is being done, such as `merging`.
+    """
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self._what = what
+        self._done = 0
+        self._began: tuple[float, int] | None = None  # when, and with how many bytes
+        self._shown = 0.0
+        if sys.stderr.isatty():
+            from rich.progress import (
+                BarColumn,
+                DownloadColumn,
+                TextColumn,
+                TimeRemainingColumn,
+                TransferSpeedColumn,
+            )
+
+            columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+            # Drawn when it is called, not by a thread: a process with threads can't be forked.
+            self._make(TextColumn("{task.description}"), *columns, auto_refresh=False)
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._bar is None:
+            self._log(done, total)
+            return
+        if self._task is None or done < self._done:  # what was done before a kill has no speed
+            if self._task is not None:
+                self._bar.remove_task(self._task)
+            self._task = self._bar.add_task(self._what, total=total, completed=done)
+        self._done, now = done, time.monotonic()
+        due = now - self._shown > REDRAW_EVERY or done >= total
+        self._bar.update(self._task, completed=done, total=total, refresh=due)
+        self._shown = now if due else self._shown
+
+    def _log(self, done: int, total: int) -> None:
+        from rich.filesize import decimal
+
+        now = time.monotonic()
+        if self._began is None or done < self._done:  # as with the bar
+            self._began, self._shown = (now, done), now
+        self._done = done
+        if now - self._shown < LOG_EVERY or done >= total:
+            return
+        self._shown = now
+        since, first = self._began
+        rate = (done - first) / (now - since)
+        left = f"{timedelta(seconds=round((total - done) / rate))} left" if rate else "no end in sight"
+        log.info("%s: %s of %s, %s/s, %s", self._what, decimal(done), decimal(total), decimal(int(rate)), left)

@@ -1,0 +1,1 @@
+"""Other tools' formats: their files in, values of ours out."""
