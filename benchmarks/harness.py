@@ -128,7 +128,7 @@ def encoded(cell: Cell) -> list[Any]:
     """Return the cell's rows as token ids, which both sides train on."""
     from transformers import AutoTokenizer
 
-    from rlhf_core.config.trainer import TrainerConfig
+    from rlhf_core.config.training import TrainerConfig
     from rlhf_core.data import open_dataset
 
     tokenizer = AutoTokenizer.from_pretrained(cell.model)

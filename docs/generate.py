@@ -21,7 +21,7 @@ from rlhf_core.config.base import BaseConfig
 from rlhf_core.config.fields import option_rows, shown
 from rlhf_core.config.presets import ABOUT, PRESETS
 from rlhf_core.config.run import RunConfig
-from rlhf_core.config.trainer import TrainerConfig
+from rlhf_core.config.training import TrainerConfig
 from rlhf_core.merging.config import MergeConfig, ModelEntry
 from rlhf_core.merging.weights import LayerValues
 from rlhf_core.models.sample_scores import ScoringModelConfig

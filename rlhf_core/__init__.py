@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from rlhf_core.config.online import SamplingConfig as SamplingConfig
     from rlhf_core.config.presets import get_7b_model_config as get_7b_model_config
     from rlhf_core.config.presets import get_70b_model_config as get_70b_model_config
-    from rlhf_core.config.trainer import LoraConfig as LoraConfig
-    from rlhf_core.config.trainer import ModelConfig as ModelConfig
-    from rlhf_core.config.trainer import ReferenceConfig as ReferenceConfig
-    from rlhf_core.config.trainer import TrainerConfig as TrainerConfig
-    from rlhf_core.config.trainer import TrainingStage as TrainingStage
+    from rlhf_core.config.training import LoraConfig as LoraConfig
+    from rlhf_core.config.training import ModelConfig as ModelConfig
+    from rlhf_core.config.training import ReferenceConfig as ReferenceConfig
+    from rlhf_core.config.training import TrainerConfig as TrainerConfig
+    from rlhf_core.config.training import TrainingStage as TrainingStage
     from rlhf_core.contracts.batch import Batch as Batch
     from rlhf_core.contracts.completion import Completion as Completion
     from rlhf_core.contracts.merger import Merger as Merger
@@ -66,7 +66,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.registry": "",
         "rlhf_core.contracts.batch": "Batch",
         "rlhf_core.config.base": "BaseConfig",
-        "rlhf_core.config.trainer": "LoraConfig ModelConfig ReferenceConfig TrainerConfig TrainingStage",
+        "rlhf_core.config.training": "LoraConfig ModelConfig ReferenceConfig TrainerConfig TrainingStage",
         "rlhf_core.data.datasets": "GRPODataset KTODataset PreferenceDataset SFTDataset",
         "rlhf_core.data.streaming": "StreamingGRPODataset StreamingKTODataset StreamingPreferenceDataset StreamingSFTDataset",
         "rlhf_core.infra.errors": "RLHFError",

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from rlhf_core.config.online import OnlineConfig as OnlineConfig
     from rlhf_core.config.online import RewardConfig as RewardConfig
     from rlhf_core.config.online import SamplingConfig as SamplingConfig
-    from rlhf_core.config.trainer import LoraConfig as LoraConfig
-    from rlhf_core.config.trainer import ModelConfig as ModelConfig
-    from rlhf_core.config.trainer import ReferenceConfig as ReferenceConfig
-    from rlhf_core.config.trainer import TrainedModelConfig as TrainedModelConfig
-    from rlhf_core.config.trainer import TrainerConfig as TrainerConfig
-    from rlhf_core.config.trainer import TrainingStage as TrainingStage
+    from rlhf_core.config.training import LoraConfig as LoraConfig
+    from rlhf_core.config.training import ModelConfig as ModelConfig
+    from rlhf_core.config.training import ReferenceConfig as ReferenceConfig
+    from rlhf_core.config.training import TrainedModelConfig as TrainedModelConfig
+    from rlhf_core.config.training import TrainerConfig as TrainerConfig
+    from rlhf_core.config.training import TrainingStage as TrainingStage
     from rlhf_core.contracts.batch import Batch as Batch
     from rlhf_core.contracts.completion import Completion as Completion
     from rlhf_core.contracts.merger import Merger as Merger
@@ -91,7 +91,7 @@ __getattr__, __dir__, __all__ = lazy_names(
     {
         "rlhf_core.contracts.batch": "Batch",
         "rlhf_core.config.base": "BaseConfig",
-        "rlhf_core.config.trainer": "LoraConfig ModelConfig ReferenceConfig TrainedModelConfig TrainerConfig TrainingStage",
+        "rlhf_core.config.training": "LoraConfig ModelConfig ReferenceConfig TrainedModelConfig TrainerConfig TrainingStage",
         "rlhf_core.data.base": "EncodedData random_generator",
         "rlhf_core.data.collate": "collate",
         "rlhf_core.infra.errors": "ConfigError DataError ModelError NumbersError PluginError shortened",

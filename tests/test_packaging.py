@@ -134,7 +134,7 @@ def write_package(root: Path, name: str, source: str, entries: Mapping[str, str]
 
 
 METHOD = '''
-from rlhf_core.config.trainer import TrainerConfig, TrainingStage
+from rlhf_core.config.training import TrainerConfig, TrainingStage
 from rlhf_core.contracts.trainer import Loss, Trainer
 
 

@@ -141,7 +141,7 @@ def _job(target: str, flags: list[str]) -> Job:
 
 def _describe(job: Job, *, resume: bool, overwrite: bool) -> None:
     """Print the resolved configuration, itself a valid file, under comments on what would be read and written."""
-    from rlhf_core.config.trainer import models_beside
+    from rlhf_core.config.training import models_beside
     from rlhf_core.data.sources import check_paths, data_files
 
     lines = [

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import NoneType, UnionType
-from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin
+from types import NoneType
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from rlhf_core.config.fields import alternatives, group_at
 from rlhf_core.infra.errors import ConfigError, did_you_mean, shortened
 
 ConfigType = TypeVar("ConfigType", bound="BaseConfig")
@@ -34,7 +35,7 @@ class BaseConfig(BaseModel):
     def _flag_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         # Python counts true as 1 and false as 0, so `max_steps: yes` would quietly train for one step.
         if isinstance(value, bool) and info.field_name in cls.model_fields:
-            kinds = _alternatives(cls.model_fields[info.field_name].annotation)
+            kinds = alternatives(cls.model_fields[info.field_name].annotation)
             if bool not in kinds and (int in kinds or float in kinds):
                 raise PydanticCustomError("flag_for_number", "must be a number")
         return value
@@ -83,7 +84,7 @@ def config_error(
     # Of a check over several options, all of them would be shown.
     got = None if first["type"] == "value_error" and isinstance(first["input"], Mapping) else shortened(first["input"])
     if first["type"] == "extra_forbidden":
-        owner = _group(cls, first["loc"][:-1])
+        owner = group_at(cls, first["loc"][:-1])
         near = did_you_mean(str(first["loc"][-1]), owner.model_fields)
         return ConfigError(f"unknown option `{key}`", place=where, fix=near)
     if first["type"] == "missing":
@@ -92,7 +93,7 @@ def config_error(
         first["type"], first["msg"].replace("Input should be", "must be").removeprefix("Value error, ")
     )
     if first["type"] in ("model_type", "model_attributes_type"):
-        message = f"expected a group of options ({', '.join(_group(cls, first['loc']).model_fields)})"
+        message = f"expected a group of options ({', '.join(group_at(cls, first['loc']).model_fields)})"
     named = where.lstrip("-").replace("-", "_") == key  # by its flag
     problem = f"`{key}`: {message}" if key and not named else message
     fix = None
@@ -118,32 +119,6 @@ def _key(cls: type[BaseModel], path: tuple[int | str, ...]) -> str:
             tag_follows = False
             continue
         parts.append(str(part))
-        field = _group(cls, path[:position]).model_fields.get(str(part))
-        kinds = get_args(field.annotation) if field and get_origin(field.annotation) in (Union, UnionType) else ()
-        tag_follows = len([kind for kind in kinds if kind is not NoneType]) > 1
+        field = group_at(cls, path[:position]).model_fields.get(str(part))
+        tag_follows = field is not None and len({*alternatives(field.annotation)} - {NoneType}) > 1
     return ".".join(parts)
-
-
-def _group(cls: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseModel]:
-    """Return the configuration class that stands at a dotted path."""
-    for part in path:
-        annotation = cls.model_fields[part].annotation if part in cls.model_fields else None
-        found = next(
-            (
-                t
-                for t in (annotation, *getattr(annotation, "__args__", ()))
-                if isinstance(t, type) and issubclass(t, BaseModel)
-            ),
-            None,
-        )
-        if found is None:
-            return cls
-        cls = found
-    return cls
-
-
-def _alternatives(annotation: Any) -> tuple[Any, ...]:
-    """Return the types of a union, flat; any other annotation alone."""
-    if get_origin(annotation) in (Union, UnionType):
-        return tuple(kind for part in get_args(annotation) for kind in _alternatives(part))
-    return (annotation,)

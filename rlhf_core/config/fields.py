@@ -1,14 +1,56 @@
-"""A configuration's options as rows for people: name, type, default, meaning. Importing this imports no torch."""
+"""The fields of a configuration: what types each takes, which of them are groups, and each as a row for people.
+
+This is the one place that walks over annotations: flags, error places, listings and the conformance kit stand on it.
+Importing this imports no torch.
+"""
 
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import Enum
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
+
+
+def alternatives(annotation: Any) -> tuple[Any, ...]:
+    """Return the types that a value of this annotation may have: a union's, flat; any other annotation alone."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return tuple(kind for part in get_args(annotation) for kind in alternatives(part))
+    return (annotation,)
+
+
+def is_group(kind: Any) -> bool:
+    """Tell whether a type is a configuration class, whose fields are options in a group."""
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def group_of(annotation: Any, *, items: bool = True) -> type[BaseModel] | None:
+    """Return the first configuration class among an annotation's alternatives; with `items`, list items count too."""
+    for kind in alternatives(annotation):
+        if is_group(kind):
+            return kind
+        if items and get_origin(kind) is list and (found := group_of(get_args(kind)[0])) is not None:
+            return found
+    return None
+
+
+def group_at(config: type[BaseModel], path: Sequence[int | str]) -> type[BaseModel]:
+    """Return the configuration class at a path of field names and list positions, else the last one on the way."""
+    for part in path:
+        if part in config.model_fields:
+            config = group_of(config.model_fields[str(part)].annotation) or config
+    return config
+
+
+def option_names(config: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted name of every option that a flag can set, of groups too: `lora`, `lora.rank`, …"""
+    for name, info in config.model_fields.items():
+        yield prefix + name
+        if (group := group_of(info.annotation, items=False)) is not None:
+            yield from option_names(group, f"{prefix}{name}.")
 
 
 class OptionRow(NamedTuple):
@@ -50,24 +92,16 @@ def default_of(info: Any) -> Any:
     return None if value is PydanticUndefined else value
 
 
-def group_of(annotation: Any) -> type[BaseModel] | None:
-    """Return the configuration class in an annotation, if one is there."""
-    for part in (annotation, *get_args(annotation)):
-        if isinstance(part, type) and issubclass(part, BaseModel):
-            return part
-    return None
-
-
 def type_name(annotation: Any) -> str:
     """Return a type in words; the values of a choice one by one."""
     origin, args = get_origin(annotation), get_args(annotation)
+    if len(kinds := alternatives(annotation)) > 1:
+        return " or ".join("null" if kind is types.NoneType else type_name(kind) for kind in kinds)
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in args)
-    if origin in (Union, types.UnionType):
-        return " or ".join("null" if part is type(None) else type_name(part) for part in args)
     if origin in (list, dict, tuple):
         return f"{origin.__name__} of {' → '.join(type_name(part) for part in args)}"
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    if is_group(annotation):
         return "group"
     if isinstance(annotation, type) and issubclass(annotation, Enum):
         return ", ".join(f"`{member.value}`" for member in annotation)

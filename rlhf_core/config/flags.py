@@ -8,15 +8,15 @@ given by repeating the flag, or as `[a, b]`.
 from __future__ import annotations
 
 import re
-import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Union, get_args, get_origin
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 
 from rlhf_core.config.base import BaseConfig
-from rlhf_core.config.fields import group_of
+from rlhf_core.config.fields import alternatives, group_of, is_group, option_names
 from rlhf_core.config.yaml_file import parse_scalar
 from rlhf_core.infra.errors import ConfigError, nearest
 
@@ -83,21 +83,12 @@ def unknown_option(
     name: str, config: type[BaseModel], *, owner: str, place: str, also: Iterable[str] = ()
 ) -> ConfigError:
     """Return the error for an option that a configuration doesn't have, with the nearest that it has."""
-    near = nearest(name.replace("-", "_"), [*also, *_paths(config)]) or nearest(name.rpartition(".")[2], _paths(config))
+    names = list(option_names(config))
+    near = nearest(name.replace("-", "_"), [*also, *names]) or nearest(name.rpartition(".")[2], names)
     hint = f"did you mean `{near}`? " if near else ""
     return ConfigError(
         f"unknown option `{name}` of {owner}", place=place, fix=f"{hint}`rlhf show {owner} --all` lists them"
     )
-
-
-def _paths(config: type[BaseModel], prefix: str = "") -> list[str]:
-    paths = []
-    for name, field in config.model_fields.items():
-        paths.append(prefix + name)
-        for member in _members(field.annotation):
-            if _is_group(member):
-                paths += _paths(member, f"{prefix}{name}.")
-    return paths
 
 
 def _field(flag: Flag, config: type[BaseModel], owner: str) -> tuple[str, tuple[Any, ...]]:
@@ -111,29 +102,18 @@ def _field(flag: Flag, config: type[BaseModel], owner: str) -> tuple[str, tuple[
         if group is None or name not in group.model_fields:
             raise unknown_option(flag.name, config, owner=owner, place=flag.typed)
         key.append(name)
-        members = _members(group.model_fields[name].annotation)
+        members = alternatives(group.model_fields[name].annotation)
         mapping = next((member for member in members if get_origin(member) is dict), None)
         if mapping is not None and number + 2 == len(parts):
             # An entry of a mapping: its key as typed, its value as the mapping's are.
-            return ".".join([*key, parts[-1]]), _members(get_args(mapping)[1])
-        group = next((member for member in members if _is_group(member)), None)
+            return ".".join([*key, parts[-1]]), alternatives(get_args(mapping)[1])
+        group = group_of(group.model_fields[name].annotation, items=False)
     return ".".join(key), members
-
-
-def _members(annotation: Any) -> tuple[Any, ...]:
-    """Return the types of a union, flat; literals stay whole."""
-    if get_origin(annotation) in (Union, types.UnionType):
-        return tuple(member for part in get_args(annotation) for member in _members(part))
-    return (annotation,)
-
-
-def _is_group(member: Any) -> bool:
-    return isinstance(member, type) and issubclass(member, BaseModel)
 
 
 def _may_be_text(member: Any) -> bool:
     """Tell whether a text may stand for a group, as in `--rewards exact`."""
-    return _is_group(member) and getattr(member, "alone", None) is not None
+    return is_group(member) and getattr(member, "alone", None) is not None
 
 
 def _value(given: Sequence[Flag], members: tuple[Any, ...]) -> Any:
@@ -148,14 +128,14 @@ def _value(given: Sequence[Flag], members: tuple[Any, ...]) -> Any:
 
 def _one(flag: Flag, members: tuple[Any, ...]) -> Any:
     if flag.text is None:
-        if bool in members or any(_is_group(member) for member in members):
+        if bool in members or any(is_group(member) for member in members):
             return True
         raise ConfigError("needs a value", place=flag.typed, fix=f"write `{flag.typed} VALUE` or `{flag.typed}=VALUE`")
     if any(flag.text in get_args(member) for member in members if get_origin(member) is Literal):
         return flag.text
     value = parse_scalar(flag.text)
     accepted = {get_origin(member) or member for member in members}
-    if isinstance(value, list | Mapping) or (value is None and flag.text and types.NoneType in accepted):
+    if isinstance(value, list | Mapping) or (value is None and flag.text and NoneType in accepted):
         return value
     if str in accepted or (not isinstance(value, bool) and any(map(_may_be_text, members))):
         return flag.text  # a name such as `2024` or `yes` stays text

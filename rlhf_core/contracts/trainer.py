@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from rlhf_core.config.trainer import ReferenceConfig, TrainerConfig, TrainingStage
+from rlhf_core.config.training import ReferenceConfig, TrainerConfig, TrainingStage
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -14,7 +14,7 @@ from rlhf_core.infra.errors import ConfigError, did_you_mean
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rlhf_core.config.trainer import TrainerConfig
+    from rlhf_core.config.training import TrainerConfig
     from rlhf_core.data.base import EncodedData
 
 # Public name → the module that defines it, loaded on first use: torch comes with the datasets.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from rlhf_core.config.trainer import DatasetConfig
+from rlhf_core.config.training import DatasetConfig
 from rlhf_core.data.encode import PLAIN, EncodedRow, Encoder, Outcome
 from rlhf_core.data.report import DataReport
 from rlhf_core.data.sources import open_source

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import pyarrow as pa
 import torch.utils.data
 
-from rlhf_core.config.trainer import DatasetConfig
+from rlhf_core.config.training import DatasetConfig
 from rlhf_core.data.base import EncodedData, Position, add_to_hash, random_generator
 from rlhf_core.data.encode import EncodedRow, Outcome
 

@@ -11,7 +11,7 @@ from rlhf_core.data.templates import ChatTemplate
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rlhf_core.config.trainer import DatasetConfig
+    from rlhf_core.config.training import DatasetConfig
 
 KEY = "rlhf_core"
 """Under which the settings stand in tokenizer_config.json."""

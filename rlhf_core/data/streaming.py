@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch.utils.data
 
-from rlhf_core.config.trainer import DatasetConfig
+from rlhf_core.config.training import DatasetConfig
 from rlhf_core.data.base import EncodedData, Position, add_to_hash, random_generator
 from rlhf_core.data.encode import EncodedRow, Outcome
 from rlhf_core.data.files import Cursor

@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from rlhf_core.config.trainer import TrainerConfig
+from rlhf_core.config.training import TrainerConfig
 from rlhf_core.infra.errors import ModelError
 from rlhf_core.models.loading import Kind, kind_of_backbone, load_model
 from rlhf_core.models.options import refuse_quantised

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlhf_core.config.trainer import LoraConfig
+from rlhf_core.config.training import LoraConfig
 from rlhf_core.infra.errors import ConfigError, did_you_mean, nearest
 from rlhf_core.infra.model_files import first_line
 

@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 import torch
 from torch import nn
 
-from rlhf_core.config.trainer import LoraConfig
+from rlhf_core.config.training import LoraConfig
 from rlhf_core.infra.errors import ConfigError, did_you_mean
 from rlhf_core.models.adapters import AdapterUse
 from rlhf_core.models.attention import Kernel

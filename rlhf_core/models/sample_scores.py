@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 
 from rlhf_core.config.base import BaseConfig
-from rlhf_core.config.trainer import ModelConfig
+from rlhf_core.config.training import ModelConfig
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.contracts.reward import RewardFn, Sample
 from rlhf_core.data.collate import collate

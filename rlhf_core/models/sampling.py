@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.config.trainer import ModelConfig
+from rlhf_core.config.training import ModelConfig
 from rlhf_core.contracts.completion import Completion
 from rlhf_core.contracts.sampler import Sampler
 from rlhf_core.infra.devices import DeviceManager

@@ -16,7 +16,7 @@ from typing import Any, Literal, Self, cast
 import torch
 from torch import Tensor, nn
 
-from rlhf_core.config.trainer import LoraConfig, TrainerConfig
+from rlhf_core.config.training import LoraConfig, TrainerConfig
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.infra.errors import ConfigError, ModelError
 from rlhf_core.infra.model_files import file_hashes, first_line

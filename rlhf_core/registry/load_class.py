@@ -98,7 +98,7 @@ def _guarded(what: str, action: Callable[[], Any]) -> Any:
 
 def _contract_fault(kind: str, cls: Any) -> Fault | None:
     from rlhf_core.config.base import BaseConfig
-    from rlhf_core.config.trainer import TrainerConfig
+    from rlhf_core.config.training import TrainerConfig
     from rlhf_core.contracts.merger import Merger
     from rlhf_core.contracts.reward import RewardFn
     from rlhf_core.contracts.sampler import Sampler

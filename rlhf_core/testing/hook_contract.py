@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rlhf_core import registry
 from rlhf_core.config.online import OnlineConfig
-from rlhf_core.config.trainer import TrainingStage
+from rlhf_core.config.training import TrainingStage
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.contracts.trainer import Evaluation, Loss, Trainer
 from rlhf_core.infra.errors import PluginError

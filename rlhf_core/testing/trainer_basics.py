@@ -11,7 +11,7 @@ from unittest import SkipTest
 import torch
 from torch import Tensor
 
-from rlhf_core.config.trainer import TrainingStage
+from rlhf_core.config.training import TrainingStage
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.contracts.records import RECORDS
 from rlhf_core.contracts.trainer import Role, Trainer

@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from rlhf_core.config.trainer import LoraConfig, ModelConfig, ReferenceConfig, TrainerConfig
+from rlhf_core.config.training import LoraConfig, ModelConfig, ReferenceConfig, TrainerConfig
 from rlhf_core.contracts.trainer import Window
 from rlhf_core.infra.errors import RLHFError
 from rlhf_core.testing.contract import after, require

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.config.trainer import TrainedModelConfig, TrainerConfig, models_beside
+from rlhf_core.config.training import TrainedModelConfig, TrainerConfig, models_beside
 from rlhf_core.infra.errors import StorageError
 from rlhf_core.infra.files import storage_errors
 from rlhf_core.infra.model_files import is_adapter

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rlhf_core.config.trainer import DistributedConfig
+from rlhf_core.config.training import DistributedConfig
 from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.errors import ConfigError, LostProcess, ModelError, PluginError, RLHFError
 

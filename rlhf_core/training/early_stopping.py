@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from rlhf_core.config.trainer import EarlyStoppingConfig
+from rlhf_core.config.training import EarlyStoppingConfig
 from rlhf_core.infra.errors import ConfigError, did_you_mean
 
 

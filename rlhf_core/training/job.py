@@ -21,7 +21,7 @@ from rlhf_core.config.flags import convert, convert_options, lex, refuse_unknown
 from rlhf_core.config.online import OnlineConfig
 from rlhf_core.config.presets import get_preset
 from rlhf_core.config.run import RunConfig
-from rlhf_core.config.trainer import TrainerConfig
+from rlhf_core.config.training import TrainerConfig
 from rlhf_core.config.yaml_file import merge, nest
 from rlhf_core.contracts.trainer import Trainer
 from rlhf_core.infra.errors import ConfigError

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from rlhf_core.config.trainer import (
+from rlhf_core.config.training import (
     DEFAULT_MAX_LENGTH,
     LoraConfig,
     ModelConfig,

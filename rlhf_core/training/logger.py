@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.config.trainer import LoggingConfig
+from rlhf_core.config.training import LoggingConfig
 from rlhf_core.infra.files import replace_file, storage_errors
 from rlhf_core.infra.progress import StepBar
 from rlhf_core.training.trackers import Trackers

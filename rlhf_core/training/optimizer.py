@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from rlhf_core.config.trainer import TrainerConfig
+from rlhf_core.config.training import TrainerConfig
 from rlhf_core.infra.errors import ConfigError
 
 _FACTOR = "learning_rate_factor"

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from rlhf_core.config.online import OnlineConfig
-from rlhf_core.config.trainer import LoraConfig, TrainerConfig
+from rlhf_core.config.training import LoraConfig, TrainerConfig
 from rlhf_core.contracts.trainer import Trainer
 from rlhf_core.data.base import EncodedData
 from rlhf_core.infra.devices import DeviceManager

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.config.trainer import TrainerConfig
+from rlhf_core.config.training import TrainerConfig
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.contracts.trainer import Trainer
 from rlhf_core.data import DataStream, open_dataset

@@ -14,7 +14,7 @@ from best_of_n import BestOfNConfig, BestOfNSampler
 
 from rlhf_core import registry
 from rlhf_core.config.online import SamplingConfig
-from rlhf_core.config.trainer import ModelConfig
+from rlhf_core.config.training import ModelConfig
 from rlhf_core.contracts.completion import Completion
 from rlhf_core.contracts.reward import RewardFn, Sample
 from rlhf_core.contracts.sampler import Sampler

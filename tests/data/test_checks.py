@@ -5,7 +5,7 @@ from __future__ import annotations
 import datasets
 import pytest
 
-from rlhf_core.config.trainer import TrainerConfig
+from rlhf_core.config.training import TrainerConfig
 from rlhf_core.data import open_dataset
 from rlhf_core.infra.errors import ConfigError, DataError
 

@@ -10,7 +10,7 @@ import pytest
 from data_helpers import gsm8k, sft_rows, write_as
 
 import rlhf_core
-from rlhf_core.config.trainer import DatasetConfig, TrainerConfig
+from rlhf_core.config.training import DatasetConfig, TrainerConfig
 from rlhf_core.data import (
     GRPODataset,
     SFTDataset,

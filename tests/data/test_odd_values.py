@@ -15,7 +15,7 @@ from data_helpers import lines, write_as
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_core.config.trainer import TrainerConfig
+from rlhf_core.config.training import TrainerConfig
 from rlhf_core.data import open_dataset
 from rlhf_core.data.sources import open_source
 from rlhf_core.infra.errors import DataError

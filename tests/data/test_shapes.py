@@ -9,7 +9,7 @@ import datasets
 import pytest
 from data_helpers import in_words
 
-from rlhf_core.config.trainer import TrainerConfig
+from rlhf_core.config.training import TrainerConfig
 from rlhf_core.data import open_dataset
 from rlhf_core.data.checks import Checker
 from rlhf_core.data.sources import open_source

@@ -12,7 +12,7 @@ from data_helpers import sft_rows, write_as
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_core.config.trainer import DatasetConfig
+from rlhf_core.config.training import DatasetConfig
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.data import DataStream, PreferenceDataset, SFTDataset, StreamingSFTDataset
 from rlhf_core.data.encode import EncodedRow

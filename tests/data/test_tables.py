@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from data_helpers import lines, sft_rows, write_as
 
-from rlhf_core.config.trainer import TrainerConfig
+from rlhf_core.config.training import TrainerConfig
 from rlhf_core.data import open_dataset
 from rlhf_core.data.checks import Checker
 from rlhf_core.data.files import Cursor

@@ -9,7 +9,7 @@ from data_helpers import bpe_tokenizer, metaspace_tokenizer
 from tokenizers import AddedToken
 
 from rlhf_core import registry
-from rlhf_core.config.trainer import DatasetConfig
+from rlhf_core.config.training import DatasetConfig
 from rlhf_core.data import SFTDataset, StreamingSFTDataset
 from rlhf_core.data.encode import EncodedRow, Encoder
 from rlhf_core.data.sources import open_source

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from data_helpers import lines, sft_rows, write_as
 
-from rlhf_core.config.trainer import TrainerConfig
+from rlhf_core.config.training import TrainerConfig
 from rlhf_core.data import DataStream, open_dataset
 from rlhf_core.data.files import Cursor
 from rlhf_core.data.sources import check_paths, has_splits, open_source

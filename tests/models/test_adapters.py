@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf_core import registry
-from rlhf_core.config.trainer import LoraConfig
+from rlhf_core.config.training import LoraConfig
 from rlhf_core.infra.errors import ConfigError, ModelError
 from rlhf_core.models import PolicyModel, ProcessRewardModel, Reference, RewardModel, adapters
 from rlhf_core.testing.tiny import save_tiny, tiny_tokenizer

@@ -9,7 +9,7 @@ import pytest
 import torch
 from batches import random_batch
 
-from rlhf_core.config.trainer import LoraConfig
+from rlhf_core.config.training import LoraConfig
 from rlhf_core.infra.errors import ConfigError, ModelError
 from rlhf_core.models import PolicyModel, ProcessRewardModel, RewardModel
 from rlhf_core.testing.tiny import save_tiny, tiny_model, tiny_tokenizer

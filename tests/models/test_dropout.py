@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rlhf_core import registry
-from rlhf_core.config.trainer import LoraConfig
+from rlhf_core.config.training import LoraConfig
 from rlhf_core.models import PolicyModel, apply_lora
 from rlhf_core.models.dropout import allow_dropout, evaluating, keep_still, set_training
 from rlhf_core.testing.tiny import VOCAB_SIZE, tiny_model, tiny_tokenizer

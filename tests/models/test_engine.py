@@ -10,7 +10,7 @@ import torch
 from architectures import make_tiny
 
 from rlhf_core.config.online import SamplingConfig
-from rlhf_core.config.trainer import LoraConfig
+from rlhf_core.config.training import LoraConfig
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.contracts.completion import Completion
 from rlhf_core.infra.errors import ConfigError, DataError, ModelError, NumbersError

@@ -11,7 +11,7 @@ import torch
 from batches import random_batch, relative
 from safetensors.torch import load_file, save_file
 
-from rlhf_core.config.trainer import LoraConfig, TrainerConfig
+from rlhf_core.config.training import LoraConfig, TrainerConfig
 from rlhf_core.infra.errors import ConfigError, ModelError
 from rlhf_core.models import PolicyModel
 from rlhf_core.testing.tiny import save_tiny

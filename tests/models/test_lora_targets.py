@@ -22,7 +22,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from rlhf_core.config.trainer import LoraConfig
+from rlhf_core.config.training import LoraConfig
 from rlhf_core.infra.errors import ConfigError
 from rlhf_core.models import PolicyModel
 from rlhf_core.models.lora import apply_lora

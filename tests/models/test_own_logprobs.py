@@ -11,7 +11,7 @@ from architectures import make_tiny, own_logps
 from batches import random_batch, relative
 from torch import Tensor, nn
 
-from rlhf_core.config.trainer import LoraConfig
+from rlhf_core.config.training import LoraConfig
 from rlhf_core.infra.errors import ConfigError, ModelError
 from rlhf_core.models import PolicyModel, RewardModel
 from rlhf_core.models.output_layer import OutputLayer

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from rlhf_core import registry
-from rlhf_core.config.trainer import LoraConfig, TrainerConfig
+from rlhf_core.config.training import LoraConfig, TrainerConfig
 from rlhf_core.infra.errors import ConfigError
 from rlhf_core.models import PolicyModel, ProcessRewardModel, RewardModel
 from rlhf_core.models.precision import DTYPES

@@ -9,7 +9,7 @@ import pytest
 import torch
 from batches import random_batch, relative
 
-from rlhf_core.config.trainer import LoraConfig
+from rlhf_core.config.training import LoraConfig
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.infra.errors import ConfigError, ModelError
 from rlhf_core.models import PolicyModel, Reference, apply_lora

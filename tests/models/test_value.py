@@ -15,7 +15,7 @@ from batches import random_batch, relative
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rlhf_core.config.trainer import LoraConfig, TrainerConfig
+from rlhf_core.config.training import LoraConfig, TrainerConfig
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.infra.errors import ConfigError, ModelError
 from rlhf_core.models import PolicyModel, ProcessRewardModel, RewardModel, ValueModel

@@ -11,7 +11,7 @@ from batches import random_batch, relative
 from test_own_logprobs import CHANGES, Masked, policy_of, with_head
 from torch import Tensor
 
-from rlhf_core.config.trainer import LoraConfig
+from rlhf_core.config.training import LoraConfig
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.models import PolicyModel, apply_lora, logprobs
 from rlhf_core.models.logprobs import over_vocabulary

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_core import API, registry
-from rlhf_core.config.trainer import TrainerConfig, TrainingStage
+from rlhf_core.config.training import TrainerConfig, TrainingStage
 from rlhf_core.contracts.reward import RewardFn
 from rlhf_core.contracts.trainer import Loss, Trainer
 from rlhf_core.infra.errors import ConfigError, PluginError
@@ -22,7 +22,7 @@ METHOD = '''
 import sys
 sys.modules["_imported_" + __name__] = sys
 
-from rlhf_core.config.trainer import TrainerConfig, TrainingStage
+from rlhf_core.config.training import TrainerConfig, TrainingStage
 from rlhf_core.contracts.trainer import Loss, Trainer
 
 

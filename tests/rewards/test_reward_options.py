@@ -14,7 +14,7 @@ from rlhf_core.cli import main
 from rlhf_core.config.base import BaseConfig
 from rlhf_core.config.flags import convert, lex
 from rlhf_core.config.online import OnlineConfig, RewardConfig
-from rlhf_core.config.trainer import ModelConfig, TrainingStage
+from rlhf_core.config.training import ModelConfig, TrainingStage
 from rlhf_core.contracts.reward import RewardFn, Sample
 from rlhf_core.contracts.trainer import Loss, Trainer
 from rlhf_core.infra.errors import ConfigError

@@ -14,7 +14,7 @@ from rlhf_plugins.trainers.sft import SFTConfig, SFTTrainer
 from torch import Tensor, nn
 
 from rlhf_core.config.online import OnlineConfig
-from rlhf_core.config.trainer import TrainingStage
+from rlhf_core.config.training import TrainingStage
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.contracts.completion import Completion
 from rlhf_core.contracts.trainer import FROZEN, TRAINED, Evaluation, Loss, Trainer, Window

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_core.config.trainer import TrainerConfig
+from rlhf_core.config.training import TrainerConfig
 from rlhf_core.contracts.records import RECORDS
 from rlhf_core.data import open_dataset
 from rlhf_core.infra.errors import ConfigError, DataError

@@ -12,7 +12,7 @@ import pytest
 from toy import ROWS, toy
 
 from rlhf_core.cli import main
-from rlhf_core.config.trainer import TrainerConfig
+from rlhf_core.config.training import TrainerConfig
 from rlhf_core.infra.errors import StorageError
 from rlhf_core.testing.tiny import save_tiny
 from rlhf_core.training.disk import checkpoints_at_once, room_taken

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_core.config.trainer import DistributedConfig
+from rlhf_core.config.training import DistributedConfig
 from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.errors import ConfigError, DataError, RLHFError
 from rlhf_core.infra.files import read_json

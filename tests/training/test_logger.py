@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from toy import toy
 
-from rlhf_core.config.trainer import LoggingConfig
+from rlhf_core.config.training import LoggingConfig
 from rlhf_core.infra.errors import ConfigError
 from rlhf_core.training.logger import TrainingLogger
 from rlhf_core.training.trackers import Trackers

@@ -11,7 +11,7 @@ import pytest
 from toy import ToyPolicy, toy
 
 from rlhf_core import registry
-from rlhf_core.config.trainer import TrainerConfig
+from rlhf_core.config.training import TrainerConfig
 from rlhf_core.config.yaml_file import load_yaml
 from rlhf_core.infra.errors import ConfigError
 from rlhf_core.models import PolicyModel

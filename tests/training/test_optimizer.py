@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlhf_core.config.trainer import TrainerConfig
+from rlhf_core.config.training import TrainerConfig
 from rlhf_core.infra.errors import ConfigError
 from rlhf_core.training.optimizer import Schedule, create_optimizer
 

@@ -15,7 +15,7 @@ from batches import random_batch, relative
 from torch import Tensor, nn
 
 from rlhf_core import registry
-from rlhf_core.config.trainer import ModelConfig, TrainedModelConfig, TrainerConfig, TrainingStage
+from rlhf_core.config.training import ModelConfig, TrainedModelConfig, TrainerConfig, TrainingStage
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.contracts.trainer import FROZEN, TRAINED, Loss, Role, Trainer
 from rlhf_core.infra.errors import ConfigError, ModelError, PluginError, RLHFError

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rlhf_core.config.trainer import TrainerConfig, TrainingStage
+from rlhf_core.config.training import TrainerConfig, TrainingStage
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.contracts.trainer import Loss, Trainer, Window
 from rlhf_core.infra.tensors import write_tensors
