@@ -181,7 +181,7 @@ def _read_as(name: str, job: Job) -> str:
 
 def _disk(job: Job, output: Path) -> list[str]:
     """Return what the run will write and the room that there is, where the model's files tell; raise where it is too little."""
-    from rlhf_core.training.disk import need_of_files, room_taken
+    from rlhf_core.training.disk_space import need_of_files, room_taken
 
     need = need_of_files(job.run.model, job.options)
     if need is None:

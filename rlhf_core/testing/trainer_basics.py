@@ -20,7 +20,7 @@ from rlhf_core.testing.contract import after, require
 from rlhf_core.testing.trainer_setup import TrainerSetup
 from rlhf_core.testing.workbench import reseeds
 from rlhf_core.training.loader import reference_of
-from rlhf_core.training.prepare import trained_roles, training_mode
+from rlhf_core.training.setup import trained_roles, training_mode
 
 TERMS = "test_every_term_has_a_weight"
 GRADIENT = "test_trained_models_get_a_gradient"

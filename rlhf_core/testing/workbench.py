@@ -24,9 +24,9 @@ from rlhf_core.training.loader import Loader
 from rlhf_core.training.loss_scale import LossScale
 from rlhf_core.training.micro_batches import MicroBatches
 from rlhf_core.training.optimizer import create_optimizer, set_learning_rate
-from rlhf_core.training.prepare import build_models, check_config, precompute_reference, prepare_rewards, training_mode
 from rlhf_core.training.reduction import quotients
-from rlhf_core.training.rows import open_data
+from rlhf_core.training.run_data import open_data
+from rlhf_core.training.setup import build_models, check_config, precompute_reference, prepare_rewards, training_mode
 from rlhf_core.training.update import Update, sum_pairs
 
 GARBAGE = 65

@@ -174,7 +174,7 @@ class RunContext:
 
     def held_out_loss(self, batch: Batch) -> Evaluation:
         """Return the loss of held-out rows and its metrics, by `experience`, `weights` and `loss` as in training."""
-        from rlhf_core.training.evaluate import held_out_loss
+        from rlhf_core.training.held_out import held_out_loss
 
         return held_out_loss(self.trainer, batch, self)
 

@@ -10,7 +10,7 @@ from torch import nn
 from rlhf_core.contracts.trainer import Trainer
 from rlhf_core.infra.files import fsync_directory, remove_tree, replaced_path, storage_errors, temporary_path
 from rlhf_core.training.distribution import Distribution
-from rlhf_core.training.prepare import trained_roles
+from rlhf_core.training.setup import trained_roles
 
 PRIMARY = "policy"
 

@@ -25,31 +25,30 @@ from rlhf_core.infra.memory import attempt
 from rlhf_core.infra.seeds import seed_everything
 from rlhf_core.registry.hooks import Hooks, load_hooks
 from rlhf_core.training.context import RunContext
-from rlhf_core.training.disk import need_of_run, room_taken
+from rlhf_core.training.disk_space import need_of_run, room_taken
 from rlhf_core.training.distribution import Distribution, create_distribution
 from rlhf_core.training.early_stopping import EarlyStopping
-from rlhf_core.training.evaluate import evaluate
 from rlhf_core.training.export import export_models
+from rlhf_core.training.held_out import evaluate
 from rlhf_core.training.loader import Loader
 from rlhf_core.training.logger import REQUIRED, TIMING, TrainingLogger
 from rlhf_core.training.loss_scale import LossScale
 from rlhf_core.training.micro_batches import MicroBatches
 from rlhf_core.training.optimizer import Schedule, create_optimizer, set_learning_rate
-from rlhf_core.training.prepare import (
+from rlhf_core.training.reduction import quotients
+from rlhf_core.training.result import TrainResult
+from rlhf_core.training.run_data import keep_texts, open_data, open_stream
+from rlhf_core.training.run_directory import RunDirectory
+from rlhf_core.training.run_record import check_unchanged, note_data, note_failure, note_inputs, run_settings
+from rlhf_core.training.run_state import Progress, RunState
+from rlhf_core.training.setup import (
     build_models,
     check_config,
     precompute_reference,
     prepare_rewards,
     training_mode,
 )
-from rlhf_core.training.provenance import note_data, note_failure, note_inputs
-from rlhf_core.training.reduction import quotients
-from rlhf_core.training.result import TrainResult
-from rlhf_core.training.rows import keep_texts, open_data, open_stream
-from rlhf_core.training.run_directory import RunDirectory
-from rlhf_core.training.settings import check_unchanged, run_settings
 from rlhf_core.training.signals import StopNow, StopSignal, stopped
-from rlhf_core.training.state import Progress, RunState
 from rlhf_core.training.update import Outcome, Update, sum_pairs
 from rlhf_core.training.windows import Windows
 

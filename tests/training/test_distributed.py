@@ -19,7 +19,7 @@ from rlhf_core.infra.errors import ConfigError, DataError, RLHFError
 from rlhf_core.infra.files import read_json
 from rlhf_core.infra.tensors import read_tensors
 from rlhf_core.training.distribution import Distribution, create_distribution
-from rlhf_core.training.prepare import check_config
+from rlhf_core.training.setup import check_config
 
 OPTIONS: dict[str, Any] = {"max_steps": 6, "micro_batch_size": 2, "max_grad_norm": None, "eval_steps": 3}
 

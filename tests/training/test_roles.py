@@ -24,10 +24,10 @@ from rlhf_core.testing.arithmetic import Arithmetic
 from rlhf_core.testing.runs import Interrupted, interruptible, metrics_of, require_same_run
 from rlhf_core.testing.tiny import save_tiny, tiny_model, tiny_tokenizer
 from rlhf_core.testing.workbench import Workbench
-from rlhf_core.training.disk import need_of_files
+from rlhf_core.training.disk_space import need_of_files
 from rlhf_core.training.job import load_job
 from rlhf_core.training.loader import Loader
-from rlhf_core.training.prepare import training_mode
+from rlhf_core.training.setup import training_mode
 
 SMALL: dict[str, Any] = {"hidden": 32, "heads": 2, "kv_heads": 1}
 ROWS = list(Arithmetic(terms=2, digits=1, wrong=0.0).rows("sft", 12))

@@ -19,7 +19,7 @@ from rlhf_core.training.checkpoint import (
     load_optimizer_state,
     optimizer_state,
 )
-from rlhf_core.training.saved_state import check_state
+from rlhf_core.training.run_state_schema import check_state
 
 if TYPE_CHECKING:
     from rlhf_core.training.loop import Run

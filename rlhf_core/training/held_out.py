@@ -18,8 +18,8 @@ from rlhf_core.infra.memory import attempt, in_parts
 from rlhf_core.infra.seeds import RandomState, seed_everything
 from rlhf_core.models.scoring import halves
 from rlhf_core.training.context import RunContext
-from rlhf_core.training.per_prompt import PerPrompt, merge_entries, standard_errors
-from rlhf_core.training.per_prompt import values as per_prompt_values
+from rlhf_core.training.per_prompt_metrics import PerPrompt, merge_entries, standard_errors
+from rlhf_core.training.per_prompt_metrics import values as per_prompt_values
 from rlhf_core.training.reduction import Tally, quotients
 from rlhf_core.training.update import sum_pairs
 

@@ -21,7 +21,7 @@ from rlhf_core.models.reference import Reference
 from rlhf_core.rewards import Rewards, check_rewards, open_rewards
 from rlhf_core.training.distribution import Distribution
 from rlhf_core.training.loader import Loader, check_roles, reference_of, roles_of, widened
-from rlhf_core.training.rows import one_pass
+from rlhf_core.training.run_data import one_pass
 from rlhf_core.training.trackers import check_trackers
 
 log = logging.getLogger(__name__)

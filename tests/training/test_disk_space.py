@@ -15,7 +15,7 @@ from rlhf_core.cli import main
 from rlhf_core.config.training import TrainerConfig
 from rlhf_core.infra.errors import StorageError
 from rlhf_core.testing.tiny import save_tiny
-from rlhf_core.training.disk import checkpoints_at_once, room_taken
+from rlhf_core.training.disk_space import checkpoints_at_once, room_taken
 
 usage = namedtuple("usage", "total used free")
 NUMBERS = 263 * 8 + 8 + 8

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.infra.errors import PluginError
-from rlhf_core.training.evaluate import _NUMBER, _PerBatch
-from rlhf_core.training.per_prompt import (
+from rlhf_core.training.held_out import _NUMBER, _PerBatch
+from rlhf_core.training.per_prompt_metrics import (
     Entries,
     PerPrompt,
     merge_entries,
