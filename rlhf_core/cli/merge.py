@@ -97,11 +97,11 @@ def merge(
         job = load_merge_job(target, flags=context.args)
     if dry_run:
         return _describe(job, resume=resume, overwrite=overwrite, as_json=as_json)
-    result = _merge(job, _evaluation(evaluate, job), resume=resume, overwrite=overwrite)
+    result = _merge(job, evaluate, resume=resume, overwrite=overwrite)
     return _report(result, as_json=as_json)
 
 
-def _merge(job: MergeJob, evaluate: Any, *, resume: bool, overwrite: bool) -> MergeResult:
+def _merge(job: MergeJob, evaluate: str | None, *, resume: bool, overwrite: bool) -> MergeResult:
     from rlhf_core.infra.progress import ByteBar
     from rlhf_core.merging.output import unfinished
 
@@ -117,19 +117,6 @@ def _merge(job: MergeJob, evaluate: Any, *, resume: bool, overwrite: bool) -> Me
                 "; the same command with `--resume`" + (" in place of `--overwrite`" if overwrite else "") + " goes on"
             )
         raise Interrupted(text) from error
-
-
-def _evaluation(name: str | None, job: MergeJob) -> Any:
-    if name is None:
-        return None
-    from rlhf_core.contracts.merger import Merger
-    from rlhf_core.merging.evaluation import load_evaluation
-
-    if job.method.merge is Merger.merge:
-        raise ConfigError(
-            f"{job.config.method} evaluates nothing", place="--evaluate", fix="leave it out, or use greedy_soup"
-        )
-    return load_evaluation(name)
 
 
 def _report(result: MergeResult, *, as_json: bool) -> None:

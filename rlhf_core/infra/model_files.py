@@ -101,6 +101,15 @@ def is_adapter(where: str) -> bool:
     )
 
 
+def split_adapter(name: str) -> tuple[str, str] | None:
+    """Return the base and the adapter of a model that is named `BASE+ADAPTER`; None for any other name.
+
+    A path that exists is taken as it stands, whatever signs are in it. The base may itself be such a pair.
+    """
+    base, _, adapter = name.rpartition("+")
+    return (base, adapter) if base and adapter and not Path(name).expanduser().exists() else None
+
+
 def adapter_base(adapter: str) -> str:
     """Return the base that an adapter names; a relative path is looked for from here, as peft does, then beside the adapter."""
     try:

@@ -15,7 +15,7 @@ from typing import Any
 from rlhf_core.config.base import place_of
 from rlhf_core.infra.errors import ConfigError, ModelError, did_you_mean, shortened
 from rlhf_core.infra.files import read_json
-from rlhf_core.infra.model_files import adapter_base, first_line, is_adapter, locate
+from rlhf_core.infra.model_files import adapter_base, first_line, is_adapter, locate, split_adapter
 from rlhf_core.interop.mergekit_parameters import Setting
 
 log = logging.getLogger(__name__)
@@ -172,8 +172,7 @@ def _whole(sources: list[_Source | None], rows: list[list[_Source]]) -> Any:
 
 def depth_of(name: str) -> int:
     """Return how many layers a model has, by its configuration."""
-    whole, plus, _ = name.rpartition("+")
-    where, _ = locate(whole if plus and not Path(name).expanduser().exists() else name)
+    where, _ = locate((split_adapter(name) or (name,))[0])
     if is_adapter(where):
         return depth_of(adapter_base(where))
     try:

@@ -23,13 +23,15 @@ from rlhf_core.config.yaml_file import merge as merge_values
 from rlhf_core.config.yaml_file import nest
 from rlhf_core.contracts.merger import Merger
 from rlhf_core.infra.errors import ConfigError, did_you_mean, shortened
+from rlhf_core.infra.model_files import split_adapter
 from rlhf_core.infra.redact import redact
 from rlhf_core.interop import mergekit
 from rlhf_core.interop.mergekit_methods import parity
 from rlhf_core.merging.config import MergeConfig, ModelEntry
 from rlhf_core.merging.inputs import check_own
-from rlhf_core.merging.merge import Evaluate, ModelMerger, Progress
+from rlhf_core.merging.merge import ModelMerger, Progress
 from rlhf_core.merging.method import Method, is_number
+from rlhf_core.merging.model_score import Evaluate
 from rlhf_core.merging.weights import LayerValues
 from rlhf_core.registry.target import find_method, read_target
 
@@ -50,8 +52,8 @@ class MergeJob:
     places: Mapping[str, str]
     """For each dotted key that was set, its place: `file:line`, or a flag."""
 
-    def merger(self, *, evaluate: Evaluate | None = None, progress: Progress | None = None) -> ModelMerger:
-        """Return the merge, ready to go; nothing is opened yet."""
+    def merger(self, *, evaluate: Evaluate | str | None = None, progress: Progress | None = None) -> ModelMerger:
+        """Return the merger; its arguments are `ModelMerger`'s. No model is opened yet."""
         return ModelMerger(self.config, evaluate=evaluate, progress=progress)
 
     def resolved(self) -> dict[str, Any]:
@@ -149,10 +151,8 @@ def model_flag(text: str) -> dict[str, Any]:
 
 def _is_there(name: str) -> bool:
     """Tell whether a model's directory exists, or both of `BASE+ADAPTER`."""
-    base, plus, adapter = name.rpartition("+")
-    return Path(name).expanduser().exists() or bool(
-        plus and base and adapter and _is_there(base) and _is_there(adapter)
-    )
+    pair = split_adapter(name)
+    return all(map(_is_there, pair)) if pair is not None else Path(name).expanduser().exists()
 
 
 def check_value(value: Any, key: str, places: Mapping[str, str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import tempfile
 import time
@@ -16,9 +15,8 @@ import torch
 
 from rlhf_core.contracts.merger import Merger
 from rlhf_core.infra.devices import DeviceManager
-from rlhf_core.infra.errors import ConfigError, ModelError, NumbersError, PluginError, RLHFError
+from rlhf_core.infra.errors import ConfigError, ModelError, NumbersError, PluginError
 from rlhf_core.infra.files import storage_errors
-from rlhf_core.infra.model_files import first_line
 from rlhf_core.merging import chat_template
 from rlhf_core.merging.checkpoint import Checkpoint
 from rlhf_core.merging.config import MergeConfig
@@ -26,6 +24,7 @@ from rlhf_core.merging.directory import check_tokenizer, fill
 from rlhf_core.merging.heads import common_heads
 from rlhf_core.merging.inputs import MergeInput
 from rlhf_core.merging.method import Method
+from rlhf_core.merging.model_score import Evaluate, ModelScore
 from rlhf_core.merging.output import Output, check_begun
 from rlhf_core.merging.passing import Pass
 from rlhf_core.merging.plan import Plan, check_count, memory
@@ -39,7 +38,6 @@ _DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 _WHOLE = 4
 """Tensors at once by default where a method needs them whole: a few, however many cores there are."""
 
-Evaluate = Callable[[Path], float]
 Progress = Callable[[int, int], None]
 """Called with the bytes of output that are done and their total."""
 
@@ -64,15 +62,20 @@ class ModelMerger:
 
     Args:
         config: what to merge and how.
-        evaluate: for a method that evaluates what it makes: takes a model's directory, returns a number, larger being better.
+        evaluate: for a method that evaluates what it makes: a function from a directory to a score, larger being better;
+            or its name, `FILE.py:FUNCTION`.
         progress: told of bytes written.
     """
 
     def __init__(
-        self, config: MergeConfig, *, evaluate: Evaluate | None = None, progress: Progress | None = None
+        self, config: MergeConfig, *, evaluate: Evaluate | str | None = None, progress: Progress | None = None
     ) -> None:
-        self.config, self._evaluate, self.progress = config, evaluate, progress
+        self.config, self.progress = config, progress
         self.method = Method(config)
+        if evaluate is not None and not self.method.evaluates:
+            fix = "leave it out, or use greedy_soup"
+            raise ConfigError(f"{config.method} evaluates nothing", place="evaluate", fix=fix)
+        self._score = None if evaluate is None else ModelScore(evaluate)
         self.device = DeviceManager(config.device if config.device != "auto" else _device()).device
         most = _WHOLE if self.method.merger.whole_tensors else None
         self.threads = config.threads or min(_cores(), most or _cores())
@@ -133,8 +136,6 @@ class ModelMerger:
             raise ConfigError("no output directory is set", place="output", fix="give `--output DIR`")
         started = time.perf_counter()
         self._target = Path(self.config.output).expanduser().resolve()
-        if self._evaluate is not None and self.method.evaluates is False:
-            raise ConfigError(f"{self.config.method} evaluates nothing", place="evaluate", fix="leave it out")
         check_begun(self._target, resume=resume, overwrite=overwrite)
         self._resume, self._overwrite = resume, overwrite
         self._plan = self.plan()
@@ -216,7 +217,7 @@ class ModelMerger:
         Raises:
             ConfigError: no evaluation is given.
         """
-        if self._evaluate is None:
+        if self._score is None:
             raise ConfigError(
                 "no evaluation is given", place="evaluate", fix="give a function that scores a model's directory"
             )
@@ -241,20 +242,6 @@ class ModelMerger:
         plan = self._plan
         kinds = all(item.dtype == one.tensors[item.name].dtype for item in plan.own)
         return type(one) is Checkpoint and plan.vocabularies.rows is None and kinds
-
-    def _score(self, path: Path) -> float:
-        assert self._evaluate is not None
-        try:
-            value = float(self._evaluate(path))
-        except RLHFError:
-            raise
-        except Exception as error:
-            raise PluginError(
-                "the evaluation raised", place="evaluate", got=f"{type(error).__name__}: {first_line(error)}"
-            ) from error
-        if math.isnan(value):
-            raise PluginError("the evaluation gave no number", place="evaluate", got=value)
-        return value
 
     def _write(
         self, merger: Merger, models: Sequence[int] | None, target: Path, *, resume: bool, overwrite: bool
