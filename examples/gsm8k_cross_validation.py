@@ -32,7 +32,7 @@ from rlhf_core.infra.errors import ConfigError, DataError, RLHFError
 from rlhf_core.infra.files import replace_json
 from rlhf_core.infra.statistics import auc
 from rlhf_core.models import RewardModel
-from rlhf_core.models.sample_scores import SampleScores, ScoringConfig
+from rlhf_core.models.model_reward import SampleScores, ScoringConfig
 from rlhf_core.training.per_prompt_metrics import ratio_standard_error
 
 CONFIGURATION = Path(__file__).parent / "gsm8k_reward_model.yaml"

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from rlhf_core.data.streaming import StreamingKTODataset as StreamingKTODataset
     from rlhf_core.data.streaming import StreamingPreferenceDataset as StreamingPreferenceDataset
     from rlhf_core.data.streaming import StreamingSFTDataset as StreamingSFTDataset
+    from rlhf_core.generation.engine import Engine as Engine
     from rlhf_core.infra.devices import DeviceManager as DeviceManager
     from rlhf_core.infra.errors import RLHFError as RLHFError
     from rlhf_core.merging.config import MergeConfig as MergeConfig
@@ -42,13 +43,12 @@ if TYPE_CHECKING:
     from rlhf_core.merging.merge import ModelMerger as ModelMerger
     from rlhf_core.models.attention import OptimizedAttention as OptimizedAttention
     from rlhf_core.models.compile import compile_model as compile_model
-    from rlhf_core.models.engine import Engine as Engine
     from rlhf_core.models.logprobs import over_vocabulary as over_vocabulary
     from rlhf_core.models.lora import apply_lora as apply_lora
-    from rlhf_core.models.policy import PolicyModel as PolicyModel
-    from rlhf_core.models.process_reward import ProcessRewardModel as ProcessRewardModel
-    from rlhf_core.models.reward import RewardModel as RewardModel
-    from rlhf_core.models.value import ValueModel as ValueModel
+    from rlhf_core.models.policy_model import PolicyModel as PolicyModel
+    from rlhf_core.models.process_reward_model import ProcessRewardModel as ProcessRewardModel
+    from rlhf_core.models.reward_model import RewardModel as RewardModel
+    from rlhf_core.models.value_model import ValueModel as ValueModel
     from rlhf_core.registry.logs import setup_logging as setup_logging
     from rlhf_core.training.checkpoint import CheckpointManager as CheckpointManager
     from rlhf_core.training.early_stopping import EarlyStopping as EarlyStopping
@@ -82,13 +82,13 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.merging.merge": "ModelMerger",
         "rlhf_core.models.attention": "OptimizedAttention",
         "rlhf_core.models.compile": "compile_model",
-        "rlhf_core.models.engine": "Engine",
+        "rlhf_core.generation.engine": "Engine",
         "rlhf_core.models.logprobs": "over_vocabulary",
         "rlhf_core.models.lora": "apply_lora",
-        "rlhf_core.models.policy": "PolicyModel",
-        "rlhf_core.models.process_reward": "ProcessRewardModel",
-        "rlhf_core.models.reward": "RewardModel",
-        "rlhf_core.models.value": "ValueModel",
+        "rlhf_core.models.policy_model": "PolicyModel",
+        "rlhf_core.models.process_reward_model": "ProcessRewardModel",
+        "rlhf_core.models.reward_model": "RewardModel",
+        "rlhf_core.models.value_model": "ValueModel",
         "rlhf_core.config.online": "OnlineConfig RewardConfig SamplingConfig",
         "rlhf_core.config.presets": "get_70b_model_config get_7b_model_config",
         "rlhf_core.training.checkpoint": "CheckpointManager",

@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from rlhf_core.data.base import EncodedData as EncodedData
     from rlhf_core.data.base import random_generator as random_generator
     from rlhf_core.data.collate import collate as collate
+    from rlhf_core.generation.engine import Engine as Engine
+    from rlhf_core.generation.generate import prompt_batch as prompt_batch
+    from rlhf_core.generation.sampler_models import best_first as best_first
     from rlhf_core.infra.errors import ConfigError as ConfigError
     from rlhf_core.infra.errors import DataError as DataError
     from rlhf_core.infra.errors import ModelError as ModelError
@@ -68,16 +71,13 @@ if TYPE_CHECKING:
     from rlhf_core.models import RewardModel as RewardModel
     from rlhf_core.models import ValueModel as ValueModel
     from rlhf_core.models import over_vocabulary as over_vocabulary
-    from rlhf_core.models.engine import Engine as Engine
-    from rlhf_core.models.generate import prompt_batch as prompt_batch
-    from rlhf_core.models.process_reward import AGGREGATIONS as AGGREGATIONS
+    from rlhf_core.models.batch_values import batch_values as batch_values
+    from rlhf_core.models.model_reward import ModelReward as ModelReward
+    from rlhf_core.models.model_reward import ModelRewardConfig as ModelRewardConfig
+    from rlhf_core.models.model_reward import SampleScores as SampleScores
+    from rlhf_core.models.model_reward import ScoringModelConfig as ScoringModelConfig
+    from rlhf_core.models.process_reward_model import AGGREGATIONS as AGGREGATIONS
     from rlhf_core.models.reference import Reference as Reference
-    from rlhf_core.models.sample_scores import ModelReward as ModelReward
-    from rlhf_core.models.sample_scores import ModelRewardConfig as ModelRewardConfig
-    from rlhf_core.models.sample_scores import SampleScores as SampleScores
-    from rlhf_core.models.sample_scores import ScoringModelConfig as ScoringModelConfig
-    from rlhf_core.models.sampling import best_first as best_first
-    from rlhf_core.models.scoring import score_in_parts as score_in_parts
     from rlhf_core.registry.hooks import hookimpl as hookimpl
     from rlhf_core.rewards import Rewards as Rewards
     from rlhf_core.rewards import Scores as Scores
@@ -105,13 +105,13 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.merging": "CHUNK Chunk MergeInput ModelMerger TensorStream is_embedding kept_count magnitudes merge_tensor"
         " require_one_sign share_of_weights tensor_thresholds thresholds",
         "rlhf_core.models": "PolicyModel ProcessRewardModel RewardModel ValueModel HiddenStates over_vocabulary",
-        "rlhf_core.models.engine": "Engine",
-        "rlhf_core.models.generate": "prompt_batch",
-        "rlhf_core.models.process_reward": "AGGREGATIONS",
+        "rlhf_core.generation.engine": "Engine",
+        "rlhf_core.generation.generate": "prompt_batch",
+        "rlhf_core.models.process_reward_model": "AGGREGATIONS",
         "rlhf_core.models.reference": "Reference",
-        "rlhf_core.models.sample_scores": "ModelReward ModelRewardConfig SampleScores ScoringModelConfig",
-        "rlhf_core.models.sampling": "best_first",
-        "rlhf_core.models.scoring": "score_in_parts",
+        "rlhf_core.models.model_reward": "ModelReward ModelRewardConfig SampleScores ScoringModelConfig",
+        "rlhf_core.generation.sampler_models": "best_first",
+        "rlhf_core.models.batch_values": "batch_values",
         "rlhf_core.config.online": "OnlineConfig RewardConfig SamplingConfig",
         "rlhf_core.contracts.records": "Message Prompt",
         "rlhf_core.rewards": "Rewards Scores open_rewards samples_of",

@@ -10,7 +10,7 @@ from rlhf_core.config.base import BaseConfig
 
 if TYPE_CHECKING:
     from rlhf_core.contracts.completion import Completion
-    from rlhf_core.models.policy import PolicyModel
+    from rlhf_core.models.policy_model import PolicyModel
 
 
 class Sampler(ABC):
@@ -36,7 +36,7 @@ class Sampler(ABC):
         Raises:
             ConfigError: a role is missing, unknown, or given something else than it needs.
         """
-        from rlhf_core.models.sampling import models_by_role
+        from rlhf_core.generation.sampler_models import models_by_role
 
         self.config = config if config is not None else self.Config()
         self.models = models_by_role(type(self), models)
@@ -49,7 +49,7 @@ class Sampler(ABC):
             ConfigError: as for the constructor.
             ModelError: a model can't be loaded.
         """
-        from rlhf_core.models.sampling import load_models
+        from rlhf_core.generation.sampler_models import load_models
 
         return cls(config, **load_models(cls, sources))
 

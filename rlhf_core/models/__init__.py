@@ -9,16 +9,16 @@ from rlhf_core.infra.lazy import lazy_names
 if TYPE_CHECKING:
     from rlhf_core.models.attention import OptimizedAttention as OptimizedAttention
     from rlhf_core.models.compile import compile_model as compile_model
+    from rlhf_core.models.hidden_states import HiddenStates as HiddenStates
+    from rlhf_core.models.load_options import LoadOptions as LoadOptions
     from rlhf_core.models.logprobs import over_vocabulary as over_vocabulary
     from rlhf_core.models.lora import apply_lora as apply_lora
-    from rlhf_core.models.options import LoadOptions as LoadOptions
-    from rlhf_core.models.policy import PolicyModel as PolicyModel
-    from rlhf_core.models.process_reward import ProcessRewardModel as ProcessRewardModel
+    from rlhf_core.models.policy_model import PolicyModel as PolicyModel
+    from rlhf_core.models.process_reward_model import ProcessRewardModel as ProcessRewardModel
     from rlhf_core.models.reference import Reference as Reference
-    from rlhf_core.models.reward import RewardModel as RewardModel
-    from rlhf_core.models.sequence import SequenceModel as SequenceModel
-    from rlhf_core.models.states import HiddenStates as HiddenStates
-    from rlhf_core.models.value import ValueModel as ValueModel
+    from rlhf_core.models.reward_model import RewardModel as RewardModel
+    from rlhf_core.models.sequence_model import SequenceModel as SequenceModel
+    from rlhf_core.models.value_model import ValueModel as ValueModel
 
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
@@ -27,13 +27,13 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.models.compile": "compile_model",
         "rlhf_core.models.logprobs": "over_vocabulary",
         "rlhf_core.models.lora": "apply_lora",
-        "rlhf_core.models.options": "LoadOptions",
-        "rlhf_core.models.policy": "PolicyModel",
-        "rlhf_core.models.process_reward": "ProcessRewardModel",
+        "rlhf_core.models.load_options": "LoadOptions",
+        "rlhf_core.models.policy_model": "PolicyModel",
+        "rlhf_core.models.process_reward_model": "ProcessRewardModel",
         "rlhf_core.models.reference": "Reference",
-        "rlhf_core.models.reward": "RewardModel",
-        "rlhf_core.models.sequence": "SequenceModel",
-        "rlhf_core.models.states": "HiddenStates",
-        "rlhf_core.models.value": "ValueModel",
+        "rlhf_core.models.reward_model": "RewardModel",
+        "rlhf_core.models.sequence_model": "SequenceModel",
+        "rlhf_core.models.hidden_states": "HiddenStates",
+        "rlhf_core.models.value_model": "ValueModel",
     },
 )

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_core.models.backbone import plain_ids, replaced_hidden
 from rlhf_core.models.dropout import evaluating
 from rlhf_core.models.precision import exact_products
 from rlhf_core.models.probe import FAILURES, Findings, tolerance
-from rlhf_core.models.structure import plain_ids, replaced_hidden
 
 SIZES = (0.01, 30.0, 1e4)
 """Standard deviations of the logits that are tried: below any cap, near one, and far beyond."""

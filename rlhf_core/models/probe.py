@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.infra.model_files import first_line
 from rlhf_core.models.attention import windows_seen
+from rlhf_core.models.backbone import accepted, captured, find_backbone, hidden_of, plain_ids
 from rlhf_core.models.dropout import evaluating
 from rlhf_core.models.layout import Layout, of_responses, packed_layout, padded_layout
 from rlhf_core.models.precision import exact_products
-from rlhf_core.models.structure import accepted, captured, find_backbone, hidden_of, plain_ids
 
 Arrangement = Literal["packed", "padded", "alone"]
 """Sequences end to end in one row; a padded row each; or each in a forward pass of its own."""

@@ -23,10 +23,10 @@ from rlhf_core.contracts.batch import Batch
 from rlhf_core.infra.errors import ConfigError, ModelError
 from rlhf_core.infra.files import storage_errors, temporary_path
 from rlhf_core.infra.tensors import read_tensors, write_tensors
+from rlhf_core.models.batch_values import batch_values
 from rlhf_core.models.dropout import evaluating
-from rlhf_core.models.policy import PolicyModel
+from rlhf_core.models.policy_model import PolicyModel
 from rlhf_core.models.precision import narrowed_copy
-from rlhf_core.models.scoring import score_in_parts
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ class Reference:
         function = functools.partial(function, temperature=temperature)
         off = model.adapter_off() if self.mode == "adapter_off" else self._as_kept()
         with evaluating(model), off:
-            return score_in_parts(batch, function, axis=axis, cut=self._cut, device=model.device)
+            return batch_values(batch, function, axis=axis, cut=self._cut, device=model.device)
 
     @contextlib.contextmanager
     def _as_kept(self) -> Iterator[None]:

@@ -332,7 +332,7 @@ class SamplerContract(Contract):
         import torch
 
         from rlhf_core.contracts.batch import Batch
-        from rlhf_core.models.generate import prompt_batch
+        from rlhf_core.generation.generate import prompt_batch
 
         if sampler.roles.get("policy") != "policy":
             return

@@ -18,9 +18,9 @@ from rlhf_core.config.online import SamplingConfig
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.contracts.completion import Completion
 from rlhf_core.contracts.reward import RewardFn, Sample
+from rlhf_core.generation.engine import Engine
 from rlhf_core.infra.seeds import RandomState
 from rlhf_core.models.dropout import evaluating
-from rlhf_core.models.engine import Engine
 from rlhf_core.training.context import RunContext
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from rlhf_core.models.policy import PolicyModel
+    from rlhf_core.models.policy_model import PolicyModel
 
 PAD, BOS, END = "<|pad|>", "<|bos|>", "<|end|>"
 TURNS = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
@@ -122,14 +122,15 @@ def tiny_policy(seed: int = 0) -> PolicyModel:
 def _made(seed: int) -> PolicyModel:
     import torch
 
-    from rlhf_core.models.policy import PolicyModel
+    from rlhf_core.generation.decoding import decoding_of
+    from rlhf_core.models.policy_model import PolicyModel
 
     model, tokenizer = tiny_model(seed, layers=1, max_positions=64, tie_embeddings=False), tiny_tokenizer()
     with torch.no_grad():
         hidden = model.model(torch.arange(7, 263)[None]).last_hidden_state[0].mean(dim=0)
         model.lm_head.weight[tokenizer.eos_token_id] = 3 * hidden / hidden.square().sum()
     policy = PolicyModel(model, tokenizer)
-    _ = policy.decoding  # what was found by trying is copied, too
+    decoding_of(policy)  # what was found by trying is copied, too
     return policy
 
 

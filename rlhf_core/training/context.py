@@ -12,12 +12,12 @@ from torch import Tensor
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.contracts.completion import Completion
 from rlhf_core.contracts.trainer import Evaluation, Trainer
+from rlhf_core.generation.engine import Engine
 from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.errors import PluginError
 from rlhf_core.infra.seeds import stream_seed
-from rlhf_core.models.engine import Engine
-from rlhf_core.models.policy import PolicyModel
-from rlhf_core.models.scoring import Axis, Values, score_in_parts
+from rlhf_core.models.batch_values import Axis, Values, batch_values
+from rlhf_core.models.policy_model import PolicyModel
 from rlhf_core.rewards import Rewards, Scores, samples_of
 from rlhf_core.training.distribution import Distribution
 from rlhf_core.training.micro_batches import MicroBatches
@@ -86,7 +86,7 @@ class RunContext:
         """
         whole = "prompt" in (axis if isinstance(axis, tuple) else (axis,))
         cut = self.micro_batches.cut_between_prompts if whole else self.micro_batches.cut
-        return score_in_parts(batch, function, axis=axis, cut=cut, device=self.devices.device)
+        return batch_values(batch, function, axis=axis, cut=cut, device=self.devices.device)
 
     def gather(self, value: Any) -> Any:
         """Return a value of the whole step: every process's tensor or list joined into one, of numbers the list of all.

@@ -16,7 +16,7 @@ from rlhf_core.data.base import EncodedData
 from rlhf_core.infra.errors import DataError, NumbersError, PluginError
 from rlhf_core.infra.memory import attempt, in_parts
 from rlhf_core.infra.seeds import RandomState, seed_everything
-from rlhf_core.models.scoring import halves
+from rlhf_core.models.batch_values import halves
 from rlhf_core.training.context import RunContext
 from rlhf_core.training.per_prompt_metrics import PerPrompt, merge_entries, standard_errors
 from rlhf_core.training.per_prompt_metrics import values as per_prompt_values

@@ -23,10 +23,10 @@ from rlhf_core.contracts.trainer import Role, Trainer
 from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.errors import ConfigError, ModelError, PluginError
 from rlhf_core.models import PolicyModel
-from rlhf_core.models.headed import HeadedModel
+from rlhf_core.models.headed_model import HeadedModel
 from rlhf_core.models.precision import DTYPES, frozen_dtype
 from rlhf_core.models.reference import Reference
-from rlhf_core.models.sequence import SequenceModel
+from rlhf_core.models.sequence_model import SequenceModel
 from rlhf_core.training.micro_batches import MicroBatches
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from rlhf_core.data.base import EncodedData
 from rlhf_core.data.saved import keep
 from rlhf_core.data.sources import data_files, has_splits
 from rlhf_core.infra.errors import ConfigError
-from rlhf_core.models.sequence import SequenceModel
+from rlhf_core.models.sequence_model import SequenceModel
 from rlhf_core.training.distribution import Distribution
 from rlhf_core.training.loader import reference_of
 

@@ -18,10 +18,10 @@ from rlhf_core.config.training import ModelConfig
 from rlhf_core.contracts.completion import Completion
 from rlhf_core.contracts.reward import RewardFn, Sample
 from rlhf_core.contracts.sampler import Sampler
+from rlhf_core.generation.generate import prompt_batch
+from rlhf_core.generation.sampler_models import best_first
 from rlhf_core.infra.errors import ConfigError, PluginError
 from rlhf_core.models import PolicyModel, RewardModel
-from rlhf_core.models.generate import prompt_batch
-from rlhf_core.models.sampling import best_first
 from rlhf_core.rewards import samples_of
 from rlhf_core.testing import SamplerContract
 from rlhf_core.testing.arithmetic import Arithmetic, solve, verify, wrong_solution

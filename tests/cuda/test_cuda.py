@@ -20,13 +20,13 @@ from rlhf_core import registry
 from rlhf_core.config.online import SamplingConfig
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.contracts.reward import Sample
+from rlhf_core.generation.engine import Engine
+from rlhf_core.generation.generate import prompt_batch
 from rlhf_core.merging import MergeConfig, ModelMerger
 from rlhf_core.models import PolicyModel, RewardModel
 from rlhf_core.models.attention import segment_attention
-from rlhf_core.models.engine import Engine
-from rlhf_core.models.generate import prompt_batch
+from rlhf_core.models.fused_norms import fuse_norms
 from rlhf_core.models.gpu_attention import padded_segment_attention
-from rlhf_core.models.gpu_norm import fuse_norms
 from rlhf_core.models.layout import Segment, Segments
 from rlhf_core.models.logprobs import linear_token_logprobs
 from rlhf_core.models.varlen import gpu_segment_attention, kernel_obstacle, torch_varlen

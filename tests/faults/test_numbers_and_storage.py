@@ -21,7 +21,7 @@ from rlhf_core.training.checkpoint import CheckpointManager
 LIMITED = """
 import resource, sys
 from rlhf_core.cli import main
-import rlhf_core.models.policy, rlhf_core.training.loop, rlhf_core.training.export as export
+import rlhf_core.models.policy_model, rlhf_core.training.loop, rlhf_core.training.export as export
 limit, after = int(sys.argv[1]), sys.argv[2]
 def lower():
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))

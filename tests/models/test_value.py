@@ -19,7 +19,7 @@ from rlhf_core.config.training import LoraConfig, TrainerConfig
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.infra.errors import ConfigError, ModelError
 from rlhf_core.models import PolicyModel, ProcessRewardModel, RewardModel, ValueModel
-from rlhf_core.models.scoring import score_in_parts
+from rlhf_core.models.batch_values import batch_values
 from rlhf_core.testing.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 SMALL: dict[str, Any] = {"hidden": 32, "heads": 2, "kv_heads": 1}
@@ -93,8 +93,8 @@ def test_values_do_not_hang_on_padding_packing_or_micro_batches(causal: Path) ->
     assert relative(model.end_values(padded), ends) < 1e-5
     for cut in (lambda b: b.split(size=1), lambda b: b.split(size=2, divide=True), lambda b: b.split(max_tokens=25)):
         parts: Any = {"cut": cut, "device": model.device}
-        assert relative(score_in_parts(batch, model.token_values, axis="token", **parts), tokens) < 1e-5
-        assert relative(score_in_parts(batch, model.end_values, axis="response", **parts), ends) < 1e-5
+        assert relative(batch_values(batch, model.token_values, axis="token", **parts), tokens) < 1e-5
+        assert relative(batch_values(batch, model.end_values, axis="response", **parts), ends) < 1e-5
     for changed in ({"layout": "padded"}, {"share_prompts": False}):
         for name, value in changed.items():
             setattr(model.backbone, name, value)

@@ -24,10 +24,10 @@ from rlhf_core.contracts.reward import Sample
 from rlhf_core.data import GRPODataset, SFTDataset
 from rlhf_core.data.collate import collate
 from rlhf_core.data.encode import EncodedRow
+from rlhf_core.generation.engine import Engine
 from rlhf_core.infra.errors import ConfigError, DataError, ModelError
 from rlhf_core.models import PolicyModel, ProcessRewardModel, RewardModel
-from rlhf_core.models.engine import Engine
-from rlhf_core.models.sample_scores import SampleScores, ScoringConfig
+from rlhf_core.models.model_reward import SampleScores, ScoringConfig
 from rlhf_core.rewards import open_rewards, rewards_changed, samples_of
 from rlhf_core.testing import RewardContract
 from rlhf_core.testing.arithmetic import Arithmetic, split_steps

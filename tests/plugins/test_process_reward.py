@@ -28,8 +28,8 @@ from rlhf_core.data.collate import collate
 from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.errors import ConfigError, DataError, ModelError
 from rlhf_core.models import PolicyModel, ProcessRewardModel
-from rlhf_core.models.process_reward import AGGREGATIONS
-from rlhf_core.models.steps import step_ends
+from rlhf_core.models.process_reward_model import AGGREGATIONS
+from rlhf_core.models.reasoning_steps import step_ends
 from rlhf_core.testing import TrainerContract, run_context
 from rlhf_core.testing.arithmetic import Arithmetic, split_steps
 from rlhf_core.testing.tiny import save_tiny, tiny_model, tiny_tokenizer

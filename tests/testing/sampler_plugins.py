@@ -15,10 +15,10 @@ from rlhf_core.config.base import BaseConfig
 from rlhf_core.config.online import SamplingConfig
 from rlhf_core.contracts.completion import Completion
 from rlhf_core.contracts.sampler import Sampler
+from rlhf_core.generation.engine import Engine
+from rlhf_core.generation.generate import prompt_batch
+from rlhf_core.generation.sampler_models import best_first
 from rlhf_core.infra.seeds import completion_seeds
-from rlhf_core.models.engine import Engine
-from rlhf_core.models.generate import prompt_batch
-from rlhf_core.models.sampling import best_first
 from rlhf_core.rewards import samples_of
 
 Found = list[list[Completion]]

@@ -14,7 +14,7 @@ from rlhf_core.contracts.batch import Batch
 from rlhf_core.infra.errors import ConfigError, ModelError
 from rlhf_core.infra.model_files import PROCESS_REWARD_HEAD
 from rlhf_core.infra.seeds import stream_seed
-from rlhf_core.models.headed import HeadedModel, load_backbone, wrong_kind
+from rlhf_core.models.headed_model import HeadedModel, load_backbone, wrong_kind
 from rlhf_core.models.heads import (
     TwoLayerHead,
     describe_head,
@@ -24,9 +24,9 @@ from rlhf_core.models.heads import (
     warn_of_other_heads,
     write_head,
 )
-from rlhf_core.models.options import LoadOptions, loading, settle
-from rlhf_core.models.sequence import SequenceModel
-from rlhf_core.models.steps import step_ends
+from rlhf_core.models.load_options import LoadOptions, loading, settle
+from rlhf_core.models.reasoning_steps import step_ends
+from rlhf_core.models.sequence_model import SequenceModel
 
 HEAD = PROCESS_REWARD_HEAD
 Aggregation = Literal["min", "product", "mean", "last"]

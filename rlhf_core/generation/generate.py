@@ -11,11 +11,11 @@ from rlhf_core.contracts.completion import Completion
 from rlhf_core.data.collate import collate
 from rlhf_core.data.encode import EncodedRow, Encoder
 from rlhf_core.data.sources import Cursor, Rows
+from rlhf_core.generation.engine import Engine
 from rlhf_core.infra.errors import DataError
-from rlhf_core.models.engine import Engine
 
 if TYPE_CHECKING:
-    from rlhf_core.models.policy import PolicyModel
+    from rlhf_core.models.policy_model import PolicyModel
 
 
 def prompt_batch(policy: PolicyModel, prompts: Sequence[Any]) -> Batch:
@@ -42,15 +42,10 @@ def prompt_batch(policy: PolicyModel, prompts: Sequence[Any]) -> Batch:
 def generate(
     policy: PolicyModel,
     prompts: Sequence[Any],
+    n: int,
+    sampling: SamplingConfig,
     *,
-    n: int = 1,
-    max_new_tokens: int = 128,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    seed: int | None = None,
+    seed: int | None,
 ) -> list[list[Completion]]:
     """Return n completions for each prompt, in the order in which they were drawn; see `PolicyModel.generate`."""
-    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
-    sampling = SamplingConfig.parse(options, place="generate")
     return Engine(policy, seed=seed).generate(prompt_batch(policy, prompts), n, sampling)

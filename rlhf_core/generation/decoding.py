@@ -22,13 +22,13 @@ from transformers import (
 )
 
 from rlhf_core.infra.errors import ModelError
+from rlhf_core.models.backbone import accepted, plain_ids
 from rlhf_core.models.dropout import evaluating
 from rlhf_core.models.precision import exact_products
 from rlhf_core.models.probe import FAILURES
-from rlhf_core.models.structure import accepted, plain_ids
 
 if TYPE_CHECKING:
-    from rlhf_core.models.policy import PolicyModel
+    from rlhf_core.models.policy_model import PolicyModel
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +85,11 @@ class _Forced(LogitsProcessor):
         self.logits.append(scores[0].clone())
         chosen = torch.full_like(scores[:, :1], self.tokens[len(self.logits) - 1], dtype=torch.long)
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
+
+
+def decoding_of(policy: PolicyModel) -> Decoding:
+    """Return how a policy is decoded, measured once."""
+    return policy.measured(measure_decoding)
 
 
 @torch.no_grad()

@@ -13,12 +13,13 @@ from rlhf_core.config.online import SamplingConfig
 from rlhf_core.config.training import LoraConfig
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.contracts.completion import Completion
+from rlhf_core.generation import engine as module
+from rlhf_core.generation.decoding import Decoding, decoding_of
+from rlhf_core.generation.engine import Engine
+from rlhf_core.generation.generate import prompt_batch
 from rlhf_core.infra.errors import ConfigError, DataError, ModelError, NumbersError
 from rlhf_core.infra.seeds import completion_seeds
-from rlhf_core.models import PolicyModel, draw
-from rlhf_core.models import engine as module
-from rlhf_core.models.engine import Engine
-from rlhf_core.models.generate import prompt_batch
+from rlhf_core.models import PolicyModel
 from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
 
 CHAT = [{"role": "user", "content": "hi"}]
@@ -104,7 +105,7 @@ def test_a_completion_does_not_depend_on_its_company(policy: PolicyModel, monkey
     cut = Engine(policy).generate(batch, 3, sampling, seeds=seeds)
     assert [[one.ids for one in group] for group in cut] == [[one.ids for one in group] for group in whole]
     monkeypatch.setattr(module, "MOST_ROWS", 512)
-    monkeypatch.setattr(draw, "BLOCK", 3)
+    monkeypatch.setattr("rlhf_core.generation.sampling.BLOCK", 3)
     longer = Engine(policy).generate(batch, 3, SamplingConfig(max_new_tokens=20, temperature=0.9), seeds=seeds)
     assert [[one.ids[:10] for one in group] for group in longer] == [[one.ids for one in group] for group in whole]
 
@@ -184,8 +185,8 @@ def test_models_of_other_kinds(kind: str) -> None:
 
 def test_a_model_whose_loop_counts_positions_otherwise_is_said(caplog: pytest.LogCaptureFixture) -> None:
     policy = PolicyModel(make_tiny("roberta"), tiny_tokenizer())
-    assert policy.decoding.company == "equal" and policy.decoding.cache
-    _ = policy.decoding
+    assert decoding_of(policy) == Decoding("equal")
+    decoding_of(policy)
     (line,) = [
         record.getMessage() for record in caplog.records if "aren't those that are trained on" in record.getMessage()
     ]
@@ -251,7 +252,7 @@ def test_wrong_calls(policy: PolicyModel) -> None:
     with pytest.raises(ModelError, match="no decoding loop"):
         still.generate(["a"])
     broken = PolicyModel(tiny_model(), tiny_tokenizer())
-    assert broken.decoding.company == "any"
+    assert decoding_of(broken).company == "any"
     with torch.no_grad():
         broken.causal_lm.model.norm.weight.fill_(torch.nan)
     with pytest.raises(NumbersError, match="aren't finite") as caught:

@@ -21,16 +21,16 @@ from rlhf_core.contracts.completion import Completion
 from rlhf_core.data.pieces import PieceEncoder
 from rlhf_core.data.saved import TextSettings
 from rlhf_core.data.templates import ChatTemplate
+from rlhf_core.generation.decoding import decode, decoding_of, left_padded
+from rlhf_core.generation.sampling import Drawing, Ended
 from rlhf_core.infra.errors import ConfigError, DataError, NumbersError
 from rlhf_core.infra.memory import in_parts
 from rlhf_core.infra.seeds import completion_seeds
-from rlhf_core.models.decoding import decode, left_padded
-from rlhf_core.models.draw import Drawing, Ended
+from rlhf_core.models.backbone import accepted
 from rlhf_core.models.dropout import evaluating
-from rlhf_core.models.structure import accepted
 
 if TYPE_CHECKING:
-    from rlhf_core.models.policy import PolicyModel
+    from rlhf_core.models.policy_model import PolicyModel
 
 MOST_ROWS = 512
 HOST_BYTES = 2**31
@@ -159,7 +159,7 @@ class Engine:
 
     def _parts(self, rows: list[_Row]) -> Iterator[list[_Row]]:
         """Yield rows that may be drawn together: of like length, and not more than are likely to fit in memory."""
-        company, positions = self.policy.decoding.company, self.policy.max_positions or 2**31
+        company, positions = decoding_of(self.policy).company, self.policy.max_positions or 2**31
         fixed, per_token, room = *self._bytes(), _free_bytes(self.policy.device)
         part: list[_Row] = []
         for row in sorted(rows, key=lambda row: len(row.ids)):
@@ -228,7 +228,7 @@ class Engine:
             device=device,
         )
         ids, mask = left_padded([row.ids for row in rows], device)
-        most, cache = max(row.limit for row in rows), self.policy.decoding.cache
+        most, cache = max(row.limit for row in rows), decoding_of(self.policy).cache
         decode(self.policy, ids, mask, drawing, Ended(drawing), most=most, cache=cache)
         made = []
         for row, length, tokens, logprobs, raw, mass in zip(rows, *drawing.columns(), strict=True):

@@ -19,7 +19,7 @@ _PROMPT, _RESPONSE = "_prompt", "_response"
 
 
 @torch.no_grad()
-def score_in_parts(
+def batch_values(
     batch: Batch,
     function: Callable[[Batch], Values],
     *,

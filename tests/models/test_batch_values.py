@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.infra.errors import NumbersError, PluginError
-from rlhf_core.models.scoring import Axis, score_in_parts
+from rlhf_core.models.batch_values import Axis, batch_values
 
 CPU = torch.device("cpu")
 
@@ -40,14 +40,14 @@ CUTS: list[Callable[[Batch], Sequence[Batch]]] = [
 @pytest.mark.parametrize("cut", CUTS)
 def test_values_are_those_of_the_whole_batch(axis: Axis, cut: Callable[[Batch], Sequence[Batch]]) -> None:
     batch = random_batch(5, 3, seed=1)
-    found = score_in_parts(batch, FUNCTIONS[axis], axis=axis, cut=cut, device=CPU)
+    found = batch_values(batch, FUNCTIONS[axis], axis=axis, cut=cut, device=CPU)
     assert found.dtype == torch.float32
     assert torch.equal(found, FUNCTIONS[axis](batch).float())
 
 
 def test_a_group_may_be_cut() -> None:
     batch = random_batch(2, 7, seed=3)
-    found = score_in_parts(batch, token_values, axis="token", cut=lambda b: b.split(size=2, divide=True), device=CPU)
+    found = batch_values(batch, token_values, axis="token", cut=lambda b: b.split(size=2, divide=True), device=CPU)
     assert torch.equal(found, token_values(batch).float())
 
 
@@ -59,7 +59,7 @@ def test_several_values_come_from_one_pass() -> None:
         calls += 1
         return micro.response_ids * 2, token_values(micro)[..., None].expand(-1, -1, 3)
 
-    ids, values = score_in_parts(batch, both, axis="token", cut=lambda b: b.split(size=1), device=CPU)
+    ids, values = batch_values(batch, both, axis="token", cut=lambda b: b.split(size=1), device=CPU)
     assert calls == 4
     inside = token_values(batch) > 0
     assert ids.dtype == torch.long and torch.equal(ids[inside], (batch.response_ids * 2)[inside])
@@ -70,7 +70,7 @@ def test_several_values_come_from_one_pass() -> None:
 def test_values_of_different_axes_come_from_one_pass(cut: Callable[[Batch], Sequence[Batch]]) -> None:
     batch = random_batch(5, 3, seed=1)
     axes: tuple[Axis, ...] = ("token", "response")
-    tokens, sums = score_in_parts(
+    tokens, sums = batch_values(
         batch, lambda micro: tuple(FUNCTIONS[axis](micro) for axis in axes), axis=axes, cut=cut, device=CPU
     )
     assert torch.equal(tokens, token_values(batch).float()) and torch.equal(sums, token_values(batch).float().sum(1))
@@ -78,12 +78,12 @@ def test_values_of_different_axes_come_from_one_pass(cut: Callable[[Batch], Sequ
 
 def test_as_many_axes_as_values() -> None:
     with pytest.raises(PluginError, match="2 axes are named for 1 tensors"):
-        score_in_parts(random_batch(2, 2), token_values, axis=("token", "response"), cut=lambda b: [b], device=CPU)
+        batch_values(random_batch(2, 2), token_values, axis=("token", "response"), cut=lambda b: [b], device=CPU)
 
 
 def test_a_batch_without_rows_has_no_values() -> None:
     batch = random_batch(3, 2).select([])
-    assert score_in_parts(batch, token_values, axis="token", cut=lambda b: [], device=CPU).shape == (0, 0)
+    assert batch_values(batch, token_values, axis="token", cut=lambda b: [], device=CPU).shape == (0, 0)
 
 
 def test_where_memory_runs_out_the_batch_is_halved_even_between_a_prompts_responses() -> None:
@@ -95,7 +95,7 @@ def test_where_memory_runs_out_the_batch_is_halved_even_between_a_prompts_respon
             raise torch.OutOfMemoryError("CUDA out of memory")
         return token_values(micro)
 
-    found = score_in_parts(batch, small_only, axis="token")
+    found = batch_values(batch, small_only, axis="token")
     assert torch.equal(found, token_values(batch).float())
     assert sizes == [8, 4, 2, 2, 4, 2, 2]
 
@@ -105,9 +105,9 @@ def test_one_response_that_does_not_fit_is_reported() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(NumbersError, match="out of memory"):
-        score_in_parts(random_batch(2, 2), never, cut=lambda b: [b], device=CPU)
+        batch_values(random_batch(2, 2), never, cut=lambda b: [b], device=CPU)
 
 
 def test_values_of_another_axis_are_refused() -> None:
     with pytest.raises(PluginError, match=r"axis `token` must begin with shape"):
-        score_in_parts(random_batch(2, 2), FUNCTIONS["response"], axis="token", cut=lambda b: [b], device=CPU)
+        batch_values(random_batch(2, 2), FUNCTIONS["response"], axis="token", cut=lambda b: [b], device=CPU)

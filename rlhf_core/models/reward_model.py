@@ -15,7 +15,7 @@ from rlhf_core.infra.errors import ConfigError, ModelError
 from rlhf_core.infra.model_files import REWARD_HEAD
 from rlhf_core.infra.seeds import stream_seed
 from rlhf_core.models.adapters import trained_module
-from rlhf_core.models.headed import HeadedModel, load_backbone, wrong_kind
+from rlhf_core.models.headed_model import HeadedModel, load_backbone, wrong_kind
 from rlhf_core.models.heads import (
     SCALAR_HEADS,
     LinearHead,
@@ -28,9 +28,9 @@ from rlhf_core.models.heads import (
     warn_of_other_heads,
     write_head,
 )
+from rlhf_core.models.load_options import LoadOptions, loading, settle
 from rlhf_core.models.loading import architecture, load_model
-from rlhf_core.models.options import LoadOptions, loading, settle
-from rlhf_core.models.sequence import SequenceModel
+from rlhf_core.models.sequence_model import SequenceModel
 
 HEAD = REWARD_HEAD
 MOST_MEMBERS = 64

@@ -10,7 +10,7 @@ import pytest
 import torch
 from batches import random_batch, relative
 
-from rlhf_core.models import PolicyModel, gpu_norm
+from rlhf_core.models import PolicyModel, fused_norms
 from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
 
 
@@ -18,14 +18,14 @@ from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Let the kernel's place apply on the CPU too, where PyTorch has the same function; return a list that counts its calls."""
     calls: list[int] = []
-    kernel = gpu_norm._kernel
+    kernel = fused_norms._kernel
 
     def counted(*given: Any) -> torch.Tensor:
         calls.append(1)
         return kernel(*given)
 
-    monkeypatch.setattr(gpu_norm, "_applies", lambda x: x.numel() > 0)
-    monkeypatch.setattr(gpu_norm, "_kernel", counted)
+    monkeypatch.setattr(fused_norms, "_applies", lambda x: x.numel() > 0)
+    monkeypatch.setattr(fused_norms, "_kernel", counted)
     return calls
 
 
@@ -54,7 +54,7 @@ def family(name: str) -> Any:
 def test_a_familys_numbers_stay(name: str, fuses: bool, as_on_a_gpu: list[int]) -> None:
     """Gemma's norms multiply by 1 + w, and so keep their own code."""
     plain, fused = family(name), family(name)
-    assert gpu_norm.fuse_norms(fused) >= 5
+    assert fused_norms.fuse_norms(fused) >= 5
     ids = torch.arange(40).view(2, 20)
     losses = [model(ids).logits.log_softmax(-1)[..., 0].sum() for model in (plain, fused)]
     assert relative(losses[1].detach(), losses[0].detach()) < 1e-5
@@ -68,7 +68,7 @@ def test_a_familys_numbers_stay(name: str, fuses: bool, as_on_a_gpu: list[int]) 
 
 def test_a_cpu_computes_the_same_bits_as_before() -> None:
     plain, fused = tiny_model(), tiny_model()
-    gpu_norm.fuse_norms(fused)
+    fused_norms.fuse_norms(fused)
     ids = torch.arange(20)[None]
     assert torch.equal(plain(ids).logits, fused(ids).logits)
 
@@ -86,7 +86,7 @@ def test_a_copy_has_norms_of_its_own(as_on_a_gpu: list[int]) -> None:
 
 def test_a_model_can_still_be_pickled() -> None:
     model = tiny_model()
-    gpu_norm.fuse_norms(model)
+    fused_norms.fuse_norms(model)
     again = pickle.loads(pickle.dumps(model))
     ids = torch.arange(20)[None]
     assert torch.equal(again(ids).logits, model(ids).logits)
@@ -96,7 +96,7 @@ def test_sixteen_bits_and_mixed_ones(as_on_a_gpu: list[int]) -> None:
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
     norm = randomised(LlamaRMSNorm(64))
-    gpu_norm.fuse_norms(norm)
+    fused_norms.fuse_norms(norm)
     x = torch.randn(7, 64, generator=torch.Generator().manual_seed(1))
     own = LlamaRMSNorm.forward(norm, x.bfloat16())
     assert norm(x.bfloat16()).dtype == own.dtype == torch.float32 and not as_on_a_gpu  # weights are wider: its own code

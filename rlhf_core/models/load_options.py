@@ -13,7 +13,7 @@ from rlhf_core.infra.errors import ConfigError, did_you_mean
 from rlhf_core.models.adapters import AdapterUse
 from rlhf_core.models.attention import Kernel
 from rlhf_core.models.precision import Precision, frozen_dtype
-from rlhf_core.models.sequence import LayoutName, SequenceModel
+from rlhf_core.models.sequence_model import LayoutName, SequenceModel
 
 
 class LoadOptions(TypedDict, total=False):

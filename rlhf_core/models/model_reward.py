@@ -23,7 +23,7 @@ from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.errors import DataError
 from rlhf_core.infra.model_files import file_hashes
 from rlhf_core.models.dropout import evaluating
-from rlhf_core.models.headed import HeadedModel, wrong_kind
+from rlhf_core.models.headed_model import HeadedModel, wrong_kind
 from rlhf_core.models.precision import DTYPES
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from rlhf_core.contracts.completion import Completion
 from rlhf_core.contracts.sampler import Sampler
 from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.errors import ConfigError, PluginError, did_you_mean, shortened
-from rlhf_core.models.policy import PolicyModel
+from rlhf_core.models.policy_model import PolicyModel
 from rlhf_core.rewards import Rewards, open_rewards
 
 KINDS = ("policy", "reward")

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,11 @@ from rlhf_core.infra.errors import ConfigError, ModelError
 from rlhf_core.infra.model_files import file_hashes, first_line
 from rlhf_core.models.adapters import folded_copy
 from rlhf_core.models.attention import Kernel, OptimizedAttention
+from rlhf_core.models.backbone import accepted, hidden_of, loads_alone, plain_ids, without_head
 from rlhf_core.models.compile import compile_model
 from rlhf_core.models.dropout import evaluating
-from rlhf_core.models.gpu_norm import fuse_norms
+from rlhf_core.models.fused_norms import fuse_norms
+from rlhf_core.models.hidden_states import HiddenStates
 from rlhf_core.models.layout import Layout, empty_layout, joined, of_responses, packed_layout, padded_layout
 from rlhf_core.models.loading import Loaded
 from rlhf_core.models.lora import apply_lora, lora_difference
@@ -41,12 +43,11 @@ from rlhf_core.models.precision import (
 )
 from rlhf_core.models.probe import FAILURES, Findings, Unexplained, examine, odd_company
 from rlhf_core.models.rope import LengthClasses
-from rlhf_core.models.states import HiddenStates
-from rlhf_core.models.structure import accepted, hidden_of, loads_alone, plain_ids, without_head
 
 log = logging.getLogger(__name__)
 
 LayoutName = Literal["auto", "packed", "padded"]
+MeasuredT = TypeVar("MeasuredT")
 
 
 class SequenceModel(nn.Module):
@@ -83,6 +84,7 @@ class SequenceModel(nn.Module):
         self._set_up = False
         self.attention = self._select_attention("auto")
         self._findings: Findings | None = None
+        self._measured: tuple[Findings, dict[Callable[..., Any], Any]] | None = None
         self._attention_name: str | None = None
         self._lengths = LengthClasses(self.network)
         self._tried = 0
@@ -254,6 +256,15 @@ class SequenceModel(nn.Module):
             self._findings, self._tried = self._examine(), 0
             self._settle_attention()
         return self._findings
+
+    def measured(self, measure: Callable[[Self], MeasuredT]) -> MeasuredT:
+        """Return `measure(self)`, computed once for as long as options and `findings` stay the same; copies keep the result."""
+        if self._measured is None or self._measured[0] is not self.findings:
+            self._measured = (self.findings, {})
+        results = self._measured[1]
+        if measure not in results:
+            results[measure] = measure(self)
+        return cast(MeasuredT, results[measure])
 
     @property
     def device(self) -> torch.device:

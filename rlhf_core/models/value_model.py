@@ -11,7 +11,7 @@ from rlhf_core.contracts.batch import Batch
 from rlhf_core.infra.errors import ConfigError, ModelError
 from rlhf_core.infra.model_files import VALUE_HEAD
 from rlhf_core.infra.seeds import stream_seed
-from rlhf_core.models.headed import HeadedModel, load_backbone, wrong_kind
+from rlhf_core.models.headed_model import HeadedModel, load_backbone, wrong_kind
 from rlhf_core.models.heads import (
     SCALAR_HEADS,
     TwoLayerHead,
@@ -23,10 +23,10 @@ from rlhf_core.models.heads import (
     warn_of_other_heads,
     write_head,
 )
-from rlhf_core.models.options import LoadOptions, loading, settle
-from rlhf_core.models.reward import RewardModel
-from rlhf_core.models.sequence import SequenceModel
-from rlhf_core.models.states import HiddenStates
+from rlhf_core.models.hidden_states import HiddenStates
+from rlhf_core.models.load_options import LoadOptions, loading, settle
+from rlhf_core.models.reward_model import RewardModel
+from rlhf_core.models.sequence_model import SequenceModel
 
 HEAD = VALUE_HEAD
 NewHead = Literal["new", "reward"]

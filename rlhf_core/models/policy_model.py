@@ -9,27 +9,23 @@ from typing import Any, Self, Unpack, cast
 import torch
 from torch import Tensor, nn
 
+from rlhf_core.config.online import SamplingConfig
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.contracts.completion import Completion
 from rlhf_core.infra.errors import ModelError
-from rlhf_core.models.decoding import Decoding, measure_decoding
-from rlhf_core.models.generate import generate
-from rlhf_core.models.headed import wrong_kind
+from rlhf_core.models.headed_model import wrong_kind
 from rlhf_core.models.heads import warn_of_heads
+from rlhf_core.models.hidden_states import HiddenStates
+from rlhf_core.models.load_options import LoadOptions, loading, settle
 from rlhf_core.models.loading import load_model
 from rlhf_core.models.logprobs import linear_token_logprobs, module_token_logprobs, over_vocabulary
-from rlhf_core.models.options import LoadOptions, loading, settle
 from rlhf_core.models.output_layer import OutputLayer, Unexplained, graft, measure
-from rlhf_core.models.probe import FAILURES, Findings
-from rlhf_core.models.sequence import SequenceModel
-from rlhf_core.models.states import HiddenStates
+from rlhf_core.models.probe import FAILURES
+from rlhf_core.models.sequence_model import SequenceModel
 
 
 class PolicyModel(SequenceModel):
     """A causal language model to be trained or read, with its tokenizer."""
-
-    _output_layer: tuple[Findings, OutputLayer] | None = None
-    _decoding: tuple[Findings, Decoding] | None = None
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Unpack[LoadOptions]) -> Self:
@@ -126,32 +122,11 @@ class PolicyModel(SequenceModel):
         Raises:
             ModelError: the model isn't causal, or hidden states alone don't decide its logits.
         """
-        if self._output_layer is None or self._output_layer[0] is not self.findings:
-            self._output_layer = (self.findings, self._measure())
-        return self._output_layer[1]
+        return self.measured(_measure_output_layer)
 
     def check(self) -> None:
         """Try the model, its output layer too; see `output_layer` for what is refused."""
         _ = self.output_layer
-
-    def _measure(self) -> OutputLayer:
-        findings, kind = self.findings, type(self.network).__name__
-        if not findings.causal:
-            raise ModelError(
-                "is not a causal language model: what it says of a token depends on the tokens after it",
-                place=self.source,
-                got=f"{kind}: earlier hidden states change by a factor of {findings.leak:.1e} with later tokens",
-                fix="use a decoder, or set `is_decoder: true` in its config.json where it was trained as one",
-            )
-        try:
-            return measure(self.network, findings)
-        except (Unexplained, *FAILURES) as error:
-            raise ModelError(
-                "the model's logits aren't decided by its hidden states, so its log-probabilities can't be computed",
-                place=self.source,
-                got=f"{kind} {error}".strip(),
-                fix="use a model whose logits for a token are a function of its last hidden state",
-            ) from None
 
     def _head_logps(self, hidden: Tensor, targets: Tensor, scale: float) -> Tensor:
         layer, head = self.output_layer, self.head
@@ -159,13 +134,6 @@ class PolicyModel(SequenceModel):
             return module_token_logprobs(self.logits, hidden, targets, scale=scale)
         with self.own_precision():
             return linear_token_logprobs(hidden, head.weight, targets, scale=scale * layer.slope)
-
-    @property
-    def decoding(self) -> Decoding:
-        """How the model is decoded so that it draws from what is trained."""
-        if self._decoding is None or self._decoding[0] is not self.findings:
-            self._decoding = (self.findings, measure_decoding(self))
-        return self._decoding[1]
 
     def generate(
         self,
@@ -192,6 +160,27 @@ class PolicyModel(SequenceModel):
             ConfigError: an option is out of its range.
             DataError: a prompt can't be read, or leaves no room for a completion.
         """
-        return generate(
-            self, prompts, n=n, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
-        )  # fmt: skip
+        from rlhf_core.generation.generate import generate
+
+        options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+        return generate(self, prompts, n, SamplingConfig.parse(options, place="generate"), seed=seed)
+
+
+def _measure_output_layer(policy: PolicyModel) -> OutputLayer:
+    findings, kind = policy.findings, type(policy.network).__name__
+    if not findings.causal:
+        raise ModelError(
+            "is not a causal language model: what it says of a token depends on the tokens after it",
+            place=policy.source,
+            got=f"{kind}: earlier hidden states change by a factor of {findings.leak:.1e} with later tokens",
+            fix="use a decoder, or set `is_decoder: true` in its config.json where it was trained as one",
+        )
+    try:
+        return measure(policy.network, findings)
+    except (Unexplained, *FAILURES) as error:
+        raise ModelError(
+            "the model's logits aren't decided by its hidden states, so its log-probabilities can't be computed",
+            place=policy.source,
+            got=f"{kind} {error}".strip(),
+            fix="use a model whose logits for a token are a function of its last hidden state",
+        ) from None

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_core.config.online import SamplingConfig
+from rlhf_core.generation import sampling as drawing
+from rlhf_core.generation.sampling import draw, kept
 from rlhf_core.infra.seeds import completion_seeds, stream_seed
-from rlhf_core.models import draw as drawing
-from rlhf_core.models.draw import draw, kept
 
 P = torch.tensor([[0.1, 0.4, 0.2, 0.3]])
 

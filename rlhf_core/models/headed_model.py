@@ -10,9 +10,9 @@ from torch import nn
 
 from rlhf_core.config.training import TrainerConfig
 from rlhf_core.infra.errors import ModelError
+from rlhf_core.models.load_options import refuse_quantised
 from rlhf_core.models.loading import Kind, kind_of_backbone, load_model
-from rlhf_core.models.options import refuse_quantised
-from rlhf_core.models.sequence import SequenceModel, model_hashes
+from rlhf_core.models.sequence_model import SequenceModel, model_hashes
 
 
 def load_backbone(source: str | Path, settings: dict[str, Any], *, saved: bool) -> SequenceModel:
