@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rlhf_core.cli.output import print_json, print_table, print_text
-from rlhf_core.infra.errors import PluginError, describe
+from rlhf_core.infra.errors import PluginError, describe_error
 
 if TYPE_CHECKING:
     from rlhf_core.registry.distributions import Installed
@@ -72,7 +72,7 @@ def stale_entry_points(distribution: Installed) -> list[str]:
         table = {group: dict(project.get("entry-points", {}).get(group, {})) for group in GROUPS.values()}
         stated_name = str(project.get("name", source.name))
     except Exception as error:  # what isn't TOML, or isn't a project's
-        return [f"{source}/pyproject.toml can't be read: {describe(error)}"]
+        return [f"{source}/pyproject.toml can't be read: {describe_error(error)}"]
     problems = []
     for group in GROUPS.values():
         stated = {name: str(target).replace(" ", "") for name, target in table[group].items()}

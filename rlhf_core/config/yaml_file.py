@@ -142,6 +142,19 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Turn groups into dotted keys, the reverse of `nest`: `{"lora": {"rank": 8}}` → `{"lora.rank": 8}`."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def dump_yaml(values: Mapping[str, Any]) -> str:
+    """Return values as the text of a YAML file, keys in their order."""
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=100)
+
+
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Turn dotted keys into groups: `{"lora.rank": 8}` → `{"lora": {"rank": 8}}`."""
     nested: dict[str, Any] = {}

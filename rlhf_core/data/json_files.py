@@ -12,6 +12,7 @@ from rlhf_core.data.files import Cursor, Row, TextFile
 from rlhf_core.data.messages import pair_keys, role_key
 from rlhf_core.data.shapes import CONVERSATIONS, KNOWN
 from rlhf_core.infra.errors import DataError
+from rlhf_core.infra.files import DuplicateKey, unique_keys
 
 logger = logging.getLogger(__name__)
 
@@ -183,9 +184,9 @@ def _checked(parse: Callable[[], Any], place: str, place_of_integer: Callable[[]
     """Return what `parse` does; what isn't a fault of syntax becomes a `DataError`."""
     try:
         return parse()
-    except _DuplicateKey as error:
+    except DuplicateKey as error:
         raise DataError(
-            f"key {_quoted(str(error))} stands twice in one object", place=place, fix="keep one of them"
+            f"key {_quoted(error.key)} stands twice in one object", place=place, fix="keep one of them"
         ) from None
     except _NotFinite as error:
         raise DataError("a number isn't finite", place=place, got=str(error), fix="remove or repair the row") from None
@@ -210,24 +211,12 @@ def _quoted(text: str) -> str:
     return f"`{text}`" if text.isprintable() else ascii(text)
 
 
-class _DuplicateKey(Exception):
-    pass
-
-
 class _NotFinite(Exception):
     pass
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        seen: set[str] = set()
-        raise _DuplicateKey(next(key for key, _ in pairs if key in seen or seen.add(key)))  # type: ignore[func-returns-value]
-    return values
 
 
 def _no_constant(text: str) -> float:
     raise _NotFinite(text)
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
+_DECODER = json.JSONDecoder(object_pairs_hook=unique_keys, parse_constant=_no_constant)

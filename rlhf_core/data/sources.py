@@ -18,7 +18,7 @@ from rlhf_core.config.run import DataFile
 from rlhf_core.data.files import COMPRESSION, Cursor, Part, Row
 from rlhf_core.data.json_files import JsonArray, JsonLines
 from rlhf_core.data.tables import Delimited, ParquetRows
-from rlhf_core.infra.errors import DataError, RLHFError, shortened
+from rlhf_core.infra.errors import DataError, RLHFError, describe_error, first_line, shortened
 
 _JSON = (".jsonl", ".ndjson", ".json")
 _TEXTS = (*_JSON, ".csv", ".tsv")
@@ -147,10 +147,7 @@ def _reading(place: str, read: Callable[..., Any], *args: Any, **options: Any) -
     except RLHFError:
         raise
     except Exception as error:
-        first = (str(error).splitlines() or [""])[0]
-        raise DataError(
-            "cannot be read", place=place, got=f"{type(error).__name__}: {first}" if first else type(error).__name__
-        ) from error
+        raise DataError("cannot be read", place=place, got=describe_error(error, lines=2)) from error
 
 
 def open_source(data: Any, *, split: str = "train", streaming: bool = False) -> Source:
@@ -364,11 +361,10 @@ def _load(name: str, config: str | None, split: str, streaming: bool) -> Part:
     try:
         loaded = datasets.load_dataset(name, config, split=split, streaming=streaming)
     except Exception as error:  # Loading scripts, decoders and the network raise errors of any kind.
-        first = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
             "is no file here, and `datasets.load_dataset` cannot load it",
             place=name,
-            got=first,
+            got=first_line(error),
             fix="check the name, `dataset.split` (for `eval_data`: `dataset.eval_split`), the network, and for a gated set the"
             " token",
         ) from None

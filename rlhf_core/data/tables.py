@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.data.files import COMPRESSION, Cursor, File, Row, TextFile
-from rlhf_core.infra.errors import DataError
+from rlhf_core.infra.errors import DataError, first_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -132,7 +132,7 @@ class ParquetRows(File):
             raise DataError(
                 "not a readable Parquet file",
                 place=f"{self.name}:row {line + 1}" if line else self.name,
-                got=(str(error).splitlines() or [type(error).__name__])[0],
+                got=first_line(error),
             ) from None
 
     def _values(self, batch: pa.RecordBatch, before: int) -> list[dict[str, Any]]:
@@ -148,7 +148,7 @@ class ParquetRows(File):
                         raise DataError(
                             f"`{name}` can't be read",
                             place=f"{self.name}:row {before + number + 1}",
-                            got=f"{column.type}: {(str(error).splitlines() or [type(error).__name__])[0]}",
+                            got=f"{column.type}: {first_line(error)}",
                             fix="write it as text, or leave the column out",
                         ) from None
             raise

@@ -161,16 +161,33 @@ def shortened(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-LONGEST = 500
-"""Characters of an exception's text that `describe` repeats."""
+def describe_error(error: BaseException, *, lines: int | None = None) -> str:
+    """Return an exception's type and text as one line, such as `KeyError: 'answer'`.
 
-
-def describe(error: BaseException) -> str:
-    """Return an exception's kind and text in one line, whatever its `__str__` does."""
-    name = printable(type(error).__name__)
-    try:
-        text = " ".join(printable(str(error)).split())
-    except BaseException as second:
-        text = f"(its text can't be read: {type(second).__name__})"
-    text = text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
+    Args:
+        lines: how many non-blank lines of the text to keep; None keeps all of them, up to 500 characters.
+    """
+    name, text = printable(type(error).__name__), _text_of(error, lines)
     return f"{name}: {text}" if text else name
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first two non-blank lines of an exception's text as one line, or its type's name where it has no text."""
+    return _text_of(error, 2) or printable(type(error).__name__)
+
+
+def _text_of(error: BaseException, lines: int | None) -> str:
+    """Return an exception's text as one printable line of at most 500 characters, even where its `__str__` raises."""
+    try:
+        kept = [line for line in str(error).splitlines() if line.strip()][:lines]
+    except BaseException as second:
+        return f"(its text can't be read: {type(second).__name__})"
+    text = " ".join(printable(" ".join(kept)).split())
+    return text if len(text) <= 500 else f"{text[:500]}…"
+
+
+def list_rows(rows: Iterable[int], most: int = 8) -> str:
+    """Return row numbers as a message names them: `row 3`, `rows 4, 2`, `rows 0, 1, 2 and 9 more`; repeated ones once."""
+    once = [str(row) for row in dict.fromkeys(rows)]
+    more = f" and {len(once) - most} more" if len(once) > most else ""
+    return f"row{'s' if len(once) != 1 else ''} {', '.join(once[:most])}{more}"

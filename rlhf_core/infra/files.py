@@ -196,18 +196,32 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
     if path.stat().st_size > limit:
         raise ValueError(f"{path.name} is longer than {limit} bytes")
     try:
-        return json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_unique, parse_int=_integer)
+        return json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=unique_keys, parse_int=_integer)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path.name} is not JSON: {error}") from None
     except RecursionError:
         raise ValueError(f"{path.name} is nested too deeply") from None
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key stands twice")
-    return found
+class DuplicateKey(ValueError):
+    """A JSON object has the same key twice."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"the key {key!r} stands twice")
+        self.key = key
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object's pairs as a dictionary: the `object_pairs_hook` of parsers that refuse a repeated key.
+
+    Raises:
+        DuplicateKey: a key stands twice, where `json` itself would silently keep the last value.
+    """
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        seen: set[str] = set()
+        raise DuplicateKey(next(key for key, _ in pairs if key in seen or seen.add(key)))  # type: ignore[func-returns-value]
+    return values
 
 
 def _integer(digits: str) -> int:
@@ -219,12 +233,8 @@ def _integer(digits: str) -> int:
 
 def sha256_of(path: Path) -> FileRecord:
     """Hash a file without holding it in memory."""
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as handle:
-        while chunk := handle.read(1 << 20):
-            digest.update(chunk)
-            size += len(chunk)
-    return FileRecord(digest.hexdigest(), size)
+    with path.open("rb") as file:
+        return FileRecord(hashlib.file_digest(file, "sha256").hexdigest(), file.tell())
 
 
 def remove_tree(path: Path) -> None:

@@ -5,14 +5,14 @@ Importing this module loads neither transformers nor peft.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.infra.errors import ModelError, nearest
+from rlhf_core.infra.errors import ModelError, first_line, nearest
+from rlhf_core.infra.files import sha256_of
 
 REWARD_HEAD, PROCESS_REWARD_HEAD, VALUE_HEAD = HEADS = ("reward_head", "process_reward_head", "value_head")
 """Heads that models keep beside their weights, each as `NAME.json` and `NAME.safetensors`."""
@@ -40,19 +40,14 @@ def file_hashes(source: str) -> dict[str, str] | None:
 
 def _own_hashes(path: Path) -> dict[str, str] | None:
     if path.is_file():
-        return {path.name: _sha256(path)}
+        return {path.name: sha256_of(path).sha256}
     if not path.is_dir():
         return None
     parts = [path, *(part for part in path.glob("member-*") if part.is_dir())]
     wanted = sorted(
         p for part in parts for p in part.iterdir() if p.suffix in (".safetensors", ".json", ".jinja", ".model")
     )
-    return {str(file.relative_to(path)): _sha256(file) for file in wanted}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {str(file.relative_to(path)): sha256_of(file).sha256 for file in wanted}
 
 
 def locate(source: str) -> tuple[str, dict[str, Any]]:
@@ -180,9 +175,3 @@ def check_files(where: str) -> None:
             got=", ".join(sorted(p.name for p in path.glob("*.bin"))),
             fix="convert it to safetensors with `save_pretrained`, where you trust it",
         )
-
-
-def first_line(error: Exception) -> str:
-    """Return the first two lines of an error that say something, as one."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2])[:300] if lines else type(error).__name__

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rlhf_core.infra.errors import ConfigError, PluginError, RLHFError, did_you_mean, nearest
+from rlhf_core.infra.errors import ConfigError, PluginError, RLHFError, describe_error, did_you_mean, nearest
 
 _PREFIX = "rlhf_file_"
 
@@ -99,6 +99,4 @@ def _file(name: str, place: str) -> ModuleType:
 
 
 def _broken(name: str, place: str, error: BaseException) -> PluginError:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    got = f"{type(error).__name__}: {' '.join(lines[:2])[:300]}".removesuffix(": ")
-    return PluginError(f"importing `{name}` raised an error", place=place, got=got)
+    return PluginError(f"importing `{name}` raised an error", place=place, got=describe_error(error, lines=2))

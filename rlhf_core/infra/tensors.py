@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rlhf_core.infra.files import FileRecord, write_file
+from rlhf_core.infra.files import FileRecord, unique_keys, write_file
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -105,20 +105,13 @@ def _raw_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
         if length > min(MAX_HEADER_BYTES, size - 8):
             raise ValueError(f"{path.name} has no valid header")
         try:
-            header = json.loads(handle.read(length).decode("utf-8"), object_pairs_hook=_unique)
+            header = json.loads(handle.read(length).decode("utf-8"), object_pairs_hook=unique_keys)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path.name}: {error}") from None
     if not isinstance(header, dict):
         raise ValueError(f"{path.name} has no valid header")
     header.pop("__metadata__", None)
     return header, 8 + length
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("names a tensor twice")
-    return found
 
 
 def _entry(path: Path, name: str, described: Any, data: int, size: int) -> TensorEntry:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core.config.base import place_of
-from rlhf_core.infra.errors import ConfigError, ModelError, did_you_mean, shortened
+from rlhf_core.infra.errors import ConfigError, ModelError, did_you_mean, first_line, shortened
 from rlhf_core.infra.files import read_json
-from rlhf_core.infra.model_files import adapter_base, first_line, is_adapter, locate, split_adapter
+from rlhf_core.infra.model_files import adapter_base, is_adapter, locate, split_adapter
 from rlhf_core.interop.mergekit_parameters import Setting
 
 log = logging.getLogger(__name__)

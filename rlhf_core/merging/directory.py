@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rlhf_core import __version__
+from rlhf_core.config.yaml_file import dump_yaml
 from rlhf_core.infra.files import read_json, replace_file, replace_json, sha256_of, to_json
 from rlhf_core.infra.redact import redact_text
 from rlhf_core.merging import chat_template
@@ -62,7 +61,7 @@ def recipe_of(config: MergeConfig) -> str:
     """Return a merge as the text of a file that `rlhf merge` takes."""
     values = config.model_dump(mode="json", exclude_unset=True, exclude={"options", "output"})
     values = {"method": config.method, **values, **config.model_dump(mode="json")["options"]}
-    return redact_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100))
+    return redact_text(dump_yaml(values))
 
 
 def check_tokenizer(plan: Plan) -> None:
@@ -153,7 +152,7 @@ def _card(
     rows = [f"| {one.name} | {kind} | {weight} | `{one.digest.hex()}` |" for one, kind, weight in entries]
     lines = [
         "---",
-        redact_text(yaml.safe_dump(header, sort_keys=False, allow_unicode=True)).rstrip(),
+        redact_text(dump_yaml(header)).rstrip(),
         "---",
         "",
         f"# Merge by {config.method}",

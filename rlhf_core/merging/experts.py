@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_core.infra.errors import ModelError
-from rlhf_core.infra.model_files import first_line
+from rlhf_core.infra.errors import ModelError, describe_error, first_line
 
 _ROWS, _COLUMNS = 24, 40
 """Size of the matrices that are sent in place of a parameter's own: enough to be cut in two, three or four."""
@@ -137,7 +136,7 @@ class Structure:
             raise ModelError(
                 "PEFT can't put the adapter on a model like its base",
                 place=self._name,
-                got=f"{type(error).__name__}: {first_line(error)}",
+                got=describe_error(error, lines=2),
                 fix="set `base_model_name_or_path` in adapter_config.json to the model that it was trained on",
             ) from error
 

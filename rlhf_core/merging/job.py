@@ -14,13 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rlhf_core import registry
 from rlhf_core.config.base import place_of
 from rlhf_core.config.flags import Flag, convert, convert_options, lex, refuse_unknown
+from rlhf_core.config.yaml_file import dump_yaml, nest
 from rlhf_core.config.yaml_file import merge as merge_values
-from rlhf_core.config.yaml_file import nest
 from rlhf_core.contracts.merger import Merger
 from rlhf_core.infra.errors import ConfigError, did_you_mean, shortened
 from rlhf_core.infra.model_files import split_adapter
@@ -70,7 +68,7 @@ class MergeJob:
 
     def to_yaml(self) -> str:
         """Return `resolved` as the text of a file."""
-        return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True, width=100)
+        return dump_yaml(self.resolved())
 
     def _options(self) -> dict[str, Any]:
         method = Method(self.config, place=self.places)

@@ -6,8 +6,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from rlhf_core.infra.errors import ConfigError, PluginError, RLHFError
-from rlhf_core.infra.model_files import first_line
+from rlhf_core.infra.errors import ConfigError, PluginError, RLHFError, describe_error
 from rlhf_core.infra.named_objects import named_object
 
 Evaluate = Callable[[Path], float]
@@ -39,7 +38,7 @@ class ModelScore:
         except RLHFError:
             raise
         except Exception as error:
-            got = f"{type(error).__name__}: {first_line(error)}"
+            got = describe_error(error, lines=2)
             raise PluginError(f"the evaluation of {model} raised", place=self.name, got=got) from error
         try:
             score = float(value)

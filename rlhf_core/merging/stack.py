@@ -12,8 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.infra.errors import ModelError
-from rlhf_core.infra.model_files import first_line
+from rlhf_core.infra.errors import ModelError, first_line
 from rlhf_core.infra.tensors import TensorEntry
 from rlhf_core.merging.checkpoint import Checkpoint, Renamed
 from rlhf_core.merging.config import LayerRun

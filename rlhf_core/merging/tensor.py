@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from rlhf_core.contracts.merger import Merger
-from rlhf_core.infra.errors import PluginError, RLHFError
-from rlhf_core.infra.model_files import first_line
+from rlhf_core.infra.errors import PluginError, RLHFError, describe_error
 from rlhf_core.merging.inputs import MergeInput, check_own
 from rlhf_core.merging.streams import CHUNK, MemorySource, TensorStream
 
@@ -53,7 +52,7 @@ def guarded(merger: Merger, doing: str) -> Iterator[None]:
         raise PluginError(
             f"{doing} raised",
             place=f"merger {type(merger).__name__}",
-            got=f"{type(error).__name__}: {first_line(error)}",
+            got=describe_error(error, lines=2),
             fix="`--debug` shows where",
         ) from error
 

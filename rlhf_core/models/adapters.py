@@ -14,8 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from rlhf_core.infra.errors import ModelError
-from rlhf_core.infra.model_files import first_line, is_adapter
+from rlhf_core.infra.errors import ModelError, first_line
+from rlhf_core.infra.model_files import is_adapter
 from rlhf_core.infra.tensors import read_header
 from rlhf_core.models.heads import from_hub
 

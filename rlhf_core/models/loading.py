@@ -17,12 +17,11 @@ import torch
 from torch import nn
 
 from rlhf_core.config.training import LoraConfig
-from rlhf_core.infra.errors import ConfigError, ModelError, RLHFError
+from rlhf_core.infra.errors import ConfigError, ModelError, RLHFError, describe_error
 from rlhf_core.infra.model_files import (
     HEADS,
     adapter_chain,
     check_files,
-    first_line,
     is_adapter,
     kind_of,
     locate,
@@ -331,7 +330,6 @@ def _forget_gguf(model: Any) -> None:
 
 
 def _load_error(source: str, error: Exception) -> ModelError:
-    text = first_line(error)
     if "trust_remote_code" in str(error):
         return ModelError(
             "the model needs code that its repository ships",
@@ -340,4 +338,4 @@ def _load_error(source: str, error: Exception) -> ModelError:
         )
     if not Path(source).exists():
         return no_such_model(source, error)
-    return ModelError("can't be loaded", place=source, got=f"{type(error).__name__}: {text}")
+    return ModelError("can't be loaded", place=source, got=describe_error(error, lines=2))

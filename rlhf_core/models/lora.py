@@ -17,8 +17,7 @@ import torch
 from torch import nn
 
 from rlhf_core.config.training import LoraConfig
-from rlhf_core.infra.errors import ConfigError, did_you_mean, nearest
-from rlhf_core.infra.model_files import first_line
+from rlhf_core.infra.errors import ConfigError, did_you_mean, first_line, nearest
 
 log = logging.getLogger(__name__)
 

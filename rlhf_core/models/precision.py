@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from rlhf_core.infra.errors import ConfigError
+from rlhf_core.infra.errors import ConfigError, first_line
 from rlhf_core.infra.tensors import raw_header
 
 log = logging.getLogger(__name__)
@@ -188,7 +188,7 @@ def widen_unless_it_runs(network: Any, ids: Tensor) -> None:
         with torch.no_grad(), torch.autocast(ids.device.type, dtype=products):
             network(input_ids=ids[None])
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
-        log.warning("frozen weights are held in float32: in 16 bits the model fails (%s)", str(error).split("\n")[0])
+        log.warning("frozen weights are held in float32: in 16 bits the model fails (%s)", first_line(error))
         _keep(network, torch.float32)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_core.contracts.batch import Batch
-from rlhf_core.infra.model_files import first_line
+from rlhf_core.infra.errors import describe_error
 from rlhf_core.models.attention import windows_seen
 from rlhf_core.models.backbone import accepted, captured, find_backbone, hidden_of, plain_ids
 from rlhf_core.models.dropout import evaluating
@@ -101,7 +101,7 @@ def examine(
             try:
                 found = _ours(lambda layout: forward(backbone, layout), batch, arrangement).float()
             except FAILURES as failure:
-                return f"{type(failure).__name__}: {first_line(failure)}"
+                return describe_error(failure, lines=2)
             error = float((found - own).norm() / own.norm().clamp(min=1e-30))
             if not error < limit:
                 return f"its hidden states differ by a factor of {error:.1e}"

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from rlhf_core.config.training import LoraConfig, TrainerConfig
 from rlhf_core.contracts.batch import Batch
-from rlhf_core.infra.errors import ConfigError, ModelError
-from rlhf_core.infra.model_files import file_hashes, first_line
+from rlhf_core.infra.errors import ConfigError, ModelError, describe_error
+from rlhf_core.infra.model_files import file_hashes
 from rlhf_core.models.adapters import folded_copy
 from rlhf_core.models.attention import Kernel, OptimizedAttention
 from rlhf_core.models.backbone import accepted, hidden_of, loads_alone, plain_ids, without_head
@@ -430,7 +430,7 @@ class SequenceModel(nn.Module):
             raise ModelError(
                 "the model can't be run on plain token ids",
                 place=self.source,
-                got=f"{type(self.network).__name__}: {type(error).__name__}: {first_line(error)}",
+                got=f"{type(self.network).__name__}: {describe_error(error, lines=2)}",
                 fix="use a causal language model over text",
             ) from error
         reason = findings.obstacles.get("packed")

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from rlhf_core.infra.errors import describe_error
 from rlhf_core.models.gpu_attention import flash_segment_attention, padded_segment_attention
 from rlhf_core.models.layout import Segment, Segments
 
@@ -108,7 +109,7 @@ def kernel_obstacle(
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return describe_error(error, lines=1)
     for name, mine, other in zip(("output", "queries", "keys", "values"), found, expected, strict=True):
         difference = float((mine.float() - other.float()).norm() / other.float().norm())
         if not difference < MAX_DIFFERENCE:  # NaN isn't, either

@@ -14,7 +14,7 @@ from functools import cached_property, partial
 from importlib.machinery import PathFinder
 from typing import Any
 
-from rlhf_core.infra.errors import describe, did_you_mean, printable
+from rlhf_core.infra.errors import describe_error, did_you_mean, printable
 
 PREFIX = "rlhf_core."
 GROUPS = {
@@ -103,7 +103,7 @@ class Installed:
             self.table = read_text(_TABLE) or ""
             self.why_malformed = _malformed_line(self.table)
         except Exception as error:
-            self.table, self.why_malformed = "", f"{_TABLE}: {describe(error)}"
+            self.table, self.why_malformed = "", f"{_TABLE}: {describe_error(error)}"
 
     @property
     def is_ours(self) -> bool:
@@ -224,7 +224,9 @@ def every_distribution(faults: list[str]) -> Iterator[Installed]:
         try:
             known = [found for found in map(_installed, _ask(finder)) if found.place not in seen]
         except Exception as error:
-            faults.append(f"the distributions that {type(finder).__name__} knows can't be read: {describe(error)}")
+            faults.append(
+                f"the distributions that {type(finder).__name__} knows can't be read: {describe_error(error)}"
+            )
             continue
         yield from known
 

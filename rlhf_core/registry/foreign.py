@@ -18,7 +18,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, TextIO, TypeVar
 
-from rlhf_core.infra.errors import describe
+from rlhf_core.infra.errors import describe_error
 
 T = TypeVar("T")
 
@@ -41,7 +41,7 @@ def run_foreign(action: Callable[[], T]) -> T:
             value = action()
     except BaseException as error:
         if watch.raised is None:
-            raise ForeignFault(describe(error)) from error
+            raise ForeignFault(describe_error(error)) from error
     finally:
         watch.stop()
         surroundings.restore()

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rlhf_core.infra.errors import describe
+from rlhf_core.infra.errors import describe_error
 from rlhf_core.registry.locate import HeaderError as HeaderError
 from rlhf_core.registry.locate import NoSource as NoSource
 from rlhf_core.registry.locate import read_source
@@ -98,7 +98,7 @@ def _reading(module: str, look: Callable[[ast.Module, Path], T]) -> T:
     except (RecursionError, MemoryError) as error:
         raise HeaderError(f"{path} can't be read: it nests too deeply for Python's parser", path) from error
     except Exception as error:
-        raise HeaderError(f"{path} can't be read: {describe(error)}", path) from error
+        raise HeaderError(f"{path} can't be read: {describe_error(error)}", path) from error
 
 
 def _header(tree: ast.Module, path: Path, module: str, name: str) -> Header:

@@ -23,7 +23,7 @@ from typing import Any
 import pluggy
 
 from rlhf_core import registry
-from rlhf_core.infra.errors import RLHFError, describe, did_you_mean
+from rlhf_core.infra.errors import RLHFError, describe_error, did_you_mean
 from rlhf_core.registry.foreign import ForeignFault, run_foreign
 
 logger = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ class Hooks:
             return False
         except Exception as error:  # the object's own methods, which may do anything
             self._drop(name)
-            logger.warning("hook `%s` is left out: looking at it raised %s", name, describe(error))
+            logger.warning("hook `%s` is left out: looking at it raised %s", name, describe_error(error))
             return False
         return True
 

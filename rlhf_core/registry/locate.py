@@ -13,7 +13,7 @@ from importlib.machinery import BuiltinImporter, FrozenImporter, ModuleSpec, Pat
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.infra.errors import describe
+from rlhf_core.infra.errors import describe_error
 
 LARGEST = 10_000_000
 """Bytes of source that are read; a module that is written by hand has a thousandth of it."""
@@ -184,7 +184,7 @@ def _source_of(module: str, spec: ModuleSpec) -> Source:
     except HeaderError:
         raise
     except Exception as error:  # a loader of someone else's may raise anything
-        raise HeaderError(f"{path} can't be read: {describe(error)}", path) from error
+        raise HeaderError(f"{path} can't be read: {describe_error(error)}", path) from error
     if text is None:
         raise NoSource(f"module `{module}` has no source ({path})", path)
     return Source(text, path)

@@ -8,11 +8,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rlhf_core.contracts.reward import RewardFn, Sample
-from rlhf_core.infra.errors import PluginError, RLHFError, shortened
+from rlhf_core.infra.errors import PluginError, RLHFError, describe_error, list_rows, shortened
 from rlhf_core.rewards.functions import function_name, plain
-
-_SHOWN = 8
-"""Rows that a message names at most."""
 
 
 def checked_scores(
@@ -101,21 +98,12 @@ def naming(name: str, rows: Sequence[int] | None = None) -> Iterator[None]:
             fix = "completions are text here, not chat messages: read `completion`, not `completion[0]['content']`"
         elif "signal only works in main thread" in str(error):
             fix = "train in the main thread, or switch the reward's own time limit by signals off"
-        got = f"{type(error).__name__}: {error}".removesuffix(": ")
-        raise PluginError("the reward raised an error", place=place, got=got, fix=fix) from error
+        raise PluginError("the reward raised an error", place=place, got=describe_error(error), fix=fix) from error
 
 
 def place_of_rows(name: str, rows: Sequence[int] | None) -> str:
-    return f"reward `{name}`" + (f", {_listed(rows)}" if rows is not None and len(rows) else "")
+    return f"reward `{name}`" + (f", {list_rows(rows)}" if rows is not None and len(rows) else "")
 
 
 def sample_or_row(number: int, rows: Sequence[int] | None) -> str:
     return f"row {rows[number]}" if rows is not None else f"sample {number}"
-
-
-def _listed(rows: Sequence[int]) -> str:
-    """Return rows as a message names them: each once, in their order."""
-    once = [str(row) for row in dict.fromkeys(rows)]
-    if len(once) == 1:
-        return f"row {once[0]}"
-    return f"rows {', '.join(once[:_SHOWN])}" + (f" and {len(once) - _SHOWN} more" if len(once) > _SHOWN else "")

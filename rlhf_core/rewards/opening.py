@@ -13,7 +13,7 @@ from rlhf_core import registry
 from rlhf_core.config.base import config_error, place_of
 from rlhf_core.config.online import OnlineConfig, RewardConfig
 from rlhf_core.contracts.reward import RewardFn
-from rlhf_core.infra.errors import ConfigError, PluginError, RLHFError, shortened
+from rlhf_core.infra.errors import ConfigError, PluginError, RLHFError, describe_error, shortened
 from rlhf_core.infra.named_objects import named_object
 from rlhf_core.registry.distributions import canonical
 from rlhf_core.rewards.checks import name_of
@@ -71,8 +71,8 @@ class _Resolved:
         except RLHFError:
             raise
         except Exception as error:
-            place, got = f"{self.place}, reward `{self.name}`", f"{type(error).__name__}: {error}"
-            raise PluginError("making the reward raised an error", place=place, got=got) from error
+            place = f"{self.place}, reward `{self.name}`"
+            raise PluginError("making the reward raised an error", place=place, got=describe_error(error)) from error
         return Reward(self.name, reward, self.weight, self.time_limit, self.origin)
 
 

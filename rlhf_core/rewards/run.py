@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.config.yaml_file import flatten
 from rlhf_core.contracts.completion import Completion
 from rlhf_core.contracts.reward import RewardFn, Sample
 from rlhf_core.infra.errors import ConfigError, PluginError
@@ -257,26 +258,17 @@ def rewards_changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
     for name in now:
         if name not in before:
             continue
-        old, new = _flat(before[name]), _flat(now[name])
+        old, new = flatten(before[name]), flatten(now[name])
         for key in sorted(old.keys() | new.keys()):
             if old.get(key) != new.get(key) and key not in ("distribution", "version"):
                 found.append(f"`{name}`: {_difference(key, old.get(key), new.get(key), new.get('name'))}")
     return found
 
 
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(values, Mapping):
-        return {prefix: values}
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}/{key}" if prefix else str(key))
-    return flat
-
-
 def _difference(key: str, old: Any, new: Any, source: Any) -> str:
     if key == "source_sha256":
         return f"its source changed ({source})"
-    head, _, rest = key.partition("/")
+    head, _, rest = key.partition(".")
     if head == "files":
         return f"the file {rest} {'is gone' if new is None else 'is new' if old is None else 'changed'}"
-    return f"{key.replace('/', '.')} {old!r} → {new!r}"
+    return f"{key} {old!r} → {new!r}"

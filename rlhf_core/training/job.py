@@ -14,15 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rlhf_core import registry
 from rlhf_core.config.flags import convert, convert_options, lex, refuse_unknown, spread
 from rlhf_core.config.online import OnlineConfig
 from rlhf_core.config.presets import get_preset
 from rlhf_core.config.run import RunConfig
 from rlhf_core.config.training import TrainerConfig
-from rlhf_core.config.yaml_file import merge, nest
+from rlhf_core.config.yaml_file import dump_yaml, merge, nest
 from rlhf_core.contracts.trainer import Trainer
 from rlhf_core.infra.errors import ConfigError
 from rlhf_core.infra.redact import redact, redact_text
@@ -67,7 +65,7 @@ class Job:
             **self.run.model_dump(mode="json", exclude_none=True),
             **self.options.model_dump(mode="json", exclude_unset=True),
         }
-        return "# from the command line\n" + _yaml({key: redact(value, key) for key, value in given.items()})
+        return "# from the command line\n" + dump_yaml({key: redact(value, key) for key, value in given.items()})
 
     def resolved(self) -> dict[str, Any]:
         """Return every setting as plain values, secrets redacted; as a file it describes the same run."""
@@ -76,7 +74,7 @@ class Job:
 
     def to_yaml(self) -> str:
         """Return `resolved` as the text of a configuration file."""
-        return _yaml(self.resolved())
+        return dump_yaml(self.resolved())
 
 
 def load_job(target: str | Path, overrides: Mapping[str, Any] | None = None, *, flags: Sequence[str] = ()) -> Job:
@@ -116,10 +114,6 @@ def load_job(target: str | Path, overrides: Mapping[str, Any] | None = None, *, 
     if isinstance(config, OnlineConfig):
         check_rewards(config, place=places)
     return Job(run, config, method, plugin, places, text)
-
-
-def _yaml(values: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=100)
 
 
 def _preset(values: Mapping[str, Any], places: dict[str, str]) -> dict[str, Any]:

@@ -15,10 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from rlhf_core import __version__
-from rlhf_core.config.yaml_file import load_yaml
+from rlhf_core.config.yaml_file import dump_yaml, load_yaml
 from rlhf_core.infra.errors import ConfigError, StorageError
 from rlhf_core.infra.files import (
     fsync_directory,
@@ -125,9 +123,9 @@ class RunDirectory:
             inputs: may hold the texts `config_input` and `command`; otherwise `explicit` and the process's own arguments.
             explicit: the options that were set in Python.
         """
-        given = inputs.get("config_input") or "# set in Python\n" + _yaml(explicit)
+        given = inputs.get("config_input") or "# set in Python\n" + dump_yaml(explicit)
         self.write_text("config.input.yaml", redact_text(given))
-        self.write_text("config.yaml", _yaml(settings))
+        self.write_text("config.yaml", dump_yaml(settings))
         self.write_text("command.txt", redact_text(inputs.get("command") or shlex.join(sys.argv)) + "\n")
 
     def settings(self) -> dict[str, Any] | None:
@@ -290,7 +288,3 @@ def _release(lock: int | None) -> None:
 
 def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-def _yaml(values: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=120)

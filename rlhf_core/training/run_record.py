@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core import registry
+from rlhf_core.config.yaml_file import flatten
 from rlhf_core.contracts.trainer import Trainer
 from rlhf_core.data.sources import data_files
 from rlhf_core.infra.environment import describe_environment
@@ -63,7 +64,7 @@ def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any], *, place:
     Raises:
         ConfigError: something else changed; the difference is shown.
     """
-    old, new = _flat(before), _flat(now)
+    old, new = flatten(before), flatten(now)
     if new.get("max_length") is None:
         new["max_length"] = old.get("max_length")  # compared once the model is known, and with it this number
     changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
@@ -88,16 +89,6 @@ def _source(source: Any) -> Any:
     if hasattr(source, "__len__"):
         return f"<{type(source).__name__} of {len(source)}>"
     return f"<{type(source).__name__}>"
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
 
 
 def note_inputs(run: Run, loader: Loader) -> None:

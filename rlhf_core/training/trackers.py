@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_core.config.yaml_file import flatten
 from rlhf_core.infra.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,8 @@ class Trackers:
         run_name = output.name if output is not None else None
         self._accelerator.init_trackers(
             project,
-            config=_flat(settings),
+            # Trackers take scalar values.
+            config={k: v if isinstance(v, int | float | str) else str(v) for k, v in flatten(settings).items()},
             init_kwargs={name: {"name": run_name} for name in names if name != "tensorboard"},
         )
 
@@ -65,14 +67,3 @@ class Trackers:
             except Exception as error:
                 log.warning("a tracker did not finish: %s: %s", type(error).__name__, error)
             self._accelerator = None
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings as dotted names with scalar values, which is what trackers take."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value if isinstance(value, int | float | str | bool) else str(value)
-    return flat

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.contracts.trainer import Trainer
 from rlhf_core.infra.devices import DeviceManager
-from rlhf_core.infra.errors import NumbersError, PluginError
+from rlhf_core.infra.errors import NumbersError, PluginError, list_rows
 from rlhf_core.infra.memory import attempt
 from rlhf_core.infra.seeds import RandomState
 from rlhf_core.training.distribution import Distribution
@@ -223,7 +223,7 @@ class Update:
         found = [row for part in self.distribution.gather(rows) for row in part]
         values = [value for value in shares if not math.isfinite(value)]
         raise NumbersError(
-            f"the loss is not finite on {_listed(found)}; nothing was stepped",
+            f"the loss is not finite on {list_rows(found, 16)}; nothing was stepped",
             place=f"step {step}",
             got=values[0] if values else "a value that is not finite on another process",
             fix="look at these rows, or lower `learning_rate`",
@@ -232,7 +232,7 @@ class Update:
     def _refuse_gradient(self, window: Batch, norm: float, step: int) -> None:
         rows = [row for part in self.distribution.gather(list(window.rows)) for row in part]
         raise NumbersError(
-            f"the gradient's norm is not finite on {_listed(rows)}; nothing was stepped",
+            f"the gradient's norm is not finite on {list_rows(rows, 16)}; nothing was stepped",
             place=f"step {step}",
             got=norm,
             fix="look at these rows, or lower `learning_rate`",
@@ -258,8 +258,3 @@ def sum_pairs(distribution: Distribution, pairs: Mapping[str, tuple[float, float
             below = totals.get(name, (0.0, 0.0))
             totals[name] = (below[0] + total, below[1] + count)
     return totals
-
-
-def _listed(rows: Sequence[int], limit: int = 16) -> str:
-    shown = ", ".join(str(row) for row in rows[:limit])
-    return f"rows {shown}" + (f" and {len(rows) - limit} more" if len(rows) > limit else "")
