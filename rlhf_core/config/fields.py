@@ -28,13 +28,9 @@ def is_group(kind: Any) -> bool:
 
 
 def group_of(annotation: Any, *, items: bool = True) -> type[BaseModel] | None:
-    """Return the first configuration class among an annotation's alternatives; with `items`, list items count too."""
-    for kind in alternatives(annotation):
-        if is_group(kind):
-            return kind
-        if items and get_origin(kind) is list and (found := group_of(get_args(kind)[0])) is not None:
-            return found
-    return None
+    """Return the first configuration class among an annotation's alternatives; with `items`, that of a list's items too."""
+    kinds = get_args(annotation) if items and get_origin(annotation) is list else alternatives(annotation)
+    return next((kind for kind in kinds if is_group(kind)), None)
 
 
 def group_at(config: type[BaseModel], path: Sequence[int | str]) -> type[BaseModel]:
@@ -73,7 +69,7 @@ def option_rows(config: type[BaseModel], prefix: str = "") -> Iterator[OptionRow
         if isinstance(default, BaseModel):
             shown_default = ""
         kind = type_name(info.annotation)
-        if group is not None:
+        if group_of(info.annotation, items=False) is not None:
             kind = kind.removesuffix(" or null")
         yield OptionRow(prefix + name, kind, shown_default, info.description or "", group)
 
