@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rlhf_core.infra.lazy import lazy_names
+from rlhf_core.infra.version import API, __version__
 
 if TYPE_CHECKING:
     from rlhf_core import registry as registry
@@ -54,11 +55,6 @@ if TYPE_CHECKING:
     from rlhf_core.training.early_stopping import EarlyStopping as EarlyStopping
     from rlhf_core.training.logger import TrainingLogger as TrainingLogger
     from rlhf_core.training.optimizer import create_optimizer as create_optimizer
-
-__version__ = "0.1.0"
-
-API = 1
-"""The version of the contracts in `interfaces`. A plugin states the one that it was written for as a literal: `api = 1`."""
 
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,

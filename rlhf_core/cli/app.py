@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from rlhf_core import __version__
 from rlhf_core.cli import INTERRUPTED, author, doctor, merge, methods, train
+from rlhf_core.infra.version import __version__
 
 app = typer.Typer(
     name="rlhf",

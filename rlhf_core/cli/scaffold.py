@@ -8,8 +8,9 @@ import re
 import sys
 from pathlib import Path
 
-from rlhf_core import API, __version__, registry
+from rlhf_core import registry
 from rlhf_core.infra.errors import ConfigError, StorageError
+from rlhf_core.infra.version import API, __version__
 
 TEMPLATES = Path(__file__).parent / "templates"
 ONLINE = "trainer_online"

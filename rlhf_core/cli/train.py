@@ -17,8 +17,8 @@ from rlhf_core.cli.quick import quick_imports
 from rlhf_core.infra.errors import ConfigError, Interrupted
 
 if TYPE_CHECKING:
+    from rlhf_core.contracts.result import TrainResult
     from rlhf_core.training.job import Job
-    from rlhf_core.training.result import TrainResult
 
 log = logging.getLogger(__name__)
 

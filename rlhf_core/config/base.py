@@ -1,4 +1,4 @@
-"""The base of every configuration, and what is wrong with one in plain words. Importing this imports no torch."""
+"""The base class of every configuration, and its errors in plain words. Importing this imports no torch."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ ConfigType = TypeVar("ConfigType", bound="BaseConfig")
 
 
 class BaseConfig(BaseModel):
-    """The base of every configuration: frozen, and a key that it doesn't know is an error, never ignored."""
+    """The base class of every configuration: frozen; an unknown key is an error, never ignored."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
     alone: ClassVar[str | None] = None
-    """The field that a text means where it stands in place of the group, such as the path of `teacher: PATH`."""
+    """The field that a plain text sets where it is given in place of the group: `path` in `teacher: PATH`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -54,7 +54,7 @@ class BaseConfig(BaseModel):
             raise config_error(cls, error, place) from None
 
     def updated(self: ConfigType, **changes: Any) -> ConfigType:
-        """Return a copy with these fields changed, validated anew."""
+        """Return a copy with these fields changed, validated again."""
         return type(self).parse({**self.model_dump(exclude_unset=True), **changes})
 
 
@@ -68,15 +68,16 @@ _PLAIN = {
     "bool_type": "must be true or false",
     "string_type": "must be text",
 }
-"""What pydantic's commonest complaints mean."""
+"""Error types of pydantic → our words."""
 
 
 def config_error(
     cls: type[BaseModel], error: ValidationError, place: Mapping[str, str] | str, *, within: str = ""
 ) -> ConfigError:
-    """Return the first of pydantic's complaints about a configuration as one of ours.
+    """Return pydantic's first error about a configuration as a `ConfigError` with key, place and fix.
 
-    `place` is where the values came from: one text, or a text for each dotted key. `within` is the key of what holds it.
+    `place` is where the values came from: one text, or a text for each dotted key. `within` is the dotted key of the group that
+    the configuration stands in.
     """
     first = error.errors(include_url=False)[0]
     key = ".".join(part for part in (within, _key(cls, first["loc"])) if part)
@@ -104,14 +105,14 @@ def config_error(
 
 
 def place_of(key: str, places: Mapping[str, str]) -> str:
-    """Return where a dotted key was set, else the nearest group around it, else the whole."""
+    """Return where a dotted key was set, else the place of the nearest group around it, else of the whole configuration."""
     while key and key not in places:
         key = key.rpartition(".")[0]
     return places.get(key, "config")
 
 
 def _key(cls: type[BaseModel], path: tuple[int | str, ...]) -> str:
-    """Return the dotted key of a place in a configuration, without the type names that pydantic adds for unions."""
+    """Return the dotted key of pydantic's error location, without the type names that pydantic adds for unions."""
     parts: list[str] = []
     tag_follows = False
     for position, part in enumerate(path):

@@ -41,7 +41,7 @@ class Flag:
 
 
 def lex(tokens: Sequence[str]) -> list[Flag]:
-    """Cut the tokens after `rlhf train METHOD` into flags. Raises ConfigError for a token that belongs to none."""
+    """Return the command-line tokens after `rlhf train METHOD` as flags. Raises ConfigError for a token that belongs to none."""
     flags: list[Flag] = []
     rest = list(tokens)
     while rest:
@@ -146,7 +146,7 @@ def _one(flag: Flag, members: tuple[Any, ...]) -> Any:
 
 
 def _items(members: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the types that a list's items may have, literals of text counting as text."""
+    """Return the types that a list's items may have; a literal counts as text."""
     items = [item for member in members if get_origin(member) is list for item in get_args(member)]
     return tuple(str if get_origin(item) is Literal else item for item in items)
 
@@ -184,7 +184,7 @@ def convert_options(
 
 
 def spread(values: Mapping[str, Any], config: type[BaseConfig]) -> dict[str, Any]:
-    """Return options with what stands for a group made that group, and one item a list, for another layer to be merged with."""
+    """Return options in their full form: `teacher: PATH` as `{path: PATH}`, one reward as a list."""
     whole = dict(values)
     for name, value in values.items():
         annotation = config.model_fields[name].annotation if name in config.model_fields else None

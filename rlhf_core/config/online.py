@@ -24,9 +24,13 @@ class SamplingConfig(BaseConfig):
         1.0,
         gt=0,
         le=1,
-        description="Draw among the most likely tokens whose mass reaches it; smaller draws fewer kinds.",
+        description="Draw among the most likely tokens whose probabilities add up to it; smaller draws fewer different tokens.",
     )
-    top_k: int = Field(0, ge=0, description="Draw among so many of the most likely tokens; 0 among all.")
+    top_k: int = Field(
+        0,
+        ge=0,
+        description="Draw among this many of the most likely tokens; larger draws more different ones, 0 draws among all.",
+    )
 
 
 class RewardConfig(BaseConfig):
@@ -39,7 +43,7 @@ class RewardConfig(BaseConfig):
         description="A reward's name, as `rlhf list rewards` shows it, or a function as `package.module:function`.",
     )
     weight: float = Field(
-        1.0, allow_inf_nan=False, description="Factor of its scores in the sum; larger counts it more."
+        1.0, allow_inf_nan=False, description="Factor of its scores in the sum; larger gives it more influence."
     )
     options: dict[str, Any] = Field(
         default_factory=dict, description="Its own options, as `rlhf show NAME` lists them."
@@ -47,7 +51,7 @@ class RewardConfig(BaseConfig):
     time_limit: float | None = Field(
         600.0,
         gt=0,
-        description="Seconds that scoring one batch may take before the run stops; larger bears slower rewards, null any.",
+        description="Seconds that scoring one batch may take before the run stops; larger allows slower rewards, null any.",
     )
 
 
@@ -55,28 +59,28 @@ class OnlineConfig(TrainerConfig):
     """Options of a method that learns from what its policy generates."""
 
     needs_rewards: ClassVar[bool] = True
-    """Whether the method can't do without rewards; False for one that learns from something else, such as a teacher."""
+    """Whether the method needs rewards; False for one that learns from something else, such as a teacher."""
 
     rewards: list[RewardConfig] = Field(
         default_factory=list,
-        description="Rewards whose weighted sum is learned from: names, or `{name: …, weight: …, options: {…}}`; more of them"
-        " are added up. From Python they may be given to the trainer instead.",
+        description="Rewards whose weighted sum is maximised: names, or `{name: …, weight: …, options: {…}}`; more of them are"
+        " added up. From Python they may be given to the trainer instead.",
     )
     generation: SamplingConfig = Field(default_factory=SamplingConfig, description="How completions are drawn.")
     group_size: int = Field(
         8,
         ge=1,
-        description="Completions of each prompt; larger estimates a prompt's mean reward better and costs more.",
+        description="Completions per prompt; larger estimates a prompt's mean reward better and costs more.",
     )
     rollout_epochs: int = Field(
         1,
         ge=1,
-        description="Passes over each rollout; larger learns more from it, further off the policy that wrote it.",
+        description="Passes over each rollout; larger learns more from it, further from the policy that sampled it.",
     )
     minibatches: int = Field(
         1,
         ge=1,
-        description="Optimiser steps that a pass over a rollout is cut into; larger makes smaller, staler steps.",
+        description="Optimiser steps per pass over a rollout; larger makes smaller steps on older samples.",
     )
 
     @field_validator("rewards", mode="before")

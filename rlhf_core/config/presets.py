@@ -32,7 +32,7 @@ ABOUT: dict[str, str] = {
     "7b": "LoRA on one device of 80 GB: the frozen base takes 14 GB in bf16, and the reference no copy of it",
     "70b": "LoRA on a quantised base on one device of 80 GB: the base takes 35 GB in 4 bits, which leaves room for activations",
 }
-"""What a preset is for, and what its weights take."""
+"""What each preset is for, and how much memory its weights take."""
 
 
 def get_preset(name: str) -> dict[str, Any]:

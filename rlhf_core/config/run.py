@@ -17,8 +17,8 @@ class DataFile(BaseConfig):
     weight: float = Field(
         1.0,
         gt=0,
-        description="How often an epoch holds each of its rows: 2 twice, 0.5 about half of them (the same in every epoch), 1.5"
-        " all of them and about half of them again.",
+        description="How often each of its rows occurs in an epoch: 2 is twice, 0.5 about half of them (the same ones in every"
+        " epoch), 1.5 all of them and about half of them again.",
     )
 
 

@@ -78,13 +78,13 @@ class CheckpointConfig(BaseConfig):
     minutes: float | None = Field(
         10.0,
         gt=0,
-        description="Most minutes of training between checkpoints; larger saves less often and loses more to a crash, null goes"
-        " by steps alone. The end and a stop (Ctrl-C, SIGTERM) are always saved.",
+        description="Most minutes of training between checkpoints; larger saves less often and loses more to a crash, null saves"
+        " by steps alone. A checkpoint is always saved at the end and at a stop (Ctrl-C, SIGTERM).",
     )
     every: int = Field(
         0,
         ge=0,
-        description="Steps between checkpoints, besides those by time; larger saves less often, 0 by time alone.",
+        description="Steps between checkpoints, besides those by time; larger saves less often, 0 saves by time alone.",
     )
     keep: int = Field(
         2, ge=2, description="Checkpoints that are kept; larger keeps more to fall back to and takes more disk."
@@ -92,7 +92,7 @@ class CheckpointConfig(BaseConfig):
 
 
 class LoggingConfig(BaseConfig):
-    """What is reported while training. `metrics.jsonl` is always written, a row a step."""
+    """What is reported while training. `metrics.jsonl` is always written, one row per step."""
 
     every: int = Field(1, ge=1, description="Steps between lines on the console; larger prints less.")
     samples: int = Field(
@@ -136,8 +136,8 @@ class DistributedConfig(BaseConfig):
     timeout_minutes: float = Field(
         30.0,
         gt=0,
-        description="Minutes that a process waits for another, at the start and in a step, before it gives the run up; larger"
-        " bears slower partners (one that reads or writes for long), smaller notices a lost one sooner.",
+        description="Minutes that a process waits for another, at the start and in a step, before the run fails; larger"
+        " tolerates slower processes (one that reads or writes for long), smaller notices a lost one sooner.",
     )
 
 
@@ -153,18 +153,18 @@ class OptimizerConfig(BaseConfig):
 
 
 class BatchingConfig(BaseConfig):
-    """How a step's rows are laid out for the model. None of these changes a gradient beyond rounding."""
+    """How a step's rows are laid out in forward passes. None of these changes a gradient beyond rounding."""
 
     layout: Literal["auto", "packed", "padded"] = Field(
         "auto",
-        description="`packed` lays sequences end to end without padding, attention isolated per sequence; `padded` gives each"
+        description="`packed` lays sequences end to end without padding, with attention within each sequence; `padded` gives each"
         " its own row; `auto` packs where the model's attention can be replaced.",
     )
     share_prompts: bool = Field(
         True, description="Compute a prompt once for all of its responses (packed layout); false computes it for each."
     )
     length_grouped: bool = Field(
-        True, description="Put rows of like length into one micro-batch of a step; false keeps the data's order."
+        True, description="Put rows of similar length into the same micro-batch; false keeps the data's order."
     )
     micro_batch_tokens: int | None = Field(
         None,
@@ -234,13 +234,13 @@ class TrainerConfig(BaseConfig):
 
     learning_rate: float = Field(1e-5, gt=0, description="Peak step size; larger learns faster and may diverge.")
     batch_size: int = Field(
-        8, ge=1, description="Rows an optimiser step learns from, over all processes; larger gives smoother gradients."
+        8, ge=1, description="Rows per optimiser step, over all processes; larger gives less noisy gradients."
     )
     micro_batch_size: int | None = Field(
         None,
         ge=1,
-        description="Most rows in one forward pass; larger is faster and takes more memory. Null takes a process's share at"
-        " once. The gradient doesn't depend on it.",
+        description="Most rows in one forward pass; larger is faster and takes more memory. Null takes all of a process's rows"
+        " at once. The gradient doesn't depend on it.",
     )
     max_steps: int | None = Field(None, ge=1, description="Optimiser steps to take; null trains for `epochs`.")
     epochs: float = Field(
@@ -271,7 +271,7 @@ class TrainerConfig(BaseConfig):
     )
     frozen_precision: Literal["auto", "float32", "bf16", "fp16"] = Field(
         "auto",
-        description="What frozen weights that the run loads or copies are held in: a base under an adapter, a reference. `auto`"
+        description="Precision of frozen weights that the run loads or copies: a base under an adapter, a reference. `auto`"
         " takes `precision`, which halves their memory in 16 bits and changes no result, but that a mixture's experts compute in"
         " 16 bits, too; `float32` keeps every bit.",
     )
@@ -299,11 +299,13 @@ class TrainerConfig(BaseConfig):
     max_idle_batches: int = Field(
         50,
         ge=1,
-        description="Batches of data in a row that may give nothing to learn from (every token masked, every reward of a group"
-        " the same) before the run is stopped as broken; larger waits longer.",
+        description="Successive batches that may give no loss (every token masked, all rewards of each group equal) before the"
+        " run is stopped as broken; larger waits longer.",
     )
     eval_steps: int | None = Field(
-        None, ge=1, description="Steps between evaluations; larger evaluates less often, null only at the end."
+        None,
+        ge=1,
+        description="Steps between evaluations; larger evaluates less often, null evaluates only at the end.",
     )
     lora: LoraConfig | None = Field(None, description="Train low-rank adapters; null trains every weight.")
     adapter: Literal["continue", "fold"] = Field(

@@ -1,4 +1,4 @@
-"""YAML files and flags: values with the place of each key, safe tags only, nothing said twice.
+"""YAML files and flags as values with the place of each key; duplicate keys, aliases and unsafe tags are errors.
 
 Importing this module imports no torch.
 """
@@ -131,7 +131,7 @@ def parse_scalar(text: str) -> Any:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `base` with `over` laid on it; groups are merged key by key, and a null or flag gives way to a group."""
+    """Return `base` overridden by `over`; groups are merged key by key, and a group replaces a null or a true."""
     merged = dict(base)
     for key, value in over.items():
         if isinstance(value, Mapping):

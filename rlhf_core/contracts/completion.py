@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Completion:
-    """What was generated for a prompt: it can't lie about where it came from. Axis: T, its tokens."""
+    """A sampled response with the probabilities under which it was drawn, and why it stopped. Axis: T, its tokens."""
 
     text: str
     ids: Sequence[int]

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 class Merger(ABC):
-    """A way to make one checkpoint of several; the core reads them past it, tensor by tensor, and writes the result.
+    """A way to make one model of several. The core streams the input models' tensors through it and writes the result.
 
-    `merge_chunk` merges a piece of one tensor; `measure` looks at the whole tensor first where that is needed, and `survey` at
-    all of them. `chunk.tensors` are in the order in which the user gave the models (but see `commutative`), and `chunk.inputs`
-    tell of each model its name, path, weight and options. A method that must evaluate what it makes overrides `merge`.
+    `merge_chunk` merges a chunk of one tensor; `measure` reads the whole tensor first where that is needed, and `survey` all
+    tensors. `chunk.tensors` are in the order in which the user gave the models (but see `commutative`), and `chunk.inputs`
+    hold each model's name, path, weight and options. A method that must evaluate what it makes overrides `merge`.
     """
 
     api: ClassVar[int]
@@ -28,52 +28,51 @@ class Merger(ABC):
     needs_base: ClassVar[bool] = False
     """Whether it works on differences from a base model, which must then be given."""
     ignores_base: ClassVar[bool] = False
-    """Whether a base that is given only lends its configuration and tokenizer; it is then not read."""
+    """Whether a base model's weights are never read; it then gives only its configuration and tokenizer."""
     models: ClassVar[tuple[int, int | None]] = (1, None)
     """The fewest and the most models that it merges, the base not counted; None sets no bound."""
     commutative: ClassVar[bool] = False
-    """Whether the order of the models means nothing to it. They then come in an order of their own, by their values, so that any
-    order that they are given in makes the same bits; what belongs to a model stays with it in `chunk.inputs`."""
+    """Whether the result is the same for any order of the models. They are then sorted by their values, so that any order
+    makes the same bits; `chunk.inputs` are sorted with them."""
     by_row: ClassVar[bool] = False
     """Whether chunks are whole rows, (rows, columns); else they are (N,)."""
     whole_tensors: ClassVar[bool] = False
     """Whether it needs whole tensors: a chunk is then one tensor, in its own shape. By default at most four merge at once."""
     per_model: ClassVar[tuple[str, ...]] = ()
-    """Options of `Config` that a model may have a value of its own for, of any type. `chunk.inputs[i].options` and
-    `stream.option(name)` hold what counts for each model. A file is a field of type `Path`: a merge that is continued then
-    notices where it was changed."""
+    """Options of `Config`, of any type, that may differ between models. `chunk.inputs[i].options` and `stream.option(name)` hold
+    each model's value. Declare a file as a field of type `Path`: a resumed merge is then refused where the file has changed."""
     replay: ClassVar[str | None] = None
-    """For a method that chooses among the models: the one that makes the same of the chosen ones without choosing."""
+    """For a method that selects among the models: the name of the method that merges the selected ones to the same result."""
     neutral: ClassVar[Mapping[str, Any]] = {}
-    """Options with which copies of a model merge into that model, as the conformance kit tests, where other values of them leave
+    """Options under which copies of a model merge into that model, as the conformance kit tests; other values of them may leave
     entries out or scale differences."""
 
     def __init__(self, config: BaseConfig | None = None) -> None:
         self.config = config if config is not None else self.Config()
 
     def check_weights(self, weights: Sequence[float]) -> None:  # noqa: B027
-        """Raise `ConfigError` where weights can't do, before anything is read; called for each tensor's weights."""
+        """Raise `ConfigError` where the method can't use these weights of a tensor. Called before anything is read."""
 
     def survey(self, streams: Iterable[TensorStream]) -> Any:
-        """Look at all tensors before the first is merged; what is returned is `surveyed` of every stream.
+        """Read all tensors before the first is merged; every stream then has what is returned as `stream.surveyed`.
 
-        Streams are made new each time that `streams` is iterated. The default looks at none, and then nothing is read.
+        `streams` may be iterated several times. The default reads nothing.
         """
         return None
 
     def measure(self, stream: TensorStream) -> Any:
-        """Return what merging needs to know of the whole tensor, from one or more readings; the default nothing."""
+        """Return what `merge_chunk` needs of the whole tensor, such as a threshold, from one or more passes; None by default."""
         return None
 
     @abstractmethod
     def merge_chunk(self, chunk: Chunk, measured: Any) -> Tensor:
         """Return the merged elements of a chunk, float32, in the chunk's shape; it may be one of the chunk's own tensors.
 
-        Tensors are merged side by side, in forked processes or in threads, so nothing may be kept in `self`: threads share it,
-        processes don't. A method starts no processes of its own.
+        Several tensors are merged at once, in forked processes or in threads, so nothing may be stored in `self`: threads share
+        it, processes don't. A method must not start processes.
 
         Args:
-            chunk: a piece of one tensor of each model, and of the base where there is one.
+            chunk: neighbouring elements of one tensor of each model, and of the base model where there is one.
             measured: what `measure` returned for the tensor.
         """
 

@@ -30,7 +30,7 @@ class Sample:
 
 
 class RewardFn(ABC):
-    """A reward: one finite float a sample, in order."""
+    """A reward: one finite float for each sample, in order."""
 
     api: ClassVar[int]
     Config: ClassVar[type[BaseConfig]] = BaseConfig
@@ -42,7 +42,7 @@ class RewardFn(ABC):
         """Load what scoring needs, such as a model. Called once before the first samples, without a time limit."""
 
     def describe(self) -> dict[str, Any]:
-        """Return what scores depend on besides the options and the class's source, as JSON values, for a run's record.
+        """Return what scores depend on besides the options and the class's source, as JSON values for the run directory.
 
         A reward by a model gives its model's `files`, name → SHA-256; a run is resumed only where all of it is as it was. A run
         asks before `prepare`.
@@ -51,7 +51,7 @@ class RewardFn(ABC):
 
     @abstractmethod
     def score(self, samples: Sequence[Sample]) -> list[float]:
-        """Return one finite float a sample. None, NaN or a wrong count stop the run with this reward's name."""
+        """Return one finite float for each sample, in order. None, NaN or a wrong count stop the run with this reward's name."""
 
     def score_steps(self, samples: Sequence[Sample]) -> list[list[float]] | None:
         """Return one finite float for each reasoning step of each sample, or None where the reward is not step-wise."""

@@ -22,8 +22,8 @@ class Sampler(ABC):
     api: ClassVar[int]
     Config: ClassVar[type[BaseConfig]] = BaseConfig
     roles: ClassVar[Mapping[str, str]] = {"policy": "policy"}
-    """The models that it needs, by role, and of which kind each is: `policy`, a `PolicyModel`; or `reward`, whatever is accepted
-    as one reward or several."""
+    """The models that it needs, role → kind: `policy` for a `PolicyModel`, `reward` for whatever is accepted as one reward or
+    several."""
 
     models: Mapping[str, Any]
     """Its models by role: a `PolicyModel`, or `Rewards`."""

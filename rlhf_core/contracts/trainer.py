@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from rlhf_core.contracts.batch import Batch
+    from rlhf_core.contracts.result import TrainResult
     from rlhf_core.data.base import EncodedData
     from rlhf_core.models.policy_model import PolicyModel
     from rlhf_core.models.reference import Reference
     from rlhf_core.training.context import RunContext
     from rlhf_core.training.loader import Loader
-    from rlhf_core.training.result import TrainResult
 
 ConfigT = TypeVar("ConfigT", bound=TrainerConfig)
 
 
 Pair = tuple["Tensor | float", "Tensor | float"]
-"""A sum and what it is counted over; either may be a number or a tensor of one entry per prompt, (P,)."""
+"""(sum, count): a metric is their quotient over the whole step. Each is a number, or a tensor with one entry per prompt, (P,)."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ class Role:
     trained: bool
     """Trained models get gradients, are checkpointed and exported; frozen ones are only read."""
     optional: bool = False
-    """Whether a configuration may make it unnecessary, so that `build` leaves it out."""
+    """Whether `build` may leave it out, where the configuration needs no such model."""
 
 
 TRAINED = Role(trained=True)
-"""A role that is trained, and always there."""
+"""A role that `build` always returns and that is trained."""
 FROZEN = Role(trained=False)
-"""A role that is only read, and always there."""
+"""A role that `build` always returns and that is only read."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Trainer(ABC, Generic[ConfigT]):
     models: nn.ModuleDict
     """Its models by role, once `build` has run. One optimiser serves the trained ones."""
     reference: Reference
-    """The policy as it was passed in; there when `build` returns it."""
+    """The policy as it was passed in; set where `build` returns one."""
     run_inputs: Mapping[str, Any] | None = None
     """Where the run comes from, set by the command line for the run directory: `config_input` (the file's text, or None)
     and `command` (as one shell line), both with secrets redacted, and `plugin` (its `Plugin.as_dict()`). None from Python."""
@@ -143,10 +143,10 @@ class Trainer(ABC, Generic[ConfigT]):
         return self.models["policy"]  # type: ignore[return-value]
 
     def inspect(self, data: EncodedData) -> None:
-        """Look at data once models are built, before anything is computed; raise `DataError` where they can't do.
+        """Check data against the built models, before anything is computed; raise `DataError` where the method can't use them.
 
-        Called with the training data, and then with the held-out data where there are any. The default has nothing to say.
-        Rows that are streamed aren't known yet: `data.streaming`.
+        Called with the training data, and then with the held-out data where there are any. The default checks nothing.
+        Where `data.streaming` is true, the rows aren't known yet.
         """
 
     def build(self, loader: Loader) -> Mapping[str, nn.Module | Reference]:
@@ -196,32 +196,32 @@ class Trainer(ABC, Generic[ConfigT]):
 
     @abstractmethod
     def loss(self, batch: Batch) -> Loss:
-        """Return the sums of one micro-batch, with gradients."""
+        """Return the loss terms of one micro-batch as sums, with gradients, and its metrics."""
 
     def evaluate(self, batch: Batch, run: RunContext) -> Evaluation:
         """Return the sums of one batch of held-out rows, without gradients.
 
-        The default makes experience of it and takes the loss. A method whose loss on its own completions says nothing of their
-        quality overrides it: it generates, scores, and returns the rewards as metrics with one entry per prompt.
+        The default passes the batch through `experience` and `loss`. An online method, whose loss on its own completions doesn't
+        measure their quality, overrides it: it generates, scores, and returns rewards as metrics with one entry per prompt.
         """
         return run.held_out_loss(batch)
 
     def summary(self, values: Mapping[str, Tensor]) -> dict[str, float]:
-        """Return figures of a whole held-out set that are no averages, from the metrics given one entry per prompt.
+        """Return figures of a whole held-out set that aren't averages (such as an area under a curve), from metrics per prompt.
 
         Args:
             values: for each such metric, sum / count of every held-out row, (rows,) float64 in the data's order.
 
-        The default has none. Names appear as `eval_NAME`.
+        The default returns none. Names appear as `eval_NAME`.
         """
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the method itself must remember over a resume, as JSON values. The default remembers nothing."""
+        """Return the method's own state that a checkpoint must hold, as JSON values. The default has none."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         if state:
             raise NotImplementedError(f"{type(self).__name__} saves state but does not load it")
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_core import __version__
 from rlhf_core.config.yaml_file import dump_yaml
 from rlhf_core.infra.files import read_json, replace_file, replace_json, sha256_of, to_json
 from rlhf_core.infra.redact import redact_text
+from rlhf_core.infra.version import __version__
 from rlhf_core.merging import chat_template
 from rlhf_core.merging.checkpoint import INDEX, Checkpoint
 from rlhf_core.merging.config import MergeConfig

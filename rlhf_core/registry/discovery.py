@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rlhf_core import API
 from rlhf_core.contracts.records import RECORDS
 from rlhf_core.infra.errors import did_you_mean, printable
+from rlhf_core.infra.version import API
 from rlhf_core.registry import locate
 from rlhf_core.registry.distributions import GROUPS as GROUPS
 from rlhf_core.registry.distributions import LOCAL as LOCAL

@@ -12,8 +12,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from rlhf_core import API
 from rlhf_core.contracts.records import RECORDS
+from rlhf_core.infra.version import API
 from rlhf_core.registry.foreign import ForeignFault, run_foreign
 from rlhf_core.registry.header import HeaderError, split_target
 

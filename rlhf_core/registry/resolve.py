@@ -9,8 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from rlhf_core import API
 from rlhf_core.infra.errors import ConfigError, PluginError, RLHFError, did_you_mean, shortened
+from rlhf_core.infra.version import API
 from rlhf_core.registry import discovery
 from rlhf_core.registry.discovery import GROUPS, LOCAL, Plugin, fold
 from rlhf_core.registry.distributions import Offer, canonical, method_name_fault

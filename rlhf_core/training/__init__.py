@@ -9,7 +9,7 @@ __getattr__, __dir__, __all__ = lazy_names(
     {
         "rlhf_core.training.checkpoint": "CheckpointManager",
         "rlhf_core.training.early_stopping": "EarlyStopping",
-        "rlhf_core.training.result": "TrainResult",
+        "rlhf_core.contracts.result": "TrainResult",
         "rlhf_core.training.logger": "TrainingLogger",
         "rlhf_core.training.optimizer": "create_optimizer",
         "rlhf_core.training.loop": "run",

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from rlhf_core.contracts.result import TrainResult
 from rlhf_core.contracts.trainer import Trainer, Window
 from rlhf_core.data.sources import check_paths
 from rlhf_core.data.templates import rendered_at
@@ -36,7 +37,6 @@ from rlhf_core.training.loss_scale import LossScale
 from rlhf_core.training.micro_batches import MicroBatches
 from rlhf_core.training.optimizer import Schedule, create_optimizer, set_learning_rate
 from rlhf_core.training.reduction import quotients
-from rlhf_core.training.result import TrainResult
 from rlhf_core.training.run_data import keep_texts, open_data, open_stream
 from rlhf_core.training.run_directory import RunDirectory
 from rlhf_core.training.run_record import check_unchanged, note_data, note_failure, note_inputs, run_settings

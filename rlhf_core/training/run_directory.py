@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf_core import __version__
 from rlhf_core.config.yaml_file import dump_yaml, load_yaml
 from rlhf_core.infra.errors import ConfigError, StorageError
 from rlhf_core.infra.files import (
@@ -29,6 +28,7 @@ from rlhf_core.infra.files import (
     storage_errors,
 )
 from rlhf_core.infra.redact import redact_text
+from rlhf_core.infra.version import __version__
 
 Status = Literal["running", "done", "stopped", "failed"]
 
