@@ -11,171 +11,130 @@ from typing import Any
 
 from rlhf_core.config.base import place_of
 from rlhf_core.infra.errors import ConfigError
+from rlhf_core.interop.mergekit_parameters import REQUIRED
 
-_DROPS = (
-    "it drops other entries, and scales the rest to the L1 norm of all where ours divides by the probability of keeping"
-)
+OUR_NAMES = {
+    "weight": "weight", "scale": "weight", "t": "weight", "density": "density", "select_topk": "density", "gamma": "gamma",
+    "epsilon": "epsilon", "lambda": "scale", "normalize": "normalize",
+}  # fmt: skip
+"""mergekit's parameters → our options."""
+SHARED = ("t", "select_topk", "lambda", "normalize")
+"""Those of them that hold for all models of a merge; a model may have a value of its own of the others."""
+UNUSED = ("int8_mask", "embed_slerp", "consensus_method", "similarity_threshold")
+"""Parameters that mergekit accepts, or once did, and that change nothing here."""
 
 
 @dataclass(frozen=True)
-class Peer:
+class MergekitMethod:
     """One of mergekit's methods in our terms."""
 
     ours: str
+    """The name of our method."""
+    parameters: Mapping[str, Any]
+    """Its parameters that we have, by its names, with its defaults."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options of ours that make it that method."""
-    per_model: Mapping[str, str] = field(default_factory=dict)
-    """Its parameters of each model → our options."""
-    shared: Mapping[str, str] = field(default_factory=dict)
-    """Its parameters of the whole merge → our options."""
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Its defaults, by its names; a parameter without one must be given."""
     only: Mapping[str, Any] = field(default_factory=dict)
     """Its parameters for which we have one value alone, with that value."""
-    idle: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
     """Its parameters that change nothing, or only how closely it computes."""
-    based: bool = True
-    """Whether differences are taken from its base model."""
+    needs_base: bool = True
+    """Whether it merges differences from its base model."""
     differs: str | None = None
     """What it does otherwise than ours, if anything."""
 
 
-_SUM = {"lambda": "scale"}
-_FUSED = {**_SUM, "normalize": "normalize"}
-_WEIGHT = {"weight": "weight"}
-_SPARSE = {**_WEIGHT, "density": "density"}
-_DENSE = {"density": 1.0, "lambda": 1.0}
+_WEIGHTED = {"weight": REQUIRED}
+_SPARSE = {**_WEIGHTED, "density": 1.0, "lambda": 1.0, "normalize": False}
+_CRUMBS, _DELLA = {**_SPARSE, "gamma": 0.01}, {**_SPARSE, "epsilon": 0.15}
+_RESCALED = (
+    "it drops other entries, and scales the rest to the L1 norm of all where ours divides by the probability of keeping"
+)
+_WHOLE = {"scope": "tensor"}
 
-METHODS: dict[str, Peer] = {
-    "linear": Peer(
-        "linear", per_model=_WEIGHT, shared={"normalize": "normalize"}, defaults={"normalize": True}, based=False
-    ),
-    "slerp": Peer("slerp", shared={"t": "weight"}),
-    "nuslerp": Peer(
+METHODS: dict[str, MergekitMethod] = {
+    "linear": MergekitMethod("linear", {**_WEIGHTED, "normalize": True}, needs_base=False),
+    "slerp": MergekitMethod("slerp", {"t": REQUIRED}),
+    "nuslerp": MergekitMethod(
         "slerp",
-        per_model=_WEIGHT,
+        _WEIGHTED,
         only={"nuslerp_flatten": True},
-        idle=("nuslerp_row_wise",),
-        based=False,
+        unused=("nuslerp_row_wise",),
+        needs_base=False,
         differs="between tensors that are nearly parallel it takes the arc, where ours takes the straight line",
     ),
-    "passthrough": Peer("passthrough", per_model={"scale": "weight"}, defaults={"scale": 1.0}, based=False),
-    "task_arithmetic": Peer(
-        "task_arithmetic",
-        per_model=_WEIGHT,
-        shared=_SUM,
-        defaults={"lambda": 1.0},
-        only={"normalize": False},
-        idle=("density", "rescale"),
+    "passthrough": MergekitMethod("passthrough", {"scale": 1.0}, needs_base=False),
+    "task_arithmetic": MergekitMethod(
+        "task_arithmetic", {**_WEIGHTED, "lambda": 1.0}, only={"normalize": False}, unused=("density", "rescale")
     ),
-    "ties": Peer(
+    "ties": MergekitMethod(
         "ties",
+        {**_SPARSE, "normalize": True},
         {"majority": "weighted", "trim_scope": "tensor"},
-        per_model=_SPARSE,
-        shared=_FUSED,
-        defaults=_DENSE | {"normalize": True},
         only={"rescale": False},
     ),
-    "dare_linear": Peer(
-        "dare",
-        {"election": "none", "trim": 1.0},
-        per_model=_SPARSE,
-        shared=_FUSED,
-        defaults=_DENSE | {"normalize": False},
-        only={"rescale": True},
-        differs=_DROPS,
+    "dare_linear": MergekitMethod(
+        "dare", _SPARSE, {"election": "none", "trim": 1.0}, only={"rescale": True}, differs=_RESCALED
     ),
-    "dare_ties": Peer(
-        "dare",
-        {"election": "ties", "trim": 1.0},
-        per_model=_SPARSE,
-        shared=_FUSED,
-        defaults=_DENSE | {"normalize": False},
-        only={"rescale": True},
-        differs=_DROPS,
+    "dare_ties": MergekitMethod(
+        "dare", _SPARSE, {"election": "ties", "trim": 1.0}, only={"rescale": True}, differs=_RESCALED
     ),
-    "breadcrumbs": Peer(
-        "breadcrumbs",
-        {"election": "none", "scope": "tensor"},
-        per_model=_SPARSE | {"gamma": "gamma"},
-        shared=_FUSED,
-        defaults=_DENSE | {"gamma": 0.01, "normalize": False},
-        only={"rescale": False},
+    "breadcrumbs": MergekitMethod("breadcrumbs", _CRUMBS, {"election": "none", **_WHOLE}, only={"rescale": False}),
+    "breadcrumbs_ties": MergekitMethod("breadcrumbs", _CRUMBS, {"election": "ties", **_WHOLE}, only={"rescale": False}),
+    "della": MergekitMethod(
+        "della", {**_DELLA, "normalize": True}, {"election": "ties"}, only={"rescale": True}, differs=_RESCALED
     ),
-    "breadcrumbs_ties": Peer(
-        "breadcrumbs",
-        {"election": "ties", "scope": "tensor"},
-        per_model=_SPARSE | {"gamma": "gamma"},
-        shared=_FUSED,
-        defaults=_DENSE | {"gamma": 0.01, "normalize": False},
-        only={"rescale": False},
-    ),
-    "della": Peer(
-        "della",
-        {"election": "ties"},
-        per_model=_SPARSE | {"epsilon": "epsilon"},
-        shared=_FUSED,
-        defaults=_DENSE | {"epsilon": 0.15, "normalize": True},
-        only={"rescale": True},
-        differs=_DROPS,
-    ),
-    "della_linear": Peer(
-        "della",
-        {"election": "none"},
-        per_model=_SPARSE | {"epsilon": "epsilon"},
-        shared=_FUSED,
-        defaults=_DENSE | {"epsilon": 0.15, "normalize": False},
-        only={"rescale": True},
-        differs=_DROPS,
-    ),
-    "model_stock": Peer(
+    "della_linear": MergekitMethod("della", _DELLA, {"election": "none"}, only={"rescale": True}, differs=_RESCALED),
+    "model_stock": MergekitMethod(
         "model_stock",
+        {},
         only={"filter_wise": False},
         differs="where task vectors oppose each other it goes past the base, at which ours stops, and it takes the angles between"
         " very small ones for larger",
     ),
-    "sce": Peer(
+    "sce": MergekitMethod(
         "sce",
-        shared={"select_topk": "density"},
-        defaults={"select_topk": 1.0},
+        {"select_topk": 1.0},
         differs="it weighs models alike where the mean squares of their task vectors add up to less than a millionth",
     ),
-    "karcher": Peer("karcher", idle=("max_iter", "tol"), based=False),
-    "multislerp": Peer(
+    "karcher": MergekitMethod("karcher", {}, unused=("max_iter", "tol"), needs_base=False),
+    "multislerp": MergekitMethod(
         "karcher",
-        per_model=_WEIGHT,
+        _WEIGHTED,
         only={"normalize_weights": True},
-        idle=("eps",),
-        based=False,
+        unused=("eps",),
+        needs_base=False,
         differs="it takes the normalised mean of the directions, where ours iterates to their mean on the sphere",
     ),
 }
 """mergekit's methods that we have, by its names."""
-PARAMETERS = {
-    *(name for peer in METHODS.values() for name in (*peer.per_model, *peer.shared, *peer.only, *peer.idle)),
-    "int8_mask", "embed_slerp", "consensus_method", "similarity_threshold",
-}  # fmt: skip
-"""All parameters that mergekit's methods have, or had; a method pays no heed to those of others."""
+PARAMETERS = {*UNUSED, *(name for one in METHODS.values() for name in (*one.parameters, *one.only, *one.unused))}
+"""All parameters that mergekit's methods have, or had; a method ignores those of others."""
 
 
 def parity(method: str, given: Mapping[str, Any], places: Mapping[str, str]) -> dict[str, Any]:
-    """Return our method's options by which it does what mergekit's does; those that are given are kept.
+    """Return the options by which a method of ours does what mergekit's does; those that are given are kept.
+
+    Args:
+        method: the name of ours.
+        given: its options by our names.
+        places: where each of them was set.
 
     Raises:
         ConfigError: no options make it that, or one that is given contradicts.
     """
-    peers = [peer for peer in METHODS.values() if peer.ours == method and peer.differs is None]
-    if not peers:
-        reasons = {peer.differs for peer in METHODS.values() if peer.ours == method}
+    equals = [one for one in METHODS.values() if one.ours == method and one.differs is None]
+    if not equals:
+        reasons = {one.differs for one in METHODS.values() if one.ours == method}
         raise ConfigError(
             f"mergekit's definition of {method} can't be had",
             place=place_of("compat", places),
             got="; ".join(sorted(filter(None, reasons))) or "no such method of mergekit's",
             fix="leave `compat` out; it is there for "
-            + ", ".join(sorted({peer.ours for peer in METHODS.values() if peer.differs is None})),
+            + ", ".join(sorted({one.ours for one in METHODS.values() if one.differs is None})),
         )
-    peer = next((one for one in peers if one.options.get("election") == given.get("election", "none")), peers[0])
-    for name, value in peer.options.items():
+    theirs = next((one for one in equals if one.options.get("election") == given.get("election", "none")), equals[0])
+    for name, value in theirs.options.items():
         if name in given and given[name] != value:
             raise ConfigError(
                 f"mergekit has `{name}: {value}` only",
@@ -183,16 +142,20 @@ def parity(method: str, given: Mapping[str, Any], places: Mapping[str, str]) -> 
                 got=given[name],
                 fix="drop `compat`",
             )
-    renamed = {**peer.shared, **peer.per_model}
-    defaults = {renamed[name]: value for name, value in peer.defaults.items()}
-    options = {**defaults, **given, **peer.options}
+    defaults = {OUR_NAMES[name]: value for name, value in theirs.parameters.items() if value is not REQUIRED}
+    defaults.pop("weight", None)  # each model's own, and 1 here as there
+    options = {**defaults, **given, **theirs.options}
     if method == "breadcrumbs":
-        options["gamma"] = outliers(options["gamma"], options["density"], place_of("gamma", places))
+        options["gamma"] = capped_gamma(options["gamma"], options["density"], place_of("gamma", places))
     return options
 
 
-def outliers(gamma: Any, density: Any, place: str) -> Any:
-    """Return γ as mergekit takes it: where γ and the share that is kept are more than all, the share is kept and γ gives way."""
+def capped_gamma(gamma: Any, density: Any, place: str) -> Any:
+    """Return breadcrumbs' γ as mergekit takes it: where γ and the density are more than 1 together, γ is lowered to 1 - density.
+
+    Raises:
+        ConfigError: they are, and one of them varies by layer.
+    """
     if isinstance(gamma, int | float) and isinstance(density, int | float):
         return min(gamma, round(1 - density, 12))
     if max(_numbers(gamma)) + max(_numbers(density)) <= 1:
@@ -205,6 +168,8 @@ def outliers(gamma: Any, density: Any, place: str) -> Any:
 
 
 def _numbers(value: Any) -> list[float]:
-    if isinstance(value, Mapping):
-        return [number for inner in value.values() for number in _numbers(inner)]
-    return [number for inner in value for number in _numbers(inner)] if isinstance(value, list) else [float(value)]
+    """Return all numbers of a value by place."""
+    if isinstance(value, Mapping | list):
+        inner = value.values() if isinstance(value, Mapping) else value
+        return [number for one in inner for number in _numbers(one)]
+    return [float(value)]

@@ -1,126 +1,131 @@
-"""A parameter of one of mergekit's files as a value by place: numbers, gradients and lists of conditions.
+"""A parameter of one of mergekit's files as a value by place of ours: numbers, gradients and lists of conditions.
 
 A gradient runs over the layers; a tensor outside of them takes its first value. Of a list of `{filter, value}` the first whose
-filter is part of the tensor's name counts, and one without a filter fits all; where none fits, the next wider setting does.
+filter is part of the tensor's name counts, and one without a filter fits all; where none fits, the next wider scope counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rlhf_core.infra.errors import ConfigError, shortened
 
-Condition = tuple[str | None, Any]
-"""A part of a name, or None for all, with a scalar or a gradient."""
+REQUIRED: Any = object()
+"""Stands for the default of a parameter that has none."""
 
 
-class Setting(NamedTuple):
-    """Parameters as they are set in one place of the file."""
+class Scope(NamedTuple):
+    """The parameters that are set in one place of the file."""
 
-    model: str
-    """The model that they are for; empty where for all."""
-    values: Mapping[str, Any]
     key: str
     """The dotted key under which they stand."""
+    values: Mapping[str, Any]
+    of_model: bool = False
+    """Whether they are one model's, not all models'."""
 
 
-def conditions(name: str, settings: Sequence[Setting], place: Callable[[str], str]) -> list[Condition]:
-    """Return all that settings say of a parameter, what counts first first."""
-    found: list[Condition] = []
-    for setting in settings:
-        if name not in setting.values:
-            continue
-        given, key = setting.values[name], f"{setting.key}.{name}"
-        if isinstance(given, list) and any(isinstance(one, Mapping) for one in given):
-            for one in given:
-                if not isinstance(one, Mapping) or set(one) - {"filter", "value"} or "value" not in one:
-                    raise ConfigError(f"`{name}` has no `filter` and `value`", place=place(key), got=shortened(one))
-                found.append((_part(one.get("filter"), place(key)), _plain(one["value"], name, place(key))))
-        else:
-            found.append((None, _plain(given, name, place(key))))
-    return found
+def value_by_place(name: str, scopes: Sequence[Scope], default: Any, place: Callable[[str], str]) -> Any:
+    """Return a parameter as a number, or as a mapping that `LayerValues` of `rlhf_core.merging` accepts.
 
+    Args:
+        name: the parameter's.
+        scopes: where it may be set, the narrowest first.
+        default: its value where nothing else fits; `REQUIRED` is returned where that is the default and some tensor needs it.
+        place: returns the place of a dotted key, for messages.
 
-def value(found: Sequence[Condition], missing: Callable[[], ConfigError]) -> Any:
-    """Return conditions as `rlhf_core.merging.weights.LayerValues` says them, or as a plain value."""
+    Raises:
+        ConfigError: what is set is no value that mergekit has.
+    """
     filters: dict[str, Any] = {}
-    for part, given in found:
-        if part is not None:
-            filters.setdefault(f"*{part}*", _by_layer(given))
-            continue
-        fallback = _by_layer(given)
-        if not filters:
-            return fallback
-        return {"filters": filters, **(fallback if isinstance(fallback, Mapping) else {"default": fallback})}
-    raise missing()
+    for part, given in list(_conditions(name, scopes, place)):  # all are checked, those that don't count too
+        if part is None:
+            default = _by_layer(given)
+            break
+        filters.setdefault(f"*{part}*", _by_layer(given))
+    if not filters or default is REQUIRED:
+        return default
+    return {"filters": filters, **(default if isinstance(default, Mapping) else {"default": default})}
 
 
 def in_runs(values: Sequence[Any], counts: Sequence[int]) -> Any:
-    """Return the values of runs of layers, of so many each, as one value by place."""
+    """Return one value by place for runs of layers, laid end to end.
+
+    Args:
+        values: a value for each run, whose gradients go over the run alone.
+        counts: the number of layers of each run.
+    """
     if len(values) == 1 or (all(one == values[0] for one in values) and not _varies(values[0])):
         return values[0]
-    runs = [
-        {"count": count, "value": _alone(one) if count == 1 else one} for one, count in zip(values, counts, strict=True)
-    ]
-    return {"runs": runs}
+    last = [_at_the_end(one) if count == 1 else one for one, count in zip(values, counts, strict=True)]
+    return {"runs": [{"count": count, "value": one} for one, count in zip(last, counts, strict=True)]}
 
 
-def _varies(given: Any) -> bool:
-    """Tell whether a value is another at another layer of a run."""
-    if isinstance(given, Mapping):
-        return "gradient" in given or any(_varies(one) for one in given.get("filters", {}).values())
-    return isinstance(given, list)
-
-
-def _alone(given: Any) -> Any:
-    """Return what a gradient over a single layer is there: its last value."""
-    if not isinstance(given, Mapping):
-        return given
-    changed = {"gradient": given["gradient"][-1:]} if "gradient" in given else {}
-    filters = {part: _alone(one) for part, one in given.get("filters", {}).items()}
-    return {**given, **changed, **({"filters": filters} if filters else {})}
-
-
-def mapped(given: Any, change: Callable[[float], float]) -> Any:
-    """Return a value with each of its numbers changed."""
-    if isinstance(given, Mapping):
-        return {key: mapped(inner, change) for key, inner in given.items()}
-    return [mapped(inner, change) for inner in given] if isinstance(given, list) else change(given)
+def mapped(value: Any, change: Callable[[float], float]) -> Any:
+    """Return a value by place with each of its numbers changed."""
+    if isinstance(value, Mapping):
+        return {key: mapped(inner, change) for key, inner in value.items()}
+    return [mapped(inner, change) for inner in value] if isinstance(value, list) else change(value)
 
 
 def constant(given: Any) -> Any:
-    """Return a value that doesn't vary, texts of flags and numbers as what they mean; else as it is."""
+    """Return true or false for the texts and numbers by which files write them; anything else as it is."""
     if isinstance(given, str):
         return {"true": True, "false": False}.get(given.lower(), given)
     return bool(given) if isinstance(given, int) and given in (0, 1) else given
 
 
-def _by_layer(given: Any) -> Any:
-    if not isinstance(given, list):
-        return given
-    return given[0] if len(set(given)) == 1 else {"gradient": given, "default": given[0]}
+def _conditions(name: str, scopes: Sequence[Scope], place: Callable[[str], str]) -> Iterator[tuple[str | None, Any]]:
+    """Yield (part of a tensor's name, or None for all; number or gradient) as set for a parameter, what counts first first."""
+    for scope in scopes:
+        if name not in scope.values:
+            continue
+        given, where = scope.values[name], place(f"{scope.key}.{name}")
+        if not (isinstance(given, list) and any(isinstance(one, Mapping) for one in given)):
+            given = [{"value": given}]
+        for one in given:
+            if not isinstance(one, Mapping) or set(one) - {"filter", "value"} or "value" not in one:
+                raise ConfigError(f"`{name}` has no `filter` and `value`", place=where, got=shortened(one))
+            part = one.get("filter")
+            if part is not None and (not isinstance(part, str) or not part or ("*" in part and part != "*")):
+                problem = "a filter is part of a tensor's name, or `*` alone"
+                raise ConfigError(problem, place=where, got=shortened(part), fix="no patterns")
+            yield None if part == "*" else part, _plain(one["value"], name, where)
 
 
 def _plain(given: Any, name: str, place: str) -> Any:
-    """Return a scalar or a list of them, numbers written as text turned into numbers."""
-    if isinstance(given, list) and given:
+    """Return a number, flag or list of them, those that are written as text turned into what they say."""
+    if isinstance(given, list) and given and not any(isinstance(one, list) for one in given):
         return [_plain(one, name, place) for one in given]
     if isinstance(given, bool | int | float):
         return given
     try:
         return float(given)
     except (TypeError, ValueError):
-        if isinstance(given, str) and given.lower() in ("true", "false"):
-            return given.lower() == "true"
+        if isinstance(value := constant(given), bool):
+            return value
         raise ConfigError(f"`{name}` is no value that mergekit has", place=place, got=shortened(given)) from None
 
 
-def _part(given: Any, place: str) -> str | None:
-    if given in (None, "*"):
-        return None
-    if not isinstance(given, str) or not given or "*" in given:
-        raise ConfigError(
-            "a filter is part of a tensor's name, or `*` alone", place=place, got=shortened(given), fix="no patterns"
-        )
-    return given
+def _by_layer(given: Any) -> Any:
+    """Return a list as a gradient whose first value holds outside the layers, or as its number where all are equal."""
+    if not isinstance(given, list):
+        return given
+    return given[0] if len(set(given)) == 1 else {"gradient": given, "default": given[0]}
+
+
+def _varies(value: Any) -> bool:
+    """Tell whether a value by place differs between layers of one run."""
+    if not isinstance(value, Mapping):
+        return False
+    return "gradient" in value or any(_varies(one) for one in value.get("filters", {}).values())
+
+
+def _at_the_end(value: Any) -> Any:
+    """Return a value for a run of one layer, where mergekit takes a gradient's last number."""
+    if not isinstance(value, Mapping):
+        return value
+    changed: dict[str, Any] = {"gradient": value["gradient"][-1:]} if "gradient" in value else {}
+    if "filters" in value:
+        changed["filters"] = {part: _at_the_end(one) for part, one in value["filters"].items()}
+    return {**value, **changed}

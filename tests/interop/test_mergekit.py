@@ -209,6 +209,27 @@ def test_gradients_and_filters_mean_what_they_mean_there(load, weight: str) -> N
     assert found == pytest.approx(PLACES[weight])
 
 
+def test_a_filter_is_any_part_of_a_name(load) -> None:
+    """`layers.1` is part of `layers.10` there, and the name of one of our groups of tensors is none of a group."""
+    value = (
+        load(by_place("[{filter: layers.1, value: 0.2}, {filter: head, value: 0.3}, {value: 0.6}]"))
+        .config.models[1]
+        .weight
+    )
+    names = (
+        "model.layers.1.mlp.up_proj.weight",
+        "model.layers.10.mlp.up_proj.weight",
+        "model.layers.2.mlp.up_proj.weight",
+    )
+    assert [value_at(value, name, 12) for name in (*names, "lm_head.weight", "score.weight")] == [
+        0.2,
+        0.2,
+        0.6,
+        0.3,
+        0.6,
+    ]
+
+
 def whole(t: str, *ranges: str) -> str:
     slices = "".join(
         f"  - sources: [{{model: @base, layer_range: {one}}}, {{model: @model-0, layer_range: {one}}}]\n"
@@ -241,7 +262,7 @@ def test_types_and_tokenizers(load, fault, family: Path) -> None:
     linear = f"merge_method: linear\ntokenizer_source: base\nparameters: {{weight: 1}}\n{BASED}"
     assert load(linear).config.tokenizer == f"{family}/base"  # a linear merge has no base: the path says the same
     for more, message in {
-        "dtype: int8": "unknown `dtype`; got int8",
+        "dtype: int8": "`dtype`: must be 'float32', 'bfloat16' or 'float16'; got 'int8'",
         "dtype: bfloat16\nout_dtype: float32": "`dtype` narrower than `out_dtype`",
         "tokenizer: {tokens: {a: {source: b}}}": "`tokenizer.tokens` is not supported",
         "tokenizer: {}\ntokenizer_source: base": "not both",
@@ -276,7 +297,7 @@ def test_an_adapter_stands_on_the_base_that_the_file_names(load, family: Path, t
 ONE = "merge_method: linear\nmodels:\n  - {model: a, parameters: {weight: "
 FAULTS = {
     "merge_method: nearswap\nmodels: [{model: a}]\n": "theirs.yaml:1: mergekit's method `nearswap` has no equal here",
-    f"merge_method: ties\nfoo: 1\n{BASED}": "theirs.yaml:2: unknown key `foo` of a mergekit file",
+    f"merge_method: ties\nfoo: 1\n{BASED}": "theirs.yaml:2: unknown option `foo`; fix: use one of: base_model",
     f"merge_method: ties\nparameters:\n  densty: 1\n{BASED}":
         "theirs.yaml:3: unknown parameter `densty` of ties; fix: did you mean `density`?",
     "merge_method: ties\nbase_model: b\nmodels:\n  - {model: a, parameters: {weight: 1, lambda: 2}}\n":
@@ -297,8 +318,10 @@ FAULTS = {
     f"merge_method: ties\nparameters: {{normalize: [true, false]}}\n{BASED}":
         "`normalize` is true or false, for all tensors alike",
     "merge_method: ties\nbase_model: a\n": "give either `models` or `slices`",
-    "merge_method: ties\nbase_model: a\nmodels: [b]\n": "theirs.yaml:3: `models` is no list of models",
-    "merge_method: ties\nbase_model: a\nmodels: [{model: b, weight: 1}]\n": "unknown key `weight` of a model",
+    "merge_method: ties\nbase_model: a\nmodels: [b]\n":
+        "theirs.yaml:3: `models.0`: expected a group of options (model, parameters); got 'b'",
+    "merge_method: ties\nbase_model: a\nmodels: [{model: b, weight: 1}]\n":
+        "theirs.yaml:3: unknown option `models.0.weight`; fix: use one of: model, parameters",
     "merge_method: linear\nmodels: [{model: org/name@v2, parameters: {weight: 1}}]\n": "revisions of hub models",
     "merge_method: slerp\nparameters: {t: 1}\nmodels: [{model: a}, {model: b}]\n":
         "slerp takes two models, one of them the `base_model`",
@@ -307,7 +330,14 @@ FAULTS = {
     f"merge_method: multislerp\n{BASED}": "multislerp of task vectors has no equal here",
     f"merge_method: ties\nparameters: {{density: 0}}\n{BASED}": "theirs.yaml:2: `density`: must be greater than 0; got 0",
     "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: -1}}]\n":
-        "weights that are normalised sum to zero",}  # fmt: skip
+        "weights that are normalised sum to zero",
+    "merge_method: ties\nbase_model: b\nmodels: [{model: b}]\nparameters: {weight: 1}\n":
+        "theirs.yaml:3: there is no model besides the base model",
+    "merge_method: ties\nbase_model: b\nmodels: [{model: 3}]\n": "theirs.yaml:3: `models.0.model`: must be text; got 3",
+    "merge_method: linear\nparameters: 3\nmodels: [{model: a}]\n":
+        "theirs.yaml:2: `parameters`: must be a valid dictionary; got 3",
+    ONE + "[[1, 2]]}}": "`weight` is no value that mergekit has; got [[1, 2]]",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("text", FAULTS)
@@ -341,6 +371,13 @@ def test_what_has_no_effect_is_logged(load, caplog: pytest.LogCaptureFixture) ->
         assert line in caplog.text
 
 
+def test_a_slices_residual_weight_has_no_effect(load, caplog: pytest.LogCaptureFixture) -> None:
+    load(
+        "merge_method: passthrough\nslices:\n  - {sources: [{model: @model-0, layer_range: [0, 3]}], residual_weight: 0.5}\n"
+    )
+    assert "theirs.yaml:3: `residual_weight` has no effect, in mergekit as here" in caplog.text
+
+
 def test_compat_sets_the_options_of_a_merge_of_ours() -> None:
     def options(*flags: str) -> dict[str, Any]:
         return load_merge_job(
@@ -350,6 +387,7 @@ def test_compat_sets_the_options_of_a_merge_of_ours() -> None:
     crumbs = {"density": 0.5, "scale": 1.0, "gamma": 0.01, "normalize": False, "election": "none", "scope": "tensor"}
     assert options("breadcrumbs", "--density", "0.5") == crumbs
     assert options("ties")["density"] == 1.0
+    assert load_merge_job("passthrough", flags=["--model", "a", "--compat", "mergekit"]).config.options == {}
     assert options("breadcrumbs", "--election", "ties")["election"] == "ties"
     for flags, message in {
         ("ties", "--trim_scope", "global"): "--trim_scope: mergekit has `trim_scope: tensor` only; got global",

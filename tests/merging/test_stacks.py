@@ -224,14 +224,17 @@ FAULTS = {
     "none of the slice's sources": slices(
         ([("a", 0, 3), ("b", 0, 3)], {}), method="task_arithmetic", base_model="zero", parameters=HALF
     ),
+    "the slice has no base model, though others have one": slices(
+        ([("a", 0, 2), ("zero", 0, 2)], {"base_model": "zero"}), ("a", 2, 3), method="task_arithmetic", parameters=HALF
+    ),
     "runs of several lengths; got [[0, 2], [0, 3]]": slices(([("a", 0, 2), ("b", 0, 3)], {}), method="linear"),
     "has no layer 3; got layers 0 to 5 of 3": slices(("a", 0, 5)),
-    "`layer_range` holds no layer; got [1, 1]": slices(("a", 1, 1)),
+    "`slices.0.sources.0.layer_range`: holds no layer: write [first, one after the last]; got [1, 1]": slices(("a", 1, 1)),
     "passthrough merges 1 models; got 2": slices(([("a", 0, 2), ("b", 0, 2)], {})),
-    "unknown key `sorces` of a slice": {
+    "unknown option `slices.0.sorces`; fix: did you mean `sources`?": {
         "merge_method": "passthrough", "slices": [{"sources": [{"model": "a", "layer_range": [0, 1]}], "sorces": 1}],
     },
-    "unknown key `layer_rang` of a source": {
+    "unknown option `slices.0.sources.0.layer_rang`; fix: did you mean `layer_range`?": {
         "merge_method": "passthrough", "slices": [{"sources": [{"model": "a", "layer_rang": [0, 1]}]}],
     },
     "only a file of one module": {"merge_method": "linear", "modules": {"x": {}, "y": {}}},

@@ -1,0 +1,240 @@
+"""What stands in one of mergekit's files: its keys, and its models with the layers and parameters of each slice."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from itertools import pairwise, zip_longest
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from rlhf_core.config.base import BaseConfig, place_of
+from rlhf_core.infra.errors import ConfigError, ModelError
+from rlhf_core.infra.files import read_json
+from rlhf_core.infra.model_files import adapter_base, first_line, is_adapter, locate, split_adapter
+from rlhf_core.interop.mergekit_parameters import Scope
+
+log = logging.getLogger(__name__)
+
+
+def _model_name(name: str) -> str:
+    if "@" in name and not Path(name).expanduser().exists():
+        raise ValueError("revisions of hub models are not supported: fetch it, and name the path")
+    return name
+
+
+def _layers(span: tuple[int, int]) -> tuple[int, int]:
+    if not 0 <= span[0] < span[1]:
+        raise ValueError("holds no layer: write [first, one after the last]")
+    return span
+
+
+_ModelName = Annotated[str, Field(min_length=1), AfterValidator(_model_name)]
+_Parameters = Annotated[dict[str, Any], BeforeValidator(lambda given: {} if given is None else given)]
+_Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    BeforeValidator(lambda given: given.removeprefix("torch.") if isinstance(given, str) else given),
+]
+
+
+class _Model(BaseConfig):
+    model: _ModelName
+    parameters: _Parameters = Field(default_factory=dict)
+
+
+class _Source(_Model):
+    layer_range: Annotated[tuple[int, int], AfterValidator(_layers)] | None = None
+
+
+class _Slice(BaseConfig):
+    sources: list[_Source] = Field(min_length=1)
+    base_model: _ModelName | None = None
+    residual_weight: Any = None
+    parameters: _Parameters = Field(default_factory=dict)
+
+
+class _Module(BaseConfig):
+    models: list[_Model] | None = Field(None, min_length=1)
+    slices: list[_Slice] | None = Field(None, min_length=1)
+    parameters: _Parameters = Field(default_factory=dict)
+
+
+class _Tokenizer(BaseConfig):
+    source: _ModelName = "union"
+    pad_to_multiple_of: int | None = None
+    tokens: Any = None
+
+
+class MergekitFile(_Module):
+    """The keys of a file."""
+
+    merge_method: str
+    modules: dict[str, _Module] | None = None
+    base_model: _ModelName | None = None
+    dtype: _Dtype = None
+    out_dtype: _Dtype = None
+    tokenizer: _Tokenizer | None = None
+    tokenizer_source: _ModelName | None = None
+    chat_template: str | None = None
+    random_seed: int | None = None
+
+
+class Column(NamedTuple):
+    """One model of our merge: the sources at one place of each slice."""
+
+    model: Any
+    """Its name, or runs of layers as `LayerRun` of `rlhf_core.merging` accepts them."""
+    scopes: list[list[Scope]]
+    """For each slice where its parameters may be set, the narrowest first."""
+    key: str
+    """Where it stands in the file."""
+
+
+class Models(NamedTuple):
+    """The models of a file by slice; whole models are one slice."""
+
+    columns: list[Column]
+    base: Any
+    """The base's name, or runs of layers; None where there is none."""
+    counts: list[int]
+    """The number of layers of each slice."""
+    shared: list[list[Scope]]
+    """For each slice where parameters of all models may be set, the narrowest first."""
+    scopes: list[Scope]
+    """Every place of the file where parameters are set."""
+
+
+def read_models(file: MergekitFile, places: Mapping[str, str], *, needs_base: bool) -> Models:
+    """Return the models of a file's `models` or `slices`, or of those of its one module.
+
+    Args:
+        file: what stands in the file.
+        places: `file:line` of each dotted key.
+        needs_base: whether the method merges differences from the base, which is then one of each slice's sources and no model.
+
+    Raises:
+        ConfigError: there is more than one module, or slices have no meaning together.
+        ModelError: how many layers a model has can't be read.
+    """
+    return _Reader(places).models(file, needs_base)
+
+
+_WHOLE = (0, 0)
+"""Stands for all layers of a model, where the file names none."""
+
+
+class _Run(NamedTuple):
+    """Layers of one model, a source of a slice."""
+
+    model: str
+    span: tuple[int, int]
+    """The first layer and the one after the last, or `_WHOLE`."""
+    scope: Scope
+
+
+class _Reader:
+    def __init__(self, places: Mapping[str, str]) -> None:
+        self.places = places
+        self.scopes: list[Scope] = []
+
+    def models(self, file: MergekitFile, needs_base: bool) -> Models:
+        given: _Module = file
+        at, shared = "", [self.scope("parameters", given.parameters)]
+        if file.modules is not None:
+            if len(file.modules) != 1 or file.models or file.slices:
+                raise self.fault("only a file of one module, with its `models` or `slices`, can be done", "modules")
+            name, given = next(iter(file.modules.items()))
+            at = f"modules.{name}."
+            shared.insert(0, self.scope(f"{at}parameters", given.parameters))
+        if given.models is not None and given.slices is None:
+            keys, named, by_slice = [f"{at}models"], [file.base_model], [shared]
+            rows = [self.runs(keys[0], given.models)]
+        elif given.slices is not None and given.models is None:
+            keys = [f"{at}slices.{number}" for number in range(len(given.slices))]
+            slices = list(zip(keys, given.slices, strict=True))
+            named = [one.base_model or file.base_model for one in given.slices]
+            by_slice = [[self.scope(f"{key}.parameters", one.parameters), *shared] for key, one in slices]
+            rows = [self.runs(f"{key}.sources", one.sources) for key, one in slices]
+            for key in [key for key, one in slices if one.residual_weight is not None]:
+                log.warning("%s: `residual_weight` has no effect, in mergekit as here", place_of(key, self.places))
+        else:
+            raise self.fault("give either `models` or `slices`", f"{at}models" if given.models else at.rstrip("."))
+        counts = [row[0].span[1] - row[0].span[0] for row in rows]
+        base: Any = file.base_model
+        if needs_base and any(named):
+            base = _joined([self.take_base(*one) for one in zip(rows, named, keys, strict=True)], rows)
+        columns = []
+        for runs in zip_longest(*rows):
+            own = [[run.scope] if run is not None else [] for run in runs]
+            scopes = [[*one, *wider] for one, wider in zip(own, by_slice, strict=True)]
+            key = next(run.scope.key for run in runs if run is not None)
+            columns.append(Column(_joined(runs, rows), scopes, key))
+        return Models(columns, base, counts, by_slice, self.scopes)
+
+    def fault(self, problem: str, key: str, *, got: object = None, fix: str | None = None) -> ConfigError:
+        return ConfigError(problem, place=place_of(key, self.places), got=got, fix=fix)
+
+    def scope(self, key: str, values: Mapping[str, Any], *, of_model: bool = False) -> Scope:
+        self.scopes.append(Scope(key, values, of_model))
+        return self.scopes[-1]
+
+    def runs(self, key: str, sources: Sequence[_Model]) -> list[_Run]:
+        runs = []
+        for number, one in enumerate(sources):
+            span = _WHOLE if not isinstance(one, _Source) else one.layer_range or (0, _depth(one.model))
+            scope = self.scope(f"{key}.{number}.parameters", one.parameters, of_model=True)
+            runs.append(_Run(one.model, span, scope))
+        if len({run.span[1] - run.span[0] for run in runs}) > 1:
+            spans = [[*run.span] for run in runs]
+            raise self.fault("sources of one slice have runs of several lengths", key, got=spans)
+        return runs
+
+    def take_base(self, row: list[_Run], name: str | None, key: str) -> _Run:
+        """Return the base's run in a slice, and remove it from the slice's sources: it is none of the models."""
+        if name is None:
+            raise self.fault("the slice has no base model, though others have one", key, fix="set its `base_model`")
+        base = next((run for run in row if run.model == name), None)
+        if base is None and row[0].span != _WHOLE:
+            fix = "add it to `sources`"
+            raise self.fault("the base model is none of the slice's sources", key, got=name, fix=fix)
+        row[:] = [run for run in row if base is None or run[:2] != base[:2]]
+        if not row:
+            raise self.fault("there is no model besides the base model", key)
+        return base or _Run(name, _WHOLE, Scope("base_model", {}))
+
+
+def _joined(runs: Sequence[_Run | None], rows: Sequence[Sequence[_Run]]) -> Any:
+    """Return runs laid end to end as the name of the model that they amount to, else as a list of runs.
+
+    Args:
+        runs: one of each slice; None where the model takes no part in its layers.
+        rows: all of each slice.
+    """
+    if runs[0] is not None and runs[0].span == _WHOLE:
+        return runs[0].model
+    names = [run.model if run is not None else None for run in runs]
+    spans = [(run or row[0]).span for run, row in zip(runs, rows, strict=True)]
+    one_after_the_other = all(stop == start for (_, stop), (start, _) in pairwise(spans))
+    one_model = names[0] is not None and len(set(names)) == 1
+    if one_model and spans[0][0] == 0 and one_after_the_other and spans[-1][1] == _depth(str(names[0])):
+        return names[0]
+    return [{"model": name, "layers": [*span]} for name, span in zip(names, spans, strict=True)]
+
+
+def _depth(name: str) -> int:
+    """Return how many layers a model has, by its configuration; an adapter's base has them."""
+    where, _ = locate((split_adapter(name) or (name,))[0])
+    if is_adapter(where):
+        return _depth(adapter_base(where))
+    try:
+        if not Path(where).is_dir():
+            from huggingface_hub import hf_hub_download
+
+            where = str(Path(hf_hub_download(where, "config.json")).parent)
+        config = read_json(Path(where) / "config.json")
+        inner = config.get("text_config") or config
+        return int(inner.get("num_hidden_layers") or inner["n_layer"])
+    except Exception as error:
+        raise ModelError("how many layers it has can't be read", place=name, got=first_line(error)) from error
