@@ -34,10 +34,12 @@ def group_of(annotation: Any, *, items: bool = True) -> type[BaseModel] | None:
 
 
 def group_at(config: type[BaseModel], path: Sequence[int | str]) -> type[BaseModel]:
-    """Return the configuration class at a path of field names and list positions, else the last one on the way."""
+    """Return the configuration class at a path of fields, list positions and keys of mappings, else the last one on the way."""
     for part in path:
         if part in config.model_fields:
-            config = group_of(config.model_fields[str(part)].annotation) or config
+            kinds = alternatives(config.model_fields[str(part)].annotation)
+            held = (get_args(kind)[-1] if get_origin(kind) in (list, dict) else kind for kind in kinds)
+            config = next(filter(None, map(group_of, held)), config)
     return config
 
 

@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from rlhf_core.config.base import BaseConfig, place_of
-from rlhf_core.infra.errors import ConfigError, ModelError
+from rlhf_core.infra.errors import ConfigError, ModelError, first_line
 from rlhf_core.infra.files import read_json
-from rlhf_core.infra.model_files import adapter_base, first_line, is_adapter, locate, split_adapter
+from rlhf_core.infra.model_files import adapter_base, is_adapter, locate, split_adapter
 from rlhf_core.interop.mergekit_parameters import Scope
 
 log = logging.getLogger(__name__)
