@@ -33,6 +33,7 @@ class BaseConfig(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _flag_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false for a number."""
         # Python counts true as 1 and false as 0, so `max_steps: yes` would quietly train for one step.
         if isinstance(value, bool) and info.field_name in cls.model_fields:
             kinds = alternatives(cls.model_fields[info.field_name].annotation)

@@ -92,7 +92,7 @@ def unknown_option(
 
 
 def _field(flag: Flag, config: type[BaseModel], owner: str) -> tuple[str, tuple[Any, ...]]:
-    """Return the dotted option that a flag names and the types that its value may have."""
+    """Return the dotted option that a flag sets, and the types that its value may have."""
     key: list[str] = []
     group: type[BaseModel] | None = config
     members: tuple[Any, ...] = ()
@@ -117,6 +117,11 @@ def _may_be_text(member: Any) -> bool:
 
 
 def _value(given: Sequence[Flag], members: tuple[Any, ...]) -> Any:
+    """Return the value of an option from all of its flags, in order; several are the items of a list.
+
+    Raises:
+        ConfigError: several flags for an option that isn't a list, or one without a value.
+    """
     values = [_one(flag, members) for flag in given]
     if len(values) == 1:
         return values[0]
@@ -127,6 +132,7 @@ def _value(given: Sequence[Flag], members: tuple[Any, ...]) -> Any:
 
 
 def _one(flag: Flag, members: tuple[Any, ...]) -> Any:
+    """Return one flag's value: read as YAML, but kept as typed where the option takes text; a bare flag is true."""
     if flag.text is None:
         if bool in members or any(is_group(member) for member in members):
             return True
@@ -154,7 +160,10 @@ def _items(members: tuple[Any, ...]) -> tuple[Any, ...]:
 def refuse_unknown(
     values: Mapping[str, Any], config: type[BaseConfig], name: str, places: Mapping[str, str], keys: Sequence[str]
 ) -> None:
-    """Raise where a key of a file is no option of a method; `keys` are the file's own, for the hint."""
+    """Raise ConfigError for a key of a file that is no option of the method `name`.
+
+    `keys` are the keys that any such file may have (`model`, `data`), among which the nearest is suggested too.
+    """
     for key in values:
         if str(key) not in config.model_fields:
             place = places.get(str(key), places[""])
@@ -164,7 +173,13 @@ def refuse_unknown(
 def convert_options(
     flags: Sequence[Flag], config: type[BaseConfig], name: str, keys: Sequence[str]
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the values and places of flags that are options of a method; `keys` are no options of it, for the hint."""
+    """Return the values and places, by dotted option, of flags that set options of the method `name`.
+
+    `keys` are the names that aren't its options (`model`, `data`), among which the nearest is suggested too.
+
+    Raises:
+        ConfigError: an unknown option, or an option inside a group that another flag switches off.
+    """
     for flag in flags:
         head = flag.key.partition(".")[0]
         near = nearest(head, [*keys, *config.model_fields])

@@ -332,6 +332,7 @@ class TrainerConfig(BaseConfig):
 
     @model_validator(mode="after")
     def _frozen_weights_fit_products(self) -> TrainerConfig:
+        """Refuse frozen weights of 16 bits under products of 32."""
         if self.precision == "float32" and self.frozen_precision in ("bf16", "fp16"):
             raise ValueError(f"frozen_precision {self.frozen_precision} needs products of 16 bits: set precision too")
         return self
@@ -339,7 +340,7 @@ class TrainerConfig(BaseConfig):
     @model_validator(mode="before")
     @classmethod
     def _groups_by_flag(cls, values: Any) -> Any:
-        # `lora: true` means its defaults, and `lora: false` none, which is what people type.
+        """Take `lora: true` as its defaults and `lora: false` as none; `early_stopping` likewise."""
         if isinstance(values, Mapping):
             values = dict(values)
             for group in ("lora", "early_stopping"):

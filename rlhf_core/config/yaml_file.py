@@ -24,6 +24,7 @@ class _Loader(yaml.SafeLoader):
         self.lines: dict[str, int] = {}
 
     def compose_node(self, parent: Any, index: Any) -> Any:
+        """Refuse an alias, else compose the node as PyYAML does."""
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()
             raise ConfigError(
@@ -35,6 +36,7 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+        """Refuse a key that occurs twice, else construct the mapping as PyYAML does."""
         seen: dict[str, int] = {}
         for key_node, _ in node.value:
             key, line = str(key_node.value), key_node.start_mark.line + 1
@@ -108,6 +110,7 @@ def load_yaml(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _note_lines(node: Any, prefix: str, file: str, places: dict[str, str]) -> None:
+    """Add `file:line` to `places` for each key below a YAML node, dotted, starting with `prefix`."""
     if isinstance(node, yaml.MappingNode):
         for key_node, value_node in node.value:
             key = f"{prefix}{key_node.value}"

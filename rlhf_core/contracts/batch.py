@@ -350,6 +350,8 @@ class Batch:
         )
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """Return the batch with `change` applied to every tensor, columns included."""
+
         def each(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {name: change(column) for name, column in columns.items()}
 
@@ -370,7 +372,10 @@ class Batch:
 def _cuts(
     order: Sequence[int], tokens: Callable[[int, Sequence[int]], int], size: int | None, max_tokens: int | None
 ) -> list[list[int]]:
-    """Return the order cut into runs of at most `size` entries and so many tokens; `tokens` counts an entry behind a run."""
+    """Divide `order` into successive runs of at most `size` entries and `max_tokens` tokens each.
+
+    `tokens(entry, run)` returns how many tokens the entry adds to a run. An entry over `max_tokens` is a run of its own.
+    """
     cuts: list[list[int]] = []
     used = 0
     for entry in order:
