@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from rlhf_core.models.process_reward_model import ProcessRewardModel as ProcessRewardModel
     from rlhf_core.models.reward_model import RewardModel as RewardModel
     from rlhf_core.models.value_model import ValueModel as ValueModel
-    from rlhf_core.registry.logs import setup_logging as setup_logging
+    from rlhf_core.registry.plugin_logs import setup_logging as setup_logging
     from rlhf_core.training.checkpoint import CheckpointManager as CheckpointManager
     from rlhf_core.training.early_stopping import EarlyStopping as EarlyStopping
     from rlhf_core.training.logger import TrainingLogger as TrainingLogger
@@ -67,7 +67,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.data.streaming": "StreamingGRPODataset StreamingKTODataset StreamingPreferenceDataset StreamingSFTDataset",
         "rlhf_core.infra.errors": "RLHFError",
         "rlhf_core.infra.devices": "DeviceManager",
-        "rlhf_core.registry.logs": "setup_logging",
+        "rlhf_core.registry.plugin_logs": "setup_logging",
         "rlhf_core.contracts.completion": "Completion",
         "rlhf_core.contracts.merger": "Merger",
         "rlhf_core.contracts.reward": "RewardFn Sample",

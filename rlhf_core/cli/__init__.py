@@ -84,7 +84,7 @@ def _end_of_results() -> None:
     if "rlhf_core.registry.load_class" in sys.modules:
         import atexit
 
-        from rlhf_core.registry.foreign import turn_stdout
+        from rlhf_core.registry.guarded import turn_stdout
 
         atexit.register(turn_stdout)  # the last to be registered runs first
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rlhf_core.cli import complete
+from rlhf_core.cli import shell_completion
 
 
 def add_to(app: typer.Typer) -> None:
@@ -19,7 +19,7 @@ def add_to(app: typer.Typer) -> None:
 def check(
     context: typer.Context,
     name: Annotated[
-        str, typer.Argument(metavar="[KIND:]NAME", help="The plugin to check.", autocompletion=complete.names)
+        str, typer.Argument(metavar="[KIND:]NAME", help="The plugin to check.", autocompletion=shell_completion.names)
     ],
 ) -> None:
     """Run the conformance tests of a plugin's kind against it: `rlhf check ties`, `rlhf check reward:reward_model --model M`.
@@ -45,7 +45,9 @@ def check(
 def new(
     kind: Annotated[
         str,
-        typer.Argument(metavar="KIND", help="trainer, reward, sampler, merger or hook.", autocompletion=complete.kinds),
+        typer.Argument(
+            metavar="KIND", help="trainer, reward, sampler, merger or hook.", autocompletion=shell_completion.kinds
+        ),
     ],
     name: Annotated[
         str, typer.Argument(metavar="NAME", help="Name of the package and its plugin, such as acme-margin.")

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rlhf_core.cli.output import print_json, print_table, print_text
+from rlhf_core.cli.printing import print_json, print_table, print_text
 from rlhf_core.infra.errors import PluginError, describe_error
 
 if TYPE_CHECKING:
-    from rlhf_core.registry.distributions import Installed
+    from rlhf_core.registry.distributions import InstalledDistribution
 
 
 def add_to(app: typer.Typer) -> None:
@@ -56,7 +56,7 @@ def find_problems() -> list[str]:
     return problems
 
 
-def stale_entry_points(distribution: Installed) -> list[str]:
+def stale_entry_points(distribution: InstalledDistribution) -> list[str]:
     """Compare an editable installation's entry points with its source's table: an installer reads the table only once."""
     from rlhf_core.registry.distributions import GROUPS
 

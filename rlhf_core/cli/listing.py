@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core import registry
-from rlhf_core.cli.output import print_json, print_table, print_text, print_warning
-from rlhf_core.registry.header import HeaderError, Option, read_header, read_options
+from rlhf_core.cli.printing import print_json, print_table, print_text, print_warning
+from rlhf_core.registry.class_header import Option, SourceError, read_class_header, read_options
 
 if TYPE_CHECKING:
     from rlhf_core.registry import Plugin
@@ -91,9 +91,9 @@ def _of_source(plugin: Plugin) -> tuple[str, str, list[Option]]:
     """Return what a plugin's source says: docstring, place and own options."""
     if plugin.kind != "hook":
         try:
-            header = read_header(plugin.target)
+            header = read_class_header(plugin.target)
             return header.doc, f"{header.path}:{header.line}", read_options(plugin.target)
-        except HeaderError:
+        except SourceError:
             pass  # its reason is shown with its status
     return "", "", []
 

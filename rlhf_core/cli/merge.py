@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rlhf_core.cli import complete
-from rlhf_core.cli.output import print_json, print_table, print_text
-from rlhf_core.cli.quick import quick_imports
+from rlhf_core.cli import shell_completion
+from rlhf_core.cli.printing import print_json, print_table, print_text
+from rlhf_core.cli.quick_imports import quick_imports
 from rlhf_core.infra.errors import ConfigError, Interrupted
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def merge(
             metavar="METHOD_OR_FILE",
             help="A method's name or a configuration file, ours or mergekit's, then any of its options.",
             show_default=False,
-            autocompletion=complete.mergers,
+            autocompletion=shell_completion.mergers,
         ),
     ] = None,
     dry_run: Annotated[
@@ -91,7 +91,7 @@ def merge(
         )
     with quick_imports():
         from rlhf_core.merging.job import load_merge_job
-        from rlhf_core.registry.logs import setup_logging
+        from rlhf_core.registry.plugin_logs import setup_logging
 
         setup_logging()
         job = load_merge_job(target, flags=context.args)
@@ -222,7 +222,7 @@ def _diff(names: tuple[str, str], target: str | None, rest: list[str], *, pictur
     with quick_imports():
         from rlhf_core.evaluation.weight_diff import diff, draw
         from rlhf_core.infra.progress import ByteBar
-        from rlhf_core.registry.logs import setup_logging
+        from rlhf_core.registry.plugin_logs import setup_logging
 
     setup_logging()
     with ByteBar("comparing") as bar:

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from rlhf_core.cli import complete
-from rlhf_core.cli.output import print_json
+from rlhf_core.cli import shell_completion
+from rlhf_core.cli.printing import print_json
 
 
 def add_to(app: typer.Typer) -> None:
@@ -19,7 +19,7 @@ def add_to(app: typer.Typer) -> None:
 Name = Annotated[
     str,
     typer.Argument(
-        metavar="NAME", help="A method: NAME, KIND:NAME or DISTRIBUTION:NAME.", autocompletion=complete.names
+        metavar="NAME", help="A method: NAME, KIND:NAME or DISTRIBUTION:NAME.", autocompletion=shell_completion.names
     ),
 ]
 
@@ -27,7 +27,9 @@ Name = Annotated[
 def list_plugins(
     kind: Annotated[
         str | None,
-        typer.Argument(metavar="[KIND]", help="Only this kind, such as trainers.", autocompletion=complete.kinds),
+        typer.Argument(
+            metavar="[KIND]", help="Only this kind, such as trainers.", autocompletion=shell_completion.kinds
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON array of records.")] = False,
     check: Annotated[

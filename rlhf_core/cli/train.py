@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rlhf_core.cli import complete
-from rlhf_core.cli.output import print_json, print_text
-from rlhf_core.cli.quick import quick_imports
+from rlhf_core.cli import shell_completion
+from rlhf_core.cli.printing import print_json, print_text
+from rlhf_core.cli.quick_imports import quick_imports
 from rlhf_core.infra.errors import ConfigError, Interrupted
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ Target = Annotated[
     typer.Argument(
         metavar="METHOD_OR_FILE",
         help="A method's name or a configuration file, then any of its options.",
-        autocompletion=complete.trainers,
+        autocompletion=shell_completion.trainers,
     ),
 ]
 
@@ -70,7 +70,7 @@ def train(
         raise ConfigError("no run to continue is named", place="--resume", fix="give `--output DIR`")
     if dry_run:
         return _describe(job, resume=resume, overwrite=overwrite)
-    from rlhf_core.registry.logs import setup_logging
+    from rlhf_core.registry.plugin_logs import setup_logging
 
     rank = int(os.environ.get("RANK", "0"))
     setup_logging(rank=rank)
@@ -110,11 +110,11 @@ def validate(context: typer.Context, target: Target) -> None:
 def _is_merge(target: str) -> bool:
     """Tell whether a file that is none of a run is one that `rlhf merge` takes, ours or mergekit's."""
     from rlhf_core import registry
-    from rlhf_core.registry.target import is_file, read_target
+    from rlhf_core.registry.method_or_file import names_file, read_method_or_file
 
-    if not is_file(target):
+    if not names_file(target):
         return False
-    values, _, _ = read_target(target)
+    values, _, _ = read_method_or_file(target)
     name = values.get("method")
     return "merge_method" in values or (name not in registry.trainers and name in registry.mergers)
 

@@ -24,7 +24,7 @@ from rlhf_core.data.templates import ChatTemplate
 from rlhf_core.generation.decoding import decode, decoding_of, left_padded
 from rlhf_core.generation.sampling import Drawing, Ended
 from rlhf_core.infra.errors import ConfigError, DataError, NumbersError
-from rlhf_core.infra.memory import in_parts
+from rlhf_core.infra.out_of_memory import halve_until_fits
 from rlhf_core.infra.seeds import completion_seeds
 from rlhf_core.models.backbone import accepted
 from rlhf_core.models.dropout import evaluating
@@ -122,7 +122,7 @@ class Engine:
         drawn: list[Completion | None] = [None] * len(rows_to_draw)
         with self._reading():
             for part in self._parts(rows_to_draw):
-                work = in_parts(
+                work = halve_until_fits(
                     part,
                     lambda rows: self._decode(batch, rows, sampling, version),
                     lambda rows: [half for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]) if half],

@@ -23,7 +23,7 @@ from torch import Tensor
 from rlhf_core.infra.errors import ModelError, first_line
 from rlhf_core.infra.files import read_json, storage_error, storage_errors
 from rlhf_core.infra.model_files import HEADS, adapter_chain, check_files, is_adapter, locate, near_path
-from rlhf_core.infra.tensors import TensorEntry, read_header
+from rlhf_core.infra.safetensors_file import TensorEntry, read_header
 from rlhf_core.merging.streams import CHUNK, Source, digest_of
 from rlhf_core.merging.weights import GROUPS, LM_HEAD, is_head
 

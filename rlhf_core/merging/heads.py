@@ -12,7 +12,7 @@ import torch
 
 from rlhf_core.infra.errors import ModelError
 from rlhf_core.infra.files import read_json, replace_json, storage_errors
-from rlhf_core.infra.tensors import TensorEntry
+from rlhf_core.infra.safetensors_file import TensorEntry
 from rlhf_core.merging.checkpoint import Checkpoint
 from rlhf_core.merging.layout import MERGED
 

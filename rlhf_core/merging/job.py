@@ -31,7 +31,7 @@ from rlhf_core.merging.merge import ModelMerger, Progress
 from rlhf_core.merging.method import Method, is_number
 from rlhf_core.merging.model_score import Evaluate
 from rlhf_core.merging.weights import LayerValues
-from rlhf_core.registry.target import find_method, read_target
+from rlhf_core.registry.method_or_file import find_method, read_method_or_file
 
 COMPAT = "compat"
 _FILE_KEYS = (*MergeConfig.KEYS, COMPAT)
@@ -92,7 +92,7 @@ def load_merge_job(
         PluginError: the method is broken, ambiguous or disabled.
     """
     given = lex(flags)
-    values, places, _ = read_target(target)
+    values, places, _ = read_method_or_file(target)
     over, over_places = _key_flags(given)
     over = {**(overrides or {}), **over}
     theirs = mergekit.KEY in values

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rlhf_core.infra.tensors import encode_header
+from rlhf_core.infra.safetensors_file import encode_header
 from rlhf_core.merging.checkpoint import SINGLE
 
 MERGED = {torch.float32, torch.bfloat16, torch.float16}

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rlhf_core.infra.errors import ConfigError, PluginError, RLHFError, describe_error
-from rlhf_core.infra.named_objects import named_object
+from rlhf_core.infra.import_object import import_object
 
 Evaluate = Callable[[Path], float]
 """Takes a model's directory and returns its score; larger is better."""
@@ -26,7 +26,7 @@ class ModelScore:
 
     def __init__(self, function: Evaluate | str) -> None:
         self.name = function if isinstance(function, str) else "evaluate"
-        found = named_object(function, place="evaluate") if isinstance(function, str) else function
+        found = import_object(function, place="evaluate") if isinstance(function, str) else function
         if not callable(found):
             raise ConfigError("is no function", place="evaluate", got=f"`{function}`")
         self._function: Evaluate = found

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core.infra.errors import ModelError, first_line
-from rlhf_core.infra.tensors import TensorEntry
+from rlhf_core.infra.safetensors_file import TensorEntry
 from rlhf_core.merging.checkpoint import Checkpoint, Renamed
 from rlhf_core.merging.config import LayerRun
 from rlhf_core.merging.streams import Source

@@ -24,8 +24,8 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from rlhf_core.infra.child_process import end_with_parent
 from rlhf_core.infra.errors import RLHFError, StorageError
-from rlhf_core.infra.parent import end_with_parent
 
 T = TypeVar("T")
 

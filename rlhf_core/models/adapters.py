@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rlhf_core.infra.errors import ModelError, first_line
 from rlhf_core.infra.model_files import is_adapter
-from rlhf_core.infra.tensors import read_header
+from rlhf_core.infra.safetensors_file import read_header
 from rlhf_core.models.heads import from_hub
 
 log = logging.getLogger(__name__)

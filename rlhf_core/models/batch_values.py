@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.infra.errors import PluginError
-from rlhf_core.infra.memory import in_parts
+from rlhf_core.infra.out_of_memory import halve_until_fits
 
 Axis = Literal["prompt", "response", "token"]
 Values = TypeVar("Values", Tensor, tuple[Tensor, ...])
@@ -60,7 +60,7 @@ def batch_values(
         return {name: micro[name].cpu() for name in (_PROMPT, _RESPONSE)}, tuple(_plain(value) for value in values)
 
     for micro in cut(numbered) or [numbered]:
-        parts += in_parts(micro, work, lambda piece: halves(piece, divide=not whole), device=device)
+        parts += halve_until_fits(micro, work, lambda piece: halves(piece, divide=not whole), device=device)
     width = batch.response_ids.shape[1]
     joined = []
     columns = list(zip(*(values for _, values in parts), strict=True))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rlhf_core.infra.errors import ModelError
 from rlhf_core.infra.model_files import HEADS, kind_of, no_such_model
-from rlhf_core.infra.tensors import read_tensors, write_tensors
+from rlhf_core.infra.safetensors_file import read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
 

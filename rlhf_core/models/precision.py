@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_core.infra.errors import ConfigError, first_line
-from rlhf_core.infra.tensors import raw_header
+from rlhf_core.infra.safetensors_file import header_entries
 
 log = logging.getLogger(__name__)
 
@@ -284,7 +284,7 @@ class Stored:
         types = {
             name: (_FLOATS[entry["dtype"]], entry["data_offsets"][1] - entry["data_offsets"][0])
             for file in sorted(directory.glob(pattern))
-            for name, entry in raw_header(file).items()
+            for name, entry in header_entries(file).items()
             if entry.get("dtype") in _FLOATS
         }
         return cls.of(types) if types else None

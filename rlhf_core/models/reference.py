@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.infra.errors import ConfigError, ModelError
 from rlhf_core.infra.files import storage_errors, temporary_path
-from rlhf_core.infra.tensors import read_tensors, write_tensors
+from rlhf_core.infra.safetensors_file import read_tensors, write_tensors
 from rlhf_core.models.batch_values import batch_values
 from rlhf_core.models.dropout import evaluating
 from rlhf_core.models.policy_model import PolicyModel

@@ -15,11 +15,18 @@ from typing import Any
 from rlhf_core.contracts.records import RECORDS
 from rlhf_core.infra.errors import did_you_mean, printable
 from rlhf_core.infra.version import API
-from rlhf_core.registry import locate
+from rlhf_core.registry import module_source
+from rlhf_core.registry.class_header import (
+    ClassHeader,
+    NoSourceError,
+    SourceError,
+    read_class_header,
+    read_module_summary,
+    split_target,
+)
 from rlhf_core.registry.distributions import GROUPS as GROUPS
 from rlhf_core.registry.distributions import LOCAL as LOCAL
-from rlhf_core.registry.distributions import Offer, Scan, scan
-from rlhf_core.registry.header import Header, HeaderError, NoSource, read_header, read_module_summary, split_target
+from rlhf_core.registry.distributions import EntryPoint, Scan, scan
 
 
 @dataclass(frozen=True)
@@ -66,14 +73,14 @@ UNREAD = "it has no source to read; summary, record type, stage and api are know
 Stamp = tuple[str, int, int, int]
 
 _scanned: tuple[object, Scan] | None = None
-_read: dict[Offer, tuple[Stamp, Plugin]] = {}
+_read: dict[EntryPoint, tuple[Stamp, Plugin]] = {}
 
 
 def installed() -> Scan:
     """Return what is installed, read again only where `sys.path`, or what stands in its places, has changed."""
     global _scanned
     if _scanned is None or _scanned[0] != _state(_scanned[1]):
-        locate.forget()
+        module_source.forget()
         found = scan()
         _scanned = (_state(found), found)
         _read.clear()
@@ -85,10 +92,10 @@ def forget() -> None:
     global _scanned
     _scanned = None
     _read.clear()
-    locate.forget()
+    module_source.forget()
 
 
-def read(offer: Offer) -> Plugin:
+def read(offer: EntryPoint) -> Plugin:
     """Return the plugin that an entry point offers, its header read."""
     known = _read.get(offer)
     if known is not None and known[0] == _stamp(known[0][0]):
@@ -112,7 +119,7 @@ def _stamp(path: str) -> Stamp:
     return path, about.st_mtime_ns, about.st_size, about.st_ino
 
 
-def _plugin(offer: Offer) -> tuple[Plugin, Path | None]:
+def _plugin(offer: EntryPoint) -> tuple[Plugin, Path | None]:
     """Return an offer as a plugin, and the file that says so."""
     plugin = Plugin(
         offer.kind, offer.name, offer.qualified, offer.distribution, offer.version, "", None, None, None, "ok", "", offer.target
@@ -124,10 +131,10 @@ def _plugin(offer: Offer) -> tuple[Plugin, Path | None]:
         plugin = replace(plugin, target=f"{module}:{name}" if name else module)
         if offer.kind == "hook":
             return replace(plugin, summary=_brief(read_module_summary(offer.target))), None
-        header = read_header(offer.target)
-    except NoSource as unread:
+        header = read_class_header(offer.target)
+    except NoSourceError as unread:
         return replace(plugin, reason=printable(f"{UNREAD}: {unread}")), unread.path
-    except HeaderError as error:
+    except SourceError as error:
         return replace(plugin, status="broken", reason=printable(str(error))), error.path
     status, reason = _header_fault(offer.kind, header) or ("ok", "")
     plugin = replace(
@@ -141,7 +148,7 @@ def _brief(summary: str) -> str:
     return summary if len(summary) <= MOST else f"{summary[:MOST]}…"
 
 
-def _header_fault(kind: str, header: Header) -> tuple[str, str] | None:
+def _header_fault(kind: str, header: ClassHeader) -> tuple[str, str] | None:
     if header.api is None:
         return "wrong-api", f"its class body has no literal `api = {API}`"
     if header.api != API:

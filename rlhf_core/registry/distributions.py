@@ -37,7 +37,7 @@ _TABLE = "entry_points.txt"
 
 
 @dataclass(frozen=True)
-class Offer:
+class EntryPoint:
     """A line of a distribution's entry points, before the source that it names is read. `fault` says what is wrong with it."""
 
     kind: str
@@ -56,7 +56,7 @@ class Offer:
 class Scan:
     """What all distributions offer, and one line for each fault that is a distribution's and no plugin's."""
 
-    offers: tuple[Offer, ...] = ()
+    offers: tuple[EntryPoint, ...] = ()
     faults: tuple[str, ...] = ()
     tables: tuple[str, ...] = ()
     """The files in which the offers stand."""
@@ -64,10 +64,10 @@ class Scan:
 
 def scan() -> Scan:
     """Read what is installed. The first distribution of a name on `sys.path` hides later ones, as it does for imports."""
-    offers: dict[tuple[str, str, str], Offer] = {}
+    offers: dict[tuple[str, str, str], EntryPoint] = {}
     faults: list[str] = []
     tables: list[str] = []
-    first: dict[str, Installed] = {}
+    first: dict[str, InstalledDistribution] = {}
     for found in every_distribution(faults):
         key = canonical(found.stem or found.name) or found.place
         if key.startswith("~"):  # pip renames what it is about to remove
@@ -88,7 +88,7 @@ def scan() -> Scan:
     return Scan(tuple(offers.values()), tuple(map(printable, faults)), tuple(tables))
 
 
-class Installed:
+class InstalledDistribution:
     """One distribution, read guardedly.
 
     Args:
@@ -168,7 +168,7 @@ class Installed:
                 name, equals, target = (part.strip() for part in line.partition("="))
                 yield number, name, target if equals else None, group
 
-    def offers(self) -> Iterator[Offer]:
+    def offers(self) -> Iterator[EntryPoint]:
         distribution, version = self.name, self.version
         owner = _owner_fault(distribution, self.stated[0])
         for number, name, target, group in self.entries():
@@ -176,7 +176,7 @@ class Installed:
                 fault = owner or method_name_fault(name)
                 if target is None:
                     fault = f"line {number} of {self.place}/{_TABLE} isn't of the form `name = package.module:Class`"
-                yield Offer(KIND_OF_GROUP[group], name, target or "", distribution, version, fault)
+                yield EntryPoint(KIND_OF_GROUP[group], name, target or "", distribution, version, fault)
 
     def faults(self) -> Iterator[str]:
         """Yield what is wrong with it and shows in no plugin."""
@@ -209,7 +209,7 @@ def canonical(distribution: str) -> str:
     return re.sub(r"[-_.]+", "-", distribution.strip()).casefold()
 
 
-def every_distribution(faults: list[str]) -> Iterator[Installed]:
+def every_distribution(faults: list[str]) -> Iterator[InstalledDistribution]:
     """Yield every distribution, place by place along `sys.path`, so that one place's fault hides no other's; it is noted.
 
     Directories are read without `importlib.metadata`, whose import takes half as long as all of `rlhf list`; it reads archives
@@ -231,7 +231,7 @@ def every_distribution(faults: list[str]) -> Iterator[Installed]:
         yield from known
 
 
-def _in_directory(place: str) -> Iterator[Installed]:
+def _in_directory(place: str) -> Iterator[InstalledDistribution]:
     try:
         children = sorted(os.listdir(place or "."))  # noqa: PTH208
     except OSError:
@@ -240,10 +240,10 @@ def _in_directory(place: str) -> Iterator[Installed]:
         low = child.lower()
         if low.endswith((".dist-info", ".egg-info")) or (low == "egg-info" and place.lower().endswith(".egg")):
             directory = os.path.join(place, child)  # noqa: PTH118
-            yield Installed(directory, partial(_read_file, directory))
+            yield InstalledDistribution(directory, partial(_read_file, directory))
 
 
-def _in_archive(place: str) -> list[Installed]:
+def _in_archive(place: str) -> list[InstalledDistribution]:
     if not os.path.isfile(place):  # noqa: PTH113
         return []
     import importlib.metadata
@@ -258,8 +258,8 @@ def _ask(finder: Any) -> list[Any]:
     return list(finder.find_distributions(importlib.metadata.DistributionFinder.Context()))
 
 
-def _installed(distribution: Any) -> Installed:
-    return Installed(str(getattr(distribution, "_path", distribution)), distribution.read_text)
+def _installed(distribution: Any) -> InstalledDistribution:
+    return InstalledDistribution(str(getattr(distribution, "_path", distribution)), distribution.read_text)
 
 
 def _read_file(place: str, file: str) -> str | None:
@@ -322,7 +322,7 @@ def _malformed_line(table: str) -> str:
     return ""
 
 
-def _hidden(used: Installed, hidden: Installed) -> Iterator[str]:
+def _hidden(used: InstalledDistribution, hidden: InstalledDistribution) -> Iterator[str]:
     """Yield a line where one distribution hides another of its name and the two are not the same installation."""
     if not (used.is_ours or hidden.is_ours) or _same_installation(used, hidden):
         return
@@ -333,7 +333,7 @@ def _hidden(used: Installed, hidden: Installed) -> Iterator[str]:
     )
 
 
-def _same_installation(one: Installed, other: Installed) -> bool:
+def _same_installation(one: InstalledDistribution, other: InstalledDistribution) -> bool:
     """Tell whether two entries are one installation: one place by two paths, or an editable one and its source's own record."""
     if os.path.realpath(one.place) == os.path.realpath(other.place):
         return True

@@ -24,7 +24,7 @@ import pluggy
 
 from rlhf_core import registry
 from rlhf_core.infra.errors import RLHFError, describe_error, did_you_mean
-from rlhf_core.registry.foreign import ForeignFault, run_foreign
+from rlhf_core.registry.guarded import GuardedError, run_guarded
 
 logger = logging.getLogger(__name__)
 
@@ -143,8 +143,8 @@ def load_hooks() -> Hooks:
             continue
         try:
             loaded = registry.load(plugin)
-            listener = run_foreign(loaded) if isinstance(loaded, type) else loaded
-        except (RLHFError, ForeignFault) as error:
+            listener = run_guarded(loaded) if isinstance(loaded, type) else loaded
+        except (RLHFError, GuardedError) as error:
             reason = error.line() if isinstance(error, RLHFError) else f"making it raised {error}"
             logger.warning("hook `%s` is left out, the run goes on without it: %s", plugin.qualified, reason)
             continue

@@ -1,7 +1,7 @@
 """Import one plugin and check it against its kind's contract.
 
-The import runs guarded (see `registry/foreign.py`). An import that ends the process at once, by `os._exit` or a crash in C code,
-ends this one; `registry/trial.py` does the same work in another process, which may die of it.
+The import runs guarded (see `registry/guarded.py`). An import that ends the process at once, by `os._exit` or a crash in C code,
+ends this one; `registry/trial_import.py` does the same work in another process, which may die of it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 
 from rlhf_core.contracts.records import RECORDS
 from rlhf_core.infra.version import API
-from rlhf_core.registry.foreign import ForeignFault, run_foreign
-from rlhf_core.registry.header import HeaderError, split_target
+from rlhf_core.registry.class_header import SourceError, split_target
+from rlhf_core.registry.guarded import GuardedError, run_guarded
 
 Fault = tuple[str, str]
 """A status and its reason."""
@@ -37,7 +37,7 @@ def load_target(kind: str, target: str) -> Any:
     """
     try:
         module, name = split_target(target)
-    except HeaderError as error:
+    except SourceError as error:
         raise LoadFault("broken", str(error)) from error
     was_there = module in sys.modules
     loaded = _guarded("importing", lambda: _import(module, name))
@@ -77,8 +77,8 @@ def describe_class(cls: Any) -> dict[str, Any]:
         }
 
     try:
-        return run_foreign(look)
-    except ForeignFault:
+        return run_guarded(look)
+    except GuardedError:
         return {"summary": "", "record": None, "stage": None, "api": None}
 
 
@@ -91,8 +91,8 @@ def _import(module: str, name: str) -> Any:
 
 def _guarded(what: str, action: Callable[[], Any]) -> Any:
     try:
-        return run_foreign(action)
-    except ForeignFault as fault:
+        return run_guarded(action)
+    except GuardedError as fault:
         raise LoadFault("broken", f"{what} it raised {fault}") from fault.__cause__
 
 

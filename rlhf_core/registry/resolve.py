@@ -13,7 +13,7 @@ from rlhf_core.infra.errors import ConfigError, PluginError, RLHFError, did_you_
 from rlhf_core.infra.version import API
 from rlhf_core.registry import discovery
 from rlhf_core.registry.discovery import GROUPS, LOCAL, Plugin, fold
-from rlhf_core.registry.distributions import Offer, canonical, method_name_fault
+from rlhf_core.registry.distributions import EntryPoint, canonical, method_name_fault
 
 DISTRIBUTION = "rlhf-core"
 
@@ -119,12 +119,12 @@ def ask(plugin: Plugin, question: Callable[[Any], T]) -> T:
     Raises:
         PluginError: it can't be loaded, or `question` raised.
     """
-    from rlhf_core.registry.foreign import ForeignFault, run_foreign
+    from rlhf_core.registry.guarded import GuardedError, run_guarded
 
     loaded = load(plugin)
     try:
-        return run_foreign(lambda: question(loaded))
-    except ForeignFault as fault:
+        return run_guarded(lambda: question(loaded))
+    except GuardedError as fault:
         reason = f"its class can't be described: that raised {fault}"
         raise _fault(replace(plugin, status="broken", reason=reason)) from fault.__cause__
 
@@ -142,7 +142,7 @@ def check(kind: str | None = None, *, seconds: float | None = None) -> list[Plug
 
 
 def register(kind: str, name: str, cls: Any) -> None:
-    """Offer a class (for a hook, any object) under a name in this process only; the same name again replaces it.
+    """EntryPoint a class (for a hook, any object) under a name in this process only; the same name again replaces it.
 
     It is listed under the distribution `local`; a name that an installed plugin bears too is then ambiguous.
     """
@@ -232,9 +232,9 @@ trainers, rewards, samplers, mergers = View("trainer"), View("reward"), View("sa
 # Find
 
 
-def _found(kinds: Iterable[str], wanted: Callable[[Plugin | Offer], bool] = lambda _: True) -> list[Plugin]:
+def _found(kinds: Iterable[str], wanted: Callable[[Plugin | EntryPoint], bool] = lambda _: True) -> list[Plugin]:
     """Return the plugins of some kinds; only of those that are wanted is the source read."""
-    plugins = [discovery.read(one) if isinstance(one, Offer) else one for one in _everything(kinds) if wanted(one)]
+    plugins = [discovery.read(one) if isinstance(one, EntryPoint) else one for one in _everything(kinds) if wanted(one)]
     of_kind: dict[str, list[Plugin]] = defaultdict(list)
     for plugin in plugins:
         of_kind[plugin.kind].append(plugin)
@@ -242,10 +242,13 @@ def _found(kinds: Iterable[str], wanted: Callable[[Plugin | Offer], bool] = lamb
     return sorted(resolved, key=lambda plugin: (KINDS.index(plugin.kind), plugin.name, plugin.qualified))
 
 
-def _everything(kinds: Iterable[str]) -> list[Plugin | Offer]:
+def _everything(kinds: Iterable[str]) -> list[Plugin | EntryPoint]:
     """Return what is installed and what is registered, unread and before policy."""
     kinds = tuple(kinds)
-    everything: list[Plugin | Offer] = [*discovery.installed().offers, *(plugin for plugin, _ in _registered.values())]
+    everything: list[Plugin | EntryPoint] = [
+        *discovery.installed().offers,
+        *(plugin for plugin, _ in _registered.values()),
+    ]
     return [one for one in everything if one.kind in kinds]
 
 
@@ -284,14 +287,14 @@ def _tried(plugin: Plugin) -> Plugin:
 
 def _try_out(plugins: Iterable[Plugin], seconds: float | None = None, *, again: bool = False) -> None:
     """Import plugins in another process and remember how that went; those that loaded before need it only `again`."""
-    from rlhf_core.registry.trial import SECONDS, probe
+    from rlhf_core.registry.trial_import import SECONDS, try_imports
 
     tried = [
         plugin
         for plugin in plugins
         if plugin.status in ("ok", "conflict") and plugin.distribution != LOCAL and (again or plugin.key not in _loaded)
     ]
-    verdicts = probe([(plugin.kind, plugin.target) for plugin in tried], SECONDS if seconds is None else seconds)
+    verdicts = try_imports([(plugin.kind, plugin.target) for plugin in tried], SECONDS if seconds is None else seconds)
     for plugin, verdict in zip(tried, verdicts, strict=True):
         if verdict.status == "ok":
             _remember(plugin, {} if plugin.kind == "hook" or plugin.api is not None else verdict.about)
@@ -355,7 +358,7 @@ def _entries(variable: str) -> list[str]:
     return [entry.strip() for entry in os.environ.get(variable, "").split(",") if entry.strip()]
 
 
-def _matches(entry: str, one: Plugin | Offer) -> bool:
+def _matches(entry: str, one: Plugin | EntryPoint) -> bool:
     distribution, colon, name = entry.rpartition(":")
     same_name = fold(name) == fold(one.name)
     if colon:

@@ -14,17 +14,17 @@ from rlhf_core.config.base import config_error, place_of
 from rlhf_core.config.online import OnlineConfig, RewardConfig
 from rlhf_core.contracts.reward import RewardFn
 from rlhf_core.infra.errors import ConfigError, PluginError, RLHFError, describe_error, shortened
-from rlhf_core.infra.named_objects import named_object
+from rlhf_core.infra.import_object import import_object
 from rlhf_core.registry.distributions import canonical
-from rlhf_core.rewards.checks import name_of
-from rlhf_core.rewards.functions import FunctionReward, RewardFunction
-from rlhf_core.rewards.run import Reward, Rewards
+from rlhf_core.rewards.function_reward import FunctionReward, RewardFunction
+from rlhf_core.rewards.score_checks import name_of
+from rlhf_core.rewards.scoring import Rewards, WeightedReward
 
-Given = RewardFn | type[RewardFn] | RewardFunction | RewardConfig | str | Mapping[str, Any] | tuple[Any, float]
+RewardLike = RewardFn | type[RewardFn] | RewardFunction | RewardConfig | str | Mapping[str, Any] | tuple[Any, float]
 """What is accepted as one reward; a tuple is a reward and its weight."""
 
 
-def open_rewards(given: Sequence[Given] | Given, *, place: Mapping[str, str] | str = "rewards") -> Rewards:
+def open_rewards(given: Sequence[RewardLike] | RewardLike, *, place: Mapping[str, str] | str = "rewards") -> Rewards:
     """Return the rewards that names, functions, classes, objects and configurations mean; nothing is scored or loaded.
 
     A name is a reward's in the registry (`exact`, `acme:exact`), or a function's or class's: `package.module:function`,
@@ -65,7 +65,7 @@ class _Resolved:
     place: str = "rewards"
     origin: Mapping[str, str] = field(default_factory=dict)
 
-    def open(self) -> Reward:
+    def open(self) -> WeightedReward:
         try:
             reward = self.make()
         except RLHFError:
@@ -73,7 +73,7 @@ class _Resolved:
         except Exception as error:
             place = f"{self.place}, reward `{self.name}`"
             raise PluginError("making the reward raised an error", place=place, got=describe_error(error)) from error
-        return Reward(self.name, reward, self.weight, self.time_limit, self.origin)
+        return WeightedReward(self.name, reward, self.weight, self.time_limit, self.origin)
 
 
 def _resolved(given: Any, place: Mapping[str, str] | str) -> list[_Resolved]:
@@ -165,7 +165,7 @@ def _named(name: str, unknown: registry.UnknownPlugin, where: str) -> Any:
         fix = f"write `{module}:{attribute}` for a function of a module; {unknown.fix}" if dot else unknown.fix
         raise ConfigError(unknown.problem, place=where, fix=fix)
     try:
-        return named_object(name, place=where)
+        return import_object(name, place=where)
     except ConfigError as error:
         # `acme:exat` may be a slip in a plugin's qualified name as well.
         if any(canonical(plugin.distribution) == canonical(head) for plugin in registry.find("reward")):

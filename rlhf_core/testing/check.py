@@ -15,7 +15,7 @@ from unittest import SkipTest
 from rlhf_core import registry
 from rlhf_core.infra.errors import PluginError, printable
 from rlhf_core.infra.log import LOGGER, hide_library_bars
-from rlhf_core.registry.logs import plugin_packages
+from rlhf_core.registry.plugin_logs import plugin_packages
 from rlhf_core.testing.contract import Checks, describe_error
 
 Status = Literal["ok", "failed", "expected", "skipped"]

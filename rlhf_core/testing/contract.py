@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from rlhf_core import registry
 from rlhf_core.config.base import BaseConfig
 from rlhf_core.infra.errors import ConfigError, RLHFError, did_you_mean
-from rlhf_core.registry.header import HeaderError, read_header
+from rlhf_core.registry.class_header import SourceError, read_class_header
 
 Test = Callable[[Any], None]
 
@@ -112,8 +112,8 @@ class Contract(Checks):
         if "<locals>" in target or cls.__module__ == "__main__":
             raise SkipTest(f"`{target}` isn't defined at the top of an installed module: it has no header to read")
         try:
-            header = read_header(target)
-        except HeaderError as error:
+            header = read_class_header(target)
+        except SourceError as error:
             raise AssertionError(f"the header can't be read: {error}") from None
         summary = inspect.cleandoc(cls.__doc__ or "").strip().split("\n")[0]
         require(bool(summary), f"{cls.__name__} has no docstring; its first line is the summary in `rlhf list`")

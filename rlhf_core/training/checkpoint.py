@@ -29,7 +29,7 @@ from rlhf_core.infra.files import (
     to_json,
     write_file,
 )
-from rlhf_core.infra.tensors import nbytes, read_header, read_tensors, write_tensors
+from rlhf_core.infra.safetensors_file import nbytes, read_header, read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from rlhf_core.config.training import TrainedModelConfig, TrainerConfig, models_
 from rlhf_core.infra.errors import StorageError
 from rlhf_core.infra.files import storage_errors
 from rlhf_core.infra.model_files import is_adapter
-from rlhf_core.infra.tensors import TensorEntry, nbytes, read_header
+from rlhf_core.infra.safetensors_file import TensorEntry, nbytes, read_header
 from rlhf_core.models.sequence_model import SequenceModel
 from rlhf_core.training.setup import trained_roles
 

@@ -14,7 +14,7 @@ from rlhf_core.contracts.trainer import Evaluation, Loss, Pair, Trainer, Window
 from rlhf_core.data import DataStream
 from rlhf_core.data.base import EncodedData
 from rlhf_core.infra.errors import DataError, NumbersError, PluginError
-from rlhf_core.infra.memory import attempt, in_parts
+from rlhf_core.infra.out_of_memory import halve_until_fits, try_to_fit
 from rlhf_core.infra.seeds import RandomState, seed_everything
 from rlhf_core.models.batch_values import halves
 from rlhf_core.training.context import RunContext
@@ -89,7 +89,7 @@ def held_out_loss(trainer: Trainer[Any], batch: Batch, run: RunContext) -> Evalu
             def cut(piece: Batch) -> list[Batch]:
                 return halves(piece, divide=trainer.splits_groups)
 
-            for piece, loss in in_parts(micro, work, cut, device=device, unit=run.micro_batches.unit):
+            for piece, loss in halve_until_fits(micro, work, cut, device=device, unit=run.micro_batches.unit):
                 weights = trainer.weights(piece)
                 terms.add({name: (term, weights[name]) for name, term in loss.terms.items() if weights[name] > 0})
                 sums.add(piece, loss.metrics)
@@ -133,7 +133,7 @@ class _PerBatch:
 
 def _evaluated(trainer: Trainer[Any], batch: Batch, run: RunContext) -> Evaluation:
     place = f"{type(trainer).__name__}.evaluate"
-    made = attempt(lambda: trainer.evaluate(batch, run), run.devices.device)
+    made = try_to_fit(lambda: trainer.evaluate(batch, run), run.devices.device)
     if made is None:
         raise NumbersError(
             "out of memory",

@@ -24,7 +24,7 @@ from rlhf_core.config.yaml_file import dump_yaml, merge, nest
 from rlhf_core.contracts.trainer import Trainer
 from rlhf_core.infra.errors import ConfigError
 from rlhf_core.infra.redact import redact, redact_text
-from rlhf_core.registry.target import find_method, read_target
+from rlhf_core.registry.method_or_file import find_method, read_method_or_file
 from rlhf_core.rewards import check_rewards
 
 COMMAND_LINE = "command line"
@@ -90,7 +90,7 @@ def load_job(target: str | Path, overrides: Mapping[str, Any] | None = None, *, 
         PluginError: the method or a reward is broken, ambiguous or disabled.
     """
     given = lex(flags)
-    values, places, text = read_target(target)
+    values, places, text = read_method_or_file(target)
     run_flags = [flag for flag in given if flag.key in RunConfig.KEYS]
     over, over_places = convert(run_flags, RunConfig, owner="train")
     overrides = dict(overrides or {})

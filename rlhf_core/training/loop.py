@@ -22,7 +22,7 @@ from rlhf_core.data.sources import check_paths
 from rlhf_core.data.templates import rendered_at
 from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.errors import NumbersError, PluginError, Stopped
-from rlhf_core.infra.memory import attempt
+from rlhf_core.infra.out_of_memory import try_to_fit
 from rlhf_core.infra.seeds import seed_everything
 from rlhf_core.registry.hooks import Hooks, load_hooks
 from rlhf_core.training.context import RunContext
@@ -348,7 +348,7 @@ class Run:
     def _next_window(self, windows: Windows) -> Window | None:
         """Let the method make its next window, without gradients and in evaluation mode."""
         training_mode(self.trainer, False)
-        made = attempt(lambda: self._made(windows), self.devices.device)
+        made = try_to_fit(lambda: self._made(windows), self.devices.device)
         if made is None:
             raise NumbersError(
                 "out of memory while the method made its experience",

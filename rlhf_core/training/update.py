@@ -15,7 +15,7 @@ from rlhf_core.contracts.batch import Batch
 from rlhf_core.contracts.trainer import Trainer
 from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.errors import NumbersError, PluginError, list_rows
-from rlhf_core.infra.memory import attempt
+from rlhf_core.infra.out_of_memory import try_to_fit
 from rlhf_core.infra.seeds import RandomState
 from rlhf_core.training.distribution import Distribution
 from rlhf_core.training.loss_scale import LossScale
@@ -161,7 +161,7 @@ class Update:
                 if any(own.values()):
                     self._backward(micro.to(self.devices.device), weights, sums)
 
-        return sums if attempt(work, self.devices.device) is not None else None
+        return sums if try_to_fit(work, self.devices.device) is not None else None
 
     def _backward(self, micro: Batch, weights: dict[str, float], sums: _Sums) -> None:
         with self.devices.autocast(self.config.precision):

@@ -332,7 +332,7 @@ def test_the_table_is_wrapped_to_a_terminal() -> None:
 
 def test_a_table_keeps_all_of_its_words_in_every_script_and_width() -> None:
     code = (
-        "from rlhf_core.cli.output import print_table;"
+        "from rlhf_core.cli.printing import print_table;"
         "print_table(('name', 'text'), [('评分' * 9, 'words ' * 12 + 'x' * 50), ('e\u0301', '日本語')], styles=['red', ''])"
     )
     text = re.sub(r"\x1b\[[0-9;]*m", "", on_a_terminal("-c", code, columns=40))

@@ -8,11 +8,11 @@ import sys
 
 import pytest
 
-from rlhf_core.cli.quick import quick_imports
+from rlhf_core.cli.quick_imports import quick_imports
 
 FRESH = """
 import gc
-from rlhf_core.cli.quick import quick_imports
+from rlhf_core.cli.quick_imports import quick_imports
 try:
     with quick_imports():
         import torch

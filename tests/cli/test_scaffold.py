@@ -15,7 +15,7 @@ from rlhf_core import registry
 from rlhf_core.cli import main
 from rlhf_core.cli.scaffold import write_package
 from rlhf_core.infra.errors import ConfigError, StorageError
-from rlhf_core.registry.header import read_header, read_options
+from rlhf_core.registry.class_header import read_class_header, read_options
 from rlhf_core.testing import tiny_policy
 from rlhf_core.testing.arithmetic import Arithmetic
 
@@ -26,7 +26,7 @@ def test_the_header_of_a_new_package_is_that_of_its_kind(kind: str, tmp_path: Pa
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     (target,) = project["entry-points"][f"rlhf_core.{kind}s"].values()
     monkeypatch.syspath_prepend(str(root / "src"))
-    header = read_header(target)
+    header = read_class_header(target)
     assert header.api == 1 and header.summary.endswith(".")
     assert header.record == ("preference" if kind == "trainer" else None)
     assert all(option.description for option in read_options(target)) and read_options(target)
@@ -80,7 +80,7 @@ def test_an_online_trainer_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     target = "acme_online.trainer:AcmeOnlineTrainer"
     install("acme-online", {}, trainers={"acme-online": target})
     monkeypatch.syspath_prepend(str(root / "src"))
-    header, options = read_header(target), read_options(target)
+    header, options = read_class_header(target), read_options(target)
     assert (header.api, header.record) == (1, "prompt") and all(option.description for option in options)
     assert {"clip", "kl_weight", "group_size"} <= {option.name for option in options}
     config = registry.get("trainer", "acme-online").Config

@@ -21,7 +21,7 @@ from rlhf_core import registry
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.contracts.trainer import Window
 from rlhf_core.infra.errors import RLHFError
-from rlhf_core.infra.tensors import write_tensors
+from rlhf_core.infra.safetensors_file import write_tensors
 from rlhf_core.models import PolicyModel
 from rlhf_core.testing.arithmetic import Arithmetic
 from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer

@@ -20,7 +20,7 @@ from rlhf_core import registry
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.contracts.reward import RewardFn, Sample
 from rlhf_core.infra.errors import ConfigError, NumbersError, PluginError, Stopped
-from rlhf_core.infra.tensors import read_tensors
+from rlhf_core.infra.safetensors_file import read_tensors
 from rlhf_core.models import PolicyModel
 from rlhf_core.registry.hooks import hookimpl
 from rlhf_core.testing import simulate

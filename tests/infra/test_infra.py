@@ -20,9 +20,9 @@ from rlhf_core.infra.environment import describe_environment
 from rlhf_core.infra.errors import ConfigError, StorageError
 from rlhf_core.infra.files import read_json, remove_tree, replace_file, sha256_of, storage_errors, write_file
 from rlhf_core.infra.redact import redact, redact_text
+from rlhf_core.infra.safetensors_file import read_tensors, write_tensors
 from rlhf_core.infra.seeds import RandomState, seed_everything, stream_seed
-from rlhf_core.infra.tensors import read_tensors, write_tensors
-from rlhf_core.registry.logs import plugin_packages, setup_logging
+from rlhf_core.registry.plugin_logs import plugin_packages, setup_logging
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 PARENT = """
 import os, subprocess, sys, time
-child = "import sys; from rlhf_core.infra.parent import end_with_parent; end_with_parent(int(sys.argv[1])); print('there', flush=True)\\nwhile True: pass"
+child = "import sys; from rlhf_core.infra.child_process import end_with_parent; end_with_parent(int(sys.argv[1])); print('there', flush=True)\\nwhile True: pass"
 started = subprocess.Popen([sys.executable, "-c", child, str(os.getpid())], stdout=subprocess.PIPE, start_new_session=True)
 started.stdout.readline()
 print(started.pid, flush=True)

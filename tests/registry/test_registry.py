@@ -15,7 +15,7 @@ from rlhf_core.config.training import TrainerConfig, TrainingStage
 from rlhf_core.contracts.reward import RewardFn
 from rlhf_core.contracts.trainer import Loss, Trainer
 from rlhf_core.infra.errors import ConfigError, PluginError
-from rlhf_core.registry.header import read_options
+from rlhf_core.registry.class_header import read_options
 
 METHOD = '''
 """A module that says so when it is imported."""

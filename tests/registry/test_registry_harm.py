@@ -24,10 +24,9 @@ from rlhf_core.cli import main
 from rlhf_core.cli.doctor import find_problems
 from rlhf_core.contracts.reward import RewardFn
 from rlhf_core.infra.errors import ConfigError, PluginError, printable
-from rlhf_core.registry import discovery
-from rlhf_core.registry import trial as probe
+from rlhf_core.registry import discovery, trial_import
 from rlhf_core.registry.distributions import unreadable_distributions
-from rlhf_core.registry.foreign import ForeignFault, run_foreign
+from rlhf_core.registry.guarded import GuardedError, run_guarded
 from rlhf_core.registry.hooks import load_hooks
 
 REWARD = '''
@@ -453,7 +452,7 @@ def test_loads_in_threads_leave_stdout_as_it_was() -> None:
 
     def load() -> None:
         for _ in range(20):
-            run_foreign(lambda: running.wait(10))
+            run_guarded(lambda: running.wait(10))
 
     threads = [threading.Thread(target=load) for _ in range(4)]
     for thread in threads:
@@ -533,11 +532,11 @@ def test_what_the_programs_own_handler_raises_passes_through() -> None:
     before = signal.signal(signal.SIGINT, handler)
     try:
         with pytest.raises(Stop):
-            run_foreign(lambda: os.kill(os.getpid(), signal.SIGINT) or time.sleep(5))
+            run_guarded(lambda: os.kill(os.getpid(), signal.SIGINT) or time.sleep(5))
     finally:
         signal.signal(signal.SIGINT, before)
-    with pytest.raises(ForeignFault, match=r"^ValueError: .*'x'$"):
-        run_foreign(lambda: int("x"))
+    with pytest.raises(GuardedError, match=r"^ValueError: .*'x'$"):
+        run_guarded(lambda: int("x"))
 
 
 # What a class may be
@@ -652,7 +651,7 @@ def test_check_outlives_whatever_an_import_does(install, monkeypatch) -> None:
 def test_a_check_costs_one_process_where_all_is_well(install, monkeypatch) -> None:
     started = []
     popen = subprocess.Popen
-    monkeypatch.setattr(probe.subprocess, "Popen", lambda *a, **k: started.append(a) or popen(*a, **k))
+    monkeypatch.setattr(trial_import.subprocess, "Popen", lambda *a, **k: started.append(a) or popen(*a, **k))
     for name in "abc":
         install(name, {f"mod_{name}.py": REWARD}, rewards={name: f"mod_{name}:Mine"})
     monkeypatch.setenv(registry.ALLOW_VARIABLE, "a,b,c")
@@ -908,7 +907,7 @@ def test_text_of_others_reaches_no_terminal_raw(install, capsys) -> None:
 
 
 def test_log_lines_show_escapes_too(install, capsys, monkeypatch) -> None:
-    from rlhf_core.registry.logs import setup_logging
+    from rlhf_core.registry.plugin_logs import setup_logging
 
     source = "class Listener:\n    def __init__(self): raise OSError('\\x1b[31mred\\x07')\n"
     install("odd", {"odd_hook.py": source}, hooks={"odd": "odd_hook:Listener"})
@@ -970,8 +969,8 @@ def test_what_is_installed_is_read_once_and_again_when_it_changes(install, monke
 def test_a_lookup_reads_the_sources_of_its_own_name_alone(install, monkeypatch) -> None:
     install("acme", {"acme.py": REWARD}, rewards={"mine": "acme:Mine"})
     read = []
-    header = discovery.read_header
-    monkeypatch.setattr(discovery, "read_header", lambda target: read.append(target) or header(target))
+    header = discovery.read_class_header
+    monkeypatch.setattr(discovery, "read_class_header", lambda target: read.append(target) or header(target))
     assert registry.lookup("mine").target == "acme:Mine"
     assert read == ["acme:Mine"]
 

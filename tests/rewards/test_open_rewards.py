@@ -29,7 +29,15 @@ from rlhf_core.config.online import OnlineConfig, RewardConfig
 from rlhf_core.contracts.completion import Completion
 from rlhf_core.contracts.reward import RewardFn, Sample
 from rlhf_core.infra.errors import ConfigError, DataError, PluginError
-from rlhf_core.rewards import FunctionReward, Reward, Rewards, check_rewards, open_rewards, rewards_changed, samples_of
+from rlhf_core.rewards import (
+    FunctionReward,
+    Rewards,
+    WeightedReward,
+    check_rewards,
+    open_rewards,
+    rewards_changed,
+    samples_of,
+)
 
 SAMPLES = [
     Sample("1+1=", "2", completion_ids=(5, 1), columns={"answer": "2", "level": 1}),
@@ -343,7 +351,7 @@ def test_a_reward_that_hangs_is_ended_and_named(hangs: Any) -> None:
             return [1.0] * len(completions) if calm else await hangs()
 
         space["slow"] = slowly
-    rewards = Rewards([Reward("slow", FunctionReward(space["slow"]), time_limit=0.3)])
+    rewards = Rewards([WeightedReward("slow", FunctionReward(space["slow"]), time_limit=0.3)])
     before = signal.getsignal(signal.SIGVTALRM)
     began = time.monotonic()
     with pytest.raises(PluginError) as raised:
@@ -368,12 +376,12 @@ def test_a_reward_that_hangs_in_another_thread_or_a_notebook_is_ended_too() -> N
     async def slowly(completions: Any) -> Any:
         await asyncio.sleep(60)
 
-    limited = Rewards([Reward("slow", FunctionReward(slow), time_limit=0.2)])
+    limited = Rewards([WeightedReward("slow", FunctionReward(slow), time_limit=0.2)])
     with ThreadPoolExecutor(1) as pool:
         with pytest.raises(PluginError, match=r"scoring took longer than 0\.2 seconds"):
             pool.submit(limited.score, SAMPLES).result()
     with pytest.raises(PluginError, match=r"scoring took longer than 0\.2 seconds"):
-        asyncio.run(notebook(Rewards([Reward("slow", FunctionReward(slowly), time_limit=0.2)])))
+        asyncio.run(notebook(Rewards([WeightedReward("slow", FunctionReward(slowly), time_limit=0.2)])))
 
 
 def test_a_reward_may_set_alarms_of_its_own() -> None:

@@ -17,7 +17,7 @@ from rlhf_core.config.training import DistributedConfig
 from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.errors import ConfigError, DataError, RLHFError
 from rlhf_core.infra.files import read_json
-from rlhf_core.infra.tensors import read_tensors
+from rlhf_core.infra.safetensors_file import read_tensors
 from rlhf_core.training.distribution import Distribution, create_distribution
 from rlhf_core.training.setup import check_config
 

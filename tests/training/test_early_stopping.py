@@ -14,7 +14,7 @@ from toy import ROWS, ToyTrainer, toy
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.contracts.trainer import Loss
 from rlhf_core.infra.errors import ConfigError
-from rlhf_core.infra.tensors import read_tensors
+from rlhf_core.infra.safetensors_file import read_tensors
 from rlhf_core.training.early_stopping import EarlyStopping
 
 

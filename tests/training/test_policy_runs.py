@@ -15,7 +15,7 @@ from rlhf_plugins.trainers.sft import SFTConfig, SFTTrainer
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.contracts.trainer import Loss
 from rlhf_core.infra.errors import ModelError, NumbersError, RLHFError
-from rlhf_core.infra.tensors import read_tensors
+from rlhf_core.infra.safetensors_file import read_tensors
 from rlhf_core.models import PolicyModel
 from rlhf_core.testing.tiny import save_tiny
 from rlhf_core.training.logger import TIMING

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rlhf_core.config.training import TrainerConfig, TrainingStage
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.contracts.trainer import Loss, Trainer, Window
-from rlhf_core.infra.tensors import write_tensors
+from rlhf_core.infra.safetensors_file import write_tensors
 from rlhf_core.testing.tiny import VOCAB_SIZE, tiny_tokenizer
 from rlhf_core.training.context import RunContext
 from rlhf_core.training.loader import Loader

@@ -21,7 +21,7 @@ from rlhf_core import registry
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.contracts.trainer import Loss, Trainer
 from rlhf_core.infra.errors import DataError, LostProcess, RLHFError
-from rlhf_core.infra.tensors import write_tensors
+from rlhf_core.infra.safetensors_file import write_tensors
 from rlhf_core.models import PolicyModel
 from rlhf_core.registry.hooks import hookimpl
 from rlhf_core.testing.arithmetic import Arithmetic

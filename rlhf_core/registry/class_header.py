@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rlhf_core.infra.errors import describe_error
-from rlhf_core.registry.locate import HeaderError as HeaderError
-from rlhf_core.registry.locate import NoSource as NoSource
-from rlhf_core.registry.locate import read_source
+from rlhf_core.registry.module_source import NoSourceError as NoSourceError
+from rlhf_core.registry.module_source import SourceError as SourceError
+from rlhf_core.registry.module_source import read_module_source
 
 T = TypeVar("T")
 
@@ -38,7 +38,7 @@ class Option:
 
 
 @dataclass(frozen=True)
-class Header:
+class ClassHeader:
     """What the source of one class states. A literal that is absent, or isn't a literal, is None."""
 
     summary: str
@@ -55,20 +55,20 @@ def split_target(target: str) -> tuple[str, str]:
     module, colon, name = (part.strip() for part in _EXTRAS.sub("", target).partition(":"))
     words = [*module.split("."), *(name.split(".") if colon else [])]
     if not all(word.isidentifier() for word in words):
-        raise HeaderError(f"its entry point `{target}` isn't of the form `package.module:Class`")
+        raise SourceError(f"its entry point `{target}` isn't of the form `package.module:Class`")
     return module, name
 
 
-def read_header(target: str) -> Header:
+def read_class_header(target: str) -> ClassHeader:
     """Read the header of `package.module:Class`.
 
     Raises:
-        NoSource: the module is there, but not as source.
-        HeaderError: the file is missing or doesn't parse, or the class isn't defined in it.
+        NoSourceError: the module is there, but not as source.
+        SourceError: the file is missing or doesn't parse, or the class isn't defined in it.
     """
     module, name = split_target(target)
     if not name:
-        raise HeaderError(f"its entry point `{target}` isn't of the form `package.module:Class`")
+        raise SourceError(f"its entry point `{target}` isn't of the form `package.module:Class`")
     return _reading(module, lambda tree, path: _header(tree, path, module, name))
 
 
@@ -84,31 +84,31 @@ def read_options(target: str) -> list[Option]:
 
 
 def _reading(module: str, look: Callable[[ast.Module, Path], T]) -> T:
-    """Parse a module's source and look at it; whatever is wrong with the source is a `HeaderError`."""
-    source = read_source(module)
+    """Parse a module's source and look at it; whatever is wrong with the source is a `SourceError`."""
+    source = read_module_source(module)
     path = source.path
     try:
         with _parsing, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on odd escapes, which are for the author to see
             return look(ast.parse(source.text, filename=str(path)), path)
-    except HeaderError as error:
-        raise HeaderError(str(error), path) from None
+    except SourceError as error:
+        raise SourceError(str(error), path) from None
     except SyntaxError as error:
-        raise HeaderError(f"{path}:{error.lineno or 1}: {error.msg}", path) from error
+        raise SourceError(f"{path}:{error.lineno or 1}: {error.msg}", path) from error
     except (RecursionError, MemoryError) as error:
-        raise HeaderError(f"{path} can't be read: it nests too deeply for Python's parser", path) from error
+        raise SourceError(f"{path} can't be read: it nests too deeply for Python's parser", path) from error
     except Exception as error:
-        raise HeaderError(f"{path} can't be read: {describe_error(error)}", path) from error
+        raise SourceError(f"{path} can't be read: {describe_error(error)}", path) from error
 
 
-def _header(tree: ast.Module, path: Path, module: str, name: str) -> Header:
+def _header(tree: ast.Module, path: Path, module: str, name: str) -> ClassHeader:
     found = _definition(tree.body, name)
     if found is None:
-        raise HeaderError(_what_stands_there(tree, module, name, path))
+        raise SourceError(_what_stands_there(tree, module, name, path))
     doc = ast.get_docstring(found) or ""
     values = dict(_literals(found.body))
     record, api, stage = values.get("record"), values.get("api"), values.get("stage")
-    return Header(
+    return ClassHeader(
         summary=_first_line(doc),
         doc=doc,
         record=record if isinstance(record, str) else None,

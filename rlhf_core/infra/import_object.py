@@ -15,7 +15,7 @@ from rlhf_core.infra.errors import ConfigError, PluginError, RLHFError, describe
 _PREFIX = "rlhf_file_"
 
 
-def named_object(name: str, *, place: str) -> Any:
+def import_object(name: str, *, place: str) -> Any:
     """Import what a name means, guarded: what goes wrong in it is one error that says so.
 
     A module is looked for as `import` does, and then in the current directory; a file's neighbours can be imported from it.
@@ -42,7 +42,7 @@ def named_object(name: str, *, place: str) -> Any:
     return found
 
 
-def is_of_file(module: str) -> bool:
+def is_from_file(module: str) -> bool:
     """Tell whether a module's name is one that was given to a file."""
     return module.startswith(_PREFIX) and module in sys.modules
 

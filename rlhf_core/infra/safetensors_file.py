@@ -89,7 +89,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     return {name: _entry(path, name, described, data, size) for name, described in header.items()}
 
 
-def raw_header(path: Path) -> dict[str, Any]:
+def header_entries(path: Path) -> dict[str, Any]:
     """Return what a safetensors file's header says of each tensor (`dtype`, `shape`, `data_offsets`), of whatever type it is.
 
     Raises:

@@ -3,7 +3,7 @@
 What it prints goes to stderr, for stdout is for results; whatever it raises, `SystemExit` and `KeyboardInterrupt` too, is one
 fault with a reason; the working directory, `sys.argv` and what is logged are afterwards as they were. The user's own Ctrl-C still
 interrupts. What ends the process at once (`os._exit`, a crash in C code) can
-only be outlived by another process: see `rlhf_core.registry.trial`.
+only be outlived by another process: see `rlhf_core.registry.trial_import`.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from rlhf_core.infra.errors import describe_error
 T = TypeVar("T")
 
 
-class ForeignFault(Exception):
+class GuardedError(Exception):
     """Foreign code raised; the text says what, in one line, and the cause is the exception itself."""
 
 
-def run_foreign(action: Callable[[], T]) -> T:
+def run_guarded(action: Callable[[], T]) -> T:
     """Call `action` and return its value, with stdout turned to stderr meanwhile.
 
     Raises:
-        ForeignFault: it raised anything at all.
+        GuardedError: it raised anything at all.
         KeyboardInterrupt: the user pressed Ctrl-C meanwhile (or what the program's own handler raises then), even where the
             foreign code swallowed it.
     """
@@ -41,7 +41,7 @@ def run_foreign(action: Callable[[], T]) -> T:
             value = action()
     except BaseException as error:
         if watch.raised is None:
-            raise ForeignFault(describe_error(error)) from error
+            raise GuardedError(describe_error(error)) from error
     finally:
         watch.stop()
         surroundings.restore()

@@ -15,8 +15,8 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from rlhf_core.contracts.reward import RewardFn, Sample
+from rlhf_core.infra.code_origin import describe_code
 from rlhf_core.infra.errors import ConfigError, PluginError, did_you_mean, shortened
-from rlhf_core.infra.source import describe_source
 
 RewardFunction = Callable[..., Any]
 """`f(prompts, completions, **columns)`, which may be async, or an object that is called so; an array or tensor will do."""
@@ -74,7 +74,7 @@ class FunctionReward(RewardFn):
         return list(found) if isinstance(found, Iterable) else found
 
     def describe(self) -> dict[str, Any]:
-        return describe_source(self.function) | ({"options": self.options} if self.options else {})
+        return describe_code(self.function) | ({"options": self.options} if self.options else {})
 
     def _first(self, samples: Sequence[Sample]) -> list[list[Any]]:
         return [[OFFERED[name](sample) for sample in samples] for name in self.how.first]

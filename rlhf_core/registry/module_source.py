@@ -19,7 +19,7 @@ LARGEST = 10_000_000
 """Bytes of source that are read; a module that is written by hand has a thousandth of it."""
 
 
-class HeaderError(Exception):
+class SourceError(Exception):
     """The header can't be read; the message is the reason, in words. `path` is the file, where there is one."""
 
     def __init__(self, reason: str, path: Path | None = None) -> None:
@@ -27,7 +27,7 @@ class HeaderError(Exception):
         self.path = path
 
 
-class NoSource(HeaderError):
+class NoSourceError(SourceError):
     """The module is there, and can be imported, but not as source: compiled files, extension modules."""
 
 
@@ -39,18 +39,18 @@ class Source:
     path: Path
 
 
-def read_source(module: str) -> Source:
+def read_module_source(module: str) -> Source:
     """Return the source of a module.
 
     Raises:
-        NoSource: it is compiled, or too large to be source.
-        HeaderError: it isn't there, or can't be read.
+        NoSourceError: it is compiled, or too large to be source.
+        SourceError: it isn't there, or can't be read.
     """
     spec = find_module(module)
     if spec.loader in (BuiltinImporter, FrozenImporter):
-        raise HeaderError(f"module `{module}` is Python's own")
+        raise SourceError(f"module `{module}` is Python's own")
     if spec.loader is None or not spec.origin:
-        raise HeaderError(f"`{module}` is a package without an `__init__.py`, which defines nothing")
+        raise SourceError(f"`{module}` is a package without an `__init__.py`, which defines nothing")
     return _source_of(module, spec)
 
 
@@ -58,23 +58,23 @@ def find_module(module: str) -> ModuleSpec:
     """Return the spec of a module; of its parents, none is imported.
 
     Raises:
-        HeaderError: there is no such module.
+        SourceError: there is no such module.
     """
     name, *rest = module.split(".")
     spec, places = _package(name, None), None
     if spec is None:
-        raise HeaderError(f"package `{name}` isn't installed")
+        raise SourceError(f"package `{name}` isn't installed")
     for part in rest:
         own = _directories(name, spec)
         if own is None:
-            raise HeaderError(f"`{name}` is a module, not a package: there is no `{module}`")
+            raise SourceError(f"`{name}` is a module, not a package: there is no `{module}`")
         below = f"{name}.{part}"
         found = _package(below, own)
         if found is None and _extends_its_path(name, spec):
             own += [place for place in _portions(name, places) if place not in own]
             found = _package(below, own)
         if found is None:
-            raise HeaderError(f"package `{name}` has no module `{below}`")
+            raise SourceError(f"package `{name}` has no module `{below}`")
         name, spec, places = below, found, own
     return spec
 
@@ -165,7 +165,7 @@ def _extends_its_path(name: str, spec: ModuleSpec) -> bool:
     """Tell whether a package's `__init__` adds directories to it, as namespace packages of the older makes do."""
     try:
         text = _source_of(name, spec).text
-    except HeaderError:
+    except SourceError:
         return False
     words: Iterable[Any] = ("__path__", "declare_namespace")
     return any(word in text if isinstance(text, str) else word.encode() in text for word in words)
@@ -177,16 +177,16 @@ def _source_of(module: str, spec: ModuleSpec) -> Source:
         if path.suffix in (".py", ".pyw") and path.is_file():
             size = path.stat().st_size
             if size > LARGEST:
-                raise NoSource(f"{path} has {size:,} bytes, and sources are read up to {LARGEST:,}", path)
+                raise NoSourceError(f"{path} has {size:,} bytes, and sources are read up to {LARGEST:,}", path)
             return Source(path.read_bytes(), path)
         get_source = _attribute(spec.loader, "get_source")
         text = get_source(module) if get_source is not None else None
-    except HeaderError:
+    except SourceError:
         raise
     except Exception as error:  # a loader of someone else's may raise anything
-        raise HeaderError(f"{path} can't be read: {describe_error(error)}", path) from error
+        raise SourceError(f"{path} can't be read: {describe_error(error)}", path) from error
     if text is None:
-        raise NoSource(f"module `{module}` has no source ({path})", path)
+        raise NoSourceError(f"module `{module}` has no source ({path})", path)
     return Source(text, path)
 
 

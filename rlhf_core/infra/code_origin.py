@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.infra.named_objects import is_of_file
+from rlhf_core.infra.import_object import is_from_file
 
 
-def describe_source(thing: Any) -> dict[str, Any]:
+def describe_code(thing: Any) -> dict[str, Any]:
     """Return `name` (`module:qualified name`), `source_sha256`, and the plain `values` that are bound to it.
 
     The hash is that of the file, for what can be imported; of the text alone for what stands in a script or a notebook, whose
@@ -31,7 +31,7 @@ def describe_source(thing: Any) -> dict[str, Any]:
         thing = type(thing)
     values |= _closure(thing)
     module = getattr(thing, "__module__", None) or "?"
-    if is_of_file(module):  # its name there depends on where the file lies
+    if is_from_file(module):  # its name there depends on where the file lies
         module = Path(sys.modules[module].__file__ or module).name
     found = {"name": f"{module}:{thing.__qualname__}", "source_sha256": _hash(thing)}
     plain = {key: value for key, value in values.items() if _is_plain(value)}

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core.config.yaml_file import flatten
 from rlhf_core.contracts.completion import Completion
 from rlhf_core.contracts.reward import RewardFn, Sample
+from rlhf_core.infra.code_origin import describe_code
 from rlhf_core.infra.errors import ConfigError, PluginError
 from rlhf_core.infra.redact import redact
-from rlhf_core.infra.source import describe_source
 from rlhf_core.infra.time_limit import TimeLimit, call_within
-from rlhf_core.rewards.checks import checked_scores, checked_steps, naming, place_of_rows, sample_or_row
-from rlhf_core.rewards.functions import FunctionReward
+from rlhf_core.rewards.function_reward import FunctionReward
+from rlhf_core.rewards.score_checks import checked_scores, checked_steps, naming, place_of_rows, sample_or_row
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,7 +69,7 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Reward:
+class WeightedReward:
     """One reward of a run."""
 
     name: str
@@ -84,7 +84,7 @@ class Reward:
 class Rewards:
     """The rewards of a run, with their weights, as `open_rewards` makes them."""
 
-    def __init__(self, entries: Sequence[Reward]) -> None:
+    def __init__(self, entries: Sequence[WeightedReward]) -> None:
         self._entries = tuple(entries)
         self._prepared = False
 
@@ -162,7 +162,7 @@ class Rewards:
         for entry in self._entries:
             about: dict[str, Any] = {"weight": entry.weight}
             if not isinstance(entry.reward, FunctionReward):
-                about |= describe_source(type(entry.reward)) | dict(entry.origin)
+                about |= describe_code(type(entry.reward)) | dict(entry.origin)
                 config = getattr(entry.reward, "config", None)  # a class may do without
                 about["options"] = {} if config is None else config.model_dump(mode="json")
             with naming(entry.name):
@@ -180,7 +180,7 @@ class Rewards:
 
     def _limited(
         self,
-        entry: Reward,
+        entry: WeightedReward,
         samples: Sequence[Sample],
         rows: Sequence[int] | None,
         check: Callable[..., Any],

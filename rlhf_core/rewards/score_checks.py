@@ -9,7 +9,7 @@ from typing import Any
 
 from rlhf_core.contracts.reward import RewardFn, Sample
 from rlhf_core.infra.errors import PluginError, RLHFError, describe_error, list_rows, shortened
-from rlhf_core.rewards.functions import function_name, plain
+from rlhf_core.rewards.function_reward import function_name, plain
 
 
 def checked_scores(

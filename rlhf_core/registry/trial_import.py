@@ -28,8 +28,8 @@ _GRACE = 1.0
 """Seconds in which what a dead child wrote must arrive, where a child of its own holds the line open."""
 _CODE = (
     "import sys, json; given = json.loads(sys.stdin.readline()); sys.path[:] = given['path'];"
-    "from rlhf_core.infra.parent import end_with_parent; end_with_parent(given['parent']);"
-    "from rlhf_core.registry.trial import serve; serve(given['jobs'])"
+    "from rlhf_core.infra.child_process import end_with_parent; end_with_parent(given['parent']);"
+    "from rlhf_core.registry.trial_import import serve; serve(given['jobs'])"
 )
 
 
@@ -44,7 +44,7 @@ class Verdict:
     fatal: bool = False
 
 
-def probe(jobs: Sequence[tuple[str, str]], seconds: float = SECONDS) -> list[Verdict]:
+def try_imports(jobs: Sequence[tuple[str, str]], seconds: float = SECONDS) -> list[Verdict]:
     """Import the (kind, target) pairs in child processes; return a verdict for each, in order.
 
     Args:

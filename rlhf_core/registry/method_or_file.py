@@ -15,15 +15,15 @@ from rlhf_core.registry.resolve import View, load, lookup
 COMMAND_LINE = "command line"
 
 
-def is_file(target: str | Path) -> bool:
+def names_file(target: str | Path) -> bool:
     """Tell whether a target means a configuration file, by its name: a path, or an end in .yaml or .yml."""
     text = str(target)
     return isinstance(target, Path) or text.endswith((".yaml", ".yml")) or os.sep in text
 
 
-def read_target(target: str | Path) -> tuple[dict[str, Any], dict[str, str], str | None]:
+def read_method_or_file(target: str | Path) -> tuple[dict[str, Any], dict[str, str], str | None]:
     """Return what a method's name or a configuration file says: values, the place of each key, and the file's text."""
-    if not is_file(target):
+    if not names_file(target):
         return {"method": str(target)}, {"": COMMAND_LINE, "method": COMMAND_LINE}, None
     values, places = load_yaml(target)
     return values, places, Path(target).read_text(encoding="utf-8-sig")
@@ -49,6 +49,6 @@ def find_method(values: Mapping[str, Any], places: Mapping[str, str], kind: str)
         return plugin, load(plugin)
     except ConfigError as error:
         fix = error.fix
-        if not is_file(name) and Path(f"{name}.yaml").is_file():
+        if not names_file(name) and Path(f"{name}.yaml").is_file():
             fix = f"write `{name}.yaml` for the file; {fix}"
         raise type(error)(error.problem, place=places.get("method", places[""]), got=error.got, fix=fix) from None
