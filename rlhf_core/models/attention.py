@@ -1,8 +1,10 @@
-"""Attention over segments that share prefixes, plugged into unmodified transformers models; and the choice of kernel.
+"""Which attention kernel a model runs with, and how attention over packed segments reaches unmodified transformers models.
 
-A model whose attention implementation is one of ours behaves as with the kernel underneath until a forward pass hands it
-`segments` (see `layout`); then queries of each segment see its prefix and themselves, and nothing else. Axes: H heads,
-K key-value heads, N tokens of the packed row, D head width.
+Two attention functions are registered with transformers, `rlhf_sdpa` and `rlhf_flash_attention_2`. A model set to one of them
+behaves as with the kernel of that name, until a forward pass hands it `segments` (see `layout.Segments`): then each segment's
+queries see the segment's prefix and the segment itself, and nothing else in the row.
+
+Axes: H query heads, K key-value heads, N tokens of the packed row, D head width.
 """
 
 from __future__ import annotations
@@ -11,24 +13,32 @@ import contextlib
 import contextvars
 import functools
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rlhf_core.infra.errors import ConfigError
-from rlhf_core.models.gpu_attention import flash_segment_attention
+from rlhf_core.infra.errors import ConfigError, describe_error
 from rlhf_core.models.layout import Segment, Segments
-from rlhf_core.models.varlen import gpu_segment_attention
+from rlhf_core.models.segment_attention import attend_each_segment, attend_in_padded_rows, attend_varlen
+
+log = logging.getLogger(__name__)
 
 Kernel = Literal["auto", "flash", "sdpa", "eager"]
 PREFIX = "rlhf_"
+MAX_DIFFERENCE = 2e-2
+"""Most relative difference of outputs and gradients between kernels in 16 bits; a mask off by one token makes ten times that."""
+MAX_HEAD_WIDTH = 256
+"""Widest head that PyTorch's variable-length kernel takes."""
+
+
+# The choice of a kernel
 
 
 @dataclass(frozen=True)
@@ -45,12 +55,16 @@ class OptimizedAttention:
 
     @property
     def implementation(self) -> str:
-        """Name under which the segment-aware version is registered; eager attention has none and takes padded rows."""
+        """Name of the registered function that knows segments; eager attention has none, so its rows are padded."""
         return self.base if self.kernel == "eager" else PREFIX + self.base
 
     @classmethod
     def select(cls, wanted: Kernel = "auto", *, device: torch.device, dtype: torch.dtype) -> OptimizedAttention:
-        """Choose flash-attn where it is installed and the device and precision allow it, else SDPA.
+        """Choose flash-attn where it is installed and the device and dtype allow it, else SDPA.
+
+        Args:
+            wanted: the option `attention`; another value than `auto` decides.
+            dtype: of the matrix products.
 
         Raises:
             ConfigError: `flash` was asked for and can't run here.
@@ -68,6 +82,7 @@ class OptimizedAttention:
 
 
 def _flash_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why flash-attn can't run here, or None where it can."""
     if device.type != "cuda":
         return f"the device is {device.type}, and it needs CUDA"
     if dtype not in (torch.float16, torch.bfloat16):
@@ -80,59 +95,136 @@ def _flash_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def segment_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    segments: Sequence[Segment],
-    *,
-    scale: float,
-    dropout: float = 0.0,
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, *, scale: float, dropout: float = 0.0
 ) -> Tensor:
-    """Attend within segments and their prefixes, one kernel call a segment: no padding and no mask over the whole row.
+    """Attend within segments and their prefixes without flash-attn, in the way that is fastest on the tensors' device.
 
-    The natural choice on a CPU, where a call costs microseconds and wasted products cost seconds.
+    On a CPU, one call per segment. On a GPU, PyTorch's own variable-length kernel where it takes such inputs and was tried and
+    found right on this device, else padded rows.
 
     Args:
-        query: (1, H, N, D). key, value: (1, K, N, D), K dividing H.
-        segments: who sees whom; they tile the row in order.
+        query: (1, H, N, D).
+        key: (1, K, N, D), K dividing H. value: the same.
+        segments: which tokens see which; they cover the row in order.
+        scale: factor on the products of queries and keys.
+        dropout: probability with which an attention weight is dropped.
 
     Returns:
         (1, N, H, D).
     """
-    precision = value.dtype
-    # CPU kernels are slower in bf16 than in float32 here, most of all backwards; autocast would cast down again.
-    query, key, value = (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for x in (query, key, value))
-    with torch.autocast(query.device.type, enabled=False):
-        return _attend_each(query, key, value, segments, scale, dropout).to(precision)
+    kind = query.device.type
+    if kind == "cpu":
+        return attend_each_segment(query, key, value, segments, scale=scale, dropout=dropout)
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+    width = query.shape[3]
+    if (
+        kind == "cuda"
+        and not dropout
+        and dtype in (torch.bfloat16, torch.float16)
+        and width == value.shape[3] <= MAX_HEAD_WIDTH
+        and width % 8 == 0
+        and _torch_varlen_is_right(query.device, dtype, query.shape[1], key.shape[1], width)
+    ):
+        return attend_varlen(query, key, value, segments, scale=scale, kernel=torch_varlen)
+    return attend_in_padded_rows(query, key, value, segments, scale=scale, dropout=dropout)
 
 
-def _attend_each(
-    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scale: float, dropout: float
+# PyTorch's own variable-length kernel
+
+
+def torch_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_starts: Tensor,
+    key_starts: Tensor,
+    longest_query: int,
+    longest_key: int,
+    *,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
 ) -> Tensor:
-    starts = {segment.start: i for i, segment in enumerate(segments)}
-    lengths = [segment.length for segment in segments]
-    # `split` has one backward node that concatenates; slices would each write a gradient of the whole row.
-    queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
-    attend = functools.partial(F.scaled_dot_product_attention, scale=scale, dropout_p=dropout, enable_gqa=True)
-    outputs = []
-    for i, segment in enumerate(segments):
-        if not segment.prefix_length:
-            out = attend(queries[i], keys[i], values[i], is_causal=True)
-        else:
-            owner = starts[segment.prefix_start]
-            prefix = segment.prefix_length
-            k = torch.cat([keys[owner][:, :, :prefix], keys[i]], dim=2)
-            v = torch.cat([values[owner][:, :, :prefix], values[i]], dim=2)
-            mask = _suffix_mask(segment, query.device)
-            out = attend(queries[i], k, v, attn_mask=mask)
-        outputs.append(out)
-    # Copied once, into the order that some models view as rows.
-    return torch.cat([out.transpose(1, 2) for out in outputs], dim=1)
+    """Call PyTorch's variable-length kernel with flash-attn's arguments; its causal mask is aligned to the end of the keys.
+
+    This is the operator itself: `torch.nn.attention.varlen` takes other arguments from one release to the next, and costs the
+    host more time than the kernel costs the GPU.
+
+    Args:
+        query: (tokens, H, D). key: (keys, K, D). value: the same.
+        query_starts: (segments + 1,) int32, where each segment's queries begin. key_starts: the same for its keys.
+
+    Returns:
+        (tokens, H, D).
+    """
+    return torch.ops.aten._flash_attention_forward(
+        query, key, value, query_starts, key_starts, longest_query, longest_key, dropout_p, causal, False,
+        scale=softmax_scale,
+    )[0]  # fmt: skip
 
 
-def _suffix_mask(segment: Segment, device: torch.device) -> Tensor:
-    """Return (length, prefix + length) bool: a suffix sees its whole prefix, and itself causally."""
-    return torch.ones(segment.length, segment.keys, dtype=torch.bool, device=device).tril(segment.prefix_length)
+@functools.cache
+def _torch_varlen_is_right(device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, width: int) -> bool:
+    """Tell whether PyTorch's kernel was found right on a device for such inputs; log the reason once where it wasn't.
+
+    PyTorch ships flash-attn's kernels under a private name and promises nothing about them, so they are tried first.
+    """
+    obstacle = kernel_obstacle(torch_varlen, device, dtype, heads, key_heads, width)
+    if obstacle is not None:
+        log.info("attention pads its rows, since PyTorch's variable-length kernel can't be used: %s", obstacle)
+    return obstacle is None
+
+
+@torch.enable_grad()
+def kernel_obstacle(
+    kernel: Callable[..., Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: int,
+    key_heads: int,
+    width: int,
+) -> str | None:
+    """Compare a variable-length kernel with attention in padded rows, forward and backward, on 231 random tokens.
+
+    Args:
+        kernel: a function with flash-attn's arguments, such as `torch_varlen`.
+        heads: H. key_heads: K. width: D.
+
+    Returns:
+        What is wrong with the kernel, in words; None where outputs and gradients agree up to rounding.
+    """
+    segments = Segments(
+        [Segment(0, 67), Segment(67, 3, 0, 60), Segment(70, 130, 0, 60), Segment(200, 1), Segment(201, 30)]
+    )
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(count: int) -> Tensor:
+        return torch.randn(1, count, 231, width, generator=generator).to(device, dtype)
+
+    inputs = [draw(heads), draw(key_heads), draw(key_heads)]
+    upstream = draw(heads).transpose(1, 2)
+
+    def output_and_gradients(attend: Callable[..., Tensor]) -> list[Tensor]:
+        own = [tensor.detach().requires_grad_() for tensor in inputs]
+        out = attend(*own, segments, scale=width**-0.5)
+        return [out.detach(), *torch.autograd.grad(out, own, upstream)]
+
+    try:
+        with torch.autocast(device.type, enabled=False):
+            found = output_and_gradients(functools.partial(attend_varlen, kernel=kernel))
+            expected = output_and_gradients(attend_in_padded_rows)
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        return describe_error(error, lines=1)
+    for name, mine, other in zip(("output", "queries", "keys", "values"), found, expected, strict=True):
+        difference = float((mine.float() - other.float()).norm() / other.float().norm())
+        if not difference < MAX_DIFFERENCE:  # so written that NaN counts as wrong
+            return f"its {name} differ{'s' if name == 'output' else ' in their gradient'} by {difference:.1e}"
+    return None
+
+
+# The functions that are registered with transformers
 
 
 _windows: contextvars.ContextVar[list[int] | None] = contextvars.ContextVar("windows", default=None)
@@ -140,7 +232,7 @@ _windows: contextvars.ContextVar[list[int] | None] = contextvars.ContextVar("win
 
 @contextlib.contextmanager
 def windows_seen() -> Iterator[list[int]]:
-    """Collect the windows of the masks that models ask for meanwhile: how many tokens back a layer attends to."""
+    """Collect the sliding windows of the masks that models ask for inside the context: tokens back that a layer attends to."""
     seen: list[int] = []
     token = _windows.set(seen)
     try:
@@ -149,13 +241,13 @@ def windows_seen() -> Iterator[list[int]]:
         _windows.reset(token)
 
 
-_PLAIN = ("position_ids", "cache_position")
-"""Tensors that models hand to attention beside queries, keys and values without a meaning for it."""
+_HARMLESS = ("position_ids", "cache_position")
+"""Tensors that models hand to attention functions and that don't change attention."""
 
 
 def _check_plain(attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
-    """Raise where a layer's attention is more than segments say: a mask of the model's own, a bias, a cap, sinks."""
-    extra = [name for name, value in kwargs.items() if isinstance(value, Tensor) and name not in _PLAIN]
+    """Raise ValueError where a layer's attention is more than segments describe: its own mask, a bias, a soft cap, sinks."""
+    extra = [name for name, value in kwargs.items() if isinstance(value, Tensor) and name not in _HARMLESS]
     if kwargs.get("softcap") is not None:
         extra.append("softcap")
     if attention_mask is not None and attention_mask.numel() > 1:
@@ -165,6 +257,7 @@ def _check_plain(attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
 
 
 def _register(base: str) -> None:
+    """Register `rlhf_BASE` with transformers: its kernel `base`, and attention over segments where a forward pass gives them."""
     plain, plain_mask = ALL_ATTENTION_FUNCTIONS[base], ALL_MASK_ATTENTION_FUNCTIONS[base]
 
     def make_mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> Any:
@@ -188,10 +281,7 @@ def _register(base: str) -> None:
             return plain(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
         _check_plain(attention_mask, kwargs)
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-        if base == "flash_attention_2":
-            attend: Callable[..., Tensor] = flash_segment_attention
-        else:
-            attend = segment_attention if query.device.type == "cpu" else gpu_segment_attention
+        attend = attend_varlen if base == "flash_attention_2" else segment_attention
         return attend(query, key, value, segments, scale=scale, dropout=dropout), None
 
     AttentionInterface.register(PREFIX + base, forward)

@@ -1,9 +1,8 @@
 """Root-mean-square norms on a GPU: PyTorch's one kernel in place of the six operations that models write them with.
 
-A step of a small model is bound by how many operations the host launches, and norms as transformers' models spell them out are a
+The speed of a small model is bound by how many operations the host launches, and norms as transformers' models write them are a
 third of those. The kernel also keeps less for the backward pass. Which modules are such norms is found by trying: each is
-compared with its own code, on the first values that it meets on a GPU, and one that differs keeps its own. On a CPU nothing
-changes.
+compared with its own code on the first values that it meets, per dtype, and one that differs keeps its own code.
 """
 
 from __future__ import annotations
@@ -19,24 +18,29 @@ from torch.nn import functional as F
 log = logging.getLogger(__name__)
 
 MAX_DIFFERENCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-"""Dtype → how far results may differ, relative: by roundings, of which the kernel does fewer."""
+"""Dtype → most relative difference between the kernel's results and the module's: the kernel rounds less often."""
 _EPSILONS = ("variance_epsilon", "eps", "epsilon", "norm_eps")
 
 
-def fuse_norms(network: nn.Module) -> int:
-    """Let the network's norms take the kernel on a GPU, in place; return how many may."""
+def fuse_norms(network: nn.Module, *, devices: tuple[str, ...] = ("cuda",)) -> int:
+    """Let the network's norms use PyTorch's kernel on some types of device, in place; elsewhere nothing changes.
+
+    Returns:
+        How many modules may use it; each is compared with its own code before it does.
+    """
     norms = [module for module in network.modules() if _may_be_norm(module)]
     for module in norms:
         module.forward = types.MethodType(forward, module)
-        module._fused = {}  # type: ignore[assignment]
+        module._fused_on = devices  # type: ignore[assignment]
+        module._agrees = {}  # type: ignore[assignment]
     return len(norms)
 
 
 def _may_be_norm(module: nn.Module) -> bool:
-    """Tell whether a module has the looks of a norm: one vector of weights and a small number. Trying it decides."""
+    """Tell whether a module looks like a norm: named so, one vector of weights, one small number. A comparison decides later."""
     if isinstance(module, nn.RMSNorm) or "rmsnorm" not in type(module).__name__.lower():
         return False
-    if "forward" in vars(module):  # somebody's stands in already, maybe this one
+    if "forward" in vars(module):  # replaced already, maybe by this function
         return False
     parameters = dict(module.named_parameters())
     return (
@@ -49,43 +53,41 @@ def _may_be_norm(module: nn.Module) -> bool:
 
 
 def _epsilon(module: nn.Module) -> float | None:
+    """Return the number that a norm adds to the mean square, where exactly one attribute can be it."""
     found = [value for name in _EPSILONS if isinstance(value := getattr(module, name, None), float)]
     return found[0] if len(found) == 1 else None
 
 
 def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Stand in for a norm's `forward`; bound to the module, so that a copy of the module is bound to the copy.
+    """Replace a norm's `forward` as a bound method, so that a copy of the module has a method bound to the copy.
 
-    Its name is the method's, so that a pickled module is found to have the method of its class.
+    The function's name is the method's: a pickled module then finds the method of its class.
     """
     own = type(self).forward
-    if len(args) != 1 or kwargs or not _applies(args[0]):
+    if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
         return own(self, *args, **kwargs)
     x: Tensor = args[0]
     weight: Tensor = self.weight  # type: ignore[assignment]
-    if x.dtype != weight.dtype or x.shape[-1:] != weight.shape:
+    on_device = x.device.type in self._fused_on  # type: ignore[operator]
+    if not on_device or not x.numel() or x.dtype != weight.dtype or x.shape[-1:] != weight.shape:
         return own(self, x)
-    fused: dict[torch.dtype, bool] = self._fused  # type: ignore[assignment]
-    if x.dtype not in fused:
-        agrees = _agrees(self, x)
-        if agrees is None:
+    agrees: dict[torch.dtype, bool] = self._agrees  # type: ignore[assignment]
+    if x.dtype not in agrees:
+        found = _compare(self, x)
+        if found is None:
             return own(self, x)
-        fused[x.dtype] = agrees
-    return _kernel(x, weight, _epsilon(self)) if fused[x.dtype] else own(self, x)
-
-
-def _applies(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.is_cuda and x.numel() > 0
+        agrees[x.dtype] = found
+    return _kernel(x, weight, _epsilon(self)) if agrees[x.dtype] else own(self, x)
 
 
 def _kernel(x: Tensor, weight: Tensor, epsilon: float | None) -> Tensor:
-    # Autocast may widen it; what stands there computes in float32 inside and gives what it was given.
+    """Return x / sqrt(mean(x²) + epsilon) · weight over the last axis, in x's dtype, which autocast may have widened."""
     return F.rms_norm(x, weight.shape, weight, epsilon).to(x.dtype)
 
 
 @torch.no_grad()
-def _agrees(module: nn.Module, x: Tensor) -> bool | None:
-    """Tell whether the kernel gives what a norm's own code does; None where these values don't show it."""
+def _compare(module: nn.Module, x: Tensor) -> bool | None:
+    """Tell whether the kernel gives what a norm's own code does; None where all of x is 0, which would show nothing."""
     if not bool(x.any()):
         return None
     own = type(module).forward(module, x)

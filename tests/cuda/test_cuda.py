@@ -24,12 +24,11 @@ from rlhf_core.generation.engine import Engine
 from rlhf_core.generation.generate import prompt_batch
 from rlhf_core.merging import MergeConfig, ModelMerger
 from rlhf_core.models import PolicyModel, RewardModel
-from rlhf_core.models.attention import segment_attention
+from rlhf_core.models.attention import kernel_obstacle, segment_attention, torch_varlen
 from rlhf_core.models.fused_norms import fuse_norms
-from rlhf_core.models.gpu_attention import padded_segment_attention
 from rlhf_core.models.layout import Segment, Segments
 from rlhf_core.models.logprobs import linear_token_logprobs
-from rlhf_core.models.varlen import gpu_segment_attention, kernel_obstacle, torch_varlen
+from rlhf_core.models.segment_attention import attend_in_padded_rows
 from rlhf_core.testing.tiny import save_tiny, tiny_model, tiny_tokenizer
 from rlhf_core.training.logger import TIMING
 
@@ -123,7 +122,7 @@ def test_attention_in_padded_rows_is_that_of_segments() -> None:
     moved = [tensor.detach().cuda().requires_grad_() for tensor in plain]
     upstream = torch.randn(1, 25, 4, 16, generator=generator)
     expected = segment_attention(*plain, segments, scale=0.25)
-    found = padded_segment_attention(*moved, segments, scale=0.25)
+    found = attend_in_padded_rows(*moved, segments, scale=0.25)
     (expected * upstream).sum().backward()
     (found * upstream.cuda()).sum().backward()
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-6)
@@ -143,11 +142,11 @@ def test_pytorchs_variable_length_kernel_is_right_here(heads: tuple[int, int, in
 def test_attention_waits_for_nothing_once_it_has_its_plan(precision: torch.dtype) -> None:
     segments = Segments([Segment(0, 5), Segment(5, 3, 0, 5), Segment(8, 7, 0, 5), Segment(15, 1), Segment(16, 9)])
     inputs = [torch.randn(1, heads, 25, 16, device="cuda", dtype=precision, requires_grad=True) for heads in (4, 2, 2)]
-    gpu_segment_attention(*inputs, segments, scale=0.25).sum().backward()
+    segment_attention(*inputs, segments, scale=0.25).sum().backward()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        gpu_segment_attention(*inputs, segments, scale=0.25).sum().backward()
+        segment_attention(*inputs, segments, scale=0.25).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.infra.errors import ConfigError
-from rlhf_core.models import PolicyModel, gpu_attention
+from rlhf_core.models import PolicyModel, segment_attention
 from rlhf_core.models import attention as attentions
 from rlhf_core.models.layout import packed_layout, padded_layout
 from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
@@ -161,7 +161,7 @@ def test_mismatched_owners_are_the_same_batch_with_another_owner(policy: PolicyM
 
 
 @pytest.mark.parametrize("responses", [1, 2, 5])
-@pytest.mark.parametrize("attend", ["padded_segment_attention", "flash_segment_attention"])
+@pytest.mark.parametrize("attend", ["attend_in_padded_rows", "attend_varlen"])
 def test_attention_kernels_agree(attend: str, responses: int) -> None:
     layout = packed_layout(random_batch(3, responses))
     assert layout.segments is not None
@@ -172,9 +172,9 @@ def test_attention_kernels_agree(attend: str, responses: int) -> None:
     expected = attentions.segment_attention(*inputs, layout.segments, scale=0.3)
     upstream = torch.randn_like(expected)
     gradients = torch.autograd.grad(expected, inputs, upstream)
-    extra = {"kernel": varlen_reference} if attend.startswith("flash") else {}
+    extra = {"kernel": varlen_reference} if attend == "attend_varlen" else {}
     for _ in range(2):  # the second time by the plan of the first
-        found = getattr(gpu_attention, attend)(*inputs, layout.segments, scale=0.3, **extra)
+        found = getattr(segment_attention, attend)(*inputs, layout.segments, scale=0.3, **extra)
         assert found.shape == expected.shape
         assert relative(found, expected) < TOLERANCE
         for mine, other in zip(torch.autograd.grad(found, inputs, upstream), gradients, strict=True):
@@ -188,7 +188,7 @@ def test_a_models_gradient_through_a_gpus_attention_is_the_same(
 ) -> None:
     batch = random_batch(4, 3)
     expected = logps_and_gradient(policy, batch, "packed", share)
-    monkeypatch.setattr(attentions, "segment_attention", gpu_attention.padded_segment_attention)
+    monkeypatch.setattr(attentions, "segment_attention", segment_attention.attend_in_padded_rows)
     found = logps_and_gradient(policy, batch, "packed", share)
     assert relative(found[0], expected[0]) < TOLERANCE
     assert relative(found[1], expected[1]) < GRADIENT_TOLERANCE
@@ -209,10 +209,10 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("attend", ["gpu_segment_attention", "flash_segment_attention"])
+@pytest.mark.parametrize("attend", ["attend_in_padded_rows", "attend_varlen"])
 def test_no_layer_makes_the_host_wait(attend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen: Callable[..., Tensor] = getattr(attentions, attend)
-    if attend.startswith("flash"):
+    chosen: Callable[..., Tensor] = getattr(segment_attention, attend)
+    if attend == "attend_varlen":
         # Any kernel will do for counting: this one leaves queries as they are.
         chosen = functools.partial(chosen, kernel=lambda q, *rest, **options: q * 1)
     models = [PolicyModel(tiny_model(layers=layers), tiny_tokenizer()) for layers in (1, 4)]
@@ -232,10 +232,10 @@ def test_no_layer_makes_the_host_wait(attend: str, monkeypatch: pytest.MonkeyPat
 def test_gradients_of_shared_keys_are_rounded_once(responses: int) -> None:
     layout = packed_layout(random_batch(2, responses))
     assert layout.segments is not None
-    plan = layout.segments.plan(gpu_attention.PaddedPlan.make, torch.device("cpu"))
+    plan = layout.segments.plan(segment_attention.PaddedPlan.make, torch.device("cpu"))
     torch.manual_seed(0)
     x = torch.randn(layout.num_positions, 2, 16).bfloat16().requires_grad_()
-    taken = gpu_attention._Take.apply(x, plan.keys, plan.key_readers)
+    taken = segment_attention.take(x, plan.keys, plan.key_readers)
     real = torch.zeros(len(plan.keys), dtype=torch.bool)
     real[plan.key_readers.first] = True
     if plan.key_readers.others is not None:

@@ -10,22 +10,22 @@ import pytest
 import torch
 from batches import random_batch, relative
 
-from rlhf_core.models import PolicyModel, fused_norms
+from rlhf_core.models import PolicyModel
+from rlhf_core.models.fused_norms import fuse_norms
 from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
 
 
 @pytest.fixture
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Let the kernel's place apply on the CPU too, where PyTorch has the same function; return a list that counts its calls."""
+def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that grows with each call of PyTorch's kernel, which a CPU has too."""
     calls: list[int] = []
-    kernel = fused_norms._kernel
+    kernel = torch.nn.functional.rms_norm
 
     def counted(*given: Any) -> torch.Tensor:
         calls.append(1)
         return kernel(*given)
 
-    monkeypatch.setattr(fused_norms, "_applies", lambda x: x.numel() > 0)
-    monkeypatch.setattr(fused_norms, "_kernel", counted)
+    monkeypatch.setattr(torch.nn.functional, "rms_norm", counted)
     return calls
 
 
@@ -51,10 +51,11 @@ def family(name: str) -> Any:
 
 
 @pytest.mark.parametrize(("name", "fuses"), [("Llama", True), ("Qwen3", True), ("Mistral", True), ("Gemma", False)])
-def test_a_familys_numbers_stay(name: str, fuses: bool, as_on_a_gpu: list[int]) -> None:
+def test_a_familys_numbers_stay(name: str, fuses: bool, kernel_calls: list[int]) -> None:
     """Gemma's norms multiply by 1 + w, and so keep their own code."""
     plain, fused = family(name), family(name)
-    assert fused_norms.fuse_norms(fused) >= 5
+    norms = fuse_norms(fused, devices=("cpu",))
+    assert norms >= 5
     ids = torch.arange(40).view(2, 20)
     losses = [model(ids).logits.log_softmax(-1)[..., 0].sum() for model in (plain, fused)]
     assert relative(losses[1].detach(), losses[0].detach()) < 1e-5
@@ -62,19 +63,23 @@ def test_a_familys_numbers_stay(name: str, fuses: bool, as_on_a_gpu: list[int]) 
         loss.backward()
     for mine, own in zip(fused.parameters(), plain.parameters(), strict=True):
         assert relative(mine.grad, own.grad) < 1e-4
-    states = {value for module in fused.modules() for value in getattr(module, "_fused", {}).values()}
-    assert states == {fuses} and bool(as_on_a_gpu)
+    compared = len(kernel_calls)
+    assert compared == (2 * norms if fuses else norms)  # each was tried once, and used where it agreed
+    fused(ids)
+    assert len(kernel_calls) == compared + norms * fuses
 
 
-def test_a_cpu_computes_the_same_bits_as_before() -> None:
+def test_a_cpu_computes_the_same_bits_as_before(kernel_calls: list[int]) -> None:
     plain, fused = tiny_model(), tiny_model()
-    fused_norms.fuse_norms(fused)
+    assert fuse_norms(fused) == 5
     ids = torch.arange(20)[None]
-    assert torch.equal(plain(ids).logits, fused(ids).logits)
+    assert torch.equal(plain(ids).logits, fused(ids).logits) and not kernel_calls
 
 
-def test_a_copy_has_norms_of_its_own(as_on_a_gpu: list[int]) -> None:
-    policy = PolicyModel(tiny_model(), tiny_tokenizer()).set_options()
+def test_a_copy_has_norms_of_its_own() -> None:
+    model = tiny_model()
+    fuse_norms(model, devices=("cpu",))
+    policy = PolicyModel(model, tiny_tokenizer()).set_options()
     batch = random_batch(2, 2)
     before = policy.token_logps(batch).detach()
     reference = copy.deepcopy(policy)
@@ -86,21 +91,25 @@ def test_a_copy_has_norms_of_its_own(as_on_a_gpu: list[int]) -> None:
 
 def test_a_model_can_still_be_pickled() -> None:
     model = tiny_model()
-    fused_norms.fuse_norms(model)
+    fuse_norms(model)
     again = pickle.loads(pickle.dumps(model))
     ids = torch.arange(20)[None]
     assert torch.equal(again(ids).logits, model(ids).logits)
 
 
-def test_sixteen_bits_and_mixed_ones(as_on_a_gpu: list[int]) -> None:
+def test_sixteen_bits_and_mixed_ones(kernel_calls: list[int]) -> None:
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
     norm = randomised(LlamaRMSNorm(64))
-    fused_norms.fuse_norms(norm)
+    fuse_norms(norm, devices=("cpu",))
     x = torch.randn(7, 64, generator=torch.Generator().manual_seed(1))
     own = LlamaRMSNorm.forward(norm, x.bfloat16())
-    assert norm(x.bfloat16()).dtype == own.dtype == torch.float32 and not as_on_a_gpu  # weights are wider: its own code
+    assert (
+        norm(x.bfloat16()).dtype == own.dtype == torch.float32 and not kernel_calls
+    )  # weights are wider: its own code
     norm.bfloat16()
     narrow = norm(x.bfloat16())
-    assert narrow.dtype == torch.bfloat16 and norm._fused == {torch.bfloat16: True}
+    assert narrow.dtype == torch.bfloat16 and len(kernel_calls) == 2  # compared, then used
+    norm(x.bfloat16())
+    assert len(kernel_calls) == 3
     assert relative(narrow.float(), LlamaRMSNorm.forward(norm, x.bfloat16()).float()) < 1e-2

@@ -5,6 +5,7 @@ Kernels that only a GPU has are stood in for by functions with as many operation
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ import torch
 from batches import random_batch
 from torch import Tensor
 
-from rlhf_core.models import PolicyModel, gpu_attention, gpu_norm
+from rlhf_core.models import PolicyModel
 from rlhf_core.models import attention as attentions
+from rlhf_core.models.fused_norms import fuse_norms
+from rlhf_core.models.segment_attention import attend_varlen
 from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
 
 
@@ -48,16 +51,20 @@ def count(monkeypatch: pytest.MonkeyPatch) -> Any:
     def a_layer(loss: Any, *, as_on_a_gpu: bool) -> int:
         counts = []
         for layers in (1, 2):
-            policy = PolicyModel(tiny_model(layers=layers), tiny_tokenizer()).set_options()
-            loss(policy)  # the longest sequence so far is tried once
+            model = tiny_model(layers=layers)
+            if as_on_a_gpu:
+                fuse_norms(model, devices=("cpu",))
+            policy = PolicyModel(model, tiny_tokenizer()).set_options()
+            for context in (contextlib.nullcontext(), torch.autocast("cpu", dtype=torch.bfloat16)):
+                with context:
+                    loss(policy)  # the longest sequence so far is tried once, and norms are compared with the kernel
             with monkeypatch.context() as patch:
                 if as_on_a_gpu:
                     kernel = lambda q, k, v, *_, **__: OneOperation.apply(q, k, v)  # noqa: E731
-                    attend = functools.partial(gpu_attention.flash_segment_attention, kernel=kernel)
+                    attend = functools.partial(attend_varlen, kernel=kernel)
                     patch.setattr(attentions, "segment_attention", attend)
-                    patch.setattr(gpu_norm, "_applies", lambda x: True)
-                    patch.setattr(gpu_norm, "_agrees", lambda *_: True)
-                    patch.setattr(gpu_norm, "_kernel", lambda x, weight, _: OneOperation.apply(x, weight))
+                    rms_norm = lambda x, shape, weight, _: OneOperation.apply(x, weight)  # noqa: E731
+                    patch.setattr(torch.nn.functional, "rms_norm", rms_norm)
                 counts.append(passes(functools.partial(loss, policy)))
         return counts[1] - counts[0]
 

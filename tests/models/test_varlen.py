@@ -11,14 +11,15 @@ import torch
 from test_forward import varlen_reference
 from torch import Tensor
 
-from rlhf_core.models import gpu_attention, varlen
+from rlhf_core.models.attention import kernel_obstacle, torch_varlen
 from rlhf_core.models.layout import Segment, Segments
+from rlhf_core.models.segment_attention import attend_varlen
 
 CPU = torch.device("cpu")
 
 
 def obstacle(kernel: Callable[..., Tensor], precision: torch.dtype = torch.float32) -> str | None:
-    return varlen.kernel_obstacle(kernel, CPU, precision, 4, 2, 16)
+    return kernel_obstacle(kernel, CPU, precision, 4, 2, 16)
 
 
 def test_a_kernel_that_is_right_is_taken() -> None:
@@ -57,7 +58,7 @@ def test_one_that_differs_or_raises_is_not() -> None:
         == "its output differs by nan"
     )
     assert obstacle(missing) == "NotImplementedError: no kernel here"
-    assert obstacle(varlen.torch_varlen) is not None  # PyTorch's own doesn't run on a CPU
+    assert obstacle(torch_varlen) is not None  # PyTorch's own doesn't run on a CPU
 
 
 def test_the_operator_has_these_arguments_and_a_backward_pass() -> None:
@@ -67,7 +68,7 @@ def test_the_operator_has_these_arguments_and_a_backward_pass() -> None:
     inputs = [torch.empty(shape, device="meta", dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
     with pytest.MonkeyPatch.context() as patch:  # autocast doesn't know `meta`
         patch.setattr(torch, "is_autocast_enabled", lambda *_: False)
-        attend = functools.partial(gpu_attention.flash_segment_attention, kernel=varlen.torch_varlen)
+        attend = functools.partial(attend_varlen, kernel=torch_varlen)
         out = attend(*inputs, segments, scale=0.25)
     assert out.shape == (1, 15, 4, 16)
     out.sum().backward()
