@@ -110,7 +110,7 @@ def offered(module: str) -> Iterator[tuple[str, str]]:
 def summary(name: str, home: str) -> str:
     """Return the first sentence of what a name's docstring says; of a constant, of the string below it."""
     there = importlib.import_module(home)
-    value = getattr(there, name, None) or importlib.import_module(f"{home}.{name}")
+    value = getattr(there, name) if hasattr(there, name) else importlib.import_module(f"{home}.{name}")
     doc = (
         inspect.getdoc(value) if inspect.isclass(value) or inspect.isroutine(value) or inspect.ismodule(value) else None
     )

@@ -41,6 +41,10 @@ if TYPE_CHECKING:
     from rlhf_core.data.base import EncodedData as EncodedData
     from rlhf_core.data.base import random_generator as random_generator
     from rlhf_core.data.collate import collate as collate
+    from rlhf_core.data.step_labels import NO_LABEL as NO_LABEL
+    from rlhf_core.data.step_labels import RIGHT as RIGHT
+    from rlhf_core.data.step_labels import WRONG as WRONG
+    from rlhf_core.data.step_labels import read_step_labels as read_step_labels
     from rlhf_core.generation.engine import Engine as Engine
     from rlhf_core.generation.generate import prompt_batch as prompt_batch
     from rlhf_core.generation.sampler_models import best_first as best_first
@@ -85,6 +89,11 @@ if TYPE_CHECKING:
     from rlhf_core.rewards import samples_of as samples_of
     from rlhf_core.training.context import RunContext as RunContext
     from rlhf_core.training.loader import Loader as Loader
+    from rlhf_core.training.pairs import chosen_nll as chosen_nll
+    from rlhf_core.training.pairs import logistic_loss as logistic_loss
+    from rlhf_core.training.pairs import pair_accuracy as pair_accuracy
+    from rlhf_core.training.pairs import pair_metrics as pair_metrics
+    from rlhf_core.training.pairs import response_tokens as response_tokens
 
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
@@ -94,6 +103,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.config.training": "LoraConfig ModelConfig ReferenceConfig TrainedModelConfig TrainerConfig TrainingStage",
         "rlhf_core.data.base": "EncodedData random_generator",
         "rlhf_core.data.collate": "collate",
+        "rlhf_core.data.step_labels": "NO_LABEL RIGHT WRONG read_step_labels",
         "rlhf_core.infra.errors": "ConfigError DataError ModelError NumbersError PluginError shortened",
         "rlhf_core.registry.hooks": "hookimpl",
         "rlhf_core.infra.lazy": "lazy_names",
@@ -118,5 +128,6 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.infra.statistics": "auc calibration_error",
         "rlhf_core.training.context": "RunContext",
         "rlhf_core.training.loader": "Loader",
+        "rlhf_core.training.pairs": "chosen_nll logistic_loss pair_accuracy pair_metrics response_tokens",
     },
 )

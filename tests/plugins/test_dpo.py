@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from batches import random_batch
-from rlhf_plugins.trainers import dpo
+from rlhf_plugins.trainers.dpo import DPOConfig, DPOTrainer, dpo_metrics
+from trainers_helpers import built, move, small_policy
 
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.infra.errors import ConfigError
-from rlhf_core.models import PolicyModel, Reference
+from rlhf_core.models import Reference
 from rlhf_core.testing import run_context, simulate
-from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
 from rlhf_core.training.distribution import Distribution
 
 
@@ -41,25 +41,16 @@ from rlhf_core.training.distribution import Distribution
 )
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        dpo.DPOConfig.parse(options)
+        DPOConfig.parse(options)
     assert message in str(caught.value) and caught.value.exit_code == 2
-
-
-def trainer(policy: PolicyModel, **options: object) -> dpo.DPOTrainer:
-    made = dpo.DPOTrainer(dpo.DPOConfig(**options), model=policy, data=[])  # type: ignore[arg-type]
-    made.models = torch.nn.ModuleDict({"policy": policy})
-    return made
 
 
 @pytest.mark.parametrize("mode", ["copy", "precompute"])
 def test_the_first_loss_is_log_2_for_any_model_passed_in(mode: str) -> None:
     """The reference is the policy as passed in, changed weights and all: not the one its name would load."""
-    policy = PolicyModel(tiny_model(), tiny_tokenizer())
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    made = trainer(policy)
-    made.reference = Reference.create(policy, mode)  # type: ignore[arg-type]
+    policy = small_policy()
+    move(policy)
+    made = built(DPOTrainer, model=policy, reference=mode)
     batch = random_batch(3, 2)
     if mode == "precompute":
         made.reference.precompute([batch])
@@ -73,11 +64,9 @@ def test_the_first_loss_is_log_2_for_any_model_passed_in(mode: str) -> None:
 
 
 def test_metrics_by_hand() -> None:
-    policy = PolicyModel(tiny_model(), tiny_tokenizer())
-    made = trainer(policy, beta=0.5)
     batch = random_batch(2, 2).attach(per_response={"ref_logps": torch.tensor([-3.0, -1.0, -5.0, -2.0])})
     logps = torch.tensor([-1.0, -2.0, -6.0, -2.5])
-    found = made._metrics(batch, logps)
+    found = dpo_metrics(batch, logps, beta=0.5)
     assert float(found["rewards/chosen"][0]) == pytest.approx(0.5 * (2.0 - 1.0))
     assert float(found["rewards/rejected"][0]) == pytest.approx(0.5 * (-1.0 - 0.5))
     assert found["rewards/margin"][0].tolist() == pytest.approx([0.5 * 3.0, 0.5 * -0.5])  # type: ignore[union-attr]
@@ -85,22 +74,19 @@ def test_metrics_by_hand() -> None:
     assert float(found["kl"][0]) == pytest.approx(-(2.0 - 1.0 - 1.0 - 0.5)) and found["kl"][1] == 4
 
 
-def window(made: dpo.DPOTrainer, batch: Batch, distribution: Distribution | None = None) -> Batch:
+def window(made: DPOTrainer, batch: Batch, distribution: Distribution | None = None) -> Batch:
     """Return the batch as the method's window, with a reference that isn't the policy."""
-    reference = tiny_model()
-    with torch.no_grad():
-        for parameter in reference.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7)) * 0.05)
-    made.reference = Reference.create(PolicyModel(reference, tiny_tokenizer()), "copy")
+    other = small_policy()
+    move(other, seed=7)
+    made.reference = Reference.create(other, "copy")
     with torch.no_grad():
         (made_window,) = made.experience(iter([batch]), run_context(made, distribution=distribution))
     return made_window
 
 
-def test_the_sft_term_is_the_chosen_response_a_token_averaged_over_pairs() -> None:
-    policy = PolicyModel(tiny_model(), tiny_tokenizer())
-    batch = random_batch(3, 2, masked=True)
-    made, plain = trainer(policy, sft_weight=0.3), trainer(policy)
+def test_the_sft_term_is_the_chosen_nll_per_token_averaged_over_pairs() -> None:
+    policy, batch = small_policy(), random_batch(3, 2, masked=True)
+    made, plain = built(DPOTrainer, model=policy, sft_weight=0.3), built(DPOTrainer, model=policy)
     seen = window(made, batch)
     loss, weights = made.loss(seen), made.weights(seen)
     assert weights == {"preference": 3, "sft": 3} and plain.weights(seen) == {"preference": 3}
@@ -115,11 +101,10 @@ def test_the_sft_term_is_the_chosen_response_a_token_averaged_over_pairs() -> No
 
 
 @pytest.mark.parametrize("kind", ["aot", "aot_unpaired"])
-def test_a_sorted_step_is_the_same_however_it_is_shared_out(kind: str) -> None:
+def test_a_sorted_step_is_the_same_however_it_is_divided(kind: str) -> None:
     """The gradient of two processes' shares, in micro-batches of one pair, is that of the sorted objective."""
-    policy = PolicyModel(tiny_model(), tiny_tokenizer())
-    batch, beta = random_batch(6, 2), 0.5
-    whole = trainer(policy, loss_type=kind, beta=beta)
+    policy, batch, beta = small_policy(), random_batch(6, 2), 0.5
+    whole = built(DPOTrainer, model=policy, loss_type=kind, beta=beta)
     seen = window(whole, batch)
 
     logps = policy.response_logps(seen)
@@ -134,7 +119,7 @@ def test_a_sorted_step_is_the_same_however_it_is_shared_out(kind: str) -> None:
     theirs = gradient(expected, parameters)
 
     shares = [batch.select([4, 1]), batch.select([0, 5, 2, 3])]
-    made = trainer(policy, loss_type=kind, beta=beta)
+    made = built(DPOTrainer, model=policy, loss_type=kind, beta=beta)
     seen_by = simulate(2, lambda process: window(made, shares[process.rank], process))
     total, ours = 0.0, torch.zeros_like(theirs)
     for share in seen_by:

@@ -1,4 +1,4 @@
-"""DPO's table of losses: golden numbers, limits, signs, float64 written anew, TRL's own code, and a whole step's ranks."""
+"""DPO's table of losses: golden numbers, limits, signs, float64 formulae, TRL's own code, and a whole step's ranks."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ import torch
 from batches import relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rlhf_plugins.trainers import dpo_aot
 from rlhf_plugins.trainers.dpo import DPOTrainer
-from rlhf_plugins.trainers.dpo_losses import LOSSES, LossType
-from rlhf_plugins.trainers.pairs import Pairs
+from rlhf_plugins.trainers.dpo_losses import LOSSES, LossType, PreferencePairs, aot_partners, aot_unpaired_partners
 from torch import Tensor
+from trainers_helpers import TrlMetrics, assert_same, gradients
 
 from rlhf_core.testing import TrainerContract, run_context, simulate
 from rlhf_core.training.distribution import Distribution
 
 KINDS = list(LOSSES)
-SORTED = [kind for kind, row in LOSSES.items() if row.match]
+SORTED = [kind for kind, row in LOSSES.items() if row.find_partners]
 SMOOTHED = [kind for kind, row in LOSSES.items() if "label_smoothing" in row.options]
 TOKENS = ([2, 3, 1, 7, 4, 30], [5, 3, 2, 1, 9, 11])
 LOG2 = math.log(2)
@@ -39,17 +38,17 @@ def losses(kind: Any, values: list[Tensor], beta: float = 0.1, **options: Any) -
     """Return a row's losses, as the trainer computes them when these pairs are the whole step."""
     row = LOSSES[kind]
     partners = None
-    if row.match is not None:
+    if row.find_partners is not None:
         step = torch.stack([value.detach().double() for value in values], dim=1)
-        chosen, rejected = row.match(step).float().unbind(1)
+        chosen, rejected = row.find_partners(step).float().unbind(1)
         partners = chosen, rejected
     count = len(values[0])
     tokens = [torch.tensor((column * count)[:count]) for column in TOKENS]
-    return row.loss(Pairs(*values, *tokens, beta=beta, partners=partners, **options))
+    return row.loss(PreferencePairs(*values, *tokens, beta=beta, partners=partners, **options))
 
 
 def losses64(kind: str, values: list[Tensor], beta: float, eps: float = 0.0, tau: float = 0.05) -> Tensor:
-    """The papers' formulae, written anew with exp and log in float64; AOT's with sorts that gradients pass through."""
+    """The papers' formulae, written with exp and log in float64; AOT's with sorts that gradients pass through."""
     w, l, rw, rl = (v.double() for v in values)  # noqa: E741
     a, b = w - rw, l - rl
     h = a - b
@@ -91,7 +90,7 @@ def check_float64(kind: str, values: list[Tensor], beta: float, eps: float, tau:
         assert found.sum().item() == pytest.approx(expected.sum().item(), rel=1e-6)
     else:
         assert relative(found.double(), expected) < 1e-6
-    ours, theirs = (torch.stack(torch.autograd.grad(x.sum(), values[:2])) for x in (found, expected))
+    ours, theirs = gradients(found, values[:2]), gradients(expected, values[:2])
     assert float((ours - theirs).norm()) <= 1e-6 * float(theirs.norm())
 
 
@@ -118,9 +117,7 @@ def test_losses_equal_trl(kind: str, beta: float) -> None:
     # TRL's in float64: some of its forms, such as 1 − σ(x), lose digits in float32.
     theirs = trl_loss(TRL_NAMES.get(kind, kind), [value.double() for value in values], beta, smoothing)
     found = losses(kind, values, beta, label_smoothing=smoothing).mean()
-    assert found.item() == pytest.approx(theirs.item(), rel=1e-6)
-    ours, other = (torch.stack(torch.autograd.grad(x, values[:2])) for x in (found, theirs))
-    assert relative(ours, other) < 1e-6
+    assert_same(found, theirs, values[:2])
 
 
 def test_ipo_equals_trl_where_responses_have_one_token() -> None:
@@ -151,7 +148,7 @@ def trl_loss(kind: str, values: list[Tensor], beta: float, smoothing: float, one
         model=Model(), beta=beta, loss_types=[kind], loss_weights=[1.0], label_smoothing=smoothing, ld_alpha=None,
         precompute_ref_logps=True, f_divergence_type="reverse_kl", use_weighting=False, aux_loss_enabled=False,
         args=SimpleNamespace(discopop_tau=0.05), _tp_size=1, _total_train_tokens=0,
-        _metrics={mode: _Lists() for mode in ("train", "eval")},
+        _metrics={mode: TrlMetrics() for mode in ("train", "eval")},
         accelerator=SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x),
     )  # fmt: skip
     inputs = {
@@ -162,11 +159,6 @@ def trl_loss(kind: str, values: list[Tensor], beta: float, smoothing: float, one
         "ref_rejected_logps": ref_rejected,
     }
     return trainer._compute_loss(stub, stub.model, inputs, False)
-
-
-class _Lists(dict):  # type: ignore[type-arg]
-    def __missing__(self, key: str) -> list[float]:
-        return self.setdefault(key, [])
 
 
 def one(chosen: float, rejected: float, ref_chosen: float, ref_rejected: float) -> list[Tensor]:
@@ -317,7 +309,7 @@ COARSE = st.integers(-8, 8).map(lambda n: n / 2)  # with ties
 
 @given(step=st.lists(st.tuples(COARSE, COARSE, COARSE, COARSE), min_size=1, max_size=12), data=st.data())
 @settings(max_examples=80, deadline=None)
-def test_partners_are_those_of_the_whole_step_however_it_is_shared_out(
+def test_partners_are_those_of_the_whole_step_however_it_is_divided(
     step: list[tuple[float, ...]], data: st.DataObject
 ) -> None:
     count = len(step)
@@ -326,7 +318,7 @@ def test_partners_are_those_of_the_whole_step_however_it_is_shared_out(
     parts = [list(shuffled[a:b]) for a, b in zip([0, *cuts], [*cuts, count], strict=True)]
     values = torch.tensor(step, dtype=torch.float64)
     trainer = DPOTrainer(model="unused", data=[])
-    for rule in (dpo_aot.aot_partners, dpo_aot.aot_unpaired_partners):
+    for rule in (aot_partners, aot_unpaired_partners):
 
         def share(process: Distribution, rule: Any = rule) -> torch.Tensor:
             own = parts[process.rank]
@@ -335,7 +327,7 @@ def test_partners_are_those_of_the_whole_step_however_it_is_shared_out(
         whole = rule(values)
         for part, found in zip(parts, simulate(len(parts), share), strict=True):
             assert torch.equal(found, whole[part])
-    paired = dpo_aot.aot_partners(values)
+    paired = aot_partners(values)
     assert Counter(map(tuple, paired.tolist())) == Counter(row[2:] for row in step)
     margins = torch.tensor([row[0] - row[1] for row in step])
     other = paired[:, 0] - paired[:, 1]
@@ -345,8 +337,8 @@ def test_partners_are_those_of_the_whole_step_however_it_is_shared_out(
 
 def test_a_loss_that_sorts_needs_partners() -> None:
     values, tokens = logps(), torch.ones(6)
-    with pytest.raises(ValueError, match="this loss needs partners"):
-        LOSSES["aot"].loss(Pairs(*values, tokens, tokens, beta=0.1))
+    with pytest.raises(ValueError, match="this loss needs `partners`"):
+        LOSSES["aot"].loss(PreferencePairs(*values, tokens, tokens, beta=0.1))
 
 
 def contract(**given_options: Any) -> TrainerContract:

@@ -1,4 +1,4 @@
-"""KTO's loss: golden numbers, limits, float64 and TRL's own code; its reference point, and data that can't do."""
+"""KTO: golden numbers, limits, float64 and TRL's own code; its reference point, and data that it refuses."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from batches import random_batch, relative
-from rlhf_plugins.trainers.kto import KTOConfig, KTOTrainer, kto_loss
-from rlhf_plugins.trainers.kto_pairs import mismatched
+from batches import random_batch
+from rlhf_plugins.trainers.kto import KTOConfig, KTOTrainer, kto_loss, mismatched_pairs, next_other_prompts
 from torch import Tensor
+from trainers_helpers import TrlMetrics, assert_same, built, move
 
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.infra.errors import ConfigError, DataError
-from rlhf_core.models import PolicyModel, Reference
 from rlhf_core.testing import TrainerContract, run_context, simulate
 from rlhf_core.testing.arithmetic import Arithmetic
-from rlhf_core.testing.tiny import save_tiny, tiny_model, tiny_tokenizer
+from rlhf_core.testing.tiny import save_tiny
 
 LABELS = torch.tensor([True, False, True, True, False, False])
 
@@ -58,9 +57,7 @@ def test_loss_and_gradient_equal_float64(beta: float, point: float) -> None:
     good = 1.5 * (1 - 1 / (1 + torch.exp(-beta * (exact - point))))
     bad = 0.7 * (1 - 1 / (1 + torch.exp(-beta * (point - exact))))
     expected = torch.where(LABELS, good, bad)
-    assert relative(found.double(), expected) < 1e-6
-    ours, theirs = (torch.autograd.grad(x.sum(), values)[0] for x in (found, expected))
-    assert relative(ours.double(), theirs.double()) < 1e-6
+    assert_same(found, expected, [values])
 
 
 def test_the_gradient_raises_the_good_and_lowers_the_bad() -> None:
@@ -91,7 +88,7 @@ def test_loss_equals_trl(kl: float) -> None:
     stub: Any = SimpleNamespace(
         model=Model(), beta=0.3, loss_type="kto", desirable_weight=1.5, undesirable_weight=0.7, calculate_KL=True,
         precompute_ref_logps=True, aux_loss_enabled=False, _tp_size=1, _total_train_tokens=0,
-        _metrics={mode: _Lists() for mode in ("train", "eval")}, _compute_kl_logps=lambda *_: torch.full((rows,), kl),
+        _metrics={mode: TrlMetrics() for mode in ("train", "eval")}, _compute_kl_logps=lambda *_: torch.full((rows,), kl),
         accelerator=SimpleNamespace(device="cpu", gather_for_metrics=lambda x: x),
     )  # fmt: skip
     inputs = {
@@ -104,55 +101,52 @@ def test_loss_equals_trl(kl: float) -> None:
     }
     theirs = peer._compute_loss(stub, stub.model, inputs, False)
     ours = kto_loss(policy - reference, LABELS, torch.tensor(max(kl, 0.0)), 0.3, 1.5, 0.7).mean()
-    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
-    a, b = (torch.autograd.grad(x, policy)[0] for x in (ours, theirs))
-    assert relative(a, b) < 1e-6
-
-
-class _Lists(dict):  # type: ignore[type-arg]
-    def __missing__(self, key: str) -> list[float]:
-        return self.setdefault(key, [])
+    assert_same(ours, theirs, [policy])
 
 
 def test_mismatched_pairs_are_the_same_responses_behind_other_prompts() -> None:
     batch = random_batch(4, 1, longest=9)
     prompts = [batch.prompt_ids[p, : batch.prompt_lengths[p]].tolist() for p in (1, 2, 3, 0)]
-    other = mismatched(batch, prompts, max_length=100)
+    other = mismatched_pairs(batch, prompts, max_length=100)
     assert other.prompt_lengths.tolist() == [len(prompt) for prompt in prompts]
     assert torch.equal(other.response_lengths, batch.response_lengths)
     longest = int(batch.prompt_lengths.max())
-    short = mismatched(batch, prompts, max_length=longest + 2)
+    short = mismatched_pairs(batch, prompts, max_length=longest + 2)
     assert (short.prompt_lengths[short.owner] + short.response_lengths <= longest + 2).all()
     assert not (short.loss_mask & (torch.arange(short.loss_mask.shape[1]) >= short.response_lengths[:, None])).any()
-    assert mismatched(batch, [prompts[0], None, None, prompts[1]], 100).rows == (0, 3)
-    assert mismatched(batch, [None] * 4, 100).num_responses == 0
+    assert mismatched_pairs(batch, [prompts[0], None, None, prompts[1]], 100).rows == (0, 3)
+    assert mismatched_pairs(batch, [None] * 4, 100).num_responses == 0
 
 
 def test_rows_of_one_prompt_are_no_mismatch_and_processes_change_nothing() -> None:
     trainer, batch = made()
+    run = run_context(trainer)
     twice = replace(
         batch, prompt_ids=batch.prompt_ids[[0, 0, 2, 3, 4]], prompt_lengths=batch.prompt_lengths[[0, 0, 2, 3, 4]]
     )
-    whole = trainer._next_prompts(twice, run_context(trainer))
+    whole = next_other_prompts(twice, run)
     ids = [twice.prompt_ids[p, : twice.prompt_lengths[p]].tolist() for p in range(5)]
     assert whole == [ids[2], ids[2], ids[3], ids[4], ids[0]]
-    assert trainer._next_prompts(batch.select([2]), run_context(trainer)) == [None]
+    assert next_other_prompts(batch.select([2]), run) == [None]
     shares = [twice.select([0, 2, 4]), twice.select([1, 3])]
     found = simulate(
-        2, lambda process: trainer._next_prompts(shares[process.rank], run_context(trainer, distribution=process))
+        2, lambda process: next_other_prompts(shares[process.rank], run_context(trainer, distribution=process))
     )
     assert found == [[whole[0], whole[2], whole[4]], [whole[1], whole[3]]]
 
 
 def made(**options: Any) -> tuple[KTOTrainer, Batch]:
-    policy = PolicyModel(tiny_model(hidden=32, heads=2, kv_heads=1), tiny_tokenizer())
-    trainer = KTOTrainer(KTOConfig(**options), model=policy, data=[])
-    trainer.models = torch.nn.ModuleDict({"policy": policy})
-    trainer.reference = Reference.create(policy, "copy")
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    """Return a trainer whose policy has moved from its reference, and a batch of five labelled responses."""
+    trainer = built(KTOTrainer, **options)
+    move(trainer.policy)
     return trainer, random_batch(5, 1).attach(per_response={"desirable": torch.arange(5) % 2 == 0})
+
+
+def reference_point(trainer: KTOTrainer, batch: Batch) -> float:
+    """Return the reference point z₀ of the window that `experience` makes of a batch."""
+    (window,) = trainer.experience(iter([batch]), run_context(trainer))
+    (point,) = set(window["kl"].tolist())
+    return point
 
 
 def estimate(trainer: KTOTrainer, batch: Batch) -> float:
@@ -173,28 +167,23 @@ def estimate(trainer: KTOTrainer, batch: Batch) -> float:
 def test_the_reference_point_by_hand() -> None:
     trainer, batch = made()
     expected = estimate(trainer, batch)
-    assert trainer._reference_point(batch, run_context(trainer)) == pytest.approx(
-        max(expected, 0.0), rel=1e-5, abs=1e-6
-    )
-    (window,) = trainer.experience(iter([batch]), run_context(trainer))
-    assert window["kl"].tolist() == pytest.approx([max(expected, 0.0)] * 5, rel=1e-5, abs=1e-6)
-    assert made(kl="zero")[0]._reference_point(batch, run_context(trainer)) == 0.0
+    assert reference_point(trainer, batch) == pytest.approx(max(expected, 0.0), rel=1e-5, abs=1e-6)
+    assert reference_point(made(kl="zero")[0], batch) == 0.0
 
 
 def test_the_moving_average_by_hand_and_over_a_resume() -> None:
     trainer, batch = made(kl="ema", kl_decay=0.5)
     once = estimate(trainer, batch)
-    trainer._reference_point(batch, run_context(trainer))
-    assert trainer.moving_kl == pytest.approx(once, rel=1e-5, abs=1e-6)
+    reference_point(trainer, batch)
+    assert trainer.state_dict() == {"moving_kl": pytest.approx(once, rel=1e-5, abs=1e-6)}
     trainer.load_state_dict({"moving_kl": 10.0})
-    assert trainer._reference_point(batch, run_context(trainer)) == pytest.approx(
-        max(0.5 * 10 + 0.5 * once, 0), rel=1e-5
-    )
+    assert reference_point(trainer, batch) == pytest.approx(max(0.5 * 10 + 0.5 * once, 0), rel=1e-5)
     assert trainer.state_dict() == {"moving_kl": pytest.approx(5 + 0.5 * once, rel=1e-5)}
 
 
 def test_a_step_of_one_row_has_no_reference_point() -> None:
-    assert made()[0]._reference_point(made()[1].select([0]), run_context(made()[0])) == 0.0
+    trainer, batch = made()
+    assert reference_point(trainer, batch.select([0])) == 0.0
     with pytest.raises(ConfigError, match="a step of one row has no mismatched pair"):
         KTOConfig.parse({"batch_size": 1})
     assert KTOConfig.parse({"batch_size": 1, "kl": "zero"}).kl == "zero"
@@ -202,11 +191,8 @@ def test_a_step_of_one_row_has_no_reference_point() -> None:
         KTOConfig.parse({"kl_decay": 0.5})
 
 
-def test_identical_models_have_no_kl_and_pay_half() -> None:
-    policy = PolicyModel(tiny_model(hidden=32, heads=2, kv_heads=1), tiny_tokenizer())
-    trainer = KTOTrainer(model=policy, data=[])
-    trainer.models = torch.nn.ModuleDict({"policy": policy})
-    trainer.reference = Reference.create(policy, "copy")
+def test_identical_models_have_no_kl_and_a_loss_of_one_half() -> None:
+    trainer = built(KTOTrainer)
     (window,) = trainer.experience(iter([made()[1]]), run_context(trainer))
     loss = trainer.loss(window)
     assert window["kl"].tolist() == pytest.approx([0.0] * 5, abs=1e-4)
@@ -238,19 +224,19 @@ def test_one_class_is_refused_where_a_stream_has_been_gone_through(tmp_path: Pat
 
 
 @pytest.mark.parametrize(("good", "bad", "missing"), [(300, 0, "undesirable"), (0, 300, "desirable"), (299, 1, None)])
-def test_one_class_at_a_streams_beginning_is_told_once(
+def test_one_class_at_a_streams_beginning_is_reported_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, good: int, bad: int, missing: str | None
 ) -> None:
     data = rows(good, bad)
     options = {"max_steps": 3, "batch_size": 90, "kl": "zero", "dataset": {"streaming": True, "shuffle": False}}
     run(tmp_path, data if missing else data[::-1], **options).train()
-    told = [record.getMessage() for record in caplog.records if "of the first" in record.getMessage()]
-    assert [f"data: none of the first 256 rows has the label `{missing}`" in line for line in told] == [True] * bool(
-        missing
-    )
+    reported = [record.getMessage() for record in caplog.records if "of the first" in record.getMessage()]
+    assert [f"data: none of the first 256 rows has the label `{missing}`" in line for line in reported] == [
+        True
+    ] * bool(missing)
 
 
-def test_a_batch_of_one_class_is_learnt_from(tmp_path: Path) -> None:
+def test_a_batch_of_one_class_is_trained_on(tmp_path: Path) -> None:
     data = rows(4, 4)
     result = run(tmp_path, data, dataset={"shuffle": False}).train()
     assert math.isfinite(result.metrics["loss"]) and "rewards/desirable" not in result.metrics
@@ -259,9 +245,9 @@ def test_a_batch_of_one_class_is_learnt_from(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("good", "bad", "weights", "said"),
     [
-        (8, 2, {}, "8 desirable and 2 undesirable rows weigh 4 to 1; the paper wants 1 to 1.33, which a `desirable_weight`"
-         " of 0.25 to 0.333 gives"),
-        (4, 8, {"undesirable_weight": 2.0}, "weigh 0.25 to 1; the paper wants 1 to 1.33, which a"
+        (8, 2, {}, "8 desirable and 2 undesirable rows weigh 4 to 1 with their weights; the paper recommends 1 to 1.33, which"
+         " a `desirable_weight` of 0.25 to 0.333 gives"),
+        (4, 8, {"undesirable_weight": 2.0}, "weigh 0.25 to 1 with their weights; the paper recommends 1 to 1.33, which a"
          " `desirable_weight` of 4 to 5.33"),
         (8, 2, {"desirable_weight": 0.25}, None),
     ],

@@ -91,7 +91,10 @@ def test_scores_are_those_of_training() -> None:
             "loose",
             r"doubt_weight: .* aren't known to be centred.*got 0.5 for .*fix: train .* `centre_weight`",
         ),
-        ("single", r"doubt_weight: a model of one member has no doubt; got 0.5 for .*ensemble.size"),
+        (
+            "single",
+            r"doubt_weight: a model of one member has no standard deviation over members; got 0.5 for .*ensemble.size",
+        ),
     ],
 )
 def test_doubt_that_means_nothing_is_refused(kind: str, said: str) -> None:

@@ -1,4 +1,4 @@
-"""Process reward models: steps found in ids, the losses against float64, aggregation, labels that don't fit, what is learnt."""
+"""Process reward models: steps found in ids, the losses against float64, aggregation, labels that don't fit, what is learned."""
 
 from __future__ import annotations
 
@@ -14,27 +14,25 @@ import torch
 from batches import random_batch, relative
 from hypothesis import given
 from hypothesis import strategies as st
-from rlhf_plugins.trainers.process_metrics import NO_LABEL, RIGHT, WRONG, first_wrong, row_labels
 from rlhf_plugins.trainers.process_reward import (
     ProcessRewardModelConfig,
     ProcessRewardModelTrainer,
-    ranking_loss,
+    first_wrong,
     step_loss,
 )
+from trainers_helpers import assert_same, built, gradients, small_policy
 
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.data import PreferenceDataset, SFTDataset
 from rlhf_core.data.collate import collate
-from rlhf_core.infra.devices import DeviceManager
+from rlhf_core.data.step_labels import NO_LABEL, RIGHT, WRONG, read_step_labels
 from rlhf_core.infra.errors import ConfigError, DataError, ModelError
-from rlhf_core.models import PolicyModel, ProcessRewardModel
+from rlhf_core.models import ProcessRewardModel
 from rlhf_core.models.process_reward_model import AGGREGATIONS
 from rlhf_core.models.reasoning_steps import step_ends
 from rlhf_core.testing import TrainerContract, run_context
 from rlhf_core.testing.arithmetic import Arithmetic, split_steps
-from rlhf_core.testing.tiny import save_tiny, tiny_model, tiny_tokenizer
-from rlhf_core.training.loader import Loader
-from rlhf_core.training.micro_batches import MicroBatches
+from rlhf_core.testing.tiny import save_tiny, tiny_tokenizer
 
 
 class TestProcessReward(TrainerContract):
@@ -56,7 +54,7 @@ def ends_of(text: str, separator: str = "\n") -> list[int]:
     return step_ends(encoded(text), tiny_tokenizer(), separator)[0].nonzero().squeeze(1).tolist()
 
 
-# The tiny tokenizer has a token a byte, and each response ends with its end token.
+# The tiny tokenizer has one token per byte, and each response ends with its end token.
 @pytest.mark.parametrize(
     ("text", "separator", "expected"),
     [
@@ -81,7 +79,6 @@ def test_golden_numbers() -> None:
     steps, labels = torch.tensor([[0.0, 2.0, 5.0]]), torch.tensor([[RIGHT, WRONG, NO_LABEL]])
     expected = [math.log(2), 2 + math.log1p(math.exp(-2)), 0.0]
     assert step_loss(steps, labels)[0].tolist() == pytest.approx(expected, rel=1e-6)
-    assert ranking_loss(torch.tensor([[1.0, 1.0]])).item() == pytest.approx(math.log(2))
 
 
 def test_losses_and_gradients_equal_float64() -> None:
@@ -91,9 +88,8 @@ def test_losses_and_gradients_equal_float64() -> None:
     found = step_loss(steps, labels)
     p = 1 / (1 + torch.exp(-steps.double()))
     expected = torch.where(labels == RIGHT, -torch.log(p), torch.where(labels == WRONG, -torch.log(1 - p), 0.0))
-    assert relative(found.double(), expected) < 1e-6
-    ours, theirs = (torch.autograd.grad(x.sum(), steps)[0] for x in (found, expected))
-    assert relative(ours.double(), theirs.double()) < 1e-6
+    assert_same(found, expected, [steps])
+    (ours,) = gradients(found, [steps])
     assert not ours[labels == NO_LABEL].any()
     assert ((ours < 0) == (labels == RIGHT)).all()
 
@@ -124,11 +120,10 @@ def test_first_wrong() -> None:
 
 
 def model() -> ProcessRewardModel:
-    policy = PolicyModel(tiny_model(hidden=32, heads=2, kv_heads=1), tiny_tokenizer())
-    return ProcessRewardModel.on(policy.without_head(), seed=1).eval()
+    return ProcessRewardModel.on(small_policy().without_head(), seed=1).eval()
 
 
-def test_scores_do_not_hang_on_padding_or_company() -> None:
+def test_scores_do_not_depend_on_padding_or_other_rows() -> None:
     reward, batch = model(), random_batch(4, 2, vocabulary=263, longest=20)
     with torch.no_grad():
         steps, outcome = reward.scores(batch)
@@ -184,7 +179,7 @@ MISFITS: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", MISFITS)
 @pytest.mark.parametrize("streaming", [False, True])
-def test_labels_and_steps_that_do_not_fit_are_told(tmp_path: Path, case: str, streaming: bool) -> None:
+def test_labels_and_steps_that_do_not_fit_are_refused(tmp_path: Path, case: str, streaming: bool) -> None:
     columns, said = MISFITS[case]
     rows = [ROW, {**ROW, "steps": STEPS, **columns}, ROW, ROW]
     path = tmp_path / "rows.jsonl"
@@ -211,22 +206,21 @@ def test_steps_that_fit_are_taken(tmp_path: Path) -> None:
     ("room", "expected"),
     [(20, [RIGHT, WRONG]), (10, [RIGHT, NO_LABEL]), (6, [NO_LABEL]), (7, [RIGHT, NO_LABEL])],
 )
-def test_a_response_that_was_cut_keeps_the_labels_of_its_whole_steps(room: int, expected: list[float]) -> None:
+def test_a_truncated_response_keeps_the_labels_of_its_whole_steps(room: int, expected: list[float]) -> None:
     row = {"prompt": "?", "chosen": "1+1=2\n2+1=4", "rejected": "no", "labels": [[1, 0], [0]]}
     data = PreferenceDataset([row], tiny_tokenizer(), max_length=2 + room)
-    policy = PolicyModel(tiny_model(hidden=32, heads=2, kv_heads=1), tiny_tokenizer())
-    trainer = ProcessRewardModelTrainer(ProcessRewardModelConfig(max_length=2 + room), model=policy, data=[])
-    trainer.models = torch.nn.ModuleDict(trainer.build(Loader(trainer, DeviceManager(), MicroBatches(trainer.config))))
+    trainer = built(ProcessRewardModelTrainer, max_length=2 + room)
     (window,) = trainer.experience(iter([collate([data[0]])]), run_context(trainer))
     assert window["step_labels"][0][window["step_ends"][0]].tolist() == expected
 
 
-def test_of_a_response_that_was_cut_labels_and_steps_are_held_against_each_other() -> None:
+def test_labels_and_steps_of_a_truncated_response_are_compared() -> None:
     row = {"labels": [[1, 0, 0], [0]], "steps": [["1", "2"], ["3"]]}
-    cut: dict[str, Any] = {"cut": True, "separator": "\n", "place": lambda: "rows.jsonl:1"}
+    truncated: dict[str, Any] = {"truncated": True, "separator": "\n", "place": lambda: "rows.jsonl:1"}
     with pytest.raises(DataError, match=r"rows.jsonl:1: `labels` has 3 entries for the 2 `steps` of `chosen`"):
-        row_labels(row, 0, 1, **cut)
-    assert row_labels(row, 1, 1, **cut) == [NO_LABEL] and row_labels({"steps": row["steps"]}, 0, 1, **cut) is None
+        read_step_labels(row, 0, 1, **truncated)
+    assert read_step_labels(row, 1, 1, **truncated) == [NO_LABEL]
+    assert read_step_labels({"steps": row["steps"]}, 0, 1, **truncated) is None
 
 
 def test_steps_are_found_behind_tokenizers_that_mark_words() -> None:
@@ -248,7 +242,7 @@ def test_steps_are_found_behind_tokenizers_that_mark_words() -> None:
     assert step_ends(batch, tokenizer, ". ")[0].nonzero().squeeze(1).tolist() == [2, 4]
 
 
-def test_pairs_without_labels_teach_by_ranking_alone(tmp_path: Path) -> None:
+def test_pairs_without_labels_train_by_ranking_alone(tmp_path: Path) -> None:
     plain = {name: value for name, value in ROW.items() if name != "labels"}
     result = run(tmp_path, [plain] * 4).train()
     assert "step_accuracy" not in result.metrics and "accuracy" in result.metrics

@@ -1,4 +1,4 @@
-"""Reward models: the ranking loss against float64 and TRL, ensembles, calibration, and what is learnt."""
+"""Reward models: the ranking loss against float64 and TRL, ensembles, calibration, and what is learned."""
 
 from __future__ import annotations
 
@@ -19,15 +19,13 @@ from rlhf_plugins.trainers.reward_model import (
     disagreement,
     ranking_loss,
 )
+from trainers_helpers import TrlMetrics, assert_same, built, small_policy
 
-from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.errors import ConfigError
-from rlhf_core.models import PolicyModel, RewardModel
+from rlhf_core.models import RewardModel
 from rlhf_core.testing import TrainerContract, run_context
 from rlhf_core.testing.arithmetic import Arithmetic
-from rlhf_core.testing.tiny import save_tiny, tiny_model, tiny_tokenizer
-from rlhf_core.training.loader import Loader
-from rlhf_core.training.micro_batches import MicroBatches
+from rlhf_core.testing.tiny import save_tiny
 
 
 class TestRewardModel(TrainerContract):
@@ -73,10 +71,7 @@ def test_loss_and_gradient_equal_float64(margin: float) -> None:
     found = ranking_loss(chosen, rejected, margin) + 0.3 * centring_penalty(chosen, rejected)
     c, r = chosen.double(), rejected.double()
     expected = torch.log(1 + torch.exp(-(c - r - margin))) + 0.3 * (c + r).pow(2)
-    assert relative(found.double(), expected) < 1e-6
-    ours, theirs = (torch.autograd.grad(x.sum(), (chosen, rejected)) for x in (found, expected))
-    for a, b in zip(ours, theirs, strict=True):
-        assert relative(a.double(), b.double()) < 1e-6
+    assert_same(found, expected, [chosen, rejected])
 
 
 def test_the_gradient_raises_the_chosen_and_lowers_the_rejected() -> None:
@@ -90,17 +85,9 @@ def test_far_scores_stay_finite() -> None:
     assert ranking_loss(far, -far).tolist() == [[2e4, 0.0]]
 
 
-def made(members: int = 1, **options: Any) -> RewardModelTrainer:
-    policy = PolicyModel(tiny_model(hidden=32, heads=2, kv_heads=1), tiny_tokenizer())
-    config = RewardModelConfig.parse({"ensemble": {"size": members}, **options})
-    trainer = RewardModelTrainer(config, model=policy, data=[])
-    trainer.models = torch.nn.ModuleDict(trainer.build(Loader(trainer, DeviceManager(), MicroBatches(trainer.config))))
-    return trainer
-
-
 def test_loss_equals_trl() -> None:
     peer = pytest.importorskip("trl.trainer.reward_trainer", reason="TRL isn't installed (extra `oracles`)")
-    trainer = made(centre_weight=0.05)
+    trainer = built(RewardModelTrainer, centre_weight=0.05)
     batch = random_batch(4, 2).attach(per_prompt={"margin": torch.tensor([0.0, 0.5, 1.0, 0.2])})
     (window,) = trainer.experience(iter([batch]), run_context(trainer))
     loss, weights = trainer.loss(window), trainer.weights(window)
@@ -114,7 +101,7 @@ def test_loss_equals_trl() -> None:
 
     stub: Any = SimpleNamespace(
         args=SimpleNamespace(center_rewards_coefficient=0.05, gradient_accumulation_steps=1),
-        center_rewards_coefficient=0.05, model=SimpleNamespace(training=True), _metrics={"train": _Lists()},
+        center_rewards_coefficient=0.05, model=SimpleNamespace(training=True), _metrics={"train": TrlMetrics()},
         accelerator=SimpleNamespace(gather_for_metrics=lambda x: x, gather=lambda x: x, device="cpu"),
         _total_train_tokens=0, aux_loss_enabled=False, loss_type="bradley_terry", _tp_size=1,
     )  # fmt: skip
@@ -130,25 +117,14 @@ def test_loss_equals_trl() -> None:
     assert relative(a, b) < 1e-5
 
 
-class _Lists(dict):  # type: ignore[type-arg]
-    def __missing__(self, key: str) -> list[float]:
-        return self.setdefault(key, [])
-
-
 def test_bootstrap_weights_are_a_function_of_the_row() -> None:
-    trainer = made(4, ensemble={"size": 4, "bootstrap": True})
+    trainer = built(RewardModelTrainer, ensemble={"size": 4, "bootstrap": True})
     batch = random_batch(6, 2)
-    (window,), (part,) = (
-        trainer.experience(iter([batch]), run_context(trainer)),
-        trainer.experience(iter([batch.select([4, 1])]), run_context(trainer)),
-    )
+    run = run_context(trainer)
+    window, part = trainer.experience(iter([batch, batch.select([4, 1])]), run)
     assert torch.equal(part["member_weights"], window["member_weights"][[4, 1]])
-    draws = torch.cat(
-        [
-            trainer._member_weights(replace(batch, rows=tuple(range(10 * i, 10 * i + 6))), run_context(trainer))
-            for i in range(200)
-        ]
-    )
+    others = (replace(batch, rows=tuple(range(10 * i, 10 * i + 6))) for i in range(200))
+    draws = torch.cat([window["member_weights"] for window in trainer.experience(others, run)])
     assert draws.mean().item() == pytest.approx(1.0, abs=0.08) and draws.var().item() == pytest.approx(1.0, abs=0.2)
 
 
@@ -168,7 +144,7 @@ def test_an_ensemble_learns_ranks_and_doubts(tmp_path: Path) -> None:
     assert found["eval_uncertainty"] > 0 and 0 < found["eval_disagreement"] < 0.71
     trained = RewardModel.from_pretrained(output / "model")
     assert trained.members == 3
-    # Training goes on from its heads; another number of members can't.
+    # Training continues from its heads; another number of members is refused.
     again = RewardModelTrainer(config.updated(max_steps=1), model=output / "model", data=rows, eval_data=rows[:60])
     assert again.train().eval_metrics["eval_accuracy"] > 0.75
     wrong = config.updated(ensemble={"size": 2})
@@ -179,7 +155,7 @@ def test_an_ensemble_learns_ranks_and_doubts(tmp_path: Path) -> None:
 def test_whether_members_were_centred_is_noted(tmp_path: Path) -> None:
     model: Any = save_tiny(tmp_path / "tiny", hidden=32, layers=1, heads=2)
     rows = list(Arithmetic().rows("preference", 8))
-    # What trains on from centred members without the penalty drifts from there, and says so.
+    # Trained further without the penalty, centred members drift apart, and the model says so.
     for number, weight in enumerate((0.01, 0.0)):
         options = {"max_steps": 1, "batch_size": 4, "centre_weight": weight, "logging": {"progress": False}}
         output = tmp_path / f"run-{number}"
@@ -190,12 +166,10 @@ def test_whether_members_were_centred_is_noted(tmp_path: Path) -> None:
 
 
 def test_a_model_passed_in_keeps_its_members_or_is_refused() -> None:
-    policy = PolicyModel(tiny_model(hidden=32, heads=2, kv_heads=1), tiny_tokenizer())
-    model = RewardModel.on(policy.without_head(), members=2)
+    model = RewardModel.on(small_policy().without_head(), members=2)
 
     def adopt(**ensemble: Any) -> Any:
-        trainer = RewardModelTrainer(RewardModelConfig.parse({"ensemble": ensemble}), model=model, data=[])
-        return trainer.build(Loader(trainer, DeviceManager(), MicroBatches(trainer.config)))["reward"]
+        return built(RewardModelTrainer, model=model, ensemble=ensemble).reward
 
     assert adopt(bootstrap=True) is model and adopt(size=2, share_backbone=True) is model
     with pytest.raises(ConfigError, match="3 members were asked for; got a model of 2"):
@@ -213,6 +187,6 @@ def test_disagreement_is_about_which_is_better() -> None:
 
 
 def test_held_out_rows_are_not_bootstrapped() -> None:
-    trainer = made(4, ensemble={"size": 4, "bootstrap": True})
+    trainer = built(RewardModelTrainer, ensemble={"size": 4, "bootstrap": True})
     (held_out,) = trainer.experience(iter([random_batch(6, 2)]), run_context(trainer, evaluating=True))
     assert (held_out["member_weights"] == 1).all()

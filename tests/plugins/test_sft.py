@@ -9,17 +9,12 @@ import pytest
 import torch
 from batches import random_batch, relative
 from rlhf_plugins.trainers.sft import SFTTrainer, sft_loss
+from trainers_helpers import built
 
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.models import PolicyModel
 from rlhf_core.models.layout import padded_layout
 from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
-
-
-def trainer(policy: PolicyModel) -> SFTTrainer:
-    made = SFTTrainer(model=policy, data=[])
-    made.models = torch.nn.ModuleDict({"policy": policy})
-    return made
 
 
 def test_a_golden_number() -> None:
@@ -28,12 +23,12 @@ def test_a_golden_number() -> None:
     assert sft_loss(logps, mask).item() == 5.5
 
 
-def test_an_untaught_model_pays_log_v_a_token() -> None:
+def test_a_model_with_equal_logits_has_a_loss_of_log_v_per_token() -> None:
     policy = PolicyModel(tiny_model(), tiny_tokenizer())
     with torch.no_grad():
         policy.causal_lm.get_output_embeddings().weight.zero_()
     batch = random_batch(3, 1)
-    made = trainer(policy)
+    made = built(SFTTrainer, model=policy)
     mean = made.loss(batch).terms["nll"].item() / made.weights(batch)["nll"]
     assert mean == pytest.approx(math.log(policy.causal_lm.config.vocab_size), rel=1e-6)
 
@@ -45,7 +40,7 @@ def gradient(policy: PolicyModel) -> torch.Tensor:
 @pytest.mark.parametrize("masked", [False, True])
 def test_loss_and_gradient_equal_float64(masked: bool) -> None:
     policy = PolicyModel(tiny_model(), tiny_tokenizer())
-    made, batch = trainer(policy), random_batch(4, 1, masked=masked)
+    made, batch = built(SFTTrainer, model=policy), random_batch(4, 1, masked=masked)
     loss = made.loss(batch).terms["nll"] / made.weights(batch)["nll"]
     loss.backward()
     model = tiny_model().double()
@@ -84,7 +79,7 @@ def test_loss_and_gradient_equal_trl(tmp_path: Path) -> None:
     expected = theirs.compute_loss(theirs.model, inputs)
     expected.backward()
     policy = PolicyModel(tiny_model(), tiny_tokenizer())
-    made = trainer(policy)
+    made = built(SFTTrainer, model=policy)
     ours = made.loss(batch).terms["nll"] / made.weights(batch)["nll"]
     ours.backward()
     assert ours.item() == pytest.approx(expected.item(), rel=1e-6)
@@ -92,8 +87,8 @@ def test_loss_and_gradient_equal_trl(tmp_path: Path) -> None:
     assert relative(gradient(policy), other) < 1e-5
 
 
-def test_the_end_token_is_learnt_where_padding_shares_its_id() -> None:
-    """Masks come from lengths: masking ids equal to the padding id would leave the end of a response unlearnt."""
+def test_the_end_token_is_in_the_loss_where_padding_shares_its_id() -> None:
+    """Masks come from lengths: masking ids equal to the padding id would leave the end of a response out of the loss."""
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
     policy = PolicyModel(tiny_model(), tokenizer)
@@ -110,4 +105,4 @@ def test_the_end_token_is_learnt_where_padding_shares_its_id() -> None:
     )
     logps = policy.token_logps(batch)
     assert (logps[mask] < 0).all() and logps[1, 1] == 0
-    assert trainer(policy).weights(batch)["nll"] == 3
+    assert built(SFTTrainer, model=policy).weights(batch)["nll"] == 3

@@ -1,4 +1,4 @@
-"""A trained process reward model as a reward: a score for each step, and one for the whole."""
+"""A trained process reward model as a reward: a score for each step, and one for the whole completion."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class ProcessRewardRewardConfig(ModelRewardConfig):
     model: ScoringModelConfig = Field(description="Path of the model: one of `rlhf train process_reward`.")
     aggregation: Literal["min", "product", "mean", "last", "outcome"] = Field(
         "min",
-        description="How step scores make a completion's: the worst, their product, mean, or the last; or `outcome`, the score of"
-        " the whole.",
+        description="How step scores become the completion's score: the worst, their product, mean, or the last; or `outcome`,"
+        " the model's score of the whole completion.",
     )
 
 
@@ -44,17 +44,18 @@ class ProcessRewardReward(ModelReward[ProcessRewardModel]):
         return SampleScores(self._score, self.model, self.config)
 
     def _score(self, batch: Batch) -> list[tuple[float, list[float]]]:
+        """Return for each completion its score and its steps' probabilities of being right so far."""
         ends = self.model.step_ends(batch)
         steps, outcome = self.model.scores(batch, ends)
         kind = self.config.aggregation
-        whole = outcome if kind == "outcome" else AGGREGATIONS[kind](steps, ends)
-        parts = [row[at].tolist() for row, at in zip(steps.sigmoid().cpu(), ends.cpu(), strict=True)]
-        return list(zip(whole.tolist(), parts, strict=True))
+        scores = outcome if kind == "outcome" else AGGREGATIONS[kind](steps, ends)
+        probabilities = [row[at].tolist() for row, at in zip(steps.sigmoid().cpu(), ends.cpu(), strict=True)]
+        return list(zip(scores.tolist(), probabilities, strict=True))
 
     def score(self, samples: Sequence[Sample]) -> list[float]:
-        """Return each completion's aggregated score: log-odds, or for `product` a log-probability."""
-        return [whole for whole, _ in self._scores(samples)]
+        """Return each completion's score: log-odds of being right, or for `product` a log-probability, nats."""
+        return [score for score, _ in self._scores(samples)]
 
     def score_steps(self, samples: Sequence[Sample]) -> list[list[float]]:
-        """Return for each step the probability that the solution is right so far."""
+        """Return for each step of each completion the probability that the solution is right so far."""
         return [steps for _, steps in self._scores(samples)]

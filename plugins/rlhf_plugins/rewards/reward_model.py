@@ -1,4 +1,4 @@
-"""A trained reward model as a reward, less its doubt where it is an ensemble."""
+"""A trained reward model as a reward; for an ensemble, the mean less a multiple of the members' standard deviation."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class RewardModelRewardConfig(ModelRewardConfig):
     doubt_weight: float = Field(
         0.0,
         ge=0,
-        description="Standard deviations of an ensemble's members taken off their mean; larger trusts less what they doubt."
-        " Needs members trained with `centre_weight`.",
+        description="How many standard deviations of an ensemble's members are subtracted from their mean; larger trusts scores"
+        " on which members differ less. Needs members trained with `centre_weight`.",
     )
 
 
@@ -42,22 +42,26 @@ class RewardModelReward(ModelReward[RewardModel]):
     kind = RewardModel
 
     def check(self, model: RewardModel) -> None:
-        """Refuse a doubt that is to count, of a model that has none that means anything."""
+        """Refuse `doubt_weight` for a model whose members' standard deviation means nothing.
+
+        Raises:
+            ConfigError: the model has one member, or members that weren't centred in training.
+        """
         weight, source = self.config.doubt_weight, self.config.model.path
         if not weight:
             return
         if model.members == 1:
             raise ConfigError(
-                "a model of one member has no doubt",
+                "a model of one member has no standard deviation over members",
                 place="doubt_weight",
                 got=f"{weight:g} for {source}",
                 fix="set `doubt_weight: 0`, or train an ensemble: `rlhf train reward_model --ensemble.size 4"
                 " --centre_weight 0.01`",
             )
         if not model.centred:
-            # Ranking leaves each member a constant of its own, which would pass for disagreement.
+            # Ranking leaves each member's scores an arbitrary constant, which would count as disagreement.
             raise ConfigError(
-                "the ensemble's members aren't known to be centred, so their scores can't be held against each other",
+                "the ensemble's members aren't known to be centred, so their scores can't be compared with each other",
                 place="doubt_weight",
                 got=f"{weight:g} for {source}",
                 fix="train the ensemble with `centre_weight` above 0 (0.01 is usual), or set `doubt_weight: 0`",
@@ -68,9 +72,10 @@ class RewardModelReward(ModelReward[RewardModel]):
         return SampleScores(self._score, self.model, self.config)
 
     def _score(self, batch: Batch) -> list[float]:
+        """Return each completion's score: the members' mean less `doubt_weight` of their standard deviations."""
         scores = self.model.scores(batch)  # (R, K)
-        doubt = scores.std(dim=1) if self.model.members > 1 else 0.0
-        return (scores.mean(dim=1) - self.config.doubt_weight * doubt).tolist()
+        deviation = scores.std(dim=1) if self.model.members > 1 else 0.0
+        return (scores.mean(dim=1) - self.config.doubt_weight * deviation).tolist()
 
     def score(self, samples: Sequence[Sample]) -> list[float]:
         """Return the members' mean for each sample, less `doubt_weight` of their standard deviations."""

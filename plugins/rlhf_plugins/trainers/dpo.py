@@ -1,4 +1,7 @@
-"""Direct preference optimisation: prefer the chosen response over the rejected one, held near a reference."""
+"""Direct preference optimisation: prefer the chosen response over the rejected one, held near a reference.
+
+The loss of a pair is a row of the table in dpo_losses.py.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,20 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from rlhf_core.plugin import FROZEN, TRAINED, Batch, Loss, ReferenceConfig, RunContext, Trainer, TrainingStage
-from rlhf_plugins.trainers.dpo_losses import LOSSES, LossType
-from rlhf_plugins.trainers.pairs import Pairs, chosen_nll, pair_metrics, response_tokens
+from rlhf_core.plugin import (
+    FROZEN,
+    TRAINED,
+    Batch,
+    Loss,
+    ReferenceConfig,
+    RunContext,
+    Trainer,
+    TrainingStage,
+    chosen_nll,
+    pair_metrics,
+    response_tokens,
+)
+from rlhf_plugins.trainers.dpo_losses import LOSSES, LossType, PreferencePairs
 
 
 class DPOConfig(ReferenceConfig):
@@ -22,8 +36,8 @@ class DPOConfig(ReferenceConfig):
     loss_type: LossType = Field(
         "sigmoid",
         description="Loss on a pair. `sigmoid` is DPO; `robust` corrects it for wrong labels; `hinge` is SLiC; `ipo` a squared"
-        " distance, `ipo_length` a token; `apo_zero` and `apo_down` anchor each likelihood; `sppo_hard`, `nca`; `discopop` blends"
-        " logistic and exponential; `aot` and `aot_unpaired` compare ranks within a step.",
+        " distance, `ipo_length` per token; `apo_zero` and `apo_down` anchor each likelihood; `sppo_hard`, `nca`; `discopop`"
+        " blends logistic and exponential; `aot` and `aot_unpaired` compare ranks within a step.",
     )
     label_smoothing: float = Field(
         0.0,
@@ -40,18 +54,32 @@ class DPOConfig(ReferenceConfig):
     sft_weight: float = Field(
         0.0,
         ge=0,
-        description="Weight of the chosen response's negative log-likelihood a token, averaged over pairs (RPO); larger imitates"
-        " it more.",
+        description="Weight of the chosen response's negative log-likelihood per token, averaged over pairs (RPO); larger"
+        " imitates it more.",
     )
 
     @model_validator(mode="after")
     def _options_are_used(self) -> DPOConfig:
+        """Refuse an option that the chosen loss doesn't read."""
         for option in sorted({option for row in LOSSES.values() for option in row.options}):
             default = type(self).model_fields[option].default
             if option not in LOSSES[self.loss_type].options and getattr(self, option) != default:
                 owners = ", ".join(name for name, row in LOSSES.items() if option in row.options)
                 raise ValueError(f"{option} has no meaning with loss_type {self.loss_type}; it belongs to {owners}")
         return self
+
+
+def dpo_metrics(batch: Batch, logps: Tensor, beta: float) -> dict[str, tuple[Tensor, float]]:
+    """Return the metrics of pairs for implicit rewards β(log π − log π_ref), and the estimated KL to the reference.
+
+    Args:
+        batch: its column `ref_logps` holds log π_ref of each response, (R,).
+        logps: (R,) log π of each response, summed over its tokens in the loss, nats; without gradients.
+    """
+    log_ratios = logps - batch["ref_logps"]
+    # E_ref[log π_ref − log π]: the forward KL where the responses come from the reference.
+    kl = (-log_ratios.sum(), float(batch.num_responses))
+    return {**pair_metrics(batch, logps, beta * log_ratios), "kl": kl}
 
 
 class DPOTrainer(Trainer[DPOConfig]):
@@ -65,45 +93,37 @@ class DPOTrainer(Trainer[DPOConfig]):
 
     def experience(self, stream: Iterator[Batch], run: RunContext) -> Iterable[Batch]:
         for batch in stream:
-            yield self._matched(run, batch.attach(per_response={"ref_logps": self.reference.response_logps(batch)}))
+            window = batch.attach(per_response={"ref_logps": self.reference.response_logps(batch)})
+            yield self._with_partners(window, run)
+
+    def _with_partners(self, window: Batch, run: RunContext) -> Batch:
+        """Attach `partners`, (R,): the log-probabilities that each response is compared with, for losses that sort a step."""
+        find_partners = LOSSES[self.config.loss_type].find_partners
+        if find_partners is None:
+            return window
+        logps = run.forward(window, self.policy.response_logps)
+        own = torch.stack([*window.pairs(logps), *window.pairs(window["ref_logps"])], dim=1)  # (P, 4)
+        partners = run.over_step(find_partners, own, rows=window.rows)  # (P, 2)
+        return window.attach(per_response={"partners": partners.flatten()})
 
     def weights(self, batch: Batch) -> Mapping[str, float]:
         terms = ("preference", "sft") if self.config.sft_weight else ("preference",)
         return dict.fromkeys(terms, float(batch.num_prompts))
 
     def loss(self, batch: Batch) -> Loss:
+        config, row = self.config, LOSSES[self.config.loss_type]
         logps = self.policy.response_logps(batch)  # (R,)
-        terms = {"preference": LOSSES[self.config.loss_type].loss(self._pairs(batch, logps)).sum()}
-        if self.config.sft_weight:
-            # Pang et al. 2024, arXiv 2404.19733, equation 1: DPO + α NLL(y_w) / |y_w|.
-            terms["sft"] = self.config.sft_weight * chosen_nll(batch, logps).sum()
-        return Loss(terms, self._metrics(batch, logps.detach()))
-
-    def _pairs(self, batch: Batch, logps: Tensor) -> Pairs:
-        config = self.config
-        return Pairs(
+        pairs = PreferencePairs(
             *batch.pairs(logps),
             *batch.pairs(batch["ref_logps"]),
             *batch.pairs(response_tokens(batch)),
             beta=config.beta,
             label_smoothing=config.label_smoothing,
             tau=config.tau,
-            partners=batch.pairs(batch["partners"]) if LOSSES[config.loss_type].match else None,
+            partners=batch.pairs(batch["partners"]) if row.find_partners else None,
         )
-
-    def _matched(self, run: RunContext, batch: Batch) -> Batch:
-        """Attach what each response is compared with, where the loss sorts the step."""
-        rule = LOSSES[self.config.loss_type].match
-        if rule is None:
-            return batch
-        logps = run.forward(batch, self.policy.response_logps)
-        own = torch.stack([*batch.pairs(logps), *batch.pairs(batch["ref_logps"])], dim=1)  # (P, 4)
-        partners = run.over_step(rule, own, rows=batch.rows)  # (P, 2)
-        return batch.attach(per_response={"partners": partners.flatten()})
-
-    def _metrics(self, batch: Batch, logps: Tensor) -> dict[str, tuple[Tensor, float]]:
-        """Implicit rewards β(log π − log π_ref), and the KL to the reference as the data's responses estimate it."""
-        ratios = logps - batch["ref_logps"]
-        # E_ref[log π_ref − log π]: the forward KL where the responses come from the reference.
-        kl = (-ratios.sum(), float(batch.num_responses))
-        return {**pair_metrics(batch, logps, self.config.beta * ratios), "kl": kl}
+        terms = {"preference": row.loss(pairs).sum()}
+        if config.sft_weight:
+            # Pang et al. 2024, arXiv 2404.19733, equation 1: DPO + α NLL(y_w) / |y_w|.
+            terms["sft"] = config.sft_weight * chosen_nll(batch, logps).sum()
+        return Loss(terms, dpo_metrics(batch, logps.detach(), config.beta))

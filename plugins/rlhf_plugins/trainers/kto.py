@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -22,12 +23,12 @@ from rlhf_core.plugin import (
     TrainingStage,
     auc,
 )
-from rlhf_plugins.trainers.kto_pairs import mismatched
 
 log = logging.getLogger(__name__)
 
 BALANCE = (1.0, 4 / 3)
-"""Where the paper wants λ_D n_D / (λ_U n_U) to lie (arXiv 2402.01306, in its first version; section "hyperparameters")."""
+"""Range that the paper recommends for λ_D n_D / (λ_U n_U), weights λ times rows n of the desirable and the undesirable label
+(arXiv 2402.01306, in its first version; section "hyperparameters")."""
 
 
 def kto_loss(
@@ -38,24 +39,65 @@ def kto_loss(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> Tensor:
-    """Return KTO's loss for each response.
+    """Return KTO's loss for each response, λ_D σ(−β(r − z₀)) where it is desirable, λ_U σ(−β(z₀ − r)) where it isn't.
 
-    λ_D (1 − σ(β(r − z₀))) for a desirable response, λ_U (1 − σ(β(z₀ − r))) for an undesirable one, with
-    r = log π(y|x) − log π_ref(y|x) (Ethayarajh et al. 2024, arXiv 2402.01306, equation 8; its constants λ_y are there to
-    make the loss non-negative, as here).
+    Ethayarajh et al. 2024, arXiv 2402.01306, equation 8, with r = log π(y|x) − log π_ref(y|x); 1 − σ(m) is written σ(−m), which
+    keeps its digits where m is large. At r = z₀ it is λ/2.
 
     Args:
-        log_ratios: (R,) r, summed over the response, nats.
+        log_ratios: (R,) r, summed over the response's tokens in the loss, nats.
         desirable: (R,) bool.
-        reference_point: (R,) or scalar z₀, nats, without gradient.
+        reference_point: (R,) or scalar z₀, an estimate of the KL to the reference, nats, without gradients.
+        desirable_weight, undesirable_weight: λ_D and λ_U.
 
     Returns:
         (R,) in [0, λ].
     """
     margin = beta * torch.where(desirable, log_ratios - reference_point, reference_point - log_ratios)
     weights = torch.where(desirable, desirable_weight, undesirable_weight)
-    # 1 − σ(m) loses its digits where m is large; σ(−m) doesn't.
     return weights * torch.sigmoid(-margin)
+
+
+def next_other_prompts(batch: Batch, run: RunContext) -> list[list[int] | None]:
+    """Return for each of the batch's prompts the ids of the next different prompt of the whole step, in the order of rows.
+
+    The last row is followed by the first. None where all prompts of the step are equal. The answer is the same however the step's
+    rows are divided among processes.
+    """
+    ids, lengths = batch.prompt_ids.tolist(), batch.prompt_lengths.tolist()
+    own = [[row, prompt[:length]] for row, prompt, length in zip(batch.rows, ids, lengths, strict=True)]
+    step = sorted(run.gather(own))
+    found: list[list[int] | None] = []
+    for entry in own:
+        at = step.index(entry)
+        around = [prompt for _, prompt in step[at + 1 :] + step[:at]]
+        found.append(next((prompt for prompt in around if prompt != entry[1]), None))
+    return found
+
+
+def mismatched_pairs(batch: Batch, prompts: Sequence[Sequence[int] | None], max_length: int) -> Batch:
+    """Return the batch with other prompts before its responses; rows whose other prompt is None are left out.
+
+    Args:
+        batch: P prompts with one response each.
+        prompts: P, for each prompt the ids of the one that replaces it.
+        max_length: tokens of a prompt with its response; longer responses are truncated, to one token at least.
+    """
+    kept = [number for number, prompt in enumerate(prompts) if prompt is not None]
+    part = batch.select(kept)
+    others = [torch.tensor(prompts[number]) for number in kept]
+    prompt_lengths = torch.tensor([len(ids) for ids in others], dtype=torch.long, device=batch.device)
+    room = (max_length - prompt_lengths[part.owner]).clamp(min=1)
+    lengths = torch.minimum(part.response_lengths, room)
+    inside = torch.arange(part.response_ids.shape[1], device=batch.device) < lengths[:, None]
+    padded = torch.nn.utils.rnn.pad_sequence(others, batch_first=True) if others else part.prompt_ids
+    return replace(
+        part,
+        prompt_ids=padded.to(batch.device),
+        prompt_lengths=prompt_lengths,
+        response_lengths=lengths,
+        loss_mask=part.loss_mask & inside,
+    )
 
 
 class KTOConfig(ReferenceConfig):
@@ -71,8 +113,8 @@ class KTOConfig(ReferenceConfig):
     )
     kl: Literal["batch", "ema", "zero"] = Field(
         "batch",
-        description="Reference point that rewards are held against: the KL that a step's mismatched pairs estimate (`batch`), its"
-        " moving average (`ema`, less noisy in small batches), or `zero`, which saves two forward passes.",
+        description="Reference point that rewards are compared with: the KL estimated from a step's mismatched pairs (`batch`),"
+        " its moving average (`ema`, less noisy in small batches), or `zero`, which saves two forward passes.",
     )
     kl_decay: float = Field(
         0.9, ge=0, lt=1, description="Share of the moving average kept each step (`kl: ema`); larger is smoother."
@@ -102,11 +144,13 @@ class KTOTrainer(Trainer[KTOConfig]):
     roles: ClassVar = {"policy": TRAINED, "reference": FROZEN}
 
     moving_kl: float | None = None
-    """The moving average of the KL estimates, nats; None before the first."""
+    """The moving average of the KL estimates, nats; None before the first one, and unless `kl` is `ema`."""
 
     def inspect(self, data: EncodedData) -> None:
+        """Warn where the labels' weights times their numbers of rows are out of the range that the paper recommends."""
         if data.streaming:
-            log.info("streamed rows aren't counted by label beforehand: see to it that the weights fit them")
+            log.info("rows of a stream aren't counted by label beforehand: choose `desirable_weight` and `undesirable_weight`"
+                     " so that they balance the labels")  # fmt: skip
             return
         labels = data.report.labels
         good, bad = labels["desirable"], labels["undesirable"]
@@ -115,8 +159,8 @@ class KTOTrainer(Trainer[KTOConfig]):
         if not low <= ratio <= high:
             fit = self.config.undesirable_weight * bad / good
             log.warning(
-                "%d desirable and %d undesirable rows weigh %.3g to 1; the paper wants %.3g to %.3g, which a"
-                " `desirable_weight` of %.3g to %.3g gives",
+                "%d desirable and %d undesirable rows weigh %.3g to 1 with their weights; the paper recommends %.3g to %.3g,"
+                " which a `desirable_weight` of %.3g to %.3g gives",
                 good, bad, ratio, low, high, low * fit, high * fit,
             )  # fmt: skip
 
@@ -129,10 +173,13 @@ class KTOTrainer(Trainer[KTOConfig]):
             )
 
     def _reference_point(self, batch: Batch, run: RunContext) -> float:
-        """Return z₀ = max(0, E[log π(y'|x) − log π_ref(y'|x)]) over mismatched pairs of the whole step, nats."""
+        """Return z₀ = max(0, E[log π(y'|x) − log π_ref(y'|x)]) over mismatched pairs (x, y') of the whole step, nats.
+
+        Its moving average where `kl` is `ema`; 0 where it is `zero` or the step has no mismatched pair.
+        """
         if self.config.kl == "zero":
             return 0.0
-        other = mismatched(batch, self._next_prompts(batch, run), self.config.length_limit)
+        other = mismatched_pairs(batch, next_other_prompts(batch, run), self.config.length_limit)
         total, count = 0.0, other.num_responses
         if count:
             ratios = run.forward(other, self.policy.response_logps) - self.reference.response_logps(other)
@@ -145,21 +192,6 @@ class KTOTrainer(Trainer[KTOConfig]):
             decay = self.config.kl_decay if self.moving_kl is not None else 0.0
             self.moving_kl = decay * (self.moving_kl or 0.0) + (1 - decay) * estimate
         return max(self.moving_kl or 0.0, 0.0)
-
-    def _next_prompts(self, batch: Batch, run: RunContext) -> list[list[int] | None]:
-        """Return for each row of this process the next other prompt of the whole step, in the order of rows, round and round.
-
-        None where the step has no other prompt. Whichever process has a row, it meets the same prompt.
-        """
-        ids, lengths = batch.prompt_ids.tolist(), batch.prompt_lengths.tolist()
-        own = [[row, prompt[:length]] for row, prompt, length in zip(batch.rows, ids, lengths, strict=True)]
-        step = sorted(run.gather(own))
-        found: list[list[int] | None] = []
-        for entry in own:
-            at = step.index(entry)
-            around = [prompt for _, prompt in step[at + 1 :] + step[:at]]
-            found.append(next((prompt for prompt in around if prompt != entry[1]), None))
-        return found
 
     def weights(self, batch: Batch) -> Mapping[str, float]:
         return {"kto": batch.num_responses}
@@ -178,8 +210,9 @@ class KTOTrainer(Trainer[KTOConfig]):
         return Loss({"kto": losses.sum()}, self._metrics(batch, log_ratios.detach()))
 
     def _metrics(self, batch: Batch, log_ratios: Tensor) -> dict[str, tuple[Tensor, Tensor | float]]:
+        """Return the mean reward β r of each label, one entry per prompt, and the reference point."""
         rewards, good = self.config.beta * log_ratios, batch["desirable"].float()
-        in_order = batch.owner.argsort()  # one response a prompt
+        in_order = batch.owner.argsort()  # one response per prompt
         return {
             "rewards/desirable": ((rewards * good)[in_order], good[in_order]),
             "rewards/undesirable": ((rewards * (1 - good))[in_order], (1 - good)[in_order]),
@@ -187,6 +220,7 @@ class KTOTrainer(Trainer[KTOConfig]):
         }
 
     def summary(self, values: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the AUC: how often a desirable response's reward is above an undesirable one's."""
         good, bad = values["rewards/desirable"], values["rewards/undesirable"]
         return {"auc": auc(good, bad)} if len(good) and len(bad) else {}
 

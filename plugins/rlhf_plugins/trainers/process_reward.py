@@ -1,4 +1,4 @@
-"""Process reward models: a score for every reasoning step, learnt from step labels, from pairs, or from both."""
+"""Process reward models: a score for every reasoning step, learned from step labels, from pairs, or from both."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from rlhf_core.plugin import (
     AGGREGATIONS,
+    NO_LABEL,
+    RIGHT,
     TRAINED,
+    WRONG,
     Batch,
     DataError,
     EncodedData,
@@ -27,13 +30,15 @@ from rlhf_core.plugin import (
     TrainerConfig,
     TrainingStage,
     collate,
+    pair_accuracy,
+    read_step_labels,
 )
-from rlhf_plugins.trainers.process_metrics import NO_LABEL, RIGHT, ranked, row_labels, step_metrics
+from rlhf_plugins.trainers.reward_model import ranking_loss
 
 log = logging.getLogger(__name__)
 
-_LOOK_AT = 256
-"""Rows that are looked at together before training."""
+_INSPECTED_ROWS = 256
+"""Rows per batch in which data are inspected before training."""
 
 
 def step_loss(steps: Tensor, labels: Tensor) -> Tensor:
@@ -43,26 +48,46 @@ def step_loss(steps: Tensor, labels: Tensor) -> Tensor:
     arXiv 2312.08935, equation 1). Log-odds of 0 give log 2.
 
     Args:
-        steps: (R, T) log-odds that the solution is right so far, at the steps' ends.
-        labels: (R, T) `RIGHT`, `WRONG` or `NO_LABEL`.
+        steps: (R, T) s, log-odds that the solution is right so far, at the steps' last tokens.
+        labels: (R, T) `RIGHT` (y = 1), `WRONG` (y = 0) or `NO_LABEL`.
 
     Returns:
-        (R, T).
+        (R, T) nats.
     """
     losses = binary_cross_entropy_with_logits(steps, (labels == RIGHT).float(), reduction="none")
     return losses * (labels != NO_LABEL)
 
 
-def ranking_loss(values: Tensor) -> Tensor:
-    """Return −log σ(v_w − v_l) for each pair: Bradley-Terry (Ouyang et al. 2022, arXiv 2203.02155, equation 1).
+def first_wrong(wrong: Tensor) -> Tensor:
+    """Return (R,) the first column where `wrong`, (R, T) bool, is set; −1 where none is."""
+    return torch.where(wrong.any(dim=1), wrong.float().argmax(dim=1), -1)
+
+
+def step_metrics(batch: Batch, steps: Tensor, labels: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return how well labelled steps are judged, each metric as (sum, count) with one entry per prompt, (P,).
+
+    `step_accuracy`: share of labelled steps judged rightly; `first_error_found`: share of wrong solutions whose first wrong step
+    is the first one judged wrong; `right_let_pass`: share of right solutions in which no step is judged wrong.
 
     Args:
-        values: (P, 2) of the chosen and the rejected response.
-
-    Returns:
-        (P,).
+        steps: (R, T) log-odds that the solution is right so far, at the steps' last tokens; above 0 judges a step right.
+        labels: (R, T) `RIGHT`, `WRONG` or `NO_LABEL`.
     """
-    return -logsigmoid(values[:, 0] - values[:, 1])
+    known = labels != NO_LABEL
+    right = (steps > 0) == (labels == RIGHT)
+    first_error, first_judged = first_wrong(labels == WRONG), first_wrong((steps <= 0) & known)
+    labelled = known.any(dim=1)
+    has_error = (labelled & (first_error >= 0)).float()
+    is_right = (labelled & (first_error < 0)).float()
+
+    def by_prompt(values: Tensor) -> Tensor:
+        return torch.zeros(batch.num_prompts, device=values.device).index_add(0, batch.owner, values.float())
+
+    return {
+        "step_accuracy": (by_prompt((right & known).sum(dim=1)), by_prompt(known.sum(dim=1))),
+        "first_error_found": (by_prompt((first_judged == first_error).float() * has_error), by_prompt(has_error)),
+        "right_let_pass": (by_prompt((first_judged < 0).float() * is_right), by_prompt(is_right)),
+    }
 
 
 class ProcessRewardModelConfig(TrainerConfig):
@@ -98,29 +123,33 @@ class ProcessRewardModelTrainer(Trainer[ProcessRewardModelConfig]):
     roles: ClassVar = {"reward": TRAINED}
 
     _opened: list[EncodedData]
-    """The data of the run, for messages."""
+    """The data of the run, training data first, held-out data last: they name the place of a row in messages."""
 
     def build(self, loader: Loader) -> dict[str, ProcessRewardModel]:
         self._opened = []
-        return {"reward": loader.main(ProcessRewardModel, separator=self._asked(), seed=self.config.seed)}
-
-    def _asked(self) -> str | None:
-        return self.config.separator if "separator" in self.config.model_fields_set else None
+        # A model that was trained before keeps its separator unless the option is given.
+        separator = self.config.separator if "separator" in self.config.model_fields_set else None
+        return {"reward": loader.main(ProcessRewardModel, separator=separator, seed=self.config.seed)}
 
     def inspect(self, data: EncodedData) -> None:
+        """Check every row's labels; warn where the separator is in no response. Rows of a stream are checked as they are read."""
         self._opened.append(data)
         if data.streaming:
-            return  # each batch is looked at when it comes
+            return
         outcomes = (outcome.row for outcome, _ in data.walk(0, seed=0, shuffle=False, position=[]))
         rows = (row for row in outcomes if row is not None)
         labelled = separated = 0
-        while chunk := list(islice(rows, _LOOK_AT)):
+        while chunk := list(islice(rows, _INSPECTED_ROWS)):
             batch = collate(chunk)
             ends = self.reward.step_ends(batch)
             labelled += int((self._labels(batch, ends, data) != NO_LABEL).sum())
             separated += int((ends.sum(dim=1) > 1).sum())
         if not separated:
-            log.warning("%s: no response holds %r, so each is one step", data.report.name, self.reward.separator)
+            log.warning(
+                "%s: no response contains the separator %r, so each counts as one step",
+                data.report.name,
+                self.reward.separator,
+            )
         if not labelled and not (self.config.ranking_weight or self.config.outcome_weight):
             raise DataError(
                 "no row has `labels` of its steps",
@@ -129,10 +158,14 @@ class ProcessRewardModelTrainer(Trainer[ProcessRewardModelConfig]):
             )
 
     def _labels(self, batch: Batch, ends: Tensor, data: EncodedData | None) -> Tensor:
-        """Return (R, T) labels at the steps' ends: right so far, or not, or without a label.
+        """Return (R, T) `RIGHT`, `WRONG` or `NO_LABEL` at the steps' last tokens, `NO_LABEL` elsewhere.
+
+        Args:
+            ends: (R, T) bool, the last token of each step.
+            data: where the rows come from, for messages.
 
         Raises:
-            DataError: a response has another number of labels, or of `steps`, than of steps.
+            DataError: a response has another number of `labels`, or of `steps`, than of steps.
         """
         labels = torch.full(ends.shape, NO_LABEL)
         # A pair's chosen response stands directly before its rejected one.
@@ -140,11 +173,11 @@ class ProcessRewardModelTrainer(Trainer[ProcessRewardModelConfig]):
             at = ends[response].nonzero().squeeze(1).cpu()
             tokens = int(batch.prompt_lengths[prompt] + batch.response_lengths[response])
             last = int(batch.response_ids[response, batch.response_lengths[response] - 1])
-            found = row_labels(
+            found = read_step_labels(
                 batch.records[prompt],
                 response % 2,
                 len(at),
-                cut=tokens >= self.config.length_limit and last not in self.reward.tokenizer.all_special_ids,
+                truncated=tokens >= self.config.length_limit and last not in self.reward.tokenizer.all_special_ids,
                 separator=self.reward.separator,
                 place=functools.partial(_place, data, batch.rows[prompt]),
             )
@@ -157,7 +190,7 @@ class ProcessRewardModelTrainer(Trainer[ProcessRewardModelConfig]):
         return self.models["reward"]  # type: ignore[return-value]
 
     def experience(self, stream: Iterator[Batch], run: RunContext) -> Iterable[Batch]:
-        # Held-out data are opened last.
+        # Held-out data were opened last.
         data = next(iter(self._opened[-1:] if run.evaluating else self._opened), None)
         for batch in stream:
             ends = self.reward.step_ends(batch)
@@ -174,22 +207,26 @@ class ProcessRewardModelTrainer(Trainer[ProcessRewardModelConfig]):
 
     def loss(self, batch: Batch) -> Loss:
         config, ends, labels = self.config, batch["step_ends"], batch["step_labels"]
-        steps, outcome = self.reward.scores(batch, ends)
-        value = AGGREGATIONS[config.aggregation](steps, ends)  # (R,)
-        pairs = {name: torch.stack(batch.pairs(of), dim=1) for name, of in (("ranking", value), ("outcome", outcome))}
+        steps, outcome = self.reward.scores(batch, ends)  # (R, T) and (R,)
+        values = batch.pairs(
+            AGGREGATIONS[config.aggregation](steps, ends)
+        )  # of whole solutions: chosen (P,), rejected (P,)
+        outcomes = batch.pairs(outcome)
         terms = {
             "steps": config.step_weight * step_loss(steps, labels).sum(),
-            "ranking": config.ranking_weight * ranking_loss(pairs["ranking"]).sum(),
-            "outcome": config.outcome_weight * ranking_loss(pairs["outcome"]).sum(),
+            "ranking": config.ranking_weight * ranking_loss(*values).sum(),
+            "outcome": config.outcome_weight * ranking_loss(*outcomes).sum(),
         }
         metrics: dict[str, tuple[Tensor, Tensor | float]] = {}
-        # Without a term of the pairs, a micro-batch without labels isn't computed, and would be missing from these.
+        # Without a term on pairs the loop skips micro-batches without labels, and their pairs would be missing from these
+        # metrics.
         if config.ranking_weight or config.outcome_weight:
-            metrics["accuracy"] = ranked(pairs["ranking"].detach())
-            metrics["outcome_accuracy"] = ranked(pairs["outcome"].detach())
+            for name, (chosen, rejected) in (("accuracy", values), ("outcome_accuracy", outcomes)):
+                metrics[name] = (pair_accuracy((chosen - rejected).detach()), batch.num_prompts)
         metrics |= step_metrics(batch, steps.detach(), labels)
         return Loss({name: term for name, term in terms.items() if name in self.weights(batch)}, metrics)
 
 
 def _place(data: EncodedData | None, row: int) -> str:
+    """Return what messages call a row: its file and line where the data know them."""
     return data.place_of(row) if data is not None else f"row {row}"

@@ -1,9 +1,9 @@
-"""Reward models from preferences: one score a response, by one model or by an ensemble that knows when it is unsure."""
+"""Reward models from preferences: one score per response, by one model or by an ensemble that measures its uncertainty."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -23,6 +23,7 @@ from rlhf_core.plugin import (
     TrainingStage,
     auc,
     calibration_error,
+    pair_accuracy,
     random_generator,
 )
 
@@ -34,22 +35,22 @@ def ranking_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0)
     equation 2). Equal scores and no margin give log 2.
 
     Args:
-        chosen, rejected: (P, K) scores by member.
-        margin: (P, 1) or a number.
+        chosen, rejected: r_w and r_l, scores of the responses, of any one shape: (P, K) for K members of an ensemble.
+        margin: m, a number or a tensor that broadcasts to that shape.
 
     Returns:
-        (P, K).
+        The shape of the scores, nats.
     """
     return -logsigmoid(chosen - rejected - margin)
 
 
 def centring_penalty(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """Return (r_w + r_l)² for each pair: scores are known up to a constant, which this puts at zero.
+    """Return (r_w + r_l)² for each pair: ranking determines scores up to a constant, which this draws towards zero.
 
     Eisenstein et al. 2023 (arXiv 2312.09244, section 2, equation 2).
 
     Args:
-        chosen, rejected: (P, K).
+        chosen, rejected: (P, K) scores r_w and r_l of K members.
 
     Returns:
         (P, K).
@@ -58,12 +59,12 @@ def centring_penalty(chosen: Tensor, rejected: Tensor) -> Tensor:
 
 
 def disagreement(margins: Tensor) -> Tensor:
-    """Return the standard deviation over members of σ(r_w − r_l), the probability that each gives to the chosen being better.
+    """Return the standard deviation over members of σ(r_w − r_l), each member's probability that the chosen response is better.
 
-    The spread of the margins themselves also grows with how far apart a pair's responses are, about which members may agree.
+    The standard deviation of the margins themselves also grows with how far apart two responses are, on which members may agree.
 
     Args:
-        margins: (P, K), K above 1.
+        margins: (P, K) r_w − r_l of K members, K above 1.
 
     Returns:
         (P,), from 0 to about 0.7, where two members are sure of opposite orders.
@@ -72,11 +73,13 @@ def disagreement(margins: Tensor) -> Tensor:
 
 
 class EnsembleConfig(BaseConfig):
-    """Several members whose disagreement tells how unsure the score is."""
+    """Several members, whose disagreement measures how uncertain a score is."""
 
-    size: int = Field(1, ge=1, le=64, description="Members; more of them tell doubt more finely and cost more.")
+    size: int = Field(
+        1, ge=1, le=64, description="Members; more of them measure uncertainty more finely and cost more."
+    )
     share_backbone: bool = Field(
-        True, description="One backbone with a head a member; false trains a whole model a member."
+        True, description="One backbone with a head per member; false trains a whole model per member."
     )
     bootstrap: bool = Field(
         False, description="Give each member its own random weights of the pairs, so that members differ more."
@@ -90,7 +93,7 @@ class RewardModelConfig(TrainerConfig):
     margin: float = Field(
         0.0,
         ge=0,
-        description="Least difference of scores that is asked for, added to a row's own `margin`; larger asks more.",
+        description="Least difference of scores that a pair should have, added to a row's own `margin`; larger demands more.",
     )
     centre_weight: float = Field(
         0.0,
@@ -110,17 +113,17 @@ class RewardModelTrainer(Trainer[RewardModelConfig]):
     roles: ClassVar = {"reward": TRAINED}
 
     def build(self, loader: Loader) -> dict[str, RewardModel]:
-        model = loader.main(RewardModel, **self._asked(), seed=self.config.seed)
+        ensemble = self.config.ensemble
+        # Only options that were given: a model that was trained before keeps its own members.
+        given = {name: getattr(ensemble, name) for name in ensemble.model_fields_set}
+        model = loader.main(
+            RewardModel,
+            members=given.get("size"),
+            share_backbone=given.get("share_backbone"),
+            seed=self.config.seed,
+        )
         model.centred = self.config.centre_weight > 0
         return {"reward": model}
-
-    def _asked(self) -> dict[str, Any]:
-        """Return the number of members and how they stand, as far as the options say."""
-        ensemble = self.config.ensemble
-        names = {"members": "size", "share_backbone": "share_backbone"}
-        return {
-            key: getattr(ensemble, name) if name in ensemble.model_fields_set else None for key, name in names.items()
-        }
 
     @property
     def reward(self) -> RewardModel:
@@ -131,7 +134,10 @@ class RewardModelTrainer(Trainer[RewardModelConfig]):
             yield batch.attach(per_prompt={"member_weights": self._member_weights(batch, run)})
 
     def _member_weights(self, batch: Batch, run: RunContext) -> Tensor:
-        """Return (P, K) how much each member learns from each pair: 1, or a bootstrap's Poisson(1), a function of the row."""
+        """Return (P, K) the weight of each pair for each member: 1, or for a bootstrap a draw from Poisson(1).
+
+        A draw depends on the seed and the pair's row number alone, so it is the same in every epoch and on every process.
+        """
         members = self.reward.members
         if run.evaluating or not self.config.ensemble.bootstrap:
             return torch.ones(batch.num_prompts, members, device=batch.device)
@@ -154,11 +160,17 @@ class RewardModelTrainer(Trainer[RewardModelConfig]):
         return Loss(terms, self._metrics(chosen.detach(), rejected.detach(), counted.float()))
 
     def _metrics(self, chosen: Tensor, rejected: Tensor, counted: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return metrics of the pairs that a member learns from: the others' micro-batch may not be computed at all."""
+        """Return metrics as (values, counted), one entry per pair.
+
+        Args:
+            chosen, rejected: (P, K) scores.
+            counted: (P,) 1 for a pair of weight above 0 for some member, else 0: the loop may skip the micro-batch of other
+                pairs.
+        """
         margins = chosen - rejected  # (P, K)
         mean = margins.mean(dim=1)
         metrics = {
-            "accuracy": (mean > 0).float() + 0.5 * (mean == 0).float(),
+            "accuracy": pair_accuracy(mean),
             "margin": mean,
             "scores/chosen": chosen.mean(dim=1),
             "scores/rejected": rejected.mean(dim=1),
@@ -169,7 +181,7 @@ class RewardModelTrainer(Trainer[RewardModelConfig]):
         return {name: (values * counted, counted) for name, values in metrics.items()}
 
     def summary(self, values: Mapping[str, Tensor]) -> dict[str, float]:
-        """Return calibration, the scores' spread, and whether the members disagree more where they are wrong."""
+        """Return calibration, quantiles of the scores, and whether members disagree more on pairs that they rank wrongly."""
         margins, right = values["margin"], values["accuracy"] > 0.5
         scores = torch.cat([values["scores/chosen"], values["scores/rejected"]])
         levels = torch.quantile(scores, torch.tensor([0.05, 0.5, 0.95], dtype=scores.dtype))
@@ -181,8 +193,8 @@ class RewardModelTrainer(Trainer[RewardModelConfig]):
         }
         if bool(right.any()) and not bool(right.all()):
             for name in ("uncertainty", "disagreement"):
-                if (doubt := values.get(name)) is not None:
-                    found[f"{name}/right"] = float(doubt[right].mean())
-                    found[f"{name}/wrong"] = float(doubt[~right].mean())
-                    found[f"{name}/auc"] = auc(doubt[~right], doubt[right])
+                if (spread := values.get(name)) is not None:
+                    found[f"{name}/right"] = float(spread[right].mean())
+                    found[f"{name}/wrong"] = float(spread[~right].mean())
+                    found[f"{name}/auc"] = auc(spread[~right], spread[right])
         return found

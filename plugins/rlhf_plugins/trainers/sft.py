@@ -10,14 +10,14 @@ from rlhf_core.plugin import Batch, Loss, Trainer, TrainerConfig, TrainingStage
 
 
 def sft_loss(logps: Tensor, mask: Tensor) -> Tensor:
-    """Sum the negative log-likelihood of the response tokens.
+    """Return the negative log-likelihood of the tokens in the loss, summed over a batch.
 
     The maximum-likelihood objective of Ouyang et al. 2022 (arXiv 2203.02155, section 3.5, step 1):
-    L = −Σ_t log π(y_t | x, y_<t), over the tokens inside the mask.
+    L = −Σ_t log π(y_t | x, y_<t), over the response tokens inside the mask.
 
     Args:
         logps: (R, T) token log-probabilities, nats.
-        mask: (R, T) bool, the response tokens that are learnt.
+        mask: (R, T) bool, the loss mask: the response tokens in the loss.
 
     Returns:
         Scalar sum, nats.
@@ -26,7 +26,7 @@ def sft_loss(logps: Tensor, mask: Tensor) -> Tensor:
 
 
 class SFTConfig(TrainerConfig):
-    """Supervised fine-tuning has no options of its own."""
+    """Options of supervised fine-tuning: those that every trainer has, and no others."""
 
 
 class SFTTrainer(Trainer[SFTConfig]):

@@ -7,23 +7,35 @@ from collections.abc import Mapping
 from pydantic import Field
 from torch import Tensor
 
-from rlhf_core.plugin import Batch, Loss, Trainer, TrainerConfig, TrainingStage
-from rlhf_plugins.trainers.pairs import chosen_tokens, logistic_loss, pair_metrics, response_tokens
+from rlhf_core.plugin import (
+    Batch,
+    Loss,
+    Trainer,
+    TrainerConfig,
+    TrainingStage,
+    logistic_loss,
+    pair_metrics,
+    response_tokens,
+)
+from rlhf_plugins.trainers.cpo import preference_terms, term_weights
 
 
-def simpo_loss(chosen: Tensor, rejected: Tensor, beta: float, gamma: float, label_smoothing: float = 0.0) -> Tensor:
+def simpo_loss(
+    chosen_means: Tensor, rejected_means: Tensor, beta: float, gamma: float, label_smoothing: float = 0.0
+) -> Tensor:
     """Return SimPO's loss for each pair, −log σ(β log π(y_w|x)/|y_w| − β log π(y_l|x)/|y_l| − γ).
 
-    Meng et al. 2024, arXiv 2405.14734, equation 6. Deviation: labels may be smoothed, −(1 − ε) log σ(m) − ε log σ(−m).
+    Meng et al. 2024, arXiv 2405.14734, equation 6. Deviation: labels may be smoothed, −(1 − ε) log σ(m) − ε log σ(−m) for the
+    margin m.
 
     Args:
-        chosen, rejected: (P,) token log-probabilities averaged over the response, nats a token.
-        gamma: target margin between the rewards, in units of β × nats a token.
+        chosen_means, rejected_means: (P,) log-probabilities averaged over the response's tokens in the loss, nats per token.
+        gamma: γ, target margin between the rewards, in units of β × nats per token.
 
     Returns:
         (P,) nats.
     """
-    return logistic_loss(beta * (chosen - rejected) - gamma, label_smoothing)
+    return logistic_loss(beta * (chosen_means - rejected_means) - gamma, label_smoothing)
 
 
 class SimPOConfig(TrainerConfig):
@@ -54,17 +66,12 @@ class SimPOTrainer(Trainer[SimPOConfig]):
     Config = SimPOConfig
 
     def weights(self, batch: Batch) -> Mapping[str, float]:
-        weights = {"preference": float(batch.num_prompts)}
-        if self.config.sft_weight:
-            weights["sft"] = float(chosen_tokens(batch))
-        return weights
+        return term_weights(batch, self.config.sft_weight)
 
     def loss(self, batch: Batch) -> Loss:
         config = self.config
         logps = self.policy.response_logps(batch)  # (R,)
-        means = logps / response_tokens(batch)  # (R,)
-        losses = simpo_loss(*batch.pairs(means), config.beta, config.gamma, config.label_smoothing)
-        terms = {"preference": losses.sum()}
-        if config.sft_weight:
-            terms["sft"] = -config.sft_weight * batch.pairs(logps)[0].sum()
+        means = logps / response_tokens(batch)  # (R,) nats per token
+        losses = simpo_loss(*batch.pairs(means), config.beta, config.gamma, config.label_smoothing)  # (P,)
+        terms = preference_terms(batch, losses, logps, config.sft_weight)
         return Loss(terms, pair_metrics(batch, logps.detach(), config.beta * means.detach()))

@@ -1,0 +1,58 @@
+"""Trainers with their models built, and comparisons of a loss with an oracle's, for the tests of methods that train."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+from batches import relative
+from torch import Tensor
+
+from rlhf_core.contracts.trainer import Trainer
+from rlhf_core.infra.devices import DeviceManager
+from rlhf_core.models import PolicyModel
+from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
+from rlhf_core.training.loader import Loader
+from rlhf_core.training.micro_batches import MicroBatches
+from rlhf_core.training.setup import build_models
+
+TrainerT = TypeVar("TrainerT", bound=Trainer)  # type: ignore[type-arg]
+
+
+def small_policy() -> PolicyModel:
+    """Return a random policy, always the same one."""
+    return PolicyModel(tiny_model(hidden=32, heads=2, kv_heads=1), tiny_tokenizer())
+
+
+@torch.no_grad()
+def move(policy: PolicyModel, seed: int = 1) -> None:
+    """Add noise to every weight, so that the policy isn't its reference."""
+    for parameter in policy.parameters():
+        parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)))
+
+
+def built(cls: type[TrainerT], *, model: Any = None, **options: Any) -> TrainerT:
+    """Return a trainer whose models are built as a run builds them; it has no data and no run."""
+    trainer = cls(cls.Config.parse(options), model=model if model is not None else small_policy(), data=[])
+    devices = DeviceManager()
+    build_models(trainer, Loader(trainer, devices, MicroBatches(trainer.config)), devices)
+    return trainer
+
+
+def gradients(value: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+    """Return the gradient of a sum by several tensors of one shape, stacked, float64."""
+    return torch.stack(torch.autograd.grad(value.sum(), inputs, retain_graph=True)).double()
+
+
+def assert_same(found: Tensor, expected: Tensor, inputs: Sequence[Tensor], tolerance: float = 1e-6) -> None:
+    """Fail unless losses and their gradients by the inputs are equal, ‖difference‖ / ‖expected‖ below the tolerance."""
+    assert relative(found.double(), expected.double()) < tolerance
+    assert relative(gradients(found, inputs), gradients(expected, inputs)) < tolerance
+
+
+class TrlMetrics(dict[str, list[float]]):
+    """What TRL's trainers append their metrics to: a list for any name."""
+
+    def __missing__(self, name: str) -> list[float]:
+        return self.setdefault(name, [])
