@@ -1,4 +1,4 @@
-"""`rlhf merge`: checkpoints into one, by a method or a file; and how far two checkpoints are apart."""
+"""`rlhf merge`: several models into one, by a method or a file; `--diff` compares two instead."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rlhf_core.cli import shell_completion
-from rlhf_core.cli.printing import print_json, print_table, print_text
+from rlhf_core.cli.printing import print_json, print_text
 from rlhf_core.cli.quick_imports import quick_imports
+from rlhf_core.cli.weight_diff import show_difference
 from rlhf_core.infra.errors import ConfigError, Interrupted
 
 if TYPE_CHECKING:
-    from rlhf_core.evaluation.weight_diff import Difference, Distance
     from rlhf_core.merging.job import MergeJob
     from rlhf_core.merging.merge import MergeResult, ModelMerger
 
@@ -24,6 +24,31 @@ log = logging.getLogger(__name__)
 # Whatever typer doesn't know is an option of the method, read once the method is known.
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["--help", "-h"]}
 
+_Target = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="METHOD_OR_FILE",
+        help="A method's name or a configuration file, ours or mergekit's, then any of its options.",
+        show_default=False,
+        autocompletion=shell_completion.mergers,
+    ),
+]
+_Evaluate = Annotated[
+    str | None,
+    typer.Option(
+        "--evaluate",
+        metavar="FILE.py:FUNCTION",
+        help="Function that takes a model's directory and returns its score, larger being better: for greedy_soup.",
+    ),
+]
+_Diff = Annotated[
+    tuple[str, str] | None,
+    typer.Option("--diff", metavar="A B", help="Show how far the weights of two models are apart, instead of merging."),
+]
+_Picture = Annotated[
+    Path | None, typer.Option("--picture", metavar="FILE.png", help="Draw what --diff finds into a file.")
+]
+
 
 def add_to(app: typer.Typer) -> None:
     app.command(context_settings=_PASS_ON)(merge)
@@ -31,53 +56,53 @@ def add_to(app: typer.Typer) -> None:
 
 def merge(
     context: typer.Context,
-    target: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="METHOD_OR_FILE",
-            help="A method's name or a configuration file, ours or mergekit's, then any of its options.",
-            show_default=False,
-            autocompletion=shell_completion.mergers,
-        ),
-    ] = None,
+    target: _Target = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and the resolved configuration; write nothing.")
     ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a merge into --output that was killed.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the merge into --output that was stopped or killed.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model in --output.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-    evaluate: Annotated[
-        str | None,
-        typer.Option(
-            "--evaluate",
-            metavar="FILE.py:FUNCTION",
-            help="Function that scores a model's directory, larger being better: for greedy_soup.",
-        ),
-    ] = None,
-    diff: Annotated[
-        tuple[str, str] | None,
-        typer.Option("--diff", metavar="A B", help="Show how far two checkpoints are apart, instead of merging."),
-    ] = None,
-    picture: Annotated[
-        Path | None, typer.Option("--picture", metavar="FILE.png", help="Draw what --diff finds into a file.")
-    ] = None,
+    evaluate: _Evaluate = None,
+    diff: _Diff = None,
+    picture: _Picture = None,
 ) -> None:
     """Merge: `rlhf merge ties --base B --model A=0.7 --model C=0.3 --output O --density 0.2`, or `rlhf merge CONFIG.yaml`.
 
-    --model PATH[=WEIGHT] names a model, as often as there are models; --base the one that differences are taken from. A
-    configuration file is flat: method, base, models (each a name, or model, weight and its own options), output, then the
-    method's options by name. Each is also a flag, which wins over the file, a model's own as `--models.0.density 0.5`; so are
-    dtype, tokenizer, shard_size, threads, device, seed, hash_inputs, and `--compat mergekit` for its definitions. `rlhf show
-    METHOD` lists a method's options. Files of mergekit are read unchanged. A merge that was killed is continued by --resume.
+    --model PATH[=WEIGHT] names an input model and is repeated for each; --base names the base model, from which task vectors are
+    taken. A configuration file is flat: method, base, models (each a name, or a group of model, weight and options for it alone),
+    output, then the method's options by name. Each is also a flag, which wins over the file, those of one model as
+    `--models.0.density 0.5`; so are dtype, tokenizer, shard_size, threads, device, seed, hash_inputs, and `--compat mergekit`,
+    which chooses mergekit's definition of a method. `rlhf show METHOD` lists a method's options. Files of mergekit are read
+    unchanged. --resume continues a merge that was killed.
 
-    `rlhf merge --diff A B` shows the distances between two checkpoints by layer.
+    `rlhf merge --diff A B` shows by layer how far the weights of two models are apart.
     """
     if diff is not None:
-        return _diff(diff, target, context.args, picture=picture, as_json=as_json)
+        if unexpected := [*filter(None, [target]), *context.args]:
+            fix = "`rlhf merge --diff A B [--picture FILE.png]`"
+            raise ConfigError("unexpected argument", place="--diff", got=f"`{unexpected[0]}`", fix=fix)
+        return show_difference(*diff, picture=picture, as_json=as_json)
+    method_or_file = _checked(target, picture=picture, resume=resume, overwrite=overwrite)
+    with quick_imports():
+        from rlhf_core.merging.job import load_merge_job
+        from rlhf_core.registry.plugin_logs import setup_logging
+
+        setup_logging()
+        job = load_merge_job(method_or_file, flags=context.args)
+    if dry_run:
+        return _describe(job, resume=resume, overwrite=overwrite, as_json=as_json)
+    result = _merge(job, evaluate, resume=resume, overwrite=overwrite)
+    return _report(result, as_json=as_json)
+
+
+def _checked(target: str | None, *, picture: Path | None, resume: bool, overwrite: bool) -> str:
+    """Return the method's name or the file of a merge. Raises ConfigError for arguments that a merge can't have."""
     if picture is not None:
-        raise ConfigError(
-            "there is nothing to draw", place="--picture", fix="`rlhf merge --diff A B --picture FILE.png`"
-        )
+        fix = "`rlhf merge --diff A B --picture FILE.png`"
+        raise ConfigError("there is nothing to draw", place="--picture", fix=fix)
     if target is None or target.startswith("-"):
         raise ConfigError(
             "a method or a file comes first",
@@ -86,19 +111,9 @@ def merge(
             fix="`rlhf merge METHOD --model A --model B --output DIR`, or `rlhf merge --diff A B`",
         )
     if resume and overwrite:
-        raise ConfigError(
-            "a merge is either continued or started over", place="--resume and --overwrite", fix="choose one"
-        )
-    with quick_imports():
-        from rlhf_core.merging.job import load_merge_job
-        from rlhf_core.registry.plugin_logs import setup_logging
-
-        setup_logging()
-        job = load_merge_job(target, flags=context.args)
-    if dry_run:
-        return _describe(job, resume=resume, overwrite=overwrite, as_json=as_json)
-    result = _merge(job, evaluate, resume=resume, overwrite=overwrite)
-    return _report(result, as_json=as_json)
+        problem = "a merge is either continued or started over"
+        raise ConfigError(problem, place="--resume and --overwrite", fix="choose one")
+    return target
 
 
 def _merge(job: MergeJob, evaluate: str | None, *, resume: bool, overwrite: bool) -> MergeResult:
@@ -109,13 +124,12 @@ def _merge(job: MergeJob, evaluate: str | None, *, resume: bool, overwrite: bool
         with ByteBar("merging") as bar:
             return job.merger(evaluate=evaluate, progress=bar).merge(resume=resume, overwrite=overwrite)
     except KeyboardInterrupt as error:
-        # typer would make an exit of it, without what is left behind.
+        # typer would turn it into an exit code alone, without saying what is left behind.
         text = "stopped by Ctrl-C"
         if job.config.output and unfinished(Path(job.config.output).expanduser()).is_dir():
             # What the new model shall replace is noted beside it, and the two flags don't go together.
-            text += (
-                "; the same command with `--resume`" + (" in place of `--overwrite`" if overwrite else "") + " goes on"
-            )
+            instead = " in place of `--overwrite`" if overwrite else ""
+            text += f"; the same command with `--resume`{instead} continues the merge"
         raise Interrupted(text) from error
 
 
@@ -209,64 +223,6 @@ def _state(job: MergeJob, resume: bool, overwrite: bool) -> str:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         return " (replaced)" if overwrite else " (not empty: needs --overwrite)"
     return " (new)"
-
-
-def _diff(names: tuple[str, str], target: str | None, rest: list[str], *, picture: Path | None, as_json: bool) -> None:
-    if target is not None or rest:
-        raise ConfigError(
-            "unexpected argument",
-            place="--diff",
-            got=f"`{target or rest[0]}`",
-            fix="`rlhf merge --diff A B [--picture FILE.png]`",
-        )
-    with quick_imports():
-        from rlhf_core.evaluation.weight_diff import diff, draw
-        from rlhf_core.infra.progress import ByteBar
-        from rlhf_core.registry.plugin_logs import setup_logging
-
-    setup_logging()
-    with ByteBar("comparing") as bar:
-        found = diff(*names, progress=bar)
-    if picture is not None:
-        draw(found, picture)
-    if as_json:
-        return print_json({**found.as_dict(), "picture": None if picture is None else str(picture)})
-    _print_difference(found)
-    if picture is not None:
-        print(f"picture: {picture}")
-    return None
-
-
-def _print_difference(found: Difference) -> None:
-    from rlhf_core.evaluation.weight_diff import PARTS
-
-    table = found.by_layer()
-    parts = [part for part in PARTS if part in found.by_part()]
-    header = ("layer", *parts, "all", "cosine", "max |b - a|")
-    rows = [_row(row, cells, parts) for row, cells in table.items()]
-    rows.append(_row("all", {**found.by_part(), "all": found.total}, parts))
-    print_text(f"‖b - a‖ / ‖a‖ by layer and part; a: {found.names[0]}, b: {found.names[1]}")
-    print_table(header, rows)
-    farthest = sorted(found.tensors.items(), key=lambda entry: -entry[1].relative)[:5]
-    if farthest and farthest[0][1].apart > 0:
-        print("\nfarthest apart:")
-        print_table(
-            ("tensor", "‖b - a‖ / ‖a‖", "cosine", "max |b - a|"),
-            [(name, f"{one.relative:.3g}", f"{one.cosine:.6f}", f"{one.largest:.3g}") for name, one in farthest],
-        )
-    else:
-        print("\nall values are equal")
-    for name, only in zip(found.names, found.only, strict=True):
-        if only:
-            print_text(f"only in {name}: {', '.join(only)}")
-    for name, (first, second) in found.reshaped.items():
-        print_text(f"of two shapes, left out: {name} {list(first)}, {list(second)}")
-
-
-def _row(name: str, cells: dict[str, Distance], parts: list[str]) -> tuple[str, ...]:
-    whole = cells["all"]
-    shares = (f"{cells[part].relative:.3g}" if part in cells else "" for part in parts)
-    return (name, *shares, f"{whole.relative:.3g}", f"{whole.cosine:.6f}", f"{whole.largest:.3g}")
 
 
 def size(count: float) -> str:

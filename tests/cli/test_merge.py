@@ -152,13 +152,13 @@ def test_ctrl_c_says_how_to_go_on(rlhf, flags: list[str], tmp_path: Path, monkey
     monkeypatch.setattr(output.Output, "finish", stop)
     code, _, err = rlhf(*arguments)
     assert code == 130
-    assert err == "error[interrupted] stopped by Ctrl-C; the same command with `--resume` goes on\n"
+    assert err == "error[interrupted] stopped by Ctrl-C; the same command with `--resume` continues the merge\n"
     assert "unfinished merge is there: continued" in rlhf(*arguments, "--dry-run", "--resume")[1]
     monkeypatch.undo()
     assert rlhf(*arguments, "--resume")[0] == 0
     monkeypatch.setattr(output.Output, "finish", stop)
     code, _, err = rlhf(*arguments, "--overwrite")
-    advice = "stopped by Ctrl-C; the same command with `--resume` in place of `--overwrite` goes on"
+    advice = "stopped by Ctrl-C; the same command with `--resume` in place of `--overwrite` continues the merge"
     assert code == 130 and advice in err
     monkeypatch.undo()
     assert rlhf(*arguments, "--resume")[0] == 0
