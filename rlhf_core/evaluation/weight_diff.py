@@ -1,4 +1,4 @@
-"""How far two checkpoints are apart: by tensor, by layer, and by part of the layer."""
+"""How far the weights of two models are apart: by tensor, by layer, and by part of the layer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Distance:
-    """Sums over the entries of tensors of two checkpoints, a and b; sums of several tensors add up."""
+    """Sums over the entries of tensors of two models, a and b; the distances of several tensors add up."""
 
     count: int = 0
     apart: float = 0.0
@@ -70,7 +70,7 @@ class Distance:
 
 
 def distance(first: Tensor, second: Tensor) -> Distance:
-    """Return the distance of two pieces of tensors, any shape; sums in float64."""
+    """Return the distance between two tensors with the same number of entries, any shape; sums are in float64."""
     a, b = first.reshape(-1).double(), second.reshape(-1).double()
     apart = b - a
     largest = float(apart.abs().max()) if len(apart) else 0.0
@@ -79,22 +79,24 @@ def distance(first: Tensor, second: Tensor) -> Distance:
 
 @dataclass(frozen=True)
 class Difference:
-    """What `diff` found."""
+    """The distances between two models, a and b."""
 
     names: tuple[str, str]
+    """The models, as they were given."""
     tensors: dict[str, Distance]
-    """Tensors that both have in the same shape, layers in order."""
+    """The distance of each tensor that both have in the same shape, layers in order."""
     only: tuple[Sequence[str], Sequence[str]]
-    """Tensors that one of the two has alone."""
+    """Names of the tensors that only a has, and of those that only b has."""
     reshaped: Mapping[str, tuple[Sequence[int], Sequence[int]]]
-    """Tensors that have two shapes."""
+    """The two shapes of each tensor whose shapes differ; they are left out of the distances."""
 
     @property
     def total(self) -> Distance:
+        """The distance over all tensors."""
         return sum(self.tensors.values(), Distance())
 
     def by_layer(self) -> dict[str, dict[str, Distance]]:
-        """Return for each layer (`embeddings`, 0, 1 …, `head`) its parts and their sum, `all`."""
+        """Return for each layer (`embeddings`, 0, 1 …, `head`) the distance of each of its parts, and of the whole as `all`."""
         table: dict[str, dict[str, Distance]] = {}
         rows: list[tuple[tuple[int, int], str, str]] = []
         for name in self.tensors:
@@ -108,7 +110,7 @@ class Difference:
         return table
 
     def by_part(self) -> dict[str, Distance]:
-        """Return the sum of each part over all layers."""
+        """Return the distance of each part over all layers."""
         table: dict[str, Distance] = {}
         for part in PARTS:
             found = [one for name, one in self.tensors.items() if part_of(name) == part]
@@ -134,7 +136,12 @@ class Difference:
 
 
 def diff(first: str | Path, second: str | Path, *, progress: Progress | None = None) -> Difference:
-    """Compare two checkpoints tensor by tensor, in small pieces; adapters are folded into their bases.
+    """Compare the weights of two models tensor by tensor, in chunks, so that memory stays small.
+
+    Args:
+        first: a directory, an adapter (which is folded into its base), `BASE+ADAPTER`, or a hub name.
+        second: the same.
+        progress: called with the bytes that are compared and their total.
 
     Raises:
         ModelError: one can't be read, holds values that aren't finite, or the two have no tensor in common.
@@ -183,10 +190,15 @@ def part_of(name: str) -> str:
 
 
 def draw(found: Difference, path: Path) -> None:
-    """Write a picture of the distances: layers by parts, and each layer as a whole.
+    """Write a picture of the relative distances ‖b - a‖ / ‖a‖: layers by parts, and each layer as a whole.
+
+    Args:
+        found: what `diff` returned.
+        path: the file; its ending says which kind.
 
     Raises:
         ConfigError: matplotlib isn't installed, or draws no files of that kind.
+        StorageError: the file can't be written.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -225,4 +237,5 @@ def draw(found: Difference, path: Path) -> None:
 
 
 def _shown(one: Distance | None) -> float:
+    """Return a relative distance as it is drawn: not at all (NaN) where there is none, or it is infinite."""
     return one.relative if one is not None and math.isfinite(one.relative) else math.nan
