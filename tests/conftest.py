@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 
-import pytest
+# Read when `datasets` is imported, here and in every process that a test starts: no test sees what another run cached.
+_CACHE = tempfile.TemporaryDirectory(prefix="rlhf-tests-")
+os.environ["HF_DATASETS_CACHE"] = _CACHE.name
 
-from rlhf_core import registry
+import pytest  # noqa: E402
+
+from rlhf_core import registry  # noqa: E402
 
 Install = Callable[..., Path]
 

@@ -64,6 +64,7 @@ class EncodedData(ABC):
             )
         self.options = options or DatasetConfig()
         self.source = open_source(data, split=self.options.split, streaming=self.streaming)
+        self.source_state = self.source.state()
         self.encoder = Encoder(
             tokenizer,
             self.record,
@@ -83,6 +84,12 @@ class EncodedData(ABC):
             files=self.source.identity(whole=not self.streaming),
             template_sha256=self.encoder.template.sha256,
         )
+        self._read()
+        self._warn_of_plain_text()
+
+    @abstractmethod
+    def _read(self) -> None:
+        """Read and check what is read when the data are opened, and set the fingerprint."""
 
     @property
     @abstractmethod
@@ -96,7 +103,7 @@ class EncodedData(ABC):
         A stream yields what it refuses too, to be counted when it is met.
         """
 
-    def warn_of_plain_text(self) -> None:
+    def _warn_of_plain_text(self) -> None:
         """Warn where the rows read so far are plain text, the model has a chat template, and nobody said which is meant."""
         if self.encoder.plain:
             logger.warning("%s: %s", self.source.name, PLAIN)

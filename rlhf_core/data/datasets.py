@@ -5,53 +5,39 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-import pyarrow as pa
 import torch.utils.data
 
-from rlhf_core.config.training import DatasetConfig
 from rlhf_core.data.base import EncodedData, Position, add_to_hash, random_generator
 from rlhf_core.data.encode import EncodedRow, Outcome
-
-if TYPE_CHECKING:
-    import datasets
-    from transformers import PreTrainedTokenizerBase
+from rlhf_core.data.row_cache import CacheEntry, Write, encoded_table
 
 _ENCODE = 1024
 _FETCH = 256
-_IN_MEMORY = 256 << 20
-"""Bytes of encoded rows that stay in memory; more is written to a temporary file and memory-mapped."""
 
-_SCHEMA = pa.schema(
-    {
-        "index": pa.int64(),
-        "prompt_ids": pa.list_(pa.int32()),
-        "responses": pa.list_(pa.list_(pa.int32())),
-        "masks": pa.list_(pa.list_(pa.bool_())),
-        # The prompt as it stands and other columns differ from row to row, so they are kept as the JSON that they came from.
-        "columns": pa.large_string(),
-    }
-)
+SMALL = 256 << 10
+"""Bytes of data up to which rows stay in memory and aren't cached: they are tokenised in well under a second."""
 
 
 class MapDataset(EncodedData, torch.utils.data.Dataset[EncodedRow]):
     """Rows by number: `len(dataset)`, `dataset[i]`."""
 
-    def __init__(
-        self,
-        data: Any,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        max_length: int = 1024,
-        options: DatasetConfig | None = None,
-        record: str | None = None,
-    ) -> None:
-        super().__init__(data, tokenizer, max_length=max_length, options=options, record=record)
-        store, digest = _Store(), hashlib.sha256()
+    def _read(self) -> None:
+        small = self.source.size <= SMALL
+        rows = encoded_table(None if small else self._cache_entry(), self._encode, in_memory=small)
+        self.table, self._directory = rows.table, rows.directory
+        self.fingerprint = rows.summary["fingerprint"]
+        if rows.cached:
+            self.encoder.load_state_dict(rows.summary["encoder"])
+            self.report.load_state_dict(rows.summary["report"])
+            self.report.repeat_log()
+
+    def _encode(self, write: Write) -> dict[str, Any]:
+        """Read, check and encode all rows; return what is reported of them."""
+        digest = hashlib.sha256()
+        self.report.reset()
         rows = self.source.rows()
         while chunk := list(itertools.islice(rows, _ENCODE)):
             kept = []
@@ -60,12 +46,26 @@ class MapDataset(EncodedData, torch.utils.data.Dataset[EncodedRow]):
                 if outcome.row is not None:
                     add_to_hash(digest, outcome.row)
                     kept.append(outcome.row)
-            store.write(kept)
+            write(kept)
         self.report.finish()
-        self.warn_of_plain_text()
-        self.fingerprint = digest.hexdigest()
-        self.table = store.close()
-        self._directory = store.directory
+        return {
+            "fingerprint": digest.hexdigest(),
+            "encoder": self.encoder.state_dict(),
+            "report": self.report.state_dict(),
+        }
+
+    def _cache_entry(self) -> CacheEntry | None:
+        """Return where the cache keeps these rows; None where caching is off, or data or tokenizer have no content hash."""
+        import datasets
+
+        encoder, files = self.encoder.identity(), self.report.files
+        if encoder is None or not datasets.is_caching_enabled() or not all("sha256" in file for file in files):
+            return None
+        options = self.options.model_dump(
+            mode="json", exclude={"shuffle", "shuffle_block", "streaming", "split", "eval_split"}
+        )
+        made_from = {"data": files, "encoder": encoder, "options": options}
+        return CacheEntry(self.record, made_from, unchanged=lambda: self.source.state() == self.source_state)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -91,43 +91,6 @@ class MapDataset(EncodedData, torch.utils.data.Dataset[EncodedRow]):
         for first in range(position[0] if position else 0, len(self), _FETCH):
             for number, row in enumerate(self.rows(order[first : first + _FETCH]), first + 1):
                 yield Outcome("", row), [number]
-
-
-class _Store:
-    """Collects encoded rows as Arrow: in memory while they are few, then in a file."""
-
-    def __init__(self) -> None:
-        self.directory: tempfile.TemporaryDirectory[str] | None = None
-        self._batches: list[pa.RecordBatch] = []
-        self._writer: Any = None
-        self._size = 0
-
-    def write(self, rows: Sequence[EncodedRow]) -> None:
-        columns: dict[str, list[Any]] = {name: [getattr(row, name) for row in rows] for name in _SCHEMA.names[:-1]}
-        columns["columns"] = [json.dumps([row.per_prompt, row.per_response, row.prompt, row.record]) for row in rows]
-        batch = pa.RecordBatch.from_pydict(columns, schema=_SCHEMA)
-        self._size += batch.nbytes
-        self._batches.append(batch)
-        if self._size > _IN_MEMORY:
-            self._spill()
-
-    def _spill(self) -> None:
-        if self._writer is None:
-            self.directory = tempfile.TemporaryDirectory(prefix="rlhf-data-")
-            self._writer = pa.ipc.new_stream(str(Path(self.directory.name) / "rows.arrow"), _SCHEMA)
-        for batch in self._batches:
-            self._writer.write_batch(batch)
-        self._batches.clear()
-
-    def close(self) -> datasets.Dataset:
-        import datasets
-
-        if self._writer is None or self.directory is None:
-            table = pa.Table.from_batches(self._batches, schema=_SCHEMA)
-            return datasets.Dataset(datasets.table.InMemoryTable(table))
-        self._spill()
-        self._writer.close()
-        return datasets.Dataset.from_file(str(Path(self.directory.name) / "rows.arrow"))
 
 
 class SFTDataset(MapDataset):

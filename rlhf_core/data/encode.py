@@ -6,7 +6,8 @@ which response tokens are in the loss, the one that ends a turn included. No id 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -145,6 +146,40 @@ class Encoder:
         """Whether a text prompt so far was made the user's turn."""
         self.plain = False
         """Whether a row was plain text where a chat template would have something to say, and nobody has said which is meant."""
+
+    def state_dict(self) -> dict[str, bool]:
+        """Return what the rows so far were, as JSON values."""
+        return {"chats": self.chats, "wrapped": self.wrapped, "plain": self.plain}
+
+    def load_state_dict(self, state: Mapping[str, bool]) -> None:
+        """Take over what `state_dict` returned: the same rows were encoded before."""
+        self.chats, self.wrapped, self.plain = state["chats"], state["wrapped"], state["plain"]
+
+    def identity(self) -> dict[str, Any] | None:
+        """Return as JSON values what decides which ids a row gets, but for the row, the options and the code.
+
+        None where that can't be told: the tokenizer's class isn't transformers' own or it has parts that can't be written, or
+        the chat template asks for a time that changes from one run to the next.
+        """
+        tokenizer, times = self.tokenizer, self.template.times()
+        if times is None or not type(tokenizer).__module__.startswith("transformers."):
+            return None
+        try:
+            written = tokenizer.backend_tokenizer.to_str()
+        except Exception:  # Parts of it are written in Python.
+            return None
+        return {
+            "record": self.record,
+            "max_length": self.max_length,
+            "wrap": self.wrap,
+            "tokenizer": hashlib.sha256(written.encode()).hexdigest(),
+            "tokenizer_class": type(tokenizer).__qualname__,
+            "control_tokens": {name: number for name, (number, _) in self.template.control.tokens.items()},
+            "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+            "begin": list(self.pieces.begin),
+            "templates": [self.template.source, self.template.with_tools],
+            "times": times,
+        }
 
     def encode(self, rows: Sequence[Row]) -> list[Outcome]:
         """Return what becomes of each row, in order. The tokenizer is called a few times for all of them.

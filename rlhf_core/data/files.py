@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlhf_core.data.values import check_sound
+from rlhf_core.data.values import check_sound, written_whole
 from rlhf_core.infra.errors import DataError
 
 COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
@@ -54,21 +53,32 @@ class Part(ABC):
 
     name: str
 
+    @property
+    @abstractmethod
+    def size(self) -> float:
+        """About how many bytes there are; infinite where nothing tells it."""
+
+    def state(self) -> list[float]:
+        """Return what changes when the contents are written again, without reading them."""
+        return []
+
     @abstractmethod
     def rows(self, start: Cursor) -> Iterator[Row]:
         """Yield the rows from `start` on, which stands in this part."""
 
     def identity(self, *, whole: bool) -> dict[str, Any]:
-        """Return what tells this part from another: name, bytes and a hash. Without `whole` only its ends are hashed."""
-        head = []
+        """Return what tells this part from another: name, bytes, and the hash of its contents, `sha256`.
+
+        Without `whole` only its ends are hashed (`sha256_of_ends`). Of objects in rows that Python doesn't write whole only the
+        text that stands for them is (`sha256_of_repr`).
+        """
+        digest, exact = hashlib.sha256(), True
         for row in itertools.islice(self.rows(Cursor()), None if whole else 16):
             check_sound(row.values, row.place)
-            head.append(row.values)
-        try:
-            text = json.dumps(head, default=repr, sort_keys=True)
-        except TypeError:  # Keys that JSON doesn't have, or of several types.
-            text = repr(head)
-        return {"name": self.name, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+            digest.update(f"{row.values!r}\n".encode())
+            exact = exact and written_whole(row.values)
+        kind = "sha256" if exact and whole else "sha256_of_ends" if exact else "sha256_of_repr"
+        return {"name": self.name, kind: digest.hexdigest()}
 
 
 class File(Part):
@@ -76,6 +86,20 @@ class File(Part):
 
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, str(path)
+
+    @property
+    def size(self) -> float:
+        try:
+            return self.path.stat().st_size
+        except OSError:  # Said where it is read.
+            return 0
+
+    def state(self) -> list[float]:
+        try:
+            found = self.path.stat()
+        except OSError:
+            return []
+        return [found.st_size, found.st_mtime_ns, found.st_ino]
 
     def identity(self, *, whole: bool) -> dict[str, Any]:
         try:

@@ -72,7 +72,7 @@ class DataReport:
             )
         if outcome.read_as is not None:
             if outcome.read_as not in self.shapes:
-                logger.info("%s: rows read as %s", self.name, outcome.read_as)
+                self._log_shape(outcome.read_as)
             _tally(self.shapes, outcome.read_as, outcome.place)
         if outcome.unused:
             _tally(self.notes, f"columns that nothing uses: {_named(outcome.unused)}", outcome.place)
@@ -136,6 +136,18 @@ class DataReport:
                 fix=_GIVE_BOTH[missing],
             )
         self.complete = True
+        self._log_warnings()
+
+    def repeat_log(self) -> None:
+        """Log what reading these rows logged, where its counts were loaded."""
+        for shape in self.shapes:
+            self._log_shape(shape)
+        self._log_warnings()
+
+    def _log_shape(self, shape: str) -> None:
+        logger.info("%s: rows read as %s", self.name, shape)
+
+    def _log_warnings(self) -> None:
         for line in self.warnings():
             logger.warning(line)
 

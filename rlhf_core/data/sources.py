@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,9 @@ _SPLITS = {
 }
 """Words in a file's name → the split that its rows are of."""
 
+_BYTES_A_ROW = 1024
+"""What a row in memory counts for, where sizes are compared."""
+
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?")
 
 
@@ -40,6 +44,10 @@ class Rows(Part):
 
     def __init__(self, rows: Sequence[Any], name: str = "data") -> None:
         self.table, self.name = rows, name
+
+    @property
+    def size(self) -> float:
+        return len(self.table) * _BYTES_A_ROW
 
     def rows(self, start: Cursor) -> Iterator[Row]:
         for line, values in enumerate(self._from(start.line), start.line):
@@ -68,6 +76,10 @@ class IterableRows(Part):
 
     def __init__(self, stream: Any, name: str) -> None:
         self.stream, self.name = stream, name
+
+    @property
+    def size(self) -> float:
+        return math.inf
 
     def rows(self, start: Cursor) -> Iterator[Row]:
         stream = self.stream.skip(start.line) if start.line else self.stream
@@ -127,6 +139,15 @@ class Source:
             if copy + 1 == copies:
                 after = row.after._replace(row=number + 1)
             yield Row(number, row.place, row.values, after)
+
+    @property
+    def size(self) -> float:
+        """About how many bytes there are, over all parts; infinite where nothing tells it."""
+        return sum(part.size * weight for part, weight in zip(self.parts, self.weights, strict=True))
+
+    def state(self) -> list[list[float]]:
+        """Return what changes when a file is written again, without reading it."""
+        return [part.state() for part in self.parts]
 
     def identity(self, *, whole: bool) -> list[dict[str, Any]]:
         """Return each part's name and hash (see `Part.identity`), and its weight where that isn't 1."""

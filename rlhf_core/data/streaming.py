@@ -10,17 +10,13 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import ClassVar
 
 import torch.utils.data
 
-from rlhf_core.config.training import DatasetConfig
 from rlhf_core.data.base import EncodedData, Position, add_to_hash, random_generator
 from rlhf_core.data.encode import EncodedRow, Outcome
 from rlhf_core.data.files import Cursor
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _ENCODE = 64
 _PROBE = 16
@@ -31,19 +27,10 @@ class StreamingDataset(EncodedData, torch.utils.data.IterableDataset[EncodedRow]
 
     streaming: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        data: Any,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        max_length: int = 1024,
-        options: DatasetConfig | None = None,
-        record: str | None = None,
-    ) -> None:
-        super().__init__(data, tokenizer, max_length=max_length, options=options, record=record)
+    def _read(self) -> None:
         settings = [
             self.record,
-            max_length,
+            self.encoder.max_length,
             self.options.model_dump(exclude={"shuffle", "strict", "split", "eval_split", "ignore_columns"}),
         ]
         identity = [{**part, "name": None} for part in self.report.files]
@@ -52,7 +39,6 @@ class StreamingDataset(EncodedData, torch.utils.data.IterableDataset[EncodedRow]
         for outcome in self.encoder.encode(list(itertools.islice(self.source.rows(), _PROBE))):
             if outcome.row is not None:
                 add_to_hash(digest, outcome.row)
-        self.warn_of_plain_text()
         self.fingerprint = digest.hexdigest()
 
     def __iter__(self) -> Iterator[EncodedRow]:

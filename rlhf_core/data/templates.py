@@ -84,6 +84,20 @@ class ChatTemplate:
         """Hash of the template's text; None where there is no template."""
         return hashlib.sha256(self.source.encode()).hexdigest() if self.source is not None else None
 
+    def times(self) -> dict[str, str] | None:
+        """Return what the template gets as the time, by format: empty where it doesn't ask.
+
+        None where it asks and nothing fixes the time (see `rendered_at`), so two renderings may differ.
+        """
+        times: dict[str, str] = {}
+        for source in {self.source or "", self.with_tools or ""}:
+            if "strftime_now" in source:
+                found = _at_time(source, _TIME.get())[1]
+                if not found:
+                    return None
+                times |= found
+        return times
+
     def chat(
         self, messages: Sequence[Message], place: str, *, tools: list[Any] | None = None, also: Sequence[Any] = ()
     ) -> Chat:

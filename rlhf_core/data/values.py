@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +12,18 @@ from rlhf_core.infra.errors import DataError, shortened
 
 DEEPEST = 100
 """Most levels of lists and mappings in each other."""
+_WRITTEN_WHOLE = (
+    str,
+    bool,
+    int,
+    float,
+    bytes,
+    decimal.Decimal,
+    datetime.datetime,
+    datetime.date,
+    datetime.time,
+    datetime.timedelta,
+)
 _LARGEST = 10**4300
 """Python writes integers of no more digits than those below it have."""
 
@@ -82,3 +96,13 @@ def is_json(value: Any) -> bool:
     if isinstance(value, list):
         return all(is_json(item) for item in value)
     return value is None or isinstance(value, str | bool | int | float)
+
+
+def written_whole(value: Any) -> bool:
+    """Tell whether `repr` of a value holds all of it, so that equal texts are equal values."""
+    kind = type(value)
+    if kind is dict:
+        return all(written_whole(key) and written_whole(item) for key, item in value.items())
+    if kind is list or kind is tuple:
+        return all(map(written_whole, value))
+    return value is None or kind in _WRITTEN_WHOLE

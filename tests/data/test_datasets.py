@@ -19,6 +19,7 @@ from rlhf_core.data import (
     open_dataset,
 )
 from rlhf_core.data.collate import collate
+from rlhf_core.data.datasets import SMALL
 from rlhf_core.infra.errors import ConfigError, DataError
 
 TURNS = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}] * 2
@@ -111,14 +112,18 @@ def test_examples_are_few(tiny):
     assert dropped["rows"] == 50 and len(dropped["examples"]) == 5
 
 
-def test_many_rows_go_to_a_file(tiny, monkeypatch):
-    rows = sft_rows(300)
-    small = SFTDataset(rows, tiny)
-    monkeypatch.setattr("rlhf_core.data.datasets._IN_MEMORY", 1000)
-    monkeypatch.setattr("rlhf_core.data.datasets._ENCODE", 64)
-    large = SFTDataset(rows, tiny)
+@pytest.mark.parametrize("caching", [False, True])
+def test_large_data_go_to_a_file(tiny, caching):
+    rows = [{"prompt": f"a{i}", "response": "b"} for i in range(SMALL // 1024 + 1)]
+    if not caching:
+        datasets.disable_caching()
+    try:
+        large = SFTDataset(rows, tiny)
+    finally:
+        datasets.enable_caching()
+    small = SFTDataset(rows[:-1], tiny)
     assert large.table.cache_files and not small.table.cache_files
-    assert list(large) == list(small) and large.fingerprint == small.fingerprint
+    assert list(large)[:-1] == list(small) and large[-1].index == len(small)
 
 
 def test_fingerprint_tells_data_tokenizer_and_options_apart(tiny, bpe):

@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from toy import ROWS, ToyTrainer, toy
+from transformers import PreTrainedTokenizerFast
 
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.contracts.trainer import Loss
@@ -70,6 +72,34 @@ def test_a_resumed_run_is_the_same_run(
     assert without_timing(tmp_path / "crashed") == without_timing(tmp_path / "whole")
     assert model_bytes(tmp_path / "crashed") == model_bytes(tmp_path / "whole")
     assert result.tokens == whole.tokens and result.eval_metrics == whole.eval_metrics
+
+
+def test_a_resume_tokenises_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    seen: list[str] = []
+    call = PreTrainedTokenizerFast.__call__
+
+    def counted(self: Any, text: Any, *args: Any, **options: Any) -> Any:
+        seen.extend(one for one in ([text] if isinstance(text, str) else text) if "of a row" in one)
+        return call(self, text, *args, **options)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", counted)
+    rows = [{"prompt": f"of a row {i}", "response": "yes"} for i in range(300)]
+    options: dict[str, Any] = {"rows": rows, "checkpoint": {"every": 2}, "max_steps": 8}
+    crashed(tmp_path / "crashed", monkeypatch, **options)
+    assert len(seen) == 300
+    seen.clear()
+    toy(tmp_path / "crashed", kind=Crashing, **options).train(resume=True)
+    assert seen == []
+    datasets.disable_caching()
+    try:
+        toy(tmp_path / "whole", kind=Crashing, **options).train()
+    finally:
+        datasets.enable_caching()
+    assert len(seen) == 300
+    assert without_timing(tmp_path / "crashed") == without_timing(tmp_path / "whole")
+    assert model_bytes(tmp_path / "crashed") == model_bytes(tmp_path / "whole")
+    assert (tmp_path / "crashed/data.json").read_bytes() == (tmp_path / "whole/data.json").read_bytes()
 
 
 def test_the_log_is_cut_back_to_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
