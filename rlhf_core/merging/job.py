@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_core import registry
+from pydantic import Field
+
 from rlhf_core.config.base import place_of
 from rlhf_core.config.flags import Flag, convert, convert_options, lex, refuse_unknown
 from rlhf_core.config.yaml_file import dump_yaml, nest
@@ -31,13 +32,24 @@ from rlhf_core.merging.merge import ModelMerger, Progress
 from rlhf_core.merging.method import Method, is_number
 from rlhf_core.merging.model_score import Evaluate
 from rlhf_core.merging.weights import LayerValues
+from rlhf_core.registry.discovery import Plugin
 from rlhf_core.registry.method_or_file import find_method, read_method_or_file
 
 COMPAT = "compat"
-_FILE_KEYS = (*MergeConfig.KEYS, COMPAT)
 _OF_MODEL = re.compile(r"models\.(\d+)\.(.+)")
-"""Flags that say something of one model, by its number in the list."""
-_FLAG_KEYS = (*(key for key in MergeConfig.KEYS if key != "models"), "model", COMPAT)
+"""Flags for one model, by its number in the list and an option."""
+
+
+class _FlagKeys(MergeConfig):
+    """What the flags set that aren't options of the method."""
+
+    base: str | None = None
+    model: list[str] = Field(default_factory=list)
+    compat: str | None = None
+
+
+_FILE_KEYS = (*MergeConfig.KEYS, COMPAT)
+_FLAG_KEYS = tuple(key for key in _FlagKeys.model_fields if key not in ("models", "options"))
 
 
 @dataclass(frozen=True)
@@ -45,36 +57,35 @@ class MergeJob:
     """What to merge, how, and where each value came from."""
 
     config: MergeConfig
-    plugin: registry.Plugin
-    method: type[Merger]
+    method: Method
     places: Mapping[str, str]
     """For each dotted key that was set, its place: `file:line`, or a flag."""
+
+    @property
+    def plugin(self) -> Plugin:
+        """Where the method comes from."""
+        return self.method.plugin
 
     def merger(self, *, evaluate: Evaluate | str | None = None, progress: Progress | None = None) -> ModelMerger:
         """Return the merger; its arguments are `ModelMerger`'s. No model is opened yet."""
         return ModelMerger(self.config, evaluate=evaluate, progress=progress)
 
     def resolved(self) -> dict[str, Any]:
-        """Return every setting as plain values, secrets redacted; as a file it describes the same merge."""
-        values = self.config.model_dump(mode="json", exclude={"options", "models"})
+        """Return every option as plain values, secrets redacted; as a file they describe the same merge."""
+        given = self.config.model_dump(mode="json", exclude_unset=True)
         models = [
             {"model": entry["model"], "weight": entry.get("weight", 1.0), **entry.get("options", {})}
-            for entry in self.config.model_dump(mode="json", exclude_unset=True)["models"]
+            for entry in given["models"]
         ]
-        options = self._options()
-        head = {"method": values.pop("method"), "base": values.pop("base"), "models": models}
-        values = {**head, "output": values.pop("output"), **options, **values}
-        return {key: redact(value, key) for key, value in values.items()}
+        options = self.method.merger.config.model_dump(mode="json") | given.get("options", {})
+        values = self.config.model_dump(mode="json", exclude={"options"})
+        first = {key: values[key] for key in ("method", "base")} | {"models": models, "output": values["output"]}
+        of_method = {name: value for name, value in options.items() if name not in MergeConfig.KEYS}
+        return {key: redact(value, key) for key, value in {**first, **of_method, **values, "models": models}.items()}
 
     def to_yaml(self) -> str:
         """Return `resolved` as the text of a file."""
         return dump_yaml(self.resolved())
-
-    def _options(self) -> dict[str, Any]:
-        method = Method(self.config, place=self.places)
-        known = method.merger.config.model_dump(mode="json")
-        given = self.config.model_dump(mode="json", exclude_unset=True).get("options", {})
-        return {name: given.get(name, value) for name, value in known.items() if name not in MergeConfig.KEYS}
 
 
 def load_merge_job(
@@ -104,22 +115,25 @@ def load_merge_job(
     plugin, method = find_method(values, places, "merger")
     name = str(values["method"])
     keys = {key: values.pop(key) for key in MergeConfig.KEYS if key in values}
-    keys["models"] = _with_flags(keys.get("models"), given, method, name, places)
-    _refuse_lambda(values, given, method, name, places)
+    typed = {flag.key: flag.typed for flag in given}
+    if "lambda" in {*values, *typed} and {"lambda", "scale"} & {*method.Config.model_fields} == {"scale"}:
+        place = place_of("lambda", {**places, **typed})
+        raise ConfigError(f"unknown option `lambda` of {name}", place=place, fix="λ is called `scale` here")
     refuse_unknown(values, method.Config, name, places, _FILE_KEYS)
     option_flags = [flag for flag in given if flag.key not in _FLAG_KEYS and not _OF_MODEL.match(flag.name)]
     options, option_places = convert_options(option_flags, method.Config, name, _FLAG_KEYS)
     places |= option_places
-    options = _laid(values, options)
+    options = _overridden(values, options)
     if compat and not theirs:
         options = parity(plugin.name, options, places)
-    for key, value in options.items():
-        if is_number(method, key):
-            check_value(value, key, places)
-    keys["models"] = _entries(keys["models"], method, name, places)
+    keys["models"] = _entries(keys.get("models"), places)
+    _set_by_flags(keys["models"], given, method, name, places)
+    _check_values(options, method, "", places)
+    for number, entry in enumerate(keys["models"]):
+        _check_value(entry.get("weight"), f"models.{number}.weight", places)
+        _check_values(entry.get("options", {}), method, f"models.{number}.options.", places)
     config = MergeConfig.parse({**keys, "options": options}, place=places)
-    _check(config, places)
-    return MergeJob(config, plugin, method, places)
+    return MergeJob(config, _checked(Method(config, place=places), places), places)
 
 
 def model_flag(text: str) -> dict[str, Any]:
@@ -153,141 +167,117 @@ def _is_there(name: str) -> bool:
     return all(map(_is_there, pair)) if pair is not None else Path(name).expanduser().exists()
 
 
-def check_value(value: Any, key: str, places: Mapping[str, str]) -> None:
-    """Raise where values by place are wrong: what is wrong inside is told, and not that they are no number."""
-    if isinstance(value, Mapping):
-        for part, one in (value["filters"] if isinstance(value.get("filters"), Mapping) else {}).items():
-            check_value(one, f"{key}.filters.{part}", places)
-        inner = {"": place_of(key, places)}
-        inner |= {at[len(key) + 1 :]: place for at, place in places.items() if at.startswith(f"{key}.")}
-        LayerValues.parse(value, place=inner)
-
-
-def _refuse_lambda(
-    values: Mapping[str, Any], given: Sequence[Flag], method: type[Merger], name: str, places: Mapping[str, str]
-) -> None:
-    """Raise where λ is called as in papers and in mergekit, by a method that calls it `scale`."""
-    fields = method.Config.model_fields
-    flag = next((flag for flag in given if flag.key == "lambda"), None)
-    if (flag is not None or "lambda" in values) and "lambda" not in fields and "scale" in fields:
-        place = place_of("lambda", places) if flag is None else flag.typed
-        raise ConfigError(f"unknown option `lambda` of {name}", place=place, fix="λ is called `scale` here")
-
-
 def _key_flags(given: Sequence[Flag]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the values and places of the flags that aren't options of the method."""
-    plain = [flag for flag in given if flag.key in MergeConfig.KEYS and flag.key != "models"]
-    bases = [flag for flag in plain if flag.key == "base"]
-    if len(bases) > 1:  # it may be a list, but of layers, which no flag can say
-        raise ConfigError(f"given {len(bases)} times", place=bases[0].typed, fix="keep one of them")
-    values, places = convert(plain, MergeConfig, owner="merge")
-    models, compat = ([flag for flag in given if flag.key == key] for key in ("model", COMPAT))
-    for flag in [*models, *compat]:
-        if not flag.text:
-            raise ConfigError("needs a value", place=flag.typed, fix=f"write `{flag.typed} VALUE`")
-    if models:
-        values["models"] = [model_flag(str(flag.text)) for flag in models]
-        places["models"] = models[0].typed
-    if compat:
-        values[COMPAT], places[COMPAT] = compat[-1].text, compat[-1].typed
-    if wrong := next(
-        (flag for flag in given if re.match(r"models(\.|$)", flag.key) and not _OF_MODEL.match(flag.name)), None
-    ):
-        fix = "write `--model A=0.7 --model B=0.3`, and `--models.0.OPTION VALUE` for an option of the first"
-        raise ConfigError("models are given one by one", place=wrong.typed, fix=fix)
+    """Return the values and places of the flags that set keys of `MergeConfig`, or `compat`."""
+    values, places = convert([flag for flag in given if flag.key in _FLAG_KEYS], _FlagKeys, owner="merge")
+    if "model" in values:
+        values["models"] = [model_flag(str(text)) for text in values.pop("model")]
+        places["models"] = places.pop("model")
+    for flag in given:
+        if flag.key.partition(".")[0] == "models" and not _OF_MODEL.match(flag.name):
+            fix = "write `--model A=0.7 --model B=0.3`, and `--models.0.OPTION VALUE` for an option of the first"
+            raise ConfigError("models are given one by one", place=flag.typed, fix=fix)
     return values, places
 
 
-def _with_flags(models: Any, given: Sequence[Flag], method: type[Merger], name: str, places: dict[str, str]) -> Any:
-    """Return the models with what flags such as `--models.0.density 0.3` say of one of them, by its number."""
-    of_models = [(match, flag) for flag in given if (match := _OF_MODEL.match(flag.name))]
-    if not of_models or not isinstance(models, list | tuple):
-        return models
-    entries = [{"model": one} if isinstance(one, str) else one for one in models]
-    for number in dict.fromkeys(int(match[1]) for match, _ in of_models):
-        flags = [Flag(match[2], flag.text) for match, flag in of_models if int(match[1]) == number]
-        at = f"models.{number}"
-        if number >= len(entries):
-            counted = f"{len(entries)} models, counted from 0"
-            raise ConfigError("there is no such model", place=f"--{at}.{flags[0].name}", got=counted)
-        entry = entries[number]
-        own: Any = entry.get("options", {}) if isinstance(entry, Mapping) else None
-        if not isinstance(entry, Mapping) or not isinstance(own, Mapping):
-            continue  # an error of its own, reported where entries are read
-        for flag in flags:
-            if (key := flag.key.partition(".")[0]) != "weight":
-                check_own(key, method, name, f"--{at}.{flag.name}")
-        try:
-            values, set_at = convert([flag for flag in flags if flag.key == "weight"], ModelEntry, owner="merge")
-            more, more_at = convert([flag for flag in flags if flag.key != "weight"], method.Config, owner=name)
-        except ConfigError as error:
-            place, fix = (text and text.replace("--", f"--{at}.") for text in (error.place, error.fix))
-            raise ConfigError(error.problem, place=place, got=error.got, fix=fix) from None
-        for key, place in {**set_at, **more_at}.items():
-            places[f"{at}.{key}"] = places[f"{at}.options.{key}"] = place.replace("--", f"--{at}.")
-        plain = {key: value for key, value in entry.items() if key != "options"}
-        entries[number] = _laid({**plain, **own}, {**values, **more})
-    return entries
-
-
-def _laid(values: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values with those of flags over them; a dotted one sets one entry of a group."""
-    laid = dict(values)
-    for key, value in flags.items():
-        laid = merge_values(laid, nest({key: value})) if "." in key else {**laid, key: value}
-    return laid
-
-
 def _compat(value: Any, places: Mapping[str, str]) -> bool:
+    """Tell whether mergekit's definitions are wanted. Raises ConfigError for those of another tool."""
     if value not in (None, "mergekit"):
-        raise ConfigError(
-            "there are no definitions of that name",
-            place=place_of(COMPAT, places),
-            got=shortened(value),
-            fix=did_you_mean(str(value), ["mergekit"]),
-        )
+        fix = did_you_mean(str(value), ["mergekit"])
+        place = place_of(COMPAT, places)
+        raise ConfigError("there are no definitions of that name", place=place, got=shortened(value), fix=fix)
     return value is not None
 
 
-def _entries(models: Any, method: type[Merger], name: str, places: dict[str, str]) -> list[dict[str, Any]]:
-    """Return the models as `ModelEntry` takes them: a model's own options stand beside its name and weight, or in `options`."""
+def _overridden(values: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values with those of flags in their place; a dotted one sets one entry of a group."""
+    result = dict(values)
+    for key, value in flags.items():
+        result = merge_values(result, nest({key: value})) if "." in key else {**result, key: value}
+    return result
+
+
+def _entries(models: Any, places: dict[str, str]) -> list[dict[str, Any]]:
+    """Return the models as `ModelEntry` takes them: a model's own options may stand beside its name and weight.
+
+    Places of what stands beside them are added under `models.N.options`.
+    """
     where = place_of("models", places)
     if models is None:
-        raise ConfigError(
-            "`models` is missing", place=where, fix="give `--model A --model B`, or `models:` in the file"
-        )
+        fix = "give `--model A --model B`, or `models:` in the file"
+        raise ConfigError("`models` is missing", place=where, fix=fix)
     if not isinstance(models, list | tuple) or not models:
         raise ConfigError("`models` is no list of models", place=where, got=shortened(models))
     entries = []
     for number, given in enumerate(models):
         at = f"models.{number}"
         if not isinstance(given, str | Mapping):
-            raise ConfigError(
-                "a model is a name, or a group with `model`", place=place_of(at, places), got=shortened(given)
-            )
+            problem = "a model is a name, or a group with `model`"
+            raise ConfigError(problem, place=place_of(at, places), got=shortened(given))
         entry = {"model": given} if isinstance(given, str) else dict(given)
         own = entry.pop("options", {})
         if not isinstance(own, Mapping):
             raise ConfigError("`options` is a group", place=place_of(f"{at}.options", places), got=shortened(own))
-        own = {**own, **{key: entry.pop(key) for key in list(entry) if key not in ("model", "weight")}}
-        for key in own:
-            check_own(str(key), method, name, place_of(f"{at}.{key}", places))
-        for key, value in {**own, "weight": entry.get("weight", 1.0)}.items():
-            if key == "weight" or is_number(method, key):
-                check_value(value, f"{at}.{key}", places)
-            if f"{at}.{key}" in places:
-                places.setdefault(f"{at}.options.{key}", places[f"{at}.{key}"])
+        own = {**own, **{str(key): entry.pop(key) for key in list(entry) if key not in ("model", "weight")}}
+        for key, place in list(places.items()):
+            if key.startswith(f"{at}."):
+                places.setdefault(f"{at}.options.{key.removeprefix(f'{at}.')}", place)
         entries.append({**entry, **({"options": own} if own else {})})
     return entries
 
 
-def _check(config: MergeConfig, places: Mapping[str, str]) -> None:
-    """Check the method's options, and weights that don't vary, before anything is opened."""
-    merger = Method(config, place=places).merger
-    weights = [entry.weight for entry in config.models]
+def _set_by_flags(
+    entries: list[dict[str, Any]], given: Sequence[Flag], method: type[Merger], name: str, places: dict[str, str]
+) -> None:
+    """Set what flags such as `--models.0.density 0.3` say of one model, by its number."""
+    of_models: dict[int, list[Flag]] = {}
+    for flag in given:
+        if match := _OF_MODEL.match(flag.name):
+            of_models.setdefault(int(match[1]), []).append(Flag(match[2], flag.text))
+    for number, flags in of_models.items():
+        at = f"models.{number}"
+        if number >= len(entries):
+            counted = f"{len(entries)} models, counted from 0"
+            raise ConfigError("there is no such model", place=f"--{at}.{flags[0].name}", got=counted)
+        own = [flag for flag in flags if flag.key.partition(".")[0] != "weight"]
+        for flag in own:
+            check_own(flag.key.partition(".")[0], method, name, f"--{at}.{flag.name}")
+        try:
+            weight, weight_places = convert([flag for flag in flags if flag not in own], ModelEntry, owner="merge")
+            options, option_places = convert(own, method.Config, owner=name)
+        except ConfigError as error:
+            place, fix = (text and text.replace("--", f"--{at}.") for text in (error.place, error.fix))
+            raise ConfigError(error.problem, place=place, got=error.got, fix=fix) from None
+        for key, place in {**weight_places, **option_places}.items():
+            places[f"{at}.{key}"] = places[f"{at}.options.{key}"] = place.replace("--", f"--{at}.")
+        entry = _overridden(entries[number], weight)
+        entries[number] = entry | ({"options": _overridden(entry.get("options", {}), options)} if options else {})
+
+
+def _check_values(options: Mapping[str, Any], method: type[Merger], at: str, places: Mapping[str, str]) -> None:
+    """Raise ConfigError where an option that may vary by layer is wrong; `at` stands before its dotted key."""
+    for key, value in options.items():
+        if is_number(method, key):
+            _check_value(value, f"{at}{key}", places)
+
+
+def _check_value(value: Any, key: str, places: Mapping[str, str]) -> None:
+    """Raise ConfigError where a value by place is wrong: for what is wrong inside, not because it is no number."""
+    if isinstance(value, Mapping):
+        for part, one in (value["filters"] if isinstance(value.get("filters"), Mapping) else {}).items():
+            _check_value(one, f"{key}.filters.{part}", places)
+        inner = {"": place_of(key, places)}
+        inner |= {at[len(key) + 1 :]: place for at, place in places.items() if at.startswith(f"{key}.")}
+        LayerValues.parse(value, place=inner)
+
+
+def _checked(method: Method, places: Mapping[str, str]) -> Method:
+    """Return the method, its weights checked where none varies by layer: before any model is opened."""
+    weights = [entry.weight for entry in method.config.models]
     if all(isinstance(weight, float) for weight in weights):
         try:
-            merger.check_weights([float(weight) for weight in weights])  # type: ignore[arg-type]
+            method.merger.check_weights([float(weight) for weight in weights])  # type: ignore[arg-type]
         except ConfigError as error:
             place = place_of("models.0.weight", places)
             raise ConfigError(error.problem, place=place, got=error.got, fix=error.fix) from None
+    return method

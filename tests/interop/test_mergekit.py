@@ -393,7 +393,7 @@ def test_compat_sets_the_options_of_a_merge_of_ours() -> None:
         ("ties", "--trim_scope", "global"): "--trim_scope: mergekit has `trim_scope: tensor` only; got global",
         ("della",): "--compat: mergekit's definition of della can't be had",
         ("uniform_soup",): "no such method of mergekit's",
-        ("ties", "--compat", "mergkit"): "--compat: there are no definitions of that name; got 'mergkit'",
+        ("ties", "--compat", "mergkit"): "--compat: given 2 times; got `mergekit` and `mergkit`",
     }.items():
         with pytest.raises(ConfigError) as raised:
             options(*flags)

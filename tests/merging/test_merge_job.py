@@ -79,7 +79,7 @@ def test_a_path_that_is_there_keeps_its_equals_sign(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("number", ["nan", "inf", "abc", ""])
-def test_a_weight_that_is_none_is_told(number: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_weight_that_is_none_is_reported(number: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("base", "adapter"):
         (tmp_path / name).mkdir()
@@ -96,7 +96,7 @@ def test_lambda_is_called_scale() -> None:
 
 
 @pytest.mark.parametrize("value", ["[]", [], {"gradient": []}])
-def test_an_empty_list_over_the_layers_is_told(value: object) -> None:
+def test_an_empty_list_over_the_layers_is_reported(value: object) -> None:
     flags = ["--density", value] if isinstance(value, str) else []
     options = {} if flags else {"density": value}
     with pytest.raises(ConfigError, match=r"empty list|at least one value"):
@@ -157,7 +157,7 @@ def test_what_is_resolved_is_a_file_of_the_same_merge(file) -> None:
         assert again.config.model_dump(exclude={"options"}) == first.config.model_dump(exclude={"options"})
 
 
-def test_the_recipe_beside_a_merged_model_makes_it_again(tmp_path: Path) -> None:
+def test_the_file_beside_a_merged_model_makes_it_again(tmp_path: Path) -> None:
     base, models = tiny_family(tmp_path, 2)
     flags = f"--base {base} --model {models[0]}=0.7 --model {models[1]} --density 0.3 --seed 3 --output {tmp_path / 'first'}"
     first = load("dare", flags)
@@ -173,7 +173,7 @@ def test_the_recipe_beside_a_merged_model_makes_it_again(tmp_path: Path) -> None
 )
 def test_every_method_resolves(name: str) -> None:
     found = load(name, "--base b --model x")
-    assert set(found.method.Config.model_fields) <= set(found.resolved())
+    assert set(type(found.method.merger).Config.model_fields) <= set(found.resolved())
 
 
 FILES = {
@@ -224,7 +224,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("text", FILES)
-def test_what_is_wrong_in_a_file_is_told_by_its_line(file, text: str) -> None:
+def test_what_is_wrong_in_a_file_is_reported_with_its_line(file, text: str) -> None:
     assert FILES[text] in fault(file(text))
 
 
@@ -239,12 +239,13 @@ FLAGS = {
     "--model x=1 --model y=-1": "error[config] --model: weights that are normalised sum to zero; got 1, -1",
     "--model x --density 1.01": "error[config] --density: must be less than or equal to 1; got 1.01",
     "--model x --base b --base c": "error[config] --base: given 2 times",
+    "--model x --compat mergkit": "error[config] --compat: there are no definitions of that name; got 'mergkit'",
     "--base b": "error[config] command line: `models` is missing",
 }
 
 
 @pytest.mark.parametrize("flags", FLAGS)
-def test_what_is_wrong_in_a_flag_is_told_by_its_name(flags: str) -> None:
+def test_what_is_wrong_in_a_flag_is_reported_with_its_name(flags: str) -> None:
     assert fault("ties", flags).startswith(FLAGS[flags])
 
 
