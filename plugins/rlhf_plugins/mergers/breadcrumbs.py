@@ -1,9 +1,9 @@
-"""Model breadcrumbs: leave outliers and small entries of task vectors out."""
+"""Model breadcrumbs: set the largest and the smallest entries of task vectors to zero."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 import numpy
@@ -11,17 +11,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rlhf_core.plugin import BaseConfig, Chunk, Merger, TensorStream, kept_count, magnitudes, tensor_thresholds
-from rlhf_plugins.mergers.sparse import check_fused_weights, fuse
+from rlhf_core.plugin import Chunk, TensorStream, kept_count, magnitudes, tensor_thresholds
+from rlhf_plugins.mergers.sparse import SparseConfig, SparseMerger
 
 
 def limit_ranks(count: int, gamma: float, density: float) -> tuple[int, int]:
-    """Return the ranks, from the largest, of the first and the last entry that is kept of `count`.
+    """Return the ranks of the largest and of the smallest entry that is kept of `count`, 1 for the largest entry of all.
 
     Args:
-        count: entries that are ranked.
-        gamma: γ, share of the entries that is left out at the top, rounded down.
-        density: β, share of the entries that is kept, of the rest the largest; where the rest is less, all of it.
+        count: number of entries that are ranked.
+        gamma: γ, share of the entries that is dropped at the top; their number is rounded down.
+        density: β, share of the entries that is kept, the largest of the rest; where the rest is less, all of it.
     """
     dropped = math.floor(gamma * count + 1e-6)
     return dropped + 1, min(count, dropped + kept_count(density, count))
@@ -32,81 +32,67 @@ def row_limits(sizes: Tensor, gamma: float, density: float) -> tuple[Tensor, Ten
 
     Args:
         sizes: |δ|, (R, C) float32.
-        gamma: γ.
-        density: β.
+        gamma: γ, share of a row's entries that is dropped at the top.
+        density: β, share of a row's entries that is kept.
     """
     columns = sizes.shape[-1]
     first, last = limit_ranks(columns, gamma, density)
-    # Two partitions: numpy has a fast path for one place at a time only.
+    # Two calls: numpy partitions fast around one rank at a time only.
     low, high = (
         numpy.partition(sizes.cpu().numpy(), columns - rank, axis=-1)[:, columns - rank, None] for rank in (last, first)
     )
     return torch.from_numpy(low).to(sizes.device), torch.from_numpy(high).to(sizes.device)
 
 
-def leave_crumbs(delta: Tensor, sizes: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
+def keep_between(delta: Tensor, sizes: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
     """Return δ with the entries outside of low ≤ |δ| ≤ high set to zero, in place.
 
-    Davari & Belilovsky 2024, Model Breadcrumbs (arXiv 2312.06795), section 3: a mask takes both tails of |δ| away. Tails are
-    those of a row, as in the authors' code, or of a tensor; entries at a limit are kept, however many.
+    Davari & Belilovsky 2024, Model Breadcrumbs (arXiv 2312.06795), section 3: a mask removes both tails of |δ|. Tails are those
+    of a row, as in the authors' code, or of a tensor; entries at a limit are kept, however many.
 
     Args:
         delta: δ, (R, C) float32; overwritten.
         sizes: |δ|, (R, C).
-        low: smallest |δ| that is kept, (R, 1) or one for all.
-        high: the largest.
+        low: smallest |δ| that is kept, (R, 1) or one number for all rows.
+        high: largest |δ| that is kept, likewise.
     """
-    # Multiplying by 0 and 1 in float32 is far faster than filling by a mask.
+    # Multiplying by 0 and 1 in float32 is far faster than masked filling.
     kept = torch.ge(sizes, low, out=torch.empty_like(sizes))
     return delta.mul_(kept).mul_(torch.le(sizes, high, out=kept))
 
 
-class BreadcrumbsConfig(BaseConfig):
+class BreadcrumbsConfig(SparseConfig):
     """Options of model breadcrumbs."""
 
     density: float = Field(
         0.9,
         gt=0,
         le=1,
-        description="Share β of the entries that is kept, the largest once the outliers are gone; larger keeps smaller ones too.",
+        description="Share β of the entries that is kept, the largest after the outliers; larger keeps smaller ones too.",
     )
     gamma: float = Field(
         0.01,
         ge=0,
         lt=0.5,
-        description="Share γ of the entries, the largest, that is left out as outliers; larger leaves more out.",
+        description="Share γ of the entries, the largest, that is dropped as outliers; larger drops more.",
     )
     scope: Literal["row", "tensor"] = Field(
         "row", description="Entries are ranked within each row, or (`tensor`) over the whole tensor."
     )
-    election: Literal["none", "ties"] = Field(
-        "none", description="`ties` elects a sign for each entry and merges what agrees with it; `none` adds all up."
-    )
-    normalize: bool | None = Field(
-        None,
-        description="Divide by the sum of the weights (with an election, of those that agree); false adds the weighted entries up"
-        " as they are. Null divides with an election only.",
-    )
-    scale: float = Field(1.0, description="Factor λ of the merged task vector; larger moves farther from the base.")
 
 
-class BreadcrumbsMerger(Merger):
-    """Leave outliers and small entries of task vectors out (model breadcrumbs, Davari & Belilovsky 2024)."""
+class BreadcrumbsMerger(SparseMerger):
+    """Drop outliers and small entries of task vectors (model breadcrumbs, Davari & Belilovsky 2024)."""
 
     api = 1
-    commutative = True
     Config = BreadcrumbsConfig
     config: BreadcrumbsConfig
-    needs_base = True
     per_model = ("density", "gamma")
     neutral: ClassVar = {"density": 1.0, "gamma": 0.0, "scale": 1.0}
     by_row = True
 
-    def check_weights(self, weights: Sequence[float]) -> None:
-        check_fused_weights(weights, self.config.election, self.config.normalize)
-
     def measure(self, stream: TensorStream) -> list[tuple[float, float]]:
-        """Return each model's (γ, β), or for a whole tensor its limits of |δ|."""
+        """Return each model's (γ, β); where entries are ranked over the tensor, each model's smallest and largest |δ| kept."""
         gammas, densities = stream.option("gamma"), stream.option("density")
         pairs = list(zip(gammas, densities, strict=True))
         if self.config.scope == "row":
@@ -114,22 +100,12 @@ class BreadcrumbsMerger(Merger):
         ranks = [limit_ranks(stream.count, *pair) for pair in pairs]
         shares = [rank / max(1, stream.count) for pair in ranks for rank in pair]
         limits = tensor_thresholds(stream, shares, lambda chunk: [size for size in magnitudes(chunk) for _ in range(2)])
-        # With none left out at the top there is no need to know the largest.
+        # Where none is dropped at the top, the largest needn't be known.
         highs = [high if first > 1 else math.inf for high, (first, _) in zip(limits[::2], ranks, strict=True)]
         return list(zip(limits[1::2], highs, strict=True))
 
-    def merge_chunk(self, chunk: Chunk, measured: list[tuple[float, float]]) -> Tensor:
-        kept = []
+    def sparsify(self, chunk: Chunk, measured: list[tuple[float, float]]) -> Iterator[tuple[Tensor, float]]:
         for delta, given in zip(chunk.deltas(), measured, strict=True):
             sizes = delta.abs()
             limits: Any = row_limits(sizes, *given) if self.config.scope == "row" else given
-            kept.append(leave_crumbs(delta, sizes, *limits))
-        config = self.config
-        return fuse(
-            chunk.origin,
-            kept,
-            chunk.weights,
-            election=config.election,
-            normalize=config.normalize,
-            scale=config.scale,
-        )
+            yield keep_between(delta, sizes, *limits), 1.0

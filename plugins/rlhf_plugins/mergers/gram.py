@@ -1,4 +1,4 @@
-"""Inner products of a tensor's models: all that methods on directions and angles need to know of them."""
+"""Inner products of vectors that are read in chunks: from them slerp, Karcher means and model stock compute angles and norms."""
 
 from __future__ import annotations
 
@@ -11,35 +11,37 @@ from torch import Tensor
 from rlhf_core.plugin import CHUNK
 
 _BLOCK = 1 << 8
-_PIECE = CHUNK
-"""Elements whose blocks are summed at once: a longer chunk, as threads have, is a few of these, so that sums round the same."""
+"""Elements whose products are summed in float32; the sums of blocks are added in float64."""
+_SLICE = CHUNK
+"""Elements whose blocks are summed in one call. Longer chunks are divided into slices, so that sums round the same for any chunk
+size."""
 
 
 def gram_matrix(chunks: Iterable[Sequence[Tensor]]) -> numpy.ndarray:
-    """Return ⟨xᵢ, xⱼ⟩, (K, K) float64.
+    """Return the inner products ⟨xᵢ, xⱼ⟩ of K vectors, (K, K) float64.
+
+    Products are summed in float32 over blocks of 256 elements, short enough for a small rounding error, and blocks in float64.
 
     Args:
-        chunks: for each chunk of the vectors its part of every xᵢ, each (N,) float32.
-
-    Products are summed in float32 over blocks short enough to lose nothing that counts, and blocks in float64.
+        chunks: the vectors chunk by chunk: for each chunk, its elements of every xᵢ, K tensors of one shape, float32.
     """
     total = numpy.zeros(())
-    pieces = (
-        piece for parts in chunks for piece in zip(*(part.reshape(-1).split(_PIECE) for part in parts), strict=True)
+    slices = (
+        parts for tensors in chunks for parts in zip(*(one.reshape(-1).split(_SLICE) for one in tensors), strict=True)
     )
-    for parts in pieces:
+    for parts in slices:
         count = parts[0].numel()
         blocks = -(-count // _BLOCK)
-        values = torch.zeros((len(parts), blocks * _BLOCK), device=parts[0].device)
-        for row, part in zip(values, parts, strict=True):
+        padded = torch.zeros((len(parts), blocks * _BLOCK), device=parts[0].device)  # (K, blocks × 256)
+        for row, part in zip(padded, parts, strict=True):
             row[:count] = part
-        cut = values.view(len(parts), blocks, _BLOCK).transpose(0, 1)
-        total = total + torch.bmm(cut, cut.transpose(1, 2)).sum(0, dtype=torch.float64).cpu().numpy()
+        by_block = padded.view(len(parts), blocks, _BLOCK).transpose(0, 1)  # (blocks, K, 256)
+        total = total + torch.bmm(by_block, by_block.transpose(1, 2)).sum(0, dtype=torch.float64).cpu().numpy()
     return total
 
 
 def cosines(gram: numpy.ndarray) -> numpy.ndarray:
-    """Return cos ∠(xᵢ, xⱼ) from ⟨xᵢ, xⱼ⟩, (K, K); 0 where one of the two is zero."""
+    """Return the cosines of the angles between vectors from their inner products ⟨xᵢ, xⱼ⟩, (K, K); 0 where one of two is zero."""
     norms = numpy.sqrt(numpy.diag(gram))
     sizes = numpy.outer(norms, norms)
     found = numpy.divide(gram, sizes, out=numpy.zeros_like(gram), where=sizes > 0)

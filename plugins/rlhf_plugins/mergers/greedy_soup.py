@@ -15,20 +15,21 @@ if TYPE_CHECKING:
     from rlhf_core.plugin import ModelMerger
 
 Score = Callable[[Sequence[int]], float]
+"""Numbers of models → the evaluation's score of their mean; larger is better."""
 
 
 def greedy_choice(
     names: Sequence[bytes], score: Score, *, strict: bool = False
 ) -> tuple[list[int], float, list[float]]:
-    """Return the models of the greedy soup, its score, and each model's own.
+    """Return the numbers of the models of the greedy soup, the soup's score, and each model's own score.
 
     Wortsman et al. 2022, Model soups (arXiv 2203.05482), recipe 1: models are sorted by their own score, and each is added where
     the mean of all with it scores no worse than the mean without it. The soup is thus never below its best ingredient.
 
     Args:
-        names: one for each model, by which models of the same score are ordered, wherever they stand in a list.
-        score: scores the mean of some models; larger is better.
-        strict: add a model only where the score rises. The paper adds at equality; its code is strict.
+        names: a name or hash for each model, by which models of equal score are ordered, whatever their order in the list.
+        score: evaluates the mean of the models with these numbers; larger is better.
+        strict: add a model only where the score rises. The paper adds it at equality too; its code is strict.
     """
     alone = [score([number]) for number in range(len(names))]
     ranked = sorted(range(len(names)), key=lambda number: (-alone[number], names[number]))
@@ -49,7 +50,7 @@ class GreedySoupConfig(BaseConfig):
 
 
 class ModelSoup(Merger):
-    """Mean of the models that an evaluation doesn't get worse by (greedy soup, Wortsman et al. 2022)."""
+    """Mean of the models that don't make an evaluation worse, added one by one (greedy soup, Wortsman et al. 2022)."""
 
     api = 1
     commutative = True

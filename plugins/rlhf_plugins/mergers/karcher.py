@@ -12,17 +12,20 @@ from rlhf_plugins.mergers.gram import cosines, gram_matrix
 from rlhf_plugins.mergers.linear import linear
 
 STEPS = 200
+"""Iterations after which there is taken to be no mean."""
 _TOLERANCE = 1e-7
+"""Length below which a step, in radians, or a sum of unit vectors counts as zero."""
 _OPPOSITE = 1e-9
+"""How near -1 the cosine of the angle between opposite vectors is."""
 
 
 def sphere_mean(cosine: numpy.ndarray, shares: numpy.ndarray) -> numpy.ndarray | None:
-    """Return the factors c of the mean m = Σ cᵢ uᵢ of unit vectors on the sphere; None where there is none.
+    """Return the coefficients c of the mean m = Σ cᵢ uᵢ of unit vectors on the sphere, (K,); None where there is none.
 
     Karcher 1977, Riemannian center of mass and mollifier smoothing; Wang et al. 2026 (arXiv 2603.04972) for models. The mean is
     where Σ wᵢ log_m(uᵢ) vanishes, with log_m(u) = θ / sin θ · (u - cos θ m), cos θ = ⟨m, u⟩: iterated m ← exp_m(Σ wᵢ log_m(uᵢ))
-    from the normalised weighted mean. It and all its log maps lie in the span of the vectors, so their cosines are all that the
-    iteration needs. There is none where the weighted mean is zero or a uᵢ lies opposite to m.
+    starting at the normalised weighted mean. m and all log maps lie in the span of the vectors, so the iteration needs their
+    cosines only. There is no mean where the weighted mean is zero or a uᵢ lies opposite to m.
 
     Args:
         cosine: ⟨uᵢ, uⱼ⟩, (K, K).
@@ -48,10 +51,11 @@ def sphere_mean(cosine: numpy.ndarray, shares: numpy.ndarray) -> numpy.ndarray |
 
 
 def karcher(gram: numpy.ndarray, shares: Sequence[float]) -> list[float]:
-    """Return the factors a of the mean Σ aᵢ xᵢ: its direction is the mean of the directions, its norm Σ wᵢ |xᵢ|.
+    """Return the coefficients a of the mean Σ aᵢ xᵢ: its direction is the mean of the directions, its norm Σ wᵢ |xᵢ|.
 
-    A zero vector has no direction: the others alone make the mean's, and its norm of zero counts. Where directions have no mean
-    (they are opposite, or too far apart for the iteration), the factors are the shares: a straight line, as in slerp.
+    A zero vector has no direction: the mean's direction is that of the others alone, while its norm of zero counts. Where the
+    directions have no mean (they are opposite, or the iteration doesn't converge), the coefficients are the shares: the weighted
+    mean of the vectors, as in slerp.
 
     Args:
         gram: ⟨xᵢ, xⱼ⟩, (K, K).
@@ -70,6 +74,7 @@ def karcher(gram: numpy.ndarray, shares: Sequence[float]) -> list[float]:
 
 
 def _norm(factors: numpy.ndarray, cosine: numpy.ndarray) -> float:
+    """Return |Σ cᵢ uᵢ| of unit vectors, from the coefficients c and the cosines of their angles."""
     return float(numpy.sqrt(max(0.0, factors @ cosine @ factors)))
 
 

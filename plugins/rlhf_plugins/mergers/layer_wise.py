@@ -1,4 +1,4 @@
-"""Layer-wise interpolation: from a base to a model, as far as each tensor's place in the network says."""
+"""Layer-wise interpolation between a base and a model: how far is set for each layer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rlhf_core.plugin import BaseConfig, Chunk, Merger
 
 
 def interpolate(start: Tensor, end: Tensor, t: float) -> Tensor:
-    """Return (1 - t)·θ₀ + t·θ₁, in place of the start.
+    """Return (1 - t) θ₀ + t θ₁, in place of the start.
 
     Args:
         start: θ₀, (N,) float32; overwritten.
@@ -26,13 +26,13 @@ class LayerWiseConfig(BaseConfig):
 
     t: float = Field(
         0.5,
-        description="Where between the base (0) and the model (1) the result lies; larger is nearer the model. Mostly a list over"
-        " the layers, or a value by place.",
+        description="Where between the base (0) and the model (1) the result lies; larger is nearer the model. Usually a list"
+        " over the layers, or a value for each kind of tensor.",
     )
 
 
 class LayerWiseMerger(Merger):
-    """Straight line from the base to one model, as far along as the layer says."""
+    """Interpolate linearly from the base to one model, by a share that each layer may have of its own."""
 
     api = 1
     Config = LayerWiseConfig

@@ -13,13 +13,13 @@ from rlhf_core.plugin import BaseConfig, Chunk, Merger, require_one_sign
 def linear(tensors: Sequence[Tensor], weights: Sequence[float], divisor: float = 1.0) -> Tensor:
     """Return Σ wᵢ θᵢ / d, in place of the first tensor.
 
-    Wortsman et al. 2022, Model soups (arXiv 2203.05482), section 2, with weights of any size. Divided once, at the end: of models
-    in 16 bits the plain mean is then exact until its one rounding.
+    Wortsman et al. 2022, Model soups (arXiv 2203.05482), section 2, with weights of any size. The sum is divided once, at its
+    end: the plain mean of 16-bit models is then exact until its only rounding.
 
     Args:
         tensors: θᵢ, each (N,) float32; overwritten.
         weights: wᵢ.
-        divisor: d; the sum of the weights makes it a mean.
+        divisor: d; with the sum of the weights the result is their weighted mean.
     """
     total = tensors[0] if weights[0] == 1.0 else tensors[0].mul_(weights[0])
     for tensor, weight in zip(tensors[1:], weights[1:], strict=True):

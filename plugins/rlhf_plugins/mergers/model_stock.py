@@ -1,4 +1,4 @@
-"""Model stock: the mean of models, drawn towards the base by how much their task vectors disagree."""
+"""Model stock: the mean of models, moved towards the base the more their task vectors differ in direction."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def stock_ratio(gram: numpy.ndarray) -> float:
     """Return t, the share of the models' mean in θ = t θ̄ + (1 - t) θ₀.
 
     Jang et al. 2024, Model stock (arXiv 2403.19522), for N models: t = N c / (1 + (N - 1) c), with c the cosine of the angle
-    between task vectors. Here c is the mean over all pairs. A mean below zero, where the paper's geometry has no answer and the
-    formula runs to infinity, counts as zero: the base is returned. So do pairs in which a task vector is zero.
+    between task vectors, here its mean over all pairs. A mean below zero counts as zero, so that t is 0 and the base is returned:
+    the paper's geometry has no answer there, and the formula diverges. A pair with a task vector of zero has the cosine 0.
 
     Args:
-        gram: ⟨δᵢ, δⱼ⟩, (N, N).
+        gram: inner products of the task vectors, ⟨δᵢ, δⱼ⟩, (N, N).
     """
     count = len(gram)
     cosine = max(0.0, float(cosines(gram)[numpy.triu_indices(count, 1)].mean()))
@@ -29,7 +29,7 @@ def stock_ratio(gram: numpy.ndarray) -> float:
 
 
 class ModelStockMerger(Merger):
-    """Mean of models, drawn towards the base by how much they disagree (model stock, Jang et al. 2024)."""
+    """Mean of models, moved towards the base the more they differ (model stock, Jang et al. 2024)."""
 
     api = 1
     commutative = True

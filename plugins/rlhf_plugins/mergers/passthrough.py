@@ -1,4 +1,4 @@
-"""Passthrough: a model as it is, or one that is put together of others' layers."""
+"""Passthrough: one model's values unchanged, as in models assembled from layers of others."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from rlhf_core.plugin import Chunk, Merger
 
 
 class PassthroughMerger(Merger):
-    """Take one model's values as they are, each times the weight: for models put together of runs of layers.
+    """Take one model's values times its weight: for models assembled from ranges of layers.
 
-    A weight by place silences parts: with 0 for the projections that end a layer's halves, the layer hands on what it is given.
+    A weight of 0 for a layer's output projections (`o_proj`, `down_proj`) makes the layer return its input.
     """
 
     api = 1

@@ -1,4 +1,4 @@
-"""SCE: select the entries in which models differ most, weigh models by what is left, erase what disagrees in sign."""
+"""SCE: select the entries in which models differ most, weigh models by the size of these, erase those that disagree in sign."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from rlhf_plugins.mergers.gram import gram_matrix
 
 
 def variances(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the variance of each entry over the models, times their number; 0 where all are equal, without rounding.
+    """Return the variance of each entry over the N models, times N; exactly 0 where all are equal.
 
-    Wan et al. 2024, FuseChat (arXiv 2408.07990), Select, ranks entries by it. Σ (θᵢ - θ̄)² = Σ dᵢ² - (Σ dᵢ)² / N, dᵢ = θᵢ - θ₁, is
-    never much smaller than its first term. Differences from a base have the same.
+    Wan et al. 2024, FuseChat (arXiv 2408.07990), Select, ranks entries by it. Computed as Σ (θᵢ - θ̄)² = Σ dᵢ² - (Σ dᵢ)² / N with
+    dᵢ = θᵢ - θ₁, which cancels little. Task vectors have the same variance as the models.
 
     Args:
-        tensors: θᵢ, each (N,) float32; left as they are.
+        tensors: θᵢ, of one shape, float32; not changed.
     """
     total, squares = torch.zeros_like(tensors[0]), torch.zeros_like(tensors[0])
     for tensor in tensors[1:]:
@@ -32,13 +32,13 @@ def variances(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def shares_by_size(sizes: Sequence[float], weights: Sequence[float]) -> list[float]:
-    """Return each model's share of the merge, ηᵢ = wᵢ Σ δᵢ² / Σⱼ wⱼ Σ δⱼ², with sums over the entries selected.
+    """Return each model's share of the merge, ηᵢ = wᵢ Σ δᵢ² / Σⱼ wⱼ Σ δⱼ², with sums over the selected entries.
 
-    Wan et al. 2024, FuseChat (arXiv 2408.07990), Calculate; the weights, one in the paper, are this code's. However
-    small the sums are, they are compared; all shares are zero where all sums are.
+    Wan et al. 2024, FuseChat (arXiv 2408.07990), Calculate. Deviation: weights wᵢ, which are 1 in the paper. All shares are zero
+    where all sums are.
 
     Args:
-        sizes: Σ δᵢ².
+        sizes: for each model, Σ δᵢ².
         weights: wᵢ, of one sign.
     """
     weighted = [abs(weight) * float(size) for size, weight in zip(sizes, weights, strict=True)]
@@ -47,15 +47,15 @@ def shares_by_size(sizes: Sequence[float], weights: Sequence[float]) -> list[flo
 
 
 def erase_and_merge(deltas: Sequence[Tensor], shares: Sequence[float], weights: Sequence[float]) -> Tensor:
-    """Return the mean, by shares, of the entries that agree with the elected sign; zero where all cancel.
+    """Return the mean, weighted by shares, of the entries that agree with the elected sign; zero where none does.
 
     Wan et al. 2024, FuseChat (arXiv 2408.07990), Erase: γ = sgn(Σ |wᵢ| δᵢ), A = {i: sgn(δᵢ) = γ},
-    τ = Σ_A ηᵢδᵢ / Σ_A ηᵢ. As in TIES, the sum is divided by the shares that agree.
+    τ = Σ_A ηᵢδᵢ / Σ_A ηᵢ. As in TIES, the sum is divided by the shares of the models that agree.
 
     Args:
-        deltas: selected task vectors, each (N,) float32; overwritten.
+        deltas: task vectors δᵢ, zero where not selected, each (N,) float32; overwritten.
         shares: ηᵢ.
-        weights: wᵢ, of one sign; one in the paper.
+        weights: wᵢ, of one sign; 1 in the paper.
     """
     votes = torch.zeros_like(deltas[0])
     for delta, weight in zip(deltas, weights, strict=True):
@@ -76,14 +76,16 @@ class SCEConfig(BaseConfig):
         0.1,
         gt=0,
         le=1,
-        description="Share τ of a tensor's entries, those that differ most between the models, that is merged; larger changes"
-        " more of the base.",
+        description="Share τ of a tensor's entries that is merged, those that differ most between the models; larger changes more"
+        " of the base.",
     )
 
 
 class _Measured(NamedTuple):
     threshold: float
+    """The smallest variance of an entry that is selected."""
     shares: list[float]
+    """Each model's share of the merge."""
 
 
 class SCEMerger(Merger):
@@ -111,7 +113,8 @@ class SCEMerger(Merger):
 
 
 def _select(chunk: Chunk, threshold: float) -> list[Tensor]:
+    """Return each model's task vector, with the entries set to zero whose variance over the models is below the threshold."""
     spread = variances(chunk.tensors)
-    # Multiplying by 0 and 1 in float32 is far faster than filling by a mask.
+    # Multiplying by 0 and 1 in float32 is far faster than masked filling.
     chosen = torch.ge(spread, threshold, out=spread)
     return [delta.mul_(chosen) for delta in chunk.deltas()]

@@ -1,4 +1,4 @@
-"""Slerp: interpolate between two models along the arc from one to the other."""
+"""Slerp (spherical linear interpolation): interpolate between two models along the arc from one to the other."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from rlhf_plugins.mergers.gram import cosines, gram_matrix
 from rlhf_plugins.mergers.linear import linear
 
 PARALLEL = 0.9995
-"""From this |cos| on the arc is a straight line, as far as float32 can tell, or leads anywhere (opposite vectors)."""
+"""Cosine from which on linear interpolation is used: in float32 the arc is straight, or, between opposite vectors, undefined."""
 
 
 def slerp(gram: numpy.ndarray, shares: Sequence[float]) -> list[float]:
-    """Return the factors (a, b) of a x₀ + b x₁, a point on the arc between two vectors.
+    """Return the coefficients (a, b) of a x₀ + b x₁, a point on the arc between two vectors.
 
     Shoemake 1985, Animating rotation with quaternion curves: a = sin((1 - t) Ω) / sin Ω, b = sin(t Ω) / sin Ω, with Ω the angle
     between the vectors, which here need not have norm one. a = 1 - t, b = t where |cos Ω| > 0.9995 or a vector is zero.
 
     Args:
-        gram: ⟨xᵢ, xⱼ⟩, (2, 2).
-        shares: 1 - t and t.
+        gram: inner products ⟨xᵢ, xⱼ⟩ of the two vectors, (2, 2).
+        shares: 1 - t and t; t = 0 gives x₀, t = 1 gives x₁.
     """
     cosine = float(cosines(gram)[0, 1])
     if abs(cosine) > PARALLEL or not gram.diagonal().all():
@@ -36,8 +36,8 @@ def slerp(gram: numpy.ndarray, shares: Sequence[float]) -> list[float]:
 class SlerpMerger(Merger):
     """Interpolate along the arc between two models, or the base and one model (slerp, Shoemake 1985).
 
-    Two models: t, the place of the second on the arc, is its share of the weights, w₂ / (w₁ + w₂); a base is not used. One model:
-    the arc starts at the base, and t is the model's weight.
+    Two models: t, the position on the arc from the first to the second, is the second's share of the weights, w₂ / (w₁ + w₂); a
+    base is not used. One model: the arc starts at the base, and t is the model's weight.
     """
 
     api = 1
@@ -61,12 +61,13 @@ class SlerpMerger(Merger):
         return linear(_ends(chunk), measured)
 
     def _shares(self, weights: Sequence[float]) -> list[float]:
+        """Return 1 - t and t for the weights of two models, or for the weight of one."""
         if len(weights) > 1:
             return share_of_weights(weights)
         (t,) = weights
         if not 0 <= t <= 1:
             raise ConfigError(
-                "the weight of a single model is its place on the arc from the base, from 0 to 1",
+                "the weight of a single model is the position on the arc from the base (0) to the model (1)",
                 place="weight",
                 got=f"{t:g}",
                 fix="give a weight from 0 to 1",
@@ -75,4 +76,5 @@ class SlerpMerger(Merger):
 
 
 def _ends(chunk: Chunk) -> list[Tensor]:
+    """Return the two ends of the arc: the two models, or the base and the model."""
     return chunk.tensors if len(chunk.tensors) > 1 else [chunk.origin, *chunk.tensors]

@@ -1,54 +1,74 @@
-"""What methods that thin task vectors out share: how what is left of them is put together."""
+"""Mergers that sparsify task vectors: what DARE, DELLA and model breadcrumbs share is how the kept entries are combined."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
 
+from pydantic import Field
 from torch import Tensor
 
-from rlhf_core.plugin import require_one_sign, share_of_weights
+from rlhf_core.plugin import BaseConfig, Chunk, Merger, require_one_sign, share_of_weights
 from rlhf_plugins.mergers.task_arithmetic import task_arithmetic
 from rlhf_plugins.mergers.ties import merge_weighted
 
-Election = Literal["none", "ties"]
+
+class SparseConfig(BaseConfig):
+    """Options of every merger that sparsifies task vectors."""
+
+    election: Literal["none", "ties"] = Field(
+        "none", description="`ties` elects a sign for each entry and merges what agrees with it; `none` adds all up."
+    )
+    normalize: bool | None = Field(
+        None,
+        description="Divide by the sum of the weights (with an election, of those that agree); false adds the weighted entries up"
+        " as they are. Null divides with an election only.",
+    )
+    scale: float = Field(1.0, description="Factor λ of the merged task vector; larger moves farther from the base.")
+
+    @property
+    def divides(self) -> bool:
+        """Whether the merged task vector is divided by weights."""
+        return self.election == "ties" if self.normalize is None else self.normalize
 
 
-def fuse(
-    base: Tensor,
-    deltas: Sequence[Tensor],
-    weights: Sequence[float],
-    *,
-    election: Election,
-    normalize: bool | None,
-    scale: float,
-    factors: Sequence[float] | None = None,
+def combine(
+    base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], factors: Sequence[float], config: SparseConfig
 ) -> Tensor:
-    """Return θ₀ + λτ, in place of the base, with τ = Σ wᵢδᵢ, or with an election what `ties.merge_weighted` makes of them.
+    """Return θ₀ + λτ, in place of the base: τ = Σ wᵢfᵢδᵢ, or with an election what `ties.merge_weighted` makes of the δᵢ.
 
     Args:
         base: θ₀, (N,) float32; overwritten.
-        deltas: thinned task vectors δᵢ, each (N,) float32; overwritten.
-        weights: wᵢ.
-        election: whether each entry elects a sign.
-        normalize: divide by the sum of the weights (with an election, of those that agree); None does so with an election only.
-        scale: λ.
-        factors: what each δᵢ is still to be multiplied by; one where None.
+        deltas: sparsified task vectors δᵢ, each (N,) float32; overwritten.
+        weights: wᵢ; divided by their sum where `normalize` is true, or with an election by the sum of those that agree.
+        factors: fᵢ, what each δᵢ is still to be multiplied by, above zero.
+        config: `election`, `normalize`, and `scale` λ.
     """
-    factors = factors if factors is not None else [1.0] * len(deltas)
-    if election == "ties":
-        merged = merge_weighted(deltas, weights, normalize=divides(election, normalize), factors=factors)
-        return base.add_(merged, alpha=scale)
-    shares = share_of_weights(weights) if normalize else weights
-    return task_arithmetic(base, deltas, [share * factor for share, factor in zip(shares, factors, strict=True)], scale)
+    if config.election == "ties":
+        merged = merge_weighted(deltas, weights, normalize=config.divides, factors=factors)
+        return base.add_(merged, alpha=config.scale)
+    shares = share_of_weights(weights) if config.normalize else weights
+    products = [share * factor for share, factor in zip(shares, factors, strict=True)]
+    return task_arithmetic(base, deltas, products, config.scale)
 
 
-def check_fused_weights(weights: Sequence[float], election: Election, normalize: bool | None) -> None:
-    """Raise `ConfigError` where `fuse` would divide by weights that can't be divided by."""
-    if divides(election, normalize):
-        require_one_sign(weights)
+class SparseMerger(Merger):
+    """Base of mergers that keep some entries of each task vector and combine what they keep; they say which in `sparsify`."""
 
+    commutative = True
+    Config = SparseConfig
+    config: SparseConfig
+    needs_base = True
 
-def divides(election: Election, normalize: bool | None) -> bool:
-    """Tell whether `fuse` divides by weights."""
-    return election == "ties" if normalize is None else normalize
+    def check_weights(self, weights: Sequence[float]) -> None:
+        if self.config.divides:
+            require_one_sign(weights)
+
+    @abstractmethod
+    def sparsify(self, chunk: Chunk, measured: Any) -> Iterable[tuple[Tensor, float]]:
+        """Yield for each model its task vector with entries set to zero, in the chunk's shape, and a factor for the rest."""
+
+    def merge_chunk(self, chunk: Chunk, measured: Any) -> Tensor:
+        deltas, factors = zip(*self.sparsify(chunk, measured), strict=True)
+        return combine(chunk.origin, deltas, chunk.weights, factors, self.config)

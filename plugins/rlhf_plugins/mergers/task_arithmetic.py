@@ -15,12 +15,12 @@ def task_arithmetic(base: Tensor, deltas: Sequence[Tensor], weights: Sequence[fl
     """Return θ₀ + λ Σ wᵢ δᵢ, in place of the base.
 
     Ilharco et al. 2023, Editing models with task arithmetic (arXiv 2212.04089), section 2: λ scales the sum of the task vectors
-    τᵢ = θᵢ - θ₀. The weights wᵢ, not in the paper, are not normalised.
+    δᵢ = θᵢ - θ₀. Deviation: weights wᵢ, not normalised.
 
     Args:
         base: θ₀, (N,) float32; overwritten.
         deltas: δᵢ, each (N,) float32.
-        weights: wᵢ; a negative one takes a task away.
+        weights: wᵢ; a negative one unlearns a task.
         scale: λ.
     """
     for delta, weight in zip(deltas, weights, strict=True):

@@ -24,11 +24,11 @@ from rlhf_core.plugin import (
 )
 
 _TINY = float(torch.finfo(torch.float32).tiny)
-"""Divides zeros: where nothing agrees, both the sum and its divisor are zero."""
+"""Least divisor: where no entry agrees, the sum and its divisor are zero, and the quotient is to be zero."""
 
 
 def trim(delta: Tensor, threshold: float) -> Tensor:
-    """Return δ with the entries below the threshold set to zero; entries at the threshold are kept, however many.
+    """Return δ with the entries of |δ| below the threshold set to zero; entries at the threshold are kept, however many.
 
     Yadav et al. 2023, TIES-Merging (arXiv 2306.01708), section 4.1, step 1.
 
@@ -49,16 +49,16 @@ def merge_weighted(
     normalize: bool = True,
     factors: Sequence[float] | None = None,
 ) -> Tensor:
-    """Return the weighted mean of the entries that agree with the elected sign; zero where all cancel.
+    """Return, entry by entry, the weighted mean of the values that agree with the elected sign; zero where none does.
 
     Yadav et al. 2023, TIES-Merging (arXiv 2306.01708), section 4.1, steps 2 and 3: γ = sgn(Σ wᵢδᵢ), A = {i: sgn(wᵢδᵢ) = γ},
-    τ = Σ_A wᵢδᵢ / Σ_A |wᵢ|. The weights, not in the paper, act before the election; at wᵢ = 1 this is the paper's mean.
+    τ = Σ_A wᵢδᵢ / Σ_A |wᵢ|. Deviation: weights wᵢ, applied before the election; at wᵢ = 1 this is the paper's mean.
 
     Args:
         deltas: trimmed task vectors, each (N,) float32; overwritten.
         weights: wᵢ, of one sign where `normalize`.
         normalize: divide by the agreeing weights; else τ = Σ_A wᵢδᵢ.
-        factors: what each δᵢ is still to be multiplied by, above zero; one where None.
+        factors: what each δᵢ is still to be multiplied by, above zero; 1 where None.
     """
     by = [weight * factor for weight, factor in zip(weights, factors or [1.0] * len(weights), strict=True)]
     values = [delta if factor == 1.0 else delta.mul_(factor) for delta, factor in zip(deltas, by, strict=True)]
@@ -66,7 +66,8 @@ def merge_weighted(
     for value in values[2:]:
         sign.add_(value)
     sign.sign_()
-    # Turned to the elected sign, what agrees is above zero and the rest is cut off: no mask, which would cost more than the sum.
+    # Times the elected sign, values that agree are above zero and the others are clamped to 0; a mask would cost more than the
+    # sum.
     for value in values:
         value.mul_(sign).clamp_min_(0.0)
     divisor = _agreeing(values, weights) if normalize else None
@@ -78,7 +79,7 @@ def merge_weighted(
 
 
 def _agreeing(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Return Σ |wᵢ| over the values above zero."""
+    """Return, entry by entry, Σ |wᵢ| over the models whose value there is above zero, (N,)."""
     total = torch.sign(values[0]).mul_(abs(weights[0]))
     part = torch.empty_like(total)
     for value, weight in zip(values[1:], weights[1:], strict=True):
@@ -109,6 +110,7 @@ def merge_unweighted(deltas: Sequence[Tensor], weights: Sequence[float], *, norm
 
 
 MAJORITIES = {"weighted": merge_weighted, "unweighted": merge_unweighted}
+"""How signs are elected and agreeing entries averaged, by the option `majority`."""
 
 
 class TIESConfig(BaseConfig):
@@ -128,13 +130,13 @@ class TIESConfig(BaseConfig):
     )
     trim_scope: Literal["tensor", "global"] = Field(
         "tensor",
-        description="Entries are ranked within each tensor, or (`global`, as in the paper) over the whole model, embeddings"
-        " left out.",
+        description="Entries are ranked within each tensor, or (`global`, as in the paper) over the whole model without its"
+        " embeddings.",
     )
 
 
 class TIESMerger(Merger):
-    """Trim, elect signs, merge what agrees (TIES, Yadav et al. 2023)."""
+    """Trim task vectors, elect signs, average the entries that agree (TIES, Yadav et al. 2023)."""
 
     api = 1
     commutative = True
@@ -149,19 +151,21 @@ class TIESMerger(Merger):
             require_one_sign(weights)
 
     def survey(self, streams: Iterable[TensorStream]) -> list[float] | None:
+        """Return each model's smallest |δ| that trimming keeps over the whole model; None where it is found tensor by tensor."""
         if self.config.trim_scope == "tensor":
             return None
         given = [stream.option("density") for stream in streams]
         shares: list[float] = given[0]
         if any(other != shares for other in given):
             raise ConfigError(
-                "`density` is one number a model where entries are ranked over the whole model",
+                "`density` must be one number per model where entries are ranked over the whole model",
                 place="density",
                 fix="set `trim_scope: tensor`, or give densities that don't vary by layer",
             )
         return thresholds(lambda: (stream for stream in streams if not is_embedding(stream.name)), magnitudes, shares)
 
     def measure(self, stream: TensorStream) -> list[float]:
+        """Return each model's smallest |δ| that trimming keeps in this tensor."""
         if stream.surveyed is None or is_embedding(stream.name):
             return tensor_thresholds(stream, stream.option("density"))
         return list(stream.surveyed)

@@ -13,8 +13,8 @@ from rlhf_plugins.mergers.linear import linear
 def uniform_soup(tensors: Sequence[Tensor]) -> Tensor:
     """Return Σ θᵢ / N, in place of the first tensor.
 
-    Wortsman et al. 2022, Model soups (arXiv 2203.05482), section 2. Divided once, after the sum: shares 1 / N are rounded, and
-    where the mean of 16-bit models lies between two 16-bit numbers, that would decide which of them it becomes.
+    Wortsman et al. 2022, Model soups (arXiv 2203.05482), section 2. The sum is divided once: shares of 1 / N would be rounded,
+    and where the mean of 16-bit models lies half-way between two 16-bit numbers, that would decide which of them it becomes.
 
     Args:
         tensors: θᵢ, each (N,) float32; overwritten.
@@ -23,10 +23,10 @@ def uniform_soup(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def require_equal(weights: Sequence[float], method: str) -> None:
-    """Raise where weights differ: the method knows none, and leaving them aside would hide that.
+    """Raise where the models' weights differ: the method has none, and ignoring them would hide that.
 
     Raises:
-        ConfigError: they differ.
+        ConfigError: they differ, or one is 0.
     """
     if len(set(weights)) > 1 or 0.0 in weights:
         raise ConfigError(
