@@ -13,7 +13,7 @@ from rlhf_core.config.base import place_of
 from rlhf_core.infra.errors import ConfigError, did_you_mean, shortened
 from rlhf_core.interop.mergekit_file import Column, MergekitFile, read_models
 from rlhf_core.interop.mergekit_methods import METHODS, OUR_NAMES, PARAMETERS, SHARED, capped_gamma
-from rlhf_core.interop.mergekit_parameters import REQUIRED, Scope, constant, in_runs, mapped, value_by_place
+from rlhf_core.interop.mergekit_parameters import REQUIRED, Scope, constant, in_runs, mapped, value_by_layer
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +161,7 @@ class _Translation:
         return values
 
     def value(self, name: str, scopes: Sequence[Scope]) -> Any:
-        value = value_by_place(name, scopes, self.method.parameters[name], self.place)
+        value = value_by_layer(name, scopes, self.method.parameters[name], self.place)
         if value is REQUIRED:
             raise self.fault(f"{self.name} needs `{name}` for every tensor", scopes[0].key)
         return value

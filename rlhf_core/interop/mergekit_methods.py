@@ -168,7 +168,7 @@ def capped_gamma(gamma: Any, density: Any, place: str) -> Any:
 
 
 def _numbers(value: Any) -> list[float]:
-    """Return all numbers of a value by place."""
+    """Return all numbers of a value by layer."""
     if isinstance(value, Mapping | list):
         inner = value.values() if isinstance(value, Mapping) else value
         return [number for one in inner for number in _numbers(one)]

@@ -1,4 +1,4 @@
-"""A parameter of one of mergekit's files as a value by place of ours: numbers, gradients and lists of conditions.
+"""A parameter of one of mergekit's files as a value by layer of ours: numbers, gradients and lists of conditions.
 
 A gradient runs over the layers; a tensor outside of them takes its first value. Of a list of `{filter, value}` the first whose
 filter is part of the tensor's name counts, and one without a filter fits all; where none fits, the next wider scope counts.
@@ -25,7 +25,7 @@ class Scope(NamedTuple):
     """Whether they are one model's, not all models'."""
 
 
-def value_by_place(name: str, scopes: Sequence[Scope], default: Any, place: Callable[[str], str]) -> Any:
+def value_by_layer(name: str, scopes: Sequence[Scope], default: Any, place: Callable[[str], str]) -> Any:
     """Return a parameter as a number, or as a mapping that `LayerValues` of `rlhf_core.merging` accepts.
 
     Args:
@@ -49,7 +49,7 @@ def value_by_place(name: str, scopes: Sequence[Scope], default: Any, place: Call
 
 
 def in_runs(values: Sequence[Any], counts: Sequence[int]) -> Any:
-    """Return one value by place for runs of layers, laid end to end.
+    """Return one value by layer for runs of layers, laid end to end.
 
     Args:
         values: a value for each run, whose gradients go over the run alone.
@@ -62,7 +62,7 @@ def in_runs(values: Sequence[Any], counts: Sequence[int]) -> Any:
 
 
 def mapped(value: Any, change: Callable[[float], float]) -> Any:
-    """Return a value by place with each of its numbers changed."""
+    """Return a value by layer with each of its numbers changed."""
     if isinstance(value, Mapping):
         return {key: mapped(inner, change) for key, inner in value.items()}
     return [mapped(inner, change) for inner in value] if isinstance(value, list) else change(value)
@@ -115,7 +115,7 @@ def _by_layer(given: Any) -> Any:
 
 
 def _varies(value: Any) -> bool:
-    """Tell whether a value by place differs between layers of one run."""
+    """Tell whether a value by layer differs between layers of one run."""
     if not isinstance(value, Mapping):
         return False
     return "gradient" in value or any(_varies(one) for one in value.get("filters", {}).values())

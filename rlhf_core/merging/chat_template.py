@@ -1,4 +1,4 @@
-"""The chat template of a merged model, where it is chosen: by name, as text, or the one that most models have."""
+"""The chat template of a merged model, where one is asked for: by name, as text, or the one that most input models have."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ NAMED = {"alpaca": _ALPACA, "chatml": _CHATML, "exaone": _EXAONE, "llama3": _LLA
 
 
 def check(given: str) -> None:
-    """Raise where a template is neither a known name nor a text that could be one."""
+    """Raise ConfigError where a template is neither a known name nor a Jinja text."""
     import jinja2
 
     if given == AUTO or given in NAMED:
@@ -78,7 +78,7 @@ def check(given: str) -> None:
             got=shortened(given),
             fix=did_you_mean(given, [AUTO, *NAMED]) + ", or give a Jinja text",
         )
-    # transformers knows one tag more, around what a model is to learn.
+    # transformers adds a tag, around the text whose tokens are in the loss.
     plain = given.replace("endgeneration", "endif").replace("generation", "if true")
     try:
         jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
@@ -89,7 +89,15 @@ def check(given: str) -> None:
 
 
 def chosen(given: str, models: Sequence[Checkpoint]) -> str | None:
-    """Return a template's text; of `auto`, what most models have, the first of them where several do; None where none has."""
+    """Return the text of a template.
+
+    Args:
+        given: a name, `auto` or the text itself.
+        models: for `auto` the models to choose from: the template that most have, the first one's where several are as common.
+
+    Returns:
+        None for `auto` where no model has a template.
+    """
     if given != AUTO:
         return NAMED.get(given, given)
     found = [text for one in models if (text := _template_of(one)) is not None]
@@ -97,7 +105,7 @@ def chosen(given: str, models: Sequence[Checkpoint]) -> str | None:
 
 
 def write(path: Path, text: str) -> None:
-    """Put a template beside a model's tokenizer, in place of what is there."""
+    """Write a template into a model directory, in place of the one in any of its files."""
     replace_file(path / FILE, text.encode())
     (path / "chat_template.json").unlink(missing_ok=True)
     settings = path / _SETTINGS
@@ -108,6 +116,7 @@ def write(path: Path, text: str) -> None:
 
 
 def _template_of(one: Checkpoint) -> str | None:
+    """Return a model's template, from a file for it or from the tokenizer's configuration; None where it has none."""
     for place in one.places:
         if (place / FILE).is_file():
             return (place / FILE).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A model between two others, as far along as each layer says."""
+"""Interpolation between two models, with a share for each layer."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ def layer_wise_interpolation(
     output: str | Path,
     resume: bool = False,
     overwrite: bool = False,
-    **settings: Any,
+    **options: Any,
 ) -> MergeResult:
-    """Write the model that lies between two others, (1 - t)·base + t·model, with a t for each layer.
+    """Write (1 - t)·base + t·model to a directory, with a t for each layer.
 
-    Tensors stream past, so memory stays small however large the models are. It is `rlhf merge layer_wise` in one call:
+    Memory stays small however large the models are. It is `rlhf merge layer_wise` in one call:
     `layer_wise_interpolation("base", "tuned", [0.0, 1.0], output="between")` keeps the first layer of the base and takes the
     last of the tuned model.
 
     Args:
-        base: directory, adapter or hub name of the model at t = 0; configuration and tokenizer are its.
-        model: that of the model at t = 1.
-        t: where between the two the result lies; larger is nearer the model. One number; a list over the layers, its values at
-            even distances from the first layer to the last and straight lines between; or values by place, as a group with
-            `layers`, `gradient`, `filters` (`attention`, `mlp`, part of a name …) and `default`. Below 0 and above 1 it
-            extrapolates.
+        base: directory, adapter or hub name of the model at t = 0, which gives configuration and tokenizer.
+        model: the same of the model at t = 1.
+        t: the model's share; larger is nearer the model, below 0 and above 1 extrapolates. One number; a list over the layers
+            (its values at even distances from the first layer to the last, straight lines between); or values by layer, as a
+            group with `layers`, `gradient`, `filters` (`attention`, `mlp`, part of a tensor's name …) and `default`.
         output: the directory that is written.
-        resume: go on with a merge into the same output that was killed.
+        resume: continue a merge into the same output that was killed.
         overwrite: replace a model in the output.
-        settings: other keys of `MergeConfig`, such as `dtype` or `threads`.
+        options: other keys of `MergeConfig`, such as `dtype` or `threads`.
 
     Raises:
-        ConfigError: t can't do, or has another number of layers than the models.
-        ModelError: the models don't fit together.
+        ConfigError: t is invalid, or has another number of layers than the models.
+        ModelError: the models can't be read, or have different tensors.
+        StorageError: the output holds a model already, or can't be written.
     """
     value = t if isinstance(t, int | float | Mapping) else list(t)
     config = MergeConfig.parse(
         {
-            **settings,
+            **options,
             "method": METHOD,
             "base": str(base),
             "models": [str(model)],

@@ -262,7 +262,7 @@ def _check_values(options: Mapping[str, Any], method: type[Merger], at: str, pla
 
 
 def _check_value(value: Any, key: str, places: Mapping[str, str]) -> None:
-    """Raise ConfigError where a value by place is wrong: for what is wrong inside, not because it is no number."""
+    """Raise ConfigError where a value by layer is wrong: for what is wrong inside, not because it is no number."""
     if isinstance(value, Mapping):
         for part, one in (value["filters"] if isinstance(value.get("filters"), Mapping) else {}).items():
             _check_value(one, f"{key}.filters.{part}", places)
