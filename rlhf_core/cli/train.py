@@ -181,12 +181,14 @@ def _read_as(name: str, job: Job) -> str:
 
 def _disk(job: Job, output: Path) -> list[str]:
     """Return what the run will write and the room that there is, where the model's files tell; raise where it is too little."""
-    from rlhf_core.training.disk_space import need_of_files, room_taken
+    from rlhf_core.training.disk_space import checkpoint_bytes_on_disk, disk_need_of_files
 
-    need = need_of_files(job.run.model, job.options)
+    need = disk_need_of_files(job.run.model, job.options)
     if need is None:
         return []
-    return [f"disk: at most {need}; {need.require(output, there=room_taken(output)):,} bytes are free"]
+    return [
+        f"disk: at most {need}; {need.require(output, already_there=checkpoint_bytes_on_disk(output)):,} bytes are free"
+    ]
 
 
 def _place(name: str) -> str:

@@ -227,6 +227,6 @@ class Trainer(ABC, Generic[ConfigT]):
 
     def train(self, *, resume: bool = False, overwrite: bool = False) -> TrainResult:
         """Run the loop to its end and return the result; `resume` continues the run in `output`. Never overridden."""
-        from rlhf_core.training.loop import run
+        from rlhf_core.training.run import run
 
         return run(self, resume=resume, overwrite=overwrite)

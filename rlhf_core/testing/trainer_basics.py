@@ -19,8 +19,7 @@ from rlhf_core.infra.seeds import seed_everything
 from rlhf_core.testing.contract import after, require
 from rlhf_core.testing.trainer_setup import TrainerSetup
 from rlhf_core.testing.workbench import reseeds
-from rlhf_core.training.loader import reference_of
-from rlhf_core.training.setup import trained_roles, training_mode
+from rlhf_core.training.roles import reference_of, set_training_mode, trained_roles
 
 TERMS = "test_every_term_has_a_weight"
 GRADIENT = "test_trained_models_get_a_gradient"
@@ -94,7 +93,7 @@ class BasicChecks(TrainerSetup):
         trainer.loss(window.to(bench.devices.device))
         next(bench.windows(), None)
         bench.move()
-        training_mode(trainer, False)
+        set_training_mode(trainer, False)
         seed_everything(1, "weights")
         now = {name: float(weight) for name, weight in trainer.weights(window).items()}
         require(now == before, f"the weights of one batch were {before}, later {now}")

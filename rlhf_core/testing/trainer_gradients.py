@@ -18,7 +18,7 @@ from rlhf_core.testing.contract import after, require
 from rlhf_core.testing.trainer_online import responses_of
 from rlhf_core.testing.trainer_setup import TrainerSetup
 from rlhf_core.testing.workbench import Workbench
-from rlhf_core.training.setup import trained_roles
+from rlhf_core.training.roles import trained_roles
 
 TERMS = "test_every_term_has_a_weight"
 GRADIENT = "test_trained_models_get_a_gradient"

@@ -1,4 +1,4 @@
-"""A trainer prepared as the loop prepares it, to look at single windows and updates without a run."""
+"""A trainer set up as a run sets it up, to look at single windows and updates without a run."""
 
 from __future__ import annotations
 
@@ -20,14 +20,12 @@ from rlhf_core.rewards import open_rewards
 from rlhf_core.testing.script import BenchContext, Script
 from rlhf_core.training.context import RunContext
 from rlhf_core.training.distribution import Distribution
-from rlhf_core.training.loader import Loader
 from rlhf_core.training.loss_scale import LossScale
 from rlhf_core.training.micro_batches import MicroBatches
-from rlhf_core.training.optimizer import create_optimizer, set_learning_rate
-from rlhf_core.training.reduction import quotients
-from rlhf_core.training.run_data import open_data
-from rlhf_core.training.setup import build_models, check_config, precompute_reference, prepare_rewards, training_mode
-from rlhf_core.training.update import Update, sum_pairs
+from rlhf_core.training.optimizer import set_learning_rate
+from rlhf_core.training.reduction import quotients, sum_pairs
+from rlhf_core.training.roles import set_training_mode
+from rlhf_core.training.setup import RunSetup
 
 GARBAGE = 65
 """A token id as good as any other, to stand where nobody may look."""
@@ -75,7 +73,7 @@ class NothingToLearn(AssertionError):
     """A window whose every weight is zero, for which the loop makes no step."""
 
 
-class Workbench:
+class Workbench(RunSetup):
     """One trainer with its models, reference and data, on this process or as one of several.
 
     Args:
@@ -87,23 +85,15 @@ class Workbench:
     def __init__(
         self, trainer: Trainer[Any], distribution: Distribution | None = None, script: Script | None = None
     ) -> None:
-        self.trainer, self.devices = trainer, DeviceManager()
-        self.distribution = distribution or Distribution(self.devices.device)
-        check_config(trainer, self.distribution, self.devices)
-        self.rewards = prepare_rewards(trainer)
-        seed_everything(trainer.config.seed, "model")
-        self.micro_batches = MicroBatches(trainer.config, divide=trainer.splits_groups)
-        loader = Loader(trainer, self.devices, self.micro_batches)
-        self.parameters = build_models(trainer, loader, self.devices)
-        self.factors = loader.factors
-        config = trainer.config
-        dataset, _ = open_data(trainer, loader.given.tokenizer)
-        trainer.inspect(dataset)
+        devices = DeviceManager()
+        super().__init__(trainer, distribution or Distribution(devices.device), devices)
+        self.build_models()
+        self.open_data()
         # Each simulated process scores every row: they don't share what the processes of a run exchange.
-        alone = Distribution(self.devices.device)
-        precompute_reference(trainer, (dataset, None), distribution=alone, devices=self.devices)
+        self.prepare(alone=True)
+        config = self.config
         self.batches: Iterator[Batch] = DataStream(
-            dataset,
+            self.dataset,
             batch_size=config.batch_size,
             epochs=1.0,
             seed=config.seed,
@@ -113,15 +103,7 @@ class Workbench:
         )
         self.steps = 0
         """Optimiser steps that the run context reports."""
-        self.run = BenchContext(
-            trainer,
-            self.distribution,
-            self.devices,
-            self.micro_batches,
-            self.rewards,
-            clock=lambda: self.steps,
-            script=script,
-        )
+        self.run = self.context(BenchContext, clock=lambda: self.steps, script=script)
         """The context that the method's experience sees."""
         seed_everything(config.seed, "training", self.distribution.rank)
 
@@ -141,10 +123,10 @@ class Workbench:
         """Yield the method's windows over one pass of the data, as the loop asks for them."""
         windows = iter(self.trainer.experience(self.batches, self.run))
         while True:
-            training_mode(self.trainer, False)
+            set_training_mode(self.trainer, False)
             with torch.no_grad(), self.devices.autocast(self.trainer.config.precision):
                 made = next(windows, None)
-            training_mode(self.trainer, True)
+            set_training_mode(self.trainer, True)
             # Where experience ends for all: a process that gathers more often than others is known by it.
             self.distribution.barrier()
             if made is None:
@@ -178,28 +160,16 @@ class Workbench:
 
     def learn(self, window: Batch) -> Step:
         """Make the loop's update on a window."""
-        optimizer = create_optimizer(self.parameters.items(), self.trainer.config, self.factors)
+        optimizer = self.optimizer()
         set_learning_rate(optimizer, self.trainer.config.learning_rate)
         return self._recorded(window, optimizer)
 
     def _recorded(self, window: Batch, optimizer: torch.optim.Optimizer | None) -> Step:
         recorder = _Recorder(self.parameters, optimizer)
-        outcome = self._update(recorder)(window, 1)
-        if outcome is None:
+        result = self.update(recorder, LossScale(enabled=False), lambda *_, **__: None)(window, 1)
+        if result is None:
             raise NothingToLearn("every weight is zero: there is nothing to learn from in these rows")
-        return Step(outcome.loss, outcome.metrics, recorder.gradient)
-
-    def _update(self, optimizer: torch.optim.Optimizer) -> Update:
-        return Update(
-            self.trainer,
-            optimizer,
-            self.parameters,
-            distribution=self.distribution,
-            devices=self.devices,
-            micro_batches=self.micro_batches,
-            loss_scale=LossScale(enabled=False),
-            notify=lambda *_, **__: None,
-        )
+        return Step(result.loss, result.metrics, recorder.gradient)
 
 
 class _Recorder(torch.optim.Optimizer):

@@ -1,4 +1,4 @@
-"""The one training loop, and what it stands on: reduction, optimiser, checkpoints, evaluation, the run directory."""
+"""The run of a method: set-up, the loop of steps, updates and their reduction, evaluation, state and checkpoints, the record."""
 
 from __future__ import annotations
 
@@ -12,6 +12,5 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.contracts.result": "TrainResult",
         "rlhf_core.training.logger": "TrainingLogger",
         "rlhf_core.training.optimizer": "create_optimizer",
-        "rlhf_core.training.loop": "run",
     },
 )

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlhf_core.infra.errors import ModelError, shortened
 from rlhf_core.infra.files import (
@@ -59,7 +58,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Damaged:
+class DamagedCheckpoint:
     """A checkpoint that was refused, where it was moved, and why."""
 
     step: int
@@ -81,7 +80,7 @@ class CheckpointManager:
         self.directory, self.keep = Path(directory), keep
         self.protected: int | None = None
         """A step whose checkpoint is kept beside the newest."""
-        self.damaged: list[Damaged] = []
+        self.damaged: list[DamagedCheckpoint] = []
         """What `load_latest` refused, newest first."""
 
     def steps(self) -> list[int]:
@@ -214,7 +213,7 @@ class CheckpointManager:
                 read_header(path / name)
         return Checkpoint(step, path, read_json(path / STATE))
 
-    def _set_aside(self, step: int, reason: str) -> Damaged:
+    def _set_aside(self, step: int, reason: str) -> DamagedCheckpoint:
         source = self.path(step)
         target, count = source.with_name(f"{source.name}.damaged"), 1
         while target.exists():
@@ -226,7 +225,7 @@ class CheckpointManager:
         log.warning(
             "checkpoint %s is damaged (%s); moved to %s, falling back to the one before", source, reason, target.name
         )
-        return Damaged(step, target, reason)
+        return DamagedCheckpoint(step, target, reason)
 
     def _set_aside_before(self) -> list[str]:
         """Return the names of checkpoints that an earlier attempt moved aside."""
@@ -268,42 +267,3 @@ def _reason(error: Exception) -> str:
         return "not UTF-8"
     text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
     return text if len(text) <= 300 else f"{text[:297]}..."
-
-
-def optimizer_state(
-    optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return an optimiser's state keyed by parameter name: tensors as `KEY/NAME`, other values by the same key."""
-    tensors: dict[str, Tensor] = {}
-    values: dict[str, Any] = {}
-    for name, parameter in named.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor):
-                tensors[f"{key}/{name}"] = value
-            else:
-                values[f"{key}/{name}"] = value
-    return tensors, values
-
-
-def load_optimizer_state(
-    optimizer: torch.optim.Optimizer,
-    named: Mapping[str, nn.Parameter],
-    tensors: Mapping[str, Tensor],
-    values: Mapping[str, Any],
-    *,
-    place: str,
-) -> None:
-    """Restore what `optimizer_state` returned; hyper-parameters stay those of the configuration.
-
-    Raises:
-        ModelError: the state is of a parameter that isn't trained now.
-    """
-    order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    index = {id(parameter): position for position, parameter in enumerate(order)}
-    state: dict[int, dict[str, Any]] = {}
-    for key_name, value in [*tensors.items(), *values.items()]:
-        key, _, name = key_name.partition("/")
-        if name not in named or id(named[name]) not in index:
-            raise ModelError("the optimiser's state is of a parameter that isn't trained", place=place, got=name)
-        state.setdefault(index[id(named[name])], {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,4 +1,4 @@
-"""What a run will write, known before its first step: it must find room then, not after the last one."""
+"""The disk space that a run will need, checked before its first step, so that a full disk isn't found after the last one."""
 
 from __future__ import annotations
 
@@ -14,25 +14,29 @@ from rlhf_core.infra.files import storage_errors
 from rlhf_core.infra.model_files import is_adapter
 from rlhf_core.infra.safetensors_file import TensorEntry, nbytes, read_header
 from rlhf_core.models.sequence_model import SequenceModel
-from rlhf_core.training.setup import trained_roles
+from rlhf_core.training.roles import trained_roles
 
 if TYPE_CHECKING:
-    from rlhf_core.training.loop import Run
+    from rlhf_core.training.setup import RunSetup
 
 _MOMENTS = 2
-"""Numbers that AdamW keeps for each one that it trains."""
+"""Numbers that AdamW keeps for each trained parameter: a first and a second moment."""
 
 
 @dataclass(frozen=True)
 class DiskNeed:
-    """The most that a run's directory holds at once, beside its logs."""
+    """The most that a run's directory holds at one time, apart from its logs."""
 
     checkpoints: int
+    """How many checkpoints stand there at one time."""
     checkpoint_bytes: int
+    """Of one checkpoint."""
     model_bytes: int
+    """Of all exported models."""
 
     @property
     def bytes(self) -> int:
+        """Of checkpoints and exported models together."""
         return self.checkpoints * self.checkpoint_bytes + self.model_bytes
 
     def __str__(self) -> str:
@@ -42,11 +46,11 @@ class DiskNeed:
             f" and models of {self.model_bytes:,} bytes"
         )
 
-    def require(self, output: Path, *, there: int = 0) -> int:
-        """Return the bytes that are free at `output`.
+    def require(self, output: Path, *, already_there: int = 0) -> int:
+        """Return the free bytes of the disk that `output` is on, if they are enough.
 
         Args:
-            there: bytes of the need that stand on the disk already.
+            already_there: bytes of the need that are on the disk already.
 
         Raises:
             StorageError: they are too few.
@@ -54,9 +58,9 @@ class DiskNeed:
         place = next(path for path in (output, *output.absolute().parents) if path.exists())
         with storage_errors(place):
             free = shutil.disk_usage(place).free
-        if free < self.bytes - there:
+        if free < self.bytes - already_there:
             raise StorageError(
-                f"too little room for what the run will write: {self.bytes - there} bytes are needed ({self})",
+                f"too little room for what the run will write: {self.bytes - already_there} bytes are needed ({self})",
                 place=str(output),
                 got=f"{free} bytes free",
                 fix="free space, choose another `output`, or train less: `lora`, a smaller `checkpoint.keep`",
@@ -65,7 +69,7 @@ class DiskNeed:
 
 
 def checkpoints_at_once(config: TrainerConfig, total_steps: int | None) -> int:
-    """Return the most checkpoints that stand on the disk at one time: those kept, the best one, and the one being written."""
+    """Return the most checkpoints that are on the disk at one time: those kept, the best one, and the one being written."""
     best = config.early_stopping is not None and config.early_stopping.keep_best
     most = config.checkpoint.keep + best + 1
     if config.checkpoint.minutes is None and not best:
@@ -76,16 +80,16 @@ def checkpoints_at_once(config: TrainerConfig, total_steps: int | None) -> int:
     return most if total_steps is None else min(most, max(1, total_steps))
 
 
-def need_of_run(run: Run) -> DiskNeed:
-    """Return what a prepared run will write."""
-    trained = sum(parameter.nbytes for parameter in run.parameters.values())
-    kept = nbytes(run.distribution.full_state(run.trainer.models))
-    models = sum(_exported(run.trainer.models[role]) for role in trained_roles(run.trainer))
-    return DiskNeed(checkpoints_at_once(run.config, run.total_steps), kept + _MOMENTS * trained, models)
+def disk_need(setup: RunSetup, total_steps: int | None) -> DiskNeed:
+    """Return what a run will write, from its built models; `total_steps` is None where the data decide their number."""
+    trained = sum(parameter.nbytes for parameter in setup.parameters.values())
+    kept = nbytes(setup.distribution.full_state(setup.trainer.models))
+    models = sum(_exported_bytes(setup.trainer.models[role]) for role in trained_roles(setup.trainer))
+    return DiskNeed(checkpoints_at_once(setup.config, total_steps), kept + _MOMENTS * trained, models)
 
 
-def _exported(module: Any) -> int:
-    """Return the bytes of a model's export at least: an adapter alone, or all weights in what they came in."""
+def _exported_bytes(module: Any) -> int:
+    """Return the least bytes of a model's export: of an adapter alone, or of all weights in the type they are saved in."""
     adapter = getattr(module, "has_adapter", False) and getattr(module, "base", None) is not None
     sizes = {id(p): p.nbytes for p in module.parameters() if p.requires_grad or not adapter}
     for part in module.modules():
@@ -96,21 +100,21 @@ def _exported(module: Any) -> int:
     return sum(sizes.values())
 
 
-def room_taken(directory: Path) -> int:
-    """Return the bytes of the checkpoints that stand in a run's directory."""
+def checkpoint_bytes_on_disk(directory: Path) -> int:
+    """Return the bytes of all checkpoints in a run's directory."""
     files: Iterable[Path] = directory.glob("checkpoints/step-*/*")
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def need_of_files(model: str, config: TrainerConfig) -> DiskNeed | None:
-    """Return what a run on a model's directory would write, from its files alone; None where they don't tell.
+def disk_need_of_files(model: str, config: TrainerConfig) -> DiskNeed | None:
+    """Return what a run on a model's directory would write, from the headers of its files; None where it can't be known.
 
     Models beside it that are trained, such as a critic, are those that the configuration names.
     """
     named = [other for other in models_beside(config).values() if isinstance(other, TrainedModelConfig)]
     trained = stored = 0
     for source, lora in ((model, config.lora), *((other.path, other.lora) for other in named)):
-        entries = _weights(Path(source).expanduser()) if lora is None else []
+        entries = _tensor_entries(Path(source).expanduser()) if lora is None else []
         if not entries:
             return None
         trained += 4 * sum(entry.count for entry in entries)
@@ -118,8 +122,8 @@ def need_of_files(model: str, config: TrainerConfig) -> DiskNeed | None:
     return DiskNeed(checkpoints_at_once(config, config.max_steps), (1 + _MOMENTS) * trained, stored)
 
 
-def _weights(path: Path) -> list[TensorEntry]:
-    """Return what a directory's files say of each tensor; nothing where it is no whole model."""
+def _tensor_entries(path: Path) -> list[TensorEntry]:
+    """Return the header entry of each tensor in a model directory; none where it isn't there, or is an adapter."""
     if not path.is_dir() or is_adapter(str(path)):
         return []
     try:

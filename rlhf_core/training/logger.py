@@ -1,4 +1,4 @@
-"""What a run reports: a row of metrics a step, samples, events, lines on the console, a progress bar, and trackers."""
+"""The log of a run: a row of metrics per step, samples, events, lines on the console, a progress bar, and trackers."""
 
 from __future__ import annotations
 
@@ -23,28 +23,29 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 REQUIRED = ("step", "loss", "learning_rate", "grad_norm", "tokens")
-"""What every row of `metrics.jsonl` holds: the optimiser step (from 1), its loss before the update, its learning rate, the
+"""The keys of every row of `metrics.jsonl`: the optimiser step (from 1), its loss before the update, its learning rate, the
 gradient's 2-norm before clipping, and the real tokens it was computed from, each prompt counted once."""
 
 TIMING = ("seconds", "tokens_per_second")
-"""The only values that may differ between a run and the same run killed and resumed."""
-
+"""The only keys of a row whose values may differ between a run and the same run killed and resumed."""
 
 _LONGEST = 10_000
-"""Characters of a text that `samples.jsonl` keeps at most."""
+"""Characters of a text that `samples.jsonl` holds at most."""
 
 
 class TrainingLogger:
-    """Writes `metrics.jsonl` (a row a step), `samples.jsonl` (some completions of each rollout) and `events.jsonl` (append-only)
-    into a run directory, and tells people.
+    """Writes a run's logs into its directory, and shows them on the console and in trackers.
+
+    The logs are `metrics.jsonl` (a row per step), `samples.jsonl` (some completions of each rollout) and `events.jsonl`
+    (append-only).
 
     Args:
         directory: the run directory; None writes no file.
-        config: how often, and to which trackers.
-        total_steps: for the progress bar; None where it isn't known.
-        step: the step that the run goes on from.
-        enabled: False on all processes but the first: then nothing is written or shown.
-        settings: the run's settings, for trackers.
+        config: how often lines are shown, and the trackers.
+        total_steps: for the progress bar; None where their number isn't known.
+        step: the step that the run starts or resumes from.
+        enabled: False on all processes but the first, where nothing is written or shown.
+        options: the options of the run, shown by trackers.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class TrainingLogger:
         total_steps: int | None = None,
         step: int = 0,
         enabled: bool = True,
-        settings: Mapping[str, Any] | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         self.config = config or LoggingConfig()
         self.directory = Path(directory) if directory is not None and enabled else None
@@ -64,15 +65,15 @@ class TrainingLogger:
             self.config.trackers if enabled else (),
             project=self.config.project,
             output=self.directory,
-            settings=settings or {},
+            options=options or {},
         )
         self._progress = StepBar(wanted=enabled and self.config.progress, total_steps=total_steps, step=step)
         self._progress.__enter__()
         self._sampled: tuple[tuple[int, bool] | None, int] = (None, 0)
-        """The rollout or evaluation that completions were last kept of, and how many."""
+        """The rollout or evaluation that samples were written of last, as (step, evaluating), and how many."""
 
     def metrics(self, row: Mapping[str, Any]) -> None:
-        """Write a step's row, and show it. Values that aren't finite become null, since JSON has no name for them."""
+        """Write a step's row, and show it. Values that aren't finite are written as null, since JSON has no name for them."""
         if not self.enabled:
             return
         clean = {name: _jsonable(value) for name, value in row.items()}
@@ -85,34 +86,54 @@ class TrainingLogger:
     def samples(
         self, samples: Sequence[Sample], scores: Scores, *, rows: Sequence[int], step: int, evaluating: bool
     ) -> None:
-        """Keep some of the completions that were scored after a step, evenly apart, up to `logging.samples` for each rollout.
+        """Write some of the completions of a rollout, evenly spaced, at most `logging.samples` in all calls for the same rollout.
 
         Args:
-            rows: each sample's row in its data.
-            evaluating: whether they answer held-out prompts.
+            rows: each sample's row number in its data.
+            step: optimiser steps made before.
+            evaluating: whether the prompts are held out.
         """
-        of, kept = (step, evaluating), self._sampled[1] if self._sampled[0] == (step, evaluating) else 0
+        rollout, kept = (step, evaluating), self._sampled[1] if self._sampled[0] == (step, evaluating) else 0
         room = min(self.config.samples - kept, len(samples))
         if self.directory is None or room <= 0:
             return
         for number in (place * len(samples) // room for place in range(room)):
             sample = samples[number]
-            row = {"step": step, "evaluating": evaluating, "row": rows[number], "prompt": _cut(sample.prompt)}
-            row |= {"completion": _cut(sample.completion), "stop_reason": sample.stop_reason}
+            row = {"step": step, "evaluating": evaluating, "row": rows[number], "prompt": _shortened(sample.prompt)}
+            row |= {"completion": _shortened(sample.completion), "stop_reason": sample.stop_reason}
             row |= {"reward": float(scores.total[number])}
             row |= {"rewards": {name: values[number] for name, values in scores.by_name.items()}}
             self._append("samples.jsonl", row)
-        self._sampled = (of, kept + room)
+        self._sampled = (rollout, kept + room)
 
     def event(self, name: str, **fields: Any) -> None:
-        """Append an event, with the time in UTC."""
+        """Append an event to `events.jsonl`, with the time in UTC."""
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         self._append("events.jsonl", {"time": now, "event": name, **{k: _jsonable(v) for k, v in fields.items()}})
 
-    def rewind(self, step: int) -> list[int]:
-        """Cut `metrics.jsonl` back to the rows up to `step`; what a kill left half written goes too.
+    def resume(self, step: int, *, evaluated: int | None, last_row: Mapping[str, Any]) -> None:
+        """Cut the logs back to the checkpoint that the run resumes from; report rows of earlier steps that are damaged.
 
-        Returns the steps up to there whose rows are missing: damaged, and left out.
+        Args:
+            step: the checkpoint's step; 0 where a run begins.
+            evaluated: the step of its last evaluation.
+            last_row: the row of its step, which is written again where it is damaged.
+        """
+        self.rewind_samples(step, evaluated)
+        lost = self.rewind(step)
+        if lost[-1:] == [step]:
+            self.amend(last_row)
+            lost.pop()
+        if lost:
+            rows = "the row of 1 step is" if len(lost) == 1 else f"the rows of {len(lost)} steps are"
+            log.warning("%s: %s damaged and left out: %s", self._path("metrics.jsonl"), rows, _ranges(lost))
+            self.event("metrics_damaged", step=step, steps=lost)
+
+    def rewind(self, step: int) -> list[int]:
+        """Cut `metrics.jsonl` back to the rows up to `step`, without lines that a kill left half written.
+
+        Returns:
+            The steps up to `step` whose rows are damaged, and left out.
         """
         path = self._path("metrics.jsonl")
         if path is None:
@@ -124,7 +145,7 @@ class TrainingLogger:
         return sorted(set(range(1, step + 1)) - rows.keys())
 
     def rewind_samples(self, step: int, evaluated: int | None) -> None:
-        """Cut `samples.jsonl` back to the rollouts before `step` and the evaluations up to `evaluated`: the others come again."""
+        """Cut `samples.jsonl` back to rollouts before `step` and evaluations up to `evaluated`; later ones are made again."""
         path = self._path("samples.jsonl")
         if path is None or not path.exists():
             return
@@ -142,7 +163,7 @@ class TrainingLogger:
         replace_file(path, b"".join(line for line in lines if stays(line)))
 
     def amend(self, row: Mapping[str, Any]) -> None:
-        """Replace the row of the last step, in one stroke."""
+        """Replace the row of the last step; a kill leaves the old row or the new one."""
         path = self._path("metrics.jsonl")
         if path is not None:
             clean = {name: _jsonable(value) for name, value in row.items()}
@@ -152,20 +173,20 @@ class TrainingLogger:
 
     @staticmethod
     def _rows(path: Path) -> list[tuple[int, bytes]]:
-        """Return each line with its step, 0 where it isn't a whole row."""
+        """Return each line of the file with its step, 0 where it isn't a whole row."""
         with storage_errors(path):
             lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         return [(_step_of(line), line) for line in lines]
 
     def flush(self) -> None:
-        """Make the rows written so far durable."""
+        """Flush the rows written so far to the disk, so that they outlive a crash of the machine."""
         for path in (self._path("metrics.jsonl"), self._path("samples.jsonl")):
             if path is not None and path.exists():
                 with storage_errors(path), path.open("rb+") as handle:
                     os.fsync(handle.fileno())
 
     def close(self) -> None:
-        """Take the progress bar away and finish the trackers."""
+        """Remove the progress bar and finish the trackers."""
         self._progress.__exit__(None, None, None)
         self._trackers.close()
 
@@ -173,6 +194,7 @@ class TrainingLogger:
         return self.directory / name if self.directory is not None else None
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        """Append a row to a file of the run directory, on a line of its own."""
         path = self._path(name)
         if path is None:
             return
@@ -181,21 +203,22 @@ class TrainingLogger:
             if handle.tell():
                 handle.seek(-1, os.SEEK_END)
                 if handle.read(1) != b"\n":
-                    # A kill in the middle of a line: the next one must not be glued to it.
+                    # A kill in the middle of a line: the next one must not be appended to it.
                     line = b"\n" + line
             handle.write(line)
 
 
-def _cut(value: Any) -> Any:
-    """Return a text, or the texts of a chat, without what is longer than `_LONGEST` characters."""
+def _shortened(value: Any) -> Any:
+    """Return a text, or the texts of a chat, with the first `_LONGEST` characters of each."""
     if isinstance(value, str):
         return value if len(value) <= _LONGEST else f"{value[:_LONGEST]} … [{len(value) - _LONGEST} characters more]"
     if isinstance(value, Mapping):
-        return {str(name): _cut(item) for name, item in value.items()}
-    return [_cut(item) for item in value] if isinstance(value, list | tuple) else _jsonable(value)
+        return {str(name): _shortened(item) for name, item in value.items()}
+    return [_shortened(item) for item in value] if isinstance(value, list | tuple) else _jsonable(value)
 
 
 def _jsonable(value: Any) -> Any:
+    """Return a value as JSON can hold it: numbers that aren't finite as None, objects of other classes as text."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
@@ -222,6 +245,7 @@ def _step_of(line: bytes) -> int:
 
 
 def _line(row: Mapping[str, Any], total: int | None) -> str:
+    """Return a step's row as one line for the console."""
     head = f"step {row['step']}" + (f"/{total}" if total else "")
     shown = [f"loss {row['loss']:.4f}", f"lr {row['learning_rate']:.2e}", f"grad {row['grad_norm']:.3f}"]
     if "tokens_per_second" in row:
@@ -231,3 +255,15 @@ def _line(row: Mapping[str, Any], total: int | None) -> str:
         f"{name} {value:.4g}" for name, value in row.items() if name not in known and isinstance(value, int | float)
     ]
     return "  ".join([head, *shown])
+
+
+def _ranges(steps: Sequence[int], limit: int = 8) -> str:
+    """Return ascending steps as text, consecutive ones as ranges: `1-3, 7`; at most `limit` ranges."""
+    ranges: list[list[int]] = []
+    for step in steps:
+        if ranges and step == ranges[-1][1] + 1:
+            ranges[-1][1] = step
+        else:
+            ranges.append([step, step])
+    shown = [str(first) if first == last else f"{first}-{last}" for first, last in ranges[:limit]]
+    return ", ".join(shown) + (" …" if len(ranges) > limit else "")

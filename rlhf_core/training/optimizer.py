@@ -1,17 +1,17 @@
-"""AdamW, and learning rates that are pure functions of the step."""
+"""AdamW with its state by parameter name, and learning rates that are pure functions of the step."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rlhf_core.config.training import TrainerConfig
-from rlhf_core.infra.errors import ConfigError
+from rlhf_core.infra.errors import ConfigError, ModelError
 
 _FACTOR = "learning_rate_factor"
 
@@ -108,3 +108,42 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Set the rate of every group, times the factor of its role."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group[_FACTOR]
+
+
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return an optimiser's state keyed by parameter name: tensors as `KEY/NAME`, other values by the same key."""
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Any] = {}
+    for name, parameter in named.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{key}/{name}"] = value
+            else:
+                values[f"{key}/{name}"] = value
+    return tensors, values
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer,
+    named: Mapping[str, nn.Parameter],
+    tensors: Mapping[str, Tensor],
+    values: Mapping[str, Any],
+    *,
+    place: str,
+) -> None:
+    """Restore what `optimizer_state` returned; hyper-parameters stay those of the configuration.
+
+    Raises:
+        ModelError: the state is of a parameter that isn't trained now.
+    """
+    order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    index = {id(parameter): position for position, parameter in enumerate(order)}
+    state: dict[int, dict[str, Any]] = {}
+    for key_name, value in [*tensors.items(), *values.items()]:
+        key, _, name = key_name.partition("/")
+        if name not in named or id(named[name]) not in index:
+            raise ModelError("the optimiser's state is of a parameter that isn't trained", place=place, got=name)
+        state.setdefault(index[id(named[name])], {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

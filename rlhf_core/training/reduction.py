@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rlhf_core.infra.errors import PluginError
+from rlhf_core.training.distribution import Distribution
 
 
 def total_weights(parts: Iterable[Mapping[str, float]], names: Sequence[str], *, place: str) -> dict[str, float]:
@@ -118,6 +119,16 @@ class Tally:
 def quotients(totals: Mapping[str, tuple[float, float]]) -> dict[str, float]:
     """Return sum / count by name; a count of zero has no quotient and is left out."""
     return {name: total / count for name, (total, count) in totals.items() if count}
+
+
+def sum_pairs(distribution: Distribution, pairs: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+    """Return (sum, count) by name added up over the processes, which may hold different names."""
+    totals: dict[str, tuple[float, float]] = {}
+    for part in distribution.gather(pairs):
+        for name, (total, count) in part.items():
+            below = totals.get(name, (0.0, 0.0))
+            totals[name] = (below[0] + total, below[1] + count)
+    return totals
 
 
 def _detached(value: Tensor | float) -> Tensor | float:

@@ -1,14 +1,13 @@
-"""The rows of a run: those to train on, those held out, and the stream that cuts the first into steps."""
+"""The data of a run: the rows to train on, those held out, and the stream that deals the first out in optimiser steps."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rlhf_core.config.training import TrainerConfig
-from rlhf_core.contracts.batch import Batch
 from rlhf_core.contracts.trainer import Trainer
 from rlhf_core.data import DataStream, open_dataset
 from rlhf_core.data.base import EncodedData
@@ -17,13 +16,13 @@ from rlhf_core.data.sources import data_files, has_splits
 from rlhf_core.infra.errors import ConfigError
 from rlhf_core.models.sequence_model import SequenceModel
 from rlhf_core.training.distribution import Distribution
-from rlhf_core.training.loader import reference_of
+from rlhf_core.training.roles import reference_of
 
 log = logging.getLogger(__name__)
 
 
 def open_data(trainer: Trainer[Any], tokenizer: Any) -> tuple[EncodedData, EncodedData | None]:
-    """Return the training data and the held-out data as encoded rows.
+    """Return the training data and the held-out data (None without `eval_data`), encoded by the tokenizer.
 
     Raises:
         ConfigError: the held-out rows are the split that is trained on.
@@ -35,21 +34,21 @@ def open_data(trainer: Trainer[Any], tokenizer: Any) -> tuple[EncodedData, Encod
     return dataset, open_dataset(trainer.eval_data, trainer.record, tokenizer, config=held_out)
 
 
-def keep_texts(trainer: Trainer, dataset: EncodedData) -> None:
-    """Let what is trained keep how its texts became tokens: the chat template, `wrap`, special tokens, what ends a turn.
+def keep_encoding(trainer: Trainer, dataset: EncodedData) -> None:
+    """Keep with every trained model how its texts became tokens: the chat template, `wrap`, special tokens, what ends a turn.
 
-    It is exported with them, so rewards, generation, the next stage and other tools encode a prompt as training did.
+    It is exported with the model, so rewards, generation, the next stage and other tools encode a prompt as training did.
     """
     for role, model in trainer.models.items():
-        for part in model.modules() if trainer.roles[role].trained else ():
-            if isinstance(part, SequenceModel):
-                keep(part.tokenizer, trainer.config.dataset)
+        for module in model.modules() if trainer.roles[role].trained else ():
+            if isinstance(module, SequenceModel):
+                keep(module.tokenizer, trainer.config.dataset)
                 if dataset.encoder.chats:
-                    part.add_stops(dataset.encoder.template.stops)
+                    module.add_stops(dataset.encoder.template.stops)
 
 
 def _eval_config(trainer: Trainer) -> TrainerConfig:
-    """Return the configuration under which `eval_data` are read: of named splits, `dataset.eval_split`."""
+    """Return the configuration under which `eval_data` are read: `dataset.eval_split` is the split, where they have splits."""
     config, options = trainer.config, trainer.config.dataset
     for path, weight in data_files(trainer.eval_data) or []:
         if weight != 1:
@@ -59,11 +58,14 @@ def _eval_config(trainer: Trainer) -> TrainerConfig:
                 got=f"{path}: {weight}",
                 fix="leave it out",
             )
-    trained, held_out = _names(trainer.data), _names(trainer.eval_data)
+    trained, held_out = _paths_and_names(trainer.data), _paths_and_names(trainer.eval_data)
     same = sorted(trained & held_out)
     if not has_splits(trainer.eval_data):
         if same or trainer.eval_data is trainer.data:
-            log.warning("eval_data: %s is trained on too, so it tells nothing of other rows", same[0] if same else "it")
+            log.warning(
+                "eval_data: %s is trained on too, so its scores say nothing about unseen rows",
+                same[0] if same else "it",
+            )
         return config
     if (same or trainer.eval_data is trainer.data) and options.split == options.eval_split:
         raise ConfigError(
@@ -75,8 +77,8 @@ def _eval_config(trainer: Trainer) -> TrainerConfig:
     return config.model_copy(update={"dataset": options.model_copy(update={"split": options.eval_split})})
 
 
-def _names(data: Any) -> set[str]:
-    """Return the paths, made absolute, and hub names among some data."""
+def _paths_and_names(data: Any) -> set[str]:
+    """Return the paths, made absolute, and the hub names among some data."""
     named = [Path(path).expanduser() for path, _ in data_files(data) or []]
     return {str(path.resolve() if path.exists() else path) for path in named}
 
@@ -84,14 +86,15 @@ def _names(data: Any) -> set[str]:
 def open_stream(
     trainer: Trainer[Any], dataset: EncodedData, *, distribution: Distribution, saved: Mapping[str, Any] | None
 ) -> tuple[DataStream, int | None]:
-    """Return the stream of training batches, at its beginning, and the number of steps where it is known.
+    """Return the stream of training batches, at its beginning, and the number of optimiser steps where it is known.
 
-    `saved` is the state of the checkpoint that the run goes on from, or None.
+    Args:
+        saved: the state (`state.json`) of the checkpoint that the run resumes from, or None.
     """
     config = trainer.config
     epochs = None if config.max_steps is not None else config.epochs
     if dataset.streaming and epochs is not None:
-        _count(trainer, dataset, distribution, saved)
+        _restore_row_count(trainer, dataset, distribution, saved)
     stream = DataStream(
         dataset,
         batch_size=config.batch_size,
@@ -110,8 +113,10 @@ def open_stream(
     return stream, steps
 
 
-def _count(trainer: Trainer, dataset: EncodedData, distribution: Distribution, saved: Mapping[str, Any] | None) -> None:
-    """Know again how many rows there are, where the run that is continued knew it from scoring its reference."""
+def _restore_row_count(
+    trainer: Trainer, dataset: EncodedData, distribution: Distribution, saved: Mapping[str, Any] | None
+) -> None:
+    """Count a streaming dataset's rows again where the run that is resumed had counted them, by precomputing its reference."""
     if saved is not None:
         dataset.report.load_state_dict(saved["ranks"][0]["stream"]["report"])
     elif dataset.num_rows is None and (kept := reference_of(trainer)) and kept.mode == "precompute":
@@ -119,13 +124,22 @@ def _count(trainer: Trainer, dataset: EncodedData, distribution: Distribution, s
             pass
 
 
-def one_pass(trainer: Trainer, dataset: EncodedData, distribution: Distribution) -> Iterator[Batch]:
-    """Return this process's batches of every row once, in the data's order."""
+def one_pass(
+    trainer: Trainer, dataset: EncodedData, distribution: Distribution, *, held_out: bool = False
+) -> DataStream:
+    """Return this process's batches of every row once, in the data's order.
+
+    Args:
+        held_out: whether rows are only scored: there may then be fewer of them than processes.
+    """
+    config = trainer.config
     return DataStream(
         dataset,
-        batch_size=trainer.config.batch_size,
+        batch_size=config.batch_size,
         epochs=1.0,
+        seed=config.seed,
         shuffle=False,
         rank=distribution.rank,
         world_size=distribution.world_size,
+        held_out=held_out,
     )

@@ -115,38 +115,38 @@ class RunDirectory:
             return False
         return isinstance(noted, dict) and noted.get("status") == "failed"
 
-    def write_inputs(self, settings: Mapping[str, Any], inputs: Mapping[str, Any], explicit: Mapping[str, Any]) -> None:
+    def write_inputs(self, options: Mapping[str, Any], inputs: Mapping[str, Any], explicit: Mapping[str, Any]) -> None:
         """Write what was asked: `config.input.yaml` as given, `config.yaml` resolved, `command.txt`; secrets redacted.
 
         Args:
-            settings: resolved, in the shape of a configuration file.
+            options: every option with its value, in the shape of a configuration file.
             inputs: may hold the texts `config_input` and `command`; otherwise `explicit` and the process's own arguments.
             explicit: the options that were set in Python.
         """
         given = inputs.get("config_input") or "# set in Python\n" + dump_yaml(explicit)
         self.write_text("config.input.yaml", redact_text(given))
-        self.write_text("config.yaml", dump_yaml(settings))
+        self.write_text("config.yaml", dump_yaml(options))
         self.write_text("command.txt", redact_text(inputs.get("command") or shlex.join(sys.argv)) + "\n")
 
-    def settings(self) -> dict[str, Any] | None:
-        """Return the settings that an earlier process wrote here, if one did.
+    def options(self) -> dict[str, Any] | None:
+        """Return the options (`config.yaml`) that an earlier process of the run wrote here; None where none did.
 
         Raises:
-            StorageError: they can't be read, or are missing beside checkpoints, which they would say what they are of.
+            StorageError: they can't be read, or are missing beside checkpoints, which nothing can then be compared with.
         """
         if self.path is None:
             return None
         place = self.path / "config.yaml"
         if not place.exists():
             if any(self.path.glob("checkpoints/step-*")):
-                problem = "the run has checkpoints, and its record of its settings is missing"
+                problem = "the run has checkpoints, and the record of its options is missing"
                 raise StorageError(problem, place=str(place), fix=_MEND)
             return None
         try:
             return load_yaml(place)[0]
         except ConfigError as error:
             got = error.problem if error.got is None else f"{error.problem}: {error.got}"
-            problem = "can't be read as the run's record of its settings"
+            problem = "can't be read as the record of the run's options"
             raise StorageError(problem, place=error.place, got=got, fix=_MEND) from None
 
     def read(self, name: str) -> Any:

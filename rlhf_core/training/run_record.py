@@ -19,8 +19,7 @@ from rlhf_core.rewards import rewards_changed
 from rlhf_core.training.run_directory import RunDirectory, Status, note_fault
 
 if TYPE_CHECKING:
-    from rlhf_core.training.loader import Loader
-    from rlhf_core.training.loop import Run
+    from rlhf_core.training.run import Run
 
 log = logging.getLogger(__name__)
 
@@ -28,45 +27,44 @@ STREAMS = ("model", "training", "evaluation")
 """The named random streams whose seeds the record shows."""
 
 MAY_CHANGE = ("output", "logging", "checkpoint", "distributed", "micro_batch_size", "batching.micro_batch_tokens")
-"""Options that a resumed run may change. None of them changes what is learned, beyond rounding."""
+"""Options that a resumed run may change. None of them changes the trained weights, beyond rounding."""
 
 
-def run_settings(trainer: Trainer) -> dict[str, Any]:
-    """Return the run's settings in the shape of a configuration file, secrets redacted."""
-    plugin = run_plugin(trainer)
-    settings: dict[str, Any] = {
-        "method": plugin["name"] if "name" in plugin else plugin["target"],
-        "model": _source(trainer.model),
-        "data": _source(trainer.data),
-        "eval_data": None if trainer.eval_data is None else _source(trainer.eval_data),
+def resolved_options(trainer: Trainer) -> dict[str, Any]:
+    """Return every option of the run with its value, in the shape of a configuration file, secrets redacted."""
+    origin = method_origin(trainer)
+    asked: dict[str, Any] = {
+        "method": origin["name"] if "name" in origin else origin["target"],
+        "model": _described(trainer.model),
+        "data": _described(trainer.data),
+        "eval_data": None if trainer.eval_data is None else _described(trainer.eval_data),
         "output": None if trainer.output is None else str(trainer.output),
     }
-    return redact({**settings, **trainer.config.model_dump(mode="json")})
+    return redact({**asked, **trainer.config.model_dump(mode="json")})
 
 
-def run_inputs(trainer: Trainer) -> Mapping[str, Any]:
-    """Return what the command line noted on the trainer: `config_input` (text), `command` (text) and `plugin`."""
-    return getattr(trainer, "run_inputs", None) or {}
-
-
-def run_plugin(trainer: Trainer) -> dict[str, Any]:
+def method_origin(trainer: Trainer) -> dict[str, Any]:
     """Return where the method comes from: what the command line noted, else its entry point, else its class alone."""
-    if noted := run_inputs(trainer).get("plugin"):
+    if noted := (trainer.run_inputs or {}).get("plugin"):
         return dict(noted)
     target = f"{type(trainer).__module__}:{type(trainer).__qualname__}"
     found = next((plugin for plugin in registry.find("trainer") if plugin.target == target), None)
     return found.as_dict() if found is not None else {"target": target}
 
 
-def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any], *, place: str) -> list[str]:
-    """Return the changes that a resume may make, one text each.
+def check_changes(before: Mapping[str, Any], now: Mapping[str, Any], *, place: str) -> list[str]:
+    """Return the options that a resumed run changes and may change, one text each: `output: 'a' → 'b'`.
+
+    Args:
+        before: the options that the run was started with, as `resolved_options` returned them.
+        now: those that it is resumed with.
 
     Raises:
-        ConfigError: something else changed; the difference is shown.
+        ConfigError: an option changed that may not; the difference is shown.
     """
     old, new = flatten(before), flatten(now)
     if new.get("max_length") is None:
-        new["max_length"] = old.get("max_length")  # compared once the model is known, and with it this number
+        new["max_length"] = old.get("max_length")  # not known before the model is built, and compared then
     changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     lines = {name: f"{name}: {old.get(name)!r} → {new.get(name)!r}" for name in changed}
     refused = [name for name in changed if not any(name == free or name.startswith(f"{free}.") for free in MAY_CHANGE)]
@@ -81,7 +79,8 @@ def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any], *, place:
     return [lines[name] for name in changed if name != "output"]
 
 
-def _source(source: Any) -> Any:
+def _described(source: Any) -> Any:
+    """Return a model or data as plain values: a path or hub name, paths with their weights, or an object's class and length."""
     if isinstance(source, str | Path):
         return str(source)
     if isinstance(source, list | tuple | Mapping) and source and (files := data_files(source)) is not None:
@@ -91,39 +90,41 @@ def _source(source: Any) -> Any:
     return f"<{type(source).__name__}>"
 
 
-def note_inputs(run: Run, loader: Loader) -> None:
-    """Write the configuration, the environment, the models, the rewards and the data, before the first step.
+def record_inputs(run: Run) -> None:
+    """Write what the run is made from: the configuration, the environment, the models, the rewards and the data.
 
     Raises:
         ModelError: the run is continued with other model files than it was started with.
         PluginError: or with other rewards.
     """
-    trainer, directory = run.trainer, run.directory
-    inputs = run_inputs(trainer)
+    trainer, setup, directory = run.trainer, run.setup, run.directory
     directory.update(
         **describe_environment(),
-        device=run.devices.describe(),
+        device=setup.devices.describe(),
         processes=run.distribution.world_size,
-        plugin=run_plugin(trainer),
+        plugin=method_origin(trainer),
         stage=str(trainer.stage),
-        seeds={"seed": run.config.seed} | {name: stream_seed(run.config.seed, name) for name in STREAMS},
+        seeds={"seed": setup.config.seed} | {name: stream_seed(setup.config.seed, name) for name in STREAMS},
     )
-    given = {} if any(model is loader.given for model in trainer.models.values()) else {"model": loader.given}
+    main = setup.loader.main_model
+    # The main model may be part of another role's model only, such as the backbone of a value model.
+    unnamed = {} if any(model is main for model in trainer.models.values()) else {"model": main}
     built = {role: model for role, model in trainer.models.items() if callable(getattr(model, "describe", None))}
-    models = {role: model.describe() for role, model in {**given, **built}.items()}
-    rewards = run.rewards.describe()
-    run.distribution.on_main(lambda: _same_inputs(directory, models, rewards))
-    directory.write_inputs(run.settings, inputs, run.explicit)
+    models = {role: model.describe() for role, model in {**unnamed, **built}.items()}
+    rewards = setup.rewards.describe()
+    run.distribution.on_main(lambda: _check_same_inputs(directory, models, rewards))
+    directory.write_inputs(run.options, trainer.run_inputs or {}, run.explicit_options)
     directory.write("models.json", models)
     if rewards:
         directory.write("rewards.json", rewards)
-    note_data(run)
+    record_data(run)
 
 
-def _same_inputs(directory: RunDirectory, models: dict[str, Any], rewards: dict[str, Any]) -> None:
+def _check_same_inputs(directory: RunDirectory, models: dict[str, Any], rewards: dict[str, Any]) -> None:
+    """Refuse to continue a run with other model files or rewards than its record holds."""
     before = directory.read("models.json") if directory.continued else None
     for role, model in models.items() if before is not None else ():
-        _same_files(directory, role, before, model)
+        _check_same_files(directory, role, before, model)
     known = directory.read("rewards.json") if directory.continued else None
     if known is not None and (changed := rewards_changed(known, rewards)):
         raise PluginError(
@@ -134,7 +135,8 @@ def _same_inputs(directory: RunDirectory, models: dict[str, Any], rewards: dict[
         )
 
 
-def _same_files(directory: RunDirectory, role: str, before: Any, model: dict[str, Any]) -> None:
+def _check_same_files(directory: RunDirectory, role: str, before: Any, model: dict[str, Any]) -> None:
+    """Compare the hashes of a model's files with those that the record (`models.json`) holds for its role."""
     try:
         old, new = before[role].get("files"), model.get("files")
         if old is not None and not isinstance(old, dict):
@@ -142,7 +144,7 @@ def _same_files(directory: RunDirectory, role: str, before: Any, model: dict[str
     except (AttributeError, KeyError, TypeError) as error:
         place = f"{directory.path}/models.json"
         fix = "put a whole copy of it back, or start a new run in another directory"
-        raise StorageError("can't be read as what the run was made from", place=place, got=error, fix=fix) from None
+        raise StorageError("can't be read as the run's record of its models", place=place, got=error, fix=fix) from None
     if old is not None and new is not None and old != new:
         changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
         raise ModelError(
@@ -153,20 +155,20 @@ def _same_files(directory: RunDirectory, role: str, before: Any, model: dict[str
         )
 
 
-def note_data(run: Run) -> None:
-    """Write what reading the data did so far; a stream knows it all only at its end."""
-    reports = {"data": run.dataset.report.as_dict()}
-    if run.eval_dataset is not None:
-        reports["eval_data"] = run.eval_dataset.report.as_dict()
+def record_data(run: Run) -> None:
+    """Write what was read, dropped and truncated of the training and held-out data so far; a stream's counts end with it."""
+    reports = {"data": run.setup.dataset.report.as_dict()}
+    if run.setup.eval_dataset is not None:
+        reports["eval_data"] = run.setup.eval_dataset.report.as_dict()
     run.directory.write("data.json", reports)
 
 
-def note_failure(run: Run, error: BaseException) -> None:
-    """Write how the run ended; what goes wrong here must not hide the error itself."""
+def record_failure(run: Run, error: BaseException) -> None:
+    """Write how the run ended; a fault in here is a warning, so that it doesn't hide the error itself."""
     code = error.exit_code if isinstance(error, RLHFError) else 130 if isinstance(error, KeyboardInterrupt) else 1
     text = str(error) if isinstance(error, RLHFError) else f"{type(error).__name__}: {error}".removesuffix(": ")
     status: Status = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
-    # A run that hadn't resumed yet is where it was.
+    # A run that hadn't resumed yet is at the step where it ended before.
     step = run.progress.step if run.started else run.directory.record.get("step") or 0
     consequence = code == 1 or isinstance(error, LostProcess)
     try:

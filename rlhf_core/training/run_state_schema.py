@@ -1,15 +1,13 @@
-"""The shape of a checkpoint's `state.json`, looked at before any of it is believed."""
+"""The schema of a checkpoint's `state.json`, checked before any of its values is used."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from rlhf_core.data.base import EncodedData
 from rlhf_core.infra.seeds import RandomState
-
-if TYPE_CHECKING:
-    from rlhf_core.training.loop import Run
 
 Metrics = dict[str, int | float | str | None]
 
@@ -20,15 +18,15 @@ def _is_number(text: str) -> str:
 
 
 SavedFloat = Annotated[str, AfterValidator(_is_number)]
-"""A float as text, which JSON has no name for where it isn't finite."""
+"""A float as text, since JSON has no name for one that isn't finite."""
 
 
-class _Part(BaseModel):
+class _Schema(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class SavedProgress(_Part):
-    """See `Progress`."""
+class SavedProgress(_Schema):
+    """What `Progress.to_json` returns."""
 
     step: int = Field(ge=1)
     tokens: int = Field(ge=0)
@@ -39,8 +37,8 @@ class SavedProgress(_Part):
     eval_metrics: Metrics
 
 
-class SavedStream(_Part):
-    """See `DataStream.state_dict`; a position is the data's own."""
+class SavedStream(_Schema):
+    """What `DataStream.state_dict` returns; the entries of `position` depend on the dataset."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -54,8 +52,8 @@ class SavedStream(_Part):
     report: dict[str, Any] | None
 
 
-class SavedRandom(_Part):
-    """See `RandomState.to_json`."""
+class SavedRandom(_Schema):
+    """What `RandomState.to_json` returns."""
 
     python: tuple[int, list[int], float | None] = Field(strict=False)
     numpy: tuple[str, list[int], int, int, float] = Field(strict=False)
@@ -63,8 +61,8 @@ class SavedRandom(_Part):
     device: str | None
 
 
-class SavedRank(_Part):
-    """What one process remembers."""
+class SavedRank(_Schema):
+    """The state of one process: random generators, the method, the stream, and metrics logged for the next step's row."""
 
     random: SavedRandom
     trainer: dict[str, Any]
@@ -73,16 +71,22 @@ class SavedRank(_Part):
     logged: dict[str, Annotated[list[SavedFloat], Field(min_length=2, max_length=2)]]
 
 
-class SavedMicroBatches(_Part):
+class SavedMicroBatches(_Schema):
+    """What `MicroBatches.state_dict` returns."""
+
     size: int | None = Field(ge=1)
 
 
-class SavedLossScale(_Part):
+class SavedLossScale(_Schema):
+    """What `LossScale.state_dict` returns."""
+
     value: float = Field(gt=0)
     good: int = Field(ge=0)
 
 
-class SavedEarlyStopping(_Part):
+class SavedEarlyStopping(_Schema):
+    """What `EarlyStopping.state_dict` returns."""
+
     best: float | None
     best_step: int = Field(ge=0)
     waited: int = Field(ge=0)
@@ -90,8 +94,8 @@ class SavedEarlyStopping(_Part):
     best_metrics: dict[str, float | str]
 
 
-class SavedState(_Part):
-    """The whole of `state.json`."""
+class SavedState(_Schema):
+    """The whole of `state.json`, as `RunState.save` writes it."""
 
     progress: SavedProgress
     total_steps: int | None
@@ -104,8 +108,12 @@ class SavedState(_Part):
     ranks: list[SavedRank] = Field(min_length=1)
 
 
-def check_state(run: Run, state: Any) -> None:
-    """Raise `ValueError` where a state isn't one that a run like this one saves."""
+def check_state(state: Any, dataset: EncodedData) -> None:
+    """Refuse values of a `state.json` from which a run on these training data can't be restored.
+
+    Raises:
+        ValueError: says which value, and what is wrong with it.
+    """
     try:
         saved = SavedState.model_validate(state)
     except ValidationError as error:
@@ -121,21 +129,22 @@ def check_state(run: Run, state: Any) -> None:
     finally:
         now.restore()
     for rank in saved.ranks:
-        _check_stream(run, rank.stream)
+        _check_stream(rank.stream, dataset)
 
 
-def _check_stream(run: Run, stream: SavedStream) -> None:
-    if stream.fingerprint != run.dataset.fingerprint:
-        return  # Of other data, which is refused as that.
-    if run.dataset.streaming:
-        current = run.dataset.report.state_dict()
+def _check_stream(stream: SavedStream, dataset: EncodedData) -> None:
+    """Refuse a position that the dataset can't continue from; one of other data is refused later, when it is restored."""
+    if stream.fingerprint != dataset.fingerprint:
+        return
+    if dataset.streaming:
+        current = dataset.report.state_dict()
         wrong = [
             name for name, value in current.items() if not isinstance((stream.report or {}).get(name), type(value))
         ]
         if wrong:
             raise ValueError(f"state.json is malformed at `stream.report.{wrong[0]}`")
     try:
-        walk = run.dataset.walk(stream.epoch, seed=stream.seed, shuffle=stream.shuffle, position=stream.position)
+        walk = dataset.walk(stream.epoch, seed=stream.seed, shuffle=stream.shuffle, position=stream.position)
         next(iter(walk), None)
     except (TypeError, ValueError, LookupError, ArithmeticError) as error:
         raise ValueError(f"state.json is malformed at `stream.position`: {error}") from None

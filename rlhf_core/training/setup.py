@@ -1,11 +1,14 @@
-"""What a run needs before its first step: a configuration that fits, models by role, the reference, the rewards."""
+"""The set-up of a run: the method with its rewards, models, data and reference, ready for its first window.
+
+The training loop and the conformance kit set a method up by this one class, so what the kit checks is what a run trains.
+"""
 
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -14,17 +17,125 @@ from rlhf_core.config.online import OnlineConfig
 from rlhf_core.config.training import LoraConfig, TrainerConfig
 from rlhf_core.contracts.trainer import Trainer
 from rlhf_core.data.base import EncodedData
+from rlhf_core.data.sources import check_paths
 from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.errors import ConfigError
-from rlhf_core.models.dropout import allow_dropout, keep_still, set_training
+from rlhf_core.infra.seeds import seed_everything
+from rlhf_core.models.dropout import allow_dropout, keep_still
 from rlhf_core.models.reference import Reference
 from rlhf_core.rewards import Rewards, check_rewards, open_rewards
+from rlhf_core.training.context import RunContext
 from rlhf_core.training.distribution import Distribution
-from rlhf_core.training.loader import Loader, check_roles, reference_of, roles_of, widened
-from rlhf_core.training.run_data import one_pass
+from rlhf_core.training.loader import Loader, in_float32
+from rlhf_core.training.loss_scale import LossScale
+from rlhf_core.training.micro_batches import MicroBatches
+from rlhf_core.training.optimizer import create_optimizer
+from rlhf_core.training.roles import (
+    check_built_models,
+    check_declared_roles,
+    reference_of,
+    set_training_mode,
+    trained_roles,
+)
+from rlhf_core.training.run_data import keep_encoding, one_pass, open_data
 from rlhf_core.training.trackers import check_trackers
+from rlhf_core.training.update import Update
 
 log = logging.getLogger(__name__)
+
+Context = TypeVar("Context", bound=RunContext)
+
+
+class RunSetup:
+    """A method on its way to the first window: made, then `build_models`, `open_data` and `prepare`, in this order.
+
+    Args:
+        trainer: the method, with a configuration, a model and data.
+        distribution: the processes that train together; this one is one of them.
+
+    Raises:
+        ConfigError: options that can't hold together, before anything is loaded.
+    """
+
+    loader: Loader
+    parameters: dict[str, nn.Parameter]
+    """The trained parameters by name, which begins with the role; one that is tied once. There after `build_models`."""
+    dataset: EncodedData
+    eval_dataset: EncodedData | None
+
+    def __init__(self, trainer: Trainer[Any], distribution: Distribution, devices: DeviceManager) -> None:
+        check_config(trainer, distribution, devices)
+        self.trainer, self.distribution, self.devices = trainer, distribution, devices
+        self.rewards = _open_rewards(trainer)
+        self.micro_batches = MicroBatches(trainer.config, divide=trainer.splits_groups)
+
+    @property
+    def config(self) -> TrainerConfig:
+        """The trainer's configuration; `max_length` is a number once the models are built."""
+        return self.trainer.config
+
+    def build_models(self) -> None:
+        """Build the models by role, as `trainer.models` and `trainer.reference`, from the run's seed.
+
+        Raises:
+            DataError: a path of the data doesn't exist, which is found before a model is loaded.
+            PluginError: `build` returns other roles than the method declares.
+        """
+        for data in (self.trainer.data, self.trainer.eval_data):
+            check_paths(data)
+        self.loader = Loader(self.trainer, self.devices, self.micro_batches)
+        seed_everything(self.config.seed, "model")
+        self.parameters = _build_models(self.trainer, self.loader, self.devices)
+
+    def open_data(self) -> None:
+        """Open the training data and the held-out data, encoded by the main model's tokenizer."""
+        self.dataset, self.eval_dataset = open_data(self.trainer, self.loader.main_model.tokenizer)
+
+    def prepare(self, *, alone: bool = False) -> None:
+        """Load the rewards' models, let the method inspect its data, and compute a precomputed reference.
+
+        Args:
+            alone: whether this process scores every row for the reference by itself, instead of its share of them.
+        """
+        trainer = self.trainer
+        self.rewards.prepare()  # a reward's model that isn't there is reported before the first rollout
+        keep_encoding(trainer, self.dataset)
+        datasets = [dataset for dataset in (self.dataset, self.eval_dataset) if dataset is not None]
+        for dataset in datasets:
+            trainer.inspect(dataset)
+        self.distribution.same_parameters(trainer.models)
+        self._precompute_reference(datasets, Distribution(self.devices.device) if alone else self.distribution)
+
+    def _precompute_reference(self, datasets: list[EncodedData], distribution: Distribution) -> None:
+        """Let a reference in the mode `precompute` score all rows, before a step or a checkpoint changes the policy."""
+        reference, output = reference_of(self.trainer), self.trainer.output
+        if reference is None or reference.mode != "precompute":
+            return
+        set_training_mode(self.trainer, False)
+        batches = (batch for dataset in datasets for batch in one_pass(self.trainer, dataset, distribution))
+        with torch.no_grad(), self.devices.autocast(self.config.precision):
+            reference.precompute(batches, output / "reference.safetensors" if output is not None else None)
+
+    def optimizer(self) -> torch.optim.AdamW:
+        """Return a new optimiser over the trained parameters."""
+        return create_optimizer(self.parameters.items(), self.config, self.loader.factors)
+
+    def context(self, kind: type[Context], **options: Any) -> Context:
+        """Return the run context that the method's experience and evaluation get."""
+        return kind(self.trainer, self.distribution, self.devices, self.micro_batches, self.rewards, **options)
+
+    def update(self, optimizer: torch.optim.Optimizer, loss_scale: LossScale, notify: Callable[..., None]) -> Update:
+        """Return what makes the optimiser's step on a window; `notify` is called with the name and fields of an event."""
+        return Update(
+            self.trainer,
+            optimizer,
+            self.parameters,
+            distribution=self.distribution,
+            devices=self.devices,
+            micro_batches=self.micro_batches,
+            loss_scale=loss_scale,
+            notify=notify,
+        )
 
 
 def check_config(trainer: Trainer[Any], distribution: Distribution, devices: DeviceManager) -> None:
@@ -34,7 +145,7 @@ def check_config(trainer: Trainer[Any], distribution: Distribution, devices: Dev
         ConfigError: names the option and what to set.
     """
     config, processes = trainer.config, distribution.world_size
-    check_roles(trainer)
+    check_declared_roles(trainer)
     devices.check(config.precision)
     if config.batch_size % processes:
         below = config.batch_size // processes * processes
@@ -49,7 +160,9 @@ def check_config(trainer: Trainer[Any], distribution: Distribution, devices: Dev
         raise ConfigError("there is nothing to evaluate on", place="eval_steps", fix="set `eval_data`")
     if config.early_stopping is not None and (trainer.eval_data is None or config.eval_steps is None):
         missing = "eval_data" if trainer.eval_data is None else "eval_steps"
-        raise ConfigError("early stopping needs evaluations under way", place="early_stopping", fix=f"set `{missing}`")
+        raise ConfigError(
+            "early stopping needs evaluations during the run", place="early_stopping", fix=f"set `{missing}`"
+        )
     if trainer.output is None:
         timed = config.checkpoint.minutes is not None and "minutes" in config.checkpoint.model_fields_set
         if asked := "every" if config.checkpoint.every else "minutes" if timed else None:
@@ -57,7 +170,7 @@ def check_config(trainer: Trainer[Any], distribution: Distribution, devices: Dev
     check_trackers(config.logging.trackers, trainer.output)
 
 
-def prepare_rewards(trainer: Trainer[Any]) -> Rewards:
+def _open_rewards(trainer: Trainer[Any]) -> Rewards:
     """Return the rewards of the run, from its configuration or as they were given in Python, before anything is loaded.
 
     Raises:
@@ -79,27 +192,26 @@ def prepare_rewards(trainer: Trainer[Any]) -> Rewards:
     return open_rewards(given)
 
 
-def build_models(trainer: Trainer[Any], loader: Loader, devices: DeviceManager) -> dict[str, nn.Parameter]:
+def _build_models(trainer: Trainer[Any], loader: Loader, devices: DeviceManager) -> dict[str, nn.Parameter]:
     """Set `trainer.models` and `trainer.reference`; return the trained parameters by name, a tied one once.
 
     Trained weights are float32 whatever the precision of products.
-
-    Raises:
-        PluginError: `build` returns other roles than the method declares.
     """
-    built = roles_of(trainer, trainer.build(loader), loader)
+    returned = trainer.build(loader)
+    main = loader.main_model
+    built = check_built_models(trainer, returned, loader.loaded)
     for role, model in built.items():
         if isinstance(model, Reference):
             trainer.reference = model
         elif trainer.roles[role].trained:
-            widened(model)
+            in_float32(model)
     modules = {role: model for role, model in built.items() if not isinstance(model, Reference)}
     # What two roles share has the name, and with it the learning rate and clipping, of the run's own model.
-    order = sorted(modules, key=lambda role: modules[role] is not loader.given)
+    order = sorted(modules, key=lambda role: modules[role] is not main)
     trainer.models = nn.ModuleDict({role: modules[role] for role in order}).to(devices.device)
     for role, module in trainer.models.items():
         if trainer.roles[role].trained:
-            _settle_dropout(module, trainer.config, loader.lora(role), devices)
+            _set_dropout(module, trainer.config, loader.lora(role), devices)
         else:
             module.requires_grad_(False)
     trained = {name: p for name, p in trainer.models.named_parameters() if p.requires_grad}
@@ -117,45 +229,12 @@ def build_models(trainer: Trainer[Any], loader: Loader, devices: DeviceManager) 
     return trained
 
 
-def trained_roles(trainer: Trainer[Any]) -> list[str]:
-    """Return the roles of the models that are trained."""
-    return [role for role in trainer.models if trainer.roles[role].trained]
-
-
-def _settle_dropout(module: nn.Module, config: TrainerConfig, lora: LoraConfig | None, devices: DeviceManager) -> None:
+def _set_dropout(module: nn.Module, config: TrainerConfig, lora: LoraConfig | None, devices: DeviceManager) -> None:
+    """Switch the model's own dropout off, unless `dropout` is `keep`; dropout of LoRA is on where its options ask for it."""
     if config.dropout == "keep":
-        return allow_dropout(module)
-    asked = lora is not None and lora.dropout > 0
-    context = functools.partial(devices.autocast, config.precision)
-    if count := keep_still(module, adapters=not asked, context=context):
-        log.info("the model's own dropout is off, in %d of its modules; `dropout: keep` leaves it on", count)
-    return None
-
-
-def training_mode(trainer: Trainer[Any], training: bool) -> None:
-    """Switch the trained models between training and evaluation mode; the others are always in evaluation mode."""
-    for role, module in trainer.models.items():
-        if training and trainer.roles[role].trained:
-            set_training(module)
-        else:
-            module.eval()
-
-
-def precompute_reference(
-    trainer: Trainer[Any],
-    datasets: tuple[EncodedData, EncodedData | None],
-    *,
-    distribution: Distribution,
-    devices: DeviceManager,
-) -> None:
-    """Let a reference that is computed beforehand score all rows, before any step or checkpoint changes the policy."""
-    reference = reference_of(trainer)
-    if reference is None or reference.mode != "precompute":
+        allow_dropout(module)
         return
-    training_mode(trainer, False)
-    path = trainer.output / "reference.safetensors" if trainer.output is not None else None
-    with torch.no_grad(), devices.autocast(trainer.config.precision):
-        reference.precompute(
-            itertools.chain.from_iterable(one_pass(trainer, dataset, distribution) for dataset in datasets if dataset),
-            path,
-        )
+    of_lora = lora is not None and lora.dropout > 0
+    context = functools.partial(devices.autocast, config.precision)
+    if count := keep_still(module, adapters=not of_lora, context=context):
+        log.info("the model's own dropout is off, in %d of its modules; `dropout: keep` leaves it on", count)

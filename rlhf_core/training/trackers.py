@@ -1,4 +1,4 @@
-"""Trackers that mirror a run's metrics, through accelerate. They are mirrors, never the source."""
+"""Trackers (TensorBoard, Weights & Biases …) that mirror a run's metrics, through accelerate; `metrics.jsonl` is the source."""
 
 from __future__ import annotations
 
@@ -30,9 +30,15 @@ def check_trackers(names: Sequence[str], output: Path | None) -> None:
 
 
 class Trackers:
-    """The trackers of one run, started on the first process only."""
+    """The trackers of one run, started on the first process only.
 
-    def __init__(self, names: Sequence[str], *, project: str, output: Path | None, settings: Mapping[str, Any]) -> None:
+    Args:
+        names: those to start; none where it is empty.
+        output: the run directory.
+        options: the options of the run by name, shown beside its metrics.
+    """
+
+    def __init__(self, names: Sequence[str], *, project: str, output: Path | None, options: Mapping[str, Any]) -> None:
         check_trackers(names, output)
         self._accelerator: Any = None
         if not names:
@@ -45,12 +51,12 @@ class Trackers:
         self._accelerator.init_trackers(
             project,
             # Trackers take scalar values.
-            config={k: v if isinstance(v, int | float | str) else str(v) for k, v in flatten(settings).items()},
+            config={k: v if isinstance(v, int | float | str) else str(v) for k, v in flatten(options).items()},
             init_kwargs={name: {"name": run_name} for name in names if name != "tensorboard"},
         )
 
     def log(self, row: Mapping[str, Any], step: int) -> None:
-        """Mirror a row's numbers; a tracker that fails is warned about once and dropped, the run goes on."""
+        """Mirror a row's numbers; where a tracker fails, the user is warned, and the run continues without trackers."""
         if self._accelerator is None:
             return
         try:

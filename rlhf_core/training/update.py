@@ -1,4 +1,4 @@
-"""One optimiser update: sums of micro-batches, one global denominator, and nothing stepped that isn't finite."""
+"""One optimiser update: gradients summed over micro-batches, one global denominator, no step on what isn't finite."""
 
 from __future__ import annotations
 
@@ -20,38 +20,39 @@ from rlhf_core.infra.seeds import RandomState
 from rlhf_core.training.distribution import Distribution
 from rlhf_core.training.loss_scale import LossScale
 from rlhf_core.training.micro_batches import MicroBatches
-from rlhf_core.training.reduction import Tally, numbers, objective, quotients, total_weights
+from rlhf_core.training.reduction import Tally, numbers, objective, quotients, sum_pairs, total_weights
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What an update did."""
+class UpdateResult:
+    """The numbers of one update, over all micro-batches and processes."""
 
     loss: float
+    """Of the whole step, before the update."""
     grad_norm: float
-    """Total 2-norm before clipping."""
+    """Total 2-norm of the gradients before clipping."""
     tokens: int
     """Real tokens over all processes, each prompt counted once."""
     metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
-class _Sums:
-    """What one process adds up over its micro-batches, before processes agree."""
+class _MicroBatchSums:
+    """The sums of one process over its micro-batches of a step; values stay on the device until `read`."""
 
     terms: Tally = field(default_factory=Tally)
     metrics: Tally = field(default_factory=Tally)
     shares: list[tuple[Tensor, tuple[int, ...]]] = field(default_factory=list)
     """Each micro-batch's share of the loss with its rows, to name the rows of one that isn't finite."""
 
-    def read(self, norms: Mapping[str, Tensor]) -> _Read:
-        """Read everything off the device together with the gradients' norms by role: the one wait of a step."""
+    def read(self, norms: Mapping[str, Tensor]) -> _StepNumbers:
+        """Return all sums and the gradient norms by role as numbers, read from the device at once: the one wait of a step."""
         shares = [share for share, _ in self.shares]
         terms, metrics = self.terms.values, self.metrics.values
         found = iter(numbers([*norms.values(), *shares, *terms, *metrics]))
-        return _Read(
+        return _StepNumbers(
             norms=dict(zip(norms, found, strict=False)),
             shares=list(islice(found, len(shares))),
             terms=self.terms.totals(list(islice(found, len(terms)))),
@@ -60,14 +61,17 @@ class _Sums:
 
 
 @dataclass(frozen=True)
-class _Read:
-    """The numbers of a step on this process."""
+class _StepNumbers:
+    """The sums of one process in a step, read from the device; gradient norms are those over all processes."""
 
     norms: dict[str, float]
-    """2-norm of each role's gradients before clipping, over all processes."""
+    """2-norm of each role's gradients before clipping."""
     shares: list[float]
+    """Each micro-batch's share of the loss."""
     terms: dict[str, tuple[float, float]]
+    """(sum, 0) of each loss term."""
     metrics: dict[str, tuple[float, float]]
+    """(sum, count) of each metric."""
 
     @property
     def norm(self) -> float:
@@ -76,12 +80,12 @@ class _Read:
 
 
 class Update:
-    """Makes optimiser updates.
+    """Makes the optimiser steps of a run, one per window.
 
     Args:
         trainer: the method, its models built and on the device.
-        optimizer: serves all of its trained parameters.
-        parameters: these parameters by name, which begins with the role, in an order that never changes.
+        optimizer: has all of its trained parameters.
+        parameters: these by name, which begins with the role, in an order that is the same in every step and process.
         notify: called with the name and fields of an event.
     """
 
@@ -107,10 +111,13 @@ class Update:
         self.place = type(trainer).__name__
         self._names: list[str] | None = None
         self.untouched = set(self.roles)
-        """Roles that no step has given a gradient yet."""
+        """Roles whose parameters have had no gradient in any step yet."""
 
-    def __call__(self, window: Batch, step: int) -> Outcome | None:
-        """Make the update of a window; return None, with nothing changed, where every weight is zero.
+    def __call__(self, window: Batch, step: int) -> UpdateResult | None:
+        """Make one optimiser step on a window; return None, with nothing changed, where every weight is zero.
+
+        Where memory runs out, the same update is made again in micro-batches of half the size; where gradients of float16
+        overflow, at half the loss scale.
 
         Raises:
             NumbersError: a loss or gradient isn't finite, or one row doesn't fit in memory; nothing was stepped.
@@ -134,15 +141,16 @@ class Update:
                     self.optimizer.step()
                     self.optimizer.zero_grad(set_to_none=True)
                     self.loss_scale.succeeded()
-                    return self._outcome(read, weights, window)
+                    return self._result(read, weights, window)
                 if not self.loss_scale.overflowed():
                     self._refuse_gradient(window, read.norm, step)
             self.optimizer.zero_grad(set_to_none=True)
             random.restore()
 
     def _global_weights(self, counted: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        """Return what each loss term is averaged over: its weights added up over micro-batches and processes."""
         if self._names is None:
-            # A process whose share is empty learns the terms from the others.
+            # A process whose share of the rows is empty takes the terms' names from the others.
             known = self.distribution.gather(sorted(counted[0]) if counted else None)
             self._names = next((names for names in known if names is not None), None)
             if self._names is None:
@@ -152,9 +160,9 @@ class Update:
 
     def _accumulate(
         self, micros: Sequence[Batch], counted: Sequence[Mapping[str, float]], weights: dict[str, float]
-    ) -> _Sums | None:
-        """Run forward and backward over this process's micro-batches; None where memory ran out."""
-        sums = _Sums()
+    ) -> _MicroBatchSums | None:
+        """Run forward and backward over this process's micro-batches; return None where memory ran out."""
+        sums = _MicroBatchSums()
 
         def work() -> None:
             for micro, own in zip(micros, counted, strict=True):
@@ -163,7 +171,8 @@ class Update:
 
         return sums if try_to_fit(work, self.devices.device) is not None else None
 
-    def _backward(self, micro: Batch, weights: dict[str, float], sums: _Sums) -> None:
+    def _backward(self, micro: Batch, weights: dict[str, float], sums: _MicroBatchSums) -> None:
+        """Add a micro-batch's share of the loss to the gradients, and its terms and metrics to the sums."""
         with self.devices.autocast(self.config.precision):
             loss = self.trainer.loss(micro)
         share = objective(loss.terms, weights, place=self.place)
@@ -176,6 +185,7 @@ class Update:
                 (share if self.loss_scale.value == 1 else share * self.loss_scale.value).backward()
 
     def _shrink(self, micros: Sequence[Batch], step: int) -> None:
+        """Halve the size of micro-batches on all processes, or refuse where one is a single row already."""
         sizes = self.micro_batches
         largest = max(self.distribution.gather(max(map(sizes.count, micros), default=0)))
         if not sizes.halve(largest):
@@ -189,7 +199,7 @@ class Update:
         self.notify("out_of_memory", step=step, micro_batch_size=sizes.size)
 
     def _gradient_norms(self) -> dict[str, Tensor]:
-        """Add up gradients over the processes, undo the loss scale; return each role's norm, which nobody has waited for yet."""
+        """Add up gradients over the processes, undo the loss scale; return each role's 2-norm, still on the device."""
         self.distribution.sum_gradients(self.parameters)
         by_role = {role: gradients for role in self.roles if (gradients := self._gradients(role))}
         if not by_role:
@@ -207,10 +217,11 @@ class Update:
             self.distribution.clip(self._gradients(role), norm, self.config.max_grad_norm)
 
     def _gradients(self, role: str) -> list[Tensor]:
-        """Return the gradients that a role's parameters have."""
+        """Return the gradients of a role's parameters; those without one are left out."""
         return [parameter.grad for parameter in self.roles[role] if parameter.grad is not None]
 
-    def _refuse_loss(self, sums: _Sums, read: _Read, step: int) -> None:
+    def _refuse_loss(self, sums: _MicroBatchSums, read: _StepNumbers, step: int) -> None:
+        """Raise if any process has a share of the loss that isn't finite, with the rows of these micro-batches."""
         shares = read.shares
         rows = [
             row
@@ -230,6 +241,7 @@ class Update:
         )
 
     def _refuse_gradient(self, window: Batch, norm: float, step: int) -> None:
+        """Raise for a gradient norm that isn't finite, with all rows of the step."""
         rows = [row for part in self.distribution.gather(list(window.rows)) for row in part]
         raise NumbersError(
             f"the gradient's norm is not finite on {list_rows(rows, 16)}; nothing was stepped",
@@ -238,7 +250,8 @@ class Update:
             fix="look at these rows, or lower `learning_rate`",
         )
 
-    def _outcome(self, read: _Read, weights: dict[str, float], window: Batch) -> Outcome:
+    def _result(self, read: _StepNumbers, weights: dict[str, float], window: Batch) -> UpdateResult:
+        """Return the step's averages: each process's sums added up, over the global weights."""
         names = list(weights)
         totals = self.distribution.sum([*(read.terms.get(name, (0.0, 0.0))[0] for name in names), window.num_tokens])
         terms = {name: total / weights[name] for name, total in zip(names, totals, strict=False) if weights[name] > 0}
@@ -247,14 +260,4 @@ class Update:
             metrics = {f"grad_norm_{role}": norm for role, norm in read.norms.items()} | metrics
         if len(names) > 1:
             metrics = {f"loss_{name}": value for name, value in terms.items()} | metrics
-        return Outcome(sum(terms.values()), read.norm, int(totals[-1]), metrics)
-
-
-def sum_pairs(distribution: Distribution, pairs: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
-    """Return (sum, count) by name added up over the processes, which may hold different names."""
-    totals: dict[str, tuple[float, float]] = {}
-    for part in distribution.gather(pairs):
-        for name, (total, count) in part.items():
-            below = totals.get(name, (0.0, 0.0))
-            totals[name] = (below[0] + total, below[1] + count)
-    return totals
+        return UpdateResult(sum(terms.values()), read.norm, int(totals[-1]), metrics)

@@ -1,4 +1,4 @@
-"""A method's windows as the loop takes them: one after the other, counted against what the method says of them."""
+"""The windows of a method's `experience`, counted against its `windows_per_batch`."""
 
 from __future__ import annotations
 
@@ -22,16 +22,22 @@ class Windows:
         trainer: the method.
         stream: the run's data, at the beginning of a rollout.
         run: the run context.
-        counted: whether `windows_per_batch` decides how long the run is, so that it must hold.
-        last_used: returns how many batches had been taken when the last step was made.
+        counted: whether the length of the run follows from `windows_per_batch`, so that its number must be right.
+        batches_used: returns how many batches had been taken when the last step was made.
     """
 
     def __init__(
-        self, trainer: Trainer[Any], stream: DataStream, run: RunContext, *, counted: bool, last_used: Callable[[], int]
+        self,
+        trainer: Trainer[Any],
+        stream: DataStream,
+        run: RunContext,
+        *,
+        counted: bool,
+        batches_used: Callable[[], int],
     ) -> None:
         self._trainer, self._stream, self._run = trainer, stream, run
         self._per_batch = trainer.windows_per_batch() if counted else None
-        self._last_used = last_used
+        self._batches_used = batches_used
         self._before, self._made, self._inside = stream.batches, 0, False
         self._windows = iter(trainer.experience(self._batches(), run))
 
@@ -53,26 +59,27 @@ class Windows:
         return window
 
     def finish(self) -> None:
-        """Say where fewer windows were made than the schedule was laid out for."""
+        """Warn if fewer windows were made than the learning rate's schedule has steps for."""
         if self._per_batch is None:
             return
         expected = self._per_batch * (self._stream.batches - self._before)
         if self._made < expected and next(self._stream, None) is None:
             log.warning(
-                "%s made %d windows where `windows_per_batch` says %d: the learning rate stopped before its schedule's end",
+                "%s made %d windows where `windows_per_batch` says %d: the learning rate didn't reach its schedule's end",
                 type(self._trainer).__name__, self._made, expected,
             )  # fmt: skip
 
     def _batches(self) -> Iterator[Batch]:
+        """Yield the run's batches to the method; refuse one inside a rollout, and more than `max_idle_batches` without a step."""
         most = self._trainer.config.max_idle_batches
         for batch in self._stream:
             if self._inside:
                 raise PluginError(
-                    "takes a new batch before a window of the rollout was its last: no checkpoint could be saved",
+                    "takes a new batch before it has yielded the rollout's last window, so no checkpoint could be saved",
                     place=f"{type(self._trainer).__name__}.experience",
                     fix="yield a rollout's last window as `Window(batch)`",
                 )
-            if (idle := self._stream.batches - self._last_used()) > most:
+            if (idle := self._stream.batches - self._batches_used()) > most:
                 raise NumbersError(
                     f"{idle - 1} batches in a row gave nothing to learn from",
                     place=f"step {self._run.step + 1}",
@@ -82,15 +89,16 @@ class Windows:
             yield batch
 
     def _check_count(self) -> None:
+        """Refuse a number of windows that doesn't fit the batches taken so far."""
         if self._per_batch is None:
             return
         taken = self._stream.batches - self._before
-        # Checkpoints are saved where a rollout ends, so nothing that was taken from the data may be held back there.
+        # Checkpoints are saved at the end of a rollout, so a batch that was taken before may not be used after it.
         expected = self._per_batch * taken
         if self._made == expected or (self._inside and self._made < expected):
             return
         raise PluginError(
-            f"`windows_per_batch` says {self._per_batch}, on which the length of the run rests",
+            f"must yield {self._per_batch} windows per batch, as `windows_per_batch` says: the length of the run follows from it",
             place=f"{type(self._trainer).__name__}.experience",
             got=f"{self._made} windows from {taken} batches",
             fix="return the right number, or None where the data decide; a run of `max_steps` needs neither",

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rlhf_core.cli import main
-from rlhf_core.training import loop
+from rlhf_core.training import run as training_run
 from rlhf_core.training.distribution import Distribution
 
 FLAGS = {
@@ -50,7 +50,7 @@ def test_rows_that_processes_cannot_share(train: Callable, monkeypatch: pytest.M
     class Three(Distribution):
         world_size = 3
 
-    monkeypatch.setattr(loop, "create_distribution", lambda config, devices: Three(torch.device("cpu")))
+    monkeypatch.setattr(training_run, "create_distribution", lambda config, devices: Three(torch.device("cpu")))
     ended = train(options=["--batch_size", "8"])
     assert (ended.code, ended.error) == (
         2,

@@ -21,15 +21,16 @@ from rlhf_core.training.checkpoint import CheckpointManager
 LIMITED = """
 import resource, sys
 from rlhf_core.cli import main
-import rlhf_core.models.policy_model, rlhf_core.training.loop, rlhf_core.training.export as export
+from rlhf_core.models import PolicyModel
+import rlhf_core.training.run
 limit, after = int(sys.argv[1]), sys.argv[2]
 def lower():
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 if after == "start":
     lower()
 else:
-    before = export._export
-    export._export = lambda *given: (lower(), before(*given))
+    save = PolicyModel.save_pretrained
+    PolicyModel.save_pretrained = lambda *given: (lower(), save(*given))
 sys.exit(main(sys.argv[3:]))
 """
 

@@ -13,9 +13,8 @@ from rlhf_core.contracts.trainer import Trainer
 from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.models import PolicyModel
 from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
-from rlhf_core.training.loader import Loader
-from rlhf_core.training.micro_batches import MicroBatches
-from rlhf_core.training.setup import build_models
+from rlhf_core.training.distribution import Distribution
+from rlhf_core.training.setup import RunSetup
 
 TrainerT = TypeVar("TrainerT", bound=Trainer)  # type: ignore[type-arg]
 
@@ -36,7 +35,7 @@ def built(cls: type[TrainerT], *, model: Any = None, **options: Any) -> TrainerT
     """Return a trainer whose models are built as a run builds them; it has no data and no run."""
     trainer = cls(cls.Config.parse(options), model=model if model is not None else small_policy(), data=[])
     devices = DeviceManager()
-    build_models(trainer, Loader(trainer, devices, MicroBatches(trainer.config)), devices)
+    RunSetup(trainer, Distribution(devices.device), devices).build_models()
     return trainer
 
 

@@ -24,11 +24,8 @@ import datasets  # noqa: F401
 import pandas  # noqa: F401
 import pyarrow.compute  # noqa: F401
 import torch
-from toy import ROWS, toy
+from toy import ROWS, ToyTrainer, toy
 
-import rlhf_core.data.datasets
-import rlhf_core.data.streaming
-import rlhf_core.training.loop
 from rlhf_core.training.checkpoint import CheckpointManager
 from rlhf_core.training.logger import TIMING
 
@@ -187,7 +184,7 @@ def starting(at: int, action: Callable[[], None]) -> int:
     class Begun(Exception):
         pass
 
-    def begun(self: Any) -> None:
+    def begun(self: ToyTrainer, *_: Any) -> None:
         raise Begun
 
     def wrap(name: str) -> None:
@@ -204,7 +201,7 @@ def starting(at: int, action: Callable[[], None]) -> int:
 
     for name in OPERATIONS:
         wrap(name)
-    rlhf_core.training.loop.Run._train = begun  # type: ignore[method-assign]
+    ToyTrainer.experience = begun  # type: ignore[method-assign, assignment]
     with contextlib.suppress(Begun):
         action()
     return count

@@ -18,7 +18,8 @@ import torch
 
 from rlhf_core.infra.errors import ModelError, StorageError
 from rlhf_core.infra.files import read_json, to_json
-from rlhf_core.training.checkpoint import CheckpointManager, load_optimizer_state, optimizer_state
+from rlhf_core.training.checkpoint import CheckpointManager
+from rlhf_core.training.optimizer import load_optimizer_state, optimizer_state
 
 TENSORS = {
     "model": {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(3, dtype=torch.int64), "empty": torch.zeros(0, 2)},
@@ -129,8 +130,8 @@ def test_no_bit_of_the_manifest_can_flip(tmp_path: Path) -> None:
     for bit in range(0, len(original) * 8, 7):
         flip(path, bit)
         try:
-            manager._verified(1)
-        except ValueError:
+            manager.verified(1)
+        except ModelError:
             refused += 1
         path.write_bytes(original)
     assert refused == len(range(0, len(original) * 8, 7))

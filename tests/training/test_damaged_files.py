@@ -197,14 +197,14 @@ def test_a_damaged_record_is_named(tmp_path: Path, resume: Callable[[], Any], ki
     with pytest.raises(RLHFError) as caught:
         resume()
     assert caught.value.exit_code == 7 and name in str(caught.value)
-    assert (name != "config.yaml") or "the run's record of its settings" in str(caught.value)
+    assert (name != "config.yaml") or "the record of the run's options" in str(caught.value)
     assert (tmp_path / "checkpoints" / "step-4").is_dir()
 
 
 def test_missing_settings_are_told_and_nothing_is_trained(tmp_path: Path, resume: Callable[[], Any]) -> None:
     (tmp_path / "config.yaml").unlink()
     with pytest.raises(
-        StorageError, match=r"config\.yaml: the run has checkpoints, and its record of its settings is missing"
+        StorageError, match=r"config\.yaml: the run has checkpoints, and the record of its options is missing"
     ):
         resume()
     assert (tmp_path / "checkpoints" / "step-4").is_dir() and not (tmp_path / "config.yaml").exists()

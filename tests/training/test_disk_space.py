@@ -15,7 +15,7 @@ from rlhf_core.cli import main
 from rlhf_core.config.training import TrainerConfig
 from rlhf_core.infra.errors import StorageError
 from rlhf_core.testing.tiny import save_tiny
-from rlhf_core.training.disk_space import checkpoints_at_once, room_taken
+from rlhf_core.training.disk_space import checkpoint_bytes_on_disk, checkpoints_at_once
 
 usage = namedtuple("usage", "total used free")
 NUMBERS = 263 * 8 + 8 + 8
@@ -46,7 +46,7 @@ def test_what_was_written_really_is_what_was_said(tmp_path: Path) -> None:
         files = (tmp_path / "checkpoints" / f"step-{step}").glob("*.safetensors")
         written = sum(path.stat().st_size for path in files)
         assert CHECKPOINT <= written <= CHECKPOINT + 4000  # headers, and a step count for each tensor
-    assert room_taken(tmp_path) > 2 * CHECKPOINT
+    assert checkpoint_bytes_on_disk(tmp_path) > 2 * CHECKPOINT
 
 
 def test_what_is_there_already_counts_on_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,7 +136,8 @@ def test_without_a_checkpoint_of_the_best_step_the_last_is_exported(
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-5"]
     result = rated(None).train()
     assert (
-        result.model_step == 5 and "no checkpoint of step 2 is there, so the model stays that of step 5" in caplog.text
+        result.model_step == 5
+        and "no whole checkpoint of step 2 is left, so the model of step 5 is exported" in caplog.text
     )
 
 
@@ -144,7 +145,7 @@ def test_a_damaged_best_checkpoint_is_told(tmp_path: Path, caplog: pytest.LogCap
     rated(tmp_path).train()
     (tmp_path / "checkpoints" / "step-2" / "model.safetensors").write_bytes(b"no")
     assert rated(tmp_path).train(resume=True).model_step == 5
-    assert "the checkpoint is damaged" in caplog.text and "no checkpoint of step 2" in caplog.text
+    assert "the checkpoint is damaged" in caplog.text and "no whole checkpoint of step 2" in caplog.text
 
 
 def test_a_run_that_goes_to_its_end_exports_the_best_too(tmp_path: Path) -> None:

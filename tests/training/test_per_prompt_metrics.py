@@ -15,21 +15,22 @@ from hypothesis import strategies as st
 
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.infra.errors import PluginError
-from rlhf_core.training.held_out import _NUMBER, _PerBatch
 from rlhf_core.training.per_prompt_metrics import (
     Entries,
-    PerPrompt,
+    MetricsByPrompt,
+    MetricsByRow,
     merge_entries,
+    number_prompts,
     ratio_standard_error,
+    row_values,
     standard_errors,
-    values,
 )
 
 Pairs = Mapping[str, tuple[torch.Tensor | float, torch.Tensor | float]]
 
 
 def entries(batch: Batch, metrics: Pairs) -> Entries:
-    kept = PerPrompt("Method")
+    kept = MetricsByRow("Method")
     kept.add(batch, metrics)
     return kept.entries
 
@@ -68,18 +69,18 @@ def test_rows_of_one_prompt_are_one_observation_whichever_process_saw_them() -> 
     expected = ratio_standard_error([(2.0, 2.0), (0.0, 1.0)])
     assert standard_errors(whole) == standard_errors(merge_entries(parts)) == {"accuracy": pytest.approx(expected)}
     assert merge_entries(parts) == whole
-    assert values(whole)["accuracy"].tolist() == right.tolist()
+    assert row_values(whole)["accuracy"].tolist() == right.tolist()
     assert entries(batch.pad(prompt_tokens=3, value=7), {"accuracy": (right, 3)}) == whole
 
 
 def test_rows_that_count_nothing_are_left_out() -> None:
     found = entries(random_batch(prompts=3), {"gain": (torch.tensor([2.0, 0.0, 4.0]), torch.tensor([1.0, 0.0, 2.0]))})
-    assert values(found)["gain"].tolist() == [2.0, 2.0]
+    assert row_values(found)["gain"].tolist() == [2.0, 2.0]
     assert standard_errors(found)["gain"] == pytest.approx(0.0)
 
 
 def test_a_wrong_number_of_entries_is_the_plugins_fault() -> None:
-    with pytest.raises(PluginError, match=r"metric `accuracy` must be one number, or one entry a prompt"):
+    with pytest.raises(PluginError, match=r"metric `accuracy` must be one number, or one entry per prompt"):
         entries(random_batch(prompts=3), {"accuracy": (torch.zeros(2), 2)})
 
 
@@ -87,9 +88,9 @@ def test_whole_numbers_and_no_rows_at_all_count_like_any_others() -> None:
     """Three responses over two prompts are one and a half each, whatever type the sums are of."""
     batch = random_batch(2, 1)
     assert [entry[3] for entry in entries(batch, {"right": (torch.tensor([1, 0]), 3)})["right"]] == [1.5, 1.5]
-    sums = _PerBatch(2)
-    sums.add(batch.attach(per_prompt={_NUMBER: torch.arange(2)}), {"right": (torch.tensor([True, True]), 3)})
-    total, count = sums.metrics()["right"]
+    sums = MetricsByPrompt(2)
+    sums.add(number_prompts(batch), {"right": (torch.tensor([True, True]), 3)})
+    total, count = sums.pairs()["right"]
     assert isinstance(total, torch.Tensor) and isinstance(count, torch.Tensor)
     assert (total.tolist(), count.tolist()) == ([1, 1], [1.5, 1.5])
     assert entries(batch.select([]), {"right": (torch.zeros(0), 3)}) == {"right": []}

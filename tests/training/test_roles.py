@@ -24,10 +24,10 @@ from rlhf_core.testing.arithmetic import Arithmetic
 from rlhf_core.testing.runs import Interrupted, interruptible, metrics_of, require_same_run
 from rlhf_core.testing.tiny import save_tiny, tiny_model, tiny_tokenizer
 from rlhf_core.testing.workbench import Workbench
-from rlhf_core.training.disk_space import need_of_files
+from rlhf_core.training.disk_space import disk_need_of_files
 from rlhf_core.training.job import load_job
 from rlhf_core.training.loader import Loader
-from rlhf_core.training.setup import training_mode
+from rlhf_core.training.roles import set_training_mode
 
 SMALL: dict[str, Any] = {"hidden": 32, "heads": 2, "kv_heads": 1}
 ROWS = list(Arithmetic(terms=2, digits=1, wrong=0.0).rows("sft", 12))
@@ -130,7 +130,7 @@ def parts(loader: Loader) -> dict[str, Any]:
             lambda loader: (found := parts(loader)) | {"teacher": loader.load("teacher", PolicyModel, found["policy"])},
             "the frozen `teacher` shares weights with the trained `policy`",
         ),
-        (lambda loader: parts(loader) | {"teacher": loader.reference(loader.given)}, "gives is the role `reference`"),
+        (lambda loader: parts(loader) | {"teacher": loader.reference(loader.main_model)}, "gives is the role `reference`"),
         (lambda loader: {"policy": loader.load("policy", PolicyModel, "x")}, "`policy` is loaded before what the run was given"),
         (lambda loader: {**parts(loader), "x": loader.load("draft", PolicyModel, "x")}, "there is no role `draft`"),
         (lambda loader: [loader.main(), loader.main()], "`loader.main` gives its model once"),
@@ -361,7 +361,7 @@ def test_lora_on_the_critic_alone(paths: dict[str, Path]) -> None:
     batch = random_batch(2, 1)
     value.eval()
     still = [value.token_values(batch) for _ in range(2)]
-    training_mode(bench.trainer, True)
+    set_training_mode(bench.trainer, True)
     drawn = [value.token_values(batch) for _ in range(2)]
     assert drawing and torch.equal(*still) and not torch.equal(*drawn)
 
@@ -382,7 +382,7 @@ def test_adapters_on_a_critic_in_half_precision(paths: dict[str, Path], caplog: 
 def test_dropout_of_the_runs_adapters_is_not_the_critics(paths: dict[str, Path]) -> None:
     critic = {"path": str(paths["critic"]), "lora": {"rank": 2}}
     bench = Workbench(trainer_of(paths, critic=critic, lora={"rank": 2, "dropout": 0.5}))
-    training_mode(bench.trainer, True)
+    set_training_mode(bench.trainer, True)
     batch = random_batch(2, 1)
     for name, parameter in bench.parameters.items():
         parameter.data.fill_(0.1) if "lora_B" in name or "outer" in name else None
@@ -457,7 +457,7 @@ def test_the_disk_holds_every_exported_model(paths: dict[str, Path], tmp_path: P
     messages: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("rlhf_core.training.loop")
+    logger = logging.getLogger("rlhf_core.training.run")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
@@ -469,14 +469,14 @@ def test_the_disk_holds_every_exported_model(paths: dict[str, Path], tmp_path: P
     written = sum(file.stat().st_size for file in (tmp_path / "run").glob("model*/*.safetensors"))
     assert written - 40_000 < models <= written  # files have headers, and the policy's tables are stored once
     alone, both = (
-        need_of_files(str(paths["policy"]), RolesConfig.parse(BASE | options))
+        disk_need_of_files(str(paths["policy"]), RolesConfig.parse(BASE | options))
         for options in ({}, {"critic": str(halved)})
     )
     assert alone is not None and both is not None
     assert both.checkpoint_bytes == 2 * alone.checkpoint_bytes and both.model_bytes == pytest.approx(
         1.5 * alone.model_bytes
     )
-    assert need_of_files(str(paths["policy"]), RolesConfig.parse(BASE | {"critic": "hub/name"})) is None
+    assert disk_need_of_files(str(paths["policy"]), RolesConfig.parse(BASE | {"critic": "hub/name"})) is None
 
 
 # Options
@@ -535,7 +535,7 @@ def test_roles_that_no_run_can_have_are_refused_before_anything_is_loaded(
     [
         (lambda loader: [loader.load("teacher", PolicyModel, None)], ConfigError, "teacher: no model is given"),
         (
-            lambda loader: [loader.load("teacher", PolicyModel, loader.given, precision="bf16")],
+            lambda loader: [loader.load("teacher", PolicyModel, loader.main_model, precision="bf16")],
             PluginError,
             "`precision` of `teacher` is not an option of its kind",
         ),

@@ -210,7 +210,7 @@ def test_a_batch_that_is_held_back_is_refused() -> None:
 
 
 def test_a_rollout_without_an_end_is_refused() -> None:
-    with pytest.raises(PluginError, match="before a window of the rollout was its last"):
+    with pytest.raises(PluginError, match="before it has yielded the rollout's last window"):
         toy(kind=NeverLast, max_steps=9).train()
 
 

@@ -1,0 +1,326 @@
+"""The life of one run: set up, restored, trained, finished; however it ends, its record says how."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from rlhf_core.contracts.result import TrainResult
+from rlhf_core.contracts.trainer import Trainer
+from rlhf_core.data.templates import rendered_at
+from rlhf_core.infra.devices import DeviceManager
+from rlhf_core.infra.errors import Stopped
+from rlhf_core.infra.seeds import seed_everything
+from rlhf_core.registry.hooks import Hooks, load_hooks
+from rlhf_core.training.context import RunContext
+from rlhf_core.training.disk_space import checkpoint_bytes_on_disk, disk_need
+from rlhf_core.training.distribution import Distribution, create_distribution
+from rlhf_core.training.evaluation_schedule import EvaluationSchedule
+from rlhf_core.training.export import export_models
+from rlhf_core.training.logger import TrainingLogger
+from rlhf_core.training.loop import TrainingLoop
+from rlhf_core.training.loss_scale import LossScale
+from rlhf_core.training.optimizer import Schedule
+from rlhf_core.training.run_data import open_stream
+from rlhf_core.training.run_directory import RunDirectory
+from rlhf_core.training.run_record import check_changes, record_data, record_failure, record_inputs, resolved_options
+from rlhf_core.training.run_state import Progress, RunState
+from rlhf_core.training.setup import RunSetup
+from rlhf_core.training.signals import StopNow, StopSignal, stopped
+
+log = logging.getLogger(__name__)
+
+
+def run(trainer: Trainer, *, resume: bool = False, overwrite: bool = False) -> TrainResult:
+    """Train to the end and return the result. `Trainer.train` calls this.
+
+    Raises:
+        RLHFError: a fault that the user can mend; the run directory's `run.json` says the same.
+        Stopped: SIGTERM or Ctrl-C came; the state is saved.
+        KeyboardInterrupt: Ctrl-C came where nothing could be saved, or twice.
+    """
+    return Run(trainer, resume=resume, overwrite=overwrite).execute()
+
+
+class Run:
+    """One run of one trainer in this process. Its parts share it: the loop, the evaluations, the state, the record."""
+
+    stop: StopSignal
+    distribution: Distribution
+    setup: RunSetup
+    directory: RunDirectory
+    logger: TrainingLogger
+    hooks: Hooks
+    state: RunState
+
+    def __init__(self, trainer: Trainer, *, resume: bool, overwrite: bool) -> None:
+        self.trainer = trainer
+        self.explicit_options = trainer.config.model_dump(mode="json", exclude_unset=True)
+        """The options that were set in Python, without defaults."""
+        self.resume, self.overwrite = resume, overwrite
+        self.options = resolved_options(trainer)
+        """Every option of the run as `config.yaml` holds it."""
+        self.progress = Progress()
+        self.started = False
+        """Whether the log is open and, of a resumed run, the checkpoint restored."""
+        self.inside_rollout = False
+        """Whether the last window wasn't its rollout's last; a run can't be resumed from there."""
+        self.saved_at = time.monotonic()
+        """When the last checkpoint was saved, or the training began."""
+
+    def execute(self) -> TrainResult:
+        """Set up, train and finish; however that ends, write it into the run's record."""
+        with StopSignal(speak=int(os.environ.get("RANK", "0")) == 0) as self.stop:
+            with self.stop.at_once(signal.SIGINT):
+                devices = DeviceManager()
+                self.distribution = create_distribution(self.trainer.config.distributed, devices)
+                self.setup = RunSetup(self.trainer, self.distribution, devices)
+            self.directory = self._open_directory()
+            try:
+                with rendered_at(self.directory.record["started"]):
+                    # With several processes only what reaches them all, as Ctrl-C does, may end one of them here.
+                    alone = self.distribution.world_size == 1
+                    with self.stop.at_once(*([signal.SIGTERM] if alone else []), signal.SIGINT):
+                        self._set_up()
+                    # Without a directory there is nothing that finishing the step would save.
+                    with self.stop.at_once(signal.SIGINT) if self.trainer.output is None else contextlib.nullcontext():
+                        self._begin()
+                        TrainingLoop(self).train()
+                        return self._finish()
+            except BaseException as raised:
+                error = self._reported_as(raised)
+                record_failure(self, error)
+                if error is raised:
+                    raise
+                raise error from None
+            finally:
+                if self.started:
+                    self.logger.close()
+                self.directory.close()
+
+    # Before the first step
+
+    def _open_directory(self) -> RunDirectory:
+        """Open the run directory on the first process; the others learn whether it continues a run."""
+        opened: list[RunDirectory] = []
+
+        def open_here() -> dict[str, Any]:
+            opened.append(RunDirectory.open(self.trainer.output, resume=self.resume, overwrite=self.overwrite))
+            return {"continued": opened[0].continued, "started": opened[0].record["started"]}
+
+        main = self.distribution.on_main(open_here)
+        return opened[0] if opened else RunDirectory(None, {"started": main["started"]}, continued=main["continued"])
+
+    def _set_up(self) -> None:
+        """Build, open, check and restore everything that the first step needs."""
+        setup, config = self.setup, self.trainer.config
+        self._check_resumable()
+        setup.build_models()
+        if setup.config is not config:  # the model has decided `max_length`
+            self.options = resolved_options(self.trainer)
+            self._check_resumable()
+        setup.open_data()
+        record_inputs(self)
+        setup.prepare()
+        self.state = RunState(self)
+        self.checkpoint = self.state.find() if self.directory.continued else None
+        saved = self.checkpoint.state if self.checkpoint is not None else None
+        self.stream, self.total_steps = open_stream(
+            self.trainer, setup.dataset, distribution=self.distribution, saved=saved
+        )
+        # Where the data decide how many steps there are, the schedule counts batches of data.
+        self.schedule = Schedule.create(
+            setup.config, self.stream.steps if self.total_steps is None else self.total_steps
+        )
+        self._require_disk_space()
+        self.optimizer = setup.optimizer()
+        self.loss_scale = LossScale(enabled=setup.config.precision == "fp16")
+        self.evaluations = EvaluationSchedule(self)
+        seed_everything(setup.config.seed, "training", self.distribution.rank)
+        if self.checkpoint is not None:
+            self.state.restore(self.checkpoint)
+        self._open_log()
+        self.context = setup.context(
+            RunContext,
+            clock=lambda: self.progress.step,
+            notify=self.hooks.emit,
+            keep=self.logger.samples,
+        )
+        for name, pair in self.state.logged.items():
+            self.context.log(name, *pair)
+        self.update = setup.update(self.optimizer, self.loss_scale, self.logger.event)
+
+    def _check_resumable(self) -> None:
+        """Refuse to continue a run under options that would change what it computes."""
+
+        def changes() -> list[str]:
+            before = self.directory.options() if self.directory.continued else None
+            return check_changes(before, self.options, place=str(self.trainer.output)) if before else []
+
+        self.changes = self.distribution.on_main(changes)
+
+    def _require_disk_space(self) -> None:
+        """Refuse to begin if the disk has less free space than the run will write."""
+        output = self.trainer.output
+        if output is None:
+            return
+
+        def require() -> None:
+            need = disk_need(self.setup, self.total_steps)
+            free = need.require(output, already_there=checkpoint_bytes_on_disk(output))
+            log.info("the run writes at most %s; %s bytes are free", need, f"{free:,}")
+
+        self.distribution.on_main(require)
+
+    def _open_log(self) -> None:
+        """Load the hooks and open the log, cut back to the checkpoint of a resumed run; log how the run begins."""
+        # Hooks write files and call trackers: on one process, whatever the number of processes.
+        self.hooks = load_hooks() if self.distribution.is_main else Hooks()
+        output, step = self.trainer.output, self.progress.step
+        self.logger = TrainingLogger(
+            output,
+            self.setup.config.logging,
+            total_steps=self.total_steps,
+            step=step,
+            enabled=self.distribution.is_main,
+            options=self.options,
+        )
+        self.started = True
+        self.logger.resume(step, evaluated=self.progress.evaluated, last_row=self.progress.metrics)
+        for item in self.state.damaged():
+            self.logger.event("checkpoint_damaged", step=item.step, path=item.path.name, reason=item.reason)
+        if self.directory.continued:
+            if self.checkpoint is None:
+                log.warning("%s holds no checkpoint yet: starting at step 0", output)
+            self.logger.event("run_resumed", step=step, changed=self.changes)
+        else:
+            if self.resume:
+                log.warning("%s holds no run to resume: starting one at step 0", output)
+            self.logger.event("run_started", total_steps=self.total_steps)
+
+    def _begin(self) -> None:
+        self.hooks.emit("run_started", run=self.trainer)
+        self.first_step = self.progress.step
+        self.saved_at = time.monotonic()
+        for module in self.trainer.models.modules():
+            if getattr(module, "fresh_adapter", False):
+                # After the first step an adapter that is off no longer gives what was passed in, if this model is trained again.
+                module.fresh_adapter = False  # type: ignore[assignment]
+
+    # While it trains
+
+    def save(self) -> None:
+        """Save a checkpoint of the current step, unless it is saved already or there is no directory."""
+        if self.trainer.output is None or self.progress.step == self.state.saved_step or not self.progress.step:
+            return
+        self.logger.flush()
+        path = self.state.save()
+        self.directory.update(step=self.progress.step)
+        self.logger.event("checkpoint_saved", step=self.progress.step, path=path.name)
+        self.hooks.emit("checkpoint_saved", run=self.trainer, step=self.progress.step, path=path)
+        self.saved_at = time.monotonic()
+
+    @contextlib.contextmanager
+    def stopping_at_once(self) -> Iterator[None]:
+        """Stop at once, not after the step, when asked to within this context: nothing is trained here that could be lost.
+
+        The state is saved first. Several processes finish what is inside, where they wait for each other.
+        """
+        if self.distribution.world_size > 1:
+            yield
+            return
+        try:
+            with self.stop.at_once():
+                yield
+        except StopNow:
+            self.save()
+            if self.state.saved_step != self.progress.step or not self.progress.step:
+                raise
+            raise self.stopped() from None
+
+    def stopped(self) -> Stopped:
+        """Return the error with which a run ends that was asked to stop."""
+        resuming = self.directory.continued and not self.started
+        error = stopped(self.progress.step, self.trainer.output, resuming=resuming)
+        error.silent = not self.distribution.is_main
+        return error
+
+    # The end
+
+    def _finish(self) -> TrainResult:
+        """Evaluate, save and export the trained models; write the end into the record and return the result."""
+        progress, evaluations, stopping = self.progress, self.evaluations, self.evaluations.early_stopping
+        evaluations.finish()
+        self.save()
+        record_data(self)
+        if steps := progress.step - self.first_step:
+            for role in sorted(self.update.untouched):
+                log.warning("`%s` is trained, and got no gradient in %d steps: it is exported as it was", role, steps)
+        model_step = evaluations.restore_best()
+        if stopping is not None and stopping.never_improved:
+            log.warning(
+                "no evaluation was better than the one before the first step: `%s` was %g there, and %g at its best",
+                stopping.metric,
+                stopping.start,
+                stopping.best,
+            )
+        with self.stopping_at_once():
+            model_dir = export_models(self.trainer, self.distribution)
+        result = TrainResult(
+            step=progress.step,
+            metrics=progress.metrics,
+            eval_metrics=progress.eval_metrics,
+            output=self.trainer.output,
+            model_dir=model_dir,
+            seconds=progress.seconds,
+            tokens=progress.tokens,
+            stopped_early=evaluations.stopped_early,
+            best_step=stopping.best_step if stopping is not None else None,
+            model_step=model_step,
+        )
+        self.directory.record |= {
+            "peak_memory_bytes": self.setup.devices.peak_memory(),
+            "skipped_windows": progress.skipped,
+            "best_step": result.best_step,
+            "model_step": model_step,
+        }
+        self.directory.end("done", 0, step=progress.step)
+        self.logger.event("run_ended", step=progress.step, stopped_early=result.stopped_early, model_step=model_step)
+        self.hooks.emit("run_ended", run=self.trainer, result=result)
+        return result
+
+    def _reported_as(self, error: BaseException) -> BaseException:
+        """Return the error that the run ends with, given the one that was raised.
+
+        A SIGTERM that was met where nothing could be saved ends as `Stopped`, Ctrl-C with a note of what can be resumed, and a
+        collective operation that failed because another process is gone as `LostProcess`.
+        """
+        if isinstance(error, StopNow) and self.stop.requested == signal.SIGTERM:
+            return self.stopped()
+        if isinstance(error, KeyboardInterrupt):
+            error.add_note(self._resumable_from())
+        if (lost := self.distribution.lost(error)) is not None:
+            saved = self.state.saved_step if hasattr(self, "state") else 0
+            origin = f", from the checkpoint of step {saved}" if saved else ", from the beginning"
+            lost.fix = f"start all processes again with `--resume`{origin}"
+            # The process that ended has reported why, or another has reported that it ended.
+            lost.silent = lost.silent or self.directory.fault_noted(self.trainer.output)
+            lost.__cause__ = error
+            return lost
+        return error
+
+    def _resumable_from(self) -> str:
+        """Return when an interrupted run ended, and the checkpoint from which it can be resumed."""
+        step = self.progress.step
+        if self.directory.continued and not self.started:
+            return "before it had resumed: its checkpoints are as they were"
+        if not (self.started and step):
+            return "before its first step"
+        if self.state.saved_step:
+            return f"after step {step}: `--resume` continues from the checkpoint of step {self.state.saved_step}"
+        return f"after step {step}, with no checkpoint to continue from"
