@@ -2,7 +2,7 @@
 
     python examples/demo.py [--output runs/demo] [--seed 0]
 
-The task is arithmetic in written steps (`rlhf_core.testing.arithmetic`). Half of the demonstrations go wrong at some
+The task is arithmetic in written steps (`rlhf_core.testing.arithmetic_task`). Half of the demonstrations go wrong at some
 step, so a model that imitates them well is still wrong half of the time when it is sampled from. A verifier then sorts
 the model's own samples into right and wrong ones, and DPO learns from these pairs. After every stage the model answers
 the same held-out problems. Everything depends on the seed alone; two CPU cores need less than three minutes.
@@ -28,10 +28,10 @@ from rich.table import Table
 from rlhf_core import PolicyModel, registry, setup_logging
 from rlhf_core.contracts.records import Prompt
 from rlhf_core.infra.errors import DataError, RLHFError
-from rlhf_core.testing.arithmetic import Arithmetic, Row, Split, step_labels, verify
+from rlhf_core.testing.arithmetic_task import ArithmeticTask, Row, Split, step_labels, verify
 from rlhf_core.testing.tiny import save_tiny
 
-TASK = Arithmetic("sums", terms=4, digits=1, wrong=0.5)
+TASK = ArithmeticTask("sums", terms=4, digits=1, wrong=0.5)
 MOST_TOKENS = 34
 """Most tokens in an answer; a right one has at most 31."""
 Estimate = tuple[float, float]

@@ -2,8 +2,8 @@
 
     python examples/merge_tasks.py [--output runs/merge-tasks] [--seed 0]
 
-A tiny Llama imitates a careless teacher of two kinds of written arithmetic (`rlhf_core.testing.arithmetic`), whose last step is
-always one too high: it gets to know both kinds and answers neither. From this base it is fine-tuned on right solutions of one
+A tiny Llama imitates a careless teacher of two kinds of written arithmetic (`rlhf_core.testing.arithmetic_task`), whose last step
+is always one too high: it gets to know both kinds and answers neither. From this base it is fine-tuned on right solutions of one
 kind, and from the base again on those of the other, twice each. Every registered merger then makes one model of the
 specialists, with the options that do best on validation problems, and the result answers test problems of both kinds. Neither
 validation nor test problems are ever trained on, and they have none in common. Everything depends on the seed alone; one CPU
@@ -35,12 +35,12 @@ from rlhf_core.contracts.records import Prompt
 from rlhf_core.infra.errors import RLHFError
 from rlhf_core.merging.config import MergeConfig, ModelEntry
 from rlhf_core.merging.merge import ModelMerger
-from rlhf_core.testing.arithmetic import Arithmetic, Row, solve, verify
+from rlhf_core.testing.arithmetic_task import ArithmeticTask, Row, solve, verify
 from rlhf_core.testing.tiny import save_tiny
 
 TASKS = {
-    "sums": Arithmetic("sums", terms=4, digits=1, wrong=0.0, chat=True),
-    "products": Arithmetic("mixed", terms=2, digits=1, wrong=0.0),
+    "sums": ArithmeticTask("sums", terms=4, digits=1, wrong=0.0, chat=True),
+    "products": ArithmeticTask("mixed", terms=2, digits=1, wrong=0.0),
 }
 """Sums, asked in a chat (`4+9-2+5=?`), and a product with a number, asked in plain text (`3*7+5=?`)."""
 MIXTURE = ("products", "sums", "products", "products")
@@ -146,7 +146,7 @@ class Workshop:
         return {**tasks, "mean": (fmean(share for share, _ in tasks.values()), error)}
 
 
-def careless(task: Arithmetic, seed: int) -> Iterator[Row]:
+def careless(task: ArithmeticTask, seed: int) -> Iterator[Row]:
     """Yield demonstrations without end whose last step is one too high."""
     for prompt in task.problems(seed=seed):
         yield {"prompt": prompt, "response": "\n".join(solve(prompt, slip_at=len(solve(prompt)) - 2, slip=1))}

@@ -3,7 +3,7 @@
     python examples/process_reward.py [--output runs/process-reward] [--seed 0] [--steps 700]
 
 A model that can't add can't find a sum that is wrong, so it learns to write right solutions first, then to judge them. Solutions
-come from the embedded task (`rlhf_core.testing.arithmetic`): a right one and one with a slip for each problem, with a label
+come from the embedded task (`rlhf_core.testing.arithmetic_task`): a right one and one with a slip for each problem, with a label
 for every step. Whether a problem is for training or for testing is a function of the problem, so no test problem is
 ever trained on; the script counts that, too.
 """
@@ -19,10 +19,10 @@ from typing import Any
 
 from rlhf_core import registry, setup_logging
 from rlhf_core.infra.errors import RLHFError
-from rlhf_core.testing.arithmetic import Arithmetic, Row
+from rlhf_core.testing.arithmetic_task import ArithmeticTask, Row
 from rlhf_core.testing.tiny import save_tiny
 
-TASK = Arithmetic("sums", terms=4, digits=1)
+TASK = ArithmeticTask("sums", terms=4, digits=1)
 BATCH = 64
 
 

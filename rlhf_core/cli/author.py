@@ -33,7 +33,7 @@ def check(
     from rlhf_core.config.base import BaseConfig
     from rlhf_core.config.flags import convert_options, lex
     from rlhf_core.config.yaml_file import nest
-    from rlhf_core.testing.check import run_contract
+    from rlhf_core.testing.runner import run_contract
 
     kind = BaseConfig if plugin.kind == "hook" else method.Config
     given, places = convert_options(lex(context.args), kind, plugin.qualified, ())

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 from rlhf_core.infra.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from rlhf_core.testing import arithmetic as arithmetic
+    from rlhf_core.testing import arithmetic_task as arithmetic_task
     from rlhf_core.testing.hook_contract import HookContract as HookContract
     from rlhf_core.testing.merger_contract import MergerContract as MergerContract
-    from rlhf_core.testing.processes import simulate as simulate
     from rlhf_core.testing.reward_contract import RewardContract as RewardContract
     from rlhf_core.testing.sampler_contract import SamplerContract as SamplerContract
+    from rlhf_core.testing.simulated_processes import simulate as simulate
     from rlhf_core.testing.tiny import save_tiny as save_tiny
     from rlhf_core.testing.tiny import tiny_model as tiny_model
     from rlhf_core.testing.tiny import tiny_policy as tiny_policy
@@ -31,12 +31,12 @@ __getattr__, __dir__, __all__ = lazy_names(
     {
         "rlhf_core.testing.trainer_contract": "TrainerContract",
         "rlhf_core.testing.workbench": "run_context",
-        "rlhf_core.testing.processes": "simulate",
+        "rlhf_core.testing.simulated_processes": "simulate",
         "rlhf_core.testing.reward_contract": "RewardContract",
         "rlhf_core.testing.sampler_contract": "SamplerContract",
         "rlhf_core.testing.merger_contract": "MergerContract",
         "rlhf_core.testing.hook_contract": "HookContract",
         "rlhf_core.testing.tiny": "tiny_model tiny_policy tiny_tokenizer save_tiny",
-        "rlhf_core.testing.arithmetic": "",
+        "rlhf_core.testing.arithmetic_task": "",
     },
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rlhf_core.testing.arithmetic import Arithmetic, write_jsonl
+from rlhf_core.testing.arithmetic_task import ArithmeticTask, write_jsonl
 from rlhf_core.testing.tiny import save_tiny
 
 
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     save_tiny(options.folder / "model")
-    write_jsonl(options.folder, Arithmetic(), train=options.rows, test=max(1, options.rows // 4), seed=options.seed)
+    write_jsonl(options.folder, ArithmeticTask(), train=options.rows, test=max(1, options.rows // 4), seed=options.seed)
     print(f"wrote {options.folder}/model and {options.folder}/{{train,test}}/*.jsonl")
 
 

@@ -24,7 +24,7 @@ from rlhf_core.registry.class_header import SourceError, read_class_header
 Test = Callable[[Any], None]
 
 
-class Checks:
+class Contract:
     """What every contract is: checks of one plugin, some of which may be expected to fail."""
 
     kind: ClassVar[str]
@@ -87,14 +87,14 @@ class Checks:
             return
 
         @functools.wraps(plain)
-        def marked(self: Checks) -> None:
+        def marked(self: Contract) -> None:
             plain(self)
 
         marked._unmarked = plain  # type: ignore[attr-defined]
         setattr(cls, name, pytest.mark.xfail(strict=True, reason=cls.expected_failures[name])(marked))
 
 
-class Contract(Checks):
+class MethodContract(Contract):
     """The base of the contracts of methods. Inherit one of them, and name what it is to test."""
 
     def config(self) -> Any:
@@ -166,7 +166,7 @@ def after(*names: str) -> Callable[[Test], Test]:
 
     def decorate(test: Test) -> Test:
         @functools.wraps(test)
-        def guarded(self: Checks) -> None:
+        def guarded(self: Contract) -> None:
             for name in names:
                 if (error := _outcome(self, name)) is not None:
                     first = str(error).partition("\n")[0]
@@ -190,7 +190,7 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _outcome(contract: Checks, name: str) -> Exception | None:
+def _outcome(contract: Contract, name: str) -> Exception | None:
     outcomes = type(contract)._outcomes
     if name not in outcomes:
         try:

@@ -26,7 +26,7 @@ from rlhf_core.contracts.batch import Batch
 from rlhf_core.contracts.trainer import Evaluation, Loss, Trainer
 from rlhf_core.infra.errors import PluginError
 from rlhf_core.registry import hooks
-from rlhf_core.testing.contract import Checks, after, require
+from rlhf_core.testing.contract import Contract, after, require
 from rlhf_core.testing.tiny import tiny_policy
 from rlhf_core.training.context import RunContext
 
@@ -34,7 +34,7 @@ NAME = "under-test"
 LISTENS, TAKES = "test_it_listens", "test_it_takes_every_event"
 
 
-class HookContract(Checks):
+class HookContract(Contract):
     """The conformance tests of a hook. Short runs of a tiny model emit every event."""
 
     kind = "hook"

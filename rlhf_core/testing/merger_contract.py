@@ -25,7 +25,7 @@ from rlhf_core.infra.errors import ConfigError
 from rlhf_core.infra.files import replace_json
 from rlhf_core.merging import CHUNK, MergeInput, merge_tensor
 from rlhf_core.merging.tensor import memory_stream, merged_tensors
-from rlhf_core.testing.contract import Contract, after, require
+from rlhf_core.testing.contract import MethodContract, after, require
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 SHAPE = "test_shape_is_kept_in_float32"
@@ -35,7 +35,7 @@ _PIECES = (4, 64, CHUNK)
 """Elements of chunks: of a tensor of 384 elements these make many, a few and one."""
 
 
-class MergerContract(Contract):
+class MergerContract(MethodContract):
     """The conformance tests of a merger.
 
     A base is always given. A merger that refuses weights that differ, in `check_weights`, is tested with equal ones.

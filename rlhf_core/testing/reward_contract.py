@@ -19,14 +19,14 @@ from unittest import SkipTest
 from rlhf_core.config.base import BaseConfig
 from rlhf_core.contracts.reward import RewardFn, Sample
 from rlhf_core.rewards import FunctionReward, RewardFunction
-from rlhf_core.testing.arithmetic import Arithmetic
-from rlhf_core.testing.contract import Contract, after, is_number, require
+from rlhf_core.testing.arithmetic_task import ArithmeticTask
+from rlhf_core.testing.contract import MethodContract, after, is_number, require
 from rlhf_core.testing.tiny import tiny_tokenizer
 
 FLOATS = "test_one_finite_float_a_sample"
 
 
-class RewardContract(Contract):
+class RewardContract(MethodContract):
     """The conformance tests of a reward."""
 
     kind = "reward"
@@ -70,8 +70,8 @@ class RewardContract(Contract):
     def samples(self) -> list[Sample]:
         """Return samples to score, at least four, with the columns that the reward reads."""
         tokenizer = tiny_tokenizer()
-        right, wrong = (list(Arithmetic(wrong=share).rows("sft", 4, seed=1)) for share in (0.0, 1.0))
-        answers = [row["answer"] for row in Arithmetic().rows("prompt", 4, seed=1)]
+        right, wrong = (list(ArithmeticTask(wrong=share).rows("sft", 4, seed=1)) for share in (0.0, 1.0))
+        answers = [row["answer"] for row in ArithmeticTask().rows("prompt", 4, seed=1)]
         return [
             Sample(
                 prompt=row["prompt"],

@@ -20,8 +20,8 @@ from rlhf_core.contracts.reward import RewardFn, Sample
 from rlhf_core.contracts.sampler import Sampler
 from rlhf_core.infra.errors import RLHFError
 from rlhf_core.infra.seeds import RandomState
-from rlhf_core.testing.arithmetic import Arithmetic
-from rlhf_core.testing.contract import Contract, after, is_number, require
+from rlhf_core.testing.arithmetic_task import ArithmeticTask
+from rlhf_core.testing.contract import MethodContract, after, is_number, require
 from rlhf_core.testing.tiny import tiny_policy
 from rlhf_core.testing.trainer_options import values_of
 
@@ -55,7 +55,7 @@ class KitReward(RewardFn):
         return sum(map(str.isdigit, text)) - 0.01 * len(ids)
 
 
-class SamplerContract(Contract):
+class SamplerContract(MethodContract):
     """The conformance tests of a sampler."""
 
     kind = "sampler"
@@ -83,15 +83,15 @@ class SamplerContract(Contract):
 
     def prompts(self) -> list[Any]:
         """Return prompts as text, no two alike."""
-        return list(islice(Arithmetic().problems(seed=1), 3))
+        return list(islice(ArithmeticTask().problems(seed=1), 3))
 
     def chats(self) -> list[Any]:
         """Return prompts as chat messages."""
-        return list(islice(Arithmetic(chat=True).problems(seed=1), 2))
+        return list(islice(ArithmeticTask(chat=True).problems(seed=1), 2))
 
     def rows(self) -> list[dict[str, Any]]:
         """Return rows: prompts with other columns."""
-        return list(Arithmetic().rows("prompt", 3, seed=1))
+        return list(ArithmeticTask().rows("prompt", 3, seed=1))
 
     def test_n_completions_for_each_prompt(self) -> None:
         """Each prompt gets exactly n completions, in the order of the prompts; no prompts, no completions."""

@@ -17,12 +17,9 @@ from rlhf_core.contracts.records import RECORDS
 from rlhf_core.contracts.trainer import Role, Trainer
 from rlhf_core.infra.seeds import seed_everything
 from rlhf_core.testing.contract import after, require
-from rlhf_core.testing.trainer_setup import TrainerSetup
+from rlhf_core.testing.trainer_setup import GRADIENT, TERMS, TrainerSetup
 from rlhf_core.testing.workbench import reseeds
 from rlhf_core.training.roles import reference_of, set_training_mode, trained_roles
-
-TERMS = "test_every_term_has_a_weight"
-GRADIENT = "test_trained_models_get_a_gradient"
 
 
 class BasicChecks(TrainerSetup):

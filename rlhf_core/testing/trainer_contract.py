@@ -7,8 +7,8 @@ class TestDPO(TrainerContract):
 from __future__ import annotations
 
 from rlhf_core.testing.trainer_basics import BasicChecks
-from rlhf_core.testing.trainer_gradients import LossChecks
 from rlhf_core.testing.trainer_layout import LayoutChecks
+from rlhf_core.testing.trainer_loss import LossChecks
 from rlhf_core.testing.trainer_online import OnlineChecks
 from rlhf_core.testing.trainer_options import OptionChecks
 from rlhf_core.testing.trainer_runs import RunChecks

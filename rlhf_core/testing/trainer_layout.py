@@ -7,13 +7,11 @@ from unittest import SkipTest
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.testing.contract import after, require
-from rlhf_core.testing.processes import OutOfStep, simulate
-from rlhf_core.testing.script import Script
-from rlhf_core.testing.trainer_setup import TrainerSetup
+from rlhf_core.testing.scripted_engine import Script
+from rlhf_core.testing.simulated_processes import OutOfStep, simulate
+from rlhf_core.testing.trainer_setup import GRADIENT, TrainerSetup
 from rlhf_core.testing.workbench import Workbench
 from rlhf_core.training.distribution import Distribution
-
-GRADIENT = "test_trained_models_get_a_gradient"
 
 
 class LayoutChecks(TrainerSetup):

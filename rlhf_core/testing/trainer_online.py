@@ -14,12 +14,9 @@ from rlhf_core.config.online import OnlineConfig
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.contracts.trainer import Window
 from rlhf_core.testing.contract import after, require
-from rlhf_core.testing.script import Script, TokenShare
-from rlhf_core.testing.trainer_setup import TrainerSetup, distance, sharpened
+from rlhf_core.testing.scripted_engine import Script, TokenShare
+from rlhf_core.testing.trainer_setup import GRADIENT, TERMS, TrainerSetup, distance, sharpened
 from rlhf_core.testing.workbench import Step, Workbench
-
-TERMS = "test_every_term_has_a_weight"
-GRADIENT = "test_trained_models_get_a_gradient"
 
 
 class OnlineChecks(TrainerSetup):

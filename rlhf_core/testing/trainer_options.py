@@ -16,10 +16,9 @@ from rlhf_core.config.training import LoraConfig, ModelConfig, ReferenceConfig, 
 from rlhf_core.contracts.trainer import Window
 from rlhf_core.infra.errors import RLHFError
 from rlhf_core.testing.contract import after, require
-from rlhf_core.testing.trainer_setup import TrainerSetup
+from rlhf_core.testing.trainer_setup import GRADIENT, TrainerSetup
 from rlhf_core.testing.workbench import NothingToLearn, Workbench
 
-GRADIENT = "test_trained_models_get_a_gradient"
 NUMBERS = (0.5, 0.01, 2.0, 0.1, 0.0, 0.9, 1.0)
 COUNTS = (2, 1, 3, 4, 0, 8)
 MOST_WINDOWS = 4

@@ -19,12 +19,10 @@ from rlhf_core.contracts.batch import Batch
 from rlhf_core.contracts.trainer import Evaluation, Pair, Trainer, Window
 from rlhf_core.models import PolicyModel, ProcessRewardModel, RewardModel
 from rlhf_core.testing.contract import after, require
-from rlhf_core.testing.runs import metrics_of
+from rlhf_core.testing.interrupted_runs import metrics_of
 from rlhf_core.testing.trainer_online import responses_of, rises
-from rlhf_core.testing.trainer_setup import TrainerSetup
+from rlhf_core.testing.trainer_setup import GRADIENT, TrainerSetup
 from rlhf_core.testing.workbench import Workbench
-
-GRADIENT = "test_trained_models_get_a_gradient"
 
 
 class RunChecks(TrainerSetup):

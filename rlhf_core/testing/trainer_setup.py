@@ -21,11 +21,11 @@ from rlhf_core.contracts.records import RECORDS
 from rlhf_core.contracts.trainer import Trainer
 from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.models import PolicyModel
-from rlhf_core.testing.arithmetic import Arithmetic
-from rlhf_core.testing.contract import Contract, require
-from rlhf_core.testing.processes import OutOfStep, simulate
-from rlhf_core.testing.runs import Interrupted, interruptible, require_same_run
-from rlhf_core.testing.script import Script, TokenShare
+from rlhf_core.testing.arithmetic_task import ArithmeticTask
+from rlhf_core.testing.contract import MethodContract, require
+from rlhf_core.testing.interrupted_runs import Interrupted, interruptible, require_same_run
+from rlhf_core.testing.scripted_engine import Script, TokenShare
+from rlhf_core.testing.simulated_processes import OutOfStep, simulate
 from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
 from rlhf_core.testing.workbench import Step, Workbench
 from rlhf_core.training.checkpoint import CheckpointManager
@@ -33,8 +33,12 @@ from rlhf_core.training.distribution import Distribution
 
 Result = TypeVar("Result")
 
+TERMS = "test_every_term_has_a_weight"
+GRADIENT = "test_trained_models_get_a_gradient"
+"""The two checks that others build on: where one fails, those are skipped, so that one fault is reported once."""
 
-class TrainerSetup(Contract):
+
+class TrainerSetup(MethodContract):
     """The part of the contract that a method may need to change; it holds no test of its own."""
 
     kind = "trainer"
@@ -81,7 +85,7 @@ class TrainerSetup(Contract):
     def rows(self) -> list[dict[str, Any]]:
         """Return about 20 rows of the method's record, of unequal lengths."""
         record = self.subject().record
-        short, long = (Arithmetic(terms=terms).rows(record, 10, seed=terms) for terms in (2, 4))
+        short, long = (ArithmeticTask(terms=terms).rows(record, 10, seed=terms) for terms in (2, 4))
         return list(chain.from_iterable(zip(short, long, strict=True)))
 
     @property

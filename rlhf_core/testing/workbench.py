@@ -17,7 +17,7 @@ from rlhf_core.data import DataStream
 from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.seeds import RandomState, seed_everything
 from rlhf_core.rewards import open_rewards
-from rlhf_core.testing.script import BenchContext, Script
+from rlhf_core.testing.scripted_engine import BenchContext, Script
 from rlhf_core.training.context import RunContext
 from rlhf_core.training.distribution import Distribution
 from rlhf_core.training.loss_scale import LossScale

@@ -17,7 +17,7 @@ from rlhf_core.cli.scaffold import write_package
 from rlhf_core.infra.errors import ConfigError, StorageError
 from rlhf_core.registry.class_header import read_class_header, read_options
 from rlhf_core.testing import tiny_policy
-from rlhf_core.testing.arithmetic import Arithmetic
+from rlhf_core.testing.arithmetic_task import ArithmeticTask
 
 
 @pytest.mark.parametrize("kind", ["trainer", "reward", "sampler", "merger"])
@@ -85,7 +85,7 @@ def test_an_online_trainer_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert {"clip", "kl_weight", "group_size"} <= {option.name for option in options}
     config = registry.get("trainer", "acme-online").Config
     held = {"batch_size": 4, "max_steps": 3, "generation": {"max_new_tokens": 4}, "max_length": 64}
-    rows = list(Arithmetic().rows("prompt", 8))
+    rows = list(ArithmeticTask().rows("prompt", 8))
     for rewards in (
         {"kl_weight": 0.1, "rewards": ["acme_online.rewards:digits"]},
         {"rewards": "acme_online.rewards:right"},

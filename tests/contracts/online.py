@@ -23,7 +23,7 @@ from rlhf_core.contracts.trainer import Window
 from rlhf_core.infra.errors import RLHFError
 from rlhf_core.infra.safetensors_file import write_tensors
 from rlhf_core.models import PolicyModel
-from rlhf_core.testing.arithmetic import Arithmetic
+from rlhf_core.testing.arithmetic_task import ArithmeticTask
 from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
 from rlhf_core.training.context import RunContext
 
@@ -42,7 +42,7 @@ DYNAMIC: dict[str, Any] = {"dynamic_sampling": True, "rewards": ["online_rewards
 
 @functools.cache
 def rows(split: Any = "train", count: int = 40) -> list[dict[str, Any]]:
-    return list(Arithmetic(digits=1).rows("prompt", count, split=split, seed=0))
+    return list(ArithmeticTask(digits=1).rows("prompt", count, split=split, seed=0))
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core.models import PolicyModel
-from rlhf_core.testing.arithmetic import Arithmetic
+from rlhf_core.testing.arithmetic_task import ArithmeticTask
 from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
 
 
@@ -44,7 +44,7 @@ def main() -> None:
     module, name = job["method"].split(":")
     method = getattr(importlib.import_module(module), name)
     policy = PolicyModel(tiny_model(**job["model"]), tiny_tokenizer())
-    rows = list(Arithmetic(terms=2, digits=1).rows(method.record, 16))
+    rows = list(ArithmeticTask(terms=2, digits=1).rows(method.record, 16))
     method(method.Config.parse(job["options"]), model=policy, data=rows, output=job["output"]).train()
     # gloo's threads may abort a process that has done all its work; the run's own record says how it ended.
     sys.stderr.flush()

@@ -24,10 +24,10 @@ from rlhf_core.infra.errors import ConfigError, PluginError
 from rlhf_core.models import PolicyModel, RewardModel
 from rlhf_core.rewards import samples_of
 from rlhf_core.testing import SamplerContract
-from rlhf_core.testing.arithmetic import Arithmetic, solve, verify, wrong_solution
+from rlhf_core.testing.arithmetic_task import ArithmeticTask, solve, verify, wrong_solution
 from rlhf_core.testing.tiny import save_tiny, tiny_policy
 
-TASK = Arithmetic(terms=2, digits=1)
+TASK = ArithmeticTask(terms=2, digits=1)
 PROMPTS = sorted({*islice(TASK.problems(seed=1), 30)})[:6]
 SHORT = SamplingConfig(max_new_tokens=20)
 

@@ -30,14 +30,14 @@ from rlhf_core.contracts.batch import Batch
 from rlhf_core.data import DataStream
 from rlhf_core.models import PolicyModel, ValueModel
 from rlhf_core.testing import TrainerContract, simulate
-from rlhf_core.testing.arithmetic import Arithmetic
-from rlhf_core.testing.runs import Interrupted, interruptible, metrics_of, require_same_run
+from rlhf_core.testing.arithmetic_task import ArithmeticTask
+from rlhf_core.testing.interrupted_runs import Interrupted, interruptible, metrics_of, require_same_run
 from rlhf_core.testing.tiny import save_tiny, tiny_model, tiny_tokenizer
 from rlhf_core.testing.workbench import NothingToLearn, Workbench
 from rlhf_core.training.distribution import Distribution
 
 SMALL: dict[str, Any] = {"hidden": 32, "heads": 2, "kv_heads": 1}
-ROWS = list(Arithmetic(terms=2, digits=1).rows("prompt", 16))
+ROWS = list(ArithmeticTask(terms=2, digits=1).rows("prompt", 16))
 
 
 def digits(prompts: list[Any], completions: list[str], **columns: Any) -> list[float]:

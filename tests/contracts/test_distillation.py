@@ -23,14 +23,14 @@ from rlhf_core import registry
 from rlhf_core.cli import main
 from rlhf_core.models import PolicyModel, logprobs
 from rlhf_core.testing import TrainerContract, simulate
-from rlhf_core.testing.arithmetic import Arithmetic
-from rlhf_core.testing.runs import Interrupted, interruptible, metrics_of, require_same_run
+from rlhf_core.testing.arithmetic_task import ArithmeticTask
+from rlhf_core.testing.interrupted_runs import Interrupted, interruptible, metrics_of, require_same_run
 from rlhf_core.testing.tiny import save_tiny, tiny_model, tiny_tokenizer
 from rlhf_core.testing.workbench import Workbench
 from rlhf_core.training.distribution import Distribution
 
 SMALL: dict[str, Any] = {"hidden": 32, "heads": 2, "kv_heads": 1}
-TASK = Arithmetic(terms=2, digits=1, wrong=0.0)
+TASK = ArithmeticTask(terms=2, digits=1, wrong=0.0)
 ROWS = list(TASK.rows("sft", 48))
 HELD_OUT = list(TASK.rows("sft", 12, split="test"))
 

@@ -24,7 +24,7 @@ from rlhf_core.infra.safetensors_file import read_tensors
 from rlhf_core.models import PolicyModel
 from rlhf_core.registry.hooks import hookimpl
 from rlhf_core.testing import simulate
-from rlhf_core.testing.runs import metrics_of, require_same_run
+from rlhf_core.testing.interrupted_runs import metrics_of, require_same_run
 from rlhf_core.testing.workbench import Workbench
 from rlhf_core.training.checkpoint import CheckpointManager
 from rlhf_core.training.distribution import Distribution

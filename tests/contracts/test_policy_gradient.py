@@ -15,7 +15,7 @@ from online_rewards import Ends, digits
 from policy_gradient import PolicyGradientTrainer, clipped, group_advantages, kl_loss
 
 from rlhf_core.testing import TrainerContract
-from rlhf_core.testing.runs import metrics_of, require_same_run
+from rlhf_core.testing.interrupted_runs import metrics_of, require_same_run
 from rlhf_core.testing.workbench import Workbench
 from rlhf_core.training.checkpoint import CheckpointManager
 

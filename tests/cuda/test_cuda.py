@@ -59,10 +59,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 WORKER = """
 import json, sys
 from rlhf_core import registry
-from rlhf_core.testing.arithmetic import Arithmetic
+from rlhf_core.testing.arithmetic_task import ArithmeticTask
 method, model, output, options = sys.argv[1:]
 trainer = registry.get("trainer", method)
-rows = list(Arithmetic("sums", terms=2, digits=1).rows(trainer.record, 32))
+rows = list(ArithmeticTask("sums", terms=2, digits=1).rows(trainer.record, 32))
 given = {"batch_size": 8, "max_steps": 4, "max_length": 64, "learning_rate": 1e-3, **json.loads(options)}
 trainer(trainer.Config.parse(given), model=model, data=rows, output=output).train()
 """

@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 from rlhf_core import registry
-from rlhf_core.testing.arithmetic import split_of, verify
+from rlhf_core.testing.arithmetic_task import split_of, verify
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "merge_tasks.py"
 

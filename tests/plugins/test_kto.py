@@ -19,7 +19,7 @@ from trainers_helpers import TrlMetrics, assert_same, built, move
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.infra.errors import ConfigError, DataError
 from rlhf_core.testing import TrainerContract, run_context, simulate
-from rlhf_core.testing.arithmetic import Arithmetic
+from rlhf_core.testing.arithmetic_task import ArithmeticTask
 from rlhf_core.testing.tiny import save_tiny
 
 LABELS = torch.tensor([True, False, True, True, False, False])
@@ -262,7 +262,7 @@ def test_unbalanced_weights_are_warned_of(
 
 
 def test_kto_learns_to_tell_good_from_bad(tmp_path: Path) -> None:
-    task = Arithmetic(terms=2, digits=1)
+    task = ArithmeticTask(terms=2, digits=1)
     data = list(task.rows("unpaired", 64, seed=1))
     trainer = run(tmp_path, data, max_steps=12, batch_size=32, learning_rate=5e-3, beta=0.5, eval_steps=12)
     trainer.eval_data = data

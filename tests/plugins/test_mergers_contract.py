@@ -9,7 +9,7 @@ import pytest
 
 from rlhf_core import registry
 from rlhf_core.testing import MergerContract
-from rlhf_core.testing.check import run_contract
+from rlhf_core.testing.runner import run_contract
 
 
 class TestLinear(MergerContract):

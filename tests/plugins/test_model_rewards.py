@@ -30,7 +30,7 @@ from rlhf_core.models import PolicyModel, ProcessRewardModel, RewardModel
 from rlhf_core.models.model_reward import SampleScores, ScoringConfig
 from rlhf_core.rewards import open_rewards, rewards_changed, samples_of
 from rlhf_core.testing import RewardContract
-from rlhf_core.testing.arithmetic import Arithmetic, split_steps
+from rlhf_core.testing.arithmetic_task import ArithmeticTask, split_steps
 from rlhf_core.testing.tiny import VOCAB_SIZE, save_tiny, tiny_model, tiny_tokenizer
 
 
@@ -67,7 +67,7 @@ class TestProcessRewardReward(RewardContract):
 
 
 def samples(count: int = 5) -> list[Sample]:
-    return [Sample(row["prompt"], row["response"]) for row in Arithmetic().rows("sft", count)]
+    return [Sample(row["prompt"], row["response"]) for row in ArithmeticTask().rows("sft", count)]
 
 
 def test_scores_are_those_of_training() -> None:

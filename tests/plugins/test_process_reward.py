@@ -31,7 +31,7 @@ from rlhf_core.models import ProcessRewardModel
 from rlhf_core.models.process_reward_model import AGGREGATIONS
 from rlhf_core.models.reasoning_steps import step_ends
 from rlhf_core.testing import TrainerContract, run_context
-from rlhf_core.testing.arithmetic import Arithmetic, split_steps
+from rlhf_core.testing.arithmetic_task import ArithmeticTask, split_steps
 from rlhf_core.testing.tiny import save_tiny, tiny_tokenizer
 
 
@@ -253,7 +253,7 @@ def test_pairs_without_labels_train_by_ranking_alone(tmp_path: Path) -> None:
 
 
 def test_steps_are_those_of_the_task() -> None:
-    rows = list(Arithmetic(terms=3).rows("preference", 20))
+    rows = list(ArithmeticTask(terms=3).rows("preference", 20))
     for row in rows:
         for name, steps in zip(("chosen", "rejected"), row["steps"], strict=True):
             assert split_steps(row[name]) == steps

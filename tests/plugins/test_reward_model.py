@@ -24,7 +24,7 @@ from trainers_helpers import TrlMetrics, assert_same, built, small_policy
 from rlhf_core.infra.errors import ConfigError
 from rlhf_core.models import RewardModel
 from rlhf_core.testing import TrainerContract, run_context
-from rlhf_core.testing.arithmetic import Arithmetic
+from rlhf_core.testing.arithmetic_task import ArithmeticTask
 from rlhf_core.testing.tiny import save_tiny
 
 
@@ -130,7 +130,7 @@ def test_bootstrap_weights_are_a_function_of_the_row() -> None:
 
 def test_an_ensemble_learns_ranks_and_doubts(tmp_path: Path) -> None:
     model = save_tiny(tmp_path / "tiny", hidden=32, layers=2, heads=2)
-    rows = list(Arithmetic(terms=2, digits=1).rows("preference", 120, seed=3))
+    rows = list(ArithmeticTask(terms=2, digits=1).rows("preference", 120, seed=3))
     config = RewardModelConfig.parse(
         {"max_steps": 25, "batch_size": 32, "learning_rate": 3e-3, "max_length": 128, "ensemble": {"size": 3}}
     )
@@ -154,7 +154,7 @@ def test_an_ensemble_learns_ranks_and_doubts(tmp_path: Path) -> None:
 
 def test_whether_members_were_centred_is_noted(tmp_path: Path) -> None:
     model: Any = save_tiny(tmp_path / "tiny", hidden=32, layers=1, heads=2)
-    rows = list(Arithmetic().rows("preference", 8))
+    rows = list(ArithmeticTask().rows("preference", 8))
     # Trained further without the penalty, centred members drift apart, and the model says so.
     for number, weight in enumerate((0.01, 0.0)):
         options = {"max_steps": 1, "batch_size": 4, "centre_weight": weight, "logging": {"progress": False}}

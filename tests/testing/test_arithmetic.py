@@ -12,9 +12,9 @@ from rlhf_core.config.training import TrainerConfig
 from rlhf_core.contracts.records import RECORDS
 from rlhf_core.data import open_dataset
 from rlhf_core.infra.errors import ConfigError, DataError
-from rlhf_core.testing.arithmetic import (
+from rlhf_core.testing.arithmetic_task import (
     FAMILIES,
-    Arithmetic,
+    ArithmeticTask,
     answer,
     solve,
     split_of,
@@ -27,7 +27,7 @@ from rlhf_core.testing.arithmetic import (
 from rlhf_core.testing.tiny import tiny_tokenizer
 
 tasks = st.builds(
-    Arithmetic,
+    ArithmeticTask,
     family=st.sampled_from(sorted(FAMILIES)),
     terms=st.integers(2, 5),
     digits=st.integers(1, 4),
@@ -83,7 +83,7 @@ def test_labels_of_odd_completions() -> None:
 
 @quick
 @given(tasks, seeds)
-def test_answers_equal_pythons_own_arithmetic(task: Arithmetic, seed: int) -> None:
+def test_answers_equal_pythons_own_arithmetic(task: ArithmeticTask, seed: int) -> None:
     for prompt in itertools.islice(task.problems(seed=seed), 20):
         lines = solve(prompt)
         assert int(answer(prompt)) == _value(prompt) >= 0
@@ -94,7 +94,7 @@ def test_answers_equal_pythons_own_arithmetic(task: Arithmetic, seed: int) -> No
 
 @quick
 @given(tasks, seeds)
-def test_wrong_solutions_have_one_wrong_step_and_carry_it_on(task: Arithmetic, seed: int) -> None:
+def test_wrong_solutions_have_one_wrong_step_and_carry_it_on(task: ArithmeticTask, seed: int) -> None:
     for prompt in itertools.islice(task.problems(seed=seed), 20):
         lines = wrong_solution(prompt, Random(seed))
         broken = [line for line in lines[:-1] if _value(line.partition("=")[0]) != int(line.partition("=")[2])]
@@ -106,7 +106,7 @@ def test_wrong_solutions_have_one_wrong_step_and_carry_it_on(task: Arithmetic, s
 
 @quick
 @given(tasks, seeds, st.sampled_from(["train", "test"]))
-def test_rows_keep_their_contract_and_labels_agree_with_the_verifier(task: Arithmetic, seed: int, split) -> None:
+def test_rows_keep_their_contract_and_labels_agree_with_the_verifier(task: ArithmeticTask, seed: int, split) -> None:
     for name, contract in RECORDS.items():
         rows = list(task.rows(name, 8, split=split, seed=seed))
         assert len(rows) == 8
@@ -132,7 +132,7 @@ def test_rows_keep_their_contract_and_labels_agree_with_the_verifier(task: Arith
 @pytest.mark.parametrize("record", sorted(RECORDS))
 @pytest.mark.parametrize("chat", [False, True])
 def test_every_row_is_kept_whole_by_the_data_layer(record: str, chat: bool) -> None:
-    rows = list(Arithmetic("mixed", chat=chat).rows(record, 50))
+    rows = list(ArithmeticTask("mixed", chat=chat).rows(record, 50))
     dataset = open_dataset(rows, record, tiny_tokenizer(), config=TrainerConfig(max_length=128))
     report = dataset.report.as_dict()
     assert len(dataset) == report["kept"] == 50 and not report["dropped"] and not report["notes"]
@@ -140,7 +140,7 @@ def test_every_row_is_kept_whole_by_the_data_layer(record: str, chat: bool) -> N
 
 @quick
 @given(tasks, seeds, seeds)
-def test_splits_are_disjoint_by_problem_for_any_two_seeds(task: Arithmetic, one: int, two: int) -> None:
+def test_splits_are_disjoint_by_problem_for_any_two_seeds(task: ArithmeticTask, one: int, two: int) -> None:
     train = [row["prompt"] for row in task.rows("sft", 30, split="train", seed=one)]
     test = [row["prompt"] for row in task.rows("preference", 30, split="test", seed=two)]
     assert {split_of(prompt) for prompt in train} == {"train"}
@@ -149,14 +149,14 @@ def test_splits_are_disjoint_by_problem_for_any_two_seeds(task: Arithmetic, one:
 
 
 def test_chat_and_text_forms_of_a_problem_share_their_split() -> None:
-    text, chat = Arithmetic(), Arithmetic(chat=True)
+    text, chat = ArithmeticTask(), ArithmeticTask(chat=True)
     pairs = zip(text.rows("reasoning", 50), chat.rows("reasoning", 50), strict=True)
     assert all(one["prompt"].strip() == two["prompt"][0]["content"] for one, two in pairs)
 
 
 @quick
 @given(tasks, seeds, st.sampled_from(sorted(RECORDS)))
-def test_rows_depend_on_the_seed_alone(task: Arithmetic, seed: int, record: str) -> None:
+def test_rows_depend_on_the_seed_alone(task: ArithmeticTask, seed: int, record: str) -> None:
     first = list(task.rows(record, 20, seed=seed))
     assert first == list(task.rows(record, 20, seed=seed))
     assert first[:5] == list(task.rows(record, 5, seed=seed))
@@ -168,16 +168,16 @@ def test_rows_depend_on_the_seed_alone(task: Arithmetic, seed: int, record: str)
 
 def test_another_process_draws_the_same_rows() -> None:
     code = (
-        "import json; from rlhf_core.testing.arithmetic import Arithmetic;"
-        "print(json.dumps(list(Arithmetic('mixed').rows('preference', 5, seed=3))))"
+        "import json; from rlhf_core.testing.arithmetic_task import ArithmeticTask;"
+        "print(json.dumps(list(ArithmeticTask('mixed').rows('preference', 5, seed=3))))"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert json.loads(shown) == list(Arithmetic("mixed").rows("preference", 5, seed=3))
+    assert json.loads(shown) == list(ArithmeticTask("mixed").rows("preference", 5, seed=3))
 
 
 def test_the_share_of_wrong_demonstrations_is_the_one_asked_for() -> None:
     def right(share: float) -> float:
-        rows = list(Arithmetic(wrong=share).rows("sft", 2000))
+        rows = list(ArithmeticTask(wrong=share).rows("sft", 2000))
         return sum(row["labels"][-1] for row in rows) / len(rows)
 
     assert right(0.0) == 1.0 and right(1.0) == 0.0
@@ -185,28 +185,28 @@ def test_the_share_of_wrong_demonstrations_is_the_one_asked_for() -> None:
 
 
 def test_about_one_problem_in_ten_is_held_out() -> None:
-    drawn = itertools.chain(*(itertools.islice(Arithmetic().problems(split=s), 1) for s in ("train", "test")))
+    drawn = itertools.chain(*(itertools.islice(ArithmeticTask().problems(split=s), 1) for s in ("train", "test")))
     assert [split_of(prompt) for prompt in drawn] == ["train", "test"]
     share = sum(split_of(f"{a}+{b}=?") == "test" for a in range(1, 60) for b in range(1, 60)) / 59**2
     assert 0.08 < share < 0.12
 
 
 def test_write_jsonl(tmp_path) -> None:
-    folder = write_jsonl(tmp_path / "data", Arithmetic(), train=7, test=3, seed=1)
+    folder = write_jsonl(tmp_path / "data", ArithmeticTask(), train=7, test=3, seed=1)
     for split, count in (("train", 7), ("test", 3)):
         assert sorted(path.stem for path in (folder / split).iterdir()) == sorted(RECORDS)
         lines = (folder / split / "sft.jsonl").read_text(encoding="utf-8").splitlines()
-        assert [json.loads(line) for line in lines] == list(Arithmetic().rows("sft", count, split=split, seed=1))
+        assert [json.loads(line) for line in lines] == list(ArithmeticTask().rows("sft", count, split=split, seed=1))
 
 
 def test_faults_are_named() -> None:
     with pytest.raises(ConfigError, match="unknown family `sum`") as family:
-        Arithmetic("sum")
+        ArithmeticTask("sum")
     assert "did you mean `sums`" in str(family.value) and family.value.exit_code == 2
     with pytest.raises(ConfigError, match=r"at least 2 terms.*terms=1"):
-        Arithmetic(terms=1)
+        ArithmeticTask(terms=1)
     with pytest.raises(ConfigError, match="unknown record kind `prefs`"):
-        next(Arithmetic().rows("prefs", 1))
+        next(ArithmeticTask().rows("prefs", 1))
     with pytest.raises(DataError, match="no problem of this task; got 'what is 2'") as prompt:
         solve("what is 2")
     assert prompt.value.exit_code == 3

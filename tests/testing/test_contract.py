@@ -12,8 +12,8 @@ import pytest
 from rlhf_core import registry
 from rlhf_core.infra.errors import ConfigError
 from rlhf_core.testing import MergerContract, TrainerContract
-from rlhf_core.testing.check import run_contract
 from rlhf_core.testing.contract import Contract, after, require
+from rlhf_core.testing.runner import run_contract
 
 pytest_plugins = ["pytester"]
 
@@ -87,7 +87,7 @@ def test_one_fault_is_reported_once() -> None:
 
 def test_nothing_heavy_is_imported_before_it_is_used() -> None:
     code = (
-        "import sys, rlhf_core.testing as kit; from rlhf_core.testing import arithmetic;"
+        "import sys, rlhf_core.testing as kit; from rlhf_core.testing import arithmetic_task;"
         "assert 'torch' not in sys.modules and 'pytest' not in sys.modules;"
         "kit.TrainerContract, kit.RewardContract, kit.SamplerContract, kit.MergerContract;"
         "assert 'pytest' not in sys.modules; assert set(dir(kit)) == set(kit.__all__)"

@@ -8,11 +8,11 @@ from typing import Any
 
 import merger_plugins as mergers
 import pytest
+from planted_faults import assert_caught, assert_every_check_can_fail, contract_of
 
 from rlhf_core.merging import Chunk, Merger
 from rlhf_core.testing import MergerContract
-from rlhf_core.testing.check import run_checks
-from rlhf_core.testing.contract import Contract
+from rlhf_core.testing.runner import run_checks
 
 OPTIONS = "test_options_of_a_model_are_its_own"
 FAULTS: dict[type[Merger], dict[str, str]] = {
@@ -83,27 +83,18 @@ class Unmasked(mergers.Masked):
 
 
 def test_an_option_without_a_known_value_is_skipped_by_name_and_the_others_are_tried() -> None:
-    one = type("UnmaskedContract", (MergerContract,), {"merger": Unmasked})
+    one = contract_of(MergerContract, Unmasked)
     (found,) = (check for check in run_checks(one) if check.name == OPTIONS)
     assert (found.status, found.reason) == (
         "skipped", "say in `own_options` what to test `mask` with; the others are right"
     )  # fmt: skip
 
 
-def contract(plugin: type[Merger]) -> type[MergerContract]:
-    base = MaskedContract if issubclass(plugin, mergers.Masked) else MergerContract
-    return type("Contract", (base,), {"merger": plugin})
-
-
 @pytest.mark.parametrize("plugin", FAULTS, ids=lambda plugin: plugin.__name__)
 def test_a_fault_is_caught_by_its_check_alone(plugin: type[Merger]) -> None:
-    failed = {check.name: check.reason for check in run_checks(contract(plugin)) if check.status == "failed"}
-    assert failed.keys() == FAULTS[plugin].keys(), failed
-    for name, pattern in FAULTS[plugin].items():
-        with pytest.raises(AssertionError, match=pattern):
-            raise AssertionError(failed[name])
+    base = MaskedContract if issubclass(plugin, mergers.Masked) else MergerContract
+    assert_caught(contract_of(base, plugin), FAULTS[plugin])
 
 
 def test_every_check_can_fail() -> None:
-    shared = {name for name in vars(Contract) if name.startswith("test_")}
-    assert {check for checks in FAULTS.values() for check in checks} == set(MergerContract.checks()) - shared
+    assert_every_check_can_fail(MergerContract, FAULTS)

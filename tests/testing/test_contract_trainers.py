@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar
 
-import methods
 import pytest
+import trainer_plugins as trainers
+from planted_faults import contract_of
 
 from rlhf_core.contracts.trainer import Trainer
 from rlhf_core.testing import TrainerContract
-from rlhf_core.testing.arithmetic import Arithmetic
-from rlhf_core.testing.check import Check, run_checks
+from rlhf_core.testing.arithmetic_task import ArithmeticTask
+from rlhf_core.testing.runner import Check, run_checks
 
 
 class TestSFT(TrainerContract):
@@ -45,146 +46,152 @@ class TestSmoothedWithAdaptersAndCopy(TrainerContract):
 class Small(TrainerContract):
     def rows(self) -> list[dict[str, Any]]:
         return [
-            row for terms in (2, 3) for row in Arithmetic(terms=terms, digits=1).rows(self.subject().record, 5, seed=1)
+            row
+            for terms in (2, 3)
+            for row in ArithmeticTask(terms=terms, digits=1).rows(self.subject().record, 5, seed=1)
         ]
 
 
 class TestOnline(Small):
-    trainer = methods.Online
+    trainer = trainers.Online
 
 
 @pytest.mark.slow
 class TestOnlineOverAConstant(Small):
-    trainer = methods.OnlineOverAConstant
+    trainer = trainers.OnlineOverAConstant
 
 
 @pytest.mark.slow
 class TestOnlineOverTheStep(Small):
-    trainer = methods.OnlineOverTheStep
+    trainer = trainers.OnlineOverTheStep
 
 
 FAULTS: dict[type[Trainer], dict[str, str]] = {
-    methods.Means: {
+    trainers.Means: {
         "test_micro_batches_change_nothing": "with micro_batch_size 1: loss",
         "test_length_grouping_changes_nothing": "without length_grouped: loss",
     },
-    methods.LooksAtPadding: {"test_padding_changes_nothing": "with padding: loss"},
-    methods.ForgetsItsState: {
+    trainers.LooksAtPadding: {"test_padding_changes_nothing": "with padding: loss"},
+    trainers.ForgetsItsState: {
         "test_resume_is_exact": "step 4 differs after a resume from step 3: .*belongs in `state_dict`",
         "test_resume_of_a_stream_is_exact": "step 6 differs after a resume from step 5",
     },
-    methods.TrainsNothing: {"test_trained_models_get_a_gradient": "the loss gives no trained parameter a gradient"},
-    methods.OtherHeader: {"test_header_is_the_class": "`record` is 'unpaired' in the source .*methods.py:.* and 'sft'"},
-    methods.BareOption: {"test_every_option_is_described": "no description: strength"},
-    methods.LossyOption: {"test_configuration_survives_a_round_trip": "changed by writing and reading: strength"},
-    methods.OpenOptions: {"test_schema_describes_the_configuration": "accepts options that it doesn't know"},
-    methods.StageAsText: {"test_record_and_roles_are_known": "`stage` is 'warmup'"},
-    methods.OtherTerms: {
+    trainers.TrainsNothing: {"test_trained_models_get_a_gradient": "the loss gives no trained parameter a gradient"},
+    trainers.OtherHeader: {
+        "test_header_is_the_class": "`record` is 'unpaired' in the source .*trainer_plugins.py:.* and 'sft'"
+    },
+    trainers.BareOption: {"test_every_option_is_described": "no description: strength"},
+    trainers.LossyOption: {"test_configuration_survives_a_round_trip": "changed by writing and reading: strength"},
+    trainers.OpenOptions: {"test_schema_describes_the_configuration": "accepts options that it doesn't know"},
+    trainers.StageAsText: {"test_record_and_roles_are_known": "`stage` is 'warmup'"},
+    trainers.OtherTerms: {
         "test_every_term_has_a_weight": r"`loss` names the terms \['nll'\], `weights` \['loss'\]",
     },
-    methods.WeighsByModel: {"test_weights_depend_on_the_batch_alone": "the weights of one batch were"},
-    methods.NotFinite: {"test_loss_is_finite": "term `nll` is -inf"},
-    methods.LeavesEvaluation: {"test_loss_leaves_no_trace": "leaves another mode"},
-    methods.Seeds: {"test_loss_leaves_no_trace": "`loss` sets the state of the `torch` random generator"},
-    methods.SeedsExperience: {"test_loss_leaves_no_trace": "`experience` sets the state of the `torch`"},
-    methods.MovesTheFrozen: {"test_frozen_models_stay": "frozen, and changed: teacher"},
-    methods.MovesTheReference: {
+    trainers.WeighsByModel: {"test_weights_depend_on_the_batch_alone": "the weights of one batch were"},
+    trainers.NotFinite: {"test_loss_is_finite": "term `nll` is -inf"},
+    trainers.LeavesEvaluation: {"test_loss_leaves_no_trace": "leaves another mode"},
+    trainers.Seeds: {"test_loss_leaves_no_trace": "`loss` sets the state of the `torch` random generator"},
+    trainers.SeedsExperience: {"test_loss_leaves_no_trace": "`experience` sets the state of the `torch`"},
+    trainers.MovesTheFrozen: {"test_frozen_models_stay": "frozen, and changed: teacher"},
+    trainers.MovesTheReference: {
         "test_frozen_models_stay": "the reference moves as the policy learns",
         "test_loss_falls": "the loss is 0.6931 before and 0.6931 after 20 steps",
     },
-    methods.DropsRows: {"test_experience_keeps_the_rows": "rows lost"},
-    methods.ReportsMeans: {
+    trainers.DropsRows: {"test_experience_keeps_the_rows": "rows lost"},
+    trainers.ReportsMeans: {
         "test_metrics_change_nothing_with_micro_batches": r"`nll_mean` is .* instead of .*; report a pair \(sum, count\)",
     },
-    methods.ReadsTheLayout: {
+    trainers.ReadsTheLayout: {
         "test_packing_changes_nothing": "packed: loss",
         "test_shared_prompts_change_nothing": "with share_prompts: loss",
     },
-    methods.WantsSortedRows: {
+    trainers.WantsSortedRows: {
         "test_length_grouping_changes_nothing": "without length_grouped: loss",
         "test_order_of_rows_changes_nothing": "in another order: loss",
     },
-    methods.CountsPlaces: {
+    trainers.CountsPlaces: {
         "test_micro_batches_change_nothing": "with micro_batch_size 1: loss",
         "test_length_grouping_changes_nothing": "without length_grouped: loss",
         "test_order_of_rows_changes_nothing": "in another order: loss",
     },
-    methods.ForgetsEmptyShares: {
+    trainers.ForgetsEmptyShares: {
         "test_a_share_without_rows_is_taken": "without rows the window has other columns: first",
     },
-    methods.GathersWithinRows: {
+    trainers.GathersWithinRows: {
         "test_processes_change_nothing": "don't gather equally often",
         "test_a_share_without_rows_is_taken": "gather",
     },
-    methods.OwnMean: {"test_processes_change_nothing": "with 2 processes: loss"},
-    methods.ClimbsUp: {"test_loss_falls": "the loss is .* before and .* after 20 steps"},
+    trainers.OwnMean: {"test_processes_change_nothing": "with 2 processes: loss"},
+    trainers.ClimbsUp: {"test_loss_falls": "the loss is .* before and .* after 20 steps"},
     # A denominator off by a factor
-    methods.DoubleTokens: {
+    trainers.DoubleTokens: {
         "test_weights_count_what_is_summed": "`nll` adds up one entry per token in the loss, .*, 2 times that",
         "test_first_loss_is_the_known_one": "0.5 times the negative log-likelihood per token",
     },
-    methods.PromptTokens: {"test_weights_count_what_is_summed": "the number of tokens of prompts and responses"},
-    methods.TokensOfResponses: {"test_weights_count_what_is_summed": "of the responses, in the loss mask or not"},
-    methods.OnePerMicroBatch: {"test_weights_count_what_is_summed": "is 1 for a window and 8 for its rows added up"},
-    methods.ResponsesOfPairs: {"test_weights_count_what_is_summed": "one entry per prompt, .*, 2 times that"},
-    methods.PromptsOfGroups: {"test_repeated_rows_change_nothing": "with every response twice"},
+    trainers.PromptTokens: {"test_weights_count_what_is_summed": "the number of tokens of prompts and responses"},
+    trainers.TokensOfResponses: {"test_weights_count_what_is_summed": "of the responses, in the loss mask or not"},
+    trainers.OnePerMicroBatch: {"test_weights_count_what_is_summed": "is 1 for a window and 8 for its rows added up"},
+    trainers.ResponsesOfPairs: {"test_weights_count_what_is_summed": "one entry per prompt, .*, 2 times that"},
+    trainers.PromptsOfGroups: {"test_repeated_rows_change_nothing": "with every response twice"},
     # Gradients
-    methods.ReadsTheStartWithGradient: {
+    trainers.ReadsTheStartWithGradient: {
         "test_gradient_comes_through_the_loss_alone": "sends a gradient into a tensor of shape .*, which no role trains",
     },
-    methods.AttachesTheGraph: {"test_experience_keeps_the_rows": "column `logps` carries a gradient"},
-    methods.KeepsTheGraph: {"test_gradient_comes_through_the_loss_alone": "what was computed before `loss`"},
-    methods.FlatKL: {"test_every_option_does_something": "changes the loss and not its gradient: kl_weight"},
-    methods.FlatKLAlone: {"test_every_option_does_something": "changes the loss and not its gradient: kl_weight"},
-    methods.RatioOfOne: {"test_ratios_follow_the_policy": "the ratio of the two is always 1"},
+    trainers.AttachesTheGraph: {"test_experience_keeps_the_rows": "column `logps` carries a gradient"},
+    trainers.KeepsTheGraph: {"test_gradient_comes_through_the_loss_alone": "what was computed before `loss`"},
+    trainers.FlatKL: {"test_every_option_does_something": "changes the loss and not its gradient: kl_weight"},
+    trainers.FlatKLAlone: {"test_every_option_does_something": "changes the loss and not its gradient: kl_weight"},
+    trainers.RatioOfOne: {"test_ratios_follow_the_policy": "the ratio of the two is always 1"},
     # Tokens
-    methods.ScoresWhatItSees: {"test_no_token_is_seen_before_it_is_scored": "read at position t - 1"},
-    methods.LosesTheEnd: {"test_no_token_is_lost": "the last token of a response is lost"},
-    methods.LosesTheFirst: {"test_no_token_is_lost": "the first token of a response is lost"},
-    methods.MasksTheEnd: {"test_no_token_is_lost": "its end token, is lost"},
-    methods.CutsTheEnd: {"test_no_token_is_lost": "completions lose their end token"},
-    methods.ScoresAtOne: {"test_temperature_is_that_of_the_draw": "`generation.temperature` doesn't reach the loss"},
-    methods.RatioToTheRaw: {"test_temperature_is_that_of_the_draw": "`sampled_logps`, not `raw_logps`"},
-    methods.SwapsTheReference: {"test_frozen_models_stay": "column `ref_logps` holds .* of other responses"},
+    trainers.ScoresWhatItSees: {"test_no_token_is_seen_before_it_is_scored": "read at position t - 1"},
+    trainers.LosesTheEnd: {"test_no_token_is_lost": "the last token of a response is lost"},
+    trainers.LosesTheFirst: {"test_no_token_is_lost": "the first token of a response is lost"},
+    trainers.MasksTheEnd: {"test_no_token_is_lost": "its end token, is lost"},
+    trainers.CutsTheEnd: {"test_no_token_is_lost": "completions lose their end token"},
+    trainers.ScoresAtOne: {"test_temperature_is_that_of_the_draw": "`generation.temperature` doesn't reach the loss"},
+    trainers.RatioToTheRaw: {"test_temperature_is_that_of_the_draw": "`sampled_logps`, not `raw_logps`"},
+    trainers.SwapsTheReference: {"test_frozen_models_stay": "column `ref_logps` holds .* of other responses"},
     # The sign
-    methods.Unlearns: {"test_it_learns_in_the_right_direction": "the loss has the wrong sign"},
-    methods.PrefersTheRejected: {"test_it_learns_in_the_right_direction": "the loss has the wrong sign"},
-    methods.LowersRewards: {"test_it_learns_in_the_right_direction": "the mean reward is"},
+    trainers.Unlearns: {"test_it_learns_in_the_right_direction": "the loss has the wrong sign"},
+    trainers.PrefersTheRejected: {"test_it_learns_in_the_right_direction": "the loss has the wrong sign"},
+    trainers.LowersRewards: {"test_it_learns_in_the_right_direction": "the mean reward is"},
     # Rewards and owners
-    methods.NoAdvantage: {"test_rewards_decide_the_gradient": "no reward or advantage is in the loss"},
-    methods.RewardsByPlace: {"test_order_of_rows_changes_nothing": "does each get its own reward"},
-    methods.BaselineOfOthers: {"test_order_of_rows_changes_nothing": "does each get its own reward"},
-    methods.RewardsOfTheNext: {"test_order_of_rows_changes_nothing": "does each get its own reward"},
+    trainers.NoAdvantage: {"test_rewards_decide_the_gradient": "no reward or advantage is in the loss"},
+    trainers.RewardsByPlace: {"test_order_of_rows_changes_nothing": "does each get its own reward"},
+    trainers.BaselineOfOthers: {"test_order_of_rows_changes_nothing": "does each get its own reward"},
+    trainers.RewardsOfTheNext: {"test_order_of_rows_changes_nothing": "does each get its own reward"},
     # Draws
-    methods.ConstantSeeds: {"test_draws_differ": "the same prompt get the same completions in one step"},
-    methods.OneSeedOfAGroup: {"test_draws_differ": "completions of row .* are all the same"},
-    methods.SeedsWithoutStep: {"test_draws_differ": "the same completions in two steps"},
+    trainers.ConstantSeeds: {"test_draws_differ": "the same prompt get the same completions in one step"},
+    trainers.OneSeedOfAGroup: {"test_draws_differ": "completions of row .* are all the same"},
+    trainers.SeedsWithoutStep: {"test_draws_differ": "the same completions in two steps"},
     # Processes
-    methods.WhitensAlone: {"test_processes_change_nothing": "with 2 processes: loss"},
-    methods.GathersPerRow: {"test_processes_change_nothing": "don't gather equally often"},
-    methods.LogsMeans: {"test_processes_change_nothing": r"`length` is .* instead of .*; report a pair \(sum, count\)"},
+    trainers.WhitensAlone: {"test_processes_change_nothing": "with 2 processes: loss"},
+    trainers.GathersPerRow: {"test_processes_change_nothing": "don't gather equally often"},
+    trainers.LogsMeans: {
+        "test_processes_change_nothing": r"`length` is .* instead of .*; report a pair \(sum, count\)"
+    },
     # Options
-    methods.IgnoresClip: {"test_every_option_does_something": "no effect on anything: clip;"},
-    methods.IgnoresTopK: {"test_every_option_does_something": "no effect on anything: generation.top_k;"},
-    methods.IgnoresSmoothing: {"test_every_option_does_something": "no effect on anything: label_smoothing;"},
+    trainers.IgnoresClip: {"test_every_option_does_something": "no effect on anything: clip;"},
+    trainers.IgnoresTopK: {"test_every_option_does_something": "no effect on anything: generation.top_k;"},
+    trainers.IgnoresSmoothing: {"test_every_option_does_something": "no effect on anything: label_smoothing;"},
     # Windows, evaluations, runs
-    methods.CountsBatches: {"test_windows_are_counted": "says 1, and 5 batches give 20 windows"},
-    methods.EndsEachWindow: {"test_windows_are_counted": "comes of a rollout whose last one was yielded"},
-    methods.HeldOutTwice: {"test_held_out_rows_count_once": "are scored more than once"},
-    methods.RemembersHeldOutRows: {"test_held_out_rows_count_once": "an evaluation would change the run"},
-    methods.EvaluatesItsEpochs: {"test_held_out_rows_count_once": "are scored more than once"},
-    methods.EvaluatesMeans: {"test_held_out_rows_count_once": "the count of `score` is 1 for held-out rows together"},
-    methods.RemembersOne: {"test_resume_is_exact": "differs after a resume from step"},
-    methods.EveryFourth: {"test_resume_is_exact": "differs after a resume from step"},
+    trainers.CountsBatches: {"test_windows_are_counted": "says 1, and 5 batches give 20 windows"},
+    trainers.EndsEachWindow: {"test_windows_are_counted": "comes of a rollout whose last one was yielded"},
+    trainers.HeldOutTwice: {"test_held_out_rows_count_once": "are scored more than once"},
+    trainers.RemembersHeldOutRows: {"test_held_out_rows_count_once": "an evaluation would change the run"},
+    trainers.EvaluatesItsEpochs: {"test_held_out_rows_count_once": "are scored more than once"},
+    trainers.EvaluatesMeans: {"test_held_out_rows_count_once": "the count of `score` is 1 for held-out rows together"},
+    trainers.RemembersOne: {"test_resume_is_exact": "differs after a resume from step"},
+    trainers.EveryFourth: {"test_resume_is_exact": "differs after a resume from step"},
 }
 
 
 def contract(trainer: type[Trainer]) -> type[TrainerContract]:
-    options = {"kl_weight": 0.1} if trainer is methods.FlatKLAlone else {}
-    return type("Contract", (Small,), {"trainer": trainer, "options": options})
+    options = {"kl_weight": 0.1} if trainer is trainers.FlatKLAlone else {}
+    return contract_of(Small, trainer, options=options)  # type: ignore[return-value]
 
 
-LONG = {methods.IgnoresClip, methods.IgnoresTopK, methods.FlatKL, methods.FlatKLAlone}
+LONG = {trainers.IgnoresClip, trainers.IgnoresTopK, trainers.FlatKL, trainers.FlatKLAlone}
 """Methods whose fault is found by trying many values."""
 
 
@@ -203,7 +210,7 @@ def test_a_fault_is_caught(trainer: type[Trainer], check: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trainer", [methods.Means, methods.NoAdvantage], ids=lambda trainer: trainer.__name__)
+@pytest.mark.parametrize("trainer", [trainers.Means, trainers.NoAdvantage], ids=lambda trainer: trainer.__name__)
 def test_a_fault_is_reported_with_its_reason(trainer: type[Trainer]) -> None:
     checks: list[Check] = list(run_checks(contract(trainer)))
     assert {check.name for check in checks if check.status == "failed"} >= FAULTS[trainer].keys(), checks

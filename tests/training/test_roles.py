@@ -20,8 +20,8 @@ from rlhf_core.contracts.batch import Batch
 from rlhf_core.contracts.trainer import FROZEN, TRAINED, Loss, Role, Trainer
 from rlhf_core.infra.errors import ConfigError, ModelError, PluginError, RLHFError
 from rlhf_core.models import PolicyModel, RewardModel, ValueModel
-from rlhf_core.testing.arithmetic import Arithmetic
-from rlhf_core.testing.runs import Interrupted, interruptible, metrics_of, require_same_run
+from rlhf_core.testing.arithmetic_task import ArithmeticTask
+from rlhf_core.testing.interrupted_runs import Interrupted, interruptible, metrics_of, require_same_run
 from rlhf_core.testing.tiny import save_tiny, tiny_model, tiny_tokenizer
 from rlhf_core.testing.workbench import Workbench
 from rlhf_core.training.disk_space import disk_need_of_files
@@ -30,7 +30,7 @@ from rlhf_core.training.loader import Loader
 from rlhf_core.training.roles import set_training_mode
 
 SMALL: dict[str, Any] = {"hidden": 32, "heads": 2, "kv_heads": 1}
-ROWS = list(Arithmetic(terms=2, digits=1, wrong=0.0).rows("sft", 12))
+ROWS = list(ArithmeticTask(terms=2, digits=1, wrong=0.0).rows("sft", 12))
 BASE: dict[str, Any] = {
     "batch_size": 4, "max_length": 64, "max_steps": 2, "learning_rate": 1e-3, "lr_schedule": "constant", "warmup_ratio": 0.0,
     "logging": {"progress": False},

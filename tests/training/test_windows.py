@@ -16,7 +16,7 @@ from rlhf_core.contracts.batch import Batch
 from rlhf_core.contracts.trainer import Window
 from rlhf_core.infra.errors import NumbersError, PluginError
 from rlhf_core.testing import simulate
-from rlhf_core.testing.runs import Interrupted, interruptible, require_same_run
+from rlhf_core.testing.interrupted_runs import Interrupted, interruptible, require_same_run
 from rlhf_core.training.context import RunContext
 from rlhf_core.training.distribution import Distribution
 

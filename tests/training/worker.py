@@ -24,7 +24,7 @@ from rlhf_core.infra.errors import DataError, LostProcess, RLHFError
 from rlhf_core.infra.safetensors_file import write_tensors
 from rlhf_core.models import PolicyModel
 from rlhf_core.registry.hooks import hookimpl
-from rlhf_core.testing.arithmetic import Arithmetic
+from rlhf_core.testing.arithmetic_task import ArithmeticTask
 from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
 
 
@@ -72,7 +72,7 @@ def trainer_of(job: dict[str, Any], output: Path) -> Trainer[Any]:
     if "method" not in job:
         return toy(output, kind=Worker, dropout=0.0, eval_rows=ROWS[:9], **job["options"])
     method = registry.get("trainer", job["method"])
-    rows = list(Arithmetic().rows(method.record, 24, split="train", seed=0))
+    rows = list(ArithmeticTask().rows(method.record, 24, split="train", seed=0))
     policy = PolicyModel(tiny_model(), tiny_tokenizer())
     return method(method.Config(**job["options"]), model=policy, data=rows, eval_data=rows[:7], output=output)
 

@@ -16,7 +16,7 @@ from rlhf_core import registry
 from rlhf_core.infra.errors import PluginError, printable
 from rlhf_core.infra.log import LOGGER, hide_library_bars
 from rlhf_core.registry.plugin_logs import plugin_packages
-from rlhf_core.testing.contract import Checks, describe_error
+from rlhf_core.testing.contract import Contract, describe_error
 
 Status = Literal["ok", "failed", "expected", "skipped"]
 
@@ -31,14 +31,14 @@ class Check:
     seconds: float
 
 
-def contract_of(kind: str) -> type[Checks]:
+def contract_of(kind: str) -> type[Contract]:
     """Return the contract of a kind of plugin."""
     from rlhf_core import testing
 
     return getattr(testing, f"{kind.capitalize()}Contract")
 
 
-def run_checks(contract: type[Checks]) -> Iterator[Check]:
+def run_checks(contract: type[Contract]) -> Iterator[Check]:
     """Run each check of a contract, in order."""
     for name in contract.checks():
         began = time.perf_counter()
@@ -84,7 +84,7 @@ def run_contract(
     return PluginError.exit_code if counts["failed"] else 0
 
 
-def _run(contract: type[Checks], name: str) -> tuple[Status, str]:
+def _run(contract: type[Contract], name: str) -> tuple[Status, str]:
     expected = contract.expected_failures.get(name)
     # The mark for pytest is left aside: here the failure itself is looked at.
     test = getattr(contract, name)

@@ -13,7 +13,7 @@ from pydantic import Field
 from rlhf_core.config.base import BaseConfig
 from rlhf_core.contracts.reward import RewardFn, Sample
 from rlhf_core.rewards import open_rewards
-from rlhf_core.testing.arithmetic import step_labels, verify
+from rlhf_core.testing.arithmetic_task import step_labels, verify
 
 
 class Exact(RewardFn):

@@ -16,12 +16,10 @@ from rlhf_core.contracts.trainer import Trainer
 from rlhf_core.models import PolicyModel
 from rlhf_core.testing.contract import after, require
 from rlhf_core.testing.trainer_online import responses_of
-from rlhf_core.testing.trainer_setup import TrainerSetup
+from rlhf_core.testing.trainer_setup import GRADIENT, TERMS, TrainerSetup
 from rlhf_core.testing.workbench import Workbench
 from rlhf_core.training.roles import trained_roles
 
-TERMS = "test_every_term_has_a_weight"
-GRADIENT = "test_trained_models_get_a_gradient"
 FACTORS = tuple(range(2, 17))
 
 

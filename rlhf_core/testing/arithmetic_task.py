@@ -107,7 +107,7 @@ def split_of(prompt: Prompt) -> Split:
 
 
 @dataclass(frozen=True)
-class Arithmetic:
+class ArithmeticTask:
     """A family of problems at one difficulty, and the rows that it yields."""
 
     family: str = "sums"
@@ -158,7 +158,7 @@ class Arithmetic:
             yield {"prompt": prompt, **_RECORDS[record](prompt, rng, self.wrong)}
 
 
-def write_jsonl(folder: str | Path, task: Arithmetic, *, train: int, test: int, seed: int = 0) -> Path:
+def write_jsonl(folder: str | Path, task: ArithmeticTask, *, train: int, test: int, seed: int = 0) -> Path:
     """Write `train/RECORD.jsonl` and `test/RECORD.jsonl` with so many rows of every record kind; return the folder."""
     folder = Path(folder)
     splits: dict[Split, int] = {"train": train, "test": test}
