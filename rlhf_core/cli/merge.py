@@ -154,9 +154,7 @@ def _describe(job: MergeJob, *, resume: bool, overwrite: bool, as_json: bool) ->
     try:
         facts = _facts(job, merger, plan)
     finally:
-        for one in (plan.base, *plan.models):
-            if one is not None:
-                one.close()
+        plan.close()
     if as_json:
         return print_json({**facts, "config": job.resolved()})
     lines = [f"{job.plugin.qualified} {job.plugin.version}: {job.plugin.summary}".strip()]
@@ -181,8 +179,6 @@ def _describe(job: MergeJob, *, resume: bool, overwrite: bool, as_json: bool) ->
 
 
 def _facts(job: MergeJob, merger: ModelMerger, plan: Any) -> dict[str, Any]:
-    from rlhf_core.merging.merge import memory_needed
-
     inputs = [("base", plan.base)] if plan.base is not None else []
     inputs += [("model", model) for model in plan.models]
     place = Path(job.config.output or ".").expanduser().absolute()
@@ -193,19 +189,19 @@ def _facts(job: MergeJob, merger: ModelMerger, plan: Any) -> dict[str, Any]:
             {
                 "as": kind,
                 "name": one.name,
-                "tensors": len(one.all_tensors),
-                "bytes": sum(entry.nbytes for entry in one.all_tensors.values()),
+                "tensors": len(one.tensors),
+                "bytes": sum(entry.nbytes for entry in one.tensors.values()),
             }
             for kind, one in inputs
         ],
-        "merged": sum(item.merged for item in plan.items),
-        "copied": sum(not item.merged for item in plan.items),
+        "merged": sum(item.merged for item in plan.tensors),
+        "copied": sum(not item.merged for item in plan.tensors),
         "left_out": list(plan.left_out),
         "output": job.config.output,
         "files": [{"name": file.name, "bytes": file.size} for file in plan.files],
         "bytes": plan.nbytes,
         "free": shutil.disk_usage(there).free,
-        "memory": memory_needed(merger, plan),
+        "memory": merger.memory_needed(plan),
         "threads": merger.threads,
         "device": str(merger.device),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from rlhf_core.config.base import BaseConfig
 
@@ -34,10 +34,9 @@ class Merger(ABC):
     commutative: ClassVar[bool] = False
     """Whether the result is the same for any order of the models. They are then sorted by their values, so that any order
     makes the same bits; `chunk.inputs` are sorted with them."""
-    by_row: ClassVar[bool] = False
-    """Whether chunks are whole rows, (rows, columns); else they are (N,)."""
-    whole_tensors: ClassVar[bool] = False
-    """Whether it needs whole tensors: a chunk is then one tensor, in its own shape. By default at most four merge at once."""
+    chunk_shape: ClassVar[Literal["flat", "rows", "tensor"]] = "flat"
+    """Shape of a chunk: `flat` is a run of elements, (N,), `rows` whole rows, (rows, columns), `tensor` the whole tensor in its
+    own shape, of which by default at most four merge at once."""
     per_model: ClassVar[tuple[str, ...]] = ()
     """Options of `Config`, of any type, that may differ between models. `chunk.inputs[i].options` and `stream.option(name)` hold
     each model's value. Declare a file as a field of type `Path`: a resumed merge is then refused where the file has changed."""

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from rlhf_core.infra.errors import ConfigError, ModelError
 from rlhf_core.infra.files import storage_errors
-from rlhf_core.merging.checkpoint import Checkpoint
+from rlhf_core.merging.input_model import InputModel
+from rlhf_core.merging.open_model import open_model
 from rlhf_core.merging.plan import natural
 from rlhf_core.merging.streams import TensorStream
 from rlhf_core.merging.weights import GROUPS, layer_of
@@ -146,7 +147,7 @@ def diff(first: str | Path, second: str | Path, *, progress: Progress | None = N
     Raises:
         ModelError: one can't be read, holds values that aren't finite, or the two have no tensor in common.
     """
-    a, b = Checkpoint.open(first), Checkpoint.open(second)
+    a, b = open_model(first), open_model(second)
     try:
         return _compare(a, b, progress)
     finally:
@@ -154,8 +155,8 @@ def diff(first: str | Path, second: str | Path, *, progress: Progress | None = N
         b.close()
 
 
-def _compare(a: Checkpoint, b: Checkpoint, progress: Progress | None) -> Difference:
-    own, others = a.all_tensors, b.all_tensors
+def _compare(a: InputModel, b: InputModel, progress: Progress | None) -> Difference:
+    own, others = a.tensors, b.tensors
     shared = sorted(set(own) & set(others), key=natural)
     shapes = {name: (own[name].shape, others[name].shape) for name in shared}
     reshaped = {name: pair for name, pair in shapes.items() if tuple(pair[0]) != tuple(pair[1])}
@@ -171,7 +172,7 @@ def _compare(a: Checkpoint, b: Checkpoint, progress: Progress | None) -> Differe
     tensors, done = {}, 0
     with torch.inference_mode():
         for name in names:
-            stream = TensorStream(name, a.any_source(name), [b.any_source(name)])
+            stream = TensorStream(name, a.tensors[name], [b.tensors[name]])
             pieces: Iterable[Distance] = (distance(chunk.origin, chunk.tensors[0]) for chunk in stream.chunks())
             tensors[name] = sum(pieces, Distance())
             done += own[name].nbytes

@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core.infra.errors import ModelError, first_line, nearest
-from rlhf_core.infra.files import sha256_of
+from rlhf_core.infra.files import read_json, sha256_of, storage_errors
 
 REWARD_HEAD, PROCESS_REWARD_HEAD, VALUE_HEAD = HEADS = ("reward_head", "process_reward_head", "value_head")
 """Heads that models keep beside their weights, each as `NAME.json` and `NAME.safetensors`."""
+HEAD_FORMAT = 1
+"""Version of what `NAME.json` says of a head."""
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 
 
@@ -147,31 +150,67 @@ def adapter_chain(where: str, local: Callable[[str], str] = str) -> tuple[str, l
     return where, adapters[::-1]
 
 
-def check_files(where: str) -> None:
-    """Look at a local directory's weights before loading: every shard there, and not only pickles."""
+def check_files(where: str) -> dict[str, set[str]] | None:
+    """Check a local directory's weights before they are read: every shard is there, and they aren't pickles alone.
+
+    Returns:
+        Of a model in several shards the names of the tensors that its index puts in each; None for all others.
+    """
     path = Path(where)
-    if not path.is_dir():
-        return
-    index = path / "model.safetensors.index.json"
-    if index.is_file() and not (path / "model.safetensors").is_file():
+    index = path / INDEX
+    if (
+        index.is_file() and not (path / SINGLE).is_file()
+    ):  # where both are there, the single file counts, as in transformers
+        shards: dict[str, set[str]] = {}
         try:
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            for tensor, shard in json.loads(index.read_text())["weight_map"].items():
+                shards.setdefault(shard, set()).add(tensor)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(
-                f"{index.name} can't be read", place=where, got=first_line(error), fix="copy the file again"
+                f"{INDEX} can't be read", place=where, got=first_line(error), fix="copy the file again"
             ) from None
-        for shard in shards:
-            if "/" in shard or not (path / shard).is_file():
-                raise ModelError(
-                    f"shard {shard} is missing",
-                    place=where,
-                    got=f"an index of {len(shards)} shards",
-                    fix="copy the file",
-                )
-    elif not any(path.glob("*.safetensors")) and any(path.glob("*.bin")):
+        if lost := [shard for shard in sorted(shards) if "/" in shard or not (path / shard).is_file()]:
+            raise ModelError(
+                f"shard {lost[0]} is missing", place=where, got=f"an index of {len(shards)} shards", fix="copy the file"
+            )
+        return shards
+    if path.is_dir() and not any(path.glob("*.safetensors")) and any(path.glob("*.bin")):
         raise ModelError(
             "has only pickled weights, which can run code when they are loaded",
             place=where,
             got=", ".join(sorted(p.name for p in path.glob("*.bin"))),
             fix="convert it to safetensors with `save_pretrained`, where you trust it",
         )
+    return None
+
+
+def json_object(path: Path, place: str) -> dict[str, Any]:
+    """Return the object in a JSON file of a model, such as its config.json.
+
+    Raises:
+        ModelError: it isn't JSON, or no object.
+        StorageError: it can't be opened.
+    """
+    with storage_errors(path):
+        try:
+            found = read_json(path)
+        except ValueError as error:
+            raise ModelError(f"{path.name} can't be read", place=place, got=error, fix="copy the file again") from None
+    if not isinstance(found, dict):
+        raise ModelError(f"{path.name} is no JSON object", place=place, fix="save the model again")
+    return found
+
+
+def head_description(directory: Path, head: str) -> dict[str, Any]:
+    """Return what `HEAD.json` beside a model's weights says of a head.
+
+    Raises:
+        ModelError: it is damaged, or of another format.
+    """
+    path = directory / f"{head}.json"
+    found = json_object(path, str(directory))
+    if type(number := found.get("format")) is not int:
+        raise ModelError("lacks `format`", place=str(path), fix="save the model again")
+    if number != HEAD_FORMAT:
+        raise ModelError("is of another format", place=str(path), got=f"{number} for {HEAD_FORMAT}")
+    return found

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rlhf_core.merging.interpolation import layer_wise_interpolation as layer_wise_interpolation
     from rlhf_core.merging.merge import MergeResult as MergeResult
     from rlhf_core.merging.merge import ModelMerger as ModelMerger
+    from rlhf_core.merging.one_tensor import merge_tensor as merge_tensor
     from rlhf_core.merging.selection import kept_count as kept_count
     from rlhf_core.merging.selection import magnitudes as magnitudes
     from rlhf_core.merging.selection import tensor_thresholds as tensor_thresholds
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from rlhf_core.merging.streams import CHUNK as CHUNK
     from rlhf_core.merging.streams import Chunk as Chunk
     from rlhf_core.merging.streams import TensorStream as TensorStream
-    from rlhf_core.merging.tensor import merge_tensor as merge_tensor
     from rlhf_core.merging.weights import is_embedding as is_embedding
     from rlhf_core.merging.weights import require_one_sign as require_one_sign
     from rlhf_core.merging.weights import share_of_weights as share_of_weights
@@ -33,9 +33,9 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.merging.inputs": "MergeInput",
         "rlhf_core.merging.interpolation": "layer_wise_interpolation",
         "rlhf_core.merging.merge": "MergeResult ModelMerger",
+        "rlhf_core.merging.one_tensor": "merge_tensor",
         "rlhf_core.merging.selection": "kept_count magnitudes tensor_thresholds thresholds",
         "rlhf_core.merging.streams": "CHUNK Chunk TensorStream",
-        "rlhf_core.merging.tensor": "merge_tensor",
         "rlhf_core.merging.weights": "is_embedding require_one_sign share_of_weights",
     },
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rlhf_core.infra.errors import ConfigError, did_you_mean, shortened
 from rlhf_core.infra.files import read_json, replace_file, to_json
-from rlhf_core.merging.checkpoint import Checkpoint
+from rlhf_core.merging.input_model import InputModel
 
 AUTO = "auto"
 FILE = "chat_template.jinja"
@@ -88,7 +88,7 @@ def check(given: str) -> None:
         raise ConfigError("is no Jinja template", place="chat_template", got=f"line {error.lineno}: {error}") from None
 
 
-def chosen(given: str, models: Sequence[Checkpoint]) -> str | None:
+def chosen(given: str, models: Sequence[InputModel]) -> str | None:
     """Return the text of a template.
 
     Args:
@@ -115,9 +115,9 @@ def write(path: Path, text: str) -> None:
             replace_file(settings, to_json(described))
 
 
-def _template_of(one: Checkpoint) -> str | None:
+def _template_of(one: InputModel) -> str | None:
     """Return a model's template, from a file for it or from the tokenizer's configuration; None where it has none."""
-    for place in one.places:
+    for place in one.directories:
         if (place / FILE).is_file():
             return (place / FILE).read_text(encoding="utf-8")
         if (place / _SETTINGS).is_file():

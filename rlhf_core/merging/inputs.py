@@ -31,8 +31,8 @@ class MergeInput:
     the model's own, else the method's; at the tensor that is being merged."""
     index: int = 0
     """Its place in the list that was given, from 0."""
-    digest: bytes = b""
-    """A hash of some of its values: the same wherever it stands in the list and however its files are cut."""
+    fingerprint: bytes = b""
+    """A hash of tensors' names, shapes and some values: the same wherever it is in the list and however its files are cut."""
 
 
 def check_own(key: str, method: type[Merger], name: str, place: str) -> None:

@@ -29,7 +29,7 @@ from rlhf_core.interop.mergekit_methods import parity
 from rlhf_core.merging.config import MergeConfig, ModelEntry
 from rlhf_core.merging.inputs import check_own
 from rlhf_core.merging.merge import ModelMerger, Progress
-from rlhf_core.merging.method import Method, is_number
+from rlhf_core.merging.method import MergeMethod, is_number
 from rlhf_core.merging.model_score import Evaluate
 from rlhf_core.merging.weights import LayerValues
 from rlhf_core.registry.discovery import Plugin
@@ -57,7 +57,7 @@ class MergeJob:
     """What to merge, how, and where each value came from."""
 
     config: MergeConfig
-    method: Method
+    method: MergeMethod
     places: Mapping[str, str]
     """For each dotted key that was set, its place: `file:line`, or a flag."""
 
@@ -68,7 +68,7 @@ class MergeJob:
 
     def merger(self, *, evaluate: Evaluate | str | None = None, progress: Progress | None = None) -> ModelMerger:
         """Return the merger; its arguments are `ModelMerger`'s. No model is opened yet."""
-        return ModelMerger(self.config, evaluate=evaluate, progress=progress)
+        return ModelMerger(self.config, evaluate=evaluate, progress=progress, method=self.method)
 
     def resolved(self) -> dict[str, Any]:
         """Return every option as plain values, secrets redacted; as a file they describe the same merge."""
@@ -133,7 +133,7 @@ def load_merge_job(
         _check_value(entry.get("weight"), f"models.{number}.weight", places)
         _check_values(entry.get("options", {}), method, f"models.{number}.options.", places)
     config = MergeConfig.parse({**keys, "options": options}, place=places)
-    return MergeJob(config, _checked(Method(config, place=places), places), places)
+    return MergeJob(config, _checked(MergeMethod(config, place=places), places), places)
 
 
 def model_flag(text: str) -> dict[str, Any]:
@@ -271,7 +271,7 @@ def _check_value(value: Any, key: str, places: Mapping[str, str]) -> None:
         LayerValues.parse(value, place=inner)
 
 
-def _checked(method: Method, places: Mapping[str, str]) -> Method:
+def _checked(method: MergeMethod, places: Mapping[str, str]) -> MergeMethod:
     """Return the method, its weights checked where none varies by layer: before any model is opened."""
     weights = [entry.weight for entry in method.config.models]
     if all(isinstance(weight, float) for weight in weights):

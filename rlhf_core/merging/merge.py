@@ -18,17 +18,16 @@ from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.errors import ConfigError, ModelError, NumbersError, PluginError
 from rlhf_core.infra.files import storage_errors
 from rlhf_core.merging import chat_template
-from rlhf_core.merging.checkpoint import Checkpoint
 from rlhf_core.merging.config import MergeConfig
-from rlhf_core.merging.directory import check_tokenizer, fill
-from rlhf_core.merging.heads import common_heads
+from rlhf_core.merging.execution import MergeExecution
+from rlhf_core.merging.input_model import InputModel
 from rlhf_core.merging.inputs import MergeInput
-from rlhf_core.merging.method import Method
+from rlhf_core.merging.method import MergeMethod
 from rlhf_core.merging.model_score import Evaluate, ModelScore
-from rlhf_core.merging.output import Output, check_begun
-from rlhf_core.merging.passing import Pass
-from rlhf_core.merging.plan import Plan, check_count, memory
-from rlhf_core.merging.stack import StackedCheckpoint, open_model
+from rlhf_core.merging.open_model import open_model
+from rlhf_core.merging.output import Output, require_free
+from rlhf_core.merging.plan import Plan, require_count
+from rlhf_core.merging.side_files import warn_without_tokenizer, write_side_files
 from rlhf_core.merging.streams import THREADS_CHUNK
 
 log = logging.getLogger(__name__)
@@ -52,7 +51,7 @@ class MergeResult:
     bytes_written: int
     seconds: float
     details: dict[str, Any] = field(default_factory=dict)
-    """What the method tells of itself, such as the models that a greedy soup took."""
+    """What the method reports, such as the models that a greedy soup took."""
 
 
 class ModelMerger:
@@ -64,97 +63,91 @@ class ModelMerger:
         config: what to merge and how.
         evaluate: for a method that evaluates what it makes: a function from a directory to a score, larger being better;
             or its name, `FILE.py:FUNCTION`.
-        progress: told of bytes written.
+        progress: called with bytes of output that are done, and their total.
+        method: the configuration's method, where it was built already.
     """
 
     def __init__(
-        self, config: MergeConfig, *, evaluate: Evaluate | str | None = None, progress: Progress | None = None
+        self,
+        config: MergeConfig,
+        *,
+        evaluate: Evaluate | str | None = None,
+        progress: Progress | None = None,
+        method: MergeMethod | None = None,
     ) -> None:
         self.config, self.progress = config, progress
-        self.method = Method(config)
+        self.method = method if method is not None else MergeMethod(config)
         if evaluate is not None and not self.method.evaluates:
             fix = "leave it out, or use greedy_soup"
             raise ConfigError(f"{config.method} evaluates nothing", place="evaluate", fix=fix)
         self._score = None if evaluate is None else ModelScore(evaluate)
-        self.device = DeviceManager(config.device if config.device != "auto" else _device()).device
-        most = _WHOLE if self.method.merger.whole_tensors else None
-        self.threads = config.threads or min(_cores(), most or _cores())
+        kind: Any = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = DeviceManager(kind).device
+        self._whole = self.method.merger.chunk_shape == "tensor"
+        self.threads = config.threads or (min(_cores(), _WHOLE) if self._whole else _cores())
         self.details: dict[str, Any] = {}
         self._resume = self._overwrite = False
 
     def plan(self) -> Plan:
         """Open the inputs, check that they fit together, and lay the output out; nothing is written."""
-        config = self.config
-        if self.method.merger.needs_base and config.base is None:
+        config, merger = self.config, self.method.merger
+        if merger.needs_base and config.base is None:
             raise ConfigError(
                 f"{config.method} works on differences from a base model, and none is given",
                 place="base",
                 fix="give `--base`",
             )
-        check_count(config.models, self.method.merger.models, config.method)
+        require_count(config.models, merger.models, config.method)
         if config.chat_template is not None:
             chat_template.check(config.chat_template)
-        opened: list[Checkpoint] = []
-        try:
-            for name in [
-                *([config.base] if config.base is not None else []),
-                *(entry.model for entry in config.models),
-            ]:
-                opened.append(open_model(name))
-            base = opened[0] if config.base is not None else None
-            models = opened[len(opened) - len(config.models) :]
-            takes_base = base is not None and not self.method.merger.ignores_base
-            plan = Plan.make(
-                base,
-                models,
-                dtype=_DTYPES[config.dtype],
-                shard_size=config.shard_size,
-                tokenizer=config.tokenizer,
-                multiple=config.pad_to_multiple_of,
-                heads=common_heads(opened if takes_base else models),
-            )
-            self.method.check(plan)
-            check_tokenizer(plan)
-            self._refuse_inputs_below(opened)
-            return plan
-        except BaseException:
-            for one in opened:
-                one.close()
-            raise
+        plan = Plan.make(
+            open_model(config.base) if config.base is not None else None,
+            [open_model(entry.model) for entry in config.models],
+            base_merged=not merger.ignores_base,
+            dtype=_DTYPES[config.dtype],
+            shard_size=config.shard_size,
+            tokenizer=config.tokenizer,
+            multiple=config.pad_to_multiple_of,
+        )
+        self.method.check(plan)
+        warn_without_tokenizer(plan)
+        self._refuse_inputs_below_output(plan)
+        return plan
+
+    def memory_needed(self, plan: Plan) -> int:
+        """Estimate the memory that a merge takes beyond the interpreter's, bytes."""
+        return plan.memory(self.threads, None if self._whole else THREADS_CHUNK)
 
     def merge(self, *, resume: bool = False, overwrite: bool = False) -> MergeResult:
         """Merge and return what was made.
 
         Args:
-            resume: go on with a merge into the same output that was killed.
+            resume: continue a merge into the same output that was killed.
             overwrite: replace a model in the output.
 
         Raises:
-            ConfigError, ModelError, StorageError: the options, inputs or output can't do.
+            ConfigError, ModelError, StorageError: the options, inputs or output are invalid.
         """
         if self.config.output is None:
             raise ConfigError("no output directory is set", place="output", fix="give `--output DIR`")
         started = time.perf_counter()
         self._target = Path(self.config.output).expanduser().resolve()
-        check_begun(self._target, resume=resume, overwrite=overwrite)
+        require_free(self._target, resume=resume, overwrite=overwrite)
         self._resume, self._overwrite = resume, overwrite
-        self._plan = self.plan()
+        self._plan = plan = self.plan()
         try:
             self.method.merger.merge(self)
         finally:
-            for one in (self._plan.base, *self._plan.models):
-                if one is not None:
-                    one.close()
+            plan.close()
         seconds = time.perf_counter() - started
-        plan = self._plan
-        return MergeResult(self._target, len(plan.items), plan.read_bytes, plan.nbytes, seconds, self.details)
+        return MergeResult(self._target, len(plan.tensors), plan.read_bytes, plan.nbytes, seconds, self.details)
 
-    def _refuse_inputs_below(self, inputs: Sequence[Checkpoint]) -> None:
-        """Raise where an input, or a file that an option names, lies where the output is to be."""
+    def _refuse_inputs_below_output(self, plan: Plan) -> None:
+        """Raise where an input, or a file that an option names, is in the output directory."""
         if self.config.output is None:
             return
         target = Path(self.config.output).expanduser().resolve()
-        for path in [*(file for one in inputs for file in one.files), *self.method.files]:
+        for path in [*(file.path for one in plan.inputs for file in one.files), *self.method.files]:
             if target in path.resolve().parents:
                 raise ConfigError(
                     "one of the inputs lies in the output directory",
@@ -173,7 +166,7 @@ class ModelMerger:
             ConfigError: a weight or an option of a model varies by layer: `inputs_at` has its values.
         """
         self.method.require_one_value()
-        return self.inputs_at(self._plan.items[0].name)
+        return self.inputs_at(self._plan.tensors[0].name)
 
     def inputs_at(self, tensor: str, merger: Merger | None = None) -> list[MergeInput]:
         """Return the models in the order in which they were given, with their weights and options at a tensor.
@@ -182,25 +175,12 @@ class ModelMerger:
             tensor: its name.
             merger: the method whose options they are; the configuration's where None.
         """
-        plan = self._plan
-        weights = self.method.weights(tensor, plan.depth)
-        options = self.method.options(merger or self.method.merger, tensor, plan.depth)
-        return [
-            MergeInput(
-                one.name,
-                None if isinstance(one, StackedCheckpoint) else one.path,
-                weights[number],
-                options[number],
-                number,
-                one.digest,
-            )
-            for number, one in enumerate(plan.models)
-        ]
+        return self.method.inputs_at(merger or self.method.merger, self._plan, tensor)
 
     @property
     def tensors(self) -> list[str]:
         """Names of the tensors that are merged."""
-        return [item.name for item in self._plan.items if item.merged]
+        return [tensor.name for tensor in self._plan.tensors if tensor.merged]
 
     def write(self, merger: Merger, models: Sequence[int] | None = None) -> Path:
         """Merge every tensor and put the whole in the output directory.
@@ -221,8 +201,9 @@ class ModelMerger:
             raise ConfigError(
                 "no evaluation is given", place="evaluate", fix="give a function that scores a model's directory"
             )
-        if len(models) == 1 and self._is_as_written(self._plan.models[models[0]]):
-            return self._score(self._plan.models[models[0]].path)
+        alone = self._plan.models[models[0]]
+        if len(models) == 1 and alone.path is not None and self._is_as_written(alone):
+            return self._score(alone.path)
         with storage_errors(self._target.parent):
             self._target.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=f".{self._target.name}.trial-", dir=self._target.parent) as place:
@@ -231,32 +212,45 @@ class ModelMerger:
                 return self._score(trial)
 
     def _replayed(self, merger: Merger, chosen: Sequence[int]) -> MergeConfig:
-        """Return what makes the same again, without choosing anew."""
+        """Return the configuration that makes the same result without choosing among the models."""
         if merger.replay is None:
             return self.config
         models = [self.config.models[number] for number in chosen]
         return self.config.updated(method=merger.replay, models=[entry.model_dump() for entry in models], options={})
 
-    def _is_as_written(self, one: Checkpoint) -> bool:
-        """Tell whether a model merged alone would be the model as it lies there."""
+    def _is_as_written(self, one: InputModel) -> bool:
+        """Tell whether a model merged alone would be the model in its directory."""
         plan = self._plan
-        kinds = all(item.dtype == one.tensors[item.name].dtype for item in plan.own)
-        return type(one) is Checkpoint and plan.vocabularies.rows is None and kinds
+        kinds = all(tensor.dtype == one.tensors[tensor.name].dtype for tensor in plan.own)
+        return one.base is None and plan.vocabularies.rows is None and kinds
 
     def _write(
         self, merger: Merger, models: Sequence[int] | None, target: Path, *, resume: bool, overwrite: bool
     ) -> Path:
-        plan = self._plan
+        plan, method = self._plan, self.method
         chosen = list(range(len(plan.models))) if models is None else list(models)
-        fingerprint = plan.fingerprint(self.method.recipe(merger), chosen, self.device.type)
+        if models is not None or merger is not method.merger:
+            method.check_weights(plan, merger, chosen)
+        fingerprint = plan.fingerprint(method.fingerprint_values(merger), chosen, self.device.type)
         output = Output.open(target, plan, fingerprint, resume=resume, overwrite=overwrite)
         try:
-            Pass(self, plan, merger, chosen, output).go()
+            MergeExecution(
+                plan,
+                output,
+                merger,
+                merger_at=lambda name: method.merger_at(merger, name, plan.depth),
+                inputs_at=lambda name: method.inputs_at(merger, plan, name),
+                chosen=chosen,
+                seed=self.config.seed,
+                device=self.device,
+                threads=self.threads,
+                progress=self.progress,
+            ).run()
             config = self._replayed(merger, chosen)
             merged = [(number, self.config.models[number].weight) for number in chosen]
-            return output.publish(lambda path: fill(path, plan, config, merged, self.details))
+            return output.publish(lambda path: write_side_files(path, plan, config, merged, self.details))
         except (ConfigError, ModelError, NumbersError, PluginError):
-            output.discard()  # going on would meet the same fault again
+            output.discard()  # a resumed merge would meet the same error again
             raise
         finally:
             output.close()
@@ -265,12 +259,3 @@ class ModelMerger:
 def _cores() -> int:
     """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _device() -> Any:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def memory_needed(merger: ModelMerger, plan: Plan) -> int:
-    """Estimate the memory that a merge takes beyond the interpreter's, bytes."""
-    return memory(plan, merger.threads, THREADS_CHUNK, whole=merger.method.merger.whole_tensors)

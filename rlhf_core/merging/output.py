@@ -29,8 +29,8 @@ from rlhf_core.infra.files import (
     storage_error,
     storage_errors,
 )
-from rlhf_core.merging.layout import Item
-from rlhf_core.merging.plan import Plan
+from rlhf_core.merging.plan import Plan, PlannedTensor
+from rlhf_core.merging.weights import score_head_of
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ _MODEL = "model"
 _OLD = "replaced"
 _REPLACED = {".safetensors", ".json", ".jinja", ".txt", ".model", ".md", ".yaml", ".yml", ".png", ""}
 """Kinds of files that a model's directory holds; with others in it, it isn't replaced."""
-_FLUSH = 1 << 26
+COMMIT_BYTES = 1 << 26
 """Bytes after which what was written is put on disk and noted, beside the merging: a killed merge loses little, and little is
 left to wait for at the end."""
 
@@ -55,7 +55,7 @@ class Output:
         self._lock = lock
         self._files: dict[str, int] = {}
         self.done: set[str] = set()
-        self._fresh: list[Item] = []
+        self._fresh: list[PlannedTensor] = []
         self._committer = ThreadPoolExecutor(1, thread_name_prefix="merge-commit")
         self._commits: list[Future[None]] = []
 
@@ -67,7 +67,7 @@ class Output:
             StorageError: the place is taken, too little disk is left, or another process merges into it.
             ConfigError: `resume` finds nothing, or a merge of something else.
         """
-        overwrite = check_begun(target, resume=resume, overwrite=overwrite)
+        overwrite = require_free(target, resume=resume, overwrite=overwrite)
         work = unfinished(target)
         with storage_errors(work):
             work.mkdir(parents=True, exist_ok=True)
@@ -88,33 +88,34 @@ class Output:
             raise
         return output
 
-    def write(self, item: Item, start: int, values: Tensor) -> None:
+    def write(self, tensor: PlannedTensor, start: int, values: Tensor) -> None:
         """Write elements of a tensor from an offset on, in its own type; called from several threads or processes."""
-        stored = values.reshape(-1).to(item.dtype).cpu()
+        stored = values.reshape(-1).to(tensor.dtype).cpu()
         if (
-            item.merged
+            tensor.merged
             and not math.isfinite(float(stored.sum(dtype=torch.float32)))
             and not bool(stored.isfinite().all())
         ):
             largest = float(values.abs().max())
             raise NumbersError(
-                f"merging tensor `{item.name}` gave values that {str(item.dtype).removeprefix('torch.')} can't hold",
+                f"merging tensor `{tensor.name}` gave values that {str(tensor.dtype).removeprefix('torch.')} can't hold",
                 got=f"{largest:g}",
-                fix="lower the weights or the scale" + ("" if item.head else ", or set `dtype` to `bf16` or `float32`"),
+                fix="lower the weights or the scale"
+                + ("" if score_head_of(tensor.name) else ", or set `dtype` to `bf16` or `float32`"),
             )
         view = stored.view(torch.uint8).numpy().data
-        offset = item.start + start * item.dtype.itemsize
+        offset = tensor.start + start * tensor.dtype.itemsize
         try:
             while len(view):
-                written = os.pwrite(self._files[item.file], view, offset)
+                written = os.pwrite(self._files[tensor.file], view, offset)
                 view, offset = view[written:], offset + written
         except OSError as error:
-            raise storage_error(error, self.path / item.file, self._plan.nbytes) from error
+            raise storage_error(error, self.path / tensor.file, self._plan.nbytes) from error
 
-    def finish(self, item: Item) -> None:
+    def finish(self, tensor: PlannedTensor) -> None:
         """Note that all of a tensor is written; from time to time, put on disk what was."""
-        self._fresh.append(item)
-        if sum(one.nbytes for one in self._fresh) < _FLUSH:
+        self._fresh.append(tensor)
+        if sum(one.nbytes for one in self._fresh) < COMMIT_BYTES:
             return
         batch, self._fresh = self._fresh, []
         self._commits.append(self._committer.submit(self._commit, batch))
@@ -186,21 +187,21 @@ class Output:
         for file in self._plan.files:
             path = self.path / file.name
             fresh = new or not path.is_file() or path.stat().st_size != file.size
-            if fresh and self.done & {item.name for item in self._plan.items if item.file == file.name}:
+            if fresh and self.done & {tensor.name for tensor in self._plan.tensors if tensor.file == file.name}:
                 raise StorageError(
                     "a file of the unfinished merge is damaged", place=str(path), fix="leave out --resume"
                 )
             self._files[file.name] = _allocate(path, file.size) if fresh else os.open(path, os.O_RDWR)
             os.pwrite(self._files[file.name], file.header, 0)  # a kill may have come before it was first written
 
-    def _commit(self, batch: list[Item]) -> None:
+    def _commit(self, batch: list[PlannedTensor]) -> None:
         """Put on disk what was written, then note its tensors: in this order a noted tensor is a safe one."""
         with storage_errors(self.path, self._plan.nbytes):
-            for name in {item.file for item in batch} or set(self._files):
+            for name in {tensor.file for tensor in batch} or set(self._files):
                 os.fsync(self._files[name])
             descriptor = os.open(self.work / _JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             try:
-                os.write(descriptor, "".join(f"{item.name}\n" for item in batch).encode())
+                os.write(descriptor, "".join(f"{tensor.name}\n" for tensor in batch).encode())
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
@@ -212,7 +213,7 @@ def unfinished(target: Path) -> Path:
     return target.with_name(f".{target.name}.merging")
 
 
-def check_begun(target: Path, *, resume: bool, overwrite: bool) -> bool:
+def require_free(target: Path, *, resume: bool, overwrite: bool) -> bool:
     """Look whether a merge may begin at a place, or go on there; return whether it replaces a model.
 
     Raises:

@@ -19,7 +19,7 @@ from rlhf_core.merging.streams import RUN, Chunk, TensorStream
 
 SMALL = 1 << 20
 """Up to so many values are simply kept and partitioned."""
-_SAMPLES = (1 << 16, 1 << 22)
+SAMPLE_SIZES = (1 << 16, 1 << 22)
 """The fewest and the most values of a sample."""
 _TRUST = 4.0
 """Standard errors that a guess may be off by at first, so that what lies between stays few: picking it out takes time."""
@@ -58,7 +58,7 @@ def thresholds(streams: Callable[[], Iterable[TensorStream]], measure: Measure, 
         return [0.0] * len(shares)  # all are kept, and no value is below zero: nothing need be read
     if count <= SMALL:
         return _partitioned(streams, measure, ranks, count)
-    size = min(_SAMPLES[1], max(_SAMPLES[0], count >> 10))
+    size = min(SAMPLE_SIZES[1], max(SAMPLE_SIZES[0], count >> 10))
     samples = [Sample(parts) for parts in _sample(streams, measure, count, len(shares), size)]
     found: dict[int, float] = {}
     trust, least = _TRUST, 0.0

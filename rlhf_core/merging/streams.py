@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import math
 import zlib
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,8 +17,10 @@ import numpy
 import torch
 from torch import Tensor
 
+from rlhf_core.contracts.merger import Merger
 from rlhf_core.infra.errors import ModelError, PluginError
 from rlhf_core.merging.inputs import MergeInput
+from rlhf_core.merging.tensor_reader import TensorReader
 
 CHUNK = 1 << 16
 """Elements of a chunk on a CPU: 256 KiB an input in float32, so that a method's few tensors stay in a core's cache."""
@@ -28,61 +29,14 @@ THREADS_CHUNK = 1 << 18
 twice as long in all."""
 RUN = 128
 """Elements of a run of a sample: short, for a row of large weights is one observation, however much of it is read."""
-_KEY_RUNS, _KEY_RUN = 32, 128
-"""Runs of a tensor that a digest takes in, and their length. It seeds random words: with other numbers DARE drops others."""
-
-
-class Source(ABC):
-    """One tensor of one input, wherever it lies."""
-
-    place: str
-    """The input that it belongs to, for messages."""
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @abstractmethod
-    def read(self, start: int, stop: int, out: Tensor) -> None:
-        """Put the elements from start to stop, counted in row-major order, into `out`, (stop - start,) float32."""
-
-    @abstractmethod
-    def key(self) -> bytes:
-        """Return a digest of values, of this tensor or its whole input: inputs are told apart by it, wherever they are listed."""
-
-    def read_runs(self, starts: Sequence[int], out: Tensor) -> None:
-        """Put a run of elements from each start on into the rows of `out`, (runs, length) float32."""
-        for start, row in zip(starts, out, strict=True):
-            self.read(start, start + len(row), row)
-
-
-class MemorySource(Source):
-    """A tensor in memory."""
-
-    def __init__(self, tensor: Tensor, place: str = "memory") -> None:
-        self.place, self._flat, self.shape, self.dtype = place, tensor.reshape(-1), tuple(tensor.shape), tensor.dtype
-
-    def read(self, start: int, stop: int, out: Tensor) -> None:
-        out.copy_(self._flat[start:stop])
-
-    def key(self) -> bytes:
-        return digest_of(self)
-
-
-def digest_of(source: Source) -> bytes:
-    """Hash some of a tensor's values: short runs at even distances, the first and the last among them."""
-    count = _count(source.shape)
-    size = min(count, _KEY_RUN)
-    starts = sorted({int(place) for place in numpy.linspace(0, count - size, _KEY_RUNS)})
-    values = torch.empty(len(starts), size)
-    source.read_runs(starts, values)
-    return hashlib.blake2b(values.numpy().tobytes(), digest_size=16).digest()
 
 
 class Chunk:
     """A run of one tensor's elements from every input, float32, on the device of the merge.
 
-    `tensors`, and `base` where there is one, are (N,); (rows, columns) for a method that works `by_row`; the whole tensor in its
-    own shape for one that wants `whole_tensors`. They are scratch space: a method may overwrite them, and they change with the
-    next chunk. `inputs[i]` tells of the model that `tensors[i]` is of.
+    `tensors`, and `base` where there is one, have the method's `chunk_shape`: (N,), (rows, columns), or the whole tensor's own.
+    They are scratch space: a method may overwrite them, and they change with the next chunk. `inputs[i]` is the model of
+    `tensors[i]`.
     """
 
     def __init__(
@@ -158,14 +112,13 @@ class TensorStream:
 
     Args:
         name: the tensor's name.
-        base: it of the base, where there is one.
-        models: it of each model.
-        inputs: what is known of each model; those of weight one where left out.
+        base: the base's tensor, where there is a base.
+        models: each model's tensor.
+        inputs: what is known of each model; models of weight one where left out.
+        merger: the method, whose declarations say what a chunk is (`chunk_shape`), whether the base is read (`ignores_base`), and
+            whether the models have an order of their own (`commutative`): by their values, for a sum in another order would round
+            differently; it is the same for every tensor of a merge. Else they come as given.
         seed: seed of random words.
-        by_row: whether a chunk is whole rows.
-        whole: whether a chunk is the whole tensor.
-        sort: put the models into an order of their own, by their values: a sum in another order would round differently. It is
-            the same for every tensor of a merge. Without it they come as given.
         surveyed: what the method's `survey` returned.
         device: where chunks are put.
         chunk: elements of a chunk, about.
@@ -174,36 +127,36 @@ class TensorStream:
     def __init__(
         self,
         name: str,
-        base: Source | None,
-        models: Sequence[Source],
+        base: TensorReader | None,
+        models: Sequence[TensorReader],
         inputs: Sequence[MergeInput] = (),
         *,
+        merger: Merger | type[Merger] = Merger,
         seed: int = 0,
-        by_row: bool = False,
-        whole: bool = False,
-        sort: bool = False,
         surveyed: Any = None,
         device: torch.device | str = "cpu",
         chunk: int = CHUNK,
     ) -> None:
-        self.name, self.base, self.seed, self.by_row, self.whole = name, base, seed, by_row, whole
-        self.surveyed = surveyed
-        self.shape = models[0].shape
-        for source in (*models, *([base] if base is not None else [])):
-            if source.shape != self.shape:
+        self.name, self.seed, self.surveyed, self.chunk_shape = name, seed, surveyed, merger.chunk_shape
+        self.base = None if merger.ignores_base else base
+        self.shape, self.count = models[0].shape, models[0].count
+        for reader in (*models, *([self.base] if self.base is not None else [])):
+            if reader.shape != self.shape:
                 raise ModelError(
                     f"tensor `{name}` has another shape than in the first model",
-                    place=source.place,
-                    got=f"{tuple(source.shape)}, not {tuple(self.shape)}",
+                    place=reader.place,
+                    got=f"{reader.shape}, not {self.shape}",
                     fix="merge models of one architecture and vocabulary",
                 )
-        self.count = _count(self.shape)
-        self.columns = max(1, self.shape[-1]) if by_row and self.shape else 1
+        self.columns = max(1, self.shape[-1]) if self.chunk_shape == "rows" and self.shape else 1
         self.device, self._chunk = torch.device(device), chunk
         given = inputs or [MergeInput(model.place, index=number) for number, model in enumerate(models)]
-        pairs = [(model, replace(one, digest=model.key())) for model, one in zip(models, given, strict=True)]
-        if sort:
-            pairs.sort(key=lambda pair: (pair[1].digest, pair[1].weight, _ranked(pair[1].options), pair[0].place))
+        pairs = [
+            (model, one if one.fingerprint else replace(one, fingerprint=model.fingerprint()))
+            for model, one in zip(models, given, strict=True)
+        ]
+        if merger.commutative:
+            pairs.sort(key=lambda pair: (pair[1].fingerprint, pair[1].weight, _ranked(pair[1].options), pair[1].name))
         self.models = [model for model, _ in pairs]
         self.inputs: Sequence[MergeInput] = tuple(one for _, one in pairs)
         self.weights: Sequence[float] = tuple(float(one.weight) for one in self.inputs)
@@ -224,7 +177,9 @@ class TensorStream:
         """Read the tensor from its start to its end. One reading at a time; buffers are reused."""
         self._generators = [self._generator(number) for number in range(len(self.models))]
         # A multiple of four, as many words as a generator draws at once: so they are the same for chunks of any size.
-        size = max(1, self.count) if self.whole else max(4, self._chunk // self.columns // 4 * 4) * self.columns
+        size = max(4, self._chunk // self.columns // 4 * 4) * self.columns
+        if self.chunk_shape == "tensor":
+            size = max(1, self.count)
         sources = [*self.models, *([self.base] if self.base is not None else [])]
         parts = [torch.empty(min(size, self.count), device=self.device) for _ in sources]
         for start in range(0, self.count, size):
@@ -239,9 +194,9 @@ class TensorStream:
         self._finite = True
 
     def _shaped(self, part: Tensor) -> Tensor:
-        if self.whole:
+        if self.chunk_shape == "tensor":
             return part.view(self.shape)
-        return part.view(-1, self.columns) if self.by_row else part
+        return part.view(-1, self.columns) if self.chunk_shape == "rows" else part
 
     def sample(self, runs: int) -> Iterator[Chunk]:
         """Read some runs of `RUN` elements spread over the tensor, to guess a quantile by; a shorter tensor is read whole."""
@@ -264,7 +219,7 @@ class TensorStream:
             base = parts.pop() if self.base is not None else None
             yield Chunk(self, 0, base, parts, runs=group)
 
-    def _read(self, source: Source, start: int, stop: int, out: Tensor) -> None:
+    def _read(self, source: TensorReader, start: int, stop: int, out: Tensor) -> None:
         source.read(start, stop, out)
         # One reduction a chunk; a sum that overflows is looked at again, value by value.
         if not self._finite and not math.isfinite(float(out.sum())) and not bool(out.isfinite().all()):
@@ -278,8 +233,8 @@ class TensorStream:
 
     def _generator(self, model: int) -> numpy.random.SFC64:
         # Two models with the same values get streams of their own; which gets which makes no difference.
-        key = self.inputs[model].digest
-        twin = [one.digest for one in self.inputs[:model]].count(key)
+        key = self.inputs[model].fingerprint
+        twin = [one.fingerprint for one in self.inputs[:model]].count(key)
         text = f"{self.seed}\0{self.name}\0{twin}\0".encode() + key
         seed = hashlib.blake2b(text, digest_size=16).digest()
         return numpy.random.SFC64(int.from_bytes(seed, "little"))
@@ -297,10 +252,3 @@ def _ranked(options: Mapping[str, Any]) -> list[tuple[str, float, str]]:
         (name, float(value), "") if isinstance(value, int | float) else (name, 0.0, repr(value))
         for name, value in sorted(options.items())
     ]
-
-
-def _count(shape: Sequence[int]) -> int:
-    count = 1
-    for length in shape:
-        count *= length
-    return count

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import numpy
 from pydantic import Field, model_validator
@@ -23,6 +24,7 @@ GROUPS = {
     "norms": ("norm", "ln_1", "ln_2", "ln_f"),
 }
 """Names that stand for several parts of tensors' names, whatever the architecture calls them."""
+_TOKEN_ROWS = {*GROUPS["embeddings"], *LM_HEAD, "shared", "output_layer"} - {"wpe"}
 _LAYER = re.compile(r"((?:^|.*?\.)(?:layers|layer|h|blocks|block)\.)(\d+)\.")
 _NUMBER = float | list[float]
 
@@ -83,6 +85,11 @@ def layer_of(name: str) -> int | None:
     return int(found[2]) if found else None
 
 
+def depth_of(names: Iterable[str]) -> int:
+    """Return the number of layers that tensors of these names belong to; 0 where there are none."""
+    return 1 + max((layer for name in names if (layer := layer_of(name)) is not None), default=-1)
+
+
 def layer_place(name: str) -> str | None:
     """Return what stands before the layer's number in a tensor's name; None outside the layers."""
     found = _LAYER.match(name)
@@ -97,6 +104,19 @@ def is_embedding(name: str) -> bool:
 def is_head(name: str) -> bool:
     """Tell whether a tensor is the matrix of the head that predicts tokens, by its name: not a bias, nor a layer before it."""
     return name.split(".")[-2:] in ([module, "weight"] for module in LM_HEAD)
+
+
+def score_head_of(name: str) -> str | None:
+    """Return the head beside the weights that a tensor is of, `reward_head` for `reward_head.0.outer.weight`; else None."""
+    head = name.partition(".")[0]
+    return head if head in HEADS else None
+
+
+def has_token_rows(name: str, tensor: Any) -> bool:
+    """Tell whether a tensor (anything with shape and dtype) is a matrix with a row per token: embeddings or an output head."""
+    module, last = name.split(".")[-2:] if "." in name else ("", name)
+    matrix = len(tensor.shape) == 2 and tensor.dtype.is_floating_point
+    return matrix and last == "weight" and module in _TOKEN_ROWS
 
 
 def value_at(value: Value, name: str, depth: int, *, what: str = "weight") -> float:

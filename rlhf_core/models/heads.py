@@ -13,12 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_core.infra.errors import ModelError
-from rlhf_core.infra.model_files import HEADS, kind_of, no_such_model
+from rlhf_core.infra.model_files import HEAD_FORMAT, HEADS, head_description, kind_of, no_such_model
 from rlhf_core.infra.safetensors_file import read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
-
-FORMAT = 1
 
 
 class TwoLayerHead(nn.Module):
@@ -97,7 +95,9 @@ def _words(name: str) -> str:
 
 def write_head(directory: Path, name: str, head: nn.Module, about: Mapping[str, Any]) -> None:
     """Write `NAME.json` with what the head is and `NAME.safetensors` with its weights."""
-    (directory / f"{name}.json").write_text(json.dumps({"format": FORMAT, **about}, indent=1) + "\n", encoding="utf-8")
+    (directory / f"{name}.json").write_text(
+        json.dumps({"format": HEAD_FORMAT, **about}, indent=1) + "\n", encoding="utf-8"
+    )
     write_tensors(directory / f"{name}.safetensors", head.state_dict())
 
 
@@ -112,15 +112,10 @@ def describe_head(directory: Path, name: str, *, width: int, keys: Mapping[str, 
         ModelError: the file is damaged, of another format, or the head belongs on a backbone of another width.
     """
     path = directory / f"{name}.json"
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError("is not valid JSON", place=str(path), got=str(error)) from None
-    for key, kind in {"format": int, "width": int, **keys}.items():
-        if not isinstance(about, dict) or not isinstance(about.get(key), kind):
+    about = head_description(directory, name)
+    for key, kind in {"width": int, **keys}.items():
+        if not isinstance(about.get(key), kind):
             raise ModelError(f"lacks `{key}`", place=str(path), fix="save the model again")
-    if about["format"] != FORMAT:
-        raise ModelError("is of another format", place=str(path), got=f"{about['format']} for {FORMAT}")
     if about["width"] != width:
         raise ModelError(
             f"the {_words(name)} doesn't fit the backbone",

@@ -24,7 +24,9 @@ from rlhf_core.contracts.merger import Merger
 from rlhf_core.infra.errors import ConfigError
 from rlhf_core.infra.files import replace_json
 from rlhf_core.merging import CHUNK, MergeInput, merge_tensor
-from rlhf_core.merging.tensor import memory_stream, merged_tensors
+from rlhf_core.merging.one_tensor import merged_tensors, options_of
+from rlhf_core.merging.streams import TensorStream
+from rlhf_core.merging.tensor_reader import MemoryTensor
 from rlhf_core.testing.contract import MethodContract, after, require
 
 NAME = "model.layers.0.mlp.up_proj.weight"
@@ -282,12 +284,16 @@ class MergerContract(MethodContract):
             with suppress(ConfigError):
                 merger.check_weights(heavier := [1.5 * weight for weight in weights])
                 weights = heavier
+            inputs = [
+                MergeInput(f"model {number}", weight=weight, options=options_of(merger, {}), index=number)
+                for number, weight in enumerate(weights)
+            ]
             streams = []
             for number, size in enumerate((1.0, 3.0)):
-                base, *models = (size * tensor for tensor in self.tensors())
+                base, *models = (MemoryTensor(size * tensor) for tensor in self.tensors())
                 name = f"model.layers.{number}.mlp.up_proj.weight"
-                rest: dict[str, Any] = {"base": base, "options": (), "inputs": (), "name": name, "chunk": CHUNK}
-                streams.append(memory_stream(merger, models, weights, **rest))
+                seed = int(getattr(merger.config, "seed", 0))
+                streams.append(TensorStream(name, base, models, inputs, merger=merger, seed=seed))
             return merged_tensors(merger, streams)
         except ConfigError:
             return None
@@ -315,7 +321,7 @@ class MergerContract(MethodContract):
 
     @after(SHAPE)
     def test_chunks_of_any_size_give_the_same_tensor(self) -> None:
-        """How a tensor is cut into chunks changes nothing: what needs the whole is measured, or wants `whole_tensors`."""
+        """How a tensor is cut into chunks changes nothing: what needs the whole is measured, or a chunk is a whole tensor."""
         *cut, whole = (self.merged(chunk=size) for size in _PIECES)
         for size, found in zip(_PIECES, cut, strict=False):
             self.same(found, whole, f"in chunks of about {size} elements")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +13,10 @@ from batches import random_batch
 from merge_helpers import merge
 from safetensors.torch import load_file
 
+from rlhf_core import registry
 from rlhf_core.evaluation.weight_diff import diff
 from rlhf_core.infra.errors import ConfigError, ModelError
-from rlhf_core.merging import passing
-from rlhf_core.merging.layout import Item
-from rlhf_core.merging.workers import Advance
+from rlhf_core.merging import Chunk, Merger
 from rlhf_core.models import ProcessRewardModel, RewardModel, ValueModel
 from rlhf_core.testing.tiny import save_tiny
 
@@ -226,18 +226,19 @@ def test_a_merge_killed_in_the_head_goes_on_to_the_same_bytes(
     done: int, rewards: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     merge("linear", rewards[:2], tmp_path / "whole")
-    one, left = passing.Pass._one, done
+    method = registry.get("merger", "linear")
+    merge_chunk, left = method.merge_chunk, done
 
-    def stop(self: passing.Pass, item: Item, advance: Advance) -> None:
+    def stop(self: Merger, chunk: Chunk, measured: Any) -> torch.Tensor:
         nonlocal left
-        if item.head is not None:
+        if chunk.name.startswith("reward_head."):
             if not left:
                 raise KeyboardInterrupt
             left -= 1
-        one(self, item, advance)
+        return merge_chunk(self, chunk, measured)
 
     with monkeypatch.context() as patch:
-        patch.setattr(passing.Pass, "_one", stop)
+        patch.setattr(method, "merge_chunk", stop)
         with pytest.raises(KeyboardInterrupt):
             merge("linear", rewards[:2], tmp_path / "out", threads=1)
     assert not (tmp_path / "out").exists()

@@ -14,7 +14,7 @@ from rlhf_plugins.mergers import gram
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_core import registry
-from rlhf_core.merging import Chunk, MergeConfig, Merger, ModelMerger, passing
+from rlhf_core.merging import Chunk, MergeConfig, Merger, ModelMerger, execution
 from rlhf_core.merging.weights import LayerValues, value_at
 from rlhf_core.merging.workers import spread
 
@@ -63,9 +63,9 @@ def test_names_shapes_and_types_are_kept_and_the_model_generates(
 def test_the_order_of_models_threads_and_files_change_no_bit(
     method: str, family: tuple[Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(passing, "CHUNK", 1024)
-    monkeypatch.setattr(passing, "THREADS_CHUNK", 4096)
-    monkeypatch.setattr(gram, "_PIECE", 1024)
+    monkeypatch.setattr(execution, "CHUNK", 1024)
+    monkeypatch.setattr(execution, "THREADS_CHUNK", 4096)
+    monkeypatch.setattr(gram, "SLICE", 1024)
     base, models = family
     models = _models(method, models)
     weights = [0.5, 0.3, 0.2][: len(models)]
@@ -82,7 +82,7 @@ def test_the_order_of_models_threads_and_files_change_no_bit(
         path = write_weights(tmp_path / f"cut-{number}", read_weights(Path(entry["model"])), shards=3)
         cut.append({**entry, "model": str(path)})
     for forked in (True, False):
-        monkeypatch.setattr(passing, "may_fork", lambda forked=forked: forked)
+        monkeypatch.setattr(execution, "may_fork", lambda forked=forked: forked)
         merge(method, cut, tmp_path / f"sharded-{forked}", base=base, threads=2, **settings)
         assert bytes_of(tmp_path / f"sharded-{forked}") == expected
 
@@ -96,7 +96,7 @@ def test_a_callback_that_starts_a_thread_keeps_the_merge_from_forking(
         forked.append(options["forked"])
         return spread(*args, **options)
 
-    monkeypatch.setattr(passing, "spread", noting)
+    monkeypatch.setattr(execution, "spread", noting)
     done = threading.Event()
     threads: list[threading.Thread] = []
 
@@ -199,7 +199,7 @@ def test_a_merger_by_whole_tensors_works_too(
         """Median of models."""
 
         api = 1
-        whole_tensors = True
+        chunk_shape = "tensor"
 
         def merge_chunk(self, chunk: Chunk, measured: Any) -> torch.Tensor:
             assert chunk.start == 0 and chunk.origin.shape == chunk.tensors[0].shape
@@ -207,7 +207,7 @@ def test_a_merger_by_whole_tensors_works_too(
             return torch.stack(chunk.tensors).median(0).values
 
     shapes: dict[str, torch.Size] = {}
-    monkeypatch.setattr(passing, "CHUNK", 64)
+    monkeypatch.setattr(execution, "CHUNK", 64)
     registry.register("merger", "median", Median)
     merge("median", family[1], tmp_path / "out", base=family[0], threads=1)
     expected = [read_weights(path) for path in family[1]]

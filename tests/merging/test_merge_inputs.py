@@ -14,7 +14,7 @@ from merge_helpers import merge, read_weights, tiny_family, write_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_core.infra.errors import ConfigError, ModelError, NumbersError, PluginError, StorageError
-from rlhf_core.merging.checkpoint import Checkpoint
+from rlhf_core.merging.open_model import open_model
 
 
 @pytest.fixture(scope="module")
@@ -309,7 +309,7 @@ def test_an_index_that_lies_is_refused(family: tuple[Path, list[Path]], tmp_path
     )
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ModelError, match=r"shard|index"):
-        Checkpoint.open(path)
+        open_model(path)
 
 
 def test_a_shard_outside_the_directory_is_refused(family: tuple[Path, list[Path]], tmp_path: Path) -> None:
@@ -320,7 +320,7 @@ def test_a_shard_outside_the_directory_is_refused(family: tuple[Path, list[Path]
         text.replace("model-00001-of-00002.safetensors", "../outside.safetensors")
     )
     with pytest.raises(ModelError, match=r"\.\./outside"):
-        Checkpoint.open(path)
+        open_model(path)
 
 
 def test_pickles_are_refused(tmp_path: Path) -> None:
@@ -343,7 +343,7 @@ def _header(path: Path, header: dict[str, object], data: bytes = b"\0" * 8) -> P
 def test_tensors_named_like_paths_are_refused(name: str, tmp_path: Path) -> None:
     path = _header(tmp_path / "a", {name: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}})
     with pytest.raises(ModelError, match=r"like a path.*fix: "):
-        Checkpoint.open(path)
+        open_model(path)
 
 
 @pytest.mark.parametrize(
@@ -359,14 +359,14 @@ def test_tensors_named_like_paths_are_refused(name: str, tmp_path: Path) -> None
 )
 def test_headers_that_lie_are_refused(header: dict[str, object], message: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=message):
-        Checkpoint.open(_header(tmp_path / "a", header))
+        open_model(_header(tmp_path / "a", header))
 
 
 def test_a_header_of_impossible_length_is_refused(tmp_path: Path) -> None:
     path = _header(tmp_path / "a", {})
     (path / "model.safetensors").write_bytes(struct.pack("<Q", 1 << 60) + b"{}")
     with pytest.raises(ModelError, match="no valid header"):
-        Checkpoint.open(path)
+        open_model(path)
 
 
 def test_an_adapter_for_another_base_names_the_tensor(family: tuple[Path, list[Path]], tmp_path: Path) -> None:
@@ -375,7 +375,7 @@ def test_an_adapter_for_another_base_names_the_tensor(family: tuple[Path, list[P
     settings = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": str(family[0])}))
     with pytest.raises(ModelError, match="doesn't fit its base in tensor"):
-        Checkpoint.open(adapter)
+        open_model(adapter)
 
 
 @pytest.mark.parametrize(
@@ -387,13 +387,13 @@ def test_adapters_of_other_kinds_are_refused(
 ) -> None:
     adapter = _adapter(family[0], tmp_path / "adapter", 1, **settings)
     with pytest.raises(ModelError, match=message):
-        Checkpoint.open(adapter)
+        open_model(adapter)
 
 
 def test_an_adapter_is_known_beside_a_configuration(family: tuple[Path, list[Path]], tmp_path: Path) -> None:
     adapter = _adapter(family[0], tmp_path / "adapter", 1)
     shutil.copy(family[0] / "config.json", adapter)
-    assert set(Checkpoint.open(adapter).tensors) == set(Checkpoint.open(family[0]).tensors)
+    assert set(open_model(adapter).tensors) == set(open_model(family[0]).tensors)
 
 
 def test_an_adapter_whose_base_is_gone_is_named(tmp_path: Path) -> None:
@@ -413,7 +413,7 @@ def test_an_adapter_that_names_itself_is_refused(family: tuple[Path, list[Path]]
     settings = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": str(adapter)}))
     with pytest.raises(ModelError, match="name each other as their base"):
-        Checkpoint.open(adapter)
+        open_model(adapter)
 
 
 def test_an_adapter_of_another_base_is_told(
@@ -447,7 +447,7 @@ def test_a_broken_index_is_told(text: str, family: tuple[Path, list[Path]], tmp_
     path = write_weights(tmp_path / "cut", read_weights(family[0]), shards=2)
     (path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(ModelError, match=r"index.json can't be read"):
-        Checkpoint.open(path)
+        open_model(path)
 
 
 def test_the_single_file_counts_before_a_stale_index(family: tuple[Path, list[Path]], tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ import multiprocessing, os, signal, sys, threading
 from pathlib import Path
 sys.path.insert(0, {helpers!r})
 from rlhf_core.merging import output
-output._FLUSH = 200_000
+output.COMMIT_BYTES = 200_000
 count = multiprocessing.Value("l", 0, lock=False)
 stop = multiprocessing.Value("l", int(sys.argv[1]), lock=False)
 def counted(function):
@@ -203,7 +203,7 @@ def test_a_header_that_a_kill_kept_from_being_written_is_written(inputs: Path, m
 
 def _interrupted(inputs: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     """Leave a merge that a fault ended after so many tensors."""
-    monkeypatch.setattr(output, "_FLUSH", 1)
+    monkeypatch.setattr(output, "COMMIT_BYTES", 1)
     done = []
     finish = output.Output.finish
 

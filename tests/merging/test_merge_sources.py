@@ -5,24 +5,25 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from merge_helpers import write_weights
 from safetensors.torch import save_file
 
-from rlhf_core.merging.adapter import AdapterCheckpoint
-from rlhf_core.merging.checkpoint import Checkpoint
-from rlhf_core.merging.streams import MemorySource, Source, TensorStream
-from rlhf_core.merging.vocabulary import AlignedSource
+from rlhf_core.merging.open_model import open_model
+from rlhf_core.merging.streams import TensorStream
+from rlhf_core.merging.tensor_reader import MemoryTensor, TensorReader
+from rlhf_core.merging.vocabulary import AlignedTensor
 
 
-def check_runs(source: Source, length: int = 7) -> None:
-    count = source.shape[0] * source.shape[1]
+def check_runs(reader: TensorReader, length: int = 7) -> None:
+    count = reader.shape[0] * reader.shape[1]
     whole = torch.empty(count)
-    source.read(0, count, whole)
+    reader.read(0, count, whole)
     starts = [0, 3, 11, count // 2, count - length]
     found = torch.empty(len(starts), length)
-    source.read_runs(starts, found)
+    reader.read_runs(starts, found)
     assert torch.equal(found, torch.stack([whole[start : start + length] for start in starts]))
 
 
@@ -31,7 +32,7 @@ def test_runs_of_a_file(dtype: torch.dtype, tmp_path: Path) -> None:
     values = torch.randn(12, 9, generator=torch.Generator().manual_seed(0)).to(dtype)
     save_file({"w": values}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
-    check_runs(Checkpoint.open(tmp_path).source("w"))
+    check_runs(open_model(tmp_path).tensors["w"])
 
 
 def test_runs_of_an_adapter(tmp_path: Path) -> None:
@@ -44,23 +45,23 @@ def test_runs_of_an_adapter(tmp_path: Path) -> None:
     )
     settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": str(tmp_path / "base")}
     (tmp_path / "lora/adapter_config.json").write_text(json.dumps(settings))
-    adapter = Checkpoint.open(tmp_path / "lora")
-    assert isinstance(adapter, AdapterCheckpoint)
+    adapter = open_model(tmp_path / "lora")
+    assert adapter.base is not None and adapter.base.name == str(tmp_path / "base")
     for name in ("model.w.weight", "model.v.weight"):
-        check_runs(adapter.source(name))
+        check_runs(adapter.tensors[name])
 
 
 def test_runs_of_rows_that_are_lined_up() -> None:
-    plain, other = (MemorySource(torch.randn(6, 5)) for _ in range(2))
-    runs = [(0, 2, 4), (2, 1, -1), (3, 3, 0)]  # the result's third row is one that this input lacks
-    check_runs(AlignedSource(plain, runs, [(plain, runs), (other, [(0, 6, 0)])], (6, 5), based=False))
+    plain, other = (MemoryTensor(torch.randn(6, 5)) for _ in range(2))
+    rows = numpy.array([4, 5, -1, 0, 1, 2])  # the result's third row is one that this input lacks
+    check_runs(AlignedTensor(plain, rows, [(plain, rows), (other, numpy.arange(6))], based=False))
 
 
 def test_what_seeds_random_words_stays_as_it_is() -> None:
     """Another digest, or other words, would drop other entries for the same recipe and seed."""
     values = torch.arange(10_000.0).view(100, 100)
-    assert MemorySource(values).key().hex() == "eff098a0ea4a5648c0366ba1c2183017"
-    base, model = MemorySource(torch.zeros(100, 100)), MemorySource(values)
+    assert MemoryTensor(values).fingerprint().hex() == "eff098a0ea4a5648c0366ba1c2183017"
+    base, model = MemoryTensor(torch.zeros(100, 100)), MemoryTensor(values)
     for chunk in (64, 1 << 18):
         stream = TensorStream("w", base, [model], seed=7, chunk=chunk)
         words = torch.cat([chunk.random(0) for chunk in stream.chunks()])
@@ -73,4 +74,4 @@ def test_one_entry_of_a_short_tensor_tells_models_apart() -> None:
     for place in range(0, 2048, 97):
         other = values.clone()
         other[place] = 1.0
-        assert MemorySource(other).key() != MemorySource(values).key()
+        assert MemoryTensor(other).fingerprint() != MemoryTensor(values).fingerprint()

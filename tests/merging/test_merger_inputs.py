@@ -20,7 +20,7 @@ from rlhf_core.config.base import BaseConfig
 from rlhf_core.infra.errors import ConfigError, ModelError, PluginError
 from rlhf_core.merging import Chunk, MergeConfig, Merger, MergeResult, ModelMerger, TensorStream, merge_tensor
 from rlhf_core.merging.job import load_merge_job
-from rlhf_core.merging.streams import MemorySource
+from rlhf_core.merging.tensor_reader import MemoryTensor
 
 
 class ImportanceConfig(BaseConfig):
@@ -162,7 +162,8 @@ power: 2
     job = load_merge_job(file, flags=flags.split())
     merger = job.merger()
     at = "model.layers.1.mlp.up_proj.weight"
-    one, two = merger.method.options(merger.method.merger, at, 2)
+    inputs = merger.method.inputs_at(merger.method.merger, merger.plan(), at)
+    one, two = (found.options for found in inputs)
     assert dict(one) == {
         "importance": Path("x.safetensors"),
         "power": 3.0,
@@ -177,7 +178,7 @@ power: 2
         "shift": {"norm": 2.0, "mlp": 0.5},
         "kind": "plain",
     }
-    assert merger.method.weights(at, 2) == [0.25, 1.0]
+    assert [found.weight for found in inputs] == [0.25, 1.0]
     assert job.places["models.0.kind"] == "--models.0.kind" and job.places["models.1.shift"] == f"{file}:5"
     again = tmp_path / "again.yaml"
     again.write_text(job.to_yaml())
@@ -317,25 +318,15 @@ def test_adapters_and_layers_put_together_say_where_they_lie(tmp_path: Path) -> 
 
 
 def test_plugins_that_say_what_cannot_be_are_broken() -> None:
-    class Both(Importance):
-        """Wants rows and tensors."""
-
-        api = 1
-        by_row = whole_tensors = True
-
     class Unknown(Importance):
         """Names an option that isn't."""
 
         api = 1
         per_model = ("mask",)
 
-    for cls, message in (
-        (Both, "declares `by_row` and `whole_tensors`"),
-        (Unknown, "`per_model` names `mask`"),
-    ):
-        registry.register("merger", "broken", cls)
-        with pytest.raises(PluginError, match=message):
-            ModelMerger(MergeConfig(method="broken", models=["a"]))
+    registry.register("merger", "broken", Unknown)
+    with pytest.raises(PluginError, match="`per_model` names `mask`"):
+        ModelMerger(MergeConfig(method="broken", models=["a"]))
 
 
 def test_one_tensor_in_memory() -> None:
@@ -362,15 +353,15 @@ def test_what_a_method_raises_names_it_and_the_tensor(
     assert "got FileNotFoundError: No such file or directory: gone.safetensors" in str(raised.value)
 
 
-@pytest.mark.parametrize("changes", [{}, {"by_row": True}, {"whole_tensors": True}])
-def test_what_a_method_brings_is_cut_as_chunks_are(changes: dict[str, bool]) -> None:
+@pytest.mark.parametrize("changes", [{}, {"chunk_shape": "rows"}, {"chunk_shape": "tensor"}])
+def test_what_a_method_brings_is_cut_as_chunks_are(changes: dict[str, str]) -> None:
     values = torch.arange(12.0 * 40).view(12, 40)
     model = torch.randn(12, 40, generator=torch.Generator().manual_seed(0))
     cls = type("Product", (Product,), changes)
     for chunk in (4, 100, 1000):
         assert merge_tensor(cls(), [model], chunk=chunk, name="values").equal(model * values)
     large = torch.randn(200, 300)
-    stream = TensorStream("w", None, [MemorySource(large)])
+    stream = TensorStream("w", None, [MemoryTensor(large)])
     for sampled in stream.sample(9):
         assert sampled.cut(large).equal(sampled.tensors[0])
     with pytest.raises(ModelError, match=r"belongs to tensor `values` has another size; got \[12, 40\] for \[12, 4\]"):

@@ -16,16 +16,17 @@ from mergers_helpers import NAME, make_inputs, merge, merger_class
 from torch import Tensor
 
 from rlhf_core.infra.errors import ModelError
-from rlhf_core.merging import TensorStream, selection, tensor_thresholds
+from rlhf_core.merging import Merger, TensorStream, selection, tensor_thresholds
 from rlhf_core.merging.selection import kept_count, magnitudes, thresholds
-from rlhf_core.merging.streams import Chunk, MemorySource
+from rlhf_core.merging.streams import Chunk
+from rlhf_core.merging.tensor_reader import MemoryTensor
 
 
 def stream_of(
     *models: Tensor, name: str = NAME, chunk: int = 64, base: Tensor | None = None, **given: Any
 ) -> TensorStream:
     start = base if base is not None else torch.zeros_like(models[0])
-    return TensorStream(name, MemorySource(start), [MemorySource(m) for m in models], chunk=chunk, **given)
+    return TensorStream(name, MemoryTensor(start), [MemoryTensor(m) for m in models], chunk=chunk, **given)
 
 
 def kth_largest(values: Tensor, share: float) -> float:
@@ -36,7 +37,7 @@ def kth_largest(values: Tensor, share: float) -> float:
 
 def small(sample: int = 256) -> Any:
     """Take few values for many, so that guesses are made, and are often wrong."""
-    return mock.patch.multiple(selection, SMALL=16, _SAMPLES=(sample, sample))
+    return mock.patch.multiple(selection, SMALL=16, SAMPLE_SIZES=(sample, sample))
 
 
 FEW = st.sampled_from([0.0, 0.25, -0.25, 1.0, -1.0, 3.0])
@@ -253,6 +254,12 @@ def test_a_tensor_without_elements_stays_one(method: str) -> None:
     assert merge(method, empty, [empty] * 2, [1.0, 1.0], **OPTIONS[method]).shape == (3, 0)
 
 
+class ByRow(Merger):
+    """Takes chunks of whole rows."""
+
+    chunk_shape = "rows"
+
+
 def words_of(stream: TensorStream, model: int = 0) -> Tensor:
     return torch.cat([chunk.random(model).reshape(-1) for chunk in stream.chunks()])
 
@@ -267,8 +274,8 @@ def test_random_words_are_uniform_and_repeat() -> None:
     assert abs(float(((counts - counts.mean()) ** 2 / counts.mean()).sum()) - 63) < 5 * 126**0.5
     together = torch.corrcoef(torch.stack([words[:-1].double(), words[1:].double()]))
     assert abs(float(together[0, 1])) < 5 / 100_000**0.5
-    for by_row, chunk in itertools.product((False, True), (4, 999, 100_000)):
-        assert words_of(stream_of(values, chunk=chunk, by_row=by_row)).equal(words)
+    for merger, chunk in itertools.product((Merger, ByRow), (4, 999, 100_000)):
+        assert words_of(stream_of(values, chunk=chunk, merger=merger)).equal(words)
     assert not words_of(stream_of(values, seed=1)).equal(words)
     assert not words_of(stream_of(values, name="other")).equal(words)
 
@@ -280,12 +287,12 @@ def chunks_of(stream: TensorStream) -> Iterator[tuple[int, Tensor]]:
 
 def test_rows_are_never_cut() -> None:
     values = torch.arange(7.0 * 5 * 9).view(7, 5, 9)
-    parts = list(chunks_of(stream_of(values, chunk=50, by_row=True)))
+    parts = list(chunks_of(stream_of(values, chunk=50, merger=ByRow)))
     assert [tuple(part.shape) for _, part in parts] == [(4, 9)] * 8 + [(3, 9)]
     assert torch.cat([part for _, part in parts]).equal(values.view(-1, 9))
     assert [start for start, _ in parts] == list(range(0, 315, 36))
     for shape in ((5,), (), (1,)):
-        (part,) = chunks_of(stream_of(torch.ones(shape), by_row=True))
+        (part,) = chunks_of(stream_of(torch.ones(shape), merger=ByRow))
         assert part[1].shape == (1, shape[0] if shape else 1)
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from rlhf_core.infra.errors import ConfigError
 from rlhf_core.merging import MergeInput, Merger, TensorStream
-from rlhf_core.merging.streams import MemorySource
-from rlhf_core.merging.tensor import merged_chunks, options_of, stream_for
+from rlhf_core.merging.one_tensor import merged_chunks, options_of
+from rlhf_core.merging.tensor_reader import MemoryTensor
 
 
 def threshold64(delta: Array, density: float) -> float:
@@ -171,13 +171,6 @@ def test_task_arithmetic_equals_peft() -> None:
 # Trimming over the whole model.
 
 
-class ModelSource(MemorySource):
-    """One tensor of a model that is told apart as a whole."""
-
-    def key(self) -> bytes:
-        return self.place.encode()
-
-
 class Streams:
     """The tensors of a model, as streams made anew each time."""
 
@@ -190,12 +183,20 @@ class Streams:
 
     def __iter__(self) -> Iterator[TensorStream]:
         for name, (base, *models) in self.tensors.items():
-            sources = [ModelSource(model, f"model {number}") for number, model in enumerate(models)]
+            readers = [MemoryTensor(model, f"model {number}") for number, model in enumerate(models)]
+            # Each model has one fingerprint for all of its tensors.
             inputs = [
-                MergeInput(source.place, weight=weight, options=options_of(self.merger, own))
-                for source, weight, own in zip(sources, self.weights, self.each, strict=True)
+                MergeInput(
+                    reader.place,
+                    weight=weight,
+                    options=options_of(self.merger, own),
+                    fingerprint=reader.place.encode(),
+                )
+                for reader, weight, own in zip(readers, self.weights, self.each, strict=True)
             ]
-            yield stream_for(self.merger, name, MemorySource(base), sources, inputs, surveyed=self.surveyed, chunk=1000)
+            yield TensorStream(
+                name, MemoryTensor(base), readers, inputs, merger=self.merger, surveyed=self.surveyed, chunk=1000
+            )
 
 
 def test_the_global_scope_ranks_all_but_the_embeddings_together() -> None:

@@ -85,7 +85,7 @@ class Flattens(Linear):
     """Wants whole tensors, and returns them flat."""
 
     api = 1
-    whole_tensors = True
+    chunk_shape = "tensor"
 
     def merge_chunk(self, chunk: Chunk, measured: Any) -> Tensor:
         return super().merge_chunk(chunk, measured).reshape(-1)
@@ -119,7 +119,7 @@ class Divides(Linear):
     """Divides by the size of each model, and multiplies by it again."""
 
     api = 1
-    whole_tensors = True
+    chunk_shape = "tensor"
 
     def merge_chunk(self, chunk: Chunk, measured: Any) -> Tensor:
         sizes = [float(tensor.norm()) for tensor in chunk.tensors]

@@ -89,7 +89,7 @@ class BreadcrumbsMerger(SparseMerger):
     config: BreadcrumbsConfig
     per_model = ("density", "gamma")
     neutral: ClassVar = {"density": 1.0, "gamma": 0.0, "scale": 1.0}
-    by_row = True
+    chunk_shape = "rows"
 
     def measure(self, stream: TensorStream) -> list[tuple[float, float]]:
         """Return each model's (γ, β); where entries are ranked over the tensor, each model's smallest and largest |δ| kept."""

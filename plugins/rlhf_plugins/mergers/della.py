@@ -109,7 +109,7 @@ class DELLAMerger(SparseMerger):
     Config = DELLAConfig
     config: DELLAConfig
     per_model = ("density", "epsilon")
-    by_row = True
+    chunk_shape = "rows"
     neutral: ClassVar = {"density": 1.0, "epsilon": 0.0, "scale": 1.0}
 
     def measure(self, stream: TensorStream) -> _Measured:

@@ -12,7 +12,7 @@ from rlhf_core.plugin import CHUNK
 
 _BLOCK = 1 << 8
 """Elements whose products are summed in float32; the sums of blocks are added in float64."""
-_SLICE = CHUNK
+SLICE = CHUNK
 """Elements whose blocks are summed in one call. Longer chunks are divided into slices, so that sums round the same for any chunk
 size."""
 
@@ -27,7 +27,7 @@ def gram_matrix(chunks: Iterable[Sequence[Tensor]]) -> numpy.ndarray:
     """
     total = numpy.zeros(())
     slices = (
-        parts for tensors in chunks for parts in zip(*(one.reshape(-1).split(_SLICE) for one in tensors), strict=True)
+        parts for tensors in chunks for parts in zip(*(one.reshape(-1).split(SLICE) for one in tensors), strict=True)
     )
     for parts in slices:
         count = parts[0].numel()

@@ -68,7 +68,7 @@ class ModelSoup(Merger):
     def merge(self, merge: ModelMerger) -> None:
         inputs = merge.inputs
         chosen, score, alone = greedy_choice(
-            [one.digest for one in inputs],
+            [one.fingerprint for one in inputs],
             lambda models: merge.evaluate(self, models),
             strict=self.config.strict,
         )

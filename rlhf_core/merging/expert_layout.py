@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +26,7 @@ _ROWS, _COLUMNS = 24, 40
 
 
 @dataclass(frozen=True)
-class Piece:
+class StoredPart:
     """A tensor of the files as a part of a parameter."""
 
     name: str
@@ -34,7 +34,7 @@ class Piece:
     """The expert that it is of; None where it holds all."""
     rows: tuple[float, float]
     """The parameter's rows that it holds, as shares of them all."""
-    turned: bool
+    transposed: bool
 
     def cut(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         """Return its part of an update's factors, (experts, rows, r) and (experts, r, columns)."""
@@ -42,7 +42,7 @@ class Piece:
         if self.expert is not None:
             left, right = left[self.expert : self.expert + 1], right[self.expert : self.expert + 1]
         left = left[:, begin:end]
-        return (right.transpose(1, 2), left.transpose(1, 2)) if self.turned else (left, right)
+        return (right.transpose(1, 2), left.transpose(1, 2)) if self.transposed else (left, right)
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Parameter:
     swapped: bool
     """Whether it is (…, inputs, outputs), the other way round than a linear layer's weight."""
     scale: float
-    pieces: tuple[Piece, ...]
+    parts: tuple[StoredPart, ...]
     shape: tuple[int, ...]
     """That it has in a model like the base."""
 
@@ -73,10 +73,10 @@ class Parameter:
         return (right.transpose(1, 2), left.transpose(1, 2)) if self.swapped else (left, right)
 
 
-class Structure:
+class AdaptedArchitecture:
     """A model without values, with an adapter on it."""
 
-    def __init__(self, base: str, config: dict[str, Any], adapter: Path, name: str) -> None:
+    def __init__(self, base: str, config: Mapping[str, Any], adapter: Path, name: str) -> None:
         self._base, self._config, self._adapter, self._name = base, config, adapter, name
 
     def parameter(self, module: str) -> Parameter:
@@ -103,7 +103,7 @@ class Structure:
             int(getattr(layer, "num_experts", 1)),
             swapped,
             float(layer.scaling["default"]),
-            tuple(self._pieces(name)),
+            tuple(self._parts(name)),
             self._shapes[name],
         )
 
@@ -115,7 +115,7 @@ class Structure:
         try:
             with tempfile.TemporaryDirectory() as directory:
                 # Through a file: the reader of files knows what JSON has no word for, such as infinity.
-                Path(directory, "config.json").write_text(json.dumps(self._config), encoding="utf-8")
+                Path(directory, "config.json").write_text(json.dumps(dict(self._config)), encoding="utf-8")
                 config = AutoConfig.from_pretrained(directory)
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config)
@@ -148,7 +148,7 @@ class Structure:
     def _layers(self) -> dict[str, Any]:
         return dict(self._model[2])
 
-    def _pieces(self, name: str) -> Iterator[Piece]:
+    def _parts(self, name: str) -> Iterator[StoredPart]:
         """Send a parameter's places the way that transformers saves it, and see where they come out."""
         from transformers.core_model_loading import revert_weight_conversion
 
@@ -161,7 +161,7 @@ class Structure:
         try:
             saved = revert_weight_conversion(model, {name: places})
             for key, found in saved.items():
-                yield _piece(key, found)
+                yield _stored_part(key, found)
         except Exception as error:
             raise ModelError(
                 f"how `{name}` lies in the base's files isn't understood",
@@ -171,11 +171,11 @@ class Structure:
             ) from error
 
 
-def _piece(name: str, found: Tensor) -> Piece:
+def _stored_part(name: str, found: Tensor) -> StoredPart:
     """Return what a saved tensor is a part of, from the numbers of the places that it holds."""
     expert, row, column = found // (_ROWS * _COLUMNS), found // _COLUMNS % _ROWS, found % _COLUMNS
-    turned = bool((column[..., 0, :] == column[..., 0, :1]).all())
-    if turned:
+    transposed = bool((column[..., 0, :] == column[..., 0, :1]).all())
+    if transposed:
         expert, row, column = expert.mT, row.mT, column.mT
     first, count = int(row.flatten()[0]), row.shape[-2]
     experts = torch.arange(found.shape[0])[:, None, None] if found.ndim == 3 else expert.flatten()[0]
@@ -187,4 +187,4 @@ def _piece(name: str, found: Tensor) -> Piece:
     if not whole:
         raise ValueError(f"`{name}` holds its rows in another order")
     only = None if found.ndim == 3 else int(expert.flatten()[0])
-    return Piece(name, only, (first / _ROWS, (first + count) / _ROWS), turned)
+    return StoredPart(name, only, (first / _ROWS, (first + count) / _ROWS), transposed)

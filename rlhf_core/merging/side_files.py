@@ -10,11 +10,12 @@ from typing import Any
 
 from rlhf_core.config.yaml_file import dump_yaml
 from rlhf_core.infra.files import read_json, replace_file, replace_json, sha256_of, to_json
+from rlhf_core.infra.model_files import INDEX
 from rlhf_core.infra.redact import redact_text
 from rlhf_core.infra.version import __version__
 from rlhf_core.merging import chat_template
-from rlhf_core.merging.checkpoint import INDEX, Checkpoint
 from rlhf_core.merging.config import MergeConfig
+from rlhf_core.merging.input_model import InputModel
 from rlhf_core.merging.plan import Plan
 from rlhf_core.merging.vocabulary import TOKENIZER
 from rlhf_core.merging.weights import Value, is_head
@@ -32,7 +33,7 @@ _OTHER_FILES = ("preprocessor_config.json", "processor_config.json")
 _GENERATION = "generation_config.json"
 
 
-def fill(
+def write_side_files(
     path: Path, plan: Plan, config: MergeConfig, chosen: Sequence[tuple[int, Value]], details: dict[str, Any]
 ) -> None:
     """Write all that stands beside the weights; `chosen` are the numbers of the models that were merged, with their weights."""
@@ -41,13 +42,11 @@ def fill(
     main = plan.base if plan.base is not None else plan.models[0]
     _write_config(path, plan, main)
     _copy(main, _OTHER_FILES, path)
-    for head in plan.heads:
-        head.describe(path)
+    for head, description in plan.heads.items():
+        replace_json(path / f"{head}.json", description)
     _write_tokenizer(path, plan)
     if config.chat_template is not None:
-        text = chat_template.chosen(
-            config.chat_template, [*([plan.base] if plan.base is not None else []), *plan.models]
-        )
+        text = chat_template.chosen(config.chat_template, plan.inputs)
         if text is None:
             log.warning("no model has a chat template, so the result has none")
         else:
@@ -64,17 +63,17 @@ def recipe_of(config: MergeConfig) -> str:
     return redact_text(dump_yaml(values))
 
 
-def check_tokenizer(plan: Plan) -> None:
+def warn_without_tokenizer(plan: Plan) -> None:
     """Warn where the result will have no tokenizer, since no input has one."""
     if plan.vocabularies.origin is None and _with_tokenizer(plan) is None:
         log.warning("no input has a tokenizer, so the result has none; copy its files beside the result's weights")
 
 
-def _with_tokenizer(plan: Plan) -> Checkpoint | None:
+def _with_tokenizer(plan: Plan) -> InputModel | None:
     """Return the base, or else the first model, that has a tokenizer; their vocabularies don't differ where none was chosen."""
-    inputs = [*([plan.base] if plan.base is not None else []), *plan.models]
+    inputs = plan.inputs
     return next(
-        (one for one in inputs if any((place / name).is_file() for place in one.places for name in _TOKENS)), None
+        (one for one in inputs if any((place / name).is_file() for place in one.directories for name in _TOKENS)), None
     )
 
 
@@ -90,7 +89,7 @@ def _write_tokenizer(path: Path, plan: Plan) -> None:
         replace_file(path / TOKENIZER, to_json(vocabularies.tokenizer))
 
 
-def _write_config(path: Path, plan: Plan, main: Checkpoint) -> None:
+def _write_config(path: Path, plan: Plan, main: InputModel) -> None:
     """Write the main input's configuration, and what its generation needs, with the result's type, rows and token numbers."""
     written = dict(main.config)
     if not written:
@@ -99,8 +98,8 @@ def _write_config(path: Path, plan: Plan, main: Checkpoint) -> None:
     for key in ("dtype", "torch_dtype"):
         if key in written and len(kinds) == 1:
             written[key] = str(next(iter(kinds))).removeprefix("torch.")
-    inputs = [*([plan.base] if plan.base is not None else []), *plan.models]
-    if any(is_head(item.name) for item in plan.own) and any(one.said_tied for one in inputs):
+    inputs = plan.inputs
+    if any(is_head(item.name) for item in plan.own) and any(one.configured_tied for one in inputs):
         # Whichever of them the configuration is from, what is written has a head of its own.
         written["tie_word_embeddings"] = False
         if isinstance(inner := written.get("text_config"), dict):
@@ -113,19 +112,19 @@ def _write_config(path: Path, plan: Plan, main: Checkpoint) -> None:
         if "vocab_size" in written or not isinstance(inner, dict):
             written["vocab_size"] = rows
     replace_json(path / "config.json", _renumbered(written, plan, main))
-    generation = next((place / _GENERATION for place in main.places if (place / _GENERATION).is_file()), None)
+    generation = next((place / _GENERATION for place in main.directories if (place / _GENERATION).is_file()), None)
     if generation is not None:
         replace_json(path / _GENERATION, _renumbered(read_json(generation), plan, main))
 
 
-def _renumbered(values: dict[str, Any], plan: Plan, main: Checkpoint) -> dict[str, Any]:
+def _renumbered(values: dict[str, Any], plan: Plan, main: InputModel) -> dict[str, Any]:
     """Return settings with the numbers that tokens have in the result."""
     numbers = {key: value for key, value in values.items() if key.endswith("_token_id")}
     return values | {key: plan.vocabularies.renumbered(main, value) for key, value in numbers.items()}
 
 
-def _copy(one: Checkpoint, names: Sequence[str], path: Path) -> None:
-    _copy_from(one.places, names, path)
+def _copy(one: InputModel, names: Sequence[str], path: Path) -> None:
+    _copy_from(one.directories, names, path)
 
 
 def _copy_from(places: Sequence[Path], names: Sequence[str], path: Path) -> None:
@@ -149,7 +148,7 @@ def _card(
     # The hub takes names on the hub alone.
     if named := list(dict.fromkeys(one.name for one in inputs if not Path(one.name).expanduser().exists())):
         header["base_model"] = named
-    rows = [f"| {one.name} | {kind} | {weight} | `{one.digest.hex()}` |" for one, kind, weight in entries]
+    rows = [f"| {one.name} | {kind} | {weight} | `{one.fingerprint.hex()}` |" for one, kind, weight in entries]
     lines = [
         "---",
         redact_text(dump_yaml(header)).rstrip(),
@@ -174,7 +173,11 @@ def _card(
     ]
     if config.hash_inputs:
         lines += ["", "| input file | SHA-256 |", "|---|---|"]
-        lines += [f"| {one.name}: {file.name} | `{sha256_of(file).sha256}` |" for one in inputs for file in one.files]
+        lines += [
+            f"| {one.name}: {file.path.name} | `{sha256_of(file.path).sha256}` |"
+            for one in inputs
+            for file in one.files
+        ]
     return "\n".join(lines) + "\n"
 
 

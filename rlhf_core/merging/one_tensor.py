@@ -1,4 +1,4 @@
-"""One tensor past a method: measured, then merged chunk by chunk."""
+"""One tensor merged by a method: measured, then merged chunk by chunk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch import Tensor
 from rlhf_core.contracts.merger import Merger
 from rlhf_core.infra.errors import PluginError, RLHFError, describe_error
 from rlhf_core.merging.inputs import MergeInput, check_own
-from rlhf_core.merging.streams import CHUNK, MemorySource, TensorStream
+from rlhf_core.merging.streams import CHUNK, TensorStream
+from rlhf_core.merging.tensor_reader import MemoryTensor
 
 
 def merged_chunks(merger: Merger, stream: TensorStream) -> Iterator[tuple[int, Tensor]]:
@@ -43,7 +44,7 @@ def merged_chunks(merger: Merger, stream: TensorStream) -> Iterator[tuple[int, T
 
 @contextmanager
 def guarded(merger: Merger, doing: str) -> Iterator[None]:
-    """Make whatever a method raises a fault with its name; faults and a lack of memory stay what they are."""
+    """Turn whatever a method raises into a `PluginError` with its name; known errors and a lack of memory stay what they are."""
     try:
         yield
     except (RLHFError, MemoryError, torch.OutOfMemoryError):
@@ -68,11 +69,11 @@ def merge_tensor(
     name: str = "model.layers.0.mlp.up_proj.weight",
     chunk: int = CHUNK,
 ) -> Tensor:
-    """Return what a merge makes of one tensor in memory, float32: for tests of a method, and a look at what it does.
+    """Return one tensor in memory merged by a method, float32: to test a method, or to look at what it does.
 
     Args:
         merger: the method.
-        tensors: the tensor of each model, all of one shape, any floating type; left as they are.
+        tensors: the tensor of each model, all of one shape, any floating type; they aren't changed.
         weights: each model's weight; one where left out.
         base: the tensor of the base, where there is one.
         options: each model's own options, as a file may give them.
@@ -81,16 +82,29 @@ def merge_tensor(
         chunk: elements of a chunk, about.
 
     Raises:
-        ConfigError: the weights or an option can't do.
+        ConfigError: the weights or an option are invalid.
         ModelError: shapes differ, or values aren't finite.
         PluginError: the method raised, or returned something else than values of a chunk.
     """
-    given: dict[str, Any] = {"base": base, "options": options, "inputs": inputs, "name": name, "chunk": chunk}
-    return merged_tensors(merger, [memory_stream(merger, tensors, weights, **given)])[0]
+    known = inputs or [MergeInput(f"model {number}", index=number) for number in range(len(tensors))]
+    given = zip(known, weights or [1.0] * len(tensors), options or [{}] * len(tensors), strict=True)
+    own = [replace(one, weight=weight, options=options_of(merger, theirs)) for one, weight, theirs in given]
+    readers = [MemoryTensor(tensor, one.name) for tensor, one in zip(tensors, own, strict=True)]
+    stream = TensorStream(
+        name,
+        MemoryTensor(base, "base") if base is not None else None,
+        readers,
+        own,
+        merger=merger,
+        seed=int(getattr(merger.config, "seed", 0)),
+        device=tensors[0].device,
+        chunk=chunk,
+    )
+    return merged_tensors(merger, [stream])[0]
 
 
 def merged_tensors(merger: Merger, streams: Sequence[TensorStream]) -> list[Tensor]:
-    """Return what a merge makes of the tensors of some streams, float32, in memory."""
+    """Return the merged tensors of some streams, float32, in memory."""
     with guarded(merger, "looking at all tensors"):
         surveyed = merger.survey(streams)
     found = []
@@ -103,62 +117,11 @@ def merged_tensors(merger: Merger, streams: Sequence[TensorStream]) -> list[Tens
     return found
 
 
-def memory_stream(
-    merger: Merger,
-    tensors: Sequence[Tensor],
-    weights: Sequence[float] | None,
-    *,
-    base: Tensor | None,
-    options: Sequence[Mapping[str, Any]],
-    inputs: Sequence[MergeInput],
-    name: str,
-    chunk: int,
-) -> TensorStream:
-    """Return a stream of a tensor in memory, as `merge_tensor` takes it."""
-    given = inputs or [MergeInput(f"model {number}", index=number) for number in range(len(tensors))]
-    theirs = weights if weights is not None else [1.0] * len(tensors)
-    own = options or [{}] * len(tensors)
-    return stream_for(
-        merger,
-        name,
-        MemorySource(base, "base") if base is not None else None,
-        [MemorySource(tensor, one.name) for tensor, one in zip(tensors, given, strict=True)],
-        [
-            replace(one, weight=weight, options=options_of(merger, values))
-            for one, weight, values in zip(given, theirs, own, strict=True)
-        ],
-        seed=int(getattr(merger.config, "seed", 0)),
-        device=tensors[0].device,
-        chunk=chunk,
-    )
-
-
-def stream_for(
-    merger: Merger,
-    name: str,
-    base: Any,
-    models: Sequence[Any],
-    inputs: Sequence[MergeInput],
-    **settings: Any,
-) -> TensorStream:
-    """Return a tensor's stream in the order and pieces that a method works with; `settings` are others of `TensorStream`."""
-    return TensorStream(
-        name,
-        None if merger.ignores_base else base,
-        models,
-        inputs,
-        by_row=merger.by_row,
-        whole=merger.whole_tensors,
-        sort=merger.commutative,
-        **settings,
-    )
-
-
 def options_of(merger: Merger, own: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return what holds for a model with options of its own: a value for each name in `per_model`.
+    """Return a model's value for each name in `per_model`: its own, else the method's.
 
     Raises:
-        ConfigError: it can't have such an option of its own, or the value can't do.
+        ConfigError: it can't have such an option of its own, or the value is invalid.
     """
     for key in own:
         check_own(key, type(merger), type(merger).__name__, f"options of a model, `{key}`")
