@@ -237,7 +237,7 @@ def test_damaged_notes_on_the_head_are_told(causal: Path, tmp_path: Path) -> Non
     notes = tmp_path / "reward_head.json"
     good = json.loads(notes.read_text())
     for text, said in (
-        ("{", "is not valid JSON"),
+        ("{", "reward_head.json can.t be read"),
         (json.dumps({**good, "format": 2}), "is of another format; got 2 for 1"),
         (json.dumps({**good, "members": 10**9}), "is no head that is known here"),
         (json.dumps({name: value for name, value in good.items() if name != "shared"}), "lacks `shared`"),
