@@ -562,7 +562,7 @@ def test_another_architecture_of_the_same_shapes_is_refused(
 def test_global_trimming_takes_one_density(family: tuple[Path, list[Path]], tmp_path: Path) -> None:
     base, models = family
     settings = {"base": base, "trim_scope": "global"}
-    with pytest.raises(ConfigError, match="`density` is one number"):
+    with pytest.raises(ConfigError, match="`density` must be one number"):
         merge("ties", models, tmp_path / "out", density=[0.2, 0.4], **settings)
     assert not any(tmp_path.iterdir())
     merge("ties", models, tmp_path / "scaled", density=0.3, scale=[1.0, 1.0], **settings)
