@@ -84,9 +84,9 @@ def _end_of_results() -> None:
     if "rlhf_core.registry.load_class" in sys.modules:
         import atexit
 
-        from rlhf_core.registry.guarded import turn_stdout
+        from rlhf_core.registry.guarded import redirect_stdout_for_good
 
-        atexit.register(turn_stdout)  # the last to be registered runs first
+        atexit.register(redirect_stdout_for_good)  # the last to be registered runs first
 
 
 def _through_typer(tokens: Sequence[str]) -> int:

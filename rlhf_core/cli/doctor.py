@@ -76,7 +76,7 @@ def stale_entry_points(distribution: InstalledDistribution) -> list[str]:
     problems = []
     for group in GROUPS.values():
         stated = {name: str(target).replace(" ", "") for name, target in table[group].items()}
-        there = {name: target.replace(" ", "") for name, target in distribution.entry_points(group).items()}
+        there = {name: target.replace(" ", "") for name, target in distribution.targets(group).items()}
         changed = sorted(name for name in stated.keys() | there.keys() if stated.get(name) != there.get(name))
         if changed:
             names = ", ".join(f"`{name}`" for name in changed)

@@ -1,12 +1,14 @@
 """Methods by name: find (nothing imported) → policy → load.
 
-A plugin is a class behind an entry point of a group `rlhf_core.trainers`, `.rewards`, `.samplers`, `.mergers` or `.hooks`, in
-any installed distribution; those that ship with the core have no privilege. `find` reads metadata and source text alone, so
-a broken plugin is listed with its reason and harms no other. `get` imports the one class that is asked for; `check` imports all
-of them in another process. What is installed is read once, and again where `sys.path` or a file of it has changed.
+A plugin is a class behind an entry point of one of the groups `rlhf_core.trainers`, `.rewards`, `.samplers`, `.mergers` and
+`.hooks`, in any installed distribution; those that ship with the core have no privilege. `find` reads only metadata and source
+text, so a broken plugin is listed with its reason and harms no other. `get` imports the one class that is asked for; `check`
+imports all of them in another process. Installed distributions are scanned once per process, and again when `sys.path` or a
+scanned file has changed.
 
-Two comma lists in the environment hold names, qualified names (`acme-rlhf:dpo`) or distributions: `RLHF_PLUGINS_DISABLE`
-takes plugins out, and where `RLHF_PLUGINS_ALLOW` is set, only what it names stays. Child processes inherit both.
+Two environment variables filter plugins; each is a comma-separated list of names, qualified names (`acme-rlhf:dpo`) and
+distributions. `RLHF_PLUGINS_DISABLE` disables plugins; where `RLHF_PLUGINS_ALLOW` is set, all that it doesn't name are disabled.
+Child processes inherit both.
 """
 
 from __future__ import annotations

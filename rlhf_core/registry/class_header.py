@@ -1,7 +1,7 @@
-"""What a plugin's source says about itself, read without importing anything.
+"""Read a class's header from its module's source, without importing anything.
 
-The first line of the class docstring, and the literals `record`, `api` and `stage` in its body: enough to list a method, refuse
-one that was written for other contracts, and name its options, however long its imports would take.
+The header is the class docstring and the literals `record`, `api` and `stage` in the class body: enough to list a method and to
+refuse one that was written for another version of the contracts, however long its imports would take.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from rlhf_core.registry.module_source import read_module_source
 T = TypeVar("T")
 
 _parsing = threading.Lock()
-"""Held while warnings are turned off, which is for all threads."""
+"""Held while a source is parsed: warnings are switched off meanwhile, which affects all threads."""
 _EXTRAS = re.compile(r"\s*\[[^\[\]]*\]\s*$")
 
 
 @dataclass(frozen=True)
 class Option:
-    """One field of a configuration, as its source states it."""
+    """One field of a configuration, as `rlhf show` lists it: type and default as Python source."""
 
     name: str
     type: str
@@ -39,7 +39,7 @@ class Option:
 
 @dataclass(frozen=True)
 class ClassHeader:
-    """What the source of one class states. A literal that is absent, or isn't a literal, is None."""
+    """What a class's source states: a value is None where its line is missing, or isn't a literal."""
 
     summary: str
     doc: str
@@ -51,7 +51,11 @@ class ClassHeader:
 
 
 def split_target(target: str) -> tuple[str, str]:
-    """Split `package.module:Class`, with extras behind it or not, into module and class; '' where it names a module alone."""
+    """Split `package.module:Class [extra]` into module and class; the class is '' where the target is a module alone.
+
+    Raises:
+        SourceError: the text has another form.
+    """
     module, colon, name = (part.strip() for part in _EXTRAS.sub("", target).partition(":"))
     words = [*module.split("."), *(name.split(".") if colon else [])]
     if not all(word.isidentifier() for word in words):
@@ -63,33 +67,33 @@ def read_class_header(target: str) -> ClassHeader:
     """Read the header of `package.module:Class`.
 
     Raises:
-        NoSourceError: the module is there, but not as source.
-        SourceError: the file is missing or doesn't parse, or the class isn't defined in it.
+        NoSourceError: the module exists, but not as source.
+        SourceError: the file is missing or doesn't parse, or doesn't define the class.
     """
     module, name = split_target(target)
     if not name:
         raise SourceError(f"its entry point `{target}` isn't of the form `package.module:Class`")
-    return _reading(module, lambda tree, path: _header(tree, path, module, name))
+    return _parsed(module, lambda tree, path: _header(tree, path, module, name))
 
 
 def read_module_summary(target: str) -> str:
-    """Return the first line of the docstring of a target's module: the summary of a hook, which may be any object."""
-    return _reading(split_target(target)[0], lambda tree, _: _first_line(ast.get_docstring(tree)))
+    """Return the first docstring line of a target's module: the summary of a hook, which may be any kind of object."""
+    return _parsed(split_target(target)[0], lambda tree, _: _first_line(ast.get_docstring(tree)))
 
 
 def read_options(target: str) -> list[Option]:
-    """Return the options that a class's `Config` adds, where that configuration is written in the same file."""
+    """Return the fields that a class's `Config` adds to its base, where the configuration class stands in the same file."""
     module, name = split_target(target)
-    return _reading(module, lambda tree, _: _options(tree, name))
+    return _parsed(module, lambda tree, _: _options(tree, name))
 
 
-def _reading(module: str, look: Callable[[ast.Module, Path], T]) -> T:
-    """Parse a module's source and look at it; whatever is wrong with the source is a `SourceError`."""
+def _parsed(module: str, look: Callable[[ast.Module, Path], T]) -> T:
+    """Parse a module's source and return `look(tree, path)`; whatever goes wrong with the source is a `SourceError`."""
     source = read_module_source(module)
     path = source.path
     try:
         with _parsing, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on odd escapes, which are for the author to see
+            warnings.simplefilter("ignore")  # of invalid escapes in strings, which are for the author to see
             return look(ast.parse(source.text, filename=str(path)), path)
     except SourceError as error:
         raise SourceError(str(error), path) from None
@@ -104,7 +108,7 @@ def _reading(module: str, look: Callable[[ast.Module, Path], T]) -> T:
 def _header(tree: ast.Module, path: Path, module: str, name: str) -> ClassHeader:
     found = _definition(tree.body, name)
     if found is None:
-        raise SourceError(_what_stands_there(tree, module, name, path))
+        raise SourceError(_why_no_class(tree, module, name, path))
     doc = ast.get_docstring(found) or ""
     values = dict(_literals(found.body))
     record, api, stage = values.get("record"), values.get("api"), values.get("stage")
@@ -123,8 +127,8 @@ def _first_line(doc: str | None) -> str:
     return (doc or "").strip().split("\n")[0].strip()
 
 
-def _what_stands_there(tree: ast.Module, module: str, name: str, path: Path) -> str:
-    """Tell why a target isn't a class that its module defines."""
+def _why_no_class(tree: ast.Module, module: str, name: str, path: Path) -> str:
+    """Return why a module defines no class `name`: it is a function, a value, imported from elsewhere, or missing."""
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name:
             return f"`{name}` in `{module}` is a function, not a class ({path}:{node.lineno})"
@@ -140,6 +144,7 @@ def _what_stands_there(tree: ast.Module, module: str, name: str, path: Path) -> 
 
 
 def _options(tree: ast.Module, name: str) -> list[Option]:
+    """Return the annotated fields of the class that `name.Config` is, or names."""
     owner = _definition(tree.body, name)
     if owner is None:
         return []
@@ -158,10 +163,10 @@ def _options(tree: ast.Module, name: str) -> list[Option]:
 
 
 def _definition(body: Iterable[ast.stmt], name: str) -> ast.ClassDef | None:
-    """Find a class by its dotted name; inside `if`, `try` and `with` too, the first in the order of the file."""
+    """Return the first definition of a class by its dotted name, those inside `if`, `try` and `with` included."""
     head, _, rest = name.partition(".")
     waiting = [*body][::-1]
-    while waiting:  # a list of what waits, for a chain of `elif` is nested as deep as it is long
+    while waiting:  # no recursion, for a chain of `elif` is nested as deep as it is long
         node = waiting.pop()
         if isinstance(node, ast.ClassDef) and node.name == head:
             return _definition(node.body, rest) if rest else node
@@ -173,6 +178,7 @@ def _definition(body: Iterable[ast.stmt], name: str) -> ast.ClassDef | None:
 
 
 def _assigned(statement: ast.stmt) -> Iterator[tuple[str, ast.expr]]:
+    """Yield (name, value) of each plain name that a statement assigns."""
     if isinstance(statement, ast.Assign):
         for target in statement.targets:
             if isinstance(target, ast.Name):
@@ -184,6 +190,7 @@ def _assigned(statement: ast.stmt) -> Iterator[tuple[str, ast.expr]]:
 
 
 def _literals(body: Iterable[ast.stmt]) -> Iterator[tuple[str, Any]]:
+    """Yield the values of `record`, `api` and `stage` in a class body, None for what isn't a literal."""
     for statement in body:
         for name, value in _assigned(statement):
             if name in ("record", "api", "stage"):
@@ -195,7 +202,7 @@ def _constant(value: ast.expr) -> Any:
 
 
 def _stage(value: ast.expr) -> Any:
-    """Return the stage that `TrainingStage.PREFERENCE` means; its members' values are their names in small letters."""
+    """Return the value of `TrainingStage.PREFERENCE`, which is "preference", or of a literal."""
     if not isinstance(value, ast.Attribute):
         return _constant(value)
     owner = getattr(value.value, "id", None) or getattr(value.value, "attr", None)
@@ -203,8 +210,8 @@ def _stage(value: ast.expr) -> Any:
 
 
 def _option(node: ast.AnnAssign, after: ast.stmt | None) -> Option:
+    """Return a field of a configuration, whose description is `Field`'s, or the string in the statement after it."""
     default = "required"
-    # A string that stands below a field describes it too.
     description = _text(after.value) if isinstance(after, ast.Expr) else ""
     value = node.value
     if isinstance(value, ast.Call) and ast.unparse(value.func).endswith("Field"):

@@ -1,6 +1,6 @@
-"""What the installed distributions say: their entry points of our groups, and what is wrong with their metadata.
+"""Scan installed distributions: their entry points of the plugin groups, and what is wrong with their metadata.
 
-One distribution's faults are its own: each is read alone, and its entry points line by line.
+Each distribution is read on its own, and its entry points line by line, so that one that is damaged hides no other.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ GROUPS = {
 KIND_OF_GROUP = {group: kind for kind, group in GROUPS.items()}
 
 LOCAL = "local"
-"""The distribution of what `registry.register` adds in this process."""
+"""The distribution under which plugins are listed that `registry.register` added in this process."""
 RESERVED = {LOCAL, *GROUPS, *(f"{kind}s" for kind in GROUPS)}
-"""Words that stand before a colon in the name of a method, so that no distribution can be addressed by them."""
+"""Words that mean a kind before the colon of `kind:name`, so no distribution with plugins may have one as its name."""
 
 _DISTRIBUTION_NAME = re.compile(r"[a-z0-9]([a-z0-9._-]*[a-z0-9])?", re.IGNORECASE)
 _METHOD_NAME = re.compile(r"\w[\w.-]{0,99}")
@@ -38,7 +38,7 @@ _TABLE = "entry_points.txt"
 
 @dataclass(frozen=True)
 class EntryPoint:
-    """A line of a distribution's entry points, before the source that it names is read. `fault` says what is wrong with it."""
+    """One entry point of a plugin group, before the source that it names is read. `fault` says what is wrong with it, or ''."""
 
     kind: str
     name: str
@@ -54,24 +54,24 @@ class EntryPoint:
 
 @dataclass(frozen=True)
 class Scan:
-    """What all distributions offer, and one line for each fault that is a distribution's and no plugin's."""
+    """The entry points of all distributions, and what is wrong with distributions themselves, a line each."""
 
-    offers: tuple[EntryPoint, ...] = ()
+    entry_points: tuple[EntryPoint, ...] = ()
     faults: tuple[str, ...] = ()
     tables: tuple[str, ...] = ()
-    """The files in which the offers stand."""
+    """The `entry_points.txt` files that hold the entry points."""
 
 
 def scan() -> Scan:
-    """Read what is installed. The first distribution of a name on `sys.path` hides later ones, as it does for imports."""
-    offers: dict[tuple[str, str, str], EntryPoint] = {}
+    """Scan every installed distribution. The first of a name on `sys.path` hides later ones, as it does for imports."""
+    entry_points: dict[tuple[str, str, str], EntryPoint] = {}
     faults: list[str] = []
     tables: list[str] = []
     first: dict[str, InstalledDistribution] = {}
     for found in every_distribution(faults):
         key = canonical(found.stem or found.name) or found.place
         if key.startswith("~"):  # pip renames what it is about to remove
-            if found.is_ours:
+            if found.has_plugins:
                 faults.append(f"{found.place} is left over from an interrupted installation; fix: remove it")
             continue
         if found.why_malformed:
@@ -80,25 +80,25 @@ def scan() -> Scan:
         earlier = first.setdefault(key, found)
         if earlier is not found:
             faults += _hidden(earlier, found)
-        elif found.is_ours:
+        elif found.has_plugins:
             tables.append(os.path.join(found.place, _TABLE))  # noqa: PTH118
             faults += found.faults()
-            for offer in found.offers():
-                offers.setdefault((offer.kind, offer.qualified, offer.target), offer)
-    return Scan(tuple(offers.values()), tuple(map(printable, faults)), tuple(tables))
+            for one in found.entry_points():
+                entry_points.setdefault((one.kind, one.qualified, one.target), one)
+    return Scan(tuple(entry_points.values()), tuple(map(printable, faults)), tuple(tables))
 
 
 class InstalledDistribution:
-    """One distribution, read guardedly.
+    """One installed distribution; reading its metadata never raises.
 
     Args:
-        place: the directory of its metadata.
-        read_text: returns the text of one of the files there, None where there is no such file; may raise anything.
+        place: the directory of its metadata, such as `acme_rlhf-1.0.dist-info`.
+        read_text: returns the text of a file in that directory, None where there is none; may raise anything.
     """
 
     def __init__(self, place: str, read_text: Callable[[str], str | None]) -> None:
         self.place, self._read_text = place, read_text
-        self.stem, self._stem_version = _of_directory(place)
+        self.stem, self._stem_version = _name_and_version(place)
         try:
             self.table = read_text(_TABLE) or ""
             self.why_malformed = _malformed_line(self.table)
@@ -106,12 +106,12 @@ class InstalledDistribution:
             self.table, self.why_malformed = "", f"{_TABLE}: {describe_error(error)}"
 
     @property
-    def is_ours(self) -> bool:
+    def has_plugins(self) -> bool:
         return PREFIX in self.table
 
     @cached_property
     def stated(self) -> tuple[str, str]:
-        """Name and version as its metadata state them, '' where they don't."""
+        """Name and version in its METADATA file, '' where they are missing."""
         text = self.read("METADATA") or self.read("PKG-INFO") or self.read("") or ""
         fields: dict[str, str] = {}
         for line in text.splitlines():
@@ -123,7 +123,7 @@ class InstalledDistribution:
 
     @property
     def name(self) -> str:
-        """The name by its metadata, which agrees with its directory's, else by its directory; '' where neither is a name."""
+        """The name in METADATA where it agrees with the directory's, else the directory's; '' where neither is valid."""
         stated = self.stated[0]
         agreed = not self.stem or canonical(stated) == canonical(self.stem)
         return next((name for name in (stated if agreed else "", self.stem) if _DISTRIBUTION_NAME.fullmatch(name)), "")
@@ -134,7 +134,7 @@ class InstalledDistribution:
 
     @property
     def editable_source(self) -> str | None:
-        """The directory that an editable installation stands for."""
+        """The project's directory, where this is an editable installation (`pip install -e`); else None."""
         import json
         from urllib.parse import unquote, urlparse
 
@@ -145,18 +145,19 @@ class InstalledDistribution:
         except Exception:  # nothing readable is noted
             return None
 
-    def entry_points(self, group: str) -> dict[str, str]:
-        """Return the targets by name of one of our groups, from those of its lines that can be read."""
-        return {name: target for _, name, target, one in self.entries() if one == group and target is not None}
+    def targets(self, group: str) -> dict[str, str]:
+        """Return `{name: "package.module:Class"}` for the readable entry points of a plugin group."""
+        return {name: target for _, name, target, one in self._lines() if one == group and target is not None}
 
     def read(self, file: str) -> str | None:
+        """Return the text of a file of its metadata, or None where it is missing or can't be read."""
         try:
             return self._read_text(file)
         except Exception:
             return None
 
-    def entries(self) -> Iterator[tuple[int, str, str | None, str]]:
-        """Yield (line, name, target, group) for each line of our groups; the target is None where the line has none."""
+    def _lines(self) -> Iterator[tuple[int, str, str | None, str]]:
+        """Yield (line number, name, target, group) for each line of a plugin group; the target is None on a malformed line."""
         group = ""
         for number, line in enumerate(self.table.lstrip("\ufeff").splitlines(), 1):
             line = line.strip()
@@ -168,10 +169,11 @@ class InstalledDistribution:
                 name, equals, target = (part.strip() for part in line.partition("="))
                 yield number, name, target if equals else None, group
 
-    def offers(self) -> Iterator[EntryPoint]:
+    def entry_points(self) -> Iterator[EntryPoint]:
+        """Yield its entry points of the plugin groups, each with its fault."""
         distribution, version = self.name, self.version
         owner = _owner_fault(distribution, self.stated[0])
-        for number, name, target, group in self.entries():
+        for number, name, target, group in self._lines():
             if group in KIND_OF_GROUP:
                 fault = owner or method_name_fault(name)
                 if target is None:
@@ -179,10 +181,10 @@ class InstalledDistribution:
                 yield EntryPoint(KIND_OF_GROUP[group], name, target or "", distribution, version, fault)
 
     def faults(self) -> Iterator[str]:
-        """Yield what is wrong with it and shows in no plugin."""
+        """Yield what is wrong with the distribution itself, and so shows in the status of none of its plugins."""
         if self.name and self.name != self.stated[0]:
             yield f"the METADATA in {self.place} has no valid name, or another; the directory's is used, `{self.name}`"
-        for group in sorted({group for *_, group in self.entries()} - KIND_OF_GROUP.keys()):
+        for group in sorted({group for *_, group in self._lines()} - KIND_OF_GROUP.keys()):
             yield f"{self.place}: unknown entry-point group `{group}`; {did_you_mean(group, KIND_OF_GROUP)}"
 
 
@@ -194,7 +196,7 @@ def unreadable_distributions() -> list[tuple[str, str]]:
 
 
 def method_name_fault(name: str) -> str:
-    """Return why a method can't bear a name, or ''."""
+    """Return why a method can't have this name, or '' where it can."""
     if not name:
         return "its entry point has no name"
     if not _METHOD_NAME.fullmatch(name):
@@ -205,22 +207,25 @@ def method_name_fault(name: str) -> str:
 
 
 def canonical(distribution: str) -> str:
-    """Return a distribution's name as it is compared."""
+    """Return the form in which names of distributions are compared: lower case, `-` for each run of `-`, `_` and `.`."""
     return re.sub(r"[-_.]+", "-", distribution.strip()).casefold()
 
 
 def every_distribution(faults: list[str]) -> Iterator[InstalledDistribution]:
-    """Yield every distribution, place by place along `sys.path`, so that one place's fault hides no other's; it is noted.
+    """Yield every installed distribution in the order of `sys.path`, then those that other import finders know.
 
-    Directories are read without `importlib.metadata`, whose import takes half as long as all of `rlhf list`; it reads archives
-    and what other finders know.
+    A finder that raises is skipped and noted in `faults`. Directories are listed here, for importing `importlib.metadata` takes
+    half as long as all of `rlhf list`; it is used for archives and for other finders.
+
+    Args:
+        faults: a list to which a line is added for each finder that fails.
     """
     seen: set[str] = set()
     for place in dict.fromkeys(place for place in sys.path if isinstance(place, str)):
         for found in _in_directory(place) if os.path.isdir(place or ".") else _in_archive(place):  # noqa: PTH112
             seen.add(found.place)
             yield found
-    for finder in [one for one in sys.meta_path if one is not PathFinder and hasattr(one, "find_distributions")]:
+    for finder in distribution_finders():
         try:
             known = [found for found in map(_installed, _ask(finder)) if found.place not in seen]
         except Exception as error:
@@ -231,7 +236,13 @@ def every_distribution(faults: list[str]) -> Iterator[InstalledDistribution]:
         yield from known
 
 
-def _in_directory(place: str) -> Iterator[InstalledDistribution]:
+def distribution_finders() -> list[Any]:
+    """Return the finders on `sys.meta_path` that know distributions beside those in directories and archives."""
+    return [finder for finder in sys.meta_path if finder is not PathFinder and hasattr(finder, "find_distributions")]
+
+
+def metadata_directories(place: str) -> Iterator[str]:
+    """Yield the paths of the metadata directories in a directory, sorted; none where it can't be listed."""
     try:
         children = sorted(os.listdir(place or "."))  # noqa: PTH208
     except OSError:
@@ -239,8 +250,12 @@ def _in_directory(place: str) -> Iterator[InstalledDistribution]:
     for child in children:
         low = child.lower()
         if low.endswith((".dist-info", ".egg-info")) or (low == "egg-info" and place.lower().endswith(".egg")):
-            directory = os.path.join(place, child)  # noqa: PTH118
-            yield InstalledDistribution(directory, partial(_read_file, directory))
+            yield os.path.join(place, child)  # noqa: PTH118
+
+
+def _in_directory(place: str) -> Iterator[InstalledDistribution]:
+    for directory in metadata_directories(place):
+        yield InstalledDistribution(directory, partial(_read_file, directory))
 
 
 def _in_archive(place: str) -> list[InstalledDistribution]:
@@ -263,7 +278,7 @@ def _installed(distribution: Any) -> InstalledDistribution:
 
 
 def _read_file(place: str, file: str) -> str | None:
-    """Read a file of a metadata directory; '' is the place itself, where it is a file as distutils wrote it."""
+    """Return the text of a file in a metadata directory, or None; '' reads `place` itself, a file in distutils' old format."""
     try:
         with open(os.path.join(place, file) if file else place, encoding="utf-8") as stream:  # noqa: PTH118, PTH123
             return stream.read()
@@ -272,10 +287,10 @@ def _read_file(place: str, file: str) -> str | None:
 
 
 def _tolerate_malformed() -> None:
-    """Let a table that can't be read stand for no entry points, in all of this process.
+    """Patch `importlib.metadata` in this process so that a malformed entry_points.txt counts as an empty one.
 
-    torch and pydantic read the entry points of everything that is installed when they are imported, so that one malformed
-    table breaks whatever imports them: every method here, for a package that has nothing to do with them.
+    torch and pydantic read the entry points of every installed distribution when they are imported: one malformed table, of
+    a package that nothing here uses, would break all methods.
     """
     from importlib.metadata import Distribution, EntryPoints
 
@@ -293,11 +308,11 @@ def _tolerate_malformed() -> None:
 
 
 class _Tolerant(property):
-    """The property that stands for `Distribution.entry_points`."""
+    """The type of the patched property `Distribution.entry_points`, by which the patch is recognised."""
 
 
-def _of_directory(place: str) -> tuple[str, str]:
-    """Return name and version as the metadata's directory states them: `acme_rlhf-1.0.dist-info`."""
+def _name_and_version(place: str) -> tuple[str, str]:
+    """Return the name and version in a metadata directory's own name: `acme_rlhf-1.0.dist-info` → acme-rlhf, 1.0."""
     stem, suffix = os.path.splitext(os.path.basename(place.rstrip("/\\")))  # noqa: PTH119, PTH122
     if suffix.lower() not in (".dist-info", ".egg-info"):
         return "", ""
@@ -306,6 +321,7 @@ def _of_directory(place: str) -> tuple[str, str]:
 
 
 def _owner_fault(name: str, stated: str) -> str:
+    """Return why a distribution's name keeps its plugins from being addressed, or ''."""
     if not name:
         return f"its distribution has no valid name: {_quoted(stated)}"
     if canonical(name) in RESERVED:
@@ -314,7 +330,7 @@ def _owner_fault(name: str, stated: str) -> str:
 
 
 def _malformed_line(table: str) -> str:
-    """Return what is wrong with the first line that is no entry point, as importlib.metadata reads them; '' where all are."""
+    """Return what is wrong with the first line that `importlib.metadata` would refuse; '' where it accepts all."""
     for number, line in enumerate(table.splitlines(), 1):
         line = line.strip()
         if line and not line.startswith("#") and "=" not in line and not (line.startswith("[") and line.endswith("]")):
@@ -323,8 +339,8 @@ def _malformed_line(table: str) -> str:
 
 
 def _hidden(used: InstalledDistribution, hidden: InstalledDistribution) -> Iterator[str]:
-    """Yield a line where one distribution hides another of its name and the two are not the same installation."""
-    if not (used.is_ours or hidden.is_ours) or _same_installation(used, hidden):
+    """Yield a warning where a distribution with plugins hides, or is hidden by, another installation of the same name."""
+    if not (used.has_plugins or hidden.has_plugins) or _same_installation(used, hidden):
         return
     version, other = used.version or "one without a version", hidden.version or "one without a version"
     yield (
@@ -334,7 +350,8 @@ def _hidden(used: InstalledDistribution, hidden: InstalledDistribution) -> Itera
 
 
 def _same_installation(one: InstalledDistribution, other: InstalledDistribution) -> bool:
-    """Tell whether two entries are one installation: one place by two paths, or an editable one and its source's own record."""
+    """Tell whether two metadata directories are of one installation: one directory by two paths, or an editable installation
+    and the directory that the build left in its project."""
     if os.path.realpath(one.place) == os.path.realpath(other.place):
         return True
     for installed, source in ((one, other), (other, one)):

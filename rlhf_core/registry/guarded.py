@@ -1,9 +1,9 @@
-"""Run code that others wrote, such as a plugin's import, so that it can't take the program with it.
+"""Call code of other packages, such as a plugin's import, so that whatever it raises or changes can't stop the program.
 
-What it prints goes to stderr, for stdout is for results; whatever it raises, `SystemExit` and `KeyboardInterrupt` too, is one
-fault with a reason; the working directory, `sys.argv` and what is logged are afterwards as they were. The user's own Ctrl-C still
-interrupts. What ends the process at once (`os._exit`, a crash in C code) can
-only be outlived by another process: see `rlhf_core.registry.trial_import`.
+What it prints goes to stderr, for stdout is for results. Whatever it raises, `SystemExit` and `KeyboardInterrupt` included,
+becomes one `GuardedError` with a reason. The working directory, `sys.argv` and the logging threshold are restored afterwards.
+The user's own Ctrl-C still interrupts. Only another process survives code that ends its process at once (`os._exit`, a crash in
+C code): see `rlhf_core.registry.trial_import`.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ T = TypeVar("T")
 
 
 class GuardedError(Exception):
-    """Foreign code raised; the text says what, in one line, and the cause is the exception itself."""
+    """The guarded code raised: the text describes the exception in one line, `__cause__` is the exception itself."""
 
 
 def run_guarded(action: Callable[[], T]) -> T:
-    """Call `action` and return its value, with stdout turned to stderr meanwhile.
+    """Call `action` and return its value; stdout goes to stderr meanwhile.
 
     Raises:
-        GuardedError: it raised anything at all.
-        KeyboardInterrupt: the user pressed Ctrl-C meanwhile (or what the program's own handler raises then), even where the
-            foreign code swallowed it.
+        GuardedError: `action` raised anything at all.
+        KeyboardInterrupt: the user pressed Ctrl-C meanwhile, even where `action` caught that. Where the program has its own
+            handler of SIGINT, what that handler raised is raised instead.
     """
-    watch, surroundings = _InterruptWatch(), _Surroundings()
+    watch, state = _InterruptWatch(), _ProcessState()
     try:
-        with _Diversion():
+        with _StdoutToStderr():
             value = action()
     except BaseException as error:
         if watch.raised is None:
             raise GuardedError(describe_error(error)) from error
     finally:
         watch.stop()
-        surroundings.restore()
+        state.restore()
     if watch.raised is not None:
         raise watch.raised
     return value
 
 
 class _InterruptWatch:
-    """Notes what a real SIGINT raises, which tells it from a `KeyboardInterrupt` that foreign code makes up."""
+    """Keep what the handler of a real SIGINT raised, to tell it from a `KeyboardInterrupt` that the guarded code raised."""
 
     def __init__(self) -> None:
         self.raised: BaseException | None = None
@@ -70,13 +70,13 @@ class _InterruptWatch:
             raise
 
     def stop(self) -> None:
-        # A handler that the foreign code set stays: a library may need its own.
+        # A handler that the guarded code set stays: a library may need its own.
         if self._before is not None and signal.getsignal(signal.SIGINT) == self._handle:
             signal.signal(signal.SIGINT, self._before)
 
 
-class _Surroundings:
-    """What the program's own paths and log lines depend on."""
+class _ProcessState:
+    """The working directory, `sys.argv` and the logging threshold, to be restored."""
 
     def __init__(self) -> None:
         self._directory = _directory()
@@ -104,11 +104,11 @@ def _manager() -> Any:
     return logging.root.manager
 
 
-class _Diversion:
-    """Turns stdout to stderr, for Python and for whatever writes to the file descriptor (C code, child processes).
+class _StdoutToStderr:
+    """Redirects stdout to stderr, for Python and for whatever writes to file descriptor 1 (C code, child processes).
 
-    Several may be entered at once, by nested loads and by threads: the first turns it, the last turns it back. No lock is held
-    between, so that an import that waits for another thread's import can't lock up here.
+    It may be entered several times, by nested loads and by threads: the first redirects, the last restores. No lock is held in
+    between, so that an import that waits for another thread's import can't deadlock here.
     """
 
     _lock = threading.Lock()
@@ -117,38 +117,38 @@ class _Diversion:
     _stdout: int | None = None
 
     def __enter__(self) -> None:
-        kind = _Diversion
-        with kind._lock:
-            kind._depth += 1
-            if kind._depth == 1:
-                kind._streams = (sys.stdout, sys.stderr)
+        shared = _StdoutToStderr
+        with shared._lock:
+            shared._depth += 1
+            if shared._depth == 1:
+                shared._streams = (sys.stdout, sys.stderr)
                 _flush(sys.stdout)
-                kind._stdout = None
+                shared._stdout = None
                 with contextlib.suppress(OSError):  # a program may have closed either
-                    kind._stdout = os.dup(1)
+                    shared._stdout = os.dup(1)
                     os.dup2(2, 1)
-                sys.stdout = _StandIn()
+                sys.stdout = _RedirectedStdout()
 
     def __exit__(self, *_: object) -> None:
-        kind = _Diversion
-        with kind._lock:
-            kind._depth -= 1
-            if kind._depth == 0:
+        shared = _StdoutToStderr
+        with shared._lock:
+            shared._depth -= 1
+            if shared._depth == 0:
                 _flush(sys.stdout)
-                if kind._stdout is not None:
+                if shared._stdout is not None:
                     with contextlib.suppress(OSError):
-                        os.dup2(kind._stdout, 1)
-                        os.close(kind._stdout)
-                sys.stdout, sys.stderr = kind._streams
+                        os.dup2(shared._stdout, 1)
+                        os.close(shared._stdout)
+                sys.stdout, sys.stderr = shared._streams
 
 
-def turn_stdout() -> None:
-    """Turn stdout to stderr for the rest of the process."""
-    _Diversion().__enter__()
+def redirect_stdout_for_good() -> None:
+    """Redirect stdout to stderr for the rest of the process."""
+    _StdoutToStderr().__enter__()
 
 
 def _flush(stream: TextIO | None) -> None:
-    """Flush a stream of Python's and C's own buffers, which else reach the descriptor once it is turned."""
+    """Flush Python's buffer of a stream and C's buffers, whose contents would else go where the descriptor points next."""
     with contextlib.suppress(Exception):
         if stream is not None:
             stream.flush()
@@ -158,8 +158,8 @@ def _flush(stream: TextIO | None) -> None:
         ctypes.CDLL(None).fflush(None)
 
 
-class _StandIn(io.TextIOBase):
-    """Stands for `sys.stdout` and writes to stderr. Modules that close, detach, wrap or reconfigure it harm neither."""
+class _RedirectedStdout(io.TextIOBase):
+    """A `sys.stdout` that writes to stderr; closing, detaching, wrapping or reconfiguring it changes neither stream."""
 
     encoding = "utf-8"
     errors = "replace"
@@ -194,10 +194,10 @@ class _StandIn(io.TextIOBase):
 
     @property
     def buffer(self) -> Any:
-        return _StandInBytes()
+        return _RedirectedBytes()
 
 
-class _StandInBytes(io.BufferedIOBase):
+class _RedirectedBytes(io.BufferedIOBase):
     def write(self, data: Any) -> int:
         if sys.stderr is not None:
             sys.stderr.write(bytes(data).decode("utf-8", "replace"))

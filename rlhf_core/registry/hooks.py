@@ -8,9 +8,8 @@ A hook plugin is an object or module behind an entry point of the group `rlhf_co
     def step_ended(step, metrics):  # any of the event's arguments, by name
         print(step, metrics["loss"])
 
-Of a run in several processes the first one's events are heard. A hook never harms a run: one that can't be loaded is warned
-about and left out; one that raises is warned about and not called again. Methods are looked up by name in `registry`, never
-through hooks.
+In a run of several processes only the first one's events are emitted. A hook never stops a run: one that can't be loaded is left
+out with a warning; one that raises is not called again, with a warning. Methods are found by name in `registry`, never by hooks.
 """
 
 from __future__ import annotations
@@ -30,24 +29,24 @@ logger = logging.getLogger(__name__)
 
 hookspec = pluggy.HookspecMarker("rlhf_core")
 hookimpl = pluggy.HookimplMarker("rlhf_core")
-"""Mark a function or method that hears the event of its name."""
+"""Decorator of a function or method that is called at the event of its name."""
 
 
 class Events:
-    """What happens in a run. `run` is the trainer whose run it is: its `config`, `models` and `output` can be read."""
+    """The events of a run. `run` is the trainer whose run it is; listeners may read its `config`, `models` and `output`."""
 
     @hookspec
     def run_started(self, run: Any) -> None:
-        """Models and data are loaded; the first step comes next. Of a resumed run, too."""
+        """Models and data are loaded, and the first step comes next; emitted for a resumed run, too."""
 
     @hookspec
     def step_ended(self, run: Any, step: int, metrics: Mapping[str, float]) -> None:
-        """Optimiser step `step` (counted from 1) was made; `metrics` is its row of `metrics.jsonl`."""
+        """Optimiser step `step`, counted from 1, is done; `metrics` is its row of `metrics.jsonl`."""
 
     @hookspec
     def rollouts_scored(self, run: Any, step: int, samples: Any, rewards: Any, evaluating: bool) -> None:
-        """Completions were generated after step `step` and scored: this process's `Sample`s and the weighted sum of each one's
-        rewards; `evaluating` where they answer held-out prompts."""
+        """Completions were generated after step `step` and scored. `samples` are this process's `Sample`s, `rewards` the
+        weighted sum of each sample's rewards; `evaluating`: the prompts are held-out ones."""
 
     @hookspec
     def evaluated(self, run: Any, step: int, metrics: Mapping[str, float]) -> None:
@@ -55,7 +54,7 @@ class Events:
 
     @hookspec
     def checkpoint_saved(self, run: Any, step: int, path: Path) -> None:
-        """The checkpoint of step `step` stands whole at `path`."""
+        """The checkpoint of step `step` is complete at `path`."""
 
     @hookspec
     def run_ended(self, run: Any, result: Any) -> None:
@@ -78,17 +77,21 @@ class Hooks:
 
     @property
     def names(self) -> list[str]:
-        """The names of those that listen, in the order in which they were added."""
+        """The listeners' names, in the order in which they were added."""
         return [name for name, plugin in self._manager.list_name_plugin() if plugin is not None]
 
     def events_of(self, name: str) -> list[str]:
-        """Return the events that a listener hears."""
+        """Return the events at which a listener is called."""
         return [caller.name for caller in self._manager.get_hookcallers(self._manager.get_plugin(name)) or ()]
 
     def add(self, listener: Any, name: str) -> bool:
-        """Add an object or module whose `@hookimpl` functions bear the names of events; a wrong one is warned about."""
+        """Add a listener: an object or module whose `@hookimpl` functions have the names of events.
+
+        Returns:
+            Whether it was added; a listener with a fault is left out with a warning.
+        """
         if self._manager.has_plugin(name) or any(listener is one for _, one in self._manager.list_name_plugin()):
-            logger.warning("hook `%s` is left out: it listens already", name)
+            logger.warning("hook `%s` is left out: it was added before", name)
             return False
         try:
             # pluggy hashes and compares listeners, each with every other. A plain dataclass has no hash.
@@ -99,14 +102,14 @@ class Hooks:
             self._drop(name)
             logger.warning("hook `%s` is left out: %s", name, error)
             return False
-        except Exception as error:  # the object's own methods, which may do anything
+        except Exception as error:  # of the object's own methods
             self._drop(name)
             logger.warning("hook `%s` is left out: looking at it raised %s", name, describe_error(error))
             return False
         return True
 
     def emit(self, event: str, **values: Any) -> None:
-        """Tell every listener; one that raises is warned about and removed, and the rest still hear of it."""
+        """Call every listener of an event; one that raises is removed with a warning, and the others are still called."""
         if event not in EVENTS:
             raise ValueError(f"no event {event!r}; {did_you_mean(event, EVENTS)}")
         everyone = self._manager.get_plugins()
@@ -134,8 +137,8 @@ class Hooks:
 def load_hooks() -> Hooks:
     """Load the hook plugins that are installed and enabled, each guarded. Called when a run starts, never before.
 
-    What an import or a constructor prints goes to stderr. One that ends the process at once (`os._exit`, a crash in C code)
-    ends the run: `rlhf list hooks --check` finds it.
+    What an import or a constructor prints goes to stderr. A hook whose import ends its process at once (`os._exit`, a crash in C
+    code) ends the run; `rlhf list hooks --check` finds such hooks.
     """
     hooks = Hooks()
     for plugin in registry.find("hook"):
@@ -146,7 +149,7 @@ def load_hooks() -> Hooks:
             listener = run_guarded(loaded) if isinstance(loaded, type) else loaded
         except (RLHFError, GuardedError) as error:
             reason = error.line() if isinstance(error, RLHFError) else f"making it raised {error}"
-            logger.warning("hook `%s` is left out, the run goes on without it: %s", plugin.qualified, reason)
+            logger.warning("hook `%s` is left out, and the run continues without it: %s", plugin.qualified, reason)
             continue
         hooks.add(listener, plugin.qualified)
     return hooks

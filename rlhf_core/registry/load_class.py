@@ -1,7 +1,7 @@
 """Import one plugin and check it against its kind's contract.
 
-The import runs guarded (see `registry/guarded.py`). An import that ends the process at once, by `os._exit` or a crash in C code,
-ends this one; `registry/trial_import.py` does the same work in another process, which may die of it.
+The import is guarded (see `registry/guarded.py`). An import that ends its process at once, by `os._exit` or a crash in C code,
+ends this one; `registry/trial_import.py` does the same in another process.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from rlhf_core.registry.class_header import SourceError, split_target
 from rlhf_core.registry.guarded import GuardedError, run_guarded
 
 Fault = tuple[str, str]
-"""A status and its reason."""
+"""A status of a plugin (`broken`, `wrong-api`) and its reason."""
 
 
 class LoadFault(Exception):
-    """A plugin can't be loaded. The cause is the exception that its import raised, where it raised one."""
+    """A plugin can't be loaded: `status` and `reason`; `__cause__` is the exception that its import raised, if any."""
 
     def __init__(self, status: str, reason: str) -> None:
         super().__init__(status, reason)
@@ -30,10 +30,10 @@ class LoadFault(Exception):
 
 
 def load_target(kind: str, target: str) -> Any:
-    """Import the object that `package.module:Class` names, and return it.
+    """Import the object that `package.module:Class` names, check it against the contract of its kind, and return it.
 
     Raises:
-        LoadFault: the import or the check failed.
+        LoadFault: the import raised, or the object isn't a plugin of that kind.
     """
     try:
         module, name = split_target(target)
@@ -49,9 +49,9 @@ def load_target(kind: str, target: str) -> Any:
 
 
 def contract_fault(kind: str, cls: Any) -> Fault | None:
-    """Return what keeps an object from being a plugin of that kind, or None.
+    """Return what keeps an object from being a plugin of a kind, or None.
 
-    The object may be anything, with a metaclass that raises: whatever happens is a reason.
+    The object may be anything, even a class whose metaclass raises: an exception while it is looked at is a reason, too.
     """
     if kind == "hook":
         return None
@@ -62,7 +62,7 @@ def contract_fault(kind: str, cls: Any) -> Fault | None:
 
 
 def describe_class(cls: Any) -> dict[str, Any]:
-    """Return what a loaded class says of itself, as its source would have: summary, record, stage and api."""
+    """Return summary, record, stage and api of a loaded class, for plugins whose source can't be read."""
 
     def text(value: Any) -> str | None:
         return str(value) if isinstance(value, str) else None
@@ -90,6 +90,7 @@ def _import(module: str, name: str) -> Any:
 
 
 def _guarded(what: str, action: Callable[[], Any]) -> Any:
+    """Return `action()`; whatever it raises is a `LoadFault` that says `what` was being done, such as "importing"."""
     try:
         return run_guarded(action)
     except GuardedError as fault:
@@ -106,13 +107,13 @@ def _contract_fault(kind: str, cls: Any) -> Fault | None:
 
     interfaces: dict[str, type] = {"trainer": Trainer, "reward": RewardFn, "sampler": Sampler, "merger": Merger}
     interface = interfaces[kind]
-    if not _is_below(cls, interface):
+    if not _derives_from(cls, interface):
         return "broken", f"not a subclass of rlhf_core.{interface.__name__}"
-    issubclass(object, cls)  # asked of every class whenever anything is checked against the interface: it may not raise
+    issubclass(object, cls)  # Python asks this of every subclass of the interface, so it must not raise
     if (missing := sorted(getattr(cls, "__abstractmethods__", ()))) != []:
         return "broken", f"doesn't define {', '.join(f'`{name}`' for name in missing)}"
     base = TrainerConfig if kind == "trainer" else BaseConfig
-    if not _is_below(getattr(cls, "Config", None), base):
+    if not _derives_from(getattr(cls, "Config", None), base):
         return "broken", f"its `Config` is not a subclass of rlhf_core.{base.__name__}"
     if kind == "trainer" and getattr(cls, "record", None) not in RECORDS:
         return "broken", f"its `record` is not one of: {', '.join(sorted(RECORDS))}"
@@ -122,6 +123,6 @@ def _contract_fault(kind: str, cls: Any) -> Fault | None:
     return None
 
 
-def _is_below(cls: Any, base: type) -> bool:
-    # `issubclass` would ask the metaclasses of every subclass that `base` has, those of other plugins too.
+def _derives_from(cls: Any, base: type) -> bool:
+    """Tell whether `base` is among a class's bases; `issubclass` would call the metaclasses of all other plugins as well."""
     return issubclass(type(cls), type) and any(one is base for one in type.__dict__["__mro__"].__get__(cls))

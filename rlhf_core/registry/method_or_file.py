@@ -1,4 +1,4 @@
-"""What a user names to run: a method by its name, or a configuration file that names one."""
+"""Read what a user names on the command line or in Python: a method, or a configuration file that names one."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ COMMAND_LINE = "command line"
 
 
 def names_file(target: str | Path) -> bool:
-    """Tell whether a target means a configuration file, by its name: a path, or an end in .yaml or .yml."""
+    """Tell whether a text names a configuration file: it is a path, has a separator, or ends in .yaml or .yml."""
     text = str(target)
     return isinstance(target, Path) or text.endswith((".yaml", ".yml")) or os.sep in text
 
 
 def read_method_or_file(target: str | Path) -> tuple[dict[str, Any], dict[str, str], str | None]:
-    """Return what a method's name or a configuration file says: values, the place of each key, and the file's text."""
+    """Return the values that a method's name or a configuration file sets, the place of each key, and the file's text.
+
+    The place of a key is where messages say that it was set, such as `run.yaml:7`; the text is None for a method's name.
+    """
     if not names_file(target):
         return {"method": str(target)}, {"": COMMAND_LINE, "method": COMMAND_LINE}, None
     values, places = load_yaml(target)
@@ -30,11 +33,14 @@ def read_method_or_file(target: str | Path) -> tuple[dict[str, Any], dict[str, s
 
 
 def find_method(values: Mapping[str, Any], places: Mapping[str, str], kind: str) -> tuple[Plugin, Any]:
-    """Return the plugin of some kind that `method` names, and its class.
+    """Return the plugin of a kind that the value `method` names, and its class.
+
+    Args:
+        values, places: as `read_method_or_file` returns them.
 
     Raises:
-        ConfigError: no such plugin, or none is named.
-        PluginError: it is broken, ambiguous or disabled.
+        ConfigError: there is no such plugin, or `method` is missing.
+        PluginError: the plugin is broken, ambiguous or disabled.
     """
     name = values.get("method")
     if not isinstance(name, str):

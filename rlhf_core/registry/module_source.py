@@ -1,6 +1,7 @@
-"""Where a module's source is, found as an import would find it, without importing the module or its parents.
+"""Find and read a module's source where an import would find it, without importing the module or its parents.
 
-Source files, zip archives, namespace packages of every make, and whatever editable installations put on `sys.meta_path`.
+Covers source files, zip archives, namespace packages of every kind, and the finders that editable installations put on
+`sys.meta_path`.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from typing import Any
 
 from rlhf_core.infra.errors import describe_error
 
-LARGEST = 10_000_000
-"""Bytes of source that are read; a module that is written by hand has a thousandth of it."""
+MAX_SOURCE_BYTES = 10_000_000
+"""The largest source file that is read: a thousand times a module written by hand."""
 
 
 class SourceError(Exception):
-    """The header can't be read; the message is the reason, in words. `path` is the file, where there is one."""
+    """A module's source, or the class in it, can't be read; the text is the reason, `path` the file where one was found."""
 
     def __init__(self, reason: str, path: Path | None = None) -> None:
         super().__init__(reason)
@@ -28,23 +29,23 @@ class SourceError(Exception):
 
 
 class NoSourceError(SourceError):
-    """The module is there, and can be imported, but not as source: compiled files, extension modules."""
+    """The module exists and can be imported, but has no readable source: compiled files, extension modules."""
 
 
 @dataclass(frozen=True)
-class Source:
-    """A module's source: bytes as they are in the file, or text where an archive gives it."""
+class ModuleSource:
+    """A module's source: the bytes of its file, or the text that an archive's loader returned."""
 
     text: bytes | str
     path: Path
 
 
-def read_module_source(module: str) -> Source:
+def read_module_source(module: str) -> ModuleSource:
     """Return the source of a module.
 
     Raises:
-        NoSourceError: it is compiled, or too large to be source.
-        SourceError: it isn't there, or can't be read.
+        NoSourceError: the module is compiled, or the file is too large.
+        SourceError: the module isn't found, or can't be read.
     """
     spec = find_module(module)
     if spec.loader in (BuiltinImporter, FrozenImporter):
@@ -55,7 +56,7 @@ def read_module_source(module: str) -> Source:
 
 
 def find_module(module: str) -> ModuleSpec:
-    """Return the spec of a module; of its parents, none is imported.
+    """Return a module's import spec without importing its parents, as `importlib.util.find_spec` would.
 
     Raises:
         SourceError: there is no such module.
@@ -80,15 +81,16 @@ def find_module(module: str) -> ModuleSpec:
 
 
 _packages: dict[str, ModuleSpec] = {}
-"""Packages that were found: every plugin of a package asks for it."""
+"""Specs of packages that were found, by name: every plugin of a package needs the same ones."""
 
 
 def forget() -> None:
-    """Look for every package again."""
+    """Drop the specs that were found, so that every package is searched again."""
     _packages.clear()
 
 
 def _package(name: str, places: list[str] | None) -> ModuleSpec | None:
+    """Return the spec of a package or module in `places` (None: `sys.path`), from the cache where it is a known package."""
     spec = _packages.get(name) or _spec(name, places)
     if spec is not None and spec.submodule_search_locations is not None:
         _packages[name] = spec
@@ -96,7 +98,7 @@ def _package(name: str, places: list[str] | None) -> ModuleSpec | None:
 
 
 def _spec(name: str, places: list[str] | None) -> ModuleSpec | None:
-    """Ask every finder for a module; one that raises, another package's perhaps, doesn't keep the rest from answering."""
+    """Ask every finder on `sys.meta_path` for a module; a finder that raises is skipped."""
     loaded = _attribute(sys.modules.get(name), "__spec__")
     if isinstance(loaded, ModuleSpec):
         return loaded
@@ -112,10 +114,10 @@ def _spec(name: str, places: list[str] | None) -> ModuleSpec | None:
 
 
 def _along(name: str, places: list[str] | None) -> ModuleSpec | None:
-    """Look for a module as `PathFinder` does, which for a namespace package within another wants its parent imported."""
+    """Search directories as `PathFinder` does, which itself would import the parent of a nested namespace package."""
     portions: list[str] = []
     for place in sys.path if places is None else places:
-        spec = _at(place, name)
+        spec = _in_place(place, name)
         if spec is not None and spec.loader is not None:
             return spec
         portions += (spec.submodule_search_locations or ()) if spec is not None else ()
@@ -125,23 +127,24 @@ def _along(name: str, places: list[str] | None) -> ModuleSpec | None:
 
 
 def _directories(name: str, spec: ModuleSpec) -> list[str] | None:
-    """Return the places that hold a package's modules, or None where it is no package."""
+    """Return the directories that hold a package's modules, or None for a module that is no package."""
     own = _attribute(sys.modules.get(name), "__path__")  # an imported package may have extended it
     own = spec.submodule_search_locations if own is None else own
     try:
         return None if own is None else [str(place) for place in own]
-    except Exception:  # an object of someone else's
+    except Exception:  # a path object of a finder of another package
         return []
 
 
 def _portions(name: str, places: list[str] | None) -> Iterator[str]:
-    """Yield the directories of that name along a path: what a package that extends its own path is made of."""
+    """Yield every directory of a package's name in `places`: the parts of a package that extends its `__path__`."""
     for place in sys.path if places is None else places:
-        spec = _at(place, name)
+        spec = _in_place(place, name)
         yield from (spec.submodule_search_locations or ()) if spec is not None else ()
 
 
-def _at(place: str, name: str) -> ModuleSpec | None:
+def _in_place(place: str, name: str) -> ModuleSpec | None:
+    """Return the spec of a module in one directory or archive, or None, also where its importer raises."""
     try:
         found = _importer(place or os.getcwd()).find_spec(name)  # noqa: PTH109
     except Exception:
@@ -150,6 +153,7 @@ def _at(place: str, name: str) -> ModuleSpec | None:
 
 
 def _importer(place: str) -> Any:
+    """Return the path entry finder of a directory or archive, as the import system would choose it."""
     known = sys.path_importer_cache.get(place)
     if known is not None:
         return known
@@ -162,7 +166,7 @@ def _importer(place: str) -> Any:
 
 
 def _extends_its_path(name: str, spec: ModuleSpec) -> bool:
-    """Tell whether a package's `__init__` adds directories to it, as namespace packages of the older makes do."""
+    """Tell whether a package's `__init__.py` extends its `__path__`, as namespace packages before PEP 420 do."""
     try:
         text = _source_of(name, spec).text
     except SourceError:
@@ -171,27 +175,28 @@ def _extends_its_path(name: str, spec: ModuleSpec) -> bool:
     return any(word in text if isinstance(text, str) else word.encode() in text for word in words)
 
 
-def _source_of(module: str, spec: ModuleSpec) -> Source:
+def _source_of(module: str, spec: ModuleSpec) -> ModuleSource:
+    """Read the source that a spec names; raises as `read_module_source`."""
     path = Path(str(spec.origin))
     try:
         if path.suffix in (".py", ".pyw") and path.is_file():
             size = path.stat().st_size
-            if size > LARGEST:
-                raise NoSourceError(f"{path} has {size:,} bytes, and sources are read up to {LARGEST:,}", path)
-            return Source(path.read_bytes(), path)
+            if size > MAX_SOURCE_BYTES:
+                raise NoSourceError(f"{path} has {size:,} bytes, and sources are read up to {MAX_SOURCE_BYTES:,}", path)
+            return ModuleSource(path.read_bytes(), path)
         get_source = _attribute(spec.loader, "get_source")
         text = get_source(module) if get_source is not None else None
     except SourceError:
         raise
-    except Exception as error:  # a loader of someone else's may raise anything
+    except Exception as error:  # a loader of another package may raise anything
         raise SourceError(f"{path} can't be read: {describe_error(error)}", path) from error
     if text is None:
         raise NoSourceError(f"module `{module}` has no source ({path})", path)
-    return Source(text, path)
+    return ModuleSource(text, path)
 
 
 def _attribute(thing: Any, name: str) -> Any:
-    """Return an attribute of an object that may raise anything when it is asked, or None."""
+    """Return an attribute of an object of another package, or None, also where reading it raises."""
     try:
         return getattr(thing, name, None)
     except Exception:

@@ -1,4 +1,4 @@
-"""Logs of the core and of every installed plugin, for people."""
+"""Send the logs of the core and of every installed plugin to stderr."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from rlhf_core.registry.resolve import find
 
 
 def setup_logging(level: int | str = logging.INFO, *, rank: int = 0) -> logging.Logger:
-    """Send the log of the core and of installed plugins to stderr; return the core's logger.
+    """Send the logs of the core and of installed plugins to stderr; return the core's logger.
 
-    Processes but the first show warnings only. Calling it again replaces what it set up before; other loggers are left alone.
+    Calling it again replaces the handlers that it added before; all other loggers stay as they are.
+
+    Args:
+        level: the lowest level that is shown.
+        rank: this process's number in a distributed run; all but rank 0 show warnings and errors only.
     """
     return log_to_stderr(plugin_packages(), level, rank=rank)
 
@@ -21,5 +25,5 @@ def plugin_packages() -> list[str]:
     """Return the top-level packages of installed plugins, under which their modules log. Imports none of them."""
     installed = (plugin for plugin in find() if plugin.distribution != LOCAL)
     names = {plugin.target.partition(":")[0].partition(".")[0].strip() for plugin in installed}
-    # The root logger has the name "", and belongs to nobody; the core's own hooks need no second handler.
+    # Without the root logger, whose name is "", and the core's, which has a handler.
     return sorted((names | {SHIPPED}) - {"", LOGGER})

@@ -1,4 +1,4 @@
-"""Which plugin a name means, by policy, and its class once it is loaded; see `rlhf_core.registry`."""
+"""Decide which plugin a name means, apply the policy, and load its class; see `rlhf_core.registry`."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ DISABLE_VARIABLE, ALLOW_VARIABLE = "RLHF_PLUGINS_DISABLE", "RLHF_PLUGINS_ALLOW"
 
 
 class UnknownPlugin(ConfigError, KeyError):
-    """No plugin of that kind bears the name."""
+    """No plugin of that kind has the name."""
 
 
 @dataclass(frozen=True)
 class _Failure:
-    """A load that failed. Where it ended a process, it isn't tried again in this one."""
+    """A load that failed. `fatal`: the import ended a process, so it isn't tried in this one."""
 
     status: str
     reason: str
@@ -38,27 +38,28 @@ T = TypeVar("T")
 Key = tuple[str, str, str]
 
 _registered: dict[tuple[str, str], tuple[Plugin, Any]] = {}
-"""What `register` added: (kind, folded name) → its record and the object."""
+"""What `register` added: (kind, folded name) → the plugin and its object."""
 _failed: dict[Key, _Failure] = {}
+"""Loads that failed, by `Plugin.key`."""
 _loaded: dict[Key, Mapping[str, Any]] = {}
-"""Loads that worked, here or in another process, with what the class says of itself where its source didn't."""
-_said: set[tuple[Key, str]] = set()
-"""Bare names of which it was said that they mean one plugin, because another's load failed."""
+"""Loads that succeeded, in this process or another, with summary, record, stage and api where the source didn't show them."""
+_warned: set[tuple[Key, str]] = set()
+"""Pairs of a plugin that a bare name means and a failed one of that name, about which the user was warned."""
 
 
 def find(kind: str | None = None) -> list[Plugin]:
-    """List the plugins of one kind, or of all, sorted by kind and name. Imports none of them."""
+    """Return the plugins of one kind, or of all, sorted by kind and name. Imports none of them."""
     return _found(KINDS if kind is None else (parse_kind(kind),))
 
 
 def get(kind: str, name: str) -> Any:
     """Return the class of that kind and name; the name may be qualified, `distribution:name`.
 
-    An import that ends the process at once (`os._exit`, a crash in C code) ends this one: only `check` outlives it.
+    An import that ends its process at once (`os._exit`, a crash in C code) ends this one; `check` imports in another process.
 
     Raises:
-        UnknownPlugin: no such name (a `ConfigError`, with the nearest and all of the kind).
-        PluginError: it is ambiguous, disabled, broken, or written for other contracts.
+        UnknownPlugin: there is no such name (a `ConfigError` that lists the nearest and all names of the kind).
+        PluginError: the plugin is ambiguous, disabled, broken, or written for another version of the contracts.
     """
     return load(lookup(name, kind=kind))
 
@@ -66,8 +67,8 @@ def get(kind: str, name: str) -> Any:
 def lookup(text: str, kind: str | None = None) -> Plugin:
     """Return the one plugin that `[kind:][distribution:]name` means. Raises as `get` does.
 
-    Nothing is imported in this process. Where several plugins offer a bare name, they are tried in another one, and if all but
-    one of them fail there, the name means that one, with a warning.
+    Nothing is imported in this process. Where several plugins have a bare name, they are imported in another process; if all but
+    one fail there, the name means that one, and the user is warned.
     """
     head, colon, rest = text.partition(":")
     if colon and _kind_of(head) and kind in (None, _kind_of(head)):
@@ -84,7 +85,7 @@ def lookup(text: str, kind: str | None = None) -> Plugin:
         raise ConfigError(f"`{name}` is the name of several kinds", place="registry", fix=f"write {forms}")
     if len([p for p in named if p.status == "conflict"]) > 1:
         with suppress(PluginError):  # where no process can be started, the name stays ambiguous
-            _try_out(named)
+            _try_imports(named)
         named = _named(of_kinds, name, distribution if colon else None)
     return _chosen(named, name, qualified=bool(colon))
 
@@ -92,8 +93,11 @@ def lookup(text: str, kind: str | None = None) -> Plugin:
 def load(plugin: Plugin) -> Any:
     """Import a plugin's class and check it against its kind's contract. What the import prints goes to stderr.
 
-    A failure is remembered for `find` to list; the next load tries again, for the module may have been mended, unless the
-    import is known to end the process.
+    `find` then shows a failure as the plugin's status. The next load tries again, for the module may have been mended, unless
+    the import is known to end its process.
+
+    Raises:
+        PluginError: the plugin is disabled, or the import or the check failed.
     """
     before = _failed.get(plugin.key)
     if before is not None and before.fatal:
@@ -114,10 +118,10 @@ def load(plugin: Plugin) -> Any:
 
 
 def ask(plugin: Plugin, question: Callable[[Any], T]) -> T:
-    """Load a plugin's class and return what `question` makes of it, guarded as the load is.
+    """Load a plugin's class and return `question(class)`, guarded as the import is.
 
     Raises:
-        PluginError: it can't be loaded, or `question` raised.
+        PluginError: the class can't be loaded, or `question` raised.
     """
     from rlhf_core.registry.guarded import GuardedError, run_guarded
 
@@ -130,27 +134,31 @@ def ask(plugin: Plugin, question: Callable[[Any], T]) -> T:
 
 
 def check(kind: str | None = None, *, seconds: float | None = None) -> list[Plugin]:
-    """Import the plugins of one kind, or of all, in another process, and list them with what that revealed.
+    """Import the plugins of one kind, or of all, in another process, and return them with the status that this showed.
 
-    An import that exits, crashes or takes longer than `seconds` (60 where None) is listed as broken.
+    An import that exits, crashes or takes longer than `seconds` (None: 60) makes its plugin `broken`.
     """
     kinds = KINDS if kind is None else (parse_kind(kind),)
     for key in [key for key in _failed if key[0] in kinds]:
         del _failed[key]
-    _try_out(_found(kinds), seconds, again=True)
+    _try_imports(_found(kinds), seconds, again=True)
     return _found(kinds)
 
 
 def register(kind: str, name: str, cls: Any) -> None:
-    """EntryPoint a class (for a hook, any object) under a name in this process only; the same name again replaces it.
+    """Add a class (for a hook, any object) as a plugin in this process only; the same name again replaces it.
 
-    It is listed under the distribution `local`; a name that an installed plugin bears too is then ambiguous.
+    Its distribution is `local`; a name that an installed plugin has as well is ambiguous from then on.
+
+    Raises:
+        ConfigError: the name isn't valid.
+        PluginError: the class doesn't fulfil the contract of its kind.
     """
     from rlhf_core.registry.load_class import contract_fault, describe_class
 
     kind = parse_kind(kind)
     if reason := method_name_fault(name):
-        raise ConfigError(reason, place="register", fix="name it otherwise")
+        raise ConfigError(reason, place="register", fix="choose another name")
     if (fault := contract_fault(kind, cls)) is not None:
         raise PluginError(fault[1], place=f"{kind} `{name}`", got=_shown(cls))
     named = cls if isinstance(cls, type) else type(cls)
@@ -162,21 +170,21 @@ def register(kind: str, name: str, cls: Any) -> None:
 
 
 def unregister(kind: str, name: str) -> None:
-    """Take back what `register` added; nothing where it isn't there."""
+    """Remove what `register` added, if it is there."""
     _registered.pop((parse_kind(kind), fold(name)), None)
 
 
 def forget() -> None:
-    """Forget every registration, every load that failed, and what is installed: the next look reads it again."""
+    """Drop every registration, every remembered load and the scan of installed distributions, which the next call makes again."""
     _registered.clear()
     _failed.clear()
     _loaded.clear()
-    _said.clear()
+    _warned.clear()
     discovery.forget()
 
 
 def parse_kind(text: str) -> str:
-    """Return the kind that a user means: singular or plural."""
+    """Return the kind that a singular or plural word names: `trainers` → `trainer`."""
     kind = _kind_of(text)
     if kind is None:
         raise ConfigError(f"unknown kind of plugin `{text}`", place="registry", fix=did_you_mean(text, KINDS))
@@ -184,15 +192,15 @@ def parse_kind(text: str) -> str:
 
 
 def faults() -> list[str]:
-    """Return what is wrong with the installation and shows in no plugin, a line each.
+    """Return what is wrong with installed distributions themselves, and so with no single plugin, a line each.
 
-    Distributions of which another of the same name hides the plugins, tables that can't be read, groups that are misspelt.
+    Two distributions of one name, entry points that can't be read, groups that are misspelt.
     """
     return list(discovery.installed().faults)
 
 
 def unmatched_policy() -> list[tuple[str, str]]:
-    """Return (variable, entry) for each entry of the two policy variables that matches no plugin: likely a typing slip."""
+    """Return (variable, entry) for each entry of the two policy variables that matches no plugin, probably a misspelling."""
     return [
         (variable, entry)
         for variable in (DISABLE_VARIABLE, ALLOW_VARIABLE)
@@ -233,8 +241,10 @@ trainers, rewards, samplers, mergers = View("trainer"), View("reward"), View("sa
 
 
 def _found(kinds: Iterable[str], wanted: Callable[[Plugin | EntryPoint], bool] = lambda _: True) -> list[Plugin]:
-    """Return the plugins of some kinds; only of those that are wanted is the source read."""
-    plugins = [discovery.read(one) if isinstance(one, EntryPoint) else one for one in _everything(kinds) if wanted(one)]
+    """Return the plugins of some kinds for which `wanted` holds, policy applied; only their sources are read."""
+    plugins = [
+        discovery.read_plugin(one) if isinstance(one, EntryPoint) else one for one in _everything(kinds) if wanted(one)
+    ]
     of_kind: dict[str, list[Plugin]] = defaultdict(list)
     for plugin in plugins:
         of_kind[plugin.kind].append(plugin)
@@ -243,17 +253,17 @@ def _found(kinds: Iterable[str], wanted: Callable[[Plugin | EntryPoint], bool] =
 
 
 def _everything(kinds: Iterable[str]) -> list[Plugin | EntryPoint]:
-    """Return what is installed and what is registered, unread and before policy."""
+    """Return the entry points of some kinds, their sources unread, and the registered plugins; no policy is applied."""
     kinds = tuple(kinds)
     everything: list[Plugin | EntryPoint] = [
-        *discovery.installed().offers,
+        *discovery.installed().entry_points,
         *(plugin for plugin, _ in _registered.values()),
     ]
     return [one for one in everything if one.kind in kinds]
 
 
 def _named(kinds: Iterable[str], name: str, distribution: str | None) -> list[Plugin]:
-    """Return the plugins of a name, or those among them that one distribution offers; policy sees them all."""
+    """Return the plugins of a name, of one distribution where it is given. Conflicts with those of others still show."""
     named = _found(kinds, lambda one: fold(one.name) == fold(name))
     return [p for p in named if distribution is None or canonical(p.distribution) == canonical(distribution)]
 
@@ -262,11 +272,11 @@ def _named(kinds: Iterable[str], name: str, distribution: str | None) -> list[Pl
 
 
 def _resolved(plugins: list[Plugin]) -> list[Plugin]:
-    """Settle the status of each plugin of one kind: disabled first, then loads that failed, then conflicts among the rest."""
-    plugins = [_tried(_filtered(plugin)) for plugin in plugins]
+    """Set the status of each plugin of one kind: disabled first, then loads that failed, then conflicts among the rest."""
+    plugins = [_with_load(_filtered(plugin)) for plugin in plugins]
     same: dict[str, list[Plugin]] = defaultdict(list)
     for plugin in plugins:
-        # A broken offer takes nobody's name away; several hooks may share a name, for all of them listen.
+        # A broken plugin is no rival; hooks may share a name, for all of them are called.
         if plugin.status == "ok" and plugin.kind != "hook":
             same[fold(plugin.name)].append(plugin)
     return [
@@ -277,16 +287,16 @@ def _resolved(plugins: list[Plugin]) -> list[Plugin]:
     ]
 
 
-def _tried(plugin: Plugin) -> Plugin:
-    """Add what a load revealed."""
+def _with_load(plugin: Plugin) -> Plugin:
+    """Return a plugin with what an earlier load of it showed: a failure's status, or what its source didn't say."""
     failure, loaded = _failed.get(plugin.key), _loaded.get(plugin.key)
     if plugin.status == "ok" and failure is not None:
         return replace(plugin, status=failure.status, reason=failure.reason)
     return replace(plugin, reason="", **loaded) if plugin.status == "ok" and loaded else plugin
 
 
-def _try_out(plugins: Iterable[Plugin], seconds: float | None = None, *, again: bool = False) -> None:
-    """Import plugins in another process and remember how that went; those that loaded before need it only `again`."""
+def _try_imports(plugins: Iterable[Plugin], seconds: float | None = None, *, again: bool = False) -> None:
+    """Import plugins in another process and remember the outcomes; those that loaded before only where `again` is set."""
     from rlhf_core.registry.trial_import import SECONDS, try_imports
 
     tried = [
@@ -312,29 +322,33 @@ def _remember(plugin: Plugin, outcome: _Failure | Mapping[str, Any]) -> None:
 
 
 def _chosen(named: list[Plugin], name: str, *, qualified: bool) -> Plugin:
-    """Return the one of a name's plugins that it means, with a word where only failures of the others leave it alone."""
+    """Return the plugin that a name means among those that have it; warn where the others were ruled out by failed loads.
+
+    Raises:
+        PluginError: several are usable, and the name doesn't say which.
+    """
     enabled = [p for p in named if p.status != "disabled"] or named
     conflicting = [p for p in enabled if p.status == "conflict"]
     if len(conflicting) > 1 or (conflicting and not qualified):
         first = conflicting[0]
         raise PluginError(first.reason, place=f"{first.kind} `{name}`", fix=_fix_conflict(conflicting))
-    # A name that only broken plugins offer is reported as the first of them.
+    # Where all are broken, the first of them is returned, and loading it says why.
     chosen = min(enabled, key=lambda p: p.status not in ("ok", "conflict"))
     for other in enabled:
-        if chosen.status == "ok" and other.key in _failed and (chosen.key, other.qualified) not in _said:
-            import logging  # which takes longer to import than the rest of this
+        if chosen.status == "ok" and other.key in _failed and (chosen.key, other.qualified) not in _warned:
+            import logging  # here, for importing it takes longer than all else that `rlhf show` does
 
-            _said.add((chosen.key, other.qualified))
+            _warned.add((chosen.key, other.qualified))
             logging.getLogger(__name__).warning(
-                "%s `%s` means `%s`, for `%s` is %s: %s",
+                "%s `%s` means `%s`, because `%s` is %s: %s",
                 chosen.kind, name, chosen.qualified, other.qualified, other.status, other.reason,
             )  # fmt: skip
     return chosen
 
 
 def _conflict_reason(rivals: list[Plugin]) -> str:
-    offers = sorted(f"`{plugin.qualified}` ({plugin.target})" for plugin in rivals)
-    return f"the name is offered {len(rivals)} times: {' and '.join(offers)}"
+    named = sorted(f"`{plugin.qualified}` ({plugin.target})" for plugin in rivals)
+    return f"the name is offered {len(rivals)} times: {' and '.join(named)}"
 
 
 def _fix_conflict(rivals: list[Plugin]) -> str:
@@ -345,6 +359,7 @@ def _fix_conflict(rivals: list[Plugin]) -> str:
 
 
 def _filtered(plugin: Plugin) -> Plugin:
+    """Return a plugin, `disabled` where one of the two policy variables says so."""
     entry = next((entry for entry in _entries(DISABLE_VARIABLE) if _matches(entry, plugin)), None)
     if entry is not None:
         return replace(plugin, status="disabled", reason=f"{DISABLE_VARIABLE} names `{entry}`")
@@ -359,6 +374,7 @@ def _entries(variable: str) -> list[str]:
 
 
 def _matches(entry: str, one: Plugin | EntryPoint) -> bool:
+    """Tell whether an entry of a policy variable (name, `distribution:name` or distribution) means a plugin."""
     distribution, colon, name = entry.rpartition(":")
     same_name = fold(name) == fold(one.name)
     if colon:
@@ -367,7 +383,7 @@ def _matches(entry: str, one: Plugin | EntryPoint) -> bool:
 
 
 def only_this_distribution() -> None:
-    """Allow the core's own plugins only, in this process and those that it starts (`--no-plugins`)."""
+    """Disable all plugins but those that ship with the core, in this process and its children (`--no-plugins`)."""
     os.environ[ALLOW_VARIABLE] = DISTRIBUTION
 
 
@@ -377,6 +393,7 @@ def _kind_of(text: str) -> str | None:
 
 
 def _shown(thing: Any) -> str:
+    """Return a value as Python writes it, shortened; its type's name where its `__repr__` raises."""
     try:
         return shortened(thing)
     except Exception:
@@ -384,6 +401,7 @@ def _shown(thing: Any) -> str:
 
 
 def _fault(plugin: Plugin) -> PluginError:
+    """Return the error for a plugin that can't be used, from its status and reason."""
     origin = f"{plugin.distribution} {plugin.version}".strip()
     fixes = {
         "disabled": f"change {DISABLE_VARIABLE} or {ALLOW_VARIABLE}, or leave out --no-plugins",

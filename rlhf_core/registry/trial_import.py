@@ -1,7 +1,7 @@
-"""Import plugins in another process, so that one which exits, crashes or hangs there is a status with a reason.
+"""Import plugins in another process, so that one that exits, crashes or hangs gets a status and a reason.
 
-One child imports them one after the other. Where one fails that wasn't the child's first, it is tried again in a child of its
-own: what came before it may be to blame. Where the child dies, the next takes up the rest.
+One child process imports them one after the other. A plugin that fails after others were imported is tried again alone in a new
+child, for the others may be to blame. Where a child dies, a new one continues with the rest.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from typing import Any, BinaryIO
 from rlhf_core.infra.errors import PluginError
 
 SECONDS = 60.0
-"""How long an import may take, unless another limit is given."""
+"""The time limit of one import, unless another is given."""
 
 _GRACE = 1.0
-"""Seconds in which what a dead child wrote must arrive, where a child of its own holds the line open."""
+"""Seconds to wait for the last output of a dead child, whose pipe a process that it started may hold open."""
 _CODE = (
     "import sys, json; given = json.loads(sys.stdin.readline()); sys.path[:] = given['path'];"
     "from rlhf_core.infra.child_process import end_with_parent; end_with_parent(given['parent']);"
@@ -35,7 +35,7 @@ _CODE = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """What an import in another process revealed. `fatal`: it ended that process, and would end this one."""
+    """The outcome of one trial import. `fatal`: the import ended the child process, and would end this one."""
 
     status: str = "ok"
     reason: str = ""
@@ -45,11 +45,11 @@ class Verdict:
 
 
 def try_imports(jobs: Sequence[tuple[str, str]], seconds: float = SECONDS) -> list[Verdict]:
-    """Import the (kind, target) pairs in child processes; return a verdict for each, in order.
+    """Import plugins in child processes; return a verdict for each, in order.
 
     Args:
-        jobs: what to import.
-        seconds: how long each import may take.
+        jobs: (kind, target) of each plugin, such as ("trainer", "acme.margin:MarginTrainer").
+        seconds: the time limit of each import.
 
     Raises:
         PluginError: no child process can be started.
@@ -64,7 +64,7 @@ def try_imports(jobs: Sequence[tuple[str, str]], seconds: float = SECONDS) -> li
 
 
 def serve(jobs: Sequence[tuple[str, str]]) -> None:
-    """Import each and write its verdict to what is stdout at first, a line each. This is the child's whole life."""
+    """Import each plugin and write its verdict to the original stdout as a line of JSON; then end the child process."""
     from rlhf_core.registry.discovery import installed
 
     installed()  # before pydantic is imported, which another package's malformed table would break
@@ -87,36 +87,39 @@ def serve(jobs: Sequence[tuple[str, str]]) -> None:
         sys.path[:] = path
         os.environ.clear()
         os.environ.update(environment)
-    os._exit(0)  # what plugins left for the end of the process doesn't run
+    os._exit(0)  # without the `atexit` functions that plugins registered
 
 
 def _in_one_child(jobs: Sequence[tuple[str, str]], seconds: float) -> list[Verdict]:
-    """Return the verdicts of one child: one for each job, or up to and with the one that it died on."""
+    """Return the verdicts of one child: of all jobs, or up to the one that ended the child or took too long."""
     child = _Child(jobs)
     try:
         # Nobody's import is to blame for how long the core's own takes.
-        if (line := child.line(max(seconds, SECONDS))) is None:
-            raise PluginError(f"the process that imports plugins can't start: {child.end()}", place="registry")
+        if (line := child.next_line(max(seconds, SECONDS))) is None:
+            raise PluginError(f"the process that imports plugins can't start: {child.how_it_ended()}", place="registry")
         verdicts: list[Verdict] = []
         while len(verdicts) < len(jobs):
             begin = time.monotonic()
-            line = child.line(seconds)
+            line = child.next_line(seconds)
             if line is not None:
                 verdicts.append(Verdict(**json.loads(line)))
             elif time.monotonic() - begin >= seconds and child.process.poll() is None:
                 return [*verdicts, Verdict("broken", f"importing it takes longer than {seconds:g} s")]
             else:
-                return [*verdicts, Verdict("broken", f"importing it ended the process: {child.end()}", fatal=True)]
+                return [
+                    *verdicts,
+                    Verdict("broken", f"importing it ended the process: {child.how_it_ended()}", fatal=True),
+                ]
         return verdicts
     finally:
         child.kill()
 
 
 class _Child:
-    """A process that imports, and the lines that it writes."""
+    """A process that imports plugins, and the lines that it writes."""
 
     def __init__(self, jobs: Sequence[tuple[str, str]]) -> None:
-        # A session of its own: Ctrl-C on the terminal reaches this process alone, and what the child starts ends with it.
+        # In a new session: Ctrl-C on the terminal doesn't reach the child, and one signal ends it with all that it started.
         command = [sys.executable or "python", "-P", "-c", _CODE]
         try:
             self.process = subprocess.Popen(
@@ -142,8 +145,8 @@ class _Child:
                 self._lines.put(line)
         self._lines.put(None)
 
-    def line(self, seconds: float) -> bytes | None:
-        """Return the next line, or None where none comes in time, or the process has ended."""
+    def next_line(self, seconds: float) -> bytes | None:
+        """Return the next line, or None where none comes within `seconds` or the process has ended."""
         deadline = time.monotonic() + seconds
         while (left := deadline - time.monotonic()) > 0:
             with contextlib.suppress(queue.Empty):
@@ -154,12 +157,12 @@ class _Child:
                 return None
         return None
 
-    def end(self) -> str:
-        """Return how the process ended."""
+    def how_it_ended(self) -> str:
+        """Return how the process ended, in words: `exit code 3`, `SIGSEGV`."""
         try:
             code = self.process.wait(timeout=_GRACE)
         except subprocess.TimeoutExpired:
-            return "it gives no answer any more"
+            return "it doesn't answer any more"
         if code >= 0:
             return f"exit code {code}"
         with contextlib.suppress(ValueError):

@@ -22,7 +22,7 @@ def test_a_broken_plugin_that_was_not_selected_is_a_warning(train: Callable, ins
     assert re.search(
         r"WARNING trainer `acme-broken:mine` is broken, and left out: .*acme_broken\.py:1: invalid syntax", ended.err
     )
-    assert "WARNING hook `acme-gone:gone` is left out, the run goes on without it: " in ended.err
+    assert "WARNING hook `acme-gone:gone` is left out, and the run continues without it: " in ended.err
     assert "RuntimeError: no licence" in ended.err
 
 

@@ -701,7 +701,7 @@ def test_a_rival_that_fails_on_import_takes_nobodys_name_away(install, caplog, c
         assert registry.rewards["mine"].__module__ == "good"
     said = [record.message for record in caplog.records]
     assert len(said) == 1 and said[0].startswith(
-        "reward `mine` means `good:mine`, for `bad:mine` is broken: importing it"
+        "reward `mine` means `good:mine`, because `bad:mine` is broken: importing it"
     )
     assert (one("mine", "good").status, one("mine", "bad").status) == ("ok", "broken")
     registry.forget()
