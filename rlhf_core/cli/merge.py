@@ -102,7 +102,7 @@ def _checked(target: str | None, *, picture: Path | None, resume: bool, overwrit
     """Return the method's name or the file of a merge. Raises ConfigError for arguments that a merge can't have."""
     if picture is not None:
         fix = "`rlhf merge --diff A B --picture FILE.png`"
-        raise ConfigError("there is nothing to draw", place="--picture", fix=fix)
+        raise ConfigError("there is nothing to draw without `--diff`", place="--picture", fix=fix)
     if target is None or target.startswith("-"):
         raise ConfigError(
             "a method or a file comes first",
@@ -117,6 +117,7 @@ def _checked(target: str | None, *, picture: Path | None, resume: bool, overwrit
 
 
 def _merge(job: MergeJob, evaluate: str | None, *, resume: bool, overwrite: bool) -> MergeResult:
+    """Merge and show progress. Raises Interrupted on Ctrl-C, with the command that continues."""
     from rlhf_core.infra.progress import ByteBar
     from rlhf_core.merging.output import unfinished
 
@@ -134,6 +135,7 @@ def _merge(job: MergeJob, evaluate: str | None, *, resume: bool, overwrite: bool
 
 
 def _report(result: MergeResult, *, as_json: bool) -> None:
+    """Print what the method chose, how much was read and written in which time, and where the model is."""
     rate = result.bytes_written / max(result.seconds, 1e-9)
     if as_json:
         return print_json({**vars(result), "bytes_per_second": rate})
@@ -148,7 +150,7 @@ def _report(result: MergeResult, *, as_json: bool) -> None:
 
 
 def _describe(job: MergeJob, *, resume: bool, overwrite: bool, as_json: bool) -> None:
-    """Print what would be read and written as comments, then the resolved configuration, itself a valid file."""
+    """Print what would be read and written, as comments above the resolved configuration, so that the whole is a valid file."""
     merger = job.merger()
     plan = merger.plan()
     try:
@@ -179,6 +181,7 @@ def _describe(job: MergeJob, *, resume: bool, overwrite: bool, as_json: bool) ->
 
 
 def _facts(job: MergeJob, merger: ModelMerger, plan: Any) -> dict[str, Any]:
+    """Return what a dry run shows, as JSON values: inputs, tensors, files, bytes of disk and memory."""
     inputs = [("base", plan.base)] if plan.base is not None else []
     inputs += [("model", model) for model in plan.models]
     place = Path(job.config.output or ".").expanduser().absolute()
@@ -208,7 +211,7 @@ def _facts(job: MergeJob, merger: ModelMerger, plan: Any) -> dict[str, Any]:
 
 
 def _state(job: MergeJob, resume: bool, overwrite: bool) -> str:
-    """Return what there is at the place of the output."""
+    """Return what the output directory holds and what would become of it, in brackets."""
     from rlhf_core.merging.output import unfinished
 
     if job.config.output is None:
@@ -222,7 +225,7 @@ def _state(job: MergeJob, resume: bool, overwrite: bool) -> str:
 
 
 def size(count: float) -> str:
-    """Return a number of bytes for people, in powers of a thousand."""
+    """Return a number of bytes as text, in powers of a thousand: `2.13 GB`."""
     for unit in ("bytes", "kB", "MB"):
         if count < 1000:
             return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"

@@ -33,6 +33,7 @@ def show_difference(first: str, second: str, *, picture: Path | None, as_json: b
 
 
 def _print(found: Difference) -> None:
+    """Print the distances by layer and part, the tensors that are farthest apart, and what was left out."""
     from rlhf_core.evaluation.weight_diff import PARTS
 
     table, by_part = found.by_layer(), found.by_part()
@@ -57,7 +58,7 @@ def _print(found: Difference) -> None:
         if only:
             print_text(f"only in {name}: {', '.join(only)}")
     for name, (first, second) in found.reshaped.items():
-        print_text(f"of two shapes, left out: {name} {list(first)}, {list(second)}")
+        print_text(f"left out, as its shapes differ: {name} {list(first)}, {list(second)}")
 
 
 def _figures(one: Distance) -> tuple[str, str, str]:

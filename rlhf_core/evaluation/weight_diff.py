@@ -40,6 +40,7 @@ class Distance:
     """max |b - a|."""
 
     def __add__(self, other: Distance) -> Distance:
+        """Return the distance over the tensors of both."""
         return Distance(
             self.count + other.count,
             self.apart + other.apart,
@@ -65,7 +66,7 @@ class Distance:
         return max(-1.0, min(1.0, self.product / size)) if size > 0 else 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the figures as JSON values; what is infinite is None."""
+        """Return the figures as JSON values; an infinite relative distance is None."""
         relative = self.relative if math.isfinite(self.relative) else None
         return {"entries": self.count, "relative": relative, "cosine": self.cosine, "largest": self.largest}
 
@@ -156,6 +157,7 @@ def diff(first: str | Path, second: str | Path, *, progress: Progress | None = N
 
 
 def _compare(a: InputModel, b: InputModel, progress: Progress | None) -> Difference:
+    """Return the distances between two open models. Raises ModelError where they have no tensor in common."""
     own, others = a.tensors, b.tensors
     shared = sorted(set(own) & set(others), key=natural)
     shapes = {name: (own[name].shape, others[name].shape) for name in shared}
@@ -165,7 +167,7 @@ def _compare(a: InputModel, b: InputModel, progress: Progress | None) -> Differe
         raise ModelError(
             f"has no tensor in common with {a.name}",
             place=b.name,
-            got=f"{len(own)} and {len(others)} tensors, {len(reshaped)} of one name and two shapes",
+            got=f"{len(own)} and {len(others)} tensors, {len(reshaped)} with the same name and different shapes",
             fix="compare models of one architecture",
         )
     total = sum(own[name].nbytes for name in names)
@@ -206,12 +208,14 @@ def draw(found: Difference, path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise ConfigError(
-            "drawing needs matplotlib, which isn't installed", place="--picture", fix="pip install 'rlhf-core[plot]'"
+            "drawing the difference needs matplotlib, which isn't installed",
+            place="--picture",
+            fix="pip install 'rlhf-core[plot]'",
         ) from None
     kinds = FigureCanvasAgg.get_supported_filetypes()
     if path.suffix[1:].lower() not in kinds:
         raise ConfigError(
-            "no kind of picture that can be drawn",
+            "not a kind of picture that matplotlib can draw",
             place="--picture",
             got=str(path),
             fix=f"end it in .png or .svg ({', '.join(sorted(kinds))})",

@@ -30,6 +30,7 @@ class _Bar:
         self._task: TaskID | None = None
 
     def _make(self, *columns: ProgressColumn, **options: Any) -> Progress:
+        """Make the bar, of rich's columns and options; it isn't shown yet."""
         from rich.progress import Progress
 
         self._bar = Progress(*columns, console=console(), transient=True, **options)
@@ -96,10 +97,11 @@ class ByteBar(_Bar):
             )
 
             columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-            # Drawn when it is called, not by a thread: a process with threads can't be forked.
+            # Redrawn in `__call__`, not by a thread: a process with threads can't be forked.
             self._make(TextColumn("{task.description}"), *columns, auto_refresh=False)
 
     def __call__(self, done: int, total: int) -> None:
+        """Show that `done` of `total` bytes are done."""
         if self._bar is None:
             self._log(done, total)
             return
@@ -113,6 +115,7 @@ class ByteBar(_Bar):
         self._shown = now if due else self._shown
 
     def _log(self, done: int, total: int) -> None:
+        """Log bytes, speed and time left, where `LOG_EVERY` seconds have passed since the last line."""
         from rich.filesize import decimal
 
         now = time.monotonic()
@@ -124,5 +127,5 @@ class ByteBar(_Bar):
         self._shown = now
         since, first = self._began
         rate = (done - first) / (now - since)
-        left = f"{timedelta(seconds=round((total - done) / rate))} left" if rate else "no end in sight"
+        left = f"{timedelta(seconds=round((total - done) / rate))} left" if rate else "time left unknown"
         log.info("%s: %s of %s, %s/s, %s", self._what, decimal(done), decimal(total), decimal(int(rate)), left)

@@ -1,6 +1,6 @@
-"""mergekit's files, read unchanged, as configurations of our merges.
+"""mergekit's files, read unchanged and translated into our configuration of a merge.
 
-What a file says and we can't do is an error; what concerns only how mergekit computes has no effect here, and that is logged.
+What isn't supported here is an error; what concerns only how mergekit computes has no effect, which is logged.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any
 
 from rlhf_core.config.base import place_of
 from rlhf_core.infra.errors import ConfigError, did_you_mean, shortened
-from rlhf_core.interop.mergekit_file import Column, MergekitFile, read_models
+from rlhf_core.interop.mergekit_file import MergekitFile, MergekitModel, read_models
 from rlhf_core.interop.mergekit_methods import METHODS, OUR_NAMES, PARAMETERS, SHARED, capped_gamma
-from rlhf_core.interop.mergekit_parameters import REQUIRED, Scope, constant, in_runs, mapped, value_by_layer
+from rlhf_core.interop.mergekit_parameters import REQUIRED, ParameterScope, constant, in_runs, mapped, value_by_layer
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ KEY = "merge_method"
 """The key by which one of mergekit's files is known."""
 _DTYPES = {"float32": "float32", "bfloat16": "bf16", "float16": "fp16"}
 _NO_EFFECT = {
-    "name": "the result is called what `--output` says",
+    "name": "`--output` names the result",
     **dict.fromkeys(PARAMETERS, "a parameter counts under `parameters` alone, in mergekit as here"),
     **dict.fromkeys(
         (
@@ -32,7 +32,7 @@ _NO_EFFECT = {
         "it is an option of mergekit's command",
     ),
 }  # fmt: skip
-"""Keys that are found at the top of files and change nothing, with the reason."""
+"""Keys that files have at their top and that change nothing, with the reason."""
 
 
 def translate(
@@ -43,16 +43,17 @@ def translate(
     Args:
         values: the file's values.
         places: `file:line` of each dotted key.
-        strict: refuse a method that ours does otherwise, instead of logging how.
+        strict: refuse a method whose definition differs from ours, instead of warning how it differs.
 
     Raises:
-        ConfigError: the file says what mergekit doesn't have, or what we can't do.
+        ConfigError: the file has what mergekit doesn't know, or what isn't supported here.
+        ModelError: the number of a model's layers can't be read.
     """
     return _Translation(values, places, strict).translated()
 
 
 class _Translation:
-    """One file, and the values of ours that it becomes: `out`, with the place of each in `out_places`."""
+    """Translates one file into `out`, values of ours by key, with the place of each in `out_places`."""
 
     def __init__(self, values: Mapping[str, Any], places: Mapping[str, str], strict: bool) -> None:
         self.places = places
@@ -65,30 +66,31 @@ class _Translation:
         self.name = self.file.merge_method
         if self.name not in METHODS:
             fix = did_you_mean(self.name, METHODS)
-            raise self.fault(f"mergekit's method `{self.name}` has no equal here", KEY, fix=fix)
+            raise self.fault(f"mergekit's method `{self.name}` has no equivalent here", KEY, fix=fix)
         self.method = METHODS[self.name]
         if (differs := self.method.differs) is not None:
             if strict:
-                raise self.fault(f"mergekit's definition of {self.name} can't be had", KEY, got=differs)
+                raise self.fault(f"mergekit's definition of {self.name} isn't available here", KEY, got=differs)
             log.warning("%s is merged by our `%s`: mergekit differs in that %s", self.name, self.method.ours, differs)
         models = read_models(self.file, places, needs_base=self.method.needs_base)
-        self.columns, self.base, self.counts, self.shared, self.scopes = models
+        self.models, self.base, self.counts, self.shared, self.scopes = models
         self.out: dict[str, Any] = {}
         self.out_places = {"": places[""]}
         self.set("method", self.method.ours, KEY)
 
     def translated(self) -> tuple[dict[str, Any], dict[str, str]]:
+        """Return the values of ours that the file sets, with their places."""
         self.check_parameters()
         if self.method.needs_base:
             self.set("base", self.base, "base_model")
         elif self.file.base_model is not None:
             self.merge_base(self.file.base_model)
-        if self.name == "slerp" and (self.base is None or len(self.columns) != 1):
-            place = self.columns[0].key.rpartition(".")[0] if self.base else KEY
+        if self.name == "slerp" and (self.base is None or len(self.models) != 1):
+            place = self.models[0].key.rpartition(".")[0] if self.base else KEY
             raise self.fault("slerp takes two models, one of them the `base_model`", place)
-        if self.name == "nuslerp" and len(self.columns) != 2:
+        if self.name == "nuslerp" and len(self.models) != 2:
             raise self.fault("nuslerp takes two models here, and no `base_model`", KEY)
-        self.out["models"] = [self.entry(number, column) for number, column in enumerate(self.columns)]
+        self.out["models"] = [self.entry(number, model) for number, model in enumerate(self.models)]
         self.set_options()
         self.set_output()
         return {key: value for key, value in self.out.items() if value is not None}, self.out_places
@@ -100,7 +102,7 @@ class _Translation:
         return ConfigError(problem, place=self.place(key), got=got, fix=fix)
 
     def set(self, ours: str, value: Any, key: str) -> None:
-        """Set a key of ours to what stands at a dotted key of the file."""
+        """Set a key of ours, from a dotted key of the file."""
         self.out[ours], self.out_places[ours] = value, self.place(key)
 
     def check_parameters(self) -> None:
@@ -111,7 +113,7 @@ class _Translation:
             if name in method.unused or name == "int8_mask":
                 log.info("%s: `%s` has no effect here: it concerns how mergekit computes", self.place(key), name)
             elif scope.of_model and name in known and (name in SHARED or name in method.only):
-                raise self.fault(f"`{name}` is one for all models", key, fix="set it in the file's `parameters`")
+                raise self.fault(f"`{name}` can't differ between models", key, fix="set it in the file's `parameters`")
             elif name not in PARAMETERS:
                 fix = did_you_mean(name, known or PARAMETERS)
                 raise self.fault(f"unknown parameter `{name}` of {self.name}", key, fix=fix)
@@ -120,66 +122,67 @@ class _Translation:
                 why = embeddings if name == "embed_slerp" else f"it is no parameter of {self.name}"
                 log.warning("%s: `%s` has no effect: %s", self.place(key), name, why)
             elif name in method.only and constant(value) != method.only[name] and not self.divides(name):
-                only = f"only `{name}: {str(method.only[name]).lower()}` can be done for {self.name}"
+                only = f"{self.name} supports only `{name}: {str(method.only[name]).lower()}` here"
                 raise self.fault(only, key, got=value)
 
     def divides(self, name: str) -> bool:
-        """Tell whether a parameter divides by the weights in a method of ours that never does: they are divided here."""
+        """Tell whether a parameter asks to divide by the weights, which our task_arithmetic doesn't: they are divided here."""
         return self.name == "task_arithmetic" and name == "normalize"
 
     def merge_base(self, base: str) -> None:
-        """Put the base model first: it is merged as the others are, and gives configuration and tokenizer."""
+        """Put the base model first among the models: it is merged as they are, and gives configuration and tokenizer."""
         if self.name in ("multislerp", "nuslerp"):
             fix = "leave `base_model` out"
-            raise self.fault(f"{self.name} of task vectors has no equal here", "base_model", fix=fix)
+            raise self.fault(f"{self.name} of task vectors isn't supported", "base_model", fix=fix)
         if self.name == "passthrough" or len(self.counts) > 1:
             why = "configuration and tokenizer are those of the first model"
             log.warning("%s: `base_model` has no effect: %s", self.place("base_model"), why)
             return
-        own = [column for column in self.columns if column.model == base]
-        others = [column for column in self.columns if column.model != base]
-        self.columns = [*(own or [Column(base, self.shared, "base_model")]), *others]
+        own = [one for one in self.models if one.model == base]
+        others = [one for one in self.models if one.model != base]
+        self.models = [*(own or [MergekitModel(base, self.shared, "base_model")]), *others]
 
-    def entry(self, number: int, column: Column) -> dict[str, Any]:
-        """Return one of our `models`: its name, its weight and its own options."""
-        each = [self.values_at(scopes) for scopes in column.scopes]
-        self.out_places[f"models.{number}"] = self.place(column.key)
+    def entry(self, number: int, model: MergekitModel) -> dict[str, Any]:
+        """Return one entry of our `models`: the model, its weight and its own options."""
+        each = [self.values_at(scopes) for scopes in model.scopes]
+        self.out_places[f"models.{number}"] = self.place(model.key)
         for name in each[0]:
-            self.out_places[f"models.{number}.{OUR_NAMES[name]}"] = self.where(name, column.scopes[0])
+            self.out_places[f"models.{number}.{OUR_NAMES[name]}"] = self.where(name, model.scopes[0])
         values = {OUR_NAMES[name]: in_runs([one[name] for one in each], self.counts) for name in each[0]}
-        return {"model": column.model, **values}
+        return {"model": model.model, **values}
 
-    def values_at(self, scopes: Sequence[Scope]) -> dict[str, Any]:
-        """Return the parameters of a model in one slice, in our units; t of slerp is the weight of its only model."""
+    def values_at(self, scopes: Sequence[ParameterScope]) -> dict[str, Any]:
+        """Return a model's parameters in one slice by mergekit's names, in our units; slerp's `t` is its only model's weight."""
         names = [name for name in self.method.parameters if name not in SHARED or name == "t"]
         values = {name: self.value(name, scopes) for name in names}
         if "gamma" in values:
             values["gamma"] = capped_gamma(values["gamma"], values["density"], self.where("gamma", scopes))
         if "epsilon" in values:
-            # Half the width of the probabilities there, the whole here; nothing is dropped at density 1.
+            # mergekit's is half of the width of the probabilities, ours the whole; at density 1 nothing is dropped.
             values["epsilon"] = 0.0 if values["density"] == 1 else mapped(values["epsilon"], lambda half: 2 * half)
         return values
 
-    def value(self, name: str, scopes: Sequence[Scope]) -> Any:
+    def value(self, name: str, scopes: Sequence[ParameterScope]) -> Any:
+        """Return a parameter as a value by layer. Raises ConfigError where it has none for some tensor."""
         value = value_by_layer(name, scopes, self.method.parameters[name], self.place)
         if value is REQUIRED:
             raise self.fault(f"{self.name} needs `{name}` for every tensor", scopes[0].key)
         return value
 
-    def where(self, name: str, scopes: Sequence[Scope]) -> str:
-        """Return the place of a parameter, or where it could stand."""
+    def where(self, name: str, scopes: Sequence[ParameterScope]) -> str:
+        """Return the place where a parameter is set, or that of the narrowest scope where it could be."""
         scope = next((one for one in scopes if name in one.values), None)
         return self.place(f"{scope.key}.{name}" if scope else scopes[0].key)
 
     def set_options(self) -> None:
-        """Set what holds for all models; an option in which they all agree is one for all."""
+        """Set the options for all models, those too for which every model has the same value."""
         models = self.out["models"]
         for name in [name for name in self.method.parameters if name in SHARED and name != "t"]:
             given = in_runs([self.value(name, shared) for shared in self.shared], self.counts)
             if isinstance(self.method.parameters[name], bool):
                 given, place = constant(given), self.where(name, self.shared[0])
                 if not isinstance(given, bool):
-                    problem = f"`{name}` is true or false, for all tensors alike"
+                    problem = f"`{name}` must be true or false, the same for all tensors"
                     raise ConfigError(problem, place=place, got=given)
             self.out[OUR_NAMES[name]], self.out_places[OUR_NAMES[name]] = given, self.where(name, self.shared[0])
         for ours in [key for key in models[0] if key not in ("model", "weight")]:
@@ -192,7 +195,7 @@ class _Translation:
         self.out |= self.method.options
 
     def divide_weights(self) -> None:
-        """Divide weights by their sum for a method of ours that leaves this to whoever sets them."""
+        """Divide the weights by their sum, for a method of ours that doesn't do so itself."""
         if not self.divides("normalize"):
             return
         weights = [entry["weight"] for entry in self.out["models"]]
@@ -206,7 +209,7 @@ class _Translation:
             entry["weight"] = weight / sum(weights)
 
     def set_output(self) -> None:
-        """Set type, tokenizer, template and seed of the result."""
+        """Set dtype, tokenizer, chat template and seed of the result."""
         file = self.file
         self.set("chat_template", file.chat_template, "chat_template")
         self.set("seed", file.random_seed, "random_seed")
@@ -224,7 +227,7 @@ class _Translation:
                 raise self.fault("`tokenizer.tokens` is not supported", "tokenizer.tokens", got=got)
             source, key = file.tokenizer.source, "tokenizer"
             self.set("pad_to_multiple_of", file.tokenizer.pad_to_multiple_of, "tokenizer.pad_to_multiple_of")
-        if source == "base" and not isinstance(self.out.get("base"), str):  # ours is that of a whole base
-            main = file.base_model or self.columns[0].model
+        if source == "base" and not isinstance(self.out.get("base"), str):  # ours means a base that is one whole model
+            main = file.base_model or self.models[0].model
             source = main if isinstance(main, str) else next(run["model"] for run in main if run["model"])
         self.set("tokenizer", source, key)

@@ -1,4 +1,4 @@
-"""What stands in one of mergekit's files: its keys, and its models with the layers and parameters of each slice."""
+"""The format of mergekit's files: their keys, and their input models with the layers and parameters of each slice."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from rlhf_core.config.base import BaseConfig, place_of
 from rlhf_core.infra.errors import ConfigError, ModelError, first_line
 from rlhf_core.infra.files import read_json
 from rlhf_core.infra.model_files import adapter_base, is_adapter, locate, split_adapter
-from rlhf_core.interop.mergekit_parameters import Scope
+from rlhf_core.interop.mergekit_parameters import ParameterScope
 
 log = logging.getLogger(__name__)
 
 
 def _model_name(name: str) -> str:
+    """Return a model's name; raise where it asks for a revision of a hub model (`NAME@REVISION`)."""
     if "@" in name and not Path(name).expanduser().exists():
         raise ValueError("revisions of hub models are not supported: fetch it, and name the path")
     return name
 
 
 def _layers(span: tuple[int, int]) -> tuple[int, int]:
+    """Return a range of layers, the last number excluded; raise where it is empty."""
     if not 0 <= span[0] < span[1]:
         raise ValueError("holds no layer: write [first, one after the last]")
     return span
@@ -40,15 +42,21 @@ _Dtype = Annotated[
 
 
 class _Model(BaseConfig):
+    """An input model with its parameters."""
+
     model: _ModelName
     parameters: _Parameters = Field(default_factory=dict)
 
 
 class _Source(_Model):
+    """Layers of one input model, all of them where no range is given."""
+
     layer_range: Annotated[tuple[int, int], AfterValidator(_layers)] | None = None
 
 
 class _Slice(BaseConfig):
+    """Layers of the result, merged from as many layers of each source."""
+
     sources: list[_Source] = Field(min_length=1)
     base_model: _ModelName | None = None
     residual_weight: Any = None
@@ -56,6 +64,8 @@ class _Slice(BaseConfig):
 
 
 class _Module(BaseConfig):
+    """Input models, whole or in slices, with the parameters that they share."""
+
     models: list[_Model] | None = Field(None, min_length=1)
     slices: list[_Slice] | None = Field(None, min_length=1)
     parameters: _Parameters = Field(default_factory=dict)
@@ -68,7 +78,7 @@ class _Tokenizer(BaseConfig):
 
 
 class MergekitFile(_Module):
-    """The keys of a file."""
+    """The keys of a file; those that have no effect are left out."""
 
     merge_method: str
     modules: dict[str, _Module] | None = None
@@ -81,70 +91,76 @@ class MergekitFile(_Module):
     random_seed: int | None = None
 
 
-class Column(NamedTuple):
-    """One model of our merge: the sources at one place of each slice."""
+class MergekitModel(NamedTuple):
+    """One input model of our merge: the n-th source of each slice."""
 
     model: Any
     """Its name, or runs of layers as `LayerRun` of `rlhf_core.merging` accepts them."""
-    scopes: list[list[Scope]]
-    """For each slice where its parameters may be set, the narrowest first."""
+    scopes: list[list[ParameterScope]]
+    """For each slice, where its parameters may be set, the narrowest scope first."""
     key: str
-    """Where it stands in the file."""
+    """Its dotted key in the file, for messages."""
 
 
-class Models(NamedTuple):
-    """The models of a file by slice; whole models are one slice."""
+class MergekitModels(NamedTuple):
+    """The input models of a file by slice; a file of whole models has one slice."""
 
-    columns: list[Column]
+    models: list[MergekitModel]
+    """The input models, without the base where task vectors are taken from it."""
     base: Any
-    """The base's name, or runs of layers; None where there is none."""
+    """The base model's name, or its runs of layers; None where there is none."""
     counts: list[int]
-    """The number of layers of each slice."""
-    shared: list[list[Scope]]
-    """For each slice where parameters of all models may be set, the narrowest first."""
-    scopes: list[Scope]
+    """The number of layers of each slice; 0 for whole models."""
+    shared: list[list[ParameterScope]]
+    """For each slice, where parameters of all models may be set, the narrowest scope first."""
+    scopes: list[ParameterScope]
     """Every place of the file where parameters are set."""
 
 
-def read_models(file: MergekitFile, places: Mapping[str, str], *, needs_base: bool) -> Models:
-    """Return the models of a file's `models` or `slices`, or of those of its one module.
+def read_models(file: MergekitFile, places: Mapping[str, str], *, needs_base: bool) -> MergekitModels:
+    """Return the input models from `models` or `slices` of a file, or of its only module.
 
     Args:
-        file: what stands in the file.
-        places: `file:line` of each dotted key.
-        needs_base: whether the method merges differences from the base, which is then one of each slice's sources and no model.
+        file: the file.
+        places: `file:line` of each dotted key, for messages.
+        needs_base: whether the method merges task vectors; the base is then one of each slice's sources, and no input model.
 
     Raises:
-        ConfigError: there is more than one module, or slices have no meaning together.
-        ModelError: how many layers a model has can't be read.
+        ConfigError: there are several modules, or the sources of a slice don't fit together.
+        ModelError: the number of a model's layers can't be read.
     """
     return _Reader(places).models(file, needs_base)
 
 
 _WHOLE = (0, 0)
-"""Stands for all layers of a model, where the file names none."""
+"""The span of a whole model, where the file names no layers."""
 
 
 class _Run(NamedTuple):
-    """Layers of one model, a source of a slice."""
+    """A run of layers of one model: a source of a slice."""
 
     model: str
     span: tuple[int, int]
     """The first layer and the one after the last, or `_WHOLE`."""
-    scope: Scope
+    scope: ParameterScope
 
 
 class _Reader:
+    """Reads one file and collects the scopes in which it sets parameters."""
+
     def __init__(self, places: Mapping[str, str]) -> None:
         self.places = places
-        self.scopes: list[Scope] = []
+        self.scopes: list[ParameterScope] = []
 
-    def models(self, file: MergekitFile, needs_base: bool) -> Models:
+    def models(self, file: MergekitFile, needs_base: bool) -> MergekitModels:
+        """Return the input models; whole ones are read as the sources of one slice."""
         given: _Module = file
         at, shared = "", [self.scope("parameters", given.parameters)]
         if file.modules is not None:
             if len(file.modules) != 1 or file.models or file.slices:
-                raise self.fault("only a file of one module, with its `models` or `slices`, can be done", "modules")
+                raise self.fault(
+                    "only a file of one module is supported, without `models` or `slices` beside it", "modules"
+                )
             name, given = next(iter(file.modules.items()))
             at = f"modules.{name}."
             shared.insert(0, self.scope(f"{at}parameters", given.parameters))
@@ -165,22 +181,23 @@ class _Reader:
         base: Any = file.base_model
         if needs_base and any(named):
             base = _joined([self.take_base(*one) for one in zip(rows, named, keys, strict=True)], rows)
-        columns = []
+        models = []
         for runs in zip_longest(*rows):
             own = [[run.scope] if run is not None else [] for run in runs]
             scopes = [[*one, *wider] for one, wider in zip(own, by_slice, strict=True)]
             key = next(run.scope.key for run in runs if run is not None)
-            columns.append(Column(_joined(runs, rows), scopes, key))
-        return Models(columns, base, counts, by_slice, self.scopes)
+            models.append(MergekitModel(_joined(runs, rows), scopes, key))
+        return MergekitModels(models, base, counts, by_slice, self.scopes)
 
     def fault(self, problem: str, key: str, *, got: object = None, fix: str | None = None) -> ConfigError:
         return ConfigError(problem, place=place_of(key, self.places), got=got, fix=fix)
 
-    def scope(self, key: str, values: Mapping[str, Any], *, of_model: bool = False) -> Scope:
-        self.scopes.append(Scope(key, values, of_model))
+    def scope(self, key: str, values: Mapping[str, Any], *, of_model: bool = False) -> ParameterScope:
+        self.scopes.append(ParameterScope(key, values, of_model))
         return self.scopes[-1]
 
     def runs(self, key: str, sources: Sequence[_Model]) -> list[_Run]:
+        """Return the runs of layers of a slice's sources, `key` being the dotted key of their list."""
         runs = []
         for number, one in enumerate(sources):
             span = _WHOLE if not isinstance(one, _Source) else one.layer_range or (0, _depth(one.model))
@@ -188,43 +205,43 @@ class _Reader:
             runs.append(_Run(one.model, span, scope))
         if len({run.span[1] - run.span[0] for run in runs}) > 1:
             spans = [[*run.span] for run in runs]
-            raise self.fault("sources of one slice have runs of several lengths", key, got=spans)
+            raise self.fault("the sources of a slice must have the same number of layers", key, got=spans)
         return runs
 
     def take_base(self, row: list[_Run], name: str | None, key: str) -> _Run:
-        """Return the base's run in a slice, and remove it from the slice's sources: it is none of the models."""
+        """Return the base's run of layers, and remove it from `row`, the runs of its slice: it is no input model."""
         if name is None:
             raise self.fault("the slice has no base model, though others have one", key, fix="set its `base_model`")
         base = next((run for run in row if run.model == name), None)
         if base is None and row[0].span != _WHOLE:
             fix = "add it to `sources`"
-            raise self.fault("the base model is none of the slice's sources", key, got=name, fix=fix)
+            raise self.fault("the base model must be one of the slice's sources", key, got=name, fix=fix)
         row[:] = [run for run in row if base is None or run[:2] != base[:2]]
         if not row:
             raise self.fault("there is no model besides the base model", key)
-        return base or _Run(name, _WHOLE, Scope("base_model", {}))
+        return base or _Run(name, _WHOLE, ParameterScope("base_model", {}))
 
 
 def _joined(runs: Sequence[_Run | None], rows: Sequence[Sequence[_Run]]) -> Any:
-    """Return runs laid end to end as the name of the model that they amount to, else as a list of runs.
+    """Return a stack of runs as the name of a model where they are all of its layers in order, else as a list of runs.
 
     Args:
-        runs: one of each slice; None where the model takes no part in its layers.
-        rows: all of each slice.
+        runs: one of each slice; None where the input model has no part in the slice.
+        rows: all runs of each slice, by which such a slice's number of layers is known.
     """
     if runs[0] is not None and runs[0].span == _WHOLE:
         return runs[0].model
     names = [run.model if run is not None else None for run in runs]
     spans = [(run or row[0]).span for run, row in zip(runs, rows, strict=True)]
-    one_after_the_other = all(stop == start for (_, stop), (start, _) in pairwise(spans))
+    consecutive = all(stop == start for (_, stop), (start, _) in pairwise(spans))
     one_model = names[0] is not None and len(set(names)) == 1
-    if one_model and spans[0][0] == 0 and one_after_the_other and spans[-1][1] == _depth(str(names[0])):
+    if one_model and spans[0][0] == 0 and consecutive and spans[-1][1] == _depth(str(names[0])):
         return names[0]
     return [{"model": name, "layers": [*span]} for name, span in zip(names, spans, strict=True)]
 
 
 def _depth(name: str) -> int:
-    """Return how many layers a model has, by its configuration; an adapter's base has them."""
+    """Return how many layers a model has by its configuration, an adapter by its base's."""
     where, _ = locate((split_adapter(name) or (name,))[0])
     if is_adapter(where):
         return _depth(adapter_base(where))

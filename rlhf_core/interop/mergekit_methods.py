@@ -1,6 +1,6 @@
 """mergekit's methods in terms of ours, and which of its definitions ours reproduce.
 
-Everything here was found from mergekit's documentation and from what version 0.1.5 does with small tensors.
+Found from mergekit's documentation and from the results of version 0.1.5 on small tensors.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ OUR_NAMES = {
 }  # fmt: skip
 """mergekit's parameters → our options."""
 SHARED = ("t", "select_topk", "lambda", "normalize")
-"""Those of them that hold for all models of a merge; a model may have a value of its own of the others."""
+"""Those of them that are the same for all models of a merge; the others may differ between models."""
 UNUSED = ("int8_mask", "embed_slerp", "consensus_method", "similarity_threshold")
 """Parameters that mergekit accepts, or once did, and that change nothing here."""
 
 
 @dataclass(frozen=True)
 class MergekitMethod:
-    """One of mergekit's methods in our terms."""
+    """One of mergekit's methods: the method of ours that is equivalent, and how its parameters translate."""
 
     ours: str
     """The name of our method."""
     parameters: Mapping[str, Any]
-    """Its parameters that we have, by its names, with its defaults."""
+    """The parameters that translate, by mergekit's names, with mergekit's defaults."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Options of ours that make it that method."""
+    """Options that our method needs in order to compute the same."""
     only: Mapping[str, Any] = field(default_factory=dict)
-    """Its parameters for which we have one value alone, with that value."""
+    """Parameters of which only one value is supported, with that value."""
     unused: tuple[str, ...] = ()
-    """Its parameters that change nothing, or only how closely it computes."""
+    """Parameters that change nothing, or only how closely mergekit computes."""
     needs_base: bool = True
-    """Whether it merges differences from its base model."""
+    """Whether it merges task vectors, differences from a base model."""
     differs: str | None = None
-    """What it does otherwise than ours, if anything."""
+    """How its definition differs from ours; None where both are the same."""
 
 
 _WEIGHTED = {"weight": REQUIRED}
@@ -107,13 +107,13 @@ METHODS: dict[str, MergekitMethod] = {
         differs="it takes the normalised mean of the directions, where ours iterates to their mean on the sphere",
     ),
 }
-"""mergekit's methods that we have, by its names."""
+"""The methods of mergekit that are supported, by mergekit's names."""
 PARAMETERS = {*UNUSED, *(name for one in METHODS.values() for name in (*one.parameters, *one.only, *one.unused))}
 """All parameters that mergekit's methods have, or had; a method ignores those of others."""
 
 
 def parity(method: str, given: Mapping[str, Any], places: Mapping[str, str]) -> dict[str, Any]:
-    """Return the options by which a method of ours does what mergekit's does; those that are given are kept.
+    """Return the options with which a method of ours computes what mergekit does; those that are given are kept.
 
     Args:
         method: the name of ours.
@@ -121,23 +121,23 @@ def parity(method: str, given: Mapping[str, Any], places: Mapping[str, str]) -> 
         places: where each of them was set.
 
     Raises:
-        ConfigError: no options make it that, or one that is given contradicts.
+        ConfigError: the definitions differ whatever the options, or one that is given contradicts.
     """
-    equals = [one for one in METHODS.values() if one.ours == method and one.differs is None]
-    if not equals:
+    same = [one for one in METHODS.values() if one.ours == method and one.differs is None]
+    if not same:
         reasons = {one.differs for one in METHODS.values() if one.ours == method}
         raise ConfigError(
-            f"mergekit's definition of {method} can't be had",
+            f"mergekit's definition of {method} isn't available here",
             place=place_of("compat", places),
-            got="; ".join(sorted(filter(None, reasons))) or "no such method of mergekit's",
-            fix="leave `compat` out; it is there for "
+            got="; ".join(sorted(filter(None, reasons))) or "mergekit has no such method",
+            fix="leave `compat` out; it is supported by "
             + ", ".join(sorted({one.ours for one in METHODS.values() if one.differs is None})),
         )
-    theirs = next((one for one in equals if one.options.get("election") == given.get("election", "none")), equals[0])
+    theirs = next((one for one in same if one.options.get("election") == given.get("election", "none")), same[0])
     for name, value in theirs.options.items():
         if name in given and given[name] != value:
             raise ConfigError(
-                f"mergekit has `{name}: {value}` only",
+                f"mergekit has only `{name}: {value}`",
                 place=place_of(name, places),
                 got=given[name],
                 fix="drop `compat`",
@@ -151,10 +151,10 @@ def parity(method: str, given: Mapping[str, Any], places: Mapping[str, str]) -> 
 
 
 def capped_gamma(gamma: Any, density: Any, place: str) -> Any:
-    """Return breadcrumbs' γ as mergekit takes it: where γ and the density are more than 1 together, γ is lowered to 1 - density.
+    """Return the γ of breadcrumbs that mergekit uses: lowered to 1 - density where both are more than 1 together.
 
     Raises:
-        ConfigError: they are, and one of them varies by layer.
+        ConfigError: they are more than 1 together, and one of them varies by layer.
     """
     if isinstance(gamma, int | float) and isinstance(density, int | float):
         return min(gamma, round(1 - density, 12))
@@ -168,7 +168,7 @@ def capped_gamma(gamma: Any, density: Any, place: str) -> Any:
 
 
 def _numbers(value: Any) -> list[float]:
-    """Return all numbers of a value by layer."""
+    """Return all numbers in a value by layer."""
     if isinstance(value, Mapping | list):
         inner = value.values() if isinstance(value, Mapping) else value
         return [number for one in inner for number in _numbers(one)]

@@ -1,7 +1,7 @@
-"""A parameter of one of mergekit's files as a value by layer of ours: numbers, gradients and lists of conditions.
+"""The parameters of mergekit's files: numbers, gradients and lists of conditions, translated into our values by layer.
 
-A gradient runs over the layers; a tensor outside of them takes its first value. Of a list of `{filter, value}` the first whose
-filter is part of the tensor's name counts, and one without a filter fits all; where none fits, the next wider scope counts.
+A gradient goes over the layers; a tensor outside them gets its first value. Of a list of `{filter, value}` the first entry whose
+filter is part of the tensor's name counts, one without a filter matches all; where none matches, the next wider scope counts.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ REQUIRED: Any = object()
 """Stands for the default of a parameter that has none."""
 
 
-class Scope(NamedTuple):
-    """The parameters that are set in one place of the file."""
+class ParameterScope(NamedTuple):
+    """Parameters that are set together: those of a source, a slice, a model, a module or the file."""
 
     key: str
-    """The dotted key under which they stand."""
+    """Their dotted key, such as `models.0.parameters`."""
     values: Mapping[str, Any]
     of_model: bool = False
-    """Whether they are one model's, not all models'."""
+    """Whether they are of one model, not of all."""
 
 
-def value_by_layer(name: str, scopes: Sequence[Scope], default: Any, place: Callable[[str], str]) -> Any:
+def value_by_layer(name: str, scopes: Sequence[ParameterScope], default: Any, place: Callable[[str], str]) -> Any:
     """Return a parameter as a number, or as a mapping that `LayerValues` of `rlhf_core.merging` accepts.
 
     Args:
@@ -38,7 +38,7 @@ def value_by_layer(name: str, scopes: Sequence[Scope], default: Any, place: Call
         ConfigError: what is set is no value that mergekit has.
     """
     filters: dict[str, Any] = {}
-    for part, given in list(_conditions(name, scopes, place)):  # all are checked, those that don't count too
+    for part, given in list(_conditions(name, scopes, place)):  # all are checked, also those that never count
         if part is None:
             default = _by_layer(given)
             break
@@ -49,15 +49,15 @@ def value_by_layer(name: str, scopes: Sequence[Scope], default: Any, place: Call
 
 
 def in_runs(values: Sequence[Any], counts: Sequence[int]) -> Any:
-    """Return one value by layer for runs of layers, laid end to end.
+    """Return one value by layer for consecutive runs of layers.
 
     Args:
-        values: a value for each run, whose gradients go over the run alone.
+        values: a value by layer for each run, whose gradients go over that run alone.
         counts: the number of layers of each run.
     """
     if len(values) == 1 or (all(one == values[0] for one in values) and not _varies(values[0])):
         return values[0]
-    last = [_at_the_end(one) if count == 1 else one for one, count in zip(values, counts, strict=True)]
+    last = [_for_one_layer(one) if count == 1 else one for one, count in zip(values, counts, strict=True)]
     return {"runs": [{"count": count, "value": one} for one, count in zip(last, counts, strict=True)]}
 
 
@@ -69,14 +69,16 @@ def mapped(value: Any, change: Callable[[float], float]) -> Any:
 
 
 def constant(given: Any) -> Any:
-    """Return true or false for the texts and numbers by which files write them; anything else as it is."""
+    """Return true or false where a text or number of a file means that; anything else unchanged."""
     if isinstance(given, str):
         return {"true": True, "false": False}.get(given.lower(), given)
     return bool(given) if isinstance(given, int) and given in (0, 1) else given
 
 
-def _conditions(name: str, scopes: Sequence[Scope], place: Callable[[str], str]) -> Iterator[tuple[str | None, Any]]:
-    """Yield (part of a tensor's name, or None for all; number or gradient) as set for a parameter, what counts first first."""
+def _conditions(
+    name: str, scopes: Sequence[ParameterScope], place: Callable[[str], str]
+) -> Iterator[tuple[str | None, Any]]:
+    """Yield (part of a tensor's name or None for all, number or gradient) for a parameter, those that count first first."""
     for scope in scopes:
         if name not in scope.values:
             continue
@@ -85,16 +87,20 @@ def _conditions(name: str, scopes: Sequence[Scope], place: Callable[[str], str])
             given = [{"value": given}]
         for one in given:
             if not isinstance(one, Mapping) or set(one) - {"filter", "value"} or "value" not in one:
-                raise ConfigError(f"`{name}` has no `filter` and `value`", place=where, got=shortened(one))
+                raise ConfigError(
+                    f"an entry of `{name}` needs a `value`, and may have a `filter`", place=where, got=shortened(one)
+                )
             part = one.get("filter")
             if part is not None and (not isinstance(part, str) or not part or ("*" in part and part != "*")):
-                problem = "a filter is part of a tensor's name, or `*` alone"
-                raise ConfigError(problem, place=where, got=shortened(part), fix="no patterns")
+                problem = "a filter must be part of a tensor's name, or `*` alone"
+                raise ConfigError(
+                    problem, place=where, got=shortened(part), fix="patterns aren't supported, in mergekit neither"
+                )
             yield None if part == "*" else part, _plain(one["value"], name, where)
 
 
 def _plain(given: Any, name: str, place: str) -> Any:
-    """Return a number, flag or list of them, those that are written as text turned into what they say."""
+    """Return a number, a flag or a list of them; those that are written as text are converted."""
     if isinstance(given, list) and given and not any(isinstance(one, list) for one in given):
         return [_plain(one, name, place) for one in given]
     if isinstance(given, bool | int | float):
@@ -104,11 +110,11 @@ def _plain(given: Any, name: str, place: str) -> Any:
     except (TypeError, ValueError):
         if isinstance(value := constant(given), bool):
             return value
-        raise ConfigError(f"`{name}` is no value that mergekit has", place=place, got=shortened(given)) from None
+        raise ConfigError(f"`{name}` isn't a value that mergekit accepts", place=place, got=shortened(given)) from None
 
 
 def _by_layer(given: Any) -> Any:
-    """Return a list as a gradient whose first value holds outside the layers, or as its number where all are equal."""
+    """Return a list as a gradient, its first number as the default outside the layers; as one number where all are equal."""
     if not isinstance(given, list):
         return given
     return given[0] if len(set(given)) == 1 else {"gradient": given, "default": given[0]}
@@ -121,11 +127,11 @@ def _varies(value: Any) -> bool:
     return "gradient" in value or any(_varies(one) for one in value.get("filters", {}).values())
 
 
-def _at_the_end(value: Any) -> Any:
-    """Return a value for a run of one layer, where mergekit takes a gradient's last number."""
+def _for_one_layer(value: Any) -> Any:
+    """Return a value by layer for a run of one layer, in which mergekit uses the last number of a gradient."""
     if not isinstance(value, Mapping):
         return value
     changed: dict[str, Any] = {"gradient": value["gradient"][-1:]} if "gradient" in value else {}
     if "filters" in value:
-        changed["filters"] = {part: _at_the_end(one) for part, one in value["filters"].items()}
+        changed["filters"] = {part: _for_one_layer(one) for part, one in value["filters"].items()}
     return {**value, **changed}

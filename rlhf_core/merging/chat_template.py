@@ -85,7 +85,9 @@ def check(given: str) -> None:
             given if "generation %}" not in given else plain
         )
     except jinja2.TemplateSyntaxError as error:
-        raise ConfigError("is no Jinja template", place="chat_template", got=f"line {error.lineno}: {error}") from None
+        raise ConfigError(
+            "is not a Jinja template", place="chat_template", got=f"line {error.lineno}: {error}"
+        ) from None
 
 
 def chosen(given: str, models: Sequence[InputModel]) -> str | None:

@@ -97,7 +97,7 @@ class MergeConfig(BaseConfig):
     @field_validator("models", mode="before")
     @classmethod
     def _short_forms(cls, value: Any) -> Any:
-        # A name alone is an input model of weight 1, which is what people type.
+        """Accept a name alone as an input model of weight 1, which is what people type."""
         if isinstance(value, list | tuple):
             return [{"model": item} if isinstance(item, str) else item for item in value]
         return value
@@ -105,7 +105,7 @@ class MergeConfig(BaseConfig):
     @field_validator("dtype", mode="before")
     @classmethod
     def _other_spellings(cls, value: Any) -> Any:
-        # As torch and config.json write them.
+        """Accept dtypes as torch and config.json write them."""
         return (
             {"bfloat16": "bf16", "float16": "fp16", "fp32": "float32"}.get(value, value)
             if isinstance(value, str)

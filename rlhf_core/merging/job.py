@@ -1,8 +1,8 @@
-"""A merge as it was asked for: a method or a file, with flags, made into a checked configuration.
+"""A merge as the user asks for it: a method or a file, with flags, made into a checked configuration.
 
-A file is flat: the keys of `MergeConfig` and the method's options by name; `compat` sets options. One of mergekit's files is
-known by its key `merge_method`, and read as it is. Defaults give way to the file, the file to flags. Relative paths start at the
-current directory, those in a file too.
+A file is flat: the keys of `MergeConfig` and the method's options by name; `compat: mergekit` sets the options with which the
+method computes what mergekit does. mergekit's files are recognised by their key `merge_method` and translated. The file overrides
+defaults, flags override the file. Relative paths start at the current directory, those in a file too.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from rlhf_core.registry.method_or_file import find_method, read_method_or_file
 
 COMPAT = "compat"
 _OF_MODEL = re.compile(r"models\.(\d+)\.(.+)")
-"""Flags for one model, by its number in the list and an option."""
+"""The flags of one input model: its number in the list, and an option."""
 
 
 class _FlagKeys(MergeConfig):
-    """What the flags set that aren't options of the method."""
+    """What flags other than options of the method can set."""
 
     base: str | None = None
     model: list[str] = Field(default_factory=list)
@@ -54,7 +54,7 @@ _FLAG_KEYS = tuple(key for key in _FlagKeys.model_fields if key not in ("models"
 
 @dataclass(frozen=True)
 class MergeJob:
-    """What to merge, how, and where each value came from."""
+    """A checked merge: its configuration, its method, and where each value came from."""
 
     config: MergeConfig
     method: MergeMethod
@@ -63,7 +63,7 @@ class MergeJob:
 
     @property
     def plugin(self) -> Plugin:
-        """Where the method comes from."""
+        """The plugin that provides the method."""
         return self.method.plugin
 
     def merger(self, *, evaluate: Evaluate | str | None = None, progress: Progress | None = None) -> ModelMerger:
@@ -71,7 +71,7 @@ class MergeJob:
         return ModelMerger(self.config, evaluate=evaluate, progress=progress, method=self.method)
 
     def resolved(self) -> dict[str, Any]:
-        """Return every option as plain values, secrets redacted; as a file they describe the same merge."""
+        """Return every key and option as plain values, secrets redacted; written to a file they describe the same merge."""
         given = self.config.model_dump(mode="json", exclude_unset=True)
         models = [
             {"model": entry["model"], "weight": entry.get("weight", 1.0), **entry.get("options", {})}
@@ -91,7 +91,7 @@ class MergeJob:
 def load_merge_job(
     target: str | Path, overrides: Mapping[str, Any] | None = None, *, flags: Sequence[str] = ()
 ) -> MergeJob:
-    """Resolve a method's name or a file into a merge that can start.
+    """Return the merge that a method's name or a file describes, with flags.
 
     Args:
         target: a name such as `ties` or `acme-merge:ties`, or the path of a YAML file, ours or mergekit's.
@@ -137,10 +137,10 @@ def load_merge_job(
 
 
 def model_flag(text: str) -> dict[str, Any]:
-    """Return a model from `PATH` or `PATH=WEIGHT`; a path that is there with its `=` is taken as it stands.
+    """Return an entry of `models` for `PATH` or `PATH=WEIGHT`; a path that exists with an `=` in it is taken as a whole.
 
     Raises:
-        ConfigError: the path is there, and what follows it is no weight.
+        ConfigError: the path exists, and what follows the `=` is not a finite number.
     """
     path, _, number = text.rpartition("=")
     if not path or _is_there(text):
@@ -153,7 +153,7 @@ def model_flag(text: str) -> dict[str, Any]:
         return {"model": path, "weight": weight}
     if "/" not in number and _is_there(path):
         raise ConfigError(
-            f"the weight of {path} is no finite number",
+            f"the weight of {path} is not a finite number",
             place="--model",
             got=f"`{number}`",
             fix=f"write `--model {path}=0.5`, or `--model {path}` for a weight of 1",
@@ -176,21 +176,21 @@ def _key_flags(given: Sequence[Flag]) -> tuple[dict[str, Any], dict[str, str]]:
     for flag in given:
         if flag.key.partition(".")[0] == "models" and not _OF_MODEL.match(flag.name):
             fix = "write `--model A=0.7 --model B=0.3`, and `--models.0.OPTION VALUE` for an option of the first"
-            raise ConfigError("models are given one by one", place=flag.typed, fix=fix)
+            raise ConfigError("input models are given one by one", place=flag.typed, fix=fix)
     return values, places
 
 
 def _compat(value: Any, places: Mapping[str, str]) -> bool:
-    """Tell whether mergekit's definitions are wanted. Raises ConfigError for those of another tool."""
+    """Tell whether mergekit's definition of the method is asked for. Raises ConfigError for any other tool's."""
     if value not in (None, "mergekit"):
         fix = did_you_mean(str(value), ["mergekit"])
         place = place_of(COMPAT, places)
-        raise ConfigError("there are no definitions of that name", place=place, got=shortened(value), fix=fix)
+        raise ConfigError("`compat` must be `mergekit`", place=place, got=shortened(value), fix=fix)
     return value is not None
 
 
 def _overridden(values: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values with those of flags in their place; a dotted one sets one entry of a group."""
+    """Return values overridden by those of flags; one with a dotted key sets one entry of a group."""
     result = dict(values)
     for key, value in flags.items():
         result = merge_values(result, nest({key: value})) if "." in key else {**result, key: value}
@@ -198,26 +198,26 @@ def _overridden(values: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str
 
 
 def _entries(models: Any, places: dict[str, str]) -> list[dict[str, Any]]:
-    """Return the models as `ModelEntry` takes them: a model's own options may stand beside its name and weight.
+    """Return the input models as `ModelEntry` accepts them, though a model's options may stand beside its name and weight.
 
-    Places of what stands beside them are added under `models.N.options`.
+    The places of such options are added to `places` under `models.N.options`.
     """
     where = place_of("models", places)
     if models is None:
         fix = "give `--model A --model B`, or `models:` in the file"
         raise ConfigError("`models` is missing", place=where, fix=fix)
     if not isinstance(models, list | tuple) or not models:
-        raise ConfigError("`models` is no list of models", place=where, got=shortened(models))
+        raise ConfigError("`models` must be a list of input models", place=where, got=shortened(models))
     entries = []
     for number, given in enumerate(models):
         at = f"models.{number}"
         if not isinstance(given, str | Mapping):
-            problem = "a model is a name, or a group with `model`"
+            problem = "an input model must be a name, or a group with `model`"
             raise ConfigError(problem, place=place_of(at, places), got=shortened(given))
         entry = {"model": given} if isinstance(given, str) else dict(given)
         own = entry.pop("options", {})
         if not isinstance(own, Mapping):
-            raise ConfigError("`options` is a group", place=place_of(f"{at}.options", places), got=shortened(own))
+            raise ConfigError("`options` must be a group", place=place_of(f"{at}.options", places), got=shortened(own))
         own = {**own, **{str(key): entry.pop(key) for key in list(entry) if key not in ("model", "weight")}}
         for key, place in list(places.items()):
             if key.startswith(f"{at}."):
@@ -229,7 +229,7 @@ def _entries(models: Any, places: dict[str, str]) -> list[dict[str, Any]]:
 def _set_by_flags(
     entries: list[dict[str, Any]], given: Sequence[Flag], method: type[Merger], name: str, places: dict[str, str]
 ) -> None:
-    """Set what flags such as `--models.0.density 0.3` say of one model, by its number."""
+    """Change the entries by flags of one model, such as `--models.0.density 0.3`, and note the flags in `places`."""
     of_models: dict[int, list[Flag]] = {}
     for flag in given:
         if match := _OF_MODEL.match(flag.name):
@@ -238,7 +238,7 @@ def _set_by_flags(
         at = f"models.{number}"
         if number >= len(entries):
             counted = f"{len(entries)} models, counted from 0"
-            raise ConfigError("there is no such model", place=f"--{at}.{flags[0].name}", got=counted)
+            raise ConfigError("there is no input model of that number", place=f"--{at}.{flags[0].name}", got=counted)
         own = [flag for flag in flags if flag.key.partition(".")[0] != "weight"]
         for flag in own:
             check_own(flag.key.partition(".")[0], method, name, f"--{at}.{flag.name}")
@@ -255,14 +255,14 @@ def _set_by_flags(
 
 
 def _check_values(options: Mapping[str, Any], method: type[Merger], at: str, places: Mapping[str, str]) -> None:
-    """Raise ConfigError where an option that may vary by layer is wrong; `at` stands before its dotted key."""
+    """Raise ConfigError where an option that may vary by layer is invalid; `at` is the prefix of its dotted key."""
     for key, value in options.items():
         if is_number(method, key):
             _check_value(value, f"{at}{key}", places)
 
 
 def _check_value(value: Any, key: str, places: Mapping[str, str]) -> None:
-    """Raise ConfigError where a value by layer is wrong: for what is wrong inside, not because it is no number."""
+    """Raise ConfigError for what is invalid inside a value by layer: pydantic alone would say that it isn't a number."""
     if isinstance(value, Mapping):
         for part, one in (value["filters"] if isinstance(value.get("filters"), Mapping) else {}).items():
             _check_value(one, f"{key}.filters.{part}", places)
@@ -272,7 +272,7 @@ def _check_value(value: Any, key: str, places: Mapping[str, str]) -> None:
 
 
 def _checked(method: MergeMethod, places: Mapping[str, str]) -> MergeMethod:
-    """Return the method, its weights checked where none varies by layer: before any model is opened."""
+    """Return the method, after checking its weights where none varies by layer: before any model is opened."""
     weights = [entry.weight for entry in method.config.models]
     if all(isinstance(weight, float) for weight in weights):
         try:

@@ -79,7 +79,7 @@ class ModelMerger:
         self.method = method if method is not None else MergeMethod(config)
         if evaluate is not None and not self.method.evaluates:
             fix = "leave it out, or use greedy_soup"
-            raise ConfigError(f"{config.method} evaluates nothing", place="evaluate", fix=fix)
+            raise ConfigError(f"{config.method} doesn't evaluate models", place="evaluate", fix=fix)
         self._score = None if evaluate is None else ModelScore(evaluate)
         kind: Any = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         self.device = DeviceManager(kind).device

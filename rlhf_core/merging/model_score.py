@@ -28,7 +28,7 @@ class ModelScore:
         self.name = function if isinstance(function, str) else "evaluate"
         found = import_object(function, place="evaluate") if isinstance(function, str) else function
         if not callable(found):
-            raise ConfigError("is no function", place="evaluate", got=f"`{function}`")
+            raise ConfigError("is not a function", place="evaluate", got=f"`{function}`")
         self._function: Evaluate = found
 
     def __call__(self, model: Path) -> float:
@@ -45,5 +45,5 @@ class ModelScore:
         except (TypeError, ValueError):
             score = math.nan
         if math.isnan(score):
-            raise PluginError("the evaluation gave no number", place=self.name, got=repr(value))
+            raise PluginError("the evaluation returned no number", place=self.name, got=repr(value))
         return score

@@ -195,14 +195,14 @@ def test_greedy_soup_takes_a_function_that_scores(rlhf, models: list[str], tmp_p
         (f"{file}:by_nam", 2, f"evaluate: `{file}` has no `by_nam`; fix: did you mean `by_name`?"),
         (f"{file}", 2, "evaluate: names neither a file's nor a module's object"),
         (f"{tmp_path}/gone.py:f", 2, f"evaluate: no such file; got {tmp_path}/gone.py"),
-        (f"{file}:nothing", 5, f"{file}:nothing: the evaluation gave no number; got None"),
+        (f"{file}:nothing", 5, f"{file}:nothing: the evaluation returned no number; got None"),
         (f"{file}:broken", 5, "raised; got RuntimeError: no data"),
     ):
         found, _, err = rlhf(*arguments, name)
         assert found == code and message in err and err.count("\n") == 1, err
     file.write_text("import nowhere_at_all\n")
     assert rlhf(*arguments, f"{file}:f")[0] == 5
-    assert "linear evaluates nothing" in rlhf("merge", "linear", *chosen, "--evaluate", f"{file}:f")[2]
+    assert "linear doesn't evaluate models" in rlhf("merge", "linear", *chosen, "--evaluate", f"{file}:f")[2]
     assert "no evaluation is given" in rlhf("merge", "greedy_soup", *chosen, "--overwrite")[2]
 
 
@@ -238,7 +238,7 @@ FAULTS = {
     ("merge", "ties", "--model", "a", "--densty", "1"): (2, "error[config] --densty: unknown option `densty` of ties"),
     ("merge", "ties", "--model", "a", "--output", "o"): (2, "error[config] base: ties works on differences from a base model"),
     ("merge", "linear", "--model", "./gone", "--output", "o"): (4, "error[model] ./gone: no such model directory or file"),
-    ("merge", "linear", "--model", ".=nan"): (2, "error[config] --model: the weight of . is no finite number; got `nan`; fix: "),
+    ("merge", "linear", "--model", ".=nan"): (2, "error[config] --model: the weight of . is not a finite number; got `nan`"),
     ("merge", "ties", "--model", "a", "--density", "[]"): (2, "error[config] --density: `density` is an empty list; fix: "),
     ("merge", "ties", "--model", "a", "--lambda", "1"): (2, "error[config] --lambda: unknown option `lambda` of ties"),
     ("merge", "linear", "--model", "./gone"): (2, "error[config] output: no output directory is set; fix: give `--output DIR`"),
@@ -248,7 +248,7 @@ FAULTS = {
     ("merge", "--diff", "./a", "./b"): (4, "error[model] ./a: no such model directory or file"),
     ("merge", "--diff", "a", "b", "c"): (2, "error[config] --diff: unexpected argument; got `c`"),
     ("merge", "--diff", "a", "b", "--densty", "1"): (2, "error[config] --diff: unexpected argument; got `--densty`"),
-    ("merge", "--picture", "d.png"): (2, "error[config] --picture: there is nothing to draw"),
+    ("merge", "--picture", "d.png"): (2, "error[config] --picture: there is nothing to draw without `--diff`"),
 }  # fmt: skip
 
 
@@ -291,7 +291,7 @@ def test_without_a_terminal_a_line_now_and_then_says_how_far(
     assert [record.getMessage() for record in caplog.records] == [
         "merging: 4.1 MB of 10.0 MB, 100.0 kB/s, 0:00:59 left",
         "merging: 7.2 MB of 10.0 MB, 100.0 kB/s, 0:00:28 left",
-        "merging: 0 bytes of 10.0 MB, 0 bytes/s, no end in sight",
+        "merging: 0 bytes of 10.0 MB, 0 bytes/s, time left unknown",
     ]
 
 

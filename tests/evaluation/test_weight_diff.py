@@ -114,7 +114,7 @@ def test_the_picture(pair: tuple[Path, Path], tmp_path: Path) -> None:
     found = diff(*pair)
     draw(found, tmp_path / "d.png")
     assert (tmp_path / "d.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ConfigError, match="no kind of picture"):
+    with pytest.raises(ConfigError, match="not a kind of picture"):
         draw(found, tmp_path / "d.txt")
     with pytest.raises(StorageError):
         draw(found, tmp_path / "gone" / "d.png")

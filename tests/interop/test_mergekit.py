@@ -296,27 +296,27 @@ def test_an_adapter_stands_on_the_base_that_the_file_names(load, family: Path, t
 
 ONE = "merge_method: linear\nmodels:\n  - {model: a, parameters: {weight: "
 FAULTS = {
-    "merge_method: nearswap\nmodels: [{model: a}]\n": "theirs.yaml:1: mergekit's method `nearswap` has no equal here",
+    "merge_method: nearswap\nmodels: [{model: a}]\n": "theirs.yaml:1: mergekit's method `nearswap` has no equivalent here",
     f"merge_method: ties\nfoo: 1\n{BASED}": "theirs.yaml:2: unknown option `foo`; fix: use one of: base_model",
     f"merge_method: ties\nparameters:\n  densty: 1\n{BASED}":
         "theirs.yaml:3: unknown parameter `densty` of ties; fix: did you mean `density`?",
     "merge_method: ties\nbase_model: b\nmodels:\n  - {model: a, parameters: {weight: 1, lambda: 2}}\n":
-        "theirs.yaml:4: `lambda` is one for all models",
+        "theirs.yaml:4: `lambda` can't differ between models",
     "merge_method: ties\nbase_model: b\nmodels:\n  - {model: a}\n": "ties needs `weight` for every tensor",
     ONE + "[{filter: mlp, value: 1}]}}": "linear needs `weight` for every tensor",
     ONE + "[{filter: 'mlp.*', value: 1}]}}": "part of a tensor's name",
-    ONE + "[{filtr: mlp, value: 1}]}}": "no `filter` and `value`",
-    ONE + "heavy}}": "`weight` is no value that mergekit has",
-    f"merge_method: ties\nparameters: {{rescale: true}}\n{BASED}": "only `rescale: false` can be done for ties",
-    f"merge_method: dare_ties\nparameters: {{rescale: false}}\n{BASED}": "only `rescale: true` can be done for dare_ties",
+    ONE + "[{filtr: mlp, value: 1}]}}": "an entry of `weight` needs a `value`, and may have a `filter`",
+    ONE + "heavy}}": "`weight` isn't a value that mergekit accepts",
+    f"merge_method: ties\nparameters: {{rescale: true}}\n{BASED}": "ties supports only `rescale: false` here",
+    f"merge_method: dare_ties\nparameters: {{rescale: false}}\n{BASED}": "dare_ties supports only `rescale: true` here",
     "merge_method: task_arithmetic\nbase_model: b\nmodels: [{model: a, parameters: {weight: [0, 1], normalize: true}}]\n":
-        "`normalize` is one for all models",
+        "`normalize` can't differ between models",
     "merge_method: task_arithmetic\nbase_model: b\nparameters: {normalize: true, weight: [0, 1]}\nmodels: [{model: a}]\n":
         "theirs.yaml:3: weights that vary by layer, or sum to zero, can't be normalised",
     "merge_method: nuslerp\nbase_model: b\nparameters: {weight: 1}\nmodels: [{model: a}, {model: c}]\n":
-        "nuslerp of task vectors has no equal here",
+        "nuslerp of task vectors isn't supported",
     f"merge_method: ties\nparameters: {{normalize: [true, false]}}\n{BASED}":
-        "`normalize` is true or false, for all tensors alike",
+        "`normalize` must be true or false, the same for all tensors",
     "merge_method: ties\nbase_model: a\n": "give either `models` or `slices`",
     "merge_method: ties\nbase_model: a\nmodels: [b]\n":
         "theirs.yaml:3: `models.0`: expected a group of options (model, parameters); got 'b'",
@@ -327,7 +327,7 @@ FAULTS = {
         "slerp takes two models, one of them the `base_model`",
     "merge_method: slerp\nbase_model: a\nparameters: {t: 1.5}\nmodels: [{model: b}]\n":
         "is the position on the arc from the base (0) to the model (1); got 1.5",
-    f"merge_method: multislerp\n{BASED}": "multislerp of task vectors has no equal here",
+    f"merge_method: multislerp\n{BASED}": "multislerp of task vectors isn't supported",
     f"merge_method: ties\nparameters: {{density: 0}}\n{BASED}": "theirs.yaml:2: `density`: must be greater than 0; got 0",
     "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: -1}}]\n":
         "weights that are normalised sum to zero",
@@ -336,7 +336,7 @@ FAULTS = {
     "merge_method: ties\nbase_model: b\nmodels: [{model: 3}]\n": "theirs.yaml:3: `models.0.model`: must be text; got 3",
     "merge_method: linear\nparameters: 3\nmodels: [{model: a}]\n":
         "theirs.yaml:2: `parameters`: must be a valid dictionary; got 3",
-    ONE + "[[1, 2]]}}": "`weight` is no value that mergekit has; got [[1, 2]]",
+    ONE + "[[1, 2]]}}": "`weight` isn't a value that mergekit accepts; got [[1, 2]]",
 }  # fmt: skip
 
 
@@ -350,7 +350,7 @@ def test_what_differs_is_logged_or_refused(load, fault, caplog: pytest.LogCaptur
     with caplog.at_level(logging.INFO):
         load(text)
     assert "scales the rest to the L1 norm" in caplog.text and "`int8_mask` has no effect here" in caplog.text
-    assert "mergekit's definition of dare_ties can't be had" in fault(text, "--compat", "mergekit")
+    assert "mergekit's definition of dare_ties isn't available here" in fault(text, "--compat", "mergekit")
     load(f"merge_method: ties\n{BASED}", "--compat", "mergekit")
 
 
@@ -362,7 +362,7 @@ def test_what_has_no_effect_is_logged(load, caplog: pytest.LogCaptureFixture) ->
     config = load(text).config
     assert config.options == {"normalize": True} and config.seed == 7
     for line in (
-        "theirs.yaml:2: `name` has no effect: the result is called what `--output` says",
+        "theirs.yaml:2: `name` has no effect: `--output` names the result",
         "theirs.yaml:3: `normalize` has no effect: a parameter counts under `parameters` alone",
         "theirs.yaml:4: `allow_crimes` has no effect: it is an option of mergekit's command",
         "theirs.yaml:6: `density` has no effect: it is no parameter of linear",
@@ -390,9 +390,9 @@ def test_compat_sets_the_options_of_a_merge_of_ours() -> None:
     assert load_merge_job("passthrough", flags=["--model", "a", "--compat", "mergekit"]).config.options == {}
     assert options("breadcrumbs", "--election", "ties")["election"] == "ties"
     for flags, message in {
-        ("ties", "--trim_scope", "global"): "--trim_scope: mergekit has `trim_scope: tensor` only; got global",
-        ("della",): "--compat: mergekit's definition of della can't be had",
-        ("uniform_soup",): "no such method of mergekit's",
+        ("ties", "--trim_scope", "global"): "--trim_scope: mergekit has only `trim_scope: tensor`; got global",
+        ("della",): "--compat: mergekit's definition of della isn't available here",
+        ("uniform_soup",): "mergekit has no such method",
         ("ties", "--compat", "mergkit"): "--compat: given 2 times; got `mergekit` and `mergkit`",
     }.items():
         with pytest.raises(ConfigError) as raised:

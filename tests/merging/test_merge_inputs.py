@@ -543,7 +543,7 @@ def test_an_evaluation_that_fails_is_named(family: tuple[Path, list[Path]], tmp_
     for evaluate in (lambda path: 1 / 0, lambda path: None, lambda path: float("nan")):
         with pytest.raises(PluginError, match="the evaluation"):
             merge("greedy_soup", family[1], tmp_path / "out", evaluate=evaluate)
-    with pytest.raises(ConfigError, match="linear evaluates nothing"):
+    with pytest.raises(ConfigError, match="linear doesn't evaluate models"):
         merge("linear", family[1], tmp_path / "out", evaluate=lambda path: 1.0)
     assert not any(tmp_path.iterdir())
 

@@ -84,7 +84,7 @@ def test_a_weight_that_is_none_is_reported(number: str, tmp_path: Path, monkeypa
     for name in ("base", "adapter"):
         (tmp_path / name).mkdir()
     for path in ("base", "base+adapter"):
-        with pytest.raises(ConfigError, match=f"--model: the weight of {re.escape(path)} is no finite number"):
+        with pytest.raises(ConfigError, match=f"--model: the weight of {re.escape(path)} is not a finite number"):
             model_flag(f"{path}={number}")
     assert model_flag("base=0.1/modl") == {"model": "base=0.1/modl"}
 
@@ -183,9 +183,9 @@ FILES = {
     "models: [x]\n": "merge.yaml: `method` is missing; fix: set it to one of: ",
     "method: sft\nmodels: [x]\n": "merge.yaml:1: unknown merger `sft`",
     "method: ties\n": "merge.yaml: `models` is missing; fix: give `--model A --model B`",
-    "method: ties\nmodels: []\n": "merge.yaml:2: `models` is no list of models; got []",
-    "method: ties\nmodels: x\n": "merge.yaml:2: `models` is no list of models; got 'x'",
-    "method: ties\nmodels: [3]\n": "merge.yaml:2: a model is a name, or a group with `model`; got 3",
+    "method: ties\nmodels: []\n": "merge.yaml:2: `models` must be a list of input models; got []",
+    "method: ties\nmodels: x\n": "merge.yaml:2: `models` must be a list of input models; got 'x'",
+    "method: ties\nmodels: [3]\n": "merge.yaml:2: an input model must be a name, or a group with `model`; got 3",
     "method: ties\nmodels:\n  - x\n  - {weight: 1}\n": "merge.yaml:4: `models.1.model` is missing",
     "method: ties\nmodels:\n  - x\n  - model: y\n    weigth: 1\n":
         "merge.yaml:5: unknown key `weigth` of a model; fix: did you mean `weight`?",
@@ -218,7 +218,7 @@ FILES = {
     "method: ties\nmodels: [x]\ndtype: int8\n": "merge.yaml:3: `dtype`: must be 'float32', 'bf16' or 'fp16'",
     "method: ties\nmodels: [x]\nthreads: 0\n": "merge.yaml:3: `threads`: must be greater than or equal to 1",
     "method: ties\nmodels: [x]\ntokenizer: base\n": "`tokenizer: base` needs a `base`",
-    "method: ties\nmodels: [x]\ncompat: peft\n": "merge.yaml:3: there are no definitions of that name; got 'peft'",
+    "method: ties\nmodels: [x]\ncompat: peft\n": "merge.yaml:3: `compat` must be `mergekit`; got 'peft'",
     "method: ties\nmodels: [x]\nmodels: [y]\n": "merge.yaml:3: key `models` stands twice",
 }  # fmt: skip
 
@@ -231,7 +231,7 @@ def test_what_is_wrong_in_a_file_is_reported_with_its_line(file, text: str) -> N
 FLAGS = {
     "--model x --densty 1": "error[config] --densty: unknown option `densty` of ties; fix: did you mean `density`?",
     "--model x --ouput o": "error[config] --ouput: unknown option `ouput`; fix: did you mean `--output`?",
-    "--models x": "error[config] --models: models are given one by one; fix: write `--model A=0.7 --model B=0.3`",
+    "--models x": "error[config] --models: input models are given one by one; fix: write `--model A=0.7 --model B=0.3`",
     "--model": "error[config] --model: needs a value",
     "--model x --density": "error[config] --density: needs a value",
     "--model x --density 1 --density 2": "error[config] --density: given 2 times",
@@ -239,7 +239,7 @@ FLAGS = {
     "--model x=1 --model y=-1": "error[config] --model: weights that are normalised sum to zero; got 1, -1",
     "--model x --density 1.01": "error[config] --density: must be less than or equal to 1; got 1.01",
     "--model x --base b --base c": "error[config] --base: given 2 times",
-    "--model x --compat mergkit": "error[config] --compat: there are no definitions of that name; got 'mergkit'",
+    "--model x --compat mergkit": "error[config] --compat: `compat` must be `mergekit`; got 'mergkit'",
     "--base b": "error[config] command line: `models` is missing",
 }
 

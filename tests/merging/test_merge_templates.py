@@ -66,7 +66,7 @@ def test_auto_is_what_most_models_have(models: list[Path], tmp_path: Path) -> No
 def test_a_template_that_is_none_is_named(models: list[Path], tmp_path: Path) -> None:
     for text, message in (
         ("chatlm", "did you mean `chatml`"),
-        ("{% for %}", "is no Jinja template"),
+        ("{% for %}", "is not a Jinja template"),
         ("{{ a", "Jinja"),
     ):
         with pytest.raises(ConfigError) as raised:

@@ -221,13 +221,13 @@ def test_slices_of_a_file(name: str, run, tmp_path: Path) -> None:
 
 
 FAULTS = {
-    "none of the slice's sources": slices(
+    "the base model must be one of the slice's sources": slices(
         ([("a", 0, 3), ("b", 0, 3)], {}), method="task_arithmetic", base_model="zero", parameters=HALF
     ),
     "the slice has no base model, though others have one": slices(
         ([("a", 0, 2), ("zero", 0, 2)], {"base_model": "zero"}), ("a", 2, 3), method="task_arithmetic", parameters=HALF
     ),
-    "runs of several lengths; got [[0, 2], [0, 3]]": slices(([("a", 0, 2), ("b", 0, 3)], {}), method="linear"),
+    "must have the same number of layers; got [[0, 2], [0, 3]]": slices(([("a", 0, 2), ("b", 0, 3)], {}), method="linear"),
     "has no layer 3; got layers 0 to 5 of 3": slices(("a", 0, 5)),
     "`slices.0.sources.0.layer_range`: holds no layer: write [first, one after the last]; got [1, 1]": slices(("a", 1, 1)),
     "passthrough merges 1 models; got 2": slices(([("a", 0, 2), ("b", 0, 2)], {})),
