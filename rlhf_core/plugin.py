@@ -80,7 +80,7 @@ if TYPE_CHECKING:
     from rlhf_core.models.model_reward import ModelRewardConfig as ModelRewardConfig
     from rlhf_core.models.model_reward import SampleScores as SampleScores
     from rlhf_core.models.model_reward import ScoringModelConfig as ScoringModelConfig
-    from rlhf_core.models.process_reward_model import AGGREGATIONS as AGGREGATIONS
+    from rlhf_core.models.reasoning_steps import AGGREGATIONS as AGGREGATIONS
     from rlhf_core.models.reference import Reference as Reference
     from rlhf_core.registry.hooks import hookimpl as hookimpl
     from rlhf_core.rewards import Rewards as Rewards
@@ -117,7 +117,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.models": "PolicyModel ProcessRewardModel RewardModel ValueModel HiddenStates over_vocabulary",
         "rlhf_core.generation.engine": "Engine",
         "rlhf_core.generation.generate": "prompt_batch",
-        "rlhf_core.models.process_reward_model": "AGGREGATIONS",
+        "rlhf_core.models.reasoning_steps": "AGGREGATIONS",
         "rlhf_core.models.reference": "Reference",
         "rlhf_core.models.model_reward": "ModelReward ModelRewardConfig SampleScores ScoringModelConfig",
         "rlhf_core.generation.sampler_models": "best_first",

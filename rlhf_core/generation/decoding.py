@@ -111,8 +111,8 @@ def measure_decoding(policy: PolicyModel) -> Decoding:
     short, long, tokens = ids[:4].tolist(), ids[4:12].tolist(), ids[12:].tolist()
     flash, kind = policy.attention.kernel == "flash", policy.device.type
     limit, error = 3e-2 if flash else 1e-4, float("inf")
-    company: Company = "none" if policy.findings.arrangement == "alone" else "any"
-    company = "equal" if company == "any" and policy.has_length_classes else company
+    company: Company = "none" if policy.probe_result.arrangement == "alone" else "any"
+    company = "equal" if company == "any" and policy.shared_forward.depends_on_length else company
 
     def logits(rows: list[list[int]], cache: bool) -> Tensor:
         forced = _Forced(tokens)

@@ -207,7 +207,7 @@ class Engine:
         try:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(evaluating(policy))
-                stack.enter_context(policy.own_precision())
+                stack.enter_context(policy.product_precision())
                 if policy.compiled:
                     # A block would be compiled again for the cache, and for each length of it.
                     stack.enter_context(torch.compiler.set_stance("force_eager"))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,30 @@ def no_such_model(source: str, error: Exception) -> ModelError:
         got=first_line(error),
         fix=near_path(Path(source)) or "check the path, or for a hub name the spelling and the network",
     )
+
+
+def hub_files(source: str, files: Sequence[str]) -> list[Path | None]:
+    """Return where files of a hub repository stand in the local cache, fetched where need be; None for those it hasn't.
+
+    Raises:
+        ModelError: the hub can't be reached, and the cache has nothing of that name: further attempts would only take time.
+    """
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    found: list[Path | None] = []
+    for file in files:
+        try:
+            found.append(Path(hf_hub_download(source, file)))
+        except LocalEntryNotFoundError as error:
+            if not isinstance(try_to_load_from_cache(source, "config.json"), str):
+                raise no_such_model(source, error) from error
+            found.append(None)
+        except EntryNotFoundError:
+            found.append(None)
+        except (OSError, ValueError):  # no such repository, or no access to it: loading the model itself says which
+            return [None] * len(files)
+    return found
 
 
 def is_adapter(where: str) -> bool:

@@ -1,4 +1,4 @@
-"""The options that every kind of model is loaded with, in one place: `from_pretrained(path, **options)`."""
+"""The options that every kind of model is loaded with: `from_pretrained(path, **options)`."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from torch import nn
 
 from rlhf_core.config.training import LoraConfig
 from rlhf_core.infra.errors import ConfigError, did_you_mean
-from rlhf_core.models.adapters import AdapterUse
 from rlhf_core.models.attention import Kernel
-from rlhf_core.models.precision import Precision, frozen_dtype
-from rlhf_core.models.sequence_model import LayoutName, SequenceModel
+from rlhf_core.models.precision import Precision, frozen_dtype_of
+from rlhf_core.models.saved_adapters import AdapterUse
+from rlhf_core.models.sequence_model import SequenceModel
+from rlhf_core.models.shared_forward import LayoutName
 
 
 class LoadOptions(TypedDict, total=False):
-    """Options of every `from_pretrained`. Those that `TrainerConfig` has too do what it says."""
+    """Options of every `from_pretrained`. Those that `TrainerConfig` has too mean what it says."""
 
     device: str | torch.device | None
-    """Where the model is put; None leaves it on the host."""
+    """Device that the model is moved to; None leaves it on the CPU."""
     frozen: bool
-    """Whether the model is only read: nothing in it is trained, all weights are held as frozen ones are, and dropout is off."""
+    """Whether the model is only read: no parameter is trained, all are held in the frozen dtype, and dropout is off."""
     trust_remote_code: bool
     lora: LoraConfig | None
     adapter: AdapterUse
@@ -36,17 +37,17 @@ class LoadOptions(TypedDict, total=False):
     share_prompts: bool
 
 
-_OF_LOADING = ("trust_remote_code", "adapter", "lora", "frozen")
-"""What counts while weights are read."""
-_OF_THE_WHOLE = ("trust_remote_code", "adapter", "frozen", "device")
-"""What no single backbone is given afterwards."""
+_FOR_READING = ("trust_remote_code", "adapter", "lora", "frozen")
+"""Options that count while weights are read."""
+_NOT_FOR_BACKBONES = ("trust_remote_code", "adapter", "frozen", "device")
+"""Options of the whole model, which aren't passed on to each backbone."""
 
 
-def loading(options: LoadOptions, *, quantised: bool = True) -> dict[str, Any]:
-    """Return what `load_model` needs of the options.
+def reading_options(options: LoadOptions, *, may_be_quantised: bool = True) -> dict[str, Any]:
+    """Check options and return the arguments of `load_model` that follow from them.
 
     Args:
-        quantised: whether the kind of model may stand on a quantised base.
+        may_be_quantised: whether this kind of model may stand on a quantised base.
 
     Raises:
         TypeError: there is no option of that name.
@@ -58,30 +59,30 @@ def loading(options: LoadOptions, *, quantised: bool = True) -> dict[str, Any]:
         raise TypeError(
             f"from_pretrained() got an unexpected keyword argument {unknown!r}" + (f"; {hint}" * bool(hint))
         )
-    if not quantised:
+    if not may_be_quantised:
         refuse_quantised(options.get("lora"))
     if options.get("frozen") and options.get("lora") is not None:
         raise ConfigError(
-            "a model that is only read is given no new adapter", place="lora", fix="leave `lora` or `frozen` out"
+            "a model that is only read gets no new adapter", place="lora", fix="leave `lora` or `frozen` out"
         )
-    hold = frozen_dtype(options.get("precision", "float32"), options.get("frozen_precision", "auto"))
-    return {name: value for name, value in options.items() if name in _OF_LOADING} | {"hold": hold}
+    frozen_dtype = frozen_dtype_of(options.get("precision", "float32"), options.get("frozen_precision", "auto"))
+    return {name: value for name, value in options.items() if name in _FOR_READING} | {"frozen_dtype": frozen_dtype}
 
 
-def settle(model: nn.Module, backbones: Sequence[SequenceModel], options: LoadOptions) -> None:
-    """Put a model that was loaded just now on its device, freeze it where it is only read, and set up its backbones."""
+def apply_load_options(model: nn.Module, backbones: Sequence[SequenceModel], options: LoadOptions) -> None:
+    """Move a model just loaded to its device, freeze it where it is only read, and set the options of its backbones."""
     if (device := options.get("device")) is not None:
         model.to(device)
     if options.get("frozen"):
         model.requires_grad_(False).eval()
-    rest: dict[str, Any] = {"frozen_precision": "auto"}
-    rest |= {name: value for name, value in options.items() if name not in _OF_THE_WHOLE}
+    of_backbones: dict[str, Any] = {"frozen_precision": "auto"}
+    of_backbones |= {name: value for name, value in options.items() if name not in _NOT_FOR_BACKBONES}
     for backbone in backbones:
-        backbone.set_options(**rest)
+        backbone.set_options(**of_backbones)
 
 
 def refuse_quantised(lora: LoraConfig | None) -> None:
-    """Refuse a quantised base: what is exported has the adapter merged in, and would be rounded to 4 or 8 bits again."""
+    """Raise `ConfigError` for a quantised base: the export has the adapter merged in, which would be rounded to 4 or 8 bits."""
     if lora is not None and lora.quantize != "none":
         raise ConfigError(
             "reward and value models aren't trained on a quantised base",

@@ -1,4 +1,4 @@
-"""Causal language models and tokenizers from a directory, a GGUF file, an adapter or the hub; and what may be wrong with them.
+"""Transformers models and tokenizers from a directory, a GGUF file, an adapter or the hub, and the checks that they must pass.
 
 Weights come from safetensors (or GGUF) only, never from pickles, and a repository's own code runs only when asked for.
 """
@@ -6,6 +6,7 @@ Weights come from safetensors (or GGUF) only, never from pickles, and a reposito
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 import math
 from collections.abc import Iterable
@@ -27,7 +28,9 @@ from rlhf_core.infra.model_files import (
     locate,
     no_such_model,
 )
-from rlhf_core.models.adapters import (
+from rlhf_core.models.lora import Targets, wanted_targets
+from rlhf_core.models.precision import has_narrow_constants
+from rlhf_core.models.saved_adapters import (
     WEIGHTS,
     AdapterUse,
     describe_adapter,
@@ -38,12 +41,12 @@ from rlhf_core.models.adapters import (
     local_adapter,
     put_on,
 )
-from rlhf_core.models.lora import Targets, quantization, wanted_targets
-from rlhf_core.models.precision import Stored, has_narrow_constants
+from rlhf_core.models.saved_dtypes import SavedDtypes
 
 log = logging.getLogger(__name__)
 
 Kind = Literal["causal", "backbone", "classifier"]
+"""Which of transformers' classes a checkpoint is loaded with: with its language model head, without a head, or with scores."""
 _CLASSES = {
     "causal": "AutoModelForCausalLM",
     "backbone": "AutoModel",
@@ -53,25 +56,25 @@ _CLASSES = {
 
 @dataclass
 class Loaded:
-    """A model as it was loaded, with what has to be known of it to save it."""
+    """A model just loaded, with what must be known about its checkpoint to save it."""
 
     model: nn.Module
     """A transformers model, or a peft model around one."""
     tokenizer: Any
-    stored: Stored
-    """The types of the checkpoint's tensors."""
-    base: str | None = None
-    """Where the weights under an adapter stand as a plain checkpoint; None where they stand nowhere as they are."""
-    resized: bool = False
-    """Whether the base's embeddings were resized, so that an adapter must bring them along."""
-    adapter_stored: Stored | None = None
-    """The types of an adapter's tensors."""
+    dtypes: SavedDtypes
+    """Dtypes of the checkpoint's tensors."""
+    base_path: str | None = None
+    """Path or hub name of the plain checkpoint with the weights under the adapter; None where no such checkpoint exists."""
+    embeddings_resized: bool = False
+    """Whether the base's embeddings were resized, so that an adapter must be saved with them."""
+    adapter_dtypes: SavedDtypes | None = None
+    """Dtypes of the adapter's tensors."""
 
 
 def load_model(
     source: str | Path,
     *,
-    hold: torch.dtype = torch.float32,
+    frozen_dtype: torch.dtype = torch.float32,
     frozen: bool = False,
     lora: LoraConfig | None = None,
     trust_remote_code: bool = False,
@@ -79,22 +82,22 @@ def load_model(
     headless: bool = False,
     adapter: AdapterUse = "continue",
 ) -> Loaded:
-    """Load a model with its tokenizer; an adapter directory is loaded on its base.
+    """Load a model with its tokenizer; an adapter's directory is loaded on its base.
 
     Args:
-        hold: the type that frozen weights will be held in (`narrow_frozen`): a checkpoint of 16 bits isn't widened first.
+        frozen_dtype: the dtype that frozen weights will be held in (`narrow_frozen`): frozen 16-bit weights stay in 16 bits.
         frozen: whether the model is only read.
-        adapter: what is done with an adapter: it is left on its base, where it alone is trained, or folded into it, where all
-            weights are. Of adapters on adapters the inner ones are folded in any case.
-        kind: a causal language model, the `backbone` without any head, or one that scores sequences (`classifier`).
+        lora: options of a new adapter, of which the quantisation of the base counts here, and targets are compared with those
+            of the adapter that is loaded.
+        kind: the class of transformers to load with.
         headless: whether the output layer isn't used, and may be missing.
+        adapter: what happens to an adapter: `continue` leaves it on its base, where it alone is trained; `fold` puts it into the
+            base's weights, all of which are trained. Of adapters on adapters the inner ones are always folded.
 
     Raises:
-        ModelError: it doesn't exist, is damaged or incomplete, has only pickled weights, needs its own code, holds NaN, or
-            model and tokenizer don't fit.
+        ModelError: the model doesn't exist, is damaged or incomplete, has only pickled weights, needs its own code, holds NaN,
+            or has another vocabulary than its tokenizer.
     """
-    import transformers
-    from transformers import AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
     source = str(source)
@@ -104,36 +107,23 @@ def load_model(
         base, options = _locate_base(base, adapters[0])
     options |= {"trust_remote_code": trust_remote_code}
     transformers_logging.disable_progress_bar()
-    # Each of a dozen attempts to reach the hub would be a line; the last one's reason is in our error.
+    # Each of a dozen attempts to reach the hub would be a line; our error gives the last one's reason.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    folds = len(adapters) > 1 or bool(adapters and adapter == "fold")
+    keeps_narrow = frozen_dtype != torch.float32 and not folds and (frozen or lora is not None or bool(adapters))
     try:
-        tokenizer = _load_tokenizer(AutoTokenizer, [*adapters[::-1], base], options)
+        tokenizer = _load_tokenizer([*adapters[::-1], base], options)
         check_files(base)
-        stored = _stored(base, options)
-        folds = len(adapters) > 1 or bool(adapters and adapter == "fold")
-        narrow = hold != torch.float32 and not folds and (frozen or lora is not None or bool(adapters))
         labels = labels_of(adapters[-1]) if adapters and kind == "classifier" else None
-        load = functools.partial(
-            getattr(transformers, _CLASSES[kind]).from_pretrained,
-            base,
-            output_loading_info=True,
-            **({} if "gguf_file" in options else {"use_safetensors": True}),
-            **({"quantization_config": settings} if (settings := quantization(lora)) else {}),
-            **({"num_labels": labels} if labels else {}),
-            **options,
+        dtypes = _checkpoint_dtypes(base, options)
+        dtype = dtypes.lossless if keeps_narrow else torch.float32
+        model, missing = _load_base(
+            base, options, kind=kind, dtype=dtype, labels=labels, quantisation=quantisation(lora)
         )
-        model, info = load(dtype=stored.loading if narrow else torch.float32)
-        if has_narrow_constants(model):
-            # Gemma's scale of embeddings, for one, would be rounded.
-            del model
-            model, info = load(dtype=torch.float32)
-        missing = {name for name in info["missing_keys"] if not (labels and name.startswith("score."))}
         check_weights(model, missing, source, base=base, headless=headless)
-        if "gguf_file" in options:
-            _forget_gguf(model)
-        loaded = Loaded(model, tokenizer, stored, None if "gguf_file" in options else _absolute(base))
+        loaded = Loaded(model, tokenizer, dtypes, None if "gguf_file" in options else _absolute(base))
         if adapters:
-            _with_adapters(loaded, adapters, base, use=adapter, lora=lora, classifier=kind == "classifier")
+            _put_adapters(loaded, adapters, base, use=adapter, lora=lora, classifier=kind == "classifier")
     except RLHFError:
         raise
     except Exception as error:
@@ -143,8 +133,124 @@ def load_model(
     return loaded
 
 
+def _load_base(
+    base: str, options: dict[str, Any], *, kind: Kind, dtype: torch.dtype, labels: int | None, quantisation: Any
+) -> tuple[nn.Module, set[str]]:
+    """Load a transformers model without adapters.
+
+    Args:
+        base: a directory or hub name.
+        options: further arguments of `from_pretrained`.
+        labels: labels of a classification head that an adapter brings; None for the checkpoint's.
+        quantisation: transformers' quantisation config, or None.
+
+    Returns:
+        The model, and the names of its tensors that the checkpoint lacks and no adapter brings.
+    """
+    import transformers
+
+    load = functools.partial(
+        getattr(transformers, _CLASSES[kind]).from_pretrained,
+        base,
+        output_loading_info=True,
+        **({} if "gguf_file" in options else {"use_safetensors": True}),
+        **({"quantization_config": quantisation} if quantisation else {}),
+        **({"num_labels": labels} if labels else {}),
+        **options,
+    )
+    model, info = load(dtype=dtype)
+    if has_narrow_constants(model):
+        # Gemma's scale of embeddings, for one, would be rounded.
+        del model
+        model, info = load(dtype=torch.float32)
+    if "gguf_file" in options:
+        _forget_gguf(model)
+    return model, {name for name in info["missing_keys"] if not (labels and name.startswith("score."))}
+
+
+def quantisation(lora: LoraConfig | None) -> Any | None:
+    """Return transformers' quantisation config for the frozen base under an adapter (QLoRA); None where it isn't quantised.
+
+    Raises:
+        ConfigError: bitsandbytes isn't installed.
+    """
+    if lora is None or lora.quantize == "none":
+        return None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"`lora.quantize: {lora.quantize}` needs the package bitsandbytes",
+            place="lora.quantize",
+            fix='pip install "rlhf-core[qlora]", or set `lora.quantize: none`',
+        )
+    from transformers import BitsAndBytesConfig
+
+    if lora.quantize == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def _put_adapters(
+    loaded: Loaded, adapters: list[str], base: str, *, use: AdapterUse, lora: LoraConfig | None, classifier: bool
+) -> None:
+    """Put adapters on a loaded base, the innermost first, in place; fold all but one that is to be trained.
+
+    Args:
+        adapters: their directories, the innermost first.
+        base: where the base was loaded from.
+        use: what happens to the outermost.
+        lora: options whose targets must be those of the adapter that is to be trained; None wants nothing.
+        classifier: whether the model scores sequences.
+
+    Raises:
+        ConfigError: the adapter that is to be trained has other targets.
+    """
+    for depth, adapter in enumerate(adapters):
+        outermost = depth == len(adapters) - 1
+        loaded.embeddings_resized |= fit_vocabulary(loaded.model, adapter, len(loaded.tokenizer) if outermost else 0)
+        trained = use == "continue" and outermost
+        wanted = wanted_targets(loaded.model, lora) if trained and lora is not None else None
+        if not classifier and is_sequence_classifier(adapter):
+            log.warning(
+                "%s was trained on a model that scores sequences: the updates of its layers are used, its head isn't",
+                adapter,
+            )
+        adapted = put_on(loaded.model, adapter, base, classifier=classifier)
+        about = describe_adapter(adapted)
+        if wanted is not None and (difference := Targets.of(adapted).difference(wanted)) is not None:
+            raise ConfigError(
+                "the adapter has other targets than were set",
+                place="lora",
+                got=difference,
+                fix="leave `lora` out to continue training the adapter, or set `adapter: fold` to train a new one on top of it",
+            )
+        if trained:
+            loaded.model, loaded.adapter_dtypes = adapted, SavedDtypes.on_disk(Path(adapter), WEIGHTS)
+            log.info("adapter %s (%s on %s): it is trained further, and its base stays as it is", adapter, about, base)
+            return
+        loaded.model, loaded.base_path, loaded.embeddings_resized = fold(adapted, place=adapter), None, False
+        for parameter in loaded.model.parameters():
+            # peft froze the base; quantised weights are integers and can't be trained.
+            parameter.requires_grad_(parameter.is_floating_point())
+        log.info("adapter %s (%s): folded into the weights of %s", adapter, about, base)
+        base = adapter
+
+
+# Checks
+
+
 def check_weights(model: nn.Module, missing: Iterable[str], source: str, *, base: str, headless: bool = False) -> None:
-    """Raise where the checkpoint lacks weights of the model, which would be made up at random."""
+    """Raise ModelError where the checkpoint lacks tensors of the model, which would have random values.
+
+    Args:
+        missing: names of the tensors that it lacks.
+        source: what the user named. base: the directory or hub name that was loaded.
+        headless: whether the output layer may be missing.
+    """
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     free = {
         f"{name}.{kind}" for name, module in model.named_modules() if module is output for kind in ("weight", "bias")
@@ -170,8 +276,53 @@ def check_weights(model: nn.Module, missing: Iterable[str], source: str, *, base
     )
 
 
+def check_finite(model: nn.Module, source: str) -> None:
+    """Raise ModelError where a weight is NaN or infinite, naming the tensor."""
+    for name, parameter in model.named_parameters():
+        # One reduction per tensor; where the sum overflows, each value is looked at.
+        if (
+            parameter.is_floating_point()
+            and not math.isfinite(float(parameter.detach().sum(dtype=torch.float32)))
+            and not bool(parameter.detach().isfinite().all())
+        ):
+            bad = int((~parameter.detach().isfinite()).sum())
+            raise ModelError(
+                f"weight `{name}` is not finite",
+                place=source,
+                got=f"{bad} of {parameter.numel()} values NaN or infinite",
+                fix="use another checkpoint of this model",
+            )
+
+
+def check_tokenizer(model: nn.Module, tokenizer: Any, source: str) -> None:
+    """Raise ModelError where a tokenizer has ids without an embedding, or no end token; set a padding token where it has none."""
+    network = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    rows = network.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    if len(tokenizer) > rows:
+        raise ModelError(
+            "the tokenizer has more tokens than the model has embeddings",
+            place=source,
+            got=f"{len(tokenizer)} tokens and {rows} embeddings",
+            fix="use the model's own tokenizer, or resize the embeddings and save the model",
+        )
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            "the tokenizer has no end-of-sequence token", place=source, fix="set `eos_token` in tokenizer_config.json"
+        )
+    if tokenizer.pad_token_id is None:
+        # Masks come from lengths alone, so sharing the end token's id is harmless here.
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+# What a checkpoint is
+
+
 def architecture(source: str | Path, *, trust_remote_code: bool = False) -> str:
-    """Return the class that a checkpoint says it holds, such as `LlamaForCausalLM`; empty where it doesn't say."""
+    """Return the class that a checkpoint's configuration names, such as `LlamaForCausalLM`; empty where it names none.
+
+    Raises:
+        ModelError: the configuration can't be read.
+    """
     from transformers import AutoConfig
 
     where, options = locate(str(source))
@@ -188,9 +339,9 @@ def architecture(source: str | Path, *, trust_remote_code: bool = False) -> str:
 
 
 def kind_of_backbone(source: str | Path, *, trust_remote_code: bool = False) -> Kind:
-    """Return how the backbone is loaded that a model with a head of its own was saved with: by itself, or inside a whole model.
+    """Return how to load the backbone of a model that was saved with head files: by itself, or inside a causal model.
 
-    It was saved whole where it can't be loaded by itself. An adapter knows its layers by their names in a whole model.
+    It was saved inside one where transformers can't load it by itself. An adapter knows its layers by their names in one.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -201,97 +352,24 @@ def kind_of_backbone(source: str | Path, *, trust_remote_code: bool = False) -> 
     return "causal" if whole else "backbone"
 
 
-def check_finite(model: nn.Module, source: str) -> None:
-    """Raise where a weight is NaN or infinite, naming the tensor."""
-    for name, parameter in model.named_parameters():
-        # One reduction a tensor; a sum that overflows is looked at again, value by value.
-        if (
-            parameter.is_floating_point()
-            and not math.isfinite(float(parameter.detach().sum(dtype=torch.float32)))
-            and not bool(parameter.detach().isfinite().all())
-        ):
-            bad = int((~parameter.detach().isfinite()).sum())
-            raise ModelError(
-                f"weight `{name}` is not finite",
-                place=source,
-                got=f"{bad} of {parameter.numel()} values NaN or infinite",
-                fix="use another checkpoint of this model",
-            )
-
-
-def check_tokenizer(model: nn.Module, tokenizer: Any, source: str) -> None:
-    """Raise where the tokenizer knows ids that the model has no embedding for; give it a padding token if it has none."""
-    network = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    rows = network.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    if len(tokenizer) > rows:
-        raise ModelError(
-            "the tokenizer is longer than the model's embeddings",
-            place=source,
-            got=f"{len(tokenizer)} tokens and {rows} embeddings",
-            fix="use the model's own tokenizer, or resize the embeddings and save the model",
-        )
-    if tokenizer.eos_token_id is None:
-        raise ModelError(
-            "the tokenizer has no end-of-sequence token", place=source, fix="set `eos_token` in tokenizer_config.json"
-        )
-    if tokenizer.pad_token_id is None:
-        # Padding is told by lengths alone, so sharing the end token's id is harmless here.
-        tokenizer.pad_token = tokenizer.eos_token
-
-
-def _with_adapters(
-    loaded: Loaded, adapters: list[str], base: str, *, use: AdapterUse, lora: LoraConfig | None, classifier: bool
-) -> None:
-    """Put adapters on a base, the innermost first, and fold all but the one that is to be trained.
-
-    Raises:
-        ConfigError: the one that is to be trained is on other modules than options for one say.
-    """
-    for depth, adapter in enumerate(adapters):
-        own_tokenizer = depth == len(adapters) - 1
-        resized = fit_vocabulary(loaded.model, adapter, len(loaded.tokenizer) if own_tokenizer else 0)
-        loaded.resized |= resized
-        trained = use == "continue" and depth == len(adapters) - 1
-        wanted = wanted_targets(loaded.model, lora) if trained and lora is not None else None
-        if not classifier and is_sequence_classifier(adapter):
-            log.warning(
-                "%s was trained on a model that scores sequences: its layers' updates are taken, and its head isn't",
-                adapter,
-            )
-        adapted = put_on(loaded.model, adapter, base, classifier=classifier)
-        about = describe_adapter(adapted)
-        if wanted is not None and (difference := Targets.of(adapted).difference(wanted)) is not None:
-            raise ConfigError(
-                "the adapter has other targets than were set",
-                place="lora",
-                got=difference,
-                fix="leave `lora` out to go on training the adapter, or set `adapter: fold` to train a new one on top of it",
-            )
-        if trained:
-            loaded.model, loaded.adapter_stored = adapted, Stored.on_disk(Path(adapter), WEIGHTS)
-            log.info("adapter %s (%s on %s): it is trained on, and its base stays as it is", adapter, about, base)
-            return
-        loaded.model, loaded.base, loaded.resized = fold(adapted, place=adapter), None, False
-        for parameter in loaded.model.parameters():
-            # peft froze the base; of quantised weights, which are whole numbers, none can learn.
-            parameter.requires_grad_(parameter.is_floating_point())
-        log.info("adapter %s (%s): folded into the weights of %s", adapter, about, base)
-        base = adapter
-
-
-def _stored(base: str, options: dict[str, Any]) -> Stored:
-    """Return the types of a checkpoint's tensors: what its files say, or of one on the hub, its configuration."""
+def _checkpoint_dtypes(base: str, options: dict[str, Any]) -> SavedDtypes:
+    """Return the dtypes of a checkpoint's tensors, from its files, or on the hub from its configuration; float32 for GGUF."""
     from transformers import AutoConfig
 
     if "gguf_file" in options:
-        return Stored()
+        return SavedDtypes()
     if Path(base).is_dir():
-        return Stored.on_disk(Path(base)) or Stored()
+        return SavedDtypes.on_disk(Path(base)) or SavedDtypes()
     dtype = getattr(AutoConfig.from_pretrained(base, **options), "dtype", None)
-    return Stored(dtype) if isinstance(dtype, torch.dtype) else Stored()
+    return SavedDtypes(dtype) if isinstance(dtype, torch.dtype) else SavedDtypes()
 
 
 def _locate_base(base: str, adapter: str) -> tuple[str, dict[str, Any]]:
+    """Return where an adapter's base is and the options that loading it needs; see `locate`.
+
+    Raises:
+        ModelError: there is no such model, with the adapter's name.
+    """
     try:
         return locate(base)
     except ModelError as error:
@@ -299,7 +377,7 @@ def _locate_base(base: str, adapter: str) -> tuple[str, dict[str, Any]]:
             "the base that this adapter names isn't there",
             place=adapter,
             got=f"{base}: {error.problem}",
-            fix="set `base_model_name_or_path` in adapter_config.json to where it lies now",
+            fix="set `base_model_name_or_path` in adapter_config.json to where the base is now",
         ) from error
 
 
@@ -307,12 +385,14 @@ def _absolute(where: str) -> str:
     return str(Path(where).resolve()) if Path(where).is_dir() else where
 
 
-def _load_tokenizer(auto: Any, places: list[str], options: dict[str, Any]) -> Any:
-    """Take the tokenizer beside an adapter, else the base's."""
+def _load_tokenizer(places: list[str], options: dict[str, Any]) -> Any:
+    """Return the tokenizer of the first of some directories or hub names that has one: an adapter's before the base's."""
+    from transformers import AutoTokenizer
+
     last: Exception | None = None
     for place in dict.fromkeys(places):
         try:
-            return auto.from_pretrained(place, **options)
+            return AutoTokenizer.from_pretrained(place, **options)
         except (OSError, ValueError) as error:
             last = error
     assert last is not None
@@ -320,7 +400,7 @@ def _load_tokenizer(auto: Any, places: list[str], options: dict[str, Any]) -> An
 
 
 def _forget_gguf(model: Any) -> None:
-    """GGUF weights are plain float tensors once loaded; transformers still refuses to save what it calls quantised."""
+    """Mark a model loaded from GGUF as what it is, plain float tensors: transformers refuses to save what it calls quantised."""
     if getattr(model.config, "quantization_config", None) is not None:
         del model.config.quantization_config
     model.hf_quantizer = None
@@ -330,6 +410,7 @@ def _forget_gguf(model: Any) -> None:
 
 
 def _load_error(source: str, error: Exception) -> ModelError:
+    """Return the error of a model that transformers couldn't load, by the reason that its exception gives."""
     if "trust_remote_code" in str(error):
         return ModelError(
             "the model needs code that its repository ships",

@@ -1,10 +1,9 @@
-"""Low-rank adapters through peft."""
+"""New LoRA adapters through peft: which modules and parameters the options stand for, and adapters on them."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib.util
 import logging
 import re
 import warnings
@@ -23,14 +22,14 @@ log = logging.getLogger(__name__)
 
 
 def apply_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
-    """Freeze a model and give it fresh adapters, which change nothing until they are trained.
+    """Freeze a model and put fresh adapters on it, which change nothing until they are trained; return the peft model.
 
-    Which modules a target names is for peft to say. Adapters are kept in float32 whatever the base is stored in.
+    peft decides which modules a target stands for. Adapters are float32, whatever dtype the base has.
 
     Raises:
-        ConfigError: peft takes no such target, or one of several names nothing in the model.
+        ConfigError: peft can't use a target, or one of several names nothing in the model.
     """
-    adapted = _adapted(model, _settings(model, config))
+    adapted = _adapted(model, _peft_config(model, config))
     found = _adapted_names(adapted)
     log.info("adapters on %s", ", ".join(f"{leaf} ({n})" for leaf, n in sorted(Counter(map(_short, found)).items())))
     for parameter in adapted.parameters():
@@ -39,13 +38,17 @@ def apply_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
     return adapted
 
 
-def _settings(model: nn.Module, config: LoraConfig) -> Any:
-    """Return peft's configuration of an adapter for a model."""
+def _peft_config(model: nn.Module, config: LoraConfig) -> Any:
+    """Return peft's `LoraConfig` for a model and our options.
+
+    Raises:
+        ConfigError: a module to train whole isn't in the model.
+    """
     import peft
 
     modules, parameters = _targets(model, config)
     names = [name for name, _ in model.named_modules()]
-    excluded = _by_name(config.exclude_modules, "lora.exclude_modules")
+    excluded = _names_or_pattern(config.exclude_modules, "lora.exclude_modules")
     if modules == "all-linear" and (unsuited := _unsuited(model)):
         if isinstance(excluded, str):
             excluded = [name for name in names if re.fullmatch(excluded, name)]
@@ -67,23 +70,27 @@ def _settings(model: nn.Module, config: LoraConfig) -> Any:
     )
 
 
-def _adapted(model: nn.Module, settings: Any) -> Any:
-    """Return peft's model, or raise a ConfigError where a target names nothing that it put an adapter on."""
+def _adapted(model: nn.Module, peft_config: Any) -> Any:
+    """Return the peft model of a model and peft's config.
+
+    Raises:
+        ConfigError: peft refuses it, or put no adapter on something that a target names.
+    """
     import peft
 
-    modules, parameters = settings.target_modules, list(settings.target_parameters or [])
+    modules, parameters = peft_config.target_modules, list(peft_config.target_parameters or [])
     names = [name for name, _ in model.named_modules()]
     try:
         with warnings.catch_warnings():
-            # peft asks transformers for an attribute by its old name, and warns of what folding tied embeddings would do,
-            # which isn't folded blindly here: nothing that a user could mend.
+            # peft reads an attribute of transformers under its old name, and warns of what merging tied embeddings would do,
+            # which `fold` takes care of: a user can't do anything about either.
             for kind in (FutureWarning, UserWarning, RuntimeWarning):
                 warnings.simplefilter("ignore", kind)
-            adapted: Any = peft.get_peft_model(model, settings)
+            adapted: Any = peft.get_peft_model(model, peft_config)
     except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
         raise _refused(model, modules, names, error) from error
     if not isinstance(modules, str):
-        # Of a mixture whose experts are one tensor each, peft takes the names that they had one by one for parameters.
+        # Where all experts of a layer are one tensor, peft converts the names of their modules into that parameter's.
         kept = adapted.peft_config["default"].target_modules
         converted = set(modules) - set(kept) if adapted.base_model.targeted_parameter_names else set()
         wanted = sorted(set(modules) - converted)
@@ -96,21 +103,21 @@ def _adapted(model: nn.Module, settings: Any) -> Any:
 
 
 def _adapted_names(adapted: Any) -> set[str]:
-    """Return the modules and parameters that an adapter is on, by their names in the base."""
+    """Return the full names, in the base, of the modules and parameters that an adapter is on."""
     return {*adapted.base_model.targeted_module_names, *adapted.base_model.targeted_parameter_names}
 
 
 def _short(name: str) -> str:
-    """Return a module's own name, and of experts, which are parameters, the end of theirs."""
+    """Return the last part of a full name, or its last two for experts: `q_proj`, `experts.gate_up_proj`."""
     return ".".join(name.split(".")[-2:]) if ".experts." in name else name.rpartition(".")[2]
 
 
 def _targets(model: nn.Module, config: LoraConfig) -> tuple[list[str] | str, list[str]]:
-    """Return the modules and the parameters to adapt, as peft takes them.
+    """Return what to put adapters on, as peft wants it: module names (or a pattern), and parameter names.
 
-    A text that can only be a name is one; a name that the model gives a parameter, such as an expert projection, is that.
+    A target that is no module but a matrix of parameters in this model, such as stacked experts, becomes a parameter.
     """
-    modules = _by_name(config.target_modules, "lora.target_modules")
+    modules = _names_or_pattern(config.target_modules, "lora.target_modules")
     if isinstance(modules, str):
         return modules, list(config.target_parameters)
     names = [name for name, _ in model.named_modules()]
@@ -119,21 +126,25 @@ def _targets(model: nn.Module, config: LoraConfig) -> tuple[list[str] | str, lis
     parameters = list(config.target_parameters)
     for short in as_parameters:
         found = sorted({".".join(name.split(".")[-3:]) for name in matrices if f".{name}".endswith(f".{short}")})
-        log.info("`%s` is no module but a parameter: an adapter is put on %s", short, ", ".join(found))
+        log.info(
+            "`lora.target_modules`: `%s` is a parameter and no module, so the adapter is put on the parameter %s",
+            short,
+            ", ".join(found),
+        )
         parameters += found
     return [name for name in modules if name not in as_parameters], parameters
 
 
 def _unsuited(model: nn.Module) -> list[str]:
-    """Return the linear layers that can't take an adapter, which `all-linear` does without.
+    """Return the full names of linear layers that can't have an adapter, and that `all-linear` leaves out.
 
-    These are layers that do more than multiply, such as routers that return choices, and the output of state-space mixers,
-    whose weight kernels read past any adapter.
+    These are layers that do more than multiply, such as routers that return choices, and the output layers of state-space
+    mixers, whose kernels read the weight directly.
     """
     from transformers import PreTrainedModel
 
     code = {type(module).__module__ for module in model.modules() if isinstance(module, PreTrainedModel)}
-    found = []  # Quantised layers have code of their own too, but a library's.
+    found = []  # Quantised layers override `forward` too, but in a library's code.
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear):
             continue
@@ -146,14 +157,15 @@ def _unsuited(model: nn.Module) -> list[str]:
             found.append(name)
     if found:
         log.info(
-            "no adapters on %s, which can't take any", ", ".join(sorted({name.rpartition(".")[2] for name in found}))
+            "`all-linear` leaves out %s, which can't have adapters",
+            ", ".join(sorted({name.rpartition(".")[2] for name in found})),
         )
     return found
 
 
 @torch.no_grad()
 def _is_product(module: nn.Linear) -> bool:
-    """Tell whether a layer gives the product of its input and weight, and its bias, by trying it."""
+    """Tell, by trying it, whether a layer computes input · weightᵀ + bias and nothing else."""
     inputs = torch.linspace(-1, 1, 2 * module.in_features).view(2, -1).to(module.weight)
     try:
         found = module(inputs)
@@ -166,8 +178,11 @@ def _is_product(module: nn.Linear) -> bool:
     return bool((found.float() - expected.float()).norm() <= 1e-2 * expected.float().norm())
 
 
-def _by_name(targets: list[str] | str, place: str) -> list[str] | str:
-    """Return a text that can only be names, between commas, as their list; another is `all-linear` or a regular expression.
+def _names_or_pattern(targets: list[str] | str, place: str) -> list[str] | str:
+    """Return the list of names that a comma-separated text holds; any other text as it is: `all-linear`, or a regular expression.
+
+    Args:
+        place: the option, for the error.
 
     Raises:
         ConfigError: the text is no regular expression.
@@ -183,17 +198,24 @@ def _by_name(targets: list[str] | str, place: str) -> list[str] | str:
         re.compile(targets)
     except re.error as error:
         fix = "write names in a list, or an expression of whole names such as `.*\\.(q|v)_proj`"
-        raise ConfigError(f"`{targets}` is no regular expression", place=place, got=str(error), fix=fix) from None
+        raise ConfigError(
+            f"`{targets}` is neither names nor a regular expression", place=place, got=str(error), fix=fix
+        ) from None
     return targets
 
 
 def _unmatched(wanted: Sequence[str], names: Iterable[str]) -> str | None:
-    """Return the first wanted name that is no name, nor the end of one."""
+    """Return the first wanted name that equals none of the full names, nor the end of one after a dot; None where all do."""
     ends = [f".{name}" for name in names]
     return next((name for name in wanted if not any(end.endswith(f".{name}") for end in ends)), None)
 
 
 def _no_such(model: nn.Module, missing: str, names: Iterable[str], place: str) -> ConfigError:
+    """Return the error of a target that the model doesn't have, with the nearest name.
+
+    Args:
+        names: full names of what it could be. place: the option.
+    """
     leaves = {part for name in names if (part := name.rsplit(".", 1)[-1]) and not part.isdigit()}
     ends = {".".join(name.split(".")[-2:]) for name in names}
     near = did_you_mean(missing.rsplit(".", 1)[-1] if missing not in leaves else missing, leaves)
@@ -206,7 +228,7 @@ def _no_such(model: nn.Module, missing: str, names: Iterable[str], place: str) -
 
 
 def _expert_parameters(model: nn.Module) -> str:
-    """Return the option that targets a mixture's experts where they are stacked in parameters; empty where they aren't."""
+    """Return the option that targets a mixture's experts, as text, where they are stacked in parameters; empty elsewhere."""
     stacks = {
         ".".join(name.replace(".base_layer", "").split(".")[-3:])
         for name, parameter in model.named_parameters()
@@ -216,18 +238,22 @@ def _expert_parameters(model: nn.Module) -> str:
 
 
 def _refused(model: nn.Module, modules: Iterable[str] | str, names: list[str], error: Exception) -> ConfigError:
-    """Return peft's refusal as an error that names the option."""
+    """Return an exception that peft raised as an error that names our option.
+
+    Args:
+        modules: the target modules. names: full names of the model's modules.
+    """
     if not isinstance(modules, str) and "without also targeting" not in str(error):
         missing = _unmatched(sorted(modules), names)
         if missing is not None:
             return _no_such(model, missing, names, "lora.target_modules")
     if option := re.search(r"ParamWrapper does not work with (lora_dropout|use_dora)", str(error)):
-        setting = {"lora_dropout": "lora.dropout: 0", "use_dora": "lora.use_dora: false"}[option[1]]
+        value = {"lora_dropout": "lora.dropout: 0", "use_dora": "lora.use_dora: false"}[option[1]]
         return ConfigError(
-            "peft can't put these adapters on parameters, as experts are here",
-            place=setting.partition(":")[0],
+            "peft can't put these adapters on parameters, which the experts of this model are",
+            place=value.partition(":")[0],
             got=first_line(error),
-            fix=f"set `{setting}`, or name modules without experts in `lora.target_modules`",
+            fix=f"set `{value}`, or name modules without experts in `lora.target_modules`",
         )
     # A module's description may take many lines.
     kind = re.match(r"Target module (\w+)\(", str(error))
@@ -249,9 +275,13 @@ def _refused(model: nn.Module, modules: Iterable[str] | str, names: list[str], e
 
 
 def lora_difference(held: Any, wanted: LoraConfig) -> str | None:
-    """Return how an adapter's settings differ from the options that were set, in words; None where they don't.
+    """Return how an adapter differs from the options that were set, in words; None where it doesn't.
 
-    What its targets stand for in the model is for `target_difference` to compare.
+    Targets aren't compared here: see `Targets.difference`.
+
+    Args:
+        held: peft's config of the adapter.
+        wanted: the options; those left at their defaults aren't compared.
     """
     names = {
         "rank": "r",
@@ -268,24 +298,27 @@ def lora_difference(held: Any, wanted: LoraConfig) -> str | None:
         if option == "init_lora_weights" and found is True:
             found = "default"
         if found != asked:
-            return f"{option} {_said(found)} in the model, {_said(asked)} asked for"
+            return f"{option} {_as_text(found)} in the model, {_as_text(asked)} asked for"
     return None
 
 
-def _said(value: Any) -> str:
+def _as_text(value: Any) -> str:
+    """Return an option's value as YAML has it."""
     return str(value).lower() if isinstance(value, bool | str) or value is None else f"{value:g}"
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What options stand for in a model: the modules and parameters that get an adapter, and those trained whole."""
+    """What an adapter's options stand for in a model, as full names."""
 
     adapted: frozenset[str]
+    """Modules and parameters that have an adapter."""
     whole: frozenset[str]
+    """Modules that are trained whole."""
 
     @classmethod
     def of(cls, adapted: Any) -> Targets:
-        """Return those of a peft model."""
+        """Return the targets of a peft model."""
         from peft.utils import ModulesToSaveWrapper
 
         inside = adapted.get_base_model().named_modules()
@@ -293,7 +326,7 @@ class Targets:
         return cls(frozenset(_adapted_names(adapted)), whole)
 
     def difference(self, wanted: Targets) -> str | None:
-        """Return how wanted ones differ from these, in words; None where they don't."""
+        """Return how wanted targets differ from these, in words; None where they don't."""
         pairs = ((self.adapted, wanted.adapted, "an adapter on `{}`"), (self.whole, wanted.whole, "`{}` trained whole"))
         for found, asked, words in pairs:
             if odd := sorted(found ^ asked):
@@ -304,16 +337,16 @@ class Targets:
 
 
 def wanted_targets(model: nn.Module, config: LoraConfig) -> Targets | None:
-    """Return what the targets that were set stand for in a model without adapters; None where none were set.
+    """Return what the targets in the options stand for in a model without adapters; None where the options set no targets.
 
     Raises:
-        ConfigError: one of them names nothing in the model.
+        ConfigError: a target names nothing in the model.
     """
     if not config.model_fields_set & {"target_modules", "exclude_modules", "target_parameters", "modules_to_save"}:
         return None
-    # peft itself tells, on a copy without weights; how its updates start and scale takes weights and changes no target.
-    settings = dataclasses.replace(
-        _settings(model, config), r=1, use_dora=False, use_rslora=False, init_lora_weights=True
+    # peft itself says, on a copy without weights; options of initialisation and scale need weights and change no target.
+    peft_config = dataclasses.replace(
+        _peft_config(model, config), r=1, use_dora=False, use_rslora=False, init_lora_weights=True
     )
     memo: dict[int, Any] = {}
     for module in model.modules():
@@ -321,30 +354,4 @@ def wanted_targets(model: nn.Module, config: LoraConfig) -> Targets | None:
             memo[id(module)] = nn.Linear(module.in_features, module.out_features, device="meta")
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
-    return Targets.of(_adapted(copy.deepcopy(model, memo), settings))
-
-
-def quantization(config: LoraConfig | None) -> Any | None:
-    """Return transformers' quantisation settings for the frozen base (QLoRA), or None for full weights.
-
-    Raises:
-        ConfigError: bitsandbytes isn't installed.
-    """
-    if config is None or config.quantize == "none":
-        return None
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            f"`lora.quantize: {config.quantize}` needs the package bitsandbytes",
-            place="lora.quantize",
-            fix='pip install "rlhf-core[qlora]", or set `lora.quantize: none`',
-        )
-    from transformers import BitsAndBytesConfig
-
-    if config.quantize == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
+    return Targets.of(_adapted(copy.deepcopy(model, memo), peft_config))

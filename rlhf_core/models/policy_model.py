@@ -13,38 +13,45 @@ from rlhf_core.config.online import SamplingConfig
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.contracts.completion import Completion
 from rlhf_core.infra.errors import ModelError
+from rlhf_core.models.head_files import warn_of_heads
 from rlhf_core.models.headed_model import wrong_kind
-from rlhf_core.models.heads import warn_of_heads
 from rlhf_core.models.hidden_states import HiddenStates
-from rlhf_core.models.load_options import LoadOptions, loading, settle
+from rlhf_core.models.load_options import LoadOptions, apply_load_options, reading_options
 from rlhf_core.models.loading import load_model
 from rlhf_core.models.logprobs import linear_token_logprobs, module_token_logprobs, over_vocabulary
-from rlhf_core.models.output_layer import OutputLayer, Unexplained, graft, measure
+from rlhf_core.models.output_layer import LogitsUndetermined, OutputLayer, measure_output_layer, own_code_logits
 from rlhf_core.models.probe import FAILURES
 from rlhf_core.models.sequence_model import SequenceModel
 
 
 class PolicyModel(SequenceModel):
-    """A causal language model to be trained or read, with its tokenizer."""
+    """A causal language model, trained or only read, with its tokenizer.
+
+    Axes: R responses, T response tokens, S hidden states, D their width, V vocabulary.
+    """
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Unpack[LoadOptions]) -> Self:
-        """Load from a local directory, a `.gguf` file, an adapter directory or the hub; trained weights are float32.
+        """Load a policy from a directory, a `.gguf` file, an adapter's directory or the hub; trained weights are float32.
 
         See `LoadOptions` and `TrainerConfig` for what the options do.
+
+        Raises:
+            ModelError: it can't be loaded, or can't be used as a policy.
+            ConfigError: options don't suit each other or the model.
         """
-        settings = loading(options)
+        reading = reading_options(options)
         warn_of_heads(source)
-        policy = cls.of(load_model(source, **settings), source)
-        settle(policy, [policy], options)
+        policy = cls.of(load_model(source, **reading), source)
+        apply_load_options(policy, [policy], options)
         return policy
 
     @classmethod
     def adopt(cls, model: object) -> Self:
-        """Return a policy that was loaded already as it is.
+        """Return a policy in memory as it is.
 
         Raises:
-            ModelError: it is of another kind.
+            ModelError: it is something else than a policy.
         """
         if not isinstance(model, cls):
             raise wrong_kind(model, wanted=cls, allowed="a PolicyModel")
@@ -57,7 +64,7 @@ class PolicyModel(SequenceModel):
 
     @property
     def head(self) -> nn.Module:
-        """The output layer, hidden states to logits."""
+        """The layer that maps hidden states to the vocabulary."""
         return cast(nn.Module, self.causal_lm.get_output_embeddings())
 
     def token_logps(self, batch: Batch, *, temperature: float = 1.0, states: HiddenStates | None = None) -> Tensor:
@@ -66,48 +73,52 @@ class PolicyModel(SequenceModel):
         The distribution is softmax(logits / temperature), given the prompt and the response so far.
 
         Args:
-            states: this batch's hidden states, where they are known: nothing is forwarded again.
+            states: this batch's hidden states, where they were computed before: nothing is forwarded again.
         """
         if not batch.num_loss_tokens:
             return batch.loss_mask.float()
-        states = self._states(batch, states)
+        if states is None:
+            states = self.hidden_states(batch, drop_last=True)
+        states.check(batch)
         targets = batch.response_ids.flatten()[states.places()]
-        return states.to_tokens(self._head_logps(states.predicting(), targets, 1.0 / temperature))
+        return states.to_tokens(self._target_logps(states.predicting(), targets, 1.0 / temperature))
 
     def response_logps(self, batch: Batch, *, temperature: float = 1.0, states: HiddenStates | None = None) -> Tensor:
         """Return (R,) log-probabilities of the responses, summed over their loss mask, nats; see `token_logps`."""
         return self.token_logps(batch, temperature=temperature, states=states).sum(dim=1)
 
-    def _states(self, batch: Batch, states: HiddenStates | None) -> HiddenStates:
-        if states is None:
-            return self.hidden_states(batch, drop_last=True)
-        states.check(batch)
-        return states
+    def _target_logps(self, hidden: Tensor, targets: Tensor, scale: float) -> Tensor:
+        """Return (S,) log softmax(scale · logits)[target] for hidden states (S, D) and target ids (S,)."""
+        layer, head = self.output_layer, self.head
+        if type(head) is not nn.Linear or head.bias is not None or layer.cap is not None or layer.own_code:
+            return module_token_logprobs(self.logits, hidden, targets, scale=scale)
+        with self.product_precision():
+            return linear_token_logprobs(hidden, head.weight, targets, scale=scale * layer.slope)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return (..., V) float32: the model's own logits for hidden states (..., D), with gradients.
 
-        Whatever the model does to the product with its output embedding (a factor, a cap, a layer of its own) is done here. The
-        whole table exists at once: of many states, use `over_vocabulary`.
+        They include whatever the model does to the product with its output embedding (a factor, a cap, its own code). The whole
+        (..., V) table is held in memory: for many states use `over_vocabulary`.
         """
         states = hidden.reshape(-1, hidden.shape[-1])
-        # Code of the model's own may not take a batch of nothing.
+        # A model's own code may not take an empty batch.
         flat = states if len(states) else states.new_zeros(1, states.shape[1])
         layer = self.output_layer
-        own = graft(self.network, self.findings) if layer.own else None
-        with self.own_precision():
-            found = layer.apply(self.head(flat).float()) if own is None else own(flat).float()
+        own_code = own_code_logits(self.network, self.probe_result) if layer.own_code else None
+        with self.product_precision():
+            found = layer.apply(self.head(flat).float()) if own_code is None else own_code(flat).float()
         return found[: len(states)].reshape(*hidden.shape[:-1], found.shape[-1])
 
     def token_entropy(self, hidden: Tensor, *, temperature: float = 1.0) -> Tensor:
         """Return (S,) float32: the entropy of softmax(logits / temperature) for hidden states (S, D), nats.
 
-        With gradients where there are any; the table of logits never exists whole.
+        Gradients flow into the hidden states and the output layer; the table of logits (S, V) is never held whole.
         """
 
         def entropy(logits: Tensor) -> Tensor:
             logps = torch.log_softmax(logits / temperature, dim=-1)
-            # A token that the model leaves out has probability 0 and a log-probability of -inf.
+            # A token that the model masks has probability 0 and a log-probability of -inf.
             return -(logps.exp() * logps.clamp(min=torch.finfo(logps.dtype).min)).sum(dim=-1)
 
         return over_vocabulary(entropy, (self.logits, hidden))
@@ -117,23 +128,20 @@ class PolicyModel(SequenceModel):
 
     @property
     def output_layer(self) -> OutputLayer:
-        """What the model does between its hidden states and its logits.
+        """What the model computes between its hidden states and its logits, measured once.
 
         Raises:
-            ModelError: the model isn't causal, or hidden states alone don't decide its logits.
+            ModelError: the model isn't causal, or hidden states alone don't determine its logits.
         """
-        return self.measured(_measure_output_layer)
+        return self.measured(_output_layer_of)
 
     def check(self) -> None:
-        """Try the model, its output layer too; see `output_layer` for what is refused."""
-        _ = self.output_layer
+        """Measure how the model may be forwarded, and its output layer, so that an unusable model is refused at the start.
 
-    def _head_logps(self, hidden: Tensor, targets: Tensor, scale: float) -> Tensor:
-        layer, head = self.output_layer, self.head
-        if type(head) is not nn.Linear or head.bias is not None or layer.cap is not None or layer.own:
-            return module_token_logprobs(self.logits, hidden, targets, scale=scale)
-        with self.own_precision():
-            return linear_token_logprobs(hidden, head.weight, targets, scale=scale * layer.slope)
+        Raises:
+            ModelError: its own hidden states can't be reproduced; or see `output_layer`.
+        """
+        _ = self.output_layer
 
     def generate(
         self,
@@ -150,11 +158,12 @@ class PolicyModel(SequenceModel):
 
         Args:
             prompts: texts, or lists of chat messages, encoded as in training; or rows with a `prompt` and its `tools`.
-            n: completions of each prompt.
+            n: completions per prompt.
             max_new_tokens: most tokens in a completion, its end token included; fewer where the model has no more positions.
             temperature: divisor of the logits; 0 takes the most likely token.
-            top_p: keeps the most likely tokens whose mass reaches it. top_k: keeps so many; 0 keeps all.
-            seed: makes the draws repeatable; None draws others each time, from torch's global state.
+            top_p: keep the fewest of the most likely tokens whose probabilities sum to it; 1 keeps all.
+            top_k: keep so many of the most likely tokens; 0 keeps all.
+            seed: makes the draws repeatable; None takes a seed from torch's global random state.
 
         Raises:
             ConfigError: an option is out of its range.
@@ -166,20 +175,21 @@ class PolicyModel(SequenceModel):
         return generate(self, prompts, n, SamplingConfig.parse(options, place="generate"), seed=seed)
 
 
-def _measure_output_layer(policy: PolicyModel) -> OutputLayer:
-    findings, kind = policy.findings, type(policy.network).__name__
-    if not findings.causal:
+def _output_layer_of(policy: PolicyModel) -> OutputLayer:
+    """Measure a policy's output layer; see `PolicyModel.output_layer` for what is refused."""
+    probed, kind = policy.probe_result, type(policy.network).__name__
+    if not probed.causal:
         raise ModelError(
-            "is not a causal language model: what it says of a token depends on the tokens after it",
+            "is not a causal language model: what it predicts for a token depends on the tokens after it",
             place=policy.source,
-            got=f"{kind}: earlier hidden states change by a factor of {findings.leak:.1e} with later tokens",
+            got=f"{kind}: earlier hidden states change by a factor of {probed.leak:.1e} with later tokens",
             fix="use a decoder, or set `is_decoder: true` in its config.json where it was trained as one",
         )
     try:
-        return measure(policy.network, findings)
-    except (Unexplained, *FAILURES) as error:
+        return measure_output_layer(policy.network, probed)
+    except (LogitsUndetermined, *FAILURES) as error:
         raise ModelError(
-            "the model's logits aren't decided by its hidden states, so its log-probabilities can't be computed",
+            "the model's logits depend on more than its hidden states, so its log-probabilities can't be computed",
             place=policy.source,
             got=f"{kind} {error}".strip(),
             fix="use a model whose logits for a token are a function of its last hidden state",

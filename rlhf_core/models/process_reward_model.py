@@ -1,50 +1,41 @@
-"""Process reward models: a score at the end of each step, and one for the outcome."""
+"""Process reward models: a score at the end of each step of a response, and one for the outcome."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Self, Unpack
+from typing import Any, Self, Unpack
 
-import torch
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid
 
 from rlhf_core.contracts.batch import Batch
-from rlhf_core.infra.errors import ConfigError, ModelError
+from rlhf_core.infra.errors import ConfigError
 from rlhf_core.infra.model_files import PROCESS_REWARD_HEAD
 from rlhf_core.infra.seeds import stream_seed
+from rlhf_core.models.head_files import HeadFiles
 from rlhf_core.models.headed_model import HeadedModel, load_backbone, wrong_kind
-from rlhf_core.models.heads import (
-    TwoLayerHead,
-    describe_head,
-    fill_head,
-    head_directory,
-    no_head,
-    warn_of_other_heads,
-    write_head,
-)
-from rlhf_core.models.load_options import LoadOptions, loading, settle
+from rlhf_core.models.heads import TwoLayerHead
+from rlhf_core.models.load_options import LoadOptions, apply_load_options, reading_options
 from rlhf_core.models.reasoning_steps import step_ends
 from rlhf_core.models.sequence_model import SequenceModel
 
-HEAD = PROCESS_REWARD_HEAD
-Aggregation = Literal["min", "product", "mean", "last"]
-
 
 class ProcessRewardModel(HeadedModel):
-    """Scores the steps of responses and their outcome. Axes: R responses, T response tokens.
+    """Scores the steps of responses and their outcome.
+
+    Axes: R responses, T response tokens, S hidden states, D their width.
 
     Args:
         backbone: what the head stands on.
-        head: (S, D) to (S, 2): the log-odds that all is right up to a step, and the outcome's score.
+        head: maps (S, D) to (S, 2): the log-odds that all steps up to this one are right, and the outcome's score.
         separator: text that ends a step.
     """
+
+    head_name = PROCESS_REWARD_HEAD
 
     def __init__(self, backbone: SequenceModel, head: nn.Module, *, separator: str = "\n") -> None:
         super().__init__()
         if not separator:
-            raise ConfigError("a step must end with some text", place="separator", got=repr(separator))
+            raise ConfigError("the text that ends a step is empty", place="separator", got=repr(separator))
         self.backbone, self.head, self.separator = backbone, head, separator
 
     @classmethod
@@ -57,10 +48,10 @@ class ProcessRewardModel(HeadedModel):
         seed: int = 0,
         **options: Unpack[LoadOptions],
     ) -> Self:
-        """Load what `save_pretrained` wrote.
+        """Load a process reward model that `save_pretrained` wrote, or start one from a language model.
 
         Args:
-            new_head: give a checkpoint without a head a new one, for training; without it, that is an error.
+            new_head: whether a checkpoint without a head gets a new one, for training; else that is an error.
             separator: text that ends a step; None takes what the checkpoint was trained with, or a line's end.
             seed: of a new head.
 
@@ -68,35 +59,31 @@ class ProcessRewardModel(HeadedModel):
             ModelError: the head is missing, or its width isn't the backbone's.
             ConfigError: another separator is asked for than the checkpoint was trained with.
         """
-        settings = loading(options, quantised=False)
-        where = head_directory(source, HEAD)
-        if where is None and not new_head:
-            fix = "train one: `rlhf train process_reward`"
-            raise ModelError(no_head(HEAD), place=str(source), got=f"no {HEAD}.json", fix=fix)
-        backbone = load_backbone(source, settings, saved=where is not None)
-        if where is not None:
-            about = describe_head(where, HEAD, width=backbone.width, keys={"separator": str})
+        reading = reading_options(options, may_be_quantised=False)
+        files = cls.find_head(source, new_head=new_head, fix="train one: `rlhf train process_reward`")
+        backbone = load_backbone(source, reading, has_head_files=files is not None)
+        if files is not None:
+            description = files.describe(width=backbone.width, keys={"separator": str})
             head = TwoLayerHead(backbone.width, outputs=2)
-            fill_head(where, HEAD, head)
-            model = cls(backbone, head, separator=about["separator"])
+            files.load_into(head)
+            model = cls(backbone, head, separator=description["separator"])
             model.check_separator(separator)
         else:
-            warn_of_other_heads(source, HEAD)
             model = cls.on(backbone, separator="\n" if separator is None else separator, seed=seed)
-        settle(model, [backbone], options)
+        apply_load_options(model, [backbone], options)
         return model
 
     @classmethod
     def adopt(cls, model: object, *, separator: str | None = None, seed: int = 0) -> Self:
-        """Return a process reward model as it is, or a new head on the backbone of a model in memory, which is shared with it.
+        """Return a process reward model in memory as it is, or put a new head on a policy's backbone, which both then share.
 
         Args:
             model: a process reward model, or a policy.
-            separator: text that ends a step; None takes what there is, or a line's end.
+            separator: text that ends a step; None takes the model's, or a line's end.
             seed: of a new head.
 
         Raises:
-            ModelError: it is of another kind.
+            ModelError: it is something else.
             ConfigError: it was trained with another separator.
         """
         if isinstance(model, cls):
@@ -113,11 +100,18 @@ class ProcessRewardModel(HeadedModel):
         return cls(backbone, head.to(backbone.device), separator=separator)
 
     @property
-    def _backbones(self) -> list[SequenceModel]:
+    def backbone_list(self) -> list[SequenceModel]:
         return [self.backbone]
 
+    def head_facts(self) -> dict[str, Any]:
+        return {"separator": self.separator}
+
     def check_separator(self, separator: str | None) -> None:
-        """Refuse another separator than the model was trained with; None asks for nothing."""
+        """Check a wanted separator against the one that the model was trained with; None wants nothing.
+
+        Raises:
+            ConfigError: they differ.
+        """
         if separator is not None and separator != self.separator:
             raise ConfigError(
                 "the model was trained with another separator",
@@ -127,19 +121,18 @@ class ProcessRewardModel(HeadedModel):
             )
 
     def step_ends(self, batch: Batch) -> Tensor:
-        """Return (R, T) bool: where each step ends."""
+        """Return (R, T) bool: the token at which each step ends."""
         return step_ends(batch, self.tokenizer, self.separator)
 
     def scores(self, batch: Batch, ends: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Score steps and outcome.
+        """Score the steps and the outcome of each response.
 
         Args:
-            batch: prompts with responses.
-            ends: `step_ends(batch)`, where it is known already.
+            ends: (R, T) bool, `step_ends(batch)` where it was computed before.
 
         Returns:
-            (R, T) float32 log-odds that all is right up to each step, at the steps' ends and 0 elsewhere; and (R,) the score of
-            the outcome, read at the last token.
+            (R, T) float32 log-odds that all steps up to each one are right, at the steps' ends and 0 elsewhere; and (R,) the
+            score of the outcome, read at the last token.
         """
         ends = self.step_ends(batch) if ends is None else ends
         states = self.backbone.hidden_states(batch)
@@ -150,36 +143,7 @@ class ProcessRewardModel(HeadedModel):
         return self.scores(batch)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write backbone, tokenizer and head; an adapter is merged into what is written. The model is left as it is."""
+        """Write backbone, tokenizer and head, an adapter merged into the weights; the model in memory is left as it is."""
         self.backbone.save_pretrained(directory, merged=True)
-        write_head(Path(directory), HEAD, self.head, {"width": self.backbone.width, "separator": self.separator})
-
-    def _about(self) -> dict[str, Any]:
-        return {"separator": self.separator}
-
-
-def _product(steps: Tensor, ends: Tensor) -> Tensor:
-    return (logsigmoid(steps) * ends).sum(dim=1)
-
-
-def _min(steps: Tensor, ends: Tensor) -> Tensor:
-    return steps.masked_fill(~ends, torch.inf).amin(dim=1)
-
-
-def _mean(steps: Tensor, ends: Tensor) -> Tensor:
-    return (steps * ends).sum(dim=1) / ends.sum(dim=1)
-
-
-def _last(steps: Tensor, ends: Tensor) -> Tensor:
-    columns = torch.arange(ends.shape[1], device=ends.device)
-    return steps.gather(1, (columns * ends).amax(dim=1, keepdim=True)).squeeze(1)
-
-
-AGGREGATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "min": _min,
-    "product": _product,
-    "mean": _mean,
-    "last": _last,
-}
-"""(R, T) log-odds and the steps' ends to (R,): the worst step, the log-probability that all steps are right if they are
-independent (Lightman et al. 2023, arXiv 2305.20050, section 2), the mean, or the last step."""
+        description = {"width": self.backbone.width, **self.head_facts()}
+        HeadFiles(Path(directory), self.head_name).write(self.head, description)

@@ -1,9 +1,10 @@
-"""The reference: the policy as it was passed in, kept to be compared with while the policy learns.
+"""The reference: log-probabilities under the policy as it was passed in, for comparison while the policy is trained.
 
-Three ways to keep it, one objective: a frozen copy (of what is trained: under an adapter, of the adapter alone); the base with
-the adapter off, where the adapter is fresh; or
-log-probabilities computed once before the first step, which need no second model in memory. Those are sums over a response, at
-one temperature.
+Three ways to keep it give the same numbers: a frozen copy (of a policy with an adapter, a copy of what is trained alone); the
+base with the adapter off, where the adapter is fresh; or log-probabilities computed once before the first step, which need no
+second model in memory, and are sums over responses at one temperature.
+
+Axes: R responses, T response tokens.
 """
 
 from __future__ import annotations
@@ -34,7 +35,13 @@ ReferenceMode = Literal["auto", "copy", "adapter_off", "precompute"]
 
 
 class Reference:
-    """Log-probabilities under the policy as it was passed in. Make it before the first optimiser step, and before a resume."""
+    """Log-probabilities under the policy as it was passed in. Create it before the first optimiser step, and before a resume."""
+
+    mode: Literal["copy", "adapter_off", "precompute"]
+    """How the policy is kept."""
+    model: PolicyModel
+    """The model that computes the log-probabilities: a frozen copy, or the policy itself, with its first parameters or without
+    its adapter."""
 
     def __init__(
         self,
@@ -42,21 +49,21 @@ class Reference:
         mode: Literal["copy", "adapter_off", "precompute"],
         cut: Callable[[Batch], Sequence[Batch]] | None = None,
         *,
-        hold: torch.dtype = torch.float32,
-        products: torch.dtype = torch.float32,
+        frozen_dtype: torch.dtype = torch.float32,
+        product_dtype: torch.dtype = torch.float32,
     ) -> None:
         self.mode = mode
         self._cut = cut or (lambda batch: [batch])
-        self._policy = policy
-        self._model = policy
+        self.model = policy
         self._known: dict[bytes, float] | None = None
         self._temperature = 1.0
-        self._kept: list[tuple[nn.Parameter, Tensor]] = []
+        self._first_values: list[tuple[nn.Parameter, Tensor]] = []
+        """The policy's trained parameters with copies of their first values, where these are all that is copied."""
         if mode == "copy" and policy.has_adapter:
-            # The base doesn't change: what is trained is enough, and is put in its place while the reference is read.
-            self._kept = [(p, p.detach().clone()) for p in policy.parameters() if p.requires_grad]
+            # The base doesn't change: the trained parameters are enough, and replace those of the policy while it is read.
+            self._first_values = [(p, p.detach().clone()) for p in policy.parameters() if p.requires_grad]
         elif mode == "copy":
-            self._model = narrowed_copy(policy, hold, products=products)
+            self.model = narrowed_copy(policy, frozen_dtype, product_dtype=product_dtype)
 
     @classmethod
     def create(
@@ -65,13 +72,16 @@ class Reference:
         mode: ReferenceMode = "auto",
         *,
         cut: Callable[[Batch], Sequence[Batch]] | None = None,
-        hold: torch.dtype = torch.float32,
-        products: torch.dtype = torch.float32,
+        frozen_dtype: torch.dtype = torch.float32,
+        product_dtype: torch.dtype = torch.float32,
     ) -> Reference:
-        """Keep the policy as it is now; `auto` switches a fresh adapter off and copies anything else.
+        """Keep the policy as it is now.
 
-        `hold` is the type in which a frozen copy is held, for matrix products of the precision `products`. `cut` cuts a batch
-        into the micro-batches that memory allows; without it a batch is forwarded at once.
+        Args:
+            mode: `auto` takes `adapter_off` for a policy with a fresh adapter, and `copy` for any other.
+            cut: cuts a batch into the micro-batches that memory allows; None forwards a batch at once.
+            frozen_dtype: dtype in which a frozen copy is held.
+            product_dtype: dtype of its matrix products.
 
         Raises:
             ConfigError: `adapter_off` without a fresh adapter, which would compare with another model than the one passed in.
@@ -85,7 +95,7 @@ class Reference:
                 got="a policy without a fresh adapter",
                 fix="set `lora`, or `reference: copy`",
             )
-        return cls(policy, mode, cut, hold=hold, products=products)
+        return cls(policy, mode, cut, frozen_dtype=frozen_dtype, product_dtype=product_dtype)
 
     @torch.no_grad()
     def token_logps(self, batch: Batch, *, temperature: float = 1.0) -> Tensor:
@@ -94,11 +104,11 @@ class Reference:
         The distribution is softmax(logits / temperature). The batch is forwarded in micro-batches; the result is on its device.
 
         Raises:
-            ConfigError: only sums over responses were computed at the start.
+            ConfigError: in the mode `precompute`, which holds sums over responses only.
         """
         if self.mode == "precompute":
             raise ConfigError(
-                "log-probabilities that are computed once are sums over responses, and each token's are needed",
+                "precomputed log-probabilities are sums over responses, and this method needs one per token",
                 place="reference",
                 got="precompute",
                 fix="set `reference: auto`, which keeps a model to compute them",
@@ -112,43 +122,56 @@ class Reference:
         The distribution is softmax(logits / temperature). The batch is forwarded in micro-batches; the result is on its device.
 
         Raises:
-            ConfigError: they were computed at the start with another temperature.
+            ConfigError: they were precomputed with another temperature.
+            ModelError: a response wasn't among those that were precomputed.
         """
         if self.mode == "precompute":
             return self._look_up(batch, temperature)
         return self._score(batch, "response", temperature)
 
+    @property
+    def copied(self) -> int:
+        """How many values of the policy are held a second time."""
+        if self.mode != "copy":
+            return 0
+        if self._first_values:
+            return sum(value.numel() for _, value in self._first_values)
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
     def _score(self, batch: Batch, axis: Literal["token", "response"], temperature: float) -> Tensor:
-        model = self._model
+        """Compute log-probabilities, nats: (R, T) per token, or (R,) summed per response."""
+        model = self.model
         function = model.token_logps if axis == "token" else model.response_logps
         function = functools.partial(function, temperature=temperature)
-        off = model.adapter_off() if self.mode == "adapter_off" else self._as_kept()
+        off = model.adapter_off() if self.mode == "adapter_off" else self._with_first_values()
         with evaluating(model), off:
             return batch_values(batch, function, axis=axis, cut=self._cut, device=model.device)
 
     @contextlib.contextmanager
-    def _as_kept(self) -> Iterator[None]:
-        """Have the policy's trained parameters hold what they held at the start; nothing is copied, and no gradient touched."""
-        now = [parameter.data for parameter, _ in self._kept]
+    def _with_first_values(self) -> Iterator[None]:
+        """Give the policy's trained parameters their first values inside the context, by exchanging tensors; gradients stay."""
+        now = [parameter.data for parameter, _ in self._first_values]
         try:
-            for parameter, start in self._kept:
+            for parameter, start in self._first_values:
                 parameter.data = start
             yield
         finally:
-            for (parameter, _), value in zip(self._kept, now, strict=True):
+            for (parameter, _), value in zip(self._first_values, now, strict=True):
                 parameter.data = value
 
     @torch.no_grad()
     def precompute(self, batches: Iterable[Batch], path: Path | None = None, *, temperature: float = 1.0) -> None:
-        """Score every response once, before the policy changes; keep the result at `path`, or read it from there.
+        """Score every response once, before the policy changes; write the result to `path`, or read it where that file exists.
 
         Responses are recognised by their token ids, so any order, epoch or split of the data finds them.
 
         Args:
+            batches: this process's share of the data; processes exchange what they computed.
+            path: a safetensors file; None keeps the result in memory alone.
             temperature: of the distribution softmax(logits / temperature).
 
         Raises:
-            ConfigError: what is at `path` was computed with another temperature.
+            ConfigError: the values in the file were computed with another temperature.
         """
         self._temperature = temperature
         if path is not None and path.is_file():
@@ -176,6 +199,7 @@ class Reference:
             _write(path, known, temperature)
 
     def _look_up(self, batch: Batch, temperature: float) -> Tensor:
+        """Return (R,) the precomputed log-probabilities of a batch's responses, on its device."""
         if self._known is None:
             raise RuntimeError("`precompute` must run before the reference is read")
         if temperature != self._temperature:
@@ -194,16 +218,17 @@ class Reference:
 
 
 def _other_temperature(place: str, wanted: float, known: float, fix: str) -> ConfigError:
+    """Return the error of log-probabilities precomputed with the temperature `known` where `wanted` is needed."""
     return ConfigError(
         "the reference's log-probabilities were computed with another temperature",
         place=place,
-        got=f"{wanted:g} is wanted, {known:g} was computed",
+        got=f"computed with {known:g}, needed with {wanted:g}",
         fix=fix,
     )
 
 
 def _digests(batch: Batch) -> list[bytes]:
-    """Return 16 bytes for each response, from the ids of its prompt and itself and its loss mask."""
+    """Return 16 bytes per response that identify it: a hash of its prompt's ids, its own ids and its loss mask."""
     prompts, responses, masks = batch.prompt_ids.cpu(), batch.response_ids.cpu(), batch.loss_mask.cpu()
     out = []
     for response, (owner, length) in enumerate(zip(batch.owner.tolist(), batch.response_lengths.tolist(), strict=True)):
@@ -218,6 +243,7 @@ def _digests(batch: Batch) -> list[bytes]:
 
 
 def _write(path: Path, known: dict[bytes, float], temperature: float) -> None:
+    """Write digest → log-probability, nats, with the temperature and a checksum; the file appears whole or not at all."""
     tensors = {
         "digests": torch.frombuffer(bytearray(b"".join(known)), dtype=torch.uint8).view(-1, 16),
         "logps": torch.tensor(list(known.values()), dtype=torch.float32),
@@ -230,8 +256,11 @@ def _write(path: Path, known: dict[bytes, float], temperature: float) -> None:
 
 
 def _read(path: Path) -> tuple[dict[bytes, float], float]:
-    """Read what `_write` wrote, with the temperature. Raises ValueError where a bit of it has changed: it would change what is
-    learned."""
+    """Read digest → log-probability, nats, and the temperature.
+
+    Raises:
+        ValueError: the file is incomplete or a bit of it has changed.
+    """
     tensors = read_tensors(path)
     if tensors.keys() != {"digests", "logps", "temperature", "sha256"}:
         raise ValueError(f"it holds {', '.join(sorted(tensors)) or 'nothing'}")

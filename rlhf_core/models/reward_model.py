@@ -1,4 +1,4 @@
-"""Reward models: a backbone with heads that score a response at its last token, alone or as an ensemble."""
+"""Reward models: one score per response, read at its last token, from one head or an ensemble of them."""
 
 from __future__ import annotations
 
@@ -14,37 +14,30 @@ from rlhf_core.contracts.batch import Batch
 from rlhf_core.infra.errors import ConfigError, ModelError
 from rlhf_core.infra.model_files import REWARD_HEAD
 from rlhf_core.infra.seeds import stream_seed
-from rlhf_core.models.adapters import trained_module
+from rlhf_core.models.head_files import HeadFiles, missing_head, warn_of_heads
 from rlhf_core.models.headed_model import HeadedModel, load_backbone, wrong_kind
-from rlhf_core.models.heads import (
-    SCALAR_HEADS,
-    LinearHead,
-    TwoLayerHead,
-    describe_head,
-    fill_head,
-    head_directory,
-    head_kind,
-    no_head,
-    warn_of_other_heads,
-    write_head,
-)
-from rlhf_core.models.load_options import LoadOptions, loading, settle
+from rlhf_core.models.heads import LinearHead, TwoLayerHead, scalar_head_name
+from rlhf_core.models.load_options import LoadOptions, apply_load_options, reading_options
 from rlhf_core.models.loading import architecture, load_model
+from rlhf_core.models.saved_adapters import trained_module
 from rlhf_core.models.sequence_model import SequenceModel
 
-HEAD = REWARD_HEAD
 MOST_MEMBERS = 64
 
 
 class RewardModel(HeadedModel):
-    """K members that score each response; one backbone for all of them, or one each. Axes: R responses, D hidden width.
+    """An ensemble of K members (often one) that score each response, on one backbone for all or one per member.
+
+    Axes: R responses, K members, S hidden states, D their width.
 
     Args:
-        backbones: one that all heads stand on, or one a head.
-        heads: a head a member, (S, D) to (S, 1).
-        centred: whether the members were trained to score a pair around 0. Elsewhere each one's scores are known up to a
-            constant of its own, so members' scores of one response can't be compared.
+        backbones: one that all heads stand on, or one per head.
+        heads: one per member; each maps (S, D) to (S, 1).
+        centred: whether training pulled the scores of each pair towards a mean of 0. Otherwise a member's scores are defined up
+            to a constant, so the scores of different members can't be compared.
     """
+
+    head_name = REWARD_HEAD
 
     def __init__(
         self, backbones: Sequence[SequenceModel], heads: Sequence[nn.Module], *, centred: bool = False
@@ -65,48 +58,49 @@ class RewardModel(HeadedModel):
         seed: int = 0,
         **options: Unpack[LoadOptions],
     ) -> Self:
-        """Load what `save_pretrained` wrote, or a decoder of the hub with a classification head of one label.
+        """Load a reward model that `save_pretrained` wrote, or a hub decoder with a classification head of one label.
 
         Args:
-            members: how many there must be; None takes what the checkpoint has, or one.
+            members: how many members there must be; None takes the checkpoint's number, or one.
             share_backbone: whether the members stand on one backbone; None takes what the checkpoint has, or one backbone.
-            new_head: give a checkpoint without a head new ones, for training; without it, that is an error.
-            seed: of new heads, member by member.
+            new_head: whether a checkpoint without a head gets new ones, for training; else that is an error.
+            seed: of new heads, from which each member's is derived.
 
         Raises:
             ModelError: the head is missing, or its width isn't the backbone's.
             ConfigError: another number of members is asked for than the checkpoint has.
         """
-        settings = loading(options, quantised=False)
-        where = head_directory(source, HEAD)
-        if where is not None:
-            model = cls._saved(where, source, settings)
+        reading = reading_options(options, may_be_quantised=False)
+        files = HeadFiles.find(source, cls.head_name)
+        if files is not None:
+            model = cls._saved(files, source, reading)
         elif is_classifier(source, options):
-            model = cls._classifier(str(source), settings)
-        elif new_head:
-            model = cls._new(source, members or 1, share_backbone is not False, seed, settings)
+            model = cls._of_classifier(str(source), reading)
+        elif not new_head:
+            raise missing_head(cls.head_name, source, "train one: `rlhf train reward_model`")
         else:
-            fix = "train one: `rlhf train reward_model`"
-            raise ModelError(no_head(HEAD), place=str(source), got=f"no {HEAD}.json", fix=fix)
+            warn_of_heads(source, own=cls.head_name)
+            backbone = load_backbone(source, reading, has_head_files=False)
+            model = cls.on(backbone, members=members or 1, share_backbone=share_backbone is not False, seed=seed)
         model.check_members(members, share_backbone)
-        settle(model, model._backbones, options)
+        apply_load_options(model, model.backbone_list, options)
         return model
 
     @classmethod
     def adopt(
         cls, model: object, *, members: int | None = None, share_backbone: bool | None = None, seed: int = 0
     ) -> Self:
-        """Return a reward model as it is, or new heads on the backbone of a model in memory, which is shared with it.
+        """Return a reward model in memory as it is, or put new heads on a policy's backbone, which both then share.
 
         Args:
             model: a reward model, or a policy.
-            members: how many there must be; None takes what there are, or one.
-            share_backbone: whether the members stand on one backbone; None takes what there is, or one backbone.
+            members: how many members there must be; None takes the model's number, or one.
+            share_backbone: whether the members stand on one backbone; None takes what the model has, or one backbone.
             seed: of new heads.
 
         Raises:
-            ModelError: it is of another kind.
-            ConfigError: it has another number of members, or stands on backbones in another way.
+            ModelError: it is something else.
+            ConfigError: it has another number of members, or shares backbones in another way.
         """
         if isinstance(model, cls):
             model.check_members(members, share_backbone)
@@ -118,37 +112,35 @@ class RewardModel(HeadedModel):
 
     @classmethod
     def on(cls, backbone: SequenceModel, *, members: int = 1, share_backbone: bool = True, seed: int = 0) -> Self:
-        """Put new heads, each with a seed of its own, on a backbone or on copies of it."""
+        """Put new heads, each with its own seed, on a backbone, or on it and copies of it."""
         backbones = [backbone, *(copy.deepcopy(backbone) for _ in range(0 if share_backbone else members - 1))]
         seeds = [stream_seed(seed, "reward head", member) for member in range(members)]
         heads = [TwoLayerHead(backbone.width, seed=of_member) for of_member in seeds]
         return cls(backbones, [head.to(backbone.device) for head in heads])
 
     @classmethod
-    def _saved(cls, where: Path, source: str | Path, settings: dict[str, Any]) -> Self:
-        first = load_backbone(source, settings, saved=True)
-        keys = {"head": str, "members": int, "shared": bool}
-        about = describe_head(where, HEAD, width=first.width, keys=keys)
-        if about["head"] not in SCALAR_HEADS or not 1 <= about["members"] <= MOST_MEMBERS:
-            got = f"head {about['head']}, {about['members']} members"
-            raise ModelError("is no head that is known here", place=str(where / f"{HEAD}.json"), got=got)
-        folders = [where / f"member-{member}" for member in range(1, 1 if about["shared"] else about["members"])]
-        backbones = [first, *(load_backbone(folder, settings, saved=True) for folder in folders)]
-        heads = [SCALAR_HEADS[about["head"]](about["width"]) for _ in range(about["members"])]
-        # Files written before there was this note don't have it.
+    def _saved(cls, files: HeadFiles, source: str | Path, reading: dict[str, Any]) -> Self:
+        """Load a reward model from its head files; further backbones stand in `member-1`, `member-2` … beside them."""
+        first = load_backbone(source, reading, has_head_files=True)
+        about = files.describe(width=first.width, keys={"head": str, "members": int, "shared": bool})
+        if not 1 <= about["members"] <= MOST_MEMBERS:
+            raise files.unknown(f"{about['members']} members", f"a model has 1 to {MOST_MEMBERS} members")
+        folders = [files.directory / f"member-{i}" for i in range(1, 1 if about["shared"] else about["members"])]
+        backbones = [first, *(load_backbone(folder, reading, has_head_files=True) for folder in folders)]
+        heads = [files.new_scalar_head(about) for _ in range(about["members"])]
+        # Files written before this note existed don't have it.
         model = cls(backbones, heads, centred=about.get("centred") is True)
-        fill_head(where, HEAD, model.heads)
+        files.load_into(model.heads)
         return model
 
     @classmethod
-    def _new(cls, source: str | Path, members: int, share_backbone: bool, seed: int, settings: dict[str, Any]) -> Self:
-        warn_of_other_heads(source, HEAD)
-        backbone = load_backbone(source, settings, saved=False)
-        return cls.on(backbone, members=members, share_backbone=share_backbone, seed=seed)
+    def _of_classifier(cls, source: str, reading: dict[str, Any]) -> Self:
+        """Load a transformers sequence classifier of one label as a reward model of one member.
 
-    @classmethod
-    def _classifier(cls, source: str, settings: dict[str, Any]) -> Self:
-        whole = SequenceModel.of(load_model(source, kind="classifier", **settings), source)
+        Raises:
+            ModelError: it has several labels, or a head of another shape.
+        """
+        whole = SequenceModel.of(load_model(source, kind="classifier", **reading), source)
         head = trained_module(getattr(whole.network, "score", None))
         if not isinstance(head, nn.Linear) or head.out_features != 1:
             got = f"{head.out_features} labels" if isinstance(head, nn.Linear) else f"{type(whole.network).__name__}"
@@ -161,15 +153,23 @@ class RewardModel(HeadedModel):
         return cls([whole.without_head()], [LinearHead.like(head)])
 
     @property
-    def _backbones(self) -> list[SequenceModel]:
+    def backbone_list(self) -> list[SequenceModel]:
         return list(self.backbones)  # type: ignore[arg-type]
+
+    def head_facts(self) -> dict[str, Any]:
+        return {"members": self.members, "shared_backbone": len(self.backbones) == 1}
 
     @property
     def members(self) -> int:
+        """K, the number of heads."""
         return len(self.heads)
 
     def check_members(self, members: int | None, share_backbone: bool | None) -> None:
-        """Refuse another number of members than there are, or backbones shared in another way; None asks for nothing."""
+        """Check the number of members, and whether they share a backbone, against what is wanted; None wants nothing.
+
+        Raises:
+            ConfigError: they differ.
+        """
         if members is not None and members != self.members:
             raise ConfigError(
                 f"{members} members were asked for",
@@ -187,41 +187,38 @@ class RewardModel(HeadedModel):
             )
 
     def scores(self, batch: Batch) -> Tensor:
-        """Return (R, K) float32: what each member thinks of each response, read at its last token."""
+        """Return (R, K) float32: each member's score of each response, read at its last token."""
         columns: list[Tensor] = []
         hidden: Tensor | None = None
         for member, head in enumerate(self.heads):
             if hidden is None or len(self.backbones) > 1:
-                hidden = self._backbones[member].hidden_states(batch).last()
+                hidden = self.backbone_list[member].hidden_states(batch).last()
             columns.append(head(hidden))
         return torch.cat(columns, dim=1)
 
     def score(self, batch: Batch) -> Tensor:
-        """Return (R,) float32, the members' mean."""
+        """Return (R,) float32: the mean of the members' scores of each response."""
         return self.scores(batch).mean(dim=1)
 
     def forward(self, batch: Batch) -> Tensor:
         return self.scores(batch)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write backbone, tokenizer and heads; adapters are merged into what is written. The model is left as it is."""
+        """Write backbones, tokenizer and heads, adapters merged into the weights; the model in memory is left as it is."""
         directory = Path(directory)
-        for member, backbone in enumerate(self._backbones):
+        for member, backbone in enumerate(self.backbone_list):
             backbone.save_pretrained(directory if member == 0 else directory / f"member-{member}", merged=True)
-        about = {
-            "head": head_kind(self.heads[0]),
-            "width": self._backbones[0].width,
+        description = {
+            "head": scalar_head_name(self.heads[0]),
+            "width": self.backbone_list[0].width,
             "members": self.members,
             "shared": len(self.backbones) == 1,
             "centred": self.centred,
         }
-        write_head(directory, HEAD, self.heads, about)
-
-    def _about(self) -> dict[str, Any]:
-        return {"members": self.members, "shared_backbone": len(self.backbones) == 1}
+        HeadFiles(directory, self.head_name).write(self.heads, description)
 
 
 def is_classifier(source: str | Path, options: LoadOptions) -> bool:
-    """Tell whether a checkpoint says that it is a decoder with a classification head, as reward models of the hub are."""
+    """Tell whether a checkpoint's configuration names a classification head, as those of the hub's reward models do."""
     found = architecture(source, trust_remote_code=options.get("trust_remote_code", False))
     return found.endswith("ForSequenceClassification")

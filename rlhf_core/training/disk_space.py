@@ -90,12 +90,12 @@ def disk_need(setup: RunSetup, total_steps: int | None) -> DiskNeed:
 
 def _exported_bytes(module: Any) -> int:
     """Return the least bytes of a model's export: of an adapter alone, or of all weights in the type they are saved in."""
-    adapter = getattr(module, "has_adapter", False) and getattr(module, "base", None) is not None
+    adapter = getattr(module, "has_adapter", False) and getattr(module, "base_path", None) is not None
     sizes = {id(p): p.nbytes for p in module.parameters() if p.requires_grad or not adapter}
     for part in module.modules():
         if isinstance(part, SequenceModel):
             asked = part.save_precision
-            width = part.stored.main.itemsize if asked == "auto" else 4 if asked == "float32" else 2
+            width = part.saved_dtypes.main.itemsize if asked == "auto" else 4 if asked == "float32" else 2
             sizes |= {id(p): p.numel() * min(p.element_size(), width) for p in part.parameters() if id(p) in sizes}
     return sum(sizes.values())
 

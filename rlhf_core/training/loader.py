@@ -24,7 +24,7 @@ from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.errors import ConfigError, ModelError, PluginError
 from rlhf_core.models import PolicyModel
 from rlhf_core.models.headed_model import HeadedModel
-from rlhf_core.models.precision import DTYPES, frozen_dtype
+from rlhf_core.models.precision import DTYPES, frozen_dtype_of
 from rlhf_core.models.reference import Reference
 from rlhf_core.models.sequence_model import SequenceModel
 from rlhf_core.training.micro_batches import MicroBatches
@@ -147,7 +147,7 @@ class Loader:
         for module in model.modules():
             if isinstance(module, SequenceModel):
                 # Its weights may have been changed since it was read, so the run's record hashes them, not its files.
-                module.loaded = False
+                module.is_as_loaded = False
         if trained:
             model.configure(config.model_copy(update={"lora": None}))
         else:
@@ -177,8 +177,8 @@ class Loader:
             policy,
             mode,
             cut=self._micro_batches.cut,
-            hold=frozen_dtype(config.precision, config.frozen_precision),
-            products=DTYPES[config.precision],
+            frozen_dtype=frozen_dtype_of(config.precision, config.frozen_precision),
+            product_dtype=DTYPES[config.precision],
         )
 
     def learning_rate(self, role: str, factor: float) -> None:

@@ -52,7 +52,7 @@ def test_a_tokenizer_of_another_vocabulary_gives_both_sizes(train: Callable, tmp
     ended = train(model=small)
     assert ended.code == 4
     assert ended.error.startswith(
-        f"error[model] {small}: the tokenizer is longer than the model's embeddings; got 263 tokens and 200 embeddings; fix: "
+        f"error[model] {small}: the tokenizer has more tokens than the model has embeddings; got 263 tokens and 200 embeddings; "
     )
 
 

@@ -81,7 +81,7 @@ def test_a_frozen_model_is_only_read(kind: Any, causal: Path) -> None:
         found, expected = model(batch), wide(batch)
     pairs = zip(*((v if isinstance(v, tuple) else (v,)) for v in (found, expected)), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
-    with pytest.raises(ConfigError, match="lora: a model that is only read is given no new adapter"):
+    with pytest.raises(ConfigError, match="lora: a model that is only read gets no new adapter"):
         kind.from_pretrained(causal, frozen=True, lora=LoraConfig(), **new)
 
 

@@ -87,7 +87,7 @@ def test_from_disk_to_disk(kind: str, tmp_path: Path, caplog: pytest.LogCaptureF
     expected = own_logps(plain, batch)
     policy = PolicyModel.from_pretrained(base)
     for layout in ("auto", "padded"):
-        policy.layout = layout  # type: ignore[assignment]
+        policy.shared_forward.layout = layout  # type: ignore[assignment]
         assert relative(policy.eval().token_logps(batch).detach(), expected) < 1e-5, layout
 
     assert math.isfinite(train("sft", base, SFT, tmp_path / "sft")["loss"])

@@ -40,7 +40,7 @@ def policy() -> PolicyModel:
 
 
 def logps_and_gradient(policy: PolicyModel, batch: Batch, layout: str, share: bool = True) -> tuple[Tensor, Tensor]:
-    policy.layout, policy.share_prompts = layout, share  # type: ignore[assignment]
+    policy.shared_forward.layout, policy.shared_forward.share_prompts = layout, share  # type: ignore[assignment]
     policy.zero_grad()
     logps = policy.token_logps(batch)
     (logps.sum(dim=1) * torch.linspace(0.5, 2, len(logps))).sum().backward()
@@ -122,7 +122,7 @@ def test_the_leak_that_reset_positions_leave_is_seen(policy: PolicyModel, monkey
 
     monkeypatch.setattr(attentions, "segment_attention", leaking)
     seen = PolicyModel(policy.causal_lm, policy.tokenizer)
-    assert seen.findings.arrangement == "padded" and "packed" in seen.findings.obstacles
+    assert seen.probe_result.arrangement == "padded" and "packed" in seen.probe_result.obstacles
 
 
 def test_shared_prompts_are_computed_once() -> None:
@@ -218,7 +218,7 @@ def test_no_layer_makes_the_host_wait(attend: str, monkeypatch: pytest.MonkeyPat
     models = [PolicyModel(tiny_model(layers=layers), tiny_tokenizer()) for layers in (1, 4)]
     for model in models:
         model.token_logps(random_batch(3, 3))  # the longest sequence so far is tried once
-        assert model.findings.arrangement == "packed"
+        assert model.probe_result.arrangement == "packed"
     monkeypatch.setattr(attentions, "segment_attention", chosen)
     counts = []
     for model in models:

@@ -140,7 +140,7 @@ def test_quantisation_without_its_package(saved: Path) -> None:
 def test_configure_a_model_in_memory(saved: Path) -> None:
     policy = PolicyModel.from_pretrained(saved)
     policy.configure(TrainerConfig(lora={"rank": 2}, batching={"layout": "padded"}, attention="eager"))  # type: ignore[arg-type]
-    assert policy.has_adapter and policy.layout == "padded" and policy.attention.kernel == "eager"
+    assert policy.has_adapter and policy.shared_forward.layout == "padded" and policy.attention.kernel == "eager"
     with pytest.raises(ConfigError, match="packed rows need replaceable attention"):
         policy.configure(TrainerConfig(batching={"layout": "packed"}, attention="eager"))  # type: ignore[arg-type]
 
@@ -148,7 +148,7 @@ def test_configure_a_model_in_memory(saved: Path) -> None:
 def test_an_adapter_that_is_there_is_not_passed_over(saved: Path) -> None:
     policy = PolicyModel.from_pretrained(saved, lora=LoraConfig(rank=4))
     policy.configure(TrainerConfig(lora={"rank": 4}))  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"adapter of another shape already"):
+    with pytest.raises(ConfigError, match=r"already has an adapter of another shape"):
         policy.configure(TrainerConfig(lora={"rank": 16}))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="can't be quantised"):
         PolicyModel.from_pretrained(saved).configure(TrainerConfig(lora={"quantize": "4bit"}))  # type: ignore[arg-type]

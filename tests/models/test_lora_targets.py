@@ -145,11 +145,11 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no expression": (
         {"target_modules": "*_proj"},
-        r"lora.target_modules: `\*_proj` is no regular expression; got nothing to repeat",
+        r"lora.target_modules: `\*_proj` is neither names nor a regular expression; got nothing to repeat",
     ),
     "no expression to exclude": (
         {"exclude_modules": ".*(q_proj"},
-        r"lora.exclude_modules: `.*` is no regular expression; got missing \)",
+        r"lora.exclude_modules: `.*` is neither names nor a regular expression; got missing \)",
     ),
     "whole modules": (
         {"modules_to_save": ["lm_hed"]},
@@ -195,7 +195,7 @@ def test_experts_are_pointed_to_as_parameters(models: dict[str, Path]) -> None:
     ("options", "fix"), [({"dropout": 0.1}, "lora.dropout: 0"), ({"use_dora": True}, "lora.use_dora: false")]
 )
 def test_what_peft_doesnt_do_for_experts_is_told(models: dict[str, Path], options: Any, fix: str) -> None:
-    with pytest.raises(ConfigError, match=rf"on parameters, as experts are here.*fix: set `{fix}`"):
+    with pytest.raises(ConfigError, match=rf"on parameters, which the experts of this model are.*fix: set `{fix}`"):
         PolicyModel.from_pretrained(models["mixtral"], lora=LoraConfig(**options))
     options |= {"target_modules": ["q_proj", "k_proj"]}
     assert PolicyModel.from_pretrained(models["mixtral"], lora=LoraConfig(**options)).has_adapter

@@ -31,8 +31,8 @@ HOW = {
     "nanochat": ("packed", OutputLayer(cap=15.0)),
     "recurrent_gemma": ("padded", OutputLayer(cap=30.0)),
     # A layer of its own before the output embedding.
-    "modernbert-decoder": ("packed", OutputLayer(own=True)),
-    "bert": ("packed", OutputLayer(own=True)),
+    "modernbert-decoder": ("packed", OutputLayer(own_code=True)),
+    "bert": ("packed", OutputLayer(own_code=True)),
     # Attention that SDPA can't compute.
     "gpt_oss": ("padded", OutputLayer()),
     "gemma2": ("padded", OutputLayer(cap=30.0)),
@@ -58,10 +58,10 @@ def test_log_probabilities_are_the_models_own(kind: str) -> None:
     policy = policy_of(network)
     found = policy.token_logps(batch)
     arrangement, layer = HOW[kind]
-    assert policy.findings.arrangement == arrangement
+    assert policy.probe_result.arrangement == arrangement
     assert policy.output_layer == layer
     assert relative(found, expected) < 1e-5
-    policy.layout = "padded"
+    policy.shared_forward.layout = "padded"
     assert relative(policy.token_logps(batch), expected) < 1e-5
 
 
@@ -93,7 +93,7 @@ def test_an_output_layer_that_nobody_knows_is_the_models_own() -> None:
     network.lm_head = Odd(plain)
     batch = random_batch(3, 2)
     policy = policy_of(network)
-    assert policy.output_layer == OutputLayer(own=True)
+    assert policy.output_layer == OutputLayer(own_code=True)
     found = policy.token_logps(batch)
     assert relative(found, own_logps(network, batch)) < 1e-5
     found.sum().backward()
@@ -170,7 +170,7 @@ def test_hidden_states_narrower_than_the_configuration_says_make_a_reward_model(
 def test_a_long_packed_row_of_a_model_that_counts_along_it_is_padded() -> None:
     """Llama 4 scales queries by their place in the row, from a number of tokens on."""
     policy = policy_of(make_tiny("llama4_text", floor_scale=24, no_rope_layers=[0, 0], attn_scale=2.0))
-    assert policy.findings.longest_row == 24 and policy.findings.arrangement == "packed"
+    assert policy.probe_result.longest_row == 24 and policy.probe_result.arrangement == "packed"
     for batch in (random_batch(1, 1, longest=6), random_batch(4, 2)):
         assert relative(policy.token_logps(batch), own_logps(policy.network, batch)) < 1e-5
 
@@ -179,11 +179,11 @@ def test_a_long_packed_row_of_a_model_that_counts_along_it_is_padded() -> None:
 def test_what_only_longer_sequences_show_is_found_when_they_come(layout: str, caplog: pytest.LogCaptureFixture) -> None:
     """Doge attends to chosen tokens only from a length on, and chooses others for a padded row than for one alone."""
     policy = policy_of(make_tiny("doge", keep_window_size=16))
-    policy.layout = layout  # type: ignore[assignment]
+    policy.shared_forward.layout = layout  # type: ignore[assignment]
     for longest, arrangement in ((6, "padded"), (30, "alone"), (6, "alone")):
         batch = random_batch(3, 2, longest=longest, seed=3)
         assert relative(policy.token_logps(batch), own_logps(policy.network, batch)) < 1e-5
-        assert policy.findings.arrangement == arrangement
+        assert policy.probe_result.arrangement == arrangement
 
 
 class ByPlace(nn.Module):
@@ -219,7 +219,7 @@ def with_head(head: nn.Module, plain: nn.Linear, network: Any) -> Any:
 def test_logits_that_hidden_states_alone_dont_decide_are_refused() -> None:
     network = tiny_model(tie_embeddings=False)
     policy = policy_of(with_head(ByPlace(network.lm_head), network.lm_head, network))
-    with pytest.raises(ModelError, match="aren't decided by its hidden states") as caught:
+    with pytest.raises(ModelError, match="depend on more than its hidden states") as caught:
         policy.token_logps(random_batch(1, 1))
     assert caught.value.fix is not None
 
@@ -230,13 +230,13 @@ def test_tokens_that_a_model_leaves_out_hide_nothing(value: float) -> None:
     batch = random_batch(2, 2)
     policy = policy_of(with_head(Masked(network.lm_head, value), network.lm_head, network))
     assert relative(policy.token_logps(batch), own_logps(network, batch)) < 1e-5
-    assert policy.output_layer == OutputLayer(own=True)
+    assert policy.output_layer == OutputLayer(own_code=True)
 
 
 def test_a_network_with_anothers_adapters_takes_no_more() -> None:
     network = tiny_model()
     PolicyModel(network, tiny_tokenizer()).set_options(lora=LoraConfig(rank=2))
-    with pytest.raises(ConfigError, match="has adapters already"):
+    with pytest.raises(ConfigError, match="already has adapters"):
         PolicyModel(network, tiny_tokenizer()).set_options(lora=LoraConfig(rank=2))
 
 
@@ -265,7 +265,7 @@ def test_company_in_a_batch_changes_no_position(make: Any, layout: str) -> None:
     # Each from a model without a past: dynamic frequencies are kept after a long sequence.
     alone = [policy_of(make()).token_logps(batch.select([p])) for p in range(4)]
     policy = policy_of(network)
-    policy.layout = layout  # type: ignore[assignment]
+    policy.shared_forward.layout = layout  # type: ignore[assignment]
     found = policy.token_logps(batch)
     expected = torch.zeros(found.shape)
     for r in range(batch.num_responses):

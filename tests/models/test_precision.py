@@ -104,7 +104,7 @@ def test_holding_frozen_weights_in_16_bits_changes_no_result(tmp_path: Path, kin
         for frozen in ("auto", "float32")
     )
     assert set(weights(narrow, trained=True).values()) == {torch.float32} == set(weights(full, trained=False).values())
-    assert narrow.findings.arrangement == full.findings.arrangement
+    assert narrow.probe_result.arrangement == full.probe_result.arrangement
     held, before = (sum(p.nbytes for p in m.parameters() if not p.requires_grad) for m in (narrow, full))
     assert held < 0.95 * before
     narrow.load_state_dict(full.state_dict())
@@ -190,7 +190,7 @@ def test_policy_and_reference_are_equal_at_first(
     first = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-7)
     if "lora" not in options:
-        assert torch.bfloat16 in weights(trainer.reference._model, trained=False).values()
+        assert torch.bfloat16 in weights(trainer.reference.model, trained=False).values()
     assert set(weights(trainer.policy, trained=True).values()) == {torch.float32}
 
 

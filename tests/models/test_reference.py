@@ -151,12 +151,12 @@ def test_what_was_computed_once_is_sums_at_one_temperature(tmp_path: Path) -> No
     reference = Reference.create(policy, "precompute")
     reference.precompute([batch], path, temperature=0.5)
     assert relative(reference.response_logps(batch, temperature=0.5), expected) < 1e-5
-    with pytest.raises(ConfigError, match=r"reference: .*another temperature; got 1 is wanted, 0.5 was computed"):
+    with pytest.raises(ConfigError, match=r"reference: .*another temperature; got computed with 0.5, needed with 1"):
         reference.response_logps(batch)
     with pytest.raises(ConfigError, match=r"reference: .*sums over responses.*; got precompute; fix: set `reference:"):
         reference.token_logps(batch, temperature=0.5)
     again = Reference.create(policy, "precompute")
-    with pytest.raises(ConfigError, match=r"reference.safetensors: .*got 1 is wanted, 0.5 was computed"):
+    with pytest.raises(ConfigError, match=r"reference.safetensors: .*got computed with 0.5, needed with 1"):
         again.precompute([], path)
     again.precompute([], path, temperature=0.5)
     assert torch.equal(again.response_logps(batch, temperature=0.5), reference.response_logps(batch, temperature=0.5))

@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, LlamaForSequenceCla
 from rlhf_core.config.training import LoraConfig
 from rlhf_core.infra.errors import ConfigError, ModelError
 from rlhf_core.models import PolicyModel, ProcessRewardModel, RewardModel
-from rlhf_core.models.heads import head_directory
+from rlhf_core.models.head_files import HeadFiles
 from rlhf_core.models.layout import padded_layout
 from rlhf_core.testing.tiny import save_tiny, tiny_model, tiny_tokenizer
 
@@ -53,8 +53,8 @@ def test_a_hub_reward_model_scores_as_in_transformers(classifier: Path) -> None:
         )
         model = RewardModel.from_pretrained(classifier)
         assert torch.allclose(model.score(batch), expected, rtol=1e-5, atol=1e-6)
-        for backbone in model._backbones:
-            backbone.layout = "padded"
+        for backbone in model.backbone_list:
+            backbone.shared_forward.layout = "padded"
         assert torch.allclose(model.score(batch), expected, rtol=1e-6, atol=1e-6)
 
 
@@ -155,8 +155,8 @@ def test_half_a_head_on_the_hub_is_told(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     with pytest.raises(ModelError, match=f"acme/reward: .* would be random; got {there}, and no reward_head"):
-        head_directory("acme/reward", "reward_head")
-    assert head_directory("acme/reward", "other_head") is None
+        HeadFiles.find("acme/reward", "reward_head")
+    assert HeadFiles.find("acme/reward", "other_head") is None
 
 
 def test_a_head_of_the_other_kind_is_not_replaced_without_a_word(
@@ -223,7 +223,7 @@ def test_an_empty_response_is_scored_at_its_prompts_end(causal: Path) -> None:
     empty = replace(batch, response_lengths=lengths, loss_mask=inside)
     with torch.no_grad():
         found = model.score(empty)
-        states = model._backbones[0].hidden_states(empty.select([0]))
+        states = model.backbone_list[0].hidden_states(empty.select([0]))
         assert relative(model.heads[0](states.values[states.layout.prompt_end])[1], found[1:2]) < 1e-5
         assert relative(found[[0, 2, 3, 4, 5]], model.score(batch)[[0, 2, 3, 4, 5]]) < 1e-5
         none = replace(
@@ -239,7 +239,7 @@ def test_damaged_notes_on_the_head_are_told(causal: Path, tmp_path: Path) -> Non
     for text, said in (
         ("{", "reward_head.json can.t be read"),
         (json.dumps({**good, "format": 2}), "is of another format; got 2 for 1"),
-        (json.dumps({**good, "members": 10**9}), "is no head that is known here"),
+        (json.dumps({**good, "members": 10**9}), "describes a head that can't be read"),
         (json.dumps({name: value for name, value in good.items() if name != "shared"}), "lacks `shared`"),
     ):
         notes.write_text(text)

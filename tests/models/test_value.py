@@ -263,7 +263,7 @@ def test_a_critic_begins_where_the_reward_model_stands(reward: Path, tmp_path: P
     fresh = ValueModel.from_pretrained(reward, new_head=True)
     assert not fresh.end_values(batch).any()
     backbone = fresh.backbone.hidden_states(batch).last()
-    assert torch.equal(backbone, judge._backbones[0].hidden_states(batch).last())
+    assert torch.equal(backbone, judge.backbone_list[0].hidden_states(batch).last())
 
 
 @torch.no_grad()
@@ -291,7 +291,7 @@ def test_what_can_be_no_start_is_refused(causal: Path, reward: Path, tmp_path: P
     with pytest.raises(ModelError, match="no reward head"):
         ValueModel.from_pretrained(causal, new_head=True, head="reward")
     RewardModel.from_pretrained(causal, new_head=True, members=2).save_pretrained(tmp_path / "two")
-    with pytest.raises(ConfigError, match=r"begins with one head.*got 2 members"):
+    with pytest.raises(ConfigError, match=r"starts with one head.*got 2 members"):
         ValueModel.from_pretrained(tmp_path / "two", new_head=True, head="reward")
     policy = PolicyModel.from_pretrained(causal)
     with pytest.raises(ModelError, match="as a ValueModel; got PolicyModel; fix: pass a path, or a RewardModel"):
@@ -310,7 +310,7 @@ def test_a_damaged_head_is_told(causal: Path, tmp_path: Path) -> None:
     good = json.loads(notes.read_text())
     for changed, said in (
         ({"width": 64}, "the value head doesn't fit the backbone.*a head of width 64 for a backbone of 32"),
-        ({"head": "odd"}, "is no head that is known here; got head odd"),
+        ({"head": "odd"}, "describes a head that can't be read; got head odd"),
         ({"format": 2}, "is of another format"),
     ):
         notes.write_text(json.dumps(good | changed))

@@ -55,7 +55,7 @@ def test_logits_of_hidden_states_are_the_models_own(kind: str) -> None:
     wanted = gradients(network)
     found = policy.logits(policy.hidden_states(batch).predicting())
     assert found.dtype == torch.float32 and relative(found, expected) < 1e-5
-    if policy.output_layer != OutputLayer() and not policy.output_layer.own:
+    if policy.output_layer != OutputLayer() and not policy.output_layer.own_code:
         with torch.no_grad():
             raw = policy.head(policy.hidden_states(batch).predicting())
         assert relative(raw, expected) > 1e-4, "the factor or cap would be missed"

@@ -28,8 +28,7 @@ from rlhf_core.data.collate import collate
 from rlhf_core.data.step_labels import NO_LABEL, RIGHT, WRONG, read_step_labels
 from rlhf_core.infra.errors import ConfigError, DataError, ModelError
 from rlhf_core.models import ProcessRewardModel
-from rlhf_core.models.process_reward_model import AGGREGATIONS
-from rlhf_core.models.reasoning_steps import step_ends
+from rlhf_core.models.reasoning_steps import AGGREGATIONS, step_ends
 from rlhf_core.testing import TrainerContract, run_context
 from rlhf_core.testing.arithmetic_task import ArithmeticTask, split_steps
 from rlhf_core.testing.tiny import save_tiny, tiny_tokenizer

@@ -216,7 +216,7 @@ def test_what_is_read_is_held_as_the_run_says(paths: dict[str, Path]) -> None:
         options = {"precision": "bf16", "frozen_precision": held, "batching": {"layout": "padded"}}
         teacher = Workbench(trainer_of(paths, teacher=str(paths["teacher"]), **options)).trainer.models["teacher"]
         assert teacher.network.model.layers[0].self_attn.q_proj.weight.dtype == dtype
-        assert teacher.layout == "padded"
+        assert teacher.shared_forward.layout == "padded"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""Adapters that a model is given as: on their base as peft puts them there, or folded into its weights, never another model."""
+"""Adapters loaded from a directory or the hub: put on their base as peft does, or folded into its weights.
+
+Both give the model that the adapter was trained as; where folding would give another one, it is refused.
+"""
 
 from __future__ import annotations
 
@@ -15,28 +18,29 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_core.infra.errors import ModelError, first_line
-from rlhf_core.infra.model_files import is_adapter
+from rlhf_core.infra.model_files import hub_files, is_adapter
 from rlhf_core.infra.safetensors_file import read_header
-from rlhf_core.models.heads import from_hub
 
 log = logging.getLogger(__name__)
 
 AdapterUse = Literal["continue", "fold"]
 FOLD_TOLERANCE = 1e-4
-"""Most relative difference of outputs that folding may make in float32. Rounding makes 1e-6 to 1e-5."""
+"""Most relative difference of outputs that folding may make in float32; rounding makes 1e-6 to 1e-5."""
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_PROBE = 64
+"""What peft puts before the names of the base's modules."""
+_PROBE_TOKENS = 64
+"""Tokens on which a model is compared before and after folding."""
 
 
 def local_adapter(where: str) -> str:
-    """Return the directory of an adapter named by its hub name, fetched where need be; anything else as it is."""
-    if Path(where).expanduser().exists() or (found := from_hub(where, ("adapter_config.json",))[0]) is None:
+    """Return the local directory of an adapter given by its hub name, fetched where need be; any other place as it is."""
+    if Path(where).expanduser().exists() or (found := hub_files(where, ("adapter_config.json",))[0]) is None:
         return where
     import huggingface_hub
 
     directory = found.parent
-    with contextlib.suppress(Exception):  # offline, what the cache has must do
+    with contextlib.suppress(Exception):  # offline, the cache must do
         if not any(name.startswith(("model", "pytorch_model")) for name in huggingface_hub.list_repo_files(where)):
             patterns = ["*.json", "*.jinja", "*.model", "*.txt", "adapter_model.*"]
             directory = Path(huggingface_hub.snapshot_download(where, allow_patterns=patterns))
@@ -44,16 +48,17 @@ def local_adapter(where: str) -> str:
 
 
 def put_on(model: nn.Module, adapter: str, base: str, *, classifier: bool = False) -> nn.Module:
-    """Return the peft model of an adapter's directory on its base; what it trains needs gradients and is float32.
+    """Put a saved adapter on its base; return the peft model, in which the adapter's weights are trained, in float32.
 
     Args:
         model: the base, its embeddings already of the adapter's size (`fit_vocabulary`).
-        adapter: the directory.
+        adapter: the adapter's directory.
         base: where the base came from, for messages.
-        classifier: whether the model scores sequences; on another one, an adapter of such a model is one of its layers alone.
+        classifier: whether the model scores sequences; of an adapter trained on such a model, another model gets the layers
+            without the head.
 
     Raises:
-        ModelError: it doesn't fit, is pickled, or is of a kind that isn't part of the network's layers.
+        ModelError: the adapter doesn't fit, is pickled, or is of a kind that isn't part of the network's layers.
     """
     import peft
 
@@ -68,28 +73,28 @@ def put_on(model: nn.Module, adapter: str, base: str, *, classifier: bool = Fals
             adapted = peft.PeftModel.from_pretrained(model, adapter, config=held, is_trainable=True)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise _misfit(adapter, base, first_line(error)) from error
-    # peft only warns of weights that found no place, and would leave them at their random start.
+    # peft only warns about adapter weights that are missing in the file, and would leave them at their random start.
     if lost := next((str(w.message) for w in caught if "missing adapter keys" in str(w.message)), None):
         raise _misfit(adapter, base, lost[:300])
     narrow = [p for p in adapted.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
     for parameter in narrow:
         parameter.data = parameter.data.float()
     if narrow:
-        # They took the base's type, and what was read into them was rounded to it.
+        # They had taken the base's dtype, and the values read into them were rounded to it.
         adapted.load_adapter(adapter, adapted.active_adapter, is_trainable=True)
     return adapted
 
 
 def fit_vocabulary(model: Any, adapter: str, tokens: int) -> bool:
-    """Give a base the embeddings that an adapter was saved with, where its vocabulary grew; return whether it was resized.
+    """Resize a base's embeddings to those that an adapter was saved with, in place; return whether they were resized.
 
     Args:
         model: the base.
         adapter: the adapter's directory.
-        tokens: how many the adapter's own tokenizer knows; 0 where it has none.
+        tokens: tokens that the adapter's own tokenizer has; 0 where it has no tokenizer.
 
     Raises:
-        ModelError: the adapter knows more tokens than its base, and doesn't hold their embeddings.
+        ModelError: the adapter has more tokens than its base, and doesn't hold their embeddings.
     """
     _check_weights_file(adapter)
     rows = model.get_input_embeddings().weight.shape[0]
@@ -102,7 +107,7 @@ def fit_vocabulary(model: Any, adapter: str, tokens: int) -> bool:
     whole = all(any(n == wanted and is_whole for n, is_whole in saved[part]) for part, own in parts if own)
     if max(wanted, tokens) > rows and not (whole and wanted >= tokens):
         raise ModelError(
-            "the adapter was trained with a vocabulary that grew, and doesn't hold the new tokens' embeddings",
+            "the adapter was trained with more tokens than its base has, and doesn't hold the new tokens' embeddings",
             place=adapter,
             got=f"{max(wanted, tokens)} tokens, {rows} embeddings in the base",
             fix="save it again with peft's `save_embedding_layers=True`, or save the base with its embeddings resized and set"
@@ -111,24 +116,28 @@ def fit_vocabulary(model: Any, adapter: str, tokens: int) -> bool:
     if wanted == rows or not whole:
         return False
     model.resize_token_embeddings(wanted, mean_resizing=False)
-    log.info("the base's %d embeddings are resized to the adapter's %d, which it brings along", rows, wanted)
+    log.info("the base's %d embeddings are resized to %d, which the adapter's file holds", rows, wanted)
     return True
 
 
 def fold(adapted: Any, *, place: str) -> nn.Module:
-    """Return the network with its adapter in its own weights, float32; the peft model is used up.
+    """Return the network with its adapter added into its own weights, float32; the peft model can't be used any more.
 
-    Embeddings that are tied are untied first where the adapter changes one of the two only.
+    Tied embeddings are untied first where the adapter changes only one of the two.
+
+    Args:
+        adapted: a peft model.
+        place: the adapter's name, for the error.
 
     Raises:
-        ModelError: the network would compute something else than with the adapter on it.
+        ModelError: the network's outputs would differ from those with the adapter on it.
     """
     adapted = adapted.float()
     network = adapted.get_base_model()
     ids = _probe_ids(adapted)
     before = _probe(network, ids)
     tied = [config for config in _configs(network) if getattr(config, "tie_word_embeddings", False)]
-    untied = _untie(network)
+    untied = _untie_adapted(network)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
@@ -142,13 +151,13 @@ def fold(adapted: Any, *, place: str) -> nn.Module:
             place, f"outputs that differ by {difference:.1e}, more than the {FOLD_TOLERANCE:g} of rounding"
         )
     if untied:
-        _settle_tie(merged, tied)
+        _tie_if_equal(merged, tied)
     return merged
 
 
 def folded_copy(adapted: Any, *, place: str) -> nn.Module:
-    """Return what `fold` makes of a copy; the peft model is left as it is."""
-    # Adapters that peft ties keep the tensors that they were tied with in their layers' notes, and those can't be copied.
+    """Return `fold` of a copy; the peft model itself is left as it is."""
+    # Layers whose adapters peft ties hold the tied tensors among their arguments, and such tensors can't be copied.
     memo: dict[int, Any] = {}
     for layer in adapted.modules():
         for tensor in (getattr(layer, "kwargs", None) or {}).get("tied_adapter", {}).values():
@@ -157,13 +166,14 @@ def folded_copy(adapted: Any, *, place: str) -> nn.Module:
 
 
 def describe_adapter(adapted: Any) -> str:
-    """Return what an adapter is, for a line of the log."""
+    """Return an adapter's kind in words, for a line of the log: `LoRA of rank 8`."""
     held = next(iter(adapted.peft_config.values()))
     kind = str(getattr(held.peft_type, "value", held.peft_type))
     return f"LoRA of rank {held.r}" if kind == "LORA" else kind
 
 
 def _check_weights_file(adapter: str) -> None:
+    """Raise ModelError where an adapter's directory has no safetensors file."""
     if (Path(adapter) / WEIGHTS).is_file():
         return
     pickles = ", ".join(sorted(p.name for p in Path(adapter).glob("*.bin")))
@@ -176,7 +186,11 @@ def _check_weights_file(adapter: str) -> None:
 
 
 def _check_kind(held: Any, adapter: str) -> None:
-    """Refuse what isn't part of the network's layers: the backbone is called by itself, and it would be lost."""
+    """Raise ModelError for an adapter that isn't part of the network's layers: it would be lost where the backbone is called.
+
+    Args:
+        held: peft's config of the adapter. adapter: its directory.
+    """
     if held.is_prompt_learning or getattr(held, "alora_invocation_tokens", None) or held.peft_type == "XLORA":
         raise ModelError(
             "adapters of this kind aren't part of the model's layers and can't be used here",
@@ -187,13 +201,14 @@ def _check_kind(held: Any, adapter: str) -> None:
 
 
 def _without_classifier(held: Any, model: nn.Module) -> None:
-    """Have the settings of a sequence classifier's adapter say what it is on a model without that head."""
+    """Change peft's config of a sequence classifier's adapter, in place, to that of an adapter on a model without that head."""
     held.task_type = "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else "FEATURE_EXTRACTION"
     if getattr(held, "modules_to_save", None):
         held.modules_to_save = [name for name in held.modules_to_save if name not in ("classifier", "score")] or None
 
 
 def _misfit(adapter: str, base: str, got: str) -> ModelError:
+    """Return the error of an adapter that peft can't put on its base; `got` is peft's reason."""
     return ModelError(
         "the adapter doesn't fit its base",
         place=adapter,
@@ -203,6 +218,7 @@ def _misfit(adapter: str, base: str, got: str) -> ModelError:
 
 
 def _not_folded(place: str, got: str) -> ModelError:
+    """Return the error of an adapter whose folding fails or changes the outputs; `got` is the reason."""
     return ModelError(
         "the adapter can't be folded into its base without making another model of it",
         place=place,
@@ -211,11 +227,11 @@ def _not_folded(place: str, got: str) -> ModelError:
     )
 
 
-# Which of an adapter's tensors have a row a token
+# An adapter's tensors with one row per token
 
 
 def _vocabulary_parts(model: Any) -> Iterator[tuple[str, bool]]:
-    """Yield the names of the embeddings and the output layer, and whether each has weights of its own."""
+    """Yield the full names of a model's embeddings and output layer, each with whether its weights aren't the other's."""
     names = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
     first, last = model.get_input_embeddings(), model.get_output_embeddings()
     yield names[id(first)], True
@@ -224,7 +240,12 @@ def _vocabulary_parts(model: Any) -> Iterator[tuple[str, bool]]:
 
 
 def _rows(name: str, shape: tuple[int, ...], part: str) -> tuple[int, bool] | None:
-    """Return how many tokens a tensor of the adapter has rows for, and whether it is a whole matrix of them."""
+    """Return for how many tokens an adapter's tensor has rows, and whether it is the whole matrix and no update of it.
+
+    Args:
+        name: the tensor's name. shape: its shape.
+        part: full name of the embeddings or the output layer; None is returned for tensors of anything else.
+    """
     inner = name.removeprefix(_PREFIX)
     if not inner.startswith(part + ".") or len(shape) != 2:
         return None
@@ -241,7 +262,7 @@ def _rows(name: str, shape: tuple[int, ...], part: str) -> tuple[int, bool] | No
 
 
 def _wrapped(module: Any) -> tuple[Any, bool]:
-    """Return the layer of the base inside what peft put around it, and whether there was anything around it."""
+    """Return the base's layer inside the layers that peft put around it, and whether there were any."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -251,8 +272,8 @@ def _wrapped(module: Any) -> tuple[Any, bool]:
     return inner, inner is not module
 
 
-def _untie(network: Any) -> bool:
-    """Give the output layer weights of its own where it shares the embeddings' and an adapter is on one of them."""
+def _untie_adapted(network: Any) -> bool:
+    """Untie output layer and embeddings in place where an adapter is on one of them; return whether they were untied."""
     if not hasattr(network, "get_output_embeddings") or network.get_output_embeddings() is None:
         return False
     (first, around_first), (last, around_last) = map(
@@ -264,8 +285,12 @@ def _untie(network: Any) -> bool:
     return True
 
 
-def _settle_tie(network: Any, configs: list[Any]) -> None:
-    """Tie again what is equal still, and have the configurations that said that it is tied say how it is now."""
+def _tie_if_equal(network: Any, configs: list[Any]) -> None:
+    """Tie embeddings and output layer again where they are still equal, and set `tie_word_embeddings` accordingly, in place.
+
+    Args:
+        configs: the network's configurations in which it was set.
+    """
     first, last = network.get_input_embeddings(), network.get_output_embeddings()
     equal = torch.equal(first.weight, last.weight)
     for config in configs:
@@ -274,26 +299,28 @@ def _settle_tie(network: Any, configs: list[Any]) -> None:
         last.weight = first.weight
         return
     network.all_tied_weights_keys = network.get_expanded_tied_weights_keys(all_submodels=True)
-    log.info("embeddings and output layer were tied and differ now that the adapter is folded: both are kept")
+    log.info(
+        "embeddings and output layer were tied, and differ now that the adapter is folded in: each has its own weights"
+    )
 
 
 def _configs(network: Any) -> list[Any]:
-    """Return a network's configuration and that of its text part, each once."""
+    """Return a network's configuration, and that of its text model where it is another object."""
     return list({id(config): config for config in (network.config, network.config.get_text_config())}.values())
 
 
 def _probe_ids(adapted: Any) -> Tensor:
-    """Return (1, S) tokens from all over the vocabulary, and those whose embeddings an adapter trains one by one."""
+    """Return (1, S) token ids from all over the vocabulary, and those whose embeddings an adapter trains one by one."""
     network = adapted.get_base_model()
     rows = network.get_input_embeddings().weight.shape[0]
-    spread = torch.linspace(0, rows - 1, min(_PROBE, rows)).long().tolist()
+    spread = torch.linspace(0, rows - 1, min(_PROBE_TOKENS, rows)).long().tolist()
     own = [token for held in adapted.peft_config.values() for token in _trained_tokens(held)]
     return torch.tensor([spread + own], device=next(network.parameters()).device)
 
 
 @torch.no_grad()
 def _probe(network: Any, ids: Tensor) -> Tensor:
-    """Return what a network makes of tokens: logits, or hidden states where it has no output layer."""
+    """Return float32 logits (1, S, V) for token ids (1, S), or hidden states (1, S, D) where there is no output layer."""
     training = network.training
     network.eval()
     try:
@@ -304,20 +331,20 @@ def _probe(network: Any, ids: Tensor) -> Tensor:
 
 
 def _trained_tokens(held: Any) -> list[int]:
-    """Return the tokens whose embeddings an adapter trains one by one."""
+    """Return the ids of tokens whose embeddings an adapter trains one by one, by peft's config of it."""
     given = getattr(held, "trainable_token_indices", None) or getattr(held, "token_indices", None) or []
     groups = given.values() if isinstance(given, dict) else [given]
-    return sorted({int(token) for group in groups for token in group})[:_PROBE]
+    return sorted({int(token) for group in groups for token in group})[:_PROBE_TOKENS]
 
 
 def trained_module(module: nn.Module | None) -> nn.Module | None:
-    """Return the copy of a module that an adapter trains whole, or the module itself."""
+    """Return the copy of a module that an adapter trains instead of it, or the module itself where there is none."""
     copies = getattr(module, "modules_to_save", None)
     return copies[module.active_adapter] if copies is not None else module  # type: ignore[union-attr]
 
 
 def labels_of(adapter: str) -> int | None:
-    """Return how many labels the head has that an adapter of a sequence classifier brings; None where it brings none."""
+    """Return how many labels the classification head in an adapter's file has; None where the file holds no such head."""
     _check_weights_file(adapter)
     for name, entry in read_header(Path(adapter) / WEIGHTS).items():
         if name.endswith(("score.weight", "score.modules_to_save.weight")):
@@ -326,7 +353,7 @@ def labels_of(adapter: str) -> int | None:
 
 
 def is_sequence_classifier(adapter: str) -> bool:
-    """Tell whether an adapter was trained on a model that scores sequences."""
+    """Tell whether an adapter was trained on a transformers sequence classifier, by its `adapter_config.json`."""
     try:
         return json.loads((Path(adapter) / "adapter_config.json").read_bytes()).get("task_type") == "SEQ_CLS"
     except (ValueError, AttributeError):
