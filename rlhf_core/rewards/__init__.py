@@ -1,4 +1,7 @@
-"""Rewards: what a run's `rewards` mean, plain functions as rewards, and the check that every reward's scores pass."""
+"""Rewards of a run: a configuration's list is opened (`opening`), then completions are scored and the scores checked.
+
+`function_reward` makes rewards of plain functions, `score_checks` checks scores, `scoring` adds up weighted rewards.
+"""
 
 from rlhf_core.rewards.function_reward import FunctionReward, RewardFunction, as_reward
 from rlhf_core.rewards.opening import RewardLike, check_rewards, open_rewards

@@ -1,4 +1,4 @@
-"""Plain functions as rewards, in the habit of the field: `f(prompts, completions, **columns)` → one number a completion."""
+"""Plain functions as rewards, in the field's usual form: `f(prompts, completions, **columns)` → one number per completion."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ from rlhf_core.infra.code_origin import describe_code
 from rlhf_core.infra.errors import ConfigError, PluginError, did_you_mean, shortened
 
 RewardFunction = Callable[..., Any]
-"""`f(prompts, completions, **columns)`, which may be async, or an object that is called so; an array or tensor will do."""
+"""A callable `f(prompts, completions, **columns)`, possibly async, that returns a list, an array or a tensor."""
 
 log = logging.getLogger(__name__)
 
-OFFERED: dict[str, Callable[[Sample], Any]] = {
+SAMPLE_ARGUMENTS: dict[str, Callable[[Sample], Any]] = {
     "prompts": lambda sample: sample.prompt,
     "completions": lambda sample: sample.completion,
     "completion_ids": lambda sample: list(sample.completion_ids),
     "stop_reasons": lambda sample: sample.stop_reason,
 }
-"""What a function can have of each sample besides the columns of its row, by the argument's name."""
+"""What a function can be passed of each sample, besides the columns of its row, by the argument's name."""
 
 _loops = threading.local()
-"""Each thread's event loop: kept, so that a client that was opened in one call is good in the next."""
+"""Each thread's event loop, kept so that a client that an async function opened still works in its next call."""
 
 
 class FunctionReward(RewardFn):
     """A plain function as a reward.
 
-    It is called with whatever it has arguments for: `prompts`, `completions` (text, for prompts that are chats too),
-    `completion_ids`, `stop_reasons`, and the columns of the rows by name, each as a list; with all columns where it takes
-    `**columns`. Where no argument is called `completions`, its first two are the prompts and the completions.
+    The function gets a list for each argument that it has of these names: `prompts`, `completions` (text, also where prompts
+    are chats), `completion_ids`, `stop_reasons`, and the columns of the rows; all columns where it takes `**columns`. Where no
+    argument is named `completions`, the first two arguments get the prompts and the completions.
 
     Args:
-        function: may be async; a bound method, a partial or an object that can be called will do.
+        function: a function, sync or async, a bound method, a partial or a callable object.
         options: further keyword arguments of every call.
-        place: returns where an option was set, for messages.
+        place: returns where an option of a name was set, for messages.
 
     Raises:
-        ConfigError: it can't be called so, or has no argument for an option.
+        ConfigError: the function can't be called in this way, or has no argument for an option.
     """
 
     api = 1
@@ -68,32 +68,40 @@ class FunctionReward(RewardFn):
     def score(self, samples: Sequence[Sample]) -> list[float]:
         if not samples:
             return []
-        found = self.function(*self._first(samples), **self._named(samples), **self.options)
+        found = self.function(*self._by_position(samples), **self._by_name(samples), **self.options)
         found = plain(_awaited(found) if inspect.isawaitable(found) else found)
-        # What can't be gone through, such as None or a single number, is for `checked_scores` to refuse.
+        # `checked_scores` refuses what isn't iterable, such as None or a single number.
         return list(found) if isinstance(found, Iterable) else found
 
     def describe(self) -> dict[str, Any]:
         return describe_code(self.function) | ({"options": self.options} if self.options else {})
 
-    def _first(self, samples: Sequence[Sample]) -> list[list[Any]]:
-        return [[OFFERED[name](sample) for sample in samples] for name in self.how.first]
+    def _by_position(self, samples: Sequence[Sample]) -> list[list[Any]]:
+        return [[SAMPLE_ARGUMENTS[name](sample) for sample in samples] for name in self.how.first]
 
-    def _named(self, samples: Sequence[Sample]) -> dict[str, list[Any]]:
-        how, there = self.how, set.intersection(*(set(sample.columns) for sample in samples))
-        for name in how.required - self.options.keys() - OFFERED.keys() - there:
+    def _by_name(self, samples: Sequence[Sample]) -> dict[str, list[Any]]:
+        """Return the keyword arguments of a call: for each name, a list of the samples' values.
+
+        Raises:
+            PluginError: the rows lack a column that the function requires, or have one with the name of its first arguments.
+        """
+        how, columns = self.how, set.intersection(*(set(sample.columns) for sample in samples))
+        for name in how.required - self.options.keys() - SAMPLE_ARGUMENTS.keys() - columns:
             raise self._no_column(name, samples)
-        if mistaken := sorted(there & set(how.positions)):
+        if mistaken := sorted(columns & set(how.positions)):
             problem = f"the function's first two arguments get prompts and completions, and `{mistaken[0]}` is a column"
             fix = "call the arguments `prompts` and `completions`"
             raise PluginError(problem, place=f"reward `{self.name}`", fix=fix)
         taken = {*how.first, *how.bound, *self.options}
-        if hidden := sorted(there & OFFERED.keys()):
-            _say_once(self.name, hidden[0])
-        names = [*OFFERED, *sorted(there - OFFERED.keys())]
+        if hidden := sorted(columns & SAMPLE_ARGUMENTS.keys()):
+            _warn_of_hidden_column(self.name, hidden[0])
+        names = [*SAMPLE_ARGUMENTS, *sorted(columns - SAMPLE_ARGUMENTS.keys())]
         wanted = [name for name in names if (how.every or name in how.named) and name not in taken]
         return {
-            name: [OFFERED[name](sample) if name in OFFERED else sample.columns[name] for sample in samples]
+            name: [
+                SAMPLE_ARGUMENTS[name](sample) if name in SAMPLE_ARGUMENTS else sample.columns[name]
+                for sample in samples
+            ]
             for name in wanted
         }
 
@@ -103,17 +111,17 @@ class FunctionReward(RewardFn):
             "the rows don't have" if len(lacking) == len(samples) else f"{len(lacking)} of {len(samples)} rows lack"
         )
         columns = {column for sample in samples for column in sample.columns}
-        fix = did_you_mean(name, {*OFFERED, *columns}) if len(lacking) == len(samples) else "give it a default"
+        fix = did_you_mean(name, {*SAMPLE_ARGUMENTS, *columns}) if len(lacking) == len(samples) else "give it a default"
         return PluginError(problem, place=f"reward `{self.name}`", fix=fix)
 
 
 def as_reward(reward: RewardFn | RewardFunction) -> RewardFn:
-    """Return a reward for whatever is accepted as one: a `RewardFn`, or a function."""
+    """Return a `RewardFn` as it is, and a function as a `FunctionReward`."""
     return reward if isinstance(reward, RewardFn) else FunctionReward(reward)
 
 
 def function_name(function: RewardFunction) -> str:
-    """Return a function's name as metrics and messages show it."""
+    """Return a function's name in metrics and messages; of a partial, that of its function."""
     while isinstance(function, functools.partial):
         function = function.func
     name = getattr(function, "__name__", type(function).__name__)
@@ -121,20 +129,24 @@ def function_name(function: RewardFunction) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Return what an array, a tensor or one of their scalars holds as lists and numbers, other values as they are."""
+    """Return an array, a tensor or a scalar of theirs as Python lists and numbers; other values as they are."""
     return value.tolist() if callable(getattr(value, "tolist", None)) else value
 
 
 def _checked(function: RewardFunction, options: Mapping[str, Any], place: Callable[[str], str]) -> dict[str, Any]:
-    """Return options as a function takes them, read by its annotations."""
+    """Return options validated and converted by the annotations of the function's arguments.
+
+    Raises:
+        ConfigError: the function has no such argument, or the value doesn't fit its annotation.
+    """
     if not options:
         return {}
     parameters = _parameters(function) or {}
-    known = {name for name, one in parameters.items() if one.kind in _NAMED} - OFFERED.keys()
+    known = {name for name, one in parameters.items() if one.kind in _NAMED} - SAMPLE_ARGUMENTS.keys()
     hints = _hints(function)
     checked = {}
     for name, value in options.items():
-        if name not in known:  # `**columns` is none: it would swallow a misspelt one
+        if name not in known:  # `**columns` doesn't count, for it would accept every misspelling
             fix = did_you_mean(name, known) if known else "leave it out: the function has no options"
             problem = f"the function `{function_name(function)}` has no argument `{name}`"
             raise ConfigError(problem, place=place(name), got=shortened(value), fix=fix)
@@ -145,22 +157,25 @@ def _checked(function: RewardFunction, options: Mapping[str, Any], place: Callab
             raise ConfigError(
                 f"argument `{name}` of `{function_name(function)}`: {message}", place=place(name), got=shortened(value)
             ) from None
-        except Exception:  # an annotation that pydantic makes nothing of checks nothing
+        except Exception:  # an annotation that pydantic doesn't understand
             checked[name] = value
     return checked
 
 
 @dataclass(frozen=True)
 class _HowToCall:
+    """Which arguments a function gets, and how."""
+
     first: tuple[str, ...]
-    """What is given by position, and the names that the function has for it."""
+    """What is passed by position: () or ("prompts", "completions")."""
     positions: tuple[str, ...]
+    """The function's own names for these arguments."""
     named: frozenset[str]
-    """Arguments that can be given by name."""
+    """Arguments that can be passed by name."""
     required: frozenset[str]
     """Those of them without a default."""
     every: bool
-    """Whether any other name is taken, too."""
+    """Whether the function takes any other name, by `**columns`."""
     bound: frozenset[str]
     """Arguments that a partial has set."""
 
@@ -171,7 +186,7 @@ _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONL
 
 def _how_to_call(function: RewardFunction, name: str) -> _HowToCall:
     parameters = _parameters(function)
-    if parameters is None:  # one written in C says nothing of its arguments
+    if parameters is None:  # a function written in C, without a signature
         return _HowToCall(("prompts", "completions"), (), frozenset(), frozenset(), False, frozenset())
     bound: set[str] = set()
     inner = function
@@ -183,8 +198,9 @@ def _how_to_call(function: RewardFunction, name: str) -> _HowToCall:
     named = {key for key, one in parameters.items() if one.kind in _NAMED}
     positions = [key for key, one in parameters.items() if one.kind in _POSITIONAL and key not in bound]
     first: tuple[str, ...] = ()
-    # As in TRL, whose functions all take `**columns`, arguments go by their names; only one that names nothing is given two.
-    if not every and not named & (OFFERED.keys() - {"prompts"}):
+    # As in TRL, whose functions all take `**columns`, arguments are passed by name; only a function that has none of the names
+    # gets two by position.
+    if not every and not named & (SAMPLE_ARGUMENTS.keys() - {"prompts"}):
         if len(positions) < 2 and inspect.Parameter.VAR_POSITIONAL not in kinds:
             raise ConfigError(
                 "the function takes neither `completions` nor two arguments",
@@ -214,17 +230,19 @@ def _hints(function: RewardFunction) -> dict[str, Any]:
         function = type(function).__call__
     try:
         return typing.get_type_hints(function)
-    except Exception:  # a name that only a type checker knows
+    except Exception:  # an annotation with a name that exists for type checkers only
         return {}
 
 
 @functools.lru_cache(maxsize=256)
-def _say_once(reward: str, column: str) -> None:
-    log.warning("reward `%s`: the column `%s` isn't passed on, for that argument is the samples' own", reward, column)
+def _warn_of_hidden_column(reward: str, column: str) -> None:
+    log.warning(
+        "reward `%s`: the rows' column `%s` isn't passed: that argument gets the samples' own values", reward, column
+    )
 
 
 def _awaited(result: Awaitable[Any]) -> Any:
-    """Return what an async function comes to; its thread may have a loop that runs, as a notebook's has."""
+    """Return the result of an async function, also where this thread already runs an event loop, as a notebook's does."""
 
     async def wait() -> Any:
         return await result
@@ -233,7 +251,7 @@ def _awaited(result: Awaitable[Any]) -> Any:
         asyncio.get_running_loop()
     except RuntimeError:
         return _in_own_loop(wait())
-    future = asyncio.run_coroutine_threadsafe(wait(), _loop_of_a_thread())
+    future = asyncio.run_coroutine_threadsafe(wait(), _background_loop())
     try:
         return future.result()
     except BaseException:
@@ -242,13 +260,14 @@ def _awaited(result: Awaitable[Any]) -> Any:
 
 
 def _in_own_loop(waiting: Coroutine[Any, Any, Any]) -> Any:
+    """Run a coroutine in this thread's kept event loop and return its result."""
     runner = _loops.__dict__.pop("runner", None) or asyncio.Runner()
     try:
         found = runner.run(waiting)
     except Exception:
         _loops.runner = runner
         raise
-    except BaseException:  # stopped in the middle of something, so it isn't good for another call
+    except BaseException:  # interrupted in the middle of something, so the loop can't be used again
         runner.close()
         raise
     _loops.runner = runner
@@ -256,7 +275,7 @@ def _in_own_loop(waiting: Coroutine[Any, Any, Any]) -> Any:
 
 
 @functools.cache
-def _loop_of_a_thread() -> asyncio.AbstractEventLoop:
+def _background_loop() -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="async rewards", daemon=True).start()
     return loop

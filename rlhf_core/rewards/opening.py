@@ -1,4 +1,4 @@
-"""Names, functions, classes and configurations → the rewards of a run."""
+"""Open the rewards of a run: from names, functions, classes, objects and configurations to `Rewards`."""
 
 from __future__ import annotations
 
@@ -21,43 +21,45 @@ from rlhf_core.rewards.score_checks import name_of
 from rlhf_core.rewards.scoring import Rewards, WeightedReward
 
 RewardLike = RewardFn | type[RewardFn] | RewardFunction | RewardConfig | str | Mapping[str, Any] | tuple[Any, float]
-"""What is accepted as one reward; a tuple is a reward and its weight."""
+"""All that is accepted as one reward; a tuple is a reward and its weight."""
 
 
 def open_rewards(given: Sequence[RewardLike] | RewardLike, *, place: Mapping[str, str] | str = "rewards") -> Rewards:
-    """Return the rewards that names, functions, classes, objects and configurations mean; nothing is scored or loaded.
+    """Return the rewards of a run, made but not prepared: no model is loaded and nothing is scored.
 
-    A name is a reward's in the registry (`exact`, `acme:exact`), or a function's or class's: `package.module:function`,
-    `path/to/file.py:function`. A weight of 0 has a reward logged and not learned from.
+    A name is that of a plugin (`exact_match`, `acme:exact_match`), or of a function or class: `package.module:function`,
+    `path/to/file.py:function`. A reward of weight 0 is logged and not trained on.
 
     Args:
-        given: one reward or several, each alone or as (reward, weight); none at all is accepted until something is scored.
-        place: where they were configured: one text, or a text for each dotted key (`rewards.0.options.threshold`).
+        given: one reward or several, each alone or as (reward, weight); an empty list raises only once something is scored.
+        place: where they were configured, for messages: one text, or one per dotted key (`rewards.0.options.threshold`).
 
     Raises:
-        ConfigError: an unknown name (with the nearest), module or attribute, an option that the reward doesn't have or that is
-            of another type, weights that are all 0.
-        PluginError: a plugin is broken, ambiguous or disabled; importing a module or making a reward raises.
+        ConfigError: a name, module, attribute or option doesn't exist (the message has the nearest), an option has the wrong
+            type, or all weights are 0.
+        PluginError: a plugin is broken, ambiguous or disabled, or importing or making a reward raised.
     """
-    return Rewards([one.open() for one in _resolved(given, place)])
+    return Rewards([one.open() for one in _resolve_all(given, place)])
 
 
 def check_rewards(config: OnlineConfig, *, place: Mapping[str, str] | str = "rewards") -> None:
-    """Raise what `open_rewards` would of a configuration's rewards, without making any: no reward's own code runs but imports.
+    """Check the rewards of a configuration as `open_rewards` would, without making any: modules are imported, no more.
 
     Raises:
-        ConfigError: as `open_rewards`, or there are none and the method needs some.
+        ConfigError: as `open_rewards`, or no rewards are configured and the method needs some.
         PluginError: as `open_rewards`.
     """
     if not config.rewards and config.needs_rewards:
         known = ", ".join(registry.rewards) or "none is installed"
         fix = f"set `rewards`, a list of names ({known}) or of functions, `package.module:function`"
         raise ConfigError("no rewards are given", place=_at("rewards", place), fix=fix)
-    _resolved(config.rewards, place)
+    _resolve_all(config.rewards, place)
 
 
 @dataclass(frozen=True)
 class _Resolved:
+    """A reward that was found and whose options are valid, before it is made."""
+
     name: str
     make: Callable[[], RewardFn]
     weight: float = 1.0
@@ -76,7 +78,8 @@ class _Resolved:
         return WeightedReward(self.name, reward, self.weight, self.time_limit, self.origin)
 
 
-def _resolved(given: Any, place: Mapping[str, str] | str) -> list[_Resolved]:
+def _resolve_all(given: Any, place: Mapping[str, str] | str) -> list[_Resolved]:
+    """Resolve one reward or several; of those that share a name, the second is `NAME_2`."""
     several = isinstance(given, Sequence) and not isinstance(given, str) and not _is_pair(given)
     found: list[_Resolved] = []
     taken: set[str] = set()
@@ -90,7 +93,9 @@ def _resolved(given: Any, place: Mapping[str, str] | str) -> list[_Resolved]:
         found.append(replace(resolved, name=name))
     if found and not any(one.weight for one in found):
         fix = "give one of them another weight"
-        raise ConfigError("every reward has a weight of 0, so nothing is learned", place=_at("rewards", place), fix=fix)
+        raise ConfigError(
+            "every reward has a weight of 0, so there is nothing to train on", place=_at("rewards", place), fix=fix
+        )
     return found
 
 
@@ -99,6 +104,7 @@ def _is_pair(given: Any) -> bool:
 
 
 def _resolve(given: Any, key: str, place: Mapping[str, str] | str) -> _Resolved:
+    """Resolve one reward; `key` is its dotted key in the configuration, such as `rewards.0`."""
     where = _at(key, place)
     if isinstance(given, tuple):
         if not _is_pair(given) or isinstance(given[1], bool) or not math.isfinite(given[1]):
@@ -130,6 +136,7 @@ def _resolve(given: Any, key: str, place: Mapping[str, str] | str) -> _Resolved:
 
 
 def _configured(config: RewardConfig, key: str, place: Mapping[str, str] | str) -> _Resolved:
+    """Resolve a reward by the name in its configuration: a plugin, else `module:attribute`."""
     where = _at(f"{key}.name", place)
     plugin: registry.Plugin | None = None
     try:
@@ -145,7 +152,7 @@ def _configured(config: RewardConfig, key: str, place: Mapping[str, str] | str) 
             one = replace(one, origin=_origin(plugin))
     elif isinstance(found, RewardFn):
         if options:
-            problem = f"`{config.name}` is a reward that is made already, so it takes no options"
+            problem = f"`{config.name}` is an instance of a reward already, so it takes no options"
             raise ConfigError(problem, place=_at(f"{key}.options", place), fix="name its class, or leave them out")
         one = _Resolved(name, lambda: found, place=where, origin=_origin(_plugin(type(found))))
     elif callable(found) and not isinstance(found, type):
@@ -158,7 +165,11 @@ def _configured(config: RewardConfig, key: str, place: Mapping[str, str] | str) 
 
 
 def _named(name: str, unknown: registry.UnknownPlugin, where: str) -> Any:
-    """Return the function or class that `module:attribute` names, where no plugin has that name."""
+    """Return the object that `module:attribute` names, where no plugin has that name.
+
+    Raises:
+        ConfigError: there is no such object; `unknown` has the plugins' names.
+    """
     head, colon, _ = name.rpartition(":")
     if not colon:
         module, dot, attribute = name.rpartition(".")
@@ -178,6 +189,7 @@ def _named(name: str, unknown: registry.UnknownPlugin, where: str) -> Any:
 def _of_class(
     cls: type[RewardFn], name: str, options: Mapping[str, Any], key: str, place: Mapping[str, str] | str
 ) -> _Resolved:
+    """Resolve a class of rewards, its options validated by its `Config`."""
     where = _at(key, place)
     if missing := sorted(getattr(cls, "__abstractmethods__", ())):
         raise PluginError(f"the reward doesn't define `{missing[0]}`", place=f"{where}, reward `{name}`")
@@ -189,7 +201,7 @@ def _of_class(
 
 
 def _plugin(cls: type) -> registry.Plugin | None:
-    """Return the plugin that a class is, if it is one."""
+    """Return the reward plugin whose entry point names this class, if there is one."""
     target = f"{cls.__module__}:{cls.__qualname__}"
     return next((plugin for plugin in registry.find("reward") if plugin.target == target), None)
 
@@ -199,4 +211,5 @@ def _origin(plugin: registry.Plugin | None) -> dict[str, str]:
 
 
 def _at(key: str, place: Mapping[str, str] | str) -> str:
+    """Return where a dotted key such as `rewards.0.options` was set, for messages."""
     return f"{place}{key.removeprefix('rewards')}" if isinstance(place, str) else place_of(key, place)

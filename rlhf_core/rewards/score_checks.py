@@ -1,4 +1,4 @@
-"""What every reward's scores must pass, and what is said where they don't."""
+"""Check the scores that rewards return; an error names the reward and the rows."""
 
 from __future__ import annotations
 
@@ -15,43 +15,43 @@ from rlhf_core.rewards.function_reward import function_name, plain
 def checked_scores(
     reward: RewardFn, samples: Sequence[Sample], *, rows: Sequence[int] | None = None, name: str | None = None
 ) -> list[float]:
-    """Return a reward's scores of the samples, as floats. A list is what it promises; an array or tensor is taken all the same.
+    """Score the samples and return one finite float per sample, in order. The reward may return a list, an array or a tensor.
 
     Args:
-        rows: each sample's row in its data, for messages.
-        name: the reward's, for messages.
+        rows: each sample's row number in its data, for messages.
+        name: the reward's name, for messages.
 
     Raises:
-        PluginError: the reward raises, or gives another number of scores, or one that is no finite number. Names it and the row;
-            where it raises, all rows that it was given.
+        PluginError: the reward raised, returned another number of scores, or one that isn't a finite number. The message names
+            the reward and the row; where the reward raised, all rows that it was given.
     """
     name = name or name_of(reward)
-    with naming(name, rows):
+    with blame_reward(name, rows):
         scores = plain(reward.score(samples))
     if scores is None:
-        raise PluginError("the reward returned None", place=f"reward `{name}`", fix="return one number a sample")
+        raise PluginError("the reward returned None", place=f"reward `{name}`", fix="return one number per sample")
     if not isinstance(scores, Sequence) or isinstance(scores, str) or len(scores) != len(samples):
         got = f"{len(scores)} scores" if isinstance(scores, Sequence) else type(scores).__name__
-        raise PluginError(f"expected {len(samples)} scores, one a sample", place=f"reward `{name}`", got=got)
+        raise PluginError(f"expected {len(samples)} scores, one per sample", place=f"reward `{name}`", got=got)
     return [_checked(score, name, sample_or_row(number, rows)) for number, score in enumerate(scores)]
 
 
 def checked_steps(
     reward: RewardFn, samples: Sequence[Sample], *, rows: Sequence[int] | None = None, name: str | None = None
 ) -> list[list[float]] | None:
-    """Return a reward's scores of each sample's steps, as floats; None where it is not step-wise.
+    """Return for each sample one finite float per step of its completion, or None where the reward isn't step-wise.
 
     Raises:
-        PluginError: as `checked_scores`, of the step.
+        PluginError: as `checked_scores`; the message names the step, too.
     """
     name = name or name_of(reward)
-    with naming(name, rows):
+    with blame_reward(name, rows):
         found = reward.score_steps(samples)
     if found is None:
         return None
     if not isinstance(found, Sequence) or len(found) != len(samples):
         got = f"{len(found)} lists" if isinstance(found, Sequence) else type(found).__name__
-        problem = f"expected {len(samples)} lists of step scores, one a sample"
+        problem = f"expected {len(samples)} lists of step scores, one per sample"
         raise PluginError(problem, place=f"reward `{name}`", got=got)
     checked = []
     for number, given in enumerate(found):
@@ -63,6 +63,7 @@ def checked_steps(
 
 
 def _checked(score: Any, name: str, where: str) -> float:
+    """Return a score as a finite float; `where` names its sample in the error."""
     value = plain(score)
     try:
         number = float(value) if isinstance(value, int | float) else math.nan
@@ -77,13 +78,13 @@ def _checked(score: Any, name: str, where: str) -> float:
 
 
 def name_of(reward: RewardFn) -> str:
-    """Return a reward's name as metrics and messages show it."""
+    """Return the name of a reward in metrics and messages: its `name`, else that of its class."""
     return getattr(reward, "name", None) or function_name(type(reward))
 
 
 @contextlib.contextmanager
-def naming(name: str, rows: Sequence[int] | None = None) -> Iterator[None]:
-    """Name the reward, and the rows that it was given, in what it raises; an error of ours keeps its kind."""
+def blame_reward(name: str, rows: Sequence[int] | None = None) -> Iterator[None]:
+    """Turn what a reward raises inside into a `PluginError` that names the reward and the rows; an `RLHFError` keeps its type."""
     place = place_of_rows(name, rows)
     try:
         yield
@@ -102,8 +103,10 @@ def naming(name: str, rows: Sequence[int] | None = None) -> Iterator[None]:
 
 
 def place_of_rows(name: str, rows: Sequence[int] | None) -> str:
+    """Return where an error belongs: ``reward `exact_match`, rows 4, 7``."""
     return f"reward `{name}`" + (f", {list_rows(rows)}" if rows is not None and len(rows) else "")
 
 
 def sample_or_row(number: int, rows: Sequence[int] | None) -> str:
+    """Return a sample's row in its data, where rows are known, else its number among the samples."""
     return f"row {rows[number]}" if rows is not None else f"sample {number}"

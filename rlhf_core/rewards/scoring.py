@@ -1,4 +1,4 @@
-"""The rewards of a run: scored under a time limit, checked, and added up."""
+"""Score samples with the rewards of a run: each under its time limit, its scores checked, and the weighted sum of all."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ from rlhf_core.infra.errors import ConfigError, PluginError
 from rlhf_core.infra.redact import redact
 from rlhf_core.infra.time_limit import TimeLimit, call_within
 from rlhf_core.rewards.function_reward import FunctionReward
-from rlhf_core.rewards.score_checks import checked_scores, checked_steps, naming, place_of_rows, sample_or_row
+from rlhf_core.rewards.score_checks import (
+    blame_reward,
+    checked_scores,
+    checked_steps,
+    place_of_rows,
+    sample_or_row,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,29 +36,29 @@ _LARGEST = 3.4028234e38
 
 @dataclass
 class Scores:
-    """What the rewards of a run make of some samples. Axis: N, the samples."""
+    """The scores of N samples by the rewards of a run."""
 
     total: Tensor
-    """(N,) float32: the weighted sum, which is learned from."""
+    """(N,) float32: the weighted sum of all rewards, which the policy is trained on."""
     by_name: dict[str, list[float]]
-    """For each reward, (N,) its scores, unweighted."""
+    """Reward name → N unweighted scores."""
     groups: Sequence[int] = ()
-    """(N,) the number of each sample's prompt in its batch."""
+    """(N,) the index of each sample's prompt in its batch."""
     score_steps: Callable[[], dict[str, list[list[float]]]] = field(repr=False, compare=False, default=dict)
 
     @cached_property
     def steps(self) -> dict[str, list[list[float]]]:
-        """For each step-wise reward, (N, steps) its scores of each sample's steps; computed when first asked for."""
+        """Name of a step-wise reward → for each of N samples, one score per step; computed at the first access."""
         return self.score_steps()
 
     def per_prompt(self, prompts: int) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return `reward` and each `reward/NAME` as metrics of one entry per prompt, which an evaluation gives errors.
+        """Return the metrics `reward` and `reward/NAME` per prompt, from which an evaluation computes standard errors.
 
         Args:
-            prompts: how many prompts the batch has.
+            prompts: the number of prompts in the batch.
 
         Returns:
-            By name the sums and the counts of each prompt's samples, (prompts,) float64 each.
+            Metric → (sum, count) over the samples of each prompt, both (prompts,) float64.
         """
         import torch
 
@@ -70,7 +76,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class WeightedReward:
-    """One reward of a run."""
+    """A reward with its weight in a run."""
 
     name: str
     reward: RewardFn
@@ -78,11 +84,11 @@ class WeightedReward:
     time_limit: float | None = None
     """Seconds that scoring one batch may take; None sets no limit."""
     origin: Mapping[str, str] = field(default_factory=dict)
-    """The plugin's distribution and version, where it is one."""
+    """`distribution` and `version` of a plugin; empty for other rewards."""
 
 
 class Rewards:
-    """The rewards of a run, with their weights, as `open_rewards` makes them."""
+    """The weighted rewards of a run, as `open_rewards` returns them."""
 
     def __init__(self, entries: Sequence[WeightedReward]) -> None:
         self._entries = tuple(entries)
@@ -90,7 +96,7 @@ class Rewards:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Each reward's name; of two that share one, the second is `NAME_2`."""
+        """The rewards' names, all different: the second of a name is `NAME_2`."""
         return tuple(entry.name for entry in self._entries)
 
     @property
@@ -104,28 +110,28 @@ class Rewards:
         return f"Rewards({', '.join(f'{entry.name} × {entry.weight:g}' for entry in self._entries)})"
 
     def prepare(self) -> None:
-        """Let every reward load what it needs, without a time limit; once. `score` does it where it wasn't done.
+        """Let every reward load what it needs, without a time limit. Done once: by this call or by the first `score`.
 
         Raises:
-            PluginError: one of them raises. What is an error of the user's (a path without a model) keeps its kind.
+            PluginError: a reward raised. An `RLHFError`, such as that of a path without a model, keeps its type.
         """
         if self._prepared:
             return
         for entry in self._entries:
-            with naming(entry.name), _without_gradients():
+            with blame_reward(entry.name), _without_gradients():
                 entry.reward.prepare()
         self._prepared = True
 
     def score(self, samples: Sequence[Sample], rows: Sequence[int] | None = None) -> Scores:
-        """Return what each reward and their weighted sum make of the samples, in order; gradients are off.
+        """Return the samples' scores by each reward and their weighted sum, in the samples' order. Gradients are off.
 
         Args:
-            rows: each sample's row in its data, for messages.
+            rows: each sample's row number in its data, for messages.
 
         Raises:
-            ConfigError: there is no reward.
-            PluginError: a reward raises, takes longer than its time limit, or gives another number of scores, or one that
-                is no finite number. Names the reward and the rows.
+            ConfigError: the run has no rewards.
+            PluginError: a reward raised, took longer than its time limit, or returned another number of scores or one that isn't
+                a finite number. The message names the reward and the rows.
         """
         if not self._entries:
             raise ConfigError(
@@ -154,18 +160,18 @@ class Rewards:
         )
 
     def describe(self) -> dict[str, dict[str, Any]]:
-        """Return where each reward comes from and what its scores depend on, as JSON values, secrets redacted.
+        """Return where each reward comes from and all that its scores depend on, as JSON values, secrets redacted.
 
-        For a run's record; `rewards_changed` compares two of them. Hashes of source and model files are computed now.
+        The run's record keeps it; `rewards_changed` compares two of them. Hashes of source and model files are computed now.
         """
         found: dict[str, dict[str, Any]] = {}
         for entry in self._entries:
             about: dict[str, Any] = {"weight": entry.weight}
             if not isinstance(entry.reward, FunctionReward):
                 about |= describe_code(type(entry.reward)) | dict(entry.origin)
-                config = getattr(entry.reward, "config", None)  # a class may do without
+                config = getattr(entry.reward, "config", None)  # None where a class has its own constructor
                 about["options"] = {} if config is None else config.model_dump(mode="json")
-            with naming(entry.name):
+            with blame_reward(entry.name):
                 about |= entry.reward.describe()
             found[entry.name] = redact(json.loads(json.dumps(about, default=lambda value: f"<{type(value).__name__}>")))
         return found
@@ -186,6 +192,8 @@ class Rewards:
         check: Callable[..., Any],
         doing: str,
     ) -> Any:
+        """Return `check(reward, samples)` under the reward's time limit; `doing` says in the error what took too long."""
+
         def call() -> Any:
             with _without_gradients():
                 return check(entry.reward, samples, rows=rows, name=entry.name)
@@ -196,14 +204,14 @@ class Rewards:
             raise PluginError(
                 f"{doing} took longer than {entry.time_limit:g} seconds",
                 place=place_of_rows(entry.name, rows),
-                got=f"{len(samples)} samples" + (f", and it was at {error}" if str(error) else ""),
-                fix="raise the reward's `time_limit`, or null for none, where it needs more; else look why it hangs",
+                got=f"{len(samples)} samples" + (f", stopped at {error}" if str(error) else ""),
+                fix="raise the reward's `time_limit` (null: no limit) if it needs more time, else find out why it hangs",
             ) from error
 
 
 @contextlib.contextmanager
 def _without_gradients() -> Iterator[None]:
-    """Score with gradients and the caller's autocast off; what a reward switches on ends with it."""
+    """Switch gradients and the caller's autocast off while rewards run, and restore both afterwards."""
     import torch
 
     with contextlib.ExitStack() as stack:
@@ -215,14 +223,19 @@ def _without_gradients() -> Iterator[None]:
 
 
 def samples_of(batch: Batch, completions: Sequence[Sequence[Completion]]) -> list[Sample]:
-    """Return the samples of a batch of prompts and the completions of each, prompt by prompt: what rewards score.
+    """Return the samples that rewards score, prompt by prompt.
 
-    A sample's group is its prompt's number in the batch.
+    Args:
+        batch: P prompts.
+        completions: for each of the P prompts, its completions.
+
+    Returns:
+        One sample per completion; its `group` is the index of its prompt in the batch.
     """
     if len(completions) != batch.num_prompts:
         raise ValueError(f"{len(completions)} lists of completions for {batch.num_prompts} prompts")
     if len(batch.prompts) != batch.num_prompts:
-        raise ValueError("the batch doesn't hold its prompts as they stand in the data, which rewards need")
+        raise ValueError("the batch lacks `prompts`, the prompts as in the data, which rewards need")
     samples = []
     prompt_ids, lengths = batch.prompt_ids.tolist(), batch.prompt_lengths.tolist()
     for number, group in enumerate(completions):
@@ -245,13 +258,13 @@ def samples_of(batch: Batch, completions: Sequence[Sequence[Completion]]) -> lis
 
 
 def rewards_changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return how the rewards of a run differ from those that it was started with, a text for each difference.
+    """Return the differences between two records of rewards, one text each, such as "`exact` is new".
+
+    Differences are those of what scores depend on: weights, options, source and model files. A plugin's version isn't one.
 
     Args:
-        before: what `Rewards.describe` returned then.
-        now: what it returns now.
-
-    What counts is what scores depend on: weights, options, source and model files. A distribution's version is only recorded.
+        before: what `Rewards.describe` returned when the run was started.
+        now: what it returns for the resumed run.
     """
     found = [f"`{name}` is gone" for name in before if name not in now]
     found += [f"`{name}` is new" for name in now if name not in before]
@@ -266,6 +279,7 @@ def rewards_changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
 
 
 def _difference(key: str, old: Any, new: Any, source: Any) -> str:
+    """Return one difference in words; `key` is a dotted key of `Rewards.describe`, `source` the reward's code by name."""
     if key == "source_sha256":
         return f"its source changed ({source})"
     head, _, rest = key.partition(".")

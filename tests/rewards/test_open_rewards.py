@@ -360,7 +360,7 @@ def test_a_reward_that_hangs_is_ended_and_named(hangs: Any) -> None:
     said = raised.value.line()
     assert "reward `slow`, rows 7, 9: scoring took longer than 0.3 seconds; got 2 samples" in said
     place = "matches" if hangs is loops_async else hangs.__name__
-    assert re.search(rf", and it was at test_open_rewards\.py:\d+ in {place};", said) or hangs is sleeps_async
+    assert re.search(rf", stopped at test_open_rewards\.py:\d+ in {place};", said) or hangs is sleeps_async
     assert signal.getsignal(signal.SIGVTALRM) is before and signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
     calm.append(1)
     assert rewards.score(SAMPLES).total.tolist() == [1, 1]
@@ -507,7 +507,7 @@ def test_step_scores_are_computed_when_they_are_asked_for() -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ([[0.5]], "expected 2 lists of step scores, one a sample; got 1 lists"),
+        ([[0.5]], "expected 2 lists of step scores, one per sample; got 1 lists"),
         ([[0.5], 0.5], "row 8: step scores must be a list; got 0.5"),
         ([[0.5, float("nan")], [1]], "row 7, step 1: a score must be a finite number; got nan"),
     ],

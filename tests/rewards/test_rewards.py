@@ -42,7 +42,7 @@ def test_a_reward_class_is_taken_as_it_is() -> None:
 
 
 WRONG: dict[str, tuple[Callable[..., Any], str]] = {
-    "too few": (lambda **_: [1.0], r"reward `wrong`: expected 2 scores, one a sample; got 1 scores"),
+    "too few": (lambda **_: [1.0], r"reward `wrong`: expected 2 scores, one per sample; got 1 scores"),
     "not a number": (
         lambda **_: [1.0, float("nan")],
         r"reward `wrong`, row 8: a score must be a finite number; got nan",
@@ -52,14 +52,14 @@ WRONG: dict[str, tuple[Callable[..., Any], str]] = {
         lambda **_: 1 / 0,
         r"reward `wrong`, rows 7, 8: the reward raised an error; got ZeroDivisionError: division by zero",
     ),
-    "returns none": (lambda: None, r"reward `wrong`: the reward returned None; fix: return one number a sample"),
-    "returns one number": (lambda: 0.5, r"reward `wrong`: expected 2 scores, one a sample; got float"),
+    "returns none": (lambda: None, r"reward `wrong`: the reward returned None; fix: return one number per sample"),
+    "returns one number": (lambda: 0.5, r"reward `wrong`: expected 2 scores, one per sample; got float"),
     "an array with a gap": (
         lambda: np.array([0.5, np.nan]),
         r"reward `wrong`, row 8: a score must be a finite number; got nan",
     ),
     "a column of a tensor": (lambda: torch.zeros(2, 1), r"row 7: a score must be a finite number; got \[0.0\]"),
-    "a tensor too short": (lambda: torch.zeros(1), r"expected 2 scores, one a sample; got 1 scores"),
+    "a tensor too short": (lambda: torch.zeros(1), r"expected 2 scores, one per sample; got 1 scores"),
     "complex": (lambda: np.array([1j, 0]), r"row 7: a score must be a finite number; got 1j"),
     "too large a whole number": (lambda: [1, 10**400], r"row 8: a score must be a finite number; got 10{30}"),
 }
