@@ -28,14 +28,14 @@ if TYPE_CHECKING:
     from rlhf_core.contracts.sampler import Sampler as Sampler
     from rlhf_core.contracts.trainer import Loss as Loss
     from rlhf_core.contracts.trainer import Trainer as Trainer
-    from rlhf_core.data.datasets import GRPODataset as GRPODataset
-    from rlhf_core.data.datasets import KTODataset as KTODataset
-    from rlhf_core.data.datasets import PreferenceDataset as PreferenceDataset
-    from rlhf_core.data.datasets import SFTDataset as SFTDataset
-    from rlhf_core.data.streaming import StreamingGRPODataset as StreamingGRPODataset
-    from rlhf_core.data.streaming import StreamingKTODataset as StreamingKTODataset
-    from rlhf_core.data.streaming import StreamingPreferenceDataset as StreamingPreferenceDataset
-    from rlhf_core.data.streaming import StreamingSFTDataset as StreamingSFTDataset
+    from rlhf_core.data.record_datasets import GRPODataset as GRPODataset
+    from rlhf_core.data.record_datasets import KTODataset as KTODataset
+    from rlhf_core.data.record_datasets import PreferenceDataset as PreferenceDataset
+    from rlhf_core.data.record_datasets import SFTDataset as SFTDataset
+    from rlhf_core.data.record_datasets import StreamingGRPODataset as StreamingGRPODataset
+    from rlhf_core.data.record_datasets import StreamingKTODataset as StreamingKTODataset
+    from rlhf_core.data.record_datasets import StreamingPreferenceDataset as StreamingPreferenceDataset
+    from rlhf_core.data.record_datasets import StreamingSFTDataset as StreamingSFTDataset
     from rlhf_core.generation.engine import Engine as Engine
     from rlhf_core.infra.devices import DeviceManager as DeviceManager
     from rlhf_core.infra.errors import RLHFError as RLHFError
@@ -63,8 +63,8 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.contracts.batch": "Batch",
         "rlhf_core.config.base": "BaseConfig",
         "rlhf_core.config.training": "LoraConfig ModelConfig ReferenceConfig TrainerConfig TrainingStage",
-        "rlhf_core.data.datasets": "GRPODataset KTODataset PreferenceDataset SFTDataset",
-        "rlhf_core.data.streaming": "StreamingGRPODataset StreamingKTODataset StreamingPreferenceDataset StreamingSFTDataset",
+        "rlhf_core.data.record_datasets": "GRPODataset KTODataset PreferenceDataset SFTDataset StreamingGRPODataset"
+        " StreamingKTODataset StreamingPreferenceDataset StreamingSFTDataset",
         "rlhf_core.infra.errors": "RLHFError",
         "rlhf_core.infra.devices": "DeviceManager",
         "rlhf_core.registry.plugin_logs": "setup_logging",

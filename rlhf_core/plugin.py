@@ -38,9 +38,8 @@ if TYPE_CHECKING:
     from rlhf_core.contracts.trainer import Role as Role
     from rlhf_core.contracts.trainer import Trainer as Trainer
     from rlhf_core.contracts.trainer import Window as Window
-    from rlhf_core.data.base import EncodedData as EncodedData
-    from rlhf_core.data.base import random_generator as random_generator
     from rlhf_core.data.collate import collate as collate
+    from rlhf_core.data.encoded_data import EncodedData as EncodedData
     from rlhf_core.data.step_labels import NO_LABEL as NO_LABEL
     from rlhf_core.data.step_labels import RIGHT as RIGHT
     from rlhf_core.data.step_labels import WRONG as WRONG
@@ -54,6 +53,7 @@ if TYPE_CHECKING:
     from rlhf_core.infra.errors import NumbersError as NumbersError
     from rlhf_core.infra.errors import PluginError as PluginError
     from rlhf_core.infra.errors import shortened as shortened
+    from rlhf_core.infra.seeds import random_generator as random_generator
     from rlhf_core.infra.statistics import auc as auc
     from rlhf_core.infra.statistics import calibration_error as calibration_error
     from rlhf_core.merging import CHUNK as CHUNK
@@ -101,7 +101,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.contracts.batch": "Batch",
         "rlhf_core.config.base": "BaseConfig",
         "rlhf_core.config.training": "LoraConfig ModelConfig ReferenceConfig TrainedModelConfig TrainerConfig TrainingStage",
-        "rlhf_core.data.base": "EncodedData random_generator",
+        "rlhf_core.data.encoded_data": "EncodedData",
         "rlhf_core.data.collate": "collate",
         "rlhf_core.data.step_labels": "NO_LABEL RIGHT WRONG read_step_labels",
         "rlhf_core.infra.errors": "ConfigError DataError ModelError NumbersError PluginError shortened",
@@ -125,6 +125,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.config.online": "OnlineConfig RewardConfig SamplingConfig",
         "rlhf_core.contracts.records": "Message Prompt",
         "rlhf_core.rewards": "Rewards Scores open_rewards samples_of",
+        "rlhf_core.infra.seeds": "random_generator",
         "rlhf_core.infra.statistics": "auc calibration_error",
         "rlhf_core.training.context": "RunContext",
         "rlhf_core.training.loader": "Loader",

@@ -142,7 +142,7 @@ def _job(target: str, flags: list[str]) -> Job:
 def _describe(job: Job, *, resume: bool, overwrite: bool) -> None:
     """Print the resolved configuration, itself a valid file, under comments on what would be read and written."""
     from rlhf_core.config.training import models_beside
-    from rlhf_core.data.sources import check_paths, data_files
+    from rlhf_core.data.open_source import check_paths, data_files
 
     lines = [
         f"{job.plugin.qualified} {job.plugin.version}: {job.plugin.summary}".strip(),
@@ -168,13 +168,13 @@ def _describe(job: Job, *, resume: bool, overwrite: bool) -> None:
 
 def _read_as(name: str, job: Job) -> str:
     """Return what the first row of a file is taken for; what is wrong with it is said now."""
-    from rlhf_core.data.checks import Checker
-    from rlhf_core.data.sources import open_source
+    from rlhf_core.data.open_source import open_source
+    from rlhf_core.data.row_checker import RowChecker
 
     if not Path(name).expanduser().is_file():
         return ""
     options = job.options.dataset
-    checker = Checker(job.method.record, options.columns, format=options.format, ignored=options.ignore_columns)
+    checker = RowChecker(job.method.record, options.columns, format=options.format, ignored=options.ignore_columns)
     read_as = checker.check(next(open_source(name).rows())).read_as
     return "" if read_as is None else f", read as {read_as}"
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from rlhf_core.contracts.batch import Batch
     from rlhf_core.contracts.result import TrainResult
-    from rlhf_core.data.base import EncodedData
+    from rlhf_core.data.encoded_data import EncodedData
     from rlhf_core.models.policy_model import PolicyModel
     from rlhf_core.models.reference import Reference
     from rlhf_core.training.context import RunContext

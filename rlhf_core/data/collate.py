@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_core.contracts.batch import Batch
-from rlhf_core.data.encode import EncodedRow
+from rlhf_core.data.encoder import EncodedRow
 
 
 def collate(rows: Sequence[EncodedRow]) -> Batch:

@@ -8,9 +8,9 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from rlhf_core.data.files import Cursor, Row, TextFile
+from rlhf_core.data.columns import CONVERSATIONS, KNOWN
 from rlhf_core.data.messages import pair_keys, role_key
-from rlhf_core.data.shapes import CONVERSATIONS, KNOWN
+from rlhf_core.data.row_source import Cursor, Row, TextFile
 from rlhf_core.infra.errors import DataError
 from rlhf_core.infra.files import DuplicateKey, unique_keys
 

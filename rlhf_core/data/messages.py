@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from rlhf_core.contracts.records import Message
-from rlhf_core.data.values import check_sound
+from rlhf_core.data.row_values import check_sound
 from rlhf_core.infra.errors import DataError, shortened
 
 ROLES = {

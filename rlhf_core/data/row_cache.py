@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pyarrow as pa
 
 from rlhf_core.contracts import records
-from rlhf_core.data.encode import EncodedRow
+from rlhf_core.data.encoder import EncodedRow
 from rlhf_core.infra import errors
 from rlhf_core.infra.files import read_json, remove_tree, sha256_of, storage_errors, to_json, write_file
 

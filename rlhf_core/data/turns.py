@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from rlhf_core.data.pieces import Piece
-from rlhf_core.data.templates import OPTION, Chat, ChatTemplate, common
+from rlhf_core.data.chat_rendering import OPTION, Chat, ChatTemplate, common_prefix
+from rlhf_core.data.text_spans import TextSpan
+from rlhf_core.data.think_blocks import CLOSES, OPENS, closing_tag, reasoning_of
 from rlhf_core.infra.errors import DataError, ModelError
 
 EACH = "dataset.turns: each"
@@ -35,18 +36,13 @@ UNUSED_TOOLS = "the chat template doesn't render the row's `tools`"
 UNUSED_ROLE = "the chat template doesn't render role `{}`"
 UNUSED = "the chat template doesn't render `{}`"
 
-_REASONING = ("reasoning_content", "reasoning", "thinking")
-_NAMES = "think|thinking|thought|reasoning"
-_OPENS = re.compile(rf"\s*(?:<((?:\w+:)?(?:{_NAMES}))>|\[(THINK)\]|◁(think)▷|<\|START_(THINKING)\|>)\s*", re.IGNORECASE)
-_CLOSES = re.compile(rf"</(?:\w+:)?(?:{_NAMES})>|\[/THINK\]|◁/think▷|<\|END_THINKING\|>", re.IGNORECASE)
-
 
 @dataclass(slots=True)
-class Turns:
+class SplitConversation:
     """A conversation cut for training."""
 
-    prompt: list[Piece] = field(default_factory=list)
-    response: list[Piece] = field(default_factory=list)
+    prompt: list[TextSpan] = field(default_factory=list)
+    response: list[TextSpan] = field(default_factory=list)
     """From the first answer to the end of the last."""
     notes: list[str] = field(default_factory=list)
     """What a person should know of it."""
@@ -68,7 +64,9 @@ class _Turn:
     closed: bool = True
 
 
-def split_turns(template: ChatTemplate, chat: Chat, scored: Sequence[int], *, answers_from: int | None = None) -> Turns:
+def split_turns(
+    template: ChatTemplate, chat: Chat, scored: Sequence[int], *, answers_from: int | None = None
+) -> SplitConversation:
     """Cut a conversation into the prompt and what the model answers.
 
     The prompt of the last turn, and of the first where it can be, is exactly what the template renders with its generation
@@ -83,20 +81,20 @@ def split_turns(template: ChatTemplate, chat: Chat, scored: Sequence[int], *, an
         ModelError: a turn can't be found, or its reasoning isn't in the text.
         DataError: the template refuses this conversation, or renders no turn that is to be in the loss.
     """
-    return _Cutter(template, chat).cut(scored, scored[0] if answers_from is None else answers_from)
+    return _TurnSplitter(template, chat).cut(scored, scored[0] if answers_from is None else answers_from)
 
 
-class _Cutter:
+class _TurnSplitter:
     """One conversation, rendered whole, with what its beginnings render to."""
 
     def __init__(self, template: ChatTemplate, chat: Chat) -> None:
         self.template, self.chat, self.control = template, chat, template.control
         self.whole = template.render(chat)
-        self.turns = Turns()
+        self.turns = SplitConversation()
         self.tagged = template.tagged(chat)
         self._prompts: dict[int, str] = {}
 
-    def cut(self, scored: Sequence[int], first: int) -> Turns:
+    def cut(self, scored: Sequence[int], first: int) -> SplitConversation:
         found = [
             self._find(number)
             for number, message in enumerate(self.chat.messages)
@@ -116,7 +114,7 @@ class _Cutter:
         before = self._before(found[0].number)
         if not alone or self.whole.startswith(before):
             before = self.whole[:at]
-        self.turns.prompt = self._pieces(before)
+        self.turns.prompt = self._text_spans(before)
         for turn in found:
             if turn is not found[0]:
                 self._add(self.whole[at : turn.start], before=self.whole[:at])
@@ -176,7 +174,7 @@ class _Cutter:
             spoken, content, _ = both.rpartition(one)[2].partition(other)
             rest = whole.rpartition(one)[2]
             if one in prompted and one in both and one in whole and content and self.whole.endswith(rest):
-                shared = common(behind, spoken)
+                shared = common_prefix(behind, spoken)
                 start = len(self.whole) - len(rest) + shared
                 if shared == len(behind):
                     return _Turn(number, start, in_place=False)
@@ -199,7 +197,7 @@ class _Cutter:
             if word in whole and word in last and self.whole.endswith(rest):
                 end = len(self.whole) - len(rest)
                 alone = last.rpartition(word)[2]
-                shared = self.control.whole_until(rest, self.control.whole_until(alone, common(rest, alone)))
+                shared = self.control.whole_until(rest, self.control.whole_until(alone, common_prefix(rest, alone)))
                 if end >= turn.start:
                     self._close(turn, end + shared, rest[shared:], alone[shared:])
                     return
@@ -251,8 +249,8 @@ class _Cutter:
             return
         word = self._words[0]
         spoken = self.template.render(self.chat.with_text(turn.number, word))
-        header = spoken[common(spoken, self.whole[: turn.start]) :].partition(word)[0]
-        if _OPENS.sub("", _CLOSES.sub("", header)).strip():
+        header = spoken[common_prefix(spoken, self.whole[: turn.start]) :].partition(word)[0]
+        if OPENS.sub("", CLOSES.sub("", header)).strip():
             raise ModelError(
                 "the chat template ignores `add_generation_prompt`, so where an answer begins can't be told",
                 place=self.chat.place,
@@ -316,9 +314,9 @@ class _Cutter:
         message, text = self.chat.messages[turn.number], self.whole[turn.start : turn.end]
         last = self._is_last(turn)
         key, reasoning = reasoning_of(message)
-        if reasoning and not _holds(text, reasoning) and not (last and _closing(turn.opener)):
+        if reasoning and not _holds(text, reasoning) and not (last and closing_tag(turn.opener)):
             alone = self.template.render(self.chat.until(turn.number + 1))
-            if not last and (_closing(turn.opener) or _holds(alone, reasoning)):
+            if not last and (closing_tag(turn.opener) or _holds(alone, reasoning)):
                 raise ModelError(
                     f"the chat template drops the reasoning of message {turn.number} once the conversation goes on, so it"
                     " can't be trained there",
@@ -359,7 +357,7 @@ class _Cutter:
             added: whether the opening itself isn't in the prompt and must be added.
         """
         text, opener = self.whole[turn.start : turn.end], turn.opener
-        closing = _closing(opener)
+        closing = closing_tag(opener)
         if closing is None:
             raise ModelError(
                 "the chat template's generation prompt ends in text that a rendered turn lacks",
@@ -369,7 +367,7 @@ class _Cutter:
             )
         if added:
             self._add(opener, before=self.whole[: turn.start])
-        opened = _OPENS.match(text)
+        opened = OPENS.match(text)
         if opened and opened.group().strip() == opener.strip():
             turn.start += opened.end()
         elif closing not in text:
@@ -401,27 +399,13 @@ class _Cutter:
         if marker is not None:
             self._add(marker, before=self.whole[: turn.end], in_loss=True)
         elif end is not None:
-            self.turns.response.append(Piece(ids=(end,), in_loss=True))
+            self.turns.response.append(TextSpan(ids=(end,), in_loss=True))
 
     def _add(self, text: str, *, before: str, in_loss: bool = False) -> None:
-        self.turns.response += self._pieces(text, in_loss=in_loss, continues=self.control.continued(before))
+        self.turns.response += self._text_spans(text, in_loss=in_loss, continues=self.control.continued(before))
 
-    def _pieces(self, text: str, *, in_loss: bool = False, continues: bool = False) -> list[Piece]:
-        return self.control.pieces(text, self.chat.mark, in_loss=in_loss, continues=continues)
-
-
-def reasoning_of(message: dict[str, object]) -> tuple[str, str]:
-    """Return a message's reasoning, and the key that holds it; empty where it has none."""
-    for key in _REASONING:
-        if isinstance(value := message.get(key), str) and value.strip():
-            return key, value
-    content = str(message["content"])
-    closing = _CLOSES.search(content)
-    if closing is None:
-        return "content", ""
-    said = content[: closing.start()]
-    opened = _OPENS.match(said)
-    return "content", (said[opened.end() :] if opened else said).strip()
+    def _text_spans(self, text: str, *, in_loss: bool = False, continues: bool = False) -> list[TextSpan]:
+        return self.control.rendered_spans(text, self.chat.mark, in_loss=in_loss, continues=continues)
 
 
 def ignores_tools(template: ChatTemplate, chat: Chat, rendered: str, *, answer: bool = False) -> bool:
@@ -429,17 +413,6 @@ def ignores_tools(template: ChatTemplate, chat: Chat, rendered: str, *, answer: 
     if not chat.tools:
         return False
     return template.render(replace(chat, tools=None), answer=answer) == rendered
-
-
-def _closing(opener: str) -> str | None:
-    """Return what closes the think block that a text opens; None where it opens none."""
-    opened = _OPENS.fullmatch(opener)
-    if opened is None:
-        return None
-    tag = opener.strip()
-    if tag.startswith("<|"):
-        return tag.replace("START", "END")
-    return f"{tag[0]}/{tag[1:]}"
 
 
 def _holds(text: str, part: str) -> bool:

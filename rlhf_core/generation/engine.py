@@ -18,9 +18,9 @@ from transformers import GenerationConfig
 from rlhf_core.config.online import SamplingConfig
 from rlhf_core.contracts.batch import Batch, on_host
 from rlhf_core.contracts.completion import Completion
-from rlhf_core.data.pieces import PieceEncoder
-from rlhf_core.data.saved import TextSettings
-from rlhf_core.data.templates import ChatTemplate
+from rlhf_core.data.chat_rendering import ChatTemplate
+from rlhf_core.data.text_options import TextOptions
+from rlhf_core.data.text_spans import TextSpanEncoder
 from rlhf_core.generation.decoding import decode, decoding_of, left_padded
 from rlhf_core.generation.sampling import Drawing, Ended
 from rlhf_core.infra.errors import ConfigError, DataError, NumbersError
@@ -256,7 +256,7 @@ class Engine:
     def _is_chat(self, batch: Batch, prompt: int) -> bool:
         """Tell whether a prompt went through the chat template; one that isn't known is taken for a text."""
         asked = batch.prompts[prompt] if batch.prompts else ""
-        return not isinstance(asked, str) or (bool(asked) and TextSettings.of(self.policy.tokenizer).wrap == "chat")
+        return not isinstance(asked, str) or (bool(asked) and TextOptions.of(self.policy.tokenizer).wrap == "chat")
 
     def _text(self, row: _Row, ids: list[int]) -> str:
         """Return the text of a completion; the blank that a continued text begins with is a part of it, a turn begins a text."""
@@ -275,8 +275,8 @@ class Engine:
         return ChatTemplate(self.policy.tokenizer).stops
 
     @cached_property
-    def _pieces(self) -> PieceEncoder:
-        return PieceEncoder(self.policy.tokenizer)
+    def _pieces(self) -> TextSpanEncoder:
+        return TextSpanEncoder(self.policy.tokenizer)
 
 
 def prompt_keys(batch: Batch) -> list[int]:

@@ -9,8 +9,9 @@ from rlhf_core.config.online import SamplingConfig
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.contracts.completion import Completion
 from rlhf_core.data.collate import collate
-from rlhf_core.data.encode import EncodedRow, Encoder
-from rlhf_core.data.sources import Cursor, Rows
+from rlhf_core.data.data_source import ListRows
+from rlhf_core.data.encoder import EncodedRow, Encoder
+from rlhf_core.data.row_source import Cursor
 from rlhf_core.generation.engine import Engine
 from rlhf_core.infra.errors import DataError
 
@@ -31,7 +32,7 @@ def prompt_batch(policy: PolicyModel, prompts: Sequence[Any]) -> Batch:
     encoder = Encoder(policy.tokenizer, "prompt", max_length=policy.max_positions or 2**31)
     asked = [prompt if isinstance(prompt, Mapping) else {"prompt": prompt} for prompt in prompts]
     rows: list[EncodedRow] = []
-    for outcome in encoder.encode(list(Rows(asked, "prompts").rows(Cursor()))):
+    for outcome in encoder.encode(list(ListRows(asked, "prompts").rows(Cursor()))):
         if outcome.row is None:
             raise DataError(f"the prompt can't be answered: {outcome.refused}", place=outcome.place)
         rows.append(outcome.row)

@@ -21,6 +21,11 @@ def stream_seed(seed: int, name: str, *index: int) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
+def random_generator(*key: int) -> np.random.Generator:
+    """Return the generator that belongs to these numbers, whatever was drawn before."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+
+
 def completion_seeds(
     seed: int,
     name: str,

@@ -17,8 +17,8 @@ from rlhf_core.config.training import ModelConfig
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.contracts.reward import RewardFn, Sample
 from rlhf_core.data.collate import collate
-from rlhf_core.data.encode import NO_ROOM, EncodedRow, Encoder
-from rlhf_core.data.files import Cursor, Row
+from rlhf_core.data.encoder import NO_ROOM, EncodedRow, Encoder
+from rlhf_core.data.row_source import Cursor, Row
 from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.errors import DataError
 from rlhf_core.infra.model_files import file_hashes
@@ -167,7 +167,7 @@ class SampleScores(Generic[ScoreT]):
     def _texts(self, ids: list[int]) -> Iterator[str]:
         """Yield what the ids may have been decoded to: as what continues a text, and alone."""
         decode = self.model.tokenizer.decode
-        yield self.prompts.pieces.text_of(ids)
+        yield self.prompts.text_spans.text_of(ids)
         yield decode(ids, clean_up_tokenization_spaces=False)
         yield decode(ids)
 

@@ -10,7 +10,7 @@ import torch
 
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.contracts.trainer import Evaluation, Loss, Trainer, Window
-from rlhf_core.data.base import EncodedData
+from rlhf_core.data.encoded_data import EncodedData
 from rlhf_core.infra.errors import DataError, NumbersError, PluginError
 from rlhf_core.infra.out_of_memory import halve_until_fits, try_to_fit
 from rlhf_core.infra.seeds import RandomState, seed_everything

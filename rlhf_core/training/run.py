@@ -12,7 +12,7 @@ from typing import Any
 
 from rlhf_core.contracts.result import TrainResult
 from rlhf_core.contracts.trainer import Trainer
-from rlhf_core.data.templates import rendered_at
+from rlhf_core.data.chat_rendering import rendered_at
 from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.errors import Stopped
 from rlhf_core.infra.seeds import seed_everything

@@ -10,9 +10,9 @@ from typing import Any
 from rlhf_core.config.training import TrainerConfig
 from rlhf_core.contracts.trainer import Trainer
 from rlhf_core.data import DataStream, open_dataset
-from rlhf_core.data.base import EncodedData
-from rlhf_core.data.saved import keep
-from rlhf_core.data.sources import data_files, has_splits
+from rlhf_core.data.encoded_data import EncodedData
+from rlhf_core.data.open_source import data_files, has_splits
+from rlhf_core.data.text_options import keep
 from rlhf_core.infra.errors import ConfigError
 from rlhf_core.models.sequence_model import SequenceModel
 from rlhf_core.training.distribution import Distribution

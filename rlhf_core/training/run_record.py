@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core import registry
 from rlhf_core.config.yaml_file import flatten
 from rlhf_core.contracts.trainer import Trainer
-from rlhf_core.data.sources import data_files
+from rlhf_core.data.open_source import data_files
 from rlhf_core.infra.environment import describe_environment
 from rlhf_core.infra.errors import ConfigError, LostProcess, ModelError, PluginError, RLHFError, Stopped, StorageError
 from rlhf_core.infra.redact import redact

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from rlhf_core.data.base import EncodedData
+from rlhf_core.data.encoded_data import EncodedData
 from rlhf_core.infra.seeds import RandomState
 
 Metrics = dict[str, int | float | str | None]

@@ -16,8 +16,8 @@ from torch import nn
 from rlhf_core.config.online import OnlineConfig
 from rlhf_core.config.training import LoraConfig, TrainerConfig
 from rlhf_core.contracts.trainer import Trainer
-from rlhf_core.data.base import EncodedData
-from rlhf_core.data.sources import check_paths
+from rlhf_core.data.encoded_data import EncodedData
+from rlhf_core.data.open_source import check_paths
 from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.errors import ConfigError
 from rlhf_core.infra.seeds import seed_everything

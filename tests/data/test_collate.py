@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_core.data.collate import collate
-from rlhf_core.data.encode import EncodedRow
+from rlhf_core.data.encoder import EncodedRow
 
 token = st.integers(0, 3)
 

@@ -7,8 +7,8 @@ from data_helpers import bpe_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rlhf_core.data.encode import Encoder
-from rlhf_core.data.sources import open_source
+from rlhf_core.data.encoder import Encoder
+from rlhf_core.data.open_source import open_source
 
 LETTERS = {t: i for i, t in enumerate(["<unk>", "<s>", "</s>", "▁", "\n", *map(chr, range(33, 127)), "▁4", "▁a", "=4"])}
 MERGES = [("▁", "4"), ("▁", "a"), ("=", "4")]

@@ -19,7 +19,7 @@ from rlhf_core.data import (
     open_dataset,
 )
 from rlhf_core.data.collate import collate
-from rlhf_core.data.datasets import SMALL
+from rlhf_core.data.map_dataset import SMALL
 from rlhf_core.infra.errors import ConfigError, DataError
 
 TURNS = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}] * 2

@@ -9,9 +9,9 @@ from data_helpers import CHATML, bpe_tokenizer
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from rlhf_core.data.encode import NO_ROOM, TOO_LONG, EncodedRow, Encoder
-from rlhf_core.data.pieces import PieceEncoder
-from rlhf_core.data.sources import open_source
+from rlhf_core.data.encoder import NO_ROOM, TOO_LONG, EncodedRow, Encoder
+from rlhf_core.data.open_source import open_source
+from rlhf_core.data.text_spans import TextSpanEncoder
 from rlhf_core.infra.errors import ConfigError, DataError, ModelError
 from rlhf_core.testing.tiny import tiny_tokenizer
 
@@ -187,7 +187,7 @@ def test_hiding_control_tokens_changes_nothing_else(name, request):
     mark = Encoder(tokenizer, "sft").template.control
     for text in ("a", "<not control>", "[INST] a b", f"a{tokenizer.eos_token} b\n{tokenizer.bos_token}c"):
         pieces = mark.cut(text, mark.pattern)
-        ids = [token for part in PieceEncoder(tokenizer)(pieces) for token in part]
+        ids = [token for part in TextSpanEncoder(tokenizer)(pieces) for token in part]
         assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 

@@ -10,8 +10,8 @@ import random
 import pytest
 from chat_families import FAMILIES
 
-from rlhf_core.data.encode import Encoder, Outcome
-from rlhf_core.data.sources import open_source
+from rlhf_core.data.encoder import Encoder, RowOutcome
+from rlhf_core.data.open_source import open_source
 from rlhf_core.infra.errors import ModelError
 
 TOKENIZERS = {name: family.tokenizer() for name, family in FAMILIES.items()}
@@ -36,17 +36,17 @@ def says(text: str, **more) -> dict:
     return {"role": "assistant", "content": text, **more}
 
 
-def outcome(name: str, row: dict, record: str = "sft", **options) -> Outcome:
+def outcome(name: str, row: dict, record: str = "sft", **options) -> RowOutcome:
     (found,) = outcomes(name, row, record, **options)
     return found
 
 
-def outcomes(name: str, row: dict, record: str = "sft", **options) -> list[Outcome]:
+def outcomes(name: str, row: dict, record: str = "sft", **options) -> list[RowOutcome]:
     encoder = Encoder(TOKENIZERS[name], record, max_length=4096, **options)
     return encoder.encode(list(open_source([row]).rows()))
 
 
-def in_loss(name: str, found: Outcome, number: int = 0) -> list[str]:
+def in_loss(name: str, found: RowOutcome, number: int = 0) -> list[str]:
     """Return the runs of tokens in the loss, as text."""
     runs: list[list[int]] = []
     before = False
@@ -62,7 +62,7 @@ def prompted(name: str, messages: list[dict], **options) -> str:
     return TOKENIZERS[name].apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
 
 
-def prompt(name: str, found: Outcome) -> str:
+def prompt(name: str, found: RowOutcome) -> str:
     return TOKENIZERS[name].decode(found.row.prompt_ids)
 
 
@@ -191,7 +191,7 @@ def test_control_tokens_in_contents_stay_text(name):
     found = outcome(name, {"messages": [user(evil), says(f"a {evil}"), user(evil), says(f"b {evil}")]})
     plain = outcome(name, {"messages": [user("x"), says("a x"), user("x"), says("b x")]})
 
-    def control(one: Outcome) -> list[int]:
+    def control(one: RowOutcome) -> list[int]:
         ids = [*one.row.prompt_ids, *one.row.responses[0]]
         return [token for token in ids if tokenizer.added_tokens_decoder.get(token) is not None]
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from rlhf_core.config.training import TrainerConfig
 from rlhf_core.data import open_dataset
-from rlhf_core.data.sources import open_source
+from rlhf_core.data.open_source import open_source
 from rlhf_core.infra.errors import DataError
 from rlhf_core.testing.tiny import tiny_tokenizer
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf_core.config.training import DatasetConfig
 from rlhf_core.data import PreferenceDataset, SFTDataset
-from rlhf_core.data.templates import rendered_at
+from rlhf_core.data.chat_rendering import rendered_at
 from rlhf_core.infra.errors import DataError
 
 MARK = "a word that stands in rows only"

@@ -11,9 +11,9 @@ from data_helpers import in_words
 
 from rlhf_core.config.training import TrainerConfig
 from rlhf_core.data import open_dataset
-from rlhf_core.data.checks import Checker
-from rlhf_core.data.sources import open_source
-from rlhf_core.data.stream import DataStream
+from rlhf_core.data.data_stream import DataStream
+from rlhf_core.data.open_source import open_source
+from rlhf_core.data.row_checker import RowChecker
 from rlhf_core.infra.errors import ConfigError, DataError
 
 U, A, N = ({"role": role, "content": text} for role, text in (("user", "hi"), ("assistant", "yo"), ("assistant", "no")))
@@ -41,7 +41,7 @@ def fault(tokenizer, rows, record="sft", **dataset) -> str:
 
 
 def example(row, record="sft", **options):
-    return Checker(record, options.pop("columns", None), **options).check(next(open_source([row]).rows()))
+    return RowChecker(record, options.pop("columns", None), **options).check(next(open_source([row]).rows()))
 
 
 SFT = {

@@ -13,9 +13,9 @@ from data_helpers import lines, sft_rows, write_as
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_core.data.files import Cursor
 from rlhf_core.data.json_files import JsonLines
-from rlhf_core.data.sources import check_paths, has_splits, open_source
+from rlhf_core.data.open_source import check_paths, has_splits, open_source
+from rlhf_core.data.row_source import Cursor
 from rlhf_core.infra.errors import DataError
 
 FORMS = ("jsonl", "gz", "zst", "parquet")
@@ -70,9 +70,8 @@ def test_any_text_survives_lines_of_any_ending(tmp_path_factory, rows, data):
 
 
 @pytest.mark.parametrize("form", ["jsonl", "gz", "zst"])
-def test_lines_longer_than_a_chunk(tmp_path, monkeypatch, form):
-    monkeypatch.setattr("rlhf_core.data.files._CHUNK", 7)
-    rows = sft_rows(5)
+def test_lines_longer_than_what_is_read_at_once(tmp_path, form):
+    rows = [{**row, "response": "ü" * (number << 19)} for number, row in enumerate(sft_rows(5), 1)]
     path = write_as(rows, tmp_path, form)
     source = open_source(path)
     every = list(source.rows())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 
@@ -15,8 +16,8 @@ from hypothesis import strategies as st
 from rlhf_core.config.training import DatasetConfig
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.data import DataStream, PreferenceDataset, SFTDataset, StreamingSFTDataset
-from rlhf_core.data.encode import EncodedRow
-from rlhf_core.data.stream import shares
+from rlhf_core.data.data_stream import shares
+from rlhf_core.data.encoder import EncodedRow
 from rlhf_core.infra.errors import ConfigError, DataError
 from rlhf_core.testing.tiny import tiny_tokenizer
 
@@ -206,8 +207,15 @@ def test_block_shuffle_is_a_permutation_of_near_rows(rows, block, seed, epoch):
 
 def test_block_boundaries_move_from_epoch_to_epoch():
     data = opened(sft_rows(40), streaming=True, block=8)
-    assert len({data._block_size(epoch, 0, 0, True) for epoch in range(20)}) > 4
-    assert data._block_size(3, 0, 0, True) == data._block_size(3, 0, 0, True)
+
+    def blocks(epoch: int) -> list[int]:
+        """Return how many rows the blocks of an epoch have, but for the last."""
+        after = [position[0] for _, position in data.walk(epoch, seed=0, shuffle=True, position=[])]
+        ends = [number for number, (one, other) in enumerate(itertools.pairwise([0, *after]), 1) if other > one]
+        return [end - begin for begin, end in itertools.pairwise([0, *ends[:-1]])]
+
+    assert len({blocks(epoch)[0] for epoch in range(20)}) > 4
+    assert blocks(3) == blocks(3) and {*blocks(3)[1:]} == {8}
 
 
 def test_a_block_that_holds_everything_is_drawn_anew_in_each_epoch():

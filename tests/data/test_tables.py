@@ -14,9 +14,9 @@ from data_helpers import lines, sft_rows, write_as
 
 from rlhf_core.config.training import TrainerConfig
 from rlhf_core.data import open_dataset
-from rlhf_core.data.checks import Checker
-from rlhf_core.data.files import Cursor
-from rlhf_core.data.sources import check_paths, has_splits, open_source
+from rlhf_core.data.open_source import check_paths, has_splits, open_source
+from rlhf_core.data.row_checker import RowChecker
+from rlhf_core.data.row_source import Cursor
 from rlhf_core.infra.errors import DataError
 
 ODD = [
@@ -225,4 +225,4 @@ def test_turns_as_python_writes_them_are_a_fault(tmp_path, name):
         csv.writer(file).writerows([[name], [str(turns)]])
     with pytest.raises(DataError, match=f"rows.csv:2: `{name}` was written by Python's str.*fix: write it as JSON"):
         for row in open_source(path).rows():
-            Checker("sft").check(row)
+            RowChecker("sft").check(row)

@@ -11,9 +11,9 @@ from tokenizers import AddedToken
 from rlhf_core import registry
 from rlhf_core.config.training import DatasetConfig
 from rlhf_core.data import SFTDataset, StreamingSFTDataset
-from rlhf_core.data.encode import EncodedRow, Encoder
-from rlhf_core.data.sources import open_source
-from rlhf_core.data.stream import DataStream
+from rlhf_core.data.data_stream import DataStream
+from rlhf_core.data.encoder import EncodedRow, Encoder
+from rlhf_core.data.open_source import open_source
 from rlhf_core.infra.errors import ConfigError
 from rlhf_core.testing.tiny import save_tiny, tiny_tokenizer
 

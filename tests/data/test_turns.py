@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 from chat_families import FAMILIES, Family
 
-from rlhf_core.data.encode import Encoder, Outcome
-from rlhf_core.data.sources import open_source
+from rlhf_core.data.encoder import Encoder, RowOutcome
+from rlhf_core.data.open_source import open_source
 from rlhf_core.infra.errors import DataError, ModelError
 
 ASK = {"role": "user", "content": "q"}
@@ -33,11 +33,11 @@ def chatml(turn: str, *, prompt: str = HEADER, last: str = "", added: tuple[str,
 PLAIN = HEADER + "{{ m.content | trim }}<|im_end|>{{ '\n' }}"
 
 
-def outcomes(family: Family, row: dict, record: str = "sft", **options) -> list[Outcome]:
+def outcomes(family: Family, row: dict, record: str = "sft", **options) -> list[RowOutcome]:
     return Encoder(family.tokenizer(), record, max_length=4096, **options).encode(list(open_source([row]).rows()))
 
 
-def parts(family: Family, found: Outcome, number: int = 0) -> list[tuple[bool, str]]:
+def parts(family: Family, found: RowOutcome, number: int = 0) -> list[tuple[bool, str]]:
     """Return a response as runs of text, each with whether it is in the loss."""
     runs: list[tuple[bool, list[int]]] = []
     for token, mask in zip(found.row.responses[number], found.row.masks[number], strict=True):

@@ -12,8 +12,8 @@ from data_helpers import lines, sft_rows, write_as
 
 from rlhf_core.config.training import TrainerConfig
 from rlhf_core.data import DataStream, open_dataset
-from rlhf_core.data.files import Cursor
-from rlhf_core.data.sources import check_paths, has_splits, open_source
+from rlhf_core.data.open_source import check_paths, has_splits, open_source
+from rlhf_core.data.row_source import Cursor
 from rlhf_core.infra.errors import ConfigError, DataError
 from rlhf_core.training.job import load_job
 

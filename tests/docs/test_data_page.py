@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from data_helpers import in_words
 
 from rlhf_core.contracts.records import RECORDS
-from rlhf_core.data.encode import Encoder
-from rlhf_core.data.shapes import Format
-from rlhf_core.data.sources import open_source
+from rlhf_core.data.encoder import Encoder
+from rlhf_core.data.open_source import open_source
+from rlhf_core.data.row_shapes import Format
 from rlhf_core.testing.tiny import tiny_tokenizer
 
 PAGE = Path(__file__).parents[2] / "docs" / "data.md"

@@ -113,9 +113,9 @@ def test_a_row_s_tools_reach_the_template(policy: PolicyModel) -> None:
 def test_the_text_of_a_continued_prompt_keeps_its_first_blank() -> None:
     from data_helpers import metaspace_tokenizer
 
-    from rlhf_core.data.pieces import PieceEncoder
+    from rlhf_core.data.text_spans import TextSpanEncoder
 
     tokenizer = metaspace_tokenizer()
     tokenizer.backend_tokenizer.decoder = Metaspace(prepend_scheme="always")
     ids = tokenizer.convert_tokens_to_ids(["▁", "4"])
-    assert tokenizer.decode(ids) == "4" and PieceEncoder(tokenizer).text_of(ids) == " 4"
+    assert tokenizer.decode(ids) == "4" and TextSpanEncoder(tokenizer).text_of(ids) == " 4"

@@ -23,7 +23,7 @@ from rlhf_core.config.online import SamplingConfig
 from rlhf_core.contracts.reward import Sample
 from rlhf_core.data import GRPODataset, SFTDataset
 from rlhf_core.data.collate import collate
-from rlhf_core.data.encode import EncodedRow
+from rlhf_core.data.encoder import EncodedRow
 from rlhf_core.generation.engine import Engine
 from rlhf_core.infra.errors import ConfigError, DataError, ModelError
 from rlhf_core.models import PolicyModel, ProcessRewardModel, RewardModel

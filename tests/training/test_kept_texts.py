@@ -11,8 +11,8 @@ from tokenizers import AddedToken
 from rlhf_core import registry
 from rlhf_core.contracts.reward import Sample
 from rlhf_core.data.collate import collate
-from rlhf_core.data.encode import Encoder
-from rlhf_core.data.sources import open_source
+from rlhf_core.data.encoder import Encoder
+from rlhf_core.data.open_source import open_source
 from rlhf_core.models import PolicyModel
 from rlhf_core.testing.tiny import VOCAB_SIZE, save_tiny, tiny_tokenizer
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from rlhf_core.config.training import DatasetConfig
-from rlhf_core.data.encode import PLAIN, EncodedRow, Encoder, Outcome
-from rlhf_core.data.report import DataReport
-from rlhf_core.data.sources import open_source
+from rlhf_core.data.data_report import DataReport
+from rlhf_core.data.encoder import PLAIN, EncodedRow, Encoder, RowOutcome
+from rlhf_core.data.open_source import open_source
 from rlhf_core.infra.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -97,7 +97,9 @@ class EncodedData(ABC):
         """Rows that an epoch yields; None where that isn't known yet."""
 
     @abstractmethod
-    def walk(self, epoch: int, *, seed: int, shuffle: bool, position: Position) -> Iterator[tuple[Outcome, Position]]:
+    def walk(
+        self, epoch: int, *, seed: int, shuffle: bool, position: Position
+    ) -> Iterator[tuple[RowOutcome, Position]]:
         """Yield an epoch's rows from a position on, each with the position after it.
 
         A stream yields what it refuses too, to be counted when it is met.
@@ -119,11 +121,6 @@ class EncodedData(ABC):
         """
         rows = (row.place for row in self.source.rows() if row.index == index)
         return next(rows, f"row {index}")
-
-
-def random_generator(*key: int) -> np.random.Generator:
-    """Return the generator that belongs to these numbers, whatever was drawn before."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
 
 
 def add_to_hash(digest: hashlib._Hash, row: EncodedRow) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlhf_core.data.values import check_sound, written_whole
+from rlhf_core.data.row_values import check_sound, written_whole
 from rlhf_core.infra.errors import DataError
 
 COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
@@ -48,7 +48,7 @@ class Row:
     after: Cursor
 
 
-class Part(ABC):
+class RowSource(ABC):
     """One file or table of a source."""
 
     name: str
@@ -81,7 +81,7 @@ class Part(ABC):
         return {"name": self.name, kind: digest.hexdigest()}
 
 
-class File(Part):
+class RowFile(RowSource):
     """One file on disk."""
 
     def __init__(self, path: Path) -> None:
@@ -115,7 +115,7 @@ class File(Part):
         return {"name": self.name, "bytes": size, "sha256_of_ends": ends.hexdigest()}
 
 
-class TextFile(File):
+class TextFile(RowFile):
     """A file of UTF-8, plain or compressed. A byte order mark and CRLF are taken as they come."""
 
     @contextmanager

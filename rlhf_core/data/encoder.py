@@ -12,15 +12,15 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_core.contracts.records import Message, Prompt
-from rlhf_core.data.checks import Checker, Example
-from rlhf_core.data.examples import in_loss
-from rlhf_core.data.files import Row
-from rlhf_core.data.pieces import Piece, PieceEncoder
-from rlhf_core.data.saved import TextSettings
-from rlhf_core.data.shapes import Format
-from rlhf_core.data.templates import ChatTemplate, texts_in
+from rlhf_core.data.chat_rendering import ChatTemplate, texts_in
+from rlhf_core.data.prompt_responses import in_loss
+from rlhf_core.data.row_checker import CheckedRow, RowChecker
+from rlhf_core.data.row_shapes import Format
+from rlhf_core.data.row_source import Row
+from rlhf_core.data.row_values import as_json
+from rlhf_core.data.text_options import TextOptions
+from rlhf_core.data.text_spans import TextSpan, TextSpanEncoder
 from rlhf_core.data.turns import UNUSED_TOOLS, ignores_tools, split_turns
-from rlhf_core.data.values import as_json
 from rlhf_core.infra.errors import ConfigError, DataError, ModelError
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class EncodedRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class RowOutcome:
     """What became of one row: encoded, or refused with a reason."""
 
     place: str
@@ -87,10 +87,10 @@ class Outcome:
 
 
 @dataclass(slots=True)
-class _Plan:
-    example: Example
-    prompt: list[Piece]
-    responses: list[list[Piece]]
+class _RowSpans:
+    example: CheckedRow
+    prompt: list[TextSpan]
+    responses: list[list[TextSpan]]
     control_text: list[str]
     notes: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
@@ -134,12 +134,12 @@ class Encoder:
             )
         self.tokenizer, self.record, self.turns = tokenizer, record, turns
         self.max_length, self.truncation = max_length, truncation
-        self.checker = Checker(record, columns, format=format, ignored=ignored)
-        kept = TextSettings.of(tokenizer)
+        self.checker = RowChecker(record, columns, format=format, ignored=ignored)
+        kept = TextOptions.of(tokenizer)
         self.wrap = kept.wrap if wrap is None else wrap
         allowed = kept.special_tokens if special_tokens is None else special_tokens
         self.template = ChatTemplate(tokenizer, chat_template, allowed=allowed or ())
-        self.pieces = PieceEncoder(tokenizer)
+        self.text_spans = TextSpanEncoder(tokenizer)
         self.chats = False
         """Whether a row so far was a chat."""
         self.wrapped = False
@@ -176,12 +176,12 @@ class Encoder:
             "tokenizer_class": type(tokenizer).__qualname__,
             "control_tokens": {name: number for name, (number, _) in self.template.control.tokens.items()},
             "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
-            "begin": list(self.pieces.begin),
+            "begin": list(self.text_spans.begin),
             "templates": [self.template.source, self.template.with_tools],
             "times": times,
         }
 
-    def encode(self, rows: Sequence[Row]) -> list[Outcome]:
+    def encode(self, rows: Sequence[Row]) -> list[RowOutcome]:
         """Return what becomes of each row, in order. The tokenizer is called a few times for all of them.
 
         Raises:
@@ -190,24 +190,24 @@ class Encoder:
         """
         return [outcome for group in self.encode_each(rows) for outcome in group]
 
-    def encode_each(self, rows: Sequence[Row]) -> list[list[Outcome]]:
+    def encode_each(self, rows: Sequence[Row]) -> list[list[RowOutcome]]:
         """Return for each row what becomes of it: one outcome, or one for each assistant turn where `turns` is `each`."""
         plans = [[self._plan(example) for example in self._examples(row)] for row in rows]
         flat = [plan for group in plans for plan in group]
-        pieces = [piece for plan in flat for group in (plan.prompt, *plan.responses) for piece in group]
-        ids = iter(self.pieces(pieces))
+        text_spans = [text_span for plan in flat for group in (plan.prompt, *plan.responses) for text_span in group]
+        ids = iter(self.text_spans(text_spans))
         return [[self._encoded(plan, ids) for plan in group] for group in plans]
 
-    def _encoded(self, plan: _Plan, ids: Iterator[Sequence[int]]) -> Outcome:
+    def _encoded(self, plan: _RowSpans, ids: Iterator[Sequence[int]]) -> RowOutcome:
         prompt = [token for _ in plan.prompt for token in next(ids)]
         responses, masks = [], []
         for group in plan.responses:
-            parts = [(next(ids), piece.in_loss) for piece in group]
+            parts = [(next(ids), text_span.in_loss) for text_span in group]
             responses.append([token for part, _ in parts for token in part])
             masks.append([in_loss for part, in_loss in parts for _ in part])
         return self._outcome(plan, prompt, responses, masks)
 
-    def _examples(self, row: Row) -> list[Example]:
+    def _examples(self, row: Row) -> list[CheckedRow]:
         example = self._wrapped(self.checker.check(row))
         if isinstance(example.prompt, str) or self.turns == "together" or not example.responses:
             return [example]
@@ -221,11 +221,11 @@ class Encoder:
         ]
         return each or [example]
 
-    def _asked(self, example: Example, prompt: list[Message]) -> Prompt:
+    def _asked(self, example: CheckedRow, prompt: list[Message]) -> Prompt:
         """Return what a turn of a conversation answers, as it stands in the data."""
         return example.asked if len(prompt) == len(example.prompt) else as_json(prompt)
 
-    def _wrapped(self, example: Example) -> Example:
+    def _wrapped(self, example: CheckedRow) -> CheckedRow:
         """Make a text prompt the user's turn, and its responses the assistant's, where that is asked for."""
         if not isinstance(example.prompt, str) or not example.prompt:
             return example
@@ -237,7 +237,7 @@ class Encoder:
         answers = [[Message(role="assistant", content=text)] for text in example.responses if isinstance(text, str)]
         return replace(example, prompt=[Message(role="user", content=example.prompt)], responses=tuple(answers))
 
-    def _plan(self, example: Example) -> _Plan:
+    def _plan(self, example: CheckedRow) -> _RowSpans:
         if isinstance(example.prompt, str):
             return self._text_plan(example, example.prompt)
         self.chats = True
@@ -248,7 +248,7 @@ class Encoder:
             chat = self.template.chat(prompt, place, tools=tools)
             text = self.template.render(chat, answer=True)
             lost = [UNUSED_TOOLS] if ignores_tools(self.template, chat, text, answer=True) else []
-            return _Plan(example, self.template.control.pieces(text, chat.mark), [], seen, lost=lost)
+            return _RowSpans(example, self.template.control.rendered_spans(text, chat.mark), [], seen, lost=lost)
         both = []
         for messages in example.responses:
             assert not isinstance(messages, str)
@@ -264,43 +264,45 @@ class Encoder:
                 fix="give answers of one turn each",
             )  # fmt: skip
         notes, lost = ([text for turns in both for text in getattr(turns, name)] for name in ("notes", "lost"))
-        return _Plan(example, both[0].prompt, [turns.response for turns in both], seen, notes, lost)
+        return _RowSpans(example, both[0].prompt, [turns.response for turns in both], seen, notes, lost)
 
-    def _text_plan(self, example: Example, prompt: str) -> _Plan:
+    def _text_plan(self, example: CheckedRow, prompt: str) -> _RowSpans:
         control = self.template.control
         texts = [text for text in example.responses if isinstance(text, str)]
         seen = [name for text in (prompt, *texts) for name in control.within(text)]
         # A response continues its prompt: what marks a text's beginning (Llama's `▁`) stands at the prompt's alone.
-        answers = [control.text_pieces(text, in_loss=True, continues=bool(prompt)) for text in texts]
+        answers = [control.spans_in_text(text, in_loss=True, continues=bool(prompt)) for text in texts]
         if not prompt:
             # A whole text that writes its own beginning token has it as its prompt.
-            begin = self.pieces.begin or (self._stand_in(example),)
+            begin = self.text_spans.begin or (self._stand_in(example),)
             answers = [answer[len(begin) :] if _begins_with(answer, begin) else answer for answer in answers]
         answers = [self._ended(answer, example) for answer in answers]
-        before = control.text_pieces(prompt)
-        if not _begins_with(before, self.pieces.begin):
-            before.insert(0, Piece(ids=self.pieces.begin))
+        before = control.spans_in_text(prompt)
+        if not _begins_with(before, self.text_spans.begin):
+            before.insert(0, TextSpan(ids=self.text_spans.begin))
         lost = ["`tools` reach a chat template, and the rows are plain text"] if example.tools else []
-        return _Plan(example, before, answers, seen, lost=lost)
+        return _RowSpans(example, before, answers, seen, lost=lost)
 
-    def _ended(self, answer: list[Piece], example: Example) -> list[Piece]:
+    def _ended(self, answer: list[TextSpan], example: CheckedRow) -> list[TextSpan]:
         """Return a response with the end token behind it, which its text may have written itself."""
-        end = self._end_piece(example)
+        end = self._end_span(example)
         for length in (len(answer), len(answer) - 1):
             if length > 0 and answer[length - 1].ids == end.ids and not any(p.text.strip() for p in answer[length:]):
                 return answer[:length]
         return [*answer, end]
 
-    def _end_piece(self, example: Example) -> Piece:
+    def _end_span(self, example: CheckedRow) -> TextSpan:
         if self.tokenizer.eos_token_id is None:
             raise ModelError(
                 "the tokenizer has no end token, so a response could not be ended",
                 place=example.place,
                 fix="set the tokenizer's `eos_token`",
             )
-        return Piece(ids=(self.tokenizer.eos_token_id,), in_loss=True)
+        return TextSpan(ids=(self.tokenizer.eos_token_id,), in_loss=True)
 
-    def _outcome(self, plan: _Plan, prompt: list[int], responses: list[list[int]], masks: list[list[bool]]) -> Outcome:
+    def _outcome(
+        self, plan: _RowSpans, prompt: list[int], responses: list[list[int]], masks: list[list[bool]]
+    ) -> RowOutcome:
         example = plan.example
         if not prompt:
             prompt = [self._stand_in(example)]
@@ -323,12 +325,12 @@ class Encoder:
                 dict(example.per_prompt), dict(example.per_response), example.asked, dict(example.record),
             )  # fmt: skip
         control, notes, lost = (tuple(dict.fromkeys(found)) for found in (plan.control_text, plan.notes, plan.lost))
-        return Outcome(
+        return RowOutcome(
             example.place, row, reason, truncated and row is not None, control,
             example.left_out, example.read_as, example.unused, notes, lost, example.set_aside, example.absent,
         )  # fmt: skip
 
-    def _stand_in(self, example: Example) -> int:
+    def _stand_in(self, example: CheckedRow) -> int:
         """Return the token that stands for an empty prompt: the beginning token, else the end token."""
         for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
             if token is not None:
@@ -351,7 +353,7 @@ class Encoder:
                 return NO_ROOM
             masks = [mask[:room] for mask in masks]
             return (prompt, [response[:room] for response in responses], masks) if all(map(any, masks)) else NO_ROOM
-        begin = self.pieces.begin
+        begin = self.text_spans.begin
         kept = begin if tuple(prompt[: len(begin)]) == begin else ()
         room = self.max_length - max(map(len, responses), default=1) - len(kept)
         if room >= 1:
@@ -372,6 +374,6 @@ class Encoder:
         return TOO_LONG
 
 
-def _begins_with(pieces: Sequence[Piece], ids: tuple[int, ...]) -> bool:
-    """Tell whether pieces begin with pieces of these ids, one each."""
-    return bool(ids) and [piece.ids for piece in pieces[: len(ids)]] == [(token,) for token in ids]
+def _begins_with(text_spans: Sequence[TextSpan], ids: tuple[int, ...]) -> bool:
+    """Tell whether text_spans begin with text_spans of these ids, one each."""
+    return bool(ids) and [text_span.ids for text_span in text_spans[: len(ids)]] == [(token,) for token in ids]

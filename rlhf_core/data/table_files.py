@@ -6,7 +6,7 @@ import csv
 from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.data.files import COMPRESSION, Cursor, File, Row, TextFile
+from rlhf_core.data.row_source import COMPRESSION, Cursor, Row, RowFile, TextFile
 from rlhf_core.infra.errors import DataError, first_line
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class Delimited(TextFile):
             )
 
 
-class ParquetRows(File):
+class ParquetRows(RowFile):
     """A Parquet file, read one row group at a time."""
 
     def rows(self, start: Cursor) -> Iterator[Row]:

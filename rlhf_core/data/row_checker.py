@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_core.contracts.records import RECORDS, Message, Prompt, RecordContract
-from rlhf_core.data.examples import Parts, parts_of
-from rlhf_core.data.files import Row
+from rlhf_core.data.columns import ASKING, TEXT, TURNS, value_kind
 from rlhf_core.data.messages import is_dialogue, read_dialogue, read_messages, wrong_type
-from rlhf_core.data.shapes import ASKING, TEXT, TURNS, Format, Reading, Recogniser, kind_of
-from rlhf_core.data.values import as_json, check_sound, is_json
+from rlhf_core.data.prompt_responses import PromptResponses, read_prompt_responses
+from rlhf_core.data.row_shapes import Format, RowShape, ShapeRecogniser
+from rlhf_core.data.row_source import Row
+from rlhf_core.data.row_values import as_json, check_sound, is_json
 from rlhf_core.infra.errors import ConfigError, DataError, did_you_mean, nearest, shortened
 
 _LABELS = {
@@ -37,7 +38,7 @@ _SHAPES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
+class CheckedRow:
     """A checked row, before it is encoded."""
 
     index: int
@@ -66,7 +67,7 @@ class Example:
     """Columns that `dataset.columns` names and the row lacks, each with what to do about it."""
 
 
-class Checker:
+class RowChecker:
     """Checks rows against a record type, in whichever shape they stand.
 
     Args:
@@ -96,12 +97,12 @@ class Checker:
                     place=f"dataset.columns.{name}",
                     fix=did_you_mean(name, known),
                 )
-        self.recogniser = Recogniser(self.contract, format, self.columns, self.ignored)
+        self.recogniser = ShapeRecogniser(self.contract, format, self.columns, self.ignored)
         self._margin: bool | None = None
         self._complete = False
         """Whether a row before had every column."""
 
-    def check(self, row: Row) -> Example:
+    def check(self, row: Row) -> CheckedRow:
         """Return the row's parts.
 
         Raises:
@@ -117,7 +118,7 @@ class Checker:
             if absent and not (name == "prompt" and reading.prompt_inside):
                 raise self._missing(name, row, found)
         self._complete = True
-        parts = parts_of(reading, self.contract, row.place)
+        parts = read_prompt_responses(reading, self.contract, row.place)
         per_prompt, per_response = self._columns(reading, row)
         used = {*found.values(), *per_prompt}
         unused = self._unused(reading, parts, used)
@@ -128,7 +129,7 @@ class Checker:
             record = {name: value for name, value in record.items() if name not in ("prompt", found.get("prompt"))}
         kept = {name: value for name, value in record.items() if is_json(value)}
         left_out = tuple(name for name in record if name not in kept)
-        return Example(
+        return CheckedRow(
             row.index, row.place, parts.prompt, parts.responses, parts.tools,
             per_prompt, per_response, as_json(parts.prompt), kept, left_out, reading.says, unused,
             parts.set_aside, self._absent(row),
@@ -154,7 +155,7 @@ class Checker:
             if own not in row.values
         )
 
-    def _unused(self, reading: Reading, parts: Parts, used: set[str]) -> tuple[str, ...]:
+    def _unused(self, reading: RowShape, parts: PromptResponses, used: set[str]) -> tuple[str, ...]:
         """Return the columns of text or turns that nothing uses, those aside that repeat what is used."""
         if not self.contract.responses:
             return ()
@@ -179,7 +180,7 @@ class Checker:
                 return not (text := value.strip()) or text in texts or is_rendered(text)
             if value in same:
                 return True
-            kind = kind_of(value)
+            kind = value_kind(value)
             said = value if kind == "texts" else _contents(value) if kind in TURNS else []
             if bool(said) and all(text.strip() in texts for text in said):
                 return True
@@ -189,7 +190,7 @@ class Checker:
         def means_something(name: str, value: Any) -> bool:
             if isinstance(value, str):
                 return name.casefold() in ASKING or not _is_number(value)
-            kind = kind_of(value)
+            kind = value_kind(value)
             return (
                 kind in (*TURNS, "turn")
                 or (kind in ("texts", "list") and _holds_text(value))
@@ -202,7 +203,7 @@ class Checker:
             if name not in known and means_something(name, value) and not repeats(value)
         )
 
-    def _columns(self, reading: Reading, row: Row) -> tuple[dict[str, float], dict[str, list[bool]]]:
+    def _columns(self, reading: RowShape, row: Row) -> tuple[dict[str, float], dict[str, list[bool]]]:
         values, found = reading.values, reading.columns
         per_prompt: dict[str, float] = {}
         per_response: dict[str, list[bool]] = {}
@@ -247,7 +248,7 @@ class Checker:
 
     def _mapping(self, name: str, own: str, row: Row, found: Mapping[str, str]) -> str:
         """Return which `dataset.columns` would name the missing column, from the columns that hold the kind of it."""
-        held = {str(key): kind_of(value) for key, value in row.values.items()}
+        held = {str(key): value_kind(value) for key, value in row.values.items()}
         if own != name and own not in held:
             # `dataset.columns` names a column that isn't there: what stands near it may bear any name.
             near = nearest(own, [key for key, kind in held.items() if kind in _SHAPES[name]])
@@ -286,7 +287,7 @@ class Checker:
             if not contract.responses or contract.name == self.contract.name:
                 continue
             try:
-                reading = Recogniser(contract, "auto", {}).read(row.values, row.place)
+                reading = ShapeRecogniser(contract, "auto", {}).read(row.values, row.place)
             except DataError:
                 continue
             optional = ("prompt", "response") if "messages" in reading.columns else ()
@@ -302,7 +303,7 @@ class Checker:
 
 def _unknown_turns(value: Any) -> str:
     """Return the keys of a list of mappings that isn't recognised as turns, for a message."""
-    if kind_of(value) != "list" or not isinstance(value[0], Mapping):
+    if value_kind(value) != "list" or not isinstance(value[0], Mapping):
         return ""
     return (
         f" (a list of mappings with {', '.join(f'`{key}`' for key in value[0]) or 'no keys'}, which aren't known turns)"

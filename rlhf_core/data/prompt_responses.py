@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_core.contracts.records import Message, Prompt, RecordContract, Role
+from rlhf_core.data.columns import TURNS, value_kind
 from rlhf_core.data.messages import is_dialogue, read_dialogue, read_messages, read_text, read_tools, wrong_type
-from rlhf_core.data.shapes import TURNS, Reading, kind_of
+from rlhf_core.data.row_shapes import RowShape
 from rlhf_core.infra.errors import DataError, shortened
 
 FIRST = "the conversation begins with an assistant turn, which answers nothing and is context only"
@@ -16,7 +17,7 @@ LAST = "the conversation ends on turns that nothing answers, which are left out"
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
+class PromptResponses:
     """What a row asks and what answers it."""
 
     prompt: Prompt
@@ -44,33 +45,33 @@ def in_loss(message: Message) -> bool:
     return message["role"] == "assistant" and message.get("weight", 1) != 0
 
 
-def parts_of(reading: Reading, contract: RecordContract, place: str) -> Parts:
+def read_prompt_responses(reading: RowShape, contract: RecordContract, place: str) -> PromptResponses:
     """Return the prompt and the responses of a row.
 
     Raises:
         DataError: a column holds something else than it should, a response is empty, or no prompt goes before it.
     """
-    row = _Columns(reading, contract, place)
+    row = _RowReader(reading, contract, place)
     if "text" in reading.columns:
-        return Parts("", (_filled(row.of("text"), "text", place),), None)
+        return PromptResponses("", (_filled(row.of("text"), "text", place),), None)
     tools = read_tools(row.of("tools"), row.name("tools"), place)
     if "messages" in reading.columns:
         prompt, responses = row.conversation()
     else:
         if tools is None and not row.is_chat():
-            return Parts(
+            return PromptResponses(
                 row.text_prompt(), tuple(_filled(row.answer(n), row.name(n), place) for n in contract.responses), None
             )
         prompt, responses = row.chat()
     prompt = row.with_system(prompt)
     _check_prompt(prompt, row, place)
-    return Parts(prompt, tuple(responses), tools, row.prompt_inside, tuple(row.set_aside))
+    return PromptResponses(prompt, tuple(responses), tools, row.prompt_inside, tuple(row.set_aside))
 
 
-class _Columns:
+class _RowReader:
     """A row's columns by what they are."""
 
-    def __init__(self, reading: Reading, contract: RecordContract, place: str) -> None:
+    def __init__(self, reading: RowShape, contract: RecordContract, place: str) -> None:
         self.reading, self.contract, self.place = reading, contract, place
         self.prompt_inside = False
         """Whether a prompt of text stands aside for the one that the answers begin with."""
@@ -192,7 +193,7 @@ class _Columns:
         value = self.of(what)
         if isinstance(value, str) and is_dialogue(value):
             return read_dialogue(value)
-        if kind_of(value) == "texts":
+        if value_kind(value) == "texts":
             roles: tuple[Role, ...] = ("user", "assistant")
             return [{"role": roles[number % 2], "content": text} for number, text in enumerate(value)]
         return read_messages(value, self.name(what), self.place)
@@ -203,13 +204,13 @@ class _Columns:
             value = value.lstrip()
         if isinstance(value, str) and not (self.reading.format == "dialogue" and is_dialogue(value)):
             return [{"role": "assistant", "content": _filled(value, self.name(name), self.place)}]
-        if not isinstance(value, str) and kind_of(value) not in (*TURNS, "turn", "empty"):
+        if not isinstance(value, str) and value_kind(value) not in (*TURNS, "turn", "empty"):
             raise wrong_type(self.name(name), "text or a list of messages", value, self.place)
         return self._turns(name)
 
     def _history(self) -> list[Message]:
         history = self.of("history")
-        if kind_of(history) in (*TURNS, "texts"):
+        if value_kind(history) in (*TURNS, "texts"):
             return self._turns("history")
         turns: list[Message] = []
         for question, answer in history or []:
@@ -256,7 +257,7 @@ def _says_the_same(one: Message, other: Message) -> bool:
     return all(one.get(key) == other.get(key) for key in ("role", "content", "tool_calls"))
 
 
-def _check_prompt(prompt: Sequence[Message], row: _Columns, place: str) -> None:
+def _check_prompt(prompt: Sequence[Message], row: _RowReader, place: str) -> None:
     if not prompt and "messages" in row.reading.columns:
         raise DataError("the conversation begins with an assistant turn, which answers nothing", place=place)
     if not prompt:

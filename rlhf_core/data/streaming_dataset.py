@@ -14,9 +14,10 @@ from typing import ClassVar
 
 import torch.utils.data
 
-from rlhf_core.data.base import EncodedData, Position, add_to_hash, random_generator
-from rlhf_core.data.encode import EncodedRow, Outcome
-from rlhf_core.data.files import Cursor
+from rlhf_core.data.encoded_data import EncodedData, Position, add_to_hash
+from rlhf_core.data.encoder import EncodedRow, RowOutcome
+from rlhf_core.data.row_source import Cursor
+from rlhf_core.infra.seeds import random_generator
 
 _ENCODE = 64
 _PROBE = 16
@@ -56,7 +57,9 @@ class StreamingDataset(EncodedData, torch.utils.data.IterableDataset[EncodedRow]
     def num_rows(self) -> int | None:
         return self.report.kept if self.report.complete else None
 
-    def walk(self, epoch: int, *, seed: int, shuffle: bool, position: Position) -> Iterator[tuple[Outcome, Position]]:
+    def walk(
+        self, epoch: int, *, seed: int, shuffle: bool, position: Position
+    ) -> Iterator[tuple[RowOutcome, Position]]:
         block, cursor, taken, within = position or (0, Cursor(), 0, 0)
         cursor = Cursor(*cursor)
         rows = self.source.rows(cursor)
@@ -80,27 +83,3 @@ class StreamingDataset(EncodedData, torch.utils.data.IterableDataset[EncodedRow]
         """Return the rows of a block: all alike but the first, whose length moves every boundary of its epoch."""
         size = self.options.shuffle_block
         return int(random_generator(seed, epoch, 1).integers(1, size + 1)) if shuffle and block == 0 else size
-
-
-class StreamingSFTDataset(StreamingDataset):
-    """`SFTDataset`, read as needed."""
-
-    records: ClassVar[tuple[str, ...]] = ("sft",)
-
-
-class StreamingPreferenceDataset(StreamingDataset):
-    """`PreferenceDataset`, read as needed."""
-
-    records: ClassVar[tuple[str, ...]] = ("preference",)
-
-
-class StreamingKTODataset(StreamingDataset):
-    """`KTODataset`, read as needed."""
-
-    records: ClassVar[tuple[str, ...]] = ("unpaired",)
-
-
-class StreamingGRPODataset(StreamingDataset):
-    """`GRPODataset`, read as needed."""
-
-    records: ClassVar[tuple[str, ...]] = ("prompt", "reasoning")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhf_core.contracts.records import RECORDS
-from rlhf_core.data.encode import EQUAL, Outcome
+from rlhf_core.data.encoder import EQUAL, RowOutcome
 from rlhf_core.infra.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class DataReport:
         """Rows that were cut to `max_length`."""
         return self.notes.get("truncated", {}).get("rows", 0)
 
-    def add(self, outcome: Outcome, *, strict: bool = False) -> None:
+    def add(self, outcome: RowOutcome, *, strict: bool = False) -> None:
         """Count one row.
 
         Raises:

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rlhf_core.contracts.records import RecordContract
+from rlhf_core.data.columns import CHATS, CONVERSATIONS, HISTORY, OTHER_NAMES, TEXT, TURNS, folded_name, value_kind
 from rlhf_core.data.messages import (
     ROLES,
-    is_dialogue,
-    is_plain_message,
     pair_keys,
     read_dialogue,
     read_messages,
@@ -38,31 +37,6 @@ _WORDS: dict[str, str] = {
     "text": "text without a prompt, all of it in the loss",
 }
 
-# What other data sets call a column. Taken only where exactly one of them is there, with a value of the right kind.
-_NAMES: dict[str, tuple[str, ...]] = {
-    "prompt": ("question", "instruction", "query", "problem", "input", "inputs", "user", "human"),
-    "response": (
-        "completion", "output", "outputs", "answer", "solution", "generated_solution", "target", "targets", "reply", "assistant",
-        "bot",
-    ),
-    "chosen": ("chosen_response", "accepted", "preferred", "preferred_output", "better", "winner", "positive"),
-    "rejected": ("rejected_response", "dispreferred", "non_preferred_output", "worse", "loser", "negative"),
-    "label": ("desirable", "kto_tag"),
-    "messages": ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns", "data"),
-    "input": ("context",),
-    "system": ("system_prompt", "system_message"),
-    "tools": ("functions",),
-}  # fmt: skip
-
-ASKING = frozenset(("prompt", "input", "system", *_NAMES["prompt"], *_NAMES["input"], *_NAMES["system"]))
-"""Names of columns that belong to what is asked, numbers too."""
-
-KNOWN = frozenset((*_NAMES, *(name for names in _NAMES.values() for name in names)))
-"""Every name that a column of a row may be recognised by."""
-
-_HISTORY = ("history", "chat_history", "conversation_history")
-"""Columns of turns that go before a prompt."""
-
 _WHOLE_PROMPT = 12
 """Characters from which on a text at the beginning of an answer is taken as its prompt, and not as words that both share."""
 
@@ -71,20 +45,14 @@ _TURNS_IN = ("prompt", "chosen", "rejected")
 
 _PYTHON = re.compile(r"\s*\[\s*\{\s*'(?:role|from|content|value)'\s*:")
 
-CONVERSATIONS = frozenset(_NAMES["messages"])
-"""Names of columns that hold a whole conversation."""
-
 _ORDER = (
     "messages", "text", "system", "history", "prompt", "input", "response", "chosen", "rejected", "label", "answer", "verifiable",
     "tools",
 )  # fmt: skip
-TURNS: tuple[Literal["sharegpt", "pairs", "messages"], ...] = ("sharegpt", "pairs", "messages")
-_CHATS: tuple[Literal["sharegpt", "pairs", "messages", "texts"], ...] = (*TURNS, "texts")
-TEXT = ("text", "dialogue")
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class RowShape:
     """What the columns of a row are."""
 
     format: Format
@@ -100,32 +68,7 @@ class Reading:
     """The row, with turns that stood as JSON in a text decoded."""
 
 
-def kind_of(value: Any) -> str:
-    """Return what kind of value a column holds.
-
-    `text`, `dialogue` (a text of several speakers), `messages`, `sharegpt`, `pairs` (lists of turns), `turn` (one alone), `null`,
-    `empty` (a list without entries), `texts` (a list of two and more), `number`, `list` or `other`.
-    """
-    if isinstance(value, str):
-        return "dialogue" if is_dialogue(value) else "text"
-    if value is None:
-        return "null"
-    if isinstance(value, bool | int | float):
-        return "number"
-    if isinstance(value, Mapping):
-        return "turn" if role_key(value) else "other"
-    if not isinstance(value, list | tuple):
-        return "other"
-    if not value:
-        return "empty"
-    if not isinstance(value[0], Mapping):
-        return "texts" if len(value) > 1 and all(isinstance(item, str) for item in value) else "list"
-    if role_key(value[0]) is None:
-        return "pairs" if pair_keys(value[0]) else "list"
-    return "messages" if is_plain_message(value[0]) else "sharegpt"
-
-
-class Recogniser:
+class ShapeRecogniser:
     """Recognises rows of one record type, of any shape or of the one that `dataset.format` says.
 
     Args:
@@ -140,13 +83,13 @@ class Recogniser:
     ) -> None:
         self.contract, self.format, self.given, self.ignored = contract, format, given, {*ignored}
 
-    def read(self, values: Mapping[str, Any], place: str) -> Reading:
+    def read(self, values: Mapping[str, Any], place: str) -> RowShape:
         """Return what the columns are. What the record type needs and the row lacks isn't among them; the checker says so.
 
         Raises:
             DataError: two columns could be meant, or the row isn't of the format that was asked for.
         """
-        row = _Row(values, self.contract, self.format, self.given, place, self.ignored)
+        row = _RowColumns(values, self.contract, self.format, self.given, place, self.ignored)
         row.refuse_python()
         found = self._conversation(row) or self._whole_text(row, asked=True) or self._answered(row)
         missing = [name for name in self.contract.required if name not in found]
@@ -163,15 +106,15 @@ class Recogniser:
                 fix="set `dataset.format` to what the rows are, or to `auto`",
             )
         inside, repeated = row.hold_prompts(found), row.repeat_prompt(found)
-        return Reading(format, found, row.says(format, found), inside, repeated, row.values)
+        return RowShape(format, found, row.says(format, found), inside, repeated, row.values)
 
-    def _conversation(self, row: _Row) -> dict[str, str]:
+    def _conversation(self, row: _RowColumns) -> dict[str, str]:
         """Find a whole conversation: the column `messages`, else the one list of turns that ends with an answer.
 
         A prompt and an answer beside it must repeat one of its turns, or the row could mean either; where the turns bear no
         name of a conversation, such as few-shot `examples`, the prompt and the answer are the row's own.
         """
-        if "messages" not in self.contract.optional or self.format not in ("auto", *_CHATS):
+        if "messages" not in self.contract.optional or self.format not in ("auto", *CHATS):
             return {}
         column = row.own("messages") if "messages" not in self.ignored else None
         asked, answer = None, row.guess("response", (), but=[column]) if column and "response" in row.there else None
@@ -183,16 +126,16 @@ class Recogniser:
                 return {}
             if self.format == "auto":
                 asked, answer = (row.guess(name, TEXT, but=[column]) for name in ("prompt", "response"))
-                if asked and _folded(column) in _HISTORY:
+                if asked and folded_name(column) in HISTORY:
                     return {}
                 answer = answer if asked else None
-            if answer and _folded(column) not in CONVERSATIONS:
+            if answer and folded_name(column) not in CONVERSATIONS:
                 return {}
         if self.format == "auto" and answer and not row.holds(column, asked, answer):
             raise row.either(column, answer)
         return row.with_context({"messages": column}, [name for name in self.contract.required if name == "label"])
 
-    def _answered(self, row: _Row) -> dict[str, str]:
+    def _answered(self, row: _RowColumns) -> dict[str, str]:
         """Find a column each for the prompt, the answers, and what else the record type has."""
         found: dict[str, str] = {}
         for name in self.contract.responses:
@@ -206,7 +149,7 @@ class Recogniser:
             found, [name for name in self.contract.required if name not in found and name != "prompt"]
         )
 
-    def _whole_text(self, row: _Row, *, asked: bool = False) -> dict[str, str]:
+    def _whole_text(self, row: _RowColumns, *, asked: bool = False) -> dict[str, str]:
         """Find a column `text`, or the one dialogue, where there is neither prompt nor answer, or where it is asked for."""
         column = row.own("text", TEXT) or row.only_dialogue()
         if "text" not in self.contract.optional or column is None:
@@ -220,7 +163,7 @@ class Recogniser:
         return {"messages": column} if dialogue else {"text": column}
 
 
-class _Row:
+class _RowColumns:
     """One row's columns by kind."""
 
     def __init__(
@@ -234,14 +177,18 @@ class _Row:
     ) -> None:
         self.values = _decoded(values)
         self.contract, self.format, self.given, self.place, self.ignored = contract, format, given, place, ignored
-        self.kinds = {str(name): kind_of(value) for name, value in self.values.items()}
+        self.kinds = {str(name): value_kind(value) for name, value in self.values.items()}
         self.there = {name for name, kind in self.kinds.items() if kind != "null"}
-        self.folded = {_folded(name): name for name in reversed(self.kinds) if name in self.there}
+        self.folded = {folded_name(name): name for name in reversed(self.kinds) if name in self.there}
 
     def refuse_python(self) -> None:
         """Raise `DataError` where turns stand as Python writes them, which isn't JSON."""
         for name, value in self.values.items():
-            if isinstance(value, str) and _PYTHON.match(value) and _folded(str(name)) in (*CONVERSATIONS, *_TURNS_IN):
+            if (
+                isinstance(value, str)
+                and _PYTHON.match(value)
+                and folded_name(str(name)) in (*CONVERSATIONS, *_TURNS_IN)
+            ):
                 raise DataError(
                     f"`{self.shown(str(name))}` was written by Python's str()",
                     place=self.place,
@@ -266,10 +213,10 @@ class _Row:
         if (own := self.own(name, () if name in self.there else kinds)) is not None:
             return own
         taken = {*self.contract.required, *self.given, *but}
-        others = [self.folded[other] for other in _NAMES.get(name, ()) if other in self.folded]
+        others = [self.folded[other] for other in OTHER_NAMES.get(name, ()) if other in self.folded]
         others = [column for column in others if column not in taken and (not kinds or self.kind(column) in kinds)]
         if name == "prompt" and len(others) > 1:
-            others = [column for column in others if _folded(column) != "input"]
+            others = [column for column in others if folded_name(column) != "input"]
         if len(others) > 1:
             raise self._ambiguous(others, name)
         return others[0] if others else None
@@ -321,7 +268,7 @@ class _Row:
         instructs = self.format == "auto" and self.shown(prompt).casefold() not in ("prompt", "input", "inputs")
         if instructs or self.format == "alpaca" or "input" in self.given:
             self.add(found, "input", TEXT)
-        history = next((self.folded[name] for name in _HISTORY if name in self.folded), None)
+        history = next((self.folded[name] for name in HISTORY if name in self.folded), None)
         if history is not None and history not in self.ignored and _is_history(self.values[history]):
             found["history"] = history
         return found
@@ -337,12 +284,12 @@ class _Row:
             for name, kind in self.kinds.items()
             if kind in TURNS and name not in apart and not (answered and not _answers(self.values[name][-1]))
         ]
-        named = [self.folded[name] for name in _NAMES["messages"] if name in self.folded]
-        named = [name for name in named if name not in apart and self.kind(name) in (*_CHATS, "empty")]
+        named = [self.folded[name] for name in OTHER_NAMES["messages"] if name in self.folded]
+        named = [name for name in named if name not in apart and self.kind(name) in (*CHATS, "empty")]
         if named:
             return named[0]
         if len(lists) > 1:
-            lists = [name for name in lists if _folded(name) not in _HISTORY]
+            lists = [name for name in lists if folded_name(name) not in HISTORY]
         if len(lists) > 1:
             raise self._ambiguous(lists, "messages")
         return lists[0] if lists else None
@@ -386,7 +333,7 @@ class _Row:
             return "text"
         told = [name for name in ("messages", "prompt", *self.contract.responses) if name in found]
         kinds = {self.kind(found[name]) for name in told}
-        turns = next((kind for kind in _CHATS if kind in kinds), None)
+        turns = next((kind for kind in CHATS if kind in kinds), None)
         if "messages" in found:
             return "dialogue" if "dialogue" in kinds else turns or "messages"
         if turns is not None:
@@ -435,7 +382,7 @@ class _Row:
     def described(self) -> str:
         """Return the columns with their kinds, for a message."""
         words = {"dialogue": "text", "turn": "one message", "empty": "an empty list"}
-        words |= {kind: f"a list of {_WORDS[kind]}" for kind in _CHATS}
+        words |= {kind: f"a list of {_WORDS[kind]}" for kind in CHATS}
         named = [f"`{self.shown(name)}` ({words.get(kind, kind)})" for name, kind in self.kinds.items()]
         return ", ".join(named) or "no columns"
 
@@ -448,10 +395,6 @@ class _Row:
         )
 
 
-def _folded(name: str) -> str:
-    return name.casefold().replace(" ", "_").replace("-", "_")
-
-
 def _decoded(values: Mapping[str, Any]) -> dict[str, Any]:
     """Decode turns that stand as JSON in a text, as in a CSV file: prompts and conversations, and the answers beside them.
 
@@ -459,16 +402,16 @@ def _decoded(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     result = dict(values)
     request = result.get("input")
-    if isinstance(request, Mapping) and kind_of(request.get("messages")) in TURNS and "prompt" not in result:
+    if isinstance(request, Mapping) and value_kind(request.get("messages")) in TURNS and "prompt" not in result:
         result |= {"prompt": request["messages"], **({"tools": request["tools"]} if "tools" in request else {})}
         del result["input"]
-    names = {str(name): _folded(str(name)) for name in result}
-    asked = [name for name, folded in names.items() if folded in (*_TURNS_IN, *_NAMES["messages"])]
+    names = {str(name): folded_name(str(name)) for name in result}
+    asked = [name for name, folded in names.items() if folded in (*_TURNS_IN, *OTHER_NAMES["messages"])]
     for name in asked:
         result[name] = _turns_in(result[name])
     if any(result[name] is not values.get(name) for name in asked):
         for name, folded in names.items():
-            if folded in ("response", *_NAMES["response"]):
+            if folded in ("response", *OTHER_NAMES["response"]):
                 result[name] = _turns_in(result[name])
     return result
 
@@ -479,7 +422,7 @@ def _turns_in(value: Any) -> Any:
             turns = json.loads(value)
         except (ValueError, RecursionError):
             return value
-        return turns if kind_of(turns) in TURNS else value
+        return turns if value_kind(turns) in TURNS else value
     return value
 
 
@@ -497,7 +440,7 @@ def _begin_alike(dialogues: Iterable[str]) -> bool:
 
 def _is_history(value: Any) -> bool:
     """Tell whether a value holds earlier turns: pairs of a question and its answer, messages, or texts of both in turn."""
-    kind = kind_of(value)
+    kind = value_kind(value)
     if kind != "list":
         return kind in TURNS or (kind == "texts" and len(value) % 2 == 0)
     return all(

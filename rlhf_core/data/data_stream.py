@@ -13,9 +13,9 @@ from dataclasses import replace
 from typing import Any
 
 from rlhf_core.contracts.batch import Batch
-from rlhf_core.data.base import EncodedData, Position
 from rlhf_core.data.collate import collate
-from rlhf_core.data.encode import EncodedRow, Outcome
+from rlhf_core.data.encoded_data import EncodedData, Position
+from rlhf_core.data.encoder import EncodedRow, RowOutcome
 from rlhf_core.infra.errors import ConfigError, DataError
 
 _State = tuple[int, Position, int, int]
@@ -68,7 +68,7 @@ class DataStream:
         self.seed, self.shuffle, self.rank, self.world_size = seed, shuffle, rank, world_size
         self._held_out = held_out
         self._state: _State = (0, [], 0, 0)
-        self._ahead: deque[tuple[Outcome | None, _State]] = deque()
+        self._ahead: deque[tuple[RowOutcome | None, _State]] = deque()
         self._waiting = 0
         self._rows = self._walk(self._state)
         if dataset.streaming and not dataset.report.complete:
@@ -167,7 +167,7 @@ class DataStream:
         # Rounded first: 0.1 + 0.2 epochs of ten rows are three rows, not four.
         return None if rows is None or self.epochs is None else max(1, math.ceil(round(self.epochs * rows, 6)))
 
-    def _walk(self, state: _State) -> Iterator[tuple[Outcome | None, _State]]:
+    def _walk(self, state: _State) -> Iterator[tuple[RowOutcome | None, _State]]:
         """Yield what becomes of each row, from a state on, with the state after it; None where the first epoch ends."""
         epoch, position, in_epoch, drawn = state
         rows = self.dataset.num_rows

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlhf_core.data.templates import ChatTemplate
+from rlhf_core.data.chat_rendering import ChatTemplate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,14 +18,14 @@ KEY = "rlhf_core"
 
 
 @dataclass(frozen=True)
-class TextSettings:
+class TextOptions:
     """What a model's training said of its texts; None where it said nothing."""
 
     wrap: Literal["none", "chat"] | None = None
     special_tokens: Sequence[str] | None = None
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> TextSettings:
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> TextOptions:
         """Return what is kept with a tokenizer. What isn't of the right kind there isn't ours, and counts as nothing."""
         kept: Any = tokenizer.init_kwargs.get(KEY)
         if not isinstance(kept, dict):
@@ -44,7 +44,7 @@ def keep(tokenizer: PreTrainedTokenizerBase, options: DatasetConfig) -> None:
     template = ChatTemplate(tokenizer, options.chat_template, allowed=options.special_tokens or ())
     if template.option is not None:
         tokenizer.chat_template = template.option
-    before = TextSettings.of(tokenizer)
+    before = TextOptions.of(tokenizer)
     settings = {
         "wrap": options.wrap or before.wrap,
         "special_tokens": before.special_tokens if options.special_tokens is None else options.special_tokens,

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.contracts.records import Message
+from rlhf_core.data.control_tokens import ControlTokens
 from rlhf_core.data.messages import NoContent
-from rlhf_core.data.pieces import ControlTokens
 from rlhf_core.infra.errors import ConfigError, DataError, ModelError
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ class ChatTemplate:
             plain, answer = (self.render(chat, answer=flag).partition(asked)[2] for flag in (False, True))
         except (DataError, ModelError):
             return None
-        shared = self.control.whole_until(answer, common(plain, answer))
+        shared = self.control.whole_until(answer, common_prefix(plain, answer))
         found = self.control.matches(answer[shared:])
         return found[0].group() if found else None
 
@@ -325,7 +325,7 @@ def _at_time(source: str, time: datetime | None) -> tuple[str, dict[str, str]]:
     return macro + source, {format: time.strftime(format) for format in formats}
 
 
-def common(one: str, other: str) -> int:
+def common_prefix(one: str, other: str) -> int:
     """Return how many characters two texts begin with alike."""
     low, high = 0, min(len(one), len(other))
     while low < high:

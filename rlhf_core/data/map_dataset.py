@@ -6,13 +6,14 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch.utils.data
 
-from rlhf_core.data.base import EncodedData, Position, add_to_hash, random_generator
-from rlhf_core.data.encode import EncodedRow, Outcome
+from rlhf_core.data.encoded_data import EncodedData, Position, add_to_hash
+from rlhf_core.data.encoder import EncodedRow, RowOutcome
 from rlhf_core.data.row_cache import CacheEntry, Write, encoded_table
+from rlhf_core.infra.seeds import random_generator
 
 _ENCODE = 1024
 _FETCH = 256
@@ -86,32 +87,10 @@ class MapDataset(EncodedData, torch.utils.data.Dataset[EncodedRow]):
     def num_rows(self) -> int:
         return len(self)
 
-    def walk(self, epoch: int, *, seed: int, shuffle: bool, position: Position) -> Iterator[tuple[Outcome, Position]]:
+    def walk(
+        self, epoch: int, *, seed: int, shuffle: bool, position: Position
+    ) -> Iterator[tuple[RowOutcome, Position]]:
         order = random_generator(seed, epoch).permutation(len(self)).tolist() if shuffle else range(len(self))
         for first in range(position[0] if position else 0, len(self), _FETCH):
             for number, row in enumerate(self.rows(order[first : first + _FETCH]), first + 1):
-                yield Outcome("", row), [number]
-
-
-class SFTDataset(MapDataset):
-    """Prompts with the response to imitate, or conversations."""
-
-    records: ClassVar[tuple[str, ...]] = ("sft",)
-
-
-class PreferenceDataset(MapDataset):
-    """Prompts with a better and a worse response, which stand in that order."""
-
-    records: ClassVar[tuple[str, ...]] = ("preference",)
-
-
-class KTODataset(MapDataset):
-    """Prompts with one response each, desirable or not (column `desirable`)."""
-
-    records: ClassVar[tuple[str, ...]] = ("unpaired",)
-
-
-class GRPODataset(MapDataset):
-    """Prompts to answer, with the columns that a reward needs."""
-
-    records: ClassVar[tuple[str, ...]] = ("prompt", "reasoning")
+                yield RowOutcome("", row), [number]

@@ -7,19 +7,17 @@ place that a message can name.
 from __future__ import annotations
 
 import difflib
-import hashlib
-import itertools
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlhf_core.config.run import DataFile
-from rlhf_core.data.files import COMPRESSION, Cursor, Part, Row
+from rlhf_core.data.data_source import DataSource, IterableRows, ListRows, TableRows, next_row, reading
 from rlhf_core.data.json_files import JsonArray, JsonLines
-from rlhf_core.data.tables import Delimited, ParquetRows
-from rlhf_core.infra.errors import DataError, RLHFError, describe_error, first_line, shortened
+from rlhf_core.data.row_source import COMPRESSION, Cursor, RowSource
+from rlhf_core.data.table_files import Delimited, ParquetRows
+from rlhf_core.infra.errors import DataError, first_line, shortened
 
 _JSON = (".jsonl", ".ndjson", ".json")
 _TEXTS = (*_JSON, ".csv", ".tsv")
@@ -33,145 +31,10 @@ _SPLITS = {
 }
 """Words in a file's name → the split that its rows are of."""
 
-_BYTES_A_ROW = 1024
-"""What a row in memory counts for, where sizes are compared."""
-
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?")
 
 
-class Rows(Part):
-    """Rows in memory."""
-
-    def __init__(self, rows: Sequence[Any], name: str = "data") -> None:
-        self.table, self.name = rows, name
-
-    @property
-    def size(self) -> float:
-        return len(self.table) * _BYTES_A_ROW
-
-    def rows(self, start: Cursor) -> Iterator[Row]:
-        for line, values in enumerate(self._from(start.line), start.line):
-            place = f"{self.name}[{line}]"
-            if not isinstance(values, Mapping):
-                raise DataError("expected a row as a mapping of columns", place=place, got=type(values).__name__)
-            row = start.row + line - start.line
-            yield Row(row, place, values, Cursor(start.part, row + 1, line + 1))
-
-    def _from(self, line: int) -> Iterator[Any]:
-        return itertools.islice(self.table, line, None)
-
-
-class TableRows(Rows):
-    """A map-style `datasets.Dataset`, read some rows at a time."""
-
-    def _from(self, line: int) -> Iterator[Any]:
-        for first in range(line, len(self.table), 1024):
-            columns: Any = self.table[first : first + 1024]
-            for values in zip(*columns.values(), strict=True):
-                yield dict(zip(columns, values, strict=True))
-
-
-class IterableRows(Part):
-    """A streaming `datasets.IterableDataset`. Rows before a cursor are skipped by the library."""
-
-    def __init__(self, stream: Any, name: str) -> None:
-        self.stream, self.name = stream, name
-
-    @property
-    def size(self) -> float:
-        return math.inf
-
-    def rows(self, start: Cursor) -> Iterator[Row]:
-        stream = self.stream.skip(start.line) if start.line else self.stream
-        for line, values in enumerate(stream, start.line):
-            row = start.row + line - start.line
-            yield Row(row, f"{self.name}[{line}]", values, Cursor(start.part, row + 1, line + 1))
-
-
-class Source:
-    """The parts of some data, read one after the other, each row as often as its part's weight says.
-
-    A weight's fraction takes some of the rows once more: which, is a function of the part and the line alone.
-    """
-
-    def __init__(self, parts: Sequence[Part], weights: Sequence[float] | None = None) -> None:
-        self.parts = list(parts)
-        self.weights = list(weights) if weights is not None else [1.0] * len(self.parts)
-
-    @property
-    def name(self) -> str:
-        """What a message calls the data as a whole."""
-        more = f" and {len(self.parts) - 1} more" if len(self.parts) > 1 else ""
-        return self.parts[0].name + more
-
-    def rows(self, start: Cursor = Cursor()) -> Iterator[Row]:  # noqa: B008
-        """Yield the rows from `start` on.
-
-        Raises:
-            DataError: a part is malformed, or holds no row at all.
-        """
-        cursor = start
-        for number, part in enumerate(self.parts[start.part :], start.part):
-            if number != start.part:
-                cursor = Cursor(number, cursor.row)
-            empty = cursor.line == 0 and cursor.copy == 0
-            rows = part.rows(cursor)
-            while (row := _next(rows, part, cursor)) is not None:
-                empty = False
-                for copied in self._repeated(row, cursor):
-                    yield copied
-                    cursor = copied.after
-                cursor = row.after._replace(row=cursor.row)
-            if empty:
-                raise DataError("holds no rows", place=part.name, fix="give data with at least one row")
-
-    def _repeated(self, row: Row, before: Cursor) -> Iterator[Row]:
-        """Yield a row as often as its part's weight says; `before` is the place before it, or between its copies."""
-        weight = self.weights[before.part]
-        if weight == 1:
-            yield Row(before.row, row.place, row.values, row.after._replace(row=before.row + 1))
-            return
-        key = hashlib.blake2b(f"{before.part} {row.after.line}".encode(), digest_size=8).digest()
-        copies = int(weight) + (int.from_bytes(key) / 2**64 < weight % 1)
-        for copy in range(before.copy, copies):
-            number = before.row + copy - before.copy
-            after = before._replace(row=number + 1, copy=copy + 1)
-            if copy + 1 == copies:
-                after = row.after._replace(row=number + 1)
-            yield Row(number, row.place, row.values, after)
-
-    @property
-    def size(self) -> float:
-        """About how many bytes there are, over all parts; infinite where nothing tells it."""
-        return sum(part.size * weight for part, weight in zip(self.parts, self.weights, strict=True))
-
-    def state(self) -> list[list[float]]:
-        """Return what changes when a file is written again, without reading it."""
-        return [part.state() for part in self.parts]
-
-    def identity(self, *, whole: bool) -> list[dict[str, Any]]:
-        """Return each part's name and hash (see `Part.identity`), and its weight where that isn't 1."""
-        return [
-            _reading(part.name, part.identity, whole=whole) | ({"weight": weight} if weight != 1 else {})
-            for part, weight in zip(self.parts, self.weights, strict=True)
-        ]
-
-
-def _next(rows: Iterator[Row], part: Part, cursor: Cursor) -> Row | None:
-    return _reading(f"{part.name}, after {cursor.line} rows" if cursor.line else part.name, next, rows, None)
-
-
-def _reading(place: str, read: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Return what `read` does. Whatever a library raises while it reads is a fault of the data."""
-    try:
-        return read(*args, **options)
-    except RLHFError:
-        raise
-    except Exception as error:
-        raise DataError("cannot be read", place=place, got=describe_error(error, lines=2)) from error
-
-
-def open_source(data: Any, *, split: str = "train", streaming: bool = False) -> Source:
+def open_source(data: Any, *, split: str = "train", streaming: bool = False) -> DataSource:
     """Find the rows of `data`: a path, a directory, a hub name (`owner/name` or `owner/name:config`), a `datasets` object,
     a list of rows, or a list of paths and names, each alone or with a weight (`{"path": …, "weight": 2}`).
 
@@ -183,10 +46,10 @@ def open_source(data: Any, *, split: str = "train", streaming: bool = False) -> 
     files = data_files(data)
     if files is not None:
         opened = [(part, weight) for path, weight in files for part in _named(path, split, streaming)]
-        return Source([part for part, _ in opened], [weight for _, weight in opened])
+        return DataSource([part for part, _ in opened], [weight for _, weight in opened])
     if isinstance(data, Sequence):
-        return Source([Rows(data)])
-    return Source([_dataset(data, "data", split)])
+        return DataSource([ListRows(data)])
+    return DataSource([_dataset(data, "data", split)])
 
 
 def data_files(data: Any) -> list[tuple[str | Path, float]] | None:
@@ -270,7 +133,7 @@ def _is_hub_name(name: str | Path) -> bool:
     return named and _HUB_NAME.fullmatch(text) is not None
 
 
-def _named(name: str | Path, split: str, streaming: bool) -> list[Part]:
+def _named(name: str | Path, split: str, streaming: bool) -> list[RowSource]:
     if not _exists(name):
         if matched := _matched(name):
             return [_file(path) for path in matched]
@@ -282,7 +145,7 @@ def _named(name: str | Path, split: str, streaming: bool) -> list[Part]:
     return _directory(path, split, streaming) if path.is_dir() else [_file(path)]
 
 
-def _file(path: Path) -> Part:
+def _file(path: Path) -> RowSource:
     name = path.name.casefold()
     if not name.endswith(SUFFIXES):
         raise DataError("unknown kind of file", place=str(path), fix=f"name it by what it holds: {', '.join(SUFFIXES)}")
@@ -313,12 +176,12 @@ def _near_file(path: Path) -> str | None:
     return f"{parent} has {', '.join(names[:8])}" if names else None
 
 
-def _directory(path: Path, split: str, streaming: bool) -> list[Part]:
+def _directory(path: Path, split: str, streaming: bool) -> list[RowSource]:
     """Return a folder's parts: what `datasets` saved there, else the files of the split, which must be of one kind."""
     import datasets
 
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        return [_dataset(_reading(str(path), datasets.load_from_disk, str(path)), str(path), split)]
+        return [_dataset(reading(str(path), datasets.load_from_disk, str(path)), str(path), split)]
     files = _files(path)
     if not files or {*split} & {*"[+"}:  # A slice of a split, or several together, as `datasets` writes them.
         return [_load(str(path), None, split, streaming)]
@@ -371,12 +234,12 @@ def _splits(files: Sequence[Path]) -> dict[str, list[Path]]:
     return splits
 
 
-def _first_columns(part: Part) -> frozenset[str]:
-    row = _next(part.rows(Cursor()), part, Cursor())
+def _first_columns(part: RowSource) -> frozenset[str]:
+    row = next_row(part.rows(Cursor()), part, Cursor())
     return frozenset(map(str, row.values)) if row is not None else frozenset()
 
 
-def _load(name: str, config: str | None, split: str, streaming: bool) -> Part:
+def _load(name: str, config: str | None, split: str, streaming: bool) -> RowSource:
     import datasets
 
     try:
@@ -392,7 +255,7 @@ def _load(name: str, config: str | None, split: str, streaming: bool) -> Part:
     return _dataset(loaded, name, split)
 
 
-def _dataset(data: Any, name: str, split: str) -> Part:
+def _dataset(data: Any, name: str, split: str) -> RowSource:
     import datasets
 
     if isinstance(data, datasets.DatasetDict | datasets.IterableDatasetDict):
