@@ -1,4 +1,4 @@
-"""For method authors: a contract to inherit for each kind of plugin, a tiny model, and a task that it can learn.
+"""The conformance kit for plugin authors: a contract to inherit for each kind of plugin, a tiny model, and a task that it learns.
 
 from rlhf_core.testing import TrainerContract
 

@@ -1,4 +1,4 @@
-"""`python -m rlhf_core.testing FOLDER`: a tiny model and rows of the embedded task, to try things on.
+"""`python -m rlhf_core.testing FOLDER`: write a tiny model and rows of the embedded arithmetic task, to try things on.
 
 Writes `FOLDER/model`, a random Hugging Face model of a few megabytes, and `FOLDER/{train,test}/RECORD.jsonl` for each of the
 five record types.
@@ -16,11 +16,11 @@ from rlhf_core.testing.tiny import save_tiny
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m rlhf_core.testing",
-        description="Write a tiny model and rows of the embedded task to try things on.",
+        description="Write a tiny model and rows of the embedded arithmetic task, to try things on.",
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument(
-        "--rows", type=int, default=256, help="training rows of each record; a quarter as many to test on"
+        "--rows", type=int, default=256, help="training rows of each record type; a quarter as many test rows"
     )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

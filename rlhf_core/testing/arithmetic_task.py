@@ -8,9 +8,9 @@ A problem is one line; its solution writes one step a line, first the products, 
     46-8=38
     #### 38
 
-One seeded generator yields rows of all five record kinds. Row i of every kind is about the same problem, problems may
-repeat (as in real data), and whether a problem belongs to `train` or `test` is a function of the problem alone, so no
-test problem is ever in any training row, whatever the seeds.
+One seeded generator yields rows of all five record types. Row i of every type is about the same problem, problems may
+repeat (as in real data), and whether a problem belongs to `train` or `test` depends on the problem alone, so no test
+problem is ever in any training row, whatever the seeds.
 """
 
 from __future__ import annotations
@@ -35,14 +35,17 @@ _PROBLEM = re.compile(r"(\d+(?:\*\d+)?(?:[+-]\d+(?:\*\d+)?)*)=\?")
 _TERM = re.compile(r"([+-]?)(\d+)(?:\*(\d+))?")
 _ANSWER = re.compile(r"#### (-?\d+)")
 _TEST_SHARE = 10
-"""One problem in so many is a test problem."""
+"""One problem in ten is a test problem."""
 
 
 def solve(prompt: Prompt, *, slip_at: int | None = None, slip: int = 0) -> list[str]:
-    """Return the written steps of a problem's solution, the answer's line last.
+    """Return the written steps of a problem's solution, one string per step, the answer's line last.
 
-    With `slip_at`, the result of that step (from 0, the answer's line excluded) is off by `slip`, and every later step
-    carries the wrong value on without another error.
+    Args:
+        prompt: the problem, as text or chat messages.
+        slip_at: the step, from 0, whose result is wrong by `slip`; later steps continue from the wrong value without another
+            error. None makes no error.
+        slip: what is added to that step's result.
 
     Raises:
         DataError: the prompt is no problem of this task.
@@ -82,44 +85,44 @@ def verify(prompt: Prompt, completion: str) -> bool:
 
 
 def step_labels(prompt: Prompt, completion: str) -> list[bool]:
-    """Return for each step whether the solution is right so far: True up to the first wrong step, then False."""
+    """Return for each step of a completion whether it is right so far: True before the first wrong step, then False."""
     expected = itertools.chain(solve(prompt), itertools.repeat(None))
     right = (step == want for step, want in zip(split_steps(completion), expected, strict=False))
     return list(itertools.accumulate(right, lambda before, now: before and now))
 
 
 def wrong_solution(prompt: Prompt, rng: Random) -> list[str]:
-    """Return a solution with one slip: a random step's result is off by a power of ten, and later steps carry it on."""
+    """Return a solution with one error: a random step's result is off by a power of ten, and later steps continue from it."""
     right = solve(prompt)
     slip_at = rng.randrange(len(right) - 1)
     digits = len(right[slip_at].partition("=")[2])
     slips = [sign * 10**place for place in range(digits) for sign in (1, -1)]
     rng.shuffle(slips)
-    # No number may fall below zero, which tells a slip at a glance; of +1 and -1 at least one never makes it so.
+    # No number may fall below zero, which would show the error at a glance; of +1 and -1 at least one never makes one negative.
     tries = (solve(prompt, slip_at=slip_at, slip=slip) for slip in slips)
     return next(lines for lines in tries if not any("=-" in line for line in lines))
 
 
 def split_of(prompt: Prompt) -> Split:
-    """Return the split that a problem belongs to, from the problem alone."""
+    """Return the split that a problem belongs to, a function of the problem alone."""
     digest = hashlib.sha256(_expression(prompt).encode()).digest()
     return "test" if int.from_bytes(digest[:8], "big") % _TEST_SHARE == 0 else "train"
 
 
 @dataclass(frozen=True)
 class ArithmeticTask:
-    """A family of problems at one difficulty, and the rows that it yields."""
+    """A family of arithmetic problems at one difficulty, and the rows of data made from them."""
 
     family: str = "sums"
     """`sums` (17+25-8), `products` (3*7+4*8), or `mixed` (3*7+25-8), which needs the skills of both."""
     terms: int = 3
-    """Terms of a problem, at least 2; more of them make more steps."""
+    """Terms of a problem, at least 2; more terms make more steps."""
     digits: int = 2
-    """Most digits of a number in a problem; the second factor of a product always has one."""
+    """Largest number of digits of a number in a problem; the second factor of a product always has one."""
     wrong: float = 0.5
-    """Share of the demonstrations (`sft`) and single responses (`unpaired`) that go wrong at some step."""
+    """Share of the demonstrations (`sft`) and single responses (`unpaired`) with an error in some step."""
     chat: bool = False
-    """Prompts as chat messages instead of text."""
+    """Whether prompts are chat messages instead of text."""
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
@@ -134,7 +137,7 @@ class ArithmeticTask:
             )
 
     def problems(self, *, split: Split = "train", seed: int = 0) -> Iterator[Prompt]:
-        """Yield prompts of one split without end."""
+        """Yield prompts of one split, endlessly."""
         # Seeding with a text gives the same stream on every machine and in every process.
         rng = Random(f"problems {self.family} {self.terms} {self.digits} {split} {seed}")
         while True:
@@ -143,23 +146,27 @@ class ArithmeticTask:
                 yield [{"role": "user", "content": f"{expression}=?"}] if self.chat else f"{expression}=?\n"
 
     def rows(self, record: str, count: int, *, split: Split = "train", seed: int = 0) -> Iterator[Row]:
-        """Yield rows of a record kind.
+        """Yield rows of a record type, such as `preference`.
 
-        A row with a response carries its `steps` and their `labels`, as `split_steps` and `step_labels` define them; a
-        preference row carries two lists of each, for `chosen` and for `rejected`.
+        A row with a response has its `steps` and their `labels`, as `split_steps` and `step_labels` define them; a preference
+        row has two lists of each, for `chosen` and for `rejected`.
 
         Raises:
-            ConfigError: there is no such record kind.
+            ConfigError: there is no such record type.
         """
         if record not in _RECORDS:
-            raise ConfigError(f"unknown record kind `{record}`", place="record", fix=did_you_mean(record, _RECORDS))
+            raise ConfigError(f"unknown record type `{record}`", place="record", fix=did_you_mean(record, _RECORDS))
         rng = Random(f"rows {record} {split} {seed}")
         for prompt in itertools.islice(self.problems(split=split, seed=seed), count):
             yield {"prompt": prompt, **_RECORDS[record](prompt, rng, self.wrong)}
 
 
 def write_jsonl(folder: str | Path, task: ArithmeticTask, *, train: int, test: int, seed: int = 0) -> Path:
-    """Write `train/RECORD.jsonl` and `test/RECORD.jsonl` with so many rows of every record kind; return the folder."""
+    """Write `train/RECORD.jsonl` and `test/RECORD.jsonl` for every record type; return the folder.
+
+    Args:
+        train, test: number of rows in each file.
+    """
     folder = Path(folder)
     splits: dict[Split, int] = {"train": train, "test": test}
     for split, count in splits.items():
@@ -171,12 +178,14 @@ def write_jsonl(folder: str | Path, task: ArithmeticTask, *, train: int, test: i
 
 
 def _sft(prompt: Prompt, rng: Random, wrong: float) -> Row:
+    """Return a response with its steps and labels, with an error with probability `wrong`."""
     steps = wrong_solution(prompt, rng) if rng.random() < wrong else solve(prompt)
     response = "\n".join(steps)
     return {"response": response, "steps": steps, "labels": step_labels(prompt, response)}
 
 
 def _preference(prompt: Prompt, rng: Random, wrong: float) -> Row:
+    """Return a right solution as the chosen response and one with an error as the rejected, with steps and labels of both."""
     steps = [solve(prompt), wrong_solution(prompt, rng)]
     chosen, rejected = ("\n".join(lines) for lines in steps)
     labels = [step_labels(prompt, chosen), step_labels(prompt, rejected)]
@@ -184,6 +193,7 @@ def _preference(prompt: Prompt, rng: Random, wrong: float) -> Row:
 
 
 def _unpaired(prompt: Prompt, rng: Random, wrong: float) -> Row:
+    """Return a response as in `_sft`, labelled desirable where all of its steps are right."""
     row = _sft(prompt, rng, wrong)
     return {**row, "label": "desirable" if row["labels"][-1] else "undesirable"}
 
@@ -196,7 +206,7 @@ def _reasoning(prompt: Prompt, rng: Random, wrong: float) -> Row:
     return {"answer": answer(prompt), "verifiable": True}
 
 
-_RECORDS: dict[str, Callable[[Prompt, Random, float], Row]] = {
+_RECORDS: dict[str, Callable[[Prompt, Random, float], Row]] = {  # the columns of each record type, but for the prompt
     "sft": _sft,
     "preference": _preference,
     "unpaired": _unpaired,
@@ -206,15 +216,18 @@ _RECORDS: dict[str, Callable[[Prompt, Random, float], Row]] = {
 
 
 def _expression(prompt: Prompt) -> str:
+    """Return the expression of a problem, such as `17+25-8`, from its text or its last chat message."""
     text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
     match = _PROBLEM.fullmatch(text.strip())
     if match is None:
-        raise DataError("no problem of this task", place="prompt", got=repr(text), fix="write one such as `17+25-8=?`")
+        raise DataError(
+            "the prompt is no arithmetic problem", place="prompt", got=repr(text), fix="write one such as `17+25-8=?`"
+        )
     return match[1]
 
 
 _Term = tuple[str, int]
-"""A term as it is written, and its value."""
+"""A term as text, such as `3*7`, and its value."""
 
 
 def _number(rng: Random, largest: int) -> _Term:
@@ -228,7 +241,7 @@ def _product(rng: Random, largest: int) -> _Term:
 
 
 def _chain(rng: Random, terms: list[_Term]) -> str:
-    """Join terms by plus and minus such that the running total is never negative."""
+    """Join terms by random signs, plus where a minus would make the running total negative."""
     expression, total = terms[0]
     for text, value in terms[1:]:
         minus = value <= total and rng.random() < 0.5
@@ -246,6 +259,7 @@ def _products(rng: Random, terms: int, largest: int) -> str:
 
 
 def _mixed(rng: Random, terms: int, largest: int) -> str:
+    """Return an expression of numbers and products in random order, as many products as numbers or one fewer."""
     parts = [(_product if index % 2 else _number)(rng, largest) for index in range(terms)]
     rng.shuffle(parts)
     return _chain(rng, parts)

@@ -1,4 +1,4 @@
-"""Runs of a trainer: broken off, resumed, and compared with one that wasn't."""
+"""Training runs that are interrupted, and the comparison of a resumed run with one that was never interrupted."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from rlhf_core.training.logger import TIMING
 
 
 class Interrupted(Exception):
-    """An interruptible trainer broke off, as it was told to."""
+    """Raised by an interruptible trainer after `stop_after` windows."""
 
 
 def interruptible(cls: type[Trainer]) -> type[Trainer]:
-    """Return a subclass that raises `Interrupted` when asked for the window after its first `stop_after`."""
+    """Return a subclass of a trainer whose `experience` raises `Interrupted` in place of window number `stop_after`, from 0."""
 
     class Interruptible(cls):  # type: ignore[valid-type, misc]
         stop_after: int | None = None
@@ -39,29 +39,38 @@ def interruptible(cls: type[Trainer]) -> type[Trainer]:
 
 
 def metrics_of(output: Path) -> list[dict[str, Any]]:
-    """Return a run's rows of metrics without their timing."""
+    """Return the rows of a run's metrics.jsonl without their timings."""
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [{name: value for name, value in row.items() if name not in TIMING} for row in rows]
 
 
 def require_same_run(found: Path, expected: Path, what: str = "a resume") -> None:
-    """Fail unless two finished runs have the same bits: metrics, and models, optimiser and states at the end."""
+    """Fail unless two finished runs are equal bit by bit: in metrics, and at the end in models, optimiser and states.
+
+    Args:
+        found: run directory of the run that was resumed.
+        expected: run directory of the run that was never interrupted.
+        what: what the first run went through, for messages.
+    """
     rows, wanted = metrics_of(found), metrics_of(expected)
-    require(len(rows) == len(wanted), f"the resumed run has {len(rows)} rows of metrics, the whole one {len(wanted)}")
+    require(
+        len(rows) == len(wanted),
+        f"the resumed run has {len(rows)} rows of metrics, the uninterrupted run {len(wanted)}",
+    )
     for row, want in zip(rows, wanted, strict=True):
         different = sorted(name for name in row.keys() | want.keys() if row.get(name) != want.get(name))
         require(
             not different,
-            f"step {want['step']} differs after {what}: "
+            f"metrics of step {want['step']} differ after {what}: "
             + ", ".join(f"`{name}` {row.get(name)!r} instead of {want.get(name)!r}" for name in different[:3])
-            + "; what the method keeps between windows belongs in `state_dict`",
+            + "; return from `state_dict` whatever the method remembers from one window to the next",
         )
     last, want_last = (CheckpointManager(path / "checkpoints").load_latest() for path in (found, expected))
     assert last is not None and want_last is not None  # a run saves at its end
     for group in ("model", "optimizer"):
         tensors, want_tensors = last.tensors(group), want_last.tensors(group)
         different = [name for name in want_tensors if not torch.equal(tensors[name], want_tensors[name])]
-        require(not different, f"the resumed run ends with another {group}: {', '.join(different[:4])}")
+        require(not different, f"after {what} the run ends with other {group} tensors: {', '.join(different[:4])}")
     for rank, (own, want_own) in enumerate(zip(last.state["ranks"], want_last.state["ranks"], strict=True)):
         different = [name for name in want_own if own[name] != want_own[name]]
-        require(not different, f"process {rank} ends with another state after {what}: {', '.join(different)}")
+        require(not different, f"after {what} process {rank} ends with another state of {', '.join(different)}")

@@ -12,8 +12,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import NoneType
-from typing import Any, ClassVar, Literal, get_args, get_origin
+from typing import Any, ClassVar
 from unittest import SkipTest
 
 import torch
@@ -28,6 +27,7 @@ from rlhf_core.merging.one_tensor import merged_tensors, options_of
 from rlhf_core.merging.streams import TensorStream
 from rlhf_core.merging.tensor_reader import MemoryTensor
 from rlhf_core.testing.contract import MethodContract, after, require
+from rlhf_core.testing.option_values import other_values
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 SHAPE = "test_shape_is_kept_in_float32"
@@ -371,28 +371,11 @@ def _apart(found: Tensor, expected: Tensor) -> float:
 
 
 def _other_values(config: Any, name: str) -> Iterator[Any]:
-    """Yield values of an option that the configuration takes, other than its own."""
-    value, kinds = getattr(config, name), _kinds(type(config).model_fields[name].annotation)
-    found: list[Any] = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
-    if bool in kinds:
-        found += [True, False]
-    elif float in kinds or int in kinds:
-        size = value or 1.0
-        found += [size / 2, size / 4, size * 2, size * 4, size * 10, size + 1, 0]
-    for other in found:
-        other = round(other) if int in kinds and float not in kinds and not isinstance(other, str | bool) else other
-        try:
-            config.updated(**{name: other})
-        except ConfigError:
-            continue
-        if other != value:
-            yield other
-
-
-def _kinds(annotation: Any) -> list[Any]:
-    if get_origin(annotation) is Literal:
-        return [annotation]
-    return [kind for kind in get_args(annotation) or (annotation,) if kind is not NoneType]
+    """Yield values of an option that the configuration accepts, other than its own."""
+    for value in other_values(type(config).model_fields[name].annotation, getattr(config, name)):
+        with suppress(ConfigError):
+            config.updated(**{name: value})
+            yield value
 
 
 def _written(folder: Path, number: int, tensor: Tensor) -> MergeInput:

@@ -1,4 +1,4 @@
-"""Run a plugin's contract and print one line a check: what `rlhf check` does. pytest isn't needed."""
+"""Run a plugin's conformance tests without pytest and print one line per check, as `rlhf check` does."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ Status = Literal["ok", "failed", "expected", "skipped"]
 
 
 @dataclass(frozen=True)
-class Check:
-    """How one check ended. `expected` is a failure that was expected; `reason` is empty where it is `ok`."""
+class CheckResult:
+    """The result of one check. `expected` is a failure that was expected; `reason` is empty where it is `ok`."""
 
     name: str
     status: Status
@@ -32,19 +32,19 @@ class Check:
 
 
 def contract_of(kind: str) -> type[Contract]:
-    """Return the contract of a kind of plugin."""
+    """Return the contract of a kind of plugin: `TrainerContract` for `trainer`."""
     from rlhf_core import testing
 
     return getattr(testing, f"{kind.capitalize()}Contract")
 
 
-def run_checks(contract: type[Contract]) -> Iterator[Check]:
-    """Run each check of a contract, in order."""
+def run_checks(contract: type[Contract]) -> Iterator[CheckResult]:
+    """Run the checks of a contract in order, and yield each result."""
     for name in contract.checks():
         began = time.perf_counter()
         with _quiet(), _one_thread():
             status, reason = _run(contract, name)
-        yield Check(name, status, reason, time.perf_counter() - began)
+        yield CheckResult(name, status, reason, time.perf_counter() - began)
 
 
 def run_contract(
@@ -54,22 +54,22 @@ def run_contract(
     options: Mapping[str, Any] | None = None,
     expected_failures: Mapping[str, str] | None = None,
 ) -> int:
-    """Check a registered plugin, printing a line a check to stdout; return 0, or the exit code of a broken plugin.
+    """Check a registered plugin, printing one line per check to stdout; return 0, or exit code 5 where a check fails.
 
     Args:
         kind: `trainer`, `reward`, `sampler`, `merger` or `hook`.
         name: its name in the registry, qualified or not.
         options: options of the method to check it with.
-        expected_failures: check → why it fails; one that passes is a failure.
+        expected_failures: name of a check → why it fails; such a check that passes counts as a failure.
 
     Raises:
-        UnknownPlugin, PluginError: the plugin isn't there or can't be loaded.
-        ConfigError: there is no such kind, or no such check.
+        UnknownPlugin, PluginError: the plugin isn't installed or can't be loaded.
+        ConfigError: there is no such kind, or no check of a name in `expected_failures`.
     """
     kind = registry.parse_kind(kind)
     base = contract_of(kind)
     hide_library_bars()
-    registry.get(kind, name)  # what can't be loaded is one error, not a failure of every check
+    registry.get(kind, name)  # a plugin that can't be loaded is one error, not a failure of every check
     members = {"method": name, "options": options or {}, "expected_failures": expected_failures or {}}
     counts: Counter[str] = Counter()
     began = time.perf_counter()
@@ -85,8 +85,9 @@ def run_contract(
 
 
 def _run(contract: type[Contract], name: str) -> tuple[Status, str]:
+    """Run one check; return its status and the reason where it isn't `ok`."""
     expected = contract.expected_failures.get(name)
-    # The mark for pytest is left aside: here the failure itself is looked at.
+    # Without pytest's mark of an expected failure: here the failure itself is what counts.
     test = getattr(contract, name)
     test = getattr(test, "_unmarked", test)
     try:
@@ -96,13 +97,13 @@ def _run(contract: type[Contract], name: str) -> tuple[Status, str]:
     except Exception as error:
         return ("failed", describe_error(error)) if expected is None else ("expected", expected)
     if expected is not None:
-        return "failed", f"passes, and was expected to fail: {expected}"
+        return "failed", f"passes, but was expected to fail: {expected}"
     return "ok", ""
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Give torch one thread: tensors this small only wait for others, for minutes where the machine is busy."""
+    """Run torch on one thread: with tensors this small, threads mostly wait for each other, on a busy machine for minutes."""
     import torch
 
     threads = torch.get_num_threads()
@@ -115,7 +116,7 @@ def _one_thread() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the runs' own reports out of the way."""
+    """Silence warnings, and what the checks' training runs log below the level of errors."""
     loggers = [logging.getLogger(name) for name in (LOGGER, *plugin_packages())]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any, ClassVar
 from unittest import SkipTest
@@ -16,14 +16,14 @@ from unittest import SkipTest
 from rlhf_core.config.base import BaseConfig
 from rlhf_core.config.online import SamplingConfig
 from rlhf_core.contracts.completion import Completion
-from rlhf_core.contracts.reward import RewardFn, Sample
 from rlhf_core.contracts.sampler import Sampler
 from rlhf_core.infra.errors import RLHFError
 from rlhf_core.infra.seeds import RandomState
 from rlhf_core.testing.arithmetic_task import ArithmeticTask
 from rlhf_core.testing.contract import MethodContract, after, is_number, require
+from rlhf_core.testing.kit_rewards import DigitReward
+from rlhf_core.testing.option_values import other_values
 from rlhf_core.testing.tiny import tiny_policy
-from rlhf_core.testing.trainer_options import values_of
 
 STOP_REASONS = ("end", "length")
 COUNTS = "test_n_completions_for_each_prompt"
@@ -31,28 +31,6 @@ TOKENS = "test_completions_tell_how_they_were_drawn"
 OWN = "test_log_probabilities_are_the_policys"
 REPEATS = "test_a_seed_repeats_the_completions"
 SEED = 20
-
-
-class KitReward(RewardFn):
-    """The kit's reward: more for digits, less for length. It remembers the columns that it was shown."""
-
-    api = 1
-
-    def __init__(self, config: BaseConfig | None = None, *, sign: int = 1) -> None:
-        super().__init__(config)
-        self.sign = sign
-        self.columns: list[Mapping[str, Any]] = []
-        self.given: dict[tuple[int, ...], float] = {}
-        """The score of each completion that it was shown, by its ids."""
-
-    def score(self, samples: Sequence[Sample]) -> list[float]:
-        self.columns += [sample.columns for sample in samples]
-        scores = [self.sign * self.worth(one.completion, one.completion_ids) for one in samples]
-        self.given |= {tuple(one.completion_ids): score for one, score in zip(samples, scores, strict=True)}
-        return scores
-
-    def worth(self, text: str, ids: Sequence[int]) -> float:
-        return sum(map(str.isdigit, text)) - 0.01 * len(ids)
 
 
 class SamplerContract(MethodContract):
@@ -65,7 +43,7 @@ class SamplerContract(MethodContract):
     """Difference in nats between log-probabilities of one token, by rounding."""
     no_effect: ClassVar[Sequence[str]] = ()
     """Options that change no completion and no score, for a good reason, such as how many are scored at once."""
-    reward: KitReward | None = None
+    reward: DigitReward | None = None
     """What `models` gave as rewards."""
 
     def models(self) -> dict[str, Any]:
@@ -73,7 +51,7 @@ class SamplerContract(MethodContract):
 
         Override it where a role needs another.
         """
-        self.reward = KitReward()
+        self.reward = DigitReward()
         kinds = self.subject().roles.items()
         return {role: tiny_policy(seed) if kind == "policy" else self.reward for seed, (role, kind) in enumerate(kinds)}
 
@@ -191,8 +169,10 @@ class SamplerContract(MethodContract):
 
         config, idle = self.config(), []
         for name, field in type(config).model_fields.items():
-            now, base = getattr(config, name), None
-            for value in values_of(field.annotation, now)[:4] if name not in self.no_effect else ():
+            base = None
+            for value in (
+                other_values(field.annotation, getattr(config, name))[:4] if name not in self.no_effect else ()
+            ):
                 try:
                     changed = config.updated(**{name: value})
                 except RLHFError:

@@ -1,7 +1,7 @@
-"""Completions that are the same whoever asks for them: drawn once, cut to unequal lengths, and repeated row by row.
+"""An engine that repeats completions: drawn once for each row, truncated to unequal lengths, and returned again.
 
-What is sampled hangs on rounding, which padding, micro-batches and processes change; so two updates of an online method can be
-compared only on the same completions. Their log-probabilities are the policy's own for these ids.
+Which tokens are sampled depends on rounding, which padding, micro-batches and processes change. Two updates of an online method
+can therefore be compared only on the same completions. Their log-probabilities are computed by the policy as it is.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import torch
 from rlhf_core.config.online import SamplingConfig
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.contracts.completion import Completion
-from rlhf_core.contracts.reward import RewardFn, Sample
 from rlhf_core.generation.engine import Engine
 from rlhf_core.infra.seeds import RandomState
 from rlhf_core.models.dropout import evaluating
@@ -26,29 +25,30 @@ from rlhf_core.training.context import RunContext
 
 @dataclass
 class Script:
-    """What was drawn so far, to be repeated."""
+    """The completions drawn so far, to be repeated."""
 
     drawn: dict[Any, list[Completion]] = field(default_factory=dict)
-    """The completions of a prompt, by what names their draw: stream, row, occurrence, number, limit."""
+    """The completions of a prompt, by what identifies a draw: stream, row, seeds, number of completions, token limit, and how
+    often it was drawn before."""
     swapped: bool = False
-    """Whether the first two completions of a prompt in an even row change places."""
+    """Whether the first two completions of prompts in even rows are exchanged."""
     as_drawn: bool = False
-    """Whether log-probabilities are those of the first draw, though the policy or the temperature is another now."""
+    """Whether to keep the log-probabilities of the first draw, even if the policy or the temperature has changed since."""
 
 
 class ScriptedEngine(Engine):
-    """An engine that repeats a script, and draws what isn't in it yet."""
+    """An engine that repeats the completions of a script, and draws and records those that it doesn't hold yet."""
 
     def __init__(self, policy: Any, script: Script, *, seed: int) -> None:
         super().__init__(policy, seed=seed)
         self.script = script
-        self.asked = 0
-        """How often it was asked for completions."""
-        self._again: Counter[Any] = Counter()
+        self.calls = 0
+        """How often `generate` was called."""
+        self._occurrences: Counter[Any] = Counter()
 
     def begin(self, name: str, *index: int, policy_version: int = 0) -> None:
         super().begin(name, *index, policy_version=policy_version)
-        self._again = Counter()
+        self._occurrences = Counter()
 
     @torch.no_grad()
     def generate(
@@ -61,13 +61,13 @@ class ScriptedEngine(Engine):
         policy_version: int | None = None,
     ) -> list[list[Completion]]:
         sampling = sampling or SamplingConfig()
-        self.asked += 1
+        self.calls += 1
         keys = []
         for number, row in enumerate(batch.rows):
             own = tuple(seeds[number]) if seeds is not None else ()
             name = (self._stream, row, own, n, sampling.max_new_tokens)
-            keys.append((*name, self._again[name]))
-            self._again[name] += 1
+            keys.append((*name, self._occurrences[name]))
+            self._occurrences[name] += 1
         random = RandomState.capture()
         missing = [number for number, key in enumerate(keys) if key not in self.script.drawn]
         if missing:
@@ -76,7 +76,7 @@ class ScriptedEngine(Engine):
                 part, n, sampling, seeds=None if seeds is None else [seeds[number] for number in missing]
             )
             for number, group in zip(missing, fresh, strict=True):
-                cut = [self._cut(one, (batch.rows[number], k), sampling) for k, one in enumerate(group)]
+                cut = [self._truncated(one, (batch.rows[number], k), sampling) for k, one in enumerate(group)]
                 self.script.drawn[keys[number]] = self._scored(batch.select([number]), [cut], sampling)[0]
         random.restore()
         groups = [self.script.drawn[key] for key in keys]
@@ -85,15 +85,15 @@ class ScriptedEngine(Engine):
         version = self.policy_version if policy_version is None else policy_version
         groups = [[replace(one, policy_version=version) for one in group] for group in groups]
         if self.script.swapped and n > 1:
-            # Not of all: what takes completions by their place in the group would come through unseen.
+            # Of even rows only: in a method that takes rewards by position, exchanges in all rows could cancel out.
             groups = [
                 [group[1], group[0], *group[2:]] if row % 2 == 0 else group
                 for row, group in zip(batch.rows, groups, strict=True)
             ]
         return groups
 
-    def _cut(self, one: Completion, place: tuple[int, int], sampling: SamplingConfig) -> Completion:
-        """Return a completion of another length, which ends with the end token where that is before the limit."""
+    def _truncated(self, one: Completion, place: tuple[int, int], sampling: SamplingConfig) -> Completion:
+        """Return a completion truncated, end token last, to a length that depends on its row and number; short ones unchanged."""
         draw = int.from_bytes(hashlib.sha256(repr(place).encode()).digest()[:4], "little")
         length = 2 + draw % max(sampling.max_new_tokens - 1, 1)
         end = self.policy.tokenizer.eos_token_id
@@ -103,9 +103,9 @@ class ScriptedEngine(Engine):
         return replace(one, ids=ids, text=str(self.policy.tokenizer.decode(ids[:-1])), stop_reason="end", mask=None)
 
     def _scored(self, batch: Batch, groups: list[list[Completion]], sampling: SamplingConfig) -> list[list[Completion]]:
-        """Return completions with their log-probabilities under the policy as it is now."""
+        """Return completions with their log-probabilities under the policy as it is now; unchanged where sampling truncates."""
         if not _plain(sampling):
-            return groups  # what truncation kept of a distribution is known at the draw alone
+            return groups  # the kept mass of a truncated distribution is known only when it is drawn
         blank = [[replace(one, logprobs=(), raw_logprobs=(), kept_mass=()) for one in group] for group in groups]
         rollout = Batch.from_completions(batch, blank).to(self.policy.device)
         with evaluating(self.policy):
@@ -128,7 +128,7 @@ class ScriptedEngine(Engine):
 
 @dataclass
 class BenchContext(RunContext):
-    """The run context of a workbench, whose engine may follow a script."""
+    """The run context of a workbench, whose engine repeats a script where there is one."""
 
     script: Script | None = None
 
@@ -141,34 +141,10 @@ class BenchContext(RunContext):
 
     @property
     def generated(self) -> bool:
-        """Whether the method has asked for completions."""
-        return isinstance(self._engine, ScriptedEngine) and self._engine.asked > 0
-
-
-class TokenShare(RewardFn):
-    """The share of a completion's tokens whose id has a bit set: dense, so that a random model learns it in seconds.
-
-    An end token counts half, so that neither ending at once nor never ending is best.
-    """
-
-    api = 1
-
-    def __init__(self, bit: int = 0) -> None:
-        super().__init__()
-        self.bit = bit
-
-    def describe(self) -> dict[str, Any]:
-        return {"bit": self.bit}
-
-    def score(self, samples: Sequence[Sample]) -> list[float]:
-        return [self._score(sample) for sample in samples]
-
-    def _score(self, sample: Sample) -> float:
-        worth = [float(token >> self.bit & 1) for token in sample.completion_ids]
-        if worth and sample.stop_reason == "end":
-            worth[-1] = 0.5
-        return sum(worth) / max(len(worth), 1)
+        """Whether the method has generated by `run.engine`."""
+        return isinstance(self._engine, ScriptedEngine) and self._engine.calls > 0
 
 
 def _plain(sampling: SamplingConfig) -> bool:
+    """Tell whether sampling draws from the whole distribution, without top-p, top-k or greedy decoding."""
     return sampling.temperature > 0 and sampling.top_p == 1 and sampling.top_k == 0

@@ -1,4 +1,4 @@
-"""Several processes of a run inside one: each a thread, one at a time, so that what they draw and exchange is always the same."""
+"""The processes of a distributed run, simulated by threads that run one at a time, so that results are deterministic."""
 
 from __future__ import annotations
 
@@ -17,16 +17,22 @@ Result = TypeVar("Result")
 
 
 class OutOfStep(AssertionError):
-    """A process waits for others that don't come: it gathers more often than they do."""
+    """Raised where simulated processes make different collective calls: real ones would wait for each other for ever."""
 
 
 def simulate(count: int, work: Callable[[Distribution], Result], device: torch.device | None = None) -> list[Result]:
-    """Return what `work` returns as each of so many processes, in order of rank.
+    """Run `work` as each of several processes; return what each returns, in order of rank.
 
-    Processes take turns: one runs until it waits for the others. Each has random states of its own, which begin alike.
+    Processes take turns: one runs until it waits for the others in a collective call. Each has its own random states, which are
+    equal at the start.
+
+    Args:
+        count: number of processes.
+        work: takes the process's `Distribution`.
+        device: the device of every process; the CPU where None.
 
     Raises:
-        OutOfStep: one gathers more often than another.
+        OutOfStep: processes make different collective calls, or one makes more of them than another.
     """
     simulation = _Simulation(count)
     device = device or torch.device("cpu")
@@ -34,13 +40,18 @@ def simulate(count: int, work: Callable[[Distribution], Result], device: torch.d
 
 
 class _Simulation:
+    """The turns of the processes, and the values that they have exchanged."""
+
     def __init__(self, count: int) -> None:
         self._count, self._turn = count, 0
         self._condition = threading.Condition()
-        self._said: list[list[Any]] = [[] for _ in range(count)]
+        self._given: list[list[tuple[str, Any]]] = [
+            [] for _ in range(count)
+        ]  # by rank: kind and value of each exchange
         self._ended = [False] * count
 
     def run(self, works: Sequence[Callable[[], Result]]) -> list[Result]:
+        """Run one function per process in threads that take turns; return the results, or raise the first error."""
         results: list[Any] = [None] * self._count
         faults: list[BaseException] = []
         start = RandomState.capture()
@@ -52,11 +63,11 @@ class _Simulation:
             try:
                 results[rank] = works[rank]()
             except BaseException as error:
-                # What went wrong first is the cause of what others then wait for in vain.
+                # The first error is the cause of others, of processes that then wait in vain.
                 faults.append(error)
             finally:
                 self._ended[rank] = True
-                self._pass_on(rank)
+                self._next_turn(rank)
 
         threads = [threading.Thread(target=thread, args=(rank,), daemon=True) for rank in range(self._count)]
         for one in threads:
@@ -69,23 +80,33 @@ class _Simulation:
         return results
 
     def exchange(self, rank: int, kind: str, value: Any) -> list[Any]:
-        """Return what every process says in this exchange, waiting for those that haven't yet; all must be of one kind."""
-        own = self._said[rank]
+        """Return every process's value in this exchange, in order of rank, after waiting for all of them.
+
+        Args:
+            rank: the calling process.
+            kind: name of the collective call; all processes must make the same one.
+            value: the calling process's value.
+
+        Raises:
+            OutOfStep: another process has ended, or makes another collective call.
+        """
+        own = self._given[rank]
         number = len(own)
         own.append((kind, value))
         random = RandomState.capture()
-        while any(len(said) <= number for said in self._said):
-            if any(len(said) <= number and ended for said, ended in zip(self._said, self._ended, strict=True)):
-                raise OutOfStep(f"process {rank} waits for another that gathers less often")
-            self._pass_on(rank)
+        while any(len(given) <= number for given in self._given):
+            if any(len(given) <= number and ended for given, ended in zip(self._given, self._ended, strict=True)):
+                raise OutOfStep(f"process {rank} waits in a collective call that another process doesn't make")
+            self._next_turn(rank)
             with self._condition:
                 self._condition.wait_for(lambda: self._turn == rank)
         random.restore()
-        if other := {said[number][0] for said in self._said} - {kind}:
-            raise OutOfStep(f"process {rank} comes to `{kind}` where another comes to `{min(other)}`")
-        return [said[number][1] for said in self._said]
+        if other := {given[number][0] for given in self._given} - {kind}:
+            raise OutOfStep(f"process {rank} calls `{kind}` where another process calls `{min(other)}`")
+        return [given[number][1] for given in self._given]
 
-    def _pass_on(self, rank: int) -> None:
+    def _next_turn(self, rank: int) -> None:
+        """Give the turn to the next process after `rank` that hasn't ended."""
         order = [(rank + step) % self._count for step in range(1, self._count + 1)]
         with self._condition:
             self._turn = next((other for other in order if not self._ended[other]), -1)

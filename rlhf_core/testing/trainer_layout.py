@@ -1,4 +1,4 @@
-"""Checks that one update is the same, however its rows are laid out, cut, ordered and shared."""
+"""Checks that an update is the same for any padding, packing, micro-batches, order of rows and number of processes."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from rlhf_core.training.distribution import Distribution
 
 
 class LayoutChecks(TrainerSetup):
-    """The same update, however rows are laid out."""
+    """The first update under different layouts of the same rows."""
 
     @after(GRADIENT)
     def test_padding_changes_nothing(self) -> None:
-        """Wider padding with garbage in it gives the same loss and gradient."""
+        """Wider padding, filled with a garbage token id, gives the same loss and gradient."""
         self.same(self.step(change=Workbench.pad), self.step(), "with padding")
 
     @after(GRADIENT)
     def test_micro_batches_change_nothing(self) -> None:
-        """Micro-batches of 1, 2, 3 and 8 rows, and a bound on tokens, give the same loss and gradient as the whole."""
+        """Micro-batches of 1, 2, 3 and 8 rows, and of at most 200 tokens, give the same loss and gradient as the default ones."""
         expected = self.step()
         for size in (1, 2, 3, 8):
             self.same(self.step({"micro_batch_size": size}), expected, f"with micro_batch_size {size}")
@@ -32,7 +32,7 @@ class LayoutChecks(TrainerSetup):
 
     @after(GRADIENT)
     def test_length_grouping_changes_nothing(self) -> None:
-        """Micro-batches of like lengths, or in the data's order, give the same loss and gradient."""
+        """Micro-batches of rows of similar lengths, or in the data's order, give the same loss and gradient."""
         grouped, plain = (
             self.step({"micro_batch_size": 2, "batching": {"length_grouped": flag}}) for flag in (True, False)
         )
@@ -42,14 +42,14 @@ class LayoutChecks(TrainerSetup):
     def test_packing_changes_nothing(self) -> None:
         """Packed rows give the same loss and gradient as padded ones."""
         packed, plain = (self.step({"batching": {"layout": layout}}) for layout in ("packed", "padded"))
-        self.same(packed, plain, "packed")
+        self.same(packed, plain, "with packed rows")
 
     @after(GRADIENT)
     def test_shared_prompts_change_nothing(self) -> None:
         """A prompt computed once for all of its responses gives the same loss and gradient as computed for each."""
         _, window = self.window()
         if window.num_responses == window.num_prompts:
-            raise SkipTest("each prompt has one response: nothing is shared")
+            raise SkipTest("each prompt has one response, so no prompt is shared")
         shared, apart = (self.step({"batching": {"layout": "packed", "share_prompts": flag}}) for flag in (True, False))
         self.same(shared, apart, "with share_prompts")
 
@@ -60,22 +60,26 @@ class LayoutChecks(TrainerSetup):
         bench, window = self.window(plain)
         expected = bench.step(window)
         found = bench.step(window.select(range(window.num_prompts)[::-1]))
-        self.same(found, expected, "in another order")
-        self.same_metrics(found, expected, "in another order")
+        self.same(found, expected, "with rows in another order")
+        self.same_metrics(found, expected, "with rows in another order")
         if not self.repeatable:
             return
         expected = self.step(plain)
         mixed = self.bench(plain, script=Script(self.script.drawn, swapped=True))
-        mixed.batches = (batch.select(_mixed(batch.num_prompts)) for batch in mixed.batches)
+        mixed.batches = (batch.select(_shuffled(batch.num_prompts)) for batch in mixed.batches)
         found = mixed.first()
         what = "with the batch's rows in another order before `experience`"
-        what += "" if self.offline else ", and each prompt's completions (does each get its own reward, by `owner`?)"
+        what += (
+            ""
+            if self.offline
+            else " and completions exchanged within prompts (does each get its own reward, by `owner`?)"
+        )
         self.same(found, expected, what)
         self.same_metrics(found, expected, what)
 
     @after(GRADIENT)
     def test_metrics_change_nothing_with_micro_batches(self) -> None:
-        """Reported metrics are the whole step's, however it is cut."""
+        """Micro-batches of 1 and 3 rows give the same reported metrics as the default ones."""
         expected = self.step()
         if not expected.metrics:
             raise SkipTest("the method reports no metrics")
@@ -84,9 +88,11 @@ class LayoutChecks(TrainerSetup):
 
     @after(GRADIENT)
     def test_processes_change_nothing(self) -> None:
-        """Two and three processes that share the rows make the same update as one."""
+        """Two and three processes among which the rows are divided make the same update as one."""
         if not self.repeatable:
-            raise SkipTest("it generates by itself: processes can't be given the same completions")
+            raise SkipTest(
+                "the method doesn't generate by `run.engine`, so processes can't be given the same completions"
+            )
         for count in (2, 3):
             found, expected = self.shared(count), self.shared(1, {"batch_size": self.shared_rows(count)})
             self.same(found, expected, f"with {count} processes")
@@ -94,10 +100,12 @@ class LayoutChecks(TrainerSetup):
 
     @after(GRADIENT)
     def test_a_share_without_rows_is_taken(self) -> None:
-        """A process that has no rows in a step takes part: what it gathers, and an empty window with the same columns."""
+        """A process without rows in a step gathers as often as the others, and yields an empty window with the same columns."""
         if not self.repeatable:
-            raise SkipTest("it generates by itself: processes can't be given the same completions")
-        self.window()  # so that the script knows the completions
+            raise SkipTest(
+                "the method doesn't generate by `run.engine`, so processes can't be given the same completions"
+            )
+        self.window()  # records the completions in the script
 
         def work(distribution: Distribution) -> Batch:
             bench, main = self.bench(distribution=distribution, script=self.script), distribution.is_main
@@ -107,13 +115,20 @@ class LayoutChecks(TrainerSetup):
         try:
             full, empty = simulate(2, work, DeviceManager().device)
         except OutOfStep as error:
-            raise AssertionError(f"`gather` is called less often where a process has no rows: {error}") from None
-        require(empty.num_prompts == 0, f"an empty batch becomes a window of {empty.num_prompts} prompts")
+            raise AssertionError(
+                f"a process without rows calls `run.gather` less often than the others: {error}"
+            ) from None
+        require(
+            empty.num_prompts == 0,
+            f"on a process without rows, `experience` makes a window of {empty.num_prompts} prompts from an empty batch",
+        )
         for kind in ("per_prompt", "per_response", "per_token"):
             lost = sorted(getattr(full, kind).keys() ^ getattr(empty, kind).keys())
-            require(not lost, f"without rows the window has other columns: {', '.join(lost)}")
+            require(
+                not lost, f"the window of a process without rows has other columns than the others': {', '.join(lost)}"
+            )
 
 
-def _mixed(count: int) -> list[int]:
-    """Return numbers in an order that is neither theirs backwards nor shifted, which faults might come through unseen."""
+def _shuffled(count: int) -> list[int]:
+    """Return the numbers below `count` in a fixed order, neither reversed nor rotated: some faults don't show in those."""
     return sorted(range(count), key=lambda number: (7 * number + 3) % 11)

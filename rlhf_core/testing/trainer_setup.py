@@ -1,4 +1,4 @@
-"""What the trainers' contract works with: a model, rows, a new trainer on them, and updates to compare."""
+"""The fixtures of the trainers' contract: a model, rows, a new trainer on them, and updates to compare."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from rlhf_core.models import PolicyModel
 from rlhf_core.testing.arithmetic_task import ArithmeticTask
 from rlhf_core.testing.contract import MethodContract, require
 from rlhf_core.testing.interrupted_runs import Interrupted, interruptible, require_same_run
-from rlhf_core.testing.scripted_engine import Script, TokenShare
+from rlhf_core.testing.kit_rewards import TokenShare
+from rlhf_core.testing.scripted_engine import Script
 from rlhf_core.testing.simulated_processes import OutOfStep, simulate
 from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
 from rlhf_core.testing.workbench import Step, Workbench
@@ -35,15 +36,15 @@ Result = TypeVar("Result")
 
 TERMS = "test_every_term_has_a_weight"
 GRADIENT = "test_trained_models_get_a_gradient"
-"""The two checks that others build on: where one fails, those are skipped, so that one fault is reported once."""
+"""The two checks on which others depend: where one fails, those are skipped, so that one fault is reported once."""
 
 
 class TrainerSetup(MethodContract):
-    """The part of the contract that a method may need to change; it holds no test of its own."""
+    """The attributes and fixtures of the contract, which a subclass may override; it has no checks."""
 
     kind = "trainer"
     _made: ClassVar[dict[Any, Any]]
-    """What several checks look at, made once."""
+    """Values that several checks use, made once for the class."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -52,38 +53,38 @@ class TrainerSetup(MethodContract):
     trainer: ClassVar[type[Trainer] | None] = None
     """The class under test, in place of `method`."""
     rewards: ClassVar[Sequence[Any]] = (TokenShare(bit=1),)
-    """What an online method learns from where `options` name no rewards: dense, and a function of a completion's ids alone."""
+    """Rewards of an online method where `options` name none: dense, and functions of a completion's ids alone."""
     constant_weights: ClassVar[bool] = False
-    """Whether a term is averaged over a constant on purpose, such as the longest completion that there may be."""
+    """Whether a term is averaged over a constant on purpose, such as the maximal length of a completion."""
     first_loss: ClassVar[float | Literal["nll"] | None] = None
-    """The loss of the first window before any step where it is known, such as ln 2; `nll` is the negative log-likelihood per
-    token in the loss. None compares nothing."""
+    """The loss before the first step, where it is known, such as ln 2; `nll` is the negative log-likelihood per token in the
+    loss. None compares nothing."""
     learning: ClassVar[Mapping[str, Any]] = {}
-    """Options with which a tiny model learns in a few steps, where those of the checks are too slow or too careful."""
+    """Options with which a tiny model learns in a few steps, where it doesn't with those of the checks."""
     no_effect: ClassVar[Sequence[str]] = ()
-    """Options of the method, groups' as `group.option`, that change nothing which the checks look at, for a good reason."""
+    """Options of the method that rightly change nothing that the checks compare; an option in a group as `group.option`."""
     no_gradient: ClassVar[Sequence[str]] = ()
-    """Options that change the loss and not its gradient, for a good reason."""
+    """Options that rightly change the loss and not its gradient."""
     other_values: ClassVar[Mapping[str, Any]] = {}
-    """For an option, a value (or a list of values) to try in place of its own; others are derived from its type."""
+    """Option → a value, or a list of values, to try instead of its own; for other options, values follow from their types."""
     tolerance: ClassVar[float] = 1e-5
-    """Relative difference of loss and gradient that rounding may make in float32 on a CPU; on a GPU, which takes other kernels
-    for other shapes, three times that."""
+    """Largest relative difference of loss and gradient, by rounding in float32 on a CPU. Three times that is allowed on a GPU,
+    which uses other kernels for other shapes."""
 
     @property
     def allowed(self) -> float:
-        """`tolerance` on the device that trains."""
+        """The largest relative difference that is allowed on this machine's device: `tolerance`, or three times that on a GPU."""
         return self.tolerance * (1 if DeviceManager().kind == "cpu" else 3)
 
     def model(self) -> PolicyModel | str | Path:
-        """Return the model to train, always the same one; for a method that generates, one that ends its texts now and then."""
+        """Return the model to train, the same each time; for a method that generates, one that often draws the end token."""
         model = tiny_model(hidden=32, heads=2, kv_heads=1)
         if not self.offline:
             _end_often(model)
         return PolicyModel(model, tiny_tokenizer())
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return about 20 rows of the method's record, of unequal lengths."""
+        """Return about 20 rows of the method's record type, of unequal lengths."""
         record = self.subject().record
         short, long = (ArithmeticTask(terms=terms).rows(record, 10, seed=terms) for terms in (2, 4))
         return list(chain.from_iterable(zip(short, long, strict=True)))
@@ -95,13 +96,13 @@ class TrainerSetup(MethodContract):
         return issubclass(config, OnlineConfig) and config.needs_rewards
 
     def several_windows(self, *, minibatches: int = 2) -> dict[str, Any]:
-        """Return options with which an online method makes several windows of a rollout, where it has the usual ones."""
+        """Return options with which an online method makes several windows of each rollout; none for another method."""
         known = issubclass(self.subject().Config, OnlineConfig)
         return {"rollout_epochs": 2, "minibatches": minibatches} if known else {}
 
     @property
     def offline(self) -> bool:
-        """Whether the responses come from the data: then experience is the same however rows are laid out."""
+        """Whether the responses come from the data, so that `experience` is the same for any layout of the rows."""
         return bool(RECORDS[self.subject().record].responses)
 
     def build(
@@ -112,9 +113,14 @@ class TrainerSetup(MethodContract):
         rewards: Sequence[Any] | None = None,
         model: PolicyModel | None = None,
     ) -> Trainer:
-        """Return a new trainer with `options` and these changes on top, on a copy of the model.
+        """Return a new trainer on a copy of the model and the contract's rows.
 
-        `rewards` and `model` stand in place of the contract's own.
+        Args:
+            changes: options that override those of the contract, later ones winning.
+            output: run directory.
+            kind: class of the trainer; the one under test where None.
+            rewards: instead of the contract's.
+            model: instead of the contract's.
         """
         kind, rows = kind or self.subject(), self.rows()
         values: Mapping[str, Any] = {
@@ -138,7 +144,7 @@ class TrainerSetup(MethodContract):
 
     @property
     def batch_size(self) -> int:
-        """Rows of a step: fewer prompts than rows with responses, since each is completed several times."""
+        """Rows of an optimiser step: 8 with responses from the data, 4 prompts that are completed several times each."""
         return 8 if self.offline else 4
 
     def bench(
@@ -149,9 +155,14 @@ class TrainerSetup(MethodContract):
         script: Script | None = None,
         **given: Any,
     ) -> Workbench:
-        """Return a new trainer prepared for its first window; `moved` puts its models off their start, always alike.
+        """Return a workbench with a new trainer, ready for its first window.
 
-        Its engine repeats a script where one is given. `given` goes to `build`.
+        Args:
+            changes: options that override those of the contract.
+            moved: whether to add fixed noise to the trained models, so that the policy differs from its reference.
+            distribution: this process among those of `simulate`; a single process where None.
+            script: completions for its engine to repeat; drawn as in a run where None.
+            given: other arguments of `build`.
         """
         bench = Workbench(self.build({"max_grad_norm": None}, *changes, **given), distribution, script)
         if moved:
@@ -159,19 +170,19 @@ class TrainerSetup(MethodContract):
         return bench
 
     def once(self, key: Any, make: Callable[[], Result]) -> Result:
-        """Return what `make` returns, made once for all checks of the class."""
+        """Return what `make` returns, called once per key for all checks of the class."""
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
 
     @property
     def script(self) -> Script:
-        """The completions that all updates are compared on."""
+        """The completions that all compared updates share."""
         return self.once("script", Script)
 
     @property
     def repeatable(self) -> bool:
-        """Whether the same experience can be made again under other layouts: from the data, or from the script."""
+        """Whether the method can be given the same responses again, from the data or, by `run.engine`, from the script."""
 
         def tried() -> bool:
             bench = self.bench(script=self.script)
@@ -181,14 +192,16 @@ class TrainerSetup(MethodContract):
         return self.offline or self.once("repeatable", tried)
 
     def window(self, *changes: Mapping[str, Any], script: Script | None = None) -> tuple[Workbench, Batch]:
-        """Return a workbench, its models off their start, with the first window on the script."""
+        """Return a workbench as in `bench`, and its first window, whose completions are the script's."""
         bench = self.bench(*changes, script=script or self.script)
         return bench, bench.window()
 
     def step(self, *changes: Mapping[str, Any], change: Callable[[Workbench], None] | None = None) -> Step:
         """Return the first update under changed options, on the same responses as every other such update.
 
-        `change` may alter the workbench before its first window.
+        Args:
+            changes: options that override those of the contract.
+            change: alters the workbench before its first window.
         """
 
         def made() -> Step:
@@ -197,20 +210,20 @@ class TrainerSetup(MethodContract):
                 change(bench)
             if self.repeatable:
                 return bench.first()
-            # A method that draws by itself: its responses are those of one run.
+            # The method doesn't use `run.engine`: give this update the responses of another workbench.
             return bench.step(self.bench().window())
 
         return made() if change is not None else self.once(("step", repr(changes)), made)
 
     def shared_rows(self, count: int) -> int:
-        """Return rows in a step that so many processes can share evenly."""
+        """Return the number of rows of a step that can be divided evenly among `count` processes."""
         return max(1, min(self.batch_size, len(self.rows())) // count) * count
 
     def shared(self, count: int, *changes: Mapping[str, Any]) -> Step:
-        """Return the first update of so many processes that share its rows, unevenly: the first has one row alone."""
+        """Return the first update of `count` simulated processes with unequal numbers of rows: the first process has one."""
         size = {"batch_size": self.shared_rows(count)}
         if not self.offline:
-            self.bench(size, *changes, script=self.script).window()  # so that the script knows them all
+            self.bench(size, *changes, script=self.script).window()  # records every completion in the script
 
         def work(distribution: Distribution) -> Step:
             bench = self.bench(size, *changes, distribution=distribution, script=self.script)
@@ -225,31 +238,38 @@ class TrainerSetup(MethodContract):
             return simulate(count, work, DeviceManager().device)[0]
         except OutOfStep as error:
             raise AssertionError(
-                f"{count} processes don't gather equally often, so they would wait for ever: {error}; gather once a window"
+                f"{count} processes don't gather equally often, so they would wait for ever: {error}; call `run.gather` the same"
+                " number of times on each process, such as once per window"
             ) from None
 
     def same(self, found: Step, expected: Step, what: str) -> None:
-        """Fail unless two updates are equal within `tolerance`."""
+        """Fail unless two updates have the same loss and gradient within `allowed`.
+
+        Args:
+            found, expected: the updates.
+            what: how the first differs from the second in what it was given, for the message.
+        """
         require(
             found.gradient.keys() == expected.gradient.keys(),
-            f"{what}: other parameters get a gradient:"
+            f"{what}, other parameters get a gradient:"
             f" {', '.join(sorted(found.gradient.keys() ^ expected.gradient.keys())[:4])}",
         )
-        # A loss near zero may be the difference of large parts, such as advantages of both signs; its gradient shows their size.
+        # A loss near zero may be a difference of large parts, such as advantages of both signs; the gradient's norm shows their
+        # size.
         size = max(abs(expected.loss), norm(expected.gradient), 1e-12)
         loss = abs(found.loss - expected.loss) / size
         gradient = distance(found.gradient, expected.gradient)
         require(
             loss <= self.allowed and gradient <= self.allowed,
-            f"{what}: loss {found.loss:.7g} instead of {expected.loss:.7g}; relative difference of the loss {loss:.1e}, of"
-            f" the gradient {gradient:.1e} ({self.allowed:.0e} is allowed)",
+            f"{what}, the first update changes: loss {found.loss:.7g} instead of {expected.loss:.7g}; relative difference of the"
+            f" loss {loss:.1e}, of the gradient {gradient:.1e} ({self.allowed:.0e} is allowed)",
         )
 
     def same_metrics(self, found: Step, expected: Step, what: str) -> None:
-        """Fail unless the metrics are equal. Some are small differences of large sums, so they get ten tolerances."""
+        """Fail unless two updates report the same metrics within ten tolerances: some are small differences of large sums."""
         require(
             found.metrics.keys() == expected.metrics.keys(),
-            f"{what}: metrics {sorted(found.metrics)} instead of {sorted(expected.metrics)}",
+            f"{what}, the step reports the metrics {sorted(found.metrics)} instead of {sorted(expected.metrics)}",
         )
         allowed = 10 * self.allowed
         wrong = [
@@ -257,10 +277,15 @@ class TrainerSetup(MethodContract):
             for name, value in found.metrics.items()
             if not math.isclose(value, expected.metrics[name], rel_tol=allowed, abs_tol=allowed)
         ]
-        require(not wrong, f"{what}: {'; '.join(wrong)}; report a pair (sum, count)")
+        require(not wrong, f"{what}, metrics change: {'; '.join(wrong)}; report a metric as a pair (sum, count)")
 
     def resume(self, changes: Mapping[str, Any], *, times: int) -> None:
-        """Train nine steps; train again, stop behind the fifth window, and resume from each of the last checkpoints; compare."""
+        """Fail unless a run that is interrupted after five windows and resumed ends with the bits of one that isn't interrupted.
+
+        Args:
+            changes: options that override those of the contract.
+            times: how many of the last checkpoints to resume from.
+        """
         run = {"max_steps": 9, "micro_batch_size": 5, "checkpoint": {"every": 1, "keep": 9}}
         kind = interruptible(self.subject())
         with tempfile.TemporaryDirectory(prefix="rlhf-contract-") as folder:
@@ -273,9 +298,12 @@ class TrainerSetup(MethodContract):
             except Interrupted:
                 pass
             else:
-                raise AssertionError("the run took nine steps from fewer than six windows")
+                raise AssertionError("the run made its nine steps from fewer than six windows of `experience`")
             saved = sorted(CheckpointManager(broken / "checkpoints").steps())
-            require(bool(saved), "no window of the first five is its rollout's last, so nothing could be saved")
+            require(
+                bool(saved),
+                "none of the first five windows is the last of its rollout (`Window.last`), so no checkpoint was saved",
+            )
             for step in saved[-times:]:
                 resumed = Path(folder) / f"resumed-{step}"
                 shutil.copytree(broken, resumed)
@@ -287,7 +315,7 @@ class TrainerSetup(MethodContract):
 
 
 def sharpened(divisor: float) -> PolicyModel:
-    """Return a policy whose logits are those of another one, divided by a number."""
+    """Return a policy whose logits are those of `sharpened(1)` divided by a number."""
     model = tiny_model(hidden=32, heads=2, kv_heads=1, tie_embeddings=False)
     _end_often(model)
     with torch.no_grad():
@@ -297,8 +325,11 @@ def sharpened(divisor: float) -> PolicyModel:
 
 @torch.no_grad()
 def _end_often(model: Any) -> None:
+    """Raise the logit of the end token of a tiny model with tied embeddings, so that many completions end."""
     embeddings = model.get_input_embeddings().weight
-    embeddings[:, 0] = 1.0  # nearly the same in every hidden state, so that it acts as a bias of the logits
+    embeddings[:, 0] = (
+        1.0  # nearly constant in the hidden states, so that the first column acts as a bias of the logits
+    )
     embeddings[model.config.eos_token_id, 0] = 3.5
 
 

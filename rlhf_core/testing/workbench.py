@@ -28,7 +28,7 @@ from rlhf_core.training.roles import set_training_mode
 from rlhf_core.training.setup import RunSetup
 
 GARBAGE = 65
-"""A token id as good as any other, to stand where nobody may look."""
+"""The token id that fills padding, where no method may look: an ordinary id of the tiny tokenizer."""
 
 
 def run_context(
@@ -39,13 +39,14 @@ def run_context(
     evaluating: bool = False,
     step: int = 0,
 ) -> RunContext:
-    """Return a run context to try a method's `experience` in, where its models are set already and there is no run.
+    """Return a run context in which to call a method's `experience` without a run; its `models` must be set.
 
     Args:
         trainer: the method.
-        distribution: the processes that this is one of, from `simulate`; alone where None.
+        distribution: this process among those of `simulate`; a single process where None.
         rewards: what `Trainer(rewards=…)` accepts.
-        step: optimiser steps that were made.
+        evaluating: whether the method is to see an evaluation.
+        step: optimiser steps made so far.
     """
     devices = DeviceManager()
     return RunContext(
@@ -61,24 +62,24 @@ def run_context(
 
 @dataclass(frozen=True)
 class Step:
-    """What one update would do."""
+    """The loss, metrics and gradient of one update."""
 
     loss: float
     metrics: dict[str, float]
     gradient: dict[str, Tensor]
-    """By parameter name, before clipping; parameters without a gradient are left out."""
+    """By parameter name, summed over micro-batches and before clipping; parameters without a gradient are left out."""
 
 
 class NothingToLearn(AssertionError):
-    """A window whose every weight is zero, for which the loop makes no step."""
+    """Raised for a window whose weights are all zero, for which the loop makes no optimiser step."""
 
 
 class Workbench(RunSetup):
-    """One trainer with its models, reference and data, on this process or as one of several.
+    """A trainer set up as for its first step, on which windows and updates are made one by one, outside of a run.
 
     Args:
         trainer: the method, with a configuration, a model and data.
-        distribution: the processes that it is one of; alone where None.
+        distribution: this process among those of `simulate`; a single process where None.
         script: completions for its engine to repeat; drawn as in a run where None.
     """
 
@@ -89,7 +90,7 @@ class Workbench(RunSetup):
         super().__init__(trainer, distribution or Distribution(devices.device), devices)
         self.build_models()
         self.open_data()
-        # Each simulated process scores every row: they don't share what the processes of a run exchange.
+        # Each simulated process scores every row for the reference by itself.
         self.prepare(alone=True)
         config = self.config
         self.batches: Iterator[Batch] = DataStream(
@@ -102,20 +103,20 @@ class Workbench(RunSetup):
             world_size=self.distribution.world_size,
         )
         self.steps = 0
-        """Optimiser steps that the run context reports."""
+        """Optimiser steps made so far, as the run context reports them."""
         self.run = self.context(BenchContext, clock=lambda: self.steps, script=script)
-        """The context that the method's experience sees."""
+        """The run context that the method's `experience` gets."""
         seed_everything(config.seed, "training", self.distribution.rank)
 
     @torch.no_grad()
     def move(self, scale: float = 0.02) -> None:
-        """Move every trained parameter, always alike: at its start a policy is its reference, where much is zero."""
+        """Add fixed noise to every trained parameter: in a policy that equals its reference, many gradients are zero."""
         for name, parameter in self.parameters.items():
             generator = torch.Generator().manual_seed(sum(name.encode()))
             parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter), alpha=scale)
 
     def pad(self) -> None:
-        """Give the method wider padding with garbage in it, in every batch of the data and every micro-batch."""
+        """Widen the padding of every batch and micro-batch that the method sees, and fill all padding with a garbage token id."""
         self.batches = map(padded, self.batches)
         self.micro_batches = PaddedMicroBatches(self.trainer.config, divide=self.trainer.splits_groups)
 
@@ -127,7 +128,7 @@ class Workbench(RunSetup):
             with torch.no_grad(), self.devices.autocast(self.trainer.config.precision):
                 made = next(windows, None)
             set_training_mode(self.trainer, True)
-            # Where experience ends for all: a process that gathers more often than others is known by it.
+            # A process that gathers more often than others meets them here, in another collective call, and is reported.
             self.distribution.barrier()
             if made is None:
                 return
@@ -144,22 +145,22 @@ class Workbench(RunSetup):
         return [micro.to(self.devices.device) for micro in self.micro_batches.cut(window)]
 
     def step(self, window: Batch) -> Step:
-        """Return what the loop's update on a window would do; no parameter is changed."""
+        """Return the loss, metrics and gradient of the loop's update on a window, without changing parameters."""
         return self._recorded(window, None)
 
     def first(self) -> Step:
-        """Return what the update on the first window would do, with what `experience` reported among its metrics."""
+        """Return the update on the first window as in `step`, its metrics with those that `experience` reported by `run.log`."""
         window = self.window()
         logged = self.logged()
         found = self.step(window)
         return replace(found, metrics=logged | found.metrics)
 
     def logged(self) -> dict[str, float]:
-        """Return what the method reported by `run.log` since the last call, over all processes."""
+        """Return the means of what the method reported by `run.log` since the last call, over all processes."""
         return quotients(sum_pairs(self.distribution, self.run.logged()))
 
     def learn(self, window: Batch) -> Step:
-        """Make the loop's update on a window."""
+        """Make the loop's update on a window, with an optimiser step, and return its loss, metrics and gradient."""
         optimizer = self.optimizer()
         set_learning_rate(optimizer, self.trainer.config.learning_rate)
         return self._recorded(window, optimizer)
@@ -168,12 +169,12 @@ class Workbench(RunSetup):
         recorder = _Recorder(self.parameters, optimizer)
         result = self.update(recorder, LossScale(enabled=False), lambda *_, **__: None)(window, 1)
         if result is None:
-            raise NothingToLearn("every weight is zero: there is nothing to learn from in these rows")
+            raise NothingToLearn("every weight of the window is zero, so there is nothing to learn from its rows")
         return Step(result.loss, result.metrics, recorder.gradient)
 
 
 class _Recorder(torch.optim.Optimizer):
-    """Keeps the gradient, and makes a step where it is given an optimiser."""
+    """An optimiser whose step records the gradient, and is passed on to another optimiser where there is one."""
 
     def __init__(self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer | None) -> None:
         super().__init__(parameters.values(), {})
@@ -187,14 +188,14 @@ class _Recorder(torch.optim.Optimizer):
 
 
 class PaddedMicroBatches(MicroBatches):
-    """Cuts as the loop does, then pads what the method sees."""
+    """Micro-batches as the loop makes them, with wider padding."""
 
     def _cut(self, window: Batch, divide: bool) -> list[Batch]:
         return [padded(micro) for micro in super()._cut(window, divide)]
 
 
 def padded(batch: Batch) -> Batch:
-    """Return the batch with more padding, and garbage in all of it."""
+    """Return the batch with wider padding, all of it filled with a garbage token id."""
     batch = batch.pad(3, 5, value=GARBAGE)
 
     def filled(ids: Tensor, lengths: Tensor) -> Tensor:
@@ -208,9 +209,9 @@ def padded(batch: Batch) -> Batch:
 
 
 def reseeds(action: Callable[[], object]) -> str | None:
-    """Return the name of a global random generator that an action sets to a state of its own, or None.
+    """Return the name of a global random generator (`random`, `numpy`, `torch`) that an action seeds, or None.
 
-    Drawing from them is fine: then what follows still depends on the state before.
+    Drawing numbers isn't seeding: the numbers that follow still depend on the state before.
     """
     before = RandomState.capture()
     draws = []

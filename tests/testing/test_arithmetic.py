@@ -205,8 +205,8 @@ def test_faults_are_named() -> None:
     assert "did you mean `sums`" in str(family.value) and family.value.exit_code == 2
     with pytest.raises(ConfigError, match=r"at least 2 terms.*terms=1"):
         ArithmeticTask(terms=1)
-    with pytest.raises(ConfigError, match="unknown record kind `prefs`"):
+    with pytest.raises(ConfigError, match="unknown record type `prefs`"):
         next(ArithmeticTask().rows("prefs", 1))
-    with pytest.raises(DataError, match="no problem of this task; got 'what is 2'") as prompt:
+    with pytest.raises(DataError, match="the prompt is no arithmetic problem; got 'what is 2'") as prompt:
         solve("what is 2")
     assert prompt.value.exit_code == 3

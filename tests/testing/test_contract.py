@@ -43,7 +43,7 @@ def test_an_expected_failure_that_passes_is_an_error(pytester: pytest.Pytester) 
 
 
 def test_an_expected_failure_is_named_rightly() -> None:
-    with pytest.raises(ConfigError, match="no test is called `test_order_of_model`") as caught:
+    with pytest.raises(ConfigError, match="there is no check `test_order_of_model`") as caught:
         type("Wrong", (MergerContract,), {"expected_failures": {"test_order_of_model": "?"}})
     assert caught.value.exit_code == 2
     assert "did you mean `test_order_of_models_changes_nothing`?" in str(caught.value)
@@ -53,7 +53,9 @@ def test_something_must_be_named() -> None:
     class Nothing(TrainerContract):
         pass
 
-    with pytest.raises(ConfigError, match="nothing to test: give `method`, a trainer's name, or `trainer`, a class"):
+    with pytest.raises(
+        ConfigError, match=r"no trainer to test; .*set `method` to the name of a trainer, or `trainer` to a class"
+    ):
         Nothing().test_record_and_roles_are_known()
 
 
@@ -120,7 +122,7 @@ def test_check_knows_expected_failures(capsys: pytest.CaptureFixture[str]) -> No
     assert f"{name}: it averages" in capsys.readouterr().out
     registry.register("merger", "sum", merger_plugins.Linear)
     assert run_contract("merger", "sum", expected_failures={name: "it averages"}) == 5
-    assert f"{name}: passes, and was expected to fail: it averages" in capsys.readouterr().out
+    assert f"{name}: passes, but was expected to fail: it averages" in capsys.readouterr().out
 
 
 def test_what_there_is_not_is_refused() -> None:
