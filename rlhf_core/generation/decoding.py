@@ -1,6 +1,8 @@
-"""How a model is decoded: transformers' own loop, and which way of running it gives the logits that are trained on.
+"""transformers' decoding loop, and which way of running it gives the logits that a model is trained on.
 
-Nothing here trusts what a configuration says: a few tokens are decoded and held against the model's plain forward pass.
+Nothing here trusts what a configuration says: a few tokens are decoded, and their logits compared with the plain forward pass.
+
+Axes: B rows, L prompt tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -32,17 +34,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Company = Literal["any", "equal", "none"]
+Together = Literal["any", "equal", "none"]
+"""Which prompts are decoded in one batch: any, those of equal lengths, or each alone."""
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How a model is decoded."""
+    """How a model is decoded so that its logits are those of its plain forward pass."""
 
-    company: Company
-    """Which rows are decoded together: any, those with prompts of equal lengths, or each alone."""
+    together: Together
+    """Which prompts are decoded in one batch."""
     cache: bool = True
-    """Whether keys, values and states are kept from token to token; else each token reads the sequence from its beginning."""
+    """Whether keys, values and states are kept from token to token; else each step computes the sequence from its beginning."""
 
 
 def decode(
@@ -54,21 +57,29 @@ def decode(
     most: int,
     cache: bool,
 ) -> None:
-    """Run transformers' decoding loop on left-padded prompts (B, L); the processor keeps what comes of it."""
-    settings = GenerationConfig(
+    """Run transformers' decoding loop on left-padded prompts; the logits processor draws the tokens and keeps them.
+
+    Args:
+        ids: (B, L). mask: (B, L), 1 at real tokens.
+        processor: gets each step's logits (B, V).
+        criteria: when to stop before `most` tokens.
+        most: most new tokens.
+        cache: whether keys, values and states are kept from token to token.
+    """
+    generation_config = GenerationConfig(
         max_new_tokens=most, pad_token_id=policy.tokenizer.pad_token_id or 0, do_sample=False, use_cache=cache
     )
     policy.causal_lm.generate(
         input_ids=ids,
         attention_mask=mask,
-        generation_config=settings,
+        generation_config=generation_config,
         logits_processor=LogitsProcessorList([processor]),
         stopping_criteria=StoppingCriteriaList(criteria),
     )
 
 
 def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return (B, L) ids with zeros on the left, and which of them are real."""
+    """Return (B, L) ids with zeros on the left, and (B, L) 1 where they are real tokens."""
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(row)) + [*row] for row in rows], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
@@ -76,7 +87,7 @@ def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Te
 
 
 class _Forced(LogitsProcessor):
-    """Gives the loop known tokens, and keeps the logits that it saw of the first row."""
+    """Makes the loop choose known tokens, one per step, and keeps the first row's logits (V,) of each step."""
 
     def __init__(self, tokens: Sequence[int]) -> None:
         self.tokens, self.logits = tokens, list[Tensor]()
@@ -88,31 +99,32 @@ class _Forced(LogitsProcessor):
 
 
 def decoding_of(policy: PolicyModel) -> Decoding:
-    """Return how a policy is decoded, measured once."""
+    """Return how to decode a policy, measured once."""
     return policy.measured(measure_decoding)
 
 
 @torch.no_grad()
 def measure_decoding(policy: PolicyModel) -> Decoding:
-    """Find by trying how a model is decoded such that its logits are those of its plain forward pass, which is what is trained.
+    """Find by trying how to decode a model so that its logits are those of its plain forward pass, which is what is trained.
 
-    Padding on the left leaks into states that run along the sequence, and into positions that are counted along the row; some
-    models count positions otherwise once they keep states.
+    Padding on the left changes recurrent states, and positions that are counted along the row; some models count positions
+    differently once they keep states. A warning is logged where no way gives the same logits.
 
     Raises:
         ModelError: the model has no decoding loop.
     """
     if not getattr(policy.causal_lm, "can_generate", lambda: False)():
         raise ModelError(
-            "can't generate: transformers has no decoding loop for it", place=policy.source,
+            "the model can't generate: transformers has no decoding loop for it", place=policy.source,
             got=type(policy.causal_lm).__name__, fix="use a model whose class inherits GenerationMixin",
         )  # fmt: skip
     ids = plain_ids(policy.network, 15)
     short, long, tokens = ids[:4].tolist(), ids[4:12].tolist(), ids[12:].tolist()
     flash, kind = policy.attention.kernel == "flash", policy.device.type
     limit, error = 3e-2 if flash else 1e-4, float("inf")
-    company: Company = "none" if policy.probe_result.arrangement == "alone" else "any"
-    company = "equal" if company == "any" and policy.shared_forward.depends_on_length else company
+    most_together: Together = "none" if policy.probe_result.arrangement == "alone" else "any"
+    if most_together == "any" and policy.shared_forward.depends_on_length:
+        most_together = "equal"
 
     def logits(rows: list[list[int]], cache: bool) -> Tensor:
         forced = _Forced(tokens)
@@ -131,17 +143,17 @@ def measure_decoding(policy: PolicyModel) -> Decoding:
             wanted = wanted[0, len(short) - 1 : -1].float()
             spread = (wanted - wanted.mean(dim=1, keepdim=True)).norm()
             for way in (Decoding("any"), Decoding("equal"), Decoding("equal", cache=False)):
-                if way.company == "any" and company != "any":
+                if way.together == "any" and most_together != "any":
                     continue
-                rows = [short, long] if way.company == "any" else [short]
+                rows = [short, long] if way.together == "any" else [short]
                 with contextlib.suppress(*FAILURES):
                     error = float((logits(rows, way.cache) - wanted).norm() / spread)
                 if error < limit:
-                    return Decoding(company if company == "none" else way.company, way.cache)
+                    return Decoding("none" if most_together == "none" else way.together, way.cache)
     finally:
         policy.causal_lm.generation_config = own
     log.warning(
-        "%s: its logits while it generates aren't those that are trained on: they differ by a factor of %.0e",
+        "%s: while generating, the model's logits differ from those that it is trained on by a factor of %.0e",
         policy.source, error,
     )  # fmt: skip
-    return Decoding("none" if company == "none" else "equal")
+    return Decoding("none" if most_together == "none" else "equal")

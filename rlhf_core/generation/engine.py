@@ -1,4 +1,4 @@
-"""Completions of a batch's prompts, tokens in and tokens out, through transformers' own decoding loop."""
+"""The engine: completions for a batch of prompts, token ids in and token ids out, through transformers' own decoding loop."""
 
 from __future__ import annotations
 
@@ -33,33 +33,36 @@ if TYPE_CHECKING:
     from rlhf_core.models.policy_model import PolicyModel
 
 MOST_ROWS = 512
+"""Most completions that are drawn in one decoding loop."""
 HOST_BYTES = 2**31
-"""Bytes that one decoding loop may take where nobody says how many are free; more makes faster, larger batches."""
+"""Bytes that one decoding loop may use on a CPU; larger makes larger, faster batches."""
 
 
 @dataclass(frozen=True)
-class _Row:
+class _Draw:
     """One completion to be drawn."""
 
     number: int
-    """Its place among all."""
+    """Its index among all completions of the call."""
     prompt: int
+    """Index of its prompt in the batch."""
     ids: list[int]
+    """The prompt's ids."""
     seed: int
     limit: int
-    """Most tokens that it may have."""
+    """Most new tokens."""
     chat: bool
-    """Whether it is a turn of a chat, and not the continuation of a text."""
+    """Whether it is a turn of a chat; else it continues a text."""
     ends: tuple[int, ...]
     """The ids that end it."""
 
 
 class Engine:
-    """Draws completions from a policy, live: what it is trained to between two calls counts in the second.
+    """Draws completions from a policy with the weights that it has at the moment of the call.
 
     Args:
-        policy: read in evaluation mode, without gradients, and left in the mode that it was in.
-        seed: of every draw for which no seeds are given; None takes one from torch's global state.
+        policy: computes in evaluation mode, without gradients; afterwards its modules have their earlier modes again.
+        seed: from which completions' seeds are derived where none are given; None takes one from torch's global random state.
     """
 
     def __init__(self, policy: PolicyModel, *, seed: int | None = 0) -> None:
@@ -70,11 +73,13 @@ class Engine:
         self._met: Counter[tuple[int, ...]] = Counter()
 
     def begin(self, name: str, *index: int, policy_version: int = 0) -> None:
-        """Begin a stream of draws: what is drawn from here on is a function of (seed, name, index), row number and occurrence.
+        """Begin a stream of draws: from here on seeds are a function of (engine's seed, name, index), row number and occurrence.
 
-        For the core, which begins one for each step, so that a resumed run draws what the run would have drawn.
+        The core begins one per step, so that a resumed run draws what the uninterrupted run would have drawn.
 
         Args:
+            name: of the stream, such as `rollout`.
+            index: numbers that tell streams of one name apart, such as the step.
             policy_version: optimiser steps that the policy has made.
         """
         self._stream, self._met, self.policy_version = (name, *index), Counter(), policy_version
@@ -91,53 +96,59 @@ class Engine:
     ) -> list[list[Completion]]:
         """Return n completions for each prompt, in the order in which they were drawn.
 
-        A completion depends on its prompt's ids and its seed alone, up to the rounding of logits: not on what is drawn with it,
-        nor on how memory cuts the work.
+        A completion depends on its prompt's ids and its seed alone, up to the rounding of logits: not on what else is drawn in
+        the same call, nor on how memory divides the work.
 
         Args:
-            batch: its prompts are taken as they are encoded; its responses don't matter.
-            sampling: how tokens are drawn; the defaults where None.
-            seeds: for each prompt, one for each completion. None takes the engine's own: functions of its seed and, between
-                `begin` and the next, of row numbers and places, else of the prompts' ids; the same prompt again is another draw.
+            batch: its encoded prompts are completed; its responses are ignored.
+            sampling: temperature, truncation and most tokens; None takes the defaults.
+            seeds: for each prompt, one per completion. None derives them from the engine's seed and, after `begin`, from row
+                numbers and places in the data, else from the prompts' ids; a prompt that comes again gets other seeds.
             policy_version: optimiser steps that the policy has made; None takes what `begin` was given.
 
         Raises:
-            ConfigError: n is below 1, or there aren't as many seeds.
+            ConfigError: n is below 1, or there is another number of seeds.
             DataError: a prompt leaves no room for a token among the model's positions.
             ModelError: the model can't generate.
             NumbersError: logits aren't finite, or memory doesn't suffice for one completion.
         """
         sampling = sampling or SamplingConfig()
         if isinstance(n, bool) or not isinstance(n, SupportsIndex) or operator.index(n) < 1:
-            raise ConfigError("must be a whole number, at least 1", place="generate(n=…)", got=repr(n))
+            raise ConfigError("n must be a whole number, at least 1", place="generate(n=…)", got=repr(n))
         n = operator.index(n)
         if seeds is None:
             rows, places = (batch.rows, batch.places) if self._stream else (prompt_keys(batch), ())
             stream = self._stream or ("generate",)
             seeds = completion_seeds(self.seed, *stream, rows=rows, places=places, n=n, met=self._met)
         if [len(each) for each in seeds] != [n] * batch.num_prompts:
-            raise ConfigError(f"must be {n} seeds for each of {batch.num_prompts} prompts", place="generate(seeds=…)")
-        rows_to_draw = self._rows(batch, seeds, sampling.max_new_tokens)
+            problem = f"{n} completions of {batch.num_prompts} prompts need {n} seeds per prompt"
+            raise ConfigError(problem, place="generate(seeds=…)", got=f"{[len(each) for each in seeds]} seeds")
+        draws = self._draws(batch, seeds, sampling.max_new_tokens)
         version = self.policy_version if policy_version is None else policy_version
-        drawn: list[Completion | None] = [None] * len(rows_to_draw)
-        with self._reading():
-            for part in self._parts(rows_to_draw):
-                work = halve_until_fits(
-                    part,
-                    lambda rows: self._decode(batch, rows, sampling, version),
-                    lambda rows: [half for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]) if half],
+        made: list[Completion | None] = [None] * len(draws)
+        with self._for_decoding():
+            for together in self._batches(draws):
+                decoded = halve_until_fits(
+                    together,
+                    lambda some: self._decode(batch, some, sampling, version),
+                    lambda some: [half for half in (some[: len(some) // 2], some[len(some) // 2 :]) if half],
                     device=self.policy.device,
                     unit="completion",
                 )
-                for row, completion in zip(part, (one for piece in work for one in piece), strict=True):
-                    drawn[row.number] = completion
-        found = [completion for completion in drawn if completion is not None]
+                for one, completion in zip(together, (c for some in decoded for c in some), strict=True):
+                    made[one.number] = completion
+        found = [completion for completion in made if completion is not None]
         return [found[start : start + n] for start in range(0, len(found), n)]
 
-    # What is drawn together
+    # Which completions are drawn together
 
-    def _rows(self, batch: Batch, seeds: Sequence[Sequence[int]], max_new_tokens: int) -> list[_Row]:
-        rows: list[_Row] = []
+    def _draws(self, batch: Batch, seeds: Sequence[Sequence[int]], max_new_tokens: int) -> list[_Draw]:
+        """Return the completions to be drawn, prompt by prompt.
+
+        Raises:
+            DataError: a prompt leaves no room for a token.
+        """
+        draws: list[_Draw] = []
         positions = self.policy.max_positions
         lengths = on_host(batch.prompt_lengths).tolist()
         for prompt, (ids, length) in enumerate(zip(on_host(batch.prompt_ids).tolist(), lengths, strict=True)):
@@ -151,56 +162,56 @@ class Engine:
                 )
             chat = self._is_chat(batch, prompt)
             ends = self._own_ends + (self._turn_ends if chat else ())
-            rows += [
-                _Row(len(rows) + k, prompt, ids[:length], seed, room, chat, ends)
+            draws += [
+                _Draw(len(draws) + k, prompt, ids[:length], seed, room, chat, ends)
                 for k, seed in enumerate(seeds[prompt])
             ]
-        return rows
+        return draws
 
-    def _parts(self, rows: list[_Row]) -> Iterator[list[_Row]]:
-        """Yield rows that may be drawn together: of like length, and not more than are likely to fit in memory."""
-        company, positions = decoding_of(self.policy).company, self.policy.max_positions or 2**31
+    def _batches(self, draws: list[_Draw]) -> Iterator[list[_Draw]]:
+        """Yield completions to draw in one decoding loop: with prompts of like length, and few enough to fit in memory."""
+        together, positions = decoding_of(self.policy).together, self.policy.max_positions or 2**31
         fixed, per_token, room = *self._bytes(), _free_bytes(self.policy.device)
-        part: list[_Row] = []
-        for row in sorted(rows, key=lambda row: len(row.ids)):
-            length = len(row.ids)
-            if part:
-                apart = company == "none" or (company == "equal" and length != len(part[0].ids))
-                # A row that has ended runs on until all have: none may run out of positions.
-                apart = apart or length + part[0].limit > positions
-                size = fixed + per_token * (length + part[0].limit)
-                if apart or len(part) == MOST_ROWS or (len(part) + 1) * size > room:
-                    yield part
-                    part = []
-            part.append(row)
-        if part:
-            yield part
+        batch: list[_Draw] = []
+        for draw in sorted(draws, key=lambda draw: len(draw.ids)):
+            length = len(draw.ids)
+            if batch:
+                apart = together == "none" or (together == "equal" and length != len(batch[0].ids))
+                # A row that has ended continues until all have ended: none may run out of positions.
+                apart = apart or length + batch[0].limit > positions
+                size = fixed + per_token * (length + batch[0].limit)
+                if apart or len(batch) == MOST_ROWS or (len(batch) + 1) * size > room:
+                    yield batch
+                    batch = []
+            batch.append(draw)
+        if batch:
+            yield batch
 
     def _bytes(self) -> tuple[int, int]:
-        """Return about how many bytes a row takes for the work on its logits, and for each token's keys and values."""
+        """Estimate how many bytes one completion needs for the work on its logits, and how many per token in the cache."""
         config = self.policy.network.config.get_text_config()
 
-        def said(name: str, default: int) -> int:
+        def number(name: str, default: int) -> int:
             try:
                 value = getattr(config, name, None)
             except Exception:
-                value = None  # a number for each layer, which is not to be asked for as one
+                value = None  # some configurations have one number per layer, and raise when asked for one
             return value if isinstance(value, int) and value > 0 else default
 
-        heads = said("num_attention_heads", 1)
-        width = said("head_dim", self.policy.width // heads)
-        held, layers = said("num_key_value_heads", heads), said("num_hidden_layers", 1)
+        heads = number("num_attention_heads", 1)
+        width = number("head_dim", self.policy.width // heads)
+        held, layers = number("num_key_value_heads", heads), number("num_hidden_layers", 1)
         size = 4 if self.policy.precision == torch.float32 else 2
-        vocabulary = said("vocab_size", len(self.policy.tokenizer))
-        # A layer's cache is copied as it grows; softmax, order and sums are each of the vocabulary, some in float64.
+        vocabulary = number("vocab_size", len(self.policy.tokenizer))
+        # A layer's cache is copied as it grows; softmax, sorting and sums each need the vocabulary's size, some in float64.
         every = 0 if accepted(self.policy.network.forward, logits_to_keep=1) else 4 * vocabulary
         return 40 * vocabulary, 2 * (layers + 1) * held * width * size + every
 
     # The decoding loop
 
     @contextlib.contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Have the policy compute as it does when it is scored, and nothing of its own settings touch its logits."""
+    def _for_decoding(self) -> Iterator[None]:
+        """Put the policy, inside the context, into evaluation mode and its own precision, without its own generation options."""
         policy = self.policy
         model, own = policy.causal_lm, policy.causal_lm.generation_config
         model.generation_config = GenerationConfig()
@@ -216,31 +227,35 @@ class Engine:
             model.generation_config = own
 
     def _decode(
-        self, batch: Batch, rows: Sequence[_Row], sampling: SamplingConfig, policy_version: int
+        self, batch: Batch, draws: Sequence[_Draw], sampling: SamplingConfig, policy_version: int
     ) -> list[Completion]:
+        """Draw some completions in one decoding loop.
+
+        Raises:
+            NumbersError: logits aren't finite.
+        """
         device = self.policy.device
         drawing = Drawing(
             sampling,
-            seeds=[row.seed for row in rows],
-            limits=[row.limit for row in rows],
-            ends=[row.ends for row in rows],
+            seeds=[draw.seed for draw in draws],
+            limits=[draw.limit for draw in draws],
+            ends=[draw.ends for draw in draws],
             filler=self.policy.tokenizer.pad_token_id or 0,
             device=device,
         )
-        ids, mask = left_padded([row.ids for row in rows], device)
-        most, cache = max(row.limit for row in rows), decoding_of(self.policy).cache
+        ids, mask = left_padded([draw.ids for draw in draws], device)
+        most, cache = max(draw.limit for draw in draws), decoding_of(self.policy).cache
         decode(self.policy, ids, mask, drawing, Ended(drawing), most=most, cache=cache)
         made = []
-        for row, length, tokens, logprobs, raw, mass in zip(rows, *drawing.columns(), strict=True):
+        for draw, length, tokens, logprobs, raw, mass in zip(draws, *drawing.columns(), strict=True):
             tokens = tokens[:length]
-            ended = tokens[-1] in row.ends
+            ended = tokens[-1] in draw.ends
             if not all(map(math.isfinite, (*raw[:length], *logprobs[:length]))):
-                raise NumbersError(
-                    "the model's logits aren't finite", place=f"row {batch.rows[row.prompt]}", fix="check its weights"
-                )
+                place = f"row {batch.rows[draw.prompt]}"
+                raise NumbersError("the model's logits aren't finite", place=place, fix="check its weights")
             made.append(
                 Completion(
-                    text=self._text(row, tokens[:-1] if ended else tokens),
+                    text=self._text(draw, tokens[:-1] if ended else tokens),
                     ids=tokens,
                     logprobs=logprobs[:length],
                     raw_logprobs=raw[:length],
@@ -254,24 +269,24 @@ class Engine:
     # Texts
 
     def _is_chat(self, batch: Batch, prompt: int) -> bool:
-        """Tell whether a prompt went through the chat template; one that isn't known is taken for a text."""
-        asked = batch.prompts[prompt] if batch.prompts else ""
-        return not isinstance(asked, str) or (bool(asked) and TextOptions.of(self.policy.tokenizer).wrap == "chat")
+        """Tell whether a prompt was encoded by the chat template; one whose source the batch doesn't hold counts as a text."""
+        source = batch.prompts[prompt] if batch.prompts else ""
+        return not isinstance(source, str) or (bool(source) and TextOptions.of(self.policy.tokenizer).wrap == "chat")
 
-    def _text(self, row: _Row, ids: list[int]) -> str:
-        """Return the text of a completion; the blank that a continued text begins with is a part of it, a turn begins a text."""
-        return str(self.policy.tokenizer.decode(ids)) if row.chat else self._pieces.text_of(ids)
+    def _text(self, draw: _Draw, ids: list[int]) -> str:
+        """Decode a completion: of a chat as a text by itself; else as a continuation, whose leading blank is kept."""
+        return str(self.policy.tokenizer.decode(ids)) if draw.chat else self._pieces.text_of(ids)
 
     @cached_property
     def _own_ends(self) -> tuple[int, ...]:
-        """The tokenizer's end token, and what the model itself says ends its texts."""
+        """Ids that end any completion: the tokenizer's end token, and those in the model's generation config."""
         own = getattr(self.policy.causal_lm.generation_config, "eos_token_id", None)
         own = [own] if isinstance(own, int) else own or []
         return tuple(token for token in dict.fromkeys([self.policy.tokenizer.eos_token_id, *own]) if token is not None)
 
     @cached_property
     def _turn_ends(self) -> tuple[int, ...]:
-        """What ends a turn by the chat template."""
+        """Ids that end a turn by the chat template."""
         return ChatTemplate(self.policy.tokenizer).stops
 
     @cached_property
@@ -280,7 +295,7 @@ class Engine:
 
 
 def prompt_keys(batch: Batch) -> list[int]:
-    """Return a number for each prompt that is a function of its ids."""
+    """Return one number per prompt, a hash of its ids."""
     keys = []
     for ids, length in zip(on_host(batch.prompt_ids).tolist(), on_host(batch.prompt_lengths).tolist(), strict=True):
         digest = hashlib.sha256(repr(ids[:length]).encode()).digest()
@@ -289,6 +304,7 @@ def prompt_keys(batch: Batch) -> list[int]:
 
 
 def _free_bytes(device: torch.device) -> int:
+    """Return how many bytes a decoding loop may use: on a GPU half of what is free, elsewhere a constant."""
     if device.type != "cuda":
         return HOST_BYTES
     free, _ = torch.cuda.mem_get_info(device)

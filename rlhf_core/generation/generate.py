@@ -1,4 +1,4 @@
-"""Completions for prompts from Python: texts, chats or rows, encoded as in training."""
+"""Completions for prompts given in Python (texts, chats or rows), which are encoded as in training."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def prompt_batch(policy: PolicyModel, prompts: Sequence[Any]) -> Batch:
 
     Args:
         prompts: texts, lists of chat messages, or rows: mappings with a `prompt`, the `tools` of its chat, and other columns,
-            which are the batch's `records`.
+            which become the batch's `records`.
 
     Raises:
-        DataError: a prompt can't be read, or leaves no room for a completion among the model's positions; named `prompts[3]`.
+        DataError: a prompt (named `prompts[3]`) can't be read, or leaves no room for a completion among the model's positions.
     """
     encoder = Encoder(policy.tokenizer, "prompt", max_length=policy.max_positions or 2**31)
     asked = [prompt if isinstance(prompt, Mapping) else {"prompt": prompt} for prompt in prompts]
     rows: list[EncodedRow] = []
     for outcome in encoder.encode(list(ListRows(asked, "prompts").rows(Cursor()))):
         if outcome.row is None:
-            raise DataError(f"the prompt can't be answered: {outcome.refused}", place=outcome.place)
+            raise DataError(f"no completion can be drawn for the prompt: {outcome.refused}", place=outcome.place)
         rows.append(outcome.row)
     batch = collate(rows) if rows else collate([EncodedRow(0, [0])]).select([])
     return batch.to(policy.device)

@@ -1,4 +1,4 @@
-"""What a sampler is built from: its models by role, loaded or as given, and the choice of the best completions."""
+"""What every sampler needs: its models by role, loaded or given, and the choice of the best completions."""
 
 from __future__ import annotations
 
@@ -16,22 +16,28 @@ from rlhf_core.models.policy_model import PolicyModel
 from rlhf_core.rewards import Rewards, open_rewards
 
 KINDS = ("policy", "reward")
-"""What a sampler's role may need: a `PolicyModel`, or whatever is accepted as rewards."""
+"""Kinds of model that a sampler's role may name: a `PolicyModel`, or anything that is accepted as a reward."""
 
 
 def models_by_role(sampler: type[Sampler], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a sampler's models by role: policies as given, and what was given as rewards as `Rewards`.
+    """Return a sampler's models by role: policies as given, and rewards as `Rewards`.
+
+    Args:
+        given: role → a `PolicyModel`, or a reward in any accepted form.
 
     Raises:
-        ConfigError: a role is missing, unknown, or given something else than it needs.
-        PluginError: the sampler declares a kind that there isn't.
+        ConfigError: a role is missing, unknown, or has another kind of model than it needs.
+        PluginError: the sampler declares an unknown kind of model.
     """
     _check_roles(sampler, given)
     return {role: _model(sampler, role, kind, given[role]) for role, kind in sampler.roles.items()}
 
 
 def load_models(sampler: type[Sampler], sources: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a sampler's models by role, those that are given by path loaded to be read, on the device of this process.
+    """Return a sampler's models by role; policies given by path are loaded frozen, on this process's device.
+
+    Args:
+        sources: role → a path, a `ModelConfig` or its mapping, or a model in memory.
 
     Raises:
         ConfigError: as `models_by_role`.
@@ -40,36 +46,38 @@ def load_models(sampler: type[Sampler], sources: Mapping[str, Any]) -> dict[str,
     _check_roles(sampler, sources)
     loaded = dict(sources)
     for role, kind in sampler.roles.items():
-        source = sources[role]
-        if kind != "policy" or isinstance(source, PolicyModel):
-            continue
-        if isinstance(source, str | Path):
-            source = ModelConfig(path=str(source))
-        elif isinstance(source, Mapping):
-            source = ModelConfig.parse(source, place=f"{sampler.__name__}.load({role}=…)")
-        if not isinstance(source, ModelConfig):
-            raise ConfigError(
-                "must be a path, or a PolicyModel", place=f"{sampler.__name__}.load({role}=…)", got=shortened(source)
-            )
-        device = DeviceManager()
-        precision = source.precision or "float32"
-        device.check(precision)
-        loaded[role] = PolicyModel.from_pretrained(
-            Path(source.path).expanduser() if source.path.startswith("~") else source.path,
-            precision=precision,
-            trust_remote_code=source.trust_remote_code,
-            frozen=True,
-            device=device.device,
-        )
+        if kind == "policy" and not isinstance(sources[role], PolicyModel):
+            loaded[role] = _load_policy(sources[role], role, place=f"{sampler.__name__}.load({role}=…)")
     return loaded
 
 
+def _load_policy(source: Any, role: str, *, place: str) -> PolicyModel:
+    """Load a frozen policy from a path, a `ModelConfig` or its mapping, on this process's device; `place` is for errors."""
+    if isinstance(source, str | Path):
+        source = ModelConfig(path=str(source))
+    elif isinstance(source, Mapping):
+        source = ModelConfig.parse(source, place=place)
+    if not isinstance(source, ModelConfig):
+        problem = f"the model of the role `{role}` must be a path, or a PolicyModel"
+        raise ConfigError(problem, place=place, got=shortened(source))
+    device = DeviceManager()
+    precision = source.precision or "float32"
+    device.check(precision)
+    return PolicyModel.from_pretrained(
+        Path(source.path).expanduser() if source.path.startswith("~") else source.path,
+        precision=precision,
+        trust_remote_code=source.trust_remote_code,
+        frozen=True,
+        device=device.device,
+    )
+
+
 def best_first(completions: Sequence[Sequence[Completion]], scores: Sequence[float], n: int) -> list[list[Completion]]:
-    """Return for each prompt its n completions of the highest scores, best first, with their scores.
+    """Return for each prompt its n completions with the highest scores, best first, with `score` set.
 
     Args:
         completions: for each prompt, at least n.
-        scores: one for each completion, prompt by prompt; of equals the one drawn first stands first.
+        scores: one per completion, prompt by prompt; of equal scores the completion drawn first comes first.
 
     Raises:
         ValueError: a prompt has fewer completions than n, or there is another number of scores.
@@ -85,11 +93,14 @@ def best_first(completions: Sequence[Sequence[Completion]], scores: Sequence[flo
 
 
 def _check_roles(sampler: type[Sampler], given: Mapping[str, Any]) -> None:
+    """Raise where a sampler declares an unknown kind of model, or the roles given aren't those that it declares."""
     name, roles = sampler.__name__, sampler.roles
     for role, kind in roles.items():
         if kind not in KINDS:
             raise PluginError(
-                f"there is no kind of model `{kind}`", place=f"{name}.roles[{role!r}]", fix=f"use {' or '.join(KINDS)}"
+                f"a sampler's role names an unknown kind of model, `{kind}`",
+                place=f"{name}.roles[{role!r}]",
+                fix=f"use {' or '.join(KINDS)}",
             )
     if unknown := next((role for role in given if role not in roles), None):
         raise ConfigError(
@@ -106,11 +117,13 @@ def _check_roles(sampler: type[Sampler], given: Mapping[str, Any]) -> None:
 
 
 def _model(sampler: type[Sampler], role: str, kind: str, given: Any) -> Any:
+    """Return what was given for a role as the kind of model that it needs; see `models_by_role`."""
     place = f"{sampler.__name__}({role}=…)"
     if kind == "policy":
         if not isinstance(given, PolicyModel):
             fix = f"`{sampler.__name__}.load({role}=PATH)` loads one" if isinstance(given, str | Path) else None
-            raise ConfigError("must be a PolicyModel", place=place, got=shortened(given), fix=fix)
+            problem = f"the model of the role `{role}` must be a PolicyModel"
+            raise ConfigError(problem, place=place, got=shortened(given), fix=fix)
         return given
     if isinstance(given, Rewards):
         return given
@@ -118,5 +131,5 @@ def _model(sampler: type[Sampler], role: str, kind: str, given: Any) -> Any:
         given = {"name": "reward_model", "options": {"model": str(Path(given).expanduser())}}
     opened = open_rewards(given, place=place)
     if not len(opened):
-        raise ConfigError("no rewards are given", place=place)
+        raise ConfigError(f"the list of rewards for the role `{role}` is empty", place=place)
     return opened

@@ -1,7 +1,9 @@
-"""The draw of each next token, inside transformers' decoding loop: temperature, truncation, random numbers, log-probabilities.
+"""Sampling of each next token inside transformers' decoding loop: temperature, truncation, random numbers, log-probabilities.
 
-All of it happens in one logits processor, which then leaves the loop no choice but the token that was drawn. So no scores are
-kept, and a completion's random numbers are a function of its seed and a token's position alone. Axes: B rows, V vocabulary.
+All of it happens in one logits processor, which then leaves the loop no choice but the token that was drawn. So no logits are
+kept, and a completion's random numbers are a function of its seed and a token's position alone.
+
+Axes: B rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,37 +20,38 @@ from transformers import LogitsProcessor, StoppingCriteria
 from rlhf_core.config.online import SamplingConfig
 
 BLOCK = 256
-"""Random numbers that are made at once for each row."""
+"""Random numbers that are made at once per row."""
 SPAN = 128
-"""Tokens whose weights are summed before the sums are."""
+"""Tokens per span: probabilities are summed within spans of the vocabulary first, then over spans."""
 HEAD = 1024
-"""Most likely tokens that are sorted first for top-p; the whole vocabulary only where their mass doesn't reach it."""
+"""Most likely tokens that are sorted first for top-p; the whole vocabulary is sorted only where their mass isn't enough."""
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """One token for each row."""
+    """One token per row."""
 
     tokens: Tensor
     """(B,) long."""
     logprobs: Tensor
-    """(B,) float32, nats, under the distribution that drew it: tempered, truncated."""
+    """(B,) float32, nats, under the distribution that the token was drawn from: after temperature and truncation."""
     raw_logprobs: Tensor
     """(B,) float32, nats, under softmax(logits)."""
     kept_mass: Tensor
-    """(B,) float32, the mass of softmax(logits / temperature) that truncation kept."""
+    """(B,) float32, the probability under softmax(logits / temperature) of all tokens that truncation kept."""
 
 
 def draw(logits: Tensor, uniform: Tensor, sampling: SamplingConfig) -> Drawn:
-    """Draw a token for each row by the inverse of the cumulative distribution, in the order of the vocabulary.
+    """Draw one token per row by inverting the cumulative distribution, in the vocabulary's order.
 
-    In any other order two tokens of almost equal likelihood, swapped by rounding, would move everything between them.
+    In an order by likelihood, two tokens of almost equal likelihood that rounding swaps would move all tokens between them.
 
     Args:
         logits: (B, V) float32.
-        uniform: (B,) in [0, 1).
+        uniform: (B,) random numbers in [0, 1); ignored at temperature 0.
+        sampling: temperature, top-k and top-p.
     """
-    # The largest logit is taken off first: a low temperature would send it to infinity.
+    # The largest logit is subtracted first: a low temperature would make it infinite.
     shifted = logits - logits.amax(dim=-1, keepdim=True)
     if sampling.temperature == 0:
         tokens = logits.argmax(dim=-1)
@@ -59,7 +62,7 @@ def draw(logits: Tensor, uniform: Tensor, sampling: SamplingConfig) -> Drawn:
     keep = kept(logps, sampling.top_k, sampling.top_p)
     if keep is not None:
         weights = weights.where(keep, 0)
-    tokens, mass = _inverse(weights, uniform)
+    tokens, mass = invert_cumulative(weights, uniform)
     logprobs = _at(logps, tokens)
     raw = logprobs if divisor == 1 else _at(_distribution(shifted)[1], tokens)
     if keep is None:
@@ -69,13 +72,14 @@ def draw(logits: Tensor, uniform: Tensor, sampling: SamplingConfig) -> Drawn:
 
 
 def kept(logps: Tensor, top_k: int, top_p: float) -> Tensor | None:
-    """Return (B, V) which tokens truncation keeps; None where it keeps all.
+    """Return (B, V) bool: which tokens truncation keeps; None where it keeps all.
 
-    Top-k keeps so many of the most likely tokens, top-p of these the fewest whose mass, relative to theirs, reaches it. Of
-    equally likely tokens those with the lower ids stay.
+    Top-k keeps the k most likely tokens; top-p keeps of these the fewest, most likely first, whose share of their total
+    probability reaches p. Of equally likely tokens those with the lower ids are kept.
 
     Args:
         logps: (B, V) log-probabilities.
+        top_k: 0 keeps all. top_p: 1 keeps all.
     """
     size = logps.shape[-1]
     width = min(top_k, size) if top_k else size
@@ -96,10 +100,11 @@ def kept(logps: Tensor, top_k: int, top_p: float) -> Tensor | None:
 
 
 def _fewest(logps: Tensor, top_p: float, *, whole: bool) -> tuple[Tensor, Tensor]:
-    """Return (B, 1) how many of the most likely tokens, in falling order, reach a mass, and (B,) the mass of all.
+    """Return (B, 1) how many of the first tokens reach top-p, and (B,) the total probability of all that are given.
 
     Args:
-        whole: whether the mass is that of the whole distribution, and not relative to these tokens'.
+        logps: (B, k) log-probabilities of the most likely tokens, falling.
+        whole: whether probabilities count as they are; else relative to the total of these tokens.
     """
     mass = logps.exp().cumsum(dim=-1, dtype=_exact(logps.device))
     reached = mass if whole else mass / mass[:, -1:]
@@ -108,15 +113,18 @@ def _fewest(logps: Tensor, top_p: float, *, whole: bool) -> tuple[Tensor, Tensor
 
 
 def _distribution(shifted: Tensor) -> tuple[Tensor, Tensor]:
-    """Return probabilities and their logarithms (B, V) for logits whose largest is 0: its probability is one over the sum."""
+    """Return probabilities and log-probabilities (B, V) for logits whose largest is 0 in each row."""
     weights = shifted.softmax(dim=-1)
     return weights, shifted + weights.amax(dim=-1, keepdim=True).log()
 
 
-def _inverse(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (B,) the tokens where cumulative weights exceed `uniform` of their sum, and (B,) the sums.
+def invert_cumulative(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (B,) the first tokens whose cumulative weight exceeds `uniform` times the sum of weights, and (B,) the sums.
 
-    In two levels, over spans of the vocabulary and within one: a sum along all of it is slow, most of all in float64.
+    In two levels, over spans of the vocabulary and within one span: a cumulative sum over all of it is slow, most so in float64.
+
+    Args:
+        weights: (B, V), at least 0, not all 0. uniform: (B,) in [0, 1).
     """
     exact, size = _exact(weights.device), weights.shape[-1]
     body = size // SPAN * SPAN
@@ -133,28 +141,29 @@ def _inverse(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _below(target: Tensor, mass: Tensor) -> Tensor:
-    """Return a target below the mass: one that was rounded up to it would find no token."""
+    """Return the target, or the next number below `mass` where rounding made the target equal to it: no token would be found."""
     return target.minimum(torch.nextafter(mass, torch.zeros_like(mass)))
 
 
 def _exact(device: torch.device) -> torch.dtype:
-    """Return the widest type that a device sums in."""
+    """Return the widest floating dtype that a device can sum in."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _at(logps: Tensor, tokens: Tensor) -> Tensor:
+    """Return (B,) the entry of each row of `logps` (B, V) at its token (B,)."""
     return logps.gather(1, tokens[:, None])[:, 0]
 
 
 class Drawing(LogitsProcessor):
-    """Draws for a batch of rows, step by step, and remembers what it drew.
+    """Draws the next token of each row of a batch at every step of the decoding loop, and keeps what it drew.
 
     Args:
-        sampling: how.
-        seeds: each row's; its random numbers are a function of it and the token's position alone.
+        sampling: temperature, top-k and top-p.
+        seeds: one per row; a row's random numbers are a function of its seed and the token's position alone.
         limits: most tokens of each row.
-        ends: the ids that end each row.
-        filler: the id that a row has behind its end.
+        ends: for each row, the ids that end it.
+        filler: id that an ended row gets while others continue.
     """
 
     def __init__(
@@ -176,12 +185,12 @@ class Drawing(LogitsProcessor):
         self._may_end = torch.tensor(may_end, dtype=torch.bool, device=device).view(len(ends), len(known))
         self._uniform = torch.empty(0, device=device)
         self.ended = torch.zeros(len(seeds), dtype=torch.bool, device=device)
-        """(B,) which rows have their last token."""
+        """(B,) bool: which rows have their last token."""
         self._steps: list[Drawn] = []
         self._alive: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Draw from the logits (B, V); return scores whose largest is the drawn token's."""
+        """Draw one token per row from the logits (B, V) of a step; return scores (B, V) that are -inf at all other tokens."""
         step = len(self._steps)
         if step % BLOCK == 0 and self.sampling.temperature > 0:
             block = np.stack([generator.random(BLOCK) for generator in self._generators])
@@ -196,7 +205,7 @@ class Drawing(LogitsProcessor):
         return scores.fill_(-torch.inf).scatter_(1, tokens[:, None], 0.0)  # a copy that the loop made for this
 
     def columns(self) -> tuple[list[int], list[list[int]], list[list[float]], list[list[float]], list[list[float]]]:
-        """Return each row's length, and its ids, `logprobs`, `raw_logprobs` and `kept_mass`, with more behind the end."""
+        """Return per row its length, and its ids, `logprobs`, `raw_logprobs` and `kept_mass`, which continue behind its end."""
 
         def column(name: str) -> list[list[Any]]:
             return torch.stack([getattr(step, name) for step in self._steps], dim=1).tolist()

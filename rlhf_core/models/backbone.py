@@ -1,4 +1,4 @@
-"""What a transformers model is made of, found by running it on a few tokens: names of attributes promise nothing."""
+"""The backbone of a transformers model: found by running the model on a few tokens, since attribute names promise nothing."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from rlhf_core.models.precision import within_products
 
 
 def hidden_of(output: Any) -> Tensor:
-    """Return the hidden states (B, T, D) in what a backbone returns."""
+    """Return the last hidden states (B, T, D) in a backbone's output: B rows, T tokens, D width."""
     hidden = getattr(output, "last_hidden_state", None)
     return hidden if hidden is not None else output[0]
 
 
 def find_backbone(network: Any) -> nn.Module:
-    """Return the stack of a model that maps token ids to hidden states; the model itself where it has no head.
+    """Return the part of a model that maps token ids to hidden states; the model itself where it has no head.
 
-    That is what runs and returns hidden states when the model does: the module that transformers calls the base model where it is
-    among those, else the outermost one.
+    Candidates are the modules that return hidden states while the model runs. Of these the one that transformers calls the base
+    model is taken, else the outermost.
     """
     found: list[nn.Module] = []
 
@@ -50,20 +50,20 @@ def find_backbone(network: Any) -> nn.Module:
 
 
 def without_head(network: Any) -> nn.Module:
-    """Return a model's own base model, which is saved and loaded without a head; its backbone where it names none."""
+    """Return what transformers saves of a model without its head: its base model, or its backbone where it names none."""
     base = network.base_model
     return base if base is not network else find_backbone(network)
 
 
 def loads_alone(inner: Any) -> bool:
-    """Tell whether transformers can load a base model by itself: whether it makes no other tensors of the same configuration.
+    """Tell whether transformers can load a base model by itself: whether a model of its configuration has no further tensors.
 
-    A decoder cut out of a pair with an encoder can't be, nor can one without the pooling layer that its kind has elsewhere.
+    The decoder of an encoder-decoder pair can't be loaded so, nor a model without the pooling layer of its class.
     """
     from transformers import MODEL_MAPPING, AutoModel
 
     if getattr(inner.config, "auto_map", None):
-        return True  # made by code of its repository's own
+        return True  # its class is in its repository's code
     if type(inner.config) not in MODEL_MAPPING:
         return False
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
@@ -74,7 +74,7 @@ def loads_alone(inner: Any) -> bool:
 def plain_ids(network: Any, count: int) -> Tensor:
     """Return (count,) long: different ordinary token ids from all over the vocabulary, on the model's device.
 
-    Ids that the configuration gives a meaning (padding, images) are left out where there are enough others.
+    Ids with a meaning in the configuration (padding, images) are left out where there are enough others.
     """
     config = network.config
     embeddings = network.get_input_embeddings()
@@ -92,7 +92,7 @@ def plain_ids(network: Any, count: int) -> Tensor:
 
 
 def accepted(function: Callable[..., Any], **arguments: Any) -> dict[str, Any]:
-    """Return those of the arguments that a function takes."""
+    """Return those of some keyword arguments that a function accepts."""
     parameters = inspect.signature(function).parameters
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         return arguments
@@ -101,7 +101,7 @@ def accepted(function: Callable[..., Any], **arguments: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def captured(module: nn.Module) -> Iterator[list[Any]]:
-    """Collect what a module returns while it runs."""
+    """Collect, in a list, what a module returns each time it runs inside the context."""
     outputs: list[Any] = []
     hook = module.register_forward_hook(lambda module, arguments, output: outputs.append(output))
     try:
@@ -112,7 +112,7 @@ def captured(module: nn.Module) -> Iterator[list[Any]]:
 
 @contextlib.contextmanager
 def replaced_hidden(backbone: nn.Module, hidden: Tensor, output_type: Callable[..., Any]) -> Iterator[None]:
-    """Let a backbone return these hidden states (B, T, D), in an output of its own type, instead of computing any."""
+    """Make a backbone return given hidden states (B, T, D) inside the context, in its own type of output, and compute nothing."""
     output: Any = (hidden,) if output_type is tuple else output_type(last_hidden_state=hidden)
     before = vars(backbone).get("forward")
     backbone.forward = lambda *arguments, **options: output

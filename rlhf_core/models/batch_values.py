@@ -1,4 +1,4 @@
-"""Values of a whole batch without gradients, computed in the micro-batches that memory allows."""
+"""Values of a whole batch without gradients, computed in micro-batches that fit in memory."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ def batch_values(
     cut: Callable[[Batch], Sequence[Batch]] = lambda batch: [batch],
     device: torch.device | None = None,
 ) -> Values:
-    """Return a function's values of a batch, computed in micro-batches and put together.
+    """Return a function's values for a batch, computed in micro-batches and joined in the batch's order.
 
     Args:
         batch: P prompts with R responses of at most T tokens.
         function: returns for a micro-batch of p prompts with r responses of at most t tokens a tensor of (p, ...), (r, ...) or
-            (r, t, ...) values, as the axis says, or a tuple of such tensors. It must take a batch without rows.
-        axis: what the values belong to; of a tuple of tensors that belong to different axes, the axis of each. With `prompt`
-            among them, a prompt's responses stay together.
-        cut: cuts a batch into micro-batches, at first into one; what doesn't fit in memory is halved further.
-        device: where micro-batches are computed; the batch's where None.
+            (r, t, ...) values, depending on the axis, or a tuple of such tensors. It must accept a batch without rows.
+        axis: whether values are per prompt, response or token; for a tuple of tensors of different axes, the axis of each. With
+            `prompt` among them, a prompt's responses stay in one micro-batch.
+        cut: cuts a batch into micro-batches; by default there is one. A micro-batch that doesn't fit in memory is halved.
+        device: where micro-batches are computed; None for the batch's device.
 
     Returns:
-        (P, ...), (R, ...) or (R, T, ...) on the batch's device, floating values as float32; zero beyond the width of the
-        micro-batch that a token belongs to.
+        (P, ...), (R, ...) or (R, T, ...) on the batch's device, floating values as float32; 0 at tokens beyond the width of their
+        micro-batch.
     """
     device = device or batch.device
     numbered = batch.attach(
@@ -72,7 +72,7 @@ def batch_values(
 
 
 def _axes(axis: Axis | tuple[Axis, ...], count: int) -> tuple[Axis, ...]:
-    """Return the axis of each of so many tensors."""
+    """Return the axis of each of `count` tensors, from one axis for all or a tuple of one each."""
     if not isinstance(axis, tuple):
         return (axis,) * count
     if len(axis) != count:
@@ -84,7 +84,7 @@ def _axes(axis: Axis | tuple[Axis, ...], count: int) -> tuple[Axis, ...]:
 
 
 def halves(batch: Batch, *, divide: bool) -> list[Batch]:
-    """Cut a batch in two, between prompts, or with `divide` between the responses of its only one; one part where neither can."""
+    """Cut a batch in two between prompts, or with `divide` between its only prompt's responses; return [batch] where it can't."""
     if batch.num_prompts > 1:
         return batch.split(size=(batch.num_prompts + 1) // 2)
     if divide and batch.num_responses > 1:
@@ -93,6 +93,7 @@ def halves(batch: Batch, *, divide: bool) -> list[Batch]:
 
 
 def _check(value: object, micro: Batch, axis: Axis) -> None:
+    """Raise PluginError where a method's values for a micro-batch don't begin with the shape of their axis."""
     tokens = tuple(micro.response_ids.shape)
     wanted = {"prompt": (micro.num_prompts,), "response": (micro.num_responses,), "token": tokens}[axis]
     got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
@@ -104,8 +105,10 @@ def _check(value: object, micro: Batch, axis: Axis) -> None:
 
 
 def _plain(value: Tensor) -> Tensor:
+    """Return values on the CPU, floating ones in float32."""
     return (value.float() if value.is_floating_point() else value).cpu()
 
 
 def _widened(value: Tensor, width: int) -> Tensor:
+    """Return (r, t, ...) values as (r, width, ...), filled with 0 on the right."""
     return torch.cat([value, value.new_zeros(value.shape[0], width - value.shape[1], *value.shape[2:])], dim=1)

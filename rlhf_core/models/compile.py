@@ -1,4 +1,4 @@
-"""torch.compile, where it helps."""
+"""torch.compile for the repeated blocks of a model."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ log = logging.getLogger(__name__)
 
 
 def compile_model(model: nn.Module, *, dynamic: bool = True) -> nn.Module:
-    """Compile the repeated blocks of a model in place, one compilation serving all of them, and return it.
+    """Compile the repeated blocks of a model in place, once for all of them, and return it.
 
-    Whole-model compilation of a deep stack takes minutes and is repeated for each shape; a block is compiled once.
-    Parameter names don't change, so checkpoints don't either.
+    Compiling a deep model as a whole takes minutes and is repeated for each shape. Parameter names, and so checkpoints, stay.
+
+    Args:
+        dynamic: whether one compilation serves all batch and sequence lengths.
     """
     blocks = max(
         (list(child) for child in model.modules() if isinstance(child, nn.ModuleList)), key=len, default=[model]

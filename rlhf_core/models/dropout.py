@@ -1,8 +1,8 @@
-"""Keeping a model's forward pass in training the one that it has in evaluation: its own dropout is off unless asked for.
+"""Dropout: a model's forward pass in training is the one of evaluation, its own dropout off, unless the user asks for it.
 
-What draws is found by trying, not by name: dropout stands in modules, in numbers that attention functions read, in
-configurations that layers read, as skipped layers and as noise in routers. Exactly the modules that draw are left in
-evaluation mode while the rest trains, so that gradient checkpointing and adapters work as ever and no configuration changes.
+The modules that draw random numbers are found by trying, not by name: dropout may be a module, a number that an attention
+function reads, an option that a layer reads, a skipped layer, or noise in a router. Just these modules stay in evaluation mode
+while the rest is in training mode, so gradient checkpointing and adapters work as usual and no configuration changes.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from rlhf_core.models.precision import within_products
 
 log = logging.getLogger(__name__)
 
-_STILL = "_rlhf_still"
-"""Attribute of a module that stays in evaluation mode while the others train."""
+_NO_DROPOUT = "_rlhf_no_dropout"
+"""Attribute of a module that stays in evaluation mode while the others are in training mode."""
 _ROUNDS = 8
-"""How often a model is tried: a module that draws can hide others, such as the layers that it skips."""
+"""Most forward passes to find the modules that draw: one can hide others, such as the layers that it skips."""
 
 
 def set_training(module: nn.Module) -> None:
-    """Put a module into training mode, all but the parts that `keep_still` marked."""
+    """Put a module into training mode, all but the submodules that `disable_dropout` marked."""
     module.train()
     for part in module.modules():
-        if getattr(part, _STILL, False):
+        if getattr(part, _NO_DROPOUT, False):
             part.training = False
 
 
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a module into evaluation mode and each of its parts back into the mode that it had."""
+    """Put a module into evaluation mode inside the context; afterwards each submodule has its earlier mode again."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
@@ -53,23 +53,26 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def allow_dropout(module: nn.Module) -> None:
-    """Take back what `keep_still` marked: every part trains in training mode."""
+    """Remove the marks of `disable_dropout`: in training mode every submodule draws again."""
     for part in module.modules():
-        part.__dict__.pop(_STILL, None)
+        part.__dict__.pop(_NO_DROPOUT, None)
         checkpoint = getattr(part, "_gradient_checkpointing_func", None)
-        if isinstance(checkpoint, functools.partial) and checkpoint.func is _checkpoint_still:
+        if isinstance(checkpoint, functools.partial) and checkpoint.func is _checkpoint_without_dropout:
             part._gradient_checkpointing_func = checkpoint.args[1]
 
 
-def keep_still(module: nn.Module, *, adapters: bool, context: Callable[[], Any] = contextlib.nullcontext) -> int:
-    """Mark the parts that would draw random numbers in training; return how many do.
+def disable_dropout(module: nn.Module, *, adapters: bool, context: Callable[[], Any] = contextlib.nullcontext) -> int:
+    """Mark the submodules that draw random numbers in training, so that `set_training` keeps them in evaluation mode.
 
-    Warns of a model whose forward pass still differs between training and evaluation.
+    Warns about a model whose forward pass still differs between training and evaluation.
 
     Args:
         module: a role's model, heads and adapters included.
-        adapters: whether adapters draw too; False leaves them the dropout that was asked for.
-        context: makes the context that forward passes run in (autocast).
+        adapters: whether adapters are marked too; False leaves them the dropout that `lora.dropout` asks for.
+        context: returns the context that forward passes run in (autocast).
+
+    Returns:
+        How many submodules draw.
     """
     allow_dropout(module)
     spared = set() if adapters else _adapter_parts(module)
@@ -83,7 +86,7 @@ def keep_still(module: nn.Module, *, adapters: bool, context: Callable[[], Any] 
         with torch.enable_grad(), torch.compiler.set_stance("force_eager"), context():
             for model in _networks(module):
                 with within_products(model):
-                    found |= _settle(model, spared)
+                    found |= _mark_drawing(model, spared)
     finally:
         state.restore()
         for part, mode in modes:
@@ -91,8 +94,16 @@ def keep_still(module: nn.Module, *, adapters: bool, context: Callable[[], Any] 
     return len(found)
 
 
-def _settle(model: nn.Module, spared: set[nn.Module]) -> set[nn.Module]:
-    """Mark what draws in a model's forward pass until nothing does, and compare training with evaluation."""
+def _mark_drawing(model: nn.Module, spared: set[nn.Module]) -> set[nn.Module]:
+    """Mark submodules that draw until none is left, compare training with evaluation, and warn where they differ.
+
+    Args:
+        model: a transformers or peft model.
+        spared: submodules that may draw, and aren't marked.
+
+    Returns:
+        The submodules that drew.
+    """
     found: set[nn.Module] = set()
     marked: set[nn.Module] = set()
     try:
@@ -100,7 +111,7 @@ def _settle(model: nn.Module, spared: set[nn.Module]) -> set[nn.Module]:
             set_training(model)
             drawing = _draws(model) - spared
             found |= drawing
-            # One that is in evaluation mode already calls parts that no hook sees, so these are next.
+            # A marked module that still draws has submodules that no hook sees, so all of these are marked next.
             parts = {part for drawn in drawing for part in (drawn.modules() if drawn in marked else (drawn,))} - marked
             if not parts:
                 break
@@ -111,9 +122,8 @@ def _settle(model: nn.Module, spared: set[nn.Module]) -> set[nn.Module]:
         trained = _forward(model).detach()
         model.eval()
         difference = float((trained - _forward(model).detach()).norm() / trained.norm())
-    except (
-        Exception
-    ) as error:  # Whatever a model of a form of its own does with these inputs is no reason to refuse it.
+    except Exception as error:
+        # A model that fails on these plain inputs may still be one that trains.
         log.warning(
             "can't tell whether this model draws random numbers in training (%s: %s)", type(error).__name__, error
         )
@@ -122,7 +132,7 @@ def _settle(model: nn.Module, spared: set[nn.Module]) -> set[nn.Module]:
     limit = 1e-4 if parameter.dtype == torch.float32 and not torch.is_autocast_enabled(parameter.device.type) else 3e-2
     if drawing or difference > limit:
         log.warning(
-            "this model's forward pass in training isn't the one in evaluation, with its dropout off too (relative"
+            "this model's forward pass in training differs from that in evaluation even with its dropout off (relative"
             " difference %.1e): losses against a reference are off by as much, and gradients depend on the micro-batch",
             difference,
         )
@@ -130,7 +140,7 @@ def _settle(model: nn.Module, spared: set[nn.Module]) -> set[nn.Module]:
 
 
 def _draws(model: nn.Module) -> set[nn.Module]:
-    """Forward a few tokens; return the modules whose own code, not a submodule's, moved a random state."""
+    """Forward a few tokens; return the modules whose own code, not a submodule's, drew random numbers."""
     found: set[nn.Module] = set()
     running: list[nn.Module] = []
     last = _random_state()
@@ -164,7 +174,7 @@ def _draws(model: nn.Module) -> set[nn.Module]:
 
 
 def _forward(model: Any) -> Tensor:
-    """Return what a model makes of a few tokens: logits, or hidden states."""
+    """Return a model's float32 logits (2, 8, V) for 16 token ids, or hidden states (2, 8, D) where it has no head."""
     embedding = model.get_input_embeddings().weight
     ids = torch.arange(16, device=embedding.device).remainder(embedding.shape[0]).view(2, 8)
     output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
@@ -173,6 +183,7 @@ def _forward(model: Any) -> Tensor:
 
 
 def _random_state() -> tuple[Any, ...]:
+    """Return the states of all random number generators that a module may use, for comparison."""
     device = torch.cuda.get_rng_state().numpy().tobytes() if torch.cuda.is_available() else b""
     if not device and torch.backends.mps.is_available():
         device = torch.mps.get_rng_state().cpu().numpy().tobytes()
@@ -181,26 +192,29 @@ def _random_state() -> tuple[Any, ...]:
 
 
 def _mark(parts: set[nn.Module]) -> None:
+    """Mark modules to stay in evaluation mode."""
     for part in parts:
         if isinstance(part, GradientCheckpointingLayer) and part.gradient_checkpointing:
-            # It recomputes itself in training mode only; what runs inside of that is in evaluation mode.
+            # Such a layer recomputes itself in training mode only: it stays in that mode, and runs its code in evaluation mode.
             checkpoint = part._gradient_checkpointing_func
-            part._gradient_checkpointing_func = functools.partial(_checkpoint_still, part, checkpoint)
+            part._gradient_checkpointing_func = functools.partial(_checkpoint_without_dropout, part, checkpoint)
         else:
-            setattr(part, _STILL, True)
+            setattr(part, _NO_DROPOUT, True)
 
 
-def _checkpoint_still(
+def _checkpoint_without_dropout(
     layer: nn.Module, checkpoint: Callable[..., Any], forward: Callable[..., Any], *given: Any
 ) -> Any:
-    def still(*arguments: Any) -> Any:
+    """Run a layer's `forward` through its gradient checkpointing, with the layer itself in evaluation mode meanwhile."""
+
+    def in_evaluation(*arguments: Any) -> Any:
         mode, layer.training = layer.training, False
         try:
             return forward(*arguments)
         finally:
             layer.training = mode
 
-    return checkpoint(still, *given)
+    return checkpoint(in_evaluation, *given)
 
 
 def _networks(module: nn.Module) -> list[nn.Module]:
@@ -211,7 +225,7 @@ def _networks(module: nn.Module) -> list[nn.Module]:
 
 
 def _adapter_parts(module: nn.Module) -> set[nn.Module]:
-    """Return what adapters add to a model, without the layers that they stand around."""
+    """Return the modules that adapters add to a model, without the base's layers inside them."""
     parts: set[nn.Module] = set()
     for layer in module.modules():
         base = getattr(layer, "base_layer", None)

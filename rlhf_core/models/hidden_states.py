@@ -1,4 +1,4 @@
-"""Hidden states of a batch, and how to find in them what a head reads."""
+"""The hidden states of a batch, and how to take from them those that a head reads."""
 
 from __future__ import annotations
 
@@ -14,31 +14,33 @@ from rlhf_core.models.layout import Layout
 
 @dataclass(frozen=True)
 class HiddenStates:
-    """The last hidden states of one forward pass over a batch. Axes: R responses, T response tokens, D hidden width.
+    """The last hidden states of one forward pass over a batch.
 
-    Give them to whatever stands on the same backbone (`policy.token_logps(batch, states=states)`), and it is forwarded once.
+    Pass them to all that stands on the same backbone (`policy.token_logps(batch, states=states)`), which is then forwarded once.
+
+    Axes: N positions of the forward pass, R responses, T response tokens, S chosen tokens, D width.
     """
 
     values: Tensor
-    """(N, D): in whatever order the forward pass had them."""
+    """(N, D), in the order of the forward pass."""
     layout: Layout
-    """Where each response's states stand among the N."""
+    """Which of the N belong to which response and token."""
     batch: Batch
-    """What was forwarded."""
+    """The batch that was forwarded."""
 
     def predicting(self, where: Tensor | None = None) -> Tensor:
-        """Return (S, D): the states that predict response tokens, each at the token before, row by row.
+        """Return (S, D): the states that predict response tokens, each from the position before its token, response by response.
 
         Args:
-            where: (R, T) bool, the S tokens that are predicted; None takes the loss mask.
+            where: (R, T) bool, which tokens; None takes the loss mask.
         """
         return self.values[self.layout.before.flatten()[self.places(where)]]
 
     def at(self, where: Tensor | None = None) -> Tensor:
-        """Return (S, D): the states at response tokens, row by row.
+        """Return (S, D): the states at response tokens, response by response.
 
         Args:
-            where: (R, T) bool, the S tokens; None takes the loss mask.
+            where: (R, T) bool, which tokens; None takes the loss mask.
         """
         return self.values[self._at.flatten()[self.places(where)]]
 
@@ -51,21 +53,21 @@ class HiddenStates:
         return self.values[torch.where(lengths > 0, at, self.layout.prompt_end)]
 
     def to_tokens(self, values: Tensor, where: Tensor | None = None) -> Tensor:
-        """Return (R, T, ...) with values (S, ...) at their tokens and 0 elsewhere: what `predicting` and `at` take apart.
+        """Return (R, T, ...) with values (S, ...) at their tokens and 0 elsewhere: the reverse of `predicting` and `at`.
 
         Args:
-            values: one for each of the S tokens, row by row.
-            where: (R, T) bool, the tokens; None takes the loss mask.
+            values: one per token, response by response.
+            where: (R, T) bool, the S tokens; None takes the loss mask.
         """
         shape = self.batch.loss_mask.shape
         table = values.new_zeros(shape.numel(), *values.shape[1:])
         return table.index_copy(0, self.places(where), values).view(*shape, *values.shape[1:])
 
     def places(self, where: Tensor | None = None) -> Tensor:
-        """Return (S,) long: where in the flattened (R, T) a mask is true; a GPU isn't waited for where the host knows the mask.
+        """Return (S,) long: the indices in the flattened (R, T) at which a mask is true; a CPU mask needs no wait for a GPU.
 
         Raises:
-            ValueError: the mask has another shape, or holds places beyond a response's end.
+            ValueError: the mask has another shape, or is true beyond a response's end.
         """
         return self._in_loss if where is None else self._places(where)
 
@@ -74,29 +76,26 @@ class HiddenStates:
         return self._places(self.batch.loss_mask)
 
     def _places(self, where: Tensor) -> Tensor:
+        """See `places`."""
         batch, mask = self.batch, on_host(where)
         if mask.shape != batch.response_ids.shape:
             raise ValueError(f"the mask must be of shape {tuple(batch.response_ids.shape)}, got {tuple(mask.shape)}")
         beyond = torch.arange(mask.shape[1]) >= on_host(batch.response_lengths)[:, None]
         if bool((mask & beyond).any()):
-            raise ValueError("the mask holds places beyond a response's end")
+            raise ValueError("the mask is true beyond a response's end")
         return to_device(mask.flatten().nonzero().squeeze(1), self.values.device)
 
     def detach(self) -> HiddenStates:
-        """Return the same states without gradients: what stands on them doesn't move the backbone."""
+        """Return the same states without gradients: a head on them then doesn't train the backbone."""
         return replace(self, values=self.values.detach())
 
     def check(self, batch: Batch) -> None:
-        """Raise where these are another batch's states: columns may be added to a batch, and nothing else.
-
-        Raises:
-            ValueError: they are.
-        """
+        """Raise ValueError where these states are another batch's; their own batch with more columns is fine."""
         if self.batch.response_ids is not batch.response_ids or self.batch.prompt_ids is not batch.prompt_ids:
             raise ValueError("these are the hidden states of another batch")
 
     @property
     def _at(self) -> Tensor:
         if self.layout.at is None:
-            raise ValueError("the states at last tokens were left out: forward the batch without `drop_last`")
+            raise ValueError("the states at last tokens were left out: call `hidden_states` without `drop_last`")
         return self.layout.at

@@ -1,9 +1,10 @@
 """How a batch is laid out for one forward pass: packed end to end with shared prompts, or one padded row per response.
 
-Packed: every real token stands once in a single row. A prompt is followed directly by its first response, the two being
-one causal sequence; each further response of that prompt is a segment of its own that sees the prompt's keys and values
-and then itself. Positions count as if each response stood alone behind its prompt, so hidden states equal those of
-separate rows. Axes: R responses, T response tokens, N tokens of the packed row, W width of padded rows.
+Packed: every real token stands once in a single row. A prompt is followed directly by its first response, the two being one
+causal sequence; each further response of that prompt is a segment that sees the prompt's keys and values and then itself.
+Positions count as if each response stood alone behind its prompt, so hidden states equal those of separate rows.
+
+Axes: R responses, T response tokens, N tokens of the packed row, W width of padded rows, D width of hidden states.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ PlanT = TypeVar("PlanT")
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of `length` query tokens at `start` that sees `prefix_length` tokens at `prefix_start`, then itself causally."""
+    """`length` query tokens from `start` on, which see `prefix_length` tokens from `prefix_start` on, and themselves causally."""
 
     start: int
     length: int
@@ -31,14 +32,15 @@ class Segment:
 
     @property
     def keys(self) -> int:
+        """Number of keys that the last token sees."""
         return self.prefix_length + self.length
 
 
 class Segments(tuple[Segment, ...]):
-    """The segments that tile a packed row in order, with what a kernel works out of them once for all layers."""
+    """The segments that cover a packed row in order, and the plans that attention kernels make from them once for all layers."""
 
     def plan(self, make: Callable[[Segments, torch.device], PlanT], device: torch.device) -> PlanT:
-        """Return what `make` makes of the segments on a device, the same object each time."""
+        """Return `make(self, device)`, made once: later calls return the same object."""
         plans: dict[Any, Any] = self.__dict__.setdefault("plans", {})
         key = (make, device)
         if key not in plans:
@@ -48,19 +50,19 @@ class Segments(tuple[Segment, ...]):
 
 @dataclass(frozen=True)
 class Layout:
-    """Model inputs for a batch, and where in the hidden states, flattened to (rows × width, D), each response stands."""
+    """Model inputs for a batch, and which of the hidden states, flattened to (rows × width, D), belong to each response."""
 
     input_ids: Tensor
     """(1, N) packed, or (R, W) padded."""
     position_ids: Tensor | None
-    """Of the shape of `input_ids` where packed; None where padded, which leaves them to the model."""
+    """Of the shape of `input_ids` where packed; None where padded: the model then counts positions itself."""
     attention_mask: Tensor | None
-    """(R, W) where padded; None where packed, or a row alone."""
+    """(R, W) where padded; None where packed, or for a single row."""
     segments: Segments | None
-    """Who sees whom, where packed: the segments tile the row in order."""
+    """Which tokens see which, where packed; None where padded."""
     at: Tensor | None
-    """(R, T) long: flat index of the hidden state at each response token, 0 beyond a response's end; None where the last
-    tokens were left out."""
+    """(R, T) long: flat index of the hidden state at each response token, 0 beyond a response's end; None where last tokens were
+    left out."""
     before: Tensor
     """(R, T) long: flat index of the hidden state that predicts each response token; 0 beyond a response's end."""
     prompt_end: Tensor
@@ -68,14 +70,16 @@ class Layout:
 
     @property
     def num_positions(self) -> int:
-        """Positions that the model computes, padding included."""
+        """Number of positions that the model computes, padding included."""
         return self.input_ids.numel()
 
 
 def packed_layout(batch: Batch, *, share_prompts: bool = True, drop_last: bool = False) -> Layout:
-    """Lay the batch out without padding, computing each prompt once, or once for each response if not `share_prompts`.
+    """Lay a batch out in one row without padding.
 
-    With `drop_last`, the last token of each response is left out: it predicts nothing that is scored.
+    Args:
+        share_prompts: whether each prompt stands in the row once, or once per response.
+        drop_last: leave out the last token of each response: its state predicts nothing that is scored.
     """
     prompt_lengths, response_lengths, owner = (
         on_host(tensor).tolist() for tensor in (batch.prompt_lengths, batch.response_lengths, batch.owner)
@@ -129,9 +133,9 @@ def packed_layout(batch: Batch, *, share_prompts: bool = True, drop_last: bool =
 
 
 def padded_layout(batch: Batch) -> Layout:
-    """Give each response its own right-padded row behind a copy of its prompt: the plain layout that nearly any model takes.
+    """Lay a batch out with one right-padded row per response, behind a copy of its prompt: nearly any model accepts this.
 
-    A response alone has no padding, and no mask.
+    A single response needs no padding, and no mask.
     """
     prompt_lengths = batch.prompt_lengths[batch.owner]  # (R,)
     lengths = prompt_lengths + batch.response_lengths
@@ -149,9 +153,9 @@ def padded_layout(batch: Batch) -> Layout:
     inside = steps < batch.response_lengths[:, None]  # (R, T)
     at = torch.arange(len(lengths), device=batch.device)[:, None] * width + prompt_lengths[:, None] + steps
     return Layout(
-        # Id 0 stands in for padding: it is attended by nothing and read by nothing.
+        # Id 0 as padding: nothing attends to it and nothing reads its state.
         input_ids=torch.where(real, ids, 0),
-        # Counted by the model itself: some begin at another number than 0.
+        # The model counts positions itself: some begin at another number than 0.
         position_ids=None,
         attention_mask=real.long() if len(lengths) > 1 else None,
         segments=None,
@@ -162,7 +166,7 @@ def padded_layout(batch: Batch) -> Layout:
 
 
 def empty_layout(batch: Batch) -> Layout:
-    """Return the layout of a batch without responses, which takes no forward pass."""
+    """Return the layout of a batch without responses, which needs no forward pass."""
     nowhere = torch.zeros(0, batch.response_ids.shape[1], dtype=torch.long, device=batch.device)
     return Layout(
         input_ids=nowhere.new_zeros(1, 0),
@@ -176,7 +180,11 @@ def empty_layout(batch: Batch) -> Layout:
 
 
 def of_responses(batch: Batch, responses: Tensor) -> Batch:
-    """Return some of a batch's responses (R',) with their tokens and masks alone, of the same width; prompts all stay."""
+    """Return a batch with some of the responses and all prompts, without its further columns.
+
+    Args:
+        responses: (R',) long, indices.
+    """
     return replace(
         batch,
         response_ids=batch.response_ids[responses],
@@ -189,11 +197,11 @@ def of_responses(batch: Batch, responses: Tensor) -> Batch:
 
 
 def joined(layouts: Sequence[Layout], responses: Sequence[Tensor]) -> Layout:
-    """Return the layout of several forward passes whose hidden states stand one behind the other.
+    """Return one layout for several forward passes whose hidden states are concatenated.
 
     Args:
-        layouts: one a forward pass.
-        responses: (R',) the responses that each of them holds; together they are all R.
+        layouts: one per forward pass.
+        responses: for each, the indices (R',) of its responses; together they are all R.
     """
     order = torch.cat(list(responses)).argsort()
     starts = [0]

@@ -1,8 +1,9 @@
-"""Log-probabilities of tokens, in float32, projecting only the positions that are asked for.
+"""Log-probabilities of tokens, in float32, with logits computed only at the positions that are asked for.
 
-The vocabulary projection of a small model is a quarter of its work and most of its memory, so it never touches prompt or
-padding positions, and no more than a few chunks of its logits exist at once. Axes: S scored positions, D hidden width,
-V vocabulary.
+The projection to the vocabulary is a quarter of a small model's work and most of its memory. So prompt and padding positions
+aren't projected, and only a few chunks of logits are in memory at once.
+
+Axes: S scored positions, D width of hidden states, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,26 +17,26 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 CPU_CHUNK_BYTES, GPU_CHUNK_BYTES = 64 * 2**20, 512 * 2**20
-"""Most bytes of float32 logits that are worked on at once. A GPU needs more rows to be busy, and has memory of its own."""
+"""Most bytes of float32 logits in one chunk. A GPU needs more rows to be busy."""
 KEPT_CHUNKS = 4
-"""So many chunks' bytes may be kept for the backward pass; more are computed anew there."""
+"""Most chunks of logits that are kept for the backward pass; of more, all are computed again there."""
 
 
 def chunk_rows(vocabulary: int, device: torch.device) -> int:
-    """Return how many positions make a chunk."""
+    """Return how many positions' logits make a chunk on a device."""
     chunk_bytes = CPU_CHUNK_BYTES if device.type == "cpu" else GPU_CHUNK_BYTES
     return max(1, chunk_bytes // (4 * vocabulary))
 
 
 class _LinearTokenLogprobs(torch.autograd.Function):
-    """log softmax(scale · h Wᵀ)[target], holding little of size S × V.
+    """log softmax(scale · h Wᵀ)[target] for hidden states h (S, D), output embedding W (V, D) and targets (S,); returns (S,).
 
-    With the errors e = softmax − onehot(target) and upstream g: d h = −scale · g ⊙ (e W) and d W = −scale · eᵀ (g ⊙ h).
-    Where W is frozen, e W is computed in the forward pass, while e is at hand, and the backward pass only scales it. Where W
-    learns, e is kept if it is small, and else computed anew in the backward pass, a chunk at a time.
+    With the errors e = softmax − onehot(target) (S, V) and the upstream gradient g (S,): d h = −scale · g ⊙ (e W) and
+    d W = −scale · eᵀ (g ⊙ h). Where W is frozen, e W is computed in the forward pass, while e is in memory, and the backward pass
+    only scales it. Where W is trained, e is kept if it is small, and else computed again in the backward pass, chunk by chunk.
 
-    The target is taken off in float32, before e is rounded to the products' precision: of a token that the model is sure of,
-    softmax and onehot agree in all the bits that bf16 has.
+    onehot is subtracted in float32, before e is rounded to the products' dtype: where the model is sure of a token, softmax and
+    onehot agree in all the bits that bf16 has.
     """
 
     @staticmethod
@@ -53,9 +54,9 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         elif hidden_learns and not weight_learns:
             direction = torch.empty_like(hidden)
         logits = _Logits(weight, scale, min(rows, hidden.shape[0]))
-        for part in _parts(hidden.shape[0], rows):
+        for part in _chunks(hidden.shape[0], rows):
             found = logits(hidden[part], out=kept[part] if kept is not None else None)
-            logps[part] = _score(found, targets[part], errors=ctx.needs_input_grad[0] or weight_learns)
+            logps[part] = _target_logprobs(found, targets[part], errors=ctx.needs_input_grad[0] or weight_learns)
             if direction is not None:
                 torch.mm(found.to(precision), weight, out=direction[part])
             elif kept is not None and found.dtype != precision:
@@ -79,14 +80,14 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         rows = chunk_rows(weight.shape[0], hidden.device) if kept is None else hidden.shape[0]
         logits = _Logits(weight, ctx.scale, 0 if kept is not None else min(rows, hidden.shape[0]))
         d_hidden = torch.empty_like(hidden, dtype=hidden_dtype) if hidden_learns else None
-        # In the weight's own precision: sums of 16 bits would lose a bit with every chunk.
+        # In the weight's own dtype: sums in 16 bits would lose a bit with every chunk.
         d_weight = torch.zeros_like(weight, dtype=weight_dtype)
-        for part in _parts(hidden.shape[0], rows):
+        for part in _chunks(hidden.shape[0], rows):
             if kept is not None:
                 errors = kept
             else:
                 errors = logits(hidden[part])
-                _score(errors, targets[part], errors=True)
+                _target_logprobs(errors, targets[part], errors=True)
                 errors = errors.to(weight.dtype)
             if d_hidden is not None:
                 d_hidden[part] = (errors @ weight) * factors[part]
@@ -99,7 +100,11 @@ class _LinearTokenLogprobs(torch.autograd.Function):
 
 
 class _Logits:
-    """Computes chunks of float32 logits into one buffer: a fresh one each time would be paid for in page faults."""
+    """Computes chunks of float32 logits in one buffer; a new buffer per chunk would cost page faults.
+
+    Args:
+        weight: (V, D). scale: factor on the logits. rows: most positions in a chunk.
+    """
 
     def __init__(self, weight: Tensor, scale: float, rows: int) -> None:
         self.weight, self.scale, self.rows = weight, scale, rows
@@ -107,7 +112,7 @@ class _Logits:
         self.logits: Tensor | None = None
 
     def __call__(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """Return scale · h Wᵀ, in `out` where that is float32; the next call may overwrite it."""
+        """Return scale · h Wᵀ (s, V) for h (s, D), in `out` where weights are float32; the next call may overwrite the result."""
         shape, dtype = (self.rows, self.weight.shape[0]), self.weight.dtype
         if dtype == torch.float32 and out is not None:
             product = out
@@ -125,8 +130,8 @@ class _Logits:
         return logits.mul_(self.scale) if self.scale != 1.0 else logits
 
 
-def _score(logits: Tensor, targets: Tensor, *, errors: bool) -> Tensor:
-    """Return (S,) log softmax at the targets; the logits (S, V) are used up, and hold softmax − onehot where `errors`."""
+def _target_logprobs(logits: Tensor, targets: Tensor, *, errors: bool) -> Tensor:
+    """Return (S,) log softmax(logits)[target]; the logits (S, V) are overwritten, with `errors` by softmax − onehot."""
     chosen = targets[:, None]
     peaks = logits.amax(dim=-1, keepdim=True)
     picked = logits.gather(1, chosen)
@@ -136,7 +141,8 @@ def _score(logits: Tensor, targets: Tensor, *, errors: bool) -> Tensor:
     return (picked - peaks - totals.log()).squeeze(1)
 
 
-def _parts(length: int, rows: int) -> Iterator[slice]:
+def _chunks(length: int, rows: int) -> Iterator[slice]:
+    """Return slices of at most `rows` that cover 0 … length."""
     return (slice(start, start + rows) for start in range(0, length, max(rows, 1)))
 
 
@@ -146,14 +152,14 @@ def linear_token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, sc
     Args:
         hidden: (S, D), the hidden states that predict the targets.
         weight: (V, D), the output embedding.
-        targets: (S,) long.
+        targets: (S,) long, token ids.
         scale: factor on the logits, such as 1 / temperature.
 
     Returns:
-        (S,) float32, nats. Matrix products run in autocast's precision, the softmax in float32.
+        (S,) float32, nats. Matrix products run in autocast's dtype, the softmax in float32.
     """
     if not torch.is_grad_enabled():
-        # A function isn't told that gradients are off, and would keep what its backward pass would need.
+        # An autograd function can't see that gradients are off, and would save tensors for its backward pass.
         hidden, weight = hidden.detach(), weight.detach()
     device = hidden.device.type
     precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
@@ -164,9 +170,15 @@ def linear_token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, sc
 def module_token_logprobs(
     logits: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, *, scale: float = 1.0
 ) -> Tensor:
-    """The same for any output layer, such as one with an adapter, a bias or a cap: a function from (S, D) to logits (S, V).
+    """Return log softmax(scale · logits(hidden)) at the targets, (S,) float32, nats, for any output layer.
 
-    Slower than `linear_token_logprobs`: autograd computes each chunk's logits a second time in the backward pass.
+    For layers with an adapter, a bias or a cap. Slower than `linear_token_logprobs`: autograd computes each chunk's logits a
+    second time in the backward pass.
+
+    Args:
+        logits: a function from hidden states (s, D) to logits (s, V).
+        hidden: (S, D). targets: (S,) long, token ids.
+        scale: factor on the logits, such as 1 / temperature.
     """
 
     def logprobs(table: Tensor, wanted: Tensor) -> Tensor:
@@ -183,9 +195,9 @@ def over_vocabulary(
     *models: tuple[Callable[[Tensor], Tensor], Tensor],
     columns: Sequence[Tensor] = (),
 ) -> Values:
-    """Return a function of the whole vocabulary's logits, state by state, while few rows of logits exist at once.
+    """Return a function of the whole vocabulary's logits at each hidden state, with few rows of logits in memory at once.
 
-    For losses that need more than the log-probability of one token: the divergence between two policies, an entropy.
+    For losses that need more than the log-probability of one token: a divergence between two policies, an entropy.
 
         def forward_kl(student, teacher):  # (s, V) each
             p = teacher.log_softmax(-1)
@@ -196,10 +208,10 @@ def over_vocabulary(
     Gradients are exact: autograd computes each chunk's logits a second time in the backward pass.
 
     Args:
-        function: takes (s, V) logits of each model, in order, then s entries of each column; returns (s, ...), or a tuple of
-            such, each row of which depends on its own rows alone. Models of one family may differ in V, by rows of padding.
-        models: each a function from hidden states to logits (`PolicyModel.logits`), with its hidden states (S, D).
-        columns: what else each state has, (S, ...).
+        function: takes logits (s, V) of each model, in order, then s entries of each column; returns (s, ...), or a tuple of
+            such tensors. Each row of the result must depend on its own row of the arguments alone. V may differ between models.
+        models: for each, a function from hidden states to logits (`PolicyModel.logits`) and its hidden states (S, D).
+        columns: further tensors with one entry per state, (S, ...).
 
     Returns:
         (S, ...), or a tuple of such.
@@ -207,7 +219,7 @@ def over_vocabulary(
     states: list[Tensor] = [hidden for _, hidden in models]
     lengths = {len(rows) for rows in (*states, *columns)}
     if len(lengths) != 1:
-        raise ValueError(f"hidden states and columns must be equally long, got {[len(r) for r in (*states, *columns)]}")
+        raise ValueError(f"hidden states and columns must have one length, got {[len(r) for r in (*states, *columns)]}")
 
     def of_chunk(*rows: Tensor) -> Values:
         tables = [logits(part) for (logits, _), part in zip(models, rows, strict=False)]

@@ -1,4 +1,4 @@
-"""Rewards by models: samples encoded as in training, by their own ids where these are the model's, batched, and remembered."""
+"""Rewards given by models: samples are encoded as in the model's training, scored in batches, and their scores are cached."""
 
 from __future__ import annotations
 
@@ -42,38 +42,42 @@ class ScoringModelConfig(ModelConfig):
 
 
 class ScoringConfig(BaseConfig):
-    """How samples are scored by a model."""
+    """Options of how a model scores samples."""
 
-    max_length: int = Field(2048, ge=2, description="Most tokens in a prompt with its completion; more are cut off.")
+    max_length: int = Field(
+        2048, ge=2, description="Most tokens in a prompt with its completion; larger truncates fewer at their ends."
+    )
     batch_tokens: int = Field(
         8192, ge=1, description="Most tokens in one forward pass; larger is faster and takes more memory."
     )
-    cache_size: int = Field(10_000, ge=0, description="Scores of texts that are remembered; larger takes more memory.")
+    cache_size: int = Field(
+        10_000, ge=0, description="Scores that are kept for repeated texts; larger takes more memory."
+    )
 
 
 class ModelRewardConfig(ScoringConfig):
-    """Options that every reward by a model has."""
+    """Options that every reward given by a model has."""
 
     model: ScoringModelConfig = Field(description="Path or hub name of the model that scores.")
 
 
 class ModelReward(RewardFn, Generic[ModelT]):
-    """The base of a reward by a model, which is loaded when it is first needed, or given: `MyReward.of(model)`."""
+    """The base class of rewards given by a model, loaded from `config.model` on first use, or in memory: `MyReward.of(model)`."""
 
     Config = ModelRewardConfig
     config: ModelRewardConfig
     kind: ClassVar[type[HeadedModel]]
-    """The class of the model."""
+    """The class that the model must have."""
 
     @classmethod
     def of(cls, model: ModelT, **options: Any) -> Self:
-        """Return the reward by a model in memory, which is used as it is.
+        """Return the reward given by a model in memory, which is used as it is.
 
         Args:
-            options: those of the configuration, without `model`.
+            options: values of the configuration, without `model`.
 
         Raises:
-            ModelError: it is a model of another kind.
+            ModelError: the model is of another class than `kind`.
         """
         if not isinstance(model, cls.kind):
             raise wrong_kind(model, wanted=cls.kind, allowed=f"a {cls.kind.__name__}")
@@ -86,7 +90,7 @@ class ModelReward(RewardFn, Generic[ModelT]):
 
     @cached_property
     def model(self) -> ModelT:
-        """The model."""
+        """The model that scores."""
         about = self.config.model
         loaded: Any = self.kind.from_pretrained(  # type: ignore[attr-defined]
             about.path,
@@ -99,7 +103,7 @@ class ModelReward(RewardFn, Generic[ModelT]):
         return loaded
 
     def check(self, model: ModelT) -> None:
-        """Raise `ConfigError` where the options ask for what the model hasn't. The default asks for nothing."""
+        """Raise `ConfigError` where the options don't suit the model. By default all do."""
 
     def prepare(self) -> None:
         _ = self.model
@@ -111,17 +115,17 @@ class ModelReward(RewardFn, Generic[ModelT]):
 
 
 class SampleScores(Generic[ScoreT]):
-    """Gives each sample what a model makes of its prompt and completion.
+    """Scores samples (prompts with completions) by a model, in batches, with a cache.
 
-    The ids that were drawn are scored where they are the model's own, so that its tokenizer reads them as the completion's text:
-    encoded again, that text may have other ids, which were never drawn. Elsewhere, for a reward model may have another tokenizer
-    than the policy, the text is encoded as in training, as prompts always are. A completion that was cut off is scored as if it
-    ended there, for the model knows no other. Samples of one prompt share its computation.
+    A completion's sampled token ids are scored as they are where the model's tokenizer decodes them to the completion's text;
+    encoded again, the text may have other ids, which were never sampled. Where the reward model's tokenizer differs from the
+    policy's, the text is encoded as in training, as prompts always are. A completion that hit a length limit is scored as if it
+    ended there, since the model knows only complete responses. Samples of one prompt share its computation.
 
     Args:
-        score: what the model makes of a batch, one entry a response.
-        model: a `RewardModel` or `ProcessRewardModel`; its tokenizer, device, precision and positions count.
-        config: what is longer than `max_length` is cut at its end, which is said once.
+        score: returns the model's scores for a batch, one entry per response.
+        model: a `RewardModel` or `ProcessRewardModel`, whose tokenizer, device, precision and positions are used.
+        config: prompts with completions longer than `max_length` tokens are truncated at their ends, with one warning.
     """
 
     def __init__(self, score: Callable[[Batch], Sequence[ScoreT]], model: HeadedModel, config: ScoringConfig) -> None:
@@ -131,10 +135,10 @@ class SampleScores(Generic[ScoreT]):
         self.prompts = Encoder(model.tokenizer, "prompt", max_length=self.max_length)
         self.end: int = model.tokenizer.eos_token_id
         self.cache: OrderedDict[str, ScoreT] = OrderedDict()
-        self._said = False
+        self._warned = False
 
     def __call__(self, samples: Sequence[Sample]) -> list[ScoreT]:
-        """Return one score a sample, in order.
+        """Return one score per sample, in order.
 
         Raises:
             DataError: a prompt leaves no room for a completion.
@@ -146,7 +150,7 @@ class SampleScores(Generic[ScoreT]):
         ]
         known = {key: self.cache[key] for key in keys if key in self.cache}
         new = {key: (sample, ids) for key, sample, ids in zip(keys, samples, own, strict=True) if key not in known}
-        for part, scores in self._computed(new):
+        for part, scores in self._score_new(new):
             known |= zip(part, scores, strict=True)
         for key in keys:
             self.cache[key] = known[key]
@@ -156,7 +160,7 @@ class SampleScores(Generic[ScoreT]):
         return [known[key] for key in keys]
 
     def own_ids(self, sample: Sample) -> list[int] | None:
-        """Return a completion's ids without its end token where they are the model's own tokenizer's, else None."""
+        """Return a completion's ids without its end token, where the model's tokenizer decodes them to its text; else None."""
         ids = list(sample.completion_ids)
         ends = [ids[:-1], ids] if sample.stop_reason == "end" else [ids]
         for tokens in ends if ids and min(ids) >= 0 and max(ids) < len(self.model.tokenizer) else ():
@@ -165,16 +169,20 @@ class SampleScores(Generic[ScoreT]):
         return None
 
     def _texts(self, ids: list[int]) -> Iterator[str]:
-        """Yield what the ids may have been decoded to: as what continues a text, and alone."""
+        """Yield the texts that the ids may decode to: as the continuation of a text, and alone."""
         decode = self.model.tokenizer.decode
         yield self.prompts.text_spans.text_of(ids)
         yield decode(ids, clean_up_tokenization_spaces=False)
         yield decode(ids)
 
-    def _computed(
+    def _score_new(
         self, samples: dict[str, tuple[Sample, list[int] | None]]
     ) -> Iterator[tuple[list[str], Sequence[ScoreT]]]:
-        """Yield keys with their scores, a forward pass at a time."""
+        """Score samples that aren't in the cache; yield, per forward pass, the keys of its samples and their scores.
+
+        Args:
+            samples: cache key → a sample and its completion's own ids (`own_ids`).
+        """
         if not samples:
             return
         rows = self._rows(list(samples.values()))
@@ -182,7 +190,7 @@ class SampleScores(Generic[ScoreT]):
         by_prompt: dict[tuple[int, ...], list[int]] = {}
         for number, row in enumerate(rows):
             by_prompt.setdefault(tuple(row.prompt_ids), []).append(number)
-        shared = [
+        with_responses = [
             EncodedRow(
                 numbers[0],
                 rows[numbers[0]].prompt_ids,
@@ -191,16 +199,20 @@ class SampleScores(Generic[ScoreT]):
             )
             for numbers in by_prompt.values()
         ]
-        order = {row.index: numbers for row, numbers in zip(shared, by_prompt.values(), strict=True)}
+        order = {row.index: numbers for row, numbers in zip(with_responses, by_prompt.values(), strict=True)}
         model = self.model
         narrow = torch.autocast(model.device.type, dtype=model.precision, enabled=model.precision != torch.float32)
         with torch.no_grad(), evaluating(model), narrow:
-            for micro in collate(shared).split(max_tokens=self.config.batch_tokens):
+            for micro in collate(with_responses).split(max_tokens=self.config.batch_tokens):
                 numbers = [number for row in micro.rows for number in order[row]]
                 yield [keys[number] for number in numbers], self.score(micro.to(self.model.device))
 
     def _rows(self, samples: Sequence[tuple[Sample, list[int] | None]]) -> list[EncodedRow]:
-        """Encode samples as training does; a completion without any text is its end token alone."""
+        """Return samples encoded as in training; a completion without text is its end token alone.
+
+        Raises:
+            DataError: a prompt leaves no room for a completion.
+        """
         rows = []
         cut = 0
         for number, (sample, own) in enumerate(samples):
@@ -220,24 +232,26 @@ class SampleScores(Generic[ScoreT]):
                 raise self._no_room(number, NO_ROOM)
             cut += len(response) > room
             rows.append(EncodedRow(number, outcome.row.prompt_ids, [response[:room]], [[True] * len(response[:room])]))
-        if cut and not self._said:
-            self._said = True
+        if cut and not self._warned:
+            self._warned = True
             log.warning(
-                "%d of %d samples are longer than %d tokens and scored without their ends (this is said once): %s",
+                "%d of %d samples are longer than %d tokens and are scored without their ends (reported once): %s",
                 cut, len(samples), self.max_length, self._more_room(),
             )  # fmt: skip
         return rows
 
     def _end_of(self, sample: Sample) -> int:
-        """Return the token that ends a completion in the model's training."""
+        """Return the id of the token that ended responses in the model's training: of a turn in a chat, else of a text."""
         chat = not isinstance(sample.prompt, str) or self.prompts.wrap == "chat"
         stops = self.prompts.template.stops if chat else ()
         return stops[0] if stops else self.end
 
     def _no_room(self, number: int, reason: str | None) -> DataError:
-        return DataError(f"can't be scored: {reason}", place=f"sample {number}", fix=self._more_room())
+        """Return the error of a sample that the encoder refused."""
+        return DataError(f"the sample can't be scored: {reason}", place=f"sample {number}", fix=self._more_room())
 
     def _more_room(self) -> str:
+        """Return what a user can do about samples that are too long."""
         if self.max_length < self.config.max_length:
-            return f"use shorter completions, for the model has {self.max_length} positions"
+            return f"use shorter prompts or completions: the model has {self.max_length} positions"
         return "raise `max_length`"

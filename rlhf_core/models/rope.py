@@ -1,9 +1,9 @@
-"""Positions whose encoding depends on how long the sequence is: which sequences may share a forward pass.
+"""Rotary encodings whose frequencies depend on the sequence's length: which sequences may share a forward pass.
 
 Two rotary encodings of transformers look at the longest sequence of a batch. `longrope` has one set of frequencies up to the
-length that a model was first trained on, and another beyond. `dynamic` (NTK scaling) has frequencies of its own for every length
-beyond, and keeps them until a shorter one comes. A response's log-probability must not depend on its neighbours in a batch, so
-sequences are forwarded with those of the same frequencies.
+length that a model was first trained on, and another beyond. `dynamic` (NTK scaling) has other frequencies for every length
+beyond, and keeps them until a shorter sequence comes. A response's log-probability must not depend on its neighbours in a batch,
+so sequences are forwarded with those of the same frequencies.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 class LengthClasses:
-    """The rotary encodings of a model that depend on length; false where it has none."""
+    """The rotary encodings of a network that depend on length; false where it has none."""
 
     def __init__(self, network: nn.Module) -> None:
         self._long: list[int] = []
@@ -38,7 +38,7 @@ class LengthClasses:
         return bool(self._long or self._dynamic)
 
     def groups(self, lengths: Tensor) -> list[Tensor]:
-        """Return the indices of sequences that may share a forward pass, group by group, for lengths (R,) in tokens."""
+        """Return groups of sequences that may share a forward pass, each as indices (r,), for lengths (R,) in tokens."""
         classes: dict[tuple[int, ...], list[int]] = {}
         for index, length in enumerate(lengths.tolist()):
             key = (*(length > limit for limit in self._long), *(length * (length > limit) for limit in self._dynamic))
@@ -46,7 +46,7 @@ class LengthClasses:
         return [torch.tensor(members, device=lengths.device) for _, members in sorted(classes.items())]
 
     def reset(self) -> None:
-        """Forget the frequencies of sequences that were longer: they would be kept for shorter ones."""
+        """Restore the frequencies of short sequences in place: those of the longest so far would be kept for shorter ones."""
         for module in self._modules:
             for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
                 prefix = name.removesuffix("max_seq_len_cached")
@@ -58,6 +58,7 @@ class LengthClasses:
 
 
 def _original_length(module: Any, layer_type: str | None) -> int:
+    """Return the length in tokens up to which a rotary encoding has its original frequencies."""
     parameters = module.config.rope_parameters
     parameters = parameters if layer_type is None else parameters[layer_type]
     return int(parameters["original_max_position_embeddings"])

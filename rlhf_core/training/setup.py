@@ -21,7 +21,7 @@ from rlhf_core.data.open_source import check_paths
 from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.errors import ConfigError
 from rlhf_core.infra.seeds import seed_everything
-from rlhf_core.models.dropout import allow_dropout, keep_still
+from rlhf_core.models.dropout import allow_dropout, disable_dropout
 from rlhf_core.models.reference import Reference
 from rlhf_core.rewards import Rewards, check_rewards, open_rewards
 from rlhf_core.training.context import RunContext
@@ -236,5 +236,5 @@ def _set_dropout(module: nn.Module, config: TrainerConfig, lora: LoraConfig | No
         return
     of_lora = lora is not None and lora.dropout > 0
     context = functools.partial(devices.autocast, config.precision)
-    if count := keep_still(module, adapters=not of_lora, context=context):
+    if count := disable_dropout(module, adapters=not of_lora, context=context):
         log.info("the model's own dropout is off, in %d of its modules; `dropout: keep` leaves it on", count)

@@ -187,10 +187,8 @@ def test_a_model_whose_loop_counts_positions_otherwise_is_said(caplog: pytest.Lo
     policy = PolicyModel(make_tiny("roberta"), tiny_tokenizer())
     assert decoding_of(policy) == Decoding("equal")
     decoding_of(policy)
-    (line,) = [
-        record.getMessage() for record in caplog.records if "aren't those that are trained on" in record.getMessage()
-    ]
-    assert line.startswith("in memory: its logits")
+    (line,) = [record.getMessage() for record in caplog.records if "that it is trained on" in record.getMessage()]
+    assert line.startswith("in memory: while generating, the model's logits differ")
 
 
 def test_training_mode_checkpointing_adapters_and_compilation() -> None:
@@ -242,7 +240,7 @@ def test_ends_are_those_of_chat_or_text() -> None:
 
 def test_wrong_calls(policy: PolicyModel) -> None:
     batch = prompt_batch(policy, ["a", "b"])
-    with pytest.raises(ConfigError, match="2 seeds for each of 2 prompts"):
+    with pytest.raises(ConfigError, match="need 2 seeds per prompt"):
         Engine(policy).generate(batch, 2, seeds=[[1, 2]])
     with pytest.raises(ConfigError, match="at least 1"):
         Engine(policy).generate(batch, 0)
@@ -252,7 +250,7 @@ def test_wrong_calls(policy: PolicyModel) -> None:
     with pytest.raises(ModelError, match="no decoding loop"):
         still.generate(["a"])
     broken = PolicyModel(tiny_model(), tiny_tokenizer())
-    assert decoding_of(broken).company == "any"
+    assert decoding_of(broken).together == "any"
     with torch.no_grad():
         broken.causal_lm.model.norm.weight.fill_(torch.nan)
     with pytest.raises(NumbersError, match="aren't finite") as caught:

@@ -79,7 +79,7 @@ def test_the_inverse_is_that_of_one_long_sum(size: int, seed: int, empty: float)
     weights = torch.rand(1, size, generator=generator) * (torch.rand(1, size, generator=generator) >= empty)
     weights[0, seed % size] = 1e-3  # one at least can be drawn
     uniform = torch.tensor([0.0, 1 - 2**-53, *torch.rand(20, generator=generator).tolist()], dtype=torch.float64)
-    tokens, mass = drawing._inverse(weights.expand(len(uniform), -1), uniform)
+    tokens, mass = drawing.invert_cumulative(weights.expand(len(uniform), -1), uniform)
     ends = weights[0].double().cumsum(0)
     assert torch.allclose(mass, ends[-1], rtol=1e-6)
     assert (weights[0, tokens] > 0).all()

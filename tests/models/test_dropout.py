@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from rlhf_core import registry
 from rlhf_core.config.training import LoraConfig
 from rlhf_core.models import PolicyModel, apply_lora
-from rlhf_core.models.dropout import allow_dropout, evaluating, keep_still, set_training
+from rlhf_core.models.dropout import allow_dropout, disable_dropout, evaluating, set_training
 from rlhf_core.testing.tiny import VOCAB_SIZE, tiny_model, tiny_tokenizer
 
 IDS = torch.randint(7, 263, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -92,7 +92,7 @@ def test_training_forwards_as_evaluation_does(make: Callable[[], nn.Module], cap
     torch.manual_seed(0)
     assert not torch.equal(logits(model), logits(model)), "it draws nothing, so this test shows nothing"
     state = torch.get_rng_state()
-    assert keep_still(model, adapters=True) > 0
+    assert disable_dropout(model, adapters=True) > 0
     assert torch.equal(torch.get_rng_state(), state)
     set_training(model)
     assert model.training and model.config.to_dict() == before and not caplog.records
@@ -119,7 +119,7 @@ def test_gradient_checkpointing_stays_on_and_changes_nothing(make: Callable[[], 
             )
             inner.register_forward_pre_hook(lambda *_: calls.append(100))
     for model in (plain, recomputing):
-        keep_still(model, adapters=True)
+        disable_dropout(model, adapters=True)
         set_training(model)
     calls.clear()
     for model in (plain, recomputing):
@@ -132,10 +132,10 @@ def test_gradient_checkpointing_stays_on_and_changes_nothing(make: Callable[[], 
 def test_adapters_keep_the_dropout_that_was_asked_for() -> None:
     model = spread(apply_lora(gpt2(), LoraConfig(rank=2, dropout=0.5)))
     expected = logits(model)
-    keep_still(model, adapters=False)
+    disable_dropout(model, adapters=False)
     set_training(model)
     assert not torch.equal(logits(model), logits(model))
-    keep_still(model, adapters=True)
+    disable_dropout(model, adapters=True)
     set_training(model)
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-6)
 
@@ -143,7 +143,7 @@ def test_adapters_keep_the_dropout_that_was_asked_for() -> None:
 def test_a_copy_is_as_still() -> None:
     model = spread(opt())
     model.activation_checkpointing_enable({"use_reentrant": False})
-    keep_still(model, adapters=True)
+    disable_dropout(model, adapters=True)
     twin = copy.deepcopy(model)
     set_training(twin)
     torch.testing.assert_close(logits(twin), logits(model), rtol=1e-5, atol=1e-6)
@@ -156,13 +156,13 @@ def test_what_stays_random_is_told(caplog: pytest.LogCaptureFixture) -> None:
 
     model = spread(llama())
     model.model.layers[0].mlp.down_proj = Noisy(64, 32)
-    keep_still(model, adapters=True)
-    assert "isn't the one in evaluation" in caplog.text and len(caplog.records) == 1
+    disable_dropout(model, adapters=True)
+    assert "differs from that in evaluation" in caplog.text and len(caplog.records) == 1
 
 
 def test_a_mode_comes_back_part_by_part() -> None:
     model = gpt2()
-    keep_still(model, adapters=True)
+    disable_dropout(model, adapters=True)
     set_training(model)
     modes = {name: part.training for name, part in model.named_modules()}
     with evaluating(model):
@@ -199,6 +199,6 @@ def test_micro_batches_change_no_gradient(method: str) -> None:
 def test_a_model_without_dropout_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_model()
     with caplog.at_level(logging.INFO):
-        assert keep_still(model, adapters=True) == 0
+        assert disable_dropout(model, adapters=True) == 0
     set_training(model)
     assert all(part.training for part in model.modules()) and not caplog.records

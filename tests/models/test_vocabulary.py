@@ -121,7 +121,7 @@ def test_a_divergence_over_the_vocabulary_is_exact_in_chunks(kind: str, monkeypa
 def test_what_is_not_equally_long_is_refused_and_nothing_gives_nothing() -> None:
     policy = policy_of(tiny_model())
     hidden = torch.randn(4, policy.width)
-    with pytest.raises(ValueError, match=r"equally long, got \[4, 3\]"):
+    with pytest.raises(ValueError, match=r"must have one length, got \[4, 3\]"):
         over_vocabulary(forward_kl, (policy.logits, hidden), (policy.logits, hidden[:3]))
     assert over_vocabulary(forward_kl, (policy.logits, hidden[:0]), (policy.logits, hidden[:0])).shape == (0,)
 

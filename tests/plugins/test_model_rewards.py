@@ -142,7 +142,7 @@ def test_an_empty_completion_has_a_score() -> None:
 
 def test_a_prompt_without_room_is_told() -> None:
     reward = RewardModelReward(RewardModelRewardConfig(model=saved("ensemble"), max_length=8))
-    with pytest.raises(DataError, match=r"sample 0: can't be scored.*raise `max_length`"):
+    with pytest.raises(DataError, match=r"sample 0: the sample can't be scored.*raise `max_length`"):
         reward.score([Sample("a long prompt", "4")])
 
 
@@ -155,7 +155,7 @@ def test_completions_that_are_cut_are_told_of_once(caplog: pytest.LogCaptureFixt
     reward.score([Sample("1+2=", "9" * 20)])
     # Of the four, two had a score already.
     said = (
-        "2 of 2 samples are longer than 16 tokens and scored without their ends (this is said once): raise `max_length`"
+        "2 of 2 samples are longer than 16 tokens and are scored without their ends (reported once): raise `max_length`"
     )
     assert _ours(caplog) == [said]
 
@@ -172,7 +172,7 @@ def test_a_completion_beyond_the_models_positions_is_told(caplog: pytest.LogCapt
     assert positions is not None
     reward.score([Sample("1+1=", "9" * positions), Sample("1+1=", "2")])
     assert f"1 of 2 samples are longer than {positions} tokens" in caplog.text
-    assert f"use shorter completions, for the model has {positions} positions" in caplog.text
+    assert f"use shorter prompts or completions: the model has {positions} positions" in caplog.text
 
 
 def test_steps_have_probabilities() -> None:
@@ -254,7 +254,7 @@ def test_a_completion_that_was_cut_off_is_scored_as_if_it_ended_there() -> None:
     short = RewardModelReward.of(merged(RewardModel), max_length=7)  # room for two tokens behind the prompt's five
     wanted = of_ids(merged(RewardModel), "<|bos|>6*7=", [four, two])
     assert short.score([drawn("42", [four, two, end])]) == [pytest.approx(wanted, rel=1e-5, abs=1e-6)]
-    with pytest.raises(DataError, match="sample 0: can't be scored: the prompt leaves no response token"):
+    with pytest.raises(DataError, match="sample 0: the sample can't be scored: the prompt leaves no response token"):
         RewardModelReward.of(merged(RewardModel), max_length=5).score([drawn("42", [four, two, end])])
 
 
