@@ -7,7 +7,9 @@ Everything that a user can cause raises a subclass of `RLHFError`; the command l
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, ClassVar
 
 
@@ -37,27 +39,9 @@ class RLHFError(Exception):
         # Keyword-only arguments do not survive the default reduction, and faults cross process boundaries.
         return (_rebuild, (type(self), self.problem, self.place, self.got, self.fix))
 
-    def to_json(self) -> dict[str, str | None]:
-        """Return the fault as JSON values, for another process."""
-        got = None if self.got is None else str(self.got)
-        return {"kind": type(self).__name__, "problem": self.problem, "place": self.place, "got": got, "fix": self.fix}
-
-    @staticmethod
-    def from_json(values: Mapping[str, Any]) -> RLHFError:
-        """Return the fault that `to_json` described."""
-        kinds = {kind.__name__: kind for kind in _kinds(RLHFError)}
-        details = {name: values[name] for name in ("place", "got", "fix")}
-        return kinds.get(values["kind"], RLHFError)(values["problem"], **details)
-
     def line(self) -> str:
         """Return the one line that the command line prints to stderr."""
         return printable(f"error[{self.code}] {self}")
-
-
-def _kinds(kind: type[RLHFError]) -> Iterator[type[RLHFError]]:
-    for below in kind.__subclasses__():
-        yield from _kinds(below)
-    yield kind
 
 
 def _rebuild(kind: type[RLHFError], problem: str, place: str | None, got: object, fix: str | None) -> RLHFError:
@@ -116,6 +100,44 @@ class Interrupted(RLHFError):
     """Ctrl-C came where there was nothing to save, or for the second time."""
 
     code, exit_code = "interrupted", 130
+
+
+class RemoteError(Exception):
+    """An error of another process that isn't a user's; its note has the lines where it was raised."""
+
+
+def error_report(error: BaseException) -> dict[str, Any]:
+    """Return what another process needs to raise an error, as JSON values."""
+    report: dict[str, Any] = {
+        "text": f"{type(error).__name__}: {error}",
+        "trace": "".join(traceback.format_exception(error)),
+    }
+    if isinstance(error, RLHFError):
+        got = None if error.got is None else str(error.got)
+        report["kind"] = type(error).__name__
+        report["details"] = {"problem": error.problem, "place": error.place, "got": got, "fix": error.fix}
+    elif isinstance(error, OSError):
+        report["system"] = [error.errno, error.strerror, error.filename and str(error.filename)]
+    return report
+
+
+def reported_error(report: Mapping[str, Any]) -> Exception:
+    """Return the error that `error_report` described: an `RLHFError` or `OSError` as it was, anything else as `RemoteError`."""
+    error: Exception = RemoteError(report["text"])
+    if "kind" in report:
+        kinds = {kind.__name__: kind for kind in _kinds(RLHFError)}
+        with suppress(TypeError):  # a class that is made from other arguments
+            error = kinds.get(report["kind"], RLHFError)(**report["details"])
+    elif "system" in report:
+        error = OSError(*report["system"])
+    error.add_note(report["trace"])
+    return error
+
+
+def _kinds(kind: type[RLHFError]) -> Iterator[type[RLHFError]]:
+    for below in kind.__subclasses__():
+        yield from _kinds(below)
+    yield kind
 
 
 def nearest(name: str, choices: Iterable[str]) -> str | None:

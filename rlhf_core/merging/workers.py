@@ -1,22 +1,22 @@
-"""Work at many things side by side: in processes where this one may be forked, else in threads.
+"""Work at many items at once: in processes where this one may be forked, else in threads.
 
 Operations on a chunk take microseconds, and threads wait for the interpreter's lock between them, a third of a merge's time on
 two cores; processes don't. They are forked, so they begin with all that is open and imported here, and share its memory until
 they write to it. What they change in Python's objects stays theirs: results go through files.
+
+A library's pool can't replace this: `concurrent.futures` takes a killed process for a broken pool without saying which signal
+ended it, `multiprocessing.Pool` waits for its work for ever, and neither ends work under way at once or passes progress on.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-import queue
 import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -25,7 +25,7 @@ from typing import Any, TypeVar, cast
 import torch
 
 from rlhf_core.infra.child_process import end_with_parent
-from rlhf_core.infra.errors import RLHFError, StorageError
+from rlhf_core.infra.errors import StorageError, error_report, reported_error
 
 T = TypeVar("T")
 
@@ -34,7 +34,7 @@ Advance = Callable[[int], None]
 Work = Callable[[T, Advance], None]
 
 _EVERY = 0.05
-"""Seconds between two messages of a process about how far it is."""
+"""Seconds between two messages of a worker about how far it is."""
 
 
 def may_fork() -> bool:
@@ -50,151 +50,147 @@ def spread(
 ) -> Generator[tuple[T, int | None]]:
     """Work at items in their order, `count` at once; yield (item, bytes) as they are done and (item, None) after an item's end.
 
-    Close the iterator where it isn't gone through to its end: what is under way is then given up.
+    Close the generator where it isn't iterated to its end: work under way is then given up.
 
     Args:
         items: what to work at.
         work: called with an item and `Advance`, in a thread or a process of one torch thread, without gradients.
         count: items at once.
-        forked: in processes.
-        enter: called once in each process, to let go of what is its parent's alone.
+        forked: in processes; in threads where not even one can be started.
+        enter: called once in each process, to release what is its parent's alone.
 
     Raises:
-        Exception: what `work` raised first; the others' work is given up. From a process, faults and errors of the system come as
-            they are, all else as WorkerError.
+        Exception: what `work` raised first; the others' work is given up. From a process, known errors and errors of the system
+            come as they are, all else as RemoteError.
         StorageError: a process ended before its work did.
     """
-    if items:
-        count = min(count, len(items))
-        yield from _in_processes(items, work, count, enter) if forked else _in_threads(items, work, count)
-
-
-class _GivenUp(BaseException):
-    """Ends a thread's work that nobody waits for."""
-
-
-def _in_threads(items: Sequence[T], work: Work[T], count: int) -> Generator[tuple[T, int | None]]:
-    events: queue.SimpleQueue[tuple[T, int | BaseException | None]] = queue.SimpleQueue()
-    stop = threading.Event()
-
-    def run(item: T) -> None:
-        def advance(nbytes: int) -> None:
-            if stop.is_set():
-                raise _GivenUp
-            events.put((item, nbytes))
-
-        if stop.is_set():
-            return
-        try:
-            with torch.inference_mode():
-                work(item, advance)
-            events.put((item, None))
-        except BaseException as error:
-            events.put((item, error))
-
-    with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        try:
-            for item in items:
-                pool.submit(run, item)
-            left = len(items)
-            while left:
-                item, event = events.get()
-                if isinstance(event, BaseException):
-                    raise event
-                left -= event is None
-                yield item, event
-        finally:
-            stop.set()
-
-
-def _in_processes(
-    items: Sequence[T], work: Work[T], count: int, enter: Callable[[], None] | None
-) -> Generator[tuple[T, int | None]]:
-    workers: dict[Connection, BaseProcess] = {}
-    busy: dict[Connection, int] = {}
+    workers: dict[Connection, _Worker] = {}
     todo = iter(range(len(items)))
-
-    def hand_out(connection: Connection) -> None:
-        index = next(todo, None)
-        if index is not None:
-            busy[connection] = index
-            try:
-                connection.send(index)
-            except ConnectionError:
-                raise _ended(connection, workers[connection]) from None
-
     try:
-        for _ in range(count):
+        for _ in range(min(count, len(items))):
             try:
-                connection, process = _start(items, work, enter, list(workers))
+                worker = _Worker((items, work, enter if forked else None), list(workers), forked=forked)
             except OSError:  # no more processes or memory: fewer will do
                 break
-            workers[connection] = process
-        if not workers:
-            yield from _in_threads(items, work, count)
-        for connection in workers:
-            hand_out(connection)
-        while busy:
-            for ready in wait(list(busy)):
-                connection = cast(Connection, ready)
-                item = items[busy[connection]]
-                try:
-                    event = connection.recv()
-                except (EOFError, ConnectionError):
-                    raise _ended(connection, workers[connection]) from None
-                if isinstance(event, dict):
-                    raise _rebuilt(event)
+            workers[worker.connection] = worker
+        if items and not workers:
+            yield from spread(items, work, count, forked=False)
+            return
+        for worker in workers.values():
+            worker.begin(next(todo, None))
+        while busy := [connection for connection, worker in workers.items() if worker.index is not None]:
+            for ready in wait(busy):
+                worker = workers[cast(Connection, ready)]
+                item, event = items[cast(int, worker.index)], worker.receive()
                 if event is None:
-                    del busy[connection]
-                    hand_out(connection)
+                    worker.begin(next(todo, None))
                 yield item, event
-        for connection in workers:
-            with suppress(ConnectionError):
-                connection.send(None)  # not the closing alone: a process that someone forked may hold our end, too
+        for worker in workers.values():
+            worker.end()
     except BaseException:
-        for process in workers.values():
-            process.kill()
+        for worker in workers.values():
+            worker.end(give_up=True)
         raise
     finally:
-        for connection, process in workers.items():
-            connection.close()
-            process.join()
+        for worker in workers.values():
+            worker.runner.join()
 
 
-def _start(
-    items: Sequence[T], work: Work[T], enter: Callable[[], None] | None, others: list[Connection]
-) -> tuple[Connection, BaseProcess]:
-    """Fork a process that serves."""
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe()
-    arguments = (theirs, [*others, ours], items, work, enter, os.getpid())
-    process = context.Process(target=_serve, args=arguments, daemon=True)
-    # Ctrl-C goes to all of a terminal's processes. The parent answers it, and a child never sees it.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        process.start()
-    except BaseException:
-        ours.close()
-        raise
-    finally:
-        theirs.close()
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return ours, process
+class _Worker:
+    """A process or thread that works at one item at a time, as the parent sees it.
+
+    Args:
+        service: what it works at, the work, and what it calls first.
+        others: the workers before it; `forked` ones inherit their connections.
+        forked: whether it is a process.
+
+    Raises:
+        OSError: no process can be started.
+    """
+
+    index: int | None = None
+    """Number of the item that it works at."""
+
+    def __init__(self, service: tuple[Any, ...], others: Sequence[Connection], *, forked: bool) -> None:
+        self.connection, theirs = multiprocessing.Pipe()
+        self._errors: list[BaseException] = []
+        """What was raised, where the worker shares this process's memory."""
+        service = (theirs, *service, self._errors)
+        self.runner: BaseProcess | threading.Thread
+        if not forked:
+            self.runner = threading.Thread(target=_serve, args=service)
+            self.runner.start()
+            return
+        arguments = (os.getpid(), [*others, self.connection], *service)
+        self.runner = multiprocessing.get_context("fork").Process(target=_serve_in_process, args=arguments, daemon=True)
+        # Ctrl-C goes to all of a terminal's processes. The parent answers it, and a child never sees it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self.runner.start()
+        except BaseException:
+            self.connection.close()
+            raise
+        finally:
+            theirs.close()
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def begin(self, index: int | None) -> None:
+        """Hand it the next item; None leaves it idle."""
+        self.index = index
+        if index is not None:
+            try:
+                self.connection.send(index)
+            except ConnectionError:
+                raise self._ended() from None
+
+    def receive(self) -> int | None:
+        """Return the bytes that it reports, or None for the end of its item; raise the error that it reports, or its end."""
+        try:
+            event = self.connection.recv()
+        except (EOFError, ConnectionError):
+            raise self._ended() from None
+        if isinstance(event, dict):
+            raise self._errors[0] if self._errors else reported_error(event)
+        return cast("int | None", event)
+
+    def end(self, *, give_up: bool = False) -> None:
+        """Let it end once its item is done; `give_up` kills a process at once, and ends a thread when it next reports."""
+        if give_up and isinstance(self.runner, BaseProcess):
+            self.runner.kill()
+        with suppress(OSError):
+            self.connection.send(None)  # not the closing alone: a process that someone forked may hold our end, too
+        self.connection.close()
+
+    def _ended(self) -> BaseException:
+        """Return why a process hung up: the error that it still reported, else how it ended."""
+        with suppress(EOFError, ConnectionError):
+            while self.connection.poll():
+                if isinstance(event := self.connection.recv(), dict):
+                    return reported_error(event)
+        self.runner.join()
+        process = cast(BaseProcess, self.runner)
+        code = process.exitcode or 0
+        fix = (
+            "where memory was short, set fewer `threads`"
+            if code == -signal.SIGKILL
+            else "set `threads: 1` to see where"
+        )
+        return StorageError(
+            "one of the merge's processes ended before its work did",
+            place=f"process {process.pid}",
+            got=signal.Signals(-code).name if code < 0 else f"exit code {code}",
+            fix=f"{fix}; --resume continues the merge",
+        )
 
 
 def _serve(
     connection: Connection,
-    parents: Sequence[Connection],
-    items: Sequence[T],
-    work: Work[T],
+    items: Sequence[Any],
+    work: Work[Any],
     enter: Callable[[], None] | None,
-    parent: int,
+    errors: list[BaseException],
 ) -> None:
-    """Work at the items whose numbers come, in a process of its own, until the parent wants no more or is gone."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    end_with_parent(parent)
-    for other in parents:
-        other.close()  # else it would never be seen that the parent is gone
+    """Work at the items whose numbers are received, until None is or the parent is gone; put what is raised into `errors`."""
     torch.set_num_threads(1)
     pending, sent = 0, time.monotonic()
 
@@ -215,48 +211,15 @@ def _serve(
             connection.send(None)
             pending = 0
     except BaseException as error:
-        with suppress(ConnectionError):  # the parent hung up
-            connection.send(_report(error))
+        errors.append(error)
+        with suppress(OSError):  # the parent hung up
+            connection.send(error_report(error))
 
 
-class WorkerError(Exception):
-    """What isn't a user's fault and was raised in a process of its own; its note has the lines where."""
-
-
-def _report(error: BaseException) -> dict[str, Any]:
-    """Return what another process needs to know of an error."""
-    report: dict[str, Any] = {"text": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
-    if isinstance(error, RLHFError):
-        report["fault"] = error.to_json()
-    elif isinstance(error, OSError):
-        report["system"] = (error.errno, error.strerror, error.filename)
-    return report
-
-
-def _rebuilt(report: dict[str, Any]) -> Exception:
-    error: Exception = WorkerError(report["text"])
-    if "fault" in report:
-        with suppress(TypeError):  # a kind of its own making
-            error = RLHFError.from_json(report["fault"])
-    elif "system" in report:
-        error = OSError(*report["system"])
-    error.add_note(report["trace"])
-    return error
-
-
-def _ended(connection: Connection, process: BaseProcess) -> Exception:
-    """Return why a process hung up: what it still said, else how it ended."""
-    with suppress(EOFError, ConnectionError):
-        while connection.poll():
-            if isinstance(event := connection.recv(), dict):
-                return _rebuilt(event)
-    process.join()
-    code = process.exitcode or 0
-    short = code == -signal.SIGKILL
-    return StorageError(
-        "one of the merge's processes ended before its work did",
-        place=f"process {process.pid}",
-        got=signal.Signals(-code).name if code < 0 else f"exit code {code}",
-        fix=("where memory was short, set fewer `threads`" if short else "set `threads: 1` to see where")
-        + "; --resume goes on",
-    )
+def _serve_in_process(parent: int, inherited: Sequence[Connection], *service: Any) -> None:
+    """Serve as a forked process, which ends with its parent."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    end_with_parent(parent)
+    for connection in inherited:
+        connection.close()  # else it would never be noticed that the parent is gone
+    _serve(*service)

@@ -24,7 +24,15 @@ from torch import Tensor, nn
 
 from rlhf_core.config.training import DistributedConfig
 from rlhf_core.infra.devices import DeviceManager
-from rlhf_core.infra.errors import ConfigError, LostProcess, ModelError, PluginError, RLHFError
+from rlhf_core.infra.errors import (
+    ConfigError,
+    LostProcess,
+    ModelError,
+    PluginError,
+    RLHFError,
+    error_report,
+    reported_error,
+)
 
 _UNANSWERED = re.compile(
     r"gloo|nccl|closed by peer|connection (reset|refused)|broken pipe|timed? ?out waiting|socket|TCPStore|DistNetwork",
@@ -107,14 +115,14 @@ class Distribution:
                 outcome["value"] = action()
             except Exception as error:
                 fault = error
-                known = error if isinstance(error, RLHFError) else RLHFError(f"{type(error).__name__}: {error}")
-                outcome["fault"] = known.to_json()
+                outcome["error"] = error_report(error)
         if self.world_size > 1:
             outcome = self.broadcast(outcome)
         if fault is not None:
             raise fault
-        if "fault" in outcome:
-            known = RLHFError.from_json(outcome["fault"])
+        if "error" in outcome:
+            known = reported_error(outcome["error"])
+            known = known if isinstance(known, RLHFError) else RLHFError(outcome["error"]["text"])
             known.silent = True
             raise known
         return outcome["value"]

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_core.infra.errors import ModelError, StorageError
-from rlhf_core.merging.workers import Advance, WorkerError, may_fork, spread
+from rlhf_core.infra.errors import ModelError, RemoteError, StorageError
+from rlhf_core.merging.workers import Advance, may_fork, spread
 
 both = pytest.mark.parametrize("forked", [True, False], ids=["processes", "threads"])
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
@@ -80,7 +80,7 @@ def test_a_bug_comes_back_with_the_lines_where_it_was_raised() -> None:
     def work(item: int, advance: Advance) -> None:
         raise ZeroDivisionError("by nought")
 
-    with pytest.raises(WorkerError, match="ZeroDivisionError: by nought") as caught:
+    with pytest.raises(RemoteError, match="ZeroDivisionError: by nought") as caught:
         list(spread([0], work, 1, forked=True))
     assert "in work\n" in caught.value.__notes__[0]
     with pytest.raises(ZeroDivisionError):
@@ -104,7 +104,7 @@ def test_faults_and_errors_of_the_system_stay_what_they_are() -> None:
 
     with pytest.raises(PermissionError, match=r"there\.bin"):
         list(spread([0], work, 1, forked=True))
-    with pytest.raises(WorkerError, match="OfItsOwn: number 7 is bad"):
+    with pytest.raises(RemoteError, match="OfItsOwn: number 7 is bad"):
         list(spread([1], work, 1, forked=True))
     with pytest.raises(StorageError, match="here: no room") as caught:
         list(spread([2], work, 1, forked=True))

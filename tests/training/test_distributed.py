@@ -15,7 +15,7 @@ import torch
 
 from rlhf_core.config.training import DistributedConfig
 from rlhf_core.infra.devices import DeviceManager
-from rlhf_core.infra.errors import ConfigError, DataError, RLHFError
+from rlhf_core.infra.errors import ConfigError, DataError, RLHFError, error_report, reported_error
 from rlhf_core.infra.files import read_json
 from rlhf_core.infra.safetensors_file import read_tensors
 from rlhf_core.training.distribution import Distribution, create_distribution
@@ -260,7 +260,7 @@ def test_resuming_with_fewer_processes_goes_on_with_the_data(tmp_path: Path, one
 
 def test_a_fault_of_the_first_process_crosses_the_seam() -> None:
     fault = DataError("bad", place="file:3", got=4, fix="mend it")
-    again = RLHFError.from_json(json.loads(json.dumps(fault.to_json())))
+    again = reported_error(json.loads(json.dumps(error_report(fault))))
     assert type(again) is DataError and str(again) == str(fault) and again.exit_code == 3
 
 
@@ -286,7 +286,7 @@ def test_a_fault_below_a_known_kind_keeps_its_kind() -> None:
     class Torn(DataError):
         """A kind of its own."""
 
-    again = RLHFError.from_json(Torn("torn", place="file:1").to_json())
+    again = reported_error(error_report(Torn("torn", place="file:1")))
     assert type(again) is Torn and again.exit_code == 3
 
 
