@@ -23,7 +23,7 @@ from rlhf_core.config.presets import ABOUT, PRESETS
 from rlhf_core.config.run import RunConfig
 from rlhf_core.config.training import TrainerConfig
 from rlhf_core.merging.config import MergeConfig, ModelEntry
-from rlhf_core.merging.weights import LayerValues
+from rlhf_core.merging.layer_values import LayerValues
 from rlhf_core.models.model_reward import ScoringModelConfig
 from rlhf_core.registry.hooks import EVENTS, Events
 

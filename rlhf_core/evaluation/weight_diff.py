@@ -15,9 +15,8 @@ from rlhf_core.infra.errors import ConfigError, ModelError
 from rlhf_core.infra.files import storage_errors
 from rlhf_core.merging.input_model import InputModel
 from rlhf_core.merging.open_model import open_model
-from rlhf_core.merging.plan import natural
 from rlhf_core.merging.streams import TensorStream
-from rlhf_core.merging.weights import GROUPS, layer_of
+from rlhf_core.merging.tensor_names import GROUPS, in_group, layer_of, natural
 
 PARTS = ("attention", "mlp", "norms", "embeddings", "head", "other")
 Progress = Callable[[int, int], None]
@@ -186,10 +185,9 @@ def _compare(a: InputModel, b: InputModel, progress: Progress | None) -> Differe
 
 def part_of(name: str) -> str:
     """Return the part of a model that a tensor belongs to, one of `PARTS`."""
-    pieces = name.split(".")
-    if any("norm" in piece or piece in GROUPS["norms"] for piece in pieces):
+    if in_group(name, "norms"):
         return "norms"
-    return next((part for part in PARTS if any(piece in GROUPS.get(part, ()) for piece in pieces)), "other")
+    return next((part for part in PARTS if part in GROUPS and in_group(name, part)), "other")
 
 
 def draw(found: Difference, path: Path) -> None:

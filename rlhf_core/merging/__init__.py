@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rlhf_core.merging.streams import CHUNK as CHUNK
     from rlhf_core.merging.streams import Chunk as Chunk
     from rlhf_core.merging.streams import TensorStream as TensorStream
-    from rlhf_core.merging.weights import is_embedding as is_embedding
+    from rlhf_core.merging.tensor_names import is_embedding as is_embedding
     from rlhf_core.merging.weights import require_one_sign as require_one_sign
     from rlhf_core.merging.weights import share_of_weights as share_of_weights
 
@@ -36,6 +36,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.merging.one_tensor": "merge_tensor",
         "rlhf_core.merging.selection": "kept_count magnitudes tensor_thresholds thresholds",
         "rlhf_core.merging.streams": "CHUNK Chunk TensorStream",
-        "rlhf_core.merging.weights": "is_embedding require_one_sign share_of_weights",
+        "rlhf_core.merging.tensor_names": "is_embedding",
+        "rlhf_core.merging.weights": "require_one_sign share_of_weights",
     },
 )

@@ -24,8 +24,8 @@ from rlhf_core.merging.adapted_tensor import AdaptedTensor, Update, scale_of
 from rlhf_core.merging.expert_layout import AdaptedArchitecture, Parameter, StoredPart
 from rlhf_core.merging.input_model import InputModel
 from rlhf_core.merging.score_heads import head_tensors, heads_beside
+from rlhf_core.merging.tensor_names import has_token_rows, is_embedding, is_head, score_head_of
 from rlhf_core.merging.tensor_reader import TensorReader, WeightFile
-from rlhf_core.merging.weights import has_token_rows, is_embedding, is_head, score_head_of
 
 log = logging.getLogger(__name__)
 

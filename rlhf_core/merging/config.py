@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from rlhf_core.config.base import BaseConfig
-from rlhf_core.merging.weights import Value
+from rlhf_core.merging.layer_values import Value
 
 
 class LayerRun(BaseConfig):

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from rlhf_core.infra.errors import ModelError
+from rlhf_core.merging.tensor_names import has_token_rows, is_head, score_head_of
 from rlhf_core.merging.tensor_reader import TensorReader, WeightFile
-from rlhf_core.merging.weights import has_token_rows, is_head, score_head_of
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +113,13 @@ class InputModel:
         """Read the embeddings under the name of an output head too; the fingerprint stays that of the model as it is stored."""
         assert self.embeddings is not None and self.fingerprint
         self.tensors[head] = self.tensors[self.embeddings]
+
+    def drop_score_heads(self) -> None:
+        """Take no part in heads beside the weights; the fingerprint stays that of the model as it is stored."""
+        assert self.fingerprint
+        absent = self.absent
+        self.tensors = {name: tensor for name, tensor in self.tensors.items() if score_head_of(name) is None}
+        self.absent = lambda name: score_head_of(name) is not None or absent(name)
 
     def untied_head(self) -> str:
         """Return the name that its output head has, or would have where it weren't tied.

@@ -28,10 +28,10 @@ from rlhf_core.interop import mergekit
 from rlhf_core.interop.mergekit_methods import parity
 from rlhf_core.merging.config import MergeConfig, ModelEntry
 from rlhf_core.merging.inputs import check_own
+from rlhf_core.merging.layer_values import LayerValues
 from rlhf_core.merging.merge import ModelMerger, Progress
 from rlhf_core.merging.method import MergeMethod, is_number
 from rlhf_core.merging.model_score import Evaluate
-from rlhf_core.merging.weights import LayerValues
 from rlhf_core.registry.discovery import Plugin
 from rlhf_core.registry.method_or_file import find_method, read_method_or_file
 

@@ -13,9 +13,9 @@ from typing import Any
 from rlhf_core.infra.errors import ModelError, first_line
 from rlhf_core.merging.config import LayerRun
 from rlhf_core.merging.input_model import InputModel
+from rlhf_core.merging.tensor_names import depth_of, is_head, layer_of, layer_prefix, score_head_of
 from rlhf_core.merging.tensor_reader import TensorReader
 from rlhf_core.merging.vocabulary import same_tokens
-from rlhf_core.merging.weights import depth_of, is_head, layer_of, layer_place, score_head_of
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ def _require_one_vocabulary(first: InputModel, last: InputModel, tensors: Tensor
 
 
 def _require_one_stack(model: InputModel) -> None:
-    stacks = {layer_place(name) for name in model.tensors} - {None}
+    stacks = {layer_prefix(name) for name in model.tensors} - {None}
     if len(stacks) > 1:
         raise ModelError(
             "has several stacks of layers, and layers are put together of one only",
@@ -207,7 +207,7 @@ def _by_number(makes: Sequence[Any], layer: int) -> Any:
 
 def _moved(name: str, layer: int) -> str:
     """Return the name that a layer's tensor has in another layer."""
-    place = layer_place(name)
+    place = layer_prefix(name)
     assert place is not None
     return f"{place}{layer}.{name[len(place) :].partition('.')[2]}"
 

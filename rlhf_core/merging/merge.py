@@ -232,7 +232,7 @@ class ModelMerger:
         if models is not None or merger is not method.merger:
             method.check_weights(plan, merger, chosen)
         fingerprint = plan.fingerprint(method.fingerprint_values(merger), chosen, self.device.type)
-        output = Output.open(target, plan, fingerprint, resume=resume, overwrite=overwrite)
+        output = Output(target, plan, fingerprint, resume=resume, overwrite=overwrite)
         try:
             MergeExecution(
                 plan,

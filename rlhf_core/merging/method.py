@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, NoneType
 from typing import Any, get_args
@@ -16,16 +16,13 @@ from rlhf_core.contracts.merger import Merger
 from rlhf_core.infra.errors import ConfigError, PluginError, nearest
 from rlhf_core.merging.config import MergeConfig
 from rlhf_core.merging.inputs import MergeInput, check_own
-from rlhf_core.merging.one_tensor import options_of
+from rlhf_core.merging.layer_values import LayerValues, Value, unused_filters, value_at
 from rlhf_core.merging.plan import Plan
-from rlhf_core.merging.weights import GROUPS, LayerValues, Value, unused_filters, value_at
+from rlhf_core.merging.tensor_names import GROUPS
 
 log = logging.getLogger(__name__)
 
 _VALUE: TypeAdapter[Value] = TypeAdapter(Value)
-
-Numbers = Mapping[str, float]
-"""The values at one tensor of the options that vary by layer."""
 
 
 class MergeMethod:
@@ -41,7 +38,7 @@ class MergeMethod:
     """
 
     def __init__(self, config: MergeConfig, *, place: Mapping[str, str] | str = "config") -> None:
-        self.config, self._place = config, place
+        self.config = config
         self.plugin = registry.lookup(config.method, "merger")
         self._class: type[Merger] = registry.load(self.plugin)
         if unknown := [name for name in self._class.per_model if name not in self._class.Config.model_fields]:
@@ -54,26 +51,24 @@ class MergeMethod:
         given = dict(config.options)
         if "seed" in self._class.Config.model_fields:
             given.setdefault("seed", config.seed)
-        self._shared = _Options(
-            self._class, given, lambda key: place if isinstance(place, str) else place.get(key, "config")
+        self._options = _Options(
+            self._class, given, {"": place} if isinstance(place, str) else {"": "config"} | dict(place)
         )
-        self._own = []
-        for number, entry in enumerate(config.models):
-            at = self._places_of_model(number)
-            for name in entry.options:
-                check_own(name, self._class, config.method, at[name])
-            self._own.append(_Options(self._class, entry.options, at.__getitem__))
-        self._mergers: dict[tuple[tuple[str, float], ...], Merger] = {}
-        self._options: dict[tuple[int, tuple[tuple[str, float], ...]], Mapping[str, Any]] = {}
-        self.merger = self._merger(self._shared.some())
-        for number, own in enumerate(self._own):
-            self._options_with(number, self._shared.some(), own.some())
+        self._of_models = [self._model_options(number, given, place) for number in range(len(config.models))]
+        self.merger = self._class(self._options.some())
+        for options in self._of_models:
+            options.some()
+        self._mergers = {id(self.merger.config): self.merger}
+        """By their configurations, of which `_options` keeps one for the same values."""
 
     def merger_at(self, merger: Merger, name: str, depth: int) -> Merger:
         """Return the merger with the values that its options have at a tensor; `merger` itself where none varies."""
-        if not self._shared.varying or merger is not self.merger:
+        if merger is not self.merger:
             return merger
-        return self._merger(self._shared.at(name, depth))
+        config = self._options.at(name, depth)
+        if id(config) not in self._mergers:
+            self._mergers[id(config)] = self._class(config)
+        return self._mergers[id(config)]
 
     def inputs_at(self, merger: Merger, plan: Plan, name: str) -> list[MergeInput]:
         """Return the plan's models with their weights and options at a tensor.
@@ -84,13 +79,12 @@ class MergeMethod:
             name: of the tensor.
         """
         found = []
-        for number, (model, entry, own) in enumerate(zip(plan.models, self.config.models, self._own, strict=True)):
+        for number, (model, entry) in enumerate(zip(plan.models, self.config.models, strict=True)):
             weight = value_at(entry.weight, name, plan.depth, what=f"models[{number}].weight")
-            values = own.at(name, plan.depth, what=f"models[{number}].")
-            if merger is self.merger:
-                options = self._options_with(number, self._shared.at(name, plan.depth), values)
-            else:
-                options = options_of(merger, {**own.fixed, **values})
+            config = self._of_models[number].at(name, plan.depth)
+            if merger is not self.merger:
+                config = merger.config.updated(**{option: getattr(config, option) for option in entry.options})
+            options = MappingProxyType({option: getattr(config, option) for option in self._class.per_model})
             found.append(MergeInput(model.name, model.path, weight, options, number, model.fingerprint))
         return found
 
@@ -110,7 +104,7 @@ class MergeMethod:
         self.check_weights(plan, self.merger, range(len(plan.models)))
 
     def check_weights(self, plan: Plan, merger: Merger, chosen: Sequence[int]) -> None:
-        """Raise where a method can't have the weights that some models have at a tensor, or has an invalid option there."""
+        """Raise where a method refuses the weights that some models have at a tensor, or an option is invalid there."""
         for tensor in plan.tensors:
             if tensor.merged:
                 inputs = self.inputs_at(merger, plan, tensor.name)
@@ -128,8 +122,8 @@ class MergeMethod:
     @property
     def files(self) -> list[Path]:
         """The files and directories that options name, those that exist."""
-        config: list[Any] = [self.merger.config, *self._options.values()]
-        return sorted({path for path in _paths(config) if path.exists()})
+        configs = [self.merger.config, *(config for options in self._of_models for config in options.configs.values())]
+        return sorted({path for path in _paths(configs) if path.exists()})
 
     def fingerprint_values(self, merger: Merger) -> dict[str, Any]:
         """Return what the output's bytes depend on besides the inputs, as JSON values."""
@@ -149,68 +143,80 @@ class MergeMethod:
 
     def _values(self) -> Iterator[tuple[str, Value]]:
         """Yield every value that may vary by layer, with its name."""
-        yield from self._shared.varying.items()
+        yield from self._options.varying.items()
         for number, entry in enumerate(self.config.models):
             yield f"models[{number}].weight", entry.weight
-            for option, value in self._own[number].varying.items():
-                yield f"models[{number}].{option}", value
+            for option, value in self._of_models[number].varying.items():
+                if option in entry.options:
+                    yield f"models[{number}].{option}", value
 
-    def _places_of_model(self, number: int) -> dict[str, str]:
-        """Return where each of a model's own options was set; under an empty name, where the model was."""
-        places = {} if isinstance(self._place, str) else self._place
-        at, key = f"models[{number}]", f"models.{number}"
-        own = self.config.models[number].options
-        return {"": places.get(key, at)} | {n: places.get(f"{key}.options.{n}", f"{at}.{n}") for n in own}
-
-    def _merger(self, values: Numbers) -> Merger:
-        key = tuple(sorted(values.items()))
-        if key not in self._mergers:
-            config = self._class.Config.parse({**self._shared.fixed, **values}, place=self._place)
-            self._mergers[key] = self._class(config)
-        return self._mergers[key]
-
-    def _options_with(self, number: int, shared: Numbers, own: Numbers) -> Mapping[str, Any]:
-        """Return a model's options, validated as the method's are, with these values of those that vary by layer."""
-        entry = self.config.models[number]
-        values = {**{name: value for name, value in shared.items() if name not in entry.options}, **own}
-        key = number, tuple(sorted(values.items()))
-        if key not in self._options:
-            given = {**self._shared.fixed, **self._own[number].fixed, **values}
-            try:
-                config: BaseConfig = self._class.Config.parse(given, place=self._places_of_model(number))
-            except ConfigError as error:
-                name = entry.model if isinstance(entry.model, str) else f"models[{number}]"
-                raise ConfigError(
-                    f"model {name}: {error.problem}", place=error.place, got=error.got, fix=error.fix
-                ) from None
-            self._options[key] = MappingProxyType({name: getattr(config, name) for name in self._class.per_model})
-        return self._options[key]
+    def _model_options(self, number: int, shared: Mapping[str, Any], place: Mapping[str, str] | str) -> _Options:
+        """Return a model's options: its own, and for the others the method's."""
+        entry, at, key = self.config.models[number], f"models[{number}]", f"models.{number}"
+        set_at = {} if isinstance(place, str) else place
+        places = {"": set_at.get(key, at)} | {
+            name: set_at.get(f"{key}.options.{name}", f"{at}.{name}") for name in entry.options
+        }
+        for name in entry.options:
+            check_own(name, self._class, self.config.method, places[name])
+        owner = f"model {entry.model if isinstance(entry.model, str) else at}: "
+        named = {name: f"{at}.{name}" for name in entry.options}
+        return _Options(self._class, {**shared, **entry.options}, places, owner=owner, named=named)
 
 
 class _Options:
-    """Options as they were given: the numbers that vary by layer, and the rest.
+    """Options of a method, which may vary by layer: a configuration for each tensor.
 
     Args:
         method: the merger's class.
-        given: the options by name.
-        place: returns where an option was set.
+        given: the options by name; a list or a group in place of a number says how it varies.
+        places: where each option was set; under an empty name, where the others were.
+        owner: what messages begin with, the model whose options they are.
+        named: what messages call an option, where it isn't its name alone.
     """
 
-    def __init__(self, method: type[Merger], given: Mapping[str, Any], place: Callable[[str], str]) -> None:
+    def __init__(
+        self,
+        method: type[Merger],
+        given: Mapping[str, Any],
+        places: Mapping[str, str],
+        *,
+        owner: str = "",
+        named: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        self._method, self._places, self._owner, self._named = method, places, owner, named
         self.varying = {
-            name: _by_layer(name, value, place(name))
+            name: _by_layer(name, value, places.get(name, places[""]))
             for name, value in given.items()
             if isinstance(value, list | Mapping | LayerValues) and is_number(method, name)
         }
-        self.fixed = {name: value for name, value in given.items() if name not in self.varying}
+        self._fixed = {name: value for name, value in given.items() if name not in self.varying}
+        self.configs: dict[tuple[float, ...], BaseConfig] = {}
+        """By the numbers of those that vary."""
 
-    def at(self, name: str, depth: int, what: str = "") -> dict[str, float]:
-        """Return those that vary, at a tensor."""
-        return {option: value_at(value, name, depth, what=f"{what}{option}") for option, value in self.varying.items()}
+    def at(self, name: str, depth: int) -> BaseConfig:
+        """Return the configuration at a tensor; one object for the same values.
 
-    def some(self) -> dict[str, float]:
-        """Return one of the numbers of each that varies."""
-        return {name: _some(value) for name, value in self.varying.items()}
+        Raises:
+            ConfigError: a value isn't valid there.
+        """
+        values = self.varying.items()
+        return self._config([value_at(value, name, depth, what=self._named.get(o, o)) for o, value in values])
+
+    def some(self) -> BaseConfig:
+        """Return the configuration with one of the numbers of each option that varies."""
+        return self._config([_some(value) for value in self.varying.values()])
+
+    def _config(self, numbers: Sequence[float]) -> BaseConfig:
+        key = tuple(numbers)
+        if key not in self.configs:
+            values = {**self._fixed, **dict(zip(self.varying, numbers, strict=True))}
+            try:
+                self.configs[key] = self._method.Config.parse(values, place=self._places)
+            except ConfigError as error:
+                problem = self._owner + error.problem
+                raise ConfigError(problem, place=error.place, got=error.got, fix=error.fix) from None
+        return self.configs[key]
 
 
 def is_number(method: type[Merger], name: str) -> bool:

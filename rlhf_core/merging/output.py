@@ -1,7 +1,8 @@
-"""The merged checkpoint as it comes into being: weight files at their full length, filled tensor by tensor.
+"""The output of a merge while it is written: weight files of their full length, filled tensor by tensor.
 
-It grows beside its place, in a directory that also holds the journal of what is safely on disk, and is renamed when whole. Killed
-at any moment, a merge leaves nothing or the whole under the final name, and goes on to the same bytes.
+They are in a directory beside the target, `.NAME.merging`, with a journal of the tensors that are safely on disk; the model's
+directory is renamed to the target when it is whole. However a merge is killed, the target holds nothing or the whole model, and
+the resumed merge writes the same bytes.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from rlhf_core.infra.files import (
     storage_errors,
 )
 from rlhf_core.merging.plan import Plan, PlannedTensor
-from rlhf_core.merging.weights import score_head_of
+from rlhf_core.merging.tensor_names import score_head_of
 
 log = logging.getLogger(__name__)
 
@@ -42,54 +43,53 @@ _OLD = "replaced"
 _REPLACED = {".safetensors", ".json", ".jinja", ".txt", ".model", ".md", ".yaml", ".yml", ".png", ""}
 """Kinds of files that a model's directory holds; with others in it, it isn't replaced."""
 COMMIT_BYTES = 1 << 26
-"""Bytes after which what was written is put on disk and noted, beside the merging: a killed merge loses little, and little is
-left to wait for at the end."""
+"""Bytes after which what was written is flushed and recorded, beside the merging: a killed merge loses little, and little is
+left to flush at the end."""
 
 
 class Output:
-    """The directory of a merge under way, held by one process at a time."""
+    """The directory of an unfinished merge, which one process at a time writes to.
 
-    def __init__(self, target: Path, plan: Plan, lock: int | None, *, overwrite: bool) -> None:
-        self.target, self.work, self._plan, self._overwrite = target, unfinished(target), plan, overwrite
+    Args:
+        target: where the merged model will be.
+        plan: what is written.
+        fingerprint: of the merge: one of another fingerprint isn't resumed.
+        resume: continue what a killed merge wrote.
+        overwrite: replace a model at the target.
+
+    Raises:
+        StorageError: the target is taken, too little disk is left, or another process merges into it.
+        ConfigError: `resume` finds no unfinished merge, or another one.
+    """
+
+    def __init__(self, target: Path, plan: Plan, fingerprint: str, *, resume: bool, overwrite: bool) -> None:
+        overwrite = require_free(target, resume=resume, overwrite=overwrite)
+        self.target, self.work, self._plan = target, unfinished(target), plan
         self.path = self.work / _MODEL
-        self._lock = lock
-        self._files: dict[str, int] = {}
         self.done: set[str] = set()
-        self._fresh: list[PlannedTensor] = []
+        """Names of the tensors that are safely on disk."""
+        self._written: list[PlannedTensor] = []
+        self._files: dict[str, int] = {}
         self._committer = ThreadPoolExecutor(1, thread_name_prefix="merge-commit")
         self._commits: list[Future[None]] = []
-
-    @classmethod
-    def open(cls, target: Path, plan: Plan, fingerprint: str, *, resume: bool, overwrite: bool) -> Output:
-        """Take a directory for a merge and make room for all of its files.
-
-        Raises:
-            StorageError: the place is taken, too little disk is left, or another process merges into it.
-            ConfigError: `resume` finds nothing, or a merge of something else.
-        """
-        overwrite = require_free(target, resume=resume, overwrite=overwrite)
-        work = unfinished(target)
-        with storage_errors(work):
-            work.mkdir(parents=True, exist_ok=True)
-            lock = lock_directory(work, _LOCK, "merging into it")
-        output = cls(target, plan, lock, overwrite=overwrite)
-        try:
-            with storage_errors(work, plan.nbytes):
+        with storage_errors(self.work, plan.nbytes):
+            self.work.mkdir(parents=True, exist_ok=True)
+            self._lock = lock_directory(self.work, _LOCK, "merging into it")
+            try:
                 if resume:
-                    output._go_on(fingerprint)
+                    self._read_journal(fingerprint)
                 else:
-                    output._begin(fingerprint)
-                output._open_files(new=not resume)
-        except BaseException:
-            if resume:
-                output.close()
-            else:
-                output.discard()
-            raise
-        return output
+                    self._start({"fingerprint": fingerprint, "overwrite": overwrite})
+                self._open_files(new=not resume)
+            except BaseException:
+                if resume:
+                    self.close()
+                else:
+                    self.discard()
+                raise
 
     def write(self, tensor: PlannedTensor, start: int, values: Tensor) -> None:
-        """Write elements of a tensor from an offset on, in its own type; called from several threads or processes."""
+        """Write elements of a tensor from an offset on, in its type; called from several threads or processes."""
         stored = values.reshape(-1).to(tensor.dtype).cpu()
         if (
             tensor.merged
@@ -113,26 +113,30 @@ class Output:
             raise storage_error(error, self.path / tensor.file, self._plan.nbytes) from error
 
     def finish(self, tensor: PlannedTensor) -> None:
-        """Note that all of a tensor is written; from time to time, put on disk what was."""
-        self._fresh.append(tensor)
-        if sum(one.nbytes for one in self._fresh) < COMMIT_BYTES:
+        """Record that all of a tensor is written; every `COMMIT_BYTES`, start to flush what was written to disk."""
+        self._written.append(tensor)
+        if sum(one.nbytes for one in self._written) < COMMIT_BYTES:
             return
-        batch, self._fresh = self._fresh, []
+        batch, self._written = self._written, []
         self._commits.append(self._committer.submit(self._commit, batch))
 
     def leave_to_parent(self) -> None:
-        """In a process that only writes: let go of the directory, which is free for others once the parent is gone."""
+        """Release the lock in a forked process, so that it is free once the parent is gone."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
-    def publish(self, fill: Callable[[Path], None]) -> Path:
-        """Put the whole in place: `fill` writes what stands beside the weights. Returns the final directory."""
+    def publish(self, write_side_files: Callable[[Path], None]) -> Path:
+        """Move the whole model to the target, and return the target.
+
+        Args:
+            write_side_files: writes to the model's directory all that belongs beside the weights.
+        """
         for commit in self._commits:
             commit.result()
-        self._commit(self._fresh)
+        self._commit(self._written)
         with storage_errors(self.path):
-            fill(self.path)
+            write_side_files(self.path)
             for file in self.path.iterdir():
                 if file.name not in self._files:
                     fsync_file(file)
@@ -145,22 +149,20 @@ class Output:
         return self.target
 
     def discard(self) -> None:
-        """Remove all that isn't in place."""
+        """Remove the unfinished merge."""
         self._committer.shutdown(wait=True, cancel_futures=True)
         remove_tree(self.work)
         self.close()
 
     def close(self) -> None:
-        """Close the files and let another process have the directory."""
-        self._committer.shutdown(wait=True)  # what was written is noted: a merge that is stopped goes on from there
+        """Close the files and release the directory for other processes; what was written can be resumed."""
+        self._committer.shutdown(wait=True)
         for descriptor in self._files.values():
             os.close(descriptor)
         self._files = {}
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self.leave_to_parent()
 
-    def _begin(self, fingerprint: str) -> None:
+    def _start(self, state: dict[str, Any]) -> None:
         if (self.work / _STATE).is_file():
             log.warning("the unfinished merge into %s is started over; --resume would have continued it", self.target)
         for file in self.work.iterdir():
@@ -168,9 +170,9 @@ class Output:
                 remove_tree(file)
         require_space(self.work, self._plan.nbytes)
         self.path.mkdir()
-        replace_json(self.work / _STATE, {"fingerprint": fingerprint, "overwrite": self._overwrite})
+        replace_json(self.work / _STATE, state)
 
-    def _go_on(self, fingerprint: str) -> None:
+    def _read_journal(self, fingerprint: str) -> None:
         if _state(self.target).get("fingerprint") != fingerprint:
             raise ConfigError(
                 "the unfinished merge is of other inputs or options",
@@ -178,7 +180,7 @@ class Output:
                 fix="give the same ones, or leave out --resume to start over",
             )
         if (self.work / _JOURNAL).is_file():
-            # A line that a kill cut off has no end; its tensors are merged again.
+            # A line that a kill truncated has no end; its tensors are merged again.
             lines = (self.work / _JOURNAL).read_text(encoding="utf-8").split("\n")[:-1]
             self.done = {line for line in lines if line}
 
@@ -195,7 +197,7 @@ class Output:
             os.pwrite(self._files[file.name], file.header, 0)  # a kill may have come before it was first written
 
     def _commit(self, batch: list[PlannedTensor]) -> None:
-        """Put on disk what was written, then note its tensors: in this order a noted tensor is a safe one."""
+        """Flush the files of some tensors, then add their names to the journal: in this order a tensor in it is on disk."""
         with storage_errors(self.path, self._plan.nbytes):
             for name in {tensor.file for tensor in batch} or set(self._files):
                 os.fsync(self._files[name])
@@ -208,32 +210,36 @@ class Output:
 
 
 def unfinished(target: Path) -> Path:
-    """Return the directory in which a merge grows until it is whole."""
+    """Return the directory of an unfinished merge into a target."""
     target = target.expanduser().resolve()  # `.` has no name
     return target.with_name(f".{target.name}.merging")
 
 
 def require_free(target: Path, *, resume: bool, overwrite: bool) -> bool:
-    """Look whether a merge may begin at a place, or go on there; return whether it replaces a model.
+    """Check that a merge may start, or be resumed, at a target; return whether it replaces a model.
+
+    A model that a killed merge was about to replace is restored first.
 
     Raises:
-        StorageError: the place is taken by something that isn't to be replaced.
-        ConfigError: there is nothing to go on with.
+        StorageError: the target holds something that isn't to be replaced.
+        ConfigError: there is nothing to resume.
     """
-    _put_back(unfinished(target), target)
+    work = unfinished(target)
+    if (work / _OLD).is_dir() and not target.exists():
+        (work / _OLD).rename(target)
     if resume:
         state = _state(target)
         if not state:
             raise ConfigError("there is no unfinished merge to go on with", place=str(target), fix="leave out --resume")
-        if target.exists() and not (unfinished(target) / _MODEL).exists():
-            remove_tree(unfinished(target))  # killed after the last rename: all that was left is to tidy up
+        if target.exists() and not (work / _MODEL).exists():
+            remove_tree(work)  # killed after the last rename
             raise ConfigError("the merge is whole already", place=str(target), fix="leave out --resume")
         overwrite = bool(state.get("overwrite"))
-    _check_target(target, overwrite=overwrite)
+    _require_replaceable(target, overwrite=overwrite)
     return overwrite
 
 
-def _check_target(target: Path, *, overwrite: bool) -> None:
+def _require_replaceable(target: Path, *, overwrite: bool) -> None:
     if target.exists() and not target.is_dir():
         raise StorageError("is a file, not a directory", place=str(target), fix="choose another output")
     content = sorted(target.iterdir()) if target.is_dir() else []
@@ -265,16 +271,11 @@ def _state(target: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _put_back(work: Path, target: Path) -> None:
-    """Restore a model that was about to be replaced when a merge was killed."""
-    if (work / _OLD).is_dir() and not target.exists():
-        (work / _OLD).rename(target)
-
-
 def _allocate(path: Path, size: int) -> int:
+    """Make a file of `size` bytes, and return its descriptor."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o644)
     if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, size)  # a full disk shows now, not after an hour
+        os.posix_fallocate(descriptor, 0, size)  # a full disk is reported now, not after an hour
     else:
         os.ftruncate(descriptor, size)
     return descriptor

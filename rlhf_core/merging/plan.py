@@ -20,9 +20,9 @@ from rlhf_core.infra.safetensors_file import encode_header
 from rlhf_core.merging.input_model import InputModel
 from rlhf_core.merging.score_heads import common_heads
 from rlhf_core.merging.selection import SMALL
+from rlhf_core.merging.tensor_names import depth_of, is_head, natural, score_head_of
 from rlhf_core.merging.tensor_reader import TensorReader
 from rlhf_core.merging.vocabulary import Vocabularies
-from rlhf_core.merging.weights import depth_of, is_head, score_head_of
 
 log = logging.getLogger(__name__)
 
@@ -114,16 +114,16 @@ class Plan:
         inputs = [*([base] if base is not None else []), *models]
         _require_one_architecture(inputs)
         heads = common_heads(inputs if base_merged else models)
+        if base is not None and not base_merged:
+            base.drop_score_heads()
         left_out = _settle_tied_heads(inputs)
         names = _common_names(inputs, left_out)
         vocabularies = Vocabularies.align(base, models, tokenizer, names, multiple)
-        names |= {name for name in models[0].tensors if score_head_of(name) in heads}
         planned = []
         for name in sorted(names, key=natural):
             readers = [vocabularies.aligned(name, one) for one in models]
-            head = score_head_of(name)
-            of_base = vocabularies.aligned(name, base) if base and (base_merged or head is None) else None
-            planned.append(_planned(name, of_base, readers, dtype if head is None else None))
+            of_base = vocabularies.aligned(name, base) if base is not None else None
+            planned.append(_planned(name, of_base, readers, dtype if score_head_of(name) is None else None))
         tensors, files = lay_out(planned, shard_size)
         for model in models:
             if base is not None and model.base is not None and model.root.fingerprint != base.fingerprint:
@@ -194,11 +194,6 @@ class Plan:
         """Close the inputs' files."""
         for one in self.inputs:
             one.close()
-
-
-def natural(name: str) -> list[tuple[int, str]]:
-    """Return a key that sorts layer 2 before layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def lay_out(planned: Sequence[PlannedTensor], shard_size: int) -> tuple[list[PlannedTensor], list[OutputFile]]:
@@ -302,8 +297,8 @@ def _is_buffer(name: str, tensor: TensorReader) -> bool:
 
 
 def _common_names(inputs: Sequence[InputModel], left_out: set[str]) -> set[str]:
-    """Return the tensors of all inputs, but for heads beside weights and for buffers that only some of them have."""
-    every = {name for one in inputs for name in one.tensors if score_head_of(name) is None} - left_out
+    """Return the names of the tensors that all inputs have, and raise where they differ, but for buffers that models compute."""
+    every = {name for one in inputs for name in one.tensors} - left_out
     found = [{name for name in every if name in one.tensors or one.absent(name)} for one in inputs]
     odd = every - found[0].intersection(*found)
     buffers = {name for one in inputs for name in odd & one.tensors.keys() if _is_buffer(name, one.tensors[name])}

@@ -16,8 +16,8 @@ import torch
 from rlhf_core.infra.errors import ModelError
 from rlhf_core.infra.model_files import HEADS, head_description
 from rlhf_core.merging.input_model import InputModel
+from rlhf_core.merging.tensor_names import score_head_of
 from rlhf_core.merging.tensor_reader import TensorReader, WeightFile
-from rlhf_core.merging.weights import score_head_of
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,6 @@ def _common_description(head: str, inputs: Sequence[InputModel]) -> dict[str, An
                     got=f"`{key}` {own.get(key)!r}, and {common.get(key)!r}",
                     fix="merge models that were trained with one kind of head",
                 )
-        _require_same_tensors(head, other, first)
     _warn_of_other_start(head, inputs)
     if CENTRED in common:
         common[CENTRED] = all(own.get(CENTRED) for own in descriptions)
@@ -108,29 +107,17 @@ def _description(head: str, one: InputModel) -> dict[str, Any]:
     return found
 
 
-def _require_same_tensors(head: str, other: InputModel, first: InputModel) -> None:
-    wanted, found = ({n: t for n, t in one.tensors.items() if score_head_of(n) == head} for one in (first, other))
-    for name in sorted({*wanted, *found}):
-        shapes = [f"shape {list(one[name].shape)}" if name in one else "none" for one in (found, wanted)]
-        if shapes[0] != shapes[1]:
-            raise ModelError(
-                f"tensor `{name.partition('.')[2]}` of its {head} differs from that of {first.name}",
-                place=other.name,
-                got=", and ".join(shapes),
-                fix="merge models of one architecture and size",
-            )
-
-
 def _warn_of_other_start(head: str, inputs: Sequence[InputModel]) -> None:
     """Warn of heads that have nothing in common: those that began from other random weights can't be averaged."""
     first = inputs[0]
-    name, largest = max(
-        ((name, tensor) for name, tensor in first.tensors.items() if score_head_of(name) == head),
-        key=lambda pair: pair[1].count,
-    )
-    values = torch.empty(len(inputs), min(largest.count, _COMPARED))
-    for row, one in zip(values, inputs, strict=True):
-        one.tensors[name].read(0, len(row), row)
+    largest = max((n for n in first.tensors if score_head_of(n) == head), key=lambda name: first.tensors[name].count)
+    shape = first.tensors[largest].shape
+    tensors = [one.tensors[largest] for one in inputs if largest in one.tensors and one.tensors[largest].shape == shape]
+    if len(tensors) < len(inputs):
+        return  # that is an error, as of any tensor
+    values = torch.empty(len(inputs), min(first.tensors[largest].count, _COMPARED))
+    for row, tensor in zip(values, tensors, strict=True):
+        tensor.read(0, len(row), row)
     for row, one in zip(values[1:], inputs[1:], strict=True):
         alike = float(torch.cosine_similarity(values[0], row, dim=0))
         if alike < _ALIKE:

@@ -16,9 +16,10 @@ from rlhf_core.infra.version import __version__
 from rlhf_core.merging import chat_template
 from rlhf_core.merging.config import MergeConfig
 from rlhf_core.merging.input_model import InputModel
+from rlhf_core.merging.layer_values import Value
 from rlhf_core.merging.plan import Plan
+from rlhf_core.merging.tensor_names import is_head
 from rlhf_core.merging.vocabulary import TOKENIZER
-from rlhf_core.merging.weights import Value, is_head
 
 log = logging.getLogger(__name__)
 

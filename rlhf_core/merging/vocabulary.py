@@ -20,8 +20,8 @@ from torch import Tensor
 from rlhf_core.infra.errors import ConfigError, ModelError
 from rlhf_core.infra.files import read_json
 from rlhf_core.merging.input_model import InputModel
+from rlhf_core.merging.tensor_names import has_token_rows
 from rlhf_core.merging.tensor_reader import TensorReader
-from rlhf_core.merging.weights import has_token_rows
 
 TOKENIZER = "tokenizer.json"
 

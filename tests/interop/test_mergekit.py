@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from rlhf_core.infra.errors import ConfigError, ModelError
 from rlhf_core.merging.job import MergeJob, load_merge_job
-from rlhf_core.merging.weights import value_at
+from rlhf_core.merging.layer_values import value_at
 
 LAYERS = 3
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_core import registry
 from rlhf_core.merging import Chunk, MergeConfig, Merger, ModelMerger, execution
-from rlhf_core.merging.weights import LayerValues, value_at
+from rlhf_core.merging.layer_values import LayerValues, value_at
 from rlhf_core.merging.workers import spread
 
 METHODS = sorted(plugin.name for plugin in registry.find("merger") if plugin.distribution == "rlhf-core")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlhf_core.infra.errors import ConfigError, ModelError
 from rlhf_core.merging.job import load_merge_job
-from rlhf_core.merging.weights import layer_of
+from rlhf_core.merging.tensor_names import layer_of
 from rlhf_core.testing.tiny import save_tiny
 
 TINY: dict[str, Any] = {"layers": 3, "hidden": 16, "heads": 2, "kv_heads": 1}
