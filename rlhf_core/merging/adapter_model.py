@@ -22,7 +22,7 @@ from rlhf_core.infra.errors import ModelError
 from rlhf_core.infra.model_files import json_object
 from rlhf_core.merging.adapted_tensor import AdaptedTensor, Update, scale_of
 from rlhf_core.merging.expert_layout import AdaptedArchitecture, Parameter, StoredPart
-from rlhf_core.merging.input_model import InputModel
+from rlhf_core.merging.input_model import InputModel, with_changes
 from rlhf_core.merging.score_heads import head_tensors, heads_beside
 from rlhf_core.merging.tensor_names import has_token_rows, is_embedding, is_head, score_head_of
 from rlhf_core.merging.tensor_reader import TensorReader, WeightFile
@@ -194,11 +194,7 @@ class _Adapter:
         whole = self._changes[table].whole if table in self._changes else None
         if whole is not None and self.own[whole].shape[0] != self.base.tensors[str(table)].shape[0]:
             changed["vocab_size"] = self.own[whole].shape[0]
-        config, inner = dict(self.base.config), self.base.config.get("text_config")
-        if isinstance(inner, dict):
-            config["text_config"] = inner | changed
-            changed = {key: value for key, value in changed.items() if key in config or key == "tie_word_embeddings"}
-        return config | changed
+        return with_changes(self.base.config, changed)
 
     def _plain(self, target: str, change: _Change) -> TensorReader:
         """Return what a change is made to: a tensor of the adapter's own, else the base's."""

@@ -143,6 +143,10 @@ class InputModel:
             fix="set `tie_word_embeddings: false` in its config.json, and store the head",
         )
 
+    def find_file(self, name: str) -> Path | None:
+        """Return the first of its `directories`' files of a name; None where there is none."""
+        return next((place / name for place in self.directories if (place / name).is_file()), None)
+
     def close(self) -> None:
         """Close the files."""
         for file in self.files:
@@ -160,3 +164,12 @@ class InputModel:
             if not torch.equal(values[0], values[1]):
                 return False
         return True
+
+
+def with_changes(config: Mapping[str, Any], changed: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration with changed values, in its language model's part too where a model has several parts."""
+    inner = config.get("text_config")
+    if not isinstance(inner, dict):
+        return {**config, **changed}
+    outer = {key: value for key, value in changed.items() if key in config or key == "tie_word_embeddings"}
+    return {**config, "text_config": {**inner, **changed}, **outer}

@@ -1,4 +1,4 @@
-"""What stands beside the weights of a merged model: configuration, tokenizer, the recipe, and a model card."""
+"""The files beside a merged model's weights: configuration, tokenizer, recipe and model card."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rlhf_core.infra.redact import redact_text
 from rlhf_core.infra.version import __version__
 from rlhf_core.merging import chat_template
 from rlhf_core.merging.config import MergeConfig
-from rlhf_core.merging.input_model import InputModel
+from rlhf_core.merging.input_model import InputModel, with_changes
 from rlhf_core.merging.layer_values import Value
 from rlhf_core.merging.plan import Plan
 from rlhf_core.merging.tensor_names import is_head
@@ -37,12 +37,20 @@ _GENERATION = "generation_config.json"
 def write_side_files(
     path: Path, plan: Plan, config: MergeConfig, chosen: Sequence[tuple[int, Value]], details: dict[str, Any]
 ) -> None:
-    """Write all that stands beside the weights; `chosen` are the numbers of the models that were merged, with their weights."""
-    if len({item.file for item in plan.own}) > 1:
+    """Write what belongs beside the weights.
+
+    Args:
+        path: the model's directory.
+        plan: the merge's.
+        config: what makes the same model again, for the recipe.
+        chosen: numbers of the models that were merged, with their weights.
+        details: what the method reports.
+    """
+    if len({tensor.file for tensor in plan.own}) > 1:
         replace_json(path / INDEX, plan.index())
     main = plan.base if plan.base is not None else plan.models[0]
     _write_config(path, plan, main)
-    _copy(main, _OTHER_FILES, path)
+    _copy(_OTHER_FILES, main.directories, path)
     for head, description in plan.heads.items():
         replace_json(path / f"{head}.json", description)
     _write_tokenizer(path, plan)
@@ -66,69 +74,56 @@ def recipe_of(config: MergeConfig) -> str:
 
 def warn_without_tokenizer(plan: Plan) -> None:
     """Warn where the result will have no tokenizer, since no input has one."""
-    if plan.vocabularies.origin is None and _with_tokenizer(plan) is None:
+    if not _tokenizer_directories(plan):
         log.warning("no input has a tokenizer, so the result has none; copy its files beside the result's weights")
 
 
-def _with_tokenizer(plan: Plan) -> InputModel | None:
-    """Return the base, or else the first model, that has a tokenizer; their vocabularies don't differ where none was chosen."""
-    inputs = plan.inputs
-    return next(
-        (one for one in inputs if any((place / name).is_file() for place in one.directories for name in _TOKENS)), None
-    )
+def _tokenizer_directories(plan: Plan) -> Sequence[Path]:
+    """Return where the result's tokenizer is taken from: as vocabularies were aligned, else the first input that has one."""
+    if plan.vocabularies.origin is not None:
+        return [plan.vocabularies.origin.parent]
+    having = (one.directories for one in plan.inputs if any(one.find_file(name) for name in _TOKENS))
+    return next(having, [])
 
 
 def _write_tokenizer(path: Path, plan: Plan) -> None:
-    vocabularies = plan.vocabularies
-    if vocabularies.origin is None:
-        if (source := _with_tokenizer(plan)) is not None:
-            _copy(source, _TOKENIZER_FILES, path)
-        return
-    shutil.copyfile(vocabularies.origin, path / TOKENIZER)
-    _copy_from([vocabularies.origin.parent], [name for name in _TOKENIZER_FILES if name != TOKENIZER], path)
-    if vocabularies.tokenizer is not None:
-        replace_file(path / TOKENIZER, to_json(vocabularies.tokenizer))
+    _copy(_TOKENIZER_FILES, _tokenizer_directories(plan), path)
+    if plan.vocabularies.origin is not None:
+        shutil.copyfile(plan.vocabularies.origin, path / TOKENIZER)
+    if plan.vocabularies.tokenizer is not None:
+        replace_file(path / TOKENIZER, to_json(plan.vocabularies.tokenizer))
 
 
 def _write_config(path: Path, plan: Plan, main: InputModel) -> None:
-    """Write the main input's configuration, and what its generation needs, with the result's type, rows and token numbers."""
-    written = dict(main.config)
-    if not written:
+    """Write the main input's configuration, and that of its generation, with the result's type, rows and token numbers."""
+    if not main.config:
         return
-    kinds = {item.dtype for item in plan.own if item.merged}
+    written, changed = dict(main.config), dict[str, Any]()
+    kinds = {tensor.dtype for tensor in plan.own if tensor.merged}
     for key in ("dtype", "torch_dtype"):
         if key in written and len(kinds) == 1:
             written[key] = str(next(iter(kinds))).removeprefix("torch.")
-    inputs = plan.inputs
-    if any(is_head(item.name) for item in plan.own) and any(one.configured_tied for one in inputs):
-        # Whichever of them the configuration is from, what is written has a head of its own.
-        written["tie_word_embeddings"] = False
-        if isinstance(inner := written.get("text_config"), dict):
-            written["text_config"] = inner | {"tie_word_embeddings": False}
-    rows = plan.vocabularies.rows
-    if rows is not None:
-        inner = written.get("text_config")
-        if isinstance(inner, dict):
-            written["text_config"] = _renumbered({**inner, "vocab_size": rows}, plan, main)
-        if "vocab_size" in written or not isinstance(inner, dict):
-            written["vocab_size"] = rows
+    if any(is_head(tensor.name) for tensor in plan.own) and any(one.configured_tied for one in plan.inputs):
+        # Whichever input the configuration is from, the result has an output head that isn't its embeddings.
+        changed["tie_word_embeddings"] = False
+    if plan.vocabularies.rows is not None:
+        changed["vocab_size"] = plan.vocabularies.rows
+    written = with_changes(written, changed)
+    if isinstance(inner := written.get("text_config"), dict):
+        written["text_config"] = _renumbered(inner, plan, main)
     replace_json(path / "config.json", _renumbered(written, plan, main))
-    generation = next((place / _GENERATION for place in main.directories if (place / _GENERATION).is_file()), None)
-    if generation is not None:
+    if (generation := main.find_file(_GENERATION)) is not None:
         replace_json(path / _GENERATION, _renumbered(read_json(generation), plan, main))
 
 
 def _renumbered(values: dict[str, Any], plan: Plan, main: InputModel) -> dict[str, Any]:
-    """Return settings with the numbers that tokens have in the result."""
+    """Return a configuration with the numbers that tokens have in the result."""
     numbers = {key: value for key, value in values.items() if key.endswith("_token_id")}
     return values | {key: plan.vocabularies.renumbered(main, value) for key, value in numbers.items()}
 
 
-def _copy(one: InputModel, names: Sequence[str], path: Path) -> None:
-    _copy_from(one.directories, names, path)
-
-
-def _copy_from(places: Sequence[Path], names: Sequence[str], path: Path) -> None:
+def _copy(names: Sequence[str], places: Sequence[Path], path: Path) -> None:
+    """Copy files to a directory, each from the first place that has it."""
     for name in names:
         found = next((place / name for place in places if (place / name).is_file()), None)
         if found is not None:
@@ -138,7 +133,7 @@ def _copy_from(places: Sequence[Path], names: Sequence[str], path: Path) -> None
 def _card(
     plan: Plan, config: MergeConfig, chosen: Sequence[tuple[int, Value]], details: dict[str, Any], recipe: str
 ) -> str:
-    """Return the model card: what was merged, how, and by what its inputs are known again."""
+    """Return the model card: what was merged, how, and the inputs' fingerprints."""
     entries = [(plan.base, "base", "")] if plan.base is not None else []
     entries += [(plan.models[number], "model", _listed(weight)) for number, weight in chosen]
     inputs = [one for one, _, _ in entries]

@@ -81,7 +81,7 @@ class Vocabularies:
             return cls()
         inputs = [one for one in inputs if not one.tensors.keys().isdisjoint(tables)]
         rows = [next(one.tensors[name].shape[0] for name in tables if name in one.tensors) for one in inputs]
-        files = [tokenizer_file(one) for one in inputs]
+        files = [one.find_file(TOKENIZER) for one in inputs]
         path = None if wanted in (None, "base", "union") else Path(str(wanted)).expanduser()
         fits = path is None and len(set(rows)) == 1 and rows[0] % (multiple or 1) == 0
         if len({file.read_bytes() for file in files if file is not None}) <= 1 and fits:
@@ -119,7 +119,7 @@ class Vocabularies:
         """Return the row in the result of a token that an input knows by a number; of a list of numbers their rows."""
         if isinstance(number, list):
             return [self.renumbered(one, item) for item in number]
-        file = tokenizer_file(one)
+        file = one.find_file(TOKENIZER)
         if self.rows is None or not isinstance(number, int) or file is None:
             return number
         text = next((text for text, row in _Tokenizer.read(file).tokens.items() if row == number), None)
@@ -181,15 +181,10 @@ class AlignedTensor(TensorReader):
 
 def same_tokens(one: InputModel, other: InputModel) -> bool:
     """Tell whether two models number the same tokens alike, as far as their files say."""
-    first, second = tokenizer_file(one), tokenizer_file(other)
+    first, second = one.find_file(TOKENIZER), other.find_file(TOKENIZER)
     if first is None or second is None or first == second:
         return True
     return _Tokenizer.read(first).tokens == _Tokenizer.read(second).tokens
-
-
-def tokenizer_file(one: InputModel) -> Path | None:
-    """Return a model's tokenizer.json: an adapter's own, or its base's."""
-    return next((place / TOKENIZER for place in one.directories if (place / TOKENIZER).is_file()), None)
 
 
 def _has_token_rows(name: str, inputs: Sequence[InputModel]) -> bool:
