@@ -1,14 +1,13 @@
-"""The k-th largest of values that pass by in chunks, exactly, without holding them all.
+"""The k-th largest of values that are read in chunks, exactly, without holding them all.
 
-A sample guesses two values between which the k-th largest lies; one pass counts what lies above and keeps what lies between, a
-few percent of all. Where the guess was wrong, it is widened and the values pass once more. A tensor of few values is
-simply kept.
+A sample estimates two values between which the k-th largest lies; one pass counts the values above and keeps those between, a few
+percent of all. Where the estimate was wrong, the bracket is widened and the values are read again. Of few values all are kept.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy
@@ -18,17 +17,20 @@ from torch import Tensor
 from rlhf_core.merging.streams import RUN, Chunk, TensorStream
 
 SMALL = 1 << 20
-"""Up to so many values are simply kept and partitioned."""
+"""Up to so many values, all are kept."""
 SAMPLE_SIZES = (1 << 16, 1 << 22)
 """The fewest and the most values of a sample."""
 _TRUST = 4.0
-"""Standard errors that a guess may be off by at first, so that what lies between stays few: picking it out takes time."""
+"""Standard errors by which an estimate may be off at first, so that few values are kept: picking them out takes time."""
 _WIDER = 0.05
-"""How far a guess may be off, as a share of the ranks, after it was wrong once."""
+"""How far an estimate may be off, as a share of the ranks, after it was wrong once."""
 _HEAVY = 0.01
+"""Share of the values from which on equal ones are counted, not kept."""
 
 Measure = Callable[[Chunk], Sequence[Tensor]]
 """What is ranked: from a chunk, the values of each of several rankings, none below zero."""
+Streams = Callable[[], Iterable[TensorStream]]
+"""Returns the streams of the ranked values, at each call again from their start."""
 
 
 def kept_count(share: float, count: int) -> int:
@@ -42,70 +44,56 @@ def magnitudes(chunk: Chunk) -> list[Tensor]:
     return [delta.abs_() for delta in chunk.deltas()]
 
 
-def thresholds(streams: Callable[[], Iterable[TensorStream]], measure: Measure, shares: Sequence[float]) -> list[float]:
+def thresholds(streams: Streams, measure: Measure, shares: Sequence[float]) -> list[float]:
     """Return, for each ranking, the k-th largest of its values over all streams, with k = `kept_count(share, count)`.
 
     Args:
-        streams: makes the streams anew each time that it is called.
-        measure: the values of a chunk, one tensor a ranking.
+        streams: returns the streams, at each call again.
+        measure: the values of a chunk, one tensor per ranking.
         shares: for each ranking the share that is kept, in (0, 1].
 
-    Every value that is as large as the one returned is meant to be kept, ties at the threshold included.
+    Every value as large as the one returned is meant to be kept, ties at the threshold included.
     """
     count = sum(stream.count for stream in streams())
     ranks = [kept_count(share, count) for share in shares]
     if min(ranks) == count:
         return [0.0] * len(shares)  # all are kept, and no value is below zero: nothing need be read
-    if count <= SMALL:
-        return _partitioned(streams, measure, ranks, count)
-    size = min(SAMPLE_SIZES[1], max(SAMPLE_SIZES[0], count >> 10))
-    samples = [Sample(parts) for parts in _sample(streams, measure, count, len(shares), size)]
+    samples: Sequence[RankSample | None] = [None] * len(ranks)
+    if count > SMALL:
+        samples = _samples(streams, measure, count, len(ranks))
     found: dict[int, float] = {}
     trust, least = _TRUST, 0.0
-    while len(found) < len(shares):
+    while len(found) < len(ranks):
         brackets = {
-            ranking: Bracket(samples[ranking], ranks[ranking] / count, trust, least)
-            for ranking in range(len(shares))
+            ranking: Bracket(sample, rank / count, trust, least)
+            for ranking, (sample, rank) in enumerate(zip(samples, ranks, strict=True))
             if ranking not in found
         }
-        for chunk in _chunks(streams):
-            values = measure(chunk)
-            for ranking, bracket in brackets.items():
-                bracket.add(values[ranking])
+        for stream in streams():
+            for chunk in stream.chunks():
+                values = measure(chunk)
+                for ranking, bracket in brackets.items():
+                    bracket.add(values[ranking])
         for ranking, bracket in brackets.items():
             if (threshold := bracket.threshold(ranks[ranking])) is not None:
                 found[ranking] = threshold
         trust, least = 6 * trust, max(_WIDER, 6 * least)
-    return [found[ranking] for ranking in range(len(shares))]
+    return [found[ranking] for ranking in range(len(ranks))]
 
 
-def _partitioned(
-    streams: Callable[[], Iterable[TensorStream]], measure: Measure, ranks: Sequence[int], count: int
-) -> list[float]:
-    """Keep all values, and partition them."""
-    rankings, filled = numpy.empty((len(ranks), count), numpy.float32), 0
-    for chunk in _chunks(streams):
-        for ranking, values in zip(rankings, measure(chunk), strict=True):
-            ranking[filled : filled + values.numel()] = values.reshape(-1).cpu().numpy()
-        filled += values.numel()
-    for ranking, rank in zip(rankings, ranks, strict=True):
-        ranking.partition(count - rank)
-    return [float(ranking[count - rank]) for ranking, rank in zip(rankings, ranks, strict=True)]
-
-
-class Part(NamedTuple):
-    """What was sampled of one tensor, or of a stretch of it."""
+class SampledRuns(NamedTuple):
+    """Values that were sampled from one chunk."""
 
     runs: numpy.ndarray
     """(runs, length): runs of neighbours."""
     weight: float
-    """How many of all values each of these stands for."""
+    """How many of all values each of these represents."""
 
 
-class Sample:
-    """Some of the values, which tell about where a rank among all of them lies."""
+class RankSample:
+    """Some of the values, from which the value at a rank among all of them is estimated."""
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    def __init__(self, parts: Sequence[SampledRuns]) -> None:
         self._parts = parts
         values = numpy.concatenate([part.runs.reshape(-1) for part in parts])
         if len({part.weight for part in parts}) == 1:
@@ -125,8 +113,8 @@ class Sample:
     def error(self, share: float) -> float:
         """Return the standard error of the sample's rank at a share of the ranks, in the same unit; that of one value at least.
 
-        Neighbours are alike, in a row of large weights, say, so runs are counted as the observations, not values. How parts
-        differ makes no error, for each stands for itself; parts of one run are compared with each other.
+        Neighbours are alike, as in a row of large weights, so the observations are runs, not values. Differences between parts
+        are no error, for each represents itself; parts of one run are compared with each other.
         """
         threshold = self.at(min(share, 1.0 - 1.0 / len(self.values)))
         # Of each run how many values reach the threshold, how many are above it, and how many there are, all weighted. Where many
@@ -146,7 +134,7 @@ class Sample:
         tables = [numpy.concatenate(group) for group in groups if group]
         tables = [table for table in tables if len(table) > 1]
         if not tables:
-            return 1.0  # one run tells nothing of how runs differ
+            return 1.0  # of one run it isn't known how runs differ
         variance = max(sum(_variance(table[:, which], table[:, 2]) for table in tables) for which in (0, 1))
         total = sum(part.weight * part.runs.size for part in self._parts)
         return max(max(part.weight for part in self._parts), math.sqrt(variance)) / total
@@ -162,25 +150,31 @@ class Bracket:
     """Counts values above a bracket and keeps those inside it.
 
     Args:
-        sample: some of the values.
-        share: the rank that is looked for, as a share of all values.
+        sample: some of the values; None keeps all values.
+        share: the wanted rank, as a share of all values.
         trust: how far the sample's ranks may be off, in standard errors.
         least: how far they may be off in any case, as a share of the ranks.
     """
 
-    def __init__(self, sample: Sample, share: float, trust: float, least: float = 0.0) -> None:
+    def __init__(self, sample: RankSample | None, share: float, trust: float, least: float = 0.0) -> None:
+        self.above = self.at_high = self.at_low = 0
+        self.inside: list[numpy.ndarray] = []
+        self._keeps_all = sample is None
+        if sample is None:
+            return
         values, margin = sample.values, max(least, trust * sample.error(share))
         self.high, self.low = sample.at(share - margin), sample.at(share + margin)
         # Ends that many values share are counted, not kept: a model that was hardly trained is full of zeros, and differences of
         # weights of 16 bits have few values.
         self.counts_low = self.low == 0.0 or float((values == self.low).mean()) > _HEAVY
         self.counts_high = self.low < self.high and float((values == self.high).mean()) > _HEAVY
-        self.above = self.at_high = self.at_low = 0
-        self.inside: list[numpy.ndarray] = []
 
     def add(self, values: Tensor) -> None:
-        """Take some values, (N,) float32, none below zero."""
+        """Add some values, (N,) float32, none below zero."""
         flat: Any = values.reshape(-1)
+        if self._keeps_all:
+            self.inside.append(flat.cpu().numpy().copy())
+            return
         # numpy compares five times as fast on a CPU as torch does.
         flat = flat.numpy() if flat.device.type == "cpu" else flat
         over = flat >= self.high if self.counts_high else flat > self.high
@@ -205,7 +199,8 @@ class Bracket:
         place -= self.at_high
         inside = numpy.concatenate(self.inside) if self.inside else numpy.empty(0, numpy.float32)
         if place <= len(inside):
-            return float(numpy.partition(inside, len(inside) - place)[len(inside) - place])
+            inside.partition(len(inside) - place)
+            return float(inside[len(inside) - place])
         return self.low if place <= len(inside) + self.at_low else None
 
 
@@ -213,30 +208,22 @@ def _count(mask: Any) -> int:
     return int(mask.count_nonzero() if isinstance(mask, Tensor) else numpy.count_nonzero(mask))
 
 
-def _chunks(streams: Callable[[], Iterable[TensorStream]]) -> Iterator[Chunk]:
-    for stream in streams():
-        yield from stream.chunks()
-
-
-def _sample(
-    streams: Callable[[], Iterable[TensorStream]], measure: Measure, count: int, rankings: int, size: int
-) -> list[list[Part]]:
-    """Return, for each ranking, about `size` of its values: at least a run of every tensor, larger ones in proportion."""
-    parts: list[list[Part]] = [[] for _ in range(rankings)]
+def _samples(streams: Streams, measure: Measure, count: int, rankings: int) -> list[RankSample]:
+    """Return a sample of each ranking's `count` values: at least a run of every tensor, larger ones in proportion."""
+    size = min(SAMPLE_SIZES[1], max(SAMPLE_SIZES[0], count >> 10))
+    parts: list[list[SampledRuns]] = [[] for _ in range(rankings)]
     for stream in streams():
         if stream.count == 0:
             continue
         runs = math.ceil(size / RUN * stream.count / count)
         sampled = min(stream.count, RUN * max(1, min(runs, stream.count // RUN)))
-        weight = stream.count / sampled
         for chunk in stream.sample(runs):
             for part, values in zip(parts, measure(chunk), strict=True):
-                part.append(Part(_runs(values.reshape(-1).cpu().numpy().copy()), weight))
-    return parts
-
-
-def _runs(values: numpy.ndarray) -> numpy.ndarray:
-    return values.reshape(-1, RUN) if len(values) % RUN == 0 else values[None]  # a small tensor is one run
+                flat = values.reshape(-1).cpu().numpy().copy()
+                # A small tensor is one run.
+                cut = flat.reshape(-1, RUN) if len(flat) % RUN == 0 else flat[None]
+                part.append(SampledRuns(cut, stream.count / sampled))
+    return [RankSample(one) for one in parts]
 
 
 def tensor_thresholds(stream: TensorStream, shares: Sequence[float], measure: Measure = magnitudes) -> list[float]:
