@@ -20,7 +20,7 @@ from rlhf_core import registry
 from rlhf_core.config.base import BaseConfig
 from rlhf_core.config.fields import option_rows, shown
 from rlhf_core.config.presets import ABOUT, PRESETS
-from rlhf_core.config.run import RunConfig
+from rlhf_core.config.run_file import RunConfig
 from rlhf_core.config.training import TrainerConfig
 from rlhf_core.merging.config import MergeConfig, ModelEntry
 from rlhf_core.merging.layer_values import LayerValues

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from rlhf_core import registry, setup_logging
-from rlhf_core.config.run import RunConfig
+from rlhf_core.config.run_file import RunConfig
 from rlhf_core.config.yaml_file import load_yaml
 from rlhf_core.contracts.reward import Sample
 from rlhf_core.infra.devices import DeviceManager

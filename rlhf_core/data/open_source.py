@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.config.run import DataFile
+from rlhf_core.config.run_file import DataFile
 from rlhf_core.data.data_source import DataSource, IterableRows, ListRows, TableRows, next_row, reading
 from rlhf_core.data.json_files import JsonArray, JsonLines
 from rlhf_core.data.row_source import COMPRESSION, Cursor, RowSource

@@ -18,7 +18,7 @@ from rlhf_core import registry
 from rlhf_core.config.flags import convert, convert_options, lex, refuse_unknown, spread
 from rlhf_core.config.online import OnlineConfig
 from rlhf_core.config.presets import get_preset
-from rlhf_core.config.run import RunConfig
+from rlhf_core.config.run_file import RunConfig
 from rlhf_core.config.training import TrainerConfig
 from rlhf_core.config.yaml_file import dump_yaml, merge, nest
 from rlhf_core.contracts.trainer import Trainer

@@ -15,7 +15,7 @@ from rlhf_plugins.trainers.sft import SFTConfig
 
 from rlhf_core.config.base import BaseConfig
 from rlhf_core.config.presets import PRESETS, get_7b_model_config, get_70b_model_config, get_preset
-from rlhf_core.config.run import RunConfig
+from rlhf_core.config.run_file import RunConfig
 from rlhf_core.config.training import LoraConfig, TrainerConfig
 from rlhf_core.config.yaml_file import load_yaml, merge, nest, parse_scalar
 from rlhf_core.infra.errors import ConfigError

@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 from rlhf_core import registry
-from rlhf_core.config.run import RunConfig
+from rlhf_core.config.run_file import RunConfig
 from rlhf_core.config.yaml_file import load_yaml
 from rlhf_core.infra.errors import DataError, ModelError, StorageError
 from rlhf_core.testing.tiny import save_tiny
