@@ -1,4 +1,4 @@
-"""Devices, logging, files and random streams: what every layer above stands on."""
+"""Infrastructure: devices, logging, errors, files, random streams. Imports nothing above itself."""
 
 from __future__ import annotations
 

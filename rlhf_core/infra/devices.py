@@ -1,4 +1,4 @@
-"""Which device computes, what it can do, and how much memory was used on it."""
+"""Choose the device of this process, ask what it supports, and measure and release its memory."""
 
 from __future__ import annotations
 
@@ -20,17 +20,20 @@ class DeviceManager:
     """The device of this process.
 
     Args:
-        kind: `auto` takes an NVIDIA or AMD GPU, else Apple's, else the CPU. Under torchrun each process takes the GPU of its
-            local rank. `ACCELERATE_USE_CPU=1` makes `auto` the CPU.
+        kind: `auto` chooses an NVIDIA or AMD GPU, else Apple's, else the CPU. Under torchrun each process takes the GPU of its
+            local rank. With `ACCELERATE_USE_CPU=1` in the environment `auto` is the CPU.
+
+    Raises:
+        ConfigError: the device doesn't exist, or there are more processes than GPUs on this machine.
     """
 
     def __init__(self, kind: Kind = "auto") -> None:
         if kind == "auto":
             kind = _best_kind()
         elif kind == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("no CUDA device is there", place="device", got=kind, fix="use `auto` or `cpu`")
+            raise ConfigError("there is no CUDA device", place="device", got=kind, fix="use `auto` or `cpu`")
         elif kind == "mps" and not torch.backends.mps.is_available():
-            raise ConfigError("no MPS device is there", place="device", got=kind, fix="use `auto` or `cpu`")
+            raise ConfigError("there is no MPS device", place="device", got=kind, fix="use `auto` or `cpu`")
         index = int(os.environ.get("LOCAL_RANK", "0"))
         self.device = torch.device(kind, index) if kind == "cuda" else torch.device(kind)
         if kind == "cuda" and index >= torch.cuda.device_count():
@@ -38,7 +41,7 @@ class DeviceManager:
                 "more processes than GPUs on this machine",
                 place="distributed",
                 got=f"local rank {index} with {torch.cuda.device_count()} GPUs",
-                fix=f"start at most {torch.cuda.device_count()} processes a machine",
+                fix=f"start at most {torch.cuda.device_count()} processes per machine",
             )
 
     @property
@@ -46,13 +49,13 @@ class DeviceManager:
         return self.device.type
 
     def supports(self, precision: str) -> bool:
-        """Tell whether matrix products run in `float32`, `bf16` or `fp16` here."""
+        """Tell whether matrix products can run in a precision (`float32`, `bf16` or `fp16`) on this device."""
         if precision == "bf16" and self.kind == "cuda":
             return torch.cuda.is_bf16_supported(including_emulation=False)
         return precision in _DTYPES
 
     def check(self, precision: str) -> None:
-        """Refuse a precision that the device doesn't have."""
+        """Raise a `ConfigError` where the device doesn't support a precision."""
         if not self.supports(precision):
             raise ConfigError(
                 f"precision `{precision}` does not run on this device",
@@ -72,7 +75,7 @@ class DeviceManager:
         return torch.cuda.get_device_name(self.device) if self.kind == "cuda" else self.kind
 
     def describe(self) -> dict[str, Any]:
-        """Return what the run's record says of the device."""
+        """Return the device's kind, name, memory in bytes and capabilities as JSON values, for a run's record."""
         about: dict[str, Any] = {"kind": self.kind, "name": self.name, "bf16": self.supports("bf16")}
         if self.kind == "cuda":
             properties = torch.cuda.get_device_properties(self.device)
@@ -84,7 +87,7 @@ class DeviceManager:
         return about
 
     def peak_memory(self) -> int:
-        """Return the most bytes held so far: allocated on a GPU, resident for the process otherwise."""
+        """Return the peak memory so far in bytes: allocated on a GPU, else resident memory of the process."""
         if self.kind == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         if os.name == "posix":
@@ -97,11 +100,12 @@ class DeviceManager:
         return psutil.Process().memory_info().rss
 
     def release(self) -> None:
-        """Give cached, unused memory back, so that a smaller attempt can have it."""
+        """Release cached, unused memory of the device."""
         release_memory(self.device)
 
 
 def _best_kind() -> Kind:
+    """Return what `auto` means here."""
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}:
         return "cpu"
     if torch.cuda.is_available():
@@ -110,7 +114,7 @@ def _best_kind() -> Kind:
 
 
 def release_memory(device: torch.device) -> None:
-    """Give a device's cached, unused memory back."""
+    """Collect garbage and release a device's cached, unused memory."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -119,7 +123,7 @@ def release_memory(device: torch.device) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error says that the device's or the host's memory ran out."""
+    """Tell whether an error means that the device's or the host's memory ran out."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     text = str(error).lower()

@@ -1,4 +1,4 @@
-"""What a run ran on: versions, torch's build, threads, machine, and the state of the code's repository."""
+"""Describe what a run runs on: package versions, torch's build, threads, machine, and the git state of the current directory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and the packages that a run's numbers depend on."""
+    """Return the versions of Python and of the installed packages that a run's numbers depend on, by name."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -36,7 +36,7 @@ def versions() -> dict[str, str]:
 
 
 def describe_environment() -> dict[str, Any]:
-    """Return the environment as plain values for the run's record."""
+    """Return versions, torch's build, threads, machine and git state as JSON values, for a run's record."""
     build = torch.__config__.show()
     return {
         "versions": versions(),
@@ -55,7 +55,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def git_state() -> dict[str, Any] | None:
-    """Return the commit of the working directory's repository and whether it has changes, or None outside of one."""
+    """Return `commit` and `changed` (uncommitted changes; None: unknown) of the current directory's git repository, or None."""
     commit = _git("rev-parse", "HEAD")
     if commit is None:
         return None

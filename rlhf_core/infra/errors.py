@@ -1,7 +1,7 @@
-"""The faults that a user can meet: one line each, one exit code a kind.
+"""Errors that a user can cause: one line each, and one exit code per kind.
 
 Everything that a user can cause raises a subclass of `RLHFError`; the command line prints it as
-`error[CODE] place: problem; got X; fix: Y` and exits with the class's code. Any other exception is our bug.
+`error[CODE] place: problem; got X; fix: Y` and exits with the class's exit code. Any other exception is a bug.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any, ClassVar
 
 
 class RLHFError(Exception):
-    """A fault with a place, a problem, and where we can tell, what was found and how to mend it."""
+    """An error: the problem, its place, what was found there (`got`), how to mend it (`fix`); the last three may be None."""
 
     code: ClassVar[str] = "internal"
     exit_code: ClassVar[int] = 1
     silent: bool = False
-    """Whether another process of the run says it, so that this one needn't."""
+    """Whether another process of the run prints it, so that this one doesn't."""
 
     def __init__(
         self, problem: str, *, place: str | None = None, got: object | None = None, fix: str | None = None
@@ -36,7 +36,7 @@ class RLHFError(Exception):
         return text
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Keyword-only arguments do not survive the default reduction, and faults cross process boundaries.
+        # Pickling loses keyword-only arguments by default, and errors pass between processes.
         return (_rebuild, (type(self), self.problem, self.place, self.got, self.fix))
 
     def line(self) -> str:
@@ -49,13 +49,13 @@ def _rebuild(kind: type[RLHFError], problem: str, place: str | None, got: object
 
 
 class ConfigError(RLHFError):
-    """A configuration, option or name that is wrong."""
+    """A wrong configuration, option or name."""
 
     code, exit_code = "config", 2
 
 
 class DataError(RLHFError):
-    """Input data that break their record type."""
+    """Data that can't be read, or don't fit their record type."""
 
     code, exit_code = "data", 3
 
@@ -67,37 +67,37 @@ class ModelError(RLHFError):
 
 
 class PluginError(RLHFError):
-    """A plugin or reward that is broken, ambiguous or misbehaves."""
+    """A plugin or reward that is broken or ambiguous, or breaks its contract."""
 
     code, exit_code = "plugin", 5
 
 
 class NumbersError(RLHFError):
-    """Numbers that went wrong: a loss or gradient that is not finite, groups without variance."""
+    """Numbers that can't be trained on: a loss or gradient that isn't finite, groups without variance, memory that ran out."""
 
     code, exit_code = "numbers", 6
 
 
 class StorageError(RLHFError):
-    """Reading or writing failed: a full disk, a directory that may not be written."""
+    """Reading or writing failed: a full disk, a directory without write permission."""
 
     code, exit_code = "io", 7
 
 
 class LostProcess(RLHFError):
-    """Another process of the run is gone, or doesn't answer."""
+    """Another process of the run has ended, or doesn't answer."""
 
     code, exit_code = "lost", 7
 
 
 class Stopped(RLHFError):
-    """The run was asked to stop (SIGTERM, Ctrl-C); its state is saved where there is one, and it can be resumed."""
+    """The run was asked to stop (SIGTERM, Ctrl-C). Its state is saved where it writes checkpoints, and it can be resumed."""
 
     code, exit_code = "stopped", 75
 
 
 class Interrupted(RLHFError):
-    """Ctrl-C came where there was nothing to save, or for the second time."""
+    """Ctrl-C was pressed where there was nothing to save, or for the second time."""
 
     code, exit_code = "interrupted", 130
 
@@ -141,14 +141,14 @@ def _kinds(kind: type[RLHFError]) -> Iterator[type[RLHFError]]:
 
 
 def nearest(name: str, choices: Iterable[str]) -> str | None:
-    """Return the choice that looks most like `name`, or None where none is near."""
+    """Return the choice that is spelt most like `name`, or None where none is similar."""
     folded = {choice.casefold().replace("-", "_"): choice for choice in choices}
     found = difflib.get_close_matches(name.casefold().replace("-", "_"), folded, n=1, cutoff=0.6)
     return folded[found[0]] if found else None
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """Return a hint that names the nearest choice, else lists them all (sorted)."""
+    """Return a hint for a wrong name: the nearest choice where one is similar, and the sorted list of all."""
     options = sorted(choices)
     near = nearest(name, options)
     listed = ", ".join(options) if options else "none"
@@ -161,9 +161,9 @@ _BREAKS = frozenset("\n\r\t\v\f\x1c\x1d\x1e\x85\u2028\u2029")
 
 
 def printable(text: str, *, lines: bool = False) -> str:
-    """Return text that a terminal only shows: control and direction characters as escapes such as `\\x1b`.
+    """Return text with control and direction characters, which a terminal would act upon, as escapes such as `\\x1b`.
 
-    With `lines`, line feeds and tabs stay; else every line break is a space, so that the text is one line.
+    Line breaks become spaces, so that the text is one line; with `lines`, line feeds and tabs stay.
     """
     if text.isprintable():
         return text
@@ -178,7 +178,7 @@ def _shown(character: str) -> str:
 
 
 def shortened(value: object) -> str:
-    """Return a value as Python writes it, cut to fit a line."""
+    """Return a value's `repr`, shortened to 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 

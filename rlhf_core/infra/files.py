@@ -1,6 +1,6 @@
-"""Files that are whole or not there: writes are fsynced and renamed into place, reads are bounded.
+"""Write files atomically (fsynced, then renamed into place), read JSON strictly, hash, lock and remove.
 
-What the operating system refuses becomes one `StorageError` that names the path and, for a full disk, the bytes needed.
+An `OSError` becomes a `StorageError` that names the path and, for a full disk, the bytes needed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 MAX_JSON_BYTES = 256 * 2**20
-"""The largest JSON file that is read: a longer one isn't ours."""
+"""The largest JSON file that is read; no file of this project comes near it."""
 
 _LEFTOVER = re.compile(r"\.(?:tmp|old)-(?P<checkpoint>.+)|\.(?P<file>.+)\.(?:tmp|old)|\.probe-\d+")
 
@@ -33,7 +33,7 @@ _QUOTED = re.compile(r"\(os error (\d+)\)")
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What was written: its SHA-256 in hexadecimal and its length in bytes."""
+    """A file's SHA-256 in hexadecimal and its length in bytes."""
 
     sha256: str
     bytes: int
@@ -41,7 +41,7 @@ class FileRecord:
 
 @contextmanager
 def storage_errors(path: str | Path, needed: int | None = None) -> Iterator[None]:
-    """Turn an `OSError` into a `StorageError` about `path`; `needed` is the number of bytes that were to be written."""
+    """Raise an `OSError` from inside as a `StorageError` about `path`; `needed` is how many bytes were to be written."""
     try:
         yield
     except Exception as raised:
@@ -52,7 +52,7 @@ def storage_errors(path: str | Path, needed: int | None = None) -> Iterator[None
 
 
 def storage_error(error: OSError, path: str | Path, needed: int | None = None) -> StorageError:
-    """Return what `storage_errors` raises: for loops in which a context manager would be most of the time."""
+    """Return the error that `storage_errors` would raise, for loops in which a context manager would cost most of the time."""
     reason = error.strerror or str(error)
     if error.errno in _FULL:
         room = f"{needed} bytes are needed" if needed is not None else "more room is needed"
@@ -64,7 +64,7 @@ def storage_error(error: OSError, path: str | Path, needed: int | None = None) -
 
 
 def _system_error(error: Exception) -> OSError | None:
-    """Return the system's error behind an exception: safetensors and tokenizers, written in Rust, raise others that quote it."""
+    """Return the `OSError` behind an exception: safetensors and tokenizers (Rust) raise other types that quote its number."""
     if isinstance(error, OSError):
         return error
     quoted = None if isinstance(error, RLHFError) else _QUOTED.search(str(error))
@@ -72,7 +72,7 @@ def _system_error(error: Exception) -> OSError | None:
 
 
 def require_space(directory: Path, needed: int) -> None:
-    """Refuse to start writing `needed` bytes where the disk has fewer left."""
+    """Raise a `StorageError` where the disk of a directory has fewer than `needed` bytes free."""
     with storage_errors(directory):
         free = shutil.disk_usage(directory).free
     if free < needed:
@@ -85,7 +85,7 @@ def require_space(directory: Path, needed: int) -> None:
 
 
 def write_file(path: Path, chunks: Iterable[Buffer]) -> FileRecord:
-    """Write a new file, fsynced before this returns; hashes while it writes."""
+    """Write chunks of bytes to a new file and fsync it; return its hash and length."""
     digest, size = hashlib.sha256(), 0
     # Unbuffered: a full disk must show in the write, where the path is known, not in a later close.
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o644)
@@ -103,7 +103,7 @@ def write_file(path: Path, chunks: Iterable[Buffer]) -> FileRecord:
 
 
 def fsync_directory(path: Path) -> None:
-    """Make renames inside a directory durable, where the system lets a directory be opened."""
+    """Make renames inside a directory durable: fsync the directory, on systems that can open one."""
     if os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -114,7 +114,7 @@ def fsync_directory(path: Path) -> None:
 
 
 def fsync_file(path: Path) -> None:
-    """Make what was written to a file durable."""
+    """Make what was written to a file durable: fsync it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -123,12 +123,17 @@ def fsync_file(path: Path) -> None:
 
 
 def lock_directory(path: Path, name: str, what: str = "working in this directory") -> int | None:
-    """Hold a directory until this process ends, however it ends, or `os.close` is called on what this returns.
+    """Lock a directory until this process ends, in whatever way, or the returned descriptor is closed with `os.close`.
 
-    Returns None where the system or the file system has no locks.
+    Args:
+        name: of the lock file in the directory.
+        what: what the other process is doing, for the message where the lock is taken.
+
+    Returns:
+        The lock file's descriptor, or None where the system or the file system has no locks.
 
     Raises:
-        StorageError: another process holds it, or the directory can't be written.
+        StorageError: another process has the lock, or the directory can't be written.
     """
     with storage_errors(path):
         descriptor = os.open(path / name, os.O_RDWR | os.O_CREAT, 0o644)
@@ -149,26 +154,26 @@ def lock_directory(path: Path, name: str, what: str = "working in this directory
 
 
 def temporary_path(path: Path) -> Path:
-    """Return where a file or directory grows until it is whole."""
+    """Return the path under which a file or directory is written until it is complete: `.NAME.tmp` beside it."""
     return path.with_name(f".{path.name}.tmp")
 
 
 def replaced_path(path: Path) -> Path:
-    """Return where a directory that is replaced waits for its removal."""
+    """Return the path to which a directory is moved before it is replaced and removed: `.NAME.old` beside it."""
     return path.with_name(f".{path.name}.old")
 
 
 def leftover_of(name: str) -> str | None:
-    """Return what a process of ours that was killed was about to write or replace when it left a file of this name behind.
+    """Return the file or checkpoint to which a temporary name belongs that a killed process left: `.model.tmp` → `model`.
 
-    Empty for one that belongs to nothing (the trial whether a directory can be written); None for a name that is none of ours.
+    '' for the file that tests whether a directory can be written; None for a name that isn't temporary.
     """
     match = _LEFTOVER.fullmatch(name)
     return None if match is None else match["file"] or match["checkpoint"] or ""
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Put a file in place whole: readers see the old content or the new, never a part."""
+    """Replace a file atomically: readers see the old content or the new, never a part."""
     temporary = temporary_path(path)
     with storage_errors(path, len(content)):
         write_file(temporary, [content])
@@ -177,12 +182,12 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def to_json(value: Any) -> bytes:
-    """Encode as indented JSON; a number that is not finite is an error, since other readers refuse it."""
+    """Return a value as indented JSON in UTF-8. Raises ValueError for a number that isn't finite, which JSON doesn't have."""
     return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def replace_json(path: Path, value: Any) -> None:
-    """Put a JSON file in place whole."""
+    """Replace a JSON file atomically."""
     replace_file(path, to_json(value))
 
 
@@ -190,8 +195,8 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
     """Read a JSON file of at most `limit` bytes.
 
     Raises:
-        ValueError: too long, not UTF-8, not JSON, nested too deeply, a key that stands twice, or too many digits.
-        OSError: not readable.
+        ValueError: the file is too long, isn't JSON in UTF-8, nests too deeply, repeats a key, or has too long a number.
+        OSError: the file can't be read.
     """
     if path.stat().st_size > limit:
         raise ValueError(f"{path.name} is longer than {limit} bytes")
@@ -227,18 +232,18 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _integer(digits: str) -> int:
     try:
         return int(digits)
-    except ValueError:  # Python has a limit
+    except ValueError:  # Python limits the digits that it converts
         raise ValueError(f"a number has {len(digits):,} digits") from None
 
 
 def sha256_of(path: Path) -> FileRecord:
-    """Hash a file without holding it in memory."""
+    """Return a file's SHA-256 and length, read in chunks."""
     with path.open("rb") as file:
         return FileRecord(hashlib.file_digest(file, "sha256").hexdigest(), file.tell())
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a file or directory; a link is removed, never followed. What is gone already is fine."""
+    """Remove a file or directory tree, if it exists; a link is removed, not what it points to."""
     with suppress(FileNotFoundError):
         if path.is_symlink() or not path.is_dir():
             path.unlink()

@@ -1,4 +1,4 @@
-"""An object of the user's own by name: `package.module:attribute`, or `path/to/file.py:attribute`."""
+"""Import an object by name: `package.module:attribute`, or `path/to/file.py:attribute`."""
 
 from __future__ import annotations
 
@@ -16,18 +16,22 @@ _PREFIX = "rlhf_file_"
 
 
 def import_object(name: str, *, place: str) -> Any:
-    """Import what a name means, guarded: what goes wrong in it is one error that says so.
+    """Import and return the object that a name means.
 
-    A module is looked for as `import` does, and then in the current directory; a file's neighbours can be imported from it.
+    A module is searched as by `import`, then in the current directory. A file can import modules that lie beside it.
+
+    Args:
+        name: `package.module:attribute` or `path/to/file.py:attribute`; the attribute may be dotted.
+        place: where the name was given, for messages.
 
     Raises:
         ConfigError: there is no such module, file or attribute.
-        PluginError: importing it raises.
+        PluginError: importing the module or file raised.
     """
     source, colon, attribute = name.rpartition(":")
     if not colon or not source or not attribute:
         fix = "write `FILE.py:NAME` or `package.module:NAME`"
-        raise ConfigError("names neither a file's nor a module's object", place=place, got=f"`{name}`", fix=fix)
+        raise ConfigError("isn't the name of an object in a module or file", place=place, got=f"`{name}`", fix=fix)
     module = _file(source, place) if source.endswith(".py") else _module(source, place)
     found: Any = module
     for part in attribute.split("."):
@@ -43,18 +47,18 @@ def import_object(name: str, *, place: str) -> Any:
 
 
 def is_from_file(module: str) -> bool:
-    """Tell whether a module's name is one that was given to a file."""
+    """Tell whether a module was imported from a file by `import_object`."""
     return module.startswith(_PREFIX) and module in sys.modules
 
 
 def _module(name: str, place: str) -> ModuleType:
     if not all(part.isidentifier() for part in name.split(".")):
         fix = "write `package.module:name` or `path/to/file.py:name`"
-        raise ConfigError("no module can have that name", place=place, got=f"`{name}`", fix=fix)
+        raise ConfigError("isn't a valid name of a module", place=place, got=f"`{name}`", fix=fix)
     here = str(Path.cwd())
     top = Path(here, name.partition(".")[0])
     if here not in sys.path and (top.is_dir() or top.with_name(f"{top.name}.py").is_file()):
-        sys.path.append(here)  # `python script.py` would have it there; last, so that it hides nothing installed
+        sys.path.append(here)  # where `python script.py` would find it; last, so that it hides no installed module
         importlib.invalidate_caches()
     try:
         return importlib.import_module(name)
@@ -77,7 +81,7 @@ def _file(name: str, place: str) -> ModuleType:
         fix = f"did you mean {path.parent / near}?" if near else None
         raise ConfigError("no such file", place=place, got=name, fix=fix)
     path = path.resolve()
-    # One module for each file as it stands, however often it is named: its state is shared, as with any import.
+    # One module per path and content, however often it is named, so that its state is shared as with any import.
     text = str(path).encode() + path.read_bytes()
     key = f"{_PREFIX}{hashlib.sha256(text).hexdigest()[:12]}_{path.stem}"
     if key in sys.modules:
@@ -87,7 +91,7 @@ def _file(name: str, place: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
-    sys.modules[key] = module  # dataclasses and pickling look a module up by its name
+    sys.modules[key] = module  # where dataclasses and pickle look modules up
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:

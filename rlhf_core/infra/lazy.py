@@ -1,4 +1,4 @@
-"""Public names of a package that load what they need on first use."""
+"""Public names of a package that are imported on first use."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 def lazy_names(
     package: str, modules: Mapping[str, str]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
-    """Return a package's `__getattr__`, `__dir__` and `__all__`.
+    """Return `__getattr__`, `__dir__` and `__all__` of a package whose names are imported on first use.
 
     Args:
-        package: its `__name__`.
-        modules: the names that each module defines, blank-separated, by the module's whole name. A module without names is
-            itself a name of the package, its last part.
+        package: the package's `__name__`.
+        modules: module → the names that it defines, separated by blanks. A module without names is itself a name of the
+            package, by the last part of its own.
     """
     table = {name: module for module, names in modules.items() for name in names.split()}
     whole = {module.rpartition(".")[2]: module for module, names in modules.items() if not names}

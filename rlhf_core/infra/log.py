@@ -1,4 +1,4 @@
-"""Logs for people: on stderr, in colour where there is a terminal, plain lines where there is none."""
+"""Logs on stderr: in colour on a terminal, else as plain lines."""
 
 from __future__ import annotations
 
@@ -28,16 +28,21 @@ def console() -> Console:
 
 
 class PrintableFormatter(logging.Formatter):
-    """Shows what a terminal would act upon: log lines repeat names and texts of plugins, files and models."""
+    """Escapes control characters in log lines, which repeat names and texts of plugins, files and models."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record), lines=True)
 
 
 def log_to_stderr(packages: Sequence[str], level: int | str = logging.INFO, *, rank: int = 0) -> logging.Logger:
-    """Send the log of the core and of other top-level packages to stderr; return the core's logger.
+    """Send the logs of the core and of other top-level packages to stderr; return the core's logger.
 
-    Processes but the first show warnings only. Calling it again replaces what it set up before; other loggers are left alone.
+    Calling it again replaces the handlers that it added before; all other loggers stay as they are.
+
+    Args:
+        packages: top-level packages whose logs are shown, beside the core's.
+        level: the lowest level that is shown.
+        rank: this process's number in a distributed run; all but rank 0 show warnings and errors only.
     """
     if not sys.stderr.isatty():
         hide_library_bars()
@@ -56,7 +61,7 @@ def log_to_stderr(packages: Sequence[str], level: int | str = logging.INFO, *, r
     for name in (LOGGER, *packages):
         logger = logging.getLogger(name)
         for old in list(logger.handlers):
-            # A plugin may have a handler of its own, say to a file.
+            # A plugin's own handler, say to a file, stays.
             if name == LOGGER or old.name == LOGGER:
                 logger.removeHandler(old)
         logger.addHandler(handler)
@@ -66,7 +71,7 @@ def log_to_stderr(packages: Sequence[str], level: int | str = logging.INFO, *, r
 
 
 def hide_library_bars() -> None:
-    """Keep the libraries' own progress bars out of a log file, whether they are imported yet or not."""
+    """Switch off the progress bars of transformers, datasets and huggingface_hub, whether imported yet or not."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     for name, disable in (

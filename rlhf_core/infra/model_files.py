@@ -1,6 +1,6 @@
-"""Where a model's files lie, and whether they may be read: directories, adapters, GGUF files, hub names.
+"""Find and check a model's files before anything is loaded: directories, adapters, GGUF files, hub names.
 
-Importing this module loads neither transformers nor peft.
+Importing this module imports neither transformers nor peft.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from rlhf_core.infra.errors import ModelError, first_line, nearest
 from rlhf_core.infra.files import read_json, sha256_of, storage_errors
 
 REWARD_HEAD, PROCESS_REWARD_HEAD, VALUE_HEAD = HEADS = ("reward_head", "process_reward_head", "value_head")
-"""Heads that models keep beside their weights, each as `NAME.json` and `NAME.safetensors`."""
+"""Names of heads that are saved beside a model's weights, each as `NAME.json` and `NAME.safetensors`."""
 HEAD_FORMAT = 1
 """Version of what `NAME.json` says of a head."""
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -23,18 +23,18 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 
 
 def kind_of(head: str) -> str:
-    """Return what a model with such a head is, in words: `reward model`."""
+    """Return what a model with a head of this name is called: `reward_head` → "reward model"."""
     return head.removesuffix("_head").replace("_", " ") + " model"
 
 
 def file_hashes(source: str) -> dict[str, str] | None:
-    """Return the SHA-256 of each file that a model is read from, an adapter's base included; None where it isn't local."""
+    """Return file name → SHA-256 of all files that a model is read from, an adapter's base included; None if it isn't local."""
     path = Path(source).expanduser()
     hashes = _own_hashes(path)
     if hashes is None or not path.is_dir():
         return hashes
     base, adapters = adapter_chain(str(path))
-    # Of an adapter on an adapter the inner one counts too.
+    # An adapter may stand on another adapter, whose files count, too.
     under = [*adapters[-2::-1], base] if adapters else []
     for depth, place in enumerate(under, 1):
         hashes |= {"base/" * depth + name: value for name, value in (_own_hashes(Path(place)) or {}).items()}
@@ -54,7 +54,11 @@ def _own_hashes(path: Path) -> dict[str, str] | None:
 
 
 def locate(source: str) -> tuple[str, dict[str, Any]]:
-    """Return where a model lies (a directory or a hub name) and the options that loading it needs."""
+    """Return a model's directory or hub name, and the options that transformers needs to load it (`gguf_file`).
+
+    Raises:
+        ModelError: there is no such directory or file, or it holds no model.
+    """
     path = Path(source).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         return str(path.parent), {"gguf_file": path.name}
@@ -63,8 +67,8 @@ def locate(source: str) -> tuple[str, dict[str, Any]]:
             ggufs = sorted(p.name for p in path.glob("*.gguf"))
             hint = f"name the file: {path / ggufs[0]}" if ggufs else None
             if (path / "run.json").is_file():
-                hint = f"it is a run's directory: name the model in it, {path / 'model'}"
-            raise ModelError("is no model: it has no config.json", place=source, fix=hint)
+                hint = f"it is a run directory; give the model in it, {path / 'model'}"
+            raise ModelError("isn't a model: it has no config.json", place=source, fix=hint)
         return str(path), {}
     if path.is_absolute() or source.startswith((".", "~")) or not _HUB_NAME.fullmatch(source):
         raise ModelError("no such model directory or file", place=source, fix=near_path(path))
@@ -72,7 +76,7 @@ def locate(source: str) -> tuple[str, dict[str, Any]]:
 
 
 def near_path(path: Path) -> str | None:
-    """Return a hint at what a missing path may have meant."""
+    """Return a hint for a path that doesn't exist: the nearest name in its directory, or that there is no such directory."""
     if not path.parent.is_dir():
         if (near := near_path(path.parent)) is not None and near.startswith("did you mean"):
             return near
@@ -82,9 +86,9 @@ def near_path(path: Path) -> str | None:
 
 
 def no_such_model(source: str, error: Exception) -> ModelError:
-    """Return the error of a name that is no directory here, and that the hub doesn't give."""
+    """Return the error for a name that is neither a local directory nor a model that the hub can deliver."""
     return ModelError(
-        "is neither a local directory nor a model that the hub gave",
+        "is neither a local directory nor a model that could be fetched from the hub",
         place=source,
         got=first_line(error),
         fix=near_path(Path(source)) or "check the path, or for a hub name the spelling and the network",
@@ -116,7 +120,7 @@ def hub_files(source: str, files: Sequence[str]) -> list[Path | None]:
 
 
 def is_adapter(where: str) -> bool:
-    """Tell whether a directory holds an adapter alone; some trainers put the base's config.json beside it."""
+    """Tell whether a directory holds an adapter and no model weights; some trainers save the base's config.json with it."""
     weights = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
     return (Path(where) / "adapter_config.json").is_file() and not any(
         (Path(where) / name).is_file() for name in weights
@@ -133,13 +137,18 @@ def split_adapter(name: str) -> tuple[str, str] | None:
 
 
 def adapter_base(adapter: str) -> str:
-    """Return the base that an adapter names; a relative path is looked for from here, as peft does, then beside the adapter."""
+    """Return the base model that an adapter names. A relative path counts from the current directory, as in peft, else from the
+    adapter's own.
+
+    Raises:
+        ModelError: adapter_config.json isn't JSON, or names no base.
+    """
     try:
         base = json.loads((Path(adapter) / "adapter_config.json").read_bytes()).get("base_model_name_or_path")
     except (ValueError, AttributeError) as error:
         raise ModelError("not a JSON object", place=f"{adapter}/adapter_config.json", got=first_line(error)) from None
     if not base:
-        raise ModelError("the adapter doesn't say which base it belongs to", place=f"{adapter}/adapter_config.json")
+        raise ModelError("the adapter doesn't name its base model", place=f"{adapter}/adapter_config.json")
     base = str(base)
     if not Path(base).expanduser().exists() and (beside := Path(adapter) / base).exists():
         return str(beside.resolve())
@@ -147,14 +156,14 @@ def adapter_base(adapter: str) -> str:
 
 
 def adapter_chain(where: str, local: Callable[[str], str] = str) -> tuple[str, list[str]]:
-    """Return the model under an adapter, and the adapters on it, the innermost first; a plain model is under none.
+    """Return the base model under an adapter, and the adapters on it, the innermost first; [] for a plain model.
 
     Args:
         where: a directory or a hub name.
-        local: returns the directory of an adapter that was fetched from the hub by its name, anything else as it is.
+        local: returns the directory to which an adapter of a hub name was fetched, and any other name as it is.
 
     Raises:
-        ModelError: the adapters stand on each other in a circle.
+        ModelError: the adapters name each other as their base.
     """
     adapters: list[str] = []
     seen: set[Path] = set()

@@ -1,4 +1,4 @@
-"""Secrets out of text and settings before anything is written."""
+"""Remove secrets from text and configurations before they are written."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _FLAG = re.compile(
 
 
 def redact_text(text: str) -> str:
-    """Return the text without tokens, keys and passwords: by their shapes, and after a key or flag that names one."""
+    """Return the text without access tokens, keys and passwords, found by their form or after a key or flag that names one."""
     text = _USERINFO.sub(REDACTED, _VALUES.sub(REDACTED, text))
     return _FLAG.sub(lambda match: match.group(1) + REDACTED, text)
 
 
 def redact(value: Any, key: str = "") -> Any:
-    """Return plain values (mappings, lists, scalars) with every secret replaced."""
+    """Return JSON values with every secret replaced, found by its form or by the name of its key; `key` is the value's own."""
     if isinstance(value, Mapping):
         return {name: redact(item, str(name)) for name, item in value.items()}
     if isinstance(value, list | tuple):

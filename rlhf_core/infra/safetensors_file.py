@@ -1,4 +1,4 @@
-"""Tensors to and from safetensors files, one tensor in flight: hashed and fsynced while written, bounded when read."""
+"""Write safetensors files tensor by tensor, hashed and fsynced; check a file's header before anything is read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 MAX_HEADER_BYTES = 100_000_000
-"""The format's own bound on the header's length."""
+"""The largest header that the safetensors format allows."""
 
 _NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -29,20 +29,23 @@ _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 
 def nbytes(tensors: Mapping[str, Tensor]) -> int:
-    """Return the bytes that the tensors' values take."""
+    """Return the size of all tensors' values in bytes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
-    """Write a safetensors file. Values are moved to the host one tensor at a time, so no second copy is held."""
+    """Write a safetensors file; return its hash and length. Tensors are moved to the CPU one at a time, never all at once."""
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     return write_file(path, _chunks(order, tensors))
 
 
 def encode_header(entries: Mapping[str, tuple[torch.dtype, Sequence[int]]], **metadata: str) -> bytes:
-    """Return the start of a safetensors file in which these tensors lie one after the other, in this order.
+    """Return the length and header of a safetensors file that holds these tensors' values in this order, without gaps.
 
-    Wide elements must come first: that keeps every tensor aligned to its element size without gaps, which the format forbids.
+    Args:
+        entries: name → (dtype, shape), tensors of wide elements first: so each is aligned to its element size, as the format
+            wants, although gaps are forbidden.
+        metadata: text values of `__metadata__`.
     """
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     offset = 0
@@ -64,12 +67,12 @@ def _chunks(order: list[str], tensors: Mapping[str, Tensor]) -> Iterator[Buffer]
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where a tensor lies in a safetensors file."""
+    """A tensor's dtype, shape and place in a safetensors file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
-    """Offset of its first byte from the file's."""
+    """Offset of its first byte from the start of the file."""
     nbytes: int
 
     @property
@@ -79,10 +82,10 @@ class TensorEntry:
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
-    """Read what a safetensors file holds, and check that it does, without reading a value.
+    """Return name → entry of the tensors in a safetensors file, checked against the file's size; no value is read.
 
     Raises:
-        ValueError: the header is too long, malformed, names a tensor twice, or doesn't fit the file.
+        ValueError: the header is too long, malformed, names a tensor twice, or doesn't fit the file's size.
     """
     size = path.stat().st_size
     header, data = _raw_header(path, size)
@@ -90,7 +93,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 
 
 def header_entries(path: Path) -> dict[str, Any]:
-    """Return what a safetensors file's header says of each tensor (`dtype`, `shape`, `data_offsets`), of whatever type it is.
+    """Return the header's entries of a safetensors file (`dtype`, `shape`, `data_offsets` by name), of any dtype, unchecked.
 
     Raises:
         ValueError: the header is too long, malformed, or names a tensor twice.
@@ -119,24 +122,26 @@ def _entry(path: Path, name: str, described: Any, data: int, size: int) -> Tenso
         dtype, shape, (first, last) = described["dtype"], tuple(described["shape"]), described["data_offsets"]
         numbers = (first, last, *shape)
     except (TypeError, KeyError, ValueError):
-        raise ValueError(f"{path.name} describes tensor {name!r} wrongly") from None
+        raise ValueError(f"{path.name} has a malformed entry of tensor {name!r}") from None
     if dtype not in _DTYPES:
-        raise ValueError(f"{path.name}: tensor {name!r} has the type {dtype}, which isn't read here")
+        raise ValueError(f"{path.name}: tensor {name!r} has the dtype {dtype}, which isn't supported")
     if any(type(number) is not int or number < 0 for number in numbers):
-        raise ValueError(f"{path.name} describes tensor {name!r} wrongly")
+        raise ValueError(f"{path.name} has a malformed entry of tensor {name!r}")
     entry = TensorEntry(_DTYPES[dtype], shape, data + first, last - first)
     if entry.nbytes != entry.count * entry.dtype.itemsize:
-        raise ValueError(f"{path.name}: tensor {name!r} has {entry.nbytes} bytes, not those of its shape {list(shape)}")
+        raise ValueError(
+            f"{path.name}: tensor {name!r} has {entry.nbytes} bytes, which don't fit its shape {list(shape)}"
+        )
     if data + last > size:
         raise ValueError(f"{path.name} is cut off: {size} bytes, tensor {name!r} ends at {data + last}")
     return entry
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file into host memory.
+    """Read all tensors of a safetensors file into CPU memory.
 
     Raises:
-        ValueError: as `read_header`.
+        ValueError: as `read_header`, or the library can't read the file.
     """
     from safetensors import SafetensorError, safe_open
 

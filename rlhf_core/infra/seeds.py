@@ -1,4 +1,4 @@
-"""Random streams: a draw is a function of (seed, name of the stream, indices), and global states can be restored."""
+"""Random streams, whose seed is a function of (run's seed, stream's name, indices), and the states of global generators."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def stream_seed(seed: int, name: str, *index: int) -> int:
-    """Return the 63-bit seed of a named stream; streams of other names or indices share nothing."""
+    """Return the 63-bit seed of a named random stream; another name or index gives an independent one."""
     digest = hashlib.sha256(repr((int(seed), name, *map(int, index))).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
@@ -35,14 +35,18 @@ def completion_seeds(
     met: Counter[tuple[int, ...]] | None = None,
     places: Sequence[int] = (),
 ) -> list[list[int]]:
-    """Return for each row the seeds of n completions: functions of (seed, name, index, row, place, occurrence, sample) alone.
+    """Return n completion seeds for each row, as functions of (seed, name, index, row, place, occurrence, sample) alone.
 
-    So a completion doesn't depend on which rows are sampled with it, in which order, or by which process.
+    So a completion doesn't depend on which other rows are sampled with it, in which order, or by which process.
 
     Args:
-        rows: numbers that name the rows; one that stands here again, or was met before, is another occurrence of it.
-        met: how often each row was met before at its place; counted on here.
-        places: what tells a row from itself where it comes again and another process may hold it; () where none does.
+        rows: the rows' numbers in the data; a repeated number, here or in `met`, is a further occurrence of the row.
+        n: completions per row.
+        met: how often each (row, place) occurred before; this call adds its own.
+        places: one number per row that tells its occurrences on different processes apart; () where rows don't repeat.
+
+    Returns:
+        For each row, a list of n seeds.
     """
     met = Counter() if met is None else met
     seeds = []
@@ -53,7 +57,7 @@ def completion_seeds(
 
 
 def seed_everything(seed: int, name: str, *index: int) -> None:
-    """Seed Python's, numpy's and torch's global generators from a named stream."""
+    """Seed the global generators of Python, numpy and torch with `stream_seed(seed, name, *index)`."""
     value = stream_seed(seed, name, *index)
     random.seed(value)
     np.random.seed(value % 2**32)
@@ -62,16 +66,17 @@ def seed_everything(seed: int, name: str, *index: int) -> None:
 
 @dataclass(frozen=True)
 class RandomState:
-    """The states of all global generators of a process: Python's, numpy's, torch's on the host and on its device."""
+    """The states of a process's global random generators: Python's, numpy's, torch's on the CPU and on its device."""
 
     python: tuple[Any, ...]
     numpy: tuple[Any, ...]
     torch_cpu: Tensor
     device: Tensor | None
-    """State of the accelerator's generator, where there is one."""
+    """State of the generator of the CUDA or MPS device; None without one."""
 
     @classmethod
     def capture(cls) -> RandomState:
+        """Return the current states."""
         device = None
         if torch.cuda.is_available():
             device = torch.cuda.get_rng_state()
@@ -80,6 +85,7 @@ class RandomState:
         return cls(random.getstate(), tuple(np.random.get_state(legacy=True)), torch.get_rng_state(), device)
 
     def restore(self) -> None:
+        """Set the global generators to these states."""
         random.setstate(self.python)
         np.random.set_state(self.numpy)
         torch.set_rng_state(self.torch_cpu)
@@ -89,6 +95,7 @@ class RandomState:
             torch.mps.set_rng_state(self.device)
 
     def to_json(self) -> dict[str, Any]:
+        """Return the states as JSON values, for a checkpoint."""
         version, words, gauss = self.python
         name, keys, position, has_gauss, cached = self.numpy
         return {
@@ -100,6 +107,7 @@ class RandomState:
 
     @classmethod
     def from_json(cls, state: dict[str, Any]) -> RandomState:
+        """Return the states that `to_json` returned."""
         version, words, gauss = state["python"]
         name, keys, *rest = state["numpy"]
         return cls(

@@ -1,4 +1,4 @@
-"""Figures of held-out sets that several methods report."""
+"""Statistics of held-out data that several methods report."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from torch import Tensor
 
 
 def auc(higher: Tensor, lower: Tensor) -> float:
-    """Return the share of pairs (one of each) in which the higher one is larger, ties counting half: the area under the ROC.
+    """Return the area under the ROC curve: the share of pairs (one of each) with higher > lower, ties counting half.
 
     Args:
-        higher: (N,). lower: (M,).
+        higher: (N,) scores that should be the larger ones.
+        lower: (M,) scores that should be the smaller ones.
     """
     ordered = lower.sort().values
     below = torch.searchsorted(ordered, higher, right=False) + torch.searchsorted(ordered, higher, right=True)
@@ -18,10 +19,10 @@ def auc(higher: Tensor, lower: Tensor) -> float:
 
 
 def calibration_error(confidence: Tensor, right: Tensor, bins: int = 10) -> float:
-    """Return the expected calibration error, over bins that hold equally many: Σ_b (n_b / N) |right_b − confidence_b|.
+    """Return the expected calibration error over bins of equal size: Σ_b (n_b / N) |accuracy_b − confidence_b|.
 
     Naeini et al. 2015 ("Obtaining well calibrated probabilities using Bayesian binning"); Nixon et al. 2019
-    (arXiv 1904.01685) for bins of equal mass, which don't hang on how scores are spread.
+    (arXiv 1904.01685) for bins of equal size, which don't depend on how scores are distributed.
 
     Args:
         confidence: (N,) probabilities that a prediction is right.

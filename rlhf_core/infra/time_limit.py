@@ -1,4 +1,4 @@
-"""A bound on how long a call may take, whether it waits for a network, loops, or is lost in a regular expression."""
+"""A time limit for a call, whether it waits for a network, loops, or evaluates a regular expression without end."""
 
 from __future__ import annotations
 
@@ -16,25 +16,27 @@ T = TypeVar("T")
 
 
 class TimeLimit(Exception):
-    """A call took longer than it may; the text says where it was."""
+    """A call exceeded its time limit; the text says where it was then (`file.py:12 in score`), or is empty."""
 
 
 class _TimeIsUp(BaseException):
-    """Ends a call: no `Exception`, for those are what careless code swallows."""
+    """Raised inside the call to end it; no `Exception`, for code that catches all of those would catch it."""
 
 
 def call_within(seconds: float | None, function: Callable[[], T]) -> T:
-    """Call a function and return its result; what it raises is raised.
+    """Call a function under a time limit; return its result, or raise what it raises.
 
-    In the main thread a signal ends the call where it stands (measured: a thread that is waited for can't be left while a regular
-    expression or a power of integers keeps the interpreter to itself, and one that is left inside torch aborts the process at its
-    end). That signal is SIGVTALRM, so the call may set alarms. Elsewhere the call gets a thread, which is left behind.
+    In the main thread a signal ends the call, wherever it is. (Measured: a thread can't be abandoned while a regular expression
+    or a power of integers holds the interpreter's lock, and one that is abandoned inside torch aborts the process at exit.) The
+    signal is SIGVTALRM, so that the call itself may use alarms. In other threads, and on Windows, the call runs in a new thread,
+    which is abandoned at the limit.
 
     Args:
-        seconds: that it may take; None sets no bound.
+        seconds: the limit; None for none.
+        function: takes no arguments.
 
     Raises:
-        TimeLimit: it took longer.
+        TimeLimit: the call took longer.
     """
     if seconds is None:
         return function()
@@ -49,14 +51,14 @@ def _by_signal(seconds: float, function: Callable[[], T]) -> T:
 
     def look(number: int, frame: FrameType | None) -> None:
         nonlocal end
-        inside = frame is None or frame.f_code is not _by_signal.__code__  # else the call has ended, or not begun
+        inside = frame is None or frame.f_code is not _by_signal.__code__  # else the call hasn't begun, or has ended
         if running and inside and time.monotonic() >= end:
-            # The timer and the reminder come together: the second must not take the place of the first while that ends the call.
+            # Timer and reminder may fire together: the second must not raise while the first's exception ends the call.
             end = time.monotonic() + _AGAIN / 2
             raise _TimeIsUp
 
     handler = signal.signal(signal.SIGVTALRM, look)
-    # What keeps the interpreter to itself uses processor time, which the timer counts; what waits is reminded by a thread.
+    # The timer counts processor time, which code that holds the interpreter's lock uses; a thread interrupts code that waits.
     timer = signal.setitimer(signal.ITIMER_VIRTUAL, seconds, _AGAIN)
     done = threading.Event()
     reminder = threading.Thread(target=_remind, args=(done, seconds), name="time limit", daemon=True)
@@ -68,17 +70,18 @@ def _by_signal(seconds: float, function: Callable[[], T]) -> T:
     finally:
         running = False
         done.set()
-        reminder.join()  # a reminder that came after the handler is gone would end the process
+        reminder.join()  # its signal would end the process once the handler is removed
         signal.setitimer(signal.ITIMER_VIRTUAL, *timer)
         signal.signal(signal.SIGVTALRM, signal.SIG_DFL if handler is None else handler)
 
 
 _CORE = Path(__file__).parents[1]
 _AGAIN = 1.0
-"""Seconds between signals to a call that goes on after the first, having swallowed it."""
+"""Seconds between further signals to a call that caught the first one and continues."""
 
 
 def _remind(done: threading.Event, seconds: float) -> None:
+    """Signal the main thread after `seconds` and again every `_AGAIN` seconds, until `done` is set."""
     wait = seconds
     while not done.wait(wait):
         signal.pthread_kill(threading.main_thread().ident, signal.SIGVTALRM)  # type: ignore[arg-type]
@@ -86,7 +89,7 @@ def _remind(done: threading.Event, seconds: float) -> None:
 
 
 def _where(trace: TracebackType | None) -> str:
-    """Return where the call was: its innermost line that is neither a library's nor the core's, as `file:line in function`."""
+    """Return the innermost line of a traceback outside libraries and the core, as `file.py:12 in score`; '' without one."""
     found = ""
     others = {"site-packages", f"python{sys.version_info[0]}.{sys.version_info[1]}"}
     while trace is not None:
@@ -98,13 +101,14 @@ def _where(trace: TracebackType | None) -> str:
 
 
 def _in_thread(seconds: float, function: Callable[[], T]) -> T:
+    """Call a function in a new thread, with this one's context variables and CUDA device."""
     outcome: dict[str, Any] = {}
     done = threading.Event()
     context, device = contextvars.copy_context(), _cuda_device()
 
     def serve() -> None:
         try:
-            if device is not None:  # a new thread would have the first device
+            if device is not None:  # a new thread starts with the first device
                 sys.modules["torch"].cuda.set_device(device)
             outcome["result"] = context.run(function)
         except BaseException as error:

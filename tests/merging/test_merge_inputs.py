@@ -349,12 +349,12 @@ def test_tensors_named_like_paths_are_refused(name: str, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ({"x": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}, "not those of its shape"),
+        ({"x": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}, "which don't fit its shape"),
         ({"x": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}, "cut off"),
         ({"x": {"dtype": "F8_E4M3", "shape": [8], "data_offsets": [0, 8]}}, "F8_E4M3"),
-        ({"x": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}, "wrongly"),
-        ({"x": {"dtype": "F32", "shape": [2]}}, "wrongly"),
-        ({"x": 3}, "wrongly"),
+        ({"x": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}, "a malformed entry of tensor"),
+        ({"x": {"dtype": "F32", "shape": [2]}}, "a malformed entry of tensor"),
+        ({"x": 3}, "a malformed entry of tensor"),
     ],
 )
 def test_headers_that_lie_are_refused(header: dict[str, object], message: str, tmp_path: Path) -> None:

@@ -198,11 +198,11 @@ def test_missing_directory_names_the_nearest(saved: Path) -> None:
 def test_neither_directory_nor_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     # The hub's client has read the environment by now.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert "neither a local directory nor a model that the hub gave" in refusal("acme/no-such-model")
+    assert "neither a local directory nor a model that could be fetched from the hub" in refusal("acme/no-such-model")
 
 
 def test_directory_without_a_model(tmp_path: Path) -> None:
-    assert "is no model: it has no config.json" in refusal(tmp_path)
+    assert "isn't a model: it has no config.json" in refusal(tmp_path)
 
 
 def test_missing_shard(saved: Path) -> None:
