@@ -104,7 +104,7 @@ class MethodContract(Contract):
 
     # Header and configuration
 
-    def test_header_is_the_class(self) -> None:
+    def test_header_agrees_with_the_class(self) -> None:
         """The header that the registry reads from the source, without importing it, agrees with the class at run time."""
         cls = self.subject()
         target = f"{cls.__module__}:{cls.__qualname__}"

@@ -1,4 +1,4 @@
-"""What every hook promises, as tests to inherit.
+"""The conformance tests of hooks: a class to inherit.
 
 class TestEvaluations(HookContract):
     method = "acme-evaluations"  # a registered name, or `hook = EvaluationsHook`
@@ -31,70 +31,74 @@ from rlhf_core.testing.tiny import tiny_policy
 from rlhf_core.training.context import RunContext
 
 NAME = "under-test"
-LISTENS, TAKES = "test_it_listens", "test_it_takes_every_event"
+HANDLES, NO_ERRORS = "test_it_handles_an_event", "test_no_event_raises"
 
 
 class HookContract(Contract):
-    """The conformance tests of a hook. Short runs of a tiny model emit every event."""
+    """The conformance tests of a hook, on short runs of a tiny model that emit every event."""
 
     kind = "hook"
     hook: ClassVar[Any] = None
     """The class, object or module under test, in place of `method`."""
 
     def test_it_is_described(self) -> None:
-        """The docstring of its module has a first line, which is its summary in `rlhf list`."""
+        """The hook's module has a docstring, whose first line is the summary in `rlhf list`."""
         subject = self.subject()
         owner = subject if isinstance(subject, type) else type(subject)
         module = subject if isinstance(subject, ModuleType) else sys.modules[owner.__module__]
         name = module.__name__
         require(
-            bool((module.__doc__ or "").strip()), f"`{name}` has no docstring; its first line is shown by `rlhf list`"
+            bool((module.__doc__ or "").strip()),
+            f"the module `{name}` has no docstring; `rlhf list` shows its first line",
         )
 
-    def test_it_listens(self) -> None:
-        """A run accepts it: its `@hookimpl` functions bear the names of events, and of their arguments."""
+    def test_it_handles_an_event(self) -> None:
+        """A run accepts the hook: its `@hookimpl` functions have the names of events and of their arguments."""
         subject = self.subject()
         listeners = hooks.Hooks()
-        with _warnings() as said:
+        with _warnings() as warned:
             listeners.add(subject() if isinstance(subject, type) else subject, NAME)
-        require(not said, "".join(said[:1]))
+        require(not warned, "".join(warned[:1]))
         known = ", ".join(hooks.EVENTS)
-        require(bool(listeners.events_of(NAME)), f"it hears nothing: mark a function with `@hookimpl`, one of {known}")
+        require(
+            bool(listeners.events_of(NAME)),
+            f"the hook handles no event: mark a function with `@hookimpl`, named as one of {known}",
+        )
 
-    @after(LISTENS)
-    def test_it_takes_every_event(self) -> None:
-        """Nothing raises in it while a run reaches its end and another fails, with and without a run directory."""
+    @after(HANDLES)
+    def test_no_event_raises(self) -> None:
+        """No event raises an error in the hook, in runs that end or fail, with and without a run directory."""
         for rewards in ([_digits], [_broken]):
             for output in (True, False):
-                with self._listening() as said, suppress(PluginError):
+                with self._registered() as warned, suppress(PluginError):
                     _train(rewards, output=output)
                 where = "" if output else " in a run without a directory"
-                require(not said, "".join(said[:1]) + where)
+                require(not warned, "".join(warned[:1]) + where)
 
-    @after(TAKES)
-    def test_it_leaves_the_run_alone(self) -> None:
-        """A run that it listens to ends in the same weights, bit for bit, as one that it doesn't."""
+    @after(NO_ERRORS)
+    def test_the_run_does_not_change(self) -> None:
+        """A run with the hook ends with the same weights, bit by bit, as a run without it."""
         with _only_registered():
             alone = _train([_digits])
-        with self._listening():
-            heard = _train([_digits])
-        changed = [name for name, value in alone.items() if not torch.equal(value, heard[name])]
-        require(not changed, f"the run ends in other weights where it listens: {', '.join(changed[:4])}")
+        with self._registered():
+            hooked = _train([_digits])
+        changed = [name for name, value in alone.items() if not torch.equal(value, hooked[name])]
+        require(not changed, f"a run with the hook ends with other weights: {', '.join(changed[:4])}")
 
     @contextmanager
-    def _listening(self) -> Iterator[list[str]]:
-        """Have it listen, and no other hook; yield the list of what is said of it."""
-        subject = self.subject()  # an installed one is not there within
-        with _only_registered(), _warnings() as said:
+    def _registered(self) -> Iterator[list[str]]:
+        """Register the hook under test and no other; yield the list of warnings about it."""
+        subject = self.subject()  # looked up before other plugins, and this one's own name, are hidden
+        with _only_registered(), _warnings() as warned:
             registry.register("hook", NAME, subject)
             try:
-                yield said
+                yield warned
             finally:
                 registry.unregister("hook", NAME)
 
 
 class _Toy(Trainer[OnlineConfig]):
-    """REINFORCE, as short as it can be: its runs emit every event."""
+    """A minimal REINFORCE, whose runs emit every event."""
 
     api = 1
     record = "prompt"
@@ -126,7 +130,7 @@ def _broken(completions: list[str]) -> list[float]:
 
 
 def _train(rewards: list[Any], *, output: bool = True) -> dict[str, Tensor]:
-    """Return the weights that a short run ends in."""
+    """Train a tiny policy for two steps with these rewards; return its weights."""
     config = OnlineConfig.parse(
         {
             "max_steps": 2, "batch_size": 2, "group_size": 2, "eval_steps": 1, "learning_rate": 1e-3, "max_length": 32,
@@ -143,7 +147,7 @@ def _train(rewards: list[Any], *, output: bool = True) -> dict[str, Tensor]:
 
 @contextmanager
 def _only_registered() -> Iterator[None]:
-    """Leave out every plugin that is installed."""
+    """Hide every installed plugin."""
     before = os.environ.get(registry.ALLOW_VARIABLE)
     os.environ[registry.ALLOW_VARIABLE] = NAME
     try:
@@ -156,20 +160,20 @@ def _only_registered() -> Iterator[None]:
 
 @contextmanager
 def _warnings() -> Iterator[list[str]]:
-    """Yield the list of warnings that are given of hooks, and keep them out of the log."""
+    """Yield the list of warnings that are logged about hooks, and keep them out of the log."""
 
-    class Kept(logging.Handler):
+    class Recorder(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            said.append(record.getMessage())
+            warned.append(record.getMessage())
 
-    said: list[str] = []
-    logger, handler = logging.getLogger(hooks.__name__), Kept(logging.WARNING)
+    warned: list[str] = []
+    logger, handler = logging.getLogger(hooks.__name__), Recorder(logging.WARNING)
     level, passes = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.WARNING)
     logger.propagate = False
     try:
-        yield said
+        yield warned
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)

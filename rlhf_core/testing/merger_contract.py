@@ -1,4 +1,4 @@
-"""What every merger promises, as tests to inherit.
+"""The conformance tests of mergers: a class to inherit.
 
 class TestBlend(MergerContract):
     method = "acme-blend"  # a registered name, or `merger = BlendMerger`
@@ -33,42 +33,45 @@ NAME = "model.layers.0.mlp.up_proj.weight"
 SHAPE = "test_shape_is_kept_in_float32"
 OPTIONS = "test_options_of_a_model_are_its_own"
 BITS = "test_the_same_inputs_give_the_same_bits"
-_PIECES = (4, 64, CHUNK)
-"""Elements of chunks: of a tensor of 384 elements these make many, a few and one."""
+_CHUNK_SIZES = (4, 64, CHUNK)
+"""Elements per chunk: they divide a tensor of 384 elements into many chunks, a few, and one."""
 
 
 class MergerContract(MethodContract):
-    """The conformance tests of a merger.
+    """The conformance tests of a merger, on small tensors in memory.
 
-    A base is always given. A merger that refuses weights that differ, in `check_weights`, is tested with equal ones.
+    A base is given, but for the check that merges without one. Weights are unequal where the merger's `check_weights` accepts
+    that.
     """
 
     kind = "merger"
     merger: ClassVar[type[Merger] | None] = None
     """The class under test, in place of `method`."""
     models: ClassVar[int] = 3
-    """Models that are merged, as far as the merger takes so many."""
+    """Number of models that are merged, within what the merger's `models` allows."""
     shape: ClassVar[tuple[int, ...]] = (24, 16)
     tolerance: ClassVar[float] = 1e-5
-    """Largest difference, as a share of the largest value, that rounding may make in float32."""
+    """Largest difference that rounding in float32 may make, as a share of the largest value."""
 
     def own_options(self, folder: Path) -> Mapping[str, Sequence[Any]]:
-        """Return for options in the merger's `per_model` a value for each model, not all alike.
+        """Return values to test options in the merger's `per_model` with: for each option one value per model, not all equal.
 
-        Numbers, booleans and choices are found without it; for others, such as files, which may be written to `folder`, it says
-        what to test with.
+        Numbers, booleans and choices are found without it. Override it for other types, such as files.
+
+        Args:
+            folder: a directory for files that the values name.
         """
         return {}
 
-    # What is merged
+    # Fixtures
 
     def instance(self, *, neutral: bool = False, sort: bool = True, **options: Any) -> Merger:
-        """Return a new merger with `options` over those of the contract.
+        """Return a new merger.
 
         Args:
-            neutral: with the merger's `neutral` options, too.
-            sort: False leaves the models in the order given, where the merger is `commutative`, too.
-            options: of the merger.
+            neutral: whether it has the options of its `neutral`.
+            sort: False declares it not `commutative`, so that models come in the order in which they are given.
+            options: override those of the contract and of `neutral`.
         """
         subject, config = self._found
         if not sort:
@@ -78,23 +81,23 @@ class MergerContract(MethodContract):
 
     @functools.cached_property
     def _found(self) -> tuple[type[Merger], Any]:
-        # Looked up once a test: each search for plugins takes a while.
+        """The merger's class and its configuration, looked up once per check, since searching plugins takes a while."""
         return self.subject(), self.config()
 
     def count(self) -> int:
-        """Return how many models are merged: `models`, or the nearest number that the merger takes."""
+        """Return how many models are merged: `models`, or the nearest number that the merger allows."""
         fewest, most = self._found[0].models
         return max(fewest, self.models if most is None else min(self.models, most))
 
     def tensors(self, *, shape: tuple[int, ...] | None = None, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-        """Return a base, then one tensor a model: the base with differences of a tenth of its size."""
+        """Return the base's tensor, then each model's: the base plus random differences of a tenth of its size."""
         generator = torch.Generator().manual_seed(0)
         base = torch.randn(self.shape if shape is None else shape, generator=generator)
         moved = [base + 0.1 * torch.randn(base.shape, generator=generator) for _ in range(self.count())]
         return [tensor.to(dtype) for tensor in (base, *moved)]
 
     def weights(self) -> list[float]:
-        """Return weights that sum to one: unequal ones where the merger takes them."""
+        """Return the models' weights, of sum one: unequal ones where the merger accepts them."""
         count = self.count()
         unequal = [2 * (number + 1) / (count * (count + 1)) for number in range(count)]
         try:
@@ -116,18 +119,19 @@ class MergerContract(MethodContract):
         chunk: int = CHUNK,
         based: bool = True,
     ) -> Tensor:
-        """Return what is made of a base and models.
+        """Return one tensor, merged.
 
         Args:
-            order: the models' numbers in the order in which they are given, all that is theirs with them.
+            order: the models' numbers in the order in which they are given, with their weights and options; as they are where
+                None.
             merger: a new one where None.
-            tensors: the base's and the models'; those of `tensors` where None.
-            weights: the models'; those of `weights` where None.
-            options: each model's own.
-            inputs: what is known of each model.
+            tensors: the base's tensor, then the models'; those of the method `tensors` where None.
+            weights: the models' weights; those of the method `weights` where None.
+            options: each model's own options.
+            inputs: each model's name, path and so on.
             name: the tensor's name.
-            chunk: elements of a chunk, about.
-            based: whether there is a base.
+            chunk: elements per chunk, approximately.
+            based: whether a base is given.
         """
         base, *models = self.tensors() if tensors is None else tensors
         numbers = range(self.count()) if order is None else order
@@ -145,83 +149,95 @@ class MergerContract(MethodContract):
 
     def same(self, found: Tensor, expected: Tensor, what: str) -> None:
         """Fail unless two tensors are equal within `tolerance`."""
-        require(found.shape == expected.shape, f"{what}: shape {tuple(found.shape)}, not {tuple(expected.shape)}")
-        require(bool(found.isfinite().all()), f"{what}: values that aren't finite")
+        require(
+            found.shape == expected.shape,
+            f"{what}: the merged tensor has the shape {tuple(found.shape)} instead of {tuple(expected.shape)}",
+        )
+        require(bool(found.isfinite().all()), f"{what}: the merged tensor has values that aren't finite")
         error = _apart(found, expected)
         require(
             error <= self.tolerance,
-            f"{what}: off by {error:.1e} of the largest value ({self.tolerance:.0e} is allowed)",
+            f"{what}: the merged tensor is off by {error:.1e} of its largest value ({self.tolerance:.0e} is allowed)",
         )
 
     def _orders(self) -> list[list[int]]:
-        """Return other orders of the models."""
+        """Return other orders of the models' numbers: all rotations."""
         numbers = list(range(self.count()))
         return [[*numbers[shift:], *numbers[:shift]] for shift in range(1, self.count())]
 
     # Values
 
     def test_shape_is_kept_in_float32(self) -> None:
-        """Tensors of any shape and dtype merge into float32 of that shape, with finite values."""
+        """Tensors of several shapes and dtypes are merged into float32 tensors of their shape, with finite values."""
         for shape in (self.shape, (7,), (2, 3, 4), (1,), ()):
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 merged = self.merged(tensors=self.tensors(shape=shape, dtype=dtype))
                 what = f"from {dtype} {shape}".replace("torch.", "")
-                require(tuple(merged.shape) == shape, f"{what}: shape {tuple(merged.shape)}")
-                require(bool(merged.isfinite().all()), f"{what}: values that aren't finite")
+                require(
+                    tuple(merged.shape) == shape, f"{what} tensors: the merged one has the shape {tuple(merged.shape)}"
+                )
+                require(bool(merged.isfinite().all()), f"{what} tensors: the merged one has values that aren't finite")
 
     @after(SHAPE)
     def test_the_base_is_needed_as_declared(self) -> None:
-        """A merger that doesn't say `needs_base` merges without one."""
+        """A merger that doesn't declare `needs_base` merges models without a base."""
         if self._found[0].needs_base:
             return
         try:
             merged = self.merged(based=False)
         except Exception as error:
-            raise AssertionError(f"without a base it fails, and doesn't declare `needs_base`: {error}") from error
-        require(bool(merged.isfinite().all()), "without a base it gives values that aren't finite")
+            raise AssertionError(
+                f"the merger fails without a base, and doesn't declare `needs_base = True`: {error}"
+            ) from error
+        require(bool(merged.isfinite().all()), "without a base, the merged tensor has values that aren't finite")
 
     @after(SHAPE)
     def test_copies_of_one_model_give_that_model(self) -> None:
-        """Models that are all one merge into it: the base, another, or zeros, as new biases are. `neutral` counts."""
+        """Copies of one model merge into that model (the base, another, or zeros), with the options of `neutral`."""
         base, model, *_ = self.tensors()
         zeros = torch.zeros_like(base)
         for start, one, what in (
-            (base, base, "the base's copies"),
-            (base, model, "a model's copies"),
-            (zeros, zeros, "zeros, the base's copies"),
-            (base, zeros, "zeros"),
+            (base, base, "copies of the base"),
+            (base, model, "copies of a model"),
+            (zeros, zeros, "copies of a base of zeros"),
+            (base, zeros, "copies of a model of zeros"),
         ):
             copies = [one.clone() for _ in range(self.count())]
             self.same(self.merged(tensors=[start, *copies], merger=self.instance(neutral=True)), one, what)
 
     @after(SHAPE)
     def test_weights_one_and_zero_select(self) -> None:
-        """A model of weight one among models of weight zero comes out as it is. `neutral` counts."""
+        """A model of weight 1 among models of weight 0 is the result, with the options of `neutral`."""
         _, *tensors = self.tensors()
         for chosen, tensor in enumerate(tensors):
             weights = [float(number == chosen) for number in range(self.count())]
             try:
                 self.instance().check_weights(weights)
             except ConfigError as error:
-                raise SkipTest(f"the merger takes no such weights: {error}") from None
+                raise SkipTest(f"the merger refuses weights of 0 and 1: {error}") from None
             found = self.merged(weights=weights, merger=self.instance(neutral=True))
-            self.same(found, tensor, f"weights {weights}")
+            self.same(found, tensor, f"with the weights {weights}")
 
-    # What a merger may look at
+    # What a merger may depend on
 
     @after(SHAPE, BITS)
     def test_order_of_models_changes_nothing(self) -> None:
-        """A merger that is `commutative` gives the same for models in any order; the same bits where they are put into theirs."""
+        """A `commutative` merger gives the same for models in any order, and the same bits as the core sorts them."""
         if not self._found[0].commutative:
-            raise SkipTest("the order of models may mean something to it: it isn't `commutative`")
+            raise SkipTest("the merger isn't `commutative`, so the order of models may matter")
         expected, unsorted = self.merged(), self.merged(merger=self.instance(sort=False))
         for order in self._orders():
-            self.same(self.merged(order, merger=self.instance(sort=False)), unsorted, "in another order")
-            require(self.merged(order).equal(expected), "in another order: other bits, though models come as they did")
+            self.same(
+                self.merged(order, merger=self.instance(sort=False)), unsorted, "with the models in another order"
+            )
+            require(
+                self.merged(order).equal(expected),
+                "with the models in another order, the merged tensor has other bits, though the core sorts the models",
+            )
 
     @after(SHAPE)
     def test_options_of_a_model_are_its_own(self) -> None:
-        """Options in `per_model` count, and for the model that has them, wherever it stands."""
+        """An option in `per_model` has an effect, and for the model that it is given for, whatever the order of the models."""
         names = self._found[0].per_model
         plain = self.merged(merger=self.instance(sort=False))
         ordered = any(
@@ -235,18 +251,22 @@ class MergerContract(MethodContract):
                 own = self._own(name, given)
                 shared = self.merged(options=[own[0]] * self.count())
                 self.same(
-                    shared, self.merged(merger=self.instance(**own[0])), f"`{name}` of every model, not of the method"
+                    shared,
+                    self.merged(merger=self.instance(**own[0])),
+                    f"`{name}` given for every model instead of for all at once",
                 )
-                if ordered:  # models in another order mean something else
+                if ordered:  # the order of models matters to this merger
                     continue
                 for sort in (True, False):
-                    self._follows(own, name, sort)
+                    self._check_follows_model(own, name, sort)
         if unknown := [name for name in names if name not in known]:
-            raise SkipTest(f"say in `own_options` what to test `{', '.join(unknown)}` with; the others are right")
+            raise SkipTest(
+                f"return values of `{', '.join(unknown)}` from `own_options` to test them; the other options pass"
+            )
 
     @after(SHAPE, OPTIONS)
-    def test_every_option_counts(self) -> None:
-        """Each option of the configuration changes what is merged, alone or where another one is changed."""
+    def test_every_option_does_something(self) -> None:
+        """Each option of the configuration changes the merged tensors, alone or beside a change of another option."""
         subject, config = self._found
         with tempfile.TemporaryDirectory() as folder:
             given = self.own_options(Path(folder))
@@ -255,15 +275,17 @@ class MergerContract(MethodContract):
             }
             around: list[dict[str, Any]] = [{}]
             around += [{name: value} for name, several in values.items() for value in several]
-            idle = [name for name, several in values.items() if several and not self._counts(name, several, around)]
+            idle = [name for name, several in values.items() if several and not self._has_effect(name, several, around)]
         if subject.merge is not Merger.merge and idle:
-            raise SkipTest(f"`{', '.join(idle)}` may count in `merge`, which isn't tried here")
-        require(not idle, f"`{', '.join(idle)}` changes nothing, whatever its value")
+            raise SkipTest(f"`{', '.join(idle)}` may have an effect in `merge`, which this check doesn't call")
+        require(not idle, f"options without any effect: {', '.join(idle)}; use or remove each")
         if unknown := [name for name, several in values.items() if not several]:
-            raise SkipTest(f"say in `own_options` what to test `{', '.join(unknown)}` with; the others count")
+            raise SkipTest(
+                f"return values of `{', '.join(unknown)}` from `own_options` to test them; the other options have an effect"
+            )
 
-    def _counts(self, name: str, values: Sequence[Any], around: Sequence[Mapping[str, Any]]) -> bool:
-        """Tell whether an option has a value that changes what is merged, in one of some surroundings."""
+    def _has_effect(self, name: str, values: Sequence[Any], around: Sequence[Mapping[str, Any]]) -> bool:
+        """Tell whether one of an option's values changes the merged tensors, beside one of several changes of other options."""
         for other in around:
             if name in other or (plain := self._model(other)) is None:
                 continue
@@ -274,9 +296,9 @@ class MergerContract(MethodContract):
         return False
 
     def _model(self, options: Mapping[str, Any]) -> list[Tensor] | None:
-        """Return a model of two tensors of several sizes, merged with options; None where they don't go together.
+        """Return a merged model of two tensors; None where the merger refuses the options.
 
-        The weights' sum is not one where the merger takes such: dividing by it then makes a difference.
+        The weights don't sum to one where the merger accepts that, so that options about dividing by the sum have an effect.
         """
         try:
             merger = self.instance(**options)
@@ -298,15 +320,15 @@ class MergerContract(MethodContract):
         except ConfigError:
             return None
 
-    def _follows(self, own: Sequence[Mapping[str, Any]], name: str, sort: bool) -> None:
-        """Check that models in another order bring their options with them."""
+    def _check_follows_model(self, own: Sequence[Mapping[str, Any]], name: str, sort: bool) -> None:
+        """Fail unless an option that is given for one model keeps its effect on that model as the order of models changes."""
         expected = self.merged(options=own, merger=self.instance(sort=sort))
         for order in self._orders():
             found = self.merged(order, options=own, merger=self.instance(sort=sort))
-            self.same(found, expected, f"in another order, with `{name}` of a model")
+            self.same(found, expected, f"with the models in another order and `{name}` given for a model")
 
     def _own(self, name: str, given: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-        """Return options of models, one of them such that it changes what is merged."""
+        """Return each model's own options, among them a value of the named one that changes the merged tensor."""
         rest = [{other: given[other][number] for other in given if other != name} for number in range(self.count())]
         if name in given:
             trials = [[{**own, name: value} for own, value in zip(rest, given[name], strict=True)]]
@@ -317,25 +339,28 @@ class MergerContract(MethodContract):
             if not self.merged(options=own).equal(without):
                 return own
         tried = ", ".join(str(own[0][name]) for own in trials)
-        raise AssertionError(f"`{name}` of a model changes nothing (tried {tried})")
+        raise AssertionError(f"`{name}` given for one model has no effect (tried {tried})")
 
     @after(SHAPE)
     def test_chunks_of_any_size_give_the_same_tensor(self) -> None:
         """How a tensor is cut into chunks changes nothing: what needs the whole is measured, or a chunk is a whole tensor."""
-        *cut, whole = (self.merged(chunk=size) for size in _PIECES)
-        for size, found in zip(_PIECES, cut, strict=False):
+        *cut, whole = (self.merged(chunk=size) for size in _CHUNK_SIZES)
+        for size, found in zip(_CHUNK_SIZES, cut, strict=False):
             self.same(found, whole, f"in chunks of about {size} elements")
 
     @after(SHAPE, BITS)
     def test_tensors_do_not_depend_on_one_another(self) -> None:
-        """A tensor comes out the same, bit for bit, whatever was merged before it by the same merger."""
+        """A merged tensor has the same bits whatever the same merger merged before it."""
         merger, other = self.instance(), [3 * tensor.flip(0) for tensor in self.tensors()]
         self.merged(merger=merger, tensors=other, name="model.layers.1.mlp.up_proj.weight")
-        require(self.merged(merger=merger).equal(self.merged()), "merged after another, a tensor comes out otherwise")
+        require(
+            self.merged(merger=merger).equal(self.merged()),
+            "a tensor has other bits when the merger has merged another tensor before: keep nothing in `self`",
+        )
 
     @after(SHAPE)
-    def test_inputs_are_left_alone(self) -> None:
-        """Merging changes nothing of its inputs: neither tensors nor options nor what lies in the models' directories."""
+    def test_inputs_do_not_change(self) -> None:
+        """Merging changes none of its inputs: no tensors, no options, no files in the models' directories."""
         with tempfile.TemporaryDirectory() as folder:
             base, *tensors = self.tensors()
             inputs = [_written(Path(folder), number, tensor) for number, tensor in enumerate(tensors)]
@@ -350,23 +375,25 @@ class MergerContract(MethodContract):
             changed = [
                 f"tensor {number} (the base is 0)" for number, (old, new) in enumerate(olds) if not old.equal(new)
             ]
-            changed += ["a model's options"] * (options != before[1]) + ["its own options"] * (merger.config != config)
+            changed += ["a model's options"] * (options != before[1]) + ["the merger's configuration"] * (
+                merger.config != config
+            )
             now = _files(Path(folder))
             changed += [
                 str(path.relative_to(folder)) for path in {**before[2], **now} if before[2].get(path) != now.get(path)
             ]
-            require(not changed, f"merging changes {', '.join(changed)}")
+            require(not changed, f"merging changes its inputs: {', '.join(changed)}")
 
     @after(SHAPE)
     def test_the_same_inputs_give_the_same_bits(self) -> None:
-        """Merging again gives the same tensor, whatever else drew random numbers."""
+        """Merging again gives the same bits, whatever the state of the global random generators."""
         first = self.merged()
         torch.rand(1)
-        require(self.merged().equal(first), "another tensor")
+        require(self.merged().equal(first), "merging the same inputs again gives other bits: draw from `chunk.random`")
 
 
 def _apart(found: Tensor, expected: Tensor) -> float:
-    """Return the largest difference as a share of the largest value; of one where all are zero."""
+    """Return the largest difference as a share of the largest expected value, or itself where all of these are zero."""
     return float((found - expected.float()).abs().max()) / (float(expected.float().abs().max()) or 1.0)
 
 
@@ -379,7 +406,7 @@ def _other_values(config: Any, name: str) -> Iterator[Any]:
 
 
 def _written(folder: Path, number: int, tensor: Tensor) -> MergeInput:
-    """Return a model with a directory in which its tensor lies."""
+    """Write a model directory that holds a tensor, and return it as an input of a merge."""
     path = folder / f"model-{number}"
     path.mkdir()
     save_file({NAME: tensor}, path / "model.safetensors", metadata={"format": "pt"})
@@ -388,4 +415,5 @@ def _written(folder: Path, number: int, tensor: Tensor) -> MergeInput:
 
 
 def _files(folder: Path) -> dict[Path, bytes]:
+    """Return the contents of every file below a directory."""
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

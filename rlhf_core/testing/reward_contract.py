@@ -1,4 +1,4 @@
-"""What every reward promises, as tests to inherit.
+"""The conformance tests of rewards: a class to inherit.
 
 class TestBrevity(RewardContract):
     method = "acme-brevity"  # a registered name, or `reward = BrevityReward`, or a plain function
@@ -23,7 +23,7 @@ from rlhf_core.testing.arithmetic_task import ArithmeticTask
 from rlhf_core.testing.contract import MethodContract, after, is_number, require
 from rlhf_core.testing.tiny import tiny_tokenizer
 
-FLOATS = "test_one_finite_float_a_sample"
+FLOATS = "test_one_finite_float_per_sample"
 
 
 class RewardContract(MethodContract):
@@ -33,13 +33,13 @@ class RewardContract(MethodContract):
     reward: ClassVar[type[RewardFn] | RewardFunction | None] = None
     """The class or function under test, in place of `method`."""
     changes: ClassVar[Mapping[str, Any]] = {}
-    """Options → another value of each, with which some sample scores otherwise."""
+    """Option → another value, which changes the score of some sample."""
     tolerance: ClassVar[float] = 1e-5
-    """Difference, relative or absolute, that other company in a batch may make to a score, by rounding."""
+    """Largest difference, relative or absolute, that rounding may make to a score as other samples are scored with it."""
 
     @classmethod
     def subject(cls) -> Any:
-        """Return the class under test; of a function, a class that scores by it."""
+        """Return the class under test; for a function, a class that scores with it."""
         given = super().subject()
         if isinstance(given, type):
             return given
@@ -54,7 +54,7 @@ class RewardContract(MethodContract):
         return Function
 
     def config(self) -> Any:
-        """Return the reward's configuration with `options`; a function has none, and takes them as arguments."""
+        """Return the reward's configuration with `options`; an empty one for a function, which gets them as arguments."""
         return BaseConfig() if issubclass(self.subject(), FunctionReward) else super().config()
 
     def instance(self) -> RewardFn:
@@ -62,13 +62,13 @@ class RewardContract(MethodContract):
         return self.subject()(self.config())
 
     def ready(self) -> RewardFn:
-        """Return a new reward that is prepared, as a run has it before the first samples."""
+        """Return a new reward after `prepare`, as a run has it before it scores samples."""
         reward = self.instance()
         reward.prepare()
         return reward
 
     def samples(self) -> list[Sample]:
-        """Return samples to score, at least four, with the columns that the reward reads."""
+        """Return samples to score, at least four, with every column that the reward reads."""
         tokenizer = tiny_tokenizer()
         right, wrong = (list(ArithmeticTask(wrong=share).rows("sft", 4, seed=1)) for share in (0.0, 1.0))
         answers = [row["answer"] for row in ArithmeticTask().rows("prompt", 4, seed=1)]
@@ -85,7 +85,7 @@ class RewardContract(MethodContract):
         ]
 
     def grouped(self) -> list[Sample]:
-        """Return the samples with those of one prompt as a group; each its own group where all have one prompt."""
+        """Return the samples with a group number per prompt; each in its own group where all have the same prompt."""
         samples = self.samples()
         prompts = [json.dumps(sample.prompt, default=repr) for sample in samples]
         number = {prompt: at for at, prompt in enumerate(dict.fromkeys(prompts))}
@@ -100,15 +100,15 @@ class RewardContract(MethodContract):
             same = math.isclose(one, other, rel_tol=self.tolerance, abs_tol=self.tolerance)
             require(same, f"{what}: sample {number} scores {one!r} instead of {other!r}")
 
-    def test_one_finite_float_a_sample(self) -> None:
-        """Each sample gets one finite float; no samples, no scores."""
+    def test_one_finite_float_per_sample(self) -> None:
+        """Each sample gets one finite float; no samples get an empty list."""
         reward, samples = self.ready(), self.samples()
         for batch in (samples, samples[:1], []):
             scores = reward.score(batch)
             require(isinstance(scores, list), f"`score` returns a {type(scores).__name__}, not a list")
-            require(len(scores) == len(batch), f"{len(scores)} scores for {len(batch)} samples")
+            require(len(scores) == len(batch), f"`score` returns {len(scores)} scores for {len(batch)} samples")
             wrong = [f"sample {number}: {score!r}" for number, score in enumerate(scores) if not is_number(score)]
-            require(not wrong, f"not a finite float: {', '.join(wrong[:4])}")
+            require(not wrong, f"`score` must return finite floats; it returns for {', '.join(wrong[:4])}")
 
     @after(FLOATS)
     def test_scores_follow_the_order_of_samples(self) -> None:
@@ -118,11 +118,11 @@ class RewardContract(MethodContract):
         Random(0).shuffle(order)
         scores = reward.score(samples)
         moved = reward.score([samples[number] for number in order])
-        self.same(moved, [scores[number] for number in order], "in another order")
+        self.same(moved, [scores[number] for number in order], "with the samples in another order")
 
     @after(FLOATS)
-    def test_scores_do_not_depend_on_company(self) -> None:
-        """A sample's score is its own, or its group's, whichever other samples are scored together with it."""
+    def test_scores_do_not_depend_on_other_samples(self) -> None:
+        """A sample's score depends on the sample, or its group, but on no other samples that are scored with it."""
         reward, samples = self.ready(), self.grouped()
         whole = reward.score(samples)
         groups = list(dict.fromkeys(sample.group for sample in samples))
@@ -131,46 +131,50 @@ class RewardContract(MethodContract):
             for first in range(0, len(groups), size):
                 chosen = [at for at, one in enumerate(samples) if one.group in groups[first : first + size]]
                 found |= zip(chosen, reward.score([samples[at] for at in chosen]), strict=True)
-            self.same([found[at] for at in range(len(samples))], whole, f"{size} prompts at a time")
+            self.same([found[at] for at in range(len(samples))], whole, f"with {size} prompts at a time")
 
     @after(FLOATS)
     def test_group_numbers_mean_nothing(self) -> None:
-        """Which number a group has changes no score: it only says which samples answer one prompt."""
+        """The numbers of groups change no score: they only say which samples have the same prompt."""
         reward, samples = self.ready(), self.grouped()
         other = [replace(sample, group=1000 - 7 * sample.group) for sample in samples]
         self.same(reward.score(other), reward.score(samples), "with other group numbers")
 
     @after(FLOATS)
     def test_any_completion_has_a_score(self) -> None:
-        """Completions that were cut off, are empty, or have tokens that the policy didn't write get a finite float as well."""
+        """Completions that are truncated, empty, without token ids, or with masked tokens get a finite float as well."""
         reward, samples = self.ready(), self.grouped()
         for what, changed in (
-            ("cut off", [replace(sample, stop_reason="length") for sample in samples]),
+            ("truncated", [replace(sample, stop_reason="length") for sample in samples]),
             ("empty", [replace(sample, completion="", completion_ids=()) for sample in samples]),
-            ("without ids", [replace(sample, prompt_ids=(), completion_ids=()) for sample in samples]),
+            ("without token ids", [replace(sample, prompt_ids=(), completion_ids=()) for sample in samples]),
             ("masked", [replace(one, mask=[at % 2 == 0 for at in range(len(one.completion_ids))]) for one in samples]),
         ):
             scores = reward.score(changed)
             bad = len(scores) != len(changed) or not all(map(is_number, scores))
-            require(not bad, f"completions that are {what} score {scores[:4]}, not one finite float a sample")
+            require(
+                not bad, f"completions that are {what} get the scores {scores[:4]}, not one finite float per sample"
+            )
 
     @after(FLOATS)
     def test_the_same_samples_score_the_same(self) -> None:
-        """Scoring again, or with a new instance, gives the same floats."""
+        """Scoring the same samples again, or with a new instance, gives the same floats."""
         reward, samples = self.ready(), self.samples()
         first = reward.score(samples)
-        require(reward.score(samples) == first, "the same samples score otherwise the second time")
+        require(reward.score(samples) == first, "the same samples get other scores the second time")
         again = self.ready()
-        require(again.score(samples) == first, "the same samples score otherwise with a new instance")
+        require(again.score(samples) == first, "the same samples get other scores from a new instance")
 
     @after(FLOATS)
     def test_options_change_scores(self) -> None:
         """Each option in `changes`, set to the value there, changes the score of some sample."""
         own = list(self.changes) or list(self.subject().Config.model_fields)
         if not own:
-            raise SkipTest("it has no options")
+            raise SkipTest("the reward has no options")
         if not self.changes:
-            raise SkipTest(f"`changes` names no option to try, of {', '.join(own)}")
+            raise SkipTest(
+                f"set `changes` on the contract class to values that change a score, of the options {', '.join(own)}"
+            )
         samples = self.samples()
         before = self.ready().score(samples)
         for name, value in self.changes.items():
@@ -178,40 +182,47 @@ class RewardContract(MethodContract):
                 "Changed", (type(self),), {"options": {**self.options, name: value}, "expected_failures": {}}
             )
             after = changed().ready().score(samples)
-            require(after != before, f"`{name}: {value!r}` changes no score of the samples")
+            require(after != before, f"option `{name}: {value!r}` changes no score of the samples")
 
     def test_what_it_describes_is_recorded(self) -> None:
-        """What it says of itself for a run's record is JSON, and the same for each instance, or no run could be resumed."""
+        """`describe`, which a run records, returns JSON values, the same for each instance, as a resume compares them."""
         found = self.instance().describe()
         require(isinstance(found, dict), f"`describe` returns a {type(found).__name__}, not a dict")
         try:
             text = json.dumps(found, sort_keys=True)
         except (TypeError, ValueError) as error:
-            raise AssertionError(f"`describe` returns what JSON can't hold: {error}") from None
+            raise AssertionError(f"`describe` returns values that JSON can't hold: {error}") from None
         again = json.dumps(self.instance().describe(), sort_keys=True)
-        require(text == again, f"`describe` of a new instance says otherwise: {again[:100]} for {text[:100]}")
+        require(
+            text == again,
+            f"`describe` of a new instance differs: {again[:100]} instead of {text[:100]}, so no run could be resumed",
+        )
 
-    def test_samples_are_left_alone(self) -> None:
-        """Scoring changes nothing in the samples, which other rewards see too."""
+    def test_samples_do_not_change(self) -> None:
+        """Scoring doesn't change the samples, which other rewards score too."""
         samples = self.samples()
         before: list[dict[str, Any]] = copy.deepcopy([asdict(sample) for sample in samples])
         reward = self.ready()
         reward.score(samples)
         reward.score_steps(samples)
         for number, sample in enumerate(samples):
-            require(asdict(sample) == before[number], f"sample {number} isn't as it was")
+            require(asdict(sample) == before[number], f"scoring changes sample {number}, which other rewards score too")
 
     def test_steps_are_finite_floats(self) -> None:
-        """A step-wise reward gives each sample a list of finite floats, in order; any other gives None."""
+        """`score_steps` returns a list of finite floats for each sample, in order, or None."""
         reward, samples = self.ready(), self.grouped()
         scores = reward.score_steps(samples)
         if scores is None:
             return
-        require(len(scores) == len(samples), f"{len(scores)} lists of step scores for {len(samples)} samples")
+        require(len(scores) == len(samples), f"`score_steps` returns {len(scores)} lists for {len(samples)} samples")
         for number, steps in enumerate(scores):
             require(
-                isinstance(steps, list) and bool(steps), f"sample {number} gets {steps!r}, not a list of step scores"
+                isinstance(steps, list) and bool(steps),
+                f"`score_steps` returns {steps!r} for sample {number}, not a list of step scores",
             )
-            require(all(map(is_number, steps)), f"sample {number} has a step score that isn't a finite float: {steps}")
+            require(
+                all(map(is_number, steps)),
+                f"`score_steps` returns step scores that aren't finite floats for sample {number}: {steps}",
+            )
         for number, found in zip(reversed(range(len(samples))), reward.score_steps(samples[::-1]) or [], strict=True):
-            self.same(found, scores[number], f"steps of sample {number} in another order")
+            self.same(found, scores[number], f"with the samples in another order, steps of sample {number}")

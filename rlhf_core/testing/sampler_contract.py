@@ -1,4 +1,4 @@
-"""What every sampler promises, as tests to inherit.
+"""The conformance tests of samplers: a class to inherit.
 
 class TestDistinct(SamplerContract):
     method = "acme-distinct"  # a registered name, or `sampler = DistinctSampler`
@@ -26,30 +26,31 @@ from rlhf_core.testing.option_values import other_values
 from rlhf_core.testing.tiny import tiny_policy
 
 STOP_REASONS = ("end", "length")
+"""What `Completion.stop_reason` may be."""
 COUNTS = "test_n_completions_for_each_prompt"
-TOKENS = "test_completions_tell_how_they_were_drawn"
+TOKENS = "test_completions_are_complete"
 OWN = "test_log_probabilities_are_the_policys"
 REPEATS = "test_a_seed_repeats_the_completions"
 SEED = 20
 
 
 class SamplerContract(MethodContract):
-    """The conformance tests of a sampler."""
+    """The conformance tests of a sampler, on tiny policies."""
 
     kind = "sampler"
     sampler: ClassVar[type[Sampler] | None] = None
     """The class under test, in place of `method`."""
     tolerance: ClassVar[float] = 1e-4
-    """Difference in nats between log-probabilities of one token, by rounding."""
+    """Largest difference that rounding may make between log-probabilities of a token, nats, relative and absolute."""
     no_effect: ClassVar[Sequence[str]] = ()
-    """Options that change no completion and no score, for a good reason, such as how many are scored at once."""
+    """Options that rightly change no completion and no score, such as how many are scored at once."""
     reward: DigitReward | None = None
-    """What `models` gave as rewards."""
+    """The reward that `models` last returned."""
 
     def models(self) -> dict[str, Any]:
-        """Return the models that the sampler is built from, by role: tiny policies, and a reward of the kit.
+        """Return the models that the sampler is built from, by role: tiny policies, and the kit's reward.
 
-        Override it where a role needs another.
+        Override it where a role needs another model.
         """
         self.reward = DigitReward()
         kinds = self.subject().roles.items()
@@ -60,7 +61,7 @@ class SamplerContract(MethodContract):
         return self.subject()(self.config(), **self.models())
 
     def prompts(self) -> list[Any]:
-        """Return prompts as text, no two alike."""
+        """Return different prompts, as text."""
         return list(islice(ArithmeticTask().problems(seed=1), 3))
 
     def chats(self) -> list[Any]:
@@ -68,67 +69,81 @@ class SamplerContract(MethodContract):
         return list(islice(ArithmeticTask(chat=True).problems(seed=1), 2))
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return rows: prompts with other columns."""
+        """Return rows of data: prompts with other columns."""
         return list(ArithmeticTask().rows("prompt", 3, seed=1))
 
     def test_n_completions_for_each_prompt(self) -> None:
-        """Each prompt gets exactly n completions, in the order of the prompts; no prompts, no completions."""
+        """Each prompt gets exactly n completions, in the order of the prompts; no prompts get none."""
         sampler, prompts = self.instance(), self.prompts()
         for n in (1, 2, 3, 4):
             found = sampler.sample(prompts, n, seed=SEED)
-            require(len(found) == len(prompts), f"{len(found)} lists for {len(prompts)} prompts")
+            require(
+                len(found) == len(prompts),
+                f"`sample` returns {len(found)} lists of completions for {len(prompts)} prompts",
+            )
             for number, completions in enumerate(found):
                 require(len(completions) == n, f"prompt {number} gets {len(completions)} completions, not n = {n}")
                 kinds = {type(one).__name__ for one in completions if not isinstance(one, Completion)}
-                require(not kinds, f"prompt {number} gets {', '.join(sorted(kinds))} in place of a Completion")
+                require(not kinds, f"prompt {number} gets {', '.join(sorted(kinds))} instead of `Completion`s")
         many = len(sampler.sample(prompts[:1], 17, seed=SEED)[0])
         require(many == 17, f"prompt 0 gets {many} completions, not n = 17")
         empty = sampler.sample([], 2, seed=SEED)
-        require(len(empty) == 0, f"{len(empty)} lists for no prompt")
+        require(len(empty) == 0, f"`sample` returns {len(empty)} lists of completions for no prompts")
 
     def test_one_completion_by_default(self) -> None:
-        """Without n, each prompt gets one completion."""
+        """Without `n`, each prompt gets one completion."""
         counts = [len(completions) for completions in self.instance().sample(self.prompts())]
-        require(counts == [1] * len(self.prompts()), f"without n, the prompts get {counts} completions")
+        require(
+            counts == [1] * len(self.prompts()),
+            f"without `n`, the prompts get {counts} completions instead of one each",
+        )
 
     @after(OWN)
     def test_chat_messages_are_prompts_too(self) -> None:
-        """Prompts may be chat messages, and are rendered as in training: the completions are those of the chat."""
+        """Prompts may be chat messages, rendered by the chat template as in training."""
         chats, sampler = self.chats(), self.instance()
         found = sampler.sample(chats, 2, seed=SEED)
         counts = [len(completions) for completions in found]
-        require(counts == [2] * len(chats), f"{len(chats)} chats get {counts} completions, not 2 each")
+        require(
+            counts == [2] * len(chats), f"{len(chats)} prompts of chat messages get {counts} completions, not 2 each"
+        )
         self._require_own(sampler, chats, found, "chat")
 
     @after(OWN, REPEATS)
     def test_rows_are_prompts_too(self) -> None:
-        """Prompts may be rows; their `prompt` is answered, and their other columns reach the reward."""
+        """Prompts may be rows of data: their `prompt` is completed, and their other columns reach the reward."""
         rows, sampler = self.rows(), self.instance()
         reward, asked = self.reward, [row["prompt"] for row in rows]
         found = sampler.sample(rows, 2, seed=SEED)
         counts = [len(completions) for completions in found]
-        require(counts == [2] * len(rows), f"{len(rows)} rows get {counts} completions, not 2 each")
+        require(counts == [2] * len(rows), f"{len(rows)} rows of data get {counts} completions, not 2 each")
         plain = self.instance().sample(asked, 2, seed=SEED)
         self._require_own(sampler, asked, found, "row")
         if "reward" not in self.subject().roles.values():
-            require(_ids(found) == _ids(plain), "rows get other completions than their prompts alone")
+            require(_ids(found) == _ids(plain), "rows of data get other completions than their prompts alone")
             return
         if reward is not None:
             answers = {str(columns.get("answer")) for columns in reward.columns}
             wanted = {row["answer"] for row in rows}
-            require(answers == wanted, f"the rows' `answer` {sorted(wanted)} reaches the reward as {sorted(answers)}")
+            require(
+                answers == wanted,
+                f"the column `answer` of the rows, {sorted(wanted)}, reaches the reward as {sorted(answers)}",
+            )
 
     @after(COUNTS)
     def test_best_first(self) -> None:
-        """Scores are set in all completions or in none, are finite, and fall: the best stands first."""
+        """All completions of a prompt have finite scores, the best first, or none has a score."""
         found = self.instance().sample(self.prompts(), 4, seed=SEED)
         for number, completions in enumerate(found):
             scores = [one.score for one in completions]
             if all(score is None for score in scores):
                 continue
             numbers = [score for score in scores if score is not None and is_number(score)]
-            require(len(numbers) == len(scores), f"prompt {number}: not all scores are finite floats: {scores}")
-            require(numbers == sorted(numbers, reverse=True), f"prompt {number}: the best isn't first: {numbers}")
+            require(len(numbers) == len(scores), f"prompt {number}: some scores aren't finite floats: {scores}")
+            require(
+                numbers == sorted(numbers, reverse=True),
+                f"prompt {number}: completions aren't sorted with the best first; scores: {numbers}",
+            )
         given = self.reward.given if self.reward is not None else {}
         pairs = [
             (one.score, given[tuple(one.ids)])
@@ -139,29 +154,31 @@ class SamplerContract(MethodContract):
             for score, own in pairs:
                 require(
                     _close(score, own),
-                    f"a completion's score is {score:.4g}, which the reward gave another one; its own is {own:.4g}",
+                    f"a completion's score is {score:.4g}, which the reward gave to another completion; to this one it gave"
+                    f" {own:.4g}",
                 )
 
     @after(COUNTS)
     def test_larger_rewards_are_kept(self) -> None:
-        """Under a reward, the first completions are worth more by it than under its opposite."""
+        """The first completions have larger rewards than those of the same sampler under the opposite reward."""
         worth = []
         for sign in (1, -1):
             models = self.models()
             if self.reward is None or self.reward not in models.values():
-                raise SkipTest("no model is the kit's reward")
+                raise SkipTest("the sampler isn't built from the kit's reward")
             self.reward.sign = sign
             firsts = [group[0] for group in self.subject()(self.config(), **models).sample(self.prompts(), seed=SEED)]
             worth.append(sum(self.reward.worth(one.text, one.ids) for one in firsts) / max(len(firsts), 1))
         require(
             worth[0] >= worth[1],
-            f"the first completions are worth {worth[0]:.3f} under the kit's reward, and {worth[1]:.3f} under its opposite: a"
-            " larger reward is a better one",
+            f"the mean reward of the first completions is {worth[0]:.3f} under the kit's reward, and {worth[1]:.3f} under its"
+            " opposite:"
+            " larger rewards must be better",
         )
 
     @after(REPEATS)
     def test_every_option_does_something(self) -> None:
-        """Another value of each option changes some completion or score, or is refused."""
+        """Each option has a value that changes a completion or a score."""
 
         def tried(config: BaseConfig) -> Any:
             found = self.subject()(config, **self.models()).sample(self.prompts(), 2, seed=SEED)
@@ -182,11 +199,15 @@ class SamplerContract(MethodContract):
                     break
             else:
                 idle += [name] if base else []
-        require(not idle, f"no effect on completions or scores: {', '.join(idle)}; use it, or name it in `no_effect`")
+        require(
+            not idle,
+            f"options without any effect on completions or scores: {', '.join(idle)}; use or remove each, or name it in"
+            " `no_effect`",
+        )
 
     @after(COUNTS)
-    def test_completions_tell_how_they_were_drawn(self) -> None:
-        """Each token has a log-probability as drawn and the model's own, each completion an end and the text of its ids."""
+    def test_completions_are_complete(self) -> None:
+        """Completions have two log-probabilities per token, a stop reason that fits their ids, and the text of their ids."""
         sampler = self.instance()
         tokenizer = _tokenizer(sampler)
         for number, completions in enumerate(sampler.sample(self.prompts(), 4, seed=SEED)):
@@ -195,71 +216,88 @@ class SamplerContract(MethodContract):
                 size = len(one.ids)
                 for name in ("logprobs", "raw_logprobs"):
                     values = getattr(one, name)
-                    require(len(values) == size, f"{place}: {len(values)} {name} for {size} ids")
+                    require(
+                        len(values) == size, f"{place}: a completion has {len(values)} `{name}` for {size} token ids"
+                    )
                     wrong = [value for value in values if not _is_logprob(value)]
-                    require(not wrong, f"{place}: not a log-probability: {wrong[:4]}")
-                require(len(one.kept_mass) in (0, size), f"{place}: {len(one.kept_mass)} kept_mass for {size} ids")
+                    require(not wrong, f"{place}: `{name}` holds {wrong[:4]}, no log-probabilities")
+                require(
+                    len(one.kept_mass) in (0, size),
+                    f"{place}: a completion has {len(one.kept_mass)} `kept_mass` for {size} token ids",
+                )
                 wrong = [value for value in one.kept_mass if not 0 < value <= 1 + 1e-6]
-                require(not wrong, f"{place}: not a share of the distribution: {wrong[:4]}")
+                require(not wrong, f"{place}: `kept_mass` holds {wrong[:4]}, no probabilities above 0")
                 known = one.stop_reason in STOP_REASONS
-                require(known, f"{place}: stop_reason is {one.stop_reason!r}, not one of {', '.join(STOP_REASONS)}")
+                require(known, f"{place}: `stop_reason` is {one.stop_reason!r}, not one of {', '.join(STOP_REASONS)}")
                 if tokenizer is not None:
                     ended = bool(size) and one.ids[-1] == tokenizer.eos_token_id
-                    require(ended == (one.stop_reason == "end"), f"{place}: stop_reason is {one.stop_reason!r}, and the last "
-                            f"id is {'the' if ended else 'no'} end token")  # fmt: skip
+                    require(
+                        ended == (one.stop_reason == "end"),
+                        f"{place}: `stop_reason` is {one.stop_reason!r}, but the last id is {'the' if ended else 'no'} end token",
+                    )
                     text = tokenizer.decode(list(one.ids)[: size - ended])
-                    require(one.text == text, f"{place}: the text {one.text!r} isn't what its ids say, {text!r}")
+                    require(
+                        one.text == text,
+                        f"{place}: the text of a completion is {one.text!r}, but its ids decode to {text!r}",
+                    )
 
     @after(TOKENS)
     def test_log_probabilities_are_the_policys(self) -> None:
-        """Scored again by the policy, each token has the log-probabilities that its completion tells."""
+        """The policy, scoring the completions, gives each token the log-probabilities that its completion has."""
         sampler, prompts = self.instance(), self.prompts()
         self._require_own(sampler, prompts, sampler.sample(prompts, 3, seed=SEED), "prompt")
 
     @after(COUNTS)
     def test_a_seed_repeats_the_completions(self) -> None:
-        """The same seed gives the same completions, whatever was drawn before."""
+        """The same seed gives the same completions, on a used sampler and on a new one."""
         sampler, prompts = self.instance(), self.prompts()
         first = sampler.sample(prompts, 2, seed=SEED)
-        for who, again in (("again", sampler), ("by a new instance", self.instance())):
-            require(_ids(again.sample(prompts, 2, seed=SEED)) == _ids(first), f"{who}, the same seed draws otherwise")
+        for who, again in (("a second call", sampler), ("a new instance", self.instance())):
+            require(
+                _ids(again.sample(prompts, 2, seed=SEED)) == _ids(first),
+                f"with the same seed, {who} gives other completions",
+            )
 
     @after(REPEATS)
     def test_other_seeds_draw_otherwise(self) -> None:
-        """Another seed gives other completions, and without one every call does."""
+        """Another seed gives other completions, and so does every call without a seed."""
         sampler, prompts = self.instance(), self.prompts()
         found = [sampler.sample(prompts, 4, seed=seed) for seed in (SEED, SEED + 1, None, None)]
         if all(value == 0 for one in _flat(found[0]) for value in one.logprobs):
-            raise SkipTest("with these options nothing is drawn at random: every token has probability 1")
+            raise SkipTest("with these options nothing is drawn at random: every token has the probability 1")
         varied = any(len({tuple(one.ids) for one in group}) > 1 for group in found[0])
-        require(varied, "the 4 completions of each prompt are all the same one, though tokens are drawn at random")
+        require(varied, "the 4 completions of each prompt are all equal, though tokens are drawn at random")
         require(_ids(found[0]) != _ids(found[1]), "another seed gives the same completions")
         require(_ids(found[2]) != _ids(found[3]), "without a seed, a second call gives the same completions")
 
     @after(REPEATS)
-    def test_completions_do_not_depend_on_company(self) -> None:
-        """With a seed, a prompt gets the same completions and scores alone as among others."""
+    def test_completions_do_not_depend_on_other_prompts(self) -> None:
+        """With a seed, a prompt gets the same completions and scores alone as together with other prompts."""
         sampler, prompts = self.instance(), [*self.prompts(), *self.chats()]
         together = sampler.sample(prompts, 2, seed=SEED)
         for number, prompt in enumerate(prompts):
             (alone,) = sampler.sample([prompt], 2, seed=SEED)
             same = _ids([alone]) == _ids([together[number]])
-            require(same, f"prompt {number} alone gets other completions than among {len(prompts)}")
+            require(same, f"prompt {number} gets other completions alone than together with {len(prompts) - 1} others")
             for one, other in zip(alone, together[number], strict=True):
                 equal = one.score == other.score or (
                     one.score is not None
                     and other.score is not None
                     and math.isclose(one.score, other.score, rel_tol=self.tolerance, abs_tol=self.tolerance)
                 )
-                require(equal, f"prompt {number} alone scores {one.score}, among {len(prompts)} {other.score}")
+                require(
+                    equal,
+                    f"a completion of prompt {number} scores {one.score} alone and {other.score} together with"
+                    f" {len(prompts) - 1} others",
+                )
 
     @after(COUNTS)
-    def test_models_are_left_alone(self) -> None:
-        """Sampling changes no weight and no mode of a model, and gives none of them a gradient."""
+    def test_models_do_not_change(self) -> None:
+        """Sampling changes no weights or modes of the policies, and leaves no gradients in them."""
         sampler = self.instance()
         policies = {role: sampler.models[role] for role, kind in sampler.roles.items() if kind == "policy"}
         if not policies:
-            raise SkipTest("no role is a policy")
+            raise SkipTest("the sampler has no policy")
         before = {role: [value.clone() for value in policy.state_dict().values()] for role, policy in policies.items()}
         for policy in policies.values():
             policy.train()
@@ -267,48 +305,62 @@ class SamplerContract(MethodContract):
         for role, policy in policies.items():
             same = all(old.equal(new) for old, new in zip(before[role], policy.state_dict().values(), strict=True))
             require(same, f"sampling changes the weights of `{role}`")
-            require(all(part.training for part in policy.modules()), f"`{role}` was training, and is left otherwise")
-            require(all(one.grad is None for one in policy.parameters()), f"sampling leaves a gradient in `{role}`")
+            require(
+                all(part.training for part in policy.modules()),
+                f"sampling leaves modules of `{role}` in evaluation mode, which were in training mode",
+            )
+            require(
+                all(one.grad is None for one in policy.parameters()),
+                f"sampling leaves gradients in the parameters of `{role}`",
+            )
 
     @after(OWN)
-    def test_sampling_options_count(self) -> None:
-        """Options of generation reach the draw: the limit holds, and truncation is told by `kept_mass`."""
+    def test_sampling_options_take_effect(self) -> None:
+        """Sampling options take effect: the token limit holds, and `kept_mass` shows what top-p and top-k kept."""
         config = self.config()
         names = [name for name in type(config).model_fields if isinstance(getattr(config, name), SamplingConfig)]
         if not names:
-            raise SkipTest("no option is a `SamplingConfig`")
+            raise SkipTest("the sampler has no option of the type `SamplingConfig`")
         options = {"max_new_tokens": 3, "temperature": 0.7, "top_p": 0.6, "top_k": 50}
         changed = config.updated(**dict.fromkeys(names, options))
         sampler, prompts = self.subject()(changed, **self.models()), self.prompts()
         found = sampler.sample(prompts, 3, seed=SEED)
         longest = max(len(one.ids) for one in _flat(found))
         require(longest <= 3, f"with `max_new_tokens: 3` a completion has {longest} tokens")
-        told = [value for one in _flat(found) for value in (*one.kept_mass, *([1.0] * (not one.kept_mass)))]
-        require(min(told) < 0.99, "with `top_p: 0.6` and `top_k: 50`, `kept_mass` says that nothing was cut off")
-        self._require_own(sampler, prompts, found, "with truncation, prompt")
+        masses = [value for one in _flat(found) for value in (*one.kept_mass, *([1.0] * (not one.kept_mass)))]
+        require(
+            min(masses) < 0.99,
+            "with `top_p: 0.6` and `top_k: 50`, every `kept_mass` is 1, as if nothing had been truncated",
+        )
+        self._require_own(sampler, prompts, found, "with top-p and top-k, prompt")
 
     @after(COUNTS)
-    def test_prompts_are_left_alone(self) -> None:
-        """Sampling changes nothing in the prompts, which the caller still needs."""
+    def test_prompts_do_not_change(self) -> None:
+        """Sampling doesn't change the caller's prompts and rows."""
         for prompts in (self.chats(), self.rows()):
             before = copy.deepcopy(prompts)
             self.instance().sample(prompts, 2, seed=SEED)
-            require(prompts == before, f"the prompts aren't as they were: {prompts[0]!r}, before {before[0]!r}")
+            require(prompts == before, f"`sample` changes its prompts: {prompts[0]!r}, before {before[0]!r}")
 
     @after(REPEATS)
-    def test_global_random_state_is_left_alone(self) -> None:
-        """With a seed, Python's, numpy's and torch's own random numbers go on as if nothing had been sampled."""
+    def test_global_random_state_does_not_change(self) -> None:
+        """Sampling with a seed doesn't change the global random states of Python, numpy and torch."""
         sampler, prompts = self.instance(), self.prompts()
         before = RandomState.capture().to_json()
-        sampler.sample(prompts, 2, seed=SEED + 5)  # which no other check left the state of
+        sampler.sample(prompts, 2, seed=SEED + 5)  # no other check uses this seed
         now = RandomState.capture().to_json()
         moved = [name for name in ("python", "numpy", "torch_cpu") if now[name] != before[name]]
-        require(not moved, f"sampling with a seed moves the global random state of {', '.join(moved)}")
+        require(not moved, f"sampling with a seed changes the global random state of {', '.join(moved)}")
 
     def _require_own(
         self, sampler: Sampler, prompts: Sequence[Any], found: Sequence[Sequence[Completion]], what: str
     ) -> None:
-        """Fail unless the tokens that the policy wrote have the log-probabilities that it gives them behind these prompts."""
+        """Fail unless completions have the log-probabilities that the policy gives to their tokens after these prompts.
+
+        Args:
+            found: each prompt's completions.
+            what: what the message calls a prompt.
+        """
         import torch
 
         from rlhf_core.contracts.batch import Batch
@@ -324,23 +376,24 @@ class SamplerContract(MethodContract):
                 continue
             with torch.no_grad():
                 own = sampler.policy.token_logps(batch, temperature=divisor)
-            told = batch[column]
+            stated = batch[column]
             if column == "sampled_logps" and "kept_mass" in batch.per_token:
-                told = told + batch["kept_mass"].clamp(min=1e-30).log()
-            wrong = ((told - own).abs() > self.tolerance * (1 + own.abs())) & batch.loss_mask
+                stated = stated + batch["kept_mass"].clamp(min=1e-30).log()
+            wrong = ((stated - own).abs() > self.tolerance * (1 + own.abs())) & batch.loss_mask
             for response in wrong.any(dim=1).nonzero()[:1, 0].tolist():
                 token = int(wrong[response].nonzero()[0, 0])
                 raise AssertionError(
-                    f"{what} {int(batch.owner[response])}: `{_FIELDS[column]}` of token {token} is {told[response, token]:.4f}"
-                    f" where the policy gives {own[response, token]:.4f}"
+                    f"{what} {int(batch.owner[response])}: `{_FIELDS[column]}` of token {token} is {stated[response, token]:.4f}"
+                    f" but the policy gives {own[response, token]:.4f}"
                 )
 
 
 _FIELDS = {"raw_logps": "raw_logprobs", "sampled_logps": "logprobs"}
+"""Columns of a batch of completions → the fields of `Completion` that they are made from."""
 
 
 def _temperature(sampler: Sampler) -> float | None:
-    """Return the temperature that a sampler's configuration draws with, where it says one above 0."""
+    """Return the temperature in a sampler's configuration; None where there isn't exactly one, above 0."""
     config = sampler.config
     values = {name: getattr(config, name) for name in type(config).model_fields}
     found = [value.temperature for value in values.values() if isinstance(value, SamplingConfig)]
@@ -349,6 +402,7 @@ def _temperature(sampler: Sampler) -> float | None:
 
 
 def _tokenizer(sampler: Sampler) -> Any:
+    """Return the policy's tokenizer, None without a policy."""
     return sampler.policy.tokenizer if sampler.roles.get("policy") == "policy" else None
 
 

@@ -1,6 +1,6 @@
-"""A language model small enough for any test: a byte-level tokenizer and a random Llama, built in process.
+"""A language model small enough for any test: a byte-level tokenizer and a random Llama, made in memory.
 
-Nothing is downloaded and nothing is drawn from the global random state, so the same arguments give the same bits.
+Nothing is downloaded, and the global random state isn't used, so the same arguments give the same bits.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ CHAT_TEMPLATE = (
 
 
 def tiny_tokenizer(*, add_bos: bool = True, chat_template: bool = True) -> PreTrainedTokenizerFast:
-    """Return a tokenizer of 263 tokens: 7 special ones and a token a byte, so that every text survives a round trip.
+    """Return a tokenizer of 263 tokens: 7 special ones and one per byte, so that every text survives a round trip.
 
     Args:
-        add_bos: whether encoding plain text puts `<|bos|>` first, as Llama's tokenizer does. The chat template writes
-            one in any case, so rendering a chat and then encoding it as text would double it.
-        chat_template: whether it has a chat template; without one it stands for a base model.
+        add_bos: whether encoding text puts `<|bos|>` first, as Llama's tokenizer does. The chat template always writes one, so a
+            rendered chat that is encoded as text has two.
+        chat_template: whether it has a chat template; a base model's tokenizer has none.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -103,7 +103,7 @@ def tiny_model(
         pad_token_id=SPECIAL_TOKENS.index(PAD),
         bos_token_id=SPECIAL_TOKENS.index(BOS),
         eos_token_id=SPECIAL_TOKENS.index(END),
-        # At so small a width the usual 0.02 leaves every layer near zero, and training stands still for long.
+        # At so small a width, the usual 0.02 makes every layer's output nearly zero, and training hardly starts.
         initializer_range=hidden**-0.5,
         dtype="float32",
     )
@@ -120,6 +120,7 @@ def tiny_policy(seed: int = 0) -> PolicyModel:
 
 @functools.cache
 def _made(seed: int) -> PolicyModel:
+    """Return the policy of `tiny_policy`, made once; its end token has a large logit after any byte."""
     import torch
 
     from rlhf_core.generation.decoding import decoding_of

@@ -156,7 +156,7 @@ class BasicChecks(TrainerSetup):
             )
 
     @after(GRADIENT)
-    def test_frozen_models_stay(self) -> None:
+    def test_frozen_models_do_not_change(self) -> None:
         """Models that aren't trained get no gradient and keep their weights; the reference doesn't follow the policy."""
         bench = self.bench()
         trainer = bench.trainer

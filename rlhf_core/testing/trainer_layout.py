@@ -99,7 +99,7 @@ class LayoutChecks(TrainerSetup):
             self.same_metrics(found, expected, f"with {count} processes")
 
     @after(GRADIENT)
-    def test_a_share_without_rows_is_taken(self) -> None:
+    def test_a_process_without_rows_takes_part(self) -> None:
         """A process without rows in a step gathers as often as the others, and yields an empty window with the same columns."""
         if not self.repeatable:
             raise SkipTest(

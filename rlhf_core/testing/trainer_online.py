@@ -24,7 +24,7 @@ class OnlineChecks(TrainerSetup):
     """Faults that only a method with rollouts can have."""
 
     @after(TERMS)
-    def test_draws_differ(self) -> None:
+    def test_completions_differ(self) -> None:
         """Completions of one prompt differ within a group, between rows, and from step to step."""
         self._require_online()
         bench = self.bench()
@@ -91,7 +91,7 @@ class OnlineChecks(TrainerSetup):
         )
 
     @after(GRADIENT)
-    def test_temperature_is_that_of_the_draw(self) -> None:
+    def test_temperature_reaches_the_loss(self) -> None:
         """Completions drawn at a temperature are scored at that temperature."""
         if not (self.rewarded and self._is_config()):
             raise SkipTest("the method has no rewards, or its configuration isn't an `OnlineConfig`")

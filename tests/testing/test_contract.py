@@ -97,7 +97,7 @@ def test_nothing_heavy_is_imported_before_it_is_used() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_check_prints_a_line_a_check(capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_prints_one_line_per_check(capsys: pytest.CaptureFixture[str]) -> None:
     registry.register("merger", "sum", merger_plugins.Linear)
     assert run_contract("mergers", "sum") == 0
     *lines, summary = capsys.readouterr().out.splitlines()
@@ -106,12 +106,12 @@ def test_check_prints_a_line_a_check(capsys: pytest.CaptureFixture[str]) -> None
     assert summary.startswith(f"merger sum: {len(lines)} ok in ")
 
 
-def test_check_tells_what_failed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_reports_what_failed(capsys: pytest.CaptureFixture[str]) -> None:
     registry.register("merger", "average", merger_plugins.IgnoresWeights)
     assert run_contract("merger", "average") == 5
     out = capsys.readouterr().out
     (failed,) = (line for line in out.splitlines() if line.startswith("failed"))
-    assert "test_weights_one_and_zero_select: weights [1.0, 0.0, 0.0]: off by" in failed
+    assert "test_weights_one_and_zero_select: with the weights [1.0, 0.0, 0.0]: the merged tensor is off by" in failed
     assert "1 failed" in out.splitlines()[-1]
 
 

@@ -88,11 +88,15 @@ class MovesWeights:
 @pytest.mark.parametrize(
     ("hook", "check", "reason"),
     [
-        (Deaf, "test_it_listens", "it hears nothing: mark a function with `@hookimpl`, one of run_started, step_ended"),
-        (Misspelt, "test_it_listens", "there is no event `step_end`; did you mean `step_ended`"),
-        (NeedsADirectory, "test_it_takes_every_event", "TypeError in run_ended.* in a run without a directory"),
-        (RaisesOnFailure, "test_it_takes_every_event", "AttributeError in run_failed"),
-        (MovesWeights, "test_it_leaves_the_run_alone", "the run ends in other weights where it listens"),
+        (
+            Deaf,
+            "test_it_handles_an_event",
+            "the hook handles no event: mark a function with `@hookimpl`, named as one of run_started, step_ended",
+        ),
+        (Misspelt, "test_it_handles_an_event", "there is no event `step_end`; did you mean `step_ended`"),
+        (NeedsADirectory, "test_no_event_raises", "TypeError in run_ended.* in a run without a directory"),
+        (RaisesOnFailure, "test_no_event_raises", "AttributeError in run_failed"),
+        (MovesWeights, "test_the_run_does_not_change", "a run with the hook ends with other weights"),
     ],
 )
 def test_a_fault_is_caught(hook: type, check: str, reason: str) -> None:

@@ -17,36 +17,48 @@ from rlhf_core.testing.runner import run_checks
 OPTIONS = "test_options_of_a_model_are_its_own"
 FAULTS: dict[type[Merger], dict[str, str]] = {
     mergers.AddsToBase: {
-        "test_copies_of_one_model_give_that_model": "copies: off by",
-        "test_weights_one_and_zero_select": r"weights \[1.0, 0.0, 0.0\]: off by",
+        "test_copies_of_one_model_give_that_model": "copies of .*: the merged tensor is off by",
+        "test_weights_one_and_zero_select": r"with the weights \[1.0, 0.0, 0.0\]: the merged tensor is off by",
     },
-    mergers.IgnoresWeights: {"test_weights_one_and_zero_select": "off by"},
-    mergers.FirstWins: {"test_order_of_models_changes_nothing": "in another order: off by"},
-    mergers.CountsPlaces: {"test_order_of_models_changes_nothing": "in another order: other bits"},
+    mergers.IgnoresWeights: {"test_weights_one_and_zero_select": "the merged tensor is off by"},
+    mergers.FirstWins: {
+        "test_order_of_models_changes_nothing": "with the models in another order: the merged tensor is off by"
+    },
+    mergers.CountsPlaces: {
+        "test_order_of_models_changes_nothing": "with the models in another order, the merged tensor has other bits"
+    },
     mergers.Doubles: {
         "test_shape_is_kept_in_float32": r"got float64 of shape \[384\]; fix: return float32 of shape \[384\]"
     },
     mergers.Flattens: {
         "test_shape_is_kept_in_float32": r"got float32 of shape \[384\]; fix: return float32 of shape \[24, 16\]"
     },
-    mergers.Drops: {"test_the_same_inputs_give_the_same_bits": "another tensor"},
+    mergers.Drops: {"test_the_same_inputs_give_the_same_bits": "merging the same inputs again gives other bits"},
     mergers.Divides: {
-        "test_copies_of_one_model_give_that_model": "zeros, the base's copies: values that aren't finite"
+        "test_copies_of_one_model_give_that_model": "copies of a base of zeros: the merged tensor has values that aren't finite"
     },
     mergers.NeedsBase: {
-        "test_the_base_is_needed_as_declared": "without a base it fails, and doesn't declare `needs_base`"
+        "test_the_base_is_needed_as_declared": "the merger fails without a base, and doesn't declare `needs_base"
     },
-    mergers.Unscaled: {"test_every_option_counts": "`scale` changes nothing, whatever its value"},
-    mergers.ByChunk: {"test_chunks_of_any_size_give_the_same_tensor": "in chunks of about 4 elements: off by"},
+    mergers.Unscaled: {"test_every_option_does_something": "options without any effect: scale;"},
+    mergers.ByChunk: {
+        "test_chunks_of_any_size_give_the_same_tensor": "in chunks of about 4 elements: the merged tensor is off by"
+    },
     mergers.Remembers: {
-        "test_tensors_do_not_depend_on_one_another": "merged after another, a tensor comes out otherwise"
+        "test_tensors_do_not_depend_on_one_another": "a tensor has other bits when the merger has merged another tensor before"
     },
-    mergers.Leaves: {"test_inputs_are_left_alone": "merging changes .*model-0/norms.json"},
-    mergers.Appends: {"test_inputs_are_left_alone": "merging changes its own options"},
-    mergers.OneForAll: {OPTIONS: "in another order, with `scale` of a model: off by"},
-    mergers.NextOnes: {OPTIONS: "in another order, with `scale` of a model: off by"},
-    mergers.ByPlace: {OPTIONS: "in another order, with `scale` of a model: off by"},
-    mergers.Unread: {OPTIONS: r"`power` of a model changes nothing \(tried two\)"},
+    mergers.Leaves: {"test_inputs_do_not_change": "merging changes its inputs: .*model-0/norms.json"},
+    mergers.Appends: {"test_inputs_do_not_change": "merging changes its inputs: the merger's configuration"},
+    mergers.OneForAll: {
+        OPTIONS: "with the models in another order and `scale` given for a model: the merged tensor is off by"
+    },
+    mergers.NextOnes: {
+        OPTIONS: "with the models in another order and `scale` given for a model: the merged tensor is off by"
+    },
+    mergers.ByPlace: {
+        OPTIONS: "with the models in another order and `scale` given for a model: the merged tensor is off by"
+    },
+    mergers.Unread: {OPTIONS: r"`power` given for one model has no effect \(tried two\)"},
 }
 
 
@@ -86,7 +98,7 @@ def test_an_option_without_a_known_value_is_skipped_by_name_and_the_others_are_t
     one = contract_of(MergerContract, Unmasked)
     (found,) = (check for check in run_checks(one) if check.name == OPTIONS)
     assert (found.status, found.reason) == (
-        "skipped", "say in `own_options` what to test `mask` with; the others are right"
+        "skipped", "return values of `mask` from `own_options` to test them; the other options pass"
     )  # fmt: skip
 
 

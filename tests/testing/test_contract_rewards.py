@@ -39,24 +39,26 @@ class TestFunction(RewardContract):
 
 
 FAULTS: dict[type, dict[str, str]] = {
-    rewards.OneScore: {"test_one_finite_float_a_sample": "1 scores for 8 samples"},
-    rewards.NoScore: {"test_one_finite_float_a_sample": "not a finite float: sample .*: None"},
+    rewards.OneScore: {"test_one_finite_float_per_sample": "`score` returns 1 scores for 8 samples"},
+    rewards.NoScore: {"test_one_finite_float_per_sample": "must return finite floats; it returns for sample .*: None"},
     rewards.Unordered: {
-        "test_scores_follow_the_order_of_samples": "in another order: sample . scores",
-        "test_scores_do_not_depend_on_company": "1 prompts at a time: sample . scores",
+        "test_scores_follow_the_order_of_samples": "with the samples in another order: sample . scores",
+        "test_scores_do_not_depend_on_other_samples": "with 1 prompts at a time: sample . scores",
     },
-    rewards.Relative: {"test_scores_do_not_depend_on_company": "1 prompts at a time: sample . scores"},
-    rewards.Loose: {"test_steps_are_finite_floats": "steps of sample . in another order: sample 0 scores"},
+    rewards.Relative: {"test_scores_do_not_depend_on_other_samples": "with 1 prompts at a time: sample . scores"},
+    rewards.Loose: {
+        "test_steps_are_finite_floats": "with the samples in another order, steps of sample .: sample 0 scores"
+    },
     rewards.Numbered: {"test_group_numbers_mean_nothing": "with other group numbers: sample 0 scores"},
-    rewards.Fussy: {"test_any_completion_has_a_score": r"completions that are cut off score \[nan"},
+    rewards.Fussy: {"test_any_completion_has_a_score": r"completions that are truncated get the scores \[nan"},
     rewards.PerWord: {"test_any_completion_has_a_score": "ZeroDivisionError"},
     rewards.Masked: {"test_any_completion_has_a_score": "TypeError"},
-    rewards.Unscaled: {"test_options_change_scores": "`scale: 2.0` changes no score"},
-    rewards.Dated: {"test_what_it_describes_is_recorded": "`describe` of a new instance says otherwise"},
-    rewards.Opaque: {"test_what_it_describes_is_recorded": "`describe` returns what JSON can't hold"},
-    rewards.Noisy: {"test_the_same_samples_score_the_same": "score otherwise the second time"},
-    rewards.Writes: {"test_samples_are_left_alone": "sample 0 isn't as it was"},
-    rewards.BadSteps: {"test_steps_are_finite_floats": "sample 0 has a step score that isn't a finite float"},
+    rewards.Unscaled: {"test_options_change_scores": "option `scale: 2.0` changes no score"},
+    rewards.Dated: {"test_what_it_describes_is_recorded": "`describe` of a new instance differs"},
+    rewards.Opaque: {"test_what_it_describes_is_recorded": "`describe` returns values that JSON can't hold"},
+    rewards.Noisy: {"test_the_same_samples_score_the_same": "get other scores the second time"},
+    rewards.Writes: {"test_samples_do_not_change": "scoring changes sample 0"},
+    rewards.BadSteps: {"test_steps_are_finite_floats": "step scores that aren't finite floats for sample 0"},
 }
 
 

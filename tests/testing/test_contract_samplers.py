@@ -31,39 +31,53 @@ class TestRanked(SamplerContract):
 
 FAULTS: dict[type[Sampler], dict[str, str]] = {
     samplers.Fewer: {"test_n_completions_for_each_prompt": "prompt 0 gets 3 completions, not n = 4"},
-    samplers.ManyByDefault: {"test_one_completion_by_default": r"without n, the prompts get \[4, 4, 4\] completions"},
+    samplers.ManyByDefault: {"test_one_completion_by_default": r"without `n`, the prompts get \[4, 4, 4\] completions"},
     samplers.TextOnly: {"test_chat_messages_are_prompts_too": "chat 0: `raw_logprobs` of token 0 is"},
     samplers.NoRows: {"test_rows_are_prompts_too": "row 0: `raw_logprobs` of token 0 is"},
-    samplers.NoColumns: {"test_rows_are_prompts_too": r"the rows' `answer` .* reaches the reward as \['None'\]"},
-    samplers.WorstFirst: {"test_best_first": "prompt 0: the best isn't first"},
-    samplers.ScoresOfTheNext: {"test_best_first": "a completion's score is .*, which the reward gave another one"},
-    samplers.KeepsTheLeast: {"test_larger_rewards_are_kept": "under its opposite: a larger reward is a better one"},
-    samplers.CopiesTheFirst: {"test_other_seeds_draw_otherwise": "are all the same one, though tokens are drawn"},
-    samplers.IdleOption: {"test_every_option_does_something": "no effect on completions or scores: draws;"},
-    samplers.OneScored: {"test_best_first": "prompt 0: not all scores are finite floats"},
-    samplers.RelativeScores: {"test_completions_do_not_depend_on_company": "prompt . alone scores"},
-    samplers.NoLogprobs: {"test_completions_tell_how_they_were_drawn": "0 logprobs for"},
-    samplers.Positive: {"test_completions_tell_how_they_were_drawn": "not a log-probability"},
-    samplers.UnknownEnd: {"test_completions_tell_how_they_were_drawn": "stop_reason is 'eos', not one of end, length"},
-    samplers.LostEnd: {
-        "test_completions_tell_how_they_were_drawn": "stop_reason is 'end', and the last id is no end token"
+    samplers.NoColumns: {
+        "test_rows_are_prompts_too": r"the column `answer` of the rows, .*, reaches the reward as \['None'\]"
     },
-    samplers.StrippedText: {"test_completions_tell_how_they_were_drawn": "isn't what its ids say"},
+    samplers.WorstFirst: {"test_best_first": "prompt 0: completions aren't sorted with the best first"},
+    samplers.ScoresOfTheNext: {
+        "test_best_first": "a completion's score is .*, which the reward gave to another completion"
+    },
+    samplers.KeepsTheLeast: {"test_larger_rewards_are_kept": "under its opposite: larger rewards must be better"},
+    samplers.CopiesTheFirst: {"test_other_seeds_draw_otherwise": "are all equal, though tokens are drawn"},
+    samplers.IdleOption: {
+        "test_every_option_does_something": "options without any effect on completions or scores: draws;"
+    },
+    samplers.OneScored: {"test_best_first": "prompt 0: some scores aren't finite floats"},
+    samplers.RelativeScores: {
+        "test_completions_do_not_depend_on_other_prompts": "a completion of prompt . scores .* alone and"
+    },
+    samplers.NoLogprobs: {"test_completions_are_complete": "a completion has 0 `logprobs` for"},
+    samplers.Positive: {"test_completions_are_complete": "`logprobs` holds .*, no log-probabilities"},
+    samplers.UnknownEnd: {"test_completions_are_complete": "`stop_reason` is 'eos', not one of end, length"},
+    samplers.LostEnd: {"test_completions_are_complete": "`stop_reason` is 'end', but the last id is no end token"},
+    samplers.StrippedText: {"test_completions_are_complete": "but its ids decode to"},
     samplers.TemperedAsRaw: {"test_log_probabilities_are_the_policys": "prompt 0: `raw_logprobs` of token 0 is"},
     samplers.RawAsDrawn: {"test_log_probabilities_are_the_policys": "prompt 0: `logprobs` of token 0 is"},
-    samplers.Seedless: {"test_a_seed_repeats_the_completions": "again, the same seed draws otherwise"},
+    samplers.Seedless: {
+        "test_a_seed_repeats_the_completions": "with the same seed, a second call gives other completions"
+    },
     samplers.OneSeed: {"test_other_seeds_draw_otherwise": "another seed gives the same completions"},
     samplers.ZeroByDefault: {
         "test_other_seeds_draw_otherwise": "without a seed, a second call gives the same completions"
     },
-    samplers.SeedByPlace: {"test_completions_do_not_depend_on_company": "prompt . alone gets other completions"},
-    samplers.FixedOptions: {"test_sampling_options_count": "with `max_new_tokens: 3` a completion has"},
-    samplers.SilentlyCut: {"test_sampling_options_count": "`kept_mass` says that nothing was cut off"},
-    samplers.CutAsDrawn: {"test_sampling_options_count": "with truncation, prompt 0: `logprobs` of token 0 is"},
-    samplers.TakesPrompts: {"test_prompts_are_left_alone": "the prompts aren't as they were"},
-    samplers.SeedsTheWorld: {"test_global_random_state_is_left_alone": "moves the global random state of torch_cpu"},
+    samplers.SeedByPlace: {"test_completions_do_not_depend_on_other_prompts": "prompt . gets other completions alone"},
+    samplers.FixedOptions: {"test_sampling_options_take_effect": "with `max_new_tokens: 3` a completion has"},
+    samplers.SilentlyCut: {
+        "test_sampling_options_take_effect": "every `kept_mass` is 1, as if nothing had been truncated"
+    },
+    samplers.CutAsDrawn: {
+        "test_sampling_options_take_effect": "with top-p and top-k, prompt 0: `logprobs` of token 0 is"
+    },
+    samplers.TakesPrompts: {"test_prompts_do_not_change": "`sample` changes its prompts"},
+    samplers.SeedsTheWorld: {
+        "test_global_random_state_does_not_change": "changes the global random state of torch_cpu"
+    },
     samplers.AtMostEight: {"test_n_completions_for_each_prompt": "prompt 0 gets 8 completions, not n = 17"},
-    samplers.LeftInEvaluation: {"test_models_are_left_alone": "`policy` was training, and is left otherwise"},
+    samplers.LeftInEvaluation: {"test_models_do_not_change": "sampling leaves modules of `policy` in evaluation mode"},
 }
 
 

@@ -78,7 +78,7 @@ FAULTS: dict[type[Trainer], dict[str, str]] = {
     },
     trainers.TrainsNothing: {"test_trained_models_get_a_gradient": "the loss gives no trained parameter a gradient"},
     trainers.OtherHeader: {
-        "test_header_is_the_class": "`record` is 'unpaired' in the source .*trainer_plugins.py:.* and 'sft'"
+        "test_header_agrees_with_the_class": "`record` is 'unpaired' in the source .*trainer_plugins.py:.* and 'sft'"
     },
     trainers.BareOption: {"test_every_option_is_described": "options without a description: strength"},
     trainers.LossyOption: {
@@ -99,9 +99,9 @@ FAULTS: dict[type[Trainer], dict[str, str]] = {
     trainers.SeedsExperience: {
         "test_loss_leaves_no_trace": "`experience` seeds the global random generator of `torch`"
     },
-    trainers.MovesTheFrozen: {"test_frozen_models_stay": "weights of frozen models change: teacher"},
+    trainers.MovesTheFrozen: {"test_frozen_models_do_not_change": "weights of frozen models change: teacher"},
     trainers.MovesTheReference: {
-        "test_frozen_models_stay": "the reference's log-probabilities change as the policy learns",
+        "test_frozen_models_do_not_change": "the reference's log-probabilities change as the policy learns",
         "test_loss_falls": "doesn't lower the loss: it is 0.6931 before and 0.6931 after 20 steps",
     },
     trainers.DropsRows: {"test_experience_keeps_the_rows": "rows of the data that no window of `experience` holds"},
@@ -122,11 +122,12 @@ FAULTS: dict[type[Trainer], dict[str, str]] = {
         "test_order_of_rows_changes_nothing": "with rows in another order, the first update changes: loss",
     },
     trainers.ForgetsEmptyShares: {
-        "test_a_share_without_rows_is_taken": "the window of a process without rows has other columns than the others': first",
+        "test_a_process_without_rows_takes_part": "the window of a process without rows has other columns than the others':"
+        " first",
     },
     trainers.GathersWithinRows: {
         "test_processes_change_nothing": "don't gather equally often",
-        "test_a_share_without_rows_is_taken": "gather",
+        "test_a_process_without_rows_takes_part": "gather",
     },
     trainers.OwnMean: {"test_processes_change_nothing": "with 2 processes, the first update changes: loss"},
     trainers.ClimbsUp: {"test_loss_falls": "doesn't lower the loss: it is .* before and .* after 20 steps"},
@@ -164,9 +165,9 @@ FAULTS: dict[type[Trainer], dict[str, str]] = {
     trainers.LosesTheFirst: {"test_no_token_is_lost": "the first token of a response isn't in the loss"},
     trainers.MasksTheEnd: {"test_no_token_is_lost": "its end token, isn't in the loss"},
     trainers.CutsTheEnd: {"test_no_token_is_lost": "completions lose their end token"},
-    trainers.ScoresAtOne: {"test_temperature_is_that_of_the_draw": "`generation.temperature` doesn't reach the loss"},
-    trainers.RatioToTheRaw: {"test_temperature_is_that_of_the_draw": "`sampled_logps`, not `raw_logps`"},
-    trainers.SwapsTheReference: {"test_frozen_models_stay": "column `ref_logps` holds .* of other responses"},
+    trainers.ScoresAtOne: {"test_temperature_reaches_the_loss": "`generation.temperature` doesn't reach the loss"},
+    trainers.RatioToTheRaw: {"test_temperature_reaches_the_loss": "`sampled_logps`, not `raw_logps`"},
+    trainers.SwapsTheReference: {"test_frozen_models_do_not_change": "column `ref_logps` holds .* of other responses"},
     # The sign
     trainers.Unlearns: {"test_it_learns_in_the_right_direction": "the loss has the wrong sign"},
     trainers.PrefersTheRejected: {"test_it_learns_in_the_right_direction": "the loss has the wrong sign"},
@@ -177,9 +178,9 @@ FAULTS: dict[type[Trainer], dict[str, str]] = {
     trainers.BaselineOfOthers: {"test_order_of_rows_changes_nothing": "does each get its own reward"},
     trainers.RewardsOfTheNext: {"test_order_of_rows_changes_nothing": "does each get its own reward"},
     # Draws
-    trainers.ConstantSeeds: {"test_draws_differ": "rows with equal prompts get the same completions in one step"},
-    trainers.OneSeedOfAGroup: {"test_draws_differ": "completions of row .* are all equal"},
-    trainers.SeedsWithoutStep: {"test_draws_differ": "the same completions in two steps"},
+    trainers.ConstantSeeds: {"test_completions_differ": "rows with equal prompts get the same completions in one step"},
+    trainers.OneSeedOfAGroup: {"test_completions_differ": "completions of row .* are all equal"},
+    trainers.SeedsWithoutStep: {"test_completions_differ": "the same completions in two steps"},
     # Processes
     trainers.WhitensAlone: {"test_processes_change_nothing": "with 2 processes, the first update changes: loss"},
     trainers.GathersPerRow: {"test_processes_change_nothing": "don't gather equally often"},
