@@ -93,6 +93,7 @@ class _Forced(LogitsProcessor):
         self.tokens, self.logits = tokens, list[Tensor]()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Keep the logits (B, V) of a step, and return scores that leave the loop the step's known token."""
         self.logits.append(scores[0].clone())
         chosen = torch.full_like(scores[:, :1], self.tokens[len(self.logits) - 1], dtype=torch.long)
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)

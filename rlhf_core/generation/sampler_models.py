@@ -113,7 +113,9 @@ def _check_roles(sampler: type[Sampler], given: Mapping[str, Any]) -> None:
             if roles[role] == "policy"
             else "a reward: a name, a function, a RewardFn, or a reward model's path"
         )
-        raise ConfigError(f"the sampler needs `{role}`", place=f"{name}({role}=…)", fix=f"give it {what}")
+        raise ConfigError(
+            f"no model is given for the sampler's role `{role}`", place=f"{name}({role}=…)", fix=f"give it {what}"
+        )
 
 
 def _model(sampler: type[Sampler], role: str, kind: str, given: Any) -> Any:

@@ -74,7 +74,9 @@ class HeadFiles:
         about = head_description(self.directory, self.name)
         for key, kind in {"width": int, **keys}.items():
             if not isinstance(about.get(key), kind):
-                raise ModelError(f"lacks `{key}`", place=str(self.description_file), fix="save the model again")
+                raise ModelError(
+                    f"the head's file lacks `{key}`", place=str(self.description_file), fix="save the model again"
+                )
         if about["width"] != width:
             raise ModelError(
                 f"the {_words(self.name)} doesn't fit the backbone",
@@ -96,7 +98,9 @@ class HeadFiles:
 
     def unknown(self, got: str, fix: str) -> ModelError:
         """Return the error of a description with a value that this version can't read."""
-        return ModelError("describes a head that can't be read", place=str(self.description_file), got=got, fix=fix)
+        return ModelError(
+            "the file describes a head that can't be read", place=str(self.description_file), got=got, fix=fix
+        )
 
     def load_into(self, head: nn.Module) -> None:
         """Load the tensors into a head in place.
@@ -131,10 +135,10 @@ def warn_of_heads(source: str | Path, *, own: str | None = None) -> None:
     for name in HEADS:
         tensors, description = (where / f"{name}.{suffix}" for suffix in ("safetensors", "json"))
         if own is None and tensors.is_file():
-            log.warning("%s is a %s: its backbone is taken, and its %s isn't", source, kind_of(name), _words(name))
+            log.warning("%s is a %s: its backbone is used, and its %s isn't", source, kind_of(name), _words(name))
         elif own not in (None, name) and (tensors.is_file() or description.is_file()):
             log.warning(
-                "%s has a %s, which another method trained and which isn't used: its backbone is given a new head",
+                "%s has a %s, which another method trained and which isn't used: its backbone gets a new head",
                 source,
                 _words(name),
             )

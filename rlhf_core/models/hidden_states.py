@@ -92,10 +92,11 @@ class HiddenStates:
     def check(self, batch: Batch) -> None:
         """Raise ValueError where these states are another batch's; their own batch with more columns is fine."""
         if self.batch.response_ids is not batch.response_ids or self.batch.prompt_ids is not batch.prompt_ids:
-            raise ValueError("these are the hidden states of another batch")
+            raise ValueError("the given hidden states are those of another batch")
 
     @property
     def _at(self) -> Tensor:
+        """(R, T) flat indices of the states at response tokens."""
         if self.layout.at is None:
             raise ValueError("the states at last tokens were left out: call `hidden_states` without `drop_last`")
         return self.layout.at

@@ -223,7 +223,7 @@ def _put_adapters(
         about = describe_adapter(adapted)
         if wanted is not None and (difference := Targets.of(adapted).difference(wanted)) is not None:
             raise ConfigError(
-                "the adapter has other targets than were set",
+                "the adapter isn't on the modules that the options name",
                 place="lora",
                 got=difference,
                 fix="leave `lora` out to continue training the adapter, or set `adapter: fold` to train a new one on top of it",
@@ -260,7 +260,7 @@ def check_weights(model: nn.Module, missing: Iterable[str], source: str, *, base
         return
     if head := next((name for name in HEADS if (Path(base) / f"{name}.json").is_file()), None):
         fix = "name the model that it was made from"
-        raise ModelError(f"is a {kind_of(head)}, not a language model", place=source, fix=fix)
+        raise ModelError(f"the checkpoint is a {kind_of(head)}, not a language model", place=source, fix=fix)
     if absent[0].startswith(("score", "classifier")):
         raise ModelError(
             "the checkpoint has no reward head, so its scores would be random",
@@ -419,4 +419,4 @@ def _load_error(source: str, error: Exception) -> ModelError:
         )
     if not Path(source).exists():
         return no_such_model(source, error)
-    return ModelError("can't be loaded", place=source, got=describe_error(error, lines=2))
+    return ModelError("the model can't be loaded", place=source, got=describe_error(error, lines=2))

@@ -43,6 +43,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, precision: torch.dtype
     ) -> Tensor:
+        """Return (S,) float32 log-probabilities; `precision` is the dtype of the matrix products."""
         ctx.dtypes, ctx.scale = (hidden.dtype, weight.dtype), scale
         hidden, weight = hidden.to(precision), weight.to(precision)
         hidden_learns, weight_learns = ctx.needs_input_grad[:2]
@@ -70,6 +71,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        """Return the gradients of h (S, D) and W (V, D) for the upstream gradient (S,); None for one that isn't trained."""
         hidden_learns, weight_learns = ctx.needs_input_grad[:2]
         hidden_dtype, weight_dtype = ctx.dtypes
         factors = (-ctx.scale * upstream)[:, None]

@@ -109,6 +109,7 @@ class ModelReward(RewardFn, Generic[ModelT]):
         _ = self.model
 
     def describe(self) -> dict[str, Any]:
+        """Return the hashes of the model's files, or of its weights, for a run's record."""
         loaded = "model" in self.__dict__
         files = None if loaded else file_hashes(self.config.model.path)
         return {"files": self.model.describe()["files"] if files is None else files}

@@ -180,7 +180,7 @@ def _output_layer_of(policy: PolicyModel) -> OutputLayer:
     probed, kind = policy.probe_result, type(policy.network).__name__
     if not probed.causal:
         raise ModelError(
-            "is not a causal language model: what it predicts for a token depends on the tokens after it",
+            "the model is not a causal language model: what it predicts for a token depends on the tokens after it",
             place=policy.source,
             got=f"{kind}: earlier hidden states change by a factor of {probed.leak:.1e} with later tokens",
             fix="use a decoder, or set `is_decoder: true` in its config.json where it was trained as one",

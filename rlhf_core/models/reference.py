@@ -90,7 +90,7 @@ class Reference:
             mode = "adapter_off" if policy.fresh_adapter else "copy"
         if mode == "adapter_off" and not policy.fresh_adapter:
             raise ConfigError(
-                "with the adapter off the model isn't the one that was passed in",
+                "with its adapter off, the policy isn't the model that was passed in",
                 place="reference",
                 got="a policy without a fresh adapter",
                 fix="set `lora`, or `reference: copy`",
@@ -201,7 +201,7 @@ class Reference:
     def _look_up(self, batch: Batch, temperature: float) -> Tensor:
         """Return (R,) the precomputed log-probabilities of a batch's responses, on its device."""
         if self._known is None:
-            raise RuntimeError("`precompute` must run before the reference is read")
+            raise RuntimeError("`Reference.precompute` must be called before log-probabilities are looked up")
         if temperature != self._temperature:
             fix = "set `reference: auto`, which keeps a model to compute them"
             raise _other_temperature("reference", temperature, self._temperature, fix)
@@ -209,7 +209,7 @@ class Reference:
             values = [self._known[digest] for digest in _digests(batch)]
         except KeyError:
             raise ModelError(
-                "a response has no precomputed reference log-probability",
+                "a response isn't among those whose reference log-probabilities were precomputed",
                 place="reference: precompute",
                 got=f"rows {list(batch.rows)[:8]}",
                 fix="the data changed since the run began: start a new run, or use `reference: copy`",
@@ -263,9 +263,9 @@ def _read(path: Path) -> tuple[dict[bytes, float], float]:
     """
     tensors = read_tensors(path)
     if tensors.keys() != {"digests", "logps", "temperature", "sha256"}:
-        raise ValueError(f"it holds {', '.join(sorted(tensors)) or 'nothing'}")
+        raise ValueError(f"its tensors are {', '.join(sorted(tensors)) or 'none'}")
     if not torch.equal(tensors.pop("sha256"), _checksum(tensors)):
-        raise ValueError("it has another SHA-256 than when it was written")
+        raise ValueError("its contents don't have the SHA-256 that was written with them")
     known = dict(zip((row.numpy().tobytes() for row in tensors["digests"]), tensors["logps"].tolist(), strict=True))
     return known, float(tensors["temperature"])
 

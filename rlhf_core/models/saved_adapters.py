@@ -220,7 +220,7 @@ def _misfit(adapter: str, base: str, got: str) -> ModelError:
 def _not_folded(place: str, got: str) -> ModelError:
     """Return the error of an adapter whose folding fails or changes the outputs; `got` is the reason."""
     return ModelError(
-        "the adapter can't be folded into its base without making another model of it",
+        "the adapter can't be folded into its base without changing the model's outputs",
         place=place,
         got=got,
         fix="set `adapter: continue`, which leaves it as it is",

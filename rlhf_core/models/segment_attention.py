@@ -66,6 +66,7 @@ def attend_each_segment(
 def _attend_each(
     query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scale: float, dropout: float
 ) -> Tensor:
+    """Return (1, N, H, D) in the dtype of the inputs; see `attend_each_segment`."""
     starts = {segment.start: i for i, segment in enumerate(segments)}
     lengths = [segment.length for segment in segments]
     # `split` has one backward node that concatenates; slices would each write a gradient of the whole row.
@@ -123,6 +124,7 @@ class _Take(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        """Return the gradient of x (N, heads, D) for that of x[index] (M, heads, D)."""
         readers: Readers | None = ctx.readers
         if readers is None:
             return upstream.new_zeros(ctx.shape).index_copy_(0, ctx.index, upstream), None, None
@@ -229,6 +231,7 @@ class PaddedPlan:
 
     @classmethod
     def make(cls, segments: Segments, device: torch.device) -> PaddedPlan:
+        """Compute the plan on the CPU and copy it to a device, without waiting for it."""
         facts = torch.tensor([(s.start, s.length, s.prefix_start, s.prefix_length) for s in segments])
         with_prefix = facts[:, 3] > 0
         whole, (starts, lengths, prefix_starts, prefixes) = facts[~with_prefix], facts[with_prefix].unbind(1)
@@ -321,6 +324,7 @@ class VarlenPlan:
 
     @classmethod
     def make(cls, segments: Segments, device: torch.device) -> VarlenPlan:
+        """Compute the plan on the CPU and copy it to a device, without waiting for it."""
         ends = torch.tensor([(0, 0), *((s.length, s.keys) for s in segments)]).cumsum(0, dtype=torch.int32)
         keys = readers = None
         if any(s.prefix_length for s in segments):

@@ -360,7 +360,7 @@ class SequenceModel(nn.Module):
             narrowed = save_in_dtypes(model, directory, dtypes, **options)
         if narrowed:
             why = ", as it came: `save_precision: float32` keeps every bit" if self.save_precision == "auto" else ""
-            log.info("saved in %s%s", str(dtypes.main).removeprefix("torch."), why)
+            log.info("the model is saved in %s%s", str(dtypes.main).removeprefix("torch."), why)
         self.tokenizer.save_pretrained(directory)
 
     def describe(self) -> dict[str, Any]:

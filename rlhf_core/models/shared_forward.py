@@ -61,7 +61,7 @@ class SharedForward:
         self.attention = _attention_for(network, kernel, dtype)
         if layout == "packed" and (compiled or self.attention.kernel == "eager"):
             raise ConfigError(
-                "packed rows need replaceable attention and no compilation",
+                "packed rows need an attention that can be replaced, and no compilation",
                 place="batching.layout",
                 got="compile: true" if compiled else f"attention: eager ({self.attention.reason})",
                 fix="set `batching.layout: padded`",
@@ -157,6 +157,7 @@ class SharedForward:
     # Measuring
 
     def _probe(self) -> ProbeResult:
+        """Measure the network and log what was found; see `probed` for what is refused."""
         self._lengths = LengthClasses(self.network)
         try:
             probed = probe_network(
@@ -243,6 +244,7 @@ class SharedForward:
         self._attention_name = self.network.config._attn_implementation
 
     def _report(self, probed: ProbeResult) -> None:
+        """Log the attention kernel, and warn where sequences can't be packed."""
         log.info("attention: %s (%s)", self.attention.kernel, self.attention.reason)
         slower = {"padded": "rows are padded", "alone": "each sequence has its own forward pass, which is slow"}
         if probed.obstacles and self.layout != "padded":

@@ -89,7 +89,7 @@ def test_models_by_path(tmp_path: Path) -> None:
 
 def test_roles_are_checked(tmp_path: Path) -> None:
     policy = tiny_policy()
-    with pytest.raises(ConfigError, match=r"needs `reward`.*fix: give it a reward: a name, a function"):
+    with pytest.raises(ConfigError, match=r"role `reward`.*fix: give it a reward: a name, a function"):
         BestOfNSampler(policy=policy)
     with pytest.raises(ConfigError, match=r"no role `rewards`.*did you mean `reward`"):
         BestOfNSampler(policy=policy, rewards=verified)
@@ -130,7 +130,7 @@ def test_a_sampler_may_have_several_policies_and_kinds_are_checked(tmp_path: Pat
     path, draft = save_tiny(tmp_path / "draft", layers=1), tiny_policy()
     sampler = Drafted.load(policy=draft, draft=ModelConfig(path=str(path), precision="bf16"))
     assert sampler.policy is draft and sampler.models["draft"].precision == torch.bfloat16
-    with pytest.raises(ConfigError, match="needs `draft`"):
+    with pytest.raises(ConfigError, match="role `draft`"):
         Drafted(policy=draft)
     odd = type("Odd", (Drafted,), {"roles": {"policy": "polcy"}})
     with pytest.raises(PluginError, match="names an unknown kind of model, `polcy`"):

@@ -119,7 +119,9 @@ def test_a_fold_that_makes_another_model_is_refused(
 ) -> None:
     path = adapter(plain(tied), tmp_path / "adapter", target_modules=["lm_head"])
     monkeypatch.setattr(peft.LoraModel, "merge_and_unload", peft.LoraModel.unload)  # as a library that merges wrongly
-    with pytest.raises(ModelError, match=r"without making another model of it; got outputs that differ by .*continue"):
+    with pytest.raises(
+        ModelError, match=r"without changing the model's outputs; got outputs that differ by .*continue"
+    ):
         PolicyModel.from_pretrained(path, adapter="fold")
 
 

@@ -57,7 +57,7 @@ def test_what_contradicts_the_model_is_refused(policy: PolicyModel) -> None:
 def test_other_kinds_are_refused_with_what_can_be_passed(policy: PolicyModel) -> None:
     reward = RewardModel.on(policy.without_head())
     for kind, given, said in (
-        (PolicyModel, reward, "model: can't be used as a PolicyModel; got RewardModel; fix: pass a path, or a PolicyModel"),
+        (PolicyModel, reward, "can't be used as a PolicyModel; got RewardModel; fix: pass a path, or a PolicyModel"),
         (ProcessRewardModel, reward, "got RewardModel; fix: pass a path, or a PolicyModel or a ProcessRewardModel"),
         (RewardModel, tiny_model(), r"got LlamaForCausalLM; fix: wrap it with its tokenizer: `PolicyModel\(model, tok"),
         (PolicyModel, 3, "got int"),

@@ -141,7 +141,7 @@ def test_configure_a_model_in_memory(saved: Path) -> None:
     policy = PolicyModel.from_pretrained(saved)
     policy.configure(TrainerConfig(lora={"rank": 2}, batching={"layout": "padded"}, attention="eager"))  # type: ignore[arg-type]
     assert policy.has_adapter and policy.shared_forward.layout == "padded" and policy.attention.kernel == "eager"
-    with pytest.raises(ConfigError, match="packed rows need replaceable attention"):
+    with pytest.raises(ConfigError, match="packed rows need an attention that can be replaced"):
         policy.configure(TrainerConfig(batching={"layout": "packed"}, attention="eager"))  # type: ignore[arg-type]
 
 

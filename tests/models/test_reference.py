@@ -94,7 +94,7 @@ def test_auto_switches_only_a_fresh_adapter_off() -> None:
     assert reference.mode == "copy"
     shake(trained)
     assert relative(reference.response_logps(batch), expected) < 1e-5
-    with pytest.raises(ConfigError, match="isn't the one that was passed in"):
+    with pytest.raises(ConfigError, match="isn't the model that was passed in"):
         Reference.create(trained, "adapter_off")
 
 
@@ -123,7 +123,7 @@ def test_precomputed_values_are_found_in_any_order_and_read_back(tmp_path: Path)
     turned = batch.select([4, 2, 0])
     assert torch.equal(first.response_logps(turned), again.response_logps(turned))
     assert torch.equal(first.response_logps(batch).view(5, 2)[[4, 2, 0]].flatten(), first.response_logps(turned))
-    with pytest.raises(ModelError, match="no precomputed reference") as caught:
+    with pytest.raises(ModelError, match="reference log-probabilities were precomputed") as caught:
         again.response_logps(random_batch(2, 2, seed=9))
     assert caught.value.exit_code == 4
 

@@ -179,7 +179,7 @@ def test_a_policy_from_a_reward_model_is_told_of(
     RewardModel.from_pretrained(causal, new_head=True).save_pretrained(tmp_path)
     assert not _ours(caplog)
     PolicyModel.from_pretrained(tmp_path)
-    assert _ours(caplog) == [f"{tmp_path} is a reward model: its backbone is taken, and its reward head isn't"]
+    assert _ours(caplog) == [f"{tmp_path} is a reward model: its backbone is used, and its reward head isn't"]
 
 
 def _ours(caplog: pytest.LogCaptureFixture) -> list[str]:

@@ -361,7 +361,7 @@ def test_heads_that_are_lost_are_named(causal: Path, reward: Path, tmp_path: Pat
     ValueModel.from_pretrained(tmp_path)
     assert not warnings_of(caplog)
     PolicyModel.from_pretrained(tmp_path)
-    assert warnings_of(caplog) == [f"{tmp_path} is a value model: its backbone is taken, and its value head isn't"]
+    assert warnings_of(caplog) == [f"{tmp_path} is a value model: its backbone is used, and its value head isn't"]
     for kind in (RewardModel, ProcessRewardModel):
         kind.from_pretrained(tmp_path, new_head=True)
         assert f"{tmp_path} has a value head, which another method trained" in warnings_of(caplog)[0]
