@@ -18,7 +18,7 @@ from rlhf_core.infra.errors import ConfigError, Interrupted
 
 if TYPE_CHECKING:
     from rlhf_core.contracts.result import TrainResult
-    from rlhf_core.training.job import Job
+    from rlhf_core.training.job import TrainingJob
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ def _is_merge(target: str) -> bool:
     return "merge_method" in values or (name not in registry.trainers and name in registry.mergers)
 
 
-def _job(target: str, flags: list[str]) -> Job:
+def _job(target: str, flags: list[str]) -> TrainingJob:
     if target.startswith("-"):
         raise ConfigError(
             "a method or a file comes first",
@@ -139,7 +139,7 @@ def _job(target: str, flags: list[str]) -> Job:
         raise
 
 
-def _describe(job: Job, *, resume: bool, overwrite: bool) -> None:
+def _describe(job: TrainingJob, *, resume: bool, overwrite: bool) -> None:
     """Print the resolved configuration, itself a valid file, under comments on what would be read and written."""
     from rlhf_core.config.training import models_beside
     from rlhf_core.data.open_source import check_paths, data_files
@@ -166,7 +166,7 @@ def _describe(job: Job, *, resume: bool, overwrite: bool) -> None:
     print(job.to_yaml(), end="")
 
 
-def _read_as(name: str, job: Job) -> str:
+def _read_as(name: str, job: TrainingJob) -> str:
     """Return what the first row of a file is taken for; what is wrong with it is said now."""
     from rlhf_core.data.open_source import open_source
     from rlhf_core.data.row_checker import RowChecker
@@ -179,7 +179,7 @@ def _read_as(name: str, job: Job) -> str:
     return "" if read_as is None else f", read as {read_as}"
 
 
-def _disk(job: Job, output: Path) -> list[str]:
+def _disk(job: TrainingJob, output: Path) -> list[str]:
     """Return what the run will write and the room that there is, where the model's files tell; raise where it is too little."""
     from rlhf_core.training.disk_space import checkpoint_bytes_on_disk, disk_need_of_files
 

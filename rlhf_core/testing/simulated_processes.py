@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_core.infra.seeds import RandomState
-from rlhf_core.training.distribution import Distribution, type_and_shape
+from rlhf_core.training.distribution import Distribution, dtype_and_shape
 
 Result = TypeVar("Result")
 
@@ -128,7 +128,7 @@ class _Process(Distribution):
 
     def gather_tensor(self, tensor: Tensor) -> list[Tensor]:
         parts = self._simulation.exchange(self.rank, "gather_tensor", tensor.detach().clone())
-        self.agreed_shapes([type_and_shape(part) for part in parts])
+        self.agreed_shapes([dtype_and_shape(part) for part in parts])
         return [part.clone() for part in parts]
 
     def barrier(self) -> None:

@@ -1,8 +1,8 @@
-"""Checkpoints that appear whole or not at all, and are checked before they are believed.
+"""Training checkpoints on disk: they appear whole or not at all, and every file is verified before it is used.
 
 A save writes into a hidden directory, fsyncs each file, writes the manifest with every file's SHA-256 last, fsyncs the
-directory, renames it into place, fsyncs the parent, and only then removes older ones. Tensors are safetensors, the rest is
-JSON: loading runs no code.
+directory, renames it to its name, fsyncs the parent, and only then removes older checkpoints. Tensors are in safetensors files,
+everything else is JSON: loading runs no code.
 """
 
 from __future__ import annotations
@@ -33,8 +33,11 @@ from rlhf_core.infra.safetensors_file import nbytes, read_header, read_tensors, 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
+"""The version of the layout of a checkpoint's directory."""
 MANIFEST = "manifest.json"
+"""The file with the SHA-256 and size of all others."""
 STATE = "state.json"
+"""The file with everything that isn't a tensor."""
 
 _STEP = re.compile(r"^step-(0|[1-9]\d{0,11})$")
 _FILE = re.compile(r"^[a-z][a-z0-9_]*\.(safetensors|json)$")
@@ -43,11 +46,12 @@ _MAX_MANIFEST_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose every file has the hash that its manifest says."""
+    """A checkpoint whose files all have the SHA-256 that its manifest names."""
 
     step: int
     path: Path
     state: dict[str, Any]
+    """The values of `state.json`."""
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Read a group of tensors by the name under which it was saved."""
@@ -59,7 +63,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class DamagedCheckpoint:
-    """A checkpoint that was refused, where it was moved, and why."""
+    """A checkpoint that was refused: its step, where its directory is now, and the reason."""
 
     step: int
     path: Path
@@ -67,11 +71,11 @@ class DamagedCheckpoint:
 
 
 class CheckpointManager:
-    """Saves, finds and prunes the checkpoints of one run, `DIRECTORY/step-N/`.
+    """Saves, finds and removes the checkpoints of one run, in `DIRECTORY/step-N/`.
 
     Args:
-        directory: holds them; made when the first is saved.
-        keep: how many are kept, at least two, so that there is one to fall back to.
+        directory: where they are; created when the first is saved.
+        keep: how many of the newest are kept; at least two, so that there is one to fall back to.
     """
 
     def __init__(self, directory: str | Path, keep: int = 2) -> None:
@@ -79,24 +83,25 @@ class CheckpointManager:
             raise ValueError(f"keep must be at least 2, got {keep}")
         self.directory, self.keep = Path(directory), keep
         self.protected: int | None = None
-        """A step whose checkpoint is kept beside the newest."""
+        """A step whose checkpoint is kept in addition to the newest."""
         self.damaged: list[DamagedCheckpoint] = []
         """What `load_latest` refused, newest first."""
 
     def steps(self) -> list[int]:
-        """Return the steps that have a checkpoint, ascending; none is checked."""
+        """Return the steps that have a checkpoint, ascending, whole or not."""
         if not self.directory.is_dir():
             return []
         return sorted(int(match[1]) for path in self.directory.iterdir() if (match := _STEP.match(path.name)))
 
     def path(self, step: int) -> Path:
+        """Return the directory of a step's checkpoint, whether it exists or not."""
         return self.directory / f"step-{step}"
 
     def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
         """Save groups of named tensors (`NAME.safetensors`) and JSON values (`state.json`); return the directory.
 
         Raises:
-            StorageError: the disk is full or refuses; what was saved before is untouched.
+            StorageError: the disk is full, or can't be written; earlier checkpoints are as they were.
         """
         text = to_json(dict(state))
         needed = sum(nbytes(group) for group in tensors.values()) + len(text)
@@ -112,7 +117,7 @@ class CheckpointManager:
             except OSError:
                 remove_tree(temporary)
                 raise
-            # Only a run that fell back behind a checkpoint saves a step twice; the earlier one makes way whole.
+            # A run that fell back to an older checkpoint saves a step twice. The earlier directory is renamed whole.
             if final.exists():
                 final.rename(self._trash(step))
             temporary.rename(final)
@@ -121,6 +126,7 @@ class CheckpointManager:
         return final
 
     def _write(self, temporary: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], text: bytes) -> None:
+        """Write and fsync the files of a checkpoint into a directory, the manifest last."""
         records: dict[str, FileRecord] = {}
         for name, group in sorted(tensors.items()):
             records[f"{name}.safetensors"] = write_tensors(temporary / f"{name}.safetensors", group)
@@ -130,20 +136,22 @@ class CheckpointManager:
         fsync_directory(temporary)
 
     def _trash(self, step: int) -> Path:
+        """Return a hidden path to which a step's checkpoint can be renamed before it is removed."""
         trash = self.directory / f".old-step-{step}"
         remove_tree(trash)
         return trash
 
     def _prune(self) -> None:
+        """Remove all checkpoints but the newest `keep` and the protected one."""
         for step in [step for step in self.steps()[: -self.keep] if step != self.protected]:
-            # Out of sight in one rename first: a kill half-way through the removal must not leave half a checkpoint.
+            # Renamed first: a kill during the removal must not leave half a checkpoint under a valid name.
             trash = self._trash(step)
             self.path(step).rename(trash)
             remove_tree(trash)
         self._tidy()
 
     def _tidy(self) -> None:
-        """Remove what an earlier process left half written or half removed."""
+        """Remove hidden directories that a killed process left half written or half removed."""
         for path in self.directory.iterdir():
             if path.name.startswith((".tmp-step-", ".old-step-")):
                 remove_tree(path)
@@ -151,11 +159,13 @@ class CheckpointManager:
     def load_latest(self, check: Callable[[Any], None] | None = None) -> Checkpoint | None:
         """Return the newest checkpoint that is whole, or None where none was ever saved.
 
-        A damaged one is renamed `step-N.damaged`, logged, and noted in `damaged`. `check` raises ValueError for a state that
-        nothing can be made of.
+        Damaged ones are renamed `step-N.damaged`, logged, and listed in `damaged`.
+
+        Args:
+            check: called with the values of `state.json`; raises ValueError where a run can't be restored from them.
 
         Raises:
-            ModelError: there are checkpoints, and none is whole; each one's reason is given.
+            ModelError: there are checkpoints, and none is whole; the reason for each is given.
         """
         self.damaged = []
         for step in reversed(self.steps()):
@@ -163,35 +173,35 @@ class CheckpointManager:
                 checkpoint = self._verified(step)
                 if check is not None:
                     check(checkpoint.state)
-            except Exception as error:  # Whatever is wrong with its files, the one before may be whole.
+            except Exception as error:  # Whatever is wrong with its files, the checkpoint before it may be whole.
                 self.damaged.append(self._set_aside(step, _reason(error)))
                 continue
             with storage_errors(self.directory):
                 self._prune()  # A kill may have come between the rename and the removal of older ones.
             return checkpoint
-        earlier = self._set_aside_before() if not self.damaged else []
+        earlier = self._earlier_damaged() if not self.damaged else []
         if self.damaged or earlier:
             reasons = [f"step {item.step}: {item.reason}" for item in self.damaged] or earlier
             raise ModelError(
                 "no checkpoint is whole",
                 place=str(self.directory),
                 got=" | ".join(reasons),
-                fix="start over with `--overwrite`, or put a whole checkpoint back",
+                fix="start over with `--overwrite`, or restore a whole checkpoint from a copy",
             )
         return None
 
     def open(self, step: int) -> Checkpoint:
-        """Return a checkpoint that another process has verified just now."""
+        """Return a step's checkpoint without verifying it: another process of the run just has."""
         try:
             return Checkpoint(step, self.path(step), read_json(self.path(step) / STATE))
         except (OSError, ValueError) as error:
             raise ModelError("cannot read the checkpoint", place=str(self.path(step)), got=error) from None
 
     def verified(self, step: int) -> Checkpoint:
-        """Return one checkpoint, checked.
+        """Return a step's checkpoint, verified.
 
         Raises:
-            ModelError: it is damaged, or not there.
+            ModelError: it is damaged, or doesn't exist.
         """
         try:
             return self._verified(step)
@@ -199,6 +209,7 @@ class CheckpointManager:
             raise ModelError("the checkpoint is damaged", place=str(self.path(step)), got=_reason(error)) from None
 
     def _verified(self, step: int) -> Checkpoint:
+        """Return a step's checkpoint; raise ValueError or OSError unless every file has the size and hash in its manifest."""
         path = self.path(step)
         manifest = _read_manifest(path, step)
         for name, record in manifest.items():
@@ -214,6 +225,7 @@ class CheckpointManager:
         return Checkpoint(step, path, read_json(path / STATE))
 
     def _set_aside(self, step: int, reason: str) -> DamagedCheckpoint:
+        """Rename a damaged checkpoint `step-N.damaged`, and log that."""
         source = self.path(step)
         target, count = source.with_name(f"{source.name}.damaged"), 1
         while target.exists():
@@ -223,18 +235,22 @@ class CheckpointManager:
             source.rename(target)
             fsync_directory(self.directory)
         log.warning(
-            "checkpoint %s is damaged (%s); moved to %s, falling back to the one before", source, reason, target.name
+            "checkpoint %s is damaged (%s); moved to %s, falling back to the checkpoint before it",
+            source,
+            reason,
+            target.name,
         )
         return DamagedCheckpoint(step, target, reason)
 
-    def _set_aside_before(self) -> list[str]:
-        """Return the names of checkpoints that an earlier attempt moved aside."""
+    def _earlier_damaged(self) -> list[str]:
+        """Return a text for each checkpoint that an earlier resume renamed as damaged."""
         if not self.directory.is_dir():
             return []
-        return sorted(f"{path.name} was set aside" for path in self.directory.glob("step-*.damaged*"))
+        return sorted(f"{path.name} was found damaged before" for path in self.directory.glob("step-*.damaged*"))
 
 
 def _read_manifest(path: Path, step: int) -> dict[str, FileRecord]:
+    """Return hash and size of each file by name, from the manifest in a checkpoint's directory; raise ValueError if malformed."""
     if not (path / MANIFEST).is_file():
         raise ValueError(f"{MANIFEST} is missing")
     manifest = read_json(path / MANIFEST, _MAX_MANIFEST_BYTES)
@@ -261,6 +277,7 @@ def _read_manifest(path: Path, step: int) -> dict[str, FileRecord]:
 
 
 def _reason(error: Exception) -> str:
+    """Return why a checkpoint can't be used, in one line."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
     if isinstance(error, UnicodeDecodeError):

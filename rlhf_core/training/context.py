@@ -26,7 +26,10 @@ from rlhf_core.training.reduction import Tally
 
 @dataclass
 class RunContext:
-    """What a method sees of the run it is in: no process, no device, no bound on memory."""
+    """What a method may ask of its run, without processes, devices or bounds on memory.
+
+    Among several processes each calls the same methods, equally often: `gather`, `over_step` and `minibatches` exchange values.
+    """
 
     trainer: Trainer[Any]
     distribution: Distribution
@@ -34,52 +37,53 @@ class RunContext:
     micro_batches: MicroBatches
     rewards: Rewards
     clock: Callable[[], int] = lambda: 0
-    """Optimiser steps made so far."""
+    """Returns the optimiser steps made so far."""
     notify: Callable[..., None] = lambda event, **values: None
+    """Calls the hooks of an event."""
     keep: Callable[..., None] = lambda samples, scores, **values: None
-    """Keeps some of the samples that were scored, to be looked at."""
+    """Writes some of the scored samples into the run's `samples.jsonl`."""
     evaluating: bool = False
-    """Whether these are held-out rows, to be scored and not trained on."""
+    """Whether the rows are held out: they are scored, not trained on."""
     _tally: Tally = field(default_factory=Tally, init=False)
     _engine: Engine | None = field(default=None, init=False)
-    _begun: int | None = field(default=None, init=False)
-    """The step that the engine draws for."""
+    _engine_step: int | None = field(default=None, init=False)
+    """The step that the engine's random draws are for."""
 
     @property
     def step(self) -> int:
-        """Optimiser steps that the models have made."""
+        """How many optimiser steps have been made."""
         return self.clock()
 
     @property
     def engine(self) -> Engine:
-        """Generates with the policy as it is now: the same modules and weights that train.
+        """The generation engine on the policy as it is now: the same modules and weights that train.
 
-        Its draws are functions of the run's seed, the step and the row, so a resumed run draws what it would have drawn, and any
-        number of processes draws the same.
+        A completion is a function of the weights, the run's seed, the step and the row, so a resumed run draws the same as one
+        that was never stopped, and so does any number of processes.
         """
         policy = dict(self.trainer.models.items()).get("policy")
         if not isinstance(policy, PolicyModel):
             raise PluginError("there is no policy to generate with", place=f"{type(self.trainer).__name__}.experience")
         if self._engine is None:
             self._engine = Engine(policy, seed=self.trainer.config.seed)
-        if self._begun != self.step:
-            # Every evaluation draws alike, so that two of them are compared on the same draws.
+        if self._engine_step != self.step:
+            # Every evaluation uses the same random numbers, so that two of them can be compared.
             stream = ("evaluation",) if self.evaluating else ("rollout", self.step)
             self._engine.begin(*stream, policy_version=self.step)
-            self._begun = self.step
+            self._engine_step = self.step
         return self._engine
 
     def forward(
         self, batch: Batch, function: Callable[[Batch], Values], axis: Axis | tuple[Axis, ...] = "response"
     ) -> Values:
-        """Return a function's values of a batch without gradients, forwarded in micro-batches that fit in memory.
+        """Return a function's values for a batch, computed without gradients in micro-batches that fit in memory.
 
         Args:
             batch: P prompts with R responses of at most T tokens.
-            function: returns for a micro-batch one value per prompt, response or token, or a tuple of tensors of such; it
-                must take a batch without rows.
-            axis: `prompt`, `response` or `token`: what the values belong to. Where tensors of a tuple belong to different axes,
-                a tuple of each one's: `("token", "response")`.
+            function: returns for a micro-batch a tensor with one value per prompt, response or token, or a tuple of such tensors;
+                it must accept a batch without rows.
+            axis: `prompt`, `response` or `token`, what there is one value for. Where tensors of a tuple have different axes, a
+                tuple of them: `("token", "response")`.
 
         Returns:
             (P, ...), (R, ...) or (R, T, ...), on the batch's device.
@@ -89,10 +93,9 @@ class RunContext:
         return batch_values(batch, function, axis=axis, cut=cut, device=self.devices.device)
 
     def gather(self, value: Any) -> Any:
-        """Return a value of the whole step: every process's tensor or list joined into one, of numbers the list of all.
+        """Return the values of all processes: tensors concatenated, lists joined, numbers as a list; in order of process.
 
-        Every process must call it as often as the others: once a window, not once a row. The order is that of processes, the
-        same in each.
+        Every process must call it equally often: once per window, not once per row.
         """
         if isinstance(value, Tensor):
             whole = torch.cat(self.distribution.gather_tensor(value if value.ndim else value[None]))
@@ -101,13 +104,13 @@ class RunContext:
         return [entry for part in parts for entry in part] if isinstance(value, list) else parts
 
     def over_step(self, function: Callable[..., Tensor], *values: Tensor, rows: Sequence[int]) -> Tensor:
-        """Return this process's part of a function of the whole step's rows, such as ranks or whitened scores.
+        """Return this process's rows of a function of the whole step's rows, such as ranks or whitened scores.
 
         Args:
-            function: called with `values`, each joined over the processes in the order of `rows`; returns a tensor of as
-                many rows.
-            values: (n, ...), one entry for each of `rows`.
-            rows: the row number of each entry, by which the order is the same for any number of processes.
+            function: called with `values`, each concatenated over the processes in the order of `rows`; returns a tensor with one
+                entry per row.
+            values: (n, ...) each, one entry for each of `rows`.
+            rows: the row number of each entry; their order makes the result the same for any number of processes.
         """
         numbers = torch.tensor(list(rows), dtype=torch.long)
         shares = [len(part) for part in self.distribution.gather_tensor(numbers)]
@@ -119,30 +122,29 @@ class RunContext:
         return found[back.to(found.device)][first : first + len(numbers)]
 
     def minibatches(self, batch: Batch, count: int) -> list[Batch]:
-        """Return this process's parts of a rollout's prompts, drawn at random, each for an optimiser step of its own.
+        """Return the batch's prompts divided at random into minibatches, each for one optimiser step.
 
-        Over all processes a part holds the same prompts for any number of processes; here it may be empty. Draws are functions of
-        the run's seed and the step, so each pass over a rollout cuts it in another way. Every process must call it as often as
-        the others.
+        Over all processes together a minibatch has the same prompts for any number of processes; on one of them it may be empty.
+        The division is a function of the run's seed and the step, so each pass over a rollout divides it in another way.
 
         Args:
-            count: how many parts; those of a step with fewer prompts than that are empty everywhere.
+            count: how many minibatches; where the step has fewer prompts, some are empty on every process.
         """
         generator = torch.Generator().manual_seed(stream_seed(self.trainer.config.seed, "minibatches", self.step))
 
-        def parts(numbers: Tensor) -> Tensor:
+        def minibatch_of(numbers: Tensor) -> Tensor:
             drawn = torch.randperm(len(numbers), generator=generator)
             return torch.arange(len(numbers))[drawn.argsort()] * count // max(len(numbers), 1)
 
         rows = batch.places or batch.rows
-        part = self.over_step(parts, torch.tensor(rows, dtype=torch.long), rows=rows)
-        return [batch.select((part == number).nonzero().flatten()) for number in range(count)]
+        chosen = self.over_step(minibatch_of, torch.tensor(rows, dtype=torch.long), rows=rows)
+        return [batch.select((chosen == number).nonzero().flatten()) for number in range(count)]
 
     def score(self, batch: Batch, completions: Sequence[Sequence[Completion]]) -> Scores:
-        """Return the configured rewards of completions, P lists in the order of the batch's prompts.
+        """Return the scores that the configured rewards give completions: P lists, in the order of the batch's prompts.
 
-        While training, each reward's mean is reported as `reward/NAME` and the weighted sum's as `reward`; in an evaluation the
-        method returns `Scores.per_prompt` as metrics, which have standard errors. Listeners hear of `rollouts_scored`.
+        In training, each reward's mean is reported as `reward/NAME` and that of the weighted sum as `reward`; in an evaluation
+        the method returns `Scores.per_prompt` as metrics, which have standard errors. The event `rollouts_scored` is emitted.
 
         Raises:
             PluginError: a reward raises, takes too long, or returns another number of scores, None, or what isn't finite.
@@ -165,29 +167,29 @@ class RunContext:
         return scores
 
     def log(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None:
-        """Report total / count, each added up over the processes and over the calls until the next step, with that step's row."""
+        """Report total / count in the next step's row of metrics; both are summed over the processes and the calls until then."""
         self._tally.add({name: (total, count)})
 
     def emit(self, event: str, **values: Any) -> None:
-        """Tell the hooks of an event; see `rlhf_core.registry.hooks.Events`."""
+        """Call the hooks of an event; `rlhf_core.registry.hooks.Events` lists them."""
         self.notify(event, run=self.trainer, **values)
 
     def held_out_loss(self, batch: Batch) -> Evaluation:
-        """Return the loss of held-out rows and its metrics, by `experience`, `weights` and `loss` as in training."""
+        """Return the loss terms and metrics of held-out rows as sums, by `experience`, `weights` and `loss` as in training."""
         from rlhf_core.training.held_out import held_out_loss
 
         return held_out_loss(self.trainer, batch, self)
 
     def for_evaluation(self) -> RunContext:
-        """Return the context in which held-out rows are scored."""
+        """Return a copy of this context for an evaluation."""
         return replace(self, evaluating=True)
 
     def pending(self) -> dict[str, tuple[float, float]]:
-        """Return what `log` was given since the last step, (sum, count) by name."""
+        """Return (sum, count) by name of what was logged since the last step, on this process."""
         return self._tally.totals()
 
     def logged(self) -> dict[str, tuple[float, float]]:
-        """Return what `log` was given since the last call, (sum, count) by name."""
+        """Return (sum, count) by name of what was logged since the last call, on this process, and clear it."""
         totals = self._tally.totals()
         self._tally.clear()
         return totals

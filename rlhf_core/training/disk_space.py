@@ -60,7 +60,7 @@ class DiskNeed:
             free = shutil.disk_usage(place).free
         if free < self.bytes - already_there:
             raise StorageError(
-                f"too little room for what the run will write: {self.bytes - already_there} bytes are needed ({self})",
+                f"too little free space for what the run will write: {self.bytes - already_there} bytes are needed ({self})",
                 place=str(output),
                 got=f"{free} bytes free",
                 fix="free space, choose another `output`, or train less: `lora`, a smaller `checkpoint.keep`",

@@ -1,9 +1,9 @@
-"""The seam between the loop and the processes that train together: one process, or data-parallel ones.
+"""The seam between the loop and the processes that train together: one process, or several with a share of the rows each.
 
-Gradients are accumulated on each process alone and added up once a step, in buckets whose layout never changes. torch's
-`DistributedDataParallel` is not used: it lays its buckets out again after its first step, so with three or more processes
-the order of additions, and with it the last bits of a gradient, differs between a run and its resume (measured: 147,000 of
-540,000 elements on 3 processes); and a process that runs out of memory inside its reducer leaves the others waiting.
+Each process accumulates its gradients alone; they are added up over the processes once per step, in buckets whose layout never
+changes. torch's `DistributedDataParallel` is not used: it rebuilds its buckets after the first step, so with three or more
+processes the order of additions, and with it the last bits of a gradient, differs between a run and its resume (measured:
+147,000 of 540,000 elements on 3 processes); and a process that runs out of memory inside its reducer leaves the others waiting.
 """
 
 from __future__ import annotations
@@ -34,19 +34,23 @@ from rlhf_core.infra.errors import (
     reported_error,
 )
 
-_UNANSWERED = re.compile(
+_CONNECTION_LOST = re.compile(
     r"gloo|nccl|closed by peer|connection (reset|refused)|broken pipe|timed? ?out waiting|socket|TCPStore|DistNetwork",
     re.IGNORECASE,
 )
-"""What the backends' messages have in common when another process is gone or doesn't answer."""
+"""Matches the messages of gloo, NCCL and torch's store when another process has ended or doesn't answer."""
 
 BUCKET_BYTES = 64 * 2**20
+"""About how many bytes of gradients are added up over the processes at once."""
 
 Result = TypeVar("Result")
 
 
 class Distribution:
-    """One process: nothing to agree on, nothing to add up. Subclassed for several."""
+    """What the loop asks of the processes of a run; this class is for one process, `DataParallel` for several.
+
+    Where there are several, every process must make the same calls in the same order.
+    """
 
     rank = 0
     world_size = 1
@@ -76,26 +80,30 @@ class Distribution:
         return not self.any(not flag)
 
     def gather(self, value: Any) -> list[Any]:
-        """Return every process's value, in order of rank; values are what JSON can hold."""
+        """Return every process's value (a JSON value), in order of rank."""
         return [json.loads(json.dumps(value))]
 
     def gather_tensor(self, tensor: Tensor) -> list[Tensor]:
-        """Return every process's tensor, in order of rank, on the device of this one's; they may differ in their first axis.
+        """Return every process's tensor, in order of rank, on this one's device; the sizes of their first axes may differ.
 
         Raises:
-            PluginError: they differ otherwise, on every process.
+            PluginError: dtypes or other axes differ; raised on every process.
         """
         return [tensor]
 
     @staticmethod
     def agreed_shapes(found: Sequence[tuple[str, Sequence[int]]]) -> list[Sequence[int]]:
-        """Return the shapes of all processes' tensors, given each one's type and shape, if only their first axes differ."""
+        """Return the shapes of all processes' tensors, refused unless they differ in their first axis alone.
+
+        Args:
+            found: each process's `dtype_and_shape`.
+        """
         if len({(kind, len(shape), *shape[1:]) for kind, shape in found}) > 1:
             raise PluginError(
-                "processes gather tensors of different types or widths",
+                "processes gather tensors of different types or shapes",
                 place="run.gather",
                 got=", ".join(f"{kind} {tuple(shape)}" for kind, shape in found),
-                fix="make tensors of one type and width, also of no rows: `values.new_zeros(0)` is of the type of `values`",
+                fix="make tensors of one type and shape (but for the first axis), also without rows: `values.new_zeros(0)`",
             )
         return [shape for _, shape in found]
 
@@ -104,9 +112,10 @@ class Distribution:
         return self.gather(value)[0]
 
     def on_main(self, action: Callable[[], Result]) -> Result:
-        """Do something on the first process and return its JSON value on all; its fault is raised on all.
+        """Call `action` on the first process and return its result, a JSON value, on all; what it raises is raised on all.
 
-        A fault that is no `RLHFError` reaches the other processes as one, with its type and text, so that none waits for ever.
+        An exception that is no `RLHFError` is raised on the other processes as one, with its type and text, so that none waits
+        for ever.
         """
         outcome: dict[str, Any] = {}
         fault: Exception | None = None
@@ -128,29 +137,29 @@ class Distribution:
         return outcome["value"]
 
     def lost(self, error: BaseException) -> LostProcess | None:
-        """Return the fault behind an exception that says that another process is gone or doesn't answer; else None."""
+        """Return the fault to report where an exception means that another process has ended or doesn't answer; else None."""
         return None
 
     def barrier(self) -> None:
         """Wait until every process is here."""
 
     def same_parameters(self, module: nn.Module) -> None:
-        """Give every process the first one's parameters and buffers."""
+        """Copy the first process's parameters and buffers to all."""
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Add up the gradients over the processes, in place. A parameter without a gradient anywhere keeps none."""
+        """Add up the gradients over the processes, in place. A parameter without a gradient on any process keeps none."""
 
     def norm(self, gradients: list[Tensor]) -> Tensor:
-        """Return the total 2-norm of gradients that are added up over the processes already, a scalar on their device."""
+        """Return the total 2-norm of gradients, a scalar on their device; they are summed over the processes already."""
         return torch.nn.utils.get_total_norm(gradients)
 
     def clip(self, gradients: list[Tensor], norm: float, max_norm: float | None) -> None:
-        """Scale gradients of a total norm above `max_norm` down to it; they stay as they are where the norm isn't finite."""
+        """Scale gradients down to a total norm of `max_norm` where `norm`, theirs now, is above it; not where it isn't finite."""
         if max_norm is not None and norm > max_norm and norm != float("inf"):
             torch._foreach_mul_(gradients, max_norm / (norm + 1e-6))
 
     def full_state(self, module: nn.Module) -> dict[str, Tensor]:
-        """Return what a checkpoint keeps of the module, whole: trained parameters (a tied one once) and saved buffers."""
+        """Return by name the tensors of a module that a checkpoint holds: trained parameters (a tied one once) and buffers."""
         kept = module.state_dict().keys()
         state = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
         state |= {name: b.detach() for name, b in module.named_buffers() if name in kept}
@@ -158,7 +167,7 @@ class Distribution:
 
     @torch.no_grad()
     def load_state(self, module: nn.Module, state: dict[str, Tensor], *, place: str) -> None:
-        """Restore what `full_state` returned.
+        """Copy the tensors that `full_state` returned into the module.
 
         Raises:
             ModelError: names, shapes or dtypes differ.
@@ -182,8 +191,8 @@ class Distribution:
             current[name].copy_(tensor)
 
 
-def type_and_shape(tensor: Tensor) -> tuple[str, list[int]]:
-    """Return a tensor's type and shape as what JSON can hold."""
+def dtype_and_shape(tensor: Tensor) -> tuple[str, list[int]]:
+    """Return a tensor's dtype and shape as JSON values."""
     return str(tensor.dtype).removeprefix("torch."), list(tensor.shape)
 
 
@@ -195,6 +204,7 @@ class DataParallel(Distribution):
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._timeout_minutes = timeout_minutes
         self._processes = [tuple(entry) for entry in self.gather([socket.gethostname(), os.getpid()])]
+        """(host, process id) of each rank."""
 
     def sum(self, values: Sequence[float]) -> list[float]:
         if not values:
@@ -203,39 +213,35 @@ class DataParallel(Distribution):
         dist.all_reduce(total)
         return total.tolist()
 
-    def gather(self, value: Any) -> list[Any]:
-        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
-        sizes = [torch.zeros(1, dtype=torch.long, device=self.device) for _ in range(self.world_size)]
-        dist.all_gather(sizes, torch.tensor([data.numel()], device=self.device))
-        width = max(int(size) for size in sizes)
-        padded = torch.zeros(width, dtype=torch.uint8, device=self.device)
-        padded[: data.numel()] = data
-        parts = [torch.empty_like(padded) for _ in range(self.world_size)]
-        dist.all_gather(parts, padded)
-        return [
-            json.loads(part[: int(size)].cpu().numpy().tobytes().decode())
-            for part, size in zip(parts, sizes, strict=True)
-        ]
-
-    def gather_tensor(self, tensor: Tensor) -> list[Tensor]:
-        # A type that every backend moves, whatever the tensor's own is.
-        data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).to(self.device)
-        shapes = self.agreed_shapes(self.gather(type_and_shape(tensor)))
-        sizes = [math.prod(shape) * tensor.element_size() for shape in shapes]
+    def _gather_bytes(self, data: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        """Return every process's bytes, uint8 tensors of these sizes on the run's device; `data` are this one's."""
         padded = torch.zeros(max(sizes), dtype=torch.uint8, device=self.device)
         padded[: data.numel()] = data
-        parts = [torch.empty_like(padded) for _ in range(self.world_size)]
+        parts = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(parts, padded)
+        return [part[:size] for part, size in zip(parts, sizes, strict=True)]
+
+    def gather(self, value: Any) -> list[Any]:
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.long, device=self.device) for _ in range(self.world_size)]
+        dist.all_gather(sizes, torch.tensor([data.numel()], device=self.device))
+        parts = self._gather_bytes(data, [int(size) for size in sizes])
+        return [json.loads(part.cpu().numpy().tobytes().decode()) for part in parts]
+
+    def gather_tensor(self, tensor: Tensor) -> list[Tensor]:
+        # As bytes, which every backend can send, whatever the tensor's dtype is.
+        data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        shapes = self.agreed_shapes(self.gather(dtype_and_shape(tensor)))
+        parts = self._gather_bytes(data, [math.prod(shape) * tensor.element_size() for shape in shapes])
         return [
-            part[:size].view(tensor.dtype).reshape(shape).to(tensor.device)
-            for part, size, shape in zip(parts, sizes, shapes, strict=True)
+            part.view(tensor.dtype).reshape(shape).to(tensor.device) for part, shape in zip(parts, shapes, strict=True)
         ]
 
     def lost(self, error: BaseException) -> LostProcess | None:
         text = str(error)
-        if isinstance(error, RLHFError) or not isinstance(error, RuntimeError) or not _UNANSWERED.search(text):
+        if isinstance(error, RLHFError) or not isinstance(error, RuntimeError) or not _CONNECTION_LOST.search(text):
             return None
-        gone = self._gone()
+        gone = self._ended_ranks()
         if gone:
             who = f"process{'es' * (len(gone) > 1)} {', '.join(map(str, gone))} of {self.world_size}"
             problem = f"{who} ended in the middle of the run"
@@ -247,8 +253,8 @@ class DataParallel(Distribution):
         fault.silent = any(rank not in gone for rank in range(self.rank))
         return fault
 
-    def _gone(self) -> list[int]:
-        """Return the ranks of processes on this machine that have ended, waiting a moment for one that is about to."""
+    def _ended_ranks(self) -> list[int]:
+        """Return the ranks of processes on this machine that have ended; wait up to 2 seconds for one that is about to end."""
         here, end = socket.gethostname(), time.monotonic() + 2
         while True:
             gone = [rank for rank, (host, pid) in enumerate(self._processes) if host == here and _ended(pid)]
@@ -290,7 +296,7 @@ def _ended(pid: int) -> bool:
 
 
 def _buckets(gradients: Sequence[Tensor]) -> Iterable[list[Tensor]]:
-    """Group neighbours of one dtype into buckets of about `BUCKET_BYTES`."""
+    """Yield the gradients in their order, grouped into buckets of one dtype and about `BUCKET_BYTES`."""
     bucket: list[Tensor] = []
     size = 0
     for gradient in gradients:
@@ -304,10 +310,11 @@ def _buckets(gradients: Sequence[Tensor]) -> Iterable[list[Tensor]]:
 
 
 def create_distribution(config: DistributedConfig, devices: DeviceManager) -> Distribution:
-    """Join the processes that torchrun started, or stand alone; what was asked for is what runs.
+    """Connect to the processes that torchrun started, if it started this one; return how they work together.
 
     Raises:
         ConfigError: another number of processes runs than the configuration asks for.
+        LostProcess: not all of them connected within the time limit.
     """
     launched = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
     running = int(os.environ["WORLD_SIZE"]) if launched else 1

@@ -1,4 +1,4 @@
-"""Stopping when an evaluated metric no longer improves."""
+"""Early stopping: ends a run when a metric of its evaluations no longer improves."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from rlhf_core.infra.errors import ConfigError, did_you_mean
 
 
 class EarlyStopping:
-    """Watches one metric; says stop after `patience` evaluations in a row without improvement.
+    """Watches one metric; stops after `patience` evaluations in a row without improvement.
 
     Args:
-        metric: its name, as logged (`eval_loss`).
+        metric: its name in an evaluation, such as `eval_loss`.
         mode: whether smaller (`min`) or larger (`max`) is better.
-        patience: evaluations without improvement before it stops.
-        min_delta: least change that counts as improvement.
+        patience: evaluations in a row without improvement after which it stops.
+        min_delta: an improvement is a change by more than this.
     """
 
     def __init__(
@@ -29,19 +29,21 @@ class EarlyStopping:
     ) -> None:
         self.metric, self.mode, self.patience, self.min_delta = metric, mode, patience, min_delta
         self.start: float | None = None
-        """The metric before the first step, where that was evaluated."""
+        """The metric before the first step; None where it wasn't evaluated or finite."""
         self.best: float | None = None
+        """The best finite value so far, after the first step."""
         self.best_step = 0
         self.best_metrics: dict[str, float] = {}
         """All metrics of the best evaluation."""
         self.waited = 0
+        """Evaluations in a row without improvement."""
 
     @classmethod
     def create(cls, config: EarlyStoppingConfig) -> EarlyStopping:
         return cls(config.metric, config.mode, config.patience, config.min_delta)
 
     def describe(self) -> str:
-        """Say what was best, in words."""
+        """Return the best value and its step as text."""
         if self.best is None:
             return f"`{self.metric}` was never finite"
         return f"`{self.metric}` was best at step {self.best_step}: {self.best:.6g}"
@@ -52,10 +54,10 @@ class EarlyStopping:
         return self.waited >= self.patience
 
     def check(self, metrics: Mapping[str, float]) -> None:
-        """Refuse an evaluation's metrics where the watched one is not among them.
+        """Refuse an evaluation without the watched metric.
 
         Raises:
-            ConfigError: names the nearest.
+            ConfigError: names the metric with the nearest name.
         """
         if self.metric not in metrics:
             raise ConfigError(
@@ -65,7 +67,10 @@ class EarlyStopping:
             )
 
     def update(self, metrics: Mapping[str, float], step: int) -> bool:
-        """Take an evaluation's metrics, which `check` accepts; return whether to stop. Those of step 0 are the start."""
+        """Compare the metrics of an evaluation after `step`, which `check` accepts, with the best; return whether to stop.
+
+        Those of step 0 are the start, which isn't compared.
+        """
         value = float(metrics[self.metric])
         if step == 0:
             self.start = value if math.isfinite(value) else None
@@ -77,7 +82,7 @@ class EarlyStopping:
 
     @property
     def never_improved(self) -> bool:
-        """Whether the start was evaluated, and no later evaluation was better."""
+        """Whether the model was evaluated before the first step, and never better afterwards."""
         if self.start is None or self.best is None:
             return False
         return self.best >= self.start if self.mode == "min" else self.best <= self.start
@@ -91,7 +96,7 @@ class EarlyStopping:
         return gain > self.min_delta
 
     def state_dict(self) -> dict[str, Any]:
-        # JSON has no words for NaN and infinity.
+        # As text where they aren't finite, since JSON has no name for them.
         metrics = {name: value if math.isfinite(value) else repr(value) for name, value in self.best_metrics.items()}
         found = {"start": self.start, "best": self.best, "best_step": self.best_step, "waited": self.waited}
         return {**found, "best_metrics": metrics}

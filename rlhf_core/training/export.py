@@ -1,4 +1,4 @@
-"""The trained models as plain Hugging Face directories, put in place whole."""
+"""The export of trained models as plain Hugging Face directories, which appear whole."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from rlhf_core.training.distribution import Distribution
 from rlhf_core.training.setup import trained_roles
 
 PRIMARY = "policy"
+"""The role that is exported to `model/`."""
 
 
 def export_models(trainer: Trainer, distribution: Distribution) -> Path | None:
     """Write the trained policy to `model/`, every other trained role to `model_ROLE/`; return the first directory.
 
-    A method that trains no policy has its first trained role in `model/`.
+    Where no policy is trained, the first trained role is written to `model/`. Without a run directory nothing is written.
     """
     output = trainer.output
     if output is None:
@@ -32,6 +33,7 @@ def export_models(trainer: Trainer, distribution: Distribution) -> Path | None:
 
 
 def _export(module: nn.Module, target: Path) -> None:
+    """Save a model beside its directory and rename it, so that a kill leaves the earlier directory or the new one."""
     temporary, old = temporary_path(target), replaced_path(target)
     with storage_errors(target, sum(parameter.nbytes for parameter in module.parameters())):
         for leftover in (temporary, old):

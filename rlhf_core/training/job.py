@@ -1,8 +1,8 @@
-"""One training run as it was asked for: a method or a file, with overrides, made into checked configurations.
+"""A training run as it was asked for: a method's name or a file, with flags, made into checked configurations.
 
-Defaults give way to the preset, the preset to the file, the file to flags or overrides. A file is flat: the keys of
-`RunConfig` (method, model, data, eval_data, output, preset) and the method's options by name. Relative paths in it mean what they
-would on the command line: they start at the current directory, not at the file's.
+The preset overrides defaults, the file the preset, flags and overrides the file. A file is flat: the keys of `RunConfig` (method,
+model, data, eval_data, output, preset) and the method's options by name. Relative paths in it start at the current directory, as
+on the command line, not at the file's.
 """
 
 from __future__ import annotations
@@ -31,20 +31,27 @@ COMMAND_LINE = "command line"
 
 
 @dataclass(frozen=True)
-class Job:
-    """What to run, with what, and where each value came from."""
+class TrainingJob:
+    """The configurations of a run that was asked for, its method, and where each value came from."""
 
     run: RunConfig
+    """Method, model, data and output."""
     options: TrainerConfig
+    """The method's configuration."""
     method: type[Trainer[Any]]
     plugin: registry.Plugin
+    """Where the method comes from."""
     places: Mapping[str, str]
-    """For each dotted key that was set, its place: `file:line`, a flag, or the preset."""
+    """For each dotted key that was set, where: `file:line`, a flag, or the preset."""
     config_input: str | None = None
     """The text of the configuration file, as it was written."""
 
     def trainer(self, command: str | None = None) -> Trainer[Any]:
-        """Return the trainer, ready to train; nothing is loaded or read yet. `command` is kept in the run directory."""
+        """Return the trainer, ready to train; nothing is loaded or read yet.
+
+        Args:
+            command: the command line, written into the run directory.
+        """
         trainer = self.method(
             self.options,
             model=self.run.model,
@@ -53,14 +60,14 @@ class Job:
             output=self.run.output,
         )
         trainer.run_inputs = {
-            "config_input": self._given() if self.config_input is None else redact_text(self.config_input),
+            "config_input": self._flags_as_yaml() if self.config_input is None else redact_text(self.config_input),
             "command": None if command is None else redact_text(command),
             "plugin": self.plugin.as_dict(),
         }
         return trainer
 
-    def _given(self) -> str:
-        """Return what was set without a file, as a file's text."""
+    def _flags_as_yaml(self) -> str:
+        """Return what was set by flags alone as the text of a configuration file."""
         given = {
             **self.run.model_dump(mode="json", exclude_none=True),
             **self.options.model_dump(mode="json", exclude_unset=True),
@@ -68,7 +75,7 @@ class Job:
         return "# from the command line\n" + dump_yaml({key: redact(value, key) for key, value in given.items()})
 
     def resolved(self) -> dict[str, Any]:
-        """Return every setting as plain values, secrets redacted; as a file it describes the same run."""
+        """Return every option as plain values, secrets redacted; as a file they describe the same run."""
         values = {**self.run.model_dump(mode="json"), **self.options.model_dump(mode="json")}
         return {key: redact(value, key) for key, value in values.items()}
 
@@ -77,13 +84,15 @@ class Job:
         return dump_yaml(self.resolved())
 
 
-def load_job(target: str | Path, overrides: Mapping[str, Any] | None = None, *, flags: Sequence[str] = ()) -> Job:
-    """Resolve a method's name or a configuration file into a job.
+def load_job(
+    target: str | Path, overrides: Mapping[str, Any] | None = None, *, flags: Sequence[str] = ()
+) -> TrainingJob:
+    """Return the job that a method's name or a configuration file describes, with overrides.
 
     Args:
         target: a name such as `dpo` or `acme-rlhf:dpo`, or the path of a YAML file.
         overrides: values by dotted key, from Python: `{"beta": 0.2, "lora.rank": 8}`.
-        flags: the same as command-line tokens: `["--beta", "0.2", "--lora.rank=8"]`.
+        flags: values from the command line, as tokens: `["--beta", "0.2", "--lora.rank=8"]`.
 
     Raises:
         ConfigError: an unknown method, key, option or reward, a missing one, or a wrong value.
@@ -108,15 +117,16 @@ def load_job(target: str | Path, overrides: Mapping[str, Any] | None = None, *, 
     preset = _preset(run_values, places)
     options: dict[str, Any] = {}
     for layer in (preset, values, nest(overrides), nest(option_values)):
-        options = merge(options, _switches(spread(layer, method.Config), options))
+        options = merge(options, _keep_groups(spread(layer, method.Config), options))
     run = _run(run_values, places)
     config = method.Config.parse(options, place=places)
     if isinstance(config, OnlineConfig):
         check_rewards(config, place=places)
-    return Job(run, config, method, plugin, places, text)
+    return TrainingJob(run, config, method, plugin, places, text)
 
 
 def _preset(values: Mapping[str, Any], places: dict[str, str]) -> dict[str, Any]:
+    """Return the option values of the preset that was asked for, and note it as their place."""
     if values.get("preset") is None:
         return {}
     try:
@@ -128,18 +138,19 @@ def _preset(values: Mapping[str, Any], places: dict[str, str]) -> dict[str, Any]
     return preset
 
 
-def _switches(layer: Mapping[str, Any], below: Mapping[str, Any]) -> dict[str, Any]:
-    """`lora: true` over a group that a lower layer has filled keeps that group instead of resetting it."""
+def _keep_groups(layer: Mapping[str, Any], below: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a layer of options in which `lora: true` keeps the group's values of the layer below instead of resetting them."""
     return {key: {} if value is True and isinstance(below.get(key), Mapping) else value for key, value in layer.items()}
 
 
 def _run(values: dict[str, Any], places: Mapping[str, str]) -> RunConfig:
+    """Return the checked `RunConfig`; without `output` the directory is `runs/METHOD-DATE-TIME`."""
     for key in ("model", "data"):
         if values.get(key) is None:
             raise ConfigError(f"`{key}` is missing", place=places[""], fix=f"give `--{key}`, or `{key}:` in the file")
     if values.get("output") is None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            problem = "several processes need one run directory that they agree on"
+            problem = "several processes need the same run directory, and none is set"
             raise ConfigError(problem, place="output", fix="give `--output DIR`")
         method = str(values["method"]).replace(":", "-")
         values["output"] = f"runs/{method}-{time.strftime('%Y%m%d-%H%M%S')}"

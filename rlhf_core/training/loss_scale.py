@@ -1,4 +1,4 @@
-"""The loss scale of float16, whose small gradients would otherwise round to zero. Other precisions need none."""
+"""The loss scale of float16, without which small gradients would round to zero. Other precisions need none."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from typing import Any
 
 
 class LossScale:
-    """A power of two by which the loss is multiplied before, and gradients divided after, the backward pass.
+    """A power of two: the loss is multiplied by it before the backward pass, the gradients are divided by it afterwards.
 
-    An overflow halves it and the same update is made again; 2,000 updates in a row without one double it.
+    An overflow halves it, and the same update is made again; 2,000 updates in a row without an overflow double it.
+
+    Args:
+        enabled: False keeps it at 1.
     """
 
     GROWTH_INTERVAL = 2000
+    """Updates in a row without an overflow, after which the scale is doubled."""
 
     def __init__(self, *, enabled: bool) -> None:
         self.value = 2.0**16 if enabled else 1.0
@@ -20,7 +24,7 @@ class LossScale:
         self._good = 0
 
     def overflowed(self) -> bool:
-        """Take note of a gradient that isn't finite; return whether a smaller scale is left to try."""
+        """Halve the scale after a gradient that isn't finite; return False where it can't be halved."""
         if not self._enabled or self.value <= 1:
             return False
         self.value /= 2
@@ -28,7 +32,7 @@ class LossScale:
         return True
 
     def succeeded(self) -> None:
-        """Take note of an update."""
+        """Count an update whose gradients were finite."""
         self._good += 1
         if self._enabled and self._good >= self.GROWTH_INTERVAL:
             self.value = min(self.value * 2, 2.0**24)

@@ -1,4 +1,4 @@
-"""How a window is cut for the memory there is; when memory runs out, smaller micro-batches from then on."""
+"""How windows are cut into micro-batches, and into smaller ones once memory has run out."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from rlhf_core.contracts.batch import Batch
 
 
 class MicroBatches:
-    """Cuts windows into micro-batches. The step's gradient doesn't depend on the cut beyond rounding.
+    """Cuts windows into micro-batches. The gradient of a step depends on their size by rounding alone.
 
     Args:
-        divide: whether a cut may fall between a prompt's responses; a size then counts responses, and else prompts.
+        divide: whether a prompt's responses may be in several micro-batches; sizes then count responses, else prompts.
     """
 
     def __init__(self, config: TrainerConfig, *, divide: bool = False) -> None:
@@ -24,15 +24,15 @@ class MicroBatches:
 
     @property
     def unit(self) -> str:
-        """What a size counts."""
+        """What a size counts: `response` or `prompt`."""
         return "response" if self.divide else "prompt"
 
     def cut(self, window: Batch) -> list[Batch]:
-        """Return the window's micro-batches; those without rows are left out."""
+        """Return the window's micro-batches; none where it has no rows."""
         return self._cut(window, self.divide)
 
     def cut_between_prompts(self, window: Batch) -> list[Batch]:
-        """Return the window's micro-batches, each prompt with all of its responses."""
+        """Return the window's micro-batches, all responses of a prompt in the same one."""
         return self._cut(window, False)
 
     def _cut(self, window: Batch, divide: bool) -> list[Batch]:
@@ -41,11 +41,15 @@ class MicroBatches:
         return window.split(size=self.size, max_tokens=self.max_tokens, by_length=self._by_length, divide=divide)
 
     def count(self, micro: Batch) -> int:
-        """Return the size of a micro-batch."""
+        """Return the size of a micro-batch: its responses or prompts, as `unit` says."""
         return micro.num_responses if self.divide else micro.num_prompts
 
     def halve(self, largest: int) -> bool:
-        """Allow half the size of the `largest` micro-batch from now on; False where that was a single row."""
+        """Halve the size for all later windows; return False where it can't be halved.
+
+        Args:
+            largest: the size of the largest micro-batch that didn't fit, over all processes.
+        """
         if largest <= 1:
             return False
         self.size = math.ceil(largest / 2)
@@ -55,6 +59,6 @@ class MicroBatches:
         return {"size": self.size}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back a size that memory forced on the run, unless a smaller one was asked for since."""
+        """Restore the size that memory allowed, unless the configuration asks for a smaller one now."""
         sizes = [size for size in (self.size, state["size"]) if size is not None]
         self.size = min(sizes, default=None)

@@ -1,4 +1,4 @@
-"""The one place where sums become averages: over the micro-batches and processes of a whole optimiser step.
+"""The one place where sums become averages, over all micro-batches and processes of an optimiser step.
 
 A method says for each loss term t its sum over a micro-batch, s_tm, and what it is averaged over, w_tm. With M micro-batches
 on all processes, the step's loss is
@@ -6,7 +6,7 @@ on all processes, the step's loss is
     L = Σ_t ( Σ_m s_tm / Σ_m w_tm )
 
 so each micro-batch contributes Σ_t s_tm / W_t with the global W_t = Σ_m w_tm, which is known before the first backward pass.
-Averaging per micro-batch first (a mean of means) would weight a token by how few others share its micro-batch.
+Averaging per micro-batch first (a mean of means) would give the tokens of small micro-batches larger weights.
 """
 
 from __future__ import annotations
@@ -22,7 +22,12 @@ from rlhf_core.training.distribution import Distribution
 
 
 def total_weights(parts: Iterable[Mapping[str, float]], names: Sequence[str], *, place: str) -> dict[str, float]:
-    """Add up the weights of micro-batches, by term.
+    """Return the weights of micro-batches added up, by term.
+
+    Args:
+        parts: what `Trainer.weights` returned for each micro-batch.
+        names: the terms that each of them must have.
+        place: the method's name, for messages.
 
     Raises:
         PluginError: a micro-batch names other terms than `names`, or gives a weight that is negative or not finite.
@@ -78,9 +83,9 @@ def objective(terms: Mapping[str, Tensor], weights: Mapping[str, float], *, plac
 
 
 class Tally:
-    """Adds up named pairs (sum, count) and gives their quotients; values stay on the device until they are read.
+    """Adds up named pairs (sum, count); values stay on the device until they are read.
 
-    A tensor of several entries counts with their sum.
+    A tensor of several entries is replaced by their sum.
     """
 
     def __init__(self) -> None:
@@ -88,57 +93,59 @@ class Tally:
         self._pairs: list[tuple[Tensor | float, Tensor | float]] = []
 
     def add(self, pairs: Mapping[str, tuple[Tensor | float, Tensor | float]]) -> None:
+        """Add (sum, count) by name to what was added under that name before."""
         for name, (total, count) in pairs.items():
             self._names.append(name)
             self._pairs.append((_detached(total), _detached(count)))
 
     def clear(self) -> None:
-        """Forget what was added."""
+        """Remove what was added."""
         self._names.clear()
         self._pairs.clear()
 
     @property
     def values(self) -> list[Tensor | float]:
-        """What was added, each sum before its count."""
+        """Every sum and count that was added: sum, count, sum, count, …"""
         return [value for pair in self._pairs for value in pair]
 
     def totals(self, values: Sequence[float] | None = None) -> dict[str, tuple[float, float]]:
-        """Return (sum, count) by name, added in float64 in the order in which they came.
+        """Return (sum, count) by name, added up in float64 in the order of the calls of `add`.
 
         Args:
-            values: the numbers of `values`, where they were read together with others.
+            values: the property `values` as numbers, where the caller has read them from the device already.
         """
         values = numbers(self.values) if values is None else values
         totals: dict[str, tuple[float, float]] = {}
         for name, total, count in zip(self._names, values[::2], values[1::2], strict=True):
-            below = totals.get(name, (0.0, 0.0))
-            totals[name] = (below[0] + total, below[1] + count)
+            before = totals.get(name, (0.0, 0.0))
+            totals[name] = (before[0] + total, before[1] + count)
         return totals
 
 
 def quotients(totals: Mapping[str, tuple[float, float]]) -> dict[str, float]:
-    """Return sum / count by name; a count of zero has no quotient and is left out."""
+    """Return sum / count by name, without names whose count is zero."""
     return {name: total / count for name, (total, count) in totals.items() if count}
 
 
 def sum_pairs(distribution: Distribution, pairs: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
-    """Return (sum, count) by name added up over the processes, which may hold different names."""
+    """Return (sum, count) by name, added up over the processes; one process may have names that another doesn't."""
     totals: dict[str, tuple[float, float]] = {}
     for part in distribution.gather(pairs):
         for name, (total, count) in part.items():
-            below = totals.get(name, (0.0, 0.0))
-            totals[name] = (below[0] + total, below[1] + count)
+            before = totals.get(name, (0.0, 0.0))
+            totals[name] = (before[0] + total, before[1] + count)
     return totals
 
 
 def _detached(value: Tensor | float) -> Tensor | float:
+    """Return a number, or a scalar tensor without gradient, for a number or a tensor of any shape, whose entries are summed."""
     if not isinstance(value, Tensor):
         return float(value)
     return value.detach().sum() if value.ndim else value.detach()
 
 
 def numbers(values: Sequence[Tensor | float]) -> list[float]:
-    """Return scalar values as numbers, read off a device in one transfer a dtype: each is waited for."""
+    """Return scalar values as numbers, read from a device in one transfer per dtype, since the host waits for each transfer."""
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     found = [0.0] * len(values)
     for index, value in enumerate(values):

@@ -309,7 +309,7 @@ class Run:
             origin = f", from the checkpoint of step {saved}" if saved else ", from the beginning"
             lost.fix = f"start all processes again with `--resume`{origin}"
             # The process that ended has reported why, or another has reported that it ended.
-            lost.silent = lost.silent or self.directory.fault_noted(self.trainer.output)
+            lost.silent = lost.silent or self.directory.fault_recorded(self.trainer.output)
             lost.__cause__ = error
             return lost
         return error

@@ -1,6 +1,6 @@
-"""The run directory: what was asked, what it ran on, what happened, in files that people and programs can read.
+"""The run directory: the options of a run, what it was made from and how it went, in files that people and programs can read.
 
-Only the first process writes. Every file but the two logs is put in place whole.
+The first process alone writes there. Every file but the logs (`*.jsonl`) appears whole: a kill leaves the old or the new one.
 """
 
 from __future__ import annotations
@@ -33,15 +33,22 @@ from rlhf_core.infra.version import __version__
 Status = Literal["running", "done", "stopped", "failed"]
 
 _LOCK = "run.lock"
-_MEND = "put a whole copy of it back, or choose a new directory"
+_FIX = "restore a whole copy of it, or choose a new directory"
 _WRITTEN = re.compile(
     r"(run|status|data|models)\.json|config(\.input)?\.yaml|command\.txt|(metrics|samples)\.jsonl|reference\.safetensors|model(_\w+)?"
 )
-"""What stands in a run's directory after it was written or replaced as a whole."""
+"""Matches the names in a run's directory that appear whole, of which a killed run may leave temporary files."""
 
 
 class RunDirectory:
-    """The directory of one run, held by one process at a time; without a path it keeps nothing."""
+    """The directory of one run, locked by one process at a time; without a path nothing is written.
+
+    Args:
+        path: the directory, which `open` has made ready.
+        record: the content of `run.json`.
+        continued: whether an earlier process of the run has worked here.
+        lock: the open file that locks the directory.
+    """
 
     def __init__(
         self, path: Path | None, record: dict[str, Any], *, continued: bool = False, lock: int | None = None
@@ -50,13 +57,13 @@ class RunDirectory:
 
     @classmethod
     def open(cls, path: Path | None, *, resume: bool, overwrite: bool) -> RunDirectory:
-        """Take a directory for a run, before anything expensive is loaded.
+        """Lock a directory for a run and make it ready, before anything expensive is loaded.
 
-        An empty or missing directory starts a run, also with `resume`. `resume` continues a run of ours; `overwrite` removes
-        one first, and nothing else.
+        In an empty or missing directory a run starts, also with `resume`. `resume` continues the run in it; `overwrite` removes
+        one first, and nothing but a run.
 
         Raises:
-            StorageError: it can't be written, isn't empty, isn't a run of ours, or another process works in it.
+            StorageError: it can't be written, isn't empty, isn't a run's directory, or another process has locked it.
             ConfigError: both options, or `resume` without a directory.
         """
         if resume and overwrite:
@@ -68,14 +75,16 @@ class RunDirectory:
             return cls(None, record)
         _make_directory(path)
         new = not (path / _LOCK).exists()
-        lock = lock_directory(path, _LOCK, "working in this run directory")  # and so tries whether it can be written
+        lock = lock_directory(
+            path, _LOCK, "working in this run directory"
+        )  # which also shows whether it can be written
         try:
-            continued = _settle(path, resume=resume, overwrite=overwrite)
+            continued = _make_ready(path, resume=resume, overwrite=overwrite)
             if continued:
                 record |= _continued_record(path)
         except BaseException:
             if new and not (path / "run.json").exists():
-                remove_tree(path / _LOCK)  # what isn't ours is left as it was
+                remove_tree(path / _LOCK)  # a directory that isn't a run's is left as it was
             _release(lock)
             raise
         opened = cls(path, record, continued=continued, lock=lock)
@@ -83,7 +92,7 @@ class RunDirectory:
         return opened
 
     def update(self, **fields: Any) -> None:
-        """Change fields of `run.json`, and of `status.json`, the short one for launchers."""
+        """Change fields of `run.json` and of `status.json`, a short one for launchers (status, exit code, step, message)."""
         self.record |= fields
         if self.path is None:
             return
@@ -100,15 +109,19 @@ class RunDirectory:
         message: str | None = None,
         consequence: bool = False,
     ) -> None:
-        """Note how the run ended. Of a `consequence`, a fault that another process noted first is the cause."""
+        """Write how the run ended.
+
+        Args:
+            consequence: whether the fault may follow from that of another process; if one has been recorded, that is kept.
+        """
         noted = self.read("status.json") or {}
         if consequence and isinstance(noted, dict) and noted.get("status") == "failed":
             exit_code, message = noted["exit_code"], noted["message"]
         self.update(status=status, exit_code=exit_code, step=step, message=message, ended=_now())
 
     @staticmethod
-    def fault_noted(path: Path | None) -> bool:
-        """Tell whether a process of the run has noted a fault."""
+    def fault_recorded(path: Path | None) -> bool:
+        """Return whether a process of the run has recorded a fault in `status.json`."""
         try:
             noted = read_json(path / "status.json") if path is not None else None
         except (OSError, ValueError):
@@ -116,11 +129,12 @@ class RunDirectory:
         return isinstance(noted, dict) and noted.get("status") == "failed"
 
     def write_inputs(self, options: Mapping[str, Any], inputs: Mapping[str, Any], explicit: Mapping[str, Any]) -> None:
-        """Write what was asked: `config.input.yaml` as given, `config.yaml` resolved, `command.txt`; secrets redacted.
+        """Write `config.input.yaml` (the options as given), `config.yaml` (all options) and `command.txt`, secrets redacted.
 
         Args:
             options: every option with its value, in the shape of a configuration file.
-            inputs: may hold the texts `config_input` and `command`; otherwise `explicit` and the process's own arguments.
+            inputs: may hold `config_input`, the text of a configuration file, and `command`; else `explicit` and the process's
+                own arguments are written.
             explicit: the options that were set in Python.
         """
         given = inputs.get("config_input") or "# set in Python\n" + dump_yaml(explicit)
@@ -140,17 +154,17 @@ class RunDirectory:
         if not place.exists():
             if any(self.path.glob("checkpoints/step-*")):
                 problem = "the run has checkpoints, and the record of its options is missing"
-                raise StorageError(problem, place=str(place), fix=_MEND)
+                raise StorageError(problem, place=str(place), fix=_FIX)
             return None
         try:
             return load_yaml(place)[0]
         except ConfigError as error:
             got = error.problem if error.got is None else f"{error.problem}: {error.got}"
             problem = "can't be read as the record of the run's options"
-            raise StorageError(problem, place=error.place, got=got, fix=_MEND) from None
+            raise StorageError(problem, place=error.place, got=got, fix=_FIX) from None
 
     def read(self, name: str) -> Any:
-        """Return a JSON file of the run, or None where it isn't there."""
+        """Return the values of a JSON file in the directory; None where it doesn't exist."""
         if self.path is None or not (self.path / name).exists():
             return None
         try:
@@ -159,17 +173,17 @@ class RunDirectory:
             raise StorageError("cannot read the run's record", place=str(self.path / name), got=error) from None
 
     def write(self, name: str, value: Any) -> None:
-        """Put a JSON file in place."""
+        """Write a JSON file, whole."""
         if self.path is not None:
             self._write(name, value)
 
     def write_text(self, name: str, text: str) -> None:
-        """Put a text file in place."""
+        """Write a text file, whole."""
         if self.path is not None:
             replace_file(self.path / name, text.encode())
 
     def close(self) -> None:
-        """Let another process have the directory."""
+        """Unlock the directory for another process."""
         _release(self._lock)
         self._lock = None
 
@@ -178,8 +192,8 @@ class RunDirectory:
         replace_json(self.path / name, value)
 
 
-def note_fault(path: Path, *, rank: int, code: int, step: int, message: str) -> None:
-    """Tell launchers of a fault on another process than the first, which may not live to write it."""
+def record_fault(path: Path, *, rank: int, code: int, step: int, message: str) -> None:
+    """Write the fault of a process other than the first into `status.json`: the first may end before it can."""
     fault = {"status": "failed", "exit_code": code, "step": step, "message": f"process {rank}: {message}"}
     replace_json(path / "status.json", fault)
 
@@ -189,7 +203,7 @@ def _new_record() -> dict[str, Any]:
 
 
 def _continued_record(path: Path) -> dict[str, Any]:
-    """Return what a continued run keeps of its record, which `_is_run` has looked at."""
+    """Return the fields of `run.json` that a continued run keeps; `_is_run` has checked it."""
     old = read_json(path / "run.json")
     resumed, step = old.get("resumed"), old.get("step")
     return {
@@ -207,8 +221,8 @@ def _make_directory(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
 
 
-def _settle(path: Path, *, resume: bool, overwrite: bool) -> bool:
-    """Make the directory fit for the run; return whether it continues an earlier one."""
+def _make_ready(path: Path, *, resume: bool, overwrite: bool) -> bool:
+    """Remove leftovers and, with `overwrite`, an earlier run; return whether the run continues an earlier one."""
     found = [item for item in path.iterdir() if item.name != _LOCK]
     leftovers = [item for item in found if _is_leftover(item.name)]
     content = [item for item in found if item not in leftovers]
@@ -216,30 +230,30 @@ def _settle(path: Path, *, resume: bool, overwrite: bool) -> bool:
         _remove(path, leftovers)
         return False
     ours = _is_run(path)
-    # After a mistake that was found before the first step there is nothing to lose, and nothing to ask.
+    # A run that failed before its first step holds nothing that could be lost, so it is replaced without `--overwrite`.
     overwrite = overwrite or (ours and not resume and _never_began(path))
     if not (resume or overwrite):
         fix = "`--resume` continues it, `--overwrite` replaces it" if ours else "choose an empty or a new directory"
         what = (
             "holds an earlier run"
             if ours
-            else "is not empty, and not a run of ours (`--resume` and `--overwrite` need one)"
+            else "is not empty, and not a run's directory (`--resume` and `--overwrite` need one)"
         )
         raise StorageError(what, place=str(path), fix=fix)
     if not ours:
         raise StorageError(
-            "is not empty and not a run of ours, so it is neither continued nor removed",
+            "is not empty and not a run's directory, so it is neither continued nor removed",
             place=str(path),
             got=", ".join(sorted(item.name for item in content)[:5]),
             fix="choose an empty or a new directory",
         )
-    # The mark of a run goes last: a kill half-way leaves something that can be overwritten again.
+    # `run.json`, which makes it a run's directory, goes last: after a kill half-way it can be overwritten again.
     _remove(path, leftovers + (sorted(content, key=lambda item: item.name == "run.json") if overwrite else []))
     return resume
 
 
 def _is_leftover(name: str) -> bool:
-    """Tell whether a killed run left a file of this name behind, of use to nobody."""
+    """Return whether a name is that of a temporary file, which only a killed run leaves behind."""
     of = leftover_of(name)
     return of is not None and (not of or _WRITTEN.fullmatch(of) is not None)
 
@@ -253,10 +267,10 @@ def _remove(path: Path, items: list[Path]) -> None:
 
 
 def _is_run(path: Path) -> bool:
-    """Tell whether a directory is a run's.
+    """Return whether a directory is a run's: whether it holds `run.json`.
 
     Raises:
-        StorageError: it holds the record of one, which can't be read.
+        StorageError: it does, and the file can't be read.
     """
     place = path / "run.json"
     if not place.is_file():
@@ -266,11 +280,12 @@ def _is_run(path: Path) -> bool:
         if not isinstance(record, dict) or not {"rlhf_core", "id", "started"} <= record.keys():
             raise ValueError("no record of a run")
     except (OSError, ValueError) as error:
-        raise StorageError("can't be read as a run's record", place=str(place), got=error, fix=_MEND) from None
+        raise StorageError("can't be read as a run's record", place=str(place), got=error, fix=_FIX) from None
     return True
 
 
 def _never_began(path: Path) -> bool:
+    """Return whether the run in a directory failed before its first step."""
     record = read_json(path / "run.json")
     logged = path / "metrics.jsonl"
     return (

@@ -16,7 +16,7 @@ from rlhf_core.infra.errors import ConfigError, LostProcess, ModelError, PluginE
 from rlhf_core.infra.redact import redact
 from rlhf_core.infra.seeds import stream_seed
 from rlhf_core.rewards import rewards_changed
-from rlhf_core.training.run_directory import RunDirectory, Status, note_fault
+from rlhf_core.training.run_directory import RunDirectory, Status, record_fault
 
 if TYPE_CHECKING:
     from rlhf_core.training.run import Run
@@ -143,7 +143,7 @@ def _check_same_files(directory: RunDirectory, role: str, before: Any, model: di
             raise TypeError("`files` is no mapping")
     except (AttributeError, KeyError, TypeError) as error:
         place = f"{directory.path}/models.json"
-        fix = "put a whole copy of it back, or start a new run in another directory"
+        fix = "restore a whole copy of it, or start a new run in another directory"
         raise StorageError("can't be read as the run's record of its models", place=place, got=error, fix=fix) from None
     if old is not None and new is not None and old != new:
         changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
@@ -177,9 +177,9 @@ def record_failure(run: Run, error: BaseException) -> None:
         elif (
             run.trainer.output is not None
             and status == "failed"
-            and not (consequence and run.directory.fault_noted(run.trainer.output))
+            and not (consequence and run.directory.fault_recorded(run.trainer.output))
         ):
-            note_fault(run.trainer.output, rank=run.distribution.rank, code=code, step=step, message=text)
+            record_fault(run.trainer.output, rank=run.distribution.rank, code=code, step=step, message=text)
         if run.started:
             run.logger.event(f"run_{status}", step=step, exit_code=code, message=text)
             run.hooks.emit("run_failed", run=run.trainer, error=error)

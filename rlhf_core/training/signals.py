@@ -1,8 +1,7 @@
-"""SIGTERM and Ctrl-C as requests: the run finishes its step, saves it, and only then stops; a second Ctrl-C stops at once.
+"""SIGTERM and Ctrl-C as requests to stop: the run finishes its step, saves it and stops; a second Ctrl-C stops at once.
 
-While there is nothing to finish (loading, tokenising), or what was learned can be saved as it stands (evaluation, export),
-a request is met at once: `StopNow` is raised where the run happens to be. Otherwise it is a flag that the loop looks at
-between its steps, where all processes agree on it.
+The request is a flag that the loop reads between its steps, where all processes agree on it. While there is no step to finish
+(loading, tokenising, evaluation, export), the request is met at once instead: `StopNow` is raised where the run happens to be.
 """
 
 from __future__ import annotations
@@ -26,22 +25,22 @@ _ASKED = {
 
 
 class StopNow(KeyboardInterrupt):
-    """A request to stop, raised where it can be met at once."""
+    """Raised by a request to stop in code that may be interrupted anywhere."""
 
 
 class StopSignal:
     """Within this context SIGTERM and the first SIGINT are requests; a second SIGINT is a `KeyboardInterrupt`.
 
-    Signals can only be taken in the main thread; elsewhere the context changes nothing. Where SIGINT is ignored, as in a job in
-    the background, it stays so.
+    Python handles signals in the main thread alone; elsewhere the context changes nothing. Where SIGINT is ignored, as in a
+    background job, it stays ignored.
 
     Args:
-        speak: whether this process says on stderr that it was asked.
+        speak: whether this process reports a request on stderr.
     """
 
     def __init__(self, *, speak: bool = True) -> None:
         self.requested: signal.Signals | None = None
-        """The signal that asked first."""
+        """The signal of the first request."""
         self._speak = speak
         self._at_once: frozenset[signal.Signals] = frozenset()
         self._before: dict[signal.Signals, signal._HANDLER] = {}
@@ -61,7 +60,7 @@ class StopSignal:
 
     @contextlib.contextmanager
     def at_once(self, *signals: signal.Signals) -> Iterator[None]:
-        """Meet requests by these signals (all where none is named) where the run is, by raising `StopNow`."""
+        """Raise `StopNow` as soon as one of these signals comes, or has come; of both where none is named."""
         outer, self._at_once = self._at_once, frozenset(signals) or _ALL
         try:
             if self.requested in self._at_once:
@@ -71,6 +70,7 @@ class StopSignal:
             self._at_once = outer
 
     def _request(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal: raise, or keep it as the request and report it."""
         asked = signal.Signals(number)
         again, self.requested = self.requested is not None, self.requested or asked
         if asked in self._at_once:
@@ -78,15 +78,16 @@ class StopSignal:
         if again and asked == signal.SIGINT:
             raise KeyboardInterrupt
         if self._speak and not again:
-            # Not through a logger: this may have come in the middle of one of its lines.
+            # Not through a logger, which the signal may have interrupted in the middle of a line.
             with contextlib.suppress(OSError):
                 os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{_ASKED[asked]}\n".encode())
 
 
 def stopped(step: int, output: Path | None, *, resuming: bool = False) -> Stopped:
-    """Return the end of a run that was asked to stop after `step`, whose state is saved where there is an `output`.
+    """Return the error of a run that was asked to stop after `step`; its state is saved where it has an `output`.
 
-    `resuming` says that it hadn't read its checkpoint yet.
+    Args:
+        resuming: whether it was to be resumed, and hadn't read its checkpoint yet.
     """
     if resuming:
         problem = "stopped before it had resumed; its checkpoints are as they were"

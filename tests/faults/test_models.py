@@ -141,7 +141,7 @@ def test_no_valid_checkpoint_gives_the_reason_of_each(train: Callable, tmp_path:
         f"error[model] {checkpoints}: no checkpoint is whole; got step 2: model.safetensors has another SHA-256"
     )
     assert ended.error.endswith(
-        "| step 1: state.json is missing; fix: start over with `--overwrite`, or put a whole checkpoint back"
+        "| step 1: state.json is missing; fix: start over with `--overwrite`, or restore a whole checkpoint from a copy"
     )
     # Nor does the next attempt take it for a run that never saved.
     again = train("--resume", *EVERY)

@@ -64,7 +64,7 @@ def test_an_output_that_cannot_be_used_is_told_before_the_model_loads(
     file.touch()
     expected = {
         run: "holds an earlier run; fix: `--resume` continues it, `--overwrite` replaces it",
-        full: "is not empty, and not a run of ours (`--resume` and `--overwrite` need one);"
+        full: "is not empty, and not a run's directory (`--resume` and `--overwrite` need one);"
         " fix: choose an empty or a new directory",
         file: "is a file, not a directory; fix: choose another `output`",
     }
@@ -72,7 +72,7 @@ def test_an_output_that_cannot_be_used_is_told_before_the_model_loads(
         ended = train(output=output)
         assert (ended.code, ended.error) == (7, f"error[io] {output}: {text}")
     refused = train("--overwrite", output=full)
-    assert refused.code == 7 and refused.error.startswith(f"error[io] {full}: is not empty and not a run of ours")
+    assert refused.code == 7 and refused.error.startswith(f"error[io] {full}: is not empty and not a run's directory")
     assert (full / "thesis.tex").exists()
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o500)

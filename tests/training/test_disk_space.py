@@ -32,7 +32,7 @@ def test_too_little_room_is_told_before_the_first_step(tmp_path: Path, monkeypat
     needed = 3 * CHECKPOINT + 4 * NUMBERS
     free(monkeypatch, needed - 1)
     trainer = toy(tmp_path / "run")
-    with pytest.raises(StorageError, match=rf"too little room .*: {needed} bytes are needed") as caught:
+    with pytest.raises(StorageError, match=rf"too little free space .*: {needed} bytes are needed") as caught:
         trainer.train()
     assert caught.value.exit_code == 7 and trainer.windows == 0
     assert str(tmp_path / "run") in str(caught.value) and f"got {needed - 1} bytes free" in str(caught.value)

@@ -10,12 +10,12 @@ from rlhf_core import registry
 from rlhf_core.config.base import BaseConfig
 from rlhf_core.config.flags import convert, lex
 from rlhf_core.infra.errors import ConfigError, PluginError
-from rlhf_core.training.job import Job, load_job
+from rlhf_core.training.job import TrainingJob, load_job
 
 HERE = "--model m --data d.jsonl --output o"
 
 
-def job(flags: str, target: str | Path = "dpo") -> Job:
+def job(flags: str, target: str | Path = "dpo") -> TrainingJob:
     return load_job(target, flags=f"{HERE} {flags}".split())
 
 

@@ -139,7 +139,7 @@ def test_epochs_end_the_run(tmp_path: Path) -> None:
 
 
 def test_a_schedule_without_a_length_is_refused() -> None:
-    with pytest.raises(ConfigError, match="streamed data don't tell") as caught:
+    with pytest.raises(ConfigError, match="isn't known of streamed data") as caught:
         toy(max_steps=None, dataset={"streaming": True}).train()
     assert caught.value.exit_code == 2 and "max_steps" in str(caught.value.fix)
 

@@ -15,7 +15,7 @@ from toy import ROWS, ToyTrainer, toy
 from rlhf_core.config.yaml_file import load_yaml
 from rlhf_core.infra.errors import ConfigError, RLHFError, StorageError
 from rlhf_core.infra.files import read_json
-from rlhf_core.training.run_directory import RunDirectory, note_fault
+from rlhf_core.training.run_directory import RunDirectory, record_fault
 
 
 class Unloaded(ToyTrainer):
@@ -102,7 +102,7 @@ def test_both_ways_at_once_are_refused(tmp_path: Path) -> None:
 def test_a_directory_that_is_not_ours_is_left_alone(tmp_path: Path, how: dict[str, bool]) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     error = refused(tmp_path, **how)
-    assert error.exit_code == 7 and "not a run of ours" in str(error)
+    assert error.exit_code == 7 and "not a run's directory" in str(error)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
@@ -165,7 +165,7 @@ def test_a_failure_is_noted(tmp_path: Path) -> None:
 
 def test_the_fault_of_another_process_is_the_cause(tmp_path: Path) -> None:
     directory = RunDirectory.open(tmp_path, resume=False, overwrite=False)
-    note_fault(tmp_path, rank=1, code=3, step=5, message="rows.jsonl:7: bad")
+    record_fault(tmp_path, rank=1, code=3, step=5, message="rows.jsonl:7: bad")
     directory.end("failed", 1, step=5, message="process 1 ended", consequence=True)
     assert read_json(tmp_path / "run.json")["exit_code"] == 3
     assert read_json(tmp_path / "status.json")["message"] == "process 1: rows.jsonl:7: bad"

@@ -65,7 +65,7 @@ def test_a_run_with_leftovers_is_continued_and_replaced(tmp_path: Path, left: st
 def test_hidden_files_of_others_are_left_alone(tmp_path: Path, foreign: str) -> None:
     (tmp_path / foreign).write_text("years of work")
     for how in ({}, {"resume": True}, {"overwrite": True}):
-        with pytest.raises(StorageError, match="not a run of ours"):
+        with pytest.raises(StorageError, match="not a run's directory"):
             toy(tmp_path).train(**how)
     assert [path.name for path in tmp_path.iterdir()] == [foreign]
 
