@@ -28,7 +28,7 @@ class DiskNeed:
     """The most that a run's directory holds at one time, apart from its logs."""
 
     checkpoints: int
-    """How many checkpoints stand there at one time."""
+    """How many checkpoints there are at one time."""
     checkpoint_bytes: int
     """Of one checkpoint."""
     model_bytes: int

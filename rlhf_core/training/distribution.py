@@ -238,6 +238,7 @@ class DataParallel(Distribution):
         ]
 
     def lost(self, error: BaseException) -> LostProcess | None:
+        # The backends raise plain `RuntimeError`s, which only their messages tell apart.
         text = str(error)
         if isinstance(error, RLHFError) or not isinstance(error, RuntimeError) or not _CONNECTION_LOST.search(text):
             return None
@@ -287,6 +288,7 @@ class DataParallel(Distribution):
 
 
 def _ended(pid: int) -> bool:
+    """Return whether a process of this machine has ended, zombies included."""
     import psutil
 
     try:

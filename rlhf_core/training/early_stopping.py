@@ -40,6 +40,7 @@ class EarlyStopping:
 
     @classmethod
     def create(cls, config: EarlyStoppingConfig) -> EarlyStopping:
+        """Return early stopping under the options of a configuration."""
         return cls(config.metric, config.mode, config.patience, config.min_delta)
 
     def describe(self) -> str:
@@ -88,6 +89,7 @@ class EarlyStopping:
         return self.best >= self.start if self.mode == "min" else self.best <= self.start
 
     def _improves(self, value: float) -> bool:
+        """Return whether a value is better than the best so far by more than `min_delta`; one that isn't finite never is."""
         if not math.isfinite(value):
             return False
         if self.best is None:
@@ -96,12 +98,14 @@ class EarlyStopping:
         return gain > self.min_delta
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the best value, its step and metrics, the start and the count of evaluations since, as JSON values."""
         # As text where they aren't finite, since JSON has no name for them.
         metrics = {name: value if math.isfinite(value) else repr(value) for name, value in self.best_metrics.items()}
         found = {"start": self.start, "best": self.best, "best_step": self.best_step, "waited": self.waited}
         return {**found, "best_metrics": metrics}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
         self.start, self.best = state["start"], state["best"]
         self.best_step, self.waited = int(state["best_step"]), int(state["waited"])
         self.best_metrics = {name: float(value) for name, value in state["best_metrics"].items()}

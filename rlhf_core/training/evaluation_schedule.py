@@ -108,6 +108,7 @@ class EvaluationSchedule:
         return step
 
     def _evaluate(self) -> dict[str, float]:
+        """Evaluate after the current step, report the metrics to log, hooks and early stopping, and return them."""
         run, setup = self._run, self._run.setup
         assert setup.eval_dataset is not None
         metrics = evaluate(run.trainer, setup.eval_dataset, run.context.for_evaluation())

@@ -81,7 +81,7 @@ class Loader:
         wanted: Any = kind or PolicyModel
         trainer, config, device = self._trainer, self._trainer.config, self._devices.device
         if self._main is not None:
-            raise PluginError("`loader.main` gives its model once", place=self._place)
+            raise PluginError("`loader.main` is called twice", place=self._place)
         if isinstance(trainer.model, str | Path):
             options = _run_options(config) | {"lora": config.lora, "adapter": config.adapter}
             options |= {"trust_remote_code": config.trust_remote_code}
@@ -124,7 +124,7 @@ class Loader:
             raise ConfigError("no model is given", place=role, fix="set its path")
         if of_config := sorted(own.keys() & {*_run_options(config), "lora", "trust_remote_code", "frozen", "device"}):
             raise PluginError(
-                f"`{of_config[0]}` of `{role}` is not an option of its kind",
+                f"`{of_config[0]}` of `{role}` can't be an argument of `loader.load`",
                 place=self._place,
                 fix="give it in a `ModelConfig` or a `TrainedModelConfig`",
             )
@@ -185,7 +185,9 @@ class Loader:
         """Set the learning rate of a role that `build` makes itself, such as a head on the policy, to a multiple of the run's."""
         self._require_trained(role, self._is_trained(role))
         if not (math.isfinite(factor) and factor > 0):
-            raise PluginError(f"the factor of `{role}` must be finite and above 0", place=self._place, got=factor)
+            raise PluginError(
+                f"the learning-rate factor of `{role}` must be finite and above 0", place=self._place, got=factor
+            )
         self.factors[role] = factor
 
     def lora(self, role: str) -> LoraConfig | None:
@@ -193,6 +195,7 @@ class Loader:
         return self._loras.get(role, self._trainer.config.lora)
 
     def _is_trained(self, role: str) -> bool:
+        """Return whether the method declares a role as trained; refuse one that it doesn't declare."""
         roles = self._trainer.roles
         if role not in roles:
             raise PluginError(f"there is no role `{role}`", place=self._place, got=f"roles {sorted(roles)}")
@@ -212,10 +215,10 @@ class Loader:
         precision = self._trainer.config.precision
         if asked.precision not in (None, precision) and precision != "float32":
             raise ConfigError(
-                f"matrix products of a run in {precision} are in {precision}",
+                f"every model of a run in {precision} computes in {precision}",
                 place=f"{role}.precision",
                 got=asked.precision,
-                fix="leave it out, or set `precision: float32`",
+                fix="leave it out, or set the run's `precision: float32`",
             )
         if asked.precision not in (None, precision) and not narrow:
             raise ConfigError(
@@ -232,11 +235,9 @@ class Loader:
         if ours is theirs or ours.get_vocab() == theirs.get_vocab():
             return
         raise ModelError(
-            f"the `{role}` reads other tokens than the model that is trained",
+            f"the `{role}` has another vocabulary than the model that is trained",
             place=str(getattr(model, "source", role)),
-            got=f"{len(theirs)} tokens for {len(ours)}"
-            if len(theirs) != len(ours)
-            else "another vocabulary of that size",
+            got=f"{len(theirs)} tokens for {len(ours)}" if len(theirs) != len(ours) else "other tokens, as many",
             fix="use a model of the same tokenizer",
         )
 

@@ -229,6 +229,7 @@ def _jsonable(value: Any) -> Any:
 
 
 def _encoded(row: Mapping[str, Any]) -> bytes:
+    """Return a row as one line of JSON."""
     return (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 

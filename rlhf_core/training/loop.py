@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class TrainingLoop:
-    """Makes the optimiser steps of one run, from where it stands to its end."""
+    """Makes the optimiser steps of one run, from the step that it starts or resumes at to its last."""
 
     def __init__(self, run: Run) -> None:
         self._run, self._setup, self._config = run, run.setup, run.setup.config
@@ -78,6 +78,7 @@ class TrainingLoop:
         return progress.step + 1 + (progress.skipped if self._config.max_steps is None else 0)
 
     def _at_end(self) -> bool:
+        """Return whether early stopping or the schedule has ended the run."""
         total = self._run.total_steps
         return self._evaluations.stopped_early or (total is not None and self._schedule_step() > total)
 

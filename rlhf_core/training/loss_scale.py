@@ -39,7 +39,9 @@ class LossScale:
             self._good = 0
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the scale and the number of updates since it changed, as JSON values."""
         return {"value": self.value, "good": self._good}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
         self.value, self._good = float(state["value"]), int(state["good"])

@@ -56,6 +56,7 @@ class MicroBatches:
         return True
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the size, which memory may have made smaller than the configuration's, as JSON values."""
         return {"size": self.size}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -204,6 +204,7 @@ class Run:
             self.logger.event("run_started", total_steps=self.total_steps)
 
     def _begin(self) -> None:
+        """Emit `run_started`, and mark that training changes the models from here on."""
         self.hooks.emit("run_started", run=self.trainer)
         self.first_step = self.progress.step
         self.saved_at = time.monotonic()

@@ -63,7 +63,7 @@ def _eval_config(trainer: Trainer) -> TrainerConfig:
     if not has_splits(trainer.eval_data):
         if same or trainer.eval_data is trainer.data:
             log.warning(
-                "eval_data: %s is trained on too, so its scores say nothing about unseen rows",
+                "eval_data: %s is trained on too, so its scores don't measure unseen rows",
                 same[0] if same else "it",
             )
         return config

@@ -94,11 +94,9 @@ class RunDirectory:
     def update(self, **fields: Any) -> None:
         """Change fields of `run.json` and of `status.json`, a short one for launchers (status, exit code, step, message)."""
         self.record |= fields
-        if self.path is None:
-            return
-        self._write("run.json", self.record)
+        self.write("run.json", self.record)
         short = {name: self.record.get(name) for name in ("status", "exit_code", "step", "message")}
-        self._write("status.json", short)
+        self.write("status.json", short)
 
     def end(
         self,
@@ -175,7 +173,7 @@ class RunDirectory:
     def write(self, name: str, value: Any) -> None:
         """Write a JSON file, whole."""
         if self.path is not None:
-            self._write(name, value)
+            replace_json(self.path / name, value)
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text file, whole."""
@@ -187,10 +185,6 @@ class RunDirectory:
         _release(self._lock)
         self._lock = None
 
-    def _write(self, name: str, value: Any) -> None:
-        assert self.path is not None
-        replace_json(self.path / name, value)
-
 
 def record_fault(path: Path, *, rank: int, code: int, step: int, message: str) -> None:
     """Write the fault of a process other than the first into `status.json`: the first may end before it can."""
@@ -199,6 +193,7 @@ def record_fault(path: Path, *, rank: int, code: int, step: int, message: str) -
 
 
 def _new_record() -> dict[str, Any]:
+    """Return the first content of `run.json`."""
     return {"rlhf_core": __version__, "id": uuid.uuid4().hex, "started": _now(), "status": "running", "exit_code": None}
 
 
@@ -215,6 +210,7 @@ def _continued_record(path: Path) -> dict[str, Any]:
 
 
 def _make_directory(path: Path) -> None:
+    """Create the directory; refuse a file of that name."""
     if path.exists() and not path.is_dir():
         raise StorageError("is a file, not a directory", place=str(path), fix="choose another `output`")
     with storage_errors(path):
@@ -259,6 +255,7 @@ def _is_leftover(name: str) -> bool:
 
 
 def _remove(path: Path, items: list[Path]) -> None:
+    """Remove files and directories in a directory, in their order, and fsync it."""
     if items:
         with storage_errors(path):
             for item in items:
@@ -297,6 +294,7 @@ def _never_began(path: Path) -> bool:
 
 
 def _release(lock: int | None) -> None:
+    """Close the open file that locks a directory."""
     if lock is not None:
         os.close(lock)
 

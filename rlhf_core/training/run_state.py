@@ -196,7 +196,7 @@ class RunState:
             self.logged = {name: (float(pair[0]), float(pair[1])) for name, pair in ranks[rank]["logged"].items()}
         else:
             log.warning(
-                "resumed with %d processes after %d: the data continue where they were, rounding and random draws will differ",
+                "resumed with %d processes, saved with %d: the data continue where they were; rounding and random draws differ",
                 run.distribution.world_size,
                 len(ranks),
             )

@@ -47,7 +47,7 @@ Context = TypeVar("Context", bound=RunContext)
 
 
 class RunSetup:
-    """A method on its way to the first window: made, then `build_models`, `open_data` and `prepare`, in this order.
+    """Sets a method up for its first window, by `build_models`, `open_data` and `prepare`, in this order.
 
     Args:
         trainer: the method, with a configuration, a model and data.
@@ -58,10 +58,13 @@ class RunSetup:
     """
 
     loader: Loader
+    """The model loader that `Trainer.build` got. Set by `build_models`."""
     parameters: dict[str, nn.Parameter]
-    """The trained parameters by name, which begins with the role; one that is tied once. There after `build_models`."""
+    """The trained parameters by name, which begins with the role; a tied one once. Set by `build_models`."""
     dataset: EncodedData
+    """The rows to train on. Set by `open_data`."""
     eval_dataset: EncodedData | None
+    """The held-out rows; None without `eval_data`. Set by `open_data`."""
 
     def __init__(self, trainer: Trainer[Any], distribution: Distribution, devices: DeviceManager) -> None:
         check_config(trainer, distribution, devices)
@@ -157,7 +160,7 @@ def check_config(trainer: Trainer[Any], distribution: Distribution, devices: Dev
             fix=f"set `batch_size` to {near}",
         )
     if trainer.eval_data is None and config.eval_steps is not None:
-        raise ConfigError("there is nothing to evaluate on", place="eval_steps", fix="set `eval_data`")
+        raise ConfigError("evaluations need held-out data", place="eval_steps", fix="set `eval_data`")
     if config.early_stopping is not None and (trainer.eval_data is None or config.eval_steps is None):
         missing = "eval_data" if trainer.eval_data is None else "eval_steps"
         raise ConfigError(
@@ -180,15 +183,17 @@ def _open_rewards(trainer: Trainer[Any]) -> Rewards:
     if not isinstance(config, OnlineConfig):
         if given is not None:
             got = f"{len(given)} of them"
-            raise ConfigError("the method learns from no rewards", place="rewards", got=got, fix="leave them out")
+            raise ConfigError("the method doesn't use rewards", place="rewards", got=got, fix="leave them out")
         return open_rewards([])
     if given is None:
         check_rewards(config)
         return open_rewards(config.rewards)
     if config.rewards:
-        raise ConfigError("rewards are given twice", place="rewards", fix="give them in the configuration or in Python")
+        raise ConfigError(
+            "rewards are given in the configuration and in Python", place="rewards", fix="give them in one of the two"
+        )
     if not given and config.needs_rewards:
-        raise ConfigError("there is nothing to learn from", place="rewards", got="an empty list")
+        raise ConfigError("the method learns from rewards, and none is given", place="rewards", got="an empty list")
     return open_rewards(given)
 
 

@@ -62,10 +62,11 @@ class Trackers:
         try:
             self._accelerator.log({k: v for k, v in row.items() if isinstance(v, int | float)}, step=step)
         except Exception as error:
-            log.warning("trackers are not called again: %s: %s", type(error).__name__, error)
+            log.warning("trackers failed and are not called again: %s: %s", type(error).__name__, error)
             self._accelerator = None
 
     def close(self) -> None:
+        """Finish the trackers; where one fails, the user is warned."""
         if self._accelerator is not None:
             try:
                 for tracker in self._accelerator.trackers:

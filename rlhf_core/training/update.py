@@ -190,7 +190,7 @@ class Update:
         largest = max(self.distribution.gather(max(map(sizes.count, micros), default=0)))
         if not sizes.halve(largest):
             raise NumbersError(
-                f"out of memory with one {sizes.unit} a forward pass",
+                f"out of memory with one {sizes.unit} per forward pass",
                 place=f"step {step}",
                 fix="set `gradient_checkpointing: true`, a smaller `max_length`, or `lora`",
             )

@@ -84,7 +84,7 @@ class Windows:
                     f"{idle - 1} batches in a row gave nothing to learn from",
                     place=f"step {self._run.step + 1}",
                     got=f"rows {list(batch.rows)[:16]} next",
-                    fix="look at the loss mask of these rows, or at the rewards; a larger `max_idle_batches` waits longer",
+                    fix="look at the loss mask of these rows, or at the rewards; a larger `max_idle_batches` allows more of them",
                 )
             yield batch
 

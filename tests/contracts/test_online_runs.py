@@ -332,7 +332,7 @@ def test_a_misspelt_reward_ends_it_before_anything_is_loaded(tmp_path: Path) -> 
 def test_no_rewards_and_greedy_draws_are_refused() -> None:
     with pytest.raises(ConfigError, match="no rewards are given"):
         trainer(rewards=[]).train()
-    with pytest.raises(ConfigError, match="nothing to learn from; got an empty list"):
+    with pytest.raises(ConfigError, match="learns from rewards, and none is given; got an empty list"):
         trainer(objects=[]).train()
     with pytest.raises(ConfigError, match="temperature"):
         trainer(generation={"temperature": 0.0})

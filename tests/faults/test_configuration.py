@@ -22,7 +22,7 @@ FLAGS = {
     "--distributed.world_size 2": "distributed.world_size: 2 processes were asked for; got 1 running; fix: start with `torchrun",
     "--preset 8b": "--preset: unknown preset `8b`; fix: ",
     "--lora.target_modules q_prj": "lora.target_modules: the model has no module `q_prj`; fix: did you mean `q_proj`?",
-    "--eval_steps 1": "eval_steps: there is nothing to evaluate on; fix: set `eval_data`",
+    "--eval_steps 1": "eval_steps: evaluations need held-out data; fix: set `eval_data`",
 }  # fmt: skip
 
 

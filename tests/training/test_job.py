@@ -194,7 +194,7 @@ def test_the_trainer_gets_what_the_job_says() -> None:
 def test_a_run_without_a_directory_gets_one_of_its_own(monkeypatch) -> None:
     assert load_job("dpo", flags=["--model", "m", "--data", "d"]).run.output.startswith("runs/dpo-20")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="agree on; fix: give `--output DIR`"):
+    with pytest.raises(ConfigError, match="need the same run directory, and none is set; fix: give `--output DIR`"):
         load_job("dpo", flags=["--model", "m", "--data", "d"])
 
 

@@ -133,7 +133,7 @@ def parts(loader: Loader) -> dict[str, Any]:
         (lambda loader: parts(loader) | {"teacher": loader.reference(loader.main_model)}, "gives is the role `reference`"),
         (lambda loader: {"policy": loader.load("policy", PolicyModel, "x")}, "`policy` is loaded before what the run was given"),
         (lambda loader: {**parts(loader), "x": loader.load("draft", PolicyModel, "x")}, "there is no role `draft`"),
-        (lambda loader: [loader.main(), loader.main()], "`loader.main` gives its model once"),
+        (lambda loader: [loader.main(), loader.main()], "`loader.main` is called twice"),
         (lambda loader: parts(loader) and loader.learning_rate("teacher", 2.0), "`teacher` is frozen, so it has no"),
         (
             lambda loader: parts(loader) and loader.load("teacher", PolicyModel, TrainedModelConfig(path="x")),
@@ -183,7 +183,9 @@ def test_a_teacher_of_another_tokenizer_is_refused(paths: dict[str, Path], tmp_p
     save_tiny(tmp_path / "other", tokenizer=other, vocab_size=264, **SMALL)
     line = fault(trainer_of(paths, teacher=str(tmp_path / "other")), ModelError)
     assert (
-        "the `teacher` reads other tokens" in line and "264 tokens for 263" in line and str(tmp_path / "other") in line
+        "the `teacher` has another vocabulary" in line
+        and "264 tokens for 263" in line
+        and str(tmp_path / "other") in line
     )
 
 
@@ -225,7 +227,7 @@ def test_what_is_read_is_held_as_the_run_says(paths: dict[str, Path]) -> None:
         (
             "bf16",
             {"teacher": {"precision": "float32"}},
-            "teacher.precision: matrix products of a run in bf16 are in bf16",
+            "teacher.precision: every model of a run in bf16 computes in bf16",
         ),
         ("float32", {"critic": {"precision": "bf16"}}, "critic.precision: a model whose every weight is trained"),
     ],
@@ -537,7 +539,7 @@ def test_roles_that_no_run_can_have_are_refused_before_anything_is_loaded(
         (
             lambda loader: [loader.load("teacher", PolicyModel, loader.main_model, precision="bf16")],
             PluginError,
-            "`precision` of `teacher` is not an option of its kind",
+            "`precision` of `teacher` can't be an argument of `loader.load`",
         ),
         (lambda loader: loader.learning_rate("value", -1.0), PluginError, "must be finite and above 0; got -1.0"),
         (lambda loader: loader.learning_rate("value", float("nan")), PluginError, "must be finite and above 0"),
