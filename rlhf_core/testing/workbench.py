@@ -104,7 +104,7 @@ class Workbench(RunSetup):
         )
         self.steps = 0
         """Optimiser steps made so far, as the run context reports them."""
-        self.run = self.context(BenchContext, clock=lambda: self.steps, script=script)
+        self.run = self.make_context(BenchContext, clock=lambda: self.steps, script=script)
         """The run context that the method's `experience` gets."""
         seed_everything(config.seed, "training", self.distribution.rank)
 
@@ -161,13 +161,13 @@ class Workbench(RunSetup):
 
     def learn(self, window: Batch) -> Step:
         """Make the loop's update on a window, with an optimiser step, and return its loss, metrics and gradient."""
-        optimizer = self.optimizer()
+        optimizer = self.make_optimizer()
         set_learning_rate(optimizer, self.trainer.config.learning_rate)
         return self._recorded(window, optimizer)
 
     def _recorded(self, window: Batch, optimizer: torch.optim.Optimizer | None) -> Step:
         recorder = _Recorder(self.parameters, optimizer)
-        result = self.update(recorder, LossScale(enabled=False), lambda *_, **__: None)(window, 1)
+        result = self.make_updater(recorder, LossScale(enabled=False), lambda *_, **__: None)(window, 1)
         if result is None:
             raise NothingToLearn("every weight of the window is zero, so there is nothing to learn from its rows")
         return Step(result.loss, result.metrics, recorder.gradient)

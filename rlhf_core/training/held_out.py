@@ -27,9 +27,6 @@ from rlhf_core.training.per_prompt_metrics import (
 from rlhf_core.training.reduction import Tally, quotients, sum_pairs
 from rlhf_core.training.run_data import one_pass
 
-PREFIX = "eval_"
-"""What the names of an evaluation's metrics begin with."""
-
 
 def evaluate(trainer: Trainer[Any], dataset: EncodedData, run: RunContext) -> dict[str, float]:
     """Return a held-out set's loss (`eval_loss`, and `eval_loss_TERM` where there are several terms) and metrics (`eval_NAME`).
@@ -68,7 +65,7 @@ def evaluate(trainer: Trainer[Any], dataset: EncodedData, run: RunContext) -> di
     entries = merge_entries(distribution.gather(by_row.entries))
     values |= {f"{name}_se": error for name, error in standard_errors(entries).items()}
     values |= trainer.summary(row_values(entries)) if entries else {}
-    return {PREFIX + name: value for name, value in values.items()}
+    return {f"eval_{name}": value for name, value in values.items()}
 
 
 def held_out_loss(trainer: Trainer[Any], batch: Batch, run: RunContext) -> Evaluation:

@@ -58,7 +58,7 @@ class TrainingLoop:
             rate = run.schedule(self._schedule_step())
             set_learning_rate(run.optimizer, rate)
             set_training_mode(run.trainer, True)
-            result = run.update(window.batch, step)
+            result = run.updater(window.batch, step)
             run.inside_rollout = not window.last
             if result is None:
                 self._skip(window)

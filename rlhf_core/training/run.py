@@ -29,7 +29,7 @@ from rlhf_core.training.optimizer import Schedule
 from rlhf_core.training.run_data import open_stream
 from rlhf_core.training.run_directory import RunDirectory
 from rlhf_core.training.run_record import check_changes, record_data, record_failure, record_inputs, resolved_options
-from rlhf_core.training.run_state import Progress, RunState
+from rlhf_core.training.run_state import RunProgress, RunState
 from rlhf_core.training.setup import RunSetup
 from rlhf_core.training.signals import StopNow, StopSignal, stopped
 
@@ -65,7 +65,7 @@ class Run:
         self.resume, self.overwrite = resume, overwrite
         self.options = resolved_options(trainer)
         """Every option of the run as `config.yaml` holds it."""
-        self.progress = Progress()
+        self.progress = RunProgress()
         self.started = False
         """Whether the log is open and, of a resumed run, the checkpoint restored."""
         self.inside_rollout = False
@@ -138,14 +138,14 @@ class Run:
             setup.config, self.stream.steps if self.total_steps is None else self.total_steps
         )
         self._require_disk_space()
-        self.optimizer = setup.optimizer()
+        self.optimizer = setup.make_optimizer()
         self.loss_scale = LossScale(enabled=setup.config.precision == "fp16")
         self.evaluations = EvaluationSchedule(self)
         seed_everything(setup.config.seed, "training", self.distribution.rank)
         if self.checkpoint is not None:
             self.state.restore(self.checkpoint)
         self._open_log()
-        self.context = setup.context(
+        self.context = setup.make_context(
             RunContext,
             clock=lambda: self.progress.step,
             notify=self.hooks.emit,
@@ -153,7 +153,7 @@ class Run:
         )
         for name, pair in self.state.logged.items():
             self.context.log(name, *pair)
-        self.update = setup.update(self.optimizer, self.loss_scale, self.logger.event)
+        self.updater = setup.make_updater(self.optimizer, self.loss_scale, self.logger.event)
 
     def _check_resumable(self) -> None:
         """Refuse to continue a run under options that would change what it computes."""
@@ -260,7 +260,7 @@ class Run:
         self.save()
         record_data(self)
         if steps := progress.step - self.first_step:
-            for role in sorted(self.update.untouched):
+            for role in sorted(self.updater.untouched):
                 log.warning("`%s` is trained, and got no gradient in %d steps: it is exported as it was", role, steps)
         model_step = evaluations.restore_best()
         if stopping is not None and stopping.never_improved:

@@ -30,7 +30,7 @@ from rlhf_core.infra.files import (
 from rlhf_core.infra.redact import redact_text
 from rlhf_core.infra.version import __version__
 
-Status = Literal["running", "done", "stopped", "failed"]
+RunStatus = Literal["running", "done", "stopped", "failed"]
 
 _LOCK = "run.lock"
 _FIX = "restore a whole copy of it, or choose a new directory"
@@ -100,7 +100,7 @@ class RunDirectory:
 
     def end(
         self,
-        status: Status,
+        status: RunStatus,
         exit_code: int,
         *,
         step: int,

@@ -16,7 +16,7 @@ from rlhf_core.infra.errors import ConfigError, LostProcess, ModelError, PluginE
 from rlhf_core.infra.redact import redact
 from rlhf_core.infra.seeds import stream_seed
 from rlhf_core.rewards import rewards_changed
-from rlhf_core.training.run_directory import RunDirectory, Status, record_fault
+from rlhf_core.training.run_directory import RunDirectory, RunStatus, record_fault
 
 if TYPE_CHECKING:
     from rlhf_core.training.run import Run
@@ -167,7 +167,7 @@ def record_failure(run: Run, error: BaseException) -> None:
     """Write how the run ended; a fault in here is a warning, so that it doesn't hide the error itself."""
     code = error.exit_code if isinstance(error, RLHFError) else 130 if isinstance(error, KeyboardInterrupt) else 1
     text = str(error) if isinstance(error, RLHFError) else f"{type(error).__name__}: {error}".removesuffix(": ")
-    status: Status = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
+    status: RunStatus = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
     # A run that hadn't resumed yet is at the step where it ended before.
     step = run.progress.step if run.started else run.directory.record.get("step") or 0
     consequence = code == 1 or isinstance(error, LostProcess)

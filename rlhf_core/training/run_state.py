@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Progress:
+class RunProgress:
     """The run's counters."""
 
     step: int = 0
@@ -49,7 +49,7 @@ class Progress:
         return {name: value for name, value in asdict(self).items() if name != "batches"} | metrics
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Progress:
+    def from_json(cls, values: Mapping[str, Any]) -> RunProgress:
         """Return the counters that `to_json` described."""
         metrics = {"metrics": _as_floats(values["metrics"]), "eval_metrics": _as_floats(values["eval_metrics"])}
         return cls(**{**values, **metrics})
@@ -180,7 +180,7 @@ class RunState:
         run.distribution.load_state(run.trainer.models, checkpoint.tensors("model"), place=place)
         tensors = checkpoint.tensors("optimizer")
         load_optimizer_state(run.optimizer, setup.parameters, tensors, state["optimizer"], place=place)
-        run.progress = Progress.from_json(state["progress"])
+        run.progress = RunProgress.from_json(state["progress"])
         setup.micro_batches.load_state_dict(state["micro_batches"])
         run.loss_scale.load_state_dict(state["loss_scale"])
         if run.evaluations.early_stopping is not None:

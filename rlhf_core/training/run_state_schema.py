@@ -26,7 +26,7 @@ class _Schema(BaseModel):
 
 
 class SavedProgress(_Schema):
-    """What `Progress.to_json` returns."""
+    """What `RunProgress.to_json` returns."""
 
     step: int = Field(ge=1)
     tokens: int = Field(ge=0)

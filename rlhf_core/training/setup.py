@@ -39,7 +39,7 @@ from rlhf_core.training.roles import (
 )
 from rlhf_core.training.run_data import keep_encoding, one_pass, open_data
 from rlhf_core.training.trackers import check_trackers
-from rlhf_core.training.update import Update
+from rlhf_core.training.update import Updater
 
 log = logging.getLogger(__name__)
 
@@ -119,17 +119,19 @@ class RunSetup:
         with torch.no_grad(), self.devices.autocast(self.config.precision):
             reference.precompute(batches, output / "reference.safetensors" if output is not None else None)
 
-    def optimizer(self) -> torch.optim.AdamW:
+    def make_optimizer(self) -> torch.optim.AdamW:
         """Return a new optimiser over the trained parameters."""
         return create_optimizer(self.parameters.items(), self.config, self.loader.factors)
 
-    def context(self, kind: type[Context], **options: Any) -> Context:
+    def make_context(self, kind: type[Context], **options: Any) -> Context:
         """Return the run context that the method's experience and evaluation get."""
         return kind(self.trainer, self.distribution, self.devices, self.micro_batches, self.rewards, **options)
 
-    def update(self, optimizer: torch.optim.Optimizer, loss_scale: LossScale, notify: Callable[..., None]) -> Update:
+    def make_updater(
+        self, optimizer: torch.optim.Optimizer, loss_scale: LossScale, notify: Callable[..., None]
+    ) -> Updater:
         """Return what makes the optimiser's step on a window; `notify` is called with the name and fields of an event."""
-        return Update(
+        return Updater(
             self.trainer,
             optimizer,
             self.parameters,

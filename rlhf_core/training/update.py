@@ -79,7 +79,7 @@ class _StepNumbers:
         return next(iter(self.norms.values())) if len(self.norms) == 1 else math.hypot(*self.norms.values())
 
 
-class Update:
+class Updater:
     """Makes the optimiser steps of a run, one per window.
 
     Args:
