@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.contracts.trainer import Trainer, Window
-from rlhf_core.data import DataStream
 from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.seeds import RandomState, seed_everything
 from rlhf_core.rewards import open_rewards
@@ -25,6 +24,7 @@ from rlhf_core.training.micro_batches import MicroBatches
 from rlhf_core.training.optimizer import set_learning_rate
 from rlhf_core.training.reduction import quotients, sum_pairs
 from rlhf_core.training.roles import set_training_mode
+from rlhf_core.training.run_data import one_pass
 from rlhf_core.training.setup import RunSetup
 
 GARBAGE = 65
@@ -92,21 +92,13 @@ class Workbench(RunSetup):
         self.open_data()
         # Each simulated process scores every row for the reference by itself.
         self.prepare(alone=True)
-        config = self.config
-        self.batches: Iterator[Batch] = DataStream(
-            self.dataset,
-            batch_size=config.batch_size,
-            epochs=1.0,
-            seed=config.seed,
-            shuffle=config.dataset.shuffle,
-            rank=self.distribution.rank,
-            world_size=self.distribution.world_size,
-        )
+        shuffle = self.config.dataset.shuffle
+        self.batches: Iterator[Batch] = one_pass(trainer, self.dataset, self.distribution, shuffle=shuffle)
         self.steps = 0
         """Optimiser steps made so far, as the run context reports them."""
         self.run = self.make_context(BenchContext, clock=lambda: self.steps, script=script)
         """The run context that the method's `experience` gets."""
-        seed_everything(config.seed, "training", self.distribution.rank)
+        seed_everything(self.config.seed, "training", self.distribution.rank)
 
     @torch.no_grad()
     def move(self, scale: float = 0.02) -> None:

@@ -125,11 +125,12 @@ def _restore_row_count(
 
 
 def one_pass(
-    trainer: Trainer, dataset: EncodedData, distribution: Distribution, *, held_out: bool = False
+    trainer: Trainer, dataset: EncodedData, distribution: Distribution, *, shuffle: bool = False, held_out: bool = False
 ) -> DataStream:
-    """Return this process's batches of every row once, in the data's order.
+    """Return this process's batches of one pass over a dataset, in which every row comes once.
 
     Args:
+        shuffle: False keeps the data's order; True takes that of a run's first epoch.
         held_out: whether rows are only scored: there may then be fewer of them than processes.
     """
     config = trainer.config
@@ -138,7 +139,7 @@ def one_pass(
         batch_size=config.batch_size,
         epochs=1.0,
         seed=config.seed,
-        shuffle=False,
+        shuffle=shuffle,
         rank=distribution.rank,
         world_size=distribution.world_size,
         held_out=held_out,

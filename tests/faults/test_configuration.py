@@ -1,4 +1,4 @@
-"""Configurations that can't hold, as `rlhf train` tells it: the option, what it got, what to set, and exit code 2."""
+"""Configurations that can't hold, as `rlhf train` reports them: the option, what it got, what to set, and exit code 2."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FLAGS = {
 
 
 @pytest.mark.parametrize("flags", FLAGS)
-def test_a_wrong_option_is_told(train: Callable, flags: str) -> None:
+def test_a_wrong_option_is_reported(train: Callable, flags: str) -> None:
     option = flags.split()[0]
     given = ["--batch_size", "2"]
     for name, value in (("--max_length", "64"), ("--max_steps", "2")):
@@ -90,7 +90,7 @@ YAML = {
 
 
 @pytest.mark.parametrize("text", YAML, ids=lambda text: text[:20])
-def test_a_wrong_file_is_told_with_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
+def test_a_wrong_file_is_reported_with_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(f"method: dpo\nmodel: m\ndata: d\n{text}")
     assert main(["train", str(path)]) == 2

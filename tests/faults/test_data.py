@@ -1,4 +1,4 @@
-"""Data that break their contract, as `rlhf train` tells it: file, line, column, and exit code 3."""
+"""Data that break their record type, as `rlhf train` reports them: file, line, column, and exit code 3."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models, tokenizers and checkpoints that can't be used, as `rlhf train` tells it: exit code 4."""
+"""Models, tokenizers and checkpoints that can't be used, as `rlhf train` reports them: exit code 4."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_code_of_a_repository_runs_only_when_asked_for(train: Callable, mine: Pa
     )
 
 
-def test_an_adapter_for_another_base_is_told(train: Callable, tmp_path: Path) -> None:
+def test_an_adapter_for_another_base_is_reported(train: Callable, tmp_path: Path) -> None:
     assert train("--lora.rank", "4").code == 0
     adapter = tmp_path / "run" / "model"
     config = json.loads((adapter / "adapter_config.json").read_text())
@@ -113,7 +113,7 @@ def test_an_adapter_for_another_base_is_told(train: Callable, tmp_path: Path) ->
     assert "`base_model_name_or_path`" in ended.error
 
 
-def test_a_damaged_adapter_configuration_is_told(train: Callable, tmp_path: Path) -> None:
+def test_a_damaged_adapter_configuration_is_reported(train: Callable, tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model')
     ended = train(model=tmp_path / "adapter")

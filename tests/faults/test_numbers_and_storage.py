@@ -53,7 +53,7 @@ def test_what_is_not_finite_steps_nothing(train: Callable, tmp_path: Path, rate:
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1]
 
 
-def test_an_output_that_cannot_be_used_is_told_before_the_model_loads(
+def test_an_output_that_cannot_be_used_is_reported_before_the_model_loads(
     train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert train().code == 0
@@ -94,7 +94,7 @@ def test_an_output_that_cannot_be_used_is_told_before_the_model_loads(
 def test_a_full_disk_names_the_path_and_the_bytes(
     model: Path, write: Callable, tmp_path: Path, limit: int, after: str, place: str, method: str
 ) -> None:
-    """A limit on the size of a file stands for the disk: the write fails in the same place with its own number."""
+    """A limit on the size of a file replaces a full disk: the write fails in the same place with its own number."""
     keys = {"sft": ("response",), "dpo": ("chosen", "rejected")}[method]
     data = write([{"prompt": f"q{i}", **{key: f"{key}{i}" for key in keys}} for i in range(90)])
     run = tmp_path / "run"
@@ -141,8 +141,8 @@ def test_an_interrupt_saves_and_is_exit_code_75(model: Path, write: Callable, tm
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{record(run)['step']}"]
 
 
-def test_a_damaged_cache_of_the_reference_is_computed_anew(train: Callable, tmp_path: Path) -> None:
-    """A flipped bit in it would change what is learnt, and nothing would tell."""
+def test_a_damaged_cache_of_the_reference_is_computed_again(train: Callable, tmp_path: Path) -> None:
+    """A flipped bit in it would change the gradients without any error."""
     pairs = [{"prompt": f"q{i}", "chosen": f"a{i}", "rejected": f"b{i}"} for i in range(8)]
     flags = ["--reference", "precompute", "--checkpoint.every", "1"]
     whole, run = tmp_path / "whole", tmp_path / "run"

@@ -168,7 +168,7 @@ def test_a_manifest_that_is_too_long_is_not_read(tmp_path: Path) -> None:
         manager.load_latest()
 
 
-def test_too_little_space_is_told_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_space_is_reported_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manager = saved(tmp_path, 1)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(100, 90, 10))
@@ -195,7 +195,7 @@ print(manager.load_latest().step, manager.steps())
 """
 
 
-def test_a_file_size_limit_is_told_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_file_size_limit_is_reported_and_leaves_nothing(tmp_path: Path) -> None:
     found = subprocess.run(
         [sys.executable, "-c", _LIMITED, str(tmp_path)], capture_output=True, text=True, check=True, timeout=120
     ).stdout
@@ -205,7 +205,7 @@ def test_a_file_size_limit_is_told_and_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
-def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manager = saved(tmp_path, 1)
     real = os.open
 

@@ -158,7 +158,7 @@ def test_no_manifest_ends_in_another_fault(tmp_path: Path, value: Any, raw: byte
     assert checkpoint is not None and checkpoint.step == 1
 
 
-def test_a_number_of_too_many_digits_is_told_in_our_words(tmp_path: Path, resume: Callable[[], Any]) -> None:
+def test_a_number_of_too_many_digits_is_reported_in_our_words(tmp_path: Path, resume: Callable[[], Any]) -> None:
     for step in (2, 4):
         (tmp_path / "checkpoints" / f"step-{step}" / "manifest.json").write_bytes(b'{"step": ' + b"9" * 5000 + b"}")
     with pytest.raises(ModelError, match=r"got step 4: a number has 5,000 digits \|") as caught:
@@ -201,7 +201,7 @@ def test_a_damaged_record_is_named(tmp_path: Path, resume: Callable[[], Any], ki
     assert (tmp_path / "checkpoints" / "step-4").is_dir()
 
 
-def test_missing_settings_are_told_and_nothing_is_trained(tmp_path: Path, resume: Callable[[], Any]) -> None:
+def test_missing_options_are_reported_and_nothing_is_trained(tmp_path: Path, resume: Callable[[], Any]) -> None:
     (tmp_path / "config.yaml").unlink()
     with pytest.raises(
         StorageError, match=r"config\.yaml: the run has checkpoints, and the record of its options is missing"
@@ -228,7 +228,7 @@ def test_a_status_that_is_none_harms_nothing(tmp_path: Path, resume: Callable[[]
 @pytest.mark.parametrize(
     "damage", [b"{\n", b"\n", DEEP + b"\n", b'{"step": 2}\n', b'{"step": Infinity}\n', b"\xff\n"], ids=len
 )
-def test_a_damaged_row_of_metrics_is_told(
+def test_a_damaged_row_of_metrics_is_reported(
     tmp_path: Path, resume: Callable[[], Any], damage: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "metrics.jsonl"
@@ -242,7 +242,7 @@ def test_a_damaged_row_of_metrics_is_told(
     assert [event["steps"] for event in found if event["event"] == "metrics_damaged"] == [[2]]
 
 
-def test_rows_that_are_gone_are_told_and_the_last_is_in_the_checkpoint(
+def test_rows_that_are_gone_are_reported_and_the_last_is_in_the_checkpoint(
     tmp_path: Path, resume: Callable[[], Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "metrics.jsonl"

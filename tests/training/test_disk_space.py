@@ -28,7 +28,7 @@ def free(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(room, 0, room))
 
 
-def test_too_little_room_is_told_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_room_is_reported_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = 3 * CHECKPOINT + 4 * NUMBERS
     free(monkeypatch, needed - 1)
     trainer = toy(tmp_path / "run")
@@ -72,7 +72,9 @@ def test_how_many_checkpoints_stand_at_once(options: dict[str, Any], steps: int 
     assert checkpoints_at_once(TrainerConfig.parse(options), steps) == count
 
 
-def test_a_dry_run_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_reports_the_need(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     save_tiny(tmp_path / "model")
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))

@@ -251,7 +251,7 @@ def test_a_partner_that_never_joins_is_given_up(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_resuming_with_fewer_processes_goes_on_with_the_data(tmp_path: Path, one: Path) -> None:
+def test_resuming_with_fewer_processes_continues_the_data(tmp_path: Path, one: Path) -> None:
     assert launch(tmp_path / "run", 2, event="sigterm") == [75, 75]
     assert launch(tmp_path / "run", 1, resume=True) == [0]
     for row, same in zip(rows(tmp_path / "run"), rows(one), strict=True):

@@ -141,7 +141,7 @@ def test_without_a_checkpoint_of_the_best_step_the_last_is_exported(
     )
 
 
-def test_a_damaged_best_checkpoint_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_best_checkpoint_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rated(tmp_path).train()
     (tmp_path / "checkpoints" / "step-2" / "model.safetensors").write_bytes(b"no")
     assert rated(tmp_path).train(resume=True).model_step == 5

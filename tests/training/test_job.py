@@ -143,7 +143,7 @@ def test_numbers_without_a_dot_are_numbers(file) -> None:
     assert load_job(file("method: dpo\nmodel: m\ndata: d\nlearning_rate: 1e-5\n")).options.learning_rate == 1e-5
 
 
-def test_a_missing_file_is_told_from_an_unknown_method(tmp_path: Path, monkeypatch) -> None:
+def test_a_missing_file_is_told_apart_from_an_unknown_method(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"nothing\.yaml: no such file"):
         load_job("nothing.yaml")

@@ -65,7 +65,7 @@ def test_the_gradient_is_the_same_for_every_cut(gradients: list[Gradients]) -> N
         assert difference(found, whole) < 1e-5
 
 
-def test_a_mean_of_means_would_be_told(gradients: list[Gradients], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mean_of_means_would_be_noticed(gradients: list[Gradients], monkeypatch: pytest.MonkeyPatch) -> None:
     toy(dropout=0.0, max_steps=1, max_grad_norm=None).train()
     monkeypatch.setattr(
         update_module,
@@ -470,7 +470,9 @@ def test_sigterm_before_the_first_step_stops_there(tmp_path: Path) -> None:
     assert read_json(tmp_path / "run" / "status.json")["step"] == 6
 
 
-def test_a_fault_between_log_and_steps_is_the_one_that_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_between_log_and_steps_is_the_one_that_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: Any) -> None:
         raise StorageError("no room", place="metrics.jsonl")
 
@@ -487,7 +489,7 @@ def test_a_tilde_is_the_home_directory(tmp_path: Path, monkeypatch: pytest.Monke
     assert result.output == tmp_path / "run" and (tmp_path / "run" / "model").is_dir()
 
 
-def test_held_out_rows_that_are_trained_on_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_held_out_rows_that_are_trained_on_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     toy(rows=str(path), eval_rows=[tmp_path / "." / "rows.jsonl"], max_steps=1).train()
@@ -556,8 +558,8 @@ def test_fp16_halves_its_scale_until_gradients_fit(tmp_path: Path) -> None:
     assert result.metrics["loss"] == pytest.approx(plain.metrics["loss"], rel=1e-2)
 
 
-def test_what_was_learnt_survives_a_late_evaluation_that_fails(tmp_path: Path) -> None:
-    """A fault that only held-out rows show comes after the last step: nothing may be learnt twice for it."""
+def test_the_training_survives_a_late_evaluation_that_fails(tmp_path: Path) -> None:
+    """A fault that only held-out rows show comes after the last step: no step may be made twice for it."""
 
     class Late(ToyTrainer):
         broken = True

@@ -108,7 +108,7 @@ def test_sft_learns_and_what_it_saves_can_be_loaded(model: Path, tmp_path: Path,
     assert trained.train().metrics["loss"] < 0.7 * begin["metrics"]["eval_loss"]
 
 
-def test_memory_that_runs_out_in_experience_is_told(model: Path) -> None:
+def test_memory_that_runs_out_in_experience_is_reported(model: Path) -> None:
     class Hungry(DPOTrainer):
         def experience(self, stream: Any, run: Any) -> Any:
             raise torch.OutOfMemoryError("CUDA out of memory")

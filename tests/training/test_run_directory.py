@@ -122,14 +122,14 @@ def test_resume_of_nothing_starts(tmp_path: Path) -> None:
     assert toy(tmp_path / "new").train(resume=True).step == 6
 
 
-def test_a_file_in_the_way_is_told(tmp_path: Path) -> None:
+def test_a_file_in_the_way_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     error = refused(tmp_path / "file")
     assert error.exit_code == 7 and "is a file" in str(error)
     assert refused(tmp_path / "file" / "below").exit_code == 7
 
 
-def test_a_directory_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     place = tmp_path / "locked"
     place.mkdir()
     place.chmod(0o500)

@@ -1,4 +1,4 @@
-"""A run that failed before its first step leaves nothing that a second try would have to be told about."""
+"""A run that failed before its first step leaves nothing that a second try would have to be asked about."""
 
 from __future__ import annotations
 

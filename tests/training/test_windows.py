@@ -267,7 +267,7 @@ def test_tensors_that_no_step_can_join_are_refused_on_every_process(other: torch
 
     def gathered(distribution: Distribution) -> str:
         ours = torch.ones(3, 3, dtype=torch.float64) if distribution.rank == 0 else other
-        with pytest.raises(PluginError, match="different types or widths") as raised:
+        with pytest.raises(PluginError, match="different types or shapes") as raised:
             distribution.gather_tensor(ours)
         return str(raised.value)
 

@@ -58,7 +58,7 @@ class Worker(ToyTrainer):
 
 
 class Listener:
-    """Notes the steps that it hears of, under its process's number."""
+    """Notes the steps that it is called for, under its process's number."""
 
     @hookimpl
     def step_ended(self, run: Any, step: int) -> None:
