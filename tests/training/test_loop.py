@@ -383,7 +383,7 @@ def test_early_stopping_ends_the_run_and_is_kept_over_a_resume(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("options", "message", "fix"),
     [
-        ({"eval_steps": 2}, "nothing to evaluate on", "eval_data"),
+        ({"eval_steps": 2}, "evaluations need held-out data", "eval_data"),
         ({"early_stopping": {}}, "early stopping needs evaluations", "eval_data"),
         ({"early_stopping": {}, "eval_rows": ROWS[:8]}, "early stopping needs evaluations", "eval_steps"),
         ({"checkpoint": {"every": 2}}, "no directory for checkpoints", "output"),
