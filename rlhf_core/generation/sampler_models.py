@@ -15,7 +15,7 @@ from rlhf_core.infra.errors import ConfigError, PluginError, did_you_mean, short
 from rlhf_core.models.policy_model import PolicyModel
 from rlhf_core.rewards import Rewards, open_rewards
 
-KINDS = ("policy", "reward")
+ROLE_KINDS = ("policy", "reward")
 """Kinds of model that a sampler's role may name: a `PolicyModel`, or anything that is accepted as a reward."""
 
 
@@ -96,11 +96,11 @@ def _check_roles(sampler: type[Sampler], given: Mapping[str, Any]) -> None:
     """Raise where a sampler declares an unknown kind of model, or the roles given aren't those that it declares."""
     name, roles = sampler.__name__, sampler.roles
     for role, kind in roles.items():
-        if kind not in KINDS:
+        if kind not in ROLE_KINDS:
             raise PluginError(
                 f"a sampler's role names an unknown kind of model, `{kind}`",
                 place=f"{name}.roles[{role!r}]",
-                fix=f"use {' or '.join(KINDS)}",
+                fix=f"use {' or '.join(ROLE_KINDS)}",
             )
     if unknown := next((role for role in given if role not in roles), None):
         raise ConfigError(

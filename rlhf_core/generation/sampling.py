@@ -41,7 +41,7 @@ class Drawn:
     """(B,) float32, the probability under softmax(logits / temperature) of all tokens that truncation kept."""
 
 
-def draw(logits: Tensor, uniform: Tensor, sampling: SamplingConfig) -> Drawn:
+def draw_tokens(logits: Tensor, uniform: Tensor, sampling: SamplingConfig) -> Drawn:
     """Draw one token per row by inverting the cumulative distribution, in the vocabulary's order.
 
     In an order by likelihood, two tokens of almost equal likelihood that rounding swaps would move all tokens between them.
@@ -196,7 +196,7 @@ class Drawing(LogitsProcessor):
             block = np.stack([generator.random(BLOCK) for generator in self._generators])
             self._uniform = torch.from_numpy(block).to(_exact(self.device)).to(self.device)
         uniform = self._uniform[:, step % BLOCK] if self.sampling.temperature > 0 else self._uniform
-        drawn = draw(scores, uniform, self.sampling)
+        drawn = draw_tokens(scores, uniform, self.sampling)
         self._steps.append(drawn)
         self._alive.append(~self.ended)
         tokens = drawn.tokens.where(~self.ended, self.filler)

@@ -31,8 +31,8 @@ from rlhf_core.models.segment_attention import attend_each_segment, attend_in_pa
 log = logging.getLogger(__name__)
 
 Kernel = Literal["auto", "flash", "sdpa", "eager"]
-PREFIX = "rlhf_"
-MAX_DIFFERENCE = 2e-2
+REGISTERED_PREFIX = "rlhf_"
+MAX_KERNEL_DIFFERENCE = 2e-2
 """Most relative difference of outputs and gradients between kernels in 16 bits; a mask off by one token makes ten times that."""
 MAX_HEAD_WIDTH = 256
 """Widest head that PyTorch's variable-length kernel takes."""
@@ -56,7 +56,7 @@ class OptimizedAttention:
     @property
     def implementation(self) -> str:
         """Name of the registered function that knows segments; eager attention has none, so its rows are padded."""
-        return self.base if self.kernel == "eager" else PREFIX + self.base
+        return self.base if self.kernel == "eager" else REGISTERED_PREFIX + self.base
 
     @classmethod
     def select(cls, wanted: Kernel = "auto", *, device: torch.device, dtype: torch.dtype) -> OptimizedAttention:
@@ -219,7 +219,7 @@ def kernel_obstacle(
         return describe_error(error, lines=1)
     for name, mine, other in zip(("output", "queries", "keys", "values"), found, expected, strict=True):
         difference = float((mine.float() - other.float()).norm() / other.float().norm())
-        if not difference < MAX_DIFFERENCE:  # so written that NaN counts as wrong
+        if not difference < MAX_KERNEL_DIFFERENCE:  # so written that NaN counts as wrong
             return f"its {name} differ{'s' if name == 'output' else ' in their gradient'} by {difference:.1e}"
     return None
 
@@ -284,8 +284,8 @@ def _register(base: str) -> None:
         attend = attend_varlen if base == "flash_attention_2" else segment_attention
         return attend(query, key, value, segments, scale=scale, dropout=dropout), None
 
-    AttentionInterface.register(PREFIX + base, forward)
-    AttentionMaskInterface.register(PREFIX + base, make_mask)
+    AttentionInterface.register(REGISTERED_PREFIX + base, forward)
+    AttentionMaskInterface.register(REGISTERED_PREFIX + base, make_mask)
 
 
 for _base in ("sdpa", "flash_attention_2"):

@@ -12,7 +12,7 @@ from rlhf_core.config.training import TrainerConfig
 from rlhf_core.infra.errors import ModelError
 from rlhf_core.models.head_files import HeadFiles, missing_head, warn_of_heads
 from rlhf_core.models.load_options import refuse_quantised
-from rlhf_core.models.loading import Kind, kind_of_backbone, load_model
+from rlhf_core.models.loading import ModelClass, kind_of_backbone, load_model
 from rlhf_core.models.sequence_model import SequenceModel, model_hashes, parameter_counts
 
 
@@ -25,7 +25,7 @@ def load_backbone(source: str | Path, reading: dict[str, Any], *, has_head_files
         has_head_files: whether `source` was saved as a model with heads; else it is a language model, whose backbone is taken.
     """
     trusted = reading.get("trust_remote_code", False)
-    kind: Kind = kind_of_backbone(source, trust_remote_code=trusted) if has_head_files else "causal"
+    kind: ModelClass = kind_of_backbone(source, trust_remote_code=trusted) if has_head_files else "causal"
     return SequenceModel.of(load_model(source, kind=kind, headless=True, **reading), source).without_head()
 
 

@@ -35,7 +35,7 @@ from rlhf_core.models.saved_adapters import (
     AdapterUse,
     describe_adapter,
     fit_vocabulary,
-    fold,
+    fold_adapter,
     is_sequence_classifier,
     labels_of,
     local_adapter,
@@ -45,7 +45,7 @@ from rlhf_core.models.saved_dtypes import SavedDtypes
 
 log = logging.getLogger(__name__)
 
-Kind = Literal["causal", "backbone", "classifier"]
+ModelClass = Literal["causal", "backbone", "classifier"]
 """Which of transformers' classes a checkpoint is loaded with: with its language model head, without a head, or with scores."""
 _CLASSES = {
     "causal": "AutoModelForCausalLM",
@@ -78,7 +78,7 @@ def load_model(
     frozen: bool = False,
     lora: LoraConfig | None = None,
     trust_remote_code: bool = False,
-    kind: Kind = "causal",
+    kind: ModelClass = "causal",
     headless: bool = False,
     adapter: AdapterUse = "continue",
 ) -> Loaded:
@@ -134,7 +134,7 @@ def load_model(
 
 
 def _load_base(
-    base: str, options: dict[str, Any], *, kind: Kind, dtype: torch.dtype, labels: int | None, quantisation: Any
+    base: str, options: dict[str, Any], *, kind: ModelClass, dtype: torch.dtype, labels: int | None, quantisation: Any
 ) -> tuple[nn.Module, set[str]]:
     """Load a transformers model without adapters.
 
@@ -232,7 +232,7 @@ def _put_adapters(
             loaded.model, loaded.adapter_dtypes = adapted, SavedDtypes.on_disk(Path(adapter), WEIGHTS)
             log.info("adapter %s (%s on %s): it is trained further, and its base stays as it is", adapter, about, base)
             return
-        loaded.model, loaded.base_path, loaded.embeddings_resized = fold(adapted, place=adapter), None, False
+        loaded.model, loaded.base_path, loaded.embeddings_resized = fold_adapter(adapted, place=adapter), None, False
         for parameter in loaded.model.parameters():
             # peft froze the base; quantised weights are integers and can't be trained.
             parameter.requires_grad_(parameter.is_floating_point())
@@ -338,7 +338,7 @@ def architecture(source: str | Path, *, trust_remote_code: bool = False) -> str:
     return str((getattr(config, "architectures", None) or [""])[0])
 
 
-def kind_of_backbone(source: str | Path, *, trust_remote_code: bool = False) -> Kind:
+def kind_of_backbone(source: str | Path, *, trust_remote_code: bool = False) -> ModelClass:
     """Return how to load the backbone of a model that was saved with head files: by itself, or inside a causal model.
 
     It was saved inside one where transformers can't load it by itself. An adapter knows its layers by their names in one.

@@ -189,14 +189,14 @@ def module_token_logprobs(
     return over_vocabulary(logprobs, (logits, hidden), columns=[targets])
 
 
-Values = TypeVar("Values", Tensor, tuple[Tensor, ...])
+ResultT = TypeVar("ResultT", Tensor, tuple[Tensor, ...])
 
 
 def over_vocabulary(
-    function: Callable[..., Values],
+    function: Callable[..., ResultT],
     *models: tuple[Callable[[Tensor], Tensor], Tensor],
     columns: Sequence[Tensor] = (),
-) -> Values:
+) -> ResultT:
     """Return a function of the whole vocabulary's logits at each hidden state, with few rows of logits in memory at once.
 
     For losses that need more than the log-probability of one token: a divergence between two policies, an entropy.
@@ -223,7 +223,7 @@ def over_vocabulary(
     if len(lengths) != 1:
         raise ValueError(f"hidden states and columns must have one length, got {[len(r) for r in (*states, *columns)]}")
 
-    def of_chunk(*rows: Tensor) -> Values:
+    def of_chunk(*rows: Tensor) -> ResultT:
         tables = [logits(part) for (logits, _), part in zip(models, rows, strict=False)]
         return function(*tables, *rows[len(models) :])
 

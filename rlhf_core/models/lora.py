@@ -83,7 +83,7 @@ def _adapted(model: nn.Module, peft_config: Any) -> Any:
     try:
         with warnings.catch_warnings():
             # peft reads an attribute of transformers under its old name, and warns of what merging tied embeddings would do,
-            # which `fold` takes care of: a user can't do anything about either.
+            # which `fold_adapter` takes care of: a user can't do anything about either.
             for kind in (FutureWarning, UserWarning, RuntimeWarning):
                 warnings.simplefilter("ignore", kind)
             adapted: Any = peft.get_peft_model(model, peft_config)

@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from rlhf_core.config.training import ReferenceMode
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.infra.errors import ConfigError, ModelError
 from rlhf_core.infra.files import storage_errors, temporary_path
@@ -30,8 +31,6 @@ from rlhf_core.models.policy_model import PolicyModel
 from rlhf_core.models.precision import narrowed_copy
 
 log = logging.getLogger(__name__)
-
-ReferenceMode = Literal["auto", "copy", "adapter_off", "precompute"]
 
 
 class Reference:

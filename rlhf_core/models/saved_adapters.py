@@ -27,7 +27,7 @@ AdapterUse = Literal["continue", "fold"]
 FOLD_TOLERANCE = 1e-4
 """Most relative difference of outputs that folding may make in float32; rounding makes 1e-6 to 1e-5."""
 WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+_PEFT_PREFIX = "base_model.model."
 """What peft puts before the names of the base's modules."""
 _PROBE_TOKENS = 64
 """Tokens on which a model is compared before and after folding."""
@@ -120,7 +120,7 @@ def fit_vocabulary(model: Any, adapter: str, tokens: int) -> bool:
     return True
 
 
-def fold(adapted: Any, *, place: str) -> nn.Module:
+def fold_adapter(adapted: Any, *, place: str) -> nn.Module:
     """Return the network with its adapter added into its own weights, float32; the peft model can't be used any more.
 
     Tied embeddings are untied first where the adapter changes only one of the two.
@@ -156,13 +156,13 @@ def fold(adapted: Any, *, place: str) -> nn.Module:
 
 
 def folded_copy(adapted: Any, *, place: str) -> nn.Module:
-    """Return `fold` of a copy; the peft model itself is left as it is."""
+    """Return `fold_adapter` of a copy; the peft model itself is left as it is."""
     # Layers whose adapters peft ties hold the tied tensors among their arguments, and such tensors can't be copied.
     memo: dict[int, Any] = {}
     for layer in adapted.modules():
         for tensor in (getattr(layer, "kwargs", None) or {}).get("tied_adapter", {}).values():
             memo[id(tensor)] = tensor.detach()
-    return fold(copy.deepcopy(adapted, memo), place=place)
+    return fold_adapter(copy.deepcopy(adapted, memo), place=place)
 
 
 def describe_adapter(adapted: Any) -> str:
@@ -246,7 +246,7 @@ def _rows(name: str, shape: tuple[int, ...], part: str) -> tuple[int, bool] | No
         name: the tensor's name. shape: its shape.
         part: full name of the embeddings or the output layer; None is returned for tensors of anything else.
     """
-    inner = name.removeprefix(_PREFIX)
+    inner = name.removeprefix(_PEFT_PREFIX)
     if not inner.startswith(part + ".") or len(shape) != 2:
         return None
     if inner.endswith("lora_embedding_A"):

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 
 from rlhf_core.config.online import SamplingConfig
 from rlhf_core.generation import sampling as drawing
-from rlhf_core.generation.sampling import draw, kept
+from rlhf_core.generation.sampling import draw_tokens, kept
 from rlhf_core.infra.seeds import completion_seeds, stream_seed
 
 P = torch.tensor([[0.1, 0.4, 0.2, 0.3]])
 
 
 def drawn_at(uniform: float, **options: float) -> tuple[int, float, float, float]:
-    found = draw(P.log(), torch.tensor([uniform], dtype=torch.float64), SamplingConfig(**options))
+    found = draw_tokens(P.log(), torch.tensor([uniform], dtype=torch.float64), SamplingConfig(**options))
     return int(found.tokens), float(found.logprobs), float(found.raw_logprobs), float(found.kept_mass)
 
 
@@ -94,7 +94,7 @@ def test_frequencies_are_the_probabilities(options: dict[str, float]) -> None:
     logits = torch.randn(1, 20, generator=generator) * 2
     count = 40_000
     uniform = torch.rand(count, generator=generator, dtype=torch.float64)
-    found = draw(logits.expand(count, -1), uniform, SamplingConfig(**options))
+    found = draw_tokens(logits.expand(count, -1), uniform, SamplingConfig(**options))
     share = torch.bincount(found.tokens, minlength=20) / count
     told = torch.zeros(20).scatter_(0, found.tokens, found.logprobs.exp())
     assert float(told.sum()) == pytest.approx(1, abs=1e-3)
