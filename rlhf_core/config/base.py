@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import NoneType
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from rlhf_core.config.fields import alternatives, group_at
+from rlhf_core.config.fields import alternatives, key_and_group
 from rlhf_core.infra.errors import ConfigError, did_you_mean, shortened
 
 ConfigType = TypeVar("ConfigType", bound="BaseConfig")
@@ -81,13 +80,13 @@ def config_error(
     the configuration stands in.
     """
     first = error.errors(include_url=False)[0]
-    key = ".".join(part for part in (within, _key(cls, first["loc"])) if part)
+    key, group = key_and_group(cls, first["loc"])
+    key = ".".join(filter(None, [within, key]))
     where = place if isinstance(place, str) else place_of(key, place)
     # Of a check over several options, all of them would be shown.
     got = None if first["type"] == "value_error" and isinstance(first["input"], Mapping) else shortened(first["input"])
     if first["type"] == "extra_forbidden":
-        owner = group_at(cls, first["loc"][:-1])
-        near = did_you_mean(str(first["loc"][-1]), owner.model_fields)
+        near = did_you_mean(str(first["loc"][-1]), group.model_fields)
         return ConfigError(f"unknown option `{key}`", place=where, fix=near)
     if first["type"] == "missing":
         return ConfigError(f"`{key}` is missing", place=where, fix=f"set `{key}`")
@@ -95,7 +94,9 @@ def config_error(
         first["type"], first["msg"].replace("Input should be", "must be").removeprefix("Value error, ")
     )
     if first["type"] in ("model_type", "model_attributes_type"):
-        message = f"expected a group of options ({', '.join(group_at(cls, first['loc']).model_fields)})"
+        message = f"expected a group of options ({', '.join(group.model_fields)})"
+    if first.get("ctx", {}).get("min_length") == 1:
+        message = "must not be empty"
     named = where.lstrip("-").replace("-", "_") == key  # by its flag
     problem = f"`{key}`: {message}" if key and not named else message
     fix = None
@@ -110,17 +111,3 @@ def place_of(key: str, places: Mapping[str, str]) -> str:
     while key and key not in places:
         key = key.rpartition(".")[0]
     return places.get(key, "config")
-
-
-def _key(cls: type[BaseModel], path: tuple[int | str, ...]) -> str:
-    """Return the dotted key of pydantic's error location, without the type names that pydantic adds for unions."""
-    parts: list[str] = []
-    tag_follows = False
-    for position, part in enumerate(path):
-        if tag_follows:
-            tag_follows = False
-            continue
-        parts.append(str(part))
-        field = group_at(cls, path[:position]).model_fields.get(str(part))
-        tag_follows = field is not None and len({*alternatives(field.annotation)} - {NoneType}) > 1
-    return ".".join(parts)

@@ -9,17 +9,17 @@ from __future__ import annotations
 import types
 from collections.abc import Iterator, Sequence
 from enum import Enum
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 
 def alternatives(annotation: Any) -> tuple[Any, ...]:
-    """Return the types that a value of this annotation may have: a union's, flat; any other annotation alone."""
+    """Return the types that a value of this annotation may have: a union's, flat and without what is annotated; else it alone."""
     if get_origin(annotation) in (Union, types.UnionType):
         return tuple(kind for part in get_args(annotation) for kind in alternatives(part))
-    return (annotation,)
+    return alternatives(get_args(annotation)[0]) if get_origin(annotation) is Annotated else (annotation,)
 
 
 def is_group(kind: Any) -> bool:
@@ -33,14 +33,35 @@ def group_of(annotation: Any, *, items: bool = True) -> type[BaseModel] | None:
     return next((kind for kind in kinds if is_group(kind)), None)
 
 
-def group_at(config: type[BaseModel], path: Sequence[int | str]) -> type[BaseModel]:
-    """Return the configuration class at a path of fields, list positions and keys of mappings, else the last one on the way."""
-    for part in path:
-        if part in config.model_fields:
-            kinds = alternatives(config.model_fields[str(part)].annotation)
-            held = (get_args(kind)[-1] if get_origin(kind) in (list, dict) else kind for kind in kinds)
-            config = next(filter(None, map(group_of, held)), config)
-    return config
+def key_and_group(config: type[BaseModel], location: Sequence[int | str]) -> tuple[str, type[BaseModel]]:
+    """Return what the location in one of pydantic's errors means: the dotted key, and the innermost configuration class there.
+
+    A location is a path of fields, list positions and keys of mappings. Where a value may be of several types, pydantic adds the
+    name of one of them, which is no part of the key.
+    """
+    key: list[str] = []
+    group, kinds, type_follows = config, (config,), False
+    for part in location:
+        if type_follows:
+            type_follows = False
+            continue
+        key.append(str(part))
+        kinds = tuple(
+            kind for inside in _inside(kinds, part) for kind in alternatives(inside) if kind is not types.NoneType
+        )
+        type_follows = len(kinds) > 1
+        group = next(filter(is_group, kinds), group)
+    return ".".join(key), group
+
+
+def _inside(kinds: Sequence[Any], part: int | str) -> list[Any]:
+    """Return the annotation of a field, list item or value of a mapping, from the types that its container may have; or none."""
+    for kind in kinds:
+        if is_group(kind) and part in kind.model_fields:
+            return [kind.model_fields[part].annotation]
+        if get_origin(kind) is (list if isinstance(part, int) else dict):
+            return [get_args(kind)[-1]]
+    return []
 
 
 def option_names(config: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -92,9 +113,10 @@ def default_of(info: Any) -> Any:
 
 def type_name(annotation: Any) -> str:
     """Return a type in words; the values of a choice one by one."""
-    origin, args = get_origin(annotation), get_args(annotation)
     if len(kinds := alternatives(annotation)) > 1:
         return " or ".join("null" if kind is types.NoneType else type_name(kind) for kind in kinds)
+    annotation = kinds[0]
+    origin, args = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in args)
     if origin in (list, dict, tuple):

@@ -28,9 +28,8 @@ from rlhf_core.interop import mergekit
 from rlhf_core.interop.mergekit_methods import parity
 from rlhf_core.merging.config import MergeConfig, ModelEntry
 from rlhf_core.merging.inputs import check_own
-from rlhf_core.merging.layer_values import LayerValues
 from rlhf_core.merging.merge import ModelMerger, Progress
-from rlhf_core.merging.method import MergeMethod, is_number
+from rlhf_core.merging.method import MergeMethod
 from rlhf_core.merging.model_score import Evaluate
 from rlhf_core.registry.discovery import Plugin
 from rlhf_core.registry.method_or_file import find_method, read_method_or_file
@@ -128,10 +127,6 @@ def load_merge_job(
         options = parity(plugin.name, options, places)
     keys["models"] = _entries(keys.get("models"), places)
     _set_by_flags(keys["models"], given, method, name, places)
-    _check_values(options, method, "", places)
-    for number, entry in enumerate(keys["models"]):
-        _check_value(entry.get("weight"), f"models.{number}.weight", places)
-        _check_values(entry.get("options", {}), method, f"models.{number}.options.", places)
     config = MergeConfig.parse({**keys, "options": options}, place=places)
     return MergeJob(config, _checked(MergeMethod(config, place=places), places), places)
 
@@ -252,23 +247,6 @@ def _set_by_flags(
             places[f"{at}.{key}"] = places[f"{at}.options.{key}"] = place.replace("--", f"--{at}.")
         entry = _overridden(entries[number], weight)
         entries[number] = entry | ({"options": _overridden(entry.get("options", {}), options)} if options else {})
-
-
-def _check_values(options: Mapping[str, Any], method: type[Merger], at: str, places: Mapping[str, str]) -> None:
-    """Raise ConfigError where an option that may vary by layer is invalid; `at` is the prefix of its dotted key."""
-    for key, value in options.items():
-        if is_number(method, key):
-            _check_value(value, f"{at}{key}", places)
-
-
-def _check_value(value: Any, key: str, places: Mapping[str, str]) -> None:
-    """Raise ConfigError for what is invalid inside a value by layer: pydantic alone would say that it isn't a number."""
-    if isinstance(value, Mapping):
-        for part, one in (value["filters"] if isinstance(value.get("filters"), Mapping) else {}).items():
-            _check_value(one, f"{key}.filters.{part}", places)
-        inner = {"": place_of(key, places)}
-        inner |= {at[len(key) + 1 :]: place for at, place in places.items() if at.startswith(f"{key}.")}
-        LayerValues.parse(value, place=inner)
 
 
 def _checked(method: MergeMethod, places: Mapping[str, str]) -> MergeMethod:

@@ -3,65 +3,82 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Annotated, Any
 
 import numpy
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from rlhf_core.config.base import BaseConfig
 from rlhf_core.infra.errors import ConfigError
 from rlhf_core.merging.tensor_names import GROUPS, in_group, layer_of
 
 
+def _not_empty(values: list[Any]) -> list[Any]:
+    """Return a list over the layers; raise where it is empty."""
+    if not values:
+        raise ValueError("a list over the layers needs at least one value")
+    return values
+
+
+_Numbers = Annotated[list[float], AfterValidator(_not_empty)]
+
+
 class RunValue(BaseConfig):
     """A value of a run of layers."""
 
-    count: int = Field(ge=1, description="How many layers it is of.")
-    value: float | list[float] | LayerValues = Field(
-        description="A value, a gradient from the first of these layers to their last, or values by place."
-    )
+    count: int = Field(ge=1, description="Number of layers in the run.")
+    value: Value = Field(description="A number, a gradient from the run's first layer to its last, or values by layer.")
 
 
 class LayerValues(BaseConfig):
-    """A value by a tensor's place in the model."""
+    """A value by layer, or by a tensor's name."""
 
-    layers: list[float] | None = Field(None, description="One value a layer; their number must be the model's.")
-    gradient: list[float] | None = Field(
+    layers: _Numbers | None = Field(None, description="One value per layer; their number must be the model's.")
+    gradient: _Numbers | None = Field(
         None,
-        description="Values at even distances over the depth, the first at the first layer; straight lines between.",
+        description="Values at even distances from the first layer to the last, with straight lines between.",
     )
-    filters: dict[str, float | list[float] | LayerValues] = Field(
+    filters: dict[str, Value] = Field(
         default_factory=dict,
         description="Part of a tensor's name (or attention, mlp, embeddings, head, norms; or a pattern with `*` for the whole"
-        " name) → a value, a gradient, or values by place in turn. The first that fits counts.",
+        " name) → a number, a gradient, or values by layer in turn. The first that matches counts.",
     )
-    runs: list[RunValue] | None = Field(
+    runs: Annotated[list[RunValue], AfterValidator(_not_empty)] | None = Field(
         None,
-        description="Values of runs of layers, one after the other, as `{count, value}`: a gradient goes over its own run. What"
-        " lies before the layers takes the first's, what lies after them the last's.",
+        description="Values of consecutive runs of layers, as `{count, value}`: a gradient goes over its own run. Tensors before"
+        " the layers take the first run's value, those after them the last's.",
     )
     default: float | None = Field(
         None,
-        description="Value of tensors that nothing else fits; null takes the first layer's before it, the last's after.",
+        description="Value of tensors that nothing else matches; null takes the first layer's before it, the last's after.",
     )
 
     @model_validator(mode="after")
     def _says_something(self) -> LayerValues:
+        """Raise where the values are given in several ways, or in none."""
         if sum(one is not None for one in (self.layers, self.gradient, self.runs)) > 1:
             raise ValueError("`layers`, `gradient` and `runs` say the same in several ways: give one of them")
-        for values in (self.layers, self.gradient, self.runs, *self.filters.values()):
-            if values == []:
-                raise ValueError("a list over the layers needs at least one value")
         if not any((self.layers, self.gradient, self.runs, self.filters)) and self.default is None:
             raise ValueError("give `layers`, `gradient`, `runs`, `filters` or `default`")
         return self
 
 
-RunValue.model_rebuild()
+def _shape(value: Any) -> str:
+    """Return which shape a value by layer has, by which errors in it are those of that shape alone."""
+    if isinstance(value, Mapping | LayerValues):
+        return "group"
+    return "list" if isinstance(value, list | tuple) else "number"
 
-Value = float | list[float] | LayerValues
-"""One value, a gradient over the depth, or a value by place."""
+
+Value = Annotated[
+    Annotated[float, Tag("number")] | Annotated[_Numbers, Tag("list")] | Annotated[LayerValues, Tag("group")],
+    Discriminator(_shape),
+]
+"""One number, a list of numbers as a gradient over the layers, or a group of values by layer."""
+RunValue.model_rebuild()
+LayerValues.model_rebuild()
 
 
 def value_at(value: Value, name: str, depth: int, *, what: str = "weight") -> float:
@@ -136,8 +153,6 @@ def unused_filters(value: Value, names: Sequence[str]) -> list[str]:
 
 
 def _along(values: Sequence[float], name: str, layer: int | None, depth: int, what: str) -> float:
-    if not values:
-        raise ConfigError(f"`{what}` is an empty list", place=what, fix="give at least one value")
     if layer is None:
         layer = 0 if in_group(name, "embeddings") else max(0, depth - 1)
     if depth <= 1:

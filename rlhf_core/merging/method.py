@@ -6,12 +6,13 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, NoneType
-from typing import Any, get_args
+from typing import Any
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, create_model
 
 from rlhf_core import registry
 from rlhf_core.config.base import BaseConfig
+from rlhf_core.config.fields import alternatives
 from rlhf_core.contracts.merger import Merger
 from rlhf_core.infra.errors import ConfigError, PluginError, nearest
 from rlhf_core.merging.config import MergeConfig
@@ -21,8 +22,6 @@ from rlhf_core.merging.plan import Plan
 from rlhf_core.merging.tensor_names import GROUPS
 
 log = logging.getLogger(__name__)
-
-_VALUE: TypeAdapter[Value] = TypeAdapter(Value)
 
 
 class MergeMethod:
@@ -154,9 +153,9 @@ class MergeMethod:
         """Return a model's options: its own, and for the others the method's."""
         entry, at, key = self.config.models[number], f"models[{number}]", f"models.{number}"
         set_at = {} if isinstance(place, str) else place
-        places = {"": set_at.get(key, at)} | {
-            name: set_at.get(f"{key}.options.{name}", f"{at}.{name}") for name in entry.options
-        }
+        places = {"": set_at.get(key, at)} | {name: f"{at}.{name}" for name in entry.options}
+        start = f"{key}.options."
+        places |= {name.removeprefix(start): one for name, one in set_at.items() if name.startswith(start)}
         for name in entry.options:
             check_own(name, self._class, self.config.method, places[name])
         owner = f"model {entry.model if isinstance(entry.model, str) else at}: "
@@ -170,7 +169,7 @@ class _Options:
     Args:
         method: the merger's class.
         given: the options by name; a list or a group in place of a number says how it varies.
-        places: where each option was set; under an empty name, where the others were.
+        places: where each option was set, by dotted key; under an empty key, where the others were.
         owner: what messages begin with, the model whose options they are.
         named: what messages call an option, where it isn't its name alone.
     """
@@ -185,11 +184,14 @@ class _Options:
         named: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self._method, self._places, self._owner, self._named = method, places, owner, named
-        self.varying = {
-            name: _by_layer(name, value, places.get(name, places[""]))
+        varying = {
+            name: value
             for name, value in given.items()
             if isinstance(value, list | Mapping | LayerValues) and is_number(method, name)
         }
+        fields: dict[str, Any] = dict.fromkeys(varying, (Value, ...))
+        schema = create_model("ValuesByLayer", __base__=BaseConfig, **fields)
+        self.varying: dict[str, Value] = dict(schema.parse(varying, place=places))
         self._fixed = {name: value for name, value in given.items() if name not in self.varying}
         self.configs: dict[tuple[float, ...], BaseConfig] = {}
         """By the numbers of those that vary."""
@@ -222,22 +224,8 @@ class _Options:
 def is_number(method: type[Merger], name: str) -> bool:
     """Tell whether an option of a method is a number, which may vary by layer; a list or a group then says how."""
     field = method.Config.model_fields.get(name)
-    kinds = set() if field is None else {*(get_args(field.annotation) or (field.annotation,))} - {NoneType}
+    kinds = set() if field is None else {*alternatives(field.annotation)} - {NoneType}
     return bool(kinds) and kinds <= {float, int}
-
-
-def _by_layer(name: str, value: Any, place: str) -> Value:
-    if value == []:
-        raise ConfigError(f"`{name}` is an empty list", place=place, fix="give at least one value")
-    try:
-        return _VALUE.validate_python(value)
-    except ValidationError as error:
-        message = error.errors(include_url=False)[0]["msg"]
-        raise ConfigError(
-            f"`{name}` is neither a number nor values by layer: {message}",
-            place=place,
-            fix="give a number, a list over the layers, or `layers`, `gradient`, `filters`, `default`",
-        ) from None
 
 
 def _some(value: Value) -> float:

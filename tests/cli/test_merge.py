@@ -239,7 +239,7 @@ FAULTS = {
     ("merge", "ties", "--model", "a", "--output", "o"): (2, "error[config] base: ties works on differences from a base model"),
     ("merge", "linear", "--model", "./gone", "--output", "o"): (4, "error[model] ./gone: no such model directory or file"),
     ("merge", "linear", "--model", ".=nan"): (2, "error[config] --model: the weight of . is not a finite number; got `nan`"),
-    ("merge", "ties", "--model", "a", "--density", "[]"): (2, "error[config] --density: `density` is an empty list; fix: "),
+    ("merge", "ties", "--model", "a", "--density", "[]"): (2, "error[config] --density: a list over the layers needs"),
     ("merge", "ties", "--model", "a", "--lambda", "1"): (2, "error[config] --lambda: unknown option `lambda` of ties"),
     ("merge", "linear", "--model", "./gone"): (2, "error[config] output: no output directory is set; fix: give `--output DIR`"),
     ("merge", "slerp", "--model", "a", "--model", "b", "--model", "c", "--output", "o"):

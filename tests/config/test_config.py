@@ -9,7 +9,7 @@ from typing import Any, get_args
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from rlhf_plugins.trainers.dpo import DPOConfig
 from rlhf_plugins.trainers.sft import SFTConfig
 
@@ -73,6 +73,34 @@ def test_a_wrong_value_is_one_line(case: str) -> None:
     line = fault(values)
     assert line.startswith(f"error[config] config: {expected}"), line
     assert "\n" not in line
+
+
+class Inner(BaseConfig):
+    count: int = 1
+
+
+class Outer(BaseConfig):
+    listed: list[Inner] | None = None
+    filled: list[int] = Field([1], min_length=1)
+    named: dict[str, list[float] | Inner] = Field(default_factory=dict)
+    text: str | list[Inner] = ""
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"listed": [{}, {"cuont": 1}]}, "unknown option `listed.1.cuont`; fix: did you mean `count`?"),
+        ({"filled": []}, "`filled`: must not be empty; got []"),
+        ({"listed": [3]}, "`listed.0`: expected a group of options (count); got 3"),
+        ({"named": {"a": ["x"]}}, "`named.a.0`: must be a number; got 'x'"),
+        ({"named": {"a": {"count": "x"}}}, "`named.a"),
+        ({"text": [{"count": "x"}]}, "`text`: must be text"),
+    ],
+)
+def test_keys_inside_lists_and_mappings_are_named(values: dict[str, Any], message: str) -> None:
+    """Without the names of types that pydantic puts between them where a value may be of several."""
+    found = fault(values, Outer)
+    assert message in found and "Inner" not in found and "list[" not in found
 
 
 def test_text_in_place_of_a_number_is_read_as_one() -> None:

@@ -56,7 +56,7 @@ def test_it_is_the_same_as_the_method(family: tuple[Path, Path], tmp_path: Path)
 def test_what_is_wrong_is_named(family: tuple[Path, Path], tmp_path: Path) -> None:
     for t, settings, message in (
         ({"layers": [0.5]}, {}, "`t.layers` has 1 values, the model 2 layers"),
-        ([], {}, "`t` is an empty list"),
+        ([], {}, "`t`: a list over the layers needs at least one value"),
         (0.5, {"dtpye": "bf16"}, "unknown option `dtpye`; fix: did you mean `dtype`?"),
     ):
         with pytest.raises(ConfigError) as raised:

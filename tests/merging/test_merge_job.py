@@ -197,16 +197,16 @@ FILES = {
         "merge.yaml:4: `models.0.weight`: must be a number; got 'heavy'",
     "method: linear\nmodels:\n  - model: x\n    weight: yes\n": "merge.yaml:4: `models.0.weight`",
     "method: linear\nmodels:\n  - model: x\n    weight: {layer: [1]}\n":
-        "merge.yaml:4: unknown option `layer`; fix: did you mean `layers`?",
+        "merge.yaml:4: unknown option `models.0.weight.layer`; fix: did you mean `layers`?",
     "method: linear\nmodels:\n  - model: x\n    weight:\n      filters: {mlp: {gradent: [1, 2]}}\n":
-        "merge.yaml:5: unknown option `gradent`; fix: did you mean `gradient`?",
+        "merge.yaml:5: unknown option `models.0.weight.filters.mlp.gradent`; fix: did you mean `gradient`?",
     "method: linear\nmodels:\n  - model: x\n    weight: {layers: [1], gradient: [1]}\n":
         "`layers`, `gradient` and `runs` say the same in several ways",
     "method: ties\nmodels: [x]\ndensity: 0\n": "merge.yaml:3: `density`: must be greater than 0; got 0",
     "method: ties\nmodels: [x]\ndensity: 1.5\n": "merge.yaml:3: `density`: must be less than or equal to 1; got 1.5",
     "method: dare\nmodels: [x]\ndensity: .nan\n": "merge.yaml:3: `density`: must be",
-    "method: ties\nmodels: [x]\ndensity: {layrs: [1]}\n": "merge.yaml:3: unknown option `layrs`; fix: did you mean `layers`?",
-    "method: ties\nmodels: [x]\ndensity: [a]\n": "merge.yaml:3: `density` is neither a number nor values by layer",
+    "method: ties\nmodels: [x]\ndensity: {layrs: [1]}\n": "merge.yaml:3: unknown option `density.layrs`; fix: did you mean",
+    "method: ties\nmodels: [x]\ndensity: [a]\n": "merge.yaml:3: `density.0`: must be a number; got 'a'",
     "method: ties\nmodels: [x]\nnormalize: [true]\n": "merge.yaml:3: `normalize`: must be true or false",
     "method: linear\nmodels:\n  - {model: x, weight: 1}\n  - {model: y, weight: -1}\n":
         "merge.yaml:3: weights that are normalised sum to zero; got 1, -1",

@@ -204,7 +204,7 @@ FAULTS = {
     "--models.2.power 1": "--models.2.power: there is no input model of that number; got 2 models, counted from 0",
     "--models.1.model c": "--models.1.model: unknown key `model` of a model",
     "--models.one.power 1": "--models.one.power: input models are given one by one",
-    "--models.1.power [1,[2]]": "--models.1.power: `power` is neither a number nor values by layer",
+    "--models.1.power [1,[2]]": "--models.1.power: `power.1`: must be a number; got [2]",
 }
 
 
