@@ -24,7 +24,7 @@ def require_one_sign(weights: Sequence[float]) -> None:
         problem, fix = "sum to zero", "raise one"
     elif max(weights) < 0:
         problem, fix = "are all negative, which would turn every difference round", "give positive weights"
-    elif min(weights) < 0:
+    elif min(weights) < 0 < max(weights):
         problem, fix = "have mixed signs, which blows the result up", "give weights of one sign"
     else:
         return
