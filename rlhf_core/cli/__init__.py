@@ -1,50 +1,70 @@
-"""The command line, `rlhf`: results on stdout, logs and progress on stderr, faults as one line with an exit code."""
+"""The command line, `rlhf`: results on stdout, logs and progress on stderr, an error as one line and an exit code."""
 
 from __future__ import annotations
 
 import errno
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rlhf_core.infra.errors import RLHFError, printable
 
 INTERRUPTED = 130
+METHOD_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["--help", "-h"]}
+"""Settings of a verb that takes any option of a method as a flag: flags unknown to typer are read once the method is known."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code. No traceback is shown without `--debug`."""
+    """Run the command line and return its exit code. Tracebacks are shown with `--debug` only.
+
+    Args:
+        arguments: what follows `rlhf`; None for this process's own arguments.
+    """
     tokens, debug, no_plugins = _global_switches(sys.argv[1:] if arguments is None else arguments)
     if no_plugins:
         from rlhf_core.registry import only_this_distribution
 
         only_this_distribution()
-    try:
-        code = 0 if _plainly(tokens) else _through_typer(tokens)
+
+    def run() -> int:
+        code = 0 if _without_typer(tokens) else _with_typer(tokens)
         sys.stdout.flush()
         if arguments is None:
-            _end_of_results()
+            _end_results()
         return code
+
+    return exit_code(run, debug=debug)
+
+
+def exit_code(program: Callable[[], int | None], *, debug: bool = False) -> int:
+    """Run a program and return its exit code; print an error as one line on stderr, and use the error's exit code.
+
+    Args:
+        program: returns its exit code, or None for 0.
+        debug: let exceptions through, for their tracebacks.
+    """
+    try:
+        return program() or 0
     except KeyboardInterrupt:
         if debug:
             raise
         print("error[interrupted] stopped by Ctrl-C", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output (`| head`) went away; what is left in the buffer must not raise again at exit.
+        # Whoever read stdout (`| head`) has ended; what is left in the buffer must not raise again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
         if debug:
             raise
-        line, code = describe(error)
+        line, code = _line_and_code(error)
         if not getattr(error, "silent", False):
             print(line, file=sys.stderr)
         return code
 
 
-def describe(error: Exception) -> tuple[str, int]:
-    """Return the one line that is printed for an exception, and the exit code."""
+def _line_and_code(error: Exception) -> tuple[str, int]:
+    """Return the line that is printed for an exception, and its exit code."""
     if isinstance(error, RLHFError):
         return error.line(), error.exit_code
     if hasattr(error, "format_message"):  # typer's usage errors
@@ -56,12 +76,12 @@ def describe(error: Exception) -> tuple[str, int]:
         fault = StorageError(error.strerror or str(error), place=str(error.filename or "input/output"))
         return fault.line(), fault.exit_code
     text = printable(" ".join(str(error).split()))
-    fix = "run it again with `--debug` to see where, and report it if it isn't your plugin's"
+    fix = "run it again with `--debug` for the traceback, and report it unless it comes from your plugin"
     return f"error[internal] {type(error).__name__}: {text}; fix: {fix}", 1
 
 
-def _plainly(tokens: Sequence[str]) -> bool:
-    """Run a `list` or `show` in its usual forms without typer, whose import takes longer than either; else return False."""
+def _without_typer(tokens: Sequence[str]) -> bool:
+    """Run `list` or `show` in its usual forms without typer, whose import takes longer than either; return whether it was one."""
     verb, words = tokens[0], [token for token in tokens[1:] if not token.startswith("-")]
     switches = {token for token in tokens[1:] if token.startswith("-")}
     if "_RLHF_COMPLETE" in os.environ:
@@ -79,21 +99,22 @@ def _plainly(tokens: Sequence[str]) -> bool:
     return False
 
 
-def _end_of_results() -> None:
-    """Turn stdout to stderr for the end of the process: what plugins print there is no part of the results."""
+def _end_results() -> None:
+    """Redirect stdout to stderr while the process ends: what plugins print there is no result."""
     if "rlhf_core.registry.load_class" in sys.modules:
         import atexit
 
         from rlhf_core.registry.guarded import redirect_stdout_for_good
 
-        atexit.register(redirect_stdout_for_good)  # the last to be registered runs first
+        atexit.register(redirect_stdout_for_good)  # runs first, for it is registered last
 
 
-def _through_typer(tokens: Sequence[str]) -> int:
+def _with_typer(tokens: Sequence[str]) -> int:
+    """Run any verb; return its exit code."""
     if not tokens[0].startswith("-"):
         from rlhf_core.registry.discovery import installed
 
-        installed()  # before anything imports pydantic or torch, which another package's malformed table would break
+        installed()  # before pydantic or torch is imported, which another package's malformed metadata would break
     from rlhf_core.cli.app import run
 
     return run(tokens)
@@ -103,16 +124,17 @@ _STORAGE = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EFBIG, 
 
 
 def _usage_error(error: Exception) -> RLHFError:
+    """Return a usage error of typer's as a `ConfigError`."""
     from rlhf_core.infra.errors import ConfigError
 
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "rlhf"
     message = " ".join(error.format_message().split()).rstrip(".")  # type: ignore[attr-defined]
-    return ConfigError(message[:1].lower() + message[1:], place=command, fix=f"`{command} --help` tells its use")
+    return ConfigError(message[:1].lower() + message[1:], place=command, fix=f"see `{command} --help`")
 
 
 def _global_switches(arguments: Sequence[str]) -> tuple[list[str], bool, bool]:
-    """Take `--debug` and `--no-plugins` out of the arguments: they may stand anywhere, before and after the verb."""
+    """Return the arguments without `--debug` and `--no-plugins`, which may stand anywhere, and whether each was there."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
     head, tail = list(arguments[:end]), list(arguments[end:])
     debug, no_plugins = "--debug" in head, "--no-plugins" in head

@@ -1,4 +1,4 @@
-"""The verbs, put together. Importing this imports no torch and no pydantic: `--help` and `list` stay quick."""
+"""The typer application of all verbs. Importing it imports neither torch nor pydantic, so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def root(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     no_plugins: Annotated[bool, typer.Option("--no-plugins", help="Use rlhf-core's own methods only.")] = False,
 ) -> None:
-    # `debug` and `no_plugins` are taken out of the arguments before typer sees them; they stand here for `--help`.
+    # `main` has removed `--debug` and `--no-plugins` from the arguments; they are declared here for `--help`.
     pass
 
 
 def run(tokens: Sequence[str]) -> int:
-    """Run one command; its exceptions reach the caller. Returns the exit code."""
+    """Run one command and return its exit code; exceptions reach the caller."""
     code = typer.main.get_command(app).main(args=list(tokens), prog_name="rlhf", standalone_mode=False)
-    if code == INTERRUPTED:  # typer makes an exit of Ctrl-C, without a word
+    if code == INTERRUPTED:  # what typer returns after Ctrl-C, without a message
         raise KeyboardInterrupt
     return code if isinstance(code, int) else 0

@@ -1,4 +1,4 @@
-"""`rlhf doctor`: what is installed, what it runs on, and what is wrong with any plugin."""
+"""`rlhf doctor`: versions, device and machine, every plugin imported once, and what is wrong with the installation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
-    """Check this installation: versions, device, entry points, and every plugin loaded once. Exit code 5 on a fault."""
+    """Check this installation: show versions and device, import every plugin, list problems. Exit code 5 where there are any."""
     from rlhf_core import registry
     from rlhf_core.infra.devices import DeviceManager
     from rlhf_core.infra.environment import describe_environment
@@ -44,7 +44,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON."
 
 
 def find_problems() -> list[str]:
-    """Return what is wrong with installed metadata and the policy variables, a line each."""
+    """Return what is wrong with installed metadata and the two policy variables of the registry, a line each."""
     from rlhf_core.registry import faults, unmatched_policy
     from rlhf_core.registry.distributions import every_distribution, unreadable_distributions
 
@@ -57,7 +57,7 @@ def find_problems() -> list[str]:
 
 
 def stale_entry_points(distribution: InstalledDistribution) -> list[str]:
-    """Compare an editable installation's entry points with its source's table: an installer reads the table only once."""
+    """Return the entry points of an editable installation that its pyproject.toml changed since it was installed, a line each."""
     from rlhf_core.registry.distributions import GROUPS
 
     source = Path(distribution.editable_source or "")
@@ -71,7 +71,7 @@ def stale_entry_points(distribution: InstalledDistribution) -> list[str]:
             return []
         table = {group: dict(project.get("entry-points", {}).get(group, {})) for group in GROUPS.values()}
         stated_name = str(project.get("name", source.name))
-    except Exception as error:  # what isn't TOML, or isn't a project's
+    except Exception as error:  # of TOML, or of tables of another form
         return [f"{source}/pyproject.toml can't be read: {describe_error(error)}"]
     problems = []
     for group in GROUPS.values():
@@ -96,6 +96,8 @@ def _print_environment(about: dict[str, Any]) -> None:
     print(
         f"{'device':14} {device['name']}, {device['memory_bytes'] / 2**30:.1f} GiB, bf16 {'yes' if device['bf16'] else 'no'}"
     )
-    print(f"{'threads':14} {about['threads']['intra_op']} in an operation, {about['threads']['inter_op']} between")
+    print(
+        f"{'threads':14} {about['threads']['intra_op']} within an operation, {about['threads']['inter_op']} between operations"
+    )
     print(f"{'machine':14} {machine['system']} {machine['release']} {machine['processor']}")
     print(f"{'python at':14} {about['executable']}")

@@ -1,4 +1,4 @@
-"""What `rlhf list` and `rlhf show` print. Apart from typer, so that both are quicker than typer's own import."""
+"""Print what `rlhf list` and `rlhf show` show, without typer, whose import takes longer than either."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ _STYLES = {"ok": "", "conflict": "yellow", "disabled": "dim", "broken": "red", "
 def print_list(
     kind: str | None = None, *, as_json: bool = False, check: bool = False, seconds: float | None = None
 ) -> None:
-    """Print the plugins of one kind, or of all.
+    """Print the plugins of one kind, or of all, as a table or JSON; warn on stderr of damaged installations.
 
-    With `check` each is imported first, in another process, so that its status is the true one; `seconds` is how long an import
-    may take. What is wrong with the installation and shows in no plugin goes to stderr.
+    Args:
+        kind: such as `trainers`; None for all kinds.
+        check: import each plugin first, in another process, so that its status shows whether it works.
+        seconds: the time limit of each import; None for the default.
     """
     plugins = registry.check(kind, seconds=seconds) if check else registry.find(kind)
     for fault in registry.faults():
@@ -30,8 +32,8 @@ def print_list(
     rows = [
         (
             p.kind,
-            _cut(p.name),
-            _cut(f"{p.distribution} {p.version}".strip()),
+            _clipped(p.name),
+            _clipped(f"{p.distribution} {p.version}".strip()),
             p.record or "",
             p.status,
             p.reason or p.summary,
@@ -42,13 +44,17 @@ def print_list(
     return print_table(header, rows, styles=[_STYLES[plugin.status] for plugin in plugins])
 
 
-def _cut(text: str, length: int = 60) -> str:
-    """Return a text that is no longer than a column should be: names of others are as long as they like."""
+def _clipped(text: str, length: int = 60) -> str:
+    """Return a text clipped to the width of a column, for names of plugins may have any length."""
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
 def print_plugin(name: str, *, every: bool = False, as_json: bool = False) -> None:
-    """Print what one plugin's source says of it; with `every`, all its options, for which it is imported."""
+    """Print one plugin: summary, origin, record type, status and options, as text or JSON.
+
+    Args:
+        every: list inherited options as well, for which the plugin is imported; else only those in its source are listed.
+    """
     plugin = registry.lookup(name)
     doc, source, options = _of_source(plugin)
     if every:
@@ -65,7 +71,7 @@ def print_plugin(name: str, *, every: bool = False, as_json: bool = False) -> No
         print()
         print_table(("option", "type", "default", "description"), [tuple(vars(option).values()) for option in options])
     if plugin.kind == "trainer" and not every:
-        print_text(f"\nWith the options that all trainers share: rlhf show {name} --all")
+        print_text(f"\nFor the options that all trainers share: rlhf show {name} --all")
     return None
 
 
@@ -88,18 +94,18 @@ def _print_facts(plugin: Plugin, source: str) -> None:
 
 
 def _of_source(plugin: Plugin) -> tuple[str, str, list[Option]]:
-    """Return what a plugin's source says: docstring, place and own options."""
+    """Return docstring, `file:line` and own options from a plugin's source; ("", "", []) where it can't be read."""
     if plugin.kind != "hook":
         try:
             header = read_class_header(plugin.target)
             return header.doc, f"{header.path}:{header.line}", read_options(plugin.target)
         except SourceError:
-            pass  # its reason is shown with its status
+            pass  # the plugin's reason says why
     return "", "", []
 
 
 def _of_class(plugin: Plugin) -> tuple[list[Option], str]:
-    """Return every option of a plugin, and its docstring, by importing it."""
+    """Import a plugin and return all its options, inherited ones included, and its docstring."""
     import inspect
 
     from rlhf_core.config.fields import every_option
@@ -113,6 +119,7 @@ def _of_class(plugin: Plugin) -> tuple[list[Option], str]:
 
 
 def _record(plugin: Plugin) -> str:
+    """Return a trainer's record type in words, with its required fields; '' for other plugins."""
     from rlhf_core.contracts.records import RECORDS
 
     record = RECORDS.get(plugin.record or "")

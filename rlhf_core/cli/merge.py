@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rlhf_core.cli import shell_completion
+from rlhf_core.cli import METHOD_OPTIONS, shell_completion
 from rlhf_core.cli.printing import print_json, print_text
 from rlhf_core.cli.quick_imports import quick_imports
 from rlhf_core.cli.weight_diff import show_difference
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from rlhf_core.merging.merge import MergeResult, ModelMerger
 
 log = logging.getLogger(__name__)
-
-# Whatever typer doesn't know is an option of the method, read once the method is known.
-_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["--help", "-h"]}
 
 _Target = Annotated[
     str | None,
@@ -51,7 +48,7 @@ _Picture = Annotated[
 
 
 def add_to(app: typer.Typer) -> None:
-    app.command(context_settings=_PASS_ON)(merge)
+    app.command(context_settings=METHOD_OPTIONS)(merge)
 
 
 def merge(
@@ -105,7 +102,7 @@ def _checked(target: str | None, *, picture: Path | None, resume: bool, overwrit
         raise ConfigError("there is nothing to draw without `--diff`", place="--picture", fix=fix)
     if target is None or target.startswith("-"):
         raise ConfigError(
-            "a method or a file comes first",
+            "the first argument must be a method or a file",
             place="command line",
             got=None if target is None else f"`{target}`",
             fix="`rlhf merge METHOD --model A --model B --output DIR`, or `rlhf merge --diff A B`",

@@ -1,4 +1,4 @@
-"""`rlhf list`, `rlhf show` and `rlhf schema`: which methods there are and what each takes."""
+"""`rlhf list`, `rlhf show` and `rlhf schema`: the installed methods, and the options of each."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ def list_plugins(
             metavar="[KIND]", help="Only this kind, such as trainers.", autocompletion=shell_completion.kinds
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON array of records.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
     check: Annotated[
-        bool, typer.Option("--check", help="Import each one, in another process, and show what that reveals.")
+        bool, typer.Option("--check", help="Import each method, in another process, and show whether that works.")
     ] = False,
     timeout: Annotated[
         float | None,
-        typer.Option(min=0.1, metavar="SECONDS", help="How long an import may take with --check; 60 by default."),
+        typer.Option(min=0.1, metavar="SECONDS", help="Time limit of each import with --check; 60 by default."),
     ] = None,
 ) -> None:
-    """List the methods that are installed, with their status. Imports none of them."""
+    """List the installed methods with their status. Imports none of them, except with --check."""
     from rlhf_core.cli.listing import print_list
 
     print_list(kind, as_json=as_json, check=check, seconds=timeout)
@@ -49,11 +49,11 @@ def list_plugins(
 def show(
     name: Name,
     every: Annotated[
-        bool, typer.Option("--all", help="List every option, those that all methods share too; imports the method.")
+        bool, typer.Option("--all", help="List all options, shared ones included; imports the method.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
-    """Show one method: where it comes from, the record type of its rows, its own options. Imports none of it, but with --all."""
+    """Show one method: its origin, the record type that it reads, its own options. Imports it only with --all."""
     from rlhf_core.cli.listing import print_plugin
 
     print_plugin(name, every=every, as_json=as_json)

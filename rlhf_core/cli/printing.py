@@ -1,4 +1,4 @@
-"""Results on stdout: as JSON for programs, as tables for people."""
+"""Print results on stdout, as JSON or as text and tables, safe for any terminal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CODES = {"": "", "bold": "1", "dim": "2", "red": "31", "yellow": "33"}
 
 
 def print_json(value: Any) -> None:
-    """Print a value as JSON on stdout. Whatever a terminal would act upon is escaped, as JSON has it."""
+    """Print a value as JSON on stdout; control characters, which a terminal would act upon, are escaped."""
     text = json.dumps(value, indent=2, ensure_ascii="utf" not in _encoding().replace("-", ""), default=str)
     if not text.isascii():
         text = "".join(c if c.isascii() or printable(c) == c else json.dumps(c)[1:-1] for c in text)
@@ -25,14 +25,17 @@ def print_json(value: Any) -> None:
 
 
 def print_text(text: str) -> None:
-    """Print text that others wrote, its lines kept: what a terminal would act upon is shown instead."""
+    """Print text on stdout, its line breaks kept and other control characters, which a terminal would act upon, as escapes."""
     print(_encodable(printable(text, lines=True)))
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, styles: Sequence[str] = ()) -> None:
-    """Print rows under a header, aligned: wrapped to the terminal, or a line a row, never cut, where there is none.
+    """Print rows under a header, aligned: wrapped to the terminal's width, or one line per row where stdout is no terminal.
 
-    `styles` gives each row's colour, for terminals that have any. A cell is one line, and nothing in it is acted upon.
+    Args:
+        header: the columns' names.
+        rows: one text per column; control characters in it are printed as escapes.
+        styles: a colour per row, a key of `_CODES`, for terminals with colours.
     """
     cells = [list(header), *([_encodable(printable(cell)) for cell in row] for row in rows)]
     widths = [max(map(_width, column)) for column in zip(*cells, strict=True)]
@@ -59,23 +62,24 @@ def _encoding() -> str:
 
 
 def _encodable(text: str) -> str:
-    """Return text with escapes for what stdout has no bytes for."""
+    """Return text with escapes for characters that stdout's encoding lacks."""
     return text.encode(_encoding(), "backslashreplace").decode(_encoding())
 
 
 def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
+    """Return the cells of a row as one line, padded to the columns' widths."""
     padded = (cell + " " * (width - _width(cell)) for cell, width in zip(row, widths, strict=True))
     return _BETWEEN.join(padded).rstrip()
 
 
 def _fitted(widths: list[int], room: int) -> list[int]:
-    """Return widths that fit together: the widest give way, down to a few characters."""
+    """Return columns' widths that add up to at most `room`: the widest are narrowed, down to 8 characters."""
     most = next((most for most in range(max(widths), 8, -1) if sum(min(width, most) for width in widths) <= room), 8)
     return [min(width, most) for width in widths]
 
 
 def _folded(text: str, width: int) -> list[str]:
-    """Return text in lines of at most `width` columns, broken between words where it can be."""
+    """Return text in lines of at most `width` terminal columns, broken between words where possible."""
     lines, line = [], ""
     for word in text.split(" "):
         if line and _width(f"{line} {word}") > width:
@@ -90,7 +94,7 @@ def _folded(text: str, width: int) -> list[str]:
 
 
 def _width(text: str) -> int:
-    """Return how many columns of a terminal text takes."""
+    """Return how many columns a text takes on a terminal; wide characters take two."""
     if text.isascii():
         return len(text)
     from unicodedata import combining, east_asian_width

@@ -1,26 +1,27 @@
-"""Names for shell completion. Nothing here may raise: a broken plugin must not break the user's Tab key."""
+"""Shell completion of kinds and methods' names. It uses no plugin's code, so that a broken one can't break the Tab key."""
 
 from __future__ import annotations
 
 
 def kinds(incomplete: str) -> list[str]:
+    """Return the kinds of plugins that begin with what was typed."""
     from rlhf_core import registry
 
     return [kind for kind in registry.KINDS if kind.startswith(incomplete)]
 
 
 def names(incomplete: str) -> list[tuple[str, str]]:
-    """Every plugin's name with its summary."""
+    """Return (name, summary) of the plugins whose names begin with what was typed."""
     return _names(None, incomplete)
 
 
 def trainers(incomplete: str) -> list[tuple[str, str]]:
-    """Every trainer's name with its summary, and the files that may be configurations."""
+    """Return (name, summary) of trainers that begin with what was typed, and of YAML files in the current directory."""
     return _names("trainer", incomplete) + _files(incomplete)
 
 
 def mergers(incomplete: str) -> list[tuple[str, str]]:
-    """Every merger's name with its summary, and the files that may be configurations."""
+    """Return (name, summary) of mergers that begin with what was typed, and of YAML files in the current directory."""
     return _names("merger", incomplete) + _files(incomplete)
 
 

@@ -1,4 +1,4 @@
-"""`rlhf train` and `rlhf validate`: a method or a file, with any option of the method as a flag."""
+"""`rlhf train` and `rlhf validate`: a method or a configuration file, with any option of the method as a flag."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rlhf_core.cli import shell_completion
+from rlhf_core.cli import METHOD_OPTIONS, shell_completion
 from rlhf_core.cli.printing import print_json, print_text
 from rlhf_core.cli.quick_imports import quick_imports
 from rlhf_core.infra.errors import ConfigError, Interrupted
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from rlhf_core.training.job import TrainingJob
 
 log = logging.getLogger(__name__)
-
-# Whatever typer doesn't know is an option of the method, read once the method is known.
-_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["--help", "-h"]}
 
 Target = Annotated[
     str,
@@ -36,8 +33,8 @@ Target = Annotated[
 
 
 def add_to(app: typer.Typer) -> None:
-    app.command(context_settings=_PASS_ON)(train)
-    app.command(context_settings=_PASS_ON)(validate)
+    app.command(context_settings=METHOD_OPTIONS)(train)
+    app.command(context_settings=METHOD_OPTIONS)(validate)
 
 
 def train(
@@ -61,7 +58,7 @@ def train(
     if not sys.stderr.isatty():
         os.environ.setdefault(
             "TQDM_DISABLE", "1"
-        )  # libraries draw their bars into log files too; read when tqdm is imported
+        )  # read when tqdm is imported; else libraries draw progress bars into log files
     with quick_imports():
         job = _job(target, context.args)
     if resume and overwrite:
@@ -80,7 +77,7 @@ def train(
     try:
         result = trainer.train(resume=resume, overwrite=overwrite)
     except KeyboardInterrupt as error:
-        # typer would make an exit of it, without what the run leaves behind.
+        # typer would exit without the notes, which say what the run has saved.
         interrupted = Interrupted("; ".join(["stopped by Ctrl-C", *getattr(error, "__notes__", [])]))
         interrupted.silent = rank > 0
         raise interrupted from error
@@ -90,7 +87,7 @@ def train(
 
 
 def _warn_of_broken() -> None:
-    """Tell of plugins that can't be used, though this run needs none of them; of hooks the run itself tells."""
+    """Warn of plugins that can't be used, though this run needs none of them; the run itself warns of hooks."""
     from rlhf_core import registry
 
     for plugin in registry.find():
@@ -99,16 +96,16 @@ def _warn_of_broken() -> None:
 
 
 def validate(context: typer.Context, target: Target) -> None:
-    """Check a file's options without running it; flags complete or override it as they do for `train`.
+    """Check a file's options without running it; flags complete or override them as for `train`.
 
-    Whether its paths exist is told by `rlhf train FILE --dry-run`.
+    `rlhf train FILE --dry-run` also checks that its paths exist.
     """
     job = _job(target, context.args)
     print(f"ok: {target} is a valid configuration of {job.plugin.qualified}")
 
 
 def _is_merge(target: str) -> bool:
-    """Tell whether a file that is none of a run is one that `rlhf merge` takes, ours or mergekit's."""
+    """Tell whether a configuration file is one of a merge, in our format or mergekit's."""
     from rlhf_core import registry
     from rlhf_core.registry.method_or_file import names_file, read_method_or_file
 
@@ -120,9 +117,10 @@ def _is_merge(target: str) -> bool:
 
 
 def _job(target: str, flags: list[str]) -> TrainingJob:
+    """Return the run that a method or file and flags configure."""
     if target.startswith("-"):
         raise ConfigError(
-            "a method or a file comes first",
+            "the first argument must be a method or a file",
             place="command line",
             got=f"`{target}`",
             fix="`rlhf train METHOD --option value`",
@@ -134,13 +132,13 @@ def _job(target: str, flags: list[str]) -> TrainingJob:
     except ConfigError:
         if _is_merge(target):
             raise ConfigError(
-                "is the file of a merge, not of a run", place=target, fix=f"`rlhf merge {target} --dry-run`"
+                "configures a merge, not a training run", place=target, fix=f"`rlhf merge {target} --dry-run`"
             ) from None
         raise
 
 
 def _describe(job: TrainingJob, *, resume: bool, overwrite: bool) -> None:
-    """Print the resolved configuration, itself a valid file, under comments on what would be read and written."""
+    """Print the resolved configuration as a valid file, headed by comments on what the run would read and write."""
     from rlhf_core.config.training import models_beside
     from rlhf_core.data.open_source import check_paths, data_files
 
@@ -155,7 +153,7 @@ def _describe(job: TrainingJob, *, resume: bool, overwrite: bool) -> None:
             name, times = str(path), "" if weight == 1 else f", weight {weight:g}"
             check_paths(name)
             read_as = _read_as(name, job)
-            lines.append(f"{key}: {_place(name)} (rows of the record `{job.method.record}`{read_as}{times})")
+            lines.append(f"{key}: {_place(name)} (record type `{job.method.record}`{read_as}{times})")
     output = Path(str(job.run.output))
     state = "new"
     if output.exists() and any(output.iterdir()):
@@ -167,7 +165,7 @@ def _describe(job: TrainingJob, *, resume: bool, overwrite: bool) -> None:
 
 
 def _read_as(name: str, job: TrainingJob) -> str:
-    """Return what the first row of a file is taken for; what is wrong with it is said now."""
+    """Return in which shape the first row of a file is read, or ''; raise a `DataError` where it can't be read."""
     from rlhf_core.data.open_source import open_source
     from rlhf_core.data.row_checker import RowChecker
 
@@ -180,7 +178,11 @@ def _read_as(name: str, job: TrainingJob) -> str:
 
 
 def _disk(job: TrainingJob, output: Path) -> list[str]:
-    """Return what the run will write and the room that there is, where the model's files tell; raise where it is too little."""
+    """Return a line on the disk space that the run needs and has, if the model's files show its size.
+
+    Raises:
+        StorageError: too little is free.
+    """
     from rlhf_core.training.disk_space import checkpoint_bytes_on_disk, disk_need_of_files
 
     need = disk_need_of_files(job.run.model, job.options)
@@ -192,15 +194,17 @@ def _disk(job: TrainingJob, output: Path) -> list[str]:
 
 
 def _place(name: str) -> str:
+    """Return what a path or hub name is, in words."""
     path = Path(name).expanduser()
     if path.is_file():
         return f"file {path}, {path.stat().st_size:,} bytes"
     if path.is_dir():
         return f"directory {path}"
-    return f"{name}, not a path here: would be looked up on the hub"
+    return f"{name}, not a local path: would be fetched from the hub"
 
 
 def _report(result: TrainResult, *, as_json: bool) -> None:
+    """Print the result of a run."""
     values: dict[str, Any] = {**vars(result)}
     if as_json:
         return print_json(values)

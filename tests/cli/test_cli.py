@@ -182,7 +182,7 @@ def test_a_dry_run_prints_a_configuration_that_runs_the_same(rlhf, tmp_path: Pat
     ]
     code, out, err = rlhf(*arguments)
     assert (code, err) == (0, "") and not output.exists()
-    assert f"# data: file {data}, 48 bytes (rows of the record `preference`)" in out
+    assert f"# data: file {data}, 48 bytes (record type `preference`)" in out
     assert f"# output: {output} (new)" in out and "beta: 0.2" in out
     path = tmp_path / "again.yaml"
     path.write_text(out)
@@ -198,7 +198,7 @@ def test_a_dry_run_says_what_rows_are_read_as(rlhf, tmp_path: Path) -> None:
     path.write_text('{"talk": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}\n')
     code, out, _ = rlhf(*arguments)
     assert code == 0
-    assert "bytes (rows of the record `sft`, read as ShareGPT conversations: column `talk`)" in out
+    assert "bytes (record type `sft`, read as ShareGPT conversations: column `talk`)" in out
     path.write_text('{"prompt": "a"}\n')
     code, _, err = rlhf(*arguments)
     assert code == 3 and f"error[data] {path}:1: no column `response`" in err
@@ -208,18 +208,18 @@ FAULTS = {
     ("lst",): (2, "error[config] rlhf: no such command 'lst'"),
     ("list", "trainr"): (2, "error[config] registry: unknown kind of plugin `trainr`; fix: did you mean `trainer`?"),
     ("list", "--jsn"): (2, "error[config] rlhf list: no such option: --jsn"),
-    ("show",): (2, "error[config] rlhf show: missing argument 'NAME'; fix: `rlhf show --help` tells its use"),
+    ("show",): (2, "error[config] rlhf show: missing argument 'NAME'; fix: see `rlhf show --help`"),
     ("show", "dpoo"): (2, "error[config] registry: unknown plugin `dpoo`; fix: did you mean `dpo`?"),
     ("train",): (2, "error[config] rlhf train: missing argument"),
     ("train", "dpoo"): (2, "error[config] command line: unknown trainer `dpoo`; fix: did you mean `dpo`?"),
-    ("train", "--beta", "1", "dpo"): (2, "error[config] command line: a method or a file comes first; got `--beta`"),
+    ("train", "--beta", "1", "dpo"): (2, "error[config] command line: the first argument must be a method or a file; got"),
     ("train", "dpo"): (2, "error[config] command line: `model` is missing; fix: give `--model`, or `model:` in the file"),
     ("train", "dpo", "--model", "m", "--data", "d", "--bta", "1"): (2, "error[config] --bta: unknown option `bta` of dpo"),
     ("train", "dpo", "--model", "m", "--data", "d", "--resume"): (2, "error[config] --resume: no run to continue is named"),
     ("train", "dpo", "--model", "m", "--data", "d", "--output", "o", "--resume", "--overwrite"): (2, "error[config] --resume"),
     ("train", "dpo", "--model", "m", "--data", "gone.jsonl", "--dry-run"): (3, "error[data] gone.jsonl: no such file"),
     ("train", "gone.yaml"): (2, "error[config] gone.yaml: no such file"),
-    ("new", "trainer", "json"): (2, "error[config] NAME: a module of that name is installed, which it would hide; got `json`"),
+    ("new", "trainer", "json"): (2, "error[config] NAME: an installed module has this name, and would be hidden; got `json`"),
     ("new", "trainer", "Acme_X"): (2, "error[config] NAME: a package's name has lower-case letters"),
     ("new", "hok", "acme-x"): (2, "error[config] registry: unknown kind of plugin `hok`; fix: did you mean `hook`?"),
     ("check", "reward:reward_model"): (2, "error[config] command line: `model` is missing; fix: set `model`"),

@@ -231,8 +231,8 @@ def test_distances_as_a_picture(rlhf, models: list[str], tmp_path: Path) -> None
 
 
 FAULTS = {
-    ("merge",): (2, "error[config] command line: a method or a file comes first; fix: `rlhf merge METHOD --model A"),
-    ("merge", "--base", "b"): (2, "error[config] command line: a method or a file comes first; got `--base`"),
+    ("merge",): (2, "error[config] command line: the first argument must be a method or a file; fix: `rlhf merge METHOD"),
+    ("merge", "--base", "b"): (2, "error[config] command line: the first argument must be a method or a file; got `--base`"),
     ("merge", "tis", "--model", "a"): (2, "error[config] command line: unknown merger `tis`; fix: did you mean `ties`?"),
     ("merge", "gone.yaml"): (2, "error[config] gone.yaml: no such file"),
     ("merge", "ties", "--model", "a", "--densty", "1"): (2, "error[config] --densty: unknown option `densty` of ties"),
@@ -302,7 +302,7 @@ def test_validate_points_to_the_dry_run(rlhf, models: list[str], tmp_path: Path)
         code, out, err = rlhf("validate", str(path))
         assert (code, out) == (2, "")
         assert (
-            err == f"error[config] {path}: is the file of a merge, not of a run; fix: `rlhf merge {path} --dry-run`\n"
+            err == f"error[config] {path}: configures a merge, not a training run; fix: `rlhf merge {path} --dry-run`\n"
         )
     path.write_text("method: tis\n")
     assert "unknown trainer `tis`" in rlhf("validate", str(path))[2]

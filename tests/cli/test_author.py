@@ -13,7 +13,7 @@ import pytest
 
 from rlhf_core import registry
 from rlhf_core.cli import main
-from rlhf_core.cli.scaffold import write_package
+from rlhf_core.cli.author import write_package
 from rlhf_core.infra.errors import ConfigError, StorageError
 from rlhf_core.registry.class_header import read_class_header, read_options
 from rlhf_core.testing import tiny_policy
@@ -109,7 +109,7 @@ def test_only_a_trainer_is_online(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_names_and_places_that_are_taken(tmp_path: Path) -> None:
     write_package("trainer", "acme-margin", tmp_path)
-    with pytest.raises(StorageError, match="is there already; fix: choose another name, or another place"):
+    with pytest.raises(StorageError, match="the directory isn't empty; fix: choose another name, or another place"):
         write_package("trainer", "acme-margin", tmp_path)
     for name, got in [
         ("sft", "rlhf-core:sft"),
