@@ -1,10 +1,14 @@
-"""Random batches for tests."""
+"""Random batches for tests, and a policy whose numbers depend on every token."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 
 from rlhf_core.contracts.batch import Batch
+from rlhf_core.models import PolicyModel
+from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
 
 
 def random_batch(
@@ -37,6 +41,27 @@ def random_batch(
         loss_mask=inside,
         rows=tuple(range(prompts)),
     )
+
+
+def with_empty(batch: Batch, response: int) -> Batch:
+    """Return a batch in which one response has no token."""
+    lengths = batch.response_lengths.clone()
+    lengths[response] = 0
+    inside = torch.arange(batch.response_ids.shape[1]) < lengths[:, None]
+    return replace(batch, response_lengths=lengths, loss_mask=batch.loss_mask & inside)
+
+
+def uneven_policy() -> PolicyModel:
+    """Return a tiny policy whose matrices are four times as large as at initialisation.
+
+    Its attention is far from uniform, so tokens that see others they shouldn't show in its numbers.
+    """
+    model = tiny_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    return PolicyModel(model, tiny_tokenizer())
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:

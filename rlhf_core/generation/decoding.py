@@ -1,6 +1,6 @@
 """transformers' decoding loop, and which way of running it gives the logits that a model is trained on.
 
-Nothing here trusts what a configuration says: a few tokens are decoded, and their logits compared with the plain forward pass.
+Nothing here relies on what a configuration claims: a few tokens are decoded, and their logits compared with the plain pass.
 
 Axes: B rows, L prompt tokens, V vocabulary.
 """

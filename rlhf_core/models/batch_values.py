@@ -60,7 +60,7 @@ def batch_values(
         return {name: micro[name].cpu() for name in (_PROMPT, _RESPONSE)}, tuple(_plain(value) for value in values)
 
     for micro in cut(numbered) or [numbered]:
-        parts += halve_until_fits(micro, work, lambda piece: halves(piece, divide=not whole), device=device)
+        parts += halve_until_fits(micro, work, lambda part: halves(part, divide=not whole), device=device)
     width = batch.response_ids.shape[1]
     joined = []
     columns = list(zip(*(values for _, values in parts), strict=True))

@@ -129,7 +129,7 @@ def warn_of_heads(source: str | Path, *, own: str | None = None) -> None:
     """Warn that heads beside a checkpoint's weights aren't used by the model that is made of it.
 
     Args:
-        own: the name of the head that the model is given anew; None for a policy, which has none.
+        own: name of the new head that the model gets; None for a policy, which has no head.
     """
     where = Path(source).expanduser()
     for name in HEADS:

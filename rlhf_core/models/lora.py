@@ -29,9 +29,11 @@ def apply_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
     Raises:
         ConfigError: peft can't use a target, or one of several names nothing in the model.
     """
-    adapted = _adapted(model, _peft_config(model, config))
-    found = _adapted_names(adapted)
-    log.info("adapters on %s", ", ".join(f"{leaf} ({n})" for leaf, n in sorted(Counter(map(_short, found)).items())))
+    adapted = _peft_model(model, _peft_config(model, config))
+    found = _adapter_places(adapted)
+    log.info(
+        "LoRA adapters on %s", ", ".join(f"{leaf} ({n})" for leaf, n in sorted(Counter(map(_short, found)).items()))
+    )
     for parameter in adapted.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()
@@ -54,7 +56,7 @@ def _peft_config(model: nn.Module, config: LoraConfig) -> Any:
             excluded = [name for name in names if re.fullmatch(excluded, name)]
         excluded = [*excluded, *unsuited]
     if missing := _unmatched(config.modules_to_save, names):
-        raise _no_such(model, missing, names, "lora.modules_to_save")
+        raise _unknown_target(model, missing, names, "lora.modules_to_save")
     return peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
@@ -70,7 +72,7 @@ def _peft_config(model: nn.Module, config: LoraConfig) -> Any:
     )
 
 
-def _adapted(model: nn.Module, peft_config: Any) -> Any:
+def _peft_model(model: nn.Module, peft_config: Any) -> Any:
     """Return the peft model of a model and peft's config.
 
     Raises:
@@ -88,21 +90,21 @@ def _adapted(model: nn.Module, peft_config: Any) -> Any:
                 warnings.simplefilter("ignore", kind)
             adapted: Any = peft.get_peft_model(model, peft_config)
     except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
-        raise _refused(model, modules, names, error) from error
+        raise _peft_error(model, modules, names, error) from error
     if not isinstance(modules, str):
         # Where all experts of a layer are one tensor, peft converts the names of their modules into that parameter's.
         kept = adapted.peft_config["default"].target_modules
         converted = set(modules) - set(kept) if adapted.base_model.targeted_parameter_names else set()
         wanted = sorted(set(modules) - converted)
         if missing := _unmatched(wanted, adapted.base_model.targeted_module_names):
-            raise _no_such(model, missing, names, "lora.target_modules")
+            raise _unknown_target(model, missing, names, "lora.target_modules")
     if missing := _unmatched(parameters, adapted.base_model.targeted_parameter_names):
         every = [name for name, parameter in model.named_parameters() if parameter.ndim > 1 and "lora_" not in name]
-        raise _no_such(model, missing, every, "lora.target_parameters")
+        raise _unknown_target(model, missing, every, "lora.target_parameters")
     return adapted
 
 
-def _adapted_names(adapted: Any) -> set[str]:
+def _adapter_places(adapted: Any) -> set[str]:
     """Return the full names, in the base, of the modules and parameters that an adapter is on."""
     return {*adapted.base_model.targeted_module_names, *adapted.base_model.targeted_parameter_names}
 
@@ -174,7 +176,7 @@ def _is_product(module: nn.Linear) -> bool:
     expected = nn.functional.linear(inputs, module.weight, module.bias)
     if not isinstance(found, torch.Tensor) or found.shape != expected.shape:
         return False
-    # Routers compute in float32 whatever their weights are held in.
+    # Routers compute in float32 even where their weights are narrower.
     return bool((found.float() - expected.float()).norm() <= 1e-2 * expected.float().norm())
 
 
@@ -210,7 +212,7 @@ def _unmatched(wanted: Sequence[str], names: Iterable[str]) -> str | None:
     return next((name for name in wanted if not any(end.endswith(f".{name}") for end in ends)), None)
 
 
-def _no_such(model: nn.Module, missing: str, names: Iterable[str], place: str) -> ConfigError:
+def _unknown_target(model: nn.Module, missing: str, names: Iterable[str], place: str) -> ConfigError:
     """Return the error of a target that the model doesn't have, with the nearest name.
 
     Args:
@@ -237,7 +239,7 @@ def _expert_parameters(model: nn.Module) -> str:
     return f"`lora.target_parameters: [{', '.join(sorted(stacks))}]`" if stacks else ""
 
 
-def _refused(model: nn.Module, modules: Iterable[str] | str, names: list[str], error: Exception) -> ConfigError:
+def _peft_error(model: nn.Module, modules: Iterable[str] | str, names: list[str], error: Exception) -> ConfigError:
     """Return an exception that peft raised as an error that names our option.
 
     Args:
@@ -246,7 +248,7 @@ def _refused(model: nn.Module, modules: Iterable[str] | str, names: list[str], e
     if not isinstance(modules, str) and "without also targeting" not in str(error):
         missing = _unmatched(sorted(modules), names)
         if missing is not None:
-            return _no_such(model, missing, names, "lora.target_modules")
+            return _unknown_target(model, missing, names, "lora.target_modules")
     if option := re.search(r"ParamWrapper does not work with (lora_dropout|use_dora)", str(error)):
         value = {"lora_dropout": "lora.dropout: 0", "use_dora": "lora.use_dora: false"}[option[1]]
         return ConfigError(
@@ -323,7 +325,7 @@ class Targets:
 
         inside = adapted.get_base_model().named_modules()
         whole = frozenset(name for name, module in inside if isinstance(module, ModulesToSaveWrapper))
-        return cls(frozenset(_adapted_names(adapted)), whole)
+        return cls(frozenset(_adapter_places(adapted)), whole)
 
     def difference(self, wanted: Targets) -> str | None:
         """Return how wanted targets differ from these, in words; None where they don't."""
@@ -354,4 +356,4 @@ def wanted_targets(model: nn.Module, config: LoraConfig) -> Targets | None:
             memo[id(module)] = nn.Linear(module.in_features, module.out_features, device="meta")
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
-    return Targets.of(_adapted(copy.deepcopy(model, memo), peft_config))
+    return Targets.of(_peft_model(copy.deepcopy(model, memo), peft_config))

@@ -1,6 +1,6 @@
 """How a network may be forwarded, measured by comparison with its own plain forward pass.
 
-Nothing here trusts what a configuration or a class says of itself. A few short sequences are run one by one through the model as
+Nothing here relies on what a configuration or a class claims. A few short sequences are run one by one through the model as
 transformers calls it, then in each arrangement that this package knows; the fastest that gives the same hidden states is taken.
 
 Axes: R responses, L tokens of a sequence, N hidden states, D their width.

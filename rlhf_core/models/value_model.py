@@ -1,4 +1,4 @@
-"""Value models: the return expected from each token of a response on, from a backbone of their own or the policy's."""
+"""Value models: the return expected from each token of a response on, on their own backbone or the policy's."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ValueModel(HeadedModel):
     Axes: R responses, T response tokens, S hidden states, D their width.
 
     A new head's last layer is 0, so every value is 0 at the start, as in Ziegler et al. 2019 (arXiv 1909.08593): advantages
-    then begin as returns, and on a shared backbone the first gradient of values, which know nothing yet, moves the head alone.
+    then begin as returns, and on a shared backbone the first gradient of values moves the head alone.
 
     Args:
         backbone: what the head stands on; a policy, for a backbone that is shared with it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from batches import uneven_policy
 from tokenizers.decoders import Metaspace
 
 from rlhf_core.contracts.batch import Batch
@@ -14,12 +15,7 @@ from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
 
 @pytest.fixture(scope="module")
 def policy() -> PolicyModel:
-    model = tiny_model()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(4)
-    return PolicyModel(model, tiny_tokenizer())
+    return uneven_policy()
 
 
 def scored(policy: PolicyModel, prompt: list[int], ids: list[int], temperature: float) -> list[float]:

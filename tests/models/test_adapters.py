@@ -14,6 +14,7 @@ import peft
 import pytest
 import torch
 from batches import random_batch
+from short_run import short_run
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -69,16 +70,6 @@ def rename_base(path: Path, base: str) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": base}))
 
 
-def train(method: str, model: Any, data: Any, output: Path, **options: Any) -> Any:
-    cls = registry.get("trainer", method)
-    config = cls.Config(
-        **{"max_steps": 2, "batch_size": 4, "learning_rate": 1e-2, "logging": {"progress": False}} | options
-    )
-    trainer = cls(config, model=model, data=data, output=output)
-    trainer.train()
-    return trainer
-
-
 ON_TIED: dict[str, dict[str, Any]] = {
     "LoRA on the head": {"target_modules": ["q_proj", "lm_head"]},
     "LoRA on the embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
@@ -127,7 +118,7 @@ def test_a_fold_that_makes_another_model_is_refused(
 
 @pytest.mark.parametrize("targets", [["q_proj", "lm_head"], ["embed_tokens", "v_proj"]])
 def test_what_is_trained_saved_and_loaded_agree(tied: Path, tmp_path: Path, targets: list[str]) -> None:
-    trainer = train("sft", tied, ROWS, tmp_path / "run", lora={"rank": 4, "target_modules": targets})
+    trainer = short_run("sft", tied, ROWS, tmp_path / "run", lora={"rank": 4, "target_modules": targets})
     trained = logits(trainer.policy.model)
     assert far(trained, logits(plain(tied))) > 1e-3
     saved = tmp_path / "run/model"
@@ -144,7 +135,7 @@ def test_an_adapter_is_trained_on_and_saved_as_one(
     first = adapter(plain(tied), tmp_path / "first", target_modules=["q_proj"])
     before = {n: p.clone() for n, p in PolicyModel.from_pretrained(first).named_parameters()}
     caplog.set_level(logging.INFO)
-    trainer = train("sft", first, ROWS, tmp_path / "run")
+    trainer = short_run("sft", first, ROWS, tmp_path / "run")
     changed = {n for n, p in trainer.policy.named_parameters() if not torch.equal(p, before[n])}
     assert changed and all("lora_" in name for name in changed)
     trainable = sum(p.numel() for n, p in trainer.policy.named_parameters() if "lora_" in n)
@@ -162,10 +153,10 @@ def test_a_folded_adapter_trains_every_weight_or_a_new_adapter(
 ) -> None:
     first = adapter(plain(tied), tmp_path / "first", target_modules=["q_proj"])
     caplog.set_level(logging.INFO)
-    whole = train("sft", first, ROWS, tmp_path / "whole", adapter="fold")
+    whole = short_run("sft", first, ROWS, tmp_path / "whole", adapter="fold")
     assert f"adapter {first} (LoRA of rank 4): folded into the weights of {tied}" in caplog.text
     assert all(parameter.requires_grad for parameter in whole.policy.parameters())
-    fresh = train("sft", first, ROWS, tmp_path / "fresh", adapter="fold", lora={"rank": 2})
+    fresh = short_run("sft", first, ROWS, tmp_path / "fresh", adapter="fold", lora={"rank": 2})
     assert {n.split(".")[-2] for n, p in fresh.policy.named_parameters() if p.requires_grad} == {"default"}
     for trainer in (whole, fresh):
         expected = logits(trainer.policy.model)
@@ -183,7 +174,7 @@ def test_lora_of_another_shape_than_the_adapters_is_refused(tied: Path, tmp_path
 @pytest.mark.parametrize("reference", ["auto", "copy", "precompute"])
 def test_the_reference_of_an_adapter_is_the_adapter_as_passed_in(tied: Path, tmp_path: Path, reference: str) -> None:
     first = adapter(plain(tied), tmp_path / "first", target_modules=["q_proj"])
-    trainer = train("dpo", first, PAIRS, tmp_path / "run", reference=reference, max_steps=3)
+    trainer = short_run("dpo", first, PAIRS, tmp_path / "run", reference=reference, max_steps=3)
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and rows[-1]["loss"] < 0.69
     batch = random_batch(3, 2)
@@ -204,9 +195,9 @@ def test_the_reference_of_an_adapter_copies_the_adapter_alone(tied: Path, tmp_pa
 
 def test_a_run_that_goes_on_with_an_adapter_resumes_exactly(tied: Path, tmp_path: Path) -> None:
     first = adapter(plain(tied), tmp_path / "first", target_modules=["q_proj"])
-    whole = train("dpo", first, PAIRS, tmp_path / "whole", max_steps=4)
+    whole = short_run("dpo", first, PAIRS, tmp_path / "whole", max_steps=4)
     killed = tmp_path / "killed"
-    train("dpo", first, PAIRS, killed, max_steps=4, checkpoint={"every": 2})
+    short_run("dpo", first, PAIRS, killed, max_steps=4, checkpoint={"every": 2})
     shutil.rmtree(killed / "checkpoints/step-4")
     cls = registry.get("trainer", "dpo")
     resumed = cls(whole.config.updated(checkpoint={"every": 2}), model=first, data=PAIRS, output=killed)
@@ -325,7 +316,7 @@ def test_a_vocabulary_that_grew_is_loaded(
         policy = PolicyModel.from_pretrained(path, adapter=use)  # type: ignore[arg-type]
         found = logits(policy.network)
         assert found.shape[-1] == 265 and far(found, expected) < 1e-5
-    saved = train("sft", path, ROWS, tmp_path / "run").output / "model"
+    saved = short_run("sft", path, ROWS, tmp_path / "run").output / "model"
     again = PolicyModel.from_pretrained(saved)
     assert again.network.get_input_embeddings().weight.shape[0] == 265
     resized = plain(base)
@@ -362,7 +353,7 @@ def test_a_reward_models_adapter_scores_as_in_peft(tied: Path, tmp_path: Path) -
         for use in ("continue", "fold"):
             found = RewardModel.from_pretrained(path, adapter=use).eval()  # type: ignore[arg-type]
             assert far(found.score(batch), expected) < 1e-5
-    model = train("reward_model", path, PAIRS, tmp_path / "run").models["reward"].eval()
+    model = short_run("reward_model", path, PAIRS, tmp_path / "run").models["reward"].eval()
     with torch.no_grad():
         again = RewardModel.from_pretrained(tmp_path / "run/model").eval()
         assert far(again.score(batch), model.score(batch)) < 1e-5

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from batches import random_batch, relative
+from batches import random_batch, relative, uneven_policy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -30,13 +30,7 @@ one of 300 batches."""
 
 @pytest.fixture(scope="module")
 def policy() -> PolicyModel:
-    model = tiny_model()
-    with torch.no_grad():
-        # Larger than at initialisation, so that attention is far from uniform and a leak can't hide.
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(4)
-    return PolicyModel(model, tiny_tokenizer())
+    return uneven_policy()
 
 
 def logps_and_gradient(policy: PolicyModel, batch: Batch, layout: str, share: bool = True) -> tuple[Tensor, Tensor]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from architectures import make_tiny
-from batches import random_batch, relative
+from batches import random_batch, relative, with_empty
 from torch import Tensor
 
 from rlhf_core.contracts.batch import Batch
@@ -18,14 +17,6 @@ from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
 
 def policy_of(network: Any) -> PolicyModel:
     return PolicyModel(network.eval(), tiny_tokenizer())
-
-
-def with_empty(batch: Batch, row: int) -> Batch:
-    """Return the batch with one response that has no token."""
-    lengths = batch.response_lengths.clone()
-    lengths[row] = 0
-    inside = torch.arange(batch.response_ids.shape[1]) < lengths[:, None]
-    return replace(batch, response_lengths=lengths, loss_mask=batch.loss_mask & inside)
 
 
 @torch.no_grad()

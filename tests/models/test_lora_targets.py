@@ -204,7 +204,7 @@ def test_what_peft_doesnt_do_for_experts_is_told(models: dict[str, Path], option
 def test_what_adapters_are_on_is_said(models: dict[str, Path], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     PolicyModel.from_pretrained(models["mixtral"], lora=LoraConfig(target_modules=["q_proj", "w1", "w3"]))
-    assert "adapters on experts.gate_up_proj (2), q_proj (2)" in caplog.text
+    assert "LoRA adapters on experts.gate_up_proj (2), q_proj (2)" in caplog.text
 
 
 class Router(nn.Linear):

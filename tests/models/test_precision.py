@@ -13,9 +13,9 @@ import torch
 import transformers as T
 from batches import random_batch
 from safetensors import safe_open
+from short_run import short_run
 from torch import Tensor, nn
 
-from rlhf_core import registry
 from rlhf_core.config.training import LoraConfig, TrainerConfig
 from rlhf_core.infra.errors import ConfigError
 from rlhf_core.models import PolicyModel, ProcessRewardModel, RewardModel
@@ -64,16 +64,6 @@ def types(path: Path) -> dict[str, str]:
 
 def weights(model: nn.Module, *, trained: bool) -> dict[str, torch.dtype]:
     return {name: p.dtype for name, p in model.named_parameters() if p.requires_grad == trained}
-
-
-def train(method: str, model: Any, data: Any, output: Path, **options: Any) -> Any:
-    cls = registry.get("trainer", method)
-    config = cls.Config(
-        **{"max_steps": 2, "batch_size": 4, "learning_rate": 1e-3, "logging": {"progress": False}} | options
-    )
-    trainer = cls(config, model=model, data=data, output=output)
-    trainer.train()
-    return trainer
 
 
 def shake(policy: nn.Module) -> None:
@@ -167,7 +157,7 @@ def test_a_narrowed_model_is_widened_for_float32_products(bf16: Path) -> None:
 def test_adapters_of_every_form_train_on_16_bits(
     bf16: Path, tmp_path: Path, options: dict[str, Any], precision: str
 ) -> None:
-    trainer = train("sft", bf16, ROWS, tmp_path / "run", lora={"rank": 2, **options}, precision=precision)
+    trainer = short_run("sft", bf16, ROWS, tmp_path / "run", lora={"rank": 2, **options}, precision=precision)
     assert set(weights(trainer.policy, trained=True).values()) == {torch.float32}
     again = PolicyModel.from_pretrained(tmp_path / "run/model", precision=precision)
     assert torch.equal(results(again)[0], results(trainer.policy.eval())[0])
@@ -186,7 +176,7 @@ def test_policy_and_reference_are_equal_at_first(
     request: pytest.FixtureRequest, tmp_path: Path, source: str, options: dict[str, Any]
 ) -> None:
     model = request.getfixturevalue(source)
-    trainer = train("dpo", model, PAIRS, tmp_path / "run", precision="bf16", **options)
+    trainer = short_run("dpo", model, PAIRS, tmp_path / "run", precision="bf16", **options)
     first = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-7)
     if "lora" not in options:
@@ -197,15 +187,15 @@ def test_policy_and_reference_are_equal_at_first(
 def test_a_copied_mixture_of_experts_is_equal_at_first(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = save(KINDS["mixtral"](), tmp_path / "mixtral", torch.bfloat16)
-    train("dpo", model, PAIRS, tmp_path / "run", precision="bf16", max_steps=1, max_length=64)
+    short_run("dpo", model, PAIRS, tmp_path / "run", precision="bf16", max_steps=1, max_length=64)
     first = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-7)
 
 
 def test_a_resumed_run_with_frozen_16_bits_is_the_same(bf16: Path, tmp_path: Path) -> None:
     options = {"precision": "bf16", "lora": {"rank": 2}, "max_steps": 4, "checkpoint": {"every": 2}}
-    whole = train("dpo", bf16, PAIRS, tmp_path / "whole", **options)
-    killed = train("dpo", bf16, PAIRS, tmp_path / "killed", **options)
+    whole = short_run("dpo", bf16, PAIRS, tmp_path / "whole", **options)
+    killed = short_run("dpo", bf16, PAIRS, tmp_path / "killed", **options)
     saved = types(tmp_path / "killed/checkpoints/step-4/model.safetensors")
     assert saved and set(saved.values()) == {"F32"} and all("lora_" in name for name in saved)
     for path in (tmp_path / "killed/checkpoints/step-4").iterdir():
@@ -233,7 +223,7 @@ def test_a_model_is_saved_as_wide_as_it_came(
     bf16: Path, wide: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    trainer = train("sft", bf16, ROWS, tmp_path / "run")
+    trainer = short_run("sft", bf16, ROWS, tmp_path / "run")
     assert "saved in bfloat16, as it came" in caplog.text
     saved = tmp_path / "run/model"
     assert set(types(saved / "model.safetensors").values()) == {"BF16"}
@@ -245,14 +235,14 @@ def test_a_model_is_saved_as_wide_as_it_came(
         assert torch.equal(parameter.detach().bfloat16(), again.get_parameter(name))
     assert set(types(tmp_path / "run/checkpoints/step-2/model.safetensors").values()) == {"F32"}
     caplog.clear()
-    train("sft", wide, ROWS, tmp_path / "wide")
+    short_run("sft", wide, ROWS, tmp_path / "wide")
     assert set(types(tmp_path / "wide/model/model.safetensors").values()) == {"F32"} and "saved in" not in caplog.text
 
 
 def test_the_width_that_is_asked_for_is_saved(bf16: Path, wide: Path, tmp_path: Path) -> None:
-    train("sft", bf16, ROWS, tmp_path / "more", save_precision="float32")
-    train("sft", wide, ROWS, tmp_path / "less", save_precision="fp16")
-    train("sft", wide, ROWS, tmp_path / "lora", save_precision="bf16", lora={"rank": 2})
+    short_run("sft", bf16, ROWS, tmp_path / "more", save_precision="float32")
+    short_run("sft", wide, ROWS, tmp_path / "less", save_precision="fp16")
+    short_run("sft", wide, ROWS, tmp_path / "lora", save_precision="bf16", lora={"rank": 2})
     assert set(types(tmp_path / "more/model/model.safetensors").values()) == {"F32"}
     assert set(types(tmp_path / "less/model/model.safetensors").values()) == {"F16"}
     assert set(types(tmp_path / "lora/model/adapter_model.safetensors").values()) == {"BF16"}
@@ -264,9 +254,9 @@ def test_tensors_of_another_type_keep_it(tmp_path: Path) -> None:
     model.model.norm.float()
     path = save_mixed(model, tmp_path / "mixed")
     assert set(types(path / "model.safetensors").values()) == {"BF16", "F32"}
-    train("sft", path, ROWS, tmp_path / "run")
+    short_run("sft", path, ROWS, tmp_path / "run")
     assert types(tmp_path / "run/model/model.safetensors") == types(path / "model.safetensors")
-    train("reward_model", path, PAIRS, tmp_path / "reward")
+    short_run("reward_model", path, PAIRS, tmp_path / "reward")
     saved = types(tmp_path / "reward/model/model.safetensors")
     assert saved["norm.weight"] == "F32" and set(saved.values()) == {"BF16", "F32"}
 
@@ -278,12 +268,12 @@ def save_mixed(model: Any, path: Path) -> Path:
 
 
 def test_an_adapter_is_saved_as_wide_as_it_came(bf16: Path, tmp_path: Path) -> None:
-    train("sft", bf16, ROWS, tmp_path / "first", lora={"rank": 2}, precision="bf16")
+    short_run("sft", bf16, ROWS, tmp_path / "first", lora={"rank": 2}, precision="bf16")
     first = tmp_path / "first/model"
     assert set(types(first / "adapter_model.safetensors").values()) == {"F32"}, "a new one, as it was trained"
-    train("sft", bf16, ROWS, tmp_path / "narrow", lora={"rank": 2}, save_precision="bf16")
+    short_run("sft", bf16, ROWS, tmp_path / "narrow", lora={"rank": 2}, save_precision="bf16")
     for name, width in ((first, "F32"), (tmp_path / "narrow/model", "BF16")):
-        trainer = train("sft", name, ROWS, tmp_path / f"again-{width}", precision="bf16")
+        trainer = short_run("sft", name, ROWS, tmp_path / f"again-{width}", precision="bf16")
         assert set(types(tmp_path / f"again-{width}/model/adapter_model.safetensors").values()) == {width}
         assert set(weights(trainer.policy, trained=True).values()) == {torch.float32}
         assert torch.bfloat16 in weights(trainer.policy, trained=False).values()

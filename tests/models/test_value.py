@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from architectures import make_tiny
-from batches import random_batch, relative
+from batches import random_batch, relative, with_empty
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -45,13 +44,6 @@ def shaken(model: Any, seed: int = 0, size: float = 0.1) -> Any:
             if parameter.requires_grad:
                 parameter.add_(size * torch.randn(parameter.shape, generator=generator))
     return model.eval()
-
-
-def with_empty(batch: Batch, row: int) -> Batch:
-    lengths = batch.response_lengths.clone()
-    lengths[row] = 0
-    inside = torch.arange(batch.response_ids.shape[1]) < lengths[:, None]
-    return replace(batch, response_lengths=lengths, loss_mask=batch.loss_mask & inside)
 
 
 @torch.no_grad()
