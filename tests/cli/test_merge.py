@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import pty
 import re
@@ -14,9 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from rlhf_plugins.mergers.linear import LinearMerger
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from rlhf_core import registry
 from rlhf_core.cli import main
+from rlhf_core.plugin import Chunk
 from rlhf_core.testing.tiny import save_tiny
 
 
@@ -138,34 +141,37 @@ def test_an_input_is_not_written_over(rlhf, models: list[str], dry: list[str]) -
     assert {file.name: file.read_bytes() for file in one.iterdir()} == before
 
 
-def test_ctrl_c_says_how_to_go_on(rlhf, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rlhf_core.merging import output
+class Stopping(LinearMerger):
+    """The weighted mean, during which the user presses Ctrl-C where `stop` is set."""
 
-    finish = output.Output.finish
+    stop = False
 
-    def stop(self, item) -> None:
-        if "layers.1" in item.name:
+    def merge_chunk(self, chunk: Chunk, measured: None) -> Tensor:
+        if self.stop and "layers.1" in chunk.name:
             raise KeyboardInterrupt
-        finish(self, item)
+        return super().merge_chunk(chunk, measured)
 
-    arguments = ("merge", "linear", *flags, "--output", str(tmp_path / "out"))
-    monkeypatch.setattr(output.Output, "finish", stop)
+
+def test_ctrl_c_says_how_to_continue(rlhf, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry.register("merger", "stopping", Stopping)
+    arguments = ("merge", "stopping", *flags, "--threads", "1", "--output", str(tmp_path / "out"))
+    monkeypatch.setattr(Stopping, "stop", True)
     code, _, err = rlhf(*arguments)
     assert code == 130
     assert err == "error[interrupted] stopped by Ctrl-C; the same command with `--resume` continues the merge\n"
     assert "unfinished merge is there: continued" in rlhf(*arguments, "--dry-run", "--resume")[1]
-    monkeypatch.undo()
+    monkeypatch.setattr(Stopping, "stop", False)
     assert rlhf(*arguments, "--resume")[0] == 0
-    monkeypatch.setattr(output.Output, "finish", stop)
+    monkeypatch.setattr(Stopping, "stop", True)
     code, _, err = rlhf(*arguments, "--overwrite")
     advice = "stopped by Ctrl-C; the same command with `--resume` in place of `--overwrite` continues the merge"
     assert code == 130 and advice in err
-    monkeypatch.undo()
+    monkeypatch.setattr(Stopping, "stop", False)
     assert rlhf(*arguments, "--resume")[0] == 0
     assert rlhf(*arguments[:-1], str(tmp_path / "plain"))[0] == 0
     assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "plain/model.safetensors").read_bytes()
     code, _, err = rlhf(*arguments[:-1], str(tmp_path / "none"), "--resume")
-    assert code == 2 and "there is no unfinished merge to go on with" in err
+    assert code == 2 and "there is no unfinished merge" in err
 
 
 SCORES = """
@@ -269,30 +275,6 @@ def test_help_and_completion_load_nothing_heavy() -> None:
     environment = {**os.environ, "_RLHF_COMPLETE": "complete_zsh", "_TYPER_COMPLETE_ARGS": "rlhf merge t"}
     done = subprocess.run([sys.executable, "-m", "rlhf_core"], env=environment, capture_output=True, text=True)
     assert "ties" in done.stdout and "task_arithmetic" in done.stdout and "dpo" not in done.stdout
-
-
-def test_without_a_terminal_a_line_now_and_then_says_how_far(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    from rlhf_core.infra import progress
-
-    now = 100.0
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
-    # An earlier command in this process may have sent the core's log to its own stderr.
-    monkeypatch.setattr(progress, "log", logging.getLogger("merge under test"))
-    with caplog.at_level(logging.INFO), progress.ByteBar("merging") as bar:
-        for seconds, done in ((0, 1_000_000), (10, 2_000_000), (31, 4_100_000), (40, 5_000_000), (62, 7_200_000)):
-            now = 100.0 + seconds
-            bar(done, 10_000_000)
-        bar(0, 10_000_000)  # the next trial of a soup
-        now += 31
-        bar(0, 10_000_000)
-        bar(10_000_000, 10_000_000)
-    assert [record.getMessage() for record in caplog.records] == [
-        "merging: 4.1 MB of 10.0 MB, 100.0 kB/s, 0:00:59 left",
-        "merging: 7.2 MB of 10.0 MB, 100.0 kB/s, 0:00:28 left",
-        "merging: 0 bytes of 10.0 MB, 0 bytes/s, time left unknown",
-    ]
 
 
 def test_validate_points_to_the_dry_run(rlhf, models: list[str], tmp_path: Path) -> None:
