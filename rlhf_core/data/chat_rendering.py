@@ -1,4 +1,4 @@
-"""Chat templates: messages and tools → rendered text, with the control tokens that stand in them hidden as plain words."""
+"""Chat templates: messages and tools → rendered text, in which control tokens from the data are replaced by plain words."""
 
 from __future__ import annotations
 
@@ -31,37 +31,39 @@ _TIME: ContextVar[datetime | None] = ContextVar("the time that templates get", d
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """A conversation as a template gets it."""
+    """A conversation in the form that a chat template gets, control tokens from the data replaced by plain words."""
 
     messages: list[dict[str, Any]]
     tools: list[Any] | None
     mark: str | None
-    """What the words in place of control tokens begin with; None where nothing is hidden."""
+    """Beginning of the words that replace control tokens; None where there are none."""
     place: str
+    """Where its row is, for messages."""
 
     def word(self, letter: str) -> str:
-        """Return a word that nothing in the conversation holds."""
+        """Return a word that doesn't occur in the conversation; `letter` tells several apart."""
         word = _WORD
         while any(word in text for text in texts_in([self.messages, self.tools])):
             word += "q"
         return f"{word}{letter}z"
 
     def with_text(self, number: int, text: str) -> Chat:
-        """Return the conversation with one message's content, reasoning and tool calls replaced by a text."""
+        """Return the conversation with the content, reasoning and tool calls of message `number` replaced by `text`."""
         messages = list(self.messages)
         kept = {"role", "name", "tool_call_id"}
         messages[number] = {key: value for key, value in messages[number].items() if key in kept} | {"content": text}
         return Chat(messages, self.tools, self.mark, self.place)
 
     def until(self, number: int) -> Chat:
-        """Return the conversation's first messages."""
+        """Return the conversation's first `number` messages."""
         return Chat(self.messages[:number], self.tools, self.mark, self.place)
 
 
 class ChatTemplate:
-    """The tokenizer's chat template, or the one that the option gives in its place.
+    """A chat template: the tokenizer's, or the one that `dataset.chat_template` gives instead.
 
     Args:
+        option: the template's text or its file's path; None for the tokenizer's own.
         allowed: control tokens that data may use.
     """
 
@@ -74,7 +76,7 @@ class ChatTemplate:
         self.option = read_template(option) if option is not None else None
         named = own if isinstance(own, dict) else {"default": own}
         self.source: str | None = self.option if option is not None else named.get("default")
-        # Some tokenizers have another template for conversations with tools.
+        # Some tokenizers have a second template, for conversations with tools.
         self.with_tools = self.source if option is not None else named.get("tool_use", self.source)
         self._markers: dict[str, str | None] = {}
         self._tagged = {text: _TAGS.search(text) is not None for text in (self.source, self.with_tools) if text}
@@ -85,9 +87,9 @@ class ChatTemplate:
         return hashlib.sha256(self.source.encode()).hexdigest() if self.source is not None else None
 
     def times(self) -> dict[str, str] | None:
-        """Return what the template gets as the time, by format: empty where it doesn't ask.
+        """Return the times that the template writes, by format; empty where it writes none.
 
-        None where it asks and nothing fixes the time (see `rendered_at`), so two renderings may differ.
+        None where it writes the time and nothing fixes that (see `rendered_at`), so that two renderings may differ.
         """
         times: dict[str, str] = {}
         for source in {self.source or "", self.with_tools or ""}:
@@ -101,10 +103,10 @@ class ChatTemplate:
     def chat(
         self, messages: Sequence[Message], place: str, *, tools: list[Any] | None = None, also: Sequence[Any] = ()
     ) -> Chat:
-        """Return a conversation with its control tokens hidden.
+        """Return a conversation for `render`, in which control tokens that data may not use are replaced by plain words.
 
         Args:
-            also: other texts of the row (the other answer), so that one prompt is cut alike for both.
+            also: other texts of the row (the other response of a pair), so that the prompt is treated alike for both.
         """
         if not any(map(self.control.within, texts_in([messages, tools, also]))):
             return Chat([dict(message) for message in messages], tools, None, place)
@@ -122,7 +124,7 @@ class ChatTemplate:
         return Chat(hidden, _mapped(tools, hide), mark, place)
 
     def render(self, chat: Chat, *, answer: bool = False) -> str:
-        """Return the rendered text; with `answer`, up to where the assistant begins to speak.
+        """Return the rendered text; with `answer`, including the generation prompt after which the assistant's answer begins.
 
         Raises:
             ModelError: there is no template, or it is not valid.
@@ -131,17 +133,17 @@ class ChatTemplate:
         return self._rendered(chat, answer=answer)[0]
 
     def generation_spans(self, chat: Chat) -> list[tuple[int, int]] | None:
-        """Return what `{% generation %}` tags enclose in the rendered text, as offsets; None where the template has none."""
+        """Return the (begin, end) offsets in the rendered text that `{% generation %}` tags enclose; None without such tags."""
         return self._rendered(chat, tagged=True)[1] if self.tagged(chat) else None
 
     def tagged(self, chat: Chat) -> bool:
-        """Tell whether the conversation's template has `{% generation %}` tags."""
+        """Return whether the template for this conversation has `{% generation %}` tags."""
         return self._tagged[self._source(chat)]
 
     def next_marker(self, role: str) -> str | None:
-        """Return the control token, with white space before it, that follows an assistant's turn when `role` speaks next.
+        """Return the control token that begins a turn of `role` after an assistant's turn, with white space before it.
 
-        Some models (GLM-4) end their turns with it. None where none follows.
+        Some models (GLM-4) stop at it. None where the template writes none there.
         """
         if role not in self._markers:
             said, after = f"{_WORD}Az", f"{_WORD}Bz"
@@ -162,9 +164,9 @@ class ChatTemplate:
 
     @cached_property
     def stops(self) -> tuple[int, ...]:
-        """The control tokens that end an assistant's turn of text, and of tool calls, as ids.
+        """Ids of the control tokens that end an assistant's turn of text, and one of tool calls.
 
-        Where the template writes none, they are the next role's markers.
+        Where the template writes none, they are those that begin the next turn (of the user, of a tool).
         """
         said = f"{_WORD}Az"
         call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": {}}}
@@ -182,7 +184,7 @@ class ChatTemplate:
         return tuple(dict.fromkeys(self.control.tokens[name][0] for name in names))
 
     def _probe(self, turn: dict[str, Any]) -> str:
-        """Return a question with an assistant's turn, rendered; empty where the template refuses it."""
+        """Render a question with this assistant's turn; return empty text where the template refuses it."""
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", **turn}]
         try:
             return self.render(Chat(messages, None, None, "a probe"))
@@ -191,7 +193,7 @@ class ChatTemplate:
 
     @cached_property
     def opening(self) -> str | None:
-        """The control token that opens a turn whoever speaks (`<|im_start|>`), or the assistant's; None where none does."""
+        """The control token that begins every turn (`<|im_start|>`), or the assistant's turns; None where there is none."""
         asked = f"{_WORD}Az"
         chat = Chat([{"role": "user", "content": asked}], None, None, "a probe")
         try:
@@ -204,23 +206,25 @@ class ChatTemplate:
 
     @cached_property
     def takes_parts(self) -> bool:
-        """Whether contents must be lists of parts, as templates of models that see images want them."""
+        """Whether contents must be lists of parts (`[{"type": "text", …}]`), as templates of vision models want them."""
         word = f"{_WORD}Az"
         try:
             texts = [
                 self._apply(self.source or "", [{"role": "user", "content": content}])[0]
                 for content in (word, [{"type": "text", "text": word}])
             ]
-        except Exception:  # a template that refuses either says so when it meets the data
+        except Exception:  # a template that refuses both is reported when it is given data
             return False
         return word not in texts[0] and word in texts[1]
 
     def _in_form(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Return messages with contents in the form that the template takes: text, or lists of parts."""
         if not self.takes_parts:
             return [dict(message) for message in messages]
         return [{**message, "content": _parts(message["content"])} for message in messages]
 
     def _source(self, chat: Chat) -> str:
+        """Return the text of the template for this conversation, which may be the one for tools."""
         source = self.with_tools if chat.tools else self.source
         if source is None:
             raise ModelError(
@@ -231,7 +235,10 @@ class ChatTemplate:
         return source
 
     def _rendered(self, chat: Chat, *, answer: bool = False, tagged: bool = False) -> tuple[str, list[tuple[int, int]]]:
-        """Return the rendered text and, with `tagged`, what tags enclose; content that is missing is None where that is taken."""
+        """Return the rendered text and, with `tagged`, the offsets that tags enclose.
+
+        Missing content is given as None where the template accepts that, else as empty text.
+        """
         if not any(isinstance(message["content"], NoContent) for message in chat.messages):
             return self._with_calls(chat, answer=answer, tagged=tagged)
         try:
@@ -242,14 +249,15 @@ class ChatTemplate:
             empty = self._with_calls(_with_content(chat, ""), answer=answer, tagged=tagged)
         except DataError:
             return bare
-        # Jinja prints None as a word where a template writes contents without a look at them.
+        # Jinja prints None as a word where a template doesn't check contents.
         return empty if bare[0].count("None") > empty[0].count("None") else bare
 
     def _with_calls(self, chat: Chat, *, answer: bool, tagged: bool) -> tuple[str, list[tuple[int, int]]]:
+        """Render with the arguments of tool calls as mappings, or as JSON where the template wants them so."""
         try:
             return self._render(chat, answer=answer, tagged=tagged)
         except TypeError:
-            # Most templates write a call's arguments as JSON themselves; some take them as JSON.
+            # Most templates write a tool call's arguments as JSON themselves; some expect them to be JSON already.
             written = _with_written_arguments(chat)
             if written is None:
                 raise
@@ -297,10 +305,10 @@ class ChatTemplate:
 
 @contextlib.contextmanager
 def rendered_at(time: str) -> Iterator[None]:
-    """Let templates that ask for the time get this one, so that a run resumed on another day renders what it did before.
+    """Within this context, give this time to templates that write one, so a run resumed on another day renders as before.
 
     Args:
-        time: as in ISO 8601; what is no time is ignored.
+        time: in ISO 8601; any other text is ignored.
     """
     try:
         given = datetime.fromisoformat(time).astimezone()
@@ -315,18 +323,21 @@ def rendered_at(time: str) -> Iterator[None]:
 
 @lru_cache(maxsize=16)
 def _at_time(source: str, time: datetime | None) -> tuple[str, dict[str, str]]:
-    """Return a template that gets a time, and what it needs for it; as it is where it doesn't ask with formats of its own."""
+    """Return a template that writes a fixed time, and the variables that it needs: format → time.
+
+    The template is returned unchanged, with no variables, where it writes no time or computes the formats itself.
+    """
     formats = {found[1] for found in _FORMATS.findall(source)}
     asks = len(re.findall(r"strftime_now\s*\(", source))
     if time is None or not asks or len(_FORMATS.findall(source)) != asks or source[0].isspace():
         return source, {}
-    # A macro of this name stands before transformers' function.
+    # A macro of this name hides transformers' function.
     macro = "{% macro strftime_now(format) %}{{ rlhf_times[format] }}{% endmacro %}{{ '' }}"
     return macro + source, {format: time.strftime(format) for format in formats}
 
 
 def common_prefix(one: str, other: str) -> int:
-    """Return how many characters two texts begin with alike."""
+    """Return the length in characters of the common beginning of two texts."""
     low, high = 0, min(len(one), len(other))
     while low < high:
         middle = (low + high + 1) // 2
@@ -338,7 +349,7 @@ def common_prefix(one: str, other: str) -> int:
 
 
 def read_template(option: str) -> str:
-    """Return the template that an option gives: its text, or the text of the file that it names."""
+    """Return the template of `dataset.chat_template`: the option's text itself, or that of the file that it names."""
     if "{{" in option or "{%" in option:
         return option
     path = Path(option).expanduser()
@@ -351,14 +362,14 @@ def read_template(option: str) -> str:
 
 
 def _parts(content: str | None) -> list[dict[str, str]] | None:
-    """Return a content as templates of models that see images take it."""
+    """Return content as a list of parts, the form that templates of vision models take."""
     if content is None:
         return None
     return [{"type": "text", "text": content}] if content else []
 
 
 def _with_content(chat: Chat, content: str | None) -> Chat:
-    """Return the conversation with this in place of each content that is missing."""
+    """Return the conversation with each missing content replaced by `content`."""
     messages = [
         {**message, "content": content} if isinstance(message["content"], NoContent) else message
         for message in chat.messages
@@ -367,7 +378,7 @@ def _with_content(chat: Chat, content: str | None) -> Chat:
 
 
 def _with_written_arguments(chat: Chat) -> Chat | None:
-    """Return the conversation with the arguments of its tool calls as JSON; None where none are mappings."""
+    """Return the conversation with the arguments of its tool calls written as JSON; None where no arguments are mappings."""
     import json
 
     found = False
@@ -391,7 +402,7 @@ def _with_written_arguments(chat: Chat) -> Chat | None:
 
 
 def _mapped(value: Any, change: Callable[[str], str]) -> Any:
-    """Return a value with every text in it changed, the keys of mappings too."""
+    """Return a value with `change` applied to every text in it, keys of mappings included."""
     if isinstance(value, str):
         return change(value) if value else value  # a missing content stays one
     if isinstance(value, Mapping):
@@ -402,7 +413,7 @@ def _mapped(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def texts_in(value: Any) -> list[str]:
-    """Return every text in a value."""
+    """Return every text in a value, at any depth; keys of mappings are left out."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Encoded rows → one `Batch`. Padding is on the right, and only lengths tell it."""
+"""Encoded rows → one `Batch`, padded on the right; lengths, not ids, tell padding from tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from rlhf_core.data.encoder import EncodedRow
 
 
 def collate(rows: Sequence[EncodedRow]) -> Batch:
-    """Return the batch of these rows: prompts (P, L), responses (R, T) in the order of their prompts."""
+    """Return a batch of these rows: prompt ids (P, L); response ids and loss mask (R, T), in the order of their prompts.
+
+    Raises:
+        ValueError: there are no rows.
+    """
     if not rows:
         raise ValueError("a batch needs at least one row")
     responses = [response for row in rows for response in row.responses]
@@ -40,6 +44,7 @@ def collate(rows: Sequence[EncodedRow]) -> Batch:
 
 
 def _padded(sequences: Sequence[Sequence[int]], dtype: type[np.generic]) -> tuple[Tensor, Tensor]:
+    """Return sequences as a table (N, longest) padded with zeros, and their lengths (N,)."""
     lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
     table = np.zeros((len(sequences), int(lengths.max(initial=0))), dtype=dtype)
     for line, sequence in zip(table, sequences, strict=True):

@@ -1,4 +1,4 @@
-"""Columns of people's rows: the names that they bear, and the kinds of values that they hold."""
+"""Columns as data sets have them: the names that are in use, and the kinds of values that a column can hold."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from rlhf_core.data.messages import is_dialogue, is_plain_message, pair_keys, role_key
 
-# What other data sets call a column. Taken only where exactly one of them is there, with a value of the right kind.
+# Column of a record type → other names of it. One is taken only where no second one is there, and its value is of the right kind.
 OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "prompt": ("question", "instruction", "query", "problem", "input", "inputs", "user", "human"),
     "response": (
@@ -24,13 +24,13 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 ASKING = frozenset(("prompt", "input", "system", *OTHER_NAMES["prompt"], *OTHER_NAMES["input"], *OTHER_NAMES["system"]))
-"""Names of columns that belong to what is asked, numbers too."""
+"""Names of columns that belong to the prompt, even where they hold numbers."""
 
 KNOWN = frozenset((*OTHER_NAMES, *(name for names in OTHER_NAMES.values() for name in names)))
-"""Every name that a column of a row may be recognised by."""
+"""Every name by which a column can be recognised."""
 
 HISTORY = ("history", "chat_history", "conversation_history")
-"""Columns of turns that go before a prompt."""
+"""Names of columns with earlier turns, which go before the prompt."""
 
 CONVERSATIONS = frozenset(OTHER_NAMES["messages"])
 """Names of columns that hold a whole conversation."""
@@ -38,13 +38,14 @@ CONVERSATIONS = frozenset(OTHER_NAMES["messages"])
 TURNS: tuple[Literal["sharegpt", "pairs", "messages"], ...] = ("sharegpt", "pairs", "messages")
 CHATS: tuple[Literal["sharegpt", "pairs", "messages", "texts"], ...] = (*TURNS, "texts")
 TEXT = ("text", "dialogue")
+# Kinds of values, see `value_kind`: lists of turns, those with lists of plain texts, and texts.
 
 
 def value_kind(value: Any) -> str:
-    """Return what kind of value a column holds.
+    """Return the kind of a column's value.
 
-    `text`, `dialogue` (a text of several speakers), `messages`, `sharegpt`, `pairs` (lists of turns), `turn` (one alone), `null`,
-    `empty` (a list without entries), `texts` (a list of two and more), `number`, `list` or `other`.
+    `text`; `dialogue` (a text of `Human:` and `Assistant:`); `messages`, `sharegpt` or `pairs` (lists of turns); `turn` (a single
+    message); `texts` (a list of two or more texts); `empty` (a list without entries); `list`; `number`; `null`; or `other`.
     """
     if isinstance(value, str):
         return "dialogue" if is_dialogue(value) else "text"
@@ -66,4 +67,5 @@ def value_kind(value: Any) -> str:
 
 
 def folded_name(name: str) -> str:
+    """Return a column's name in lower case with `_` for blanks and hyphens, so that `System Prompt` is `system_prompt`."""
     return name.casefold().replace(" ", "_").replace("-", "_")

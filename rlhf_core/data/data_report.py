@@ -1,4 +1,4 @@
-"""What reading the data did: rows kept, dropped by reason and cut, tokens, files. Nothing is dropped without being counted."""
+"""Report on reading data: files, rows kept, truncated, and dropped by reason, tokens. No row is dropped uncounted."""
 
 from __future__ import annotations
 
@@ -15,15 +15,22 @@ logger = logging.getLogger(__name__)
 _EXAMPLES = 5
 _CONTROL = "control tokens in text, encoded as text"
 _FIRST = 256
-"""Rows of a stream after which one label only is worth a word."""
+"""Kept rows of a stream after which the user is warned of a missing label or column."""
 _GIVE_BOTH = {
     "desirable": "add rows with the label `desirable`",
-    "undesirable": "add rows with the label `undesirable` (`rlhf train sft` learns from good responses alone)",
+    "undesirable": "add rows with the label `undesirable` (`rlhf train sft` trains on good responses alone)",
 }
 
 
 class DataReport:
-    """Counts over one pass of the data. All of it is JSON, so a stream keeps it in its state."""
+    """Counts over one pass of the data. All of them are JSON values, so a stream's state and the cache hold them.
+
+    Args:
+        record: the record type.
+        name: the data's name, for messages.
+        files: each source's content fingerprint.
+        template_sha256: hash of the chat template; None where there is none.
+    """
 
     def __init__(self, record: str, name: str, *, files: list[dict[str, Any]], template_sha256: str | None) -> None:
         self.record, self.name = record, name
@@ -31,7 +38,7 @@ class DataReport:
         self.reset()
 
     def reset(self) -> None:
-        """Begin to count again."""
+        """Set all counts to zero."""
         self.rows = self.kept = 0
         self.prompt_tokens = self.response_tokens = self.loss_tokens = 0
         self.dropped: dict[str, dict[str, Any]] = {}
@@ -43,15 +50,15 @@ class DataReport:
 
     @property
     def truncated(self) -> int:
-        """Rows that were cut to `max_length`."""
+        """Number of rows that were truncated to `max_length`."""
         return self.notes.get("truncated", {}).get("rows", 0)
 
     def add(self, outcome: RowOutcome, *, strict: bool = False) -> None:
         """Count one row.
 
         Raises:
-            DataError: `strict`, and the row was dropped or cut, has text that nothing uses, or the chat template doesn't
-                render something of it.
+            DataError: with `strict`, where the row was dropped or truncated, has columns of text that aren't used, or holds
+                something that the chat template doesn't render.
         """
         self.rows += 1
         for column, fix in outcome.absent:
@@ -59,13 +66,13 @@ class DataReport:
             self.absent[column].setdefault("fix", fix)
         if strict and (outcome.refused or outcome.truncated):
             raise DataError(
-                outcome.refused or "longer than max_length, and would be cut",
+                outcome.refused or "longer than max_length, and would be truncated",
                 place=outcome.place,
                 fix="repair the row, raise `max_length`, or unset `dataset.strict`",
             )
         if strict and outcome.unused:
             raise DataError(
-                "has columns that nothing uses",
+                "has columns that aren't used",
                 place=outcome.place,
                 got=_named(outcome.unused),
                 fix="use it (`dataset.columns`), list it in `dataset.ignore_columns`, or unset `dataset.strict`",
@@ -75,12 +82,12 @@ class DataReport:
                 self._log_shape(outcome.read_as)
             _tally(self.shapes, outcome.read_as, outcome.place)
         if outcome.unused:
-            _tally(self.notes, f"columns that nothing uses: {_named(outcome.unused)}", outcome.place)
+            _tally(self.notes, f"columns that aren't used: {_named(outcome.unused)}", outcome.place)
         if strict and outcome.lost:
             raise DataError(
                 outcome.lost[0],
                 place=outcome.place,
-                fix="give a template that does by `dataset.chat_template`, or unset `dataset.strict`",
+                fix="set `dataset.chat_template` to a template that does, or unset `dataset.strict`",
             )
         if strict and outcome.set_aside:
             raise DataError(outcome.set_aside[0], place=outcome.place, fix="repair the row, or unset `dataset.strict`")
@@ -93,7 +100,7 @@ class DataReport:
             seen = self.notes[_CONTROL].setdefault("tokens", [])
             seen += [token for token in outcome.control_text if token not in seen][: _EXAMPLES - len(seen)]
         for column in outcome.left_out:
-            _tally(self.notes, f"column `{column}` is no JSON value and is left out", outcome.place)
+            _tally(self.notes, f"column `{column}` is not a JSON value and is left out", outcome.place)
         if outcome.row is None:
             _tally(self.dropped, str(outcome.refused), outcome.place)
             return
@@ -107,11 +114,11 @@ class DataReport:
             self.labels[label] = self.labels.get(label, 0) + 1
 
     def finish(self) -> None:
-        """Close the pass: warn of what was dropped or cut.
+        """End the pass: warn of dropped and truncated rows, once.
 
         Raises:
             ConfigError: no row has a column that `dataset.columns` names.
-            DataError: no row is left, or unpaired rows have one label only.
+            DataError: no row is kept, or rows of `unpaired` have one label only.
         """
         if self.complete:
             return
@@ -126,7 +133,7 @@ class DataReport:
                 f"none of {self.rows} rows can be used",
                 place=self.name,
                 got=got,
-                fix=self._mend(),
+                fix=self._fix_for_no_rows(),
             )
         if (missing := self._missing_label()) is not None:
             raise DataError(
@@ -139,7 +146,7 @@ class DataReport:
         self._log_warnings()
 
     def repeat_log(self) -> None:
-        """Log what reading these rows logged, where its counts were loaded."""
+        """Log again what was logged when these rows were read, where the counts were loaded from the cache."""
         for shape in self.shapes:
             self._log_shape(shape)
         self._log_warnings()
@@ -152,10 +159,9 @@ class DataReport:
             logger.warning(line)
 
     def warn_of_first_rows(self) -> None:
-        """Warn where a stream's first rows have one label only, or lack a column that `dataset.columns` names; whether it comes
-        is known at the stream's end, perhaps never.
+        """Warn, after the first 256 kept rows of a stream, of a label or a column of `dataset.columns` that none of them has.
 
-        To be called after each row that is kept.
+        Only the end of the stream, which may never come, would show that it is missing. Call this after each row that is kept.
         """
         for column, tally in self.absent.items():
             if self.kept == _FIRST and tally["rows"] == self.rows:
@@ -164,22 +170,23 @@ class DataReport:
                 )
         if self.kept == _FIRST and (missing := self._missing_label()) is not None:
             logger.warning(
-                "%s: none of the first %d rows has the label `%s`, and unpaired data need both: %s, and mix the two",
+                "%s: none of the first %d rows has the label `%s`, and unpaired data need both labels: %s, mixed with the others",
                 self.name, self.kept, missing, _GIVE_BOTH[missing],
             )  # fmt: skip
 
     def _missing_label(self) -> str | None:
+        """Return the label that no row of `unpaired` has so far; None where both occur or the record type has none."""
         if "label" not in RECORDS[self.record].required or len(self.labels) > 1:
             return None
         return "undesirable" if "desirable" in self.labels else "desirable"
 
-    def _mend(self) -> str:
+    def _fix_for_no_rows(self) -> str:
         if EQUAL in self.dropped:
             return "give pairs whose answers differ; a larger `max_length` keeps what tells them apart"
         return "raise `max_length`, or set another `dataset.truncation`"
 
     def warnings(self) -> list[str]:
-        """Return a line for each thing that was done to rows."""
+        """Return the warnings: one line per reason for which rows were dropped, and per other note, with the number of rows."""
         lines = [
             f"{self.name}: dropped {tally['rows']} of {self.rows} rows: {reason} ({_examples(tally)})"
             for reason, tally in self.dropped.items()
@@ -191,7 +198,7 @@ class DataReport:
         return lines
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the report as JSON values, for `data.json`."""
+        """Return the whole report as JSON values, for the run's `data.json`."""
         return {
             "record": self.record,
             "name": self.name,
@@ -219,12 +226,13 @@ class DataReport:
         return {name: _copied(value) for name, value in state.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
+        """Restore the counts of a `state_dict`."""
         for name in self.state_dict():
             setattr(self, name, _copied(state[name]))
 
 
 def _tally(tallies: dict[str, dict[str, Any]], name: str, place: str) -> None:
+    """Count a row under `name`, and keep the places of the first five as examples."""
     tally = tallies.setdefault(name, {"rows": 0, "examples": []})
     tally["rows"] += 1
     if len(tally["examples"]) < _EXAMPLES:

@@ -1,7 +1,7 @@
-"""The stream of batches that a trainer learns from: one window of rows for each optimiser step, on every process its share.
+"""The stream of training batches: one window of rows for each optimiser step, of which every process gets its share.
 
-All processes walk the same order of rows and cut it into the same windows, so which rows make a step doesn't depend on how
-many processes there are, and the state is one position for all of them.
+All processes read the rows in the same order and divide them into the same windows. So the rows of a step don't depend on the
+number of processes, and the state is one position that is valid for all of them.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from rlhf_core.data.encoder import EncodedRow, RowOutcome
 from rlhf_core.infra.errors import ConfigError, DataError
 
 _State = tuple[int, Position, int, int]
-"""Epoch, position in it, rows drawn in it, rows drawn in all."""
+"""Epoch, position within it, rows taken from it, rows taken since the beginning."""
 
 
 class DataStream:
-    """An iterator of batches: each is this process's share of the rows of one optimiser step.
+    """Iterates over batches: each is this process's share of the rows of one optimiser step.
 
-    Rows that an epoch leaves over begin the next epoch's first window; the last window of all may be smaller. Where it has fewer
-    rows than there are processes, the batches of some are empty: how many windows there are never depends on the processes.
+    Rows left over at the end of an epoch begin the first window of the next; only the very last window may be smaller. If it has
+    fewer rows than there are processes, some processes get an empty batch, so the number of windows is the same for all.
     """
 
     def __init__(
@@ -41,25 +41,25 @@ class DataStream:
         world_size: int = 1,
         held_out: bool = False,
     ) -> None:
-        """Take what to walk and how.
+        """Start at the beginning of the first epoch.
 
         Args:
             dataset: map-style or streaming.
             batch_size: rows in a window, over all processes.
-            epochs: passes over the data; None never ends. A stream whose rows aren't counted yet can't end within its first
-                pass.
+            epochs: passes over the data; None never ends. Part of a first epoch needs a dataset that knows its number of rows.
             seed: the order of rows is a function of this and the epoch.
             shuffle: False keeps the data's order.
-            rank, world_size: which process of how many this is.
-            held_out: whether rows are only scored: there may then be fewer of them than processes.
+            rank, world_size: this process's number, and how many processes there are.
+            held_out: whether the rows are for evaluation; there may then be fewer of them than processes.
 
         Raises:
-            ConfigError: the processes can't share the windows evenly, or the end can't be told.
+            ConfigError: `batch_size` isn't divisible by the number of processes, there are fewer rows than processes, or part of
+                a first epoch is asked for and the number of rows isn't known.
         """
         _check_shares(batch_size, world_size, None if held_out else dataset.num_rows)
         if epochs is not None and epochs < 1 and dataset.num_rows is None:
             raise ConfigError(
-                "a streaming dataset doesn't know where part of its first epoch ends",
+                "a streaming dataset doesn't know its number of rows, so part of its first epoch has no end",
                 place="epochs",
                 got=str(epochs),
                 fix="set `max_steps`, whole `epochs`, or `dataset.streaming: false`",
@@ -76,12 +76,12 @@ class DataStream:
 
     @property
     def epoch(self) -> int:
-        """The epoch that the last row came from, counted from 0."""
+        """Number of the epoch that the last row came from, from 0."""
         return self._state[0]
 
     @property
     def steps(self) -> int | None:
-        """Windows from beginning to end; None where the rows aren't counted yet, or there is no end."""
+        """Number of windows from beginning to end; None where the number of rows isn't known yet, or the stream is endless."""
         total = self._total(self.dataset.num_rows)
         if total is None:
             return None
@@ -108,7 +108,7 @@ class DataStream:
             window.append(self._take())
         if not window:
             raise StopIteration
-        self._look_ahead(1)  # after the last row, so that what was refused behind it is counted
+        self._look_ahead(1)  # refused rows after the last one are counted now
         if self._state[3] < self.world_size and not self._waiting and not self._held_out:
             raise ConfigError(
                 "fewer rows than processes",
@@ -121,7 +121,7 @@ class DataStream:
         return replace(collate([window[number] for number in share]), places=tuple(first + number for number in share))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the place after the last batch, as JSON values. It is the same on every process, for any number of them."""
+        """Return the position after the last batch, as JSON values. It is the same on every process, for any number of them."""
         epoch, position, in_epoch, drawn = self._state
         return {
             "epoch": epoch,
@@ -135,11 +135,11 @@ class DataStream:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from where `state_dict` was taken.
+        """Continue from the position of a `state_dict`.
 
         Raises:
-            DataError: the data, or how they are encoded, are not what they were.
-            ConfigError: the order of rows is another.
+            DataError: the data, the tokenizer or the options changed since then.
+            ConfigError: `seed` or `shuffle` changed, and so the order of rows.
         """
         if state["fingerprint"] != self.dataset.fingerprint:
             raise DataError(
@@ -163,12 +163,12 @@ class DataStream:
         self._rows = self._walk(self._state)
 
     def _total(self, rows: int | None) -> int | None:
-        """Return the rows of all epochs together, given those of one."""
+        """Return the number of rows of all epochs together, given that of one; None where it isn't known or endless."""
         # Rounded first: 0.1 + 0.2 epochs of ten rows are three rows, not four.
         return None if rows is None or self.epochs is None else max(1, math.ceil(round(self.epochs * rows, 6)))
 
     def _walk(self, state: _State) -> Iterator[tuple[RowOutcome | None, _State]]:
-        """Yield what becomes of each row, from a state on, with the state after it; None where the first epoch ends."""
+        """Yield the outcome of each row with the state after it, from a state on; and None where the first epoch ends."""
         epoch, position, in_epoch, drawn = state
         rows = self.dataset.num_rows
         total = self._total(rows)
@@ -188,24 +188,25 @@ class DataStream:
             epoch, position, in_epoch = epoch + 1, [], 0
 
     def _look_ahead(self, wanted: int) -> int:
-        """Read on until so many rows wait, or the end; return how many do."""
+        """Read until `wanted` rows wait to be taken, or the end is reached; return how many wait."""
         while self._waiting < wanted and (item := next(self._rows, None)) is not None:
             self._ahead.append(item)
             self._waiting += item[0] is not None and item[0].row is not None
         if self._waiting == 0:
-            # The end: what was refused after the last row counts too.
+            # At the end, refused rows after the last one are counted, too.
             while self._ahead:
                 self._pop()
         return self._waiting
 
     def _take(self) -> EncodedRow:
-        """Return the next row that waits; what was refused before it is counted now."""
+        """Take the next row that waits, and count the refused rows before it."""
         while (row := self._pop()) is None:
             pass
         self._waiting -= 1
         return row
 
     def _pop(self) -> EncodedRow | None:
+        """Take the next outcome, count it where a stream is read for the first time, and return its row; None if refused."""
         outcome, self._state = self._ahead.popleft()
         report = self.dataset.report
         if outcome is None:
@@ -219,9 +220,12 @@ class DataStream:
 
 
 def shares(rows: Sequence[EncodedRow], world_size: int) -> list[list[int]]:
-    """Deal a window's rows to processes so that their tokens are about equal; each gets one where there are enough.
+    """Divide a window's rows among processes so that each gets about as many tokens, and at least one row if there are enough.
 
-    The longest row goes first, each to the process with the fewest tokens so far; a process's rows keep the window's order.
+    The longest row is given first, each to the process with the fewest tokens so far.
+
+    Returns:
+        for each process the numbers of its rows, in the window's order.
     """
     dealt: list[list[int]] = [[] for _ in range(world_size)]
     tokens = [0] * world_size
@@ -233,10 +237,11 @@ def shares(rows: Sequence[EncodedRow], world_size: int) -> list[list[int]]:
 
 
 def _check_shares(batch_size: int, world_size: int, rows: int | None) -> None:
+    """Raise `ConfigError` where the processes can't have equal shares of a window, or one would never get a row."""
     if batch_size % world_size:
         below, above = batch_size // world_size * world_size, -(-batch_size // world_size) * world_size
         raise ConfigError(
-            f"{batch_size} rows a step can't be shared evenly by {world_size} processes"
+            f"{batch_size} rows per step can't be divided evenly among {world_size} processes"
             f" ({batch_size} = {batch_size // world_size} × {world_size} + {batch_size % world_size})",
             place="batch_size",
             fix=f"use {below} or {above}" if below else f"use {above}",

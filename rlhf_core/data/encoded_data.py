@@ -1,4 +1,4 @@
-"""What map-style and streaming datasets share: how they are opened, walked epoch by epoch, and checked."""
+"""What map-style and streaming datasets share: how they are opened, and how an epoch of them is read."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Position = list[Any]
-"""Where in an epoch a walk stands, as JSON values. Empty at its beginning."""
+"""Position of a walk within an epoch, as JSON values; empty at the beginning."""
 
 
 class EncodedData(ABC):
-    """Rows of one record type as token ids, walked epoch by epoch in an order that is a function of the seed."""
+    """Rows of one record type as token ids. The order of an epoch's rows is a function of seed and epoch."""
 
     records: ClassVar[tuple[str, ...]]
-    """The record types that it reads; the first is the default."""
+    """Record types that the class reads; the first is the default."""
     streaming: ClassVar[bool] = False
 
     report: DataReport
+    """What reading the rows did: counts, truncated and refused rows, warnings."""
     fingerprint: str
-    """Hash of the data as they are encoded; a stream resumes on the same only."""
+    """Content fingerprint of the encoded rows, a hash; a run resumes only where it is the same."""
 
     def __init__(
         self,
@@ -45,17 +46,19 @@ class EncodedData(ABC):
         options: DatasetConfig | None = None,
         record: str | None = None,
     ) -> None:
-        """Open `data` (see `sources.open_source`) and check it.
+        """Open `data` and check it.
 
         Args:
-            data: a path, several paths, a hub name, a `datasets` object, or a list of rows.
-            tokenizer: a fast tokenizer; its own conventions say which beginning and end tokens there are.
-            max_length: most tokens in a prompt with its response.
+            data: a path, several paths, a hub name, a `datasets` object, or a list of rows (see `open_source`).
+            tokenizer: a fast tokenizer; it decides which beginning and end tokens are added.
+            max_length: most tokens in a prompt with its longest response.
             options: how rows are read; the defaults where None.
-            record: which record type, where the class reads more than one.
+            record: the record type, where the class reads several; the first of them where None.
 
         Raises:
-            DataError: the data break their record type.
+            DataError: the data can't be read, or a row isn't what its record type needs.
+            ConfigError: an option doesn't fit the record type or the rows.
+            ModelError: the tokenizer lacks what the rows need, such as a chat template.
         """
         self.record = record or self.records[0]
         if self.record not in self.records:
@@ -89,12 +92,12 @@ class EncodedData(ABC):
 
     @abstractmethod
     def _read(self) -> None:
-        """Read and check what is read when the data are opened, and set the fingerprint."""
+        """Read the rows that are read when the data are opened (all, or a stream's first), and set `fingerprint`."""
 
     @property
     @abstractmethod
     def num_rows(self) -> int | None:
-        """Rows that an epoch yields; None where that isn't known yet."""
+        """Number of rows in an epoch; None where that isn't known yet."""
 
     @abstractmethod
     def walk(
@@ -102,29 +105,26 @@ class EncodedData(ABC):
     ) -> Iterator[tuple[RowOutcome, Position]]:
         """Yield an epoch's rows from a position on, each with the position after it.
 
-        A stream yields what it refuses too, to be counted when it is met.
+        A streaming dataset also yields the outcomes of refused rows, to be counted as they are read.
         """
 
     def _warn_of_plain_text(self) -> None:
-        """Warn where the rows read so far are plain text, the model has a chat template, and nobody said which is meant."""
+        """Warn where rows are plain text, there is a chat template, and `dataset.wrap` doesn't say whether to use it."""
         if self.encoder.plain:
             logger.warning("%s: %s", self.source.name, PLAIN)
         if self.encoder.wrapped and self.options.wrap is None:
             logger.info(
-                "%s: text prompts are the user's turns, as in the model's training (`dataset.wrap`)", self.source.name
+                "%s: text prompts become user turns, as in the model's training (`dataset.wrap`)", self.source.name
             )
 
     def place_of(self, index: int) -> str:
-        """Return what a message calls the row of that number: `file:line`.
-
-        Rows don't carry it, so the data are read again up to there.
-        """
+        """Return where the row of that number is (`file:line`), for messages. Reads the data again up to that row."""
         rows = (row.place for row in self.source.rows() if row.index == index)
         return next(rows, f"row {index}")
 
 
 def add_to_hash(digest: hashlib._Hash, row: EncodedRow) -> None:
-    """Let a row's index, ids, masks, prompt and columns count in a fingerprint."""
+    """Add a row's index, ids, loss masks, prompt and columns to the hash of a fingerprint."""
     columns = f"{row.per_prompt} {row.per_response} {row.prompt} {row.record}"
     digest.update(f"{row.index} {len(row.prompt_ids)} {columns}".encode())
     digest.update(np.asarray(row.prompt_ids, dtype=np.int64).tobytes())

@@ -1,7 +1,7 @@
-"""Rows → token ids: one encoder for map-style and streaming data, for text and chat.
+"""Rows → token ids, for map-style and streaming data, for text and chat.
 
-A prompt's ids never depend on its response: the two are encoded apart, exactly as a sampler would meet them. The mask says
-which response tokens are in the loss, the one that ends a turn included. No id is ever compared with a padding id.
+A prompt's ids never depend on its response: the two are encoded separately, so a sampler encodes the same prompt alike. The loss
+mask says which response tokens are in the loss, those that end a turn included. No id is ever compared with the padding id.
 """
 
 from __future__ import annotations
@@ -44,17 +44,21 @@ class EncodedRow:
     """One row as token ids."""
 
     index: int
+    """Number of the row in the data, from 0."""
     prompt_ids: list[int]
-    """At least one id."""
+    """Token ids of the prompt, at least one."""
     responses: list[list[int]] = field(default_factory=list)
+    """Token ids of each response: one, a pair (chosen, rejected), or none where completions are to be sampled."""
     masks: list[list[bool]] = field(default_factory=list)
-    """For each response token, whether it is in the loss; at least one in each response is."""
+    """Loss mask of each response, one value per token; at least one token of each response is in the loss."""
     per_prompt: dict[str, float] = field(default_factory=dict)
+    """Columns with one number per prompt (`margin`)."""
     per_response: dict[str, list[bool]] = field(default_factory=dict)
+    """Columns with one value per response (`desirable`)."""
     prompt: Prompt = ""
-    """The prompt as it stands in the data: text, or chat messages."""
+    """The prompt as it is in the data: text, or chat messages."""
     record: dict[str, Any] = field(default_factory=dict)
-    """Its other columns that are kept."""
+    """The row's other columns, as JSON values."""
 
     @property
     def num_tokens(self) -> int:
@@ -64,31 +68,39 @@ class EncodedRow:
 
 @dataclass(frozen=True, slots=True)
 class RowOutcome:
-    """What became of one row: encoded, or refused with a reason."""
+    """The result of encoding one row: its token ids, or the reason why it was refused, and what to report of it."""
 
     place: str
+    """Where the row is, for messages: `file:line`."""
     row: EncodedRow | None
+    """None where the row was refused."""
     refused: str | None = None
+    """Why the row was refused."""
     truncated: bool = False
+    """Whether the row was truncated to `max_length`."""
     control_text: tuple[str, ...] = ()
-    """What in its text looks like control tokens. It was encoded as text."""
+    """Texts of control tokens in the row, which were encoded as text."""
     left_out: tuple[str, ...] = ()
+    """Columns whose values aren't JSON values, so they don't reach rewards and methods."""
     read_as: str | None = None
-    """What was taken for what; see `checks.Example`."""
+    """Description of which column was read as what; None where all have the record type's names."""
     unused: tuple[str, ...] = ()
+    """Columns of text, turns or images that aren't used."""
     notes: tuple[str, ...] = ()
-    """What else a person should know of the row."""
+    """Other warnings."""
     lost: tuple[str, ...] = ()
-    """What the data hold and the chat template doesn't render."""
+    """Warnings on what the chat template doesn't render."""
     set_aside: tuple[str, ...] = ()
-    """Turns that are not in the loss because nothing asks for them or answers them."""
+    """Warnings on turns that are kept out of the loss because no question precedes them, or no answer follows."""
     absent: tuple[tuple[str, str], ...] = ()
-    """Columns that `dataset.columns` names and the row lacks; see `checks.Example`."""
+    """Columns that `dataset.columns` names and the row lacks, each with a suggested fix."""
 
 
 @dataclass(slots=True)
 class _RowSpans:
-    example: CheckedRow
+    """A row as spans of text, before these are encoded."""
+
+    checked: CheckedRow
     prompt: list[TextSpan]
     responses: list[list[TextSpan]]
     control_text: list[str]
@@ -97,16 +109,21 @@ class _RowSpans:
 
 
 class Encoder:
-    """Turns rows of one record type into token ids.
+    """Encodes rows of one record type.
 
-    Text prompts are encoded as they are, after the tokenizer's own beginning token where it adds one; text responses continue
-    them and get the end token. Chat messages are rendered by the chat template, which alone says where control tokens stand.
+    A text prompt is encoded as it is, after the beginning token where the tokenizer adds one; a text response continues it and
+    gets the end token. Chat messages are rendered by the chat template, which writes all control tokens.
 
     Args:
-        chat_template: in place of the tokenizer's own: its text, or the path of a file.
-        wrap: `chat` makes a text prompt the user's turn; None takes what is kept with the tokenizer, else `none`.
-        special_tokens: control tokens that data may use; None takes what is kept with the tokenizer, else none.
-        turns: `each` makes every assistant turn a row of its own.
+        tokenizer: a fast tokenizer.
+        record: name of the record type.
+        max_length: most tokens in a prompt with its longest response.
+        truncation: what happens to longer rows; see `dataset.truncation`.
+        chat_template: text of a template, or path of its file, that replaces the tokenizer's.
+        columns, format, ignored: `dataset.columns`, `dataset.format` and `dataset.ignore_columns`; see `RowChecker`.
+        wrap: `chat` makes a text prompt the user's turn; None takes what is saved with the tokenizer, else `none`.
+        special_tokens: control tokens that data may use; None takes those saved with the tokenizer, else none.
+        turns: `each` makes a row of every assistant turn.
     """
 
     def __init__(
@@ -130,43 +147,47 @@ class Encoder:
             )
         if turns == "each" and record != "sft":
             raise ConfigError(
-                f"`{record}` rows have no turns to train apart", place="dataset.turns", got=turns, fix="leave it out"
+                f"rows of `{record}` have no turns to be trained separately",
+                place="dataset.turns",
+                got=turns,
+                fix="leave it out",
             )
         self.tokenizer, self.record, self.turns = tokenizer, record, turns
         self.max_length, self.truncation = max_length, truncation
         self.checker = RowChecker(record, columns, format=format, ignored=ignored)
-        kept = TextOptions.of(tokenizer)
+        kept = TextOptions.saved_with(tokenizer)
         self.wrap = kept.wrap if wrap is None else wrap
         allowed = kept.special_tokens if special_tokens is None else special_tokens
         self.template = ChatTemplate(tokenizer, chat_template, allowed=allowed or ())
         self.text_spans = TextSpanEncoder(tokenizer)
         self.chats = False
-        """Whether a row so far was a chat."""
+        """Whether any row so far was a chat."""
         self.wrapped = False
-        """Whether a text prompt so far was made the user's turn."""
+        """Whether any text prompt so far was made the user's turn."""
         self.plain = False
-        """Whether a row was plain text where a chat template would have something to say, and nobody has said which is meant."""
+        """Whether any row so far was plain text, there is a chat template, and `dataset.wrap` doesn't say whether to use it."""
 
     def state_dict(self) -> dict[str, bool]:
-        """Return what the rows so far were, as JSON values."""
+        """Return which kinds of rows were encoded so far, as JSON values."""
         return {"chats": self.chats, "wrapped": self.wrapped, "plain": self.plain}
 
     def load_state_dict(self, state: Mapping[str, bool]) -> None:
-        """Take over what `state_dict` returned: the same rows were encoded before."""
+        """Restore what `state_dict` returned, where the same rows are loaded instead of encoded."""
         self.chats, self.wrapped, self.plain = state["chats"], state["wrapped"], state["plain"]
 
     def identity(self) -> dict[str, Any] | None:
-        """Return as JSON values what decides which ids a row gets, but for the row, the options and the code.
+        """Return what determines the ids of a row, apart from the row, the options and the code: a content fingerprint of the
+        tokenizer and the chat template, as JSON values.
 
-        None where that can't be told: the tokenizer's class isn't transformers' own or it has parts that can't be written, or
-        the chat template asks for a time that changes from one run to the next.
+        None where there is none: the tokenizer's class isn't one of transformers, parts of it are written in Python, or the chat
+        template writes a time that differs from run to run.
         """
         tokenizer, times = self.tokenizer, self.template.times()
         if times is None or not type(tokenizer).__module__.startswith("transformers."):
             return None
         try:
             written = tokenizer.backend_tokenizer.to_str()
-        except Exception:  # Parts of it are written in Python.
+        except Exception:  # A part of it is written in Python.
             return None
         return {
             "record": self.record,
@@ -182,120 +203,125 @@ class Encoder:
         }
 
     def encode(self, rows: Sequence[Row]) -> list[RowOutcome]:
-        """Return what becomes of each row, in order. The tokenizer is called a few times for all of them.
+        """Return the outcomes of rows in order, with `turns: each` several per row. All rows share a few calls of the tokenizer.
 
         Raises:
-            DataError: a row breaks its record type.
+            DataError: a row isn't what its record type needs.
             ModelError: the tokenizer lacks what the rows need (a chat template, an end token).
         """
         return [outcome for group in self.encode_each(rows) for outcome in group]
 
     def encode_each(self, rows: Sequence[Row]) -> list[list[RowOutcome]]:
-        """Return for each row what becomes of it: one outcome, or one for each assistant turn where `turns` is `each`."""
-        plans = [[self._plan(example) for example in self._examples(row)] for row in rows]
+        """Return a list of outcomes for each row: one, or with `turns: each` one per assistant turn."""
+        plans = [[self._plan(checked) for checked in self._checked_rows(row)] for row in rows]
         flat = [plan for group in plans for plan in group]
-        text_spans = [text_span for plan in flat for group in (plan.prompt, *plan.responses) for text_span in group]
-        ids = iter(self.text_spans(text_spans))
+        spans = [span for plan in flat for group in (plan.prompt, *plan.responses) for span in group]
+        ids = iter(self.text_spans(spans))
         return [[self._encoded(plan, ids) for plan in group] for group in plans]
 
     def _encoded(self, plan: _RowSpans, ids: Iterator[Sequence[int]]) -> RowOutcome:
+        """Return the outcome for a row. `ids` yields those of its spans, in order."""
         prompt = [token for _ in plan.prompt for token in next(ids)]
         responses, masks = [], []
         for group in plan.responses:
-            parts = [(next(ids), text_span.in_loss) for text_span in group]
+            parts = [(next(ids), span.in_loss) for span in group]
             responses.append([token for part, _ in parts for token in part])
             masks.append([in_loss for part, in_loss in parts for _ in part])
         return self._outcome(plan, prompt, responses, masks)
 
-    def _examples(self, row: Row) -> list[CheckedRow]:
-        example = self._wrapped(self.checker.check(row))
-        if isinstance(example.prompt, str) or self.turns == "together" or not example.responses:
-            return [example]
-        messages = [*example.prompt, *example.responses[0]]
+    def _checked_rows(self, row: Row) -> list[CheckedRow]:
+        """Check a row; return it, or with `turns: each` one row per assistant turn."""
+        checked = self._wrapped(self.checker.check(row))
+        if isinstance(checked.prompt, str) or self.turns == "together" or not checked.responses:
+            return [checked]
+        messages = [*checked.prompt, *checked.responses[0]]
         each = [
             replace(
-                example, prompt=messages[:number], responses=([message],), asked=self._asked(example, messages[:number])
+                checked, prompt=messages[:number], responses=([message],), asked=self._asked(checked, messages[:number])
             )
             for number, message in enumerate(messages)
-            if number >= len(example.prompt) and in_loss(message)
+            if number >= len(checked.prompt) and in_loss(message)
         ]
-        return each or [example]
+        return each or [checked]
 
-    def _asked(self, example: CheckedRow, prompt: list[Message]) -> Prompt:
-        """Return what a turn of a conversation answers, as it stands in the data."""
-        return example.asked if len(prompt) == len(example.prompt) else as_json(prompt)
+    def _asked(self, checked: CheckedRow, prompt: list[Message]) -> Prompt:
+        """Return the prompt of one turn of a conversation, as it is in the data."""
+        return checked.asked if len(prompt) == len(checked.prompt) else as_json(prompt)
 
-    def _wrapped(self, example: CheckedRow) -> CheckedRow:
-        """Make a text prompt the user's turn, and its responses the assistant's, where that is asked for."""
-        if not isinstance(example.prompt, str) or not example.prompt:
-            return example
+    def _wrapped(self, checked: CheckedRow) -> CheckedRow:
+        """Return a row of text as chat messages, where `wrap` is `chat`; any other row as it is."""
+        if not isinstance(checked.prompt, str) or not checked.prompt:
+            return checked
         if self.wrap is None and self.template.source is not None:
             self.plain = True
         if self.wrap != "chat":
-            return example
+            return checked
         self.wrapped = True
-        answers = [[Message(role="assistant", content=text)] for text in example.responses if isinstance(text, str)]
-        return replace(example, prompt=[Message(role="user", content=example.prompt)], responses=tuple(answers))
+        answers = [[Message(role="assistant", content=text)] for text in checked.responses if isinstance(text, str)]
+        return replace(checked, prompt=[Message(role="user", content=checked.prompt)], responses=tuple(answers))
 
-    def _plan(self, example: CheckedRow) -> _RowSpans:
-        if isinstance(example.prompt, str):
-            return self._text_plan(example, example.prompt)
+    def _plan(self, checked: CheckedRow) -> _RowSpans:
+        """Return a row as spans of text: a chat as its template renders it."""
+        if isinstance(checked.prompt, str):
+            return self._text_plan(checked, checked.prompt)
         self.chats = True
-        prompt, tools, place = example.prompt, example.tools, example.place
-        contents = [prompt, tools or [], *example.responses]
+        prompt, tools, place = checked.prompt, checked.tools, checked.place
+        contents = [prompt, tools or [], *checked.responses]
         seen = [name for text in texts_in(contents) for name in self.template.control.within(text)]
-        if not example.responses:
+        if not checked.responses:
             chat = self.template.chat(prompt, place, tools=tools)
             text = self.template.render(chat, answer=True)
             lost = [UNUSED_TOOLS] if ignores_tools(self.template, chat, text, answer=True) else []
-            return _RowSpans(example, self.template.control.rendered_spans(text, chat.mark), [], seen, lost=lost)
+            return _RowSpans(checked, self.template.control.rendered_spans(text, chat.mark), [], seen, lost=lost)
         both = []
-        for messages in example.responses:
+        for messages in checked.responses:
             assert not isinstance(messages, str)
             numbers = [number for number, turn in enumerate(messages, len(prompt)) if in_loss(turn)]
             if not numbers:
                 raise DataError("no turn of the answer is in the loss", place=place, fix="give one a `weight` of 1")
-            # What stands behind the last turn in the loss would teach nothing, and may change how templates render it.
+            # Messages after the last turn in the loss wouldn't be trained, and may change how a template renders that turn.
             chat = self.template.chat([*prompt, *messages][: numbers[-1] + 1], place, tools=tools, also=contents)
             both.append(split_turns(self.template, chat, numbers, answers_from=len(prompt)))
         if any(turns.prompt != both[0].prompt for turns in both):
             raise DataError(
-                "the chat template renders the prompt otherwise for one answer than for the other", place=place,
-                fix="give answers of one turn each",
+                "the chat template renders the prompt differently for the two responses", place=place,
+                fix="give responses of one turn each",
             )  # fmt: skip
         notes, lost = ([text for turns in both for text in getattr(turns, name)] for name in ("notes", "lost"))
-        return _RowSpans(example, both[0].prompt, [turns.response for turns in both], seen, notes, lost)
+        return _RowSpans(checked, both[0].prompt, [turns.response for turns in both], seen, notes, lost)
 
-    def _text_plan(self, example: CheckedRow, prompt: str) -> _RowSpans:
+    def _text_plan(self, checked: CheckedRow, prompt: str) -> _RowSpans:
+        """Return a row of plain text as spans, with beginning and end tokens."""
         control = self.template.control
-        texts = [text for text in example.responses if isinstance(text, str)]
+        texts = [text for text in checked.responses if isinstance(text, str)]
         seen = [name for text in (prompt, *texts) for name in control.within(text)]
-        # A response continues its prompt: what marks a text's beginning (Llama's `▁`) stands at the prompt's alone.
+        # A response continues its prompt, so only the prompt gets the mark of a text's beginning (Llama's `▁`).
         answers = [control.spans_in_text(text, in_loss=True, continues=bool(prompt)) for text in texts]
         if not prompt:
-            # A whole text that writes its own beginning token has it as its prompt.
-            begin = self.text_spans.begin or (self._stand_in(example),)
+            # Text without a prompt has the beginning token as its prompt, and must not begin with a second one.
+            begin = self.text_spans.begin or (self._empty_prompt_id(checked),)
             answers = [answer[len(begin) :] if _begins_with(answer, begin) else answer for answer in answers]
-        answers = [self._ended(answer, example) for answer in answers]
+        answers = [self._ended(answer, checked) for answer in answers]
         before = control.spans_in_text(prompt)
         if not _begins_with(before, self.text_spans.begin):
             before.insert(0, TextSpan(ids=self.text_spans.begin))
-        lost = ["`tools` reach a chat template, and the rows are plain text"] if example.tools else []
-        return _RowSpans(example, before, answers, seen, lost=lost)
+        lost = ["`tools` need a chat template, and the rows are plain text"] if checked.tools else []
+        return _RowSpans(checked, before, answers, seen, lost=lost)
 
-    def _ended(self, answer: list[TextSpan], example: CheckedRow) -> list[TextSpan]:
-        """Return a response with the end token behind it, which its text may have written itself."""
-        end = self._end_span(example)
+    def _ended(self, answer: list[TextSpan], checked: CheckedRow) -> list[TextSpan]:
+        """Return a response with one end token after it, also where its text ends with that already."""
+        end = self._end_span(checked)
         for length in (len(answer), len(answer) - 1):
             if length > 0 and answer[length - 1].ids == end.ids and not any(p.text.strip() for p in answer[length:]):
                 return answer[:length]
         return [*answer, end]
 
-    def _end_span(self, example: CheckedRow) -> TextSpan:
+    def _end_span(self, checked: CheckedRow) -> TextSpan:
+        """Return the end token, in the loss."""
         if self.tokenizer.eos_token_id is None:
             raise ModelError(
                 "the tokenizer has no end token, so a response could not be ended",
-                place=example.place,
+                place=checked.place,
                 fix="set the tokenizer's `eos_token`",
             )
         return TextSpan(ids=(self.tokenizer.eos_token_id,), in_loss=True)
@@ -303,48 +329,53 @@ class Encoder:
     def _outcome(
         self, plan: _RowSpans, prompt: list[int], responses: list[list[int]], masks: list[list[bool]]
     ) -> RowOutcome:
-        example = plan.example
+        """Return the outcome for a row of these ids and loss masks: truncated or refused where it is too long."""
+        checked = plan.checked
         if not prompt:
-            prompt = [self._stand_in(example)]
+            prompt = [self._empty_prompt_id(checked)]
         for response, mask in zip(responses, masks, strict=True):
             if not any(mask):
-                raise DataError("a response has no token", place=example.place, got=f"{len(response)} tokens")
+                raise DataError("a response has no token", place=checked.place, got=f"{len(response)} tokens")
         reason, truncated = None, False
         if len(prompt) + max(map(len, responses), default=1) > self.max_length:
-            cut = self._cut(prompt, responses, masks)
-            if isinstance(cut, str):
-                reason = cut
+            shorter = self._truncated(prompt, responses, masks)
+            if isinstance(shorter, str):
+                reason = shorter
             else:
-                (prompt, responses, masks), truncated = cut, True
+                (prompt, responses, masks), truncated = shorter, True
         if reason is None and self.record == "preference" and responses[0] == responses[1]:
             reason = EQUAL
         row = None
         if reason is None:
             row = EncodedRow(
-                example.index, prompt, responses, masks,
-                dict(example.per_prompt), dict(example.per_response), example.asked, dict(example.record),
+                checked.index, prompt, responses, masks,
+                dict(checked.per_prompt), dict(checked.per_response), checked.asked, dict(checked.record),
             )  # fmt: skip
         control, notes, lost = (tuple(dict.fromkeys(found)) for found in (plan.control_text, plan.notes, plan.lost))
         return RowOutcome(
-            example.place, row, reason, truncated and row is not None, control,
-            example.left_out, example.read_as, example.unused, notes, lost, example.set_aside, example.absent,
+            checked.place, row, reason, truncated and row is not None, control,
+            checked.left_out, checked.read_as, checked.unused, notes, lost, checked.set_aside, checked.absent,
         )  # fmt: skip
 
-    def _stand_in(self, example: CheckedRow) -> int:
-        """Return the token that stands for an empty prompt: the beginning token, else the end token."""
+    def _empty_prompt_id(self, checked: CheckedRow) -> int:
+        """Return the id that an empty prompt is encoded as: the beginning token's, else the end token's."""
         for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
             if token is not None:
                 return token
         raise ModelError(
-            "the prompt is empty, and the tokenizer has neither a beginning nor an end token to stand for it",
-            place=example.place,
+            "the prompt is empty, and the tokenizer has neither a beginning nor an end token to encode it as",
+            place=checked.place,
             fix="set the tokenizer's `bos_token`, or give the row a prompt",
         )
 
-    def _cut(
+    def _truncated(
         self, prompt: list[int], responses: list[list[int]], masks: list[list[bool]]
     ) -> tuple[list[int], list[list[int]], list[list[bool]]] | str:
-        """Cut to `max_length` by the policy; the reason instead where nothing of the loss would be left."""
+        """Truncate to `max_length` as `truncation` says.
+
+        Returns:
+            prompt, responses and masks; or the reason for refusing the row, where no token in the loss would be left.
+        """
         if self.truncation == "drop":
             return TOO_LONG
         if self.truncation == "keep_start":
@@ -358,12 +389,16 @@ class Encoder:
         room = self.max_length - max(map(len, responses), default=1) - len(kept)
         if room >= 1:
             return [*kept, *prompt[-room:]], responses, masks
-        return self._cut_turns(kept, responses, masks)
+        return self._without_first_turns(kept, responses, masks)
 
-    def _cut_turns(
+    def _without_first_turns(
         self, kept: tuple[int, ...], responses: list[list[int]], masks: list[list[bool]]
     ) -> tuple[list[int], list[list[int]], list[list[bool]]] | str:
-        """Drop a conversation's earlier turns: what stands before the first turn that still fits whole is its prompt."""
+        """Drop the first turns of a conversation that is too long: the text before the first turn that fits whole is its prompt.
+
+        Args:
+            kept: the beginning token's ids, which stay in front of the prompt.
+        """
         if len(responses) != 1:
             return TOO_LONG
         response, mask = responses[0], masks[0]
@@ -374,6 +409,6 @@ class Encoder:
         return TOO_LONG
 
 
-def _begins_with(text_spans: Sequence[TextSpan], ids: tuple[int, ...]) -> bool:
-    """Tell whether text_spans begin with text_spans of these ids, one each."""
-    return bool(ids) and [text_span.ids for text_span in text_spans[: len(ids)]] == [(token,) for token in ids]
+def _begins_with(spans: Sequence[TextSpan], ids: tuple[int, ...]) -> bool:
+    """Return whether the first spans are these ids, one id per span."""
+    return bool(ids) and [span.ids for span in spans[: len(ids)]] == [(token,) for token in ids]

@@ -1,4 +1,4 @@
-"""Rows in JSON: one object a line, or one array of objects."""
+"""Files of rows in JSON: one object per line, or one array of objects."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _HUGE = re.compile(r"\d{4301,}")
 
 
 class JsonLines(TextFile):
-    """One JSON object a line. Blank lines are skipped."""
+    """A file with one JSON object per line. Blank lines are skipped."""
 
     def rows(self, start: Cursor) -> Iterator[Row]:
         row, line, offset = start.row, start.line, start.offset
@@ -32,7 +32,7 @@ class JsonLines(TextFile):
             if not text.strip():
                 continue
             values = self._parse(text, place, ended=ended, first=begin == 0)
-            yield Row(row, place, values, Cursor(start.part, row + 1, line, offset))
+            yield Row(row, place, values, Cursor(start.source, row + 1, line, offset))
             row += 1
 
     def _parse(self, text: str, place: str, *, ended: bool, first: bool) -> dict[str, Any]:
@@ -44,34 +44,36 @@ class JsonLines(TextFile):
             return values
         if isinstance(values, list):
             raise self._array(place)
-        raise DataError("expected one JSON object a line", place=place, got=type(values).__name__)
+        raise DataError("expected one JSON object per line", place=place, got=type(values).__name__)
 
     def _malformed(self, text: str, error: json.JSONDecodeError, place: str, *, ended: bool, first: bool) -> DataError:
         if first and text.lstrip().startswith("["):
             return self._array(place)
         place = f"{place}:{error.colno}"
         if not ended and (not text.rstrip().endswith("}") or error.pos >= len(text.rstrip())):
-            return DataError("the last line is cut off", place=place, got=error.msg, fix="write the file again")
+            return DataError("the last line is incomplete", place=place, got=error.msg, fix="write the file again")
         hint = "write each object on one line" if text.strip() in ("{", "[") else "repair or delete the line"
         return DataError("not valid JSON", place=place, got=error.msg, fix=hint)
 
     def _array(self, place: str) -> DataError:
         return DataError(
-            "holds a JSON array, expected one JSON object a line",
+            "holds a JSON array, expected one JSON object per line",
             place=place,
-            fix="name the file .json, or write one row a line",
+            fix="name the file .json, or write one row per line",
         )
 
 
 class JsonArray(TextFile):
-    """One array of objects, which may stand under a key of one object. The file's text is held in memory, and its objects are
-    read one by one."""
+    """A file with one JSON array of objects, which may be under a key of one object (`{"data": […]}`).
+
+    The file's text is held in memory; its objects are decoded one at a time.
+    """
 
     begin: int | None = None
-    """Where the array stands, where it isn't the whole file: characters before it."""
+    """Characters before the array, where it is under a key; None where it is the whole file."""
 
-    def is_one(self) -> bool:
-        """Tell whether the file's text begins as an array does, or is one object around an array of rows."""
+    def holds_array(self) -> bool:
+        """Return whether the file begins with an array, or is one object around an array of rows, rather than JSON lines."""
         with self.opened() as read:
             if read(1024).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
                 return True
@@ -79,16 +81,16 @@ class JsonArray(TextFile):
             return False
         try:
             found = _wrapped(self._text())
-        except (DataError, ValueError, RecursionError):  # What is wrong with it is said where it is read.
+        except (DataError, ValueError, RecursionError):  # Reading the rows raises a better error.
             return False
         if found is None:
             return False
         key, self.begin = found
-        logger.info("%s: the rows are what stands under `%s`", self.name, key)
+        logger.info("%s: the rows are the list under the key `%s`", self.name, key)
         return True
 
     def _has_lines(self) -> bool:
-        """Tell whether the file's first line is an object, and more follows."""
+        """Return whether the first line is a JSON object and another line follows."""
         lines = (line for line, _ in self.lines(0) if line.strip())
         first, second = next(lines, b""), next(lines, None)
         try:
@@ -114,7 +116,7 @@ class JsonArray(TextFile):
                 at = _after_space(text, at + 1)
             line, counted = line + text.count("\n", counted, at), at
             values, at = self._next(text, at, f"{self.name}:{line}")
-            yield Row(row, f"{self.name}:{line}", values, Cursor(start.part, row + 1, number + 1, at))
+            yield Row(row, f"{self.name}:{line}", values, Cursor(start.source, row + 1, number + 1, at))
             row, number = row + 1, number + 1
         if self.begin is None and (end := _after_space(text, at + 1)) != len(text):
             raise self._malformed(text, end, "Extra data")
@@ -133,7 +135,7 @@ class JsonArray(TextFile):
     def _malformed(self, text: str, at: int, problem: str) -> DataError:
         place = self._place(at, text)
         if at >= len(text.rstrip()) or problem.startswith("Unterminated"):
-            return DataError("the array is cut off", place=place, got=problem, fix="write the file again")
+            return DataError("the array is incomplete", place=place, got=problem, fix="write the file again")
         return DataError("not valid JSON", place=place, got=problem, fix="repair the file")
 
     def _place(self, at: int, text: str) -> str:
@@ -142,7 +144,9 @@ class JsonArray(TextFile):
 
 
 def _wrapped(text: str) -> tuple[str, int] | None:
-    """Return the key of the one array of rows in an object, and where that array begins; None where the object is a row itself.
+    """Return the key of the one array of rows in a JSON object, and the offset in characters at which that array begins.
+
+    None where the object is a row itself: it has several such arrays, other lists, or names that columns of rows have.
 
     Raises:
         ValueError: the text isn't one JSON object.
@@ -166,7 +170,7 @@ def _wrapped(text: str) -> tuple[str, int] | None:
 
 
 def _are_rows(key: str, value: Any) -> bool:
-    """Tell whether a value is a list of rows: mappings, and not the turns of one conversation."""
+    """Return whether a value is a list of rows: of mappings which aren't the turns of one conversation."""
     if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):
         return False
     if role_key(value[0]) is not None:
@@ -176,6 +180,7 @@ def _are_rows(key: str, value: Any) -> bool:
 
 
 def _after_space(text: str, at: int) -> int:
+    """Return the offset of the first character at or after `at` that isn't white space."""
     match = _SPACE.match(text, at)
     return match.end() if match else at
 
@@ -186,7 +191,7 @@ def _checked(parse: Callable[[], Any], place: str, place_of_integer: Callable[[]
         return parse()
     except DuplicateKey as error:
         raise DataError(
-            f"key {_quoted(error.key)} stands twice in one object", place=place, fix="keep one of them"
+            f"key {_quoted(error.key)} appears twice in one object", place=place, fix="keep one of them"
         ) from None
     except _NotFinite as error:
         raise DataError("a number isn't finite", place=place, got=str(error), fix="remove or repair the row") from None
@@ -203,6 +208,7 @@ def _checked(parse: Callable[[], Any], place: str, place_of_integer: Callable[[]
 
 
 def _huge_at(text: str, start: int) -> int:
+    """Return the offset of the first integer of more than 4,300 digits, which Python refuses to convert."""
     match = _HUGE.search(text, start)
     return match.start() if match else start
 

@@ -19,11 +19,11 @@ _ENCODE = 1024
 _FETCH = 256
 
 SMALL = 256 << 10
-"""Bytes of data up to which rows stay in memory and aren't cached: they are tokenised in well under a second."""
+"""Data of at most so many bytes stay in memory and aren't cached: tokenising them takes well under a second."""
 
 
 class MapDataset(EncodedData, torch.utils.data.Dataset[EncodedRow]):
-    """Rows by number: `len(dataset)`, `dataset[i]`."""
+    """All rows, by number: `len(dataset)`, `dataset[i]`. Tokenised rows are kept in the datasets library's cache."""
 
     def _read(self) -> None:
         small = self.source.size <= SMALL
@@ -36,7 +36,7 @@ class MapDataset(EncodedData, torch.utils.data.Dataset[EncodedRow]):
             self.report.repeat_log()
 
     def _encode(self, write: Write) -> dict[str, Any]:
-        """Read, check and encode all rows; return what is reported of them."""
+        """Read, check and encode all rows, hand them to `write`, and return what was reported, to be kept with them."""
         digest = hashlib.sha256()
         self.report.reset()
         rows = self.source.rows()
@@ -56,7 +56,7 @@ class MapDataset(EncodedData, torch.utils.data.Dataset[EncodedRow]):
         }
 
     def _cache_entry(self) -> CacheEntry | None:
-        """Return where the cache keeps these rows; None where caching is off, or data or tokenizer have no content hash."""
+        """Return the rows' place in the cache; None where caching is off, or data or tokenizer have no content fingerprint."""
         import datasets
 
         encoder, files = self.encoder.identity(), self.report.files
@@ -77,7 +77,7 @@ class MapDataset(EncodedData, torch.utils.data.Dataset[EncodedRow]):
         return self.rows([number % len(self)])[0]
 
     def rows(self, numbers: Sequence[int]) -> list[EncodedRow]:
-        """Return these rows, in this order."""
+        """Return the rows of these numbers, in this order."""
         found = self.table[list(numbers)]
         columns = map(json.loads, found["columns"])
         ids = zip(found["index"], found["prompt_ids"], found["responses"], found["masks"], strict=True)

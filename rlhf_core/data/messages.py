@@ -1,7 +1,7 @@
-"""Chat messages as people's files write them → messages with `role` and `content`, every other key kept.
+"""Chat messages as data sets write them (`role` or `from`, `content` or `value` …) → messages with `role` and `content`.
 
-Roles have one name each, content is text, tool calls are lists of mappings with their arguments decoded, and keys without a
-value are gone: Arrow fills in None wherever another row has a key. Content that was missing stays known as such (`NoContent`).
+A role has one name, content is text, and tool calls are mappings with decoded arguments; every other key is kept. Keys with the
+value None are dropped, because Arrow adds them wherever another row has the key. Missing content becomes `NoContent`.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ ROLES = {
     ),
     **dict.fromkeys(("function_call", "tool_call", "function-call"), "call"),
 }
-"""What a turn's author is called → its role. `call` is the assistant's, its content the call."""
+"""Name of a turn's author in the data → role. `call` is an assistant turn whose content is a tool call."""
 
 _ROLE_KEYS = ("role", "from")
 _SPEAKER_KEYS = ("speaker", "sender", "author")
-"""Keys that say who speaks where they hold the name of a role, and not a person's."""
+"""Keys that give the role, but only where their value is the name of a role and not a person's."""
 _CONTENT_KEYS = ("content", "value", "text", "utterance", "message")
 _INSTEAD = ("tool_calls", "function_call", "function_calls", "reasoning_content", "reasoning", "thinking")
-"""Keys that an assistant turn may have in place of content."""
+"""Keys that an assistant turn may have instead of content."""
 
 _SWITCHES = ("train", "training", "loss")
-"""Keys by which other tools say whether a turn is in the loss."""
+"""Keys by which other tools' files say whether a turn is in the loss; read as `weight`."""
 
 PAIRS = (
     ("input", "output"),
@@ -55,17 +55,17 @@ PAIRS = (
     ("instruction", "output"),
     ("question", "answer"),
 )
-"""Keys of a list's entries that each hold one question with its answer."""
+"""Keys of a question and of its answer, where each entry of a list is such a pair."""
 
 _SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
 class NoContent(str):
-    """The content of a turn that has none: empty text, which a chat template gets as None where it takes that."""
+    """The content of a turn that has none. It is empty text here; a chat template gets None, if it accepts that."""
 
 
 def role_key(message: Mapping[Any, Any]) -> str | None:
-    """Return the key that says who speaks, or None where this is no message."""
+    """Return the key that holds a message's role (`role`, `from`, `speaker` …), or None where this isn't a message."""
     named = next((key for key in _ROLE_KEYS if isinstance(message.get(key), str)), None)
     if named is not None:
         return named
@@ -74,14 +74,14 @@ def role_key(message: Mapping[Any, Any]) -> str | None:
 
 
 def is_plain_message(message: Mapping[Any, Any]) -> bool:
-    """Tell whether a message has `role` and `content`, or what may stand in its place, rather than other names for them."""
+    """Return whether a message uses the keys `role` and `content`, and no other names for them (`from`, `value` …)."""
     return role_key(message) == "role" and not any(
         key in message for key in _CONTENT_KEYS[1:] if "content" not in message
     )
 
 
 def pair_keys(entry: Mapping[Any, Any]) -> tuple[str, str] | None:
-    """Return the keys of a question and its answer, where a mapping has these two and no speaker."""
+    """Return the keys of a question and of its answer in an entry of a list, or None where it isn't such a pair."""
     if role_key(entry) is not None:
         return None
     return next(
@@ -91,10 +91,15 @@ def pair_keys(entry: Mapping[Any, Any]) -> tuple[str, str] | None:
 
 
 def read_messages(value: Any, name: str, place: str) -> list[Message]:
-    """Return a column's messages: a list of them, of question-and-answer pairs, one alone, or the JSON of any.
+    """Return a column's messages, which may be a list of messages or of question-and-answer pairs, or a single message.
+
+    Args:
+        value: the column's value.
+        name: the column's name, for messages.
+        place: where its row is, for messages.
 
     Raises:
-        DataError: it is none of these, or a message lacks what it needs.
+        DataError: it is none of these, or a message has no role, no content, or an unknown role.
     """
     if isinstance(value, Mapping):
         value = [value]
@@ -117,6 +122,7 @@ def read_messages(value: Any, name: str, place: str) -> list[Message]:
 
 
 def _message(entry: Mapping[str, Any], where: str, place: str) -> Message:
+    """Return one message with `role` and `content`. `where` is its name in error messages, such as `messages[2]`."""
     present = {key: without_nulls(item) for key, item in entry.items() if item is not None}
     who = role_key(present)
     if who is None:
@@ -154,7 +160,11 @@ def _message(entry: Mapping[str, Any], where: str, place: str) -> Message:
 
 
 def read_text(value: Any, where: str, place: str) -> str:
-    """Return a content's text: text, or parts of text."""
+    """Return content as text, where it is text or a list of parts `{"type": "text", "text": …}`.
+
+    Raises:
+        DataError: it is anything else, such as an image.
+    """
     if isinstance(value, str):
         return value
     if not isinstance(value, list | tuple):
@@ -174,7 +184,7 @@ def read_text(value: Any, where: str, place: str) -> str:
 
 
 def _read_call(message: dict[str, Any], where: str, place: str) -> None:
-    """Make a turn whose content is a call (`{"name": …, "arguments": …}`, or a list of them) one with `tool_calls`."""
+    """Move content that is a tool call (`{"name": …, "arguments": …}`, or a list of such, or its JSON) into `tool_calls`."""
     calls = _decoded(message["content"], where, place)
     calls = [calls] if isinstance(calls, Mapping) else calls
     if isinstance(calls, list) and calls and all(isinstance(call, Mapping) and "name" in call for call in calls):
@@ -183,7 +193,7 @@ def _read_call(message: dict[str, Any], where: str, place: str) -> None:
 
 
 def _call(call: Mapping[str, Any], where: str, place: str) -> dict[str, Any]:
-    """Decode the arguments of a call, which templates write as JSON themselves."""
+    """Return a tool call with its arguments decoded from JSON, since chat templates write them as JSON themselves."""
     function = call.get("function")
     inner = function if isinstance(function, Mapping) else call
     arguments = _decoded(inner.get("arguments"), f"{where}.arguments", place)
@@ -193,7 +203,7 @@ def _call(call: Mapping[str, Any], where: str, place: str) -> dict[str, Any]:
 
 
 def read_tools(value: Any, name: str, place: str) -> list[dict[str, Any]] | None:
-    """Return a row's tools as mappings, in the form that chat templates take; None where it has none.
+    """Return a row's tools as a list of mappings, the form that chat templates take; None where it has none.
 
     Raises:
         DataError: they are neither a list of mappings nor the JSON of one.
@@ -208,7 +218,7 @@ def read_tools(value: Any, name: str, place: str) -> list[dict[str, Any]] | None
     value = [value] if isinstance(value, Mapping) else value
     items = [_decoded(item, name, place) for item in value] if isinstance(value, list | tuple) else value
     tools = _mappings(without_nulls(items), name, place)
-    # A function that stands bare, as OpenAI's older `functions` did.
+    # OpenAI's older `functions` have no `{"type": "function", "function": …}` around them.
     return [
         tool
         if "function" in tool or "type" in tool or "parameters" not in tool
@@ -224,7 +234,7 @@ def _mappings(value: Any, name: str, place: str) -> list[dict[str, Any]]:
 
 
 def _decoded(value: Any, where: str, place: str) -> Any:
-    """Return what a text of JSON holds; anything else as it is."""
+    """Return text that holds a JSON object or array decoded, and anything else as it is."""
     if not isinstance(value, str) or value.lstrip()[:1] not in ("{", "["):
         return value
     try:
@@ -245,13 +255,13 @@ def without_nulls(value: Any) -> Any:
 
 
 def is_dialogue(text: str) -> bool:
-    """Tell whether a text is a whole dialogue: `Human: …`, a blank line, `Assistant: …`, and so on."""
-    begins = text[:100].lstrip().startswith("Human:")  # Looked at first: every text of every row comes by here.
+    """Return whether a text is a whole dialogue as Anthropic's HH data write it: `Human: …`, a blank line, `Assistant: …`."""
+    begins = text[:100].lstrip().startswith("Human:")  # First, because it is cheap and called for every text.
     return begins and "Assistant" in _SPEAKER.findall(text)
 
 
 def read_dialogue(text: str) -> list[Message]:
-    """Return the messages of a text that `is_dialogue`."""
+    """Return the messages of a text for which `is_dialogue` is true."""
     parts = _SPEAKER.split(f"\n\n{text.lstrip()}")
     return [
         {"role": "user" if speaker == "Human" else "assistant", "content": said.strip()}
@@ -260,5 +270,5 @@ def read_dialogue(text: str) -> list[Message]:
 
 
 def wrong_type(name: str, expected: str, got: Any, place: str) -> DataError:
-    """Return the fault of a column that holds another type than it should."""
+    """Return the error for a column that holds a value of the wrong type."""
     return DataError(f"`{name}` must be {expected}", place=place, got=f"{type(got).__name__} {shortened(got)}")

@@ -1,8 +1,4 @@
-"""Where rows come from: files, `datasets` objects, hub names, lists of rows.
-
-A source is read from any `Cursor` on, so that a stream resumes without reading what came before, and gives each row with the
-place that a message can name.
-"""
+"""Opens data of any kind as a source of rows: files and patterns of files, folders, hub names, `datasets` objects, lists."""
 
 from __future__ import annotations
 
@@ -22,38 +18,43 @@ from rlhf_core.infra.errors import DataError, first_line, shortened
 _JSON = (".jsonl", ".ndjson", ".json")
 _TEXTS = (*_JSON, ".csv", ".tsv")
 SUFFIXES = (*_TEXTS, *(end + pack for end in _TEXTS for pack in COMPRESSION), ".parquet")
-"""File names that are read, by their end."""
+"""Endings of the file names that can be read."""
 
 _SPLITS = {
     "train": "train",
     "test": "test",
     **dict.fromkeys(("validation", "valid", "val", "dev", "eval"), "validation"),
 }
-"""Words in a file's name → the split that its rows are of."""
+"""Word in a file's name → the split that the file belongs to."""
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?")
 
 
 def open_source(data: Any, *, split: str = "train", streaming: bool = False) -> DataSource:
-    """Find the rows of `data`: a path, a directory, a hub name (`owner/name` or `owner/name:config`), a `datasets` object,
-    a list of rows, or a list of paths and names, each alone or with a weight (`{"path": …, "weight": 2}`).
+    """Open data of any kind as a source of rows. Files are read when their rows are.
+
+    Args:
+        data: a path, a pattern of paths, a folder, a hub name (`owner/name` or `owner/name:config`), a `datasets` object, a list
+            of rows, or a list of paths and names, each alone or with a weight (`{"path": …, "weight": 2}`).
+        split: which split to take, where the data come in splits.
+        streaming: whether `datasets` streams what it loads from the hub, rather than downloading it first.
 
     Raises:
-        DataError: there are none, or nothing of that name.
+        DataError: nothing of that name exists, it can't be read as data, or the list is empty.
     """
     if isinstance(data, Sequence) and not isinstance(data, str) and not data:
         raise DataError("holds no rows", place="data", got="an empty list")
     files = data_files(data)
     if files is not None:
-        opened = [(part, weight) for path, weight in files for part in _named(path, split, streaming)]
-        return DataSource([part for part, _ in opened], [weight for _, weight in opened])
+        opened = [(source, weight) for path, weight in files for source in _named(path, split, streaming)]
+        return DataSource([source for source, _ in opened], [weight for _, weight in opened])
     if isinstance(data, Sequence):
         return DataSource([ListRows(data)])
     return DataSource([_dataset(data, "data", split)])
 
 
 def data_files(data: Any) -> list[tuple[str | Path, float]] | None:
-    """Return the files, folders and hub names that `data` lists, each with its weight; None where it holds rows itself.
+    """Return the paths and hub names in `data`, each with its weight; None where `data` is rows or a `datasets` object.
 
     Raises:
         ConfigError: a weight isn't a positive number.
@@ -76,15 +77,14 @@ def _is_weighted(item: Any) -> bool:
 
 
 def check_paths(data: Any) -> None:
-    """Raise `DataError` where a file that `data` names isn't there: cheap, so that it can be known before anything slow."""
+    """Raise `DataError` where `data` names a file that doesn't exist. Reads nothing, so it can run before a model is loaded."""
     for path, _ in data_files(data) or []:
         if not _exists(path) and not _is_hub_name(path) and not _matched(path):
             raise _no_such_file(path)
 
 
 def has_splits(data: Any) -> bool:
-    """Tell whether `data` is of the kinds that come in named splits: a hub name, a folder whose files bear such names, or a
-    `DatasetDict`, in memory or on disk."""
+    """Return whether `data` come in named splits: a hub name, a `DatasetDict`, or a folder whose file names tell the split."""
     files = data_files(data)
     if files is not None:
         return any(_has_splits(path) for path, _ in files)
@@ -104,19 +104,19 @@ def _has_splits(name: str | Path) -> bool:
 def _exists(name: str | Path) -> bool:
     try:
         return _path(name).exists()
-    except (OSError, ValueError):  # Too long, or a NUL in it: no name of a file.
+    except (OSError, ValueError):  # Too long for a path, or with a NUL in it.
         return False
 
 
 def _matched(name: str | Path) -> list[Path]:
-    """Return the files that a pattern such as `rows/*.jsonl` matches, by name."""
+    """Return the files that a pattern such as `rows/*.jsonl` matches, in the order of their names."""
     if not {*str(name)} & {*"*?["}:
         return []
     path = _path(name)
     try:
         found = Path(path.anchor or ".").glob(str(path.relative_to(path.anchor) if path.anchor else path))
         return sorted(item for item in found if item.is_file())
-    except (OSError, ValueError, NotImplementedError):  # No pattern that can be looked for.
+    except (OSError, ValueError, NotImplementedError):  # Not a valid pattern.
         return []
 
 
@@ -128,12 +128,14 @@ def _path(name: str | Path) -> Path:
 
 
 def _is_hub_name(name: str | Path) -> bool:
+    """Return whether a name could be a dataset's on the hub; nothing is looked up."""
     text = str(name)
     named = not isinstance(name, Path) and not text.endswith(SUFFIXES) and len(text) <= 200
     return named and _HUB_NAME.fullmatch(text) is not None
 
 
 def _named(name: str | Path, split: str, streaming: bool) -> list[RowSource]:
+    """Return the sources that a path, pattern, folder or hub name stands for."""
     if not _exists(name):
         if matched := _matched(name):
             return [_file(path) for path in matched]
@@ -146,16 +148,19 @@ def _named(name: str | Path, split: str, streaming: bool) -> list[RowSource]:
 
 
 def _file(path: Path) -> RowSource:
+    """Return the reader for a file, chosen by the ending of its name."""
     name = path.name.casefold()
     if not name.endswith(SUFFIXES):
-        raise DataError("unknown kind of file", place=str(path), fix=f"name it by what it holds: {', '.join(SUFFIXES)}")
+        raise DataError(
+            "unknown kind of file", place=str(path), fix=f"give its name one of these endings: {', '.join(SUFFIXES)}"
+        )
     if name.endswith(".parquet"):
         return ParquetRows(path)
     name = name.removesuffix(path.suffix) if path.suffix in COMPRESSION else name
     if name.endswith((".csv", ".tsv")):
         return Delimited(path)
     array = JsonArray(path)
-    return array if name.endswith(".json") and array.is_one() else JsonLines(path)
+    return array if name.endswith(".json") and array.holds_array() else JsonLines(path)
 
 
 def _no_such_file(name: str | Path) -> DataError:
@@ -166,6 +171,7 @@ def _no_such_file(name: str | Path) -> DataError:
 
 
 def _near_file(path: Path) -> str | None:
+    """Return a hint for a path that doesn't exist: the file of a similar name, or what its folder has."""
     parent = path.parent
     if not parent.is_dir():
         return f"there is no directory {parent} either"
@@ -177,13 +183,19 @@ def _near_file(path: Path) -> str | None:
 
 
 def _directory(path: Path, split: str, streaming: bool) -> list[RowSource]:
-    """Return a folder's parts: what `datasets` saved there, else the files of the split, which must be of one kind."""
+    """Return a folder's sources: what `datasets` saved there, else the files of the split.
+
+    Raises:
+        DataError: no file is of the split, or the files have different columns.
+    """
     import datasets
 
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         return [_dataset(reading(str(path), datasets.load_from_disk, str(path)), str(path), split)]
     files = _files(path)
-    if not files or {*split} & {*"[+"}:  # A slice of a split, or several together, as `datasets` writes them.
+    if not files or {*split} & {
+        *"[+"
+    }:  # `datasets` itself reads slices and sums of splits: `train[:10%]`, `train+test`.
         return [_load(str(path), None, split, streaming)]
     splits = _splits(files)
     if splits and split not in splits:
@@ -193,20 +205,20 @@ def _directory(path: Path, split: str, streaming: bool) -> list[RowSource]:
             got=", ".join(file.name for file in files[:8]),
             fix=f"set `dataset.split` (for `eval_data`: `dataset.eval_split`) to {' or '.join(splits)}, or name the files",
         )
-    parts = [_file(file) for file in (splits[split] if splits else files)]
-    columns = {part.name: _first_columns(part) for part in parts}
+    sources = [_file(file) for file in (splits[split] if splits else files)]
+    columns = {source.name: _first_columns(source) for source in sources}
     if len({*columns.values()}) > 1:
         raise DataError(
-            "is a directory that can't be read as one dataset",
+            "the files in this folder have different columns, so they aren't one dataset",
             place=str(path),
             got="; ".join(f"{Path(name).name}: {', '.join(sorted(held))}" for name, held in list(columns.items())[:4]),
-            fix=f"name a file, such as {parts[0].name}, or several",
+            fix=f"name a file, such as {sources[0].name}, or several",
         )
-    return parts
+    return sources
 
 
 def _files(path: Path) -> list[Path]:
-    """Return the files of rows in a folder, or in the folder `data` of a downloaded repository, by name."""
+    """Return the files of rows in a folder, or in its subfolder `data` (a downloaded repository), in the order of their names."""
     for folder in (path, path / "data"):
         if folder.is_dir():
             files = sorted(
@@ -223,7 +235,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _splits(files: Sequence[Path]) -> dict[str, list[Path]]:
-    """Return files by split, where the name of each tells one (`train-00000-of-00002.parquet`)."""
+    """Return split → files, where every file's name tells its split (`train-00000-of-00002.parquet`); else nothing."""
     splits: dict[str, list[Path]] = {}
     for file in files:
         words = re.split(r"[^a-z]+", file.name.casefold())
@@ -234,19 +246,20 @@ def _splits(files: Sequence[Path]) -> dict[str, list[Path]]:
     return splits
 
 
-def _first_columns(part: RowSource) -> frozenset[str]:
-    row = next_row(part.rows(Cursor()), part, Cursor())
+def _first_columns(source: RowSource) -> frozenset[str]:
+    row = next_row(source.rows(Cursor()), source, Cursor())
     return frozenset(map(str, row.values)) if row is not None else frozenset()
 
 
 def _load(name: str, config: str | None, split: str, streaming: bool) -> RowSource:
+    """Load a hub name, or a folder of a kind that only `datasets` knows."""
     import datasets
 
     try:
         loaded = datasets.load_dataset(name, config, split=split, streaming=streaming)
     except Exception as error:  # Loading scripts, decoders and the network raise errors of any kind.
         raise DataError(
-            "is no file here, and `datasets.load_dataset` cannot load it",
+            "not a file, and `datasets.load_dataset` cannot load it",
             place=name,
             got=first_line(error),
             fix="check the name, `dataset.split` (for `eval_data`: `dataset.eval_split`), the network, and for a gated set the"
@@ -256,6 +269,7 @@ def _load(name: str, config: str | None, split: str, streaming: bool) -> RowSour
 
 
 def _dataset(data: Any, name: str, split: str) -> RowSource:
+    """Return a `datasets` object as a source; of a dictionary of splits, the one asked for."""
     import datasets
 
     if isinstance(data, datasets.DatasetDict | datasets.IterableDatasetDict):

@@ -1,4 +1,4 @@
-"""A row whose columns are known → its prompt and responses: texts, or messages where any part of it is a chat."""
+"""A row of known shape → its prompt and responses: all as texts, or all as messages where any of them is a chat."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ LAST = "the conversation ends on turns that nothing answers, which are left out"
 
 @dataclass(frozen=True, slots=True)
 class PromptResponses:
-    """What a row asks and what answers it."""
+    """The prompt and the responses of one row."""
 
     prompt: Prompt
     responses: tuple[str, ...] | tuple[list[Message], ...]
     tools: list[dict[str, Any]] | None
     prompt_inside: bool = False
-    """Whether the prompt is the one that the answers begin with, and not the text beside them."""
+    """Whether the prompt was taken from the beginning of the responses, and a column with its text was not used."""
     set_aside: tuple[str, ...] = ()
-    """Turns of a conversation that are not in the loss because nothing asks for them or answers them."""
+    """Warnings on turns that are kept out of the loss because no question precedes them, or no answer follows."""
 
     @property
     def texts(self) -> list[str]:
-        """Every text in it, without the white space around; the responses' last texts stand last."""
+        """Every text in it, stripped of white space at both ends. The last texts of the responses are the last entries."""
         messages = [] if isinstance(self.prompt, str) else list(self.prompt)
         for response in self.responses:
             messages += [] if isinstance(response, str) else response[:-1]
@@ -41,21 +41,26 @@ class PromptResponses:
 
 
 def in_loss(message: Message) -> bool:
-    """Tell whether a turn behind the prompt is in the loss: the assistant's, unless its weight is 0."""
+    """Return whether a turn after the prompt is in the loss: it is the assistant's, and its weight isn't 0."""
     return message["role"] == "assistant" and message.get("weight", 1) != 0
 
 
-def read_prompt_responses(reading: RowShape, contract: RecordContract, place: str) -> PromptResponses:
+def read_prompt_responses(shape: RowShape, contract: RecordContract, place: str) -> PromptResponses:
     """Return the prompt and the responses of a row.
 
+    Args:
+        shape: which columns of the row hold what, and their values.
+        contract: the record type.
+        place: where the row is, for messages.
+
     Raises:
-        DataError: a column holds something else than it should, a response is empty, or no prompt goes before it.
+        DataError: a column has a value of the wrong type, a response is empty, or there is no prompt before it.
     """
-    row = _RowReader(reading, contract, place)
-    if "text" in reading.columns:
+    row = _RowReader(shape, contract, place)
+    if "text" in shape.columns:
         return PromptResponses("", (_filled(row.of("text"), "text", place),), None)
     tools = read_tools(row.of("tools"), row.name("tools"), place)
-    if "messages" in reading.columns:
+    if "messages" in shape.columns:
         prompt, responses = row.conversation()
     else:
         if tools is None and not row.is_chat():
@@ -69,34 +74,36 @@ def read_prompt_responses(reading: RowShape, contract: RecordContract, place: st
 
 
 class _RowReader:
-    """A row's columns by what they are."""
+    """Reads the fields of one row (`prompt`, `chosen`, `system` …), whatever columns hold them."""
 
-    def __init__(self, reading: RowShape, contract: RecordContract, place: str) -> None:
-        self.reading, self.contract, self.place = reading, contract, place
+    def __init__(self, shape: RowShape, contract: RecordContract, place: str) -> None:
+        self.shape, self.contract, self.place = shape, contract, place
         self.prompt_inside = False
-        """Whether a prompt of text stands aside for the one that the answers begin with."""
+        """Whether the prompt at the beginning of the responses was used, and a column with its text was not."""
         self.set_aside: list[str] = []
 
     def name(self, what: str) -> str:
-        return self.reading.columns.get(what, what)
+        """Return the column that holds a field, for messages; the field's own name where none does."""
+        return self.shape.columns.get(what, what)
 
     def of(self, what: str) -> Any:
-        return self.reading.values.get(self.name(what)) if what in self.reading.columns else None
+        """Return the value of a field; None where the row doesn't have it."""
+        return self.shape.values.get(self.name(what)) if what in self.shape.columns else None
 
     def answer(self, what: str) -> Any:
-        """Return an answer, a text without the prompt at its beginning where the answers repeat it."""
+        """Return the value of a response field, without the prompt at its beginning where the responses repeat it."""
         value = self.of(what)
-        return value[len(self.of("prompt")) :] if self.reading.prompt_repeated else value
+        return value[len(self.of("prompt")) :] if self.shape.prompt_repeated else value
 
     def is_chat(self) -> bool:
-        """Tell whether any part of the row is more than text."""
-        if {"system", "history"} & {*self.reading.columns}:
+        """Return whether any field of the row is turns rather than text, so that the row is encoded with the chat template."""
+        if {"system", "history"} & {*self.shape.columns}:
             return True
         parts = [self.of(name) for name in ("prompt", *self.contract.responses)]
-        return self.reading.format == "dialogue" or any(isinstance(part, list | tuple | dict) for part in parts)
+        return self.shape.format == "dialogue" or any(isinstance(part, list | tuple | dict) for part in parts)
 
     def text_prompt(self) -> str:
-        """Return a prompt of text, the instruction's input behind it after an empty line."""
+        """Return the prompt as text: after an instruction its input, with an empty line between them."""
         prompt = self.of("prompt")
         if not isinstance(prompt, str):
             raise wrong_type(self.name("prompt"), "text or a list of messages", prompt, self.place)
@@ -108,26 +115,29 @@ class _RowReader:
         return f"{prompt}\n\n{more}" if prompt.strip() else more
 
     def conversation(self) -> tuple[list[Message], list[list[Message]]]:
-        """Return what goes before the first turn in the loss, and the rest; of a labelled conversation only its last turn is."""
+        """Return a conversation's messages before the first turn in the loss, and as the only response those from it on.
+
+        Of a labelled conversation (`unpaired`) the response is the last turn alone.
+        """
         column = self.name("messages")
         turns = self._answered(self._turns("messages"))
-        # Assistant turns that nothing comes before answer nothing: they are context.
+        # Assistant turns at the beginning answer no question, so they are context.
         asked = next((number for number, turn in enumerate(turns) if turn["role"] != "assistant"), len(turns))
         if 0 < asked < len(turns):
             self.set_aside.append(FIRST)
-        learned = [number for number, turn in enumerate(turns) if in_loss(turn) and number >= asked % len(turns)]
-        if not learned:
+        in_the_loss = [number for number, turn in enumerate(turns) if in_loss(turn) and number >= asked % len(turns)]
+        if not in_the_loss:
             raise DataError("every assistant turn has weight 0, so none is in the loss", place=self.place)
-        for number in learned:
+        for number in in_the_loss:
             _check_answer(turns[number], f"{column}[{number}]", self.place)
-        first = len(turns) - 1 if "label" in self.contract.required else learned[0]
+        first = len(turns) - 1 if "label" in self.contract.required else in_the_loss[0]
         return turns[:first], [turns[first:]]
 
     def _answered(self, turns: list[Message]) -> list[Message]:
-        """Return turns without those behind the last answer.
+        """Return a conversation's turns up to the last one of the assistant.
 
         Raises:
-            DataError: no turn is an answer.
+            DataError: no turn is the assistant's.
         """
         last = max((number for number, turn in enumerate(turns) if turn["role"] == "assistant"), default=None)
         if last is None:
@@ -141,7 +151,7 @@ class _RowReader:
         return turns[: last + 1]
 
     def chat(self) -> tuple[list[Message], list[list[Message]]]:
-        """Return the messages of a prompt, and those of each response behind them."""
+        """Return the messages of the prompt, and the messages of each response that follow them."""
         answers = [self._answer(name) for name in self.contract.responses]
         raw = self.of("prompt")
         asked: list[Message] = []
@@ -149,7 +159,7 @@ class _RowReader:
             asked = read_messages(raw, self.name("prompt"), self.place)
         elif raw is not None:
             asked = [*self._history(), {"role": "user", "content": self.text_prompt()}]
-        shared = self._shared(answers) if self.reading.prompt_inside else 0
+        shared = self._shared(answers) if self.shape.prompt_inside else 0
         if shared:
             before = answers[0][:shared]
             answers = [answer[shared:] for answer in answers]
@@ -159,7 +169,7 @@ class _RowReader:
                 repeated = [_says_the_same(*both) for both in zip(asked, before[-len(asked) :], strict=False)]
                 if isinstance(raw, list | tuple) and not (len(asked) <= len(before) and all(repeated)):
                     raise DataError(
-                        f"the answers hold another prompt than `{self.name('prompt')}`",
+                        f"the responses contain another prompt than `{self.name('prompt')}`",
                         place=self.place,
                         got=f"{_shown(before[-1])}, `{self.name('prompt')}` ends {_shown(asked[-1])}",
                         fix="keep one of them",
@@ -173,7 +183,7 @@ class _RowReader:
         return asked, answers
 
     def with_system(self, prompt: list[Message]) -> list[Message]:
-        """Put the system column before the messages, where it holds anything."""
+        """Return the prompt with the text of the system column before it, where that has any."""
         given = self.of("system")
         system = "" if given is None else read_text(given, self.name("system"), self.place)
         if not system.strip():
@@ -190,6 +200,7 @@ class _RowReader:
         return [{"role": "system", "content": system}, *prompt]
 
     def _turns(self, what: str) -> list[Message]:
+        """Return the messages of a field that holds turns of any kind, a dialogue, or texts of both speakers in alternation."""
         value = self.of(what)
         if isinstance(value, str) and is_dialogue(value):
             return read_dialogue(value)
@@ -199,16 +210,18 @@ class _RowReader:
         return read_messages(value, self.name(what), self.place)
 
     def _answer(self, name: str) -> list[Message]:
+        """Return a response as messages; a text is one assistant turn."""
         value = self.answer(name)
-        if self.reading.prompt_repeated:
+        if self.shape.prompt_repeated:
             value = value.lstrip()
-        if isinstance(value, str) and not (self.reading.format == "dialogue" and is_dialogue(value)):
+        if isinstance(value, str) and not (self.shape.format == "dialogue" and is_dialogue(value)):
             return [{"role": "assistant", "content": _filled(value, self.name(name), self.place)}]
         if not isinstance(value, str) and value_kind(value) not in (*TURNS, "turn", "empty"):
             raise wrong_type(self.name(name), "text or a list of messages", value, self.place)
         return self._turns(name)
 
     def _history(self) -> list[Message]:
+        """Return the messages of earlier turns, from the column for them."""
         history = self.of("history")
         if value_kind(history) in (*TURNS, "texts"):
             return self._turns("history")
@@ -218,14 +231,18 @@ class _RowReader:
         return turns
 
     def _shared(self, answers: Sequence[list[Message]]) -> int:
-        """Return how many messages the answers begin with in common, up to the answers proper."""
+        """Return with how many equal messages the responses begin: those are the prompt.
+
+        Raises:
+            DataError: the first messages that differ aren't the assistant's.
+        """
         shared = 0
         while shared < min(map(len, answers)) and all(
             _says_the_same(answer[shared], answers[0][shared]) for answer in answers
         ):
             shared += 1
         if shared == min(map(len, answers)):
-            # One of them is the beginning of the other, or they are equal: what they differ in is the last answer.
+            # One is the beginning of the other, or both are equal: the response begins at the last answer that they share.
             shared = max((n for n in range(shared) if answers[0][n]["role"] == "assistant"), default=shared)
         if any(answer[shared]["role"] != "assistant" for answer in answers if shared < len(answer)):
             got = ", ".join(
@@ -233,16 +250,16 @@ class _RowReader:
                 for name, answer in zip(self.contract.responses, answers, strict=True)
             )
             raise DataError(
-                f"the answers differ before the assistant speaks, at message {shared}",
+                f"the responses differ in message {shared}, which isn't the assistant's",
                 place=self.place,
                 got=got,
-                fix="give both answers the same prompt, or delete the row",
+                fix="give both responses the same prompt, or delete the row",
             )
         return shared
 
 
 def _repeated(asked: Sequence[Message], answer: Sequence[Message]) -> int:
-    """Return how many messages an answer begins with that repeat what is asked, a system turn before it counted in."""
+    """Return how many messages at the beginning of a response repeat the prompt, with a system turn before it; else 0."""
     for skipped in (0, 1):
         end = skipped + len(asked)
         if not asked or len(answer) <= end or (skipped and answer[0]["role"] != "system"):
@@ -253,17 +270,17 @@ def _repeated(asked: Sequence[Message], answer: Sequence[Message]) -> int:
 
 
 def _says_the_same(one: Message, other: Message) -> bool:
-    """Tell whether two turns are alike but for what was noted on them, such as a number or a time."""
+    """Return whether two turns have the same role, content and tool calls; other keys, such as a time, may differ."""
     return all(one.get(key) == other.get(key) for key in ("role", "content", "tool_calls"))
 
 
 def _check_prompt(prompt: Sequence[Message], row: _RowReader, place: str) -> None:
-    if not prompt and "messages" in row.reading.columns:
+    if not prompt and "messages" in row.shape.columns:
         raise DataError("the conversation begins with an assistant turn, which answers nothing", place=place)
     if not prompt:
-        raise DataError("the answers begin with an assistant turn, and there is no prompt before it", place=place)
-    # Of a conversation the turns that are kept out of the loss may end on any.
-    if prompt[-1]["role"] == "assistant" and "messages" not in row.reading.columns:
+        raise DataError("the responses begin with an assistant turn, and there is no prompt before it", place=place)
+    # What precedes the first turn in the loss of a conversation may end on an assistant turn of weight 0.
+    if prompt[-1]["role"] == "assistant" and "messages" not in row.shape.columns:
         raise DataError(
             "the prompt ends on an assistant turn, which leaves nothing to answer",
             place=place,
@@ -274,7 +291,7 @@ def _check_prompt(prompt: Sequence[Message], row: _RowReader, place: str) -> Non
 def _check_response(answer: Sequence[Message], name: str, shared: int, place: str) -> None:
     where = [f"{name}[{number}]" for number in range(shared, shared + len(answer))]
     if not answer:
-        raise DataError(f"`{name}` has no answer behind the prompt", place=place)
+        raise DataError(f"`{name}` has no answer after the prompt", place=place)
     for number in (0, -1):
         if answer[number]["role"] != "assistant":
             raise DataError(
@@ -290,6 +307,7 @@ def _check_response(answer: Sequence[Message], name: str, shared: int, place: st
 
 
 def _check_answer(turn: Message, name: str, place: str) -> None:
+    """Raise `DataError` where an assistant turn has neither content, nor tool calls, nor reasoning."""
     if turn["content"].strip() or any(
         turn.get(key) for key in ("tool_calls", "function_calls", "reasoning_content", "reasoning", "thinking")
     ):
@@ -298,6 +316,7 @@ def _check_answer(turn: Message, name: str, place: str) -> None:
 
 
 def _filled(value: Any, name: str, place: str) -> str:
+    """Return a response as text, or raise `DataError` where it is no text or empty."""
     if not isinstance(value, str):
         raise wrong_type(name, "text", value, place)
     if not value.strip():
@@ -306,4 +325,5 @@ def _filled(value: Any, name: str, place: str) -> str:
 
 
 def _shown(message: Message) -> str:
+    """Return a message with its role, shortened, for an error."""
     return f"{message['role']}: {shortened(message['content'])}"

@@ -1,9 +1,9 @@
 """Tokenised rows, kept in the datasets library's cache: a resume and a second process load them and tokenise nothing again.
 
-An entry is a folder `rlhf_core/RECORD-KEY` in `HF_DATASETS_CACHE` with the rows as an Arrow table (`rows.arrow`) and all that
-reading them reported (`rows.json`). The key is a hash of everything that decides which ids come out: the data's contents, the
-tokenizer, the chat template, the options, and the code itself. An entry appears whole, by a rename, and is used only if the
-SHA-256 of both files is right.
+An entry is a folder `rlhf_core/RECORD-KEY` in `HF_DATASETS_CACHE` with the rows as an Arrow table (`rows.arrow`) and the report
+of reading them (`rows.json`). The key is a hash of everything that determines the token ids: the contents of the data, the
+tokenizer, the chat template, the options, and the code itself. An entry is renamed into place when it is complete, and used only
+if the SHA-256 of both files is right.
 """
 
 from __future__ import annotations
@@ -40,14 +40,15 @@ SCHEMA = pa.schema(
         "prompt_ids": pa.list_(pa.int32()),
         "responses": pa.list_(pa.list_(pa.int32())),
         "masks": pa.list_(pa.list_(pa.bool_())),
-        # The prompt as it stands and other columns differ from row to row, so they are kept as the JSON that they came from.
+        # The prompt and other columns have different types from row to row, so they are kept as JSON.
         "columns": pa.large_string(),
     }
 )
 
 Write = Callable[[Sequence[EncodedRow]], None]
+"""Stores some encoded rows."""
 Encode = Callable[[Write], dict[str, Any]]
-"""Encodes all rows, hands them to `Write`, and returns as JSON values what else is to be kept with them."""
+"""Encodes all rows, passes them to the `Write` that it gets, and returns what else to keep with them, as JSON values."""
 
 _LIBRARIES = ("transformers", "tokenizers", "jinja2", "pyarrow", "datasets")
 
@@ -57,30 +58,30 @@ class EncodedTable(NamedTuple):
 
     table: datasets.Dataset
     summary: dict[str, Any]
-    """What `Encode` returned."""
+    """What `Encode` returned with them."""
     cached: bool
-    """Whether both come from the cache, so that nothing was encoded now."""
+    """Whether they were loaded from the cache instead of encoded."""
     directory: tempfile.TemporaryDirectory[str] | None = None
-    """The temporary folder that holds the table's file; it goes when this does. None in memory or in the cache."""
+    """The temporary folder with the table's file, removed when this object is; None for a table in memory or in the cache."""
 
 
 class _CannotKeep(Exception):
-    """The cache can't take the rows."""
+    """The rows can't be written to the cache."""
 
 
 def encoded_table(entry: CacheEntry | None, encode: Encode, *, in_memory: bool) -> EncodedTable:
-    """Return rows from their entry in the cache; where it lacks them, encode and keep them there.
+    """Load rows from the cache, or encode them and keep them there.
 
-    One process encodes; others that open the same data meanwhile wait and load. Where the cache can't be written, each process
-    encodes for itself, which one log line says.
+    Of several processes one encodes, and the others wait and load. Where the cache can't be written, which is logged, each
+    process encodes the rows itself.
 
     Args:
-        entry: where the rows belong; None keeps nothing.
-        encode: called once, or once more where the cache turns out to be full.
-        in_memory: whether rows that aren't kept stay in memory, or go to a temporary file.
+        entry: the rows' place in the cache; None for rows that aren't kept.
+        encode: encodes the rows; called a second time where the cache turned out to be full.
+        in_memory: whether rows that aren't kept stay in memory, rather than in a temporary file.
 
     Raises:
-        StorageError: neither the cache nor the temporary folder can take the rows.
+        StorageError: the temporary file can't be written.
     """
     if entry is not None:
         if (found := entry.load()) is not None:
@@ -109,12 +110,12 @@ def encoded_table(entry: CacheEntry | None, encode: Encode, *, in_memory: bool) 
 
 
 class CacheEntry:
-    """The place in the cache of one dataset's rows.
+    """The place of one dataset's rows in the cache.
 
     Args:
-        record: the record type, which the folder's name begins with.
-        made_from: everything that decides which ids come out, as JSON values.
-        unchanged: tells whether the data are still what `made_from` says.
+        record: the record type, with which the folder's name begins.
+        made_from: everything that determines the rows' ids, but for the code, as JSON values.
+        unchanged: returns whether the data still have the contents that `made_from` has the hash of.
     """
 
     def __init__(self, record: str, made_from: Mapping[str, Any], *, unchanged: Callable[[], bool]) -> None:
@@ -125,18 +126,18 @@ class CacheEntry:
         self.path = Path(datasets.config.HF_DATASETS_CACHE) / "rlhf_core" / f"{record}-{key[:32]}"
 
     def load(self) -> EncodedTable | None:
-        """Return the rows that are kept; None where there are none, or they are damaged, which a warning says."""
+        """Return the rows that are kept; None where there are none, or, with a warning, where they are damaged."""
         try:
             document = read_json(self.path / "rows.json")
             kept = document["kept"]
             if document["sha256"] != _sha256(kept):
-                raise ValueError("rows.json isn't what was written")
+                raise ValueError("the SHA-256 of rows.json is wrong")
             if kept["made_from"] != self._made_from:
-                raise ValueError("rows.json is of other rows")
+                raise ValueError("rows.json belongs to other rows")
             if kept["sha256"] != sha256_of(self.path / "rows.arrow").sha256:
-                raise ValueError("rows.arrow isn't what was written")
+                raise ValueError("the SHA-256 of rows.arrow is wrong")
             table = _read_arrow(self.path / "rows.arrow")
-        except Exception as error:  # A damaged file makes its reader raise errors of any kind.
+        except Exception as error:  # Readers raise errors of any kind for damaged files.
             if self.path.exists():
                 reason = getattr(error, "strerror", None) or error
                 logger.warning("%s: can't be used, so the rows are tokenised again: %s", self.path, reason)
@@ -146,7 +147,7 @@ class CacheEntry:
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[_Turn]:
-        """Wait until no other process builds this entry.
+        """Wait until no other process builds this entry, and keep others waiting meanwhile.
 
         Raises:
             _CannotKeep: the cache's folder can't be written.
@@ -160,7 +161,7 @@ class CacheEntry:
         try:
             yield _lock(descriptor, self.path)
         finally:
-            # Who waits for a lock that is gone finds the entry, or encodes for itself.
+            # A process that waits for the removed file gets the lock too, and finds the entry or encodes the rows itself.
             with contextlib.suppress(OSError):
                 lock.unlink()
             os.close(descriptor)
@@ -174,7 +175,7 @@ class CacheEntry:
         growing = self.path.with_name(f".{self.path.name}-{uuid.uuid4().hex[:8]}.tmp")
         try:
             if locked:
-                # What processes that were killed left behind.
+                # Left behind by processes that were killed, or damaged.
                 for left in (self.path, *self.path.parent.glob(f".{self.path.name}-*.tmp")):
                     remove_tree(left)
             growing.mkdir()
@@ -193,14 +194,16 @@ class CacheEntry:
 
 
 class _Turn(NamedTuple):
+    """How a process got its turn to build an entry."""
+
     waited: bool
-    """Whether another process had the lock, which then built the entry, or failed to."""
+    """Whether another process had the lock; it has built the entry, or failed to."""
     locked: bool
     """False where the file system has no locks."""
 
 
 def _lock(descriptor: int, path: Path) -> _Turn:
-    """Lock an open file; the lock goes when the file is closed, or the process ends."""
+    """Lock an open file, waiting for other processes. The lock ends when the file is closed or the process ends."""
     try:
         import fcntl
     except ImportError:  # Windows has no such lock.
@@ -217,7 +220,7 @@ def _lock(descriptor: int, path: Path) -> _Turn:
 
 
 def _write_arrow(path: Path, encode: Encode) -> dict[str, Any]:
-    """Encode rows into an Arrow file; return what `encode` does."""
+    """Encode rows into an Arrow file; return what `encode` returns."""
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
         return encode(lambda rows: writer.write_batch(_as_arrow(rows)))
 
@@ -230,20 +233,22 @@ def _read_arrow(path: Path) -> datasets.Dataset:
 
 
 def _as_arrow(rows: Sequence[EncodedRow]) -> pa.RecordBatch:
+    """Return rows as a batch of `SCHEMA`."""
     columns: dict[str, list[Any]] = {name: [getattr(row, name) for row in rows] for name in SCHEMA.names[:-1]}
     columns["columns"] = [json.dumps([row.per_prompt, row.per_response, row.prompt, row.record]) for row in rows]
     return pa.RecordBatch.from_pydict(columns, schema=SCHEMA)
 
 
 def _sha256(value: Any) -> str:
+    """Return the hash of JSON values."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 @cache
 def _code() -> dict[str, str]:
-    """Return what tells the code that encodes from other code: a hash of its text, and the versions of the libraries below.
+    """Return the version of the code that encodes: a hash of this package's files, and the versions of libraries.
 
-    So no change of it can be forgotten in a version number.
+    A hash, because a version number would have to be raised by hand with every change.
     """
     digest = hashlib.sha256()
     for path in (*sorted(Path(__file__).parent.glob("*.py")), Path(records.__file__), Path(errors.__file__)):

@@ -1,4 +1,4 @@
-"""One row against its record type: the right columns, of the right types, with tokens for the loss."""
+"""Checks a row against its record type: it has the columns, they have the right types, and no response is empty."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _LABELS = {
     ),
 }  # fmt: skip
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios", "documents", "chat_template_kwargs")
-"""Columns that mean something, whatever they hold, and that nothing here reads."""
+"""Columns that change what a row means but aren't read here; they are reported unless they are empty."""
 
 _SHAPES = {
     **dict.fromkeys(("prompt", "response", "chosen", "rejected"), (*TEXT, *TURNS, "turn")),
@@ -34,7 +34,7 @@ _SHAPES = {
     "answer": (*TEXT, "number"),
     "verifiable": ("number",),
 }
-"""Kinds of value that a column of a record type may hold; another is never advised."""
+"""Field of a record type → kinds of value that it may have, for suggestions in messages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,37 +44,37 @@ class CheckedRow:
     index: int
     place: str
     prompt: Prompt
-    """Text, or the messages before the first answer."""
+    """Text, or the messages before the first turn in the loss."""
     responses: tuple[str, ...] | tuple[list[Message], ...]
-    """Texts behind a text; behind messages the messages that follow them, of which the assistant's are in the loss."""
+    """Texts after a prompt of text; after messages the messages that follow, of which the assistant's are in the loss."""
     tools: list[dict[str, Any]] | None = None
-    """What the assistant may call, for the chat template."""
+    """Tools that the assistant may call, for the chat template."""
     per_prompt: Mapping[str, float] = field(default_factory=dict)
     per_response: Mapping[str, list[bool]] = field(default_factory=dict)
     asked: Prompt = ""
-    """The prompt as it stands in the data, as JSON values, for rewards: no option for how it is encoded changes it."""
+    """The prompt as it is in the data, as JSON values, for rewards: options that change how it is encoded don't change this."""
     record: Mapping[str, Any] = field(default_factory=dict)
-    """The other columns that are kept for methods and rewards, as JSON values."""
+    """The row's other columns, for methods and rewards, as JSON values."""
     left_out: tuple[str, ...] = ()
-    """Columns that are not JSON values and so are not kept."""
+    """Columns that aren't in `record` because their values aren't JSON values."""
     read_as: str | None = None
-    """What was taken for what, where columns don't bear the record type's own names."""
+    """Description of which column was read as what; None where all have the record type's names."""
     unused: tuple[str, ...] = ()
-    """Columns of text or turns that nothing uses."""
+    """Columns of text, turns or images that aren't used and don't repeat what is used."""
     set_aside: tuple[str, ...] = ()
-    """Turns that are not in the loss because nothing asks for them or answers them."""
+    """Warnings on turns that are kept out of the loss because no question precedes them, or no answer follows."""
     absent: tuple[tuple[str, str], ...] = ()
-    """Columns that `dataset.columns` names and the row lacks, each with what to do about it."""
+    """Columns that `dataset.columns` names and the row lacks, each with a suggested fix."""
 
 
 class RowChecker:
-    """Checks rows against a record type, in whichever shape they stand.
+    """Checks rows against a record type, whatever their shape.
 
     Args:
         record: name of the record type.
-        columns: `dataset.columns`: its columns → the data's own names.
-        format: `dataset.format`: the one shape that rows may have, or `auto`.
-        ignored: `dataset.ignore_columns`: columns that may go unused without a word.
+        columns: `dataset.columns`: field of the record type → the data's column.
+        format: `dataset.format`: the one shape that is accepted, or `auto` for any.
+        ignored: `dataset.ignore_columns`: columns that aren't reported when they are unused.
     """
 
     def __init__(
@@ -100,28 +100,29 @@ class RowChecker:
         self.recogniser = ShapeRecogniser(self.contract, format, self.columns, self.ignored)
         self._margin: bool | None = None
         self._complete = False
-        """Whether a row before had every column."""
+        """Whether an earlier row had every required column."""
 
     def check(self, row: Row) -> CheckedRow:
-        """Return the row's parts.
+        """Return the row's prompt, responses and other columns.
 
         Raises:
-            DataError: a column is missing, of the wrong type, no sound value, or empty; or it can't be told which is which.
+            DataError: a column is missing, of the wrong type, empty, or not a value that can be encoded; or it is ambiguous which
+                column is which.
         """
         check_sound(row.values, row.place)
-        reading = self.recogniser.read(self._renamed(row.values), row.place)
-        found, values = reading.columns, reading.values
+        shape = self.recogniser.read(self._renamed(row.values), row.place)
+        found, values = shape.columns, shape.values
         check_sound({name: value for name, value in values.items() if value is not row.values.get(name)}, row.place)
         whole = {"messages", "text"} & {*found}
         for name in self.contract.required:
             absent = name not in found and not (whole and name in ("prompt", "response"))
-            if absent and not (name == "prompt" and reading.prompt_inside):
+            if absent and not (name == "prompt" and shape.prompt_inside):
                 raise self._missing(name, row, found)
         self._complete = True
-        parts = read_prompt_responses(reading, self.contract, row.place)
-        per_prompt, per_response = self._columns(reading, row)
+        parts = read_prompt_responses(shape, self.contract, row.place)
+        per_prompt, per_response = self._columns(shape, row)
         used = {*found.values(), *per_prompt}
-        unused = self._unused(reading, parts, used)
+        unused = self._unused(shape, parts, used)
         record = {name: value for name, value in values.items() if name not in used}
         if not self.contract.responses:
             # A reward may read any column, under its own name or that of the record type; the prompt stands apart.
@@ -131,12 +132,12 @@ class RowChecker:
         left_out = tuple(name for name in record if name not in kept)
         return CheckedRow(
             row.index, row.place, parts.prompt, parts.responses, parts.tools,
-            per_prompt, per_response, as_json(parts.prompt), kept, left_out, reading.says, unused,
+            per_prompt, per_response, as_json(parts.prompt), kept, left_out, shape.read_as, unused,
             parts.set_aside, self._absent(row),
         )  # fmt: skip
 
     def _renamed(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the row under the record type's names, as `dataset.columns` says."""
+        """Return a row's values with the columns that `dataset.columns` names renamed to the record type's fields."""
         renamed = {**values}
         for name, own in self.columns.items():
             if own in values:
@@ -148,20 +149,24 @@ class RowChecker:
         return renamed
 
     def _absent(self, row: Row) -> tuple[tuple[str, str], ...]:
-        """Return the columns that `dataset.columns` names and the row lacks."""
+        """Return the columns that `dataset.columns` names and the row lacks, each with a suggested fix."""
         return tuple(
             (own, f"`dataset.columns.{name}`: {did_you_mean(own, map(str, row.values))}")
             for name, own in self.columns.items()
             if own not in row.values
         )
 
-    def _unused(self, reading: RowShape, parts: PromptResponses, used: set[str]) -> tuple[str, ...]:
-        """Return the columns of text or turns that nothing uses, those aside that repeat what is used."""
+    def _unused(self, shape: RowShape, parts: PromptResponses, used: set[str]) -> tuple[str, ...]:
+        """Return the columns of text, turns or images that aren't used and don't repeat what is used.
+
+        Args:
+            used: columns that are.
+        """
         if not self.contract.responses:
             return ()
-        values = reading.values
-        columns = {name: col for name, col in reading.columns.items() if name != "prompt" or not parts.prompt_inside}
-        used = used - {*reading.columns.values()} | {*columns.values()}
+        values = shape.values
+        columns = {name: col for name, col in shape.columns.items() if name != "prompt" or not parts.prompt_inside}
+        used = used - {*shape.columns.values()} | {*columns.values()}
         known = {*self.contract.optional} - {"messages", "text", "input", "system", "tools"} | used | self.ignored
         texts, same = parts.texts, [values[column] for column in columns.values()]
         answers = parts.texts[-len(parts.responses) :]
@@ -169,7 +174,7 @@ class RowChecker:
         asked = [text.strip() for text in asked] or texts[: -len(answers)][-1:]
 
         def is_rendered(text: str) -> bool:
-            """Tell whether a text is the row written out: what is asked, and an answer behind it."""
+            """Return whether a text is the whole row written out: it has the prompt, and a response after it."""
             begin = max((text.find(part) + len(part) if part in text else len(text) for part in asked), default=0)
             return any(answer and answer in text[begin:] for answer in answers)
 
@@ -184,7 +189,7 @@ class RowChecker:
             said = value if kind == "texts" else _contents(value) if kind in TURNS else []
             if bool(said) and all(text.strip() in texts for text in said):
                 return True
-            # A used text in pieces, such as an answer's steps.
+            # The parts of a text that is used, such as the steps of an answer.
             return bool(said) and _without_space("".join(said)) in map(_without_space, texts)
 
         def means_something(name: str, value: Any) -> bool:
@@ -203,8 +208,9 @@ class RowChecker:
             if name not in known and means_something(name, value) and not repeats(value)
         )
 
-    def _columns(self, reading: RowShape, row: Row) -> tuple[dict[str, float], dict[str, list[bool]]]:
-        values, found = reading.values, reading.columns
+    def _columns(self, shape: RowShape, row: Row) -> tuple[dict[str, float], dict[str, list[bool]]]:
+        """Return the columns with one number per prompt (`margin`) and with one value per response (`desirable`)."""
+        values, found = shape.values, shape.columns
         per_prompt: dict[str, float] = {}
         per_response: dict[str, list[bool]] = {}
         if "margin" in self.contract.optional:
@@ -216,7 +222,9 @@ class RowChecker:
                 self._margin = margin is not None
             elif self._margin != (margin is not None):
                 raise DataError(
-                    "`margin` stands in some rows only", place=row.place, fix="give it in every row, or in none"
+                    "some rows have a `margin` and others don't",
+                    place=row.place,
+                    fix="give it in every row, or in none",
                 )
         if "label" in found:
             per_response["desirable"] = [_label(values[found["label"]], found["label"], row)]
@@ -229,6 +237,7 @@ class RowChecker:
         return per_prompt, per_response
 
     def _missing(self, name: str, row: Row, found: Mapping[str, str]) -> DataError:
+        """Return the error for a row that lacks the field `name`. `found` is field → column, those that it has."""
         own = self.columns.get(name, name)
         if own in row.values:
             filled = [str(key) for key, value in row.values.items() if value is not None]
@@ -247,10 +256,16 @@ class RowChecker:
         )
 
     def _mapping(self, name: str, own: str, row: Row, found: Mapping[str, str]) -> str:
-        """Return which `dataset.columns` would name the missing column, from the columns that hold the kind of it."""
+        """Return a suggested fix for a missing column: the `dataset.columns` that would name one of the right kind.
+
+        Args:
+            name: the field of the record type.
+            own: the data's column for it, where `dataset.columns` names one.
+            found: field → column, those that the row does have.
+        """
         held = {str(key): value_kind(value) for key, value in row.values.items()}
         if own != name and own not in held:
-            # `dataset.columns` names a column that isn't there: what stands near it may bear any name.
+            # `dataset.columns` names a column that the row lacks: suggest the nearest name of a column of the right kind.
             near = nearest(own, [key for key, kind in held.items() if kind in _SHAPES[name]])
             if near == name:
                 return f"leave `{name}` out of `dataset.columns`: the row has a column of that name"
@@ -260,7 +275,7 @@ class RowChecker:
         free = [key for key, kind in held.items() if key not in taken and kind in _SHAPES[name]]
         answers = [column for column in self.contract.responses if column not in found]
         if name == "prompt" and answers and (texts := [key for key in free if held[key] in TEXT]):
-            # Neither the prompt nor an answer is there: a single text can only be all there is.
+            # The row has neither a prompt nor a response: a single column of text must be the whole text.
             if len(texts) <= len(answers) and "text" in self.contract.optional:
                 return f"set `dataset.columns` to `{{text: {texts[0]}}}` to train on all of it, or give a prompt and a response"
             named = ", ".join(f"{column}: COLUMN" for column in ("prompt", *answers))
@@ -276,33 +291,34 @@ class RowChecker:
         return f"set `dataset.columns` to `{{{name}: COLUMN}}`, COLUMN being one of {', '.join(free)}"
 
     def _switches(self, row: Row) -> list[str]:
-        """Return the one column of true and false, where the row has one only."""
+        """Return the row's only column of true or false in a list; an empty list where it has none or several."""
         columns = [str(key) for key, value in row.values.items() if isinstance(value, bool)]
         return columns if len(columns) == 1 else []
 
     def _other_contract(self, row: Row) -> str | None:
-        """Return the record type that the row fulfils, where it has responses and isn't the one asked for."""
+        """Return the name of another record type with responses whose columns the row has; None where there is none."""
         fits = []
         for contract in RECORDS.values():
             if not contract.responses or contract.name == self.contract.name:
                 continue
             try:
-                reading = ShapeRecogniser(contract, "auto", {}).read(row.values, row.place)
+                shape = ShapeRecogniser(contract, "auto", {}).read(row.values, row.place)
             except DataError:
                 continue
-            optional = ("prompt", "response") if "messages" in reading.columns else ()
-            inside = ("prompt",) if reading.prompt_inside else ()
-            if {*contract.required} <= {*reading.columns, *optional, *inside}:
+            optional = ("prompt", "response") if "messages" in shape.columns else ()
+            inside = ("prompt",) if shape.prompt_inside else ()
+            if {*contract.required} <= {*shape.columns, *optional, *inside}:
                 fits.append(contract)
-        # The one that asks for most: unpaired rows have what `sft` needs, too.
+        # The one that needs most columns: rows of `unpaired` have those of `sft`, too.
         return max(fits, key=lambda contract: len(contract.required)).name if fits else None
 
     def _described(self, row: Row) -> str:
+        """Return the row's columns that aren't null, for a message."""
         return ", ".join(f"{key}{_unknown_turns(value)}" for key, value in row.values.items() if value is not None)
 
 
 def _unknown_turns(value: Any) -> str:
-    """Return the keys of a list of mappings that isn't recognised as turns, for a message."""
+    """Return a note with the keys of a list of mappings that isn't recognised as turns, for a message; else nothing."""
     if value_kind(value) != "list" or not isinstance(value[0], Mapping):
         return ""
     return (
@@ -315,7 +331,11 @@ def _without_space(text: str) -> str:
 
 
 def _label(value: Any, name: str, row: Row) -> bool:
-    """Return whether a label says desirable: true, 1, or a word for it."""
+    """Return a label as true (desirable) or false: it may be a boolean, 1 or 0, or a word such as `good` or `thumbs_down`.
+
+    Raises:
+        DataError: it is none of these.
+    """
     text = str(value).strip().casefold().replace(" ", "_").replace("thumbs-", "thumbs_").removesuffix(".0")
     if isinstance(value, str | bool | int | float) and text in _LABELS:
         return _LABELS[text]
@@ -334,6 +354,7 @@ def _label(value: Any, name: str, row: Row) -> bool:
 
 
 def _number(value: Any, name: str, row: Row) -> float:
+    """Return a column's finite number, which may be written as text."""
     try:
         if isinstance(value, bool) or not isinstance(value, int | float | str):
             raise TypeError
@@ -346,7 +367,7 @@ def _number(value: Any, name: str, row: Row) -> float:
 
 
 def _contents(turns: Any) -> list[str]:
-    """Return what is said in turns; nothing where they can't be read."""
+    """Return the contents of turns; an empty list where they can't be read."""
     try:
         return [message["content"] for message in read_messages(turns, "turns", "")]
     except DataError:
@@ -354,6 +375,7 @@ def _contents(turns: Any) -> list[str]:
 
 
 def _holds_text(value: Any) -> bool:
+    """Return whether a value, or one in it, is text other than a number."""
     if isinstance(value, str):
         return bool(value.strip()) and not _is_number(value)
     items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()

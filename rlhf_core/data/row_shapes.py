@@ -1,7 +1,7 @@
-"""The shapes of people's rows: which column is what, told from the values that stand in them.
+"""Recognises the shape of a row (Alpaca, ShareGPT, messages …): which of its columns is the prompt, the response and so on.
 
-Each row is recognised by itself, so a stream that resumes reads as one that was never stopped. A column's name decides only
-between columns of the right kind, and where two could be meant, neither is taken.
+Each row is recognised alone, so a stream that resumes reads rows as one that never stopped. The kind of a column's value decides
+first, its name then; where two columns fit equally well, the row is refused.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rlhf_core.data.messages import (
 from rlhf_core.infra.errors import DataError, shortened
 
 Format = Literal["auto", "columns", "alpaca", "messages", "sharegpt", "pairs", "texts", "dialogue", "text"]
-"""The shapes by name, as `dataset.format` takes them."""
+"""Names of the shapes, the values of `dataset.format`."""
 
 _WORDS: dict[str, str] = {
     "columns": "columns",
@@ -38,10 +38,10 @@ _WORDS: dict[str, str] = {
 }
 
 _WHOLE_PROMPT = 12
-"""Characters from which on a text at the beginning of an answer is taken as its prompt, and not as words that both share."""
+"""Characters that a prompt must have to be recognised at the beginning of a response; shorter ones may begin both by chance."""
 
 _TURNS_IN = ("prompt", "chosen", "rejected")
-"""Columns, those of conversations aside, in which turns may stand as JSON in a text."""
+"""Columns beside those of conversations in which turns may be written as JSON text."""
 
 _PYTHON = re.compile(r"\s*\[\s*\{\s*'(?:role|from|content|value)'\s*:")
 
@@ -53,29 +53,29 @@ _ORDER = (
 
 @dataclass(frozen=True, slots=True)
 class RowShape:
-    """What the columns of a row are."""
+    """Which columns of a row hold what."""
 
     format: Format
     columns: Mapping[str, str]
-    """What it is → the column that holds it: a column of the record type, or `input` or `history`, which belong to the prompt."""
-    says: str | None
-    """What was taken for what; None where every column bears its own name."""
+    """Field → the row's column that holds it. A field is one of the record type's, or part of the prompt: `input`, `history`."""
+    read_as: str | None
+    """Description for the log of which column was read as what; None where every column has the record type's own name."""
     prompt_inside: bool
-    """Whether each of the responses begins with the prompt, as messages."""
+    """Whether each response is a whole conversation that begins with the prompt."""
     prompt_repeated: bool
-    """Whether each of the responses, which are texts, begins with the text of the prompt."""
+    """Whether each response is a text that begins with the whole text of the prompt."""
     values: Mapping[str, Any]
-    """The row, with turns that stood as JSON in a text decoded."""
+    """The row, with turns that were JSON text decoded."""
 
 
 class ShapeRecogniser:
-    """Recognises rows of one record type, of any shape or of the one that `dataset.format` says.
+    """Recognises rows of one record type.
 
     Args:
         contract: the record type.
-        format: the shape, or `auto`.
-        given: `dataset.columns`, already applied to the rows: a message calls a column by its name in the data.
-        ignored: `dataset.ignore_columns`, which don't stand against a conversation, and aren't taken for one.
+        format: the one shape that is accepted, or `auto` for any.
+        given: `dataset.columns`. It is already applied to the rows; messages still need a column's name in the data.
+        ignored: `dataset.ignore_columns`: columns that are never taken for a conversation and never contradict one.
     """
 
     def __init__(
@@ -84,10 +84,10 @@ class ShapeRecogniser:
         self.contract, self.format, self.given, self.ignored = contract, format, given, {*ignored}
 
     def read(self, values: Mapping[str, Any], place: str) -> RowShape:
-        """Return what the columns are. What the record type needs and the row lacks isn't among them; the checker says so.
+        """Return which columns hold what. Columns that the row lacks are missing from it; `RowChecker` refuses those rows.
 
         Raises:
-            DataError: two columns could be meant, or the row isn't of the format that was asked for.
+            DataError: two columns fit equally well, or the row isn't of the format that was asked for.
         """
         row = _RowColumns(values, self.contract, self.format, self.given, place, self.ignored)
         row.refuse_python()
@@ -96,7 +96,7 @@ class ShapeRecogniser:
         if missing and "messages" not in found:
             found = self._whole_text(row) or found
         format = row.format_of(found)
-        if self.format == "alpaca" and format == "columns":  # Instructions, whose input is null or not there.
+        if self.format == "alpaca" and format == "columns":  # Instructions whose input is null or missing.
             format = "alpaca"
         if self.format not in ("auto", format) and (not missing or {"messages", "text"} & {*found}):
             raise DataError(
@@ -106,13 +106,16 @@ class ShapeRecogniser:
                 fix="set `dataset.format` to what the rows are, or to `auto`",
             )
         inside, repeated = row.hold_prompts(found), row.repeat_prompt(found)
-        return RowShape(format, found, row.says(format, found), inside, repeated, row.values)
+        return RowShape(format, found, row.read_as(format, found), inside, repeated, row.values)
 
     def _conversation(self, row: _RowColumns) -> dict[str, str]:
-        """Find a whole conversation: the column `messages`, else the one list of turns that ends with an answer.
+        """Find a column that holds a whole conversation: `messages`, else the only list of turns that ends with an answer.
 
-        A prompt and an answer beside it must repeat one of its turns, or the row could mean either; where the turns bear no
-        name of a conversation, such as few-shot `examples`, the prompt and the answer are the row's own.
+        A prompt and a response beside it must repeat turns of it; otherwise the row is ambiguous and refused. Where the turns are
+        in a column that isn't named like a conversation (few-shot `examples`), the prompt and the response win.
+
+        Returns:
+            field → column; empty where there is no conversation.
         """
         if "messages" not in self.contract.optional or self.format not in ("auto", *CHATS):
             return {}
@@ -136,7 +139,7 @@ class ShapeRecogniser:
         return row.with_context({"messages": column}, [name for name in self.contract.required if name == "label"])
 
     def _answered(self, row: _RowColumns) -> dict[str, str]:
-        """Find a column each for the prompt, the answers, and what else the record type has."""
+        """Find the columns of the prompt, the responses, and the record type's other columns. Returns field → column."""
         found: dict[str, str] = {}
         for name in self.contract.responses:
             row.add(found, name, (*TEXT, *TURNS, "turn"))
@@ -150,7 +153,11 @@ class ShapeRecogniser:
         )
 
     def _whole_text(self, row: _RowColumns, *, asked: bool = False) -> dict[str, str]:
-        """Find a column `text`, or the one dialogue, where there is neither prompt nor answer, or where it is asked for."""
+        """Find a column that is the whole row: `text`, or the only dialogue. Returns field → column, empty where there is none.
+
+        Args:
+            asked: only if `dataset.format` names this shape; otherwise only if the row has neither a prompt nor a response.
+        """
         column = row.own("text", TEXT) or row.only_dialogue()
         if "text" not in self.contract.optional or column is None:
             return {}
@@ -164,7 +171,7 @@ class ShapeRecogniser:
 
 
 class _RowColumns:
-    """One row's columns by kind."""
+    """The columns of one row with the kinds of their values, and the questions that recognising it asks of them."""
 
     def __init__(
         self,
@@ -182,7 +189,7 @@ class _RowColumns:
         self.folded = {folded_name(name): name for name in reversed(self.kinds) if name in self.there}
 
     def refuse_python(self) -> None:
-        """Raise `DataError` where turns stand as Python writes them, which isn't JSON."""
+        """Raise `DataError` where turns were written by Python's `str()`, which isn't JSON."""
         for name, value in self.values.items():
             if (
                 isinstance(value, str)
@@ -197,19 +204,28 @@ class _RowColumns:
                 )
 
     def kind(self, column: str) -> str:
+        """Return the kind of a column's value (see `value_kind`); `null` where there is no such column."""
         return self.kinds.get(column, "null")
 
     def shown(self, column: str) -> str:
-        """Return the name that a column has in the data."""
+        """Return a column's name in the data, for messages, where `dataset.columns` renamed it."""
         return self.given.get(column, column)
 
     def own(self, name: str, kinds: Iterable[str] = ()) -> str | None:
-        """Return the column of that name, in capitals or not, where it isn't null and is of one of these kinds."""
+        """Return the column of that name, in capitals or not, if its value is of one of `kinds` (where empty: isn't null)."""
         column = name if name in self.there else self.folded.get(name)
         return column if column is not None and (not kinds or self.kind(column) in kinds) else None
 
     def find(self, name: str, kinds: Iterable[str] = (), *, but: Iterable[str] = ()) -> str | None:
-        """Return the column that is `name`: the one of that name, or the only one of another name and one of these kinds."""
+        """Return the column for the field `name`: the one of that name, else the only one that has another name of it.
+
+        Args:
+            kinds: kinds of value that the column may hold; any where empty.
+            but: columns that hold another field already.
+
+        Raises:
+            DataError: several columns have another name of the field.
+        """
         if (own := self.own(name, () if name in self.there else kinds)) is not None:
             return own
         taken = {*self.contract.required, *self.given, *but}
@@ -222,7 +238,7 @@ class _RowColumns:
         return others[0] if others else None
 
     def guess(self, name: str, kinds: Iterable[str], *, but: Iterable[str | None]) -> str | None:
-        """Return what `find` does, and None where several could be meant or the column is to be ignored."""
+        """Return what `find` returns, but None where several columns fit or `dataset.ignore_columns` lists the field."""
         if name in self.ignored:
             return None
         try:
@@ -231,7 +247,7 @@ class _RowColumns:
             return None
 
     def holds(self, column: str, asked: str | None, answer: str) -> bool:
-        """Tell whether a conversation holds an answer, behind what is asked where a column says that."""
+        """Return whether the conversation in `column` contains the response of `answer`, after the prompt of `asked` if given."""
         turns = self.values[column]
         if self.kind(column) not in TURNS or not isinstance(self.values[answer], str):
             return False
@@ -242,7 +258,7 @@ class _RowColumns:
         return any(said[at : at + len(wanted)] == wanted for at in range(len(said)))
 
     def either(self, column: str, answer: str) -> DataError:
-        """Return the fault of a row that holds a conversation and another answer."""
+        """Return the error for a row with a conversation in `column` and a response in `answer` that isn't part of it."""
         return DataError(
             f"has both `{column}` and `{answer}`, which isn't in it",
             place=self.place,
@@ -251,12 +267,13 @@ class _RowColumns:
         )
 
     def add(self, found: dict[str, str], name: str, kinds: Iterable[str] = ()) -> None:
+        """Add the column for the field `name` to `found`, where the row has one."""
         column = self.find(name, kinds, but=found.values())
         if column is not None:
             found[name] = column
 
     def with_context(self, found: dict[str, str], names: Iterable[str]) -> dict[str, str]:
-        """Add the columns of these names, and what stands beside a prompt or a conversation: system, tools, input, history."""
+        """Return `found` with the columns of the fields `names`, and of system, tools, input and history."""
         for name in names:
             self.add(found, name)
         self.add(found, "system", TEXT)
@@ -264,7 +281,7 @@ class _RowColumns:
         prompt = found.get("prompt")
         if prompt is None or self.kind(prompt) not in TEXT:
             return found
-        # A prompt of its own name is whole; beside an instruction or a question, an input belongs to it.
+        # A column `prompt` is the whole prompt; an instruction or a question may have an input beside it.
         instructs = self.format == "auto" and self.shown(prompt).casefold() not in ("prompt", "input", "inputs")
         if instructs or self.format == "alpaca" or "input" in self.given:
             self.add(found, "input", TEXT)
@@ -274,9 +291,14 @@ class _RowColumns:
         return found
 
     def turns(self, *, answered: bool = False, but: Iterable[str] = ()) -> str | None:
-        """Return the column that holds turns: the one that is called so, else the only one.
+        """Return the column that holds turns: one named like a conversation, else the only one of that kind.
 
-        `answered` asks for turns that end with an answer, `but` leaves columns aside.
+        Args:
+            answered: whether the turns must end with an answer.
+            but: columns that aren't considered.
+
+        Raises:
+            DataError: several columns hold turns and none is named like a conversation.
         """
         apart = {"chosen", "rejected", *but, *self.ignored}
         lists = [
@@ -295,12 +317,12 @@ class _RowColumns:
         return lists[0] if lists else None
 
     def only_dialogue(self) -> str | None:
-        """Return the column that holds a dialogue, where one does."""
+        """Return the column that holds a dialogue; None where none or several do."""
         dialogues = [name for name, kind in self.kinds.items() if kind == "dialogue"]
         return dialogues[0] if len(dialogues) == 1 else None
 
     def hold_prompts(self, found: Mapping[str, str]) -> bool:
-        """Tell whether two answers begin with what was asked: turns that don't begin with an answer, or whole dialogues."""
+        """Return whether both responses of a pair contain the prompt: turns that begin with a question, or whole dialogues."""
         answers = [found[name] for name in self.contract.responses if name in found]
         kinds = {self.kind(column) for column in answers}
         if len(answers) < 2:
@@ -308,14 +330,14 @@ class _RowColumns:
         if kinds == {"dialogue"}:
             if self.format not in ("auto", "dialogue"):
                 return False
-            # Answers to a prompt that are dialogues themselves have nothing in common.
+            # Where there is a prompt column and the dialogues begin differently, they are answers to it, and don't contain it.
             return self.own("prompt") is None or _begin_alike(self.values[column] for column in answers)
         return kinds <= set(TURNS) and any(
             self.kind(column) == "pairs" or not _answers(self.values[column][0]) for column in answers
         )
 
     def repeat_prompt(self, found: Mapping[str, str]) -> bool:
-        """Tell whether all answers are texts that begin with the whole text of the prompt, and go on behind it."""
+        """Return whether every response is a text that begins with the whole text of the prompt and continues after it."""
         prompt = self.values.get(found.get("prompt", ""))
         answers = [self.values[found[name]] for name in self.contract.responses if name in found]
         if not isinstance(prompt, str) or len(prompt.strip()) < _WHOLE_PROMPT or not answers:
@@ -328,7 +350,7 @@ class _RowColumns:
         )
 
     def format_of(self, found: Mapping[str, str]) -> Format:
-        """Return the name of the shape that these columns make."""
+        """Return the shape of a row in which `found` (field → column) was found."""
         if "text" in found:
             return "text"
         told = [name for name in ("messages", "prompt", *self.contract.responses) if name in found]
@@ -347,8 +369,8 @@ class _RowColumns:
         )
         return "alpaca" if "input" in found or instructs else "columns"
 
-    def says(self, format: Format, found: Mapping[str, str]) -> str | None:
-        """Return what was taken for what, or None where each column bears its own name, or the one that the user gave."""
+    def read_as(self, format: Format, found: Mapping[str, str]) -> str | None:
+        """Return a description of which column was read as what; None where all have the record type's names or the user's."""
         own = all(name == column for name, column in found.items())
         words_for_label = self._label_form(found)
         repeated = self.repeat_prompt(found)
@@ -372,6 +394,7 @@ class _RowColumns:
         return f"{_WORDS[format]}{inside}" + (f": {one}{', '.join(parts)}" if parts else "")
 
     def _label_form(self, found: Mapping[str, str]) -> str | None:
+        """Return how the label is written, where it isn't `desirable` or `undesirable`."""
         label = self.values[found["label"]] if "label" in found else "desirable"
         if isinstance(label, bool):
             return "true or false"
@@ -380,13 +403,14 @@ class _RowColumns:
         return None if label in ("desirable", "undesirable") else "in words"
 
     def described(self) -> str:
-        """Return the columns with their kinds, for a message."""
+        """Return the row's columns with the kinds of their values, for a message."""
         words = {"dialogue": "text", "turn": "one message", "empty": "an empty list"}
         words |= {kind: f"a list of {_WORDS[kind]}" for kind in CHATS}
         named = [f"`{self.shown(name)}` ({words.get(kind, kind)})" for name, kind in self.kinds.items()]
         return ", ".join(named) or "no columns"
 
     def _ambiguous(self, columns: list[str], name: str) -> DataError:
+        """Return the error for a row in which several columns could be the field `name`."""
         return DataError(
             f"{' and '.join(f'`{column}`' for column in columns)} could each be the `{name}`",
             place=self.place,
@@ -396,9 +420,10 @@ class _RowColumns:
 
 
 def _decoded(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Decode turns that stand as JSON in a text, as in a CSV file: prompts and conversations, and the answers beside them.
+    """Return a row with turns that are JSON text decoded, as CSV files have them.
 
-    An `input` that is itself a request of `messages` and `tools`, as OpenAI's files of preferences have it, is laid open.
+    These may be prompts and conversations, and the responses beside them. An `input` that is a request with `messages` and
+    `tools`, as in OpenAI's preference files, is replaced by columns `prompt` and `tools`.
     """
     result = dict(values)
     request = result.get("input")
@@ -417,6 +442,7 @@ def _decoded(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _turns_in(value: Any) -> Any:
+    """Return turns decoded where a text is the JSON of some, else the value as it is."""
     if isinstance(value, str) and value.lstrip()[:1] == "[" and value.rstrip()[-1:] == "]":
         try:
             turns = json.loads(value)
@@ -427,7 +453,7 @@ def _turns_in(value: Any) -> Any:
 
 
 def _answers(turn: Any) -> bool:
-    """Tell whether a turn is the assistant's, or a question with its answer."""
+    """Return whether a turn is the assistant's, or a pair of a question and its answer."""
     if not isinstance(turn, Mapping):
         return False
     key = role_key(turn)
@@ -435,11 +461,12 @@ def _answers(turn: Any) -> bool:
 
 
 def _begin_alike(dialogues: Iterable[str]) -> bool:
+    """Return whether the first turns of all dialogues are equal."""
     return len({read_dialogue(text)[0]["content"] for text in dialogues}) == 1
 
 
 def _is_history(value: Any) -> bool:
-    """Tell whether a value holds earlier turns: pairs of a question and its answer, messages, or texts of both in turn."""
+    """Return whether a value is earlier turns: pairs of question and answer, messages, or texts of both in alternation."""
     kind = value_kind(value)
     if kind != "list":
         return kind in TURNS or (kind == "texts" and len(value) % 2 == 0)

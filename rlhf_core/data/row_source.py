@@ -1,4 +1,4 @@
-"""Files of rows, read from any cursor on: what all kinds share. What is wrong with one is a `DataError`."""
+"""A source of rows (one file or one table), which can be read from any cursor on; errors in it are `DataError`s."""
 
 from __future__ import annotations
 
@@ -22,55 +22,58 @@ _LONGEST_LINE = 1 << 28
 
 
 class Cursor(NamedTuple):
-    """A place between two rows from which reading goes on. As a list it is JSON."""
+    """A place between two rows of some sources, from which reading can continue. It is saved as a list of JSON numbers."""
 
-    part: int = 0
-    """Which of the source's parts (files)."""
+    source: int = 0
+    """Which of the sources, from 0."""
     row: int = 0
-    """Rows before it, over all parts."""
+    """Rows before it, over all sources."""
     line: int = 0
-    """Lines, or rows, before it in its part."""
+    """Lines (of a table: rows) before it in its source."""
     offset: int = 0
-    """Uncompressed bytes (in a JSON array characters) before it in its part, where that is known."""
+    """Uncompressed bytes (in a JSON array: characters) before it in its source; 0 where unknown."""
     copy: int = 0
-    """Copies of the next row that stand before it, where rows are repeated."""
+    """How often the next row was already read, where rows are repeated by a weight."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row as it stands in the data."""
+    """One row as it is in the data, before it is checked."""
 
     index: int
     """Number of the row in the whole data, from 0."""
     place: str
-    """What a message calls it: `file:line`."""
+    """Where it is, for messages: `file:line`."""
     values: Mapping[str, Any]
+    """Column → value."""
     after: Cursor
+    """The place behind it."""
 
 
 class RowSource(ABC):
-    """One file or table of a source."""
+    """One file or table."""
 
     name: str
+    """Its path or name, for messages."""
 
     @property
     @abstractmethod
     def size(self) -> float:
-        """About how many bytes there are; infinite where nothing tells it."""
+        """Approximate size in bytes; infinite where it isn't known without reading."""
 
     def state(self) -> list[float]:
-        """Return what changes when the contents are written again, without reading them."""
+        """Return numbers that change when the contents are written again (size, time of change), without reading them."""
         return []
 
     @abstractmethod
     def rows(self, start: Cursor) -> Iterator[Row]:
-        """Yield the rows from `start` on, which stands in this part."""
+        """Yield the rows from `start` on, a cursor of this source."""
 
     def identity(self, *, whole: bool) -> dict[str, Any]:
-        """Return what tells this part from another: name, bytes, and the hash of its contents, `sha256`.
+        """Return the source's content fingerprint as JSON values: its name, its size where known, and a hash.
 
-        Without `whole` only its ends are hashed (`sha256_of_ends`). Of objects in rows that Python doesn't write whole only the
-        text that stands for them is (`sha256_of_repr`).
+        The hash is `sha256` of the whole contents; `sha256_of_ends` without `whole`, for sources too large to read first; or
+        `sha256_of_repr` where rows hold objects of which `repr` may not show everything, so that equal hashes prove nothing.
         """
         digest, exact = hashlib.sha256(), True
         for row in itertools.islice(self.rows(Cursor()), None if whole else 16):
@@ -82,7 +85,7 @@ class RowSource(ABC):
 
 
 class RowFile(RowSource):
-    """One file on disk."""
+    """A file of rows on disk."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, str(path)
@@ -91,7 +94,7 @@ class RowFile(RowSource):
     def size(self) -> float:
         try:
             return self.path.stat().st_size
-        except OSError:  # Said where it is read.
+        except OSError:  # Reading it raises a better error.
             return 0
 
     def state(self) -> list[float]:
@@ -116,11 +119,11 @@ class RowFile(RowSource):
 
 
 class TextFile(RowFile):
-    """A file of UTF-8, plain or compressed. A byte order mark and CRLF are taken as they come."""
+    """A file of UTF-8 text, plain or compressed; a byte order mark and CRLF line ends are accepted."""
 
     @contextmanager
     def opened(self, offset: int = 0) -> Iterator[Callable[[int], bytes]]:
-        """Give a function that reads so many bytes, from an uncompressed offset on.
+        """Open the file at an uncompressed byte offset and give its `read(size)` function.
 
         Raises:
             DataError: the file can't be read, or its compression is damaged.
@@ -141,13 +144,13 @@ class TextFile(RowFile):
         except (OSError, pa.ArrowException) as error:
             problem, fix = "cannot be read", None
             if compression and not isinstance(error, FileNotFoundError | PermissionError):
-                problem, fix = f"the {compression} stream is damaged or cut off", "copy or compress the file again"
+                problem, fix = f"the {compression} stream is damaged or incomplete", "copy or compress the file again"
             raise DataError(
                 problem, place=self.name, got=getattr(error, "strerror", None) or str(error), fix=fix
             ) from None
 
     def lines(self, offset: int) -> Iterator[tuple[bytes, bool]]:
-        """Yield each line from a byte offset on without its newline, and whether it had one."""
+        """Yield each line from an uncompressed byte offset on, without its newline, and whether it had one."""
         with self.opened(offset) as read:
             rest = b""
             while chunk := read(_CHUNK):
@@ -160,7 +163,7 @@ class TextFile(RowFile):
                 yield rest, False
 
     def decode(self, raw: bytes, place: str, begin: int) -> str:
-        """Return the text of some bytes, the first of which stands at `begin` in the file."""
+        """Return bytes as text. `begin` is the offset of the first of them in the file, for messages."""
         try:
             return raw.decode("utf-8-sig" if begin == 0 else "utf-8")
         except UnicodeDecodeError as error:

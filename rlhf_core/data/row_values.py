@@ -1,4 +1,4 @@
-"""Values that JSON, Arrow and Python allow and nothing behind them can use: found in a row before anything else reads it."""
+"""Checks of the values in a row that need no record type: what JSON and Arrow allow but text and JSON can't express."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from rlhf_core.infra.errors import DataError, shortened
 
 DEEPEST = 100
-"""Most levels of lists and mappings in each other."""
+"""How many lists and mappings may be nested in each other."""
 _WRITTEN_WHOLE = (
     str,
     bool,
@@ -25,12 +25,16 @@ _WRITTEN_WHOLE = (
     datetime.timedelta,
 )
 _LARGEST = 10**4300
-"""Python writes integers of no more digits than those below it have."""
+"""Python refuses to write integers from here on, which have more than 4,300 digits."""
 
 
 def check_sound(values: Mapping[Any, Any], place: str) -> None:
-    """Raise `DataError` with the column where a row holds what can't be encoded or written: half a surrogate pair, NaN, an
-    integer of thousands of digits, or lists nested without end."""
+    """Check that a row can be encoded and written as JSON.
+
+    Raises:
+        DataError: with the column, where it holds half of a surrogate pair, NaN or infinity, an integer of more than 4,300
+            digits, or more than 100 nested lists.
+    """
     for name, value in values.items():
         if not isinstance(name, str):
             raise DataError("a column's name isn't text", place=place, got=shortened(name))
@@ -39,6 +43,7 @@ def check_sound(values: Mapping[Any, Any], place: str) -> None:
 
 
 def _check(value: Any, name: str, place: str, depth: int) -> None:
+    """Check a value and what is in it. `name` is its path in the row (`meta.tags[2]`), `depth` its level below the column."""
     if isinstance(value, str):
         _check_text(value, f"`{name}`", place)
     elif isinstance(value, float):
@@ -67,13 +72,14 @@ def _check(value: Any, name: str, place: str, depth: int) -> None:
 
 
 def _check_text(text: str, what: str, place: str) -> None:
+    """Check that a text can be encoded as UTF-8. `what` is its name in the message."""
     if text.isascii():
         return
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{what} holds half of a surrogate pair, which is no character",
+            f"{what} holds half of a surrogate pair, which isn't a character",
             place=place,
             got=f"\\u{ord(text[error.start]):04x} at character {error.start + 1}",
             fix="write the whole pair, or leave it out",
@@ -81,7 +87,7 @@ def _check_text(text: str, what: str, place: str) -> None:
 
 
 def as_json(value: Any) -> Any:
-    """Return a value as JSON holds it: sequences as lists, keys as text, what JSON has no kind for as its text."""
+    """Return a value as JSON can hold it: tuples as lists, keys as text, values of other types as `str` writes them."""
     if isinstance(value, Mapping):
         return {str(key): as_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -90,7 +96,7 @@ def as_json(value: Any) -> Any:
 
 
 def is_json(value: Any) -> bool:
-    """Tell whether a value is one of JSON's."""
+    """Return whether a value is a JSON value at every depth: a tuple, a date or bytes are not."""
     if isinstance(value, Mapping):
         return all(isinstance(key, str) and is_json(item) for key, item in value.items())
     if isinstance(value, list):
@@ -99,7 +105,7 @@ def is_json(value: Any) -> bool:
 
 
 def written_whole(value: Any) -> bool:
-    """Tell whether `repr` of a value holds all of it, so that equal texts are equal values."""
+    """Return whether `repr` shows everything of a value, so that equal texts mean equal values."""
     kind = type(value)
     if kind is dict:
         return all(written_whole(key) and written_whole(item) for key, item in value.items())

@@ -1,7 +1,7 @@
-"""Streaming twins: the same rows as the map-style datasets, read as they are needed.
+"""Streaming datasets: the same rows as the map-style ones, read and encoded as they are needed.
 
-Rows are shuffled in blocks. A block's order is a function of (seed, epoch, block) alone and its boundaries shift from epoch to
-epoch, so a stream's state is a position: it resumes by reading one block again, and no shuffle buffer is saved or refilled.
+Rows are shuffled within blocks. A block's order is a function of (seed, epoch, block), and the boundaries between blocks move
+from epoch to epoch. So the state of a stream is a position: to resume, one block is read again, and no shuffle buffer is saved.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ _PROBE = 16
 
 
 class StreamingDataset(EncodedData, torch.utils.data.IterableDataset[EncodedRow]):
-    """Rows one after the other. Every process reads all of them; `DataStream` shares them out."""
+    """Rows one after the other. Every process reads all of them; `DataStream` gives each process its share."""
 
     streaming: ClassVar[bool] = True
 
     def _read(self) -> None:
-        settings = [
+        options = [
             self.record,
             self.encoder.max_length,
             self.options.model_dump(exclude={"shuffle", "strict", "split", "eval_split", "ignore_columns"}),
         ]
-        identity = [{**part, "name": None} for part in self.report.files]
-        digest = hashlib.sha256(json.dumps([settings, identity], sort_keys=True).encode())
-        # The first rows, encoded: a wrong column shows at once, and another tokenizer or template is other data.
+        identity = [{**file, "name": None} for file in self.report.files]
+        digest = hashlib.sha256(json.dumps([options, identity], sort_keys=True).encode())
+        # The first rows are encoded now: a wrong column is an error at once, and the ids tell tokenizers and templates apart.
         for outcome in self.encoder.encode(list(itertools.islice(self.source.rows(), _PROBE))):
             if outcome.row is not None:
                 add_to_hash(digest, outcome.row)
         self.fingerprint = digest.hexdigest()
 
     def __iter__(self) -> Iterator[EncodedRow]:
-        """Yield the rows in the data's order; the first such pass fills the report."""
+        """Yield the rows in the data's order. The first complete pass fills the report."""
         counted = self.report.rows == 0
         for outcome, _ in self.walk(0, seed=0, shuffle=False, position=[]):
             if counted:
@@ -67,7 +67,7 @@ class StreamingDataset(EncodedData, torch.utils.data.IterableDataset[EncodedRow]
             order = random_generator(seed, epoch, 0, block).permutation(len(chunk)) if shuffle else range(len(chunk))
             for first in range(taken, len(chunk), _ENCODE):
                 numbers = order[first : first + _ENCODE]
-                # A row may become several, one for each of its turns.
+                # With `dataset.turns: each` a row has one outcome per turn.
                 for outcomes in self.encoder.encode_each([chunk[number] for number in numbers]):
                     for done, outcome in enumerate(outcomes[within:], within + 1):
                         last = done == len(outcomes)
@@ -80,6 +80,6 @@ class StreamingDataset(EncodedData, torch.utils.data.IterableDataset[EncodedRow]
             block, cursor, taken = block + 1, chunk[-1].after, 0
 
     def _block_size(self, epoch: int, block: int, seed: int, shuffle: bool) -> int:
-        """Return the rows of a block: all alike but the first, whose length moves every boundary of its epoch."""
+        """Return how many rows a block has. Only an epoch's first block differs, which moves all boundaries of that epoch."""
         size = self.options.shuffle_block
         return int(random_generator(seed, epoch, 1).integers(1, size + 1)) if shuffle and block == 0 else size

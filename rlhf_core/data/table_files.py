@@ -1,4 +1,4 @@
-"""Rows in tables: CSV and TSV, Parquet."""
+"""Files of rows in tables: CSV, TSV and Parquet."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _LONGEST_FIELD = 1 << 28
 
 
 class Delimited(TextFile):
-    """CSV or TSV with a header: every value is text, and may stand in quotes with commas and line ends in it."""
+    """A CSV or TSV file with a header. Every value is text; in quotes it may hold delimiters and line ends."""
 
     @property
     def delimiter(self) -> str:
-        """What stands between two columns, by the file's name."""
+        """The character between two columns: a tab where the name ends in `.tsv`, else a comma."""
         suffixes = [suffix for suffix in self.path.suffixes if suffix not in COMPRESSION]
         return "\t" if suffixes[-1:] == [".tsv"] else ","
 
@@ -44,7 +44,7 @@ class Delimited(TextFile):
                 )
             # A column without a name is the index that pandas writes.
             values = {name: value for name, value in zip(header, fields, strict=True) if name}
-            yield Row(row, place, values, Cursor(start.part, row + 1, end.line, end.offset))
+            yield Row(row, place, values, Cursor(start.source, row + 1, end.line, end.offset))
             row += 1
 
     def _records(self, start: Cursor) -> Generator[tuple[int, list[str], Cursor], None, None]:
@@ -65,7 +65,7 @@ class Delimited(TextFile):
             except csv.Error as error:
                 if "new-line character" in str(error):
                     raise DataError(
-                        "a carriage return stands alone outside quotes",
+                        "a carriage return without a line feed, outside quotes",
                         place=f"{self.name}:{first}",
                         fix="write line ends as LF or CRLF, and put values that hold one in quotes",
                     ) from None
@@ -90,11 +90,11 @@ class Delimited(TextFile):
                 fix="name them, or leave them out (pandas writes its index so without `index=False`)",
             )
         if twice is not None:
-            raise DataError(f"column {twice!r} stands twice", place=place, fix="name each column once")
+            raise DataError(f"column {twice!r} appears twice", place=place, fix="name each column once")
         other = next((mark for mark in (";", "\t", "|", ",") if mark != self.delimiter and mark in header[0]), None)
         if len(header) == 1 and other is not None:
             raise DataError(
-                f"the columns aren't parted by {self.delimiter!r}",
+                f"the columns aren't separated by {self.delimiter!r}",
                 place=place,
                 got=f"{other!r} between names",
                 fix="name the file .tsv" if other == "\t" else f"write it with {self.delimiter!r} between columns",
@@ -113,7 +113,7 @@ class ParquetRows(RowFile):
                 names = file.schema_arrow.names
                 twice = next((name for name in names if names.count(name) > 1), None)
                 if twice is not None:
-                    raise DataError(f"column {twice!r} stands twice", place=self.name, fix="name each column once")
+                    raise DataError(f"column {twice!r} appears twice", place=self.name, fix="name each column once")
                 for group in range(file.num_row_groups):
                     size = file.metadata.row_group(group).num_rows
                     if line + size <= start.line:
@@ -124,7 +124,7 @@ class ParquetRows(RowFile):
                         line += skip
                         for values in self._values(batch.slice(skip), line):
                             line += 1
-                            yield Row(row, f"{self.name}:row {line}", values, Cursor(start.part, row + 1, line))
+                            yield Row(row, f"{self.name}:row {line}", values, Cursor(start.source, row + 1, line))
                             row += 1
         except DataError:
             raise
@@ -136,7 +136,11 @@ class ParquetRows(RowFile):
             ) from None
 
     def _values(self, batch: pa.RecordBatch, before: int) -> list[dict[str, Any]]:
-        """Return a batch's rows; where a value has no form in Python, such as a date in the year 20,000, say which."""
+        """Return a batch's rows. `before` counts the rows before it, for messages.
+
+        Raises:
+            DataError: a value can't be represented in Python, such as a date in the year 20,000.
+        """
         try:
             return batch.to_pylist()
         except Exception:

@@ -1,4 +1,4 @@
-"""How text becomes ids, kept with the tokenizer: whoever loads a model encodes prompts as they were in its training."""
+"""Options for encoding text, saved with the tokenizer, so that whoever loads a model encodes prompts as in its training."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ if TYPE_CHECKING:
     from rlhf_core.config.training import DatasetConfig
 
 KEY = "rlhf_core"
-"""Under which the settings stand in tokenizer_config.json."""
+"""Key of these options in tokenizer_config.json."""
 
 
 @dataclass(frozen=True)
 class TextOptions:
-    """What a model's training said of its texts; None where it said nothing."""
+    """The options with which a model was trained; None where they aren't known."""
 
     wrap: Literal["none", "chat"] | None = None
     special_tokens: Sequence[str] | None = None
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> TextOptions:
-        """Return what is kept with a tokenizer. What isn't of the right kind there isn't ours, and counts as nothing."""
+    def saved_with(cls, tokenizer: PreTrainedTokenizerBase) -> TextOptions:
+        """Return the options that are saved with a tokenizer. Values of the wrong type there are ignored."""
         kept: Any = tokenizer.init_kwargs.get(KEY)
         if not isinstance(kept, dict):
             return cls()
@@ -35,8 +35,8 @@ class TextOptions:
         return cls(wrap if wrap in ("none", "chat") else None, tokens if names else None)
 
 
-def keep(tokenizer: PreTrainedTokenizerBase, options: DatasetConfig) -> None:
-    """Let a tokenizer keep what `dataset` says of texts: the chat template, `wrap` and the special tokens that data may use.
+def save_text_options(tokenizer: PreTrainedTokenizerBase, options: DatasetConfig) -> None:
+    """Save the chat template, `wrap` and the control tokens that data may use with a tokenizer, in place.
 
     Raises:
         ConfigError: the template can't be read, or the tokenizer lacks one of the tokens.
@@ -44,11 +44,11 @@ def keep(tokenizer: PreTrainedTokenizerBase, options: DatasetConfig) -> None:
     template = ChatTemplate(tokenizer, options.chat_template, allowed=options.special_tokens or ())
     if template.option is not None:
         tokenizer.chat_template = template.option
-    before = TextOptions.of(tokenizer)
-    settings = {
+    before = TextOptions.saved_with(tokenizer)
+    given = {
         "wrap": options.wrap or before.wrap,
         "special_tokens": before.special_tokens if options.special_tokens is None else options.special_tokens,
     }
-    said = {name: value for name, value in settings.items() if value is not None}
+    said = {name: value for name, value in given.items() if value is not None}
     if said:
         tokenizer.init_kwargs[KEY] = said

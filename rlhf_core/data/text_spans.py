@@ -1,6 +1,7 @@
-"""Pieces of text → token ids: control tokens only where a template, or an option, allows them; continued text without a mark.
+"""Spans of text → token ids, each encoded on its own.
 
-Control tokens that stand in data are hidden behind plain words while a template is rendered, and come back as mere text.
+In text from the data, the text of a control token is encoded as text. A span that continues another gets no mark of a text's
+beginning (Llama's `▁`).
 """
 
 from __future__ import annotations
@@ -12,57 +13,59 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Text to put before what continues a text: a newline merges with the least, but some tokenizers drop it.
+# Text to put before a span that continues another: a newline merges with the fewest tokens, but some tokenizers drop it.
 _ANCHORS = ("\n", "=", ".", "a")
 
 
 @dataclass(frozen=True, slots=True)
 class TextSpan:
-    """Some text, or some ids, to be encoded on its own."""
+    """Text that is encoded on its own, or ids that are inserted as they are."""
 
     text: str = ""
     ids: tuple[int, ...] = ()
-    """Ids that stand as they are, instead of text."""
+    """Ids instead of text, such as a control token's."""
     in_loss: bool = False
+    """Whether its tokens are in the loss."""
     literal: bool = True
-    """Whether the text of a control token is only text. False where a template wrote it."""
+    """Whether the text of a control token in it is encoded as text. False for text that a chat template wrote."""
     continues: bool = False
-    """Whether text stands before it, so that a tokenizer which marks a text's beginning must not mark this one's."""
+    """Whether other text precedes it, so that a tokenizer which marks a text's beginning (`▁`) must not mark this one's."""
 
 
 class TextSpanEncoder:
-    """Encodes text_spans, many at a time."""
+    """Encodes spans of text with one tokenizer, many in one call."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self.begin = self._begin_ids()
-        """What the tokenizer itself puts before a text."""
+        """Ids that the tokenizer itself adds before a text, such as the beginning token's."""
         self._anchors = self._find_anchors()
 
-    def __call__(self, text_spans: Sequence[TextSpan]) -> list[Sequence[int]]:
-        """Return each text_span's ids. The tokenizer is called a few times for all of them."""
-        ids: list[Sequence[int]] = [text_span.ids for text_span in text_spans]
+    def __call__(self, spans: Sequence[TextSpan]) -> list[Sequence[int]]:
+        """Return the ids of each span. The tokenizer is called at most four times, not once per span."""
+        ids: list[Sequence[int]] = [span.ids for span in spans]
         for literal in (False, True):
             for continues in (False, True):
                 which = [
                     number
-                    for number, text_span in enumerate(text_spans)
-                    if text_span.text and text_span.literal is literal and text_span.continues is continues
+                    for number, span in enumerate(spans)
+                    if span.text and span.literal is literal and span.continues is continues
                 ]
-                texts = [text_spans[number].text for number in which]
+                texts = [spans[number].text for number in which]
                 tokenize = self._continued if continues and self._anchors else self._tokenize
                 for number, tokens in zip(which, tokenize(texts, literal=literal), strict=True):
                     ids[number] = tokens
         return ids
 
     def text_of(self, ids: Sequence[int]) -> str:
-        """Return the text of ids that continue a text: with the blank that some tokenizers drop where a text begins."""
+        """Decode ids that continue a text, with the blank that some tokenizers drop at the beginning of a text."""
         decode: Callable[..., str] = self.tokenizer.decode
         anchor = self._tokenize(["a"], literal=True)[0]
         before = decode(anchor, clean_up_tokenization_spaces=False)
         return decode([*anchor, *ids], clean_up_tokenization_spaces=False)[len(before) :]
 
     def _tokenize(self, texts: list[str], *, literal: bool) -> list[list[int]]:
+        """Return the ids of each text without beginning and end tokens. `literal` encodes the text of control tokens as text."""
         if not texts:
             return []
         return self.tokenizer(
@@ -77,6 +80,7 @@ class TextSpanEncoder:
         )["input_ids"]
 
     def _begin_ids(self) -> tuple[int, ...]:
+        """Return the ids that the tokenizer adds before a text: those before a word when it adds special tokens."""
         bare = self._tokenize(["a"], literal=True)[0]
         full = self.tokenizer("a")["input_ids"]
         for start in range(len(full) - len(bare) + 1):
@@ -85,27 +89,28 @@ class TextSpanEncoder:
         return ()
 
     def _find_anchors(self) -> list[tuple[str, list[int]]]:
-        """Return texts (and their ids) to put before a text_span that continues another, best first, for tokenizers that mark a
-        text's beginning; none for others.
+        """Return (text, ids) pairs to put before a span that continues another, in the order to try them.
+
+        Empty for tokenizers that don't mark the beginning of a text, where nothing needs to be put before one.
         """
         found = []
         for text in _ANCHORS:
-            anchor, text_span, joined = self._tokenize([text, "a", f"{text}a"], literal=True)
+            anchor, span, joined = self._tokenize([text, "a", f"{text}a"], literal=True)
             if anchor and joined[: len(anchor)] == anchor:
-                if joined[len(anchor) :] == text_span:
+                if joined[len(anchor) :] == span:
                     return []
                 found.append((text, anchor))
         return found
 
     def _continued(self, texts: list[str], *, literal: bool) -> list[list[int]]:
-        """Encode texts that stand behind others: without the mark of a text's beginning."""
+        """Encode texts that continue others: put an anchor before each, and drop the anchor's ids."""
         found: list[list[int] | None] = [None] * len(texts)
         for anchor, ids in self._anchors:
             left = [number for number, tokens in enumerate(found) if tokens is None]
             for number, tokens in zip(
                 left, self._tokenize([anchor + texts[n] for n in left], literal=literal), strict=True
             ):
-                # Where the anchor has merged with the text, another one may not.
+                # Where this anchor merged with the text, the next one may not.
                 if tokens[: len(ids)] == ids:
                     found[number] = tokens[len(ids) :]
         left = [number for number, tokens in enumerate(found) if tokens is None]

@@ -1,4 +1,4 @@
-"""Reasoning in a message, and the tags (`<think>` …) that open and close it in text."""
+"""Reasoning in a message, and the tags that open and close a block of it (`<think>…</think>`, `[THINK]…[/THINK]` …)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CLOSES = re.compile(rf"</(?:\w+:)?(?:{_NAMES})>|\[/THINK\]|◁/think▷|<\|END_T
 
 
 def reasoning_of(message: dict[str, object]) -> tuple[str, str]:
-    """Return a message's reasoning, and the key that holds it; empty where it has none."""
+    """Return the key of a message that holds its reasoning (`content` where it is in tags), and the reasoning; "" for none."""
     for key in _REASONING:
         if isinstance(value := message.get(key), str) and value.strip():
             return key, value
@@ -25,7 +25,7 @@ def reasoning_of(message: dict[str, object]) -> tuple[str, str]:
 
 
 def closing_tag(opener: str) -> str | None:
-    """Return what closes the think block that a text opens; None where it opens none."""
+    """Return the tag that closes the think block which `opener` opens; None where `opener` isn't such a tag."""
     opened = OPENS.fullmatch(opener)
     if opened is None:
         return None

@@ -1,10 +1,10 @@
-"""Where the assistant's turns stand in a rendered conversation, and which of its text is in the loss.
+"""Finds the assistant's turns in a rendered conversation, and says which of its text is in the loss.
 
-A conversation is rendered once whole, and a turn's tokens are what that text holds for it, the control token that ends it
-included. Most templates only append: then the beginnings of the conversation, rendered alone, give each turn's exact place.
-Where one rewrites what came before (drops earlier reasoning, writes an end token after the last turn only, moves the system
-message), a turn is found between the words that are put in place of its content and of the message before it. Texts are never
-searched for, so contents may repeat, and templates may trim them.
+The whole conversation is rendered once, and a turn is trained as it is in that text, with the control token that ends it. Most
+templates only append, so rendering the first n messages gives the exact offset at which each turn begins and ends. Some rewrite
+earlier turns (drop reasoning, write an end token after the last turn only, move the system message). There a turn is found by
+rendering again with a made-up word in place of its content, or of the message before it. Contents are never searched for: they
+may repeat, and templates may trim them.
 """
 
 from __future__ import annotations
@@ -22,16 +22,13 @@ from rlhf_core.infra.errors import DataError, ModelError
 EACH = "dataset.turns: each"
 
 OTHER_CONTEXT = (
-    f"a turn follows other text inside the conversation than the model is prompted with: `{EACH}` trains each behind its own"
-    " prompt"
+    f"the text before a turn isn't the prompt that generation would have: `{EACH}` trains each after its own prompt"
 )
-NO_STOP = (
-    f"the chat template writes no stop behind an earlier turn, so it is trained without one: `{EACH}` ends each turn"
-)
+NO_STOP = f"the chat template writes no end token after an earlier turn, so it is trained without one: `{EACH}` ends each turn"
 NO_PROMPT = (
-    "the chat template ignores `add_generation_prompt`: an answer is trained behind an opening that generation lacks"
+    "the chat template ignores `add_generation_prompt`: an answer is trained after an opening that generation lacks"
 )
-TAGGED_STOP = "the chat template's generation tags leave out what ends a turn, so no stop is in the loss"
+TAGGED_STOP = "the chat template's generation tags leave out the end token of a turn, so it isn't in the loss"
 UNUSED_TOOLS = "the chat template doesn't render the row's `tools`"
 UNUSED_ROLE = "the chat template doesn't render role `{}`"
 UNUSED = "the chat template doesn't render `{}`"
@@ -39,53 +36,57 @@ UNUSED = "the chat template doesn't render `{}`"
 
 @dataclass(slots=True)
 class SplitConversation:
-    """A conversation cut for training."""
+    """A conversation split into prompt and response, as spans to be encoded."""
 
     prompt: list[TextSpan] = field(default_factory=list)
     response: list[TextSpan] = field(default_factory=list)
-    """From the first answer to the end of the last."""
+    """From the first assistant turn to the end of the last, the user's turns between them included."""
     notes: list[str] = field(default_factory=list)
-    """What a person should know of it."""
+    """Warnings for the user."""
     lost: list[str] = field(default_factory=list)
-    """What the data hold and the rendering doesn't."""
+    """Warnings on what is in the data and not in the rendered text; errors under `dataset.strict`."""
 
 
 @dataclass(slots=True)
 class _Turn:
+    """One assistant turn, with its place in the whole rendered text."""
+
     number: int
+    """Number of its message."""
     start: int
-    """Where what the model writes begins in the whole text."""
+    """Offset at which the text that the model writes begins."""
     end: int = 0
-    """Where it ends there, the control token that ends the turn included."""
+    """Offset at which it ends, after the control token that ends the turn."""
     opener: str = ""
-    """What the generation prompt has and the whole text lacks: the opening of a think block."""
+    """Text of the generation prompt that the whole text lacks: the tag that opens a think block."""
     in_place: bool = True
-    """Whether the whole text begins with the prompt that the turn answers."""
+    """Whether the whole text begins with the prompt that generation would have for this turn."""
     closed: bool = True
+    """Whether the template writes a control token that ends the turn."""
 
 
 def split_turns(
     template: ChatTemplate, chat: Chat, scored: Sequence[int], *, answers_from: int | None = None
 ) -> SplitConversation:
-    """Cut a conversation into the prompt and what the model answers.
+    """Split a conversation into the prompt and the response, which begins with the first assistant turn.
 
-    The prompt of the last turn, and of the first where it can be, is exactly what the template renders with its generation
-    prompt. Where that opens a think block that the whole text lacks, the reasoning in the data follows it, or, not in the loss,
-    an empty block's end.
+    The prompt of the last turn, and where possible of the first, is exactly what the template renders with its generation prompt.
+    Where that opens a think block that the whole text lacks, the reasoning from the data follows it, in the loss; without
+    reasoning the block is closed at once, outside of the loss.
 
     Args:
-        scored: numbers of the assistant turns in the loss.
-        answers_from: the first message that isn't the prompt's; where None, the first of `scored`.
+        scored: numbers of the messages that are in the loss, all of them the assistant's.
+        answers_from: number of the first message after the prompt; where None, the first of `scored`.
 
     Raises:
-        ModelError: a turn can't be found, or its reasoning isn't in the text.
-        DataError: the template refuses this conversation, or renders no turn that is to be in the loss.
+        ModelError: a turn can't be found in the text, or the template drops its reasoning.
+        DataError: the template refuses this conversation, or renders nothing of the turns in the loss.
     """
-    return _TurnSplitter(template, chat).cut(scored, scored[0] if answers_from is None else answers_from)
+    return _TurnSplitter(template, chat).split(scored, scored[0] if answers_from is None else answers_from)
 
 
 class _TurnSplitter:
-    """One conversation, rendered whole, with what its beginnings render to."""
+    """Splits one conversation; see `split_turns`."""
 
     def __init__(self, template: ChatTemplate, chat: Chat) -> None:
         self.template, self.chat, self.control = template, chat, template.control
@@ -94,7 +95,8 @@ class _TurnSplitter:
         self.tagged = template.tagged(chat)
         self._prompts: dict[int, str] = {}
 
-    def cut(self, scored: Sequence[int], first: int) -> SplitConversation:
+    def split(self, scored: Sequence[int], first: int) -> SplitConversation:
+        """Return the conversation split; `first` is the number of the first message after the prompt."""
         found = [
             self._find(number)
             for number, message in enumerate(self.chat.messages)
@@ -133,9 +135,10 @@ class _TurnSplitter:
             self.turns.lost.append(UNUSED_TOOLS)
         return self.turns
 
-    # Where turns stand
+    # Offsets of the turns
 
     def _find(self, number: int) -> _Turn:
+        """Return the turn of message `number` with its offsets."""
         before = self._before(number)
         turn = _Turn(number, len(before)) if self.whole.startswith(before) else self._find_start(number)
         if number == len(self.chat.messages) - 1:
@@ -150,20 +153,22 @@ class _TurnSplitter:
         return turn
 
     def _before(self, number: int) -> str:
-        """Return the prompt that a turn answers."""
+        """Return the prompt that generation would have for the turn of message `number`."""
         if number not in self._prompts:
             self._prompts[number] = self.template.render(self.chat.until(number), answer=True)
         return self._prompts[number]
 
     @cached_property
     def _words(self) -> tuple[str, str]:
+        """Two words that don't occur in the conversation, to be put in place of contents."""
         return self.chat.word("A"), self.chat.word("B")
 
     def _is_last(self, turn: _Turn) -> bool:
+        """Return whether no message follows a turn."""
         return turn.number == len(self.chat.messages) - 1
 
     def _find_start(self, number: int) -> _Turn:
-        """Find a turn by what stands between the message before it and its own content."""
+        """Find a turn's beginning by the text that the template writes between the message before it and its content."""
         one, other = self._words
         if number > 0:
             marked = self.chat.with_text(number - 1, one)
@@ -183,7 +188,7 @@ class _TurnSplitter:
         raise self._not_found(number)
 
     def _find_end(self, turn: _Turn) -> None:
-        """Find a turn's end by what stands behind its content in the whole, and behind it as the last turn."""
+        """Find a turn's end by the text after its content, in the whole conversation and with the turn as the last one."""
         word, number = self._words[0], turn.number
         for keep_calls in (False, True):
             marked = self.chat.with_text(number, word)
@@ -204,12 +209,12 @@ class _TurnSplitter:
         raise self._not_found(number)
 
     def _close(self, turn: _Turn, end: int, rest: str, alone_rest: str) -> None:
-        """Set where a turn ends: behind the control token that ends it, which may be the next role's marker.
+        """Set a turn's end: after the control token that ends it, which may be the one that begins the next turn.
 
         Args:
-            end: where its text ends at the latest, as far as is known without what follows.
-            rest: what follows in the whole; empty where it is the last turn.
-            alone_rest: what follows instead where the turn is the last.
+            end: offset at which the turn, rendered as the last one, ends or parts from the whole text.
+            rest: the whole text from there; empty for the last turn.
+            alone_rest: what the template writes there instead where the turn is the last.
         """
         closed = self.control.closed_end(self.whole[turn.start : end])
         if closed is not None:
@@ -228,11 +233,11 @@ class _TurnSplitter:
             turn.closed = False
 
     def _stops(self, token: str) -> bool:
-        """Tell whether generation ends at a control token: what opens another turn of the assistant's ends none."""
+        """Return whether generation stops at this control token. One that begins another turn of the assistant is no stop."""
         return self.control.tokens[token][0] in self.template.stops
 
     def _control_run(self, text: str) -> list[re.Match[str]]:
-        """Return the control tokens that a text begins with, white space between them."""
+        """Return the control tokens at the beginning of a text, with nothing but white space between them."""
         run: list[re.Match[str]] = []
         for token in self.control.matches(text):
             if text[run[-1].end() if run else 0 : token.start()].strip():
@@ -241,7 +246,7 @@ class _TurnSplitter:
         return run
 
     def _check_opening(self, turn: _Turn) -> None:
-        # A template that ignores the generation prompt leaves the turn's opening where the answer should begin.
+        """Raise `ModelError` where the template ignores `add_generation_prompt`, so the turn would begin with its header."""
         content = self.chat.messages[turn.number]["content"].strip()
         if self.tagged or self.whole[turn.start : turn.end].lstrip().startswith(content):
             return
@@ -258,7 +263,7 @@ class _TurnSplitter:
             )
 
     def _note_unrendered(self) -> None:
-        """Say which role's messages the template leaves out."""
+        """Warn of messages that the template leaves out, by their role."""
         for number, message in enumerate(self.chat.messages):
             if (
                 message["role"] != "assistant"
@@ -268,7 +273,7 @@ class _TurnSplitter:
                 self.turns.lost.append(UNUSED_ROLE.format(message["role"]))
 
     def _leaves_out(self, number: int) -> bool:
-        """Tell whether the whole text holds nothing of a message's content."""
+        """Return whether the template leaves out the content of a message."""
         word = self._words[0]
         try:
             return word not in self.template.render(self.chat.with_text(number, word))
@@ -276,6 +281,7 @@ class _TurnSplitter:
             return False
 
     def _not_found(self, number: int) -> ModelError:
+        """Return the error for a turn that can't be found in the whole text, with the reason where one is known."""
         for message in (number - 1, number):
             if message >= 0 and self._leaves_out(message):
                 role = self.chat.messages[message]["role"]
@@ -287,16 +293,23 @@ class _TurnSplitter:
         if number < len(self.chat.messages) - 1:
             fix = f"make each turn a row of its own by `{EACH}`, or {fix}"
         return ModelError(
-            f"the chat template renders the conversation up to message {number} otherwise once it goes on, so the answer's"
-            " tokens can't be told apart",
+            f"the chat template changes the text up to message {number} once the conversation continues, so the tokens of that"
+            " message can't be found",
             place=self.chat.place,
             fix=fix,
         )
 
-    # What of them is in the loss
+    # Tokens in the loss
 
     def _tag(self, found: list[_Turn], spans: list[tuple[int, int]], scored: Sequence[int]) -> None:
-        """Say where tags leave out the stop; a turn begins with its tag where the template writes no generation prompt."""
+        """Apply `{% generation %}` tags: warn where they leave out the end token, and begin a turn at its tag where the template
+        ignores the generation prompt.
+
+        Args:
+            found: the turns, changed in place.
+            spans: (begin, end) offsets that the tags enclose.
+            scored: numbers of the messages in the loss.
+        """
         for turn in found:
             own = [(begin, end) for begin, end in spans if begin < turn.end and end > turn.start]
             if not own:
@@ -310,7 +323,11 @@ class _TurnSplitter:
                 self.turns.notes.append(TAGGED_STOP)
 
     def _check(self, turn: _Turn) -> bool:
-        """Say what of a turn's own text isn't in the whole; return whether there is something to learn from."""
+        """Warn of reasoning and tool calls that the rendered text lacks; return whether anything of the turn is left to train on.
+
+        Raises:
+            ModelError: the template drops the turn's reasoning.
+        """
         message, text = self.chat.messages[turn.number], self.whole[turn.start : turn.end]
         last = self._is_last(turn)
         key, reasoning = reasoning_of(message)
@@ -318,7 +335,7 @@ class _TurnSplitter:
             alone = self.template.render(self.chat.until(turn.number + 1))
             if not last and (closing_tag(turn.opener) or _holds(alone, reasoning)):
                 raise ModelError(
-                    f"the chat template drops the reasoning of message {turn.number} once the conversation goes on, so it"
+                    f"the chat template drops the reasoning of message {turn.number} once the conversation continues, so it"
                     " can't be trained there",
                     place=self.chat.place,
                     fix=f"make each turn a row of its own by `{EACH}`, or give another template by `{OPTION}`",
@@ -335,11 +352,11 @@ class _TurnSplitter:
             self.turns.lost.append(UNUSED.format("tool_calls"))
         if not last and not turn.in_place:
             self.turns.notes.append(OTHER_CONTEXT)
-        # An empty answer isn't what was meant where the calls that it was are missing.
+        # Without its tool calls, a turn without content would train an empty answer.
         return rendered or bool(message["content"].strip())
 
     def _ignores_calls(self, number: int) -> bool:
-        """Tell whether the conversation is rendered the same without a message's tool calls."""
+        """Return whether the conversation is rendered the same without a message's tool calls."""
         messages = list(self.chat.messages)
         messages[number] = {key: value for key, value in messages[number].items() if key != "tool_calls"}
         try:
@@ -348,13 +365,13 @@ class _TurnSplitter:
             return False
 
     def _add_behind_opener(self, turn: _Turn, *, added: bool) -> None:
-        """Add what belongs between a generation prompt that opens a think block and the turn.
+        """Add the text between a generation prompt that opens a think block and the turn's answer.
 
-        That is the data's reasoning with the block's end, in the loss; or, where the data have none, an empty block's end, which
-        isn't: the model is taught what to answer behind its reasoning, and not to leave it out.
+        It is the reasoning from the data with the closing tag, in the loss. Where the data have none it is the closing tag alone,
+        outside of the loss: the model learns what to answer after its reasoning, and doesn't learn to skip it.
 
         Args:
-            added: whether the opening itself isn't in the prompt and must be added.
+            added: whether the opening tag isn't in the prompt and must be added, too.
         """
         text, opener = self.whole[turn.start : turn.end], turn.opener
         closing = closing_tag(opener)
@@ -373,11 +390,12 @@ class _TurnSplitter:
         elif closing not in text:
             line = "\n" if opener.endswith("\n") else ""
             _, reasoning = reasoning_of(self.chat.messages[turn.number])
-            # An answer cut from text that held its reasoning may still begin with the blank lines between the two.
+            # Where the answer was separated from its reasoning, it may still begin with the blank lines between the two.
             block = f"{reasoning.strip()}{line}{closing}{'' if text.startswith(line) else line * 2}"
             self._add(block, before=self._before(turn.number), in_loss=bool(reasoning))
 
     def _add_tagged(self, turn: _Turn, spans: list[tuple[int, int]]) -> None:
+        """Add a turn's text, of which only what `spans` (offsets) enclose is in the loss."""
         at = turn.start
         for begin, end in spans:
             begin, end = max(begin, at), min(end, turn.end)
@@ -389,6 +407,7 @@ class _TurnSplitter:
         self._add(self.whole[at : turn.end], before=self.whole[:at])
 
     def _add_stop(self, turn: _Turn) -> None:
+        """Add the missing end of a last turn, in the loss: the control token that begins the next turn, else the end token."""
         if not self._is_last(turn):
             self.turns.notes.append(NO_STOP)
             return
@@ -402,6 +421,7 @@ class _TurnSplitter:
             self.turns.response.append(TextSpan(ids=(end,), in_loss=True))
 
     def _add(self, text: str, *, before: str, in_loss: bool = False) -> None:
+        """Add text to the response. `before` is all rendered text that precedes it."""
         self.turns.response += self._text_spans(text, in_loss=in_loss, continues=self.control.continued(before))
 
     def _text_spans(self, text: str, *, in_loss: bool = False, continues: bool = False) -> list[TextSpan]:
@@ -409,12 +429,12 @@ class _TurnSplitter:
 
 
 def ignores_tools(template: ChatTemplate, chat: Chat, rendered: str, *, answer: bool = False) -> bool:
-    """Tell whether a conversation has tools and is rendered the same without them."""
+    """Return whether a conversation has tools and is rendered the same without them."""
     if not chat.tools:
         return False
     return template.render(replace(chat, tools=None), answer=answer) == rendered
 
 
 def _holds(text: str, part: str) -> bool:
-    """Tell whether a text holds another, white space apart."""
+    """Return whether a text contains another, white space ignored."""
     return "".join(part.split()) in "".join(text.split())

@@ -271,7 +271,9 @@ class Engine:
     def _is_chat(self, batch: Batch, prompt: int) -> bool:
         """Tell whether a prompt was encoded by the chat template; one whose source the batch doesn't hold counts as a text."""
         source = batch.prompts[prompt] if batch.prompts else ""
-        return not isinstance(source, str) or (bool(source) and TextOptions.of(self.policy.tokenizer).wrap == "chat")
+        return not isinstance(source, str) or (
+            bool(source) and TextOptions.saved_with(self.policy.tokenizer).wrap == "chat"
+        )
 
     def _text(self, draw: _Draw, ids: list[int]) -> str:
         """Decode a completion: of a chat as a text by itself; else as a continuation, whose leading blank is kept."""

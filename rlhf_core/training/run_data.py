@@ -12,7 +12,7 @@ from rlhf_core.contracts.trainer import Trainer
 from rlhf_core.data import DataStream, open_dataset
 from rlhf_core.data.encoded_data import EncodedData
 from rlhf_core.data.open_source import data_files, has_splits
-from rlhf_core.data.text_options import keep
+from rlhf_core.data.text_options import save_text_options
 from rlhf_core.infra.errors import ConfigError
 from rlhf_core.models.sequence_model import SequenceModel
 from rlhf_core.training.distribution import Distribution
@@ -42,7 +42,7 @@ def keep_encoding(trainer: Trainer, dataset: EncodedData) -> None:
     for role, model in trainer.models.items():
         for module in model.modules() if trainer.roles[role].trained else ():
             if isinstance(module, SequenceModel):
-                keep(module.tokenizer, trainer.config.dataset)
+                save_text_options(module.tokenizer, trainer.config.dataset)
                 if dataset.encoder.chats:
                     module.add_stops(dataset.encoder.template.stops)
 

@@ -101,7 +101,9 @@ def test_wrong_type(tiny, record, row, message):
 
 def test_margin_in_some_rows_only(tiny):
     row = {"prompt": "a", "chosen": "b", "rejected": "c"}
-    assert "data[1]: `margin` stands in some rows only" in fault(tiny, [{**row, "margin": 1}, row], "preference")
+    assert "data[1]: some rows have a `margin` and others don't" in fault(
+        tiny, [{**row, "margin": 1}, row], "preference"
+    )
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
@@ -156,7 +158,7 @@ def test_one_label_only(tiny, label, missing):
 def test_columns_that_are_no_json_are_left_out_and_told(tiny):
     data = opened(tiny, [{"prompt": "a", "when": object(), "n": 1}], "prompt")
     assert data[0].record == {"n": 1} and data[0].prompt == "a"
-    assert "column `when` is no JSON value" in data.report.warnings()[0]
+    assert "column `when` is not a JSON value" in data.report.warnings()[0]
 
 
 def test_unknown_record(tiny):
@@ -199,7 +201,7 @@ def test_answers_that_are_equal_once_cut(tiny):
 def test_strict_refuses_what_would_be_cut(tiny):
     row = {"prompt": "a", "response": "b" * 90}
     assert opened(tiny, [row], "sft").report.truncated == 1
-    assert "would be cut" in fault(tiny, [row], "sft", strict=True)
+    assert "would be truncated" in fault(tiny, [row], "sft", strict=True)
 
 
 def test_a_gap_behind_whole_rows_is_a_gap(tiny):

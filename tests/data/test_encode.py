@@ -186,7 +186,7 @@ def test_hiding_control_tokens_changes_nothing_else(name, request):
     tokenizer = request.getfixturevalue(name)
     mark = Encoder(tokenizer, "sft").template.control
     for text in ("a", "<not control>", "[INST] a b", f"a{tokenizer.eos_token} b\n{tokenizer.bos_token}c"):
-        pieces = mark.cut(text, mark.pattern)
+        pieces = mark.split(text, mark.pattern)
         ids = [token for part in TextSpanEncoder(tokenizer)(pieces) for token in part]
         assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
 

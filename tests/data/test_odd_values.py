@@ -41,11 +41,11 @@ LINES = {
     "the other half": (rb'{"prompt": "\ude00", "response": "b"}', ":2: `prompt` holds half of a surrogate pair"),
     "one in a message": (
         rb'{"messages": [{"role": "user", "content": "\udcff"}, {"role": "assistant", "content": "b"}]}',
-        ":2: `messages[0].content` holds half of a surrogate pair, which is no character; got \\udcff at character 1",
+        ":2: `messages[0].content` holds half of a surrogate pair, which isn't a character; got \\udcff at character 1",
     ),
     "one in a key": (rb'{"prompt": "a", "response": "b", "x\ud83d": 1}', ":2: a column's name holds half of a surrogate"),
     "one in a nested key": (rb'{"prompt": "a", "response": "b", "x": {"\ud83d": 1}}', ":2: a key of `x` holds half"),
-    "one in a key that stands twice": (rb'{"\ud83d": 1, "\ud83d": 1}', ":2: key '\\ud83d' stands twice"),
+    "one in a key that stands twice": (rb'{"\ud83d": 1, "\ud83d": 1}', ":2: key '\\ud83d' appears twice"),
     "one in a column that nothing reads": (rb'{"prompt": "a", "response": "b", "id": "\ud83d"}', ":2: `id` holds half"),
     "an integer of 5,000 digits": (
         b'{"prompt": "a", "response": "b", "id": ' + b"9" * 5000 + b"}",
@@ -100,7 +100,7 @@ def test_rows_in_memory_are_held_to_the_same():
     data = opened([odd])
     assert data[0].record == {}
     assert [line.split(": ")[2] for line in data.report.warnings()] == [
-        f"column `{name}` is no JSON value and is left out (data[0])" for name in ("when", "price", "raw", "keys")
+        f"column `{name}` is not a JSON value and is left out (data[0])" for name in ("when", "price", "raw", "keys")
     ]
 
 
@@ -157,7 +157,7 @@ def test_text_of_parquet_that_is_no_utf8(tmp_path):
 def test_a_column_of_parquet_that_stands_twice(tmp_path):
     path = tmp_path / "rows.parquet"
     pq.write_table(pa.table([["a"], ["b"]], names=["prompt", "prompt"]), path)
-    assert fault(path).startswith(f"{path}: column 'prompt' stands twice")
+    assert fault(path).startswith(f"{path}: column 'prompt' appears twice")
 
 
 def test_damaged_parquet_is_a_data_fault(tmp_path):
@@ -180,7 +180,7 @@ def test_a_file_under_a_wrong_name(jsonl):
     assert "can't be read" in fault(jsonl(GOOD, "rows.parquet")) or "not a readable Parquet file" in fault(
         path.parent / "rows.parquet"
     )
-    assert "damaged or cut off" in fault(jsonl(GOOD, "rows.csv.gz"))
+    assert "damaged or incomplete" in fault(jsonl(GOOD, "rows.csv.gz"))
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "a\0b", '{"prompt": "a"}', "~nobody-of-this-name/rows.jsonl"])

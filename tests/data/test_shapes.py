@@ -352,10 +352,11 @@ def test_arrow_fills_in_what_other_rows_have(tiny):
         ("sft", {"prompt": [U], "completion": [{**U, "content": "ho"}, A]},
          "`completion` must begin with an assistant turn; got `completion[0]`"),
         ("preference", {"chosen": [U, A], "rejected": [{**U, "content": "ho"}, N]},
-         "differ before the assistant speaks, at message 0; got `chosen[0]` is user: 'hi', `rejected[0]` is user: 'ho'"),
-        ("preference", {"chosen": [U, A, U, A], "rejected": [U, A, {**U, "content": "ho"}, N]}, "at message 2; got `chosen[2]`"),
+         "differ in message 0, which isn't the assistant's; got `chosen[0]` is user: 'hi', `rejected[0]` is user: 'ho'"),
+        ("preference", {"chosen": [U, A, U, A], "rejected": [U, A, {**U, "content": "ho"}, N]},
+         "in message 2, which isn't the assistant's; got `chosen[2]`"),
         ("preference", {"prompt": [{**U, "content": "ho"}], "chosen": [U, A], "rejected": [U, N]},
-         "the answers hold another prompt than `prompt`; got user: 'hi', `prompt` ends user: 'ho'"),
+         "the responses contain another prompt than `prompt`; got user: 'hi', `prompt` ends user: 'ho'"),
         ("preference", {"chosen": [U, A, U], "rejected": [U, N]}, "`chosen` must end with an assistant turn"),
         ("preference", {"chosen": [A], "rejected": [N]}, "no column `prompt`"),
         ("preference", {"chosen": "yo", "rejected": "no"}, "no column `prompt`"),
@@ -424,9 +425,9 @@ def test_text_that_nothing_uses_is_named_once_and_refused_when_strict(tiny, capl
     rows = [{"prompt": "a", "response": "b", "note": "c", "why": "d", "score": 3}] * 4
     data = opened(tiny, rows, streaming=streaming, wrap="none")
     list(data)
-    told = "data: 4 of 4 rows: columns that nothing uses: `note`, `why` (data[0], data[1], data[2], data[3])"
+    told = "data: 4 of 4 rows: columns that aren't used: `note`, `why` (data[0], data[1], data[2], data[3])"
     assert [record.getMessage() for record in caplog.records] == [told]
-    with pytest.raises(DataError, match=r"data\[0\]: has columns that nothing uses; got `note`, `why`"):
+    with pytest.raises(DataError, match=r"data\[0\]: has columns that aren't used; got `note`, `why`"):
         list(opened(tiny, rows, streaming=streaming, strict=True))
     list(opened(tiny, rows, streaming=streaming, strict=True, ignore_columns=["note", "why"]))
     mapped = opened(tiny, rows, strict=True, columns={"prompt": "note"}, ignore_columns=["why"])
@@ -454,7 +455,7 @@ def test_several_shapes_in_one_file(tiny):
 def test_a_text_that_holds_the_answer_alone_is_no_copy(tiny):
     row = {"prompt": "What is the capital?", "context": "The capital is Paris.", "response": "Paris"}
     assert example(row).unused == ("context",)
-    assert "has columns that nothing uses; got `context`" in fault(tiny, row, strict=True)
+    assert "has columns that aren't used; got `context`" in fault(tiny, row, strict=True)
     rendered = {**row, "context": "### Question: What is the capital?\n### Answer: Paris"}
     assert example(rendered).unused == ()
     assert example({"prompt": "Double it.", "input": "21", "response": "42", "id": "7"}).unused == ("input",)
@@ -505,7 +506,7 @@ def test_a_prompt_beside_answers_that_hold_another_is_named(tiny):
     row = {"prompt": "what?", "chosen": [U, A], "rejected": [U, N]}
     assert words(tiny, row, "preference") == CHOSEN
     assert example(row, "preference").unused == ("prompt",)
-    assert "has columns that nothing uses; got `prompt`" in fault(tiny, row, "preference", strict=True)
+    assert "has columns that aren't used; got `prompt`" in fault(tiny, row, "preference", strict=True)
     assert example({**row, "prompt": "hi"}, "preference").unused == ()
     dialogues = {"prompt": ASKED, "chosen": ASKED + " yo", "rejected": ASKED + " no"}
     assert example(dialogues, "preference").unused == ()

@@ -165,7 +165,7 @@ def test_malformed_line_has_line_and_column(jsonl):
 def test_truncated_last_line(jsonl, cut):
     path = jsonl(b'{"a": 1}\n' + cut)
     error = str(fault(path))
-    assert error.startswith(f"{path}:2:") and "the last line is cut off" in error
+    assert error.startswith(f"{path}:2:") and "the last line is incomplete" in error
 
 
 def test_malformed_last_line_is_not_called_cut_off(jsonl):
@@ -213,12 +213,12 @@ def test_pretty_printed_objects_are_explained(jsonl):
 
 @pytest.mark.parametrize("content", [b"3\n", b'"text"\n', b"null\n"])
 def test_lines_that_are_no_objects(jsonl, content):
-    assert "expected one JSON object a line" in str(fault(jsonl(content)))
+    assert "expected one JSON object per line" in str(fault(jsonl(content)))
 
 
 def test_duplicate_key(jsonl):
     path = jsonl(b'{"a": 1}\n{"b": {"c": 1, "c": 2}}\n')
-    assert str(fault(path)).startswith(f"{path}:2: key `c` stands twice")
+    assert str(fault(path)).startswith(f"{path}:2: key `c` appears twice")
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
@@ -237,7 +237,7 @@ def test_compressed_file_that_is_cut_off(tmp_path, form):
     path = write_as([{"a": f"{i * i}"} for i in range(5000)], tmp_path, form)
     path.write_bytes(path.read_bytes()[:-20])
     error = str(fault(path))
-    assert str(path) in error and "damaged or cut off" in error
+    assert str(path) in error and "damaged or incomplete" in error
 
 
 def test_compressed_file_that_is_none(jsonl):
@@ -282,7 +282,8 @@ def test_a_directory_of_files_is_told_apart(tmp_path: Path) -> None:
     (tmp_path / "sft.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
     (tmp_path / "preference.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": ["c"]}\n')
     with pytest.raises(
-        DataError, match=r"is a directory that can't be read as one dataset; got preference.jsonl: chosen, prompt,"
+        DataError,
+        match=r"different columns, so they aren't one dataset; got preference.jsonl: chosen, prompt,",
     ):
         open_source(tmp_path)
 
@@ -310,7 +311,7 @@ def test_a_json_file_of_one_object_around_rows(tmp_path, caplog, key, around, in
     source = open_source(path)
     rows = list(source.rows())
     assert [dict(row.values) for row in rows] == ROWS
-    assert f"{path}: the rows are what stands under `{key}`" in caplog.text
+    assert f"{path}: the rows are the list under the key `{key}`" in caplog.text
     assert [dict(row.values) for row in source.rows(rows[0].after)] == ROWS[1:]
 
 

@@ -89,23 +89,23 @@ def test_places_are_lines(tmp_path):
     [
         ("a.csv", b"a,b\n1,2\n1,2,3\n", ":3: has 3 values for 2 columns; fix: put values that hold `,` or a line end in quotes"),
         ("a.csv", b'a,b\n1,"2\n3,4\n', ":2: not a readable table; got unexpected end of data"),
-        ("a.csv", b"a,a\n1,2\n", ":1: column 'a' stands twice"),
-        ("a.csv", b"a;b\n1;2\n", ":1: the columns aren't parted by ','; got ';' between names"),
-        ("a.tsv", b"a,b\n1,2\n", ":1: the columns aren't parted by '\\t'; got ',' between names"),
-        ("a.csv", b"a\tb\n1\t2\n", ":1: the columns aren't parted by ','; got '\\t' between names; fix: name the file .tsv"),
+        ("a.csv", b"a,a\n1,2\n", ":1: column 'a' appears twice"),
+        ("a.csv", b"a;b\n1;2\n", ":1: the columns aren't separated by ','; got ';' between names"),
+        ("a.tsv", b"a,b\n1,2\n", ":1: the columns aren't separated by '\\t'; got ',' between names"),
+        ("a.csv", b"a\tb\n1\t2\n", ":1: the columns aren't separated by ','; got '\\t' between names; fix: name the file .tsv"),
         ("a.csv", b"a,b\n1,\xff\n", ":2: not UTF-8; got byte 0xff at offset 6"),
         ("a.csv", b"a,b\n", ": holds no rows"),
         ("a.csv", b"", ": holds no rows"),
         ("a.json", b"[]", ": holds no rows"),
-        ("a.json", b'[{"a": 1}, {"a": 2}', ":1:20: the array is cut off; got Expecting ',' delimiter"),
-        ("a.json", b'[{"a": 1},\n{"a": "2', ":2:7: the array is cut off; got Unterminated string starting at"),
+        ("a.json", b'[{"a": 1}, {"a": 2}', ":1:20: the array is incomplete; got Expecting ',' delimiter"),
+        ("a.json", b'[{"a": 1},\n{"a": "2', ":2:7: the array is incomplete; got Unterminated string starting at"),
         ("a.json", b'[{"a": 1},\n{"a": 1 2}]', ":2:9: not valid JSON; got Expecting ',' delimiter"),
         ("a.json", b'[{"a": 1},\n]', ":2:1: not valid JSON; got Expecting value"),
         ("a.json", b'[{"a": 1}\n{"a": 2}]', ":2:1: not valid JSON; got Expecting ',' delimiter"),
         ("a.json", b'[{"a": 1}] x', ":1:12: not valid JSON; got Extra data"),
         ("a.json", b'[{"a": 1},\n 3]', ":2: expected an array of objects; got int"),
         ("a.json", b'[{"a": 1},\n {"a": NaN}]', ":2: a number isn't finite; got NaN"),
-        ("a.json", b'[{"a": 1},\n {"a": 1, "a": 2}]', ":2: key `a` stands twice"),
+        ("a.json", b'[{"a": 1},\n {"a": 1, "a": 2}]', ":2: key `a` appears twice"),
         ("a.json", b'[{"a": 1},\n {"a": ' + b"9" * 5000 + b"}]", ":2:8: an integer has more than 4,300 digits"),
         ("a.json", b'[{"a": "\xff"}]', ": not UTF-8; got byte 0xff at offset 8"),
     ],
@@ -144,7 +144,10 @@ def test_a_folder_of_files_of_one_kind(tmp_path):
     assert read[4].place == f"{tmp_path / 'b.csv'}:2"
     assert not has_splits(tmp_path)
     (tmp_path / "c.jsonl").write_bytes(lines([{"text": "t"}]))
-    assert "is a directory that can't be read as one dataset; got a.jsonl: prompt, response; b.csv" in fault(tmp_path)
+    assert (
+        "the files in this folder have different columns, so they aren't one dataset; got a.jsonl: prompt, response; b.csv"
+        in fault(tmp_path)
+    )
 
 
 def test_a_pattern_of_files(tmp_path, monkeypatch):
@@ -212,7 +215,7 @@ def test_line_ends_of_cr_alone_are_a_fault(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_bytes(b"prompt,response\ra,b\r")
     with pytest.raises(
-        DataError, match=r"rows.csv:1: a carriage return stands alone outside quotes; fix: .*LF or CRLF"
+        DataError, match=r"rows.csv:1: a carriage return without a line feed, outside quotes; fix: .*LF or CRLF"
     ):
         list(open_source(path).rows())
 

@@ -186,7 +186,7 @@ def test_a_stream_resumes_within_a_conversation(taken):
 
 
 def test_rows_without_turns_are_refused():
-    with pytest.raises(ConfigError, match=r"dataset\.turns: `preference` rows have no turns"):
+    with pytest.raises(ConfigError, match=r"dataset\.turns: rows of `preference` have no turns"):
         Encoder(tiny_tokenizer(), "preference", turns="each")
 
 

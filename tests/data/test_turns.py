@@ -106,7 +106,7 @@ def test_generation_tags_are_transformers_mask(inside, behind):
     ids, mask = [*found.row.prompt_ids, *found.row.responses[0]], [0] * len(found.row.prompt_ids) + found.row.masks[0]
     assert ids == whole["input_ids"][: len(ids)]
     assert mask == whole["assistant_masks"][: len(ids)] and not any(whole["assistant_masks"][len(ids) :])
-    assert [text for text in found.notes if "no stop" in text] == list(found.notes) and bool(found.notes) == (
+    assert [text for text in found.notes if "end token" in text] == list(found.notes) and bool(found.notes) == (
         "im_end" in behind
     )
 
@@ -263,7 +263,7 @@ def test_what_opens_the_next_answer_ends_none():
         (False, "\nq<|assistant|>"),
         (True, "\nb<|user|>"),
     ]
-    assert any("no stop behind an earlier turn" in note for note in found.notes)
+    assert any("no end token after an earlier turn" in note for note in found.notes)
 
 
 WITHOUT_TOOLS = "{% for m in messages if m.role != 'tool' %}"

@@ -32,7 +32,7 @@ def weighted(files, *weights):
 
 def counts(source) -> list[int]:
     seen = Counter(row.place for row in source.rows())
-    return [seen[row.place] for row in open_source([part.name for part in source.parts]).rows()]
+    return [seen[row.place] for row in open_source([part.name for part in source.sources]).rows()]
 
 
 def test_whole_weights_repeat_rows(files):

@@ -14,7 +14,7 @@ USER = {"role": "user", "content": "hi"}
 
 FAULTS: dict[str, tuple[Any, str]] = {
     "malformed line": (GOOD + '{"prompt" "a"}\n', ":2:11: not valid JSON; got Expecting ':' delimiter; fix: repair"),
-    "truncated last line": (GOOD + '{"prompt": "a", "resp', ":2:17: the last line is cut off; got Unterminated string"),
+    "truncated last line": (GOOD + '{"prompt": "a", "resp', ":2:17: the last line is incomplete; got Unterminated string"),
     "empty": ("", ": holds no rows; fix: give data with at least one row"),
     "blank": (" \n\n", ": holds no rows; fix: give data with at least one row"),
     "missing key": (
@@ -28,9 +28,10 @@ FAULTS: dict[str, tuple[Any, str]] = {
         ":2: not UTF-8; got byte 0xff at offset 45; fix: save the file as UTF-8",
     ),
     "NaN score": ('{"prompt": "a", "response": "b", "score": NaN}\n', ":1: a number isn't finite; got NaN; fix: "),
-    "JSON array": ('[{"prompt": "a", "response": "b"}]\n', ":1: holds a JSON array, expected one JSON object a line; fix: name"),
+    "JSON array": ('[{"prompt": "a", "response": "b"}]\n', ":1: holds a JSON array, expected one JSON object per line; fix:"),
     "half of a surrogate pair": (
-        GOOD + '{"prompt": "a", "response": "\\ud83d"}\n', ":2: `response` holds half of a surrogate pair, which is no character"
+        GOOD + '{"prompt": "a", "response": "\\ud83d"}\n',
+        ":2: `response` holds half of a surrogate pair, which isn't a character",
     ),
     "an integer without end": (
         GOOD + '{"prompt": "a", "response": "b", "n": ' + "9" * 5000 + "}\n", ":2:39: an integer has more than 4,300 digits"
