@@ -37,6 +37,7 @@ class _Bar:
         return self._bar
 
     def __enter__(self) -> Self:
+        """Show the bar."""
         if self._bar is not None:
             self._bar.start()
         return self

@@ -72,6 +72,8 @@ class _Module(BaseConfig):
 
 
 class _Tokenizer(BaseConfig):
+    """Which tokenizer the result has; `tokens`, choices for single tokens, are not supported."""
+
     source: _ModelName = "union"
     pad_to_multiple_of: int | None = None
     tokens: Any = None
@@ -193,6 +195,7 @@ class _Reader:
         return ConfigError(problem, place=place_of(key, self.places), got=got, fix=fix)
 
     def scope(self, key: str, values: Mapping[str, Any], *, of_model: bool = False) -> ParameterScope:
+        """Return the parameters under a dotted key as a scope, and add it to `scopes`."""
         self.scopes.append(ParameterScope(key, values, of_model))
         return self.scopes[-1]
 

@@ -20,7 +20,8 @@ class LayerRun(BaseConfig):
     layers: tuple[int, int] = Field(description="The first layer, counted from 0, and the one after the last.")
 
     @model_validator(mode="after")
-    def _runs_forwards(self) -> LayerRun:
+    def _has_layers(self) -> LayerRun:
+        """Raise where the run has no layer."""
         if not 0 <= self.layers[0] < self.layers[1]:
             raise ValueError(f"there are no layers from {self.layers[0]} to {self.layers[1]}")
         return self
@@ -114,6 +115,7 @@ class MergeConfig(BaseConfig):
 
     @model_validator(mode="after")
     def _base_is_given(self) -> MergeConfig:
+        """Raise where the base's tokenizer is asked for and there is no base."""
         if self.tokenizer == "base" and self.base is None:
             raise ValueError("`tokenizer: base` needs a `base`")
         return self

@@ -138,7 +138,7 @@ def model_flag(text: str) -> dict[str, Any]:
         ConfigError: the path exists, and what follows the `=` is not a finite number.
     """
     path, _, number = text.rpartition("=")
-    if not path or _is_there(text):
+    if not path or _exists(text):
         return {"model": text}
     try:
         weight = float(number)
@@ -146,7 +146,7 @@ def model_flag(text: str) -> dict[str, Any]:
         weight = math.nan
     if math.isfinite(weight):
         return {"model": path, "weight": weight}
-    if "/" not in number and _is_there(path):
+    if "/" not in number and _exists(path):
         raise ConfigError(
             f"the weight of {path} is not a finite number",
             place="--model",
@@ -156,10 +156,10 @@ def model_flag(text: str) -> dict[str, Any]:
     return {"model": text}
 
 
-def _is_there(name: str) -> bool:
+def _exists(name: str) -> bool:
     """Tell whether a model's directory exists, or both of `BASE+ADAPTER`."""
     pair = split_adapter(name)
-    return all(map(_is_there, pair)) if pair is not None else Path(name).expanduser().exists()
+    return all(map(_exists, pair)) if pair is not None else Path(name).expanduser().exists()
 
 
 def _key_flags(given: Sequence[Flag]) -> tuple[dict[str, Any], dict[str, str]]:
