@@ -154,7 +154,7 @@ class Distribution:
         return torch.nn.utils.get_total_norm(gradients)
 
     def clip(self, gradients: list[Tensor], norm: float, max_norm: float | None) -> None:
-        """Scale gradients down to a total norm of `max_norm` where `norm`, theirs now, is above it; not where it isn't finite."""
+        """Scale gradients of a total norm of `norm` down to `max_norm` where that is smaller; not where `norm` isn't finite."""
         if max_norm is not None and norm > max_norm and norm != float("inf"):
             torch._foreach_mul_(gradients, max_norm / (norm + 1e-6))
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from rlhf_core.config.training import EarlyStoppingConfig
 from rlhf_core.infra.errors import ConfigError, did_you_mean
+from rlhf_core.training.run_state_schema import metrics_as_text, metrics_from_text
 
 
 class EarlyStopping:
@@ -99,13 +100,11 @@ class EarlyStopping:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best value, its step and metrics, the start and the count of evaluations since, as JSON values."""
-        # As text where they aren't finite, since JSON has no name for them.
-        metrics = {name: value if math.isfinite(value) else repr(value) for name, value in self.best_metrics.items()}
         found = {"start": self.start, "best": self.best, "best_step": self.best_step, "waited": self.waited}
-        return {**found, "best_metrics": metrics}
+        return {**found, "best_metrics": metrics_as_text(self.best_metrics)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self.start, self.best = state["start"], state["best"]
         self.best_step, self.waited = int(state["best_step"]), int(state["waited"])
-        self.best_metrics = {name: float(value) for name, value in state["best_metrics"].items()}
+        self.best_metrics = metrics_from_text(state["best_metrics"])

@@ -58,9 +58,7 @@ class Loader:
     def main_model(self) -> Any:
         """The model that `main` returned."""
         if self._main is None:
-            raise PluginError(
-                "`build` doesn't load what the run was given as `model`", place=self._place, fix=_MAIN_FIRST
-            )
+            raise PluginError("`build` doesn't load the run's own `model`", place=self._place, fix=_MAIN_FIRST)
         return self._main
 
     @property
@@ -68,7 +66,7 @@ class Loader:
         return f"{type(self._trainer).__name__}.build"
 
     def main(self, kind: type[Model] | None = None, **own: Any) -> Model:
-        """Return what the run was given as `model`, as a kind of model; a `PolicyModel` where `kind` is None.
+        """Return the run's own model (`Trainer.model`) as a model of class `kind`; a `PolicyModel` where that is None.
 
         Sets `max_length` in the trainer's configuration to a number where it was left unset.
 
@@ -105,6 +103,7 @@ class Loader:
         """Return another model for a role, trained or frozen as the role is.
 
         Args:
+            kind: its class, such as `PolicyModel` or `ValueModel`.
             given: its options, its path or hub name, or a loaded model; None, an option that was left unset, is refused.
             own_tokens: whether it has a tokenizer of its own; else its vocabulary must be that of the run's model.
             own: options of the kind beyond those of `given`.
@@ -114,9 +113,7 @@ class Loader:
             ConfigError: sequences of `max_length` don't fit its positions; an option of its own can't hold.
         """
         if self._main is None:
-            raise PluginError(
-                f"`{role}` is loaded before what the run was given as `model`", place=self._place, fix=_MAIN_FIRST
-            )
+            raise PluginError(f"`{role}` is loaded before the run's own `model`", place=self._place, fix=_MAIN_FIRST)
         config, trained = self._trainer.config, self._is_trained(role)
         if role in self.loaded:
             raise PluginError(f"`{role}` is loaded twice", place=self._place)
@@ -141,7 +138,7 @@ class Loader:
         return model
 
     def _adopt(self, role: str, kind: Any, given: nn.Module, trained: bool, own: Mapping[str, Any]) -> Any:
-        """Return a loaded model as a kind of model, under the run's options but for LoRA, which is for the run's own model."""
+        """Return a loaded model as a model of class `kind`, under the run's options; LoRA is for the run's own model alone."""
         config = self._trainer.config
         model = kind.adopt(given, **own).to(self._devices.device)
         for module in model.modules():

@@ -48,7 +48,7 @@ def keep_encoding(trainer: Trainer, dataset: EncodedData) -> None:
 
 
 def _eval_config(trainer: Trainer) -> TrainerConfig:
-    """Return the configuration under which `eval_data` are read: `dataset.eval_split` is the split, where they have splits."""
+    """Return the configuration to read `eval_data` with; where they have named splits, its split is `dataset.eval_split`."""
     config, options = trainer.config, trainer.config.dataset
     for path, weight in data_files(trainer.eval_data) or []:
         if weight != 1:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from rlhf_core.infra.errors import DataError, ModelError, PluginError
 from rlhf_core.infra.seeds import RandomState
 from rlhf_core.training.checkpoint import Checkpoint, CheckpointManager, DamagedCheckpoint
 from rlhf_core.training.optimizer import load_optimizer_state, optimizer_state
-from rlhf_core.training.run_state_schema import check_state
+from rlhf_core.training.run_state_schema import check_state, metrics_as_text, metrics_from_text
 
 if TYPE_CHECKING:
     from rlhf_core.training.run import Run
@@ -45,27 +44,17 @@ class RunProgress:
 
     def to_json(self) -> dict[str, Any]:
         """Return the counters that all processes share, as JSON values; a metric that isn't finite is its name as text."""
-        metrics = {"metrics": _as_text(self.metrics), "eval_metrics": _as_text(self.eval_metrics)}
+        metrics = {"metrics": metrics_as_text(self.metrics), "eval_metrics": metrics_as_text(self.eval_metrics)}
         return {name: value for name, value in asdict(self).items() if name != "batches"} | metrics
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> RunProgress:
         """Return the counters that `to_json` described."""
-        metrics = {"metrics": _as_floats(values["metrics"]), "eval_metrics": _as_floats(values["eval_metrics"])}
+        metrics = {
+            "metrics": metrics_from_text(values["metrics"]),
+            "eval_metrics": metrics_from_text(values["eval_metrics"]),
+        }
         return cls(**{**values, **metrics})
-
-
-def _as_text(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Return metrics with those that aren't finite as text (`nan`, `inf`), since JSON has no names for them."""
-    return {
-        name: repr(value) if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in metrics.items()
-    }
-
-
-def _as_floats(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Undo `_as_text`."""
-    return {name: float(value) if isinstance(value, str) else value for name, value in metrics.items()}
 
 
 class RunState:
@@ -222,7 +211,10 @@ class RunState:
 
 
 def _state_of_data(ranks: Sequence[Mapping[str, Any]], rank: int, world_size: int) -> Mapping[str, Any]:
-    """Return the saved process whose position in the data this one continues from: its own, or of another number the furthest."""
+    """Return the saved entry, of one per process, whose position in the data this process continues from.
+
+    It is the process's own; where their number has changed, that of the process that had read furthest.
+    """
     if len(ranks) == world_size:
         return ranks[rank]
     furthest = max(ranks, key=lambda entry: entry["stream"]["rows"])

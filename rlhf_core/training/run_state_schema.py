@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -19,6 +21,19 @@ def _is_number(text: str) -> str:
 
 SavedFloat = Annotated[str, AfterValidator(_is_number)]
 """A float as text, since JSON has no name for one that isn't finite."""
+
+
+def metrics_as_text(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return metrics with those that aren't finite as text (`nan`, `inf`), since JSON has no names for them."""
+    return {
+        name: repr(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in metrics.items()
+    }
+
+
+def metrics_from_text(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Undo `metrics_as_text`."""
+    return {name: float(value) if isinstance(value, str) else value for name, value in metrics.items()}
 
 
 class _Schema(BaseModel):

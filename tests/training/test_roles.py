@@ -131,7 +131,7 @@ def parts(loader: Loader) -> dict[str, Any]:
             "the frozen `teacher` shares weights with the trained `policy`",
         ),
         (lambda loader: parts(loader) | {"teacher": loader.reference(loader.main_model)}, "gives is the role `reference`"),
-        (lambda loader: {"policy": loader.load("policy", PolicyModel, "x")}, "`policy` is loaded before what the run was given"),
+        (lambda loader: {"policy": loader.load("policy", PolicyModel, "x")}, "`policy` is loaded before the run's own"),
         (lambda loader: {**parts(loader), "x": loader.load("draft", PolicyModel, "x")}, "there is no role `draft`"),
         (lambda loader: [loader.main(), loader.main()], "`loader.main` is called twice"),
         (lambda loader: parts(loader) and loader.learning_rate("teacher", 2.0), "`teacher` is frozen, so it has no"),
