@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from rlhf_core.data.encoded_data import EncodedData
 from rlhf_core.infra.seeds import RandomState
+
+if TYPE_CHECKING:
+    from rlhf_core.data.encoded_data import EncodedData
 
 Metrics = dict[str, int | float | str | None]
 
