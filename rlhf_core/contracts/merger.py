@@ -1,4 +1,4 @@
-"""The contract of a merger: one checkpoint made of several, tensor by tensor. Importing this imports no torch."""
+"""The contract of a merger: it merges several models into one, tensor by tensor. Importing this imports no torch."""
 
 from __future__ import annotations
 
@@ -76,5 +76,5 @@ class Merger(ABC):
         """
 
     def merge(self, merge: ModelMerger) -> None:
-        """Make the merged checkpoint in the directory of `merge`. The default merges every tensor once."""
+        """Write the merged model to the directory of `merge`. The default merges every tensor once."""
         merge.write(self)

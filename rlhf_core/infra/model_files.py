@@ -18,6 +18,7 @@ REWARD_HEAD, PROCESS_REWARD_HEAD, VALUE_HEAD = HEADS = ("reward_head", "process_
 """Names of heads that are saved beside a model's weights, each as `NAME.json` and `NAME.safetensors`."""
 HEAD_FORMAT = 1
 """Version of what `NAME.json` says of a head."""
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 
@@ -124,6 +125,23 @@ def is_adapter(where: str) -> bool:
     weights = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
     return (Path(where) / "adapter_config.json").is_file() and not any(
         (Path(where) / name).is_file() for name in weights
+    )
+
+
+def adapter_weights(directory: Path, place: str) -> Path:
+    """Return the safetensors file of an adapter's directory.
+
+    Raises:
+        ModelError: there is none; pickled weights are never loaded.
+    """
+    if (file := directory / ADAPTER_WEIGHTS).is_file():
+        return file
+    pickles = ", ".join(sorted(path.name for path in directory.glob("*.bin")))
+    raise ModelError(
+        f"the adapter has no {ADAPTER_WEIGHTS}; pickled weights can run code and are not loaded",
+        place=place,
+        got=pickles or "no weights",
+        fix="save it again with `save_pretrained`, where you trust it",
     )
 
 

@@ -1,4 +1,4 @@
-"""Merging of checkpoints of any size: inputs are read and the output is written chunk by chunk."""
+"""Merging of models of any size: inputs are read and the output is written chunk by chunk."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ class Update:
     """The values that an adapter has for one tensor of its base, float32."""
 
     rows: Sequence[int] = ()
-    """Rows that were trained in place of the base's, and `row_values`, (rows, columns), what they hold."""
+    """Numbers of the rows that replace the base's; `row_values`, (rows, columns), are their values."""
     row_values: Tensor | None = None
     left: Tensor | None = None
     """s·B, (experts, rows, r); one expert where the tensor is a matrix."""
@@ -31,7 +31,7 @@ class Update:
     """DoRA's m, (rows,)."""
 
     def product(self, first: int, last: int) -> Tensor:
-        """Return rows of s·B·A, (last - first, columns), those of all experts counted one after the other."""
+        """Return rows of s·B·A, (last - first, columns); rows are counted over all experts."""
         assert self.left is not None and self.right is not None
         rows = self.left.shape[1]
         parts = []
@@ -46,7 +46,7 @@ class AdaptedTensor(TensorReader):
 
     Args:
         plain: W₀, (rows, columns) or (experts, rows, columns).
-        update: returns the update; called at each reading, so it keeps what was used last.
+        update: returns the update. It is called at each reading, so it caches the update that was used last.
         place: the adapter's name.
     """
 

@@ -1,7 +1,7 @@
 """A LoRA or DoRA adapter on its base as an input model: each tensor of the base, with what the adapter changes in it.
 
-What a merge makes of an adapter is the model that PEFT computes with the adapter on its base, not folded: where the base ties its
-output head to its embeddings and the adapter changes one of the two, the result has a head of its own.
+The result equals the model that PEFT computes with the adapter on its base, not folded: where the base ties its output head to
+its embeddings and the adapter changes one of the two, the result has both.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from rlhf_core.infra.errors import ModelError
-from rlhf_core.infra.model_files import json_object
+from rlhf_core.infra.model_files import adapter_weights, json_object
 from rlhf_core.merging.adapted_tensor import AdaptedTensor, Update, scale_of
-from rlhf_core.merging.expert_layout import AdaptedArchitecture, Parameter, StoredPart
+from rlhf_core.merging.expert_layout import WRONG_BASE, AdaptedArchitecture, StoredPart
 from rlhf_core.merging.input_model import InputModel, with_changes
 from rlhf_core.merging.score_heads import head_tensors, heads_beside
 from rlhf_core.merging.tensor_names import has_token_rows, is_embedding, is_head, score_head_of
@@ -54,8 +54,7 @@ _KINDS = {
     "own": re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<last>[^.]+)"),
     "plain": re.compile(r"(?P<module>.+)\.(?P<last>[^.]+)"),
 }
-"""What an adapter's tensors are, by their names; the first that fits counts."""
-_WRONG_BASE = "set `base_model_name_or_path` in adapter_config.json to the model that it was trained on"
+"""Kinds of an adapter's tensors by their names; the first that fits is the kind."""
 _FOLD = "fold it with peft's `merge_and_unload` and save the model"
 
 
@@ -74,13 +73,12 @@ class _Change:
     """What an adapter changes in one tensor of its base; strings are names in the adapter's file."""
 
     base: str | None = None
-    """Stands in for the base's own tensor, as where tokens were added before training."""
+    """Replaces the base's tensor, as where tokens were added before training."""
     own: str | None = None
-    """Was trained in the tensor's place."""
+    """Replaces the base's tensor, and was trained."""
     pair: _Pair | None = None
-    parameter: Parameter | None = None
-    """Which parameter the pair changes, and `part` which part of it this tensor is, where files hold it otherwise."""
     part: StoredPart | None = None
+    """Which part of the parameter that the pair changes this tensor is, where files hold parameters in another form."""
     magnitude: str | None = None
     rows: str | None = None
 
@@ -99,23 +97,14 @@ def adapted_model(name: str, path: Path, base: InputModel) -> InputModel:
     Args:
         name: the adapter's.
         path: its directory.
-        base: the model that it stands on.
+        base: the model that it was trained on, or another one.
 
     Raises:
         ModelError: it is of a kind that isn't folded, is pickled, or doesn't fit its base.
     """
     settings = json_object(path / "adapter_config.json", name)
     _require_folded_kind(name, settings)
-    weights = path / "adapter_model.safetensors"
-    if not weights.is_file():
-        pickles = ", ".join(sorted(file.name for file in path.glob("*.bin")))
-        raise ModelError(
-            "the adapter has no adapter_model.safetensors; pickled weights can run code and are not loaded",
-            place=name,
-            got=pickles or "no weights",
-            fix="save it again with `save_pretrained`, where you trust it",
-        )
-    file = WeightFile(weights, name)
+    file = WeightFile(adapter_weights(path, name), name)
     adapter = _Adapter(name, path, base, settings, file.tensors)
     tensors, heads = adapter.result(), heads_beside(name, path)
     if heads:
@@ -155,7 +144,7 @@ class _Adapter:
     Args:
         name: the adapter's.
         path: its directory.
-        base: the model that it stands on.
+        base: the model that it changes.
         settings: its adapter_config.json.
         own: its tensors by their names in its file.
     """
@@ -167,10 +156,10 @@ class _Adapter:
         self._changes: dict[str, _Change] = {}
         self._architecture = AdaptedArchitecture(base.name, base.config, path, name)
         self._read_pair = lru_cache(maxsize=2)(lambda a, b: (self._values(a), self._values(b)))
-        """The factors that were read last: those of all of a layer's experts are one tensor."""
+        """The factors that were read last: one pair holds those of all of a layer's experts."""
         self._thread = threading.local()
         self._untied: str | None = None
-        """The output head that the result has, though the base ties its own to the embeddings."""
+        """The name of the result's output head, where the base ties its own to the embeddings and the result doesn't."""
         self._assign()
         self._settle_tied_head()
 
@@ -197,7 +186,7 @@ class _Adapter:
         return with_changes(self.base.config, changed)
 
     def _plain(self, target: str, change: _Change) -> TensorReader:
-        """Return what a change is made to: a tensor of the adapter's own, else the base's."""
+        """Return the tensor that an update is added to: one of the adapter's that replaces the base's, else the base's."""
         if change.whole is not None:
             return self.own[change.whole]
         return self.base.tensors[self._base_name(target)]
@@ -206,7 +195,7 @@ class _Adapter:
         """Return the base's name of a tensor; a head that was tied is read as the embeddings."""
         return str(self.base.embeddings) if self._untied and target == self._untied else target
 
-    # What the adapter's tensors belong to
+    # Which tensors of the base the adapter's belong to
 
     def _assign(self) -> None:
         pairs: dict[str, _Pair] = {}
@@ -238,10 +227,9 @@ class _Adapter:
         if not self.base.config.get("model_type"):  # nothing says what a model of it looks like
             self._change(f"{pair.module}.weight", key).pair = pair
             return
-        parameter = self._architecture.parameter(pair.module)
-        for part in parameter.parts:
+        for part in self._architecture.stored_parts(pair.module):
             change = self._change(part.name, key)
-            change.pair, change.parameter, change.part = pair, parameter, part
+            change.pair, change.part = pair, part
 
     def _is_weight_of(self, pair: _Pair, target: str) -> bool:
         """Tell by its shape whether a tensor of that name is the module's own: files may hold several modules in one tensor."""
@@ -260,23 +248,23 @@ class _Adapter:
                 f"the adapter doesn't fit its base, which has no tensor `{wanted}`",
                 place=self.name,
                 got=f"`{key}` for base {self.base.name}",
-                fix=_WRONG_BASE,
+                fix=WRONG_BASE,
             )
         return self._changes.setdefault(target, _Change())
 
     def _find(self, wanted: str) -> str | None:
-        """Return the base's tensor of a name; the model's prefix may stand in one of the two names only."""
+        """Return the name of a tensor in the base, which may have or lack the model's prefix; None where there is none."""
         prefixes = {name.split(".", 1)[0] + "." for name in self.base.tensors if "." in name}
         for name in (wanted, *(prefix + wanted for prefix in sorted(prefixes)), wanted.partition(".")[2]):
             if name in self.base.tensors:
                 return name
-        # A head that is tied is no tensor of the base, and still a module that may be trained.
+        # A tied head is no tensor of the base, and still a module that may be trained.
         return wanted if is_head(wanted) and self.base.tied else None
 
     # Tied embeddings
 
     def _settle_tied_head(self) -> None:
-        """Where the base ties its head to its embeddings, decide whether they are still one with the adapter on it."""
+        """Where the base ties its output head to its embeddings, decide whether they are still equal with the adapter on it."""
         table = self.base.embeddings
         head = next((name for name in self._changes if is_head(name)), None)
         if table is None or not self.base.tied or not (head or table in self._changes):
@@ -284,7 +272,7 @@ class _Adapter:
         of_table = self._changes.get(table, _Change())
         of_head = self._changes.get(head, _Change()) if head is not None else _Change()
         of_table.base = of_head.base = of_table.base or of_head.base
-        # PEFT ties rows that were trained in the embeddings to the head, unless the head has others of its own.
+        # PEFT ties rows that were trained in the embeddings to the head, unless rows of the head were trained too.
         one_of_rows = of_table.rows is not None and of_head.rows is None and not of_head.trained
         same_rows = of_table.rows is not None and of_head.rows is not None
         same_rows = same_rows and self._rows(str(of_table.rows)) == self._rows(str(of_head.rows))
@@ -315,7 +303,7 @@ class _Adapter:
         if shape != base and not (is_embedding(target) and shape[1:] == base[1:]):
             self._raise_misfit(target, shape, base)
         if change.pair is not None and (found := self._update_shape(change, shape)) != shape:
-            if change.parameter is not None and change.parameter.shape[-2:] == found[-2:]:
+            if change.part is not None and change.part.parameter_shape[-2:] == found[-2:]:
                 raise ModelError(
                     f"the base's files hold `{change.pair.module}` and others in one tensor, `{target}`",
                     place=self.name,
@@ -325,7 +313,7 @@ class _Adapter:
             self._raise_misfit(target, found, shape)
         if change.rows is not None and (last := max(self._rows(change.rows), default=0)) >= shape[0]:
             self._raise_misfit(target, (1 + last, *shape[1:]), shape)
-        transposed = change.pair is not None and change.parameter is None and self._is_transposed(change.pair, shape)
+        transposed = change.pair is not None and change.part is None and self._is_transposed(change.pair, shape)
         if change.magnitude is not None and (transposed or self.own[change.magnitude].shape != shape[:1]):
             raise ModelError(
                 f"DoRA of `{target}` is not folded while merging: only that of linear layers is",
@@ -348,7 +336,7 @@ class _Adapter:
                 got=f"{rows[grown]} rows, and {rows[other]}",
                 fix="add the tokens to the base and save it as a model, or train with both in `modules_to_save`",
             )
-        log.info("%s brings a vocabulary of its own: %d rows, its base %d", self.name, rows[grown], before[grown])
+        log.info("%s has another vocabulary than its base: %d rows, the base %d", self.name, rows[grown], before[grown])
 
     def _raise_misfit(self, target: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
         if found[1:] == expected[1:] and is_embedding(target):
@@ -362,7 +350,7 @@ class _Adapter:
             f"the adapter doesn't fit its base in tensor `{target}`",
             place=self.name,
             got=f"shape {list(found)}, the base {list(expected)}",
-            fix=_WRONG_BASE,
+            fix=WRONG_BASE,
         )
 
     def _update_shape(self, change: _Change, expected: tuple[int, ...]) -> tuple[int, ...]:
@@ -375,8 +363,8 @@ class _Adapter:
                 place=self.name,
                 got=f"{list(a)}, {list(b)}",
             )
-        if change.parameter is not None and change.part is not None:
-            left, right = change.part.cut(*change.parameter.factors(*(torch.empty(s, device="meta") for s in (a, b))))
+        if change.part is not None:
+            left, right = change.part.factors(*(torch.empty(shape, device="meta") for shape in (a, b)))
             shape = (left.shape[0], left.shape[1], right.shape[2])
             return shape if len(expected) == 3 else shape[1:]
         return (a[1], b[0]) if self._is_transposed(change.pair, expected) else (b[0], a[1])
@@ -409,7 +397,7 @@ class _Adapter:
     # Values
 
     def _update(self, change: _Change, shape: tuple[int, ...]) -> Update:
-        """Return what a change does to a tensor of a shape; each thread keeps that of the tensor which it read last."""
+        """Return the values of a change to a tensor of a shape; each thread caches those that it used last."""
         held: tuple[_Change, Update] | None = getattr(self._thread, "held", None)
         if held is None or held[0] is not change:
             left, right = self._factors(change, shape) if change.pair is not None else (None, None)
@@ -430,8 +418,8 @@ class _Adapter:
         pair = change.pair
         assert pair is not None
         a, b = self._read_pair(pair.a, pair.b)
-        if change.parameter is not None and change.part is not None:
-            left, right = change.part.cut(*change.parameter.factors(a, b))
+        if change.part is not None:
+            left, right = change.part.factors(a, b)
             return left.contiguous(), right.contiguous()
         rank, alphas = a.shape[0], self.settings.get("alpha_pattern") or {}
         given = (

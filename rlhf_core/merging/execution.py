@@ -1,4 +1,4 @@
-"""The execution of a planned merge: every tensor, several at a time, is merged by the method or copied, and written."""
+"""The execution of a planned merge: tensors, several at a time, are merged by the method or copied, and written."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class MergeExecution:
             self._report(done, total)
             forked = self.threads > 1 and self.device.type == "cpu" and may_fork()
             self._chunk = CHUNK if forked or self.threads == 1 else THREADS_CHUNK
-            # The largest first, so that none is left alone with it at the end.
+            # The largest first, so that no worker is left alone with it at the end.
             tensors.sort(key=lambda one: -one.count)
             work = spread(tensors, self._one, self.threads, forked=forked, enter=self.output.leave_to_parent)
             with closing(work) as events:
@@ -109,7 +109,7 @@ class MergeExecution:
 
 @dataclass(frozen=True)
 class _Streams:
-    """The streams of all merged tensors, made again at each iteration."""
+    """The streams of all merged tensors; each iteration starts again."""
 
     execution: MergeExecution
 
@@ -140,7 +140,7 @@ def _copied(tensor: PlannedTensor) -> Iterator[tuple[int, torch.Tensor]]:
 
 @contextmanager
 def _single_threaded_operations() -> Iterator[None]:
-    """Keep torch from splitting single operations: tensors are merged side by side instead."""
+    """Keep torch from using threads in single operations: several tensors are merged at once instead."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

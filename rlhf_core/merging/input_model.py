@@ -24,10 +24,7 @@ _COMPARED = 1 << 16
 
 @dataclass(eq=False)
 class InputModel:
-    """One input model: a model directory, an adapter on its base, or layers of several models.
-
-    `open_model` makes each of these; they differ in what they are read from, and in nothing that a merge has to know.
-    """
+    """One input model: a model directory, an adapter on its base, or layers of several models; `open_model` makes them all."""
 
     name: str
     """As it was given: a directory, an adapter, a name on the hub."""
@@ -40,7 +37,7 @@ class InputModel:
     files: Sequence[WeightFile]
     """All files that it is read from, those of a base too."""
     directories: Sequence[Path]
-    """Where its tokenizer and other files are looked for, the first that counts first."""
+    """Where its tokenizer and other files are looked for, in this order."""
     heads: Mapping[str, Path] = field(default_factory=dict)
     """The heads beside its weights, and the directory of each."""
     base: InputModel | None = None
@@ -61,7 +58,7 @@ class InputModel:
 
     @cached_property
     def fingerprint(self) -> bytes:
-        """A hash of every tensor's name, shape and some of its values: the same however files are cut or values stored."""
+        """A hash of every tensor's name, shape and some of its values, whatever its shards and dtypes."""
         total = hashlib.blake2b(digest_size=16)
         for name in sorted(self.tensors, key=lambda name: (score_head_of(name) is not None, name)):
             tensor = self.tensors[name]
@@ -137,7 +134,7 @@ class InputModel:
             if (name := next((key for key in keys if is_head(key)), None)) is not None:
                 return str(name)
         raise ModelError(
-            "its output head is its embeddings, and what it is called with values of its own isn't known",
+            "its output head is tied to its embeddings, and the name of an untied head isn't known",
             place=self.name,
             got=f"architectures {named}",
             fix="set `tie_word_embeddings: false` in its config.json, and store the head",

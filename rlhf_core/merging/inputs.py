@@ -1,4 +1,4 @@
-"""A model of a merge as its method sees it. Importing this imports no torch."""
+"""An input model as a method sees it. Importing this imports no torch."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MergeInput:
-    """One of the models that are merged: what it is called, where it lies, how much it counts, and its options.
+    """What a method may know of an input model: its name, directory, weight and options.
 
-    All of it belongs to the model, wherever the model stands in a list: `chunk.inputs[i]` is that of `chunk.tensors[i]`.
+    `chunk.inputs[i]` is that of `chunk.tensors[i]`, also where the models are sorted.
     """
 
     name: str
     """As it was given: a directory, an adapter, a name on the hub."""
     path: Path | None = None
-    """The directory of its files, a hub model's in the cache; None where there is none, such as for runs of several models."""
+    """The directory of its files, in the cache for a model on the hub; None for layers of several models."""
     weight: float = 1.0
     """Its weight at the tensor that is being merged."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """For each name in the method's `per_model` the value that holds for this model, of the type of the configuration's field:
-    the model's own, else the method's; at the tensor that is being merged."""
+    """For each name in the method's `per_model`, the model's value at the tensor that is being merged, else the method's; of the
+    type of the configuration's field."""
     index: int = 0
-    """Its place in the list that was given, from 0."""
+    """Its index in the list that was given."""
     fingerprint: bytes = b""
-    """A hash of tensors' names, shapes and some values: the same wherever it is in the list and however its files are cut."""
+    """A hash of its tensors' names, shapes and some values, whatever its index and its shards."""
 
 
 def check_own(key: str, method: type[Merger], name: str, place: str) -> None:
-    """Raise where a model can't have an option of its own.
+    """Raise where a model may not have its own value of an option.
 
     Args:
         key: the option.
         method: the method's class.
-        name: what the method is called.
-        place: where the option stands.
+        name: the method's name.
+        place: where the option was set.
 
     Raises:
         ConfigError: the option is the same for all models, or there is none of that name.

@@ -1,7 +1,7 @@
-"""Layers of several models, one run of them after the other, as one input model.
+"""Runs of layers of several models, one after the other, as one input model.
 
-What goes before the layers comes from the model of the first run, what goes after them from that of the last; the configuration
-is that of the first, with what it says of each layer in the layers' new order.
+The tensors before the layers (embeddings) are those of the first run's model, the tensors after them those of the last run's. The
+configuration is the first model's; its lists by layer are put in the new order.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rlhf_core.merging.vocabulary import same_tokens
 log = logging.getLogger(__name__)
 
 _INDICES = ("mlp_only_layers", "attn_layer_indices", "hybrid_layer_ids", "cross_attention_layers", "moe_layers")
-"""Keys of a configuration that list the numbers of layers."""
+"""Keys of a configuration that list numbers of layers."""
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _BEFORE = ("embed", "wte", "wpe")
 
@@ -31,8 +31,8 @@ def stacked_model(runs: Sequence[LayerRun], opened: Mapping[str, InputModel]) ->
     """Return runs of layers as one model.
 
     Args:
-        runs: where each run is from; in the layers of one without a model the result takes no part.
-        opened: the models by the names that the runs give them.
+        runs: the model and the layers of each run; the result takes no part in layers of a run without a model.
+        opened: the models by their names in the runs.
 
     Raises:
         ModelError: a model lacks such layers, or the result would be no model of the first one's configuration.
@@ -64,7 +64,7 @@ def stacked_model(runs: Sequence[LayerRun], opened: Mapping[str, InputModel]) ->
     if False not in absent_ends:
         tensors |= _output_head(first, last)
     name = " + ".join(f"{run.model}[{run.layers[0]}:{run.layers[1]}]" for run in runs if run.model is not None)
-    _require_makes_by_number(name, first, tensors, depth, absent_layers)
+    _require_layers_by_rule(name, first, tensors, depth, absent_layers)
     _require_one_vocabulary(first, last, tensors)
 
     def absent(name: str) -> bool:
@@ -90,7 +90,7 @@ def _layer(model: InputModel, number: int, layer: int, run: LayerRun) -> dict[st
 
 
 def _output_head(first: InputModel, last: InputModel) -> dict[str, TensorReader]:
-    """Return the last model's output head; none where each end ties its own: then the embeddings are that of the result too."""
+    """Return the last model's output head; none where both models tie theirs: then the result ties its own to its embeddings."""
     if first.tied and last.tied:
         return {}
     if not last.tied:
@@ -99,22 +99,22 @@ def _output_head(first: InputModel, last: InputModel) -> dict[str, TensorReader]
     return {first.untied_head(): last.tensors[last.embeddings]} if last.embeddings is not None else {}
 
 
-def _require_makes_by_number(
+def _require_layers_by_rule(
     name: str, first: InputModel, tensors: Tensors, depth: int, absent_layers: set[int]
 ) -> None:
-    """Raise where a layer is made of other tensors than one of its number is in a model of this configuration."""
-    makes = _makes(first.tensors, depth_of(first.tensors))
+    """Raise where a layer has other tensors than the layer of that number in a model of this configuration."""
+    makes = _contents(first.tensors, depth_of(first.tensors))
     kinds = (first.text_config.get(key) for key in ("layer_types", "layers_block_type"))
     listed = [str(kind) for kind in next(filter(None, kinds), [None] * len(makes))]
-    # Lists of layers go with them; a rule for numbers stays as it is.
+    # Lists by layer are put in the new order; a rule for numbers can't be.
     if len(set(zip(listed, makes, strict=False))) == len(set(listed)) or any(map(first.text_config.get, _INDICES)):
         return
-    for layer, make in enumerate(_makes(tensors, depth)):
+    for layer, make in enumerate(_contents(tensors, depth)):
         if layer not in absent_layers and make != _by_number(makes, layer):
             raise ModelError(
-                f"layer {layer} would be of another make than the configuration's rule for its number says",
+                f"layer {layer} would have other tensors than the configuration's rule for its number says",
                 place=name,
-                fix="choose ranges that keep layers of a kind at their numbers",
+                fix="choose ranges that keep layers of each kind at their numbers",
             )
 
 
@@ -139,7 +139,7 @@ def _require_one_stack(model: InputModel) -> None:
     stacks = {layer_prefix(name) for name in model.tensors} - {None}
     if len(stacks) > 1:
         raise ModelError(
-            "has several stacks of layers, and layers are put together of one only",
+            "has several stacks of layers; layers are taken from models with one only",
             place=model.name,
             got=", ".join(sorted(str(stack) for stack in stacks)),
             fix="merge whole models",
@@ -186,8 +186,8 @@ def _with_layer_types(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**settings, "layer_types": list(types)} if types and len(set(types)) > 1 else settings
 
 
-def _makes(tensors: Tensors, depth: int) -> list[frozenset[tuple[str, tuple[int, ...]]]]:
-    """Return what each layer is made of: its tensors' names and shapes."""
+def _contents(tensors: Tensors, depth: int) -> list[frozenset[tuple[str, tuple[int, ...]]]]:
+    """Return the names and shapes of each layer's tensors."""
     made: list[set[tuple[str, tuple[int, ...]]]] = [set() for _ in range(depth)]
     for name, tensor in tensors.items():
         if (layer := layer_of(name)) is not None:
@@ -196,7 +196,7 @@ def _makes(tensors: Tensors, depth: int) -> list[frozenset[tuple[str, tuple[int,
 
 
 def _by_number(makes: Sequence[Any], layer: int) -> Any:
-    """Return what a layer is made of by a rule for its number: beyond the last, as they alternate, or as the last."""
+    """Return the tensors of a layer by a rule for its number: beyond the last, as layers alternate, or the last's."""
     if layer < len(makes):
         return makes[layer]
     for period in range(1, len(makes) // 2 + 1):
@@ -213,5 +213,5 @@ def _moved(name: str, layer: int) -> str:
 
 
 def _goes_before(name: str) -> bool:
-    """Tell whether a tensor outside of the layers goes before them: embeddings and what is done to these."""
+    """Tell whether a tensor outside of the layers is before them: embeddings and their norms or projections."""
     return not is_head(name) and any(part in piece for piece in name.split(".")[:-1] for part in _BEFORE)

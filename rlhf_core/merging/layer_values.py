@@ -26,7 +26,7 @@ _Numbers = Annotated[list[float], AfterValidator(_not_empty)]
 
 
 class RunValue(BaseConfig):
-    """A value of a run of layers."""
+    """A value for a run of layers."""
 
     count: int = Field(ge=1, description="Number of layers in the run.")
     value: Value = Field(description="A number, a gradient from the run's first layer to its last, or values by layer.")
@@ -95,7 +95,7 @@ def value_at(value: Value, name: str, depth: int, *, what: str = "weight") -> fl
 
 
 def _at(value: Value, name: str, layer: int | None, depth: int, what: str) -> float:
-    """Return a value at a layer of so many, None being outside of them."""
+    """Return a value at a layer; None is a tensor outside the layers."""
     if isinstance(value, int | float):
         return float(value)
     if isinstance(value, list):
@@ -121,7 +121,7 @@ def _at(value: Value, name: str, layer: int | None, depth: int, what: str) -> fl
         raise ConfigError(
             f"no filter of `{what}` fits tensor `{name}`",
             place=what,
-            fix="add a `default`, for all that no filter fits",
+            fix="add a `default`, for tensors that no filter fits",
         )
     return value.default
 

@@ -1,4 +1,4 @@
-"""A merge from its inputs to the finished directory: plan, stream every tensor past the method, publish."""
+"""A merge from its inputs to the finished directory: planned, executed, published."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, None: None}
 
 _WHOLE = 4
-"""Tensors at once by default where a method needs them whole: a few, however many cores there are."""
+"""Most tensors at once, by default, of a method whose chunks are whole tensors."""
 
 Progress = Callable[[int, int], None]
 """Called with the bytes of output that are done and their total."""
@@ -55,7 +55,7 @@ class MergeResult:
 
 
 class ModelMerger:
-    """Merges checkpoints into one.
+    """Merge several models into one.
 
     `ModelMerger(MergeConfig(method="ties", base="base", models=["a", "b"], output="merged")).merge()`
 
@@ -150,7 +150,7 @@ class ModelMerger:
         for path in [*(file.path for one in plan.inputs for file in one.files), *self.method.files]:
             if target in path.resolve().parents:
                 raise ConfigError(
-                    "one of the inputs lies in the output directory",
+                    "one of the inputs is in the output directory",
                     place=str(target),
                     got=str(path),
                     fix="choose another output",

@@ -121,7 +121,7 @@ def options_of(merger: Merger, own: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a model's value for each name in `per_model`: its own, else the method's.
 
     Raises:
-        ConfigError: it can't have such an option of its own, or the value is invalid.
+        ConfigError: a model may not have its own value of the option, or the value is invalid.
     """
     for key in own:
         check_own(key, type(merger), type(merger).__name__, f"options of a model, `{key}`")

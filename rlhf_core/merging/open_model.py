@@ -79,7 +79,7 @@ def _base_of(adapter: str, base: str) -> InputModel:
             "the base that this adapter names isn't there",
             place=adapter,
             got=f"{base}: {error.got or error.problem}",
-            fix=f"name it where it lies now, `BASE+{adapter}`",
+            fix=f"give its present directory: `BASE+{adapter}`",
         ) from error
 
 
@@ -95,7 +95,7 @@ def _weight_files(name: str, path: Path) -> list[WeightFile]:
                 f"has no {SINGLE} and no {INDEX}",
                 place=name,
                 got=f"safetensors files: {found}",
-                fix=f"copy {INDEX} too, which says what lies in which shard" if single else "copy the weights too",
+                fix=f"copy {INDEX} too, which lists the tensors of each shard" if single else "copy the weights too",
             )
         return [WeightFile(single[0], name)]
     files = [WeightFile(path / shard, name) for shard in sorted(shards)]
@@ -105,7 +105,9 @@ def _weight_files(name: str, path: Path) -> list[WeightFile]:
             raise ModelError(f"shard {shard} lacks tensor `{lacking[0]}`", place=name, fix="copy the file again")
         if more := sorted(set(file.tensors) - listed):
             raise ModelError(
-                f"tensor `{more[0]}` lies in {shard}, where the index doesn't have it", place=name, fix=f"mend {INDEX}"
+                f"tensor `{more[0]}` is in {shard}, and the index doesn't list it there",
+                place=name,
+                fix=f"mend {INDEX}",
             )
     return files
 

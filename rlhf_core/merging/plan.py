@@ -1,4 +1,4 @@
-"""What a merge will do, known before it does it: which tensors it reads and merges or copies, and where it writes them."""
+"""The plan of a merge: which tensors it reads, which it merges or copies, and where it writes them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MERGED = {torch.float32, torch.bfloat16, torch.float16}
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One tensor of the result: what it is made from, and where it goes."""
+    """One tensor of the result: the tensors that it is merged from, and its place in a file."""
 
     name: str
     shape: tuple[int, ...]
@@ -182,11 +182,11 @@ class Plan:
         """Estimate the bytes of memory that the merge takes beyond the interpreter's.
 
         Args:
-            threads: tensors that are merged at once; each has buffers of its own, and values that thresholds are found from.
+            threads: tensors that are merged at once; each needs buffers, and values from which thresholds are found.
             chunk: elements of a chunk; None for whole tensors.
         """
         largest = max((tensor.count for tensor in self.tensors if tensor.merged), default=0)
-        # Of a large tensor, a twentieth is kept as a rule; more where rows differ much in size.
+        # Of a large tensor, usually a twentieth is kept; more where rows differ much in size.
         kept = 0 if chunk is None else len(self.models) * max(min(SMALL, largest), largest // 20)
         return threads * 4 * ((len(self.inputs) + 4) * min(chunk or largest, largest) + kept)
 
@@ -243,7 +243,7 @@ _COMPUTATION = ("rope_theta", "rope_scaling", "rope_parameters", "rms_norm_eps",
 
 
 def _require_one_architecture(inputs: Sequence[InputModel]) -> None:
-    """Raise where tensors of one name would mean different things, though their shapes may agree."""
+    """Raise where tensors of one name have different meanings, though their shapes may agree."""
     first = inputs[0]
     for other in inputs[1:]:
         for key in (*_ARCHITECTURE, *_COMPUTATION):
@@ -261,9 +261,9 @@ def _require_one_architecture(inputs: Sequence[InputModel]) -> None:
 
 
 def _settle_tied_heads(inputs: Sequence[InputModel]) -> set[str]:
-    """Return output heads that are every input's embeddings, and so aren't written.
+    """Return the output heads that every input ties to its embeddings, and that aren't written.
 
-    Where only some inputs tie theirs, each of these is read as a head of its own, with the values that it uses.
+    Where only some inputs tie theirs, their embeddings are read as their output heads.
     """
     heads = {name for one in inputs for name in one.tensors if is_head(name)}
     if not heads:
@@ -278,7 +278,7 @@ def _settle_tied_heads(inputs: Sequence[InputModel]) -> set[str]:
     if tied:
         untied = next(one for one in inputs if not one.tied)
         log.warning(
-            "the output head of %s is its embeddings, and %s has one of its own: so has the result",
+            "the output head of %s is its embeddings, and %s has another one: the result has both tensors",
             tied[0].name,
             untied.name,
         )
@@ -306,7 +306,7 @@ def _common_names(inputs: Sequence[InputModel], left_out: set[str]) -> set[str]:
         name = min(buffers, key=natural)
         has = next(one for one in inputs if name in one.tensors)
         log.warning(
-            "%d tensors are left out, as a model works them out itself and not every input has them: `%s` of %s%s",
+            "%d tensors are left out, since models compute them and not every input has them: `%s` of %s%s",
             len(buffers), name, has.name, " and others" if len(buffers) > 1 else "",
         )  # fmt: skip
     first, wanted = inputs[0], found[0] - buffers

@@ -22,10 +22,10 @@ from rlhf_core.merging.tensor_reader import TensorReader, WeightFile
 log = logging.getLogger(__name__)
 
 CENTRED = "centred"
-"""Says of a reward head that its members' scores can be compared: true of a merge where it is true of all merged models."""
+"""Key of a reward head's description: its members' scores can be compared. True of a merge where it is true of all models."""
 _COMPARED, _ALIKE = 1 << 16, 0.5
-"""Values of a head that are compared, and the cosine below which heads aren't of one start: the one of random heads is near zero,
-and training from one start leaves it near one."""
+"""Values of a head that are compared, and the cosine below which heads began from different weights: that of random heads is near
+zero, and that of heads trained from the same weights near one."""
 
 
 def heads_beside(name: str, path: Path) -> dict[str, WeightFile]:
@@ -59,7 +59,7 @@ def common_heads(inputs: Sequence[InputModel]) -> dict[str, dict[str, Any]]:
         inputs: the models that are merged, and the base where it takes part.
 
     Raises:
-        ModelError: some have a head and some have none, heads are of several kinds, or members have backbones of their own.
+        ModelError: some have a head and some have none, heads are of several kinds, or an ensemble has several backbones.
     """
     first = inputs[0]
     for other in inputs[1:]:
@@ -99,7 +99,7 @@ def _description(head: str, one: InputModel) -> dict[str, Any]:
     folders = sorted(folder.name for folder in one.heads[head].glob("member-*"))
     if folders or (found.get("shared") is False and found.get("members", 1) != 1):
         raise ModelError(
-            "the members of an ensemble stand on backbones of their own, which are not merged",
+            "the members of an ensemble have different backbones, which are not merged",
             place=one.name,
             got=", ".join(folders) or f"{found['members']} members",
             fix="merge single reward models, or ensembles that share a backbone",

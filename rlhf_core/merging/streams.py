@@ -1,7 +1,7 @@
-"""One tensor of every input of a merge, as float32 chunks: what a method sees of checkpoints of any size.
+"""One tensor of every input of a merge, read in float32 chunks.
 
 A chunk is small enough to stay in a core's cache, so a method's arithmetic runs at the cache's speed and a merge's memory
-doesn't depend on how large the checkpoints are. A stream may be read several times: first to measure, then to merge.
+doesn't depend on the size of the models. A stream may be read several times: first to measure, then to merge.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from rlhf_core.merging.inputs import MergeInput
 from rlhf_core.merging.tensor_reader import TensorReader
 
 CHUNK = 1 << 16
-"""Elements of a chunk on a CPU: 256 KiB an input in float32, so that a method's few tensors stay in a core's cache."""
+"""Elements of a chunk on a CPU: 256 KiB per input in float32, so that a method's few tensors stay in a core's cache."""
 THREADS_CHUNK = 1 << 18
-"""The same where threads of one process merge side by side: with fewer they wait for the interpreter's lock more often, up to
-twice as long in all."""
+"""Elements of a chunk where several threads of one process merge: with fewer they wait for the interpreter's lock more often, and
+take up to twice as long."""
 RUN = 128
-"""Elements of a run of a sample: short, for a row of large weights is one observation, however much of it is read."""
+"""Elements of a run of a sample: few, since a row of large weights is one observation, however much of it is read."""
 
 
 class Chunk:
@@ -48,7 +48,7 @@ class Chunk:
         runs: numpy.ndarray | None = None,
     ) -> None:
         self.stream, self.start, self.base, self.tensors = stream, start, base, tensors
-        self._runs = runs  # of a sample: where each of its runs starts
+        self._runs = runs  # start of each run, where the chunk is one of a sample
 
     @property
     def name(self) -> str:
@@ -57,7 +57,7 @@ class Chunk:
 
     @property
     def inputs(self) -> Sequence[MergeInput]:
-        """What is known of each model, in the order of `tensors`."""
+        """Name, weight and options of each model, in the order of `tensors`."""
         return self.stream.inputs
 
     @property
@@ -67,21 +67,21 @@ class Chunk:
 
     @property
     def origin(self) -> Tensor:
-        """The base; for a method that declares `needs_base` it is there."""
+        """The base's elements, of a method that declares `needs_base`."""
         assert self.base is not None
         return self.base
 
     def deltas(self) -> list[Tensor]:
-        """Turn the models' values into differences from the base, in place, and return them; call it once a chunk."""
+        """Turn the models' values into differences from the base, in place, and return them; call it once per chunk."""
         for tensor in self.tensors:
             tensor.sub_(self.origin)
         return self.tensors
 
     def cut(self, whole: Tensor) -> Tensor:
-        """Return the elements of this chunk out of a tensor as large as the whole, shaped as the chunk, on its device.
+        """Return the elements of this chunk of another tensor with as many elements, in the chunk's shape and on its device.
 
-        For what a method brings itself, such as an importance of each entry: loaded once per tensor in `measure`, and cut in
-        `merge_chunk`.
+        For values that a method loads itself, such as an importance of each entry: it loads a tensor in `measure`, and cuts it
+        in `merge_chunk`.
 
         Raises:
             ModelError: it has another number of elements than the tensor that is merged.
@@ -99,10 +99,10 @@ class Chunk:
         return part.to(like.device).view(like.shape)
 
     def random(self, model: int) -> Tensor:
-        """Return one uniform whole number in -32768 … 32767 an element, int16, shaped as the chunk.
+        """Return a uniform whole number in -32768 … 32767 per element, int16, in the chunk's shape.
 
-        A function of the seed, the tensor's name and the model's own values, so neither the order of the models, nor threads,
-        nor how files are cut change it. Call it once a chunk and model.
+        They are a function of the seed, the tensor's name and the model's fingerprint, whatever the order of the models, the
+        threads and the shards. Call it once per chunk and model.
         """
         return self.stream._words(model, self.tensors[model])
 
@@ -114,10 +114,10 @@ class TensorStream:
         name: the tensor's name.
         base: the base's tensor, where there is a base.
         models: each model's tensor.
-        inputs: what is known of each model; models of weight one where left out.
-        merger: the method, whose declarations say what a chunk is (`chunk_shape`), whether the base is read (`ignores_base`), and
-            whether the models have an order of their own (`commutative`): by their values, for a sum in another order would round
-            differently; it is the same for every tensor of a merge. Else they come as given.
+        inputs: each model's name, weight and options; models of weight one where left out.
+        merger: the method. It declares what a chunk is (`chunk_shape`), whether the base is read (`ignores_base`), and whether
+            the models are sorted by their values (`commutative`), since a sum in another order would round differently; the
+            order is the same for every tensor of a merge.
         seed: seed of random words.
         surveyed: what the method's `survey` returned.
         device: where chunks are put.
@@ -199,15 +199,15 @@ class TensorStream:
         return part.view(-1, self.columns) if self.chunk_shape == "rows" else part
 
     def sample(self, runs: int) -> Iterator[Chunk]:
-        """Read some runs of `RUN` elements spread over the tensor, to guess a quantile by; a shorter tensor is read whole."""
+        """Read some runs of `RUN` elements spread over the tensor, to estimate a quantile; a shorter tensor is read whole."""
         run = RUN
         sources = [*self.models, *([self.base] if self.base is not None else [])]
         if self.count <= run:
             yield from self.chunks()
             return
         runs = min(runs, self.count // run)
-        # Spread evenly, with a shift of its own in each part, so that no period of the rows is met each time; other shifts in
-        # each tensor, for layers are alike, and what stands at one place in all of them would be met in all or in none.
+        # Spread evenly, each with a random shift, so that no period of the rows is met each time. The shifts differ between
+        # tensors: layers are alike, and what is at one place in all of them would else be sampled in all or in none.
         shifts = numpy.random.default_rng(zlib.crc32(self.name.encode())).random(runs)
         places = ((numpy.arange(runs) + shifts) * (self.count - run) / runs).astype(int)
         for group in numpy.array_split(places, -(-runs * run // CHUNK)):
@@ -221,18 +221,18 @@ class TensorStream:
 
     def _read(self, source: TensorReader, start: int, stop: int, out: Tensor) -> None:
         source.read(start, stop, out)
-        # One reduction a chunk; a sum that overflows is looked at again, value by value.
+        # One reduction per chunk; where the sum overflows, every value is checked.
         if not self._finite and not math.isfinite(float(out.sum())) and not bool(out.isfinite().all()):
             where = int((~out.isfinite()).nonzero()[0]) + start
             raise ModelError(
                 f"tensor `{self.name}` holds values that are not finite",
                 place=source.place,
                 got=f"{float(out[where - start])} at position {where:,} of {self.count:,}",
-                fix="use another checkpoint of this model",
+                fix="use another version of this model",
             )
 
     def _generator(self, model: int) -> numpy.random.SFC64:
-        # Two models with the same values get streams of their own; which gets which makes no difference.
+        # Models with the same values get different words; which gets which makes no difference.
         key = self.inputs[model].fingerprint
         twin = [one.fingerprint for one in self.inputs[:model]].count(key)
         text = f"{self.seed}\0{self.name}\0{twin}\0".encode() + key
@@ -247,7 +247,7 @@ class TensorStream:
 
 
 def _ranked(options: Mapping[str, Any]) -> list[tuple[str, float, str]]:
-    """Return what models with the same values are ordered by: numbers by size, all else by how it is written."""
+    """Return a sort key of models with the same values: numbers by size, all other options by their repr."""
     return [
         (name, float(value), "") if isinstance(value, int | float) else (name, 0.0, repr(value))
         for name, value in sorted(options.items())

@@ -20,7 +20,7 @@ GROUPS = {
     "head": (*OUTPUT_HEADS, *HEADS),
     "norms": ("norm", "ln_1", "ln_2", "ln_f"),
 }
-"""Names that stand for several parts of tensors' names, whatever the architecture calls them."""
+"""Groups of tensors by parts of their names, in all architectures."""
 _TOKEN_ROWS = {*GROUPS["embeddings"], *OUTPUT_HEADS, "shared", "output_layer"} - {"wpe"}
 _LAYER = re.compile(r"((?:^|.*?\.)(?:layers|layer|h|blocks|block)\.)(\d+)\.")
 
@@ -32,7 +32,7 @@ def layer_of(name: str) -> int | None:
 
 
 def layer_prefix(name: str) -> str | None:
-    """Return what stands before the layer's number in a tensor's name; None outside the layers."""
+    """Return the part of a tensor's name before the layer's number; None outside the layers."""
     found = _LAYER.match(name)
     return found[1] if found else None
 

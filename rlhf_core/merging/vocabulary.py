@@ -96,7 +96,7 @@ class Vocabularies:
             _refuse(inputs, tokens, rows)
         if lacking := [one for one, found in zip(inputs, tokenizers, strict=True) if found is None]:
             raise ModelError(
-                "vocabularies are lined up by tokens' text, and there is no tokenizer.json", place=lacking[0].name
+                "vocabularies are aligned by the tokens' text, and there is no tokenizer.json", place=lacking[0].name
             )
         found = [one for one in tokenizers if one is not None]
         target, tokenizer, origin = _target(inputs, found, path or wanted, based=base is not None)
@@ -234,20 +234,20 @@ def _refuse(inputs: Sequence[InputModel], tokens: Sequence[dict[str, int]], rows
         f"its vocabulary differs from that of {inputs[first].name}",
         place=inputs[other].name,
         got=detail,
-        fix="set `tokenizer` to `base`, `union` or a path: rows are then lined up by the tokens' text",
+        fix="set `tokenizer` to `base`, `union` or a path: rows are then aligned by the tokens' text",
     )
 
 
 def _target(
     inputs: Sequence[InputModel], tokenizers: Sequence[_Tokenizer], wanted: str | Path | None, *, based: bool
 ) -> tuple[dict[str, int], dict[str, Any] | None, Path]:
-    """Return the result's vocabulary, its tokenizer.json where it is that of no input, and the file that it is taken from."""
+    """Return the result's vocabulary, its tokenizer.json where no input has it, and the tokenizer.json that it is taken from."""
     if isinstance(wanted, Path):
         file = wanted if wanted.is_file() else wanted / TOKENIZER
         if not file.is_file():
             raise ConfigError("no tokenizer.json is there", place="tokenizer", got=str(wanted))
         return _Tokenizer.read(file).tokens, None, file
-    # Whose numbers stay: the base's, else those of the longest vocabulary; never the order of the models.
+    # Numbers of tokens are the base's, else those of the longest vocabulary, whatever the order of the models.
     sizes = [(len(one.tokens), model.fingerprint) for one, model in zip(tokenizers, inputs, strict=True)]
     main = 0 if based else sizes.index(max(sizes))
     target, file = dict(tokenizers[main].tokens), tokenizers[main].file
@@ -256,7 +256,7 @@ def _target(
     for model, own in zip(inputs, tokenizers, strict=True):
         if (lacking := sorted(set(own.pieces) - set(target))) and set(own.pieces) != set(tokenizers[main].pieces):
             raise ModelError(
-                f"cuts text into other pieces than {inputs[main].name}, and no tokenizer cuts it as both do",
+                f"splits text into other pieces than {inputs[main].name}, and no tokenizer splits it as both do",
                 place=model.name,
                 got=f"{len(lacking)} pieces more, such as {lacking[0]!r}",
                 fix="set `tokenizer` to `base` or a path",

@@ -57,7 +57,7 @@ def spread(
         work: called with an item and `Advance`, in a thread or a process of one torch thread, without gradients.
         count: items at once.
         forked: in processes; in threads where not even one can be started.
-        enter: called once in each process, to release what is its parent's alone.
+        enter: called once in each process, to release what only its parent may hold.
 
     Raises:
         Exception: what `work` raised first; the others' work is given up. From a process, known errors and errors of the system

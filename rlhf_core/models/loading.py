@@ -20,6 +20,7 @@ from torch import nn
 from rlhf_core.config.training import LoraConfig
 from rlhf_core.infra.errors import ConfigError, ModelError, RLHFError, describe_error
 from rlhf_core.infra.model_files import (
+    ADAPTER_WEIGHTS,
     HEADS,
     adapter_chain,
     check_files,
@@ -31,7 +32,6 @@ from rlhf_core.infra.model_files import (
 from rlhf_core.models.lora import Targets, wanted_targets
 from rlhf_core.models.precision import has_narrow_constants
 from rlhf_core.models.saved_adapters import (
-    WEIGHTS,
     AdapterUse,
     describe_adapter,
     fit_vocabulary,
@@ -229,7 +229,7 @@ def _put_adapters(
                 fix="leave `lora` out to continue training the adapter, or set `adapter: fold` to train a new one on top of it",
             )
         if trained:
-            loaded.model, loaded.adapter_dtypes = adapted, SavedDtypes.on_disk(Path(adapter), WEIGHTS)
+            loaded.model, loaded.adapter_dtypes = adapted, SavedDtypes.on_disk(Path(adapter), ADAPTER_WEIGHTS)
             log.info("adapter %s (%s on %s): it is trained further, and its base stays as it is", adapter, about, base)
             return
         loaded.model, loaded.base_path, loaded.embeddings_resized = fold_adapter(adapted, place=adapter), None, False

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_core.infra.errors import ModelError, first_line
-from rlhf_core.infra.model_files import hub_files, is_adapter
+from rlhf_core.infra.model_files import adapter_weights, hub_files, is_adapter
 from rlhf_core.infra.safetensors_file import read_header
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,6 @@ log = logging.getLogger(__name__)
 AdapterUse = Literal["continue", "fold"]
 FOLD_TOLERANCE = 1e-4
 """Most relative difference of outputs that folding may make in float32; rounding makes 1e-6 to 1e-5."""
-WEIGHTS = "adapter_model.safetensors"
 _PEFT_PREFIX = "base_model.model."
 """What peft puts before the names of the base's modules."""
 _PROBE_TOKENS = 64
@@ -62,7 +61,7 @@ def put_on(model: nn.Module, adapter: str, base: str, *, classifier: bool = Fals
     """
     import peft
 
-    _check_weights_file(adapter)
+    adapter_weights(Path(adapter), adapter)
     try:
         held = peft.PeftConfig.from_pretrained(adapter)
         _check_kind(held, adapter)
@@ -96,9 +95,8 @@ def fit_vocabulary(model: Any, adapter: str, tokens: int) -> bool:
     Raises:
         ModelError: the adapter has more tokens than its base, and doesn't hold their embeddings.
     """
-    _check_weights_file(adapter)
     rows = model.get_input_embeddings().weight.shape[0]
-    shapes = {name: tuple(entry.shape) for name, entry in read_header(Path(adapter) / WEIGHTS).items()}
+    shapes = {name: tuple(entry.shape) for name, entry in read_header(adapter_weights(Path(adapter), adapter)).items()}
     parts = list(_vocabulary_parts(model))
     saved = {part: [n for name, shape in shapes.items() if (n := _rows(name, shape, part))] for part, _ in parts}
     wanted = max((n for found in saved.values() for n, _ in found), default=rows)
@@ -170,19 +168,6 @@ def describe_adapter(adapted: Any) -> str:
     held = next(iter(adapted.peft_config.values()))
     kind = str(getattr(held.peft_type, "value", held.peft_type))
     return f"LoRA of rank {held.r}" if kind == "LORA" else kind
-
-
-def _check_weights_file(adapter: str) -> None:
-    """Raise ModelError where an adapter's directory has no safetensors file."""
-    if (Path(adapter) / WEIGHTS).is_file():
-        return
-    pickles = ", ".join(sorted(p.name for p in Path(adapter).glob("*.bin")))
-    raise ModelError(
-        f"the adapter has no {WEIGHTS}; pickled weights can run code and are not loaded",
-        place=adapter,
-        got=pickles or "no weights",
-        fix="save it again with `save_pretrained`, where you trust it",
-    )
 
 
 def _check_kind(held: Any, adapter: str) -> None:
@@ -345,8 +330,7 @@ def trained_module(module: nn.Module | None) -> nn.Module | None:
 
 def labels_of(adapter: str) -> int | None:
     """Return how many labels the classification head in an adapter's file has; None where the file holds no such head."""
-    _check_weights_file(adapter)
-    for name, entry in read_header(Path(adapter) / WEIGHTS).items():
+    for name, entry in read_header(adapter_weights(Path(adapter), adapter)).items():
         if name.endswith(("score.weight", "score.modules_to_save.weight")):
             return int(entry.shape[0])
     return None

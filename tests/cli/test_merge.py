@@ -137,7 +137,7 @@ def test_an_input_is_not_written_over(rlhf, models: list[str], dry: list[str]) -
     one = Path(models[1])
     before = {file.name: file.read_bytes() for file in one.iterdir()}
     code, _, err = rlhf("merge", "linear", "--model", models[1], "--output", models[1], "--overwrite", *dry)
-    assert code == 2 and f"{one}: one of the inputs lies in the output directory; got {one}/model.safetensors" in err
+    assert code == 2 and f"{one}: one of the inputs is in the output directory; got {one}/model.safetensors" in err
     assert {file.name: file.read_bytes() for file in one.iterdir()} == before
 
 

@@ -197,7 +197,7 @@ def test_vocabularies_that_cut_text_otherwise_have_no_union(family: tuple[Path, 
     described = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
     described["model"]["vocab"]["th"] = described["model"]["vocab"].pop("t")
     (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(described))
-    with pytest.raises(ModelError, match="cuts text into other pieces"):
+    with pytest.raises(ModelError, match="splits text into other pieces"):
         merge("linear", [models[1], tmp_path / "other"], tmp_path / "out", tokenizer="union")
 
 

@@ -262,7 +262,7 @@ def test_an_option_file_isnt_written_over(models: list[dict[str, Any]], tmp_path
     out = tmp_path / "out"
     merge("importance", models, out)
     models[0]["options"]["importance"] = str(out / "model.safetensors")
-    with pytest.raises(ConfigError, match="one of the inputs lies in the output directory"):
+    with pytest.raises(ConfigError, match="one of the inputs is in the output directory"):
         merge("importance", models, out, overwrite=True)
 
 

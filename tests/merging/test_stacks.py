@@ -310,7 +310,7 @@ def test_layers_with_and_without_experts(tmp_path: Path) -> None:
     merge("passthrough", stack("listed", [0, 2], [1, 4]), tmp_path / "out")
     model, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert model.config.mlp_only_layers == [1, 2] and not info["missing_keys"] and not info["unexpected_keys"]
-    with pytest.raises(ModelError, match="layer 2 would be of another make"):
+    with pytest.raises(ModelError, match="layer 2 would have other tensors"):
         merge("passthrough", stack("by-rule", [0, 2], [1, 4]), tmp_path / "odd")
     merge("passthrough", stack("by-rule", [0, 2], [0, 4]), tmp_path / "even")
     model, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "even", output_loading_info=True)
