@@ -26,14 +26,15 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf_core import PolicyModel, registry, setup_logging
+from rlhf_core.cli import exit_code
 from rlhf_core.contracts.records import Prompt
-from rlhf_core.infra.errors import DataError, RLHFError
+from rlhf_core.infra.errors import DataError
 from rlhf_core.testing.arithmetic_task import ArithmeticTask, Row, Split, step_labels, verify
 from rlhf_core.testing.tiny import save_tiny
 
 TASK = ArithmeticTask("sums", terms=4, digits=1, wrong=0.5)
 MOST_TOKENS = 34
-"""Most tokens in an answer; a right one has at most 31."""
+"""The longest answer that is sampled, in tokens; a right one has at most 31."""
 Estimate = tuple[float, float]
 """A mean and its standard error."""
 Measured = dict[str, Any]
@@ -42,26 +43,28 @@ Measured = dict[str, Any]
 
 @dataclass
 class Demo:
-    """What the stages share: where they write, the newest model, and how much of everything they do."""
+    """What the stages share: the folder that they write to, the newest model, the seed and the scale of the run."""
 
     folder: Path
     seed: int = 0
     scale: float = 1.0
-    """Multiplies steps, rows and problems; below 1 is a quick look."""
+    """Multiplies steps, rows and problems; below 1 the demo is faster and shows less."""
     model: Path = field(default_factory=Path)
     """The newest model's directory; every stage sets it."""
 
     def scaled(self, count: int) -> int:
+        """Return a number of steps, rows or problems times the scale."""
         return max(2, round(count * self.scale))
 
     def write(self, name: str, rows: Iterable[Row]) -> Path:
+        """Write rows to a JSONL file and return its path."""
         path = self.folder / "data" / f"{name}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         return path
 
     def train(self, method: str, data: Path, eval_data: Path, **options: Any) -> Measured:
-        """Train the newest model by a method of the registry; return what it measured on the held-out rows."""
+        """Train the newest model with a method of the registry; return steps, tokens and the metrics on held-out rows."""
         trainer = registry.get("trainer", method)
         config = trainer.Config(seed=self.seed, max_length=128, logging={"every": 20}, **options)
         output = self.folder / method
@@ -71,7 +74,7 @@ class Demo:
 
 
 def start(demo: Demo) -> Measured:
-    """Write a Llama of 0.9 M random weights."""
+    """Write a Llama model of 0.9 M random weights."""
     demo.model = save_tiny(demo.folder / "start", demo.seed, layers=4, hidden=128, kv_heads=4, max_positions=128)
     return {}
 
@@ -92,7 +95,7 @@ def sft(demo: Demo) -> Measured:
 
 
 def dpo(demo: Demo) -> Measured:
-    """Sample answers from the model, let the verifier sort them, and prefer the right ones over the wrong ones."""
+    """Sample answers from the model, and prefer those that the verifier finds right over the wrong ones."""
     policy = PolicyModel.from_pretrained(demo.model)
     pairs = sample_pairs(demo, policy, demo.scaled(2500), "train")
     heldout = sample_pairs(demo, policy, demo.scaled(300), "test")
@@ -114,25 +117,25 @@ def dpo(demo: Demo) -> Measured:
 
 
 STAGES: dict[str, Callable[[Demo], Measured]] = {"start": start, "sft": sft, "dpo": dpo}
-"""The stages in their order. Each trains the newest model, or makes one, and returns what it measured."""
+"""The stages in their order: each trains the newest model, or makes one, and returns its metrics."""
 
 
 def sample_pairs(demo: Demo, policy: PolicyModel, count: int, split: Split) -> list[Row]:
-    """Let the policy answer so many problems four times each, and return the pairs that its answers make."""
+    """Sample four answers to each of `count` problems; return a preference pair per problem with right and wrong answers."""
     prompts = list(islice(TASK.problems(split=split, seed=demo.seed + 1), count))
     drawn = policy.generate(prompts, n=4, max_new_tokens=MOST_TOKENS, seed=demo.seed)
-    whole = [[sample.text for sample in samples if sample.stop_reason == "end"] for samples in drawn]
-    rows = [row for prompt, answers in zip(prompts, whole, strict=True) if (row := pair(prompt, answers))]
+    complete = [[sample.text for sample in samples if sample.stop_reason == "end"] for samples in drawn]
+    rows = [row for prompt, answers in zip(prompts, complete, strict=True) if (row := pair(prompt, answers))]
     if not rows:
-        raise DataError("no problem was answered both rightly and wrongly", place=f"{split} pairs", fix="raise --scale")
+        raise DataError("no problem has both a right and a wrong answer", place=f"{split} pairs", fix="raise --scale")
     return rows
 
 
 def pair(prompt: Prompt, answers: Sequence[str]) -> Row | None:
-    """Return a right answer with the wrong one that goes wrong last; None where they are all right or all wrong.
+    """Return a pair of a right answer and the wrong one with the most right steps; None where all are right or all wrong.
 
-    What stands before the first wrong step is common to both and cancels. What comes after it is mostly right, given the
-    wrong value that it started from, and is better not unlearnt.
+    The steps before the first wrong one are common to both answers and cancel in DPO's loss. The steps after it are mostly right,
+    given the wrong value that they start from, so the fewer of them are trained against, the better.
     """
     right = [text for text in answers if verify(prompt, text)]
     wrong = [text for text in answers if text.strip() and not verify(prompt, text)]
@@ -144,10 +147,10 @@ def pair(prompt: Prompt, answers: Sequence[str]) -> Row | None:
 
 @dataclass(frozen=True)
 class Score:
-    """How a model answers the held-out problems: a share for each problem."""
+    """How a model answers the held-out problems: one share per problem."""
 
     greedy_right: list[float]
-    """Right answers when each token is the most likely one."""
+    """Right answers in greedy decoding: 1 or 0."""
     sampled_right: list[float]
     """Right answers among samples at temperature 1."""
     steps_right: list[float]
@@ -226,23 +229,15 @@ def _plain(cell: str | float | None) -> str:
     return "" if cell is None else cell if isinstance(cell, str) else f"{cell:.0f}"
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder to write (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the steps, rows and problems (default: 1)")
     options = parser.parse_args()
     setup_logging()
-    try:
-        run(options.output, seed=options.seed, scale=options.scale)
-    except RLHFError as error:
-        print(error.line(), file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("error[interrupted] stopped by Ctrl-C", file=sys.stderr)
-        return 130
-    return 0
+    run(options.output, seed=options.seed, scale=options.scale)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

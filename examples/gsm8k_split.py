@@ -4,7 +4,7 @@
 
 Reads `sft.jsonl` (prompt, response), `preferences.jsonl` (prompt, chosen, rejected) and, where it is there, `unpaired.jsonl`
 (prompt, response, label) from the source folder, and writes NAME.train.jsonl and NAME.heldout.jsonl for each. A question
-decides by itself where all of its rows go, so none stands on both sides, however many rows it has.
+decides alone on which side all of its rows are, however many it has, so no question is on both sides.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.infra.errors import ConfigError, DataError, RLHFError, StorageError
+from rlhf_core.cli import exit_code
+from rlhf_core.infra.errors import ConfigError, DataError
+from rlhf_core.infra.files import storage_errors
 
 HELD_OUT = {"sft": 0.03, "preferences": 0.2, "unpaired": 0.2}
 """Share of the questions held out, by file: losses are averaged over many tokens, pairs are few."""
@@ -50,7 +52,7 @@ def read(path: Path) -> Iterator[Row]:
 def split(source: Path, output: Path, name: str, share: float) -> dict[str, int]:
     """Write NAME.train.jsonl and NAME.heldout.jsonl; return how many rows and questions each side has."""
     if not 0 < share < 1:
-        raise ConfigError("a share lies between 0 and 1", place=f"--{name}-share", got=share)
+        raise ConfigError("a share must be between 0 and 1", place=f"--{name}-share", got=share)
     sides: dict[str, list[Row]] = {"train": [], "heldout": []}
     for row in read(source / f"{name}.jsonl"):
         sides["heldout" if held_out(row["prompt"], share) else "train"].append(row)
@@ -68,7 +70,7 @@ def split(source: Path, output: Path, name: str, share: float) -> dict[str, int]
     return counts
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--source", type=Path, required=True, help="folder with sft.jsonl, preferences.jsonl, unpaired.jsonl"
@@ -79,21 +81,14 @@ def main() -> int:
     for name, share in HELD_OUT.items():
         parser.add_argument(f"--{name}-share", type=float, default=share, help="share held out (default: %(default)s)")
     options = parser.parse_args()
-    try:
-        try:
-            options.output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StorageError(f"cannot be made: {error.strerror}", place=str(options.output)) from None
-        for name in HELD_OUT:
-            if name == "unpaired" and not (options.source / "unpaired.jsonl").exists():
-                continue
-            counts = split(options.source, options.output, name, getattr(options, f"{name}_share"))
-            print(f"{name}: " + ", ".join(f"{count:,} {what}" for what, count in counts.items()))
-    except RLHFError as error:
-        print(error.line(), file=sys.stderr)
-        return error.exit_code
-    return 0
+    with storage_errors(options.output):
+        options.output.mkdir(parents=True, exist_ok=True)
+    for name in HELD_OUT:
+        if name == "unpaired" and not (options.source / "unpaired.jsonl").exists():
+            continue
+        counts = split(options.source, options.output, name, getattr(options, f"{name}_share"))
+        print(f"{name}: " + ", ".join(f"{count:,} {what}" for what, count in counts.items()))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -30,9 +30,9 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf_core import PolicyModel, registry, setup_logging
+from rlhf_core.cli import exit_code
 from rlhf_core.contracts.merger import Merger
 from rlhf_core.contracts.records import Prompt
-from rlhf_core.infra.errors import RLHFError
 from rlhf_core.merging.config import MergeConfig, ModelEntry
 from rlhf_core.merging.merge import ModelMerger
 from rlhf_core.testing.arithmetic_task import ArithmeticTask, Row, solve, verify
@@ -264,7 +264,7 @@ def percent(share: Estimate) -> str:
     return f"{100 * share[0]:.1f} ± {100 * share[1]:.1f}"
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--output", type=Path, default=Path("runs/merge-tasks"), help="folder to write (default: %(default)s)"
@@ -274,16 +274,8 @@ def main() -> int:
     options = parser.parse_args()
     setup_logging()
     logging.getLogger("rlhf_core.models").setLevel(logging.WARNING)  # else a line for each of a hundred models
-    try:
-        run(options.output, seed=options.seed, scale=options.scale)
-    except RLHFError as error:
-        print(error.line(), file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("error[interrupted] stopped by Ctrl-C", file=sys.stderr)
-        return 130
-    return 0
+    run(options.output, seed=options.seed, scale=options.scale)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

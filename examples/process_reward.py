@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core import registry, setup_logging
-from rlhf_core.infra.errors import RLHFError
+from rlhf_core.cli import exit_code
 from rlhf_core.testing.arithmetic_task import ArithmeticTask, Row
 from rlhf_core.testing.tiny import save_tiny
 
@@ -76,7 +76,7 @@ def run(folder: Path, *, seed: int = 0, steps: int = 400) -> dict[str, Any]:
     return report
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--output", type=Path, default=Path("runs/process-reward"), help="folder to write (default: %(default)s)"
@@ -85,13 +85,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=700, help="optimiser steps (default: %(default)s)")
     options = parser.parse_args()
     setup_logging()
-    try:
-        run(options.output, seed=options.seed, steps=options.steps)
-    except RLHFError as error:
-        print(error.line(), file=sys.stderr)
-        return error.exit_code
-    return 0
+    run(options.output, seed=options.seed, steps=options.steps)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

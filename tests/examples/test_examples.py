@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 
 from rlhf_core import registry
+from rlhf_core.cli import exit_code
 from rlhf_core.config.run_file import RunConfig
 from rlhf_core.config.yaml_file import load_yaml
 from rlhf_core.infra.errors import DataError, ModelError, StorageError
@@ -166,7 +167,7 @@ def test_cross_validation_in_small(
     monkeypatch.setattr(example, "margins", noting)
     for rest in (["--fold", "1"], []):
         monkeypatch.setattr(sys, "argv", ["x", *options, "--output", str(tmp_path / "out"), *rest])
-        assert example.main() == 0
+        assert exit_code(example.main) == 0
     assert len(scored) == 2
     assert json.loads((tmp_path / "out" / "report.json").read_text())["pairs"] == 48
     printed = capsys.readouterr().out
@@ -174,4 +175,4 @@ def test_cross_validation_in_small(
     questions = [{row["prompt"][0]["content"] for row in rows} for rows in scored]
     assert not questions[0] & questions[1] and sum(map(len, scored)) == 48
     monkeypatch.setattr(sys, "argv", ["x", *options, "--fold", "7"])
-    assert example.main() == 2
+    assert exit_code(example.main) == 2
