@@ -2,8 +2,8 @@
 
     python benchmarks/frozen.py --model models/SmolLM2-135M-Instruct --data FOLDER
 
-FOLDER holds `sft.jsonl` and `preferences.jsonl`. Each run is a process of its own; the two widths take turns. On a CPU the
-processor's time a step is given beside the clock's, which other work on the machine disturbs.
+FOLDER holds `sft.jsonl` and `preferences.jsonl`. Each run is its own process; the two precisions take turns. Beside seconds by
+the clock, which other work on the machine disturbs, processor seconds per step are printed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-SETTINGS: dict[str, tuple[str, str, dict[str, Any]]] = {
+RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "LoRA SFT": ("sft", "sft.jsonl", {"lora": {"rank": 16}}),
     "LoRA DPO": ("dpo", "preferences.jsonl", {"lora": {"rank": 16}}),
     "DPO with a copied reference": ("dpo", "preferences.jsonl", {"reference": "copy"}),
@@ -31,10 +31,10 @@ WARM = 1
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
-    """Train a few steps in this process; return seconds a step, by the clock and of the processor, and MiB at most."""
+    """Train a few steps in this process; return seconds per step by the clock (`wall`) and of the processor, and peak MiB."""
     from rlhf_core import registry
 
-    method, rows, settings = SETTINGS[options.run]
+    method, rows, settings = RUNS[options.run]
     cls = registry.get("trainer", method)
     times: list[tuple[float, float]] = []
 
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations, as the presets do")
-    parser.add_argument("--run", choices=SETTINGS, help=argparse.SUPPRESS)
+    parser.add_argument("--run", choices=RUNS, help=argparse.SUPPRESS)
     parser.add_argument("--frozen", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
@@ -78,9 +78,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         options.model = in_bf16(options.model, Path(folder))
         print(
-            "| run | frozen weights | seconds a step | processor seconds a step | MiB at most | loss |\n|---|---|---|---|---|---|"
+            "| run | frozen weights | seconds per step | processor seconds per step | peak MiB | loss |\n"
+            + "|---" * 6
+            + "|"
         )
-        for name in SETTINGS:
+        for name in RUNS:
             for frozen in ("float32", "bf16"):
                 flags = ["--model", options.model, "--data", options.data, "--run", name, "--frozen", frozen]
                 flags += ["--steps", options.steps, "--batch", options.batch]

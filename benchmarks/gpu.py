@@ -2,9 +2,9 @@
 
     python benchmarks/gpu.py [--wheels DIR] [--seconds 570] [--parts 'sft/*' tests] [--output gpu-results]
 
-Parts run one after the other, those of most worth first, each in a process of its own with a time limit: the tests of
+Parts run one after the other, the most important first, each in its own process with a time limit: the tests of
 `tests/cuda`, and training beside TRL with a profile of one step (`--list` names them all). `results.json` in the output
-directory is written again, whole, after each part, so that a killed run keeps what it had; `summary.md` is ready for
+directory is replaced after each part, so that a killed run keeps the results that it had; `summary.md` is ready for
 docs/benchmarks.md. A part that fails is recorded with its reason, and the rest go on.
 
 It needs this checkout, torch and transformers. The package needn't be installed: its metadata, by which methods are found, is
@@ -91,7 +91,7 @@ def environment(settings: Settings, save: Save) -> Result:
 
 
 def _launch_time() -> float:
-    """Return how long the host takes to launch a small operation, microseconds: the unit of a step that is bound by launches."""
+    """Return the microseconds that the CPU takes to launch a small operation, which bounds steps of many small kernels."""
     import torch
 
     x = torch.zeros(16, device="cuda")
@@ -150,7 +150,7 @@ class Unfinished(Exception):
 
 
 def train(method: str, shape: str, side: str, setting: str = "padded") -> Callable[[Settings, Save], Result]:
-    """Return the part that trains one method at one size on one side and then profiles a step of it."""
+    """Return the part that trains one method on a model of one size, by us or by TRL, and then profiles a step."""
 
     def run(settings: Settings, save: Save) -> Result:
         import step_profile
@@ -225,9 +225,9 @@ def parts(size: str) -> dict[str, Part]:
 
 
 def run_part(name: str, part: Part, settings: Settings, path: Path) -> None:
-    """Run a part and write how it ended, with what it found."""
+    """Run a part and write its results and status to `path`, after each result and at its end."""
     began = time.monotonic()
-    # Should whoever started this be killed, it still ends.
+    # So that this process ends, even where the one that started it was killed.
     signal.alarm(int(settings.seconds) + 10)
 
     def save(found: Result, status: str = "unfinished", reason: str | None = None) -> None:
@@ -251,7 +251,7 @@ def run_part(name: str, part: Part, settings: Settings, path: Path) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
+    """Write a file atomically."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
@@ -272,7 +272,7 @@ class Run:
         self.environment = parts_environment(options, work)
 
     def part(self, name: str, limit: float) -> None:
-        """Run one part in a process of its own and take up what it wrote."""
+        """Run one part in its own process and add its results."""
         left = self.deadline - time.monotonic()
         if left < LEAST_SECONDS:
             self.results[name] = {"status": "not run", "reason": "no time was left"}
@@ -345,14 +345,14 @@ def write_metadata(site: Path) -> None:
 
 
 def install_wheels(wheels: Path, site: Path) -> None:
-    """Unpack wheels beside the metadata, as they are: what they need comes with the machine or lies among them."""
+    """Install wheels beside the metadata, without their dependencies, which the machine has or which are among the wheels."""
     files = sorted(map(str, wheels.glob("*.whl")))
     if not files:
         raise SystemExit(f"no wheels in {wheels}")
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
     command += ["--disable-pip-version-check", "--upgrade", "--target", str(site)]
     if subprocess.run([*command, *files], capture_output=True).returncode:
-        for file in files:  # one that doesn't fit this Python must not cost the others
+        for file in files:  # so that one that doesn't fit this Python keeps none of the others out
             done = subprocess.run([*command, file], capture_output=True, text=True)
             if done.returncode:
                 print(f"{Path(file).name} can't be installed: {done.stderr.strip()[-300:]}", file=sys.stderr)
@@ -400,16 +400,18 @@ def working_directory(given: Path | None) -> Iterator[Path]:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=["*"], help="patterns of parts' names, such as 'dpo/*' (--list)")
+    parser.add_argument(
+        "--parts", nargs="+", default=["*"], help="patterns of the parts' names, such as 'dpo/*' (--list)"
+    )
     parser.add_argument("--list", action="store_true", help="print the parts' names and stop")
     parser.add_argument("--seconds", type=float, default=570, help="limit for all parts together")
     parser.add_argument("--output", type=Path, default=ROOT / "gpu-results", help="where results are written")
     parser.add_argument("--wheels", type=Path, help="directory of wheels that the machine lacks")
-    parser.add_argument("--site", type=Path, help="directory to unpack them into; a temporary one where not given")
-    parser.add_argument("--work", type=Path, help="directory to keep random models in; a temporary one where not given")
+    parser.add_argument("--site", type=Path, help="directory to unpack them into (default: a temporary one)")
+    parser.add_argument("--work", type=Path, help="directory to keep random models in (default: a temporary one)")
     parser.add_argument("--device", choices=["auto", "cpu"], default="auto", help="auto takes a GPU where there is one")
     parser.add_argument("--size", choices=["full", "tiny"], default="full", help="models of 135M and 1B, or a tiny one")
-    parser.add_argument("--batch", type=int, help="rows a step; 32 where not given, 4 for the tiny model")
+    parser.add_argument("--batch", type=int, help="rows per step (default: 32, for the tiny model 4)")
     for hidden in ("--part", "--part-seconds", "--part-result"):
         kind = {"--part": str, "--part-seconds": float, "--part-result": Path}[hidden]
         parser.add_argument(hidden, type=kind, help=argparse.SUPPRESS)

@@ -1,7 +1,7 @@
 """One training run of ours or of the peer, TRL: the same rows, tokens and hyper-parameters, timed by the same clock.
 
 `training.py` compares the two on real data, `gpu.py` on a machine with a GPU and nothing but this checkout. Both run each side in
-a process of its own, so that its peak memory is its own.
+its own process, so that peak memory is measured for each.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ LEARNING_RATE = 1e-6
 RECORDS = {"sft": "sft", "dpo": "preference", "reward_model": "preference", "kto": "unpaired"}
 """Method → record type of its rows."""
 
-SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
+PEER_SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "sft": {"padded": {}, "padding_free": {"padding_free": True, "max_length": None}},
     "dpo": {"padded": {}},
     "reward_model": {"padded": {}},
     "kto": {"padded": {}},
 }
-"""What the peer can be told to do that bears on speed here. It runs without gradient checkpointing, as ours does, and rows are
-cut before they reach either side."""
+"""Method → named options of TRL that affect speed here. Both sides run without gradient checkpointing, on rows truncated
+beforehand."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What is trained: a method on rows, for some steps."""
+    """What is trained in one measurement: a method, its model and rows, for a number of steps."""
 
     method: str
     model: str
@@ -39,17 +39,17 @@ class Cell:
     """At least `batch` × `steps` rows, in the order in which they are used."""
     precision: str = "float32"
     setting: str = "padded"
-    """Of the peer, one of `SETTINGS`."""
+    """TRL's options: a name in `PEER_SETTINGS`."""
     batch: int = 8
     steps: int = 9
     max_length: int = 512
 
 
 class Clock:
-    """Notes when steps end, once a GPU has done its work, and hands each end on.
+    """Measures the seconds of each step, until the GPU has finished it.
 
     Args:
-        after: called with the number of the step that ended, counted from 1, between two steps' times.
+        after: called with a step's number, counted from 1, after it was timed and before the next one is.
     """
 
     def __init__(self, after: Callable[[int], None] = lambda step: None) -> None:
@@ -103,7 +103,7 @@ def forget_peak() -> None:
 
 
 def matmul_rate(precision: str) -> float:
-    """Return the machine's measured rate on the shapes of a model of 135M, floating-point operations a second."""
+    """Return the machine's measured rate on the shapes of a model of 135M, floating-point operations per second."""
     import torch
 
     dtype = torch.float32 if precision == "float32" else torch.bfloat16
@@ -207,7 +207,7 @@ def peer(cell: Cell, clock: Clock) -> None:
             "max_length": cell.max_length, "learning_rate": LEARNING_RATE, "lr_scheduler_type": "constant",
             "use_cpu": not on_gpu(), "bf16": cell.precision == "bf16", "report_to": "none",
             "gradient_checkpointing": False, "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True,
-            "dataloader_pin_memory": on_gpu(), **extra, **SETTINGS[cell.method][cell.setting],
+            "dataloader_pin_memory": on_gpu(), **extra, **PEER_SETTINGS[cell.method][cell.setting],
         }  # fmt: skip
         trainer = type("InOrder", (InOrder, trainer_class), {})(
             **models,

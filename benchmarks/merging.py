@@ -2,13 +2,13 @@
 
     python benchmarks/merging.py --model models/SmolLM2-135M-Instruct --peer PYTHON_OF_MERGEKIT [--set small large] [--rounds 3]
 
-mergekit needs an environment of its own: `python -m venv mk && mk/bin/pip install mergekit==0.1.5`, then `--peer mk/bin/python`.
+mergekit needs its own environment: `python -m venv mk && mk/bin/pip install mergekit==0.1.5`, then `--peer mk/bin/python`.
 `small` is four float32 models of the shape of SmolLM2-135M with a base, `large` two bf16 models of 2.1 GB with a base; both
-are made here, with random differences. Every cell is a command of its own, ours and the peer's in turn, start-up included, on a
+are made here, with random differences. Every cell is one command, ours and the peer's in turn, start-up included, on a
 warm cache; `merging s` is our time without start-up. The limit is the best of all tries, and our best round is held against it;
 the rest are medians of the rounds. Memory is the peak of anonymous pages, sampled every 20 ms. The peer's is read off its
 process (RssAnon); ours are several, whose shared pages count once (the sum of Pss_Anon), which takes milliseconds to read, and
-so a run of its own that isn't timed. `--memory` instead measures how our memory grows from a checkpoint of 0.5 GB to one of
+so another run that isn't timed. `--memory` instead measures how our memory grows from a checkpoint of 0.5 GB to one of
 4 GB with the same largest tensor.
 """
 
@@ -55,15 +55,15 @@ class Cell:
 
 def run(command: Sequence[str], memory: Callable[[int], int] = lambda pid: 0, **environment: str) -> Cell:
     """Run a command, sampling what `memory` says of its process."""
-    with tempfile.TemporaryFile() as printed, tempfile.TemporaryFile() as told:
+    with tempfile.TemporaryFile() as printed, tempfile.TemporaryFile() as errors:
         started, peak = time.perf_counter(), 0
-        process = subprocess.Popen(command, stdout=printed, stderr=told, env={**os.environ, **environment})
+        process = subprocess.Popen(command, stdout=printed, stderr=errors, env={**os.environ, **environment})
         while process.poll() is None:
             peak = max(peak, memory(process.pid))
             time.sleep(0.02)
         seconds = time.perf_counter() - started
         outputs = []
-        for file in (printed, told):
+        for file in (printed, errors):
             file.seek(0)
             outputs.append(file.read().decode(errors="replace"))
     if process.returncode:

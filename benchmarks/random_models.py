@@ -31,7 +31,7 @@ SPECIAL = ("<pad>", "<s>", "</s>")
 
 
 def save_model(directory: Path, shape: str) -> Path:
-    """Write a random Llama with a tokenizer of whole words and return its path; one that is there already is taken."""
+    """Return the path of a random Llama model whose tokenizer splits at blanks; write it where it doesn't exist yet."""
     if directory.is_dir():
         return directory
     import torch

@@ -1,4 +1,4 @@
-"""What one training step does: kernels and their launches, waits and copies, and the operations that take the time."""
+"""Profile one training step: kernels and their launches, waits and copies, and the operations that take the most time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 STEPS = 4
-"""Steps that a profile takes: one to warm the profiler up, one profiled, one to count operations in, one to find waits in."""
+"""Steps that a profile needs: to warm the profiler up, to profile, to count operations, to find waits; one each."""
 TOP = 15
 LAUNCHES = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch", "hipLaunch", "hipExtLaunch")
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "hipStreamSynchronize")
@@ -23,7 +23,7 @@ FREE = ("_unsafe_view", "lift_fresh")
 
 
 class Operations(TorchDispatchMode):
-    """Counts the operations that compute or copy: each is a call of the host, and on a GPU a kernel or a few."""
+    """Counts operations that compute or copy: each is a call on the CPU, and on a GPU one or a few kernels."""
 
     count = 0
 
@@ -34,10 +34,10 @@ class Operations(TorchDispatchMode):
 
 
 class StepProfile:
-    """Profiles the steps that come after those timed: call `after` at the end of each step, as a clock does.
+    """Profiles the steps after the timed ones: call `after` with a step's number at its end, as `Clock` does.
 
     Args:
-        last: the last timed step; the `STEPS` after it are looked at.
+        last: the last timed step; the `STEPS` steps after it are profiled.
     """
 
     def __init__(self, last: int) -> None:
@@ -46,13 +46,14 @@ class StepProfile:
         self._waits: collections.Counter[str] = collections.Counter()
 
     def after(self, step: int) -> None:
+        """Do what is due after a step; at the end `found` has all results."""
         if step == self.last:
             activities = [torch.profiler.ProfilerActivity.CPU]
             activities += [torch.profiler.ProfilerActivity.CUDA] if self.gpu else []
             self._profiler = torch.profiler.profile(
                 activities=activities,
                 schedule=torch.profiler.schedule(wait=0, warmup=1, active=1, repeat=1),
-                on_trace_ready=self._read,
+                on_trace_ready=self.read,
             )
             self._profiler.start()
         elif step == self.last + 1:
@@ -65,11 +66,12 @@ class StepProfile:
         elif step == self.last + 3:
             self._operations.__exit__(None, None, None)
             self.found["operations"] = self._operations.count
-            self._watch_waits()
+            self.watch_waits()
         elif step == self.last + 4:
-            self._stop_watching()
+            self.stop_watching()
 
-    def _read(self, profiler: Any) -> None:
+    def read(self, profiler: Any) -> None:
+        """Add the counts and times of a finished torch profile to `found`."""
         events = [event for event in profiler.events() if not _is_annotation(event)]
         on_device = [event for event in events if event.device_type != torch.autograd.DeviceType.CPU]
         on_host = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
@@ -87,14 +89,16 @@ class StepProfile:
             "top_kernels": _top((e.name, 1, e.time_range.elapsed_us() / 1e3) for e in on_device),
         }
 
-    def _watch_waits(self) -> None:
+    def watch_waits(self) -> None:
+        """From now on note each line that makes the CPU wait for the GPU."""
         if self.gpu:
             self._before = warnings.showwarning, warnings.filters[:]
             warnings.simplefilter("always")
             warnings.showwarning = self._note_wait  # type: ignore[assignment]
             torch.cuda.set_sync_debug_mode("warn")
 
-    def _stop_watching(self) -> None:
+    def stop_watching(self) -> None:
+        """Stop noting waits, and add them to `found`."""
         if self.gpu:
             torch.cuda.set_sync_debug_mode("default")
             warnings.showwarning, warnings.filters[:] = self._before  # type: ignore[misc]
@@ -121,7 +125,7 @@ def _is_annotation(event: Any) -> bool:
 
 
 def _copy(name: str) -> str:
-    """Return which way a device event copies, `HtoD` or the like; empty for a kernel."""
+    """Return the direction in which a device event copies, such as `HtoD`; '' for a kernel."""
     if name.startswith("Memset"):
         return "set"
     return name.split()[1] if name.startswith("Memcpy") else ""
@@ -132,7 +136,7 @@ def _starting(names: collections.Counter[str], prefixes: tuple[str, ...]) -> int
 
 
 def _by_operation(profiler: Any, *, gpu: bool) -> Iterable[tuple[str, int, float]]:
-    """Yield each operation with its calls and its own milliseconds: on the device where there is a GPU, else on the host."""
+    """Yield (name, calls, own milliseconds) of each operation: time on the GPU where there is one, else on the CPU."""
     for event in profiler.key_averages():
         if event.key.startswith("ProfilerStep") or _is_annotation(event):
             continue
@@ -157,7 +161,7 @@ def _top(rows: Iterable[tuple[str, int, float]]) -> list[dict[str, Any]]:
 
 
 def _short(filename: str) -> str:
-    """Return a file's path below the first directory of `sys.path` that holds it."""
+    """Return a file's path relative to the innermost directory of `sys.path` that contains it."""
     path = Path(filename)
     for root in sorted((Path(entry) for entry in sys.path if entry), key=lambda root: -len(str(root))):
         if path.is_relative_to(root):

@@ -2,10 +2,10 @@
 
     python benchmarks/training.py --data PATH_OF_GSM8K [--method sft dpo reward_model kto] [--precision float32 bf16] [--rounds 2]
 
-Both sides take a GPU where there is one; `--batch 32` gives it more to do. Each cell runs in a process of its own, ours and the
-peer's in turn. The peer's best setting counts: every one in `SETTINGS` is run and the fastest compared. Steps are timed from the
-end of one to the end of the next, the first `WARM_UP` left out, in which memory is touched for the first time; memory is the
-process's peak resident set, on a GPU the most that was allocated there. The result is a table on stdout and JSON beside it
+Both sides take a GPU where there is one; `--batch 32` gives it more to do. Each cell runs in its own process, ours and the
+peer's in turn. Every one of the peer's `PEER_SETTINGS` is run and the fastest is compared. Steps are
+timed from the end of one to the end of the next, without the first `WARM_UP`, which allocate memory; memory is the process's peak
+resident set, on a GPU the peak that was allocated there. The result is a table on stdout and JSON beside it
 (`--output`).
 """
 
@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from harness import RECORDS, SETTINGS, SIDES, Cell, Clock, encoded, matmul_rate, peak_memory, step_tokens
+from harness import PEER_SETTINGS, RECORDS, SIDES, Cell, Clock, encoded, matmul_rate, peak_memory, step_tokens
 
 MODEL = "models/SmolLM2-135M-Instruct"
 WARM_UP = 3
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--method", nargs="+", default=list(RECORDS), choices=list(RECORDS))
     parser.add_argument("--precision", nargs="+", default=["float32", "bf16"], choices=["float32", "bf16"])
     parser.add_argument("--steps", type=int, default=9, help="steps a cell, warm-up included")
-    parser.add_argument("--batch", type=int, default=8, help="rows a step")
+    parser.add_argument("--batch", type=int, default=8, help="rows per step")
     parser.add_argument("--rounds", type=int, default=2, help="times that each cell is run")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/training.json"))
     parser.add_argument("--cell", help=argparse.SUPPRESS)
@@ -68,7 +68,7 @@ def main() -> None:
 
 def compare(options: argparse.Namespace, method: str, precision: str, tokens: list[dict[str, int]], rate: float) -> Any:
     """Run one method in one precision, ours and each setting of the peer in turn."""
-    sides = [("ours", "packed"), *(("peer", setting) for setting in SETTINGS[method])]
+    sides = [("ours", "packed"), *(("peer", setting) for setting in PEER_SETTINGS[method])]
     runs: dict[str, list[dict[str, Any]]] = {f"{side}/{setting}": [] for side, setting in sides}
     for _ in range(options.rounds):
         for side, setting in sides:
@@ -117,9 +117,7 @@ def make_cell(options: argparse.Namespace, method: str, precision: str = "float3
 def rows(options: argparse.Namespace, method: str) -> list[dict[str, Any]]:
     with (options.data / FILES[method]).open(encoding="utf-8") as lines:
         found = [json.loads(line) for line in lines]
-    if (
-        RECORDS[method] == "preference"
-    ):  # one pair a question, as the file holds several and a step would else repeat prompts
+    if RECORDS[method] == "preference":  # one pair per question: the file has several, and a step would repeat prompts
         found = list({row["prompt"]: row for row in found}.values())
     if method == "kto":  # good and bad in turn, each question once
         once = {row["prompt"]: row for row in found}.values()

@@ -15,8 +15,8 @@ def lazy_names(
 
     Args:
         package: the package's `__name__`.
-        modules: module → the names that it defines, separated by blanks. A module without names is itself a name of the
-            package, by the last part of its own.
+        modules: module → the names that it defines, separated by blanks. A module without names is itself a name
+            of the package: its last part.
     """
     table = {name: module for module, names in modules.items() for name in names.split()}
     whole = {module.rpartition(".")[2]: module for module, names in modules.items() if not names}

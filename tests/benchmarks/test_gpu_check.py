@@ -183,7 +183,7 @@ def test_kernels_launches_waits_and_copies_are_told_apart(
     ]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     profile = bench.profile.StepProfile(3)
-    profile._read(SimpleNamespace(events=lambda: events, key_averages=lambda: averages))
+    profile.read(SimpleNamespace(events=lambda: events, key_averages=lambda: averages))
     found = profile.found
     assert (found["kernels"], found["launches"], found["waits"], found["items"]) == (3, 4, 1, 1)
     assert found["copies"] == {"HtoD": 1, "set": 1} and found["device_ms"] == pytest.approx(2.115)
@@ -204,11 +204,11 @@ def test_waits_are_named_by_the_line_that_waits(bench: SimpleNamespace, monkeypa
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
     profile = bench.profile.StepProfile(3)
     shown = warnings.showwarning
-    profile._watch_waits()
+    profile.watch_waits()
     for _ in range(2):
         warnings.warn("called a synchronizing CUDA operation", UserWarning)
         warnings.warn("something else", UserWarning)
-    profile._stop_watching()
+    profile.stop_watching()
     assert modes == ["warn", "default"] and warnings.showwarning is shown
     ((place, count),) = profile.found["waits_at"].items()
     assert count == 2 and "test_gpu_check.py:" in place
