@@ -28,7 +28,7 @@ _LLAMA3 = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif -%}
 """
-# A system prompt stands before the first user's text, inside of its brackets.
+# A system prompt comes before the first user's text, inside its brackets.
 _MISTRAL = """\
 {{- bos_token -}}
 {%- set ns = namespace(system='') -%}

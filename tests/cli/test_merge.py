@@ -103,7 +103,7 @@ def test_a_dry_run_prints_the_plan_and_a_file_that_does_the_same(rlhf, flags: li
     assert "(replaced)" in rlhf(*arguments, "--overwrite")[1]
 
 
-def test_an_output_is_replaced_only_when_told(rlhf, flags: list[str], tmp_path: Path) -> None:
+def test_an_output_is_replaced_only_with_overwrite(rlhf, flags: list[str], tmp_path: Path) -> None:
     arguments = ("merge", "linear", *flags, "--output", str(tmp_path / "out"))
     assert rlhf(*arguments)[0] == 0
     code, _, err = rlhf(*arguments)
