@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import random
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -197,8 +198,8 @@ def test_plugins_log_as_the_core_does(
 
 
 def test_the_methods_that_ship_log_even_where_their_metadata_are_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "find", list)
-    assert plugin_packages() == ["rlhf_plugins"]
+    monkeypatch.setattr(sys, "path", [])  # so that no distribution is found
+    assert registry.find() == [] and plugin_packages() == ["rlhf_plugins"]
 
 
 def test_the_device_says_what_it_is() -> None:

@@ -24,7 +24,6 @@ from rlhf_core.cli import main
 from rlhf_core.cli.doctor import find_problems
 from rlhf_core.contracts.reward import RewardFn
 from rlhf_core.infra.errors import ConfigError, PluginError, printable
-from rlhf_core.registry import discovery, trial_import
 from rlhf_core.registry.distributions import unreadable_distributions
 from rlhf_core.registry.guarded import GuardedError, run_guarded
 from rlhf_core.registry.hooks import load_hooks
@@ -648,10 +647,8 @@ def test_check_outlives_whatever_an_import_does(install, monkeypatch) -> None:
         registry.get("reward", "a-exits")
 
 
-def test_a_check_costs_one_process_where_all_is_well(install, monkeypatch) -> None:
-    started = []
-    popen = subprocess.Popen
-    monkeypatch.setattr(trial_import.subprocess, "Popen", lambda *a, **k: started.append(a) or popen(*a, **k))
+def test_a_check_costs_one_process_where_all_is_well(install, monkeypatch, audited) -> None:
+    started = audited("subprocess.Popen")
     for name in "abc":
         install(name, {f"mod_{name}.py": REWARD}, rewards={name: f"mod_{name}:Mine"})
     monkeypatch.setenv(registry.ALLOW_VARIABLE, "a,b,c")
@@ -947,8 +944,15 @@ def test_a_terminal_without_unicode_shows_escapes(install, arguments: list[str])
 
 def test_what_is_installed_is_read_once_and_again_when_it_changes(install, monkeypatch) -> None:
     reads = []
-    scan = discovery.scan
-    monkeypatch.setattr(discovery, "scan", lambda: reads.append(1) or scan())
+
+    class Finder:
+        """Knows no distribution, and counts how often all of them are asked for."""
+
+        def find_distributions(self, context: object) -> list[object]:
+            reads.append(context)
+            return []
+
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, Finder()])
     registry.forget()
     registry.find(), registry.find("reward"), registry.lookup("dpo"), registry.find()
     assert len(reads) == 1
@@ -966,13 +970,11 @@ def test_what_is_installed_is_read_once_and_again_when_it_changes(install, monke
     assert one("mine").status == "ok" and len(reads) == 4
 
 
-def test_a_lookup_reads_the_sources_of_its_own_name_alone(install, monkeypatch) -> None:
-    install("acme", {"acme.py": REWARD}, rewards={"mine": "acme:Mine"})
-    read = []
-    header = discovery.read_class_header
-    monkeypatch.setattr(discovery, "read_class_header", lambda target: read.append(target) or header(target))
+def test_a_lookup_reads_the_sources_of_its_own_name_alone(install, audited) -> None:
+    root = install("acme", {"acme.py": REWARD}, rewards={"mine": "acme:Mine"})
+    opened = audited("open")
     assert registry.lookup("mine").target == "acme:Mine"
-    assert read == ["acme:Mine"]
+    assert [str(arguments[0]) for arguments in opened if str(arguments[0]).endswith(".py")] == [str(root / "acme.py")]
 
 
 # Hooks
