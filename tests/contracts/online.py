@@ -1,5 +1,7 @@
-"""What the tests of the online method work with: a tiny model, rows, and a run on them. A script of its own, too, for runs in
-other processes: `online.py JOB.json`."""
+"""Fixtures of the tests of the online method: a tiny model, rows, and a run on them.
+
+Also a script for runs in other processes: `online.py JOB.json`.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +35,11 @@ OPTIONS: dict[str, Any] = {
     "dataset": {"wrap": "none"},
     "rewards": ["online_rewards:digits", {"name": "ends", "weight": 0.5, "options": {"worth": 0.2}}],
 }  # fmt: skip
-"""A function and a reward by name; four windows a rollout."""
+"""A function and a reward by name; four windows per rollout."""
 KL: dict[str, Any] = {"kl_weight": 0.05, "kl_target": 0.02, "scale": "step"}
-"""A reference, and a weight of the KL that must be remembered."""
+"""A reference, and a weight of the KL that adapts and belongs in `state_dict`."""
 DYNAMIC: dict[str, Any] = {"dynamic_sampling": True, "rewards": ["online_rewards:rare"]}
-"""Groups of which many are alike."""
+"""Rewards for which many groups have equal rewards throughout."""
 
 
 @functools.cache
@@ -55,7 +57,7 @@ def model() -> PolicyModel:
 
 
 class Watched(PolicyGradientTrainer):
-    """The method, with its windows noted; it may break off, or be killed, before one of them."""
+    """The method, which records its windows in `made`; it may raise `Broken`, or kill its process, before one of them."""
 
     # The header is read from the class's own source.
     api = 1
@@ -75,7 +77,7 @@ class Watched(PolicyGradientTrainer):
 
 
 class Apart(Watched):
-    """Dynamic sampling in which no process asks the others: each takes batches until it has three groups of its own."""
+    """Dynamic sampling without `gather`: each process takes batches until it has three groups itself, which is a fault."""
 
     api = 1
     record = "prompt"
@@ -96,7 +98,7 @@ class Apart(Watched):
 
 
 class Broken(Exception):
-    """The run broke off, as it was told to."""
+    """Raised by a trainer of these tests before the window `fail_at`."""
 
 
 def trainer(
@@ -109,8 +111,12 @@ def trainer(
     objects: Any = None,
     **options: Any,
 ) -> Any:
-    """Return a trainer on a copy of the tiny model, or on `policy`; `objects` are its rewards in place of names; options
-    are those of its configuration, on top of OPTIONS."""
+    """Return a trainer on a copy of the tiny model, or on `policy`.
+
+    Args:
+        objects: rewards instead of those named in OPTIONS.
+        options: override OPTIONS.
+    """
     registry.register("reward", "ends", Ends)
     own = {} if objects is None else {"rewards": []}
     config = kind.Config.parse({**OPTIONS, **own, **options})

@@ -1,6 +1,6 @@
-"""Trains a method of these tests on processes of torchrun's: `processes.py JOB.json`, one of which writes the run.
+"""Train a method of these tests on one or several processes of torchrun: each runs `processes.py JOB.json`.
 
-A job names the method (`module:class`), the record of its rows, its options, and where the run goes.
+The job names the method (`module:class`), its options, the arguments of its tiny model, and the run directory.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
 
 
 def train(method: str, options: dict[str, Any], output: Path, *, count: int, model: dict[str, Any]) -> Path:
-    """Train on so many processes; return the run's directory.
+    """Train on several processes; return the run directory.
 
     Args:
+        method: `module:class`.
+        count: number of processes.
         model: the arguments of `tiny_model`.
     """
     job = output.with_suffix(".json")

@@ -1,4 +1,4 @@
-"""The batch: columns that fit, micro-batches that keep everything, padding that is told by lengths."""
+"""The batch: columns that fit, micro-batches that keep everything, padding that lengths define."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the core promises an online method: the same update however it is cut, a schedule that ends, events, faults."""
+"""What the core promises an online method: the same update for any micro-batches, a schedule that ends, events, faults."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def learned(run: Any) -> dict[str, Tensor]:
     return {name: value - start[name] for name, value in weights_of(run).items() if name in start}
 
 
-# However it is cut. An epsilon of the size of gradients keeps AdamW from making a sign of what rounds to zero.
+# Any micro-batches and processes. An epsilon of the size of gradients keeps AdamW from making a sign of what rounds to zero.
 
 SMOOTH: dict[str, Any] = {"optimizer": {"epsilon": 1e-2}, "max_grad_norm": None, "learning_rate": 1e-2}
 CUTS: list[dict[str, Any]] = [
@@ -185,19 +185,19 @@ def test_the_first_update_of_a_rollout_has_ratio_one_at_any_temperature(tmp_path
 
 
 def test_listeners_hear_of_rollouts_and_whose_they_are() -> None:
-    heard: list[tuple[int, list[Sample], list[float], bool]] = []
+    scored: list[tuple[int, list[Sample], list[float], bool]] = []
 
     class Listener:
         @hookimpl
         def rollouts_scored(self, step, samples, rewards, evaluating):
-            heard.append((step, samples, rewards, evaluating))
+            scored.append((step, samples, rewards, evaluating))
 
     registry.register("hook", "listener", Listener())
     trainer(max_steps=8, held_out=5, eval_steps=8).train()
-    assert [(step, len(samples), evaluating) for step, samples, _, evaluating in heard] == [
+    assert [(step, len(samples), evaluating) for step, samples, _, evaluating in scored] == [
         (0, 5, True), (0, 32, False), (4, 32, False), (8, 5, True),
     ]  # fmt: skip
-    for _, samples, rewards, evaluating in heard:
+    for _, samples, rewards, evaluating in scored:
         assert len(rewards) == len(samples) and samples[0].columns.keys() == {"answer"}
         assert [sample.group for sample in samples] == [n // (1 if evaluating else 4) for n in range(len(samples))]
         for sample, reward in zip(samples, rewards, strict=True):

@@ -172,7 +172,7 @@ def test_task_arithmetic_equals_peft() -> None:
 
 
 class Streams:
-    """The tensors of a model, as streams made anew each time."""
+    """The tensors of a model, as new streams each time."""
 
     surveyed: Any = None
 

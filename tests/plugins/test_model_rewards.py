@@ -97,42 +97,53 @@ def test_scores_are_those_of_training() -> None:
         ),
     ],
 )
-def test_doubt_that_means_nothing_is_refused(kind: str, said: str) -> None:
+def test_a_doubt_weight_that_means_nothing_is_refused(kind: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         RewardModelReward(RewardModelRewardConfig(model=saved(kind), doubt_weight=0.5)).score(samples(1))
     assert len(RewardModelReward(RewardModelRewardConfig(model=saved(kind))).score(samples(1))) == 1
 
 
-def test_a_text_that_comes_again_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    reward = RewardModelReward(RewardModelRewardConfig(model=saved("ensemble"), cache_size=6))
-    forwarded: list[int] = []
-    scores = RewardModel.scores
-    monkeypatch.setattr(
-        RewardModel, "scores", lambda self, batch: (forwarded.append(batch.num_responses), scores(self, batch))[1]
-    )
-    given = samples(4)
-    first = reward.score([*given, given[0]])
-    assert forwarded == [4] and first[0] == first[4]
-    assert reward.score(given[::-1]) == first[3::-1] and forwarded == [4]
-    reward.score(samples(9)[4:])  # five more than there is room for: the oldest are forgotten
-    assert len(reward._scores.cache) == 6
-
-
-def test_samples_of_one_prompt_share_it_and_passes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    reward = RewardModelReward(RewardModelRewardConfig(model=saved("ensemble"), batch_tokens=60))
-    seen: list[tuple[int, int]] = []
+@pytest.fixture
+def forwarded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The batches of which a reward model computes scores."""
+    seen: list[Any] = []
     scores = RewardModel.scores
 
     def noted(self: RewardModel, batch: Any) -> torch.Tensor:
-        seen.append((batch.num_prompts, batch.num_tokens))
+        seen.append(batch)
         return scores(self, batch)
 
     monkeypatch.setattr(RewardModel, "scores", noted)
+    return seen
+
+
+def test_a_sample_that_occurs_again_is_not_computed_again(forwarded: list[Any]) -> None:
+    reward = RewardModelReward(RewardModelRewardConfig(model=saved("ensemble"), cache_size=6))
+
+    def computed() -> int:
+        count = sum(batch.num_responses for batch in forwarded)
+        forwarded.clear()
+        return count
+
+    given = samples(4)
+    first = reward.score([*given, given[0]])
+    assert computed() == 4 and first[0] == first[4]
+    assert reward.score(given[::-1]) == first[3::-1] and computed() == 0
+    reward.score(samples(9)[4:])  # nine samples with room for six: the three that were used longest ago are forgotten
+    assert computed() == 5
+    reward.score([*samples(9)[4:], given[0]])
+    assert computed() == 0
+    reward.score(given)
+    assert computed() == 3
+
+
+def test_samples_of_one_prompt_share_it_and_passes_are_bounded(forwarded: list[Any]) -> None:
+    reward = RewardModelReward(RewardModelRewardConfig(model=saved("ensemble"), batch_tokens=60))
     reward.score([Sample("2+2=", str(number)) for number in range(8)])
-    assert seen == [(1, 1 + 4 + 8 * 2)]
-    seen.clear()
+    assert [(batch.num_prompts, batch.num_tokens) for batch in forwarded] == [(1, 1 + 4 + 8 * 2)]
+    forwarded.clear()
     reward.score(samples(6))
-    assert len(seen) > 1 and all(prompts == 1 or tokens <= 60 for prompts, tokens in seen)
+    assert len(forwarded) > 1 and all(batch.num_prompts == 1 or batch.num_tokens <= 60 for batch in forwarded)
 
 
 def test_an_empty_completion_has_a_score() -> None:
@@ -140,13 +151,13 @@ def test_an_empty_completion_has_a_score() -> None:
     assert len(set(reward.score([Sample("2+2=", ""), Sample("2+2=", "4")]))) == 2
 
 
-def test_a_prompt_without_room_is_told() -> None:
+def test_a_prompt_without_room_is_refused() -> None:
     reward = RewardModelReward(RewardModelRewardConfig(model=saved("ensemble"), max_length=8))
     with pytest.raises(DataError, match=r"sample 0: the sample can't be scored.*raise `max_length`"):
         reward.score([Sample("a long prompt", "4")])
 
 
-def test_completions_that_are_cut_are_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_truncated_completions_are_reported_once(caplog: pytest.LogCaptureFixture) -> None:
     reward = RewardModelReward(RewardModelRewardConfig(model=saved("ensemble"), max_length=16))
     given = [Sample("1+1=", text) for text in ("2", "9" * 20, "3" * 30, "3" * 8)]
     reward.score(given[::3])
