@@ -264,6 +264,7 @@ class ChatTemplate:
             return self._render(written, answer=answer, tagged=tagged)
 
     def _render(self, chat: Chat, *, answer: bool, tagged: bool) -> tuple[str, list[tuple[int, int]]]:
+        """Render a conversation, and raise what the template or Jinja raises as a `DataError` or `ModelError`."""
         import jinja2
 
         source = self._source(chat)
@@ -285,6 +286,7 @@ class ChatTemplate:
         answer: bool = False,
         tagged: bool = False,
     ) -> tuple[str, list[tuple[int, int]]]:
+        """Apply a template to messages in the form that it takes; return the text and, with `tagged`, the tags' offsets."""
         # `apply_chat_template` itself drops keys that are None, and templates test for them.
         from transformers.utils.chat_template_utils import render_jinja_template
 

@@ -102,6 +102,7 @@ class DataStream:
         return self
 
     def __next__(self) -> Batch:
+        """Return this process's share of the next window; every process must take as many."""
         window: list[EncodedRow] = []
         first = self._state[3]
         while len(window) < self.batch_size and self._look_ahead(1):

@@ -34,7 +34,7 @@ TOO_LONG = "longer than max_length"
 EQUAL = "chosen equals rejected"
 
 PLAIN = (
-    "the rows are plain text, and the model has a chat template, which they don't pass: `dataset.wrap: chat` makes a prompt the"
+    "the rows are plain text, and the model's chat template isn't applied to them: `dataset.wrap: chat` makes a prompt the"
     " user's turn and a response the assistant's, `none` keeps them as they are"
 )
 

@@ -36,6 +36,7 @@ class JsonLines(TextFile):
             row += 1
 
     def _parse(self, text: str, place: str, *, ended: bool, first: bool) -> dict[str, Any]:
+        """Return the object on a line. `ended` tells whether a newline follows, `first` whether it is the file's first line."""
         try:
             values = _checked(lambda: _DECODER.decode(text), place, lambda: f"{place}:{_huge_at(text, 0) + 1}")
         except json.JSONDecodeError as error:
@@ -122,6 +123,7 @@ class JsonArray(TextFile):
             raise self._malformed(text, end, "Extra data")
 
     def _next(self, text: str, at: int, place: str) -> tuple[dict[str, Any], int]:
+        """Return the object of the array at offset `at`, and the offset after it."""
         try:
             values, end = _checked(
                 lambda: _DECODER.raw_decode(text, at), place, lambda: self._place(_huge_at(text, at), text)

@@ -26,6 +26,7 @@ class MapDataset(EncodedData, torch.utils.data.Dataset[EncodedRow]):
     """All rows, by number: `len(dataset)`, `dataset[i]`. Tokenised rows are kept in the datasets library's cache."""
 
     def _read(self) -> None:
+        """Load all rows from the cache, or encode them."""
         small = self.source.size <= SMALL
         rows = encoded_table(None if small else self._cache_entry(), self._encode, in_memory=small)
         self.table, self._directory = rows.table, rows.directory

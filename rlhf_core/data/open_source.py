@@ -164,6 +164,7 @@ def _file(path: Path) -> RowSource:
 
 
 def _no_such_file(name: str | Path) -> DataError:
+    """Return the error for a path that doesn't exist, with the nearest name as a suggestion."""
     shown = str(name)
     if len(shown) > 200 or not shown.isprintable():
         return DataError("no such file", place="data", got=shortened(shown), fix="give the path of a file of rows")

@@ -275,6 +275,7 @@ def _says_the_same(one: Message, other: Message) -> bool:
 
 
 def _check_prompt(prompt: Sequence[Message], row: _RowReader, place: str) -> None:
+    """Raise `DataError` where there is no prompt, or it ends on an assistant turn."""
     if not prompt and "messages" in row.shape.columns:
         raise DataError("the conversation begins with an assistant turn, which answers nothing", place=place)
     if not prompt:
@@ -289,6 +290,12 @@ def _check_prompt(prompt: Sequence[Message], row: _RowReader, place: str) -> Non
 
 
 def _check_response(answer: Sequence[Message], name: str, shared: int, place: str) -> None:
+    """Raise `DataError` unless a response begins and ends with an assistant turn, and has one in the loss that isn't empty.
+
+    Args:
+        name: the response's column.
+        shared: how many messages of that column are the prompt, to number the others in messages.
+    """
     where = [f"{name}[{number}]" for number in range(shared, shared + len(answer))]
     if not answer:
         raise DataError(f"`{name}` has no answer after the prompt", place=place)

@@ -125,7 +125,7 @@ class RowChecker:
         unused = self._unused(shape, parts, used)
         record = {name: value for name, value in values.items() if name not in used}
         if not self.contract.responses:
-            # A reward may read any column, under its own name or that of the record type; the prompt stands apart.
+            # A reward may read any column, under its own name or that of the record type; the prompt isn't among them.
             record = {**values, **{name: values[column] for name, column in found.items()}}
             record = {name: value for name, value in record.items() if name not in ("prompt", found.get("prompt"))}
         kept = {name: value for name, value in record.items() if is_json(value)}
@@ -179,6 +179,7 @@ class RowChecker:
             return any(answer and answer in text[begin:] for answer in answers)
 
         def repeats(value: Any) -> bool:
+            """Return whether a value contains nothing but what is used."""
             if isinstance(value, str):
                 if is_dialogue(value) and all(turn["content"] in ("", *texts) for turn in read_dialogue(value)):
                     return True
@@ -193,6 +194,7 @@ class RowChecker:
             return bool(said) and _without_space("".join(said)) in map(_without_space, texts)
 
         def means_something(name: str, value: Any) -> bool:
+            """Return whether a value isn't a mere number, such as a score."""
             if isinstance(value, str):
                 return name.casefold() in ASKING or not _is_number(value)
             kind = value_kind(value)

@@ -353,8 +353,8 @@ class _RowColumns:
         """Return the shape of a row in which `found` (field → column) was found."""
         if "text" in found:
             return "text"
-        told = [name for name in ("messages", "prompt", *self.contract.responses) if name in found]
-        kinds = {self.kind(found[name]) for name in told}
+        known = [name for name in ("messages", "prompt", *self.contract.responses) if name in found]
+        kinds = {self.kind(found[name]) for name in known}
         turns = next((kind for kind in CHATS if kind in kinds), None)
         if "messages" in found:
             return "dialogue" if "dialogue" in kinds else turns or "messages"

@@ -47,7 +47,7 @@ class Row:
     values: Mapping[str, Any]
     """Column → value."""
     after: Cursor
-    """The place behind it."""
+    """The cursor after it."""
 
 
 class RowSource(ABC):

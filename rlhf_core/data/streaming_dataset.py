@@ -29,6 +29,7 @@ class StreamingDataset(EncodedData, torch.utils.data.IterableDataset[EncodedRow]
     streaming: ClassVar[bool] = True
 
     def _read(self) -> None:
+        """Encode the first rows, and make the fingerprint of them, of the options and of the ends of the files."""
         options = [
             self.record,
             self.encoder.max_length,
@@ -60,6 +61,7 @@ class StreamingDataset(EncodedData, torch.utils.data.IterableDataset[EncodedRow]
     def walk(
         self, epoch: int, *, seed: int, shuffle: bool, position: Position
     ) -> Iterator[tuple[RowOutcome, Position]]:
+        # A position: the block's number, the cursor at its beginning, rows taken from it, and outcomes taken of the next row.
         block, cursor, taken, within = position or (0, Cursor(), 0, 0)
         cursor = Cursor(*cursor)
         rows = self.source.rows(cursor)

@@ -81,6 +81,7 @@ class Delimited(TextFile):
                 yield first, fields, Cursor(0, 0, line, offset)
 
     def _check_header(self, header: list[str]) -> None:
+        """Raise `DataError` where names are missing or repeated, or the delimiter seems to be another one."""
         twice = next((name for name in header if header.count(name) > 1), None)
         place = f"{self.name}:1"
         if twice == "":

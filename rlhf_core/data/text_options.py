@@ -49,6 +49,6 @@ def save_text_options(tokenizer: PreTrainedTokenizerBase, options: DatasetConfig
         "wrap": options.wrap or before.wrap,
         "special_tokens": before.special_tokens if options.special_tokens is None else options.special_tokens,
     }
-    said = {name: value for name, value in given.items() if value is not None}
-    if said:
-        tokenizer.init_kwargs[KEY] = said
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if chosen:
+        tokenizer.init_kwargs[KEY] = chosen

@@ -122,7 +122,7 @@ class _TurnSplitter:
                 self._add(self.whole[at : turn.start], before=self.whole[:at])
             counts = turn.number in scored
             if turn.opener and self._is_last(turn):
-                self._add_behind_opener(turn, added=not alone)
+                self._add_after_opener(turn, added=not alone)
             if spans is None:
                 self._add(self.whole[turn.start : turn.end], before=self.whole[: turn.start], in_loss=counts)
             else:
@@ -257,7 +257,7 @@ class _TurnSplitter:
         header = spoken[common_prefix(spoken, self.whole[: turn.start]) :].partition(word)[0]
         if OPENS.sub("", CLOSES.sub("", header)).strip():
             raise ModelError(
-                "the chat template ignores `add_generation_prompt`, so where an answer begins can't be told",
+                "the chat template ignores `add_generation_prompt`, so it isn't known where an answer begins",
                 place=self.chat.place,
                 fix=f"give a template that honours it by `{OPTION}`",
             )
@@ -291,7 +291,7 @@ class _TurnSplitter:
                 return ModelError(f"{what} (message {message})", place=self.chat.place, fix=fix)
         fix = f"give a template that only appends by `{OPTION}`"
         if number < len(self.chat.messages) - 1:
-            fix = f"make each turn a row of its own by `{EACH}`, or {fix}"
+            fix = f"set `{EACH}`, which makes a row of each turn, or {fix}"
         return ModelError(
             f"the chat template changes the text up to message {number} once the conversation continues, so the tokens of that"
             " message can't be found",
@@ -338,7 +338,7 @@ class _TurnSplitter:
                     f"the chat template drops the reasoning of message {turn.number} once the conversation continues, so it"
                     " can't be trained there",
                     place=self.chat.place,
-                    fix=f"make each turn a row of its own by `{EACH}`, or give another template by `{OPTION}`",
+                    fix=f"set `{EACH}`, which makes a row of each turn, or give another template by `{OPTION}`",
                 )
             if key == "content":
                 raise ModelError(
@@ -364,7 +364,7 @@ class _TurnSplitter:
         except DataError:
             return False
 
-    def _add_behind_opener(self, turn: _Turn, *, added: bool) -> None:
+    def _add_after_opener(self, turn: _Turn, *, added: bool) -> None:
         """Add the text between a generation prompt that opens a think block and the turn's answer.
 
         It is the reasoning from the data with the closing tag, in the loss. Where the data have none it is the closing tag alone,
