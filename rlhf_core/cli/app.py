@@ -13,8 +13,9 @@ from rlhf_core.infra.version import __version__
 app = typer.Typer(
     name="rlhf",
     help="Post-training for language models in which every method is a plugin.",
-    epilog="--debug and --no-plugins may stand anywhere. Exit codes: 2 configuration, 3 data, 4 model or checkpoint, 5 plugin,"
-    " 6 numbers, 7 input/output or a lost process, 75 stopped and saved (Ctrl-C, SIGTERM), 130 interrupted.",
+    epilog="--debug and --no-plugins may be given anywhere on the command line. Exit codes: 2 configuration, 3 data,"
+    " 4 model or checkpoint, 5 plugin, 6 numbers, 7 input/output or a lost process, 75 stopped and saved (Ctrl-C, SIGTERM),"
+    " 130 interrupted.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},

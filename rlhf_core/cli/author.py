@@ -65,9 +65,7 @@ def new(
     ] = Path(),
     online: Annotated[
         bool,
-        typer.Option(
-            "--online", help="A trainer that samples completions and learns from their rewards, not from pairs."
-        ),
+        typer.Option("--online", help="Of a trainer: sample completions and learn from their rewards, not from pairs."),
     ] = False,
 ) -> None:
     """Write a Python package with one working plugin, ready to install, edit and test.

@@ -19,7 +19,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
-    """Check this installation: show versions and device, import every plugin, list problems. Exit code 5 where there are any."""
+    """Check this installation: versions, device, and every plugin, imported once. Exit code 5 where there are problems."""
     from rlhf_core import registry
     from rlhf_core.infra.devices import DeviceManager
     from rlhf_core.infra.environment import describe_environment

@@ -49,11 +49,11 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --output.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Train: `rlhf train dpo --model M --data D --output O --beta 0.2`, or `rlhf train CONFIG.yaml`.
+    """Train a model: `rlhf train dpo --model M --data D --output O --beta 0.2`, or `rlhf train CONFIG.yaml`.
 
     A configuration file is flat: method, model, data, eval_data, output and preset, then the method's options by name. Each is
     also a flag of that name (--learning_rate or --learning-rate, --lora.rank 8), which wins over the file; `rlhf show METHOD
-    --all` lists them. Relative paths start at the current directory, those in a file too.
+    --all` lists them. Relative paths start at the current directory, also those in a file.
     """
     if not sys.stderr.isatty():
         os.environ.setdefault(

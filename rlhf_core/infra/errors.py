@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 
 class RLHFError(Exception):
-    """An error: the problem, its place, what was found there (`got`), how to mend it (`fix`); the last three may be None."""
+    """An error: the problem, its place, what was found there (`got`), how to fix it (`fix`); the last three may be None."""
 
     code: ClassVar[str] = "internal"
     exit_code: ClassVar[int] = 1

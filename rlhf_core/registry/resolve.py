@@ -410,5 +410,5 @@ def _fault(plugin: Plugin) -> PluginError:
     return PluginError(
         f"{plugin.status}: {plugin.reason}",
         place=f"{plugin.kind} `{plugin.name}` of {origin} ({plugin.target})",
-        fix=fixes.get(plugin.status, f"mend, update or uninstall {plugin.distribution}"),
+        fix=fixes.get(plugin.status, f"repair, update or uninstall {plugin.distribution}"),
     )

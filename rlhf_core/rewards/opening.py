@@ -127,12 +127,12 @@ def _resolve(given: Any, key: str, place: Mapping[str, str] | str) -> _Resolved:
         return _of_class(given, given.__name__ if plugin is None else plugin.name, {}, key, place)
     if hasattr(given, "forward") and hasattr(given, "parameters"):
         fix = "wrap it: `RewardModelReward.of(model)`, or a function that encodes the texts and calls it"
-        raise ConfigError("a model alone is no reward", place=where, got=type(given).__name__, fix=fix)
+        raise ConfigError("a model alone is not a reward", place=where, got=type(given).__name__, fix=fix)
     if callable(given) and not isinstance(given, type):
         reward = FunctionReward(given)
         return _Resolved(reward.name, lambda: reward, place=where)
     fix = "give a name, a function, a RewardFn, or a RewardConfig"
-    raise ConfigError("is no reward", place=where, got=shortened(given), fix=fix)
+    raise ConfigError("is not a reward", place=where, got=shortened(given), fix=fix)
 
 
 def _configured(config: RewardConfig, key: str, place: Mapping[str, str] | str) -> _Resolved:

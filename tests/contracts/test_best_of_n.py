@@ -99,7 +99,7 @@ def test_roles_are_checked(tmp_path: Path) -> None:
         BestOfNSampler.load(policy=3, reward=verified)
     with pytest.raises(ConfigError, match="unknown reward `reward_modl`"):
         BestOfNSampler(policy=policy, reward="reward_modl")
-    with pytest.raises(ConfigError, match="a model alone is no reward"):
+    with pytest.raises(ConfigError, match="a model alone is not a reward"):
         BestOfNSampler(policy=policy, reward=torch.nn.Linear(1, 1))
 
 

@@ -39,7 +39,7 @@ def test_a_selected_plugin_that_raises_is_exit_code_5(train: Callable, install: 
     ended = train(method="mine")
     assert (ended.code, ended.error) == (
         5, "error[plugin] trainer `mine` of acme 1.0 (acme_raises:Mine): broken: importing it raised RuntimeError: no licence;"
-        " fix: mend, update or uninstall acme",
+        " fix: repair, update or uninstall acme",
     )  # fmt: skip
 
 

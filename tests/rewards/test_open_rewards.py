@@ -239,8 +239,8 @@ WRONG: dict[str, tuple[Any, str]] = {
     "a key that no reward has": ({"name": "window", "wieght": 1}, r"unknown option `rewards\.0\.wieght`.*`weight`\?"),
     "a weight that is no number": ((exact, float("nan")), r"rewards\.0: a tuple must be a reward and its weight"),
     "nothing but weights of 0": ([(exact, 0), ("window", 0.0)], r"every reward has a weight of 0"),
-    "a number": (3, r"rewards\.0: is no reward; got 3"),
-    "a model": (torch.nn.Linear(1, 1), r"a model alone is no reward; got Linear"),
+    "a number": (3, r"rewards\.0: is not a reward; got 3"),
+    "a model": (torch.nn.Linear(1, 1), r"a model alone is not a reward; got Linear"),
     "a function of one argument": (lambda texts: [], r"takes neither `completions` nor two arguments; got \(texts\)"),
 }  # fmt: skip
 
