@@ -71,7 +71,9 @@ class _Translation:
         if (differs := self.method.differs) is not None:
             if strict:
                 raise self.fault(f"mergekit's definition of {self.name} isn't available here", KEY, got=differs)
-            log.warning("%s is merged by our `%s`: mergekit differs in that %s", self.name, self.method.ours, differs)
+            log.warning(
+                "mergekit's method %s is merged by our `%s`, which differs: %s", self.name, self.method.ours, differs
+            )
         models = read_models(self.file, places, needs_base=self.method.needs_base)
         self.models, self.base, self.counts, self.shared, self.scopes = models
         self.out: dict[str, Any] = {}

@@ -22,14 +22,14 @@ log = logging.getLogger(__name__)
 def _model_name(name: str) -> str:
     """Return a model's name; raise where it asks for a revision of a hub model (`NAME@REVISION`)."""
     if "@" in name and not Path(name).expanduser().exists():
-        raise ValueError("revisions of hub models are not supported: fetch it, and name the path")
+        raise ValueError("revisions of hub models are not supported: download it, and give its path")
     return name
 
 
 def _layers(span: tuple[int, int]) -> tuple[int, int]:
     """Return a range of layers, the last number excluded; raise where it is empty."""
     if not 0 <= span[0] < span[1]:
-        raise ValueError("holds no layer: write [first, one after the last]")
+        raise ValueError("the range has no layers: write [first, one after the last]")
     return span
 
 
@@ -178,7 +178,9 @@ class _Reader:
             for key in [key for key, one in slices if one.residual_weight is not None]:
                 log.warning("%s: `residual_weight` has no effect, in mergekit as here", place_of(key, self.places))
         else:
-            raise self.fault("give either `models` or `slices`", f"{at}models" if given.models else at.rstrip("."))
+            raise self.fault(
+                "a mergekit file needs either `models` or `slices`", f"{at}models" if given.models else at.rstrip(".")
+            )
         counts = [row[0].span[1] - row[0].span[0] for row in rows]
         base: Any = file.base_model
         if needs_base and any(named):
@@ -257,4 +259,6 @@ def _depth(name: str) -> int:
         inner = config.get("text_config") or config
         return int(inner.get("num_hidden_layers") or inner["n_layer"])
     except Exception as error:
-        raise ModelError("how many layers it has can't be read", place=name, got=first_line(error)) from error
+        raise ModelError(
+            "the number of the model's layers can't be read from its configuration", place=name, got=first_line(error)
+        ) from error

@@ -41,14 +41,14 @@ class MergekitMethod:
     needs_base: bool = True
     """Whether it merges task vectors, differences from a base model."""
     differs: str | None = None
-    """How its definition differs from ours; None where both are the same."""
+    """How its definition differs from ours, as a sentence; None where both are the same."""
 
 
 _WEIGHTED = {"weight": REQUIRED}
 _SPARSE = {**_WEIGHTED, "density": 1.0, "lambda": 1.0, "normalize": False}
 _CRUMBS, _DELLA = {**_SPARSE, "gamma": 0.01}, {**_SPARSE, "epsilon": 0.15}
 _RESCALED = (
-    "it drops other entries, and scales the rest to the L1 norm of all where ours divides by the probability of keeping"
+    "mergekit drops other entries and scales the rest to the L1 norm of all; ours divides by the probability of keeping"
 )
 _WHOLE = {"scope": "tensor"}
 
@@ -61,7 +61,7 @@ METHODS: dict[str, MergekitMethod] = {
         only={"nuslerp_flatten": True},
         unused=("nuslerp_row_wise",),
         needs_base=False,
-        differs="between tensors that are nearly parallel it takes the arc, where ours takes the straight line",
+        differs="between tensors that are nearly parallel mergekit takes the arc, ours the straight line",
     ),
     "passthrough": MergekitMethod("passthrough", {"scale": 1.0}, needs_base=False),
     "task_arithmetic": MergekitMethod(
@@ -89,13 +89,13 @@ METHODS: dict[str, MergekitMethod] = {
         "model_stock",
         {},
         only={"filter_wise": False},
-        differs="where task vectors oppose each other it goes past the base, at which ours stops, and it takes the angles between"
-        " very small ones for larger",
+        differs="where task vectors oppose each other mergekit goes past the base, at which ours stops, and it overestimates the"
+        " angles between very small ones",
     ),
     "sce": MergekitMethod(
         "sce",
         {"select_topk": 1.0},
-        differs="it weighs models alike where the mean squares of their task vectors add up to less than a millionth",
+        differs="mergekit weights models alike where the mean squares of their task vectors add up to less than a millionth",
     ),
     "karcher": MergekitMethod("karcher", {}, unused=("max_iter", "tol"), needs_base=False),
     "multislerp": MergekitMethod(
@@ -104,7 +104,7 @@ METHODS: dict[str, MergekitMethod] = {
         only={"normalize_weights": True},
         unused=("eps",),
         needs_base=False,
-        differs="it takes the normalised mean of the directions, where ours iterates to their mean on the sphere",
+        differs="mergekit takes the normalised mean of the directions; ours iterates to their mean on the sphere",
     ),
 }
 """The methods of mergekit that are supported, by mergekit's names."""

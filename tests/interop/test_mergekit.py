@@ -317,7 +317,7 @@ FAULTS = {
         "nuslerp of task vectors isn't supported",
     f"merge_method: ties\nparameters: {{normalize: [true, false]}}\n{BASED}":
         "`normalize` must be true or false, the same for all tensors",
-    "merge_method: ties\nbase_model: a\n": "give either `models` or `slices`",
+    "merge_method: ties\nbase_model: a\n": "a mergekit file needs either `models` or `slices`",
     "merge_method: ties\nbase_model: a\nmodels: [b]\n":
         "theirs.yaml:3: `models.0`: expected a group of options (model, parameters); got 'b'",
     "merge_method: ties\nbase_model: a\nmodels: [{model: b, weight: 1}]\n":
