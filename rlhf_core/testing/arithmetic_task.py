@@ -231,11 +231,13 @@ _Term = tuple[str, int]
 
 
 def _number(rng: Random, largest: int) -> _Term:
+    """Draw a number from 1 to `largest`."""
     value = rng.randint(1, largest)
     return str(value), value
 
 
 def _product(rng: Random, largest: int) -> _Term:
+    """Draw a product of a number up to `largest` and a digit from 2 to 9."""
     left, right = rng.randint(1, largest), rng.randint(2, 9)
     return f"{left}*{right}", left * right
 

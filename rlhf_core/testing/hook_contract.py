@@ -126,7 +126,7 @@ def _digits(completions: list[str]) -> list[float]:
 
 
 def _broken(completions: list[str]) -> list[float]:
-    raise RuntimeError("this reward is broken, so that a run fails")
+    raise RuntimeError("this reward of the kit fails on purpose, so that a run fails")
 
 
 def _train(rewards: list[Any], *, output: bool = True) -> dict[str, Tensor]:

@@ -51,6 +51,7 @@ class DigitReward(RewardFn):
         """The score that it gave to each completion, by its ids."""
 
     def score(self, samples: Sequence[Sample]) -> list[float]:
+        """Return `sign` times each completion's worth, and record columns and scores."""
         self.columns += [sample.columns for sample in samples]
         scores = [self.sign * self.worth(one.completion, one.completion_ids) for one in samples]
         self.given |= {tuple(one.completion_ids): score for one, score in zip(samples, scores, strict=True)}

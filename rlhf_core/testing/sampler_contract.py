@@ -172,8 +172,7 @@ class SamplerContract(MethodContract):
         require(
             worth[0] >= worth[1],
             f"the mean reward of the first completions is {worth[0]:.3f} under the kit's reward, and {worth[1]:.3f} under its"
-            " opposite:"
-            " larger rewards must be better",
+            " opposite: larger rewards must be better",
         )
 
     @after(REPEATS)

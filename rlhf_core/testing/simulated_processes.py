@@ -135,6 +135,7 @@ class _Process(Distribution):
         self._simulation.exchange(self.rank, "barrier", None)
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Replace gradients by their sums over processes; a parameter without one on any process keeps none."""
         own = [None if parameter.grad is None else parameter.grad.detach().clone() for parameter in parameters]
         for parameter, parts in zip(
             parameters, zip(*self._simulation.exchange(self.rank, "sum_gradients", own), strict=True), strict=True

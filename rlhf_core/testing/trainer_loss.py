@@ -49,8 +49,7 @@ class LossChecks(TrainerSetup):
                 elif node._sequence_nr() < before:
                     raise AssertionError(
                         f"the gradient of term `{name}` runs through a tensor that was computed before `loss`, in `experience`"
-                        " or `build`"
-                        f" (autograd node {node.name()}): `.detach()` it there"
+                        f" or `build` (autograd node {node.name()}): `.detach()` it there"
                     )
 
     @after(TERMS)
@@ -65,10 +64,8 @@ class LossChecks(TrainerSetup):
             require(
                 math.isclose(total, weight, rel_tol=1e-6, abs_tol=1e-9),
                 f"the weight of term `{name}` is {weight:g} for a window, and {total:g} for its rows one by one, added up: the"
-                " core"
-                " adds weights up over micro-batches, so return what this batch holds (tokens, responses or prompts), not a"
-                " number"
-                " for the whole step",
+                " core adds weights up over micro-batches, so return what this batch holds (tokens, responses or prompts), not"
+                " a number for the whole step",
             )
         if self.constant_weights:
             return
@@ -96,8 +93,7 @@ class LossChecks(TrainerSetup):
             require(
                 len(set(lengths)) < 3 or [float(weights[name]) for weights in counted] != lengths,
                 f"the weight of term `{name}` is the number of tokens of the responses, in the loss mask or not: tokens of a"
-                " tool's"
-                " output or of another turn aren't in the loss; return `batch.num_loss_tokens`",
+                " tool's output or of another turn aren't in the loss; return `batch.num_loss_tokens`",
             )
 
     def _check_factor(
@@ -121,8 +117,7 @@ class LossChecks(TrainerSetup):
         raise AssertionError(
             f"term `{name}` sums one entry per {what}, {sum(n for _, n, _ in known):g} of them, but its weight is"
             f" {sum(w for w, _, _ in known):g}, {factor:g} times that: the weight must count the entries that are summed; put a"
-            " factor"
-            " into the term, and set `constant_weights = True` on the contract for a constant that is meant"
+            " factor into the term, and set `constant_weights = True` on the contract for a constant that is meant"
         )
 
     @after(GRADIENT)
@@ -199,8 +194,7 @@ class LossChecks(TrainerSetup):
         if not any(seen.values()):
             raise AssertionError(
                 "no token of any response is in the loss: the loss stays the same as tokens leave the loss mask; sum over the"
-                " tokens"
-                " in `batch.loss_mask`"
+                " tokens in `batch.loss_mask`"
             )
         self._require_ends(window)
         for place, values in seen.items():

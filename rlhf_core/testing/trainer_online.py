@@ -85,8 +85,7 @@ class OnlineChecks(TrainerSetup):
         require(
             distance(stale.gradient, current.gradient) > 10 * self.allowed,
             "completions that an earlier policy drew give the same gradient as completions of the current policy: the ratio of"
-            " the"
-            " two policies is always 1; use the log-probabilities from sampling (`sampled_logps`), or compute them in"
+            " the two policies is always 1; use the log-probabilities from sampling (`sampled_logps`), or compute them in"
             " `experience`",
         )
 

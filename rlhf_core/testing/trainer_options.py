@@ -76,8 +76,7 @@ class OptionChecks(TrainerSetup):
         require(
             not idle,
             f"options without any effect: {', '.join(idle)}; use or remove each, or set on the contract class a value that has"
-            " one"
-            " (`other_values`), or name it in `no_effect`",
+            " one (`other_values`), or name it in `no_effect`",
         )
         require(
             not detached,

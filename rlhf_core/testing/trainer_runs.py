@@ -55,16 +55,14 @@ class RunChecks(TrainerSetup):
             bench.steps += 1
             require(
                 not ended or taken > before,
-                f"window {made} belongs to a rollout whose last window was already yielded{shown}: a run that is resumed"
-                " between the"
-                " two would lose it; yield all windows but a rollout's last as `Window(batch, last=False)`",
+                f"window {made} belongs to a rollout whose last window was already yielded{shown}: a run that is resumed between"
+                " the two would lose it; yield all windows but a rollout's last as `Window(batch, last=False)`",
             )
             ended, before = window.last, taken
         require(
             ended,
             f"the last window of a pass over the data isn't the last of its rollout (`Window.last`){shown}, so no checkpoint"
-            " could"
-            " be saved after it",
+            " could be saved after it",
         )
         if per_batch is not None:
             require(
@@ -156,8 +154,7 @@ class RunChecks(TrainerSetup):
         require(
             after_it > before,
             f"training makes it worse: {QUALITIES[self.subject().record]} {before:.4f} before and {after_it:.4f} after 20 steps"
-            " on"
-            " the same rows; the loss has the wrong sign",
+            " on the same rows; the loss has the wrong sign",
         )
         return None
 
@@ -217,7 +214,7 @@ class RunChecks(TrainerSetup):
     def _rewards_rise(self) -> None:
         """Fail unless the mean reward of a short run rises with the contract's rewards."""
         if not self.rewarded:
-            raise SkipTest("the method learns from no rewards")
+            raise SkipTest("the method has no rewards, so no mean reward can rise")
         with tempfile.TemporaryDirectory(prefix="rlhf-contract-") as folder:
             output = Path(folder) / "run"
             # The kit's reward is dense; the rewards in `options` may be too sparse for a random model.
@@ -232,10 +229,9 @@ class RunChecks(TrainerSetup):
         )
         require(
             rises(rewards),
-            f"training doesn't raise the mean reward, which any policy gradient does with this reward: it is"
-            f" {_mean(rewards[:3]):.3f} in the first steps and {_mean(rewards[-8:]):.3f} in the last of {len(rewards)}"
-            " rollouts; the"
-            " loss has the wrong sign, or rewards are attached to other responses",
+            "training doesn't raise the mean reward, which any policy gradient does with this reward: it is"
+            f" {_mean(rewards[:3]):.3f} in the first steps and {_mean(rewards[-8:]):.3f} in the last of {len(rewards)} rollouts;"
+            " the loss has the wrong sign, or rewards are attached to other responses",
         )
 
     # Resuming
@@ -277,8 +273,7 @@ def _same_sums(whole: Mapping[str, Pair], parts: list[Mapping[str, Pair]], *, su
             require(
                 math.isclose(found, expected, rel_tol=allowed, abs_tol=allowed * max(size, 1e-6)),
                 f"the {place} of `{name}` is {expected:.6g} for held-out rows evaluated together, and {found:.6g} for the same"
-                " rows one"
-                " by one, added up: return sums and counts, never means",
+                " rows one by one, added up: return sums and counts, never means",
             )
 
 

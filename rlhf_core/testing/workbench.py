@@ -158,6 +158,7 @@ class Workbench(RunSetup):
         return self._recorded(window, optimizer)
 
     def _recorded(self, window: Batch, optimizer: torch.optim.Optimizer | None) -> Step:
+        """Return the loop's update on a window; parameters change only where an optimiser is given."""
         recorder = _Recorder(self.parameters, optimizer)
         result = self.make_updater(recorder, LossScale(enabled=False), lambda *_, **__: None)(window, 1)
         if result is None:

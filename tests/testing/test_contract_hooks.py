@@ -52,7 +52,7 @@ class Listens:
     @hookimpl
     def run_failed(self, error):
         HEARD.append("run_failed")
-        assert "this reward is broken" in str(error)
+        assert "this reward of the kit fails" in str(error)
 
 
 class Deaf:

@@ -73,6 +73,7 @@ class DAREMerger(SparseMerger):
     neutral: ClassVar = {"density": 1.0, "trim": 1.0, "scale": 1.0}
 
     def measure(self, stream: TensorStream) -> _Measured:
+        """Return each model's trimming threshold and its probability of keeping an entry."""
         thresholds = tensor_thresholds(stream, stream.option("trim"))
         return _Measured(thresholds, stream.option("density"))
 

@@ -113,6 +113,7 @@ class DELLAMerger(SparseMerger):
     neutral: ClassVar = {"density": 1.0, "epsilon": 0.0, "scale": 1.0}
 
     def measure(self, stream: TensorStream) -> _Measured:
+        """Return each model's mean probability of keeping an entry, and the width of these probabilities."""
         return _Measured(stream.option("density"), stream.option("epsilon"))
 
     def sparsify(self, chunk: Chunk, measured: _Measured) -> Iterator[tuple[Tensor, float]]:

@@ -66,6 +66,7 @@ class ModelSoup(Merger):
         return uniform_soup(chunk.tensors)
 
     def merge(self, merge: ModelMerger) -> None:
+        """Choose the models by evaluating means of them, record the scores, and write the mean of the chosen ones."""
         inputs = merge.inputs
         chosen, score, alone = greedy_choice(
             [one.fingerprint for one in inputs],

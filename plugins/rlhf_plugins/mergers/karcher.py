@@ -89,6 +89,7 @@ class KarcherMerger(Merger):
         share_of_weights(weights)
 
     def measure(self, stream: TensorStream) -> list[float]:
+        """Return each model's coefficient in the mean of the whole tensor."""
         return karcher(gram_matrix(chunk.tensors for chunk in stream.chunks()), share_of_weights(stream.weights))
 
     def merge_chunk(self, chunk: Chunk, measured: list[float]) -> Tensor:

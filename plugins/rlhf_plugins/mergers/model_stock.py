@@ -40,6 +40,7 @@ class ModelStockMerger(Merger):
         require_equal(weights, "model_stock")
 
     def measure(self, stream: TensorStream) -> float:
+        """Return t, the share of the models' mean, for the whole tensor."""
         return stock_ratio(gram_matrix(chunk.deltas() for chunk in stream.chunks()))
 
     def merge_chunk(self, chunk: Chunk, measured: float) -> Tensor:

@@ -103,6 +103,7 @@ class SCEMerger(Merger):
         require_one_sign(weights)
 
     def measure(self, stream: TensorStream) -> _Measured:
+        """Return the tensor's least selected variance, and each model's share of the merge."""
         (threshold,) = tensor_thresholds(stream, [self.config.density], lambda chunk: [variances(chunk.tensors)])
         sizes = numpy.diag(gram_matrix(_select(chunk, threshold) for chunk in stream.chunks()))
         return _Measured(threshold, shares_by_size(sizes.tolist(), stream.weights))

@@ -48,6 +48,7 @@ class SlerpMerger(Merger):
         self._shares(weights)
 
     def measure(self, stream: TensorStream) -> list[float]:
+        """Return the coefficients of the arc's two ends for the whole tensor."""
         if len(stream.models) == 1 and stream.base is None:
             raise ConfigError(
                 "`slerp` needs two models, or a base and one model",

@@ -171,6 +171,7 @@ class TIESMerger(Merger):
         return list(stream.surveyed)
 
     def merge_chunk(self, chunk: Chunk, measured: list[float]) -> Tensor:
+        """Return θ₀ + λτ, τ the mean of the trimmed task vectors' entries that agree in sign."""
         trimmed = [trim(delta, threshold) for delta, threshold in zip(chunk.deltas(), measured, strict=True)]
         merged = MAJORITIES[self.config.majority](trimmed, chunk.weights, normalize=self.config.normalize)
         return chunk.origin.add_(merged, alpha=self.config.scale)

@@ -92,6 +92,7 @@ class DPOTrainer(Trainer[DPOConfig]):
     roles: ClassVar = {"policy": TRAINED, "reference": FROZEN}
 
     def experience(self, stream: Iterator[Batch], run: RunContext) -> Iterable[Batch]:
+        """Attach the reference's log-probabilities, (R,), to each batch, and partners where the loss sorts a step."""
         for batch in stream:
             window = batch.attach(per_response={"ref_logps": self.reference.response_logps(batch)})
             yield self._with_partners(window, run)

@@ -127,6 +127,7 @@ class KTOConfig(ReferenceConfig):
 
     @model_validator(mode="after")
     def _options_are_used(self) -> KTOConfig:
+        """Refuse a step without mismatched pairs, and an option that the chosen reference point doesn't read."""
         if self.batch_size < 2 and self.kl != "zero":
             raise ValueError("a step of one row has no mismatched pair: set `batch_size` to 2 or more, or `kl: zero`")
         if self.kl != "ema" and self.kl_decay != type(self).model_fields["kl_decay"].default:
@@ -165,6 +166,7 @@ class KTOTrainer(Trainer[KTOConfig]):
             )  # fmt: skip
 
     def experience(self, stream: Iterator[Batch], run: RunContext) -> Iterable[Batch]:
+        """Attach the reference's log-probabilities, (R,), and the reference point z₀, (P,), to each batch."""
         for batch in stream:
             point = self._reference_point(batch, run)
             yield batch.attach(

@@ -108,6 +108,7 @@ class ProcessRewardModelConfig(TrainerConfig):
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> ProcessRewardModelConfig:
+        """Refuse weights that are all 0."""
         if not (self.step_weight or self.ranking_weight or self.outcome_weight):
             raise ValueError("step_weight, ranking_weight and outcome_weight are all 0: there is nothing to learn")
         return self
@@ -190,6 +191,7 @@ class ProcessRewardModelTrainer(Trainer[ProcessRewardModelConfig]):
         return self.models["reward"]  # type: ignore[return-value]
 
     def experience(self, stream: Iterator[Batch], run: RunContext) -> Iterable[Batch]:
+        """Attach the last tokens of steps and the steps' labels, (R, T) each, to each batch."""
         # Held-out data were opened last.
         data = next(iter(self._opened[-1:] if run.evaluating else self._opened), None)
         for batch in stream:
@@ -197,6 +199,7 @@ class ProcessRewardModelTrainer(Trainer[ProcessRewardModelConfig]):
             yield batch.attach(per_token={"step_ends": ends, "step_labels": self._labels(batch, ends, data)})
 
     def weights(self, batch: Batch) -> Mapping[str, float]:
+        """Return labelled steps and pairs, for the terms whose weight isn't 0."""
         config = self.config
         terms = {
             "steps": (config.step_weight, float((batch["step_labels"] != NO_LABEL).sum())),

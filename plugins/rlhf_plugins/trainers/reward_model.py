@@ -130,6 +130,7 @@ class RewardModelTrainer(Trainer[RewardModelConfig]):
         return self.models["reward"]  # type: ignore[return-value]
 
     def experience(self, stream: Iterator[Batch], run: RunContext) -> Iterable[Batch]:
+        """Attach each pair's weight for each member, (P, K), to each batch."""
         for batch in stream:
             yield batch.attach(per_prompt={"member_weights": self._member_weights(batch, run)})
 
