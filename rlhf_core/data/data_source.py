@@ -134,7 +134,7 @@ class DataSource:
     def identity(self, *, whole: bool) -> list[dict[str, Any]]:
         """Return each source's content fingerprint (see `RowSource.identity`), with its weight where that isn't 1."""
         return [
-            reading(source.name, source.identity, whole=whole) | ({"weight": weight} if weight != 1 else {})
+            call_reader(source.name, source.identity, whole=whole) | ({"weight": weight} if weight != 1 else {})
             for source, weight in zip(self.sources, self.weights, strict=True)
         ]
 
@@ -145,10 +145,10 @@ def next_row(rows: Iterator[Row], source: RowSource, cursor: Cursor) -> Row | No
     Raises:
         DataError: the row can't be read.
     """
-    return reading(f"{source.name}, after {cursor.line} rows" if cursor.line else source.name, next, rows, None)
+    return call_reader(f"{source.name}, after {cursor.line} rows" if cursor.line else source.name, next, rows, None)
 
 
-def reading(place: str, read: Callable[..., Any], *args: Any, **options: Any) -> Any:
+def call_reader(place: str, read: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """Call `read`, and raise what a library raises meanwhile as a `DataError` of `place`."""
     try:
         return read(*args, **options)

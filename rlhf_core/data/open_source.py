@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core.config.run_file import DataFile
-from rlhf_core.data.data_source import DataSource, IterableRows, ListRows, TableRows, next_row, reading
+from rlhf_core.data.data_source import DataSource, IterableRows, ListRows, TableRows, call_reader, next_row
 from rlhf_core.data.json_files import JsonArray, JsonLines
 from rlhf_core.data.row_source import COMPRESSION, Cursor, RowSource
 from rlhf_core.data.table_files import Delimited, ParquetRows
@@ -192,7 +192,7 @@ def _directory(path: Path, split: str, streaming: bool) -> list[RowSource]:
     import datasets
 
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        return [_dataset(reading(str(path), datasets.load_from_disk, str(path)), str(path), split)]
+        return [_dataset(call_reader(str(path), datasets.load_from_disk, str(path)), str(path), split)]
     files = _files(path)
     if not files or {*split} & {
         *"[+"
@@ -287,7 +287,7 @@ def _dataset(data: Any, name: str, split: str) -> RowSource:
     if isinstance(data, datasets.Dataset):
         return TableRows(data.with_format(None), name)
     raise DataError(
-        "cannot be read as data",
+        "not data that can be read",
         place=name,
         got=type(data).__name__,
         fix="give a path, several paths, a hub name, a `datasets` object, or a list of rows",

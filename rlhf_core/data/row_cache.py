@@ -94,7 +94,7 @@ def encoded_table(entry: CacheEntry | None, encode: Encode, *, in_memory: bool) 
                 if not turn.waited:
                     return entry.build(encode, locked=turn.locked)
         except _CannotKeep as error:
-            logger.info("%s: can't be written, so a resume tokenises the rows again: %s", entry.path, error)
+            logger.info("%s: the cache can't be written, so a resume tokenises the rows again: %s", entry.path, error)
     if in_memory:
         batches: list[pa.RecordBatch] = []
         summary = encode(lambda rows: batches.append(_as_arrow(rows)))
@@ -140,7 +140,7 @@ class CacheEntry:
         except Exception as error:  # Readers raise errors of any kind for damaged files.
             if self.path.exists():
                 reason = getattr(error, "strerror", None) or error
-                logger.warning("%s: can't be used, so the rows are tokenised again: %s", self.path, reason)
+                logger.warning("%s: damaged in the cache, so the rows are tokenised again: %s", self.path, reason)
             return None
         logger.info("%s: %d tokenised rows from the cache", self.path, len(table))
         return EncodedTable(table, kept["summary"], cached=True)

@@ -100,7 +100,7 @@ class ShapeRecogniser:
             format = "alpaca"
         if self.format not in ("auto", format) and (not missing or {"messages", "text"} & {*found}):
             raise DataError(
-                f"isn't of the format `{self.format}`",
+                f"isn't a row of the format `{self.format}`",
                 place=place,
                 got=f"`{format}` ({row.described()})",
                 fix="set `dataset.format` to what the rows are, or to `auto`",
@@ -260,7 +260,7 @@ class _RowColumns:
     def either(self, column: str, answer: str) -> DataError:
         """Return the error for a row with a conversation in `column` and a response in `answer` that isn't part of it."""
         return DataError(
-            f"has both `{column}` and `{answer}`, which isn't in it",
+            f"has a conversation in `{column}` and another response in `{answer}`",
             place=self.place,
             fix="say which to imitate: set `dataset.format` to `columns` or `messages` (`sharegpt`, `pairs`), or list the other"
             " in `dataset.ignore_columns`",

@@ -70,7 +70,7 @@ class Delimited(TextFile):
                         fix="write line ends as LF or CRLF, and put values that hold one in quotes",
                     ) from None
                 raise DataError(
-                    "not a readable table",
+                    "not a valid CSV record",
                     place=f"{self.name}:{first}",
                     got=str(error),
                     fix="close and double the quotes",

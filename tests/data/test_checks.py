@@ -76,7 +76,7 @@ def test_null_column(tiny):
         ("sft", {"prompt": "a", "response": ["b"]}, "`response` must be text or a list of messages; got list"),
         ("sft", {"messages": "hi"}, "`messages` must be a list of messages"),
         ("sft", {"messages": []}, "`messages` has no messages"),
-        ("sft", {"messages": ASK, "response": "b"}, "has both `messages` and `response`"),
+        ("sft", {"messages": ASK, "response": "b"}, "has a conversation in `messages` and another response in `response`"),
         ("prompt", {"prompt": ["hi"]}, "`prompt[0]` must be a message"),
         ("prompt", {"prompt": [{"role": "user"}]}, "`prompt[0]` must have `role` and `content`"),
         ("prompt", {"prompt": [{"role": "user", "content": "a", "weight": 0.5}]}, "`prompt[0].weight` must be 0 or 1; got 0.5"),

@@ -387,9 +387,9 @@ def test_the_format_is_fixed_by_an_option(tiny):
     ]
     error = fault(tiny, {"messages": [U, A]}, format="sharegpt")
     assert error.startswith(
-        "data[0]: isn't of the format `sharegpt`; got `messages` (`messages` (a list of chat messages))"
+        "data[0]: isn't a row of the format `sharegpt`; got `messages` (`messages` (a list of chat messages))"
     )
-    assert "isn't of the format `text`" in fault(tiny, {"prompt": "a", "response": "b"}, format="text")
+    assert "isn't a row of the format `text`" in fault(tiny, {"prompt": "a", "response": "b"}, format="text")
     assert words(tiny, {"conversations": TURNS}, format="sharegpt") == [CHAT]
     pair = {"chosen": "Human: hi\n\nAssistant: yo", "rejected": "Human: hi\n\nAssistant: no"}
     assert words(tiny, pair, "preference", format="dialogue") == CHOSEN
@@ -535,7 +535,10 @@ def test_magpie_rows_are_conversations_that_say_it_twice(tiny):
     ]
     other = {**row, "response": "other"}
     error = fault(tiny, other)
-    assert "has both `conversations` and `response`, which isn't in it" in error and "`dataset.ignore_columns`" in error
+    assert (
+        "has a conversation in `conversations` and another response in `response`" in error
+        and "`dataset.ignore_columns`" in error
+    )
     assert words(tiny, other, format="sharegpt") == [CHAT]
     assert words(tiny, other, format="columns") == ["<|bos|>hi«other<|end|>»"]
     assert words(tiny, other, ignore_columns=["response", "instruction"], strict=True) == [CHAT]

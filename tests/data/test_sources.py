@@ -261,7 +261,7 @@ def test_parquet_place(tmp_path):
 
 
 def test_other_objects_are_refused():
-    assert "cannot be read as data" in str(fault(3.5))
+    assert "not data that can be read" in str(fault(3.5))
     assert "expected a row" in str(fault([{"a": 1}, 7]))
 
 

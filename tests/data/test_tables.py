@@ -88,7 +88,7 @@ def test_places_are_lines(tmp_path):
     ("name", "content", "expected"),
     [
         ("a.csv", b"a,b\n1,2\n1,2,3\n", ":3: has 3 values for 2 columns; fix: put values that hold `,` or a line end in quotes"),
-        ("a.csv", b'a,b\n1,"2\n3,4\n', ":2: not a readable table; got unexpected end of data"),
+        ("a.csv", b'a,b\n1,"2\n3,4\n', ":2: not a valid CSV record; got unexpected end of data"),
         ("a.csv", b"a,a\n1,2\n", ":1: column 'a' appears twice"),
         ("a.csv", b"a;b\n1;2\n", ":1: the columns aren't separated by ','; got ';' between names"),
         ("a.tsv", b"a,b\n1,2\n", ":1: the columns aren't separated by '\\t'; got ',' between names"),
