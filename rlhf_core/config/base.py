@@ -77,7 +77,7 @@ def config_error(
     """Return pydantic's first error about a configuration as a `ConfigError` with key, place and fix.
 
     `place` is where the values came from: one text, or a text for each dotted key. `within` is the dotted key of the group that
-    the configuration stands in.
+    holds the configuration.
     """
     first = error.errors(include_url=False)[0]
     key, group = key_and_group(cls, first["loc"])

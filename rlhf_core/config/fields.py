@@ -1,6 +1,6 @@
 """The fields of a configuration: what types each takes, which of them are groups, and each as a row for people.
 
-This is the one place that walks over annotations: flags, error places, listings and the conformance kit stand on it.
+This is the one place that walks over annotations; flags, error places, listings and the conformance kit use it.
 Importing this imports no torch.
 """
 
@@ -84,7 +84,7 @@ class OptionRow(NamedTuple):
 
 
 def option_rows(config: type[BaseModel], prefix: str = "") -> Iterator[OptionRow]:
-    """Yield the options of a configuration; groups stand for themselves."""
+    """Yield the options of a configuration, a group as one row."""
     for name, info in config.model_fields.items():
         default = default_of(info)
         group = group_of(info.annotation)

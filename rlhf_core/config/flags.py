@@ -1,7 +1,7 @@
 """Flags of the command line: `--lora.rank 8` as options of a configuration, typed by its fields.
 
 A flag is named as the option is, with `-` and `_` alike and a dot between a group and its option. `--flag value` and
-`--flag=value` mean the same; a flag of a boolean, or of a group that is off by default (`--lora`), may stand bare; a list is
+`--flag=value` mean the same; a flag of a boolean, or of a group that is off by default (`--lora`), may have no value; a list is
 given by repeating the flag, or as `[a, b]`.
 """
 
@@ -25,7 +25,7 @@ _NEGATIVE = re.compile(r"-(\d|\.\d|inf|nan)", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Flag:
-    """One flag as it was typed; `text` is None where it stood bare."""
+    """One flag as it was typed; `text` is None where no value was given."""
 
     name: str
     text: str | None
@@ -112,7 +112,7 @@ def _field(flag: Flag, config: type[BaseModel], owner: str) -> tuple[str, tuple[
 
 
 def _may_be_text(member: Any) -> bool:
-    """Tell whether a text may stand for a group, as in `--rewards exact`."""
+    """Return whether a plain text may be given for a group, as in `--rewards exact`."""
     return is_group(member) and getattr(member, "alone", None) is not None
 
 
@@ -127,7 +127,12 @@ def _value(given: Sequence[Flag], members: tuple[Any, ...]) -> Any:
         return values[0]
     if not any(get_origin(member) is list for member in members):
         texts = " and ".join(f"`{flag.text}`" for flag in given)
-        raise ConfigError(f"given {len(given)} times", place=given[0].typed, got=texts, fix="keep one of them")
+        raise ConfigError(
+            f"is given {len(given)} times but isn't a list",
+            place=given[0].typed,
+            got=texts,
+            fix="keep one of the values",
+        )
     return [item for value in values for item in (value if isinstance(value, list) else [value])]
 
 
@@ -160,7 +165,7 @@ def _items(members: tuple[Any, ...]) -> tuple[Any, ...]:
 def refuse_unknown(
     values: Mapping[str, Any], config: type[BaseConfig], name: str, places: Mapping[str, str], keys: Sequence[str]
 ) -> None:
-    """Raise ConfigError for a key of a file that is no option of the method `name`.
+    """Raise ConfigError for a key of a file that isn't an option of the method `name`.
 
     `keys` are the keys that any such file may have (`model`, `data`), among which the nearest is suggested too.
     """
@@ -190,7 +195,7 @@ def convert_options(
         if values[group] in (False, None):
             inner = next(other for other in values if other.startswith(f"{group}."))
             raise ConfigError(
-                f"`{group}` is off, so `{inner}` has no meaning", place=places[inner], fix="leave one out"
+                f"`{inner}` is set but `{group}` is off", place=places[inner], fix="remove one of the two"
             )
         switched = values.pop(group)  # `--lora --lora.rank 8`, in either order: the group is on, and so filled
         whole = spread({group: switched}, config)[group]  # `--teacher M --teacher.precision bf16`: so is its path

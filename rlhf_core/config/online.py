@@ -34,7 +34,7 @@ class SamplingConfig(BaseConfig):
 
 
 class RewardConfig(BaseConfig):
-    """One reward of a run. A name alone stands for `{name: …}`."""
+    """One reward of a run. A plain name means `{name: …}`."""
 
     alone = "name"
 

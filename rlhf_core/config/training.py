@@ -19,7 +19,7 @@ DEFAULT_MAX_LENGTH = 1024
 
 
 class TrainingStage(StrEnum):
-    """Where in the pipeline a trainer stands."""
+    """Which part of the pipeline a trainer belongs to."""
 
     SFT = "sft"
     REWARD = "reward"
@@ -327,14 +327,14 @@ class TrainerConfig(BaseConfig):
 
     @property
     def length_limit(self) -> int:
-        """`max_length` as a number: in a run, what was found for its model; without a model, the most that null stands for."""
+        """`max_length` in tokens. Where it is null, a run sets it from its model; without a run, it is DEFAULT_MAX_LENGTH."""
         return DEFAULT_MAX_LENGTH if self.max_length is None else self.max_length
 
     @model_validator(mode="after")
     def _frozen_weights_fit_products(self) -> TrainerConfig:
-        """Refuse frozen weights of 16 bits under products of 32."""
+        """Refuse 16-bit frozen weights with `precision: float32`."""
         if self.precision == "float32" and self.frozen_precision in ("bf16", "fp16"):
-            raise ValueError(f"frozen_precision {self.frozen_precision} needs products of 16 bits: set precision too")
+            raise ValueError(f"frozen_precision {self.frozen_precision} needs `precision: bf16` or `fp16`")
         return self
 
     @model_validator(mode="before")

@@ -42,7 +42,7 @@ class _Loader(yaml.SafeLoader):
             key, line = str(key_node.value), key_node.start_mark.line + 1
             if key in seen:
                 raise ConfigError(
-                    f"key `{key}` stands twice, on lines {seen[key]} and {line}",
+                    f"duplicate key `{key}` (lines {seen[key]} and {line})",
                     place=f"{self.file}:{line}",
                     fix="remove one of them",
                 )

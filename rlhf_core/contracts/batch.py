@@ -68,9 +68,9 @@ class Batch:
     per_token: Mapping[str, Tensor] = field(default_factory=dict)
     """Columns (R, T, ...), aligned with `response_ids`."""
     prompts: tuple[Any, ...] = ()
-    """Each prompt as it stands in the data, text or chat messages, for rewards; () where it isn't known."""
+    """Each prompt as it is in the data, text or chat messages, for rewards; () where it isn't known."""
     records: tuple[Mapping[str, Any], ...] = ()
-    """Each prompt's other columns, as they stand in its record (an answer, step labels), for rewards."""
+    """Each prompt's other columns, as they are in its record (an answer, step labels), for rewards."""
     places: tuple[int, ...] = ()
     """The place of each prompt in the run's order of rows, counted from 0 over epochs and processes: a row that comes again has
     the same number in `rows` and another place. () where it isn't known."""
@@ -95,7 +95,8 @@ class Batch:
         """
         if len(completions) != batch.num_prompts:
             raise PluginError(
-                f"{len(completions)} groups of completions for {batch.num_prompts} prompts", place="completions"
+                f"expected one group of completions per prompt, got {len(completions)} groups for {batch.num_prompts} prompts",
+                place="completions",
             )
         sizes = [len(group) for group in completions]
         flat = [completion for group in completions for completion in group]
@@ -131,15 +132,15 @@ class Batch:
             ValueError: there is no batch, or a column isn't in all of them.
         """
         if not batches:
-            raise ValueError("there is no batch to join")
+            raise ValueError("`Batch.cat` needs at least one batch")
         for kind in ("per_prompt", "per_response", "per_token"):
             held = [{*getattr(batch, kind)} for batch in batches]
             if different := sorted(set.union(*held) - set.intersection(*held)):
-                raise ValueError(f"{kind} column {different[0]!r} is in some of the batches only")
+                raise ValueError(f"only some of the batches have the {kind} column {different[0]!r}")
         for kind in ("prompts", "records", "places"):
             # A batch without a prompt has none to show.
             if len({bool(getattr(batch, kind)) for batch in batches if batch.num_prompts}) > 1:
-                raise ValueError(f"some of the batches only have `{kind}`")
+                raise ValueError(f"only some of the batches have `{kind}`")
         width = max(batch.prompt_ids.shape[1] for batch in batches)
         length = max(batch.response_ids.shape[1] for batch in batches)
         wide = [batch.pad(width - batch.prompt_ids.shape[1], length - batch.response_ids.shape[1]) for batch in batches]
@@ -188,7 +189,7 @@ class Batch:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest response with its prompt."""
+        """Length in tokens of the longest response together with its prompt."""
         return int((on_host(self.prompt_lengths)[on_host(self.owner)] + on_host(self.response_lengths)).max())
 
     @property
@@ -298,8 +299,8 @@ class Batch:
 
         Which rows share an optimiser step never depends on this cut, so the step's gradient doesn't either. With
         `by_length`, rows of like length share a micro-batch. With `divide`, the cut may fall between a prompt's responses, `size`
-        counts responses, and prompts without any are left out; else they stay together. What alone exceeds `max_tokens` stands
-        alone.
+        counts responses, and prompts without any are left out; else they stay together. An entry longer than `max_tokens`
+        gets a micro-batch of its own.
         """
         cost = self.prompt_tokens().tolist()
         order = sorted(range(self.num_prompts), key=cost.__getitem__) if by_length else list(range(self.num_prompts))

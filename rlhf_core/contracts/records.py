@@ -32,11 +32,11 @@ Label = Literal["desirable", "undesirable"]
 
 
 @dataclass(frozen=True)
-class RecordContract:
+class RecordType:
     """What a row of one record type holds.
 
     `required` and `optional` name columns; `responses` names the columns that hold text to train on or to score, in
-    the order in which they stand in a batch.
+    their order in a batch.
     """
 
     name: str
@@ -46,27 +46,27 @@ class RecordContract:
     summary: str
 
 
-RECORDS: dict[str, RecordContract] = {
+RECORDS: dict[str, RecordType] = {
     kind.name: kind
     for kind in (
-        RecordContract(
+        RecordType(
             "sft", ("prompt", "response"), ("messages", "text", "input", "system", "tools"), ("response",),
             "a prompt and the response to imitate; or `messages`, every assistant turn in the loss; or `text`, all in the loss",
         ),
-        RecordContract(
+        RecordType(
             "preference", ("prompt", "chosen", "rejected"), ("margin", "steps", "labels", "input", "system", "tools"),
             ("chosen", "rejected"),
             "a prompt with a better and a worse response",
         ),
-        RecordContract(
+        RecordType(
             "unpaired", ("prompt", "response", "label"), ("messages", "input", "system", "tools"), ("response",),
             "a prompt, a response, and whether it is `desirable` or `undesirable`",
         ),
-        RecordContract(
+        RecordType(
             "prompt", ("prompt",), ("input", "system", "tools"), (),
             "a prompt to answer; other columns reach the reward",
         ),
-        RecordContract(
+        RecordType(
             "reasoning", ("prompt", "answer", "verifiable"), ("input", "system", "tools"), (),
             "a prompt, its reference answer, and whether a verifier can check a response against it",
         ),

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Sampler(ABC):
-    """A way to answer prompts: for each exactly n completions, best first. It stands on `Engine`, which draws.
+    """A way to answer prompts with exactly n completions each, best first. `Engine` draws the tokens.
 
     `BestOfNSampler.load(BestOfNConfig(draws=8), policy="runs/sft", reward="runs/rm").sample(["17+25=?"], n=2)`
     """

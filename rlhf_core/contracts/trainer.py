@@ -175,7 +175,7 @@ class Trainer(ABC, Generic[ConfigT]):
         """Take batches from the data as needed; yield windows, each the work of one optimiser step. No gradients here.
 
         Here live reference log-probabilities, rollouts, rewards and advantages, attached as columns (`Batch.attach`), and
-        every estimate over a whole window. The default yields each batch as it is; a batch stands for `Window(batch)`.
+        every estimate over a whole window. The default yields each batch as it is; a plain batch means `Window(batch)`.
 
         A method that makes several windows of one rollout yields all but the rollout's last as `Window(batch, last=False)`, so
         that no resume begins in the middle of a rollout, and says how many in `windows_per_batch`. The generator starts again
@@ -189,7 +189,8 @@ class Trainer(ABC, Generic[ConfigT]):
 
     @abstractmethod
     def weights(self, batch: Batch) -> Mapping[str, float]:
-        """Return what each term of `loss` is averaged over in this micro-batch (tokens, sequences, a constant).
+        """Return what each term of `loss` is averaged over in this micro-batch: how many tokens, sequences, or prompts it sums,
+        or a constant where the sum is to be divided by the same number whatever the batch holds (such as a fixed length).
 
         Computed from the batch alone: the loop adds these up over the step before the first backward.
         """

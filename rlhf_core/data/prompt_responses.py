@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_core.contracts.records import Message, Prompt, RecordContract, Role
+from rlhf_core.contracts.records import Message, Prompt, RecordType, Role
 from rlhf_core.data.columns import TURNS, value_kind
 from rlhf_core.data.messages import is_dialogue, read_dialogue, read_messages, read_text, read_tools, wrong_type
 from rlhf_core.data.row_shapes import RowShape
@@ -45,7 +45,7 @@ def in_loss(message: Message) -> bool:
     return message["role"] == "assistant" and message.get("weight", 1) != 0
 
 
-def read_prompt_responses(shape: RowShape, contract: RecordContract, place: str) -> PromptResponses:
+def read_prompt_responses(shape: RowShape, contract: RecordType, place: str) -> PromptResponses:
     """Return the prompt and the responses of a row.
 
     Args:
@@ -76,7 +76,7 @@ def read_prompt_responses(shape: RowShape, contract: RecordContract, place: str)
 class _RowReader:
     """Reads the fields of one row (`prompt`, `chosen`, `system` …), whatever columns hold them."""
 
-    def __init__(self, shape: RowShape, contract: RecordContract, place: str) -> None:
+    def __init__(self, shape: RowShape, contract: RecordType, place: str) -> None:
         self.shape, self.contract, self.place = shape, contract, place
         self.prompt_inside = False
         """Whether the prompt at the beginning of the responses was used, and a column with its text was not."""

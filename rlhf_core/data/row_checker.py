@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf_core.contracts.records import RECORDS, Message, Prompt, RecordContract
+from rlhf_core.contracts.records import RECORDS, Message, Prompt, RecordType
 from rlhf_core.data.columns import ASKING, TEXT, TURNS, value_kind
 from rlhf_core.data.messages import is_dialogue, read_dialogue, read_messages, wrong_type
 from rlhf_core.data.prompt_responses import PromptResponses, read_prompt_responses
@@ -87,7 +87,7 @@ class RowChecker:
     ) -> None:
         if record not in RECORDS:
             raise ConfigError(f"unknown record `{record}`", place="record", fix=did_you_mean(record, RECORDS))
-        self.contract: RecordContract = RECORDS[record]
+        self.contract: RecordType = RECORDS[record]
         self.columns, self.ignored = dict(columns or {}), {*ignored}
         known = {*self.contract.required, *self.contract.optional}
         for name in self.columns:

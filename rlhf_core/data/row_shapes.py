@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rlhf_core.contracts.records import RecordContract
+from rlhf_core.contracts.records import RecordType
 from rlhf_core.data.columns import CHATS, CONVERSATIONS, HISTORY, OTHER_NAMES, TEXT, TURNS, folded_name, value_kind
 from rlhf_core.data.messages import (
     ROLES,
@@ -79,7 +79,7 @@ class ShapeRecogniser:
     """
 
     def __init__(
-        self, contract: RecordContract, format: Format, given: Mapping[str, str], ignored: Iterable[str] = ()
+        self, contract: RecordType, format: Format, given: Mapping[str, str], ignored: Iterable[str] = ()
     ) -> None:
         self.contract, self.format, self.given, self.ignored = contract, format, given, {*ignored}
 
@@ -176,7 +176,7 @@ class _RowColumns:
     def __init__(
         self,
         values: Mapping[str, Any],
-        contract: RecordContract,
+        contract: RecordType,
         format: Format,
         given: Mapping[str, str],
         place: str,

@@ -212,7 +212,7 @@ class DuplicateKey(ValueError):
     """A JSON object has the same key twice."""
 
     def __init__(self, key: str) -> None:
-        super().__init__(f"the key {key!r} stands twice")
+        super().__init__(f"the key {key!r} occurs twice")
         self.key = key
 
 
@@ -220,7 +220,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a JSON object's pairs as a dictionary: the `object_pairs_hook` of parsers that refuse a repeated key.
 
     Raises:
-        DuplicateKey: a key stands twice, where `json` itself would silently keep the last value.
+        DuplicateKey: a key occurs twice, where `json` itself would silently keep the last value.
     """
     values = dict(pairs)
     if len(values) < len(pairs):

@@ -38,7 +38,7 @@ def frozen_dtype_of(precision: str, frozen_precision: Precision) -> torch.dtype:
     """
     if precision == "float32" and frozen_precision in ("bf16", "fp16"):
         # The words of the same check in `TrainerConfig`.
-        problem = f"frozen_precision {frozen_precision} needs products of 16 bits: set precision too"
+        problem = f"frozen_precision {frozen_precision} needs `precision: bf16` or `fp16`"
         raise ConfigError(problem, place="config")
     return DTYPES[precision if frozen_precision == "auto" else frozen_precision]
 

@@ -213,10 +213,10 @@ def test_numbers_mean_what_people_mean(yaml: Callable, text: str, value: object)
 
 
 FILES: dict[str, tuple[str | bytes, str]] = {
-    "key twice": ("a: 1\nb: 2\na: 3\n", ":3: key `a` stands twice, on lines 1 and 3; fix: remove one of them"),
-    "key twice in a group": ("g:\n  a: 1\n  a: 1\n", ":3: key `a` stands twice, on lines 2 and 3"),
-    "key twice on a line": ("g: {a: 1, a: 2}\n", ":1: key `a` stands twice, on lines 1 and 1"),
-    "key twice in a list": ("g: [{a: 1, a: 2}]\n", ":1: key `a` stands twice"),
+    "key twice": ("a: 1\nb: 2\na: 3\n", ":3: duplicate key `a` (lines 1 and 3); fix: remove one of them"),
+    "key twice in a group": ("g:\n  a: 1\n  a: 1\n", ":3: duplicate key `a` (lines 2 and 3)"),
+    "key twice on a line": ("g: {a: 1, a: 2}\n", ":1: duplicate key `a` (lines 1 and 1)"),
+    "key twice in a list": ("g: [{a: 1, a: 2}]\n", ":1: duplicate key `a`"),
     "tag": ("a: !!python/name:os.system\n", ":1: not valid YAML: could not determine a constructor for the tag"),
     "own tag": ("a: !include other.yaml\n", ":1: not valid YAML: could not determine a constructor for the tag '!include'"),
     "alias": ("a: &x 1\nb: *x\n", ":2: YAML aliases are not accepted; got *x; fix: write the value out"),

@@ -75,7 +75,7 @@ def test_groups_may_be_empty_and_completions_too() -> None:
 def test_fields_of_unequal_lengths_name_the_row(change: dict[str, list[float]], message: str) -> None:
     with pytest.raises(PluginError, match=message):
         Batch.from_completions(asked(), [[ONE], [replace(ONE, **change)]])
-    with pytest.raises(PluginError, match="1 groups of completions for 2 prompts"):
+    with pytest.raises(PluginError, match="got 1 groups for 2 prompts"):
         Batch.from_completions(asked(), [[ONE]])
 
 
@@ -115,9 +115,9 @@ def test_joining_undoes_cutting(prompts: int, responses: int, cuts: list[int], s
 
 def test_joining_refuses_batches_of_different_columns() -> None:
     batch = asked()
-    with pytest.raises(ValueError, match="per_response column 'new' is in some of the batches only"):
+    with pytest.raises(ValueError, match="only some of the batches have the per_response column 'new'"):
         Batch.cat([batch, batch.attach(per_response={"new": torch.zeros(2)})])
-    with pytest.raises(ValueError, match="some of the batches only have `records`"):
+    with pytest.raises(ValueError, match="only some of the batches have `records`"):
         Batch.cat([batch, replace(batch, records=())])
-    with pytest.raises(ValueError, match="no batch"):
+    with pytest.raises(ValueError, match="at least one batch"):
         Batch.cat([])

@@ -75,8 +75,8 @@ def test_a_resume_with_another_configuration_shows_the_difference(train: Callabl
 
 
 YAML = {
-    "beta: 0.1\nbeta: 0.2\n": ":5: key `beta` stands twice, on lines 4 and 5; fix: remove one of them",
-    "lora:\n  rank: 4\n  alpha: 2\n  rank: 8\n": ":7: key `rank` stands twice, on lines 5 and 7; fix: remove one of them",
+    "beta: 0.1\nbeta: 0.2\n": ":5: duplicate key `beta` (lines 4 and 5); fix: remove one of them",
+    "lora:\n  rank: 4\n  alpha: 2\n  rank: 8\n": ":7: duplicate key `rank` (lines 5 and 7); fix: remove one of them",
     "beta: !!python/object/apply:os.system [exit]\n": ":4: not valid YAML: could not determine a constructor for the tag",
     "a: &a [x, x]\nb: &b [*a, *a]\n": ":5: YAML aliases are not accepted; got *a; fix: write the value out",
     "lora: {rnk: 4}\n": ":4: unknown option `lora.rnk`; fix: did you mean `rank`?",

@@ -54,7 +54,7 @@ def test_a_refusal_names_the_path(number: int) -> None:
 def test_json_is_bounded_and_keys_stand_once(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_text('{"a": 1, "a": 2}')
-    with pytest.raises(ValueError, match="the key 'a' stands twice"):
+    with pytest.raises(ValueError, match="the key 'a' occurs twice"):
         read_json(path)
     with pytest.raises(ValueError, match="longer than 4 bytes"):
         read_json(path, limit=4)
@@ -96,7 +96,7 @@ def with_header(header: bytes, length: int | None = None) -> bytes:
         (with_header(b"{}", 1 << 40), "no valid header"),
         (
             with_header(b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{}}') + b"x",
-            "the key 'a' stands twice",
+            "the key 'a' occurs twice",
         ),
         (with_header(b'{"a":{"dtype":"U8","shape":[9],"data_offsets":[0,9]}}') + b"x", "t.safetensors"),
         (with_header(b"nonsense"), "Expecting value"),

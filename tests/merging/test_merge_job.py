@@ -219,7 +219,7 @@ FILES = {
     "method: ties\nmodels: [x]\nthreads: 0\n": "merge.yaml:3: `threads`: must be greater than or equal to 1",
     "method: ties\nmodels: [x]\ntokenizer: base\n": "`tokenizer: base` needs a `base`",
     "method: ties\nmodels: [x]\ncompat: peft\n": "merge.yaml:3: `compat` must be `mergekit`; got 'peft'",
-    "method: ties\nmodels: [x]\nmodels: [y]\n": "merge.yaml:3: key `models` stands twice",
+    "method: ties\nmodels: [x]\nmodels: [y]\n": "merge.yaml:3: duplicate key `models`",
 }  # fmt: skip
 
 
@@ -234,11 +234,11 @@ FLAGS = {
     "--models x": "error[config] --models: input models are given one by one; fix: write `--model A=0.7 --model B=0.3`",
     "--model": "error[config] --model: needs a value",
     "--model x --density": "error[config] --density: needs a value",
-    "--model x --density 1 --density 2": "error[config] --density: given 2 times",
+    "--model x --density 1 --density 2": "error[config] --density: is given 2 times but isn't a list",
     "--model x y": "error[config] command line: unexpected argument; got `y`",
     "--model x=1 --model y=-1": "error[config] --model: weights that are normalised sum to zero; got 1, -1",
     "--model x --density 1.01": "error[config] --density: must be less than or equal to 1; got 1.01",
-    "--model x --base b --base c": "error[config] --base: given 2 times",
+    "--model x --base b --base c": "error[config] --base: is given 2 times but isn't a list",
     "--model x --compat mergkit": "error[config] --compat: `compat` must be `mergekit`; got 'mergkit'",
     "--base b": "error[config] command line: `models` is missing",
 }

@@ -164,7 +164,7 @@ def test_adapters_of_every_form_train_on_16_bits(
 
 
 def test_products_of_float32_need_frozen_weights_of_float32() -> None:
-    with pytest.raises(ConfigError, match="frozen_precision bf16 needs products of 16 bits"):
+    with pytest.raises(ConfigError, match="frozen_precision bf16 needs `precision: bf16`"):
         TrainerConfig.parse({"frozen_precision": "bf16"})
 
 

@@ -82,7 +82,7 @@ def test_switching_a_group_on_keeps_what_fills_it(file) -> None:
     path = file("method: dpo\nmodel: m\ndata: d\nlora: false\n")
     assert load_job(path, flags=["--lora.rank", "4"]).options.lora.rank == 4
     assert fault("--lora false --lora.rank 8") == (
-        "error[config] --lora.rank: `lora` is off, so `lora.rank` has no meaning; fix: leave one out"
+        "error[config] --lora.rank: `lora.rank` is set but `lora` is off; fix: remove one of the two"
     )
 
 
@@ -92,7 +92,7 @@ FLAG_FAULTS = {
     "--lora.rnk 8": "--lora.rnk: unknown option `lora.rnk` of dpo; fix: did you mean `lora.rank`?",
     "--rank 8": "--rank: unknown option `rank` of dpo; fix: did you mean `lora.rank`?",
     "--beta": "--beta: needs a value; fix: write `--beta VALUE`",
-    "--beta 1 --beta 2": "--beta: given 2 times; got `1` and `2`",
+    "--beta 1 --beta 2": "--beta: is given 2 times but isn't a list; got `1` and `2`",
     "--beta 1 2": "command line: unexpected argument; got `2`",
     "--data a b": "command line: unexpected argument; got `b`; fix: quote a value with blanks; give a list as `--data A",
     "-beta 1": "command line: unexpected argument; got `-beta`; fix: options are written `--name value`",
@@ -123,7 +123,7 @@ FILE_FAULTS = {
     "method: dpo\ndata: d\n": ": `model` is missing; fix: give `--model`, or `model:` in the file",
     "method: dpo\nmodel: m\ndata: 5\n": ":3: `data`: must be text; got 5",
     "method: dpo\nmodel: m\ndata: d\nlora:\n  rank: 0\n": ":5: `lora.rank`: must be greater than or equal to 1; got 0",
-    "method: dpo\nmodel: m\ndata: d\nbeta: 1\nbeta: 2\n": ":5: key `beta` stands twice, on lines 4 and 5",
+    "method: dpo\nmodel: m\ndata: d\nbeta: 1\nbeta: 2\n": ":5: duplicate key `beta` (lines 4 and 5)",
     "method: dpo\nmodel: m\ndata: d\nbeta: yes please\n": ":4: `beta`: must be a number",
     "- dpo\n": ": expected a mapping of options to values; got ['dpo']",
     "method: [\n": ":2: not valid YAML",
