@@ -64,8 +64,8 @@ def thresholds(streams: Streams, measure: Measure, shares: Sequence[float]) -> l
     found: dict[int, float] = {}
     trust, least = _TRUST, 0.0
     while len(found) < len(ranks):
-        brackets = {
-            ranking: Bracket(sample, rank / count, trust, least)
+        brackets: dict[int, Bracket | _AllValues] = {
+            ranking: _AllValues(count) if sample is None else Bracket(sample, rank / count, trust, least)
             for ranking, (sample, rank) in enumerate(zip(samples, ranks, strict=True))
             if ranking not in found
         }
@@ -150,18 +150,15 @@ class Bracket:
     """Counts values above a bracket and keeps those inside it.
 
     Args:
-        sample: some of the values; None keeps all values.
+        sample: some of the values.
         share: the wanted rank, as a share of all values.
         trust: how far the sample's ranks may be off, in standard errors.
         least: how far they may be off in any case, as a share of the ranks.
     """
 
-    def __init__(self, sample: RankSample | None, share: float, trust: float, least: float = 0.0) -> None:
+    def __init__(self, sample: RankSample, share: float, trust: float, least: float = 0.0) -> None:
         self.above = self.at_high = self.at_low = 0
         self.inside: list[numpy.ndarray] = []
-        self._keeps_all = sample is None
-        if sample is None:
-            return
         values, margin = sample.values, max(least, trust * sample.error(share))
         self.high, self.low = sample.at(share - margin), sample.at(share + margin)
         # Ends that many values share are counted, not kept: a model that was hardly trained is full of zeros, and differences of
@@ -172,9 +169,6 @@ class Bracket:
     def add(self, values: Tensor) -> None:
         """Add some values, (N,) float32, none below zero."""
         flat: Any = values.reshape(-1)
-        if self._keeps_all:
-            self.inside.append(flat.cpu().numpy().copy())
-            return
         # numpy compares five times as fast on a CPU as torch does.
         flat = flat.numpy() if flat.device.type == "cpu" else flat
         over = flat >= self.high if self.counts_high else flat > self.high
@@ -202,6 +196,25 @@ class Bracket:
             inside.partition(len(inside) - place)
             return float(inside[len(inside) - place])
         return self.low if place <= len(inside) + self.at_low else None
+
+
+class _AllValues:
+    """Keeps all of `count` values."""
+
+    def __init__(self, count: int) -> None:
+        self._values, self._filled = numpy.empty(count, numpy.float32), 0
+
+    def add(self, values: Tensor) -> None:
+        """Add some values, (N,) float32."""
+        flat = values.reshape(-1).cpu().numpy()
+        self._values[self._filled : self._filled + len(flat)] = flat
+        self._filled += len(flat)
+
+    def threshold(self, rank: int) -> float:
+        """Return the rank-th largest of all values."""
+        place = len(self._values) - rank
+        self._values.partition(place)
+        return float(self._values[place])
 
 
 def _count(mask: Any) -> int:
