@@ -86,7 +86,7 @@ class Vocabularies:
         fits = path is None and len(set(rows)) == 1 and rows[0] % (multiple or 1) == 0
         if len({file.read_bytes() for file in files if file is not None}) <= 1 and fits:
             return cls()
-        tokenizers = [_Tokenizer.read(file) if file is not None else None for file in files]
+        tokenizers = [_TokenizerFile.read(file) if file is not None else None for file in files]
         tokens = [one.tokens if one is not None else {} for one in tokenizers]
         known = [one for one in tokens if one]
         alike = all(one == known[0] for one in known) and len(set(rows)) == 1
@@ -122,7 +122,7 @@ class Vocabularies:
         file = one.find_file(TOKENIZER)
         if self.rows is None or not isinstance(number, int) or file is None:
             return number
-        text = next((text for text, row in _Tokenizer.read(file).tokens.items() if row == number), None)
+        text = next((text for text, row in _TokenizerFile.read(file).tokens.items() if row == number), None)
         return self.tokens.get(text, number) if text is not None else number
 
     def aligned(self, name: str, one: InputModel) -> TensorReader | None:
@@ -184,7 +184,7 @@ def same_tokens(one: InputModel, other: InputModel) -> bool:
     first, second = one.find_file(TOKENIZER), other.find_file(TOKENIZER)
     if first is None or second is None or first == second:
         return True
-    return _Tokenizer.read(first).tokens == _Tokenizer.read(second).tokens
+    return _TokenizerFile.read(first).tokens == _TokenizerFile.read(second).tokens
 
 
 def _has_token_rows(name: str, inputs: Sequence[InputModel]) -> bool:
@@ -192,7 +192,7 @@ def _has_token_rows(name: str, inputs: Sequence[InputModel]) -> bool:
 
 
 @dataclass(frozen=True)
-class _Tokenizer:
+class _TokenizerFile:
     """What a tokenizer.json says of its vocabulary."""
 
     file: Path
@@ -206,7 +206,7 @@ class _Tokenizer:
         return dict(self.pieces) | {text: int(flags["id"]) for text, flags in self.added.items()}
 
     @classmethod
-    def read(cls, file: Path) -> _Tokenizer:
+    def read(cls, file: Path) -> _TokenizerFile:
         try:
             document = read_json(file)
             vocabulary = document["model"]["vocab"]
@@ -239,14 +239,14 @@ def _refuse(inputs: Sequence[InputModel], tokens: Sequence[dict[str, int]], rows
 
 
 def _target(
-    inputs: Sequence[InputModel], tokenizers: Sequence[_Tokenizer], wanted: str | Path | None, *, based: bool
+    inputs: Sequence[InputModel], tokenizers: Sequence[_TokenizerFile], wanted: str | Path | None, *, based: bool
 ) -> tuple[dict[str, int], dict[str, Any] | None, Path]:
     """Return the result's vocabulary, its tokenizer.json where no input has it, and the tokenizer.json that it is taken from."""
     if isinstance(wanted, Path):
         file = wanted if wanted.is_file() else wanted / TOKENIZER
         if not file.is_file():
             raise ConfigError("no tokenizer.json is there", place="tokenizer", got=str(wanted))
-        return _Tokenizer.read(file).tokens, None, file
+        return _TokenizerFile.read(file).tokens, None, file
     # Numbers of tokens are the base's, else those of the longest vocabulary, whatever the order of the models.
     sizes = [(len(one.tokens), model.fingerprint) for one, model in zip(tokenizers, inputs, strict=True)]
     main = 0 if based else sizes.index(max(sizes))
