@@ -9,10 +9,9 @@ import pytest
 import torch
 from batches import random_batch
 from rlhf_plugins.trainers.dpo import DPOConfig, DPOTrainer, dpo_metrics
-from trainers_helpers import built, move, small_policy
+from trainers_helpers import assert_refused, built, move, small_policy
 
 from rlhf_core.contracts.batch import Batch
-from rlhf_core.infra.errors import ConfigError
 from rlhf_core.models import Reference
 from rlhf_core.testing import run_context, simulate
 from rlhf_core.training.distribution import Distribution
@@ -40,9 +39,7 @@ from rlhf_core.training.distribution import Distribution
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        DPOConfig.parse(options)
-    assert message in str(caught.value) and caught.value.exit_code == 2
+    assert_refused(DPOConfig, options, message)
 
 
 @pytest.mark.parametrize("mode", ["copy", "precompute"])

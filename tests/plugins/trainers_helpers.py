@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+import pytest
 import torch
 from batches import relative
 from torch import Tensor
 
+from rlhf_core.config.base import BaseConfig
 from rlhf_core.contracts.trainer import Trainer
 from rlhf_core.infra.devices import DeviceManager
+from rlhf_core.infra.errors import ConfigError
 from rlhf_core.models import PolicyModel
 from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
 from rlhf_core.training.distribution import Distribution
@@ -37,6 +40,13 @@ def built(cls: type[TrainerT], *, model: Any = None, **options: Any) -> TrainerT
     devices = DeviceManager()
     RunSetup(trainer, Distribution(devices.device), devices).build_models()
     return trainer
+
+
+def assert_refused(config: type[BaseConfig], options: dict[str, Any], message: str) -> None:
+    """Fail unless a configuration refuses these options with this message and the exit code of wrong options."""
+    with pytest.raises(ConfigError) as caught:
+        config.parse(options)
+    assert message in str(caught.value) and caught.value.exit_code == 2
 
 
 def gradients(value: Tensor, inputs: Sequence[Tensor]) -> Tensor:
