@@ -2,7 +2,7 @@
 
 SFT and KTO have one response a prompt, preference pairs two, groups G. `owner[r]` is the prompt that response r answers; a
 prompt's tokens are stored once however many responses it has. Axes: P prompts, R responses, L prompt tokens, T response
-tokens. Padding is on the right and is told by lengths alone, never by comparing ids with a padding id.
+tokens. Padding is on the right and is known by lengths alone, never by comparing ids with a padding id.
 """
 
 from __future__ import annotations
