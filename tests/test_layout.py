@@ -19,8 +19,8 @@ SOURCES = [
     for path in sorted((ROOT / folder).rglob("*.py"))
     if "templates" not in path.parts and path.stem not in ("__init__", "__main__")
 ]
-SAME_IDEA = {"job.py", "reward_model.py", "process_reward.py"}
-"""A run and a merge as they were asked for; a model, the trainer that makes it, and the reward that it gives."""
+SAME_IDEA = {"job.py", "merge.py", "weight_diff.py", "reward_model.py", "process_reward.py"}
+"""What a command asks for, and what the command does with it; a trainer, the model it makes, and that model's reward."""
 
 
 def test_a_file_name_means_one_thing() -> None:
@@ -34,7 +34,7 @@ def test_a_class_name_means_one_thing() -> None:
     places: dict[str, list[str]] = defaultdict(list)
     for path in SOURCES:
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ClassDef):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 places[node.name].append(str(path.relative_to(ROOT)))
     assert {name: of for name, of in places.items() if len(of) > 1} == {}
 

@@ -152,7 +152,7 @@ class Trainer(ABC, Generic[ConfigT]):
     def build(self, loader: Loader) -> Mapping[str, nn.Module | Reference]:
         """Return the models by role: all of `roles`, but for optional ones that the configuration makes unnecessary.
 
-        `loader.main` gives what the run was given as `model`, `loader.load` any other model by path with its own options. A
+        `loader.main` gives the model that the run trains (its `model`), `loader.load` any other by path with its own options. A
         trained model has a `save_pretrained(directory)`, by which it is exported. The default has a policy and, where it is
         among the roles, its reference.
         """

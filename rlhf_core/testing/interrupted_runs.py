@@ -17,12 +17,12 @@ from rlhf_core.training.context import RunContext
 from rlhf_core.training.logger import TIMING
 
 
-class Interrupted(Exception):
+class StoppedEarly(Exception):
     """Raised by an interruptible trainer after `stop_after` windows."""
 
 
 def interruptible(cls: type[Trainer]) -> type[Trainer]:
-    """Return a subclass of a trainer whose `experience` raises `Interrupted` in place of window number `stop_after`, from 0."""
+    """Return a subclass of a trainer whose `experience` raises `StoppedEarly` in place of window number `stop_after`, from 0."""
 
     class Interruptible(cls):  # type: ignore[valid-type, misc]
         stop_after: int | None = None
@@ -30,7 +30,7 @@ def interruptible(cls: type[Trainer]) -> type[Trainer]:
         def experience(self, stream: Iterator[Batch], run: RunContext) -> Iterable[Window | Batch]:
             for number, window in enumerate(super().experience(stream, run)):
                 if number == self.stop_after:
-                    raise Interrupted
+                    raise StoppedEarly
                 yield window
 
     # Messages and the run's record name the method, not this wrapper.

@@ -23,7 +23,7 @@ from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.models import PolicyModel
 from rlhf_core.testing.arithmetic_task import ArithmeticTask
 from rlhf_core.testing.contract import MethodContract, require
-from rlhf_core.testing.interrupted_runs import Interrupted, interruptible, require_same_run
+from rlhf_core.testing.interrupted_runs import StoppedEarly, interruptible, require_same_run
 from rlhf_core.testing.kit_rewards import TokenShare
 from rlhf_core.testing.scripted_engine import Script
 from rlhf_core.testing.simulated_processes import OutOfStep, simulate
@@ -295,7 +295,7 @@ class TrainerSetup(MethodContract):
             trainer.stop_after = 5  # type: ignore[attr-defined]
             try:
                 trainer.train()
-            except Interrupted:
+            except StoppedEarly:
                 pass
             else:
                 raise AssertionError("the run made its nine steps from fewer than six windows of `experience`")
