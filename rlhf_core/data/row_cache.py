@@ -50,7 +50,7 @@ Write = Callable[[Sequence[EncodedRow]], None]
 Encode = Callable[[Write], dict[str, Any]]
 """Encodes all rows, passes them to the `Write` that it gets, and returns what else to keep with them, as JSON values."""
 
-_LIBRARIES = ("transformers", "tokenizers", "jinja2", "pyarrow", "datasets")
+_LIBRARIES = ("rlhf-core", "transformers", "tokenizers", "jinja2", "pyarrow", "datasets")
 
 
 class EncodedTable(NamedTuple):
@@ -88,11 +88,11 @@ def encoded_table(entry: CacheEntry | None, encode: Encode, *, in_memory: bool) 
             return found
         damaged = entry.path.exists()
         try:
-            with entry.turn() as turn:
-                if (turn.waited or not damaged) and (found := entry.load()) is not None:
+            with entry.lock() as lock:
+                if (lock.waited or not damaged) and (found := entry.load()) is not None:
                     return found
-                if not turn.waited:
-                    return entry.build(encode, locked=turn.locked)
+                if not lock.waited:
+                    return entry.build(encode, locked=lock.held)
         except _CannotKeep as error:
             logger.info("%s: the cache can't be written, so a resume tokenises the rows again: %s", entry.path, error)
     if in_memory:
@@ -146,16 +146,16 @@ class CacheEntry:
         return EncodedTable(table, kept["summary"], cached=True)
 
     @contextlib.contextmanager
-    def turn(self) -> Iterator[_Turn]:
+    def lock(self) -> Iterator[_BuildLock]:
         """Wait until no other process builds this entry, and keep others waiting meanwhile.
 
         Raises:
             _CannotKeep: the cache's folder can't be written.
         """
-        lock = self.path.with_name(f".{self.path.name}.lock")
+        file = self.path.with_name(f".{self.path.name}.lock")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise _CannotKeep(error.strerror or error) from None
         try:
@@ -163,7 +163,7 @@ class CacheEntry:
         finally:
             # A process that waits for the removed file gets the lock too, and finds the entry or encodes the rows itself.
             with contextlib.suppress(OSError):
-                lock.unlink()
+                file.unlink()
             os.close(descriptor)
 
     def build(self, encode: Encode, *, locked: bool) -> EncodedTable:
@@ -193,30 +193,30 @@ class CacheEntry:
             remove_tree(growing)
 
 
-class _Turn(NamedTuple):
-    """How a process got its turn to build an entry."""
+class _BuildLock(NamedTuple):
+    """The lock on building an entry, as a process got it."""
 
     waited: bool
     """Whether another process had the lock; it has built the entry, or failed to."""
-    locked: bool
+    held: bool
     """False where the file system has no locks."""
 
 
-def _lock(descriptor: int, path: Path) -> _Turn:
+def _lock(descriptor: int, path: Path) -> _BuildLock:
     """Lock an open file, waiting for other processes. The lock ends when the file is closed or the process ends."""
     try:
         import fcntl
     except ImportError:  # Windows has no such lock.
-        return _Turn(waited=False, locked=False)
+        return _BuildLock(waited=False, held=False)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return _Turn(waited=False, locked=True)
+        return _BuildLock(waited=False, held=True)
     except BlockingIOError:
         logger.info("%s: waiting for another process, which tokenises these rows", path)
     except OSError:
-        return _Turn(waited=False, locked=False)
+        return _BuildLock(waited=False, held=False)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
-    return _Turn(waited=True, locked=True)
+    return _BuildLock(waited=True, held=True)
 
 
 def _write_arrow(path: Path, encode: Encode) -> dict[str, Any]:
@@ -251,9 +251,10 @@ def _code() -> dict[str, str]:
     A hash, because a version number would have to be raised by hand with every change.
     """
     digest = hashlib.sha256()
-    for path in (*sorted(Path(__file__).parent.glob("*.py")), Path(records.__file__), Path(errors.__file__)):
-        digest.update(f"{path.name} {path.stat().st_size}\n".encode() + path.read_bytes())
-    found = {"rlhf_core": digest.hexdigest(), "python": platform.python_version()}
+    with contextlib.suppress(OSError):  # Code in an archive has a version only.
+        for path in (*sorted(Path(__file__).parent.glob("*.py")), Path(records.__file__), Path(errors.__file__)):
+            digest.update(f"{path.name} {path.stat().st_size}\n".encode() + path.read_bytes())
+    found = {"files": digest.hexdigest(), "python": platform.python_version()}
     for name in _LIBRARIES:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
