@@ -88,6 +88,7 @@ def stale_entry_points(distribution: InstalledDistribution) -> list[str]:
 
 
 def _print_environment(about: dict[str, Any]) -> None:
+    """Print versions, device and machine, one line each."""
     device, build, machine = about["device"], about["torch_build"], about["machine"]
     for name, version in about["versions"].items():
         print(f"{name:14} {version}")

@@ -76,6 +76,7 @@ def print_plugin(name: str, *, every: bool = False, as_json: bool = False) -> No
 
 
 def _print_facts(plugin: Plugin, source: str) -> None:
+    """Print a plugin's origin, record type and status, one line each."""
     facts = {
         "kind": plugin.kind,
         "qualified": plugin.qualified,

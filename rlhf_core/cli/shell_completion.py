@@ -33,6 +33,7 @@ def _files(incomplete: str) -> list[tuple[str, str]]:
 
 
 def _names(kind: str | None, incomplete: str) -> list[tuple[str, str]]:
+    """Return (name, summary) of usable plugins that begin with what was typed; conflicting ones by qualified name."""
     from rlhf_core import registry
     from rlhf_core.infra.errors import printable
 

@@ -64,6 +64,7 @@ def git_state() -> dict[str, Any] | None:
 
 
 def _git(*arguments: str) -> str | None:
+    """Return the output of a git command in the current directory; None where it fails."""
     try:
         done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=5, check=False)
     except (OSError, subprocess.TimeoutExpired):

@@ -172,6 +172,7 @@ def printable(text: str, *, lines: bool = False) -> str:
 
 
 def _shown(character: str) -> str:
+    """Return a character, or its escape where a terminal would act upon it; a blank for a line break."""
     if character.isprintable() or character in _SPACES or character in JOINERS:
         return character
     return " " if character in _BREAKS else character.encode("unicode_escape").decode("ascii")

@@ -52,6 +52,7 @@ def is_from_file(module: str) -> bool:
 
 
 def _module(name: str, place: str) -> ModuleType:
+    """Import a module, found as `import` does or in the current directory."""
     if not all(part.isidentifier() for part in name.split(".")):
         fix = "write `package.module:name` or `path/to/file.py:name`"
         raise ConfigError("isn't a valid name of a module", place=place, got=f"`{name}`", fix=fix)
@@ -75,6 +76,7 @@ def _module(name: str, place: str) -> ModuleType:
 
 
 def _file(name: str, place: str) -> ModuleType:
+    """Import a Python file as a module, or return that of an earlier import of the same content."""
     path = Path(name).expanduser()
     if not path.is_file():
         near = nearest(path.name, (p.name for p in path.parent.glob("*.py"))) if path.parent.is_dir() else None
@@ -103,4 +105,5 @@ def _file(name: str, place: str) -> ModuleType:
 
 
 def _broken(name: str, place: str, error: BaseException) -> PluginError:
+    """Return the error for a module or file whose import raised."""
     return PluginError(f"importing `{name}` raised an error", place=place, got=describe_error(error, lines=2))

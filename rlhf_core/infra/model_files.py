@@ -43,6 +43,7 @@ def file_hashes(source: str) -> dict[str, str] | None:
 
 
 def _own_hashes(path: Path) -> dict[str, str] | None:
+    """Return file name → SHA-256 of a model's own files, without its base; None where it isn't local."""
     if path.is_file():
         return {path.name: sha256_of(path).sha256}
     if not path.is_dir():

@@ -59,6 +59,7 @@ def encode_header(entries: Mapping[str, tuple[torch.dtype, Sequence[int]]], **me
 
 
 def _chunks(order: list[str], tensors: Mapping[str, Tensor]) -> Iterator[Buffer]:
+    """Yield the header, then the bytes of each tensor in order."""
     yield encode_header({name: (tensors[name].dtype, tensors[name].shape) for name in order})
     for name in order:
         if tensors[name].numel():
@@ -102,6 +103,7 @@ def header_entries(path: Path) -> dict[str, Any]:
 
 
 def _raw_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
+    """Return a file's header as JSON values, and the offset at which the tensors' values begin."""
     with path.open("rb") as handle:
         prefix = handle.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else MAX_HEADER_BYTES + 1
@@ -118,6 +120,7 @@ def _raw_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
 
 
 def _entry(path: Path, name: str, described: Any, data: int, size: int) -> TensorEntry:
+    """Return a tensor's entry, checked against its shape and the file's size; `data` is where values begin."""
     try:
         dtype, shape, (first, last) = described["dtype"], tuple(described["shape"]), described["data_offsets"]
         numbers = (first, last, *shape)

@@ -119,6 +119,7 @@ class RandomState:
 
 
 def _encode(state: Tensor) -> str:
+    """Return a generator's state as base64 text."""
     return base64.b64encode(state.cpu().numpy().tobytes()).decode()
 
 

@@ -46,6 +46,7 @@ def call_within(seconds: float | None, function: Callable[[], T]) -> T:
 
 
 def _by_signal(seconds: float, function: Callable[[], T]) -> T:
+    """Call a function in the main thread, and end it by SIGVTALRM at the limit."""
     end = time.monotonic() + seconds
     running = True
 
@@ -124,5 +125,6 @@ def _in_thread(seconds: float, function: Callable[[], T]) -> T:
 
 
 def _cuda_device() -> int | None:
+    """Return the number of this thread's CUDA device; None where CUDA isn't in use."""
     torch = sys.modules.get("torch")
     return torch.cuda.current_device() if torch is not None and torch.cuda.is_initialized() else None

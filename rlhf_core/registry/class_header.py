@@ -106,6 +106,7 @@ def _parsed(module: str, look: Callable[[ast.Module, Path], T]) -> T:
 
 
 def _header(tree: ast.Module, path: Path, module: str, name: str) -> ClassHeader:
+    """Return the header of class `name` in a parsed module."""
     found = _definition(tree.body, name)
     if found is None:
         raise SourceError(_why_no_class(tree, module, name, path))

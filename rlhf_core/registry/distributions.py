@@ -259,6 +259,7 @@ def _in_directory(place: str) -> Iterator[InstalledDistribution]:
 
 
 def _in_archive(place: str) -> list[InstalledDistribution]:
+    """Return the distributions in an archive on `sys.path`, such as a zip file; [] for anything else."""
     if not os.path.isfile(place):  # noqa: PTH113
         return []
     import importlib.metadata
@@ -268,6 +269,7 @@ def _in_archive(place: str) -> list[InstalledDistribution]:
 
 
 def _ask(finder: Any) -> list[Any]:
+    """Return the distributions that a finder on `sys.meta_path` knows."""
     import importlib.metadata
 
     return list(finder.find_distributions(importlib.metadata.DistributionFinder.Context()))

@@ -84,6 +84,7 @@ class _ProcessState:
         self._unlogged = _manager().disable if "logging" in sys.modules else 0
 
     def restore(self) -> None:
+        """Set what the guarded code changed back to what it was."""
         if self._directory and _directory() != self._directory:
             with contextlib.suppress(OSError):
                 os.chdir(self._directory)

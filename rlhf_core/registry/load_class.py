@@ -83,6 +83,7 @@ def describe_class(cls: Any) -> dict[str, Any]:
 
 
 def _import(module: str, name: str) -> Any:
+    """Import a module and return its attribute `name`, which may be dotted, or the module where it is ''."""
     loaded: Any = importlib.import_module(module)
     for part in name.split(".") if name else ():
         loaded = getattr(loaded, part)
@@ -98,6 +99,7 @@ def _guarded(what: str, action: Callable[[], Any]) -> Any:
 
 
 def _contract_fault(kind: str, cls: Any) -> Fault | None:
+    """Return (status, reason) where a class breaks its kind's contract; may raise what the class's own code raises."""
     from rlhf_core.config.base import BaseConfig
     from rlhf_core.config.training import TrainerConfig
     from rlhf_core.contracts.merger import Merger

@@ -313,6 +313,7 @@ def _try_imports(plugins: Iterable[Plugin], seconds: float | None = None, *, aga
 
 
 def _remember(plugin: Plugin, outcome: _Failure | Mapping[str, Any]) -> None:
+    """Keep the outcome of a load: a failure, or what a loaded class says where its source can't be read."""
     if isinstance(outcome, _Failure):
         _failed[plugin.key] = outcome
         _loaded.pop(plugin.key, None)
@@ -347,11 +348,13 @@ def _chosen(named: list[Plugin], name: str, *, qualified: bool) -> Plugin:
 
 
 def _conflict_reason(rivals: list[Plugin]) -> str:
+    """Return the reason of status `conflict`, with all plugins of the name."""
     named = sorted(f"`{plugin.qualified}` ({plugin.target})" for plugin in rivals)
     return f"the name is offered {len(rivals)} times: {' and '.join(named)}"
 
 
 def _fix_conflict(rivals: list[Plugin]) -> str:
+    """Return how to resolve a conflict: qualified names to write, or what to uninstall."""
     forms = sorted({fold(plugin.qualified): plugin.qualified for plugin in rivals}.values())
     if len(forms) == 1:
         return f"uninstall {rivals[0].distribution}, whose entry points name it twice"
@@ -388,6 +391,7 @@ def only_this_distribution() -> None:
 
 
 def _kind_of(text: str) -> str | None:
+    """Return the kind that a word names, or None."""
     kind = text.strip().casefold().removesuffix("s")
     return kind if kind in GROUPS else None
 

@@ -170,6 +170,7 @@ class _Child:
         return f"signal {-code}"
 
     def kill(self) -> None:
+        """End the child and all that it started."""
         with contextlib.suppress(OSError):
             if hasattr(os, "killpg"):
                 os.killpg(self.process.pid, signal.SIGKILL)

@@ -106,6 +106,7 @@ class FunctionReward(RewardFn):
         }
 
     def _no_column(self, name: str, samples: Sequence[Sample]) -> PluginError:
+        """Return the error for a required argument `name` that is no column of all rows."""
         lacking = [sample for sample in samples if name not in sample.columns]
         problem = f"the function needs a column `{name}`, which " + (
             "the rows don't have" if len(lacking) == len(samples) else f"{len(lacking)} of {len(samples)} rows lack"
@@ -185,6 +186,7 @@ _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONL
 
 
 def _how_to_call(function: RewardFunction, name: str) -> _HowToCall:
+    """Return which of the samples' values and columns a function takes, from its signature."""
     parameters = _parameters(function)
     if parameters is None:  # a function written in C, without a signature
         return _HowToCall(("prompts", "completions"), (), frozenset(), frozenset(), False, frozenset())
@@ -217,6 +219,7 @@ def _how_to_call(function: RewardFunction, name: str) -> _HowToCall:
 
 
 def _parameters(function: RewardFunction) -> Mapping[str, inspect.Parameter] | None:
+    """Return a function's parameters by name; None where it has no signature."""
     try:
         return inspect.signature(function).parameters
     except (TypeError, ValueError):
@@ -224,6 +227,7 @@ def _parameters(function: RewardFunction) -> Mapping[str, inspect.Parameter] | N
 
 
 def _hints(function: RewardFunction) -> dict[str, Any]:
+    """Return the annotations of a function's arguments as types; {} where they can't be resolved."""
     while isinstance(function, functools.partial):
         function = function.func
     if not inspect.isroutine(function):

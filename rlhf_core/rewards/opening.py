@@ -68,6 +68,7 @@ class _Resolved:
     origin: Mapping[str, str] = field(default_factory=dict)
 
     def open(self) -> WeightedReward:
+        """Make the reward; what its constructor raises is a `PluginError`, unless it is an `RLHFError`."""
         try:
             reward = self.make()
         except RLHFError:
@@ -100,6 +101,7 @@ def _resolve_all(given: Any, place: Mapping[str, str] | str) -> list[_Resolved]:
 
 
 def _is_pair(given: Any) -> bool:
+    """Tell whether a value is a tuple (reward, weight)."""
     return isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], int | float)
 
 
@@ -207,6 +209,7 @@ def _plugin(cls: type) -> registry.Plugin | None:
 
 
 def _origin(plugin: registry.Plugin | None) -> dict[str, str]:
+    """Return a plugin's distribution and version; {} where there is no plugin."""
     return {} if plugin is None else {"distribution": plugin.distribution, "version": plugin.version}
 
 

@@ -177,6 +177,7 @@ class Rewards:
         return found
 
     def _steps(self, samples: Sequence[Sample], rows: Sequence[int] | None) -> dict[str, list[list[float]]]:
+        """Return the scores of the samples' steps by each step-wise reward."""
         found = {}
         for entry in self._entries:
             steps = self._limited(entry, samples, rows, checked_steps, "scoring steps")
