@@ -6,8 +6,6 @@ Everything that a user can cause raises a subclass of `RLHFError`; the command l
 
 from __future__ import annotations
 
-import difflib
-import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, ClassVar
@@ -108,6 +106,8 @@ class RemoteError(Exception):
 
 def error_report(error: BaseException) -> dict[str, Any]:
     """Return what another process needs to raise an error, as JSON values."""
+    import traceback  # here, for imports are most of the time that `rlhf list` takes
+
     report: dict[str, Any] = {
         "text": f"{type(error).__name__}: {error}",
         "trace": "".join(traceback.format_exception(error)),
@@ -142,6 +142,8 @@ def _kinds(kind: type[RLHFError]) -> Iterator[type[RLHFError]]:
 
 def nearest(name: str, choices: Iterable[str]) -> str | None:
     """Return the choice that is spelt most like `name`, or None where none is similar."""
+    import difflib  # here, for imports are most of the time that `rlhf list` takes
+
     folded = {choice.casefold().replace("-", "_"): choice for choice in choices}
     found = difflib.get_close_matches(name.casefold().replace("-", "_"), folded, n=1, cutoff=0.6)
     return folded[found[0]] if found else None
