@@ -40,7 +40,9 @@ _Evaluate = Annotated[
 ]
 _Diff = Annotated[
     tuple[str, str] | None,
-    typer.Option("--diff", metavar="A B", help="Show how far the weights of two models are apart, instead of merging."),
+    typer.Option(
+        "--diff", metavar="A B", help="Show the distance between the weights of two models, instead of merging."
+    ),
 ]
 _Picture = Annotated[
     Path | None, typer.Option("--picture", metavar="FILE.png", help="Draw what --diff finds into a file.")
@@ -75,7 +77,7 @@ def merge(
     which chooses mergekit's definition of a method. `rlhf show METHOD` lists a method's options. Files of mergekit are read
     unchanged. --resume continues a merge that was killed.
 
-    `rlhf merge --diff A B` shows by layer how far the weights of two models are apart.
+    `rlhf merge --diff A B` shows the distance between the weights of two models, by layer.
     """
     if diff is not None:
         if unexpected := [*filter(None, [target]), *context.args]:

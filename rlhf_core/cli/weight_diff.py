@@ -1,4 +1,4 @@
-"""`rlhf merge --diff A B`: how far the weights of two models are apart, as a table, as JSON, or as a picture."""
+"""`rlhf merge --diff A B`: the distance between the weights of two models, as a table, as JSON, or as a picture."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _print(found: Difference) -> None:
         ],
     )
     farthest = sorted(found.tensors.items(), key=lambda entry: -entry[1].relative)[:5]
-    if farthest and farthest[0][1].apart > 0:
+    if farthest and farthest[0][1].squared_difference > 0:
         print("\nfarthest apart:")
         rows_of_tensors = [(name, *_figures(one)) for name, one in farthest]
         print_table(("tensor", "‖b - a‖ / ‖a‖", "cosine", "max |b - a|"), rows_of_tensors)

@@ -1,4 +1,4 @@
-"""How far the weights of two models are apart: by tensor, by layer, and by part of the layer."""
+"""The distance between the weights of two models: by tensor, by layer, and by part of the layer."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ class Distance:
     """Sums over the entries of tensors of two models, a and b; the distances of several tensors add up."""
 
     count: int = 0
-    apart: float = 0.0
+    """Number of entries."""
+    squared_difference: float = 0.0
     """Σ (b - a)²."""
-    first: float = 0.0
+    squared_a: float = 0.0
     """Σ a²."""
-    second: float = 0.0
+    squared_b: float = 0.0
     """Σ b²."""
     product: float = 0.0
     """Σ a b."""
@@ -42,9 +43,9 @@ class Distance:
         """Return the distance over the tensors of both."""
         return Distance(
             self.count + other.count,
-            self.apart + other.apart,
-            self.first + other.first,
-            self.second + other.second,
+            self.squared_difference + other.squared_difference,
+            self.squared_a + other.squared_a,
+            self.squared_b + other.squared_b,
             self.product + other.product,
             max(self.largest, other.largest),
         )
@@ -52,16 +53,16 @@ class Distance:
     @property
     def relative(self) -> float:
         """‖b - a‖ / ‖a‖; 0 where both are zero, infinite where only a is."""
-        if self.first == 0:
-            return 0.0 if self.apart == 0 else math.inf
-        return math.sqrt(self.apart / self.first)
+        if self.squared_a == 0:
+            return 0.0 if self.squared_difference == 0 else math.inf
+        return math.sqrt(self.squared_difference / self.squared_a)
 
     @property
     def cosine(self) -> float:
         """Cosine of the angle between a and b; 1 where they are equal, 0 where one of them is zero."""
-        if self.apart == 0:
+        if self.squared_difference == 0:
             return 1.0
-        size = math.sqrt(self.first) * math.sqrt(self.second)
+        size = math.sqrt(self.squared_a) * math.sqrt(self.squared_b)
         return max(-1.0, min(1.0, self.product / size)) if size > 0 else 0.0
 
     def as_dict(self) -> dict[str, Any]:
@@ -145,7 +146,7 @@ def diff(first: str | Path, second: str | Path, *, progress: Progress | None = N
         progress: called with the bytes that are compared and their total.
 
     Raises:
-        ModelError: one can't be read, holds values that aren't finite, or the two have no tensor in common.
+        ModelError: a model can't be read or holds values that aren't finite, or the two have no tensor in common.
     """
     a, b = open_model(first), open_model(second)
     try:
@@ -213,10 +214,10 @@ def draw(found: Difference, path: Path) -> None:
     kinds = FigureCanvasAgg.get_supported_filetypes()
     if path.suffix[1:].lower() not in kinds:
         raise ConfigError(
-            "not a kind of picture that matplotlib can draw",
+            "matplotlib can't write this image format",
             place="--picture",
             got=str(path),
-            fix=f"end it in .png or .svg ({', '.join(sorted(kinds))})",
+            fix=f"use a path that ends in .png or .svg ({', '.join(sorted(kinds))})",
         )
     table = found.by_layer()
     columns = [part for part in PARTS if any(part in cells for cells in table.values())]

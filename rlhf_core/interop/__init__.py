@@ -1,1 +1,1 @@
-"""Other tools' formats: their files in, values of ours out."""
+"""Other tools' formats: their files are read and translated into rlhf_core's configurations."""

@@ -22,14 +22,14 @@ log = logging.getLogger(__name__)
 def _model_name(name: str) -> str:
     """Return a model's name; raise where it asks for a revision of a hub model (`NAME@REVISION`)."""
     if "@" in name and not Path(name).expanduser().exists():
-        raise ValueError("revisions of hub models are not supported: download it, and give its path")
+        raise ValueError("hub revisions (`NAME@REVISION`) aren't supported: download the model and give its path")
     return name
 
 
 def _layers(span: tuple[int, int]) -> tuple[int, int]:
-    """Return a range of layers, the last number excluded; raise where it is empty."""
+    """Return a layer range (first, end), the end excluded; raise where it is empty."""
     if not 0 <= span[0] < span[1]:
-        raise ValueError("the range has no layers: write [first, one after the last]")
+        raise ValueError("empty layer range: write [first, last + 1]")
     return span
 
 
@@ -94,7 +94,7 @@ class MergekitFile(_Module):
 
 
 class MergekitModel(NamedTuple):
-    """One input model of our merge: the n-th source of each slice."""
+    """One input model of the merge: the n-th source of each slice."""
 
     model: Any
     """Its name, or runs of layers as `LayerRun` of `rlhf_core.merging` accepts them."""
@@ -157,7 +157,7 @@ class _Reader:
     def models(self, file: MergekitFile, needs_base: bool) -> MergekitModels:
         """Return the input models; whole ones are read as the sources of one slice."""
         given: _Module = file
-        at, shared = "", [self.scope("parameters", given.parameters)]
+        at, shared = "", [self.add_scope("parameters", given.parameters)]
         if file.modules is not None:
             if len(file.modules) != 1 or file.models or file.slices:
                 raise self.fault(
@@ -165,7 +165,7 @@ class _Reader:
                 )
             name, given = next(iter(file.modules.items()))
             at = f"modules.{name}."
-            shared.insert(0, self.scope(f"{at}parameters", given.parameters))
+            shared.insert(0, self.add_scope(f"{at}parameters", given.parameters))
         if given.models is not None and given.slices is None:
             keys, named, by_slice = [f"{at}models"], [file.base_model], [shared]
             rows = [self.runs(keys[0], given.models)]
@@ -173,10 +173,10 @@ class _Reader:
             keys = [f"{at}slices.{number}" for number in range(len(given.slices))]
             slices = list(zip(keys, given.slices, strict=True))
             named = [one.base_model or file.base_model for one in given.slices]
-            by_slice = [[self.scope(f"{key}.parameters", one.parameters), *shared] for key, one in slices]
+            by_slice = [[self.add_scope(f"{key}.parameters", one.parameters), *shared] for key, one in slices]
             rows = [self.runs(f"{key}.sources", one.sources) for key, one in slices]
             for key in [key for key, one in slices if one.residual_weight is not None]:
-                log.warning("%s: `residual_weight` has no effect, in mergekit as here", place_of(key, self.places))
+                log.warning("%s: `residual_weight` has no effect (nor has it in mergekit)", place_of(key, self.places))
         else:
             raise self.fault(
                 "a mergekit file needs either `models` or `slices`", f"{at}models" if given.models else at.rstrip(".")
@@ -196,8 +196,8 @@ class _Reader:
     def fault(self, problem: str, key: str, *, got: object = None, fix: str | None = None) -> ConfigError:
         return ConfigError(problem, place=place_of(key, self.places), got=got, fix=fix)
 
-    def scope(self, key: str, values: Mapping[str, Any], *, of_model: bool = False) -> ParameterScope:
-        """Return the parameters under a dotted key as a scope, and add it to `scopes`."""
+    def add_scope(self, key: str, values: Mapping[str, Any], *, of_model: bool = False) -> ParameterScope:
+        """Record the parameters under a dotted key as a scope, and return it."""
         self.scopes.append(ParameterScope(key, values, of_model))
         return self.scopes[-1]
 
@@ -205,8 +205,8 @@ class _Reader:
         """Return the runs of layers of a slice's sources, `key` being the dotted key of their list."""
         runs = []
         for number, one in enumerate(sources):
-            span = _WHOLE if not isinstance(one, _Source) else one.layer_range or (0, _depth(one.model))
-            scope = self.scope(f"{key}.{number}.parameters", one.parameters, of_model=True)
+            span = _WHOLE if not isinstance(one, _Source) else one.layer_range or (0, _count_layers(one.model))
+            scope = self.add_scope(f"{key}.{number}.parameters", one.parameters, of_model=True)
             runs.append(_Run(one.model, span, scope))
         if len({run.span[1] - run.span[0] for run in runs}) > 1:
             spans = [[*run.span] for run in runs]
@@ -240,16 +240,16 @@ def _joined(runs: Sequence[_Run | None], rows: Sequence[Sequence[_Run]]) -> Any:
     spans = [(run or row[0]).span for run, row in zip(runs, rows, strict=True)]
     consecutive = all(stop == start for (_, stop), (start, _) in pairwise(spans))
     one_model = names[0] is not None and len(set(names)) == 1
-    if one_model and spans[0][0] == 0 and consecutive and spans[-1][1] == _depth(str(names[0])):
+    if one_model and spans[0][0] == 0 and consecutive and spans[-1][1] == _count_layers(str(names[0])):
         return names[0]
     return [{"model": name, "layers": [*span]} for name, span in zip(names, spans, strict=True)]
 
 
-def _depth(name: str) -> int:
-    """Return how many layers a model has by its configuration, an adapter by its base's."""
+def _count_layers(name: str) -> int:
+    """Return a model's number of layers, from its config.json; an adapter's from that of its base."""
     where, _ = locate((split_adapter(name) or (name,))[0])
     if is_adapter(where):
-        return _depth(adapter_base(where))
+        return _count_layers(adapter_base(where))
     try:
         if not Path(where).is_dir():
             from huggingface_hub import hf_hub_download

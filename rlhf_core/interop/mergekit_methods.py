@@ -1,4 +1,4 @@
-"""mergekit's methods in terms of ours, and which of its definitions ours reproduce.
+"""mergekit's methods in terms of rlhf_core's, and which of mergekit's definitions rlhf_core can reproduce.
 
 Found from mergekit's documentation and from the results of version 0.1.5 on small tensors.
 """
@@ -17,23 +17,23 @@ OUR_NAMES = {
     "weight": "weight", "scale": "weight", "t": "weight", "density": "density", "select_topk": "density", "gamma": "gamma",
     "epsilon": "epsilon", "lambda": "scale", "normalize": "normalize",
 }  # fmt: skip
-"""mergekit's parameters → our options."""
+"""mergekit's parameters → options of rlhf_core's methods, or the weight."""
 SHARED = ("t", "select_topk", "lambda", "normalize")
 """Those of them that are the same for all models of a merge; the others may differ between models."""
 UNUSED = ("int8_mask", "embed_slerp", "consensus_method", "similarity_threshold")
-"""Parameters that mergekit accepts, or once did, and that change nothing here."""
+"""Parameters that mergekit accepts, or once did, and that change nothing in rlhf_core."""
 
 
 @dataclass(frozen=True)
 class MergekitMethod:
-    """One of mergekit's methods: the method of ours that is equivalent, and how its parameters translate."""
+    """One of mergekit's methods: the method of rlhf_core that is equivalent, and how its parameters translate."""
 
-    ours: str
-    """The name of our method."""
+    method: str
+    """The name of rlhf_core's method."""
     parameters: Mapping[str, Any]
     """The parameters that translate, by mergekit's names, with mergekit's defaults."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Options that our method needs in order to compute the same."""
+    """Options that rlhf_core's method needs in order to compute the same."""
     only: Mapping[str, Any] = field(default_factory=dict)
     """Parameters of which only one value is supported, with that value."""
     unused: tuple[str, ...] = ()
@@ -41,14 +41,15 @@ class MergekitMethod:
     needs_base: bool = True
     """Whether it merges task vectors, differences from a base model."""
     differs: str | None = None
-    """How its definition differs from ours, as a sentence; None where both are the same."""
+    """How its definition differs from rlhf_core's, as a sentence; None where both are the same."""
 
 
 _WEIGHTED = {"weight": REQUIRED}
 _SPARSE = {**_WEIGHTED, "density": 1.0, "lambda": 1.0, "normalize": False}
 _CRUMBS, _DELLA = {**_SPARSE, "gamma": 0.01}, {**_SPARSE, "epsilon": 0.15}
 _RESCALED = (
-    "mergekit drops other entries and scales the rest to the L1 norm of all; ours divides by the probability of keeping"
+    "mergekit drops other entries and scales the rest to the L1 norm of all; rlhf_core divides by the probability of"
+    " keeping"
 )
 _WHOLE = {"scope": "tensor"}
 
@@ -61,7 +62,7 @@ METHODS: dict[str, MergekitMethod] = {
         only={"nuslerp_flatten": True},
         unused=("nuslerp_row_wise",),
         needs_base=False,
-        differs="between tensors that are nearly parallel mergekit takes the arc, ours the straight line",
+        differs="between tensors that are nearly parallel mergekit takes the arc, rlhf_core the straight line",
     ),
     "passthrough": MergekitMethod("passthrough", {"scale": 1.0}, needs_base=False),
     "task_arithmetic": MergekitMethod(
@@ -89,8 +90,8 @@ METHODS: dict[str, MergekitMethod] = {
         "model_stock",
         {},
         only={"filter_wise": False},
-        differs="where task vectors oppose each other mergekit goes past the base, at which ours stops, and it overestimates the"
-        " angles between very small ones",
+        differs="where task vectors oppose each other mergekit goes past the base, where rlhf_core stops, and it overestimates"
+        " the angles between very small ones",
     ),
     "sce": MergekitMethod(
         "sce",
@@ -104,7 +105,7 @@ METHODS: dict[str, MergekitMethod] = {
         only={"normalize_weights": True},
         unused=("eps",),
         needs_base=False,
-        differs="mergekit takes the normalised mean of the directions; ours iterates to their mean on the sphere",
+        differs="mergekit takes the normalised mean of the directions; rlhf_core iterates to their mean on the sphere",
     ),
 }
 """The methods of mergekit that are supported, by mergekit's names."""
@@ -112,39 +113,41 @@ PARAMETERS = {*UNUSED, *(name for one in METHODS.values() for name in (*one.para
 """All parameters that mergekit's methods have, or had; a method ignores those of others."""
 
 
-def parity(method: str, given: Mapping[str, Any], places: Mapping[str, str]) -> dict[str, Any]:
-    """Return the options with which a method of ours computes what mergekit does; those that are given are kept.
+def parity(method: str, options_set: Mapping[str, Any], places: Mapping[str, str]) -> dict[str, Any]:
+    """Return the options with which a method reproduces mergekit's definition, those that the user set included.
 
     Args:
-        method: the name of ours.
-        given: its options by our names.
+        method: the name of rlhf_core's method.
+        options_set: the options that the user set, by name.
         places: where each of them was set.
 
     Raises:
-        ConfigError: the definitions differ whatever the options, or one that is given contradicts.
+        ConfigError: no options reproduce mergekit's definition, or one that the user set contradicts it.
     """
-    same = [one for one in METHODS.values() if one.ours == method and one.differs is None]
+    same = [one for one in METHODS.values() if one.method == method and one.differs is None]
     if not same:
-        reasons = {one.differs for one in METHODS.values() if one.ours == method}
+        reasons = {one.differs for one in METHODS.values() if one.method == method}
         raise ConfigError(
-            f"mergekit's definition of {method} isn't available here",
+            f"`compat: mergekit` isn't supported for {method}",
             place=place_of("compat", places),
             got="; ".join(sorted(filter(None, reasons))) or "mergekit has no such method",
-            fix="leave `compat` out; it is supported by "
-            + ", ".join(sorted({one.ours for one in METHODS.values() if one.differs is None})),
+            fix="drop `compat`; it is supported for "
+            + ", ".join(sorted({one.method for one in METHODS.values() if one.differs is None})),
         )
-    theirs = next((one for one in same if one.options.get("election") == given.get("election", "none")), same[0])
-    for name, value in theirs.options.items():
-        if name in given and given[name] != value:
+    same_method = next(
+        (one for one in same if one.options.get("election") == options_set.get("election", "none")), same[0]
+    )
+    for name, value in same_method.options.items():
+        if name in options_set and options_set[name] != value:
             raise ConfigError(
                 f"mergekit has only `{name}: {value}`",
                 place=place_of(name, places),
-                got=given[name],
+                got=options_set[name],
                 fix="drop `compat`",
             )
-    defaults = {OUR_NAMES[name]: value for name, value in theirs.parameters.items() if value is not REQUIRED}
-    defaults.pop("weight", None)  # each model's own, and 1 here as there
-    options = {**defaults, **given, **theirs.options}
+    defaults = {OUR_NAMES[name]: value for name, value in same_method.parameters.items() if value is not REQUIRED}
+    defaults.pop("weight", None)  # set per model; both default to 1
+    options = {**defaults, **options_set, **same_method.options}
     if method == "breadcrumbs":
         options["gamma"] = capped_gamma(options["gamma"], options["density"], place_of("gamma", places))
     return options
@@ -154,21 +157,21 @@ def capped_gamma(gamma: Any, density: Any, place: str) -> Any:
     """Return the γ of breadcrumbs that mergekit uses: lowered to 1 - density where both are more than 1 together.
 
     Raises:
-        ConfigError: they are more than 1 together, and one of them varies by layer.
+        ConfigError: gamma + density exceeds 1, and one of them differs between layers.
     """
     if isinstance(gamma, int | float) and isinstance(density, int | float):
         return min(gamma, round(1 - density, 12))
     if max(_numbers(gamma)) + max(_numbers(density)) <= 1:
         return gamma
     raise ConfigError(
-        "mergekit lowers `gamma` where it and `density` are more than 1, which can't be done by layer",
+        "mergekit caps `gamma` at 1 - `density`, which isn't supported for values that differ between layers",
         place=place,
-        fix="give a `gamma` of at most 1 - `density` everywhere",
+        fix="set `gamma` to at most 1 - `density` in every layer",
     )
 
 
 def _numbers(value: Any) -> list[float]:
-    """Return all numbers in a value by layer."""
+    """Return all numbers in a per-layer value."""
     if isinstance(value, Mapping | list):
         inner = value.values() if isinstance(value, Mapping) else value
         return [number for one in inner for number in _numbers(one)]

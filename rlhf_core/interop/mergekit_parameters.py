@@ -1,4 +1,4 @@
-"""The parameters of mergekit's files: numbers, gradients and lists of conditions, translated into our values by layer.
+"""The parameters of mergekit's files: numbers, gradients and lists of conditions, translated into numbers and per-layer values.
 
 A gradient goes over the layers; a tensor outside them gets its first value. Of a list of `{filter, value}` the first entry whose
 filter is part of the tensor's name counts, one without a filter matches all; where none matches, the next wider scope counts.
@@ -25,7 +25,7 @@ class ParameterScope(NamedTuple):
     """Whether they are of one model, not of all."""
 
 
-def value_by_layer(name: str, scopes: Sequence[ParameterScope], default: Any, place: Callable[[str], str]) -> Any:
+def per_layer_value(name: str, scopes: Sequence[ParameterScope], default: Any, place: Callable[[str], str]) -> Any:
     """Return a parameter as a number, or as a mapping that `LayerValues` of `rlhf_core.merging` accepts.
 
     Args:
@@ -40,20 +40,20 @@ def value_by_layer(name: str, scopes: Sequence[ParameterScope], default: Any, pl
     filters: dict[str, Any] = {}
     for part, given in list(_conditions(name, scopes, place)):  # all are checked, also those that never count
         if part is None:
-            default = _by_layer(given)
+            default = _as_gradient(given)
             break
-        filters.setdefault(f"*{part}*", _by_layer(given))
+        filters.setdefault(f"*{part}*", _as_gradient(given))
     if not filters or default is REQUIRED:
         return default
     return {"filters": filters, **(default if isinstance(default, Mapping) else {"default": default})}
 
 
 def in_runs(values: Sequence[Any], counts: Sequence[int]) -> Any:
-    """Return one value by layer for consecutive runs of layers.
+    """Return one per-layer value for consecutive runs of layers.
 
     Args:
-        values: a value by layer for each run, whose gradients go over that run alone.
-        counts: the number of layers of each run.
+        values: each run's per-layer value; a gradient goes over its run only.
+        counts: layers per run.
     """
     if len(values) == 1 or (all(one == values[0] for one in values) and not _varies(values[0])):
         return values[0]
@@ -62,14 +62,14 @@ def in_runs(values: Sequence[Any], counts: Sequence[int]) -> Any:
 
 
 def mapped(value: Any, change: Callable[[float], float]) -> Any:
-    """Return a value by layer with each of its numbers changed."""
+    """Return a per-layer value with each of its numbers changed."""
     if isinstance(value, Mapping):
         return {key: mapped(inner, change) for key, inner in value.items()}
     return [mapped(inner, change) for inner in value] if isinstance(value, list) else change(value)
 
 
 def constant(given: Any) -> Any:
-    """Return true or false where a text or number of a file means that; anything else unchanged."""
+    """Return a boolean where a text or number of a file means true or false; anything else unchanged."""
     if isinstance(given, str):
         return {"true": True, "false": False}.get(given.lower(), given)
     return bool(given) if isinstance(given, int) and given in (0, 1) else given
@@ -94,13 +94,16 @@ def _conditions(
             if part is not None and (not isinstance(part, str) or not part or ("*" in part and part != "*")):
                 problem = "a filter must be part of a tensor's name, or `*` alone"
                 raise ConfigError(
-                    problem, place=where, got=shortened(part), fix="patterns aren't supported, in mergekit neither"
+                    problem,
+                    place=where,
+                    got=shortened(part),
+                    fix="patterns aren't supported (nor does mergekit support them)",
                 )
             yield None if part == "*" else part, _plain(one["value"], name, where)
 
 
 def _plain(given: Any, name: str, place: str) -> Any:
-    """Return a number, a flag or a list of them; those that are written as text are converted."""
+    """Return a number, a boolean or a list of them; text is converted."""
     if isinstance(given, list) and given and not any(isinstance(one, list) for one in given):
         return [_plain(one, name, place) for one in given]
     if isinstance(given, bool | int | float):
@@ -110,10 +113,10 @@ def _plain(given: Any, name: str, place: str) -> Any:
     except (TypeError, ValueError):
         if isinstance(value := constant(given), bool):
             return value
-        raise ConfigError(f"`{name}` isn't a value that mergekit accepts", place=place, got=shortened(given)) from None
+        raise ConfigError(f"invalid value of `{name}` for mergekit", place=place, got=shortened(given)) from None
 
 
-def _by_layer(given: Any) -> Any:
+def _as_gradient(given: Any) -> Any:
     """Return a list as a gradient, its first number as the default outside the layers; as one number where all are equal."""
     if not isinstance(given, list):
         return given
@@ -121,14 +124,14 @@ def _by_layer(given: Any) -> Any:
 
 
 def _varies(value: Any) -> bool:
-    """Tell whether a value by layer differs between layers of one run."""
+    """Tell whether a per-layer value differs between layers of one run."""
     if not isinstance(value, Mapping):
         return False
     return "gradient" in value or any(_varies(one) for one in value.get("filters", {}).values())
 
 
 def _for_one_layer(value: Any) -> Any:
-    """Return a value by layer for a run of one layer, in which mergekit uses the last number of a gradient."""
+    """Return a per-layer value for a run of one layer, where mergekit uses the last number of a gradient."""
     if not isinstance(value, Mapping):
         return value
     changed: dict[str, Any] = {"gradient": value["gradient"][-1:]} if "gradient" in value else {}

@@ -73,10 +73,10 @@ def check(given: str) -> None:
         return
     if "{" not in given:
         raise ConfigError(
-            "there is no chat template of that name",
+            "unknown chat template",
             place="chat_template",
             got=shortened(given),
-            fix=did_you_mean(given, [AUTO, *NAMED]) + ", or give a Jinja text",
+            fix=did_you_mean(given, [AUTO, *NAMED]) + ", or write the Jinja template itself",
         )
     # transformers adds a tag, around the text whose tokens are in the loss.
     plain = given.replace("endgeneration", "endif").replace("generation", "if true")

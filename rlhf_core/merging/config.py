@@ -36,11 +36,11 @@ class ModelEntry(BaseConfig):
     )
     weight: Value = Field(
         1.0,
-        description="Its weight; larger counts more. A list is a gradient over the layers, a group values by layer.",
+        description="Its weight; larger counts more. A list is a gradient over the layers, a group per-layer values.",
     )
     options: dict[str, Any] = Field(
         default_factory=dict,
-        description="Options of the method for this model alone, such as `density`; a number may vary by layer as a weight may.",
+        description="Options of the method for this model alone, such as `density`; a number may differ between layers, too.",
     )
 
 
@@ -57,7 +57,8 @@ class MergeConfig(BaseConfig):
     models: list[ModelEntry] = Field(min_length=1, description="Input models.")
     output: str | None = Field(None, description="Directory that is written; it must be empty, or not exist.")
     options: dict[str, Any] = Field(
-        default_factory=dict, description="The method's options by name; a number may vary by layer as a weight may."
+        default_factory=dict,
+        description="The method's options by name; a number may differ between layers, as a weight may.",
     )
     tokenizer: str | None = Field(
         None,

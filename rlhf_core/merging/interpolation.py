@@ -32,7 +32,7 @@ def layer_wise_interpolation(
         base: directory, adapter or hub name of the model at t = 0, which gives configuration and tokenizer.
         model: the same of the model at t = 1.
         t: the model's share; larger is nearer the model, below 0 and above 1 extrapolates. One number; a list over the layers
-            (its values at even distances from the first layer to the last, straight lines between); or values by layer, as a
+            (its values at even distances from the first layer to the last, straight lines between); or per-layer values, as a
             group with `layers`, `gradient`, `filters` (`attention`, `mlp`, part of a tensor's name …) and `default`.
         output: the directory that is written.
         resume: continue a merge into the same output that was killed.

@@ -70,7 +70,7 @@ class MergeJob:
         return ModelMerger(self.config, evaluate=evaluate, progress=progress, method=self.method)
 
     def resolved(self) -> dict[str, Any]:
-        """Return every key and option as plain values, secrets redacted; written to a file they describe the same merge."""
+        """Return the complete configuration as plain values, secrets redacted; as a file it describes the same merge."""
         given = self.config.model_dump(mode="json", exclude_unset=True)
         models = [
             {"model": entry["model"], "weight": entry.get("weight", 1.0), **entry.get("options", {})}
@@ -78,9 +78,12 @@ class MergeJob:
         ]
         options = self.method.merger.config.model_dump(mode="json") | given.get("options", {})
         values = self.config.model_dump(mode="json", exclude={"options"})
-        first = {key: values[key] for key in ("method", "base")} | {"models": models, "output": values["output"]}
-        of_method = {name: value for name, value in options.items() if name not in MergeConfig.KEYS}
-        return {key: redact(value, key) for key, value in {**first, **of_method, **values, "models": models}.items()}
+        main_keys = {key: values[key] for key in ("method", "base")} | {"models": models, "output": values["output"]}
+        method_options = {name: value for name, value in options.items() if name not in MergeConfig.KEYS}
+        return {
+            key: redact(value, key)
+            for key, value in {**main_keys, **method_options, **values, "models": models}.items()
+        }
 
     def to_yaml(self) -> str:
         """Return `resolved` as the text of a file."""
@@ -106,7 +109,7 @@ def load_merge_job(
     over, over_places = _key_flags(given)
     over = {**(overrides or {}), **over}
     theirs = mergekit.KEY in values
-    compat = _compat(over.pop(COMPAT, None if theirs else values.pop(COMPAT, None)), {**places, **over_places})
+    compat = _wants_mergekit(over.pop(COMPAT, None if theirs else values.pop(COMPAT, None)), {**places, **over_places})
     if theirs:
         values, places = mergekit.translate(values, places, strict=compat)
     values |= over
@@ -171,12 +174,12 @@ def _key_flags(given: Sequence[Flag]) -> tuple[dict[str, Any], dict[str, str]]:
     for flag in given:
         if flag.key.partition(".")[0] == "models" and not _OF_MODEL.match(flag.name):
             fix = "write `--model A=0.7 --model B=0.3`, and `--models.0.OPTION VALUE` for an option of the first"
-            raise ConfigError("input models are given one by one", place=flag.typed, fix=fix)
+            raise ConfigError("`--models` can't be set as a whole", place=flag.typed, fix=fix)
     return values, places
 
 
-def _compat(value: Any, places: Mapping[str, str]) -> bool:
-    """Tell whether mergekit's definition of the method is asked for. Raises ConfigError for any other tool's."""
+def _wants_mergekit(value: Any, places: Mapping[str, str]) -> bool:
+    """Tell whether `compat: mergekit` is set. Raises ConfigError for any other value."""
     if value not in (None, "mergekit"):
         fix = did_you_mean(str(value), ["mergekit"])
         place = place_of(COMPAT, places)
@@ -193,9 +196,9 @@ def _overridden(values: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str
 
 
 def _entries(models: Any, places: dict[str, str]) -> list[dict[str, Any]]:
-    """Return the input models as `ModelEntry` accepts them, though a model's options may stand beside its name and weight.
+    """Return the input models as `ModelEntry` accepts them, whether their options are under `options` or beside `model`.
 
-    The places of such options are added to `places` under `models.N.options`.
+    The places of options beside them are added to `places` under `models.N.options`.
     """
     where = place_of("models", places)
     if models is None:
@@ -212,7 +215,11 @@ def _entries(models: Any, places: dict[str, str]) -> list[dict[str, Any]]:
         entry = {"model": given} if isinstance(given, str) else dict(given)
         own = entry.pop("options", {})
         if not isinstance(own, Mapping):
-            raise ConfigError("`options` must be a group", place=place_of(f"{at}.options", places), got=shortened(own))
+            raise ConfigError(
+                "`options` must be a group of option names and values",
+                place=place_of(f"{at}.options", places),
+                got=shortened(own),
+            )
         own = {**own, **{str(key): entry.pop(key) for key in list(entry) if key not in ("model", "weight")}}
         for key, place in list(places.items()):
             if key.startswith(f"{at}."):
@@ -233,7 +240,7 @@ def _set_by_flags(
         at = f"models.{number}"
         if number >= len(entries):
             counted = f"{len(entries)} models, counted from 0"
-            raise ConfigError("there is no input model of that number", place=f"--{at}.{flags[0].name}", got=counted)
+            raise ConfigError(f"there is no input model {number}", place=f"--{at}.{flags[0].name}", got=counted)
         own = [flag for flag in flags if flag.key.partition(".")[0] != "weight"]
         for flag in own:
             check_own(flag.key.partition(".")[0], method, name, f"--{at}.{flag.name}")
@@ -250,7 +257,7 @@ def _set_by_flags(
 
 
 def _checked(method: MergeMethod, places: Mapping[str, str]) -> MergeMethod:
-    """Return the method, after checking its weights where none varies by layer: before any model is opened."""
+    """Return the method, after checking its weights where they don't differ between layers: before any model is opened."""
     weights = [entry.weight for entry in method.config.models]
     if all(isinstance(weight, float) for weight in weights):
         try:

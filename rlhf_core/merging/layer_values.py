@@ -29,11 +29,13 @@ class RunValue(BaseConfig):
     """A value for a run of layers."""
 
     count: int = Field(ge=1, description="Number of layers in the run.")
-    value: Value = Field(description="A number, a gradient from the run's first layer to its last, or values by layer.")
+    value: Value = Field(
+        description="A number, a gradient from the run's first layer to its last, or per-layer values."
+    )
 
 
 class LayerValues(BaseConfig):
-    """A value by layer, or by a tensor's name."""
+    """A number per layer, or per part of tensors' names."""
 
     layers: _Numbers | None = Field(None, description="One value per layer; their number must be the model's.")
     gradient: _Numbers | None = Field(
@@ -43,7 +45,7 @@ class LayerValues(BaseConfig):
     filters: dict[str, Value] = Field(
         default_factory=dict,
         description="Part of a tensor's name (or attention, mlp, embeddings, head, norms; or a pattern with `*` for the whole"
-        " name) → a number, a gradient, or values by layer in turn. The first that matches counts.",
+        " name) → a number, a gradient, or per-layer values in turn. The first that matches counts.",
     )
     runs: Annotated[list[RunValue], AfterValidator(_not_empty)] | None = Field(
         None,
@@ -66,7 +68,7 @@ class LayerValues(BaseConfig):
 
 
 def _shape(value: Any) -> str:
-    """Return which shape a value by layer has, by which errors in it are those of that shape alone."""
+    """Return which shape a per-layer value has, by which errors in it are those of that shape alone."""
     if isinstance(value, Mapping | LayerValues):
         return "group"
     return "list" if isinstance(value, list | tuple) else "number"
@@ -76,7 +78,7 @@ Value = Annotated[
     Annotated[float, Tag("number")] | Annotated[_Numbers, Tag("list")] | Annotated[LayerValues, Tag("group")],
     Discriminator(_shape),
 ]
-"""One number, a list of numbers as a gradient over the layers, or a group of values by layer."""
+"""One number, a list of numbers as a gradient over the layers, or a group of per-layer values."""
 RunValue.model_rebuild()
 LayerValues.model_rebuild()
 

@@ -45,5 +45,5 @@ class ModelScore:
         except (TypeError, ValueError):
             score = math.nan
         if math.isnan(score):
-            raise PluginError("the evaluation returned no number", place=self.name, got=repr(value))
+            raise PluginError("the evaluation must return a number", place=self.name, got=repr(value))
         return score

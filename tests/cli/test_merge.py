@@ -201,7 +201,7 @@ def test_greedy_soup_takes_a_function_that_scores(rlhf, models: list[str], tmp_p
         (f"{file}:by_nam", 2, f"evaluate: `{file}` has no `by_nam`; fix: did you mean `by_name`?"),
         (f"{file}", 2, "evaluate: isn't the name of an object in a module or file"),
         (f"{tmp_path}/gone.py:f", 2, f"evaluate: no such file; got {tmp_path}/gone.py"),
-        (f"{file}:nothing", 5, f"{file}:nothing: the evaluation returned no number; got None"),
+        (f"{file}:nothing", 5, f"{file}:nothing: the evaluation must return a number; got None"),
         (f"{file}:broken", 5, "raised; got RuntimeError: no data"),
     ):
         found, _, err = rlhf(*arguments, name)

@@ -56,7 +56,7 @@ def test_tensors_layers_and_parts(pair: tuple[Path, Path]) -> None:
     assert layers["0"]["all"].largest == 1.0 and layers["embeddings"]["all"].relative == 0
     assert list(found.by_part()) == ["attention", "mlp", "norms", "embeddings", "head"]
     assert found.by_part()["mlp"].relative == pytest.approx(math.sqrt(5 / 4))
-    assert found.total.apart == 9
+    assert found.total.squared_difference == 9
     assert found.as_dict()["layers"]["10"]["mlp"]["relative"] is None
 
 
@@ -114,7 +114,7 @@ def test_the_picture(pair: tuple[Path, Path], tmp_path: Path) -> None:
     found = diff(*pair)
     draw(found, tmp_path / "d.png")
     assert (tmp_path / "d.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ConfigError, match="not a kind of picture"):
+    with pytest.raises(ConfigError, match="matplotlib can't write this image format"):
         draw(found, tmp_path / "d.txt")
     with pytest.raises(StorageError):
         draw(found, tmp_path / "gone" / "d.png")

@@ -296,7 +296,7 @@ def test_an_adapter_stands_on_the_base_that_the_file_names(load, family: Path, t
 
 ONE = "merge_method: linear\nmodels:\n  - {model: a, parameters: {weight: "
 FAULTS = {
-    "merge_method: nearswap\nmodels: [{model: a}]\n": "theirs.yaml:1: mergekit's method `nearswap` has no equivalent here",
+    "merge_method: nearswap\nmodels: [{model: a}]\n": "theirs.yaml:1: mergekit's method `nearswap` isn't supported",
     f"merge_method: ties\nfoo: 1\n{BASED}": "theirs.yaml:2: unknown option `foo`; fix: use one of: base_model",
     f"merge_method: ties\nparameters:\n  densty: 1\n{BASED}":
         "theirs.yaml:3: unknown parameter `densty` of ties; fix: did you mean `density`?",
@@ -306,13 +306,13 @@ FAULTS = {
     ONE + "[{filter: mlp, value: 1}]}}": "linear needs `weight` for every tensor",
     ONE + "[{filter: 'mlp.*', value: 1}]}}": "part of a tensor's name",
     ONE + "[{filtr: mlp, value: 1}]}}": "an entry of `weight` needs a `value`, and may have a `filter`",
-    ONE + "heavy}}": "`weight` isn't a value that mergekit accepts",
-    f"merge_method: ties\nparameters: {{rescale: true}}\n{BASED}": "ties supports only `rescale: false` here",
-    f"merge_method: dare_ties\nparameters: {{rescale: false}}\n{BASED}": "dare_ties supports only `rescale: true` here",
+    ONE + "heavy}}": "invalid value of `weight` for mergekit",
+    f"merge_method: ties\nparameters: {{rescale: true}}\n{BASED}": "ties is supported only with `rescale: false`",
+    f"merge_method: dare_ties\nparameters: {{rescale: false}}\n{BASED}": "dare_ties is supported only with `rescale: true`",
     "merge_method: task_arithmetic\nbase_model: b\nmodels: [{model: a, parameters: {weight: [0, 1], normalize: true}}]\n":
         "`normalize` can't differ between models",
     "merge_method: task_arithmetic\nbase_model: b\nparameters: {normalize: true, weight: [0, 1]}\nmodels: [{model: a}]\n":
-        "theirs.yaml:3: weights that vary by layer, or sum to zero, can't be normalised",
+        "theirs.yaml:3: weights that differ between layers, or sum to 0, can't be normalised",
     "merge_method: nuslerp\nbase_model: b\nparameters: {weight: 1}\nmodels: [{model: a}, {model: c}]\n":
         "nuslerp of task vectors isn't supported",
     f"merge_method: ties\nparameters: {{normalize: [true, false]}}\n{BASED}":
@@ -322,7 +322,7 @@ FAULTS = {
         "theirs.yaml:3: `models.0`: expected a group of options (model, parameters); got 'b'",
     "merge_method: ties\nbase_model: a\nmodels: [{model: b, weight: 1}]\n":
         "theirs.yaml:3: unknown option `models.0.weight`; fix: use one of: model, parameters",
-    "merge_method: linear\nmodels: [{model: org/name@v2, parameters: {weight: 1}}]\n": "revisions of hub models",
+    "merge_method: linear\nmodels: [{model: org/name@v2, parameters: {weight: 1}}]\n": "hub revisions (`NAME@REVISION`)",
     "merge_method: slerp\nparameters: {t: 1}\nmodels: [{model: a}, {model: b}]\n":
         "slerp takes two models, one of them the `base_model`",
     "merge_method: slerp\nbase_model: a\nparameters: {t: 1.5}\nmodels: [{model: b}]\n":
@@ -336,7 +336,7 @@ FAULTS = {
     "merge_method: ties\nbase_model: b\nmodels: [{model: 3}]\n": "theirs.yaml:3: `models.0.model`: must be text; got 3",
     "merge_method: linear\nparameters: 3\nmodels: [{model: a}]\n":
         "theirs.yaml:2: `parameters`: must be a valid dictionary; got 3",
-    ONE + "[[1, 2]]}}": "`weight` isn't a value that mergekit accepts; got [[1, 2]]",
+    ONE + "[[1, 2]]}}": "invalid value of `weight` for mergekit; got [[1, 2]]",
 }  # fmt: skip
 
 
@@ -349,8 +349,8 @@ def test_what_differs_is_logged_or_refused(load, fault, caplog: pytest.LogCaptur
     text = f"merge_method: dare_ties\nparameters: {{density: 0.5, int8_mask: true}}\n{BASED}"
     with caplog.at_level(logging.INFO):
         load(text)
-    assert "scales the rest to the L1 norm" in caplog.text and "`int8_mask` has no effect here" in caplog.text
-    assert "mergekit's definition of dare_ties isn't available here" in fault(text, "--compat", "mergekit")
+    assert "scales the rest to the L1 norm" in caplog.text and "`int8_mask` is ignored" in caplog.text
+    assert "mergekit's definition of dare_ties isn't available" in fault(text, "--compat", "mergekit")
     load(f"merge_method: ties\n{BASED}", "--compat", "mergekit")
 
 
@@ -363,7 +363,7 @@ def test_what_has_no_effect_is_logged(load, caplog: pytest.LogCaptureFixture) ->
     assert config.options == {"normalize": True} and config.seed == 7
     for line in (
         "theirs.yaml:2: `name` has no effect: `--output` names the result",
-        "theirs.yaml:3: `normalize` has no effect: a parameter counts under `parameters` alone",
+        "theirs.yaml:3: `normalize` has no effect: mergekit reads parameters only under `parameters`",
         "theirs.yaml:4: `allow_crimes` has no effect: it is an option of mergekit's command",
         "theirs.yaml:6: `density` has no effect: it is no parameter of linear",
         "theirs.yaml:6: `embed_slerp` has no effect: embeddings are merged by linear, as all other tensors are",
@@ -375,7 +375,7 @@ def test_a_slices_residual_weight_has_no_effect(load, caplog: pytest.LogCaptureF
     load(
         "merge_method: passthrough\nslices:\n  - {sources: [{model: @model-0, layer_range: [0, 3]}], residual_weight: 0.5}\n"
     )
-    assert "theirs.yaml:3: `residual_weight` has no effect, in mergekit as here" in caplog.text
+    assert "theirs.yaml:3: `residual_weight` has no effect (nor has it in mergekit)" in caplog.text
 
 
 def test_compat_sets_the_options_of_a_merge_of_ours() -> None:
@@ -391,7 +391,7 @@ def test_compat_sets_the_options_of_a_merge_of_ours() -> None:
     assert options("breadcrumbs", "--election", "ties")["election"] == "ties"
     for flags, message in {
         ("ties", "--trim_scope", "global"): "--trim_scope: mergekit has only `trim_scope: tensor`; got global",
-        ("della",): "--compat: mergekit's definition of della isn't available here",
+        ("della",): "--compat: `compat: mergekit` isn't supported for della",
         ("uniform_soup",): "mergekit has no such method",
         ("ties", "--compat", "mergkit"): "--compat: is given 2 times but isn't a list; got `mergekit` and `mergkit`",
     }.items():

@@ -231,7 +231,7 @@ def test_what_is_wrong_in_a_file_is_reported_with_its_line(file, text: str) -> N
 FLAGS = {
     "--model x --densty 1": "error[config] --densty: unknown option `densty` of ties; fix: did you mean `density`?",
     "--model x --ouput o": "error[config] --ouput: unknown option `ouput`; fix: did you mean `--output`?",
-    "--models x": "error[config] --models: input models are given one by one; fix: write `--model A=0.7 --model B=0.3`",
+    "--models x": "error[config] --models: `--models` can't be set as a whole; fix: write `--model A=0.7 --model B=0.3`",
     "--model": "error[config] --model: needs a value",
     "--model x --density": "error[config] --density: needs a value",
     "--model x --density 1 --density 2": "error[config] --density: is given 2 times but isn't a list",

@@ -201,9 +201,9 @@ FAULTS = {
     "--models.1.powr 1": "--models.1.powr: unknown key `powr` of a model; fix: did you mean `power`?",
     "--models.1.power": "--models.1.power: needs a value; fix: write `--models.1.power VALUE`",
     "--models.1.power 1 --models.1.power 2": "--models.1.power: is given 2 times but isn't a list; got `1` and `2`",
-    "--models.2.power 1": "--models.2.power: there is no input model of that number; got 2 models, counted from 0",
+    "--models.2.power 1": "--models.2.power: there is no input model 2; got 2 models, counted from 0",
     "--models.1.model c": "--models.1.model: unknown key `model` of a model",
-    "--models.one.power 1": "--models.one.power: input models are given one by one",
+    "--models.one.power 1": "--models.one.power: `--models` can't be set as a whole",
     "--models.1.power [1,[2]]": "--models.1.power: `power.1`: must be a number; got [2]",
 }
 

@@ -229,7 +229,7 @@ FAULTS = {
     ),
     "must have the same number of layers; got [[0, 2], [0, 3]]": slices(([("a", 0, 2), ("b", 0, 3)], {}), method="linear"),
     "has no layer 3; got layers 0 to 5 of 3": slices(("a", 0, 5)),
-    "`slices.0.sources.0.layer_range`: the range has no layers: write [first, one after the last]": slices(("a", 1, 1)),
+    "`slices.0.sources.0.layer_range`: empty layer range: write [first, last + 1]": slices(("a", 1, 1)),
     "passthrough merges 1 models; got 2": slices(([("a", 0, 2), ("b", 0, 2)], {})),
     "unknown option `slices.0.sorces`; fix: did you mean `sources`?": {
         "merge_method": "passthrough", "slices": [{"sources": [{"model": "a", "layer_range": [0, 1]}], "sorces": 1}],
