@@ -1,4 +1,4 @@
-"""Mergers to try the contract on: sound ones, and broken ones with one fault each."""
+"""Mergers to test the contract with: correct ones, and ones with one fault each."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def weighted(chunk: Chunk, weights: Sequence[float]) -> Tensor:
 
 
 class AddsToBase(Linear):
-    """Adds whole models to the base in place of differences."""
+    """Adds whole models to the base instead of task vectors."""
 
     api = 1
     needs_base = True
@@ -42,7 +42,7 @@ class AddsToBase(Linear):
 
 
 class IgnoresWeights(Linear):
-    """Averages, whatever the weights."""
+    """Averages the models and ignores the weights."""
 
     api = 1
 
@@ -51,7 +51,7 @@ class IgnoresWeights(Linear):
 
 
 class FirstWins(Linear):
-    """Takes the sign of the first model with a weight."""
+    """Gives entries the sign of the first model whose weight isn't 0."""
 
     api = 1
 
@@ -61,7 +61,7 @@ class FirstWins(Linear):
 
 
 class CountsPlaces(Linear):
-    """Takes a millionth more of the model that is given first."""
+    """Weighs the model that is given first a millionth more."""
 
     api = 1
 
@@ -82,7 +82,7 @@ class Doubles(Linear):
 
 
 class Flattens(Linear):
-    """Wants whole tensors, and returns them flat."""
+    """Asks for whole tensors and returns them flat."""
 
     api = 1
     chunk_shape = "tensor"
@@ -106,7 +106,7 @@ class Drops(Linear):
 
 
 class NeedsBase(Linear):
-    """Adds differences from a base, and doesn't say that it needs one."""
+    """Needs a base and doesn't declare it."""
 
     api = 1
 
@@ -116,7 +116,7 @@ class NeedsBase(Linear):
 
 
 class Divides(Linear):
-    """Divides by the size of each model, and multiplies by it again."""
+    """Divides by the norm of each model and multiplies by it again, which fails for zeros."""
 
     api = 1
     chunk_shape = "tensor"
@@ -136,7 +136,7 @@ class ScaledConfig(BaseConfig):
 
 
 class Scaled(Linear):
-    """Divides by the sum of the weights, or not; and scales."""
+    """Divides by the sum of the weights where asked to, and scales."""
 
     api = 1
     Config = ScaledConfig
@@ -151,7 +151,7 @@ class Scaled(Linear):
 
 
 class Unscaled(Scaled):
-    """Accepts a scale, and leaves it aside."""
+    """Ignores its option `scale`."""
 
     api = 1
 
@@ -160,7 +160,7 @@ class Unscaled(Scaled):
 
 
 class ByChunk(Linear):
-    """Gives the mean the size of the models, but of each chunk by itself."""
+    """Rescales the mean to the norm of the models, chunk by chunk instead of over the tensor."""
 
     api = 1
 
@@ -172,7 +172,7 @@ class ByChunk(Linear):
 
 
 class Remembers(Linear):
-    """Scales by the largest value of the first tensor that it ever merged."""
+    """Adds a number that depends on the first tensor that it merged."""
 
     api = 1
     needs_base = True
@@ -187,7 +187,7 @@ class Remembers(Linear):
 
 
 class Leaves(Linear):
-    """Leaves a file in the directory of a model."""
+    """Writes a file into the directory of a model."""
 
     api = 1
 
@@ -208,7 +208,7 @@ class MaskedConfig(BaseConfig):
 
 
 class Masked(Linear):
-    """Adds models up, each entry by its model's own file."""
+    """Adds models up, each scaled by a factor from a file of the model."""
 
     api = 1
     Config = MaskedConfig
@@ -230,7 +230,7 @@ class Masked(Linear):
 
 
 class OneForAll(Masked):
-    """Takes the first model's options for all."""
+    """Uses the first model's options for all models."""
 
     api = 1
 
@@ -239,7 +239,7 @@ class OneForAll(Masked):
 
 
 class NextOnes(Masked):
-    """Takes each time the options of the model after."""
+    """Uses for each model the options of another one."""
 
     api = 1
     commutative = False
@@ -250,7 +250,7 @@ class NextOnes(Masked):
 
 
 class ByPlace(Masked):
-    """Takes options by a model's place in the list, where it no longer stands."""
+    """Looks options up by the position at which a model was given, though the core has sorted the models."""
 
     api = 1
 
@@ -260,7 +260,7 @@ class ByPlace(Masked):
 
 
 class Unread(Masked):
-    """Accepts masks, and leaves them aside."""
+    """Ignores its options `power` and `mask`."""
 
     api = 1
 

@@ -1,4 +1,4 @@
-"""Rewards to try the contract on: sound ones, and broken ones with one fault each."""
+"""Rewards to test the contract with: correct ones, and ones with one fault each."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Length(RewardFn):
 
 
 class Lowest(RewardFn):
-    """Gives the lowest of two rewards, which it prepares when the run does."""
+    """Returns the lowest of two rewards, which it prepares in `prepare`."""
 
     api = 1
 
@@ -59,7 +59,7 @@ class Lowest(RewardFn):
 
 
 class OneScore(Length):
-    """Returns one score for all."""
+    """Returns one score for all samples."""
 
     api = 1
 
@@ -68,7 +68,7 @@ class OneScore(Length):
 
 
 class NoScore(Length):
-    """Has no score for what it can't read."""
+    """Returns None for prompts with a minus sign."""
 
     api = 1
 
@@ -77,7 +77,7 @@ class NoScore(Length):
 
 
 class Unordered(Length):
-    """Returns the scores sorted."""
+    """Returns the scores sorted instead of in the order of the samples."""
 
     api = 1
 
@@ -86,7 +86,7 @@ class Unordered(Length):
 
 
 class Relative(Length):
-    """Scores a sample by its place among the others."""
+    """Scores a sample relative to the best of the batch."""
 
     api = 1
 
@@ -96,7 +96,7 @@ class Relative(Length):
 
 
 class Noisy(Length):
-    """Adds noise."""
+    """Adds random noise to scores."""
 
     api = 1
 
@@ -105,7 +105,7 @@ class Noisy(Length):
 
 
 class Writes(Length):
-    """Notes its score in the sample's columns."""
+    """Writes into the samples' columns."""
 
     api = 1
 
@@ -116,7 +116,7 @@ class Writes(Length):
 
 
 class BadSteps(Length):
-    """Gives a step a score that isn't a number."""
+    """Returns NaN for a step."""
 
     api = 1
 
@@ -125,7 +125,7 @@ class BadSteps(Length):
 
 
 class Loose(Length):
-    """Returns steps in an order of its own."""
+    """Returns step scores sorted instead of in the order of the samples."""
 
     api = 1
 
@@ -143,7 +143,7 @@ class Numbered(Length):
 
 
 class Fussy(Length):
-    """Has no score for what was cut off."""
+    """Returns NaN for truncated completions."""
 
     api = 1
 
@@ -155,7 +155,7 @@ class Fussy(Length):
 
 
 class PerWord(Length):
-    """Divides by the number of words."""
+    """Divides by the number of words, which may be 0."""
 
     api = 1
 
@@ -164,7 +164,7 @@ class PerWord(Length):
 
 
 class Masked(Length):
-    """Asks whether there is a mask as if it were a number."""
+    """Multiplies by the mask as if it were a number."""
 
     api = 1
 
@@ -188,14 +188,14 @@ class Scaled(Length):
 
 
 class Unscaled(Length):
-    """Has an option that does nothing."""
+    """Ignores its option `scale`."""
 
     api = 1
     Config = ScaledConfig
 
 
 class Dated(Length):
-    """Describes itself by a number of its own."""
+    """Describes itself by a random number."""
 
     api = 1
 
@@ -204,7 +204,7 @@ class Dated(Length):
 
 
 class Opaque(Length):
-    """Describes itself by what isn't JSON."""
+    """Describes itself by a value that JSON can't hold."""
 
     api = 1
 
@@ -213,7 +213,7 @@ class Opaque(Length):
 
 
 class OfGroup(Length):
-    """Rewards being longer than the others of a group, as a group's reward may."""
+    """Rewards being longer than the mean of the group; a reward may depend on its group."""
 
     api = 1
 

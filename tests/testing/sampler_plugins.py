@@ -1,4 +1,4 @@
-"""Samplers to try the contract on: sound ones, and broken ones with one fault each."""
+"""Samplers to test the contract with: correct ones, and ones with one fault each."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Plain(Sampler):
 
 
 class Ranked(Plain):
-    """Returns what a reward scores highest of twice as many completions."""
+    """Draws twice as many completions as asked for, and returns those with the largest rewards."""
 
     api = 1
     roles: ClassVar = {"policy": "policy", "reward": "reward"}
@@ -62,7 +62,7 @@ class Ranked(Plain):
 
 
 class Fewer(Plain):
-    """Returns no completion twice."""
+    """Returns three completions at most."""
 
     api = 1
 
@@ -71,7 +71,7 @@ class Fewer(Plain):
 
 
 class ManyByDefault(Plain):
-    """Returns four completions where none were asked for."""
+    """Returns four completions by default."""
 
     api = 1
 
@@ -80,7 +80,7 @@ class ManyByDefault(Plain):
 
 
 class TextOnly(Plain):
-    """Takes what was said last in a chat for a text."""
+    """Reads a chat as the text of its last message."""
 
     api = 1
 
@@ -90,7 +90,7 @@ class TextOnly(Plain):
 
 
 class NoRows(Plain):
-    """Reads a row as a text."""
+    """Converts a row of data to text instead of reading its prompt."""
 
     api = 1
 
@@ -99,7 +99,7 @@ class NoRows(Plain):
 
 
 class NoColumns(Ranked):
-    """Shows the reward prompts alone."""
+    """Passes prompts without the rows' other columns to the reward."""
 
     api = 1
 
@@ -108,7 +108,7 @@ class NoColumns(Ranked):
 
 
 class WorstFirst(Ranked):
-    """Returns the worst first."""
+    """Returns the worst completion first."""
 
     api = 1
 
@@ -117,7 +117,7 @@ class WorstFirst(Ranked):
 
 
 class OneScored(Ranked):
-    """Scores the best alone."""
+    """Gives only the best completion a score."""
 
     api = 1
 
@@ -127,7 +127,7 @@ class OneScored(Ranked):
 
 
 class RelativeScores(Ranked):
-    """Scores a completion by its place among those of all prompts."""
+    """Scores a completion relative to the best of all prompts."""
 
     api = 1
 
@@ -137,7 +137,7 @@ class RelativeScores(Ranked):
 
 
 class NoLogprobs(Plain):
-    """Doesn't say how likely its tokens were."""
+    """Returns completions without `logprobs`."""
 
     api = 1
 
@@ -146,7 +146,7 @@ class NoLogprobs(Plain):
 
 
 class Positive(Plain):
-    """Gives probabilities for log-probabilities."""
+    """Returns negative log-probabilities."""
 
     api = 1
 
@@ -155,7 +155,7 @@ class Positive(Plain):
 
 
 class UnknownEnd(Plain):
-    """Ends for a reason of its own."""
+    """Gives an unknown stop reason."""
 
     api = 1
 
@@ -164,7 +164,7 @@ class UnknownEnd(Plain):
 
 
 class LostEnd(Plain):
-    """Leaves the end token out."""
+    """Removes the end token."""
 
     api = 1
 
@@ -181,7 +181,7 @@ class LostEnd(Plain):
 
 
 class StrippedText(Plain):
-    """Returns another text than that of the ids."""
+    """Returns a text that differs from the ids."""
 
     api = 1
 
@@ -190,7 +190,7 @@ class StrippedText(Plain):
 
 
 class TemperedAsRaw(Plain):
-    """Takes the log-probabilities that tokens were drawn with for the model's own."""
+    """Returns `logprobs` as `raw_logprobs`."""
 
     api = 1
 
@@ -199,7 +199,7 @@ class TemperedAsRaw(Plain):
 
 
 class RawAsDrawn(Plain):
-    """Takes the model's own log-probabilities for those that tokens were drawn with."""
+    """Returns `raw_logprobs` as `logprobs`."""
 
     api = 1
 
@@ -208,7 +208,7 @@ class RawAsDrawn(Plain):
 
 
 class Seedless(Plain):
-    """Leaves the seed aside."""
+    """Ignores the seed."""
 
     api = 1
 
@@ -217,7 +217,7 @@ class Seedless(Plain):
 
 
 class OneSeed(Plain):
-    """Draws with the same seed always."""
+    """Always uses the same seed."""
 
     api = 1
 
@@ -226,7 +226,7 @@ class OneSeed(Plain):
 
 
 class ZeroByDefault(Plain):
-    """Repeats its draws where no seed is given."""
+    """Uses the seed 0 where none is given."""
 
     api = 1
 
@@ -235,7 +235,7 @@ class ZeroByDefault(Plain):
 
 
 class SeedByPlace(Plain):
-    """Gives a prompt the seed of its place in the list."""
+    """Derives a prompt's seed from its position in the list."""
 
     api = 1
 
@@ -284,7 +284,7 @@ class Configured(Sampler):
 
 
 class FixedOptions(Configured):
-    """Has options that do nothing."""
+    """Ignores its sampling options."""
 
     api = 1
 
@@ -293,7 +293,7 @@ class FixedOptions(Configured):
 
 
 class SilentlyCut(Configured):
-    """Doesn't say what truncation kept."""
+    """Returns completions without `kept_mass`."""
 
     api = 1
 
@@ -302,7 +302,7 @@ class SilentlyCut(Configured):
 
 
 class CutAsDrawn(Configured):
-    """Takes the tempered log-probabilities for those of the truncated distribution."""
+    """Returns log-probabilities without truncation as `logprobs`."""
 
     api = 1
 
@@ -311,7 +311,7 @@ class CutAsDrawn(Configured):
 
 
 class TakesPrompts(Plain):
-    """Takes the prompts out of their rows."""
+    """Removes the prompts from the caller's rows."""
 
     api = 1
 
@@ -320,7 +320,7 @@ class TakesPrompts(Plain):
 
 
 class SeedsTheWorld(Plain):
-    """Seeds the global random state."""
+    """Seeds torch's global random state."""
 
     api = 1
 
@@ -331,7 +331,7 @@ class SeedsTheWorld(Plain):
 
 
 class AtMostEight(Plain):
-    """Draws eight at most."""
+    """Returns eight completions at most."""
 
     api = 1
 
@@ -340,7 +340,7 @@ class AtMostEight(Plain):
 
 
 class KeepsTheLeast(Ranked):
-    """Takes a reward for a cost."""
+    """Prefers smaller rewards."""
 
     api = 1
 
@@ -349,7 +349,7 @@ class KeepsTheLeast(Ranked):
 
 
 class ScoresOfTheNext(Ranked):
-    """Gives each completion the score of the one drawn before it."""
+    """Gives each completion the score of another one."""
 
     api = 1
 
@@ -361,7 +361,7 @@ class ScoresOfTheNext(Ranked):
 
 
 class CopiesTheFirst(Plain):
-    """Returns one completion n times."""
+    """Returns the first completion n times."""
 
     api = 1
 

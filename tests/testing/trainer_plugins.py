@@ -1,4 +1,4 @@
-"""Trainers to try the contract on: a sound online one, and broken ones, each with one fault that people make."""
+"""Trainers to test the contract with: a correct online method, and methods that each have one common fault."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from rlhf_core.training.loader import Loader
 
 
 class OnlineOptions(OnlineConfig):
-    """Options of the sound online method."""
+    """Options of the correct online method."""
 
     clip: float = Field(
         0.2, gt=0, description="How far a token's ratio may be from 1; larger trusts old rollouts more."
     )
     kl_weight: float = Field(0.0, ge=0, description="Weight of the KL to the start; larger stays nearer to it.")
-    learn_from_cut: bool = Field(True, description="Whether completions that the limit cut off are in the loss.")
+    learn_from_cut: bool = Field(True, description="Whether truncated completions are in the loss.")
 
 
 class Online(Trainer[OnlineOptions]):
-    """Clipped policy gradient on groups of its own completions, several passes a rollout."""
+    """Clipped policy gradient on groups of completions, with several epochs over each rollout."""
 
     api = 1
     record = "prompt"
@@ -106,7 +106,7 @@ class Online(Trainer[OnlineOptions]):
 
 
 class OnlineOverAConstant(Online):
-    """The same over the longest completion that there may be, as Dr. GRPO has it."""
+    """The same, averaged over the maximal length of completions, as in Dr. GRPO."""
 
     api = 1
     record = "prompt"
@@ -118,7 +118,7 @@ class OnlineOverAConstant(Online):
 
 
 class OnlineOverTheStep(Online):
-    """The same with a baseline and a deviation of the whole step."""
+    """The same, with advantages that are standardised over the whole step."""
 
     api = 1
     record = "prompt"
@@ -130,7 +130,7 @@ class OnlineOverTheStep(Online):
 
 
 class Means(SFTTrainer):
-    """Returns the mean of a micro-batch for its sum."""
+    """Returns the mean over a micro-batch instead of the sum."""
 
     api = 1
     record = "sft"
@@ -140,7 +140,7 @@ class Means(SFTTrainer):
 
 
 class LooksAtPadding(SFTTrainer):
-    """Takes a response's length from its ids, by comparing them with the padding id."""
+    """Computes a response's length by comparing its ids with the padding id."""
 
     api = 1
     record = "sft"
@@ -151,7 +151,7 @@ class LooksAtPadding(SFTTrainer):
 
 
 class ForgetsItsState(SFTTrainer):
-    """Weighs later windows less, and doesn't save how many there were."""
+    """Weighs later windows less, by a count that it doesn't save."""
 
     api = 1
     record = "sft"
@@ -171,7 +171,7 @@ class ForgetsItsState(SFTTrainer):
 
 
 class TrainsNothing(SFTTrainer):
-    """Cuts the graph."""
+    """Detaches its loss."""
 
     api = 1
     record = "sft"
@@ -181,7 +181,7 @@ class TrainsNothing(SFTTrainer):
 
 
 class OtherHeader(SFTTrainer):
-    """Its source says one thing, and what runs is another."""
+    """Its record type in the source differs from the one at run time."""
 
     api = 1
     record = "unpaired"
@@ -197,7 +197,7 @@ class BareConfig(SFTConfig):
 
 
 class BareOption(SFTTrainer):
-    """Describes not every option."""
+    """Has an option without a description."""
 
     api = 1
     record = "sft"
@@ -216,7 +216,7 @@ class LossyConfig(SFTConfig):
 
 
 class LossyOption(SFTTrainer):
-    """Its configuration reads back as another."""
+    """Its configuration changes when it is written and read."""
 
     api = 1
     record = "sft"
@@ -224,7 +224,7 @@ class LossyOption(SFTTrainer):
 
 
 class OpenConfig(SFTConfig, extra="allow"):
-    """Takes any key, so that a misspelt one is never seen."""
+    """Accepts any key, so that a misspelled one isn't refused."""
 
 
 class OpenOptions(SFTTrainer):
@@ -236,7 +236,7 @@ class OpenOptions(SFTTrainer):
 
 
 class StageAsText(SFTTrainer):
-    """Names its stage by a text."""
+    """Gives its stage as text."""
 
     api = 1
     record = "sft"
@@ -244,7 +244,7 @@ class StageAsText(SFTTrainer):
 
 
 class OtherTerms(SFTTrainer):
-    """Weighs a term that the loss doesn't name."""
+    """Weighs a term that `loss` doesn't return."""
 
     api = 1
     record = "sft"
@@ -254,7 +254,7 @@ class OtherTerms(SFTTrainer):
 
 
 class WeighsByModel(SFTTrainer):
-    """Takes its weights from the model."""
+    """Computes its weights from the model's parameters."""
 
     api = 1
     record = "sft"
@@ -274,7 +274,7 @@ class NotFinite(SFTTrainer):
 
 
 class LeavesEvaluation(SFTTrainer):
-    """Switches to evaluation mode and not back."""
+    """Leaves the policy in evaluation mode."""
 
     api = 1
     record = "sft"
@@ -285,7 +285,7 @@ class LeavesEvaluation(SFTTrainer):
 
 
 class Seeds(SFTTrainer):
-    """Seeds the global generator in its loss."""
+    """Seeds the global random generator in `loss`."""
 
     api = 1
     record = "sft"
@@ -296,7 +296,7 @@ class Seeds(SFTTrainer):
 
 
 class SeedsExperience(SFTTrainer):
-    """Seeds the global generator while it makes experience."""
+    """Seeds the global random generator in `experience`."""
 
     api = 1
     record = "sft"
@@ -308,7 +308,7 @@ class SeedsExperience(SFTTrainer):
 
 
 class MovesTheFrozen(SFTTrainer):
-    """Lets a model that it calls frozen follow the policy."""
+    """Moves a frozen model towards the policy."""
 
     api = 1
     record = "sft"
@@ -327,7 +327,7 @@ class MovesTheFrozen(SFTTrainer):
 
 
 class MovesTheReference(DPOTrainer):
-    """Takes the policy of the moment for the reference."""
+    """Uses the current policy as the reference."""
 
     api = 1
     record = "preference"
@@ -338,7 +338,7 @@ class MovesTheReference(DPOTrainer):
             yield batch.attach(per_response={"ref_logps": self.reference.response_logps(batch)})
 
     def loss(self, batch: Batch) -> Loss:
-        # Without metrics: an accuracy among ties would hang on rounding.
+        # Without metrics: an accuracy among ties would depend on rounding.
         return Loss(super().loss(batch).terms)
 
 
@@ -365,7 +365,7 @@ class ReportsMeans(SFTTrainer):
 
 
 class ReadsTheLayout(DPOTrainer):
-    """Sums over all positions that the model computed, whatever stands there."""
+    """Sums over all positions that the model computed, padding and prompts included."""
 
     api = 1
     record = "preference"
@@ -376,7 +376,7 @@ class ReadsTheLayout(DPOTrainer):
 
 
 class WantsSortedRows(SFTTrainer):
-    """Takes the last row for the longest, as it is where rows are grouped by length."""
+    """Assumes that the last row is the longest, as it is where rows are grouped by length."""
 
     api = 1
     record = "sft"
@@ -388,7 +388,7 @@ class WantsSortedRows(SFTTrainer):
 
 
 class CountsPlaces(SFTTrainer):
-    """Weighs a row by its place in the micro-batch."""
+    """Weighs a response by its position in the micro-batch."""
 
     api = 1
     record = "sft"
@@ -399,7 +399,7 @@ class CountsPlaces(SFTTrainer):
 
 
 class ClimbsUp(SFTTrainer):
-    """Has the sign of its gradient wrong."""
+    """Has a gradient of the wrong sign."""
 
     api = 1
     record = "sft"
@@ -410,7 +410,7 @@ class ClimbsUp(SFTTrainer):
 
 
 class ForgetsEmptyShares(SFTTrainer):
-    """Attaches nothing where a process has no rows."""
+    """Attaches no column where a process has no rows."""
 
     api = 1
     record = "sft"
@@ -424,7 +424,7 @@ class ForgetsEmptyShares(SFTTrainer):
 
 
 class GathersWithinRows(SFTTrainer):
-    """Gathers once a row, so that processes with unequal shares wait for each other for ever."""
+    """Gathers once per row, so that processes with unequal numbers of rows wait for ever."""
 
     api = 1
     record = "sft"
@@ -436,7 +436,7 @@ class GathersWithinRows(SFTTrainer):
 
 
 class OwnMean(SFTTrainer):
-    """Weighs responses by a mean over its own process's rows alone."""
+    """Weighs responses by a mean over the rows of its process instead of the step."""
 
     api = 1
     record = "sft"
@@ -464,7 +464,7 @@ class DoubleTokens(SFTTrainer):
 
 
 class PromptTokens(SFTTrainer):
-    """Counts prompts' tokens, which aren't in the loss."""
+    """Counts tokens of prompts, which aren't in the loss."""
 
     api = 1
     record = "sft"
@@ -474,7 +474,7 @@ class PromptTokens(SFTTrainer):
 
 
 class TokensOfResponses(SFTTrainer):
-    """Counts the responses' tokens, in the loss mask or not."""
+    """Counts all tokens of responses, in the loss mask or not."""
 
     api = 1
     record = "sft"
@@ -484,7 +484,7 @@ class TokensOfResponses(SFTTrainer):
 
 
 class OnePerMicroBatch(SFTTrainer):
-    """Gives what a micro-batch should count for in place of what it holds."""
+    """Returns a constant weight per micro-batch instead of what it holds."""
 
     api = 1
     record = "sft"
@@ -494,7 +494,7 @@ class OnePerMicroBatch(SFTTrainer):
 
 
 class ResponsesOfPairs(DPOTrainer):
-    """Averages a loss on pairs over responses."""
+    """Averages a loss of pairs over responses."""
 
     api = 1
     record = "preference"
@@ -504,7 +504,7 @@ class ResponsesOfPairs(DPOTrainer):
 
 
 class PromptsOfGroups(Online):
-    """Averages a sum over completions over prompts."""
+    """Averages a sum over completions by the number of prompts."""
 
     api = 1
     record = "prompt"
@@ -517,7 +517,7 @@ class PromptsOfGroups(Online):
 
 
 class ReadsTheStartWithGradient(DPOTrainer):
-    """Keeps a copy of the policy by itself, and reads it in the loss."""
+    """Keeps a copy of the policy outside of its roles, and computes with it in `loss`."""
 
     api = 1
     record = "preference"
@@ -533,7 +533,7 @@ class ReadsTheStartWithGradient(DPOTrainer):
 
 
 class AttachesTheGraph(SFTTrainer):
-    """Attaches log-probabilities that still hang on the policy."""
+    """Attaches log-probabilities with their graph."""
 
     api = 1
     record = "sft"
@@ -546,7 +546,7 @@ class AttachesTheGraph(SFTTrainer):
 
 
 class KeepsTheGraph(SFTTrainer):
-    """Keeps the size of the weights at the rollout, with its graph."""
+    """Keeps the norm of the weights from `experience`, with its graph."""
 
     api = 1
     record = "sft"
@@ -563,7 +563,7 @@ class KeepsTheGraph(SFTTrainer):
 
 
 class FlatKL(Online):
-    """Adds a KL that has no gradient."""
+    """Adds a KL term without gradients."""
 
     api = 1
     record = "prompt"
@@ -573,7 +573,7 @@ class FlatKL(Online):
 
 
 class FlatKLAlone(FlatKL):
-    """Adds a KL that has no gradient, and fails without it."""
+    """Adds a KL term without gradients, and fails at weight 0."""
 
     api = 1
     record = "prompt"
@@ -583,7 +583,7 @@ class FlatKLAlone(FlatKL):
 
 
 class RatioOfOne(Online):
-    """Takes the policy of now for the one that drew the completions."""
+    """Divides by the current policy instead of the one that drew the completions."""
 
     api = 1
     record = "prompt"
@@ -596,7 +596,7 @@ class RatioOfOne(Online):
 
 
 class ScoresWhatItSees(SFTTrainer):
-    """Reads a token's log-probability where the token has been seen."""
+    """Reads a token's log-probability at its own position, after the model has seen it."""
 
     api = 1
     record = "sft"
@@ -608,7 +608,7 @@ class ScoresWhatItSees(SFTTrainer):
 
 
 class LosesTheEnd(SFTTrainer):
-    """Takes the end token for padding."""
+    """Leaves the end token out of the loss, as if it were padding."""
 
     api = 1
     record = "sft"
@@ -619,7 +619,7 @@ class LosesTheEnd(SFTTrainer):
 
 
 class LosesTheFirst(SFTTrainer):
-    """Shifts what was shifted already."""
+    """Shifts log-probabilities that are already aligned with their tokens."""
 
     api = 1
     record = "sft"
@@ -629,7 +629,7 @@ class LosesTheFirst(SFTTrainer):
 
 
 class MasksTheEnd(Online):
-    """Leaves the end token out of the mask."""
+    """Leaves the end token out of the loss mask."""
 
     api = 1
     record = "prompt"
@@ -641,7 +641,7 @@ class MasksTheEnd(Online):
 
 
 class CutsTheEnd(Online):
-    """Makes its batch of completions without their end tokens."""
+    """Removes the end tokens of completions."""
 
     api = 1
     record = "prompt"
@@ -657,7 +657,7 @@ class CutsTheEnd(Online):
 
 
 class ScoresAtOne(Online):
-    """Draws at a temperature and scores without it."""
+    """Samples at a temperature and computes the loss at temperature 1."""
 
     api = 1
     record = "prompt"
@@ -668,7 +668,7 @@ class ScoresAtOne(Online):
 
 
 class RatioToTheRaw(Online):
-    """Takes the log-probabilities without temperature for those of the draw."""
+    """Divides by the log-probabilities at temperature 1 instead of those of sampling."""
 
     api = 1
     record = "prompt"
@@ -681,7 +681,7 @@ class RatioToTheRaw(Online):
 
 
 class SwapsTheReference(DPOTrainer):
-    """Holds each response of a pair against the reference of the other one."""
+    """Exchanges the reference's log-probabilities of chosen and rejected."""
 
     api = 1
     record = "preference"
@@ -696,7 +696,7 @@ class SwapsTheReference(DPOTrainer):
 
 
 class Unlearns(SFTTrainer):
-    """Makes responses less likely, so that its loss falls all the same."""
+    """Makes responses less likely, by which its loss falls too."""
 
     api = 1
     record = "sft"
@@ -706,7 +706,7 @@ class Unlearns(SFTTrainer):
 
 
 class PrefersTheRejected(DPOTrainer):
-    """Takes a pair the wrong way round."""
+    """Exchanges chosen and rejected."""
 
     api = 1
     record = "preference"
@@ -716,7 +716,7 @@ class PrefersTheRejected(DPOTrainer):
 
 
 class LowersRewards(Online):
-    """Has the sign of its gain wrong."""
+    """Lowers rewards instead of raising them."""
 
     api = 1
     record = "prompt"
@@ -730,7 +730,7 @@ class LowersRewards(Online):
 
 
 class NoAdvantage(Online):
-    """Raises every completion alike."""
+    """Gives every completion the same advantage."""
 
     api = 1
     record = "prompt"
@@ -740,7 +740,7 @@ class NoAdvantage(Online):
 
 
 class RewardsByPlace(Online):
-    """Takes the rewards as if each prompt's first completions came first."""
+    """Reads rewards as if they were ordered by number in the group, not by prompt."""
 
     api = 1
     record = "prompt"
@@ -751,7 +751,7 @@ class RewardsByPlace(Online):
 
 
 class BaselineOfOthers(Online):
-    """Takes the mean over the wrong axis."""
+    """Averages rewards over prompts instead of over the group."""
 
     api = 1
     record = "prompt"
@@ -762,7 +762,7 @@ class BaselineOfOthers(Online):
 
 
 class RewardsOfTheNext(Online):
-    """Gives each completion its neighbour's reward."""
+    """Gives each completion the reward of the one before it."""
 
     api = 1
     record = "prompt"
@@ -775,7 +775,7 @@ class RewardsOfTheNext(Online):
 
 
 class ConstantSeeds(Online):
-    """Has the same seeds for each row."""
+    """Uses the same seeds for every row."""
 
     api = 1
     record = "prompt"
@@ -786,7 +786,7 @@ class ConstantSeeds(Online):
 
 
 class OneSeedOfAGroup(Online):
-    """Has one seed for all completions of a row."""
+    """Uses one seed for all completions of a row."""
 
     api = 1
     record = "prompt"
@@ -797,7 +797,7 @@ class OneSeedOfAGroup(Online):
 
 
 class SeedsWithoutStep(Online):
-    """Has the same seeds in each step."""
+    """Uses the same seeds in every step."""
 
     api = 1
     record = "prompt"
@@ -812,7 +812,7 @@ class SeedsWithoutStep(Online):
 
 
 class WhitensAlone(Online):
-    """Scales advantages by the deviation of its own process's."""
+    """Scales advantages by their deviation over its process instead of the step."""
 
     api = 1
     record = "prompt"
@@ -823,7 +823,7 @@ class WhitensAlone(Online):
 
 
 class GathersPerRow(Online):
-    """Gathers once for each prompt."""
+    """Gathers once per prompt."""
 
     api = 1
     record = "prompt"
@@ -835,7 +835,7 @@ class GathersPerRow(Online):
 
 
 class LogsMeans(Online):
-    """Reports a mean, for which another process's counts as much."""
+    """Reports a mean, so that processes count equally whatever their numbers of rows."""
 
     api = 1
     record = "prompt"
@@ -851,7 +851,7 @@ class LogsMeans(Online):
 
 
 class IgnoresClip(Online):
-    """Has a number of its own where an option should stand."""
+    """Uses a constant instead of its option `clip`."""
 
     api = 1
     record = "prompt"
@@ -867,7 +867,7 @@ class IgnoresClip(Online):
 
 
 class IgnoresTopK(Online):
-    """Hands on only some of the options of generation."""
+    """Ignores the option `generation.top_k`."""
 
     api = 1
     record = "prompt"
@@ -895,7 +895,7 @@ class IgnoresSmoothing(SFTTrainer):
 
 
 class CountsBatches(Online):
-    """Says one window a batch, however many passes there are."""
+    """Declares one window per batch, whatever the number of epochs."""
 
     api = 1
     record = "prompt"
@@ -905,7 +905,7 @@ class CountsBatches(Online):
 
 
 class EndsEachWindow(Online):
-    """Calls every window its rollout's last."""
+    """Marks every window as the last of its rollout."""
 
     api = 1
     record = "prompt"
@@ -916,7 +916,7 @@ class EndsEachWindow(Online):
 
 
 class HeldOutTwice(SFTTrainer):
-    """Makes two passes over each batch, held-out ones too."""
+    """Yields each batch twice, held-out ones too."""
 
     api = 1
     record = "sft"
@@ -931,7 +931,7 @@ class HeldOutTwice(SFTTrainer):
 
 
 class RemembersHeldOutRows(SFTTrainer):
-    """Remembers what it has seen, held-out rows too."""
+    """Counts the rows it has seen, held-out ones too."""
 
     api = 1
     record = "sft"
@@ -950,7 +950,7 @@ class RemembersHeldOutRows(SFTTrainer):
 
 
 class EvaluatesItsEpochs(Online):
-    """Leaves evaluation to the loss on its windows, of which there are as many as passes."""
+    """Evaluates by the loss of its windows, of which several hold the same rows."""
 
     api = 1
     record = "prompt"
@@ -958,7 +958,7 @@ class EvaluatesItsEpochs(Online):
 
 
 class EvaluatesMeans(Online):
-    """Gives an evaluation's mean for its sum."""
+    """Returns the mean of an evaluation instead of sum and count."""
 
     api = 1
     record = "prompt"
@@ -969,7 +969,7 @@ class EvaluatesMeans(Online):
 
 
 class RemembersOne(SFTTrainer):
-    """Looks back on three windows, and saves the last of them."""
+    """Depends on the last three windows, and saves only the last one."""
 
     api = 1
     record = "sft"
@@ -993,7 +993,7 @@ class RemembersOne(SFTTrainer):
 
 
 class EveryFourth(SFTTrainer):
-    """Learns less from every fourth window, by a count that it doesn't save."""
+    """Weighs every fourth window less, by a count that it doesn't save."""
 
     api = 1
     record = "sft"
