@@ -106,10 +106,10 @@ def decoding_of(policy: PolicyModel) -> Decoding:
 
 @torch.no_grad()
 def measure_decoding(policy: PolicyModel) -> Decoding:
-    """Find by trying how to decode a model so that its logits are those of its plain forward pass, which is what is trained.
+    """Measure how to decode a policy (which prompts together, with or without a cache) so that its logits are those of training.
 
-    Padding on the left changes recurrent states, and positions that are counted along the row; some models count positions
-    differently once they keep states. A warning is logged where no way gives the same logits.
+    Training uses one plain forward pass. Left padding changes recurrent states and positions in some models; some count positions
+    differently with a cache. Returns the fastest way that gives the same logits; logs a warning where none does.
 
     Raises:
         ModelError: the model has no decoding loop.
@@ -154,7 +154,7 @@ def measure_decoding(policy: PolicyModel) -> Decoding:
     finally:
         policy.causal_lm.generation_config = own
     log.warning(
-        "%s: while generating, the model's logits differ from those that it is trained on by a factor of %.0e",
+        "%s: generation logits differ from training logits by %.0e (relative) however it is decoded: importance ratios are off",
         policy.source, error,
     )  # fmt: skip
     return Decoding("none" if most_together == "none" else "equal")

@@ -269,14 +269,14 @@ class Engine:
     # Texts
 
     def _is_chat(self, batch: Batch, prompt: int) -> bool:
-        """Tell whether a prompt was encoded by the chat template; one whose source the batch doesn't hold counts as a text."""
+        """Tell whether a prompt was encoded with the chat template. One whose source isn't in the batch counts as plain text."""
         source = batch.prompts[prompt] if batch.prompts else ""
         return not isinstance(source, str) or (
             bool(source) and TextOptions.saved_with(self.policy.tokenizer).wrap == "chat"
         )
 
     def _text(self, draw: _Draw, ids: list[int]) -> str:
-        """Decode a completion: of a chat as a text by itself; else as a continuation, whose leading blank is kept."""
+        """Return a completion's text: decoded alone after a chat; as a continuation of a text prompt, its leading space kept."""
         return str(self.policy.tokenizer.decode(ids)) if draw.chat else self._pieces.text_of(ids)
 
     @cached_property

@@ -205,7 +205,7 @@ class Drawing(LogitsProcessor):
         return scores.fill_(-torch.inf).scatter_(1, tokens[:, None], 0.0)  # a copy that the loop made for this
 
     def columns(self) -> tuple[list[int], list[list[int]], list[list[float]], list[list[float]], list[list[float]]]:
-        """Return per row its length, and its ids, `logprobs`, `raw_logprobs` and `kept_mass`, which continue behind its end."""
+        """Return per row its length in tokens, and ids, `logprobs`, `raw_logprobs` and `kept_mass` of every step, filler too."""
 
         def column(name: str) -> list[list[Any]]:
             return torch.stack([getattr(step, name) for step in self._steps], dim=1).tolist()

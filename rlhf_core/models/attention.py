@@ -67,7 +67,7 @@ class OptimizedAttention:
             dtype: of the matrix products.
 
         Raises:
-            ConfigError: `flash` was asked for and can't run here.
+            ConfigError: `wanted` is `flash`, which this device or dtype can't run.
         """
         if wanted in ("sdpa", "eager"):
             return cls(wanted, "as asked")
@@ -249,11 +249,11 @@ def _check_plain(attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
     """Raise ValueError where a layer's attention is more than segments describe: its own mask, a bias, a soft cap, sinks."""
     extra = [name for name, value in kwargs.items() if isinstance(value, Tensor) and name not in _HARMLESS]
     if kwargs.get("softcap") is not None:
-        extra.append("softcap")
+        extra.append("a soft cap")
     if attention_mask is not None and attention_mask.numel() > 1:
-        extra.append("a mask of its own")
+        extra.append("a mask built by the model")
     if extra:
-        raise ValueError(f"packed rows can't have attention with {extra[0]}")
+        raise ValueError(f"the packed layout doesn't support attention with {extra[0]}")
 
 
 def _register(base: str) -> None:

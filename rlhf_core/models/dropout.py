@@ -75,8 +75,8 @@ def disable_dropout(module: nn.Module, *, adapters: bool, context: Callable[[], 
         How many submodules draw.
     """
     allow_dropout(module)
-    spared = set() if adapters else _adapter_parts(module)
-    plain = [part for part in module.modules() if isinstance(part, _DropoutNd) and part not in spared]
+    ignored = set() if adapters else _adapter_parts(module)
+    plain = [part for part in module.modules() if isinstance(part, _DropoutNd) and part not in ignored]
     _mark(set(plain))
     found: set[nn.Module] = {part for part in plain if part.p > 0}
     modes = [(part, part.training) for part in module.modules()]
@@ -86,7 +86,7 @@ def disable_dropout(module: nn.Module, *, adapters: bool, context: Callable[[], 
         with torch.enable_grad(), torch.compiler.set_stance("force_eager"), context():
             for model in _networks(module):
                 with within_products(model):
-                    found |= _mark_drawing(model, spared)
+                    found |= _mark_drawing(model, ignored)
     finally:
         state.restore()
         for part, mode in modes:
@@ -94,12 +94,12 @@ def disable_dropout(module: nn.Module, *, adapters: bool, context: Callable[[], 
     return len(found)
 
 
-def _mark_drawing(model: nn.Module, spared: set[nn.Module]) -> set[nn.Module]:
+def _mark_drawing(model: nn.Module, ignored: set[nn.Module]) -> set[nn.Module]:
     """Mark submodules that draw until none is left, compare training with evaluation, and warn where they differ.
 
     Args:
         model: a transformers or peft model.
-        spared: submodules that may draw, and aren't marked.
+        ignored: submodules that may draw random numbers, and aren't marked.
 
     Returns:
         The submodules that drew.
@@ -109,7 +109,7 @@ def _mark_drawing(model: nn.Module, spared: set[nn.Module]) -> set[nn.Module]:
     try:
         for _ in range(_ROUNDS):
             set_training(model)
-            drawing = _draws(model) - spared
+            drawing = _draws(model) - ignored
             found |= drawing
             # A marked module that still draws has submodules that no hook sees, so all of these are marked next.
             parts = {part for drawn in drawing for part in (drawn.modules() if drawn in marked else (drawn,))} - marked
@@ -117,7 +117,7 @@ def _mark_drawing(model: nn.Module, spared: set[nn.Module]) -> set[nn.Module]:
                 break
             _mark(parts)
             marked |= parts
-        for part in spared:
+        for part in ignored:
             part.training = False
         trained = _forward(model).detach()
         model.eval()
@@ -125,7 +125,9 @@ def _mark_drawing(model: nn.Module, spared: set[nn.Module]) -> set[nn.Module]:
     except Exception as error:
         # A model that fails on these plain inputs may still be one that trains.
         log.warning(
-            "can't tell whether this model draws random numbers in training (%s: %s)", type(error).__name__, error
+            "couldn't measure this model's dropout (%s: %s): if it has any, log-probabilities are noisy in training",
+            type(error).__name__,
+            error,
         )
         return found
     parameter = next(model.parameters())

@@ -93,14 +93,12 @@ class HeadFiles:
             ModelError: there is no such kind.
         """
         if description["head"] not in SCALAR_HEADS:
-            raise self.unknown(f"head {description['head']}", f"known heads are {', '.join(SCALAR_HEADS)}")
+            raise self.unsupported(f"head {description['head']}", f"known heads are {', '.join(SCALAR_HEADS)}")
         return SCALAR_HEADS[description["head"]](description["width"])
 
-    def unknown(self, got: str, fix: str) -> ModelError:
+    def unsupported(self, got: str, fix: str) -> ModelError:
         """Return the error of a description with a value that this version can't read."""
-        return ModelError(
-            "the file describes a head that can't be read", place=str(self.description_file), got=got, fix=fix
-        )
+        return ModelError("the head's description isn't supported", place=str(self.description_file), got=got, fix=fix)
 
     def load_into(self, head: nn.Module) -> None:
         """Load the tensors into a head in place.

@@ -111,4 +111,4 @@ def wrong_kind(given: object, *, wanted: type, allowed: str) -> ModelError:
     fix = f"pass a path, or {allowed}"
     if hasattr(given, "config") and hasattr(given, "get_input_embeddings"):
         fix = "wrap it with its tokenizer: `PolicyModel(model, tokenizer)`"
-    return ModelError(f"the given object can't be used as a {wanted.__name__}", place="model", got=kind, fix=fix)
+    return ModelError(f"a {kind} can't be used as a {wanted.__name__}", place="model", got=kind, fix=fix)

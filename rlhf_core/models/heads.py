@@ -47,7 +47,7 @@ class LinearHead(nn.Module):
     def __init__(self, width: int, *, bias: bool = False) -> None:
         super().__init__()
         self.width = width
-        self.outer = nn.Linear(width, 1, bias=bias)
+        self.outer = nn.Linear(width, 1, bias=bias)  # the name in saved files, as in `TwoLayerHead`
 
     @classmethod
     def like(cls, layer: nn.Linear) -> LinearHead:

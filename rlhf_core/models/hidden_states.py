@@ -16,7 +16,7 @@ from rlhf_core.models.layout import Layout
 class HiddenStates:
     """The last hidden states of one forward pass over a batch.
 
-    Pass them to all that stands on the same backbone (`policy.token_logps(batch, states=states)`), which is then forwarded once.
+    Pass them to every head on the same backbone (`policy.token_logps(batch, states=states)`), which is then forwarded once.
 
     Axes: N positions of the forward pass, R responses, T response tokens, S chosen tokens, D width.
     """

@@ -39,7 +39,7 @@ class Segment:
 class Segments(tuple[Segment, ...]):
     """The segments that cover a packed row in order, and the plans that attention kernels make from them once for all layers."""
 
-    def plan(self, make: Callable[[Segments, torch.device], PlanT], device: torch.device) -> PlanT:
+    def cached_plan(self, make: Callable[[Segments, torch.device], PlanT], device: torch.device) -> PlanT:
         """Return `make(self, device)`, made once: later calls return the same object."""
         plans: dict[Any, Any] = self.__dict__.setdefault("plans", {})
         key = (make, device)

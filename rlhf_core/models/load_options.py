@@ -47,7 +47,7 @@ def reading_options(options: LoadOptions, *, may_be_quantised: bool = True) -> d
     """Check options and return the arguments of `load_model` that follow from them.
 
     Args:
-        may_be_quantised: whether this kind of model may stand on a quantised base.
+        may_be_quantised: whether this kind of model may use a quantised base.
 
     Raises:
         TypeError: there is no option of that name.
@@ -85,7 +85,7 @@ def refuse_quantised(lora: LoraConfig | None) -> None:
     """Raise `ConfigError` for a quantised base: the export has the adapter merged in, which would be rounded to 4 or 8 bits."""
     if lora is not None and lora.quantize != "none":
         raise ConfigError(
-            "reward and value models aren't trained on a quantised base",
+            "reward and value models can't be trained on a quantised base",
             place="lora.quantize",
             got=lora.quantize,
             fix="set `lora.quantize: none`",

@@ -216,7 +216,7 @@ def _put_adapters(
         wanted = wanted_targets(loaded.model, lora) if trained and lora is not None else None
         if not classifier and is_sequence_classifier(adapter):
             log.warning(
-                "%s was trained on a model that scores sequences: the updates of its layers are used, its head isn't",
+                "%s is an adapter of a sequence classifier: its layer updates are used, its head is ignored",
                 adapter,
             )
         adapted = put_on(loaded.model, adapter, base, classifier=classifier)

@@ -225,7 +225,7 @@ def _unknown_target(model: nn.Module, missing: str, names: Iterable[str], place:
         near = f"did you mean `{closest}`?"
     parameters = place.endswith("parameters")
     if place == "lora.target_modules" and (experts := _expert_parameters(model)):
-        near = "; ".join(filter(None, [near, f"experts are parameters here: {experts}"]))
+        near = "; ".join(filter(None, [near, f"this model's experts are parameters: {experts}"]))
     return ConfigError(f"the model has no {'parameter' if parameters else 'module'} `{missing}`", place=place, fix=near)
 
 
@@ -252,7 +252,7 @@ def _peft_error(model: nn.Module, modules: Iterable[str] | str, names: list[str]
     if option := re.search(r"ParamWrapper does not work with (lora_dropout|use_dora)", str(error)):
         value = {"lora_dropout": "lora.dropout: 0", "use_dora": "lora.use_dora: false"}[option[1]]
         return ConfigError(
-            "peft can't put these adapters on parameters, which the experts of this model are",
+            "peft can't add these LoRA adapters to parameters, which the experts of this model are",
             place=value.partition(":")[0],
             got=first_line(error),
             fix=f"set `{value}`, or name modules without experts in `lora.target_modules`",
@@ -268,11 +268,11 @@ def _peft_error(model: nn.Module, modules: Iterable[str] | str, names: list[str]
     }
     experts = _expert_parameters(model)
     return ConfigError(
-        "peft can't put these adapters on the model",
+        "peft can't add these LoRA adapters to the model",
         place="lora",
         got=got,
         fix=f"name modules of the model ({', '.join(sorted(fit)[:12])}) or a regular expression of whole names, or leave some out"
-        " by `lora.exclude_modules`" + (f"; experts are parameters here: {experts}" if experts else ""),
+        " by `lora.exclude_modules`" + (f"; this model's experts are parameters: {experts}" if experts else ""),
     )
 
 
@@ -300,7 +300,7 @@ def lora_difference(held: Any, wanted: LoraConfig) -> str | None:
         if option == "init_lora_weights" and found is True:
             found = "default"
         if found != asked:
-            return f"{option} {_as_text(found)} in the model, {_as_text(asked)} asked for"
+            return f"{option} {_as_text(found)} in the model, {_as_text(asked)} in the options"
     return None
 
 
@@ -334,7 +334,7 @@ class Targets:
             if odd := sorted(found ^ asked):
                 more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
                 where = "in the model, not" if odd[0] in found else "not in the model, but"
-                return f"{words.format(odd[0])}{more} {where} asked for"
+                return f"{words.format(odd[0])}{more} {where} in the options"
         return None
 
 

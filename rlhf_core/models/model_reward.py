@@ -82,8 +82,8 @@ class ModelReward(RewardFn, Generic[ModelT]):
         if not isinstance(model, cls.kind):
             raise wrong_kind(model, wanted=cls.kind, allowed=f"a {cls.kind.__name__}")
         precision = next(name for name, dtype in DTYPES.items() if dtype == model.precision)
-        about = {"path": model.source or "in memory", "precision": precision}
-        reward = cls(cls.Config.parse({**options, "model": about}))
+        model_options = {"path": model.source or "in memory", "precision": precision}
+        reward = cls(cls.Config.parse({**options, "model": model_options}))
         reward.check(model)
         reward.__dict__["model"] = model
         return reward
@@ -91,12 +91,12 @@ class ModelReward(RewardFn, Generic[ModelT]):
     @cached_property
     def model(self) -> ModelT:
         """The model that scores."""
-        about = self.config.model
+        model_config = self.config.model
         loaded: Any = self.kind.from_pretrained(  # type: ignore[attr-defined]
-            about.path,
+            model_config.path,
             device=DeviceManager().device,
-            precision=about.precision,
-            trust_remote_code=about.trust_remote_code,
+            precision=model_config.precision,
+            trust_remote_code=model_config.trust_remote_code,
             frozen=True,
         )
         self.check(loaded)

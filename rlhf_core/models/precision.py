@@ -34,7 +34,7 @@ def frozen_dtype_of(precision: str, frozen_precision: Precision) -> torch.dtype:
     """Return the dtype that frozen weights are held in, for the options `precision` and `frozen_precision`.
 
     Raises:
-        ConfigError: weights of 16 bits for products of 32.
+        ConfigError: 16-bit weights for float32 products.
     """
     if precision == "float32" and frozen_precision in ("bf16", "fp16"):
         # The words of the same check in `TrainerConfig`.
@@ -44,7 +44,7 @@ def frozen_dtype_of(precision: str, frozen_precision: Precision) -> torch.dtype:
 
 
 def narrow_frozen(network: Any, frozen_dtype: torch.dtype, *, product_dtype: torch.dtype) -> None:
-    """Hold a network's frozen weights in 16 bits where that changes nothing that is computed, in place.
+    """Hold a network's frozen weights in a 16-bit dtype, in place, where that changes nothing that is computed.
 
     Args:
         network: a transformers model, adapters inside it.
@@ -66,9 +66,9 @@ def narrow_frozen(network: Any, frozen_dtype: torch.dtype, *, product_dtype: tor
         _mark_narrowed(network, product_dtype)
         size = sum(parameter.nbytes for parameter, _ in plan)
         log.info(
-            "frozen weights: %s MiB, in %s where matrix products read them",
-            f"{size / 2**20:,.0f}",
+            "frozen weights of matrix products are held in %s (%s MiB in all)",
             str(frozen_dtype).removeprefix("torch."),
+            f"{size / 2**20:,.0f}",
         )
     return None
 
@@ -251,5 +251,5 @@ def _mark_narrowed(network: Any, product_dtype: torch.dtype) -> None:
 
 
 def _widened(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
-    """Forward hook of a narrowed embedding."""
+    """Forward hook of a 16-bit embedding: return its output in float32."""
     return output.float()

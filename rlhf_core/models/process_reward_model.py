@@ -25,7 +25,7 @@ class ProcessRewardModel(HeadedModel):
     Axes: R responses, T response tokens, S hidden states, D their width.
 
     Args:
-        backbone: what the head stands on.
+        backbone: the model whose hidden states the head scores.
         head: maps (S, D) to (S, 2): the log-odds that all steps up to this one are right, and the outcome's score.
         separator: text that ends a step.
     """
@@ -57,7 +57,7 @@ class ProcessRewardModel(HeadedModel):
 
         Raises:
             ModelError: the head is missing, or its width isn't the backbone's.
-            ConfigError: another separator is asked for than the checkpoint was trained with.
+            ConfigError: the checkpoint was trained with another separator.
         """
         reading = reading_options(options, may_be_quantised=False)
         files = cls.find_head(source, new_head=new_head, fix="train one: `rlhf train process_reward`")
@@ -83,8 +83,8 @@ class ProcessRewardModel(HeadedModel):
             seed: of a new head.
 
         Raises:
-            ModelError: it is something else.
-            ConfigError: it was trained with another separator.
+            ModelError: the object is neither.
+            ConfigError: the model was trained with another separator.
         """
         if isinstance(model, cls):
             model.check_separator(separator)
@@ -107,10 +107,10 @@ class ProcessRewardModel(HeadedModel):
         return {"separator": self.separator}
 
     def check_separator(self, separator: str | None) -> None:
-        """Check a wanted separator against the one that the model was trained with; None wants nothing.
+        """Check a wanted separator against the one that the model was trained with; None accepts any.
 
         Raises:
-            ConfigError: they differ.
+            ConfigError: the two differ.
         """
         if separator is not None and separator != self.separator:
             raise ConfigError(

@@ -121,7 +121,7 @@ class Reference:
         The distribution is softmax(logits / temperature). The batch is forwarded in micro-batches; the result is on its device.
 
         Raises:
-            ConfigError: they were precomputed with another temperature.
+            ConfigError: the log-probabilities were precomputed with another temperature.
             ModelError: a response wasn't among those that were precomputed.
         """
         if self.mode == "precompute":
@@ -142,13 +142,13 @@ class Reference:
         model = self.model
         function = model.token_logps if axis == "token" else model.response_logps
         function = functools.partial(function, temperature=temperature)
-        off = model.adapter_off() if self.mode == "adapter_off" else self._with_first_values()
+        off = model.adapter_off() if self.mode == "adapter_off" else self._initial_values()
         with evaluating(model), off:
             return batch_values(batch, function, axis=axis, cut=self._cut, device=model.device)
 
     @contextlib.contextmanager
-    def _with_first_values(self) -> Iterator[None]:
-        """Give the policy's trained parameters their first values inside the context, by exchanging tensors; gradients stay."""
+    def _initial_values(self) -> Iterator[None]:
+        """Swap the policy's trained parameters for their initial values inside the context; gradients are kept."""
         now = [parameter.data for parameter, _ in self._first_values]
         try:
             for parameter, start in self._first_values:

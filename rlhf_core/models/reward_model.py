@@ -31,7 +31,7 @@ class RewardModel(HeadedModel):
     Axes: R responses, K members, S hidden states, D their width.
 
     Args:
-        backbones: one that all heads stand on, or one per head.
+        backbones: one that all heads use, or one per head.
         heads: one per member; each maps (S, D) to (S, 1).
         centred: whether training pulled the scores of each pair towards a mean of 0. Otherwise a member's scores are defined up
             to a constant, so the scores of different members can't be compared.
@@ -44,7 +44,7 @@ class RewardModel(HeadedModel):
     ) -> None:
         super().__init__()
         if len(backbones) not in (1, len(heads)):
-            raise ValueError(f"{len(heads)} heads can't stand on {len(backbones)} backbones")
+            raise ValueError(f"{len(heads)} heads can't use {len(backbones)} backbones")
         self.backbones, self.heads, self.centred = nn.ModuleList(backbones), nn.ModuleList(heads), centred
 
     @classmethod
@@ -62,13 +62,13 @@ class RewardModel(HeadedModel):
 
         Args:
             members: how many members there must be; None takes the checkpoint's number, or one.
-            share_backbone: whether the members stand on one backbone; None takes what the checkpoint has, or one backbone.
+            share_backbone: whether the members use one backbone; None takes what the checkpoint has, or one backbone.
             new_head: whether a checkpoint without a head gets new ones, for training; else that is an error.
             seed: of new heads, from which each member's is derived.
 
         Raises:
             ModelError: the head is missing, or its width isn't the backbone's.
-            ConfigError: another number of members is asked for than the checkpoint has.
+            ConfigError: the checkpoint has another number of members.
         """
         reading = reading_options(options, may_be_quantised=False)
         files = HeadFiles.find(source, cls.head_name)
@@ -95,12 +95,12 @@ class RewardModel(HeadedModel):
         Args:
             model: a reward model, or a policy.
             members: how many members there must be; None takes the model's number, or one.
-            share_backbone: whether the members stand on one backbone; None takes what the model has, or one backbone.
+            share_backbone: whether the members use one backbone; None takes what the model has, or one backbone.
             seed: of new heads.
 
         Raises:
-            ModelError: it is something else.
-            ConfigError: it has another number of members, or shares backbones in another way.
+            ModelError: the object is neither.
+            ConfigError: the model has another number of members, or shares backbones in another way.
         """
         if isinstance(model, cls):
             model.check_members(members, share_backbone)
@@ -124,7 +124,7 @@ class RewardModel(HeadedModel):
         first = load_backbone(source, reading, has_head_files=True)
         about = files.describe(width=first.width, keys={"head": str, "members": int, "shared": bool})
         if not 1 <= about["members"] <= MOST_MEMBERS:
-            raise files.unknown(f"{about['members']} members", f"a model has 1 to {MOST_MEMBERS} members")
+            raise files.unsupported(f"{about['members']} members", f"a model has 1 to {MOST_MEMBERS} members")
         folders = [files.directory / f"member-{i}" for i in range(1, 1 if about["shared"] else about["members"])]
         backbones = [first, *(load_backbone(folder, reading, has_head_files=True) for folder in folders)]
         heads = [files.new_scalar_head(about) for _ in range(about["members"])]
@@ -145,7 +145,7 @@ class RewardModel(HeadedModel):
         if not isinstance(head, nn.Linear) or head.out_features != 1:
             got = f"{head.out_features} labels" if isinstance(head, nn.Linear) else f"{type(whole.network).__name__}"
             raise ModelError(
-                "only a decoder with one label is a reward model here",
+                "a sequence classifier must be a decoder with one label to be used as a reward model",
                 place=source,
                 got=got,
                 fix="use a checkpoint with `num_labels: 1` whose head is its last layer, `score`",
@@ -165,22 +165,21 @@ class RewardModel(HeadedModel):
         return len(self.heads)
 
     def check_members(self, members: int | None, share_backbone: bool | None) -> None:
-        """Check the number of members, and whether they share a backbone, against what is wanted; None wants nothing.
+        """Check the number of members, and whether they share a backbone, against what the options ask for; None accepts any.
 
         Raises:
-            ConfigError: they differ.
+            ConfigError: the model's differ.
         """
         if members is not None and members != self.members:
             raise ConfigError(
-                f"{members} members were asked for",
+                f"`ensemble.size` is {members}, but the model has {self.members} members",
                 place="ensemble.size",
-                got=f"a model of {self.members}",
                 fix=f"set `ensemble.size` to {self.members}, or start from a model without heads",
             )
         shared = len(self.backbones) == 1
         if share_backbone is not None and self.members > 1 and share_backbone != shared:
             raise ConfigError(
-                "the model's members stand on " + ("one backbone" if shared else "a backbone each"),
+                "the model's ensemble members have " + ("one backbone" if shared else "a backbone each"),
                 place="ensemble.share_backbone",
                 got=str(share_backbone).lower(),
                 fix="leave it out, or start from a model without heads",

@@ -46,7 +46,7 @@ class LengthClasses:
         return [torch.tensor(members, device=lengths.device) for _, members in sorted(classes.items())]
 
     def reset(self) -> None:
-        """Restore the frequencies of short sequences in place: those of the longest so far would be kept for shorter ones."""
+        """Restore the original frequencies in place: dynamic RoPE would keep those of a long sequence for shorter ones."""
         for module in self._modules:
             for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
                 prefix = name.removesuffix("max_seq_len_cached")

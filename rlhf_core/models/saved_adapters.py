@@ -66,7 +66,7 @@ def put_on(model: nn.Module, adapter: str, base: str, *, classifier: bool = Fals
         held = peft.PeftConfig.from_pretrained(adapter)
         _check_kind(held, adapter)
         if held.task_type == "SEQ_CLS" and not classifier:
-            _without_classifier(held, model)
+            _drop_classifier(held, model)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             adapted = peft.PeftModel.from_pretrained(model, adapter, config=held, is_trainable=True)
@@ -98,7 +98,7 @@ def fit_vocabulary(model: Any, adapter: str, tokens: int) -> bool:
     rows = model.get_input_embeddings().weight.shape[0]
     shapes = {name: tuple(entry.shape) for name, entry in read_header(adapter_weights(Path(adapter), adapter)).items()}
     parts = list(_vocabulary_parts(model))
-    saved = {part: [n for name, shape in shapes.items() if (n := _rows(name, shape, part))] for part, _ in parts}
+    saved = {part: [n for name, shape in shapes.items() if (n := _token_rows(name, shape, part))] for part, _ in parts}
     wanted = max((n for found in saved.values() for n, _ in found), default=rows)
     if wanted == rows and tokens <= rows:
         return False
@@ -171,21 +171,21 @@ def describe_adapter(adapted: Any) -> str:
 
 
 def _check_kind(held: Any, adapter: str) -> None:
-    """Raise ModelError for an adapter that isn't part of the network's layers: it would be lost where the backbone is called.
+    """Raise ModelError for an adapter that works only in peft's own forward pass: the backbone is called directly.
 
     Args:
         held: peft's config of the adapter. adapter: its directory.
     """
     if held.is_prompt_learning or getattr(held, "alora_invocation_tokens", None) or held.peft_type == "XLORA":
         raise ModelError(
-            "adapters of this kind aren't part of the model's layers and can't be used here",
+            "this kind of adapter isn't supported: it changes the model's inputs or forward pass, not its layers",
             place=adapter,
             got="activated LoRA" if held.peft_type == "LORA" else str(getattr(held.peft_type, "value", held.peft_type)),
-            fix="use a LoRA adapter, or a model that it was folded into",
+            fix="use a LoRA adapter, or merge this one into its base first",
         )
 
 
-def _without_classifier(held: Any, model: nn.Module) -> None:
+def _drop_classifier(held: Any, model: nn.Module) -> None:
     """Change peft's config of a sequence classifier's adapter, in place, to that of an adapter on a model without that head."""
     held.task_type = "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else "FEATURE_EXTRACTION"
     if getattr(held, "modules_to_save", None):
@@ -208,7 +208,7 @@ def _not_folded(place: str, got: str) -> ModelError:
         "the adapter can't be folded into its base without changing the model's outputs",
         place=place,
         got=got,
-        fix="set `adapter: continue`, which leaves it as it is",
+        fix="set `adapter: continue`, which keeps the adapter separate",
     )
 
 
@@ -216,7 +216,7 @@ def _not_folded(place: str, got: str) -> ModelError:
 
 
 def _vocabulary_parts(model: Any) -> Iterator[tuple[str, bool]]:
-    """Yield the full names of a model's embeddings and output layer, each with whether its weights aren't the other's."""
+    """Yield (full name, whether its weights are its own) of the embeddings, and of the output layer where there is one."""
     names = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
     first, last = model.get_input_embeddings(), model.get_output_embeddings()
     yield names[id(first)], True
@@ -224,7 +224,7 @@ def _vocabulary_parts(model: Any) -> Iterator[tuple[str, bool]]:
         yield names[id(last)], last.weight is not first.weight
 
 
-def _rows(name: str, shape: tuple[int, ...], part: str) -> tuple[int, bool] | None:
+def _token_rows(name: str, shape: tuple[int, ...], part: str) -> tuple[int, bool] | None:
     """Return for how many tokens an adapter's tensor has rows, and whether it is the whole matrix and no update of it.
 
     Args:

@@ -269,7 +269,7 @@ def attend_in_padded_rows(
     Only attention is padded; all other layers run on the packed row. Segments without a prefix need no mask, so PyTorch may
     choose its own flash kernel for them. Arguments and result: as `attend_each_segment`.
     """
-    plan = segments.plan(PaddedPlan.make, query.device)
+    plan = segments.cached_plan(PaddedPlan.make, query.device)
     queries, keys, values = (_token_rows(x) for x in (query, key, value))
     queries = take(queries, plan.queries, Readers(plan.place))
     keys, values = _take_both(keys, values, plan.keys, plan.key_readers)
@@ -366,7 +366,7 @@ def attend_varlen(
             aligned to the end of the keys.
     """
     attend: Callable[..., Tensor] = kernel or importlib.import_module("flash_attn").flash_attn_varlen_func
-    plan = segments.plan(VarlenPlan.make, query.device)
+    plan = segments.cached_plan(VarlenPlan.make, query.device)
     queries, keys, values = (_token_rows(x) for x in (query, key, value))
     if plan.keys is not None:
         keys, values = _take_both(keys, values, plan.keys, plan.key_readers)

@@ -171,15 +171,15 @@ class SequenceModel(nn.Module):
         """Measure how the model may be forwarded, so that an unusable model is refused before anything is trained.
 
         Raises:
-            ModelError: its own hidden states can't be reproduced, or not in the layout that was asked for.
+            ModelError: the network's hidden states can't be reproduced, or not in the layout of the options.
         """
         _ = self.probe_result
 
     def _put_adapter(self, lora: LoraConfig) -> None:
-        """Put a fresh adapter on the model, or accept the one that it has where the options describe it.
+        """Add a new LoRA adapter, or keep the existing one if it matches the options.
 
         Raises:
-            ConfigError: another adapter is on the network, or the options describe another one than the model has.
+            ConfigError: another model put an adapter on the network, or the options differ from the existing adapter's.
         """
         if not self.has_adapter:
             if any(hasattr(module, "adapter_layer_names") for module in self.network.modules()):
@@ -311,7 +311,8 @@ class SequenceModel(nn.Module):
             ModelError: the model has no adapter.
         """
         if not self.has_adapter:
-            raise ModelError("the model has no adapter to switch off", place=self.source)
+            fix = "use a model with a LoRA adapter, or call it without `adapter_off`"
+            raise ModelError("the model has no adapter to switch off", place=self.source, fix=fix)
         with self.model.disable_adapter():  # type: ignore[operator]
             yield
 

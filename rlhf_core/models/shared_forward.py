@@ -80,7 +80,7 @@ class SharedForward:
         """What was measured about the network, once: how it may be forwarded, and what comes out.
 
         Raises:
-            ModelError: its own hidden states can't be reproduced, or not in the layout that was asked for.
+            ModelError: the network's hidden states can't be reproduced, or not in the layout of the options.
         """
         if self._probed is None:
             self._probed = self._probe()
@@ -169,14 +169,14 @@ class SharedForward:
             )
         except NotReproduced as error:
             raise ModelError(
-                "the model's own hidden states can't be reproduced, so it can't be trained here",
+                "the forward passes of this framework don't reproduce the model's hidden states, so the model isn't supported",
                 place=self.source,
                 got=f"{type(self.network).__name__}: {error}",
-                fix="report it with the model's configuration",
+                fix="report the model's config.json as an issue",
             ) from None
         except FAILURES as error:
             raise ModelError(
-                "the model can't be run on plain token ids",
+                "the model's forward pass fails on token ids alone",
                 place=self.source,
                 got=f"{type(self.network).__name__}: {describe_error(error, lines=2)}",
                 fix="use a causal language model over text",
@@ -258,7 +258,7 @@ def _attention_for(network: Any, wanted: Kernel, dtype: torch.dtype) -> Optimize
     """Choose the attention kernel for a network on its device; a network without SDPA has `eager`.
 
     Raises:
-        ConfigError: `flash` was asked for and can't run here, or the network has no attention through it.
+        ConfigError: `wanted` is `flash`, which the device, dtype or network can't run.
     """
     choice = OptimizedAttention.select(wanted, device=next(network.parameters()).device, dtype=dtype)
     if choice.kernel == "flash" and not getattr(network, "_supports_flash_attn", False):

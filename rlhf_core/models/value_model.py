@@ -31,7 +31,7 @@ class ValueModel(HeadedModel):
     then begin as returns, and on a shared backbone the first gradient of values moves the head alone.
 
     Args:
-        backbone: what the head stands on; a policy, for a backbone that is shared with it.
+        backbone: the model whose hidden states the head scores; a policy, for a backbone that is shared with it.
         head: maps (S, D) to (S, 1).
     """
 
@@ -90,7 +90,7 @@ class ValueModel(HeadedModel):
             seed: of a new head.
 
         Raises:
-            ModelError: it is something else.
+            ModelError: the object is none of these.
             ConfigError: `reward` for a reward model of several members, which has no single head to start from.
         """
         if isinstance(model, cls):

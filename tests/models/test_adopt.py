@@ -48,7 +48,7 @@ def test_a_policy_becomes_a_reward_model_on_its_own_backbone(policy: PolicyModel
 
 
 def test_what_contradicts_the_model_is_refused(policy: PolicyModel) -> None:
-    with pytest.raises(ConfigError, match="3 members were asked for"):
+    with pytest.raises(ConfigError, match=r"`ensemble\.size` is 3, but the model has"):
         RewardModel.adopt(RewardModel.on(policy.without_head()), members=3)
     with pytest.raises(ConfigError, match="another separator"):
         ProcessRewardModel.adopt(ProcessRewardModel.on(policy.without_head()), separator="##")

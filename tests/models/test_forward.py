@@ -226,7 +226,7 @@ def test_no_layer_makes_the_host_wait(attend: str, monkeypatch: pytest.MonkeyPat
 def test_gradients_of_shared_keys_are_rounded_once(responses: int) -> None:
     layout = packed_layout(random_batch(2, responses))
     assert layout.segments is not None
-    plan = layout.segments.plan(segment_attention.PaddedPlan.make, torch.device("cpu"))
+    plan = layout.segments.cached_plan(segment_attention.PaddedPlan.make, torch.device("cpu"))
     torch.manual_seed(0)
     x = torch.randn(layout.num_positions, 2, 16).bfloat16().requires_grad_()
     taken = segment_attention.take(x, plan.keys, plan.key_readers)

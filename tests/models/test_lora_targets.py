@@ -137,11 +137,11 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "an expression": (
         {"target_modules": ".*nothing"},
-        r"lora: peft can.t put .*got .*\.\*nothing.*fix: name modules",
+        r"lora: peft can.t add .*got .*\.\*nothing.*fix: name modules",
     ),
     "no such kind": (
         {"target_modules": ["input_layernorm"]},
-        r"lora: peft can't put .*LlamaRMSNorm.* is not supported",
+        r"lora: peft can't add .*LlamaRMSNorm.* is not supported",
     ),
     "no expression": (
         {"target_modules": "*_proj"},
@@ -195,7 +195,7 @@ def test_experts_are_pointed_to_as_parameters(models: dict[str, Path]) -> None:
     ("options", "fix"), [({"dropout": 0.1}, "lora.dropout: 0"), ({"use_dora": True}, "lora.use_dora: false")]
 )
 def test_what_peft_doesnt_do_for_experts_is_told(models: dict[str, Path], options: Any, fix: str) -> None:
-    with pytest.raises(ConfigError, match=rf"on parameters, which the experts of this model are.*fix: set `{fix}`"):
+    with pytest.raises(ConfigError, match=rf"to parameters, which the experts of this model are.*fix: set `{fix}`"):
         PolicyModel.from_pretrained(models["mixtral"], lora=LoraConfig(**options))
     options |= {"target_modules": ["q_proj", "k_proj"]}
     assert PolicyModel.from_pretrained(models["mixtral"], lora=LoraConfig(**options)).has_adapter
@@ -240,25 +240,25 @@ def test_a_layer_that_computes_wider_than_its_weights_is_tried() -> None:
 OTHER: dict[str, tuple[dict[str, Any], str]] = {
     "more modules": (
         {"target_modules": ["q_proj", "v_proj"]},
-        r"on `.*v_proj` and 1 more not in the model, but asked for",
+        r"on `.*v_proj` and 1 more not in the model, but in the options",
     ),
     "fewer": (
         {"target_modules": r".*\.1\..*q_proj"},
-        r"on `model.layers.0.self_attn.q_proj` in the model, not asked for",
+        r"on `model.layers.0.self_attn.q_proj` in the model, not in the options",
     ),
-    "all": ({"target_modules": "all-linear"}, r"and 11 more not in the model, but asked for"),
+    "all": ({"target_modules": "all-linear"}, r"and 11 more not in the model, but in the options"),
     "excluded": (
         {"target_modules": "q_proj", "exclude_modules": "layers.0.self_attn.q_proj"},
-        r"layers.0.* not asked for",
+        r"layers.0.* not in the options",
     ),
     "whole": (
         {"modules_to_save": ["lm_head"], "target_modules": "q_proj"},
         r"`lm_head` trained whole not in the model",
     ),
     "a slip": ({"target_modules": ["q_prj"]}, r"no module `q_prj`; fix: did you mean `q_proj`"),
-    "DoRA": ({"use_dora": True}, r"use_dora false in the model, true asked for"),
-    "rsLoRA": ({"use_rslora": True}, r"use_rslora false in the model, true asked for"),
-    "start": ({"init_lora_weights": "gaussian"}, r"init_lora_weights default in the model, gaussian asked for"),
+    "DoRA": ({"use_dora": True}, r"use_dora false in the model, true in the options"),
+    "rsLoRA": ({"use_rslora": True}, r"use_rslora false in the model, true in the options"),
+    "start": ({"init_lora_weights": "gaussian"}, r"init_lora_weights default in the model, gaussian in the options"),
 }
 
 

@@ -201,10 +201,10 @@ def test_other_numbers_of_labels_and_members_are_told(causal: Path, tmp_path: Pa
     config.num_labels = 3
     LlamaForSequenceClassification(config).save_pretrained(tmp_path / "three")
     tiny_tokenizer().save_pretrained(tmp_path / "three")
-    with pytest.raises(ModelError, match="one label is a reward model here; got 3 labels"):
+    with pytest.raises(ModelError, match="one label to be used as a reward model; got 3 labels"):
         RewardModel.from_pretrained(tmp_path / "three")
     RewardModel.from_pretrained(causal, new_head=True, members=2).save_pretrained(tmp_path / "two")
-    with pytest.raises(ConfigError, match="5 members were asked for"):
+    with pytest.raises(ConfigError, match="is 5, but the model has"):
         RewardModel.from_pretrained(tmp_path / "two", members=5)
 
 
@@ -240,7 +240,7 @@ def test_damaged_notes_on_the_head_are_told(causal: Path, tmp_path: Path) -> Non
     for text, said in (
         ("{", "reward_head.json can.t be read"),
         (json.dumps({**good, "format": 2}), "is of another format; got 2 for 1"),
-        (json.dumps({**good, "members": 10**9}), "describes a head that can't be read"),
+        (json.dumps({**good, "members": 10**9}), "the head's description isn't supported"),
         (json.dumps({name: value for name, value in good.items() if name != "shared"}), "lacks `shared`"),
     ):
         notes.write_text(text)
@@ -273,7 +273,7 @@ def test_an_unknown_option_is_told_before_a_model_is_loaded(kind: Any) -> None:
 
 
 def test_a_quantised_base_is_refused(causal: Path) -> None:
-    with pytest.raises(ConfigError, match="aren't trained on a quantised base"):
+    with pytest.raises(ConfigError, match="can't be trained on a quantised base"):
         RewardModel.from_pretrained(causal, new_head=True, lora=LoraConfig(quantize="4bit"))
 
 

@@ -290,7 +290,7 @@ def test_what_can_be_no_start_is_refused(causal: Path, reward: Path, tmp_path: P
         ValueModel.adopt(policy, head="reward")
     with pytest.raises(ModelError, match="got ProcessRewardModel"):
         ValueModel.adopt(ProcessRewardModel.adopt(policy))
-    with pytest.raises(ConfigError, match="aren't trained on a quantised base"):
+    with pytest.raises(ConfigError, match="can't be trained on a quantised base"):
         ValueModel.from_pretrained(causal, new_head=True, lora=LoraConfig(quantize="4bit"))
     with pytest.raises(TypeError, match="unexpected keyword argument 'bogus'"):
         ValueModel.from_pretrained("nowhere", bogus=1)  # type: ignore[call-arg]
@@ -302,7 +302,7 @@ def test_a_damaged_head_is_told(causal: Path, tmp_path: Path) -> None:
     good = json.loads(notes.read_text())
     for changed, said in (
         ({"width": 64}, "the value head doesn't fit the backbone.*a head of width 64 for a backbone of 32"),
-        ({"head": "odd"}, "describes a head that can't be read; got head odd"),
+        ({"head": "odd"}, "the head's description isn't supported; got head odd"),
         ({"format": 2}, "is of another format"),
     ):
         notes.write_text(json.dumps(good | changed))

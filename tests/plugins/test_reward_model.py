@@ -148,7 +148,7 @@ def test_an_ensemble_learns_ranks_and_doubts(tmp_path: Path) -> None:
     again = RewardModelTrainer(config.updated(max_steps=1), model=output / "model", data=rows, eval_data=rows[:60])
     assert again.train().eval_metrics["eval_accuracy"] > 0.75
     wrong = config.updated(ensemble={"size": 2})
-    with pytest.raises(ConfigError, match="2 members were asked for"):
+    with pytest.raises(ConfigError, match="is 2, but the model has"):
         RewardModelTrainer(wrong, model=output / "model", data=rows).train()
 
 
@@ -172,7 +172,7 @@ def test_a_model_passed_in_keeps_its_members_or_is_refused() -> None:
         return built(RewardModelTrainer, model=model, ensemble=ensemble).reward
 
     assert adopt(bootstrap=True) is model and adopt(size=2, share_backbone=True) is model
-    with pytest.raises(ConfigError, match="3 members were asked for; got a model of 2"):
+    with pytest.raises(ConfigError, match="is 3, but the model has 2 members"):
         adopt(size=3)
     with pytest.raises(ConfigError, match="the model's members stand on one backbone"):
         adopt(share_backbone=False)
