@@ -21,7 +21,7 @@ from rlhf_core.contracts.trainer import FROZEN, TRAINED, Loss, Role, Trainer
 from rlhf_core.infra.errors import ConfigError, ModelError, PluginError, RLHFError
 from rlhf_core.models import PolicyModel, RewardModel, ValueModel
 from rlhf_core.testing.arithmetic_task import ArithmeticTask
-from rlhf_core.testing.interrupted_runs import Interrupted, interruptible, metrics_of, require_same_run
+from rlhf_core.testing.interrupted_runs import StoppedEarly, interruptible, metrics_of, require_same_run
 from rlhf_core.testing.tiny import save_tiny, tiny_model, tiny_tokenizer
 from rlhf_core.testing.workbench import Workbench
 from rlhf_core.training.disk_space import disk_need_of_files
@@ -263,7 +263,7 @@ def test_a_teacher_in_memory_is_known_by_its_weights(paths: dict[str, Path], tmp
     kind: Any = interruptible(type("Given", (Building,), {"made": staticmethod(made)}))
     trainer = trainer_of(paths, tmp_path / "run", kind, checkpoint={"every": 1})
     trainer.stop_after = 1
-    with pytest.raises(Interrupted):
+    with pytest.raises(StoppedEarly):
         trainer.train()
     assert trainer.models["teacher"] is teacher and not any(p.requires_grad for p in teacher.parameters())
     with torch.no_grad():
@@ -414,7 +414,7 @@ def test_several_trained_models_resume_and_load_again(paths: dict[str, Path], tm
     trainer.train()
     broken = trainer_of(paths, tmp_path / "broken", kind, **options)
     broken.stop_after = 3
-    with pytest.raises(Interrupted):
+    with pytest.raises(StoppedEarly):
         broken.train()
     trainer_of(paths, tmp_path / "broken", kind, **options).train(resume=True)
     require_same_run(tmp_path / "broken", tmp_path / "whole")
@@ -440,7 +440,7 @@ def test_a_model_that_was_swapped_is_refused_on_a_resume(paths: dict[str, Path],
     kind = interruptible(RolesTrainer)
     trainer = trainer_of(copied, tmp_path / "run", kind, checkpoint={"every": 1}, **options)
     trainer.stop_after = 1
-    with pytest.raises(Interrupted):
+    with pytest.raises(StoppedEarly):
         trainer.train()
     shape = {"hidden": 48, "heads": 2, "kv_heads": 1} if role == "teacher" else SMALL
     save_tiny(tmp_path / role, seed=99, **shape)

@@ -16,7 +16,7 @@ from rlhf_core.contracts.batch import Batch
 from rlhf_core.contracts.trainer import Window
 from rlhf_core.infra.errors import NumbersError, PluginError
 from rlhf_core.testing import simulate
-from rlhf_core.testing.interrupted_runs import Interrupted, interruptible, require_same_run
+from rlhf_core.testing.interrupted_runs import StoppedEarly, interruptible, require_same_run
 from rlhf_core.training.context import RunContext
 from rlhf_core.training.distribution import Distribution
 
@@ -156,7 +156,7 @@ def test_dynamic_sampling_resumes_exactly(tmp_path: Path) -> None:
     toy(tmp_path / "whole", **options).train()
     broken = toy(tmp_path / "broken", **options)
     broken.stop_after = 4  # type: ignore[attr-defined]
-    with pytest.raises(Interrupted):
+    with pytest.raises(StoppedEarly):
         broken.train()
     toy(tmp_path / "broken", **options).train(resume=True)
     require_same_run(tmp_path / "broken", tmp_path / "whole")
