@@ -82,7 +82,7 @@ class OptimizedAttention:
 
 
 def _flash_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return why flash-attn can't run here, or None where it can."""
+    """Return why flash-attn can't run on a device in a dtype, or None where it can."""
     if device.type != "cuda":
         return f"the device is {device.type}, and it needs CUDA"
     if dtype not in (torch.float16, torch.bfloat16):

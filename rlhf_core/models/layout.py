@@ -1,8 +1,8 @@
 """How a batch is laid out for one forward pass: packed end to end with shared prompts, or one padded row per response.
 
-Packed: every real token stands once in a single row. A prompt is followed directly by its first response, the two being one
+Packed: every real token is once in a single row. A prompt is followed directly by its first response, the two being one
 causal sequence; each further response of that prompt is a segment that sees the prompt's keys and values and then itself.
-Positions count as if each response stood alone behind its prompt, so hidden states equal those of separate rows.
+Positions count as if each response were alone behind its prompt, so hidden states equal those of separate rows.
 
 Axes: R responses, T response tokens, N tokens of the packed row, W width of padded rows, D width of hidden states.
 """
@@ -78,7 +78,7 @@ def packed_layout(batch: Batch, *, share_prompts: bool = True, drop_last: bool =
     """Lay a batch out in one row without padding.
 
     Args:
-        share_prompts: whether each prompt stands in the row once, or once per response.
+        share_prompts: whether each prompt is in the row once, or once per response.
         drop_last: leave out the last token of each response: its state predicts nothing that is scored.
     """
     prompt_lengths, response_lengths, owner = (

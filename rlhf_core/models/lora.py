@@ -1,4 +1,4 @@
-"""New LoRA adapters through peft: which modules and parameters the options stand for, and adapters on them."""
+"""New LoRA adapters through peft: which modules and parameters the options select, and adapters on them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 def apply_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
     """Freeze a model and put fresh adapters on it, which change nothing until they are trained; return the peft model.
 
-    peft decides which modules a target stands for. Adapters are float32, whatever dtype the base has.
+    peft decides which modules a target selects. Adapters are float32, whatever dtype the base has.
 
     Raises:
         ConfigError: peft can't use a target, or one of several names nothing in the model.
@@ -311,7 +311,7 @@ def _as_text(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Targets:
-    """What an adapter's options stand for in a model, as full names."""
+    """What an adapter's options select in a model, as full names."""
 
     adapted: frozenset[str]
     """Modules and parameters that have an adapter."""
@@ -339,7 +339,7 @@ class Targets:
 
 
 def wanted_targets(model: nn.Module, config: LoraConfig) -> Targets | None:
-    """Return what the targets in the options stand for in a model without adapters; None where the options set no targets.
+    """Return what the targets in the options select in a model without adapters; None where the options set no targets.
 
     Raises:
         ConfigError: a target names nothing in the model.

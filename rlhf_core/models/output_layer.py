@@ -27,7 +27,7 @@ SIZES = (0.01, 30.0, 1e4)
 """Standard deviations of the logits that are tried: below any cap, near one, and far beyond."""
 
 _MASKED = -1e9
-"""Logits at or below this stand for tokens that the model never gives."""
+"""Logits at or below this mark tokens that the model never generates."""
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class PolicyModel(SequenceModel):
         See `LoadOptions` and `TrainerConfig` for what the options do.
 
         Raises:
-            ModelError: it can't be loaded, or can't be used as a policy.
+            ModelError: the model can't be loaded, or can't be used as a policy.
             ConfigError: options don't suit each other or the model.
         """
         reading = reading_options(options)
@@ -51,7 +51,7 @@ class PolicyModel(SequenceModel):
         """Return a policy in memory as it is.
 
         Raises:
-            ModelError: it is something else than a policy.
+            ModelError: the object is no policy.
         """
         if not isinstance(model, cls):
             raise wrong_kind(model, wanted=cls, allowed="a PolicyModel")
@@ -139,7 +139,7 @@ class PolicyModel(SequenceModel):
         """Measure how the model may be forwarded, and its output layer, so that an unusable model is refused at the start.
 
         Raises:
-            ModelError: its own hidden states can't be reproduced; or see `output_layer`.
+            ModelError: the network's hidden states can't be reproduced; or see `output_layer`.
         """
         _ = self.output_layer
 

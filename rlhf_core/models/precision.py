@@ -103,7 +103,7 @@ def narrowed_copy(model: Any, frozen_dtype: torch.dtype, *, product_dtype: torch
 
 
 def has_narrow_constants(network: nn.Module) -> bool:
-    """Tell whether a network loaded in 16 bits has buffers of 16 bits that no checkpoint holds: constants that were rounded."""
+    """Tell whether a network loaded in a 16-bit dtype has 16-bit buffers that no checkpoint holds: rounded constants."""
     saved = network.state_dict().keys()
     return any(name not in saved and buffer.dtype in _NARROW for name, buffer in network.named_buffers())
 

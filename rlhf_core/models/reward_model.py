@@ -120,7 +120,7 @@ class RewardModel(HeadedModel):
 
     @classmethod
     def _saved(cls, files: HeadFiles, source: str | Path, reading: dict[str, Any]) -> Self:
-        """Load a reward model from its head files; further backbones stand in `member-1`, `member-2` … beside them."""
+        """Load a reward model from its head files; further backbones are in `member-1`, `member-2` … beside them."""
         first = load_backbone(source, reading, has_head_files=True)
         about = files.describe(width=first.width, keys={"head": str, "members": int, "shared": bool})
         if not 1 <= about["members"] <= MOST_MEMBERS:
@@ -138,7 +138,7 @@ class RewardModel(HeadedModel):
         """Load a transformers sequence classifier of one label as a reward model of one member.
 
         Raises:
-            ModelError: it has several labels, or a head of another shape.
+            ModelError: the classifier has several labels, or a head of another shape.
         """
         whole = SequenceModel.of(load_model(source, kind="classifier", **reading), source)
         head = trained_module(getattr(whole.network, "score", None))

@@ -7,9 +7,9 @@ functions give the same numbers up to rounding:
 - `attend_in_padded_rows`: segments as padded rows, in one or two calls; for a GPU without a variable-length kernel.
 - `attend_varlen`: one call of flash-attn's variable-length kernel, or of one with its signature.
 
-What the GPU ways need to know about the segments (where each token goes, which places read each key) is a plan made once per
+What the GPU ways need to know about the segments (where each token goes, which places copy each key) is a plan made once per
 forward pass and used by all layers, so the host never waits for the device. The gradients of a prompt's keys and values, which
-several responses read, are summed reader by reader in a fixed order, so they are deterministic; the backward pass of PyTorch's
+several responses read, are summed copy by copy in a fixed order, so they are deterministic; the backward pass of PyTorch's
 own indexing would sort all indices, or add in any order.
 
 Axes: H query heads, K key-value heads (K divides H), N tokens of the packed row, D head width, M places of padded queries.
@@ -96,83 +96,83 @@ def _suffix_mask(segment: Segment, device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Readers:
-    """Which places of a gathered tensor read each row of its source (N, ...): one place per row, and further ones for some."""
+class Copies:
+    """Which places of a gathered tensor copy each row of its source (N, ...), for a backward pass that sums in a fixed order."""
 
     first: Tensor
-    """(N,) long: a place that reads each row."""
+    """(N,) long: one place that copies each row."""
     rows: Tensor | None = None
-    """(n,) long: the rows that have further readers; None where no row has."""
+    """(n,) long: the rows that are copied more than once; None where there are none."""
     others: Tensor | None = None
-    """(n, G) long: the places of their further readers, 0 where a row has fewer than G."""
+    """(n, G) long: their other places, 0 where a row has fewer than G."""
     missing: Tensor | None = None
-    """(n, G, 1, 1) bool: True where a row has fewer than G further readers."""
+    """(n, G, 1, 1) bool: True where a row has fewer than G other places."""
 
 
-class _Take(torch.autograd.Function):
+class _Gather(torch.autograd.Function):
     """x[index] for rows of x (N, heads, D).
 
-    A row's gradient is the sum over its readers in their order, computed in float32 and rounded once. With `readers` None,
+    A row's gradient is the sum over its copies in their order, computed in float32 and rounded once. With `copies` None,
     `index` must name no row twice, and a row that it doesn't name has gradient 0.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, readers: Readers | None) -> Tensor:
-        ctx.index, ctx.readers, ctx.shape = index, readers, x.shape
+    def forward(ctx: Any, x: Tensor, index: Tensor, copies: Copies | None) -> Tensor:
+        ctx.index, ctx.copies, ctx.shape = index, copies, x.shape
         return x.index_select(0, index)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         """Return the gradient of x (N, heads, D) for that of x[index] (M, heads, D)."""
-        readers: Readers | None = ctx.readers
-        if readers is None:
+        copies: Copies | None = ctx.copies
+        if copies is None:
             return upstream.new_zeros(ctx.shape).index_copy_(0, ctx.index, upstream), None, None
-        total = upstream.index_select(0, readers.first)
-        if readers.rows is not None:
-            assert readers.others is not None and readers.missing is not None
-            further = upstream.index_select(0, readers.others.flatten()).unflatten(0, readers.others.shape)
-            further = further.masked_fill_(readers.missing, 0).sum(1, dtype=torch.float32)  # (n, heads, D)
-            together = further.add_(total.index_select(0, readers.rows)).to(total.dtype)
-            total.index_copy_(0, readers.rows, together)
+        total = upstream.index_select(0, copies.first)
+        if copies.rows is not None:
+            assert copies.others is not None and copies.missing is not None
+            further = upstream.index_select(0, copies.others.flatten()).unflatten(0, copies.others.shape)
+            further = further.masked_fill_(copies.missing, 0).sum(1, dtype=torch.float32)  # (n, heads, D)
+            together = further.add_(total.index_select(0, copies.rows)).to(total.dtype)
+            total.index_copy_(0, copies.rows, together)
         return total, None, None
 
 
-def take(x: Tensor, index: Tensor, readers: Readers | None) -> Tensor:
-    """Return x[index] for rows of x (N, heads, D), with gradients summed in a fixed order and rounded once; see `Readers`."""
-    return _Take.apply(x, index, readers)
+def gather_rows(x: Tensor, index: Tensor, copies: Copies | None) -> Tensor:
+    """Return x[index] for rows of x (N, heads, D), with gradients summed in a fixed order and rounded once; see `Copies`."""
+    return _Gather.apply(x, index, copies)
 
 
-def _take_both(keys: Tensor, values: Tensor, index: Tensor, readers: Readers | None) -> tuple[Tensor, Tensor]:
+def _gather_both(keys: Tensor, values: Tensor, index: Tensor, copies: Copies | None) -> tuple[Tensor, Tensor]:
     """Return keys[index] and values[index], taken in one operation where the two have one shape."""
     if keys.shape != values.shape:
-        return take(keys, index, readers), take(values, index, readers)
-    taken_keys, taken_values = take(torch.cat([keys, values], dim=1), index, readers).chunk(2, dim=1)
+        return gather_rows(keys, index, copies), gather_rows(values, index, copies)
+    taken_keys, taken_values = gather_rows(torch.cat([keys, values], dim=1), index, copies).chunk(2, dim=1)
     return taken_keys, taken_values
 
 
 def _places(index: Tensor, real: Tensor, tokens: int) -> Tensor:
-    """Return (N,) the one place at which each token really stands, for `index` (M,), each place's token, and `real` (M,) bool."""
+    """Return (N,) the one place of each token, for `index` (M,), each place's token, and `real` (M,) bool, False at padding."""
     places = torch.empty(tokens, dtype=torch.long)
     places[index[real]] = real.nonzero().squeeze(1)
     return places
 
 
-def _readers(first: Tensor, tokens: Tensor, places: Tensor, device: torch.device) -> Readers:
-    """Return the readers of N tokens.
+def _copies_of(first: Tensor, tokens: Tensor, places: Tensor, device: torch.device) -> Copies:
+    """Return the copies of N tokens.
 
     Args:
-        first: (N,) a place that reads each token.
-        tokens: (r,) the tokens of further reads. places: (r,) their places.
+        first: (N,) one place that copies each token.
+        tokens: (r,) the tokens of further copies. places: (r,) their places.
     """
     if not len(tokens):
-        return Readers(first.to(device, non_blocking=True))
+        return Copies(first.to(device, non_blocking=True))
     order = tokens.argsort(stable=True)
     rows, counts = tokens.unique(return_counts=True)
     real = torch.arange(int(counts.max())) < counts[:, None]  # (n, G)
     others = torch.zeros(real.shape, dtype=torch.long)
     others[real] = places[order]
-    return Readers(
+    return Copies(
         first.to(device, non_blocking=True),
         rows.to(device, non_blocking=True),
         others.to(device, non_blocking=True),
@@ -193,7 +193,7 @@ def _token_rows(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Grid:
-    """Segments as padded rows: which packed token stands at each place of a (rows, width) table."""
+    """Segments as padded rows: which packed token is at each place of a (rows, width) table."""
 
     rows: int
     width: int
@@ -213,13 +213,13 @@ class _Grid:
 
 @dataclass(frozen=True)
 class PaddedPlan:
-    """Which token stands at each place of the padded rows: first the segments without a prefix, then those with one."""
+    """Which token is at each place of the padded rows: first the segments without a prefix, then those with one."""
 
     queries: Tensor
     """(M,) long: the token of each query place."""
     keys: Tensor
-    """(M',) long: the token of each key place; a segment's prefix stands before the segment."""
-    key_readers: Readers
+    """(M',) long: the token of each key place; a segment's prefix comes before the segment."""
+    key_copies: Copies
     place: Tensor
     """(N,) long: the query place of each token."""
     whole: tuple[int, int]
@@ -253,7 +253,7 @@ class PaddedPlan:
         return cls(
             queries=queries.to(device, non_blocking=True),
             keys=all_keys.to(device, non_blocking=True),
-            key_readers=_readers(own_place, read, by, device),
+            key_copies=_copies_of(own_place, read, by, device),
             place=place.to(device, non_blocking=True),
             whole=(first.rows, first.width),
             suffixes=(own.rows, own.width, len(steps)),
@@ -271,8 +271,8 @@ def attend_in_padded_rows(
     """
     plan = segments.cached_plan(PaddedPlan.make, query.device)
     queries, keys, values = (_token_rows(x) for x in (query, key, value))
-    queries = take(queries, plan.queries, Readers(plan.place))
-    keys, values = _take_both(keys, values, plan.keys, plan.key_readers)
+    queries = gather_rows(queries, plan.queries, Copies(plan.place))
+    keys, values = _gather_both(keys, values, plan.keys, plan.key_copies)
     (rows, width), (suffixes, own, seen) = plan.whole, plan.suffixes
     places = rows * width
     outputs = []
@@ -286,7 +286,7 @@ def attend_in_padded_rows(
         k, v = (x[part].unflatten(0, (shape[0], shape[2])).transpose(1, 2) for x in (keys, values))
         outputs.append(_attend(q, k, v, mask, scale, dropout).transpose(1, 2).flatten(0, 1))
     found = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return take(found, plan.place, None)[None]
+    return gather_rows(found, plan.place, None)[None]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float) -> Tensor:
@@ -318,7 +318,7 @@ class VarlenPlan:
     """(segments + 1,) int32: where each segment's keys begin, and the end of the last."""
     keys: Tensor | None
     """(M',) long: the token of each key, a segment's prefix before it; None where no segment has a prefix."""
-    key_readers: Readers | None
+    key_copies: Copies | None
     longest: tuple[int, int]
     """Most queries and most keys of a segment."""
 
@@ -326,7 +326,7 @@ class VarlenPlan:
     def make(cls, segments: Segments, device: torch.device) -> VarlenPlan:
         """Compute the plan on the CPU and copy it to a device, without waiting for it."""
         ends = torch.tensor([(0, 0), *((s.length, s.keys) for s in segments)]).cumsum(0, dtype=torch.int32)
-        keys = readers = None
+        keys = copies = None
         if any(s.prefix_length for s in segments):
             tokens = [
                 torch.arange(first, first + length)
@@ -336,13 +336,13 @@ class VarlenPlan:
             lengths = torch.tensor([length for s in segments for length in (s.prefix_length, s.length)])
             own = torch.tensor([False, True]).repeat(len(segments)).repeat_interleave(lengths)
             keys = torch.cat(tokens)
-            readers = _readers(_places(keys, own, int(own.sum())), keys[~own], (~own).nonzero().squeeze(1), device)
+            copies = _copies_of(_places(keys, own, int(own.sum())), keys[~own], (~own).nonzero().squeeze(1), device)
             keys = keys.to(device, non_blocking=True)
         return cls(
             query_starts=ends[:, 0].contiguous().to(device, non_blocking=True),
             key_starts=ends[:, 1].contiguous().to(device, non_blocking=True),
             keys=keys,
-            key_readers=readers,
+            key_copies=copies,
             longest=(max(s.length for s in segments), max(s.keys for s in segments)),
         )
 
@@ -369,7 +369,7 @@ def attend_varlen(
     plan = segments.cached_plan(VarlenPlan.make, query.device)
     queries, keys, values = (_token_rows(x) for x in (query, key, value))
     if plan.keys is not None:
-        keys, values = _take_both(keys, values, plan.keys, plan.key_readers)
+        keys, values = _gather_both(keys, values, plan.keys, plan.key_copies)
     return attend(
         queries,
         keys,

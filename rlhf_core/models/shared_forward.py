@@ -43,7 +43,7 @@ class SharedForward:
         source: where the network came from, for messages.
 
     Raises:
-        ConfigError: `flash` attention can't be used here, or packed rows together with eager attention or compilation.
+        ConfigError: `flash` attention can't be used, or packed rows are combined with eager attention or compilation.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class SharedForward:
         return self._lengths.groups(batch.prompt_lengths[batch.owner] + batch.response_lengths)
 
     def _forward_together(self, batch: Batch, *, drop_last: bool) -> tuple[Tensor, Layout]:
-        """Return the hidden states (N, D) of one forward pass over a batch, and where each response's stand."""
+        """Return the hidden states (N, D) of one forward pass over a batch, and which of them belong to each response."""
         if self._lengths:
             self._lengths.reset()
             drop_last = False  # the last token counts in the length that decides

@@ -229,11 +229,11 @@ def test_gradients_of_shared_keys_are_rounded_once(responses: int) -> None:
     plan = layout.segments.cached_plan(segment_attention.PaddedPlan.make, torch.device("cpu"))
     torch.manual_seed(0)
     x = torch.randn(layout.num_positions, 2, 16).bfloat16().requires_grad_()
-    taken = segment_attention.take(x, plan.keys, plan.key_readers)
+    taken = segment_attention.gather_rows(x, plan.keys, plan.key_copies)
     real = torch.zeros(len(plan.keys), dtype=torch.bool)
-    real[plan.key_readers.first] = True
-    if plan.key_readers.others is not None:
-        real[plan.key_readers.others[~plan.key_readers.missing.squeeze()]] = True
+    real[plan.key_copies.first] = True
+    if plan.key_copies.others is not None:
+        real[plan.key_copies.others[~plan.key_copies.missing.squeeze()]] = True
     upstream = torch.randn(taken.shape).bfloat16() * real[:, None, None]
     (found,) = torch.autograd.grad(taken, x, upstream)
     exact = torch.zeros(x.shape, dtype=torch.float64).index_add_(0, plan.keys, upstream.double())

@@ -174,7 +174,7 @@ def test_a_model_passed_in_keeps_its_members_or_is_refused() -> None:
     assert adopt(bootstrap=True) is model and adopt(size=2, share_backbone=True) is model
     with pytest.raises(ConfigError, match="is 3, but the model has 2 members"):
         adopt(size=3)
-    with pytest.raises(ConfigError, match="the model's members stand on one backbone"):
+    with pytest.raises(ConfigError, match="the model's ensemble members have one backbone"):
         adopt(share_backbone=False)
 
 
