@@ -264,5 +264,5 @@ def head_description(directory: Path, head: str) -> dict[str, Any]:
     if type(number := found.get("format")) is not int:
         raise ModelError("lacks `format`", place=str(path), fix="save the model again")
     if number != HEAD_FORMAT:
-        raise ModelError("is of another format", place=str(path), got=f"{number} for {HEAD_FORMAT}")
+        raise ModelError(f"`format` must be {HEAD_FORMAT}", place=str(path), got=number)
     return found

@@ -21,18 +21,6 @@ from rlhf_core.cli import main
 KEYS = ["kind", "name", "qualified", "distribution", "version", "summary", "record", "stage", "api", "status", "reason"]
 
 
-@pytest.fixture
-def rlhf(capsys):
-    """Run a command in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        code = main(arguments)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
-
-
 def process(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "rlhf_core", *arguments],

@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlhf_core import registry
-from rlhf_core.cli import main
 from rlhf_core.plugin import Chunk
 from rlhf_core.testing.tiny import save_tiny
 
@@ -36,18 +35,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         }
         save_file(moved, path / "model.safetensors", metadata={"format": "pt"})
     return [str(root / name) for name in ("base", "one", "two")]
-
-
-@pytest.fixture
-def rlhf(capsys):
-    """Run a command in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        code = main(arguments)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 @pytest.fixture

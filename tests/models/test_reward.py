@@ -239,7 +239,7 @@ def test_damaged_notes_on_the_head_are_told(causal: Path, tmp_path: Path) -> Non
     good = json.loads(notes.read_text())
     for text, said in (
         ("{", "reward_head.json can.t be read"),
-        (json.dumps({**good, "format": 2}), "is of another format; got 2 for 1"),
+        (json.dumps({**good, "format": 2}), "`format` must be 1; got 2"),
         (json.dumps({**good, "members": 10**9}), "the head's description isn't supported"),
         (json.dumps({name: value for name, value in good.items() if name != "shared"}), "lacks `shared`"),
     ):

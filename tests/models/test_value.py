@@ -303,7 +303,7 @@ def test_a_damaged_head_is_told(causal: Path, tmp_path: Path) -> None:
     for changed, said in (
         ({"width": 64}, "the value head doesn't fit the backbone.*a head of width 64 for a backbone of 32"),
         ({"head": "odd"}, "the head's description isn't supported; got head odd"),
-        ({"format": 2}, "is of another format"),
+        ({"format": 2}, "`format` must be 1; got 2"),
     ):
         notes.write_text(json.dumps(good | changed))
         with pytest.raises(ModelError, match=said):
