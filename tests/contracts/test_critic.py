@@ -31,7 +31,7 @@ from rlhf_core.data import DataStream
 from rlhf_core.models import PolicyModel, ValueModel
 from rlhf_core.testing import TrainerContract, simulate
 from rlhf_core.testing.arithmetic_task import ArithmeticTask
-from rlhf_core.testing.interrupted_runs import Interrupted, interruptible, metrics_of, require_same_run
+from rlhf_core.testing.interrupted_runs import StoppedEarly, interruptible, metrics_of, require_same_run
 from rlhf_core.testing.tiny import save_tiny, tiny_model, tiny_tokenizer
 from rlhf_core.testing.workbench import NothingToLearn, Workbench
 from rlhf_core.training.distribution import Distribution
@@ -296,7 +296,7 @@ def test_a_run_resumes_bit_for_bit_behind_a_rollout(
     trainer_of(policy, path, tmp_path / "whole", kind, **options).train()
     broken = trainer_of(policy, path, tmp_path / "broken", kind, **options)
     broken.stop_after = 10  # type: ignore[attr-defined]
-    with pytest.raises(Interrupted):
+    with pytest.raises(StoppedEarly):
         broken.train()
     kept = sorted(path.name for path in (tmp_path / "broken" / "checkpoints").iterdir())
     assert [name.lstrip("step-0") for name in kept if name.startswith("step")] == ["4", "8"]

@@ -24,7 +24,7 @@ from rlhf_core.cli import main
 from rlhf_core.models import PolicyModel, logprobs
 from rlhf_core.testing import TrainerContract, simulate
 from rlhf_core.testing.arithmetic_task import ArithmeticTask
-from rlhf_core.testing.interrupted_runs import Interrupted, interruptible, metrics_of, require_same_run
+from rlhf_core.testing.interrupted_runs import StoppedEarly, interruptible, metrics_of, require_same_run
 from rlhf_core.testing.tiny import save_tiny, tiny_model, tiny_tokenizer
 from rlhf_core.testing.workbench import Workbench
 from rlhf_core.training.distribution import Distribution
@@ -215,7 +215,7 @@ def test_a_run_resumes_bit_for_bit(tmp_path: Path, student: PolicyModel, teacher
     trainer_of(student, str(teacher), tmp_path / "whole", kind, **options).train()
     broken = trainer_of(student, str(teacher), tmp_path / "broken", kind, **options)
     broken.stop_after = 4  # type: ignore[attr-defined]
-    with pytest.raises(Interrupted):
+    with pytest.raises(StoppedEarly):
         broken.train()
     trainer_of(student, str(teacher), tmp_path / "broken", kind, **options).train(resume=True)
     require_same_run(tmp_path / "broken", tmp_path / "whole")
