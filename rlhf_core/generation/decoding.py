@@ -126,12 +126,6 @@ def measure_decoding(policy: PolicyModel) -> Decoding:
     most_together: Together = "none" if policy.probe_result.arrangement == "alone" else "any"
     if most_together == "any" and policy.shared_forward.depends_on_length:
         most_together = "equal"
-
-    def logits(rows: list[list[int]], cache: bool) -> Tensor:
-        forced = _Forced(tokens)
-        decode(policy, *left_padded(rows, policy.device), forced, most=len(tokens), cache=cache)
-        return torch.stack(forced.logits)  # (3, V)
-
     own, policy.causal_lm.generation_config = policy.causal_lm.generation_config, GenerationConfig()
     try:
         with (
@@ -139,16 +133,14 @@ def measure_decoding(policy: PolicyModel) -> Decoding:
             exact_products(policy.network),
             torch.autocast(kind, dtype=policy.precision, enabled=flash),
         ):
-            whole = torch.tensor([short + tokens], device=policy.device)
-            wanted = policy.network(input_ids=whole, **accepted(policy.network.forward, use_cache=False)).logits
-            wanted = wanted[0, len(short) - 1 : -1].float()
+            wanted = _forward_logits(policy, short, tokens)
             spread = (wanted - wanted.mean(dim=1, keepdim=True)).norm()
             for way in (Decoding("any"), Decoding("equal"), Decoding("equal", cache=False)):
                 if way.together == "any" and most_together != "any":
                     continue
-                rows = [short, long] if way.together == "any" else [short]
+                prompts = [short, long] if way.together == "any" else [short]
                 with contextlib.suppress(*FAILURES):
-                    error = float((logits(rows, way.cache) - wanted).norm() / spread)
+                    error = float((_decoded_logits(policy, prompts, tokens, way.cache) - wanted).norm() / spread)
                 if error < limit:
                     return Decoding("none" if most_together == "none" else way.together, way.cache)
     finally:
@@ -158,3 +150,17 @@ def measure_decoding(policy: PolicyModel) -> Decoding:
         policy.source, error,
     )  # fmt: skip
     return Decoding("none" if most_together == "none" else "equal")
+
+
+def _forward_logits(policy: PolicyModel, prompt: list[int], tokens: list[int]) -> Tensor:
+    """Return float32 logits (len(tokens), V) that predict the tokens behind a prompt, from one plain forward pass."""
+    ids = torch.tensor([prompt + tokens], device=policy.device)
+    logits = policy.network(input_ids=ids, **accepted(policy.network.forward, use_cache=False)).logits
+    return logits[0, len(prompt) - 1 : -1].float()
+
+
+def _decoded_logits(policy: PolicyModel, prompts: list[list[int]], tokens: list[int], cache: bool) -> Tensor:
+    """Return the first prompt's logits (len(tokens), V) while the decoding loop is made to generate these tokens for all."""
+    forced = _Forced(tokens)
+    decode(policy, *left_padded(prompts, policy.device), forced, most=len(tokens), cache=cache)
+    return torch.stack(forced.logits)

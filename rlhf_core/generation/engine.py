@@ -247,19 +247,18 @@ class Engine:
         most, cache = max(draw.limit for draw in draws), decoding_of(self.policy).cache
         decode(self.policy, ids, mask, drawing, Ended(drawing), most=most, cache=cache)
         made = []
-        for draw, length, tokens, logprobs, raw, mass in zip(draws, *drawing.columns(), strict=True):
-            tokens = tokens[:length]
-            ended = tokens[-1] in draw.ends
-            if not all(map(math.isfinite, (*raw[:length], *logprobs[:length]))):
+        for draw, drawn in zip(draws, drawing.completions(), strict=True):
+            ended = drawn.ids[-1] in draw.ends
+            if not all(map(math.isfinite, (*drawn.raw_logprobs, *drawn.logprobs))):
                 place = f"row {batch.rows[draw.prompt]}"
                 raise NumbersError("the model's logits aren't finite", place=place, fix="check its weights")
             made.append(
                 Completion(
-                    text=self._text(draw, tokens[:-1] if ended else tokens),
-                    ids=tokens,
-                    logprobs=logprobs[:length],
-                    raw_logprobs=raw[:length],
-                    kept_mass=mass[:length],
+                    text=self._text(draw, drawn.ids[:-1] if ended else drawn.ids),
+                    ids=drawn.ids,
+                    logprobs=drawn.logprobs,
+                    raw_logprobs=drawn.raw_logprobs,
+                    kept_mass=drawn.kept_mass,
                     stop_reason="end" if ended else "length",
                     policy_version=policy_version,
                 )

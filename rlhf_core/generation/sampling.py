@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -155,6 +155,15 @@ def _at(logps: Tensor, tokens: Tensor) -> Tensor:
     return logps.gather(1, tokens[:, None])[:, 0]
 
 
+class DrawnCompletion(NamedTuple):
+    """The tokens drawn for one row, each with the values of `Drawn`."""
+
+    ids: list[int]
+    logprobs: list[float]
+    raw_logprobs: list[float]
+    kept_mass: list[float]
+
+
 class Drawing(LogitsProcessor):
     """Draws the next token of each row of a batch at every step of the decoding loop, and keeps what it drew.
 
@@ -204,14 +213,18 @@ class Drawing(LogitsProcessor):
         self.ended = self.ended | last
         return scores.fill_(-torch.inf).scatter_(1, tokens[:, None], 0.0)  # a copy that the loop made for this
 
-    def columns(self) -> tuple[list[int], list[list[int]], list[list[float]], list[list[float]], list[list[float]]]:
-        """Return per row its length in tokens, and ids, `logprobs`, `raw_logprobs` and `kept_mass` of every step, filler too."""
+    def completions(self) -> list[DrawnCompletion]:
+        """Return what was drawn for each row, up to its last token."""
 
-        def column(name: str) -> list[list[Any]]:
+        def per_row(name: str) -> list[list[Any]]:
             return torch.stack([getattr(step, name) for step in self._steps], dim=1).tolist()
 
         lengths = torch.stack(self._alive).sum(dim=0).tolist()
-        return lengths, column("tokens"), column("logprobs"), column("raw_logprobs"), column("kept_mass")
+        columns = [per_row(name) for name in ("tokens", "logprobs", "raw_logprobs", "kept_mass")]
+        return [
+            DrawnCompletion(*(values[:length] for values in row))
+            for length, *row in zip(lengths, *columns, strict=True)
+        ]
 
 
 class Ended(StoppingCriteria):
