@@ -200,12 +200,12 @@ class DatasetConfig(BaseConfig):
     )
     strict: bool = Field(
         False,
-        description="Make a row that would be dropped or cut, and a column of text that nothing uses, an error instead of a"
+        description="Make a row that would be dropped or truncated, and a column of text that nothing uses, an error instead of a"
         " counted warning.",
     )
     truncation: Literal["keep_start", "keep_end", "drop"] = Field(
         "keep_start",
-        description="For a row over `max_length`: cut the response's end, cut the prompt's start, or drop the row.",
+        description="For a row over `max_length`: truncate the response at its end, the prompt at its start, or drop it.",
     )
     chat_template: str | None = Field(
         None,
@@ -289,7 +289,7 @@ class TrainerConfig(BaseConfig):
     dropout: Literal["none", "keep"] = Field(
         "none",
         description="The model's own dropout, skipped layers and router noise while it trains: `none` switches them off; `keep`"
-        " leaves them on, which regularises, but then a step's gradient depends on how it is cut into micro-batches, and a"
+        " leaves them on, which regularises, but then a step's gradient depends on the size of its micro-batches, and a"
         " policy differs from its reference before the first step (the first DPO loss isn't ln 2). `lora.dropout` is apart.",
     )
     compile: bool = Field(False, description="Compile the model with torch.compile: slow start, faster steps on a GPU.")
