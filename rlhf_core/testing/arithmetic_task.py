@@ -221,7 +221,10 @@ def _expression(prompt: Prompt) -> str:
     match = _PROBLEM.fullmatch(text.strip())
     if match is None:
         raise DataError(
-            "the prompt is no arithmetic problem", place="prompt", got=repr(text), fix="write one such as `17+25-8=?`"
+            "the prompt isn't an arithmetic problem",
+            place="prompt",
+            got=repr(text),
+            fix="write one such as `17+25-8=?`",
         )
     return match[1]
 

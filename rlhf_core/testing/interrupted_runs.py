@@ -50,7 +50,7 @@ def require_same_run(found: Path, expected: Path, what: str = "a resume") -> Non
     Args:
         found: run directory of the run that was resumed.
         expected: run directory of the run that was never interrupted.
-        what: what the first run went through, for messages.
+        what: what interrupted the first run, for messages.
     """
     rows, wanted = metrics_of(found), metrics_of(expected)
     require(

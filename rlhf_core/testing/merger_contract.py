@@ -161,7 +161,7 @@ class MergerContract(MethodContract):
         )
 
     def _orders(self) -> list[list[int]]:
-        """Return other orders of the models' numbers: all rotations."""
+        """Return the other orders in which to give the models: every rotation of their indices but the identity."""
         numbers = list(range(self.count()))
         return [[*numbers[shift:], *numbers[:shift]] for shift in range(1, self.count())]
 
@@ -232,7 +232,7 @@ class MergerContract(MethodContract):
             )
             require(
                 self.merged(order).equal(expected),
-                "with the models in another order, the merged tensor has other bits, though the core sorts the models",
+                "with the models in another order, the merged tensor has different bits, though the core sorts the models",
             )
 
     @after(SHAPE)
@@ -343,7 +343,7 @@ class MergerContract(MethodContract):
 
     @after(SHAPE)
     def test_chunks_of_any_size_give_the_same_tensor(self) -> None:
-        """How a tensor is cut into chunks changes nothing: what needs the whole is measured, or a chunk is a whole tensor."""
+        """A tensor merged in chunks of any size equals the tensor merged whole; a merger that needs all values uses `measure`."""
         *cut, whole = (self.merged(chunk=size) for size in _CHUNK_SIZES)
         for size, found in zip(_CHUNK_SIZES, cut, strict=False):
             self.same(found, whole, f"in chunks of about {size} elements")
@@ -355,7 +355,7 @@ class MergerContract(MethodContract):
         self.merged(merger=merger, tensors=other, name="model.layers.1.mlp.up_proj.weight")
         require(
             self.merged(merger=merger).equal(self.merged()),
-            "a tensor has other bits when the merger has merged another tensor before: keep nothing in `self`",
+            "a tensor has different bits when the merger has merged another tensor before: keep nothing in `self`",
         )
 
     @after(SHAPE)
@@ -389,7 +389,9 @@ class MergerContract(MethodContract):
         """Merging again gives the same bits, whatever the state of the global random generators."""
         first = self.merged()
         torch.rand(1)
-        require(self.merged().equal(first), "merging the same inputs again gives other bits: draw from `chunk.random`")
+        require(
+            self.merged().equal(first), "merging the same inputs again gives different bits: draw from `chunk.random`"
+        )
 
 
 def _apart(found: Tensor, expected: Tensor) -> float:

@@ -191,7 +191,7 @@ class RewardContract(MethodContract):
         try:
             text = json.dumps(found, sort_keys=True)
         except (TypeError, ValueError) as error:
-            raise AssertionError(f"`describe` returns values that JSON can't hold: {error}") from None
+            raise AssertionError(f"`describe` returns values that can't be written as JSON: {error}") from None
         again = json.dumps(self.instance().describe(), sort_keys=True)
         require(
             text == again,

@@ -60,6 +60,10 @@ class ScriptedEngine(Engine):
         seeds: Sequence[Sequence[int]] | None = None,
         policy_version: int | None = None,
     ) -> list[list[Completion]]:
+        """Return each prompt's completions from the script, drawing and recording those that it lacks.
+
+        Log-probabilities are those of the current policy, unless the script is `as_drawn`.
+        """
         sampling = sampling or SamplingConfig()
         self.calls += 1
         keys = []

@@ -68,7 +68,7 @@ class BasicChecks(TrainerSetup):
     def test_every_term_has_a_weight(self) -> None:
         """`loss` and `weights` name the same terms, and each term is one number."""
         bench = self.bench()
-        (micro,) = bench.micros(bench.window())
+        (micro,) = bench.split_window(bench.window())
         weights, loss = bench.trainer.weights(micro), bench.trainer.loss(micro)
         require(bool(loss.terms), "`loss` returns no term")
         require(
@@ -95,7 +95,7 @@ class BasicChecks(TrainerSetup):
             )
         trainer.loss(window.to(bench.devices.device))
         next(bench.windows(), None)
-        bench.move()
+        bench.perturb()
         set_training_mode(trainer, False)
         seed_everything(1, "weights")
         now = {name: float(weight) for name, weight in trainer.weights(window).items()}
@@ -109,7 +109,7 @@ class BasicChecks(TrainerSetup):
     def test_loss_is_finite(self) -> None:
         """Every term and metric of the first window's loss is finite."""
         bench = self.bench(moved=False)
-        (micro,) = bench.micros(bench.window())
+        (micro,) = bench.split_window(bench.window())
         loss = bench.trainer.loss(micro)
         numbers = {f"term `{name}`": float(term.detach()) for name, term in loss.terms.items()}
         for name, pair in loss.metrics.items():
@@ -123,7 +123,7 @@ class BasicChecks(TrainerSetup):
         """`loss` changes no mode, weight or gradient; neither `loss` nor `experience` seeds a global random generator."""
         bench = self.bench()
         trainer = bench.trainer
-        (micro,) = bench.micros(bench.window())
+        (micro,) = bench.split_window(bench.window())
         before, modes = _snapshot(trainer.models), _modes(trainer)
         seeded = reseeds(lambda: trainer.loss(micro))
         require(seeded is None, f"`loss` seeds the global random generator of `{seeded}`")
@@ -173,7 +173,7 @@ class BasicChecks(TrainerSetup):
         logps = reference.response_logps(window) if reference is not None else None
         if logps is not None:
             _require_owners(window, logps)
-        bench.learn(window)
+        bench.train_step(window)
         next(windows, None)
         moved = [name for name, tensor in still.items() if not torch.equal(tensor, before[name])]
         require(not moved, f"weights of frozen models change: {', '.join(moved[:4])}")

@@ -31,7 +31,7 @@ class LossChecks(TrainerSetup):
     def test_gradient_comes_through_the_loss_alone(self) -> None:
         """The loss's gradient doesn't reach models that aren't trained, or what `experience` and `build` computed."""
         bench, window = self.window()
-        (micro,) = bench.micros(window)
+        (micro,) = bench.split_window(window)
         before = _sequence_number()
         loss = bench.trainer.loss(micro)
         trained = {id(parameter) for parameter in bench.parameters.values()}
@@ -76,16 +76,16 @@ class LossChecks(TrainerSetup):
             entries = [_entries(found[name], row) for found, row in zip(terms, rows, strict=True)]
             self._check_factor(name, weights, entries, rows)
             prompts = [float(row.prompt_lengths.sum()) for row in rows]
-            own = [float(row.num_loss_tokens) for row in rows]
-            for what, other in (("of prompts", prompts), ("of prompts and responses", _added(prompts, own))):
+            loss_tokens = [float(row.num_loss_tokens) for row in rows]
+            for what, other in (("of prompts", prompts), ("of prompts and responses", _added(prompts, loss_tokens))):
                 require(
-                    not (len(set(other)) > 2 and weights == other and other != own),
+                    not (len(set(other)) > 2 and weights == other and other != loss_tokens),
                     f"the weight of term `{name}` is the number of tokens {what}, but prompts' tokens aren't in the loss: return"
                     " `batch.num_loss_tokens`",
                 )
 
     def _require_masked(self, bench: Workbench, rows: list[Batch]) -> None:
-        """Fail where a weight stays the number of all response tokens after the first token of each left the loss mask."""
+        """Fail where a weight counts response tokens outside of the loss mask (tested by masking the first of each response)."""
         lengths = [float(row.response_lengths.sum()) for row in rows]
         masks = [row.loss_mask & (row.loss_mask.cumsum(dim=1) > 1) for row in rows]
         counted = [bench.trainer.weights(replace(row, loss_mask=mask)) for row, mask in zip(rows, masks, strict=True)]
@@ -115,9 +115,9 @@ class LossChecks(TrainerSetup):
         if self.offline and what == "response" and {row.num_responses * factor for row in rows} == {1.0}:
             return  # terms of both responses of a pair, averaged over pairs
         raise AssertionError(
-            f"term `{name}` sums one entry per {what}, {sum(n for _, n, _ in known):g} of them, but its weight is"
-            f" {sum(w for w, _, _ in known):g}, {factor:g} times that: the weight must count the entries that are summed; put a"
-            " factor into the term, and set `constant_weights = True` on the contract for a constant that is meant"
+            f"term `{name}` sums {sum(n for _, n, _ in known):g} entries, one per {what}, but its weight is"
+            f" {sum(w for w, _, _ in known):g}, {factor:g} times that; return the number of summed entries as the weight; put a"
+            " factor into the term itself, or set `constant_weights = True` on the contract if the constant is intended"
         )
 
     @after(GRADIENT)
@@ -193,8 +193,8 @@ class LossChecks(TrainerSetup):
                         seen[place].add(value)
         if not any(seen.values()):
             raise AssertionError(
-                "no token of any response is in the loss: the loss stays the same as tokens leave the loss mask; sum over the"
-                " tokens in `batch.loss_mask`"
+                "the loss ignores `batch.loss_mask`: removing tokens from the mask doesn't change it; sum over the tokens in"
+                " `batch.loss_mask`"
             )
         self._require_ends(window)
         for place, values in seen.items():
@@ -234,7 +234,7 @@ class LossChecks(TrainerSetup):
         shared = {id(p) for p in policy.parameters()}
         if any(id(parameter) in shared for model in others for parameter in model.parameters()):
             raise SkipTest("another trained model shares the policy's weights, so it may rightly read the last token")
-        (micro,) = bench.micros(window)
+        (micro,) = bench.split_window(window)
         used = {*micro.response_ids.flatten().tolist(), *micro.prompt_ids.flatten().tolist()}
         mark = next(token for token in range(len(policy.tokenizer) - 1, -1, -1) if token not in used)
         lengths = micro.response_lengths

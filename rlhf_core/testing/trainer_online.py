@@ -76,11 +76,11 @@ class OnlineChecks(TrainerSetup):
         script = Script()
         bench = self.bench(change, script=script)
         window = bench.window()
-        bench.move(0.004)
+        bench.perturb(0.004)
         stale = bench.step(window)
         fresh = self.bench(change, script=script, moved=False)
-        fresh.move()
-        fresh.move(0.004)
+        fresh.perturb()
+        fresh.perturb(0.004)
         current = fresh.step(fresh.window())
         require(
             distance(stale.gradient, current.gradient) > 10 * self.allowed,
@@ -209,8 +209,7 @@ def rises(values: list[float]) -> bool:
     if len(values) < 4:
         return False
     numbers = torch.tensor(values, dtype=torch.float64)
-    noise = (
-        float(numbers.diff().abs().mean()) / 1.128
-    )  # E|x − y| of two draws from a normal distribution is 1.128 standard deviations
+    # E|x − y| of two draws from a normal distribution is 1.128 standard deviations
+    noise = float(numbers.diff().abs().mean()) / 1.128
     last = numbers[-max(len(values) // 3, 2) :]
     return float(last.mean() - numbers[:3].mean()) > noise * math.sqrt(1 / 3 + 1 / len(last))

@@ -164,7 +164,7 @@ def traced(bench: Workbench) -> Trace:
     for window in itertools.islice(bench.windows(), MAX_WINDOWS):
         windows.append((_shown(window), tuple(sorted(bench.logged().items()))))
         try:
-            step = bench.learn(window.batch)
+            step = bench.train_step(window.batch)
         except NothingToLearn:
             continue
         losses.append(step.loss)

@@ -166,7 +166,7 @@ class TrainerSetup(MethodContract):
         """
         bench = Workbench(self.build({"max_grad_norm": None}, *changes, **given), distribution, script)
         if moved:
-            bench.move()
+            bench.perturb()
         return bench
 
     def once(self, key: Any, make: Callable[[], Result]) -> Result:
@@ -238,8 +238,8 @@ class TrainerSetup(MethodContract):
             return simulate(count, work, DeviceManager().device)[0]
         except OutOfStep as error:
             raise AssertionError(
-                f"{count} processes don't gather equally often, so they would wait for ever: {error}; call `run.gather` the same"
-                " number of times on each process, such as once per window"
+                f"{count} processes call `run.gather` a different number of times, which deadlocks a real run: {error}; call it"
+                " equally often on every process, for example once per window"
             ) from None
 
     def same(self, found: Step, expected: Step, what: str) -> None:
@@ -247,11 +247,11 @@ class TrainerSetup(MethodContract):
 
         Args:
             found, expected: the updates.
-            what: how the first differs from the second in what it was given, for the message.
+            what: what was changed between the two updates, for the message.
         """
         require(
             found.gradient.keys() == expected.gradient.keys(),
-            f"{what}, other parameters get a gradient:"
+            f"{what}, different parameters get a gradient:"
             f" {', '.join(sorted(found.gradient.keys() ^ expected.gradient.keys())[:4])}",
         )
         # A loss near zero may be a difference of large parts, such as advantages of both signs; the gradient's norm shows their

@@ -101,8 +101,8 @@ class Workbench(RunSetup):
         seed_everything(self.config.seed, "training", self.distribution.rank)
 
     @torch.no_grad()
-    def move(self, scale: float = 0.02) -> None:
-        """Add fixed noise to every trained parameter: in a policy that equals its reference, many gradients are zero."""
+    def perturb(self, scale: float = 0.02) -> None:
+        """Add fixed Gaussian noise to every trained parameter: while policy and reference are equal, many gradients are zero."""
         for name, parameter in self.parameters.items():
             generator = torch.Generator().manual_seed(sum(name.encode()))
             parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter), alpha=scale)
@@ -132,7 +132,7 @@ class Workbench(RunSetup):
             return window.batch
         raise AssertionError("`experience` yields no window from a pass over the data")
 
-    def micros(self, window: Batch) -> list[Batch]:
+    def split_window(self, window: Batch) -> list[Batch]:
         """Return the window's micro-batches, on the device."""
         return [micro.to(self.devices.device) for micro in self.micro_batches.cut(window)]
 
@@ -151,7 +151,7 @@ class Workbench(RunSetup):
         """Return the means of what the method reported by `run.log` since the last call, over all processes."""
         return quotients(sum_pairs(self.distribution, self.run.logged()))
 
-    def learn(self, window: Batch) -> Step:
+    def train_step(self, window: Batch) -> Step:
         """Make the loop's update on a window, with an optimiser step, and return its loss, metrics and gradient."""
         optimizer = self.make_optimizer()
         set_learning_rate(optimizer, self.trainer.config.learning_rate)

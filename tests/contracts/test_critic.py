@@ -165,7 +165,7 @@ def test_what_was_cut_off_is_not_over(policy: PolicyModel, critic: Path) -> None
     """With γ = λ = 1 each token's return is what its response brings: the value at its end, or its score as it stands."""
     for cut_off in ("bootstrap", "score"):
         bench = Workbench(trainer_of(policy, critic, cut_off=cut_off, gae_lambda=1.0, minibatches=1))
-        bench.move(0.1)
+        bench.perturb(0.1)
         window, trainer = bench.window(), bench.trainer
         cut = window["truncated"]
         assert bool(cut.any()) and bool(window.loss_mask[cut].all())
@@ -183,7 +183,7 @@ def learned(bench: Workbench) -> dict[str, Tensor]:
     start = {name: parameter.detach().clone() for name, parameter in bench.parameters.items()}
     for window in islice(bench.windows(), 4):
         with suppress(NothingToLearn):  # of fewer rows than minibatches, some are empty for all
-            bench.learn(window.batch)
+            bench.train_step(window.batch)
         bench.steps += 1
     return {name: parameter.detach() - start[name] for name, parameter in bench.parameters.items()}
 
@@ -271,7 +271,7 @@ def test_a_window_holds_what_the_update_needs(policy: PolicyModel) -> None:
 @pytest.mark.parametrize(("shared", "passes"), [(True, 1), (False, 2)])
 def test_a_shared_backbone_is_forwarded_once(policy: PolicyModel, critic: Path, shared: bool, passes: int) -> None:
     bench = Workbench(trainer_of(policy, None if shared else critic))
-    (micro,) = bench.micros(bench.window())
+    (micro,) = bench.split_window(bench.window())
     calls: list[int] = []
     for role in ("policy", "value"):
         model = bench.trainer.models[role]

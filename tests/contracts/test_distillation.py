@@ -159,7 +159,7 @@ def learned(bench: Workbench) -> Tensor:
     """Train on three windows; return by how much each weight moved."""
     start = [parameter.detach().clone() for parameter in bench.parameters.values()]
     for window in islice(bench.windows(), 3):
-        bench.learn(window.batch)
+        bench.train_step(window.batch)
         bench.steps += 1
     return torch.cat([(p.detach() - q).flatten() for p, q in zip(bench.parameters.values(), start, strict=True)])
 

@@ -79,7 +79,7 @@ def test_any_micro_batch_learns_the_same(options: dict[str, Any]) -> None:
 def test_two_processes_make_the_windows_and_gradients_of_one(options: dict[str, Any]) -> None:
     def work(distribution: Distribution) -> list[tuple[tuple[int, ...], dict[str, Tensor]]]:
         bench = Workbench(trainer(max_grad_norm=None, **options), distribution)
-        bench.move(0.01)
+        bench.perturb(0.01)
         found = []
         for window in itertools.islice(bench.windows(), 4):
             found.append((window.batch.rows, bench.step(window.batch).gradient))

@@ -71,7 +71,7 @@ def test_the_gradient_is_that_of_plain_transformers(layout: str) -> None:
         trainer(generation=generation, max_grad_norm=None, batching={"layout": layout}, kl_weight=0.3, clip_high=0.05)
     )
     window = bench.window()
-    bench.move(0.02)
+    bench.perturb(0.02)
     found = bench.step(window)
     plain, start = copy.deepcopy(bench.trainer.policy.network), model().network
 

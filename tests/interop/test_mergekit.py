@@ -326,7 +326,7 @@ FAULTS = {
     "merge_method: slerp\nparameters: {t: 1}\nmodels: [{model: a}, {model: b}]\n":
         "slerp takes two models, one of them the `base_model`",
     "merge_method: slerp\nbase_model: a\nparameters: {t: 1.5}\nmodels: [{model: b}]\n":
-        "is the position on the arc from the base (0) to the model (1); got 1.5",
+        "its weight must be from 0 (the base) to 1 (the model); got 1.5",
     f"merge_method: multislerp\n{BASED}": "multislerp of task vectors isn't supported",
     f"merge_method: ties\nparameters: {{density: 0}}\n{BASED}": "theirs.yaml:2: `density`: must be greater than 0; got 0",
     "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: -1}}]\n":

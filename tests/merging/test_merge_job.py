@@ -214,7 +214,8 @@ FILES = {
         "merge.yaml:3: weights that are normalised have mixed signs",
     "method: ties\nmodels:\n  - {model: x, weight: 1}\n  - {model: y, weight: -0.9}\n":
         "merge.yaml:3: weights that are normalised have mixed signs",
-    "method: uniform_soup\nmodels:\n  - x\n  - {model: y, weight: 2}\n": "`uniform_soup` weighs all models alike; got 1, 2",
+    "method: uniform_soup\nmodels:\n  - x\n  -"
+    " {model: y, weight: 2}\n": "`uniform_soup` doesn't take weights: all models count equally; got 1, 2",
     "method: ties\nmodels: [x]\ndtype: int8\n": "merge.yaml:3: `dtype`: must be 'float32', 'bf16' or 'fp16'",
     "method: ties\nmodels: [x]\nthreads: 0\n": "merge.yaml:3: `threads`: must be greater than or equal to 1",
     "method: ties\nmodels: [x]\ntokenizer: base\n": "`tokenizer: base` needs a `base`",

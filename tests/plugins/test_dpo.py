@@ -22,13 +22,13 @@ from rlhf_core.training.distribution import Distribution
     [
         (
             {"loss_type": "hinge", "label_smoothing": 0.1},
-            "label_smoothing has no meaning with loss_type hinge; it belongs to",
+            "label_smoothing has no effect with loss_type hinge; it is used only by",
         ),
-        ({"loss_type": "ipo_length", "label_smoothing": 0.1}, "it belongs to sigmoid, robust, aot, aot_unpaired"),
-        ({"tau": 0.1}, "tau has no meaning with loss_type sigmoid; it belongs to discopop"),
+        ({"loss_type": "ipo_length", "label_smoothing": 0.1}, "it is used only by sigmoid, robust, aot, aot_unpaired"),
+        ({"tau": 0.1}, "tau has no effect with loss_type sigmoid; it is used only by discopop"),
         (
             {"loss_type": "discopop", "tau": 0.1, "label_smoothing": 0.1},
-            "label_smoothing has no meaning with loss_type discopop",
+            "label_smoothing has no effect with loss_type discopop",
         ),
         ({"loss_type": "discopop", "tau": 0}, "`tau`: must be greater than 0"),
         ({"loss_type": "discopop", "tau": 2}, "`tau`: must be less than or equal to 1"),

@@ -187,7 +187,7 @@ def test_a_step_of_one_row_has_no_reference_point() -> None:
     with pytest.raises(ConfigError, match="a step of one row has no mismatched pair"):
         KTOConfig.parse({"batch_size": 1})
     assert KTOConfig.parse({"batch_size": 1, "kl": "zero"}).kl == "zero"
-    with pytest.raises(ConfigError, match="kl_decay has no meaning with kl batch"):
+    with pytest.raises(ConfigError, match="kl_decay has no effect with kl batch; only ema uses it"):
         KTOConfig.parse({"kl_decay": 0.5})
 
 
@@ -245,10 +245,12 @@ def test_a_batch_of_one_class_is_trained_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("good", "bad", "weights", "said"),
     [
-        (8, 2, {}, "8 desirable and 2 undesirable rows weigh 4 to 1 with their weights; the paper recommends 1 to 1.33, which"
-         " a `desirable_weight` of 0.25 to 0.333 gives"),
-        (4, 8, {"undesirable_weight": 2.0}, "weigh 0.25 to 1 with their weights; the paper recommends 1 to 1.33, which a"
-         " `desirable_weight` of 4 to 5.33"),
+        (8, 2, {}, "the weighted desirable rows are 4 times the weighted undesirable ones (8 and 2 rows); the paper recommends"
+                   " 1 to"
+         " 1.33: set `desirable_weight` to 0.25 to 0.333"),
+        (4, 8, {"undesirable_weight": 2.0}, "are 0.25 times the weighted undesirable ones (4 and 8 rows); the paper recommends"
+                                            " 1 to"
+         " 1.33: set `desirable_weight` to 4 to 5.33"),
         (8, 2, {"desirable_weight": 0.25}, None),
     ],
 )  # fmt: skip
@@ -257,7 +259,7 @@ def test_unbalanced_weights_are_warned_of(
 ) -> None:
     with caplog.at_level(logging.WARNING, "rlhf_plugins"):
         run(tmp_path, rows(good, bad), **weights).train()
-    warned = [record.getMessage() for record in caplog.records if "weigh" in record.getMessage()]
+    warned = [record.getMessage() for record in caplog.records if "weighted" in record.getMessage()]
     assert (said is None and not warned) or (said is not None and said in warned[0])
 
 

@@ -95,7 +95,7 @@ def test_what_slerp_refuses() -> None:
     one = torch.ones(3)
     with pytest.raises(ConfigError, match="`slerp` needs two models, or a base and one model"):
         merge("slerp", None, [one], [0.5])
-    with pytest.raises(ConfigError, match=r"position on the arc from the base \(0\) to the model \(1\); got 1.5"):
+    with pytest.raises(ConfigError, match=r"from 0 \(the base\) to 1 \(the model\); got 1.5"):
         make_merger("slerp").check_weights([1.5])
     with pytest.raises(ConfigError, match="mixed signs"):
         make_merger("slerp").check_weights([1.0, -0.5])

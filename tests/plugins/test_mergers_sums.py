@@ -133,7 +133,8 @@ def test_weights_that_differ_are_refused(method: str) -> None:
     merger = make_merger(method)
     merger.check_weights([2.0, 2.0, 2.0])
     with pytest.raises(
-        ConfigError, match=f"`{method}` weighs all models alike; got 1, 0.5; fix: leave the weights out"
+        ConfigError,
+        match=f"`{method}` doesn't take weights: all models count equally; got 1, 0.5; fix: leave the weights out",
     ):
         merger.check_weights([1.0, 0.5])
 

@@ -89,11 +89,11 @@ def test_scores_are_those_of_training() -> None:
     [
         (
             "loose",
-            r"doubt_weight: .* aren't known to be centred.*got 0.5 for .*fix: train .* `centre_weight`",
+            r"doubt_weight: the ensemble was trained without `centre_weight`.*got 0.5 for .*fix: train .* `centre_weight`",
         ),
         (
             "single",
-            r"doubt_weight: a model of one member has no standard deviation over members; got 0.5 for .*ensemble.size",
+            r"doubt_weight: `doubt_weight` needs an ensemble; this reward model has one member; got 0.5 for .*ensemble.size",
         ),
     ],
 )
@@ -320,7 +320,7 @@ def test_a_model_in_memory_is_used_as_it_is() -> None:
     assert open_rewards([reward]).score(samples()).total.shape == (5,)
     with pytest.raises(ModelError, match="can't be used as a RewardModel; got ProcessRewardModel"):
         RewardModelReward.of(ProcessRewardModel.from_pretrained(saved("process")))  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="aren't known to be centred"):
+    with pytest.raises(ConfigError, match="the ensemble was trained without `centre_weight`"):
         RewardModelReward.of(RewardModel.from_pretrained(saved("loose")), doubt_weight=1.0)
 
 

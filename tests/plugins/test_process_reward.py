@@ -245,9 +245,9 @@ def test_pairs_without_labels_train_by_ranking_alone(tmp_path: Path) -> None:
     plain = {name: value for name, value in ROW.items() if name != "labels"}
     result = run(tmp_path, [plain] * 4).train()
     assert "step_accuracy" not in result.metrics and "accuracy" in result.metrics
-    with pytest.raises(DataError, match="no row has `labels` of its steps"):
+    with pytest.raises(DataError, match="no row has step `labels`"):
         run(tmp_path, [plain] * 4, ranking_weight=0.0, outcome_weight=0.0).train()
-    with pytest.raises(ConfigError, match="there is nothing to learn"):
+    with pytest.raises(ConfigError, match="so the loss is empty"):
         run(tmp_path, [plain] * 4, ranking_weight=0.0, outcome_weight=0.0, step_weight=0.0)
 
 

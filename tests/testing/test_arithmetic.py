@@ -207,6 +207,6 @@ def test_faults_are_named() -> None:
         ArithmeticTask(terms=1)
     with pytest.raises(ConfigError, match="unknown record type `prefs`"):
         next(ArithmeticTask().rows("prefs", 1))
-    with pytest.raises(DataError, match="the prompt is no arithmetic problem; got 'what is 2'") as prompt:
+    with pytest.raises(DataError, match="the prompt isn't an arithmetic problem; got 'what is 2'") as prompt:
         solve("what is 2")
     assert prompt.value.exit_code == 3

@@ -25,7 +25,7 @@ FAULTS: dict[type[Merger], dict[str, str]] = {
         "test_order_of_models_changes_nothing": "with the models in another order: the merged tensor is off by"
     },
     mergers.CountsPlaces: {
-        "test_order_of_models_changes_nothing": "with the models in another order, the merged tensor has other bits"
+        "test_order_of_models_changes_nothing": "with the models in another order, the merged tensor has different bits"
     },
     mergers.Doubles: {
         "test_shape_is_kept_in_float32": r"got float64 of shape \[384\]; fix: return float32 of shape \[384\]"
@@ -33,7 +33,7 @@ FAULTS: dict[type[Merger], dict[str, str]] = {
     mergers.Flattens: {
         "test_shape_is_kept_in_float32": r"got float32 of shape \[384\]; fix: return float32 of shape \[24, 16\]"
     },
-    mergers.Drops: {"test_the_same_inputs_give_the_same_bits": "merging the same inputs again gives other bits"},
+    mergers.Drops: {"test_the_same_inputs_give_the_same_bits": "merging the same inputs again gives different bits"},
     mergers.Divides: {
         "test_copies_of_one_model_give_that_model": "copies of a base of zeros: the merged tensor has values that aren't finite"
     },
@@ -45,7 +45,8 @@ FAULTS: dict[type[Merger], dict[str, str]] = {
         "test_chunks_of_any_size_give_the_same_tensor": "in chunks of about 4 elements: the merged tensor is off by"
     },
     mergers.Remembers: {
-        "test_tensors_do_not_depend_on_one_another": "a tensor has other bits when the merger has merged another tensor before"
+        "test_tensors_do_not_depend_on_one_another": "a tensor has different bits when the merger has merged another tensor"
+        " before"
     },
     mergers.Leaves: {"test_inputs_do_not_change": "merging changes its inputs: .*model-0/norms.json"},
     mergers.Appends: {"test_inputs_do_not_change": "merging changes its inputs: the merger's configuration"},

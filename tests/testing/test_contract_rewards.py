@@ -55,7 +55,7 @@ FAULTS: dict[type, dict[str, str]] = {
     rewards.Masked: {"test_any_completion_has_a_score": "TypeError"},
     rewards.Unscaled: {"test_options_change_scores": "option `scale: 2.0` changes no score"},
     rewards.Dated: {"test_what_it_describes_is_recorded": "`describe` of a new instance differs"},
-    rewards.Opaque: {"test_what_it_describes_is_recorded": "`describe` returns values that JSON can't hold"},
+    rewards.Opaque: {"test_what_it_describes_is_recorded": "`describe` returns values that can't be written as JSON"},
     rewards.Noisy: {"test_the_same_samples_score_the_same": "get other scores the second time"},
     rewards.Writes: {"test_samples_do_not_change": "scoring changes sample 0"},
     rewards.BadSteps: {"test_steps_are_finite_floats": "step scores that aren't finite floats for sample 0"},

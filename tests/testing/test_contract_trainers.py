@@ -126,14 +126,14 @@ FAULTS: dict[type[Trainer], dict[str, str]] = {
         " first",
     },
     trainers.GathersWithinRows: {
-        "test_processes_change_nothing": "don't gather equally often",
+        "test_processes_change_nothing": "call `run.gather` a different number of times",
         "test_a_process_without_rows_takes_part": "gather",
     },
     trainers.OwnMean: {"test_processes_change_nothing": "with 2 processes, the first update changes: loss"},
     trainers.ClimbsUp: {"test_loss_falls": "doesn't lower the loss: it is .* before and .* after 20 steps"},
     # A denominator off by a factor
     trainers.DoubleTokens: {
-        "test_weights_count_what_is_summed": "`nll` sums one entry per token in the loss, .*, 2 times that",
+        "test_weights_count_what_is_summed": "`nll` sums .* entries, one per token in the loss, .*, 2 times that",
         "test_first_loss_is_the_known_one": "0.5 times the negative log-likelihood per token",
     },
     trainers.PromptTokens: {"test_weights_count_what_is_summed": "the number of tokens of prompts and responses"},
@@ -141,7 +141,7 @@ FAULTS: dict[type[Trainer], dict[str, str]] = {
     trainers.OnePerMicroBatch: {
         "test_weights_count_what_is_summed": "is 1 for a window, and 8 for its rows one by one, added up"
     },
-    trainers.ResponsesOfPairs: {"test_weights_count_what_is_summed": "one entry per prompt, .*, 2 times that"},
+    trainers.ResponsesOfPairs: {"test_weights_count_what_is_summed": "entries, one per prompt, .*, 2 times that"},
     trainers.PromptsOfGroups: {"test_repeated_rows_change_nothing": "with every response repeated"},
     # Gradients
     trainers.ReadsTheStartWithGradient: {
@@ -183,7 +183,7 @@ FAULTS: dict[type[Trainer], dict[str, str]] = {
     trainers.SeedsWithoutStep: {"test_completions_differ": "the same completions in two steps"},
     # Processes
     trainers.WhitensAlone: {"test_processes_change_nothing": "with 2 processes, the first update changes: loss"},
-    trainers.GathersPerRow: {"test_processes_change_nothing": "don't gather equally often"},
+    trainers.GathersPerRow: {"test_processes_change_nothing": "call `run.gather` a different number of times"},
     trainers.LogsMeans: {"test_processes_change_nothing": r"`length` is .* instead of .*; report a metric as a pair"},
     # Options
     trainers.IgnoresClip: {"test_every_option_does_something": "options without any effect: clip;"},

@@ -281,7 +281,7 @@ def test_each_role_learns_at_its_own_rate(paths: dict[str, Path], options: dict[
     options["critic"]["path"] = str(paths["critic"])
     bench = Workbench(trainer_of(paths, **options))
     before = {name: p.detach().clone() for name, p in bench.parameters.items()}
-    bench.learn(bench.window())
+    bench.train_step(bench.window())
     moved = {name: float((p.detach() - before[name]).abs().max()) for name, p in bench.parameters.items()}
     assert moved["value.head.outer.bias"] == pytest.approx(factor * 1e-3, rel=1e-3)
     assert moved["policy.model.model.norm.weight"] == pytest.approx(1e-3, rel=1e-3)
@@ -301,7 +301,7 @@ def test_what_two_roles_share_learns_at_the_rate_of_the_runs_own_model(paths: di
     own = [name for name in bench.parameters if name.startswith("value.")]
     assert sorted(own) == [f"value.head.{part}.{kind}" for part in ("inner", "outer") for kind in ("bias", "weight")]
     before = {name: p.detach().clone() for name, p in bench.parameters.items()}
-    bench.learn(bench.window())
+    bench.train_step(bench.window())
     moved = {name: float((p.detach() - before[name]).abs().max()) for name, p in bench.parameters.items()}
     assert moved["policy.model.model.norm.weight"] == pytest.approx(1e-3, rel=1e-3)
     assert moved["value.head.outer.bias"] == pytest.approx(1e-2, rel=1e-3)

@@ -92,7 +92,7 @@ class BreadcrumbsMerger(SparseMerger):
     chunk_shape = "rows"
 
     def measure(self, stream: TensorStream) -> list[tuple[float, float]]:
-        """Return each model's (γ, β); where entries are ranked over the tensor, each model's smallest and largest |δ| kept."""
+        """Return each model's (γ, β) for `scope: row`; for `scope: tensor`, its smallest and largest |δ| that are kept."""
         gammas, densities = stream.option("gamma"), stream.option("density")
         pairs = list(zip(gammas, densities, strict=True))
         if self.config.scope == "row":
@@ -105,6 +105,7 @@ class BreadcrumbsMerger(SparseMerger):
         return list(zip(limits[1::2], highs, strict=True))
 
     def sparsify(self, chunk: Chunk, measured: list[tuple[float, float]]) -> Iterator[tuple[Tensor, float]]:
+        """Keep the entries between each row's, or the tensor's, limits of |δ|; the factors are 1."""
         for delta, given in zip(chunk.deltas(), measured, strict=True):
             sizes = delta.abs()
             limits: Any = row_limits(sizes, *given) if self.config.scope == "row" else given

@@ -78,6 +78,7 @@ class DAREMerger(SparseMerger):
         return _Measured(thresholds, stream.option("density"))
 
     def sparsify(self, chunk: Chunk, measured: _Measured) -> Iterator[tuple[Tensor, float]]:
+        """Trim each task vector, then drop entries at random; the factor of the rest is 1 / p."""
         for model, delta in enumerate(chunk.deltas()):
             density = measured.densities[model]
             trimmed = trim(delta, measured.thresholds[model])

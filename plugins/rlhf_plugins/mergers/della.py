@@ -117,6 +117,7 @@ class DELLAMerger(SparseMerger):
         return _Measured(stream.option("density"), stream.option("epsilon"))
 
     def sparsify(self, chunk: Chunk, measured: _Measured) -> Iterator[tuple[Tensor, float]]:
+        """Drop entries at random by the rank of |δ| in their row, and rescale the rest; the factors are 1."""
         for model, delta in enumerate(chunk.deltas()):
             density, epsilon = measured.densities[model], measured.epsilons[model]
             keeps_all = density >= 1 and epsilon == 0

@@ -15,20 +15,20 @@ if TYPE_CHECKING:
     from rlhf_core.plugin import ModelMerger
 
 Score = Callable[[Sequence[int]], float]
-"""Numbers of models → the evaluation's score of their mean; larger is better."""
+"""Indices of models → the evaluation's score of their mean; larger is better."""
 
 
 def greedy_choice(
     names: Sequence[bytes], score: Score, *, strict: bool = False
 ) -> tuple[list[int], float, list[float]]:
-    """Return the numbers of the models of the greedy soup, the soup's score, and each model's own score.
+    """Return the indices of the models of the greedy soup, the soup's score, and each model's own score.
 
     Wortsman et al. 2022, Model soups (arXiv 2203.05482), recipe 1: models are sorted by their own score, and each is added where
     the mean of all with it scores no worse than the mean without it. The soup is thus never below its best ingredient.
 
     Args:
         names: a name or hash for each model, by which models of equal score are ordered, whatever their order in the list.
-        score: evaluates the mean of the models with these numbers; larger is better.
+        score: evaluates the mean of the models with these indices; larger is better.
         strict: add a model only where the score rises. The paper adds it at equality too; its code is strict.
     """
     alone = [score([number]) for number in range(len(names))]
@@ -60,6 +60,7 @@ class ModelSoup(Merger):
     replay = "uniform_soup"
 
     def check_weights(self, weights: Sequence[float]) -> None:
+        """Refuse weights that differ."""
         require_equal(weights, "greedy_soup")
 
     def merge_chunk(self, chunk: Chunk, measured: None) -> Tensor:

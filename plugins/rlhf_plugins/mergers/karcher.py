@@ -86,6 +86,7 @@ class KarcherMerger(Merger):
     ignores_base = True
 
     def check_weights(self, weights: Sequence[float]) -> None:
+        """Refuse weights of mixed signs, or of sum zero."""
         share_of_weights(weights)
 
     def measure(self, stream: TensorStream) -> list[float]:

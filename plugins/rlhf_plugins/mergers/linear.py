@@ -43,6 +43,7 @@ class LinearMerger(Merger):
     config: LinearConfig
 
     def check_weights(self, weights: Sequence[float]) -> None:
+        """Refuse weights of mixed signs, or of sum zero, where they are normalised."""
         if self.config.normalize:
             require_one_sign(weights)
 

@@ -37,6 +37,7 @@ class ModelStockMerger(Merger):
     models = (2, None)
 
     def check_weights(self, weights: Sequence[float]) -> None:
+        """Refuse weights that differ."""
         require_equal(weights, "model_stock")
 
     def measure(self, stream: TensorStream) -> float:

@@ -100,6 +100,7 @@ class SCEMerger(Merger):
     neutral: ClassVar = {"density": 1.0}
 
     def check_weights(self, weights: Sequence[float]) -> None:
+        """Refuse weights of mixed signs, or of sum zero."""
         require_one_sign(weights)
 
     def measure(self, stream: TensorStream) -> _Measured:

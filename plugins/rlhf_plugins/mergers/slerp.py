@@ -45,6 +45,7 @@ class SlerpMerger(Merger):
     models = (1, 2)
 
     def check_weights(self, weights: Sequence[float]) -> None:
+        """Refuse weights from which no position on the arc follows."""
         self._shares(weights)
 
     def measure(self, stream: TensorStream) -> list[float]:
@@ -68,7 +69,7 @@ class SlerpMerger(Merger):
         (t,) = weights
         if not 0 <= t <= 1:
             raise ConfigError(
-                "the weight of a single model is the position on the arc from the base (0) to the model (1)",
+                "with one model, its weight must be from 0 (the base) to 1 (the model)",
                 place="weight",
                 got=f"{t:g}",
                 fix="give a weight from 0 to 1",

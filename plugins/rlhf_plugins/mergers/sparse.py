@@ -62,6 +62,7 @@ class SparseMerger(Merger):
     needs_base = True
 
     def check_weights(self, weights: Sequence[float]) -> None:
+        """Refuse weights of mixed signs, or of sum zero, where the merged task vector is divided by them."""
         if self.config.divides:
             require_one_sign(weights)
 

@@ -147,6 +147,7 @@ class TIESMerger(Merger):
     neutral: ClassVar = {"density": 1.0, "scale": 1.0}
 
     def check_weights(self, weights: Sequence[float]) -> None:
+        """Refuse weights by which the mean would divide, where they have mixed signs or sum to zero."""
         if self.config.normalize and self.config.majority == "weighted":
             require_one_sign(weights)
 

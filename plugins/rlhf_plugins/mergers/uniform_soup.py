@@ -23,14 +23,14 @@ def uniform_soup(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def require_equal(weights: Sequence[float], method: str) -> None:
-    """Raise where the models' weights differ: the method has none, and ignoring them would hide that.
+    """Raise where the models' weights differ: the method takes no weights, and ignoring them would hide that.
 
     Raises:
         ConfigError: they differ, or one is 0.
     """
     if len(set(weights)) > 1 or 0.0 in weights:
         raise ConfigError(
-            f"`{method}` weighs all models alike",
+            f"`{method}` doesn't take weights: all models count equally",
             place="weight",
             got=", ".join(f"{weight:g}" for weight in weights),
             fix="leave the weights out, or use `linear`",
@@ -45,6 +45,7 @@ class UniformSoupMerger(Merger):
     ignores_base = True
 
     def check_weights(self, weights: Sequence[float]) -> None:
+        """Refuse weights that differ."""
         require_equal(weights, "uniform_soup")
 
     def merge_chunk(self, chunk: Chunk, measured: None) -> Tensor:

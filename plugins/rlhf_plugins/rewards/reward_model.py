@@ -52,7 +52,7 @@ class RewardModelReward(ModelReward[RewardModel]):
             return
         if model.members == 1:
             raise ConfigError(
-                "a model of one member has no standard deviation over members",
+                "`doubt_weight` needs an ensemble; this reward model has one member",
                 place="doubt_weight",
                 got=f"{weight:g} for {source}",
                 fix="set `doubt_weight: 0`, or train an ensemble: `rlhf train reward_model --ensemble.size 4"
@@ -61,7 +61,7 @@ class RewardModelReward(ModelReward[RewardModel]):
         if not model.centred:
             # Ranking leaves each member's scores an arbitrary constant, which would count as disagreement.
             raise ConfigError(
-                "the ensemble's members aren't known to be centred, so their scores can't be compared with each other",
+                "the ensemble was trained without `centre_weight`, so its members' scores aren't comparable",
                 place="doubt_weight",
                 got=f"{weight:g} for {source}",
                 fix="train the ensemble with `centre_weight` above 0 (0.01 is usual), or set `doubt_weight: 0`",

@@ -79,9 +79,11 @@ class CPOTrainer(Trainer[CPOConfig]):
     Config = CPOConfig
 
     def weights(self, batch: Batch) -> Mapping[str, float]:
+        """The preference losses are averaged over pairs, imitation over the chosen responses' tokens."""
         return term_weights(batch, self.config.sft_weight)
 
     def loss(self, batch: Batch) -> Loss:
+        """Return CPO's losses, summed over pairs, and with `sft_weight` the chosen likelihoods, summed over tokens."""
         config = self.config
         logps = self.policy.response_logps(batch)  # (R,)
         losses = cpo_loss(*batch.pairs(logps), config.beta, config.label_smoothing)  # (P,)

@@ -65,7 +65,7 @@ class DPOConfig(ReferenceConfig):
             default = type(self).model_fields[option].default
             if option not in LOSSES[self.loss_type].options and getattr(self, option) != default:
                 owners = ", ".join(name for name, row in LOSSES.items() if option in row.options)
-                raise ValueError(f"{option} has no meaning with loss_type {self.loss_type}; it belongs to {owners}")
+                raise ValueError(f"{option} has no effect with loss_type {self.loss_type}; it is used only by {owners}")
         return self
 
 
@@ -103,16 +103,18 @@ class DPOTrainer(Trainer[DPOConfig]):
         if find_partners is None:
             return window
         logps = run.forward(window, self.policy.response_logps)
-        own = torch.stack([*window.pairs(logps), *window.pairs(window["ref_logps"])], dim=1)  # (P, 4)
-        partners = run.over_step(find_partners, own, rows=window.rows)  # (P, 2)
+        step_logps = torch.stack([*window.pairs(logps), *window.pairs(window["ref_logps"])], dim=1)  # (P, 4)
+        partners = run.over_step(find_partners, step_logps, rows=window.rows)  # (P, 2)
         return window.attach(per_response={"partners": partners.flatten()})
 
     def weights(self, batch: Batch) -> Mapping[str, float]:
+        """Both terms are averaged over the P pairs."""
         terms = ("preference", "sft") if self.config.sft_weight else ("preference",)
         return dict.fromkeys(terms, float(batch.num_prompts))
 
     def loss(self, batch: Batch) -> Loss:
-        config, row = self.config, LOSSES[self.config.loss_type]
+        """Return the losses of `loss_type`, and with `sft_weight` the chosen likelihoods per token, summed over pairs."""
+        config, variant = self.config, LOSSES[self.config.loss_type]
         logps = self.policy.response_logps(batch)  # (R,)
         pairs = PreferencePairs(
             *batch.pairs(logps),
@@ -121,9 +123,9 @@ class DPOTrainer(Trainer[DPOConfig]):
             beta=config.beta,
             label_smoothing=config.label_smoothing,
             tau=config.tau,
-            partners=batch.pairs(batch["partners"]) if row.find_partners else None,
+            partners=batch.pairs(batch["partners"]) if variant.find_partners else None,
         )
-        terms = {"preference": row.loss(pairs).sum()}
+        terms = {"preference": variant.loss(pairs).sum()}
         if config.sft_weight:
             # Pang et al. 2024, arXiv 2404.19733, equation 1: DPO + α NLL(y_w) / |y_w|.
             terms["sft"] = config.sft_weight * chosen_nll(batch, logps).sum()

@@ -131,7 +131,7 @@ class KTOConfig(ReferenceConfig):
         if self.batch_size < 2 and self.kl != "zero":
             raise ValueError("a step of one row has no mismatched pair: set `batch_size` to 2 or more, or `kl: zero`")
         if self.kl != "ema" and self.kl_decay != type(self).model_fields["kl_decay"].default:
-            raise ValueError(f"kl_decay has no meaning with kl {self.kl}; it belongs to ema")
+            raise ValueError(f"kl_decay has no effect with kl {self.kl}; only ema uses it")
         return self
 
 
@@ -150,8 +150,10 @@ class KTOTrainer(Trainer[KTOConfig]):
     def inspect(self, data: EncodedData) -> None:
         """Warn where the labels' weights times their numbers of rows are out of the range that the paper recommends."""
         if data.streaming:
-            log.info("rows of a stream aren't counted by label beforehand: choose `desirable_weight` and `undesirable_weight`"
-                     " so that they balance the labels")  # fmt: skip
+            log.info(
+                "streamed rows can't be counted by label in advance: set `desirable_weight` and `undesirable_weight` so that the"
+                " labels balance"
+            )
             return
         labels = data.report.labels
         good, bad = labels["desirable"], labels["undesirable"]
@@ -160,9 +162,9 @@ class KTOTrainer(Trainer[KTOConfig]):
         if not low <= ratio <= high:
             fit = self.config.undesirable_weight * bad / good
             log.warning(
-                "%d desirable and %d undesirable rows weigh %.3g to 1 with their weights; the paper recommends %.3g to %.3g,"
-                " which a `desirable_weight` of %.3g to %.3g gives",
-                good, bad, ratio, low, high, low * fit, high * fit,
+                "the weighted desirable rows are %.3g times the weighted undesirable ones (%d and %d rows); the paper recommends"
+                " %.3g to %.3g: set `desirable_weight` to %.3g to %.3g",
+                ratio, good, bad, low, high, low * fit, high * fit,
             )  # fmt: skip
 
     def experience(self, stream: Iterator[Batch], run: RunContext) -> Iterable[Batch]:
@@ -196,9 +198,11 @@ class KTOTrainer(Trainer[KTOConfig]):
         return max(self.moving_kl or 0.0, 0.0)
 
     def weights(self, batch: Batch) -> Mapping[str, float]:
+        """The loss is averaged over responses."""
         return {"kto": batch.num_responses}
 
     def loss(self, batch: Batch) -> Loss:
+        """Return KTO's losses, summed over responses."""
         config = self.config
         log_ratios = self.policy.response_logps(batch) - batch["ref_logps"]  # (R,)
         losses = kto_loss(

@@ -69,10 +69,12 @@ class ORPOTrainer(Trainer[ORPOConfig]):
     Config = ORPOConfig
 
     def weights(self, batch: Batch) -> Mapping[str, float]:
-        # Equation 6 takes the mean of L_SFT + λ L_OR over pairs.
+        """Both terms are averaged over the P pairs."""
+        # Equation 6: the mean of L_SFT + λ L_OR over pairs.
         return dict.fromkeys(("sft", "preference"), float(batch.num_prompts))
 
     def loss(self, batch: Batch) -> Loss:
+        """Return the chosen responses' negative log-likelihood per token and the odds-ratio losses, summed over pairs."""
         beta = self.config.beta
         logps = self.policy.response_logps(batch)  # (R,)
         means = logps / response_tokens(batch)  # (R,) nats per token

@@ -110,7 +110,7 @@ class ProcessRewardModelConfig(TrainerConfig):
     def _something_to_learn(self) -> ProcessRewardModelConfig:
         """Refuse weights that are all 0."""
         if not (self.step_weight or self.ranking_weight or self.outcome_weight):
-            raise ValueError("step_weight, ranking_weight and outcome_weight are all 0: there is nothing to learn")
+            raise ValueError("step_weight, ranking_weight and outcome_weight are all 0, so the loss is empty")
         return self
 
 
@@ -123,18 +123,25 @@ class ProcessRewardModelTrainer(Trainer[ProcessRewardModelConfig]):
     Config = ProcessRewardModelConfig
     roles: ClassVar = {"reward": TRAINED}
 
-    _opened: list[EncodedData]
-    """The data of the run, training data first, held-out data last: they name the place of a row in messages."""
+    _data: EncodedData | None = None
+    """The training data, which name the place of a row in messages; None before `inspect`."""
+    _held_out: EncodedData | None = None
+    """The held-out data, likewise."""
 
     def build(self, loader: Loader) -> dict[str, ProcessRewardModel]:
-        self._opened = []
+        """Return the process reward model, with the separator of its steps."""
+        self._data = self._held_out = None
         # A model that was trained before keeps its separator unless the option is given.
         separator = self.config.separator if "separator" in self.config.model_fields_set else None
         return {"reward": loader.main(ProcessRewardModel, separator=separator, seed=self.config.seed)}
 
     def inspect(self, data: EncodedData) -> None:
         """Check every row's labels; warn where the separator is in no response. Rows of a stream are checked as they are read."""
-        self._opened.append(data)
+        # Called with the training data first, then with the held-out data where there are any.
+        if self._data is None:
+            self._data = data
+        else:
+            self._held_out = data
         if data.streaming:
             return
         outcomes = (outcome.row for outcome, _ in data.walk(0, seed=0, shuffle=False, position=[]))
@@ -153,7 +160,7 @@ class ProcessRewardModelTrainer(Trainer[ProcessRewardModelConfig]):
             )
         if not labelled and not (self.config.ranking_weight or self.config.outcome_weight):
             raise DataError(
-                "no row has `labels` of its steps",
+                "no row has step `labels`",
                 place=data.report.name,
                 fix="give `labels`, or set `ranking_weight` to learn from pairs alone",
             )
@@ -192,8 +199,7 @@ class ProcessRewardModelTrainer(Trainer[ProcessRewardModelConfig]):
 
     def experience(self, stream: Iterator[Batch], run: RunContext) -> Iterable[Batch]:
         """Attach the last tokens of steps and the steps' labels, (R, T) each, to each batch."""
-        # Held-out data were opened last.
-        data = next(iter(self._opened[-1:] if run.evaluating else self._opened), None)
+        data = self._held_out if run.evaluating else self._data
         for batch in stream:
             ends = self.reward.step_ends(batch)
             yield batch.attach(per_token={"step_ends": ends, "step_labels": self._labels(batch, ends, data)})
@@ -209,6 +215,7 @@ class ProcessRewardModelTrainer(Trainer[ProcessRewardModelConfig]):
         return {name: count for name, (weight, count) in terms.items() if weight}
 
     def loss(self, batch: Batch) -> Loss:
+        """Return the losses of labelled steps, and the ranking losses of aggregated steps and of outcomes, as sums."""
         config, ends, labels = self.config, batch["step_ends"], batch["step_labels"]
         steps, outcome = self.reward.scores(batch, ends)  # (R, T) and (R,)
         values = batch.pairs(

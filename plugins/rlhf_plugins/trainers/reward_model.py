@@ -113,6 +113,7 @@ class RewardModelTrainer(Trainer[RewardModelConfig]):
     roles: ClassVar = {"reward": TRAINED}
 
     def build(self, loader: Loader) -> dict[str, RewardModel]:
+        """Return the reward model, with the members that `ensemble` asks for."""
         ensemble = self.config.ensemble
         # Only options that were given: a model that was trained before keeps its own members.
         given = {name: getattr(ensemble, name) for name in ensemble.model_fields_set}
@@ -146,10 +147,12 @@ class RewardModelTrainer(Trainer[RewardModelConfig]):
         return torch.tensor(draws, dtype=torch.float32, device=batch.device).view(-1, members)
 
     def weights(self, batch: Batch) -> Mapping[str, float]:
+        """Ranking is averaged over pairs, weighted by member where a bootstrap weighs them; centring over pairs."""
         ranking = {"ranking": float(batch["member_weights"].sum()) / max(batch["member_weights"].shape[1], 1)}
         return ranking | ({"centring": batch.num_prompts} if self.config.centre_weight else {})
 
     def loss(self, batch: Batch) -> Loss:
+        """Return the ranking losses and, with `centre_weight`, the centring penalties: means over members, summed over pairs."""
         chosen, rejected = batch.pairs(self.reward.scores(batch))  # (P, K) each
         margin = batch["margin"][:, None] if "margin" in batch.per_prompt else 0.0
         ranking = ranking_loss(chosen, rejected, margin + self.config.margin) * batch["member_weights"]
@@ -165,7 +168,7 @@ class RewardModelTrainer(Trainer[RewardModelConfig]):
 
         Args:
             chosen, rejected: (P, K) scores.
-            counted: (P,) 1 for a pair of weight above 0 for some member, else 0: the loop may skip the micro-batch of other
+            counted: (P,) 1 where any member weights the pair above 0, else 0: the loop may skip the micro-batch of other
                 pairs.
         """
         margins = chosen - rejected  # (P, K)

@@ -38,7 +38,9 @@ class SFTTrainer(Trainer[SFTConfig]):
     Config = SFTConfig
 
     def weights(self, batch: Batch) -> Mapping[str, float]:
+        """The loss is averaged over the tokens in the loss."""
         return {"nll": batch.num_loss_tokens}
 
     def loss(self, batch: Batch) -> Loss:
+        """Return the negative log-likelihood, summed over the tokens in the loss."""
         return Loss({"nll": sft_loss(self.policy.token_logps(batch), batch.loss_mask)})

@@ -66,9 +66,11 @@ class SimPOTrainer(Trainer[SimPOConfig]):
     Config = SimPOConfig
 
     def weights(self, batch: Batch) -> Mapping[str, float]:
+        """The preference losses are averaged over pairs, imitation over the chosen responses' tokens."""
         return term_weights(batch, self.config.sft_weight)
 
     def loss(self, batch: Batch) -> Loss:
+        """Return SimPO's losses, summed over pairs, and with `sft_weight` the chosen likelihoods, summed over tokens."""
         config = self.config
         logps = self.policy.response_logps(batch)  # (R,)
         means = logps / response_tokens(batch)  # (R,) nats per token
