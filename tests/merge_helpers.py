@@ -62,7 +62,8 @@ def merge(
     method: str, models: Sequence[Any], output: Path, *, base: Path | None = None, **settings: Any
 ) -> MergeResult:
     """Merge directories, or entries as `MergeConfig` takes them; `settings` are its fields and the method's options."""
-    evaluate, resume, overwrite = (settings.pop(name, None) for name in ("evaluate", "resume", "overwrite"))
+    calls = {name: settings.pop(name, None) for name in ("evaluate", "progress")}
+    resume, overwrite = (bool(settings.pop(name, False)) for name in ("resume", "overwrite"))
     own = {name: settings.pop(name) for name in list(settings) if name in MergeConfig.KEYS}
     entries = [str(model) if isinstance(model, Path) else model for model in models]
     config = MergeConfig.parse(
@@ -75,7 +76,7 @@ def merge(
             **own,
         }
     )
-    return ModelMerger(config, evaluate=evaluate).merge(resume=bool(resume), overwrite=bool(overwrite))
+    return ModelMerger(config, **calls).merge(resume=resume, overwrite=overwrite)
 
 
 def bytes_of(path: Path) -> dict[str, bytes]:

@@ -63,6 +63,7 @@ class Output:
     """
 
     def __init__(self, target: Path, plan: Plan, fingerprint: str, *, resume: bool, overwrite: bool) -> None:
+        # Checked before the plan, too; another process may have merged into the target since.
         overwrite = require_free(target, resume=resume, overwrite=overwrite)
         self.target, self.work, self._plan = target, unfinished(target), plan
         self.path = self.work / _MODEL
@@ -120,6 +121,11 @@ class Output:
         batch, self._written = self._written, []
         self._commits.append(self._committer.submit(self._commit, batch))
 
+    def flush(self) -> None:
+        """Wait until all that was started to be flushed is on disk."""
+        for commit in self._commits:
+            commit.result()
+
     def leave_to_parent(self) -> None:
         """Release the lock in a forked process, so that it is free once the parent is gone."""
         if self._lock is not None:
@@ -132,8 +138,7 @@ class Output:
         Args:
             write_side_files: writes to the model's directory all that belongs beside the weights.
         """
-        for commit in self._commits:
-            commit.result()
+        self.flush()
         self._commit(self._written)
         with storage_errors(self.path):
             write_side_files(self.path)
