@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import merge_helpers
 import pytest
 import torch
 from merge_helpers import bytes_of, merge, write_weights
@@ -67,7 +68,7 @@ def inputs(tmp_path: Path) -> Path:
 
 
 def _run(folder: Path, stop: int, *flags: str) -> subprocess.CompletedProcess[str]:
-    script = WORKER.format(helpers=str(Path(__file__).parent))
+    script = WORKER.format(helpers=str(Path(merge_helpers.__file__).parent))
     command = [sys.executable, "-c", script, str(stop), str(folder), *flags]
     return subprocess.run(
         command,
@@ -123,7 +124,7 @@ def test_killed_at_ten_moments_it_goes_on_to_the_same_bytes(how: str, inputs: Pa
 def test_killed_from_outside_it_leaves_nothing_or_the_whole(inputs: Path) -> None:
     merge("ties", [inputs / "a", inputs / "b"], inputs / "expected", **_settings(inputs))
     expected = bytes_of(inputs / "expected")
-    script = WORKER.format(helpers=str(Path(__file__).parent))
+    script = WORKER.format(helpers=str(Path(merge_helpers.__file__).parent))
     for delay in (0.0, 0.01, 0.03, 0.1, 0.3):
         process = subprocess.Popen([sys.executable, "-c", script, "-1", str(inputs)], stdout=subprocess.DEVNULL)
         started = time.monotonic()
@@ -143,7 +144,7 @@ def test_killed_from_outside_it_leaves_nothing_or_the_whole(inputs: Path) -> Non
 def test_ctrl_c_ends_all_of_its_processes_and_it_goes_on(moment: int, inputs: Path) -> None:
     """A terminal sends it to each of them."""
     merge("ties", [inputs / "a", inputs / "b"], inputs / "expected", **_settings(inputs))
-    script = WORKER.format(helpers=str(Path(__file__).parent))
+    script = WORKER.format(helpers=str(Path(merge_helpers.__file__).parent))
     command = [sys.executable, "-c", script, str(moment), str(inputs), "--interrupt"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         told = process.communicate(timeout=100)[1]

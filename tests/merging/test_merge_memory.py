@@ -9,6 +9,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import merge_helpers
 import psutil
 import pytest
 import torch
@@ -33,7 +34,14 @@ def _anonymous(family: list[psutil.Process]) -> int:
 
 
 def _peak(method: str, folder: Path, how: str) -> int:
-    command = [sys.executable, "-c", WORKER.format(helpers=str(Path(__file__).parent)), method, str(folder), how]
+    command = [
+        sys.executable,
+        "-c",
+        WORKER.format(helpers=str(Path(merge_helpers.__file__).parent)),
+        method,
+        str(folder),
+        how,
+    ]
     peak, most = 0, 0
     with subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
         while not (folder / "out").exists() and process.poll() is None:
