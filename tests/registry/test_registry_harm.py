@@ -647,8 +647,10 @@ def test_check_outlives_whatever_an_import_does(install, monkeypatch) -> None:
         registry.get("reward", "a-exits")
 
 
-def test_a_check_costs_one_process_where_all_is_well(install, monkeypatch, audited) -> None:
-    started = audited("subprocess.Popen")
+def test_a_check_costs_one_process_where_all_is_well(install, monkeypatch) -> None:
+    started = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(a) or popen(*a, **k))
     for name in "abc":
         install(name, {f"mod_{name}.py": REWARD}, rewards={name: f"mod_{name}:Mine"})
     monkeypatch.setenv(registry.ALLOW_VARIABLE, "a,b,c")
@@ -970,11 +972,13 @@ def test_what_is_installed_is_read_once_and_again_when_it_changes(install, monke
     assert one("mine").status == "ok" and len(reads) == 4
 
 
-def test_a_lookup_reads_the_sources_of_its_own_name_alone(install, audited) -> None:
+def test_a_lookup_reads_the_sources_of_its_own_name_alone(install, monkeypatch) -> None:
     root = install("acme", {"acme.py": REWARD}, rewards={"mine": "acme:Mine"})
-    opened = audited("open")
+    opened = []
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: opened.append(path) or read_bytes(path))
     assert registry.lookup("mine").target == "acme:Mine"
-    assert [str(arguments[0]) for arguments in opened if str(arguments[0]).endswith(".py")] == [str(root / "acme.py")]
+    assert opened == [root / "acme.py"]
 
 
 # Hooks
