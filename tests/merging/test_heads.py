@@ -216,7 +216,7 @@ def test_distances_count_heads(causal: Path, tmp_path: Path) -> None:
     for seed in (0, 1):
         RewardModel.from_pretrained(causal, new_head=True, seed=seed).save_pretrained(tmp_path / str(seed))
     found = diff(tmp_path / "0", tmp_path / "1")
-    apart = {name for name, one in found.tensors.items() if one.apart > 0}
+    apart = {name for name, one in found.tensors.items() if one.squared_difference > 0}
     assert apart == {"reward_head.0.inner.weight", "reward_head.0.outer.weight"}
     assert found.by_part()["head"].count > 0 and "other" not in found.by_part()
 
