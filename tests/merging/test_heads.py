@@ -11,7 +11,7 @@ import pytest
 import torch
 from batches import random_batch
 from merge_helpers import merge
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from rlhf_core import registry
 from rlhf_core.evaluation.weight_diff import diff
@@ -163,6 +163,24 @@ def test_heads_that_do_not_fit_each_other_are_refused(causal: Path, rewards: lis
         (tmp_path / lost / lost).unlink()
         with pytest.raises(ModelError, match=f"{lost}: the reward head is not whole; got no {lost}"):
             merge("linear", [rewards[0], tmp_path / lost], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_head_is_checked_as_any_tensor_is(rewards: list[Path], tmp_path: Path) -> None:
+    for name in ("format", "shape", "lacking"):
+        shutil.copytree(rewards[1], tmp_path / name)
+    about = json.loads((tmp_path / "format/reward_head.json").read_text())
+    (tmp_path / "format/reward_head.json").write_text(json.dumps({**about, "format": 2}))
+    with pytest.raises(ModelError, match="`format` must be 1; got 2"):
+        merge("linear", [rewards[0], tmp_path / "format"], tmp_path / "out")
+    tensors = load_file(rewards[1] / HEAD)
+    first = min(tensors)
+    save_file({**tensors, first: torch.zeros(3)}, tmp_path / "shape" / HEAD)
+    with pytest.raises(ModelError, match=rf"tensor `reward_head\.{first}` has another shape; got \[3\], and"):
+        merge("linear", [rewards[0], tmp_path / "shape"], tmp_path / "out")
+    save_file({key: tensor for key, tensor in tensors.items() if key != first}, tmp_path / "lacking" / HEAD)
+    with pytest.raises(ModelError, match=rf"tensor `reward_head\.{first}` is in .* and not in .*lacking"):
+        merge("linear", [rewards[0], tmp_path / "lacking"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
