@@ -157,8 +157,9 @@ class Encoder:
         self.checker = RowChecker(record, columns, format=format, ignored=ignored)
         kept = TextOptions.saved_with(tokenizer)
         self.wrap = kept.wrap if wrap is None else wrap
-        allowed = kept.special_tokens if special_tokens is None else special_tokens
-        self.template = ChatTemplate(tokenizer, chat_template, allowed=allowed or ())
+        self.allowed = tuple((kept.special_tokens if special_tokens is None else special_tokens) or ())
+        """The control tokens that data may use."""
+        self.template = ChatTemplate(tokenizer, chat_template, allowed=self.allowed)
         self.text_spans = TextSpanEncoder(tokenizer)
         self.chats = False
         """Whether any row so far was a chat."""
@@ -196,7 +197,9 @@ class Encoder:
             "tokenizer": hashlib.sha256(written.encode()).hexdigest(),
             "tokenizer_class": type(tokenizer).__qualname__,
             "control_tokens": {name: number for name, (number, _) in self.template.control.tokens.items()},
+            "allowed": sorted(self.allowed),
             "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+            "split_special_tokens": bool(getattr(tokenizer, "split_special_tokens", False)),
             "begin": list(self.text_spans.begin),
             "templates": [self.template.source, self.template.with_tools],
             "times": times,

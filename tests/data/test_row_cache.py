@@ -144,10 +144,15 @@ def test_other_rows_tokenizers_and_options_are_never_mixed_up(data, cache, token
     other_template.chat_template = other_template.chat_template.replace("assistant", "user")
     other_token.add_tokens(["xxxx"])
     other_special.bos_token = "<|im_end|>"
+    with_saved_options, splitting = bpe_tokenizer(), bpe_tokenizer()
+    with_saved_options.init_kwargs["rlhf_core"] = {"special_tokens": ["<|im_end|>"]}
+    splitting.split_special_tokens = True
     made = [
         (data, other_template, {}),
         (data, other_token, {}),
         (data, other_special, {}),
+        (data, with_saved_options, {}),
+        (data, splitting, {}),
         (data, None, {"max_length": 500}),
         (data, None, {"truncation": "keep_end"}),
         (data, None, {"truncation": "drop"}),
