@@ -56,7 +56,7 @@ def spread(
         items: what to work at.
         work: called with an item and `Advance`, in a thread or a process of one torch thread, without gradients.
         count: items at once.
-        forked: in processes; in threads where not even one can be started.
+        forked: in processes; in threads where not even one can be started, and in this thread where not even a thread can.
         enter: called once in each process, to release what only its parent may hold.
 
     Raises:
@@ -73,8 +73,8 @@ def spread(
             except OSError:  # no more processes or memory: fewer will do
                 break
             workers[worker.connection] = worker
-        if items and not workers:
-            yield from spread(items, work, count, forked=False)
+        if not workers:
+            yield from spread(items, work, count, forked=False) if forked else _in_this_thread(items, work)
             return
         for worker in workers.values():
             worker.begin(next(todo, None))
@@ -94,6 +94,16 @@ def spread(
     finally:
         for worker in workers.values():
             worker.runner.join()
+
+
+def _in_this_thread(items: Sequence[T], work: Work[T]) -> Generator[tuple[T, int | None]]:
+    """Work at the items one after the other, where no pipe is to be had, for all of the process's descriptors are in use."""
+    for item in items:
+        done: list[int] = []
+        with torch.inference_mode():
+            work(item, done.append)
+        yield item, sum(done)
+        yield item, None
 
 
 class _Worker:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -150,6 +151,17 @@ def test_without_room_for_processes_threads_do_it(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(os, "fork", refused)
     events = list(spread(range(5), lambda item, advance: advance(1), 2, forked=True))
     assert sum(nbytes is None for _, nbytes in events) == 5
+
+
+@both
+def test_without_a_free_descriptor_this_thread_does_it(forked: bool) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len([*Path("/proc/self/fd").iterdir()]) - 1, before[1]))
+        events = list(spread([1, 2], lambda item, advance: advance(item), 2, forked=forked))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert events == [(1, 1), (1, None), (2, 2), (2, None)]
 
 
 def test_a_process_that_is_killed_is_told() -> None:
