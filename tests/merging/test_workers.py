@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -155,11 +155,16 @@ def test_without_room_for_processes_threads_do_it(monkeypatch: pytest.MonkeyPatc
 
 @both
 def test_without_a_free_descriptor_this_thread_does_it(forked: bool) -> None:
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    before, taken = resource.getrlimit(resource.RLIMIT_NOFILE), []
     try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (len([*Path("/proc/self/fd").iterdir()]) - 1, before[1]))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, before[1]))
+        with suppress(OSError):
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
         events = list(spread([1, 2], lambda item, advance: advance(item), 2, forked=forked))
     finally:
+        for descriptor in taken:
+            os.close(descriptor)
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     assert events == [(1, 1), (1, None), (2, 2), (2, None)]
 
