@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import tempfile
@@ -16,8 +17,21 @@ os.environ["HF_DATASETS_CACHE"] = _CACHE.name
 import pytest  # noqa: E402
 
 from rlhf_core import registry  # noqa: E402
+from rlhf_core.infra.log import LOGGER, SHIPPED  # noqa: E402
 
 Install = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def log_as_before() -> Iterator[None]:
+    """Undo what a test (of the command line, say) changed of the loggers of the core and of the methods that ship."""
+    loggers = [logging.getLogger(name) for name in (LOGGER, SHIPPED)]
+    before = [(logger.level, logger.propagate, list(logger.handlers)) for logger in loggers]
+    yield
+    for logger, (level, propagate, handlers) in zip(loggers, before, strict=True):
+        # Not by assignment: a logger remembers which levels are on.
+        logger.setLevel(level)
+        logger.propagate, logger.handlers[:] = propagate, handlers
 
 
 @pytest.fixture

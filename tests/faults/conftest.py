@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
 from rlhf_core.cli import main
-from rlhf_core.infra.log import LOGGER, SHIPPED
 from rlhf_core.testing.tiny import save_tiny
 
 OPTIONS = ("--batch_size", "2", "--max_length", "64", "--max_steps", "2", "--learning_rate", "1e-3")
@@ -50,20 +48,8 @@ def write(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def log_as_before() -> Iterator[None]:
-    """Take back what the command line does to the loggers of the core and of the methods that ship."""
-    loggers = [logging.getLogger(name) for name in (LOGGER, SHIPPED)]
-    before = [(logger.level, logger.propagate, list(logger.handlers)) for logger in loggers]
-    yield
-    for logger, (level, propagate, handlers) in zip(loggers, before, strict=True):
-        # Not by assignment: a logger remembers which levels are on.
-        logger.setLevel(level)
-        logger.propagate, logger.handlers[:] = propagate, handlers
-
-
-@pytest.fixture
 def train(
-    model: Path, write: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], log_as_before: None
+    model: Path, write: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., Ended]:
     """Return a function that runs `rlhf train` in this process; the keywords stand for what a good run has."""
 

@@ -97,4 +97,8 @@ def test_a_methods_warnings_look_like_the_cores(train: Callable) -> None:
     labels = ["desirable"] * 8 + ["undesirable"] * 2
     ended = train(method="kto", data=[{"prompt": "q", "response": f"a{i}", "label": x} for i, x in enumerate(labels)])
     assert ended.code == 0
-    assert re.search(r"^[\d:]{8} WARNING 8 desirable and 2 undesirable rows weigh 4 to 1", ended.err, re.MULTILINE)
+    assert re.search(
+        r"^[\d:]{8} WARNING the weighted desirable rows are 4 times the weighted undesirable ones",
+        ended.err,
+        re.MULTILINE,
+    )
