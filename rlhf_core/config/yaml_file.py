@@ -133,13 +133,13 @@ def parse_scalar(text: str) -> Any:
     return text if value is None and text.strip() not in ("null", "~", "") else value
 
 
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def overlay(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Return `base` overridden by `over`; groups are merged key by key, and a group replaces a null or a true."""
     merged = dict(base)
     for key, value in over.items():
         if isinstance(value, Mapping):
             below = merged.get(key)
-            merged[key] = merge(below if isinstance(below, Mapping) else {}, value)
+            merged[key] = overlay(below if isinstance(below, Mapping) else {}, value)
         else:
             merged[key] = value
     return merged
@@ -166,5 +166,5 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
         leaf: dict[str, Any] = {last: value}
         for group in reversed(groups):
             leaf = {group: leaf}
-        nested = merge(nested, leaf)
+        nested = overlay(nested, leaf)
     return nested

@@ -11,7 +11,7 @@ import torch
 
 from rlhf_core.contracts.merger import Merger
 from rlhf_core.infra.errors import ModelError
-from rlhf_core.merging.inputs import MergeInput
+from rlhf_core.merging.merge_input import MergeInput
 from rlhf_core.merging.one_tensor import guarded, merged_chunks
 from rlhf_core.merging.output import Output
 from rlhf_core.merging.plan import Plan, PlannedTensor

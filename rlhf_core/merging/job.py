@@ -18,8 +18,7 @@ from pydantic import Field
 
 from rlhf_core.config.base import place_of
 from rlhf_core.config.flags import Flag, convert, convert_options, lex, refuse_unknown
-from rlhf_core.config.yaml_file import dump_yaml, nest
-from rlhf_core.config.yaml_file import merge as merge_values
+from rlhf_core.config.yaml_file import dump_yaml, nest, overlay
 from rlhf_core.contracts.merger import Merger
 from rlhf_core.infra.errors import ConfigError, did_you_mean, shortened
 from rlhf_core.infra.model_files import split_adapter
@@ -27,8 +26,8 @@ from rlhf_core.infra.redact import redact
 from rlhf_core.interop import mergekit
 from rlhf_core.interop.mergekit_methods import parity
 from rlhf_core.merging.config import MergeConfig, ModelEntry
-from rlhf_core.merging.inputs import check_own
 from rlhf_core.merging.merge import ModelMerger, Progress
+from rlhf_core.merging.merge_input import check_own
 from rlhf_core.merging.method import MergeMethod
 from rlhf_core.merging.model_score import Evaluate
 from rlhf_core.registry.discovery import Plugin
@@ -191,7 +190,7 @@ def _overridden(values: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str
     """Return values overridden by those of flags; one with a dotted key sets one entry of a group."""
     result = dict(values)
     for key, value in flags.items():
-        result = merge_values(result, nest({key: value})) if "." in key else {**result, key: value}
+        result = overlay(result, nest({key: value})) if "." in key else {**result, key: value}
     return result
 
 

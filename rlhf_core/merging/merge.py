@@ -21,7 +21,7 @@ from rlhf_core.merging import chat_template
 from rlhf_core.merging.config import MergeConfig
 from rlhf_core.merging.execution import MergeExecution
 from rlhf_core.merging.input_model import InputModel
-from rlhf_core.merging.inputs import MergeInput
+from rlhf_core.merging.merge_input import MergeInput
 from rlhf_core.merging.method import MergeMethod
 from rlhf_core.merging.model_score import Evaluate, ModelScore
 from rlhf_core.merging.open_model import open_model

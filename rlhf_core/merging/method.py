@@ -16,8 +16,8 @@ from rlhf_core.config.fields import alternatives
 from rlhf_core.contracts.merger import Merger
 from rlhf_core.infra.errors import ConfigError, PluginError, nearest
 from rlhf_core.merging.config import MergeConfig
-from rlhf_core.merging.inputs import MergeInput, check_own
 from rlhf_core.merging.layer_values import LayerValues, Value, unused_filters, value_at
+from rlhf_core.merging.merge_input import MergeInput, check_own
 from rlhf_core.merging.plan import Plan
 from rlhf_core.merging.tensor_names import GROUPS
 

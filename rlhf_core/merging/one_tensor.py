@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlhf_core.contracts.merger import Merger
 from rlhf_core.infra.errors import PluginError, RLHFError, describe_error
-from rlhf_core.merging.inputs import MergeInput, check_own
+from rlhf_core.merging.merge_input import MergeInput, check_own
 from rlhf_core.merging.streams import CHUNK, TensorStream
 from rlhf_core.merging.tensor_reader import MemoryTensor
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rlhf_core.contracts.merger import Merger
 from rlhf_core.infra.errors import ModelError, PluginError
-from rlhf_core.merging.inputs import MergeInput
+from rlhf_core.merging.merge_input import MergeInput
 from rlhf_core.merging.tensor_reader import TensorReader
 
 CHUNK = 1 << 16

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rlhf_core.config.online import OnlineConfig
-from rlhf_core.config.yaml_file import merge
+from rlhf_core.config.yaml_file import overlay
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.contracts.records import RECORDS
 from rlhf_core.contracts.trainer import Trainer
@@ -134,7 +134,7 @@ class TrainerSetup(MethodContract):
         if issubclass(kind.Config, OnlineConfig):
             values = {**values, "generation": {"max_new_tokens": 8}, "group_size": 4}
         for over in (self.options, *changes):
-            values = merge(values, over)
+            values = overlay(values, over)
         given: dict[str, Any] = {}
         if rewards is not None or (self.rewarded and not values.get("rewards")):
             values = {**values, "rewards": []}

@@ -20,7 +20,7 @@ from rlhf_core.config.online import OnlineConfig
 from rlhf_core.config.presets import get_preset
 from rlhf_core.config.run_file import RunConfig
 from rlhf_core.config.training import TrainerConfig
-from rlhf_core.config.yaml_file import dump_yaml, merge, nest
+from rlhf_core.config.yaml_file import dump_yaml, nest, overlay
 from rlhf_core.contracts.trainer import Trainer
 from rlhf_core.infra.errors import ConfigError
 from rlhf_core.infra.redact import redact, redact_text
@@ -117,7 +117,7 @@ def load_job(
     preset = _preset(run_values, places)
     options: dict[str, Any] = {}
     for layer in (preset, values, nest(overrides), nest(option_values)):
-        options = merge(options, _keep_groups(spread(layer, method.Config), options))
+        options = overlay(options, _keep_groups(spread(layer, method.Config), options))
     run = _run(run_values, places)
     config = method.Config.parse(options, place=places)
     if isinstance(config, OnlineConfig):

@@ -17,7 +17,7 @@ from rlhf_core.config.base import BaseConfig
 from rlhf_core.config.presets import PRESETS, get_7b_model_config, get_70b_model_config, get_preset
 from rlhf_core.config.run_file import RunConfig
 from rlhf_core.config.training import LoraConfig, TrainerConfig
-from rlhf_core.config.yaml_file import load_yaml, merge, nest, parse_scalar
+from rlhf_core.config.yaml_file import load_yaml, nest, overlay, parse_scalar
 from rlhf_core.infra.errors import ConfigError
 
 CONFIGS = [TrainerConfig, SFTConfig, DPOConfig, RunConfig]
@@ -280,11 +280,11 @@ def test_dotted_keys_and_groups_are_the_same(tree: dict[str, Any]) -> None:
 
 @given(trees, trees)
 def test_what_is_laid_over_wins_and_the_rest_stays(base: dict[str, Any], over: dict[str, Any]) -> None:
-    merged = merge(base, over)
+    merged = overlay(base, over)
     below, above, found = flat(base), flat(over), flat(merged)
     assert all(found[key] == value for key, value in above.items())
     untouched = [
         key for key in below if not any(f"{key}.".startswith(f"{k}.") or f"{k}.".startswith(f"{key}.") for k in above)
     ]
     assert all(found[key] == below[key] for key in untouched)
-    assert merge(merged, over) == merged
+    assert overlay(merged, over) == merged
