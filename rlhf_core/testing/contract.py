@@ -17,7 +17,7 @@ from unittest import SkipTest
 from rlhf_core import registry
 from rlhf_core.config.base import BaseConfig
 from rlhf_core.config.fields import every_option
-from rlhf_core.infra.errors import ConfigError, RLHFError, did_you_mean
+from rlhf_core.infra.errors import ConfigError, did_you_mean
 from rlhf_core.registry.class_header import SourceError, read_class_header
 
 Test = Callable[[Any], None]
@@ -235,14 +235,3 @@ def _check_objects(node: Any, root: Mapping[str, Any]) -> None:
     children: Iterable[Any] = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
     for child in children:
         _check_objects(child, root)
-
-
-def describe_error(error: BaseException) -> str:
-    """Return in one line why a check failed: the message of an assertion or of the project's errors, else type and message."""
-    if isinstance(error, AssertionError):
-        text = str(error) or "assertion failed"
-    elif isinstance(error, RLHFError):
-        text = str(error)
-    else:
-        text = f"{type(error).__name__}: {error}"
-    return " ".join(text.split())

@@ -13,10 +13,10 @@ from typing import Any, Literal
 from unittest import SkipTest
 
 from rlhf_core import registry
-from rlhf_core.infra.errors import PluginError, printable
+from rlhf_core.infra.errors import PluginError, RLHFError, describe_error, printable
 from rlhf_core.infra.log import LOGGER, hide_library_bars
 from rlhf_core.registry.plugin_logs import plugin_packages
-from rlhf_core.testing.contract import Contract, describe_error
+from rlhf_core.testing.contract import Contract
 
 Status = Literal["ok", "failed", "expected", "skipped"]
 
@@ -95,10 +95,17 @@ def _run(contract: type[Contract], name: str) -> tuple[Status, str]:
     except SkipTest as skip:
         return "skipped", str(skip)
     except Exception as error:
-        return ("failed", describe_error(error)) if expected is None else ("expected", expected)
+        return ("failed", _why_failed(error)) if expected is None else ("expected", expected)
     if expected is not None:
         return "failed", f"passes, but was expected to fail: {expected}"
     return "ok", ""
+
+
+def _why_failed(error: Exception) -> str:
+    """Return in one line why a check failed: the message of an assertion or of the project's errors, else type and message."""
+    if isinstance(error, AssertionError | RLHFError):
+        return " ".join(str(error).split()) or "assertion failed"
+    return describe_error(error)
 
 
 @contextmanager
