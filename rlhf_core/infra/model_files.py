@@ -28,6 +28,11 @@ def kind_of(head: str) -> str:
     return head.removesuffix("_head").replace("_", " ") + " model"
 
 
+def head_words(head: str) -> str:
+    """Return a head's name as a user reads it: `reward_head` → "reward head"."""
+    return head.replace("_", " ")
+
+
 def file_hashes(source: str) -> dict[str, str] | None:
     """Return file name → SHA-256 of all files that a model is read from, an adapter's base included; None if it isn't local."""
     path = Path(source).expanduser()
@@ -251,6 +256,35 @@ def json_object(path: Path, place: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ModelError(f"{path.name} is no JSON object", place=place, fix="save the model again")
     return found
+
+
+def head_pair(source: str | Path, head: str, place: str) -> tuple[Path, Path] | None:
+    """Return `HEAD.json` and `HEAD.safetensors` of a model, fetched where it is on the hub; None for a model without that head.
+
+    Args:
+        source: a directory, or a name on the hub.
+        place: the model's name in messages.
+
+    Raises:
+        ModelError: only one of the two is there. The model must not be taken for one without a head, and given a new one.
+    """
+    names = (f"{head}.json", f"{head}.safetensors")
+    where = Path(source).expanduser()
+    if where.exists():
+        description, tensors = ((where / name) if (where / name).is_file() else None for name in names)
+    else:
+        description, tensors = hub_files(str(source), names)
+    if description is not None and tensors is not None:
+        return description, tensors
+    if description is None and tensors is None:
+        return None
+    lost, there = names if description is None else names[::-1]
+    raise ModelError(
+        f"the {head_words(head)} is not whole, so its scores would be random",
+        place=place,
+        got=f"{there}, and no {lost}",
+        fix="copy the whole checkpoint again",
+    )
 
 
 def head_description(directory: Path, head: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from rlhf_core.infra.errors import ModelError
-from rlhf_core.infra.model_files import HEADS, head_description
+from rlhf_core.infra.model_files import HEADS, head_description, head_pair, head_words
 from rlhf_core.merging.input_model import InputModel
 from rlhf_core.merging.tensor_names import score_head_of
 from rlhf_core.merging.tensor_reader import TensorReader, WeightFile
@@ -36,14 +36,8 @@ def heads_beside(name: str, path: Path) -> dict[str, WeightFile]:
     """
     found = {}
     for head in HEADS:
-        there = [kind for kind in ("json", "safetensors") if (path / f"{head}.{kind}").is_file()]
-        if len(there) == 1:
-            lacking = "safetensors" if there == ["json"] else "json"
-            raise ModelError(
-                f"the {_words(head)} is not whole", place=name, got=f"no {head}.{lacking}", fix="copy the file"
-            )
-        if there:
-            found[head] = WeightFile(path / f"{head}.safetensors", name)
+        if (files := head_pair(path, head, name)) is not None:
+            found[head] = WeightFile(files[1], name)
     return found
 
 
@@ -124,13 +118,9 @@ def _warn_of_other_start(head: str, inputs: Sequence[InputModel]) -> None:
             log.warning(
                 "the %ss of %s and %s have a cosine of %.2f: they began from other weights, and what is merged of them ranks"
                 " badly; train both from one start",
-                _words(head), first.name, one.name, alike,
+                head_words(head), first.name, one.name, alike,
             )  # fmt: skip
 
 
 def _listed(one: InputModel) -> str:
     return " and ".join(one.heads) or "no head"
-
-
-def _words(head: str) -> str:
-    return head.replace("_", " ")

@@ -12,7 +12,7 @@ from typing import Any, Self
 from torch import nn
 
 from rlhf_core.infra.errors import ModelError
-from rlhf_core.infra.model_files import HEAD_FORMAT, HEADS, head_description, hub_files, kind_of
+from rlhf_core.infra.model_files import HEAD_FORMAT, HEADS, head_description, head_pair, head_words, kind_of
 from rlhf_core.infra.safetensors_file import read_tensors, write_tensors
 from rlhf_core.models.heads import SCALAR_HEADS
 
@@ -40,20 +40,10 @@ class HeadFiles:
         """Return a model's head files, fetched from the hub where the model is there; None for a model without that head.
 
         Raises:
-            ModelError: only one of the two files exists. The model must not be taken for one without a head, and given a new one.
+            ModelError: only one of the two files is there.
         """
-        files = (f"{name}.json", f"{name}.safetensors")
-        where = Path(source).expanduser()
-        if where.exists():
-            found = [where / file if (where / file).is_file() else None for file in files]
-        else:
-            found = hub_files(str(source), files)
-        missing = [file for file, path in zip(files, found, strict=True) if path is None]
-        if len(missing) == 1:
-            there = files[1 - files.index(missing[0])]
-            got, fix = f"{there}, and no {missing[0]}", "copy the whole checkpoint again"
-            raise ModelError(_no_head(name), place=str(source), got=got, fix=fix)
-        return None if missing else cls(found[0].parent, name)  # type: ignore[union-attr]
+        files = head_pair(source, name, str(source))
+        return None if files is None else cls(files[0].parent, name)
 
     def write(self, head: nn.Module, description: Mapping[str, Any]) -> None:
         """Write both files: the description with the format's version, and the head's tensors."""
@@ -79,7 +69,7 @@ class HeadFiles:
                 )
         if about["width"] != width:
             raise ModelError(
-                f"the {_words(self.name)} doesn't fit the backbone",
+                f"the {head_words(self.name)} doesn't fit the backbone",
                 place=str(self.directory),
                 got=f"a head of width {about['width']} for a backbone of {width}",
                 fix="use the two that were saved together",
@@ -114,7 +104,7 @@ class HeadFiles:
         for key, tensor in tensors.items():
             if tensor.shape != wanted[key].shape:
                 got = f"{tuple(tensor.shape)} for {tuple(wanted[key].shape)}"
-                raise ModelError(f"`{key}` of the {_words(self.name)} has another shape", place=str(path), got=got)
+                raise ModelError(f"`{key}` of the {head_words(self.name)} has another shape", place=str(path), got=got)
         head.load_state_dict(tensors)
 
 
@@ -133,19 +123,14 @@ def warn_of_heads(source: str | Path, *, own: str | None = None) -> None:
     for name in HEADS:
         tensors, description = (where / f"{name}.{suffix}" for suffix in ("safetensors", "json"))
         if own is None and tensors.is_file():
-            log.warning("%s is a %s: its backbone is used, and its %s isn't", source, kind_of(name), _words(name))
+            log.warning("%s is a %s: its backbone is used, and its %s isn't", source, kind_of(name), head_words(name))
         elif own not in (None, name) and (tensors.is_file() or description.is_file()):
             log.warning(
                 "%s has a %s, which another method trained and which isn't used: its backbone gets a new head",
                 source,
-                _words(name),
+                head_words(name),
             )
 
 
 def _no_head(name: str) -> str:
-    return f"the checkpoint has no {_words(name)}, so its scores would be random"
-
-
-def _words(name: str) -> str:
-    """Return a head's name as a user reads it: `reward head`."""
-    return name.replace("_", " ")
+    return f"the checkpoint has no {head_words(name)}, so its scores would be random"

@@ -165,6 +165,6 @@ def test_half_a_reward_head_is_no_new_one(train: Callable, model: Path, tmp_path
     (tmp_path / "run" / "model" / "reward_head.json").unlink()
     ended = train(method="reward_model", model=tmp_path / "run" / "model", data=pairs, output=tmp_path / "again")
     assert (ended.code, ended.error) == (
-        4, f"error[model] {tmp_path}/run/model: the checkpoint has no reward head, so its scores would be random; got"
+        4, f"error[model] {tmp_path}/run/model: the reward head is not whole, so its scores would be random; got"
         " reward_head.safetensors, and no reward_head.json; fix: copy the whole checkpoint again",
     )  # fmt: skip

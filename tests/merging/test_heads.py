@@ -161,7 +161,7 @@ def test_heads_that_do_not_fit_each_other_are_refused(causal: Path, rewards: lis
     for lost in ("reward_head.json", HEAD):
         shutil.copytree(rewards[1], tmp_path / lost)
         (tmp_path / lost / lost).unlink()
-        with pytest.raises(ModelError, match=f"{lost}: the reward head is not whole; got no {lost}"):
+        with pytest.raises(ModelError, match=f"{lost}: the reward head is not whole.*, and no {lost}; fix: copy"):
             merge("linear", [rewards[0], tmp_path / lost], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
