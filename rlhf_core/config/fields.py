@@ -72,6 +72,43 @@ def option_names(config: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from option_names(group, f"{prefix}{name}.")
 
 
+def option_at(config: type[BaseModel], name: str) -> tuple[str, tuple[Any, ...]] | None:
+    """Return the dotted key of an option, and the types that its value may have; None where there is no such option.
+
+    Args:
+        name: as in a flag, `lora.rank`, where `-` and `_` are alike; or an entry of a mapping, whose key stays as typed.
+    """
+    key: list[str] = []
+    kinds: tuple[Any, ...] = (config,)
+    parts = name.split(".")
+    for part in parts:
+        mappings = [kind for kind in kinds if get_origin(kind) is dict] if len(key) + 1 == len(parts) else []
+        key.append(part if mappings else part.replace("-", "_"))
+        inside = _inside(mappings or [kind for kind in kinds if is_group(kind)], key[-1])
+        if not inside:
+            return None
+        kinds = alternatives(inside[0])
+    return ".".join(key), kinds
+
+
+def single_options(
+    config: type[BaseModel], without: tuple[type[BaseModel], ...] = (), prefix: str = ""
+) -> Iterator[str]:
+    """Yield the dotted name of each option, of a group that is always there those in it; a group that may be off counts as one.
+
+    Args:
+        without: classes of groups that are left out.
+    """
+    for name, info in config.model_fields.items():
+        groups = [kind for kind in alternatives(info.annotation) if is_group(kind)]
+        if any(issubclass(group, without) for group in groups):
+            continue
+        if groups == [info.annotation]:
+            yield from single_options(groups[0], without, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
 class OptionRow(NamedTuple):
     """One option, or a group of them."""
 

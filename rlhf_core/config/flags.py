@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 
 from rlhf_core.config.base import BaseConfig
-from rlhf_core.config.fields import alternatives, group_of, is_group, option_names
+from rlhf_core.config.fields import group_of, is_group, option_at, option_names
 from rlhf_core.config.yaml_file import parse_scalar
 from rlhf_core.infra.errors import ConfigError, nearest
 
@@ -72,8 +72,10 @@ def convert(flags: Iterable[Flag], config: type[BaseModel], *, owner: str) -> tu
     grouped: dict[str, list[Flag]] = {}
     members: dict[str, tuple[Any, ...]] = {}
     for flag in flags:
-        key, members_of = _field(flag, config, owner)
-        members[key] = members_of
+        if (option := option_at(config, flag.name)) is None:
+            raise unknown_option(flag.name, config, owner=owner, place=flag.typed)
+        key, types = option
+        members[key] = types
         grouped.setdefault(key, []).append(flag)
     values = {key: _value(given, members[key]) for key, given in grouped.items()}
     return values, {key: given[0].typed for key, given in grouped.items()}
@@ -89,26 +91,6 @@ def unknown_option(
     return ConfigError(
         f"unknown option `{name}` of {owner}", place=place, fix=f"{hint}`rlhf show {owner} --all` lists them"
     )
-
-
-def _field(flag: Flag, config: type[BaseModel], owner: str) -> tuple[str, tuple[Any, ...]]:
-    """Return the dotted option that a flag sets, and the types that its value may have."""
-    key: list[str] = []
-    group: type[BaseModel] | None = config
-    members: tuple[Any, ...] = ()
-    parts = flag.name.split(".")
-    for number, part in enumerate(parts):
-        name = part.replace("-", "_")
-        if group is None or name not in group.model_fields:
-            raise unknown_option(flag.name, config, owner=owner, place=flag.typed)
-        key.append(name)
-        members = alternatives(group.model_fields[name].annotation)
-        mapping = next((member for member in members if get_origin(member) is dict), None)
-        if mapping is not None and number + 2 == len(parts):
-            # An entry of a mapping: its key as typed, its value as the mapping's are.
-            return ".".join([*key, parts[-1]]), alternatives(get_args(mapping)[1])
-        group = group_of(group.model_fields[name].annotation, items=False)
-    return ".".join(key), members
 
 
 def _may_be_text(member: Any) -> bool:

@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from rlhf_core.config.fields import alternatives, is_group
+from rlhf_core.config.fields import single_options
 from rlhf_core.config.training import LoraConfig, ModelConfig, ReferenceConfig, TrainerConfig
 from rlhf_core.contracts.trainer import Window
 from rlhf_core.infra.errors import RLHFError
@@ -202,19 +202,9 @@ def _numbers(pair: Any) -> Any:
 def _own_options(config: type[BaseModel]) -> list[tuple[str, ...]]:
     """Return the paths of the options that a method defines itself, those of its groups too."""
     core = {*TrainerConfig.model_fields, *ReferenceConfig.model_fields, "rewards"}
-    return [path for name in config.model_fields if name not in core for path in _paths(config, name)]
-
-
-def _paths(config: type[BaseModel], name: str) -> Iterator[tuple[str, ...]]:
-    """Yield the path of an option, or those of the options in a group; none for how a model is loaded, which is the core's."""
-    annotation = config.model_fields[name].annotation
-    groups = [kind for kind in alternatives(annotation) if is_group(kind)]
-    if any(issubclass(group, ModelConfig | LoraConfig) for group in groups):
-        return
-    if groups == [annotation]:
-        yield from ((name, *path) for below in groups[0].model_fields for path in _paths(groups[0], below))
-    else:
-        yield (name,)
+    # How a model is loaded is the core's concern, too.
+    paths = [tuple(name.split(".")) for name in single_options(config, without=(ModelConfig, LoraConfig))]
+    return [path for path in paths if path[0] not in core]
 
 
 def _nested(path: tuple[str, ...], value: Any) -> dict[str, Any]:
