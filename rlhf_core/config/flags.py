@@ -110,7 +110,7 @@ def _value(given: Sequence[Flag], members: tuple[Any, ...]) -> Any:
     if not any(get_origin(member) is list for member in members):
         texts = " and ".join(f"`{flag.text}`" for flag in given)
         raise ConfigError(
-            f"is given {len(given)} times but isn't a list",
+            f"given {len(given)} times, but it takes one value",
             place=given[0].typed,
             got=texts,
             fix="keep one of the values",

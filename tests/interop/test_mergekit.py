@@ -393,7 +393,11 @@ def test_compat_sets_the_options_of_a_merge_of_ours() -> None:
         ("ties", "--trim_scope", "global"): "--trim_scope: mergekit has only `trim_scope: tensor`; got global",
         ("della",): "--compat: `compat: mergekit` isn't supported for della",
         ("uniform_soup",): "mergekit has no such method",
-        ("ties", "--compat", "mergkit"): "--compat: is given 2 times but isn't a list; got `mergekit` and `mergkit`",
+        (
+            "ties",
+            "--compat",
+            "mergkit",
+        ): "--compat: given 2 times, but it takes one value; got `mergekit` and `mergkit`",
     }.items():
         with pytest.raises(ConfigError) as raised:
             options(*flags)

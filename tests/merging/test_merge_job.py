@@ -235,11 +235,11 @@ FLAGS = {
     "--models x": "error[config] --models: `--models` can't be set as a whole; fix: write `--model A=0.7 --model B=0.3`",
     "--model": "error[config] --model: needs a value",
     "--model x --density": "error[config] --density: needs a value",
-    "--model x --density 1 --density 2": "error[config] --density: is given 2 times but isn't a list",
+    "--model x --density 1 --density 2": "error[config] --density: given 2 times, but it takes one value",
     "--model x y": "error[config] command line: unexpected argument; got `y`",
     "--model x=1 --model y=-1": "error[config] --model: weights that are normalised sum to zero; got 1, -1",
     "--model x --density 1.01": "error[config] --density: must be less than or equal to 1; got 1.01",
-    "--model x --base b --base c": "error[config] --base: is given 2 times but isn't a list",
+    "--model x --base b --base c": "error[config] --base: given 2 times, but it takes one value",
     "--model x --compat mergkit": "error[config] --compat: `compat` must be `mergekit`; got 'mergkit'",
     "--base b": "error[config] command line: `models` is missing",
 }

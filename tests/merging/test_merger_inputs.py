@@ -200,7 +200,7 @@ FAULTS = {
     "--models.1.kind other": "--models.1.kind: model b: `kind`: must be 'plain' or 'none'; got 'other'",
     "--models.1.powr 1": "--models.1.powr: unknown key `powr` of a model; fix: did you mean `power`?",
     "--models.1.power": "--models.1.power: needs a value; fix: write `--models.1.power VALUE`",
-    "--models.1.power 1 --models.1.power 2": "--models.1.power: is given 2 times but isn't a list; got `1` and `2`",
+    "--models.1.power 1 --models.1.power 2": "--models.1.power: given 2 times, but it takes one value; got `1` and `2`",
     "--models.2.power 1": "--models.2.power: there is no input model 2; got 2 models, counted from 0",
     "--models.1.model c": "--models.1.model: unknown key `model` of a model",
     "--models.one.power 1": "--models.one.power: `--models` can't be set as a whole",

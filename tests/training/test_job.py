@@ -92,7 +92,7 @@ FLAG_FAULTS = {
     "--lora.rnk 8": "--lora.rnk: unknown option `lora.rnk` of dpo; fix: did you mean `lora.rank`?",
     "--rank 8": "--rank: unknown option `rank` of dpo; fix: did you mean `lora.rank`?",
     "--beta": "--beta: needs a value; fix: write `--beta VALUE`",
-    "--beta 1 --beta 2": "--beta: is given 2 times but isn't a list; got `1` and `2`",
+    "--beta 1 --beta 2": "--beta: given 2 times, but it takes one value; got `1` and `2`",
     "--beta 1 2": "command line: unexpected argument; got `2`",
     "--data a b": "command line: unexpected argument; got `b`; fix: quote a value with blanks; give a list as `--data A",
     "-beta 1": "command line: unexpected argument; got `-beta`; fix: options are written `--name value`",
