@@ -130,7 +130,7 @@ def load_merge_job(
     keys["models"] = _entries(keys.get("models"), places)
     _set_by_flags(keys["models"], given, method, name, places)
     config = MergeConfig.parse({**keys, "options": options}, place=places)
-    return MergeJob(config, _checked(MergeMethod(config, place=places), places), places)
+    return MergeJob(config, _checked(MergeMethod(config, place=places, found=(plugin, method)), places), places)
 
 
 def model_flag(text: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from rlhf_core.merging.layer_values import LayerValues, Value, unused_filters, v
 from rlhf_core.merging.merge_input import MergeInput, check_own
 from rlhf_core.merging.plan import Plan
 from rlhf_core.merging.tensor_names import GROUPS
+from rlhf_core.registry.discovery import Plugin
 
 log = logging.getLogger(__name__)
 
@@ -30,16 +31,22 @@ class MergeMethod:
     Args:
         config: the merge.
         place: where its keys were set, for messages.
+        found: the plugin and the class that its `method` names, where they were looked up already.
 
     Raises:
         ConfigError: an option is unknown or invalid.
         PluginError: the merger is broken.
     """
 
-    def __init__(self, config: MergeConfig, *, place: Mapping[str, str] | str = "config") -> None:
+    def __init__(
+        self,
+        config: MergeConfig,
+        *,
+        place: Mapping[str, str] | str = "config",
+        found: tuple[Plugin, type[Merger]] | None = None,
+    ) -> None:
         self.config = config
-        self.plugin = registry.lookup(config.method, "merger")
-        self._class: type[Merger] = registry.load(self.plugin)
+        self.plugin, self._class = found if found is not None else _look_up(config.method)
         if unknown := [name for name in self._class.per_model if name not in self._class.Config.model_fields]:
             raise PluginError(
                 f"`per_model` names `{unknown[0]}`, which its configuration doesn't have",
@@ -161,6 +168,12 @@ class MergeMethod:
         owner = f"model {entry.model if isinstance(entry.model, str) else at}: "
         named = {name: f"{at}.{name}" for name in entry.options}
         return _Options(self._class, {**shared, **entry.options}, places, owner=owner, named=named)
+
+
+def _look_up(name: str) -> tuple[Plugin, type[Merger]]:
+    """Return the merger's plugin of a name, and its class."""
+    plugin = registry.lookup(name, "merger")
+    return plugin, registry.load(plugin)
 
 
 class _Options:
