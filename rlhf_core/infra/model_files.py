@@ -179,6 +179,12 @@ def adapter_base(adapter: str) -> str:
     return base
 
 
+def lost_base(adapter: str, base: str, error: ModelError, *, fix: str) -> ModelError:
+    """Return the error of an adapter whose base can't be found, by the error that looking for it raised."""
+    got = f"{base}: {error.got or error.problem}"
+    return ModelError("the base that this adapter names isn't there", place=adapter, got=got, fix=fix)
+
+
 def adapter_chain(where: str, local: Callable[[str], str] = str) -> tuple[str, list[str]]:
     """Return the base model under an adapter, and the adapters on it, the innermost first; [] for a plain model.
 

@@ -18,6 +18,7 @@ from rlhf_core.infra.model_files import (
     is_adapter,
     json_object,
     locate,
+    lost_base,
     no_such_model,
     split_adapter,
 )
@@ -75,12 +76,7 @@ def _base_of(adapter: str, base: str) -> InputModel:
     except ModelError as error:
         if Path(base).expanduser().exists():
             raise
-        raise ModelError(
-            "the base that this adapter names isn't there",
-            place=adapter,
-            got=f"{base}: {error.got or error.problem}",
-            fix=f"give its present directory: `BASE+{adapter}`",
-        ) from error
+        raise lost_base(adapter, base, error, fix=f"give its present directory: `BASE+{adapter}`") from error
 
 
 def _weight_files(name: str, path: Path) -> list[WeightFile]:

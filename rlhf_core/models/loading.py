@@ -27,6 +27,7 @@ from rlhf_core.infra.model_files import (
     is_adapter,
     kind_of,
     locate,
+    lost_base,
     no_such_model,
 )
 from rlhf_core.models.lora import Targets, wanted_targets
@@ -373,12 +374,8 @@ def _locate_base(base: str, adapter: str) -> tuple[str, dict[str, Any]]:
     try:
         return locate(base)
     except ModelError as error:
-        raise ModelError(
-            "the base that this adapter names isn't there",
-            place=adapter,
-            got=f"{base}: {error.problem}",
-            fix="set `base_model_name_or_path` in adapter_config.json to where the base is now",
-        ) from error
+        fix = "set `base_model_name_or_path` in adapter_config.json to where the base is now"
+        raise lost_base(adapter, base, error, fix=fix) from error
 
 
 def _absolute(where: str) -> str:
