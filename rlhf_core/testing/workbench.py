@@ -90,8 +90,11 @@ class Workbench(RunSetup):
         super().__init__(trainer, distribution or Distribution(devices.device), devices)
         self.build_models()
         self.open_data()
+        self.load_rewards()
+        self.inspect_data()
+        self.share_parameters()
         # Each simulated process scores every row for the reference by itself.
-        self.prepare(alone=True)
+        self.precompute_reference(alone=True)
         shuffle = self.config.dataset.shuffle
         self.batches: Iterator[Batch] = one_pass(trainer, self.dataset, self.distribution, shuffle=shuffle)
         self.steps = 0

@@ -126,7 +126,10 @@ class Run:
             self._check_resumable()
         setup.open_data()
         record_inputs(self)
-        setup.prepare()
+        setup.load_rewards()
+        setup.inspect_data()
+        setup.share_parameters()
+        setup.precompute_reference()
         self.state = RunState(self)
         self.checkpoint = self.state.find() if self.directory.continued else None
         saved = self.checkpoint.state if self.checkpoint is not None else None

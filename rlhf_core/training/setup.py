@@ -47,7 +47,7 @@ Context = TypeVar("Context", bound=RunContext)
 
 
 class RunSetup:
-    """Sets a method up for its first window, by `build_models`, `open_data` and `prepare`, in this order.
+    """Sets a method up for its first window, by the methods from `build_models` to `precompute_reference`, in their order.
 
     Args:
         trainer: the method, with a configuration, a model and data.
@@ -94,30 +94,39 @@ class RunSetup:
         """Open the training data and the held-out data, encoded by the main model's tokenizer."""
         self.dataset, self.eval_dataset = open_data(self.trainer, self.loader.main_model.tokenizer)
 
-    def prepare(self, *, alone: bool = False) -> None:
-        """Load the rewards' models, let the method inspect its data, and compute a precomputed reference.
+    def load_rewards(self) -> None:
+        """Load what the rewards need, so that a reward's model that isn't there is reported before the first rollout."""
+        self.rewards.prepare()
+
+    def inspect_data(self) -> None:
+        """Keep with the trained models how the data were encoded, and let the method inspect the data."""
+        keep_encoding(self.trainer, self.dataset)
+        for dataset in self._datasets:
+            self.trainer.inspect(dataset)
+
+    def share_parameters(self) -> None:
+        """Give the models of every process the first one's parameters."""
+        self.distribution.same_parameters(self.trainer.models)
+
+    def precompute_reference(self, *, alone: bool = False) -> None:
+        """Let a reference in the mode `precompute` score all rows, before a step or a checkpoint changes the policy.
 
         Args:
-            alone: whether this process scores every row for the reference by itself, instead of its share of them.
+            alone: whether this process scores every row by itself, instead of its share of them.
         """
-        trainer = self.trainer
-        self.rewards.prepare()  # a reward's model that isn't there is reported before the first rollout
-        keep_encoding(trainer, self.dataset)
-        datasets = [dataset for dataset in (self.dataset, self.eval_dataset) if dataset is not None]
-        for dataset in datasets:
-            trainer.inspect(dataset)
-        self.distribution.same_parameters(trainer.models)
-        self._precompute_reference(datasets, Distribution(self.devices.device) if alone else self.distribution)
-
-    def _precompute_reference(self, datasets: list[EncodedData], distribution: Distribution) -> None:
-        """Let a reference in the mode `precompute` score all rows, before a step or a checkpoint changes the policy."""
         reference, output = reference_of(self.trainer), self.trainer.output
         if reference is None or reference.mode != "precompute":
             return
+        distribution = Distribution(self.devices.device) if alone else self.distribution
         set_training_mode(self.trainer, False)
-        batches = (batch for dataset in datasets for batch in one_pass(self.trainer, dataset, distribution))
+        batches = (batch for dataset in self._datasets for batch in one_pass(self.trainer, dataset, distribution))
         with torch.no_grad(), self.devices.autocast(self.config.precision):
             reference.precompute(batches, output / "reference.safetensors" if output is not None else None)
+
+    @property
+    def _datasets(self) -> list[EncodedData]:
+        """The rows to train on, and the held-out rows where there are some."""
+        return [self.dataset] if self.eval_dataset is None else [self.dataset, self.eval_dataset]
 
     def make_optimizer(self) -> torch.optim.AdamW:
         """Return a new optimiser over the trained parameters."""
