@@ -35,6 +35,7 @@ class DataReport:
     def __init__(self, record: str, name: str, *, files: list[dict[str, Any]], template_sha256: str | None) -> None:
         self.record, self.name = record, name
         self.files, self.template_sha256 = files, template_sha256
+        self._logged: set[str] = set()
         self.reset()
 
     def reset(self) -> None:
@@ -152,11 +153,17 @@ class DataReport:
         self._log_warnings()
 
     def _log_shape(self, shape: str) -> None:
-        logger.info("%s: rows read as %s", self.name, shape)
+        self._log(logging.INFO, f"{self.name}: rows read as {shape}")
 
     def _log_warnings(self) -> None:
         for line in self.warnings():
-            logger.warning(line)
+            self._log(logging.WARNING, line)
+
+    def _log(self, level: int, line: str) -> None:
+        """Log a line, once, however often the rows are read."""
+        if line not in self._logged:
+            self._logged.add(line)
+            logger.log(level, "%s", line)
 
     def warn_of_first_rows(self) -> None:
         """Warn, after the first 256 kept rows of a stream, of a label or a column of `dataset.columns` that none of them has.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from rlhf_core.data.encoded_data import EncodedData, Position, add_to_hash
 from rlhf_core.data.encoder import EncodedRow, RowOutcome
 from rlhf_core.data.row_cache import CacheEntry, Write, encoded_table
 from rlhf_core.infra.seeds import random_generator
+
+logger = logging.getLogger(__name__)
 
 _ENCODE = 1024
 _FETCH = 256
@@ -35,6 +38,11 @@ class MapDataset(EncodedData, torch.utils.data.Dataset[EncodedRow]):
             self.encoder.load_state_dict(rows.summary["encoder"])
             self.report.load_state_dict(rows.summary["report"])
             self.report.repeat_log()
+        elif self._changed():
+            logger.warning(
+                "%s: the data changed while they were read, so their hash in the report may be of other contents",
+                self.source.name,
+            )
 
     def _encode(self, write: Write) -> dict[str, Any]:
         """Read, check and encode all rows, hand them to `write`, and return what was reported, to be kept with them."""
@@ -67,7 +75,11 @@ class MapDataset(EncodedData, torch.utils.data.Dataset[EncodedRow]):
             mode="json", exclude={"shuffle", "shuffle_block", "streaming", "split", "eval_split"}
         )
         made_from = {"data": files, "encoder": encoder, "options": options}
-        return CacheEntry(self.record, made_from, unchanged=lambda: self.source.state() == self.source_state)
+        return CacheEntry(self.record, made_from, unchanged=lambda: not self._changed())
+
+    def _changed(self) -> bool:
+        """Return whether the data were written since they were opened."""
+        return self.source.state() != self.source_state
 
     def __len__(self) -> int:
         return len(self.table)

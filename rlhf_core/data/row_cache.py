@@ -14,9 +14,11 @@ import json
 import logging
 import os
 import platform
+import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from enum import Enum
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -66,14 +68,14 @@ class EncodedTable(NamedTuple):
 
 
 class _CannotKeep(Exception):
-    """The rows can't be written to the cache."""
+    """The rows can't be loaded from the cache or kept there; the text says why."""
 
 
 def encoded_table(entry: CacheEntry | None, encode: Encode, *, in_memory: bool) -> EncodedTable:
     """Load rows from the cache, or encode them and keep them there.
 
-    Of several processes one encodes, and the others wait and load. Where the cache can't be written, which is logged, each
-    process encodes the rows itself.
+    Of several processes one encodes, and the others wait and load. Where the cache can't be read or written, which is logged,
+    each process encodes the rows itself.
 
     Args:
         entry: the rows' place in the cache; None for rows that aren't kept.
@@ -84,17 +86,10 @@ def encoded_table(entry: CacheEntry | None, encode: Encode, *, in_memory: bool) 
         StorageError: the temporary file can't be written.
     """
     if entry is not None:
-        if (found := entry.load()) is not None:
-            return found
-        damaged = entry.path.exists()
         try:
-            with entry.lock() as lock:
-                if (lock.waited or not damaged) and (found := entry.load()) is not None:
-                    return found
-                if not lock.waited:
-                    return entry.build(encode, locked=lock.held)
+            return entry.load() or entry.wait_or_build(encode)
         except _CannotKeep as error:
-            logger.info("%s: the cache can't be written, so a resume tokenises the rows again: %s", entry.path, error)
+            logger.info("%s: a resume tokenises these rows again: %s", entry.path, error)
     if in_memory:
         batches: list[pa.RecordBatch] = []
         summary = encode(lambda rows: batches.append(_as_arrow(rows)))
@@ -102,11 +97,7 @@ def encoded_table(entry: CacheEntry | None, encode: Encode, *, in_memory: bool) 
 
         table = pa.Table.from_batches(batches, schema=SCHEMA)
         return EncodedTable(datasets.Dataset(datasets.table.InMemoryTable(table)), summary, cached=False)
-    with storage_errors(tempfile.gettempdir()):
-        directory = tempfile.TemporaryDirectory(prefix="rlhf-data-")
-        path = Path(directory.name) / "rows.arrow"
-        summary = _write_arrow(path, encode)
-    return EncodedTable(_read_arrow(path), summary, cached=False, directory=directory)
+    return _in_temporary_file(lambda path: _write_arrow(path, encode))
 
 
 class CacheEntry:
@@ -125,8 +116,12 @@ class CacheEntry:
         key = hashlib.sha256(json.dumps(self._made_from, sort_keys=True).encode()).hexdigest()
         self.path = Path(datasets.config.HF_DATASETS_CACHE) / "rlhf_core" / f"{record}-{key[:32]}"
 
-    def load(self) -> EncodedTable | None:
-        """Return the rows that are kept; None where there are none, or, with a warning, where they are damaged."""
+    def load(self, *, warn: bool = True) -> EncodedTable | None:
+        """Return the rows that are kept; None where there are none, or, with a warning, where they are damaged.
+
+        Raises:
+            _CannotKeep: the cache's folder can't be read.
+        """
         try:
             document = read_json(self.path / "rows.json")
             kept = document["kept"]
@@ -137,17 +132,38 @@ class CacheEntry:
             if kept["sha256"] != sha256_of(self.path / "rows.arrow").sha256:
                 raise ValueError("the SHA-256 of rows.arrow is wrong")
             table = _read_arrow(self.path / "rows.arrow")
+        except PermissionError as error:
+            raise _CannotKeep(f"the cache can't be read: {error.strerror}") from None
         except Exception as error:  # Readers raise errors of any kind for damaged files.
-            if self.path.exists():
+            if warn and os.path.exists(self.path):  # noqa: PTH110 (`Path.exists` raises some errors)
                 reason = getattr(error, "strerror", None) or error
                 logger.warning("%s: damaged in the cache, so the rows are tokenised again: %s", self.path, reason)
             return None
         logger.info("%s: %d tokenised rows from the cache", self.path, len(table))
         return EncodedTable(table, kept["summary"], cached=True)
 
+    def wait_or_build(self, encode: Encode) -> EncodedTable:
+        """Wait for a process that builds this entry and load it; where there is none, or it is killed, build the entry.
+
+        Raises:
+            _CannotKeep: the cache's folder can't be read or written, the disk is full, or the other process failed.
+        """
+        with self._lock() as lock:
+            if lock is not _Lock.ENDED:
+                # Another process may have built the entry since it was looked for.
+                found = self.load(warn=False)
+                return found or self._build(encode, locked=lock is _Lock.HELD)
+        # Loaded without the lock, so that several processes compute the SHA-256 at the same time.
+        if (found := self.load(warn=False)) is not None:
+            return found
+        raise _CannotKeep("the process that was to keep them failed")
+
     @contextlib.contextmanager
-    def lock(self) -> Iterator[_BuildLock]:
+    def _lock(self) -> Iterator[_Lock]:
         """Wait until no other process builds this entry, and keep others waiting meanwhile.
+
+        The lock's file is removed at the end, but not by a process that is killed or interrupted: a process that waited can
+        tell the two apart.
 
         Raises:
             _CannotKeep: the cache's folder can't be written.
@@ -157,66 +173,108 @@ class CacheEntry:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
-            raise _CannotKeep(error.strerror or error) from None
+            raise _cannot_write(error) from None
         try:
-            yield _lock(descriptor, self.path)
+            lock = _lock(descriptor, file)
+            try:
+                yield lock
+            except Exception:
+                _remove_lock(file, lock)
+                raise
+            _remove_lock(file, lock)
         finally:
-            # A process that waits for the removed file gets the lock too, and finds the entry or encodes the rows itself.
-            with contextlib.suppress(OSError):
-                file.unlink()
             os.close(descriptor)
 
-    def build(self, encode: Encode, *, locked: bool) -> EncodedTable:
-        """Encode the rows into this entry and return them.
+    def _build(self, encode: Encode, *, locked: bool) -> EncodedTable:
+        """Encode the rows into this entry and return them; rows of data that changed meanwhile are returned and not kept.
 
         Raises:
-            _CannotKeep: the cache's folder can't be written, the disk is full, or the data changed meanwhile.
+            _CannotKeep: the cache's folder can't be written, or the disk is full.
         """
         growing = self.path.with_name(f".{self.path.name}-{uuid.uuid4().hex[:8]}.tmp")
+        table = growing / "rows.arrow"
+
+        def move(path: Path) -> dict[str, Any]:
+            shutil.move(table, path)
+            return summary
+
         try:
             if locked:
                 # Left behind by processes that were killed, or damaged.
                 for left in (self.path, *self.path.parent.glob(f".{self.path.name}-*.tmp")):
                     remove_tree(left)
             growing.mkdir()
-            summary = _write_arrow(growing / "rows.arrow", encode)
+            summary = _write_arrow(table, encode)
             if not self._unchanged():
-                raise _CannotKeep("the data changed while they were read")
-            digest = sha256_of(growing / "rows.arrow").sha256
-            kept = {"made_from": self._made_from, "summary": summary, "sha256": digest}
+                return _in_temporary_file(move)
+            kept = {"made_from": self._made_from, "summary": summary, "sha256": sha256_of(table).sha256}
             write_file(growing / "rows.json", [to_json({"sha256": _sha256(kept), "kept": kept})])
-            growing.rename(self.path)
+            try:
+                growing.rename(self.path)
+            except OSError:
+                # Without locks another process may have built the entry meanwhile, or a damaged one is still there.
+                if (found := self.load(warn=False)) is not None:
+                    return found._replace(cached=False)
+                remove_tree(self.path)
+                growing.rename(self.path)
             return EncodedTable(_read_arrow(self.path / "rows.arrow"), summary, cached=False)
         except OSError as error:
-            raise _CannotKeep(error.strerror or error) from None
+            raise _cannot_write(error) from None
         finally:
-            remove_tree(growing)
+            with contextlib.suppress(OSError):
+                remove_tree(growing)
 
 
-class _BuildLock(NamedTuple):
-    """The lock on building an entry, as a process got it."""
+class _Lock(Enum):
+    """What a process that asked for the lock on an entry got."""
 
-    waited: bool
-    """Whether another process had the lock; it has built the entry, or failed to."""
-    held: bool
-    """False where the file system has no locks."""
+    HELD = "the lock: no other process builds the entry, or the one that did was killed"
+    ENDED = "no lock: another process had it, and has built the entry or failed to"
+    NONE = "no lock: the file system or the operating system has none"
 
 
-def _lock(descriptor: int, path: Path) -> _BuildLock:
+def _lock(descriptor: int, file: Path) -> _Lock:
     """Lock an open file, waiting for other processes. The lock ends when the file is closed or the process ends."""
     try:
         import fcntl
     except ImportError:  # Windows has no such lock.
-        return _BuildLock(waited=False, held=False)
+        return _Lock.NONE
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return _BuildLock(waited=False, held=True)
-    except BlockingIOError:
-        logger.info("%s: waiting for another process, which tokenises these rows", path)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("%s: waiting for another process, which tokenises these rows", file)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
     except OSError:
-        return _BuildLock(waited=False, held=False)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    return _BuildLock(waited=True, held=True)
+        return _Lock.NONE
+    try:
+        return _Lock.HELD if os.path.samestat(os.fstat(descriptor), file.stat()) else _Lock.ENDED
+    except OSError:
+        return _Lock.ENDED
+
+
+def _remove_lock(file: Path, lock: _Lock) -> None:
+    """Remove a lock's file, unless it is another process's."""
+    if lock is not _Lock.ENDED:
+        with contextlib.suppress(OSError):
+            file.unlink()
+
+
+def _cannot_write(error: OSError) -> _CannotKeep:
+    return _CannotKeep(f"the cache can't be written: {error.strerror or error}")
+
+
+def _in_temporary_file(write: Callable[[Path], dict[str, Any]]) -> EncodedTable:
+    """Return rows that `write` puts into a temporary Arrow file; it returns what `Encode` returned.
+
+    Raises:
+        StorageError: the file can't be written.
+    """
+    with storage_errors(tempfile.gettempdir()):
+        directory = tempfile.TemporaryDirectory(prefix="rlhf-data-")
+        path = Path(directory.name) / "rows.arrow"
+        summary = write(path)
+    return EncodedTable(_read_arrow(path), summary, cached=False, directory=directory)
 
 
 def _write_arrow(path: Path, encode: Encode) -> dict[str, Any]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import logging
+import multiprocessing
 import os
 import resource
 import signal
@@ -20,6 +23,8 @@ from transformers import PreTrainedTokenizerFast
 from rlhf_core.config.training import DatasetConfig
 from rlhf_core.data import PreferenceDataset, SFTDataset
 from rlhf_core.data.chat_rendering import rendered_at
+from rlhf_core.data.encoder import EncodedRow
+from rlhf_core.data.row_cache import CacheEntry, encoded_table
 from rlhf_core.infra.errors import DataError
 
 MARK = "a word that stands in rows only"
@@ -73,6 +78,80 @@ def logged(caplog):
     text = [record.getMessage() for record in caplog.records if "row_cache" not in record.name]
     caplog.clear()
     return text
+
+
+def forked(work):
+    """Run `work` in a child process; return its id."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    return child
+
+
+def ended(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def one_row(cache, before=lambda: None):
+    """Load one row from the cache or encode it, after `before()`; return whether it was loaded."""
+
+    def encode(write):
+        before()
+        write([EncodedRow(0, [1, 2], [[3]], [[True]])])
+        return {"fingerprint": "f"}
+
+    entry = CacheEntry("sft", {"data": "one row"}, unchanged=lambda: True)
+    assert entry.path.parent == cache
+    rows = encoded_table(entry, encode, in_memory=False)
+    assert rows.table["prompt_ids"] == [[1, 2]] and rows.summary == {"fingerprint": "f"}
+    return rows.cached
+
+
+class Listening(logging.Handler):
+    """Calls `then()` when a line with this text is logged for the first time."""
+
+    def __init__(self, text, then):
+        super().__init__()
+        self.text, self.then = text, then
+
+    def emit(self, record):
+        if self.text in record.getMessage() and (then := self.then) is not None:
+            self.then = None
+            then()
+
+
+def listen(text, then):
+    logger = logging.getLogger("rlhf_core.data.row_cache")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(Listening(text, then))
+
+
+@pytest.fixture
+def building(cache):
+    """Start a process that builds an entry until `go` is set, then does `last()`, and others that wait for it."""
+    context = multiprocessing.get_context("fork")
+    go, started, waiting = context.Event(), context.Event(), context.Semaphore(0)
+
+    def start(waiters, last, waiter):
+        def build():
+            one_row(cache, lambda: (started.set(), go.wait(60), last()))
+
+        def wait():
+            listen("waiting for another process", waiting.release)
+            waiter()
+
+        builder = forked(build)
+        assert started.wait(60)
+        children = [forked(wait) for _ in range(waiters)]
+        assert all(waiting.acquire(timeout=60) for _ in children)
+        return builder, children, go
+
+    return start
 
 
 def everything(dataset):
@@ -135,6 +214,102 @@ def test_processes_that_open_the_same_data_at_once_tokenise_it_once(data, cache)
     built = entry.stat().st_mtime_ns
     opened(data)
     assert entry.stat().st_mtime_ns == built
+
+
+def test_processes_that_waited_check_the_entry_at_the_same_time(cache, building, monkeypatch):
+    from rlhf_core.infra.files import sha256_of
+
+    barrier = multiprocessing.get_context("fork").Barrier(2)
+
+    def together(path):
+        barrier.wait(20)
+        return sha256_of(path)
+
+    def waiter():
+        monkeypatch.setattr("rlhf_core.data.row_cache.sha256_of", together)
+        assert one_row(cache)
+
+    builder, waiters, go = building(2, lambda: None, waiter)
+    go.set()
+    assert [ended(child) for child in (builder, *waiters)] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_process_that_waited_for_one_that_is_killed_keeps_the_rows(cache, building, how):
+    def waiter():
+        one_row(cache)
+
+    builder, waiters, _ = building(2, lambda: None, waiter)
+    os.kill(builder, how)
+    assert ended(builder) != 0
+    assert [ended(child) for child in waiters] == [0, 0]
+    assert [path.suffix for path in cache.iterdir()] == [""]
+    assert one_row(cache)
+
+
+def test_processes_that_waited_for_one_that_failed_encode_at_the_same_time(cache, building):
+    barrier = multiprocessing.get_context("fork").Barrier(2)
+
+    def fail():
+        raise DataError("a bad row")
+
+    builder, waiters, go = building(2, fail, lambda: one_row(cache, lambda: barrier.wait(20)))
+    go.set()
+    assert [ended(child) for child in (builder, *waiters)] == [1, 0, 0]
+    assert [*cache.iterdir()] == []
+
+
+def test_an_entry_that_another_process_repaired_is_not_built_again(cache):
+    one_row(cache)
+    (entry,) = cache.iterdir()
+    (entry / "rows.arrow").write_bytes(b"")
+    encoded = []
+
+    def work():
+        # Another process repairs the entry after this one has found it damaged.
+        listen("damaged in the cache", lambda: one_row(cache, lambda: encoded.append("repair")))
+        assert one_row(cache, lambda: encoded.append("again")) and encoded == ["repair"]
+
+    assert ended(forked(work)) == 0
+
+
+def test_a_lock_that_is_newer_than_the_one_waited_for_stays(cache, monkeypatch):
+    asked = []
+
+    def flock(descriptor, operation):
+        asked.append(operation)
+        if len(asked) == 1:
+            raise BlockingIOError
+        # The other process ends, and a third one begins.
+        (file,) = cache.iterdir()
+        file.unlink()
+        file.write_text("")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert not one_row(cache)
+    assert len(asked) == 2 and [path.suffix for path in cache.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_without_file_locks_rows_are_encoded_once_per_process_and_kept(cache, monkeypatch, caplog, damaged):
+    def flock(descriptor, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    caplog.set_level(logging.INFO)
+    if damaged:
+        one_row(cache)
+        (entry,) = cache.iterdir()
+        (entry / "rows.arrow").write_bytes(b"")
+    encoded = []
+
+    def meanwhile():
+        encoded.append("first")
+        one_row(cache, lambda: encoded.append("second"))
+
+    assert not one_row(cache, meanwhile) and encoded == ["first", "second"]
+    assert [path.suffix for path in cache.iterdir()] == [""]
+    assert "the cache can't" not in caplog.text and one_row(cache)
 
 
 def test_other_rows_tokenizers_and_options_are_never_mixed_up(data, cache, tokenised, tmp_path):
@@ -256,16 +431,54 @@ def test_a_cache_that_cannot_be_written_is_done_without(data, tmp_path, monkeypa
     assert len(opened(data)) == len(first) and len(tokenised) == 2 * len(ROWS)
 
 
-def test_data_that_change_while_they_are_read_are_not_kept(data, cache, monkeypatch):
-    call = PreTrainedTokenizerFast.__call__
+def test_a_cache_that_cannot_be_looked_into_is_done_without(cache, caplog):
+    opened(sft_rows(20))  # Everything is imported, and the data are too small to be cached.
+    tokenizer = bpe_tokenizer()
+    cache.parent.mkdir()
+    cache.parent.chmod(0)
+
+    def work():
+        caplog.set_level(logging.INFO)
+        if os.geteuid() == 0:
+            os.seteuid(65534)
+        assert len(opened(ROWS, tokenizer)) == len(ROWS) - 1
+        assert len([r for r in caplog.records if "the cache can't be read: Permission denied" in r.getMessage()]) == 1
+        assert "damaged" not in caplog.text and "can't be written" not in caplog.text
+
+    child = forked(work)
+    assert ended(child) == 0
+    cache.parent.chmod(0o700)
+
+
+def test_rows_that_turn_out_not_to_fit_are_encoded_again_and_warned_of_once(
+    data, cache, monkeypatch, tokenised, caplog
+):
+    def full(path, chunks):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("rlhf_core.data.row_cache.write_file", full)
+    caplog.set_level(logging.INFO)
+    assert len(opened(data)) == len(ROWS) - 1 and len(tokenised) == 2 * len(ROWS)
+    assert "the cache can't be written: No space left on device" in caplog.text
+    lines = logged(caplog)
+    assert len(lines) == len(set(lines)) == 5 and [*cache.iterdir()] == []
+
+
+def test_data_that_change_while_they_are_read_are_not_kept(data, cache, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    call, seen = PreTrainedTokenizerFast.__call__, []
 
     def touching(self, text, *args, **options):
         os.utime(data, (1, time.monotonic_ns()))
+        seen.extend(one for one in ([text] if isinstance(text, str) else text) if MARK in one)
         return call(self, text, *args, **options)
 
     monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", touching)
-    assert len(opened(data)) == len(ROWS) - 1
+    assert len([*opened(data)]) == len(seen) - 1 == len(ROWS) - 1
     assert [*cache.iterdir()] == []
+    assert len([r for r in caplog.records if "the data changed while they were read" in r.getMessage()]) == 1
+    lines = logged(caplog)
+    assert len(lines) == len(set(lines)) == 6 and "the cache" not in " ".join(lines)
 
 
 def test_small_data_and_objects_without_contents_are_not_kept(data, cache, tokenised):
