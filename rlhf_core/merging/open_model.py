@@ -110,8 +110,6 @@ def _weight_files(name: str, path: Path) -> list[WeightFile]:
 
 def _directory(name: str) -> Path:
     """Return a model's directory; that of a model on the hub is in the cache, where its files are fetched to."""
-    from huggingface_hub import snapshot_download
-
     where, options = locate(name)
     if "gguf_file" in options:
         raise ModelError(
@@ -121,6 +119,9 @@ def _directory(name: str) -> Path:
         )
     if Path(where).is_dir():
         return Path(where)
+    # Imported this late, for it takes a tenth of a second, which a merge of local models needn't spend.
+    from huggingface_hub import snapshot_download
+
     try:
         return Path(snapshot_download(where, allow_patterns=_PATTERNS))
     except Exception as error:
