@@ -134,10 +134,10 @@ class InputModel:
             if (name := next((key for key in keys if is_head(key)), None)) is not None:
                 return str(name)
         raise ModelError(
-            "its output head is tied to its embeddings, and the name of an untied head isn't known",
+            "the merge needs an untied output head, and its name in this architecture isn't known",
             place=self.name,
             got=f"architectures {named}",
-            fix="set `tie_word_embeddings: false` in its config.json, and store the head",
+            fix="save the model with its head as a tensor and `tie_word_embeddings: false` in config.json",
         )
 
     def find_file(self, name: str) -> Path | None:

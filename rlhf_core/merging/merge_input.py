@@ -51,6 +51,10 @@ def check_own(key: str, method: type[Merger], name: str, place: str) -> None:
         return
     if key in method.Config.model_fields:
         own = ", ".join(method.per_model) or "none"
-        raise ConfigError(f"`{key}` is the same for all models in {name}", place=place, fix=f"may differ: {own}")
+        raise ConfigError(
+            f"`{key}` can't be set for one model in {name}",
+            place=place,
+            fix=f"set it for the whole merge; a model may have its own: {own}",
+        )
     known = ["model", "weight", *method.per_model]
     raise ConfigError(f"unknown key `{key}` of a model", place=place, fix=did_you_mean(key, known))

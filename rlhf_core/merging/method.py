@@ -102,10 +102,13 @@ class MergeMethod:
                 near = nearest(part, {piece for name in names for piece in name.split(".")[:-1]} | set(GROUPS))
                 # A file for many models may name parts that this one doesn't have.
                 if part in GROUPS or near is None:
-                    log.warning("a filter of `%s` fits no tensor: `%s`", what, part)
+                    log.warning("a filter of `%s` matches no tensor: `%s`", what, part)
                     continue
                 raise ConfigError(
-                    f"a filter of `{what}` fits no tensor", place=what, got=f"`{part}`", fix=f"did you mean `{near}`?"
+                    f"a filter of `{what}` matches no tensor",
+                    place=what,
+                    got=f"`{part}`",
+                    fix=f"did you mean `{near}`?",
                 )
         self.check_weights(plan, self.merger, range(len(plan.models)))
 

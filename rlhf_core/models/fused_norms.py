@@ -59,9 +59,11 @@ def _epsilon(module: nn.Module) -> float | None:
 
 
 def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Replace a norm's `forward` as a bound method, so that a copy of the module has a method bound to the copy.
+    """Return a norm's output, by the fused kernel where it fits the input and agrees with the norm's own `forward`, else by that.
 
-    The function's name is the method's: a pickled module then finds the method of its class.
+    Agreement is measured once for each dtype; where the first input can't show it, the next one is tried. The function is set
+    on a module as a bound method named `forward`, so that a copy has a method bound to the copy, and a pickled module finds its
+    class's.
     """
     own = type(self).forward
     if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):

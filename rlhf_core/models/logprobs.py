@@ -43,7 +43,15 @@ class _LinearTokenLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, precision: torch.dtype
     ) -> Tensor:
-        """Return (S,) float32 log-probabilities; `precision` is the dtype of the matrix products."""
+        """Return the targets' log-probabilities, (S,) float32, in chunks, so that (S, V) logits are never all in memory.
+
+        For the backward pass it keeps the gradient of h where only h needs one, the errors e where W is trained and they are few,
+        else the inputs alone.
+
+        Args:
+            hidden: (S, D). weight: (V, D). targets: (S,) token ids.
+            scale: factor of the logits. precision: dtype of the matrix products.
+        """
         ctx.dtypes, ctx.scale = (hidden.dtype, weight.dtype), scale
         hidden, weight = hidden.to(precision), weight.to(precision)
         hidden_learns, weight_learns = ctx.needs_input_grad[:2]

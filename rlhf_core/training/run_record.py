@@ -184,4 +184,4 @@ def record_failure(run: Run, error: BaseException) -> None:
             run.logger.event(f"run_{status}", step=step, exit_code=code, message=text)
             run.hooks.emit("run_failed", run=run.trainer, error=error)
     except RLHFError as also:
-        log.warning("the run's record could not be written: %s", also)
+        log.warning("how the run ended couldn't be written to its run directory: %s", also)

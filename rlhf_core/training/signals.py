@@ -39,11 +39,14 @@ class StopSignal:
     """
 
     def __init__(self, *, speak: bool = True) -> None:
+        """Prepare to note requests to stop; handlers are set on entering the context."""
         self.requested: signal.Signals | None = None
         """The signal of the first request."""
         self._speak = speak
         self._at_once: frozenset[signal.Signals] = frozenset()
+        """Signals that end the process where it stands, instead of waiting for the end of a step."""
         self._before: dict[signal.Signals, signal._HANDLER] = {}
+        """The handlers to restore."""
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():

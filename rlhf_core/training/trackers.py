@@ -26,7 +26,7 @@ def check_trackers(names: Sequence[str], output: Path | None) -> None:
                 f"tracker `{name}` isn't installed", place="logging.trackers", fix=f"pip install 'rlhf-core[{name}]'"
             )
         if name == "tensorboard" and output is None:
-            raise ConfigError("tensorboard writes into the run directory", place="logging.trackers", fix="set `output`")
+            raise ConfigError("tensorboard needs a run directory", place="logging.trackers", fix="set `output`")
 
 
 class Trackers:
@@ -62,7 +62,11 @@ class Trackers:
         try:
             self._accelerator.log({k: v for k, v in row.items() if isinstance(v, int | float)}, step=step)
         except Exception as error:
-            log.warning("trackers failed and are not called again: %s: %s", type(error).__name__, error)
+            log.warning(
+                "a tracker failed, and the rest of this run isn't tracked (metrics.jsonl still is written): %s: %s",
+                type(error).__name__,
+                error,
+            )
             self._accelerator = None
 
     def close(self) -> None:

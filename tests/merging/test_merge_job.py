@@ -190,9 +190,9 @@ FILES = {
     "method: ties\nmodels:\n  - x\n  - model: y\n    weigth: 1\n":
         "merge.yaml:5: unknown key `weigth` of a model; fix: did you mean `weight`?",
     "method: ties\nmodels:\n  - {model: x, scale: 1}\n":
-        "merge.yaml:3: `scale` is the same for all models in ties; fix: may differ: density",
+        "merge.yaml:3: `scale` can't be set for one model in ties; fix: set it for the whole merge",
     "method: linear\nmodels:\n  - {model: x, normalize: true}\n":
-        "merge.yaml:3: `normalize` is the same for all models in linear; fix: may differ: none",
+        "merge.yaml:3: `normalize` can't be set for one model in linear; fix: set it for the whole merge",
     "method: linear\nmodels:\n  - model: x\n    weight: heavy\n":
         "merge.yaml:4: `models.0.weight`: must be a number; got 'heavy'",
     "method: linear\nmodels:\n  - model: x\n    weight: yes\n": "merge.yaml:4: `models.0.weight`",

@@ -108,7 +108,7 @@ def test_tensorboard_mirrors_the_numbers(tmp_path: Path) -> None:
 
 def test_a_tracker_without_a_directory_is_refused() -> None:
     pytest.importorskip("tensorboard")
-    with pytest.raises(ConfigError, match="tensorboard writes into the run directory"):
+    with pytest.raises(ConfigError, match="tensorboard needs a run directory"):
         toy(logging={"trackers": ["tensorboard"]}).train()
 
 

@@ -98,7 +98,11 @@ class DPOTrainer(Trainer[DPOConfig]):
             yield self._with_partners(window, run)
 
     def _with_partners(self, window: Batch, run: RunContext) -> Batch:
-        """Attach `partners`, (R,): the log-probabilities that each response is compared with, for losses that sort a step."""
+        """Return the window with a column `partners` where the loss needs it (`aot`, `aot_unpaired`), else unchanged.
+
+        Such a loss sorts all responses of a step and compares each with the one of the same rank; `partners`, (R,), holds the
+        log-probabilities or log-ratios of those, nats.
+        """
         find_partners = LOSSES[self.config.loss_type].find_partners
         if find_partners is None:
             return window

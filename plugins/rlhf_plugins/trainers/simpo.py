@@ -66,7 +66,7 @@ class SimPOTrainer(Trainer[SimPOConfig]):
     Config = SimPOConfig
 
     def weights(self, batch: Batch) -> Mapping[str, float]:
-        """The preference losses are averaged over pairs, imitation over the chosen responses' tokens."""
+        """Return the pairs, over which preference losses are averaged, and with `sft_weight` the chosen responses' tokens."""
         return term_weights(batch, self.config.sft_weight)
 
     def loss(self, batch: Batch) -> Loss:
