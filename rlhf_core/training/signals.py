@@ -44,7 +44,7 @@ class StopSignal:
         """The signal of the first request."""
         self._speak = speak
         self._at_once: frozenset[signal.Signals] = frozenset()
-        """Signals that end the process where it stands, instead of waiting for the end of a step."""
+        """Signals that raise `StopNow` as they come, instead of waiting for the end of the step."""
         self._before: dict[signal.Signals, signal._HANDLER] = {}
         """The handlers to restore."""
 

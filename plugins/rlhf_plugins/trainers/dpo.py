@@ -100,8 +100,8 @@ class DPOTrainer(Trainer[DPOConfig]):
     def _with_partners(self, window: Batch, run: RunContext) -> Batch:
         """Return the window with a column `partners` where the loss needs it (`aot`, `aot_unpaired`), else unchanged.
 
-        Such a loss sorts all responses of a step and compares each with the one of the same rank; `partners`, (R,), holds the
-        log-probabilities or log-ratios of those, nats.
+        Such a loss compares values of the same rank in the whole step. `partners`, (R,), is what each response is compared with,
+        nats: for `aot` the reference's log-probabilities of the pair of the same rank, for `aot_unpaired` a log-ratio.
         """
         find_partners = LOSSES[self.config.loss_type].find_partners
         if find_partners is None:
