@@ -11,7 +11,7 @@ from rlhf_core.contracts.completion import Completion
 from rlhf_core.data.collate import collate
 from rlhf_core.data.data_source import ListRows
 from rlhf_core.data.encoder import EncodedRow, Encoder
-from rlhf_core.data.row_source import Cursor
+from rlhf_core.data.row_source import Cursor, Row
 from rlhf_core.generation.engine import Engine
 from rlhf_core.infra.errors import DataError
 
@@ -29,12 +29,29 @@ def prompt_batch(policy: PolicyModel, prompts: Sequence[Any]) -> Batch:
     Raises:
         DataError: a prompt (named `prompts[3]`) can't be read, or leaves no room for a completion among the model's positions.
     """
-    encoder = Encoder(policy.tokenizer, "prompt", max_length=policy.max_positions or 2**31)
     asked = [prompt if isinstance(prompt, Mapping) else {"prompt": prompt} for prompt in prompts]
+    return encode_prompts(policy, list(ListRows(asked, "prompts").rows(Cursor())))
+
+
+def encode_prompts(policy: PolicyModel, prompts: Sequence[Row]) -> Batch:
+    """Return rows of the record type `prompt` encoded as in the policy's training, as a batch without responses.
+
+    Raises:
+        DataError: a prompt can't be read, or leaves no room for a completion among the model's positions; with the row's place.
+        ModelError: the tokenizer lacks what the prompts need, such as a chat template.
+    """
+    positions = policy.max_positions or 2**31
     rows: list[EncodedRow] = []
-    for outcome in encoder.encode(list(ListRows(asked, "prompts").rows(Cursor()))):
+    for outcome in Encoder(policy.tokenizer, "prompt", max_length=2**31).encode(prompts):
         if outcome.row is None:
             raise DataError(f"no completion can be drawn for the prompt: {outcome.refused}", place=outcome.place)
+        if (length := len(outcome.row.prompt_ids)) >= positions:
+            raise DataError(
+                "the prompt leaves no room for a completion among the model's positions",
+                place=outcome.place,
+                got=f"{length} tokens for {positions} positions",
+                fix="shorten the prompt",
+            )
         rows.append(outcome.row)
     batch = collate(rows) if rows else collate([EncodedRow(0, [0])]).select([])
     return batch.to(policy.device)

@@ -67,9 +67,10 @@ def test_no_prompt_is_dropped(policy: PolicyModel) -> None:
     """Answers would shift to other prompts: one that can't be answered is named."""
     positions = policy.max_positions
     assert positions is not None
-    with pytest.raises(DataError, match="the prompt leaves no response token") as caught:
+    with pytest.raises(DataError, match="the prompt leaves no room for a completion") as caught:
         policy.generate(["a", "b" * (positions - 1), "c"], max_new_tokens=8)
     assert caught.value.exit_code == 3 and caught.value.place == "prompts[1]"
+    assert caught.value.got == f"{positions} tokens for {positions} positions"
 
 
 def test_the_models_own_settings_do_not_bend_the_distribution() -> None:
