@@ -6,26 +6,20 @@ child, for the others may be to blame. Where a child dies, a new one continues w
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import queue
-import signal
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, BinaryIO
+from typing import Any
 
+from rlhf_core.infra.child_process import ChildProcess, take_stdio
 from rlhf_core.infra.errors import PluginError
 
 SECONDS = 60.0
 """The time limit of one import, unless another is given."""
 
-_GRACE = 1.0
-"""Seconds to wait for the last output of a dead child, whose pipe a process that it started may hold open."""
 _CODE = (
     "import sys, json; given = json.loads(sys.stdin.readline()); sys.path[:] = given['path'];"
     "from rlhf_core.infra.child_process import end_with_parent; end_with_parent(given['parent']);"
@@ -70,9 +64,7 @@ def serve(jobs: Sequence[tuple[str, str]]) -> None:
     installed()  # before pydantic is imported, which another package's malformed table would break
     from rlhf_core.registry.load_class import LoadFault, describe_class, load_target
 
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")  # no child of a plugin inherits it
-    os.dup2(2, 1)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # an import that asks a question gets no answer
+    _, answers = take_stdio()  # an import that asks a question gets no answer
     print("{}", file=answers, flush=True)
     process, path, environment = os.getpid(), list(sys.path), dict(os.environ)
     for kind, target in jobs:
@@ -92,7 +84,7 @@ def serve(jobs: Sequence[tuple[str, str]]) -> None:
 
 def _in_one_child(jobs: Sequence[tuple[str, str]], seconds: float) -> list[Verdict]:
     """Return the verdicts of one child: of all jobs, or up to the one that ended the child or took too long."""
-    child = _Child(jobs)
+    child = _start(jobs)
     try:
         # Nobody's import is to blame for how long the core's own takes.
         if (line := child.next_line(max(seconds, SECONDS))) is None:
@@ -115,65 +107,12 @@ def _in_one_child(jobs: Sequence[tuple[str, str]], seconds: float) -> list[Verdi
         child.kill()
 
 
-class _Child:
-    """A process that imports plugins, and the lines that it writes."""
-
-    def __init__(self, jobs: Sequence[tuple[str, str]]) -> None:
-        # In a new session: Ctrl-C on the terminal doesn't reach the child, and one signal ends it with all that it started.
-        command = [sys.executable or "python", "-P", "-c", _CODE]
-        try:
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
-            )
-        except OSError as error:
-            raise PluginError(f"no process that imports plugins can be started: {error}", place="registry") from error
-        self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        given = {
-            "path": [place for place in sys.path if isinstance(place, str)],
-            "jobs": list(jobs),
-            "parent": os.getpid(),
-        }
-        assert self.process.stdin is not None and self.process.stdout is not None
-        threading.Thread(target=self._read, args=(self.process.stdout,), daemon=True).start()
-        with contextlib.suppress(OSError):
-            self.process.stdin.write(json.dumps(given).encode() + b"\n")
-            self.process.stdin.close()
-
-    def _read(self, stream: BinaryIO) -> None:
-        with stream:
-            for line in stream:
-                self._lines.put(line)
-        self._lines.put(None)
-
-    def next_line(self, seconds: float) -> bytes | None:
-        """Return the next line, or None where none comes within `seconds` or the process has ended."""
-        deadline = time.monotonic() + seconds
-        while (left := deadline - time.monotonic()) > 0:
-            with contextlib.suppress(queue.Empty):
-                return self._lines.get(timeout=min(left, 0.2))
-            if self.process.poll() is not None:
-                with contextlib.suppress(queue.Empty):
-                    return self._lines.get(timeout=_GRACE)
-                return None
-        return None
-
-    def how_it_ended(self) -> str:
-        """Return how the process ended, in words: `exit code 3`, `SIGSEGV`."""
-        try:
-            code = self.process.wait(timeout=_GRACE)
-        except subprocess.TimeoutExpired:
-            return "it doesn't answer any more"
-        if code >= 0:
-            return f"exit code {code}"
-        with contextlib.suppress(ValueError):
-            return signal.Signals(-code).name
-        return f"signal {-code}"
-
-    def kill(self) -> None:
-        """End the child and all that it started."""
-        with contextlib.suppress(OSError):
-            if hasattr(os, "killpg"):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            else:
-                self.process.kill()
-        self.process.wait()
+def _start(jobs: Sequence[tuple[str, str]]) -> ChildProcess:
+    """Return a child that imports the jobs' plugins and writes a line for each."""
+    try:
+        child = ChildProcess(_CODE)
+    except OSError as error:
+        raise PluginError(f"no process that imports plugins can be started: {error}", place="registry") from error
+    path = [place for place in sys.path if isinstance(place, str)]
+    child.send({"path": path, "jobs": list(jobs), "parent": os.getpid()}, last=True)
+    return child
