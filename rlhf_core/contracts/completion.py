@@ -15,11 +15,13 @@ class Completion:
     logprobs: Sequence[float]
     """(T,) log-probability of each token under the distribution that drew it (temperature and truncation included), nats."""
     stop_reason: str
-    """`end` after the end token, which is the last of `ids`; `length` where the limit cut it off."""
+    """`end` after the end token, which is the last of `ids`; `stop` after a stop string or stop id, which `ids` hold and `text`
+    is without; `rule` where a stopping rule ended it; `length` where the limit cut it off."""
     raw_logprobs: Sequence[float] = ()
     """(T,) log-probability of each token under the model's own distribution (temperature 1, nothing truncated), nats."""
     kept_mass: Sequence[float] = ()
-    """(T,) share of the tempered distribution that truncation (top-p, top-k) kept where each token was drawn, at most 1."""
+    """(T,) share of the tempered distribution that truncation (top-k, top-p, min-p, ends barred by `min_new_tokens`) kept where
+    each token was drawn, at most 1."""
     mask: Sequence[bool] | None = None
     """(T,) whether the policy wrote each token (a tool's output isn't its own); None where it wrote them all."""
     score: float | None = None

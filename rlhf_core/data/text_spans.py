@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -59,10 +60,15 @@ class TextSpanEncoder:
 
     def text_of(self, ids: Sequence[int]) -> str:
         """Decode ids that continue a text, with the blank that some tokenizers drop at the beginning of a text."""
+        anchor, length = self._decoding_anchor
         decode: Callable[..., str] = self.tokenizer.decode
+        return decode([*anchor, *ids], clean_up_tokenization_spaces=False)[length:]
+
+    @cached_property
+    def _decoding_anchor(self) -> tuple[list[int], int]:
+        """Ids that are put in front of those to decode, and the length of their text."""
         anchor = self._tokenize(["a"], literal=True)[0]
-        before = decode(anchor, clean_up_tokenization_spaces=False)
-        return decode([*anchor, *ids], clean_up_tokenization_spaces=False)[len(before) :]
+        return anchor, len(str(self.tokenizer.decode(anchor, clean_up_tokenization_spaces=False)))
 
     def _tokenize(self, texts: list[str], *, literal: bool) -> list[list[int]]:
         """Return the ids of each text without beginning and end tokens. `literal` encodes the text of control tokens as text."""

@@ -7,7 +7,7 @@ import hashlib
 import math
 import operator
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, SupportsIndex
@@ -23,6 +23,7 @@ from rlhf_core.data.text_options import TextOptions
 from rlhf_core.data.text_spans import TextSpanEncoder
 from rlhf_core.generation.decoding import decode, decoding_of, left_padded
 from rlhf_core.generation.sampling import Drawing, Ended
+from rlhf_core.generation.stop_strings import StopStrings
 from rlhf_core.infra.errors import ConfigError, DataError, NumbersError
 from rlhf_core.infra.out_of_memory import halve_until_fits
 from rlhf_core.infra.seeds import completion_seeds
@@ -71,6 +72,7 @@ class Engine:
         self.policy_version = 0
         self._stream: tuple[Any, ...] = ()
         self._met: Counter[tuple[int, ...]] = Counter()
+        self._stops: dict[tuple[bool | str, ...], StopStrings] = {}
 
     def begin(self, name: str, *index: int, policy_version: int = 0) -> None:
         """Begin a stream of draws: from here on seeds are a function of (engine's seed, name, index), row number and occurrence.
@@ -101,13 +103,13 @@ class Engine:
 
         Args:
             batch: its encoded prompts are completed; its responses are ignored.
-            sampling: temperature, truncation and most tokens; None takes the defaults.
+            sampling: how tokens are drawn, and what ends a completion; None takes the defaults.
             seeds: for each prompt, one per completion. None derives them from the engine's seed and, after `begin`, from row
                 numbers and places in the data, else from the prompts' ids; a prompt that comes again gets other seeds.
             policy_version: optimiser steps that the policy has made; None takes what `begin` was given.
 
         Raises:
-            ConfigError: n is below 1, or there is another number of seeds.
+            ConfigError: n is below 1, there is another number of seeds, or a stop id isn't in the vocabulary.
             DataError: a prompt leaves no room for a token among the model's positions.
             ModelError: the model can't generate.
             NumbersError: logits aren't finite, or memory doesn't suffice for one completion.
@@ -123,6 +125,7 @@ class Engine:
         if [len(each) for each in seeds] != [n] * batch.num_prompts:
             problem = f"{n} completions of {batch.num_prompts} prompts need {n} seeds per prompt"
             raise ConfigError(problem, place="generate(seeds=…)", got=f"{[len(each) for each in seeds]} seeds")
+        self._check_stop_ids(sampling)
         draws = self._draws(batch, seeds, sampling.max_new_tokens)
         version = self.policy_version if policy_version is None else policy_version
         made: list[Completion | None] = [None] * len(draws)
@@ -207,6 +210,18 @@ class Engine:
         every = 0 if accepted(self.policy.network.forward, logits_to_keep=1) else 4 * vocabulary
         return 40 * vocabulary, 2 * (layers + 1) * held * width * size + every
 
+    def _check_stop_ids(self, sampling: SamplingConfig) -> None:
+        """Refuse stop ids that the model can't draw.
+
+        Raises:
+            ConfigError: a stop id isn't in the vocabulary.
+        """
+        size = self.policy.network.config.get_text_config().vocab_size
+        for token in sampling.stop_ids:
+            if token >= size:
+                problem = f"the model's vocabulary has {size} tokens, ids 0 to {size - 1}"
+                raise ConfigError(problem, place="`stop_ids`", got=str(token), fix="leave it out")
+
     # The decoding loop
 
     @contextlib.contextmanager
@@ -238,8 +253,10 @@ class Engine:
         drawing = Drawing(
             sampling,
             seeds=[draw.seed for draw in draws],
+            prompts=[draw.ids for draw in draws],
             limits=[draw.limit for draw in draws],
-            ends=[draw.ends for draw in draws],
+            ends=[(*draw.ends, *sampling.stop_ids) for draw in draws],
+            stops=[self._stop_strings(draw.chat, *sampling.stop) for draw in draws] if sampling.stop else None,
             filler=self.policy.tokenizer.pad_token_id or 0,
             device=device,
         )
@@ -247,19 +264,27 @@ class Engine:
         most, cache = max(draw.limit for draw in draws), decoding_of(self.policy).cache
         decode(self.policy, ids, mask, drawing, Ended(drawing), most=most, cache=cache)
         made = []
-        for draw, drawn in zip(draws, drawing.completions(), strict=True):
-            ended = drawn.ids[-1] in draw.ends
+        for row, (draw, drawn) in enumerate(zip(draws, drawing.completions(), strict=True)):
+            reason, text = "length", drawing.stopped.get(row)
+            last = drawn.ids[-1]
+            if last in draw.ends or last in sampling.stop_ids:
+                reason = "end" if last in draw.ends else "stop"
+                text = self._text_of(draw.chat)(drawn.ids[:-1])
+            elif text is not None:
+                reason = "stop"
+            else:
+                text = self._text_of(draw.chat)(drawn.ids)
             if not all(map(math.isfinite, (*drawn.raw_logprobs, *drawn.logprobs))):
                 place = f"row {batch.rows[draw.prompt]}"
                 raise NumbersError("the model's logits aren't finite", place=place, fix="check its weights")
             made.append(
                 Completion(
-                    text=self._text(draw, drawn.ids[:-1] if ended else drawn.ids),
+                    text=text,
                     ids=drawn.ids,
                     logprobs=drawn.logprobs,
                     raw_logprobs=drawn.raw_logprobs,
                     kept_mass=drawn.kept_mass,
-                    stop_reason="end" if ended else "length",
+                    stop_reason=reason,
                     policy_version=policy_version,
                 )
             )
@@ -274,9 +299,15 @@ class Engine:
             bool(source) and TextOptions.saved_with(self.policy.tokenizer).wrap == "chat"
         )
 
-    def _text(self, draw: _Draw, ids: list[int]) -> str:
-        """Return a completion's text: decoded alone after a chat; as a continuation of a text prompt, its leading space kept."""
-        return str(self.policy.tokenizer.decode(ids)) if draw.chat else self._pieces.text_of(ids)
+    def _text_of(self, chat: bool) -> Callable[[Sequence[int]], str]:
+        """Return what decodes a completion: alone after a chat; as a continuation of a text prompt, its leading space kept."""
+        return self.policy.tokenizer.decode if chat else self._pieces.text_of
+
+    def _stop_strings(self, chat: bool, *stop: str) -> StopStrings:
+        """Return what looks for stop strings in the completions of chats, or of text prompts; it is kept between calls."""
+        if (chat, *stop) not in self._stops:
+            self._stops[chat, *stop] = StopStrings(stop, self._text_of(chat))
+        return self._stops[chat, *stop]
 
     @cached_property
     def _own_ends(self) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ Axes: B rows, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 
 from rlhf_core.config.online import SamplingConfig
+from rlhf_core.generation.stop_strings import StopStrings
 
 BLOCK = 256
 """Random numbers that are made at once per row."""
@@ -41,7 +43,14 @@ class Drawn:
     """(B,) float32, the probability under softmax(logits / temperature) of all tokens that truncation kept."""
 
 
-def draw_tokens(logits: Tensor, uniform: Tensor, sampling: SamplingConfig) -> Drawn:
+def draw_tokens(
+    logits: Tensor,
+    uniform: Tensor,
+    sampling: SamplingConfig,
+    *,
+    seen: Tensor | None = None,
+    barred: Tensor | None = None,
+) -> Drawn:
     """Draw one token per row by inverting the cumulative distribution, in the vocabulary's order.
 
     In an order by likelihood, two tokens of almost equal likelihood that rounding swaps would move all tokens between them.
@@ -49,38 +58,61 @@ def draw_tokens(logits: Tensor, uniform: Tensor, sampling: SamplingConfig) -> Dr
     Args:
         logits: (B, V) float32.
         uniform: (B,) random numbers in [0, 1); ignored at temperature 0.
-        sampling: temperature, top-k and top-p.
+        sampling: repetition penalty, temperature, top-k, top-p and min-p.
+        seen: (B, S) ids that the repetition penalty is for; repeated ids count once.
+        barred: (B, V) bool, the tokens that may not be drawn: what the others keep of the probability is in the kept mass.
     """
     # The largest logit is subtracted first: a low temperature would make it infinite.
     shifted = logits - logits.amax(dim=-1, keepdim=True)
+    scores = logits
+    if seen is not None and sampling.repetition_penalty != 1:
+        of_seen = logits.gather(1, seen)
+        factor = sampling.repetition_penalty
+        scores = logits.scatter(1, seen, torch.where(of_seen < 0, of_seen * factor, of_seen / factor))
     if sampling.temperature == 0:
-        tokens = logits.argmax(dim=-1)
+        tokens = (scores if barred is None else scores.masked_fill(barred, -torch.inf)).argmax(dim=-1)
         certain = torch.zeros(len(tokens), device=logits.device)
         return Drawn(tokens, certain, _at(_distribution(shifted)[1], tokens), certain + 1)
     divisor = max(sampling.temperature, torch.finfo(torch.float32).tiny)
-    weights, logps = _distribution(shifted / divisor)
-    keep = kept(logps, sampling.top_k, sampling.top_p)
+    adjusted = scores - scores.amax(dim=-1, keepdim=True)
+    weights, logps = _distribution(adjusted / divisor)
+    keep = kept(logps, sampling.top_k, sampling.top_p, sampling.min_p, barred)
     if keep is not None:
         weights = weights.where(keep, 0)
     tokens, mass = invert_cumulative(weights, uniform)
     logprobs = _at(logps, tokens)
-    raw = logprobs if divisor == 1 else _at(_distribution(shifted)[1], tokens)
+    raw = logprobs if divisor == 1 and scores is logits else _at(_distribution(shifted)[1], tokens)
     if keep is None:
         return Drawn(tokens, logprobs, raw, torch.ones_like(logprobs))
     mass = mass.clamp(max=1)
     return Drawn(tokens, (logprobs - mass.log()).clamp(max=0).float(), raw, mass.float())
 
 
-def kept(logps: Tensor, top_k: int, top_p: float) -> Tensor | None:
+def kept(logps: Tensor, top_k: int, top_p: float, min_p: float = 0.0, barred: Tensor | None = None) -> Tensor | None:
     """Return (B, V) bool: which tokens truncation keeps; None where it keeps all.
 
-    Top-k keeps the k most likely tokens; top-p keeps of these the fewest, most likely first, whose share of their total
-    probability reaches p. Of equally likely tokens those with the lower ids are kept.
+    Barred tokens aren't kept. Of the others, top-k keeps the k most likely; top-p keeps of these the fewest, most likely first,
+    whose share of their total probability reaches p; min-p keeps of these the ones that are at least `min_p` times as likely as
+    the most likely one. Of equally likely tokens those with the lower ids are kept.
 
     Args:
         logps: (B, V) log-probabilities.
-        top_k: 0 keeps all. top_p: 1 keeps all.
+        top_k: 0 keeps all. top_p: 1 keeps all. min_p: 0 keeps all.
+        barred: (B, V) bool.
     """
+    if barred is not None:
+        logps = logps.masked_fill(barred, -torch.inf).log_softmax(dim=-1)
+    keep = _most_likely(logps, top_k, top_p)
+    if min_p > 0:
+        likely = logps >= logps.amax(dim=-1, keepdim=True) + math.log(min_p)
+        keep = likely if keep is None else keep & likely
+    if barred is not None:
+        keep = ~barred if keep is None else keep & ~barred
+    return keep
+
+
+def _most_likely(logps: Tensor, top_k: int, top_p: float) -> Tensor | None:
+    """Return (B, V) bool: which tokens top-k and top-p keep; None where they keep all. See `kept`."""
     size = logps.shape[-1]
     width = min(top_k, size) if top_k else size
     if width == size and top_p == 1:
@@ -168,10 +200,12 @@ class Drawing(LogitsProcessor):
     """Draws the next token of each row of a batch at every step of the decoding loop, and keeps what it drew.
 
     Args:
-        sampling: temperature, top-k and top-p.
+        sampling: how tokens are drawn.
         seeds: one per row; a row's random numbers are a function of its seed and the token's position alone.
+        prompts: each row's prompt ids, for the repetition penalty.
         limits: most tokens of each row.
         ends: for each row, the ids that end it.
+        stops: for each row, the stop strings that end it; None where there are none.
         filler: id that an ended row gets while others continue.
     """
 
@@ -180,8 +214,10 @@ class Drawing(LogitsProcessor):
         sampling: SamplingConfig,
         *,
         seeds: Sequence[int],
+        prompts: Sequence[Sequence[int]],
         limits: Sequence[int],
         ends: Sequence[Sequence[int]],
+        stops: Sequence[StopStrings] | None = None,
         filler: int,
         device: torch.device,
     ) -> None:
@@ -193,8 +229,16 @@ class Drawing(LogitsProcessor):
         may_end = [[token in ids for token in known] for ids in ends]
         self._may_end = torch.tensor(may_end, dtype=torch.bool, device=device).view(len(ends), len(known))
         self._uniform = torch.empty(0, device=device)
+        self._seen: Tensor | None = None
+        if sampling.repetition_penalty != 1:
+            width = max(map(len, prompts))
+            padded = [[*ids, *[ids[0]] * (width - len(ids))] for ids in prompts]
+            self._seen = torch.tensor(padded, device=device)
         self.ended = torch.zeros(len(seeds), dtype=torch.bool, device=device)
         """(B,) bool: which rows have their last token."""
+        self.stopped: dict[int, str] = {}
+        """Row → its text before the stop string that ended it."""
+        self._stops, self._ids = stops, [list[int]() for _ in seeds]
         self._steps: list[Drawn] = []
         self._alive: list[Tensor] = []
 
@@ -205,13 +249,31 @@ class Drawing(LogitsProcessor):
             block = np.stack([generator.random(BLOCK) for generator in self._generators])
             self._uniform = torch.from_numpy(block).to(_exact(self.device)).to(self.device)
         uniform = self._uniform[:, step % BLOCK] if self.sampling.temperature > 0 else self._uniform
-        drawn = draw_tokens(scores, uniform, self.sampling)
+        barred = None
+        if step < self.sampling.min_new_tokens and len(self._known):
+            barred = torch.zeros_like(scores, dtype=torch.bool)
+            barred[:, self._known] = self._may_end
+        drawn = draw_tokens(scores, uniform, self.sampling, seen=self._seen, barred=barred)
         self._steps.append(drawn)
         self._alive.append(~self.ended)
+        if self._seen is not None:
+            self._seen = torch.cat([self._seen, drawn.tokens[:, None]], dim=1)
         tokens = drawn.tokens.where(~self.ended, self.filler)
         last = ((drawn.tokens[:, None] == self._known) & self._may_end).any(dim=1) | (step + 1 >= self._limits)
+        if self._stops is not None:
+            last = last | self._stop(drawn.tokens.tolist(), self.ended.tolist())
         self.ended = self.ended | last
         return scores.fill_(-torch.inf).scatter_(1, tokens[:, None], 0.0)  # a copy that the loop made for this
+
+    def _stop(self, tokens: list[int], ended: list[bool]) -> Tensor:
+        """Return (B,) bool: in which rows the step's token completed a stop string."""
+        for row, (token, over) in enumerate(zip(tokens, ended, strict=True)):
+            if not over and self._stops is not None:
+                self._ids[row].append(token)
+                text = self._stops[row].text_before(self._ids[row], least=self.sampling.min_new_tokens)
+                if text is not None:
+                    self.stopped[row] = text
+        return torch.tensor([row in self.stopped for row in range(len(tokens))], device=self.device)
 
     def completions(self) -> list[DrawnCompletion]:
         """Return what was drawn for each row, up to its last token."""

@@ -161,9 +161,9 @@ class SampleScores(Generic[ScoreT]):
         return [known[key] for key in keys]
 
     def own_ids(self, sample: Sample) -> list[int] | None:
-        """Return a completion's ids without its end token, where the model's tokenizer decodes them to its text; else None."""
+        """Return a completion's ids, without an end token or stop id, where the tokenizer decodes them to its text; else None."""
         ids = list(sample.completion_ids)
-        ends = [ids[:-1], ids] if sample.stop_reason == "end" else [ids]
+        ends = [ids[:-1], ids] if sample.stop_reason in ("end", "stop") else [ids]
         for tokens in ends if ids and min(ids) >= 0 and max(ids) < len(self.model.tokenizer) else ():
             if sample.completion in self._texts(tokens):
                 return tokens

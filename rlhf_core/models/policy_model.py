@@ -152,6 +152,11 @@ class PolicyModel(SequenceModel):
         temperature: float = 1.0,
         top_p: float = 1.0,
         top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        min_new_tokens: int = 0,
+        stop: str | Sequence[str] = (),
+        stop_ids: Sequence[int] = (),
         seed: int | None = None,
     ) -> list[list[Completion]]:
         """Return n completions for each prompt, in the order in which they were drawn.
@@ -163,6 +168,11 @@ class PolicyModel(SequenceModel):
             temperature: divisor of the logits; 0 takes the most likely token.
             top_p: keep the fewest of the most likely tokens whose probabilities sum to it; 1 keeps all.
             top_k: keep so many of the most likely tokens; 0 keeps all.
+            min_p: keep tokens at least this share as likely as the most likely one; 0 keeps all.
+            repetition_penalty: larger makes tokens that the prompt or the completion holds less likely; 1 changes nothing.
+            min_new_tokens: tokens before any that ends a completion.
+            stop: texts that end a completion, whose text is without them.
+            stop_ids: ids that end a completion besides its end tokens.
             seed: makes the draws repeatable; None takes a seed from torch's global random state.
 
         Raises:
@@ -171,7 +181,17 @@ class PolicyModel(SequenceModel):
         """
         from rlhf_core.generation.generate import generate
 
-        options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+        options = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "min_new_tokens": min_new_tokens,
+            "stop": stop if isinstance(stop, str) else list(stop),
+            "stop_ids": list(stop_ids),
+        }
         return generate(self, prompts, n, SamplingConfig.parse(options, place="generate"), seed=seed)
 
 

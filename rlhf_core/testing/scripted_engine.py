@@ -150,5 +150,7 @@ class BenchContext(RunContext):
 
 
 def _plain(sampling: SamplingConfig) -> bool:
-    """Tell whether sampling draws from the whole distribution, without top-p, top-k or greedy decoding."""
-    return sampling.temperature > 0 and sampling.top_p == 1 and sampling.top_k == 0
+    """Tell whether sampling draws from the whole distribution: nothing truncated, barred or penalised, and not greedily."""
+    changes = ("top_p", "top_k", "min_p", "repetition_penalty", "min_new_tokens")
+    plain = SamplingConfig()
+    return sampling.temperature > 0 and all(getattr(sampling, name) == getattr(plain, name) for name in changes)
