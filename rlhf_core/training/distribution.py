@@ -8,6 +8,8 @@ processes the order of additions, and with it the last bits of a gradient, diffe
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import math
 import os
@@ -355,6 +357,8 @@ def create_distribution(config: DistributedConfig, devices: DeviceManager) -> Di
             fix="start all of them, with one MASTER_ADDR and MASTER_PORT; `distributed.timeout_minutes` waits longer",
         ) from error
     joined = dist.is_available() and dist.is_initialized()
+    if joined:
+        _leave_before_exit()
     if accelerator.num_processes != running or (dist.get_world_size() if joined else 1) != running:
         raise ConfigError(
             f"{running} processes were started",
@@ -362,3 +366,18 @@ def create_distribution(config: DistributedConfig, devices: DeviceManager) -> Di
             got=f"{accelerator.num_processes} that found each other",
         )
     return DataParallel(devices.device, config.timeout_minutes) if joined else Distribution(devices.device)
+
+
+@functools.cache
+def _leave_before_exit() -> None:
+    """Have the process group closed when the interpreter exits, before it shuts down.
+
+    A thread of gloo frees the tensors of the last collective operations, for which it needs the interpreter; one that is late
+    would abort a process whose run has ended well.
+    """
+
+    def leave() -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    atexit.register(leave)

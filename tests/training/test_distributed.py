@@ -251,6 +251,28 @@ def test_a_partner_that_never_joins_is_given_up(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_process_group_is_closed_before_the_interpreter_shuts_down(tmp_path: Path) -> None:
+    """Its threads need the interpreter for what they free: a late one aborted processes whose run had ended well."""
+    script = tmp_path / "joins.py"
+    script.write_text(
+        "import atexit\n"
+        "import torch.distributed as dist\n"
+        "from rlhf_core.config.training import DistributedConfig\n"
+        "from rlhf_core.infra.devices import DeviceManager\n"
+        "from rlhf_core.training.distribution import create_distribution\n"
+        "atexit.register(lambda: print('open at the end:', dist.is_initialized()))  # runs last, for it is registered first\n"
+        "joined = create_distribution(DistributedConfig(), DeviceManager('cpu'))\n"
+        "joined.gather([1])\n"
+        "print('open:', dist.is_initialized())\n"
+    )
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(start, capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == ["open at the end: False"] * 2 + ["open: True"] * 2
+
+
+@pytest.mark.slow
 def test_resuming_with_fewer_processes_continues_the_data(tmp_path: Path, one: Path) -> None:
     assert launch(tmp_path / "run", 2, event="sigterm") == [75, 75]
     assert launch(tmp_path / "run", 1, resume=True) == [0]
