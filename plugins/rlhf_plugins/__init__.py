@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from rlhf_plugins.rewards.process_reward import ProcessRewardRewardConfig as ProcessRewardRewardConfig
     from rlhf_plugins.rewards.reward_model import RewardModelReward as RewardModelReward
     from rlhf_plugins.rewards.reward_model import RewardModelRewardConfig as RewardModelRewardConfig
+    from rlhf_plugins.samplers.generate import GenerateConfig as GenerateConfig
+    from rlhf_plugins.samplers.generate import GenerateSampler as GenerateSampler
     from rlhf_plugins.trainers.cpo import CPOConfig as CPOConfig
     from rlhf_plugins.trainers.cpo import CPOTrainer as CPOTrainer
     from rlhf_plugins.trainers.dpo import DPOConfig as DPOConfig
@@ -70,6 +72,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_plugins.mergers.uniform_soup": "UniformSoupMerger",
         "rlhf_plugins.rewards.process_reward": "ProcessRewardReward ProcessRewardRewardConfig",
         "rlhf_plugins.rewards.reward_model": "RewardModelReward RewardModelRewardConfig",
+        "rlhf_plugins.samplers.generate": "GenerateConfig GenerateSampler",
         "rlhf_plugins.trainers.cpo": "CPOConfig CPOTrainer",
         "rlhf_plugins.trainers.dpo": "DPOConfig DPOTrainer",
         "rlhf_plugins.trainers.kto": "KTOConfig KTOTrainer",

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core.contracts.records import RECORDS, Prompt
+from rlhf_core.data.data_source import DataSource
 from rlhf_core.data.open_source import SUFFIXES, open_source
 from rlhf_core.data.row_checker import CheckedRow, RowChecker
-from rlhf_core.data.row_source import Cursor, Row
+from rlhf_core.data.row_source import COMPRESSION, Cursor, Row, TextFile
 from rlhf_core.data.row_values import as_json
 from rlhf_core.infra.errors import ConfigError, DataError, shortened
 
+_LINES = (".txt", *(f".txt{end}" for end in COMPRESSION))
+"""Endings of the names of files with one prompt per line."""
 _ROLE_KEYS = ("role", "from")
 _FORMS = "give texts, chats (lists of messages), rows with a `prompt`, or the path of a file of rows"
 
@@ -46,19 +49,22 @@ def read_prompts(
     limit: int | None = None,
     columns: Mapping[str, str] | None = None,
     name: str = "prompts",
+    split: str = "train",
     streaming: bool = False,
 ) -> Iterator[PromptRow]:
     """Yield prompts that were given in any form.
 
-    A text is the path of a file of rows where it ends as such a file's name does (`.jsonl`, `.parquet` …) and has no blank, or
-    the file exists; any other text is a prompt. A folder or a hub name is given as `{path: NAME}`. The rows of files may be of
-    any record type: of a conversation or a pair the prompt is all that precedes the last answer.
+    A text is the path of a file of rows where it ends as such a file's name does (`.jsonl`, `.parquet` …; `.txt` for one prompt
+    per line) and has no blank, or the file exists; any other text is a prompt. A folder or a hub name is given as
+    `{path: NAME}`. The rows of files may be of any record type: of a conversation or a pair the prompt is all that precedes the
+    last answer.
 
     Args:
         prompts: one prompt or several: a text, a chat (a list of messages), a row, a path, or a list of these.
         limit: most rows to take from each file; None takes all.
         columns: field of the record type → the data's column, as `dataset.columns`; fields that no prompt has are ignored.
         name: what the prompts are called in messages.
+        split: which split to take of a hub name, or of a folder whose files come in splits.
         streaming: whether what comes from the hub is streamed, rather than downloaded first.
 
     Raises:
@@ -73,7 +79,7 @@ def read_prompts(
         place = f"{name}[{number}]" if isinstance(prompts, list | tuple) else name
         path = _path(item)
         if path is not None:
-            rows: Iterable[Row] = open_source(path, streaming=streaming).rows()
+            rows: Iterable[Row] = _rows_of(path, split, streaming)
             yield from map(reader.read, itertools.islice(rows, limit))
         elif isinstance(item, str):
             yield _not_blank(PromptRow(item, place))
@@ -87,7 +93,35 @@ def read_prompts(
 
 def names_file(text: str) -> bool:
     """Return whether a text is the path of a file of rows: it ends as one does, and has no blank or exists."""
-    return text.casefold().endswith(SUFFIXES) and (len(text.split()) == 1 or Path(text).expanduser().is_file())
+    named = text.casefold().endswith((*SUFFIXES, *_LINES))
+    return named and (len(text.split()) == 1 or Path(text).expanduser().is_file())
+
+
+class PromptLines(TextFile):
+    """A file with one prompt per line. Blank lines are skipped."""
+
+    def rows(self, start: Cursor) -> Iterator[Row]:
+        """Yield a row with the column `prompt` for each line from `start` on, a cursor of this file."""
+        row, line, offset = start.row, start.line, start.offset
+        for raw, ended in self.lines(offset):
+            line, begin, offset = line + 1, offset, offset + len(raw) + ended
+            place = f"{self.name}:{line}"
+            text = self.decode(raw, place, begin).removesuffix("\r")
+            if text.strip():
+                yield Row(row, place, {"prompt": text}, Cursor(start.source, row + 1, line, offset))
+                row += 1
+
+
+def _rows_of(path: str | Path, split: str, streaming: bool) -> Iterator[Row]:
+    """Return the rows of a file, folder, pattern or hub name.
+
+    Raises:
+        DataError: there is nothing of that name, or it has no rows.
+    """
+    where = Path(path).expanduser()
+    if str(path).casefold().endswith(_LINES) and where.is_file():
+        return DataSource([PromptLines(where)]).rows()
+    return open_source(path, split=split, streaming=streaming).rows()
 
 
 def _items(prompts: Any) -> list[Any]:

@@ -138,19 +138,37 @@ def lock_directory(path: Path, name: str, what: str = "working in this directory
     with storage_errors(path):
         descriptor = os.open(path / name, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        import fcntl
-    except ImportError:  # Windows has no such lock.
+        locked = lock_file(descriptor, path, what)
+    except StorageError:
+        os.close(descriptor)
+        raise
+    if not locked:
         os.close(descriptor)
         return None
+    return descriptor
+
+
+def lock_file(descriptor: int, path: Path, what: str) -> bool:
+    """Lock an open file until it is closed, or this process ends; return False where the system has no locks for it.
+
+    Args:
+        path: what is locked, for the message.
+        what: what the other process is doing, for the message where the lock is taken.
+
+    Raises:
+        StorageError: another process has the lock.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such lock.
+        return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(descriptor)
         raise StorageError(f"another process is {what}", place=str(path), fix="wait for it, or stop it") from None
-    except OSError:
-        os.close(descriptor)  # A file system without locks.
-        return None
-    return descriptor
+    except OSError:  # A file system without locks.
+        return False
+    return True
 
 
 def temporary_path(path: Path) -> Path:

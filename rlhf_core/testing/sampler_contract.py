@@ -25,7 +25,7 @@ from rlhf_core.testing.kit_rewards import DigitReward
 from rlhf_core.testing.option_values import other_values
 from rlhf_core.testing.tiny import tiny_policy
 
-STOP_REASONS = ("end", "length")
+STOP_REASONS = ("end", "length", "stop", "rule")
 """What `Completion.stop_reason` may be."""
 COUNTS = "test_n_completions_for_each_prompt"
 TOKENS = "test_completions_are_complete"
@@ -228,6 +228,10 @@ class SamplerContract(MethodContract):
                 require(not wrong, f"{place}: `kept_mass` holds {wrong[:4]}, no probabilities above 0")
                 known = one.stop_reason in STOP_REASONS
                 require(known, f"{place}: `stop_reason` is {one.stop_reason!r}, not one of {', '.join(STOP_REASONS)}")
+                require(
+                    one.mask is None or len(one.mask) == size,
+                    f"{place}: a completion has {len(one.mask or ())} values of `mask` for {size} token ids",
+                )
                 if tokenizer is not None:
                     ended = bool(size) and one.ids[-1] == tokenizer.eos_token_id
                     require(
@@ -235,8 +239,10 @@ class SamplerContract(MethodContract):
                         f"{place}: `stop_reason` is {one.stop_reason!r}, but the last id is {'the' if ended else 'no'} end token",
                     )
                     text = tokenizer.decode(list(one.ids)[: size - ended])
+                    # A stop string, or what a stopping rule removed, is no part of the text.
+                    cut = one.stop_reason in ("stop", "rule") and text.startswith(one.text)
                     require(
-                        one.text == text,
+                        one.text == text or cut,
                         f"{place}: the text of a completion is {one.text!r}, but its ids decode to {text!r}",
                     )
 
@@ -315,14 +321,19 @@ class SamplerContract(MethodContract):
 
     @after(OWN)
     def test_sampling_options_take_effect(self) -> None:
-        """Sampling options take effect: the token limit holds, and `kept_mass` shows what top-p and top-k kept."""
+        """Sampling options take effect: the token limit holds, and `kept_mass` is the share that top-p and top-k kept."""
         config = self.config()
-        names = [name for name in type(config).model_fields if isinstance(getattr(config, name), SamplingConfig)]
-        if not names:
-            raise SkipTest("the sampler has no option of the type `SamplingConfig`")
         options = {"max_new_tokens": 3, "temperature": 0.7, "top_p": 0.6, "top_k": 50}
-        changed = config.updated(**dict.fromkeys(names, options))
-        sampler, prompts = self.subject()(changed, **self.models()), self.prompts()
+        names = [name for name in type(config).model_fields if isinstance(getattr(config, name), SamplingConfig)]
+        if not names and not isinstance(config, SamplingConfig):
+            raise SkipTest("the sampler has no options of the type `SamplingConfig`")
+
+        def under(**options: Any) -> Sampler:
+            return self.subject()(
+                config.updated(**(dict.fromkeys(names, options) if names else options)), **self.models()
+            )
+
+        sampler, prompts = under(**options), self.prompts()
         found = sampler.sample(prompts, 3, seed=SEED)
         longest = max(len(one.ids) for one in _flat(found))
         require(longest <= 3, f"with `max_new_tokens: 3` a completion has {longest} tokens")
@@ -332,6 +343,8 @@ class SamplerContract(MethodContract):
             "with `top_p: 0.6` and `top_k: 50`, every `kept_mass` is 1, as if nothing had been truncated",
         )
         self._require_own(sampler, prompts, found, "with top-p and top-k, prompt")
+        sampler = under(max_new_tokens=3, temperature=0.7, top_p=1.0, top_k=2)
+        self._require_kept_mass(sampler, prompts, sampler.sample(prompts, 3, seed=SEED), temperature=0.7, top_k=2)
 
     @after(COUNTS)
     def test_prompts_do_not_change(self) -> None:
@@ -368,7 +381,7 @@ class SamplerContract(MethodContract):
         if sampler.roles.get("policy") != "policy":
             return
         batch = Batch.from_completions(prompt_batch(sampler.policy, prompts), found)
-        temperature = _temperature(sampler)
+        temperature = _temperature(sampler) if _only_truncates(sampler) else None
         checks = [("raw_logps", 1.0)] + ([("sampled_logps", temperature)] if temperature else [])
         for column, divisor in checks:
             if column not in batch.per_token:
@@ -386,9 +399,60 @@ class SamplerContract(MethodContract):
                     f" but the policy gives {own[response, token]:.4f}"
                 )
 
+    def _require_kept_mass(
+        self,
+        sampler: Sampler,
+        prompts: Sequence[Any],
+        found: Sequence[Sequence[Completion]],
+        *,
+        temperature: float,
+        top_k: int,
+    ) -> None:
+        """Fail unless `kept_mass` is the probability, under the policy's tempered distribution, of its `top_k` likeliest tokens.
+
+        Args:
+            found: each prompt's completions, truncated by `top_k` alone.
+        """
+        import torch
+
+        from rlhf_core.contracts.batch import Batch
+        from rlhf_core.generation.generate import prompt_batch
+
+        if sampler.roles.get("policy") != "policy" or not _only_truncates(sampler):
+            return
+        policy = sampler.policy
+        batch = Batch.from_completions(prompt_batch(policy, prompts), found)
+        if "kept_mass" not in batch.per_token:
+            return
+        with torch.no_grad():
+            states = policy.hidden_states(batch, drop_last=True)
+            likely = torch.softmax(policy.logits(states.predicting()) / temperature, dim=-1).topk(top_k).values
+        own, stated = states.to_tokens(likely.sum(dim=-1)), batch["kept_mass"]
+        wrong = ((stated - own).abs() > self.tolerance) & batch.loss_mask
+        for response in wrong.any(dim=1).nonzero()[:1, 0].tolist():
+            token = int(wrong[response].nonzero()[0, 0])
+            raise AssertionError(
+                f"with `top_k: {top_k}`, prompt {int(batch.owner[response])}: `kept_mass` of token {token} is"
+                f" {stated[response, token]:.4f}, but the policy gives its {top_k} likeliest tokens {own[response, token]:.4f}"
+            )
+
 
 _FIELDS = {"raw_logps": "raw_logprobs", "sampled_logps": "logprobs"}
 """Columns of a batch of completions → the fields of `Completion` that they are made from."""
+
+
+def _only_truncates(sampler: Sampler) -> bool:
+    """Tell whether a sampler draws from the tempered distribution or its likeliest tokens.
+
+    After a repetition penalty, or where end tokens may not come yet, each token has another distribution than the policy's.
+    """
+    config = sampler.config
+    groups = [config, *(getattr(config, name) for name in type(config).model_fields)]
+    return all(
+        getattr(one, "repetition_penalty", 1.0) == 1.0 and not getattr(one, "min_new_tokens", 0)
+        for one in groups
+        if isinstance(one, SamplingConfig)
+    )
 
 
 def _temperature(sampler: Sampler) -> float | None:

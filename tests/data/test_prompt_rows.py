@@ -83,3 +83,11 @@ def test_what_is_no_prompt_is_named(given: Any, kind: type, place: str, problem:
     with pytest.raises(kind, match=problem) as caught:
         prompts(given)
     assert caught.value.place == place
+
+
+def test_a_text_file_has_one_prompt_per_line(tmp_path: Path) -> None:
+    file = tmp_path / "asked.txt"
+    file.write_bytes("\ufeffWhat is 2+2?\r\n\n  \nWhat is it called? Über\n".encode())
+    rows = list(read_prompts(str(file)))
+    assert [row.prompt for row in rows] == ["What is 2+2?", "What is it called? Über"]
+    assert [row.place for row in rows] == [f"{file}:1", f"{file}:4"]

@@ -310,6 +310,25 @@ class CutAsDrawn(Configured):
         return replace(one, logprobs=[a + math.log(m) for a, m in zip(one.logprobs, one.kept_mass, strict=True)])
 
 
+class OtherMass(Configured):
+    """Returns a `kept_mass` that is none, and log-probabilities that agree with it."""
+
+    api = 1
+
+    def changed(self, one: Completion) -> Completion:
+        logprobs = [a - math.log(m) for a, m in zip(one.logprobs, one.kept_mass, strict=True)]
+        return replace(one, kept_mass=[mass**2 for mass in one.kept_mass], logprobs=logprobs)
+
+
+class ShortMask(Plain):
+    """Returns a mask for all tokens but the last."""
+
+    api = 1
+
+    def changed(self, one: Completion) -> Completion:
+        return replace(one, mask=[True] * (len(one.ids) - 1))
+
+
 class TakesPrompts(Plain):
     """Removes the prompts from the caller's rows."""
 

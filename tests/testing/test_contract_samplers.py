@@ -52,9 +52,12 @@ FAULTS: dict[type[Sampler], dict[str, str]] = {
     },
     samplers.NoLogprobs: {"test_completions_are_complete": "a completion has 0 `logprobs` for"},
     samplers.Positive: {"test_completions_are_complete": "`logprobs` holds .*, no log-probabilities"},
-    samplers.UnknownEnd: {"test_completions_are_complete": "`stop_reason` is 'eos', not one of end, length"},
+    samplers.UnknownEnd: {
+        "test_completions_are_complete": "`stop_reason` is 'eos', not one of end, length, stop, rule"
+    },
     samplers.LostEnd: {"test_completions_are_complete": "`stop_reason` is 'end', but the last id is no end token"},
     samplers.StrippedText: {"test_completions_are_complete": "but its ids decode to"},
+    samplers.ShortMask: {"test_completions_are_complete": "a completion has .* values of `mask` for"},
     samplers.TemperedAsRaw: {"test_log_probabilities_are_the_policys": "prompt 0: `raw_logprobs` of token 0 is"},
     samplers.RawAsDrawn: {"test_log_probabilities_are_the_policys": "prompt 0: `logprobs` of token 0 is"},
     samplers.Seedless: {
@@ -71,6 +74,9 @@ FAULTS: dict[type[Sampler], dict[str, str]] = {
     },
     samplers.CutAsDrawn: {
         "test_sampling_options_take_effect": "with top-p and top-k, prompt 0: `logprobs` of token 0 is"
+    },
+    samplers.OtherMass: {
+        "test_sampling_options_take_effect": "`kept_mass` of token . is .*, but the policy gives its 2 likeliest"
     },
     samplers.TakesPrompts: {"test_prompts_do_not_change": "`sample` changes its prompts"},
     samplers.SeedsTheWorld: {
