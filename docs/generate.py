@@ -151,7 +151,7 @@ def configuration() -> str:
         "",
         *option_table(TrainerConfig),
     ]
-    for name, group in groups(TrainerConfig):
+    for name, group in every_group(TrainerConfig):
         lines += ["", f"### `{name}`", "", *paragraph(group), "", *option_table(group, prefix=f"{name}.")]
     for plugin in own_plugins("trainer"):
         config: type[TrainerConfig] = registry.get("trainer", plugin.name).Config  # type: ignore[attr-defined]
@@ -226,13 +226,22 @@ def option_table(config: type[BaseModel], *, prefix: str = "", only: list[str] |
         if only is not None and row.name not in only:
             continue
         default = row.default if row.default == "required" else f"`{row.default}`" if row.default else "see below"
-        kind = row.kind.replace("group", f"[group](#{row.name})") if row.group is not None else row.kind
+        kind = (
+            row.kind.replace("group", f"[group](#{row.name.replace('.', '')})") if row.group is not None else row.kind
+        )
         lines.append(f"| `{row.name}` | {kind} | {default} | {row.meaning.replace('|', chr(92) + '|')} |")
     return lines
 
 
 def groups(config: type[BaseModel]) -> list[tuple[str, type[BaseModel]]]:
     return [(row.name, row.group) for row in option_rows(config) if row.group is not None]
+
+
+def every_group(config: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
+    for row in option_rows(config, prefix):
+        if row.group is not None:
+            yield row.name, row.group
+            yield from every_group(row.group, f"{row.name}.")
 
 
 def paragraph(config: type[BaseModel]) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 
 from rlhf_core.config.base import BaseConfig
-from rlhf_core.config.fields import group_of, is_group, option_at, option_names
+from rlhf_core.config.fields import alternatives, group_of, is_group, option_at, option_names
 from rlhf_core.config.yaml_file import parse_scalar
 from rlhf_core.infra.errors import ConfigError, nearest
 
@@ -128,6 +128,8 @@ def _one(flag: Flag, members: tuple[Any, ...]) -> Any:
         return flag.text
     value = parse_scalar(flag.text)
     accepted = {get_origin(member) or member for member in members}
+    if isinstance(value, list | Mapping) and not flag.text.lstrip().startswith(("[", "{")):
+        value = flag.text  # `Question: why?` is YAML for a mapping, and nobody writes one like that into a flag
     if isinstance(value, list | Mapping) or (value is None and flag.text and NoneType in accepted):
         return value
     if str in accepted or (not isinstance(value, bool) and any(map(_may_be_text, members))):
@@ -140,7 +142,8 @@ def _one(flag: Flag, members: tuple[Any, ...]) -> Any:
 
 def _items(members: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return the types that a list's items may have; a literal counts as text."""
-    items = [item for member in members if get_origin(member) is list for item in get_args(member)]
+    lists = [member for member in members if get_origin(member) is list]
+    items = [item for member in lists for part in get_args(member) for item in alternatives(part)]
     return tuple(str if get_origin(item) is Literal else item for item in items)
 
 

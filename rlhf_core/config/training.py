@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rlhf_core.config.base import BaseConfig
+from rlhf_core.config.sampling_options import SamplingConfig
 
 DEFAULT_MAX_LENGTH = 1024
 """What `max_length` is at most where it isn't set."""
@@ -91,18 +93,63 @@ class CheckpointConfig(BaseConfig):
     )
 
 
+class SamplesConfig(BaseConfig):
+    """What the model says while it trains, kept in `samples.jsonl`: completions of fixed prompts, and some of each rollout."""
+
+    alone = "prompts"
+
+    prompts: list[str | list[dict[str, Any]] | dict[str, Any]] = Field(
+        default_factory=list,
+        description="Prompts that are completed at the start, at each evaluation and at the end, each time with the same random"
+        " numbers: texts, chats (lists of messages), or paths of files of rows (`{path: NAME}` for a folder or a hub name); more"
+        " of them show more and take longer.",
+    )
+    limit: int = Field(8, ge=1, description="Most prompts to take from each file; larger shows more and takes longer.")
+    every: int | None = Field(
+        None,
+        ge=1,
+        description="Steps between completions of the prompts, instead of at each evaluation; larger writes them less often.",
+    )
+    n: int = Field(1, ge=1, description="Completions per prompt; larger shows better how much they vary.")
+    generation: SamplingConfig | None = Field(
+        None,
+        description="How they are drawn; null takes the options of the method's own `generation`, else the defaults.",
+    )
+    rollouts: int = Field(
+        4,
+        ge=0,
+        description="Completions that are kept of each rollout and of each evaluation of an online method, with their rewards;"
+        " larger keeps more, 0 none.",
+    )
+
+    @model_validator(mode="after")
+    def _options_of_prompts(self) -> SamplesConfig:
+        """Refuse options of the fixed prompts where there are none."""
+        for name in () if self.prompts else ("limit", "every", "n", "generation"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"`{name}` needs `prompts`, which are to be completed")
+        return self
+
+    @field_validator("prompts", mode="before")
+    @classmethod
+    def _one_prompt_is_a_list(cls, value: Any) -> Any:
+        if isinstance(value, Path):
+            return [str(value)]
+        if isinstance(value, list | tuple):
+            return [str(item) if isinstance(item, Path) else item for item in value]
+        return [value] if isinstance(value, str | Mapping) else value
+
+
 class LoggingConfig(BaseConfig):
     """What is reported while training. `metrics.jsonl` is always written, one row per step."""
 
     every: int = Field(1, ge=1, description="Steps between lines on the console; larger prints less.")
-    samples: int = Field(
-        4,
-        ge=0,
-        description="Completions that `samples.jsonl` keeps of each rollout and of each evaluation, with their rewards; larger"
-        " keeps more, 0 none.",
+    samples: SamplesConfig = Field(
+        default_factory=SamplesConfig, description="What the model says while it trains, for `rlhf samples`."
     )
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
-        default_factory=list, description="Trackers that mirror the metrics; more of them mirror to more places."
+        default_factory=list,
+        description="Trackers that mirror the metrics and samples; more of them mirror to more places.",
     )
     project: str = Field("rlhf", min_length=1, description="Project name that trackers group runs under.")
     progress: bool = Field(True, description="Show a progress bar where there is a terminal; false shows none.")

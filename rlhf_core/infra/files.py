@@ -8,10 +8,11 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,6 +198,29 @@ def replace_file(path: Path, content: bytes) -> None:
         write_file(temporary, [content])
         temporary.replace(path)
         fsync_directory(path.parent)
+
+
+def append_lines(path: Path, lines: Sequence[str]) -> None:
+    """Append texts to a file as lines, in one write; what a kill left of a line before them stays apart."""
+    content = "".join(f"{line}\n" for line in lines).encode()
+    with storage_errors(path, len(content)), path.open("ab+", buffering=0) as handle:
+        if handle.tell():
+            handle.seek(-1, os.SEEK_END)
+            if handle.read(1) != b"\n":
+                content = b"\n" + content
+        while content:  # a write may be short
+            content = content[handle.write(content) :]
+
+
+def as_json_value(value: Any) -> Any:
+    """Return a value as JSON can hold it: numbers that aren't finite as None, objects of other classes as text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(name): as_json_value(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json_value(item) for item in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
 def to_json(value: Any) -> bytes:

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
-import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlhf_core.config.training import LoggingConfig
-from rlhf_core.infra.files import replace_file, storage_errors
+from rlhf_core.infra.files import append_lines, as_json_value, fsync_file, replace_file, storage_errors
 from rlhf_core.infra.progress import StepBar
+from rlhf_core.training.sample_log import SampleLog
 from rlhf_core.training.trackers import Trackers
-
-if TYPE_CHECKING:
-    from rlhf_core.contracts.reward import Sample
-    from rlhf_core.rewards import Scores
 
 log = logging.getLogger(__name__)
 
@@ -29,14 +24,11 @@ gradient's 2-norm before clipping, and the real tokens it was computed from, eac
 TIMING = ("seconds", "tokens_per_second")
 """The only keys of a row whose values may differ between a run and the same run killed and resumed."""
 
-_LONGEST = 10_000
-"""Characters of a text that `samples.jsonl` holds at most."""
-
 
 class TrainingLogger:
     """Writes a run's logs into its directory, and shows them on the console and in trackers.
 
-    The logs are `metrics.jsonl` (a row per step), `samples.jsonl` (some completions of each rollout) and `events.jsonl`
+    The logs are `metrics.jsonl` (a row per step), `samples.jsonl` (what the model says, see `sample_log`) and `events.jsonl`
     (append-only).
 
     Args:
@@ -69,57 +61,35 @@ class TrainingLogger:
         )
         self._progress = StepBar(wanted=enabled and self.config.progress, total_steps=total_steps, step=step)
         self._progress.__enter__()
-        self._sampled: tuple[tuple[int, bool] | None, int] = (None, 0)
-        """The rollout or evaluation that samples were written of last, as (step, evaluating), and how many."""
+        self.samples = SampleLog(self.directory, self.config.samples, self._trackers)
 
     def metrics(self, row: Mapping[str, Any]) -> None:
         """Write a step's row, and show it. Values that aren't finite are written as null, since JSON has no name for them."""
         if not self.enabled:
             return
-        clean = {name: _jsonable(value) for name, value in row.items()}
+        clean = {name: as_json_value(value) for name, value in row.items()}
         self._append("metrics.jsonl", clean)
         self._progress.update(int(row["step"]), float(row["loss"]), float(row.get("tokens_per_second", 0.0)))
         if row["step"] % self.config.every == 0 or row["step"] == self.total_steps:
             log.info("%s", _line(row, self.total_steps))
         self._trackers.log(clean, int(row["step"]))
-
-    def samples(
-        self, samples: Sequence[Sample], scores: Scores, *, rows: Sequence[int], step: int, evaluating: bool
-    ) -> None:
-        """Write some of the completions of a rollout, evenly spaced, at most `logging.samples` in all calls for the same rollout.
-
-        Args:
-            rows: each sample's row number in its data.
-            step: optimiser steps made before.
-            evaluating: whether the prompts are held out.
-        """
-        rollout, kept = (step, evaluating), self._sampled[1] if self._sampled[0] == (step, evaluating) else 0
-        room = min(self.config.samples - kept, len(samples))
-        if self.directory is None or room <= 0:
-            return
-        for number in (place * len(samples) // room for place in range(room)):
-            sample = samples[number]
-            row = {"step": step, "evaluating": evaluating, "row": rows[number], "prompt": _shortened(sample.prompt)}
-            row |= {"completion": _shortened(sample.completion), "stop_reason": sample.stop_reason}
-            row |= {"reward": float(scores.total[number])}
-            row |= {"rewards": {name: values[number] for name, values in scores.by_name.items()}}
-            self._append("samples.jsonl", row)
-        self._sampled = (rollout, kept + room)
+        self.samples.show_scored(int(row["step"]))
 
     def event(self, name: str, **fields: Any) -> None:
         """Append an event to `events.jsonl`, with the time in UTC."""
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        self._append("events.jsonl", {"time": now, "event": name, **{k: _jsonable(v) for k, v in fields.items()}})
+        self._append("events.jsonl", {"time": now, "event": name, **{k: as_json_value(v) for k, v in fields.items()}})
 
-    def resume(self, step: int, *, evaluated: int | None, last_row: Mapping[str, Any]) -> None:
+    def resume(self, step: int, *, evaluated: int | None, sampled: int | None, last_row: Mapping[str, Any]) -> None:
         """Cut the logs back to the checkpoint that the run resumes from; report rows of earlier steps that are damaged.
 
         Args:
             step: the checkpoint's step; 0 where a run begins.
             evaluated: the step of its last evaluation.
+            sampled: the last step at which it completed the fixed prompts.
             last_row: the row of its step, which is written again where it is damaged.
         """
-        self.rewind_samples(step, evaluated)
+        self.samples.rewind(step, evaluated=evaluated, sampled=sampled)
         lost = self.rewind(step)
         if lost[-1:] == [step]:
             self.amend(last_row)
@@ -144,32 +114,15 @@ class TrainingLogger:
             replace_file(path, b"".join(rows.values()))
         return sorted(set(range(1, step + 1)) - rows.keys())
 
-    def rewind_samples(self, step: int, evaluated: int | None) -> None:
-        """Cut `samples.jsonl` back to rollouts before `step` and evaluations up to `evaluated`; later ones are made again."""
-        path = self._path("samples.jsonl")
-        if path is None or not path.exists():
-            return
-
-        def stays(line: bytes) -> bool:
-            try:
-                row = json.loads(line)
-                last = (evaluated if evaluated is not None else -1) if row["evaluating"] else step - 1
-                return line.endswith(b"\n") and row["step"] <= last
-            except (ValueError, LookupError, TypeError, RecursionError):
-                return False
-
-        with storage_errors(path):
-            lines = path.read_bytes().splitlines(keepends=True)
-        replace_file(path, b"".join(line for line in lines if stays(line)))
-
     def amend(self, row: Mapping[str, Any]) -> None:
         """Replace the row of the last step; a kill leaves the old row or the new one."""
         path = self._path("metrics.jsonl")
         if path is not None:
-            clean = {name: _jsonable(value) for name, value in row.items()}
+            clean = {name: as_json_value(value) for name, value in row.items()}
             earlier = [line for number, line in self._rows(path) if 0 < number < row["step"]]
-            replace_file(path, b"".join([*earlier, _encoded(clean)]))
+            replace_file(path, b"".join([*earlier, f"{_encoded(clean)}\n".encode()]))
             self._trackers.log(clean, int(row["step"]))
+            self.samples.show_scored(int(row["step"]))
 
     @staticmethod
     def _rows(path: Path) -> list[tuple[int, bytes]]:
@@ -180,10 +133,11 @@ class TrainingLogger:
 
     def flush(self) -> None:
         """Flush the rows written so far to the disk, so that they outlive a crash of the machine."""
-        for path in (self._path("metrics.jsonl"), self._path("samples.jsonl")):
-            if path is not None and path.exists():
-                with storage_errors(path), path.open("rb+") as handle:
-                    os.fsync(handle.fileno())
+        path = self._path("metrics.jsonl")
+        if path is not None and path.exists():
+            with storage_errors(path):
+                fsync_file(path)
+        self.samples.flush()
 
     def close(self) -> None:
         """Remove the progress bar and finish the trackers."""
@@ -194,43 +148,14 @@ class TrainingLogger:
         return self.directory / name if self.directory is not None else None
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
-        """Append a row to a file of the run directory, on a line of its own."""
-        path = self._path(name)
-        if path is None:
-            return
-        line = _encoded(row)
-        with storage_errors(path, len(line)), path.open("ab+", buffering=0) as handle:
-            if handle.tell():
-                handle.seek(-1, os.SEEK_END)
-                if handle.read(1) != b"\n":
-                    # A kill in the middle of a line: the next one must not be appended to it.
-                    line = b"\n" + line
-            handle.write(line)
+        """Append a row to a file of the run directory."""
+        if (path := self._path(name)) is not None:
+            append_lines(path, [_encoded(row)])
 
 
-def _shortened(value: Any) -> Any:
-    """Return a text, or the texts of a chat, with the first `_LONGEST` characters of each."""
-    if isinstance(value, str):
-        return value if len(value) <= _LONGEST else f"{value[:_LONGEST]} … [{len(value) - _LONGEST} characters more]"
-    if isinstance(value, Mapping):
-        return {str(name): _shortened(item) for name, item in value.items()}
-    return [_shortened(item) for item in value] if isinstance(value, list | tuple) else _jsonable(value)
-
-
-def _jsonable(value: Any) -> Any:
-    """Return a value as JSON can hold it: numbers that aren't finite as None, objects of other classes as text."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {str(name): _jsonable(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(item) for item in value]
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
-
-
-def _encoded(row: Mapping[str, Any]) -> bytes:
-    """Return a row as one line of JSON."""
-    return (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode()
+def _encoded(row: Mapping[str, Any]) -> str:
+    """Return a row as JSON, without a line break."""
+    return json.dumps(row, ensure_ascii=False, allow_nan=False)
 
 
 def _step_of(line: bytes) -> int:

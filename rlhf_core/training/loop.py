@@ -41,6 +41,7 @@ class TrainingLoop:
         run, progress = self._run, self._run.progress
         self._stop_if_asked()
         self._evaluations.catch_up()
+        run.fixed_prompts.catch_up()
         self._stop_if_asked()
         windows = Windows(
             run.trainer,
@@ -66,6 +67,7 @@ class TrainingLoop:
                 self._finish_step(step, rate, result, time.perf_counter() - began)
             if window.last:
                 self._evaluations.catch_up()
+                run.fixed_prompts.catch_up()
                 self._save_or_stop()
         windows.finish()
 

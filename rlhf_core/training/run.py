@@ -22,6 +22,7 @@ from rlhf_core.training.disk_space import checkpoint_bytes_on_disk, disk_need
 from rlhf_core.training.distribution import Distribution, create_distribution
 from rlhf_core.training.evaluation_schedule import EvaluationSchedule
 from rlhf_core.training.export import export_models
+from rlhf_core.training.fixed_prompts import FixedPrompts
 from rlhf_core.training.logger import TrainingLogger
 from rlhf_core.training.loop import TrainingLoop
 from rlhf_core.training.loss_scale import LossScale
@@ -144,6 +145,7 @@ class Run:
         self.optimizer = setup.make_optimizer()
         self.loss_scale = LossScale(enabled=setup.config.precision == "fp16")
         self.evaluations = EvaluationSchedule(self)
+        self.fixed_prompts = FixedPrompts(self)
         seed_everything(setup.config.seed, "training", self.distribution.rank)
         if self.checkpoint is not None:
             self.state.restore(self.checkpoint)
@@ -152,7 +154,7 @@ class Run:
             RunContext,
             clock=lambda: self.progress.step,
             notify=self.hooks.emit,
-            keep=self.logger.samples,
+            keep=self.logger.samples.scored,
         )
         for name, pair in self.state.logged.items():
             self.context.log(name, *pair)
@@ -194,7 +196,8 @@ class Run:
             options=self.options,
         )
         self.started = True
-        self.logger.resume(step, evaluated=self.progress.evaluated, last_row=self.progress.metrics)
+        progress = self.progress
+        self.logger.resume(step, evaluated=progress.evaluated, sampled=progress.sampled, last_row=progress.metrics)
         for item in self.state.damaged():
             self.logger.event("checkpoint_damaged", step=item.step, path=item.path.name, reason=item.reason)
         if self.directory.continued:
@@ -257,9 +260,10 @@ class Run:
     # The end
 
     def _finish(self) -> TrainResult:
-        """Evaluate, save and export the trained models; write the end into the record and return the result."""
+        """Evaluate, complete the fixed prompts, save, export the trained models, write how it ended, return the result."""
         progress, evaluations, stopping = self.progress, self.evaluations, self.evaluations.early_stopping
         evaluations.finish()
+        self.fixed_prompts.finish()
         self.save()
         record_data(self)
         if steps := progress.step - self.first_step:

@@ -37,6 +37,8 @@ class RunProgress:
     """Batches of data that this process had taken when the last step was made; each process saves its own."""
     evaluated: int | None = None
     """The step of the last evaluation."""
+    sampled: int | None = None
+    """The last step at which the fixed prompts were completed."""
     metrics: dict[str, Any] = field(default_factory=dict)
     """The last step's row."""
     eval_metrics: dict[str, float] = field(default_factory=dict)

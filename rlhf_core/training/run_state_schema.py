@@ -50,6 +50,7 @@ class SavedProgress(_Schema):
     seconds: float = Field(ge=0)
     skipped: int = Field(ge=0)
     evaluated: int | None
+    sampled: int | None
     metrics: Metrics
     eval_metrics: Metrics
 

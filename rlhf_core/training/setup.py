@@ -26,6 +26,7 @@ from rlhf_core.models.reference import Reference
 from rlhf_core.rewards import Rewards, check_rewards, open_rewards
 from rlhf_core.training.context import RunContext
 from rlhf_core.training.distribution import Distribution
+from rlhf_core.training.fixed_prompts import open_fixed_prompts
 from rlhf_core.training.loader import Loader, in_float32
 from rlhf_core.training.loss_scale import LossScale
 from rlhf_core.training.micro_batches import MicroBatches
@@ -70,6 +71,8 @@ class RunSetup:
         check_config(trainer, distribution, devices)
         self.trainer, self.distribution, self.devices = trainer, distribution, devices
         self.rewards = _open_rewards(trainer)
+        self.prompts = open_fixed_prompts(trainer)
+        """The fixed prompts of `logging.samples`."""
         self.micro_batches = MicroBatches(trainer.config, divide=trainer.splits_groups)
 
     @property

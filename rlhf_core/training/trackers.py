@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlhf_core.config.yaml_file import flatten
 from rlhf_core.infra.errors import ConfigError
+from rlhf_core.training.tracked_samples import LOG_SAMPLES
 
 log = logging.getLogger(__name__)
 
@@ -55,15 +57,37 @@ class Trackers:
             init_kwargs={name: {"name": run_name} for name in names if name != "tensorboard"},
         )
 
+    @property
+    def running(self) -> bool:
+        """Whether there is a tracker that hasn't failed."""
+        return self._accelerator is not None
+
     def log(self, row: Mapping[str, Any], step: int) -> None:
         """Mirror a row's numbers; where a tracker fails, the user is warned, and the run continues without trackers."""
+        numbers = {k: v for k, v in row.items() if isinstance(v, int | float)}
+        self._call(lambda: self._accelerator.log(numbers, step=step))
+
+    def log_samples(self, kind: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Show completions: as text in TensorBoard, as the table `samples/KIND` elsewhere; a tracker's failure is a warning.
+
+        Args:
+            kind: of the rows, in `sample_log.KINDS`.
+            rows: as in `samples.jsonl`.
+        """
+        if rows and self._accelerator is not None:
+            for tracker in self._accelerator.trackers:
+                self._call(functools.partial(LOG_SAMPLES[tracker.name], tracker, f"samples/{kind}", rows, step))
+
+    def _call(self, mirror: Callable[[], Any]) -> None:
+        """Call what mirrors something, unless a tracker has failed before."""
         if self._accelerator is None:
             return
         try:
-            self._accelerator.log({k: v for k, v in row.items() if isinstance(v, int | float)}, step=step)
+            mirror()
         except Exception as error:
             log.warning(
-                "a tracker failed, and the rest of this run isn't tracked (metrics.jsonl still is written): %s: %s",
+                "a tracker failed, and the rest of this run isn't tracked (metrics.jsonl and samples.jsonl still are written):"
+                " %s: %s",
                 type(error).__name__,
                 error,
             )

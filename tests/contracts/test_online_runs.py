@@ -210,26 +210,42 @@ def samples_of(output: Path) -> list[dict[str, Any]]:
 
 
 def test_some_completions_of_each_rollout_are_kept_and_of_each_evaluation(tmp_path: Path) -> None:
-    trainer(tmp_path, held_out=5, eval_steps=8, logging={"samples": 3, "progress": False}).train()
+    trainer(tmp_path, held_out=5, eval_steps=8, logging={"samples": {"rollouts": 3}, "progress": False}).train()
     found = samples_of(tmp_path)
-    assert [(row["step"], row["evaluating"]) for row in found] == [
-        (step, held_out) for step, held_out in ((0, True), (0, False), (4, False), (8, True)) for _ in range(3)
+    assert [(row["step"], row["kind"]) for row in found] == [
+        (step, kind)
+        for step, kind in ((0, "evaluation"), (0, "rollout"), (4, "rollout"), (8, "evaluation"))
+        for _ in range(3)
     ]
     data = {number: row["prompt"] for number, row in enumerate(rows())}
     for row in found:
-        assert row["evaluating"] or data[row["row"]] == row["prompt"]
+        assert row["kind"] == "evaluation" or data[row["row"]] == row["prompt"]
         assert row["rewards"].keys() == {"digits", "ends"} and row["stop_reason"] in ("end", "length")
         assert row["reward"] == pytest.approx(row["rewards"]["digits"] + 0.5 * row["rewards"]["ends"])
+        assert 1 <= row["tokens"] <= 8 and row["sample"] in range(1 if row["kind"] == "evaluation" else 4)
     assert len({row["prompt"] for row in found[3:6]}) == 3  # of different prompts
 
 
 def test_no_more_are_kept_where_a_rollout_takes_several_batches_and_none_where_none_are_asked_for(
     tmp_path: Path,
 ) -> None:
-    trainer(tmp_path / "some", **DYNAMIC, max_steps=4, logging={"samples": 5, "progress": False}).train()
+    trainer(tmp_path / "some", **DYNAMIC, max_steps=4, logging={"samples": {"rollouts": 5}, "progress": False}).train()
     assert len(samples_of(tmp_path / "some")) == 5
-    trainer(tmp_path / "none", max_steps=4, logging={"samples": 0, "progress": False}).train()
+    trainer(tmp_path / "none", max_steps=4, logging={"samples": {"rollouts": 0}, "progress": False}).train()
     assert not (tmp_path / "none" / "samples.jsonl").exists()
+
+
+def test_fixed_prompts_are_completed_between_rollouts_as_the_method_draws_and_training_is_the_same(
+    tmp_path: Path,
+) -> None:
+    samples = {"prompts": ["1 + 1 = "], "every": 3, "rollouts": 0}
+    trainer(tmp_path / "with", **KL, max_steps=16, logging={"samples": samples, "progress": False}).train()
+    trainer(tmp_path / "without", **KL, max_steps=16).train()
+    require_same_run(tmp_path / "with", tmp_path / "without")
+    found = samples_of(tmp_path / "with")
+    # A rollout has four steps, so what is due after step 3 is done after step 4.
+    assert [row["step"] for row in found] == [0, 4, 8, 12, 16] and {row["kind"] for row in found} == {"prompt"}
+    assert max(row["tokens"] for row in found) == 8  # the method's `generation.max_new_tokens`
 
 
 def test_samples_are_cut_back_on_a_resume(tmp_path: Path) -> None:
