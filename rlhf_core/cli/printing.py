@@ -26,7 +26,7 @@ def print_json(value: Any) -> None:
 
 def print_text(text: str) -> None:
     """Print text on stdout, its line breaks kept and other control characters, which a terminal would act upon, as escapes."""
-    print(_encodable(printable(text, lines=True)))
+    print(encodable(printable(text, lines=True)))
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, styles: Sequence[str] = ()) -> None:
@@ -37,7 +37,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, styles:
         rows: one text per column; control characters in it are printed as escapes.
         styles: a colour per row, a key of `_CODES`, for terminals with colours.
     """
-    cells = [list(header), *([_encodable(printable(cell)) for cell in row] for row in rows)]
+    cells = [list(header), *([encodable(printable(cell)) for cell in row] for row in rows)]
     widths = [max(map(_width, column)) for column in zip(*cells, strict=True)]
     if not sys.stdout.isatty():
         for row in cells:
@@ -61,7 +61,7 @@ def _encoding() -> str:
     return (getattr(sys.stdout, "encoding", None) or "utf-8").casefold()
 
 
-def _encodable(text: str) -> str:
+def encodable(text: str) -> str:
     """Return text with escapes for characters that stdout's encoding lacks."""
     return text.encode(_encoding(), "backslashreplace").decode(_encoding())
 

@@ -115,7 +115,9 @@ class FixedPrompts:
         rows.sort(key=lambda row: (row["row"], row["sample"]))
         run.distribution.on_main(lambda: run.logger.samples.completed(rows, step))
         run.progress.sampled = step
-        log.info("step %d  completed %d fixed prompts: `rlhf samples` shows them", step, len(run.setup.prompts))
+        log.info(
+            "step %d  completed the fixed prompts, %d in all: `rlhf samples` shows them", step, len(run.setup.prompts)
+        )
 
     def _rows(self, step: int) -> Iterator[dict[str, Any]]:
         """Yield the rows of this process's share of the prompts."""

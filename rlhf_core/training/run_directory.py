@@ -198,7 +198,7 @@ def _new_record() -> dict[str, Any]:
 
 
 def _continued_record(path: Path) -> dict[str, Any]:
-    """Return the fields of `run.json` that a continued run keeps; `_is_run` has checked it."""
+    """Return the fields of `run.json` that a continued run keeps; `is_run` has checked it."""
     old = read_json(path / "run.json")
     resumed, step = old.get("resumed"), old.get("step")
     return {
@@ -225,7 +225,7 @@ def _make_ready(path: Path, *, resume: bool, overwrite: bool) -> bool:
     if not content:
         _remove(path, leftovers)
         return False
-    ours = _is_run(path)
+    ours = is_run(path)
     # A run that failed before its first step holds nothing that could be lost, so it is replaced without `--overwrite`.
     overwrite = overwrite or (ours and not resume and _never_began(path))
     if not (resume or overwrite):
@@ -263,7 +263,7 @@ def _remove(path: Path, items: list[Path]) -> None:
             fsync_directory(path)
 
 
-def _is_run(path: Path) -> bool:
+def is_run(path: Path) -> bool:
     """Return whether a directory is a run's: whether it holds `run.json`.
 
     Raises:

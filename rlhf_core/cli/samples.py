@@ -1,0 +1,281 @@
+"""`rlhf samples`: what a run's model says, a prompt's completions side by side over the steps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import get_terminal_size
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rlhf_core.cli.printing import encodable, print_json, print_warning
+from rlhf_core.cli.quick_imports import quick_imports
+from rlhf_core.infra.errors import ConfigError, StorageError, did_you_mean, printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+COLUMN = 36
+"""Least width of a step's column, in characters: two of them fit into 80."""
+_PROMPT_LINES, _LINES = 6, 12
+"""Most lines that are shown of a prompt and of a completion, unless one prompt is asked for."""
+_NAMES = {"prompt": "fixed prompt", "evaluation": "held-out row {row}", "rollout": "rollout of row {row}"}
+_ENDS = {
+    "end": "ended",
+    "length": "cut off by the limit",
+    "stop": "ended by a stop string",
+    "rule": "stopped by a rule",
+}
+
+_Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory; the run may be in progress.")]
+_Prompt = Annotated[
+    int | None, typer.Option("--prompt", metavar="K", help="Only prompt number K, from 1: whole texts, at every step.")
+]
+_Steps = Annotated[
+    list[int] | None, typer.Option("--step", metavar="S", help="Only the completions after step S; may be repeated.")
+]
+_Last = Annotated[bool, typer.Option("--last", help="Only the newest completions of each kind.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print the rows as JSON, all of them unless options choose some.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command()(samples)
+
+
+def samples(
+    run: _Run, prompt: _Prompt = None, steps: _Steps = None, last: _Last = False, as_json: _Json = False
+) -> None:
+    """Show what a run's model says: the completions of its fixed prompts, side by side over the steps.
+
+    A run completes the prompts of `logging.samples.prompts` at its start, at each evaluation (or every
+    `logging.samples.every` steps) and at its end. Runs of online methods keep some completions of each rollout and of
+    each evaluation, too, with their rewards. As many steps are shown as fit side by side, from the first to the last.
+    """
+    with quick_imports():
+        rows = _rows(run)
+    everything = _grouped(rows)
+    if steps and last:
+        raise ConfigError("the newest steps and others are asked for", place="--step and --last", fix="choose one")
+    chosen = _chosen(everything, prompt, steps, last)
+    if as_json:
+        return print_json([row for group in chosen for row in group.rows])
+    return _print(run, everything, chosen, whole=prompt is not None, spread=prompt is None and not steps)
+
+
+@dataclass
+class PromptSamples:
+    """The completions of one prompt."""
+
+    number: int
+    """Of the prompt among all of the run, from 1."""
+    rows: list[dict[str, Any]]
+    """As in `samples.jsonl`, in its order."""
+
+    @property
+    def kind(self) -> str:
+        return self.rows[0]["kind"]
+
+    @property
+    def steps(self) -> list[int]:
+        return list(dict.fromkeys(row["step"] for row in self.rows))
+
+    def of(self, step: int) -> list[dict[str, Any]]:
+        """Return the completions after a step."""
+        return [row for row in self.rows if row["step"] == step]
+
+    def only(self, steps: Sequence[int]) -> PromptSamples:
+        """Return those of some steps."""
+        return PromptSamples(self.number, [row for row in self.rows if row["step"] in steps])
+
+
+def _rows(run: Path) -> list[dict[str, Any]]:
+    """Return the rows of a run's `samples.jsonl`.
+
+    Raises:
+        StorageError: it is no run's directory, or the file can't be read.
+        ConfigError: the run has no samples.
+    """
+    from rlhf_core.training.run_directory import is_run
+    from rlhf_core.training.sample_log import NAME, read_samples
+
+    if not run.is_dir() or not is_run(run):
+        what = "is not a run's directory" if run.is_dir() else "is a file" if run.exists() else "no such directory"
+        raise StorageError(what, place=str(run), fix=_near(run))
+    rows, damaged = read_samples(run / NAME) if (run / NAME).exists() else ([], [])
+    if damaged:
+        shown = ", ".join(map(str, damaged[:8])) + (" …" if len(damaged) > 8 else "")
+        print_warning(f"{run / NAME}: damaged and left out: line{'s' * (len(damaged) > 1)} {shown}")
+    if not rows:
+        raise ConfigError(
+            "the run has no samples",
+            place=str(run),
+            fix="if it has just begun, wait for its first ones; else ask for them with `--logging.samples.prompts TEXT` (or a"
+            " file of rows), also where the run is resumed",
+        )
+    return rows
+
+
+def _near(path: Path) -> str | None:
+    """Return a hint for a path that is no run's directory: the runs in it or beside it, or the one that it is in."""
+    inside = [parent for parent in path.absolute().parents if (parent / "run.json").is_file()][:1]
+    if inside and path.exists():
+        return f"give the run's directory, {inside[0]}"
+    folder = path if path.is_dir() else path.parent
+    runs = [str(found.parent) for found in sorted(folder.glob("*/run.json"))[:50]] if folder.is_dir() else []
+    return did_you_mean(str(path), runs) if runs else "give the directory that a run was started with as `--output`"
+
+
+def _grouped(rows: Sequence[dict[str, Any]]) -> list[PromptSamples]:
+    """Return the rows by prompt: fixed prompts first, then held-out rows, then those that are trained on."""
+    from rlhf_core.training.sample_log import KINDS
+
+    groups: dict[tuple[int, int, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        key = (KINDS.index(row["kind"]), row["row"], json.dumps(row["prompt"], sort_keys=True))
+        groups.setdefault(key, []).append(row)
+    order = sorted(groups, key=lambda key: key[0])  # stable: each kind in the order of the file
+    return [PromptSamples(number, groups[key]) for number, key in enumerate(order, 1)]
+
+
+def _chosen(
+    groups: Sequence[PromptSamples], prompt: int | None, steps: Sequence[int] | None, last: bool
+) -> list[PromptSamples]:
+    """Return the groups, and of each the rows, that were asked for.
+
+    Raises:
+        ConfigError: there is no such prompt, or nothing was kept at such a step.
+    """
+    if prompt is not None and not 1 <= prompt <= len(groups):
+        raise ConfigError("there is no such prompt", place="--prompt", got=prompt, fix=f"use 1 to {len(groups)}")
+    found = [group for group in groups if prompt in (None, group.number)]
+    known = sorted({step for group in found for step in group.steps})
+    for step in steps or ():
+        if step not in known:
+            near = sorted(known, key=lambda one: abs(one - step))[:8]
+            raise ConfigError(
+                "no samples of this step",
+                place="--step",
+                got=step,
+                fix=f"use one of {', '.join(map(str, sorted(near)))}",
+            )
+    newest = {
+        kind: max(step for group in found if group.kind == kind for step in group.steps) for kind in _kinds(found)
+    }
+    made = []
+    for group in found:
+        wanted = steps or ([newest[group.kind]] if last else group.steps)
+        if (few := group.only(wanted)).rows:
+            made.append(few)
+    return made
+
+
+def _kinds(groups: Sequence[PromptSamples]) -> list[str]:
+    return list(dict.fromkeys(group.kind for group in groups))
+
+
+def _print(
+    run: Path, everything: Sequence[PromptSamples], chosen: Sequence[PromptSamples], *, whole: bool, spread: bool
+) -> None:
+    """Print prompts with their completions.
+
+    Args:
+        whole: show whole texts, however long.
+        spread: show only as many steps as fit side by side, and of the rollouts the newest.
+    """
+    from rich.console import Console
+
+    console = Console(width=get_terminal_size().columns, highlight=False, markup=False, emoji=False, soft_wrap=False)
+    fitting = max(1, console.width // COLUMN)
+    rollouts = [group for group in chosen if group.kind == "rollout"]
+    newest = max((step for group in rollouts for step in group.steps), default=None)
+    left_out = False
+    for group in chosen:
+        if spread and group.kind == "rollout" and newest not in group.steps:
+            left_out = True
+            continue
+        steps = _spread(group.steps, fitting) if spread else group.steps
+        left_out = left_out or len(steps) < len(group.steps)
+        _print_group(console, group, steps, fitting, whole=whole)
+    every = sorted({row["step"] for group in everything for row in group.rows})
+    known = ", ".join(map(str, _spread(every, 8)))
+    console.print(_text(f"{run}: {len(everything)} prompts; steps {known}{' …' if len(every) > 8 else ''}", "dim"))
+    if left_out:
+        console.print(_text("More: --prompt K (one prompt at every step, whole), --step S, --last, --json", "dim"))
+
+
+def _spread(steps: Sequence[int], most: int) -> list[int]:
+    """Return at most so many of the steps, evenly spaced, the first and the last among them."""
+    if len(steps) <= most:
+        return list(steps)
+    if most == 1:
+        return [steps[-1]]
+    return [steps[round(place * (len(steps) - 1) / (most - 1))] for place in range(most)]
+
+
+def _print_group(console: Console, group: PromptSamples, steps: Sequence[int], fitting: int, *, whole: bool) -> None:
+    """Print one prompt, and its completions in columns, one per step, as many bands of them as the steps need."""
+    from rich import box
+    from rich.padding import Padding
+    from rich.rule import Rule
+    from rich.table import Table
+
+    from rlhf_core.training.sample_log import prompt_text
+
+    first = group.rows[0]
+    title = _text(f"{group.number}. {_NAMES[group.kind].format(row=first['row'])}", "bold")
+    console.print(Rule(title, align="left", style="dim", characters="-" if console.options.ascii_only else "─"))
+    asked = _clipped(console, prompt_text(first["prompt"]), console.width - 2, None if whole else _PROMPT_LINES)
+    console.print(Padding(asked, (0, 0, 0, 2)))
+    for start in range(0, len(steps), fitting):
+        band = steps[start : start + fitting]
+        columns = fitting if len(steps) > fitting else len(band)  # the last band's columns are as wide as the others'
+        width = (console.width - 3 * columns - 1) // columns
+        table = Table(box=box.ASCII if console.options.ascii_only else box.ROUNDED, padding=(0, 1), show_lines=True)
+        for step in band:
+            table.add_column(_text(f"step {step}", "bold"), width=width, overflow="fold")
+        completions = [group.of(step) for step in band]
+        for number in range(max(map(len, completions))):
+            cells = [of[number] if number < len(of) else None for of in completions]
+            table.add_row(*(_cell(console, row, width, whole=whole) if row else _text("") for row in cells))
+        console.print(table)
+
+
+def _cell(console: Console, row: dict[str, Any], width: int, *, whole: bool) -> Text:
+    """Return a completion with its scores and why it ended."""
+    text = _clipped(console, row["completion"], width, None if whole else _LINES)
+    if not row["completion"]:
+        text = _text("(empty)", "dim italic")
+    return text.append("\n").append_text(_text("  ".join(_facts(row)), "dim"))
+
+
+def _facts(row: dict[str, Any]) -> Iterator[str]:
+    if isinstance(row.get("reward"), int | float):
+        parts = [f"{name} {value:.3g}" for name, value in row.get("rewards", {}).items()]
+        yield f"reward {row['reward']:.3g}" + (f" ({', '.join(parts)})" if len(parts) > 1 else "")
+    tokens = f"{row['tokens']} token{'s' * (row['tokens'] != 1)}" if isinstance(row.get("tokens"), int) else ""
+    reason = str(row.get("stop_reason", ""))
+    yield ", ".join(filter(None, [tokens, _ENDS.get(reason, reason)]))
+
+
+def _clipped(console: Console, text: str, width: int, most: int | None) -> Text:
+    """Return a text wrapped to a width, with at most so many lines."""
+    lines = list(_text(text).wrap(console, max(width, 1)))
+    made = _text("")
+    for number, line in enumerate(lines[:most]):
+        line.rstrip()
+        made.append("\n" if number else "").append_text(line)
+    if most is not None and len(lines) > most:
+        more = len(lines) - most
+        made.append("\n").append_text(_text(f"… {more} more line{'s' * (more > 1)}", "dim"))
+    return made
+
+
+def _text(text: str, style: str = "") -> Text:
+    """Return text that a terminal shows and doesn't act upon."""
+    from rich.text import Text
+
+    return Text(encodable(printable(text, lines=True)), style=style)
