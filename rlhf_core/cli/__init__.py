@@ -33,7 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _end_results()
         return code
 
-    return exit_code(run, debug=debug)
+    code = exit_code(run, debug=debug)
+    if arguments is None and (limits := sys.modules.get("rlhf_core.infra.time_limit")) and limits.TimeLimit.ever:
+        limits.leave(code)  # a reward that hangs in a thread must not keep the process
+    return code
 
 
 def exit_code(program: Callable[[], int | None], *, debug: bool = False) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -30,7 +30,18 @@ class RewardConfig(BaseConfig):
     time_limit: float | None = Field(
         600.0,
         gt=0,
-        description="Seconds that scoring one batch may take before the run stops; larger allows slower rewards, null any.",
+        description="Seconds that one call of the reward may take before the run stops; larger allows slower rewards, null any.",
+    )
+    runs_in: Literal["auto", "main", "thread", "process"] = Field(
+        "auto",
+        description="Where it runs: `main`, in the main thread after generation; `thread`, beside generation, for one that waits;"
+        " `process`, beside it in child processes, for one that computes long, hangs or crashes; `auto` as the reward declares.",
+    )
+    concurrency: int | None = Field(
+        None,
+        ge=1,
+        description="Most calls of it at once, outside the main thread; larger is faster for one that waits. Null: 1 thread or"
+        " process, 32 calls of an async one.",
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from rlhf_core.config.base import BaseConfig
 
@@ -34,6 +34,14 @@ class RewardFn(ABC):
 
     api: ClassVar[int]
     Config: ClassVar[type[BaseConfig]] = BaseConfig
+    runs_in: Literal["main", "thread", "process"] = "main"
+    """Where `score` runs, unless the run's configuration says otherwise. `main`: in the main thread, one reward after the other,
+    once all completions are there: right for what computes, a model above all. `thread`: beside generation and the other rewards:
+    for what waits, as for a server. `process`: beside them as well, in child processes, which can be killed. An `async def score`
+    runs beside them on an event loop."""
+    by_row: bool = False
+    """Whether each sample is scored by itself. The core then calls `score` with one sample at a time, in a thread, a process or an
+    event loop several at once, and its errors name the row that hangs or raises."""
 
     def __init__(self, config: BaseConfig | None = None) -> None:
         self.config = config if config is not None else self.Config()
@@ -50,8 +58,11 @@ class RewardFn(ABC):
         return {}
 
     @abstractmethod
-    def score(self, samples: Sequence[Sample]) -> list[float]:
-        """Return one finite float for each sample, in order. None, NaN or a wrong count stop the run with this reward's name."""
+    def score(self, samples: Sequence[Sample]) -> Any:
+        """Return one finite float for each sample, in order: a list. It may be an `async def`.
+
+        None, NaN or a wrong count stop the run with this reward's name.
+        """
 
     def score_steps(self, samples: Sequence[Sample]) -> list[list[float]] | None:
         """Return one finite float for each reasoning step of each sample, or None where the reward is not step-wise."""

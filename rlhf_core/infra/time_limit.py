@@ -1,22 +1,35 @@
-"""A time limit for a call, whether it waits for a network, loops, or evaluates a regular expression without end."""
+"""A time limit for a call, whether it waits for a network, loops, or evaluates a regular expression without end.
+
+What exceeded its limit may have left threads that never end; `leave` exits all the same.
+"""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import contextvars
+import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, TypeVar
+from types import CodeType, FrameType, TracebackType
+from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
 
 
 class TimeLimit(Exception):
     """A call exceeded its time limit; the text says where it was then (`file.py:12 in score`), or is empty."""
+
+    ever = False
+    """Whether any call of this process exceeded its limit, so that threads which never end may be left."""
+
+    def __init__(self, where: str = "") -> None:
+        super().__init__(where)
+        TimeLimit.ever = True
 
 
 class _TimeIsUp(BaseException):
@@ -91,13 +104,35 @@ def _remind(done: threading.Event, seconds: float) -> None:
 
 def _where(trace: TracebackType | None) -> str:
     """Return the innermost line of a traceback outside libraries and the core, as `file.py:12 in score`; '' without one."""
+    lines = []
+    while trace is not None:
+        lines.append((trace.tb_frame.f_code, trace.tb_lineno))
+        trace = trace.tb_next
+    return _innermost(lines)
+
+
+def where_thread_is(thread: int | None) -> str:
+    """Return the line that a thread runs now, outside libraries and the core, as `file.py:12 in score`; '' if there is none.
+
+    Args:
+        thread: its `threading.get_ident()`.
+    """
+    frame = sys._current_frames().get(thread or 0)
+    lines = []
+    while frame is not None:
+        lines.append((frame.f_code, frame.f_lineno))
+        frame = frame.f_back
+    return _innermost(reversed(lines))
+
+
+def _innermost(lines: Iterable[tuple[CodeType, int]]) -> str:
+    """Return the last of a stack's lines, outermost first, that is outside libraries and the core."""
     found = ""
     others = {"site-packages", f"python{sys.version_info[0]}.{sys.version_info[1]}"}
-    while trace is not None:
-        path, name = Path(trace.tb_frame.f_code.co_filename), trace.tb_frame.f_code.co_name
+    for code, line in lines:
+        path = Path(code.co_filename)
         if not others & set(path.parts) and _CORE not in path.parents:
-            found = f"{path.name}:{trace.tb_lineno} in {name}"
-        trace = trace.tb_next
+            found = f"{path.name}:{line} in {code.co_name}"
     return found
 
 
@@ -105,23 +140,47 @@ def _in_thread(seconds: float, function: Callable[[], T]) -> T:
     """Call a function in a new thread, with this one's context variables and CUDA device."""
     outcome: dict[str, Any] = {}
     done = threading.Event()
-    context, device = contextvars.copy_context(), _cuda_device()
+    inherited = inheriting(function)
 
     def serve() -> None:
         try:
-            if device is not None:  # a new thread starts with the first device
-                sys.modules["torch"].cuda.set_device(device)
-            outcome["result"] = context.run(function)
+            outcome["result"] = inherited()
         except BaseException as error:
             outcome["error"] = error
         done.set()
 
-    threading.Thread(target=serve, name="time limit", daemon=True).start()
+    thread = threading.Thread(target=serve, name="time limit", daemon=True)
+    thread.start()
     if not done.wait(seconds):
-        raise TimeLimit("")
+        raise TimeLimit(where_thread_is(thread.ident))
     if "error" in outcome:
         raise outcome.pop("error")
     return outcome["result"]
+
+
+def inheriting(function: Callable[[], T]) -> Callable[[], T]:
+    """Return a function that calls `function` in another thread, with this one's context variables and CUDA device."""
+    context, device = contextvars.copy_context(), _cuda_device()
+
+    def call() -> T:
+        if device is not None:  # a new thread starts with the first device
+            sys.modules["torch"].cuda.set_device(device)
+        return context.run(function)
+
+    return call
+
+
+def leave(code: int) -> NoReturn:
+    """Exit this process with `code` at once, also where threads hang: Python's own exit waits for all but daemon threads.
+
+    What is registered with `atexit` runs, for at most 10 seconds, and the standard streams are flushed.
+    """
+    with contextlib.suppress(TimeLimit):
+        _in_thread(10.0, atexit._run_exitfuncs)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    os._exit(code)
 
 
 def _cuda_device() -> int | None:

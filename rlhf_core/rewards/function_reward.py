@@ -6,9 +6,8 @@ import asyncio
 import functools
 import inspect
 import logging
-import threading
 import typing
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +30,13 @@ SAMPLE_ARGUMENTS: dict[str, Callable[[Sample], Any]] = {
 }
 """What a function can be passed of each sample, besides the columns of its row, by the argument's name."""
 
-_loops = threading.local()
-"""Each thread's event loop, kept so that a client that an async function opened still works in its next call."""
+ONE_SAMPLE_ARGUMENTS: dict[str, Callable[[Sample], Any]] = {
+    "prompt": lambda sample: sample.prompt,
+    "completion": lambda sample: sample.completion,
+    "completion_ids": lambda sample: list(sample.completion_ids),
+    "stop_reason": lambda sample: sample.stop_reason,
+}
+"""The same of a function that scores one sample: one whose argument is called `completion`."""
 
 
 class FunctionReward(RewardFn):
@@ -40,7 +44,9 @@ class FunctionReward(RewardFn):
 
     The function gets a list for each argument that it has of these names: `prompts`, `completions` (text, also where prompts
     are chats), `completion_ids`, `stop_reasons`, and the columns of the rows; all columns where it takes `**columns`. Where no
-    argument is named `completions`, the first two arguments get the prompts and the completions.
+    argument is named `completions`, the first two arguments get the prompts and the completions. A function with an argument
+    `completion` instead scores one sample: it gets `prompt`, `completion`, `completion_ids`, `stop_reason` and the columns of its
+    row, and returns one number.
 
     Args:
         function: a function, sync or async, a bound method, a partial or a callable object.
@@ -62,16 +68,31 @@ class FunctionReward(RewardFn):
     ) -> None:
         super().__init__()
         self.name = function_name(function)
-        self.options = _checked(function, options or {}, place or (lambda name: f"reward `{self.name}`"))
-        self.function, self.how = function, _how_to_call(function, self.name)
+        self.by_row = _scores_one(function)
+        self.is_async = is_async(function)
+        """Whether the function is async, so that `score` returns a coroutine."""
+        self.arguments = ONE_SAMPLE_ARGUMENTS if self.by_row else SAMPLE_ARGUMENTS
+        self.options = _checked(
+            function, options or {}, place or (lambda name: f"reward `{self.name}`"), self.arguments.keys()
+        )
+        self.function, self.how = function, _how_to_call(function, self.name, self.arguments.keys())
 
-    def score(self, samples: Sequence[Sample]) -> list[float]:
+    def score(self, samples: Sequence[Sample]) -> Any:
+        """Return the function's scores as a list; of an async function, a coroutine that returns them."""
         if not samples:
-            return []
-        found = self.function(*self._by_position(samples), **self._by_name(samples), **self.options)
-        found = plain(_awaited(found) if inspect.isawaitable(found) else found)
-        # `checked_scores` refuses what isn't iterable, such as None or a single number.
-        return list(found) if isinstance(found, Iterable) else found
+            return _nothing() if self.is_async else []
+        if self.by_row:
+            calls = [self._call_with([sample]) for sample in samples]
+            return _gathered(calls) if any(map(inspect.isawaitable, calls)) else calls
+        found = self._call_with(samples)
+        return _listed_later(found) if inspect.isawaitable(found) else _listed(found)
+
+    def _call_with(self, samples: Sequence[Sample]) -> Any:
+        """Call the function: with lists of the samples' values, or where it scores one sample, with that sample's."""
+        named = self._by_name(samples)
+        if self.by_row:
+            return self.function(**{name: values[0] for name, values in named.items()}, **self.options)
+        return self.function(*self._by_position(samples), **named, **self.options)
 
     def describe(self) -> dict[str, Any]:
         return describe_code(self.function) | ({"options": self.options} if self.options else {})
@@ -86,20 +107,20 @@ class FunctionReward(RewardFn):
             PluginError: the rows lack a column that the function requires, or have one with the name of its first arguments.
         """
         how, columns = self.how, set.intersection(*(set(sample.columns) for sample in samples))
-        for name in how.required - self.options.keys() - SAMPLE_ARGUMENTS.keys() - columns:
+        for name in how.required - self.options.keys() - self.arguments.keys() - columns:
             raise self._no_column(name, samples)
         if mistaken := sorted(columns & set(how.positions)):
             problem = f"the function's first two arguments get prompts and completions, and `{mistaken[0]}` is a column"
             fix = "call the arguments `prompts` and `completions`"
             raise PluginError(problem, place=f"reward `{self.name}`", fix=fix)
         taken = {*how.first, *how.bound, *self.options}
-        if hidden := sorted(columns & SAMPLE_ARGUMENTS.keys()):
+        if hidden := sorted(columns & self.arguments.keys()):
             _warn_of_hidden_column(self.name, hidden[0])
-        names = [*SAMPLE_ARGUMENTS, *sorted(columns - SAMPLE_ARGUMENTS.keys())]
+        names = [*self.arguments, *sorted(columns - self.arguments.keys())]
         wanted = [name for name in names if (how.every or name in how.named) and name not in taken]
         return {
             name: [
-                SAMPLE_ARGUMENTS[name](sample) if name in SAMPLE_ARGUMENTS else sample.columns[name]
+                self.arguments[name](sample) if name in self.arguments else sample.columns[name]
                 for sample in samples
             ]
             for name in wanted
@@ -112,7 +133,7 @@ class FunctionReward(RewardFn):
             "the rows don't have" if len(lacking) == len(samples) else f"{len(lacking)} of {len(samples)} rows lack"
         )
         columns = {column for sample in samples for column in sample.columns}
-        fix = did_you_mean(name, {*SAMPLE_ARGUMENTS, *columns}) if len(lacking) == len(samples) else "give it a default"
+        fix = did_you_mean(name, {*self.arguments, *columns}) if len(lacking) == len(samples) else "give it a default"
         return PluginError(problem, place=f"reward `{self.name}`", fix=fix)
 
 
@@ -129,13 +150,24 @@ def function_name(function: RewardFunction) -> str:
     return "lambda" if name == "<lambda>" else name
 
 
+def is_async(function: Any) -> bool:
+    """Tell whether a function, bound method, partial or callable object is async."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return inspect.iscoroutinefunction(function) or (
+        not inspect.isroutine(function) and inspect.iscoroutinefunction(getattr(type(function), "__call__", None))
+    )
+
+
 def plain(value: Any) -> Any:
     """Return an array, a tensor or a scalar of theirs as Python lists and numbers; other values as they are."""
     return value.tolist() if callable(getattr(value, "tolist", None)) else value
 
 
-def _checked(function: RewardFunction, options: Mapping[str, Any], place: Callable[[str], str]) -> dict[str, Any]:
-    """Return options validated and converted by the annotations of the function's arguments.
+def _checked(
+    function: RewardFunction, options: Mapping[str, Any], place: Callable[[str], str], arguments: Set[str]
+) -> dict[str, Any]:
+    """Return options validated and converted by the annotations of the function's arguments, but for those in `arguments`.
 
     Raises:
         ConfigError: the function has no such argument, or the value doesn't fit its annotation.
@@ -143,7 +175,7 @@ def _checked(function: RewardFunction, options: Mapping[str, Any], place: Callab
     if not options:
         return {}
     parameters = _parameters(function) or {}
-    known = {name for name, one in parameters.items() if one.kind in _NAMED} - SAMPLE_ARGUMENTS.keys()
+    known = {name for name, one in parameters.items() if one.kind in _NAMED} - arguments
     hints = _hints(function)
     checked = {}
     for name, value in options.items():
@@ -181,12 +213,37 @@ class _HowToCall:
     """Arguments that a partial has set."""
 
 
+def _scores_one(function: RewardFunction) -> bool:
+    """Tell whether a function scores one sample: it has an argument `completion`, and none `completions`."""
+    parameters = _parameters(function) or {}
+    named = {name for name, one in parameters.items() if one.kind in _NAMED}
+    return "completion" in named and "completions" not in named
+
+
+def _listed(found: Any) -> Any:
+    """Return what a function returned as a list; what isn't iterable as it is, for `checked_scores` refuses it."""
+    found = plain(found)
+    return list(found) if isinstance(found, Iterable) else found
+
+
+async def _listed_later(found: Awaitable[Any]) -> Any:
+    return _listed(await found)
+
+
+async def _gathered(calls: Sequence[Any]) -> list[Any]:
+    return list(await asyncio.gather(*calls))
+
+
+async def _nothing() -> list[float]:
+    return []
+
+
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
-def _how_to_call(function: RewardFunction, name: str) -> _HowToCall:
-    """Return which of the samples' values and columns a function takes, from its signature."""
+def _how_to_call(function: RewardFunction, name: str, arguments: Set[str]) -> _HowToCall:
+    """Return which of the samples' values (`arguments`) and columns a function takes, from its signature."""
     parameters = _parameters(function)
     if parameters is None:  # a function written in C, without a signature
         return _HowToCall(("prompts", "completions"), (), frozenset(), frozenset(), False, frozenset())
@@ -202,7 +259,7 @@ def _how_to_call(function: RewardFunction, name: str) -> _HowToCall:
     first: tuple[str, ...] = ()
     # As in TRL, whose functions all take `**columns`, arguments are passed by name; only a function that has none of the names
     # gets two by position.
-    if not every and not named & (SAMPLE_ARGUMENTS.keys() - {"prompts"}):
+    if not every and not named & (arguments - {"prompts"}):
         if len(positions) < 2 and inspect.Parameter.VAR_POSITIONAL not in kinds:
             raise ConfigError(
                 "the function takes neither `completions` nor two arguments",
@@ -243,43 +300,3 @@ def _warn_of_hidden_column(reward: str, column: str) -> None:
     log.warning(
         "reward `%s`: the rows' column `%s` isn't passed: that argument gets the samples' own values", reward, column
     )
-
-
-def _awaited(result: Awaitable[Any]) -> Any:
-    """Return the result of an async function, also where this thread already runs an event loop, as a notebook's does."""
-
-    async def wait() -> Any:
-        return await result
-
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return _in_own_loop(wait())
-    future = asyncio.run_coroutine_threadsafe(wait(), _background_loop())
-    try:
-        return future.result()
-    except BaseException:
-        future.cancel()
-        raise
-
-
-def _in_own_loop(waiting: Coroutine[Any, Any, Any]) -> Any:
-    """Run a coroutine in this thread's kept event loop and return its result."""
-    runner = _loops.__dict__.pop("runner", None) or asyncio.Runner()
-    try:
-        found = runner.run(waiting)
-    except Exception:
-        _loops.runner = runner
-        raise
-    except BaseException:  # interrupted in the middle of something, so the loop can't be used again
-        runner.close()
-        raise
-    _loops.runner = runner
-    return found
-
-
-@functools.cache
-def _background_loop() -> asyncio.AbstractEventLoop:
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="async rewards", daemon=True).start()
-    return loop

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -17,8 +17,10 @@ from rlhf_core.infra.errors import ConfigError, PluginError, RLHFError, describe
 from rlhf_core.infra.import_object import import_object
 from rlhf_core.registry.distributions import canonical
 from rlhf_core.rewards.function_reward import FunctionReward, RewardFunction
+from rlhf_core.rewards.reward_process import ProcessReward
 from rlhf_core.rewards.score_checks import name_of
-from rlhf_core.rewards.scoring import Rewards, WeightedReward
+from rlhf_core.rewards.scoring import Rewards
+from rlhf_core.rewards.session import WeightedReward
 
 RewardLike = RewardFn | type[RewardFn] | RewardFunction | RewardConfig | str | Mapping[str, Any] | tuple[Any, float]
 """All that is accepted as one reward; a tuple is a reward and its weight."""
@@ -40,6 +42,17 @@ def open_rewards(given: Sequence[RewardLike] | RewardLike, *, place: Mapping[str
         PluginError: a plugin is broken, ambiguous or disabled, or importing or making a reward raised.
     """
     return Rewards([one.open() for one in _resolve_all(given, place)])
+
+
+def open_reward(given: RewardLike) -> RewardFn:
+    """Return one reward, made but not prepared, as it is: it runs wherever its `score` is called.
+
+    Raises:
+        ConfigError: as `open_rewards`.
+        PluginError: as `open_rewards`.
+    """
+    (resolved,) = _resolve_all([given], "reward")
+    return resolved.make_reward()
 
 
 def check_rewards(config: OnlineConfig, *, place: Mapping[str, str] | str = "rewards") -> None:
@@ -66,17 +79,34 @@ class _Resolved:
     time_limit: float | None = RewardConfig.model_fields["time_limit"].default
     place: str = "rewards"
     origin: Mapping[str, str] = field(default_factory=dict)
+    runs_in: Literal["auto", "main", "thread", "process"] = "auto"
+    concurrency: int | None = None
+    recipe: dict[str, Any] | None = None
+    """`name` and `options`, from which another process makes the reward; None where it was given as an object."""
 
     def open(self) -> WeightedReward:
-        """Make the reward; what its constructor raises is a `PluginError`, unless it is an `RLHFError`."""
+        """Make the reward; one that runs in processes is wrapped in what starts them.
+
+        Raises:
+            PluginError: its constructor raised, and no `RLHFError`.
+        """
+        reward = self.make_reward()
+        entry = WeightedReward(
+            self.name, reward, self.weight, self.time_limit, self.origin, self.runs_in, self.concurrency
+        )
+        if entry.place != "process":
+            return entry
+        options = {"time_limit": self.time_limit, "name": self.name, "place": self.place}
+        return replace(entry, reward=ProcessReward(reward, self.recipe, **options))
+
+    def make_reward(self) -> RewardFn:
         try:
-            reward = self.make()
+            return self.make()
         except RLHFError:
             raise
         except Exception as error:
             place = f"{self.place}, reward `{self.name}`"
             raise PluginError("making the reward raised an error", place=place, got=describe_error(error)) from error
-        return WeightedReward(self.name, reward, self.weight, self.time_limit, self.origin)
 
 
 def _resolve_all(given: Any, place: Mapping[str, str] | str) -> list[_Resolved]:
@@ -163,7 +193,9 @@ def _configured(config: RewardConfig, key: str, place: Mapping[str, str] | str) 
     else:
         problem = f"`{config.name}` is neither a function nor a class of RewardFn"
         raise ConfigError(problem, place=where, got=shortened(found))
-    return replace(one, weight=config.weight, time_limit=config.time_limit)
+    how = {"weight": config.weight, "time_limit": config.time_limit}
+    recipe = {"name": config.name, "options": dict(options)}
+    return replace(one, **how, runs_in=config.runs_in, concurrency=config.concurrency, recipe=recipe)
 
 
 def _named(name: str, unknown: registry.UnknownPlugin, where: str) -> Any:

@@ -3,37 +3,76 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rlhf_core.contracts.reward import RewardFn, Sample
-from rlhf_core.infra.errors import PluginError, RLHFError, describe_error, list_rows, shortened
+from rlhf_core.infra.errors import PluginError, RemoteError, RLHFError, describe_error, list_rows, shortened
+from rlhf_core.infra.time_limit import TimeLimit
+from rlhf_core.rewards.background import awaited
 from rlhf_core.rewards.function_reward import function_name, plain
 
 
 def checked_scores(
-    reward: RewardFn, samples: Sequence[Sample], *, rows: Sequence[int] | None = None, name: str | None = None
+    reward: RewardFn,
+    samples: Sequence[Sample],
+    *,
+    rows: Sequence[int] | None = None,
+    name: str | None = None,
+    reached: Callable[[int], None] = lambda number: None,
 ) -> list[float]:
     """Score the samples and return one finite float per sample, in order. The reward may return a list, an array or a tensor.
 
     Args:
         rows: each sample's row number in its data, for messages.
         name: the reward's name, for messages.
+        reached: called before each sample with its number, where the reward scores row by row.
 
     Raises:
         PluginError: the reward raised, returned another number of scores, or one that isn't a finite number. The message names
             the reward and the row; where the reward raised, all rows that it was given.
     """
     name = name or name_of(reward)
+    if not reward.by_row or len(samples) < 2:
+        with blame_reward(name, rows):
+            scores = reward.score(samples)
+            if inspect.isawaitable(scores):
+                scores = awaited(scores)
+        return _checked_list(scores, len(samples), rows, name)
+    found: list[float] = []
+    for number, sample in enumerate(samples):
+        reached(number)
+        row = [number] if rows is None else rows[number : number + 1]
+        with blame_reward(name, row, "row" if rows is not None else "sample"):
+            scores = reward.score([sample])
+            if inspect.isawaitable(scores):
+                scores = awaited(scores)
+        found += _checked_list(scores, 1, rows, name, first=number)
+    return found
+
+
+async def scores_of_coroutine(
+    reward: RewardFn, samples: Sequence[Sample], *, rows: Sequence[int] | None, name: str
+) -> list[float]:
+    """Score the samples as `checked_scores` does, by a reward whose `score` is async, on the running event loop."""
     with blame_reward(name, rows):
-        scores = plain(reward.score(samples))
+        scores = reward.score(samples)
+        if inspect.isawaitable(scores):
+            scores = await scores
+    return _checked_list(scores, len(samples), rows, name)
+
+
+def _checked_list(scores: Any, count: int, rows: Sequence[int] | None, name: str, first: int = 0) -> list[float]:
+    """Return what a reward returned for `count` samples as finite floats; `first` is the first sample's number."""
+    scores = plain(scores)
     if scores is None:
         raise PluginError("the reward returned None", place=f"reward `{name}`", fix="return one number per sample")
-    if not isinstance(scores, Sequence) or isinstance(scores, str) or len(scores) != len(samples):
+    if not isinstance(scores, Sequence) or isinstance(scores, str) or len(scores) != count:
         got = f"{len(scores)} scores" if isinstance(scores, Sequence) else type(scores).__name__
-        raise PluginError(f"expected {len(samples)} scores, one per sample", place=f"reward `{name}`", got=got)
-    return [_checked(score, name, sample_or_row(number, rows)) for number, score in enumerate(scores)]
+        raise PluginError(f"expected {count} scores, one per sample", place=f"reward `{name}`", got=got)
+    return [_checked(score, name, sample_or_row(first + number, rows)) for number, score in enumerate(scores)]
 
 
 def checked_steps(
@@ -47,6 +86,8 @@ def checked_steps(
     name = name or name_of(reward)
     with blame_reward(name, rows):
         found = reward.score_steps(samples)
+        if inspect.isawaitable(found):
+            found = awaited(found)
     if found is None:
         return None
     if not isinstance(found, Sequence) or len(found) != len(samples):
@@ -83,9 +124,13 @@ def name_of(reward: RewardFn) -> str:
 
 
 @contextlib.contextmanager
-def blame_reward(name: str, rows: Sequence[int] | None = None) -> Iterator[None]:
-    """Turn what a reward raises inside into a `PluginError` that names the reward and the rows; an `RLHFError` keeps its type."""
-    place = place_of_rows(name, rows)
+def blame_reward(name: str, rows: Sequence[int] | None = None, unit: str = "row") -> Iterator[None]:
+    """Turn what a reward raises inside into a `PluginError` that names the reward and the rows; an `RLHFError` keeps its type.
+
+    Args:
+        unit: what the numbers in `rows` count: rows of the data, or samples.
+    """
+    place = place_of_rows(name, rows, unit)
     try:
         yield
     except RLHFError as error:
@@ -95,16 +140,21 @@ def blame_reward(name: str, rows: Sequence[int] | None = None) -> Iterator[None]
         raise type(error)(error.problem, place=within, got=error.got, fix=error.fix) from error
     except (Exception, SystemExit) as error:
         fix = None
+        if isinstance(error, TimeLimit):
+            raise
         if isinstance(error, TypeError) and "string ind" in str(error):
             fix = "completions are text here, not chat messages: read `completion`, not `completion[0]['content']`"
         elif "signal only works in main thread" in str(error):
-            fix = "train in the main thread, or switch the reward's own time limit by signals off"
-        raise PluginError("the reward raised an error", place=place, got=describe_error(error), fix=fix) from error
+            fix = "run it in the main thread or a process (`runs_in`), or switch its own time limit by signals off"
+        got = str(error) if isinstance(error, RemoteError) else describe_error(error)
+        raise PluginError("the reward raised an error", place=place, got=got, fix=fix) from error
 
 
-def place_of_rows(name: str, rows: Sequence[int] | None) -> str:
+def place_of_rows(name: str, rows: Sequence[int] | None, unit: str = "row") -> str:
     """Return where an error belongs: ``reward `exact_match`, rows 4, 7``."""
-    return f"reward `{name}`" + (f", {list_rows(rows)}" if rows is not None and len(rows) else "")
+    if rows is None or not len(rows):
+        return f"reward `{name}`"
+    return f"reward `{name}`, {list_rows(rows) if unit == 'row' else f'sample {rows[0]}'}"
 
 
 def sample_or_row(number: int, rows: Sequence[int] | None) -> str:

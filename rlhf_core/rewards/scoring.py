@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,19 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_core.config.yaml_file import flatten
 from rlhf_core.contracts.completion import Completion
-from rlhf_core.contracts.reward import RewardFn, Sample
+from rlhf_core.contracts.reward import Sample
 from rlhf_core.infra.code_origin import describe_code
 from rlhf_core.infra.errors import ConfigError, PluginError
 from rlhf_core.infra.redact import redact
-from rlhf_core.infra.time_limit import TimeLimit, call_within
+from rlhf_core.rewards.background import DaemonPool
 from rlhf_core.rewards.function_reward import FunctionReward
-from rlhf_core.rewards.score_checks import (
-    blame_reward,
-    checked_scores,
-    checked_steps,
-    place_of_rows,
-    sample_or_row,
-)
+from rlhf_core.rewards.reward_process import ProcessReward
+from rlhf_core.rewards.score_checks import blame_reward, checked_steps, sample_or_row
+from rlhf_core.rewards.session import ScoringSession, WeightedReward, without_gradients
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +42,10 @@ class Scores:
     groups: Sequence[int] = ()
     """(N,) the index of each sample's prompt in its batch."""
     score_steps: Callable[[], dict[str, list[list[float]]]] = field(repr=False, compare=False, default=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
+    """Reward name → seconds during which it scored; those of different rewards overlap."""
+    waited: float = field(default=0.0, compare=False)
+    """Seconds that the caller waited for all scores, once the last completion was there."""
 
     @cached_property
     def steps(self) -> dict[str, list[list[float]]]:
@@ -74,25 +75,17 @@ class Scores:
         return {name: (sums(values), counts) for name, values in (named | {"reward": self.total}).items()}
 
 
-@dataclass(frozen=True)
-class WeightedReward:
-    """A reward with its weight in a run."""
-
-    name: str
-    reward: RewardFn
-    weight: float = 1.0
-    time_limit: float | None = None
-    """Seconds that scoring one batch may take; None sets no limit."""
-    origin: Mapping[str, str] = field(default_factory=dict)
-    """`distribution` and `version` of a plugin; empty for other rewards."""
-
-
 class Rewards:
     """The weighted rewards of a run, as `open_rewards` returns them."""
 
     def __init__(self, entries: Sequence[WeightedReward]) -> None:
         self._entries = tuple(entries)
         self._prepared = False
+        self._pools = {
+            entry.name: DaemonPool(entry.concurrency or 1, f"reward {entry.name}")
+            for entry in self._entries
+            if entry.place in ("thread", "process")
+        }
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -118,7 +111,7 @@ class Rewards:
         if self._prepared:
             return
         for entry in self._entries:
-            with blame_reward(entry.name), _without_gradients():
+            with blame_reward(entry.name), without_gradients():
                 entry.reward.prepare()
         self._prepared = True
 
@@ -133,31 +126,26 @@ class Rewards:
             PluginError: a reward raised, took longer than its time limit, or returned another number of scores or one that isn't
                 a finite number. The message names the reward and the rows.
         """
+        with self.scoring() as session:
+            session.add(samples, rows)
+            return session.result()
+
+    @contextlib.contextmanager
+    def scoring(self) -> Iterator[RewardSession]:
+        """Return a session, in whose `with` block samples are added as they come, and `result` returns the scores.
+
+        Rewards that wait (async ones, those in a thread or a process) begin when samples are added, the others in `result`.
+
+        Raises:
+            ConfigError: the run has no rewards.
+        """
         if not self._entries:
             raise ConfigError(
                 "no rewards are given", place="rewards", fix="set `rewards`, a list of names or functions"
             )
-        import torch
-
-        if not samples:
-            return Scores(torch.zeros(0), {name: [] for name in self.names}, ())
         self.prepare()
-        by_name = {
-            entry.name: self._limited(entry, samples, rows, checked_scores, "scoring") for entry in self._entries
-        }
-        total: list[float] = []
-        for number, scores in enumerate(zip(*by_name.values(), strict=True)):
-            total.append(sum(weight * score for weight, score in zip(self.weights, scores, strict=True)))
-            if not abs(total[-1]) <= _LARGEST:
-                where = sample_or_row(number, rows)
-                got = " + ".join(f"{weight:g} × {score:g}" for weight, score in zip(self.weights, scores, strict=True))
-                raise PluginError("the weighted sum is too large for float32", place=f"rewards, {where}", got=got)
-        return Scores(
-            torch.tensor(total, dtype=torch.float32),
-            by_name,
-            [sample.group for sample in samples],
-            lambda: self._steps(samples, rows),
-        )
+        with RewardSession(self._entries, self._pools) as session:
+            yield session
 
     def describe(self) -> dict[str, dict[str, Any]]:
         """Return where each reward comes from and all that its scores depend on, as JSON values, secrets redacted.
@@ -167,60 +155,62 @@ class Rewards:
         found: dict[str, dict[str, Any]] = {}
         for entry in self._entries:
             about: dict[str, Any] = {"weight": entry.weight}
-            if not isinstance(entry.reward, FunctionReward):
-                about |= describe_code(type(entry.reward)) | dict(entry.origin)
-                config = getattr(entry.reward, "config", None)  # None where a class has its own constructor
+            reward = entry.reward.reward if isinstance(entry.reward, ProcessReward) else entry.reward
+            if not isinstance(reward, FunctionReward):
+                about |= describe_code(type(reward)) | dict(entry.origin)
+                config = getattr(reward, "config", None)  # None where a class has its own constructor
                 about["options"] = {} if config is None else config.model_dump(mode="json")
             with blame_reward(entry.name):
-                about |= entry.reward.describe()
+                about |= reward.describe()
             found[entry.name] = redact(json.loads(json.dumps(about, default=lambda value: f"<{type(value).__name__}>")))
         return found
+
+
+
+class RewardSession(ScoringSession):
+    """A scoring session whose result is `Scores`: each reward's scores and their weighted sum."""
+
+    def result(self) -> Scores:
+        """Return the scores of all samples that were added, in the order of their positions.
+
+        Raises:
+            PluginError: as `Rewards.score`.
+        """
+        import torch
+
+        if not self.samples:
+            return Scores(torch.zeros(0), {entry.name: [] for entry in self._entries}, ())
+        order = sorted(self.samples)
+        samples = [self.samples[at] for at in order]
+        rows = [self.rows[at] for at in order] if self.rows else None
+        began = time.monotonic()
+        by_name = self.scores()
+        waited = time.monotonic() - began
+        weights = [entry.weight for entry in self._entries]
+        total: list[float] = []
+        for number, scores in enumerate(zip(*by_name.values(), strict=True)):
+            total.append(sum(weight * score for weight, score in zip(weights, scores, strict=True)))
+            if not abs(total[-1]) <= _LARGEST:
+                where = sample_or_row(number, rows)
+                got = " + ".join(f"{weight:g} × {score:g}" for weight, score in zip(weights, scores, strict=True))
+                raise PluginError("the weighted sum is too large for float32", place=f"rewards, {where}", got=got)
+        return Scores(
+            torch.tensor(total, dtype=torch.float32),
+            by_name,
+            [sample.group for sample in samples],
+            lambda: self._steps(samples, rows),
+            seconds=self.seconds(),
+            waited=waited,
+        )
 
     def _steps(self, samples: Sequence[Sample], rows: Sequence[int] | None) -> dict[str, list[list[float]]]:
         """Return the scores of the samples' steps by each step-wise reward."""
         found = {}
         for entry in self._entries:
-            steps = self._limited(entry, samples, rows, checked_steps, "scoring steps")
+            steps = self.in_main(entry, samples, rows, checked_steps, "scoring steps")
             if steps is not None:
                 found[entry.name] = steps
         return found
-
-    def _limited(
-        self,
-        entry: WeightedReward,
-        samples: Sequence[Sample],
-        rows: Sequence[int] | None,
-        check: Callable[..., Any],
-        doing: str,
-    ) -> Any:
-        """Return `check(reward, samples)` under the reward's time limit; `doing` says in the error what took too long."""
-
-        def call() -> Any:
-            with _without_gradients():
-                return check(entry.reward, samples, rows=rows, name=entry.name)
-
-        try:
-            return call_within(entry.time_limit, call)
-        except TimeLimit as error:
-            raise PluginError(
-                f"{doing} took longer than {entry.time_limit:g} seconds",
-                place=place_of_rows(entry.name, rows),
-                got=f"{len(samples)} samples" + (f", stopped at {error}" if str(error) else ""),
-                fix="raise the reward's `time_limit` (null: no limit) if it needs more time, else find out why it hangs",
-            ) from error
-
-
-@contextlib.contextmanager
-def _without_gradients() -> Iterator[None]:
-    """Switch gradients and the caller's autocast off while rewards run, and restore both afterwards."""
-    import torch
-
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        for kind in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
 
 
 def samples_of(batch: Batch, completions: Sequence[Sequence[Completion]]) -> list[Sample]:
