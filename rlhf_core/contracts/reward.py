@@ -40,8 +40,8 @@ class RewardFn(ABC):
     for what waits, as for a server. `process`: beside them as well, in child processes, which can be killed. An `async def score`
     runs beside them on an event loop."""
     by_row: bool = False
-    """Whether each sample is scored by itself. The core then calls `score` with one sample at a time, in a thread, a process or an
-    event loop several at once, and its errors name the row that hangs or raises."""
+    """Whether each sample is scored by itself. The core then calls `score` with one sample at a time (in threads, processes or an
+    event loop with several at once), and its errors name the row that hangs or raises."""
 
     def __init__(self, config: BaseConfig | None = None) -> None:
         self.config = config if config is not None else self.Config()

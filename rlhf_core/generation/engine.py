@@ -95,6 +95,7 @@ class Engine:
         *,
         seeds: Sequence[Sequence[int]] | None = None,
         policy_version: int | None = None,
+        finished: Callable[[int, int, Completion], None] | None = None,
     ) -> list[list[Completion]]:
         """Return n completions for each prompt, in the order in which they were drawn.
 
@@ -107,6 +108,7 @@ class Engine:
             seeds: for each prompt, one per completion. None derives them from the engine's seed and, after `begin`, from row
                 numbers and places in the data, else from the prompts' ids; a prompt that comes again gets other seeds.
             policy_version: optimiser steps that the policy has made; None takes what `begin` was given.
+            finished: called with (prompt index, k, completion) as completions end, the k-th of that prompt, in no defined order.
 
         Raises:
             ConfigError: n is below 1, there is another number of seeds, or a stop id isn't in the vocabulary.
@@ -140,6 +142,8 @@ class Engine:
                 )
                 for one, completion in zip(together, (c for some in decoded for c in some), strict=True):
                     made[one.number] = completion
+                    if finished is not None:
+                        finished(one.prompt, one.number % n, completion)
         found = [completion for completion in made if completion is not None]
         return [found[start : start + n] for start in range(0, len(found), n)]
 

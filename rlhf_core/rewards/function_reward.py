@@ -120,8 +120,7 @@ class FunctionReward(RewardFn):
         wanted = [name for name in names if (how.every or name in how.named) and name not in taken]
         return {
             name: [
-                self.arguments[name](sample) if name in self.arguments else sample.columns[name]
-                for sample in samples
+                self.arguments[name](sample) if name in self.arguments else sample.columns[name] for sample in samples
             ]
             for name in wanted
         }
@@ -154,9 +153,9 @@ def is_async(function: Any) -> bool:
     """Tell whether a function, bound method, partial or callable object is async."""
     while isinstance(function, functools.partial):
         function = function.func
-    return inspect.iscoroutinefunction(function) or (
-        not inspect.isroutine(function) and inspect.iscoroutinefunction(getattr(type(function), "__call__", None))
-    )
+    if not inspect.isroutine(function):
+        function = vars(type(function)).get("__call__", function)
+    return inspect.iscoroutinefunction(function)
 
 
 def plain(value: Any) -> Any:

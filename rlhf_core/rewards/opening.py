@@ -96,8 +96,8 @@ class _Resolved:
         )
         if entry.place != "process":
             return entry
-        options = {"time_limit": self.time_limit, "name": self.name, "place": self.place}
-        return replace(entry, reward=ProcessReward(reward, self.recipe, **options))
+        limit, name, place = self.time_limit, self.name, self.place
+        return replace(entry, reward=ProcessReward(reward, self.recipe, time_limit=limit, name=name, place=place))
 
     def make_reward(self) -> RewardFn:
         try:
@@ -193,9 +193,14 @@ def _configured(config: RewardConfig, key: str, place: Mapping[str, str] | str) 
     else:
         problem = f"`{config.name}` is neither a function nor a class of RewardFn"
         raise ConfigError(problem, place=where, got=shortened(found))
-    how = {"weight": config.weight, "time_limit": config.time_limit}
-    recipe = {"name": config.name, "options": dict(options)}
-    return replace(one, **how, runs_in=config.runs_in, concurrency=config.concurrency, recipe=recipe)
+    return replace(
+        one,
+        weight=config.weight,
+        time_limit=config.time_limit,
+        runs_in=config.runs_in,
+        concurrency=config.concurrency,
+        recipe={"name": config.name, "options": dict(options)},
+    )
 
 
 def _named(name: str, unknown: registry.UnknownPlugin, where: str) -> Any:

@@ -5,25 +5,29 @@ The parent sends pickled samples and gets JSON back, so that nothing a reward re
 
 from __future__ import annotations
 
-import contextlib
+import base64
 import json
 import os
 import pickle
 import queue
-import signal
-import socket
-import subprocess
 import sys
+import threading
+import time
 import weakref
 from collections.abc import Sequence
-from multiprocessing.connection import Connection
 from typing import Any
 
 from rlhf_core.contracts.reward import RewardFn, Sample
-from rlhf_core.infra.child_process import end_with_parent
+from rlhf_core.infra.child_process import ChildProcess, end_with_parent, take_stdio
 from rlhf_core.infra.errors import ConfigError, PluginError, describe_error, error_report, reported_error
 from rlhf_core.infra.time_limit import TimeLimit
 
+_CODE = (
+    "import sys, json; given = json.loads(sys.stdin.readline()); sys.path[:] = given.pop('path');"
+    "from rlhf_core.rewards.reward_process import serve; serve(**given)"
+)
+_START_SECONDS = 600.0
+"""The time limit of a child's start, in which it imports the reward's module and loads what it needs."""
 GROWTH = 2**30
 """Bytes by which a child's memory may grow after its first call until another replaces it."""
 
@@ -93,79 +97,57 @@ class ProcessReward(RewardFn):
 
 
 class _Child:
-    """One child process and the connection to it; it is killed when this object is no longer needed."""
+    """One child process; it is ended when this object is no longer needed."""
 
     def __init__(self, message: bytes, name: str) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            command = "from rlhf_core.rewards.reward_process import serve; serve()"
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", command, str(theirs.fileno()), str(os.getpid())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                # Beside the current directory, which `-c` puts first, modules are found where this process finds them.
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            )
-        self._connection = Connection(ours.detach())
-        self._end = weakref.finalize(self, _kill, self.process, self._connection)
-        self.grown, self._size = 0, 0
-        self._name, self.answered = name, True
-        self._connection.send_bytes(message)
-        self._receive(None)
+        self.answered, self.grown, self._size, self._name = True, 0, 0, name
+        try:
+            self._process = ChildProcess(_CODE)
+        except OSError as error:
+            raise PluginError(f"no process can be started: {error}", place=f"reward `{name}`") from error
+        self._end = weakref.finalize(self, self._process.kill)
+        path = [place for place in sys.path if isinstance(place, str)]
+        self._process.send({"path": path, "parent": os.getpid(), "message": _text(message)})
+        self._receive(_START_SECONDS, "was made")
 
     def ask(self, method: str, samples: Sequence[Sample], limit: float | None) -> Any:
         """Return what the reward's method returns for the samples, as JSON values."""
-        self.answered = False
-        self._connection.send_bytes(pickle.dumps((method, list(samples))))
-        reply = self._receive(limit)
-        size = int(reply["bytes"])
-        self._size = self._size or size
-        self.grown = size - self._size
+        self._process.send({"method": method, "samples": _text(pickle.dumps(list(samples)))})
+        reply = self._receive(limit, "scored")
+        self._size = self._size or int(reply["bytes"])
+        self.grown = int(reply["bytes"]) - self._size
         return reply["result"]
 
     def kill(self) -> None:
         self._end()
 
-    def _receive(self, limit: float | None) -> dict[str, Any]:
+    def _receive(self, limit: float | None, doing: str) -> dict[str, Any]:
         """Return the child's next message; raise the error that it reports.
 
         Raises:
             TimeLimit: there is none within `limit` seconds.
             PluginError: the child has ended.
         """
-        try:
-            if not self._connection.poll(limit):
-                raise TimeLimit("")
-            reply = json.loads(self._connection.recv_bytes())
-        except (EOFError, OSError):
-            self.answered = False
-            code = _exit_code(self.process)
-            how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        self.answered = False
+        began = time.monotonic()
+        line = self._process.next_line(threading.TIMEOUT_MAX if limit is None else limit)
+        if line is None:
+            if limit is not None and time.monotonic() - began >= limit:
+                raise TimeLimit()
             raise PluginError(
-                "the reward's process ended while it scored",
-                place=f"reward `{self._name}`",
-                got=how,
-                fix="see its output above; score these rows alone to find the one that does it",
-            ) from None
+                f"the reward's process ended while it {doing}",
+                got=self._process.how_it_ended(),
+                fix="see what it wrote above",
+            )
         self.answered = True
+        reply: dict[str, Any] = json.loads(line)
         if "error" in reply:
             raise reported_error(reply["error"])
         return reply
 
 
-def _exit_code(process: subprocess.Popen[bytes]) -> int:
-    """Return a child's exit code, negative for a signal; one that only closed its connection is killed."""
-    try:
-        return process.wait(2.0)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        return process.wait()
-
-
-def _kill(process: subprocess.Popen[bytes], connection: Connection) -> None:
-    connection.close()
-    process.kill()
-    process.wait()
+def _text(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
 
 
 def _pickled(made_from: Any, name: str, place: str) -> bytes:
@@ -183,31 +165,29 @@ def _pickled(made_from: Any, name: str, place: str) -> bytes:
         raise ConfigError(problem, place=f"{place}, reward `{name}`", got=got, fix=fix) from None
 
 
-def serve() -> None:
-    """Make the reward and score what the parent sends, until it closes the connection. Runs in the child."""
-    end_with_parent(int(sys.argv[2]))
-    connection = Connection(int(sys.argv[1]))
-    os.dup2(2, 1)  # what the reward prints isn't the parent's result
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
+def serve(parent: int, message: str) -> None:
+    """Make the reward and score what the parent sends, until it closes stdin. Runs in the child."""
+    end_with_parent(parent)
+    requests, answers = take_stdio()
 
     def answer(reply: dict[str, Any]) -> None:
-        connection.send_bytes(json.dumps(reply).encode())
+        print(json.dumps(reply), file=answers, flush=True)
 
     try:
-        reward = _make(pickle.loads(connection.recv_bytes()))
+        reward = _make(pickle.loads(base64.b64decode(message)))
         reward.prepare()
-    except BaseException as error:
+    except Exception as error:
         answer({"error": error_report(error)})
         return
     answer({})
-    with contextlib.suppress(EOFError, ConnectionError):
-        while True:
-            method, samples = pickle.loads(connection.recv_bytes())
-            try:
-                reply = {"result": _call(reward, method, samples), "bytes": _memory()}
-            except Exception as error:
-                reply = {"error": error_report(error)}
-            answer(reply)
+    for line in requests:
+        request = json.loads(line)
+        samples = pickle.loads(base64.b64decode(request["samples"]))
+        try:
+            reply = {"result": _call(reward, request["method"], samples), "bytes": _memory()}
+        except Exception as error:
+            reply = {"error": error_report(error)}
+        answer(reply)
     os._exit(0)  # whatever threads the reward has left
 
 

@@ -110,6 +110,8 @@ class Rewards:
         """
         if self._prepared:
             return
+        import torch  # noqa: F401  # whole, before other threads look whether it is there
+
         for entry in self._entries:
             with blame_reward(entry.name), without_gradients():
                 entry.reward.prepare()
@@ -164,7 +166,6 @@ class Rewards:
                 about |= reward.describe()
             found[entry.name] = redact(json.loads(json.dumps(about, default=lambda value: f"<{type(value).__name__}>")))
         return found
-
 
 
 class RewardSession(ScoringSession):
@@ -227,25 +228,26 @@ def samples_of(batch: Batch, completions: Sequence[Sequence[Completion]]) -> lis
         raise ValueError(f"{len(completions)} lists of completions for {batch.num_prompts} prompts")
     if len(batch.prompts) != batch.num_prompts:
         raise ValueError("the batch lacks `prompts`, the prompts as in the data, which rewards need")
-    samples = []
-    prompt_ids, lengths = batch.prompt_ids.tolist(), batch.prompt_lengths.tolist()
-    for number, group in enumerate(completions):
-        ids = prompt_ids[number][: lengths[number]]
-        columns = batch.records[number] if batch.records else {}
-        samples += [
-            Sample(
-                prompt=batch.prompts[number],
-                completion=one.text,
-                prompt_ids=ids,
-                completion_ids=one.ids,
-                columns=columns,
-                group=number,
-                stop_reason=one.stop_reason,
-                mask=one.mask,
-            )
-            for one in group
-        ]
-    return samples
+    return [sample for number, group in enumerate(completions) for sample in samples_of_prompt(batch, number, group)]
+
+
+def samples_of_prompt(batch: Batch, number: int, completions: Sequence[Completion]) -> list[Sample]:
+    """Return the samples of one prompt of a batch, the one with this number: its group."""
+    ids = batch.prompt_ids[number, : int(batch.prompt_lengths[number])].tolist()
+    columns = batch.records[number] if batch.records else {}
+    return [
+        Sample(
+            prompt=batch.prompts[number],
+            completion=one.text,
+            prompt_ids=ids,
+            completion_ids=one.ids,
+            columns=columns,
+            group=number,
+            stop_reason=one.stop_reason,
+            mask=one.mask,
+        )
+        for one in completions
+    ]
 
 
 def rewards_changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

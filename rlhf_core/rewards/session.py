@@ -16,6 +16,7 @@ from rlhf_core.infra.errors import PluginError
 from rlhf_core.infra.time_limit import TimeLimit, call_within, where_thread_is
 from rlhf_core.rewards.background import DaemonPool, EventLoopThread, LockWatch, event_loop, forget_event_loop
 from rlhf_core.rewards.function_reward import FunctionReward, is_async
+from rlhf_core.rewards.leaks import watch_leaks
 from rlhf_core.rewards.score_checks import checked_scores, place_of_rows, sample_or_row, scores_of_coroutine
 
 COROUTINES = 32
@@ -133,8 +134,8 @@ class _Call:
 class ScoringSession:
     """Scores samples by several rewards, which run where each of them declares.
 
-    Those outside the main thread begin as soon as samples are added; `result` runs the others, and waits for all. Scores are in the
-    order of the samples' positions, whatever ends first. Leaving the `with` block cancels what still runs.
+    Those outside the main thread begin as soon as samples are added; `scores` runs the others, and waits for all. Scores are in
+    the order of the samples' positions, whatever ends first. Leaving the `with` block cancels what still runs.
 
     Args:
         entries: the rewards.
@@ -163,7 +164,9 @@ class ScoringSession:
                 call.end()
         self._calls.clear()
 
-    def add(self, samples: Sequence[Sample], rows: Sequence[int] | None = None, *, at: Sequence[int] | None = None) -> None:
+    def add(
+        self, samples: Sequence[Sample], rows: Sequence[int] | None = None, *, at: Sequence[int] | None = None
+    ) -> None:
         """Add samples: all completions of a prompt together, since a reward may compare them.
 
         Args:
@@ -224,7 +227,9 @@ class ScoringSession:
                 return check(entry.reward, samples, rows=rows, name=entry.name, **more)
 
         try:
-            with self._busy[entry.name]:
+            # What other calls open and start meanwhile isn't this reward's.
+            alone = all(one.done for one in self._calls)
+            with self._busy[entry.name], watch_leaks(entry.reward, entry.name) if alone else contextlib.nullcontext():
                 return call_within(entry.time_limit, call)
         except TimeLimit as error:
             place = place_of_rows(entry.name, rows)

@@ -14,7 +14,7 @@ from rlhf_core.contracts.trainer import Trainer, Window
 from rlhf_core.testing.contract import require
 from rlhf_core.training.checkpoint import CheckpointManager
 from rlhf_core.training.context import RunContext
-from rlhf_core.training.logger import TIMING
+from rlhf_core.training.logger import without_timing
 
 
 class StoppedEarly(Exception):
@@ -41,7 +41,7 @@ def interruptible(cls: type[Trainer]) -> type[Trainer]:
 def metrics_of(output: Path) -> list[dict[str, Any]]:
     """Return the rows of a run's metrics.jsonl without their timings."""
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [{name: value for name, value in row.items() if name not in TIMING} for row in rows]
+    return [without_timing(row) for row in rows]
 
 
 def require_same_run(found: Path, expected: Path, what: str = "a resume") -> None:

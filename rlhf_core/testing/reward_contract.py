@@ -8,6 +8,7 @@ class TestBrevity(RewardContract):
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -19,11 +20,18 @@ from unittest import SkipTest
 from rlhf_core.config.base import BaseConfig
 from rlhf_core.contracts.reward import RewardFn, Sample
 from rlhf_core.rewards import FunctionReward, RewardFunction
+from rlhf_core.rewards.background import awaited
 from rlhf_core.testing.arithmetic_task import ArithmeticTask
 from rlhf_core.testing.contract import MethodContract, after, is_number, require
 from rlhf_core.testing.tiny import tiny_tokenizer
 
 FLOATS = "test_one_finite_float_per_sample"
+
+
+def score_by(reward: RewardFn, samples: Sequence[Sample]) -> Any:
+    """Return what `reward.score` returns for the samples, awaited where it is async."""
+    scores = reward.score(samples)
+    return awaited(scores) if inspect.isawaitable(scores) else scores
 
 
 class RewardContract(MethodContract):
@@ -104,7 +112,7 @@ class RewardContract(MethodContract):
         """Each sample gets one finite float; no samples get an empty list."""
         reward, samples = self.ready(), self.samples()
         for batch in (samples, samples[:1], []):
-            scores = reward.score(batch)
+            scores = score_by(reward, batch)
             require(isinstance(scores, list), f"`score` returns a {type(scores).__name__}, not a list")
             require(len(scores) == len(batch), f"`score` returns {len(scores)} scores for {len(batch)} samples")
             wrong = [f"sample {number}: {score!r}" for number, score in enumerate(scores) if not is_number(score)]
@@ -116,21 +124,23 @@ class RewardContract(MethodContract):
         reward, samples = self.ready(), self.grouped()
         order = list(range(len(samples)))
         Random(0).shuffle(order)
-        scores = reward.score(samples)
-        moved = reward.score([samples[number] for number in order])
+        scores = score_by(reward, samples)
+        moved = score_by(reward, [samples[number] for number in order])
         self.same(moved, [scores[number] for number in order], "with the samples in another order")
 
     @after(FLOATS)
     def test_scores_do_not_depend_on_other_samples(self) -> None:
         """A sample's score depends on the sample, or its group, but on no other samples that are scored with it."""
         reward, samples = self.ready(), self.grouped()
-        whole = reward.score(samples)
+        if reward.by_row:  # it says that it needs no others of the group either
+            samples = [replace(sample, group=at) for at, sample in enumerate(samples)]
+        whole = score_by(reward, samples)
         groups = list(dict.fromkeys(sample.group for sample in samples))
         for size in (1, 3):
             found: dict[int, float] = {}
             for first in range(0, len(groups), size):
                 chosen = [at for at, one in enumerate(samples) if one.group in groups[first : first + size]]
-                found |= zip(chosen, reward.score([samples[at] for at in chosen]), strict=True)
+                found |= zip(chosen, score_by(reward, [samples[at] for at in chosen]), strict=True)
             self.same([found[at] for at in range(len(samples))], whole, f"with {size} prompts at a time")
 
     @after(FLOATS)
@@ -138,7 +148,7 @@ class RewardContract(MethodContract):
         """The numbers of groups change no score: they only say which samples have the same prompt."""
         reward, samples = self.ready(), self.grouped()
         other = [replace(sample, group=1000 - 7 * sample.group) for sample in samples]
-        self.same(reward.score(other), reward.score(samples), "with other group numbers")
+        self.same(score_by(reward, other), score_by(reward, samples), "with other group numbers")
 
     @after(FLOATS)
     def test_any_completion_has_a_score(self) -> None:
@@ -150,7 +160,7 @@ class RewardContract(MethodContract):
             ("without token ids", [replace(sample, prompt_ids=(), completion_ids=()) for sample in samples]),
             ("masked", [replace(one, mask=[at % 2 == 0 for at in range(len(one.completion_ids))]) for one in samples]),
         ):
-            scores = reward.score(changed)
+            scores = score_by(reward, changed)
             bad = len(scores) != len(changed) or not all(map(is_number, scores))
             require(
                 not bad, f"completions that are {what} get the scores {scores[:4]}, not one finite float per sample"
@@ -160,10 +170,10 @@ class RewardContract(MethodContract):
     def test_the_same_samples_score_the_same(self) -> None:
         """Scoring the same samples again, or with a new instance, gives the same floats."""
         reward, samples = self.ready(), self.samples()
-        first = reward.score(samples)
-        require(reward.score(samples) == first, "the same samples get other scores the second time")
+        first = score_by(reward, samples)
+        require(score_by(reward, samples) == first, "the same samples get other scores the second time")
         again = self.ready()
-        require(again.score(samples) == first, "the same samples get other scores from a new instance")
+        require(score_by(again, samples) == first, "the same samples get other scores from a new instance")
 
     @after(FLOATS)
     def test_options_change_scores(self) -> None:
@@ -176,12 +186,12 @@ class RewardContract(MethodContract):
                 f"set `changes` on the contract class to values that change a score, of the options {', '.join(own)}"
             )
         samples = self.samples()
-        before = self.ready().score(samples)
+        before = score_by(self.ready(), samples)
         for name, value in self.changes.items():
             changed = type(
                 "Changed", (type(self),), {"options": {**self.options, name: value}, "expected_failures": {}}
             )
-            after = changed().ready().score(samples)
+            after = score_by(changed().ready(), samples)
             require(after != before, f"option `{name}: {value!r}` changes no score of the samples")
 
     def test_what_it_describes_is_recorded(self) -> None:
@@ -203,7 +213,7 @@ class RewardContract(MethodContract):
         samples = self.samples()
         before: list[dict[str, Any]] = copy.deepcopy([asdict(sample) for sample in samples])
         reward = self.ready()
-        reward.score(samples)
+        score_by(reward, samples)
         reward.score_steps(samples)
         for number, sample in enumerate(samples):
             require(asdict(sample) == before[number], f"scoring changes sample {number}, which other rewards score too")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -59,6 +59,7 @@ class ScriptedEngine(Engine):
         *,
         seeds: Sequence[Sequence[int]] | None = None,
         policy_version: int | None = None,
+        finished: Callable[[int, int, Completion], None] | None = None,
     ) -> list[list[Completion]]:
         """Return each prompt's completions from the script, drawing and recording those that it lacks.
 
@@ -94,6 +95,10 @@ class ScriptedEngine(Engine):
                 [group[1], group[0], *group[2:]] if row % 2 == 0 else group
                 for row, group in zip(batch.rows, groups, strict=True)
             ]
+        if finished is not None:
+            for prompt, group in enumerate(groups):
+                for k, one in enumerate(group):
+                    finished(prompt, k, one)
         return groups
 
     def _truncated(self, one: Completion, place: tuple[int, int], sampling: SamplingConfig) -> Completion:

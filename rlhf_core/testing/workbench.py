@@ -19,6 +19,7 @@ from rlhf_core.rewards import open_rewards
 from rlhf_core.testing.scripted_engine import BenchContext, Script
 from rlhf_core.training.context import RunContext
 from rlhf_core.training.distribution import Distribution
+from rlhf_core.training.logger import without_timing
 from rlhf_core.training.loss_scale import LossScale
 from rlhf_core.training.micro_batches import MicroBatches
 from rlhf_core.training.optimizer import set_learning_rate
@@ -148,7 +149,7 @@ class Workbench(RunSetup):
         window = self.window()
         logged = self.logged()
         found = self.step(window)
-        return replace(found, metrics=logged | found.metrics)
+        return replace(found, metrics=without_timing(logged) | found.metrics)
 
     def logged(self) -> dict[str, float]:
         """Return the means of what the method reported by `run.log` since the last call, over all processes."""

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_core.config.online import SamplingConfig
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.contracts.completion import Completion
+from rlhf_core.contracts.reward import Sample
 from rlhf_core.contracts.trainer import Evaluation, Trainer
 from rlhf_core.generation.engine import Engine
 from rlhf_core.infra.devices import DeviceManager
@@ -18,8 +20,9 @@ from rlhf_core.infra.errors import PluginError
 from rlhf_core.infra.seeds import stream_seed
 from rlhf_core.models.batch_values import Axis, Values, batch_values
 from rlhf_core.models.policy_model import PolicyModel
-from rlhf_core.rewards import Rewards, Scores, samples_of
+from rlhf_core.rewards import Rewards, Scores, samples_of, samples_of_prompt
 from rlhf_core.training.distribution import Distribution
+from rlhf_core.training.logger import REWARD_SECONDS
 from rlhf_core.training.micro_batches import MicroBatches
 from rlhf_core.training.reduction import Tally
 
@@ -143,19 +146,52 @@ class RunContext:
     def score(self, batch: Batch, completions: Sequence[Sequence[Completion]]) -> Scores:
         """Return the scores that the configured rewards give completions: P lists, in the order of the batch's prompts.
 
-        In training, each reward's mean is reported as `reward/NAME` and that of the weighted sum as `reward`; in an evaluation
-        the method returns `Scores.per_prompt` as metrics, which have standard errors. The event `rollouts_scored` is emitted.
+        In training, each reward's mean is reported as `reward/NAME` and that of the weighted sum as `reward`, the time that each
+        took as `reward_seconds/NAME`, and how long the run waited for all as `reward_seconds`; in an evaluation the method
+        returns `Scores.per_prompt` as metrics, which have standard errors. The event `rollouts_scored` is emitted.
 
         Raises:
             PluginError: a reward raises, takes too long, or returns another number of scores, None, or what isn't finite.
         """
         samples = samples_of(batch, completions)
         rows = [row for row, drawn in zip(batch.rows, completions, strict=True) for _ in drawn]
-        scores = self.rewards.score(samples, rows=rows)
+        return self._scored(samples, rows, self.rewards.score(samples, rows=rows))
+
+    def generate_and_score(
+        self, batch: Batch, n: int, sampling: SamplingConfig | None = None
+    ) -> tuple[list[list[Completion]], Scores]:
+        """Return n completions for each prompt with their scores: those of `engine.generate`, then of `score`.
+
+        Rewards that wait (async ones, those in a thread or a process) score a prompt's completions as soon as all n have ended,
+        while others are still drawn.
+
+        Raises:
+            PluginError: as `score`.
+        """
+        ended: dict[int, dict[int, Completion]] = {}
+        with self.rewards.scoring() as session:
+
+            def finished(prompt: int, k: int, completion: Completion) -> None:
+                group = ended.setdefault(prompt, {})
+                group[k] = completion
+                if len(group) == n:
+                    samples = samples_of_prompt(batch, prompt, [group[number] for number in range(n)])
+                    session.add(samples, [batch.rows[prompt]] * n, at=range(prompt * n, prompt * n + n))
+                    del ended[prompt]
+
+            completions = self.engine.generate(batch, n, sampling, finished=finished)
+            scores = session.result()
+        samples = [session.samples[at] for at in range(len(session.samples))]
+        return completions, self._scored(samples, [row for row in batch.rows for _ in range(n)], scores)
+
+    def _scored(self, samples: Sequence[Sample], rows: Sequence[int], scores: Scores) -> Scores:
+        """Report scores to metrics, `samples.jsonl` and hooks, and return them."""
         if not self.evaluating:
             for name, values in scores.by_name.items():
                 self.log(f"reward/{name}", sum(values), len(values))
+                self.log(f"{REWARD_SECONDS}/{name}", scores.seconds.get(name, 0.0))
             self.log("reward", float(scores.total.double().sum()), len(samples))
+            self.log(REWARD_SECONDS, scores.waited)
         self.keep(samples, scores, rows=rows, step=self.step, evaluating=self.evaluating)
         self.emit(
             "rollouts_scored",

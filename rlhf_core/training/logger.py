@@ -22,7 +22,14 @@ REQUIRED = ("step", "loss", "learning_rate", "grad_norm", "tokens")
 gradient's 2-norm before clipping, and the real tokens it was computed from, each prompt counted once."""
 
 TIMING = ("seconds", "tokens_per_second")
-"""The only keys of a row whose values may differ between a run and the same run killed and resumed."""
+"""The keys of every row that say how fast the step was."""
+REWARD_SECONDS = "reward_seconds"
+"""How long a step waited for its rewards; with `/NAME` behind it, how long one reward took."""
+
+
+def without_timing(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row of metrics without its times: the rest is the same for a run and the same run killed and resumed."""
+    return {name: value for name, value in row.items() if name not in TIMING and not name.startswith(REWARD_SECONDS)}
 
 
 class TrainingLogger:

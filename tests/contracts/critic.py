@@ -172,8 +172,8 @@ class CriticTrainer(Trainer[CriticConfig]):
     def experience(self, stream: Iterator[Batch], run: RunContext) -> Iterable[Window]:
         config = self.config
         for batch in stream:
-            completions = run.engine.generate(batch, config.group_size, config.generation)
-            scores = run.score(batch, completions).total
+            completions, scored = run.generate_and_score(batch, config.group_size, config.generation)
+            scores = scored.total
             rollout = self._with_advantages(Batch.from_completions(batch, completions), scores, run)
             steps = self.windows_per_batch()
             for step in range(steps):
@@ -229,5 +229,5 @@ class CriticTrainer(Trainer[CriticConfig]):
 
     def evaluate(self, batch: Batch, run: RunContext) -> Evaluation:
         """Return the rewards of one completion of each prompt."""
-        completions = run.engine.generate(batch, 1, self.config.generation)
-        return Evaluation(metrics=run.score(batch, completions).per_prompt(batch.num_prompts))
+        _, scores = run.generate_and_score(batch, 1, self.config.generation)
+        return Evaluation(metrics=scores.per_prompt(batch.num_prompts))

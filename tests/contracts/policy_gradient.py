@@ -143,8 +143,8 @@ class PolicyGradientTrainer(Trainer[PolicyGradientConfig]):
     def rollout(self, batch: Batch, run: RunContext) -> Batch:
         """Return completions of the prompts with their rewards and the log-probabilities that they had when they were drawn."""
         sampling = self.config.generation
-        completions = run.engine.generate(batch, self.config.group_size, sampling)
-        rollout, scores = Batch.from_completions(batch, completions), run.score(batch, completions)
+        completions, scores = run.generate_and_score(batch, self.config.group_size, sampling)
+        rollout = Batch.from_completions(batch, completions)
         rewards, mask = scores.total.to(rollout.device), rollout.loss_mask
         grouped = self.grouped(rewards, rollout)
         differs = (grouped != grouped[:, :1]).any(dim=1)
@@ -217,8 +217,8 @@ class PolicyGradientTrainer(Trainer[PolicyGradientConfig]):
     def evaluate(self, batch: Batch, run: RunContext) -> Evaluation:
         """Complete held-out prompts and score that: the loss on its own completions says nothing of how good they are."""
         sampling = self.config.generation.model_copy(update={"temperature": self.config.eval_temperature})
-        completions = run.engine.generate(batch, self.config.eval_samples, sampling)
-        return Evaluation(metrics=run.score(batch, completions).per_prompt(batch.num_prompts))
+        _, scores = run.generate_and_score(batch, self.config.eval_samples, sampling)
+        return Evaluation(metrics=scores.per_prompt(batch.num_prompts))
 
     def state_dict(self) -> dict[str, Any]:
         return {"kl_weight": self.kl_weight}

@@ -27,7 +27,7 @@ import torch
 from toy import ROWS, ToyTrainer, toy
 
 from rlhf_core.training.checkpoint import CheckpointManager
-from rlhf_core.training.logger import TIMING
+from rlhf_core.training.logger import without_timing
 
 OPERATIONS = ("write", "fsync", "rename", "replace", "unlink", "rmdir", "mkdir")
 LAST_SAVE = 5
@@ -107,7 +107,7 @@ def outcome(output: Path) -> dict[str, Any]:
     newest = max(CheckpointManager(output / "checkpoints").steps())
     directory = output / "checkpoints" / f"step-{newest}"
     return {
-        "metrics": [{name: value for name, value in row.items() if name not in TIMING} for row in rows],
+        "metrics": [without_timing(row) for row in rows],
         "checkpoints": CheckpointManager(output / "checkpoints").steps(),
         "files": {
             str(path.relative_to(output)): path.read_bytes().hex()

@@ -18,7 +18,7 @@ from rlhf_core.infra.errors import ModelError, NumbersError, RLHFError
 from rlhf_core.infra.safetensors_file import read_tensors
 from rlhf_core.models import PolicyModel
 from rlhf_core.testing.tiny import save_tiny
-from rlhf_core.training.logger import TIMING
+from rlhf_core.training.logger import without_timing
 
 PAIRS = [{"prompt": f"{i} + {i} = ", "chosen": str(2 * i), "rejected": str(2 * i + 1) * (1 + i % 3)} for i in range(16)]
 BASE: dict[str, Any] = {"batch_size": 4, "max_steps": 4, "max_length": 64, "learning_rate": 1e-3}
@@ -36,7 +36,7 @@ def dpo(model: Path, output: Path | None = None, *, kind: type[DPOTrainer] = DPO
 
 def rows(output: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in TIMING} for line in lines]
+    return [without_timing(line) for line in lines]
 
 
 class Crashing(DPOTrainer):

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.contracts.trainer import Loss
 from rlhf_core.infra.errors import ConfigError, DataError, ModelError
-from rlhf_core.training.logger import TIMING
+from rlhf_core.training import logger
 
 
 class Crash(Exception):
@@ -38,7 +38,7 @@ class Crashing(ToyTrainer):
 
 def without_timing(output: Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name not in TIMING} for row in rows]
+    return [logger.without_timing(row) for row in rows]
 
 
 def crashed(output: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:

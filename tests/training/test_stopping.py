@@ -21,7 +21,7 @@ from rlhf_core.contracts.trainer import Loss
 from rlhf_core.infra.errors import ConfigError, Stopped
 from rlhf_core.infra.files import read_json
 from rlhf_core.testing.tiny import save_tiny
-from rlhf_core.training.logger import TIMING
+from rlhf_core.training.logger import without_timing
 
 SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
 EVALUATED: dict[str, Any] = {"eval_rows": ROWS[:8], "eval_steps": 2}
@@ -60,7 +60,7 @@ def in_the_second_evaluation(trainer: Asked) -> bool:
 
 def outcome(output: Path) -> tuple[list[dict[str, Any]], bytes]:
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    untimed = [{name: value for name, value in row.items() if name not in TIMING} for row in rows]
+    untimed = [without_timing(row) for row in rows]
     return untimed, (output / "model" / "model.safetensors").read_bytes()
 
 
