@@ -11,7 +11,7 @@ import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from rlhf_core.generation.drawn_rows import DrawnRows
 from rlhf_core.infra.errors import ModelError
 from rlhf_core.models.backbone import accepted, plain_ids
 from rlhf_core.models.dropout import evaluating
@@ -84,6 +85,37 @@ def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Te
     ids = torch.tensor([[0] * (width - len(row)) + [*row] for row in rows], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
     return ids, mask
+
+
+class Drawing(LogitsProcessor):
+    """Draws the next token of each row at every step of the decoding loop, and leaves the loop no choice but that one.
+
+    Args:
+        rows: what draws; its rows are those of the batch.
+        filler: id that an ended row gets while others continue.
+    """
+
+    def __init__(self, rows: DrawnRows, *, filler: int) -> None:
+        self.rows, self.filler = rows, filler
+        self.ended = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+        """(B,) bool: which rows have their last token."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Draw one token per row from the logits (B, V) of a step; return scores (B, V) that are -inf at all other tokens."""
+        tokens = self.rows.draw(scores).where(~self.ended, self.filler)
+        for row, _ in self.rows.ended():
+            self.ended[row] = True
+        return scores.fill_(-torch.inf).scatter_(1, tokens[:, None], 0.0)  # a copy that the loop made for this
+
+
+class Ended(StoppingCriteria):
+    """Ends the decoding loop once each row has its last token."""
+
+    def __init__(self, drawing: Drawing) -> None:
+        self.drawing = drawing
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return self.drawing.ended
 
 
 class _Forced(LogitsProcessor):

@@ -21,8 +21,8 @@ from rlhf_core.contracts.completion import Completion
 from rlhf_core.data.chat_rendering import ChatTemplate
 from rlhf_core.data.text_options import TextOptions
 from rlhf_core.data.text_spans import TextSpanEncoder
-from rlhf_core.generation.decoding import decode, decoding_of, left_padded
-from rlhf_core.generation.sampling import Drawing, Ended
+from rlhf_core.generation.decoding import Drawing, Ended, decode, decoding_of, left_padded
+from rlhf_core.generation.drawn_rows import DrawnRows, NewRow
 from rlhf_core.generation.stop_strings import StopStrings
 from rlhf_core.infra.errors import ConfigError, DataError, NumbersError
 from rlhf_core.infra.out_of_memory import halve_until_fits
@@ -254,30 +254,28 @@ class Engine:
             NumbersError: logits aren't finite.
         """
         device = self.policy.device
-        drawing = Drawing(
-            sampling,
-            seeds=[draw.seed for draw in draws],
-            prompts=[draw.ids for draw in draws],
-            limits=[draw.limit for draw in draws],
-            ends=[(*draw.ends, *sampling.stop_ids) for draw in draws],
-            stops=[self._stop_strings(draw.chat, *sampling.stop) for draw in draws] if sampling.stop else None,
-            filler=self.policy.tokenizer.pad_token_id or 0,
-            device=device,
+        rows = DrawnRows(sampling, device=device)
+        rows.join(
+            [
+                NewRow(
+                    draw.seed,
+                    draw.limit,
+                    ends=draw.ends,
+                    stops=self._stop_strings(draw.chat, *sampling.stop) if sampling.stop else None,
+                    prompt_ids=draw.ids,
+                )
+                for draw in draws
+            ]
         )
+        drawing = Drawing(rows, filler=self.policy.tokenizer.pad_token_id or 0)
         ids, mask = left_padded([draw.ids for draw in draws], device)
         most, cache = max(draw.limit for draw in draws), decoding_of(self.policy).cache
         decode(self.policy, ids, mask, drawing, Ended(drawing), most=most, cache=cache)
         made = []
-        for row, (draw, drawn) in enumerate(zip(draws, drawing.completions(), strict=True)):
-            reason, text = "length", drawing.stopped.get(row)
-            last = drawn.ids[-1]
-            if last in draw.ends or last in sampling.stop_ids:
-                reason = "end" if last in draw.ends else "stop"
-                text = self._text_of(draw.chat)(drawn.ids[:-1])
-            elif text is not None:
-                reason = "stop"
-            else:
-                text = self._text_of(draw.chat)(drawn.ids)
+        for draw, drawn in zip(draws, map(rows.completion, range(len(draws))), strict=True):
+            reason, text = drawn.stop_reason or "length", drawn.text
+            if text is None:
+                text = self._text_of(draw.chat)(drawn.ids if reason == "length" else drawn.ids[:-1])
             if not all(map(math.isfinite, (*drawn.raw_logprobs, *drawn.logprobs))):
                 place = f"row {batch.rows[draw.prompt]}"
                 raise NumbersError("the model's logits aren't finite", place=place, fix="check its weights")

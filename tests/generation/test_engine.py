@@ -105,7 +105,7 @@ def test_a_completion_does_not_depend_on_its_company(policy: PolicyModel, monkey
     cut = Engine(policy).generate(batch, 3, sampling, seeds=seeds)
     assert [[one.ids for one in group] for group in cut] == [[one.ids for one in group] for group in whole]
     monkeypatch.setattr(module, "MOST_ROWS", 512)
-    monkeypatch.setattr("rlhf_core.generation.sampling.BLOCK", 3)
+    monkeypatch.setattr("rlhf_core.generation.drawn_rows.BLOCK", 3)
     longer = Engine(policy).generate(batch, 3, SamplingConfig(max_new_tokens=20, temperature=0.9), seeds=seeds)
     assert [[one.ids[:10] for one in group] for group in longer] == [[one.ids for one in group] for group in whole]
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
+from torch import Tensor
+from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 from rlhf_core.config.online import SamplingConfig
 from rlhf_core.generation import sampling as drawing
-from rlhf_core.generation.sampling import draw_tokens, kept
+from rlhf_core.generation.sampling import Barred, Drawn, draw_tokens
 from rlhf_core.infra.seeds import completion_seeds, stream_seed
 
 P = torch.tensor([[0.1, 0.4, 0.2, 0.3]])
@@ -42,35 +48,186 @@ def test_by_hand() -> None:
     assert drawn_at(0.9, temperature=1e-300)[:2] == (1, 0.0)
 
 
-@given(
-    st.lists(st.sampled_from([0.0, 0.0, 1.0, 1.0, 2.5, -torch.inf, -3.0]), min_size=1, max_size=12),
-    st.integers(0, 14),
-    st.sampled_from([1.0, 0.999, 0.7, 0.3, 1e-6]),
-    st.integers(1, 12),
-)
-def test_truncation_keeps_what_sorting_keeps(logits: list[float], top_k: int, top_p: float, head: int) -> None:
-    """Against the plain rule, ties and impossible tokens included, however few tokens are sorted first."""
-    logps = torch.tensor([[4.0, *logits]]).log_softmax(-1)
-    p = logps[0].double().exp()
-    order = sorted(range(len(p)), key=lambda token: (-float(logps[0, token]), token))
-    order = order[: top_k or None]
-    total = float(p[order].sum()) if top_k else 1.0
-    expected, mass = [], 0.0
-    for token in order:
-        if expected and mass >= top_p * total:
-            break
-        expected.append(token)
-        mass += float(p[token])
-    before, drawing.HEAD = drawing.HEAD, head
+def oracle(
+    logits: Tensor, seen: Tensor | None, sampling: SamplingConfig, barred: Sequence[int] = (), *, small: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return (V,) float64 the probabilities that transformers' processors leave of logits (V,), and the share that they keep."""
+    scores, ids = logits[None].float(), torch.zeros(1, 0, dtype=torch.long)
+    if seen is not None:
+        ids, scores = seen[None], RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)(seen[None], scores)
+    scores = scores / sampling.temperature
+    whole = scores.double().softmax(-1)
+    scores[:, list(barred)] = -torch.inf
+    steps: list[Any] = []
+    if sampling.top_k:
+        steps.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        steps.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        steps.append(MinPLogitsWarper(sampling.min_p))
+    for step in steps:
+        p = scores.double().softmax(-1)
+        if small:  # what rounding decides isn't compared
+            reached = p.sort(descending=False).values.cumsum(-1)
+            assume(not isinstance(step, TopPLogitsWarper) or float((reached - (1 - sampling.top_p)).abs().min()) > 1e-5)
+            assume(not isinstance(step, MinPLogitsWarper) or float((p / p.max() - sampling.min_p).abs().min()) > 1e-5)
+        # The order of equal logits is torch's choice; a stable one is chosen here.
+        with mock.patch("torch.sort", functools.partial(torch.sort, stable=True)):
+            scores = step(ids, scores)
+    kept = whole.where(scores > -torch.inf, 0)[0]
+    return kept / kept.sum(), kept.sum()
+
+
+def assert_drawn_as_by(
+    expected: Tensor, share: Tensor, logits: Tensor, sampling: SamplingConfig, **options: Any
+) -> None:
+    """Draw every token that may be drawn, from the middle of its stretch of the cumulative distribution, and compare."""
+    tokens = (expected > 1e-6).nonzero()[:, 0]
+    middle = expected.cumsum(0)[tokens] - expected[tokens] / 2
+    rows = len(tokens)
+    if "seen" in options:
+        options["seen"] = options["seen"].expand(rows, -1)
+    if "barred" in options:
+        ids = torch.tensor(options["barred"])
+        options["barred"] = Barred(ids, torch.ones(rows, len(ids), dtype=torch.bool))
+    found = draw_tokens(logits.expand(rows, -1), middle, sampling, **options)
+    assert found.tokens.tolist() == tokens.tolist()
+    assert torch.allclose(found.logprobs.double(), expected[tokens].log(), atol=1e-5)
+    assert torch.allclose(found.raw_logprobs.double(), logits.double().log_softmax(-1)[tokens], atol=1e-5)
+    assert torch.allclose(found.kept_mass.double(), share, atol=1e-5)
+
+
+@given(data=st.data())
+def test_the_distribution_is_that_of_transformers_processors(data: st.DataObject) -> None:
+    """With ties, impossible tokens, seen and barred ones; however few tokens are sorted first, and in both number formats."""
+    values = st.sampled_from([0.0, 0.0, 1.0, 1.0, 2.5, -torch.inf, -3.0, 1.125, -0.75])
+    logits = torch.tensor([4.0, *data.draw(st.lists(values, min_size=1, max_size=40))])
+    logits = logits[torch.tensor(data.draw(st.permutations(range(len(logits)))))]
+    options: dict[str, Any] = {
+        "temperature": data.draw(st.sampled_from([1.0, 0.6, 1.7])),
+        "top_k": data.draw(st.integers(0, 14)),
+        "top_p": data.draw(st.sampled_from([1.0, 0.97, 0.7, 0.3, 1e-3])),
+        "min_p": data.draw(st.sampled_from([0.0, 0.0, 0.013, 0.21])),
+    }
+    chosen: dict[str, Any] = {}
+    token = st.integers(0, len(logits) - 1)
+    if data.draw(st.booleans()):
+        options["repetition_penalty"] = data.draw(st.sampled_from([0.7, 1.3, 2.0]))
+        chosen["seen"] = torch.tensor(data.draw(st.lists(token, min_size=1, max_size=5)))
+    possible = logits.isfinite().nonzero()[:, 0].tolist()
+    barred = data.draw(st.lists(token, max_size=3, unique=True))
+    if barred and set(possible) - set(barred):
+        chosen["barred"] = barred
+    sampling = SamplingConfig(**options)
+    expected, share = oracle(logits, chosen.get("seen"), sampling, chosen.get("barred", ()), small=True)
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    before, drawing.HEAD = drawing.HEAD, data.draw(st.integers(1, 12))
     try:
-        found = kept(logps, top_k, top_p)
+        assert_drawn_as_by(expected, share, logits.to(dtype), sampling, **chosen)
     finally:
         drawing.HEAD = before
-    if found is None:
-        assert top_p == 1 and (top_k == 0 or top_k >= len(p))
-        return
-    possible = [token for token in expected if p[token] > 0]
-    assert [token for token in found[0].nonzero()[:, 0].tolist() if p[token] > 0] == sorted(possible)
+
+
+CASES: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.6},
+    {"temperature": 1.8, "top_k": 40},
+    {"top_p": 0.8, "temperature": 1.5},
+    {"top_p": 0.999},
+    {"min_p": 0.05},
+    {"top_k": 2000, "top_p": 0.9, "min_p": 0.001, "temperature": 0.9},
+    {"repetition_penalty": 1.4},
+    {"repetition_penalty": 0.8, "temperature": 0.7, "top_p": 0.95, "top_k": 30},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", CASES)
+def test_a_real_vocabulary_against_float64(options: dict[str, Any], dtype: torch.dtype) -> None:
+    """In bf16 many of the logits are equal, at the edge of what is kept too."""
+    generator = torch.Generator().manual_seed(1)
+    logits = (torch.randn(5003, generator=generator) * 2.5).to(dtype)
+    seen = torch.randint(5003, (60,), generator=generator)
+    sampling = SamplingConfig(**options)
+    penalty = {"seen": seen} if sampling.repetition_penalty != 1 else {}
+    expected, share = oracle(logits, penalty.get("seen"), sampling)
+    assert_drawn_as_by(expected, share, logits, sampling, **penalty)
+
+
+@pytest.mark.parametrize("options", CASES)
+def test_frequencies_fit_the_distribution(options: dict[str, Any]) -> None:
+    """Pearson's chi-square test, at a level of one in a million."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(300, generator=generator) * 2
+    seen = torch.randint(300, (40,), generator=generator)
+    sampling = SamplingConfig(**options)
+    penalty = {"seen": seen} if sampling.repetition_penalty != 1 else {}
+    expected, _ = oracle(logits, penalty.get("seen"), sampling)
+    count = 40_000
+    uniform = torch.from_numpy(np.random.Generator(np.random.Philox(key=7)).random(count))
+    rows = {name: ids.expand(count, -1) for name, ids in penalty.items()}
+    found = draw_tokens(logits.expand(count, -1), uniform, sampling, **rows).tokens
+    assert (expected[found] > 0).all()
+    times, wanted = torch.bincount(found, minlength=300).double(), expected * count
+    common = wanted >= 5  # the rarer ones together
+    times = torch.cat([times[common], times[~common].sum()[None]])
+    wanted = torch.cat([wanted[common], wanted[~common].sum()[None]])
+    times, wanted = times[wanted > 0], wanted[wanted > 0]
+    statistic = float(((times - wanted) ** 2 / wanted).sum())
+    # The chance of a larger statistic, from the chi-square distribution's survival function.
+    freedom = torch.tensor((len(wanted) - 1) / 2)
+    assert torch.special.gammaincc(freedom, torch.tensor(statistic / 2)) > 1e-6
+
+
+def test_greedy_takes_the_first_of_the_largest() -> None:
+    logits = torch.zeros(3, 1000, dtype=torch.bfloat16)
+    logits[0, [700, 900]] = 2.0
+    logits[1, [5, 999]] = 3.0
+    found = draw_tokens(logits, torch.zeros(3), SamplingConfig(temperature=0))
+    assert found.tokens.tolist() == [700, 5, 0]
+    assert found.logprobs.tolist() == [0, 0, 0] and found.kept_mass.tolist() == [1, 1, 1]
+    wanted = logits.double().log_softmax(-1)[range(3), found.tokens]
+    assert torch.allclose(found.raw_logprobs.double(), wanted, atol=1e-5)
+    # A penalty and barred tokens are before the choice.
+    seen, barred = torch.tensor([[700]] * 3), Barred(torch.tensor([900, 5]), torch.tensor([[False, True]] * 3))
+    sampling = SamplingConfig(temperature=0, repetition_penalty=1.5)
+    assert draw_tokens(logits, torch.zeros(3), sampling, seen=seen, barred=barred).tokens.tolist() == [900, 999, 0]
+
+
+def test_extreme_logits() -> None:
+    """Nothing overflows at low temperatures, and the raw log-probability of an all but impossible token is finite."""
+    logits = torch.tensor([[30000.0, -30000.0, 29999.0]])
+    for temperature in (1e-300, 1e-30, 1e-3):
+        found = draw_tokens(logits, torch.tensor([0.999]), SamplingConfig(temperature=temperature))
+        assert (found.tokens.tolist(), found.logprobs.tolist(), found.kept_mass.tolist()) == ([0], [0.0], [1.0])
+    hot = draw_tokens(logits, torch.tensor([0.4]), SamplingConfig(temperature=1e6))
+    assert hot.tokens.tolist() == [1] and float(hot.raw_logprobs) == pytest.approx(-60000.313, abs=0.01)
+    # All of the mass is on a barred token.
+    only = draw_tokens(
+        logits,
+        torch.tensor([0.5]),
+        SamplingConfig(temperature=0.01),
+        barred=Barred(torch.tensor([0, 2]), torch.tensor([[True, True]])),
+    )
+    assert only.tokens.tolist() == [1] and float(only.logprobs) == 0 and 0 < float(only.kept_mass) < 1e-37
+
+
+def test_rows_are_drawn_alike_alone_and_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(2)
+    logits, uniform = torch.randn(9, 1111, generator=generator) * 3, torch.rand(9, generator=generator)
+    for options in CASES:
+        sampling = SamplingConfig(**options)
+        seen = torch.randint(1111, (9, 7), generator=generator)
+        monkeypatch.setattr(drawing, "ENTRIES", 2**20)
+        together = draw_tokens(logits, uniform, sampling, seen=seen)
+        monkeypatch.setattr(drawing, "ENTRIES", 2500)
+        parts = draw_tokens(logits, uniform, sampling, seen=seen)
+        alone = [draw_tokens(logits[[k]], uniform[[k]], sampling, seen=seen[[k]]) for k in range(9)]
+        for name in Drawn._fields:
+            values = getattr(together, name)
+            assert torch.equal(values, getattr(parts, name)) and torch.equal(
+                values, torch.cat([getattr(a, name) for a in alone])
+            )
 
 
 @given(st.integers(1, 3 * drawing.SPAN + 1), st.integers(0, 999), st.sampled_from([0.0, 0.5, 0.98]))
@@ -86,20 +243,6 @@ def test_the_inverse_is_that_of_one_long_sum(size: int, seed: int, empty: float)
     target = uniform * ends[-1]
     slack = 1e-5 * ends[-1]  # what lies this near to a token's end may fall to its neighbour
     assert (target < ends[tokens] + slack).all() and (target > ends[tokens] - weights[0, tokens] - slack).all()
-
-
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.6}, {"top_k": 7}, {"top_p": 0.8, "temperature": 1.5}])
-def test_frequencies_are_the_probabilities(options: dict[str, float]) -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(1, 20, generator=generator) * 2
-    count = 40_000
-    uniform = torch.rand(count, generator=generator, dtype=torch.float64)
-    found = draw_tokens(logits.expand(count, -1), uniform, SamplingConfig(**options))
-    share = torch.bincount(found.tokens, minlength=20) / count
-    told = torch.zeros(20).scatter_(0, found.tokens, found.logprobs.exp())
-    assert float(told.sum()) == pytest.approx(1, abs=1e-3)
-    # Three standard deviations of a share; all were drawn but the rarest.
-    assert ((share - told).abs() < 3.5 * (told * (1 - told) / count).sqrt() + 1e-4).all()
 
 
 def test_seeds_are_functions_of_row_occurrence_and_sample() -> None:

@@ -1,0 +1,320 @@
+"""The rows of a decoding loop: what is drawn for each, with which random numbers, and what ends it, while rows join and leave.
+
+Axes: R rows, in the order of the logits; C slots, one per row, kept while it is here; T tokens of a completion; S ids that the
+repetition penalty is for; E ids that end some row; V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlhf_core.config.online import SamplingConfig
+from rlhf_core.generation.sampling import Barred, draw_tokens, exact_dtype
+from rlhf_core.generation.stop_strings import StopStrings
+
+BLOCK = 256
+"""Random numbers that are made at once per row."""
+
+
+class DrawnCompletion(NamedTuple):
+    """The tokens drawn for one row, each with the values of `Drawn`."""
+
+    ids: list[int]
+    logprobs: list[float]
+    raw_logprobs: list[float]
+    kept_mass: list[float]
+    stop_reason: str | None = None
+    """`end`, `stop` or `length`; None while the row isn't ended."""
+    text: str | None = None
+    """The text before the stop string that ended the row; None where none did."""
+
+
+@dataclass(frozen=True)
+class NewRow:
+    """A completion whose tokens are to be drawn."""
+
+    seed: int
+    """A token's random number is a function of the seed and of the token's position in the completion alone."""
+    limit: int
+    """Most tokens of the completion, at least 1 more than those of `before`."""
+    ends: Sequence[int] = ()
+    """Ids that end it with the reason `end`. The sampling options' stop ids end it too, with `stop`."""
+    stops: StopStrings | None = None
+    """What looks for stop strings in its text; None without stop strings."""
+    prompt_ids: Sequence[int] = ()
+    """For the repetition penalty, where there is one; then not empty."""
+    before: DrawnCompletion | None = None
+    """What was drawn for it before it left a loop unfinished; None for a new completion."""
+
+
+@dataclass
+class _Row:
+    """What the host knows of a row."""
+
+    new: NewRow
+    slot: int
+    """Its line in the tables of tokens, random numbers and ids seen."""
+    ends: tuple[int, ...]
+    """Ids that end it, stop ids included."""
+    generator: np.random.Generator
+    position: int
+    """Of the token that the next step draws; on a GPU the row may have ended before the host knows."""
+    known: int
+    """Tokens that the host has seen."""
+    num_seen: int
+    """Ids that the repetition penalty is for, when it joined."""
+    ids: list[int]
+    """The tokens that the host has seen, where there are stop strings."""
+    blocks: int = 0
+    """Blocks of random numbers that were made."""
+    stop_reason: str | None = None
+    text: str | None = None
+    """See `DrawnCompletion`."""
+
+    def next_block(self) -> np.ndarray:
+        """Return (BLOCK,) the random numbers of the block that the position is in, float64."""
+        while True:
+            block = self.generator.random(BLOCK)
+            self.blocks += 1
+            if self.position < self.blocks * BLOCK:
+                return block
+
+    def see(self, tokens: Sequence[int], *, over: bool, least: int) -> None:
+        """Take note of the tokens drawn since the host last saw the row.
+
+        Args:
+            over: whether the last of them ended the row, by an id or the limit.
+            least: stop strings don't count in the first so many tokens.
+        """
+        end = over and tokens[-1] in self.ends
+        for number, token in enumerate(tokens):
+            self.known += 1
+            if self.new.stops is None or (end and number == len(tokens) - 1):
+                continue  # the text of an end token is no part of the completion's
+            self.ids.append(token)
+            self.text = self.new.stops.text_before(self.ids, least=least)
+            if self.text is not None:
+                self.stop_reason = "stop"
+                return
+        if over:
+            self.stop_reason = "length" if not end else "end" if tokens[-1] in self.new.ends else "stop"
+
+
+class _State(NamedTuple):
+    """What the device knows of each row, in the order of the logits."""
+
+    slots: Tensor
+    """(R,) long: each row's line in the tables of tokens, random numbers and ids seen."""
+    length: Tensor
+    """(R,) long: tokens of the completion."""
+    limit: Tensor
+    """(R,) long: most tokens of it."""
+    num_seen: Tensor
+    """(R,) long: ids that the repetition penalty is for."""
+    over: Tensor
+    """(R,) bool: whether it has its last token."""
+    may_end: Tensor
+    """(R, E) bool: whether each of the ids that end some row ends this one."""
+
+
+class DrawnRows:
+    """Draws the next token of each row of a decoding loop, keeps what was drawn, and tells which rows have ended.
+
+    What a row draws is a function of its own logits and seed: not of the rows beside it, nor of when it joined.
+
+    All that a step needs is on the device, and `draw` doesn't wait for it. `ended` does, as the host then sees the tokens.
+
+    Args:
+        sampling: how tokens are drawn.
+        poll_every: steps after which `ended` waits for the device. On a CPU, where it need not wait, 1 draws no token too many;
+            larger lets the host run ahead, and draws up to `poll_every - 1` tokens behind a row's last one, which don't count.
+    """
+
+    def __init__(self, sampling: SamplingConfig, *, device: torch.device, poll_every: int = 1) -> None:
+        self.sampling, self.device, self.poll_every = sampling, device, poll_every
+        self._rows: list[_Row] = []
+        self._free: list[int] = []
+        self._tokens = self._zeros(0, 0, dtype=torch.long)  # (C, T)
+        self._values = self._zeros(0, 0, 3)  # (C, T, 3): logprobs, raw logprobs, kept mass
+        self._uniform = self._zeros(0, BLOCK, dtype=exact_dtype(device))  # (C, BLOCK)
+        self._seen = self._zeros(0, 0, dtype=torch.long)  # (C, S)
+        self._ends: list[int] = []
+        self._end_ids = self._zeros(0, dtype=torch.long)  # (E,)
+        numbers, flags = self._zeros(0, dtype=torch.long), self._zeros(0, dtype=torch.bool)
+        self._state = _State(numbers, numbers, numbers, numbers, flags, flags[:, None][:, :0])
+        self._unpolled = 0
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    # Rows join and leave
+
+    def join(self, new: Sequence[NewRow]) -> None:
+        """Add rows behind those that are here, in the order of the logits."""
+        if not new:
+            return
+        rows = [self._admitted(row) for row in new]
+        for token in (token for row in rows for token in row.ends):
+            if token not in self._ends:
+                self._ends.append(token)
+        self._end_ids = torch.tensor(self._ends, dtype=torch.long, device=self.device)
+        may_end = torch.tensor([[token in row.ends for token in self._ends] for row in rows], dtype=torch.bool)
+        numbers = torch.tensor([[row.slot, row.known, row.new.limit, row.num_seen] for row in rows]).to(self.device)
+        before = self._state
+        earlier = torch.nn.functional.pad(before.may_end, (0, len(self._ends) - before.may_end.shape[1]))
+        over = self._zeros(len(rows), dtype=torch.bool)
+        added = (*numbers.unbind(dim=1), over, may_end.view(len(rows), -1).to(self.device))
+        self._state = _State(*map(torch.cat, zip((*before[:-1], earlier), added, strict=True)))
+        self._rows += rows
+
+    def keep(self, indices: Sequence[int]) -> None:
+        """Keep the rows of these indices, in this order; the others leave."""
+        staying = [self._rows[index] for index in indices]
+        slots = {row.slot for row in staying}
+        self._free += [row.slot for row in self._rows if row.slot not in slots]
+        self._rows = staying
+        chosen = torch.tensor(list(indices), dtype=torch.long, device=self.device)
+        self._state = _State(*(values.index_select(0, chosen) for values in self._state))
+
+    def _admitted(self, new: NewRow) -> _Row:
+        """Return a row with a slot, in whose lines is what was drawn for it before."""
+        before = new.before or DrawnCompletion([], [], [], [])
+        count = len(before.ids)
+        if not self._free:
+            size = len(self._tokens)
+            self._tokens = _reserved(self._tokens, size + 1)
+            self._free = list(range(len(self._tokens) - 1, size - 1, -1))
+        slot = self._free.pop()
+        # One place more than the limit: for tokens behind a row's last one.
+        slots = len(self._tokens)
+        self._tokens = _reserved(self._tokens, slots, new.limit + 1)
+        self._values = _reserved(self._values, slots, new.limit + 1)
+        self._uniform = _reserved(self._uniform, slots)
+        self._tokens[slot, :count] = torch.tensor(before.ids, dtype=torch.long)
+        self._values[slot, :count] = torch.tensor(before[1:4], dtype=torch.float32).T
+        seen: list[int] = []
+        if self.sampling.repetition_penalty != 1:
+            seen = list(dict.fromkeys([*new.prompt_ids, *before.ids]))
+            before_width = self._seen.shape[1]
+            self._seen = _reserved(self._seen, slots, len(seen) + new.limit - count + 1)
+            # The rest of a line repeats an id, which changes nothing.
+            self._seen[:, before_width:] = self._seen[:, :1]
+            self._seen[slot] = seen[0]
+            self._seen[slot, : len(seen)] = torch.tensor(seen)
+        ends = (*new.ends, *self.sampling.stop_ids)
+        ids = list(before.ids) if new.stops is not None else []
+        return _Row(new, slot, ends, np.random.Generator(np.random.Philox(key=new.seed)), count, count, len(seen), ids)
+
+    # A step
+
+    def draw(self, logits: Tensor) -> Tensor:
+        """Draw one token per row from the logits (R, V) of any floating dtype; return them (R,), long."""
+        sampling, state = self.sampling, self._state
+        uniform = state.length  # not used at temperature 0
+        if sampling.temperature > 0:
+            self._refill()
+            uniform = self._uniform[state.slots, state.length % BLOCK]
+        penalty = sampling.repetition_penalty != 1
+        drawn = draw_tokens(
+            logits,
+            uniform,
+            sampling,
+            seen=self._seen.index_select(0, state.slots) if penalty else None,
+            barred=self._barred(),
+        )
+        self._tokens[state.slots, state.length] = drawn.tokens
+        self._values[state.slots, state.length] = torch.stack(drawn[1:], dim=1)
+        alive = ~state.over
+        length, num_seen = state.length + alive, state.num_seen
+        if penalty:
+            self._seen[state.slots, num_seen] = drawn.tokens
+            num_seen = num_seen + alive
+        over = state.over | (length >= state.limit)
+        if self._ends:
+            over = over | ((drawn.tokens[:, None] == self._end_ids) & state.may_end).any(dim=1)
+        self._state = state._replace(length=length, num_seen=num_seen, over=over)
+        for row in self._rows:
+            row.position += 1
+        self._unpolled += 1
+        return drawn.tokens
+
+    def _refill(self) -> None:
+        """Make the next block of random numbers for the rows that have none left."""
+        rows = [row for row in self._rows if row.position >= row.blocks * BLOCK]
+        if rows:
+            blocks = np.stack([row.next_block() for row in rows])
+            slots = torch.tensor([row.slot for row in rows], device=self.device)
+            self._uniform[slots] = torch.from_numpy(blocks).to(self._uniform.dtype).to(self.device)
+
+    def _barred(self) -> Barred | None:
+        """Return the ids that may not be drawn while a row has fewer tokens than it must have; None where all have enough."""
+        least = self.sampling.min_new_tokens
+        if not self._ends or all(row.position >= least for row in self._rows):
+            return None
+        return Barred(self._end_ids, self._state.may_end & (self._state.length < least)[:, None])
+
+    # What the host sees
+
+    def ended(self, *, now: bool = False) -> list[tuple[int, str]]:
+        """Return the rows that have got their last token since the last call, by index, with the reason.
+
+        It waits for the device once in `poll_every` steps, and returns nothing in between.
+
+        Args:
+            now: wait for the device in any case, as before a row is taken out unfinished.
+        """
+        steps = self._unpolled
+        if not self._rows or steps < (1 if now else self.poll_every):
+            return []
+        state, self._unpolled = self._state, 0
+        columns = (state.length[:, None] - steps + torch.arange(steps, device=self.device)).clamp(min=0)
+        window = self._tokens[state.slots[:, None], columns]
+        on_host = torch.cat([state.length[:, None], state.over[:, None].long(), window], dim=1).tolist()
+        found: list[tuple[int, str]] = []
+        for index, (row, (length, over, *tokens)) in enumerate(zip(self._rows, on_host, strict=True)):
+            if row.stop_reason is None:
+                row.see(
+                    tokens[len(tokens) - (length - row.known) :], over=bool(over), least=self.sampling.min_new_tokens
+                )
+                if row.stop_reason is not None:
+                    found.append((index, row.stop_reason))
+        if any(self._rows[index].text is not None for index, _ in found):
+            self._end([index for index, _ in found])
+        return found
+
+    def _end(self, indices: list[int]) -> None:
+        """Let the device know the lengths of rows that have ended by what the host saw in their texts."""
+        chosen = torch.tensor(indices, device=self.device)
+        known = torch.tensor([self._rows[index].known for index in indices], device=self.device)
+        length = self._state.length.index_copy(0, chosen, known)
+        self._state = self._state._replace(length=length, over=self._state.over.index_fill(0, chosen, True))
+
+    def completion(self, index: int) -> DrawnCompletion:
+        """Return what was drawn for a row, up to its last token."""
+        row = self._rows[index]
+        length = row.known if row.stop_reason is not None else int(self._state.length[index])
+        logprobs, raw_logprobs, kept_mass = self._values[row.slot, :length].T.tolist()
+        ids = self._tokens[row.slot, :length].tolist()
+        return DrawnCompletion(ids, logprobs, raw_logprobs, kept_mass, row.stop_reason, row.text)
+
+    def _zeros(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=self.device)
+
+
+def _reserved(table: Tensor, *sizes: int) -> Tensor:
+    """Return the table itself, or a larger copy where one of its first dimensions is below its size: at least twice as large."""
+    shape = list(table.shape)
+    for dim, size in enumerate(sizes):
+        if size > shape[dim]:
+            shape[dim] = max(size, 2 * shape[dim])
+    if shape == list(table.shape):
+        return table
+    larger = table.new_zeros(shape)
+    larger[tuple(map(slice, table.shape))] = table
+    return larger
