@@ -52,6 +52,124 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, styles:
             print(f"\x1b[{code}m{text}\x1b[0m" if code else text)
 
 
+def print_json_line(value: Any) -> None:
+    """Print a value as one line of JSON on stdout, control characters escaped, and flush it."""
+    text = json.dumps(value, ensure_ascii="utf" not in _encoding().replace("-", ""), default=str)
+    print("".join(c if c.isascii() or printable(c) == c else json.dumps(c)[1:-1] for c in text), flush=True)
+
+
+def print_heading(text: str) -> None:
+    """Print one line in bold, clipped to the terminal's width."""
+    line = encodable(printable(text))
+    width = text_width()
+    if _width(line) > width:
+        line = _folded_hard(line, width - 1)[0] + "…"
+    print(_styled(line, "bold"))
+
+
+def print_note(text: str) -> None:
+    """Print one line that is less important than what it stands under, and flush it."""
+    print(_styled(encodable(printable(text)), "dim"), flush=True)
+
+
+def print_wrapped(text: str, *, width: int | None = None) -> None:
+    """Print text with its line breaks; longer lines are broken between words to the terminal's width."""
+    for line in printable(text, lines=True).expandtabs(4).split("\n"):
+        for part in _folded(encodable(line), width or text_width()):
+            print(part)
+
+
+def print_rule(title: str) -> None:
+    """Print a line across the terminal with a title in it."""
+    text = encodable(f"── {printable(title)} ")
+    width = text_width()
+    if width > _width(text) and sys.stdout.isatty():
+        text += encodable("─" * (width - _width(text)))
+    print(_styled(text.rstrip() if not sys.stdout.isatty() else text, "bold"))
+
+
+class WrappedWriter:
+    """Writes a text that grows to stdout, broken between words to the terminal's width.
+
+    A word is written once it is whole, so that it can be put onto the next line; one that is wider than a line is broken.
+    """
+
+    def __init__(self) -> None:
+        self._text = ""
+        """What was shown so far, the word included that isn't written yet."""
+        self._word = ""
+        self._column = 0
+        self._began = False
+        """Whether anything but blanks was shown."""
+
+    def show(self, text: str) -> None:
+        """Write what a text has become longer by since the last call; blank lines at its beginning are left out."""
+        if not text.startswith(self._text):
+            # What was written can't be taken back: the text begins again on a new line.
+            self.end()
+            self._text = ""
+        new, self._text = text[len(self._text) :], text
+        for character in encodable(printable(new, lines=True)):
+            if character in " \t\n":
+                self._write_word()
+                if character != "\n":
+                    self._blank(character)
+                elif self._began:
+                    self._newline()
+            else:
+                self._word += character
+                self._began = True
+        sys.stdout.flush()
+
+    def end(self) -> None:
+        """Write the last word, and end the line."""
+        self._write_word()
+        print(flush=True)
+        self._column = 0
+
+    def _blank(self, character: str) -> None:
+        text = "    " if character == "\t" else character
+        if self._column + len(text) <= text_width():
+            sys.stdout.write(text)
+            self._column += len(text)
+
+    def _newline(self) -> None:
+        sys.stdout.write("\n")
+        self._column = 0
+
+    def _write_word(self) -> None:
+        width = text_width()
+        word, self._word = self._word, ""
+        if self._column and self._column + _width(word) > width:
+            self._newline()
+        for number, part in enumerate(_folded_hard(word, width) if word else []):
+            if number:
+                self._newline()
+            sys.stdout.write(part)
+            self._column += _width(part)
+
+
+def text_width() -> int:
+    """Return how many columns the terminal has; a large number where stdout is none, so that nothing is broken or clipped."""
+    return get_terminal_size().columns if sys.stdout.isatty() else 1 << 20
+
+
+def _styled(text: str, style: str) -> str:
+    """Return text in a style of `_CODES`, where stdout is a terminal that shows styles."""
+    plain = not sys.stdout.isatty() or "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
+    return text if plain else f"\x1b[{_CODES[style]}m{text}\x1b[0m"
+
+
+def _folded_hard(text: str, width: int) -> list[str]:
+    """Return text in lines of at most `width` terminal columns, broken anywhere."""
+    lines = []
+    while _width(text) > width:
+        cut = next(count for count in range(len(text), 0, -1) if _width(text[:count]) <= width or count == 1)
+        lines.append(text[:cut])
+        text = text[cut:]
+    return [*lines, text]
+
+
 def print_warning(text: str) -> None:
     """Print one line on stderr."""
     print(f"warning: {printable(text)}", file=sys.stderr)

@@ -25,6 +25,11 @@ def mergers(incomplete: str) -> list[tuple[str, str]]:
     return _names("merger", incomplete) + _files(incomplete)
 
 
+def samplers(incomplete: str) -> list[tuple[str, str]]:
+    """Return (name, summary) of samplers that begin with what was typed, and of YAML files in the current directory."""
+    return _names("sampler", incomplete) + _files(incomplete)
+
+
 def _files(incomplete: str) -> list[tuple[str, str]]:
     from pathlib import Path
 

@@ -54,7 +54,7 @@ def lex(tokens: Sequence[str]) -> list[Flag]:
         name, equals, text = token[2:].partition("=")
         if equals:
             flags.append(Flag(name, text))
-        elif rest and (not rest[0].startswith("-") or _NEGATIVE.match(rest[0])):
+        elif rest and (not rest[0].startswith("-") or rest[0] == "-" or _NEGATIVE.match(rest[0])):
             flags.append(Flag(name, rest.pop(0)))
         else:
             flags.append(Flag(name, None))

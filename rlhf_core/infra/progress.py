@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar where there is a terminal; of bytes, elsewhere a line in the log now and then."""
+"""Progress on stderr: a bar where there is a terminal; of bytes and sampled rows, elsewhere a line in the log now and then."""
 
 from __future__ import annotations
 
@@ -130,3 +130,58 @@ class ByteBar(_Bar):
         rate = (done - first) / (now - since)
         left = f"{timedelta(seconds=round((total - done) / rate))} left" if rate else "time left unknown"
         log.info("%s: %s of %s, %s/s, %s", self._what, decimal(done), decimal(total), decimal(int(rate)), left)
+
+
+class RowBar(_Bar):
+    """Shows how many rows of prompts are answered, tokens per second, and the time left.
+
+    Args:
+        total: rows in all.
+        done: rows that were answered before this process began; they have no speed.
+    """
+
+    def __init__(self, *, total: int, done: int = 0) -> None:
+        super().__init__()
+        self._total, self._before, self._done = total, done, done
+        self._drawn = self._returned = 0
+        self._began = self._shown = time.monotonic()
+        if sys.stderr.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+
+            speed = TextColumn("rows · {task.fields[speed]} tokens/s · {task.fields[left]} left")
+            bar = self._make(TextColumn("sampling"), BarColumn(bar_width=20), MofNCompleteColumn(), speed)
+            self._task = bar.add_task("sampling", total=total, completed=done, speed="–", left="–")
+
+    def add_tokens(self, count: int) -> None:
+        """Note that so many tokens were drawn."""
+        self._drawn += count
+        self._show()
+
+    def update(self, done: int, tokens: int) -> None:
+        """Note how many rows are answered, those of before included, and how many tokens the last one's completions have."""
+        self._done = done
+        self._returned += tokens
+        self._show()
+
+    @property
+    def tokens_per_second(self) -> float:
+        # An engine may not report the tokens that it draws, and a sampler may return a few of those that were drawn.
+        return max(self._drawn, self._returned) / max(time.monotonic() - self._began, 1e-9)
+
+    def _show(self) -> None:
+        """Show the figures: in the bar at most every `REDRAW_EVERY` seconds, else a log line every `LOG_EVERY`."""
+        now = time.monotonic()
+        every = REDRAW_EVERY if self._bar is not None else LOG_EVERY
+        if now - self._shown < every or self._done >= self._total:
+            return
+        self._shown = now
+        answered = self._done - self._before
+        left = "unknown time"
+        if answered:
+            left = str(timedelta(seconds=round((self._total - self._done) / answered * (now - self._began))))
+        speed = f"{self.tokens_per_second:,.0f}"
+        if self._bar is not None and self._task is not None:
+            shown = left if answered else "–"
+            self._bar.update(self._task, completed=self._done, speed=speed, left=shown)
+        else:
+            log.info("sampling: %d of %d rows, %s tokens/s, %s left", self._done, self._total, speed, left)

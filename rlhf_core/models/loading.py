@@ -353,6 +353,22 @@ def kind_of_backbone(source: str | Path, *, trust_remote_code: bool = False) -> 
     return "causal" if whole else "backbone"
 
 
+def saved_dtype(source: str | Path) -> torch.dtype:
+    """Return the dtype that most of a model's weights were saved in, that of an adapter's base; float32 where it isn't known.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    where, options = locate(str(source))
+    base, adapters = adapter_chain(where, local_adapter)
+    if adapters:
+        base, options = _locate_base(base, adapters[0])
+    try:
+        return _checkpoint_dtypes(base, options).main
+    except (OSError, ValueError):  # loading it says what is wrong
+        return torch.float32
+
+
 def _checkpoint_dtypes(base: str, options: dict[str, Any]) -> SavedDtypes:
     """Return the dtypes of a checkpoint's tensors, from its files, or on the hub from its configuration; float32 for GGUF."""
     from transformers import AutoConfig

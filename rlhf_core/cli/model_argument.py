@@ -1,0 +1,193 @@
+"""Load what a user names as a model: a directory, an adapter, a run's directory, a checkpoint, a GGUF file or a hub name."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_core.config.training import DatasetConfig, LoraConfig, ModelConfig
+from rlhf_core.config.yaml_file import load_yaml
+from rlhf_core.data.text_options import save_text_options
+from rlhf_core.infra.devices import DeviceManager
+from rlhf_core.infra.errors import ModelError, RLHFError
+from rlhf_core.infra.files import read_json
+from rlhf_core.models import PolicyModel
+from rlhf_core.models.loading import saved_dtype
+from rlhf_core.training.checkpoint import Checkpoint, CheckpointManager
+
+log = logging.getLogger(__name__)
+
+_POLICY = "policy."
+"""What the names of the policy's tensors in a checkpoint begin with."""
+
+
+def open_policy(model: ModelConfig, *, precision: str = "auto") -> PolicyModel:
+    """Load a policy that is only read, on this process's device.
+
+    Of a run's directory the exported model is loaded where the run is done, else its best checkpoint where early stopping keeps
+    one, else its newest.
+
+    Args:
+        model: its `path` is any of the above; its own `precision` counts before the general one.
+        precision: of matrix products; `auto` takes on a GPU the 16 bits that the model was saved in, and else float32.
+
+    Raises:
+        ModelError: there is no such model, it can't be loaded, or the run has none yet.
+        ConfigError: the device doesn't support the precision.
+    """
+    device = DeviceManager()
+    path = Path(model.path).expanduser()
+    found = _in_run(path) if path.is_dir() else path
+    source = str(found.path if isinstance(found, Checkpoint) else path if path != found else model.path)
+    if not isinstance(found, Checkpoint) and found != path:
+        log.info("%s is a run's directory: its exported model is loaded", path)
+        source = str(found)
+    chosen = model.precision or precision
+    if chosen == "auto":
+        chosen = _saved_precision(_base_of(found) if isinstance(found, Checkpoint) else source, device)
+    device.check(chosen)
+    if isinstance(found, Checkpoint):
+        return _of_checkpoint(found, chosen, device, trust=model.trust_remote_code)
+    return PolicyModel.from_pretrained(
+        source, precision=chosen, trust_remote_code=model.trust_remote_code, frozen=True, device=device.device
+    )
+
+
+def _saved_precision(source: str, device: DeviceManager) -> str:
+    """Return the precision that `auto` means for a model: on a GPU the 16 bits that it was saved in, and else float32."""
+    if device.kind != "cuda":
+        return "float32"
+    narrow = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(saved_dtype(source), "float32")
+    return narrow if device.supports(narrow) else "fp16"
+
+
+# Runs
+
+
+def _in_run(path: Path) -> Path | Checkpoint:
+    """Return what is to be loaded of a directory: of a run its exported model or a checkpoint, else the directory itself.
+
+    Raises:
+        ModelError: it is a run's, and holds neither; or it is a checkpoint that is damaged.
+    """
+    if path.parent.name == "checkpoints" and path.name.startswith("step-") and (path / "manifest.json").is_file():
+        return CheckpointManager(path.parent).verified(int(path.name.removeprefix("step-")))
+    if not (path / "run.json").is_file() or (path / "config.json").is_file():
+        return path
+    exported = path / "model"
+    if exported.is_dir() and _status(path) == "done":
+        return exported
+    reasons: list[str] = []
+    for step, why in _steps(path, reasons):
+        try:
+            checkpoint = CheckpointManager(path / "checkpoints").verified(step)
+        except ModelError as error:
+            reasons.append(f"step {step}: {error.got}")
+            continue
+        log.info("%s is a run's directory: the %s checkpoint is loaded, that of step %d", path, why, step)
+        return checkpoint
+    if exported.is_dir():
+        return exported
+    raise ModelError(
+        "the run has no model yet: neither an exported one nor a whole checkpoint",
+        place=str(path),
+        got="; ".join(reasons) or None,
+        fix="wait for its first checkpoint, or name the model that it started from",
+    )
+
+
+def _status(run: Path) -> str:
+    """Return the status in a run's record; '' where it can't be read."""
+    try:
+        return str(read_json(run / "run.json").get("status"))
+    except (OSError, ValueError, AttributeError):
+        return ""
+
+
+def _steps(run: Path, reasons: list[str]) -> Iterator[tuple[int, str]]:
+    """Yield the steps of a run's checkpoints to try in order, each with which it is: the best, then the newest ones."""
+    manager = CheckpointManager(run / "checkpoints")
+    steps = manager.steps()[::-1]
+    for step in steps[:1]:
+        try:
+            stopping = manager.open(step).state.get("early_stopping")
+        except ModelError as error:
+            reasons.append(f"step {step}: {error.got}")
+            continue
+        if stopping and stopping.get("best") is not None and stopping.get("best_step") in steps:
+            yield stopping["best_step"], "best"
+    yield from ((step, "newest whole" if reasons else "newest") for step in steps)
+
+
+def _base_of(checkpoint: Checkpoint) -> str:
+    """Return the model that the run of a checkpoint started from."""
+    return str(_options(checkpoint).get("model"))
+
+
+def _options(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the options of a checkpoint's run.
+
+    Raises:
+        ModelError: its record of them is missing or damaged.
+    """
+    place = checkpoint.path.parent.parent / "config.yaml"
+    try:
+        return load_yaml(place)[0]
+    except RLHFError as error:
+        fix = "copy the whole run, with its config.yaml"
+        raise ModelError(
+            "the options of the checkpoint's run can't be read", place=str(place), got=error.problem, fix=fix
+        ) from None
+
+
+def _of_checkpoint(checkpoint: Checkpoint, precision: str, device: DeviceManager, *, trust: bool) -> PolicyModel:
+    """Load the model that a run started from, with the weights that its policy had at a checkpoint.
+
+    Raises:
+        ModelError: the model can't be loaded, the run trained no policy, or the checkpoint doesn't fit.
+    """
+    options, place = _options(checkpoint), str(checkpoint.path)
+    tensors = {
+        name.removeprefix(_POLICY): tensor
+        for name, tensor in checkpoint.tensors("model").items()
+        if name.startswith(_POLICY)
+    }
+    if not tensors:
+        raise ModelError(
+            "the checkpoint holds no policy",
+            place=place,
+            fix="name the checkpoint of a run that trains a language model",
+        )
+    lora = options.get("lora")
+    policy = PolicyModel.from_pretrained(
+        str(options.get("model")),
+        lora=LoraConfig.parse(lora, place=place) if isinstance(lora, dict) else None,
+        adapter=options.get("adapter", "continue"),
+        trust_remote_code=trust or bool(options.get("trust_remote_code")),
+    )
+    _copy(tensors, policy, place)
+    dataset = options.get("dataset")
+    if isinstance(dataset, dict):
+        save_text_options(policy.tokenizer, DatasetConfig.parse(dataset, place=place))
+    policy.is_as_loaded, policy.source = False, place
+    policy.requires_grad_(False).eval()
+    policy.to(device.device)
+    return policy.set_options(precision=precision, frozen_precision="auto")
+
+
+@torch.no_grad()
+def _copy(tensors: dict[str, torch.Tensor], policy: PolicyModel, place: str) -> None:
+    """Copy a checkpoint's tensors into a policy. Raises ModelError where one doesn't fit."""
+    own = {**dict(policy.named_parameters()), **dict(policy.named_buffers())}
+    for name, tensor in tensors.items():
+        if name not in own or own[name].shape != tensor.shape:
+            raise ModelError(
+                f"tensor `{name}` of the checkpoint does not fit the model that the run started from",
+                place=place,
+                fix="restore that model as it was",
+            )
+        own[name].copy_(tensor)

@@ -1,0 +1,259 @@
+"""`rlhf sample`: completions of any sampler for files of prompts or texts, written row by row or printed."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rlhf_core.cli import METHOD_OPTIONS, shell_completion
+from rlhf_core.cli.printing import print_heading, print_json_line, print_note, print_text, print_wrapped
+from rlhf_core.cli.quick_imports import quick_imports
+from rlhf_core.infra.errors import ConfigError, Interrupted, Stopped
+
+if TYPE_CHECKING:
+    from rlhf_core.contracts.completion import Completion
+    from rlhf_core.contracts.sampler import Sampler
+    from rlhf_core.data.prompt_rows import PromptRow
+    from rlhf_core.generation.sample_file import SampleFile
+    from rlhf_core.generation.sampling_job import SamplingJob
+
+log = logging.getLogger(__name__)
+
+_Target = Annotated[
+    str,
+    typer.Argument(
+        metavar="SAMPLER_OR_FILE",
+        help="A sampler's name, as `rlhf list samplers` shows it, or a configuration file; then any of its options.",
+        autocompletion=shell_completion.samplers,
+    ),
+]
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command(context_settings=METHOD_OPTIONS)(sample)
+
+
+def sample(
+    context: typer.Context,
+    target: _Target,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved configuration; load and write nothing.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the file in --output after its last whole row.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file in --output.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Without --output: print rows as JSON, one per line; with it: the result.")
+    ] = False,
+) -> None:
+    """Sample completions: `rlhf sample generate --model M --prompts rows.jsonl --output out.jsonl --n 4 --temperature 0.7`.
+
+    --prompts takes a file (.jsonl, .json, .csv, .tsv, .parquet; .txt with one prompt per line), a hub name, a text, or `-` for
+    the lines of standard input, and may be repeated. --model takes a directory, an adapter, a run's directory, a GGUF file or a
+    hub name; the sampler's other roles have flags of their own, such as --reward NAME. Further: --n (completions per prompt),
+    --seed, --limit (rows), --batch-size, --precision, --ids, --logprobs, --dataset.columns.prompt COLUMN, --dataset.wrap chat,
+    and every option of the sampler: `rlhf show sampler:generate --all` lists them.
+
+    Rows are written in the order of the prompts, with all of their columns. Ctrl-C or SIGTERM stops; --resume continues, and
+    gives the same rows as if it had never stopped.
+    """
+    if target.startswith("-"):
+        fix = "`rlhf sample SAMPLER --model M --prompts FILE`"
+        raise ConfigError(
+            "the first argument must be a sampler or a file", place="command line", got=f"`{target}`", fix=fix
+        )
+    with quick_imports():
+        from rlhf_core.generation.sampling_job import load_sampling_job
+        from rlhf_core.registry.plugin_logs import setup_logging
+
+        setup_logging()
+        job = load_sampling_job(target, flags=context.args)
+    output = None if job.run.output is None else Path(job.run.output).expanduser()
+    if output is None and (resume or overwrite):
+        flag = "--resume" if resume else "--overwrite"
+        raise ConfigError("no file is named", place=flag, fix="give `--output FILE.jsonl`")
+    if dry_run:
+        return _describe(job, output, resume=resume, overwrite=overwrite)
+    if output is not None:
+        from rlhf_core.generation.sample_file import SampleFile
+
+        SampleFile.check(output, resume=resume, overwrite=overwrite)
+    return _sample(job, output, resume=resume, overwrite=overwrite, as_json=as_json)
+
+
+def _sample(job: SamplingJob, output: Path | None, *, resume: bool, overwrite: bool, as_json: bool) -> None:
+    """Read the prompts, load the models, and sample."""
+    from rlhf_core.generation.sample_file import SampleFile
+    from rlhf_core.generation.sampled_rows import check_columns, input_columns
+
+    rewards = job.rewards()
+    rows = job.prompts()
+    check_columns(rows, job.run)
+    sampler = _loaded(job, rewards)
+    _warn_of_plain_text(sampler, rows)
+    if output is None:
+        return _print_rows(job, sampler, rows, as_json=as_json)
+    record = job.record(sampler, rows) | {
+        "sources": job.run.prompts,
+        "command": _command(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    with SampleFile.open(
+        output, record, [input_columns(row) for row in rows], resume=resume, overwrite=overwrite
+    ) as file:
+        before = file.written
+        if before:
+            log.info("%s has %d of %d rows already", output, before, len(rows))
+        speed = _write_rows(job, sampler, rows, file)
+    if as_json:
+        return print_json_line(
+            {"output": str(output), "rows": len(rows), "sampled": len(rows) - before, "tokens_per_second": speed}
+        )
+    if before == len(rows):
+        return print_text(f"all {_rows(before)} of {output} were written already")
+    print_text(f"sampled: {_rows(len(rows) - before)}, {speed:,.0f} tokens/s")
+    print_text(f"rows: {output}")
+    return None
+
+
+def _loaded(job: SamplingJob, rewards: dict[str, Any]) -> Sampler:
+    """Return the sampler with its models loaded, and the options of encoding applied to their tokenizers."""
+    from rlhf_core.cli.model_argument import open_policy
+    from rlhf_core.data.text_options import save_text_options
+
+    policies = {}
+    for role, model in job.policies().items():
+        policies[role] = open_policy(model, precision=job.run.precision)
+        save_text_options(policies[role].tokenizer, job.text_options())
+    return job.sampler(job.options, **policies, **rewards)
+
+
+def _warn_of_plain_text(sampler: Sampler, rows: Sequence[PromptRow]) -> None:
+    """Warn where texts are continued as they are by a model that has a chat template, and nothing says that this is wanted."""
+    from rlhf_core.data.text_options import TextOptions
+
+    for role, kind in sampler.roles.items():
+        tokenizer = sampler.models[role].tokenizer if kind == "policy" else None
+        if tokenizer is None or not tokenizer.chat_template or TextOptions.saved_with(tokenizer).wrap is not None:
+            continue
+        if any(isinstance(row.prompt, str) for row in rows):
+            log.warning(
+                "prompts of plain text are continued as they are, though the model has a chat template: `--dataset.wrap chat`"
+                " makes each the user's turn, `none` keeps them as they are"
+            )
+            return
+
+
+def _write_rows(job: SamplingJob, sampler: Sampler, rows: Sequence[PromptRow], file: SampleFile) -> float:
+    """Sample the rows that a file lacks and append them; return the tokens per second.
+
+    Raises:
+        Stopped: by SIGTERM or Ctrl-C; every row that was sampled is in the file.
+    """
+    from rlhf_core.generation.sampled_rows import output_row, sample_rows
+    from rlhf_core.generation.watching import watching
+    from rlhf_core.infra.progress import RowBar
+    from rlhf_core.training.signals import StopNow, StopSignal
+
+    run = job.run
+    try:
+        with StopSignal() as stop, stop.at_once(), RowBar(total=len(rows), done=file.written) as bar:
+            with watching(bar.add_tokens):
+                found = sample_rows(
+                    sampler, rows, n=run.n, seed=run.seed, together=run.rows_together, start=file.written
+                )
+                for number, completions in found:
+                    file.append(output_row(rows[number], completions, run))
+                    bar.update(file.written, sum(len(one.ids) for one in completions))
+                    if file.written % run.rows_together == 0:
+                        file.note()
+        file.note(status="done")
+        return bar.tokens_per_second
+    except KeyboardInterrupt as error:
+        file.note(status="stopped")
+        by = "SIGTERM" if isinstance(error, StopNow) and stop.requested == signal.SIGTERM else "Ctrl-C"
+        raise Stopped(
+            f"stopped by {by} after {file.written} of {_rows(len(rows))}, which are written",
+            place=str(file.path),
+            fix="the same command with `--resume` continues" + _without_overwrite(),
+        ) from error
+    except Exception:
+        file.note(status="failed")
+        raise
+
+
+def _without_overwrite() -> str:
+    return " (in place of `--overwrite`)" if "--overwrite" in sys.argv else ""
+
+
+def _print_rows(job: SamplingJob, sampler: Sampler, rows: Sequence[PromptRow], *, as_json: bool) -> None:
+    """Sample all rows and print each as its completions come."""
+    from rlhf_core.generation.sampled_rows import output_row, sample_rows
+    from rlhf_core.generation.watching import watching
+    from rlhf_core.infra.progress import RowBar
+
+    run = job.run
+    try:
+        with RowBar(total=len(rows)) as bar, watching(bar.add_tokens):
+            for number, completions in sample_rows(sampler, rows, n=run.n, seed=run.seed, together=run.rows_together):
+                if as_json:
+                    print_json_line(output_row(rows[number], completions, run))
+                else:
+                    _print_row(f"{number + 1}/{len(rows)}", rows[number], completions)
+                bar.update(number + 1, sum(len(one.ids) for one in completions))
+    except KeyboardInterrupt as error:
+        raise Interrupted("stopped by Ctrl-C") from error
+
+
+def _print_row(number: str, row: PromptRow, completions: Sequence[Completion]) -> None:
+    """Print a prompt and its completions for people."""
+    print_heading(f"{number}  {_as_text(row)}")
+    for place, one in enumerate(completions, 1):
+        print_wrapped(one.text.strip("\n"))
+        facts = [f"{place} of {len(completions)}"] if len(completions) > 1 else []
+        facts += [one.stop_reason, f"{len(one.ids)} tokens"]
+        facts += [f"score {one.score:.4g}"] if one.score is not None else []
+        print_note(" · ".join(facts))
+    print()
+
+
+def _as_text(row: PromptRow) -> str:
+    """Return a prompt as one line: of a chat its last message."""
+    text = row.prompt if isinstance(row.prompt, str) else str(row.prompt[-1].get("content", ""))
+    return " ".join(text.split())
+
+
+def _describe(job: SamplingJob, output: Path | None, *, resume: bool, overwrite: bool) -> None:
+    """Print the resolved configuration as a valid file, headed by comments on what would be read and written."""
+    rows = job.prompts()
+    lines = [
+        f"{job.plugin.qualified} {job.plugin.version}: {job.plugin.summary}".strip(),
+        f"prompts: {_rows(len(rows))}, {job.run.n} completion{'s' * (job.run.n > 1)} each",
+    ]
+    if output is not None:
+        state = "new"
+        if output.exists() and output.stat().st_size:
+            state = "continued" if resume else "replaced" if overwrite else "exists: needs --resume or --overwrite"
+        lines.append(f"output: {output} ({state})")
+    print("\n".join(f"# {line}" for line in lines))
+    print(job.to_yaml(), end="")
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row{'s' * (count != 1)}"
+
+
+def _command() -> str:
+    """Return this process's command line, secrets redacted."""
+    from rlhf_core.infra.redact import redact_text
+
+    return redact_text(shlex.join(["rlhf", *sys.argv[1:]]))

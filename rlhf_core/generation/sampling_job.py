@@ -1,0 +1,197 @@
+"""A run of a sampler over prompts as it was asked for: a name or a file, with flags, made into checked configurations."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf_core import registry
+from rlhf_core.config.base import BaseConfig
+from rlhf_core.config.flags import convert_options, lex, refuse_unknown, spread
+from rlhf_core.config.online import RewardConfig
+from rlhf_core.config.sampling_run import POLICY, SamplingRunConfig, run_config_of
+from rlhf_core.config.training import DatasetConfig, ModelConfig
+from rlhf_core.config.yaml_file import dump_yaml, nest, overlay
+from rlhf_core.contracts.sampler import Sampler
+from rlhf_core.data.prompt_rows import PromptRow, names_file, read_prompts
+from rlhf_core.generation.sampled_rows import input_columns
+from rlhf_core.infra.errors import ConfigError, DataError, PluginError
+from rlhf_core.infra.redact import redact
+from rlhf_core.registry.method_or_file import find_method, read_method_or_file
+from rlhf_core.rewards import Rewards, open_rewards
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class SamplingJob:
+    """The configurations of a run of a sampler over prompts, and where each value came from."""
+
+    run: SamplingRunConfig
+    options: BaseConfig
+    """The sampler's configuration."""
+    sampler: type[Sampler]
+    plugin: registry.Plugin
+    places: Mapping[str, str]
+    """For each dotted key that was set, where: `file:line`, or a flag."""
+
+    def policies(self) -> dict[str, ModelConfig]:
+        """Return the models to load, by the sampler's role."""
+        roles = [role for role, kind in self.sampler.roles.items() if kind == "policy"]
+        return {role: getattr(self.run, "model" if role == POLICY else role) for role in roles}
+
+    def rewards(self) -> dict[str, Rewards]:
+        """Return the opened rewards by the sampler's role; no model is loaded yet.
+
+        Raises:
+            ConfigError: there is no such reward (the message has the nearest), or it has no such option.
+            PluginError: a reward is broken, or can't be imported.
+        """
+        roles = [role for role, kind in self.sampler.roles.items() if kind == "reward"]
+        return {
+            role: open_rewards([_reward_at(one) for one in getattr(self.run, role)], place=self._place(role))
+            for role in roles
+        }
+
+    def prompts(self) -> list[PromptRow]:
+        """Return the prompts, read and checked.
+
+        Raises:
+            DataError: a file doesn't exist or can't be read, a row has no prompt, or an empty one, or there is no row.
+        """
+        data = self.run.dataset
+        given = [one for text in self.run.prompts for one in (stdin_lines() if text == "-" else [_prompt_source(text)])]
+        rows = read_prompts(given, columns=data.columns, name="--prompts", split=data.split)
+        found = list(itertools.islice(rows, self.run.limit))
+        if not found:
+            raise DataError("holds no prompts", place=", ".join(self.run.prompts)[:200], fix="give at least one")
+        return found
+
+    def text_options(self) -> DatasetConfig:
+        """Return how prompts are encoded, as the options of training that mean the same."""
+        data = self.run.dataset
+        return DatasetConfig(chat_template=data.chat_template, wrap=data.wrap, special_tokens=data.special_tokens)
+
+    def resolved(self) -> dict[str, Any]:
+        """Return every option as plain values, secrets redacted; as a file they describe the same run."""
+        values = {**self.run.model_dump(mode="json"), **self.options.model_dump(mode="json")}
+        return {key: redact(value, key) for key, value in values.items()}
+
+    def to_yaml(self) -> str:
+        """Return `resolved` as the text of a configuration file."""
+        return dump_yaml(self.resolved())
+
+    def record(self, sampler: Sampler, rows: Sequence[PromptRow]) -> dict[str, Any]:
+        """Return what determines the rows of the output, as JSON values: options, models, rewards, prompts.
+
+        Args:
+            sampler: with its models loaded.
+            rows: the prompts.
+        """
+        options = {name: value for name, value in self.resolved().items() if name not in (*self.run.FREE, "limit")}
+        digest = hashlib.sha256()
+        for row in rows:
+            digest.update(json.dumps([row.prompt, row.tools, input_columns(row)], default=str).encode() + b"\n")
+        kinds = sampler.roles.items()
+        return {
+            "sampler": self.plugin.as_dict(),
+            "options": options | {"method": self.plugin.qualified, "batch_size": self.run.rows_together},
+            "models": {
+                role: sampler.models[role].describe() | {"precision": str(sampler.models[role].precision)}
+                for role, kind in kinds
+                if kind == "policy"
+            },
+            "rewards": {role: sampler.models[role].describe() for role, kind in kinds if kind == "reward"},
+            "prompts": {"rows": len(rows), "sha256": digest.hexdigest()},
+        }
+
+    def _place(self, key: str) -> str:
+        return self.places.get(key, f"--{key}")
+
+
+def load_sampling_job(target: str | Path, *, flags: Sequence[str] = ()) -> SamplingJob:
+    """Return the run that a sampler's name or a configuration file describes, with flags.
+
+    A file is flat: `method`, the keys of `SamplingRunConfig`, one per role of the sampler, and its options by name.
+
+    Args:
+        target: a name such as `generate` or `acme-rlhf:best`, or the path of a YAML file.
+        flags: values from the command line, as tokens: `["--model", "M", "--temperature=0.7"]`.
+
+    Raises:
+        ConfigError: an unknown sampler, key or option, a missing one, or a wrong value.
+        PluginError: the sampler is broken, ambiguous or disabled.
+    """
+    given = lex(flags)
+    values, places, _ = read_method_or_file(target)
+    plugin, sampler = find_method(values, places, "sampler")
+    name = str(values["method"])
+    run_config = run_config_of(sampler.roles, sampler=name)
+    keys = tuple(run_config.model_fields)
+    if "model" in sampler.Config.model_fields.keys() & keys:
+        raise PluginError("a sampler's option can't be named `model`", place=f"sampler `{name}`")
+    run_values = {key: values.pop(key) for key in keys if key in values}
+    refuse_unknown(values, sampler.Config, name, places, keys)
+    texts = [flag for flag in given if flag.key == "prompts" and flag.text is not None]
+    run_flags = [flag for flag in given if flag.key.partition(".")[0] in keys and flag not in texts]
+    over, over_places = convert_options(run_flags, run_config, name, ())
+    option_flags = [flag for flag in given if flag not in run_flags and flag not in texts]
+    option_values, option_places = convert_options(option_flags, sampler.Config, name, keys)
+    places |= over_places | option_places
+    run_values = overlay(spread(run_values, run_config), nest(spread(over, run_config)))
+    if texts:  # kept as typed: a prompt may look like YAML
+        run_values["prompts"], places["prompts"] = [flag.text for flag in texts], "--prompts"
+    _require(run_values, run_config, sampler.roles, places)
+    options = overlay(values, nest(spread(option_values, sampler.Config)))
+    return SamplingJob(
+        run_config.parse(run_values, place=places),
+        sampler.Config.parse(options, place=places),
+        sampler,
+        plugin,
+        places,
+    )
+
+
+def _require(
+    values: Mapping[str, Any], config: type[SamplingRunConfig], roles: Mapping[str, str], places: Mapping[str, str]
+) -> None:
+    """Refuse a run without its model, its prompts, or a model of one of the sampler's roles."""
+    for key, info in config.model_fields.items():
+        if not info.is_required() or values.get(key) is not None:
+            continue
+        role = POLICY if key == "model" else key
+        what = {"policy": "PATH", "reward": "NAME"}.get(roles.get(role, ""), "FILE|TEXT")
+        of = f", the sampler's role `{key}`" if key in roles else ""
+        raise ConfigError(
+            f"`{key}` is missing{of}", place=places[""], fix=f"give `--{key} {what}`, or `{key}:` in a file"
+        )
+
+
+def _reward_at(reward: RewardConfig) -> RewardConfig:
+    """Return a reward that is named by a reward model's path as that plugin with its path; any other as it is."""
+    path = Path(reward.name).expanduser()
+    if not path.is_dir():
+        return reward
+    return reward.updated(name="reward_model", options={"model": str(path), **reward.options})
+
+
+def stdin_lines() -> list[str]:
+    """Return the lines of standard input that aren't blank."""
+    return [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
+
+
+def _prompt_source(text: str) -> Any:
+    """Return what `read_prompts` takes for a text of `--prompts`: a text as it is, a file, a folder or a hub name as a path."""
+    path = Path(text).expanduser()
+    if names_file(text) or len(text.split()) != 1:
+        return text
+    exists = len(text) < 4096 and path.exists()
+    pattern = "/" in text and any(sign in text for sign in "*?[")
+    return {"path": text} if exists or pattern or _HUB_NAME.fullmatch(text) else text
