@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rlhf_plugins.trainers.sft import SFTTrainer
 
 from rlhf_core.registry.hooks import Hooks, hookimpl
 from rlhf_core.testing import TrainerContract
@@ -154,6 +155,14 @@ def test_online_methods(tmp_path: Path, environment: dict[str, str]) -> None:
 def test_samplers(tmp_path: Path, environment: dict[str, str]) -> None:
     printed = run_page("docs/samplers.md", tmp_path, environment)
     assert " passed" in printed and "sampler acme-best" in printed
+
+
+@pytest.mark.slow
+def test_samples(tmp_path: Path, environment: dict[str, str]) -> None:
+    printed = run_page("docs/samples.md", tmp_path, environment)
+    assert "1. fixed prompt" in printed and "step 6 " in printed and "step 4 " in printed
+    (settings,) = (text for language, text in blocks("docs/samples.md") if language == "yaml")
+    SFTTrainer.Config.parse(yaml.safe_load(settings))
 
 
 @pytest.mark.slow
