@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from rlhf_core.contracts.records import Prompt as Prompt
     from rlhf_core.contracts.reward import RewardFn as RewardFn
     from rlhf_core.contracts.reward import Sample as Sample
+    from rlhf_core.contracts.reward import SampleError as SampleError
     from rlhf_core.contracts.sampler import Sampler as Sampler
     from rlhf_core.contracts.trainer import FROZEN as FROZEN
     from rlhf_core.contracts.trainer import TRAINED as TRAINED
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
     from rlhf_core.generation.engine import Engine as Engine
     from rlhf_core.generation.generate import prompt_batch as prompt_batch
     from rlhf_core.generation.sampler_models import best_first as best_first
+    from rlhf_core.infra.child_calls import CallFailure as CallFailure
+    from rlhf_core.infra.child_calls import ChildCalls as ChildCalls
     from rlhf_core.infra.errors import ConfigError as ConfigError
     from rlhf_core.infra.errors import DataError as DataError
     from rlhf_core.infra.errors import ModelError as ModelError
@@ -87,6 +90,16 @@ if TYPE_CHECKING:
     from rlhf_core.rewards import Scores as Scores
     from rlhf_core.rewards import open_rewards as open_rewards
     from rlhf_core.rewards import samples_of as samples_of
+    from rlhf_core.rewards.answer_reward import AnswerReward as AnswerReward
+    from rlhf_core.rewards.answer_reward import AnswerRewardConfig as AnswerRewardConfig
+    from rlhf_core.rewards.answer_reward import column_of as column_of
+    from rlhf_core.rewards.final_answer import FinalAnswer as FinalAnswer
+    from rlhf_core.rewards.final_answer import Thinking as Thinking
+    from rlhf_core.rewards.final_answer import after_thinking as after_thinking
+    from rlhf_core.rewards.final_answer import find_answer as find_answer
+    from rlhf_core.rewards.written_number import WrittenNumber as WrittenNumber
+    from rlhf_core.rewards.written_number import numbers_in as numbers_in
+    from rlhf_core.rewards.written_number import read_number as read_number
     from rlhf_core.training.context import RunContext as RunContext
     from rlhf_core.training.loader import Loader as Loader
     from rlhf_core.training.pairs import chosen_nll as chosen_nll
@@ -109,7 +122,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.infra.lazy": "lazy_names",
         "rlhf_core.contracts.completion": "Completion",
         "rlhf_core.contracts.merger": "Merger",
-        "rlhf_core.contracts.reward": "RewardFn Sample",
+        "rlhf_core.contracts.reward": "RewardFn Sample SampleError",
         "rlhf_core.contracts.sampler": "Sampler",
         "rlhf_core.contracts.trainer": "FROZEN TRAINED Evaluation Loss Pair Role Trainer Window",
         "rlhf_core.merging": "CHUNK Chunk MergeInput ModelMerger TensorStream is_embedding kept_count magnitudes merge_tensor"
@@ -125,6 +138,10 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.config.online": "OnlineConfig RewardConfig SamplingConfig",
         "rlhf_core.contracts.records": "Message Prompt",
         "rlhf_core.rewards": "Rewards Scores open_rewards samples_of",
+        "rlhf_core.rewards.answer_reward": "AnswerReward AnswerRewardConfig column_of",
+        "rlhf_core.rewards.final_answer": "FinalAnswer Thinking after_thinking find_answer",
+        "rlhf_core.rewards.written_number": "WrittenNumber numbers_in read_number",
+        "rlhf_core.infra.child_calls": "CallFailure ChildCalls",
         "rlhf_core.infra.seeds": "random_generator",
         "rlhf_core.infra.statistics": "auc calibration_error",
         "rlhf_core.training.context": "RunContext",

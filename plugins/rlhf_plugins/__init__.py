@@ -30,8 +30,22 @@ if TYPE_CHECKING:
     from rlhf_plugins.mergers.ties import TIESConfig as TIESConfig
     from rlhf_plugins.mergers.ties import TIESMerger as TIESMerger
     from rlhf_plugins.mergers.uniform_soup import UniformSoupMerger as UniformSoupMerger
+    from rlhf_plugins.rewards.exact_match import ExactMatchConfig as ExactMatchConfig
+    from rlhf_plugins.rewards.exact_match import ExactMatchReward as ExactMatchReward
+    from rlhf_plugins.rewards.format import FormatConfig as FormatConfig
+    from rlhf_plugins.rewards.format import FormatReward as FormatReward
+    from rlhf_plugins.rewards.length import LengthConfig as LengthConfig
+    from rlhf_plugins.rewards.length import LengthReward as LengthReward
+    from rlhf_plugins.rewards.math_verify import MathVerifyConfig as MathVerifyConfig
+    from rlhf_plugins.rewards.math_verify import MathVerifyReward as MathVerifyReward
+    from rlhf_plugins.rewards.numeric_answer import NumericAnswerConfig as NumericAnswerConfig
+    from rlhf_plugins.rewards.numeric_answer import NumericAnswerReward as NumericAnswerReward
     from rlhf_plugins.rewards.process_reward import ProcessRewardReward as ProcessRewardReward
     from rlhf_plugins.rewards.process_reward import ProcessRewardRewardConfig as ProcessRewardRewardConfig
+    from rlhf_plugins.rewards.regex import RegexConfig as RegexConfig
+    from rlhf_plugins.rewards.regex import RegexReward as RegexReward
+    from rlhf_plugins.rewards.repetition import RepetitionConfig as RepetitionConfig
+    from rlhf_plugins.rewards.repetition import RepetitionReward as RepetitionReward
     from rlhf_plugins.rewards.reward_model import RewardModelReward as RewardModelReward
     from rlhf_plugins.rewards.reward_model import RewardModelRewardConfig as RewardModelRewardConfig
     from rlhf_plugins.samplers.generate import GenerateConfig as GenerateConfig
@@ -70,6 +84,13 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_plugins.mergers.task_arithmetic": "TaskArithmeticConfig TaskArithmeticMerger",
         "rlhf_plugins.mergers.ties": "TIESConfig TIESMerger",
         "rlhf_plugins.mergers.uniform_soup": "UniformSoupMerger",
+        "rlhf_plugins.rewards.exact_match": "ExactMatchConfig ExactMatchReward",
+        "rlhf_plugins.rewards.format": "FormatConfig FormatReward",
+        "rlhf_plugins.rewards.length": "LengthConfig LengthReward",
+        "rlhf_plugins.rewards.math_verify": "MathVerifyConfig MathVerifyReward",
+        "rlhf_plugins.rewards.numeric_answer": "NumericAnswerConfig NumericAnswerReward",
+        "rlhf_plugins.rewards.regex": "RegexConfig RegexReward",
+        "rlhf_plugins.rewards.repetition": "RepetitionConfig RepetitionReward",
         "rlhf_plugins.rewards.process_reward": "ProcessRewardReward ProcessRewardRewardConfig",
         "rlhf_plugins.rewards.reward_model": "RewardModelReward RewardModelRewardConfig",
         "rlhf_plugins.samplers.generate": "GenerateConfig GenerateSampler",

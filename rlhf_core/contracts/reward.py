@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from rlhf_core.config.base import BaseConfig
+from rlhf_core.infra.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,26 @@ class Sample:
     """Why it ended; see `Completion.stop_reason`."""
     mask: Sequence[bool] | None = None
     """For each completion token, whether the policy wrote it; None where it wrote them all."""
+
+
+class SampleError(DataError):
+    """Raised in `score` for a sample that can't be scored, such as one whose row lacks a column. The run's error names its row.
+
+    Args:
+        sample: the sample's index in the samples that `score` was called with.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        sample: int | None = None,
+        place: str | None = None,
+        got: object | None = None,
+        fix: str | None = None,
+    ) -> None:
+        super().__init__(problem, place=place, got=got, fix=fix)
+        self.sample = sample
 
 
 class RewardFn(ABC):

@@ -9,15 +9,15 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from rlhf_core.infra.child_process import ChildProcess, take_stdio
-from rlhf_core.infra.errors import PluginError, RLHFError, describe_error, error_report, reported_error
+from rlhf_core.infra.errors import PluginError, describe_error, error_report, reported_error
 from rlhf_core.infra.import_object import import_object
-from rlhf_core.infra.time_limit import TimeLimit, call_within
 
 _CODE = (
     "import sys, json; given = json.loads(sys.stdin.readline()); sys.path[:] = given.pop('path');"
@@ -27,6 +27,8 @@ _START_SECONDS = 120.0
 """The time limit of a child's start, in which it imports the function's module."""
 _GRACE = 1.0
 """Seconds after the time limit at which a call is ended by ending its process, if an exception inside it didn't end it."""
+_CLOCK = 10.0
+"""How many times the limit of processor time a call may take by the clock: others may use the processors, or the call waits."""
 _CALLS_PER_CHILD = 16
 """A further child is started only for this many more calls, since starting it takes about as long as hundreds of short ones."""
 
@@ -47,13 +49,23 @@ class ChildCalls:
 
     Args:
         function: `package.module:function`. Its arguments and its result are JSON values.
-        seconds: the time limit of one call.
+        seconds: the limit of one call in processor time, so that outcomes don't depend on what else the machine does. By the
+            clock a call may take ten times as long.
         memory: most bytes of memory that a child may take; None for no limit. Only Linux enforces it.
         processes: most children that work at the same time.
+        setup: `package.module:function`, called without arguments and without a limit when a child starts, to import libraries.
     """
 
-    def __init__(self, function: str, *, seconds: float, memory: int | None = None, processes: int = 1) -> None:
-        self.function, self.seconds, self.memory, self.processes = function, seconds, memory, processes
+    def __init__(
+        self, function: str, *, seconds: float, memory: int | None = None, processes: int = 1, setup: str | None = None
+    ) -> None:
+        self.function, self.seconds, self.memory, self.processes, self.setup = (
+            function,
+            seconds,
+            memory,
+            processes,
+            setup,
+        )
         self._lock = threading.Lock()
         self._idle: list[ChildProcess] = []
         self._closer = weakref.finalize(self, _kill_all, self._idle)
@@ -101,7 +113,8 @@ class ChildCalls:
         except OSError as error:
             raise PluginError(f"no child process can be started: {error}", place=self.function) from error
         path = [place for place in sys.path if isinstance(place, str)]
-        child.send({"path": path, "function": self.function, "seconds": self.seconds, "memory": self.memory})
+        given = {"function": self.function, "seconds": self.seconds, "memory": self.memory, "setup": self.setup}
+        child.send({"path": path, **given})
         try:
             line = child.next_line(_START_SECONDS)
         except BaseException:
@@ -144,7 +157,7 @@ class _Worker:
         if self.child is None:
             self.child = self.calls._started()
         child, line, begin = self.child, None, time.monotonic()
-        limit = self.calls.seconds + 2 * _GRACE
+        limit = _CLOCK * self.calls.seconds + 2 * _GRACE
         try:
             child.send(list(arguments))
             line = child.next_line(limit)
@@ -157,8 +170,7 @@ class _Worker:
         if line is not None:
             found = json.loads(line)
             return CallFailure(*found["failed"]) if "failed" in found else found["result"]
-        # A child that can't raise an exception at the limit is ended by its own alarm.
-        return CallFailure("time") if late or ended == "SIGALRM" else CallFailure("crash", ended)
+        return CallFailure("time") if late or ended in _ALARMS else CallFailure("crash", ended)
 
     def release(self, idle: list[ChildProcess]) -> None:
         """Add the child to those that are idle; called once no call is under way."""
@@ -191,7 +203,7 @@ def _kill_all(children: list[ChildProcess]) -> None:
         children.pop().kill()
 
 
-def serve(function: str, seconds: float, memory: int | None) -> None:
+def serve(function: str, seconds: float, memory: int | None, setup: str | None) -> None:
     """Make calls in this child process: read a JSON list of arguments per line, write its outcome, until stdin is closed."""
     requests, answers = take_stdio()
 
@@ -200,14 +212,16 @@ def serve(function: str, seconds: float, memory: int | None) -> None:
 
     try:
         found = import_object(function, place=function)
-    except RLHFError as error:
+        if setup is not None:
+            import_object(setup, place=setup)()
+    except Exception as error:
         answer(error_report(error))
         return
     _limit_memory(memory)
     answer({})
     for line in requests:
         arguments = json.loads(line)
-        with _ended_after(seconds + _GRACE):
+        with _ended_after(seconds):
             outcome = _outcome(found, arguments, seconds)
             try:
                 text = json.dumps(outcome)
@@ -216,11 +230,16 @@ def serve(function: str, seconds: float, memory: int | None) -> None:
         print(text, file=answers, flush=True)
 
 
+class _TimeIsUp(BaseException):
+    """Raised inside a call at its limit; no `Exception`, since the function may catch all of those."""
+
+
 def _outcome(function: Any, arguments: Iterable[Any], seconds: float) -> dict[str, Any]:
     """Return the outcome of one call as JSON values."""
     try:
-        return {"result": call_within(seconds, lambda: function(*arguments))}
-    except TimeLimit:
+        with _raised_after(seconds):
+            return {"result": function(*arguments)}
+    except _TimeIsUp:
         return {"failed": ["time", ""]}
     except MemoryError:
         return {"failed": ["memory", ""]}
@@ -228,18 +247,48 @@ def _outcome(function: Any, arguments: Iterable[Any], seconds: float) -> dict[st
         return {"failed": ["error", describe_error(error)]}
 
 
+_ALARMS = ("SIGALRM", "SIGPROF")
+"""The signals by which a child that can't raise an exception at the limit is ended."""
+
+
 @contextlib.contextmanager
-def _ended_after(seconds: float) -> Any:
-    """Have the system end this process if what runs inside takes longer, also where it never returns to the interpreter."""
-    if not hasattr(signal, "setitimer"):  # Windows, where the parent ends it
+def _raised_after(seconds: float) -> Iterator[None]:
+    """Raise `_TimeIsUp` in what runs inside once it has used this much processor time."""
+    if not hasattr(signal, "setitimer"):  # Windows, where the parent ends the process
         yield
         return
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+
+    running = True
+
+    def raise_in_call(number: int, frame: FrameType | None) -> None:
+        if running:
+            raise _TimeIsUp
+
+    signal.signal(signal.SIGVTALRM, raise_in_call)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        running = False
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+
+
+@contextlib.contextmanager
+def _ended_after(seconds: float) -> Iterator[None]:
+    """Have the system end this process if what runs inside takes much longer, also where it never returns to the interpreter."""
+    if not hasattr(signal, "setitimer"):
+        yield
+        return
+    timers = {signal.ITIMER_PROF: seconds + _GRACE, signal.ITIMER_REAL: _CLOCK * seconds + _GRACE}
+    for name in _ALARMS:
+        signal.signal(signal.Signals[name], signal.SIG_DFL)
+    for timer, limit in timers.items():
+        signal.setitimer(timer, limit)
+    try:
+        yield
+    finally:
+        for timer in timers:
+            signal.setitimer(timer, 0)
 
 
 def _limit_memory(most: int | None) -> None:

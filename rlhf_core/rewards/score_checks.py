@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from rlhf_core.contracts.reward import RewardFn, Sample
+from rlhf_core.contracts.reward import RewardFn, Sample, SampleError
 from rlhf_core.infra.errors import PluginError, RemoteError, RLHFError, describe_error, list_rows, shortened
 from rlhf_core.infra.time_limit import TimeLimit
 from rlhf_core.rewards.background import awaited
@@ -136,6 +136,8 @@ def blame_reward(name: str, rows: Sequence[int] | None = None, unit: str = "row"
     except RLHFError as error:
         if f"reward `{name}`" in (error.place or ""):
             raise
+        if isinstance(error, SampleError) and error.sample is not None:
+            place = f"reward `{name}`, {sample_or_row(error.sample, rows)}"
         within = f"{place}, {error.place}" if error.place else place
         raise type(error)(error.problem, place=within, got=error.got, fix=error.fix) from error
     except (Exception, SystemExit) as error:

@@ -36,5 +36,20 @@ def misbehave(how: str) -> Any:
     return how
 
 
+_ready: list[bool] = []
+
+
+def set_up() -> None:
+    _ready.append(True)
+
+
+def fail_to_set_up() -> None:
+    raise ValueError("no library")
+
+
+def was_set_up() -> bool:
+    return bool(_ready)
+
+
 def process_id() -> int:
     return os.getpid()

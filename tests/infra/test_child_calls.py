@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from rlhf_core.infra.child_calls import CallFailure, ChildCalls
-from rlhf_core.infra.errors import ConfigError
+from rlhf_core.infra.errors import ConfigError, RemoteError
 
 HERE = Path(__file__).parent
 FUNCTIONS = "infra.called_in_children"
@@ -21,7 +21,6 @@ FUNCTIONS = "infra.called_in_children"
 @pytest.mark.parametrize(
     ("how", "failure"),
     [
-        ("sleep", CallFailure("time")),
         ("loop", CallFailure("time")),
         ("take all memory", CallFailure("memory")),
         ("exit", CallFailure("crash", "exit code 3")),
@@ -35,6 +34,20 @@ FUNCTIONS = "infra.called_in_children"
 def test_a_call_fails_alone(how: str, failure: object) -> None:
     calls = ChildCalls(f"{FUNCTIONS}:misbehave", seconds=0.5, memory=1 << 32)
     assert calls([["before"], [how], ["after"]]) == ["before", failure, "after"]
+
+
+def test_a_call_that_waits_may_take_longer_by_the_clock() -> None:
+    calls = ChildCalls(f"{FUNCTIONS}:misbehave", seconds=0.1)
+    begin = time.monotonic()
+    assert calls([["sleep"], ["after"]]) == [CallFailure("time"), "after"]
+    assert 1 < time.monotonic() - begin < 15
+
+
+def test_a_function_is_called_when_a_child_starts() -> None:
+    calls = ChildCalls(f"{FUNCTIONS}:was_set_up", setup=f"{FUNCTIONS}:set_up", seconds=1)
+    assert calls([[]]) == [True]
+    with pytest.raises(RemoteError, match="no library"):
+        ChildCalls(f"{FUNCTIONS}:was_set_up", setup=f"{FUNCTIONS}:fail_to_set_up", seconds=1).start()
 
 
 def test_a_call_that_holds_the_interpreters_lock_ends_in_a_thread() -> None:

@@ -1,0 +1,94 @@
+"""Whether a completion's answer is the same number as the reference."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Literal
+
+from pydantic import Field
+
+from rlhf_core.plugin import AnswerReward, AnswerRewardConfig, FinalAnswer, WrittenNumber, numbers_in, read_number
+
+_LAST_CHARACTERS = 2000
+"""How much of the end of an unmarked text is searched for its last number."""
+_FORMULA = re.compile(r"[\\^_+*=(){}\[\]<>≤≥≠±√∈|]")
+
+
+class NumericAnswerConfig(AnswerRewardConfig):
+    """Options of the reward for numbers."""
+
+    tolerance: float = Field(
+        1e-6, ge=0, description="Largest difference from the reference that is right; larger accepts rougher answers."
+    )
+    relative_tolerance: float = Field(
+        0.0, ge=0, description="The same as a share of the reference; the larger of the two allowances counts."
+    )
+    percent: Literal["either", "hundredth"] = Field(
+        "either",
+        description="What a percent sign means: `either` takes 50% for 50 and for 0.5, since references often leave the sign"
+        " out; `hundredth` for 0.5 alone.",
+    )
+    decimal_comma: bool = Field(False, description="Whether `1.234,5` is what `1,234.5` is otherwise.")
+
+
+class NumericAnswerReward(AnswerReward):
+    """Scores 1 if the completion's answer is the same number as the reference, else 0.
+
+    Numbers are read exactly, as fractions: `1,234.50`, `2 1/2`, `\\frac{3}{4}`, `-$5`, `50\\%`, `1.5 \\times 10^{3}`, `16 eggs`.
+    Of a marked answer the only number counts, of `the answer is …` the first (after an equals sign, if there is one), and of a
+    text that marks nothing the last, as is usual for GSM8K (Cobbe et al. 2021, arXiv 2110.14168). An answer that names two
+    numbers, or has to be computed, is none.
+    """
+
+    api = 1
+    Config = NumericAnswerConfig
+    config: NumericAnswerConfig
+
+    def read(self, references: Sequence[str]) -> list[WrittenNumber | None]:
+        """Return the number that each reference is; None where it is none."""
+        return [self._only_number(reference) for reference in references]
+
+    def compare(self, answers: Sequence[tuple[FinalAnswer, Sequence[WrittenNumber]]]) -> list[bool | None]:
+        numbers = [self._number(answer) for answer, _ in answers]
+        return [
+            None if number is None else any(self._equal(number, reference) for reference in references)
+            for number, (_, references) in zip(numbers, answers, strict=True)
+        ]
+
+    def _number(self, answer: FinalAnswer) -> WrittenNumber | None:
+        """Return the number that an answer gives; None where it gives none or several."""
+        if answer.marked:
+            return self._only_number(answer.text)
+        if answer.how == "text":
+            found = numbers_in(answer.text[-_LAST_CHARACTERS:], decimal_comma=self.config.decimal_comma)
+            return found[-1] if found else None
+        result = answer.text.rpartition("=")[2]
+        whole = read_number(result, decimal_comma=self.config.decimal_comma)
+        found = [whole] if whole else numbers_in(result, decimal_comma=self.config.decimal_comma)
+        return found[0] if found else None
+
+    def _only_number(self, text: str) -> WrittenNumber | None:
+        """Return the number that a text is, or the only one in words; None for a formula and for several numbers."""
+        number = read_number(text, decimal_comma=self.config.decimal_comma)
+        if number is not None or _FORMULA.search(text) or len(text) > _LAST_CHARACTERS:
+            return number
+        found = set(numbers_in(text, decimal_comma=self.config.decimal_comma))
+        return found.pop() if len(found) == 1 else None
+
+    def _equal(self, number: WrittenNumber, reference: WrittenNumber) -> bool:
+        """Tell whether a number is the reference within the tolerances, in one of the senses of a percent sign."""
+        return any(
+            abs(one - other)
+            <= max(Fraction(self.config.tolerance), Fraction(self.config.relative_tolerance) * abs(other))
+            for one, other in self._senses(number, reference)
+        )
+
+    def _senses(self, number: WrittenNumber, reference: WrittenNumber) -> list[tuple[Fraction, Fraction]]:
+        """Return the pairs of values to compare."""
+        pair = [number.value / 100 if number.percent else number.value]
+        pair.append(reference.value / 100 if reference.percent else reference.value)
+        if self.config.percent == "either" and number.percent != reference.percent:
+            return [(pair[0], pair[1]), (number.value, reference.value)]
+        return [(pair[0], pair[1])]
