@@ -66,9 +66,9 @@ class ChildCalls:
             processes,
             setup,
         )
-        self._lock = threading.Lock()
-        self._idle: list[ChildProcess] = []
-        self._closer = weakref.finalize(self, _kill_all, self._idle)
+        self._places = threading.BoundedSemaphore(processes)
+        self._idle: list[ChildProcess] = []  # its methods take and add one child at a time, from any thread
+        weakref.finalize(self, _kill_all, self._idle)
 
     def start(self) -> None:
         """Start the first child, unless there is one.
@@ -76,14 +76,12 @@ class ChildCalls:
         Raises:
             PluginError: no process can be started, or the function can't be imported in it.
         """
-        with self._lock:
-            if not self._idle:
-                self._idle.append(self._started())
+        if not self._idle:
+            self._idle.append(self._started())
 
     def close(self) -> None:
-        """End the children. A later call starts new ones."""
-        with self._lock:
-            _kill_all(self._idle)
+        """End the children that are idle. A later call starts new ones."""
+        _kill_all(self._idle)
 
     def __call__(self, calls: Sequence[Sequence[Any]]) -> list[Any]:
         """Return the function's result for each list of arguments, in order, or the `CallFailure` of a call that failed.
@@ -92,18 +90,19 @@ class ChildCalls:
             PluginError: no process can be started, or the function can't be imported in it.
         """
         outcomes: list[Any] = [None] * len(calls)
-        with self._lock:
-            left = iter(range(len(calls)))
-            count = min(self.processes, -(-len(calls) // _CALLS_PER_CHILD))
-            workers = [_Worker(self, calls, outcomes, left) for _ in range(count)]
-            try:
-                if count == 1:
-                    workers[0].run()
-                elif count > 1:
-                    _run_all(workers)
-            finally:
-                for worker in workers:
-                    worker.release(self._idle)
+        left = iter(range(len(calls)))
+        workers: list[_Worker] = []
+        try:
+            # One child at least, as soon as one is free; further ones only where they are free at once.
+            for number in range(-(-len(calls) // _CALLS_PER_CHILD)):
+                if not self._places.acquire(blocking=number == 0):
+                    break
+                workers.append(_Worker(self, calls, outcomes, left))
+            _run_all(workers)
+        finally:
+            for worker in workers:
+                worker.release(self._idle)
+                self._places.release()
         return outcomes
 
     def _started(self) -> ChildProcess:
@@ -135,7 +134,9 @@ class _Worker:
 
     def __init__(self, calls: ChildCalls, arguments: Sequence[Sequence[Any]], outcomes: list[Any], left: Any) -> None:
         self.calls, self.arguments, self.outcomes, self.left = calls, arguments, outcomes, left
-        self.child: ChildProcess | None = calls._idle.pop() if calls._idle else None
+        self.child: ChildProcess | None = None
+        with contextlib.suppress(IndexError):
+            self.child = calls._idle.pop()
         self.error: BaseException | None = None
         self.stopped = False
 
@@ -180,7 +181,9 @@ class _Worker:
 
 
 def _run_all(workers: Sequence[_Worker]) -> None:
-    """Run the workers in threads; an exception in one, or in this thread, ends the others' children and is raised."""
+    """Run the workers, several in threads; an exception in one, or in this thread, ends the others' children and is raised."""
+    if len(workers) == 1:
+        return workers[0].run()
     threads = [threading.Thread(target=worker.run_in_thread, name="child calls", daemon=True) for worker in workers]
     try:
         for thread in threads:
@@ -199,8 +202,9 @@ def _run_all(workers: Sequence[_Worker]) -> None:
 
 
 def _kill_all(children: list[ChildProcess]) -> None:
-    while children:
-        children.pop().kill()
+    with contextlib.suppress(IndexError):
+        while True:
+            children.pop().kill()
 
 
 def serve(function: str, seconds: float, memory: int | None, setup: str | None) -> None:

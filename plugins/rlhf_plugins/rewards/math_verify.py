@@ -64,6 +64,7 @@ class MathVerifyReward(AnswerReward):
     """
 
     api = 1
+    runs_in = "thread"  # which waits for child processes
     Config = MathVerifyConfig
     config: MathVerifyConfig
     _warned = False

@@ -66,6 +66,7 @@ class RegexReward(RewardFn):
     """
 
     api = 1
+    runs_in = "thread"  # which waits for child processes
     Config = RegexConfig
     config: RegexConfig
     _warned = False
