@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rlhf_core.cli import INTERRUPTED, author, doctor, merge, methods, sample, samples, train
+from rlhf_core.cli import INTERRUPTED, author, doctor, merge, methods, sample, samples, score, train
 from rlhf_core.infra.version import __version__
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ sample.add_to(app)
 samples.add_to(app)
 merge.add_to(app)
 author.add_to(app)
+score.add_to(app)
 doctor.add_to(app)
 
 

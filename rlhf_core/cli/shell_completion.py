@@ -30,6 +30,11 @@ def samplers(incomplete: str) -> list[tuple[str, str]]:
     return _names("sampler", incomplete) + _files(incomplete)
 
 
+def rewards(incomplete: str) -> list[tuple[str, str]]:
+    """Return (name, summary) of rewards that begin with what was typed."""
+    return _names("reward", incomplete)
+
+
 def _files(incomplete: str) -> list[tuple[str, str]]:
     from pathlib import Path
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from rlhf_core import registry
-from rlhf_core.config.base import config_error, place_of
+from rlhf_core.config.base import BaseConfig, config_error, place_of
 from rlhf_core.config.online import OnlineConfig, RewardConfig
 from rlhf_core.contracts.reward import RewardFn
 from rlhf_core.infra.errors import ConfigError, PluginError, RLHFError, describe_error, shortened
@@ -53,6 +53,17 @@ def open_reward(given: RewardLike) -> RewardFn:
     """
     (resolved,) = _resolve_all([given], "reward")
     return resolved.make_reward()
+
+
+def options_of(name: str, *, place: str) -> type[BaseConfig] | None:
+    """Return the configuration class of the reward that a name means; None for a function, whose options are its arguments.
+
+    Raises:
+        ConfigError: there is no such reward.
+        PluginError: it is broken, ambiguous or disabled.
+    """
+    found = _found(name, place)
+    return found.Config if isinstance(found, type) and issubclass(found, RewardFn) else None
 
 
 def check_rewards(config: OnlineConfig, *, place: Mapping[str, str] | str = "rewards") -> None:
@@ -201,6 +212,19 @@ def _configured(config: RewardConfig, key: str, place: Mapping[str, str] | str) 
         concurrency=config.concurrency,
         recipe={"name": config.name, "options": dict(options)},
     )
+
+
+def _found(name: str, where: str) -> Any:
+    """Return the class, function or object that a reward's name means.
+
+    Raises:
+        ConfigError: there is none.
+        PluginError: a plugin is broken, ambiguous or disabled.
+    """
+    try:
+        return registry.load(registry.lookup(name, "reward"))
+    except registry.UnknownPlugin as unknown:
+        return _named(name, unknown, where)
 
 
 def _named(name: str, unknown: registry.UnknownPlugin, where: str) -> Any:

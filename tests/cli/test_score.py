@@ -1,0 +1,168 @@
+"""`rlhf score`: files of completions in every shape get scores, in order, and nothing that was scored is lost."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+ROWS: list[dict[str, Any]] = [
+    {"prompt": "1+1=", "completion": "2", "answer": "2", "id": 7},
+    {"prompt": [{"role": "user", "content": "1+2="}], "completion": "", "answer": "3", "stop_reason": "end"},
+    {"prompt": "2+2=", "completions": ["4", "5"], "answer": "4", "stop_reasons": ["end", "length"], "tokens": [2, 2]},
+    {
+        "messages": [
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": "no"},
+            {"role": "user", "content": "1+1="},
+            {"role": "assistant", "content": "2"},
+        ],
+        "answer": "2",
+    },
+    {"prompt": "2+3=", "chosen": "5", "rejected": "6", "answer": "5"},
+    {"prompt": "2+3=", "response": "5", "answer": "5"},
+]
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(HERE))
+    monkeypatch.chdir(tmp_path)
+
+
+def write(rows: list[dict[str, Any]], name: str = "rows.jsonl") -> str:
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return name
+
+
+def read(name: str = "out.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(name).read_text(encoding="utf-8").splitlines()]
+
+
+def test_rows_of_every_shape_keep_their_columns_and_get_scores(rlhf) -> None:
+    code, out, _ = rlhf(
+        "score", "score_rewards:exact", "--data", write(ROWS), "--output", "out.jsonl", "--bonus", "2", "--json"
+    )
+    assert code == 0
+    added: list[dict[str, Any]] = [
+        {"score": 2.0},
+        {"score": 0.0},
+        {"scores": [2.0, 0.0]},
+        {"score": 2.0},
+        {"chosen_score": 2.0, "rejected_score": 0.0},
+        {"score": 2.0},
+    ]
+    assert read() == [row | more for row, more in zip(ROWS, added, strict=True)]
+    found = json.loads(out)
+    assert {key: found[key] for key in ("rows", "completions", "mean", "min", "max", "pairs", "accuracy")} == {
+        "rows": 6, "completions": 8, "mean": 1.25, "min": 0.0, "max": 2.0, "pairs": 1, "accuracy": 1.0,
+    }  # fmt: skip
+    assert found["std"] == pytest.approx((8 * 15 / 64 * 4 / 7) ** 0.5, abs=1e-6)  # 5 of 8 at 2
+    assert found["quantiles"]["0.5"] == 2.0 and found["output"] == "out.jsonl"
+
+
+def test_an_async_function_scores_and_a_summary_is_printed(rlhf) -> None:
+    code, out, _ = rlhf("score", f"{HERE}/score_rewards.py:brevity", "--data", write(ROWS))
+    assert code == 0 and "brevity: 8 completions in 6 rows" in out and "mean -0.875" in out
+    assert not Path("out.jsonl").exists()
+
+
+def test_columns_may_have_other_names(rlhf) -> None:
+    data = write([{"question": "1+1=", "said": "2", "answer": "2"}])
+    code, _, _ = rlhf(
+        "score", "score_rewards:exact", "--data", data, "--output", "out.jsonl", "--score-column", "right",
+        "--columns.prompt", "question", "--columns.completion", "said",
+    )  # fmt: skip
+    assert code == 0 and read() == [{"question": "1+1=", "said": "2", "answer": "2", "right": 1.0}]
+
+
+def test_what_was_scored_survives_ctrl_c_and_is_continued(rlhf) -> None:
+    data = write([{"prompt": "p", "completion": str(number)} for number in range(40)])
+    given = ("--data", data, "--output", "out.jsonl", "--batch-size", "8")
+    code, _, err = rlhf("score", "score_rewards:interrupts", *given)
+    assert code == 75 and "stopped by Ctrl-C after 16 rows" in err and "--resume" in err
+    assert [row["completion"] for row in read()] == [str(number) for number in range(16)]
+    code, _, err = rlhf("score", "score_rewards:continues", *given, "--resume")
+    assert code == 2 and "the reward changed since the file was begun" in err
+    record = Path("out.score.json")  # as if the same reward went on
+    record.write_text(record.read_text().replace("interrupts", "continues"), encoding="utf-8")
+    with Path("out.jsonl").open("a") as file:
+        file.write('{"prompt": "p", "comple')  # what a kill leaves
+    code, out, _ = rlhf("score", "score_rewards:continues", *given, "--resume", "--json")
+    assert code == 0 and json.loads(out)["mean"] == (16 + 2 * 24) / 40
+    assert [(row["completion"], row["score"]) for row in read()] == [
+        (str(number), 1.0 if number < 16 else 2.0) for number in range(40)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "flags", "code", "said"),
+    [
+        ([{"prompt": "p", "completion": "a"}, {"prompt": "p", "answer2": 3}], (), 3, "rows.jsonl:2: no column `response`"),
+        ([{"completion": "a"}], (), 3, "rows.jsonl:1: no column `prompt`"),
+        ([{"prompt": "p", "completion": 3}], (), 3, "rows.jsonl:1: `completion` must be text"),
+        ([{"prompt": "p", "completions": []}], (), 3, "rows.jsonl:1: `completions` is an empty list"),
+        ([{"prompt": "p", "completion": "a", "score": 1}], ("--output", "o"), 3, "rows.jsonl:1: the row has a column `score`"),
+        ([{"prompt": "p", "completion": "a"}], ("--bonuss", "2"), 2, "did you mean `bonus`"),
+        ([{"prompt": "p", "completion": "a"}], ("--resume",), 2, "no file is named"),
+        ([{"prompt": "p", "completion": "a"}], ("--columns.completon", "x"), 3, "did you mean `completion`"),
+        ([{"prompt": "p", "completion": "a"}], (), 5, "needs a column `answer`"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_one_line(rlhf, rows: Any, flags: tuple[str, ...], code: int, said: str) -> None:
+    found, _, err = rlhf("score", "score_rewards:exact", "--data", write(rows), *flags)
+    assert (found, err.count("\n")) == (code, 1) and said in err
+
+
+def test_an_unknown_reward_and_a_module_that_is_not_there_are_named(rlhf) -> None:
+    for name, said in (
+        ("score_rewards:exat", "did you mean `exact`"),
+        ("no_such_module:exact", "there is no module `no_such_module`"),
+        ("reward_modle", "did you mean `reward_model`"),
+    ):
+        code, _, err = rlhf("score", name, "--data", write(ROWS))
+        assert code == 2 and said in err
+    code, _, err = rlhf("score", "reward_model", "--data", "rows.jsonl")
+    assert code == 2 and "`model` is missing" in err
+
+
+def test_an_output_file_that_exists_is_kept(rlhf) -> None:
+    Path("out.jsonl").write_text("mine\n", encoding="utf-8")
+    given = ("score", "score_rewards:exact", "--data", write(ROWS), "--output", "out.jsonl")
+    code, _, err = rlhf(*given)
+    assert code == 7 and "`--overwrite` replaces it" in err and Path("out.jsonl").read_text() == "mine\n"
+    assert rlhf(*given, "--overwrite")[0] == 0 and len(read()) == 6
+
+
+@pytest.mark.parametrize("runs_in", ["main", "thread", "process"])
+def test_a_hanging_reward_ends_the_process_with_its_exit_code(runs_in: str) -> None:
+    data = write([{"prompt": "p", "completion": text} for text in ("good", "bad", "good")])
+    command = "from rlhf_core.cli import main; import sys; sys.exit(main())"
+    began = time.monotonic()
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            command,
+            "score",
+            f"{HERE}/score_rewards.py:hangs",
+            "--data",
+            data,
+            "--time-limit",
+            "1",
+            "--runs-in",
+            runs_in,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 5 and "reward `hangs`, row 1: scoring took longer than 1 seconds" in done.stderr
+    assert time.monotonic() - began < 30
