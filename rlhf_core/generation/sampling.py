@@ -15,7 +15,7 @@ from rlhf_core.config.online import SamplingConfig
 
 SPAN = 128
 """Tokens per span: probabilities are summed within spans of the vocabulary first, then over spans."""
-HEAD = 1024
+HEAD = 4096
 """Most likely tokens that are sorted first on a CPU for top-p; all are sorted only in the rows where these aren't enough."""
 ENTRIES = 2**20
 """Entries of (R, V) that are worked on at once on a CPU; larger takes more memory, and leaves the processor's cache."""
@@ -104,7 +104,7 @@ def _draw(
     if divisor != 1:
         # The largest is subtracted first: a low temperature would make it infinite.
         work.sub_(largest).div_(divisor)
-    torch.softmax(work, dim=-1, out=work)
+    work = work.softmax(dim=-1) if work is logits else torch.softmax(work, dim=-1, out=work)
     top = work.amax(dim=-1, keepdim=True)  # exp(0) / total
     truncated = _truncate(work, top, sampling)
     tokens, mass = invert_cumulative(work, uniform)
@@ -177,9 +177,7 @@ def _least_kept(weights: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tens
         weights: (R, V) probabilities. top_k: 0 keeps all. top_p: 1 keeps all.
     """
     size = weights.shape[1]
-    if weights.device.type != "cpu":
-        return _least_of(weights.sort(dim=-1, descending=True).values, top_k, top_p)[:2]
-    head = min(size, top_k + SPAN if top_k else HEAD)
+    head = min(size, top_k + HEAD) if weights.device.type == "cpu" else size
     least, surplus, unsettled = _least_of(_falling(weights, head), top_k, top_p)
     if head < size and bool(unsettled.any()):
         rows = unsettled[:, 0]
@@ -193,26 +191,30 @@ def _least_of(values: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor,
     Args:
         values: (R, H) the largest probabilities, falling.
     """
-    count = torch.full_like(values[:, :1], values.shape[1], dtype=torch.long)
     if top_k:
-        count = (values >= values[:, top_k - 1 : top_k]).sum(dim=-1, keepdim=True)
+        values = values.where(values >= values[:, top_k - 1 : top_k], 0)
+    ends = _span_ends(values)
+    count = torch.full_like(ends[:, :1], top_k or values.shape[1], dtype=torch.long)
+    short = torch.zeros_like(count, dtype=torch.bool)
     if top_p < 1:
-        mass = values.cumsum(dim=-1, dtype=exact_dtype(values.device))
-        total = mass.gather(1, count - 1) if top_k else 1
-        count = count.minimum((mass < top_p * total).sum(dim=-1, keepdim=True) + 1)
+        target = top_p * ends[:, -1:] if top_k else torch.full_like(ends[:, :1], top_p)
+        short = ends[:, -1:] < target
+        count = _first_reaching(values, ends, target, beyond=False).clamp(max=values.shape[1] - 1) + 1
     least = values.gather(1, count - 1)
-    surplus = (values >= least).sum(dim=-1, keepdim=True) - count
-    return least, surplus, least == values[:, -1:]
+    equal_or_more = torch.searchsorted(-values, -least, right=True)
+    return least, equal_or_more - count, short | (equal_or_more == values.shape[1])
 
 
 def _falling(weights: Tensor, most: int) -> Tensor:
-    """Return (R, most) the largest of the weights (R, V) on a CPU, falling. numpy sorts values alone, many times faster."""
-    values = weights.numpy().copy()
+    """Return (R, most) the largest of the weights (R, V), falling. On a CPU numpy sorts values alone, many times faster."""
+    if weights.device.type != "cpu":
+        return weights.sort(dim=-1, descending=True).values[:, :most]
+    values = np.negative(weights.numpy())
     if most < values.shape[1]:
-        values.partition(values.shape[1] - most, axis=-1)
-        values = np.ascontiguousarray(values[:, -most:])
+        values.partition(most - 1, axis=-1)
+    values = values[:, :most].copy()
     values.sort(axis=-1)
-    return torch.from_numpy(values[:, ::-1].copy())
+    return torch.from_numpy(values).neg_()
 
 
 def _drop_first(weights: Tensor, least: Tensor, surplus: Tensor) -> None:
@@ -238,16 +240,29 @@ def invert_cumulative(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]
     Args:
         weights: (R, V), at least 0, not all 0. uniform: (R,) in [0, 1).
     """
-    exact = exact_dtype(weights.device)
-    body, tail = _spans(weights)
-    ends = torch.cat([body.sum(dim=-1), tail.sum(dim=-1, keepdim=True)], dim=1).cumsum(dim=-1, dtype=exact)
+    ends = _span_ends(weights)
     mass = ends[:, -1:]
-    target = _below(uniform.to(exact)[:, None] * mass, mass)
-    span = torch.searchsorted(ends, target, right=True).clamp(max=ends.shape[1] - 1)
+    target = _below(uniform.to(ends.dtype)[:, None] * mass, mass)
+    return _first_reaching(weights, ends, target, beyond=True)[:, 0].clamp(max=weights.shape[1] - 1), mass[:, 0]
+
+
+def _span_ends(weights: Tensor) -> Tensor:
+    """Return (R, V / SPAN) the cumulative weights at the end of each span, the last of which may be shorter."""
+    body, tail = _spans(weights)
+    spans = torch.cat([body.sum(dim=-1), tail.sum(dim=-1, keepdim=True)], dim=1)
+    return spans.cumsum(dim=-1, dtype=exact_dtype(weights.device))
+
+
+def _first_reaching(weights: Tensor, ends: Tensor, target: Tensor, *, beyond: bool) -> Tensor:
+    """Return (R, 1) the first tokens whose cumulative weight reaches the target (R, 1), or exceeds it where `beyond`.
+
+    Args:
+        weights: (R, V), at least 0. ends: see `_span_ends`.
+    """
+    span = torch.searchsorted(ends, target, right=beyond).clamp(max=ends.shape[1] - 1)
     begin = torch.where(span > 0, ends.gather(1, (span - 1).clamp(min=0)), 0)
-    within = _span(weights, span, 0).cumsum(dim=-1, dtype=exact)
-    found = torch.searchsorted(within, _below(target - begin, within[:, -1:]), right=True)
-    return (span * SPAN + found)[:, 0].clamp(max=weights.shape[1] - 1), mass[:, 0]
+    within = _span(weights, span, 0).cumsum(dim=-1, dtype=ends.dtype)
+    return span * SPAN + torch.searchsorted(within, _below(target - begin, within[:, -1:]), right=beyond)
 
 
 def most_likely(scores: Tensor) -> Tensor:
