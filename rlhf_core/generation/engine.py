@@ -1,14 +1,20 @@
-"""The engine: completions for a batch of prompts, token ids in and token ids out, through transformers' own decoding loop."""
+"""The engine: completions for a batch of prompts, token ids in and token ids out, read from the policy as it is.
+
+Everything that samples stands on five operations on sequence handles: `prefill`, `fork`, `extend`, `score` and `free`; `generate`
+is the first three for a batch. Which loop decodes is measured: the one over a `PagedKVCache` where it gives the logits that the
+policy is trained on, else transformers' own.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import math
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
@@ -21,41 +27,65 @@ from rlhf_core.contracts.completion import Completion
 from rlhf_core.data.chat_rendering import ChatTemplate
 from rlhf_core.data.text_options import TextOptions
 from rlhf_core.data.text_spans import TextSpanEncoder
-from rlhf_core.generation.decoding import Drawing, Ended, decode, decoding_of, left_padded
-from rlhf_core.generation.drawn_rows import DrawnRows, NewRow
-from rlhf_core.generation.stop_strings import StopStrings
+from rlhf_core.generation.known_tokens import sequence_logps, target_logps
+from rlhf_core.generation.memory import MOST_ROWS, free_bytes
+from rlhf_core.generation.native import NativeDecoding, measure_native
+from rlhf_core.generation.paged_cache import CachedSequence, PagedKVCache
+from rlhf_core.generation.plain import PlainDecoding
+from rlhf_core.generation.requests import UNFINISHED, Finished, Request
+from rlhf_core.generation.stop_strings import PARTIAL, StopStrings
+from rlhf_core.generation.weights_state import weights_state
+from rlhf_core.infra.devices import is_out_of_memory, release_memory
 from rlhf_core.infra.errors import ConfigError, DataError, NumbersError
-from rlhf_core.infra.out_of_memory import halve_until_fits
 from rlhf_core.infra.seeds import completion_seeds
-from rlhf_core.models.backbone import accepted
 from rlhf_core.models.dropout import evaluating
 
 if TYPE_CHECKING:
     from rlhf_core.models.policy_model import PolicyModel
 
-MOST_ROWS = 512
-"""Most completions that are drawn in one decoding loop."""
-HOST_BYTES = 2**31
-"""Bytes that one decoding loop may use on a CPU; larger makes larger, faster batches."""
+log = logging.getLogger(__name__)
+
+BLOCK_SIZE = {"cpu": 64, "cuda": 64}
+"""Tokens per block of the cache, by device."""
+
+
+@dataclass(frozen=True)
+class SequenceHandle:
+    """A sequence of tokens whose keys and values the engine keeps, until `Engine.free`. It never changes."""
+
+    ids: tuple[int, ...]
+    """All its tokens, the prompt's included."""
+    cached: CachedSequence | None = None
+    """Keys and values of all tokens but the last; None where the model is decoded without a `PagedKVCache`."""
+
+
+@dataclass(frozen=True)
+class Extension:
+    """What `Engine.extend` drew for one handle."""
+
+    handle: SequenceHandle
+    """The sequence with the new tokens."""
+    completion: Completion
+    """The new tokens alone."""
 
 
 @dataclass(frozen=True)
 class _Draw:
-    """One completion to be drawn."""
+    """What a request's completion is made of besides the tokens drawn."""
 
-    number: int
-    """Its index among all completions of the call."""
+    request: Request
     prompt: int
     """Index of its prompt in the batch."""
-    ids: list[int]
-    """The prompt's ids."""
-    seed: int
-    limit: int
-    """Most new tokens."""
-    chat: bool
-    """Whether it is a turn of a chat; else it continues a text."""
-    ends: tuple[int, ...]
-    """The ids that end it."""
+    place: str
+    """For messages."""
+    text_of: Callable[[Sequence[int]], str]
+
+
+class _Said:
+    """Whether something was logged about a policy."""
+
+    def __init__(self, policy: PolicyModel) -> None:
+        self.said = False
 
 
 class Engine:
@@ -64,15 +94,24 @@ class Engine:
     Args:
         policy: computes in evaluation mode, without gradients; afterwards its modules have their earlier modes again.
         seed: from which completions' seeds are derived where none are given; None takes one from torch's global random state.
+        memory: most bytes for keys and values; None takes half of a GPU's free memory, or 2 GiB on a CPU. Where they don't
+            suffice for all completions at once, some wait, or are computed again later: the completions are the same.
+        most_rows: most completions that are decoded at once.
     """
 
-    def __init__(self, policy: PolicyModel, *, seed: int | None = 0) -> None:
+    def __init__(
+        self, policy: PolicyModel, *, seed: int | None = 0, memory: int | None = None, most_rows: int = MOST_ROWS
+    ) -> None:
         self.policy = policy
         self.seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed
+        self.memory, self.most_rows = memory, most_rows
         self.policy_version = 0
         self._stream: tuple[Any, ...] = ()
         self._met: Counter[tuple[int, ...]] = Counter()
         self._stops: dict[tuple[bool | str, ...], StopStrings] = {}
+        self._native: NativeDecoding | None = None
+        self._read_with: Any = None
+        """State of the weights with which the prompts that are kept were read."""
 
     def begin(self, name: str, *index: int, policy_version: int = 0) -> None:
         """Begin a stream of draws: from here on seeds are a function of (engine's seed, name, index), row number and occurrence.
@@ -86,6 +125,8 @@ class Engine:
         """
         self._stream, self._met, self.policy_version = (name, *index), Counter(), policy_version
 
+    # Completions of a batch
+
     @torch.no_grad()
     def generate(
         self,
@@ -97,7 +138,7 @@ class Engine:
         policy_version: int | None = None,
         finished: Callable[[int, int, Completion], None] | None = None,
     ) -> list[list[Completion]]:
-        """Return n completions for each prompt, in the order in which they were drawn.
+        """Return n completions for each prompt, in the order of their seeds.
 
         A completion depends on its prompt's ids and its seed alone, up to the rounding of logits: not on what else is drawn in
         the same call, nor on how memory divides the work.
@@ -108,7 +149,8 @@ class Engine:
             seeds: for each prompt, one per completion. None derives them from the engine's seed and, after `begin`, from row
                 numbers and places in the data, else from the prompts' ids; a prompt that comes again gets other seeds.
             policy_version: optimiser steps that the policy has made; None takes what `begin` was given.
-            finished: called with (prompt index, k, completion) as completions end, the k-th of that prompt, in no defined order.
+            finished: called with a prompt's index, a completion's index among the prompt's, and the completion, as soon as it has
+                ended and while others are still being drawn.
 
         Raises:
             ConfigError: n is below 1, there is another number of seeds, or a stop id isn't in the vocabulary.
@@ -128,91 +170,253 @@ class Engine:
             problem = f"{n} completions of {batch.num_prompts} prompts need {n} seeds per prompt"
             raise ConfigError(problem, place="generate(seeds=…)", got=f"{[len(each) for each in seeds]} seeds")
         self._check_stop_ids(sampling)
-        draws = self._draws(batch, seeds, sampling.max_new_tokens)
+        draws = self._draws(batch, seeds, sampling)
         version = self.policy_version if policy_version is None else policy_version
-        made: list[Completion | None] = [None] * len(draws)
+        made: list[list[Completion | None]] = [[None] * n for _ in range(batch.num_prompts)]
+        with contextlib.closing(self._run([draw.request for draw in draws], sampling)) as running:
+            for one in running:
+                completion = self._completion(draws[one.number], one, version)
+                prompt, index = divmod(one.number, n)
+                made[prompt][index] = completion
+                if finished is not None:
+                    finished(prompt, index, completion)
+        return [[one for one in group if one is not None] for group in made]
+
+    @torch.no_grad()
+    def stream(
+        self, batch: Batch, sampling: SamplingConfig | None = None, *, seed: int | None = None
+    ) -> Iterator[Completion]:
+        """Yield the completion of one prompt as it grows, after each token; the last one yielded is whole.
+
+        Texts on the way leave out what may still change: a character of which bytes are missing, and what could become a stop
+        string.
+
+        Args:
+            batch: one prompt.
+            seed: of this completion; None derives it as `generate` does.
+
+        Raises:
+            ConfigError: another number of prompts, or a stop id isn't in the vocabulary.
+            DataError, ModelError, NumbersError: as `generate`.
+        """
+        sampling = sampling or SamplingConfig()
+        if batch.num_prompts != 1:
+            raise ConfigError("a stream completes one prompt", place="stream", got=f"{batch.num_prompts} prompts")
+        self._check_stop_ids(sampling)
+        if seed is None:
+            rows, places = (batch.rows, batch.places) if self._stream else (prompt_keys(batch), ())
+            stream = self._stream or ("generate",)
+            seed = completion_seeds(self.seed, *stream, rows=rows, places=places, n=1, met=self._met)[0][0]
+        (draw,) = self._draws(batch, [[seed]], sampling)
+        with contextlib.closing(self._run([draw.request], sampling, partly=True)) as running:
+            for one in running:
+                completion = self._completion(draw, one, self.policy_version)
+                if one.reason == UNFINISHED:
+                    completion = replace(completion, text=_settled(completion.text, sampling.stop))
+                yield completion
+
+    # Sequence handles
+
+    @torch.no_grad()
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> list[SequenceHandle]:
+        """Read prompts, given as token ids, and return a handle for each. What prompts have in common is read once.
+
+        Raises:
+            ConfigError: a prompt is empty.
+            DataError: a prompt has more tokens than the model has positions.
+            NumbersError: memory doesn't suffice.
+        """
+        for number, ids in enumerate(prompts):
+            self._check_length(ids, f"prompts[{number}]")
+        native = self._native_for(max(map(len, prompts), default=0), [len(ids) for ids in prompts])
+        if native is None:
+            return [SequenceHandle(tuple(ids)) for ids in prompts]
         with self._for_decoding():
-            for together in self._batches(draws):
-                decoded = halve_until_fits(
-                    together,
-                    lambda some: self._decode(batch, some, sampling, version),
-                    lambda some: [half for half in (some[: len(some) // 2], some[len(some) // 2 :]) if half],
-                    device=self.policy.device,
-                    unit="completion",
-                )
-                for one, completion in zip(together, (c for some in decoded for c in some), strict=True):
-                    made[one.number] = completion
-                    if finished is not None:
-                        finished(one.prompt, one.number % n, completion)
-        found = [completion for completion in made if completion is not None]
-        return [found[start : start + n] for start in range(0, len(found), n)]
+            cached = native.prefill([ids[:-1] for ids in prompts])
+        return [SequenceHandle(tuple(ids), one) for ids, one in zip(prompts, cached, strict=True)]
 
-    # Which completions are drawn together
+    def fork(self, handle: SequenceHandle, n: int = 1) -> list[SequenceHandle]:
+        """Return n handles of the same sequence, each to be freed by itself, in constant time per handle."""
+        return [SequenceHandle(handle.ids, None if handle.cached is None else handle.cached.fork()) for _ in range(n)]
 
-    def _draws(self, batch: Batch, seeds: Sequence[Sequence[int]], max_new_tokens: int) -> list[_Draw]:
+    @torch.no_grad()
+    def extend(
+        self,
+        handles: Sequence[SequenceHandle],
+        sampling: SamplingConfig | None = None,
+        *,
+        seeds: Sequence[int],
+        stop: Sequence[str] | None = None,
+        rule: Callable[[Sequence[int]], bool] | None = None,
+        chat: bool = True,
+    ) -> list[Extension]:
+        """Draw tokens behind sequences until an end token, a limit, a stop string or a rule ends each; return the new sequences.
+
+        The given handles stay as they are.
+
+        Args:
+            seeds: one per handle.
+            stop: stop strings, such as a separator of steps, in place of those of `sampling`.
+            rule: called with the ids drawn so far, after each token; True ends the sequence.
+            chat: whether texts are decoded alone; else as continuations of a text.
+
+        Raises:
+            ConfigError: another number of seeds, or a stop id isn't in the vocabulary.
+            DataError: a sequence leaves no room for a token.
+            NumbersError: as `generate`.
+        """
+        sampling = sampling or SamplingConfig()
+        if stop is not None:
+            sampling = sampling.model_copy(update={"stop": list(stop)})
+        self._check_stop_ids(sampling)
+        if len(seeds) != len(handles):
+            problem = "an extension needs one seed per handle"
+            raise ConfigError(problem, place="extend(seeds=…)", got=f"{len(seeds)} for {len(handles)}")
+        draws = [
+            self._draw(
+                number, handle.ids, seed, sampling, chat=chat, place=f"handles[{number}]", base=handle.cached, rule=rule
+            )
+            for number, (handle, seed) in enumerate(zip(handles, seeds, strict=True))
+        ]
+        made: dict[int, Extension] = {}
+        with contextlib.closing(self._run([draw.request for draw in draws], sampling)) as running:
+            for one in running:
+                ids = (*handles[one.number].ids, *one.drawn.ids)
+                completion = self._completion(draws[one.number], one, self.policy_version)
+                made[one.number] = Extension(SequenceHandle(ids, one.sequence), completion)
+        return [made[number] for number in range(len(handles))]
+
+    @torch.no_grad()
+    def append(self, handles: Sequence[SequenceHandle], tokens: Sequence[Sequence[int]]) -> list[SequenceHandle]:
+        """Return sequences with given tokens behind them, such as the accepted part of a draft, or a tool's output."""
+        return [extended for extended, _ in self._follow(handles, tokens)]
+
+    @torch.no_grad()
+    def score(
+        self, handles: Sequence[SequenceHandle], tokens: Sequence[Sequence[int]], *, temperature: float = 1.0
+    ) -> list[torch.Tensor]:
+        """Return the log-probabilities of given tokens behind sequences, in one forward pass.
+
+        The distribution is softmax(logits / temperature). The handles stay as they are.
+
+        Args:
+            tokens: for each handle, at least one id.
+
+        Returns:
+            For each handle (T,) float32, nats.
+        """
+        followed = self._follow(handles, tokens, temperature=temperature)
+        self.free([extended for extended, _ in followed])
+        return [logps for _, logps in followed]
+
+    def free(self, handles: Sequence[SequenceHandle]) -> None:
+        """Give up handles; what no other handle shares is freed. Each handle is freed once."""
+        for handle in handles:
+            if handle.cached is not None:
+                handle.cached.free()
+
+    def _follow(
+        self, handles: Sequence[SequenceHandle], tokens: Sequence[Sequence[int]], *, temperature: float = 1.0
+    ) -> list[tuple[SequenceHandle, torch.Tensor]]:
+        """Return, for each handle, a new one with tokens behind it, and their log-probabilities (T,)."""
+        if [bool(ids) for ids in tokens] != [True] * len(handles):
+            problem = "each handle needs at least one token"
+            raise ConfigError(problem, place="tokens", got=f"{[len(ids) for ids in tokens]} for {len(handles)} handles")
+        whole = [(*handle.ids, *ids) for handle, ids in zip(handles, tokens, strict=True)]
+        for number, ids in enumerate(whole):
+            self._check_length(ids, f"handles[{number}]")
+        native = self._native_for(max(map(len, whole), default=0), [len(ids) for ids in tokens])
+        self._check_handles(handles, native)
+        with self._for_decoding():
+            if native is None:
+                scored = [
+                    sequence_logps(self.policy, ids, len(handle.ids), temperature)
+                    for handle, ids in zip(handles, whole, strict=True)
+                ]
+                cached: list[CachedSequence | None] = [None] * len(handles)
+            else:
+                read = native.follow([handle.cached for handle in handles if handle.cached is not None], whole)
+                cached = [sequence for sequence, _ in read]
+                scored = [
+                    target_logps(self.policy, hidden, ids[-len(hidden) :], temperature)
+                    for (_, hidden), ids in zip(read, whole, strict=True)
+                ]
+        return [
+            (SequenceHandle(ids, sequence), logps) for ids, sequence, logps in zip(whole, cached, scored, strict=True)
+        ]
+
+    # Which completions are drawn
+
+    def _draws(self, batch: Batch, seeds: Sequence[Sequence[int]], sampling: SamplingConfig) -> list[_Draw]:
         """Return the completions to be drawn, prompt by prompt.
 
         Raises:
             DataError: a prompt leaves no room for a token.
         """
         draws: list[_Draw] = []
-        positions = self.policy.max_positions
         lengths = on_host(batch.prompt_lengths).tolist()
         for prompt, (ids, length) in enumerate(zip(on_host(batch.prompt_ids).tolist(), lengths, strict=True)):
-            room = max_new_tokens if positions is None else min(max_new_tokens, positions - length)
-            if room < 1:
-                raise DataError(
-                    "the prompt leaves no room for a completion among the model's positions",
-                    place=f"row {batch.rows[prompt]}",
-                    got=f"{length} tokens for {positions} positions",
-                    fix="shorten the prompt, or set a smaller `max_length`",
-                )
-            chat = self._is_chat(batch, prompt)
-            ends = self._own_ends + (self._turn_ends if chat else ())
+            chat, place = self._is_chat(batch, prompt), f"row {batch.rows[prompt]}"
+            own = tuple(ids[:length])
             draws += [
-                _Draw(len(draws) + k, prompt, ids[:length], seed, room, chat, ends)
+                self._draw(len(draws) + k, own, seed, sampling, chat=chat, place=place, prompt=prompt)
                 for k, seed in enumerate(seeds[prompt])
             ]
         return draws
 
-    def _batches(self, draws: list[_Draw]) -> Iterator[list[_Draw]]:
-        """Yield completions to draw in one decoding loop: with prompts of like length, and few enough to fit in memory."""
-        together, positions = decoding_of(self.policy).together, self.policy.max_positions or 2**31
-        fixed, per_token, room = *self._bytes(), _free_bytes(self.policy.device)
-        batch: list[_Draw] = []
-        for draw in sorted(draws, key=lambda draw: len(draw.ids)):
-            length = len(draw.ids)
-            if batch:
-                apart = together == "none" or (together == "equal" and length != len(batch[0].ids))
-                # A row that has ended continues until all have ended: none may run out of positions.
-                apart = apart or length + batch[0].limit > positions
-                size = fixed + per_token * (length + batch[0].limit)
-                if apart or len(batch) == MOST_ROWS or (len(batch) + 1) * size > room:
-                    yield batch
-                    batch = []
-            batch.append(draw)
-        if batch:
-            yield batch
+    def _draw(
+        self,
+        number: int,
+        ids: tuple[int, ...],
+        seed: int,
+        sampling: SamplingConfig,
+        *,
+        chat: bool,
+        place: str,
+        prompt: int = 0,
+        base: CachedSequence | None = None,
+        rule: Callable[[Sequence[int]], bool] | None = None,
+    ) -> _Draw:
+        """Return a completion to be drawn; `place` is for messages, `base` holds the keys and values of all ids but the last."""
+        positions = self.policy.max_positions
+        room = sampling.max_new_tokens if positions is None else min(sampling.max_new_tokens, positions - len(ids))
+        if room < 1:
+            raise DataError(
+                "the prompt leaves no room for a completion among the model's positions",
+                place=place,
+                got=f"{len(ids)} tokens for {positions} positions",
+                fix="shorten the prompt, or set a smaller `max_length`",
+            )
+        request = Request(
+            number=number,
+            ids=ids,
+            seed=seed,
+            limit=room,
+            ends=self._own_ends + (self._turn_ends if chat else ()),
+            stops=self._stop_strings(chat, *sampling.stop) if sampling.stop else None,
+            rule=rule,
+            base=base,
+            keep=base is not None,
+        )
+        return _Draw(request, prompt, place, self._text_of(chat))
 
-    def _bytes(self) -> tuple[int, int]:
-        """Estimate how many bytes one completion needs for the work on its logits, and how many per token in the cache."""
-        config = self.policy.network.config.get_text_config()
+    def _check_length(self, ids: Sequence[int], place: str) -> None:
+        """Raise where a sequence is empty, or longer than the model's positions."""
+        if not ids:
+            raise ConfigError("a sequence needs at least one token", place=place)
+        positions = self.policy.max_positions
+        if positions is not None and len(ids) > positions:
+            got = f"{len(ids)} tokens for {positions} positions"
+            raise DataError("the sequence is longer than the model's positions", place=place, got=got, fix="shorten it")
 
-        def number(name: str, default: int) -> int:
-            try:
-                value = getattr(config, name, None)
-            except Exception:
-                value = None  # some configurations have one number per layer, and raise when asked for one
-            return value if isinstance(value, int) and value > 0 else default
-
-        heads = number("num_attention_heads", 1)
-        width = number("head_dim", self.policy.width // heads)
-        held, layers = number("num_key_value_heads", heads), number("num_hidden_layers", 1)
-        size = 4 if self.policy.precision == torch.float32 else 2
-        vocabulary = number("vocab_size", len(self.policy.tokenizer))
-        # A layer's cache is copied as it grows; softmax, sorting and sums each need the vocabulary's size, some in float64.
-        every = 0 if accepted(self.policy.network.forward, logits_to_keep=1) else 4 * vocabulary
-        return 40 * vocabulary, 2 * (layers + 1) * held * width * size + every
+    def _check_handles(self, handles: Sequence[SequenceHandle], native: NativeDecoding | None) -> None:
+        """Raise `ConfigError` for handles that were read with weights that the policy no longer has."""
+        for number, handle in enumerate(handles):
+            if handle.cached is not None and (native is None or handle.cached.cache is not native.cache):
+                raise ConfigError(
+                    "the policy's weights have changed since the sequence was read", place=f"handles[{number}]",
+                    fix="call `prefill` with its `ids`",
+                )  # fmt: skip
 
     def _check_stop_ids(self, sampling: SamplingConfig) -> None:
         """Refuse stop ids that the model can't draw.
@@ -228,6 +432,92 @@ class Engine:
 
     # The decoding loop
 
+    def _run(
+        self, requests: Sequence[Request], sampling: SamplingConfig, *, partly: bool = False
+    ) -> Generator[Finished]:
+        """Yield completions as they end, in half as many rows at once wherever memory runs out.
+
+        Args:
+            partly: yield them, unfinished, after each token, too.
+
+        Raises:
+            NumbersError: memory doesn't suffice for one completion.
+        """
+        left, rows = {request.number: request for request in requests}, min(self.most_rows, max(len(requests), 1))
+        while left:
+            failed = False
+            with self._for_decoding():
+                decoding = self._decoding_for(list(left.values()), rows)
+                try:
+                    for one in decoding.run(list(left.values()), sampling, partly=partly):
+                        if one.reason != UNFINISHED:
+                            del left[one.number]
+                        yield one
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    failed = True
+            # Outside the handler: the error's traceback keeps the failed pass's tensors alive.
+            if failed:
+                release_memory(self.policy.device)
+                if rows == 1:
+                    raise NumbersError(
+                        "out of memory with one completion at a time",
+                        fix="set a smaller `max_length` (`generation.max_new_tokens` for completions), or `precision: bf16`",
+                    )
+                rows = max(1, rows // 2)
+                log.warning("out of memory: trying again with %d completions at a time", rows)
+        if self._native is not None and self._is_trained:
+            # Its weights are about to change, and training needs the memory.
+            self._native.prefixes.clear()
+            if not self._native.cache.used_blocks:
+                self._native = None
+
+    @property
+    def _is_trained(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.policy.parameters())
+
+    def _decoding_for(self, requests: Sequence[Request], rows: int) -> NativeDecoding | PlainDecoding:
+        """Return the loop that draws some completions, with room for them as far as memory is allowed."""
+        longest = max(len(request.ids) + request.limit for request in requests)
+        prompts = {request.ids for request in requests if request.base is None}
+        native = self._native_for(longest, [*map(len, prompts), *(request.limit for request in requests)])
+        self._check_handles([SequenceHandle((), request.base) for request in requests], native)
+        if native is None:
+            return PlainDecoding(self.policy, memory=self.memory, most_rows=rows)
+        native.most_rows = rows
+        return native
+
+    def _native_for(self, longest: int, runs: Sequence[int]) -> NativeDecoding | None:
+        """Return the loop over a `PagedKVCache`, emptied where weights have changed; None where another one is needed.
+
+        Args:
+            longest: tokens of the longest sequence.
+            runs: tokens of each stretch that will need blocks of its own, for which there should be room.
+        """
+        facts, policy = self.policy.measured(measure_native), self.policy
+        window = policy.probe_result.window
+        if facts.obstacle is not None or (window is not None and longest > window):
+            self._say_plain(facts.obstacle or f"sequences are longer than its sliding window of {window} tokens")
+            return None
+        size = BLOCK_SIZE.get(policy.device.type, BLOCK_SIZE["cpu"])
+        bytes_per_block = facts.elements * size * (4 if policy.precision == torch.float32 else 2)
+        most = max(1, (self.memory or free_bytes(policy.device)) // bytes_per_block)
+        wanted = sum(tokens // size + 1 for tokens in runs)
+        state = weights_state(policy)
+        if self._native is None or state != self._read_with:
+            cache = PagedKVCache(max(1, min(most, wanted)), size, policy.device)
+            self._native, self._read_with = NativeDecoding(policy, cache, most_rows=self.most_rows), state
+        elif wanted > self._native.cache.free_blocks:
+            self._native.cache.grow(min(most, self._native.cache.used_blocks + wanted))
+        return self._native
+
+    def _say_plain(self, reason: str) -> None:
+        """Log, once per policy, that its completions are drawn through transformers' loop, and why."""
+        if not self.policy.measured(_Said).said:
+            self.policy.measured(_Said).said = True
+            log.info("%s generates through transformers' own loop, which is slower: %s", self.policy.source, reason)
+
     @contextlib.contextmanager
     def _for_decoding(self) -> Iterator[None]:
         """Put the policy, inside the context, into evaluation mode and its own precision, without its own generation options."""
@@ -236,6 +526,7 @@ class Engine:
         model.generation_config = GenerationConfig()
         try:
             with contextlib.ExitStack() as stack:
+                stack.enter_context(torch.no_grad())
                 stack.enter_context(evaluating(policy))
                 stack.enter_context(policy.product_precision())
                 if policy.compiled:
@@ -245,52 +536,28 @@ class Engine:
         finally:
             model.generation_config = own
 
-    def _decode(
-        self, batch: Batch, draws: Sequence[_Draw], sampling: SamplingConfig, policy_version: int
-    ) -> list[Completion]:
-        """Draw some completions in one decoding loop.
+    def _completion(self, draw: _Draw, one: Finished, policy_version: int) -> Completion:
+        """Return what was drawn as a `Completion`.
 
         Raises:
-            NumbersError: logits aren't finite.
+            NumbersError: logits weren't finite.
         """
-        device = self.policy.device
-        rows = DrawnRows(sampling, device=device)
-        rows.join(
-            [
-                NewRow(
-                    draw.seed,
-                    draw.limit,
-                    ends=draw.ends,
-                    stops=self._stop_strings(draw.chat, *sampling.stop) if sampling.stop else None,
-                    prompt_ids=draw.ids,
-                )
-                for draw in draws
-            ]
+        drawn = one.drawn
+        if not all(map(math.isfinite, (*drawn.raw_logprobs, *drawn.logprobs))):
+            if self._native is not None:
+                self._native = None  # its keys and values aren't finite, either
+            raise NumbersError("the model's logits aren't finite", place=draw.place, fix="check its weights")
+        without_last = one.reason == "end" or (one.reason == "stop" and one.text is None)
+        text = one.text if one.text is not None else draw.text_of(drawn.ids[:-1] if without_last else drawn.ids)
+        return Completion(
+            text=text,
+            ids=drawn.ids,
+            logprobs=drawn.logprobs,
+            raw_logprobs=drawn.raw_logprobs,
+            kept_mass=drawn.kept_mass,
+            stop_reason=one.reason,
+            policy_version=policy_version,
         )
-        drawing = Drawing(rows, filler=self.policy.tokenizer.pad_token_id or 0)
-        ids, mask = left_padded([draw.ids for draw in draws], device)
-        most, cache = max(draw.limit for draw in draws), decoding_of(self.policy).cache
-        decode(self.policy, ids, mask, drawing, Ended(drawing), most=most, cache=cache)
-        made = []
-        for draw, drawn in zip(draws, map(rows.completion, range(len(draws))), strict=True):
-            reason, text = drawn.stop_reason or "length", drawn.text
-            if text is None:
-                text = self._text_of(draw.chat)(drawn.ids if reason == "length" else drawn.ids[:-1])
-            if not all(map(math.isfinite, (*drawn.raw_logprobs, *drawn.logprobs))):
-                place = f"row {batch.rows[draw.prompt]}"
-                raise NumbersError("the model's logits aren't finite", place=place, fix="check its weights")
-            made.append(
-                Completion(
-                    text=text,
-                    ids=drawn.ids,
-                    logprobs=drawn.logprobs,
-                    raw_logprobs=drawn.raw_logprobs,
-                    kept_mass=drawn.kept_mass,
-                    stop_reason=reason,
-                    policy_version=policy_version,
-                )
-            )
-        return made
 
     # Texts
 
@@ -337,10 +604,8 @@ def prompt_keys(batch: Batch) -> list[int]:
     return keys
 
 
-def _free_bytes(device: torch.device) -> int:
-    """Return how many bytes a decoding loop may use: on a GPU half of what is free, elsewhere a constant."""
-    if device.type != "cuda":
-        return HOST_BYTES
-    free, _ = torch.cuda.mem_get_info(device)
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return (free + unused) // 2
+def _settled(text: str, stop: Sequence[str]) -> str:
+    """Return the beginning of an unfinished text that further tokens won't change."""
+    text = text.rstrip(PARTIAL)
+    begun = (len(text) - k for end in stop for k in range(1, len(end)) if text.endswith(end[:k]))
+    return text[: min(begun, default=len(text))]

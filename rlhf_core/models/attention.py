@@ -25,7 +25,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rlhf_core.infra.errors import ConfigError, describe_error
-from rlhf_core.models.layout import Segment, Segments
+from rlhf_core.models.layout import AttentionOverCache, Segment, Segments
 from rlhf_core.models.segment_attention import attend_each_segment, attend_in_padded_rows, attend_varlen
 
 log = logging.getLogger(__name__)
@@ -272,7 +272,7 @@ def _register(base: str) -> None:
         value: Tensor,
         attention_mask: Tensor | None,
         *,
-        segments: Segments | None = None,
+        segments: Segments | AttentionOverCache | None = None,
         scaling: float | None = None,
         dropout: float = 0.0,
         **kwargs: Any,
@@ -281,6 +281,8 @@ def _register(base: str) -> None:
             return plain(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
         _check_plain(attention_mask, kwargs)
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+        if not isinstance(segments, Segments):
+            return segments.attend(module, query, key, value, scale=scale), None
         attend = attend_varlen if base == "flash_attention_2" else segment_attention
         return attend(query, key, value, segments, scale=scale, dropout=dropout), None
 

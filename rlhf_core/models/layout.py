@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf_core.contracts.batch import Batch, on_host, to_device
 
@@ -48,6 +48,14 @@ class Segments(tuple[Segment, ...]):
         return plans[key]
 
 
+class AttentionOverCache(Protocol):
+    """Attention of a packed row's tokens to keys and values that were kept from earlier forward passes, and to themselves."""
+
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
+        """Return the attention (1, N, H, D) of a layer, for queries (1, H, N, D) and keys and values (1, K, N, D)."""
+        ...
+
+
 @dataclass(frozen=True)
 class Layout:
     """Model inputs for a batch, and which of the hidden states, flattened to (rows × width, D), belong to each response."""
@@ -58,7 +66,7 @@ class Layout:
     """Of the shape of `input_ids` where packed; None where padded: the model then counts positions itself."""
     attention_mask: Tensor | None
     """(R, W) where padded; None where packed, or for a single row."""
-    segments: Segments | None
+    segments: Segments | AttentionOverCache | None
     """Which tokens see which, where packed; None where padded."""
     at: Tensor | None
     """(R, T) long: flat index of the hidden state at each response token, 0 beyond a response's end; None where last tokens were

@@ -110,6 +110,16 @@ class PolicyModel(SequenceModel):
             found = layer.apply(self.head(flat).float()) if own_code is None else own_code(flat).float()
         return found[: len(states)].reshape(*hidden.shape[:-1], found.shape[-1])
 
+    def next_token_logits(self, hidden: Tensor) -> Tensor:
+        """Return (S, V) the model's own logits for hidden states (S, D), in the dtype in which it computes them.
+
+        For decoding: where the logits are the output layer's product, that is returned as it is.
+        """
+        layer = self.output_layer
+        if layer.own_code or layer.cap is not None or layer.slope != 1.0:
+            return self.logits(hidden)
+        return cast(Tensor, self.head(hidden))
+
     def token_entropy(self, hidden: Tensor, *, temperature: float = 1.0) -> Tensor:
         """Return (S,) float32: the entropy of softmax(logits / temperature) for hidden states (S, D), nats.
 

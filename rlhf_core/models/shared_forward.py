@@ -20,7 +20,7 @@ from rlhf_core.infra.errors import ConfigError, ModelError, describe_error
 from rlhf_core.models.attention import Kernel, OptimizedAttention
 from rlhf_core.models.backbone import accepted, hidden_of
 from rlhf_core.models.hidden_states import HiddenStates
-from rlhf_core.models.layout import Layout, joined, of_responses, packed_layout, padded_layout
+from rlhf_core.models.layout import AttentionOverCache, Layout, joined, of_responses, packed_layout, padded_layout
 from rlhf_core.models.precision import within_products
 from rlhf_core.models.probe import FAILURES, NotReproduced, ProbeResult, differs_together, probe_network
 from rlhf_core.models.rope import LengthClasses
@@ -136,6 +136,19 @@ class SharedForward:
         if probed.longest_row is not None and batch.longest * batch.num_responses >= probed.longest_row:
             return False
         return probed.window is None or batch.longest <= probed.window
+
+    def forward_over_cache(self, ids: Tensor, positions: Tensor, attention: AttentionOverCache) -> Tensor:
+        """Return the hidden states (N, D) of tokens that attend to what was kept of earlier tokens.
+
+        Only for a network whose rows are packed, at lengths that no layer treats differently.
+
+        Args:
+            ids: (N,) long. positions: (N,) long, each token's place in its own sequence.
+            attention: which tokens see which.
+        """
+        never = ids[:0]
+        layout = Layout(ids[None], positions[None], None, attention, None, before=never, prompt_end=never)
+        return self._forward(self.probed.backbone, layout)
 
     def _forward(self, backbone: nn.Module, layout: Layout) -> Tensor:
         """Return the hidden states (N, D) that a backbone gives for a layout, flattened over rows."""

@@ -123,7 +123,7 @@ def _made(seed: int) -> PolicyModel:
     """Return the policy of `tiny_policy`, made once; its end token has a large logit after any byte."""
     import torch
 
-    from rlhf_core.generation.decoding import decoding_of
+    from rlhf_core.generation.transformers_loop import decoding_of
     from rlhf_core.models.policy_model import PolicyModel
 
     model, tokenizer = tiny_model(seed, layers=1, max_positions=64, tie_embeddings=False), tiny_tokenizer()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -93,10 +93,16 @@ class Drawing(LogitsProcessor):
     Args:
         rows: what draws; its rows are those of the batch.
         filler: id that an ended row gets while others continue.
+        rules: for each row, what ends it, given the ids drawn so far, by returning True; None where nothing does.
     """
 
-    def __init__(self, rows: DrawnRows, *, filler: int) -> None:
+    def __init__(
+        self, rows: DrawnRows, *, filler: int, rules: Sequence[Callable[[Sequence[int]], bool] | None] = ()
+    ) -> None:
         self.rows, self.filler = rows, filler
+        self._rules = {row: rule for row, rule in enumerate(rules) if rule is not None}
+        self.ruled: set[int] = set()
+        """Rows that a rule has ended."""
         self.ended = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
         """(B,) bool: which rows have their last token."""
 
@@ -105,6 +111,10 @@ class Drawing(LogitsProcessor):
         tokens = self.rows.draw(scores).where(~self.ended, self.filler)
         for row, _ in self.rows.ended():
             self.ended[row] = True
+        for row, rule in self._rules.items():
+            if not self.ended[row] and rule(self.rows.completion(row).ids):
+                self.ended[row] = True
+                self.ruled.add(row)
         return scores.fill_(-torch.inf).scatter_(1, tokens[:, None], 0.0)  # a copy that the loop made for this
 
 
@@ -165,7 +175,7 @@ def measure_decoding(policy: PolicyModel) -> Decoding:
             exact_products(policy.network),
             torch.autocast(kind, dtype=policy.precision, enabled=flash),
         ):
-            wanted = _forward_logits(policy, short, tokens)
+            wanted = forward_logits(policy, short, tokens)
             spread = (wanted - wanted.mean(dim=1, keepdim=True)).norm()
             for way in (Decoding("any"), Decoding("equal"), Decoding("equal", cache=False)):
                 if way.together == "any" and most_together != "any":
@@ -184,7 +194,7 @@ def measure_decoding(policy: PolicyModel) -> Decoding:
     return Decoding("none" if most_together == "none" else "equal")
 
 
-def _forward_logits(policy: PolicyModel, prompt: list[int], tokens: list[int]) -> Tensor:
+def forward_logits(policy: PolicyModel, prompt: list[int], tokens: list[int]) -> Tensor:
     """Return float32 logits (len(tokens), V) that predict the tokens behind a prompt, from one plain forward pass."""
     ids = torch.tensor([prompt + tokens], device=policy.device)
     logits = policy.network(input_ids=ids, **accepted(policy.network.forward, use_cache=False)).logits

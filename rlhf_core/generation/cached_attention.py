@@ -1,0 +1,240 @@
+"""Attention over sequences in a `PagedKVCache`: what reaches a transformers model's layers in place of a mask.
+
+Two shapes of work. In a decoding step each row has one new token: `DecodingAttention` reads each block of the cache once for all
+rows that see it, whether it is a prompt that many completions share or a row's own, in a few matrix products over all blocks at
+once, and merges what the blocks give by their log-sum-exp. While prompts are read, or given tokens are scored, a sequence has
+many new tokens: `ChunkAttention` attends sequence by sequence.
+
+Axes: R rows, X blocks, M rows that see one block, H query heads, K key-value heads, G = H / K, D head width, S places of a block.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rlhf_core.generation.paged_cache import CachedSequence, PagedKVCache
+
+MOST_HOLES = 1.25
+"""A class's blocks are read as one range of the pool where the range has at most so many times as many blocks."""
+LOWEST = -1e30
+"""Score of a place that a row doesn't see: finite, so that rows which see nothing of a block make no NaN."""
+
+
+class CachedAttention:
+    """Attention of new tokens to cached ones and to themselves; their keys and values are written into the cache first.
+
+    Args:
+        sequences: with places for the new tokens appended.
+        counts: new tokens of each sequence, at least 1.
+    """
+
+    def __init__(self, cache: PagedKVCache, sequences: Sequence[CachedSequence], counts: Sequence[int]) -> None:
+        self.cache, self.sequences, self.counts = cache, sequences, counts
+        found = [one.places(one.length - count, one.length) for one, count in zip(sequences, counts, strict=True)]
+        self.blocks, self.places = (np.concatenate(part) for part in zip(*found, strict=True))
+        self._index: dict[int, Tensor] = {}
+
+    def write(self, module: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the new tokens' keys and values (1, K, N, D), and return the layer's pools."""
+        heads = key.shape[1]
+        if heads not in self._index:
+            self._index[heads] = self.cache.index_of(self.blocks, self.places, heads)
+        return self.cache.write(module, self._index[heads], key[0].transpose(0, 1), value[0].transpose(0, 1))
+
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
+        """Return the attention (1, N, H, D) of an attention layer for its new tokens, in the values' dtype.
+
+        Queries and keys, which autocast leaves in float32 behind a rotary embedding, are rounded to the values' dtype.
+
+        Args:
+            module: the layer, which tells its keys and values from those of others.
+            query: (1, H, N, D). key: (1, K, N, D). value: the same.
+            scale: factor on the products of queries and keys.
+        """
+        with torch.autocast(query.device.type, enabled=False):
+            query, key = query.to(value.dtype), key.to(value.dtype)
+            pools = self.write(module, key, value)
+            return self._attend(module, query, key, value, pools, scale).to(value.dtype)
+
+    def _attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, pools: tuple[Tensor, Tensor], scale: float
+    ) -> Tensor:
+        """Return (1, N, H, D), given the layer's keys and values in the cache; see `attend`."""
+        raise NotImplementedError
+
+
+class ChunkAttention(CachedAttention):
+    """Several new tokens per sequence: each sees what its sequence has in the cache, and the new tokens up to itself."""
+
+    def __init__(self, cache: PagedKVCache, sequences: Sequence[CachedSequence], counts: Sequence[int]) -> None:
+        super().__init__(cache, sequences, counts)
+        self._views = [
+            list(one.views()) if one.length > count else [] for one, count in zip(sequences, counts, strict=True)
+        ]
+        self._masks = [
+            _behind(one.length - count, count, cache.device) if one.length > count else None
+            for one, count in zip(sequences, counts, strict=True)
+        ]
+
+    def _attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, pools: tuple[Tensor, Tensor], scale: float
+    ) -> Tensor:
+        outputs, start = [], 0
+        # On a CPU 16-bit products with a mask are slower than those in float32.
+        dtype = torch.float32 if query.device.type == "cpu" else value.dtype
+        for views, mask, count in zip(self._views, self._masks, self.counts, strict=True):
+            part = slice(start, start + count)
+            k, v = self.cache.read(module, views) if views else (key[0, :, part], value[0, :, part])
+            found = F.scaled_dot_product_attention(
+                query[:, :, part].to(dtype), k[None].to(dtype), v[None].to(dtype),
+                attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True,
+            )  # fmt: skip
+            outputs.append(found.transpose(1, 2))
+            start += count
+        return torch.cat(outputs, dim=1)
+
+
+def _behind(before: int, count: int, device: torch.device) -> Tensor:
+    """Return (count, before + count) bool: each of some tokens sees all before them, and them up to itself."""
+    return torch.ones(count, before + count, dtype=torch.bool, device=device).tril(before)
+
+
+@dataclass
+class _Class:
+    """Blocks that up to M rows see each."""
+
+    blocks: Tensor | slice
+    """(X,) long, or the range that they are."""
+    rows: Tensor
+    """(X · M,) long: the rows that see each block; R where a block has fewer than M."""
+    hidden: Tensor
+    """(X, 1, M, 1, S) float32: 0 where a row sees a place, else `LOWEST`."""
+    of_row: dict[int, int] = field(default_factory=dict)
+    """Block → its index among X."""
+    _narrow: Tensor | None = None
+
+    def hidden_as(self, dtype: torch.dtype) -> Tensor:
+        """Return `hidden` in a dtype; the copy is kept until the next step."""
+        if dtype == self.hidden.dtype:
+            return self.hidden
+        if self._narrow is None:
+            self._narrow = self.hidden.to(dtype)
+        return self._narrow
+
+    def show(self, index: Tensor, places: Tensor) -> None:
+        """Let the one row that sees each of some blocks (n,) see one more place (n,) of it."""
+        self.hidden[index, 0, 0, 0, places] = 0
+        self._narrow = None
+
+
+class DecodingAttention(CachedAttention):
+    """One new token per sequence, each sequence being a row of a decoding step; for a CPU, where it is matrix products.
+
+    Made for a set of rows; `step` moves on to their next tokens, and is cheap as long as no row begins a block.
+    """
+
+    def __init__(self, cache: PagedKVCache, sequences: Sequence[CachedSequence]) -> None:
+        super().__init__(cache, sequences, [1] * len(sequences))
+        self._classes = self._classify()
+
+    def step(self) -> bool:
+        """Move on to each row's next token, for which a place was appended; return False where a new plan is needed."""
+        size = self.cache.block_size
+        runs = [one.run for one in self.sequences]
+        places = np.fromiter((run.length - 1 for run in runs), dtype=np.int64, count=len(runs))
+        if (places % size == 0).any():
+            return False
+        blocks = np.fromiter((run.blocks[-1] for run in runs), dtype=np.int64, count=len(runs))
+        if not np.array_equal(blocks, self.blocks):
+            return False
+        self.places = places % size
+        self._index.clear()
+        own = self._classes[0]
+        at = torch.from_numpy(np.fromiter((own.of_row[block] for block in blocks.tolist()), np.int64, len(runs)))
+        own.show(at, torch.from_numpy(self.places))
+        return True
+
+    def _classify(self) -> list[_Class]:
+        """Sort all blocks that rows see by how many rows see them, to the next power of two; rows' own blocks come first."""
+        seen: defaultdict[int, list[tuple[int, int]]] = defaultdict(
+            list
+        )  # block → (row, tokens of it that the row sees)
+        for row, sequence in enumerate(self.sequences):
+            for view in sequence.views():
+                seen[view.block].append((row, view.tokens))
+        classes: defaultdict[int, list[int]] = defaultdict(list)
+        for block, rows in seen.items():
+            classes[1 << (len(rows) - 1).bit_length()].append(block)
+        return [self._class(width, sorted(classes[width]), seen) for width in sorted(classes)]
+
+    def _class(self, width: int, blocks: list[int], seen: dict[int, list[tuple[int, int]]]) -> _Class:
+        device, rows = self.cache.device, len(self.sequences)
+        span = blocks[-1] - blocks[0] + 1
+        if span <= MOST_HOLES * len(blocks):
+            # A range is read where it is, while chosen blocks would be copied together, in each layer and step.
+            blocks = list(range(blocks[0], blocks[0] + span))
+        together = span == len(blocks)
+        index = np.full((len(blocks), width), rows, dtype=np.int64)
+        tokens = np.zeros((len(blocks), width), dtype=np.int64)
+        for at, block in enumerate(blocks):
+            for k, (row, count) in enumerate(seen.get(block, ())):
+                index[at, k], tokens[at, k] = row, count
+        hidden = np.where(np.arange(self.cache.block_size) < tokens[:, :, None], 0, LOWEST).astype(np.float32)
+        return _Class(
+            blocks=slice(blocks[0], blocks[-1] + 1) if together else torch.tensor(blocks, device=device),
+            rows=torch.from_numpy(index.ravel()).to(device),
+            hidden=torch.from_numpy(hidden[:, None, :, None, :]).to(device),
+            of_row={block: at for at, block in enumerate(blocks)} if width == 1 else {},
+        )
+
+    def _attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, pools: tuple[Tensor, Tensor], scale: float
+    ) -> Tensor:
+        keys, values = pools
+        heads, rows, width = query.shape[1:]
+        kept, out_width = key.shape[1], value.shape[3]
+        group = heads // kept
+        # (R + 1, K, G, D); the last is for the rows that a block lacks.
+        queries = F.pad(query[0].transpose(0, 1).reshape(rows, kept, group, width) * scale, (0, 0, 0, 0, 0, 0, 0, 1))
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        most = torch.full((rows + 1, kept, group), LOWEST, device=query.device)
+        for one in self._classes:
+            seers = one.hidden.shape[2]  # M
+            q = _beside(queries.index_select(0, one.rows), seers)  # (X · K, M · G, D)
+            scores = torch.bmm(q, keys[one.blocks].flatten(0, 1).transpose(1, 2))
+            scores = scores.view(-1, kept, seers, group, self.cache.block_size).add_(one.hidden_as(scores.dtype))
+            weights = torch.softmax(scores, dim=-1, dtype=torch.float32)
+            # The largest weight is that of the largest score: what remains of it is what softmax divided by.
+            lse = scores.amax(-1).float() - weights.amax(-1).log_()  # (X, K, M, G)
+            found = torch.bmm(
+                weights.to(values.dtype).view(-1, seers * group, scores.shape[-1]), values[one.blocks].flatten(0, 1)
+            )
+            lse, found = _apart(lse, seers), _apart(found.view(-1, kept, seers, group, out_width), seers)
+            most.scatter_reduce_(0, one.rows[:, None, None].expand_as(lse), lse, "amax")
+            parts.append((lse, found, one.rows))
+        total = torch.zeros_like(most)
+        out = torch.zeros((rows + 1, kept, group, out_width), device=query.device)
+        for lse, found, seen_by in parts:
+            share = lse.sub_(most.index_select(0, seen_by)).exp_()
+            total.index_add_(0, seen_by, share)
+            out.index_add_(0, seen_by, found * share[..., None])
+        return out[:rows].div_(total[:rows, ..., None]).reshape(1, rows, heads, out_width)
+
+
+def _beside(queries: Tensor, seers: int) -> Tensor:
+    """Return (X · M, K, G, D) as (X · K, M · G, D): the queries of all rows that see a block, side by side."""
+    if seers == 1:
+        return queries.flatten(0, 1)
+    return queries.unflatten(0, (-1, seers)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+
+
+def _apart(found: Tensor, seers: int) -> Tensor:
+    """Return (X, K, M, …) as (X · M, K, …): row by row what blocks gave."""
+    return found.squeeze(2) if seers == 1 else found.transpose(1, 2).flatten(0, 1)

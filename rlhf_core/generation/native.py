@@ -1,0 +1,386 @@
+"""The decoding loop over a `PagedKVCache`, with continuous batching.
+
+Each pass of the loop lets waiting requests join as far as memory allows, reads a bounded number of their prompts' tokens, and
+draws one token for every row. A prompt is read once for all its completions, and a row that has its last token leaves at once.
+Where the cache runs full, kept prompts are dropped first; then the row that joined last gives up its keys and values and joins
+again later, where its tokens are read as a prompt would be: it goes on with the same random numbers.
+
+Axes: R rows, N tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlhf_core.config.online import SamplingConfig
+from rlhf_core.generation.cached_attention import CachedAttention, ChunkAttention, DecodingAttention
+from rlhf_core.generation.drawn_rows import DrawnCompletion, DrawnRows
+from rlhf_core.generation.paged_cache import CachedSequence, OutOfBlocks, PagedKVCache
+from rlhf_core.generation.plain import new_row
+from rlhf_core.generation.prefixes import KeptPrefixes
+from rlhf_core.generation.requests import UNFINISHED, Finished, Request
+from rlhf_core.generation.transformers_loop import forward_logits
+from rlhf_core.generation.watching import report_tokens
+from rlhf_core.infra.errors import NumbersError, describe_error
+from rlhf_core.models.backbone import plain_ids
+from rlhf_core.models.dropout import evaluating
+from rlhf_core.models.policy_model import PolicyModel
+from rlhf_core.models.precision import exact_products
+from rlhf_core.models.probe import FAILURES
+
+CHUNK = {"cpu": 256, "cuda": 4096}
+"""Most prompt tokens that are read between two decoding steps: more would hold up the rows that are being decoded."""
+CHUNKS_FIRST = 16
+"""So many times as many are read where no row is being decoded, so that rows begin together."""
+
+
+@dataclass
+class _Row:
+    """A request that takes part in the loop."""
+
+    request: Request
+    ids: list[int]
+    """The prompt's tokens and those drawn; the keys and values of all but the last are in the cache once it is decoded."""
+    sequence: CachedSequence
+    before: DrawnCompletion | None = None
+    """What it had drawn before it had to give up its keys and values."""
+
+    @property
+    def missing(self) -> int:
+        """Tokens that must be read before it can be decoded."""
+        return len(self.ids) - 1 - self.sequence.length
+
+
+class NativeDecoding:
+    """Draws completions from a policy whose attention layers read and write a `PagedKVCache`.
+
+    The policy must be in evaluation mode, inside the context of its matrix products.
+
+    Args:
+        policy: its rows are packed; see `SharedForward`.
+        cache: where keys and values are kept.
+        most_rows: most completions that are decoded at once.
+    """
+
+    def __init__(self, policy: PolicyModel, cache: PagedKVCache, *, most_rows: int) -> None:
+        self.policy, self.cache, self.most_rows = policy, cache, most_rows
+        self.prefixes = KeptPrefixes(cache)
+        self.preemptions = 0
+        """How often a row had to give up its keys and values, in all."""
+        self._waiting: deque[_Row] = deque()
+        self._joining: dict[tuple[int, ...], list[_Row]] = {}
+        """Tokens that are being read → the rows that begin with them; the first one's sequence reads for all."""
+        self._rows: list[_Row] = []
+        """Rows that are being decoded: in the order in which they joined, which is that of `_drawing`."""
+        self._plan: DecodingAttention | None = None
+
+    def run(self, requests: Iterable[Request], sampling: SamplingConfig, *, partly: bool = False) -> Iterator[Finished]:
+        """Yield completions in the order in which they end.
+
+        Args:
+            partly: yield every completion after each of its tokens, too.
+
+        Raises:
+            NumbersError: the cache is too small for one completion.
+        """
+        self._drawing = DrawnRows(sampling, device=self.policy.device)
+        self._waiting.extend(_Row(request, list(request.ids), self._begin(request)) for request in requests)
+        try:
+            while self._waiting or self._joining or self._rows:
+                self._admit()
+                self._read_prompts()
+                if self._rows:
+                    yield from self._decode_step(partly)
+        finally:
+            for row in (*self._waiting, *(row for rows in self._joining.values() for row in rows), *self._rows):
+                row.sequence.free()
+            self._waiting.clear()
+            self._joining, self._rows, self._plan = {}, [], None
+
+    def _begin(self, request: Request) -> CachedSequence:
+        return self.cache.new() if request.base is None else request.base.fork()
+
+    # Joining
+
+    @property
+    def _active(self) -> int:
+        return len(self._rows) + sum(map(len, self._joining.values()))
+
+    def _admit(self) -> None:
+        """Let waiting rows join, while there is room for their tokens and one block more for each row."""
+        while self._waiting and (active := self._active) < self.most_rows:
+            row = self._waiting[0]
+            to_read = tuple(row.ids[:-1])
+            if to_read not in self._joining and row.missing and not row.sequence.length:
+                row.sequence.free()
+                row.sequence = self.prefixes.fork_longest(to_read)
+            needed = 1 + active + (0 if to_read in self._joining else self.cache.blocks_for(row.missing))
+            while self.cache.free_blocks < needed and self.prefixes.drop_oldest():
+                pass
+            if self.cache.free_blocks < needed and active:
+                return
+            self._waiting.popleft()
+            self._joining.setdefault(to_read, []).append(row)
+
+    def _read_prompts(self) -> None:
+        """Read a bounded number of tokens of the rows that are joining; those whose tokens are all read begin to be decoded."""
+        left = self._chunk * (1 if self._rows else CHUNKS_FIRST)
+        chunks: list[tuple[CachedSequence, list[int]]] = []
+        for rows in list(self._joining.values()):
+            first = rows[0]
+            count = min(left, first.missing)
+            if not count:
+                continue
+            begin = first.sequence.length
+            try:
+                first.sequence.append(count)
+            except OutOfBlocks:
+                if not self._rows and not chunks:
+                    self._make_room()
+                break
+            chunks.append((first.sequence, first.ids[begin : begin + count]))
+            left -= count
+        if chunks:
+            self.read(chunks)
+        for to_read in [key for key, rows in self._joining.items() if not rows[0].missing]:
+            self._begin_decoding(to_read, self._joining.pop(to_read))
+
+    def _begin_decoding(self, to_read: tuple[int, ...], rows: list[_Row]) -> None:
+        """Let rows be decoded whose common tokens have been read by the first of them."""
+        sequence = rows[0].sequence
+        self.prefixes.keep(rows[0].request.ids[:-1], sequence)
+        for row in rows[1:]:
+            row.sequence.free()
+            row.sequence = sequence.fork()
+        self._rows += rows
+        self._plan = None
+        self._drawing.join([new_row(row.request, row.before) for row in rows])
+
+    def read(self, chunks: Sequence[tuple[CachedSequence, Sequence[int]]]) -> Tensor:
+        """Read tokens for which places were appended to sequences; return their hidden states (N, D), one after the other."""
+        attention = ChunkAttention(self.cache, [one for one, _ in chunks], [len(ids) for _, ids in chunks])
+        ids = [token for _, tokens in chunks for token in tokens]
+        positions = [at for one, tokens in chunks for at in range(one.length - len(tokens), one.length)]
+        return self._forward(ids, positions, attention)
+
+    def _forward(self, ids: list[int], positions: list[int], attention: CachedAttention) -> Tensor:
+        device = self.policy.device
+        both = torch.tensor([ids, positions]).to(device, non_blocking=True)
+        return self.policy.shared_forward.forward_over_cache(both[0], both[1], attention)
+
+    def forced_logits(self, prompts: Sequence[Sequence[int]], tokens: Sequence[int]) -> Tensor:
+        """Return the first prompt's logits (len(tokens), V), float32, while known tokens are decoded behind each prompt."""
+        sequences = [self.cache.new() for _ in prompts]
+        for one, ids in zip(sequences, prompts, strict=True):
+            one.append(len(ids) - 1)
+        self.read([(one, ids[:-1]) for one, ids in zip(sequences, prompts, strict=True)])
+        # Two rows share the first prompt, as completions do.
+        rows = [sequences[0].fork(), *sequences]
+        last, logits = [prompts[0][-1], *(ids[-1] for ids in prompts)], []
+        for token in tokens:
+            for row in rows:
+                row.append(1)
+            plan = DecodingAttention(self.cache, rows)
+            hidden = self._forward(last, [row.length - 1 for row in rows], plan)
+            logits.append(self.policy.next_token_logits(hidden)[0].float())
+            last = [token] * len(rows)
+        return torch.stack(logits)
+
+    # Given tokens
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> list[CachedSequence]:
+        """Read prompts and return a sequence for each; what a prompt has in common with an earlier one isn't read again.
+
+        Raises:
+            NumbersError: the cache is too small.
+        """
+        made: list[CachedSequence] = []
+        with self._freed_on_error(made):
+            for ids in prompts:
+                made.append(self.prefixes.fork_longest(ids))
+                while count := min(self._chunk, len(ids) - made[-1].length):
+                    begin = made[-1].length
+                    self._append(made[-1], count)
+                    self.read([(made[-1], ids[begin : begin + count])])
+                self.prefixes.keep(ids, made[-1])
+        return made
+
+    def follow(
+        self, sequences: Sequence[CachedSequence], whole: Sequence[Sequence[int]]
+    ) -> list[tuple[CachedSequence, Tensor]]:
+        """Read the tokens that follow those of sequences, all but the last, in one forward pass; the sequences stay as they are.
+
+        Args:
+            whole: for each sequence all its tokens, those that follow included.
+
+        Returns:
+            For each a new sequence, and the hidden states (T, D) of the tokens that were read.
+
+        Raises:
+            NumbersError: the cache is too small.
+        """
+        made: list[CachedSequence] = []
+        with self._freed_on_error(made):
+            counts = []
+            for sequence, ids in zip(sequences, whole, strict=True):
+                counts.append(len(ids) - 1 - sequence.length)
+                made.append(sequence.fork())
+                self._append(made[-1], counts[-1])
+            following = [ids[-1 - count : -1] for ids, count in zip(whole, counts, strict=True)]
+            hidden = self.read(list(zip(made, following, strict=True)))
+        return list(zip(made, hidden.split(counts), strict=True))
+
+    def _append(self, sequence: CachedSequence, count: int) -> None:
+        while True:
+            try:
+                return sequence.append(count)
+            except OutOfBlocks:
+                self._make_room()
+
+    @contextlib.contextmanager
+    def _freed_on_error(self, made: list[CachedSequence]) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            for sequence in made:
+                sequence.free()
+            raise
+
+    @property
+    def _chunk(self) -> int:
+        return CHUNK.get(self.policy.device.type, CHUNK["cpu"])
+
+    # Decoding
+
+    def _decode_step(self, partly: bool) -> Iterator[Finished]:
+        """Draw one token for each row, and yield the completions that end with it; the others, too, where `partly`."""
+        self._make_places()
+        sequences = [row.sequence for row in self._rows]
+        if self._plan is None or not self._plan.step():
+            self._plan = DecodingAttention(self.cache, sequences)
+        hidden = self._forward(
+            [row.ids[-1] for row in self._rows], [len(row.ids) - 1 for row in self._rows], self._plan
+        )
+        tokens = self._drawing.draw(self.policy.next_token_logits(hidden)).tolist()
+        report_tokens(len(tokens))
+        for row, token in zip(self._rows, tokens, strict=True):
+            row.ids.append(token)
+        ended = dict(self._drawing.ended())
+        for index, row in enumerate(self._rows):
+            rule = row.request.rule
+            if rule is not None and index not in ended and rule(row.ids[len(row.request.ids) :]):
+                ended[index] = "rule"
+        found = []
+        if partly:
+            found = [self._drawn(index, UNFINISHED) for index in range(len(self._rows)) if index not in ended]
+        if ended:
+            found += [self._drawn(index, reason) for index, reason in ended.items()]
+            for index in ended:
+                if not self._rows[index].request.keep:
+                    self._rows[index].sequence.free()
+            self._remove(set(ended))
+        yield from found
+
+    def _drawn(self, index: int, reason: str) -> Finished:
+        """Return what a row has drawn so far."""
+        row, drawn = self._rows[index], self._drawing.completion(index)
+        keep = row.request.keep and reason != UNFINISHED
+        return Finished(row.request.number, drawn, reason, drawn.text, row.sequence if keep else None)
+
+    def _remove(self, indices: set[int]) -> None:
+        """Take rows out of the loop."""
+        kept = [index for index in range(len(self._rows)) if index not in indices]
+        self._drawing.keep(kept)
+        self._rows = [self._rows[index] for index in kept]
+        self._plan = None
+
+    # Memory
+
+    def _make_places(self) -> None:
+        """Append a place for each row's next token; rows that joined last make room where the cache is full."""
+        index = 0
+        while index < len(self._rows):
+            try:
+                self._rows[index].sequence.append(1)
+            except OutOfBlocks:
+                self._make_room()
+            else:
+                index += 1
+
+    def _make_room(self) -> None:
+        """Free some blocks: drop a kept prompt, else send back the rows that joined last.
+
+        Raises:
+            NumbersError: one row has the whole cache, and it doesn't suffice.
+        """
+        if self.prefixes.drop_oldest():
+            return
+        if self._active <= 1:
+            tokens = self.cache.capacity * self.cache.block_size
+            raise NumbersError(
+                "the memory for keys and values doesn't suffice for one completion", place="generation",
+                got=f"room for {tokens:,} tokens", fix="shorten prompts or `max_new_tokens`, or allow more memory",
+            )  # fmt: skip
+        if self._joining:
+            _, victims = self._joining.popitem()
+        else:
+            victims = [self._rows[-1]]
+            victims[0].before = self._drawing.completion(len(self._rows) - 1)
+            self._remove({len(self._rows) - 1})
+        for row in reversed(victims):
+            row.sequence.free()
+            row.sequence = self._begin(row.request)
+            self._waiting.appendleft(row)
+        self.preemptions += len(victims)
+
+
+# Which models it knows
+
+
+@dataclass(frozen=True)
+class NativeFacts:
+    """What was measured about decoding a policy over a `PagedKVCache`."""
+
+    obstacle: str | None
+    """Why it can't be, in words; None where it gives the logits that the policy is trained on."""
+    elements: int = 0
+    """Numbers per token in all layers' keys and values."""
+
+
+@torch.no_grad()
+def measure_native(policy: PolicyModel) -> NativeFacts:
+    """Decode a few known tokens of a policy over a cache, and compare their logits with those of one plain forward pass."""
+    probed = policy.probe_result
+    if probed.arrangement != "packed":
+        return NativeFacts(
+            "its attention can't be replaced (" + probed.obstacles.get("packed", "rows are padded") + ")"
+        )
+    if policy.shared_forward.depends_on_length:
+        return NativeFacts("its positions depend on a sequence's length")
+    ids = plain_ids(policy.network, 15)
+    first, second, tokens = ids[:4].tolist(), ids[4:12].tolist(), ids[12:].tolist()
+    cache = PagedKVCache(16, 4, policy.device)
+    decoding = NativeDecoding(policy, cache, most_rows=2)
+    flash, kind = policy.attention.kernel == "flash", policy.device.type
+    try:
+        with (
+            evaluating(policy),
+            exact_products(policy.network),
+            torch.autocast(kind, dtype=policy.precision, enabled=flash),
+        ):
+            wanted = forward_logits(policy, first, tokens)
+            found = decoding.forced_logits([first, second], tokens)
+    except FAILURES as error:
+        return NativeFacts(describe_error(error, lines=1))
+    spread = (wanted - wanted.mean(dim=1, keepdim=True)).norm()
+    difference = float((found - wanted).norm() / spread)
+    if not difference < (3e-2 if flash else 1e-4):
+        return NativeFacts(f"its logits differ by {difference:.0e} (relative)")
+    elements = sum(pool.shape[1:].numel() // cache.block_size for pools in cache.pools.values() for pool in pools)
+    return NativeFacts(None, elements)

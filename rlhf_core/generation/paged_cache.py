@@ -1,0 +1,309 @@
+"""The keys and values of many sequences in blocks of memory, shared where sequences share their beginning.
+
+A sequence is a chain of runs. A run is a stretch of tokens in blocks of its own; it is written by one sequence until that
+sequence is forked, and never again afterwards: whoever appends then begins a run of his own behind it. So a fork takes constant
+time, whatever the length, and so does freeing a sequence, but for the blocks that nobody else holds.
+
+Axes: N tokens, K key-value heads, D head width, B blocks, S places per block.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import mmap
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlhf_core.infra.errors import RLHFError
+
+
+class OutOfBlocks(Exception):
+    """Every block is in use."""
+
+
+class Run:
+    """A stretch of a sequence's tokens in blocks of its own, behind the runs of its ancestors."""
+
+    __slots__ = ("blocks", "holders", "length", "number", "parent", "start")
+
+    numbers = itertools.count()
+
+    def __init__(self, parent: Run | None, start: int) -> None:
+        self.parent = parent
+        self.start = start
+        """Tokens before it: of its ancestors' tokens the sequence sees so many."""
+        self.length = 0
+        """Tokens in it."""
+        self.blocks: list[int] = []
+        self.holders = 1
+        """How many sequences and runs refer to it; only a run with one holder may grow."""
+        self.number = next(Run.numbers)
+
+    @property
+    def end(self) -> int:
+        """Tokens up to its end, its ancestors' included."""
+        return self.start + self.length
+
+
+class BlockView(NamedTuple):
+    """How much of one block a sequence sees."""
+
+    block: int
+    tokens: int
+    """The first so many places are seen."""
+    run: Run
+
+
+class CachedSequence:
+    """A sequence whose keys and values are in a `PagedKVCache`. Freed with `free`, once."""
+
+    __slots__ = ("cache", "run")
+
+    def __init__(self, cache: PagedKVCache, run: Run) -> None:
+        self.cache = cache
+        self.run = run
+
+    @property
+    def length(self) -> int:
+        """Tokens whose keys and values are kept."""
+        return self.run.end
+
+    def fork(self, length: int | None = None) -> CachedSequence:
+        """Return another sequence with the same tokens, or with the first `length` of them, in constant time."""
+        self.run.holders += 1
+        if length is None or length == self.length:
+            return CachedSequence(self.cache, self.run)
+        if not 0 <= length <= self.length:
+            raise ValueError(f"a sequence of {self.length} tokens has no first {length}")
+        return CachedSequence(self.cache, Run(self.run, length))
+
+    def append(self, tokens: int) -> None:
+        """Make places for further tokens; their keys and values are then written with `PagedKVCache.write`.
+
+        Raises:
+            OutOfBlocks: too few blocks are free; the sequence is as it was.
+        """
+        run = self.run
+        if run.holders > 1 or (self.cache.fills_blocks and not run.blocks and run.start % self.cache.block_size):
+            self._begin_own_run(tokens)
+        run, size = self.run, self.cache.block_size
+        missing = -(-(run.length + tokens) // size) - len(run.blocks)
+        if missing > 0:
+            run.blocks += self.cache.take(missing)
+        run.length += tokens
+
+    def _begin_own_run(self, tokens: int) -> None:
+        """Continue in a run of the sequence's own, since others hold the present one.
+
+        Where blocks must be full, the last, partly filled block of the present run is copied.
+        """
+        cache, shared = self.cache, self.run
+        views = list(self.views()) if cache.fills_blocks else []
+        tail = views[-1].tokens % cache.block_size if views else 0
+        run = Run(shared, shared.end - tail)
+        if tail:
+            run.blocks = cache.take(-(-(tail + tokens) // cache.block_size))
+            run.length = tail
+            cache.copy(views[-1].block, run.blocks[0])
+        self.run = run
+
+    def free(self) -> None:
+        """Give up the sequence; blocks that nobody else holds become free."""
+        self.cache.release(self.run)
+
+    def views(self) -> Iterator[BlockView]:
+        """Yield the sequence's blocks in order, and how much of each it sees."""
+        size = self.cache.block_size
+        for run, end in reversed(list(self.runs())):
+            seen = end - run.start
+            for index in range(-(-seen // size)):
+                yield BlockView(run.blocks[index], min(size, seen - index * size), run)
+
+    def runs(self) -> Iterator[tuple[Run, int]]:
+        """Yield the runs that hold tokens of the sequence, the last first, and where in the sequence its share of each ends."""
+        run: Run | None = self.run
+        end = self.run.end
+        while run is not None:
+            if end > run.start:
+                yield run, end
+                end = run.start
+            run = run.parent
+
+    def places(self, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the block (N,) and the place within it (N,) of the tokens `start` to `end`, which are in the last run."""
+        at = np.arange(start, end) - self.run.start
+        return np.asarray(self.run.blocks, dtype=np.int64)[at // self.cache.block_size], at % self.cache.block_size
+
+
+class PagedKVCache:
+    """Blocks of keys and values, one pool per attention layer, all with the same numbering of blocks.
+
+    Memory for a layer is reserved when the layer first writes, and on a CPU occupied only where something was written.
+
+    Args:
+        blocks: most blocks that may be in use at once.
+        block_size: S, tokens per block.
+        device: where the pools are.
+        order: `heads` keeps each head's places of a block together, which plain matrix products read fastest; `tokens` keeps each
+            token's heads together, as GPU kernels want it.
+        fills_blocks: whether only a sequence's last block may be partly filled, as kernels with block tables need it. Else a fork
+            begins a block of its own, so a shared, partly filled block stays shared.
+    """
+
+    def __init__(
+        self,
+        blocks: int,
+        block_size: int,
+        device: torch.device,
+        *,
+        order: Literal["heads", "tokens"] = "heads",
+        fills_blocks: bool = False,
+    ) -> None:
+        if blocks < 1 or block_size < 1:
+            raise ValueError(f"a cache of {blocks} blocks of {block_size} tokens")
+        self.capacity, self.block_size, self.device = blocks, block_size, device
+        self.order, self.fills_blocks = order, fills_blocks
+        self._free: list[int] = []
+        """A heap of blocks that were in use before: the lowest is taken first, so that those in use lie close together."""
+        self._unused = 0
+        """Blocks from this one on were never in use."""
+        self.pools: dict[object, tuple[Tensor, Tensor]] = {}
+        """Layer → its keys and its values, (B, K, S, D) or (B, S, K, D)."""
+
+    @property
+    def free_blocks(self) -> int:
+        return len(self._free) + self.capacity - self._unused
+
+    @property
+    def used_blocks(self) -> int:
+        return self.capacity - self.free_blocks
+
+    def blocks_for(self, tokens: int) -> int:
+        """Return how many blocks so many tokens in one run need."""
+        return -(-tokens // self.block_size)
+
+    def new(self) -> CachedSequence:
+        """Return an empty sequence."""
+        return CachedSequence(self, Run(None, 0))
+
+    def take(self, count: int) -> list[int]:
+        """Return blocks that were free, the lowest first.
+
+        Raises:
+            OutOfBlocks: fewer are free; none is taken.
+        """
+        if count > self.free_blocks:
+            raise OutOfBlocks
+        taken = [heapq.heappop(self._free) for _ in range(min(count, len(self._free)))]
+        more = count - len(taken)
+        taken += range(self._unused, self._unused + more)
+        self._unused += more
+        return taken
+
+    def release(self, run: Run | None) -> None:
+        """Give up one reference to a run."""
+        while run is not None:
+            run.holders -= 1
+            if run.holders:
+                return
+            for block in run.blocks:
+                heapq.heappush(self._free, block)
+            run.blocks = []
+            run = run.parent
+
+    def grow(self, blocks: int) -> None:
+        """Raise the bound on blocks in use to at least so many; what is kept stays."""
+        if blocks <= self.capacity:
+            return
+        for layer, (keys, values) in self.pools.items():
+            grown = tuple(_reserved((blocks, *pool.shape[1:]), pool.dtype, self.device) for pool in (keys, values))
+            for new, old in zip(grown, (keys, values), strict=True):
+                new[: self._unused].copy_(old[: self._unused])
+            self.pools[layer] = (grown[0], grown[1])
+        self.capacity = blocks
+
+    # Keys and values
+
+    def write(self, layer: object, index: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the keys and values of tokens, and return the layer's pools.
+
+        Args:
+            layer: any key that tells the layer from others.
+            index: from `index_of`; (N · K,) where `order` is `heads`, else (N,).
+            keys: (N, K, D). values: (N, K, D'), whose width may differ.
+        """
+        pools = self.pools.get(layer)
+        if pools is None:
+            pools = self._reserve(layer, keys, values)
+        for pool, new in zip(pools, (keys, values), strict=True):
+            if self.order == "heads":
+                pool.view(-1, pool.shape[3]).index_copy_(0, index, new.reshape(-1, new.shape[2]))
+            else:
+                pool.view(-1, *pool.shape[2:]).index_copy_(0, index, new)
+        return pools
+
+    def _reserve(self, layer: object, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        def pool(like: Tensor) -> Tensor:
+            inner = (
+                (like.shape[1], self.block_size, like.shape[2])
+                if self.order == "heads"
+                else (self.block_size, *like.shape[1:])
+            )
+            return _reserved((self.capacity, *inner), like.dtype, self.device)
+
+        self.pools[layer] = (pool(keys), pool(values))
+        return self.pools[layer]
+
+    def index_of(self, blocks: np.ndarray, places: np.ndarray, heads: int) -> Tensor:
+        """Return where `write` puts tokens, for their blocks (N,) and places within these (N,), and for K `heads`."""
+        if self.order == "heads":
+            index = (blocks[:, None] * heads + np.arange(heads)) * self.block_size + places[:, None]
+        else:
+            index = blocks * self.block_size + places
+        return torch.from_numpy(index.ravel()).to(self.device, non_blocking=True)
+
+    def read(self, layer: object, views: Sequence[BlockView]) -> tuple[Tensor, Tensor]:
+        """Return the keys and values (K, N, D) of what a sequence sees of a layer, copied together."""
+        heads_first = self.order == "heads"
+
+        def read(pool: Tensor) -> Tensor:
+            parts = [
+                pool[view.block, :, : view.tokens] if heads_first else pool[view.block, : view.tokens].transpose(0, 1)
+                for view in views
+            ]
+            return torch.cat(parts, dim=1)
+
+        keys, values = self.pools[layer]
+        return read(keys), read(values)
+
+    def copy(self, source: int, target: int) -> None:
+        """Copy a block in all layers."""
+        for pools in self.pools.values():
+            for pool in pools:
+                pool[target].copy_(pool[source])
+
+    def clear_values(self) -> None:
+        """Overwrite all keys and values with zeros: what isn't finite would spoil products in which its weight is 0."""
+        for pools in self.pools.values():
+            for pool in pools:
+                pool.zero_()
+
+
+def _reserved(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return zeros; on a CPU memory is occupied only where something is written.
+
+    Raises:
+        RLHFError: the address space doesn't suffice.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = int(np.prod(shape)) * dtype.itemsize
+    try:
+        return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(shape)
+    except (OSError, MemoryError, OverflowError) as error:
+        raise RLHFError(f"no memory for a cache of {size:,} bytes") from error

@@ -1,0 +1,53 @@
+"""What is asked of a decoding loop, and what it returns: token ids in, token ids out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from rlhf_core.generation.drawn_rows import DrawnCompletion
+    from rlhf_core.generation.paged_cache import CachedSequence
+    from rlhf_core.generation.stop_strings import StopStrings
+
+
+UNFINISHED = "unfinished"
+"""In place of a reason: more tokens will be drawn."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion to be drawn."""
+
+    number: int
+    """Tells it from the other requests of the call."""
+    ids: Sequence[int]
+    """The prompt's token ids, at least one. Requests with the same prompt share what is computed for it."""
+    seed: int
+    """Its random numbers are a function of this and of a token's place among those drawn."""
+    limit: int
+    """Most new tokens."""
+    ends: tuple[int, ...]
+    """The ids that end it, which are its last token then."""
+    stops: StopStrings | None = None
+    """Looks for stop strings in its text."""
+    rule: Callable[[Sequence[int]], bool] | None = None
+    """Called with the ids drawn so far after each token; True ends the completion."""
+    base: CachedSequence | None = None
+    """Where the keys and values of the prompt, but for its last token, are kept already. It stays as it is."""
+    keep: bool = False
+    """Whether `Finished.sequence` is wanted."""
+
+
+class Finished(NamedTuple):
+    """One completion that has ended."""
+
+    number: int
+    drawn: DrawnCompletion
+    reason: str
+    """As `Completion.stop_reason`."""
+    text: str | None
+    """The completion's text before the stop string that ended it; None where none did."""
+    sequence: CachedSequence | None
+    """Keys and values of prompt and completion, but for the last token, where the request wanted them."""

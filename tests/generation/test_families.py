@@ -1,0 +1,82 @@
+"""Greedy completions equal those of transformers' own loop, token for token, whatever the architecture."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rlhf_core.config.online import SamplingConfig
+from rlhf_core.generation.engine import Engine
+from rlhf_core.generation.native import measure_native
+from rlhf_core.models.policy_model import PolicyModel
+from rlhf_core.testing.tiny import tiny_tokenizer
+from tests.architectures import kinds, make_tiny
+
+UNLOADABLE: set[str] = set()
+"""Architectures whose tiny version needs a further package, or can't be made."""
+PROMPTS = [[40, 50, 60, 70, 80, 90, 100], [45, 55], [40, 50, 60, 71, 81, 91, 101, 111, 121, 131, 141, 151]]
+"""The first and the last begin alike."""
+
+
+def greedy(policy: PolicyModel, ids: list[int], count: int) -> list[int]:
+    """Return `count` tokens that transformers' loop draws greedily behind a prompt, whatever it says about ends."""
+    batch = torch.tensor([ids])
+    options = {"do_sample": False, "max_new_tokens": count, "min_new_tokens": count, "pad_token_id": 0}
+    made = policy.causal_lm.generate(input_ids=batch, attention_mask=torch.ones_like(batch), **options)
+    return list(made[0, len(ids) :].tolist())
+
+
+def check_greedy(kind: str, *, by_loop: bool, **options: object) -> PolicyModel:
+    """Draw greedily with both; compare, and check the log-probabilities against one forward pass over the whole sequence."""
+    policy = PolicyModel(make_tiny(kind, **options), tiny_tokenizer())
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.mul_(1.5)  # random models are nearly indifferent between tokens
+    engine = Engine(policy)
+    sampling = SamplingConfig(max_new_tokens=12, min_new_tokens=12, temperature=0)
+    handles = engine.prefill(PROMPTS)
+    drawn = engine.extend(handles, sampling, seeds=[0, 0, 0])
+    for ids, one in zip(PROMPTS, drawn, strict=True):
+        whole = torch.tensor([[*ids, *one.completion.ids]])
+        with torch.no_grad():
+            logits = policy.network(input_ids=whole).logits[0, len(ids) - 1 : -1].float()
+        barred = logits.clone()
+        barred[:, [token for token in (*engine._own_ends, *engine._turn_ends) if token < logits.shape[1]]] = -torch.inf
+        chosen = torch.tensor(one.completion.ids)
+        best, own = barred.amax(1), barred.gather(1, chosen[:, None])[:, 0]
+        assert (best - own).max() < 1e-4, kind
+        expected = logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0]
+        assert (torch.tensor(one.completion.raw_logprobs) - expected).abs().max() < 1e-4, kind
+        if by_loop:
+            assert list(one.completion.ids) == greedy(policy, ids, 12)
+    return policy
+
+
+@pytest.mark.parametrize(
+    "kind", ["llama", "qwen3", "gpt2", "phi3", "olmo2", "mixtral", "qwen3_moe", "gemma", "granite", "cohere"]
+)
+def test_families_that_decode_over_the_paged_cache(kind: str) -> None:
+    assert check_greedy(kind, by_loop=True).measured(measure_native).obstacle is None
+
+
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        ("mistral", {"sliding_window": 8}),
+        ("gemma3_text", {"sliding_window": 8}),
+        ("gemma2", {}),
+        ("bloom", {}),
+        ("mamba", {}),
+        ("qwen3_next", {}),
+        ("lfm2", {}),
+    ],
+)
+def test_windows_caps_states_and_other_biases(kind: str, options: dict[str, object]) -> None:
+    check_greedy(kind, by_loop=kind != "mamba", **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", sorted(set(kinds()) - UNLOADABLE))
+def test_every_architecture(kind: str) -> None:
+    """Against the forward pass of training alone: transformers' own loop counts positions otherwise in some models."""
+    check_greedy(kind, by_loop=False)
