@@ -113,18 +113,15 @@ class Hungry(PolicyModel):
         self.use("update" if torch.is_grad_enabled() else "forward", batch.num_responses)
         return super().token_logps(batch, **options)
 
+    def next_token_logits(self, hidden: Tensor) -> Tensor:
+        self.use("generate", len(hidden))
+        return super().next_token_logits(hidden)
+
 
 def hungry(**most: int) -> Hungry:
     plain = model()
-    policy = Hungry(plain.network, plain.tokenizer)
     Hungry.most, Hungry.refused = most, []
-
-    def before(module: Any, args: Any, kwargs: Any) -> None:
-        if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
-            policy.use("generate", kwargs["input_ids"].shape[0])
-
-    policy.network.register_forward_pre_hook(before, with_kwargs=True)
-    return policy
+    return Hungry(plain.network, plain.tokenizer)
 
 
 @pytest.mark.parametrize("where", ["generate", "forward", "update"])
