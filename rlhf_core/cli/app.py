@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rlhf_core.cli import INTERRUPTED, author, doctor, merge, methods, sample, samples, score, train
+from rlhf_core.cli import INTERRUPTED, author, chat, doctor, merge, methods, sample, samples, score, train
 from rlhf_core.infra.version import __version__
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app = typer.Typer(
 )
 methods.add_to(app)
 train.add_to(app)
+chat.add_to(app)
 sample.add_to(app)
 samples.add_to(app)
 merge.add_to(app)
