@@ -147,17 +147,17 @@ class DecodingAttention(CachedAttention):
     def step(self) -> bool:
         """Move on to each row's next token, for which a place was appended; return False where a new plan is needed."""
         size = self.cache.block_size
-        runs = [one.run for one in self.sequences]
-        places = np.fromiter((run.length - 1 for run in runs), dtype=np.int64, count=len(runs))
+        stretches = [one.stretch for one in self.sequences]
+        places = np.fromiter((own.length - 1 for own in stretches), dtype=np.int64, count=len(stretches))
         if (places % size == 0).any():
             return False
-        blocks = np.fromiter((run.blocks[-1] for run in runs), dtype=np.int64, count=len(runs))
+        blocks = np.fromiter((own.blocks[-1] for own in stretches), dtype=np.int64, count=len(stretches))
         if not np.array_equal(blocks, self.blocks):
             return False
         self.places = places % size
         self._index.clear()
         own = self._classes[0]
-        at = torch.from_numpy(np.fromiter((own.of_row[block] for block in blocks.tolist()), np.int64, len(runs)))
+        at = torch.from_numpy(np.fromiter((own.of_row[block] for block in blocks.tolist()), np.int64, len(stretches)))
         own.show(at, torch.from_numpy(self.places))
         return True
 

@@ -3,7 +3,7 @@
 Each pass of the loop lets waiting requests join as far as memory allows, reads a bounded number of their prompts' tokens, and
 draws one token for every row. A prompt is read once for all its completions, and a row that has its last token leaves at once.
 Where the cache runs full, kept prompts are dropped first; then the row that joined last gives up its keys and values and joins
-again later, where its tokens are read as a prompt would be: it goes on with the same random numbers.
+again later, where its tokens are read as a prompt would be: it continues with the same random numbers.
 
 Axes: R rows, N tokens, V vocabulary.
 """

@@ -1,8 +1,8 @@
 """The keys and values of many sequences in blocks of memory, shared where sequences share their beginning.
 
-A sequence is a chain of runs. A run is a stretch of tokens in blocks of its own; it is written by one sequence until that
-sequence is forked, and never again afterwards: whoever appends then begins a run of his own behind it. So a fork takes constant
-time, whatever the length, and so does freeing a sequence, but for the blocks that nobody else holds.
+A sequence is a chain of stretches. A stretch is some tokens in blocks of its own; it is written by one sequence until that
+sequence is forked, and never again afterwards: whoever appends then begins a stretch of his own behind it. So a fork takes
+constant time, whatever the length, and so does freeing a sequence, but for the blocks that nobody else holds.
 
 Axes: N tokens, K key-value heads, D head width, B blocks, S places per block.
 """
@@ -26,14 +26,14 @@ class OutOfBlocks(Exception):
     """Every block is in use."""
 
 
-class Run:
-    """A stretch of a sequence's tokens in blocks of its own, behind the runs of its ancestors."""
+class Stretch:
+    """Some of a sequence's tokens in blocks of its own, behind the stretches of its ancestors."""
 
     __slots__ = ("blocks", "holders", "length", "number", "parent", "start")
 
     numbers = itertools.count()
 
-    def __init__(self, parent: Run | None, start: int) -> None:
+    def __init__(self, parent: Stretch | None, start: int) -> None:
         self.parent = parent
         self.start = start
         """Tokens before it: of its ancestors' tokens the sequence sees so many."""
@@ -41,8 +41,8 @@ class Run:
         """Tokens in it."""
         self.blocks: list[int] = []
         self.holders = 1
-        """How many sequences and runs refer to it; only a run with one holder may grow."""
-        self.number = next(Run.numbers)
+        """How many sequences and stretches refer to it; only a stretch with one holder may grow."""
+        self.number = next(Stretch.numbers)
 
     @property
     def end(self) -> int:
@@ -56,31 +56,31 @@ class BlockView(NamedTuple):
     block: int
     tokens: int
     """The first so many places are seen."""
-    run: Run
+    stretch: Stretch
 
 
 class CachedSequence:
     """A sequence whose keys and values are in a `PagedKVCache`. Freed with `free`, once."""
 
-    __slots__ = ("cache", "run")
+    __slots__ = ("cache", "stretch")
 
-    def __init__(self, cache: PagedKVCache, run: Run) -> None:
+    def __init__(self, cache: PagedKVCache, stretch: Stretch) -> None:
         self.cache = cache
-        self.run = run
+        self.stretch = stretch
 
     @property
     def length(self) -> int:
         """Tokens whose keys and values are kept."""
-        return self.run.end
+        return self.stretch.end
 
     def fork(self, length: int | None = None) -> CachedSequence:
         """Return another sequence with the same tokens, or with the first `length` of them, in constant time."""
-        self.run.holders += 1
+        self.stretch.holders += 1
         if length is None or length == self.length:
-            return CachedSequence(self.cache, self.run)
+            return CachedSequence(self.cache, self.stretch)
         if not 0 <= length <= self.length:
             raise ValueError(f"a sequence of {self.length} tokens has no first {length}")
-        return CachedSequence(self.cache, Run(self.run, length))
+        return CachedSequence(self.cache, Stretch(self.stretch, length))
 
     def append(self, tokens: int) -> None:
         """Make places for further tokens; their keys and values are then written with `PagedKVCache.write`.
@@ -88,56 +88,58 @@ class CachedSequence:
         Raises:
             OutOfBlocks: too few blocks are free; the sequence is as it was.
         """
-        run = self.run
-        if run.holders > 1 or (self.cache.fills_blocks and not run.blocks and run.start % self.cache.block_size):
-            self._begin_own_run(tokens)
-        run, size = self.run, self.cache.block_size
-        missing = -(-(run.length + tokens) // size) - len(run.blocks)
+        stretch = self.stretch
+        if stretch.holders > 1 or (
+            self.cache.fills_blocks and not stretch.blocks and stretch.start % self.cache.block_size
+        ):
+            self._begin_own_stretch(tokens)
+        stretch, size = self.stretch, self.cache.block_size
+        missing = -(-(stretch.length + tokens) // size) - len(stretch.blocks)
         if missing > 0:
-            run.blocks += self.cache.take(missing)
-        run.length += tokens
+            stretch.blocks += self.cache.take(missing)
+        stretch.length += tokens
 
-    def _begin_own_run(self, tokens: int) -> None:
-        """Continue in a run of the sequence's own, since others hold the present one.
+    def _begin_own_stretch(self, tokens: int) -> None:
+        """Continue in a stretch of the sequence's own, since others hold the present one.
 
-        Where blocks must be full, the last, partly filled block of the present run is copied.
+        Where blocks must be full, the last, partly filled block of the present stretch is copied.
         """
-        cache, shared = self.cache, self.run
+        cache, shared = self.cache, self.stretch
         views = list(self.views()) if cache.fills_blocks else []
         tail = views[-1].tokens % cache.block_size if views else 0
-        run = Run(shared, shared.end - tail)
+        stretch = Stretch(shared, shared.end - tail)
         if tail:
-            run.blocks = cache.take(-(-(tail + tokens) // cache.block_size))
-            run.length = tail
-            cache.copy(views[-1].block, run.blocks[0])
-        self.run = run
+            stretch.blocks = cache.take(-(-(tail + tokens) // cache.block_size))
+            stretch.length = tail
+            cache.copy(views[-1].block, stretch.blocks[0])
+        self.stretch = stretch
 
     def free(self) -> None:
         """Give up the sequence; blocks that nobody else holds become free."""
-        self.cache.release(self.run)
+        self.cache.release(self.stretch)
 
     def views(self) -> Iterator[BlockView]:
         """Yield the sequence's blocks in order, and how much of each it sees."""
         size = self.cache.block_size
-        for run, end in reversed(list(self.runs())):
-            seen = end - run.start
+        for stretch, end in reversed(list(self.stretches())):
+            seen = end - stretch.start
             for index in range(-(-seen // size)):
-                yield BlockView(run.blocks[index], min(size, seen - index * size), run)
+                yield BlockView(stretch.blocks[index], min(size, seen - index * size), stretch)
 
-    def runs(self) -> Iterator[tuple[Run, int]]:
-        """Yield the runs that hold tokens of the sequence, the last first, and where in the sequence its share of each ends."""
-        run: Run | None = self.run
-        end = self.run.end
-        while run is not None:
-            if end > run.start:
-                yield run, end
-                end = run.start
-            run = run.parent
+    def stretches(self) -> Iterator[tuple[Stretch, int]]:
+        """Yield the stretches that hold tokens of the sequence, the last first, and where in the sequence each one ends."""
+        stretch: Stretch | None = self.stretch
+        end = self.stretch.end
+        while stretch is not None:
+            if end > stretch.start:
+                yield stretch, end
+                end = stretch.start
+            stretch = stretch.parent
 
     def places(self, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the block (N,) and the place within it (N,) of the tokens `start` to `end`, which are in the last run."""
-        at = np.arange(start, end) - self.run.start
-        return np.asarray(self.run.blocks, dtype=np.int64)[at // self.cache.block_size], at % self.cache.block_size
+        """Return the block (N,) and the place within it (N,) of the tokens `start` to `end`, which are in the last stretch."""
+        at = np.arange(start, end) - self.stretch.start
+        return np.asarray(self.stretch.blocks, dtype=np.int64)[at // self.cache.block_size], at % self.cache.block_size
 
 
 class PagedKVCache:
@@ -184,12 +186,12 @@ class PagedKVCache:
         return self.capacity - self.free_blocks
 
     def blocks_for(self, tokens: int) -> int:
-        """Return how many blocks so many tokens in one run need."""
+        """Return how many blocks so many tokens in one stretch need."""
         return -(-tokens // self.block_size)
 
     def new(self) -> CachedSequence:
         """Return an empty sequence."""
-        return CachedSequence(self, Run(None, 0))
+        return CachedSequence(self, Stretch(None, 0))
 
     def take(self, count: int) -> list[int]:
         """Return blocks that were free, the lowest first.
@@ -205,16 +207,16 @@ class PagedKVCache:
         self._unused += more
         return taken
 
-    def release(self, run: Run | None) -> None:
-        """Give up one reference to a run."""
-        while run is not None:
-            run.holders -= 1
-            if run.holders:
+    def release(self, stretch: Stretch | None) -> None:
+        """Give up one reference to a stretch."""
+        while stretch is not None:
+            stretch.holders -= 1
+            if stretch.holders:
                 return
-            for block in run.blocks:
+            for block in stretch.blocks:
                 heapq.heappush(self._free, block)
-            run.blocks = []
-            run = run.parent
+            stretch.blocks = []
+            stretch = stretch.parent
 
     def grow(self, blocks: int) -> None:
         """Raise the bound on blocks in use to at least so many; what is kept stays."""

@@ -55,7 +55,7 @@ class KeptPrefixes:
 
     def drop_oldest(self) -> bool:
         """Give up the sequence, of those that nobody else holds, that was used least recently; return whether there was one."""
-        key = next((key for key, sequence in self._kept.items() if sequence.run.holders == 1), None)
+        key = next((key for key, sequence in self._kept.items() if sequence.stretch.holders == 1), None)
         if key is not None:
             self._drop(key)
         return key is not None
