@@ -68,6 +68,7 @@ class ChatSession:
         self, models: Sequence[ChatModel], sampling: SamplingConfig, *, system: str | None = None, seed: int = 0
     ) -> None:
         self.models, self.sampling, self.system, self.seed = list(models), sampling, system, seed
+        self._engines = [Engine(model.policy) for model in models]
         self.conversations: list[list[Turn]] = [[]]
         """The turns of each conversation; the last one continues."""
         self.started = datetime.now(UTC).isoformat(timespec="seconds")
@@ -101,7 +102,7 @@ class ChatSession:
         return [*self._messages(number, before), {"role": "user", "content": new.user}]
 
     def stream(self, number: int, turn: Turn) -> Iterator[Completion]:
-        """Yield a model's answer to a new message as it grows; the last one is whole.
+        """Return a model's answer to a new message as it grows; the last one is whole.
 
         Raises:
             DataError: the conversation leaves no room for an answer among the model's positions.
@@ -110,7 +111,7 @@ class ChatSession:
         batch = prompt_batch(policy, [self.prompt(number, turn)])
         conversation, place = len(self.conversations) - 1, len(self.turns) - bool(turn.attempt)
         seed = stream_seed(self.seed, "chat", conversation, place, turn.attempt)
-        yield from stream_completion(Engine(policy, seed=self.seed), batch, self.sampling, seed=seed)
+        return self._engines[number].stream(batch, self.sampling, seed=seed)
 
     def prompt_tokens(self, number: int) -> int:
         """Return how many tokens a model reads of the conversation before the next message."""
@@ -167,15 +168,6 @@ class ChatSession:
         ] or [[]]
         self.started = saved["started"]
         self.system = saved["system"] if self.system is None else self.system
-
-
-def stream_completion(engine: Engine, batch: Any, sampling: SamplingConfig, *, seed: int) -> Iterator[Completion]:
-    """Yield the completion of one prompt as it grows; the last one is whole."""
-    if hasattr(engine, "stream"):
-        yield from engine.stream(batch, sampling, seed=seed)
-        return
-    (completion,) = engine.generate(batch, 1, sampling, seeds=[[seed]])[0]
-    yield completion
 
 
 class _SavedChat(BaseConfig):

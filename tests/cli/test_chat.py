@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_core.cli import chat_session
+from rlhf_core.cli.chat_session import ChatSession
 from rlhf_core.cli.printing import WrappedWriter
 from rlhf_core.contracts.completion import Completion
 from rlhf_core.testing.tiny import save_tiny, tiny_tokenizer
@@ -229,9 +229,9 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(
 
 
 def growing(*texts: str, interrupt: bool = False) -> Callable[..., Iterator[Completion]]:
-    """Return a stand-in for the engine's stream: these texts, then Ctrl-C if asked for."""
+    """Return a stand-in for a model's answer: these texts, then Ctrl-C if asked for."""
 
-    def stream(*_: Any, **__: Any) -> Iterator[Completion]:
+    def stream(*_: Any) -> Iterator[Completion]:
         for number, text in enumerate(texts, 1):
             yield Completion(text=text, ids=[5] * number, logprobs=[0.0] * number, stop_reason="length")
         if interrupt:
@@ -245,7 +245,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_written(
     talk: Talk, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "chat.json"
-    monkeypatch.setattr(chat_session, "stream_completion", growing("Once", "Once upon", "Once upon a", interrupt=True))
+    monkeypatch.setattr(ChatSession, "stream", growing("Once", "Once upon", "Once upon a", interrupt=True))
     code, out, _ = talk(["one", "/show"], model, "--beside", model, "--history", str(path))
     assert code == 0 and "Once upon a\nstopped · 3 tokens" in out and "messages  1" in out
     ((turn,),) = chat_of(path)["conversations"]
@@ -257,7 +257,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_written(
 def test_a_stopped_chat_goes_on(talk: Talk, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "chat.json"
     with monkeypatch.context() as patch:
-        patch.setattr(chat_session, "stream_completion", growing(interrupt=True))
+        patch.setattr(ChatSession, "stream", growing(interrupt=True))
         talk(["one"], model, "--history", str(path))
     ((turn,),) = chat_of(path)["conversations"]
     assert turn["answers"][0]["text"] == ""
