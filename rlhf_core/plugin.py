@@ -48,14 +48,17 @@ if TYPE_CHECKING:
     from rlhf_core.generation.engine import Engine as Engine
     from rlhf_core.generation.generate import prompt_batch as prompt_batch
     from rlhf_core.generation.sampler_models import best_first as best_first
+    from rlhf_core.infra.chat_api import ChatAPI as ChatAPI
     from rlhf_core.infra.child_calls import CallFailure as CallFailure
     from rlhf_core.infra.child_calls import ChildCalls as ChildCalls
+    from rlhf_core.infra.devices import DeviceManager as DeviceManager
     from rlhf_core.infra.errors import ConfigError as ConfigError
     from rlhf_core.infra.errors import DataError as DataError
     from rlhf_core.infra.errors import ModelError as ModelError
     from rlhf_core.infra.errors import NumbersError as NumbersError
     from rlhf_core.infra.errors import PluginError as PluginError
     from rlhf_core.infra.errors import shortened as shortened
+    from rlhf_core.infra.model_files import file_hashes as file_hashes
     from rlhf_core.infra.seeds import random_generator as random_generator
     from rlhf_core.infra.statistics import auc as auc
     from rlhf_core.infra.statistics import calibration_error as calibration_error
@@ -142,6 +145,9 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.rewards.final_answer": "FinalAnswer Thinking after_thinking find_answer",
         "rlhf_core.rewards.written_number": "WrittenNumber numbers_in read_number",
         "rlhf_core.infra.child_calls": "CallFailure ChildCalls",
+        "rlhf_core.infra.chat_api": "ChatAPI",
+        "rlhf_core.infra.devices": "DeviceManager",
+        "rlhf_core.infra.model_files": "file_hashes",
         "rlhf_core.infra.seeds": "random_generator",
         "rlhf_core.infra.statistics": "auc calibration_error",
         "rlhf_core.training.context": "RunContext",

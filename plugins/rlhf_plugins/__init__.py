@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from rlhf_plugins.rewards.exact_match import ExactMatchReward as ExactMatchReward
     from rlhf_plugins.rewards.format import FormatConfig as FormatConfig
     from rlhf_plugins.rewards.format import FormatReward as FormatReward
+    from rlhf_plugins.rewards.judge import JudgeConfig as JudgeConfig
+    from rlhf_plugins.rewards.judge import JudgeReward as JudgeReward
     from rlhf_plugins.rewards.length import LengthConfig as LengthConfig
     from rlhf_plugins.rewards.length import LengthReward as LengthReward
     from rlhf_plugins.rewards.math_verify import MathVerifyConfig as MathVerifyConfig
@@ -86,6 +88,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_plugins.mergers.uniform_soup": "UniformSoupMerger",
         "rlhf_plugins.rewards.exact_match": "ExactMatchConfig ExactMatchReward",
         "rlhf_plugins.rewards.format": "FormatConfig FormatReward",
+        "rlhf_plugins.rewards.judge": "JudgeConfig JudgeReward",
         "rlhf_plugins.rewards.length": "LengthConfig LengthReward",
         "rlhf_plugins.rewards.math_verify": "MathVerifyConfig MathVerifyReward",
         "rlhf_plugins.rewards.numeric_answer": "NumericAnswerConfig NumericAnswerReward",

@@ -40,8 +40,8 @@ class RewardConfig(BaseConfig):
     concurrency: int | None = Field(
         None,
         ge=1,
-        description="Most calls of it at once, outside the main thread; larger is faster for one that waits. Null: 1 thread or"
-        " process, 32 calls of an async one.",
+        description="Most calls of it at once, outside the main thread; larger is faster for one that waits. Null: what"
+        " the reward declares, else 1 thread or process, and 32 calls of an async one.",
     )
 
 

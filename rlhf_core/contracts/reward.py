@@ -60,6 +60,9 @@ class RewardFn(ABC):
     once all completions are there: right for what computes, a model above all. `thread`: beside generation and the other rewards:
     for what waits, as for a server. `process`: beside them as well, in child processes, which can be killed. An `async def score`
     runs beside them on an event loop."""
+    concurrency: int | None = None
+    """Most calls of `score` at once outside the main thread, unless the run's configuration says otherwise. None: 1 thread or
+    process, 32 calls of an async one."""
     by_row: bool = False
     """Whether each sample is scored by itself. The core then calls `score` with one sample at a time (in threads, processes or an
     event loop with several at once), and its errors name the row that hangs or raises."""

@@ -52,7 +52,7 @@ class ProcessReward(RewardFn):
         self, reward: RewardFn, recipe: dict[str, Any] | None, *, time_limit: float | None, name: str, place: str
     ) -> None:
         self.config, self.reward, self.name = reward.config, reward, name
-        self.by_row, self._limit = reward.by_row, time_limit
+        self.by_row, self.concurrency, self._limit = reward.by_row, reward.concurrency, time_limit
         self._message = _pickled(recipe if recipe is not None else reward, name, place)
         self._free: queue.SimpleQueue[_Child] = queue.SimpleQueue()
 

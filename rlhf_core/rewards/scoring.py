@@ -82,7 +82,7 @@ class Rewards:
         self._entries = tuple(entries)
         self._prepared = False
         self._pools = {
-            entry.name: DaemonPool(entry.concurrency or 1, f"reward {entry.name}")
+            entry.name: DaemonPool(entry.at_once, f"reward {entry.name}")
             for entry in self._entries
             if entry.place in ("thread", "process")
         }

@@ -38,6 +38,12 @@ class WeightedReward:
     """`distribution` and `version` of a plugin; empty for other rewards."""
     runs_in: Literal["auto", "main", "thread", "process"] = "auto"
     concurrency: int | None = None
+    """Most calls at once outside the main thread; None takes what the reward declares."""
+
+    @property
+    def at_once(self) -> int:
+        """Most calls that run at once where they run."""
+        return self.concurrency or self.reward.concurrency or (COROUTINES if self.place == "loop" else 1)
 
     @property
     def place(self) -> Literal["main", "thread", "process", "loop"]:
@@ -260,7 +266,7 @@ class ScoringSession:
             return
         import asyncio
 
-        room = self._room.setdefault(entry.name, asyncio.Semaphore(entry.concurrency or COROUTINES))
+        room = self._room.setdefault(entry.name, asyncio.Semaphore(entry.at_once))
         loop = event_loop()
         for call in calls:
             call.loop = loop
