@@ -115,22 +115,27 @@ def test_merging(tmp_path: Path, environment: dict[str, str]) -> None:
 def test_rewards(tmp_path: Path, environment: dict[str, str]) -> None:
     """Listings run as they stand, under the name in their first line, and the rewards of the example file are all there."""
     printed, files = "", []
+    listings = {}
+    for language, text in blocks("docs/rewards.md"):
+        if language == "python":
+            first = text.split("\n")[0]
+            listings[text] = first.removeprefix("# ") if first.endswith(".py") else "score.py"
+            # Before any runs: commands name rewards that are defined further down.
+            (tmp_path / listings[text]).write_text(text)
     for language, text in blocks("docs/rewards.md"):
         if language == "bash":
             run(text, tmp_path, environment)
         elif language == "yaml":
             files.append(text)
         else:
-            first = text.split("\n")[0]
-            name = first.removeprefix("# ") if first.endswith(".py") else "score.py"
-            (tmp_path / name).write_text(text)
-            printed += run(f"python {name}", tmp_path, environment)
+            printed += run(f"python {listings[text]}", tmp_path, environment)
     assert "[1.0, 0.0] tensor([ 0.9000, -0.8000])" in printed
     assert "[-1, -8]" in printed.replace(".0", "")
-    (file,) = files
-    (tmp_path / "run.yaml").write_text(file)
     opened = "import yaml; from rlhf_core.rewards import open_rewards as o; print(o(yaml.safe_load(open('run.yaml'))['rewards']))"
-    assert "exact × 1, brevity × 1" in run(f'python -c "{opened}"', tmp_path, environment)
+    for file in files:
+        (tmp_path / "run.yaml").write_text(file)
+        printed += run(f'python -c "{opened}"', tmp_path, environment)
+    assert "exact × 1, brevity × 1" in printed and "Rewards(exact × 1)" in printed
 
 
 def run_page(page: str, folder: Path, environment: dict[str, str]) -> str:
