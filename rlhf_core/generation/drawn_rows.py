@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rlhf_core.config.online import SamplingConfig
-from rlhf_core.generation.sampling import Barred, draw_tokens, exact_dtype
+from rlhf_core.generation.sampling import Barred, draw_tokens, exact_dtype, workspace
 from rlhf_core.generation.stop_strings import StopStrings
 
 BLOCK = 256
@@ -149,6 +149,8 @@ class DrawnRows:
         numbers, flags = self._zeros(0, dtype=torch.long), self._zeros(0, dtype=torch.bool)
         self._state = _State(numbers, numbers, numbers, numbers, flags, flags[:, None][:, :0])
         self._unpolled = 0
+        self._work: Tensor | None = None
+        self._most_rows = 0
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -227,6 +229,7 @@ class DrawnRows:
             sampling,
             seen=self._seen.index_select(0, state.slots) if penalty else None,
             barred=self._barred(),
+            work=self._workspace(logits),
         )
         self._tokens[state.slots, state.length] = drawn.tokens
         self._values[state.slots, state.length] = torch.stack(drawn[1:], dim=1)
@@ -243,6 +246,14 @@ class DrawnRows:
             row.position += 1
         self._unpolled += 1
         return drawn.tokens
+
+    def _workspace(self, logits: Tensor) -> Tensor | None:
+        """Return the memory in which the logits (R, V) of each step are worked on; None on a GPU, where it costs nothing."""
+        if logits.device.type != "cpu":
+            return None
+        if self._work is None or len(logits) > self._most_rows:
+            self._work, self._most_rows = workspace(logits), len(logits)
+        return self._work
 
     def _refill(self) -> None:
         """Make the next block of random numbers for the rows that have none left."""

@@ -52,6 +52,7 @@ def draw_tokens(
     *,
     seen: Tensor | None = None,
     barred: Barred | None = None,
+    work: Tensor | None = None,
 ) -> Drawn:
     """Draw one token per row by inverting the cumulative distribution, in the vocabulary's order.
 
@@ -64,31 +65,46 @@ def draw_tokens(
         sampling: repetition penalty, temperature, top-k, top-p and min-p, applied in this order.
         seen: (R, S) ids that the repetition penalty is for; repeated ids count once.
         barred: tokens that may not be drawn.
+        work: memory to work in, from `workspace`; None allocates it.
     """
-    rows, size = logits.shape
     if sampling.repetition_penalty == 1:
         seen = None
-    at_once = max(1, ENTRIES // size) if logits.device.type == "cpu" else rows
-    if rows <= at_once:
-        return _draw(logits, uniform, sampling, seen, barred)
+    work = workspace(logits) if work is None else work
     parts = []
-    for start in range(0, rows, at_once):
-        part = slice(start, start + at_once)
+    for start in range(0, max(len(logits), 1), work.shape[1]):
+        part = slice(start, start + work.shape[1])
         part_seen = None if seen is None else seen[part]
         part_barred = None if barred is None else Barred(barred.ids, barred.rows[part])
-        parts.append(_draw(logits[part], uniform[part], sampling, part_seen, part_barred))
-    return Drawn(*(torch.cat(values) for values in zip(*parts, strict=True)))
+        memory = work[:, : len(logits[part])]
+        parts.append(_draw(logits[part], uniform[part], sampling, part_seen, part_barred, *memory))
+    return parts[0] if len(parts) == 1 else Drawn(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
+
+def workspace(logits: Tensor) -> Tensor:
+    """Return memory for `draw_tokens` on logits (R, V), (2, rows at once, V) float32.
+
+    A loop keeps it: on a CPU, memory that is allocated at each step costs as much time as the work that is done in it.
+    """
+    rows, size = logits.shape
+    at_once = min(rows, ENTRIES // size) if logits.device.type == "cpu" else rows
+    return torch.empty(2, max(at_once, 1), size, device=logits.device)
 
 
 def _draw(
-    logits: Tensor, uniform: Tensor, sampling: SamplingConfig, seen: Tensor | None, barred: Barred | None
+    logits: Tensor,
+    uniform: Tensor,
+    sampling: SamplingConfig,
+    seen: Tensor | None,
+    barred: Barred | None,
+    work: Tensor,
+    scratch: Tensor,
 ) -> Drawn:
-    """Draw one token per row; see `draw_tokens`. All work is done in one float32 copy of the logits."""
+    """Draw one token per row; see `draw_tokens`. `work` and `scratch` are memory, (R, V) float32."""
     divisor = max(sampling.temperature, torch.finfo(torch.float32).tiny)
-    work = logits.to(torch.float32, copy=True)
     own = (
         sampling.temperature == 1 and seen is None and barred is None
     )  # whether it draws from the model's own distribution
+    scores = logits if own and logits.dtype == torch.float32 else work.copy_(logits)
     raw_total = torch.empty(0)
     if not own:
         raw_total = _log_total(work)
@@ -96,7 +112,7 @@ def _draw(
     if seen is not None:
         work.scatter_(1, seen, penalised(work.gather(1, seen), sampling.repetition_penalty))
     barred_scores = None if barred is None else _bar(work, barred)
-    largest = work.amax(dim=-1, keepdim=True)
+    largest = scores.amax(dim=-1, keepdim=True)
     if sampling.temperature == 0:
         tokens = most_likely(work)
         certain = torch.zeros(len(tokens), device=logits.device)
@@ -104,10 +120,10 @@ def _draw(
     if divisor != 1:
         # The largest is subtracted first: a low temperature would make it infinite.
         work.sub_(largest).div_(divisor)
-    work = work.softmax(dim=-1) if work is logits else torch.softmax(work, dim=-1, out=work)
-    top = work.amax(dim=-1, keepdim=True)  # exp(0) / total
-    truncated = _truncate(work, top, sampling)
-    tokens, mass = invert_cumulative(work, uniform)
+    weights = torch.softmax(scores, dim=-1, out=work)
+    top = weights.amax(dim=-1, keepdim=True)  # exp(0) / total
+    truncated = _truncate(weights, top, sampling, scratch)
+    tokens, mass = invert_cumulative(weights, uniform)
     raw = score = _at(logits, tokens)
     if seen is not None:
         repeated = (seen == tokens[:, None]).any(dim=1, keepdim=True)
@@ -144,7 +160,7 @@ def _bar(scores: Tensor, barred: Barred) -> Tensor:
 # Truncation
 
 
-def _truncate(weights: Tensor, top: Tensor, sampling: SamplingConfig) -> bool:
+def _truncate(weights: Tensor, top: Tensor, sampling: SamplingConfig, scratch: Tensor) -> bool:
     """Set the probabilities (R, V) that top-k, top-p and min-p drop to 0; return whether anything could be dropped.
 
     Top-k keeps the k most likely tokens and those as likely as the last of them; top-p keeps of these the fewest, most likely
@@ -153,35 +169,34 @@ def _truncate(weights: Tensor, top: Tensor, sampling: SamplingConfig) -> bool:
     transformers does all this.
 
     Args:
-        weights: (R, V) probabilities. top: (R, 1) the largest of each row.
+        weights: (R, V) probabilities. top: (R, 1) the largest of each row. scratch: (R, V) memory.
     """
     top_k = sampling.top_k if sampling.top_k < weights.shape[1] else 0
     least, surplus = top * sampling.min_p, None
     if top_k or sampling.top_p < 1:
-        kept, surplus = _least_kept(weights, top_k, sampling.top_p)
+        kept, surplus = _least_kept(weights, top_k, sampling.top_p, scratch)
         surplus = surplus.where(kept >= least, 0)
         least = least.maximum(kept)
     elif not sampling.min_p:
         return False
-    keep = torch.empty_like(weights)
-    weights.mul_(torch.ge(weights, least, out=keep))
+    weights.mul_(torch.ge(weights, least, out=scratch))
     if surplus is not None and sampling.top_p < 1:
-        _drop_first(weights, least, surplus)
+        _drop_first(weights, least, surplus, scratch)
     return True
 
 
-def _least_kept(weights: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+def _least_kept(weights: Tensor, top_k: int, top_p: float, scratch: Tensor) -> tuple[Tensor, Tensor]:
     """Return (R, 1) the least probability that top-k and top-p keep, and (R, 1) how many too many tokens are as likely.
 
     Args:
-        weights: (R, V) probabilities. top_k: 0 keeps all. top_p: 1 keeps all.
+        weights: (R, V) probabilities. top_k: 0 keeps all. top_p: 1 keeps all. scratch: (R, V) memory.
     """
     size = weights.shape[1]
     head = min(size, top_k + HEAD) if weights.device.type == "cpu" else size
-    least, surplus, unsettled = _least_of(_falling(weights, head), top_k, top_p)
+    least, surplus, unsettled = _least_of(_falling(weights, head, scratch), top_k, top_p)
     if head < size and bool(unsettled.any()):
-        rows = unsettled[:, 0]
-        least[rows], surplus[rows], _ = _least_of(_falling(weights[rows], size), top_k, top_p)
+        rows = unsettled[:, 0].nonzero()[:, 0]
+        least[rows], surplus[rows], _ = _least_of(_falling(weights[rows], size, scratch[: len(rows)]), top_k, top_p)
     return least, surplus
 
 
@@ -205,25 +220,26 @@ def _least_of(values: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor,
     return least, equal_or_more - count, short | (equal_or_more == values.shape[1])
 
 
-def _falling(weights: Tensor, most: int) -> Tensor:
+def _falling(weights: Tensor, most: int, scratch: Tensor) -> Tensor:
     """Return (R, most) the largest of the weights (R, V), falling. On a CPU numpy sorts values alone, many times faster."""
     if weights.device.type != "cpu":
         return weights.sort(dim=-1, descending=True).values[:, :most]
-    values = np.negative(weights.numpy())
+    values = torch.neg(weights, out=scratch).numpy()
     if most < values.shape[1]:
         values.partition(most - 1, axis=-1)
-    values = values[:, :most].copy()
+        values = values[:, :most].copy()
     values.sort(axis=-1)
     return torch.from_numpy(values).neg_()
 
 
-def _drop_first(weights: Tensor, least: Tensor, surplus: Tensor) -> None:
+def _drop_first(weights: Tensor, least: Tensor, surplus: Tensor, scratch: Tensor) -> None:
     """Set the first `surplus` (R, 1) of the entries of each row of `weights` (R, V) that equal `least` (R, 1) to 0."""
     if weights.device.type != "cpu":
         equal = weights == least
         weights.masked_fill_(equal & (equal.cumsum(dim=-1) <= surplus), 0)
     elif bool((surplus > 0).any()):
-        flat = np.flatnonzero(weights.numpy() == least.where(surplus > 0, -1).numpy())
+        equal = scratch.numpy().reshape(-1).view(np.bool_)[: weights.numel()].reshape(weights.shape)
+        flat = np.flatnonzero(np.equal(weights.numpy(), least.where(surplus > 0, -1).numpy(), out=equal))
         rows = flat // weights.shape[1]
         place = np.arange(len(flat)) - np.searchsorted(rows, rows)
         weights.view(-1)[torch.from_numpy(flat[place < surplus.numpy()[rows, 0]])] = 0

@@ -206,6 +206,17 @@ def test_logits_that_are_not_finite_show_in_the_log_probabilities() -> None:
             assert not np.isfinite(bad.raw_logprobs[0]) and np.isfinite(good.raw_logprobs[0])
 
 
+def test_no_rows() -> None:
+    for options in OPTIONS:
+        rows = DrawnRows(SamplingConfig(**options), device=CPU)
+        assert rows.draw(torch.empty(0, SIZE)).shape == (0,) and rows.ended() == []
+        rows.join([])
+        rows.join([NewRow(seed=0, limit=1, prompt_ids=[5])])
+        rows.draw(torch.zeros(1, SIZE))
+        rows.keep([])
+        assert rows.draw(torch.empty(0, SIZE)).tolist() == []
+
+
 def test_the_device_is_polled_once_in_so_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     polls = 0
 
