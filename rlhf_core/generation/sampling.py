@@ -238,8 +238,9 @@ def _drop_first(weights: Tensor, least: Tensor, surplus: Tensor, scratch: Tensor
         equal = weights == least
         weights.masked_fill_(equal & (equal.cumsum(dim=-1) <= surplus), 0)
     elif bool((surplus > 0).any()):
-        equal = scratch.numpy().reshape(-1).view(np.bool_)[: weights.numel()].reshape(weights.shape)
-        flat = np.flatnonzero(np.equal(weights.numpy(), least.where(surplus > 0, -1).numpy(), out=equal))
+        equal = scratch.view(-1).view(torch.bool)[: weights.numel()].view(weights.shape)
+        np.equal(weights.numpy(), least.where(surplus > 0, -1).numpy(), out=equal.numpy())
+        flat = np.flatnonzero(equal.numpy())
         rows = flat // weights.shape[1]
         place = np.arange(len(flat)) - np.searchsorted(rows, rows)
         weights.view(-1)[torch.from_numpy(flat[place < surplus.numpy()[rows, 0]])] = 0
