@@ -351,3 +351,17 @@ def test_clipping_scales_to_the_norm_and_leaves_what_is_not_finite() -> None:
     norm = float(alone.norm(gradients))
     alone.clip(gradients, norm, 1.0)
     assert norm == float("inf") and gradients[0][0].item() == pytest.approx(0.6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prompts", [1, 3])
+def test_processes_share_the_fixed_prompts(tmp_path: Path, prompts: int) -> None:
+    """Each prompt is completed once, as by one process; one process may have none of them."""
+    asked = [f"{number} + 1 = " for number in range(prompts)]
+    samples = {"prompts": asked, "n": 2, "every": 2, "generation": {"max_new_tokens": 6}}
+    options = {"max_steps": 4, "max_length": 64, "batch_size": 4, "learning_rate": 1e-30, "logging": {"samples": samples}}
+    options |= {"dataset": {"wrap": "none"}}
+    for processes in (1, 2):
+        assert launch(tmp_path / str(processes), processes, method="sft", options=options) == [0] * processes
+    one, two = ((tmp_path / str(count) / "run/samples.jsonl").read_text() for count in (1, 2))
+    assert one == two and len(one.splitlines()) == 3 * 2 * prompts  # at steps 0, 2 and 4
