@@ -27,7 +27,8 @@ def prompt_batch(policy: PolicyModel, prompts: Sequence[Any]) -> Batch:
             which become the batch's `records`.
 
     Raises:
-        DataError: a prompt (named `prompts[3]`) can't be read, or leaves no room for a completion among the model's positions.
+        DataError: a prompt (named `prompts[3]`) can't be read, is empty, or leaves no room for a completion among the model's
+            positions.
     """
     asked = [prompt if isinstance(prompt, Mapping) else {"prompt": prompt} for prompt in prompts]
     return encode_prompts(policy, list(ListRows(asked, "prompts").rows(Cursor())))
@@ -37,7 +38,7 @@ def encode_prompts(policy: PolicyModel, prompts: Sequence[Row]) -> Batch:
     """Return rows of the record type `prompt` encoded as in the policy's training, as a batch without responses.
 
     Raises:
-        DataError: a prompt can't be read, or leaves no room for a completion among the model's positions; with the row's place.
+        DataError: a prompt can't be read, is empty, or leaves no room for a completion among the model's positions.
         ModelError: the tokenizer lacks what the prompts need, such as a chat template.
     """
     positions = policy.max_positions or 2**31
@@ -45,6 +46,9 @@ def encode_prompts(policy: PolicyModel, prompts: Sequence[Row]) -> Batch:
     for outcome in Encoder(policy.tokenizer, "prompt", max_length=2**31).encode(prompts):
         if outcome.row is None:
             raise DataError(f"no completion can be drawn for the prompt: {outcome.refused}", place=outcome.place)
+        asked = outcome.row.prompt
+        if not (asked if isinstance(asked, str) else any(turn["content"] or len(turn) > 2 for turn in asked)):
+            raise DataError("the prompt is empty", place=outcome.place, fix="give it some text")
         if (length := len(outcome.row.prompt_ids)) >= positions:
             raise DataError(
                 "the prompt leaves no room for a completion among the model's positions",

@@ -359,7 +359,13 @@ def test_processes_share_the_fixed_prompts(tmp_path: Path, prompts: int) -> None
     """Each prompt is completed once, as by one process; one process may have none of them."""
     asked = [f"{number} + 1 = " for number in range(prompts)]
     samples = {"prompts": asked, "n": 2, "every": 2, "generation": {"max_new_tokens": 6}}
-    options = {"max_steps": 4, "max_length": 64, "batch_size": 4, "learning_rate": 1e-30, "logging": {"samples": samples}}
+    options = {
+        "max_steps": 4,
+        "max_length": 64,
+        "batch_size": 4,
+        "learning_rate": 1e-30,
+        "logging": {"samples": samples},
+    }
     options |= {"dataset": {"wrap": "none"}}
     for processes in (1, 2):
         assert launch(tmp_path / str(processes), processes, method="sft", options=options) == [0] * processes
