@@ -100,36 +100,37 @@ def _draw(
     scratch: Tensor,
 ) -> Drawn:
     """Draw one token per row; see `draw_tokens`. `work` and `scratch` are memory, (R, V) float32."""
-    divisor = max(sampling.temperature, torch.finfo(torch.float32).tiny)
-    own = (
-        sampling.temperature == 1 and seen is None and barred is None
-    )  # whether it draws from the model's own distribution
-    scores = logits if own and logits.dtype == torch.float32 else work.copy_(logits)
-    raw_total = torch.empty(0)
+    temperature, penalty = sampling.temperature, sampling.repetition_penalty
+    divisor = max(temperature, torch.finfo(torch.float32).tiny)
+    adjusted = seen is not None or barred is not None
+    copied = adjusted or temperature not in (0, 1) or logits.dtype != torch.float32
+    scores = work.copy_(logits) if copied else logits
+    largest = raw_total = scores.amax(dim=-1, keepdim=True)
+    own = temperature == 1 and not adjusted  # whether the distribution that is drawn from is the model's own
     if not own:
-        raw_total = _log_total(work)
-        work.copy_(logits)
+        raw_total = largest - torch.softmax(scores, dim=-1, out=scratch).amax(dim=-1, keepdim=True).log()
     if seen is not None:
-        work.scatter_(1, seen, penalised(work.gather(1, seen), sampling.repetition_penalty))
-    barred_scores = None if barred is None else _bar(work, barred)
-    largest = scores.amax(dim=-1, keepdim=True)
-    if sampling.temperature == 0:
-        tokens = most_likely(work)
+        scores.scatter_(1, seen, penalised(scores.gather(1, seen), penalty))
+    barred_scores = None if barred is None else _bar(scores, barred)
+    if adjusted:
+        largest = scores.amax(dim=-1, keepdim=True)
+    if temperature == 0:
+        tokens = most_likely(scores)
         certain = torch.zeros(len(tokens), device=logits.device)
         return Drawn(tokens, certain, (_at(logits, tokens) - raw_total)[:, 0], certain + 1)
-    if divisor != 1:
+    if temperature != 1:
         # The largest is subtracted first: a low temperature would make it infinite.
-        work.sub_(largest).div_(divisor)
+        scores.sub_(largest).div_(divisor)
     weights = torch.softmax(scores, dim=-1, out=work)
     top = weights.amax(dim=-1, keepdim=True)  # exp(0) / total
     truncated = _truncate(weights, top, sampling, scratch)
     tokens, mass = invert_cumulative(weights, uniform)
-    raw = score = _at(logits, tokens)
+    logit = score = _at(logits, tokens)
     if seen is not None:
         repeated = (seen == tokens[:, None]).any(dim=1, keepdim=True)
-        score = torch.where(repeated, penalised(score, sampling.repetition_penalty), score)
-    logprobs = (score - largest) / divisor + top.log()
-    raw = logprobs if own else raw - raw_total
+        score = torch.where(repeated, penalised(logit, penalty), logit)
+    logprobs = (score - largest) / divisor + top.log()  # before truncation
+    raw = logprobs if own else logit - raw_total
     mass = mass.clamp(max=1)[:, None] if truncated else torch.ones_like(mass)[:, None]
     logprobs = (logprobs - mass.log()).clamp(max=0).float()
     if barred_scores is not None:
@@ -142,12 +143,6 @@ def _draw(
 def penalised(scores: Tensor, penalty: float) -> Tensor:
     """Return scores of repeated tokens after the repetition penalty: positive ones divided by it, negative ones multiplied."""
     return torch.where(scores < 0, scores * penalty, scores / penalty)
-
-
-def _log_total(logits: Tensor) -> Tensor:
-    """Return (R, 1) log-sum-exp of the logits (R, V), which become probabilities."""
-    largest = logits.amax(dim=-1, keepdim=True)
-    return largest - torch.softmax(logits, dim=-1, out=logits).amax(dim=-1, keepdim=True).log()
 
 
 def _bar(scores: Tensor, barred: Barred) -> Tensor:
