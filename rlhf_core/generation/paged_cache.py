@@ -60,13 +60,32 @@ class BlockView(NamedTuple):
 
 
 class CachedSequence:
-    """A sequence whose keys and values are in a `PagedKVCache`. Freed with `free`, once."""
+    """A sequence whose keys and values are in a `PagedKVCache`, until it is freed: by `free`, or as nothing refers to it."""
 
-    __slots__ = ("cache", "stretch")
+    __slots__ = ("_stretch", "cache")
 
     def __init__(self, cache: PagedKVCache, stretch: Stretch) -> None:
         self.cache = cache
-        self.stretch = stretch
+        self._stretch: Stretch | None = stretch
+        cache.num_sequences += 1
+
+    def __del__(self) -> None:
+        self.free()
+
+    @property
+    def freed(self) -> bool:
+        return self._stretch is None
+
+    @property
+    def stretch(self) -> Stretch:
+        """Its last stretch.
+
+        Raises:
+            ValueError: the sequence was freed.
+        """
+        if self._stretch is None:
+            raise ValueError("the sequence was freed")
+        return self._stretch
 
     @property
     def length(self) -> int:
@@ -75,12 +94,11 @@ class CachedSequence:
 
     def fork(self, length: int | None = None) -> CachedSequence:
         """Return another sequence with the same tokens, or with the first `length` of them, in constant time."""
-        self.stretch.holders += 1
-        if length is None or length == self.length:
-            return CachedSequence(self.cache, self.stretch)
-        if not 0 <= length <= self.length:
-            raise ValueError(f"a sequence of {self.length} tokens has no first {length}")
-        return CachedSequence(self.cache, Stretch(self.stretch, length))
+        stretch = self.stretch
+        if length is not None and not 0 <= length <= stretch.end:
+            raise ValueError(f"a sequence of {stretch.end} tokens has no first {length}")
+        stretch.holders += 1
+        return CachedSequence(self.cache, stretch if length in (None, stretch.end) else Stretch(stretch, length))
 
     def append(self, tokens: int) -> None:
         """Make places for further tokens; their keys and values are then written with `PagedKVCache.write`.
@@ -112,11 +130,14 @@ class CachedSequence:
             stretch.blocks = cache.take(-(-(tail + tokens) // cache.block_size))
             stretch.length = tail
             cache.copy(views[-1].block, stretch.blocks[0])
-        self.stretch = stretch
+        self._stretch = stretch
 
     def free(self) -> None:
-        """Give up the sequence; blocks that nobody else holds become free."""
-        self.cache.release(self.stretch)
+        """Give up the sequence; blocks that nobody else holds become free. What was freed before stays so."""
+        stretch, self._stretch = self._stretch, None
+        if stretch is not None:
+            self.cache.num_sequences -= 1
+            self.cache.release(stretch)
 
     def views(self) -> Iterator[BlockView]:
         """Yield the sequence's blocks in order, and how much of each it sees."""
@@ -170,6 +191,8 @@ class PagedKVCache:
             raise ValueError(f"a cache of {blocks} blocks of {block_size} tokens")
         self.capacity, self.block_size, self.device = blocks, block_size, device
         self.order, self.fills_blocks = order, fills_blocks
+        self.num_sequences = 0
+        """Sequences that aren't freed."""
         self._free: list[int] = []
         """A heap of blocks that were in use before: the lowest is taken first, so that those in use lie close together."""
         self._unused = 0
@@ -288,12 +311,6 @@ class PagedKVCache:
         for pools in self.pools.values():
             for pool in pools:
                 pool[target].copy_(pool[source])
-
-    def clear_values(self) -> None:
-        """Overwrite all keys and values with zeros: what isn't finite would spoil products in which its weight is 0."""
-        for pools in self.pools.values():
-            for pool in pools:
-                pool.zero_()
 
 
 def _reserved(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -19,7 +19,8 @@ class KeptPrefixes:
     def __init__(self, cache: PagedKVCache) -> None:
         self._cache = cache
         self._kept: OrderedDict[tuple[int, ...], CachedSequence] = OrderedDict()
-        self._by_beginning: dict[int, tuple[int, ...]] = {}
+        self._by_beginning: dict[int, dict[tuple[int, ...], None]] = {}
+        """Hash of a beginning → the kept prompts that begin so, in the order in which they were kept."""
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -31,10 +32,10 @@ class KeptPrefixes:
             return exact.fork()
         found: tuple[int, ...] | None = None
         for beginning in _beginnings(ids):
-            if (kept := self._by_beginning.get(beginning)) is None:
+            if beginning not in self._by_beginning:
                 break
-            found = kept
-        if found is None or found not in self._kept:
+            found = next(reversed(self._by_beginning[beginning]))
+        if found is None:
             return self._cache.new()
         self._kept.move_to_end(found)
         shared = next(
@@ -51,7 +52,7 @@ class KeptPrefixes:
             pass
         self._kept[key] = sequence.fork(len(key))
         for beginning in _beginnings(key):
-            self._by_beginning.setdefault(beginning, key)
+            self._by_beginning.setdefault(beginning, {})[key] = None
 
     def drop_oldest(self) -> bool:
         """Give up the sequence, of those that nobody else holds, that was used least recently; return whether there was one."""
@@ -63,7 +64,9 @@ class KeptPrefixes:
     def _drop(self, key: tuple[int, ...]) -> None:
         self._kept.pop(key).free()
         for beginning in _beginnings(key):
-            if self._by_beginning.get(beginning) == key:
+            sharing = self._by_beginning[beginning]
+            del sharing[key]
+            if not sharing:
                 del self._by_beginning[beginning]
 
     def clear(self) -> None:
