@@ -80,13 +80,15 @@ def chat(
 ) -> None:
     """Chat with a model: `rlhf chat runs/sft/model`, `rlhf chat A --beside B`, `echo "Who are you?" | rlhf chat MODEL`.
 
-    Options of sampling are flags too: --temperature 0.7, --top-p, --top-k, --min-p, --repetition-penalty, --max-new-tokens,
-    --stop TEXT … By default they are what the model's generation_config.json says, else a temperature of 0.7 and 1,024 new
-    tokens. In the chat, /help lists the commands: /set temperature 0.2, /system TEXT, /undo, /retry, /reset, /save FILE.jsonl,
-    /show, /exit.
+    Options of sampling are flags too: --temperature 0.7, --top-p, --top-k,
+    --min-p, --repetition-penalty, --max-new-tokens, --stop TEXT … By default they
+    are what the model's generation_config.json says, else a temperature of 0.7
+    and 1,024 new tokens. In the chat, /help lists the commands: /set temperature
+    0.2, /system TEXT, /undo, /retry, /reset, /save FILE.jsonl, /show, /exit.
 
-    Ctrl-C stops an answer and keeps what was written of it; at the prompt it leaves, as Ctrl-D does. The chat is saved after
-    each answer. Without a terminal, every line of standard input is a message.
+    Ctrl-C stops an answer and keeps what was written of it; at the prompt it
+    leaves, as Ctrl-D does. The chat is saved after each answer. Without a
+    terminal, every line of standard input is a message.
     """
     given = _sampling_flags(context.args)
     _check(precision, template=template, no_template=no_template, history=history, no_history=no_history, system=system)

@@ -57,14 +57,18 @@ def sample(
 ) -> None:
     """Sample completions: `rlhf sample generate --model M --prompts rows.jsonl --output out.jsonl --n 4 --temperature 0.7`.
 
-    --prompts takes a file (.jsonl, .json, .csv, .tsv, .parquet; .txt with one prompt per line), a hub name, a text, or `-` for
-    the lines of standard input, and may be repeated. --model takes a directory, an adapter, a run's directory, a GGUF file or a
-    hub name; the sampler's other roles have flags of their own, such as --reward NAME. Further: --n (completions per prompt),
-    --seed, --limit (rows), --batch-size, --precision, --ids, --logprobs, --dataset.columns.prompt COLUMN, --dataset.wrap chat,
-    and every option of the sampler: `rlhf show sampler:generate --all` lists them.
+    --prompts takes a file (.jsonl, .json, .csv, .tsv, .parquet; .txt with one
+    prompt per line), a hub name, a text, or `-` for the lines of standard input,
+    and may be repeated. --model takes a directory, an adapter, a run's directory,
+    a GGUF file or a hub name; the sampler's other roles have flags of their own,
+    such as --reward NAME. Further: --n (completions per prompt), --seed, --limit
+    (rows), --batch-size, --precision, --ids, --logprobs, --dataset.columns.prompt
+    COLUMN, --dataset.wrap chat, and every option of the sampler: `rlhf show
+    sampler:generate --all` lists them.
 
-    Rows are written in the order of the prompts, with all of their columns. Ctrl-C or SIGTERM stops; --resume continues, and
-    gives the same rows as if it had never stopped.
+    Rows are written in the order of the prompts, with all of their columns.
+    Ctrl-C or SIGTERM stops; --resume continues, and gives the same rows as if it
+    had never stopped.
     """
     if target.startswith("-"):
         fix = "`rlhf sample SAMPLER --model M --prompts FILE`"
@@ -92,17 +96,21 @@ def sample(
 
 def _sample(job: SamplingJob, output: Path | None, *, resume: bool, overwrite: bool, as_json: bool) -> None:
     """Read the prompts, load the models, and sample."""
-    from rlhf_core.generation.sample_file import SampleFile
+    from rlhf_core.generation.sample_file import SampleFile, recorded_batch_size
     from rlhf_core.generation.sampled_rows import check_columns, input_columns
+    from rlhf_core.infra.devices import DeviceManager
 
     rewards = job.rewards()
     rows = job.prompts()
     check_columns(rows, job.run)
     sampler = _loaded(job, rewards)
     _warn_of_plain_text(sampler, rows)
+    together = job.run.rows_together(DeviceManager().kind)
     if output is None:
-        return _print_rows(job, sampler, rows, as_json=as_json)
-    record = job.record(sampler, rows) | {
+        return _print_rows(job, sampler, rows, together, as_json=as_json)
+    if resume and job.run.batch_size is None:  # as it was, so that the rounding is the same
+        together = recorded_batch_size(output) or together
+    record = job.record(sampler, rows, together) | {
         "sources": job.run.prompts,
         "command": _command(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -113,7 +121,7 @@ def _sample(job: SamplingJob, output: Path | None, *, resume: bool, overwrite: b
         before = file.written
         if before:
             log.info("%s has %d of %d rows already", output, before, len(rows))
-        speed = _write_rows(job, sampler, rows, file)
+        speed = _write_rows(job, sampler, rows, together, file)
     if as_json:
         return print_json_line(
             {"output": str(output), "rows": len(rows), "sampled": len(rows) - before, "tokens_per_second": speed}
@@ -153,7 +161,9 @@ def _warn_of_plain_text(sampler: Sampler, rows: Sequence[PromptRow]) -> None:
             return
 
 
-def _write_rows(job: SamplingJob, sampler: Sampler, rows: Sequence[PromptRow], file: SampleFile) -> float:
+def _write_rows(
+    job: SamplingJob, sampler: Sampler, rows: Sequence[PromptRow], together: int, file: SampleFile
+) -> float:
     """Sample the rows that a file lacks and append them; return the tokens per second.
 
     Raises:
@@ -168,13 +178,11 @@ def _write_rows(job: SamplingJob, sampler: Sampler, rows: Sequence[PromptRow], f
     try:
         with StopSignal() as stop, stop.at_once(), RowBar(total=len(rows), done=file.written) as bar:
             with watching(bar.add_tokens):
-                found = sample_rows(
-                    sampler, rows, n=run.n, seed=run.seed, together=run.rows_together, start=file.written
-                )
+                found = sample_rows(sampler, rows, n=run.n, seed=run.seed, together=together, start=file.written)
                 for number, completions in found:
                     file.append(output_row(rows[number], completions, run))
                     bar.update(file.written, sum(len(one.ids) for one in completions))
-                    if file.written % run.rows_together == 0:
+                    if file.written % together == 0:
                         file.note()
         file.note(status="done")
         return bar.tokens_per_second
@@ -195,7 +203,7 @@ def _without_overwrite() -> str:
     return " (in place of `--overwrite`)" if "--overwrite" in sys.argv else ""
 
 
-def _print_rows(job: SamplingJob, sampler: Sampler, rows: Sequence[PromptRow], *, as_json: bool) -> None:
+def _print_rows(job: SamplingJob, sampler: Sampler, rows: Sequence[PromptRow], together: int, *, as_json: bool) -> None:
     """Sample all rows and print each as its completions come."""
     from rlhf_core.generation.sampled_rows import output_row, sample_rows
     from rlhf_core.generation.watching import watching
@@ -204,7 +212,7 @@ def _print_rows(job: SamplingJob, sampler: Sampler, rows: Sequence[PromptRow], *
     run = job.run
     try:
         with RowBar(total=len(rows)) as bar, watching(bar.add_tokens):
-            for number, completions in sample_rows(sampler, rows, n=run.n, seed=run.seed, together=run.rows_together):
+            for number, completions in sample_rows(sampler, rows, n=run.n, seed=run.seed, together=together):
                 if as_json:
                     print_json_line(output_row(rows[number], completions, run))
                 else:

@@ -121,7 +121,7 @@ def _value(given: Sequence[Flag], members: tuple[Any, ...]) -> Any:
 def _one(flag: Flag, members: tuple[Any, ...]) -> Any:
     """Return one flag's value: read as YAML, but kept as typed where the option takes text; a bare flag is true."""
     if flag.text is None:
-        if bool in members or any(is_group(member) for member in members):
+        if bool in members or any(is_group(member) and not _may_be_text(member) for member in members):
             return True
         raise ConfigError("needs a value", place=flag.typed, fix=f"write `{flag.typed} VALUE` or `{flag.typed}=VALUE`")
     if any(flag.text in get_args(member) for member in members if get_origin(member) is Literal):

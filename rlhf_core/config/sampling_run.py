@@ -62,7 +62,7 @@ class SamplingRunConfig(BaseConfig):
         None,
         ge=1,
         description="Prompts that the sampler gets at once; larger is faster, and a stop loses more of what isn't written yet."
-        " Null takes as many as have 256 completions.",
+        " Null takes as many as have 64 completions, on a GPU 512.",
     )
     precision: Literal["auto", "float32", "bf16", "fp16"] = Field(
         "auto",
@@ -88,10 +88,9 @@ class SamplingRunConfig(BaseConfig):
             raise ValueError("must end in .jsonl: rows are appended to it one by one")
         return value
 
-    @property
-    def rows_together(self) -> int:
-        """How many prompts the sampler gets at once."""
-        return max(1, 256 // self.n) if self.batch_size is None else self.batch_size
+    def rows_together(self, device: str) -> int:
+        """Return how many prompts the sampler gets at once on a kind of device, `cpu` or `cuda`."""
+        return self.batch_size or max(1, (64 if device == "cpu" else 512) // self.n)
 
 
 def run_config_of(roles: Mapping[str, str], *, sampler: str) -> type[SamplingRunConfig]:

@@ -138,6 +138,15 @@ def record_path(path: Path) -> Path:
     return path.with_suffix(".run.json")
 
 
+def recorded_batch_size(path: Path) -> int | None:
+    """Return how many prompts the sampler got at once in the run that began a file; None where there is no such record."""
+    try:
+        size = read_json(record_path(path))["options"]["batch_size"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return size if isinstance(size, int) and size > 0 else None
+
+
 def _check_record(path: Path, now: Mapping[str, Any]) -> None:
     """Refuse to continue a file that was begun with other options, models or prompts."""
     place = record_path(path)

@@ -88,12 +88,13 @@ class SamplingJob:
         """Return `resolved` as the text of a configuration file."""
         return dump_yaml(self.resolved())
 
-    def record(self, sampler: Sampler, rows: Sequence[PromptRow]) -> dict[str, Any]:
+    def record(self, sampler: Sampler, rows: Sequence[PromptRow], together: int) -> dict[str, Any]:
         """Return what determines the rows of the output, as JSON values: options, models, rewards, prompts.
 
         Args:
             sampler: with its models loaded.
             rows: the prompts.
+            together: how many of them the sampler gets at once.
         """
         options = {name: value for name, value in self.resolved().items() if name not in (*self.run.FREE, "limit")}
         digest = hashlib.sha256()
@@ -102,7 +103,7 @@ class SamplingJob:
         kinds = sampler.roles.items()
         return {
             "sampler": self.plugin.as_dict(),
-            "options": options | {"method": self.plugin.qualified, "batch_size": self.run.rows_together},
+            "options": options | {"method": self.plugin.qualified, "batch_size": together},
             "models": {
                 role: sampler.models[role].describe() | {"precision": str(sampler.models[role].precision)}
                 for role, kind in kinds

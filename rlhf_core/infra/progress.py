@@ -144,6 +144,8 @@ class RowBar(_Bar):
         super().__init__()
         self._total, self._before, self._done = total, done, done
         self._drawn = self._returned = 0
+        self._drawn_for_rows = 0
+        """Tokens that were drawn until the last row was answered."""
         self._began = self._shown = time.monotonic()
         if sys.stderr.isatty():
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
@@ -159,7 +161,7 @@ class RowBar(_Bar):
 
     def update(self, done: int, tokens: int) -> None:
         """Note how many rows are answered, those of before included, and how many tokens the last one's completions have."""
-        self._done = done
+        self._done, self._drawn_for_rows = done, self._drawn
         self._returned += tokens
         self._show()
 
@@ -175,13 +177,19 @@ class RowBar(_Bar):
         if now - self._shown < every or self._done >= self._total:
             return
         self._shown = now
-        answered = self._done - self._before
-        left = "unknown time"
-        if answered:
-            left = str(timedelta(seconds=round((self._total - self._done) / answered * (now - self._began))))
-        speed = f"{self.tokens_per_second:,.0f}"
+        speed, seconds = f"{self.tokens_per_second:,.0f}", self._seconds_left(now)
+        left = "–" if seconds is None else str(timedelta(seconds=round(seconds)))
         if self._bar is not None and self._task is not None:
-            shown = left if answered else "–"
-            self._bar.update(self._task, completed=self._done, speed=speed, left=shown)
+            self._bar.update(self._task, completed=self._done, speed=speed, left=left)
         else:
             log.info("sampling: %d of %d rows, %s tokens/s, %s left", self._done, self._total, speed, left)
+
+    def _seconds_left(self, now: float) -> float | None:
+        """Estimate the time left from the tokens that a row took so far, those of rows in progress counted; None at first."""
+        answered, elapsed = self._done - self._before, now - self._began
+        if not answered:
+            return None
+        share = answered / (self._total - self._before)
+        if self._drawn_for_rows:
+            share *= self._drawn / self._drawn_for_rows
+        return elapsed * max(1 / share - 1, 0)

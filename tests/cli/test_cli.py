@@ -66,7 +66,17 @@ def test_check_loads_each_and_shows_what_that_reveals(rlhf, install) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["list"], ["list", "--json"], ["--help"], ["show", "dpo"], ["--version"], ["train", "--help"]]
+    "arguments",
+    [
+        ["list"],
+        ["list", "--json"],
+        ["--help"],
+        ["show", "dpo"],
+        ["--version"],
+        ["train", "--help"],
+        ["sample", "--help"],
+        ["chat", "--help"],
+    ],
 )
 def test_what_lists_and_shows_imports_no_torch(arguments: list[str]) -> None:
     code = (
