@@ -102,6 +102,7 @@ if TYPE_CHECKING:
     from rlhf_core.rewards.final_answer import find_answer as find_answer
     from rlhf_core.rewards.written_number import WrittenNumber as WrittenNumber
     from rlhf_core.rewards.written_number import numbers_in as numbers_in
+    from rlhf_core.rewards.written_number import only_number as only_number
     from rlhf_core.rewards.written_number import read_number as read_number
     from rlhf_core.training.context import RunContext as RunContext
     from rlhf_core.training.loader import Loader as Loader
@@ -143,7 +144,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.rewards": "Rewards Scores open_rewards samples_of",
         "rlhf_core.rewards.answer_reward": "AnswerReward AnswerRewardConfig column_of",
         "rlhf_core.rewards.final_answer": "FinalAnswer Thinking after_thinking find_answer",
-        "rlhf_core.rewards.written_number": "WrittenNumber numbers_in read_number",
+        "rlhf_core.rewards.written_number": "WrittenNumber numbers_in only_number read_number",
         "rlhf_core.infra.child_calls": "CallFailure ChildCalls",
         "rlhf_core.infra.chat_api": "ChatAPI",
         "rlhf_core.infra.devices": "DeviceManager",

@@ -1,4 +1,4 @@
-"""The base class of rewards that compare a completion's final answer with the reference in its row."""
+"""The base class of rewards that compare a completion's final answer with the reference answer in its row."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class AnswerRewardConfig(BaseConfig):
     column: str = Field(
         "answer",
         min_length=1,
-        description="Column of the reference: a text, a number, or a list of which any is right; a path such as"
+        description="Column of the reference answer: a text, a number, or a list of which any is right; a path such as"
         " `reward_model.ground_truth` leads into nested columns.",
     )
     accept: Literal["anywhere", "marked", "boxed"] = Field(
@@ -51,7 +51,7 @@ class AnswerRewardConfig(BaseConfig):
 
 
 class AnswerReward(RewardFn):
-    """The base class of rewards that compare a completion's final answer with the reference in its row.
+    """The base class of rewards that compare a completion's final answer with the reference answer in its row.
 
     A subclass defines `read` and `compare`.
     """
@@ -71,7 +71,7 @@ class AnswerReward(RewardFn):
         """Return 1 for a right answer, `wrong_score` for a wrong one, `no_answer_score` where there is none.
 
         Raises:
-            SampleError: a row lacks the reference, or it can't be read.
+            SampleError: a row lacks the reference answer, or it can't be read.
         """
         references = self._references(samples)
         answers = [
@@ -116,7 +116,7 @@ class AnswerReward(RewardFn):
             for text in row:
                 if self._read[text] is None:
                     raise SampleError(
-                        "the reference can't be read",
+                        "the reference answer can't be read",
                         sample=number,
                         place=f"column `{column}`",
                         got=shortened(text),
@@ -137,7 +137,7 @@ class AnswerReward(RewardFn):
         ]
         if bad or not values:
             raise SampleError(
-                "a reference must be a text, a number, or a list of these",
+                "a reference answer must be a text, a number, or a list of these",
                 sample=number,
                 place=f"column `{self.config.column}`",
                 got=shortened(value),
@@ -146,7 +146,7 @@ class AnswerReward(RewardFn):
 
 
 def _answer_in(reference: str) -> str:
-    """Return a reference's answer: worked solutions, such as those of GSM8K and MATH, mark it as completions do."""
+    """Return the answer in a reference text: worked solutions, such as those of GSM8K and MATH, mark it as completions do."""
     answer = find_answer(reference)
     return answer.text if answer is not None and answer.marked else reference.strip()
 

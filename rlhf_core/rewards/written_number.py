@@ -35,11 +35,21 @@ def read_number(text: str, *, decimal_comma: bool = False) -> WrittenNumber | No
     """
     if len(text) > _MOST_CHARACTERS:
         return None
-    plain = _VARIABLE.sub("", _plain(text, decimal_comma).lstrip(" ,;:\n").rstrip(" .,;:\n"))
+    plain = _BEFORE.sub("", _plain(text, decimal_comma).lstrip(" ,;:\n").rstrip(" .,;:\n"))
+    plain = re.sub(r"(?<=[\w. ])\s?\([A-Za-z -]{2,60}\)$", "", plain)  # `72 (clips)`
     if plain[:1] + plain[-1:] in ("()", "{}"):
         plain = plain[1:-1].strip()
     match = _SPELLING.match(plain)
     return _number(match) if match is not None and _is_unit(plain[match.end() :]) else None
+
+
+def only_number(text: str, *, decimal_comma: bool = False) -> WrittenNumber | None:
+    """Return the number that a text is, or the only one among its words (`no more than 42 apples`); None for a formula."""
+    number = read_number(text, decimal_comma=decimal_comma)
+    if number is not None or len(text) > _MOST_CHARACTERS or _FORMULA.search(_plain(text, decimal_comma)):
+        return number
+    found = {(number.value, number.percent): number for number in numbers_in(text, decimal_comma=decimal_comma)}
+    return next(iter(found.values())) if len(found) == 1 else None
 
 
 def numbers_in(text: str, *, decimal_comma: bool = False) -> list[WrittenNumber]:
@@ -117,6 +127,13 @@ def _of_text(match: re.Match[str]) -> str:
     return " units " if single else f" {match.group(1)} "
 
 
+def _repeating(match: re.Match[str]) -> str:
+    """Return a repeating decimal such as `0.1\\overline{6}` as a fraction."""
+    whole, once, again = match.groups()
+    nines = (10 ** len(again) - 1) * 10 ** len(once)
+    return f" {int(whole + once + again) - int(whole + once or '0')}/{nines} "
+
+
 _SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _OTHER_WORDS = {
     *(
@@ -148,21 +165,28 @@ _ATTACHED_UNITS = {
 """Units that may follow a number without a blank."""
 
 _REPLACED: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
-    (re.compile(r"\\(?:left|right|displaystyle|boldsymbol|mathbf|quad|qquad)(?![a-zA-Z])|\\[,!;:> ()\[\]]|\*\*"), " "),
+    (re.compile(r"\\(?:left|right|displaystyle|boldsymbol|mathbf|quad|qquad)(?![a-zA-Z])|\\[,!;:> ()\[\]]|\*\*|~"), " "),
     (re.compile(r"\{,\}"), ","),
     (re.compile(r"\\%"), "%"),
     (re.compile(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree(?![a-zA-Z])"), " units "),
+    (re.compile(r"(?<=[-+])\s?(?:\\?\$)\s?(?=[\d.])"), ""),
+    (re.compile(r"(?:\b(?:US|CA|AU?|HK))?\\?\$|\b(?:USD|EUR|GBP|Rs\.?)\s?(?=\d)"), " "),
+    (re.compile(r"(\d{0,20})\.(\d{0,20})\\(?:overline|bar|dot)\s?\{?(\d{1,20})\}?"), _repeating),
     (re.compile(r"\\(?:times|cdot)(?![a-zA-Z])"), "*"),
     (re.compile(r"\\approx(?![a-zA-Z])"), "="),
     (re.compile(r"\\[dtc]?frac\s*\{\s*([-+\d.,]{1,40})\s*\}\s*\{\s*([-+\d.,]{1,40})\s*\}"), r" \1/\2 "),
     (re.compile(r"\\[dtc]?frac\s*\{?(\d)\}?\s*\{?(\d)\}?"), r" \1/\2 "),
     (re.compile(r"\\(?:text|textbf|textit|mathrm|mbox|operatorname)\s*\{([^{}\\]{0,80})\}"), _of_text),
-    (re.compile(r"(?<=[-+])\s?(?:\\?\$)\s?(?=[\d.])"), ""),
-    (re.compile(r"(?:\b(?:US|CA|AU?|HK))?\\?\$|\b(?:USD|EUR|GBP|Rs\.?)\s?(?=\d)"), " "),
 ]  # fmt: skip
 """What is replaced before a number is read. A dollar sign is a currency, or delimits mathematics."""
 
-_VARIABLE = re.compile(r"^[A-Za-z](?:_\{?\w{1,9}\}?)?\s*=\s*")
+_BEFORE = re.compile(
+    r"^(?:[A-Za-z](?:_\{?\w{1,9}\}?)?\s*=\s*|(?:approximately|approx\.?|about|around|roughly|exactly|nearly)\s+)",
+    re.IGNORECASE,
+)
+"""What may stand before a number: a variable, or how exact it is."""
+_FORMULA = re.compile(r"[\\^_+*=(){}\[\]<>≤≥≠±√∈|:]|(?<![\w'])[b-fi-jn-rt-zB-FG-HM-MO-RT-UX-Z](?![\w'.])")
+"""Signs of mathematics, and letters alone that are no units."""
 _DIGITS = (
     r"(?:\d{1,3}(?:,\d{2,3})*,\d{3}(?![\d,])(?:\.\d+)?|\d{1,3}(?:[ _']\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
 )
@@ -184,6 +208,7 @@ _SPELLING = re.compile(
 
 def _is_unit(text: str) -> bool:
     """Tell whether what follows a number is nothing, or up to four words of a unit: ` km/h`, ` square feet`, ` cm^2`."""
+    text = re.sub(r"^\s*/\s*(?=[A-Za-z]{2})", " ", text)  # `18/hour`
     words = re.split(r"[\s/*]+", re.sub(r"\^\s?\{?-?\d\}?", "", text).strip(" .,;:!\n"))
     if words == [""]:
         return not text.strip().startswith(("^", "/", "*", "!"))

@@ -137,6 +137,17 @@ MATHEMATICS = [
     ("2", r"\boxed{}", 0, 0),
     ("2", r"\boxed{\text{two}}", 0, 0),
     ("2", r"\boxed{2x}", 0, 0),
+    # in other words
+    ("42", r"\boxed{approximately 42}", 1, 1),
+    ("72", r"\boxed{72 (clips)}", 1, 1),
+    ("18", r"\boxed{\$18.00/hour}", 1, 1),
+    ("2", r"\boxed{2 \text{ real solutions}}", 1, 1),
+    ("5", r"\boxed{5~\text{m}}", 1, 1),
+    ("5", r"\boxed{5 x}", 0, 0),
+    ("1/3", r"\boxed{0.\overline{3}}", 1, 1),
+    (r"0.1\overline{6}", r"\boxed{\frac{1}{6}}", 1, 1),
+    ("1", r"\boxed{0.999999}", 0, 0),
+    ("5/3", r"\boxed{\frac{5}{3} \approx 1.67}", 0, 1),
     # roots, powers, expressions, symbols
     (r"2\sqrt{2}", r"\boxed{\sqrt{8}}", None, 1),
     ("1024", r"\boxed{2^{10}}", 0, 1),
@@ -160,18 +171,23 @@ MATHEMATICS = [
     (r"(-\infty,3]", r"\boxed{(-∞, 3]}", None, 1),
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\boxed{\begin{pmatrix} 1 \\ 2 \end{pmatrix}}", None, 1),
     ("x<3", r"\boxed{x < 3}", None, 1),
+    (r"(1, \infty)", r"\boxed{x > 1}", None, 1),
+    ("1, -1", r"\boxed{\pm 1}", None, 1),
+    (r"\emptyset", r"\boxed{\varnothing}", None, 1),
+    (r"\left(\frac{1}{2}, 3\right)", r"\boxed{(0.5, 3)}", None, 1),
     # words and letters
     (r"\text{Evelyn}", r"\boxed{Evelyn}", None, 1),
     (r"\text{listen}", r"\boxed{\text{silent}}", None, 0),
     ("B", r"\boxed{\text{(B)}}", None, 1),
     ("B", r"\boxed{C}", None, 0),
+    (r"\text{12:30 PM}", r"\boxed{12:30 PM}", None, 1),
 ]
 
 
 @pytest.mark.parametrize(("reference", "completion", "numeric", "_"), MATHEMATICS)
 def test_numeric_answers(reference: str, completion: str, numeric: int | None, _: int) -> None:
     if numeric is None:
-        with pytest.raises(DataError, match="the reference can't be read"):
+        with pytest.raises(DataError, match="the reference answer can't be read"):
             score(NumericAnswerReward, completion, reference)
     else:
         assert score(NumericAnswerReward, completion, reference) == numeric
@@ -278,13 +294,13 @@ def test_truncated_completions(completion: str, truncated: str, right: int) -> N
         ({}, "row 7: the row has no column `answer`"),
         (
             {"answer": None},
-            "row 7, column `answer`: a reference must be a text, a number, or a list of these; got None",
+            "row 7, column `answer`: a reference answer must be a text, a number, or a list of these; got None",
         ),
-        ({"answer": " "}, "row 7, column `answer`: a reference must be"),
-        ({"answer": []}, "row 7, column `answer`: a reference must be"),
-        ({"answer": {"text": "5"}}, "row 7, column `answer`: a reference must be"),
-        ({"answer": float("nan")}, "row 7, column `answer`: a reference must be"),
-        ({"answer": ["5", None]}, "row 7, column `answer`: a reference must be"),
+        ({"answer": " "}, "row 7, column `answer`: a reference answer must be"),
+        ({"answer": []}, "row 7, column `answer`: a reference answer must be"),
+        ({"answer": {"text": "5"}}, "row 7, column `answer`: a reference answer must be"),
+        ({"answer": float("nan")}, "row 7, column `answer`: a reference answer must be"),
+        ({"answer": ["5", None]}, "row 7, column `answer`: a reference answer must be"),
     ],
 )
 def test_a_bad_reference_is_an_error_that_names_row_and_column(
@@ -301,7 +317,7 @@ def test_a_bad_reference_is_an_error_that_names_row_and_column(
 )
 def test_an_unreadable_reference_is_an_error(kind: type[RewardFn], bad: str) -> None:
     with pytest.raises(
-        DataError, match=r"row 4, column `answer`: the reference can't be read; got '.*'; fix: correct the row"
+        DataError, match=r"row 4, column `answer`: the reference answer can't be read; got '.*'; fix: correct the row"
     ):
         open_rewards([reward(kind)]).score([Sample("?", "5", columns={"answer": bad})], rows=[4])
 

@@ -1,4 +1,4 @@
-"""Whether a completion's answer is the reference, word for word."""
+"""Whether a completion's answer is the reference answer, word for word."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ExactMatchConfig(AnswerRewardConfig):
 
 
 class ExactMatchReward(AnswerReward):
-    """Scores 1 if the completion's final answer is the reference, word for word, else 0.
+    """Scores 1 if the completion's final answer is the reference answer, word for word, else 0.
 
     The answer and the reference are compared with Unicode's compatible characters and runs of blanks made one, as in SQuAD's
     exact match (Rajpurkar et al. 2016, arXiv 1606.05250), which also ignores articles and removes all punctuation: there

@@ -1,4 +1,4 @@
-"""Whether a completion's answer is mathematically equal to the reference, by the library math-verify."""
+"""Whether a completion's answer is mathematically equal to the reference answer, by the library math-verify."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from rlhf_core.plugin import (
     ConfigError,
     FinalAnswer,
     WrittenNumber,
+    only_number,
     read_number,
     shortened,
 )
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 _MOST_CHARACTERS = 1000
 """A longer marked answer is none; of a longer unmarked text the end is read."""
 _MEMORY = 4 << 30
-_ROUNDING = Fraction(1, 10**6)
+_ROUNDING = Fraction(5, 10**7)
 """Largest difference between a number and one that was written with decimals, as in math-verify's six decimals."""
 
 
@@ -44,8 +45,8 @@ class MathVerifyConfig(AnswerRewardConfig):
     )
     unreadable_reference: Literal["error", "text"] = Field(
         "error",
-        description="What a reference means that the library can't read: an error that names its row, or (`text`) that only the"
-        " same text is right.",
+        description="What a reference answer means that the library can't read: an error that names its row, or (`text`) that"
+        " only the same text is right.",
     )
     processes: int = Field(
         4, ge=1, description="Most child processes that compare answers; more are faster where there are processors."
@@ -53,7 +54,7 @@ class MathVerifyConfig(AnswerRewardConfig):
 
 
 class MathVerifyReward(AnswerReward):
-    """Scores 1 if the completion's answer is mathematically equal to the reference, else 0, by the library math-verify.
+    """Scores 1 if the completion's answer is mathematically equal to the reference answer, else 0, by the library math-verify.
 
     Fractions, roots, sets, intervals, tuples, matrices, equations and expressions are read from LaTeX and compared by SymPy;
     50% equals 0.5 and 50. Answers that are plain numbers or plain words on both sides are compared without the library, which
@@ -112,7 +113,7 @@ class MathVerifyReward(AnswerReward):
         decided: dict[tuple[FinalAnswer, tuple[str, ...]], bool | None] = {}
         asked = {}
         for answer, references in answers:
-            verdicts = [equal_plainly(answer.text, reference) for reference in references]
+            verdicts = [equal_plainly(answer.text, reference, answer.how != "text") for reference in references]
             key = (answer, tuple(references))
             if any(verdicts):
                 decided[key] = True
@@ -141,11 +142,16 @@ class MathVerifyReward(AnswerReward):
             )  # fmt: skip
 
 
-def equal_plainly(answer: str, reference: str) -> bool | None:
-    """Tell whether two texts are the same number or the same words; None where they aren't both numbers or both words."""
-    if answer == reference:
+def equal_plainly(answer: str, reference: str, marked: bool = True) -> bool | None:
+    """Tell whether two texts are the same number or the same words; None where they aren't both numbers or both words.
+
+    Args:
+        marked: whether the answer is no more than an answer, so that the only number among its words is meant.
+    """
+    if _unwrapped(answer) == _unwrapped(reference):
         return True
-    one, other = read_number(answer), read_number(reference)
+    other = read_number(reference)
+    one = only_number(answer) if other is not None and marked else read_number(answer)
     if one is not None and other is not None:
         return _same_number(one, other)
     words = words_of(answer), words_of(reference)
@@ -164,9 +170,14 @@ def _same_number(one: WrittenNumber, other: WrittenNumber) -> bool:
 _TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mbox)\s?\{([^{}\\]*)\}")
 
 
+def _unwrapped(text: str) -> str:
+    """Return a text without `\\text{…}` and delimiters around it, its runs of blanks made one."""
+    return " ".join(_TEXT.sub(r"\1", text).strip(" $.").split())
+
+
 def words_of(text: str) -> str | None:
-    """Return a text that is words of at least three letters, in small letters; None for any other."""
-    plain = " ".join(_TEXT.sub(r"\1", text).strip(" $.").casefold().split())
+    """Return a text that is words, one of at least three letters, in small letters; None for any other."""
+    plain = _unwrapped(text).casefold()
     words = re.split(r"[ '-]", plain)
     return (
         plain if len(plain) <= _MOST_CHARACTERS and max(map(len, words)) > 2 and all(map(str.isalpha, words)) else None
@@ -189,7 +200,8 @@ def grade(answer: str, how: str, references: Sequence[str]) -> bool | None:
     # What the library can't parse it returns as text.
     if all(isinstance(one, str) for one in parsed):
         return None
-    return any(verify(_parsed(one, "boxed"), parsed, timeout_seconds=None) for one in references)
+    options = {"timeout_seconds": None, "allow_set_relation_comp": True}
+    return any(verify(_parsed(one, "boxed"), parsed, **options) for one in references)
 
 
 @lru_cache(10_000)
@@ -216,6 +228,7 @@ _TIDIED = [
         (r"^\$([^$]*)\$$", r"\1"),
         (r"(?<=[\w)}])\s*\.\s*$", ""),
         ("\N{MINUS SIGN}|–", "-"),
+        (r"\\varnothing", r"\\emptyset"),
         ("π", r"\\pi "),
         ("∞", r"\\infty "),
         ("≤", r"\\leq "),

@@ -1,40 +1,40 @@
-"""Whether a completion's answer is the same number as the reference."""
+"""Whether a completion's answer is the same number as the reference answer."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Literal
 
 from pydantic import Field
 
-from rlhf_core.plugin import AnswerReward, AnswerRewardConfig, FinalAnswer, WrittenNumber, numbers_in, read_number
+from rlhf_core.plugin import AnswerReward, AnswerRewardConfig, FinalAnswer, WrittenNumber, numbers_in, only_number
 
 _LAST_CHARACTERS = 2000
 """How much of the end of an unmarked text is searched for its last number."""
-_FORMULA = re.compile(r"[\\^_+*=(){}\[\]<>≤≥≠±√∈|]")
 
 
 class NumericAnswerConfig(AnswerRewardConfig):
     """Options of the reward for numbers."""
 
     tolerance: float = Field(
-        1e-6, ge=0, description="Largest difference from the reference that is right; larger accepts rougher answers."
+        1e-6,
+        ge=0,
+        description="Largest difference from the reference answer that is right; larger accepts rougher answers.",
     )
     relative_tolerance: float = Field(
-        0.0, ge=0, description="The same as a share of the reference; the larger of the two allowances counts."
+        0.0, ge=0, description="The same as a share of the reference answer; the larger of the two allowances counts."
     )
     percent: Literal["either", "hundredth"] = Field(
         "either",
-        description="What a percent sign means: `either` takes 50% for 50 and for 0.5, since references often leave the sign"
-        " out; `hundredth` for 0.5 alone.",
+        description="What a percent sign means: `either` takes 50% for 50 and for 0.5, since reference answers often leave"
+        " the sign out; `hundredth` for 0.5 alone.",
     )
     decimal_comma: bool = Field(False, description="Whether `1.234,5` is what `1,234.5` is otherwise.")
 
 
 class NumericAnswerReward(AnswerReward):
-    """Scores 1 if the completion's answer is the same number as the reference, else 0.
+    """Scores 1 if the completion's answer is the same number as the reference answer, else 0.
 
     Numbers are read exactly, as fractions: `1,234.50`, `2 1/2`, `\\frac{3}{4}`, `-$5`, `50\\%`, `1.5 \\times 10^{3}`, `16 eggs`.
     Of a marked answer the only number counts, of `the answer is …` the first (after an equals sign, if there is one), and of a
@@ -48,7 +48,7 @@ class NumericAnswerReward(AnswerReward):
 
     def read(self, references: Sequence[str]) -> list[WrittenNumber | None]:
         """Return the number that each reference is; None where it is none."""
-        return [self._only_number(reference) for reference in references]
+        return [only_number(reference, decimal_comma=self.config.decimal_comma) for reference in references]
 
     def compare(self, answers: Sequence[tuple[FinalAnswer, Sequence[WrittenNumber]]]) -> list[bool | None]:
         numbers = [self._number(answer) for answer, _ in answers]
@@ -60,22 +60,14 @@ class NumericAnswerReward(AnswerReward):
     def _number(self, answer: FinalAnswer) -> WrittenNumber | None:
         """Return the number that an answer gives; None where it gives none or several."""
         if answer.marked:
-            return self._only_number(answer.text)
+            return only_number(answer.text, decimal_comma=self.config.decimal_comma)
         if answer.how == "text":
             found = numbers_in(answer.text[-_LAST_CHARACTERS:], decimal_comma=self.config.decimal_comma)
             return found[-1] if found else None
         result = answer.text.rpartition("=")[2]
-        whole = read_number(result, decimal_comma=self.config.decimal_comma)
+        whole = only_number(result, decimal_comma=self.config.decimal_comma)
         found = [whole] if whole else numbers_in(result, decimal_comma=self.config.decimal_comma)
         return found[0] if found else None
-
-    def _only_number(self, text: str) -> WrittenNumber | None:
-        """Return the number that a text is, or the only one in words; None for a formula and for several numbers."""
-        number = read_number(text, decimal_comma=self.config.decimal_comma)
-        if number is not None or _FORMULA.search(text) or len(text) > _LAST_CHARACTERS:
-            return number
-        found = set(numbers_in(text, decimal_comma=self.config.decimal_comma))
-        return found.pop() if len(found) == 1 else None
 
     def _equal(self, number: WrittenNumber, reference: WrittenNumber) -> bool:
         """Tell whether a number is the reference within the tolerances, in one of the senses of a percent sign."""
