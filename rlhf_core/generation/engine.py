@@ -1,25 +1,22 @@
 """The engine: completions for a batch of prompts, token ids in and token ids out, read from the policy as it is.
 
 Everything that samples stands on five operations on sequence handles: `prefill`, `fork`, `extend`, `score` and `free`; `generate`
-is the first three for a batch. Which loop decodes is measured: the one over a `PagedKVCache` where it gives the logits that the
-policy is trained on, else transformers' own.
+is the first three for a batch. A `Backend` draws the tokens.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import logging
 import math
 import operator
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
-from transformers import GenerationConfig
 
 from rlhf_core.config.online import SamplingConfig
 from rlhf_core.contracts.batch import Batch, on_host
@@ -27,26 +24,17 @@ from rlhf_core.contracts.completion import Completion
 from rlhf_core.data.chat_rendering import ChatTemplate
 from rlhf_core.data.text_options import TextOptions
 from rlhf_core.data.text_spans import TextSpanEncoder
-from rlhf_core.generation.known_tokens import sequence_logps, target_logps
-from rlhf_core.generation.memory import MOST_ROWS, free_bytes
-from rlhf_core.generation.native import NativeDecoding, measure_native
-from rlhf_core.generation.paged_cache import CachedSequence, PagedKVCache
-from rlhf_core.generation.plain import PlainDecoding
+from rlhf_core.generation.backend import Backend
+from rlhf_core.generation.memory import MOST_ROWS
+from rlhf_core.generation.native_backend import NativeBackend
+from rlhf_core.generation.paged_cache import CachedSequence
 from rlhf_core.generation.requests import UNFINISHED, Finished, Request
 from rlhf_core.generation.stop_strings import PARTIAL, StopStrings
-from rlhf_core.generation.weights_state import weights_state
-from rlhf_core.infra.devices import is_out_of_memory, release_memory
 from rlhf_core.infra.errors import ConfigError, DataError, NumbersError
 from rlhf_core.infra.seeds import completion_seeds
-from rlhf_core.models.dropout import evaluating
 
 if TYPE_CHECKING:
     from rlhf_core.models.policy_model import PolicyModel
-
-log = logging.getLogger(__name__)
-
-BLOCK_SIZE = {"cpu": 64, "cuda": 64}
-"""Tokens per block of the cache, by device."""
 
 
 @dataclass(frozen=True)
@@ -81,13 +69,6 @@ class _Draw:
     text_of: Callable[[Sequence[int]], str]
 
 
-class _Said:
-    """Whether something was logged about a policy."""
-
-    def __init__(self, policy: PolicyModel) -> None:
-        self.said = False
-
-
 class Engine:
     """Draws completions from a policy with the weights that it has at the moment of the call.
 
@@ -97,21 +78,34 @@ class Engine:
         memory: most bytes for keys and values; None takes half of a GPU's free memory, or 2 GiB on a CPU. Where they don't
             suffice for all completions at once, some wait, or are computed again later: the completions are the same.
         most_rows: most completions that are decoded at once.
+        backend: draws the tokens; None takes the native one, which is the one that `memory` and `most_rows` are for.
+
+    Raises:
+        ConfigError: options of the native backend for another one.
     """
 
     def __init__(
-        self, policy: PolicyModel, *, seed: int | None = 0, memory: int | None = None, most_rows: int = MOST_ROWS
+        self,
+        policy: PolicyModel,
+        *,
+        seed: int | None = 0,
+        memory: int | None = None,
+        most_rows: int | None = None,
+        backend: Backend | None = None,
     ) -> None:
+        if backend is not None and (memory is not None or most_rows is not None):
+            given = "memory" if memory is not None else "most_rows"
+            raise ConfigError(
+                "the option is for the native backend", place=f"Engine({given}=…)", got=f"the backend `{backend.name}`",
+                fix="set it in the backend",
+            )  # fmt: skip
         self.policy = policy
         self.seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed
-        self.memory, self.most_rows = memory, most_rows
+        self.backend = backend or NativeBackend(policy, memory=memory, most_rows=most_rows or MOST_ROWS)
         self.policy_version = 0
         self._stream: tuple[Any, ...] = ()
         self._met: Counter[tuple[int, ...]] = Counter()
         self._stops: dict[tuple[bool | str, ...], StopStrings] = {}
-        self._native: NativeDecoding | None = None
-        self._read_with: Any = None
-        """State of the weights with which the prompts that are kept were read."""
 
     def begin(self, name: str, *index: int, policy_version: int = 0) -> None:
         """Begin a stream of draws: from here on seeds are a function of (engine's seed, name, index), row number and occurrence.
@@ -135,6 +129,7 @@ class Engine:
         sampling: SamplingConfig | None = None,
         *,
         seeds: Sequence[Sequence[int]] | None = None,
+        limits: Sequence[Sequence[int]] | None = None,
         policy_version: int | None = None,
         finished: Callable[[int, int, Completion], None] | None = None,
     ) -> list[list[Completion]]:
@@ -148,12 +143,14 @@ class Engine:
             sampling: how tokens are drawn, and what ends a completion; None takes the defaults.
             seeds: for each prompt, one per completion. None derives them from the engine's seed and, after `begin`, from row
                 numbers and places in the data, else from the prompts' ids; a prompt that comes again gets other seeds.
+            limits: for each prompt, most tokens of each of its completions, where that is fewer than `max_new_tokens`.
             policy_version: optimiser steps that the policy has made; None takes what `begin` was given.
             finished: called with a prompt's index, a completion's index among the prompt's, and the completion, as soon as it has
                 ended and while others are still being drawn.
 
         Raises:
-            ConfigError: n is below 1, there is another number of seeds, or a stop id isn't in the vocabulary.
+            ConfigError: n is below 1, there is another number of seeds or limits, a limit is below 1, a stop id isn't in the
+                vocabulary, or the backend doesn't follow an option.
             DataError: a prompt leaves no room for a token among the model's positions.
             ModelError: the model can't generate.
             NumbersError: logits aren't finite, or memory doesn't suffice for one completion.
@@ -169,11 +166,16 @@ class Engine:
         if [len(each) for each in seeds] != [n] * batch.num_prompts:
             problem = f"{n} completions of {batch.num_prompts} prompts need {n} seeds per prompt"
             raise ConfigError(problem, place="generate(seeds=…)", got=f"{[len(each) for each in seeds]} seeds")
-        self._check_stop_ids(sampling)
-        draws = self._draws(batch, seeds, sampling)
+        if limits is not None and [len(each) for each in limits] != [n] * batch.num_prompts:
+            problem = f"{n} completions of {batch.num_prompts} prompts need {n} limits per prompt"
+            raise ConfigError(problem, place="generate(limits=…)", got=f"{[len(each) for each in limits]} limits")
+        if limits is not None and (low := min((limit for each in limits for limit in each), default=1)) < 1:
+            raise ConfigError("a completion has at least one token", place="generate(limits=…)", got=str(low))
+        self._check(sampling)
+        draws = self._draws(batch, seeds, sampling, limits)
         version = self.policy_version if policy_version is None else policy_version
         made: list[list[Completion | None]] = [[None] * n for _ in range(batch.num_prompts)]
-        with contextlib.closing(self._run([draw.request for draw in draws], sampling)) as running:
+        with contextlib.closing(self.backend.run([draw.request for draw in draws], sampling)) as running:
             for one in running:
                 completion = self._completion(draws[one.number], one, version)
                 prompt, index = divmod(one.number, n)
@@ -196,19 +198,20 @@ class Engine:
             seed: of this completion; None derives it as `generate` does.
 
         Raises:
-            ConfigError: another number of prompts, or a stop id isn't in the vocabulary.
+            ConfigError: another number of prompts, a stop id isn't in the vocabulary, or the backend can't stream.
             DataError, ModelError, NumbersError: as `generate`.
         """
         sampling = sampling or SamplingConfig()
+        self.backend.require("streaming", purpose="a stream")
         if batch.num_prompts != 1:
             raise ConfigError("a stream completes one prompt", place="stream", got=f"{batch.num_prompts} prompts")
-        self._check_stop_ids(sampling)
+        self._check(sampling)
         if seed is None:
             rows, places = (batch.rows, batch.places) if self._stream else (prompt_keys(batch), ())
             stream = self._stream or ("generate",)
             seed = completion_seeds(self.seed, *stream, rows=rows, places=places, n=1, met=self._met)[0][0]
         (draw,) = self._draws(batch, [[seed]], sampling)
-        with contextlib.closing(self._run([draw.request], sampling, partly=True)) as running:
+        with contextlib.closing(self.backend.run([draw.request], sampling, partly=True)) as running:
             for one in running:
                 completion = self._completion(draw, one, self.policy_version)
                 if one.reason == UNFINISHED:
@@ -222,18 +225,15 @@ class Engine:
         """Read prompts, given as token ids, and return a handle for each. What prompts have in common is read once.
 
         Raises:
-            ConfigError: a prompt is empty.
+            ConfigError: a prompt is empty, or the backend can't keep sequences.
             DataError: a prompt has more tokens than the model has positions.
             NumbersError: memory doesn't suffice.
         """
+        self.backend.require("fork", purpose="a sequence handle")
         for number, ids in enumerate(prompts):
             self._check_length(ids, f"prompts[{number}]")
-        native = self._native_for(max(map(len, prompts), default=0), [len(ids) for ids in prompts])
-        if native is None:
-            return [SequenceHandle(tuple(ids)) for ids in prompts]
-        with self._for_decoding():
-            cached = native.prefill([ids[:-1] for ids in prompts])
-        return [SequenceHandle(tuple(ids), one) for ids, one in zip(prompts, cached, strict=True)]
+        kept = self.backend.prefill(prompts)
+        return [SequenceHandle(tuple(ids), one) for ids, one in zip(prompts, kept, strict=True)]
 
     def fork(self, handle: SequenceHandle, n: int = 1) -> list[SequenceHandle]:
         """Return n handles of the same sequence, each to be freed by itself, in constant time per handle."""
@@ -268,7 +268,9 @@ class Engine:
         sampling = sampling or SamplingConfig()
         if stop is not None:
             sampling = sampling.model_copy(update={"stop": list(stop)})
-        self._check_stop_ids(sampling)
+        self._check(sampling)
+        if rule is not None:
+            self.backend.require("rules", purpose="a stopping rule")
         if len(seeds) != len(handles):
             problem = "an extension needs one seed per handle"
             raise ConfigError(problem, place="extend(seeds=…)", got=f"{len(seeds)} for {len(handles)}")
@@ -279,7 +281,7 @@ class Engine:
             for number, (handle, seed) in enumerate(zip(handles, seeds, strict=True))
         ]
         made: dict[int, Extension] = {}
-        with contextlib.closing(self._run([draw.request for draw in draws], sampling)) as running:
+        with contextlib.closing(self.backend.run([draw.request for draw in draws], sampling)) as running:
             for one in running:
                 ids = (*handles[one.number].ids, *one.drawn.ids)
                 completion = self._completion(draws[one.number], one, self.policy_version)
@@ -325,29 +327,20 @@ class Engine:
         whole = [(*handle.ids, *ids) for handle, ids in zip(handles, tokens, strict=True)]
         for number, ids in enumerate(whole):
             self._check_length(ids, f"handles[{number}]")
-        native = self._native_for(max(map(len, whole), default=0), [len(ids) for ids in tokens])
-        self._check_handles(handles, native)
-        with self._for_decoding():
-            if native is None:
-                scored = [
-                    sequence_logps(self.policy, ids, len(handle.ids), temperature)
-                    for handle, ids in zip(handles, whole, strict=True)
-                ]
-                cached: list[CachedSequence | None] = [None] * len(handles)
-            else:
-                read = native.follow([handle.cached for handle in handles if handle.cached is not None], whole)
-                cached = [sequence for sequence, _ in read]
-                scored = [
-                    target_logps(self.policy, hidden, ids[-len(hidden) :], temperature)
-                    for (_, hidden), ids in zip(read, whole, strict=True)
-                ]
-        return [
-            (SequenceHandle(ids, sequence), logps) for ids, sequence, logps in zip(whole, cached, scored, strict=True)
-        ]
+        followed = self.backend.follow(
+            [handle.cached for handle in handles], whole, [len(ids) for ids in tokens], temperature=temperature
+        )
+        return [(SequenceHandle(ids, kept), logps) for ids, (kept, logps) in zip(whole, followed, strict=True)]
 
     # Which completions are drawn
 
-    def _draws(self, batch: Batch, seeds: Sequence[Sequence[int]], sampling: SamplingConfig) -> list[_Draw]:
+    def _draws(
+        self,
+        batch: Batch,
+        seeds: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        limits: Sequence[Sequence[int]] | None = None,
+    ) -> list[_Draw]:
         """Return the completions to be drawn, prompt by prompt.
 
         Raises:
@@ -359,7 +352,16 @@ class Engine:
             chat, place = self._is_chat(batch, prompt), f"row {batch.rows[prompt]}"
             own = tuple(ids[:length])
             draws += [
-                self._draw(len(draws) + k, own, seed, sampling, chat=chat, place=place, prompt=prompt)
+                self._draw(
+                    len(draws) + k,
+                    own,
+                    seed,
+                    sampling,
+                    chat=chat,
+                    place=place,
+                    prompt=prompt,
+                    limit=None if limits is None else limits[prompt][k],
+                )
                 for k, seed in enumerate(seeds[prompt])
             ]
         return draws
@@ -374,12 +376,14 @@ class Engine:
         chat: bool,
         place: str,
         prompt: int = 0,
+        limit: int | None = None,
         base: CachedSequence | None = None,
         rule: Callable[[Sequence[int]], bool] | None = None,
     ) -> _Draw:
         """Return a completion to be drawn; `place` is for messages, `base` holds the keys and values of all ids but the last."""
         positions = self.policy.max_positions
-        room = sampling.max_new_tokens if positions is None else min(sampling.max_new_tokens, positions - len(ids))
+        most = sampling.max_new_tokens if limit is None else min(limit, sampling.max_new_tokens)
+        room = most if positions is None else min(most, positions - len(ids))
         if room < 1:
             raise DataError(
                 "the prompt leaves no room for a completion among the model's positions",
@@ -409,132 +413,18 @@ class Engine:
             got = f"{len(ids)} tokens for {positions} positions"
             raise DataError("the sequence is longer than the model's positions", place=place, got=got, fix="shorten it")
 
-    def _check_handles(self, handles: Sequence[SequenceHandle], native: NativeDecoding | None) -> None:
-        """Raise `ConfigError` for handles that were read with weights that the policy no longer has."""
-        for number, handle in enumerate(handles):
-            if handle.cached is not None and (native is None or handle.cached.cache is not native.cache):
-                raise ConfigError(
-                    "the policy's weights have changed since the sequence was read", place=f"handles[{number}]",
-                    fix="call `prefill` with its `ids`",
-                )  # fmt: skip
-
-    def _check_stop_ids(self, sampling: SamplingConfig) -> None:
-        """Refuse stop ids that the model can't draw.
+    def _check(self, sampling: SamplingConfig) -> None:
+        """Refuse options that the backend doesn't follow, and stop ids that the model can't draw.
 
         Raises:
-            ConfigError: a stop id isn't in the vocabulary.
+            ConfigError: an option isn't followed, or a stop id isn't in the vocabulary.
         """
+        self.backend.check_options(sampling)
         size = self.policy.network.config.get_text_config().vocab_size
         for token in sampling.stop_ids:
             if token >= size:
                 problem = f"the model's vocabulary has {size} tokens, ids 0 to {size - 1}"
                 raise ConfigError(problem, place="`stop_ids`", got=str(token), fix="leave it out")
-
-    # The decoding loop
-
-    def _run(
-        self, requests: Sequence[Request], sampling: SamplingConfig, *, partly: bool = False
-    ) -> Generator[Finished]:
-        """Yield completions as they end, in half as many rows at once wherever memory runs out.
-
-        Args:
-            partly: yield them, unfinished, after each token, too.
-
-        Raises:
-            NumbersError: memory doesn't suffice for one completion.
-        """
-        left, rows = {request.number: request for request in requests}, min(self.most_rows, max(len(requests), 1))
-        while left:
-            failed = False
-            with self._for_decoding():
-                decoding = self._decoding_for(list(left.values()), rows)
-                try:
-                    for one in decoding.run(list(left.values()), sampling, partly=partly):
-                        if one.reason != UNFINISHED:
-                            del left[one.number]
-                        yield one
-                except (RuntimeError, MemoryError) as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    failed = True
-            # Outside the handler: the error's traceback keeps the failed pass's tensors alive.
-            if failed:
-                release_memory(self.policy.device)
-                if rows == 1:
-                    raise NumbersError(
-                        "out of memory with one completion at a time",
-                        fix="set a smaller `max_length` (`generation.max_new_tokens` for completions), or `precision: bf16`",
-                    )
-                rows = max(1, rows // 2)
-                log.warning("out of memory: trying again with %d completions at a time", rows)
-        if self._native is not None and self._is_trained:
-            # Its weights are about to change, and training needs the memory.
-            self._native.prefixes.clear()
-            if not self._native.cache.used_blocks:
-                self._native = None
-
-    @property
-    def _is_trained(self) -> bool:
-        return any(parameter.requires_grad for parameter in self.policy.parameters())
-
-    def _decoding_for(self, requests: Sequence[Request], rows: int) -> NativeDecoding | PlainDecoding:
-        """Return the loop that draws some completions, with room for them as far as memory is allowed."""
-        longest = max(len(request.ids) + request.limit for request in requests)
-        prompts = {request.ids for request in requests if request.base is None}
-        native = self._native_for(longest, [*map(len, prompts), *(request.limit for request in requests)])
-        self._check_handles([SequenceHandle((), request.base) for request in requests], native)
-        if native is None:
-            return PlainDecoding(self.policy, memory=self.memory, most_rows=rows)
-        native.most_rows = rows
-        return native
-
-    def _native_for(self, longest: int, runs: Sequence[int]) -> NativeDecoding | None:
-        """Return the loop over a `PagedKVCache`, emptied where weights have changed; None where another one is needed.
-
-        Args:
-            longest: tokens of the longest sequence.
-            runs: tokens of each stretch that will need blocks of its own, for which there should be room.
-        """
-        facts, policy = self.policy.measured(measure_native), self.policy
-        window = policy.probe_result.window
-        if facts.obstacle is not None or (window is not None and longest > window):
-            self._say_plain(facts.obstacle or f"sequences are longer than its sliding window of {window} tokens")
-            return None
-        size = BLOCK_SIZE.get(policy.device.type, BLOCK_SIZE["cpu"])
-        bytes_per_block = facts.elements * size * (4 if policy.precision == torch.float32 else 2)
-        most = max(1, (self.memory or free_bytes(policy.device)) // bytes_per_block)
-        wanted = sum(tokens // size + 1 for tokens in runs)
-        state = weights_state(policy)
-        if self._native is None or state != self._read_with:
-            cache = PagedKVCache(max(1, min(most, wanted)), size, policy.device)
-            self._native, self._read_with = NativeDecoding(policy, cache, most_rows=self.most_rows), state
-        elif wanted > self._native.cache.free_blocks:
-            self._native.cache.grow(min(most, self._native.cache.used_blocks + wanted))
-        return self._native
-
-    def _say_plain(self, reason: str) -> None:
-        """Log, once per policy, that its completions are drawn through transformers' loop, and why."""
-        if not self.policy.measured(_Said).said:
-            self.policy.measured(_Said).said = True
-            log.info("%s generates through transformers' own loop, which is slower: %s", self.policy.source, reason)
-
-    @contextlib.contextmanager
-    def _for_decoding(self) -> Iterator[None]:
-        """Put the policy, inside the context, into evaluation mode and its own precision, without its own generation options."""
-        policy = self.policy
-        model, own = policy.causal_lm, policy.causal_lm.generation_config
-        model.generation_config = GenerationConfig()
-        try:
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(torch.no_grad())
-                stack.enter_context(evaluating(policy))
-                stack.enter_context(policy.product_precision())
-                if policy.compiled:
-                    # A block would be compiled again for the cache, and for each length of it.
-                    stack.enter_context(torch.compiler.set_stance("force_eager"))
-                yield
-        finally:
-            model.generation_config = own
 
     def _completion(self, draw: _Draw, one: Finished, policy_version: int) -> Completion:
         """Return what was drawn as a `Completion`.
@@ -544,8 +434,7 @@ class Engine:
         """
         drawn = one.drawn
         if not all(map(math.isfinite, (*drawn.raw_logprobs, *drawn.logprobs))):
-            if self._native is not None:
-                self._native = None  # its keys and values aren't finite, either
+            self.backend.forget()  # keys and values that it keeps may not be finite, either
             raise NumbersError("the model's logits aren't finite", place=draw.place, fix="check its weights")
         without_last = one.reason == "end" or (one.reason == "stop" and one.text is None)
         text = one.text if one.text is not None else draw.text_of(drawn.ids[:-1] if without_last else drawn.ids)

@@ -58,6 +58,7 @@ class ScriptedEngine(Engine):
         sampling: SamplingConfig | None = None,
         *,
         seeds: Sequence[Sequence[int]] | None = None,
+        limits: Sequence[Sequence[int]] | None = None,
         policy_version: int | None = None,
         finished: Callable[[int, int, Completion], None] | None = None,
     ) -> list[list[Completion]]:
@@ -70,7 +71,8 @@ class ScriptedEngine(Engine):
         keys = []
         for number, row in enumerate(batch.rows):
             own = tuple(seeds[number]) if seeds is not None else ()
-            name = (self._stream, row, own, n, sampling.max_new_tokens)
+            most = sampling.max_new_tokens if limits is None else tuple(limits[number])
+            name = (self._stream, row, own, n, most)
             keys.append((*name, self._occurrences[name]))
             self._occurrences[name] += 1
         random = RandomState.capture()
@@ -78,7 +80,11 @@ class ScriptedEngine(Engine):
         if missing:
             part = batch.select(missing)
             fresh = super().generate(
-                part, n, sampling, seeds=None if seeds is None else [seeds[number] for number in missing]
+                part,
+                n,
+                sampling,
+                seeds=None if seeds is None else [seeds[number] for number in missing],
+                limits=None if limits is None else [limits[number] for number in missing],
             )
             for number, group in zip(missing, fresh, strict=True):
                 cut = [self._truncated(one, (batch.rows[number], k), sampling) for k, one in enumerate(group)]

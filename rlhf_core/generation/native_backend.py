@@ -1,0 +1,216 @@
+"""The engine's own backend: it draws with the policy's modules as they are, and keeps keys and values between calls.
+
+Which loop decodes is measured: the one over a `PagedKVCache` where it gives the logits that the policy is trained on, else
+transformers' own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Generator, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from rlhf_core.config.online import SamplingConfig
+from rlhf_core.generation.backend import ALWAYS, Backend, Capabilities
+from rlhf_core.generation.known_tokens import sequence_logps, target_logps
+from rlhf_core.generation.memory import free_bytes
+from rlhf_core.generation.native import NativeDecoding, measure_native
+from rlhf_core.generation.paged_cache import CachedSequence, PagedKVCache
+from rlhf_core.generation.plain import PlainDecoding
+from rlhf_core.generation.requests import UNFINISHED, Finished, Request
+from rlhf_core.generation.weights_state import weights_state
+from rlhf_core.infra.devices import is_out_of_memory, release_memory
+from rlhf_core.infra.errors import ConfigError, NumbersError
+from rlhf_core.models.dropout import evaluating
+from rlhf_core.models.fast_adapters import fast_adapters
+
+if TYPE_CHECKING:
+    from rlhf_core.models.policy_model import PolicyModel
+
+log = logging.getLogger(__name__)
+
+BLOCK_SIZE = {"cpu": 64, "cuda": 64}
+"""Tokens per block of the cache, by device."""
+
+
+class _Said:
+    """Whether something was logged about a policy."""
+
+    def __init__(self, policy: PolicyModel) -> None:
+        self.said = False
+
+
+class NativeBackend(Backend):
+    """Draws completions in this process, with the policy's own modules.
+
+    Args:
+        memory: most bytes for keys and values; None takes half of a GPU's free memory, or a constant on a CPU.
+        most_rows: most completions that are decoded at once.
+    """
+
+    name = "native"
+    capabilities = Capabilities(
+        live_weights=True,
+        exact_logprobs=True,
+        fork=True,
+        streaming=True,
+        rules=True,
+        options=frozenset(SamplingConfig.model_fields) - ALWAYS,
+    )
+
+    def __init__(self, policy: PolicyModel, *, memory: int | None, most_rows: int) -> None:
+        self.policy, self.memory, self.most_rows = policy, memory, most_rows
+        self._native: NativeDecoding | None = None
+        self._read_with: Any = None
+        """State of the weights with which the prompts that are kept were read."""
+
+    def run(
+        self, requests: Sequence[Request], sampling: SamplingConfig, *, partly: bool = False
+    ) -> Generator[Finished]:
+        """Yield completions as they end, in half as many rows at once wherever memory runs out.
+
+        Args:
+            partly: yield them, unfinished, after each token, too.
+
+        Raises:
+            NumbersError: memory doesn't suffice for one completion.
+        """
+        left, rows = {request.number: request for request in requests}, min(self.most_rows, max(len(requests), 1))
+        while left:
+            failed = False
+            with self._for_decoding():
+                decoding = self._decoding_for(list(left.values()), rows)
+                try:
+                    for one in decoding.run(list(left.values()), sampling, partly=partly):
+                        if one.reason != UNFINISHED:
+                            del left[one.number]
+                        yield one
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    failed = True
+            # Outside the handler: the error's traceback keeps the failed pass's tensors alive.
+            if failed:
+                release_memory(self.policy.device)
+                if rows == 1:
+                    raise NumbersError(
+                        "out of memory with one completion at a time",
+                        fix="set a smaller `max_length` (`generation.max_new_tokens` for completions), or `precision: bf16`",
+                    )
+                rows = max(1, rows // 2)
+                log.warning("out of memory: trying again with %d completions at a time", rows)
+        if self._native is not None and self._is_trained:
+            # Its weights are about to change, and training needs the memory.
+            self._native.prefixes.clear()
+            if not self._native.cache.used_blocks:
+                self._native = None
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> list[CachedSequence | None]:
+        native = self._native_for(max(map(len, prompts), default=0), [len(ids) for ids in prompts])
+        if native is None:
+            return [None] * len(prompts)
+        with self._for_decoding():
+            return [*native.prefill([ids[:-1] for ids in prompts])]
+
+    def follow(
+        self,
+        kept: Sequence[CachedSequence | None],
+        whole: Sequence[Sequence[int]],
+        counts: Sequence[int],
+        *,
+        temperature: float,
+    ) -> list[tuple[CachedSequence | None, Tensor]]:
+        native = self._native_for(max(map(len, whole), default=0), counts)
+        self._check_kept(kept, native)
+        with self._for_decoding():
+            if native is None:
+                return [
+                    (None, sequence_logps(self.policy, ids, len(ids) - count, temperature))
+                    for ids, count in zip(whole, counts, strict=True)
+                ]
+            read = native.follow([one for one in kept if one is not None], whole)
+            return [
+                (sequence, target_logps(self.policy, hidden, ids[-len(hidden) :], temperature))
+                for (sequence, hidden), ids in zip(read, whole, strict=True)
+            ]
+
+    def forget(self) -> None:
+        self._native = None
+
+    @property
+    def _is_trained(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.policy.parameters())
+
+    def _decoding_for(self, requests: Sequence[Request], rows: int) -> NativeDecoding | PlainDecoding:
+        """Return the loop that draws some completions, with room for them as far as memory is allowed."""
+        longest = max(len(request.ids) + request.limit for request in requests)
+        prompts = {request.ids for request in requests if request.base is None}
+        native = self._native_for(longest, [*map(len, prompts), *(request.limit for request in requests)])
+        self._check_kept([request.base for request in requests], native)
+        if native is None:
+            return PlainDecoding(self.policy, memory=self.memory, most_rows=rows)
+        native.most_rows = rows
+        return native
+
+    def _check_kept(self, kept: Sequence[CachedSequence | None], native: NativeDecoding | None) -> None:
+        """Raise `ConfigError` for sequences that were read with weights that the policy no longer has."""
+        for number, one in enumerate(kept):
+            if one is not None and (native is None or one.cache is not native.cache):
+                raise ConfigError(
+                    "the policy's weights have changed since the sequence was read", place=f"handles[{number}]",
+                    fix="call `prefill` with its `ids`",
+                )  # fmt: skip
+
+    def _native_for(self, longest: int, runs: Sequence[int]) -> NativeDecoding | None:
+        """Return the loop over a `PagedKVCache`, emptied where weights have changed; None where another one is needed.
+
+        Args:
+            longest: tokens of the longest sequence.
+            runs: tokens of each stretch that will need blocks of its own, for which there should be room.
+        """
+        facts, policy = self.policy.measured(measure_native), self.policy
+        window = policy.probe_result.window
+        if facts.obstacle is not None or (window is not None and longest > window):
+            self._say_plain(facts.obstacle or f"sequences are longer than its sliding window of {window} tokens")
+            return None
+        size = BLOCK_SIZE.get(policy.device.type, BLOCK_SIZE["cpu"])
+        bytes_per_block = facts.elements * size * (4 if policy.precision == torch.float32 else 2)
+        most = max(1, (self.memory or free_bytes(policy.device)) // bytes_per_block)
+        wanted = sum(tokens // size + 1 for tokens in runs)
+        state = weights_state(policy)
+        if self._native is None or state != self._read_with:
+            cache = PagedKVCache(max(1, min(most, wanted)), size, policy.device)
+            self._native, self._read_with = NativeDecoding(policy, cache, most_rows=self.most_rows), state
+        elif wanted > self._native.cache.free_blocks:
+            self._native.cache.grow(min(most, self._native.cache.used_blocks + wanted))
+        return self._native
+
+    def _say_plain(self, reason: str) -> None:
+        """Log, once per policy, that its completions are drawn through transformers' loop, and why."""
+        if not self.policy.measured(_Said).said:
+            self.policy.measured(_Said).said = True
+            log.info("%s generates through transformers' own loop, which is slower: %s", self.policy.source, reason)
+
+    @contextlib.contextmanager
+    def _for_decoding(self) -> Iterator[None]:
+        """Put the policy, inside the context, into evaluation mode and its own precision, without its own generation options."""
+        policy = self.policy
+        model, own = policy.causal_lm, policy.causal_lm.generation_config
+        model.generation_config = GenerationConfig()
+        try:
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(torch.no_grad())
+                stack.enter_context(evaluating(policy))
+                stack.enter_context(fast_adapters(policy))
+                stack.enter_context(policy.product_precision())
+                if policy.compiled:
+                    # A block would be compiled again for the cache, and for each length of it.
+                    stack.enter_context(torch.compiler.set_stance("force_eager"))
+                yield
+        finally:
+            model.generation_config = own
