@@ -202,7 +202,7 @@ def test_a_stop_while_prompts_are_completed_saves_the_step_and_they_are_complete
         if not torch.is_grad_enabled() and metrics.exists() and len(metrics.read_text().splitlines()) == 4:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    run.model.network.register_forward_pre_hook(stop)
+    run.model.network.get_input_embeddings().register_forward_pre_hook(stop)
     with pytest.raises(Stopped):
         run.train()
     assert steps_of(tmp_path / "run") == [0, 2]
