@@ -62,6 +62,8 @@ if TYPE_CHECKING:
     from rlhf_core.infra.seeds import random_generator as random_generator
     from rlhf_core.infra.statistics import auc as auc
     from rlhf_core.infra.statistics import calibration_error as calibration_error
+    from rlhf_core.infra.untrusted_code import CodeLimits as CodeLimits
+    from rlhf_core.infra.untrusted_code import run_untrusted as run_untrusted
     from rlhf_core.merging import CHUNK as CHUNK
     from rlhf_core.merging import Chunk as Chunk
     from rlhf_core.merging import MergeInput as MergeInput
@@ -147,6 +149,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.rewards.written_number": "WrittenNumber numbers_in only_number read_number",
         "rlhf_core.infra.child_calls": "CallFailure ChildCalls",
         "rlhf_core.infra.chat_api": "ChatAPI",
+        "rlhf_core.infra.untrusted_code": "CodeLimits run_untrusted",
         "rlhf_core.infra.devices": "DeviceManager",
         "rlhf_core.infra.model_files": "file_hashes",
         "rlhf_core.infra.seeds": "random_generator",

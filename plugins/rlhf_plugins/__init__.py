@@ -50,6 +50,8 @@ if TYPE_CHECKING:
     from rlhf_plugins.rewards.repetition import RepetitionReward as RepetitionReward
     from rlhf_plugins.rewards.reward_model import RewardModelReward as RewardModelReward
     from rlhf_plugins.rewards.reward_model import RewardModelRewardConfig as RewardModelRewardConfig
+    from rlhf_plugins.rewards.unit_tests import UnitTestsConfig as UnitTestsConfig
+    from rlhf_plugins.rewards.unit_tests import UnitTestsReward as UnitTestsReward
     from rlhf_plugins.samplers.generate import GenerateConfig as GenerateConfig
     from rlhf_plugins.samplers.generate import GenerateSampler as GenerateSampler
     from rlhf_plugins.trainers.cpo import CPOConfig as CPOConfig
@@ -89,6 +91,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_plugins.rewards.exact_match": "ExactMatchConfig ExactMatchReward",
         "rlhf_plugins.rewards.format": "FormatConfig FormatReward",
         "rlhf_plugins.rewards.judge": "JudgeConfig JudgeReward",
+        "rlhf_plugins.rewards.unit_tests": "UnitTestsConfig UnitTestsReward",
         "rlhf_plugins.rewards.length": "LengthConfig LengthReward",
         "rlhf_plugins.rewards.math_verify": "MathVerifyConfig MathVerifyReward",
         "rlhf_plugins.rewards.numeric_answer": "NumericAnswerConfig NumericAnswerReward",

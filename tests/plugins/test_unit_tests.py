@@ -1,0 +1,271 @@
+"""Code that a model wrote: right code passes, wrong code fails, and hostile code neither passes nor does harm."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from rlhf_plugins.rewards.unit_tests import UnitTestsConfig, last_block, read_tests
+
+from rlhf_core.contracts.reward import Sample
+from rlhf_core.infra.errors import ConfigError, DataError
+from rlhf_core.infra.untrusted_code import CodeLimits, run_untrusted
+from rlhf_core.rewards import open_rewards
+from rlhf_core.testing import RewardContract
+
+ASSERTS = ["assert add(1, 2) == 3", "assert add(0, 0) == 0", "assert add(-1, 1) == 0", "assert add(5, 5) == 10"]
+RIGHT = "def add(a, b):\n    return a + b\n"
+
+
+def block(code: str) -> str:
+    return f"Here it is:\n\n```python\n{code}\n```\nDone."
+
+
+def score(code: str, tests: Any = ASSERTS, **options: Any) -> float:
+    columns = options.pop("columns", {})
+    how = {"allow_code_execution": True, "seconds": 3, **options}
+    rewards = open_rewards([{"name": "unit_tests", "options": how}])
+    return rewards.score([Sample("p", block(code), columns={"tests": tests, **columns})]).by_name["unit_tests"][0]
+
+
+# Off unless asked for, with one warning
+
+
+def test_it_is_off_unless_it_is_asked_for() -> None:
+    with pytest.raises(ConfigError, match=r"runs code that a model wrote.*`allow_code_execution: true`"):
+        open_rewards(["unit_tests"])
+
+
+def test_what_it_cannot_contain_is_said_once(caplog: Any) -> None:
+    rewards = open_rewards([{"name": "unit_tests", "options": {"allow_code_execution": True}}])
+    for _ in range(2):
+        rewards.score([Sample("p", block(RIGHT), columns={"tests": ASSERTS})])
+    told = [one.getMessage() for one in caplog.records if "unit_tests" in one.getMessage()]
+    assert len(told) == 1 and "inspects its own tests" in told[0] and "container or virtual machine" in told[0]
+
+
+# Verdicts
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        (RIGHT, 1.0),
+        ("def add(a, b):\n    return abs(a) + b", 0.75),
+        ("def add(a, b):\n    return 1 / a and a + b", 0.75),
+        ("def add(a, b)\n    return a + b", 0.0),
+        ("def sub(a, b):\n    return a - b", 0.0),
+        ("raise ValueError", 0.0),
+        ("import dataclasses, asyncio, threading, re\nfrom __future__ import annotations", 0.0),
+        ("from __future__ import annotations\nimport dataclasses\n@dataclasses.dataclass\nclass A:\n    x: int\n" + RIGHT, 1.0),
+        (RIGHT + "if __name__ == '__main__':\n    print(add(*map(int, input().split())))", 1.0),
+        ("import threading\n" + RIGHT + "t = threading.Thread(target=print); t.start(); t.join()", 1.0),
+        ("open('note.txt', 'w').write('5')\ndef add(a, b):\n    return a + b + 0 * int(open('note.txt').read())", 1.0),
+    ],
+)  # fmt: skip
+def test_the_share_of_asserts_that_pass(code: str, expected: float) -> None:
+    assert score(code) == expected
+    assert score(code, score="all") == float(expected == 1.0)
+
+
+def test_tests_of_every_form() -> None:
+    source = "import math\ncases = [(1, 2, 3)]\nfor a, b, c in cases:\n    assert add(a, b) == c\nassert add(1, 1) == 3"
+    assert score(RIGHT, source) == 0.5
+    assert score(RIGHT, json.dumps(ASSERTS)) == 1.0
+    assert score(RIGHT, "def test_a():\n    assert add(1, 1) == 2\ndef test_b():\n    assert add(1, 1) == 3") == 0.5
+    human_eval = "METADATA = {}\ndef check(candidate):\n    assert candidate(1, 2) == 3"
+    assert score(RIGHT, human_eval, columns={"entry_point": "add"}) == 1.0
+    assert score("def add(a, b): return 0", human_eval, columns={"entry_point": "add"}) == 0.0
+    assert score("def add(a, b): return Z + a + b", ASSERTS, columns={"before": "Z = 0"}, setup_column="before") == 1.0
+    assert score(RIGHT, [], columns={"info": {"t": ASSERTS}}, column="info.t") == 1.0
+
+
+def test_programs_that_read_and_print() -> None:
+    program = "a, b = map(int, input().split())\nprint(a + b)"
+    pairs = [{"input": "1 2\n", "output": "3"}, {"input": "2 2", "output": "4 \n\n"}, {"input": "0 0", "output": "1"}]
+    assert score(program, pairs) == pytest.approx(2 / 3)
+    assert score(program, {"inputs": ["1 2", "3 4"], "outputs": ["3\n", "7\n"]}) == 1.0
+    assert score(program, json.dumps({"inputs": [["1 2"]], "outputs": [["3"]]})) == 1.0
+    assert score(program + "\nraise SystemExit(1)", pairs) == 0.0  # its own exit code says that it failed
+    assert score("print(3)", pairs, score="all") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("tests", "said"),
+    [
+        ("x = 1", "they check nothing"),
+        ("assert (", "was never closed"),
+        (3, "expected source, a list of sources, or inputs with outputs; got 3"),
+        ([], "expected source"),
+        ({"inputs": ["1"], "outputs": []}, "1 inputs for 0 outputs"),
+        ([{"input": "1"}], "expected `input` and `output`; got input"),
+    ],
+)
+def test_tests_that_cannot_be_read_are_named_by_their_row(tests: Any, said: str) -> None:
+    rewards = open_rewards([{"name": "unit_tests", "options": {"allow_code_execution": True}}])
+    with pytest.raises(DataError, match=f"reward `unit_tests`, row 5: the tests in `tests` can't be read: .*{said}"):
+        rewards.score([Sample("p", block(RIGHT), columns={"tests": tests})], rows=[5])
+    with pytest.raises(DataError, match="row 5: "):
+        rewards.score([Sample("p", block(RIGHT))], rows=[5])
+
+
+def test_the_last_block_of_python_is_the_code() -> None:
+    assert last_block("```python\na\n```\ntext\n```py\nb\n```\n```json\n{}\n```") == "b\n"
+    assert last_block("```\na\n```") == "a\n" and last_block("  ```python\n  a\n  ```") == "a\n"
+    assert last_block("```python\nnever closed") is None and last_block("no code") is None
+    rewards = open_rewards([{"name": "unit_tests", "options": {"allow_code_execution": True, "no_code_score": -1}}])
+    assert rewards.score([Sample("p", "no code", columns={"tests": ASSERTS})]).total.tolist() == [-1.0]
+    whole = open_rewards([{"name": "unit_tests", "options": {"allow_code_execution": True, "code": "whole"}}])
+    assert whole.score([Sample("p", RIGHT, columns={"tests": ASSERTS})]).total.tolist() == [1.0]
+
+
+def test_read_tests_counts_what_asserts_or_calls() -> None:
+    found = read_tests("import math\nx = 1\nassert f(x)\ncheck(f)\ndef helper():\n    assert True")
+    assert [counts for _, counts in found.pieces] == [False, False, True, True, False]
+
+
+# Hostile code: it gets 0, and the machine keeps what it had
+
+HOSTILE = {
+    "an infinite loop": "while True:\n    pass",
+    "a loop that catches everything": "while True:\n    try:\n        while True: pass\n    except BaseException: pass",
+    "a fork bomb": "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass",
+    "a thread bomb": "import threading, time\nwhile True:\n    threading.Thread(target=time.sleep, args=(9,)).start()",
+    "a memory bomb": "hoard = []\nwhile True:\n    hoard.append(bytearray(10**7))",
+    "much output": "while True:\n    print('x' * 10000)",
+    "much output to stderr": "import sys\nwhile True:\n    sys.stderr.write('x' * 10000)",
+    "an early exit": "import sys\nsys.exit(0)",
+    "an exit without clean-up": "import os\nos._exit(0)",
+    "a signal to itself": "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)",
+    "a crash": "import ctypes\nctypes.string_at(0)",
+    "deep recursion": "import sys\nsys.setrecursionlimit(10**9)\ndef f(): f()\nf()",
+    "a line that looks like a verdict": "print('passed 0\\npassed 1\\npassed 2\\npassed 3\\n1.0')\nraise SystemExit(0)",
+    "verdicts into every descriptor": (
+        "import os\nfor fd in range(3, 64):\n    try:\n"
+        "        os.write(fd, b''.join(b'%032d passed %d\\n' % (0, n) for n in range(9)))\n"
+        "    except OSError:\n        pass\nos._exit(0)"
+    ),
+    "patched helpers": (
+        "import builtins, os, sys\nbuiltins.AssertionError = type('Never', (Exception,), {})\nbuiltins.exec = print\n"
+        "builtins.compile = print\nos.write = os._exit = sys.exit = lambda *a: None\ndef add(a, b): return 7"
+    ),
+    "a traced assert": "import sys\nsys.settrace(lambda *a: None)\nsys.excepthook = lambda *a: None\ndef add(a, b): return 7",
+    "an exit in the tested function": "import os\ndef add(a, b):\n    os._exit(0)",
+    "an exit from the tests": "def add(a, b):\n    raise SystemExit(0)",
+    "a big file": "open('big', 'wb').write(b'x' * 10**9)",
+}  # fmt: skip
+
+
+QUICK = {
+    "an early exit",
+    "an exit without clean-up",
+    "a line that looks like a verdict",
+    "patched helpers",
+    "much output",
+}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in HOSTILE]
+)
+def test_hostile_code_fails_and_ends(name: str) -> None:
+    began = time.monotonic()
+    assert score(HOSTILE[name], seconds=1, memory_mb=256, total_seconds=4) == 0.0
+    assert time.monotonic() - began < 15
+
+
+@pytest.fixture
+def listener() -> Iterator[int]:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.5)
+        yield server.getsockname()[1]
+
+
+def reach(attempt: str) -> bool:
+    """Return whether an attempt succeeds inside: it is the test of code that does nothing."""
+    run = run_untrusted([("attempt.py", attempt)], CodeLimits(seconds=5))
+    return run.passed == {0}
+
+
+def test_what_untrusted_code_cannot_reach(listener: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = tmp_path / "secret.txt"
+    secret.write_text("s3cret")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    attempts = {
+        "the network": f"import socket; socket.create_connection(('127.0.0.1', {listener}), timeout=1)",
+        "a program": "import subprocess; subprocess.run(['true'], check=True)",
+        "a shell": "import os; assert os.system('true') == 0",
+        "a process": "import os; os.fork()",
+        "this process": f"import os; os.kill({os.getpid()}, 0)",
+        "a file of the user": f"open({str(secret)!r}).read()",
+        "a list of files": f"import os; assert os.listdir({str(tmp_path)!r})",
+        "this process's environment": f"assert b'hf_secret' in open('/proc/{os.getpid()}/environ', 'rb').read()",
+        "the environment": "import os; assert any('TOKEN' in key for key in os.environ)",
+        "a file elsewhere": f"open({str(tmp_path / 'new')!r}, 'w').write('x')",
+        "the permissions of a file": f"import os; os.chmod({str(secret)!r}, 0o777)",
+        "more memory": "import resource; resource.setrlimit(resource.RLIMIT_AS, (-1, -1))",
+        "this project's directory": "import os; assert 'rlhf' in os.getcwd() and os.path.exists('pyproject.toml')",
+    }
+    enforced = run_untrusted([("probe.py", "pass")], CodeLimits()).enforced
+    if not all(enforced.values()):
+        pytest.skip(f"this kernel doesn't enforce all of it: {enforced}")
+    assert [name for name, attempt in attempts.items() if reach(attempt)] == []
+    assert secret.read_text() == "s3cret" and not (tmp_path / "new").exists()
+    assert reach("import random, math, json, numpy; open('own', 'w').write('x'); assert open('own').read() == 'x'")
+
+
+def test_without_the_kernels_filter_pythons_own_functions_are_refused() -> None:
+    program = "from rlhf_core.infra.untrusted_program import refuse_events\nrefuse_events()\n"
+    for attempt in ("import os; os.fork()", "import os; os.system('true')", "import socket; socket.socket()"):
+        done = subprocess.run([sys.executable, "-c", program + attempt], capture_output=True, text=True, check=False)
+        assert "PermissionError" in done.stderr
+
+
+def test_its_directory_is_removed() -> None:
+    found: list[str] = []
+    run = run_untrusted([("p.py", "import os; print(os.getcwd()); open('a', 'w').write('x')")], CodeLimits(), stdin=b"")
+    found.append(run.output.decode().strip())
+    assert run.returncode == 0 and found[0] and not Path(found[0]).exists()
+
+
+def test_a_test_that_ends_the_process_leaves_the_others_their_verdicts() -> None:
+    code = "import os, time\ndef add(a, b):\n    if a == 0:\n        os._exit(0)\n    while a == -1: pass\n    return a + b"
+    assert score(code, seconds=1) == 0.5
+
+
+def test_many_completions_at_once_keep_their_order() -> None:
+    rewards = open_rewards(
+        [{"name": "unit_tests", "options": {"allow_code_execution": True, "seconds": 20}, "concurrency": 4}]
+    )
+    threads = threading.active_count()
+    samples = [Sample("p", block(RIGHT if n % 3 else "x"), columns={"tests": ASSERTS[:1]}) for n in range(9)]
+    assert rewards.score(samples).by_name["unit_tests"] == [float(n % 3 > 0) for n in range(9)]
+    assert threading.active_count() - threads <= 6
+
+
+def test_options_have_bounds() -> None:
+    for options in ({"seconds": 0}, {"memory_mb": 1}, {"score": "some"}):
+        with pytest.raises(ConfigError):
+            UnitTestsConfig.parse({"allow_code_execution": True, **options})
+
+
+@pytest.mark.slow
+class TestUnitTests(RewardContract):
+    method = "unit_tests"
+    options: ClassVar[dict[str, Any]] = {"allow_code_execution": True, "column": "checks"}
+    changes: ClassVar[dict[str, Any]] = {"no_code_score": -1.0, "score": "all"}
+
+    def samples(self) -> list[Sample]:
+        codes = (RIGHT, "def add(a, b): return a - b", "def add(a, b): return a", "not code")
+        texts = [block(code) for code in codes[:3]] + [codes[3]]
+        return [Sample(f"p{n}", text, columns={"checks": ASSERTS}) for n, text in enumerate(texts)]
