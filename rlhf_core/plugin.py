@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from rlhf_core.infra.chat_api import ChatAPI as ChatAPI
     from rlhf_core.infra.child_calls import CallFailure as CallFailure
     from rlhf_core.infra.child_calls import ChildCalls as ChildCalls
+    from rlhf_core.infra.child_calls import shared_calls as shared_calls
     from rlhf_core.infra.devices import DeviceManager as DeviceManager
     from rlhf_core.infra.errors import ConfigError as ConfigError
     from rlhf_core.infra.errors import DataError as DataError
@@ -147,7 +148,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.rewards.answer_reward": "AnswerReward AnswerRewardConfig column_of",
         "rlhf_core.rewards.final_answer": "FinalAnswer Thinking after_thinking find_answer",
         "rlhf_core.rewards.written_number": "WrittenNumber numbers_in only_number read_number",
-        "rlhf_core.infra.child_calls": "CallFailure ChildCalls",
+        "rlhf_core.infra.child_calls": "CallFailure ChildCalls shared_calls",
         "rlhf_core.infra.chat_api": "ChatAPI",
         "rlhf_core.infra.untrusted_code": "CodeLimits run_untrusted",
         "rlhf_core.infra.devices": "DeviceManager",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import signal
 import sys
@@ -127,6 +128,14 @@ class ChildCalls:
             child.kill()
             raise reported_error(report)
         return child
+
+
+@functools.cache
+def shared_calls(
+    function: str, *, seconds: float, memory: int | None = None, processes: int = 1, setup: str | None = None
+) -> ChildCalls:
+    """Return the `ChildCalls` of these arguments that all of this process share, so that each child starts once."""
+    return ChildCalls(function, seconds=seconds, memory=memory, processes=processes, setup=setup)
 
 
 class _Worker:

@@ -81,6 +81,8 @@ def score(kind: type[RewardFn], *completions: str | Sample, **options: Any) -> l
         ({"pattern": r"\d+", "where": "end"}, "42 apples", 0),
         ({"pattern": r"yes|no", "where": "end"}, "yes, sir", 0),
         ({"pattern": r"yes|no", "where": "end"}, "I say yes", 1),
+        ({"pattern": r"(?i)yes", "where": "end"}, "I say YES", 1),
+        ({"pattern": r"a|ab", "where": "end"}, "xab", 1),
         ({"pattern": r"\d+", "where": "search"}, "the 42 apples", 1),
         ({"pattern": r"yes"}, "YES", 0),
         ({"pattern": r"yes", "ignore_case": True}, "YES", 1),

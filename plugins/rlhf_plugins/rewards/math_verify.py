@@ -22,6 +22,7 @@ from rlhf_core.plugin import (
     WrittenNumber,
     only_number,
     read_number,
+    shared_calls,
     shortened,
 )
 
@@ -72,7 +73,7 @@ class MathVerifyReward(AnswerReward):
 
     @cached_property
     def _calls(self) -> ChildCalls:
-        return ChildCalls(
+        return shared_calls(
             f"{__name__}:grade",
             setup=f"{__name__}:import_library",
             seconds=self.config.seconds,

@@ -20,6 +20,7 @@ from rlhf_core.plugin import (
     Thinking,
     after_thinking,
     column_of,
+    shared_calls,
     shortened,
 )
 
@@ -73,7 +74,7 @@ class RegexReward(RewardFn):
 
     @cached_property
     def _calls(self) -> ChildCalls:
-        return ChildCalls(f"{__name__}:matches", seconds=self.config.seconds)
+        return shared_calls(f"{__name__}:matches", seconds=self.config.seconds)
 
     def prepare(self) -> None:
         self._calls.start()
@@ -121,12 +122,9 @@ def matches(pattern: str, where: str, ignore_case: bool, dot_all: bool, text: st
     """Tell whether a text matches a pattern; None never does."""
     if text is None:
         return False
-    flags = (re.IGNORECASE if ignore_case else 0) | (re.DOTALL if dot_all else 0)
+    compiled = re.compile(pattern, (re.IGNORECASE if ignore_case else 0) | (re.DOTALL if dot_all else 0))
     text = text.strip()
-    if where == "full":
-        return re.compile(pattern, flags).fullmatch(text) is not None
-    if where == "start":
-        return re.compile(pattern, flags).match(text) is not None
-    # `\Z` after a group of its own, so that it holds for each alternative of the pattern.
-    ended = pattern if where == "search" else rf"(?:{pattern})\Z"
-    return re.compile(ended, flags).search(text) is not None
+    if where == "end":  # not the pattern with `\Z` added: one that begins with flags, `(?i)`, can't be put into a group
+        return any(compiled.fullmatch(text, begin) for begin in range(len(text) + 1))
+    match = {"full": compiled.fullmatch, "start": compiled.match, "search": compiled.search}[where]
+    return match(text) is not None
