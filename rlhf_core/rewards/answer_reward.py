@@ -93,7 +93,7 @@ class AnswerReward(RewardFn):
         complete = sample.stop_reason != "length" or config.truncated == "always"
         if not complete and config.truncated == "never":
             return None
-        text = after_thinking(sample.completion, config.thinking)
+        text = after_thinking(with_stop(sample, "</answer>"), config.thinking)
         answer = None if text is None else find_answer(text, complete=complete)
         if answer is None or config.accept == "anywhere":
             return answer
@@ -143,6 +143,13 @@ class AnswerReward(RewardFn):
                 got=shortened(value),
             )
         return texts
+
+
+def with_stop(sample: Sample, tag: str) -> str:
+    """Return a completion's text with the closing tag at which it stopped: a stop string is no part of the text."""
+    text = sample.completion
+    opening = tag.replace("</", "<", 1)
+    return text + tag if sample.stop_reason == "stop" and text.rfind(opening) > text.rfind(tag) else text
 
 
 def _answer_in(reference: str) -> str:

@@ -286,6 +286,11 @@ def test_truncated_completions(completion: str, truncated: str, right: int) -> N
     assert score(NumericAnswerReward, completion, "5", "length", truncated=truncated) == right
 
 
+def test_a_stop_string_may_close_the_answer() -> None:
+    assert score(NumericAnswerReward, "3 + 2 <answer>5", "5", "stop", accept="marked") == 1
+    assert score(NumericAnswerReward, "3 + 2 <answer>5", "5", "end", accept="marked") == 0
+
+
 @pytest.mark.parametrize("kind", [ExactMatchReward, NumericAnswerReward, MathVerifyReward])
 @pytest.mark.parametrize(
     ("columns", "said"),

@@ -169,6 +169,13 @@ def test_forms(options: dict[str, Any], completion: str, right: float) -> None:
     assert score(FormatReward, completion, **options) == [pytest.approx(right)]
 
 
+def test_a_stop_string_may_be_the_last_tag() -> None:
+    text = FORM.partition("</answer>")[0]
+    stopped, ended = (Sample("?", text, stop_reason=reason) for reason in ("stop", "end"))
+    assert score(FormatReward, stopped, ended) == [1, 0]
+    assert score(FormatReward, Sample("?", FORM, stop_reason="stop")) == [1]
+
+
 @pytest.mark.parametrize(
     ("options", "length", "expected"),
     [

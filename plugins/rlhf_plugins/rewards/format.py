@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from pydantic import Field, field_validator, model_validator
 
-from rlhf_core.plugin import BaseConfig, RewardFn, Sample, after_thinking, find_answer
+from rlhf_core.plugin import BaseConfig, RewardFn, Sample, after_thinking, find_answer, with_stop
 
 
 class FormatConfig(BaseConfig):
@@ -53,7 +53,8 @@ class FormatReward(RewardFn):
 
     By default that of DeepSeek-R1-Zero (Guo et al. 2025, arXiv 2501.12948): `<think>…</think>`, then `<answer>…</answer>`,
     and nothing else. Each tag must be opened and closed exactly once, in order, with text in it. With `partial`, the share of
-    these conditions that are met: each opening, each closing, order with contents, nothing outside, and the box.
+    these conditions that are met: each opening, each closing, order with contents, nothing outside, and the box. A completion
+    that ended at a stop string, which its text lacks, counts as having closed its last tag.
     """
 
     api = 1
@@ -64,7 +65,8 @@ class FormatReward(RewardFn):
         """Return each completion's score, between 0 and 1."""
         scores = []
         for sample in samples:
-            met = conditions(sample.completion, self.config)
+            last = f"</{self.config.tags[-1]}>" if self.config.tags else ""
+            met = conditions(with_stop(sample, last) if last else sample.completion, self.config)
             scores.append(sum(met) / len(met) if self.config.partial else float(all(met)))
         return scores
 
