@@ -13,13 +13,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rlhf_core.generation.paged_cache import CachedSequence, PagedKVCache
+from rlhf_core.generation.paged_cache import BlockView, CachedSequence, PagedKVCache
 
 MOST_HOLES = 1.25
 """A class's blocks are read as one range of the pool where the range has at most so many times as many blocks."""
@@ -73,14 +74,14 @@ class CachedAttention:
 class ChunkAttention(CachedAttention):
     """Several new tokens per sequence: each sees what its sequence has in the cache, and the new tokens up to itself."""
 
-    def __init__(self, cache: PagedKVCache, sequences: Sequence[CachedSequence], counts: Sequence[int]) -> None:
-        super().__init__(cache, sequences, counts)
-        self._views = [
-            list(one.views()) if one.length > count else [] for one, count in zip(sequences, counts, strict=True)
-        ]
-        self._masks = [
-            _behind(one.length - count, count, cache.device) if one.length > count else None
-            for one, count in zip(sequences, counts, strict=True)
+    @cached_property
+    def _seen(self) -> list[tuple[list[BlockView], Tensor | None]]:
+        """For each sequence its blocks and the mask of its new tokens; none where all its tokens are new."""
+        return [
+            (list(one.views()), _behind(one.length - count, count, self.cache.device))
+            if one.length > count
+            else ([], None)
+            for one, count in zip(self.sequences, self.counts, strict=True)
         ]
 
     def _attend(
@@ -89,7 +90,7 @@ class ChunkAttention(CachedAttention):
         outputs, start = [], 0
         # On a CPU 16-bit products with a mask are slower than those in float32.
         dtype = torch.float32 if query.device.type == "cpu" else value.dtype
-        for views, mask, count in zip(self._views, self._masks, self.counts, strict=True):
+        for (views, mask), count in zip(self._seen, self.counts, strict=True):
             part = slice(start, start + count)
             k, v = self.cache.read(module, views) if views else (key[0, :, part], value[0, :, part])
             found = F.scaled_dot_product_attention(

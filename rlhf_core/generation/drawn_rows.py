@@ -7,7 +7,7 @@ repetition penalty is for; E ids that end some row; V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -71,6 +71,8 @@ class _Row:
     """Ids that the repetition penalty is for, when it joined."""
     ids: list[int]
     """The tokens that the host has seen, where there are stop strings."""
+    fresh: list[int] = field(default_factory=list)
+    """Those of the completion that it saw the last time."""
     blocks: int = 0
     """Blocks of random numbers that were made."""
     stop_reason: str | None = None
@@ -93,8 +95,10 @@ class _Row:
             least: stop strings don't count in the first so many tokens.
         """
         end = over and tokens[-1] in self.ends
+        self.fresh = []
         for number, token in enumerate(tokens):
             self.known += 1
+            self.fresh.append(token)
             if self.new.stops is None or (end and number == len(tokens) - 1):
                 continue  # the text of an end token is no part of the completion's
             self.ids.append(token)
@@ -298,6 +302,10 @@ class DrawnRows:
         if any(self._rows[index].text is not None for index, _ in found):
             self._end([index for index, _ in found])
         return found
+
+    def fresh(self, index: int) -> list[int]:
+        """Return the tokens of a row that the last call of `ended` that waited for the device found to be new."""
+        return self._rows[index].fresh
 
     def _end(self, indices: list[int]) -> None:
         """Let the device know the lengths of rows that have ended by what the host saw in their texts."""

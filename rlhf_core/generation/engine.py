@@ -78,7 +78,8 @@ class Engine:
         memory: most bytes for keys and values; None takes half of a GPU's free memory, or 2 GiB on a CPU. Where they don't
             suffice for all completions at once, some wait, or are computed again later: the completions are the same.
         most_rows: most completions that are decoded at once.
-        backend: draws the tokens; None takes the native one, which is the one that `memory` and `most_rows` are for.
+        cuda_graphs: whether decoding steps on a GPU are captured as CUDA graphs, where they can be.
+        backend: draws the tokens; None takes the native one, which is the one that the three options before are for.
 
     Raises:
         ConfigError: options of the native backend for another one.
@@ -91,17 +92,21 @@ class Engine:
         seed: int | None = 0,
         memory: int | None = None,
         most_rows: int | None = None,
+        cuda_graphs: bool = True,
         backend: Backend | None = None,
     ) -> None:
-        if backend is not None and (memory is not None or most_rows is not None):
-            given = "memory" if memory is not None else "most_rows"
+        own = {"memory": memory is not None, "most_rows": most_rows is not None, "cuda_graphs": not cuda_graphs}
+        if backend is not None and any(own.values()):
+            given = next(name for name, is_given in own.items() if is_given)
             raise ConfigError(
                 "the option is for the native backend", place=f"Engine({given}=…)", got=f"the backend `{backend.name}`",
                 fix="set it in the backend",
             )  # fmt: skip
         self.policy = policy
         self.seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed
-        self.backend = backend or NativeBackend(policy, memory=memory, most_rows=most_rows or MOST_ROWS)
+        self.backend = backend or NativeBackend(
+            policy, memory=memory, most_rows=most_rows or MOST_ROWS, cuda_graphs=cuda_graphs
+        )
         self.policy_version = 0
         self._stream: tuple[Any, ...] = ()
         self._met: Counter[tuple[int, ...]] = Counter()

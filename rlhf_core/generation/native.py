@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from rlhf_core.config.online import SamplingConfig
+from rlhf_core.generation.block_table_attention import TableChunkAttention
 from rlhf_core.generation.cached_attention import CachedAttention, ChunkAttention, DecodingAttention
+from rlhf_core.generation.device_steps import DEVICES, STEPS, DeviceRow, DeviceSteps
 from rlhf_core.generation.drawn_rows import DrawnCompletion, DrawnRows
 from rlhf_core.generation.paged_cache import CachedSequence, OutOfBlocks, PagedKVCache
 from rlhf_core.generation.plain import new_row
@@ -56,6 +58,11 @@ class _Row:
         """Tokens that must be read before it can be decoded."""
         return len(self.ids) - 1 - self.sequence.length
 
+    @property
+    def left(self) -> int:
+        """Tokens that may still be drawn."""
+        return self.request.limit - (len(self.ids) - len(self.request.ids))
+
 
 class NativeDecoding:
     """Draws completions from a policy whose attention layers read and write a `PagedKVCache`.
@@ -66,10 +73,12 @@ class NativeDecoding:
         policy: its rows are packed; see `SharedForward`.
         cache: where keys and values are kept.
         most_rows: most completions that are decoded at once.
+        cuda_graphs: whether decoding steps on a GPU are captured where they can be.
     """
 
-    def __init__(self, policy: PolicyModel, cache: PagedKVCache, *, most_rows: int) -> None:
+    def __init__(self, policy: PolicyModel, cache: PagedKVCache, *, most_rows: int, cuda_graphs: bool = True) -> None:
         self.policy, self.cache, self.most_rows = policy, cache, most_rows
+        self._device_steps = DeviceSteps(policy, cache, graphs=cuda_graphs) if cache.fills_blocks else None
         self.prefixes = KeptPrefixes(cache)
         self.preemptions = 0
         """How often a row had to give up its keys and values, in all."""
@@ -90,6 +99,8 @@ class NativeDecoding:
             NumbersError: the cache is too small for one completion.
         """
         self._drawing = DrawnRows(sampling, device=self.policy.device)
+        if self._device_steps is not None:
+            self._device_steps.begin()
         self._waiting.extend(_Row(request, list(request.ids), self._begin(request)) for request in requests)
         try:
             while self._waiting or self._joining or self._rows:
@@ -102,6 +113,8 @@ class NativeDecoding:
                 row.sequence.free()
             self._waiting.clear()
             self._joining, self._rows, self._plan = {}, [], None
+            if self._device_steps is not None:
+                self._device_steps.end()
 
     def _begin(self, request: Request) -> CachedSequence:
         return self.cache.new() if request.base is None else request.base.fork()
@@ -164,7 +177,8 @@ class NativeDecoding:
 
     def read(self, chunks: Sequence[tuple[CachedSequence, Sequence[int]]]) -> Tensor:
         """Read tokens for which places were appended to sequences; return their hidden states (N, D), one after the other."""
-        attention = ChunkAttention(self.cache, [one for one, _ in chunks], [len(ids) for _, ids in chunks])
+        kind = ChunkAttention if self._device_steps is None else TableChunkAttention
+        attention = kind(self.cache, [one for one, _ in chunks], [len(ids) for _, ids in chunks])
         ids = [token for _, tokens in chunks for token in tokens]
         positions = [at for one, tokens in chunks for at in range(one.length - len(tokens), one.length)]
         return self._forward(ids, positions, attention)
@@ -186,8 +200,11 @@ class NativeDecoding:
         for token in tokens:
             for row in rows:
                 row.append(1)
-            plan = DecodingAttention(self.cache, rows)
-            hidden = self._forward(last, [row.length - 1 for row in rows], plan)
+            positions = [row.length - 1 for row in rows]
+            if self._device_steps is None:
+                hidden = self._forward(last, positions, DecodingAttention(self.cache, rows))
+            else:
+                hidden = self._device_steps.hidden(list(map(DeviceRow, last, positions, rows)))
             logits.append(self.policy.next_token_logits(hidden)[0].float())
             last = [token] * len(rows)
         return torch.stack(logits)
@@ -259,19 +276,19 @@ class NativeDecoding:
     # Decoding
 
     def _decode_step(self, partly: bool) -> Iterator[Finished]:
-        """Draw one token for each row, and yield the completions that end with it; the others, too, where `partly`."""
-        self._make_places()
-        sequences = [row.sequence for row in self._rows]
-        if self._plan is None or not self._plan.step():
-            self._plan = DecodingAttention(self.cache, sequences)
-        hidden = self._forward(
-            [row.ids[-1] for row in self._rows], [len(row.ids) - 1 for row in self._rows], self._plan
-        )
-        tokens = self._drawing.draw(self.policy.next_token_logits(hidden)).tolist()
-        report_tokens(len(tokens))
-        for row, token in zip(self._rows, tokens, strict=True):
-            row.ids.append(token)
+        """Draw a token for each row, or a few, and yield the completions that end with them; the others, too, where `partly`."""
+        steps = self._steps(partly)
+        self._make_places(steps)
+        if self._device_steps is None:
+            self._draw()
+        else:
+            rows = [DeviceRow(row.ids[-1], len(row.ids) - 1, row.sequence) for row in self._rows]
+            self._device_steps.run(rows, self._drawing, steps)
         ended = dict(self._drawing.ended())
+        drawn = [self._drawing.fresh(index) for index in range(len(self._rows))]
+        for row, tokens in zip(self._rows, drawn, strict=True):
+            row.ids += tokens
+        report_tokens(sum(map(len, drawn)))
         for index, row in enumerate(self._rows):
             rule = row.request.rule
             if rule is not None and index not in ended and rule(row.ids[len(row.request.ids) :]):
@@ -287,10 +304,29 @@ class NativeDecoding:
             self._remove(set(ended))
         yield from found
 
+    def _steps(self, partly: bool) -> int:
+        """Return how many tokens to draw for each row before the host looks at them."""
+        if self._device_steps is None or partly or any(row.request.rule is not None for row in self._rows):
+            return 1
+        return min(STEPS, max(row.left for row in self._rows))
+
+    def _draw(self) -> None:
+        """Draw a token for each row."""
+        if self._plan is None or not self._plan.step():
+            self._plan = DecodingAttention(self.cache, [row.sequence for row in self._rows])
+        hidden = self._forward(
+            [row.ids[-1] for row in self._rows], [len(row.ids) - 1 for row in self._rows], self._plan
+        )
+        self._drawing.draw(self.policy.next_token_logits(hidden))
+
     def _drawn(self, index: int, reason: str) -> Finished:
         """Return what a row has drawn so far."""
         row, drawn = self._rows[index], self._drawing.completion(index)
         keep = row.request.keep and reason != UNFINISHED
+        if keep and row.sequence.length >= len(row.ids):
+            # Places were made for more tokens than were drawn before its end.
+            longer, row.sequence = row.sequence, row.sequence.fork(len(row.ids) - 1)
+            longer.free()
         return Finished(row.request.number, drawn, reason, drawn.text, row.sequence if keep else None)
 
     def _remove(self, indices: set[int]) -> None:
@@ -302,12 +338,13 @@ class NativeDecoding:
 
     # Memory
 
-    def _make_places(self) -> None:
-        """Append a place for each row's next token; rows that joined last make room where the cache is full."""
+    def _make_places(self, steps: int) -> None:
+        """Append places for each row's next tokens; rows that joined last make room where the cache is full."""
         index = 0
         while index < len(self._rows):
+            row = self._rows[index]
             try:
-                self._rows[index].sequence.append(1)
+                row.sequence.append(min(steps, row.left))
             except OutOfBlocks:
                 self._make_room()
             else:
@@ -343,6 +380,13 @@ class NativeDecoding:
 # Which models it knows
 
 
+def new_cache(blocks: int, block_size: int, device: torch.device) -> PagedKVCache:
+    """Return a cache in the order that attention on its device reads."""
+    if device.type in DEVICES:
+        return PagedKVCache(blocks, block_size, device, order="tokens", fills_blocks=True)
+    return PagedKVCache(blocks, block_size, device)
+
+
 @dataclass(frozen=True)
 class NativeFacts:
     """What was measured about decoding a policy over a `PagedKVCache`."""
@@ -365,7 +409,7 @@ def measure_native(policy: PolicyModel) -> NativeFacts:
         return NativeFacts("its positions depend on a sequence's length")
     ids = plain_ids(policy.network, 15)
     first, second, tokens = ids[:4].tolist(), ids[4:12].tolist(), ids[12:].tolist()
-    cache = PagedKVCache(16, 4, policy.device)
+    cache = new_cache(16, 4, policy.device)
     decoding = NativeDecoding(policy, cache, most_rows=2)
     flash, kind = policy.attention.kernel == "flash", policy.device.type
     try:

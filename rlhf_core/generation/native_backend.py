@@ -17,10 +17,12 @@ from transformers import GenerationConfig
 
 from rlhf_core.config.online import SamplingConfig
 from rlhf_core.generation.backend import ALWAYS, Backend, Capabilities
+from rlhf_core.generation.block_table_attention import KERNEL_BLOCK
+from rlhf_core.generation.device_steps import DEVICES
 from rlhf_core.generation.known_tokens import sequence_logps, target_logps
 from rlhf_core.generation.memory import free_bytes
-from rlhf_core.generation.native import NativeDecoding, measure_native
-from rlhf_core.generation.paged_cache import CachedSequence, PagedKVCache
+from rlhf_core.generation.native import NativeDecoding, measure_native, new_cache
+from rlhf_core.generation.paged_cache import CachedSequence
 from rlhf_core.generation.plain import PlainDecoding
 from rlhf_core.generation.requests import UNFINISHED, Finished, Request
 from rlhf_core.generation.weights_state import weights_state
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-BLOCK_SIZE = {"cpu": 64, "cuda": 64}
+BLOCK_SIZE = {"cpu": 64, "cuda": KERNEL_BLOCK}
 """Tokens per block of the cache, by device."""
 
 
@@ -51,6 +53,7 @@ class NativeBackend(Backend):
     Args:
         memory: most bytes for keys and values; None takes half of a GPU's free memory, or a constant on a CPU.
         most_rows: most completions that are decoded at once.
+        cuda_graphs: whether decoding steps on a GPU are captured as CUDA graphs, where they can be.
     """
 
     name = "native"
@@ -63,8 +66,8 @@ class NativeBackend(Backend):
         options=frozenset(SamplingConfig.model_fields) - ALWAYS,
     )
 
-    def __init__(self, policy: PolicyModel, *, memory: int | None, most_rows: int) -> None:
-        self.policy, self.memory, self.most_rows = policy, memory, most_rows
+    def __init__(self, policy: PolicyModel, *, memory: int | None, most_rows: int, cuda_graphs: bool = True) -> None:
+        self.policy, self.memory, self.most_rows, self.cuda_graphs = policy, memory, most_rows, cuda_graphs
         self._native: NativeDecoding | None = None
         self._read_with: Any = None
         """State of the weights with which the prompts that are kept were read."""
@@ -181,11 +184,14 @@ class NativeBackend(Backend):
         size = BLOCK_SIZE.get(policy.device.type, BLOCK_SIZE["cpu"])
         bytes_per_block = facts.elements * size * (4 if policy.precision == torch.float32 else 2)
         most = max(1, (self.memory or free_bytes(policy.device)) // bytes_per_block)
-        wanted = sum(tokens // size + 1 for tokens in runs)
+        # Where blocks must be full, each stretch begins with a copy of the last block before it.
+        spare = 2 if policy.device.type in DEVICES else 1
+        wanted = sum(tokens // size + spare for tokens in runs)
         state = weights_state(policy)
         if self._native is None or state != self._read_with:
-            cache = PagedKVCache(max(1, min(most, wanted)), size, policy.device)
-            self._native, self._read_with = NativeDecoding(policy, cache, most_rows=self.most_rows), state
+            cache = new_cache(max(1, min(most, wanted)), size, policy.device)
+            self._native = NativeDecoding(policy, cache, most_rows=self.most_rows, cuda_graphs=self.cuda_graphs)
+            self._read_with = state
         elif wanted > self._native.cache.free_blocks:
             self._native.cache.grow(min(most, self._native.cache.used_blocks + wanted))
         return self._native

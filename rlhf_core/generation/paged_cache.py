@@ -175,7 +175,8 @@ class PagedKVCache:
         order: `heads` keeps each head's places of a block together, which plain matrix products read fastest; `tokens` keeps each
             token's heads together, as GPU kernels want it.
         fills_blocks: whether only a sequence's last block may be partly filled, as kernels with block tables need it. Else a fork
-            begins a block of its own, so a shared, partly filled block stays shared.
+            begins a block of its own, so a shared, partly filled block stays shared. Block 0 then belongs to no sequence, and
+            isn't counted: what must be written somewhere and is never read goes there.
     """
 
     def __init__(
@@ -195,14 +196,15 @@ class PagedKVCache:
         """Sequences that aren't freed."""
         self._free: list[int] = []
         """A heap of blocks that were in use before: the lowest is taken first, so that those in use lie close together."""
-        self._unused = 0
+        self._first = 1 if fills_blocks else 0
+        self._unused = self._first
         """Blocks from this one on were never in use."""
         self.pools: dict[object, tuple[Tensor, Tensor]] = {}
         """Layer → its keys and its values, (B, K, S, D) or (B, S, K, D)."""
 
     @property
     def free_blocks(self) -> int:
-        return len(self._free) + self.capacity - self._unused
+        return len(self._free) + self._first + self.capacity - self._unused
 
     @property
     def used_blocks(self) -> int:
@@ -246,7 +248,9 @@ class PagedKVCache:
         if blocks <= self.capacity:
             return
         for layer, (keys, values) in self.pools.items():
-            grown = tuple(_reserved((blocks, *pool.shape[1:]), pool.dtype, self.device) for pool in (keys, values))
+            grown = tuple(
+                _reserved((self._first + blocks, *pool.shape[1:]), pool.dtype, self.device) for pool in (keys, values)
+            )
             for new, old in zip(grown, (keys, values), strict=True):
                 new[: self._unused].copy_(old[: self._unused])
             self.pools[layer] = (grown[0], grown[1])
@@ -279,7 +283,7 @@ class PagedKVCache:
                 if self.order == "heads"
                 else (self.block_size, *like.shape[1:])
             )
-            return _reserved((self.capacity, *inner), like.dtype, self.device)
+            return _reserved((self._first + self.capacity, *inner), like.dtype, self.device)
 
         self.pools[layer] = (pool(keys), pool(values))
         return self.pools[layer]
