@@ -99,6 +99,7 @@ if TYPE_CHECKING:
     from rlhf_core.rewards.answer_reward import AnswerReward as AnswerReward
     from rlhf_core.rewards.answer_reward import AnswerRewardConfig as AnswerRewardConfig
     from rlhf_core.rewards.answer_reward import column_of as column_of
+    from rlhf_core.rewards.answer_reward import number_of as number_of
     from rlhf_core.rewards.answer_reward import with_stop as with_stop
     from rlhf_core.rewards.final_answer import FinalAnswer as FinalAnswer
     from rlhf_core.rewards.final_answer import Thinking as Thinking
@@ -146,7 +147,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.config.online": "OnlineConfig RewardConfig SamplingConfig",
         "rlhf_core.contracts.records": "Message Prompt",
         "rlhf_core.rewards": "Rewards Scores open_rewards samples_of",
-        "rlhf_core.rewards.answer_reward": "AnswerReward AnswerRewardConfig column_of with_stop",
+        "rlhf_core.rewards.answer_reward": "AnswerReward AnswerRewardConfig column_of number_of with_stop",
         "rlhf_core.rewards.final_answer": "FinalAnswer Thinking after_thinking find_answer",
         "rlhf_core.rewards.written_number": "WrittenNumber numbers_in only_number read_number",
         "rlhf_core.infra.child_calls": "CallFailure ChildCalls shared_calls",

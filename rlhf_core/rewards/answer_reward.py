@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -14,7 +15,10 @@ from rlhf_core.config.base import BaseConfig
 from rlhf_core.contracts.reward import RewardFn, Sample, SampleError
 from rlhf_core.infra.errors import did_you_mean, shortened
 from rlhf_core.rewards.final_answer import FinalAnswer, Thinking, after_thinking, find_answer
+from rlhf_core.rewards.written_number import WrittenNumber, numbers_in, only_number
 
+_LAST_CHARACTERS = 2000
+"""How much of the end of an unmarked text is searched for its last number."""
 _MOST_REFERENCES = 100_000
 """Read references that are kept, since the completions of a prompt, and its later epochs, share one."""
 
@@ -143,6 +147,23 @@ class AnswerReward(RewardFn):
                 got=shortened(value),
             )
         return texts
+
+
+def number_of(answer: FinalAnswer, *, decimal_comma: bool = False) -> WrittenNumber | None:
+    """Return the number that an answer gives; None where it gives none, several that could be meant, or a formula.
+
+    Of a marked answer the only number counts, of a stated one the first (after the last equals sign), of a text the last.
+    """
+    if answer.marked:
+        return only_number(answer.text, decimal_comma=decimal_comma)
+    if answer.how == "text":
+        found = numbers_in(answer.text[-_LAST_CHARACTERS:], decimal_comma=decimal_comma)
+        return found[-1] if found else None
+    result = answer.text.rpartition("=")[2]
+    number = only_number(result, decimal_comma=decimal_comma)
+    if number is not None or re.search(r"[\\^]", result):
+        return number
+    return next(iter(numbers_in(result, decimal_comma=decimal_comma)), None)
 
 
 def with_stop(sample: Sample, tag: str) -> str:

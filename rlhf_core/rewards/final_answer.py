@@ -74,7 +74,9 @@ def find_answer(text: str, *, complete: bool = True) -> FinalAnswer | None:
     return FinalAnswer(text.strip(), "text") if stated is None else FinalAnswer(stated, "stated")
 
 
-_BRACES = re.compile(r"\\(?:boxed|fbox)\s*(?P<box>\{)|\\.|[{}]", re.DOTALL)
+_BRACES = re.compile(
+    r"\\(?:boxed|fbox)(?:\s*(?P<box>\{)|\s?(?P<bare>-?\d[\d.,]*\d|-?\d|(?<=\s)[A-Z]\b))|\\.|[{}]", re.DOTALL
+)
 _BETWEEN = re.compile(r"(?:[\s$,;&*]|\\[,;:!\\()\[\]]|\\q?quad|and|or|\\text\s?\{[\s,]*(?:and|or)?\s*\})*")
 
 
@@ -87,7 +89,9 @@ def _boxed(text: str) -> Iterator[tuple[int, FinalAnswer]]:
     ] = []  # of each brace that is open: begin of its command, of its content, whether boxed
     boxes: list[tuple[int, int, str]] = []  # begin and end of each outermost box, and its content
     for match in _BRACES.finditer(text):
-        if match["box"] or match.group() == "{":
+        if match["bare"]:  # `\boxed 42`
+            boxes.append((match.start(), match.end(), match["bare"]))
+        elif match["box"] or match.group() == "{":
             opened.append((match.start(), match.end(), bool(match["box"])))
         elif match.group() == "}" and opened:
             begin, content, boxed = opened.pop()
@@ -113,17 +117,24 @@ def _innermost(content: str) -> str:
     return match.group(1) if match else content
 
 
+_ANSWER_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
+
+
 def _tagged(text: str) -> Iterator[tuple[int, FinalAnswer]]:
     """Yield the content of the last `<answer>…</answer>`, or the box in it, with the position of its end."""
-    end = text.rfind("</answer>")
-    begin = text.rfind("<answer>", 0, end) if end >= 0 else -1
-    if begin >= 0:
-        content = text[begin + len("<answer>") : end]
+    begin = last = None
+    for tag in _ANSWER_TAG.finditer(text):
+        if not tag[1]:
+            begin = tag.end()
+        elif begin is not None:
+            last = (begin, tag)
+    if last is not None:
+        content = text[last[0] : last[1].start()]
         boxed = next((answer.text for _, answer in _boxed(content)), None)
-        yield end + len("</answer>"), FinalAnswer(content.strip() if boxed is None else boxed, "tag")
+        yield last[1].end(), FinalAnswer(content.strip() if boxed is None else boxed, "tag")
 
 
-_HASHES = re.compile(r"^#{4}[ \t]([^\n]*)(\n|\Z)", re.MULTILINE)
+_HASHES = re.compile(r"^#{4}(?:[ \t]|(?=[-$\d]))([^\n]*)(\n|\Z)", re.MULTILINE)
 _AMOUNT = re.compile(r"\\?\$?\s?-?\s?\\?\$?[\d.,/ ]*\d\s?(?:\\?%|[a-z]+(?: [a-z]+)?)?\.?")
 
 

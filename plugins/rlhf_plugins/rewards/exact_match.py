@@ -10,6 +10,7 @@ from pydantic import Field
 
 from rlhf_core.plugin import AnswerReward, AnswerRewardConfig, FinalAnswer
 
+_DELIMITERS = re.compile(r"\\[()\[\]]")
 _WRAPPED = re.compile(r"\\(?:text|textbf|textit|mathrm|mbox)\s*\{([^{}]*)\}")
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b", re.IGNORECASE)
 _AROUND = " \t\n.,;:!?\"'`*_“”‘’«»$"
@@ -49,7 +50,7 @@ class ExactMatchReward(AnswerReward):
 
     def _compared(self, text: str) -> str:
         """Return a text as it is compared."""
-        text = unicodedata.normalize("NFKC", _WRAPPED.sub(r"\1", text))
+        text = unicodedata.normalize("NFKC", _DELIMITERS.sub(" ", _WRAPPED.sub(r"\1", text)))
         text = text.casefold() if self.config.ignore_case else text
         text = _ARTICLES.sub(" ", text) if self.config.ignore_articles else text
         if self.config.ignore_punctuation:

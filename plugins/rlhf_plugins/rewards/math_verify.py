@@ -20,7 +20,7 @@ from rlhf_core.plugin import (
     ConfigError,
     FinalAnswer,
     WrittenNumber,
-    only_number,
+    number_of,
     read_number,
     shared_calls,
     shortened,
@@ -114,7 +114,7 @@ class MathVerifyReward(AnswerReward):
         decided: dict[tuple[FinalAnswer, tuple[str, ...]], bool | None] = {}
         asked = {}
         for answer, references in answers:
-            verdicts = [equal_plainly(answer.text, reference, answer.how != "text") for reference in references]
+            verdicts = [equal_plainly(answer, reference) for reference in references]
             key = (answer, tuple(references))
             if any(verdicts):
                 decided[key] = True
@@ -143,19 +143,15 @@ class MathVerifyReward(AnswerReward):
             )  # fmt: skip
 
 
-def equal_plainly(answer: str, reference: str, marked: bool = True) -> bool | None:
-    """Tell whether two texts are the same number or the same words; None where they aren't both numbers or both words.
-
-    Args:
-        marked: whether the answer is no more than an answer, so that the only number among its words is meant.
-    """
-    if _unwrapped(answer) == _unwrapped(reference):
+def equal_plainly(answer: FinalAnswer, reference: str) -> bool | None:
+    """Tell whether an answer is the reference, the same number or words; None where not both are numbers or both words."""
+    if _unwrapped(answer.text) == _unwrapped(reference):
         return True
-    other = read_number(reference)
-    one = only_number(answer) if other is not None and marked else read_number(answer)
-    if one is not None and other is not None:
-        return _same_number(one, other)
-    words = words_of(answer), words_of(reference)
+    if (right := read_number(reference)) is not None:
+        # Of a text that marks nothing, the library finds the last formula.
+        number = read_number(answer.text) if answer.how == "text" else number_of(answer)
+        return None if number is None else _same_number(number, right)
+    words = words_of(answer.text), words_of(reference)
     return None if None in words else words[0] == words[1]
 
 

@@ -8,10 +8,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from rlhf_core.plugin import AnswerReward, AnswerRewardConfig, FinalAnswer, WrittenNumber, numbers_in, only_number
-
-_LAST_CHARACTERS = 2000
-"""How much of the end of an unmarked text is searched for its last number."""
+from rlhf_core.plugin import AnswerReward, AnswerRewardConfig, FinalAnswer, WrittenNumber, number_of, only_number
 
 
 class NumericAnswerConfig(AnswerRewardConfig):
@@ -51,23 +48,11 @@ class NumericAnswerReward(AnswerReward):
         return [only_number(reference, decimal_comma=self.config.decimal_comma) for reference in references]
 
     def compare(self, answers: Sequence[tuple[FinalAnswer, Sequence[WrittenNumber]]]) -> list[bool | None]:
-        numbers = [self._number(answer) for answer, _ in answers]
+        numbers = [number_of(answer, decimal_comma=self.config.decimal_comma) for answer, _ in answers]
         return [
             None if number is None else any(self._equal(number, reference) for reference in references)
             for number, (_, references) in zip(numbers, answers, strict=True)
         ]
-
-    def _number(self, answer: FinalAnswer) -> WrittenNumber | None:
-        """Return the number that an answer gives; None where it gives none or several."""
-        if answer.marked:
-            return only_number(answer.text, decimal_comma=self.config.decimal_comma)
-        if answer.how == "text":
-            found = numbers_in(answer.text[-_LAST_CHARACTERS:], decimal_comma=self.config.decimal_comma)
-            return found[-1] if found else None
-        result = answer.text.rpartition("=")[2]
-        whole = only_number(result, decimal_comma=self.config.decimal_comma)
-        found = [whole] if whole else numbers_in(result, decimal_comma=self.config.decimal_comma)
-        return found[0] if found else None
 
     def _equal(self, number: WrittenNumber, reference: WrittenNumber) -> bool:
         """Tell whether a number is the reference within the tolerances, in one of the senses of a percent sign."""
