@@ -77,6 +77,10 @@ def locate(source: str) -> tuple[str, dict[str, Any]]:
                 hint = f"it is a run directory; give the model in it, {path / 'model'}"
             raise ModelError("isn't a model: it has no config.json", place=source, fix=hint)
         return str(path), {}
+    if path.is_file():
+        beside = any((path.parent / name).is_file() for name in ("config.json", "adapter_config.json"))
+        fix = f"give the model's directory, {path.parent}" if beside else "give a model's directory, or a `.gguf` file"
+        raise ModelError("is a file, and no model", place=source, fix=fix)
     if path.is_absolute() or source.startswith((".", "~")) or not _HUB_NAME.fullmatch(source):
         raise ModelError("no such model directory or file", place=source, fix=near_path(path))
     return source, {}

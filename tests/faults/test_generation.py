@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -115,6 +117,40 @@ def test_chats_need_a_chat_template(command: Command, base: Path, write: Callabl
     ended = command("sample", "generate", "--model", base, "--prompts", "rows.jsonl", "--output", "out.jsonl")
     assert ended.code == 4 and "rows.jsonl:1: the data hold chat messages, and the tokenizer has no" in ended.error
     assert "dataset.chat_template" in ended.error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (
+            ["BASE"],
+            4,
+            "the model has no chat template, so it can't read a conversation; fix: give one with `--template",
+        ),
+        (["MODEL", "--beside", "BASE"], 4, "the model has no chat template"),
+        (["MODEL", "--temperature", "-1"], 2, "--temperature: must be greater than or equal to 0; got -1"),
+        (["MODEL", "--top-p", "0"], 2, "--top-p: must be greater than 0; got 0"),
+        (["MODEL", "--tempratur", "1"], 2, "unknown option `tempratur`; fix: did you mean `temperature`?"),
+        (["./gone"], 4, "./gone: no such model directory or file"),
+        (["rows.jsonl"], 4, "rows.jsonl: is a file, and no model; fix: give a model's directory, or a `.gguf` file"),
+        (["MODEL/model.safetensors"], 4, "is a file, and no model; fix: give the model's directory, "),
+    ],
+)
+def test_wrong_input_to_chat_is_one_line(
+    command: Command,
+    model: Path,
+    base: Path,
+    write: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    code: int,
+    message: str,
+) -> None:
+    write([{"prompt": "a"}])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))
+    given = [word.replace("MODEL", str(model)).replace("BASE", str(base)) for word in arguments]
+    ended = command("chat", *given, "--no-history")
+    assert ended.code == code and message in ended.error and ended.out == "", ended.err
 
 
 @pytest.mark.parametrize(
