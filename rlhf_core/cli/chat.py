@@ -95,9 +95,12 @@ def chat(
     names = [model, *([beside] if beside is not None else [])]
     with quick_imports():
         from rlhf_core.cli import chat_session, chat_terminal
+        from rlhf_core.cli.model_argument import check_model
         from rlhf_core.registry.plugin_logs import setup_logging
 
         setup_logging(logging.WARNING)
+    for name in names:
+        check_model(name)
     path = _history_path(names, history, no_history=no_history, resume=resume)
     models = [
         _open(name, template=template, plain=no_template, precision=precision, trust=trust_remote_code)

@@ -15,6 +15,7 @@ from rlhf_core.data.text_options import save_text_options
 from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.errors import ModelError, RLHFError
 from rlhf_core.infra.files import read_json
+from rlhf_core.infra.model_files import locate
 from rlhf_core.models import PolicyModel
 from rlhf_core.models.loading import saved_dtype
 from rlhf_core.training.checkpoint import Checkpoint, CheckpointManager
@@ -42,30 +43,73 @@ def open_policy(model: ModelConfig, *, precision: str = "auto") -> PolicyModel:
     device = DeviceManager()
     path = Path(model.path).expanduser()
     found = _in_run(path) if path.is_dir() else path
-    source = str(found.path if isinstance(found, Checkpoint) else path if path != found else model.path)
-    if not isinstance(found, Checkpoint) and found != path:
-        log.info("%s is a run's directory: its exported model is loaded", path)
-        source = str(found)
-    chosen = model.precision or precision
-    if chosen == "auto":
-        chosen = _saved_precision(_base_of(found) if isinstance(found, Checkpoint) else source, device)
-    device.check(chosen)
     if isinstance(found, Checkpoint):
+        chosen = _precision_of(model, precision, _base_of(found), device)
         return _of_checkpoint(found, chosen, device, trust=model.trust_remote_code)
+    if found != path:
+        log.info("%s is a run's directory: its exported model is loaded", path)
+    source = str(found) if path.is_dir() else model.path
     return PolicyModel.from_pretrained(
-        source, precision=chosen, trust_remote_code=model.trust_remote_code, frozen=True, device=device.device
+        source,
+        precision=_precision_of(model, precision, source, device),
+        trust_remote_code=model.trust_remote_code,
+        frozen=True,
+        device=device.device,
     )
 
 
-def _saved_precision(source: str, device: DeviceManager) -> str:
-    """Return the precision that `auto` means for a model: on a GPU the 16 bits that it was saved in, and else float32."""
-    if device.kind != "cuda":
-        return "float32"
-    narrow = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(saved_dtype(source), "float32")
-    return narrow if device.supports(narrow) else "fp16"
+def check_model(name: str) -> None:
+    """Refuse a local model that doesn't exist or can't be one, before anything expensive is done. The hub isn't asked.
+
+    Raises:
+        ModelError: there is no such directory or file, it holds no model, or the run has none yet.
+    """
+    path = Path(name).expanduser()
+    if _is_run(path):
+        if not (path / "model").is_dir() and not CheckpointManager(path / "checkpoints").steps():
+            raise _no_model_yet(path, [])
+    elif not _is_checkpoint(path):
+        locate(name)
+
+
+def _precision_of(model: ModelConfig, general: str, source: str, device: DeviceManager) -> str:
+    """Return the precision of a model's matrix products; see `open_policy`.
+
+    Args:
+        source: where the dtype is looked up that it was saved in.
+
+    Raises:
+        ConfigError: the device doesn't support it.
+    """
+    chosen = model.precision or general
+    if chosen == "auto":
+        narrow = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+        chosen = narrow.get(saved_dtype(source), "float32") if device.kind == "cuda" else "float32"
+        if not device.supports(chosen):
+            chosen = "fp16"
+    device.check(chosen)
+    return chosen
 
 
 # Runs
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "run.json").is_file() and not (path / "config.json").is_file()
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return path.parent.name == "checkpoints" and path.name.startswith("step-") and (path / "manifest.json").is_file()
+
+
+def _no_model_yet(path: Path, reasons: list[str]) -> ModelError:
+    """Return the error for a run without a model; `reasons` say why its checkpoints can't be used."""
+    return ModelError(
+        "the run has no model yet: neither an exported one nor a whole checkpoint",
+        place=str(path),
+        got="; ".join(reasons) or None,
+        fix="wait for its first checkpoint, or name the model that it started from",
+    )
 
 
 def _in_run(path: Path) -> Path | Checkpoint:
@@ -74,9 +118,9 @@ def _in_run(path: Path) -> Path | Checkpoint:
     Raises:
         ModelError: it is a run's, and holds neither; or it is a checkpoint that is damaged.
     """
-    if path.parent.name == "checkpoints" and path.name.startswith("step-") and (path / "manifest.json").is_file():
+    if _is_checkpoint(path):
         return CheckpointManager(path.parent).verified(int(path.name.removeprefix("step-")))
-    if not (path / "run.json").is_file() or (path / "config.json").is_file():
+    if not _is_run(path):
         return path
     exported = path / "model"
     if exported.is_dir() and _status(path) == "done":
@@ -92,12 +136,7 @@ def _in_run(path: Path) -> Path | Checkpoint:
         return checkpoint
     if exported.is_dir():
         return exported
-    raise ModelError(
-        "the run has no model yet: neither an exported one nor a whole checkpoint",
-        place=str(path),
-        got="; ".join(reasons) or None,
-        fix="wait for its first checkpoint, or name the model that it started from",
-    )
+    raise _no_model_yet(path, reasons)
 
 
 def _status(run: Path) -> str:

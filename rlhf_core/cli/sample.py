@@ -96,11 +96,14 @@ def sample(
 
 def _sample(job: SamplingJob, output: Path | None, *, resume: bool, overwrite: bool, as_json: bool) -> None:
     """Read the prompts, load the models, and sample."""
+    from rlhf_core.cli.model_argument import check_model
     from rlhf_core.generation.sample_file import SampleFile, recorded_batch_size
     from rlhf_core.generation.sampled_rows import check_columns, input_columns
     from rlhf_core.infra.devices import DeviceManager
 
     rewards = job.rewards()
+    for model in job.policies().values():
+        check_model(model.path)
     rows = job.prompts()
     check_columns(rows, job.run)
     sampler = _loaded(job, rewards)

@@ -16,6 +16,7 @@ from rlhf_core.data.row_checker import CheckedRow, RowChecker
 from rlhf_core.data.row_source import COMPRESSION, Cursor, Row, TextFile
 from rlhf_core.data.row_values import as_json
 from rlhf_core.infra.errors import ConfigError, DataError, shortened
+from rlhf_core.infra.model_files import near_path
 
 _LINES = (".txt", *(f".txt{end}" for end in COMPRESSION))
 """Endings of the names of files with one prompt per line."""
@@ -119,7 +120,9 @@ def _rows_of(path: str | Path, split: str, streaming: bool) -> Iterator[Row]:
         DataError: there is nothing of that name, or it has no rows.
     """
     where = Path(path).expanduser()
-    if str(path).casefold().endswith(_LINES) and where.is_file():
+    if str(path).casefold().endswith(_LINES) and not where.is_dir():
+        if not where.is_file():
+            raise DataError("no such file", place=str(path), fix=near_path(where))
         return DataSource([PromptLines(where)]).rows()
     return open_source(path, split=split, streaming=streaming).rows()
 

@@ -195,4 +195,5 @@ def _prompt_source(text: str) -> Any:
         return text
     exists = len(text) < 4096 and path.exists()
     pattern = "/" in text and any(sign in text for sign in "*?[")
-    return {"path": text} if exists or pattern or _HUB_NAME.fullmatch(text) else text
+    written_as_path = text.startswith(("./", "../", "~/", "/"))
+    return {"path": text} if exists or pattern or written_as_path or _HUB_NAME.fullmatch(text) else text

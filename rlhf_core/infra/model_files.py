@@ -98,11 +98,14 @@ def near_path(path: Path) -> str | None:
 
 def no_such_model(source: str, error: Exception) -> ModelError:
     """Return the error for a name that is neither a local directory nor a model that the hub can deliver."""
+    near = near_path(Path(source)) or ""
     return ModelError(
         "is neither a local directory nor a model that could be fetched from the hub",
         place=source,
         got=first_line(error),
-        fix=near_path(Path(source)) or "check the path, or for a hub name the spelling and the network",
+        fix=near
+        if near.startswith("did you mean")
+        else "check the path, or for a hub name the spelling and the network",
     )
 
 

@@ -101,15 +101,15 @@ def load_model(
     """
     from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
+    # Each of a dozen attempts to reach the hub would be a line; our error gives the last one's reason.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     source = str(source)
     where, options = locate(source)
     base, adapters = adapter_chain(where, local_adapter)
     if adapters:
         base, options = _locate_base(base, adapters[0])
     options |= {"trust_remote_code": trust_remote_code}
-    transformers_logging.disable_progress_bar()
-    # Each of a dozen attempts to reach the hub would be a line; our error gives the last one's reason.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     folds = len(adapters) > 1 or bool(adapters and adapter == "fold")
     keeps_narrow = frozen_dtype != torch.float32 and not folds and (frozen or lora is not None or bool(adapters))
     try:

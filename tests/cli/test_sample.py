@@ -240,6 +240,8 @@ FAULTS: dict[str, tuple[list[str], int, str]] = {
     "unknown option": (["generate", "--model", "M", "--prompts", "a b", "--temprature", "1"], 2, "did you mean `temperature`"),
     "slip in a key": (["generate", "--modle", "M", "--prompts", "a b"], 2, "did you mean `--model`"),
     "no such file": (["generate", "--model", "M", "--prompts", "gone.jsonl"], 3, "no such file"),
+    "no such text": (["generate", "--model", "M", "--prompts", "gone.txt"], 3, "gone.txt: no such file"),
+    "no such path": (["generate", "--model", "M", "--prompts", "./gone.jsnl"], 3, "./gone.jsnl: no such file"),
     "empty prompt": (["generate", "--model", "M", "--prompts", " "], 3, "the prompt is empty"),
     "no such model": (["generate", "--model", "./M", "--prompts", "a b"], 4, "no such model directory or file"),
     "no output": (["generate", "--model", "M", "--prompts", "a b", "--resume"], 2, "no file is named"),
@@ -252,7 +254,15 @@ def test_what_is_wrong_is_one_line_with_its_fix(rlhf: Rlhf, fault: str) -> None:
     found, out, err = rlhf("sample", *given)
     assert (found, out) == (code, "") and message in err, err
     assert len(err.strip().splitlines()) == 1
-    assert "fix: " in err or fault in ("n below 1", "temperature", "top-p", "no such file", "no such model")
+    assert "fix: " in err or fault in (
+        "n below 1",
+        "temperature",
+        "top-p",
+        "no such file",
+        "no such path",
+        "no such text",
+        "no such model",
+    )
 
 
 def test_rows_are_named_before_anything_is_drawn(rlhf: Rlhf, model: str, tmp_path: Path) -> None:
