@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint bench gpu smollm2 docs clean
+.PHONY: demo test test-slow lint bench bench-generation gpu smollm2 docs clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -27,6 +27,10 @@ lint: $(STAMP)
 DATA ?= ../shared/data/gsm8k
 bench: $(STAMP)
 	$(BIN)/python benchmarks/training.py --data $(DATA)
+
+# Generation beside transformers' and vLLM's, the latter where VLLM names a Python that has it.
+bench-generation: $(STAMP)
+	$(BIN)/python benchmarks/generation.py $(if $(VLLM),--vllm-python $(VLLM))
 
 # On a machine with a GPU, where nothing can be installed: the environment where there is one, else the machine's own Python.
 # `make gpu GPU="--wheels wheels --output DIR"` hands options on.
