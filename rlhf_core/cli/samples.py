@@ -228,7 +228,9 @@ def _print_group(console: Console, group: PromptSamples, steps: Sequence[int], f
     first = group.rows[0]
     title = _text(f"{group.number}. {_NAMES[group.kind].format(row=first['row'])}", "bold")
     console.print(Rule(title, align="left", style="dim", characters="-" if console.options.ascii_only else "─"))
-    asked = _clipped(console, prompt_text(first["prompt"]), console.width - 2, None if whole else _PROMPT_LINES)
+    asked = _clipped(
+        console, prompt_text(first["prompt"]).strip("\n"), console.width - 2, None if whole else _PROMPT_LINES
+    )
     console.print(Padding(asked, (0, 0, 0, 2)))
     for start in range(0, len(steps), fitting):
         band = steps[start : start + fitting]
@@ -249,10 +251,11 @@ def _cell(console: Console, row: dict[str, Any], width: int, *, whole: bool) -> 
     text = _clipped(console, row["completion"], width, None if whole else _LINES)
     if not row["completion"]:
         text = _text("(empty)", "dim italic")
-    return text.append("\n").append_text(_text("  ".join(_facts(row)), "dim"))
+    return text.append("\n").append_text(_text("\n".join(_facts(row)), "dim"))
 
 
 def _facts(row: dict[str, Any]) -> Iterator[str]:
+    """Yield lines on a completion: its scores, its tokens and why it ended."""
     if isinstance(row.get("reward"), int | float):
         parts = [f"{name} {value:.3g}" for name, value in row.get("rewards", {}).items()]
         yield f"reward {row['reward']:.3g}" + (f" ({', '.join(parts)})" if len(parts) > 1 else "")

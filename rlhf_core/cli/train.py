@@ -141,6 +141,7 @@ def _describe(job: TrainingJob, *, resume: bool, overwrite: bool) -> None:
     """Print the resolved configuration as a valid file, headed by comments on what the run would read and write."""
     from rlhf_core.config.training import models_beside
     from rlhf_core.data.open_source import check_paths, data_files
+    from rlhf_core.training.fixed_prompts import open_fixed_prompts
 
     lines = [
         f"{job.plugin.qualified} {job.plugin.version}: {job.plugin.summary}".strip(),
@@ -154,6 +155,8 @@ def _describe(job: TrainingJob, *, resume: bool, overwrite: bool) -> None:
             check_paths(name)
             read_as = _read_as(name, job)
             lines.append(f"{key}: {_place(name)} (record type `{job.method.record}`{read_as}{times})")
+    if prompts := open_fixed_prompts(job.trainer()):
+        lines.append(f"logging.samples: {len(prompts)} prompts, completed at the start, under way and at the end")
     output = Path(str(job.run.output))
     state = "new"
     if output.exists() and any(output.iterdir()):

@@ -156,6 +156,7 @@ def test_from_the_flags_of_a_run_to_what_it_said(tmp_path: Path, rlhf: Command) 
     asked = ["--logging.samples.prompts", "Question: why?", "--logging.samples.prompts", "42"]
     options = ["--max_steps", "2", "--logging.samples.every", "1", "--logging.samples.generation.max_new_tokens", "4"]
     paths = ["--model", str(model), "--data", str(data), "--output", str(output), "--dataset.wrap", "none"]
+    assert "# logging.samples: 2 prompts" in rlhf("train", "sft", *paths, *asked, *options, "--dry-run")[1]
     assert rlhf("train", "sft", *paths, *asked, *options)[0] == 0
     code, out, _ = rlhf("samples", str(output), "--prompt", "1")
     assert code == 0 and "Question: why?" in out and all(f"step {step} " in out for step in (0, 1, 2))
