@@ -98,6 +98,7 @@ class NativeDecoding:
         Raises:
             NumbersError: the cache is too small for one completion.
         """
+        self._head_weight = self.policy.head_weight()
         self._drawing = DrawnRows(sampling, device=self.policy.device)
         if self._device_steps is not None:
             self._device_steps.begin()
@@ -317,7 +318,7 @@ class NativeDecoding:
         hidden = self._forward(
             [row.ids[-1] for row in self._rows], [len(row.ids) - 1 for row in self._rows], self._plan
         )
-        self._drawing.draw(self.policy.next_token_logits(hidden))
+        self._drawing.draw(self.policy.next_token_logits(hidden, weight=self._head_weight))
 
     def _drawn(self, index: int, reason: str) -> Finished:
         """Return what a row has drawn so far."""

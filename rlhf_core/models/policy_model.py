@@ -110,15 +110,34 @@ class PolicyModel(SequenceModel):
             found = layer.apply(self.head(flat).float()) if own_code is None else own_code(flat).float()
         return found[: len(states)].reshape(*hidden.shape[:-1], found.shape[-1])
 
-    def next_token_logits(self, hidden: Tensor) -> Tensor:
+    def next_token_logits(self, hidden: Tensor, *, weight: Tensor | None = None) -> Tensor:
         """Return (S, V) the model's own logits for hidden states (S, D), in the dtype in which it computes them.
 
         For decoding: where the logits are the output layer's product, that is returned as it is.
+
+        Args:
+            weight: from `head_weight`.
         """
+        if weight is not None:
+            return torch.nn.functional.linear(hidden.to(weight.dtype), weight)
         layer = self.output_layer
         if layer.own_code or layer.cap is not None or layer.slope != 1.0:
             return self.logits(hidden)
         return cast(Tensor, self.head(hidden))
+
+    def head_weight(self) -> Tensor | None:
+        """Return a copy (V, D) of the output layer's weight in the dtype of products; None where products read it as it is.
+
+        A frozen embedding that 16 bits don't hold without loss stays float32, and each product would make this copy again.
+        """
+        layer, head = self.output_layer, self.head
+        plain = type(head) is nn.Linear and head.bias is None
+        if layer.own_code or layer.cap is not None or layer.slope != 1.0 or not plain:
+            return None
+        weight = cast(Tensor, head.weight)
+        # autocast keeps the copy of a trained weight itself.
+        wide = weight.dtype == torch.float32 and self.precision != torch.float32 and not weight.requires_grad
+        return weight.to(self.precision) if wide else None
 
     def token_entropy(self, hidden: Tensor, *, temperature: float = 1.0) -> Tensor:
         """Return (S,) float32: the entropy of softmax(logits / temperature) for hidden states (S, D), nats.

@@ -113,9 +113,9 @@ class Hungry(PolicyModel):
         self.use("update" if torch.is_grad_enabled() else "forward", batch.num_responses)
         return super().token_logps(batch, **options)
 
-    def next_token_logits(self, hidden: Tensor) -> Tensor:
+    def next_token_logits(self, hidden: Tensor, **options: Any) -> Tensor:
         self.use("generate", len(hidden))
-        return super().next_token_logits(hidden)
+        return super().next_token_logits(hidden, **options)
 
 
 def hungry(**most: int) -> Hungry:
