@@ -116,6 +116,7 @@ class DeviceSteps:
 
         Rows that have ended on the way, or have no more places, are drawn for as well; `drawing` knows which tokens count.
         """
+        self.cache.finish_copies()
         shape = self._shape_for(rows, steps)
         shape.fill(rows)
         for _ in range(steps):
@@ -261,7 +262,7 @@ def first_wait(step: Callable[[], Any]) -> str | None:
             step()
         finally:
             torch.cuda.set_sync_debug_mode(before)
-    waits = [f"{one.filename}:{one.lineno}" for one in caught if "synchroniz" in str(one.message)]
+    waits = [f"{one.filename}:{one.lineno}" for one in caught if "called a synchronizing" in str(one.message)]
     return f"the model waits for the device ({waits[0]})" if waits else None
 
 

@@ -199,6 +199,8 @@ class PagedKVCache:
         self._first = 1 if fills_blocks else 0
         self._unused = self._first
         """Blocks from this one on were never in use."""
+        self._copies: dict[int, int] = {}
+        """Block → the block that is to be copied into it."""
         self.pools: dict[object, tuple[Tensor, Tensor]] = {}
         """Layer → its keys and its values, (B, K, S, D) or (B, S, K, D)."""
 
@@ -247,6 +249,7 @@ class PagedKVCache:
         """Raise the bound on blocks in use to at least so many; what is kept stays."""
         if blocks <= self.capacity:
             return
+        self.finish_copies()
         for layer, (keys, values) in self.pools.items():
             grown = tuple(
                 _reserved((self._first + blocks, *pool.shape[1:]), pool.dtype, self.device) for pool in (keys, values)
@@ -266,6 +269,7 @@ class PagedKVCache:
             index: from `index_of`; (N · K,) where `order` is `heads`, else (N,).
             keys: (N, K, D). values: (N, K, D'), whose width may differ.
         """
+        self.finish_copies()
         pools = self.pools.get(layer)
         if pools is None:
             pools = self._reserve(layer, keys, values)
@@ -298,6 +302,7 @@ class PagedKVCache:
 
     def read(self, layer: object, views: Sequence[BlockView]) -> tuple[Tensor, Tensor]:
         """Return the keys and values (K, N, D) of what a sequence sees of a layer, copied together."""
+        self.finish_copies()
         heads_first = self.order == "heads"
 
         def read(pool: Tensor) -> Tensor:
@@ -311,10 +316,20 @@ class PagedKVCache:
         return read(keys), read(values)
 
     def copy(self, source: int, target: int) -> None:
-        """Copy a block in all layers."""
+        """Copy a block in all layers, before anything is written or read the next time."""
+        self._copies[target] = self._copies.get(source, source)
+
+    def finish_copies(self) -> None:
+        """Make the copies that were asked for, all those of a layer at once: rows that share a prompt begin together."""
+        if not self._copies:
+            return
+        targets, sources = (
+            torch.tensor(list(blocks), device=self.device) for blocks in (self._copies.keys(), self._copies.values())
+        )
         for pools in self.pools.values():
             for pool in pools:
-                pool[target].copy_(pool[source])
+                pool.index_copy_(0, targets, pool.index_select(0, sources))
+        self._copies = {}
 
 
 def _reserved(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

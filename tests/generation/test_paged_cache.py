@@ -314,3 +314,22 @@ def test_places_of_appended_tokens() -> None:
     sequence.append(3)
     blocks, places = sequence.places(2, 5)
     assert np.array_equal(blocks, [0, 1, 1]) and np.array_equal(places, [2, 0, 1])
+
+
+def test_copies_of_blocks_are_made_together_and_in_time() -> None:
+    cache = PagedKVCache(8, 4, CPU, order="tokens", fills_blocks=True)
+    prompt = cache.new()
+    write(cache, prompt, [1.0, 2.0])
+    first, second = prompt.fork(), prompt.fork()
+    first.append(1)  # a copy that isn't made yet
+    again = first.fork(2)
+    again.append(1)  # a copy of it
+    first.free()
+    second.append(1)  # into the block that was freed
+    for number, one in enumerate((prompt, again, second)):
+        blocks, places = one.places(one.length - 1, one.length)
+        for layer, (heads, *_) in LAYERS.items():
+            cache.write(layer, cache.index_of(blocks, places, heads), *values_of(layer, [3.0 + number]))
+    for number, (one, tokens) in enumerate(((prompt, [1.0]), (again, [1.0, 2.0]), (second, [1.0, 2.0]))):
+        keys, _ = cache.read("first", list(one.views()))
+        assert torch.equal(keys.transpose(0, 1), values_of("first", [*tokens, 3.0 + number])[0])
