@@ -6,6 +6,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from rlhf_core.infra.errors import RLHFError, printable
 
@@ -33,10 +34,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _end_results()
         return code
 
-    code = exit_code(run, debug=debug)
-    if arguments is None and (limits := sys.modules.get("rlhf_core.infra.time_limit")) and limits.TimeLimit.ever:
-        limits.leave(code)  # a reward that hangs in a thread must not keep the process
+    try:
+        code = exit_code(run, debug=debug)
+    except BaseException:
+        if arguments is None and _may_hang():
+            import traceback
+
+            traceback.print_exc()
+            _may_hang().leave(1)
+        raise
+    if arguments is None and _may_hang():
+        _may_hang().leave(code)
     return code
+
+
+def _may_hang() -> Any:
+    """Return the module that ends this process, where a call that exceeded its limit may have left threads that never end."""
+    limits = sys.modules.get("rlhf_core.infra.time_limit")
+    return limits if limits is not None and limits.TimeLimit.ever else None
 
 
 def exit_code(program: Callable[[], int | None], *, debug: bool = False) -> int:

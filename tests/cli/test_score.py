@@ -140,29 +140,17 @@ def test_an_output_file_that_exists_is_kept(rlhf) -> None:
     assert rlhf(*given, "--overwrite")[0] == 0 and len(read()) == 6
 
 
-@pytest.mark.parametrize("runs_in", ["main", "thread", "process"])
-def test_a_hanging_reward_ends_the_process_with_its_exit_code(runs_in: str) -> None:
+@pytest.mark.parametrize(
+    ("flags", "code"),
+    [("--runs-in main", 5), ("--runs-in thread", 5), ("--runs-in process", 5), ("--runs-in thread --debug", 1)],
+)
+def test_a_hanging_reward_ends_the_process_with_its_exit_code(flags: str, code: int) -> None:
     data = write([{"prompt": "p", "completion": text} for text in ("good", "bad", "good")])
-    command = "from rlhf_core.cli import main; import sys; sys.exit(main())"
+    program = "from rlhf_core.cli import main; import sys; sys.exit(main())"
+    arguments = f"score {HERE}/score_rewards.py:hangs --data {data} --time-limit 1 {flags}".split()
     began = time.monotonic()
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            command,
-            "score",
-            f"{HERE}/score_rewards.py:hangs",
-            "--data",
-            data,
-            "--time-limit",
-            "1",
-            "--runs-in",
-            runs_in,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 5 and "reward `hangs`, row 1: scoring took longer than 1 seconds" in done.stderr
-    assert time.monotonic() - began < 30
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
+    assert done.returncode == code and "reward `hangs`, row 1: scoring took longer than 1 seconds" in done.stderr
+    assert ("Traceback" in done.stderr) == ("--debug" in flags)
+    assert time.monotonic() - began < 60
