@@ -7,7 +7,9 @@ import functools
 import json
 import os
 import signal
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +28,7 @@ from rlhf_core.registry.hooks import hookimpl
 from rlhf_core.testing.interrupted_runs import StoppedEarly, interruptible, require_same_run
 from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
 from rlhf_core.training.sample_log import read_samples
+from rlhf_core.training.tracked_samples import LOG_SAMPLES
 
 PAIRS = [{"prompt": f"{i} + {i} = ", "chosen": str(2 * i), "rejected": str(2 * i + 1) * 2} for i in range(16)]
 ANSWERED = [{"prompt": row["prompt"], "response": row["chosen"]} for row in PAIRS]
@@ -190,6 +193,18 @@ def test_a_resumed_run_writes_nothing_twice_and_leaves_nothing_out(tmp_path: Pat
     assert (tmp_path / "broken/samples.jsonl").read_text() == (tmp_path / "whole/samples.jsonl").read_text()
 
 
+def test_prompts_may_be_added_and_changed_where_a_run_is_resumed(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"kind": interruptible(SFTTrainer), "checkpoint": {"every": 3}}
+    trainer(tmp_path / "whole", **options).train()
+    broken = trainer(tmp_path / "broken", **options)
+    broken.stop_after = 4
+    with pytest.raises(StoppedEarly):
+        broken.train()
+    trainer(tmp_path / "broken", {**SAMPLES, "every": 2}, **options).train(resume=True)
+    require_same_run(tmp_path / "broken", tmp_path / "whole")
+    assert steps_of(tmp_path / "broken") == [3, 4, 6]  # as soon as it resumes: none had been written
+
+
 def test_a_stop_while_prompts_are_completed_saves_the_step_and_they_are_completed_on_the_resume(
     tmp_path: Path,
 ) -> None:
@@ -296,3 +311,54 @@ def test_tensorboard_has_a_text_per_prompt(tmp_path: Path) -> None:
     assert [[one.step for one in found[f"samples/prompt {number}/text_summary"]] for number in (0, 1)] == [[0, 6]] * 2
     text = found["samples/prompt 1/text_summary"][0].tensor_proto.string_val[0].decode()
     assert "Hello" in text and "completion" in text
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_other_trackers_have_a_table(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The packages aren't needed for the tests: what they are called with is compared with their documentation's signatures."""
+    seen: dict[str, Any] = {}
+
+    class Tracker:
+        def log_table(self, name: str, columns: list[str], data: list[list[Any]], step: int) -> None:
+            seen.update(name=name, columns=columns, data=data, step=step)
+
+        def log(self, values: dict[str, Any], step: int) -> None:
+            ((name, frame),) = values.items()
+            seen.update(name=name, columns=list(frame.columns), data=frame.values.tolist(), step=step)
+
+    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(Table=lambda dataframe: dataframe))
+    scored = {"step": 4, "kind": "rollout", "row": 7, "sample": 0, "completion": "4", "stop_reason": "end", "tokens": 2}
+    scored |= {
+        "prompt": [{"role": "user", "content": "2 + 2"}],
+        "reward": 1.5,
+        "rewards": {"exact": 1.0, "format": 0.5},
+    }
+    LOG_SAMPLES[name](Tracker(), "samples/rollout", [scored], 5)
+    assert seen == {
+        "name": "samples/rollout",
+        "columns": [
+            "step",
+            "row",
+            "prompt",
+            "completion",
+            "stop_reason",
+            "tokens",
+            "reward",
+            "reward/exact",
+            "reward/format",
+        ],
+        "data": [[4, 7, "user: 2 + 2", "4", "end", 2, 1.5, 1.0, 0.5]],
+        "step": 5,
+    }
+
+
+def test_a_tracker_that_fails_costs_no_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise ConnectionError("gone")
+
+    monkeypatch.setitem(LOG_SAMPLES, "tensorboard", fail)
+    trainer(tmp_path / "run", SAMPLES, trackers=["tensorboard"]).train()
+    assert steps_of(tmp_path / "run") == [0, 6]
+    assert sum("a tracker failed" in record.message for record in caplog.records) == 1
