@@ -177,7 +177,7 @@ class DecodingAttention(CachedAttention):
 
     def _class(self, width: int, blocks: list[int], seen: dict[int, list[tuple[int, int]]]) -> _Class:
         device, rows = self.cache.device, len(self.sequences)
-        span = blocks[-1] - blocks[0] + 1
+        own, span = set(blocks), blocks[-1] - blocks[0] + 1
         if span <= MOST_HOLES * len(blocks):
             # A range is read where it is, while chosen blocks would be copied together, in each layer and step.
             blocks = list(range(blocks[0], blocks[0] + span))
@@ -185,14 +185,14 @@ class DecodingAttention(CachedAttention):
         index = np.full((len(blocks), width), rows, dtype=np.int64)
         tokens = np.zeros((len(blocks), width), dtype=np.int64)
         for at, block in enumerate(blocks):
-            for k, (row, count) in enumerate(seen.get(block, ())):
+            for k, (row, count) in enumerate(seen[block] if block in own else ()):
                 index[at, k], tokens[at, k] = row, count
         hidden = np.where(np.arange(self.cache.block_size) < tokens[:, :, None], 0, LOWEST).astype(np.float32)
         return _Class(
             blocks=slice(blocks[0], blocks[-1] + 1) if together else torch.tensor(blocks, device=device),
             rows=torch.from_numpy(index.ravel()).to(device),
             hidden=torch.from_numpy(hidden[:, None, :, None, :]).to(device),
-            of_row={block: at for at, block in enumerate(blocks)} if width == 1 else {},
+            of_row={block: at for at, block in enumerate(blocks) if block in own} if width == 1 else {},
         )
 
     def _attend(
