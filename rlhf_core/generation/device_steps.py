@@ -34,8 +34,10 @@ DEVICES = ("cuda",)
 """Types of device that decode in this way."""
 STEPS = 8
 """Tokens drawn for each row before the host looks; larger waits less often, and draws more tokens behind a completion's end."""
-CAPTURE_AFTER = 16
+CAPTURE_AFTER = 32
 """Steps of one shape after which it is captured: a capture takes as long as many steps."""
+REPLACE_AFTER = 256
+"""Steps after which it is captured although it may run in the graph of a larger shape."""
 SWITCH = "RLHF_CUDA_GRAPHS"
 """Environment variable; 0 turns CUDA graphs off."""
 
@@ -111,18 +113,22 @@ class DeviceSteps:
         if self._reads_casts:
             self._forget()
 
-    def run(self, rows: Sequence[DeviceRow], drawing: DrawnRows, steps: int) -> None:
+    def run(
+        self, rows: Sequence[DeviceRow], drawing: DrawnRows, steps: int, logits: Callable[[Tensor], Tensor]
+    ) -> None:
         """Draw `steps` tokens for each row, in the order of `drawing`; nothing waits for the device.
 
         Rows that have ended on the way, or have no more places, are drawn for as well; `drawing` knows which tokens count.
+
+        Args:
+            logits: hidden states (r, D) → (r, V). Not in the graph: it is one product, and its result the largest of a step.
         """
         self.cache.finish_copies()
         shape = self._shape_for(rows, steps)
         shape.fill(rows)
         for _ in range(steps):
             hidden = self._hidden(shape) if shape.replay is None else shape.replay()
-            tokens = drawing.draw(self.policy.next_token_logits(hidden[: len(rows)]))
-            shape.feed(tokens)
+            shape.feed(drawing.draw(logits(hidden[: len(rows)])))
 
     def hidden(self, rows: Sequence[DeviceRow]) -> Tensor:
         """Return the hidden states (r, D) of each row's token, without a graph."""
@@ -176,18 +182,16 @@ class DeviceSteps:
         if self._captured and self._cache_at != self._places_of_cache():
             self._forget()  # the cache has grown since
             return self._shape_for(rows, steps)
-        if own.replay is None and own.steps > CAPTURE_AFTER:
-            own.fill(rows)
-            self._capture(own)
-        if own.replay is not None:
-            return own
         count, width = own.blocks.shape
-        larger = [
+        usable = [
             shape
             for (more, wider), shape in self._shapes.items()
             if shape.replay is not None and count <= more <= 2 * count and wider >= width
         ]
-        return min(larger, key=lambda shape: shape.blocks.shape, default=own)
+        if own.replay is None and own.steps > (REPLACE_AFTER if usable else CAPTURE_AFTER):
+            own.fill(rows)
+            self._capture(own)
+        return own if own.replay is not None else min(usable, key=lambda shape: shape.blocks.shape, default=own)
 
     def _capture(self, shape: _Shape) -> None:
         """Capture a shape's step; where that can't be, log why, once per policy, and capture nothing from then on."""

@@ -284,7 +284,7 @@ class NativeDecoding:
             self._draw()
         else:
             rows = [DeviceRow(row.ids[-1], len(row.ids) - 1, row.sequence) for row in self._rows]
-            self._device_steps.run(rows, self._drawing, steps)
+            self._device_steps.run(rows, self._drawing, steps, self._logits)
         ended = dict(self._drawing.ended())
         drawn = [self._drawing.fresh(index) for index in range(len(self._rows))]
         for row, tokens in zip(self._rows, drawn, strict=True):
@@ -318,7 +318,10 @@ class NativeDecoding:
         hidden = self._forward(
             [row.ids[-1] for row in self._rows], [len(row.ids) - 1 for row in self._rows], self._plan
         )
-        self._drawing.draw(self.policy.next_token_logits(hidden, weight=self._head_weight))
+        self._drawing.draw(self._logits(hidden))
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self.policy.next_token_logits(hidden, weight=self._head_weight)
 
     def _drawn(self, index: int, reason: str) -> Finished:
         """Return what a row has drawn so far."""

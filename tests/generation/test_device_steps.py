@@ -74,6 +74,8 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     for module in ("native", "native_backend"):
         monkeypatch.setattr(f"rlhf_core.generation.{module}.DEVICES", ("cpu",))
     monkeypatch.setattr("rlhf_core.generation.native_backend.BLOCK_SIZE", {"cpu": 4})
+    monkeypatch.setattr(device_steps, "CAPTURE_AFTER", 8)
+    monkeypatch.setattr(device_steps, "REPLACE_AFTER", 16)
     monkeypatch.setattr(device_steps, "capture", capture)
     monkeypatch.setattr(device_steps, "first_wait", lambda step: None)
     monkeypatch.setattr(device_steps, "new_pool", object)
@@ -182,8 +184,8 @@ def test_graphs_are_forgotten_when_weights_move_the_cache_grows_or_a_capture_fai
 
     monkeypatch.setattr(device_steps, "capture", counted)
     engine, batch = Engine(policy, seed=1), prompt_batch(policy, PROMPTS)
-    engine.generate(batch, 1, sampling)
-    engine.generate(batch, 1, sampling)
+    for _ in range(4):
+        engine.generate(batch, 1, sampling)
     once = len(made)
     engine.generate(batch, 1, sampling)
     assert once and len(made) == once
