@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,7 +23,7 @@ from rlhf_core.generation.block_table_attention import (
     paged_kernel_obstacle,
 )
 from rlhf_core.generation.cached_attention import ChunkAttention
-from rlhf_core.generation.device_steps import rounded_rows
+from rlhf_core.generation.device_steps import DeviceRow, DeviceSteps, rounded_rows
 from rlhf_core.generation.engine import Engine
 from rlhf_core.generation.generate import prompt_batch
 from rlhf_core.generation.native import measure_native
@@ -211,7 +212,25 @@ def test_graphs_are_forgotten_when_weights_move_the_cache_grows_or_a_capture_fai
             assert [one.ids for (one,) in Engine(policy, seed=1).generate(batch, 1, sampling)] == expected
     assert sum("can't be captured as CUDA graphs: RuntimeError: operation not" in line for line in caplog.messages) == 1
     monkeypatch.setenv(device_steps.SWITCH, "0")
-    assert not device_steps.DeviceSteps(policy, PagedKVCache(1, 4, policy.device)).graphs
+    assert not DeviceSteps(policy, PagedKVCache(1, 4, policy.device)).graphs
+
+
+@pytest.mark.parametrize("kind", ["", "gpt2", "qwen3", "phi3"])
+def test_a_step_reads_no_value_back(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the device `meta`, which has none: what a step's forward pass would wait for can't be captured."""
+    policy = policy_of(kind)
+    _ = policy.output_layer
+    policy.to("meta")
+    # Autocast doesn't know the device.
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    cache = PagedKVCache(9, 256, torch.device("meta"), order="tokens", fills_blocks=True)
+    steps, rows = DeviceSteps(policy, cache), [cache.new(), cache.new()]
+    for row in rows:
+        row.append(300)
+    with torch.no_grad():
+        hidden = steps.hidden([DeviceRow(1, 299, row) for row in rows])
+        assert hidden.shape == (2, policy.width) and policy.next_token_logits(hidden).is_meta
 
 
 def test_shapes_have_few_rows_too_many() -> None:
