@@ -47,7 +47,7 @@ class StopStrings:
         if not any(text in window for window in self._windows(ids) for text in self.stop):
             return None
         whole = self._text_of(ids)
-        ignored = len(self._text_of(ids[:least])) if least else 0
+        ignored = len(self._text_of(ids[:least]).rstrip(PARTIAL)) if least else 0
         found = [whole.find(text, max(0, ignored - len(text) + 1)) for text in self.stop]
         begin = min((place for place in found if place >= 0), default=None)
         return None if begin is None else whole[:begin]
