@@ -20,7 +20,7 @@ from rlhf_core.generation.transformers_loop import Decoding, decoding_of
 from rlhf_core.infra.errors import ConfigError, DataError, ModelError, NumbersError
 from rlhf_core.infra.seeds import completion_seeds
 from rlhf_core.models import PolicyModel
-from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
+from rlhf_core.testing.tiny import tiny_model, tiny_policy, tiny_tokenizer
 
 CHAT = [{"role": "user", "content": "hi"}]
 PROMPTS = ["a", "a longer prompt than the others", CHAT, "middling"]
@@ -265,3 +265,15 @@ def test_without_a_seed_every_call_draws_anew(policy: PolicyModel) -> None:
     assert first[0][0].ids != second[0][0].ids
     torch.manual_seed(0)
     assert policy.generate(["a"], max_new_tokens=12)[0][0].ids == first[0][0].ids
+
+
+def test_rows_that_end_early_change_no_other_row() -> None:
+    """Their blocks are free among those of other rows, and may lie between blocks that several rows share."""
+    policy = tiny_policy()
+    prompts = ["What is 1+2?", "a prompt that fills more than one block of the cache", "c3+4=", CHAT, " another"]
+    batch = prompt_batch(policy, prompts)
+    for seed in range(6):
+        drawn = Engine(policy, seed=seed).generate(batch, 4, SamplingConfig(max_new_tokens=40))
+        made = Batch.from_completions(batch, drawn)
+        with torch.no_grad():
+            assert float((policy.token_logps(made) - made["raw_logps"]).abs().max()) < 1e-5
