@@ -120,6 +120,10 @@ def test_by_hand() -> None:
     assert [strings.text_before(again[:length], least=2) for length in (3, 4, 5)] == [None, None, "ab "]
     # Completed by the third token: it counts, though it began before.
     assert StopStrings(["ab "], tokenizer.decode).text_before(again[:3], least=2) == ""
+    # A character whose first bytes are among those tokens is completed behind them.
+    letter = tokenizer("aé", add_special_tokens=False)["input_ids"]
+    assert StopStrings(["é"], tokenizer.decode).text_before(letter, least=2) == "a"
+    assert StopStrings(["é"], tokenizer.decode).text_before(letter, least=3) is None
     assert (
         StopStrings(["<|tool|>"], tokenizer.decode).text_before([*ids, tokenizer.convert_tokens_to_ids("<|tool|>")])
         == "xab"
