@@ -127,7 +127,7 @@ def _ended(reason: str) -> str:
     """Return why an answer ended, where that isn't its end token."""
     words = {
         STOPPED: "stopped",
-        "length": "stopped at the limit of tokens (`/set max_new_tokens N`)",
+        "length": "at the limit of tokens, /set max_new_tokens N",
         "stop": "stop text",
     }
     return f"{words[reason]} · " if reason in words else ""

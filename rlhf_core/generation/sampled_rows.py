@@ -7,6 +7,7 @@ nor on how many prompts the sampler got at once.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -76,7 +77,7 @@ def sample_rows(
 
     Raises:
         DataError: as `occurrences`.
-        PluginError: the sampler returns another number of completions than was asked for.
+        PluginError: the sampler returns another number of completions than was asked for, or a score that isn't finite.
     """
     earlier = occurrences(sampler, rows)
     for first in range(start - start % together, len(rows), together):
@@ -88,15 +89,15 @@ def sample_rows(
                 continue
             own = seed if count == 0 else stream_seed(seed, "repeated prompt", count)
             drawn = sampler.sample([sampler_row(rows[number]) for number in some], n, seed=own)
-            _check_counts(sampler, drawn, n, [rows[number].place for number in some])
+            _check_drawn(sampler, drawn, n, [rows[number].place for number in some])
             found |= dict(zip(some, drawn, strict=True))
         for number in numbers:
             if number >= start:
                 yield number, found[number]
 
 
-def _check_counts(sampler: Sampler, drawn: Sequence[Sequence[Completion]], n: int, places: Sequence[str]) -> None:
-    """Raise `PluginError` unless a sampler returned n completions for each of the prompts at `places`."""
+def _check_drawn(sampler: Sampler, drawn: Sequence[Sequence[Completion]], n: int, places: Sequence[str]) -> None:
+    """Raise `PluginError` unless a sampler returned n completions, with finite scores, for each of the prompts at `places`."""
     name = type(sampler).__name__
     if len(drawn) != len(places):
         raise PluginError(
@@ -111,6 +112,9 @@ def _check_counts(sampler: Sampler, drawn: Sequence[Sequence[Completion]], n: in
                 place=f"{name}.sample, {place}",
                 got=f"{len(completions)}",
             )
+        wrong = [one.score for one in completions if one.score is not None and not math.isfinite(one.score)]
+        if wrong:
+            raise PluginError("a score isn't finite", place=f"{name}.sample, {place}", got=wrong[0])
 
 
 def output_row(row: PromptRow, completions: Sequence[Completion], run: SamplingRunConfig) -> dict[str, Any]:
@@ -131,12 +135,14 @@ def output_row(row: PromptRow, completions: Sequence[Completion], run: SamplingR
         columns["logprobs"] = [list(one.logprobs) for one in completions]
         columns["raw_logprobs"] = [list(one.raw_logprobs) for one in completions]
     several = {_PLURAL.get(name, name): values for name, values in columns.items()}
-    return {**input_columns(row), **(several if run.n > 1 else {name: values[0] for name, values in columns.items()})}
+    added = several if run.n > 1 else {name: values[0] for name, values in columns.items()}
+    _refuse_taken(row, {*added})
+    return {**input_columns(row), **added}
 
 
 def completion_columns(run: SamplingRunConfig) -> list[str]:
-    """Return the names of the columns that `output_row` may add to a row."""
-    names = ["completion", "stop_reason", "tokens", "score"]
+    """Return the names of the columns that `output_row` adds to every row; a sampler may give scores as well."""
+    names = ["completion", "stop_reason", "tokens"]
     names += ["completion_ids"] * run.ids + ["logprobs", "raw_logprobs"] * run.logprobs
     return [_PLURAL.get(name, name) for name in names] if run.n > 1 else names
 
@@ -147,11 +153,15 @@ def check_columns(rows: Sequence[PromptRow], run: SamplingRunConfig) -> None:
     Raises:
         DataError: names the row and its column.
     """
-    added = {*completion_columns(run)}
     for row in rows:
-        if taken := sorted(added & {*map(str, row.columns)}):
-            raise DataError(
-                f"the row has a column `{taken[0]}` already, which a completion would replace",
-                place=row.place,
-                fix="rename the column, or sample other rows",
-            )
+        _refuse_taken(row, {*completion_columns(run)})
+
+
+def _refuse_taken(row: PromptRow, added: set[str]) -> None:
+    """Raise `DataError` where a row has one of the columns that a completion adds."""
+    if taken := sorted(added & {*map(str, row.columns)}):
+        raise DataError(
+            f"the row has a column `{taken[0]}` already, which a completion would replace",
+            place=row.place,
+            fix="rename the column, or sample other rows",
+        )

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +278,25 @@ def test_rows_are_named_before_anything_is_drawn(rlhf: Rlhf, model: str, tmp_pat
         code, _, err = rlhf(*arguments(model, str(data), output))
         assert code == 3 and f"{data}:2" in err and message in err
         assert not output.exists() or not output.read_bytes()
+
+
+def test_what_a_sampler_returns_is_checked(
+    rlhf: Rlhf, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, output = GenerateSampler.sample, tmp_path / "out.jsonl"
+    for change, message in (
+        (lambda found: [group[:1] for group in found], "the sampler must return 2 completions per prompt; got 1"),
+        (lambda found: found[:-1], "another number of lists than there are prompts; got 0 for 1 prompts"),
+        (
+            lambda found: [[replace(one, score=float("nan")) for one in group] for group in found],
+            "a score isn't finite",
+        ),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(GenerateSampler, "sample", lambda *a, change=change, **k: change(own(*a, **k)))
+            code, _, err = rlhf(*arguments(model, "1+1=? ", output, "--n", "2", "--overwrite"))
+        assert code == 5 and message in err
+    assert not output.read_bytes()
 
 
 def test_texts_columns_and_conversations_are_prompts(rlhf: Rlhf, model: str, tmp_path: Path) -> None:

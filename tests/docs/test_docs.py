@@ -78,7 +78,12 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def run(command: str, folder: Path, environment: dict[str, str]) -> str:
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", command], cwd=folder, env=environment, capture_output=True, text=True
+        ["bash", "-euo", "pipefail", "-c", command],
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     return done.stdout
@@ -160,6 +165,15 @@ def test_online_methods(tmp_path: Path, environment: dict[str, str]) -> None:
 def test_samplers(tmp_path: Path, environment: dict[str, str]) -> None:
     printed = run_page("docs/samplers.md", tmp_path, environment)
     assert " passed" in printed and "sampler acme-best" in printed
+
+
+@pytest.mark.slow
+def test_generation(tmp_path: Path, environment: dict[str, str]) -> None:
+    printed = run_page("docs/generation.md", tmp_path, environment)
+    assert "sampled: 64 rows" in printed and "1/1  17+25=?" in printed and "all 64 rows of samples.jsonl" in printed
+    assert (tmp_path / "samples.run.json").is_file() and len(
+        (tmp_path / "samples.jsonl").read_text().splitlines()
+    ) == 64
 
 
 @pytest.mark.slow
