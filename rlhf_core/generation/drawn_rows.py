@@ -132,16 +132,12 @@ class DrawnRows:
 
     What a row draws is a function of its own logits and seed: not of the rows beside it, nor of when it joined.
 
-    All that a step needs is on the device, and `draw` doesn't wait for it. `ended` does, as the host then sees the tokens.
-
-    Args:
-        sampling: how tokens are drawn.
-        poll_every: steps after which `ended` waits for the device. On a CPU, where it need not wait, 1 draws no token too many;
-            larger lets the host run ahead, and draws up to `poll_every - 1` tokens behind a row's last one, which don't count.
+    All that a step needs is on the device, and `draw` doesn't wait for it. `ended` does, as the host then sees the tokens: a
+    loop may draw several times before it asks. What is drawn behind a row's last token in the meantime doesn't count.
     """
 
-    def __init__(self, sampling: SamplingConfig, *, device: torch.device, poll_every: int = 1) -> None:
-        self.sampling, self.device, self.poll_every = sampling, device, poll_every
+    def __init__(self, sampling: SamplingConfig, *, device: torch.device) -> None:
+        self.sampling, self.device = sampling, device
         self._rows: list[_Row] = []
         self._free: list[int] = []
         self._tokens = self._zeros(0, 0, dtype=torch.long)  # (C, T)
@@ -276,16 +272,13 @@ class DrawnRows:
 
     # What the host sees
 
-    def ended(self, *, now: bool = False) -> list[tuple[int, str]]:
+    def ended(self) -> list[tuple[int, str]]:
         """Return the rows that have got their last token since the last call, by index, with the reason.
 
-        It waits for the device once in `poll_every` steps, and returns nothing in between.
-
-        Args:
-            now: wait for the device in any case, as before a row is taken out unfinished.
+        It waits for the device once. Call it before an unfinished row is taken out, too: a stop string may have ended the row.
         """
         steps = self._unpolled
-        if not self._rows or steps < (1 if now else self.poll_every):
+        if not self._rows or not steps:
             return []
         state, self._unpolled = self._state, 0
         columns = (state.length[:, None] - steps + torch.arange(steps, device=self.device)).clamp(min=0)
@@ -299,12 +292,14 @@ class DrawnRows:
                 )
                 if row.stop_reason is not None:
                     found.append((index, row.stop_reason))
+            else:
+                row.fresh = []
         if any(self._rows[index].text is not None for index, _ in found):
             self._end([index for index, _ in found])
         return found
 
     def fresh(self, index: int) -> list[int]:
-        """Return the tokens of a row that the last call of `ended` that waited for the device found to be new."""
+        """Return the tokens of a row that the last call of `ended` found to be new."""
         return self._rows[index].fresh
 
     def _end(self, indices: list[int]) -> None:

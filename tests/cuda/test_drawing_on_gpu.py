@@ -76,17 +76,15 @@ def test_drawing_is_captured_in_a_graph(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("options", [*CASES, {"min_new_tokens": 5, "stop_ids": [3]}])
 def test_a_step_does_not_wait_for_the_device(options: dict[str, Any]) -> None:
-    rows = DrawnRows(SamplingConfig(**options), device=torch.device("cuda"), poll_every=4)
+    rows = DrawnRows(SamplingConfig(**options), device=torch.device("cuda"))
     rows.join([NewRow(seed=k, limit=9, ends=[2], prompt_ids=[1, 5]) for k in range(ROWS)])
     logits = arguments(torch.bfloat16)["logits"].cuda()
     rows.draw(logits)  # the first random numbers are copied to the device here
-    assert rows.ended() == []
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(2):
             rows.draw(logits)
-            assert rows.ended() == []
     finally:
         torch.cuda.set_sync_debug_mode(mode)
     for _ in range(9):

@@ -70,8 +70,9 @@ def barred(ends: Sequence[int]) -> Any:
 class Loop:
     """A decoding loop around rows, of which some wait, and some are put off and come back."""
 
-    def __init__(self, sampling: SamplingConfig, poll_every: int = 1) -> None:
-        self.rows = DrawnRows(sampling, device=CPU, poll_every=poll_every)
+    def __init__(self, sampling: SamplingConfig, steps: int = 1) -> None:
+        self.rows = DrawnRows(sampling, device=CPU)
+        self.count, self.steps = 0, steps  # after which it asks which rows have ended
         self.here: list[tuple[int, NewRow, list[int]]] = []
         self.done: dict[int, DrawnCompletion] = {}
 
@@ -85,7 +86,9 @@ class Loop:
         for (_, _, ids), token in zip(self.here, self.rows.draw(logits).tolist(), strict=True):
             ids.append(token)
         assert torch.equal(logits, before)
-        self.collect(self.rows.ended())
+        self.count += 1
+        if self.count % self.steps == 0:
+            self.collect(self.rows.ended())
 
     def collect(self, ended: Sequence[tuple[int, str]]) -> None:
         for index, reason in ended:
@@ -101,7 +104,7 @@ class Loop:
 
     def put_off(self, index: int) -> tuple[int, NewRow] | None:
         """Take out an unfinished row; return it as it comes back, None where it turns out to have ended."""
-        self.collect(self.rows.ended(now=True))
+        self.collect(self.rows.ended())
         number, new, _ = self.here[index]
         back = None if number in self.done else (number, replace(new, before=self.rows.completion(index)))
         self.keep([other for other in range(len(self.here)) if other != index])
@@ -143,10 +146,10 @@ def test_a_row_draws_what_it_draws_alone(data: st.DataObject) -> None:
         for k in range(data.draw(st.integers(1, 7)))
     ]
     expected = {k: alone(new, sampling) for k, new in waiting}
-    loop = Loop(sampling, poll_every=data.draw(st.sampled_from([1, 1, 3])))
+    loop = Loop(sampling, steps=data.draw(st.sampled_from([1, 1, 3])))
     block, module.BLOCK = module.BLOCK, data.draw(st.sampled_from([2, 5, 256]))
     try:
-        loop.rows = DrawnRows(sampling, device=CPU, poll_every=loop.rows.poll_every)
+        loop.rows = DrawnRows(sampling, device=CPU)
         while waiting or loop.here:
             joining = data.draw(st.integers(0 if loop.here else 1, len(waiting))) if waiting else 0
             loop.join(waiting[:joining])
@@ -217,7 +220,7 @@ def test_no_rows() -> None:
         assert rows.draw(torch.empty(0, SIZE)).tolist() == []
 
 
-def test_the_device_is_polled_once_in_so_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_host_waits_where_it_asks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     polls = 0
 
     def counted(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -228,12 +231,13 @@ def test_the_device_is_polled_once_in_so_many_steps(monkeypatch: pytest.MonkeyPa
 
         return wrapped
 
-    rows = DrawnRows(SamplingConfig(), device=CPU, poll_every=4)
+    rows = DrawnRows(SamplingConfig(), device=CPU)
     rows.join([NewRow(seed=0, limit=6), NewRow(seed=1, limit=8)])
     monkeypatch.setattr(Tensor, "tolist", counted(Tensor.tolist))
-    found = []
+    assert rows.ended() == [] and polls == 0
     for _ in range(8):
         rows.draw(torch.zeros(2, 9))
-        found.append(rows.ended())
-    assert polls == 2 and found == [[]] * 7 + [[(0, "length"), (1, "length")]]
+    assert polls == 0
+    assert rows.ended() == [(0, "length"), (1, "length")] and polls == 1
+    assert rows.ended() == [] and polls == 1
     assert [len(rows.completion(k).ids) for k in (0, 1)] == [6, 8]
