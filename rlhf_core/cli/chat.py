@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rlhf_core.cli import METHOD_OPTIONS
-from rlhf_core.cli.quick_imports import quick_imports
+from rlhf_core.cli.quick_imports import no_bars_in_logs, quick_imports
 from rlhf_core.infra.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ def chat(
     given = _sampling_flags(context.args)
     _check(precision, template=template, no_template=no_template, history=history, no_history=no_history, system=system)
     names = [model, *([beside] if beside is not None else [])]
+    no_bars_in_logs()
     with quick_imports():
         from rlhf_core.cli import chat_session, chat_terminal
         from rlhf_core.cli.model_argument import check_model

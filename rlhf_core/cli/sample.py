@@ -15,7 +15,7 @@ import typer
 
 from rlhf_core.cli import METHOD_OPTIONS, shell_completion
 from rlhf_core.cli.printing import print_heading, print_json_line, print_note, print_text, print_wrapped
-from rlhf_core.cli.quick_imports import quick_imports
+from rlhf_core.cli.quick_imports import no_bars_in_logs, quick_imports
 from rlhf_core.infra.errors import ConfigError, Interrupted, Stopped
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def sample(
         raise ConfigError(
             "the first argument must be a sampler or a file", place="command line", got=f"`{target}`", fix=fix
         )
+    no_bars_in_logs()
     with quick_imports():
         from rlhf_core.generation.sampling_job import load_sampling_job
         from rlhf_core.registry.plugin_logs import setup_logging

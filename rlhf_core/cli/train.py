@@ -13,7 +13,7 @@ import typer
 
 from rlhf_core.cli import METHOD_OPTIONS, shell_completion
 from rlhf_core.cli.printing import print_json, print_text
-from rlhf_core.cli.quick_imports import quick_imports
+from rlhf_core.cli.quick_imports import no_bars_in_logs, quick_imports
 from rlhf_core.infra.errors import ConfigError, Interrupted
 
 if TYPE_CHECKING:
@@ -55,10 +55,7 @@ def train(
     also a flag of that name (--learning_rate or --learning-rate, --lora.rank 8), which wins over the file; `rlhf show METHOD
     --all` lists them. Relative paths start at the current directory, also those in a file.
     """
-    if not sys.stderr.isatty():
-        os.environ.setdefault(
-            "TQDM_DISABLE", "1"
-        )  # read when tqdm is imported; else libraries draw progress bars into log files
+    no_bars_in_logs()
     with quick_imports():
         job = _job(target, context.args)
     if resume and overwrite:
