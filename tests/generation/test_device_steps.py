@@ -142,6 +142,9 @@ def test_handles_streams_and_rules(policy: PolicyModel, replays: list[tuple[int,
     first, second = engine.prefill([ids, ids[:3]])
     handles = [*engine.fork(first, 2), second]
     extended = engine.extend(handles, sampling, seeds=[1, 2, 3])
+    early = sampling.model_copy(update={"stop_ids": [extended[0].completion.ids[2]]})
+    extended += engine.extend([first], early, seeds=[1])
+    assert len(extended[3].completion.ids) <= 3
     for one in extended:
         # What an extension is scored with is in the cache, and nothing beyond it.
         assert one.handle.cached is not None and one.handle.cached.length == len(one.handle.ids) - 1
@@ -169,6 +172,17 @@ def test_rows_that_have_ended_at_the_last_position(replays: list[tuple[int, int]
     assert loop_of(engine) is not None
     made = Batch.from_completions(batch, groups)
     assert (policy.token_logps(made) - made["raw_logps"]).abs().max() < 1e-4
+    # What is kept of a row that ended before the others isn't overwritten by what is drawn behind it.
+    handles = engine.prefill([list(range(20, 247)) + list(range(20, 45)), [5, 6, 7]])
+    extended = [one.handle for one in engine.extend(handles, sampling, seeds=[1, 2])]
+    assert [len(one.ids) for one in extended] == [256, 33]
+    loop_of(engine).prefixes.clear()
+    for one, again in zip(extended, engine.prefill([one.ids for one in extended]), strict=True):
+        for layer in loop_of(engine).cache.pools:
+            kept, read = (
+                loop_of(engine).cache.read(layer, list(of.cached.views())) for of in (one, again) if of.cached
+            )
+            torch.testing.assert_close(kept, read, rtol=0, atol=1e-5)
 
 
 def test_graphs_are_forgotten_when_weights_move_the_cache_grows_or_a_capture_fails(
