@@ -24,8 +24,8 @@ _Reward = Annotated[
     str,
     typer.Argument(
         metavar="REWARD",
-        help="A reward's name, a function (`module:function`, `file.py:function`), or the directory of a reward model; then any"
-        " of its options.",
+        help="A reward's name, a function (`module:function`, `file.py:function`), or the directory of a reward model or of"
+        " the run that trained it; then any of its options.",
         autocompletion=shell_completion.rewards,
     ),
 ]
@@ -88,6 +88,7 @@ def score(
 
 def _opened(reward: str, flags: Sequence[Flag]) -> tuple[ScoreRunConfig, Rewards]:
     """Return the options of the run, and the reward with its own options."""
+    from rlhf_core import registry
     from rlhf_core.config.flags import convert, convert_options, spread
     from rlhf_core.config.score_run import ScoreRunConfig
     from rlhf_core.config.yaml_file import nest, overlay, parse_scalar
@@ -105,8 +106,12 @@ def _opened(reward: str, flags: Sequence[Flag]) -> tuple[ScoreRunConfig, Rewards
     values, places = convert(mine, ScoreRunConfig, owner="score")
     run = ScoreRunConfig.parse(nest(values), place=places | {"": "command line"})
     name = reward
-    if Path(reward).expanduser().is_dir():
-        name, options = "reward_model", {"model": str(Path(reward).expanduser())}
+    if reward not in registry.rewards and Path(reward).expanduser().is_dir():
+        model = Path(reward).expanduser()
+        if not (model / "config.json").exists() and (model / "model").is_dir():  # a run's directory
+            model /= "model"
+        name = "process_reward" if (model / "process_reward_head.json").exists() else "reward_model"
+        options = {"model": str(model)}
     config = options_of(name, place="REWARD")
     if config is None:  # a function, whose arguments' annotations are checked when it is opened
         options |= {flag.key: True if flag.text is None else parse_scalar(flag.text) for flag in theirs}

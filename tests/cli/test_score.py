@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from rlhf_core.models import ProcessRewardModel, RewardModel
+from rlhf_core.testing.tiny import save_tiny
+
 HERE = Path(__file__).parent
 ROWS: list[dict[str, Any]] = [
     {"prompt": "1+1=", "completion": "2", "answer": "2", "id": 7},
@@ -130,6 +133,19 @@ def test_an_unknown_reward_and_a_module_that_is_not_there_are_named(rlhf) -> Non
         assert code == 2 and said in err
     code, _, err = rlhf("score", "reward_model", "--data", "rows.jsonl")
     assert code == 2 and "`model` is missing" in err
+
+
+@pytest.mark.parametrize("kind", ["reward", "process_reward"])
+def test_the_directory_of_a_reward_model_or_of_its_run_scores(rlhf, kind: str, tmp_path: Path) -> None:
+    cls: Any = RewardModel if kind == "reward" else ProcessRewardModel
+    cls.from_pretrained(save_tiny(tmp_path / "tiny"), new_head=True, seed=1).save_pretrained(tmp_path / "run" / "model")
+    (tmp_path / "reward_model").mkdir()  # a directory of this name doesn't hide the reward
+    for model in ("run/model", "run"):
+        code, out, _ = rlhf("score", model, "--data", write(ROWS[4:]), "--json")
+        assert code == 0 and json.loads(out)["completions"] == 3
+    assert rlhf("score", "reward_model", "--data", "rows.jsonl", "--model", "run/model")[0] == (
+        0 if kind == "reward" else 4
+    )
 
 
 def test_an_output_file_that_exists_is_kept(rlhf) -> None:

@@ -484,11 +484,11 @@ def test_rewards_load_once_and_without_a_time_limit() -> None:
         loads = 0
 
         def prepare(self) -> None:
-            time.sleep(0.3)
+            time.sleep(1.2)
             type(self).loads += 1
 
     registry.register("reward", "loads", Loads)
-    rewards = open_rewards([{"name": "loads", "time_limit": 0.1}])
+    rewards = open_rewards([{"name": "loads", "time_limit": 1}])
     assert [rewards.score(SAMPLES).total.tolist() for _ in range(2)] == [[0.5, 0.5]] * 2 and Loads.loads == 1
 
 
