@@ -25,6 +25,7 @@ from rlhf_core.generation.block_table_attention import BlockTables, TableDecodin
 from rlhf_core.generation.drawn_rows import DrawnRows
 from rlhf_core.generation.paged_cache import CachedSequence, PagedKVCache
 from rlhf_core.infra.errors import describe_error
+from rlhf_core.models.attention import MAX_KERNEL_DIFFERENCE
 from rlhf_core.models.policy_model import PolicyModel
 from rlhf_core.models.probe import FAILURES
 
@@ -109,7 +110,7 @@ class DeviceSteps:
             self._forget()
 
     def end(self) -> None:
-        """Forget graphs that read what doesn't outlast the present context: trained weights that autocast has cast."""
+        """Forget graphs that read what doesn't outlast the present context: copies of trained weights in autocast's dtype."""
         if self._reads_casts:
             self._forget()
 
@@ -201,12 +202,10 @@ class DeviceSteps:
                 facts.obstacle = first_wait(lambda: self._hidden(shape))
                 if facts.obstacle is None:
                     self._pool = self._pool or new_pool()
-                    shape.replay = capture(lambda: self._hidden(shape), self.cache.device, self._pool)
-                    self._weights_at, self._cache_at = _weights_at(self.policy), self._places_of_cache()
-                    self._reads_casts = torch.is_autocast_enabled(self.cache.device.type) and any(
-                        parameter.requires_grad for parameter in self.policy.parameters()
-                    )
-                    return
+                    replay = capture(lambda: self._hidden(shape), self.cache.device, self._pool)
+                    facts.obstacle = self._difference(shape, replay)
+                    if facts.obstacle is None:
+                        return self._keep(shape, replay)
             except FAILURES as error:
                 facts.obstacle = describe_error(error, lines=1)
             log.info(
@@ -216,6 +215,27 @@ class DeviceSteps:
             )
         self.graphs = False
         self._forget()
+        return None
+
+    def _keep(self, shape: _Shape, replay: Callable[[], Tensor]) -> None:
+        """Keep a graph, and what its use depends on."""
+        shape.replay = replay
+        self._weights_at, self._cache_at = _weights_at(self.policy), self._places_of_cache()
+        trained = any(parameter.requires_grad for parameter in self.policy.parameters())
+        self._reads_casts = trained and torch.is_autocast_enabled(self.cache.device.type)
+
+    def _difference(self, shape: _Shape, replay: Callable[[], Tensor]) -> str | None:
+        """Run a graph and the step itself on other inputs than those captured; return how they differ, in words, if they do.
+
+        The inputs are lost. Nothing that is kept is overwritten.
+        """
+        shape.state[:2].floor_divide_(2)
+        shape.state[2] = 0
+        found, expected = replay().float().clone(), self._hidden(shape).float()
+        difference = float((found - expected).norm() / expected.norm().clamp(min=1e-30))
+        if not difference < MAX_KERNEL_DIFFERENCE:  # so written that NaN counts as wrong
+            return f"the hidden states differ by {difference:.0e} (relative)"
+        return None
 
     def _places_of_cache(self) -> list[int]:
         return [pool.data_ptr() for pools in self.cache.pools.values() for pool in pools]

@@ -219,12 +219,19 @@ def test_graphs_are_forgotten_when_weights_move_the_cache_grows_or_a_capture_fai
     def fails(*arguments: Any) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(device_steps, "capture", fails)
+    def holds(step: Callable[[], Tensor], device: torch.device, pool: Any) -> Callable[[], Tensor]:
+        held = step()  # as a graph of what the host computes from the position
+        return lambda: held
+
     expected = [one.ids for (one,) in Engine(policy, seed=1, cuda_graphs=False).generate(batch, 1, sampling)]
-    with caplog.at_level("INFO"):
-        for _ in range(2):
-            assert [one.ids for (one,) in Engine(policy, seed=1).generate(batch, 1, sampling)] == expected
-    assert sum("can't be captured as CUDA graphs: RuntimeError: operation not" in line for line in caplog.messages) == 1
+    for wrong, reason in ((fails, "RuntimeError: operation not"), (holds, "the hidden states differ by")):
+        monkeypatch.setattr(device_steps, "capture", wrong)
+        policy.measured(device_steps._Capturing).obstacle = None
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            for _ in range(2):
+                assert [one.ids for (one,) in Engine(policy, seed=1).generate(batch, 1, sampling)] == expected
+        assert sum(f"can't be captured as CUDA graphs: {reason}" in line for line in caplog.messages) == 1
     monkeypatch.setenv(device_steps.SWITCH, "0")
     assert not DeviceSteps(policy, PagedKVCache(1, 4, policy.device)).graphs
 
