@@ -74,14 +74,14 @@ def attend_plainly(
     """
     rows, kept = len(query), keys.shape[2]
 
-    def gathered(pool: Tensor) -> Tensor:  # (R, W · S, K, width)
-        return pool.index_select(0, blocks.flatten()).view(rows, -1, *pool.shape[2:])
+    def gathered(pool: Tensor) -> Tensor:  # (K, R, W · S, width), in the order in which products read it
+        return pool.permute(2, 0, 1, 3).index_select(1, blocks.flatten()).reshape(kept, rows, -1, pool.shape[3])
 
-    queries = query.unflatten(1, (kept, -1)) * scale  # (R, K, H / K, D)
-    scores = queries @ gathered(keys).permute(0, 2, 3, 1)  # (R, K, H / K, W · S)
-    hidden = torch.arange(scores.shape[3], device=query.device) >= lengths[:, None]
-    weights = scores.masked_fill(hidden[:, None, None], -torch.inf).softmax(dim=-1, dtype=torch.float32)
-    return (weights.to(values.dtype) @ gathered(values).transpose(1, 2)).flatten(1, 2)
+    queries = query.unflatten(1, (kept, -1)).transpose(0, 1) * scale  # (K, R, H / K, D)
+    scores = queries @ gathered(keys).transpose(2, 3)  # (K, R, H / K, W · S)
+    hidden = torch.arange(scores.shape[3], device=query.device) >= lengths[:, None, None]
+    weights = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1, dtype=torch.float32)
+    return (weights.to(values.dtype) @ gathered(values)).transpose(0, 1).flatten(1, 2)
 
 
 def torch_paged(query: Tensor, keys: Tensor, values: Tensor, tables: BlockTables, scale: float) -> Tensor:
