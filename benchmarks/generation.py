@@ -35,7 +35,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from generation_contenders import SETTINGS, Work
+from generation_contenders import ON_GPU_ALONE, SETTINGS, Work
 
 MODEL = "models/SmolLM2-135M-Instruct"
 HERE = Path(__file__).resolve().parent
@@ -54,6 +54,8 @@ QUESTIONS = HERE / "questions.jsonl"
 def main() -> None:
     options = parse()
     contenders = [(name, setting) for name in options.contender for setting in SETTINGS[name]]
+    if options.device == "cpu":
+        contenders = [each for each in contenders if each not in ON_GPU_ALONE]
     cells = []
     for kind in options.work:
         prompts = encode_prompts(options, kind)

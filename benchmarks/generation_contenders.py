@@ -73,7 +73,7 @@ Loaded = tuple[Draw, int]
 """What a contender returns: how to draw, and the bytes of its model; 0 where memory beyond the model can't be told."""
 
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
-    "ours": {"read": {"frozen": True}, "trained": {}},
+    "ours": {"read": {"frozen": True}, "trained": {}, "launches": {"frozen": True, "engine": {"cuda_graphs": False}}},
     "generate": {"sdpa": {"attn_implementation": "sdpa"}},
     "continuous": {"sdpa": {"attn_implementation": "sdpa"}},
     "vllm": {
@@ -82,7 +82,10 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 """Contender → named settings that affect speed here; the fastest is compared. `ours/read` loads a model as `rlhf sample` does,
-`ours/trained` as a policy that is trained: float32 weights, whatever the precision of the products."""
+`ours/trained` as a policy that is trained: float32 weights, whatever the precision of the products; `ours/launches` is the first
+one without CUDA graphs."""
+ON_GPU_ALONE = {("ours", "launches")}
+"""Settings that change nothing on a CPU."""
 
 
 class Missing(Exception):
@@ -92,7 +95,7 @@ class Missing(Exception):
 # The contenders: each loads its model and returns a function that draws
 
 
-def ours(work: Work, **options: Any) -> Loaded:
+def ours(work: Work, engine: dict[str, Any] | None = None, **options: Any) -> Loaded:
     """This project's engine, with both log-probabilities of each token."""
     from rlhf_core.config.online import SamplingConfig
     from rlhf_core.contracts.batch import Batch
@@ -104,11 +107,11 @@ def ours(work: Work, **options: Any) -> Loaded:
     policy = PolicyModel.from_pretrained(work.model, precision=work.precision, device=work.device, **options)
     batch: Batch = collate([EncodedRow(number, ids) for number, ids in enumerate(work.prompts)]).to(policy.device)
     sampling = SamplingConfig(max_new_tokens=work.most, min_new_tokens=work.most)
-    engine = Engine(policy)
+    own = Engine(policy, **(engine or {}))
     limits = None if work.even else work.limits
 
     def draw() -> list[int]:
-        made = engine.generate(batch, work.n, sampling, limits=limits)
+        made = own.generate(batch, work.n, sampling, limits=limits)
         return [len(completion.ids) for group in made for completion in group]
 
     return draw, _held(policy)

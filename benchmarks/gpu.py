@@ -3,9 +3,10 @@
     python benchmarks/gpu.py [--wheels DIR] [--seconds 570] [--parts 'sft/*' tests] [--output gpu-results]
 
 Parts run one after the other, the most important first, each in its own process with a time limit: the tests of
-`tests/cuda`, and training beside TRL with a profile of one step (`--list` names them all). `results.json` in the output
-directory is replaced after each part, so that a killed run keeps the results that it had; `summary.md` is ready for
-docs/benchmarks.md. A part that fails is recorded with its reason, and the rest go on.
+`tests/cuda`, training beside TRL with a profile of one step, and generation beside transformers' `generate`, its continuous
+batching and vLLM where that is installed (`--list` names them all). `results.json` in the output directory is replaced after
+each part, so that a killed run keeps the results that it had; `summary.md` is ready for docs/benchmarks.md. A part that fails is
+recorded with its reason, and the rest go on.
 
 It needs this checkout, torch and transformers. The package needn't be installed: its metadata, by which methods are found, is
 written from `pyproject.toml` into a directory that the parts' `PYTHONPATH` names, with the wheels of `--wheels` unpacked beside
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fnmatch
+import gc
 import importlib.metadata
 import importlib.util
 import json
@@ -43,8 +45,10 @@ WARM_UP, TIMED = 3, 6
 LEAST_SECONDS = 10
 """A part isn't begun with less."""
 PACKAGES = (
-    "torch", "transformers", "trl", "accelerate", "peft", "datasets", "flash-attn", "triton", "pytest", "pydantic",
+    "torch", "transformers", "trl", "accelerate", "peft", "datasets", "flash-attn", "triton", "pytest", "pydantic", "vllm",
 )  # fmt: skip
+CONTENDERS = ("ours", "generate", "continuous", "vllm", "ours-trained", "ours-launches")
+"""Of `generation_contenders.py`, with a setting where it isn't a contender's first."""
 
 Result = dict[str, Any]
 Save = Callable[[Result], None]
@@ -193,6 +197,62 @@ def train(method: str, shape: str, side: str, setting: str = "padded") -> Callab
     return run
 
 
+GENERATION = {"full": (8, 256), "tiny": (2, 8)}
+"""Size → completions per prompt (of which there are as many as rows in a training step), and tokens of each."""
+
+
+def draw(name: str, shape: str) -> Callable[[Settings, Save], Result]:
+    """Return the part that draws completions with one contender, of even and of uneven lengths.
+
+    Args:
+        name: the contender, with a setting of its own where it isn't the first: `ours-trained`.
+    """
+    contender, _, chosen = name.partition("-")
+
+    def run(settings: Settings, save: Save) -> Result:
+        import generation
+        import generation_contenders as contenders
+        import torch
+        from harness import on_gpu
+        from random_models import make_rows, save_model
+        from transformers import AutoTokenizer
+
+        model = save_model(settings.work / f"model-{shape}", shape)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        prompts = [list(tokenizer(row["prompt"])["input_ids"]) for row in make_rows("sft", shape, settings.batch)]
+        n, tokens = GENERATION["tiny" if shape == "tiny" else "full"]
+        found: Result = {
+            "contender": contender,
+            "shape": shape,
+            "completions": settings.batch * n,
+            "most_tokens": tokens,
+        }
+        setting = chosen or next(iter(contenders.SETTINGS[contender]))
+        for kind in ("even", "uneven"):
+            gc.collect()  # the first kind's model
+            work = contenders.Work(
+                contender=contender, setting=setting, model=str(model), precision="bf16",
+                device="cuda" if on_gpu() else "cpu", threads=torch.get_num_threads(), prompts=prompts,
+                limits=generation.limits_of(kind, len(prompts), n, tokens), repeats=2,
+            )  # fmt: skip
+            try:
+                measured = contenders.measure(work)
+            except contenders.Missing as error:
+                raise Missing(str(error)) from None
+            seconds = statistics.median(call["seconds"] for call in measured["calls"])
+            found[kind] = {
+                "drawn_per_second": measured["tokens"] / seconds,
+                # What the first kind took may still be held.
+                "over_model_bytes": measured["over_model_bytes"] if kind == "even" else None,
+                "first_call_seconds": measured["first_call_seconds"],
+                "versions": measured["versions"],
+            }
+            save(found)
+        return found
+
+    return run
+
+
 def parts(size: str) -> dict[str, Part]:
     """Return the parts, those of most worth first. A new kind of part is a function and a line here."""
     table = {"environment": Part(environment, 60)}
@@ -202,6 +262,7 @@ def parts(size: str) -> dict[str, Part]:
             for method in ("sft", "dpo", "reward_model", "kto")
             for side in ("ours", "peer")
         }
+        table |= {f"generation/tiny/{name}": Part(draw(name, "tiny"), 120) for name in CONTENDERS}
         return table | {"tests": Part(tests, 120)}
     flash = importlib.util.find_spec("flash_attn") is not None
     for methods, shape, seconds in (
@@ -213,12 +274,13 @@ def parts(size: str) -> dict[str, Part]:
     ):
         if shape == "tests":
             table["tests"] = Part(tests, seconds)
+            table |= {f"generation/135m/{name}": Part(draw(name, "135m"), 60) for name in CONTENDERS}
         for method in methods:
             for side in ("ours", "peer"):
                 table[f"{method}/{shape}/{side}"] = Part(train(method, shape, side), seconds)
             if method == "sft" and flash:  # without flash-attn, the peer's packed rows would see one another
                 table[f"sft/{shape}/peer-padding_free"] = Part(train("sft", shape, "peer", "padding_free"), seconds)
-    return table
+    return table | {f"generation/1b/{name}": Part(draw(name, "1b"), 75) for name in CONTENDERS}
 
 
 # One part, in its own process

@@ -14,6 +14,7 @@ def report(results: dict[str, dict[str, Any]]) -> str:
     cells = _cells(results)
     if cells:
         sections += [_speeds(cells), _profiles(cells), *(_operations(*item) for item in cells.items())]
+    sections.append(_generation(results))
     troubles = [f"- `{name}`: {ended['reason']}" for name, ended in results.items() if ended["status"] != "done"]
     if troubles:
         sections.append("Not done:\n\n" + "\n".join(line.splitlines()[0][:300] for line in troubles))
@@ -121,6 +122,40 @@ def _operations(cell: tuple[str, str], sides: dict[str, dict[str, Any]]) -> str:
         if places := profile.get("waits_at"):
             lines.append(f"- {side} waits at: " + ", ".join(f"`{place}` {count}×" for place, count in places.items()))
     return f"A step of {cell[0]} at {cell[1]}:\n\n" + "\n".join(lines) if lines else ""
+
+
+def _generation(results: dict[str, dict[str, Any]]) -> str:
+    """Return a table of generation: one row per model, kind of work and contender, with ours over each other one."""
+    parts = {name: ended for name, ended in results.items() if name.startswith("generation/")}
+    rows = []
+    for name, ended in parts.items():
+        _, shape, contender = name.split("/")
+        mine = parts.get(f"generation/{shape}/ours", {})
+        for kind in ("even", "uneven"):
+            if kind not in ended:
+                rows.append(
+                    [
+                        shape,
+                        kind,
+                        contender,
+                        f"– ({(ended.get('reason') or 'not reached').splitlines()[0][:80]})",
+                        "–",
+                        "–",
+                    ]
+                )
+                continue
+            speed, over = ended[kind]["drawn_per_second"], ended[kind]["over_model_bytes"]
+            ratio = (
+                "–" if name.endswith("/ours") or kind not in mine else f"{mine[kind]['drawn_per_second'] / speed:.2f}×"
+            )
+            rows.append(
+                [shape, kind, contender, f"{speed:,.0f}", ratio, "–" if over is None else f"{over / 2**20:,.0f}"]
+            )
+    if not rows:
+        return ""
+    return "Generation in bf16:\n\n" + _table(
+        ["model", "work", "contender", "tokens/s", "ours over it", "MiB over the model"], rows
+    )
 
 
 def _figure(value: int | None) -> str:

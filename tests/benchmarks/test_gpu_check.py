@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import subprocess
 import sys
@@ -50,6 +51,40 @@ def test_a_method_is_timed_and_profiled_beside_the_peer(method: str, tmp_path: P
     ours, peer = results.values()
     assert ours["tokens"] == peer["tokens"]
     assert f"| {method} | tiny |" in done.stdout and "| – |" in done.stdout  # a tiny model has no target
+
+
+@pytest.mark.slow
+def test_generation_is_timed_beside_the_peers_that_are_there(tmp_path: Path) -> None:
+    command = check(tmp_path, "--parts", "generation/tiny/ours", "generation/tiny/generate", "generation/tiny/vllm")
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "results.json").read_text())["parts"]
+    for contender in ("ours", "generate"):
+        found = results[f"generation/tiny/{contender}"]
+        assert found["status"] == "done", found
+        assert found["even"]["drawn_per_second"] > 0 and found["uneven"]["drawn_per_second"] > 0
+    if importlib.util.find_spec("vllm") is None:
+        assert "| tiny | even | vllm | – (vllm isn't installed) | – | – |" in done.stdout
+    assert "| tiny | uneven | generate |" in done.stdout
+
+
+def test_the_table_of_generation_says_what_could_not_be_measured(bench: SimpleNamespace) -> None:
+    def drawn(even: float, uneven: float | None = None) -> dict[str, Any]:
+        found = {"status": "done", "reason": None, "even": {"drawn_per_second": even, "over_model_bytes": 2**21}}
+        if uneven is not None:
+            found["uneven"] = {"drawn_per_second": uneven, "over_model_bytes": None}
+        return found
+
+    results = {
+        "generation/135m/ours": drawn(3000, 2000),
+        "generation/135m/generate": drawn(1000) | {"status": "failed", "reason": "stopped after 60 s"},
+        "generation/135m/vllm": {"status": "skipped", "reason": "vllm isn't installed"},
+    }
+    text = bench.report.report(results)
+    assert "| 135m | even | ours | 3,000 | – | 2 |" in text and "| 135m | uneven | ours | 2,000 | – | – |" in text
+    assert "| 135m | even | generate | 1,000 | 3.00× | 2 |" in text
+    assert "| 135m | uneven | generate | – (stopped after 60 s) | – | – |" in text
+    assert "| 135m | even | vllm | – (vllm isn't installed) | – | – |" in text
 
 
 @pytest.mark.slow
