@@ -104,6 +104,12 @@ class Backend(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} declares `fork` without `follow`")
 
+    def free(self, kept: Sequence[CachedSequence | None]) -> None:
+        """Give up what is kept for sequences, each by itself."""
+        for one in kept:
+            if one is not None:
+                one.free()
+
     def forget(self) -> None:  # noqa: B027
         """Drop all that is kept between calls, since some of it may be wrong. A backend that keeps nothing does nothing."""
 

@@ -51,6 +51,8 @@ class NewRow:
     """For the repetition penalty, where there is one; then not empty."""
     before: DrawnCompletion | None = None
     """What was drawn for it before it left a loop unfinished; None for a new completion."""
+    skipped: int = 0
+    """Random numbers of its seed that are passed over: those of earlier tokens of a sequence that it continues."""
 
 
 @dataclass
@@ -211,7 +213,9 @@ class DrawnRows:
             self._seen[slot, : len(seen)] = torch.tensor(seen)
         ends = (*new.ends, *self.sampling.stop_ids)
         ids = list(before.ids) if new.stops is not None else []
-        return _Row(new, slot, ends, np.random.Generator(np.random.Philox(key=new.seed)), count, count, len(seen), ids)
+        generator = np.random.Generator(np.random.Philox(key=new.seed).advance(new.skipped // 4))
+        generator.random(new.skipped % 4)  # Philox makes four numbers at once
+        return _Row(new, slot, ends, generator, count, count, len(seen), ids)
 
     # A step
 

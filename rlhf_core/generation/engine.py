@@ -12,7 +12,7 @@ import math
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
@@ -43,8 +43,16 @@ class SequenceHandle:
 
     ids: tuple[int, ...]
     """All its tokens, the prompt's included."""
-    cached: CachedSequence | None = None
+    prompt_length: int
+    """How many of them `prefill` read. A token that `extend` draws gets the random number of its place behind these."""
+    engine: Engine = field(repr=False, compare=False)
+    """The engine that it is for."""
+    cached: CachedSequence | None = field(default=None, repr=False, compare=False)
     """Keys and values of all tokens but the last; None where the model is decoded without a `PagedKVCache`."""
+
+    def followed_by(self, ids: Sequence[int], cached: CachedSequence | None) -> SequenceHandle:
+        """Return the handle of this sequence with further tokens, whose keys and values are kept there."""
+        return replace(self, ids=(*self.ids, *ids), cached=cached)
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,9 @@ class Engine:
                 "the option is for the native backend", place=f"Engine({given}=…)", got=f"the backend `{backend.name}`",
                 fix="set it in the backend",
             )  # fmt: skip
+        for option, number in (("memory", memory), ("most_rows", most_rows)):
+            if number is not None and number < 1:
+                raise ConfigError("must be at least 1", place=f"Engine({option}=…)", got=str(number))
         self.policy = policy
         self.seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed
         self.backend = backend or NativeBackend(
@@ -180,13 +191,17 @@ class Engine:
         draws = self._draws(batch, seeds, sampling, limits)
         version = self.policy_version if policy_version is None else policy_version
         made: list[list[Completion | None]] = [[None] * n for _ in range(batch.num_prompts)]
+        # What is called meanwhile shouldn't compute in the precision of generation.
+        kind = self.policy.device.type
+        outside = torch.autocast(kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind))
         with contextlib.closing(self.backend.run([draw.request for draw in draws], sampling)) as running:
             for one in running:
                 completion = self._completion(draws[one.number], one, version)
                 prompt, index = divmod(one.number, n)
                 made[prompt][index] = completion
                 if finished is not None:
-                    finished(prompt, index, completion)
+                    with outside:
+                        finished(prompt, index, completion)
         return [[one for one in group if one is not None] for group in made]
 
     @torch.no_grad()
@@ -238,11 +253,17 @@ class Engine:
         for number, ids in enumerate(prompts):
             self._check_length(ids, f"prompts[{number}]")
         kept = self.backend.prefill(prompts)
-        return [SequenceHandle(tuple(ids), one) for ids, one in zip(prompts, kept, strict=True)]
+        return [SequenceHandle(tuple(ids), len(ids), self, one) for ids, one in zip(prompts, kept, strict=True)]
 
     def fork(self, handle: SequenceHandle, n: int = 1) -> list[SequenceHandle]:
-        """Return n handles of the same sequence, each to be freed by itself, in constant time per handle."""
-        return [SequenceHandle(handle.ids, None if handle.cached is None else handle.cached.fork()) for _ in range(n)]
+        """Return n handles of the same sequence, each to be freed by itself, in constant time per handle.
+
+        Raises:
+            ConfigError: the handle was freed, or is another engine's.
+        """
+        self._check_handles([handle])
+        cached = handle.cached
+        return [replace(handle, cached=None if cached is None else cached.fork()) for _ in range(n)]
 
     @torch.no_grad()
     def extend(
@@ -251,51 +272,59 @@ class Engine:
         sampling: SamplingConfig | None = None,
         *,
         seeds: Sequence[int],
-        stop: Sequence[str] | None = None,
+        stop: str | Sequence[str] | None = None,
         rule: Callable[[Sequence[int]], bool] | None = None,
         chat: bool = True,
     ) -> list[Extension]:
         """Draw tokens behind sequences until an end token, a limit, a stop string or a rule ends each; return the new sequences.
 
-        The given handles stay as they are.
+        The given handles stay as they are. All options are about the new tokens alone: `max_new_tokens` and `min_new_tokens`
+        count them, and stop strings are looked for in their text. The new sequence holds every token drawn, those of a stop
+        string too.
 
         Args:
-            seeds: one per handle.
+            seeds: one per handle. A token's random number is a function of the seed and of the token's place behind the prompt
+                that `prefill` read, so a sequence that is extended twice with one seed is the one that is extended once; forks
+                need different seeds to differ.
             stop: stop strings, such as a separator of steps, in place of those of `sampling`.
-            rule: called with the ids drawn so far, after each token; True ends the sequence.
+            rule: called with the new ids, after each token; True ends the sequence.
             chat: whether texts are decoded alone; else as continuations of a text.
 
         Raises:
-            ConfigError: another number of seeds, or a stop id isn't in the vocabulary.
+            ConfigError: another number of seeds, an invalid stop string or id, a handle that was freed or is another engine's, or
+                one that was read with weights that have changed since.
             DataError: a sequence leaves no room for a token.
             NumbersError: as `generate`.
         """
         sampling = sampling or SamplingConfig()
         if stop is not None:
-            sampling = sampling.model_copy(update={"stop": list(stop)})
+            options = sampling.model_dump() | {"stop": stop if isinstance(stop, str) else list(stop)}
+            sampling = SamplingConfig.parse(options, place="extend")
         self._check(sampling)
+        self._check_handles(handles)
         if rule is not None:
             self.backend.require("rules", purpose="a stopping rule")
         if len(seeds) != len(handles):
             problem = "an extension needs one seed per handle"
             raise ConfigError(problem, place="extend(seeds=…)", got=f"{len(seeds)} for {len(handles)}")
         draws = [
-            self._draw(
-                number, handle.ids, seed, sampling, chat=chat, place=f"handles[{number}]", base=handle.cached, rule=rule
-            )
+            self._draw(number, handle.ids, seed, sampling, chat=chat, place=f"handles[{number}]", of=handle, rule=rule)
             for number, (handle, seed) in enumerate(zip(handles, seeds, strict=True))
         ]
         made: dict[int, Extension] = {}
         with contextlib.closing(self.backend.run([draw.request for draw in draws], sampling)) as running:
             for one in running:
-                ids = (*handles[one.number].ids, *one.drawn.ids)
                 completion = self._completion(draws[one.number], one, self.policy_version)
-                made[one.number] = Extension(SequenceHandle(ids, one.sequence), completion)
+                extended = handles[one.number].followed_by(one.drawn.ids, one.sequence)
+                made[one.number] = Extension(extended, completion)
         return [made[number] for number in range(len(handles))]
 
     @torch.no_grad()
     def append(self, handles: Sequence[SequenceHandle], tokens: Sequence[Sequence[int]]) -> list[SequenceHandle]:
-        """Return sequences with given tokens behind them, such as the accepted part of a draft, or a tool's output."""
+        """Return sequences with given tokens behind them, such as the accepted part of a draft, or a tool's output.
+
+        Raises: as `score`.
+        """
         return [extended for extended, _ in self._follow(handles, tokens)]
 
     @torch.no_grad()
@@ -311,22 +340,36 @@ class Engine:
 
         Returns:
             For each handle (T,) float32, nats.
+
+        Raises:
+            ConfigError: a temperature that isn't above 0, no tokens for a handle, or a handle that was freed, is another
+                engine's, or was read with weights that have changed since.
+            DataError: a sequence would be longer than the model's positions.
+            NumbersError: logits aren't finite, or memory doesn't suffice.
         """
+        if not temperature > 0:
+            raise ConfigError("must be above 0", place="score(temperature=…)", got=str(temperature))
         followed = self._follow(handles, tokens, temperature=temperature)
         self.free([extended for extended, _ in followed])
         return [logps for _, logps in followed]
 
     def free(self, handles: Sequence[SequenceHandle]) -> None:
-        """Give up handles; what no other handle shares is freed. Each handle is freed once."""
-        for handle in handles:
-            if handle.cached is not None:
-                handle.cached.free()
+        """Give up handles; memory that no other handle shares is released.
+
+        A handle that nothing refers to any more is freed by itself; a handle that was freed stays so.
+
+        Raises:
+            ConfigError: a handle is another engine's.
+        """
+        self._check_handles(handles, freed=True)
+        self.backend.free([handle.cached for handle in handles])
 
     def _follow(
         self, handles: Sequence[SequenceHandle], tokens: Sequence[Sequence[int]], *, temperature: float = 1.0
     ) -> list[tuple[SequenceHandle, torch.Tensor]]:
         """Return, for each handle, a new one with tokens behind it, and their log-probabilities (T,)."""
-        if [bool(ids) for ids in tokens] != [True] * len(handles):
+        self._check_handles(handles)
+        if [len(ids) > 0 for ids in tokens] != [True] * len(handles):
             problem = "each handle needs at least one token"
             raise ConfigError(problem, place="tokens", got=f"{[len(ids) for ids in tokens]} for {len(handles)} handles")
         whole = [(*handle.ids, *ids) for handle, ids in zip(handles, tokens, strict=True)]
@@ -335,7 +378,30 @@ class Engine:
         followed = self.backend.follow(
             [handle.cached for handle in handles], whole, [len(ids) for ids in tokens], temperature=temperature
         )
-        return [(SequenceHandle(ids, kept), logps) for ids, (kept, logps) in zip(whole, followed, strict=True)]
+        for number, (_, logps) in enumerate(followed):
+            if logps.isnan().any():
+                self.backend.forget()  # what is kept isn't finite, either
+                raise NumbersError(
+                    "the model's logits aren't finite", place=f"handles[{number}]", fix="check its weights"
+                )
+        return [
+            (handle.followed_by(ids, kept), logps)
+            for handle, ids, (kept, logps) in zip(handles, tokens, followed, strict=True)
+        ]
+
+    def _check_handles(self, handles: Sequence[SequenceHandle], *, freed: bool = False) -> None:
+        """Raise `ConfigError` for handles of another engine and, unless allowed, for those that were freed."""
+        for number, handle in enumerate(handles):
+            if handle.engine is not self:
+                raise ConfigError(
+                    "the sequence is another engine's", place=f"handles[{number}]",
+                    fix="use it with the engine that made it, or call `prefill` with its `ids`",
+                )  # fmt: skip
+            if not freed and handle.cached is not None and handle.cached.freed:
+                raise ConfigError(
+                    "the sequence was freed", place=f"handles[{number}]",
+                    fix="free it later, or fork it before; or call `prefill` with its `ids`",
+                )  # fmt: skip
 
     # Which completions are drawn
 
@@ -382,10 +448,10 @@ class Engine:
         place: str,
         prompt: int = 0,
         limit: int | None = None,
-        base: CachedSequence | None = None,
+        of: SequenceHandle | None = None,
         rule: Callable[[Sequence[int]], bool] | None = None,
     ) -> _Draw:
-        """Return a completion to be drawn; `place` is for messages, `base` holds the keys and values of all ids but the last."""
+        """Return a completion to be drawn; `place` is for messages, `of` is the handle that it extends, which has these ids."""
         positions = self.policy.max_positions
         most = sampling.max_new_tokens if limit is None else min(limit, sampling.max_new_tokens)
         room = most if positions is None else min(most, positions - len(ids))
@@ -404,8 +470,9 @@ class Engine:
             ends=self._own_ends + (self._turn_ends if chat else ()),
             stops=self._stop_strings(chat, *sampling.stop) if sampling.stop else None,
             rule=rule,
-            base=base,
-            keep=base is not None,
+            base=None if of is None else of.cached,
+            skipped=0 if of is None else len(ids) - of.prompt_length,
+            keep=of is not None,
         )
         return _Draw(request, prompt, place, self._text_of(chat))
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,10 +76,18 @@ class NativeDecoding:
         cuda_graphs: whether decoding steps on a GPU are captured where they can be.
     """
 
-    def __init__(self, policy: PolicyModel, cache: PagedKVCache, *, most_rows: int, cuda_graphs: bool = True) -> None:
+    def __init__(
+        self,
+        policy: PolicyModel,
+        cache: PagedKVCache,
+        *,
+        most_rows: int,
+        cuda_graphs: bool = True,
+        prefixes: KeptPrefixes | None = None,
+    ) -> None:
         self.policy, self.cache, self.most_rows = policy, cache, most_rows
         self._device_steps = DeviceSteps(policy, cache, graphs=cuda_graphs) if cache.fills_blocks else None
-        self.prefixes = KeptPrefixes(cache)
+        self.prefixes = KeptPrefixes(cache) if prefixes is None else prefixes
         self.preemptions = 0
         """How often a row had to give up its keys and values, in all."""
         self._waiting: deque[_Row] = deque()
@@ -88,8 +96,24 @@ class NativeDecoding:
         self._rows: list[_Row] = []
         """Rows that are being decoded: in the order in which they joined, which is that of `_drawing`."""
         self._plan: DecodingAttention | None = None
+        self._running = False
 
-    def run(self, requests: Iterable[Request], sampling: SamplingConfig, *, partly: bool = False) -> Iterator[Finished]:
+    def idle(self, *, most_rows: int) -> NativeDecoding:
+        """Return a loop over the same cache that isn't running: this one, unless a call of it was begun and hasn't ended.
+
+        Two streams at once, say, are two loops; each makes room in the cache with its own rows alone.
+        """
+        if self._running:
+            # Graphs captured for it would be thrown away with it.
+            return NativeDecoding(
+                self.policy, self.cache, most_rows=most_rows, cuda_graphs=False, prefixes=self.prefixes
+            )
+        self.most_rows = most_rows
+        return self
+
+    def run(
+        self, requests: Iterable[Request], sampling: SamplingConfig, *, partly: bool = False
+    ) -> Generator[Finished]:
         """Yield completions in the order in which they end.
 
         Args:
@@ -98,12 +122,15 @@ class NativeDecoding:
         Raises:
             NumbersError: the cache is too small for one completion.
         """
-        self._head_weight = self.policy.head_weight()
-        self._drawing = DrawnRows(sampling, device=self.policy.device)
-        if self._device_steps is not None:
-            self._device_steps.begin()
-        self._waiting.extend(_Row(request, list(request.ids), self._begin(request)) for request in requests)
+        if self._running:
+            raise RuntimeError("this decoding loop is running: take an idle one")
+        self._running = True
         try:
+            self._head_weight = self.policy.head_weight()
+            self._drawing = DrawnRows(sampling, device=self.policy.device)
+            if self._device_steps is not None:
+                self._device_steps.begin()
+            self._waiting.extend(_Row(request, list(request.ids), self._begin(request)) for request in requests)
             while self._waiting or self._joining or self._rows:
                 self._admit()
                 self._read_prompts()
@@ -116,6 +143,7 @@ class NativeDecoding:
             self._joining, self._rows, self._plan = {}, [], None
             if self._device_steps is not None:
                 self._device_steps.end()
+            self._running = False
 
     def _begin(self, request: Request) -> CachedSequence:
         return self.cache.new() if request.base is None else request.base.fork()
@@ -134,7 +162,9 @@ class NativeDecoding:
             if to_read not in self._joining and row.missing and not row.sequence.length:
                 row.sequence.free()
                 row.sequence = self.prefixes.fork_longest(to_read)
-            needed = 1 + active + (0 if to_read in self._joining else self.cache.blocks_for(row.missing))
+            # Those that are joining have yet to take their blocks: none may be promised twice.
+            needed = 1 + active + sum(self.cache.blocks_for(rows[0].missing) for rows in self._joining.values())
+            needed += 0 if to_read in self._joining else self.cache.blocks_for(row.missing)
             while self.cache.free_blocks < needed and self.prefixes.drop_oldest():
                 pass
             if self.cache.free_blocks < needed and active:
@@ -362,11 +392,14 @@ class NativeDecoding:
         """
         if self.prefixes.drop_oldest():
             return
-        if self._active <= 1:
-            tokens = self.cache.capacity * self.cache.block_size
+        # Rows that join together read their common tokens once.
+        if len(self._rows) + len(self._joining) <= 1:
+            tokens, own = self.cache.capacity * self.cache.block_size, self._active
+            others = self.cache.num_sequences - len(self.prefixes) - len(self._waiting) - own
             raise NumbersError(
                 "the memory for keys and values doesn't suffice for one completion", place="generation",
-                got=f"room for {tokens:,} tokens", fix="shorten prompts or `max_new_tokens`, or allow more memory",
+                got=f"room for {tokens:,} tokens" + (f", shared with {others} other sequences" if others > 0 else ""),
+                fix="shorten prompts or `max_new_tokens`, free sequence handles, or allow more memory",
             )  # fmt: skip
         if self._joining:
             _, victims = self._joining.popitem()

@@ -19,13 +19,13 @@ from rlhf_core.config.online import SamplingConfig
 from rlhf_core.generation.backend import ALWAYS, Backend, Capabilities
 from rlhf_core.generation.block_table_attention import KERNEL_BLOCK
 from rlhf_core.generation.device_steps import DEVICES
-from rlhf_core.generation.known_tokens import sequence_logps, target_logps
+from rlhf_core.generation.known_tokens import logps_by_forward, logps_of_hidden
 from rlhf_core.generation.memory import free_bytes
 from rlhf_core.generation.native import NativeDecoding, measure_native, new_cache
 from rlhf_core.generation.paged_cache import CachedSequence
 from rlhf_core.generation.plain import PlainDecoding
 from rlhf_core.generation.requests import UNFINISHED, Finished, Request
-from rlhf_core.generation.weights_state import weights_state
+from rlhf_core.generation.weights_state import weight_versions, weights_state
 from rlhf_core.infra.devices import is_out_of_memory, release_memory
 from rlhf_core.infra.errors import ConfigError, NumbersError
 from rlhf_core.models.dropout import evaluating
@@ -84,34 +84,58 @@ class NativeBackend(Backend):
             NumbersError: memory doesn't suffice for one completion.
         """
         left, rows = {request.number: request for request in requests}, min(self.most_rows, max(len(requests), 1))
-        while left:
-            failed = False
-            with self._for_decoding():
-                decoding = self._decoding_for(list(left.values()), rows)
+        try:
+            while left:
+                failed = False
                 try:
-                    for one in decoding.run(list(left.values()), sampling, partly=partly):
-                        if one.reason != UNFINISHED:
-                            del left[one.number]
-                        yield one
+                    with contextlib.closing(self._run(list(left.values()), sampling, rows, partly=partly)) as running:
+                        for one in running:
+                            if one.reason != UNFINISHED:
+                                del left[one.number]
+                            yield one
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
                         raise
                     failed = True
-            # Outside the handler: the error's traceback keeps the failed pass's tensors alive.
-            if failed:
-                release_memory(self.policy.device)
-                if rows == 1:
-                    raise NumbersError(
-                        "out of memory with one completion at a time",
-                        fix="set a smaller `max_length` (`generation.max_new_tokens` for completions), or `precision: bf16`",
-                    )
-                rows = max(1, rows // 2)
-                log.warning("out of memory: trying again with %d completions at a time", rows)
-        if self._native is not None and self._is_trained:
-            # Its weights are about to change, and training needs the memory.
-            self._native.prefixes.clear()
-            if not self._native.cache.used_blocks:
-                self._native = None
+                # Outside the handler: the error's traceback keeps the failed pass's tensors alive.
+                if failed:
+                    release_memory(self.policy.device)
+                    if rows == 1:
+                        raise NumbersError(
+                            "out of memory with one completion at a time",
+                            fix="set a smaller `max_length` (`generation.max_new_tokens` for completions), or `precision: bf16`",
+                        )
+                    rows = max(1, rows // 2)
+                    log.warning("out of memory: trying again with %d completions at a time", rows)
+        finally:
+            self._release_if_trained()
+
+    def _run(
+        self, requests: Sequence[Request], sampling: SamplingConfig, rows: int, *, partly: bool
+    ) -> Generator[Finished]:
+        """Yield completions as they end, or as they grow; see `run`.
+
+        Raises:
+            ConfigError: weights change while a completion grows.
+        """
+        with self._for_decoding():
+            decoding = self._decoding_for(requests, rows)
+        with contextlib.closing(decoding.run(requests, sampling, partly=partly)) as running:
+            if not partly:
+                with self._for_decoding():
+                    yield from running
+                return
+            # Whoever reads a stream may do anything between its pieces: read another one, or train.
+            versions = weight_versions(self.policy)
+            while True:
+                with self._for_decoding():
+                    one = next(running, None)
+                if one is None:
+                    return
+                yield one
+                if weight_versions(self.policy) != versions:
+                    problem = "the policy's weights have changed while a completion was being drawn"
+                    raise ConfigError(problem, place="stream", fix="read streams to their end, or close them, before")
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> list[CachedSequence | None]:
         native = self._native_for(max(map(len, prompts), default=0), [len(ids) for ids in prompts])
@@ -119,6 +143,18 @@ class NativeBackend(Backend):
             return [None] * len(prompts)
         with self._for_decoding():
             return [*native.prefill([ids[:-1] for ids in prompts])]
+
+    def free(self, kept: Sequence[CachedSequence | None]) -> None:
+        super().free(kept)
+        if self._native is not None and self._native.cache.num_sequences == len(self._native.prefixes):
+            self._release_if_trained()
+
+    def _release_if_trained(self) -> None:
+        """Release the memory of a policy whose weights are about to change: training needs it."""
+        if self._native is not None and any(parameter.requires_grad for parameter in self.policy.parameters()):
+            self._native.prefixes.clear()
+            if not self._native.cache.num_sequences:
+                self._native = None
 
     def follow(
         self,
@@ -128,42 +164,44 @@ class NativeBackend(Backend):
         *,
         temperature: float,
     ) -> list[tuple[CachedSequence | None, Tensor]]:
-        native = self._native_for(max(map(len, whole), default=0), counts)
-        self._check_kept(kept, native)
+        if not whole:
+            return []
+        native = self._native_for(max(map(len, whole)), counts)
         with self._for_decoding():
             if native is None:
                 return [
-                    (None, sequence_logps(self.policy, ids, len(ids) - count, temperature))
+                    (None, logps_by_forward(self.policy, ids, count, temperature))
                     for ids, count in zip(whole, counts, strict=True)
                 ]
-            read = native.follow([one for one in kept if one is not None], whole)
+            self._check_kept(kept, native)
+            before = [
+                # Nothing is kept of a sequence that was too long for this loop, or shares the call with one.
+                native.prefill([ids[: -count - 1]])[0] if one is None else one
+                for one, ids, count in zip(kept, whole, counts, strict=True)
+            ]
+            read = native.follow(before, whole)
             return [
-                (sequence, target_logps(self.policy, hidden, ids[-len(hidden) :], temperature))
-                for (sequence, hidden), ids in zip(read, whole, strict=True)
+                (sequence, logps_of_hidden(self.policy, hidden, ids[-count:], temperature))
+                for (sequence, hidden), ids, count in zip(read, whole, counts, strict=True)
             ]
 
     def forget(self) -> None:
         self._native = None
-
-    @property
-    def _is_trained(self) -> bool:
-        return any(parameter.requires_grad for parameter in self.policy.parameters())
 
     def _decoding_for(self, requests: Sequence[Request], rows: int) -> NativeDecoding | PlainDecoding:
         """Return the loop that draws some completions, with room for them as far as memory is allowed."""
         longest = max(len(request.ids) + request.limit for request in requests)
         prompts = {request.ids for request in requests if request.base is None}
         native = self._native_for(longest, [*map(len, prompts), *(request.limit for request in requests)])
-        self._check_kept([request.base for request in requests], native)
         if native is None:
             return PlainDecoding(self.policy, memory=self.memory, most_rows=rows)
-        native.most_rows = rows
-        return native
+        self._check_kept([request.base for request in requests], native)
+        return native.idle(most_rows=rows)
 
-    def _check_kept(self, kept: Sequence[CachedSequence | None], native: NativeDecoding | None) -> None:
+    def _check_kept(self, kept: Sequence[CachedSequence | None], native: NativeDecoding) -> None:
         """Raise `ConfigError` for sequences that were read with weights that the policy no longer has."""
         for number, one in enumerate(kept):
-            if one is not None and (native is None or one.cache is not native.cache):
+            if one is not None and one.cache is not native.cache:
                 raise ConfigError(
                     "the policy's weights have changed since the sequence was read", place=f"handles[{number}]",
                     fix="call `prefill` with its `ids`",
@@ -183,11 +221,11 @@ class NativeBackend(Backend):
             return None
         size = BLOCK_SIZE.get(policy.device.type, BLOCK_SIZE["cpu"])
         bytes_per_block = facts.elements * size * (4 if policy.precision == torch.float32 else 2)
-        most = max(1, (self.memory or free_bytes(policy.device)) // bytes_per_block)
+        most = max(1, (free_bytes(policy.device) if self.memory is None else self.memory) // bytes_per_block)
         # Where blocks must be full, each stretch begins with a copy of the last block before it.
         spare = 2 if policy.device.type in DEVICES else 1
         wanted = sum(tokens // size + spare for tokens in runs)
-        state = weights_state(policy)
+        state = policy.precision, weights_state(policy)
         if self._native is None or state != self._read_with:
             cache = new_cache(max(1, min(most, wanted)), size, policy.device)
             self._native = NativeDecoding(policy, cache, most_rows=self.most_rows, cuda_graphs=self.cuda_graphs)

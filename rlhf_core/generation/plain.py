@@ -6,7 +6,7 @@ are drawn together begin together and wait for the longest.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 
 from rlhf_core.config.online import SamplingConfig
 from rlhf_core.generation.drawn_rows import DrawnCompletion, DrawnRows, NewRow
@@ -30,7 +30,9 @@ class PlainDecoding:
     def __init__(self, policy: PolicyModel, *, memory: int | None = None, most_rows: int) -> None:
         self.policy, self.memory, self.most_rows = policy, memory, most_rows
 
-    def run(self, requests: Iterable[Request], sampling: SamplingConfig, *, partly: bool = False) -> Iterator[Finished]:
+    def run(
+        self, requests: Iterable[Request], sampling: SamplingConfig, *, partly: bool = False
+    ) -> Generator[Finished]:
         """Yield completions, batch by batch; a batch holds prompts of like length, and few enough to fit in memory."""
         for batch in self._batches(list(requests)):
             yield from self._decode(batch, sampling, partly=partly)
@@ -84,4 +86,12 @@ class PlainDecoding:
 
 def new_row(request: Request, before: DrawnCompletion | None) -> NewRow:
     """Return the row of a decoding loop that draws what is asked for, behind what was drawn before."""
-    return NewRow(request.seed, request.limit, request.ends, request.stops, prompt_ids=request.ids, before=before)
+    return NewRow(
+        request.seed,
+        request.limit,
+        request.ends,
+        request.stops,
+        prompt_ids=request.ids,
+        before=before,
+        skipped=request.skipped,
+    )

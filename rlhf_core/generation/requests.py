@@ -36,6 +36,8 @@ class Request:
     """Called with the ids drawn so far after each token; True ends the completion."""
     base: CachedSequence | None = None
     """Where the keys and values of the prompt, but for its last token, are kept already. It stays as it is."""
+    skipped: int = 0
+    """Random numbers of its seed before its first token's: so many tokens were drawn behind the same prompt before."""
     keep: bool = False
     """Whether `Finished.sequence` is wanted."""
 

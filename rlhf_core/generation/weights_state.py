@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-SAMPLES = 8
+SAMPLES = 64
 """Numbers of each tensor that are compared."""
+
+
+def weight_versions(model: nn.Module) -> Any:
+    """Return what differs once a weight was replaced or changed in place, but for changes behind PyTorch's back (`.data`)."""
+    return [
+        (id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
+        for tensor in (*model.parameters(), *model.buffers())
+        if tensor.device.type != "meta"
+    ]
 
 
 @torch.no_grad()
 def weights_state(model: nn.Module) -> Any:
-    """Return what differs once a weight has changed, and compares equal while none has.
+    """Return what differs once a weight has changed, or another adapter is on, and compares equal while nothing has.
 
-    Changes in place count up a tensor's version; those behind PyTorch's back (`.data`) mostly show in some of its numbers.
+    Changes in place count up a tensor's version. Those behind PyTorch's back (`.data`) don't: they show where they change one of
+    `SAMPLES` numbers that are spread over a tensor, as a step of an optimiser does.
     """
     tensors = [*model.parameters(), *model.buffers()]
-    known = [(id(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors if tensor.device.type != "meta"]
     some = [
         tensor.flatten()[:: max(1, tensor.numel() // SAMPLES)][:SAMPLES].double().sum()
         for tensor in tensors
@@ -27,4 +37,16 @@ def weights_state(model: nn.Module) -> Any:
     by_device: dict[torch.device, list[torch.Tensor]] = {}
     for number in some:
         by_device.setdefault(number.device, []).append(number)
-    return known, [torch.stack(numbers).tolist() for numbers in by_device.values()]
+    # As bits: a sum that isn't a number equals itself, too.
+    sums = [torch.stack(numbers).view(torch.int64).tolist() for numbers in by_device.values()]
+    return weight_versions(model), sums, _adapters(model)
+
+
+def _adapters(model: nn.Module) -> list[Any]:
+    """Return which adapters each layer adds to its output, and by which factor."""
+    layers: Iterator[Any] = model.modules()
+    return [
+        (layer.disable_adapters, list(layer.active_adapters), list(layer.merged_adapters), dict(layer.scaling))
+        for layer in layers
+        if hasattr(layer, "disable_adapters") and hasattr(layer, "scaling")
+    ]

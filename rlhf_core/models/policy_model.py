@@ -81,15 +81,15 @@ class PolicyModel(SequenceModel):
             states = self.hidden_states(batch, drop_last=True)
         states.check(batch)
         targets = batch.response_ids.flatten()[states.places()]
-        return states.to_tokens(self._target_logps(states.predicting(), targets, 1.0 / temperature))
+        return states.to_tokens(self.target_logps(states.predicting(), targets, temperature=temperature))
 
     def response_logps(self, batch: Batch, *, temperature: float = 1.0, states: HiddenStates | None = None) -> Tensor:
         """Return (R,) log-probabilities of the responses, summed over their loss mask, nats; see `token_logps`."""
         return self.token_logps(batch, temperature=temperature, states=states).sum(dim=1)
 
-    def _target_logps(self, hidden: Tensor, targets: Tensor, scale: float) -> Tensor:
-        """Return (S,) log softmax(scale · logits)[target] for hidden states (S, D) and target ids (S,)."""
-        layer, head = self.output_layer, self.head
+    def target_logps(self, hidden: Tensor, targets: Tensor, *, temperature: float = 1.0) -> Tensor:
+        """Return (S,) float32 log softmax(logits / temperature)[target] for hidden states (S, D) and target ids (S,), nats."""
+        layer, head, scale = self.output_layer, self.head, 1.0 / temperature
         if type(head) is not nn.Linear or head.bias is not None or layer.cap is not None or layer.own_code:
             return module_token_logprobs(self.logits, hidden, targets, scale=scale)
         with self.product_precision():
