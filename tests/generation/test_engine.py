@@ -81,7 +81,7 @@ def test_the_padding_token_may_be_the_end_token() -> None:
         # The end token is likely, so that rows end at different steps.
         policy.causal_lm.model.embed_tokens.weight[tokenizer.eos_token_id] *= 3
     tempered, raw, drawn = differences(policy, PROMPTS, temperature=0.8, max_new_tokens=30)
-    assert tempered < 1e-5 and raw < 1e-5
+    assert tempered < 2e-5 and raw < 2e-5
     every = [one for group in drawn for one in group]
     lengths = {len(one.ids) for one in every}
     assert len(lengths) > 3 and any(one.stop_reason == "end" for one in every)

@@ -58,6 +58,10 @@ def drawn(groups: list[list[Completion]]) -> list[list[list[int]]]:
     return [[list(one.ids) for one in group] for group in groups]
 
 
+def flat(groups: list[list[Completion]]) -> list[Completion]:
+    return list(itertools.chain(*groups))
+
+
 def bytes_for(policy: PolicyModel, blocks: int) -> int:
     """Return the memory of a cache of so many blocks."""
     return policy.measured(measure_native).elements * SIZE * 4 * blocks
@@ -88,14 +92,14 @@ def test_a_cache_too_small_for_the_work_finishes_it(policy: PolicyModel, batch: 
     seeds = [[prompt * 10 + k for k in range(4)] for prompt in range(3)]
     whole = Engine(policy).generate(batch, 4, sampling(), seeds=seeds)
     preemptions = []
-    for blocks in (12, 14, 20, 40):
+    for blocks in (12, 14, 20, 200):
         engine = Engine(policy, memory=bytes_for(policy, blocks))
         ended: list[tuple[int, int]] = []
         found = engine.generate(
             batch, 4, sampling(), seeds=seeds, finished=lambda prompt, k, one, ended=ended: ended.append((prompt, k))
         )
         assert drawn(found) == drawn(whole)
-        for one, other in zip(sum(found, []), sum(whole, []), strict=True):
+        for one, other in zip(flat(found), flat(whole), strict=True):
             assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
         assert sorted(ended) == [(prompt, k) for prompt in range(3) for k in range(4)]
         assert loop(engine).cache.capacity <= blocks
@@ -109,7 +113,8 @@ def test_a_cache_too_small_for_one_completion_says_so(policy: PolicyModel, batch
         with pytest.raises(NumbersError, match="doesn't suffice for one completion") as caught:
             engine.generate(batch.select([0]), 3, sampling())
         assert caught.value.got == f"room for {blocks * SIZE} tokens"
-        assert len(engine.generate(batch.select([2]), 1, sampling(1))[0]) == 1  # what fits is still drawn
+        if blocks > 1:  # what fits is still drawn
+            assert len(engine.generate(batch.select([2]), 1, sampling(1))[0]) == 1
     engine = Engine(policy, memory=bytes_for(policy, 12))
     handle = engine.prefill([list(range(10, 38))])[0]
     with pytest.raises(NumbersError, match="doesn't suffice") as caught:
@@ -134,7 +139,7 @@ def test_rows_join_as_others_leave(policy: PolicyModel, batch: Batch, monkeypatc
     engine = Engine(policy, most_rows=2)
     found = engine.generate(batch, 3, SamplingConfig(max_new_tokens=9), seeds=seeds, limits=limits)
     assert drawn(found) == drawn(whole) and max(sizes) == 2
-    tokens = sum(len(one.ids) for one in sum(found, []))
+    tokens = sum(len(one.ids) for one in flat(found))
     # A row that ends leaves its place at once: no step has an ended row, and hardly one an empty place.
     assert sum(sizes) == tokens and len(sizes) <= tokens / 2 + 9
 

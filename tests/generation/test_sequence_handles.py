@@ -344,7 +344,10 @@ def test_a_stream_grows_into_what_generate_returns(kind: str) -> None:
         assert pieces[-1].stop_reason == whole.stop_reason
         for piece, later in itertools.pairwise(pieces):
             assert later.text.startswith(piece.text) and later.ids[: len(piece.ids)] == piece.ids
-            assert len(later.ids) > len(piece.ids) and not piece.text.endswith("\ufffd")
+            assert len(later.ids) > len(piece.ids)
+            assert stop or not piece.text.endswith(
+                "\ufffd"
+            )  # before what could become a stop string, bytes are settled
             partial += policy.tokenizer.decode(piece.ids).endswith("\ufffd")
         if stop:
             assert all(stop not in piece.text for piece in pieces)
