@@ -64,6 +64,10 @@ def run_untrusted(
     The environment holds no variable of this process. Whether a piece passed comes through another pipe than stdout, after a
     random token: what the code prints can't forge it. (Code that inspects the interpreter that it shares with the tests can.)
 
+    Where this process or the calling thread ends before the code, Linux kills the code at once; other systems do so a few
+    seconds after its time limit, unless it has cancelled that timer. Its directory, `rlhf-code-…` among the temporary files, is
+    then left over.
+
     Args:
         pieces: (a name for tracebacks, source).
         stdin: runs the first piece alone, as a program with this input, whose `output` and `returncode` matter.
@@ -87,6 +91,7 @@ def _run(
 ) -> CodeRun:
     token = secrets.token_hex(16)
     job = {"pieces": list(pieces), "token": token, "stdin": stdin is not None, "needed": needed}
+    job["parent"] = os.getpid()
     job |= {"seconds": limits.seconds, "memory_bytes": limits.memory_bytes, "file_bytes": limits.file_bytes}
     job_read, job_write = os.pipe()
     report_read, report_write = os.pipe()

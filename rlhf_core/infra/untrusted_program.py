@@ -13,20 +13,22 @@ import json
 import os
 import platform
 import resource
+import signal
 import struct
 import sys
 import tempfile
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-NO_NEW_PRIVILEGES, SECCOMP = 38, 22  # of prctl
+PARENT_DEATH_SIGNAL, NO_NEW_PRIVILEGES, SECCOMP = 1, 38, 22  # of prctl
 NEW_USER, NEW_NET = 0x10000000, 0x40000000  # of unshare
 AGAIN, NOT_PERMITTED, NOT_THERE = 11, 1, 38  # errors that a refused system call returns
 THREAD = 0x10000  # the flag of clone that makes a thread, not a process
 
 # System calls by number. Refused for all arguments: what starts or touches other processes, opens a network, mounts, changes
-# owners, permissions or clocks, or reaches parts of the kernel in which flaws are found often.
+# users, owners, permissions or clocks, or reaches parts of the kernel in which flaws are found often.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "x86_64": {
         "audit": 0xC000003E,
@@ -34,18 +36,20 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "clone3": 435,
         "signals": (62, 234),  # kill, tgkill
         "prlimit": 302,
+        "prctl": 157,
         # fork vfork execve execveat socket tkill setrlimit ptrace process_vm_readv process_vm_writev process_madvise pidfd_open
         # pidfd_getfd pidfd_send_signal io_uring_setup io_uring_enter io_uring_register bpf perf_event_open userfaultfd add_key
         # request_key keyctl unshare setns mount umount2 pivot_root chroot reboot kexec_load kexec_file_load init_module
         # finit_module delete_module swapon swapoff acct quotactl settimeofday clock_settime adjtimex clock_adjtime sethostname
         # setdomainname mknod mknodat open_by_handle_at personality ioperm iopl kcmp syslog open_tree move_mount fsopen fsconfig
         # fsmount fspick mount_setattr rt_sigqueueinfo rt_tgsigqueueinfo chmod fchmod fchmodat fchmodat2 chown fchown lchown
-        # fchownat setxattr lsetxattr fsetxattr removexattr lremovexattr fremovexattr utime utimes futimesat utimensat
+        # fchownat setxattr lsetxattr fsetxattr removexattr lremovexattr fremovexattr utime utimes futimesat utimensat setuid
+        # setgid setreuid setregid setgroups setresuid setresgid setfsuid setfsgid
         "refused": (
             57, 58, 59, 322, 41, 200, 160, 101, 310, 311, 440, 434, 438, 424, 425, 426, 427, 321, 298, 323, 248, 249, 250, 272,
             308, 165, 166, 155, 161, 169, 246, 320, 175, 313, 176, 167, 168, 163, 179, 164, 227, 159, 305, 170, 171, 133, 259,
             304, 135, 173, 172, 312, 103, 428, 429, 430, 431, 432, 433, 442, 129, 297, 90, 91, 268, 452, 92, 93, 94, 260, 188,
-            189, 190, 197, 198, 199, 132, 235, 261, 280,
+            189, 190, 197, 198, 199, 132, 235, 261, 280, 105, 106, 113, 114, 116, 117, 119, 122, 123,
         ),
     },
     "aarch64": {
@@ -54,11 +58,13 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "clone3": 435,
         "signals": (129, 131),
         "prlimit": 261,
+        "prctl": 167,
         # The same, as far as this architecture has them.
         "refused": (
             221, 281, 198, 130, 164, 117, 270, 271, 440, 434, 438, 424, 425, 426, 427, 280, 241, 282, 217, 218, 219, 97, 268, 40,
             39, 41, 51, 142, 104, 294, 105, 273, 106, 224, 225, 89, 60, 170, 112, 171, 266, 161, 162, 33, 265, 92, 272, 116, 428,
-            429, 430, 431, 432, 433, 442, 138, 240, 52, 53, 452, 54, 55, 5, 6, 7, 14, 15, 16, 88,
+            429, 430, 431, 432, 433, 442, 138, 240, 52, 53, 452, 54, 55, 5, 6, 7, 14, 15, 16, 88, 146,
+            144, 145, 143, 159, 147, 149, 151, 152,
         ),
     },
 }  # fmt: skip
@@ -83,9 +89,28 @@ def set_limits(job: dict) -> None:
         resource.setrlimit(kind, values)
 
 
+def end_with_parent(libc: ctypes.CDLL | None, parent: int, seconds: float) -> None:
+    """Have the kernel kill this process when its parent ends: on Linux at once, elsewhere a while after its time limit.
+
+    For Linux the parent is the thread that started this process, which waits for it.
+    """
+    if libc is not None:
+        libc.prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+    else:  # the parent ends it earlier if it can, so this timer ends what is left over
+        signal.setitimer(signal.ITIMER_REAL, seconds + 5)
+    if os.getppid() != parent:  # it ended before
+        os._exit(1)
+
+
 def leave_network(libc: ctypes.CDLL) -> bool:
     """Move into a network namespace without interfaces; return whether the kernel allowed it."""
     return libc.unshare(NEW_NET) == 0 or libc.unshare(NEW_USER | NEW_NET) == 0
+
+
+def readable_paths() -> list[str]:
+    """Return what may be read outside the code's own directory: Python and libraries, each with all below it."""
+    readable = {sys.prefix, sys.base_prefix, sys.exec_prefix, *sys.path, "/usr", "/lib", "/lib64", "/bin"}
+    return sorted(readable | {"/etc/ld.so.cache", "/etc/localtime", "/dev/urandom", "/dev/zero"})
 
 
 def restrict_files(libc: ctypes.CDLL, directory: str) -> bool:
@@ -105,9 +130,7 @@ def restrict_files(libc: ctypes.CDLL, directory: str) -> bool:
     ruleset = libc.syscall(444, rules, size, 0)
     if ruleset < 0:
         return False
-    readable = {sys.prefix, sys.base_prefix, sys.exec_prefix, *sys.path, "/usr", "/lib", "/lib64", "/bin"}
-    readable |= {"/etc/ld.so.cache", "/etc/localtime", "/dev/urandom", "/dev/zero"}
-    allowed = [*((path, reading) for path in sorted(readable)), (directory, every), ("/dev/null", 0b111 | 1 << 14)]
+    allowed = [*((path, reading) for path in readable_paths()), (directory, every), ("/dev/null", 0b111 | 1 << 14)]
     for path, access in allowed:
         with contextlib.suppress(OSError):
             descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
@@ -160,6 +183,13 @@ def filter_calls(libc: ctypes.CDLL) -> bool:
             (give, 0, 0, allow),
             (give, 0, 0, refuse | NOT_PERMITTED),
         ]
+    program += [  # its end with its parent stays
+        (equal, 0, 4, calls["prctl"]),
+        (load, 0, 0, argument(0)),
+        (equal, 0, 1, PARENT_DEATH_SIGNAL),
+        (give, 0, 0, refuse | NOT_PERMITTED),
+        (give, 0, 0, allow),
+    ]
     program += [  # its limits may be read, not set
         (equal, 0, 6, calls["prlimit"]),
         (load, 0, 0, argument(2)),
@@ -176,15 +206,68 @@ def filter_calls(libc: ctypes.CDLL) -> bool:
     return libc.prctl(SECCOMP, 2, whole, 0, 0) == 0
 
 
-def refuse_events() -> None:
-    """Refuse, where the kernel doesn't, what Python reports before it does it: code that calls the system itself isn't seen."""
-    refused = (
-        "socket.", "subprocess.", "os.fork", "os.exec", "os.posix_spawn", "os.system", "os.kill", "pty.", "ctypes.",
-        "os.chmod", "os.chown",
-    )  # fmt: skip
+REFUSED_EVENTS = (
+    "socket.", "subprocess.", "os.fork", "os.exec", "os.posix_spawn", "os.system", "os.kill", "pty.", "ctypes.", "os.chmod",
+    "os.chown", "os.chflags", "os.setxattr", "os.removexattr",
+)  # fmt: skip
+"""Beginnings of the names of what Python reports, by `sys.audit`, before it does it."""
+
+CHANGING_EVENTS: dict[str, tuple[tuple[int, int | None], ...]] = {
+    "os.remove": ((0, 1),), "os.rmdir": ((0, 1),), "os.mkdir": ((0, 2),), "os.rename": ((0, 2), (1, 3)),
+    "os.link": ((0, 2), (1, 3)), "os.symlink": ((1, 2),), "os.truncate": ((0, None),), "os.utime": ((0, 3),),
+    "sqlite3.connect": ((0, None),),
+}  # fmt: skip
+"""What changes files: (the argument with a path, the one with the open directory that the path begins at) of each path."""
+
+
+def refuse_events(directory: str) -> None:
+    """Refuse, where the kernel doesn't do all of it, what Python reports before it does it: network, processes, and files outside
+    `directory`, of which those in `readable_paths` may be read. Code that calls the system itself isn't seen.
+    """
+    real, split, join, decode = (
+        os.path.realpath,
+        os.path.split,
+        os.path.join,
+        os.fsdecode,
+    )  # before the code changes them
+    own, is_directory = real(directory), os.path.isdir
+    readable = [real(path) for path in readable_paths() if path]
+    changing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+
+    def within(path: str, places: list[str]) -> bool:
+        return any(path == place or path.startswith(place.rstrip("/") + "/") for place in places)
+
+    def opens(path: Any, mode: Any, flags: int) -> bool:
+        if isinstance(path, int):  # a descriptor, which was open before
+            return True
+        found = real(decode(path))
+        if found == "/dev/null" or within(found, [own]):
+            return True
+        if flags & changing or {*"wax+"} & {*(mode or "")}:
+            return False
+        # A directory that is open could be changed by the names in it.
+        return within(found, readable) and not (mode is None and is_directory(found))
+
+    def changes(path: Any, beside: int) -> bool:
+        if isinstance(path, int):
+            return True
+        head, name = split(decode(path))
+        if beside >= 0 and not head.startswith("/"):  # `opens` lets directories be opened in its own one alone
+            return ".." not in {name, *head.split("/")}
+        return within(join(real(head), name), [own])
+
+    def refusals(event: str, arguments: tuple) -> Iterator[bool]:
+        yield event.startswith(REFUSED_EVENTS)
+        if event == "open":
+            yield not opens(*arguments)
+        elif event in ("os.listdir", "os.scandir"):
+            path = arguments[0]
+            yield path is not None and not isinstance(path, int) and not within(real(decode(path)), [own, *readable])
+        for at, start in CHANGING_EVENTS.get(event, ()):
+            yield not changes(arguments[at], -1 if start is None else arguments[start])
 
     def look(event: str, arguments: tuple) -> None:
-        if event.startswith(refused):
+        if any(refusals(event, arguments)):
             raise PermissionError(f"{event} is refused here")
 
     sys.addaudithook(look)
@@ -194,15 +277,17 @@ def protect(job: dict, directory: str) -> dict:
     """Give up what the code must not have; return what the kernel enforces of it."""
     set_limits(job)
     enforced = {"network": False, "processes": False, "files": False}
-    if sys.platform.startswith("linux"):
-        libc = ctypes.CDLL(None, use_errno=True)
+    libc = ctypes.CDLL(None, use_errno=True) if sys.platform.startswith("linux") else None
+    if libc is not None:
         enforced["network"] = leave_network(libc)
         libc.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0)
         enforced["files"] = restrict_files(libc, directory)
+    end_with_parent(libc, job["parent"], job["seconds"])
+    if libc is not None:
         enforced["processes"] = filter_calls(libc)
         enforced["network"] = enforced["network"] or enforced["processes"]
-    if not enforced["processes"]:
-        refuse_events()
+    if not all(enforced.values()):
+        refuse_events(directory)
     return enforced
 
 

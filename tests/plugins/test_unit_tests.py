@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -12,12 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+import psutil
 import pytest
+from rlhf_plugins.rewards import unit_tests
 from rlhf_plugins.rewards.unit_tests import UnitTestsConfig, last_block, read_tests
 
 from rlhf_core.contracts.reward import Sample
 from rlhf_core.infra.errors import ConfigError, DataError
-from rlhf_core.infra.untrusted_code import CodeLimits, run_untrusted
+from rlhf_core.infra.untrusted_code import CodeLimits, CodeRun, run_untrusted
 from rlhf_core.rewards import open_rewards
 from rlhf_core.testing import RewardContract
 
@@ -50,6 +53,16 @@ def test_what_it_cannot_contain_is_said_once(caplog: Any) -> None:
         rewards.score([Sample("p", block(RIGHT), columns={"tests": ASSERTS})])
     told = [one.getMessage() for one in caplog.records if "unit_tests" in one.getMessage()]
     assert len(told) == 1 and "inspects its own tests" in told[0] and "container or virtual machine" in told[0]
+
+
+def test_the_warning_names_what_the_system_does_not_refuse(caplog: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    probed = CodeRun(enforced={"network": True, "processes": True, "files": False})
+    monkeypatch.setattr(unit_tests, "run_untrusted", lambda *_: probed)
+    open_rewards([{"name": "unit_tests", "options": {"allow_code_execution": True}}]).prepare()
+    assert (
+        "this system doesn't keep it from files: Python's own functions for that are refused, code that calls"
+        in caplog.text
+    )
 
 
 # Verdicts
@@ -224,11 +237,128 @@ def test_what_untrusted_code_cannot_reach(listener: int, tmp_path: Path, monkeyp
     assert reach("import random, math, json, numpy; open('own', 'w').write('x'); assert open('own').read() == 'x'")
 
 
-def test_without_the_kernels_filter_pythons_own_functions_are_refused() -> None:
-    program = "from rlhf_core.infra.untrusted_program import refuse_events\nrefuse_events()\n"
-    for attempt in ("import os; os.fork()", "import os; os.system('true')", "import socket; socket.socket()"):
-        done = subprocess.run([sys.executable, "-c", program + attempt], capture_output=True, text=True, check=False)
-        assert "PermissionError" in done.stderr
+def refused_by_hook(attempt: str, directory: Path) -> bool:
+    """Tell whether Python's own functions refuse an attempt where the kernel refuses nothing."""
+    hook = f"from rlhf_core.infra.untrusted_program import refuse_events\nrefuse_events({str(directory)!r})\n"
+    done = subprocess.run(
+        [sys.executable, "-c", hook + attempt], cwd=directory, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0 or "PermissionError" in done.stderr, done.stderr
+    return done.returncode != 0
+
+
+def test_without_the_kernels_limits_pythons_own_functions_are_refused(tmp_path: Path) -> None:
+    directory, secret = tmp_path / "own", tmp_path / "secret.txt"
+    directory.mkdir()
+    secret.write_text("s3cret")
+    (tmp_path / "empty").mkdir()
+    (directory / "link").symlink_to(secret)
+    attempts = [
+        "import os; os.fork()",
+        "import os; os.system('true')",
+        "import socket; socket.socket()",
+        f"open({str(secret)!r})",
+        "open('../secret.txt')",
+        "open('link')",
+        f"import os; os.open({str(secret)!r}, os.O_RDONLY)",
+        f"import pathlib; pathlib.Path({str(tmp_path / 'new')!r}).write_text('x')",
+        "import os; open(os.path.join(os.__file__, '..', 'new'), 'w')",
+        f"import os; os.remove({str(secret)!r})",
+        f"import os; os.rename({str(secret)!r}, 'here')",
+        f"import os; open('a', 'w'); os.rename('a', {str(secret)!r})",
+        f"import os; os.link({str(secret)!r}, 'here')",
+        f"import os; os.symlink('a', {str(tmp_path / 'new')!r})",
+        f"import os; os.truncate({str(secret)!r}, 0)",
+        f"import os; os.mkdir({str(tmp_path / 'new')!r})",
+        f"import os; os.rmdir({str(tmp_path / 'empty')!r})",
+        f"import os; os.listdir({str(tmp_path)!r})",
+        f"import os; list(os.scandir({str(tmp_path)!r}))",
+        f"import shutil; shutil.rmtree({str(tmp_path)!r})",
+        "import os, shutil; shutil.rmtree(os.path.join(os.path.dirname(os.__file__), 'email'))",
+        "import os; os.remove('../secret.txt', dir_fd=os.open('.', os.O_RDONLY))",
+    ]
+    assert [attempt for attempt in attempts if not refused_by_hook(attempt, directory)] == []
+    assert secret.read_text() == "s3cret" and {one.name for one in tmp_path.iterdir()} == {"own", "secret.txt", "empty"}
+    assert subprocess.run([sys.executable, "-c", "import email.message"], check=False).returncode == 0
+    allowed = (
+        "import tempfile, shutil, os, json, random, zoneinfo, numpy\nopen('a', 'w').write('x'); assert open('a').read() == 'x'\n"
+        "os.mkdir('d'); open('d/b', 'w'); os.rename('d/b', 'c'); os.remove('c'); os.remove('link'); assert os.listdir() \n"
+        "shutil.rmtree('d'); open(os.devnull, 'w').write('x'); open(json.__file__).read(); print(open(0).read())"
+    )
+    assert not refused_by_hook(allowed, directory)
+
+
+def test_the_hook_is_there_wherever_a_protection_is_missing(tmp_path: Path) -> None:
+    """Files alone may be unprotected, as before Linux 5.13: then Python's own functions must be refused, as the warning says."""
+    secret = tmp_path / "secret.txt"
+    secret.write_text("s3cret")
+    (tmp_path / "own").mkdir()
+    script = f"""
+import os
+from rlhf_core.infra import untrusted_program
+untrusted_program.restrict_files = lambda *_: False
+job = {{"seconds": 9, "memory_bytes": 2**30, "file_bytes": 2**20, "parent": os.getppid()}}
+print(untrusted_program.protect(job, {str(tmp_path / "own")!r})["files"])
+try:
+    open({str(secret)!r})
+except PermissionError:
+    print("refused")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.split() == ["False", "refused"], done.stderr
+
+
+ABANDONING = """
+import sys, threading, time
+from rlhf_core.infra.untrusted_code import CodeLimits, run_untrusted
+code = "import ctypes, os, time\\ntry:\\n    ctypes.CDLL(None).prctl(1, 0, 0, 0, 0)\\n    os.setuid(65534)\\nexcept Exception:\\n    pass\\n"
+code += "open('pid', 'w').write(str(os.getpid()))\\ntime.sleep(300)"
+threading.Thread(target=run_untrusted, args=([("p.py", code)], CodeLimits(seconds=300)), daemon=True).start()
+time.sleep(float(sys.argv[1]))
+"""  # noqa: E501
+
+
+def left_over(directory: Path) -> psutil.Process:
+    """Return the process of untrusted code whose directory is in `directory`, once it runs."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for file in directory.glob("rlhf-code-*/pid"):
+            if text := file.read_text():
+                return psutil.Process(int(text))
+        time.sleep(0.05)
+    raise AssertionError("the code didn't start")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a process of its parent's end")
+def test_code_ends_with_the_run_that_started_it(tmp_path: Path) -> None:
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    run = subprocess.Popen([sys.executable, "-c", ABANDONING, "300"], env=environment)
+    code = left_over(tmp_path)
+    try:
+        run.kill()
+        run.wait()
+        deadline = time.monotonic() + 10
+        while code.is_running() and code.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not code.is_running() or code.status() == psutil.STATUS_ZOMBIE
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            code.kill()
+
+
+def test_code_whose_run_has_ended_already_does_not_start() -> None:
+    script = "import ctypes, os, sys; from rlhf_core.infra.untrusted_program import end_with_parent as end\n"
+    script += "end(ctypes.CDLL(None) if sys.platform.startswith('linux') else None, {}, 300); print('runs')"
+    for parent, said in ("os.getppid()", b"runs\n"), ("os.getppid() + 1", b""):
+        done = subprocess.run([sys.executable, "-c", script.format(parent)], capture_output=True, check=False)
+        assert done.stdout == said and done.returncode == (not said)
+
+
+def test_where_the_kernel_does_not_end_code_with_its_run_a_timer_does() -> None:
+    script = "import os, signal; from rlhf_core.infra.untrusted_program import end_with_parent\n"
+    script += "end_with_parent(None, os.getppid(), 20.0); print(signal.getitimer(signal.ITIMER_REAL)[0])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert 20 < float(done.stdout) <= 25
 
 
 def test_its_directory_is_removed() -> None:

@@ -97,7 +97,8 @@ class UnitTestsReward(RewardFn):
         enforced = run_untrusted([("probe", "pass")], limits).enforced
         lacking = [name for name in ("network", "processes", "files") if not enforced.get(name)]
         missing = (
-            f"; this system doesn't keep it from {', '.join(lacking)}, so only Python's own functions are refused"
+            f"; this system doesn't keep it from {', '.join(lacking)}: Python's own functions for that are refused, code that"
+            " calls the system itself isn't kept from it"
             if lacking
             else ""
         )
