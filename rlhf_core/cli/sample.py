@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rlhf_core.contracts.completion import Completion
     from rlhf_core.contracts.sampler import Sampler
     from rlhf_core.data.prompt_rows import PromptRow
-    from rlhf_core.generation.sample_file import SampleFile
+    from rlhf_core.data.row_output import RowOutput
     from rlhf_core.generation.sampling_job import SamplingJob
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,9 @@ def sample(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the file in --output after its last whole row.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file in --output.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the file in --output, once the first new row is there.")
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Without --output: print rows as JSON, one per line; with it: the result.")
     ] = False,
@@ -89,16 +91,16 @@ def sample(
     if dry_run:
         return _describe(job, output, resume=resume, overwrite=overwrite)
     if output is not None:
-        from rlhf_core.generation.sample_file import SampleFile
+        from rlhf_core.generation.sample_file import SAMPLES
 
-        SampleFile.check(output, resume=resume, overwrite=overwrite)
+        SAMPLES.check_output(output, resume=resume, overwrite=overwrite)
     return _sample(job, output, resume=resume, overwrite=overwrite, as_json=as_json)
 
 
 def _sample(job: SamplingJob, output: Path | None, *, resume: bool, overwrite: bool, as_json: bool) -> None:
     """Read the prompts, load the models, and sample."""
     from rlhf_core.cli.model_argument import check_model
-    from rlhf_core.generation.sample_file import SampleFile, recorded_batch_size
+    from rlhf_core.generation.sample_file import open_sample_file, recorded_batch_size
     from rlhf_core.generation.sampled_rows import check_columns, input_columns
     from rlhf_core.infra.devices import DeviceManager
 
@@ -119,7 +121,7 @@ def _sample(job: SamplingJob, output: Path | None, *, resume: bool, overwrite: b
         "command": _command(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    with SampleFile.open(
+    with open_sample_file(
         output, record, [input_columns(row) for row in rows], resume=resume, overwrite=overwrite
     ) as file:
         before = file.written
@@ -165,9 +167,7 @@ def _warn_of_plain_text(sampler: Sampler, rows: Sequence[PromptRow]) -> None:
             return
 
 
-def _write_rows(
-    job: SamplingJob, sampler: Sampler, rows: Sequence[PromptRow], together: int, file: SampleFile
-) -> float:
+def _write_rows(job: SamplingJob, sampler: Sampler, rows: Sequence[PromptRow], together: int, file: RowOutput) -> float:
     """Sample the rows that a file lacks and append them; return the tokens per second.
 
     Raises:

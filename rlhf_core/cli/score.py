@@ -17,7 +17,8 @@ from rlhf_core.infra.errors import ConfigError, Stopped
 if TYPE_CHECKING:
     from rlhf_core.config.flags import Flag
     from rlhf_core.config.score_run import ScoreRunConfig
-    from rlhf_core.evaluation.score_file import ScoreFile, ScoreSummary
+    from rlhf_core.data.row_output import RowOutput
+    from rlhf_core.evaluation.score_file import ScoreSummary
     from rlhf_core.rewards import Rewards
 
 _Reward = Annotated[
@@ -41,7 +42,9 @@ def score(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the file in --output after its last whole row.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file in --output.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the file in --output, once the first new row is there.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Score completions: `rlhf score exact_match --data rows.jsonl --output scored.jsonl`, or `rlhf score MODEL_DIR --data D`.
@@ -65,7 +68,8 @@ def score(
         )
     with quick_imports():
         from rlhf_core.config.flags import lex
-        from rlhf_core.evaluation.score_file import ScoreFile, ScoreSummary
+        from rlhf_core.data.row_output import RowOutput
+        from rlhf_core.evaluation.score_file import SCORES, ScoreSummary
         from rlhf_core.registry.plugin_logs import setup_logging
 
         setup_logging()
@@ -80,10 +84,19 @@ def score(
     if run.output is None:
         return _finish(run, rewards, None, summary, as_json=as_json)
     output = Path(run.output).expanduser()
-    ScoreFile.check(output, resume=resume, overwrite=overwrite)
+    _check_apart(output, run.data)
+    SCORES.check_output(output, resume=resume, overwrite=overwrite)
     record = {"rewards": rewards.describe(), "column": run.score_column}
-    with ScoreFile(output, record, resume=resume, overwrite=overwrite) as file:
+    with RowOutput(output, SCORES, record, resume=resume, overwrite=overwrite) as file:
         return _finish(run, rewards, file, summary, as_json=as_json)
+
+
+def _check_apart(output: Path, data: str | Sequence[str]) -> None:
+    """Raise `ConfigError` where the scores would be written into a file that they are read from."""
+    for path in [data] if isinstance(data, str) else data:
+        source = Path(path).expanduser()
+        if output.exists() and source.exists() and output.samefile(source):
+            raise ConfigError("is read and written", place=str(output), fix="name another file as `--output`")
 
 
 def _opened(reward: str, flags: Sequence[Flag]) -> tuple[ScoreRunConfig, Rewards]:
@@ -127,7 +140,7 @@ def _opened(reward: str, flags: Sequence[Flag]) -> tuple[ScoreRunConfig, Rewards
 
 
 def _finish(
-    run: ScoreRunConfig, rewards: Rewards, file: ScoreFile | None, summary: ScoreSummary, *, as_json: bool
+    run: ScoreRunConfig, rewards: Rewards, file: RowOutput | None, summary: ScoreSummary, *, as_json: bool
 ) -> None:
     """Score all rows, and print the summary.
 
@@ -143,11 +156,16 @@ def _finish(
     except KeyboardInterrupt as error:
         if file is None:
             raise
+        file.note(status="stopped")
         raise Stopped(
             f"stopped by Ctrl-C after {summary.rows:,} rows, which are written",
             place=str(file.path),
             fix="the same command with `--resume` continues",
         ) from error
+    except Exception:
+        if file is not None:
+            file.note(status="failed")
+        raise
     found = summary.as_dict() | ({} if file is None else {"output": str(file.path)})
     if as_json:
         return print_json(found)

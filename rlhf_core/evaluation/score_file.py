@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from rlhf_core.data.completion_rows import CompletionRow
-from rlhf_core.infra.errors import ConfigError, DataError, StorageError, shortened
-from rlhf_core.infra.files import read_json, replace_json, storage_errors
+from rlhf_core.data.row_output import RowOutput, RowOutputKind
+from rlhf_core.infra.errors import DataError, StorageError, shortened
 from rlhf_core.rewards import Rewards, rewards_changed
 
 log = logging.getLogger(__name__)
@@ -128,112 +126,43 @@ def with_scores(row: CompletionRow, scores: Sequence[float], column: str) -> dic
     return {**row.columns, **added}
 
 
-class ScoreFile:
-    """The file that scored rows are appended to, with a record of the reward beside it: `out.jsonl`, `out.score.json`.
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return the differences between two records: the reward, and the new column's name."""
+    changed = rewards_changed(before["rewards"], now["rewards"])
+    if before["column"] != now["column"]:
+        changed.append(f"the column {before['column']} → {now['column']}")
+    return changed
 
-    Args:
-        path: the file.
-        record: what the scores depend on, as `Rewards.describe` returns it, and the column's name.
-        resume: keep the rows in it, without the part of a line that a kill left.
-        overwrite: remove them.
+
+SCORES = RowOutputKind(".score.json", "what its rows were scored by", "the reward", _changes)
+"""Files of scored rows. Their record holds `rewards`, as `Rewards.describe` returns it, and the `column` of the scores."""
+
+
+def _scores_of(row: CompletionRow, place: str, found: Mapping[str, Any] | None, column: str) -> list[float]:
+    """Return the scores that a row in the file has.
 
     Raises:
-        ConfigError: both are asked for, or the file was begun with another reward.
-        StorageError: the file exists and is neither to be continued nor replaced, or can't be written.
+        StorageError: it isn't this row with its scores.
     """
-
-    def __init__(self, path: Path, record: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
-        self.path, self._record = path, path.with_suffix(".score.json")
-        self.check(path, resume=resume, overwrite=overwrite)
-        self.written: list[bytes] = []
-        """The lines that are in the file already."""
-        keep = resume and path.exists() and path.stat().st_size > 0
-        if keep:
-            self._check_record(record)
-            with storage_errors(path):
-                lines = path.read_bytes().split(b"\n")
-            self.written = [line for line in lines[:-1] if line]
-        with storage_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            replace_json(self._record, dict(record))
-            self._file = path.open("r+b" if keep else "wb")
-            self._file.truncate(sum(len(line) + 1 for line in self.written))
-            self._file.seek(0, os.SEEK_END)
-
-    @staticmethod
-    def check(path: Path, *, resume: bool, overwrite: bool) -> None:
-        """Refuse a file that exists, before anything is loaded, unless it is to be continued or replaced."""
-        if resume and overwrite:
-            raise ConfigError(
-                "a file is either continued or replaced", place="--resume and --overwrite", fix="choose one"
-            )
-        if path.is_dir():
-            raise StorageError("is a directory, not a file", place=str(path), fix="choose another `--output`")
-        if path.exists() and path.stat().st_size > 0 and not (resume or overwrite):
-            fix = "`--resume` continues it, `--overwrite` replaces it"
-            raise StorageError("the file exists", place=str(path), fix=fix)
-
-    def has(self, number: int, row: CompletionRow) -> dict[str, Any] | None:
-        """Return the file's row of this number, or None where it ends before.
-
-        Raises:
-            StorageError: it isn't that row with a score.
-        """
-        if number >= len(self.written):
-            return None
-        try:
-            found = json.loads(self.written[number])
-            same = {name: found.pop(name) for name in row.columns} == dict(row.columns)
-        except (ValueError, KeyError, AttributeError, TypeError):
-            same, found = False, None
-        if not same or not found:
-            raise StorageError(
-                f"line {number + 1} isn't the row of {row.place} with a score, so the file can't be continued",
-                place=str(self.path),
-                got=shortened(self.written[number][:60].decode(errors="replace")),
-                fix="`--overwrite` replaces it",
-            )
-        return found
-
-    def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Append rows, each as one line."""
-        text = b"".join(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n" for row in rows)
-        with storage_errors(self.path, len(text)):
-            self._file.write(text)
-            self._file.flush()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._file.close()
-
-    def _check_record(self, record: Mapping[str, Any]) -> None:
-        try:
-            before = read_json(self._record)
-            changed = rewards_changed(before["rewards"], record["rewards"])
-            if before["column"] != record["column"]:
-                changed.append(f"the column {before['column']} → {record['column']}")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise StorageError(
-                "the file can't be continued: what its rows were scored by isn't known",
-                place=str(self.path),
-                got=f"no valid {self._record.name} beside it",
-                fix="`--overwrite` replaces it",
-            ) from None
-        if changed:
-            raise ConfigError(
-                "the reward changed since the file was begun",
-                place=str(self.path),
-                got="; ".join(changed),
-                fix="score by the same reward, or `--overwrite` the file",
-            )
+    scores: list[Any] = []
+    if found is not None:
+        values = [found[name] for name in found if name not in row.columns]
+        scores = values[0] if row.shape == "several" and len(values) == 1 else values
+    numbers = isinstance(scores, list) and all(type(score) in (int, float) for score in scores)
+    if numbers and len(scores) == len(row.samples) and found == with_scores(row, scores, column):
+        return scores
+    raise StorageError(
+        f"isn't the row of {row.place} with a score, so the file can't be continued",
+        place=place,
+        got="no row" if found is None else shortened(json.dumps(found, ensure_ascii=False)[:60]),
+        fix="restore the file as it was written, or `--overwrite` replaces it",
+    )
 
 
 def score_file(
     rewards: Rewards,
     rows: Iterable[CompletionRow],
-    file: ScoreFile | None,
+    file: RowOutput | None,
     *,
     column: str = "score",
     together: int | None = None,
@@ -249,18 +178,18 @@ def score_file(
     began = told = time.monotonic()
 
     def new() -> Iterator[CompletionRow]:
-        for number, row in enumerate(rows):
+        written = iter(()) if file is None else file.rows()
+        for row in rows:
             with_scores(row, [0.0] * len(row.samples), column)  # a clash is found before it is scored
-            known = None if file is None else file.has(number, row)
+            known = next(written, None)
             if known is None:
                 yield row
-                continue
-            values = list(known.values())
-            summary.add(row, values[0] if row.shape == "several" else values)
+            else:
+                summary.add(row, _scores_of(row, *known, column))
 
     for batch in score_rows(rewards, new(), together=together):
         if file is not None:
-            file.append(with_scores(row, scores, column) for row, scores in batch)
+            file.append(*(with_scores(row, scores, column) for row, scores in batch))
         for row, scores in batch:
             summary.add(row, scores)
         now = time.monotonic()
@@ -268,5 +197,9 @@ def score_file(
         if now - told > LOG_EVERY:
             told = now
             log.info("scored %s rows, %.3g a second", f"{summary.rows:,}", summary.rows / summary.seconds)
+            if file is not None:
+                file.note()
     summary.seconds = time.monotonic() - began
+    if file is not None:
+        file.note(status="done")
     return summary

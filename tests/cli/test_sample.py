@@ -230,6 +230,21 @@ def test_a_file_that_exists_is_neither_replaced_nor_continued_unasked(
     assert code == 2 and "must end in .jsonl" in err
 
 
+def test_an_old_file_is_replaced_only_once_there_is_a_new_row(
+    rlhf: Rlhf, model: str, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, record = tmp_path / "out.jsonl", tmp_path / "out.run.json"
+    assert rlhf(*arguments(model, prompts, output))[0] == 0
+    before = output.read_bytes(), record.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(GenerateSampler, "sample", lambda *a, **k: [])
+        assert rlhf(*arguments(model, prompts, output, "--overwrite", "--seed", "1"))[0] == 5
+    assert (output.read_bytes(), record.read_bytes()) == before
+    assert rlhf(*arguments(model, prompts, output, "--resume"))[0] == 0 and output.read_bytes() == before[0]
+    assert rlhf(*arguments(model, prompts, output, "--overwrite", "--seed", "1"))[0] == 0
+    assert len(read(output)) == 5 and output.read_bytes() != before[0]
+
+
 FAULTS: dict[str, tuple[list[str], int, str]] = {
     "unknown sampler": (["generat"], 2, "did you mean `generate`"),
     "a flag first": (["--model"], 2, "the first argument must be a sampler or a file"),

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from rlhf_core.data.row_output import RowOutput
+from rlhf_core.evaluation.score_file import SCORES
 from rlhf_core.models import ProcessRewardModel, RewardModel
 from rlhf_core.testing.tiny import save_tiny
 
@@ -170,3 +172,56 @@ def test_a_hanging_reward_ends_the_process_with_its_exit_code(flags: str, code: 
     assert done.returncode == code and "reward `hangs`, row 1: scoring took longer than 1 seconds" in done.stderr
     assert ("Traceback" in done.stderr) == ("--debug" in flags)
     assert time.monotonic() - began < 60
+
+
+def test_an_old_file_is_replaced_only_once_there_is_a_new_row(rlhf) -> None:
+    given = ("score", "score_rewards:exact", "--output", "out.jsonl", "--data")
+    assert rlhf(*given, write(ROWS[:2]))[0] == 0
+    before = Path("out.jsonl").read_bytes(), Path("out.score.json").read_bytes()
+    assert b'"done"' in before[1]
+    bad = write([{"nothing": 1}], "bad.jsonl")
+    unanswered = write([{"prompt": "p", "completion": "a"}], "unanswered.jsonl")
+    for data, code in ((bad, 3), (unanswered, 5), ("out.jsonl", 2)):
+        assert rlhf(*given, data, "--overwrite")[0] == code
+        assert (Path("out.jsonl").read_bytes(), Path("out.score.json").read_bytes()) == before
+    assert rlhf(*given, "rows.jsonl", "--resume")[0] == 0 and len(read()) == 2
+    assert rlhf(*given, write(ROWS[4:], "two.jsonl"), "--overwrite")[0] == 0
+    assert [row["prompt"] for row in read()] == ["2+3=", "2+3="]
+
+
+def test_an_empty_line_keeps_rows_apart_when_a_file_is_continued(rlhf) -> None:
+    given = ("score", "score_rewards:exact", "--output", "out.jsonl", "--data", write(ROWS))
+    assert rlhf(*given)[0] == 0
+    lines = Path("out.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    Path("out.jsonl").write_text("".join([*lines[:2], "\n", *lines[2:4]]), encoding="utf-8")
+    code, out, _ = rlhf(*given, "--resume", "--json")
+    assert code == 0 and json.loads(out)["rows"] == 6
+    found = Path("out.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    assert found == [*lines[:2], "\n", *lines[2:]]
+
+
+def test_rows_of_others_are_not_continued(rlhf) -> None:
+    given = ("score", "score_rewards:exact", "--output", "out.jsonl", "--data", write(ROWS))
+    assert rlhf(*given)[0] == 0
+    whole = Path("out.jsonl").read_text(encoding="utf-8")
+    lines = whole.splitlines(keepends=True)
+    for changed in ("[1]\n", "{\n", lines[0], json.dumps(ROWS[1]) + "\n"):
+        Path("out.jsonl").write_text("".join([lines[0], changed]), encoding="utf-8")
+        code, _, err = rlhf(*given, "--resume")
+        assert code == 7 and "out.jsonl:2: isn't the row of rows.jsonl:2 with a score" in err
+        assert Path("out.jsonl").read_text(encoding="utf-8") == "".join([lines[0], changed])
+    Path("out.jsonl").write_text(whole, encoding="utf-8")
+    Path("out.score.json").unlink()
+    code, _, err = rlhf(*given, "--resume")
+    assert code == 7 and "there is no record of what its rows were scored by" in err
+
+
+def test_one_process_at_a_time_writes_a_file(rlhf) -> None:
+    given = ("score", "score_rewards:exact", "--output", "out.jsonl", "--data", write(ROWS))
+    assert rlhf(*given)[0] == 0
+    before = Path("out.jsonl").read_bytes()
+    with RowOutput(Path("out.jsonl"), SCORES, {}, resume=False, overwrite=True):
+        for flag in ("--resume", "--overwrite"):
+            code, _, err = rlhf(*given, flag)
+            assert code == 7 and "another process is writing this file" in err
+    assert rlhf(*given, "--resume")[0] == 0 and Path("out.jsonl").read_bytes() == before
