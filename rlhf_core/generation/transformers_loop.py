@@ -119,12 +119,18 @@ class Drawing(LogitsProcessor):
 
 
 class Ended(StoppingCriteria):
-    """Ends the decoding loop once each row has its last token."""
+    """Ends the decoding loop once each row has its last token.
 
-    def __init__(self, drawing: Drawing) -> None:
-        self.drawing = drawing
+    Args:
+        after_token: called after each step of the loop, once its tokens are drawn.
+    """
+
+    def __init__(self, drawing: Drawing, after_token: Callable[[], None] | None = None) -> None:
+        self.drawing, self.after_token = drawing, after_token
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        if self.after_token is not None:
+            self.after_token()
         return self.drawing.ended
 
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import random
+import signal
+import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +21,7 @@ from rlhf_core.config.training import LoraConfig
 from rlhf_core.contracts.completion import Completion
 from rlhf_core.generation.engine import Engine, SequenceHandle
 from rlhf_core.generation.generate import prompt_batch
+from rlhf_core.generation.native_backend import NativeBackend
 from rlhf_core.infra.errors import ConfigError, DataError, NumbersError
 from rlhf_core.models import PolicyModel
 from rlhf_core.testing.tiny import tiny_model, tiny_policy, tiny_tokenizer
@@ -325,7 +331,7 @@ def test_weights_that_are_no_numbers_are_named() -> None:
 # Streams
 
 
-@pytest.mark.parametrize("kind", ["tiny", "bloom"])
+@pytest.mark.parametrize("kind", ["tiny", "bloom", "mamba"])
 def test_a_stream_grows_into_what_generate_returns(kind: str) -> None:
     policy = made(kind)
     engine = Engine(policy)
@@ -344,7 +350,7 @@ def test_a_stream_grows_into_what_generate_returns(kind: str) -> None:
         assert pieces[-1].stop_reason == whole.stop_reason
         for piece, later in itertools.pairwise(pieces):
             assert later.text.startswith(piece.text) and later.ids[: len(piece.ids)] == piece.ids
-            assert len(later.ids) > len(piece.ids)
+            assert len(later.ids) == len(piece.ids) + 1
             assert stop or not piece.text.endswith(
                 "\ufffd"
             )  # before what could become a stop string, bytes are settled
@@ -411,6 +417,90 @@ def test_streams_of_one_policy_can_be_read_in_turns() -> None:
     assert held(first) == 1
     never.close()
     assert held(first) == held(second) == 0 and policy.training and policy.causal_lm.generation_config is own
+
+
+def threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "handed_over"]
+
+
+def test_streams_of_transformers_loop_leave_the_policy_alone_between_pieces() -> None:
+    policy = made("mistral", sliding_window=4).set_options(precision="bf16")
+    own = policy.causal_lm.generation_config
+    policy.train()
+    batches = [prompt_batch(policy, [text]) for text in ("one", "another")]
+    wholes = [Engine(policy).generate(batch, 1, OPEN, seeds=[[1]])[0][0] for batch in batches]
+    streams = [Engine(policy).stream(batch, OPEN, seed=1) for batch in batches]
+    found: list[list[list[int]]] = [[], []]
+    for _ in range(9):
+        for number, stream in enumerate(streams):
+            found[number].append(list(next(stream).ids))
+            assert policy.training and policy.causal_lm.generation_config is own
+            assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    assert found == [[list(whole.ids[: count + 1]) for count in range(9)] for whole in wholes]
+    assert all(next(stream, None) is None for stream in streams) and not threads()
+
+
+def test_the_thread_of_transformers_loop_ends_with_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = made("mistral", sliding_window=4)
+    batch = prompt_batch(policy, ["one"])
+    stream = Engine(policy).stream(batch, OPEN, seed=1)
+    next(stream)
+    assert len(threads()) == 1
+    stream.close()
+    assert not threads()
+    # By an error in the loop, which is raised where the stream is read, and whose tensors nothing keeps.
+    stream = Engine(policy).stream(batch, OPEN, seed=1)
+    next(stream)
+    forward, kept = type(policy.causal_lm).forward, []
+
+    def failing(*args: Any, **options: Any) -> Any:
+        logits = forward(*args, **options).logits
+        kept.append(weakref.ref(logits))
+        raise ValueError("a fault of the model")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(policy.causal_lm), "forward", failing)
+        gc.disable()
+        try:
+            with pytest.raises(ValueError, match="a fault of the model") as caught:
+                next(stream)
+            caught.value.with_traceback(None)
+            del caught
+            assert kept[0]() is None
+        finally:
+            gc.enable()
+    assert not threads()
+    # By Ctrl-C, which keeps what was drawn.
+    stream = Engine(policy).stream(batch, OPEN, seed=1)
+    first = next(stream)
+    main = threading.main_thread().ident
+    assert main is not None
+
+    def pressed(*args: Any, **options: Any) -> Any:
+        signal.pthread_kill(main, signal.SIGINT)
+        time.sleep(0.2)
+        return forward(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(policy.causal_lm), "forward", pressed)
+        with pytest.raises(KeyboardInterrupt):
+            next(stream)
+    assert len(first.ids) == 1 and not threads()
+
+
+def test_rows_with_limits_of_their_own_stay_within_a_models_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = made("gpt2")
+    assert policy.max_positions is not None
+    room = policy.max_positions - int(prompt_batch(policy, ["a"]).prompt_lengths[0])
+    monkeypatch.setattr(NativeBackend, "_native_for", lambda *_: None)  # as for a model that only transformers decodes
+    batch = prompt_batch(policy, ["a", "b", "c" * 50])
+    sampling = SamplingConfig(max_new_tokens=room, min_new_tokens=room)
+    drawn = Engine(policy).generate(batch, 1, sampling, limits=[[1], [room], [10]], seeds=[[1], [2], [3]])
+    assert [len(one.ids) for (one,) in drawn] == [1, room, 10]
+    for number, (one,) in enumerate(drawn):
+        limits, seeds = [[(1, room, 10)[number]]], [[number + 1]]
+        ((alone,),) = Engine(policy).generate(batch.select([number]), 1, sampling, limits=limits, seeds=seeds)
+        assert alone.ids == one.ids
 
 
 def test_weights_that_change_between_pieces_end_a_stream() -> None:
