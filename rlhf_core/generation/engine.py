@@ -301,9 +301,9 @@ class Engine:
             options = sampling.model_dump() | {"stop": stop if isinstance(stop, str) else list(stop)}
             sampling = SamplingConfig.parse(options, place="extend")
         self._check(sampling)
-        self._check_handles(handles)
         if rule is not None:
             self.backend.require("rules", purpose="a stopping rule")
+        self._check_handles(handles)
         if len(seeds) != len(handles):
             problem = "an extension needs one seed per handle"
             raise ConfigError(problem, place="extend(seeds=…)", got=f"{len(seeds)} for {len(handles)}")

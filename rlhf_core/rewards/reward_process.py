@@ -23,7 +23,9 @@ from rlhf_core.infra.errors import ConfigError, PluginError, describe_error, err
 from rlhf_core.infra.time_limit import TimeLimit
 
 _CODE = (
-    "import sys, json; given = json.loads(sys.stdin.readline()); sys.path[:] = given.pop('path');"
+    # Without a line the parent has ended meanwhile.
+    "import sys, json; line = sys.stdin.readline(); line or sys.exit(); given = json.loads(line);"
+    "sys.path[:] = given.pop('path');"
     "from rlhf_core.rewards.reward_process import serve; serve(**given)"
 )
 _START_SECONDS = 600.0
