@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import contextvars
 import faulthandler
+import os
 import queue
+import subprocess
 import sys
 import threading
 import weakref
@@ -139,11 +141,37 @@ def awaited(value: Awaitable[Any]) -> Any:
         raise
 
 
+_ENDS_SILENT_PARENT = """
+import os, select, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+parent, silent, limit = int(sys.argv[1]), 0, float(sys.argv[2])
+while os.getppid() == parent:
+    if select.select([0], [], [], 1.0)[0]:
+        reports = os.read(0, 65536)
+        if not reports:
+            break
+        silent, limit = 0, float(reports.split()[-1])
+        continue
+    try:
+        with open(f"/proc/{parent}/stat") as file:
+            stopped = file.read().rpartition(")")[2].split()[0] in "Tt"
+    except OSError:  # not Linux
+        stopped = False
+    silent += not stopped
+    if silent > limit:
+        os.kill(parent, signal.SIGABRT)
+        break
+"""
+"""What the child of a `LockWatch` runs; its arguments are the parent's process id, and the first report."""
+
+
 class LockWatch:
     """Ends the process where a reward holds the interpreter's lock for good, as a regular expression in a thread may.
 
-    No thread can interrupt that, nor raise an error: after the longest time limit and `GRACE`, `faulthandler` writes where each
-    thread is and ends the process with exit code 1. As long as Python code runs anywhere, this thread puts that off.
+    No thread can interrupt that, nor raise an error. So a thread reports each second to a small child process that Python code
+    runs here. Where no report comes for the longest time limit and `GRACE`, the child sends SIGABRT: `faulthandler` writes where
+    each thread is, and the process ends. The child counts seconds itself, and none in which this process is stopped (Ctrl-Z, a
+    scheduler): a timer in this process would be due as soon as it continues, before any thread could put it off.
     """
 
     def __init__(self) -> None:
@@ -151,6 +179,7 @@ class LockWatch:
         """Time limits of the calls that run, in seconds."""
         self._changed = threading.Condition()
         self._running = False
+        self._child: subprocess.Popen[bytes] | None = None
 
     @contextlib.contextmanager
     def over(self, seconds: float | None) -> Iterator[None]:
@@ -160,6 +189,8 @@ class LockWatch:
             return
         with self._changed:
             self._limits.append(seconds)
+            if seconds == max(self._limits):  # now, since the call may hold the lock before the thread runs
+                self._report(seconds + GRACE)
             if not self._running:
                 self._running = True
                 threading.Thread(target=self._watch, name="lock watch", daemon=True).start()
@@ -174,12 +205,40 @@ class LockWatch:
         while True:
             with self._changed:
                 if not self._limits:
-                    faulthandler.cancel_dump_traceback_later()
-                    if not self._changed.wait_for(lambda: bool(self._limits), timeout=5.0):
+                    self._report(float("inf"))
+                    if not self._changed.wait_for(lambda: bool(self._limits), timeout=60.0):
                         self._running = False
+                        self._dismiss_child()
                         return
-                longest = max(self._limits)
-            with contextlib.suppress(ValueError, OSError):  # without stderr there is nowhere to write to
-                faulthandler.dump_traceback_later(longest + GRACE, file=2, exit=True)
-            with self._changed:
+                self._report(max(self._limits) + GRACE)
                 self._changed.wait_for(lambda: not self._limits, timeout=1.0)
+
+    def _report(self, seconds: float) -> None:
+        """Tell the child that Python code runs here, and after how many seconds without a report it ends this process.
+
+        The caller holds `_changed`.
+        """
+        # Where no process can be started, or it was killed just now, the next report starts one.
+        with contextlib.suppress(OSError):
+            if self._child is None or self._child.poll() is not None:
+                if not faulthandler.is_enabled():
+                    with contextlib.suppress(ValueError):  # without stderr there is nowhere to write to
+                        faulthandler.enable(file=2)
+                self._dismiss_child()
+                # In this process group, so that Ctrl-Z stops both.
+                command = [sys.executable, "-I", "-S", "-c", _ENDS_SILENT_PARENT, str(os.getpid()), str(seconds)]
+                quiet = subprocess.DEVNULL
+                self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, bufsize=0)
+                assert self._child.stdin is not None
+                os.set_blocking(self._child.stdin.fileno(), False)  # a child that is stopped keeps nothing waiting
+            assert self._child.stdin is not None
+            self._child.stdin.write(f"{seconds}\n".encode())
+
+    def _dismiss_child(self) -> None:
+        """End the child."""
+        if self._child is not None:
+            assert self._child.stdin is not None
+            self._child.kill()  # at the end of its stdin it ends as well, but a fork of this process may hold that open
+            self._child.wait()
+            self._child.stdin.close()
+            self._child = None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -352,4 +354,33 @@ def test_a_reward_that_holds_the_interpreters_lock_ends_the_process() -> None:
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60, check=False
     )
-    assert done.returncode == 1 and "in matches" in done.stderr
+    assert done.returncode == -signal.SIGABRT and "in matches" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a stopped process is seen in /proc")
+@pytest.mark.parametrize("stopped", ["process", "group"])
+def test_a_run_that_is_stopped_for_longer_than_its_time_limit_continues(stopped: str) -> None:
+    script = """
+        import time
+        from rlhf_core.rewards import background
+        background.GRACE = 1.0
+        with background.LockWatch().over(1.0):
+            time.sleep(1.5)
+            print("scoring", flush=True)
+            time.sleep(1)
+            time.sleep(8)  # after it continues, longer than limit and grace
+        print("done")
+    """
+    run = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        assert run.stdout is not None and run.stdout.readline() == "scoring\n"
+        send = os.kill if stopped == "process" else os.killpg
+        send(run.pid, signal.SIGSTOP)
+        time.sleep(5)
+        send(run.pid, signal.SIGCONT)
+        assert run.communicate(timeout=60)[0] == "done\n" and run.returncode == 0
+    finally:
+        run.kill()
