@@ -30,6 +30,7 @@ from rlhf_core.infra.devices import is_out_of_memory, release_memory
 from rlhf_core.infra.errors import ConfigError, NumbersError
 from rlhf_core.models.dropout import evaluating
 from rlhf_core.models.fast_adapters import fast_adapters
+from rlhf_core.models.fast_linears import fast_linears
 
 if TYPE_CHECKING:
     from rlhf_core.models.policy_model import PolicyModel
@@ -251,6 +252,7 @@ class NativeBackend(Backend):
                 stack.enter_context(torch.no_grad())
                 stack.enter_context(evaluating(policy))
                 stack.enter_context(fast_adapters(policy))
+                stack.enter_context(fast_linears(policy.network))
                 stack.enter_context(policy.product_precision())
                 if policy.compiled:
                     # A block would be compiled again for the cache, and for each length of it.
