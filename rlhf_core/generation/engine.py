@@ -83,8 +83,9 @@ class Engine:
     Args:
         policy: computes in evaluation mode, without gradients; afterwards its modules have their earlier modes again.
         seed: from which completions' seeds are derived where none are given; None takes one from torch's global random state.
-        memory: most bytes for keys and values; None takes half of a GPU's free memory, or 2 GiB on a CPU. Where they don't
-            suffice for all completions at once, some wait, or are computed again later: the completions are the same.
+        memory: most bytes for keys and values; None takes half of a GPU's free memory, or a quarter of a computer's but at least
+            2 GiB. Where they don't suffice for all completions at once, some wait, or are computed again later: the completions
+            are the same.
         most_rows: most completions that are decoded at once.
         cuda_graphs: whether decoding steps on a GPU are captured as CUDA graphs, where they can be.
         backend: draws the tokens; None takes the native one, which is the one that the three options before are for.
@@ -182,6 +183,7 @@ class Engine:
         if [len(each) for each in seeds] != [n] * batch.num_prompts:
             problem = f"{n} completions of {batch.num_prompts} prompts need {n} seeds per prompt"
             raise ConfigError(problem, place="generate(seeds=…)", got=f"{[len(each) for each in seeds]} seeds")
+        check_seeds([seed for each in seeds for seed in each], "generate(seeds=…)")
         if limits is not None and [len(each) for each in limits] != [n] * batch.num_prompts:
             problem = f"{n} completions of {batch.num_prompts} prompts need {n} limits per prompt"
             raise ConfigError(problem, place="generate(limits=…)", got=f"{[len(each) for each in limits]} limits")
@@ -307,6 +309,7 @@ class Engine:
         if len(seeds) != len(handles):
             problem = "an extension needs one seed per handle"
             raise ConfigError(problem, place="extend(seeds=…)", got=f"{len(seeds)} for {len(handles)}")
+        check_seeds(seeds, "extend(seeds=…)")
         draws = [
             self._draw(number, handle.ids, seed, sampling, chat=chat, place=f"handles[{number}]", of=handle, rule=rule)
             for number, (handle, seed) in enumerate(zip(handles, seeds, strict=True))
@@ -480,6 +483,9 @@ class Engine:
         """Raise where a sequence is empty, or longer than the model's positions."""
         if not ids:
             raise ConfigError("a sequence needs at least one token", place=place)
+        size = self.policy.network.config.get_text_config().vocab_size
+        if (wrong := next((token for token in ids if not 0 <= token < size), None)) is not None:
+            raise ConfigError(f"the model's vocabulary has ids 0 to {size - 1}", place=place, got=str(wrong))
         positions = self.policy.max_positions
         if positions is not None and len(ids) > positions:
             got = f"{len(ids)} tokens for {positions} positions"
@@ -554,6 +560,13 @@ class Engine:
     @cached_property
     def _pieces(self) -> TextSpanEncoder:
         return TextSpanEncoder(self.policy.tokenizer)
+
+
+def check_seeds(seeds: Sequence[int], place: str) -> None:
+    """Raise `ConfigError` for a seed that isn't a whole number from 0 to 2¹²⁸ − 1."""
+    for seed in seeds:
+        if isinstance(seed, bool) or not isinstance(seed, SupportsIndex) or not 0 <= operator.index(seed) < 2**128:
+            raise ConfigError("a seed must be a whole number, at least 0", place=place, got=repr(seed))
 
 
 def prompt_keys(batch: Batch) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import psutil
 import torch
 
 from rlhf_core.models.backbone import accepted
@@ -10,13 +11,13 @@ from rlhf_core.models.policy_model import PolicyModel
 MOST_ROWS = 512
 """Most completions that are decoded at once."""
 HOST_BYTES = 2**31
-"""Bytes that generation may use on a CPU; larger makes larger, faster batches."""
+"""Bytes that generation may use at least on a CPU; larger makes larger, faster batches."""
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return how many bytes generation may use: on a GPU half of what is free, elsewhere a constant."""
+    """Return how many bytes generation may use: half of a GPU's free memory, a quarter of a computer's, but at least 2 GiB."""
     if device.type != "cuda":
-        return HOST_BYTES
+        return max(HOST_BYTES, psutil.virtual_memory().available // 4)
     free, _ = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return (free + unused) // 2

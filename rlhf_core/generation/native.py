@@ -168,6 +168,9 @@ class NativeDecoding:
             while self.cache.free_blocks < needed and self.prefixes.drop_oldest():
                 pass
             if self.cache.free_blocks < needed and active:
+                # What it shares stays droppable while it waits.
+                row.sequence.free()
+                row.sequence = self._begin(row.request)
                 return
             self._waiting.popleft()
             self._joining.setdefault(to_read, []).append(row)
@@ -310,6 +313,8 @@ class NativeDecoding:
         """Draw a token for each row, or a few, and yield the completions that end with them; the others, too, where `partly`."""
         steps = self._steps(partly)
         self._make_places(steps)
+        if not self._rows:  # the last one begins again
+            return
         if self._device_steps is None:
             self._draw()
         else:
@@ -393,14 +398,7 @@ class NativeDecoding:
         if self.prefixes.drop_oldest():
             return
         # Rows that join together read their common tokens once.
-        if len(self._rows) + len(self._joining) <= 1:
-            tokens, own = self.cache.capacity * self.cache.block_size, self._active
-            others = self.cache.num_sequences - len(self.prefixes) - len(self._waiting) - own
-            raise NumbersError(
-                "the memory for keys and values doesn't suffice for one completion", place="generation",
-                got=f"room for {tokens:,} tokens" + (f", shared with {others} other sequences" if others > 0 else ""),
-                fix="shorten prompts or `max_new_tokens`, free sequence handles, or allow more memory",
-            )  # fmt: skip
+        last = len(self._rows) + len(self._joining) <= 1
         if self._joining:
             _, victims = self._joining.popitem()
         else:
@@ -412,6 +410,27 @@ class NativeDecoding:
             row.sequence = self._begin(row.request)
             self._waiting.appendleft(row)
         self.preemptions += len(victims)
+        if last:
+            self._leave_room_for(victims[0])
+
+    def _leave_room_for(self, row: _Row) -> None:
+        """Drop every kept prompt, so that a row that needs the whole cache begins alone in it.
+
+        A kept prompt holds its blocks as long as anyone shares its first ones.
+
+        Raises:
+            NumbersError: the cache is too small even so.
+        """
+        self.prefixes.clear()
+        # It reads its tokens again, and draws at least one more in a block of its own.
+        if self.cache.free_blocks > self.cache.blocks_for(row.missing):
+            return
+        tokens, others = self.cache.capacity * self.cache.block_size, self.cache.num_sequences - len(self._waiting)
+        raise NumbersError(
+            "the memory for keys and values doesn't suffice for one completion", place="generation",
+            got=f"room for {tokens:,} tokens" + (f", shared with {others} other sequences" if others > 0 else ""),
+            fix="shorten prompts or `max_new_tokens`, free sequence handles, or allow more memory",
+        )  # fmt: skip
 
 
 # Which models it knows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -105,6 +106,26 @@ def test_a_cache_too_small_for_the_work_finishes_it(policy: PolicyModel, batch: 
         assert loop(engine).cache.capacity <= blocks
         preemptions.append(loop(engine).preemptions)
     assert preemptions[1] > 0 and preemptions[-1] == 0
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_prompts_that_begin_alike_fit_into_little_memory(seed: int) -> None:
+    """A kept prompt holds all of its blocks as long as another shares its first ones, but never in the way of the work."""
+    draw = random.Random(seed)
+    small = PolicyModel(tiny_model(max_positions=1024).requires_grad_(False), tiny_tokenizer())
+    common = "".join(draw.choice("abc") for _ in range(draw.choice([60, 130, 200])))
+    prompts = [
+        common[: draw.randint(20, len(common))] + "".join(draw.choice("xyz") for _ in range(draw.randint(1, 150)))
+        for _ in range(4)
+    ]
+    rows = prompt_batch(small, prompts)
+    sampling = SamplingConfig(max_new_tokens=draw.choice([1, 5, 70]), temperature=0.8)
+    blocks = -(-(int(rows.prompt_lengths.max()) + sampling.max_new_tokens) // 64) + draw.randint(1, 3)
+    memory = blocks * 64 * 4 * small.measured(measure_native).elements
+    n = draw.randint(1, 3)
+    whole = Engine(small, seed=1).generate(rows, n, sampling)
+    tight = Engine(small, seed=1, memory=memory).generate(rows, n, sampling)
+    assert [[one.ids for one in group] for group in tight] == [[one.ids for one in group] for group in whole]
 
 
 def test_a_cache_too_small_for_one_completion_says_so(policy: PolicyModel, batch: Batch) -> None:
