@@ -397,6 +397,9 @@ class NativeDecoding:
         """
         if self.prefixes.drop_oldest():
             return
+        if not self._rows and not self._joining:  # given tokens are being read
+            self._leave_room_for(None)
+            return
         # Rows that join together read their common tokens once.
         last = len(self._rows) + len(self._joining) <= 1
         if self._joining:
@@ -413,17 +416,21 @@ class NativeDecoding:
         if last:
             self._leave_room_for(victims[0])
 
-    def _leave_room_for(self, row: _Row) -> None:
+    def _leave_room_for(self, row: _Row | None) -> None:
         """Drop every kept prompt, so that a row that needs the whole cache begins alone in it.
 
         A kept prompt holds its blocks as long as anyone shares its first ones.
 
+        Args:
+            row: the row; None for given tokens.
+
         Raises:
             NumbersError: the cache is too small even so.
         """
+        free = self.cache.free_blocks
         self.prefixes.clear()
-        # It reads its tokens again, and draws at least one more in a block of its own.
-        if self.cache.free_blocks > self.cache.blocks_for(row.missing):
+        # A row reads its tokens again, and draws at least one more in a block of its own.
+        if self.cache.free_blocks > (free if row is None else self.cache.blocks_for(row.missing)):
             return
         tokens, others = self.cache.capacity * self.cache.block_size, self.cache.num_sequences - len(self._waiting)
         raise NumbersError(

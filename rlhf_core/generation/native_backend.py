@@ -167,7 +167,9 @@ class NativeBackend(Backend):
     ) -> list[tuple[CachedSequence | None, Tensor]]:
         if not whole:
             return []
-        native = self._native_for(max(map(len, whole)), counts)
+        # Of a sequence of which nothing is kept, all is read.
+        whole_runs = [len(ids) for one, ids in zip(kept, whole, strict=True) if one is None]
+        native = self._native_for(max(map(len, whole)), [*counts, *whole_runs])
         with self._for_decoding():
             if native is None:
                 return [

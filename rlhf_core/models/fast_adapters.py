@@ -42,7 +42,10 @@ def fast_adapters(model: nn.Module) -> Iterator[int]:
                 update.begin(active, watch)
                 layer.forward = update.forward
                 fused.append(layer)
-        for update in [layer.__dict__[_UPDATE] for layer in fused]:
+        updates = [layer.__dict__[_UPDATE] for layer in fused]
+        for update in updates:
+            update.leave_idle_group()
+        for update in updates:
             update.group.refresh()
         yield len(fused)
     finally:
@@ -157,6 +160,11 @@ class _Update:
         self.downs = [layer.lora_A[name].weight.detach() for name in active]  # (K, I) each
         self._scaled = [(layer.lora_B[name].weight.detach(), layer.scaling[name]) for name in active]  # (O, K) each
         self.rank, self._watch = sum(len(down) for down in self.downs), watch
+
+    def leave_idle_group(self) -> None:
+        """Begin a group of its own where a member of the present one has no adapter in this context, or left it before."""
+        if any(not member.downs or member.group is not self.group for member in self.group.members):
+            self.group, self.first = _Group(self), 0
 
     def end(self) -> None:
         """Release what is only read inside the context."""

@@ -512,3 +512,17 @@ def test_weights_that_change_between_pieces_end_a_stream() -> None:
     with pytest.raises(ConfigError, match="changed while a completion was being drawn"):
         next(stream)
     assert held(engine) == 0
+
+
+def test_there_is_room_for_sequences_of_which_nothing_was_kept() -> None:
+    """Beside a prompt longer than the window, short ones are read by transformers' loop; later they are read whole."""
+    windowed = PolicyModel(make_tiny("mistral", sliding_window=128), tiny_tokenizer())
+    engine = Engine(windowed)
+    _, *short = engine.prefill([[40] * 130, [45, 55] * 50, [46, 56] * 50, [47, 57] * 50])
+    assert all(handle.cached is None for handle in short)
+    scored = engine.score(short, [[41, 42]] * 3)
+    for handle, logps in zip(short, scored, strict=True):
+        whole = torch.tensor([[*handle.ids, 41, 42]])
+        with torch.no_grad():
+            expected = windowed.network(input_ids=whole).logits[0, -3:-1].log_softmax(-1).gather(1, whole[0, -2:, None])
+        assert (logps - expected[:, 0]).abs().max() < 1e-4

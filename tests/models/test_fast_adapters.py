@@ -77,6 +77,33 @@ def test_the_adapter_that_is_active_counts() -> None:
     assert max(first, gap(model, LAYERS)) < 1e-5
 
 
+@pytest.mark.parametrize(
+    "first, second",
+    [
+        (["q_proj", "k_proj", "v_proj"], ["k_proj", "v_proj"]),
+        (["q_proj", "v_proj"], "all-linear"),
+        ("all-linear", ["gate_proj", "up_proj"]),
+    ],
+)
+def test_adapters_on_different_layers_take_turns(first: Any, second: Any) -> None:
+    """Layers share a product while all of them have an adapter: those that lose theirs leave, and come back."""
+    model = adapted(target_modules=first)
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        model.add_adapter("second", peft.LoraConfig(r=8, lora_alpha=6, target_modules=second))
+        for key, parameter in model.named_parameters():
+            if "lora_B.second" in key:
+                nn.init.normal_(parameter, std=0.1)
+    model.eval()
+    for name in ("default", "second", "default", "second"):
+        model.set_adapter(name)
+        ordinary = model(IDS).logits.detach()
+        with torch.no_grad(), fast_adapters(model) as count:
+            assert count
+            for _ in range(2):
+                assert (model(IDS).logits - ordinary).abs().max() < 1e-5
+
+
 def test_weights_changed_between_two_contexts_count() -> None:
     model = adapted()
     assert gap(model, LAYERS) < 1e-5
