@@ -49,9 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _may_hang() -> Any:
-    """Return the module that ends this process, where a call that exceeded its limit may have left threads that never end."""
+    """Return the module that ends this process, where a call or a reward may have left threads that never end."""
     limits = sys.modules.get("rlhf_core.infra.time_limit")
-    return limits if limits is not None and limits.TimeLimit.ever else None
+    return limits if limits is not None and limits.exit_may_hang() else None
 
 
 def exit_code(program: Callable[[], int | None], *, debug: bool = False) -> int:

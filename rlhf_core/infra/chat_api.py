@@ -11,12 +11,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from email.utils import parsedate_to_datetime
-from http.client import HTTPException
+from http.client import HTTPException, HTTPResponse
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urlsplit, urlunsplit
 
 from rlhf_core.infra.errors import ConfigError, PluginError, shortened
-from rlhf_core.infra.redact import REDACTED, redact_text
+from rlhf_core.infra.redact import REDACTED, redact_part_of, redact_text, secret_parameter
 
 log = logging.getLogger(__name__)
 
@@ -29,18 +29,20 @@ _MOST_BYTES = 2**24
 
 
 class ChatAPI:
-    """Asks a model at an OpenAI-compatible address (`POST BASE_URL/chat/completions`). May be used from several threads.
+    """Asks a model at an OpenAI-compatible address. May be used from several threads.
+
+    It posts to `BASE_URL/chat/completions`; parameters of BASE_URL stay behind the path.
 
     Args:
-        base_url: such as `http://127.0.0.1:8000/v1`.
+        base_url: such as `http://127.0.0.1:8000/v1`, or `https://host/openai/deployments/NAME?api-version=…`.
         model: the model's name there.
         key_variable: environment variable that holds the key; None sends none. The key appears in no message.
-        timeout: seconds that one request may take without an answer.
+        timeout: seconds that one request may take, the whole answer included.
         retries: how often a request is repeated that was refused by a busy server, failed, or got no answer in time.
         first_wait: seconds before the second try; each further wait is twice as long, with up to a quarter more at random.
 
     Raises:
-        ConfigError: the address isn't one of http, or the variable isn't set.
+        ConfigError: the address isn't one of http, or holds a secret; or the variable isn't set.
     """
 
     def __init__(
@@ -60,7 +62,11 @@ class ChatAPI:
         if parts.username or parts.password:
             fix = "give the key by an environment variable"
             raise ConfigError("an address may not hold a password", place="base_url", fix=fix)
-        self.address, self.model = base_url.rstrip("/") + "/chat/completions", model
+        if (parameter := secret_parameter(base_url)) is not None:
+            problem, fix = f"an address may not hold a secret: `{parameter}`", "give the key by `key_variable`"
+            raise ConfigError(problem, place="base_url", fix=fix)
+        path = parts.path.rstrip("/") + "/chat/completions"
+        self.address, self.model = urlunsplit((parts.scheme, parts.netloc, path, parts.query, "")), model
         self.timeout, self.retries, self.first_wait = timeout, retries, first_wait
         self._key = None if key_variable is None else os.environ.get(key_variable, "").strip()
         if self._key == "":
@@ -110,9 +116,10 @@ class ChatAPI:
         request = urllib.request.Request(self.address, body, {"Content-Type": "application/json"}, method="POST")
         if self._key:  # a redirection to another server doesn't get it
             request.add_unredirected_header("Authorization", f"Bearer {self._key}")
+        end = time.monotonic() + self.timeout
         try:
             with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-                text = answer.read(_MOST_BYTES)
+                text = _read_until(end, answer)
         except urllib.error.HTTPError as error:
             with error:
                 said = self._safe(_read(error))
@@ -124,7 +131,7 @@ class ChatAPI:
             )
             raise PluginError("the server refused the request", place=self._server, got=text_of, fix=fix) from error
         except TimeoutError as error:
-            raise _TryAgain(f"nothing within {self.timeout:g} seconds") from error
+            raise _TryAgain(f"no whole answer within {self.timeout:g} seconds") from error
         except (urllib.error.URLError, HTTPException, OSError) as error:
             reason = getattr(error, "reason", error)
             if isinstance(reason, TimeoutError):
@@ -143,9 +150,9 @@ class ChatAPI:
         return content
 
     def _safe(self, text: str) -> str:
-        """Return what a server said, shortened and without secrets: some repeat the key."""
+        """Return what a server said, shortened and without secrets: some repeat the key, or a part of it."""
         if self._key:
-            text = text.replace(self._key, REDACTED)
+            text = redact_part_of(self._key, text.replace(self._key, REDACTED))
         text = " ".join(redact_text(text).split())
         return text if len(text) <= 200 else f"{text[:200]}…"
 
@@ -156,6 +163,20 @@ class _TryAgain(Exception):
     def __init__(self, text: str, wait: float = 0.0) -> None:
         super().__init__(text)
         self.text, self.wait = text, wait
+
+
+def _read_until(end: float, answer: HTTPResponse) -> bytes:
+    """Return an answer's body; the timeout of its socket alone bounds the time between two bytes only.
+
+    Raises:
+        TimeoutError: it isn't whole at `end`, in seconds of `time.monotonic`.
+    """
+    body = bytearray()
+    while len(body) < _MOST_BYTES and (part := answer.read1(2**16)):
+        if time.monotonic() >= end:
+            raise TimeoutError
+        body += part
+    return bytes(body)
 
 
 def _read(error: urllib.error.HTTPError) -> str:

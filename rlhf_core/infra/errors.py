@@ -109,11 +109,11 @@ def error_report(error: BaseException) -> dict[str, Any]:
     import traceback  # here, for imports are most of the time that `rlhf list` takes
 
     report: dict[str, Any] = {
-        "text": f"{type(error).__name__}: {error}",
+        "text": f"{type(error).__name__}: {text_of(error)}",
         "trace": "".join(traceback.format_exception(error)),
     }
     if isinstance(error, RLHFError):
-        got = None if error.got is None else str(error.got)
+        got = None if error.got is None else text_of(error.got)
         report["kind"] = type(error).__name__
         report["details"] = {"problem": error.problem, "place": error.place, "got": got, "fix": error.fix}
     elif isinstance(error, OSError):
@@ -192,21 +192,26 @@ def describe_error(error: BaseException, *, lines: int | None = None) -> str:
     Args:
         lines: how many non-blank lines of the text to keep; None keeps all of them, up to 500 characters.
     """
-    name, text = printable(type(error).__name__), _text_of(error, lines)
+    name, text = printable(type(error).__name__), _line_of(error, lines)
     return f"{name}: {text}" if text else name
 
 
 def first_line(error: BaseException) -> str:
     """Return the first two non-blank lines of an exception's text as one line, or its type's name where it has no text."""
-    return _text_of(error, 2) or printable(type(error).__name__)
+    return _line_of(error, 2) or printable(type(error).__name__)
 
 
-def _text_of(error: BaseException, lines: int | None) -> str:
-    """Return an exception's text as one printable line of at most 500 characters, even where its `__str__` raises."""
+def text_of(value: object) -> str:
+    """Return `str(value)`, or a note in brackets where its `__str__` raises, as that of a foreign exception may."""
     try:
-        kept = [line for line in str(error).splitlines() if line.strip()][:lines]
-    except BaseException as second:
-        return f"(its text can't be read: {type(second).__name__})"
+        return str(value)
+    except BaseException as error:
+        return f"(its text can't be read: {type(error).__name__})"
+
+
+def _line_of(error: BaseException, lines: int | None) -> str:
+    """Return an exception's text as one printable line of at most 500 characters."""
+    kept = [line for line in text_of(error).splitlines() if line.strip()][:lines]
     text = " ".join(printable(" ".join(kept)).split())
     return text if len(text) <= 500 else f"{text[:500]}…"
 

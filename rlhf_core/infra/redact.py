@@ -18,11 +18,15 @@ _FLAG = re.compile(
     r"('[^']*'|\"[^\"]*\"|[^\s'\"]+)",
     re.IGNORECASE | re.MULTILINE,
 )
+_PARAMETER = re.compile(
+    r"(?<=[?&])([\w.%-]*(?:token|secret|password|passwd|key|credentials?|signature|sig)=)[^\s&#'\"]+", re.IGNORECASE
+)
+"""A secret among the parameters of an address."""
 
 
 def redact_text(text: str) -> str:
     """Return the text without access tokens, keys and passwords, found by their form or after a key or flag that names one."""
-    text = _USERINFO.sub(REDACTED, _VALUES.sub(REDACTED, text))
+    text = _redact_form(text)
     return _FLAG.sub(lambda match: match.group(1) + REDACTED, text)
 
 
@@ -35,5 +39,33 @@ def redact(value: Any, key: str = "") -> Any:
     if isinstance(value, str):
         if value and _KEY.search(key):
             return REDACTED
-        return _USERINFO.sub(REDACTED, _VALUES.sub(REDACTED, value))
+        return _redact_form(value)
     return value
+
+
+def secret_parameter(address: str) -> str | None:
+    """Return the name of the first parameter of an address that holds a secret, judged by the name; None without one."""
+    found = _PARAMETER.search(address)
+    return None if found is None else found.group(1).removesuffix("=")
+
+
+def _redact_form(text: str) -> str:
+    """Return the text without the secrets that are recognised by their form, or by their place in an address."""
+    text = _USERINFO.sub(REDACTED, _VALUES.sub(REDACTED, text))
+    return _PARAMETER.sub(lambda match: match.group(1) + REDACTED, text)
+
+
+def redact_part_of(secret: str, text: str, least: int = 8) -> str:
+    """Return the text without any `least` or more characters in a row that the secret holds in this order."""
+    parts = {secret[start : start + least] for start in range(len(secret) - least + 1)}
+    kept, start, at = [], 0, 0
+    while at <= len(text) - least:
+        if text[at : at + least] not in parts:
+            at += 1
+            continue
+        end = at + least
+        while end < len(text) and text[end - least + 1 : end + 1] in parts:
+            end += 1
+        kept += [text[start:at], REDACTED]
+        start = at = end
+    return "".join(kept) + text[start:]

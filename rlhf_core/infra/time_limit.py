@@ -1,6 +1,6 @@
 """A time limit for a call, whether it waits for a network, loops, or evaluates a regular expression without end.
 
-What exceeded its limit may have left threads that never end; `leave` exits all the same.
+What exceeded its limit may have left threads that never end, as may what started some of its own; `leave` exits all the same.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import CodeType, FrameType, TracebackType
 from typing import Any, NoReturn, TypeVar
@@ -168,6 +169,24 @@ def inheriting(function: Callable[[], T]) -> Callable[[], T]:
         return context.run(function)
 
     return call
+
+
+_noted: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+
+
+@contextlib.contextmanager
+def noting_threads() -> Iterator[None]:
+    """Note the threads that begin inside and that Python's exit would wait for, such as a reward's."""
+    before = set(threading.enumerate())
+    try:
+        yield
+    finally:
+        _noted.update(one for one in threading.enumerate() if not one.daemon and one not in before)
+
+
+def exit_may_hang() -> bool:
+    """Return whether Python's own exit may wait for ever: a call exceeded its limit, or a thread that was noted still runs."""
+    return TimeLimit.ever or any(thread.is_alive() for thread in list(_noted))
 
 
 def leave(code: int) -> NoReturn:

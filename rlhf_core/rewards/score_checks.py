@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rlhf_core.contracts.reward import RewardFn, Sample, SampleError
-from rlhf_core.infra.errors import PluginError, RemoteError, RLHFError, describe_error, list_rows, shortened
+from rlhf_core.infra.errors import PluginError, RemoteError, RLHFError, describe_error, list_rows, shortened, text_of
 from rlhf_core.infra.time_limit import TimeLimit
 from rlhf_core.rewards.background import awaited
 from rlhf_core.rewards.function_reward import function_name, plain
@@ -144,9 +144,9 @@ def blame_reward(name: str, rows: Sequence[int] | None = None, unit: str = "row"
         fix = None
         if isinstance(error, TimeLimit):
             raise
-        if isinstance(error, TypeError) and "string ind" in str(error):
+        if isinstance(error, TypeError) and "string ind" in text_of(error):
             fix = "completions are text here, not chat messages: read `completion`, not `completion[0]['content']`"
-        elif "signal only works in main thread" in str(error):
+        elif "signal only works in main thread" in text_of(error):
             fix = "run it in the main thread or a process (`runs_in`), or switch its own time limit by signals off"
         got = str(error) if isinstance(error, RemoteError) else describe_error(error)
         raise PluginError("the reward raised an error", place=place, got=got, fix=fix) from error

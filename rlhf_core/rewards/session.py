@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 
 from rlhf_core.contracts.reward import RewardFn, Sample
 from rlhf_core.infra.errors import PluginError
-from rlhf_core.infra.time_limit import TimeLimit, call_within, where_thread_is
+from rlhf_core.infra.time_limit import TimeLimit, call_within, noting_threads, where_thread_is
 from rlhf_core.rewards.background import DaemonPool, EventLoopThread, LockWatch, event_loop, forget_event_loop
 from rlhf_core.rewards.function_reward import FunctionReward, is_async
 from rlhf_core.rewards.leaks import watch_leaks
@@ -91,6 +91,8 @@ class _Call:
     scores: list[float] | None = None
     error: BaseException | None = None
     loop: EventLoopThread | None = None
+    cancelled: bool = False
+    """Whether it no longer needs to start: its session has ended."""
 
     @property
     def done(self) -> bool:
@@ -102,7 +104,9 @@ class _Call:
         return None if self.started is None or self.entry.time_limit is None else self.started + self.entry.time_limit
 
     def run(self) -> None:
-        """Score in this thread."""
+        """Score in this thread, unless the call was cancelled while it waited for the thread."""
+        if self.cancelled:
+            return
         entry = self.entry
         with self._in_work():
             self.scores = checked_scores(entry.reward, self.samples, rows=self.rows, name=entry.name)
@@ -120,7 +124,7 @@ class _Call:
         """Note when the call starts, what it raises, and that it has ended."""
         self.started, self.thread = time.monotonic(), threading.get_ident()
         try:
-            with self.busy, lock_watch.over(self.entry.time_limit), without_gradients():
+            with self.busy, lock_watch.over(self.entry.time_limit), without_gradients(), noting_threads():
                 yield
         except BaseException as error:
             self.error = error
@@ -132,7 +136,8 @@ class _Call:
         return _too_long(self.entry, len(self.samples), place_of_rows(self.entry.name, self.rows), where)
 
     def end(self) -> None:
-        """Cancel it on its event loop; a thread can't be ended, and a process ends at its own limit."""
+        """Cancel it, where it hasn't started or is async; a thread can't be ended, and a process ends at its own limit."""
+        self.cancelled = True
         if self.loop is not None:
             self.loop.cancel(self)
 
@@ -141,7 +146,8 @@ class ScoringSession:
     """Scores samples by several rewards, which run where each of them declares.
 
     Those outside the main thread begin as soon as samples are added; `scores` runs the others, and waits for all. Scores are in
-    the order of the samples' positions, whatever ends first. Leaving the `with` block cancels what still runs.
+    the order of the samples' positions, whatever ends first. Leaving the `with` block cancels the calls that haven't started, and
+    async ones that run.
 
     Args:
         entries: the rewards.
@@ -229,7 +235,7 @@ class ScoringSession:
         more = {"reached": reached.append} if entry.reward.by_row and check is checked_scores else {}
 
         def call() -> Any:
-            with without_gradients():
+            with without_gradients(), noting_threads():
                 return check(entry.reward, samples, rows=rows, name=entry.name, **more)
 
         try:

@@ -145,6 +145,7 @@ def test_streams_are_functions_of_their_names() -> None:
         ("rlhf train --token 'a b' x", "rlhf train --token [redacted] x"),
         ("hub_token: plain\nmax_length: 5", "hub_token: [redacted]\nmax_length: 5"),
         ("data: https://me:pass@host/x", "data: https://[redacted]@host/x"),
+        ("get https://host/x?a=1&api-key=abc&b=2 now", "get https://host/x?a=1&api-key=[redacted]&b=2 now"),
         ("note hf_abcdefghijklmnopqrst here", "note [redacted] here"),
         ("--batching.micro_batch_tokens 512 --max_length 9", "--batching.micro_batch_tokens 512 --max_length 9"),
         ("token:\n  next: 1", "token:\n  next: 1"),

@@ -24,13 +24,13 @@ SAMPLES = [Sample("1+1=", text, columns={"answer": "2"}) for text in ("2", "thre
 
 
 class Server(ThreadingHTTPServer):
-    """Answers as `answer` says: it gets a request and returns (status, body or None for none, headers)."""
+    """Answers as `answer` says: it gets a request and returns (status, body or its pieces, headers)."""
 
     daemon_threads = True
 
     def __init__(self, answer: Callable[[dict[str, Any]], tuple[int, Any, dict[str, str]]]) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.answer, self.requests, self.headers = answer, [], []
+        self.answer, self.requests, self.headers, self.paths = answer, [], [], []
         self.at_once = self.most = 0
         self.lock = threading.Lock()
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -50,17 +50,24 @@ class _Handler(BaseHTTPRequestHandler):
         with server.lock:
             server.requests.append(request)
             server.headers.append(dict(self.headers))
+            server.paths.append(self.path)
             server.at_once += 1
             server.most = max(server.most, server.at_once)
         status, body, headers = server.answer(request)
         with server.lock:
             server.at_once -= 1
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        pieces = (
+            body if isinstance(body, Iterator) else [body if isinstance(body, bytes) else json.dumps(body).encode()]
+        )
+        if isinstance(pieces, list):
+            headers = {**headers, "Content-Length": str(len(pieces[0]))}
         self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(data))}.items():
+        for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(data)
+        for piece in pieces:
+            self.wfile.write(piece)
+            self.wfile.flush()
 
     def log_message(self, *args: Any) -> None:
         pass
@@ -199,11 +206,49 @@ def test_a_slow_server_is_given_up_within_the_time_limits(serve, monkeypatch: py
         return says("Rating: 10")
 
     server = serve(slow)
-    with pytest.raises(PluginError, match=r"no answer from the server in 2 tries; got nothing within 0\.2 seconds"):
+    with pytest.raises(
+        PluginError, match=r"no answer from the server in 2 tries; got no whole answer within 0\.2 seconds"
+    ):
         judge(server, timeout=0.2, retries=1).score(SAMPLES[:1])
     with pytest.raises(PluginError, match=r"reward `judge`, row 4: scoring took longer than 0\.5 seconds"):
         judge(server, time_limit=0.5).score(SAMPLES[:1], rows=[4])
     ended.set()
+
+
+def test_a_server_that_sends_a_byte_now_and_then_is_given_up(serve) -> None:
+    def drips() -> Iterator[bytes]:
+        for _ in range(40):
+            time.sleep(0.05)
+            yield b" "
+
+    api = ChatAPI(serve(lambda request: (200, drips(), {})).url, "big", timeout=0.2, retries=0)
+    began = time.monotonic()
+    with pytest.raises(PluginError, match=r"no whole answer within 0\.2 seconds"):
+        api.ask([])
+    assert time.monotonic() - began < 1.5  # the server takes 2 seconds
+
+
+@pytest.mark.parametrize("said", ["sk-very-secr…", "sk-very-secr****7890", "(…very-secret-key-123)", "-key-1234567890"])
+def test_a_part_of_the_key_is_not_shown_either(serve, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_KEY", "sk-very-secret-key-1234567890")
+    server = serve(lambda request: (401, {"error": f"bad key {said} of you"}, {}))
+    with pytest.raises(PluginError) as raised:
+        judge(server, key_variable="JUDGE_KEY").score(SAMPLES[:1])
+    shown = raised.value.line()
+    assert "bad key" in shown and "[redacted]" in shown and "of you" in shown
+    assert not any(part in shown for part in ("very", "secr", "12345"))
+
+
+def test_parameters_of_an_address_stay_behind_the_path(serve) -> None:
+    server = serve(lambda request: says("Rating: 10"))
+    for end in ("", "/", "/d?api-version=2024-06-01", "/d/?a=b/&max_tokens=5"):
+        ChatAPI(server.url + end, "big").ask([])
+    assert server.paths == [
+        "/v1/chat/completions",
+        "/v1/chat/completions",
+        "/v1/d/chat/completions?api-version=2024-06-01",
+        "/v1/d/chat/completions?a=b/&max_tokens=5",
+    ]
 
 
 def test_nobody_listens() -> None:
@@ -245,10 +290,10 @@ def test_addresses_and_keys_that_cannot_work_are_refused(monkeypatch: pytest.Mon
         open_rewards(
             [{"name": "judge", "options": {"model": "m", "base_url": "http://x/v1", "key_variable": "NO_SUCH_KEY"}}]
         ).prepare()
-    for url in ("file:///etc/passwd", "x/v1", "https://me:secret@host/v1"):
+    for url in ("file:///etc/passwd", "x/v1", "https://me:hunter2@host/v1", "https://host/v1?a=b&api-key=hunter2"):
         with pytest.raises(ConfigError, match="base_url") as raised:
             ChatAPI(url, "m")
-        assert "secret" not in str(raised.value)
+        assert "hunter2" not in str(raised.value)
 
 
 def test_a_template_that_needs_what_a_row_lacks_or_does_what_it_may_not(serve) -> None:

@@ -44,6 +44,17 @@ def raises(completion: str) -> float:
     return 1.0
 
 
+class UnreadableError(Exception):
+    def __str__(self) -> str:
+        raise KeyError("text")
+
+
+def unreadable(completion: str) -> float:
+    if completion == "bad":
+        raise UnreadableError
+    return 1.0
+
+
 def strange(completion: str) -> object:
     return {"good": 1.0, "bad": 1j}[completion]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -182,6 +183,59 @@ def test_a_failure_beside_generation_is_raised_at_the_next_sample() -> None:
                 time.sleep(0.02)
 
 
+@pytest.mark.parametrize("runs_in", ["thread", "auto"])
+def test_calls_that_wait_do_not_start_once_a_session_has_ended(runs_in: Any) -> None:
+    begun: list[str] = []
+
+    def first_fails(completion: str) -> float:
+        begun.append(completion)
+        time.sleep(0.02)
+        return float(completion)
+
+    async def first_fails_async(completion: str) -> float:
+        begun.append(completion)
+        await asyncio.sleep(0.02)
+        return float(completion)
+
+    samples = [Sample("p", text) for text in ("no number", *"0123456789")]
+    rewards = rewards_of(first_fails_async if runs_in == "auto" else first_fails, runs_in=runs_in, concurrency=1)
+    with pytest.raises(PluginError, match="could not convert"):
+        rewards.score(samples)
+    time.sleep(0.3)  # all of them take 0.22 seconds
+    assert len(begun) <= 3
+    assert rewards.score(samples[1:]).by_name["r0"] == list(range(10))
+
+
+@pytest.mark.parametrize("runs_in", ["main", "thread"])
+def test_an_error_without_a_readable_text_is_blamed_all_the_same(runs_in: Any) -> None:
+    class UnreadableError(Exception):
+        def __str__(self) -> str:
+            raise KeyError("text")
+
+    def raises(completion: str) -> float:
+        raise UnreadableError
+
+    said = r"^reward `r0`, row 4: the reward raised an error; got UnreadableError: \(its text can't be read: KeyError\)"
+    with pytest.raises(PluginError, match=said):
+        rewards_of(raises, runs_in=runs_in).score(SAMPLES, rows=range(4, 8))
+
+
+def test_a_thread_that_a_reward_left_does_not_keep_the_command_line_from_exiting(tmp_path: Path) -> None:
+    (tmp_path / "lingers.py").write_text(
+        "import threading, time\n"
+        "def lingers(completion):\n"
+        "    threading.Thread(target=time.sleep, args=(60,)).start()\n"
+        "    return 1.0\n",
+        encoding="utf-8",
+    )
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "p", "completion": "c"}\n', encoding="utf-8")
+    command = [sys.executable, "-m", "rlhf_core", "score", "lingers.py:lingers", "--data", "rows.jsonl"]
+    done = subprocess.run(
+        [*command, "--output", "scores.jsonl"], cwd=tmp_path, capture_output=True, text=True, timeout=50, check=False
+    )
+    assert done.returncode == 0 and (tmp_path / "scores.jsonl").read_text(encoding="utf-8"), done.stderr
+
+
 def test_an_async_reward_that_does_not_await_is_the_one_that_is_blamed() -> None:
     ended = threading.Event()
 
@@ -294,6 +348,7 @@ ENDS = {
     "segfaults": "the reward's process ended while it scored; got SIGSEGV",
     "hangs": "scoring took longer than 2 seconds; got 1 sample",
     "raises": "the reward raised an error; got ValueError: no good",
+    "unreadable": "the reward raised an error; got UnreadableError: (its text can't be read: KeyError)",
     "strange": "a score must be a finite number; got '1j'",
 }
 
@@ -303,7 +358,7 @@ def test_a_reward_that_breaks_its_process_is_named_with_its_row(name: str) -> No
     rewards = in_process(name, time_limit=2)
     rewards.prepare()
     began = time.monotonic()
-    with pytest.raises(PluginError, match=f"^reward `{name}`, row 8: {ENDS[name]}"):
+    with pytest.raises(PluginError, match=f"^reward `{name}`, row 8: {re.escape(ENDS[name])}"):
         rewards.score(MIXED, rows=[7, 8, 9])
     assert time.monotonic() - began < 8
     assert rewards.score(MIXED[:1]).total.tolist() == [1.0]  # in another process, if that one ended
