@@ -10,6 +10,7 @@ from rlhf_core.config.online import SamplingConfig
 from rlhf_core.generation.engine import Engine
 from rlhf_core.generation.native import measure_native
 from rlhf_core.infra.errors import ModelError
+from rlhf_core.models.backbone import accepted
 from rlhf_core.models.policy_model import PolicyModel
 from rlhf_core.testing.tiny import tiny_tokenizer
 
@@ -31,6 +32,7 @@ def check_greedy(kind: str, *, by_loop: bool = False, by_forward: bool = True, *
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.mul_(1.5)  # random models are nearly indifferent between tokens
+    policy.check()
     engine = Engine(policy)
     sampling = SamplingConfig(max_new_tokens=12, min_new_tokens=12, temperature=0)
     handles = engine.prefill(PROMPTS)
@@ -41,8 +43,11 @@ def check_greedy(kind: str, *, by_loop: bool = False, by_forward: bool = True, *
         if not by_forward:
             continue
         whole = torch.tensor([[*ids, *one.completion.ids]])
+        plain = accepted(
+            policy.network.forward, use_cache=False
+        )  # as in training; some models compute otherwise with a cache
         with torch.no_grad():
-            logits = policy.network(input_ids=whole).logits[0, len(ids) - 1 : -1].float()
+            logits = policy.network(input_ids=whole, **plain).logits[0, len(ids) - 1 : -1].float()
         barred = logits.clone()
         barred[:, [token for token in (*engine._own_ends, *engine._turn_ends) if token < logits.shape[1]]] = -torch.inf
         chosen = torch.tensor(one.completion.ids)

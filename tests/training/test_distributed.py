@@ -255,15 +255,16 @@ def test_the_process_group_is_closed_before_the_interpreter_shuts_down(tmp_path:
     """Its threads need the interpreter for what they free: a late one aborted processes whose run had ended well."""
     script = tmp_path / "joins.py"
     script.write_text(
-        "import atexit\n"
+        "import atexit, sys\n"
         "import torch.distributed as dist\n"
         "from rlhf_core.config.training import DistributedConfig\n"
         "from rlhf_core.infra.devices import DeviceManager\n"
         "from rlhf_core.training.distribution import create_distribution\n"
-        "atexit.register(lambda: print('open at the end:', dist.is_initialized()))  # runs last, for it is registered first\n"
+        "say = lambda when: sys.stdout.write(f'{when}: {dist.is_initialized()}\\n')  # at once, for two processes write\n"
+        "atexit.register(say, 'open at the end')  # runs last, for it is registered first\n"
         "joined = create_distribution(DistributedConfig(), DeviceManager('cpu'))\n"
         "joined.gather([1])\n"
-        "print('open:', dist.is_initialized())\n"
+        "say('open')\n"
     )
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
