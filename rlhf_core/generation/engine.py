@@ -177,9 +177,7 @@ class Engine:
             raise ConfigError("n must be a whole number, at least 1", place="generate(n=…)", got=repr(n))
         n = operator.index(n)
         if seeds is None:
-            rows, places = (batch.rows, batch.places) if self._stream else (prompt_keys(batch), ())
-            stream = self._stream or ("generate",)
-            seeds = completion_seeds(self.seed, *stream, rows=rows, places=places, n=n, met=self._met)
+            seeds = self._next_seeds(batch, n)
         if [len(each) for each in seeds] != [n] * batch.num_prompts:
             problem = f"{n} completions of {batch.num_prompts} prompts need {n} seeds per prompt"
             raise ConfigError(problem, place="generate(seeds=…)", got=f"{[len(each) for each in seeds]} seeds")
@@ -229,9 +227,7 @@ class Engine:
             raise ConfigError("a stream completes one prompt", place="stream", got=f"{batch.num_prompts} prompts")
         self._check(sampling)
         if seed is None:
-            rows, places = (batch.rows, batch.places) if self._stream else (prompt_keys(batch), ())
-            stream = self._stream or ("generate",)
-            seed = completion_seeds(self.seed, *stream, rows=rows, places=places, n=1, met=self._met)[0][0]
+            seed = self._next_seeds(batch, 1)[0][0]
         (draw,) = self._draws(batch, [[seed]], sampling)
         with contextlib.closing(self.backend.run([draw.request], sampling, partly=True)) as running:
             for one in running:
@@ -407,6 +403,13 @@ class Engine:
                 )  # fmt: skip
 
     # Which completions are drawn
+
+    def _next_seeds(self, batch: Batch, n: int) -> Sequence[Sequence[int]]:
+        """Return n seeds for each prompt: a function of the stream and of rows; without a stream, of the prompts' ids."""
+        rows, places = (batch.rows, batch.places) if self._stream else (prompt_keys(batch), ())
+        return completion_seeds(
+            self.seed, *(self._stream or ("generate",)), rows=rows, places=places, n=n, met=self._met
+        )
 
     def _draws(
         self,

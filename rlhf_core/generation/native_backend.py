@@ -52,7 +52,7 @@ class NativeBackend(Backend):
     """Draws completions in this process, with the policy's own modules.
 
     Args:
-        memory: most bytes for keys and values; None takes half of a GPU's free memory, or a constant on a CPU.
+        memory: most bytes for keys and values; None takes what `free_bytes` allows.
         most_rows: most completions that are decoded at once.
         cuda_graphs: whether decoding steps on a GPU are captured as CUDA graphs, where they can be.
     """

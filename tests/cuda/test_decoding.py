@@ -111,7 +111,7 @@ def test_sequences_longer_than_a_block_are_decoded_as_they_are_scored() -> None:
 
 @pytest.mark.parametrize("kind", ["gpt2", "mixtral", "qwen3"])
 def test_other_models_decode_the_same_with_and_without_graphs(kind: str) -> None:
-    """Learnt positions; experts, which may wait for the device and then aren't captured; norms of queries and keys."""
+    """Learned positions; experts, which may wait for the device and then aren't captured; norms of queries and keys."""
     policy, sampling = policy_on("cuda", kind), SamplingConfig(max_new_tokens=40, min_new_tokens=40)
     found = ids_of(Engine(policy, seed=1), sampling)
     assert ids_of(Engine(policy, seed=1, cuda_graphs=False), sampling) == found

@@ -656,9 +656,8 @@ def test_a_check_costs_one_process_where_all_is_well(install, monkeypatch) -> No
     monkeypatch.setenv(registry.ALLOW_VARIABLE, "a,b,c")
     assert {p.name for p in registry.check("reward") if p.status == "ok"} == set("abc")
     assert len(started) == 1
-    # Those that are allowed alone are tried.
-    assert {plugin.status for plugin in registry.check("sampler")} <= {"ok", "disabled"}
-    assert len(started) <= 2
+    assert {plugin.status for plugin in registry.check("sampler")} == {"disabled"}
+    assert len(started) == 1  # what may not be loaded isn't tried
 
 
 def test_a_mended_plugin_is_well_at_the_next_check(install, monkeypatch) -> None:
