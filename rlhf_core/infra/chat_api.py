@@ -122,7 +122,7 @@ class ChatAPI:
                 text = _read_until(end, answer)
         except urllib.error.HTTPError as error:
             with error:
-                said = self._safe(_read(error))
+                said = self._safe(_read(end, error))
             text_of = f"status {error.code}" + (f": {said}" if said else "")
             if error.code in _BUSY or error.code >= 500:
                 raise _TryAgain(text_of, _seconds(error.headers.get("Retry-After"))) from error
@@ -165,23 +165,24 @@ class _TryAgain(Exception):
         self.text, self.wait = text, wait
 
 
-def _read_until(end: float, answer: HTTPResponse) -> bytes:
-    """Return an answer's body; the timeout of its socket alone bounds the time between two bytes only.
+def _read_until(end: float, answer: HTTPResponse | urllib.error.HTTPError, most: int = _MOST_BYTES) -> bytes:
+    """Return an answer's body, at least its first `most` bytes; the socket's timeout bounds only the time between two bytes.
 
     Raises:
         TimeoutError: it isn't whole at `end`, in seconds of `time.monotonic`.
     """
     body = bytearray()
-    while len(body) < _MOST_BYTES and (part := answer.read1(2**16)):
+    while len(body) < most and (part := answer.read1(2**16)):
         if time.monotonic() >= end:
             raise TimeoutError
         body += part
     return bytes(body)
 
 
-def _read(error: urllib.error.HTTPError) -> str:
+def _read(end: float, error: urllib.error.HTTPError) -> str:
+    """Return the beginning of what a server says with an error; nothing where it isn't there at `end`."""
     try:
-        return error.read(2000).decode(errors="replace")
+        return _read_until(end, error, 2000).decode(errors="replace")
     except (OSError, HTTPException):
         return ""
 

@@ -57,8 +57,9 @@ def find_answer(text: str, *, complete: bool = True) -> FinalAnswer | None:
     """Return the answer that a text gives last; None where it gives none.
 
     The last of `\\boxed{…}`, `<answer>…</answer>` and `#### …` counts; without any, what follows the last `answer is` or
-    `Answer:`; without this, the whole text. Boxes that only commas, `and` or `or` separate are one answer of several parts, so a
-    model gains nothing by a box for each guess.
+    `Answer:`; without this, the whole text. From the last two, numbers and formulae that are denied (`not 5`) are left out.
+    Boxes that only commas, `and` or `or` separate are one answer of several parts, so a model gains nothing by a box for each
+    guess.
 
     Args:
         complete: whether the text ended by itself. One that was cut off gives only an answer that is marked and closed, since
@@ -71,7 +72,9 @@ def find_answer(text: str, *, complete: bool = True) -> FinalAnswer | None:
     if not complete or not text.strip():
         return None
     stated = _stated(text)
-    return FinalAnswer(text.strip(), "text") if stated is None else FinalAnswer(stated, "stated")
+    answer = FinalAnswer(text, "text") if stated is None else FinalAnswer(stated, "stated")
+    rest = _DENIED.sub("", answer.text).strip()
+    return FinalAnswer(rest, answer.how) if rest else None
 
 
 _BRACES = re.compile(
@@ -154,8 +157,19 @@ def _hashes(text: str, complete: bool) -> Iterator[tuple[int, FinalAnswer]]:
         yield last.end(1), FinalAnswer(last[1].strip(), "hashes")
 
 
+_DENIED = re.compile(
+    r"""
+    ,?\s{0,3} (?: \b(?:not|cannot|can\snot|neither|nor|rather\sthan|instead\sof) | (?<=[a-z])n['’]t )
+    (?: \s (?:be|equal|equal\sto|simply|just|exactly) ){0,2} \s{1,3}
+    (?: \$[^$\n]{1,200}\$ | \\\([^\n]{1,200}?\\\) | [-−]?\\[dt]?frac\s?\{[^{}]{1,99}\}\s?\{[^{}]{1,99}\}
+      | [-−+]?\\?[$€£]?[-−]?\d[\d.,/]{0,99} (?<![.,]) \\?%? )
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+"""A number or formula of which a text says that it isn't the answer."""
 _STATED = re.compile(
-    r"\banswers?\b[^.\n:=]{0,60}?(?:\b(?:is|are)\b|:|=)(?:\s?:)?|\bfinal answer[*_ ]{0,9}\n|^[ \t]{0,9}A:|答案(?:是|为|：|:)",
+    rf"\banswers?\b[^.\n:=]{{0,60}}?(?:\b(?:is|are)\b(?!(?x:{_DENIED.pattern}))|:|=)(?:\s?:)?"
+    r"|\bfinal answer[*_ ]{0,9}\n|^[ \t]{0,9}A:|答案(?:是|为|：|:)",
     re.IGNORECASE | re.MULTILINE,
 )
 _DISPLAYED = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]", re.DOTALL)

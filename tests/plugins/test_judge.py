@@ -215,15 +215,16 @@ def test_a_slow_server_is_given_up_within_the_time_limits(serve, monkeypatch: py
     ended.set()
 
 
-def test_a_server_that_sends_a_byte_now_and_then_is_given_up(serve) -> None:
+@pytest.mark.parametrize(("status", "said"), [(200, r"no whole answer within 0\.2 seconds"), (500, "got status 500;")])
+def test_a_server_that_sends_a_byte_now_and_then_is_given_up(serve, status: int, said: str) -> None:
     def drips() -> Iterator[bytes]:
         for _ in range(40):
             time.sleep(0.05)
             yield b" "
 
-    api = ChatAPI(serve(lambda request: (200, drips(), {})).url, "big", timeout=0.2, retries=0)
+    api = ChatAPI(serve(lambda request: (status, drips(), {})).url, "big", timeout=0.2, retries=0)
     began = time.monotonic()
-    with pytest.raises(PluginError, match=r"no whole answer within 0\.2 seconds"):
+    with pytest.raises(PluginError, match=said):
         api.ask([])
     assert time.monotonic() - began < 1.5  # the server takes 2 seconds
 

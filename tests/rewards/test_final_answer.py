@@ -36,6 +36,14 @@ CASES = {
     "答案是 42。": ("42", "stated"),
     "x = 5": ("x = 5", "text"),
     r"\boxed{5": (r"\boxed{5", "text"),
+    "The answer is 7, not 5.": ("7", "stated"),
+    "The answer is not 5. It is 7.": ("The answer is. It is 7.", "text"),
+    "The answer is 7. The answer is not $5$.": ("7", "stated"),
+    "The answer is not 5, but the answer is 7": ("7", "stated"),
+    "The answer is not an integer: 5/2": ("not an integer: 5/2", "stated"),
+    "The answer is not enough information": ("not enough information", "stated"),
+    "The answer isn't \\(x+1\\)": ("The answer is", "text"),
+    "So it cannot be 5% rather than 1,000.": ("So it.", "text"),
 }
 
 
@@ -45,7 +53,7 @@ def test_final_answers(text: str) -> None:
     assert answer is not None and (answer.text, answer.how) == CASES[text]
 
 
-@pytest.mark.parametrize("text", ["", "  \n", r"so \boxed{}", "<answer> </answer>"])
+@pytest.mark.parametrize("text", ["", "  \n", r"so \boxed{}", "<answer> </answer>", "Answer: not 5"])
 def test_no_answer(text: str) -> None:
     assert find_answer(text) is None
 
@@ -92,6 +100,10 @@ def test_thinking(text: str, auto: str | None, required: str | None) -> None:
         "\\boxed{" * 10_000 + "}" * 10_000,
         "answer " * 10_000,
         "answer is " * 10_000,
+        "answer is not " * 10_000,
+        "not" + " " * 50_000,
+        "not $" * 20_000,
+        "not 5" + "," * 50_000,
         "#### 1\n" * 10_000,
         "#### " + " " * 50_000,
         "#### " + "1 " * 20_000 + "x",
