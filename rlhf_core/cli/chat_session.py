@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,14 +13,16 @@ from rlhf_core.config.base import BaseConfig
 from rlhf_core.config.online import SamplingConfig
 from rlhf_core.contracts.completion import Completion
 from rlhf_core.generation.engine import Engine
-from rlhf_core.generation.generate import prompt_batch
-from rlhf_core.infra.errors import ConfigError, StorageError
+from rlhf_core.generation.generate import PromptTooLong, prompt_batch
+from rlhf_core.infra.errors import ConfigError, DataError, StorageError
 from rlhf_core.infra.files import read_json, replace_json, storage_errors
 from rlhf_core.infra.seeds import stream_seed
 from rlhf_core.models import PolicyModel
 
 STOPPED = "stopped"
 """The stop reason of an answer that the user stopped."""
+FAILED = "failed"
+"""The stop reason of an answer that ended with an error; the model that failed isn't shown the turn again."""
 _FORMAT = 1
 
 
@@ -96,22 +98,31 @@ class ChatSession:
             number: of the model.
             new: a further turn, or a further attempt at the last one.
         """
-        before = self.turns[:-1] if new.attempt else self.turns
+        before = _answered(number, self.turns[:-1] if new.attempt else self.turns)
         if not self.models[number].template:
             return "\n".join([*(f"{turn.user}{turn.answers[number].text}" for turn in before), new.user])
         return [*self._messages(number, before), {"role": "user", "content": new.user}]
 
-    def stream(self, number: int, turn: Turn) -> Iterator[Completion]:
-        """Return a model's answer to a new message as it grows; the last one is whole.
+    def stream(self, number: int, turn: Turn) -> Generator[Completion]:
+        """Yield a model's answer to a new message as it grows; the last one is whole.
 
         Raises:
             DataError: the conversation leaves no room for an answer among the model's positions.
         """
-        policy = self.models[number].policy
-        batch = prompt_batch(policy, [self.prompt(number, turn)])
+        model = self.models[number]
+        try:
+            batch = prompt_batch(model.policy, [self.prompt(number, turn)])
+        except PromptTooLong as error:
+            raise DataError(
+                "the conversation leaves no room for an answer in the model's context",
+                place=model.name,
+                got=error.got,
+                fix="`/undo` takes the last message back, `/reset` begins a new conversation, `/set max_new_tokens N` keeps"
+                " answers shorter",
+            ) from None
         conversation, place = len(self.conversations) - 1, len(self.turns) - bool(turn.attempt)
         seed = stream_seed(self.seed, "chat", conversation, place, turn.attempt)
-        return self._engines[number].stream(batch, self.sampling, seed=seed)
+        yield from self._engines[number].stream(batch, self.sampling, seed=seed)
 
     def prompt_tokens(self, number: int) -> int:
         """Return how many tokens a model reads of the conversation before the next message."""
@@ -126,7 +137,7 @@ class ChatSession:
 
     def _messages(self, number: int, turns: Sequence[Turn]) -> list[dict[str, str]]:
         messages = [{"role": "system", "content": self.system}] if self.system is not None else []
-        for turn in turns:
+        for turn in _answered(number, turns):
             messages += [
                 {"role": "user", "content": turn.user},
                 {"role": "assistant", "content": turn.answers[number].text},
@@ -168,6 +179,11 @@ class ChatSession:
         ] or [[]]
         self.started = saved["started"]
         self.system = saved["system"] if self.system is None else self.system
+
+
+def _answered(number: int, turns: Sequence[Turn]) -> list[Turn]:
+    """Return the turns that a model has answered."""
+    return [turn for turn in turns if turn.answers[number].stop_reason != FAILED]
 
 
 class _SavedChat(BaseConfig):

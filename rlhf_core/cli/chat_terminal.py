@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
+from rlhf_core.cli.chat_answers import answer
 from rlhf_core.cli.chat_commands import run_command
-from rlhf_core.cli.chat_session import STOPPED, Answer, ChatSession, Turn, save_chat
-from rlhf_core.cli.printing import WrappedWriter, print_note, print_rule, print_wrapped
-from rlhf_core.contracts.completion import Completion
+from rlhf_core.cli.chat_session import ChatSession, Turn, save_chat
+from rlhf_core.cli.printing import print_note, print_wrapped
 from rlhf_core.infra.errors import Interrupted, RLHFError, Stopped
 
 _PROMPT, _MORE, _BLOCK = "> ", "… ", '"""'
@@ -65,7 +64,7 @@ def _respond(session: ChatSession, line: str, path: Path | None, *, terminal: bo
                 return False
             turn = result.again
         if turn is not None:
-            _answer(session, turn, terminal=terminal)
+            answer(session, turn, terminal=terminal)
     except RLHFError as error:
         if not terminal:
             raise
@@ -76,61 +75,6 @@ def _respond(session: ChatSession, line: str, path: Path | None, *, terminal: bo
     if terminal:
         print()
     return True
-
-
-def _answer(session: ChatSession, turn: Turn, *, terminal: bool) -> None:
-    """Have every model answer a message, and keep it with its answers; a stop keeps what was written.
-
-    Raises:
-        KeyboardInterrupt: what stopped it, where the chat ends with it.
-    """
-    ended: KeyboardInterrupt | None = None
-    for number, model in enumerate(session.models):
-        if ended is not None:  # the models after one that was stopped
-            turn.answers.append(Answer("", STOPPED, 0))
-            continue
-        if len(session.models) > 1:
-            print_rule(f"{'AB'[number]}: {model.name}")
-        answer, ended = _stream(session, number, turn, terminal=terminal)
-        turn.answers.append(answer)
-    session.keep(turn)
-    if isinstance(ended, _Terminated) or (ended is not None and not terminal):
-        raise ended
-
-
-def _stream(
-    session: ChatSession, number: int, turn: Turn, *, terminal: bool
-) -> tuple[Answer, KeyboardInterrupt | None]:
-    """Print a model's answer as it grows; return it, and the interrupt that stopped it, if one did."""
-    last: Completion | None = None
-    ended: KeyboardInterrupt | None = None
-    began, first = time.monotonic(), 0.0
-    writer = WrappedWriter()
-    try:
-        with contextlib.closing(session.stream(number, turn)) as growing:  # type: ignore[type-var]
-            for last in growing:
-                first = first or time.monotonic()
-                writer.show(last.text)
-    except KeyboardInterrupt as error:
-        ended = error
-    writer.end()
-    if last is None:
-        return Answer("", STOPPED, 0), ended
-    count, seconds = len(last.ids), time.monotonic() - began
-    reason = STOPPED if ended else last.stop_reason
-    if terminal:
-        print_note(f"{_ended(reason)}{count:,} tokens · {count / max(seconds, 1e-9):.1f} tokens/s")
-    return Answer(last.text, reason, count), ended
-
-
-def _ended(reason: str) -> str:
-    """Return why an answer ended, where that isn't its end token."""
-    words = {
-        STOPPED: "stopped",
-        "length": "at the limit of tokens, /set max_new_tokens N",
-        "stop": "stop text",
-    }
-    return f"{words[reason]} · " if reason in words else ""
 
 
 def _messages(session: ChatSession, terminal: bool) -> Iterator[str]:
@@ -182,8 +126,8 @@ def _greet(session: ChatSession, path: Path | None, *, resumed: bool) -> None:
     if resumed and session.turns:
         print_note(f"continued: {len(session.turns)} messages; the last one was")
         print_wrapped(f"{_PROMPT}{session.turns[-1].user}")
-        for answer in session.turns[-1].answers:
-            print_wrapped(answer.text)
+        for one in session.turns[-1].answers:
+            print_wrapped(one.text)
     print_note("/help lists the commands" + ("" if path is not None else "; this chat isn't kept"))
     print()
 

@@ -47,7 +47,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, styles:
     plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
     for row, style in zip(cells, ("bold", *(styles or [""] * len(rows))), strict=True):
         code = "" if plain else _CODES[style]
-        for line in zip_longest(*map(_folded, row, widths), fillvalue=""):
+        for line in zip_longest(*map(folded, row, widths), fillvalue=""):
             text = _aligned(line, widths)
             print(f"\x1b[{code}m{text}\x1b[0m" if code else text)
 
@@ -64,18 +64,19 @@ def print_heading(text: str) -> None:
     width = text_width()
     if _width(line) > width:
         line = _folded_hard(line, width - 1)[0] + "…"
-    print(_styled(line, "bold"))
+    print(styled(line, "bold"))
 
 
 def print_note(text: str) -> None:
-    """Print one line that is less important than what it stands under, and flush it."""
-    print(_styled(encodable(printable(text)), "dim"), flush=True)
+    """Print text that is less important than what it stands under, broken to the terminal's width, and flush it."""
+    for line in folded(encodable(printable(text)), text_width()):
+        print(styled(line, "dim"), flush=True)
 
 
 def print_wrapped(text: str, *, width: int | None = None) -> None:
     """Print text with its line breaks; longer lines are broken between words to the terminal's width."""
     for line in printable(text, lines=True).expandtabs(4).split("\n"):
-        for part in _folded(encodable(line), width or text_width()):
+        for part in folded(encodable(line), width or text_width()):
             print(part)
 
 
@@ -85,7 +86,7 @@ def print_rule(title: str) -> None:
     width = text_width()
     if width > _width(text) and sys.stdout.isatty():
         text += encodable("─" * (width - _width(text)))
-    print(_styled(text.rstrip() if not sys.stdout.isatty() else text, "bold"))
+    print(styled(text.rstrip() if not sys.stdout.isatty() else text, "bold"))
 
 
 class WrappedWriter:
@@ -154,7 +155,7 @@ def text_width() -> int:
     return get_terminal_size().columns if sys.stdout.isatty() else 1 << 20
 
 
-def _styled(text: str, style: str) -> str:
+def styled(text: str, style: str) -> str:
     """Return text in a style of `_CODES`, where stdout is a terminal that shows styles."""
     plain = not sys.stdout.isatty() or "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
     return text if plain else f"\x1b[{_CODES[style]}m{text}\x1b[0m"
@@ -186,8 +187,12 @@ def encodable(text: str) -> str:
 
 def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
     """Return the cells of a row as one line, padded to the columns' widths."""
-    padded = (cell + " " * (width - _width(cell)) for cell, width in zip(row, widths, strict=True))
-    return _BETWEEN.join(padded).rstrip()
+    return _BETWEEN.join(map(padded, row, widths)).rstrip()
+
+
+def padded(text: str, width: int) -> str:
+    """Return text with blanks behind it, so that it takes `width` columns of a terminal."""
+    return text + " " * (width - _width(text))
 
 
 def _fitted(widths: list[int], room: int) -> list[int]:
@@ -196,7 +201,7 @@ def _fitted(widths: list[int], room: int) -> list[int]:
     return [min(width, most) for width in widths]
 
 
-def _folded(text: str, width: int) -> list[str]:
+def folded(text: str, width: int) -> list[str]:
     """Return text in lines of at most `width` terminal columns, broken between words where possible."""
     lines, line = [], ""
     for word in text.split(" "):

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from rlhf_core.models.policy_model import PolicyModel
 
 
+class PromptTooLong(DataError):
+    """A prompt leaves no room for a completion among the model's positions."""
+
+
 def prompt_batch(policy: PolicyModel, prompts: Sequence[Any]) -> Batch:
     """Return prompts encoded as in the policy's training, as a batch without responses.
 
@@ -50,7 +54,7 @@ def encode_prompts(policy: PolicyModel, prompts: Sequence[Row]) -> Batch:
         if not (asked if isinstance(asked, str) else any(turn["content"] or len(turn) > 2 for turn in asked)):
             raise DataError("the prompt is empty", place=outcome.place, fix="give it some text")
         if (length := len(outcome.row.prompt_ids)) >= positions:
-            raise DataError(
+            raise PromptTooLong(
                 "the prompt leaves no room for a completion among the model's positions",
                 place=outcome.place,
                 got=f"{length} tokens for {positions} positions",

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -17,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from rlhf_core.cli.chat_session import ChatSession
 from rlhf_core.cli.printing import WrappedWriter
+from rlhf_core.cli.two_columns import TwoColumns
 from rlhf_core.contracts.completion import Completion
 from rlhf_core.testing.tiny import save_tiny, tiny_tokenizer
 
@@ -164,7 +167,7 @@ def test_retries_draw_otherwise_and_keep_their_place(talk: Talk, model: str, tmp
         ("/retry", "there is no message to answer again"),
         ("/save", "needs one file, *.jsonl"),
         ("/save a.jsonl", "there is no message to save yet"),
-        ("x" * 300, "leaves no room for a completion"),
+        ("x" * 300, "/reset"),
     ],
 )
 def test_a_mistake_in_a_chat_is_one_line_and_the_chat_goes_on(talk: Talk, model: str, line: str, message: str) -> None:
@@ -194,6 +197,66 @@ def test_two_models_answer_beside_each_other(talk: Talk, model: str, tmp_path: P
     ]
     code, _, err = talk([], model, "--history", str(path), "--resume")
     assert code == 2 and "another number of models" in err
+
+
+def test_a_full_context_names_the_model_and_what_to_do(talk: Talk, model: str) -> None:
+    code, out, err = talk(["a" * 130, "b" * 130, "/undo", "c"], model, "--no-history")
+    assert code == 0 and len(err.splitlines()) == 1 and out.count("tokens/s") == 2
+    assert f"error[data] {model}: the conversation leaves no room" in err and "for 256 positions" in err
+    assert all(command in err for command in ("/undo", "/reset", "/set max_new_tokens N"))
+    _, out, _ = talk(["a" * 200, "/set max_new_tokens 500", "/retry"], model, "--no-history")
+    assert "the context is full, /undo or /reset" in out
+
+
+def test_an_answer_is_kept_where_the_other_model_fails(talk: Talk, model: str, tmp_path: Path) -> None:
+    small = str(save_tiny(tmp_path / "small", seed=1, layers=1, max_positions=64))
+    path, rows = tmp_path / "chat.json", tmp_path / "rows.jsonl"
+    for pair in ((model, small), (small, model)):
+        path.unlink(missing_ok=True)
+        typed = ["a" * 80, "b", f"/save {rows}"]
+        code, out, err = talk(typed, pair[0], "--beside", pair[1], "--history", str(path))
+        (error,) = err.splitlines()
+        assert code == 0 and small in error and "leaves no room" in error and f"{small} failed" in out
+        first, second = chat_of(path)["conversations"][0]
+        at = pair.index(small)
+        assert first["answers"][at] == {"text": "", "stop_reason": "failed", "tokens": 0}
+        assert first["answers"][1 - at]["tokens"] == 6
+        # The model that failed isn't shown what it failed at, and answers the next message.
+        assert [one["tokens"] for one in second["answers"]] == [6, 6]
+    saved = {row["model"]: row["messages"] for row in map(json.loads, rows.read_text().splitlines())}
+    assert [turn["content"] for turn in saved[small] if turn["role"] == "user"] == ["b"]
+    assert len(saved[model]) == 4
+
+
+def test_on_a_wide_terminal_the_answers_are_the_same_in_two_columns(
+    talk: Talk, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = str(save_tiny(tmp_path / "other", seed=1, layers=1, max_positions=128))
+    below, beside = tmp_path / "below.json", tmp_path / "beside.json"
+    typed = ["one", "a" * 130, "two"]  # of which the second is too long for the other model
+    talk(typed, model, "--beside", other, "--history", str(below))
+    for name in ("chat_answers", "two_columns"):
+        monkeypatch.setattr(f"rlhf_core.cli.{name}.text_width", lambda: 120)
+    monkeypatch.setattr("rlhf_core.cli.chat_answers._moves_cursor", lambda: True)
+    before = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
+    code, out, err = talk(typed, model, "--beside", other, "--history", str(beside), "--precision", "bf16")
+    assert code == 0 and len(err.splitlines()) == 1 and "──" not in out and out.count(" │ B: ") == 3
+    assert (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")) == before
+    beside.unlink()
+    talk(typed, model, "--beside", other, "--history", str(beside))
+    assert chat_of(beside)["conversations"] == chat_of(below)["conversations"]
+
+
+def test_a_pipe_ends_with_the_error_of_the_model_that_failed(
+    rlhf: Rlhf, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small, path = str(save_tiny(tmp_path / "small", seed=1, layers=1, max_positions=64)), tmp_path / "chat.json"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a" * 80 + "\nb\n"))
+    arguments = ("--beside", small, "--history", str(path), "--max-new-tokens=4", "--seed=0")
+    code, _, err = rlhf("chat", model, *arguments)
+    assert code == 3 and small in err and len(err.splitlines()) == 1
+    ((turn,),) = chat_of(path)["conversations"]
+    assert [one["stop_reason"] for one in turn["answers"]] == ["length", "failed"]
 
 
 def test_a_model_without_a_template_needs_one_or_none(talk: Talk, plain: str, model: str, tmp_path: Path) -> None:
@@ -277,6 +340,57 @@ def test_text_grows_by_whole_words_to_the_width_of_the_terminal(
     writer.end()
     out = capsys.readouterr().out
     assert out == "The quick \nbrown fox\n\n  jumps: \n漢字漢字 \nabcdefghijkl\nmnop\\x1b[31m\n"
+
+
+def screen(written: str, lines: int, width: int) -> list[str]:
+    """Return all lines that a terminal of this size shows, those that have scrolled off included."""
+    rows, row, column = [""], 0, 0
+    for part in re.findall(r"\x1b\[\d*[ABKm]|[\s\S]", written):
+        if part == "\n":  # a terminal writes \n as \r\n
+            row, column = row + 1, 0
+            rows += [""] * (row == len(rows))
+        elif part == "\r":
+            column = 0
+        elif part[0] == "\x1b":
+            count = int(part[2:-1] or 1)
+            if part[-1] in "AB":
+                row = max(row - count, len(rows) - lines, 0) if part[-1] == "A" else min(row + count, len(rows) - 1)
+            elif part[-1] == "K":
+                rows[row] = rows[row][:column]
+        else:
+            rows[row] = rows[row][:column].ljust(column) + part + rows[row][column + 1 :]
+            column += 1
+            assert column < width
+    return [one.rstrip() for one in rows]
+
+
+def test_two_texts_grow_in_two_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf_core.cli.two_columns.text_width", lambda: 30)
+    monkeypatch.setattr("rlhf_core.cli.two_columns.get_terminal_size", lambda: os.terminal_size((30, 5)))
+    left = "\n\nThe quick brown fox jumps\n\nover the lazy dog"
+    right = "eins zwei drei vier\n" + "\n".join(map(str, range(9)))
+    columns = TwoColumns(["A: a/long/path/model", "B: b"])
+    at = [0, 0]
+    while at != [len(left), len(right)]:
+        for number, text in enumerate((left, right)):
+            if at[number] < len(text) and (
+                columns.may_grow(number) or at[1 - number] == len((left, right)[1 - number])
+            ):
+                at[number] += 1
+                columns.show(number, text[: at[number]])
+    columns.end(["3 tokens", "stopped"])
+    assert screen(capsys.readouterr().out, 5, 30) == [
+        "…g/path/model │ B: b",
+        "The quick     │ eins zwei",
+        "brown fox     │ drei vier",
+        "jumps         │ 0",
+        "              │ 1",
+        "over the lazy │ 2",
+        "dog           │ 3",
+        *(f"              │ {number}" for number in range(4, 9)),
+        "3 tokens      │ stopped",
+        "",
+    ]
 
 
 @pytest.mark.slow

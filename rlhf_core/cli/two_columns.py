@@ -1,0 +1,72 @@
+"""Two texts that grow, beside each other on a terminal."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from itertools import zip_longest
+from shutil import get_terminal_size
+
+from rlhf_core.cli.printing import encodable, folded, padded, styled, text_width
+from rlhf_core.infra.errors import printable
+
+
+class TwoColumns:
+    """Writes two texts that grow to a terminal, each into its column; what has scrolled off the screen stays as it is.
+
+    Between two calls the cursor is at the beginning of the line below the last row.
+
+    Args:
+        titles: of the columns; long ones lose their beginning.
+    """
+
+    def __init__(self, titles: Sequence[str]) -> None:
+        self._between = encodable(" │ ")
+        self._width = (text_width() - 1 - len(self._between)) // 2
+        """Terminal columns of each text."""
+        self._rows: list[list[str]] = []
+        """The two lines of each row, as they are on the screen."""
+        self._counts = [0, 0]
+        """Lines of each text."""
+        shown = [encodable(printable(title)) for title in titles]
+        print(styled(self._row([self._clipped(title) for title in shown]), "bold"), flush=True)
+
+    def show(self, column: int, text: str) -> None:
+        """Write what has changed of a text; blank lines at its beginning are left out."""
+        text = re.sub(r"\A(?:[^\S\n]*\n)+", "", printable(text, lines=True).expandtabs(4))
+        lines = [part for line in text.split("\n") for part in folded(encodable(line), self._width)] if text else []
+        for number in range(max(len(lines), self._counts[column])):
+            if number == len(self._rows):
+                self._rows.append(["", ""])
+                sys.stdout.write("\n")
+            line = lines[number] if number < len(lines) else ""
+            if line != self._rows[number][column]:
+                self._rows[number][column] = line
+                self._write(number)
+        self._counts[column] = len(lines)
+        sys.stdout.flush()
+
+    def may_grow(self, column: int) -> bool:
+        """Tell whether a text is so little ahead of the other one that the other's next line is still on the screen."""
+        return self._counts[column] - self._counts[1 - column] < get_terminal_size().lines - 2
+
+    def end(self, notes: Sequence[str]) -> None:
+        """Write a note below each text."""
+        left, right = (folded(encodable(note), self._width) for note in notes)
+        for lines in zip_longest(left, right, fillvalue=""):
+            print(styled(self._row(lines), "dim"), flush=True)
+
+    def _write(self, number: int) -> None:
+        up = len(self._rows) - number
+        if up < get_terminal_size().lines:
+            sys.stdout.write(f"\x1b[{up}A{self._row(self._rows[number])}\x1b[K\r\x1b[{up}B")
+
+    def _row(self, lines: Sequence[str]) -> str:
+        left, right = lines
+        return f"{padded(left, self._width)}{self._between}{right}"
+
+    def _clipped(self, text: str) -> str:
+        """Return the end of a text that is too wide for its column."""
+        lines = folded(text[::-1], self._width - 1)
+        return text if len(text) <= self._width else encodable("…") + lines[0][::-1]
