@@ -117,7 +117,7 @@ def _beside(session: ChatSession, turn: Turn, terminal: bool) -> tuple[list[_Gro
         _Growing(handed_over(_handing(session, number, turn), session.models[number].policy.device))
         for number in range(len(session.models))
     ]
-    columns = TwoColumns([_name(number, session) for number in range(len(found))])
+    columns = TwoColumns([model.name for model in session.models])
     ended = None
     try:
         with contextlib.ExitStack() as stack:

@@ -18,10 +18,10 @@ class TwoColumns:
     Between two calls the cursor is at the beginning of the line below the last row.
 
     Args:
-        titles: of the columns; long ones lose their beginning.
+        names: of what writes the two texts; they stand above the columns behind A and B, long ones without their beginning.
     """
 
-    def __init__(self, titles: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str]) -> None:
         self._between = encodable(" │ ")
         self._width = (text_width() - 1 - len(self._between)) // 2
         """Terminal columns of each text."""
@@ -29,8 +29,8 @@ class TwoColumns:
         """The two lines of each row, as they are on the screen."""
         self._counts = [0, 0]
         """Lines of each text."""
-        shown = [encodable(printable(title)) for title in titles]
-        print(styled(self._row([self._clipped(title) for title in shown]), "bold"), flush=True)
+        titles = [f"{label}: {self._end(encodable(printable(name)))}" for label, name in zip("AB", names, strict=True)]
+        print(styled(self._row(titles), "bold"), flush=True)
 
     def show(self, column: int, text: str) -> None:
         """Write what has changed of a text; blank lines at its beginning are left out."""
@@ -66,7 +66,7 @@ class TwoColumns:
         left, right = lines
         return f"{padded(left, self._width)}{self._between}{right}"
 
-    def _clipped(self, text: str) -> str:
-        """Return the end of a text that is too wide for its column."""
-        lines = folded(text[::-1], self._width - 1)
-        return text if len(text) <= self._width else encodable("…") + lines[0][::-1]
+    def _end(self, name: str) -> str:
+        """Return a name, or its end where it is too wide for its column behind `A: `."""
+        room = self._width - len("A: ")
+        return name if len(folded(name, room)) == 1 else encodable("…") + folded(name[::-1], room - 1)[0][::-1]

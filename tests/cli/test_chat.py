@@ -369,7 +369,7 @@ def test_two_texts_grow_in_two_columns(capsys: pytest.CaptureFixture[str], monke
     monkeypatch.setattr("rlhf_core.cli.two_columns.get_terminal_size", lambda: os.terminal_size((30, 5)))
     left = "\n\nThe quick brown fox jumps\n\nover the lazy dog"
     right = "eins zwei drei vier\n" + "\n".join(map(str, range(9)))
-    columns = TwoColumns(["A: a/long/path/model", "B: b"])
+    columns = TwoColumns(["a/long/path/model", "b"])
     at = [0, 0]
     while at != [len(left), len(right)]:
         for number, text in enumerate((left, right)):
@@ -380,7 +380,7 @@ def test_two_texts_grow_in_two_columns(capsys: pytest.CaptureFixture[str], monke
                 columns.show(number, text[: at[number]])
     columns.end(["3 tokens", "stopped"])
     assert screen(capsys.readouterr().out, 5, 30) == [
-        "…g/path/model │ B: b",
+        "A: …ath/model │ B: b",
         "The quick     │ eins zwei",
         "brown fox     │ drei vier",
         "jumps         │ 0",
