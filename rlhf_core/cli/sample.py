@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shlex
-import signal
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -16,7 +15,8 @@ import typer
 from rlhf_core.cli import METHOD_OPTIONS, shell_completion
 from rlhf_core.cli.printing import print_heading, print_json_line, print_note, print_text, print_wrapped
 from rlhf_core.cli.quick_imports import no_bars_in_logs, quick_imports
-from rlhf_core.infra.errors import ConfigError, Interrupted, Stopped
+from rlhf_core.cli.resumable_output import OverwriteOption, ResumeOption, output_path, stoppable
+from rlhf_core.infra.errors import ConfigError, Interrupted
 
 if TYPE_CHECKING:
     from rlhf_core.contracts.completion import Completion
@@ -47,12 +47,8 @@ def sample(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved configuration; load and write nothing.")
     ] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the file in --output after its last whole row.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the file in --output, once the first new row is there.")
-    ] = False,
+    resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Without --output: print rows as JSON, one per line; with it: the result.")
     ] = False,
@@ -84,10 +80,7 @@ def sample(
 
         setup_logging()
         job = load_sampling_job(target, flags=context.args)
-    output = None if job.run.output is None else Path(job.run.output).expanduser()
-    if output is None and (resume or overwrite):
-        flag = "--resume" if resume else "--overwrite"
-        raise ConfigError("no file is named", place=flag, fix="give `--output FILE.jsonl`")
+    output = output_path(job.run.output, resume=resume, overwrite=overwrite)
     if dry_run:
         return _describe(job, output, resume=resume, overwrite=overwrite)
     if output is not None:
@@ -176,35 +169,21 @@ def _write_rows(job: SamplingJob, sampler: Sampler, rows: Sequence[PromptRow], t
     from rlhf_core.generation.sampled_rows import output_row, sample_rows
     from rlhf_core.generation.watching import watching
     from rlhf_core.infra.progress import RowBar
-    from rlhf_core.training.signals import StopNow, StopSignal
 
     run = job.run
-    try:
-        with StopSignal() as stop, stop.at_once(), RowBar(total=len(rows), done=file.written) as bar:
-            with watching(bar.add_tokens):
-                found = sample_rows(sampler, rows, n=run.n, seed=run.seed, together=together, start=file.written)
-                for number, completions in found:
-                    file.append(output_row(rows[number], completions, run))
-                    bar.update(file.written, sum(len(one.ids) for one in completions))
-                    if file.written % together == 0:
-                        file.note()
-        file.note(status="done")
-        return bar.tokens_per_second
-    except KeyboardInterrupt as error:
-        file.note(status="stopped")
-        by = "SIGTERM" if isinstance(error, StopNow) and stop.requested == signal.SIGTERM else "Ctrl-C"
-        raise Stopped(
-            f"stopped by {by} after {file.written} of {_rows(len(rows))}, which are written",
-            place=str(file.path),
-            fix="the same command with `--resume` continues" + _without_overwrite(),
-        ) from error
-    except Exception:
-        file.note(status="failed")
-        raise
-
-
-def _without_overwrite() -> str:
-    return " (in place of `--overwrite`)" if "--overwrite" in sys.argv else ""
+    with (
+        stoppable(file, of=f"of {_rows(len(rows))}"),
+        RowBar(total=len(rows), done=file.written) as bar,
+        watching(bar.add_tokens),
+    ):
+        found = sample_rows(sampler, rows, n=run.n, seed=run.seed, together=together, start=file.written)
+        for number, completions in found:
+            file.append(output_row(rows[number], completions, run))
+            bar.update(file.written, sum(len(one.ids) for one in completions))
+            if file.written % together == 0:
+                file.note()
+    file.note(status="done")
+    return bar.tokens_per_second
 
 
 def _print_rows(job: SamplingJob, sampler: Sampler, rows: Sequence[PromptRow], together: int, *, as_json: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,8 @@ import typer
 from rlhf_core.cli import METHOD_OPTIONS, shell_completion
 from rlhf_core.cli.printing import print_json, print_text
 from rlhf_core.cli.quick_imports import quick_imports
-from rlhf_core.infra.errors import ConfigError, Stopped
+from rlhf_core.cli.resumable_output import OverwriteOption, ResumeOption, output_path, stoppable
+from rlhf_core.infra.errors import ConfigError
 
 if TYPE_CHECKING:
     from rlhf_core.config.flags import Flag
@@ -39,12 +41,8 @@ def add_to(app: typer.Typer) -> None:
 def score(
     context: typer.Context,
     reward: _Reward,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the file in --output after its last whole row.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the file in --output, once the first new row is there.")
-    ] = False,
+    resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Score completions: `rlhf score exact_match --data rows.jsonl --output scored.jsonl`, or `rlhf score MODEL_DIR --data D`.
@@ -56,8 +54,8 @@ def score(
     --concurrency, and the reward's own options, which `rlhf show reward:NAME --all` lists; one with a name that is taken is set
     as --options.NAME.
 
-    Rows are written in order, with all of their columns. Ctrl-C stops; --resume continues. Without --output only the summary is
-    printed.
+    Rows are written in order, with all of their columns. Ctrl-C or SIGTERM stops; --resume continues. Without --output only the
+    summary is printed.
     """
     if reward.startswith("-"):
         raise ConfigError(
@@ -74,16 +72,13 @@ def score(
 
         setup_logging()
         run, rewards = _opened(reward, lex(context.args))
-    if run.output is None and (resume or overwrite):
-        flag = "--resume" if resume else "--overwrite"
-        raise ConfigError("no file is named", place=flag, fix="give `--output FILE.jsonl`")
+    output = output_path(run.output, resume=resume, overwrite=overwrite)
     from rlhf_core.data.open_source import check_paths
 
     check_paths(run.data)
     summary = ScoreSummary()
-    if run.output is None:
+    if output is None:
         return _finish(run, rewards, None, summary, as_json=as_json)
-    output = Path(run.output).expanduser()
     _check_apart(output, run.data)
     SCORES.check_output(output, resume=resume, overwrite=overwrite)
     record = {"rewards": rewards.describe(), "column": run.score_column}
@@ -145,27 +140,14 @@ def _finish(
     """Score all rows, and print the summary.
 
     Raises:
-        Stopped: by Ctrl-C; what was scored is in the file.
+        Stopped: by Ctrl-C or SIGTERM; what was scored is in the file.
     """
     from rlhf_core.data.completion_rows import read_completion_rows
     from rlhf_core.evaluation.score_file import score_file
 
     rows = read_completion_rows(run.data, columns=run.columns, limit=run.limit, split=run.split)
-    try:
+    with contextlib.nullcontext() if file is None else stoppable(file):
         score_file(rewards, rows, file, column=run.score_column, together=run.batch_size, summary=summary)
-    except KeyboardInterrupt as error:
-        if file is None:
-            raise
-        file.note(status="stopped")
-        raise Stopped(
-            f"stopped by Ctrl-C after {summary.rows:,} rows, which are written",
-            place=str(file.path),
-            fix="the same command with `--resume` continues",
-        ) from error
-    except Exception:
-        if file is not None:
-            file.note(status="failed")
-        raise
     found = summary.as_dict() | ({} if file is None else {"output": str(file.path)})
     if as_json:
         return print_json(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -104,6 +105,28 @@ def test_what_was_scored_survives_ctrl_c_and_is_continued(rlhf) -> None:
     assert [(row["completion"], row["score"]) for row in read()] == [
         (str(number), 1.0 if number < 16 else 2.0) for number in range(40)
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_keeps_the_rows_that_were_scored(number: signal.Signals) -> None:
+    data = write([{"prompt": "p", "completion": str(at)} for at in range(30)])
+    Path("slow.py").write_text(
+        "import time\n\ndef slow(prompts, completions):\n    time.sleep(0.2)\n    return [float(c) for c in completions]\n"
+    )
+    command = [sys.executable, "-m", "rlhf_core", "score", "slow.py:slow", "--data", data, "--output", "out.jsonl"]
+    command += ["--batch-size", "1", "--runs-in", "thread"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (Path("out.jsonl").exists() and Path("out.jsonl").stat().st_size):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, err = process.communicate()
+    by = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}[number]
+    assert process.returncode == 75 and f"stopped by {by} after {len(read())} rows" in err and "--resume" in err
+    assert 1 <= len(read()) < 30 and json.loads(Path("out.score.json").read_text())["status"] == "stopped"
+    subprocess.run([*command, "--resume"], check=True)
+    assert [row["score"] for row in read()] == list(range(30))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,66 @@
+"""What `rlhf sample` and `rlhf score` share: rows are appended to `--output`, a stop keeps them, and `--resume` continues."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rlhf_core.infra.errors import ConfigError, Stopped
+
+if TYPE_CHECKING:
+    from rlhf_core.data.row_output import RowOutput
+
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the file in --output after its last whole row.")]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the file in --output, once the first new row is there.")
+]
+
+
+def output_path(output: str | None, *, resume: bool, overwrite: bool) -> Path | None:
+    """Return the path of `--output`; None where there is none.
+
+    Raises:
+        ConfigError: `--resume` or `--overwrite` is given without one.
+    """
+    if output is not None:
+        return Path(output).expanduser()
+    if resume or overwrite:
+        flag = "--resume" if resume else "--overwrite"
+        raise ConfigError("no file is named", place=flag, fix="give `--output FILE.jsonl`")
+    return None
+
+
+@contextlib.contextmanager
+def stoppable(file: RowOutput, *, of: str = "rows") -> Iterator[None]:
+    """Stop at once by Ctrl-C or SIGTERM, and note in the file's record how the block ended: `stopped` or `failed`.
+
+    Args:
+        of: what there is in all, in words: `12 rows`.
+
+    Raises:
+        Stopped: by Ctrl-C or SIGTERM; every row that was appended is in the file.
+    """
+    from rlhf_core.training.signals import StopNow, StopSignal
+
+    with StopSignal(speak=False) as stop:
+        try:
+            with stop.at_once():
+                yield
+        except KeyboardInterrupt as error:
+            file.note(status="stopped")
+            by = "SIGTERM" if isinstance(error, StopNow) and stop.requested == signal.SIGTERM else "Ctrl-C"
+            instead = " (in place of `--overwrite`)" if "--overwrite" in sys.argv else ""
+            raise Stopped(
+                f"stopped by {by} after {file.written:,} {of}, which are written",
+                place=str(file.path),
+                fix=f"the same command with `--resume` continues{instead}",
+            ) from error
+        except Exception:
+            file.note(status="failed")
+            raise
