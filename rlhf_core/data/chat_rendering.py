@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.contracts.records import Message
@@ -293,16 +294,39 @@ class ChatTemplate:
         if not messages:
             raise ValueError("no message to render")
         source, times = _at_time(source, _TIME.get())
-        texts, spans = render_jinja_template(
-            conversations=[messages],
-            tools=tools,
-            chat_template=source,
-            return_assistant_tokens_mask=tagged,
-            add_generation_prompt=answer,
-            **self.tokenizer.special_tokens_map,
-            **({"rlhf_times": times} if times else {}),
-        )
+        try:
+            texts, spans = render_jinja_template(
+                conversations=[messages],
+                tools=tools,
+                chat_template=source,
+                return_assistant_tokens_mask=tagged,
+                add_generation_prompt=answer,
+                **self.tokenizer.special_tokens_map,
+                **({"rlhf_times": times} if times else {}),
+            )
+        except Exception as error:
+            _clear_frames(error)
+            raise
         return texts[0], [(begin, end) for begin, end in spans[0]] if tagged else []
+
+
+def _clear_frames(error: Exception) -> None:
+    """Clear the frames that an error of Jinja came through.
+
+    Jinja makes frames that refer to each other: with them the callers' variables, engines and models among them, would live until
+    garbage is collected.
+    """
+    place = error.__traceback__
+    while place is not None:
+        frame: FrameType | None = place.tb_frame
+        while frame is not None:
+            try:
+                frame.clear()
+            except RuntimeError:  # it is running, and so are its callers
+                break
+            frame = frame.f_back
+        place = place.tb_next
+    error.__traceback__ = None
 
 
 @contextlib.contextmanager

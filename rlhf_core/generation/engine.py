@@ -25,6 +25,7 @@ from rlhf_core.data.chat_rendering import ChatTemplate
 from rlhf_core.data.text_options import TextOptions
 from rlhf_core.data.text_spans import TextSpanEncoder
 from rlhf_core.generation.backend import Backend
+from rlhf_core.generation.kept_backend import take_backend
 from rlhf_core.generation.memory import MOST_ROWS
 from rlhf_core.generation.native_backend import NativeBackend
 from rlhf_core.generation.paged_cache import CachedSequence
@@ -80,6 +81,9 @@ class _Draw:
 class Engine:
     """Draws completions from a policy with the weights that it has at the moment of the call.
 
+    Prompts that were read are kept, and what a later prompt begins with isn't read again, until the weights change. An engine
+    with the default options takes over what the last such engine of the policy kept.
+
     Args:
         policy: computes in evaluation mode, without gradients; afterwards its modules have their earlier modes again.
         seed: from which completions' seeds are derived where none are given; None takes one from torch's global random state.
@@ -116,6 +120,8 @@ class Engine:
                 raise ConfigError("must be at least 1", place=f"Engine({option}=…)", got=str(number))
         self.policy = policy
         self.seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed
+        if backend is None and not any(own.values()):
+            backend = take_backend(self, policy)
         self.backend = backend or NativeBackend(
             policy, memory=memory, most_rows=most_rows or MOST_ROWS, cuda_graphs=cuda_graphs
         )

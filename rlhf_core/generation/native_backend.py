@@ -41,6 +41,10 @@ BLOCK_SIZE = {"cpu": 64, "cuda": KERNEL_BLOCK}
 """Tokens per block of the cache, by device."""
 
 
+IDLE_SHARE = 8
+"""While nothing is drawn, kept prompts may take this part of the memory for keys and values; larger keeps fewer."""
+
+
 class _Said:
     """Whether something was logged about a policy."""
 
@@ -191,6 +195,19 @@ class NativeBackend(Backend):
     def forget(self) -> None:
         self._native = None
 
+    def rest(self) -> None:
+        """Release most memory, while nothing is drawn: prompts are kept in an eighth of what generation may use."""
+        native = self._native
+        if native is None:
+            return
+        if native.cache.num_sequences > len(native.prefixes):  # somebody still has sequences
+            self._native = None
+            return
+        most = self._most_blocks(native.cache.block_size) // IDLE_SHARE
+        while native.cache.used_blocks > most and native.prefixes.drop_oldest():
+            pass
+        native.cache.compact(native.prefixes)
+
     def _decoding_for(self, requests: Sequence[Request], rows: int) -> NativeDecoding | PlainDecoding:
         """Return the loop that draws some completions, with room for them as far as memory is allowed."""
         longest = max(len(request.ids) + request.limit for request in requests)
@@ -223,12 +240,11 @@ class NativeBackend(Backend):
             self._say_plain(facts.obstacle or f"sequences are longer than its sliding window of {window} tokens")
             return None
         size = BLOCK_SIZE.get(policy.device.type, BLOCK_SIZE["cpu"])
-        bytes_per_block = facts.elements * size * (4 if policy.precision == torch.float32 else 2)
-        most = max(1, (free_bytes(policy.device) if self.memory is None else self.memory) // bytes_per_block)
+        most = self._most_blocks(size)
         # Where blocks must be full, each stretch begins with a copy of the last block before it.
         spare = 2 if policy.device.type in DEVICES else 1
         wanted = sum(tokens // size + spare for tokens in runs)
-        state = policy.precision, weights_state(policy)
+        state = policy.precision, size, weights_state(policy)
         if self._native is None or state != self._read_with:
             cache = new_cache(max(1, min(most, wanted)), size, policy.device)
             self._native = NativeDecoding(policy, cache, most_rows=self.most_rows, cuda_graphs=self.cuda_graphs)
@@ -236,6 +252,12 @@ class NativeBackend(Backend):
         elif wanted > self._native.cache.free_blocks:
             self._native.cache.grow(min(most, self._native.cache.used_blocks + wanted))
         return self._native
+
+    def _most_blocks(self, size: int) -> int:
+        """Return how many blocks of so many tokens may be in use."""
+        number = 4 if self.policy.precision == torch.float32 else 2
+        bytes_per_block = self.policy.measured(measure_native).elements * size * number
+        return max(1, (free_bytes(self.policy.device) if self.memory is None else self.memory) // bytes_per_block)
 
     def _say_plain(self, reason: str) -> None:
         """Log, once per policy, that its completions are drawn through transformers' loop, and why."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -258,6 +258,37 @@ class PagedKVCache:
                 new[: self._unused].copy_(old[: self._unused])
             self.pools[layer] = (grown[0], grown[1])
         self.capacity = blocks
+
+    def compact(self, sequences: Iterable[CachedSequence]) -> None:
+        """Release the memory of blocks that aren't in use, where they are most of it; the bound becomes the blocks in use.
+
+        Args:
+            sequences: all that aren't freed.
+        """
+        idle = len(self._free) if self.device.type == "cpu" else self.free_blocks
+        if idle <= self.used_blocks:
+            return
+        self.finish_copies()
+        free = set(self._free)
+        used = [block for block in range(self._first, self._unused) if block not in free]
+        moved = {block: self._first + at for at, block in enumerate(used)}
+        stretches: dict[int, Stretch] = {}
+        for sequence in sequences:
+            stretch: Stretch | None = sequence.stretch
+            while stretch is not None and stretch.number not in stretches:
+                stretches[stretch.number] = stretch
+                stretch = stretch.parent
+        for stretch in stretches.values():
+            stretch.blocks = [moved[block] for block in stretch.blocks]
+        self._free, self._unused, self.capacity = [], self._first + len(used), max(1, len(used))
+        sources = torch.tensor(used, dtype=torch.long, device=self.device)
+        for layer, pools in self.pools.items():
+            small = tuple(
+                _reserved((self._first + self.capacity, *pool.shape[1:]), pool.dtype, self.device) for pool in pools
+            )
+            for new, old in zip(small, pools, strict=True):
+                new[self._first : self._unused].copy_(old.index_select(0, sources))
+            self.pools[layer] = (small[0], small[1])
 
     # Keys and values
 

@@ -25,6 +25,9 @@ class KeptPrefixes:
     def __len__(self) -> int:
         return len(self._kept)
 
+    def __iter__(self) -> Iterator[CachedSequence]:
+        return iter(self._kept.values())
+
     def fork_longest(self, ids: Sequence[int]) -> CachedSequence:
         """Return a new sequence with as many of these tokens as some kept sequence begins with; empty where none does."""
         if (exact := self._kept.get(tuple(ids))) is not None:

@@ -102,6 +102,13 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.grow(capacity + more)
         assert self.cache.capacity == max(capacity, capacity + more)
 
+    @rule()
+    def compact(self) -> None:
+        capacity, used = self.cache.capacity, self.cache.used_blocks
+        self.cache.compact(sequence for sequence, _ in self.sequences)
+        assert self.cache.used_blocks == used and self.cache.capacity in (capacity, max(used, 1))
+        self.cache.grow(capacity)
+
     @invariant()
     def each_sequence_holds_its_own_tokens(self) -> None:
         for sequence, tokens in self.sequences:
