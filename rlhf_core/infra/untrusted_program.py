@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import json
 import os
 import platform
@@ -18,7 +19,7 @@ import struct
 import sys
 import tempfile
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +274,39 @@ def refuse_events(directory: str) -> None:
     sys.addaudithook(look)
 
 
+def ignore_permissions(directory: str) -> None:
+    """Have Python's functions that change permissions, owners and times do nothing to files in `directory`.
+
+    The system calls are refused everywhere, as they can't be refused by place. Code that copies a file of its own, which copies
+    its permissions, must not fail by that.
+    """
+    real, state, decode = os.path.realpath, os.stat, os.fsdecode
+    own = real(directory)
+
+    def ignoring(change: Callable) -> Callable:
+        @functools.wraps(change)
+        def ignored(path: Any, *arguments: Any, **options: Any) -> None:
+            if isinstance(path, int) or any(options.get(name) is not None for name in ("dir_fd", "src_dir_fd")):
+                return change(path, *arguments, **options)
+            state(path, follow_symlinks=options.get("follow_symlinks", True))  # raises where there is no such file
+            found = real(decode(path))
+            if found != own and not found.startswith(own + "/"):
+                return change(path, *arguments, **options)
+            return None
+
+        return ignored
+
+    for name in ("chmod", "lchmod", "chown", "lchown", "utime"):
+        change = getattr(os, name, None)
+        if change is None:
+            continue
+        ignored = ignoring(change)
+        setattr(os, name, ignored)
+        for supports in (os.supports_dir_fd, os.supports_fd, os.supports_follow_symlinks):
+            if change in supports:
+                supports.add(ignored)
+
+
 def protect(job: dict, directory: str) -> dict:
     """Give up what the code must not have; return what the kernel enforces of it."""
     set_limits(job)
@@ -288,6 +322,7 @@ def protect(job: dict, directory: str) -> dict:
         enforced["network"] = enforced["network"] or enforced["processes"]
     if not all(enforced.values()):
         refuse_events(directory)
+    ignore_permissions(directory)
     return enforced
 
 

@@ -19,6 +19,7 @@ from rlhf_plugins.rewards import unit_tests
 from rlhf_plugins.rewards.unit_tests import UnitTestsConfig, last_block, read_tests
 
 from rlhf_core.contracts.reward import Sample
+from rlhf_core.infra import untrusted_code
 from rlhf_core.infra.errors import ConfigError, DataError
 from rlhf_core.infra.untrusted_code import CodeLimits, CodeRun, run_untrusted
 from rlhf_core.rewards import open_rewards
@@ -399,3 +400,107 @@ class TestUnitTests(RewardContract):
         codes = (RIGHT, "def add(a, b): return a - b", "def add(a, b): return a", "not code")
         texts = [block(code) for code in codes[:3]] + [codes[3]]
         return [Sample(f"p{n}", text, columns={"checks": ASSERTS}) for n, text in enumerate(texts)]
+
+
+# Tests as `unittest.TestCase` classes
+
+CASES = """
+import unittest
+from unittest.mock import patch
+
+class Base(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.pair = (1, 2)
+
+    def setUp(self):
+        self.zero = 0
+
+    def test_sum(self):
+        self.assertEqual(add(*self.pair), 3)
+
+class TestCases(Base):
+    def test_zero(self):
+        self.assertEqual(add(self.zero, self.zero), 0)
+
+    @patch("builtins.print")
+    def test_large(self, shown):
+        for large in (10, 100):
+            with self.subTest(large=large):
+                self.assertEqual(add(large, large), 2 * large)
+
+    @unittest.skip("not yet")
+    def test_later(self):
+        self.fail()
+
+    async def helper(self):
+        pass
+
+if __name__ == "__main__":
+    unittest.main()
+"""
+
+
+@pytest.mark.parametrize("tests", [CASES, [CASES], CASES + "\nunittest.main()\n"], ids=["source", "list", "main"])
+def test_each_method_of_a_test_case_is_a_test(tests: Any) -> None:
+    """One of `Base`, three of `TestCases`, one of which it inherits."""
+    assert sum(counts for _, counts in read_tests(tests).pieces) == 4
+    assert score(RIGHT, tests) == 1.0
+    assert score("def add(a, b):\n    return 0", tests) == 0.25
+    assert score("def add(a, b):\n    return a + b if a < 10 else 0", tests) == 0.75
+    assert score("import unittest\ndef add(a, b):\n    raise unittest.SkipTest", tests) == 0.0
+    assert score("import os\ndef add(a, b):\n    os._exit(0) if a == 10 else None\n    return a + b", tests) == 0.75
+
+
+# Files of its own
+
+COPIES = """
+import os, pathlib, shutil, stat, tarfile, tempfile, zipfile
+def work():
+    pathlib.Path("a.txt").write_text("text")
+    pathlib.Path("touched").touch()
+    pathlib.Path("a.txt").touch()
+    os.mkdir("b")
+    shutil.copy("a.txt", "b")
+    shutil.copy2("a.txt", "b/c.txt")
+    shutil.copytree("b", "d")
+    shutil.move("d", "e")
+    os.chmod("a.txt", 0o600)
+    with tarfile.open("t.tar", "w") as tar:
+        tar.add("b")
+    with tarfile.open("t.tar") as tar:
+        tar.extractall("from_tar", filter="data")
+    shutil.make_archive("zipped", "zip", "b")
+    shutil.unpack_archive("zipped.zip", "from_zip")
+    return sorted(str(path) for path in pathlib.Path(".").rglob("*.txt"))
+"""
+
+
+@pytest.mark.parametrize("enforced", [True, False], ids=["kernel", "events"])
+def test_code_copies_files_of_its_own(enforced: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if not enforced:
+        program = Path(untrusted_code.__file__).with_name("untrusted_program.py").read_text()
+        assert program.count("if not all(enforced.values()):") == 1
+        changed = tmp_path / "untrusted_program.py"
+        changed.write_text(program.replace("if not all(enforced.values()):", "if True:"))
+        monkeypatch.setattr(untrusted_code, "_PROGRAM", changed)
+    there = ["a.txt", "b/a.txt", "b/c.txt", "e/a.txt", "e/c.txt"]
+    there += ["from_tar/b/a.txt", "from_tar/b/c.txt", "from_zip/a.txt", "from_zip/c.txt"]
+    assert score(COPIES, [f"assert work() == {there!r}", "assert open('touched').read() == ''"]) == 1.0
+
+
+def test_permissions_and_times_elsewhere_stay_refused(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("x")
+    before = secret.stat()
+    tries = [
+        f"os.chmod({str(secret)!r}, 0o777)",
+        f"os.utime({str(secret)!r}, (1, 1))",
+        f"os.symlink({str(secret)!r}, 'link'); os.chmod('link', 0o777)",
+        f"os.chmod.__wrapped__({str(secret)!r}, 0o777)",
+        "os.chmod('missing', 0o777)",
+        "open('own', 'w').close(); os.chmod.__wrapped__('own', 0o777)",
+    ]
+    code = f"import os\ndef tried(n):\n    try:\n        exec({tries!r}[n])\n    except OSError:\n        return True\n"
+    assert score(code, [f"assert tried({number})" for number in range(len(tries))]) == 1.0
+    assert (secret.stat().st_mode, secret.stat().st_mtime) == (before.st_mode, before.st_mtime)

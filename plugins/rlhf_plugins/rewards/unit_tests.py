@@ -33,7 +33,8 @@ class UnitTestsConfig(BaseConfig):
     column: str = Field(
         "tests",
         min_length=1,
-        description="Column of the tests: Python source with asserts, a list of such, or pairs of input and output (a list of"
+        description="Column of the tests: Python source with asserts, functions `test_…` or `unittest.TestCase` classes, of which"
+        " each method is a test; a list of such; or pairs of input and output (a list of"
         " `{input, output}`, or `{inputs: [...], outputs: [...]}`); also as JSON text. A path such as `info.tests` leads into"
         " nested columns.",
     )
@@ -192,7 +193,12 @@ def read_tests(value: Any, entry_point: Any = None) -> _Tests:
     elif isinstance(value, Mapping):
         return _Tests(pairs=_pairs(value))
     elif isinstance(value, list) and value and all(isinstance(one, str) for one in value):
-        pieces = [(one, True) for one in value if _checks(one)]
+        pieces = [
+            piece
+            for one in value
+            if (tree := _parsed(one)).body
+            for piece in (_pieces(one, entry_point) if _test_cases(tree) else [(one, True)])
+        ]
     elif isinstance(value, list) and value and all(isinstance(one, Mapping) for one in value):
         return _Tests(pairs=[pair for one in value for pair in _pairs(one)])
     else:
@@ -200,11 +206,6 @@ def read_tests(value: Any, entry_point: Any = None) -> _Tests:
     if not any(counts for _, counts in pieces):
         raise ValueError("they check nothing: there is no assert and no call")
     return _Tests(pieces=pieces)
-
-
-def _checks(source: str) -> bool:
-    """Tell whether a list's item is a test: raise ValueError where it isn't Python."""
-    return bool(_parsed(source).body)
 
 
 def _parsed(source: str) -> ast.Module:
@@ -217,14 +218,17 @@ def _parsed(source: str) -> ast.Module:
 def _pieces(source: str, entry_point: Any) -> Iterator[tuple[str, bool]]:
     """Yield the statements of a test's source: those that assert or call something count as tests.
 
-    Functions `test_…` that nothing calls are called, and `check` with the entry point.
+    Functions `test_…` that nothing calls are called, and `check` with the entry point; each method of a `unittest.TestCase` is run.
     """
     tree = _parsed(source)
+    cases = _test_cases(tree)
     functions = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
     called = {function.id for function in functions if isinstance(function, ast.Name)}
     calls = []
     for statement in tree.body:
         text = ast.unparse(statement)
+        if cases and text.startswith("unittest.main("):  # would run them all as one test, and end the process
+            continue
         defines = isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
         asserts = any(isinstance(node, ast.Assert) for node in ast.walk(statement))
         call = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call)
@@ -236,6 +240,41 @@ def _pieces(source: str, entry_point: Any) -> Iterator[tuple[str, bool]]:
                 calls.append(f"{statement.name}()")
     for text in calls:
         yield text, True
+    for case, methods in cases.items():
+        for method in methods:
+            yield _RUN_METHOD.format(case=case, method=method), True
+
+
+_RUN_METHOD = """
+from unittest import TestResult as _TestResult, TestSuite as _TestSuite
+_found = _TestResult()
+_TestSuite([{case}({method!r})]).run(_found)
+assert _found.wasSuccessful() and _found.testsRun == 1 and not _found.skipped
+"""
+"""Runs one method of a `unittest.TestCase` with what is set up around it. One that is skipped as it runs hasn't passed."""
+
+
+def _test_cases(tree: ast.Module) -> dict[str, list[str]]:
+    """Return the `unittest.TestCase` classes of a source, each with its methods that are tests, inherited ones included."""
+    found: dict[str, list[str]] = {}
+    for statement in tree.body:
+        if not isinstance(statement, ast.ClassDef) or _skipped(statement):
+            continue
+        bases = [ast.unparse(base).rpartition(".")[2] for base in statement.bases]
+        if not any(base in found or base in ("TestCase", "IsolatedAsyncioTestCase") for base in bases):
+            continue
+        methods = [node for node in statement.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+        own = [node.name for node in methods if node.name.startswith("test") and not _skipped(node)]
+        defined = {node.name for node in methods}
+        inherited = [name for base in bases for name in found.get(base, ()) if name not in defined]
+        found[statement.name] = [*dict.fromkeys([*inherited, *own])]
+    return {name: methods for name, methods in found.items() if methods}
+
+
+def _skipped(statement: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Tell whether a test is always skipped, so that it counts nowhere."""
+    names = (ast.unparse(one.func if isinstance(one, ast.Call) else one) for one in statement.decorator_list)
+    return any(name in ("skip", "unittest.skip") for name in names)
 
 
 def _pairs(value: Mapping[str, Any]) -> list[tuple[str, str]]:
