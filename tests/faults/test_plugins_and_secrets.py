@@ -75,7 +75,8 @@ def test_nothing_unpickles_or_runs_what_it_reads() -> None:
     forbidden = re.compile(
         r"torch\.load\(|import pickle|pickle\.|yaml\.(unsafe_|full_)?load\(|UnsafeLoader|shell=True|os\.system\(|(?<![.\w])eval\("
     )
-    # Over a pipe from a process to its own child, which nobody else can write to; what comes back is JSON.
+    # Over a pipe from a process to its own child, which nobody else can write to; what comes back is JSON. JSON won't do for what
+    # is sent: a reward may be an object of Python, and a row's columns hold dates, bytes and decimals if read from Parquet.
     own_pipe = Path(rlhf_core.__file__).parent / "rewards" / "reward_process.py"
     roots = [Path(rlhf_core.__file__).parent, Path(importlib.import_module("rlhf_plugins").__path__[0])]
     found = [

@@ -218,7 +218,7 @@ def _parsed(source: str) -> ast.Module:
 def _pieces(source: str, entry_point: Any) -> Iterator[tuple[str, bool]]:
     """Yield the statements of a test's source: those that assert or call something count as tests.
 
-    Functions `test_…` that nothing calls are called, and `check` with the entry point; each method of a `unittest.TestCase` is run.
+    Functions `test_…` that nothing calls are called, `check` with the entry point, and so is each method of a `TestCase`.
     """
     tree = _parsed(source)
     cases = _test_cases(tree)
