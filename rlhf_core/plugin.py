@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from rlhf_core.data.step_labels import read_step_labels as read_step_labels
     from rlhf_core.generation.engine import Engine as Engine
     from rlhf_core.generation.generate import prompt_batch as prompt_batch
+    from rlhf_core.generation.logprob_gap import logprob_gap as logprob_gap
     from rlhf_core.generation.sampler_models import best_first as best_first
     from rlhf_core.infra.chat_api import ChatAPI as ChatAPI
     from rlhf_core.infra.child_calls import CallFailure as CallFailure
@@ -139,6 +140,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.models": "PolicyModel ProcessRewardModel RewardModel ValueModel HiddenStates over_vocabulary",
         "rlhf_core.generation.engine": "Engine",
         "rlhf_core.generation.generate": "prompt_batch",
+        "rlhf_core.generation.logprob_gap": "logprob_gap",
         "rlhf_core.models.reasoning_steps": "AGGREGATIONS",
         "rlhf_core.models.reference": "Reference",
         "rlhf_core.models.model_reward": "ModelReward ModelRewardConfig SampleScores ScoringModelConfig",
