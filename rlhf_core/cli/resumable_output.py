@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,6 +35,28 @@ def output_path(output: str | None, *, resume: bool, overwrite: bool) -> Path | 
         flag = "--resume" if resume else "--overwrite"
         raise ConfigError("no file is named", place=flag, fix="give `--output FILE.jsonl`")
     return None
+
+
+def check_apart(output: Path, sources: Sequence[str]) -> None:
+    """Refuse to write rows into a file, or a folder, that they are read from.
+
+    Args:
+        sources: files, folders, patterns of files, and anything else, such as texts or names of the hub.
+
+    Raises:
+        ConfigError: the output is one of these files, or in one of these folders.
+    """
+    for source in sources:
+        path = Path(source).expanduser()
+        try:
+            folder = path.is_dir() and output.resolve().is_relative_to(path.resolve())
+            files = [path, *map(Path, glob.glob(str(path)))] if output.exists() else []  # noqa: PTH207 — of any root
+            same = any(one.exists() and output.samefile(one) for one in files)
+        except (OSError, ValueError):  # a text that can't be a path
+            continue
+        if folder or same:
+            problem = f"is in the folder {source}, which is read" if folder else "is read and written"
+            raise ConfigError(problem, place=str(output), fix="name another file as `--output`")
 
 
 @contextlib.contextmanager

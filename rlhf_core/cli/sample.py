@@ -15,7 +15,7 @@ import typer
 from rlhf_core.cli import METHOD_OPTIONS, shell_completion
 from rlhf_core.cli.printing import print_heading, print_json_line, print_note, print_text, print_wrapped
 from rlhf_core.cli.quick_imports import no_bars_in_logs, quick_imports
-from rlhf_core.cli.resumable_output import OverwriteOption, ResumeOption, output_path, stoppable
+from rlhf_core.cli.resumable_output import OverwriteOption, ResumeOption, check_apart, output_path, stoppable
 from rlhf_core.infra.errors import ConfigError, Interrupted
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ def sample(
     if output is not None:
         from rlhf_core.generation.sample_file import SAMPLES
 
+        check_apart(output, job.run.prompts)
         SAMPLES.check_output(output, resume=resume, overwrite=overwrite)
     return _sample(job, output, resume=resume, overwrite=overwrite, as_json=as_json)
 

@@ -13,7 +13,7 @@ import typer
 from rlhf_core.cli import METHOD_OPTIONS, shell_completion
 from rlhf_core.cli.printing import print_json, print_text
 from rlhf_core.cli.quick_imports import quick_imports
-from rlhf_core.cli.resumable_output import OverwriteOption, ResumeOption, output_path, stoppable
+from rlhf_core.cli.resumable_output import OverwriteOption, ResumeOption, check_apart, output_path, stoppable
 from rlhf_core.infra.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -79,19 +79,11 @@ def score(
     summary = ScoreSummary()
     if output is None:
         return _finish(run, rewards, None, summary, as_json=as_json)
-    _check_apart(output, run.data)
+    check_apart(output, [run.data] if isinstance(run.data, str) else run.data)
     SCORES.check_output(output, resume=resume, overwrite=overwrite)
     record = {"rewards": rewards.describe(), "column": run.score_column}
     with RowOutput(output, SCORES, record, resume=resume, overwrite=overwrite) as file:
         return _finish(run, rewards, file, summary, as_json=as_json)
-
-
-def _check_apart(output: Path, data: str | Sequence[str]) -> None:
-    """Raise `ConfigError` where the scores would be written into a file that they are read from."""
-    for path in [data] if isinstance(data, str) else data:
-        source = Path(path).expanduser()
-        if output.exists() and source.exists() and output.samefile(source):
-            raise ConfigError("is read and written", place=str(output), fix="name another file as `--output`")
 
 
 def _opened(reward: str, flags: Sequence[Flag]) -> tuple[ScoreRunConfig, Rewards]:

@@ -152,6 +152,21 @@ def test_ctrl_c_keeps_the_rows_that_were_written(
     assert json.loads((tmp_path / "out.run.json").read_text())["status"] == "done"
 
 
+@pytest.mark.parametrize("source", ["rows.jsonl", "./rows.jsonl", "*.jsonl", ".", "../here"])
+def test_the_prompts_are_never_overwritten(
+    rlhf: Rlhf, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    Path("rows.jsonl").write_text('{"prompt": "1+1="}\n')
+    before = Path("rows.jsonl").read_bytes()
+    for flags in ((), ("--overwrite",), ("--resume",)):
+        code, _, err = rlhf(*arguments(model, source, Path("rows.jsonl"), *flags))
+        assert code == 2 and "rows.jsonl: is " in err and "read" in err and "name another file" in err
+    assert Path("rows.jsonl").read_bytes() == before and [*here.iterdir()] == [here / "rows.jsonl"]
+
+
 @pytest.mark.slow
 def test_sigterm_and_sigkill_at_any_moment_lose_and_repeat_no_row(rlhf: Rlhf, model: str, tmp_path: Path) -> None:
     prompts = tmp_path / "many.txt"
