@@ -31,6 +31,38 @@ _Model = Annotated[
         help="A directory, an adapter's directory, a run's directory, a GGUF file or a hub name.",
     ),
 ]
+_Beside = Annotated[
+    str | None, typer.Option("--beside", metavar="MODEL", help="A second model, which answers every message, too.")
+]
+_Template = Annotated[
+    str | None,
+    typer.Option("--template", metavar="FILE", help="Chat template (Jinja), in place of the tokenizer's own."),
+]
+_NoTemplate = Annotated[
+    bool,
+    typer.Option("--no-template", help="Continue the chat as one plain text, for models that aren't chat models."),
+]
+_History = Annotated[
+    Path | None,
+    typer.Option(
+        "--history", metavar="FILE", help="File of the chat; by default a new one in ~/.local/state/rlhf/chats."
+    ),
+]
+_Resume = Annotated[
+    bool, typer.Option("--resume", help="Continue the chat in --history, or the last one with the model.")
+]
+_Seed = Annotated[
+    int | None,
+    typer.Option("--seed", min=0, help="Seed that makes answers repeatable; by default another each time."),
+]
+_Precision = Annotated[
+    str,
+    typer.Option(
+        "--precision",
+        metavar="auto|float32|bf16|fp16",
+        help="Precision of matrix products; auto takes on a GPU the 16 bits that the model was saved in, else float32.",
+    ),
+]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -40,40 +72,15 @@ def add_to(app: typer.Typer) -> None:
 def chat(
     context: typer.Context,
     model: _Model,
-    beside: Annotated[
-        str | None, typer.Option("--beside", metavar="MODEL", help="A second model, which answers every message, too.")
-    ] = None,
+    beside: _Beside = None,
     system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System message.")] = None,
-    template: Annotated[
-        str | None,
-        typer.Option("--template", metavar="FILE", help="Chat template (Jinja), in place of the tokenizer's own."),
-    ] = None,
-    no_template: Annotated[
-        bool,
-        typer.Option("--no-template", help="Continue the chat as one plain text, for models that aren't chat models."),
-    ] = False,
-    history: Annotated[
-        Path | None,
-        typer.Option(
-            "--history", metavar="FILE", help="File of the chat; by default a new one in ~/.local/state/rlhf/chats."
-        ),
-    ] = None,
+    template: _Template = None,
+    no_template: _NoTemplate = False,
+    history: _History = None,
     no_history: Annotated[bool, typer.Option("--no-history", help="Write the chat to no file.")] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the chat in --history, or the last one with the model.")
-    ] = False,
-    seed: Annotated[
-        int | None,
-        typer.Option("--seed", min=0, help="Seed that makes answers repeatable; by default another each time."),
-    ] = None,
-    precision: Annotated[
-        str,
-        typer.Option(
-            "--precision",
-            metavar="auto|float32|bf16|fp16",
-            help="Precision of matrix products; auto takes on a GPU the 16 bits that the model was saved in, else float32.",
-        ),
-    ] = "auto",
+    resume: _Resume = False,
+    seed: _Seed = None,
+    precision: _Precision = "auto",
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that the model's repository ships.")
     ] = False,

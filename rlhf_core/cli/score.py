@@ -104,6 +104,8 @@ def _opened(reward: str, flags: Sequence[Flag]) -> tuple[ScoreRunConfig, Rewards
         else:
             (mine if flag.key.partition(".")[0] in ScoreRunConfig.model_fields else theirs).append(flag)
     values, places = convert(mine, ScoreRunConfig, owner="score")
+    if "data" not in values:
+        raise ConfigError("no rows are named", place="command line", fix="give `--data FILE`")
     run = ScoreRunConfig.parse(nest(values), place=places | {"": "command line"})
     name = reward
     if reward not in registry.rewards and Path(reward).expanduser().is_dir():

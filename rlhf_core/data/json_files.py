@@ -54,6 +54,8 @@ class JsonLines(TextFile):
         if not ended and (not text.rstrip().endswith("}") or error.pos >= len(text.rstrip())):
             return DataError("the last line is incomplete", place=place, got=error.msg, fix="write the file again")
         hint = "write each object on one line" if text.strip() in ("{", "[") else "repair or delete the line"
+        if first and "," in text and "{" not in text:
+            hint = "name the file .csv if it is CSV, else write one JSON object per line"
         return DataError("not valid JSON", place=place, got=error.msg, fix=hint)
 
     def _array(self, place: str) -> DataError:

@@ -179,18 +179,13 @@ class Engine:
             NumbersError: logits aren't finite, or memory doesn't suffice for one completion.
         """
         sampling = sampling or SamplingConfig()
-        if isinstance(n, bool) or not isinstance(n, SupportsIndex) or operator.index(n) < 1:
-            raise ConfigError("n must be a whole number, at least 1", place="generate(n=…)", got=repr(n))
-        n = operator.index(n)
+        n = _whole_count(n)
         if seeds is None:
             seeds = self._next_seeds(batch, n)
-        if [len(each) for each in seeds] != [n] * batch.num_prompts:
-            problem = f"{n} completions of {batch.num_prompts} prompts need {n} seeds per prompt"
-            raise ConfigError(problem, place="generate(seeds=…)", got=f"{[len(each) for each in seeds]} seeds")
+        _check_one_each(seeds, "seeds", batch.num_prompts, n)
         check_seeds([seed for each in seeds for seed in each], "generate(seeds=…)")
-        if limits is not None and [len(each) for each in limits] != [n] * batch.num_prompts:
-            problem = f"{n} completions of {batch.num_prompts} prompts need {n} limits per prompt"
-            raise ConfigError(problem, place="generate(limits=…)", got=f"{[len(each) for each in limits]} limits")
+        if limits is not None:
+            _check_one_each(limits, "limits", batch.num_prompts, n)
         if limits is not None and (low := min((limit for each in limits for limit in each), default=1)) < 1:
             raise ConfigError("a completion has at least one token", place="generate(limits=…)", got=str(low))
         self._check(sampling)
@@ -592,3 +587,17 @@ def _settled(text: str, stop: Sequence[str]) -> str:
     text = text.rstrip(PARTIAL)
     begun = (len(text) - k for end in stop for k in range(1, len(end)) if text.endswith(end[:k]))
     return text[: min(begun, default=len(text))]
+
+
+def _whole_count(n: object) -> int:
+    """Return a number of completions as an int; raise `ConfigError` where it isn't a whole number, at least 1."""
+    if isinstance(n, bool) or not isinstance(n, SupportsIndex) or operator.index(n) < 1:
+        raise ConfigError("n must be a whole number, at least 1", place="generate(n=…)", got=repr(n))
+    return operator.index(n)
+
+
+def _check_one_each(given: Sequence[Sequence[int]], name: str, prompts: int, n: int) -> None:
+    """Raise `ConfigError` unless `given`, which is called `name`, has a number for each of the n completions of each prompt."""
+    if [len(each) for each in given] != [n] * prompts:
+        problem = f"{n} completions of {prompts} prompts need {n} {name} per prompt"
+        raise ConfigError(problem, place=f"generate({name}=…)", got=f"{[len(each) for each in given]} {name}")

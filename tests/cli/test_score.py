@@ -248,3 +248,11 @@ def test_one_process_at_a_time_writes_a_file(rlhf) -> None:
             code, _, err = rlhf(*given, flag)
             assert code == 7 and "another process is writing this file" in err
     assert rlhf(*given, "--resume")[0] == 0 and Path("out.jsonl").read_bytes() == before
+
+
+def test_what_a_careless_user_types_says_what_to_type(rlhf) -> None:
+    code, _, err = rlhf("score", "exact_match")
+    assert code == 2 and "give `--data FILE`" in err
+    Path("csv.jsonl").write_text("prompt,completion,answer\np,4,4\n")
+    code, _, err = rlhf("score", "exact_match", "--data", "csv.jsonl")
+    assert code == 3 and "csv.jsonl:1:1: not valid JSON" in err and "name the file .csv" in err
