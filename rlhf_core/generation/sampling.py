@@ -108,7 +108,7 @@ def _draw(
     largest = raw_total = scores.amax(dim=-1, keepdim=True)
     own = temperature == 1 and not adjusted  # whether the distribution that is drawn from is the model's own
     if not own:
-        raw_total = largest - torch.softmax(scores, dim=-1, out=scratch).amax(dim=-1, keepdim=True).log()
+        raw_total = _log_total(scores, largest, scratch)
     if seen is not None:
         scores.scatter_(1, seen, penalised(scores.gather(1, seen), penalty))
     barred_scores = None if barred is None else _bar(scores, barred)
@@ -117,27 +117,31 @@ def _draw(
     if temperature == 0:
         tokens = most_likely(scores)
         certain = torch.zeros(len(tokens), device=logits.device)
-        return Drawn(tokens, certain, (_at(logits, tokens) - raw_total)[:, 0], certain + 1)
+        return Drawn(tokens, certain, (_at(logits, tokens) - raw_total)[:, 0].float(), certain + 1)
     if temperature != 1:
         # The largest is subtracted first: a low temperature would make it infinite.
         scores.sub_(largest).div_(divisor)
     weights = torch.softmax(scores, dim=-1, out=work)
-    top = weights.amax(dim=-1, keepdim=True)  # exp(0) / total
-    truncated = _truncate(weights, top, sampling, scratch)
+    top = weights.amax(dim=-1, keepdim=True)  # exp(0) / the rounded sum by which softmax divided
+    total = _span_ends(weights)[:, -1:] if _truncates(sampling, weights.shape[1]) else None
+    if total is not None:
+        _truncate(weights, top, sampling, scratch)
     tokens, mass = invert_cumulative(weights, uniform)
+    mass = mass[:, None]
+    total = mass if total is None else total
     logit = score = _at(logits, tokens)
     if seen is not None:
         repeated = (seen == tokens[:, None]).any(dim=1, keepdim=True)
         score = torch.where(repeated, penalised(logit, penalty), logit)
-    logprobs = (score - largest) / divisor + top.log()  # before truncation
-    raw = logprobs if own else logit - raw_total
-    mass = mass.clamp(max=1)[:, None] if truncated else torch.ones_like(mass)[:, None]
-    logprobs = (logprobs - mass.log()).clamp(max=0).float()
+    whole = (score - largest) / divisor + (top.log() - total.log())  # before truncation
+    raw = whole if own else logit - raw_total
+    mass = (mass / total).clamp(max=1)
+    logprobs = (whole - mass.log()).clamp(max=0).float()
     if barred_scores is not None:
         exact = exact_dtype(logits.device)
-        odds = (((barred_scores - largest) / divisor).to(exact).exp() * top).sum(dim=-1, keepdim=True)
+        odds = (((barred_scores - largest) / divisor).to(exact).exp() * (top / total)).sum(dim=-1, keepdim=True)
         mass = (mass / (1 + odds)).clamp(min=torch.finfo(torch.float32).tiny)
-    return Drawn(tokens, logprobs[:, 0], raw[:, 0], mass[:, 0].float())
+    return Drawn(tokens, logprobs[:, 0], raw[:, 0].float(), mass[:, 0].float())
 
 
 def penalised(scores: Tensor, penalty: float) -> Tensor:
@@ -155,8 +159,13 @@ def _bar(scores: Tensor, barred: Barred) -> Tensor:
 # Truncation
 
 
-def _truncate(weights: Tensor, top: Tensor, sampling: SamplingConfig, scratch: Tensor) -> bool:
-    """Set the probabilities (R, V) that top-k, top-p and min-p drop to 0; return whether anything could be dropped.
+def _truncates(sampling: SamplingConfig, size: int) -> bool:
+    """Tell whether top-k, top-p or min-p may drop tokens of a vocabulary of a size."""
+    return 0 < sampling.top_k < size or sampling.top_p < 1 or sampling.min_p > 0
+
+
+def _truncate(weights: Tensor, top: Tensor, sampling: SamplingConfig, scratch: Tensor) -> None:
+    """Set the probabilities (R, V) that top-k, top-p and min-p drop to 0.
 
     Top-k keeps the k most likely tokens and those as likely as the last of them; top-p keeps of these the fewest, most likely
     first, whose share of their total probability reaches p; min-p keeps of these the ones that are at least `min_p` times as
@@ -172,12 +181,9 @@ def _truncate(weights: Tensor, top: Tensor, sampling: SamplingConfig, scratch: T
         kept, surplus = _least_kept(weights, top_k, sampling.top_p, scratch)
         surplus = surplus.where(kept >= least, 0)
         least = least.maximum(kept)
-    elif not sampling.min_p:
-        return False
     weights.mul_(torch.ge(weights, least, out=scratch))
     if surplus is not None and sampling.top_p < 1:
         _drop_first(weights, least, surplus, scratch)
-    return True
 
 
 def _least_kept(weights: Tensor, top_k: int, top_p: float, scratch: Tensor) -> tuple[Tensor, Tensor]:
@@ -256,6 +262,18 @@ def invert_cumulative(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]
     mass = ends[:, -1:]
     target = _below(uniform.to(ends.dtype)[:, None] * mass, mass)
     return _first_reaching(weights, ends, target, beyond=True)[:, 0].clamp(max=weights.shape[1] - 1), mass[:, 0]
+
+
+def _log_total(scores: Tensor, largest: Tensor, scratch: Tensor) -> Tensor:
+    """Return (R, 1) the logarithm of the sum of exp(scores).
+
+    The sum by which PyTorch's softmax divides is off by 1e-5 of it for 50,000 tokens; the sum of what it gives shows by how much.
+
+    Args:
+        scores: (R, V). largest: (R, 1) of each row. scratch: (R, V) memory.
+    """
+    weights = torch.softmax(scores, dim=-1, out=scratch)
+    return largest + (_span_ends(weights)[:, -1:].log() - weights.amax(dim=-1, keepdim=True).log())
 
 
 def _span_ends(weights: Tensor) -> Tensor:

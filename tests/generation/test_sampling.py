@@ -258,3 +258,19 @@ def test_seeds_are_functions_of_row_occurrence_and_sample() -> None:
     assert [first] == completion_seeds(3, "rollout", 5, rows=[7], places=[2], n=1) != [second]
     assert [second] == completion_seeds(3, "rollout", 5, rows=[7], places=[9], n=1)
     assert completion_seeds(3, "rollout", 5, rows=[7], places=[9], n=1, met=met) != [second]
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"temperature": 0}, {"top_p": 0.9}, {"top_k": 100}])
+def test_log_probabilities_are_exact_in_a_large_vocabulary(options: dict[str, Any]) -> None:
+    """PyTorch's softmax divides by a sum that is off by 1e-5 and more where 50,000 tokens share the probability."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 50_000, generator=generator) * 0.1
+    logits[:, 0] = 15.0  # beside which a sum in float32 rounds each of the others
+    uniform = torch.tensor([0.1, 0.3, 0.7, 0.99999])
+    found = draw_tokens(logits, uniform, SamplingConfig(**options))
+    picked = found.tokens[:, None]
+    exact = logits.double().log_softmax(-1).gather(1, picked)[:, 0]
+    assert (found.raw_logprobs - exact).abs().max() < 1e-6
+    if temperature := options.get("temperature", 1):
+        tempered = (logits.double() / temperature).log_softmax(-1).gather(1, picked)[:, 0]
+        assert (found.logprobs.double() + found.kept_mass.double().log() - tempered).abs().max() < 1e-6
