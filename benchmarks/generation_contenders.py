@@ -111,6 +111,7 @@ def ours(work: Work, engine: dict[str, Any] | None = None, **options: Any) -> Lo
     limits = None if work.even else work.limits
 
     def draw() -> list[int]:
+        own.backend.forget()  # prompts that it has read already: each call reads all
         made = own.generate(batch, work.n, sampling, limits=limits)
         return [len(completion.ids) for group in made for completion in group]
 

@@ -2,7 +2,7 @@
 
 Two shapes of work. In a decoding step each row has one new token: `DecodingAttention` reads each block of the cache once for all
 rows that see it, whether it is a prompt that many completions share or a row's own, in a few matrix products over all blocks at
-once, and merges what the blocks give by their log-sum-exp. While prompts are read, or given tokens are scored, a sequence has
+once, with one softmax over all blocks of a row. While prompts are read, or given tokens are scored, a sequence has
 many new tokens: `ChunkAttention` attends sequence by sequence.
 
 Axes: R rows, X blocks, M rows that see one block, H query heads, K key-value heads, G = H / K, D head width, S places of a block.
@@ -10,6 +10,7 @@ Axes: R rows, X blocks, M rows that see one block, H query heads, K key-value he
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from rlhf_core.generation.paged_cache import BlockView, CachedSequence, PagedKVC
 
 MOST_HOLES = 1.25
 """A class's blocks are read as one range of the pool where the range has at most so many times as many blocks."""
+LOG2_E = math.log2(math.e)
+"""Scores are taken to base 2: PyTorch calls another library for e^x on a CPU, which is slow where little is left of x."""
 LOWEST = -1e30
 """Score of a place that a row doesn't see: finite, so that rows which see nothing of a block make no NaN."""
 
@@ -114,25 +117,28 @@ class _Class:
     blocks: Tensor | slice
     """(X,) long, or the range that they are."""
     rows: Tensor
-    """(X · M,) long: the rows that see each block; R where a block has fewer than M."""
+    """(X, M) long: the rows that see each block; R where a block has fewer than M."""
     hidden: Tensor
     """(X, 1, M, 1, S) float32: 0 where a row sees a place, else `LOWEST`."""
     of_row: dict[int, int] = field(default_factory=dict)
     """Block → its index among X."""
-    _narrow: Tensor | None = None
+    _heads: dict[int, Tensor] = field(default_factory=dict)
 
-    def hidden_as(self, dtype: torch.dtype) -> Tensor:
-        """Return `hidden` in a dtype; the copy is kept until the next step."""
-        if dtype == self.hidden.dtype:
-            return self.hidden
-        if self._narrow is None:
-            self._narrow = self.hidden.to(dtype)
-        return self._narrow
+    @property
+    def seers(self) -> int:
+        """M."""
+        return self.rows.shape[1]
+
+    def heads(self, kept: int) -> Tensor:
+        """Return (X · K · M,) long: for each key-value head of each block, where the rows that see it lie among (R + 1, K)."""
+        if kept not in self._heads:
+            heads = torch.arange(kept, device=self.rows.device)[:, None]
+            self._heads[kept] = (self.rows[:, None] * kept + heads).flatten()
+        return self._heads[kept]
 
     def show(self, index: Tensor, places: Tensor) -> None:
         """Let the one row that sees each of some blocks (n,) see one more place (n,) of it."""
         self.hidden[index, 0, 0, 0, places] = 0
-        self._narrow = None
 
 
 class DecodingAttention(CachedAttention):
@@ -190,7 +196,7 @@ class DecodingAttention(CachedAttention):
         hidden = np.where(np.arange(self.cache.block_size) < tokens[:, :, None], 0, LOWEST).astype(np.float32)
         return _Class(
             blocks=slice(blocks[0], blocks[-1] + 1) if together else torch.tensor(blocks, device=device),
-            rows=torch.from_numpy(index.ravel()).to(device),
+            rows=torch.from_numpy(index).to(device),
             hidden=torch.from_numpy(hidden[:, None, :, None, :]).to(device),
             of_row={block: at for at, block in enumerate(blocks) if block in own} if width == 1 else {},
         )
@@ -202,40 +208,24 @@ class DecodingAttention(CachedAttention):
         heads, rows, width = query.shape[1:]
         kept, out_width = key.shape[1], value.shape[3]
         group = heads // kept
-        # (R + 1, K, G, D); the last is for the rows that a block lacks.
-        queries = F.pad(query[0].transpose(0, 1).reshape(rows, kept, group, width) * scale, (0, 0, 0, 0, 0, 0, 0, 1))
-        parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        most = torch.full((rows + 1, kept, group), LOWEST, device=query.device)
+        # ((R + 1) · K, G, D); the last row is for those that a block lacks.
+        queries = F.pad((query[0] * (scale * LOG2_E)).transpose(0, 1).reshape(-1, width), (0, 0, 0, heads)).view(
+            -1, group, width
+        )
+        parts: list[tuple[Tensor, Tensor]] = []
+        most = torch.full((len(queries), group), LOWEST, device=query.device)
         for one in self._classes:
-            seers = one.hidden.shape[2]  # M
-            q = _beside(queries.index_select(0, one.rows), seers)  # (X · K, M · G, D)
-            scores = torch.bmm(q, keys[one.blocks].flatten(0, 1).transpose(1, 2))
-            scores = scores.view(-1, kept, seers, group, self.cache.block_size).add_(one.hidden_as(scores.dtype))
-            weights = torch.softmax(scores, dim=-1, dtype=torch.float32)
-            # The largest weight is that of the largest score: what remains of it is what softmax divided by.
-            lse = scores.amax(-1).float() - weights.amax(-1).log_()  # (X, K, M, G)
-            found = torch.bmm(
-                weights.to(values.dtype).view(-1, seers * group, scores.shape[-1]), values[one.blocks].flatten(0, 1)
-            )
-            lse, found = _apart(lse, seers), _apart(found.view(-1, kept, seers, group, out_width), seers)
-            most.scatter_reduce_(0, one.rows[:, None, None].expand_as(lse), lse, "amax")
-            parts.append((lse, found, one.rows))
+            at = one.heads(kept)
+            q = queries.index_select(0, at).view(-1, one.seers * group, width)  # (X · K, M · G, D)
+            scores = torch.bmm(q, keys[one.blocks].flatten(0, 1).transpose(1, 2)).float()
+            scores.view(-1, kept, one.seers, group, self.cache.block_size).add_(one.hidden)
+            most.scatter_reduce_(0, at[:, None].expand(-1, group), scores.amax(-1).view(-1, group), "amax")
+            parts.append((at, scores))
         total = torch.zeros_like(most)
-        out = torch.zeros((rows + 1, kept, group, out_width), device=query.device)
-        for lse, found, seen_by in parts:
-            share = lse.sub_(most.index_select(0, seen_by)).exp_()
-            total.index_add_(0, seen_by, share)
-            out.index_add_(0, seen_by, found * share[..., None])
-        return out[:rows].div_(total[:rows, ..., None]).reshape(1, rows, heads, out_width)
-
-
-def _beside(queries: Tensor, seers: int) -> Tensor:
-    """Return (X · M, K, G, D) as (X · K, M · G, D): the queries of all rows that see a block, side by side."""
-    if seers == 1:
-        return queries.flatten(0, 1)
-    return queries.unflatten(0, (-1, seers)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
-
-
-def _apart(found: Tensor, seers: int) -> Tensor:
-    """Return (X, K, M, …) as (X · M, K, …): row by row what blocks gave."""
-    return found.squeeze(2) if seers == 1 else found.transpose(1, 2).flatten(0, 1)
+        out = torch.zeros((len(queries), group, out_width), device=query.device)
+        for one, (at, scores) in zip(self._classes, parts, strict=True):
+            weights = scores.sub_(most.index_select(0, at).view(*scores.shape[:2], 1)).exp2_()
+            total.index_add_(0, at, weights.sum(-1).view(-1, group))
+            found = torch.bmm(weights.to(values.dtype), values[one.blocks].flatten(0, 1))
+            out.index_add_(0, at, found.float().view(-1, group, out_width))
+        return out.div_(total[..., None])[:-kept].reshape(1, rows, heads, out_width)

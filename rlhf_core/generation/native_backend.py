@@ -30,7 +30,7 @@ from rlhf_core.infra.devices import is_out_of_memory, release_memory
 from rlhf_core.infra.errors import ConfigError, NumbersError
 from rlhf_core.models.dropout import evaluating
 from rlhf_core.models.fast_adapters import fast_adapters
-from rlhf_core.models.fast_linears import fast_linears
+from rlhf_core.models.fast_linears import FastLinears
 
 if TYPE_CHECKING:
     from rlhf_core.models.policy_model import PolicyModel
@@ -43,6 +43,8 @@ BLOCK_SIZE = {"cpu": 64, "cuda": KERNEL_BLOCK}
 
 IDLE_SHARE = 8
 """While nothing is drawn, kept prompts may take this part of the memory for keys and values; larger keeps fewer."""
+PACK_FOR = 16
+"""Weights are packed where a completion may have at least so many tokens: packing takes as long as a few decoding steps."""
 
 
 class _Said:
@@ -75,7 +77,8 @@ class NativeBackend(Backend):
         self.policy, self.memory, self.most_rows, self.cuda_graphs = policy, memory, most_rows, cuda_graphs
         self._native: NativeDecoding | None = None
         self._read_with: Any = None
-        """State of the weights with which the prompts that are kept were read."""
+        """State of the weights with which the prompts that are kept were read, and which are packed."""
+        self._linears = FastLinears(policy.network)
 
     def run(
         self, requests: Sequence[Request], sampling: SamplingConfig, *, partly: bool = False
@@ -123,17 +126,18 @@ class NativeBackend(Backend):
         Raises:
             ConfigError: weights change while a completion grows.
         """
+        pack = max(request.limit for request in requests) >= PACK_FOR
         with self._for_decoding():
             decoding = self._decoding_for(requests, rows)
         with contextlib.closing(decoding.run(requests, sampling, partly=partly)) as running:
             if not partly:
-                with self._for_decoding():
+                with self._for_decoding(pack=pack):
                     yield from running
                 return
             # Whoever reads a stream may do anything between its pieces: read another one, or train.
             versions = weight_versions(self.policy)
             while True:
-                with self._for_decoding():
+                with self._for_decoding(pack=pack):
                     one = next(running, None)
                 if one is None:
                     return
@@ -156,7 +160,10 @@ class NativeBackend(Backend):
 
     def _release_if_trained(self) -> None:
         """Release the memory of a policy whose weights are about to change: training needs it."""
-        if self._native is not None and any(parameter.requires_grad for parameter in self.policy.parameters()):
+        if not any(parameter.requires_grad for parameter in self.policy.parameters()):
+            return
+        self._linears.release()
+        if self._native is not None:
             self._native.prefixes.clear()
             if not self._native.cache.num_sequences:
                 self._native = None
@@ -235,6 +242,10 @@ class NativeBackend(Backend):
             runs: tokens of each stretch that will need blocks of its own, for which there should be room.
         """
         facts, policy = self.policy.measured(measure_native), self.policy
+        state = policy.precision, weights_state(policy)
+        if state != self._read_with:
+            self._native, self._read_with = None, state
+            self._linears.release()
         window = policy.probe_result.window
         if facts.obstacle is not None or (window is not None and longest > window):
             self._say_plain(facts.obstacle or f"sequences are longer than its sliding window of {window} tokens")
@@ -244,11 +255,9 @@ class NativeBackend(Backend):
         # Where blocks must be full, each stretch begins with a copy of the last block before it.
         spare = 2 if policy.device.type in DEVICES else 1
         wanted = sum(tokens // size + spare for tokens in runs)
-        state = policy.precision, size, weights_state(policy)
-        if self._native is None or state != self._read_with:
+        if self._native is None or self._native.cache.block_size != size:
             cache = new_cache(max(1, min(most, wanted)), size, policy.device)
             self._native = NativeDecoding(policy, cache, most_rows=self.most_rows, cuda_graphs=self.cuda_graphs)
-            self._read_with = state
         elif wanted > self._native.cache.free_blocks:
             self._native.cache.grow(min(most, self._native.cache.used_blocks + wanted))
         return self._native
@@ -266,8 +275,12 @@ class NativeBackend(Backend):
             log.info("%s generates through transformers' own loop, which is slower: %s", self.policy.source, reason)
 
     @contextlib.contextmanager
-    def _for_decoding(self) -> Iterator[None]:
-        """Put the policy, inside the context, into evaluation mode and its own precision, without its own generation options."""
+    def _for_decoding(self, *, pack: bool = False) -> Iterator[None]:
+        """Put the policy, inside the context, into evaluation mode and its own precision, without its own generation options.
+
+        Args:
+            pack: whether weights are packed for it; see `FastLinears`.
+        """
         policy = self.policy
         model, own = policy.causal_lm, policy.causal_lm.generation_config
         model.generation_config = GenerationConfig()
@@ -276,7 +289,7 @@ class NativeBackend(Backend):
                 stack.enter_context(torch.no_grad())
                 stack.enter_context(evaluating(policy))
                 stack.enter_context(fast_adapters(policy))
-                stack.enter_context(fast_linears(policy.network))
+                stack.enter_context(self._linears.running(pack=pack))
                 stack.enter_context(policy.product_precision())
                 if policy.compiled:
                     # A block would be compiled again for the cache, and for each length of it.

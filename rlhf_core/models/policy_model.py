@@ -13,6 +13,7 @@ from rlhf_core.config.online import SamplingConfig
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.contracts.completion import Completion
 from rlhf_core.infra.errors import ModelError
+from rlhf_core.models.fast_linears import packed, product
 from rlhf_core.models.head_files import warn_of_heads
 from rlhf_core.models.headed_model import wrong_kind
 from rlhf_core.models.hidden_states import HiddenStates
@@ -119,14 +120,14 @@ class PolicyModel(SequenceModel):
             weight: from `head_weight`.
         """
         if weight is not None:
-            return torch.nn.functional.linear(hidden.to(weight.dtype), weight)
+            return product(hidden.to(weight.dtype), weight)
         layer = self.output_layer
         if layer.own_code or layer.cap is not None or layer.slope != 1.0:
             return self.logits(hidden)
         return cast(Tensor, self.head(hidden))
 
     def head_weight(self) -> Tensor | None:
-        """Return a copy (V, D) of the output layer's weight in the dtype of products; None where products read it as it is.
+        """Return a copy (V, D) of the output layer's weight for products in their dtype; None where they read it as it is.
 
         A frozen embedding that 16 bits don't hold without loss stays float32, and each product would make this copy again.
         """
@@ -137,7 +138,7 @@ class PolicyModel(SequenceModel):
         weight = cast(Tensor, head.weight)
         # autocast keeps the copy of a trained weight itself.
         wide = weight.dtype == torch.float32 and self.precision != torch.float32 and not weight.requires_grad
-        return weight.to(self.precision) if wide else None
+        return packed(weight.to(self.precision)) if wide else None
 
     def token_entropy(self, hidden: Tensor, *, temperature: float = 1.0) -> Tensor:
         """Return (S,) float32: the entropy of softmax(logits / temperature) for hidden states (S, D), nats.

@@ -1,15 +1,17 @@
-"""Linear layers through oneDNN: the same products up to rounding, inside the context alone, where nothing speaks against it."""
+"""Linear layers over packed weights: the same products up to rounding, inside the context alone, from the weights as they are."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+import psutil
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from rlhf_core.models import fast_linears as module
-from rlhf_core.models.fast_linears import fast_linears
+from rlhf_core.models.fast_linears import FastLinears, packed, product
 
 
 @pytest.fixture(autouse=True)
@@ -20,35 +22,129 @@ def _found_faster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     module._is_faster.cache_clear()
 
 
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(24, 40), nn.Linear(40, 16, bias=False), nn.Linear(16, 8, dtype=torch.bfloat16))
+class Layers(nn.Module):
+    """Three layers that read one input, one of them without a bias, and one that reads what they give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v = nn.Linear(24, 40), nn.Linear(24, 8, bias=False), Conv1D(8, 24)
+        self.out = nn.Linear(56, 24, bias=False)
+        self.apart = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.out(torch.cat([self.q(x), self.k(x + 1 if self.apart else x), self.v(x)], dim=-1))
+        return found
+
+
+def shared(fast: FastLinears) -> int:
+    """Return how many products serve how many layers, the second beyond the first."""
+    return len(fast._products) - len(set(map(id, fast._products.values())))
 
 
 @torch.no_grad()
-def test_products_are_those_of_the_layers_and_nothing_is_changed() -> None:
-    layers, x = network(), torch.randn(2, 5, 24)
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_products_are_those_of_the_layers_before_and_after_packing(dtype: torch.dtype, limit: float) -> None:
+    layers, x = Layers(), torch.randn(2, 5, 24)
     before = [parameter.clone() for parameter in layers.parameters()]
-    expected = layers[:2](x)
-    with fast_linears(layers):
-        assert "forward" in vars(layers[0]) and "forward" not in vars(layers[2])
-        assert (layers[:2](x) - expected).abs().max() < 1e-5
-        assert layers[:2](x[:0]).shape == (0, 5, 16)
-    assert all("forward" not in vars(layer) for layer in layers)
+    fast = FastLinears(layers)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        expected = layers(x)
+        with fast.running(pack=True):
+            for _ in range(3):
+                found = layers(x)
+                assert found.dtype == expected.dtype == dtype
+                assert (found - expected).abs().max() < limit
+            assert layers(x[:0]).shape == (0, 5, 24)
+            assert shared(fast) == 2  # q, k and v are one product
+    assert all("forward" not in vars(layer) for layer in layers.modules())
     assert all(torch.equal(one, other) for one, other in zip(before, layers.parameters(), strict=True))
 
 
-def test_gradients_and_autocast_take_the_layers_own_way() -> None:
-    layers, x = network(), torch.randn(3, 24)
-    with fast_linears(layers):
-        layers[:2](x).sum().backward()
-        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-            assert layers[0](x).dtype == torch.bfloat16
-    assert layers[0].weight.grad is not None
+@torch.no_grad()
+def test_packed_weights_stay_from_call_to_call_until_the_layers_change() -> None:
+    layers, x = Layers(), torch.randn(3, 24)
+    fast = FastLinears(layers)
+    with fast.running(pack=True):
+        layers(x), layers(x)
+    kept = dict(fast._products)
+    assert kept
+    with fast.running(pack=False):
+        layers(x)
+        assert fast._products == kept
+    layers.k.weight.mul_(2)
+    with fast.running(pack=False):
+        assert not fast._products
+        assert (layers(x) - Layers.forward(layers, x)).abs().max() < 1e-5
+    with fast.running(pack=True):
+        assert (layers(x) - layers(x)).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_layers_that_read_other_inputs_after_all_have_products_of_their_own() -> None:
+    layers, x = Layers(), torch.randn(3, 24)
+    fast = FastLinears(layers)
+    with fast.running(pack=True):
+        layers(x), layers(x)
+        assert shared(fast) == 2
+        layers.apart = True
+        for _ in range(2):
+            found = layers(x)
+        assert shared(fast) == 0
+    assert (found - layers(x)).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_an_input_that_was_changed_in_place_is_read_again() -> None:
+    layers, x = Layers(), torch.randn(3, 24)
+    with FastLinears(layers).running(pack=True):
+        layers(x), layers(x)
+        q = layers.q(x)
+        x.mul_(2)
+        k = layers.k(x)
+    assert (k - layers.k(x)).abs().max() < 1e-5
+    assert (q - layers.q(x / 2)).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_nothing_is_packed_where_memory_is_short_or_few_passes_follow(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers, x = Layers(), torch.randn(3, 24)
+    fast = FastLinears(layers)
+    with fast.running(pack=False):
+        assert (layers(x) + layers(x) - 2 * Layers.forward(layers, x)).abs().max() < 1e-5
+    assert not fast._products
+    room = 4 * 4 * layers.out.weight.numel()
+    available = psutil.virtual_memory()._replace(available=room)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: available)
+    with fast.running(pack=True):
+        for _ in range(3):
+            found = layers(x)
+    assert len(set(map(id, fast._products.values()))) == 1  # the second has no room
+    assert (found - layers(x)).abs().max() < 1e-5
+
+
+def test_gradients_and_other_dtypes_take_the_layers_own_way() -> None:
+    layers, x = Layers(), torch.randn(3, 24)
+    fast = FastLinears(layers)
+    with fast.running(pack=True):
+        with torch.no_grad():
+            layers(x), layers(x)
+        layers(x).sum().backward()
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.float16):
+            assert layers.q(x).dtype == torch.float16
+    assert layers.q.weight.grad is not None and layers.out.weight.grad is not None
 
 
 def test_layers_get_their_forward_back_after_an_error() -> None:
-    layers = network()
-    with pytest.raises(KeyError), fast_linears(layers):
+    layers = Layers()
+    with pytest.raises(KeyError), FastLinears(layers).running(pack=True):
         raise KeyError
-    assert all("forward" not in vars(layer) for layer in layers)
+    assert all("forward" not in vars(layer) for layer in layers.modules())
+
+
+@torch.no_grad()
+def test_a_single_weight_may_be_packed() -> None:
+    weight, x = torch.randn(40, 24), torch.randn(3, 24)
+    assert (product(x, packed(weight)) - x @ weight.t()).abs().max() < 1e-5
+    half = torch.randn(40, 24, dtype=torch.float16)
+    assert packed(half) is half
