@@ -143,6 +143,13 @@ def _check(
     if no_template and system is not None:
         fix = "write it into the first message"
         raise ConfigError("plain text has no system message", place="--system and --no-template", fix=fix)
+    if template is not None and "{" not in template and not Path(template).expanduser().is_file():
+        raise ConfigError(
+            "no such file",
+            place="--template",
+            got=f"`{template}`",
+            fix="name a file that holds a chat template (Jinja)",
+        )
     if no_history and history is not None:
         raise ConfigError("a chat is kept or it isn't", place="--history and --no-history", fix="choose one")
 
@@ -197,6 +204,8 @@ def _history_path(names: Sequence[str], history: Path | None, *, no_history: boo
         return path
     if history is not None:
         path = history.expanduser()
+        if path.is_dir():
+            raise StorageError("is a directory, not a file", place=str(path), fix="name a file")
         if path.exists():
             fix = "`--resume` continues the chat in it; or choose another file"
             raise StorageError("the file exists", place=str(path), fix=fix)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from rlhf_core.contracts.records import Prompt
 from rlhf_core.contracts.reward import Sample
+from rlhf_core.data.columns import CONVERSATIONS, OTHER_NAMES
 from rlhf_core.data.messages import wrong_type
 from rlhf_core.data.open_source import open_source
 from rlhf_core.data.row_checker import RowChecker
@@ -20,6 +21,11 @@ FIELDS = ("prompt", "completion", "completions", "chosen", "rejected", "response
 """What a column can be named as, with `columns`."""
 _OF_COMPLETIONS = {"completion_ids", "stop_reason", "stop_reasons", "tokens", "logprobs", "raw_logprobs", *FIELDS}
 """Columns that describe a row's completions, and aren't passed to rewards as columns of the row."""
+
+_REFERENCES = ("answer", "solution", "target", "targets")
+"""Other names of a response that in rows to be scored are those of what a completion is compared with."""
+_ANSWERED = {"response", "text", *CONVERSATIONS, *OTHER_NAMES["response"]} - {*_REFERENCES}
+"""Names of columns that hold a completion."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +97,24 @@ class _Reader:
             answers = [_last_answer(checked.prompt, response) for response in checked.responses]
             return self._row(row, "pair", answers, [answer for _, answer in answers])
         checked = self._sft.check(row)
+        self._check_no_reference(row)
         prompt, answer = _last_answer(checked.prompt, checked.responses[0])
         return self._row(row, "one", prompt, [answer])
+
+    def _check_no_reference(self, row: Row) -> None:
+        """Refuse a row whose only response is its reference answer: it would be scored against itself.
+
+        Raises:
+            DataError: it is one, and `columns` doesn't say that it is the response.
+        """
+        if "response" in self._columns or "messages" in self._columns or row.values.keys() & _ANSWERED:
+            return
+        if reference := next((name for name in _REFERENCES if name in row.values), None):
+            raise DataError(
+                f"has no completion: `{reference}` is read as the reference answer",
+                place=row.place,
+                fix=f"score what `rlhf sample` wrote, or `--columns.response {reference}` scores that column",
+            )
 
     def _texts(self, several: Any, row: Row) -> list[str]:
         name = self._columns.get("completions", "completions")

@@ -115,6 +115,8 @@ def test_a_seed_repeats_a_chat_whether_it_was_left_or_not(talk: Talk, model: str
     before = whole.read_bytes()
     code, _, err = talk(["x"], model, "--history", str(whole))
     assert code == 7 and "the file exists" in err and "--resume" in err and whole.read_bytes() == before
+    code, _, err = talk(["x"], model, "--history", str(tmp_path))
+    assert code == 7 and "is a directory, not a file" in err
     whole.write_text("{}")
     code, _, err = talk(["x"], model, "--history", str(whole), "--resume")
     assert code == 7 and "can't be read as a chat" in err
@@ -282,6 +284,7 @@ def test_a_model_without_a_template_needs_one_or_none(talk: Talk, plain: str, mo
         (["MODEL", "--top-p", "0"], 2, "--top-p: must be greater"),
         (["MODEL", "--precision", "fp32"], 2, "use one of: auto"),
         (["MODEL", "--template", "x", "--no-template"], 2, "choose one"),
+        (["MODEL", "--template", "gone.jinja"], 2, "--template: no such file"),
         (["MODEL", "--history", "x", "--no-history"], 2, "kept or it isn't"),
     ],
 )

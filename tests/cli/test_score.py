@@ -253,6 +253,11 @@ def test_one_process_at_a_time_writes_a_file(rlhf) -> None:
 def test_what_a_careless_user_types_says_what_to_type(rlhf) -> None:
     code, _, err = rlhf("score", "exact_match")
     assert code == 2 and "give `--data FILE`" in err
+    prompts = write([{"prompt": "1+1=", "answer": "2"}])  # its answer would be right, whatever the model
+    code, _, err = rlhf("score", "exact_match", "--data", prompts)
+    assert code == 3 and "rows.jsonl:1: has no completion: `answer` is read as the reference" in err
+    code, out, _ = rlhf("score", "repetition", "--data", prompts, "--columns.response", "answer")
+    assert code == 0 and "1 completions in 1 rows" in out
     Path("csv.jsonl").write_text("prompt,completion,answer\np,4,4\n")
     code, _, err = rlhf("score", "exact_match", "--data", "csv.jsonl")
     assert code == 3 and "csv.jsonl:1:1: not valid JSON" in err and "name the file .csv" in err
