@@ -265,7 +265,7 @@ class TableChunkAttention(ChunkAttention):
     def _attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, pools: tuple[Tensor, Tensor], scale: float
     ) -> Tensor:
-        own = query[0].transpose(0, 1)
+        own = query[0].transpose(0, 1).to(value.dtype)
         kernel = _kernel_for(own, *pools)
         if kernel is None:
             return super()._attend(module, query, key, value, pools, scale)

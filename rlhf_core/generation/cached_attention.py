@@ -55,7 +55,8 @@ class CachedAttention:
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
         """Return the attention (1, N, H, D) of an attention layer for its new tokens, in the values' dtype.
 
-        Queries and keys, which autocast leaves in float32 behind a rotary embedding, are rounded to the values' dtype.
+        Autocast leaves queries and keys in float32 behind a rotary embedding; keys are rounded to the values' dtype, in which
+        they are kept.
 
         Args:
             module: the layer, which tells its keys and values from those of others.
@@ -63,7 +64,7 @@ class CachedAttention:
             scale: factor on the products of queries and keys.
         """
         with torch.autocast(query.device.type, enabled=False):
-            query, key = query.to(value.dtype), key.to(value.dtype)
+            key = key.to(value.dtype)
             pools = self.write(module, key, value)
             return self._attend(module, query, key, value, pools, scale).to(value.dtype)
 
@@ -209,9 +210,8 @@ class DecodingAttention(CachedAttention):
         kept, out_width = key.shape[1], value.shape[3]
         group = heads // kept
         # ((R + 1) · K, G, D); the last row is for those that a block lacks.
-        queries = F.pad((query[0] * (scale * LOG2_E)).transpose(0, 1).reshape(-1, width), (0, 0, 0, heads)).view(
-            -1, group, width
-        )
+        queries = torch.zeros(((rows + 1) * kept, group, width), dtype=keys.dtype, device=query.device)
+        torch.mul(query[0].transpose(0, 1), scale * LOG2_E, out=queries[:-kept].view(rows, heads, width))
         parts: list[tuple[Tensor, Tensor]] = []
         most = torch.full((len(queries), group), LOWEST, device=query.device)
         for one in self._classes:
