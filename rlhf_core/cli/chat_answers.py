@@ -125,14 +125,14 @@ def _beside(session: ChatSession, turn: Turn, terminal: bool) -> tuple[list[_Gro
                 stack.enter_context(contextlib.closing(one.stream))
             for one in found:  # before anything is drawn, so that a warning stands above the answers
                 one.advance()
-            for number, one in enumerate(found):
-                columns.show(number, one.text)
             while any(one.running for one in found):
                 for number, one in enumerate(found):
                     if one.running and (columns.may_grow(number) or not found[1 - number].running) and one.advance():
                         columns.show(number, one.text)
     except KeyboardInterrupt as error:
         ended = error
+    for number, one in enumerate(found):
+        columns.show(number, one.text)
     columns.end([_facts(one, session) for one in found])
     return found, ended
 

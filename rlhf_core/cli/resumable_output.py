@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rlhf_core.infra.errors import ConfigError, Stopped
+from rlhf_core.infra.errors import ConfigError, Interrupted, Stopped
 
 if TYPE_CHECKING:
     from rlhf_core.data.row_output import RowOutput
@@ -60,14 +60,16 @@ def check_apart(output: Path, sources: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def stoppable(file: RowOutput, *, of: str = "rows") -> Iterator[None]:
+def stoppable(file: RowOutput | None, *, of: str = "rows") -> Iterator[None]:
     """Stop at once by Ctrl-C or SIGTERM, and note in the file's record how the block ended: `stopped` or `failed`.
 
     Args:
-        of: what there is in all, in words: `12 rows`.
+        file: None where nothing is written.
+        of: what there is in all, in words: `of 12 rows`.
 
     Raises:
         Stopped: by Ctrl-C or SIGTERM; every row that was appended is in the file.
+        Interrupted: by one of these, where there is no file.
     """
     from rlhf_core.training.signals import StopNow, StopSignal
 
@@ -76,8 +78,10 @@ def stoppable(file: RowOutput, *, of: str = "rows") -> Iterator[None]:
             with stop.at_once():
                 yield
         except KeyboardInterrupt as error:
-            file.note(status="stopped")
             by = "SIGTERM" if isinstance(error, StopNow) and stop.requested == signal.SIGTERM else "Ctrl-C"
+            if file is None:
+                raise Interrupted(f"stopped by {by}") from error
+            file.note(status="stopped")
             instead = " (in place of `--overwrite`)" if "--overwrite" in sys.argv else ""
             raise Stopped(
                 f"stopped by {by} after {file.written:,} {of}, which are written",
@@ -85,5 +89,6 @@ def stoppable(file: RowOutput, *, of: str = "rows") -> Iterator[None]:
                 fix=f"the same command with `--resume` continues{instead}",
             ) from error
         except Exception:
-            file.note(status="failed")
+            if file is not None:
+                file.note(status="failed")
             raise

@@ -16,7 +16,7 @@ from rlhf_core.cli import METHOD_OPTIONS, shell_completion
 from rlhf_core.cli.printing import print_heading, print_json_line, print_note, print_text, print_wrapped
 from rlhf_core.cli.quick_imports import no_bars_in_logs, quick_imports
 from rlhf_core.cli.resumable_output import OverwriteOption, ResumeOption, check_apart, output_path, stoppable
-from rlhf_core.infra.errors import ConfigError, Interrupted
+from rlhf_core.infra.errors import ConfigError
 
 if TYPE_CHECKING:
     from rlhf_core.contracts.completion import Completion
@@ -194,16 +194,13 @@ def _print_rows(job: SamplingJob, sampler: Sampler, rows: Sequence[PromptRow], t
     from rlhf_core.infra.progress import RowBar
 
     run = job.run
-    try:
-        with RowBar(total=len(rows)) as bar, watching(bar.add_tokens):
-            for number, completions in sample_rows(sampler, rows, n=run.n, seed=run.seed, together=together):
-                if as_json:
-                    print_json_line(output_row(rows[number], completions, run))
-                else:
-                    _print_row(f"{number + 1}/{len(rows)}", rows[number], completions)
-                bar.update(number + 1, sum(len(one.ids) for one in completions))
-    except KeyboardInterrupt as error:
-        raise Interrupted("stopped by Ctrl-C") from error
+    with stoppable(None), RowBar(total=len(rows)) as bar, watching(bar.add_tokens):
+        for number, completions in sample_rows(sampler, rows, n=run.n, seed=run.seed, together=together):
+            if as_json:
+                print_json_line(output_row(rows[number], completions, run))
+            else:
+                _print_row(f"{number + 1}/{len(rows)}", rows[number], completions)
+            bar.update(number + 1, sum(len(one.ids) for one in completions))
 
 
 def _print_row(number: str, row: PromptRow, completions: Sequence[Completion]) -> None:

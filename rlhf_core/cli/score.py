@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -135,12 +134,13 @@ def _finish(
 
     Raises:
         Stopped: by Ctrl-C or SIGTERM; what was scored is in the file.
+        Interrupted: by one of these, where there is no file.
     """
     from rlhf_core.data.completion_rows import read_completion_rows
     from rlhf_core.evaluation.score_file import score_file
 
     rows = read_completion_rows(run.data, columns=run.columns, limit=run.limit, split=run.split)
-    with contextlib.nullcontext() if file is None else stoppable(file):
+    with stoppable(file):
         score_file(rewards, rows, file, column=run.score_column, together=run.batch_size, summary=summary)
     found = summary.as_dict() | ({} if file is None else {"output": str(file.path)})
     if as_json:

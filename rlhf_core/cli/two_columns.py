@@ -39,7 +39,7 @@ class TwoColumns:
         for number in range(max(len(lines), self._counts[column])):
             if number == len(self._rows):
                 self._rows.append(["", ""])
-                sys.stdout.write("\n")
+                sys.stdout.write("\r\x1b[K\n")
             line = lines[number] if number < len(lines) else ""
             if line != self._rows[number][column]:
                 self._rows[number][column] = line
@@ -53,6 +53,7 @@ class TwoColumns:
 
     def end(self, notes: Sequence[str]) -> None:
         """Write a note below each text."""
+        sys.stdout.write("\r\x1b[K")
         left, right = (folded(encodable(note), self._width) for note in notes)
         for lines in zip_longest(left, right, fillvalue=""):
             print(styled(self._row(lines), "dim"), flush=True)
@@ -60,7 +61,8 @@ class TwoColumns:
     def _write(self, number: int) -> None:
         up = len(self._rows) - number
         if up < get_terminal_size().lines:
-            sys.stdout.write(f"\x1b[{up}A{self._row(self._rows[number])}\x1b[K\r\x1b[{up}B")
+            # A key that is typed meanwhile, such as Ctrl-C, may have moved the cursor to the right.
+            sys.stdout.write(f"\r\x1b[{up}A{self._row(self._rows[number])}\x1b[K\r\x1b[{up}B")
 
     def _row(self, lines: Sequence[str]) -> str:
         left, right = lines

@@ -152,6 +152,20 @@ def test_ctrl_c_keeps_the_rows_that_were_written(
     assert json.loads((tmp_path / "out.run.json").read_text())["status"] == "done"
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_without_a_file_is_one_line(
+    rlhf: Rlhf, model: str, prompts: str, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    def stopped(*_: Any, **__: Any) -> Any:
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+
+    monkeypatch.setattr(GenerateSampler, "sample", stopped)
+    code, _, err = rlhf("sample", "generate", "--model", model, "--prompts", prompts)
+    by = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}[number]
+    assert code == 130 and f"error[interrupted] stopped by {by}" in err.splitlines()[-1]
+
+
 @pytest.mark.parametrize("source", ["rows.jsonl", "./rows.jsonl", "*.jsonl", ".", "../here"])
 def test_the_prompts_are_never_overwritten(
     rlhf: Rlhf, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
