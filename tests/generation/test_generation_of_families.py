@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from rlhf_core.generation import native, native_backend
 from rlhf_core.generation.engine import Engine
 from rlhf_core.generation.native import measure_native
 from rlhf_core.infra.errors import ModelError
+from rlhf_core.models import fast_linears
 from rlhf_core.models.backbone import accepted
 from rlhf_core.models.policy_model import PolicyModel
 from rlhf_core.testing.tiny import VOCAB_SIZE, tiny_tokenizer
@@ -25,6 +26,16 @@ _LONG = [40 + 13 * i % 200 for i in range(33)]
 ACROSS = [_LONG, [45, 55], [*_LONG[:21], *(41 + 17 * i % 200 for i in range(9))]]
 """The first and the last begin alike, up to within a block; their tokens and `COUNT` more are within windows of 64."""
 COUNT = 22
+
+
+@pytest.fixture(autouse=True)
+def _packed_weights(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Have weights packed for completions of any length, whatever is faster on this machine."""
+    monkeypatch.setattr(native_backend, "PACK_FOR", 1)
+    monkeypatch.setattr(fast_linears, "MARGIN", float("inf"))
+    fast_linears._is_faster.cache_clear()
+    yield
+    fast_linears._is_faster.cache_clear()
 
 
 @pytest.fixture
