@@ -75,7 +75,7 @@ def score_rows(
         together: rows in a batch; None begins with few and takes more while the reward is quick.
 
     Raises:
-        PluginError: as `Rewards.score`, with the rows' numbers.
+        PluginError: as `Rewards.score`, with the rows' places.
     """
     size = together or FIRST
     batch: list[CompletionRow] = []
@@ -95,8 +95,7 @@ def score_rows(
 
 def _scored(rewards: Rewards, rows: Sequence[CompletionRow]) -> list[tuple[CompletionRow, list[float]]]:
     samples = [sample for row in rows for sample in row.samples]
-    numbers = [row.index for row in rows for _ in row.samples]
-    found = rewards.score(samples, rows=numbers)
+    found = rewards.score(samples, rows=[row.place for row in rows for _ in row.samples])
     # Not from `total`, which is float32.
     totals = iter(
         [

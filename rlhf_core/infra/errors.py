@@ -216,8 +216,8 @@ def _line_of(error: BaseException, lines: int | None) -> str:
     return text if len(text) <= 500 else f"{text[:500]}…"
 
 
-def list_rows(rows: Iterable[int], most: int = 8) -> str:
-    """Return row numbers as a message names them: `row 3`, `rows 4, 2`, `rows 0, 1, 2 and 9 more`; repeated ones once."""
+def list_rows(rows: Iterable[int | str], most: int = 8) -> str:
+    """Return row numbers or places as a message names them: `row 3`, `rows 4, 2`, `rows 0, 1, 2 and 9 more`; each once."""
     once = [str(row) for row in dict.fromkeys(rows)]
     more = f" and {len(once) - most} more" if len(once) > most else ""
     return f"row{'s' if len(once) != 1 else ''} {', '.join(once[:most])}{more}"

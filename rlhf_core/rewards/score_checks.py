@@ -19,7 +19,7 @@ def checked_scores(
     reward: RewardFn,
     samples: Sequence[Sample],
     *,
-    rows: Sequence[int] | None = None,
+    rows: Sequence[int | str] | None = None,
     name: str | None = None,
     reached: Callable[[int], None] = lambda number: None,
 ) -> list[float]:
@@ -54,7 +54,7 @@ def checked_scores(
 
 
 async def scores_of_coroutine(
-    reward: RewardFn, samples: Sequence[Sample], *, rows: Sequence[int] | None, name: str
+    reward: RewardFn, samples: Sequence[Sample], *, rows: Sequence[int | str] | None, name: str
 ) -> list[float]:
     """Score the samples as `checked_scores` does, by a reward whose `score` is async, on the running event loop."""
     with blame_reward(name, rows):
@@ -64,7 +64,7 @@ async def scores_of_coroutine(
     return _checked_list(scores, len(samples), rows, name)
 
 
-def _checked_list(scores: Any, count: int, rows: Sequence[int] | None, name: str, first: int = 0) -> list[float]:
+def _checked_list(scores: Any, count: int, rows: Sequence[int | str] | None, name: str, first: int = 0) -> list[float]:
     """Return what a reward returned for `count` samples as finite floats; `first` is the first sample's number."""
     scores = plain(scores)
     if scores is None:
@@ -76,7 +76,7 @@ def _checked_list(scores: Any, count: int, rows: Sequence[int] | None, name: str
 
 
 def checked_steps(
-    reward: RewardFn, samples: Sequence[Sample], *, rows: Sequence[int] | None = None, name: str | None = None
+    reward: RewardFn, samples: Sequence[Sample], *, rows: Sequence[int | str] | None = None, name: str | None = None
 ) -> list[list[float]] | None:
     """Return for each sample one finite float per step of its completion, or None where the reward isn't step-wise.
 
@@ -124,7 +124,7 @@ def name_of(reward: RewardFn) -> str:
 
 
 @contextlib.contextmanager
-def blame_reward(name: str, rows: Sequence[int] | None = None, unit: str = "row") -> Iterator[None]:
+def blame_reward(name: str, rows: Sequence[int | str] | None = None, unit: str = "row") -> Iterator[None]:
     """Turn what a reward raises inside into a `PluginError` that names the reward and the rows; an `RLHFError` keeps its type.
 
     Args:
@@ -152,13 +152,13 @@ def blame_reward(name: str, rows: Sequence[int] | None = None, unit: str = "row"
         raise PluginError("the reward raised an error", place=place, got=got, fix=fix) from error
 
 
-def place_of_rows(name: str, rows: Sequence[int] | None, unit: str = "row") -> str:
+def place_of_rows(name: str, rows: Sequence[int | str] | None, unit: str = "row") -> str:
     """Return where an error belongs: ``reward `exact_match`, rows 4, 7``."""
     if rows is None or not len(rows):
         return f"reward `{name}`"
     return f"reward `{name}`, {list_rows(rows) if unit == 'row' else f'sample {rows[0]}'}"
 
 
-def sample_or_row(number: int, rows: Sequence[int] | None) -> str:
+def sample_or_row(number: int, rows: Sequence[int | str] | None) -> str:
     """Return a sample's row in its data, where rows are known, else its number among the samples."""
     return f"row {rows[number]}" if rows is not None else f"sample {number}"

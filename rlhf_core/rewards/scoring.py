@@ -117,11 +117,11 @@ class Rewards:
                 entry.reward.prepare()
         self._prepared = True
 
-    def score(self, samples: Sequence[Sample], rows: Sequence[int] | None = None) -> Scores:
+    def score(self, samples: Sequence[Sample], rows: Sequence[int | str] | None = None) -> Scores:
         """Return the samples' scores by each reward and their weighted sum, in the samples' order. Gradients are off.
 
         Args:
-            rows: each sample's row number in its data, for messages.
+            rows: each sample's row number in its data, or its place (`file:line`), for messages.
 
         Raises:
             ConfigError: the run has no rewards.
@@ -204,7 +204,7 @@ class RewardSession(ScoringSession):
             waited=waited,
         )
 
-    def _steps(self, samples: Sequence[Sample], rows: Sequence[int] | None) -> dict[str, list[list[float]]]:
+    def _steps(self, samples: Sequence[Sample], rows: Sequence[int | str] | None) -> dict[str, list[list[float]]]:
         """Return the scores of the samples' steps by each step-wise reward."""
         found = {}
         for entry in self._entries:

@@ -81,7 +81,7 @@ class _Call:
     samples: Sequence[Sample]
     at: Sequence[int]
     """The samples' positions in the result."""
-    rows: Sequence[int] | None
+    rows: Sequence[int | str] | None
     busy: BusyTime
     ended: Callable[[], None]
     """Called once it has ended."""
@@ -158,7 +158,7 @@ class ScoringSession:
         self._entries, self._pools = entries, pools
         self.samples: dict[int, Sample] = {}
         """Position → sample."""
-        self.rows: dict[int, int] = {}
+        self.rows: dict[int, int | str] = {}
         """Position → row number in the data, where rows are known."""
         self._calls: list[_Call] = []
         self._ended = threading.Condition()
@@ -177,7 +177,7 @@ class ScoringSession:
         self._calls.clear()
 
     def add(
-        self, samples: Sequence[Sample], rows: Sequence[int] | None = None, *, at: Sequence[int] | None = None
+        self, samples: Sequence[Sample], rows: Sequence[int | str] | None = None, *, at: Sequence[int] | None = None
     ) -> None:
         """Add samples: all completions of a prompt together, since a reward may compare them.
 
@@ -226,7 +226,7 @@ class ScoringSession:
         self,
         entry: WeightedReward,
         samples: Sequence[Sample],
-        rows: Sequence[int] | None,
+        rows: Sequence[int | str] | None,
         check: Callable[..., Any],
         doing: str,
     ) -> Any:
@@ -250,7 +250,7 @@ class ScoringSession:
             raise _too_long(entry, len(samples), place, str(error), doing) from error
 
     def _start(
-        self, entry: WeightedReward, samples: Sequence[Sample], rows: Sequence[int] | None, at: Sequence[int]
+        self, entry: WeightedReward, samples: Sequence[Sample], rows: Sequence[int | str] | None, at: Sequence[int]
     ) -> None:
         """Start calls of a reward outside the main thread: one per row, per group, or for all samples together."""
         calls = []

@@ -192,7 +192,10 @@ def test_a_hanging_reward_ends_the_process_with_its_exit_code(flags: str, code: 
     began = time.monotonic()
     command = [sys.executable, "-c", program, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
-    assert done.returncode == code and "reward `hangs`, row 1: scoring took longer than 1 seconds" in done.stderr
+    assert (
+        done.returncode == code
+        and "reward `hangs`, row rows.jsonl:2: scoring took longer than 1 seconds" in done.stderr
+    )
     assert ("Traceback" in done.stderr) == ("--debug" in flags)
     assert time.monotonic() - began < 60
 
@@ -258,6 +261,11 @@ def test_what_a_careless_user_types_says_what_to_type(rlhf) -> None:
     assert code == 3 and "rows.jsonl:1: has no completion: `answer` is read as the reference" in err
     code, out, _ = rlhf("score", "repetition", "--data", prompts, "--columns.response", "answer")
     assert code == 0 and "1 completions in 1 rows" in out
+    unanswered = write(
+        [{"prompt": "p", "completion": "a", "answer": "a"}, {"prompt": "p", "completion": "a"}], "c.jsonl"
+    )
+    code, _, err = rlhf("score", "exact_match", "--data", unanswered)
+    assert code == 3 and "reward `exact_match`, row c.jsonl:2: the row has no column `answer`" in err
     Path("csv.jsonl").write_text("prompt,completion,answer\np,4,4\n")
     code, _, err = rlhf("score", "exact_match", "--data", "csv.jsonl")
     assert code == 3 and "csv.jsonl:1:1: not valid JSON" in err and "name the file .csv" in err
