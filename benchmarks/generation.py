@@ -8,7 +8,8 @@ and 128 (the same lengths for every contender, as if completions ended by themse
 End tokens end nothing, so every contender draws the same number of tokens. Each measurement is a process of its own, which
 loads the model and draws once before the clock runs; rounds go through all contenders in turn. Every setting of a contender
 (`SETTINGS`) is run and the fastest is compared. Memory is what is resident at the peak beyond what was after loading; vLLM, which
-allocates its cache while it loads, has a figure in all alone. `tokens/s of one core` counts processor time, which other people's
+allocates its cache while it loads, has a figure in all alone. `adapted` compares a policy under a LoRA adapter with the same
+policy merged. `tokens/s of one core` counts processor time, which other people's
 work on the machine changes less than the clock's; with more than one thread it counts threads that wait, too.
 
 vLLM's CPU build wants an environment of its own, since it fixes the versions of what it needs:
@@ -46,6 +47,8 @@ TARGETS = {("even", "bf16"): 2.4, ("even", "float32"): 1.8, ("uneven", "bf16"): 
 """Kind of work and precision → least speed over `generate()`."""
 PEER_TARGETS = {("even", "bf16"): 0.95, ("even", "float32"): 0.5}
 """The same over vLLM."""
+LORA_TARGET = 0.9
+"""Least speed of a policy under an adapter over that of the same policy with the adapter merged, in any work."""
 
 QUESTIONS = HERE / "questions.jsonl"
 """Questions of about the length of GSM8K's, 80 to 110 tokens in a chat."""
@@ -282,6 +285,11 @@ def verdicts(one: dict[str, Any]) -> list[str]:
         ratio = one.get("tokens_per_second_ratio", {}).get(contender)
         if key in targets and ratio is not None:
             found.append(f"{contender} {ratio:.2f} of {targets[key]} {'met' if ratio >= targets[key] else 'missed'}")
+    lora, merged = (one["rows"].get(f"adapted/{setting}", {}) for setting in ("lora", "merged"))
+    if "tokens_per_second" in lora and "tokens_per_second" in merged:
+        ratio, by_core = (lora[each] / merged[each] for each in ("tokens_per_second", "tokens_per_cpu_second"))
+        met = "met" if ratio >= LORA_TARGET else "missed"
+        found.append(f"lora over merged {ratio:.2f} ({by_core:.2f} by processor time) of {LORA_TARGET} {met}")
     return [f"| {one['work']} | {one['precision']} | targets | {'; '.join(found)} | | | | | |"] if found else []
 
 

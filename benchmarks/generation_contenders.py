@@ -74,6 +74,7 @@ Loaded = tuple[Draw, int]
 
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "ours": {"read": {"frozen": True}, "trained": {}, "launches": {"frozen": True, "engine": {"cuda_graphs": False}}},
+    "adapted": {"lora": {}, "merged": {"merged": True}},
     "generate": {"sdpa": {"attn_implementation": "sdpa"}},
     "continuous": {"sdpa": {"attn_implementation": "sdpa"}},
     "vllm": {
@@ -83,7 +84,8 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
 }
 """Contender → named settings that affect speed here; the fastest is compared. `ours/read` loads a model as `rlhf sample` does,
 `ours/trained` as a policy that is trained: float32 weights, whatever the precision of the products; `ours/launches` is the first
-one without CUDA graphs."""
+one without CUDA graphs. `adapted` is this project's engine, too: on a policy under an adapter, and on the same policy with
+the adapter merged into its weights."""
 ON_GPU_ALONE = {("ours", "launches")}
 """Settings that change nothing on a CPU."""
 
@@ -97,17 +99,43 @@ class Missing(Exception):
 
 def ours(work: Work, engine: dict[str, Any] | None = None, **options: Any) -> Loaded:
     """This project's engine, with both log-probabilities of each token."""
+    from rlhf_core.models import PolicyModel
+
+    policy = PolicyModel.from_pretrained(work.model, precision=work.precision, device=work.device, **options)
+    return _engine_draws(work, policy, **(engine or {})), _held(policy)
+
+
+def adapted(work: Work, *, merged: bool = False) -> Loaded:
+    """This project's engine on a policy in training: under a random adapter of rank 16 on all linear layers, or merged."""
+    import torch
+
+    from rlhf_core.config.training import LoraConfig
+    from rlhf_core.models import PolicyModel
+
+    options: dict[str, Any] = {"precision": work.precision}
+    policy: Any = PolicyModel.from_pretrained(work.model, device=work.device, lora=LoraConfig(rank=16), **options)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:  # zeros at first
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.01)
+    if merged:
+        network = policy.model.merge_and_unload()
+        policy = PolicyModel(network, policy.tokenizer).set_options(**options)
+    return _engine_draws(work, policy), _held(policy)
+
+
+def _engine_draws(work: Work, policy: Any, **options: Any) -> Draw:
+    """Return what draws the completions with this project's engine. Each call reads all prompts."""
     from rlhf_core.config.online import SamplingConfig
     from rlhf_core.contracts.batch import Batch
     from rlhf_core.data.collate import collate
     from rlhf_core.data.encoder import EncodedRow
     from rlhf_core.generation.engine import Engine
-    from rlhf_core.models import PolicyModel
 
-    policy = PolicyModel.from_pretrained(work.model, precision=work.precision, device=work.device, **options)
     batch: Batch = collate([EncodedRow(number, ids) for number, ids in enumerate(work.prompts)]).to(policy.device)
     sampling = SamplingConfig(max_new_tokens=work.most, min_new_tokens=work.most)
-    own = Engine(policy, **(engine or {}))
+    own = Engine(policy, **options)
     limits = None if work.even else work.limits
 
     def draw() -> list[int]:
@@ -115,7 +143,7 @@ def ours(work: Work, engine: dict[str, Any] | None = None, **options: Any) -> Lo
         made = own.generate(batch, work.n, sampling, limits=limits)
         return [len(completion.ids) for group in made for completion in group]
 
-    return draw, _held(policy)
+    return draw
 
 
 def generate(work: Work, **options: Any) -> Loaded:
@@ -223,6 +251,7 @@ def vllm(work: Work, **options: Any) -> Loaded:
 
 CONTENDERS: dict[str, Callable[..., Loaded]] = {
     "ours": ours,
+    "adapted": adapted,
     "generate": generate,
     "continuous": continuous,
     "vllm": vllm,

@@ -29,7 +29,7 @@ from rlhf_core.generation.weights_state import weight_versions, weights_state
 from rlhf_core.infra.devices import is_out_of_memory, release_memory
 from rlhf_core.infra.errors import ConfigError, NumbersError
 from rlhf_core.models.dropout import evaluating
-from rlhf_core.models.fast_adapters import fast_adapters
+from rlhf_core.models.fast_adapters import FusedAdapters, fast_adapters
 from rlhf_core.models.fast_linears import FastLinears
 
 if TYPE_CHECKING:
@@ -127,24 +127,27 @@ class NativeBackend(Backend):
             ConfigError: weights change while a completion grows.
         """
         pack = max(request.limit for request in requests) >= PACK_FOR
-        with self._for_decoding():
-            decoding = self._decoding_for(requests, rows)
-        with contextlib.closing(decoding.run(requests, sampling, partly=partly)) as running:
-            if not partly:
-                with self._for_decoding(pack=pack):
-                    yield from running
-                return
-            # Whoever reads a stream may do anything between its pieces: read another one, or train.
-            versions = weight_versions(self.policy)
-            while True:
-                with self._for_decoding(pack=pack):
-                    one = next(running, None)
-                if one is None:
+        # What takes long to make is made once: a stream enters the context for each of its pieces.
+        with contextlib.closing(FusedAdapters(self.policy)) as adapters:
+            with self._for_decoding(adapters=adapters):
+                decoding = self._decoding_for(requests, rows)
+            with contextlib.closing(decoding.run(requests, sampling, partly=partly)) as running:
+                if not partly:
+                    with self._for_decoding(pack=pack, adapters=adapters):
+                        yield from running
                     return
-                yield one
-                if weight_versions(self.policy) != versions:
-                    problem = "the policy's weights have changed while a completion was being drawn"
-                    raise ConfigError(problem, place="stream", fix="read streams to their end, or close them, before")
+                # Whoever reads a stream may do anything between its pieces: read another one, or train.
+                versions = weight_versions(self.policy)
+                while True:
+                    with self._for_decoding(pack=pack, adapters=adapters):
+                        one = next(running, None)
+                    if one is None:
+                        return
+                    yield one
+                    if weight_versions(self.policy) != versions:
+                        problem = "the policy's weights have changed while a completion was being drawn"
+                        fix = "read streams to their end, or close them, before"
+                        raise ConfigError(problem, place="stream", fix=fix)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> list[CachedSequence | None]:
         native = self._native_for(max(map(len, prompts), default=0), [len(ids) for ids in prompts])
@@ -204,6 +207,7 @@ class NativeBackend(Backend):
 
     def rest(self) -> None:
         """Release most memory, while nothing is drawn: prompts are kept in an eighth of what generation may use."""
+        self._linears.release()
         native = self._native
         if native is None:
             return
@@ -275,11 +279,12 @@ class NativeBackend(Backend):
             log.info("%s generates through transformers' own loop, which is slower: %s", self.policy.source, reason)
 
     @contextlib.contextmanager
-    def _for_decoding(self, *, pack: bool = False) -> Iterator[None]:
+    def _for_decoding(self, *, pack: bool = False, adapters: FusedAdapters | None = None) -> Iterator[None]:
         """Put the policy, inside the context, into evaluation mode and its own precision, without its own generation options.
 
         Args:
             pack: whether weights are packed for it; see `FastLinears`.
+            adapters: its fused adapters, where they are made already.
         """
         policy = self.policy
         model, own = policy.causal_lm, policy.causal_lm.generation_config
@@ -288,7 +293,7 @@ class NativeBackend(Backend):
             with contextlib.ExitStack() as stack:
                 stack.enter_context(torch.no_grad())
                 stack.enter_context(evaluating(policy))
-                stack.enter_context(fast_adapters(policy))
+                stack.enter_context(fast_adapters(policy) if adapters is None else adapters.in_place())
                 stack.enter_context(self._linears.running(pack=pack))
                 stack.enter_context(policy.product_precision())
                 if policy.compiled:

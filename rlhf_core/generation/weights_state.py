@@ -16,8 +16,9 @@ def weight_versions(model: nn.Module) -> Any:
     """Return what differs once a weight was replaced or changed in place, but for changes behind PyTorch's back (`.data`)."""
     return [
         (id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
-        for tensor in (*model.parameters(), *model.buffers())
-        if tensor.device.type != "meta"
+        for module in model.modules()
+        for tensor in (*module._parameters.values(), *module._buffers.values())
+        if tensor is not None and tensor.device.type != "meta"
     ]
 
 

@@ -44,12 +44,14 @@ def set_training(module: nn.Module) -> None:
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Put a module into evaluation mode inside the context; afterwards each submodule has its earlier mode again."""
     modes = [(part, part.training) for part in module.modules()]
-    module.eval()
+    if any(mode for _, mode in modes):
+        module.eval()
     try:
         yield
     finally:
         for part, mode in modes:
-            part.training = mode
+            if part.training is not mode:  # writing a module's attribute takes long
+                part.training = mode
 
 
 def allow_dropout(module: nn.Module) -> None:

@@ -25,34 +25,60 @@ _UPDATE = "_rlhf_low_rank_update"
 
 @contextlib.contextmanager
 def fast_adapters(model: nn.Module) -> Iterator[int]:
-    """Run a model's LoRA layers with fused updates inside the context; yield how many do.
+    """Run a model's LoRA layers with fused updates inside the context; yield how many do. See `FusedAdapters`."""
+    with contextlib.closing(FusedAdapters(model)) as fused, fused.in_place() as count:
+        yield count
 
-    They compute with the adapters' weights as they are at the beginning of the context. A layer that does more than add a
-    low-rank update runs as it always does: DoRA, adapters with biases or hooks or that are merged or off, dropout in training.
-    So does a call with gradients or further arguments.
+
+class FusedAdapters:
+    """Fused updates for a model's LoRA layers, with the adapters that are active, and their weights, as they are now.
+
+    A layer that does more than add a low-rank update runs as it always does: DoRA, adapters with biases or hooks or that are
+    merged or off, dropout in training. So does a call with gradients or further arguments.
     """
-    fused: list[Any] = []
-    watch = _Watch()
-    try:
-        for layer in model.modules():
-            if active := _plain_adapters(layer):
-                if _UPDATE not in layer.__dict__:
-                    layer.__dict__[_UPDATE] = _Update(layer)
-                update: _Update = layer.__dict__[_UPDATE]
-                update.begin(active, watch)
-                layer.forward = update.forward
-                fused.append(layer)
-        updates = [layer.__dict__[_UPDATE] for layer in fused]
-        for update in updates:
+
+    def __init__(self, model: nn.Module) -> None:
+        self._watch = _Watch()
+        self._layers: list[tuple[Any, list[str]]] = [
+            (layer, active) for layer in model.modules() if (active := _plain_adapters(layer))
+        ]
+        self._begin()
+
+    def _begin(self) -> None:
+        for layer, active in self._layers:
+            if _UPDATE not in layer.__dict__:
+                layer.__dict__[_UPDATE] = _Update(layer)
+            layer.__dict__[_UPDATE].begin(active, self._watch)
+        for update in self._updates:
             update.leave_idle_group()
-        for update in updates:
+        for update in self._updates:
             update.group.refresh()
-        yield len(fused)
-    finally:
-        watch.input = watch.group = None
-        for layer in fused:
-            del layer.forward
-            layer.__dict__[_UPDATE].end()
+
+    @property
+    def _updates(self) -> list[_Update]:
+        return [layer.__dict__[_UPDATE] for layer, _ in self._layers]
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[int]:
+        """Use them inside the context, which costs little and may be entered again and again; yield how many layers do."""
+        if any(update.watch is not self._watch for update in self._updates):  # others were in place meanwhile
+            self._begin()
+        placed = [layer for layer, _ in self._layers if "forward" not in layer.__dict__]
+        try:
+            for layer in placed:
+                layer.__dict__["forward"] = layer.__dict__[_UPDATE].forward
+            yield len(self._layers)
+        finally:
+            self._watch.input = self._watch.group = None
+            for layer in placed:
+                layer.__dict__.pop("forward", None)
+                layer.__dict__[_UPDATE].group.forget()
+
+    def close(self) -> None:
+        """Release the weights that they were made of."""
+        for update in self._updates:
+            if update.watch is self._watch:
+                update.end()
 
 
 def _plain_adapters(layer: Any) -> list[str]:
@@ -98,7 +124,9 @@ class _Group:
         self._downs: dict[torch.dtype, Tensor] = {}
         self._input: Tensor | None = None
         self._version: float = 0
-        self._product: Tensor | None = None
+        self._dtype: torch.dtype | None = None
+        self._products: dict[int, Tensor] = {}
+        """Of the last input: a member's first column → its columns of the product."""
 
     def absorb(self, other: _Group) -> None:
         """Take another group's members."""
@@ -120,20 +148,27 @@ class _Group:
 
     def forget(self) -> None:
         """Release the last input."""
-        self._input = self._product = None
+        self._input, self._products = None, {}
 
-    def product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return x · Aᵀ (N, K of all members) for an input (..., I), computed once for all members."""
-        shared = len(self.members) > 1
-        known = self._product
-        if x is self._input and known is not None and known.dtype == dtype and self._version == _version(x):
-            return known
+    def product(self, member: _Update, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return a member's x · Aᵀ (N, K) for an input (..., I), computed once for all members."""
+        version = _version(x)
+        if x is self._input and dtype is self._dtype and version == self._version and member.first in self._products:
+            return self._products[member.first]
         if dtype not in self._downs:
             self._fill(dtype)
-        found = torch.mm(x.reshape(-1, x.shape[-1]).to(dtype), self._downs[dtype]).to(dtype)
-        if shared:
-            self._input, self._version, self._product = x, _version(x), found
-        return found
+        rows = x.view(-1, x.shape[-1]) if x.is_contiguous() else x.reshape(-1, x.shape[-1])
+        found = torch.mm(rows if rows.dtype is dtype else rows.to(dtype), self._downs[dtype])
+        if found.dtype is not dtype:
+            found = found.to(dtype)
+        if len(self.members) == 1:
+            return found
+        self._input, self._version, self._dtype = x, version, dtype
+        self._products = {
+            each.first: part
+            for each, part in zip(self.members, found.split([each.rank for each in self.members], dim=1), strict=True)
+        }
+        return self._products[member.first]
 
     def _fill(self, dtype: torch.dtype) -> None:
         wanted = torch.cat([down for member in self.members for down in member.downs]).t()  # (I, K)
@@ -157,9 +192,12 @@ class _Update:
     def begin(self, active: list[str], watch: _Watch) -> None:
         """Take these adapters' weights from now on."""
         layer = self._layer
+        # Looked up once: a module looks its submodules up slowly, and one token passes hundreds of layers.
+        self._base = layer.base_layer
+        self._is_plain = type(self._base) is nn.Linear
         self.downs = [layer.lora_A[name].weight.detach() for name in active]  # (K, I) each
         self._scaled = [(layer.lora_B[name].weight.detach(), layer.scaling[name]) for name in active]  # (O, K) each
-        self.rank, self._watch = sum(len(down) for down in self.downs), watch
+        self.rank, self.watch = sum(len(down) for down in self.downs), watch
 
     def leave_idle_group(self) -> None:
         """Begin a group of its own where a member of the present one has no adapter in this context, or left it before."""
@@ -176,33 +214,37 @@ class _Update:
         for dtype in self._ups:
             self._fill(dtype)
 
-    def _fill(self, dtype: torch.dtype) -> None:
+    def _fill(self, dtype: torch.dtype) -> Tensor:
         wanted = torch.cat([weight.t() * scale for weight, scale in self._scaled])  # (K, O)
         kept = self._ups.get(dtype)
         if kept is None or kept.shape != wanted.shape:
-            self._ups[dtype] = wanted.to(dtype, copy=True).contiguous()
+            kept = self._ups[dtype] = wanted.to(dtype, copy=True).contiguous()
         else:
             kept.copy_(wanted)
+        return kept
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the layer's output (..., O) for an input (..., I)."""
-        layer = self._layer
         if args or kwargs or torch.is_grad_enabled():
-            return self._ordinary(layer, x, *args, **kwargs)
-        output: Tensor = layer.base_layer(x)
-        self._join(x)
+            return self._ordinary(self._layer, x, *args, **kwargs)
+        output: Tensor = self._base(x)
+        watch = self.watch
+        if watch.input is not x or watch.group is not self.group:
+            self._join(x)
         dtype = output.dtype
-        down = self.group.product(x, dtype)[:, self.first : self.first + self.rank]
-        if dtype not in self._ups:
-            self._fill(dtype)
-        if type(layer.base_layer) is nn.Linear and output.is_contiguous():  # a new tensor, that nobody else holds
-            output.view(-1, output.shape[-1]).addmm_(down, self._ups[dtype])
+        down = self.group.product(self, x, dtype)
+        up = self._ups.get(dtype)
+        if up is None:
+            up = self._fill(dtype)
+        # A new tensor that nobody else holds, or such a tensor's columns for this layer.
+        if self._is_plain and (output.is_contiguous() or (output.dim() == 3 and len(output) == 1)):
+            output.view(-1, output.shape[-1]).addmm_(down, up)
             return output
-        return output + torch.mm(down, self._ups[dtype]).to(dtype).view_as(output)
+        return output + torch.mm(down, up).to(dtype).view_as(output)
 
     def _join(self, x: Tensor) -> None:
         """Form one group with the layer that ran last, where it was given the same tensor."""
-        watch = self._watch
+        watch = self.watch
         if watch.input is x and watch.group is not None and watch.group is not self.group:
             watch.group.absorb(self.group)
         watch.input, watch.group = x, self.group
