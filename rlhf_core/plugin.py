@@ -92,6 +92,14 @@ if TYPE_CHECKING:
     from rlhf_core.models.model_reward import ScoringModelConfig as ScoringModelConfig
     from rlhf_core.models.reasoning_steps import AGGREGATIONS as AGGREGATIONS
     from rlhf_core.models.reference import Reference as Reference
+    from rlhf_core.policy_gradient.advantages import ADVANTAGES as ADVANTAGES
+    from rlhf_core.policy_gradient.aggregations import LOSS_AGGREGATIONS as LOSS_AGGREGATIONS
+    from rlhf_core.policy_gradient.clips import CLIPS as CLIPS
+    from rlhf_core.policy_gradient.clips import PolicyTerms as PolicyTerms
+    from rlhf_core.policy_gradient.corrections import CORRECTIONS as CORRECTIONS
+    from rlhf_core.policy_gradient.kl_estimators import KL_ESTIMATORS as KL_ESTIMATORS
+    from rlhf_core.policy_gradient.part_table import PartTable as PartTable
+    from rlhf_core.policy_gradient.ratios import RATIOS as RATIOS
     from rlhf_core.registry.hooks import hookimpl as hookimpl
     from rlhf_core.rewards import Rewards as Rewards
     from rlhf_core.rewards import Scores as Scores
@@ -129,6 +137,13 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.data.step_labels": "NO_LABEL RIGHT WRONG read_step_labels",
         "rlhf_core.infra.errors": "ConfigError DataError ModelError NumbersError PluginError shortened",
         "rlhf_core.registry.hooks": "hookimpl",
+        "rlhf_core.policy_gradient.advantages": "ADVANTAGES",
+        "rlhf_core.policy_gradient.aggregations": "LOSS_AGGREGATIONS",
+        "rlhf_core.policy_gradient.clips": "CLIPS PolicyTerms",
+        "rlhf_core.policy_gradient.corrections": "CORRECTIONS",
+        "rlhf_core.policy_gradient.kl_estimators": "KL_ESTIMATORS",
+        "rlhf_core.policy_gradient.part_table": "PartTable",
+        "rlhf_core.policy_gradient.ratios": "RATIOS",
         "rlhf_core.infra.lazy": "lazy_names",
         "rlhf_core.contracts.completion": "Completion",
         "rlhf_core.contracts.merger": "Merger",

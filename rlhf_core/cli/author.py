@@ -37,6 +37,10 @@ def check(
     from rlhf_core import registry
 
     plugin = registry.lookup(name)
+    if plugin.kind == "part":
+        from rlhf_core.infra.errors import ConfigError
+
+        raise ConfigError("a part has no contract to check", place=f"part `{name}`", fix="test the function itself")
     method = registry.load(plugin)  # where it can't be loaded, that is one error, not many failing tests
     from rlhf_core.config.base import BaseConfig
     from rlhf_core.config.flags import convert_options, lex

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core import registry
 from rlhf_core.cli.printing import print_json, print_table, print_text, print_warning
 from rlhf_core.registry.class_header import Option, SourceError, read_class_header, read_options
+from rlhf_core.registry.distributions import WITHOUT_CLASS
 
 if TYPE_CHECKING:
     from rlhf_core.registry import Plugin
@@ -96,7 +97,7 @@ def _print_facts(plugin: Plugin, source: str) -> None:
 
 def _of_source(plugin: Plugin) -> tuple[str, str, list[Option]]:
     """Return docstring, `file:line` and own options from a plugin's source; ("", "", []) where it can't be read."""
-    if plugin.kind != "hook":
+    if plugin.kind not in WITHOUT_CLASS:
         try:
             header = read_class_header(plugin.target)
             return header.doc, f"{header.path}:{header.line}", read_options(plugin.target)

@@ -62,10 +62,13 @@ def show(
 def schema(name: Name) -> None:
     """Print the JSON schema of a method's options."""
     from rlhf_core import registry
+    from rlhf_core.registry.distributions import WITHOUT_CLASS
 
     plugin = registry.lookup(name)
-    if plugin.kind == "hook":
+    if plugin.kind in WITHOUT_CLASS:
         from rlhf_core.infra.errors import ConfigError
 
-        raise ConfigError("a hook has no options", place=f"hook `{name}`", fix="name a method")
+        raise ConfigError(
+            f"a {plugin.kind} has no schema of options", place=f"{plugin.kind} `{name}`", fix="name a method"
+        )
     print_json(registry.ask(plugin, lambda cls: cls.Config.model_json_schema()))

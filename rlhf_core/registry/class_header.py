@@ -81,6 +81,17 @@ def read_module_summary(target: str) -> str:
     return _parsed(split_target(target)[0], lambda tree, _: _first_line(ast.get_docstring(tree)))
 
 
+def read_function_summary(target: str) -> str:
+    """Return the first docstring line of a function that stands in a target's module; '' where it isn't defined there."""
+    module, name = split_target(target)
+
+    def look(tree: ast.Module, _: Path) -> str:
+        found = (one for one in tree.body if isinstance(one, ast.FunctionDef) and one.name == name)
+        return next((_first_line(ast.get_docstring(one)) for one in found), "")
+
+    return _parsed(module, look)
+
+
 def read_options(target: str) -> list[Option]:
     """Return the fields that a class's `Config` adds to its base, where the configuration class stands in the same file."""
     module, name = split_target(target)

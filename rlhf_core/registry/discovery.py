@@ -21,11 +21,13 @@ from rlhf_core.registry.class_header import (
     NoSourceError,
     SourceError,
     read_class_header,
+    read_function_summary,
     read_module_summary,
     split_target,
 )
 from rlhf_core.registry.distributions import GROUPS as GROUPS
 from rlhf_core.registry.distributions import LOCAL as LOCAL
+from rlhf_core.registry.distributions import WITHOUT_CLASS as WITHOUT_CLASS
 from rlhf_core.registry.distributions import EntryPoint, Scan, distribution_finders, metadata_directories, scan
 
 
@@ -154,6 +156,8 @@ def _plugin_and_source(entry: EntryPoint) -> tuple[Plugin, Path | None]:
         plugin = replace(plugin, target=f"{module}:{name}" if name else module)
         if entry.kind == "hook":
             return replace(plugin, summary=_shortened(read_module_summary(entry.target))), None
+        if entry.kind == "part":
+            return replace(plugin, summary=_shortened(read_function_summary(entry.target))), None
         header = read_class_header(entry.target)
     except NoSourceError as unread:
         return replace(plugin, reason=printable(f"{_NO_SOURCE}: {unread}")), unread.path

@@ -23,7 +23,12 @@ GROUPS = {
     "sampler": "rlhf_core.samplers",
     "merger": "rlhf_core.mergers",
     "hook": "rlhf_core.hooks",
+    "part": "rlhf_core.parts",
 }
+WITHOUT_CLASS = {"hook", "part"}
+"""Kinds whose entry points name something other than a class: a hook is any object, a part a function."""
+PART_KINDS = ("advantage", "ratio", "clip", "correction", "aggregation", "kl", "shaping")
+"""What a part of a policy gradient is for: the first word of its entry point's name, `advantage.mine`."""
 KIND_OF_GROUP = {group: kind for kind, group in GROUPS.items()}
 
 LOCAL = "local"
@@ -175,7 +180,7 @@ class InstalledDistribution:
         owner = _owner_fault(distribution, self.stated[0])
         for number, name, target, group in self._lines():
             if group in KIND_OF_GROUP:
-                fault = owner or method_name_fault(name)
+                fault = owner or method_name_fault(name) or (part_name_fault(name) if group == GROUPS["part"] else "")
                 if target is None:
                     fault = f"line {number} of {self.place}/{_TABLE} isn't of the form `name = package.module:Class`"
                 yield EntryPoint(KIND_OF_GROUP[group], name, target or "", distribution, version, fault)
@@ -204,6 +209,14 @@ def method_name_fault(name: str) -> str:
     if name.casefold().endswith((".yaml", ".yml")):
         return f"its name {_quoted(name)} can't be addressed: it reads as a file's"
     return ""
+
+
+def part_name_fault(name: str) -> str:
+    """Return why a part can't have this name, or '' where it can: `KIND.NAME`, such as `advantage.mine`."""
+    kind, dot, rest = name.partition(".")
+    if dot and rest and kind in PART_KINDS:
+        return ""
+    return f"its name {_quoted(name)} isn't of the form `KIND.NAME`; {did_you_mean(kind, PART_KINDS)}"
 
 
 def canonical(distribution: str) -> str:

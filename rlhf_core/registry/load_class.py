@@ -55,6 +55,8 @@ def contract_fault(kind: str, cls: Any) -> Fault | None:
     """
     if kind == "hook":
         return None
+    if kind == "part":
+        return None if callable(cls) else ("broken", "it isn't a function")
     try:
         return _guarded("looking at", lambda: _contract_fault(kind, cls))
     except LoadFault as fault:

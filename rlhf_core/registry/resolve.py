@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 from rlhf_core.infra.errors import ConfigError, PluginError, RLHFError, did_you_mean, shortened
 from rlhf_core.infra.version import API
 from rlhf_core.registry import discovery
-from rlhf_core.registry.discovery import GROUPS, LOCAL, Plugin, fold
-from rlhf_core.registry.distributions import EntryPoint, canonical, method_name_fault
+from rlhf_core.registry.discovery import GROUPS, LOCAL, WITHOUT_CLASS, Plugin, fold
+from rlhf_core.registry.distributions import EntryPoint, canonical, method_name_fault, part_name_fault
 
 DISTRIBUTION = "rlhf-core"
 
@@ -67,8 +67,8 @@ def get(kind: str, name: str) -> Any:
 def lookup(text: str, kind: str | None = None) -> Plugin:
     """Return the one plugin that `[kind:][distribution:]name` means. Raises as `get` does.
 
-    Nothing is imported in this process. Where several plugins have a bare name, they are imported in another process; if all but
-    one fail there, the name means that one, and the user is warned.
+    Nothing is imported in this process. Where several plugins have a bare name, they are imported in another process; if all
+    but one fail there, the name means that one, and the user is warned.
     """
     head, colon, rest = text.partition(":")
     if colon and _kind_of(head) and kind in (None, _kind_of(head)):
@@ -113,7 +113,7 @@ def load(plugin: Plugin) -> Any:
     except LoadFault as fault:
         _remember(plugin, _Failure(fault.status, fault.reason))
         raise _fault(replace(plugin, status=fault.status, reason=fault.reason)) from fault.__cause__
-    _remember(plugin, {} if plugin.kind == "hook" or plugin.api is not None else describe_class(loaded))
+    _remember(plugin, {} if plugin.kind in WITHOUT_CLASS or plugin.api is not None else describe_class(loaded))
     return loaded
 
 
@@ -146,7 +146,8 @@ def check(kind: str | None = None, *, seconds: float | None = None) -> list[Plug
 
 
 def register(kind: str, name: str, cls: Any) -> None:
-    """Add a class (for a hook, any object) as a plugin in this process only; the same name again replaces it.
+    """Add a class (for a hook any object, for a part a function) as a plugin in this process only; the same name again
+    replaces it.
 
     Its distribution is `local`; a name that an installed plugin has as well is ambiguous from then on.
 
@@ -157,11 +158,12 @@ def register(kind: str, name: str, cls: Any) -> None:
     from rlhf_core.registry.load_class import contract_fault, describe_class
 
     kind = parse_kind(kind)
-    if reason := method_name_fault(name):
+    if reason := method_name_fault(name) or (part_name_fault(name) if kind == "part" else ""):
         raise ConfigError(reason, place="register", fix="choose another name")
     if (fault := contract_fault(kind, cls)) is not None:
         raise PluginError(fault[1], place=f"{kind} `{name}`", got=_shown(cls))
-    named = cls if isinstance(cls, type) else type(cls)
+    named = cls if isinstance(cls, type) or kind == "part" else type(cls)
+    named = named if hasattr(named, "__qualname__") else type(named)
     target = f"{named.__module__}:{named.__qualname__}"
     plugin = Plugin(
         kind, name, f"{LOCAL}:{name}", LOCAL, "", status="ok", reason="", target=target, **describe_class(cls)
@@ -175,7 +177,8 @@ def unregister(kind: str, name: str) -> None:
 
 
 def forget() -> None:
-    """Drop every registration, every remembered load and the scan of installed distributions, which the next call makes again."""
+    """Drop every registration, every remembered load and the scan of installed distributions, which the next call makes
+    again."""
     _registered.clear()
     _failed.clear()
     _loaded.clear()
@@ -307,7 +310,7 @@ def _try_imports(plugins: Iterable[Plugin], seconds: float | None = None, *, aga
     verdicts = try_imports([(plugin.kind, plugin.target) for plugin in tried], SECONDS if seconds is None else seconds)
     for plugin, verdict in zip(tried, verdicts, strict=True):
         if verdict.status == "ok":
-            _remember(plugin, {} if plugin.kind == "hook" or plugin.api is not None else verdict.about)
+            _remember(plugin, {} if plugin.kind in WITHOUT_CLASS or plugin.api is not None else verdict.about)
         else:
             _remember(plugin, _Failure(verdict.status, verdict.reason, verdict.fatal))
 

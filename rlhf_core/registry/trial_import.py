@@ -16,6 +16,7 @@ from typing import Any
 
 from rlhf_core.infra.child_process import ChildProcess, take_stdio
 from rlhf_core.infra.errors import PluginError
+from rlhf_core.registry.distributions import WITHOUT_CLASS
 
 SECONDS = 60.0
 """The time limit of one import, unless another is given."""
@@ -70,7 +71,7 @@ def serve(jobs: Sequence[tuple[str, str]]) -> None:
     for kind, target in jobs:
         try:
             loaded = load_target(kind, target)
-            verdict = Verdict(about=describe_class(loaded) if kind != "hook" else {})
+            verdict = Verdict(about=describe_class(loaded) if kind not in WITHOUT_CLASS else {})
         except LoadFault as fault:
             verdict = Verdict(fault.status, fault.reason)
         if os.getpid() != process:  # an import forked, and this is the copy
