@@ -120,6 +120,8 @@ if TYPE_CHECKING:
     from rlhf_core.rewards.written_number import read_number as read_number
     from rlhf_core.training.context import RunContext as RunContext
     from rlhf_core.training.loader import Loader as Loader
+    from rlhf_core.training.online_metrics import logprob_gaps as logprob_gaps
+    from rlhf_core.training.online_metrics import online_metrics as online_metrics
     from rlhf_core.training.pairs import chosen_nll as chosen_nll
     from rlhf_core.training.pairs import logistic_loss as logistic_loss
     from rlhf_core.training.pairs import pair_accuracy as pair_accuracy
@@ -176,6 +178,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.infra.statistics": "auc calibration_error",
         "rlhf_core.training.context": "RunContext",
         "rlhf_core.training.loader": "Loader",
+        "rlhf_core.training.online_metrics": "logprob_gaps online_metrics",
         "rlhf_core.training.pairs": "chosen_nll logistic_loss pair_accuracy pair_metrics response_tokens",
     },
 )

@@ -73,6 +73,13 @@ class OnlineConfig(TrainerConfig):
         description="Optimiser steps per pass over a rollout; larger makes smaller steps on older samples.",
     )
 
+    right_from: float | None = Field(
+        None,
+        allow_inf_nan=False,
+        description="Least reward of a completion that counts as right, for pass@k and the lengths of right and wrong ones;"
+        " larger is stricter. Null takes half of the sum of the positive weights.",
+    )
+
     @field_validator("rewards", mode="before")
     @classmethod
     def _one_reward_is_a_list(cls, value: Any) -> Any:

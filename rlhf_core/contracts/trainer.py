@@ -66,10 +66,13 @@ class Loss:
     `metrics` are pairs (sum, count), reported as the quotient over the whole step. A sum may be given one entry per prompt, (P,),
     and its count too; evaluation then adds the quotient's standard error as `eval_NAME_se`, for which rows of the same prompt
     are one observation.
+    `responses` are pairs with one entry per response, (R,), which an online method's `rollouts.jsonl` shows for each completion;
+    `logprob_gaps` makes the one that the core knows.
     """
 
     terms: Mapping[str, Tensor]
     metrics: Mapping[str, Pair] = field(default_factory=dict)
+    responses: Mapping[str, Pair] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

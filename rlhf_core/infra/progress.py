@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -50,7 +51,7 @@ class _Bar:
 
 
 class StepBar(_Bar):
-    """Shows the steps of a training run: how many are done, the loss, tokens per second and the time left.
+    """Shows the steps of a training run: how many are done, the loss, tokens per second, the phase and the time left.
 
     Args:
         wanted: false shows nothing.
@@ -63,14 +64,34 @@ class StepBar(_Bar):
         if wanted and sys.stderr.isatty():
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
-            speed = TextColumn("loss {task.fields[loss]} · {task.fields[speed]} tokens/s ·")
-            bar = self._make(TextColumn("training"), BarColumn(), MofNCompleteColumn(), speed, TimeRemainingColumn())
-            self._task = bar.add_task("training", total=total_steps, completed=step, loss="–", speed="–")
+            speed = TextColumn("loss {task.fields[loss]} · {task.fields[speed]} tokens/s ·{task.fields[phases]}")
+            bar = self._make(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), speed, TimeRemainingColumn()
+            )
+            self._task = bar.add_task("training", total=total_steps, completed=step, loss="–", speed="–", phases="")
 
-    def update(self, step: int, loss: float, tokens_per_second: float) -> None:
-        """Show that a step is done, and its figures."""
+    def update(
+        self, step: int, loss: float, tokens_per_second: float, shares: Mapping[str, float] | None = None
+    ) -> None:
+        """Show that a step is done, and its figures.
+
+        Args:
+            shares: each phase's share of the time so far, where steps have phases.
+        """
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=step, loss=f"{loss:.4f}", speed=f"{tokens_per_second:,.0f}")
+            phases = "".join(f" {name} {share:.0%}" for name, share in (shares or {}).items())
+            self._bar.update(
+                self._task,
+                completed=step,
+                loss=f"{loss:.4f}",
+                speed=f"{tokens_per_second:,.0f}",
+                phases=f"{phases} ·" if phases else "",
+            )
+
+    def show_phase(self, name: str | None) -> None:
+        """Show which phase of a step has begun; None where none has."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, description=name or "training")
 
 
 class ByteBar(_Bar):

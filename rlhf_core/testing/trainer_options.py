@@ -19,7 +19,7 @@ from rlhf_core.testing.contract import after, require
 from rlhf_core.testing.option_values import other_values
 from rlhf_core.testing.trainer_setup import GRADIENT, TrainerSetup
 from rlhf_core.testing.workbench import NothingToLearn, Workbench
-from rlhf_core.training.logger import REWARD_SECONDS
+from rlhf_core.training.logger import without_timing
 
 MAX_WINDOWS = 4
 """Windows of which a trace consists at most."""
@@ -164,7 +164,7 @@ def traced(bench: Workbench) -> Trace:
     trainer = bench.trainer
     for window in itertools.islice(bench.windows(), MAX_WINDOWS):
         # How long rewards took differs from one time to the next.
-        logged = {name: pair for name, pair in bench.logged().items() if not name.startswith(REWARD_SECONDS)}
+        logged = without_timing(bench.logged())
         windows.append((_shown(window), tuple(sorted(logged.items()))))
         try:
             step = bench.train_step(window.batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_core.config.online import SamplingConfig
+from rlhf_core.config.online import OnlineConfig, SamplingConfig
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.contracts.completion import Completion
 from rlhf_core.contracts.reward import Sample
@@ -24,7 +25,10 @@ from rlhf_core.rewards import Rewards, Scores, samples_of, samples_of_prompt
 from rlhf_core.training.distribution import Distribution
 from rlhf_core.training.logger import REWARD_SECONDS
 from rlhf_core.training.micro_batches import MicroBatches
+from rlhf_core.training.online_metrics import right_threshold, rollout_metrics
+from rlhf_core.training.phases import Phases
 from rlhf_core.training.reduction import Tally
+from rlhf_core.training.rollout_record import RolloutRecord
 
 
 @dataclass
@@ -47,6 +51,10 @@ class RunContext:
     """Writes some of the scored samples into the run's `samples.jsonl`."""
     evaluating: bool = False
     """Whether the rows are held out: they are scored, not trained on."""
+    phases: Phases = field(default_factory=Phases)
+    """Times what the method does."""
+    rollout: RolloutRecord = field(default_factory=RolloutRecord)
+    """What was generated since the last rollout was trained on."""
     _tally: Tally = field(default_factory=Tally, init=False)
     _engine: Engine | None = field(default=None, init=False)
     _engine_step: int | None = field(default=None, init=False)
@@ -155,7 +163,21 @@ class RunContext:
         """
         samples = samples_of(batch, completions)
         rows = [row for row, drawn in zip(batch.rows, completions, strict=True) for _ in drawn]
-        return self._scored(samples, rows, self.rewards.score(samples, rows=rows))
+        with self.phase("reward"):
+            scores = self.rewards.score(samples, rows=rows)
+        return self._scored(batch, samples, completions, scores)
+
+    def generate(self, batch: Batch, n: int, sampling: SamplingConfig | None = None) -> list[list[Completion]]:
+        """Return n completions for each prompt, of a rollout without rewards: those of `engine.generate`.
+
+        In training it reports what `generate_and_score` does, apart from rewards.
+        """
+        completions = self._drawn(batch, n, sampling)
+        if not self.evaluating:
+            samples = samples_of(batch, completions)
+            self.rollout.add(batch, samples, completions, None)
+            self._log_rollout(samples, completions, None)
+        return completions
 
     def generate_and_score(
         self, batch: Batch, n: int, sampling: SamplingConfig | None = None
@@ -179,19 +201,37 @@ class RunContext:
                     session.add(samples, [batch.rows[prompt]] * n, at=range(prompt * n, prompt * n + n))
                     del ended[prompt]
 
-            completions = self.engine.generate(batch, n, sampling, finished=finished)
-            scores = session.result()
+            completions = self._drawn(batch, n, sampling, finished)
+            with self.phase("reward"):
+                scores = session.result()
         samples = [session.samples[at] for at in range(len(session.samples))]
-        return completions, self._scored(samples, [row for row in batch.rows for _ in range(n)], scores)
+        return completions, self._scored(batch, samples, completions, scores)
 
-    def _scored(self, samples: Sequence[Sample], rows: Sequence[int], scores: Scores) -> Scores:
+    def _drawn(
+        self,
+        batch: Batch,
+        n: int,
+        sampling: SamplingConfig | None,
+        finished: Callable[[int, int, Completion], None] | None = None,
+    ) -> list[list[Completion]]:
+        """Return what the engine draws, as `engine.generate`; its time and tokens are those of the phase `rollout`."""
+        with self.phase("rollout"):
+            completions = self.engine.generate(batch, n, sampling, finished=finished)
+            self.phases.add_tokens("rollout", sum(len(one.ids) for group in completions for one in group))
+        return completions
+
+    def _scored(
+        self, batch: Batch, samples: Sequence[Sample], completions: Sequence[Sequence[Completion]], scores: Scores
+    ) -> Scores:
         """Report scores to metrics, `samples.jsonl` and hooks, and return them."""
+        rows = [row for row, drawn in zip(batch.rows, completions, strict=True) for _ in drawn]
         if not self.evaluating:
             for name, values in scores.by_name.items():
                 self.log(f"reward/{name}", sum(values), len(values))
                 self.log(f"{REWARD_SECONDS}/{name}", scores.seconds.get(name, 0.0))
-            self.log("reward", float(scores.total.double().sum()), len(samples))
             self.log(REWARD_SECONDS, scores.waited)
+            self.rollout.add(batch, samples, completions, scores)
+            self._log_rollout(samples, completions, scores)
         self.keep(samples, scores, rows=rows, step=self.step, evaluating=self.evaluating)
         self.emit(
             "rollouts_scored",
@@ -201,6 +241,48 @@ class RunContext:
             evaluating=self.evaluating,
         )
         return scores
+
+    def _log_rollout(
+        self, samples: Sequence[Sample], completions: Sequence[Sequence[Completion]], scores: Scores | None
+    ) -> None:
+        """Report a rollout's lengths, entropy and rewards."""
+        config = self.trainer.config
+        asked = config.right_from if isinstance(config, OnlineConfig) else None
+        rewards = None if scores is None else scores.total.tolist()
+        flat = [one for group in completions for one in group]
+        threshold = right_threshold(asked, self.rewards.weights)
+        for name, pair in rollout_metrics(samples, flat, rewards, right_from=threshold).items():
+            self.log(name, *pair)
+
+    def phase(self, name: str, *, tokens: int = 0) -> contextlib.AbstractContextManager[None]:
+        """Return a context whose time is reported as `seconds/NAME`, and with tokens as `tokens_per_second/NAME`.
+
+        The phases `rollout` and `reward` are those of `generate_and_score`, `update` is the loop's. One inside another doesn't
+        count among the outer one's time.
+
+        Args:
+            name: such as `reference`.
+            tokens: how many tokens are forwarded.
+        """
+        return self.phases.phase(name, tokens)
+
+    def record_rollout(self, rollout: Batch, advantages: Tensor | None = None) -> Batch:
+        """Record the advantages of a rollout's responses for `rollouts.jsonl`; return it with a column that the core needs.
+
+        Called once per rollout, before it is divided into windows; what `generate_and_score` returned and isn't in it was not
+        trained on.
+
+        Args:
+            rollout: prompts with the completions that this context's `generate` or `generate_and_score` returned for them, in
+                their order.
+            advantages: (R,), or (R, T), of which the mean over tokens in the loss is recorded.
+        """
+        if self.evaluating:
+            return rollout
+        if advantages is not None and advantages.ndim == 2:
+            mask = rollout.loss_mask.to(advantages.device)
+            advantages = (advantages * mask).sum(1) / mask.sum(1).clamp(min=1)
+        return self.rollout.number(rollout, advantages)
 
     def log(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None:
         """Report total / count in the next step's row of metrics; both are summed over the processes and the calls until then."""
@@ -218,7 +300,7 @@ class RunContext:
 
     def for_evaluation(self) -> RunContext:
         """Return a copy of this context for an evaluation."""
-        return replace(self, evaluating=True)
+        return replace(self, evaluating=True, phases=Phases(), rollout=RolloutRecord())
 
     def pending(self) -> dict[str, tuple[float, float]]:
         """Return (sum, count) by name of what was logged since the last step, on this process."""

@@ -12,6 +12,7 @@ from typing import Any
 from rlhf_core.config.training import LoggingConfig
 from rlhf_core.infra.files import append_lines, as_json_value, fsync_file, replace_file, storage_errors
 from rlhf_core.infra.progress import StepBar
+from rlhf_core.training.phases import SECONDS, SPEED, Phases
 from rlhf_core.training.sample_log import SampleLog
 from rlhf_core.training.trackers import Trackers
 
@@ -29,7 +30,12 @@ REWARD_SECONDS = "reward_seconds"
 
 def without_timing(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row of metrics without its times: the rest is the same for a run and the same run killed and resumed."""
-    return {name: value for name, value in row.items() if name not in TIMING and not name.startswith(REWARD_SECONDS)}
+    return {name: value for name, value in row.items() if not is_timing(name)}
+
+
+def is_timing(name: str) -> bool:
+    """Tell whether a metric says how long something took."""
+    return name in TIMING or name.startswith((REWARD_SECONDS, SECONDS, SPEED))
 
 
 class TrainingLogger:
@@ -68,6 +74,8 @@ class TrainingLogger:
         )
         self._progress = StepBar(wanted=enabled and self.config.progress, total_steps=total_steps, step=step)
         self._progress.__enter__()
+        self.phases = Phases(self._progress.show_phase)
+        """The phases of the run's steps, whose shares of the time are shown."""
         self.samples = SampleLog(self.directory, self.config.samples, self._trackers)
 
     def metrics(self, row: Mapping[str, Any]) -> None:
@@ -76,9 +84,11 @@ class TrainingLogger:
             return
         clean = {name: as_json_value(value) for name, value in row.items()}
         self._append("metrics.jsonl", clean)
-        self._progress.update(int(row["step"]), float(row["loss"]), float(row.get("tokens_per_second", 0.0)))
+        speed = float(row.get("tokens_per_second", 0.0))
+        self._progress.update(int(row["step"]), float(row["loss"]), speed, self.phases.shares())
         if row["step"] % self.config.every == 0 or row["step"] == self.total_steps:
-            log.info("%s", _line(row, self.total_steps))
+            shares = [f"{name} {share:.0%}" for name, share in self.phases.shares().items()]
+            log.info("%s", _line(row, self.total_steps, shares))
         self._trackers.log(clean, int(row["step"]))
         self.samples.show_scored(int(row["step"]))
 
@@ -177,17 +187,18 @@ def _step_of(line: bytes) -> int:
     return row["step"] if whole else 0
 
 
-def _line(row: Mapping[str, Any], total: int | None) -> str:
-    """Return a step's row as one line for the console."""
+def _line(row: Mapping[str, Any], total: int | None, shares: Sequence[str] = ()) -> str:
+    """Return a step's row as one line for the console, and behind it the shares of phases in the time."""
     head = f"step {row['step']}" + (f"/{total}" if total else "")
     shown = [f"loss {row['loss']:.4f}", f"lr {row['learning_rate']:.2e}", f"grad {row['grad_norm']:.3f}"]
     if "tokens_per_second" in row:
         shown.append(f"{row['tokens_per_second']:,.0f} tokens/s")
-    known = {*REQUIRED, *TIMING}
     shown += [
-        f"{name} {value:.4g}" for name, value in row.items() if name not in known and isinstance(value, int | float)
+        f"{name} {value:.4g}"
+        for name, value in row.items()
+        if name not in REQUIRED and not is_timing(name) and isinstance(value, int | float)
     ]
-    return "  ".join([head, *shown])
+    return "  ".join([head, *shown, *shares])
 
 
 def _ranges(steps: Sequence[int], limit: int = 8) -> str:

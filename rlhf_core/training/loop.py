@@ -15,7 +15,9 @@ from rlhf_core.contracts.trainer import Window
 from rlhf_core.infra.errors import NumbersError, PluginError
 from rlhf_core.infra.out_of_memory import try_to_fit
 from rlhf_core.training.logger import REQUIRED, TIMING
+from rlhf_core.training.online_metrics import GAP, gap_metrics, with_deviations
 from rlhf_core.training.optimizer import set_learning_rate
+from rlhf_core.training.phases import UPDATE, phase_metrics
 from rlhf_core.training.reduction import quotients, sum_pairs
 from rlhf_core.training.roles import set_training_mode
 from rlhf_core.training.update import UpdateResult
@@ -59,12 +61,18 @@ class TrainingLoop:
             rate = run.schedule(self._schedule_step())
             set_learning_rate(run.optimizer, rate)
             set_training_mode(run.trainer, True)
-            result = run.updater(window.batch, step)
+            with run.context.phase(UPDATE):
+                result = run.updater(window.batch, step)
+            if result is not None:
+                run.context.phases.add_tokens(UPDATE, window.batch.num_tokens)
+            first = not run.inside_rollout
             run.inside_rollout = not window.last
             if result is None:
                 self._skip(window)
             else:
-                self._finish_step(step, rate, result, time.perf_counter() - began)
+                self._finish_step(step, rate, result, time.perf_counter() - began, first=first)
+            if first:
+                run.context.rollout.take()
             if window.last:
                 self._evaluations.catch_up()
                 run.fixed_prompts.catch_up()
@@ -101,15 +109,22 @@ class TrainingLoop:
             )
         return made.value if self._distribution.all(made.value is not None) else None
 
-    def _finish_step(self, step: int, rate: float, result: UpdateResult, seconds: float) -> None:
-        """Count a step, evaluate if that is due, and write its row of metrics."""
+    def _finish_step(self, step: int, rate: float, result: UpdateResult, seconds: float, *, first: bool) -> None:
+        """Count a step, evaluate if that is due, and write its row of metrics.
+
+        Args:
+            first: whether it is the first update of its rollout, by the policy that drew the completions.
+        """
         run, progress = self._run, self._run.progress
         progress.step, progress.batches = step, run.stream.batches
         progress.tokens += result.tokens
         progress.seconds += seconds
         row: dict[str, Any] = {"step": step, "loss": result.loss, "learning_rate": rate}
         row |= {"grad_norm": result.grad_norm, "tokens": result.tokens}
-        logged = quotients(sum_pairs(self._distribution, run.context.logged()))
+        logged = with_deviations(quotients(sum_pairs(self._distribution, run.context.logged())))
+        gaps = result.responses.get(GAP, {}) if first else {}
+        run.context.rollout.note_gaps(gaps)
+        logged |= gap_metrics(self._distribution.gather(list(gaps.values())))
         metrics = {**logged, **result.metrics}
         if clash := {*REQUIRED, *TIMING} & metrics.keys() or logged.keys() & result.metrics.keys():
             raise PluginError(
@@ -117,6 +132,7 @@ class TrainingLoop:
             )
         row |= metrics
         timing = dict(zip(TIMING, (seconds, result.tokens / seconds), strict=True))
+        timing |= phase_metrics(self._distribution.gather(run.context.phases.take()))
         if not run.inside_rollout and self._evaluations.is_due(step):
             progress.metrics = row | timing
             row |= self._evaluations.evaluate_or_save()

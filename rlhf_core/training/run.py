@@ -155,6 +155,7 @@ class Run:
             clock=lambda: self.progress.step,
             notify=self.hooks.emit,
             keep=self.logger.samples.scored,
+            phases=self.logger.phases,
         )
         for name, pair in self.state.logged.items():
             self.context.log(name, *pair)

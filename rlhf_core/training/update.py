@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_core.contracts.batch import Batch
-from rlhf_core.contracts.trainer import Trainer
+from rlhf_core.contracts.trainer import Pair, Trainer
 from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.errors import NumbersError, PluginError, list_rows
 from rlhf_core.infra.out_of_memory import try_to_fit
@@ -21,6 +21,7 @@ from rlhf_core.training.distribution import Distribution
 from rlhf_core.training.loss_scale import LossScale
 from rlhf_core.training.micro_batches import MicroBatches
 from rlhf_core.training.reduction import Tally, numbers, objective, quotients, sum_pairs, total_weights
+from rlhf_core.training.rollout_record import NUMBER
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,8 @@ class UpdateResult:
     tokens: int
     """Real tokens over all processes, each prompt counted once."""
     metrics: dict[str, float] = field(default_factory=dict)
+    responses: dict[str, dict[int, tuple[float, float]]] = field(default_factory=dict)
+    """By name of a pair in `Loss.responses`, (sum, count) by the number of each of this process's responses in the rollout."""
 
 
 @dataclass
@@ -46,6 +49,37 @@ class _MicroBatchSums:
     metrics: Tally = field(default_factory=Tally)
     shares: list[tuple[Tensor, tuple[int, ...]]] = field(default_factory=list)
     """Each micro-batch's share of the loss with its rows, to name the rows of one that isn't finite."""
+    responses: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    """By name, the numbers (R,) of a micro-batch's responses with their sums and counts (R, 2)."""
+
+    def add_responses(self, micro: Batch, pairs: Mapping[str, Pair], *, place: str) -> None:
+        """Add what `Loss.responses` says of a micro-batch whose responses are numbered."""
+        for name, pair in pairs.items():
+            values = [value.detach() if isinstance(value, Tensor) else torch.tensor(value) for value in pair]
+            wrong = [value for value in values if tuple(value.shape) != (micro.num_responses,)]
+            if wrong:
+                raise PluginError(
+                    f"`responses` must have one sum and one count of `{name}` per response",
+                    place=f"{place}.loss",
+                    got=f"shape {tuple(wrong[0].shape)} for {micro.num_responses} responses",
+                )
+            if NUMBER in micro.per_response:
+                both = torch.stack([value.float() for value in values], dim=1)
+                self.responses.setdefault(name, []).append((micro[NUMBER], both))
+
+    def read_responses(self) -> dict[str, dict[int, tuple[float, float]]]:
+        """Return (sum, count) by name and by the response's number."""
+        return {
+            name: {
+                int(number): (pair[0], pair[1])
+                for number, pair in zip(
+                    torch.cat([numbers for numbers, _ in parts]).tolist(),
+                    torch.cat([values for _, values in parts]).tolist(),
+                    strict=True,
+                )
+            }
+            for name, parts in self.responses.items()
+        }
 
     def read(self, norms: Mapping[str, Tensor]) -> _StepNumbers:
         """Return all sums and the gradient norms by role as numbers, read from the device at once: the one wait of a step."""
@@ -141,7 +175,7 @@ class Updater:
                     self.optimizer.step()
                     self.optimizer.zero_grad(set_to_none=True)
                     self.loss_scale.succeeded()
-                    return self._result(read, weights, window)
+                    return self._result(read, weights, window, sums.read_responses())
                 if not self.loss_scale.overflowed():
                     self._refuse_gradient(window, read.norm, step)
             self.optimizer.zero_grad(set_to_none=True)
@@ -178,6 +212,7 @@ class Updater:
         share = objective(loss.terms, weights, place=self.place)
         sums.terms.add({name: (term, 0.0) for name, term in loss.terms.items() if weights[name] > 0})
         sums.metrics.add(loss.metrics)
+        sums.add_responses(micro, loss.responses, place=self.place)
         if share is not None:
             sums.shares.append((share.detach(), micro.rows))
             # A micro-batch may touch no trained parameter, such as one whose every response lies outside a term's mask.
@@ -250,7 +285,13 @@ class Updater:
             fix="look at these rows, or lower `learning_rate`",
         )
 
-    def _result(self, read: _StepNumbers, weights: dict[str, float], window: Batch) -> UpdateResult:
+    def _result(
+        self,
+        read: _StepNumbers,
+        weights: dict[str, float],
+        window: Batch,
+        responses: dict[str, dict[int, tuple[float, float]]],
+    ) -> UpdateResult:
         """Return the step's averages: each process's sums added up, over the global weights."""
         names = list(weights)
         totals = self.distribution.sum([*(read.terms.get(name, (0.0, 0.0))[0] for name in names), window.num_tokens])
@@ -260,4 +301,4 @@ class Updater:
             metrics = {f"grad_norm_{role}": norm for role, norm in read.norms.items()} | metrics
         if len(names) > 1:
             metrics = {f"loss_{name}": value for name, value in terms.items()} | metrics
-        return UpdateResult(sum(terms.values()), read.norm, int(totals[-1]), metrics)
+        return UpdateResult(sum(terms.values()), read.norm, int(totals[-1]), metrics, responses)

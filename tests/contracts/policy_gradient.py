@@ -23,6 +23,8 @@ from rlhf_core.plugin import (
     Trainer,
     TrainingStage,
     Window,
+    logprob_gaps,
+    online_metrics,
 )
 
 
@@ -148,14 +150,12 @@ class PolicyGradientTrainer(Trainer[PolicyGradientConfig]):
         rewards, mask = scores.total.to(rollout.device), rollout.loss_mask
         grouped = self.grouped(rewards, rollout)
         differs = (grouped != grouped[:, :1]).any(dim=1)
-        run.log("length", mask.sum(), rollout.num_responses)
-        run.log("truncated", rollout["truncated"].sum(), rollout.num_responses)
-        run.log("groups_alike", (~differs).sum(), rollout.num_prompts)
         # The tempered policy before top-p and top-k cut it: what its ratio to the policy of now begins at 1 with.
         old_logps = torch.where(mask, rollout["sampled_logps"] + rollout["kept_mass"].clamp(min=1e-30).log(), 0.0)
         tokens = {"old_logps": old_logps}
         if self.config.kl_weight:
-            tokens["ref_logps"] = self.reference.token_logps(rollout, temperature=sampling.temperature)
+            with run.phase("reference", tokens=rollout.num_tokens):
+                tokens["ref_logps"] = self.reference.token_logps(rollout, temperature=sampling.temperature)
         return rollout.attach(per_prompt={"differs": differs}, per_response={"rewards": rewards}, per_token=tokens)
 
     def windows(self, rollout: Batch, run: RunContext) -> Iterator[Window]:
@@ -173,7 +173,7 @@ class PolicyGradientTrainer(Trainer[PolicyGradientConfig]):
             self.follow_target(rollout, run)
         if not config.learn_from_truncated:  # they have had their say in the group's mean
             rollout = replace(rollout, loss_mask=rollout.loss_mask & ~rollout["truncated"][:, None])
-        rollout = rollout.attach(per_response={"advantages": advantages})
+        rollout = run.record_rollout(rollout.attach(per_response={"advantages": advantages}), advantages)
         for epoch in range(config.rollout_epochs):
             for number, part in enumerate(run.minibatches(rollout, config.minibatches)):
                 last = (epoch, number) == (config.rollout_epochs - 1, config.minibatches - 1)
@@ -205,14 +205,21 @@ class PolicyGradientTrainer(Trainer[PolicyGradientConfig]):
         ratio = torch.where(mask, logps - old, 0.0).exp()
         gain = mass * clipped(ratio, batch["advantages"][:, None], config.clip_low, config.clip_high)
         terms = {"policy": -(gain * mask).sum()}
-        tokens, now = mask.sum(), ratio.detach()
-        outside = (now < 1 - config.clip_low) | (now > 1 + config.clip_high)
-        metrics = {"ratio": ((now * mask).sum(), tokens), "clipped": ((outside & mask).sum(), tokens)}
+        now, ref = ratio.detach(), None
+        outside = torch.where(batch["advantages"][:, None] > 0, now > 1 + config.clip_high, now < 1 - config.clip_low)
         if config.kl_weight:
             ref = batch["ref_logps"]
             terms["kl"] = self.kl_weight * (kl_loss(logps, ref, now * mass) * mask).sum()
-            metrics["kl"] = (((logps.detach() - ref) * now * mass * mask).sum(), tokens)
-        return Loss(terms, metrics)
+        metrics = online_metrics(
+            logps=logps,
+            old_logps=old,
+            advantages=batch["advantages"],
+            mask=mask,
+            clipped=outside,
+            ref_logps=ref,
+            weight=now * mass,
+        )
+        return Loss(terms, metrics, logprob_gaps(logps, old, mask))
 
     def evaluate(self, batch: Batch, run: RunContext) -> Evaluation:
         """Complete held-out prompts and score that: the loss on its own completions says nothing of how good they are."""

@@ -472,3 +472,28 @@ def test_a_reward_is_described_then_prepared_then_asked_for_scores(tmp_path: Pat
     reward = Questioned()
     trainer(tmp_path / "run", objects=[reward], max_steps=1).train()
     assert reward.asked[:3] == ["describe", "prepare", "score"] and reward.asked.count("prepare") == 1
+
+
+# Metrics
+
+
+def test_every_rollout_reports_its_rewards_lengths_and_phases_and_the_gap_of_its_first_update(tmp_path: Path) -> None:
+    trainer(tmp_path, **KL).train()
+    found = metrics_of(tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    of_rollout = {
+        "reward", "reward_std", "reward/digits", "reward/ends", "groups_without_variance", "entropy", "length", "truncated",
+        "length_wrong", "logprob_gap", "logprob_gap_max",
+    }  # fmt: skip
+    for number, (row, line) in enumerate(zip(found, lines, strict=True)):
+        assert row.keys() >= {"ratio", "ratio_positive", "ratio_negative", "clipped", "kl_sampled", "kl"}
+        assert (of_rollout <= row.keys()) if number in (0, 4) else not of_rollout & row.keys()
+        assert row.keys() & line.keys() == row.keys() and not any("seconds" in name for name in row)
+        phases = ("rollout", "reward", "reference", "update")
+        assert all((line[f"seconds/{name}"] > 0) == (name == "update" or number in (0, 4)) for name in phases)
+        assert (
+            sum(line[f"seconds/{name}"] for name in phases) <= line["seconds"] and line["tokens_per_second/update"] > 0
+        )
+        assert ("tokens_per_second/reference" in line) == (number in (0, 4))
+    assert 0 <= found[0]["logprob_gap"] < 1e-5 and found[0]["logprob_gap"] <= found[0]["logprob_gap_max"] < 1e-4
+    assert 0 < found[0]["entropy"] < 6 and found[0]["reward_std"] > 0

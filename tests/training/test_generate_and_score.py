@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from rlhf_core.config.online import OnlineConfig
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.contracts.completion import Completion
 from rlhf_core.infra.errors import PluginError
@@ -47,7 +48,7 @@ class Context(RunContext):
 
 
 def context(*rewards: WeightedReward) -> Context:
-    trainer: Any = SimpleNamespace(engine=SlowEngine())
+    trainer: Any = SimpleNamespace(engine=SlowEngine(), config=OnlineConfig())
     parts: Any = SimpleNamespace()
     return Context(trainer, parts, parts, parts, Rewards(rewards))
 

@@ -1,0 +1,96 @@
+"""What a process generated for the rollout that is trained on next: its completions with rewards, advantages and gaps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlhf_core.contracts.batch import Batch
+from rlhf_core.contracts.completion import Completion
+from rlhf_core.contracts.reward import Sample
+from rlhf_core.rewards import Scores
+
+NUMBER = "rollout_number"
+"""The column that holds each response's number among those recorded."""
+
+
+@dataclass
+class RecordedCompletion:
+    """One completion of the rollout."""
+
+    row: int
+    place: int
+    """Of its prompt in the run's order of rows; the row's number where that isn't known."""
+    index: int
+    """Among the completions of its prompt."""
+    sample: Sample
+    completion: Completion
+    reward: float | None
+    rewards: dict[str, float]
+    advantage: float | None = None
+    logprob_gap: float | None = None
+
+
+class RolloutRecord:
+    """The completions generated since the last rollout was trained on, in the order in which they were scored."""
+
+    def __init__(self) -> None:
+        self.completions: list[RecordedCompletion] = []
+        self._numbers: dict[tuple[int, int], int] = {}
+        """(place of the prompt, index of the completion) → its number."""
+
+    def add(
+        self,
+        batch: Batch,
+        samples: Sequence[Sample],
+        completions: Sequence[Sequence[Completion]],
+        scores: Scores | None,
+    ) -> None:
+        """Add the completions of a batch's prompts, with their scores where they have some."""
+        numbers = [(prompt, index) for prompt, group in enumerate(completions) for index in range(len(group))]
+        for at, (prompt, index) in enumerate(numbers):
+            place = _place(batch, prompt)
+            self._numbers[place, index] = len(self.completions)
+            self.completions.append(
+                RecordedCompletion(
+                    row=batch.rows[prompt],
+                    place=place,
+                    index=index,
+                    sample=samples[at],
+                    completion=completions[prompt][index],
+                    reward=None if scores is None else float(scores.total[at]),
+                    rewards={} if scores is None else {name: values[at] for name, values in scores.by_name.items()},
+                )
+            )
+
+    def number(self, rollout: Batch, advantages: Tensor | None) -> Batch:
+        """Note the advantages (R,) of a rollout's responses; return it with the column `NUMBER`, −1 for unknown responses."""
+        met: dict[int, int] = {}
+        numbers = []
+        values = [None] * rollout.num_responses if advantages is None else advantages.tolist()
+        for prompt, advantage in zip(rollout.owner.tolist(), values, strict=True):
+            index = met[prompt] = met.get(prompt, -1) + 1
+            number = self._numbers.get((_place(rollout, prompt), index), -1)
+            numbers.append(number)
+            if number >= 0:
+                self.completions[number].advantage = advantage
+        column = torch.tensor(numbers, dtype=torch.long, device=rollout.device)
+        return rollout.attach(per_response={NUMBER: column})
+
+    def note_gaps(self, gaps: Mapping[int, tuple[float, float]]) -> None:
+        """Note the gap of each numbered response, as (sum, count) over its tokens."""
+        for number, (total, count) in gaps.items():
+            if 0 <= number < len(self.completions) and count:
+                self.completions[number].logprob_gap = total / count
+
+    def take(self) -> list[RecordedCompletion]:
+        """Return the completions and forget them."""
+        taken, self.completions, self._numbers = self.completions, [], {}
+        return taken
+
+
+def _place(batch: Batch, prompt: int) -> int:
+    return batch.places[prompt] if batch.places else batch.rows[prompt]
