@@ -97,6 +97,12 @@ if TYPE_CHECKING:
     from rlhf_core.policy_gradient.clips import CLIPS as CLIPS
     from rlhf_core.policy_gradient.clips import PolicyTerms as PolicyTerms
     from rlhf_core.policy_gradient.corrections import CORRECTIONS as CORRECTIONS
+    from rlhf_core.policy_gradient.gae import adapted_kl_weight as adapted_kl_weight
+    from rlhf_core.policy_gradient.gae import explained_variance as explained_variance
+    from rlhf_core.policy_gradient.gae import generalized_advantages as generalized_advantages
+    from rlhf_core.policy_gradient.gae import token_rewards as token_rewards
+    from rlhf_core.policy_gradient.gae import value_loss as value_loss
+    from rlhf_core.policy_gradient.gae import whitened as whitened
     from rlhf_core.policy_gradient.kl_estimators import KL_ESTIMATORS as KL_ESTIMATORS
     from rlhf_core.policy_gradient.part_table import PartTable as PartTable
     from rlhf_core.policy_gradient.ratios import RATIOS as RATIOS
@@ -143,6 +149,8 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.policy_gradient.aggregations": "LOSS_AGGREGATIONS",
         "rlhf_core.policy_gradient.clips": "CLIPS PolicyTerms",
         "rlhf_core.policy_gradient.corrections": "CORRECTIONS",
+        "rlhf_core.policy_gradient.gae": "adapted_kl_weight explained_variance generalized_advantages token_rewards value_loss"
+        " whitened",
         "rlhf_core.policy_gradient.kl_estimators": "KL_ESTIMATORS",
         "rlhf_core.policy_gradient.part_table": "PartTable",
         "rlhf_core.policy_gradient.ratios": "RATIOS",

@@ -62,6 +62,9 @@ if TYPE_CHECKING:
     from rlhf_plugins.trainers.kto import KTOTrainer as KTOTrainer
     from rlhf_plugins.trainers.orpo import ORPOConfig as ORPOConfig
     from rlhf_plugins.trainers.orpo import ORPOTrainer as ORPOTrainer
+    from rlhf_plugins.trainers.ppo import PPOConfig as PPOConfig
+    from rlhf_plugins.trainers.ppo import PPOTrainer as PPOTrainer
+    from rlhf_plugins.trainers.ppo import ValueModelConfig as ValueModelConfig
     from rlhf_plugins.trainers.process_reward import ProcessRewardModelConfig as ProcessRewardModelConfig
     from rlhf_plugins.trainers.process_reward import ProcessRewardModelTrainer as ProcessRewardModelTrainer
     from rlhf_plugins.trainers.reward_model import RewardModelConfig as RewardModelConfig
@@ -104,6 +107,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_plugins.trainers.dpo": "DPOConfig DPOTrainer",
         "rlhf_plugins.trainers.kto": "KTOConfig KTOTrainer",
         "rlhf_plugins.trainers.orpo": "ORPOConfig ORPOTrainer",
+        "rlhf_plugins.trainers.ppo": "PPOConfig PPOTrainer ValueModelConfig",
         "rlhf_plugins.trainers.process_reward": "ProcessRewardModelConfig ProcessRewardModelTrainer",
         "rlhf_plugins.trainers.reward_model": "RewardModelConfig RewardModelTrainer",
         "rlhf_plugins.trainers.sft": "SFTConfig SFTTrainer",

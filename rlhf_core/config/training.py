@@ -422,8 +422,8 @@ class TrainedModelConfig(ModelConfig):
 
 
 def models_beside(config: BaseConfig) -> dict[str, ModelConfig]:
-    """Return the models that a configuration names beside the one that is trained, by option."""
-    return {name: value for name, value in config if isinstance(value, ModelConfig)}
+    """Return the models that a configuration names beside the one that is trained, by option; none without a path."""
+    return {name: value for name, value in config if isinstance(value, ModelConfig) and value.path}
 
 
 ReferenceMode = Literal["auto", "copy", "adapter_off", "precompute"]

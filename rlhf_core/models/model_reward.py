@@ -137,6 +137,8 @@ class SampleScores(Generic[ScoreT]):
         self.end: int = model.tokenizer.eos_token_id
         self.cache: OrderedDict[str, ScoreT] = OrderedDict()
         self._warned = False
+        self._by_text = False
+        """Whether it was reported that completions are scored by their text."""
 
     def __call__(self, samples: Sequence[Sample]) -> list[ScoreT]:
         """Return one score per sample, in order.
@@ -145,6 +147,7 @@ class SampleScores(Generic[ScoreT]):
             DataError: a prompt leaves no room for a completion.
         """
         own = [self.own_ids(sample) for sample in samples]
+        self._report_other_tokenizer(samples, own)
         keys = [
             json.dumps([sample.prompt, sample.completion, sample.columns.get("tools"), ids])
             for sample, ids in zip(samples, own, strict=True)
@@ -168,6 +171,27 @@ class SampleScores(Generic[ScoreT]):
             if sample.completion in self._texts(tokens):
                 return tokens
         return None
+
+    def _report_other_tokenizer(self, samples: Sequence[Sample], own: Sequence[list[int] | None]) -> None:
+        """Warn once where sampled ids mean another text to the model's tokenizer than the completion's."""
+        if self._by_text:
+            return
+        for sample, ids in zip(samples, own, strict=True):
+            if ids is None and sample.completion_ids and sample.completion.strip() and not self._reads(sample):
+                self._by_text = True
+                log.warning(
+                    "%s has another tokenizer than the policy: it scores completions by their text (reported once)",
+                    self.model.source or "the model that scores",
+                )
+                return
+
+    def _reads(self, sample: Sample) -> bool:
+        """Return whether the sampled ids decode to the completion, up to a stop string behind it."""
+        ids = list(sample.completion_ids)
+        if min(ids) < 0 or max(ids) >= len(self.model.tokenizer):
+            return False
+        texts = [*self._texts(ids), self.model.tokenizer.decode(ids, skip_special_tokens=True)]
+        return any(text.strip().startswith(sample.completion.strip()) for text in texts)
 
     def _texts(self, ids: list[int]) -> Iterator[str]:
         """Yield the texts that the ids may decode to: as the continuation of a text, and alone."""

@@ -8,7 +8,7 @@ from typing import Any, Literal, Self, Unpack
 from torch import Tensor, nn
 
 from rlhf_core.contracts.batch import Batch
-from rlhf_core.infra.errors import ConfigError
+from rlhf_core.infra.errors import ConfigError, ModelError
 from rlhf_core.infra.model_files import VALUE_HEAD
 from rlhf_core.infra.seeds import stream_seed
 from rlhf_core.models.head_files import HeadFiles
@@ -104,15 +104,31 @@ class ValueModel(HeadedModel):
         return cls.on(model.without_head(), seed=seed)
 
     @classmethod
-    def on(cls, backbone: SequenceModel, *, seed: int = 0) -> Self:
-        """Put a new head on a backbone, or on a policy, which stays whole: both then train the same layers.
+    def on(cls, backbone: SequenceModel, *, head: nn.Module | None = None, seed: int = 0) -> Self:
+        """Put a head on a backbone, or on a policy, which stays whole: both then train the same layers.
 
         One forward pass serves both:
 
             states = policy.hidden_states(batch)
             policy.token_logps(batch, states=states), value.token_values(batch, states=states)
+
+        Args:
+            head: that of another value model; None for a new one.
+            seed: of a new head.
+
+        Raises:
+            ModelError: the head is for hidden states of another width.
         """
-        head = TwoLayerHead(backbone.width, seed=stream_seed(seed, "value head"), zero=True)
+        width = backbone.width
+        if head is None:
+            head = TwoLayerHead(width, seed=stream_seed(seed, "value head"), zero=True)
+        elif getattr(head, "width", width) != width:
+            raise ModelError(
+                "the value head doesn't fit the backbone",
+                place=backbone.source or "model",
+                got=f"a head of width {head.width} for a backbone of {width}",
+                fix="use a head that was trained on this backbone, or a new one",
+            )
         return cls(backbone, head.to(backbone.device))
 
     @classmethod

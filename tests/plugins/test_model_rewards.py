@@ -289,6 +289,20 @@ def test_ids_of_another_tokenizer_are_not_taken_for_its_own(ids: tuple[int, ...]
     assert reward.score([drawn("42", ids)]) == reward.score([Sample("6*7=", "42")])
 
 
+def test_another_tokenizer_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Not where ids are merely followed by a stop string, a special token, or nothing."""
+    four, two, end = (merging().convert_tokens_to_ids(token) for token in ("4", "2", "<|end|>"))
+    reward = RewardModelReward.of(merged(RewardModel))
+    reward.score(
+        [drawn("4", [four, two], stop_reason="stop"), drawn("4", [end, four, two]), drawn("", [end]), drawn("4", ())]
+    )
+    assert not _ours(caplog)
+    for ids in ((two, end), (9, 9, end)):
+        reward.score([drawn("42", ids)])
+    (said,) = _ours(caplog)
+    assert said.endswith("has another tokenizer than the policy: it scores completions by their text (reported once)")
+
+
 def test_a_byte_that_is_no_text_is_scored_by_its_id() -> None:
     byte, end = merging().convert_tokens_to_ids("Ã"), merging().eos_token_id
     text = merging().decode([byte])

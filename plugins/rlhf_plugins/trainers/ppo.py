@@ -1,0 +1,436 @@
+"""Proximal policy optimisation: a policy and a value model, trained on the policy's own completions."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import cached_property, partial
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+from torch import Tensor, nn
+
+from rlhf_core.plugin import (
+    CLIPS,
+    CORRECTIONS,
+    LOSS_AGGREGATIONS,
+    RATIOS,
+    TRAINED,
+    Batch,
+    ConfigError,
+    Evaluation,
+    HiddenStates,
+    Loader,
+    Loss,
+    OnlineConfig,
+    PartTable,
+    PolicyModel,
+    PolicyTerms,
+    Reference,
+    Role,
+    RunContext,
+    SamplingConfig,
+    TrainedModelConfig,
+    Trainer,
+    TrainingStage,
+    ValueModel,
+    Window,
+    adapted_kl_weight,
+    explained_variance,
+    generalized_advantages,
+    token_rewards,
+    value_loss,
+    whitened,
+)
+
+TABLES: dict[str, PartTable] = {
+    "ratio": RATIOS,
+    "clip": CLIPS,
+    "correction": CORRECTIONS,
+    "aggregation": LOSS_AGGREGATIONS,
+}
+"""The kinds of parts of which one each is an option, its own options in another, `KIND_options`."""
+
+
+class ValueModelConfig(TrainedModelConfig):
+    """The value model: where it starts, and how it learns. A path alone stands for `{path: …}`."""
+
+    path: str | None = Field(  # type: ignore[assignment]
+        None,
+        min_length=1,
+        description="Path or hub name of what the value model starts from: a language model, a reward model, or a saved value"
+        " model, which keeps its head; null starts from a copy of the run's `model`.",
+    )
+    head: Literal["new", "reward"] = Field(
+        "new",
+        description="The head that it starts with: `new`, with values of 0; `reward`, that of the reward model at `path`, whose"
+        " scores are then the first values.",
+    )
+    share_backbone: bool = Field(
+        False,
+        description="Put the value head on the policy: one forward pass and one backbone for both, which takes half the memory;"
+        " the values' gradient then changes the policy, too. Of the model at `path` only the head is used.",
+    )
+
+    @model_validator(mode="after")
+    def _options_are_used(self) -> ValueModelConfig:
+        if self.head == "reward" and self.path is None:
+            raise ValueError("head reward needs `path`, a reward model's")
+        if self.lora is not None and (self.share_backbone or self.path is None):
+            raise ValueError(
+                "the value model trains under the run's `lora` where its backbone is the policy's or a copy of it"
+            )
+        if self.precision is not None and (self.share_backbone or self.path is None):
+            raise ValueError(
+                "the value model has the run's `precision` where its backbone is the policy's or a copy of it"
+            )
+        return self
+
+
+class PPOConfig(OnlineConfig):
+    """Options of proximal policy optimisation."""
+
+    learning_rate: float = Field(1e-6, gt=0, description="Peak step size; larger learns faster and may diverge.")
+    group_size: int = Field(
+        1, ge=1, description="Completions per prompt; larger learns more from each prompt and costs more."
+    )
+    rollout_epochs: int = Field(
+        4,
+        ge=1,
+        description="Passes over each rollout; larger learns more from it, further from the policy that sampled it.",
+    )
+    value: ValueModelConfig = Field(
+        default_factory=ValueModelConfig, description="The value model, which predicts what a response will bring."
+    )
+    gamma: float = Field(1.0, gt=0, le=1, description="Discount per token; smaller counts late rewards less.")
+    gae_lambda: float = Field(
+        0.95,
+        ge=0,
+        le=1,
+        description="1 takes whole returns; smaller trusts the value model more: less variance, more bias.",
+    )
+    ratio: str = Field(
+        "token",
+        min_length=1,
+        description="How the policy is compared with the one that sampled: by `token`, `sequence` or `geometric` mean … A name,"
+        " or a function as `package.module:function`.",
+    )
+    ratio_options: dict[str, Any] = Field(
+        default_factory=dict, description="Options of the ratio; those left out are the part's defaults."
+    )
+    clip: str = Field(
+        "ppo",
+        min_length=1,
+        description="The objective per token, held near the policy that sampled: `ppo`, `two_sided`, `none` … A name, or a"
+        " function as `package.module:function`.",
+    )
+    clip_options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Options of the clip, such as `{low: 0.2, high: 0.28}`; those left out are the part's defaults.",
+    )
+    correction: str = Field(
+        "none",
+        min_length=1,
+        description="Weights for a gap between the engine's and the trainer's log-probabilities: `token_truncated`, `icepop` …,"
+        " which take one more forward pass of the policy; `none` takes none. A name, or a function as `package.module:function`.",
+    )
+    correction_options: dict[str, Any] = Field(
+        default_factory=dict, description="Options of the correction; those left out are the part's defaults."
+    )
+    aggregation: str = Field(
+        "token",
+        min_length=1,
+        description="What both losses are averaged over: `token`, `sequence_mean`, `constant` … A name, or a function as"
+        " `package.module:function`.",
+    )
+    aggregation_options: dict[str, Any] = Field(
+        default_factory=dict, description="Options of the aggregation; those left out are the part's defaults."
+    )
+    value_clip: float | None = Field(
+        0.2,
+        gt=0,
+        description="Most that a value moves in one rollout, in units of the reward; larger learns faster, null: any.",
+    )
+    value_weight: float = Field(
+        0.5,
+        gt=0,
+        description="Weight of the values' loss; larger fits values more closely where the backbone is shared.",
+    )
+    whiten_rewards: bool = Field(
+        False,
+        description="Divide each rollout's rewards by their deviation; true makes `kl_weight` and `value_clip` relative.",
+    )
+    whiten_advantages: bool = Field(
+        True,
+        description="Give each rollout's advantages mean 0 and standard deviation 1; false takes them as they are.",
+    )
+    truncated: Literal["bootstrap", "score", "mask"] = Field(
+        "bootstrap",
+        description="What a response counts for that the token limit truncated: `bootstrap`, the value at its end, as it isn't"
+        " over; `score`, its reward as it stands; `mask`, nothing: it isn't trained on.",
+    )
+    kl_weight: float = Field(
+        0.05,
+        ge=0,
+        description="Penalty per nat and token on leaving the reference, subtracted from rewards; larger stays nearer to it, 0"
+        " needs no reference.",
+    )
+    kl_target: float | None = Field(
+        None,
+        gt=0,
+        description="KL to the reference per token, in nats, that `kl_weight` is adapted to; larger lets the policy go further,"
+        " null keeps the weight fixed.",
+    )
+    kl_gain: float = Field(
+        0.1, gt=0, lt=5, description="How fast `kl_weight` follows `kl_target`; larger adapts faster and may swing."
+    )
+    reference: Literal["auto", "copy", "adapter_off"] = Field(
+        "auto", description="How the reference is kept: a frozen copy, or the base with a fresh adapter off."
+    )
+
+    @field_validator("generation")
+    @classmethod
+    def _is_drawn(cls, generation: SamplingConfig) -> SamplingConfig:
+        if generation.temperature == 0:
+            raise ValueError("completions of temperature 0 are all alike: set `temperature` above 0")
+        return generation
+
+    @field_validator(*(f"{kind}_options" for kind in TABLES))
+    @classmethod
+    def _options_fit(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        """Refuse a part that doesn't exist, and options that it doesn't have."""
+        kind = str(info.field_name).removesuffix("_options")
+        if kind in info.data:  # else it is wrong itself
+            try:
+                TABLES[kind].options(info.data[kind], value)
+            except ConfigError as error:
+                got = "" if error.got is None else f", got {error.got}"
+                raise ValueError(f"{error.problem}{got}" + (f"; {error.fix}" if error.fix else "")) from None
+        return value
+
+    @model_validator(mode="after")
+    def _options_are_used(self) -> PPOConfig:
+        if self.kl_target is not None and not self.kl_weight:
+            raise ValueError("kl_target needs a `kl_weight` above 0 to start from")
+        if self.kl_target is None and self.kl_gain != type(self).model_fields["kl_gain"].default:
+            raise ValueError("kl_gain needs `kl_target`")
+        if (
+            self.lora is not None
+            and self.lora.quantize != "none"
+            and self.value.path is None
+            and not self.value.share_backbone
+        ):
+            raise ValueError(
+                "a value model can't be a copy of a quantised model: set `value.share_backbone` or `value.path`"
+            )
+        return self
+
+
+class PPOTrainer(Trainer[PPOConfig]):
+    """Proximal policy optimisation: rollouts, a value model's advantages, and clipped steps of both models."""
+
+    api = 1
+    record = "prompt"
+    stage = TrainingStage.POLICY
+    Config = PPOConfig
+    roles: ClassVar = {"policy": TRAINED, "value": TRAINED, "reference": Role(trained=False, optional=True)}
+    splits_groups = True
+    kl_weight: float
+    """The weight of the KL as it is now."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.kl_weight = self.config.kl_weight
+
+    @cached_property
+    def parts(self) -> dict[str, Callable[..., Any]]:
+        """The parts by kind, with their options set."""
+        config = self.config
+        return {kind: TABLES[kind].bind(getattr(config, kind), getattr(config, f"{kind}_options")) for kind in TABLES}
+
+    @property
+    def value(self) -> ValueModel:
+        return self.models["value"]  # type: ignore[return-value]
+
+    def build(self, loader: Loader) -> Mapping[str, nn.Module | Reference]:
+        policy = loader.main(PolicyModel)
+        models: dict[str, nn.Module | Reference] = {"policy": policy, "value": self._value_model(loader, policy)}
+        if self.config.kl_weight:
+            models["reference"] = loader.reference(policy, self.config.reference)
+        return models
+
+    def _value_model(self, loader: Loader, policy: PolicyModel) -> ValueModel:
+        """Return the value model: on the policy's backbone, on a copy of it, or from a path."""
+        options, seed = self.config.value, self.config.seed
+        if options.path is not None and not options.share_backbone:
+            return loader.load("value", ValueModel, options, head=options.head, seed=seed)
+        loader.learning_rate("value", options.learning_rate_factor)
+        if not options.share_backbone:
+            return ValueModel.adopt(copy.deepcopy(policy), seed=seed)
+        if options.path is None:
+            return ValueModel.on(policy, seed=seed)
+        given = ValueModel.from_pretrained(
+            options.path,
+            new_head=options.head == "reward",
+            head=options.head,
+            trust_remote_code=options.trust_remote_code,
+        )
+        return ValueModel.on(policy, head=given.head)
+
+    def windows_per_batch(self) -> int:
+        return self.config.rollout_epochs * self.config.minibatches
+
+    def experience(self, stream: Iterator[Batch], run: RunContext) -> Iterator[Window]:
+        """Complete each batch's prompts, attach advantages and returns, and cut the rollout into windows."""
+        count = self.windows_per_batch()
+        for batch in stream:
+            rollout = self._rollout(batch, run)
+            for number in range(count):
+                if number % self.config.minibatches == 0:
+                    parts = iter(run.minibatches(rollout, self.config.minibatches))
+                yield Window(next(parts), last=number == count - 1)
+
+    def _rollout(self, batch: Batch, run: RunContext) -> Batch:
+        """Return completions with the columns that the update reads, each (R, T).
+
+        Columns: `old_logps`, log π_old before top-p and top-k, nats; `old_values`; `advantages`; `returns`.
+        """
+        config = self.config
+        completions, scores = run.generate_and_score(batch, config.group_size, config.generation)
+        rollout = Batch.from_completions(batch, completions)
+        mask, truncated = rollout.loss_mask, rollout["truncated"]
+        sampled_logps = torch.where(mask, rollout["sampled_logps"] + rollout["kept_mass"].clamp(min=1e-30).log(), 0.0)
+        old_logps, values, end_values = self._predictions(rollout, sampled_logps, run)
+        # What the limit truncated isn't over: the value at its end stands for its reward. Added to its reward, it would make
+        # values grow by a reward with each rollout.
+        goes_on = truncated & (config.truncated == "bootstrap")
+        rewards = token_rewards(
+            self._rewards(scores.total.to(values), ~goes_on, rollout, run),
+            self._penalties(rollout, old_logps, run),
+            mask,
+        )
+        raw = generalized_advantages(
+            rewards, values, mask, end_values * goes_on, gamma=config.gamma, lam=config.gae_lambda
+        )
+        if config.truncated == "mask":
+            mask = mask & ~truncated[:, None]
+            rollout = replace(rollout, loss_mask=mask)
+        returns = torch.where(mask, raw + values, 0.0)
+        self._log(values, returns, rollout, run)
+        return rollout.attach(
+            per_token={
+                "old_logps": old_logps,
+                "old_values": values,
+                "advantages": self._advantages(raw, rollout, run),
+                "returns": returns,
+                # The sum over what top-p and top-k leave out of the objective, too, is what the mass makes of it.
+                "sample_weights": rollout["kept_mass"] * self.parts["correction"](old_logps, sampled_logps, mask),
+            }
+        )
+
+    def _predictions(self, rollout: Batch, sampled_logps: Tensor, run: RunContext) -> tuple[Tensor, Tensor, Tensor]:
+        """Return log π_old (R, T), values (R, T) and values at the end (R,), by the models as they are.
+
+        The engine's log-probabilities stand for log π_old, without another forward pass, where no correction compares them.
+        """
+        if self.config.correction == "none":
+            values, end_values = run.forward(rollout, self.value.values, axis=("token", "response"))
+            return sampled_logps, values, end_values
+
+        def predictions(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+            states = self.policy.hidden_states(batch)
+            return self._logps(batch, states), *self.value.values(batch, states=self._shared(states))
+
+        logps, values, end_values = run.forward(rollout, predictions, axis=("token", "token", "response"))
+        return logps, values, end_values
+
+    def _rewards(self, scores: Tensor, counted: Tensor, rollout: Batch, run: RunContext) -> Tensor:
+        """Return (R,) the responses' rewards, 0 where they aren't counted, whitened over those of the step that are."""
+        rewards = torch.where(counted, scores, 0.0)
+        if self.config.whiten_rewards:
+            rows = _rows(rollout)[counted.cpu()].tolist()
+            rewards[counted] = run.over_step(partial(whitened, keep_mean=True), scores[counted], rows=rows)
+        return rewards
+
+    def _penalties(self, rollout: Batch, old_logps: Tensor, run: RunContext) -> Tensor:
+        """Return (R, T) the KL penalties, and adapt their weight for the next rollout."""
+        config, mask = self.config, rollout.loss_mask
+        if not config.kl_weight:
+            return torch.zeros_like(old_logps)
+        log_ratios = old_logps - self.reference.token_logps(rollout, temperature=config.generation.temperature)
+        penalties = self.kl_weight * log_ratios
+        run.log("kl_to_reference", (log_ratios * mask).sum(), mask.sum())
+        run.log("kl_weight", self.kl_weight)
+        total, tokens = (sum(run.gather(float(sums))) for sums in ((log_ratios * mask).sum(), mask.sum()))
+        if config.kl_target is not None and tokens:
+            self.kl_weight = adapted_kl_weight(
+                self.kl_weight, total / tokens, target=config.kl_target, gain=config.kl_gain
+            )
+        return penalties
+
+    def _advantages(self, raw: Tensor, rollout: Batch, run: RunContext) -> Tensor:
+        """Return (R, T) advantages, 0 outside the loss mask, whitened over the tokens of the step."""
+        mask = rollout.loss_mask
+        advantages = torch.where(mask, raw, 0.0)
+        if self.config.whiten_advantages:
+            rows = _rows(rollout).repeat_interleave(mask.sum(1).cpu()).tolist()  # of each token in the loss
+            advantages[mask] = run.over_step(whitened, raw[mask], rows=rows)
+        return advantages
+
+    def _log(self, values: Tensor, returns: Tensor, rollout: Batch, run: RunContext) -> None:
+        """Report how well values predicted the returns of the rollout."""
+        mask = rollout.loss_mask
+        run.log("returns", returns.sum(), mask.sum())
+        run.log("value_error", ((returns - values) * mask).square().sum(), mask.sum())
+        pair = [run.gather(column[mask]) for column in (values, returns)]
+        run.log("explained_variance", float(explained_variance(*pair)))
+
+    def _logps(self, batch: Batch, states: HiddenStates) -> Tensor:
+        """Return (R, T) token log-probabilities at the temperature that completions are drawn with, nats."""
+        return self.policy.token_logps(batch, temperature=self.config.generation.temperature, states=states)
+
+    def _shared(self, states: HiddenStates) -> HiddenStates | None:
+        """Return the policy's hidden states where the value model has the same backbone."""
+        return states if self.config.value.share_backbone else None
+
+    def aggregation(self, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the tokens' weights (R, T) and the rows' amounts (R,)."""
+        return self.parts["aggregation"](mask, limit=self.config.generation.max_new_tokens)
+
+    def weights(self, batch: Batch) -> Mapping[str, float]:
+        """Both terms are averaged over the same amounts."""
+        _, amounts = self.aggregation(batch.loss_mask)
+        return dict.fromkeys(("policy", "value"), float(amounts.sum()))
+
+    def loss(self, batch: Batch) -> Loss:
+        config, mask, old_logps = self.config, batch.loss_mask, batch["old_logps"]
+        states = self.policy.hidden_states(batch)
+        logps, values = self._logps(batch, states), self.value.token_values(batch, states=self._shared(states))
+        log_ratio = self.parts["ratio"](torch.where(mask, logps - old_logps, 0.0), mask)
+        terms = PolicyTerms(logps, old_logps, log_ratio, batch["advantages"], mask)
+        weights, _ = self.aggregation(mask)
+        objective = torch.where(mask, self.parts["clip"](terms) * batch["sample_weights"], 0.0)
+        errors = value_loss(values, batch["old_values"], batch["returns"], clip=config.value_clip)
+        sums = {
+            "policy": -(objective * weights).sum(),
+            "value": config.value_weight * (errors * weights).sum(),
+        }
+        return Loss(sums, {"ratio": ((terms.ratio.detach() * mask).sum(), mask.sum())})
+
+    def evaluate(self, batch: Batch, run: RunContext) -> Evaluation:
+        """Complete held-out prompts and score that."""
+        _, scores = run.generate_and_score(batch, 1, self.config.generation)
+        return Evaluation(metrics=scores.per_prompt(batch.num_prompts))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"kl_weight": self.kl_weight}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.kl_weight = state["kl_weight"]
+
+
+def _rows(batch: Batch) -> Tensor:
+    """Return (R,) the number of each response's row in the step, the same for any number of processes."""
+    return torch.tensor(batch.places or batch.rows, dtype=torch.long)[batch.owner.cpu()]
