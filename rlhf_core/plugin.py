@@ -96,6 +96,7 @@ if TYPE_CHECKING:
     from rlhf_core.policy_gradient.aggregations import LOSS_AGGREGATIONS as LOSS_AGGREGATIONS
     from rlhf_core.policy_gradient.clips import CLIPS as CLIPS
     from rlhf_core.policy_gradient.clips import PolicyTerms as PolicyTerms
+    from rlhf_core.policy_gradient.clips import clipped_tokens as clipped_tokens
     from rlhf_core.policy_gradient.corrections import CORRECTIONS as CORRECTIONS
     from rlhf_core.policy_gradient.gae import adapted_kl_weight as adapted_kl_weight
     from rlhf_core.policy_gradient.gae import explained_variance as explained_variance
@@ -106,6 +107,8 @@ if TYPE_CHECKING:
     from rlhf_core.policy_gradient.kl_estimators import KL_ESTIMATORS as KL_ESTIMATORS
     from rlhf_core.policy_gradient.part_table import PartTable as PartTable
     from rlhf_core.policy_gradient.ratios import RATIOS as RATIOS
+    from rlhf_core.policy_gradient.reward_shaping import SHAPINGS as SHAPINGS
+    from rlhf_core.policy_gradient.reward_shaping import RewardTerms as RewardTerms
     from rlhf_core.registry.hooks import hookimpl as hookimpl
     from rlhf_core.rewards import Rewards as Rewards
     from rlhf_core.rewards import Scores as Scores
@@ -147,13 +150,14 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.registry.hooks": "hookimpl",
         "rlhf_core.policy_gradient.advantages": "ADVANTAGES",
         "rlhf_core.policy_gradient.aggregations": "LOSS_AGGREGATIONS",
-        "rlhf_core.policy_gradient.clips": "CLIPS PolicyTerms",
+        "rlhf_core.policy_gradient.clips": "CLIPS PolicyTerms clipped_tokens",
         "rlhf_core.policy_gradient.corrections": "CORRECTIONS",
         "rlhf_core.policy_gradient.gae": "adapted_kl_weight explained_variance generalized_advantages token_rewards value_loss"
         " whitened",
         "rlhf_core.policy_gradient.kl_estimators": "KL_ESTIMATORS",
         "rlhf_core.policy_gradient.part_table": "PartTable",
         "rlhf_core.policy_gradient.ratios": "RATIOS",
+        "rlhf_core.policy_gradient.reward_shaping": "SHAPINGS RewardTerms",
         "rlhf_core.infra.lazy": "lazy_names",
         "rlhf_core.contracts.completion": "Completion",
         "rlhf_core.contracts.merger": "Merger",

@@ -58,6 +58,8 @@ if TYPE_CHECKING:
     from rlhf_plugins.trainers.cpo import CPOTrainer as CPOTrainer
     from rlhf_plugins.trainers.dpo import DPOConfig as DPOConfig
     from rlhf_plugins.trainers.dpo import DPOTrainer as DPOTrainer
+    from rlhf_plugins.trainers.grpo import GRPOConfig as GRPOConfig
+    from rlhf_plugins.trainers.grpo import GRPOTrainer as GRPOTrainer
     from rlhf_plugins.trainers.kto import KTOConfig as KTOConfig
     from rlhf_plugins.trainers.kto import KTOTrainer as KTOTrainer
     from rlhf_plugins.trainers.orpo import ORPOConfig as ORPOConfig
@@ -105,6 +107,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_plugins.samplers.generate": "GenerateConfig GenerateSampler",
         "rlhf_plugins.trainers.cpo": "CPOConfig CPOTrainer",
         "rlhf_plugins.trainers.dpo": "DPOConfig DPOTrainer",
+        "rlhf_plugins.trainers.grpo": "GRPOConfig GRPOTrainer",
         "rlhf_plugins.trainers.kto": "KTOConfig KTOTrainer",
         "rlhf_plugins.trainers.orpo": "ORPOConfig ORPOTrainer",
         "rlhf_plugins.trainers.ppo": "PPOConfig PPOTrainer ValueModelConfig",

@@ -76,6 +76,33 @@ def print_plugin(name: str, *, every: bool = False, as_json: bool = False) -> No
     return None
 
 
+def print_choices(name: str, flags: list[str], *, as_json: bool = False) -> None:
+    """Print what the options that a method leaves open come to with these flags, as a table or JSON.
+
+    Raises:
+        ConfigError: an option doesn't exist or doesn't fit, or the method has none to show.
+    """
+    from rlhf_core.config.flags import convert_options, lex
+    from rlhf_core.config.yaml_file import nest
+    from rlhf_core.infra.errors import ConfigError
+
+    plugin = registry.lookup(name)
+    cls = registry.load(plugin)
+    if plugin.kind in WITHOUT_CLASS:
+        raise ConfigError(
+            f"a {plugin.kind} takes no options here", place=f"{plugin.kind} `{name}`", fix=f"rlhf show {name}"
+        )
+    given, places = convert_options(lex(flags), cls.Config, plugin.qualified, ())
+    choices = cls.Config.parse(nest(given), place=places | {"": "command line"}).choices()
+    if not choices:
+        raise ConfigError(
+            f"{plugin.name} has no options that others decide", place=flags[0], fix=f"rlhf show {name} --all"
+        )
+    if as_json:
+        return print_json(choices)
+    return print_table(("option", "value"), list(choices.items()))
+
+
 def _print_facts(plugin: Plugin, source: str) -> None:
     """Print a plugin's origin, record type and status, one line each."""
     facts = {

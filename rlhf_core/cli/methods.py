@@ -6,13 +6,13 @@ from typing import Annotated
 
 import typer
 
-from rlhf_core.cli import shell_completion
+from rlhf_core.cli import METHOD_OPTIONS, shell_completion
 from rlhf_core.cli.printing import print_json
 
 
 def add_to(app: typer.Typer) -> None:
     app.command("list")(list_plugins)
-    app.command()(show)
+    app.command(context_settings=METHOD_OPTIONS)(show)
     app.command()(schema)
 
 
@@ -47,16 +47,23 @@ def list_plugins(
 
 
 def show(
+    context: typer.Context,
     name: Name,
     every: Annotated[
         bool, typer.Option("--all", help="List all options, shared ones included; imports the method.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
-    """Show one method: its origin, the record type that it reads, its own options. Imports it only with --all."""
-    from rlhf_core.cli.listing import print_plugin
+    """Show one method: its origin, the record type that it reads, its own options. Imports it only with --all, or options.
 
-    print_plugin(name, every=every, as_json=as_json)
+    With options of the method, as in `rlhf show grpo --variant dapo`, it prints what those left open come to.
+    """
+    from rlhf_core.cli.listing import print_choices, print_plugin
+
+    if context.args:
+        print_choices(name, context.args, as_json=as_json)
+    else:
+        print_plugin(name, every=every, as_json=as_json)
 
 
 def schema(name: Name) -> None:

@@ -53,6 +53,11 @@ class BaseConfig(BaseModel):
         except ValidationError as error:
             raise config_error(cls, error, place) from None
 
+    def choices(self) -> dict[str, str]:
+        """Return what options that were left open come to, by name, for `rlhf show METHOD --OPTION VALUE`. The default has
+        none."""
+        return {}
+
     def updated(self: ConfigType, **changes: Any) -> ConfigType:
         """Return a copy with these fields changed, validated again."""
         return type(self).parse({**self.model_dump(exclude_unset=True), **changes})

@@ -16,9 +16,10 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.policy_gradient.part_table": "PartTable",
         "rlhf_core.policy_gradient.advantages": "ADVANTAGES",
         "rlhf_core.policy_gradient.ratios": "RATIOS",
-        "rlhf_core.policy_gradient.clips": "CLIPS PolicyTerms",
+        "rlhf_core.policy_gradient.clips": "CLIPS PolicyTerms clipped_tokens",
         "rlhf_core.policy_gradient.corrections": "CORRECTIONS",
         "rlhf_core.policy_gradient.aggregations": "LOSS_AGGREGATIONS",
         "rlhf_core.policy_gradient.kl_estimators": "KL_ESTIMATORS",
+        "rlhf_core.policy_gradient.reward_shaping": "SHAPINGS RewardTerms",
     },
 )

@@ -6,7 +6,8 @@ advantage.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import torch
@@ -149,3 +150,24 @@ def dppo(
     up = (terms.advantages > 0) & (new > old) & (distance > high)
     down = (terms.advantages < 0) & (new < old) & (distance > low)
     return terms.ratio * terms.advantages * ~(up | down)
+
+
+def clipped_tokens(clip: Callable[[PolicyTerms], Tensor], terms: PolicyTerms) -> Tensor:
+    """Return (R, T) which tokens in the loss a clip holds back: those whose advantage isn't 0, yet the objective has no
+    gradient.
+
+    Args:
+        clip: a part of `CLIPS` with its options set.
+    """
+    with torch.enable_grad():
+        logps = terms.logps.detach().requires_grad_()
+        log_ratio = terms.log_ratio.detach().requires_grad_()
+        objective = clip(replace(terms, logps=logps, log_ratio=log_ratio))
+        if not objective.requires_grad:
+            return terms.mask & (terms.advantages != 0)
+        found = torch.autograd.grad(objective.sum(), (logps, log_ratio), allow_unused=True)
+    still = torch.ones_like(terms.mask)
+    for gradient in found:
+        if gradient is not None:
+            still = still & (gradient == 0)
+    return still & terms.mask & (terms.advantages != 0)

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from rlhf_core import registry
-from rlhf_core.config.fields import alternatives
+from rlhf_core.config.fields import alternatives, shown
 from rlhf_core.infra.errors import ConfigError, PluginError, did_you_mean, shortened
 from rlhf_core.infra.import_object import import_object
 from rlhf_core.registry.discovery import fold
@@ -108,6 +108,12 @@ class PartTable:
     def bind(self, name: str, given: Mapping[str, Any], *, place: str | None = None) -> Part:
         """Return the part with its options set. Raises as `options` does."""
         return functools.partial(self.get(name, place=place), **self.options(name, given, place=place))
+
+    def shown(self, name: str, given: Mapping[str, Any]) -> str:
+        """Return a part with all its options as text, `ppo (low 0.2, high 0.28)`. Raises as `options` does."""
+        options = {**option_parameters(self.get(name)), **self.options(name, given)}
+        listed = ", ".join(f"{key} {shown(value)}" for key, value in options.items())
+        return f"{name} ({listed})" if listed else name
 
     def _checked(self, name: str, key: str, value: Any, kind: Any, place: str) -> Any:
         """Return an option's value as its type demands."""

@@ -1,0 +1,397 @@
+"""GRPO and its family: policy gradient on groups of completions, without a critic.
+
+A variant is a row of the table in grpo_variants.py, which picks an advantage, ratio, clip, correction, aggregation and KL
+estimate from the core's tables of parts; each can be overridden by an option.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+from torch import Tensor
+
+from rlhf_core.plugin import (
+    ADVANTAGES,
+    CLIPS,
+    CORRECTIONS,
+    KL_ESTIMATORS,
+    LOSS_AGGREGATIONS,
+    RATIOS,
+    SHAPINGS,
+    TRAINED,
+    Batch,
+    ConfigError,
+    Evaluation,
+    Loader,
+    Loss,
+    OnlineConfig,
+    PartTable,
+    PolicyModel,
+    PolicyTerms,
+    RewardTerms,
+    Role,
+    RunContext,
+    SamplingConfig,
+    Scores,
+    Trainer,
+    TrainingStage,
+    Window,
+    clipped_tokens,
+)
+from rlhf_plugins.trainers.grpo_variants import VARIANTS, EqualGroups, KLPlace, Variant, VariantName
+
+TABLES: dict[str, PartTable] = {
+    "advantage": ADVANTAGES,
+    "ratio": RATIOS,
+    "clip": CLIPS,
+    "correction": CORRECTIONS,
+    "aggregation": LOSS_AGGREGATIONS,
+    "kl": KL_ESTIMATORS,
+}
+"""The kinds of parts of which a variant picks one each. Each is an option, with its options in another, `KIND_options`."""
+
+
+class GRPOConfig(OnlineConfig):
+    """Options of GRPO and its family."""
+
+    learning_rate: float = Field(1e-6, gt=0, description="Peak step size; larger learns faster and may diverge.")
+    variant: VariantName = Field(
+        "grpo", description="The paper whose parts are used: `rlhf show grpo --variant NAME` prints them."
+    )
+    advantage: str | None = Field(
+        None,
+        min_length=1,
+        description="What a completion's reward is worth against the others: `group_mean_std`, `leave_one_out`, `pass_at_k`"
+        " … A name, or a function as `package.module:function`; null takes the variant's.",
+    )
+    advantage_options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Options of the advantage; those left out are the variant's, or the part's defaults.",
+    )
+    ratio: str | None = Field(
+        None,
+        min_length=1,
+        description="How the policy is compared with the one that sampled: by `token`, `sequence` or `geometric` mean … A"
+        " name, or a function as `package.module:function`; null takes the variant's.",
+    )
+    ratio_options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Options of the ratio; those left out are the variant's, or the part's defaults.",
+    )
+    clip: str | None = Field(
+        None,
+        min_length=1,
+        description="The objective per token, held near the policy that sampled: `ppo`, `two_sided`, `cispo`, `sapo`, `none`"
+        " … A name, or a function as `package.module:function`; null takes the variant's.",
+    )
+    clip_options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Options of the clip; those left out are the variant's, or the part's defaults.",
+    )
+    correction: str | None = Field(
+        None,
+        min_length=1,
+        description="Weights for a gap between the engine's and the trainer's log-probabilities: `none`, `token_truncated`,"
+        " `icepop` … A name, or a function as `package.module:function`; null takes the variant's.",
+    )
+    correction_options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Options of the correction; those left out are the variant's, or the part's defaults.",
+    )
+    aggregation: str | None = Field(
+        None,
+        min_length=1,
+        description="What the loss is averaged over: `token`, `sequence_mean`, `constant` … A name, or a function as"
+        " `package.module:function`; null takes the variant's.",
+    )
+    aggregation_options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Options of the aggregation; those left out are the variant's, or the part's defaults.",
+    )
+    kl: str | None = Field(
+        None,
+        min_length=1,
+        description="Estimate of the KL to the reference: `k1`, `k2`, `k3`. A name, or a function as"
+        " `package.module:function`; null takes the variant's.",
+    )
+    kl_options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Options of the KL estimate; those left out are the variant's, or the part's defaults.",
+    )
+    kl_weight: float | None = Field(
+        None,
+        ge=0,
+        description="Weight of the KL to the reference; larger stays nearer to it, 0 needs no reference. Null: the variant's.",
+    )
+    kl_in: KLPlace | None = Field(
+        None,
+        description="Where the KL counts: in the `loss`, in the `reward` of a completion, or in each token's `return`, from the"
+        " token to the end. Null: the variant's.",
+    )
+    kl_importance: bool = Field(
+        False,
+        description="Weight a KL in the loss by the ratio per token, so that its gradient is that of KL(π ‖ π_ref)"
+        " off-policy, too; false is as in the papers.",
+    )
+    shaping: list[str] | None = Field(
+        None, description="Changes of rewards before the advantage, in this order; `[]` is none. Null: the variant's."
+    )
+    shaping_options: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="Options of shapings by name, such as `overlong: {buffer: 0.1}`."
+    )
+    equal_groups: EqualGroups | None = Field(
+        None,
+        description="What becomes of groups with equal rewards: `keep`; `skip` leaves them out of the loss and what it is"
+        " averaged over; `resample` takes more prompts until `batch_size` groups have rewards that differ. Null: the variant's.",
+    )
+    mask_truncated: bool = Field(
+        False,
+        description="Leave completions that the token limit truncated out of the loss and what it is averaged over; false"
+        " learns from them, too.",
+    )
+    reference: Literal["auto", "copy", "adapter_off"] = Field(
+        "auto", description="How the reference is kept: a frozen `copy`, or the base with a fresh adapter off."
+    )
+
+    @field_validator("generation")
+    @classmethod
+    def _is_drawn(cls, generation: SamplingConfig) -> SamplingConfig:
+        if generation.temperature == 0:
+            raise ValueError("completions of temperature 0 are all alike: set `temperature` above 0")
+        return generation
+
+    @field_validator("shaping", mode="before")
+    @classmethod
+    def _one_shaping_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator(*TABLES)
+    @classmethod
+    def _part_exists(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None:
+            _or_value_error(TABLES[str(info.field_name)].get, value)
+        return value
+
+    @field_validator(*(f"{kind}_options" for kind in TABLES))
+    @classmethod
+    def _options_fit(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        kind = str(info.field_name).removesuffix("_options")
+        if {"variant", kind} <= info.data.keys():  # else they are wrong themselves
+            name = info.data[kind] or getattr(VARIANTS[info.data["variant"]], kind)
+            _or_value_error(TABLES[kind].options, name, value)
+        return value
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> GRPOConfig:
+        """Refuse shapings that don't exist or aren't used, and groups that are too small for the advantage."""
+        if unused := sorted(self.shaping_options.keys() - set(self.shapings)):
+            raise ValueError(
+                f"shaping_options has `{unused[0]}`, which isn't among the shapings ({', '.join(self.shapings)})"
+            )
+        for name in self.shapings:
+            _or_value_error(SHAPINGS.bind, name, self.shaping_options.get(name, {}))
+        group = torch.zeros(self.group_size), torch.zeros(self.group_size, dtype=torch.long)
+        _or_value_error(self.bound("advantage"), *group)
+        return self
+
+    @property
+    def row(self) -> Variant:
+        """The variant's parts, with those of the options in their place."""
+        given = {name: getattr(self, name) for name in (*TABLES, "kl_weight", "kl_in", "equal_groups")}
+        shaping = None if self.shaping is None else tuple(self.shaping)
+        chosen = {name: value for name, value in {**given, "shaping": shaping}.items() if value is not None}
+        return replace(VARIANTS[self.variant], **chosen)
+
+    @property
+    def shapings(self) -> tuple[str, ...]:
+        return self.row.shaping
+
+    def options_of(self, kind: str) -> dict[str, Any]:
+        """Return a part's options: the variant's where the part is the variant's own, overridden by those given."""
+        own = VARIANTS[self.variant]
+        inherited = own.options.get(kind, {}) if getattr(self.row, kind) == getattr(own, kind) else {}
+        return {**inherited, **getattr(self, f"{kind}_options")}
+
+    def bound(self, kind: str) -> Callable[..., Any]:
+        """Return the part of a kind with its options set."""
+        return TABLES[kind].bind(getattr(self.row, kind), self.options_of(kind))
+
+    def choices(self) -> dict[str, str]:
+        row = self.row
+        parts = {kind: TABLES[kind].shown(getattr(row, kind), self.options_of(kind)) for kind in TABLES}
+        shapings = [SHAPINGS.shown(name, self.shaping_options.get(name, {})) for name in row.shaping]
+        rest = {"kl_weight": f"{row.kl_weight:g}", "kl_in": row.kl_in, "equal_groups": row.equal_groups}
+        return {"variant": f"{self.variant}: {row.paper}", **parts, **rest, "shaping": ", ".join(shapings) or "none"}
+
+
+def _or_value_error(check: Callable[..., Any], *arguments: Any) -> None:
+    """Call `check`; a `ConfigError` becomes a `ValueError`, which the configuration's error gives the option and its place."""
+    try:
+        check(*arguments)
+    except ConfigError as error:
+        got = "" if error.got is None else f", got {error.got}"
+        raise ValueError(f"{error.problem}{got}" + (f"; {error.fix}" if error.fix else "")) from None
+
+
+class GRPOTrainer(Trainer[GRPOConfig]):
+    """Policy gradient on groups of completions: GRPO, Dr. GRPO, DAPO, GSPO, CISPO, RLOO, REINFORCE++, SAPO, GMPO, MaxRL,
+    DPPO."""
+
+    api = 1
+    record = "prompt"
+    stage = TrainingStage.POLICY
+    Config = GRPOConfig
+    roles: ClassVar = {"policy": TRAINED, "reference": Role(trained=False, optional=True)}
+    splits_groups = True
+
+    def build(self, loader: Loader) -> Mapping[str, Any]:
+        policy: PolicyModel = loader.main()
+        if not self.config.row.kl_weight:
+            return {"policy": policy}
+        return {"policy": policy, "reference": loader.reference(policy, self.config.reference)}
+
+    @cached_property
+    def parts(self) -> dict[str, Callable[..., Any]]:
+        """The parts by kind, with their options set."""
+        return {kind: self.config.bound(kind) for kind in TABLES}
+
+    def windows_per_batch(self) -> int | None:
+        resampled = self.config.row.equal_groups == "resample"
+        return None if resampled else self.config.rollout_epochs * self.config.minibatches
+
+    def experience(self, stream: Iterator[Batch], run: RunContext) -> Iterator[Window]:
+        """Roll out each batch, or so many that `batch_size` groups have rewards that differ, and learn from it in epochs."""
+        equal, held, groups = self.config.row.equal_groups, list[Batch](), 0
+        for batch in stream:
+            rollout = self.rollout(batch, run)
+            if equal == "resample":
+                rollout = rollout.select(rollout["differs"].nonzero()[:, 0])
+                # Every process takes another batch, or none does: a step has the same groups for any number of them.
+                groups += sum(run.gather(rollout.num_prompts))
+            held.append(rollout)
+            if equal != "resample" or groups >= self.config.batch_size:
+                yield from self.windows(Batch.cat(held), run)
+                held, groups = [], 0
+        if groups:
+            yield from self.windows(Batch.cat(held), run)
+
+    def rollout(self, batch: Batch, run: RunContext) -> Batch:
+        """Return completions of the prompts with their shaped rewards, and the log-probabilities that ratios are taken to."""
+        config, row = self.config, self.config.row
+        completions, scores = run.generate_and_score(batch, config.group_size, config.generation)
+        rollout = Batch.from_completions(batch, completions)
+        mask, grouped = rollout.loss_mask, scores.total.view(rollout.num_prompts, config.group_size)
+        differs = (grouped != grouped[:, :1]).any(dim=1).to(rollout.device)
+        # Of the tempered distribution before top-p and top-k truncated it: what the ratio to the policy of now begins at 1 with.
+        engine_logps = torch.where(mask, rollout["sampled_logps"] + rollout["kept_mass"].clamp(min=1e-30).log(), 0.0)
+        tokens = {"old_logps": engine_logps, "weight": rollout["kept_mass"]}
+        if row.correction != "none":
+            tokens["old_logps"] = run.forward(rollout, self.token_logps, axis="token")
+            tokens["weight"] = tokens["weight"] * self.parts["correction"](tokens["old_logps"], engine_logps, mask)
+        if row.kl_weight:
+            tokens["ref_logps"] = self.reference.token_logps(rollout, temperature=config.generation.temperature)
+        rewards = self.shaped(rollout, scores, run)
+        return rollout.attach(per_prompt={"differs": differs}, per_response={"rewards": rewards}, per_token=tokens)
+
+    def shaped(self, rollout: Batch, scores: Scores, run: RunContext) -> Tensor:
+        """Return (R,) the completions' rewards after the shapings."""
+        if not self.config.shapings:
+            return scores.total.to(rollout.device)
+        names = run.rewards.names
+        terms = RewardTerms(
+            scores=torch.tensor([scores.by_name[name] for name in names]).view(len(names), rollout.num_responses),
+            weights=torch.tensor(run.rewards.weights),
+            groups=rollout.owner.cpu(),
+            lengths=rollout.response_lengths.cpu(),
+            limit=self.config.generation.max_new_tokens,
+        )
+        for name in self.config.shapings:
+            terms = SHAPINGS.bind(name, self.config.shaping_options.get(name, {}))(terms)
+        run.log("reward_shaped", terms.total.sum(), rollout.num_responses)
+        return terms.total.to(rollout.device)
+
+    def windows(self, rollout: Batch, run: RunContext) -> Iterator[Window]:
+        """Attach advantages, over all of the step's groups, and divide the rollout into windows."""
+        config = self.config
+        rollout = rollout.attach(per_token={"advantages": self.advantages(rollout, run)})
+        mask = rollout.loss_mask
+        if config.mask_truncated:  # they have counted in the group's mean
+            mask = mask & ~rollout["truncated"][:, None]
+        if config.row.equal_groups == "skip":
+            mask = mask & rollout["differs"][rollout.owner, None]
+        rollout = replace(rollout, loss_mask=mask)
+        for epoch in range(config.rollout_epochs):
+            for number, part in enumerate(run.minibatches(rollout, config.minibatches)):
+                last = (epoch, number) == (config.rollout_epochs - 1, config.minibatches - 1)
+                yield Window(part, last=last)
+
+    def advantages(self, rollout: Batch, run: RunContext) -> Tensor:
+        """Return (R, T) advantages, over the whole step; 0 outside the mask.
+
+        With the KL in the return, each token has a return of its own, the reward minus the KL from the token to the end, and
+        the advantage is computed of the returns of all tokens.
+        """
+        config, mask, rewards = self.config, rollout.loss_mask, rollout["rewards"]
+        numbers = torch.tensor(rollout.places or rollout.rows, dtype=torch.long)[rollout.owner.cpu()]  # (R,)
+        if not config.row.kl_weight or config.row.kl_in == "loss":
+            found = run.over_step(self.parts["advantage"], rewards, numbers, rows=numbers.tolist())
+            return found[:, None] * mask
+        kl = config.row.kl_weight * self.parts["kl"](rollout["old_logps"], rollout["ref_logps"]) * mask
+        if config.row.kl_in == "reward":
+            found = run.over_step(self.parts["advantage"], rewards - kl.sum(dim=1), numbers, rows=numbers.tolist())
+            return found[:, None] * mask
+        returns = rewards[:, None] - kl.flip(1).cumsum(1).flip(1)
+        of_token = numbers[:, None].expand(mask.shape)[mask.cpu()]
+        found = run.over_step(self.parts["advantage"], returns[mask], of_token, rows=of_token.tolist())
+        return torch.zeros_like(returns).masked_scatter(mask, found.to(returns))
+
+    def token_logps(self, batch: Batch) -> Tensor:
+        """Return (R, T) log-probabilities at the temperature that completions are drawn with, nats."""
+        return self.policy.token_logps(batch, temperature=self.config.generation.temperature)
+
+    def aggregation(self, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the tokens' weights (R, T) and the rows' amounts (R,)."""
+        return self.parts["aggregation"](mask, limit=self.config.generation.max_new_tokens)
+
+    def weights(self, batch: Batch) -> Mapping[str, float]:
+        """The policy's objective and the KL are averaged over the same amounts."""
+        amount = float(self.aggregation(batch.loss_mask)[1].sum())
+        row = self.config.row
+        return {"policy": amount, "kl": amount} if row.kl_weight and row.kl_in == "loss" else {"policy": amount}
+
+    def loss(self, batch: Batch) -> Loss:
+        """Return the objective and the KL as sums over tokens, weighted by the aggregation, the kept mass and the
+        correction."""
+        row, mask = self.config.row, batch.loss_mask
+        logps, old_logps = self.token_logps(batch), batch["old_logps"]
+        log_ratio = torch.where(mask, logps - old_logps, 0.0)
+        terms = PolicyTerms(
+            logps=logps,
+            old_logps=old_logps,
+            log_ratio=self.parts["ratio"](log_ratio, mask),
+            advantages=batch["advantages"],
+            mask=mask,
+        )
+        token_weights, _ = self.aggregation(mask)
+        objective = batch["weight"] * self.parts["clip"](terms)
+        sums = {"policy": -(token_weights * torch.where(mask, objective, 0.0)).sum()}
+        tokens, ratio = mask.sum(), terms.ratio.detach()
+        clipped = clipped_tokens(self.parts["clip"], terms)
+        metrics = {"ratio": ((ratio * mask).sum(), tokens), "clipped": (clipped.sum(), tokens)}
+        if row.kl_weight:
+            ref_logps, detached = batch["ref_logps"], logps.detach()
+            metrics["kl"] = (torch.where(mask, (detached - ref_logps) * log_ratio.detach().exp(), 0.0).sum(), tokens)
+            if row.kl_in == "loss":
+                kl = self.parts["kl"](logps, ref_logps, log_ratio if self.config.kl_importance else None)
+                sums["kl"] = row.kl_weight * (token_weights * torch.where(mask, batch["kept_mass"] * kl, 0.0)).sum()
+        return Loss(sums, metrics)
+
+    def evaluate(self, batch: Batch, run: RunContext) -> Evaluation:
+        """Complete held-out prompts and score that: the loss on its own completions says nothing of how good they are."""
+        _, scores = run.generate_and_score(batch, 1, self.config.generation)
+        return Evaluation(metrics=scores.per_prompt(batch.num_prompts))
