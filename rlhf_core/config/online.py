@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from rlhf_core.config.base import BaseConfig
 from rlhf_core.config.sampling_options import SamplingConfig
@@ -73,12 +73,47 @@ class OnlineConfig(TrainerConfig):
         description="Optimiser steps per pass over a rollout; larger makes smaller steps on older samples.",
     )
 
+    eval_samples: int = Field(
+        1, ge=1, description="Completions of each held-out prompt; larger measures it better, and gives pass@k."
+    )
+    eval_temperature: float | None = Field(
+        None,
+        ge=0,
+        description="Temperature of held-out completions; larger draws more varied ones, 0 the most likely one. Null takes 0 for"
+        " one completion, and that of `generation` for several.",
+    )
+    max_logprob_gap: float | None = Field(
+        None,
+        gt=0,
+        description="Most nats per token by which the engine's log-probabilities may differ from the trainer's, on average"
+        " before the first update; larger allows ratios that are further off. Null takes 0.001 in float32, 0.25 in bf16 and 0.1"
+        " in fp16.",
+    )
+    kl_budget: float | None = Field(
+        None,
+        gt=0,
+        description="End the run once the policy's KL to the reference (the metric `kl`, nats per token) is above it; larger lets"
+        " the policy go further, null sets no end. The method's KL must be switched on.",
+    )
     right_from: float | None = Field(
         None,
         allow_inf_nan=False,
         description="Least reward of a completion that counts as right, for pass@k and the lengths of right and wrong ones;"
         " larger is stricter. Null takes half of the sum of the positive weights.",
     )
+
+    @model_validator(mode="after")
+    def _several_completions_are_drawn(self) -> OnlineConfig:
+        if self.eval_samples > 1 and self.evaluated_temperature == 0:
+            raise ValueError("eval_samples: completions of temperature 0 are all alike: set `eval_temperature` above 0")
+        return self
+
+    @property
+    def evaluated_temperature(self) -> float:
+        """The temperature of held-out completions."""
+        if self.eval_temperature is not None:
+            return self.eval_temperature
+        return self.generation.temperature if self.eval_samples > 1 else 0.0
 
     @field_validator("rewards", mode="before")
     @classmethod

@@ -22,6 +22,7 @@ from rlhf_core.infra.seeds import stream_seed
 from rlhf_core.models.batch_values import Axis, Values, batch_values
 from rlhf_core.models.policy_model import PolicyModel
 from rlhf_core.rewards import Rewards, Scores, samples_of, samples_of_prompt
+from rlhf_core.training.completion_metrics import completion_metrics
 from rlhf_core.training.distribution import Distribution
 from rlhf_core.training.logger import REWARD_SECONDS
 from rlhf_core.training.micro_batches import MicroBatches
@@ -51,6 +52,8 @@ class RunContext:
     """Writes some of the scored samples into the run's `samples.jsonl`."""
     evaluating: bool = False
     """Whether the rows are held out: they are scored, not trained on."""
+    first_rollout: Callable[[RunContext, Batch, Sequence[Sequence[Completion]]], None] | None = None
+    """Called with this context, prompts and completions after each generation in training: measures the engine's gap."""
     phases: Phases = field(default_factory=Phases)
     """Times what the method does."""
     rollout: RolloutRecord = field(default_factory=RolloutRecord)
@@ -218,6 +221,8 @@ class RunContext:
         with self.phase("rollout"):
             completions = self.engine.generate(batch, n, sampling, finished=finished)
             self.phases.add_tokens("rollout", sum(len(one.ids) for group in completions for one in group))
+        if self.first_rollout is not None and not self.evaluating:
+            self.first_rollout(self, batch, completions)
         return completions
 
     def _scored(
@@ -246,13 +251,17 @@ class RunContext:
         self, samples: Sequence[Sample], completions: Sequence[Sequence[Completion]], scores: Scores | None
     ) -> None:
         """Report a rollout's lengths, entropy and rewards."""
-        config = self.trainer.config
-        asked = config.right_from if isinstance(config, OnlineConfig) else None
         rewards = None if scores is None else scores.total.tolist()
         flat = [one for group in completions for one in group]
-        threshold = right_threshold(asked, self.rewards.weights)
-        for name, pair in rollout_metrics(samples, flat, rewards, right_from=threshold).items():
+        for name, pair in rollout_metrics(samples, flat, rewards, right_from=self._right_from).items():
             self.log(name, *pair)
+
+    @property
+    def _right_from(self) -> float:
+        """The least reward of a right completion."""
+        config = self.trainer.config
+        asked = config.right_from if isinstance(config, OnlineConfig) else None
+        return right_threshold(asked, self.rewards.weights)
 
     def phase(self, name: str, *, tokens: int = 0) -> contextlib.AbstractContextManager[None]:
         """Return a context whose time is reported as `seconds/NAME`, and with tokens as `tokens_per_second/NAME`.
@@ -297,6 +306,25 @@ class RunContext:
         from rlhf_core.training.held_out import held_out_loss
 
         return held_out_loss(self.trainer, batch, self)
+
+    def evaluate_completions(self, batch: Batch, sampling: SamplingConfig | None = None) -> Evaluation:
+        """Return how good the policy's completions of held-out prompts are: what `Trainer.evaluate` of an online method returns.
+
+        It draws `eval_samples` completions of each prompt and scores them. Metrics, all with standard errors: `avg@n`, the share
+        of right completions; `pass@k`, the probability that one of k is right (k = 2, 4, 8 … and n); `reward`, `reward/NAME`,
+        `length`, `truncated`.
+
+        Args:
+            sampling: how completions are drawn; None takes `generation` at the temperature `eval_temperature`.
+        """
+        config = self.trainer.config
+        n = 1
+        if isinstance(config, OnlineConfig):
+            n = config.eval_samples
+            drawn = config.generation.model_copy(update={"temperature": config.evaluated_temperature})
+            sampling = sampling or drawn
+        completions, scores = self.generate_and_score(batch, n, sampling)
+        return Evaluation(metrics=completion_metrics(completions, scores, right_from=self._right_from))
 
     def for_evaluation(self) -> RunContext:
         """Return a copy of this context for an evaluation."""

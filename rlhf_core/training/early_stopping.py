@@ -2,13 +2,54 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from rlhf_core.config.training import EarlyStoppingConfig
+from rlhf_core.config.online import OnlineConfig
+from rlhf_core.config.training import EarlyStoppingConfig, TrainerConfig
 from rlhf_core.infra.errors import ConfigError, did_you_mean
 from rlhf_core.training.run_state_schema import metrics_as_text, metrics_from_text
+
+log = logging.getLogger(__name__)
+
+
+class KLBudget:
+    """Ends a run whose policy is too far from its reference.
+
+    Args:
+        most: nats per token; None allows any.
+    """
+
+    def __init__(self, most: float | None) -> None:
+        self.most = most
+
+    @classmethod
+    def create(cls, config: TrainerConfig) -> KLBudget:
+        """Return the budget of a configuration; only online methods may have one."""
+        return cls(config.kl_budget if isinstance(config, OnlineConfig) else None)
+
+    def check(self, metrics: Mapping[str, float]) -> None:
+        """Refuse a step without the KL.
+
+        Raises:
+            ConfigError: the method doesn't report it.
+        """
+        if self.most is not None and "kl" not in metrics:
+            problem = "the method reports no KL to the reference (the metric `kl`)"
+            raise ConfigError(problem, place="kl_budget", fix="give the KL a weight, or leave `kl_budget` out")
+
+    def spent(self, metrics: Mapping[str, Any]) -> bool:
+        """Return whether the KL of a step's row is above the budget."""
+        kl = metrics.get("kl")
+        return self.most is not None and isinstance(kl, int | float) and kl > self.most
+
+    def report(self, metrics: Mapping[str, Any], notify: Callable[..., None]) -> None:
+        """Log that the budget ends the run."""
+        step, kl = metrics["step"], metrics["kl"]
+        log.info("step %d: stopped early: the KL to the reference is %.4g, above `kl_budget` %.4g", step, kl, self.most)
+        notify("early_stopped", step=step, metric="kl", value=kl, budget=self.most)
 
 
 class EarlyStopping:

@@ -6,7 +6,9 @@ resumed makes the same updates as one that was never killed.
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +28,8 @@ from rlhf_core.training.windows import Windows
 if TYPE_CHECKING:
     from rlhf_core.training.run import Run
 
+log = logging.getLogger(__name__)
+
 
 class TrainingLoop:
     """Makes the optimiser steps of one run, from the step that it starts or resumes at to its last."""
@@ -33,6 +37,8 @@ class TrainingLoop:
     def __init__(self, run: Run) -> None:
         self._run, self._setup, self._config = run, run.setup, run.setup.config
         self._evaluations, self._distribution = run.evaluations, run.distribution
+        self._alike, self._warned = 0, False
+        """Successive rollouts, in this process, in whose groups all rewards were equal; whether the user was warned."""
 
     def train(self) -> None:
         """Make steps until the schedule, the data, early stopping or a request to stop ends them.
@@ -71,8 +77,8 @@ class TrainingLoop:
                 self._skip(window)
             else:
                 self._finish_step(step, rate, result, time.perf_counter() - began, first=first)
-            if first:
-                run.context.rollout.take()
+                if first:
+                    run.context.rollout.take()
             if window.last:
                 self._evaluations.catch_up()
                 run.fixed_prompts.catch_up()
@@ -88,9 +94,11 @@ class TrainingLoop:
         return progress.step + 1 + (progress.skipped if self._config.max_steps is None else 0)
 
     def _at_end(self) -> bool:
-        """Return whether early stopping or the schedule has ended the run."""
+        """Return whether early stopping, the KL budget or the schedule has ended the run; only the last one inside a rollout."""
         total = self._run.total_steps
-        return self._evaluations.stopped_early or (total is not None and self._schedule_step() > total)
+        return (self._run.stopped_early and not self._run.inside_rollout) or (
+            total is not None and self._schedule_step() > total
+        )
 
     def _next_window(self, windows: Windows) -> Window | None:
         """Return the method's next window, made without gradients and in evaluation mode; None at the end of the data."""
@@ -126,6 +134,7 @@ class TrainingLoop:
         run.context.rollout.note_gaps(gaps)
         logged |= gap_metrics(self._distribution.gather(list(gaps.values())))
         metrics = {**logged, **result.metrics}
+        run.kl_budget.check(metrics)
         if clash := {*REQUIRED, *TIMING} & metrics.keys() or logged.keys() & result.metrics.keys():
             raise PluginError(
                 f"a metric may not be named `{min(clash)}`, which is reported already", place=type(run.trainer).__name__
@@ -140,6 +149,28 @@ class TrainingLoop:
         progress.metrics = row
         run.logger.metrics(row)
         run.hooks.emit("step_ended", run=run.trainer, step=step, metrics=row)
+        self._refuse_equal_rewards(row)
+        if run.kl_budget.spent(row) and not run.inside_rollout:
+            run.kl_budget.report(row, run.logger.event)
+
+    def _refuse_equal_rewards(self, row: Mapping[str, Any]) -> None:
+        """Warn at the first rollout in whose groups all rewards are equal; refuse `max_idle_batches` of them in a row."""
+        share = row.get("groups_without_variance")
+        if share is None:
+            return
+        self._alike = self._alike + 1 if share == 1 else 0
+        shown = self._run.context.rollout.rewards_shown()
+        if self._alike == 1 and not self._warned:
+            self._warned = True
+            log.warning("step %d: all rewards of each prompt are equal, so they teach nothing: %s", row["step"], shown)
+        if self._alike > self._config.max_idle_batches:
+            raise NumbersError(
+                f"in {self._alike} rollouts in a row all rewards of each prompt are equal, so they teach nothing",
+                place=f"step {row['step']}",
+                got=shown,
+                fix="look at the completions (`rlhf rollouts RUN`) and the rewards: prompts that are too easy or too hard, a"
+                " reward that no completion gets; a larger `max_idle_batches` allows more of them",
+            )
 
     def _skip(self, window: Window) -> None:
         """Count a window that made no step, because every weight in it was zero."""

@@ -86,6 +86,22 @@ class RolloutRecord:
             if 0 <= number < len(self.completions) and count:
                 self.completions[number].logprob_gap = total / count
 
+    def rewards_shown(self, most: int = 3) -> str:
+        """Return the rewards of the first groups as text, such as `row 7: digits 0, 0; row 9: digits 1, 1`."""
+        groups: dict[int, list[RecordedCompletion]] = {}
+        for one in self.completions:
+            groups.setdefault(one.place, []).append(one)
+        shown = []
+        for group in list(groups.values())[:most]:
+            parts = [
+                f"{name} "
+                + ", ".join(f"{one.rewards[name]:.4g}" for one in group[:8])
+                + (" …" if len(group) > 8 else "")
+                for name in group[0].rewards
+            ]
+            shown.append(f"row {group[0].row}: {', '.join(parts)}")
+        return "; ".join(shown) or "no rewards on this process"
+
     def take(self) -> list[RecordedCompletion]:
         """Return the completions and forget them."""
         taken, self.completions, self._numbers = self.completions, [], {}

@@ -20,6 +20,8 @@ from rlhf_core.registry.hooks import Hooks, load_hooks
 from rlhf_core.training.context import RunContext
 from rlhf_core.training.disk_space import checkpoint_bytes_on_disk, disk_need
 from rlhf_core.training.distribution import Distribution, create_distribution
+from rlhf_core.training.early_stopping import KLBudget
+from rlhf_core.training.engine_gap import FirstGap
 from rlhf_core.training.evaluation_schedule import EvaluationSchedule
 from rlhf_core.training.export import export_models
 from rlhf_core.training.fixed_prompts import FixedPrompts
@@ -145,6 +147,7 @@ class Run:
         self.optimizer = setup.make_optimizer()
         self.loss_scale = LossScale(enabled=setup.config.precision == "fp16")
         self.evaluations = EvaluationSchedule(self)
+        self.kl_budget = KLBudget.create(setup.config)
         self.fixed_prompts = FixedPrompts(self)
         seed_everything(setup.config.seed, "training", self.distribution.rank)
         if self.checkpoint is not None:
@@ -156,6 +159,7 @@ class Run:
             notify=self.hooks.emit,
             keep=self.logger.samples.scored,
             phases=self.logger.phases,
+            first_rollout=FirstGap(setup.config, self.logger.event),
         )
         for name, pair in self.state.logged.items():
             self.context.log(name, *pair)
@@ -251,6 +255,11 @@ class Run:
                 raise
             raise self.stopped() from None
 
+    @property
+    def stopped_early(self) -> bool:
+        """Whether early stopping or the KL budget has ended the run."""
+        return self.evaluations.stopped_early or self.kl_budget.spent(self.progress.metrics)
+
     def stopped(self) -> Stopped:
         """Return the error with which a run ends that was asked to stop."""
         resuming = self.directory.continued and not self.started
@@ -288,7 +297,7 @@ class Run:
             model_dir=model_dir,
             seconds=progress.seconds,
             tokens=progress.tokens,
-            stopped_early=evaluations.stopped_early,
+            stopped_early=self.stopped_early,
             best_step=stopping.best_step if stopping is not None else None,
             model_step=model_step,
         )

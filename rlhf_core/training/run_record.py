@@ -26,8 +26,11 @@ log = logging.getLogger(__name__)
 STREAMS = ("model", "training", "evaluation")
 """The named random streams whose seeds the record shows."""
 
-MAY_CHANGE = ("output", "logging", "checkpoint", "distributed", "micro_batch_size", "batching.micro_batch_tokens")
-"""Options that a resumed run may change. None of them changes the trained weights, beyond rounding."""
+MAY_CHANGE = (
+    "output", "logging", "checkpoint", "distributed", "micro_batch_size", "batching.micro_batch_tokens", "max_logprob_gap",
+    "kl_budget",
+)  # fmt: skip
+"""Options that a resumed run may change. None of them changes what a step computes, beyond rounding."""
 
 
 def resolved_options(trainer: Trainer) -> dict[str, Any]:

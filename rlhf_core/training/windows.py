@@ -83,10 +83,15 @@ class Windows:
                 raise NumbersError(
                     f"{idle - 1} batches in a row gave nothing to learn from",
                     place=f"step {self._run.step + 1}",
-                    got=f"rows {list(batch.rows)[:16]} next",
+                    got=f"rows {list(batch.rows)[:16]} next{self._rewards()}",
                     fix="look at the loss mask of these rows, or at the rewards; a larger `max_idle_batches` allows more of them",
                 )
             yield batch
+
+    def _rewards(self) -> str:
+        """Return the rewards of completions that were generated since the last step, for a message; "" where there are none."""
+        record = self._run.rollout
+        return f"; rewards {record.rewards_shown()}" if any(one.rewards for one in record.completions) else ""
 
     def _check_count(self) -> None:
         """Refuse a number of windows that doesn't fit the batches taken so far."""

@@ -94,8 +94,6 @@ class PolicyGradientConfig(OnlineConfig):
     learn_from_truncated: bool = Field(
         True, description="Whether completions that the limit cut off are in the loss; false leaves them out."
     )
-    eval_samples: int = Field(1, ge=1, description="Completions of each held-out prompt; larger measures it better.")
-    eval_temperature: float = Field(0.0, ge=0, description="Temperature of held-out completions; 0 is greedy.")
 
     @field_validator("generation")
     @classmethod
@@ -223,9 +221,7 @@ class PolicyGradientTrainer(Trainer[PolicyGradientConfig]):
 
     def evaluate(self, batch: Batch, run: RunContext) -> Evaluation:
         """Complete held-out prompts and score that: the loss on its own completions says nothing of how good they are."""
-        sampling = self.config.generation.model_copy(update={"temperature": self.config.eval_temperature})
-        _, scores = run.generate_and_score(batch, self.config.eval_samples, sampling)
-        return Evaluation(metrics=scores.per_prompt(batch.num_prompts))
+        return run.evaluate_completions(batch)
 
     def state_dict(self) -> dict[str, Any]:
         return {"kl_weight": self.kl_weight}

@@ -379,7 +379,9 @@ def test_a_reward_that_raises_names_its_rows() -> None:
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_rewards_that_are_all_alike_end_the_run(dynamic: bool) -> None:
     run = trainer(max_idle_batches=5, dynamic_sampling=dynamic, rewards=["online_rewards:alike"])
-    with pytest.raises(NumbersError, match="5 batches in a row gave nothing to learn from"):
+    with pytest.raises(
+        NumbersError, match=r"5 batches in a row gave nothing to learn from.*rewards row \d+: alike 1, 1"
+    ):
         run.train()
 
 
@@ -497,3 +499,56 @@ def test_every_rollout_reports_its_rewards_lengths_and_phases_and_the_gap_of_its
         assert ("tokens_per_second/reference" in line) == (number in (0, 4))
     assert 0 <= found[0]["logprob_gap"] < 1e-5 and found[0]["logprob_gap"] <= found[0]["logprob_gap_max"] < 1e-4
     assert 0 < found[0]["entropy"] < 6 and found[0]["reward_std"] > 0
+
+
+def test_the_gap_before_the_first_update_is_printed_and_ends_the_run_past_its_bound(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="rlhf_core"):
+        trainer(tmp_path / "run", max_steps=1).train()
+    assert "engine and trainer differ by" in caplog.text and "before the first update" in caplog.text
+    (event,) = [
+        one
+        for one in map(json.loads, (tmp_path / "run" / "events.jsonl").read_text().splitlines())
+        if one["event"] == "logprob_gap_measured"
+    ]
+    assert event["step"] == 0 and event["mean"] <= event["max"] < 1e-4 and event["tokens"] > 16
+    run = trainer(max_steps=1, max_logprob_gap=1e-12)
+    with pytest.raises(NumbersError, match=r"aren't those of the trainer.*`max_logprob_gap`"):
+        run.train()
+    assert not any(value.any() for value in learned(run).values())
+
+
+def test_a_kl_budget_ends_the_run_between_rollouts(tmp_path: Path) -> None:
+    options: dict[str, Any] = {**KL, "kl_weight": 1e-6, "kl_target": None, "learning_rate": 2e-2, "max_steps": 40}
+    result = trainer(tmp_path, **options, kl_budget=0.02).train()
+    found = [row["kl"] for row in metrics_of(tmp_path)]
+    assert result.stopped_early and result.step == len(found) < 40 and result.step % 4 == 0
+    assert found[-1] > 0.02 and all(value <= 0.02 for value in found[3:-1:4])
+    again = trainer(tmp_path, **options, kl_budget=0.02).train(resume=True)
+    assert again.step == result.step and again.stopped_early
+    with pytest.raises(ConfigError, match="reports no KL to the reference"):
+        trainer(kl_budget=0.02).train()
+
+
+def test_equal_rewards_in_all_groups_end_a_run_that_still_makes_steps(caplog: pytest.LogCaptureFixture) -> None:
+    """The KL gives a loss, so no batch is idle; the error shows rewards."""
+    run = trainer(**{**KL, "kl_target": None}, minibatches=1, max_steps=40, max_idle_batches=2,
+                  rewards=["online_rewards:alike"])  # fmt: skip
+    with pytest.raises(
+        NumbersError, match=r"in 3 rollouts in a row all rewards of each prompt are equal.*alike 1, 1, 1, 1"
+    ):
+        run.train()
+    assert caplog.text.count("so they teach nothing: row") == 1
+
+
+def test_an_evaluation_draws_several_completions_and_estimates_pass_at_k(tmp_path: Path) -> None:
+    run = trainer(
+        tmp_path, held_out=6, eval_steps=4, max_steps=4, eval_samples=4, rewards=["online_rewards:rare"], right_from=1.0
+    )
+    found = run.train().eval_metrics
+    assert 0 < found["eval_avg@4"] == found["eval_reward"] < found["eval_pass@2"] < found["eval_pass@4"] <= 1
+    names = ("avg@4", "pass@2", "pass@4", "reward", "reward/rare", "length", "truncated")
+    assert all(found[f"eval_{name}_se"] >= 0 and f"eval_{name}" in found for name in names)
+    with pytest.raises(ConfigError, match="all alike"):
+        trainer(eval_samples=2, eval_temperature=0.0)

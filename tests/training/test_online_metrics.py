@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 from rlhf_core.contracts.completion import Completion
 from rlhf_core.contracts.reward import Sample
 from rlhf_core.plugin import logprob_gaps, online_metrics
+from rlhf_core.rewards import Scores
+from rlhf_core.training.completion_metrics import completion_metrics, pass_at_k
 from rlhf_core.training.online_metrics import gap_metrics, right_threshold, rollout_metrics, with_deviations
 from rlhf_core.training.phases import Phases, phase_metrics
 from rlhf_core.training.reduction import quotients
@@ -119,3 +122,32 @@ def test_a_method_without_rollouts_has_no_phases() -> None:
     with phases.phase("update"):
         pass
     assert phases.take() == {} and phases.shares() == {}
+
+
+@pytest.mark.parametrize(("n", "c", "k", "expected"), [(4, 0, 2, 0.0), (4, 4, 2, 1.0), (4, 1, 2, 0.5), (5, 2, 3, 0.9)])
+def test_pass_at_k_is_the_share_of_choices_of_k_with_a_right_one(n: int, c: int, k: int, expected: float) -> None:
+    right = [True] * c + [False] * (n - c)
+    choices = list(itertools.combinations(right, k))
+    assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, choices)) / len(choices)) == pytest.approx(expected)
+
+
+def test_pass_at_k_needs_k_completions() -> None:
+    with pytest.raises(ValueError, match="pass@3 can't be estimated from 2 completions"):
+        pass_at_k(2, 1, 3)
+
+
+def test_an_evaluation_counts_right_ones_per_prompt() -> None:
+    """Two prompts of three completions, one and three of them right."""
+    completions = [[drawn(2), drawn(4, "length"), drawn(6)], [drawn(1), drawn(1), drawn(1)]]
+    total = torch.tensor([1.0, 0.1, 0.0, 0.8, 0.9, 1.0])
+    scores = Scores(total, {"exact": total.tolist()}, [0, 0, 0, 1, 1, 1])
+    pairs = completion_metrics(completions, scores, right_from=0.5)
+    assert {name: total.shape for name, (total, _) in pairs.items()} == dict.fromkeys(pairs, (2,))
+    found = {name: float(total.sum() / count.sum()) for name, (total, count) in pairs.items()}
+    assert found == pytest.approx(
+        {
+            "reward": 3.8 / 6, "reward/exact": 3.8 / 6, "avg@3": 4 / 6, "pass@2": (2 / 3 + 1) / 2, "pass@3": 1.0,
+            "length": 15 / 6, "truncated": 1 / 6,
+        }
+    )  # fmt: skip
+    assert completion_metrics([], Scores(torch.zeros(0), {}, ()), right_from=0.5)["avg@1"][0].shape == (0,)
