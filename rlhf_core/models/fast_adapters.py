@@ -20,7 +20,7 @@ from torch import Tensor, nn
 _QUANTISED = {("peft.tuners.lora.bnb", "Linear4bit"), ("peft.tuners.lora.bnb", "Linear8bitLt")}
 """Classes of LoRA layers with a forward pass of their own that computes what peft's plain one does."""
 _UPDATE = "_rlhf_low_rank_update"
-"""Attribute of a LoRA layer with its `_Update`, which stays, so that a captured CUDA graph finds its tensors where they were."""
+"""Attribute of a LoRA layer with its `LowRankUpdate`. It stays: a captured CUDA graph finds its tensors where they were."""
 
 
 @contextlib.contextmanager
@@ -47,7 +47,7 @@ class FusedAdapters:
     def _begin(self) -> None:
         for layer, active in self._layers:
             if _UPDATE not in layer.__dict__:
-                layer.__dict__[_UPDATE] = _Update(layer)
+                layer.__dict__[_UPDATE] = LowRankUpdate(layer)
             layer.__dict__[_UPDATE].begin(active, self._watch)
         for update in self._updates:
             update.leave_idle_group()
@@ -55,7 +55,7 @@ class FusedAdapters:
             update.group.refresh()
 
     @property
-    def _updates(self) -> list[_Update]:
+    def _updates(self) -> list[LowRankUpdate]:
         return [layer.__dict__[_UPDATE] for layer, _ in self._layers]
 
     @contextlib.contextmanager
@@ -108,6 +108,18 @@ def _plain_adapters(layer: Any) -> list[str]:
     return active
 
 
+def update_of(layer: nn.Module) -> LowRankUpdate | None:
+    """Return a LoRA layer's fused update, in use or not; None where it never had one."""
+    update: LowRankUpdate | None = layer.__dict__.get(_UPDATE)
+    return update
+
+
+def update_in_place(layer: nn.Module) -> LowRankUpdate | None:
+    """Return the fused update that a LoRA layer runs with at the moment; None where it runs as it always does."""
+    update = update_of(layer)
+    return update if update is not None and layer.__dict__.get("forward") == update.forward else None
+
+
 class _Watch:
     """Which tensor was given to the LoRA layer that ran last: layers that are given the same one form a group."""
 
@@ -119,7 +131,7 @@ class _Watch:
 class _Group:
     """LoRA layers that read the same input, and so share the first product of their updates."""
 
-    def __init__(self, member: _Update) -> None:
+    def __init__(self, member: LowRankUpdate) -> None:
         self.members = [member]
         self._downs: dict[torch.dtype, Tensor] = {}
         self._input: Tensor | None = None
@@ -150,9 +162,9 @@ class _Group:
         """Release the last input."""
         self._input, self._products = None, {}
 
-    def product(self, member: _Update, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def product(self, member: LowRankUpdate, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Return a member's x · Aᵀ (N, K) for an input (..., I), computed once for all members."""
-        version = _version(x)
+        version = tensor_version(x)
         if x is self._input and dtype is self._dtype and version == self._version and member.first in self._products:
             return self._products[member.first]
         if dtype not in self._downs:
@@ -179,24 +191,26 @@ class _Group:
             kept.copy_(wanted)
 
 
-class _Update:
+class LowRankUpdate:
     """The update of one LoRA layer by its active adapters."""
 
     def __init__(self, layer: Any) -> None:
         self._layer, self._ordinary = layer, type(layer).forward
         self.group, self.first, self.rank = _Group(self), 0, 0
         self.downs: list[Tensor] = []
+        """First matrix of each adapter, (K, I)."""
         self._ups: dict[torch.dtype, Tensor] = {}
-        self._scaled: list[tuple[Tensor, float]] = []
+        self.scaled: list[tuple[Tensor, float]] = []
+        """Second matrix of each adapter, (O, K), and the factor of its product."""
 
     def begin(self, active: list[str], watch: _Watch) -> None:
         """Take these adapters' weights from now on."""
         layer = self._layer
         # Looked up once: a module looks its submodules up slowly, and one token passes hundreds of layers.
-        self._base = layer.base_layer
-        self._is_plain = type(self._base) is nn.Linear
+        self.base = layer.base_layer
+        self._is_plain = type(self.base) is nn.Linear
         self.downs = [layer.lora_A[name].weight.detach() for name in active]  # (K, I) each
-        self._scaled = [(layer.lora_B[name].weight.detach(), layer.scaling[name]) for name in active]  # (O, K) each
+        self.scaled = [(layer.lora_B[name].weight.detach(), layer.scaling[name]) for name in active]  # (O, K) each
         self.rank, self.watch = sum(len(down) for down in self.downs), watch
 
     def leave_idle_group(self) -> None:
@@ -207,7 +221,7 @@ class _Update:
     def end(self) -> None:
         """Release what is only read inside the context."""
         self.group.forget()
-        self.downs, self._scaled = [], []
+        self.downs, self.scaled = [], []
 
     def refresh(self) -> None:
         """Copy the adapters' second matrices, scaled, to where they are read."""
@@ -215,7 +229,7 @@ class _Update:
             self._fill(dtype)
 
     def _fill(self, dtype: torch.dtype) -> Tensor:
-        wanted = torch.cat([weight.t() * scale for weight, scale in self._scaled])  # (K, O)
+        wanted = torch.cat([weight.t() * scale for weight, scale in self.scaled])  # (K, O)
         kept = self._ups.get(dtype)
         if kept is None or kept.shape != wanted.shape:
             kept = self._ups[dtype] = wanted.to(dtype, copy=True).contiguous()
@@ -227,7 +241,7 @@ class _Update:
         """Return the layer's output (..., O) for an input (..., I)."""
         if args or kwargs or torch.is_grad_enabled():
             return self._ordinary(self._layer, x, *args, **kwargs)
-        output: Tensor = self._base(x)
+        output: Tensor = self.base(x)
         watch = self.watch
         if watch.input is not x or watch.group is not self.group:
             self._join(x)
@@ -250,6 +264,6 @@ class _Update:
         watch.input, watch.group = x, self.group
 
 
-def _version(x: Tensor) -> float:
+def tensor_version(x: Tensor) -> float:
     """Return how often a tensor was changed in place; not a number, which equals none, of one that doesn't count it."""
     return float("nan") if x.is_inference() else x._version

@@ -4,9 +4,11 @@ Weights are packed once, where oneDNN would bring them into its own order in eac
 as q, k and v, are one product, and their input is cast once. For float32, PyTorch on x86 calls MKL, which needs twice oneDNN's
 time on processors of another maker. Whether packed products are faster at all is measured.
 
+Where layers have LoRA adapters, all first matrices of a group are one product more, and all second ones another.
+
 Packed weights are a copy, made from the layers' own when tokens are drawn, and thrown away as soon as those change.
 
-Axes: N tokens, I inputs, O outputs.
+Axes: N tokens, I inputs, O outputs, K rank.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
+
+from rlhf_core.models.fast_adapters import LowRankUpdate, tensor_version, update_in_place, update_of
 
 MARGIN = 0.95
 """Packed products are used where they need at most this share of the time of PyTorch's."""
@@ -48,31 +52,38 @@ class FastLinears:
         """Layers that were called once, in that order, those together that were given the same input, with their dtype."""
         self._last: Tensor | None = None
         """The input of the last group."""
+        self._bases: set[nn.Module] = set()
+        """Layers that run within LoRA layers."""
         self._pack = False
         self._left = 0
         """Bytes that further packed weights may take."""
 
     @contextlib.contextmanager
     def running(self, *, pack: bool) -> Iterator[None]:
-        """Run the layers fast inside the context.
+        """Run the layers fast inside the context; LoRA layers whose updates are fused around it, too.
 
         Args:
             pack: whether so many passes follow that it pays to pack weights, which takes as long as a few passes. Weights that
                 are packed already are used in either case.
         """
-        layers: list[Any] = [module for module in self._network.modules() if _is_plain(module)]
+        modules: list[Any] = list(self._network.modules())
+        updates = {module: update for module in modules if (update := _packable_update(module)) is not None}
+        self._bases = {update.base for update in updates.values()}
         if any(product.is_stale() for product in set(self._products.values())):
             self.release()
         self._pack = pack
         if pack and not self._products:
             self._left = int(MEMORY_SHARE * psutil.virtual_memory().available)
-        for layer in layers:
+        plain = [module for module in modules if _is_plain(module)]
+        for layer in (*plain, *updates):
             layer.forward = functools.partial(self._forward, layer)
         try:
             yield
         finally:
-            for layer in layers:
+            for layer in plain:
                 del layer.forward
+            for layer, update in updates.items():
+                layer.forward = update.forward
             self._groups, self._last = [], None
             for product in self._products.values():
                 product.forget()
@@ -81,14 +92,14 @@ class FastLinears:
         """Free packed weights."""
         self._products.clear()
 
-    def _forward(self, layer: Any, x: Tensor) -> Tensor:
+    def _forward(self, layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        if torch.is_grad_enabled() or not x.numel() or not _is_faster(dtype, torch.get_num_threads()):
-            return _plain(layer, x)
+        if torch.is_grad_enabled() or not x.numel() or args or kwargs or not _is_faster(dtype, torch.get_num_threads()):
+            return _plain(layer, x, *args, **kwargs)
         product = self._products.get(layer)
         if product is not None and product.dtype == dtype:
             return product.of(layer, x)
-        if self._pack:
+        if self._pack and layer not in self._bases:
             self._note(layer, x, dtype)
         if dtype == torch.float32 and type(layer) is nn.Linear and layer.weight.dtype == dtype:
             return _onednn(x, layer.weight, layer.bias)
@@ -107,7 +118,7 @@ class FastLinears:
             self._last = x
 
     def _pack_group(self, group: list[Any], dtype: torch.dtype) -> None:
-        size = sum(layer.weight.numel() for layer in group) * dtype.itemsize
+        size = sum(_base(layer).weight.numel() for layer in group) * dtype.itemsize
         if size <= self._left:
             self._left -= size
             self._products.update(dict.fromkeys(group, _Product(group, dtype, self._split)))
@@ -130,34 +141,58 @@ class _Product:
 
     def __init__(self, layers: Sequence[nn.Module], dtype: torch.dtype, split: Callable[[_Product], None]) -> None:
         self.layers, self.dtype, self._split = list(layers), dtype, split
-        matrices = [_matrix(layer).detach().to(dtype) for layer in layers]
-        biases: list[Any] = [layer.bias for layer in layers]
-        bias = None
-        if any(one is not None for one in biases):
-            bias = torch.cat([
-                one.new_zeros(len(one)) if b is None else b.detach() for one, b in zip(matrices, biases, strict=True)
-            ]).to(dtype)  # fmt: skip
-        self._bias = bias
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(torch.cat(matrices).contiguous(), ROWS)
-        self._widths = [len(one) for one in matrices]
         self._made_from = self._versions()
+        matrices = [_matrix(layer).detach().to(dtype) for layer in layers]
+        self._widths = [len(one) for one in matrices]
+        self._bias = self._biases()
+        self._weight = _reordered(torch.cat(matrices))
+        self._down, self._up = self._adapters()
         self._input: Tensor | None = None
-        self._version = 0
+        self._version = 0.0
         self._outputs: dict[nn.Module, Tensor] = {}
+
+    def _biases(self) -> Tensor | None:
+        biases: list[Any] = [_base(layer).bias for layer in self.layers]
+        if all(one is None for one in biases):
+            return None
+        whole = [torch.zeros(n) if b is None else b.detach() for n, b in zip(self._widths, biases, strict=True)]
+        return torch.cat([one.to(self.dtype) for one in whole])
+
+    def _adapters(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return the adapters' first matrices, packed, and their second ones, scaled, as the blocks of one (K, O)."""
+        downs: list[Tensor] = []
+        ups: list[Tensor] = []
+        for layer, width in zip(self.layers, self._widths, strict=True):
+            update = update_of(layer)
+            own = [] if update is None else [(up * scale).t() for up, scale in update.scaled]
+            downs += [] if update is None else update.downs
+            ups.append(torch.cat(own) if own else torch.zeros(0, width))
+        if not downs:
+            return None, None
+        return _reordered(torch.cat(downs).to(self.dtype)), torch.block_diag(*ups).to(self.dtype)
 
     def of(self, layer: nn.Module, x: Tensor) -> Tensor:
         """Return a layer's output (…, O) for an input (…, I)."""
         if len(self.layers) == 1:
-            return _onednn(x.to(self.dtype), self._weight, self._bias)
-        if x is self._input and self._version == x._version and layer in self._outputs:
+            return self._compute(x)
+        version = tensor_version(x)
+        if x is self._input and version == self._version and layer in self._outputs:
             return self._outputs.pop(layer)
         if self._outputs:
             self._outputs.clear()
             self._split(self)
-        found = _onednn(x.to(self.dtype), self._weight, self._bias)
-        self._input, self._version = x, x._version
+        found = self._compute(x)
+        self._input, self._version = x, version
         self._outputs = dict(zip(self.layers, found.split(self._widths, dim=-1), strict=True))
         return self._outputs.pop(layer)
+
+    def _compute(self, x: Tensor) -> Tensor:
+        """Return (…, O) all layers' outputs, side by side."""
+        x = x.to(self.dtype)
+        found = _onednn(x, self._weight, self._bias)
+        if self._down is not None and self._up is not None:
+            found.view(-1, found.shape[-1]).addmm_(_onednn(x, self._down).view(-1, len(self._up)), self._up)
+        return found
 
     def forget(self) -> None:
         """Release the last input and outputs."""
@@ -169,18 +204,22 @@ class _Product:
         return self._made_from != self._versions()
 
     def _versions(self) -> list[Any]:
-        tensors: list[Any] = [tensor for layer in self.layers for tensor in (layer.weight, layer.bias)]
-        return [
-            None if t is None else (id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors
-        ]  # fmt: skip
+        found: list[Any] = []
+        for layer in self.layers:
+            base, update = _base(layer), update_of(layer)
+            found += [_state(base.weight), _state(base.bias)]
+            if update is not None:
+                # These tensors are made for each call, of parameters that stay.
+                found += [(_state(up)[1:], scale) for up, scale in update.scaled]
+                found += [_state(down)[1:] for down in update.downs]
+        return found
 
 
 def packed(weight: Tensor) -> Tensor:
     """Return a weight (O, I) as `product` reads it fastest: packed where that is faster, else as it is."""
     if weight.device.type != "cpu" or not _is_faster(weight.dtype, torch.get_num_threads()):
         return weight
-    found: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
-    return found
+    return _reordered(weight)
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
@@ -196,14 +235,40 @@ def _is_plain(module: Any) -> bool:
     return weight.device.type == "cpu" and weight.is_floating_point() and weight.is_contiguous() and weight.numel() > 0
 
 
+def _packable_update(module: Any) -> LowRankUpdate | None:
+    """Return a LoRA layer's fused update where its base is a plain layer; None for any other module."""
+    update = update_in_place(module)
+    return update if update is not None and type(update.base) is nn.Linear and _is_plain(update.base) else None
+
+
+def _base(layer: Any) -> Any:
+    """Return the layer with the weight: itself, or the base of a LoRA layer."""
+    return layer if type(layer) in (nn.Linear, Conv1D) else layer.base_layer
+
+
 def _matrix(layer: Any) -> Tensor:
-    """Return a layer's weight as (O, I)."""
-    weight: Tensor = layer.weight
-    return weight.t() if type(layer) is Conv1D else weight
+    """Return a layer's weight as (O, I), without its adapters."""
+    base = _base(layer)
+    weight: Tensor = base.weight
+    return weight.t() if type(base) is Conv1D else weight
 
 
-def _plain(layer: Any, x: Tensor) -> Tensor:
-    found: Tensor = type(layer).forward(layer, x)
+def _plain(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    update = update_of(layer)
+    found: Tensor = (
+        type(layer).forward(layer, x, *args, **kwargs) if update is None else update.forward(x, *args, **kwargs)
+    )
+    return found
+
+
+def _state(tensor: Tensor | None) -> Any:
+    """Return what differs once a tensor was replaced or changed in place."""
+    return None if tensor is None else (id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
+
+
+def _reordered(weight: Tensor) -> Tensor:
+    """Return a weight (O, I) in the order in which oneDNN reads it."""
+    found: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS)
     return found
 
 
@@ -226,7 +291,7 @@ def _is_faster(dtype: torch.dtype, threads: int) -> bool:
     x, weight = (torch.randn(rows, 768, generator=generator).to(dtype) for rows in (ROWS, 1536))
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            reordered = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
+            reordered = _reordered(weight)
             expected = x.double() @ weight.double().T
             difference = float((_onednn(x, reordered).double() - expected).norm() / expected.norm())
             return difference < (1e-5 if dtype == torch.float32 else 1e-2) and _seconds(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rlhf_core.models import fast_linears
 from rlhf_core.models.fast_adapters import fast_adapters
 from rlhf_core.testing.tiny import tiny_model
 
@@ -59,6 +60,41 @@ def gap(model: Any, fused: int) -> float:
 )
 def test_logits_are_those_of_the_ordinary_forward_pass(options: dict[str, Any]) -> None:
     assert gap(adapted(**options), 4 if "target_modules" in options else LAYERS) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("options", [{}, {"target_modules": ["q_proj", "v_proj"]}], ids=["every layer", "some layers"])
+def test_adapters_packed_with_their_weights(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], dtype: torch.dtype, limit: float
+) -> None:
+    monkeypatch.setattr(fast_linears, "MARGIN", float("inf"))
+    fast_linears._is_faster.cache_clear()
+    model = adapted(name="second", **options)
+    model.base_model.set_adapter(["default", "second"])
+    fast = fast_linears.FastLinears(model)
+
+    def difference() -> float:
+        # A context each time: autocast keeps its copies of weights as long as one lasts.
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            expected = model(IDS).logits.float()
+            with fast_adapters(model), fast.running(pack=True):
+                found = [model(IDS).logits.float() for _ in range(3)]
+        return max(float((each - expected).norm() / expected.norm()) for each in found)
+
+    before = bits(model)
+    assert difference() < limit
+    layers = dict(fast._products)
+    assert layers and difference() < limit
+    assert fast._products == layers and all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    next(p for name, p in model.named_parameters() if "lora_B" in name).mul_(-3)
+    assert difference() < limit
+    model.base_model.set_adapter("second")
+    assert difference() < limit
+    with model.disable_adapter():
+        assert difference() < limit
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    fast_linears._is_faster.cache_clear()
 
 
 def test_several_active_adapters_add_up() -> None:

@@ -106,6 +106,16 @@ def test_an_input_that_was_changed_in_place_is_read_again() -> None:
     assert (q - layers.q(x / 2)).abs().max() < 1e-5
 
 
+def test_inference_mode_counts_no_changes_and_shares_nothing() -> None:
+    layers = Layers()
+    fast = FastLinears(layers)
+    with torch.inference_mode(), fast.running(pack=True):
+        x = torch.randn(3, 24)
+        found = [layers(x) for _ in range(3)]
+    assert shared(fast) == 0
+    assert all((each - layers(x)).abs().max() < 1e-5 for each in found)
+
+
 @torch.no_grad()
 def test_nothing_is_packed_where_memory_is_short_or_few_passes_follow(monkeypatch: pytest.MonkeyPatch) -> None:
     layers, x = Layers(), torch.randn(3, 24)
