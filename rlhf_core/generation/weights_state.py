@@ -13,13 +13,17 @@ SAMPLES = 64
 
 
 def weight_versions(model: nn.Module) -> Any:
-    """Return what differs once a weight was replaced or changed in place, but for changes behind PyTorch's back (`.data`)."""
-    return [
+    """Return what differs once a weight was replaced or changed in place, or an adapter switched on or off.
+
+    It misses changes behind PyTorch's back (`.data`).
+    """
+    versions = [
         (id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
         for module in model.modules()
         for tensor in (*module._parameters.values(), *module._buffers.values())
         if tensor is not None and tensor.device.type != "meta"
     ]
+    return versions, _adapters(model)
 
 
 @torch.no_grad()
@@ -40,7 +44,7 @@ def weights_state(model: nn.Module) -> Any:
         by_device.setdefault(number.device, []).append(number)
     # As bits: a sum that isn't a number equals itself, too.
     sums = [torch.stack(numbers).view(torch.int64).tolist() for numbers in by_device.values()]
-    return weight_versions(model), sums, _adapters(model)
+    return weight_versions(model), sums
 
 
 def _adapters(model: nn.Module) -> list[Any]:
@@ -49,5 +53,5 @@ def _adapters(model: nn.Module) -> list[Any]:
     return [
         (layer.disable_adapters, list(layer.active_adapters), list(layer.merged_adapters), dict(layer.scaling))
         for layer in layers
-        if hasattr(layer, "disable_adapters") and hasattr(layer, "scaling")
+        if "scaling" in layer.__dict__ and hasattr(layer, "disable_adapters")
     ]

@@ -200,6 +200,7 @@ class LowRankUpdate:
         self.downs: list[Tensor] = []
         """First matrix of each adapter, (K, I)."""
         self._ups: dict[torch.dtype, Tensor] = {}
+        self._switches: tuple[Any, ...] = ()
         self.scaled: list[tuple[Tensor, float]] = []
         """Second matrix of each adapter, (O, K), and the factor of its product."""
 
@@ -212,6 +213,11 @@ class LowRankUpdate:
         self.downs = [layer.lora_A[name].weight.detach() for name in active]  # (K, I) each
         self.scaled = [(layer.lora_B[name].weight.detach(), layer.scaling[name]) for name in active]  # (O, K) each
         self.rank, self.watch = sum(len(down) for down in self.downs), watch
+        self._switches = _switches(layer)
+
+    def is_current(self) -> bool:
+        """Tell whether the adapters taken are still those that are on; somebody else may switch them meanwhile."""
+        return self._switches == _switches(self._layer)
 
     def leave_idle_group(self) -> None:
         """Begin a group of its own where a member of the present one has no adapter in this context, or left it before."""
@@ -239,7 +245,7 @@ class LowRankUpdate:
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the layer's output (..., O) for an input (..., I)."""
-        if args or kwargs or torch.is_grad_enabled():
+        if args or kwargs or torch.is_grad_enabled() or not self.is_current():
             return self._ordinary(self._layer, x, *args, **kwargs)
         output: Tensor = self.base(x)
         watch = self.watch
@@ -262,6 +268,12 @@ class LowRankUpdate:
         if watch.input is x and watch.group is not None and watch.group is not self.group:
             watch.group.absorb(self.group)
         watch.input, watch.group = x, self.group
+
+
+def _switches(layer: Any) -> tuple[Any, ...]:
+    """Return which of a LoRA layer's adapters are on, in an instant: its attributes, without the properties around them."""
+    active = layer._active_adapter
+    return layer._disable_adapters, (active if isinstance(active, str) else tuple(active)), tuple(layer.merged_adapters)
 
 
 def tensor_version(x: Tensor) -> float:

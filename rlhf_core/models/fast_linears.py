@@ -68,7 +68,8 @@ class FastLinears:
         """
         modules: list[Any] = list(self._network.modules())
         updates = {module: update for module in modules if (update := _packable_update(module)) is not None}
-        self._bases = {update.base for update in updates.values()}
+        before = self._bases, self._pack, self._groups, self._last  # of a context around this one
+        self._bases, self._groups, self._last = {update.base for update in updates.values()}, [], None
         if any(product.is_stale() for product in set(self._products.values())):
             self.release()
         self._pack = pack
@@ -84,7 +85,7 @@ class FastLinears:
                 del layer.forward
             for layer, update in updates.items():
                 layer.forward = update.forward
-            self._groups, self._last = [], None
+            self._bases, self._pack, self._groups, self._last = before
             for product in self._products.values():
                 product.forget()
 
@@ -98,7 +99,8 @@ class FastLinears:
             return _plain(layer, x, *args, **kwargs)
         product = self._products.get(layer)
         if product is not None and product.dtype == dtype:
-            return product.of(layer, x)
+            update = update_of(layer)
+            return product.of(layer, x) if update is None or update.is_current() else _plain(layer, x)
         if self._pack and layer not in self._bases:
             self._note(layer, x, dtype)
         if dtype == torch.float32 and type(layer) is nn.Linear and layer.weight.dtype == dtype:
@@ -141,8 +143,9 @@ class _Product:
 
     def __init__(self, layers: Sequence[nn.Module], dtype: torch.dtype, split: Callable[[_Product], None]) -> None:
         self.layers, self.dtype, self._split = list(layers), dtype, split
+        self._bases = [_base(layer) for layer in layers]
         self._made_from = self._versions()
-        matrices = [_matrix(layer).detach().to(dtype) for layer in layers]
+        matrices = [_matrix(base).detach().to(dtype) for base in self._bases]
         self._widths = [len(one) for one in matrices]
         self._bias = self._biases()
         self._weight = _reordered(torch.cat(matrices))
@@ -152,7 +155,7 @@ class _Product:
         self._outputs: dict[nn.Module, Tensor] = {}
 
     def _biases(self) -> Tensor | None:
-        biases: list[Any] = [_base(layer).bias for layer in self.layers]
+        biases: list[Any] = [base.bias for base in self._bases]
         if all(one is None for one in biases):
             return None
         whole = [torch.zeros(n) if b is None else b.detach() for n, b in zip(self._widths, biases, strict=True)]
@@ -205,9 +208,9 @@ class _Product:
 
     def _versions(self) -> list[Any]:
         found: list[Any] = []
-        for layer in self.layers:
-            base, update = _base(layer), update_of(layer)
-            found += [_state(base.weight), _state(base.bias)]
+        for layer, base in zip(self.layers, self._bases, strict=True):
+            update = update_of(layer)
+            found += [type(base), _state(base.weight), _state(base.bias)]
             if update is not None:
                 # These tensors are made for each call, of parameters that stay.
                 found += [(_state(up)[1:], scale) for up, scale in update.scaled]
@@ -236,9 +239,12 @@ def _is_plain(module: Any) -> bool:
 
 
 def _packable_update(module: Any) -> LowRankUpdate | None:
-    """Return a LoRA layer's fused update where its base is a plain layer; None for any other module."""
+    """Return a LoRA layer's fused update where its base does nothing but a plain layer's work; None for any other module."""
     update = update_in_place(module)
-    return update if update is not None and type(update.base) is nn.Linear and _is_plain(update.base) else None
+    if update is None or type(update.base) is not nn.Linear or not _is_plain(update.base):
+        return None
+    # The base itself isn't called where its weight is packed.
+    return None if update.base._forward_hooks or update.base._forward_pre_hooks else update
 
 
 def _base(layer: Any) -> Any:
@@ -246,9 +252,8 @@ def _base(layer: Any) -> Any:
     return layer if type(layer) in (nn.Linear, Conv1D) else layer.base_layer
 
 
-def _matrix(layer: Any) -> Tensor:
-    """Return a layer's weight as (O, I), without its adapters."""
-    base = _base(layer)
+def _matrix(base: Any) -> Tensor:
+    """Return a layer's weight as (O, I)."""
     weight: Tensor = base.weight
     return weight.t() if type(base) is Conv1D else weight
 

@@ -514,6 +514,15 @@ def test_weights_that_change_between_pieces_end_a_stream() -> None:
     assert held(engine) == 0
 
 
+def test_an_adapter_that_is_switched_off_between_pieces_ends_a_stream() -> None:
+    policy = made("tiny").set_options(lora=LoraConfig(rank=4))
+    engine = Engine(policy)
+    stream = engine.stream(prompt_batch(policy, ["a"]), OPEN, seed=1)
+    next(stream)
+    with policy.adapter_off(), pytest.raises(ConfigError, match="changed while a completion was being drawn"):
+        next(stream)
+
+
 def test_there_is_room_for_sequences_of_which_nothing_was_kept() -> None:
     """Beside a prompt longer than the window, short ones are read by transformers' loop; later they are read whole."""
     windowed = PolicyModel(make_tiny("mistral", sliding_window=128), tiny_tokenizer())

@@ -97,6 +97,42 @@ def test_adapters_packed_with_their_weights(
     fast_linears._is_faster.cache_clear()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("pack", [False, True])
+def test_adapters_switched_by_somebody_else_meanwhile(monkeypatch: pytest.MonkeyPatch, pack: bool) -> None:
+    monkeypatch.setattr(fast_linears, "MARGIN", float("inf"))
+    fast_linears._is_faster.cache_clear()
+    model = adapted(name="second")
+    ordinary = model(IDS).logits
+    with model.disable_adapter():
+        without = model(IDS).logits
+    with fast_adapters(model), fast_linears.FastLinears(model).running(pack=pack):
+        for _ in range(3):
+            assert (model(IDS).logits - ordinary).abs().max() < 1e-5
+        with model.disable_adapter():
+            assert (model(IDS).logits - without).abs().max() < 1e-5
+        model.base_model.set_adapter("second")
+        second = model(IDS).logits
+    assert (model(IDS).logits - second).abs().max() < 1e-5
+    assert (second - ordinary).abs().max() > 1e-2
+    fast_linears._is_faster.cache_clear()
+
+
+@torch.no_grad()
+def test_hooks_of_the_layers_below_adapters_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast_linears, "MARGIN", float("inf"))
+    fast_linears._is_faster.cache_clear()
+    model = adapted()
+    bases = [module.base_layer for module in model.modules() if hasattr(module, "base_layer")]
+    bases[1].register_forward_hook(lambda module, arguments, output: output * 2)
+    bases[4].register_forward_pre_hook(lambda module, arguments: (arguments[0] + 1,))
+    expected = model(IDS).logits
+    with fast_adapters(model), fast_linears.FastLinears(model).running(pack=True):
+        for _ in range(3):
+            assert (model(IDS).logits - expected).abs().max() < 1e-5
+    fast_linears._is_faster.cache_clear()
+
+
 def test_several_active_adapters_add_up() -> None:
     model = adapted(name="second")
     model.base_model.set_adapter(["default", "second"])

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import psutil
 import pytest
 import torch
+import torch.nn.utils.parametrize
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -144,6 +145,38 @@ def test_gradients_and_other_dtypes_take_the_layers_own_way() -> None:
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.float16):
             assert layers.q(x).dtype == torch.float16
     assert layers.q.weight.grad is not None and layers.out.weight.grad is not None
+
+
+@torch.no_grad()
+def test_a_packed_layer_that_becomes_another_runs_as_that_one() -> None:
+    layers, x = Layers(), torch.randn(3, 24)
+    fast = FastLinears(layers)
+    with fast.running(pack=True):
+        layers(x), layers(x)
+
+    class Double(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight * 2
+
+    nn.utils.parametrize.register_parametrization(layers.k, "weight", Double())
+    expected = layers(x)
+    for _ in range(2):
+        with fast.running(pack=True):
+            assert all((layers(x) - expected).abs().max() < 1e-5 for _ in range(3))
+
+
+@torch.no_grad()
+def test_contexts_within_contexts() -> None:
+    layers, x = Layers(), torch.randn(3, 24)
+    fast, other = FastLinears(layers), FastLinears(layers)
+    expected = layers(x)
+    with fast.running(pack=True):
+        layers(x)
+        with fast.running(pack=False), other.running(pack=True):
+            assert all((layers(x) - expected).abs().max() < 1e-5 for _ in range(3))
+        assert all((layers(x) - expected).abs().max() < 1e-5 for _ in range(3))
+        assert shared(fast) == 2
+    assert all("forward" not in vars(layer) for layer in layers.modules())
 
 
 def test_layers_get_their_forward_back_after_an_error() -> None:
