@@ -223,7 +223,7 @@ def _print_group(console: Console, group: PromptSamples, steps: Sequence[int], f
     from rich.rule import Rule
     from rich.table import Table
 
-    from rlhf_core.training.sample_log import prompt_text
+    from rlhf_core.training.row_log import prompt_text
 
     first = group.rows[0]
     title = _text(f"{group.number}. {_NAMES[group.kind].format(row=first['row'])}", "bold")

@@ -140,12 +140,48 @@ class SamplesConfig(BaseConfig):
         return [value] if isinstance(value, str | Mapping) else value
 
 
+class RolloutsConfig(BaseConfig):
+    """What is kept of the rollouts of an online method in `rollouts.jsonl`, for `rlhf rollouts`."""
+
+    groups: int | None = Field(
+        8,
+        ge=0,
+        description="Groups (prompts with all of their completions) that are kept of each rollout, evenly spaced; larger keeps"
+        " more, 0 none, null all.",
+    )
+    megabytes: float = Field(
+        1000.0,
+        gt=0,
+        description="Largest size of the file; a rollout that doesn't fit any more isn't kept. Larger keeps more.",
+    )
+    whole: bool = Field(
+        False,
+        description="Keep every group, with tokens and log-probabilities, so that another run can `replay` it: about 25 bytes"
+        " per token more. False keeps texts and figures of some groups.",
+    )
+    show: int = Field(
+        50,
+        ge=0,
+        description="Steps between tables of a few completions on the console, the first after the first rollout; larger shows"
+        " fewer, 0 none.",
+    )
+
+    @model_validator(mode="after")
+    def _whole_keeps_every_group(self) -> RolloutsConfig:
+        if self.whole and self.groups is not None and "groups" in self.model_fields_set:
+            raise ValueError("`whole` keeps every group: leave `groups` out")
+        return self
+
+
 class LoggingConfig(BaseConfig):
     """What is reported while training. `metrics.jsonl` is always written, one row per step."""
 
     every: int = Field(1, ge=1, description="Steps between lines on the console; larger prints less.")
     samples: SamplesConfig = Field(
         default_factory=SamplesConfig, description="What the model says while it trains, for `rlhf samples`."
+    )
+    rollouts: RolloutsConfig = Field(
+        default_factory=RolloutsConfig, description="What an online method was trained on, for `rlhf rollouts`."
     )
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
         default_factory=list,

@@ -13,6 +13,7 @@ from rlhf_core.config.training import LoggingConfig
 from rlhf_core.infra.files import append_lines, as_json_value, fsync_file, replace_file, storage_errors
 from rlhf_core.infra.progress import StepBar
 from rlhf_core.training.phases import SECONDS, SPEED, Phases
+from rlhf_core.training.rollout_log import RolloutLog
 from rlhf_core.training.sample_log import SampleLog
 from rlhf_core.training.trackers import Trackers
 
@@ -41,8 +42,8 @@ def is_timing(name: str) -> bool:
 class TrainingLogger:
     """Writes a run's logs into its directory, and shows them on the console and in trackers.
 
-    The logs are `metrics.jsonl` (a row per step), `samples.jsonl` (what the model says, see `sample_log`) and `events.jsonl`
-    (append-only).
+    The logs are `metrics.jsonl` (a row per step), `samples.jsonl` (what the model says, see `sample_log`), `rollouts.jsonl` (what
+    an online method trains on, see `rollout_log`) and `events.jsonl` (append-only).
 
     Args:
         directory: the run directory; None writes no file.
@@ -77,6 +78,7 @@ class TrainingLogger:
         self.phases = Phases(self._progress.show_phase)
         """The phases of the run's steps, whose shares of the time are shown."""
         self.samples = SampleLog(self.directory, self.config.samples, self._trackers)
+        self.rollouts = RolloutLog(self.directory, self.config.rollouts, self.event)
 
     def metrics(self, row: Mapping[str, Any]) -> None:
         """Write a step's row, and show it. Values that aren't finite are written as null, since JSON has no name for them."""
@@ -107,6 +109,7 @@ class TrainingLogger:
             last_row: the row of its step, which is written again where it is damaged.
         """
         self.samples.rewind(step, evaluated=evaluated, sampled=sampled)
+        self.rollouts.rewind(step)
         lost = self.rewind(step)
         if lost[-1:] == [step]:
             self.amend(last_row)
@@ -154,7 +157,8 @@ class TrainingLogger:
         if path is not None and path.exists():
             with storage_errors(path):
                 fsync_file(path)
-        self.samples.flush()
+        self.samples.file.flush()
+        self.rollouts.file.flush()
 
     def close(self) -> None:
         """Remove the progress bar and finish the trackers."""

@@ -77,8 +77,6 @@ class TrainingLoop:
                 self._skip(window)
             else:
                 self._finish_step(step, rate, result, time.perf_counter() - began, first=first)
-                if first:
-                    run.context.rollout.take()
             if window.last:
                 self._evaluations.catch_up()
                 run.fixed_prompts.catch_up()
@@ -132,6 +130,8 @@ class TrainingLoop:
         logged = with_deviations(quotients(sum_pairs(self._distribution, run.context.logged())))
         gaps = result.responses.get(GAP, {}) if first else {}
         run.context.rollout.note_gaps(gaps)
+        if first and run.context.rollout.used:
+            self._keep_rollout(step - 1)
         logged |= gap_metrics(self._distribution.gather(list(gaps.values())))
         metrics = {**logged, **result.metrics}
         run.kl_budget.check(metrics)
@@ -152,6 +152,13 @@ class TrainingLoop:
         self._refuse_equal_rewards(row)
         if run.kl_budget.spent(row) and not run.inside_rollout:
             run.kl_budget.report(row, run.logger.event)
+
+    def _keep_rollout(self, step: int) -> None:
+        """Write the rollout that was drawn after `step`, with those before it that made no step."""
+        rollouts, taken = self._run.logger.rollouts, self._run.context.rollout.take()
+        if rollouts.wanted:
+            parts = self._distribution.gather(rollouts.chosen(taken, step))
+            self._distribution.on_main(lambda: rollouts.write(parts, step))
 
     def _refuse_equal_rewards(self, row: Mapping[str, Any]) -> None:
         """Warn at the first rollout in whose groups all rewards are equal; refuse `max_idle_batches` of them in a row."""

@@ -39,6 +39,10 @@ class RolloutRecord:
 
     def __init__(self) -> None:
         self.completions: list[RecordedCompletion] = []
+        self.used = False
+        """Whether anything was ever generated in training; the same on all processes."""
+        self._last: list[RecordedCompletion] = []
+        """Those of the rollout before."""
         self._numbers: dict[tuple[int, int], int] = {}
         """(place of the prompt, index of the completion) → its number."""
 
@@ -50,6 +54,7 @@ class RolloutRecord:
         scores: Scores | None,
     ) -> None:
         """Add the completions of a batch's prompts, with their scores where they have some."""
+        self.used = True
         numbers = [(prompt, index) for prompt, group in enumerate(completions) for index in range(len(group))]
         for at, (prompt, index) in enumerate(numbers):
             place = _place(batch, prompt)
@@ -89,7 +94,7 @@ class RolloutRecord:
     def rewards_shown(self, most: int = 3) -> str:
         """Return the rewards of the first groups as text, such as `row 7: digits 0, 0; row 9: digits 1, 1`."""
         groups: dict[int, list[RecordedCompletion]] = {}
-        for one in self.completions:
+        for one in self.completions or self._last:
             groups.setdefault(one.place, []).append(one)
         shown = []
         for group in list(groups.values())[:most]:
@@ -104,8 +109,8 @@ class RolloutRecord:
 
     def take(self) -> list[RecordedCompletion]:
         """Return the completions and forget them."""
-        taken, self.completions, self._numbers = self.completions, [], {}
-        return taken
+        self._last, self.completions, self._numbers = self.completions, [], {}
+        return self._last
 
 
 def _place(batch: Batch, prompt: int) -> int:

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.infra.files import append_lines, as_json_value, fsync_file, replace_file, storage_errors
+from rlhf_core.infra.files import replace_file, storage_errors
+from rlhf_core.training.row_log import RowLog, encoded, shortened
 
 if TYPE_CHECKING:
     from rlhf_core.config.training import SamplesConfig
@@ -25,9 +26,6 @@ NAME = "samples.jsonl"
 KINDS = ("prompt", "evaluation", "rollout")
 """What a completion is of: a fixed prompt of `logging.samples.prompts`, a held-out row, or a row that is trained on."""
 
-_LONGEST = 10_000
-"""Characters of a text that a row holds at most."""
-
 
 def prompt_sample(step: int, number: int, sample: int, prompt: Any, completion: Completion) -> dict[str, Any]:
     """Return the row of a completion of the fixed prompt `number`."""
@@ -36,8 +34,8 @@ def prompt_sample(step: int, number: int, sample: int, prompt: Any, completion: 
         "kind": "prompt",
         "row": number,
         "sample": sample,
-        "prompt": _shortened(prompt),
-        "completion": _shortened(completion.text),
+        "prompt": shortened(prompt),
+        "completion": shortened(completion.text),
         "stop_reason": completion.stop_reason,
         "tokens": len(completion.ids),
     }
@@ -53,7 +51,7 @@ class SampleLog:
     """
 
     def __init__(self, directory: Path | None, config: SamplesConfig, trackers: Trackers) -> None:
-        self.path = directory / NAME if directory is not None else None
+        self.file = RowLog(directory / NAME if directory is not None else None)
         self._config, self._trackers = config, trackers
         self._kept: tuple[tuple[int, str] | None, int] = (None, 0)
         """The rollout or evaluation that samples were kept of last, as (step, kind), and how many."""
@@ -73,7 +71,7 @@ class SampleLog:
         kind = "evaluation" if evaluating else "rollout"
         kept = self._kept[1] if self._kept[0] == (step, kind) else 0
         room = min(self._config.rollouts - kept, len(samples))
-        if room <= 0 or (self.path is None and not self._trackers.running):
+        if room <= 0 or (self.file.path is None and not self._trackers.running):
             return
         first_of_group: dict[int, int] = {}
         for number, sample in enumerate(samples):
@@ -82,7 +80,7 @@ class SampleLog:
         for number in (place * len(samples) // room for place in range(room)):
             sample = samples[number]
             row = {"step": step, "kind": kind, "row": rows[number], "sample": number - first_of_group[sample.group]}
-            row |= {"prompt": _shortened(sample.prompt), "completion": _shortened(sample.completion)}
+            row |= {"prompt": shortened(sample.prompt), "completion": shortened(sample.completion)}
             row |= {"stop_reason": sample.stop_reason, "tokens": len(sample.completion_ids)}
             row |= {"reward": float(scores.total[number])}
             row |= {"rewards": {name: values[number] for name, values in scores.by_name.items()}}
@@ -109,26 +107,19 @@ class SampleLog:
             step: the checkpoint's step; rollouts before it stay.
             evaluated: the step of its last evaluation. sampled: the last step at which the fixed prompts were completed.
         """
-        if self.path is None or not self.path.exists():
+        path = self.file.path
+        if path is None or not path.exists():
             return
         last = {"rollout": step - 1} | {
             kind: -1 if until is None else until for kind, until in (("evaluation", evaluated), ("prompt", sampled))
         }
-        with storage_errors(self.path):
-            lines = self.path.read_bytes().splitlines(keepends=True)
+        lines = self.file.lines()
         rows = [(_row_of(line) if line.endswith(b"\n") else None, line) for line in lines]
         kept = [line for row, line in rows if row is not None and row["step"] <= last[row["kind"]]]
-        replace_file(self.path, b"".join(kept))
-
-    def flush(self) -> None:
-        """Flush the rows written so far to the disk."""
-        if self.path is not None and self.path.exists():
-            with storage_errors(self.path):
-                fsync_file(self.path)
+        replace_file(path, b"".join(kept))
 
     def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        if self.path is not None:
-            append_lines(self.path, [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows])
+        self.file.append([encoded(row) for row in rows])
 
 
 def read_samples(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
@@ -145,16 +136,6 @@ def read_samples(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     return [row for row in found if row is not None], [n for n, row in enumerate(found, 1) if row is None]
 
 
-def prompt_text(prompt: Any) -> str:
-    """Return a prompt as text, a chat's messages under each other with their roles."""
-    if isinstance(prompt, str):
-        return prompt
-    turns = [turn if isinstance(turn, Mapping) else {"content": turn} for turn in prompt or ()]
-    return "\n".join(
-        f"{turn.get('role', turn.get('from', ''))}: {turn.get('content', turn.get('value'))}" for turn in turns
-    )
-
-
 def _row_of(line: bytes) -> dict[str, Any] | None:
     """Return the row on a line; None where it isn't whole, or is none of this file's."""
     try:
@@ -163,14 +144,3 @@ def _row_of(line: bytes) -> dict[str, Any] | None:
         return row if whole and type(row["row"]) is int and "prompt" in row else None
     except (ValueError, LookupError, TypeError, RecursionError):
         return None
-
-
-def _shortened(value: Any) -> Any:
-    """Return a text, or the texts of a chat, with the first `_LONGEST` characters of each, as JSON values."""
-    if isinstance(value, str):
-        return value if len(value) <= _LONGEST else f"{value[:_LONGEST]} … [{len(value) - _LONGEST} characters more]"
-    if isinstance(value, Mapping):
-        return {str(name): _shortened(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_shortened(item) for item in value]
-    return as_json_value(value)

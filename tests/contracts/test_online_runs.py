@@ -552,3 +552,76 @@ def test_an_evaluation_draws_several_completions_and_estimates_pass_at_k(tmp_pat
     assert all(found[f"eval_{name}_se"] >= 0 and f"eval_{name}" in found for name in names)
     with pytest.raises(ConfigError, match="all alike"):
         trainer(eval_samples=2, eval_temperature=0.0)
+
+
+# rollouts.jsonl
+
+
+def rollouts_of(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "rollouts.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("options", [{}, DYNAMIC], ids=["plain", "dynamic"])
+def test_completions_are_kept_by_group_with_what_they_were_trained_with(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    run = trainer(tmp_path, **options, logging={"progress": False, "rollouts": {"groups": None}})
+    run.train()
+    found = rollouts_of(tmp_path)
+    data = {number: row["prompt"] for number, row in enumerate(rows())}
+    for step, first in ((0, 0), (4, 4)):
+        mine = [row for row in found if row["step"] == step]
+        assert len({(row["place"], row["sample"]) for row in mine}) == len(mine) >= 32 and len(mine) % 4 == 0
+        trained = {row["place"] for row in mine if row["advantage"] is not None}
+        windows = [window.batch for _, window in run.made[first : first + 2]]
+        assert trained == {place for batch in windows for place in batch.places}
+        for batch in windows:
+            for number, owner in enumerate(batch.owner.tolist()):
+                (row,) = [
+                    row for row in mine if row["place"] == batch.places[owner] and row["sample"] == number - 4 * owner
+                ]
+                assert (
+                    row["advantage"] == float(batch["advantages"][number])
+                    and row["tokens"] == batch.response_lengths[number]
+                )
+                assert row["reward"] == float(batch["rewards"][number]) and row["row"] == batch.rows[owner]
+                # Only the first of two minibatches was updated by the policy that drew it.
+                assert (row["logprob_gap"] is not None) == (batch is windows[0] and row["tokens"] > 0)
+        assert all(data[row["row"]] == row["prompt"] for row in mine)
+        assert all(row["logprob_gap"] is None or 0 <= row["logprob_gap"] < 1e-4 for row in mine)
+        assert all(row["stop_reason"] in ("end", "length") for row in mine)
+
+
+def test_how_much_of_rollouts_is_kept_is_bounded_and_some_are_shown(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="rlhf_core"):
+        options: dict[str, Any] = {"progress": False, "rollouts": {"groups": 3}}
+        trainer(tmp_path / "few", max_steps=8, logging=options).train()
+    found = rollouts_of(tmp_path / "few")
+    assert [row["step"] for row in found] == [0] * 12 + [4] * 12 and len({row["place"] for row in found}) == 6
+    assert caplog.text.count("some completions of the rollout") == 1 and "prompt → completion" in caplog.text
+    size = (tmp_path / "few" / "rollouts.jsonl").stat().st_size
+    options["rollouts"] = {"groups": 3, "megabytes": size * 0.75 / 1e6}
+    trainer(tmp_path / "full", max_steps=8, logging=options).train()
+    assert {row["step"] for row in rollouts_of(tmp_path / "full")} == {0} and "aren't kept" in caplog.text
+    trainer(tmp_path / "none", max_steps=4, logging={"progress": False, "rollouts": {"groups": 0}}).train()
+    assert not (tmp_path / "none" / "rollouts.jsonl").exists()
+    with pytest.raises(ConfigError, match="`whole` keeps every group"):
+        trainer(logging={"rollouts": {"groups": 3, "whole": True}})
+
+
+def test_a_resumed_run_continues_its_rollouts_without_double_rows(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"max_steps": 16, "checkpoint": {"every": 4}}
+    trainer(tmp_path / "whole", **options).train()
+    broken = trainer(tmp_path / "broken", **options)
+    broken.fail_at = 10
+    with pytest.raises(Broken):
+        broken.train()
+    path = tmp_path / "broken" / "rollouts.jsonl"
+    assert rollouts_of(tmp_path / "broken")[-1]["step"] == 8
+    with path.open("a") as file:
+        file.write('{"step": 8, "ro')  # a kill in the middle of a line
+    trainer(tmp_path / "broken", **options).train(resume=True)
+    assert path.read_text() == (tmp_path / "whole" / "rollouts.jsonl").read_text()
+    assert {row["step"] for row in rollouts_of(tmp_path / "broken")} == {0, 4, 8, 12}
