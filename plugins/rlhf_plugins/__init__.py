@@ -56,6 +56,8 @@ if TYPE_CHECKING:
     from rlhf_plugins.samplers.generate import GenerateSampler as GenerateSampler
     from rlhf_plugins.trainers.cpo import CPOConfig as CPOConfig
     from rlhf_plugins.trainers.cpo import CPOTrainer as CPOTrainer
+    from rlhf_plugins.trainers.distill import DistillationConfig as DistillationConfig
+    from rlhf_plugins.trainers.distill import DistillationTrainer as DistillationTrainer
     from rlhf_plugins.trainers.dpo import DPOConfig as DPOConfig
     from rlhf_plugins.trainers.dpo import DPOTrainer as DPOTrainer
     from rlhf_plugins.trainers.grpo import GRPOConfig as GRPOConfig
@@ -106,6 +108,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_plugins.rewards.reward_model": "RewardModelReward RewardModelRewardConfig",
         "rlhf_plugins.samplers.generate": "GenerateConfig GenerateSampler",
         "rlhf_plugins.trainers.cpo": "CPOConfig CPOTrainer",
+        "rlhf_plugins.trainers.distill": "DistillationConfig DistillationTrainer",
         "rlhf_plugins.trainers.dpo": "DPOConfig DPOTrainer",
         "rlhf_plugins.trainers.grpo": "GRPOConfig GRPOTrainer",
         "rlhf_plugins.trainers.kto": "KTOConfig KTOTrainer",

@@ -151,7 +151,7 @@ def _describe(job: TrainingJob, *, resume: bool, overwrite: bool) -> None:
             name, times = str(path), "" if weight == 1 else f", weight {weight:g}"
             check_paths(name)
             read_as = _read_as(name, job)
-            lines.append(f"{key}: {_place(name)} (record type `{job.method.record}`{read_as}{times})")
+            lines.append(f"{key}: {_place(name)} (record type `{job.method.record_type(job.options)}`{read_as}{times})")
     if prompts := open_fixed_prompts(job.trainer()):
         lines.append(f"logging.samples: {len(prompts)} prompts, completed at the start, under way and at the end")
     output = Path(str(job.run.output))
@@ -171,8 +171,8 @@ def _read_as(name: str, job: TrainingJob) -> str:
 
     if not Path(name).expanduser().is_file():
         return ""
-    options = job.options.dataset
-    checker = RowChecker(job.method.record, options.columns, format=options.format, ignored=options.ignore_columns)
+    options, record = job.options.dataset, job.method.record_type(job.options)
+    checker = RowChecker(record, options.columns, format=options.format, ignored=options.ignore_columns)
     read_as = checker.check(next(open_source(name).rows())).read_as
     return "" if read_as is None else f", read as {read_as}"
 

@@ -390,7 +390,10 @@ class TrainerConfig(BaseConfig):
         ge=1,
         description="Steps between evaluations; larger evaluates less often, null evaluates only at the end.",
     )
-    lora: LoraConfig | None = Field(None, description="Train low-rank adapters; null trains every weight.")
+    lora: LoraConfig | None = Field(
+        None,
+        description="Train low-rank adapters, at about ten times the learning rate of every weight; null trains every weight.",
+    )
     adapter: Literal["continue", "fold"] = Field(
         "continue",
         description="Where `model` is an adapter: `continue` trains and saves that adapter, its base as it is; `fold` merges it"

@@ -145,6 +145,11 @@ class Trainer(ABC, Generic[ConfigT]):
     def policy(self) -> PolicyModel:
         return self.models["policy"]  # type: ignore[return-value]
 
+    @classmethod
+    def record_type(cls, config: ConfigT) -> str:
+        """Return the record type of a run's rows. The default is `record`; override it where options choose another."""
+        return cls.record
+
     def inspect(self, data: EncodedData) -> None:
         """Check data against the built models, before anything is computed; raise `DataError` where the method can't use them.
 

@@ -143,7 +143,7 @@ class LossChecks(TrainerSetup):
     @after(TERMS)
     def test_first_loss_is_the_known_one(self) -> None:
         """The loss before the first step is `first_loss`; SFT's isn't a multiple of the negative log-likelihood."""
-        imitates = self.subject().record == "sft" and self.first_loss is None
+        imitates = self.record_type == "sft" and self.first_loss is None
         if self.first_loss is None and not imitates:
             raise SkipTest("set `first_loss` to the loss before the first step, where it is known, such as ln 2")
         bench = self.bench(moved=False, script=self.script)

@@ -153,7 +153,7 @@ class RunChecks(TrainerSetup):
             )
         require(
             after_it > before,
-            f"training makes it worse: {QUALITIES[self.subject().record]} {before:.4f} before and {after_it:.4f} after 20 steps"
+            f"training makes it worse: {QUALITIES[self.record_type]} {before:.4f} before and {after_it:.4f} after 20 steps"
             " on the same rows; the loss has the wrong sign",
         )
         return None
@@ -166,7 +166,7 @@ class RunChecks(TrainerSetup):
         between better and worse responses in log-probability or in the reward model's score.
         """
         scores = self.response_scores(trainer, batch)
-        record = self.subject().record
+        record = self.record_type
         if scores is None:
             return None
         if record == "sft":

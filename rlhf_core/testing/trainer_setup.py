@@ -83,9 +83,15 @@ class TrainerSetup(MethodContract):
             _end_often(model)
         return PolicyModel(model, tiny_tokenizer())
 
+    @property
+    def record_type(self) -> str:
+        """The record type of the method's rows under the contract's options."""
+        cls = self.subject()
+        return cls.record_type(cls.Config.parse(self.options, place=f"{type(self).__name__}.options"))
+
     def rows(self) -> list[dict[str, Any]]:
         """Return about 20 rows of the method's record type, of unequal lengths."""
-        record = self.subject().record
+        record = self.record_type
         short, long = (ArithmeticTask(terms=terms).rows(record, 10, seed=terms) for terms in (2, 4))
         return list(chain.from_iterable(zip(short, long, strict=True)))
 
@@ -103,7 +109,7 @@ class TrainerSetup(MethodContract):
     @property
     def offline(self) -> bool:
         """Whether the responses come from the data, so that `experience` is the same for any layout of the rows."""
-        return bool(RECORDS[self.subject().record].responses)
+        return bool(RECORDS[self.record_type].responses)
 
     def build(
         self,
@@ -131,7 +137,7 @@ class TrainerSetup(MethodContract):
             "max_length": 256,
             "logging": {"progress": False},
         }
-        if issubclass(kind.Config, OnlineConfig):
+        if issubclass(kind.Config, OnlineConfig) and not self.offline:
             values = {**values, "generation": {"max_new_tokens": 8}, "group_size": 4}
         for over in (self.options, *changes):
             values = overlay(values, over)

@@ -231,12 +231,25 @@ class Loader:
         ours, theirs = self.main_model.tokenizer, model.tokenizer
         if ours is theirs or ours.get_vocab() == theirs.get_vocab():
             return
+        main = getattr(self.main_model, "source", "the model")
         raise ModelError(
             f"the `{role}` has another vocabulary than the model that is trained",
             place=str(getattr(model, "source", role)),
-            got=f"{len(theirs)} tokens for {len(ours)}" if len(theirs) != len(ours) else "other tokens, as many",
-            fix="use a model of the same tokenizer",
+            got=_vocabulary_difference(theirs.get_vocab(), ours.get_vocab(), f"in {main}"),
+            fix="use two models of the same tokenizer",
         )
+
+
+def _vocabulary_difference(found: Mapping[str, int], expected: Mapping[str, int], where: str) -> str:
+    """Return in words how many tokens two different vocabularies have, and the first id that means another token in each.
+
+    Args:
+        where: words for whose vocabulary the expected one is.
+    """
+    tokens, wanted = ({number: token for token, number in vocabulary.items()} for vocabulary in (found, expected))
+    first = min(number for number in tokens.keys() | wanted.keys() if tokens.get(number) != wanted.get(number))
+    one, other = (repr(table[first]) if first in table else "no token" for table in (tokens, wanted))
+    return f"{len(found):,} tokens, {len(expected):,} {where}; id {first} is {one}, {other} {where}"
 
 
 def _new_head(kind: type[nn.Module]) -> dict[str, Any]:

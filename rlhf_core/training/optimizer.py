@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from rlhf_core.config.training import TrainerConfig
 from rlhf_core.infra.errors import ConfigError, ModelError
+
+log = logging.getLogger(__name__)
 
 _FACTOR = "learning_rate_factor"
 """The key of a parameter group that holds its role's multiple of the run's learning rate."""
@@ -107,6 +110,38 @@ def create_optimizer(
         eps=options.epsilon,
         fused=fused,
     )
+
+
+LORA_RATE_FACTOR = 10
+"""Best learning rate of LoRA adapters as a multiple of that of every weight (Schulman et al. 2025, "LoRA Without Regret")."""
+
+
+def warn_of_rate_for_every_weight(
+    names: Iterable[str], config: TrainerConfig, factors: Mapping[str, float] | None = None
+) -> None:
+    """Warn where adapters are trained at a learning rate that fits training every weight, at which they learn little.
+
+    A method's default rate is one for every weight. A rate nearer to it than to ten times as much, on a scale of factors, counts.
+
+    Args:
+        names: of the trained parameters; each begins with its role.
+        config: gives the learning rate, and by its class the method's default.
+        factors: learning rates by role as multiples of that rate; 1 where a role isn't named.
+    """
+    fields = type(config).model_fields
+    default = fields["learning_rate"].default
+    if fields["lora"].default is not None:  # the default rate is one for adapters
+        return
+    for role in sorted({name.partition(".")[0] for name in names if ".lora_" in name}):
+        rate = config.learning_rate * (factors or {}).get(role, 1.0)
+        if rate < default * math.sqrt(LORA_RATE_FACTOR):
+            log.warning(
+                "learning_rate: %g fits training every weight, and the `%s` trains LoRA adapters, which learn little at it; about"
+                " ten times the rate of every weight is usual: %g",
+                rate,
+                role,
+                default * LORA_RATE_FACTOR,
+            )
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -28,7 +28,7 @@ from rlhf_core.training.fixed_prompts import FixedPrompts
 from rlhf_core.training.logger import TrainingLogger
 from rlhf_core.training.loop import TrainingLoop
 from rlhf_core.training.loss_scale import LossScale
-from rlhf_core.training.optimizer import Schedule
+from rlhf_core.training.optimizer import Schedule, warn_of_rate_for_every_weight
 from rlhf_core.training.run_data import open_stream
 from rlhf_core.training.run_directory import RunDirectory
 from rlhf_core.training.run_record import check_changes, record_data, record_failure, record_inputs, resolved_options
@@ -145,6 +145,8 @@ class Run:
         )
         self._require_disk_space()
         self.optimizer = setup.make_optimizer()
+        if not self.directory.continued:
+            warn_of_rate_for_every_weight(setup.parameters, setup.config, setup.loader.factors)
         self.loss_scale = LossScale(enabled=setup.config.precision == "fp16")
         self.evaluations = EvaluationSchedule(self)
         self.kl_budget = KLBudget.create(setup.config)

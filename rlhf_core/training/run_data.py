@@ -28,10 +28,11 @@ def open_data(trainer: Trainer[Any], tokenizer: Any) -> tuple[EncodedData, Encod
         ConfigError: the held-out rows are the split that is trained on.
     """
     held_out = _eval_config(trainer) if trainer.eval_data is not None else None
-    dataset = open_dataset(trainer.data, trainer.record, tokenizer, config=trainer.config)
+    record = trainer.record_type(trainer.config)
+    dataset = open_dataset(trainer.data, record, tokenizer, config=trainer.config)
     if held_out is None:
         return dataset, None
-    return dataset, open_dataset(trainer.eval_data, trainer.record, tokenizer, config=held_out)
+    return dataset, open_dataset(trainer.eval_data, record, tokenizer, config=held_out)
 
 
 def keep_encoding(trainer: Trainer, dataset: EncodedData) -> None:

@@ -184,7 +184,7 @@ def test_a_teacher_of_another_tokenizer_is_refused(paths: dict[str, Path], tmp_p
     line = fault(trainer_of(paths, teacher=str(tmp_path / "other")), ModelError)
     assert (
         "the `teacher` has another vocabulary" in line
-        and "264 tokens for 263" in line
+        and "264 tokens, 263 in" in line
         and str(tmp_path / "other") in line
     )
 
