@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rlhf_core.cli import INTERRUPTED, author, chat, doctor, merge, methods, sample, samples, score, train
+from rlhf_core.cli import INTERRUPTED, author, chat, doctor, merge, methods, rollouts, sample, samples, score, train
 from rlhf_core.infra.version import __version__
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ train.add_to(app)
 chat.add_to(app)
 sample.add_to(app)
 samples.add_to(app)
+rollouts.add_to(app)
 merge.add_to(app)
 author.add_to(app)
 score.add_to(app)

@@ -6,14 +6,14 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rlhf_core.cli.printing import encodable, print_json, print_warning
+from rlhf_core.cli.printing import print_json
 from rlhf_core.cli.quick_imports import quick_imports
-from rlhf_core.infra.errors import ConfigError, StorageError, did_you_mean, printable
+from rlhf_core.cli.run_texts import clipped, length_and_end, require_run, styled, terminal, warn_of_damage
+from rlhf_core.infra.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,12 +24,6 @@ COLUMN = 36
 _PROMPT_LINES, _LINES = 6, 12
 """Most lines that are shown of a prompt and of a completion, unless one prompt is asked for."""
 _NAMES = {"prompt": "fixed prompt", "evaluation": "held-out row {row}", "rollout": "rollout of row {row}"}
-_ENDS = {
-    "end": "ended",
-    "length": "cut off by the limit",
-    "stop": "ended by a stop string",
-    "rule": "stopped by a rule",
-}
 
 _Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory; the run may be in progress.")]
 _Prompt = Annotated[
@@ -99,16 +93,11 @@ def _rows(run: Path) -> list[dict[str, Any]]:
         StorageError: it is no run's directory, or the file can't be read.
         ConfigError: the run has no samples.
     """
-    from rlhf_core.training.run_directory import is_run
     from rlhf_core.training.sample_log import NAME, read_samples
 
-    if not run.is_dir() or not is_run(run):
-        what = "is not a run's directory" if run.is_dir() else "is a file" if run.exists() else "no such directory"
-        raise StorageError(what, place=str(run), fix=_near(run))
+    require_run(run)
     rows, damaged = read_samples(run / NAME) if (run / NAME).exists() else ([], [])
-    if damaged:
-        shown = ", ".join(map(str, damaged[:8])) + (" …" if len(damaged) > 8 else "")
-        print_warning(f"{run / NAME}: damaged and left out: line{'s' * (len(damaged) > 1)} {shown}")
+    warn_of_damage(run / NAME, damaged)
     if not rows:
         raise ConfigError(
             "the run has no samples",
@@ -117,16 +106,6 @@ def _rows(run: Path) -> list[dict[str, Any]]:
             " file of rows), also where the run is resumed",
         )
     return rows
-
-
-def _near(path: Path) -> str | None:
-    """Return a hint for a path that is no run's directory: the runs in it or beside it, or the one that it is in."""
-    inside = [parent for parent in path.absolute().parents if (parent / "run.json").is_file()][:1]
-    if inside and path.exists():
-        return f"give the run's directory, {inside[0]}"
-    folder = path if path.is_dir() else path.parent
-    runs = [str(found.parent) for found in sorted(folder.glob("*/run.json"))[:50]] if folder.is_dir() else []
-    return did_you_mean(str(path), runs) if runs else "give the directory that a run was started with as `--output`"
 
 
 def _grouped(rows: Sequence[dict[str, Any]]) -> list[PromptSamples]:
@@ -186,9 +165,7 @@ def _print(
         whole: show whole texts, however long.
         spread: show only as many steps as fit side by side, and of the rollouts the newest.
     """
-    from rich.console import Console
-
-    console = Console(width=get_terminal_size().columns, highlight=False, markup=False, emoji=False, soft_wrap=False)
+    console = terminal()
     fitting = max(1, console.width // COLUMN)
     rollouts = [group for group in chosen if group.kind == "rollout"]
     newest = max((step for group in rollouts for step in group.steps), default=None)
@@ -202,9 +179,9 @@ def _print(
         _print_group(console, group, steps, fitting, whole=whole)
     every = sorted({row["step"] for group in everything for row in group.rows})
     known = ", ".join(map(str, _spread(every, 8)))
-    console.print(_text(f"{run}: {len(everything)} prompts; steps {known}{' …' if len(every) > 8 else ''}", "dim"))
+    console.print(styled(f"{run}: {len(everything)} prompts; steps {known}{' …' if len(every) > 8 else ''}", "dim"))
     if left_out:
-        console.print(_text("More: --prompt K (one prompt at every step, whole), --step S, --last, --json", "dim"))
+        console.print(styled("More: --prompt K (one prompt at every step, whole), --step S, --last, --json", "dim"))
 
 
 def _spread(steps: Sequence[int], most: int) -> list[int]:
@@ -226,9 +203,9 @@ def _print_group(console: Console, group: PromptSamples, steps: Sequence[int], f
     from rlhf_core.training.row_log import prompt_text
 
     first = group.rows[0]
-    title = _text(f"{group.number}. {_NAMES[group.kind].format(row=first['row'])}", "bold")
+    title = styled(f"{group.number}. {_NAMES[group.kind].format(row=first['row'])}", "bold")
     console.print(Rule(title, align="left", style="dim", characters="-" if console.options.ascii_only else "─"))
-    asked = _clipped(
+    asked = clipped(
         console, prompt_text(first["prompt"]).strip("\n"), console.width - 2, None if whole else _PROMPT_LINES
     )
     console.print(Padding(asked, (0, 0, 0, 2)))
@@ -238,20 +215,20 @@ def _print_group(console: Console, group: PromptSamples, steps: Sequence[int], f
         width = (console.width - 3 * columns - 1) // columns
         table = Table(box=box.ASCII if console.options.ascii_only else box.ROUNDED, padding=(0, 1), show_lines=True)
         for step in band:
-            table.add_column(_text(f"step {step}", "bold"), width=width, overflow="fold")
+            table.add_column(styled(f"step {step}", "bold"), width=width, overflow="fold")
         completions = [group.of(step) for step in band]
         for number in range(max(map(len, completions))):
             cells = [of[number] if number < len(of) else None for of in completions]
-            table.add_row(*(_cell(console, row, width, whole=whole) if row else _text("") for row in cells))
+            table.add_row(*(_cell(console, row, width, whole=whole) if row else styled("") for row in cells))
         console.print(table)
 
 
 def _cell(console: Console, row: dict[str, Any], width: int, *, whole: bool) -> Text:
     """Return a completion with its scores and why it ended."""
-    text = _clipped(console, row["completion"], width, None if whole else _LINES)
+    text = clipped(console, row["completion"], width, None if whole else _LINES)
     if not row["completion"]:
-        text = _text("(empty)", "dim italic")
-    return text.append("\n").append_text(_text("\n".join(_facts(row)), "dim"))
+        text = styled("(empty)", "dim italic")
+    return text.append("\n").append_text(styled("\n".join(_facts(row)), "dim"))
 
 
 def _facts(row: dict[str, Any]) -> Iterator[str]:
@@ -259,26 +236,4 @@ def _facts(row: dict[str, Any]) -> Iterator[str]:
     if isinstance(row.get("reward"), int | float):
         parts = [f"{name} {value:.3g}" for name, value in row.get("rewards", {}).items()]
         yield f"reward {row['reward']:.3g}" + (f" ({', '.join(parts)})" if len(parts) > 1 else "")
-    tokens = f"{row['tokens']} token{'s' * (row['tokens'] != 1)}" if isinstance(row.get("tokens"), int) else ""
-    reason = str(row.get("stop_reason", ""))
-    yield ", ".join(filter(None, [tokens, _ENDS.get(reason, reason)]))
-
-
-def _clipped(console: Console, text: str, width: int, most: int | None) -> Text:
-    """Return a text wrapped to a width, with at most so many lines."""
-    lines = list(_text(text).wrap(console, max(width, 1)))
-    made = _text("")
-    for number, line in enumerate(lines[:most]):
-        line.rstrip()
-        made.append("\n" if number else "").append_text(line)
-    if most is not None and len(lines) > most:
-        more = len(lines) - most
-        made.append("\n").append_text(_text(f"… {more} more line{'s' * (more > 1)}", "dim"))
-    return made
-
-
-def _text(text: str, style: str = "") -> Text:
-    """Return text that a terminal shows and doesn't act upon."""
-    from rich.text import Text
-
-    return Text(encodable(printable(text, lines=True)), style=style)
+    yield length_and_end(row)

@@ -12,17 +12,18 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from rlhf_core.config.training import RolloutsConfig
 from rlhf_core.contracts.completion import Completion
 from rlhf_core.infra.files import replace_file, storage_errors
-from rlhf_core.training.rollout_record import RecordedCompletion
 from rlhf_core.training.row_log import RowLog, encoded, prompt_text, shortened
+
+if TYPE_CHECKING:
+    from rlhf_core.config.training import RolloutsConfig
+    from rlhf_core.training.rollout_record import RecordedCompletion
 
 log = logging.getLogger(__name__)
 
@@ -177,6 +178,8 @@ def rollout_table(rows: Sequence[dict[str, Any]], width: int = 100) -> str:
 
 def pack(completion: Completion) -> dict[str, Any]:
     """Return what a batch holds of a completion, exactly, as JSON values; numbers per token as base64 of little-endian ones."""
+    import numpy as np
+
     packed: dict[str, Any] = {
         name: base64.b64encode(np.asarray(getattr(completion, name), dtype=kind).tobytes()).decode()
         for name, kind in _FIELDS.items()
@@ -187,6 +190,8 @@ def pack(completion: Completion) -> dict[str, Any]:
 
 def unpack(row: Mapping[str, Any]) -> Completion:
     """Return the completion of a row that `pack` made."""
+    import numpy as np
+
     drawn = row["drawn"]
     numbers = {
         name: np.frombuffer(base64.b64decode(drawn[name]), dtype=kind).tolist() for name, kind in _FIELDS.items()
@@ -211,7 +216,7 @@ def _row_of(line: bytes) -> dict[str, Any] | None:
 
 
 def _finite(value: float | None) -> float | None:
-    return value if value is not None and np.isfinite(value) else None
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _number(value: float | None) -> str:

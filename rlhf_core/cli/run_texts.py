@@ -1,0 +1,87 @@
+"""What the commands share that show texts of a run: finding its file, and texts that fit a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from shutil import get_terminal_size
+from typing import TYPE_CHECKING, Any
+
+from rlhf_core.cli.printing import encodable, print_warning
+from rlhf_core.infra.errors import StorageError, did_you_mean, printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+ENDS = {
+    "end": "ended",
+    "length": "cut off by the limit",
+    "stop": "ended by a stop string",
+    "rule": "stopped by a rule",
+}
+"""Stop reason → how it is said."""
+
+
+def require_run(run: Path) -> None:
+    """Refuse what is no run's directory, with a hint at one nearby.
+
+    Raises:
+        StorageError: says what it is.
+    """
+    from rlhf_core.training.run_directory import is_run
+
+    if not run.is_dir() or not is_run(run):
+        what = "is not a run's directory" if run.is_dir() else "is a file" if run.exists() else "no such directory"
+        raise StorageError(what, place=str(run), fix=_near(run))
+
+
+def warn_of_damage(path: Path, damaged: Sequence[int]) -> None:
+    """Warn of lines of a file that were left out, by their numbers."""
+    if damaged:
+        shown = ", ".join(map(str, damaged[:8])) + (" …" if len(damaged) > 8 else "")
+        print_warning(f"{path}: damaged and left out: line{'s' * (len(damaged) > 1)} {shown}")
+
+
+def terminal() -> Console:
+    """Return a console on stdout as wide as the terminal, which changes no text."""
+    from rich.console import Console
+
+    return Console(width=get_terminal_size().columns, highlight=False, markup=False, emoji=False, soft_wrap=False)
+
+
+def length_and_end(row: dict[str, Any]) -> str:
+    """Return a completion's tokens and why it ended, as text."""
+    tokens = f"{row['tokens']} token{'s' * (row['tokens'] != 1)}" if isinstance(row.get("tokens"), int) else ""
+    reason = str(row.get("stop_reason", ""))
+    return ", ".join(filter(None, [tokens, ENDS.get(reason, reason)]))
+
+
+def clipped(console: Console, text: str, width: int, most: int | None) -> Text:
+    """Return a text wrapped to a width, with at most so many lines."""
+    lines = list(styled(text).wrap(console, max(width, 1)))
+    made = styled("")
+    for number, line in enumerate(lines[:most]):
+        line.rstrip()
+        made.append("\n" if number else "").append_text(line)
+    if most is not None and len(lines) > most:
+        more = len(lines) - most
+        made.append("\n").append_text(styled(f"… {more} more line{'s' * (more > 1)}", "dim"))
+    return made
+
+
+def styled(text: str, style: str = "") -> Text:
+    """Return text that a terminal shows and doesn't act upon."""
+    from rich.text import Text
+
+    return Text(encodable(printable(text, lines=True)), style=style)
+
+
+def _near(path: Path) -> str | None:
+    """Return a hint for a path that is no run's directory: the runs in it or beside it, or the one that it is in."""
+    inside = [parent for parent in path.absolute().parents if (parent / "run.json").is_file()][:1]
+    if inside and path.exists():
+        return f"give the run's directory, {inside[0]}"
+    folder = path if path.is_dir() else path.parent
+    runs = [str(found.parent) for found in sorted(folder.glob("*/run.json"))[:50]] if folder.is_dir() else []
+    return did_you_mean(str(path), runs) if runs else "give the directory that a run was started with as `--output`"
