@@ -89,6 +89,13 @@ class OnlineConfig(TrainerConfig):
         " before the first update; larger allows ratios that are further off. Null takes 0.001 in float32, 0.25 in bf16 and 0.1"
         " in fp16.",
     )
+    replay: str | None = Field(
+        None,
+        min_length=1,
+        description="Directory of a run with `logging.rollouts.whole`, whose rollouts are taken instead of drawing others: under"
+        " the same options every update is the same, under others (a loss, a learning rate) it shows what they change. Null draws"
+        " them.",
+    )
     kl_budget: float | None = Field(
         None,
         gt=0,

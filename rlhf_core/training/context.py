@@ -29,6 +29,7 @@ from rlhf_core.training.micro_batches import MicroBatches
 from rlhf_core.training.online_metrics import right_threshold, rollout_metrics
 from rlhf_core.training.phases import Phases
 from rlhf_core.training.reduction import Tally
+from rlhf_core.training.replay import SavedRollouts
 from rlhf_core.training.rollout_record import RolloutRecord
 
 
@@ -54,6 +55,8 @@ class RunContext:
     """Whether the rows are held out: they are scored, not trained on."""
     first_rollout: Callable[[RunContext, Batch, Sequence[Sequence[Completion]]], None] | None = None
     """Called with this context, prompts and completions after each generation in training: measures the engine's gap."""
+    replay: SavedRollouts | None = None
+    """Rollouts of another run, taken in training instead of drawing them."""
     phases: Phases = field(default_factory=Phases)
     """Times what the method does."""
     rollout: RolloutRecord = field(default_factory=RolloutRecord)
@@ -193,6 +196,10 @@ class RunContext:
         Raises:
             PluginError: as `score`.
         """
+        if self.replay is not None and self.replay.scored and not self.evaluating:
+            completions = self._drawn(batch, n, sampling)
+            scores = self.replay.scores(self.step, batch, n, self.rewards.names)
+            return completions, self._scored(batch, samples_of(batch, completions), completions, scores)
         ended: dict[int, dict[int, Completion]] = {}
         with self.rewards.scoring() as session:
 
@@ -219,7 +226,14 @@ class RunContext:
     ) -> list[list[Completion]]:
         """Return what the engine draws, as `engine.generate`; its time and tokens are those of the phase `rollout`."""
         with self.phase("rollout"):
-            completions = self.engine.generate(batch, n, sampling, finished=finished)
+            if self.replay is not None and not self.evaluating:
+                completions = self.replay.completions(self.step, batch, n)
+                if finished is not None:
+                    for prompt, group in enumerate(completions):
+                        for k, one in enumerate(group):
+                            finished(prompt, k, one)
+            else:
+                completions = self.engine.generate(batch, n, sampling, finished=finished)
             self.phases.add_tokens("rollout", sum(len(one.ids) for group in completions for one in group))
         if self.first_rollout is not None and not self.evaluating:
             self.first_rollout(self, batch, completions)

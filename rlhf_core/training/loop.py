@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlhf_core.contracts.trainer import Window
-from rlhf_core.infra.errors import NumbersError, PluginError
+from rlhf_core.infra.errors import ConfigError, NumbersError, PluginError
 from rlhf_core.infra.out_of_memory import try_to_fit
 from rlhf_core.training.logger import REQUIRED, TIMING
 from rlhf_core.training.online_metrics import GAP, gap_metrics, with_deviations
@@ -135,6 +135,12 @@ class TrainingLoop:
         logged |= gap_metrics(self._distribution.gather(list(gaps.values())))
         metrics = {**logged, **result.metrics}
         run.kl_budget.check(metrics)
+        if run.context.replay is not None and not run.context.replay.used:
+            raise ConfigError(
+                "nothing was replayed: the method doesn't generate by `run.generate` or `run.generate_and_score`",
+                place="replay",
+                fix="leave it out",
+            )
         if clash := {*REQUIRED, *TIMING} & metrics.keys() or logged.keys() & result.metrics.keys():
             raise PluginError(
                 f"a metric may not be named `{min(clash)}`, which is reported already", place=type(run.trainer).__name__

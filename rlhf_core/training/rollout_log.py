@@ -10,6 +10,7 @@ update; and, where rollouts are kept whole, `drawn`: what a replay needs.
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import logging
 import math
@@ -96,7 +97,7 @@ class RolloutLog:
         if path is None or not path.exists():
             return
         lines = self.file.lines()
-        rows = [(_row_of(line) if line.endswith(b"\n") else None, line) for line in lines]
+        rows = [(row_of(line) if line.endswith(b"\n") else None, line) for line in lines]
         replace_file(path, b"".join(line for row, line in rows if row is not None and row["step"] < step))
 
     def _spaced(self, places: Sequence[int]) -> list[int]:
@@ -115,7 +116,7 @@ class RolloutLog:
         row |= {"reward": one.reward, "rewards": one.rewards}
         row |= {"advantage": _finite(one.advantage), "logprob_gap": _finite(one.logprob_gap)}
         if self._config.whole:
-            row["drawn"] = pack(one.completion)
+            row["drawn"] = pack(one.completion) | {"prompt": prompt_hash(one.sample.prompt_ids)}
         return row
 
     def _has_room(self, size: int, step: int) -> bool:
@@ -146,7 +147,7 @@ def read_rollouts(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     """
     with storage_errors(path):
         lines = path.read_bytes().split(b"\n")[:-1]
-    found = [_row_of(line) for line in lines]
+    found = [row_of(line) for line in lines]
     return [row for row in found if row is not None], [n for n, row in enumerate(found, 1) if row is None]
 
 
@@ -205,7 +206,12 @@ def unpack(row: Mapping[str, Any]) -> Completion:
     )
 
 
-def _row_of(line: bytes) -> dict[str, Any] | None:
+def prompt_hash(ids: Sequence[int]) -> str:
+    """Return a hash of a prompt's token ids, by which a replay knows that it is the same."""
+    return hashlib.sha256(repr(list(ids)).encode()).hexdigest()[:16]
+
+
+def row_of(line: bytes) -> dict[str, Any] | None:
     """Return the row on a line; None where it isn't whole, or is none of this file's."""
     try:
         row = json.loads(line)

@@ -161,6 +161,7 @@ class Run:
             notify=self.hooks.emit,
             keep=self.logger.samples.scored,
             phases=self.logger.phases,
+            replay=setup.replay,
             first_rollout=FirstGap(setup.config, self.logger.event),
         )
         for name, pair in self.state.logged.items():

@@ -31,6 +31,7 @@ from rlhf_core.training.loader import Loader, in_float32
 from rlhf_core.training.loss_scale import LossScale
 from rlhf_core.training.micro_batches import MicroBatches
 from rlhf_core.training.optimizer import create_optimizer
+from rlhf_core.training.replay import open_replay
 from rlhf_core.training.roles import (
     check_built_models,
     check_declared_roles,
@@ -71,6 +72,8 @@ class RunSetup:
         check_config(trainer, distribution, devices)
         self.trainer, self.distribution, self.devices = trainer, distribution, devices
         self.rewards = _open_rewards(trainer)
+        self.replay = open_replay(trainer.config, self.rewards)
+        """The rollouts of another run, in place of those that the policy would draw."""
         self.prompts = open_fixed_prompts(trainer)
         """The fixed prompts of `logging.samples`."""
         self.micro_batches = MicroBatches(trainer.config, divide=trainer.splits_groups)

@@ -19,7 +19,8 @@ from torch import Tensor
 from rlhf_core import registry
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.contracts.reward import RewardFn, Sample
-from rlhf_core.infra.errors import ConfigError, NumbersError, PluginError, Stopped
+from rlhf_core.generation.engine import Engine
+from rlhf_core.infra.errors import ConfigError, NumbersError, PluginError, Stopped, StorageError
 from rlhf_core.infra.safetensors_file import read_tensors
 from rlhf_core.models import PolicyModel
 from rlhf_core.registry.hooks import hookimpl
@@ -625,3 +626,60 @@ def test_a_resumed_run_continues_its_rollouts_without_double_rows(tmp_path: Path
     trainer(tmp_path / "broken", **options).train(resume=True)
     assert path.read_text() == (tmp_path / "whole" / "rollouts.jsonl").read_text()
     assert {row["step"] for row in rollouts_of(tmp_path / "broken")} == {0, 4, 8, 12}
+
+
+# Replay
+
+WHOLE: dict[str, Any] = {"progress": False, "rollouts": {"whole": True}}
+
+
+@pytest.mark.parametrize("options", [KL, {**DYNAMIC, "generation": {"max_new_tokens": 8, "top_p": 0.9}}])
+def test_rollouts_that_were_kept_whole_give_the_same_updates_bit_for_bit(
+    tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = trainer(tmp_path / "first", **options, logging=WHOLE)
+    first.train()
+
+    def generate(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a replay draws nothing")
+
+    monkeypatch.setattr(Engine, "generate", generate)
+    again = trainer(tmp_path / "again", **options, logging=WHOLE, replay=str(tmp_path / "first"))
+    again.train()
+    assert {*weights_of(again)} == {*weights_of(first)}
+    assert all(torch.equal(value, weights_of(first)[name]) for name, value in weights_of(again).items())
+    assert metrics_of(tmp_path / "again") == metrics_of(tmp_path / "first")
+    assert (tmp_path / "again" / "rollouts.jsonl").read_bytes() == (tmp_path / "first" / "rollouts.jsonl").read_bytes()
+
+
+def test_a_replay_under_another_loss_takes_the_completions_and_other_rewards_score_them_again(tmp_path: Path) -> None:
+    trainer(tmp_path / "first", max_steps=4, logging=WHOLE).train()
+    # Without the second reward's weight.
+    trainer(
+        tmp_path / "other",
+        max_steps=4,
+        logging=WHOLE,
+        replay=str(tmp_path / "first"),
+        rewards=["online_rewards:digits"],
+    ).train()
+    before, now = rollouts_of(tmp_path / "first"), rollouts_of(tmp_path / "other")
+    assert [row["drawn"] for row in now] == [row["drawn"] for row in before]
+    assert [row["reward"] for row in now] == pytest.approx([row["rewards"]["digits"] for row in before])
+    assert all(row["rewards"].keys() == {"digits"} for row in now)
+
+
+def test_what_can_not_be_replayed_says_why(tmp_path: Path) -> None:
+    trainer(tmp_path / "some", max_steps=4).train()
+    with pytest.raises(ConfigError, match=r"kept no whole rollouts.*logging\.rollouts\.whole"):
+        trainer(replay=str(tmp_path / "some")).train()
+    with pytest.raises(StorageError, match="is not a run's directory"):
+        trainer(replay=str(tmp_path / "none")).train()
+    trainer(tmp_path / "first", max_steps=4, logging=WHOLE).train()
+    with pytest.raises(ConfigError, match=r"drawn in another way.*temperature"):
+        trainer(replay=str(tmp_path / "first"), generation={"max_new_tokens": 8, "temperature": 0.5}).train()
+    with pytest.raises(ConfigError, match=r"step 4, row \d+: the run kept no rollout to replay here"):
+        trainer(replay=str(tmp_path / "first"), max_steps=8).train()
+    with pytest.raises(ConfigError, match=r"completion 5 of 5 isn't there"):
+        trainer(replay=str(tmp_path / "first"), group_size=5, max_steps=4).train()
+    with pytest.raises(ConfigError, match=r"the prompt there has other tokens"):
+        trainer(replay=str(tmp_path / "first"), data=list(reversed(rows())), max_steps=4).train()
