@@ -77,7 +77,7 @@ def batch_norm(rewards: Tensor, groups: Tensor, *, epsilon: NonNegative = 1e-8) 
 def group_mean_batch_norm(rewards: Tensor, groups: Tensor, *, epsilon: NonNegative = 1e-8) -> Tensor:
     """Return r − mean(r) over the group, then normalised over the step: REINFORCE++ with baseline (arXiv 2501.03262, section
     3.2)."""
-    return batch_norm(group_mean(rewards, groups), groups, epsilon=epsilon)
+    return batch_norm(group_mean(rewards.double(), groups), groups, epsilon=epsilon).to(rewards.dtype)
 
 
 @ADVANTAGES.own

@@ -102,7 +102,7 @@ def sapo(terms: PolicyTerms, *, tau_positive: Above = 1.0, tau_negative: Above =
     Args:
         tau_positive, tau_negative: τ where A > 0, and elsewhere; larger closes the gate sooner.
     """
-    tau = torch.where(terms.advantages > 0, tau_positive, tau_negative)
+    tau = torch.full_like(terms.advantages, tau_negative).masked_fill(terms.advantages > 0, tau_positive)
     return torch.sigmoid(tau * (terms.ratio - 1)) * 4 / tau * terms.advantages
 
 

@@ -42,6 +42,8 @@ from rlhf_core.plugin import (
     TrainingStage,
     Window,
     clipped_tokens,
+    logprob_gaps,
+    online_metrics,
 )
 from rlhf_plugins.trainers.grpo_variants import VARIANTS, EqualGroups, KLPlace, Variant, VariantName
 
@@ -208,6 +210,11 @@ class GRPOConfig(OnlineConfig):
         return replace(VARIANTS[self.variant], **chosen)
 
     @property
+    def reads_reference(self) -> bool:
+        """Whether log-probabilities of the reference are needed: where the KL has a weight or a budget."""
+        return bool(self.row.kl_weight or self.kl_budget)
+
+    @property
     def shapings(self) -> tuple[str, ...]:
         return self.row.shaping
 
@@ -251,7 +258,7 @@ class GRPOTrainer(Trainer[GRPOConfig]):
 
     def build(self, loader: Loader) -> Mapping[str, Any]:
         policy: PolicyModel = loader.main()
-        if not self.config.row.kl_weight:
+        if not self.config.reads_reference:
             return {"policy": policy}
         return {"policy": policy, "reference": loader.reference(policy, self.config.reference)}
 
@@ -289,12 +296,14 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         differs = (grouped != grouped[:, :1]).any(dim=1).to(rollout.device)
         # Of the tempered distribution before top-p and top-k truncated it: what the ratio to the policy of now begins at 1 with.
         engine_logps = torch.where(mask, rollout["sampled_logps"] + rollout["kept_mass"].clamp(min=1e-30).log(), 0.0)
-        tokens = {"old_logps": engine_logps, "weight": rollout["kept_mass"]}
+        tokens = {"engine_logps": engine_logps, "old_logps": engine_logps, "weight": rollout["kept_mass"]}
         if row.correction != "none":
-            tokens["old_logps"] = run.forward(rollout, self.token_logps, axis="token")
+            with run.phase("correction", tokens=rollout.num_tokens):
+                tokens["old_logps"] = run.forward(rollout, self.token_logps, axis="token")
             tokens["weight"] = tokens["weight"] * self.parts["correction"](tokens["old_logps"], engine_logps, mask)
-        if row.kl_weight:
-            tokens["ref_logps"] = self.reference.token_logps(rollout, temperature=config.generation.temperature)
+        if config.reads_reference:
+            with run.phase("reference", tokens=rollout.num_tokens):
+                tokens["ref_logps"] = self.reference.token_logps(rollout, temperature=config.generation.temperature)
         rewards = self.shaped(rollout, scores, run)
         return rollout.attach(per_prompt={"differs": differs}, per_response={"rewards": rewards}, per_token=tokens)
 
@@ -318,7 +327,8 @@ class GRPOTrainer(Trainer[GRPOConfig]):
     def windows(self, rollout: Batch, run: RunContext) -> Iterator[Window]:
         """Attach advantages, over all of the step's groups, and divide the rollout into windows."""
         config = self.config
-        rollout = rollout.attach(per_token={"advantages": self.advantages(rollout, run)})
+        advantages = self.advantages(rollout, run)
+        rollout = run.record_rollout(rollout.attach(per_token={"advantages": advantages}), advantages)
         mask = rollout.loss_mask
         if config.mask_truncated:  # they have counted in the group's mean
             mask = mask & ~rollout["truncated"][:, None]
@@ -380,18 +390,21 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         token_weights, _ = self.aggregation(mask)
         objective = batch["weight"] * self.parts["clip"](terms)
         sums = {"policy": -(token_weights * torch.where(mask, objective, 0.0)).sum()}
-        tokens, ratio = mask.sum(), terms.ratio.detach()
-        clipped = clipped_tokens(self.parts["clip"], terms)
-        metrics = {"ratio": ((ratio * mask).sum(), tokens), "clipped": (clipped.sum(), tokens)}
-        if row.kl_weight:
-            ref_logps, detached = batch["ref_logps"], logps.detach()
-            metrics["kl"] = (torch.where(mask, (detached - ref_logps) * log_ratio.detach().exp(), 0.0).sum(), tokens)
-            if row.kl_in == "loss":
-                kl = self.parts["kl"](logps, ref_logps, log_ratio if self.config.kl_importance else None)
-                sums["kl"] = row.kl_weight * (token_weights * torch.where(mask, batch["kept_mass"] * kl, 0.0)).sum()
-        return Loss(sums, metrics)
+        ref_logps = batch["ref_logps"] if self.config.reads_reference else None
+        if ref_logps is not None and row.kl_weight and row.kl_in == "loss":
+            kl = self.parts["kl"](logps, ref_logps, log_ratio if self.config.kl_importance else None)
+            sums["kl"] = row.kl_weight * (token_weights * torch.where(mask, batch["kept_mass"] * kl, 0.0)).sum()
+        metrics = online_metrics(
+            logps=logps,
+            old_logps=old_logps,
+            advantages=terms.advantages,
+            mask=mask,
+            clipped=clipped_tokens(self.parts["clip"], terms),
+            ref_logps=ref_logps,
+            weight=log_ratio.detach().exp() * batch["kept_mass"],
+        )
+        return Loss(sums, metrics, responses=logprob_gaps(logps, batch["engine_logps"], mask))
 
     def evaluate(self, batch: Batch, run: RunContext) -> Evaluation:
         """Complete held-out prompts and score that: the loss on its own completions says nothing of how good they are."""
-        _, scores = run.generate_and_score(batch, 1, self.config.generation)
-        return Evaluation(metrics=scores.per_prompt(batch.num_prompts))
+        return run.evaluate_completions(batch)
