@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from rlhf_core.models import PolicyModel
 from rlhf_core.testing.arithmetic_task import ArithmeticTask
 from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
 from rlhf_core.training.context import RunContext
+from rlhf_core.training.phases import Phases
 
 OPTIONS: dict[str, Any] = {
     "batch_size": 8, "max_length": 64, "learning_rate": 3e-3, "lr_schedule": "constant", "warmup_ratio": 0.0, "max_steps": 8,
@@ -130,10 +133,24 @@ def trainer(
     )
 
 
+def kill_in_phase(number: int, delay: float) -> None:
+    """Let this process be killed so many seconds after it has entered a phase of a step for the `number`-th time."""
+    enter, entered = Phases.phase, itertools.count(1)
+
+    def phase(self: Phases, name: str, tokens: int = 0) -> Any:
+        if next(entered) == number:
+            threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        return enter(self, name, tokens)
+
+    Phases.phase = phase  # type: ignore[method-assign]
+
+
 def main() -> None:
     """Train as a job says; the first process writes the weights."""
     job = json.loads(Path(sys.argv[1]).read_text())
     output = Path(job["output"])
+    if "kill_in_phase" in job:
+        kill_in_phase(*job["kill_in_phase"])
     kind = Apart if job.get("apart") else Watched
     run = trainer(output, kind=kind, held_out=job.get("held_out", 0), **job["options"])
     run.fail_at, run.how = job.get("fail_at"), job.get("how", "raise")

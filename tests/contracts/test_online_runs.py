@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -414,6 +415,23 @@ def test_killed_inside_a_rollout_it_resumes_exactly(tmp_path: Path, options: dic
         assert done.returncode == -signal.SIGKILL, done.stderr
     assert start(killed, options=options, held_out=5, resume=True).returncode == 0
     require_same_run(killed, whole)
+    assert rollouts_of(killed) == rollouts_of(whole)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_of_each_phase_it_resumes_exactly(tmp_path: Path) -> None:
+    """Seven entries into phases per rollout: rollout, reward, reference and four updates. Three kills come after a checkpoint."""
+    options = {**KL, "max_steps": 16, "checkpoint": {"every": 4}, "logging": WHOLE}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start(whole, options=options).returncode == 0
+    chance = random.Random(0)
+    for number in (1, 2, 3, 4, 9, 5, 6, 10, 7, 8):
+        job = {"options": options, "resume": True, "kill_in_phase": [number, chance.uniform(0, 0.01)]}
+        assert (done := start(killed, **job)).returncode == -signal.SIGKILL, done.stderr
+    assert start(killed, options=options, resume=True).returncode == 0
+    require_same_run(killed, whole)
+    # The same prompts in the same order, none skipped and none twice, with the same completions, bit for bit.
+    assert rollouts_of(killed) == rollouts_of(whole)
 
 
 @pytest.mark.slow
@@ -434,6 +452,10 @@ def test_two_real_processes_learn_what_one_does_and_resume_exactly(tmp_path: Pat
     start(broken, 2, options=options, fail_at=6)
     assert (done := start(broken, 2, options=options, resume=True)).returncode == 0, done.stderr[-3000:]
     require_same_run(broken, two)
+    assert rollouts_of(broken) == rollouts_of(two)
+    assert [(row["step"], row["place"], row["completion"]) for row in rollouts_of(two) if not row["step"]] == [
+        (row["step"], row["place"], row["completion"]) for row in rollouts_of(one) if not row["step"]
+    ]
 
 
 @pytest.mark.slow
