@@ -31,6 +31,7 @@ from rlhf_core.infra.errors import ConfigError, NumbersError
 from rlhf_core.models.dropout import evaluating
 from rlhf_core.models.fast_adapters import FusedAdapters, fast_adapters
 from rlhf_core.models.fast_linears import FastLinears
+from rlhf_core.models.patches import turn_of
 
 if TYPE_CHECKING:
     from rlhf_core.models.policy_model import PolicyModel
@@ -128,7 +129,7 @@ class NativeBackend(Backend):
         """
         pack = max(request.limit for request in requests) >= PACK_FOR
         # What takes long to make is made once: a stream enters the context for each of its pieces.
-        with contextlib.closing(FusedAdapters(self.policy)) as adapters:
+        with self._adapters() as adapters:
             with self._for_decoding(adapters=adapters):
                 decoding = self._decoding_for(requests, rows)
             with contextlib.closing(decoding.run(requests, sampling, partly=partly)) as running:
@@ -279,26 +280,39 @@ class NativeBackend(Backend):
             log.info("%s generates through transformers' own loop, which is slower: %s", self.policy.source, reason)
 
     @contextlib.contextmanager
+    def _adapters(self) -> Iterator[FusedAdapters]:
+        """Make the fused adapters of a call, and close them at its end, while no other thread draws from the policy."""
+        turn = turn_of(self.policy.network)
+        with turn:
+            adapters = FusedAdapters(self.policy)
+        try:
+            yield adapters
+        finally:
+            with turn:
+                adapters.close()
+
+    @contextlib.contextmanager
     def _for_decoding(self, *, pack: bool = False, adapters: FusedAdapters | None = None) -> Iterator[None]:
         """Put the policy, inside the context, into evaluation mode and its own precision, without its own generation options.
+
+        One thread at a time: others wait.
 
         Args:
             pack: whether weights are packed for it; see `FastLinears`.
             adapters: its fused adapters, where they are made already.
         """
         policy = self.policy
-        model, own = policy.causal_lm, policy.causal_lm.generation_config
-        model.generation_config = GenerationConfig()
-        try:
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(torch.no_grad())
-                stack.enter_context(evaluating(policy))
-                stack.enter_context(fast_adapters(policy) if adapters is None else adapters.in_place())
-                stack.enter_context(self._linears.running(pack=pack))
-                stack.enter_context(policy.product_precision())
-                if policy.compiled:
-                    # A block would be compiled again for the cache, and for each length of it.
-                    stack.enter_context(torch.compiler.set_stance("force_eager"))
-                yield
-        finally:
-            model.generation_config = own
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(turn_of(policy.network))
+            model, own = policy.causal_lm, policy.causal_lm.generation_config
+            model.generation_config = GenerationConfig()
+            stack.callback(setattr, model, "generation_config", own)
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(evaluating(policy))
+            stack.enter_context(fast_adapters(policy) if adapters is None else adapters.in_place())
+            stack.enter_context(self._linears.running(pack=pack))
+            stack.enter_context(policy.product_precision())
+            if policy.compiled:
+                # A block would be compiled again for the cache, and for each length of it.
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            yield

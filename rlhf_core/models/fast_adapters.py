@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_core.models.patches import holding, holds
+
 _QUANTISED = {("peft.tuners.lora.bnb", "Linear4bit"), ("peft.tuners.lora.bnb", "Linear8bitLt")}
 """Classes of LoRA layers with a forward pass of their own that computes what peft's plain one does."""
 _UPDATE = "_rlhf_low_rank_update"
@@ -34,7 +36,7 @@ class FusedAdapters:
     """Fused updates for a model's LoRA layers, with the adapters that are active, and their weights, as they are now.
 
     A layer that does more than add a low-rank update runs as it always does: DoRA, adapters with biases or hooks or that are
-    merged or off, dropout in training. So does a call with gradients or further arguments.
+    merged or off, dropout in training. So does a call with gradients or further arguments, or in another thread.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -67,7 +69,8 @@ class FusedAdapters:
         try:
             for layer in placed:
                 layer.__dict__["forward"] = layer.__dict__[_UPDATE].forward
-            yield len(self._layers)
+            with holding(self._watch):
+                yield len(self._layers)
         finally:
             self._watch.input = self._watch.group = None
             for layer in placed:
@@ -245,7 +248,7 @@ class LowRankUpdate:
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the layer's output (..., O) for an input (..., I)."""
-        if args or kwargs or torch.is_grad_enabled() or not self.is_current():
+        if args or kwargs or torch.is_grad_enabled() or not holds(self.watch) or not self.is_current():
             return self._ordinary(self._layer, x, *args, **kwargs)
         output: Tensor = self.base(x)
         watch = self.watch

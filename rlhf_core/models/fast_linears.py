@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_core.models.fast_adapters import LowRankUpdate, tensor_version, update_in_place, update_of
+from rlhf_core.models.patches import holding
 
 MARGIN = 0.95
 """Packed products are used where they need at most this share of the time of PyTorch's."""
@@ -38,7 +39,8 @@ ROWS = 64
 class FastLinears:
     """A network's linear layers, that run faster inside `running`.
 
-    Layers of other classes and devices, and calls with gradients or in another dtype than the one packed for, run as ever.
+    Layers of other classes and devices run as ever, and so do calls with gradients, in another dtype than the one packed for, or in
+    another thread.
 
     Args:
         network: whose layers; it is never changed outside of `running`.
@@ -79,7 +81,8 @@ class FastLinears:
         for layer in (*plain, *updates):
             layer.forward = functools.partial(self._forward, layer)
         try:
-            yield
+            with holding(self):
+                yield
         finally:
             for layer in plain:
                 del layer.forward

@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -521,6 +522,38 @@ def test_an_adapter_that_is_switched_off_between_pieces_ends_a_stream() -> None:
     next(stream)
     with policy.adapter_off(), pytest.raises(ConfigError, match="changed while a completion was being drawn"):
         next(stream)
+
+
+def test_threads_take_turns_with_one_policy() -> None:
+    """Two draw, under an adapter, while a third computes log-probabilities: nobody sees what another one patches."""
+    policy = made("tiny").set_options(lora=LoraConfig(rank=4))
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(0))
+    policy.eval()
+    batch, ids = prompt_batch(policy, ["ab", "c"]), torch.tensor([[40, 50, 60, 70]])
+    with torch.no_grad():
+        logits = policy.causal_lm(input_ids=ids).logits
+    expected = [[c.ids for c in group] for group in Engine(policy, seed=3).generate(batch, 2, OPEN)]
+    wrong: list[object] = []
+
+    def draw() -> None:
+        for _ in range(6):
+            found = [[c.ids for c in group] for group in Engine(policy, seed=3).generate(batch, 2, OPEN)]
+            wrong.extend([found] if found != expected else [])
+
+    def score() -> None:
+        with torch.no_grad():
+            for _ in range(60):
+                gap = float((policy.causal_lm(input_ids=ids).logits - logits).abs().max())
+                wrong.extend([gap] if gap > 1e-4 else [])
+
+    with ThreadPoolExecutor(3) as pool:
+        for done in [pool.submit(draw), pool.submit(draw), pool.submit(score)]:
+            done.result()
+    assert not wrong
+    assert not any("forward" in vars(module) for module in policy.modules() if hasattr(module, "lora_A"))
 
 
 def test_there_is_room_for_sequences_of_which_nothing_was_kept() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -115,6 +116,31 @@ def test_adapters_switched_by_somebody_else_meanwhile(monkeypatch: pytest.Monkey
         second = model(IDS).logits
     assert (model(IDS).logits - second).abs().max() < 1e-5
     assert (second - ordinary).abs().max() > 1e-2
+    fast_linears._is_faster.cache_clear()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pack", [False, True])
+def test_another_thread_runs_the_layers_as_ever(monkeypatch: pytest.MonkeyPatch, pack: bool) -> None:
+    monkeypatch.setattr(fast_linears, "MARGIN", float("inf"))
+    fast_linears._is_faster.cache_clear()
+    model = adapted()
+    ordinary, ran = model(IDS).logits, list[bool]()
+    with fast_adapters(model), fast_linears.FastLinears(model).running(pack=pack):
+        for _ in range(3):
+            model(IDS)
+        calls: list[Any] = []
+        layer = next(module for module in model.modules() if hasattr(module, "lora_A"))
+        layer.lora_A["default"].register_forward_hook(lambda *given: calls.append(given))
+
+        def other() -> None:
+            with torch.no_grad():
+                ran.append(torch.equal(model(IDS).logits, ordinary))
+
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert ran == [True] and len(calls) == 1
     fast_linears._is_faster.cache_clear()
 
 
