@@ -39,8 +39,8 @@ ROWS = 64
 class FastLinears:
     """A network's linear layers, that run faster inside `running`.
 
-    Layers of other classes and devices run as ever, and so do calls with gradients, in another dtype than the one packed for, or in
-    another thread.
+    Layers of other classes and devices run as ever, and so do calls with gradients, in another thread, or in another dtype than
+    the one packed for.
 
     Args:
         network: whose layers; it is never changed outside of `running`.

@@ -135,7 +135,7 @@ def test_another_thread_runs_the_layers_as_ever(monkeypatch: pytest.MonkeyPatch,
 
         def other() -> None:
             with torch.no_grad():
-                ran.append(torch.equal(model(IDS).logits, ordinary))
+                ran.append(bool((model(IDS).logits - ordinary).abs().max() < 1e-5))
 
         thread = threading.Thread(target=other)
         thread.start()
