@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from rlhf_core.models.cpu_products import forward, has_fast_products, least_seconds, onednn_linear, own_forward
 from rlhf_core.models.fast_adapters import LowRankUpdate, tensor_version, update_in_place, update_of
 from rlhf_core.models.patches import holding
 
@@ -77,15 +77,18 @@ class FastLinears:
         self._pack = pack
         if pack and not self._products:
             self._left = int(MEMORY_SHARE * psutil.virtual_memory().available)
-        plain = [module for module in modules if _is_plain(module)]
+        plain = {module: vars(module).get("forward") for module in modules if _is_plain(module)}
         for layer in (*plain, *updates):
             layer.forward = functools.partial(self._forward, layer)
         try:
             with holding(self):
                 yield
         finally:
-            for layer in plain:
-                del layer.forward
+            for layer, own in plain.items():
+                if own is None:
+                    del layer.forward
+                else:
+                    layer.forward = own
             for layer, update in updates.items():
                 layer.forward = update.forward
             self._bases, self._pack, self._groups, self._last = before
@@ -107,7 +110,7 @@ class FastLinears:
         if self._pack and layer not in self._bases:
             self._note(layer, x, dtype)
         if dtype == torch.float32 and type(layer) is nn.Linear and layer.weight.dtype == dtype:
-            return _onednn(x, layer.weight, layer.bias)
+            return onednn_linear(x, layer.weight, layer.bias)
         return _plain(layer, x)
 
     def _note(self, layer: Any, x: Tensor, dtype: torch.dtype) -> None:
@@ -195,9 +198,9 @@ class _Product:
     def _compute(self, x: Tensor) -> Tensor:
         """Return (…, O) all layers' outputs, side by side."""
         x = x.to(self.dtype)
-        found = _onednn(x, self._weight, self._bias)
+        found = onednn_linear(x, self._weight, self._bias)
         if self._down is not None and self._up is not None:
-            found.view(-1, found.shape[-1]).addmm_(_onednn(x, self._down).view(-1, len(self._up)), self._up)
+            found.view(-1, found.shape[-1]).addmm_(onednn_linear(x, self._down).view(-1, len(self._up)), self._up)
         return found
 
     def forget(self) -> None:
@@ -230,12 +233,12 @@ def packed(weight: Tensor) -> Tensor:
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """Return x · weightᵀ (…, O) for x (…, I) of the weight's dtype and a weight from `packed`."""
-    return _onednn(x, weight) if weight.is_mkldnn else F.linear(x, weight)
+    return onednn_linear(x, weight) if weight.is_mkldnn else F.linear(x, weight)
 
 
 def _is_plain(module: Any) -> bool:
     """Tell whether a module is a linear layer with nothing special about it."""
-    if type(module) not in (nn.Linear, Conv1D) or "forward" in vars(module):
+    if type(module) not in (nn.Linear, Conv1D) or not (own_forward(module) is None or has_fast_products(module)):
         return False
     weight = module.weight
     return weight.device.type == "cpu" and weight.is_floating_point() and weight.is_contiguous() and weight.numel() > 0
@@ -263,9 +266,7 @@ def _matrix(base: Any) -> Tensor:
 
 def _plain(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     update = update_of(layer)
-    found: Tensor = (
-        type(layer).forward(layer, x, *args, **kwargs) if update is None else update.forward(x, *args, **kwargs)
-    )
+    found: Tensor = forward(layer, x, *args, **kwargs) if update is None else update.forward(x, *args, **kwargs)
     return found
 
 
@@ -277,12 +278,6 @@ def _state(tensor: Tensor | None) -> Any:
 def _reordered(weight: Tensor) -> Tensor:
     """Return a weight (O, I) in the order in which oneDNN reads it."""
     found: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS)
-    return found
-
-
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return x · weightᵀ + bias, (…, O) for x (…, I) and weight (O, I), packed or not, by oneDNN."""
-    found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return found
 
 
@@ -301,19 +296,8 @@ def _is_faster(dtype: torch.dtype, threads: int) -> bool:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             reordered = _reordered(weight)
             expected = x.double() @ weight.double().T
-            difference = float((_onednn(x, reordered).double() - expected).norm() / expected.norm())
-            return difference < (1e-5 if dtype == torch.float32 else 1e-2) and _seconds(
-                lambda: _onednn(x, reordered)
-            ) < MARGIN * _seconds(lambda: F.linear(x, weight))
+            difference = float((onednn_linear(x, reordered).double() - expected).norm() / expected.norm())
+            ours, theirs = least_seconds(lambda: onednn_linear(x, reordered), lambda: F.linear(x, weight))
+            return difference < (1e-5 if dtype == torch.float32 else 1e-2) and ours < MARGIN * theirs
     except (AttributeError, RuntimeError, NotImplementedError):  # a build of PyTorch without oneDNN
         return False
-
-
-def _seconds(work: Callable[[], Any]) -> float:
-    """Return the least time that one of eight calls takes."""
-    least = float("inf")
-    for _ in range(8):
-        begin = time.perf_counter()
-        work()
-        least = min(least, time.perf_counter() - begin)
-    return least

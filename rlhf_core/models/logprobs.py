@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from rlhf_core.models.cpu_products import add_product, multiply, multiply_into
+
 CPU_CHUNK_BYTES, GPU_CHUNK_BYTES = 64 * 2**20, 512 * 2**20
 """Most bytes of float32 logits in one chunk. A GPU needs more rows to be busy."""
 KEPT_CHUNKS = 4
@@ -67,7 +69,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
             found = logits(hidden[part], out=kept[part] if kept is not None else None)
             logps[part] = _target_logprobs(found, targets[part], errors=ctx.needs_input_grad[0] or weight_learns)
             if direction is not None:
-                torch.mm(found.to(precision), weight, out=direction[part])
+                multiply_into(direction[part], found.to(precision), weight)
             elif kept is not None and found.dtype != precision:
                 kept[part] = found
         if direction is not None:
@@ -100,12 +102,12 @@ class _LinearTokenLogprobs(torch.autograd.Function):
                 _target_logprobs(errors, targets[part], errors=True)
                 errors = errors.to(weight.dtype)
             if d_hidden is not None:
-                d_hidden[part] = (errors @ weight) * factors[part]
+                d_hidden[part] = multiply(errors, weight) * factors[part]
             scaled = (hidden[part] * factors[part]).to(weight.dtype)
             if weight.dtype == weight_dtype:
-                d_weight.addmm_(errors.t(), scaled)
+                add_product(d_weight, errors.t(), scaled)
             else:
-                d_weight.add_(errors.t() @ scaled)
+                d_weight.add_(multiply(errors.t(), scaled))
         return d_hidden, d_weight, None, None, None
 
 
@@ -130,7 +132,7 @@ class _Logits:
             if self.product is None:
                 self.product = self.weight.new_empty(shape)
             product = self.product[: len(hidden)]
-        torch.mm(hidden, self.weight.t(), out=product)
+        multiply_into(product, hidden, self.weight.t())
         if dtype == torch.float32:
             logits = product
         else:

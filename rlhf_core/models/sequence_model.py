@@ -21,6 +21,7 @@ from rlhf_core.infra.model_files import file_hashes
 from rlhf_core.models.attention import Kernel, OptimizedAttention
 from rlhf_core.models.backbone import loads_alone, plain_ids, without_head
 from rlhf_core.models.compile import compile_model
+from rlhf_core.models.cpu_products import speed_up_linears
 from rlhf_core.models.dropout import evaluating
 from rlhf_core.models.fused_norms import fuse_norms
 from rlhf_core.models.hidden_states import HiddenStates
@@ -160,6 +161,7 @@ class SequenceModel(nn.Module):
             _checkpointing(self.network, "disable")()
         if not compile:
             fuse_norms(self.network)
+            speed_up_linears(self.network)
         with evaluating(self.network):
             widen_unless_it_runs(self.network, plain_ids(self.network, 8))
         self.check()
