@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf_core.models.cpu_products import forward, has_fast_products, least_seconds, onednn_linear, own_forward
 from rlhf_core.models.fast_adapters import LowRankUpdate, tensor_version, update_in_place, update_of
-from rlhf_core.models.patches import holding
+from rlhf_core.models.patches import holding, holds
 
 MARGIN = 0.95
 """Packed products are used where they need at most this share of the time of PyTorch's."""
@@ -101,7 +101,8 @@ class FastLinears:
 
     def _forward(self, layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        if torch.is_grad_enabled() or not x.numel() or args or kwargs or not _is_faster(dtype, torch.get_num_threads()):
+        ordinary = torch.is_grad_enabled() or not holds(self) or not x.numel() or args or kwargs
+        if ordinary or not _is_faster(dtype, torch.get_num_threads()):
             return _plain(layer, x, *args, **kwargs)
         product = self._products.get(layer)
         if product is not None and product.dtype == dtype:
