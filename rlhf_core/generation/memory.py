@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import psutil
 import torch
 
+from rlhf_core.infra.host_memory import available_bytes
 from rlhf_core.models.backbone import accepted
 from rlhf_core.models.policy_model import PolicyModel
 
@@ -17,7 +17,7 @@ HOST_BYTES = 2**31
 def free_bytes(device: torch.device) -> int:
     """Return how many bytes generation may use: half of a GPU's free memory, a quarter of a computer's, but at least 2 GiB."""
     if device.type != "cuda":
-        return max(HOST_BYTES, psutil.virtual_memory().available // 4)
+        return max(HOST_BYTES, available_bytes() // 4)
     free, _ = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return (free + unused) // 2

@@ -141,6 +141,8 @@ class NativeDecoding:
                 row.sequence.free()
             self._waiting.clear()
             self._joining, self._rows, self._plan = {}, [], None
+            for name in ("_drawing", "_head_weight"):  # megabytes to gigabytes, that nothing needs until the next call
+                vars(self).pop(name, None)
             if self._device_steps is not None:
                 self._device_steps.end()
             self._running = False

@@ -12,6 +12,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import mmap
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
@@ -70,7 +71,8 @@ class CachedSequence:
         cache.num_sequences += 1
 
     def __del__(self) -> None:
-        self.free()
+        if not sys.is_finalizing():  # then modules that it needs may be gone
+            self.free()
 
     @property
     def freed(self) -> bool:

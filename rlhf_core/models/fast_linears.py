@@ -18,18 +18,19 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from rlhf_core.infra.host_memory import available_bytes
 from rlhf_core.models.cpu_products import forward, has_fast_products, least_seconds, onednn_linear, own_forward
 from rlhf_core.models.fast_adapters import LowRankUpdate, tensor_version, update_in_place, update_of
 from rlhf_core.models.patches import holding, holds
 
-MARGIN = 0.95
-"""Packed products are used where they need at most this share of the time of PyTorch's."""
+MARGINS = {torch.float32: 0.75, torch.bfloat16: 0.95}
+"""Packed products are used where they need at most this share of the time of PyTorch's. In bf16 PyTorch calls oneDNN, too, with
+the same bits. In float32 it doesn't on x86: a share that noise doesn't cross makes all of a machine's processes agree."""
 MEMORY_SHARE = 0.25
 """Weights are packed where their copy takes at most this share of the memory that is available."""
 ROWS = 64
@@ -76,7 +77,7 @@ class FastLinears:
             self.release()
         self._pack = pack
         if pack and not self._products:
-            self._left = int(MEMORY_SHARE * psutil.virtual_memory().available)
+            self._left = int(MEMORY_SHARE * available_bytes())
         plain = {module: vars(module).get("forward") for module in modules if _is_plain(module)}
         for layer in (*plain, *updates):
             layer.forward = functools.partial(self._forward, layer)
@@ -289,7 +290,7 @@ def _is_faster(dtype: torch.dtype, threads: int) -> bool:
     Args:
         threads: that PyTorch uses; the answer is kept for each number of them.
     """
-    if dtype not in (torch.float32, torch.bfloat16):
+    if dtype not in MARGINS:
         return False
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(rows, 768, generator=generator).to(dtype) for rows in (ROWS, 1536))
@@ -299,6 +300,6 @@ def _is_faster(dtype: torch.dtype, threads: int) -> bool:
             expected = x.double() @ weight.double().T
             difference = float((onednn_linear(x, reordered).double() - expected).norm() / expected.norm())
             ours, theirs = least_seconds(lambda: onednn_linear(x, reordered), lambda: F.linear(x, weight))
-            return difference < (1e-5 if dtype == torch.float32 else 1e-2) and ours < MARGIN * theirs
+            return difference < (1e-5 if dtype == torch.float32 else 1e-2) and ours < MARGINS[dtype] * theirs
     except (AttributeError, RuntimeError, NotImplementedError):  # a build of PyTorch without oneDNN
         return False

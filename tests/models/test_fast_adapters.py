@@ -69,7 +69,7 @@ def test_logits_are_those_of_the_ordinary_forward_pass(options: dict[str, Any]) 
 def test_adapters_packed_with_their_weights(
     monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], dtype: torch.dtype, limit: float
 ) -> None:
-    monkeypatch.setattr(fast_linears, "MARGIN", float("inf"))
+    monkeypatch.setattr(fast_linears, "MARGINS", dict.fromkeys(fast_linears.MARGINS, float("inf")))
     fast_linears._is_faster.cache_clear()
     model = adapted(name="second", **options)
     model.base_model.set_adapter(["default", "second"])
@@ -101,7 +101,7 @@ def test_adapters_packed_with_their_weights(
 @torch.no_grad()
 @pytest.mark.parametrize("pack", [False, True])
 def test_adapters_switched_by_somebody_else_meanwhile(monkeypatch: pytest.MonkeyPatch, pack: bool) -> None:
-    monkeypatch.setattr(fast_linears, "MARGIN", float("inf"))
+    monkeypatch.setattr(fast_linears, "MARGINS", dict.fromkeys(fast_linears.MARGINS, float("inf")))
     fast_linears._is_faster.cache_clear()
     model = adapted(name="second")
     ordinary = model(IDS).logits
@@ -122,7 +122,7 @@ def test_adapters_switched_by_somebody_else_meanwhile(monkeypatch: pytest.Monkey
 @torch.no_grad()
 @pytest.mark.parametrize("pack", [False, True])
 def test_another_thread_runs_the_layers_as_ever(monkeypatch: pytest.MonkeyPatch, pack: bool) -> None:
-    monkeypatch.setattr(fast_linears, "MARGIN", float("inf"))
+    monkeypatch.setattr(fast_linears, "MARGINS", dict.fromkeys(fast_linears.MARGINS, float("inf")))
     fast_linears._is_faster.cache_clear()
     model = adapted()
     ordinary, ran = model(IDS).logits, list[bool]()
@@ -146,7 +146,7 @@ def test_another_thread_runs_the_layers_as_ever(monkeypatch: pytest.MonkeyPatch,
 
 @torch.no_grad()
 def test_hooks_of_the_layers_below_adapters_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast_linears, "MARGIN", float("inf"))
+    monkeypatch.setattr(fast_linears, "MARGINS", dict.fromkeys(fast_linears.MARGINS, float("inf")))
     fast_linears._is_faster.cache_clear()
     model = adapted()
     bases = [module.base_layer for module in model.modules() if hasattr(module, "base_layer")]

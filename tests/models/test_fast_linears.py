@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import psutil
 import pytest
 import torch
 import torch.nn.utils.parametrize
@@ -17,7 +16,7 @@ from rlhf_core.models.fast_linears import FastLinears, packed, product
 
 @pytest.fixture(autouse=True)
 def _found_faster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(module, "MARGIN", float("inf"))
+    monkeypatch.setattr(module, "MARGINS", dict.fromkeys(module.MARGINS, float("inf")))
     module._is_faster.cache_clear()
     yield
     module._is_faster.cache_clear()
@@ -126,8 +125,7 @@ def test_nothing_is_packed_where_memory_is_short_or_few_passes_follow(monkeypatc
         assert (layers(x) + layers(x) - 2 * Layers.forward(layers, x)).abs().max() < 1e-5
     assert not fast._products
     room = 4 * 4 * layers.out.weight.numel()
-    available = psutil.virtual_memory()._replace(available=room)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: available)
+    monkeypatch.setattr(module, "available_bytes", lambda: room)
     with fast.running(pack=True):
         for _ in range(3):
             found = layers(x)
