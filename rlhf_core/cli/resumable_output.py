@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import glob
 import signal
 import sys
@@ -51,12 +52,17 @@ def check_apart(output: Path, sources: Sequence[str]) -> None:
         try:
             folder = path.is_dir() and output.resolve().is_relative_to(path.resolve())
             files = [path, *map(Path, glob.glob(str(path)))] if output.exists() else []  # noqa: PTH207 — of any root
-            same = any(one.exists() and output.samefile(one) for one in files)
+            same = any(one.exists() and output.samefile(one) for one in files) or _matches(output, path)
         except (OSError, ValueError):  # a text that can't be a path
             continue
         if folder or same:
             problem = f"is in the folder {source}, which is read" if folder else "is read and written"
             raise ConfigError(problem, place=str(output), fix="name another file as `--output`")
+
+
+def _matches(output: Path, pattern: Path) -> bool:
+    """Tell whether a pattern of files means the output, too, once it is there."""
+    return glob.has_magic(str(pattern)) and fnmatch.fnmatch(str(output.absolute()), str(pattern.absolute()))
 
 
 @contextlib.contextmanager

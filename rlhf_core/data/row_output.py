@@ -61,7 +61,10 @@ class RowOutputKind:
             )  # fmt: skip
         with storage_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            new = not path.exists()
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644))
+            if new:  # nothing is left behind where what follows fails
+                path.unlink()
 
     def check_record(self, path: Path, now: Mapping[str, Any]) -> None:
         """Refuse to continue a file that was begun with another record.

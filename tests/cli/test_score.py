@@ -173,6 +173,17 @@ def test_the_directory_of_a_reward_model_or_of_its_run_scores(rlhf, kind: str, t
     )
 
 
+def test_an_output_that_the_data_would_match_later_is_refused_and_none_is_left_behind(rlhf) -> None:
+    Path("in").mkdir()
+    write(ROWS, "in/rows.jsonl")
+    code, _, err = rlhf("score", "score_rewards:exact", "--data", "in/*.jsonl", "--output", "in/out.jsonl")
+    assert code == 2 and "in/out.jsonl: is read and written" in err
+    code, _, err = rlhf("score", "score_rewards:nothing_of_the_kind", "--data", "in/*.jsonl", "--output", "out.jsonl")
+    assert code and not Path("out.jsonl").exists() and not Path("in/out.jsonl").exists()
+    code, _, _ = rlhf("score", "score_rewards:exact", "--data", "in/*.jsonl", "--output", "out.jsonl")
+    assert code == 0 and len(read()) == len(ROWS)
+
+
 def test_an_output_file_that_exists_is_kept(rlhf) -> None:
     Path("out.jsonl").write_text("mine\n", encoding="utf-8")
     given = ("score", "score_rewards:exact", "--data", write(ROWS), "--output", "out.jsonl")
