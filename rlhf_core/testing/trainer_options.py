@@ -202,9 +202,13 @@ def _numbers(pair: Any) -> Any:
     return [torch.as_tensor(value).detach().double().tolist() for value in pair]
 
 
+_ONLINE = ("rewards", "eval_samples", "eval_temperature", "right_from", "max_logprob_gap", "kl_budget", "replay")
+"""Options of `OnlineConfig` that the core follows: in the loop, in what a rollout reports, in `run.evaluate_completions`."""
+
+
 def _own_options(config: type[BaseModel]) -> list[tuple[str, ...]]:
     """Return the paths of the options that a method defines itself, those of its groups too."""
-    core = {*TrainerConfig.model_fields, *ReferenceConfig.model_fields, "rewards"}
+    core = {*TrainerConfig.model_fields, *ReferenceConfig.model_fields, *_ONLINE}
     # How a model is loaded is the core's concern, too.
     paths = [tuple(name.split(".")) for name in single_options(config, without=(ModelConfig, LoraConfig))]
     return [path for path in paths if path[0] not in core]
