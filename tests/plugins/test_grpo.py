@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import statistics
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from rlhf_plugins import GRPOTrainer
+import torch
+from online_helpers import digits, has_digit, prompts
+from rlhf_plugins import GRPOConfig, GRPOTrainer
+from trainers_helpers import assert_refused, small_policy
 
+from rlhf_core.cli import main
 from rlhf_core.testing import TrainerContract
+from rlhf_core.testing.interrupted_runs import metrics_of
+from rlhf_core.testing.workbench import Workbench
 
 OPTIONS: dict[str, Any] = {
     "generation": {"max_new_tokens": 8}, "rollout_epochs": 2, "minibatches": 2, "group_size": 4,
@@ -38,3 +46,156 @@ class TestContractOfReinforcePlusPlus(TrainerContract):
 class TestContractOfGMPO(TrainerContract):
     trainer = GRPOTrainer
     options: ClassVar[dict[str, Any]] = {**OPTIONS, "variant": "gmpo", "kl_weight": 0.05, "kl_importance": True}
+
+
+# Options
+
+
+def test_a_row_can_be_overridden_part_by_part() -> None:
+    config = GRPOConfig.parse({"variant": "dapo", "clip_options": {"high": 0.3}, "advantage": "leave_one_out"})
+    row = config.row
+    assert (row.advantage, row.aggregation, row.equal_groups) == ("leave_one_out", "token", "resample")
+    assert config.options_of("clip") == {"low": 0.2, "high": 0.3}
+    # Another clip doesn't get the options of the row's own.
+    assert GRPOConfig.parse({"variant": "dapo", "clip": "cispo"}).options_of("clip") == {}
+    assert GRPOConfig.parse({"variant": "dapo", "shaping": []}).row.shaping == ()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"variant": "drgrpo"}, "`variant`: must be 'grpo', 'dr_grpo'"),
+        ({"advantage": "group_men"}, "`advantage`: unknown advantage `group_men`; did you mean `group_mean`?"),
+        ({"clip": "no_module:clip"}, "`clip`: unknown clip `no_module:clip`"),
+        ({"clip_options": {"hi": 0.3}}, "`clip_options`: clip `ppo` has no option `hi`, got 0.3; did you mean `high`?"),
+        (
+            {"clip_options": {"low": 2}},
+            "`clip_options`: option `low` of clip `ppo`: must be less than or equal to 1, got 2",
+        ),
+        ({"group_size": 1}, "group_mean_std needs groups of at least 2, got a group of 1"),
+        (
+            {"advantage": "pass_at_k", "advantage_options": {"k": 16}},
+            "pass_at_k with k = 16 needs groups of at least 16",
+        ),
+        ({"shaping": "overlng"}, "unknown shaping `overlng`; did you mean `overlong`?"),
+        ({"shaping_options": {"overlong": {}}}, "shaping_options has `overlong`, which isn't among the shapings"),
+        ({"generation": {"temperature": 0}}, "set `temperature` above 0"),
+    ],
+)
+def test_what_is_said_of_wrong_options(options: dict[str, Any], message: str) -> None:
+    assert_refused(GRPOConfig, options, message)
+
+
+def test_a_group_of_one_is_enough_where_the_advantage_needs_no_other() -> None:
+    assert GRPOConfig.parse({"variant": "reinforce_plus_plus", "group_size": 1}).group_size == 1
+
+
+def test_show_prints_the_parts_of_a_row(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "grpo", "--variant", "dapo", "--clip_options.high", "0.3"]) == 0
+    shown = capsys.readouterr().out
+    assert "ppo (low 0.2, high 0.3)" in shown and "overlong (buffer 0.2, penalty 1.0)" in shown and "resample" in shown
+
+
+# What an update is made of
+
+
+def workbench(rewards: Any = None, **options: Any) -> Workbench:
+    config = GRPOConfig.parse(
+        {
+            "batch_size": 4, "group_size": 4, "generation": {"max_new_tokens": 8}, "dataset": {"wrap": "none"},
+            "variant": "dr_grpo", **options,
+        }
+    )  # fmt: skip
+    return Workbench(GRPOTrainer(config, model=small_policy(), data=prompts(count=16), rewards=rewards or [digits]))
+
+
+def test_no_reference_is_kept_where_the_kl_has_no_weight() -> None:
+    assert "reference" not in workbench().trainer.models and not hasattr(workbench().trainer, "reference")
+    assert hasattr(workbench(kl_weight=0.1).trainer, "reference")
+    assert hasattr(workbench(kl_budget=0.1).trainer, "reference")
+
+
+def test_old_log_probabilities_are_the_engines_unless_they_are_corrected() -> None:
+    plain = workbench().window()
+    assert torch.equal(plain["old_logps"], plain["engine_logps"])
+    corrected = workbench(correction="token_truncated").window()
+    assert not torch.equal(corrected["old_logps"], corrected["engine_logps"])
+    torch.testing.assert_close(corrected["old_logps"], corrected["engine_logps"], rtol=1e-4, atol=1e-4)
+
+
+def test_the_first_update_has_a_ratio_of_one() -> None:
+    made = workbench()
+    found = made.step(made.window()).metrics
+    assert found["ratio"] == pytest.approx(1, abs=1e-4) and found["clipped"] == 0
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence_mean", "sequence_sum", "constant"])
+def test_truncated_completions_count_in_neither_sum(aggregation: str) -> None:
+    """Masked, they give the update of a window without them."""
+    generation = {"max_new_tokens": 8, "stop_ids": list(range(30, 70))}  # so that some end before the limit
+    made = workbench(aggregation=aggregation, mask_truncated=True, generation=generation)
+    window = made.window()
+    truncated = window["truncated"]
+    assert 0 < int(truncated.sum()) < len(truncated) and not window.loss_mask[truncated].any()
+    kept = window.take((~truncated).nonzero().flatten())
+    whole, alone = made.step(window), made.step(kept)
+    assert whole.loss == pytest.approx(alone.loss, rel=1e-5)
+    assert sum(made.trainer.weights(window).values()) == sum(made.trainer.weights(kept).values())
+
+
+def test_equal_groups_are_skipped_or_replaced() -> None:
+    skipped = workbench([has_digit], equal_groups="skip").window()
+    alike = ~skipped["differs"][skipped.owner]
+    assert alike.any() and not skipped.loss_mask[alike].any() and skipped.loss_mask[~alike].any()
+    assert workbench([has_digit]).window().loss_mask[alike].any()
+    assert workbench([has_digit], equal_groups="resample").window()["differs"].all()
+
+
+# Runs
+
+
+def test_a_run_raises_the_reward(tmp_path: Path) -> None:
+    options = {
+        "batch_size": 8, "group_size": 4, "learning_rate": 1e-2, "lr_schedule": "constant", "warmup_ratio": 0.0, "max_steps": 40,
+        "generation": {"max_new_tokens": 8}, "rollout_epochs": 2, "minibatches": 2, "logging": {"progress": False},
+        "dataset": {"wrap": "none"}, "variant": "dr_grpo", "eval_samples": 4, "eval_steps": 40,
+    }  # fmt: skip
+    run = GRPOTrainer(
+        GRPOConfig.parse(options), model=small_policy(), data=prompts(), eval_data=prompts("test"), rewards=[digits],
+        output=tmp_path,
+    )  # fmt: skip
+    after = run.train().eval_metrics
+    rewards = [row["reward"] for row in metrics_of(tmp_path) if "reward" in row]
+    assert len(rewards) == 10 and statistics.fmean(rewards[-2:]) > statistics.fmean(rewards[:2]) + 0.2
+    assert after["eval_reward"] > rewards[0] + 5 * after["eval_reward_se"]
+
+
+def test_a_third_partys_advantage_and_reward_train(install: Any, tmp_path: Path) -> None:
+    code = '''
+import torch
+
+
+def above_median(rewards, groups, *, factor: float = 1.0):
+    """Return the reward minus the median of its group, times a factor."""
+    found = torch.zeros_like(rewards)
+    for group in groups.unique():
+        of = groups == group
+        found[of] = factor * (rewards[of] - rewards[of].median())
+    return found
+
+
+def letters(completions, **columns):
+    return [sum(one.isalpha() for one in text) / 8 for text in completions]
+'''
+    install("acme-rl", {"acme_rl.py": code}, parts={"advantage.above_median": "acme_rl:above_median"})
+    options = {
+        "batch_size": 4, "group_size": 4, "max_steps": 2, "generation": {"max_new_tokens": 8}, "logging": {"progress": False},
+        "dataset": {"wrap": "none"}, "kl_weight": 0.0, "advantage": "above_median", "advantage_options": {"factor": 2},
+        "rewards": ["acme_rl:letters"],
+    }  # fmt: skip
+    runs = {}
+    for name, given in {"installed": options, "path": {**options, "advantage": "acme_rl:above_median"}}.items():
+        run = GRPOTrainer(GRPOConfig.parse(given), model=small_policy(), data=prompts(), output=tmp_path / name)
+        assert run.train().step == 2
+        runs[name] = [row["loss"] for row in metrics_of(tmp_path / name)]
+    assert runs["installed"] == runs["path"] and any(runs["path"])
