@@ -71,12 +71,11 @@ class TrainingLoop:
                 result = run.updater(window.batch, step)
             if result is not None:
                 run.context.phases.add_tokens(UPDATE, window.batch.num_tokens)
-            first = not run.inside_rollout
             run.inside_rollout = not window.last
             if result is None:
                 self._skip(window)
             else:
-                self._finish_step(step, rate, result, time.perf_counter() - began, first=first)
+                self._finish_step(step, rate, result, time.perf_counter() - began)
             if window.last:
                 self._evaluations.catch_up()
                 run.fixed_prompts.catch_up()
@@ -115,12 +114,8 @@ class TrainingLoop:
             )
         return made.value if self._distribution.all(made.value is not None) else None
 
-    def _finish_step(self, step: int, rate: float, result: UpdateResult, seconds: float, *, first: bool) -> None:
-        """Count a step, evaluate if that is due, and write its row of metrics.
-
-        Args:
-            first: whether it is the first update of its rollout, by the policy that drew the completions.
-        """
+    def _finish_step(self, step: int, rate: float, result: UpdateResult, seconds: float) -> None:
+        """Count a step, evaluate if that is due, and write its row of metrics."""
         run, progress = self._run, self._run.progress
         progress.step, progress.batches = step, run.stream.batches
         progress.tokens += result.tokens
@@ -128,11 +123,11 @@ class TrainingLoop:
         row: dict[str, Any] = {"step": step, "loss": result.loss, "learning_rate": rate}
         row |= {"grad_norm": result.grad_norm, "tokens": result.tokens}
         logged = with_deviations(quotients(sum_pairs(self._distribution, run.context.logged())))
-        gaps = result.responses.get(GAP, {}) if first else {}
-        run.context.rollout.note_gaps(gaps)
-        if first and run.context.rollout.used:
+        if run.context.rollout.fresh:
+            gaps = result.responses.get(GAP, {})
+            run.context.rollout.note_gaps(gaps)
+            logged |= gap_metrics(self._distribution.gather(list(gaps.values())))
             self._keep_rollout(step - 1)
-        logged |= gap_metrics(self._distribution.gather(list(gaps.values())))
         metrics = {**logged, **result.metrics}
         run.kl_budget.check(metrics)
         if run.context.replay is not None and not run.context.replay.used:

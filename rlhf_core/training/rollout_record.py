@@ -39,8 +39,8 @@ class RolloutRecord:
 
     def __init__(self) -> None:
         self.completions: list[RecordedCompletion] = []
-        self.used = False
-        """Whether anything was ever generated in training; the same on all processes."""
+        self.fresh = False
+        """Whether no update has been made since the last generation; the same on all processes."""
         self._last: list[RecordedCompletion] = []
         """Those of the rollout before."""
         self._numbers: dict[tuple[int, int], int] = {}
@@ -54,7 +54,7 @@ class RolloutRecord:
         scores: Scores | None,
     ) -> None:
         """Add the completions of a batch's prompts, with their scores where they have some."""
-        self.used = True
+        self.fresh = True
         numbers = [(prompt, index) for prompt, group in enumerate(completions) for index in range(len(group))]
         for at, (prompt, index) in enumerate(numbers):
             place = _place(batch, prompt)
@@ -108,7 +108,8 @@ class RolloutRecord:
         return "; ".join(shown) or "no rewards on this process"
 
     def take(self) -> list[RecordedCompletion]:
-        """Return the completions and forget them."""
+        """Return the completions and forget them: an update was made."""
+        self.fresh = False
         self._last, self.completions, self._numbers = self.completions, [], {}
         return self._last
 

@@ -579,6 +579,8 @@ def test_an_evaluation_draws_several_completions_and_estimates_pass_at_k(tmp_pat
 
 # rollouts.jsonl
 
+WHOLE: dict[str, Any] = {"progress": False, "rollouts": {"whole": True}}
+
 
 def rollouts_of(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / "rollouts.jsonl").read_text().splitlines()]
@@ -613,6 +615,29 @@ def test_completions_are_kept_by_group_with_what_they_were_trained_with(
         assert all(data[row["row"]] == row["prompt"] for row in mine)
         assert all(row["logprob_gap"] is None or 0 <= row["logprob_gap"] < 1e-4 for row in mine)
         assert all(row["stop_reason"] in ("end", "length") for row in mine)
+
+
+class FirstWindowIdle(Watched):
+    """Has nothing to learn in the first window of each rollout."""
+
+    api = 1
+    record = "prompt"
+
+    def windows(self, rollout: Batch, run: Any) -> Any:
+        for number, window in enumerate(super().windows(rollout, run)):
+            window.batch["differs"].logical_and_(torch.tensor(number > 0))
+            yield window
+
+
+def test_a_rollout_whose_first_window_makes_no_step_is_kept_with_its_second(tmp_path: Path) -> None:
+    run = trainer(tmp_path, kind=FirstWindowIdle, max_steps=6, logging=WHOLE)
+    run.train()
+    found = rollouts_of(tmp_path)
+    assert [row["step"] for row in found] == [0] * 32 + [3] * 32
+    of_window = [set(window.batch.places) for _, window in run.made]
+    for step, second in ((0, of_window[1]), (3, of_window[5])):
+        assert second == {row["place"] for row in found if row["step"] == step and row["logprob_gap"] is not None}
+    assert ["logprob_gap" in row for row in metrics_of(tmp_path)] == [True, False, False] * 2
 
 
 def test_how_much_of_rollouts_is_kept_is_bounded_and_some_are_shown(
@@ -651,8 +676,6 @@ def test_a_resumed_run_continues_its_rollouts_without_double_rows(tmp_path: Path
 
 
 # Replay
-
-WHOLE: dict[str, Any] = {"progress": False, "rollouts": {"whole": True}}
 
 
 @pytest.mark.parametrize("options", [KL, {**DYNAMIC, "generation": {"max_new_tokens": 8, "top_p": 0.9}}])
