@@ -121,8 +121,8 @@ class DistillationConfig(OnlineConfig):
     )
     rewards: list[RewardConfig] = Field(
         default_factory=list,
-        description="Rewards that are reported and not trained on: of the student's own completions in training, and of one"
-        " completion of each held-out prompt. As in other methods, names or `{name: …, weight: …, options: {…}}`.",
+        description="Rewards of the student's own completions that are reported in training and evaluation, and not trained on:"
+        " names, or `{name: …, weight: …, options: {…}}`.",
     )
 
     @model_validator(mode="after")
@@ -218,19 +218,20 @@ class DistillationTrainer(Trainer[DistillationConfig]):
                 continue
             own = random_generator(self.config.seed, run.step).random() < self.config.on_policy
             if own:
-                batch, _ = self._completed(batch, run, self.config.group_size)
+                batch = run.record_rollout(self._completed(batch, run, self.config.group_size))
             run.log("on_policy", own * batch.num_responses, batch.num_responses)
             for epoch in range(epochs):
                 for number, part in enumerate(run.minibatches(batch, parts)):
                     yield Window(part, last=(epoch, number) == (epochs - 1, parts - 1))
 
-    def _completed(self, batch: Batch, run: RunContext, n: int) -> tuple[Batch, Evaluation]:
-        """Return n completions of the student for each prompt as a batch, and their rewards where there are any."""
+    def _completed(self, batch: Batch, run: RunContext, n: int) -> Batch:
+        """Return n completions of the student for each prompt as a batch; in training they are scored where there are rewards."""
         sampling = self.config.generation
-        if not len(run.rewards):
-            return Batch.from_completions(batch, run.engine.generate(batch, n, sampling)), Evaluation()
-        completions, scores = run.generate_and_score(batch, n, sampling)
-        return Batch.from_completions(batch, completions), Evaluation(metrics=scores.per_prompt(batch.num_prompts))
+        if len(run.rewards) and not run.evaluating:
+            completions, _ = run.generate_and_score(batch, n, sampling)
+        else:
+            completions = run.generate(batch, n, sampling)
+        return Batch.from_completions(batch, completions)
 
     def weights(self, batch: Batch) -> Mapping[str, float]:
         """The divergence is averaged over tokens in the loss, or over responses that have some."""
@@ -264,13 +265,12 @@ class DistillationTrainer(Trainer[DistillationConfig]):
         return states.to_tokens(found)
 
     def evaluate(self, batch: Batch, run: RunContext) -> Evaluation:
-        """Return the divergence on the responses of held-out rows, and with rewards those of a completion of each prompt.
+        """Return the divergence on the responses of held-out rows, and with rewards how good the student's completions are.
 
-        Rows that are prompts alone are compared on the student's own completions.
+        On rows that are prompts alone, it is the divergence on a completion of the student for each.
         """
-        rewards = Evaluation()
-        if self.config.prompts_only or len(run.rewards):
-            completed, rewards = self._completed(batch, run, 1)
-            batch = completed if self.config.prompts_only else batch
-        found = run.held_out_loss(batch)
-        return Evaluation(found.terms, {**found.metrics, **rewards.metrics})
+        compared_on = self._completed(batch, run, 1) if self.config.prompts_only else batch
+        found = run.held_out_loss(compared_on)
+        if not len(run.rewards):
+            return found
+        return Evaluation(found.terms, {**found.metrics, **run.evaluate_completions(batch).metrics})
