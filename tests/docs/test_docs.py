@@ -162,6 +162,12 @@ def test_online_methods(tmp_path: Path, environment: dict[str, str]) -> None:
 
 
 @pytest.mark.slow
+def test_reinforcement_learning(tmp_path: Path, environment: dict[str, str]) -> None:
+    run_page("docs/reinforcement-learning.md", tmp_path, environment)
+    assert (tmp_path / "runs/ppo/model_value/value_head.json").is_file()
+
+
+@pytest.mark.slow
 def test_samplers(tmp_path: Path, environment: dict[str, str]) -> None:
     printed = run_page("docs/samplers.md", tmp_path, environment)
     assert " passed" in printed and "sampler acme-best" in printed

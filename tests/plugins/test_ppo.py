@@ -224,7 +224,7 @@ def test_the_weight_follows_its_target_and_is_in_the_checkpoint(tmp_path: Path, 
     weight = 0.1
     for row in rows:
         assert row["kl_weight"] == pytest.approx(weight, rel=1e-6)
-        weight *= 1 + 0.1 * max(-0.2, min(row["kl_to_reference"] / 0.01 - 1, 0.2))
+        weight *= 1 + 0.1 * max(-0.2, min(row["kl_rollout"] / 0.01 - 1, 0.2))
     assert len(rows) == 6 and trainer.kl_weight == pytest.approx(weight) and trainer.kl_weight != pytest.approx(0.1)
     states = sorted((tmp_path / "run/checkpoints").glob("step-*/*.json"))
     assert any('"kl_weight": ' in state.read_text() for state in states)

@@ -38,8 +38,11 @@ from rlhf_core.plugin import (
     ValueModel,
     Window,
     adapted_kl_weight,
+    clipped_tokens,
     explained_variance,
     generalized_advantages,
+    logprob_gaps,
+    online_metrics,
     token_rewards,
     value_loss,
     whitened,
@@ -257,7 +260,7 @@ class PPOTrainer(Trainer[PPOConfig]):
     def build(self, loader: Loader) -> Mapping[str, nn.Module | Reference]:
         policy = loader.main(PolicyModel)
         models: dict[str, nn.Module | Reference] = {"policy": policy, "value": self._value_model(loader, policy)}
-        if self.config.kl_weight:
+        if self.config.kl_weight or self.config.kl_budget:
             models["reference"] = loader.reference(policy, self.config.reference)
         return models
 
@@ -295,56 +298,56 @@ class PPOTrainer(Trainer[PPOConfig]):
     def _rollout(self, batch: Batch, run: RunContext) -> Batch:
         """Return completions with the columns that the update reads, each (R, T).
 
-        Columns: `old_logps`, log π_old before top-p and top-k, nats; `old_values`; `advantages`; `returns`.
+        Columns: `old_logps`, log π_old before top-p and top-k, nats, and `ref_logps`, the reference's; `old_values`; `returns`;
+        `advantages`; `sample_weights`, what the objective is multiplied by.
         """
         config = self.config
         completions, scores = run.generate_and_score(batch, config.group_size, config.generation)
         rollout = Batch.from_completions(batch, completions)
         mask, truncated = rollout.loss_mask, rollout["truncated"]
-        sampled_logps = torch.where(mask, rollout["sampled_logps"] + rollout["kept_mass"].clamp(min=1e-30).log(), 0.0)
-        old_logps, values, end_values = self._predictions(rollout, sampled_logps, run)
+        old_logps, values, end_values = self._predictions(rollout, run)
+        tokens = {"old_logps": old_logps, "old_values": values}
+        # The sum over what top-p and top-k leave out of the objective, too, is what the mass makes of it.
+        correction = self.parts["correction"](old_logps, _engine_logps(rollout), mask)
+        tokens["sample_weights"] = rollout["kept_mass"] * correction
+        penalties = torch.zeros_like(old_logps)
+        if config.kl_weight or config.kl_budget:
+            with run.phase("reference", tokens=rollout.num_tokens):
+                ref_logps = self.reference.token_logps(rollout, temperature=config.generation.temperature)
+            tokens["ref_logps"], log_ratios = ref_logps, torch.where(mask, old_logps - ref_logps, 0.0)
+            penalties = self.kl_weight * log_ratios
+            self._adapt_kl_weight(log_ratios, mask, run)
         # What the limit truncated isn't over: the value at its end stands for its reward. Added to its reward, it would make
         # values grow by a reward with each rollout.
         goes_on = truncated & (config.truncated == "bootstrap")
-        rewards = token_rewards(
-            self._rewards(scores.total.to(values), ~goes_on, rollout, run),
-            self._penalties(rollout, old_logps, run),
-            mask,
-        )
+        rewards = token_rewards(self._rewards(scores.total.to(values), ~goes_on, rollout, run), penalties, mask)
         raw = generalized_advantages(
             rewards, values, mask, end_values * goes_on, gamma=config.gamma, lam=config.gae_lambda
         )
         if config.truncated == "mask":
             mask = mask & ~truncated[:, None]
             rollout = replace(rollout, loss_mask=mask)
-        returns = torch.where(mask, raw + values, 0.0)
-        self._log(values, returns, rollout, run)
-        return rollout.attach(
-            per_token={
-                "old_logps": old_logps,
-                "old_values": values,
-                "advantages": self._advantages(raw, rollout, run),
-                "returns": returns,
-                # The sum over what top-p and top-k leave out of the objective, too, is what the mass makes of it.
-                "sample_weights": rollout["kept_mass"] * self.parts["correction"](old_logps, sampled_logps, mask),
-            }
-        )
+        tokens["returns"] = torch.where(mask, raw + values, 0.0)
+        tokens["advantages"] = self._advantages(raw, rollout, run)
+        self._log(values, tokens["returns"], rollout, run)
+        return run.record_rollout(rollout.attach(per_token=tokens), tokens["advantages"])
 
-    def _predictions(self, rollout: Batch, sampled_logps: Tensor, run: RunContext) -> tuple[Tensor, Tensor, Tensor]:
+    def _predictions(self, rollout: Batch, run: RunContext) -> tuple[Tensor, Tensor, Tensor]:
         """Return log π_old (R, T), values (R, T) and values at the end (R,), by the models as they are.
 
         The engine's log-probabilities stand for log π_old, without another forward pass, where no correction compares them.
         """
-        if self.config.correction == "none":
-            values, end_values = run.forward(rollout, self.value.values, axis=("token", "response"))
-            return sampled_logps, values, end_values
 
         def predictions(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
             states = self.policy.hidden_states(batch)
             return self._logps(batch, states), *self.value.values(batch, states=self._shared(states))
 
-        logps, values, end_values = run.forward(rollout, predictions, axis=("token", "token", "response"))
-        return logps, values, end_values
+        with run.phase("value", tokens=rollout.num_tokens):
+            if self.config.correction == "none":
+                values, end_values = run.forward(rollout, self.value.values, axis=("token", "response"))
+                return _engine_logps(rollout), values, end_values
+            logps, values, end_values = run.forward(rollout, predictions, axis=("token", "token", "response"))
+            return logps, values, end_values
 
     def _rewards(self, scores: Tensor, counted: Tensor, rollout: Batch, run: RunContext) -> Tensor:
         """Return (R,) the responses' rewards, 0 where they aren't counted, whitened over those of the step that are."""
@@ -354,21 +357,18 @@ class PPOTrainer(Trainer[PPOConfig]):
             rewards[counted] = run.over_step(partial(whitened, keep_mean=True), scores[counted], rows=rows)
         return rewards
 
-    def _penalties(self, rollout: Batch, old_logps: Tensor, run: RunContext) -> Tensor:
-        """Return (R, T) the KL penalties, and adapt their weight for the next rollout."""
-        config, mask = self.config, rollout.loss_mask
-        if not config.kl_weight:
-            return torch.zeros_like(old_logps)
-        log_ratios = old_logps - self.reference.token_logps(rollout, temperature=config.generation.temperature)
-        penalties = self.kl_weight * log_ratios
-        run.log("kl_to_reference", (log_ratios * mask).sum(), mask.sum())
+    def _adapt_kl_weight(self, log_ratios: Tensor, mask: Tensor, run: RunContext) -> None:
+        """Report the rollout's KL to the reference per token, and adapt the weight of its penalty for the next rollout."""
+        config = self.config
+        run.log("kl_rollout", log_ratios.sum(), mask.sum())
         run.log("kl_weight", self.kl_weight)
-        total, tokens = (sum(run.gather(float(sums))) for sums in ((log_ratios * mask).sum(), mask.sum()))
-        if config.kl_target is not None and tokens:
+        if config.kl_target is None:
+            return
+        total, tokens = (sum(run.gather(float(sums))) for sums in (log_ratios.sum(), mask.sum()))
+        if tokens:
             self.kl_weight = adapted_kl_weight(
                 self.kl_weight, total / tokens, target=config.kl_target, gain=config.kl_gain
             )
-        return penalties
 
     def _advantages(self, raw: Tensor, rollout: Batch, run: RunContext) -> Tensor:
         """Return (R, T) advantages, 0 outside the loss mask, whitened over the tokens of the step."""
@@ -405,30 +405,44 @@ class PPOTrainer(Trainer[PPOConfig]):
         return dict.fromkeys(("policy", "value"), float(amounts.sum()))
 
     def loss(self, batch: Batch) -> Loss:
+        """Return the policy's objective and the values' loss as sums over tokens, weighted by the aggregation."""
         config, mask, old_logps = self.config, batch.loss_mask, batch["old_logps"]
         states = self.policy.hidden_states(batch)
         logps, values = self._logps(batch, states), self.value.token_values(batch, states=self._shared(states))
-        log_ratio = self.parts["ratio"](torch.where(mask, logps - old_logps, 0.0), mask)
-        terms = PolicyTerms(logps, old_logps, log_ratio, batch["advantages"], mask)
-        weights, _ = self.aggregation(mask)
-        objective = torch.where(mask, self.parts["clip"](terms) * batch["sample_weights"], 0.0)
+        log_ratio = torch.where(mask, logps - old_logps, 0.0)
+        terms = PolicyTerms(logps, old_logps, self.parts["ratio"](log_ratio, mask), batch["advantages"], mask)
+        token_weights, _ = self.aggregation(mask)
+        objective = torch.where(mask, batch["sample_weights"] * self.parts["clip"](terms), 0.0)
         errors = value_loss(values, batch["old_values"], batch["returns"], clip=config.value_clip)
         sums = {
-            "policy": -(objective * weights).sum(),
-            "value": config.value_weight * (errors * weights).sum(),
+            "policy": -(token_weights * objective).sum(),
+            "value": config.value_weight * (token_weights * errors).sum(),
         }
-        return Loss(sums, {"ratio": ((terms.ratio.detach() * mask).sum(), mask.sum())})
+        metrics = online_metrics(
+            logps=logps,
+            old_logps=old_logps,
+            advantages=batch["advantages"],
+            mask=mask,
+            clipped=clipped_tokens(self.parts["clip"], terms),
+            ref_logps=batch.per_token.get("ref_logps"),
+            weight=log_ratio.detach().exp() * batch["kept_mass"],
+        )
+        return Loss(sums, metrics, responses=logprob_gaps(logps, _engine_logps(batch), mask))
 
     def evaluate(self, batch: Batch, run: RunContext) -> Evaluation:
-        """Complete held-out prompts and score that."""
-        _, scores = run.generate_and_score(batch, 1, self.config.generation)
-        return Evaluation(metrics=scores.per_prompt(batch.num_prompts))
+        return run.evaluate_completions(batch)
 
     def state_dict(self) -> dict[str, Any]:
         return {"kl_weight": self.kl_weight}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.kl_weight = state["kl_weight"]
+
+
+def _engine_logps(batch: Batch) -> Tensor:
+    """Return (R, T) the engine's log-probabilities at its temperature, before top-p and top-k, nats; 0 outside the mask."""
+    logps = batch["sampled_logps"] + batch["kept_mass"].clamp(min=1e-30).log()
+    return torch.where(batch.loss_mask, logps, 0.0)
 
 
 def _rows(batch: Batch) -> Tensor:
