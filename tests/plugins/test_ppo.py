@@ -363,6 +363,18 @@ def test_a_run_resumes_bit_for_bit_behind_a_rollout(tmp_path: Path, policy: Poli
     require_same_run(tmp_path / "broken", tmp_path / "whole")
 
 
+def test_replayed_rollouts_give_the_same_weights(tmp_path: Path, policy: PolicyModel) -> None:
+    """From the completions that a run kept, advantages and returns are computed again; a KL in the reward adapts, too."""
+    options = {"kl_weight": 0.1, "kl_target": 0.01, "max_steps": 8, "optimizer": {}, "save_precision": "float32"}
+    logging = {"progress": False, "rollouts": {"whole": True}}
+    first = trainer_of(policy, tmp_path / "first", logging=logging, **options)
+    first.train()
+    again = trainer_of(policy, tmp_path / "again", logging=logging, replay=str(tmp_path / "first"), **options)
+    again.train()
+    for name, parameter in first.models.state_dict().items():
+        assert torch.equal(again.models.state_dict()[name], parameter), name
+
+
 @BOTH
 def test_what_is_exported_loads_again_and_trains_on(tmp_path: Path, policy: PolicyModel, own: dict[str, Any]) -> None:
     trainer = trainer_of(policy, tmp_path / "run", max_steps=4, **own)
