@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -241,3 +242,13 @@ def test_a_row_is_its_papers_loss(name: str) -> None:
         if parameter.grad is not None:
             difference = found.gradient[f"policy.model.{parameter_name}"] - parameter.grad
             assert float(difference.norm()) < 1e-3 * float(parameter.grad.norm()) + 1e-4 * largest, parameter_name
+
+
+def test_the_page_says_what_each_row_picks() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs/policy-gradient.md").read_text(encoding="utf-8")
+    rows = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| `")}
+    for name, row in VARIANTS.items():
+        parts = (row.advantage, row.ratio, row.clip, row.aggregation)
+        assert [part for part in parts if f"`{part}`" not in rows[name]] == [], name
+        assert row.paper.split("arXiv ")[1].split(",")[0] in rows[name]
+        assert not row.kl_weight or (f"`{row.kl}`" in rows[name] and f"{row.kl_weight:g}" in rows[name])

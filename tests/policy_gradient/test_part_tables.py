@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf_core import registry
 from rlhf_core.infra.errors import ConfigError, PluginError
-from rlhf_core.policy_gradient import ADVANTAGES, CLIPS, CORRECTIONS, KL_ESTIMATORS, LOSS_AGGREGATIONS, RATIOS
+from rlhf_core.policy_gradient import ADVANTAGES, CLIPS, CORRECTIONS, KL_ESTIMATORS, LOSS_AGGREGATIONS, RATIOS, SHAPINGS
 
 REWARDS, GROUPS = torch.tensor([1.0, 0.0]), torch.tensor([0, 0])
 MINE = '''
@@ -111,3 +111,11 @@ def test_what_is_said_of_a_wrong_part(name: str, options: dict[str, object], mes
     with pytest.raises(ConfigError, match=message) as found:
         ADVANTAGES.bind(name, options, place="run.yaml:3")
     assert found.value.place == "run.yaml:3"
+
+
+def test_the_page_names_every_part() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs/policy-gradient.md").read_text(encoding="utf-8")
+    tables = (ADVANTAGES, RATIOS, CLIPS, CORRECTIONS, LOSS_AGGREGATIONS, KL_ESTIMATORS, SHAPINGS)
+    lines = {line.split("|")[1].strip(): line for line in page.splitlines() if line.startswith("|")}
+    for table in tables:
+        assert [f"`{name}`" for name in table.names() if f"`{name}`" not in lines[table.kind].split("|")[3]] == []
