@@ -1,4 +1,4 @@
-"""Distil a tiny language model: a small student that is wrong half of the time learns to answer as its larger teacher does.
+"""Distil a tiny language model: a small student that learned from wrong demonstrations learns to answer as its teacher does.
 
     python examples/distill_arithmetic.py [--output runs/distill-arithmetic] [--seed 0]
 
