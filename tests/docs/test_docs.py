@@ -186,6 +186,11 @@ def test_generation(tmp_path: Path, environment: dict[str, str]) -> None:
 def test_samples(tmp_path: Path, environment: dict[str, str]) -> None:
     printed = run_page("docs/samples.md", tmp_path, environment)
     assert "1. fixed prompt" in printed and "step 6 " in printed and "step 4 " in printed
+    assert "step 1, row" in printed and "More: --worst" in printed
+    drawn, again = (
+        (tmp_path / "runs" / name / "model" / "model.safetensors").read_bytes() for name in ("drawn", "drawn-again")
+    )
+    assert drawn == again
     (settings,) = (text for language, text in blocks("docs/samples.md") if language == "yaml")
     SFTTrainer.Config.parse(yaml.safe_load(settings))
 
