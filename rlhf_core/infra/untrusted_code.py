@@ -46,8 +46,10 @@ class CodeRun:
 
     passed: set[int] = field(default_factory=set)
     """The pieces that ran to their ends without an exception, by number."""
+    skipped: set[int] = field(default_factory=set)
+    """The pieces that skipped themselves as tests do, by `unittest.SkipTest` or `pytest.skip`, not helped by the `undo` piece."""
     reached: int = 0
-    """How many pieces ran, whether they passed or failed: the next one ended the process."""
+    """How many pieces ran, whether they passed, failed or were skipped: the next one ended the process."""
     output: bytes = b""
     """What it wrote to stdout."""
     returncode: int | None = None
@@ -57,7 +59,12 @@ class CodeRun:
 
 
 def run_untrusted(
-    pieces: Sequence[tuple[str, str]], limits: CodeLimits, *, stdin: bytes | None = None, needed: int = 0
+    pieces: Sequence[tuple[str, str]],
+    limits: CodeLimits,
+    *,
+    stdin: bytes | None = None,
+    needed: int = 0,
+    undo: int | None = None,
 ) -> CodeRun:
     """Run pieces of code one after the other in one new process, in one namespace, in an empty directory of its own.
 
@@ -72,6 +79,9 @@ def run_untrusted(
         pieces: (a name for tracebacks, source).
         stdin: runs the first piece alone, as a program with this input, whose `output` and `returncode` matter.
         needed: how many of the first pieces must pass for the others to run.
+        undo: the number of the piece that is tested by those after it. Functions and classes that it replaces in modules that
+            were loaded before it are set back before the next piece runs, and those of unittest before each; a piece that finds
+            unittest changed at its end fails.
 
     Raises:
         ConfigError: this system has no limits on processes (Windows).
@@ -81,16 +91,21 @@ def run_untrusted(
         raise ConfigError("code can't be limited on this system", place="run_untrusted", fix="use Linux or macOS")
     directory = tempfile.mkdtemp(prefix="rlhf-code-")
     try:
-        return _run(directory, pieces, limits, stdin, needed)
+        return _run(directory, pieces, limits, stdin, needed, undo)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 
 
 def _run(
-    directory: str, pieces: Sequence[tuple[str, str]], limits: CodeLimits, stdin: bytes | None, needed: int
+    directory: str,
+    pieces: Sequence[tuple[str, str]],
+    limits: CodeLimits,
+    stdin: bytes | None,
+    needed: int,
+    undo: int | None,
 ) -> CodeRun:
     token = secrets.token_hex(16)
-    job = {"pieces": list(pieces), "token": token, "stdin": stdin is not None, "needed": needed}
+    job = {"pieces": list(pieces), "token": token, "stdin": stdin is not None, "needed": needed, "undo": undo}
     job["parent"] = os.getpid()
     job |= {"seconds": limits.seconds, "memory_bytes": limits.memory_bytes, "file_bytes": limits.file_bytes}
     job_read, job_write = os.pipe()
@@ -172,7 +187,9 @@ def _read_report(report: bytes, token: str, run: CodeRun) -> None:
             continue
         if kind == "enforced":
             run.enforced = json.loads(value)
-        elif kind in ("passed", "failed") and value == str(run.reached):
+        elif kind in ("passed", "failed", "skipped") and value == str(run.reached):
             run.reached += 1
             if kind == "passed":
                 run.passed.add(int(value))
+            elif kind == "skipped":
+                run.skipped.add(int(value))

@@ -7,6 +7,7 @@ parent know. What the code prints is no verdict.
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import ctypes
 import functools
@@ -18,6 +19,7 @@ import signal
 import struct
 import sys
 import tempfile
+import threading
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -326,6 +328,145 @@ def protect(job: dict, directory: str) -> dict:
     return enforced
 
 
+HEAP_TYPE = 1 << 9  # the flag of classes made in Python, whose attributes can be set
+ADDED_BY_PYTHON = frozenset({"__annotations__", "__annotations_cache__"})  # to classes, on its own
+SKIPS = {("unittest.case", "SkipTest"), ("_pytest.outcomes", "Skipped")}
+
+
+def is_code(value: Any) -> bool:
+    """Tell whether a value is what code calls: a function, a class, a method, a property."""
+    return callable(value) or hasattr(type(value), "__get__")
+
+
+def of_unittest(name: Any) -> bool:
+    return isinstance(name, str) and name.partition(".")[0] == "unittest"
+
+
+class ModulesBefore:
+    """The functions and classes of the modules that are loaded now, to set back what code replaces in them.
+
+    Data is left alone, as code may set that with reason, and so is what is new, unless it hides what was there. The classes of
+    unittest are set back whole.
+    """
+
+    def __init__(self, space: dict) -> None:
+        """Note what there is outside `space`, the namespace of the code."""
+        self.space, self.by_name, self.loaded = space, sys.modules, dict(sys.modules)
+        self.builtins, self.builtins_before = vars(builtins), dict(vars(builtins))
+        self.modules: list[tuple[dict, dict, bool]] = []
+        self.classes: list[tuple[type, dict, frozenset, tuple, bool]] = []
+        self.functions: list[tuple[types.FunctionType, Any, Any, Any, bool]] = []
+        self.seen: set[int] = set()
+        for name, module in self.loaded.items():
+            if issubclass(type(module), types.ModuleType):
+                names = object.__getattribute__(module, "__dict__")
+                if names is not space and names is not self.builtins:
+                    kept = {key: value for key, value in names.items() if is_code(value)}
+                    self.modules.append((names, kept, of_unittest(name)))
+                    self.note(list(names.values()))
+
+    def note(self, values: list) -> None:
+        """Note functions, and classes with what is in them."""
+        while values:
+            value = values.pop()
+            if type(value) in (staticmethod, classmethod):
+                value = value.__func__
+            elif type(value) is property:
+                value = value.fget
+            if id(value) in self.seen:
+                continue
+            if type(value) is types.FunctionType:
+                self.seen.add(id(value))
+                state = value.__code__, value.__defaults__, value.__kwdefaults__
+                self.functions.append((value, *state, of_unittest(value.__module__)))
+            elif issubclass(type(value), type) and type.__dict__["__flags__"].__get__(value) & HEAP_TYPE:
+                self.seen.add(id(value))
+                names = dict(type.__dict__["__dict__"].__get__(value))
+                whole = of_unittest(names.get("__module__"))
+                kept = names if whole else {key: one for key, one in names.items() if is_code(one)}
+                self.classes.append((value, kept, frozenset(names), type.__dict__["__bases__"].__get__(value), whole))
+                values += names.values()
+
+    def set_back(self, *, everything: bool) -> bool:
+        """Set back all modules, or unittest alone, which tests don't change; return whether unittest was changed."""
+        if everything:
+            # First these, without a call of any, as code may have replaced every one.
+            for key, value in self.builtins_before.items():
+                self.builtins[key] = value
+            self.space["__builtins__"] = builtins
+            sys.modules = self.by_name
+            for name, module in self.loaded.items():
+                if self.by_name.get(name) is not module:
+                    self.by_name[name] = module
+        found = [
+            set_back_names(self.builtins_before, *one[:2]) and one[2] for one in self.modules if everything or one[2]
+        ]
+        for function, code, defaults, keywords, unit in self.functions:
+            if everything or unit:
+                if function.__code__ is not code:
+                    function.__code__ = code
+                    found.append(unit)
+                if function.__defaults__ is not defaults or function.__kwdefaults__ is not keywords:
+                    function.__defaults__, function.__kwdefaults__ = defaults, keywords
+                    found.append(unit)
+        found += [set_back_class(*one) and one[4] for one in self.classes if everything or one[4]]
+        if everything:
+            for where in (sys, threading):  # what is traced can be made to jump over an assert
+                where.settrace(None)
+                where.setprofile(None)
+        return any(found)
+
+
+def set_back_names(builtins_before: dict, names: dict, kept: dict) -> bool:
+    """Set back the names of a module that stood for code, and remove those that hide a builtin; return whether any changed."""
+    changed = [key for key, value in kept.items() if names.get(key) is not value]
+    hiding = [key for key in names if key in builtins_before and key not in kept and is_code(names[key])]
+    hiding = [key for key in hiding if not key.startswith("__")]
+    for key in changed:
+        names[key] = kept[key]
+    for key in hiding:
+        del names[key]
+    return bool(changed or hiding)
+
+
+def set_back_class(one: type, kept: dict, known: frozenset, bases: tuple, whole: bool) -> bool:
+    """Set back what of a class was code, or the `whole` class, and remove what hides an inherited attribute; return whether
+    anything changed."""
+    changed = False
+    with contextlib.suppress(TypeError, AttributeError):  # classes that refuse it
+        if type.__dict__["__bases__"].__get__(one) is not bases:
+            type.__setattr__(one, "__bases__", bases)
+            changed = True
+        now = dict(type.__dict__["__dict__"].__get__(one))
+        for key, value in kept.items():
+            if now.get(key) is not value:
+                type.__setattr__(one, key, value)
+                changed = True
+        for key in now.keys() - known - ADDED_BY_PYTHON:
+            above = type.__dict__["__mro__"].__get__(one)[1:]
+            if whole or any(key in type.__dict__["__dict__"].__get__(base) for base in above):
+                type.__delattr__(one, key)
+                changed = True
+    return changed
+
+
+def skips_itself(error: BaseException, tests: set[str]) -> bool:
+    """Tell whether an exception is a test's own skip: no code but that of the tests and of libraries had part in it."""
+    while True:
+        if not any((one.__module__, one.__name__) in SKIPS for one in type(error).__mro__):
+            return False
+        step = error.__traceback__
+        while step is not None:
+            file = step.tb_frame.f_code.co_filename
+            if file not in tests and not file.startswith("/"):
+                return False
+            step = step.tb_next
+        cause = error.__cause__  # an earlier skip of the same test
+        if cause is None or not any((one.__module__, one.__name__) in SKIPS for one in type(cause).__mro__):
+            return True
+        error = cause
+
+
 def main() -> None:
     source, sink, directory = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     with os.fdopen(source, encoding="utf-8") as file:
@@ -350,14 +491,22 @@ def main() -> None:
     if job["stdin"]:  # one program that talks by stdin and stdout: its own exit code counts
         run(pieces[0], space)
         return
+    undo, before, errors = job["undo"], None, BaseException
+    allowed = {name for name, _ in job["pieces"][undo + 1 :]} if undo is not None else set()
     for number, piece in enumerate(pieces):
+        if number == undo:
+            before = ModulesBefore(space)
         try:
             run(piece, space)
-            passed = True
-        except BaseException:
-            passed = False
-        write(sink, f"{token} {'passed' if passed else 'failed'} {number}\n".encode())
-        if not passed and number < job["needed"]:
+            verdict = "passed"
+        except errors as error:
+            verdict = "skipped" if before is not None and number > undo and skips_itself(error, allowed) else "failed"
+        if before is not None:
+            changed = before.set_back(everything=number == undo)
+            if changed and number > undo:
+                verdict = "failed"
+        write(sink, f"{token} {verdict} {number}\n".encode())
+        if verdict != "passed" and number < job["needed"]:
             leave(1)
     leave(0)
 

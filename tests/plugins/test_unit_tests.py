@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 import psutil
 import pytest
 from rlhf_plugins.rewards import unit_tests
-from rlhf_plugins.rewards.unit_tests import UnitTestsConfig, last_block, read_tests
+from rlhf_plugins.rewards.row_tests import read_tests
+from rlhf_plugins.rewards.unit_tests import UnitTestsConfig, last_block
 
 from rlhf_core.contracts.reward import Sample
 from rlhf_core.infra import untrusted_code
@@ -112,6 +113,14 @@ def test_programs_that_read_and_print() -> None:
     assert score("print(3)", pairs, score="all") == 0.0
 
 
+PARAMETERS = """
+import pytest
+@pytest.mark.parametrize("a,b,c", [(1, 2, 3)])
+def test_add(a, b, c):
+    assert add(a, b) == c
+"""
+
+
 @pytest.mark.parametrize(
     ("tests", "said"),
     [
@@ -119,6 +128,17 @@ def test_programs_that_read_and_print() -> None:
         ("assert (", "was never closed"),
         (3, "expected source, a list of sources, or inputs with outputs; got 3"),
         ([], "expected source"),
+        ("assert True\nprint(add(1, 2))", "nothing in them can fail"),
+        (["def helper(a):\n    assert a"], "nothing in them can fail"),
+        (PARAMETERS, "`test_add` uses `pytest.mark.parametrize`, which isn't run here"),
+        (
+            "import pytest\n@pytest.fixture\ndef one():\n    return 1\ndef test_a(one): assert add(1, one) == 2",
+            "`one` uses `pytest.fixture`",
+        ),
+        (
+            "class TestAdd:\n    def test_a(self, tmp_path): assert add(1, 1) == 2",
+            "`test_a` has the parameter `tmp_path`",
+        ),
         ({"inputs": ["1"], "outputs": []}, "1 inputs for 0 outputs"),
         ([{"input": "1"}], "expected `input` and `output`; got input"),
     ],
@@ -450,6 +470,214 @@ def test_each_method_of_a_test_case_is_a_test(tests: Any) -> None:
     assert score("def add(a, b):\n    return a + b if a < 10 else 0", tests) == 0.75
     assert score("import unittest\ndef add(a, b):\n    raise unittest.SkipTest", tests) == 0.0
     assert score("import os\ndef add(a, b):\n    os._exit(0) if a == 10 else None\n    return a + b", tests) == 0.75
+
+
+CASE = """
+import unittest
+class T(unittest.TestCase):
+    def test_a(self):
+        self.assertEqual(add(1, 2), 3)
+"""
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        "unittest.TextTestRunner().run(unittest.TestLoader().loadTestsFromTestCase(T))",
+        "suite = unittest.TestSuite()\nsuite.addTest(T('test_a'))\nunittest.TextTestRunner().run(suite)",
+        "def run():\n    unittest.TextTestRunner().run(unittest.TestSuite([T('test_a')]))\nrun()",
+        "class Empty(unittest.TestCase):\n    def test_later(self):\n        pass",
+        "if __name__ == '__main__':\n    unittest.main(argv=[''], exit=False)",
+        "print('done')\nassert (add(1, 2), 'always true')",
+    ],
+)
+def test_only_what_can_fail_is_a_test(end: str) -> None:
+    assert sum(counts for _, counts in read_tests(CASE + end).pieces) == 1
+    assert score("def add(a, b):\n    return a * b", CASE + end) == 0.0
+
+
+def counted(tests: Any) -> list[str]:
+    return [source for source, counts in read_tests(tests).pieces if counts]
+
+
+def test_what_can_fail_without_an_assert_is_a_test() -> None:
+    raising = "if add(1, 2) != 3:\n    raise ValueError"
+    guarded = f"import numpy as np\nif __name__ == '__main__':\n    {raising.replace(chr(10), chr(10) + '    ')}"
+    through = "class Checks:\n    def run(self):\n        assert add(1, 2) == 3\nChecks().run()\nprint(Checks)"
+    library = "import numpy as np\nnp.testing.assert_allclose(add(1, 2), 3)\nnp.random.seed(0)"
+    assert counted(raising) == counted(guarded) == [raising]
+    assert counted(through) == ["Checks().run()"]
+    assert counted(library) == ["np.testing.assert_allclose(add(1, 2), 3)"]
+    assert counted(["import math", "assert add(1, 2) == 3"]) == ["assert add(1, 2) == 3"]
+    assert score("def add(a, b):\n    return a * b", guarded) == 0.0
+
+
+MIXED = """
+import unittest as ut
+from unittest import TestCase as Case
+class Mixin:
+    def test_small(self):
+        self.assertEqual(self.f(1, 2), 3)
+    def test_large(self):
+        self.assertEqual(self.f(10, 20), 30)
+class Far(Mixin):
+    def test_zero(self):
+        self.assertEqual(self.f(0, 0), 0)
+class TestOne(Far, Case):
+    f = staticmethod(lambda a, b: add(a, b))
+    test_large = None
+class TestTwo(TestOne, ut.TestCase):
+    test_small = None
+"""
+
+
+def test_methods_of_mixins_run() -> None:
+    """Two of `TestOne`, one of `TestTwo`; the mixins alone are no cases."""
+    assert len(counted(MIXED)) == 3
+    assert score(RIGHT, MIXED) == 1.0
+    assert score("def add(a, b):\n    return a * b", MIXED) == pytest.approx(2 / 3)
+
+
+CHECKED = """
+import math
+import unittest
+from unittest import IsolatedAsyncioTestCase
+class T(unittest.TestCase):
+    def test_equal(self):
+        found = add(1, 2)
+        self.assertEqual(found, 3)
+    def test_raises(self):
+        with self.assertRaises(TypeError):
+            add(1, "a")
+class A(IsolatedAsyncioTestCase):
+    async def test_async(self):
+        self.assertTrue(add(1, 2) == 3)
+assert all(add(n, 1) == n + 1 for n in range(2))
+assert math.isclose(add(0.5, 1), 1.5)
+"""
+
+WEAKENING = {
+    "an assertion": "unittest.TestCase.assertEqual = unittest.TestCase.assertTrue = lambda *a, **k: None",
+    "the code of an assertion": (
+        "unittest.TestCase.assertEqual.__code__ = unittest.TestCase.assertTrue.__code__ = (lambda *a, **k: None).__code__"
+    ),
+    "a subclass": "unittest.IsolatedAsyncioTestCase.assertTrue = lambda *a: None",
+    "attribute access": "unittest.TestCase.__getattribute__ = lambda s, n: (lambda *a, **k: None)",
+    "expected failures": "unittest.TestCase.__unittest_expecting_failure__ = True",
+    "the result": "unittest.TestResult.wasSuccessful = lambda s: True",
+    "what raises": "unittest.case._AssertRaisesContext.__exit__ = lambda *a: True",
+    "the class": "unittest.TestCase = unittest.case.TestCase = type('TestCase', (unittest.TestCase,), {'assertEqual': print})",
+    "the module": "sys.modules['unittest'] = sys.modules['math'] = types.SimpleNamespace(isclose=lambda *a: True)",
+    "a builtin": "builtins.all = builtins.isinstance = builtins.hasattr = lambda *a: True",
+    "a builtin's name elsewhere": "unittest.case.issubclass = unittest.case.len = lambda *a: True",
+    "a function of a library": "math.isclose = lambda *a, **k: True",
+    "the import": "builtins.__import__ = lambda *a, **k: __builtins__\n__builtins__ = {'all': lambda a: True}",
+    "a trace": "sys.settrace(lambda *a: None)\nthreading.settrace(lambda *a: None)",
+}
+
+
+@pytest.mark.parametrize("name", WEAKENING)
+def test_code_does_not_weaken_assertions(name: str) -> None:
+    code = "import builtins, math, sys, threading, types, unittest, unittest.async_case\n"
+    assert score(code + "def add(a, b):\n    return 0\n" + WEAKENING[name], CHECKED) == 0.0
+
+
+def test_right_code_may_change_modules() -> None:
+    code = (
+        "import builtins, json, math, random, sys\njson.JSONEncoder.made = math.made = 1\nsys.setrecursionlimit(5000)\n"
+    )
+    used = "assert __import__('json').JSONEncoder.made == __import__('math').made == 1\nassert input() == 'x'"
+    assert score(code + RIGHT, CHECKED) == 1.0
+    assert score(code + RIGHT, "import builtins, json\nbuiltins.input = lambda: 'x'\n" + used) == 1.0
+
+
+def test_a_test_during_which_unittest_changes_fails() -> None:
+    code = "import unittest\ndef add(a, b):\n    unittest.TestCase.assertEqual = lambda *a: None\n    return {}\n"
+    assert score(code.format(0), CASE) == 0.0
+    stored = CASE.replace("self.assertEqual(add(1, 2), 3)", "found = add(1, 2)\n        self.assertEqual(found, 3)")
+    assert score(code.format(0), stored) == 0.0
+
+
+SKIPS = """
+import sys, unittest
+class T(unittest.TestCase):
+    @unittest.skipIf(sys.version_info > (3, 0), "old")
+    def test_decorated(self):
+        self.assertEqual(add(1, 2), 0)
+    def test_asked(self):
+        self.skipTest("no data")
+    def test_raised(self):
+        raise unittest.SkipTest("no data")
+    def test_runs(self):
+        self.assertEqual(add(1, 2), 3)
+@unittest.skipUnless(False, "never")
+class Never(unittest.TestCase):
+    def test_class(self):
+        self.assertEqual(add(1, 2), 0)
+class NotSetUp(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        raise unittest.SkipTest("no data")
+    def test_class(self):
+        self.assertEqual(add(1, 2), 0)
+"""
+
+
+def test_what_the_tests_skip_counts_as_neither() -> None:
+    assert len(counted(SKIPS)) == 6
+    assert score(RIGHT, SKIPS) == score(RIGHT, SKIPS, score="all") == 1.0
+    assert score("def add(a, b):\n    return a * b", SKIPS) == 0.0
+
+
+def test_code_does_not_skip_its_tests() -> None:
+    """`add` is right in one of the two."""
+    tests = CASE + "    def test_b(self):\n        self.assertEqual(add(2, 2), 4)\n"
+    skips = "import unittest\ndef add(a, b):\n    if a == 1:\n        {}\n    return a * b"
+    for how in ("raise unittest.SkipTest", "unittest.TestCase().skipTest('x')", "exec('raise unittest.SkipTest')"):
+        assert score(skips.format(how), tests) == 0.5
+
+
+def test_rows_of_which_every_test_skips_get_nothing_and_are_said(caplog: Any) -> None:
+    tests = "import unittest\nclass T(unittest.TestCase):\n    def test_a(self):\n        self.skipTest('x')\n"
+    assert score(RIGHT, tests) == 0.0
+    assert "every test of a row skipped itself" in caplog.text
+
+
+PYTEST = """
+import pytest
+class TestAdd:
+    @classmethod
+    def setup_class(cls):
+        cls.one = 1
+    def setup_method(self, method):
+        self.two = 2
+    def test_small(self):
+        assert add(self.one, self.two) == 3
+    def test_zero(self):
+        assert add(0, 0) == 0
+    @pytest.mark.skipif("add(0, 1) == 1", reason="x")
+    def test_never(self):
+        assert add(1, 1) == 0
+class TestMore(TestAdd):
+    async def test_raises(self):
+        with pytest.raises(TypeError):
+            add(1, "a")
+def test_function():
+    assert add(2, 3) == 5
+"""
+
+
+def test_classes_of_pytest_run() -> None:
+    assert len(counted(PYTEST)) == 8
+    assert score(RIGHT, PYTEST) == 1.0
+    assert score("def add(a, b):\n    return a + b if b < 2 else 0", PYTEST) == pytest.approx(3 / 6)
+
+
+def test_patched_functions_get_their_arguments() -> None:
+    tests = "from unittest.mock import patch\n@patch('builtins.print')\ndef test_a(shown):\n    assert add(1, 2) == 3\n"
+    tests += "    shown.assert_not_called()\n"
+    assert score(RIGHT, tests) == 1.0
+    assert score("def add(a, b):\n    print(a)\n    return a + b", tests) == 0.0
 
 
 # Files of its own
