@@ -159,7 +159,7 @@ def _facts(one: _Growing, session: ChatSession) -> str:
     words = {
         STOPPED: "stopped",
         FAILED: "failed",
-        "length": "the context is full, /undo or /reset" if full else "at the limit of tokens, /set max_new_tokens N",
+        "length": "the context is full, /undo or /reset" if full else "cut at max_new_tokens (see /set)",
         "stop": "stop text",
     }
     parts: Sequence[str] = [words[answer.stop_reason]] if answer.stop_reason in words else []

@@ -59,10 +59,12 @@ def sample(
     prompt per line), a hub name, a text, or `-` for the lines of standard input,
     and may be repeated. --model takes a directory, an adapter, a run's directory,
     a GGUF file or a hub name; the sampler's other roles have flags of their own,
-    such as --reward NAME. Further: --n (completions per prompt), --seed, --limit
-    (rows), --batch-size, --precision, --ids, --logprobs, --dataset.columns.prompt
-    COLUMN, --dataset.wrap chat, and every option of the sampler: `rlhf show
-    sampler:generate --all` lists them.
+    such as --reward NAME. --output FILE.jsonl keeps the rows. Further: --n
+    (completions per prompt; 1), --temperature (1), --top-p, --top-k, --min-p,
+    --max-new-tokens (256), --stop TEXT, --seed, --limit (rows), --batch-size,
+    --model.precision, --ids, --logprobs, --dataset.columns.prompt COLUMN,
+    --dataset.wrap chat, and every other option of the sampler: `rlhf show
+    sampler:generate --all` lists them with their defaults.
 
     Rows are written in the order of the prompts, with all of their columns.
     Ctrl-C or SIGTERM stops; --resume continues, and gives the same rows as if it

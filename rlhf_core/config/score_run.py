@@ -25,8 +25,8 @@ class ScoreRunConfig(BaseConfig):
     score_column: str = Field(
         "score",
         min_length=1,
-        description="Name of the new column; of a row with several completions it gets an `s`, of a pair `chosen_` and"
-        " `rejected_` before it.",
+        description="Name of the new column, which holds a list where a row has several completions (`scores` by default); of a"
+        " pair it gets `chosen_` and `rejected_` before it.",
     )
     split: str = Field("train", min_length=1, description="Split of a hub dataset to score.")
     limit: int | None = Field(None, ge=1, description="Rows to score, from the first; larger scores more, null all.")

@@ -107,7 +107,9 @@ def _scored(rewards: Rewards, rows: Sequence[CompletionRow]) -> list[tuple[Compl
 
 
 def with_scores(row: CompletionRow, scores: Sequence[float], column: str) -> dict[str, Any]:
-    """Return a row's columns and its scores: `score`, of several completions the list `scores`, of a pair one column a side.
+    """Return a row's columns and its scores: `score`, of several completions a list, of a pair one column a side.
+
+    The column's own name is the default one's plural for a list (`scores`); a name that was chosen stays as it is.
 
     Raises:
         DataError: the row has a column of that name.
@@ -115,7 +117,7 @@ def with_scores(row: CompletionRow, scores: Sequence[float], column: str) -> dic
     if row.shape == "pair":
         added: dict[str, Any] = {f"chosen_{column}": scores[0], f"rejected_{column}": scores[1]}
     else:
-        added = {column: scores[0]} if row.shape == "one" else {f"{column}s": list(scores)}
+        added = {column: scores[0]} if row.shape == "one" else {"scores" if column == "score" else column: list(scores)}
     if taken := sorted(added.keys() & row.columns.keys()):
         raise DataError(
             f"the row has a column `{taken[0]}` already, which its score would replace",

@@ -258,7 +258,13 @@ class SharedForward:
 
     def _report(self, probed: ProbeResult) -> None:
         """Log the attention kernel, and warn where sequences can't be packed."""
-        log.info("attention: %s (%s)", self.attention.kernel, self.attention.reason)
+        # On a CPU there is nothing to choose.
+        level = (
+            logging.DEBUG
+            if next(self.network.parameters()).device.type == "cpu" and self.attention.kernel == "sdpa"
+            else logging.INFO
+        )
+        log.log(level, "attention: %s (%s)", self.attention.kernel, self.attention.reason)
         slower = {"padded": "rows are padded", "alone": "each sequence has its own forward pass, which is slow"}
         if probed.obstacles and self.layout != "padded":
             reasons = "; ".join(f"{name}: {reason}" for name, reason in probed.obstacles.items())
