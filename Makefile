@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint bench bench-generation gpu smollm2 docs clean
+.PHONY: demo test test-slow lint bench bench-generation bench-online gpu smollm2 docs clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -31,6 +31,10 @@ bench: $(STAMP)
 # Generation beside transformers' and vLLM's, the latter where VLLM names a Python that has it.
 bench-generation: $(STAMP)
 	$(BIN)/python benchmarks/generation.py $(if $(VLLM),--vllm-python $(VLLM))
+
+# One step of GRPO beside TRL's, phase by phase.
+bench-online: $(STAMP)
+	$(BIN)/python benchmarks/online.py
 
 # On a machine with a GPU, where nothing can be installed: the environment where there is one, else the machine's own Python.
 # `make gpu GPU="--wheels wheels --output DIR"` hands options on.
