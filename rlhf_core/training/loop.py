@@ -162,18 +162,25 @@ class TrainingLoop:
             self._distribution.on_main(lambda: rollouts.write(parts, step))
 
     def _refuse_equal_rewards(self, row: Mapping[str, Any]) -> None:
-        """Warn at the first rollout in whose groups all rewards are equal; refuse `max_idle_batches` of them in a row."""
-        share = row.get("groups_without_variance")
+        """Warn at the first rollout in whose groups all rewards are equal; refuse `max_idle_batches` of them in a row.
+
+        A value model also learns from how the rewards of different prompts differ: with one, all rewards must be equal.
+        """
+        what, share = "all rewards of each prompt", row.get("groups_without_variance")
+        if "value" in self._run.trainer.models:
+            what, share = "all rewards", None
+            if "reward_std" in row:  # 0 but for rounding
+                share = float(row["reward_std"] <= 1e-6 * abs(row["reward"]))
         if share is None:
             return
         self._alike = self._alike + 1 if share == 1 else 0
         shown = self._run.context.rollout.rewards_shown()
         if self._alike == 1 and not self._warned:
             self._warned = True
-            log.warning("step %d: all rewards of each prompt are equal, so they teach nothing: %s", row["step"], shown)
+            log.warning("step %d: %s are equal, so they teach nothing: %s", row["step"], what, shown)
         if self._alike > self._config.max_idle_batches:
             raise NumbersError(
-                f"in {self._alike} rollouts in a row all rewards of each prompt are equal, so they teach nothing",
+                f"in {self._alike} rollouts in a row {what} are equal, so they teach nothing",
                 place=f"step {row['step']}",
                 got=shown,
                 fix="look at the completions (`rlhf rollouts RUN`) and the rewards: prompts that are too easy or too hard, a"

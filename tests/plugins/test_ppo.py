@@ -19,7 +19,7 @@ from trainers_helpers import assert_refused
 
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.data import DataStream
-from rlhf_core.infra.errors import ModelError
+from rlhf_core.infra.errors import ModelError, NumbersError
 from rlhf_core.models import PolicyModel, RewardModel, ValueModel
 from rlhf_core.testing import TrainerContract, simulate
 from rlhf_core.testing.arithmetic_task import ArithmeticTask
@@ -361,6 +361,26 @@ def test_a_run_resumes_bit_for_bit_behind_a_rollout(tmp_path: Path, policy: Poli
     resumed = trainer_of(policy, tmp_path / "broken", kind, **options)
     resumed.train(resume=True)
     require_same_run(tmp_path / "broken", tmp_path / "whole")
+
+
+def test_rewards_that_differ_between_prompts_alone_are_no_fault(tmp_path: Path, policy: PolicyModel) -> None:
+    """The value model compares them; only where all rewards are equal, in groups of one, too, nothing can be learned."""
+
+    def of_prompt(prompts: list[str], **columns: Any) -> list[float]:
+        return [float(len(prompt) % 2 + int(prompt[0]) % 3) for prompt in prompts]
+
+    def constant(prompts: list[str], **columns: Any) -> list[float]:
+        return [0.1] * len(prompts)
+
+    for size in (1, 2):
+        options = {"rewards": [], "group_size": size, "max_steps": 16, "max_idle_batches": 2}
+        trainer = trainer_of(policy, **options)
+        trainer.rewards = [of_prompt]
+        assert trainer.train().step == 16
+        trainer = trainer_of(policy, **options)
+        trainer.rewards = [constant]
+        with pytest.raises(NumbersError, match=r"in 3 rollouts in a row all rewards are equal, so they teach nothing"):
+            trainer.train()
 
 
 def test_replayed_rollouts_give_the_same_weights(tmp_path: Path, policy: PolicyModel) -> None:
