@@ -188,6 +188,7 @@ def trl(work: Work, clock: Clock, rows: int) -> None:
             return clock.timed("forward", super().compute_loss)(*args, **kwargs)
 
     whole = len(work.prompts) * work.completions
+    rows = min(rows, whole)
     with tempfile.TemporaryDirectory() as directory:
         arguments = GRPOConfig(
             output_dir=directory, per_device_train_batch_size=rows, gradient_accumulation_steps=whole // rows,
