@@ -47,7 +47,7 @@ def check_apart(output: Path, sources: Sequence[str]) -> None:
     Raises:
         ConfigError: the output is one of these files, or in one of these folders.
     """
-    for source in sources:
+    for source in filter(str.strip, sources):
         path = Path(source).expanduser()
         try:
             folder = path.is_dir() and output.resolve().is_relative_to(path.resolve())

@@ -43,7 +43,7 @@ def test_an_unknown_method_names_the_nearest_and_all(train: Callable) -> None:
     assert ended.error.startswith(
         "error[config] command line: unknown trainer `dpoo`; fix: did you mean `dpo`? (known: "
     )
-    assert "dpo, kto" in ended.error
+    assert "dpo, grpo, kto" in ended.error
 
 
 def test_rows_that_processes_cannot_share(train: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

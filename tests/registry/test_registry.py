@@ -98,7 +98,9 @@ def test_an_unknown_name_lists_the_nearest_and_all(install) -> None:
     with pytest.raises(ConfigError) as raised:
         registry.get("trainer", "dpoo")
     assert raised.value.exit_code == 2
-    assert str(raised.value).startswith("registry: unknown trainer `dpoo`; fix: did you mean `dpo`? (known: cpo, dpo, ")
+    assert str(raised.value).startswith(
+        "registry: unknown trainer `dpoo`; fix: did you mean `dpo`? (known: cpo, distill, dpo, "
+    )
     with pytest.raises(KeyError):
         registry.trainers["dpoo"]
     with pytest.raises(ConfigError, match="unknown kind of plugin `trainr`; fix: did you mean `trainer`"):

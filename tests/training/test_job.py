@@ -118,7 +118,7 @@ FILE_FAULTS = {
     "method: dpo\nmodel: m\ndata: d\nbta: 1\n": ":4: unknown option `bta` of dpo; fix: did you mean `beta`?",
     "method: dpo\nmodle: m\ndata: d\n": ":2: unknown option `modle` of dpo; fix: did you mean `model`?",
     "method: dpoo\nmodel: m\ndata: d\n": ":1: unknown trainer `dpoo`; fix: did you mean `dpo`?",
-    "model: m\ndata: d\n": ": `method` is missing; fix: set it to one of: cpo, dpo, kto,",
+    "model: m\ndata: d\n": ": `method` is missing; fix: set it to one of: cpo, distill, dpo, grpo, kto,",
     "method: no\nmodel: m\ndata: d\n": ":1: `method` is not a name; got False",
     "method: dpo\ndata: d\n": ": `model` is missing; fix: give `--model`, or `model:` in the file",
     "method: dpo\nmodel: m\ndata: 5\n": ":3: `data`: must be text; got 5",

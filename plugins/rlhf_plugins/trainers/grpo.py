@@ -246,8 +246,7 @@ def _or_value_error(check: Callable[..., Any], *arguments: Any) -> None:
 
 
 class GRPOTrainer(Trainer[GRPOConfig]):
-    """Policy gradient on groups of completions: GRPO, Dr. GRPO, DAPO, GSPO, CISPO, RLOO, REINFORCE++, SAPO, GMPO, MaxRL,
-    DPPO."""
+    """Policy gradient on groups of completions: GRPO, and by `variant` Dr. GRPO, DAPO, GSPO, RLOO, REINFORCE++ and others."""
 
     api = 1
     record = "prompt"
