@@ -87,39 +87,39 @@ def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     ):
         return own(self, x)
     if torch.is_grad_enabled():
-        return _Linear.apply(x, weight, bias, transposed)
+        # Flat: a result that a function returns as a view may not be changed in place, as some models do.
+        flat: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, transposed)
+        return flat.view(*x.shape[:-1], flat.shape[-1])
     return onednn_linear(x, weight.t() if transposed else weight, bias)
 
 
 class _Linear(torch.autograd.Function):
-    """y = x Wᵀ + b for x (…, I), W (O, I), b (O,) or None.
+    """y = x Wᵀ + b for x (N, I), W (O, I), b (O,) or None.
 
-    With the upstream gradient g (…, O): d x = g W, d W = gᵀ x and d b = Σ g.
+    With the upstream gradient g (N, O): d x = g W, d W = gᵀ x and d b = Σ g.
     With `transposed`, W is (I, O), as `Conv1D` keeps it.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-        """Return y (…, O), and keep x and W where the other one needs a gradient."""
+        """Return y (N, O), and keep x and W where the other one needs a gradient."""
         x_learns, weight_learns = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if weight_learns else None, weight if x_learns else None)
         ctx.transposed = transposed
         return onednn_linear(x, weight.t() if transposed else weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        """Return the gradients of x, W and b for the upstream gradient (…, O); None for one that isn't trained."""
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        """Return the gradients of x, W and b for the upstream gradient g (N, O); None for one that isn't trained."""
         x, weight = ctx.saved_tensors
         # Where a second derivative will be asked for, by operations that have one.
         product = torch.mm if torch.is_grad_enabled() else _product
-        g = upstream.reshape(-1, upstream.shape[-1])
         d_x = d_weight = d_bias = None
         with torch.autocast("cpu", enabled=False):
             if weight is not None:
-                d_x = product(g, weight.t() if ctx.transposed else weight).view(*upstream.shape[:-1], -1)
+                d_x = product(g, weight.t() if ctx.transposed else weight)
             if x is not None:
-                rows = x.reshape(-1, x.shape[-1])
-                d_weight = product(rows.t(), g) if ctx.transposed else product(g.t(), rows)
+                d_weight = product(x.t(), g) if ctx.transposed else product(g.t(), x)
             if ctx.needs_input_grad[2]:
                 d_bias = g.sum(0)
         return d_x, d_weight, d_bias, None

@@ -156,10 +156,11 @@ def test_small_products_run_as_ever(monkeypatch: pytest.MonkeyPatch, calls: list
     assert calls
 
 
-def test_outputs_and_weights_may_change_in_place_as_ever() -> None:
-    layer, x = fast(layer_of("Linear")), torch.randn(7, 24, requires_grad=True)
+@pytest.mark.parametrize("shape", [(24,), (7, 24), (2, 3, 24)])
+def test_outputs_and_weights_may_change_in_place_as_ever(shape: tuple[int, ...]) -> None:
+    layer, x = fast(layer_of("Linear")), torch.randn(shape, requires_grad=True)
     (layer(x).mul_(2)).sum().backward()
-    assert relative(x.grad, 2 * layer.weight.detach().sum(0).expand(7, 24)) < LIMIT
+    assert relative(x.grad, 2 * layer.weight.detach().sum(0).expand(shape)) < LIMIT
     found = layer(x)
     with torch.no_grad():
         layer.weight.add_(1)

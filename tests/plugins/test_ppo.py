@@ -88,7 +88,7 @@ class TestPPO(TrainerContract):
 @pytest.mark.slow
 class TestOnASharedBackbone(TrainerContract):
     method = "ppo"
-    options = OPTIONS | SHARED | {"group_size": 3, "whiten_rewards": True, "truncated": "bootstrap"}
+    options = OPTIONS | SHARED | {"group_size": 3, "whiten_rewards": True, "truncated": "score"}
 
 
 # It learns
