@@ -104,8 +104,8 @@ def _run_test():
     one = owner() if owner else None
     test = getattr(one, {name!r}) if owner else {name}
     for mark in [*getattr(owner, "pytestmark", ()), *getattr(test, "pytestmark", ())]:
-        conditions = [eval(one, globals()) if isinstance(one, str) else one for one in mark.args]
-        if mark.name == "skip" or (mark.name == "skipif" and any(conditions)):
+        # A condition that is a text, which pytest would evaluate, counts as met.
+        if mark.name == "skip" or (mark.name == "skipif" and any(mark.args)):
             raise unittest.SkipTest
     if getattr(owner, "__unittest_skip__", False):
         raise unittest.SkipTest
