@@ -173,15 +173,14 @@ def record_failure(run: Run, error: BaseException) -> None:
     status: RunStatus = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
     # A run that hadn't resumed yet is at the step where it ended before.
     step = run.progress.step if run.started else run.directory.record.get("step") or 0
-    consequence = code == 1 or isinstance(error, LostProcess)
+    lost = isinstance(error, LostProcess)
+    consequence = code == 1 or lost
+    # A silent `LostProcess` is for another process to report, which a fault recorded here would silence, too.
+    known = (lost and error.silent) or (consequence and run.directory.fault_recorded(run.trainer.output))
     try:
         if run.distribution.is_main:
             run.directory.end(status, code, step=step, message=text, consequence=consequence)
-        elif (
-            run.trainer.output is not None
-            and status == "failed"
-            and not (consequence and run.directory.fault_recorded(run.trainer.output))
-        ):
+        elif run.trainer.output is not None and status == "failed" and not known:
             record_fault(run.trainer.output, rank=run.distribution.rank, code=code, step=step, message=text)
         if run.started:
             run.logger.event(f"run_{status}", step=step, exit_code=code, message=text)
