@@ -82,7 +82,8 @@ def group_mean_batch_norm(rewards: Tensor, groups: Tensor, *, epsilon: NonNegati
 
 @ADVANTAGES.own
 def group_mean_over_mean(rewards: Tensor, groups: Tensor) -> Tensor:
-    """Return A = (r − mean(r)) / mean(r) over the group, 0 where the mean is 0: MaxRL (Tajwar et al. 2026, arXiv 2602.02710).
+    """Return A = (r − mean(r)) / mean(r) over the group, 0 where the mean is 0: MaxRL (Tajwar et al. 2026, arXiv 2602.02710,
+    algorithm 1).
 
     With rewards 0 and 1 it is G/K − 1 for each of the K right answers and −1 for a wrong one: hard prompts count more, as in
     the likelihood of a right answer.
@@ -103,7 +104,7 @@ def group_mean_over_mean(rewards: Tensor, groups: Tensor) -> Tensor:
 @ADVANTAGES.own
 def pass_at_k(rewards: Tensor, groups: Tensor, *, k: Annotated[int, Field(ge=1)] = 4, threshold: float = 0.5) -> Tensor:
     """Return each completion's share in the chance that k of a group hold a right answer: pass@k training (Chen et al. 2025,
-    arXiv 2508.10751, section 2.4, equations 10 to 14).
+    arXiv 2508.10751), in the closed form of its authors' code.
 
     With n wrong ones of G, R̄ = 1 − C(n, k)/C(G, k) and σ = √(R̄(1 − R̄)): A = (1 − R̄)/σ for a right answer, and
     (1 − R̄ − C(n − 1, k − 1)/C(G − 1, k − 1))/σ for a wrong one; 0 where σ is 0. It is the mean over all sets of k that hold

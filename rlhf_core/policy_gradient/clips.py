@@ -69,7 +69,7 @@ def ppo(terms: PolicyTerms, *, low: Below = 0.2, high: Above = 0.2) -> Tensor:
 def two_sided(
     terms: PolicyTerms, *, low: Below = 0.2, high: Above = 0.2, ceiling: Annotated[float, Field(gt=1)] = 3.0
 ) -> Tensor:
-    """Return `ppo`, and for A < 0 no less than ceiling · A: dual-clip PPO (Ye et al. 2020, arXiv 1912.09729, equation 5).
+    """Return `ppo`, and for A < 0 no less than ceiling · A: dual-clip PPO (Ye et al. 2020, arXiv 1912.09729).
 
     Args:
         low, high: as of `ppo`.
@@ -84,7 +84,8 @@ def cispo(terms: PolicyTerms, *, low: Below | None = None, high: Above = 4.0) ->
     """Return sg(clip(ρ, 1 − low, 1 + high)) A log π, sg without gradient: CISPO (MiniMax 2025, arXiv 2506.13585, equations 4
     and 5).
 
-    Every token keeps a gradient. The paper sets no lower bound and doesn't state the upper one.
+    Every token keeps a gradient. The paper sets no lower bound and doesn't state the upper one: a largest weight of 5 is
+    that of Khatri et al. 2025 (arXiv 2510.13786).
 
     Args:
         low, high: how far the weight may fall and rise; null low is no bound.
@@ -95,7 +96,7 @@ def cispo(terms: PolicyTerms, *, low: Below | None = None, high: Above = 4.0) ->
 
 @CLIPS.own
 def sapo(terms: PolicyTerms, *, tau_positive: Above = 1.0, tau_negative: Above = 1.05) -> Tensor:
-    """Return 4/τ σ(τ(ρ − 1)) A, a gate instead of bounds: SAPO (Gao et al. 2025, arXiv 2511.20347, equations 5 and 6).
+    """Return 4/τ σ(τ(ρ − 1)) A, a gate instead of bounds: SAPO (Gao et al. 2025, arXiv 2511.20347), with the paper's τ.
 
     At ρ = 1 its gradient is that of ρA.
 
@@ -109,7 +110,7 @@ def sapo(terms: PolicyTerms, *, tau_positive: Above = 1.0, tau_negative: Above =
 @CLIPS.own
 def gmpo(terms: PolicyTerms, *, low: Above = 0.4, high: Above = 0.4) -> Tensor:
     """Return A Π_t ρ_t^(1/|o|) for each token of a completion o, each log ρ_t held within [−low, high] where it would gain from
-    leaving that: GMPO (Zhao et al. 2025, arXiv 2507.20673, equation 4).
+    leaving that: GMPO (Zhao et al. 2025, arXiv 2507.20673).
 
     It wants ratios per token and the aggregation `sequence_mean`. The bounds are of logarithms: (e^−0.4, e^0.4) in the paper.
 
@@ -127,8 +128,8 @@ def dppo(
     terms: PolicyTerms,
     *,
     divergence: Literal["tv", "kl"] = "tv",
-    low: Annotated[float, Field(gt=0)] = 0.15,
-    high: Annotated[float, Field(gt=0)] = 0.15,
+    low: Annotated[float, Field(gt=0)] | None = None,
+    high: Annotated[float, Field(gt=0)] | None = None,
 ) -> Tensor:
     """Return ρA, and 0 where the token's probability has moved too far and A would move it further: DPPO (Qi et al. 2026, arXiv
     2602.04879), with its binary divergences.
@@ -139,8 +140,11 @@ def dppo(
 
     Args:
         divergence: how the distance is measured.
-        low, high: how far a probability may fall and rise; larger trusts old rollouts more.
+        low, high: how far a probability may fall and rise; larger trusts old rollouts more. Null is the authors' choice:
+            0.15 for `tv`, 0.05 for `kl`.
     """
+    usual = 0.15 if divergence == "tv" else 0.05
+    low, high = usual if low is None else low, usual if high is None else high
     new, old = terms.logps.detach().exp().clamp(max=1.0), terms.old_logps.exp().clamp(max=1.0)
     if divergence == "tv":
         distance = (new - old).abs()

@@ -30,7 +30,7 @@ def none(trainer_logps: Tensor, engine_logps: Tensor, mask: Tensor) -> Tensor:
 @CORRECTIONS.own
 def token_truncated(trainer_logps: Tensor, engine_logps: Tensor, mask: Tensor, *, cap: Bound = 2.0) -> Tensor:
     """Return min(w_t, cap) for each token: truncated importance sampling (Yao et al. 2025, "Your efficient RL framework
-    secretly brings you off-policy RL training", equation 4).
+    secretly brings you off-policy RL training").
 
     Args:
         cap: largest weight; larger corrects more, with more variance.
@@ -41,7 +41,7 @@ def token_truncated(trainer_logps: Tensor, engine_logps: Tensor, mask: Tensor, *
 @CORRECTIONS.own
 def token_masked(trainer_logps: Tensor, engine_logps: Tensor, mask: Tensor, *, cap: Bound = 2.0) -> Tensor:
     """Return w_t, and 0 where it is above cap: masked importance sampling by token (Liu et al. 2025, "When speed kills
-    stability", section 4).
+    stability").
 
     Args:
         cap: largest weight that is kept; larger keeps more tokens.
@@ -53,7 +53,7 @@ def token_masked(trainer_logps: Tensor, engine_logps: Tensor, mask: Tensor, *, c
 @CORRECTIONS.own
 def sequence_truncated(trainer_logps: Tensor, engine_logps: Tensor, mask: Tensor, *, cap: Bound = 2.0) -> Tensor:
     """Return min(Π_t w_t, cap) for each token of a completion: truncated importance sampling by sequence (Liu et al. 2025,
-    "When speed kills stability", section 4).
+    "When speed kills stability").
 
     Args:
         cap: largest weight; larger corrects more, with more variance.
@@ -64,7 +64,7 @@ def sequence_truncated(trainer_logps: Tensor, engine_logps: Tensor, mask: Tensor
 @CORRECTIONS.own
 def sequence_masked(trainer_logps: Tensor, engine_logps: Tensor, mask: Tensor, *, cap: Bound = 2.0) -> Tensor:
     """Return Π_t w_t for each token of a completion, and 0 where it is above cap: masked importance sampling by sequence
-    (Liu et al. 2025, "When speed kills stability", section 4).
+    (Liu et al. 2025, "When speed kills stability").
 
     Args:
         cap: largest weight that is kept; larger keeps more completions.
@@ -83,7 +83,7 @@ def icepop(
     high: Bound = 5.0,
 ) -> Tensor:
     """Return w_t where low ≤ w_t ≤ high, else 0: IcePop (Ling team 2025, "Small leak can sink a great ship"; Ring-1T, arXiv
-    2510.18855, section 3).
+    2510.18855, section 2.3.2).
 
     Args:
         low, high: the band of weights that are kept; wider keeps more tokens.

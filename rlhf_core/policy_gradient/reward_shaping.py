@@ -64,7 +64,7 @@ def overlong(
 @SHAPINGS.own
 def group_normalised(terms: RewardTerms, *, epsilon: Annotated[float, Field(ge=0)] = 1e-6) -> RewardTerms:
     """Return each reward's scores as (r − mean(r)) / (std(r) + ε) over the group, before they are summed: GDPO (Liu et al.
-    2026, arXiv 2601.05242, equation 4). The paper's advantage is then `batch_norm` of the sum.
+    2026, arXiv 2601.05242). The paper's advantage is then `batch_norm` of the weighted sum.
 
     Rewards of different scales then count by their weights alone, and groups that differ in one reward only still have an
     advantage.

@@ -127,20 +127,18 @@ def rloo(groups: Groups) -> Tensor:
 
 
 def reinforce_plus_plus(groups: Groups) -> Tensor:
-    """arXiv 2501.03262, equations 8 to 10: each token's return has the KL to the end, all are normalised; β = 0.01."""
+    """arXiv 2501.03262, equations 8 to 10: each token's return has the KL to the end, all are normalised; β = 0.01, and the
+    mean is over all tokens."""
     everyone = [o for group in groups for o in group]
     returns = [o.reward - 0.01 * (o.old - o.ref).flip(0).cumsum(0).flip(0) for o in everyone]
     flat = torch.cat(returns).double()
     mean, deviation = flat.mean(), flat.std(correction=0)
-    terms = [
-        clipped(o.ratio, ((r - mean) / deviation).float()).sum() / o.length
-        for o, r in zip(everyone, returns, strict=True)
-    ]
-    return -sum(terms) / len(terms)
+    terms = [clipped(o.ratio, ((r - mean) / deviation).float()).sum() for o, r in zip(everyone, returns, strict=True)]
+    return -sum(terms) / len(flat)
 
 
 def sapo(groups: Groups) -> Tensor:
-    """arXiv 2511.20347, equations 5 and 6, τ = 1 and 1.05."""
+    """arXiv 2511.20347, τ = 1 and 1.05."""
 
     def one(o: Completion, a: float) -> Tensor:
         tau = 1.0 if a > 0 else 1.05
@@ -150,7 +148,7 @@ def sapo(groups: Groups) -> Tensor:
 
 
 def gmpo(groups: Groups) -> Tensor:
-    """arXiv 2507.20673, equation 4: the geometric mean of clipped ratios, ε = 0.4 of logarithms."""
+    """arXiv 2507.20673: the geometric mean of clipped ratios, ε = 0.4 of logarithms."""
 
     def one(o: Completion, a: float) -> Tensor:
         bounded = o.ratio.clamp(math.exp(-0.4), math.exp(0.4))
@@ -161,7 +159,7 @@ def gmpo(groups: Groups) -> Tensor:
 
 
 def maxrl(groups: Groups) -> Tensor:
-    """arXiv 2602.02710: (r − r̄)/r̄ for whole completions, clipped per token."""
+    """arXiv 2602.02710, algorithm 1: (r − r̄)/r̄ for whole completions, clipped per token."""
 
     def advantages(group: list[Completion]) -> list[float]:
         mean = statistics.fmean(o.reward for o in group)

@@ -120,6 +120,8 @@ def test_clips_by_hand() -> None:
     # KL between (0.25, 0.75) and (0.5, 0.5): 0.25 log ½ + 0.75 log 1.5 = 0.1308 nats.
     assert one("dppo", 2.0, 1.0, divergence="kl", high=0.131) == pytest.approx(2.0)
     assert one("dppo", 2.0, 1.0, divergence="kl", high=0.130) == 0
+    # 0.25 log ⅔ + 0.75 log 1.2 = 0.0354: within the 0.05 that is the default for the KL.
+    assert one("dppo", 1.5, 1.0, divergence="kl") == pytest.approx(1.5) and one("dppo", 2.0, 1.0, divergence="kl") == 0
     # e^0.4 where the log-ratio would gain from going beyond 0.4, the ratio itself elsewhere.
     assert one("gmpo", 2.0, 1.0) == pytest.approx(math.exp(0.4)) and one("gmpo", 2.0, -1.0) == pytest.approx(-2.0)
     assert one("gmpo", 0.5, -1.0) == pytest.approx(-math.exp(-0.4))

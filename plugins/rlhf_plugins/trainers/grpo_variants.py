@@ -52,8 +52,8 @@ VARIANTS: dict[VariantName, Variant] = {
         options={"clip": {"low": 3e-4, "high": 4e-4}},
     ),
     "cispo": Variant("MiniMax 2025, arXiv 2506.13585, equation 4", clip="cispo", aggregation="token"),
-    # A completion is one action. β is one of the paper's two; the clip, which the paper doesn't have, changes nothing in the
-    # first update of a rollout.
+    # A completion is one action. β is of appendix C; the clip, which the paper doesn't have, changes nothing in the first
+    # update of a rollout.
     "rloo": Variant(
         "Ahmadian et al. 2024, arXiv 2402.14740, section 3",
         advantage="leave_one_out",
@@ -62,18 +62,24 @@ VARIANTS: dict[VariantName, Variant] = {
         kl_weight=0.03,
         kl_in="reward",
     ),
+    # The equations give neither the value of β nor the aggregation: both are the defaults of the authors' framework, OpenRLHF.
     "reinforce_plus_plus": Variant(
         "Hu et al. 2025, arXiv 2501.03262, equations 8 to 10",
         advantage="batch_norm",
+        aggregation="token",
         kl="k1",
         kl_weight=0.01,
         kl_in="return",
     ),
-    "sapo": Variant("Gao et al. 2025, arXiv 2511.20347, equation 5", clip="sapo"),
-    "gmpo": Variant("Zhao et al. 2025, arXiv 2507.20673, equation 4", clip="gmpo"),
-    # As for RLOO, the clip matters from the second update of a rollout on.
+    "sapo": Variant("Gao et al. 2025, arXiv 2511.20347", clip="sapo"),
+    "gmpo": Variant("Zhao et al. 2025, arXiv 2507.20673", clip="gmpo"),
+    # The paper's estimator weighs gradients of whole completions' log-probabilities, so tokens are summed. As for RLOO, the
+    # clip matters from the second update of a rollout on.
     "maxrl": Variant(
-        "Tajwar et al. 2026, arXiv 2602.02710", advantage="group_mean_over_mean", aggregation="sequence_sum"
+        "Tajwar et al. 2026, arXiv 2602.02710, algorithm 1",
+        advantage="group_mean_over_mean",
+        aggregation="sequence_sum",
     ),
+    # Advantage and aggregation are Dr. GRPO's, which the authors recommend with it.
     "dppo": Variant("Qi et al. 2026, arXiv 2602.04879", advantage="group_mean", clip="dppo", aggregation="constant"),
 }
