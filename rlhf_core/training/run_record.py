@@ -176,7 +176,8 @@ def record_failure(run: Run, error: BaseException) -> None:
     lost = isinstance(error, LostProcess)
     consequence = code == 1 or lost
     # A silent `LostProcess` is for another process to report, which a fault recorded here would silence, too.
-    known = (lost and error.silent) or (consequence and run.directory.fault_recorded(run.trainer.output))
+    silent = isinstance(error, LostProcess) and error.silent
+    known = silent or (consequence and run.directory.fault_recorded(run.trainer.output))
     try:
         if run.distribution.is_main:
             run.directory.end(status, code, step=step, message=text, consequence=consequence)
