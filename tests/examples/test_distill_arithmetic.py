@@ -32,8 +32,8 @@ def test_in_small(example: ModuleType, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_student_answers_more_problems_right(example: ModuleType, tmp_path: Path) -> None:
-    """By more than three standard errors of both shares."""
+    """By more than three standard errors of both shares; how good each model gets differs between processors."""
     right = example.run(tmp_path)["sampled_right"]
     (before, before_error), (after, after_error) = right["student"], right["distilled"]
-    assert right["teacher"][0] > 0.9
+    assert right["teacher"][0] > before + 0.2
     assert after - before > 3 * (before_error**2 + after_error**2) ** 0.5
