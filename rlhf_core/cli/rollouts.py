@@ -134,7 +134,7 @@ def _print_group(console: Console, group: Group, *, every: bool) -> None:
     from rich.padding import Padding
     from rich.rule import Rule
 
-    from rlhf_core.training.row_log import prompt_text
+    from rlhf_core.training.row_log import last_message, prompt_text
 
     first, rewards = group[0], _rewards(group)
     title = f"step {first['step']}, row {first['row']}: {len(group)} completion{'s' * (len(group) != 1)}"
@@ -142,7 +142,10 @@ def _print_group(console: Console, group: Group, *, every: bool) -> None:
         title += f", reward {_mean(group):.3g} ({min(rewards):.3g} to {max(rewards):.3g})"
     line = "-" if console.options.ascii_only else "─"
     console.print(Rule(styled(title, "bold"), align="left", style="dim", characters=line))
-    prompt = prompt_text(first["prompt"]).strip("\n")
+    earlier = 0 if every or isinstance(first["prompt"], str) else len(first["prompt"] or ()) - 1
+    if earlier > 0:
+        console.print(styled(f"  … {earlier} earlier message{'s' * (earlier > 1)}", "dim"))
+    prompt = (prompt_text if every else last_message)(first["prompt"]).strip("\n")
     console.print(Padding(clipped(console, prompt, console.width - 2, None if every else _PROMPT_LINES), (0, 0, 0, 2)))
     ordered = sorted(group, key=lambda row: -(row["reward"] if isinstance(row["reward"], int | float) else -math.inf))
     for row in ordered if every else ordered[:1] + ordered[1:][-1:]:

@@ -205,15 +205,20 @@ def _place(name: str) -> str:
 
 def _report(result: TrainResult, *, as_json: bool) -> None:
     """Print the result of a run."""
+    from rlhf_core.training.logger import is_timing
+    from rlhf_core.training.metric_text import evaluation_line, step_figures
+
     values: dict[str, Any] = {**vars(result)}
     if as_json:
         return print_json(values)
     if result.stopped_early:
         print(f"stopped early: the best evaluation was that of step {result.best_step}")
     print(f"{values['status']}: {result.step} steps, {result.tokens:,} tokens, {result.seconds:.1f} s")
-    for title, metrics in (("last step", result.metrics), ("evaluation", result.eval_metrics)):
-        if metrics:
-            print_text(f"{title}: " + ", ".join(f"{name} {value:.6g}" for name, value in metrics.items()))
+    if result.metrics:
+        numbers = {name: value for name, value in result.metrics.items() if name != "step" and not is_timing(name)}
+        print_text("last step: " + ", ".join(step_figures(numbers)))
+    if result.eval_metrics:
+        print_text("evaluation: " + evaluation_line(result.eval_metrics).replace("  ", ", "))
     if result.model_dir is not None:
         of = "" if result.model_step in (None, result.step) else f" (of step {result.model_step}, the best)"
         print(f"model: {result.model_dir}{of}")

@@ -51,7 +51,7 @@ class _Bar:
 
 
 class StepBar(_Bar):
-    """Shows the steps of a training run: how many are done, the loss, tokens per second, the phase and the time left.
+    """Shows the steps of a training run: how many are done, a figure, tokens per second, the phase and the time left.
 
     Args:
         wanted: false shows nothing.
@@ -64,18 +64,19 @@ class StepBar(_Bar):
         if wanted and sys.stderr.isatty():
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
-            speed = TextColumn("loss {task.fields[loss]} · {task.fields[speed]} tokens/s ·{task.fields[phases]}")
+            speed = TextColumn("{task.fields[figure]} · {task.fields[speed]} tokens/s ·{task.fields[phases]}")
             bar = self._make(
                 TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), speed, TimeRemainingColumn()
             )
-            self._task = bar.add_task("training", total=total_steps, completed=step, loss="–", speed="–", phases="")
+            self._task = bar.add_task("training", total=total_steps, completed=step, figure="–", speed="–", phases="")
 
     def update(
-        self, step: int, loss: float, tokens_per_second: float, shares: Mapping[str, float] | None = None
+        self, step: int, figure: str, tokens_per_second: float, shares: Mapping[str, float] | None = None
     ) -> None:
-        """Show that a step is done, and its figures.
+        """Show that a step is done.
 
         Args:
+            figure: what says most of it, such as `loss 0.5`.
             shares: each phase's share of the time so far, where steps have phases.
         """
         if self._bar is not None and self._task is not None:
@@ -83,7 +84,7 @@ class StepBar(_Bar):
             self._bar.update(
                 self._task,
                 completed=step,
-                loss=f"{loss:.4f}",
+                figure=figure,
                 speed=f"{tokens_per_second:,.0f}",
                 phases=f"{phases} ·" if phases else "",
             )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from rlhf_core.training.early_stopping import EarlyStopping
 from rlhf_core.training.held_out import evaluate
+from rlhf_core.training.metric_text import evaluation_line
 from rlhf_core.training.signals import StopNow
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class EvaluationSchedule:
         metrics = evaluate(run.trainer, setup.eval_dataset, run.context.for_evaluation())
         step = run.progress.step
         run.progress.evaluated, run.progress.eval_metrics = step, metrics
-        log.info("step %d  %s", step, _with_errors(metrics))
+        log.info("step %d  %s", step, evaluation_line(metrics))
         run.logger.event("evaluated", step=step, metrics=metrics)
         run.hooks.emit("evaluated", run=run.trainer, step=step, metrics=metrics)
         if self.early_stopping is not None:
@@ -146,11 +146,3 @@ class EvaluationSchedule:
             best_step=stopping.best_step,
             patience=stopping.patience,
         )
-
-
-def _with_errors(metrics: Mapping[str, float]) -> str:
-    """Return metrics as one line, the standard error of each behind it: `eval_loss 1.2345 ± 0.0123`."""
-    errors = {name: f" ± {metrics[name + '_se']:.4f}" for name in metrics if name + "_se" in metrics}
-    of_errors = {name + "_se" for name in errors}
-    shown = {name: value for name, value in metrics.items() if name not in of_errors}
-    return "  ".join(f"{name} {value:.4f}{errors.get(name, '')}" for name, value in shown.items())

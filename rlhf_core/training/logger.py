@@ -12,6 +12,7 @@ from typing import Any
 from rlhf_core.config.training import LoggingConfig
 from rlhf_core.infra.files import append_lines, as_json_value, fsync_file, replace_file, storage_errors
 from rlhf_core.infra.progress import StepBar
+from rlhf_core.training.metric_text import fixed, step_figures
 from rlhf_core.training.phases import SECONDS, SPEED, Phases
 from rlhf_core.training.rollout_log import RolloutLog
 from rlhf_core.training.sample_log import SampleLog
@@ -87,10 +88,10 @@ class TrainingLogger:
         clean = {name: as_json_value(value) for name, value in row.items()}
         self._append("metrics.jsonl", clean)
         speed = float(row.get("tokens_per_second", 0.0))
-        self._progress.update(int(row["step"]), float(row["loss"]), speed, self.phases.shares())
+        figure = f"reward {row['reward']:.4g}" if "reward" in row else f"loss {fixed(row['loss'])}"
+        self._progress.update(int(row["step"]), figure, speed, self.phases.shares())
         if row["step"] % self.config.every == 0 or row["step"] == self.total_steps:
-            shares = [f"{name} {share:.0%}" for name, share in self.phases.shares().items()]
-            log.info("%s", _line(row, self.total_steps, shares))
+            log.info("%s", _line(row, self.total_steps, self.phases.shares()))
         self._trackers.log(clean, int(row["step"]))
         self.samples.show_scored(int(row["step"]))
 
@@ -191,18 +192,17 @@ def _step_of(line: bytes) -> int:
     return row["step"] if whole else 0
 
 
-def _line(row: Mapping[str, Any], total: int | None, shares: Sequence[str] = ()) -> str:
-    """Return a step's row as one line for the console, and behind it the shares of phases in the time."""
+def _line(row: Mapping[str, Any], total: int | None, shares: Mapping[str, float]) -> str:
+    """Return a step's row as one line for the console, and behind it the shares of phases in the time so far."""
     head = f"step {row['step']}" + (f"/{total}" if total else "")
-    shown = [f"loss {row['loss']:.4f}", f"lr {row['learning_rate']:.2e}", f"grad {row['grad_norm']:.3f}"]
+    shown = [f"loss {fixed(row['loss'])}", f"lr {row['learning_rate']:.2e}", f"grad {row['grad_norm']:.3f}"]
     if "tokens_per_second" in row:
         shown.append(f"{row['tokens_per_second']:,.0f} tokens/s")
-    shown += [
-        f"{name} {value:.4g}"
-        for name, value in row.items()
-        if name not in REQUIRED and not is_timing(name) and isinstance(value, int | float)
-    ]
-    return "  ".join([head, *shown, *shares])
+    numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and not is_timing(name)}
+    shown += step_figures(numbers, hidden=REQUIRED)
+    if shares:
+        shown.append("time: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
+    return "  ".join([head, *shown])
 
 
 def _ranges(steps: Sequence[int], limit: int = 8) -> str:

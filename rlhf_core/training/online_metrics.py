@@ -19,6 +19,21 @@ GAP = "logprob_gap"
 """The response metric that compares the engine's log-probabilities with the trainer's."""
 _SQUARED, _DEVIATION = "_squared", "_std"
 
+FIRST = ("length", "truncated", "groups_without_variance", "entropy", "kl", "clipped", GAP)
+"""The metrics that say most of an online step besides the reward, in the order in which a line shows them."""
+DETAILS = frozenset(
+    f"{name}{end}"
+    for name, ends in {
+        "ratio": ("", "_positive", "_negative"),
+        "clipped": ("_positive", "_negative"),
+        "length": ("_right", "_wrong"),
+        "kl": ("_sampled",),
+        GAP: ("_max",),
+    }.items()
+    for end in ends
+)
+"""The metrics of an online step that are in `metrics.jsonl` and trackers, and too many for a line."""
+
 
 @torch.no_grad()
 def online_metrics(

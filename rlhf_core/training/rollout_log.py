@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.contracts.completion import Completion
+from rlhf_core.infra.errors import printable
 from rlhf_core.infra.files import replace_file, storage_errors
-from rlhf_core.training.row_log import RowLog, encoded, prompt_text, shortened
+from rlhf_core.training.row_log import RowLog, encoded, last_message, shortened
 
 if TYPE_CHECKING:
     from rlhf_core.config.training import RolloutsConfig
@@ -85,7 +86,7 @@ class RolloutLog:
         every = self._config.show
         if every and (self._shown is None or step // every > self._shown // every):
             self._shown = step
-            log.info("step %d  some completions of the rollout:\n%s", step, rollout_table(rows))
+            log.info("step %d  the best and the worst completion of some prompts:\n%s", step, rollout_table(rows))
 
     def rewind(self, step: int) -> None:
         """Cut the file back to the rollouts that were trained on before a checkpoint: later ones are made again.
@@ -160,20 +161,25 @@ def groups_of(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 def rollout_table(rows: Sequence[dict[str, Any]], width: int = 100) -> str:
-    """Return the best and the worst completion of a few groups as lines of text.
+    """Return the best and the worst completion of a few groups as lines of text, each under its prompt.
+
+    Of a chat the last message stands for the prompt. Of a long text its start and its end are shown: the end is where an answer
+    is, and where a limit truncated it.
 
     Args:
         width: most characters of a line.
     """
     groups = groups_of(rows)
     step = max(1, -(-len(groups) // _SHOWN_GROUPS))
-    lines = [f"{'row':>6}  {'reward':>8}  {'advantage':>9}  {'end':6}  prompt → completion"]
+    lines = [f"{'reward':>8}  {'advantage':>9}  {'tokens':>6}  {'end':6}  completion"]
     for group in groups[::step]:
+        head = f"  row {group[0]['row']}: "
+        lines.append(head + _start_and_end(last_message(group[0]["prompt"]), width - len(head)))
         ordered = sorted(group, key=lambda row: -(row["reward"] or 0.0))
         for row in ordered[:1] + ordered[1:][-1:]:
-            text = f"{_one_line(prompt_text(row['prompt']))[-30:]} → {_one_line(row['completion'])}"
-            head = f"{row['row']:>6}  {_number(row['reward']):>8}  {_number(row['advantage']):>9}  {row['stop_reason']:6}  "
-            lines.append((head + text)[:width])
+            figures = (_number(row["reward"]), _number(row["advantage"]), row["tokens"], row["stop_reason"])
+            head = "{:>8}  {:>9}  {:>6}  {:6}  ".format(*figures)
+            lines.append(head + _start_and_end(row["completion"], width - len(head)))
     return "\n".join(lines)
 
 
@@ -229,6 +235,10 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def _one_line(text: str) -> str:
-    """Return a text on one line, its line breaks shown."""
-    return text.strip().replace("\n", "⏎")
+def _start_and_end(text: str, most: int) -> str:
+    """Return a text on one line, its line breaks shown, without its middle where it has more than `most` characters."""
+    line = printable(text.strip().replace("\n", "⏎"))
+    if len(line) <= most:
+        return line
+    end = (most - 3) // 2
+    return f"{line[: most - 3 - end]} … {line[len(line) - end :]}"

@@ -62,3 +62,8 @@ def prompt_text(prompt: Any) -> str:
     return "\n".join(
         f"{turn.get('role', turn.get('from', ''))}: {turn.get('content', turn.get('value'))}" for turn in turns
     )
+
+
+def last_message(prompt: Any) -> str:
+    """Return what a prompt asks: the text itself, or the last message of a chat, with its role where that isn't the user."""
+    return prompt if isinstance(prompt, str) else prompt_text(list(prompt or ())[-1:]).removeprefix("user: ")

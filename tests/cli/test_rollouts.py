@@ -64,6 +64,18 @@ def test_the_worst_come_first_and_a_page_at_a_time(tmp_path: Path, rlhf: Command
     assert code == 2 and "there is no such page" in err and "use 1 to 1" in err
 
 
+def test_of_a_chat_the_last_message_is_shown_and_all_of_them_with_all(tmp_path: Path, rlhf: Command) -> None:
+    rows = group(8, 1, [1.0, 0.0])
+    turns = [("system", "Be brief."), ("user", "1 + 1?"), ("assistant", "2"), ("user", "And 2 + 2?")]
+    for row in rows:
+        row["prompt"] = [{"role": role, "content": text} for role, text in turns]
+    run = run_of(tmp_path / "run", [rows])
+    lines = [line.strip() for line in rlhf("rollouts", run)[1].splitlines()]
+    assert lines[1:3] == ["… 3 earlier messages", "And 2 + 2?"]
+    lines = [line.strip() for line in rlhf("rollouts", run, "--all")[1].splitlines()]
+    assert lines[1:5] == [f"{role}: {text}" for role, text in turns]
+
+
 def test_steps_and_rows_are_chosen_and_printed_as_json(tmp_path: Path, rlhf: Command) -> None:
     run = run_of(tmp_path / "run", [*ROLLOUTS, group(8, 3, [None, None])])
     assert "not trained on" in rlhf("rollouts", run, "--step", "0")[1]

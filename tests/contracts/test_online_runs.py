@@ -648,7 +648,7 @@ def test_how_much_of_rollouts_is_kept_is_bounded_and_some_are_shown(
         trainer(tmp_path / "few", max_steps=8, logging=options).train()
     found = rollouts_of(tmp_path / "few")
     assert [row["step"] for row in found] == [0] * 12 + [4] * 12 and len({row["place"] for row in found}) == 6
-    assert caplog.text.count("some completions of the rollout") == 1 and "prompt → completion" in caplog.text
+    assert caplog.text.count("completion of some prompts") == 1 and "advantage  tokens  end" in caplog.text
     size = (tmp_path / "few" / "rollouts.jsonl").stat().st_size
     options["rollouts"] = {"groups": 3, "megabytes": size * 0.75 / 1e6}
     trainer(tmp_path / "full", max_steps=8, logging=options).train()
