@@ -84,6 +84,7 @@ if TYPE_CHECKING:
     from rlhf_core.models import ProcessRewardModel as ProcessRewardModel
     from rlhf_core.models import RewardModel as RewardModel
     from rlhf_core.models import ValueModel as ValueModel
+    from rlhf_core.models import exact_log_softmax as exact_log_softmax
     from rlhf_core.models import over_vocabulary as over_vocabulary
     from rlhf_core.models.batch_values import batch_values as batch_values
     from rlhf_core.models.model_reward import ModelReward as ModelReward
@@ -166,7 +167,8 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.contracts.trainer": "FROZEN TRAINED Evaluation Loss Pair Role Trainer Window",
         "rlhf_core.merging": "CHUNK Chunk MergeInput ModelMerger TensorStream is_embedding kept_count magnitudes merge_tensor"
         " require_one_sign share_of_weights tensor_thresholds thresholds",
-        "rlhf_core.models": "PolicyModel ProcessRewardModel RewardModel ValueModel HiddenStates over_vocabulary",
+        "rlhf_core.models": "PolicyModel ProcessRewardModel RewardModel ValueModel HiddenStates exact_log_softmax"
+        " over_vocabulary",
         "rlhf_core.generation.engine": "Engine",
         "rlhf_core.generation.generate": "prompt_batch",
         "rlhf_core.generation.logprob_gap": "logprob_gap",

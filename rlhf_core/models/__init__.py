@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from rlhf_core.models.compile import compile_model as compile_model
     from rlhf_core.models.hidden_states import HiddenStates as HiddenStates
     from rlhf_core.models.load_options import LoadOptions as LoadOptions
+    from rlhf_core.models.logprobs import exact_log_softmax as exact_log_softmax
     from rlhf_core.models.logprobs import over_vocabulary as over_vocabulary
     from rlhf_core.models.lora import apply_lora as apply_lora
     from rlhf_core.models.policy_model import PolicyModel as PolicyModel
@@ -25,7 +26,7 @@ __getattr__, __dir__, __all__ = lazy_names(
     {
         "rlhf_core.models.attention": "OptimizedAttention",
         "rlhf_core.models.compile": "compile_model",
-        "rlhf_core.models.logprobs": "over_vocabulary",
+        "rlhf_core.models.logprobs": "exact_log_softmax over_vocabulary",
         "rlhf_core.models.lora": "apply_lora",
         "rlhf_core.models.load_options": "LoadOptions",
         "rlhf_core.models.policy_model": "PolicyModel",

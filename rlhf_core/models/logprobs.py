@@ -9,7 +9,7 @@ Axes: S scored positions, D width of hidden states, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -111,6 +111,37 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         return d_hidden, d_weight, None, None, None
 
 
+class _ExactLogSoftmax(torch.autograd.Function):
+    """x − log Σ exp x over the last axis, with the gradient g − softmax(x) Σ g; keeps the result alone for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        """Return (..., V) for logits (..., V)."""
+        logps = logits - logits.amax(dim=-1, keepdim=True)
+        logps.sub_(logps.exp().sum(dim=-1, keepdim=True).log_())
+        ctx.save_for_backward(logps)
+        return logps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+        """Return the gradient of the logits (..., V) for the upstream gradient (..., V)."""
+        (logps,) = ctx.saved_tensors
+        return torch.addcmul(upstream, logps.exp(), upstream.sum(dim=-1, keepdim=True), value=-1)
+
+
+def exact_log_softmax(logits: Tensor) -> Tensor:
+    """Return log softmax(logits) over the last axis, (..., V), whose probabilities add up to 1 in any vocabulary.
+
+    Those of `torch.log_softmax` add up to 1 ± 1e-5 on a CPU for 150,000 tokens, for its sum runs through the vocabulary in order.
+    A masked token, of logit −inf, has a log-probability of −inf.
+    """
+    if not torch.is_grad_enabled():
+        # As in `linear_token_logprobs`.
+        logits = logits.detach()
+    return cast(Tensor, _ExactLogSoftmax.apply(logits))
+
+
 class _Logits:
     """Computes chunks of float32 logits in one buffer; a new buffer per chunk would cost page faults.
 
@@ -194,7 +225,7 @@ def module_token_logprobs(
     """
 
     def logprobs(table: Tensor, wanted: Tensor) -> Tensor:
-        return torch.log_softmax(table.float() * scale, dim=-1).gather(1, wanted[:, None]).squeeze(1)
+        return exact_log_softmax(table.float() * scale).gather(1, wanted[:, None]).squeeze(1)
 
     return over_vocabulary(logprobs, (logits, hidden), columns=[targets])
 

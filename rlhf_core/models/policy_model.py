@@ -19,7 +19,12 @@ from rlhf_core.models.headed_model import wrong_kind
 from rlhf_core.models.hidden_states import HiddenStates
 from rlhf_core.models.load_options import LoadOptions, apply_load_options, reading_options
 from rlhf_core.models.loading import load_model
-from rlhf_core.models.logprobs import linear_token_logprobs, module_token_logprobs, over_vocabulary
+from rlhf_core.models.logprobs import (
+    exact_log_softmax,
+    linear_token_logprobs,
+    module_token_logprobs,
+    over_vocabulary,
+)
 from rlhf_core.models.output_layer import LogitsUndetermined, OutputLayer, measure_output_layer, own_code_logits
 from rlhf_core.models.probe import FAILURES
 from rlhf_core.models.sequence_model import SequenceModel
@@ -147,7 +152,7 @@ class PolicyModel(SequenceModel):
         """
 
         def entropy(logits: Tensor) -> Tensor:
-            logps = torch.log_softmax(logits / temperature, dim=-1)
+            logps = exact_log_softmax(logits / temperature)
             # A token that the model masks has probability 0 and a log-probability of -inf.
             return -(logps.exp() * logps.clamp(min=torch.finfo(logps.dtype).min)).sum(dim=-1)
 

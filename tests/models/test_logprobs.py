@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf_core.models import logprobs as module
-from rlhf_core.models.logprobs import linear_token_logprobs, module_token_logprobs
+from rlhf_core.models.logprobs import exact_log_softmax, linear_token_logprobs, module_token_logprobs
 from rlhf_core.models.output_layer import OutputLayer
 
 
@@ -69,6 +69,32 @@ def test_any_output_layer(cap: float | None) -> None:
     ours, theirs = (torch.autograd.grad(x.sum(), [hidden, head.weight, head.bias]) for x in (found, expected))
     for a, b in zip(ours, theirs, strict=True):
         assert relative(a.double(), b.double()) < 1e-5
+
+
+def test_probabilities_of_a_large_vocabulary_add_up_to_one() -> None:
+    """Logits as a model's, of 150,000 tokens, whose sum in float32 one after another is off by 1e-5 of it."""
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(8, 150_000)).requires_grad_()
+    upstream, exact = torch.randn(logits.shape), logits.double().log_softmax(-1)
+    found = exact_log_softmax(logits)
+    assert found.dtype == torch.float32
+    errors = (found.detach().double() - exact.detach()).abs()
+    assert float(errors.max()) < 4e-6 and float((found - exact).detach().mean().abs()) < 3e-7
+    ours, wanted = (torch.autograd.grad((logps * upstream).sum(), logits)[0] for logps in (found, exact))
+    assert relative(ours, wanted) < 1e-6
+    targets = torch.arange(8)
+    of_module = module_token_logprobs(lambda states: states, logits, targets)
+    assert float((of_module.double() - exact[range(8), targets]).detach().mean().abs()) < 1e-6
+    with torch.no_grad():
+        assert torch.equal(exact_log_softmax(logits), found)
+
+
+def test_a_masked_token_has_no_probability_and_no_gradient() -> None:
+    logits = torch.tensor([0.0, -torch.inf, 1.0], requires_grad=True)
+    found = exact_log_softmax(logits)
+    assert found[1] == -torch.inf and float(found.exp().sum()) == pytest.approx(1.0)
+    (gradient,) = torch.autograd.grad(found[0] + found[2], logits)
+    assert bool(gradient.isfinite().all()) and gradient[1] == 0
 
 
 def test_the_weights_gradient_is_summed_in_its_own_precision(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ from rlhf_core.plugin import (
     Trainer,
     TrainingStage,
     Window,
+    exact_log_softmax,
     over_vocabulary,
     random_generator,
 )
@@ -154,9 +155,7 @@ def compared(
     width = min(student.shape[1], teacher.shape[1])
     # A token that a model masks has a log-probability of −inf, and 0 · inf would be no number.
     least = torch.finfo(student.dtype).min
-    logps = [
-        torch.log_softmax(logits[:, :width] / temperature, dim=-1).clamp(min=least) for logits in (student, teacher)
-    ]
+    logps = [exact_log_softmax(logits[:, :width] / temperature).clamp(min=least) for logits in (student, teacher)]
     same = student[:, :width].argmax(-1) == teacher[:, :width].argmax(-1)
     return torch.stack([divergence(*logps), same.to(student.dtype)], dim=1)
 
