@@ -1,6 +1,7 @@
 """Fixtures of the tests of the online method: a tiny model, rows, and a run on them.
 
-Also a script for runs in other processes: `online.py JOB.json`.
+Also a script for runs in other processes: `online.py JOB.json`, one run; `online.py kills JOB.json`, a run that is killed again
+and again, in forked children, so that only one process imports.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from policy_gradient import PolicyGradientTrainer
 
 from rlhf_core import registry
 from rlhf_core.contracts.batch import Batch
-from rlhf_core.contracts.trainer import Window
+from rlhf_core.contracts.trainer import Trainer, Window
 from rlhf_core.infra.errors import RLHFError
 from rlhf_core.infra.safetensors_file import write_tensors
 from rlhf_core.models import PolicyModel
@@ -107,7 +109,7 @@ class Broken(Exception):
 def trainer(
     output: Path | str | None = None,
     *,
-    kind: type[PolicyGradientTrainer] = Watched,
+    kind: type[Trainer[Any]] = Watched,
     policy: PolicyModel | None = None,
     data: Any = None,
     held_out: int = 0,
@@ -145,12 +147,45 @@ def kill_in_phase(number: int, delay: float) -> None:
     Phases.phase = phase  # type: ignore[method-assign]
 
 
+def forked(action: Callable[[], object]) -> int:
+    """Do an action in a child; return its exit code, negative for a signal."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            action()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def killed_and_resumed(job: dict[str, Any]) -> None:
+    """Train a job's method, or `Watched`, once to its end, and once more with a kill at each of the job's moments and resumes."""
+    folder = Path(job["folder"])
+
+    def train(name: str, moment: tuple[int, float] | None = None) -> None:
+        if moment is not None:
+            kill_in_phase(*moment)
+        kind = registry.get("trainer", job["method"]) if job["method"] else Watched
+        trainer(folder / name, kind=kind, **job["options"]).train(resume=name == "killed")
+
+    assert forked(lambda: train("whole")) == 0
+    for moment in job["moments"]:
+        code = forked(lambda moment=moment: train("killed", moment))  # type: ignore[misc]
+        assert code == -signal.SIGKILL, f"{code} in place of a kill at {moment}"
+    assert forked(lambda: train("killed")) == 0
+
+
 def main() -> None:
     """Train as a job says; the first process writes the weights."""
+    if sys.argv[1] == "kills":
+        killed_and_resumed(json.loads(Path(sys.argv[2]).read_text()))
+        return
     job = json.loads(Path(sys.argv[1]).read_text())
     output = Path(job["output"])
-    if "kill_in_phase" in job:
-        kill_in_phase(*job["kill_in_phase"])
     kind = Apart if job.get("apart") else Watched
     run = trainer(output, kind=kind, held_out=job.get("held_out", 0), **job["options"])
     run.fail_at, run.how = job.get("fail_at"), job.get("how", "raise")

@@ -419,16 +419,35 @@ def test_killed_inside_a_rollout_it_resumes_exactly(tmp_path: Path, options: dic
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_of_each_phase_it_resumes_exactly(tmp_path: Path) -> None:
-    """Seven entries into phases per rollout: rollout, reward, reference and four updates. Three kills come after a checkpoint."""
-    options = {**KL, "max_steps": 16, "checkpoint": {"every": 4}, "logging": WHOLE}
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert start(whole, options=options).returncode == 0
+@pytest.mark.parametrize(
+    ("method", "phases", "own"),
+    [
+        (None, 7, KL),
+        ("grpo", 7, {"kl_weight": 0.05, "equal_groups": "skip"}),
+        ("ppo", 8, {"group_size": 2, "truncated": "score", "kl_target": 0.02}),
+    ],
+    ids=["a third party's", "grpo", "ppo"],
+)
+def test_killed_at_random_moments_of_each_phase_it_resumes_exactly(
+    tmp_path: Path, method: str | None, phases: int, own: dict[str, Any]
+) -> None:
+    """Each rollout enters so many phases: rollout, reward, what the method forwards, and four updates.
+
+    One kill falls into each of them, and three into a phase of the rollout after that, past one more checkpoint.
+    """
+    options = {**own, "max_steps": 16, "checkpoint": {"every": 4}, "logging": WHOLE}
     chance = random.Random(0)
-    for number in (1, 2, 3, 4, 9, 5, 6, 10, 7, 8):
-        job = {"options": options, "resume": True, "kill_in_phase": [number, chance.uniform(0, 0.01)]}
-        assert (done := start(killed, **job)).returncode == -signal.SIGKILL, done.stderr
-    assert start(killed, options=options, resume=True).returncode == 0
+    numbers = [*range(1, 5), phases + 2, 5, 6, phases + 3, *range(7, phases + 1), phases + 1]
+    job = {"method": method, "options": options, "folder": str(tmp_path)}
+    job["moments"] = [(number, chance.uniform(0, 0.01)) for number in numbers]
+    path = tmp_path / "job.json"
+    path.write_text(json.dumps(job))
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("online.py")), "kills", str(path)],
+        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
     require_same_run(killed, whole)
     # The same prompts in the same order, none skipped and none twice, with the same completions, bit for bit.
     assert rollouts_of(killed) == rollouts_of(whole)
