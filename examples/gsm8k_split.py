@@ -2,9 +2,10 @@
 
     python examples/gsm8k_split.py --source ../shared/data/gsm8k [--output data/gsm8k]
 
-Reads `sft.jsonl` (prompt, response), `preferences.jsonl` (prompt, chosen, rejected) and, where it is there, `unpaired.jsonl`
-(prompt, response, label) from the source folder, and writes NAME.train.jsonl and NAME.heldout.jsonl for each. A question
-decides alone on which side all of its rows are, however many it has, so no question is on both sides.
+Reads `sft.jsonl` (prompt, response), `preferences.jsonl` (prompt, chosen, rejected) and, where they are there, `unpaired.jsonl`
+(prompt, response, label) and `prompts.jsonl` (prompt, answer) from the source folder, and writes NAME.train.jsonl and
+NAME.heldout.jsonl for each. A question decides alone on which side all of its rows are, however many it has, so no question
+is on both sides. Before each question of `prompts` stand another and its solution, which show the form of an answer.
 """
 
 from __future__ import annotations
@@ -21,8 +22,17 @@ from rlhf_core.cli import exit_code
 from rlhf_core.infra.errors import ConfigError, DataError
 from rlhf_core.infra.files import storage_errors
 
-HELD_OUT = {"sft": 0.03, "preferences": 0.2, "unpaired": 0.2}
-"""Share of the questions held out, by file: losses are averaged over many tokens, pairs are few."""
+HELD_OUT = {"sft": 0.03, "preferences": 0.2, "unpaired": 0.2, "prompts": 0.01}
+"""Share of the questions held out, by file: losses are averaged over many tokens, pairs are few, and prompts have to be answered
+at each evaluation."""
+OPTIONAL = ("unpaired", "prompts")
+DEMONSTRATIONS = {
+    "prompts": (
+        ("user", "Tom has 3 boxes with 4 pens in each of them. He gives 5 pens away. How many pens are left?"),
+        ("assistant", "Tom has 3 * 4 = 12 pens.\nAfter that he has 12 - 5 = 7 pens.\n#### 7"),
+    )
+}
+"""Turns that stand before each question of a file."""
 Row = dict[str, Any]
 
 
@@ -64,7 +74,8 @@ def split(source: Path, output: Path, name: str, share: float) -> dict[str, int]
             )
         with (output / f"{name}.{side}.jsonl").open("w", encoding="utf-8") as file:
             for row in rows:
-                chat = {**row, "prompt": [{"role": "user", "content": row["prompt"]}]}
+                turns = (*DEMONSTRATIONS.get(name, ()), ("user", row["prompt"]))
+                chat = {**row, "prompt": [{"role": role, "content": text} for role, text in turns]}
                 file.write(json.dumps(chat, ensure_ascii=False) + "\n")
         counts |= {f"{side} rows": len(rows), f"{side} questions": len({row["prompt"].strip() for row in rows})}
     return counts
@@ -73,7 +84,10 @@ def split(source: Path, output: Path, name: str, share: float) -> dict[str, int]
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--source", type=Path, required=True, help="folder with sft.jsonl, preferences.jsonl, unpaired.jsonl"
+        "--source",
+        type=Path,
+        required=True,
+        help="folder with sft.jsonl, preferences.jsonl, unpaired.jsonl, prompts.jsonl",
     )
     parser.add_argument(
         "--output", type=Path, default=Path("data/gsm8k"), help="folder to write (default: %(default)s)"
@@ -84,7 +98,7 @@ def main() -> None:
     with storage_errors(options.output):
         options.output.mkdir(parents=True, exist_ok=True)
     for name in HELD_OUT:
-        if name == "unpaired" and not (options.source / "unpaired.jsonl").exists():
+        if name in OPTIONAL and not (options.source / f"{name}.jsonl").exists():
             continue
         counts = split(options.source, options.output, name, getattr(options, f"{name}_share"))
         print(f"{name}: " + ", ".join(f"{count:,} {what}" for what, count in counts.items()))

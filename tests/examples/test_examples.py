@@ -48,16 +48,18 @@ def test_gsm8k_split_keeps_a_questions_rows_together(tmp_path: Path) -> None:
     pairs = [{"prompt": q, "chosen": f"a{i}", "rejected": f"b{i}"} for q in questions for i in range(3)]
     write(tmp_path / "preferences.jsonl", pairs)
     write(tmp_path / "unpaired.jsonl", [{"prompt": q, "response": "a", "label": "desirable"} for q in questions])
+    write(tmp_path / "prompts.jsonl", [{"prompt": q, "answer": "1"} for q in questions])
     command = [sys.executable, str(EXAMPLES / "gsm8k_split.py"), "--source", str(tmp_path), "--output", "out"]
-    done = subprocess.run([*command, "--sft-share", "0.3"], cwd=tmp_path, capture_output=True, text=True)
+    shares = ["--sft-share", "0.3", "--prompts-share", "0.3"]
+    done = subprocess.run([*command, *shares], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for name, rows in (("sft", 200), ("preferences", 600), ("unpaired", 200)):
+    for name, rows in (("sft", 200), ("preferences", 600), ("unpaired", 200), ("prompts", 200)):
         sides = []
         for side in ("train", "heldout"):
             lines = (tmp_path / "out" / f"{name}.{side}.jsonl").read_text(encoding="utf-8").strip().split("\n")
             sides.append([json.loads(line) for line in lines])
         assert sum(map(len, sides)) == rows
-        train, heldout = ({row["prompt"][0]["content"] for row in side} for side in sides)
+        train, heldout = ({row["prompt"][-1]["content"] for row in side} for side in sides)
         assert train and heldout and not train & heldout
         assert all(row["prompt"][0]["role"] == "user" for side in sides for row in side)
         assert 0.1 < len(heldout) / 200 < 0.4
