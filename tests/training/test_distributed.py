@@ -18,6 +18,7 @@ from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.errors import ConfigError, DataError, RLHFError, error_report, reported_error
 from rlhf_core.infra.files import read_json
 from rlhf_core.infra.safetensors_file import read_tensors
+from rlhf_core.testing.tiny import save_tiny
 from rlhf_core.training.distribution import Distribution, create_distribution
 from rlhf_core.training.setup import check_config
 
@@ -107,15 +108,48 @@ def test_a_method_learns_the_same_from_one_process_and_two(
             == [0] * processes
         )
         found[processes] = output
-    expected, both = tensors(found[1], "gradients"), tensors(found[2], "gradients")
-    first = [name for name in expected if name.startswith("0.")]
-    assert first and expected.keys() == both.keys()
-    whole = [torch.cat([side[name].flatten() for name in first]) for side in (both, expected)]
-    assert float((whole[0] - whole[1]).norm() / whole[1].norm()) < 1e-5
+    assert first_gradients_differ_by(found[2], found[1]) < 1e-5
     for row, same in zip(rows(found[2]), rows(found[1]), strict=True):
         assert row["tokens"] == same["tokens"]
         assert row["loss"] == pytest.approx(same["loss"], rel=1e-3)
     assert rows(found[2])[-1]["eval_loss"] == pytest.approx(rows(found[1])[-1]["eval_loss"], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("grpo", {"rewards": ["toy:digits"], "kl_weight": 0.1}),
+        ("ppo", {"rewards": ["toy:digits"], "truncated": "score", "whiten_rewards": True}),
+        ("distill", {"on_policy": 1.0, "prompts_only": True, "divergence": "reverse_kl"}),
+    ],
+)
+def test_an_online_method_draws_and_learns_the_same_from_one_process_and_two(
+    tmp_path: Path, method: str, options: dict[str, Any]
+) -> None:
+    """One rollout and its step; groups of two and the normalisations over them are those of the whole step."""
+    shared = {"batch_size": 4, "group_size": 2, "max_steps": 1, "max_length": 64, "eval_steps": None}
+    drawn = {"generation": {"max_new_tokens": 8}, "rollout_epochs": 1, "logging": {"rollouts": {"whole": True}}}
+    if method == "distill":
+        options = {**options, "teacher": str(save_tiny(tmp_path / "teacher", seed=9))}
+    for processes in (1, 2):
+        output = tmp_path / str(processes)
+        assert launch(output, processes, method=method, options={**shared, **drawn, **options}) == [0] * processes
+    one, two = ((tmp_path / name / "run" / "rollouts.jsonl").read_text().splitlines() for name in ("1", "2"))
+    texts = [
+        sorted((json.loads(line)["place"], json.loads(line)["completion"]) for line in lines) for lines in (one, two)
+    ]
+    assert texts[0] == texts[1] and len(texts[0]) == 8
+    assert first_gradients_differ_by(tmp_path / "2", tmp_path / "1") < 1e-5
+
+
+def first_gradients_differ_by(found: Path, expected: Path) -> float:
+    """Return ‖found − expected‖ / ‖expected‖ over all of the first step's gradients of two runs."""
+    both, wanted = tensors(found, "gradients"), tensors(expected, "gradients")
+    first = [name for name in wanted if name.startswith("0.")]
+    assert first and wanted.keys() == both.keys()
+    whole = [torch.cat([side[name].flatten() for name in first]) for side in (both, wanted)]
+    return float((whole[0] - whole[1]).norm() / whole[1].norm())
 
 
 @pytest.mark.slow

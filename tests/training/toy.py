@@ -3,7 +3,7 @@ while experience is made, state of its own, two loss terms with different denomi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,11 @@ from rlhf_core.training.loader import Loader
 ROWS = [
     {"prompt": "p" * (1 + i % 5), "response": chr(97 + i % 7) * (40 if i % 6 == 0 else 1 + i % 4)} for i in range(40)
 ]
+
+
+def digits(completions: Sequence[str], **columns: Any) -> list[float]:
+    """Score a completion by the share of its characters that are digits: completions of a random model differ by it."""
+    return [sum(one.isdigit() for one in text) / max(len(text), 1) for text in completions]
 
 
 class ToyPolicy(nn.Module):

@@ -72,9 +72,10 @@ def trainer_of(job: dict[str, Any], output: Path) -> Trainer[Any]:
     if "method" not in job:
         return toy(output, kind=Worker, dropout=0.0, eval_rows=ROWS[:9], **job["options"])
     method = registry.get("trainer", job["method"])
-    rows = list(ArithmeticTask().rows(method.record, 24, split="train", seed=0))
+    config = method.Config(**job["options"])
+    rows = list(ArithmeticTask().rows(method.record_type(config), 24, split="train", seed=0))
     policy = PolicyModel(tiny_model(), tiny_tokenizer())
-    return method(method.Config(**job["options"]), model=policy, data=rows, eval_data=rows[:7], output=output)
+    return method(config, model=policy, data=rows, eval_data=rows[:7], output=output)
 
 
 def main() -> None:
