@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -249,11 +249,11 @@ class BatchingConfig(BaseConfig):
     length_grouped: bool = Field(
         True, description="Put rows of similar length into the same micro-batch; false keeps the data's order."
     )
-    micro_batch_tokens: int | None = Field(
-        None,
-        ge=1,
-        description="Most real tokens in one forward pass, each prompt counted once and padding not; larger is faster and takes"
-        " more memory. Null sets no bound.",
+    micro_batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+        "auto",
+        description="Most real tokens in one forward pass, each prompt counted once and padding not; larger takes more memory,"
+        " and is faster on a GPU. `auto` sets no bound there, and on a CPU so many that a hidden state of each fits in its cache:"
+        " more would be slower. Null sets no bound.",
     )
 
 

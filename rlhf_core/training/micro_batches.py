@@ -6,8 +6,14 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from rlhf_core.config.training import TrainerConfig
 from rlhf_core.contracts.batch import Batch
+
+CACHED_NUMBERS = 3 * 2**17
+"""Numbers in the hidden states of a micro-batch on a CPU, 1.5 MiB in float32. With more, what one layer writes has left the cache
+before the next one reads it; with half as many, the gradients of all weights are added up more often than that saves."""
 
 
 class MicroBatches:
@@ -19,8 +25,19 @@ class MicroBatches:
 
     def __init__(self, config: TrainerConfig, *, divide: bool = False) -> None:
         self.size, self.divide = config.micro_batch_size, divide
-        self.max_tokens = config.batching.micro_batch_tokens
+        tokens = config.batching.micro_batch_tokens
+        self.max_tokens = None if tokens == "auto" else tokens
+        self._auto = tokens == "auto"
         self._by_length = config.batching.length_grouped
+
+    def fit(self, device: torch.device, width: int | None) -> None:
+        """Bound the tokens of a micro-batch by what suits the device, where the configuration leaves that open.
+
+        Args:
+            width: of the widest model's hidden states; None where it isn't known, and nothing is bounded.
+        """
+        if self._auto and device.type == "cpu" and width:
+            self.max_tokens = max(1, CACHED_NUMBERS // width)
 
     @property
     def unit(self) -> str:

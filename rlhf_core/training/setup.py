@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from rlhf_core.config.online import OnlineConfig
 from rlhf_core.config.training import LoraConfig, TrainerConfig
@@ -95,6 +96,7 @@ class RunSetup:
         self.loader = Loader(self.trainer, self.devices, self.micro_batches)
         seed_everything(self.config.seed, "model")
         self.parameters = _build_models(self.trainer, self.loader, self.devices)
+        self.micro_batches.fit(self.devices.device, _width(self.trainer.models))
 
     def open_data(self) -> None:
         """Open the training data and the held-out data, encoded by the main model's tokenizer."""
@@ -212,6 +214,13 @@ def _open_rewards(trainer: Trainer[Any]) -> Rewards:
     if not given and config.needs_rewards:
         raise ConfigError("the method learns from rewards, and none is given", place="rewards", got="an empty list")
     return open_rewards(given)
+
+
+def _width(models: nn.Module) -> int | None:
+    """Return the width of the widest model's hidden states; None where no model's configuration names it."""
+    configs = [module.config for module in models.modules() if isinstance(module, PreTrainedModel)]
+    widths = [getattr(config.get_text_config(), "hidden_size", None) for config in configs]
+    return max((width for width in widths if isinstance(width, int)), default=None)
 
 
 def _build_models(trainer: Trainer[Any], loader: Loader, devices: DeviceManager) -> dict[str, nn.Parameter]:
