@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from rlhf_core.models.cpu_products import add_product, multiply, multiply_into
+from rlhf_core.models.gradient_sums import open_gradient
 
 CPU_CHUNK_BYTES, GPU_CHUNK_BYTES = 64 * 2**20, 512 * 2**20
 """Most bytes of float32 logits in one chunk. A GPU needs more rows to be busy."""
@@ -54,7 +55,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
             hidden: (S, D). weight: (V, D). targets: (S,) token ids.
             scale: factor of the logits. precision: dtype of the matrix products.
         """
-        ctx.dtypes, ctx.scale = (hidden.dtype, weight.dtype), scale
+        ctx.dtypes, ctx.scale, ctx.weight = (hidden.dtype, weight.dtype), scale, weight
         hidden, weight = hidden.to(precision), weight.to(precision)
         hidden_learns, weight_learns = ctx.needs_input_grad[:2]
         rows = chunk_rows(weight.shape[0], hidden.device)
@@ -93,7 +94,8 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         logits = _Logits(weight, ctx.scale, 0 if kept is not None else min(rows, hidden.shape[0]))
         d_hidden = torch.empty_like(hidden, dtype=hidden_dtype) if hidden_learns else None
         # In the weight's own dtype: sums in 16 bits would lose a bit with every chunk.
-        d_weight = torch.zeros_like(weight, dtype=weight_dtype)
+        into = open_gradient(ctx.weight)
+        d_weight = torch.zeros_like(weight, dtype=weight_dtype) if into is None else into
         for part in _chunks(hidden.shape[0], rows):
             if kept is not None:
                 errors = kept
@@ -108,7 +110,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
                 add_product(d_weight, errors.t(), scaled)
             else:
                 d_weight.add_(multiply(errors.t(), scaled))
-        return d_hidden, d_weight, None, None, None
+        return d_hidden, d_weight if into is None else None, None, None, None
 
 
 class _ExactLogSoftmax(torch.autograd.Function):

@@ -24,6 +24,7 @@ from rlhf_core.models.compile import compile_model
 from rlhf_core.models.cpu_products import speed_up_linears
 from rlhf_core.models.dropout import evaluating
 from rlhf_core.models.fused_norms import fuse_norms
+from rlhf_core.models.gradient_sums import sum_embeddings_in_place
 from rlhf_core.models.hidden_states import HiddenStates
 from rlhf_core.models.layout import empty_layout
 from rlhf_core.models.loading import Loaded
@@ -162,6 +163,7 @@ class SequenceModel(nn.Module):
         if not compile:
             fuse_norms(self.network)
             speed_up_linears(self.network)
+            sum_embeddings_in_place(self.network)
         with evaluating(self.network):
             widen_unless_it_runs(self.network, plain_ids(self.network, 8))
         self.check()

@@ -17,6 +17,7 @@ from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.errors import NumbersError, PluginError, list_rows
 from rlhf_core.infra.out_of_memory import try_to_fit
 from rlhf_core.infra.seeds import RandomState
+from rlhf_core.models.gradient_sums import summing_in_place
 from rlhf_core.training.distribution import Distribution
 from rlhf_core.training.loss_scale import LossScale
 from rlhf_core.training.micro_batches import MicroBatches
@@ -217,7 +218,8 @@ class Updater:
             sums.shares.append((share.detach(), micro.rows))
             # A micro-batch may touch no trained parameter, such as one whose every response lies outside a term's mask.
             if share.requires_grad:
-                (share if self.loss_scale.value == 1 else share * self.loss_scale.value).backward()
+                with summing_in_place():
+                    (share if self.loss_scale.value == 1 else share * self.loss_scale.value).backward()
 
     def _shrink(self, micros: Sequence[Batch], step: int) -> None:
         """Halve the size of micro-batches on all processes, or refuse where one is a single row already."""
