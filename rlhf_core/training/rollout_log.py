@@ -16,6 +16,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.contracts.completion import Completion
@@ -86,7 +87,8 @@ class RolloutLog:
         every = self._config.show
         if every and (self._shown is None or step // every > self._shown // every):
             self._shown = step
-            log.info("step %d  the best and the worst completion of some prompts:\n%s", step, rollout_table(rows))
+            table = rollout_table(rows, width=max(100, get_terminal_size().columns))
+            log.info("step %d  the best and the worst completion of some prompts:\n%s", step, table)
 
     def rewind(self, step: int) -> None:
         """Cut the file back to the rollouts that were trained on before a checkpoint: later ones are made again.
