@@ -26,7 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rlhf_core.infra.errors import ConfigError, describe_error
 from rlhf_core.models.layout import AttentionOverCache, Segment, Segments
-from rlhf_core.models.segment_attention import attend_each_segment, attend_in_padded_rows, attend_varlen
+from rlhf_core.models.segment_attention import attend_in_padded_rows, attend_on_cpu, attend_varlen
 
 log = logging.getLogger(__name__)
 
@@ -99,8 +99,8 @@ def segment_attention(
 ) -> Tensor:
     """Attend within segments and their prefixes without flash-attn, in the way that is fastest on the tensors' device.
 
-    On a CPU, one call per segment. On a GPU, PyTorch's own variable-length kernel where it takes such inputs and was tried and
-    found right on this device, else padded rows.
+    On a CPU, one call per segment, or padded rows where segments are many and small. On a GPU, PyTorch's own variable-length
+    kernel where it takes such inputs and was tried and found right on this device, else padded rows.
 
     Args:
         query: (1, H, N, D).
@@ -114,7 +114,7 @@ def segment_attention(
     """
     kind = query.device.type
     if kind == "cpu":
-        return attend_each_segment(query, key, value, segments, scale=scale, dropout=dropout)
+        return attend_on_cpu(query, key, value, segments, scale=scale, dropout=dropout)
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
     width = query.shape[3]
     if (

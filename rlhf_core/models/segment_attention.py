@@ -4,7 +4,8 @@ A segment's queries see the keys of its prefix (a shared prompt) and then its ow
 functions give the same numbers up to rounding:
 
 - `attend_each_segment`: one call of PyTorch's attention per segment; for a CPU.
-- `attend_in_padded_rows`: segments as padded rows, in one or two calls; for a GPU without a variable-length kernel.
+- `attend_in_padded_rows`: segments as padded rows, in one or two calls; for a GPU without a variable-length kernel, and for many
+  small segments on a CPU (`attend_on_cpu` chooses).
 - `attend_varlen`: one call of flash-attn's variable-length kernel, or of one with its signature.
 
 What the GPU ways need to know about the segments (where each token goes, which places copy each key) is a plan made once per
@@ -33,19 +34,41 @@ from rlhf_core.models.layout import Segment, Segments
 # One call per segment
 
 
+LARGE_CALL = 2**20
+"""Multiplications of queries with keys, padding included, from which on a segment is worth a kernel call of its own on a CPU."""
+
+
+def attend_on_cpu(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, *, scale: float, dropout: float = 0.0
+) -> Tensor:
+    """Attend segment by segment, one kernel call each, or in padded rows where the calls would cost more than the padding.
+
+    16-bit inputs are computed in float32, which is faster on a CPU, and the result is returned in their dtype. Arguments and
+    result: as `attend_each_segment`.
+    """
+    dtype = value.dtype
+    work = segments.cached_plan(_padded_pairs, query.device) * query.shape[1] * query.shape[3]
+    small = len(segments) > 2 and work < len(segments) * LARGE_CALL
+    attend = attend_in_padded_rows if small else attend_each_segment
+    query, key, value = (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for x in (query, key, value))
+    with torch.autocast(query.device.type, enabled=False):  # autocast would cast down again
+        return attend(query, key, value, segments, scale=scale, dropout=dropout).to(dtype)
+
+
+def _padded_pairs(segments: Segments, device: torch.device) -> int:
+    """Return how many pairs of a query and a key padded rows compute."""
+    whole = [segment.length for segment in segments if not segment.prefix_length]
+    others = [(segment.length, segment.keys) for segment in segments if segment.prefix_length]
+    pairs = len(whole) * max(whole, default=0) ** 2
+    if others:
+        pairs += len(others) * max(length for length, _ in others) * max(keys for _, keys in others)
+    return pairs
+
+
 def attend_each_segment(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    segments: Sequence[Segment],
-    *,
-    scale: float,
-    dropout: float = 0.0,
+    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], *, scale: float, dropout: float = 0.0
 ) -> Tensor:
     """Attend segment by segment, one kernel call each, without padding and without a mask over the whole row.
-
-    On a CPU a call costs microseconds and a wasted product costs seconds. 16-bit inputs are computed in float32, which is
-    faster on a CPU, and the result is returned in their dtype.
 
     Args:
         query: (1, H, N, D).
@@ -55,18 +78,8 @@ def attend_each_segment(
         dropout: probability with which an attention weight is dropped.
 
     Returns:
-        (1, N, H, D).
+        (1, N, H, D) in the dtype of the inputs.
     """
-    dtype = value.dtype
-    query, key, value = (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for x in (query, key, value))
-    with torch.autocast(query.device.type, enabled=False):  # autocast would cast down again
-        return _attend_each(query, key, value, segments, scale, dropout).to(dtype)
-
-
-def _attend_each(
-    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scale: float, dropout: float
-) -> Tensor:
-    """Return (1, N, H, D) in the dtype of the inputs; see `attend_each_segment`."""
     starts = {segment.start: i for i, segment in enumerate(segments)}
     lengths = [segment.length for segment in segments]
     # `split` has one backward node that concatenates; slices would each write a gradient of the whole row.
@@ -292,8 +305,9 @@ def attend_in_padded_rows(
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float) -> Tensor:
     """Return PyTorch's attention, (rows, H, queries, D), causal where there is no mask; K key heads serve H query heads."""
     groups = q.shape[1] // k.shape[1]
-    # PyTorch's flash kernel takes grouped keys as they are: in 16 bits, without a mask, on a GPU of capability 8.0.
-    grouped = groups > 1 and mask is None and q.dtype in (torch.bfloat16, torch.float16) and _is_recent(q.device)
+    # PyTorch's flash kernel takes grouped keys as they are: on a CPU, and in 16 bits, without a mask, on a GPU of capability 8.0.
+    on_gpu = mask is None and q.dtype in (torch.bfloat16, torch.float16) and _is_recent(q.device)
+    grouped = groups > 1 and (q.device.type == "cpu" or on_gpu)
     if groups > 1 and not grouped:
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
     return F.scaled_dot_product_attention(

@@ -19,7 +19,7 @@ from rlhf_core.contracts.batch import Batch
 from rlhf_core.infra.errors import ConfigError
 from rlhf_core.models import PolicyModel, segment_attention
 from rlhf_core.models import attention as attentions
-from rlhf_core.models.layout import packed_layout, padded_layout
+from rlhf_core.models.layout import Segment, Segments, packed_layout, padded_layout
 from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
 
 TOLERANCE = 1e-5
@@ -163,7 +163,7 @@ def test_attention_kernels_agree(attend: str, responses: int) -> None:
     torch.manual_seed(0)
     shapes = ((1, 4, tokens, 8), (1, 2, tokens, 8), (1, 2, tokens, 8))
     inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
-    expected = attentions.segment_attention(*inputs, layout.segments, scale=0.3)
+    expected = segment_attention.attend_each_segment(*inputs, layout.segments, scale=0.3)
     upstream = torch.randn_like(expected)
     gradients = torch.autograd.grad(expected, inputs, upstream)
     extra = {"kernel": varlen_reference} if attend == "attend_varlen" else {}
@@ -174,6 +174,36 @@ def test_attention_kernels_agree(attend: str, responses: int) -> None:
         for mine, other in zip(torch.autograd.grad(found, inputs, upstream), gradients, strict=True):
             assert relative(mine, other) < TOLERANCE
     assert len(layout.segments.__dict__["plans"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("prompts", "responses", "width", "chosen"),
+    [(8, 4, 8, "attend_in_padded_rows"), (1, 2, 8, "attend_each_segment"), (8, 4, 65536, "attend_each_segment")],
+)
+def test_a_cpu_pads_many_small_segments(
+    prompts: int, responses: int, width: int, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two segments, and products that are worth a call, are computed one by one."""
+    layout = packed_layout(random_batch(prompts, responses))
+    heard = []
+    for name in ("attend_in_padded_rows", "attend_each_segment"):
+        monkeypatch.setattr(
+            segment_attention, name, lambda q, *_, name=name, **__: heard.append(name) or q.transpose(1, 2)
+        )
+    query = torch.zeros(1, 4, 1, 1).expand(1, 4, layout.num_positions, width)
+    assert isinstance(layout.segments, Segments)
+    segment_attention.attend_on_cpu(query, query, query, layout.segments, scale=1.0)
+    assert heard == [chosen]
+
+
+def test_a_cpu_pads_no_long_row_among_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = [400, *[4] * 40]
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    segments = Segments(Segment(start, length) for start, length in zip(starts, lengths, strict=True))
+    assert segment_attention._padded_pairs(segments, torch.device("cpu")) == 41 * 400**2
+    query = torch.zeros(1, 2, sum(lengths), 8)
+    monkeypatch.setattr(segment_attention, "attend_in_padded_rows", None)
+    assert segment_attention.attend_on_cpu(query, query, query, segments, scale=1.0).shape == (1, sum(lengths), 2, 8)
 
 
 @pytest.mark.parametrize("share", [True, False])
