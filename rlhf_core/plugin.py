@@ -106,6 +106,9 @@ if TYPE_CHECKING:
     from rlhf_core.policy_gradient.gae import value_loss as value_loss
     from rlhf_core.policy_gradient.gae import whitened as whitened
     from rlhf_core.policy_gradient.kl_estimators import KL_ESTIMATORS as KL_ESTIMATORS
+    from rlhf_core.policy_gradient.part_options import PolicyGradientConfig as PolicyGradientConfig
+    from rlhf_core.policy_gradient.part_options import refusing as refusing
+    from rlhf_core.policy_gradient.part_options import require_part as require_part
     from rlhf_core.policy_gradient.part_table import PartTable as PartTable
     from rlhf_core.policy_gradient.ratios import RATIOS as RATIOS
     from rlhf_core.policy_gradient.reward_shaping import SHAPINGS as SHAPINGS
@@ -156,6 +159,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.policy_gradient.gae": "adapted_kl_weight explained_variance generalized_advantages token_rewards value_loss"
         " whitened",
         "rlhf_core.policy_gradient.kl_estimators": "KL_ESTIMATORS",
+        "rlhf_core.policy_gradient.part_options": "PolicyGradientConfig refusing require_part",
         "rlhf_core.policy_gradient.part_table": "PartTable",
         "rlhf_core.policy_gradient.ratios": "RATIOS",
         "rlhf_core.policy_gradient.reward_shaping": "SHAPINGS RewardTerms",

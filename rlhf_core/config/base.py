@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from rlhf_core.config.fields import alternatives, key_and_group
 from rlhf_core.infra.errors import ConfigError, did_you_mean, shortened
@@ -72,8 +72,24 @@ _PLAIN = {
     "bool_parsing": "must be true or false",
     "bool_type": "must be true or false",
     "string_type": "must be text",
+    "dict_type": "must be a mapping, such as `{name: value}`",
+    "list_type": "must be a list",
 }
 """Error types of pydantic → our words."""
+
+
+def refused(error: ConfigError, at: Sequence[str], value: Any) -> ValidationError:
+    """Return what a validator of several options raises, so that the error names one of them.
+
+    Args:
+        error: what is wrong, and how to mend it; its place is left to `parse`.
+        at: the fields that lead to the option, and keys of mappings.
+        value: the option's; shown where `error` has no `got` itself.
+    """
+    text = "{problem}" + ("; {fix}" if error.fix else "")
+    details = {"problem": error.problem, "got": error.got, "fix": error.fix}
+    kind = PydanticCustomError("refused", text, details)
+    return ValidationError.from_exception_data("option", [InitErrorDetails(type=kind, loc=tuple(at), input=value)])
 
 
 def config_error(
@@ -84,7 +100,10 @@ def config_error(
     `place` is where the values came from: one text, or a text for each dotted key. `within` is the dotted key of the group that
     holds the configuration.
     """
-    first = error.errors(include_url=False)[0]
+    errors = error.errors(include_url=False)
+    # An option that is missing may have been given under a wrong name.
+    wrong = (one for one in errors if one["type"] == "extra_forbidden" and one["loc"][:-1] == errors[0]["loc"][:-1])
+    first = next(wrong, errors[0]) if errors[0]["type"] == "missing" else errors[0]
     key, group = key_and_group(cls, first["loc"])
     key = ".".join(filter(None, [within, key]))
     where = place if isinstance(place, str) else place_of(key, place)
@@ -102,9 +121,14 @@ def config_error(
         message = f"expected a group of options ({', '.join(group.model_fields)})"
     if first.get("ctx", {}).get("min_length") == 1:
         message = "must not be empty"
+    fix: str | None = None
+    if first["type"] == "refused":
+        details = first["ctx"]
+        message, fix = details["problem"], details["fix"]
+        # A name that isn't known is in the message already.
+        got = details["got"] or (None if f"`{first['input']}`" in message else got)
     named = where.lstrip("-").replace("-", "_") == key  # by its flag
     problem = f"`{key}`: {message}" if key and not named else message
-    fix = None
     if isinstance(first["input"], bool):
         mend = "write a number" if first["type"] == "flag_for_number" else "put the text in quotes if you meant text"
         fix = f"YAML reads yes, no, on and off as true and false: {mend}"

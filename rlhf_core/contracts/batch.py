@@ -193,6 +193,20 @@ class Batch:
         return int((on_host(self.prompt_lengths)[on_host(self.owner)] + on_host(self.response_lengths)).max())
 
     @property
+    def response_places(self) -> Tensor:
+        """(R,) long: the place of each response's prompt in the run's order of rows, the same for any number of processes."""
+        return torch.tensor(self.places or self.rows, dtype=torch.long)[self.owner.cpu()]
+
+    @property
+    def engine_logps(self) -> Tensor:
+        """(R, T): log-probabilities of completions by the engine at its temperature, nats; 0 outside the loss mask.
+
+        They are those from before top-p and top-k truncated the distribution: what the policy's own are compared with.
+        """
+        logps = self["sampled_logps"] + self["kept_mass"].clamp(min=1e-30).log()
+        return torch.where(self.loss_mask, logps, 0.0)
+
+    @property
     def num_loss_tokens(self) -> int:
         """Response tokens inside the loss mask."""
         return int(on_host(self.loss_mask).sum())

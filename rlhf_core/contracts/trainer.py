@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
+from rlhf_core.config.online import OnlineConfig
 from rlhf_core.config.training import ReferenceConfig, TrainerConfig, TrainingStage
 
 if TYPE_CHECKING:
@@ -175,9 +176,11 @@ class Trainer(ABC, Generic[ConfigT]):
         """Return how many windows `experience` makes of each batch; None where the data decide, as in dynamic sampling.
 
         With `epochs` it says how many steps there are, over which the learning rate's schedule runs; where it is None, the
-        schedule runs over the batches of data. The core checks it.
+        schedule runs over the batches of data. The core checks it. The default is 1, and of an online method the windows that
+        `RunContext.windows` makes of a rollout.
         """
-        return 1
+        config = self.config
+        return config.rollout_epochs * config.minibatches if isinstance(config, OnlineConfig) else 1
 
     def experience(self, stream: Iterator[Batch], run: RunContext) -> Iterable[Window | Batch]:
         """Take batches from the data as needed; yield windows, each the work of one optimiser step. No gradients here.

@@ -16,7 +16,10 @@ from torch import Tensor
 from rlhf_core.infra.errors import ConfigError
 from rlhf_core.policy_gradient.part_table import PartTable
 
-ADVANTAGES = PartTable("advantage")
+ADVANTAGES = PartTable(
+    "advantage",
+    "What a completion's reward is worth against the others: `group_mean_std`, `leave_one_out`, `pass_at_k` …",
+)
 """Functions from rewards (N,) and groups (N,) to advantages (N,)."""
 
 NonNegative = Annotated[float, Field(ge=0)]

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from rlhf_core.policy_gradient.part_table import PartTable
 
-LOSS_AGGREGATIONS = PartTable("aggregation")
+LOSS_AGGREGATIONS = PartTable(
+    "aggregation",
+    "What the loss is averaged over: `token`, `sequence_mean`, `constant` …",
+)
 """Functions from the loss mask (R, T) to weights of tokens (R, T) and amounts of rows (R,)."""
 
 

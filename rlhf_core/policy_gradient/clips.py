@@ -16,7 +16,10 @@ from torch import Tensor
 
 from rlhf_core.policy_gradient.part_table import PartTable
 
-CLIPS = PartTable("clip")
+CLIPS = PartTable(
+    "clip",
+    "The objective per token, held near the policy that sampled: `ppo`, `two_sided`, `cispo`, `sapo`, `none` …",
+)
 """Functions from `PolicyTerms` to objectives (R, T)."""
 
 _LARGEST_LOG_RATIO = 20.0

@@ -15,7 +15,11 @@ from torch import Tensor
 
 from rlhf_core.policy_gradient.part_table import PartTable
 
-CORRECTIONS = PartTable("correction")
+CORRECTIONS = PartTable(
+    "correction",
+    "Weights for a gap between the engine's and the trainer's log-probabilities: `token_truncated`, `icepop` …, which take one"
+    " more forward pass of the policy; `none` takes none.",
+)
 """Functions from the trainer's and the engine's log-probabilities (R, T) and the loss mask (R, T) to weights (R, T)."""
 
 Bound = Annotated[float, Field(gt=0)]

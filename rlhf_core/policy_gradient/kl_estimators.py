@@ -13,7 +13,10 @@ from torch import Tensor
 
 from rlhf_core.policy_gradient.part_table import PartTable
 
-KL_ESTIMATORS = PartTable("kl")
+KL_ESTIMATORS = PartTable(
+    "kl",
+    "Estimate of the KL to the reference: `k1`, `k2`, `k3`.",
+)
 """Functions from log-probabilities of the policy and the reference (R, T) to estimates of the KL (R, T)."""
 
 _LARGEST = 20.0

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from rlhf_core import registry
 from rlhf_core.config.fields import alternatives, shown
@@ -29,11 +29,12 @@ class PartTable:
 
     Args:
         kind: the first word of the entry points' names, such as `advantage`.
+        about: what such a part decides, with some names: the description of an option that picks one.
     """
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, about: str) -> None:
         assert kind in PART_KINDS, kind
-        self.kind = kind
+        self.kind, self.about = kind, about
         self._own: dict[str, Part] = {}
 
     def own(self, function: Part) -> Part:
@@ -51,6 +52,26 @@ class PartTable:
         if function is None:
             return functools.partial(self._registered, name)
         return self._registered(name, function)
+
+    def field(self, default: str | None, *, null: str = "the method's own") -> Any:
+        """Return the field of a configuration that names a part of this kind.
+
+        Args:
+            default: a name; None leaves it open.
+            null: which part is used where it is left open, for the description.
+        """
+        left_open = f"; null takes {null}." if default is None else "."
+        description = f"{self.about} A name, or a function as `package.module:function`{left_open}"
+        return Field(default, min_length=1, description=description)
+
+    def options_field(self, *, null: str | None = None) -> Any:
+        """Return the field for the options of the part that `field` names.
+
+        Args:
+            null: whose options are taken first for those left out, for the description.
+        """
+        defaults = f"{null}, or the part's defaults" if null else "the part's defaults"
+        return Field(default_factory=dict, description=f"Options of the {self.kind}; those left out are {defaults}.")
 
     def names(self) -> list[str]:
         """Return the names of all usable parts, sorted; nothing is imported."""

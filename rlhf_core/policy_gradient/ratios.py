@@ -10,7 +10,10 @@ from torch import Tensor
 
 from rlhf_core.policy_gradient.part_table import PartTable
 
-RATIOS = PartTable("ratio")
+RATIOS = PartTable(
+    "ratio",
+    "How the policy is compared with the one that sampled: by `token`, `sequence` or `geometric` mean …",
+)
 """Functions from differences of log-probabilities (R, T) and the loss mask (R, T) to log-ratios (R, T)."""
 
 

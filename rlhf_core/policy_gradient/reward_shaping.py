@@ -16,7 +16,10 @@ from torch import Tensor
 from rlhf_core.policy_gradient.advantages import group_mean_std
 from rlhf_core.policy_gradient.part_table import PartTable
 
-SHAPINGS = PartTable("shaping")
+SHAPINGS = PartTable(
+    "shaping",
+    "A change of rewards before the advantage: `overlong`, `group_normalised` …",
+)
 """Functions from `RewardTerms` to `RewardTerms`."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from rlhf_core.config.online import OnlineConfig, SamplingConfig
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.contracts.completion import Completion
 from rlhf_core.contracts.reward import Sample
-from rlhf_core.contracts.trainer import Evaluation, Trainer
+from rlhf_core.contracts.trainer import Evaluation, Trainer, Window
 from rlhf_core.generation.engine import Engine
 from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.errors import PluginError
@@ -156,6 +156,28 @@ class RunContext:
         rows = batch.places or batch.rows
         chosen = self.over_step(minibatch_of, torch.tensor(rows, dtype=torch.long), rows=rows)
         return [batch.select((chosen == number).nonzero().flatten()) for number in range(count)]
+
+    def windows(self, rollout: Batch) -> Iterator[Window]:
+        """Yield the windows of a rollout: one for each of its `minibatches`, in each of its `rollout_epochs`.
+
+        They are as many as `Trainer.windows_per_batch` says by default.
+
+        Raises:
+            PluginError: the method's configuration isn't an `OnlineConfig`.
+        """
+        config = self.trainer.config
+        if not isinstance(config, OnlineConfig):
+            raise PluginError(
+                "only a rollout of an online method has several windows",
+                place=f"{type(self.trainer).__name__}.experience",
+                fix="let its configuration extend `OnlineConfig`, or yield batches",
+            )
+        last = config.rollout_epochs * config.minibatches
+        for epoch in range(config.rollout_epochs):
+            for number, part in enumerate(
+                self.minibatches(rollout, config.minibatches), 1 + epoch * config.minibatches
+            ):
+                yield Window(part, last=number == last)
 
     def score(self, batch: Batch, completions: Sequence[Sequence[Completion]]) -> Scores:
         """Return the scores that the configured rewards give completions: P lists, in the order of the batch's prompts.

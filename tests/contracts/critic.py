@@ -166,20 +166,12 @@ class CriticTrainer(Trainer[CriticConfig]):
             models["reference"] = loader.reference(policy)
         return models
 
-    def windows_per_batch(self) -> int:
-        return self.config.rollout_epochs * self.config.minibatches
-
     def experience(self, stream: Iterator[Batch], run: RunContext) -> Iterable[Window]:
         config = self.config
         for batch in stream:
             completions, scored = run.generate_and_score(batch, config.group_size, config.generation)
             scores = scored.total
-            rollout = self._with_advantages(Batch.from_completions(batch, completions), scores, run)
-            steps = self.windows_per_batch()
-            for step in range(steps):
-                if step % config.minibatches == 0:
-                    parts = iter(run.minibatches(rollout, config.minibatches))
-                yield Window(next(parts), last=step == steps - 1)
+            yield from run.windows(self._with_advantages(Batch.from_completions(batch, completions), scores, run))
 
     def _with_advantages(self, rollout: Batch, scores: Tensor, run: RunContext) -> Batch:
         config, mask = self.config, rollout.loss_mask

@@ -122,7 +122,7 @@ class PolicyGradientTrainer(Trainer[PolicyGradientConfig]):
         return {"policy": policy, "reference": loader.reference(policy, self.config.reference)}
 
     def windows_per_batch(self) -> int | None:
-        return None if self.config.dynamic_sampling else self.config.rollout_epochs * self.config.minibatches
+        return None if self.config.dynamic_sampling else super().windows_per_batch()
 
     def experience(self, stream: Iterator[Batch], run: RunContext) -> Iterator[Window]:
         """Roll out each batch, or with dynamic sampling so many that enough groups are there, and learn from it in epochs."""
@@ -145,12 +145,10 @@ class PolicyGradientTrainer(Trainer[PolicyGradientConfig]):
         sampling = self.config.generation
         completions, scores = run.generate_and_score(batch, self.config.group_size, sampling)
         rollout = Batch.from_completions(batch, completions)
-        rewards, mask = scores.total.to(rollout.device), rollout.loss_mask
+        rewards = scores.total.to(rollout.device)
         grouped = self.grouped(rewards, rollout)
         differs = (grouped != grouped[:, :1]).any(dim=1)
-        # The tempered policy before top-p and top-k cut it: what its ratio to the policy of now begins at 1 with.
-        old_logps = torch.where(mask, rollout["sampled_logps"] + rollout["kept_mass"].clamp(min=1e-30).log(), 0.0)
-        tokens = {"old_logps": old_logps}
+        tokens = {"old_logps": rollout.engine_logps}
         if self.config.kl_weight:
             with run.phase("reference", tokens=rollout.num_tokens):
                 tokens["ref_logps"] = self.reference.token_logps(rollout, temperature=sampling.temperature)
@@ -172,10 +170,7 @@ class PolicyGradientTrainer(Trainer[PolicyGradientConfig]):
         if not config.learn_from_truncated:  # they have had their say in the group's mean
             rollout = replace(rollout, loss_mask=rollout.loss_mask & ~rollout["truncated"][:, None])
         rollout = run.record_rollout(rollout.attach(per_response={"advantages": advantages}), advantages)
-        for epoch in range(config.rollout_epochs):
-            for number, part in enumerate(run.minibatches(rollout, config.minibatches)):
-                last = (epoch, number) == (config.rollout_epochs - 1, config.minibatches - 1)
-                yield Window(part, last=last)
+        yield from run.windows(rollout)
 
     def grouped(self, values: Tensor, rollout: Batch) -> Tensor:
         """Return (P, G) values of (R,) responses: a rollout's groups are whole and stand in the order of its prompts."""

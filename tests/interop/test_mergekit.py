@@ -335,7 +335,7 @@ FAULTS = {
         "theirs.yaml:3: there is no model besides the base model",
     "merge_method: ties\nbase_model: b\nmodels: [{model: 3}]\n": "theirs.yaml:3: `models.0.model`: must be text; got 3",
     "merge_method: linear\nparameters: 3\nmodels: [{model: a}]\n":
-        "theirs.yaml:2: `parameters`: must be a valid dictionary; got 3",
+        "theirs.yaml:2: `parameters`: must be a mapping, such as `{name: value}`; got 3",
     ONE + "[[1, 2]]}}": "invalid value of `weight` for mergekit; got [[1, 2]]",
 }  # fmt: skip
 

@@ -55,9 +55,9 @@ def test_a_row_can_be_overridden_part_by_part() -> None:
     config = GRPOConfig.parse({"variant": "dapo", "clip_options": {"high": 0.3}, "advantage": "leave_one_out"})
     row = config.row
     assert (row.advantage, row.aggregation, row.equal_groups) == ("leave_one_out", "token", "resample")
-    assert config.options_of("clip") == {"low": 0.2, "high": 0.3}
+    assert config.part("clip") == ("ppo", {"low": 0.2, "high": 0.3})
     # Another clip doesn't get the options of the row's own.
-    assert GRPOConfig.parse({"variant": "dapo", "clip": "cispo"}).options_of("clip") == {}
+    assert GRPOConfig.parse({"variant": "dapo", "clip": "cispo"}).part("clip") == ("cispo", {})
     assert GRPOConfig.parse({"variant": "dapo", "shaping": []}).row.shaping == ()
 
 
@@ -65,21 +65,30 @@ def test_a_row_can_be_overridden_part_by_part() -> None:
     ("options", "message"),
     [
         ({"variant": "drgrpo"}, "`variant`: must be 'grpo', 'dr_grpo'"),
-        ({"advantage": "group_men"}, "`advantage`: unknown advantage `group_men`; did you mean `group_mean`?"),
+        (
+            {"advantage": "group_men"},
+            "`advantage`: unknown advantage `group_men`; fix: did you mean `group_mean`?",
+        ),
         ({"clip": "no_module:clip"}, "`clip`: unknown clip `no_module:clip`"),
-        ({"clip_options": {"hi": 0.3}}, "`clip_options`: clip `ppo` has no option `hi`, got 0.3; did you mean `high`?"),
+        (
+            {"clip_options": {"hi": 0.3}},
+            "`clip_options.hi`: clip `ppo` has no option `hi`; got 0.3; fix: did you mean `high`?",
+        ),
         (
             {"clip_options": {"low": 2}},
-            "`clip_options`: option `low` of clip `ppo`: must be less than or equal to 1, got 2",
+            "`clip_options.low`: option `low` of clip `ppo`: must be less than or equal to 1; got 2",
         ),
-        ({"group_size": 1}, "group_mean_std needs groups of at least 2, got a group of 1"),
+        (
+            {"group_size": 1},
+            "`group_size`: group_mean_std needs groups of at least 2; got a group of 1; fix: raise `group_size`",
+        ),
         (
             {"advantage": "pass_at_k", "advantage_options": {"k": 16}},
             "pass_at_k with k = 16 needs groups of at least 16",
         ),
         ({"shaping": "overlng"}, "unknown shaping `overlng`; did you mean `overlong`?"),
-        ({"shaping_options": {"overlong": {}}}, "shaping_options has `overlong`, which isn't among the shapings"),
-        ({"generation": {"temperature": 0}}, "set `temperature` above 0"),
+        ({"shaping_options": {"overlong": {}}}, "there are options of the shaping `overlong`, which isn't used"),
+        ({"generation": {"temperature": 0}}, "`generation.temperature`: completions of temperature 0 are all alike"),
     ],
 )
 def test_what_is_said_of_wrong_options(options: dict[str, Any], message: str) -> None:
@@ -117,10 +126,10 @@ def test_no_reference_is_kept_where_the_kl_has_no_weight() -> None:
 
 def test_old_log_probabilities_are_the_engines_unless_they_are_corrected() -> None:
     plain = workbench().window()
-    assert torch.equal(plain["old_logps"], plain["engine_logps"])
+    assert torch.equal(plain["old_logps"], plain.engine_logps)
     corrected = workbench(correction="token_truncated").window()
-    assert not torch.equal(corrected["old_logps"], corrected["engine_logps"])
-    torch.testing.assert_close(corrected["old_logps"], corrected["engine_logps"], rtol=1e-4, atol=1e-4)
+    assert not torch.equal(corrected["old_logps"], corrected.engine_logps)
+    torch.testing.assert_close(corrected["old_logps"], corrected.engine_logps, rtol=1e-4, atol=1e-4)
 
 
 def test_the_first_update_has_a_ratio_of_one() -> None:

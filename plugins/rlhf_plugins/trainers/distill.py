@@ -202,15 +202,11 @@ class DistillationTrainer(Trainer[DistillationConfig]):
             )
         return {"policy": loader.main(), "teacher": loader.load("teacher", PolicyModel, config.teacher)}
 
-    def windows_per_batch(self) -> int:
-        return self.config.rollout_epochs * self.config.minibatches
-
     def experience(self, stream: Iterator[Batch], run: RunContext) -> Iterator[Window]:
         """Put the student's own completions in place of the data's responses in a share of the steps, the same on every process.
 
         Agarwal et al. 2024, algorithm 1. Held-out rows are taken as they are.
         """
-        epochs, parts = self.config.rollout_epochs, self.config.minibatches
         for batch in stream:
             if run.evaluating:
                 yield Window(batch)
@@ -219,9 +215,7 @@ class DistillationTrainer(Trainer[DistillationConfig]):
             if own:
                 batch = run.record_rollout(self._completed(batch, run, self.config.group_size))
             run.log("on_policy", own * batch.num_responses, batch.num_responses)
-            for epoch in range(epochs):
-                for number, part in enumerate(run.minibatches(batch, parts)):
-                    yield Window(part, last=(epoch, number) == (epochs - 1, parts - 1))
+            yield from run.windows(batch)
 
     def _completed(self, batch: Batch, run: RunContext, n: int) -> Batch:
         """Return n completions of the student for each prompt as a batch; in training they are scored where there are rewards."""

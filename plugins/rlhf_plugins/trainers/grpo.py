@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from rlhf_core.plugin import (
@@ -29,14 +29,13 @@ from rlhf_core.plugin import (
     Evaluation,
     Loader,
     Loss,
-    OnlineConfig,
     PartTable,
+    PolicyGradientConfig,
     PolicyModel,
     PolicyTerms,
     RewardTerms,
     Role,
     RunContext,
-    SamplingConfig,
     Scores,
     Trainer,
     TrainingStage,
@@ -44,87 +43,40 @@ from rlhf_core.plugin import (
     clipped_tokens,
     logprob_gaps,
     online_metrics,
+    refusing,
+    require_part,
 )
 from rlhf_plugins.trainers.grpo_variants import VARIANTS, EqualGroups, KLPlace, Variant, VariantName
 
-TABLES: dict[str, PartTable] = {
-    "advantage": ADVANTAGES,
-    "ratio": RATIOS,
-    "clip": CLIPS,
-    "correction": CORRECTIONS,
-    "aggregation": LOSS_AGGREGATIONS,
-    "kl": KL_ESTIMATORS,
-}
-"""The kinds of parts of which a variant picks one each. Each is an option, with its options in another, `KIND_options`."""
 
-
-class GRPOConfig(OnlineConfig):
+class GRPOConfig(PolicyGradientConfig):
     """Options of GRPO and its family."""
+
+    tables: ClassVar[Mapping[str, PartTable]] = {
+        "advantage": ADVANTAGES,
+        "ratio": RATIOS,
+        "clip": CLIPS,
+        "correction": CORRECTIONS,
+        "aggregation": LOSS_AGGREGATIONS,
+        "kl": KL_ESTIMATORS,
+    }
 
     learning_rate: float = Field(1e-6, gt=0, description="Peak step size; larger learns faster and may diverge.")
     variant: VariantName = Field(
         "grpo", description="The paper whose parts are used: `rlhf show grpo --variant NAME` prints them."
     )
-    advantage: str | None = Field(
-        None,
-        min_length=1,
-        description="What a completion's reward is worth against the others: `group_mean_std`, `leave_one_out`, `pass_at_k`"
-        " … A name, or a function as `package.module:function`; null takes the variant's.",
-    )
-    advantage_options: dict[str, Any] = Field(
-        default_factory=dict,
-        description="Options of the advantage; those left out are the variant's, or the part's defaults.",
-    )
-    ratio: str | None = Field(
-        None,
-        min_length=1,
-        description="How the policy is compared with the one that sampled: by `token`, `sequence` or `geometric` mean … A"
-        " name, or a function as `package.module:function`; null takes the variant's.",
-    )
-    ratio_options: dict[str, Any] = Field(
-        default_factory=dict,
-        description="Options of the ratio; those left out are the variant's, or the part's defaults.",
-    )
-    clip: str | None = Field(
-        None,
-        min_length=1,
-        description="The objective per token, held near the policy that sampled: `ppo`, `two_sided`, `cispo`, `sapo`, `none`"
-        " … A name, or a function as `package.module:function`; null takes the variant's.",
-    )
-    clip_options: dict[str, Any] = Field(
-        default_factory=dict,
-        description="Options of the clip; those left out are the variant's, or the part's defaults.",
-    )
-    correction: str | None = Field(
-        None,
-        min_length=1,
-        description="Weights for a gap between the engine's and the trainer's log-probabilities: `none`, `token_truncated`,"
-        " `icepop` … A name, or a function as `package.module:function`; null takes the variant's.",
-    )
-    correction_options: dict[str, Any] = Field(
-        default_factory=dict,
-        description="Options of the correction; those left out are the variant's, or the part's defaults.",
-    )
-    aggregation: str | None = Field(
-        None,
-        min_length=1,
-        description="What the loss is averaged over: `token`, `sequence_mean`, `constant` … A name, or a function as"
-        " `package.module:function`; null takes the variant's.",
-    )
-    aggregation_options: dict[str, Any] = Field(
-        default_factory=dict,
-        description="Options of the aggregation; those left out are the variant's, or the part's defaults.",
-    )
-    kl: str | None = Field(
-        None,
-        min_length=1,
-        description="Estimate of the KL to the reference: `k1`, `k2`, `k3`. A name, or a function as"
-        " `package.module:function`; null takes the variant's.",
-    )
-    kl_options: dict[str, Any] = Field(
-        default_factory=dict,
-        description="Options of the KL estimate; those left out are the variant's, or the part's defaults.",
-    )
+    advantage: str | None = ADVANTAGES.field(None, null="the variant's")
+    advantage_options: dict[str, Any] = ADVANTAGES.options_field(null="the variant's")
+    ratio: str | None = RATIOS.field(None, null="the variant's")
+    ratio_options: dict[str, Any] = RATIOS.options_field(null="the variant's")
+    clip: str | None = CLIPS.field(None, null="the variant's")
+    clip_options: dict[str, Any] = CLIPS.options_field(null="the variant's")
+    correction: str | None = CORRECTIONS.field(None, null="the variant's")
+    correction_options: dict[str, Any] = CORRECTIONS.options_field(null="the variant's")
+    aggregation: str | None = LOSS_AGGREGATIONS.field(None, null="the variant's")
+    aggregation_options: dict[str, Any] = LOSS_AGGREGATIONS.options_field(null="the variant's")
+    kl: str | None = KL_ESTIMATORS.field(None, null="the variant's")
+    kl_options: dict[str, Any] = KL_ESTIMATORS.options_field(null="the variant's")
     kl_weight: float | None = Field(
         None,
         ge=0,
@@ -160,51 +112,36 @@ class GRPOConfig(OnlineConfig):
         "auto", description="How the reference is kept: a frozen `copy`, or the base with a fresh adapter off."
     )
 
-    @field_validator("generation")
-    @classmethod
-    def _is_drawn(cls, generation: SamplingConfig) -> SamplingConfig:
-        if generation.temperature == 0:
-            raise ValueError("completions of temperature 0 are all alike: set `temperature` above 0")
-        return generation
-
     @field_validator("shaping", mode="before")
     @classmethod
     def _one_shaping_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
-    @field_validator(*TABLES)
-    @classmethod
-    def _part_exists(cls, value: str | None, info: ValidationInfo) -> str | None:
-        if value is not None:
-            _or_value_error(TABLES[str(info.field_name)].get, value)
-        return value
-
-    @field_validator(*(f"{kind}_options" for kind in TABLES))
-    @classmethod
-    def _options_fit(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        kind = str(info.field_name).removesuffix("_options")
-        if {"variant", kind} <= info.data.keys():  # else they are wrong themselves
-            name = info.data[kind] or getattr(VARIANTS[info.data["variant"]], kind)
-            _or_value_error(TABLES[kind].options, name, value)
-        return value
+    @model_validator(mode="after")
+    def _shapings_exist(self) -> GRPOConfig:
+        """Refuse shapings that don't exist, and options of those that aren't used."""
+        for name in self.shapings:
+            options = self.shaping_options.get(name, {})
+            require_part(SHAPINGS, name, options, at=("shaping",), options_at=("shaping_options", name))
+        if unused := sorted(self.shaping_options.keys() - set(self.shapings)):
+            problem = f"there are options of the shaping `{unused[0]}`, which isn't used"
+            fix = f"add it to `shaping` ({', '.join(self.shapings) or 'none now'}), or leave them out"
+            with refusing(("shaping_options", unused[0]), self.shaping_options[unused[0]]):
+                raise ConfigError(problem, fix=fix)
+        return self
 
     @model_validator(mode="after")
-    def _parts_fit(self) -> GRPOConfig:
-        """Refuse shapings that don't exist or aren't used, and groups that are too small for the advantage."""
-        if unused := sorted(self.shaping_options.keys() - set(self.shapings)):
-            raise ValueError(
-                f"shaping_options has `{unused[0]}`, which isn't among the shapings ({', '.join(self.shapings)})"
-            )
-        for name in self.shapings:
-            _or_value_error(SHAPINGS.bind, name, self.shaping_options.get(name, {}))
+    def _groups_are_large_enough(self) -> GRPOConfig:
+        """Refuse groups that are too small for the advantage."""
         group = torch.zeros(self.group_size), torch.zeros(self.group_size, dtype=torch.long)
-        _or_value_error(self.bound("advantage"), *group)
+        with refusing(("group_size",), self.group_size):
+            ADVANTAGES.bind(*self.part("advantage"))(*group)
         return self
 
     @property
     def row(self) -> Variant:
         """The variant's parts, with those of the options in their place."""
-        given = {name: getattr(self, name) for name in (*TABLES, "kl_weight", "kl_in", "equal_groups")}
+        given = {name: getattr(self, name) for name in (*self.tables, "kl_weight", "kl_in", "equal_groups")}
         shaping = None if self.shaping is None else tuple(self.shaping)
         chosen = {name: value for name, value in {**given, "shaping": shaping}.items() if value is not None}
         return replace(VARIANTS[self.variant], **chosen)
@@ -218,31 +155,18 @@ class GRPOConfig(OnlineConfig):
     def shapings(self) -> tuple[str, ...]:
         return self.row.shaping
 
-    def options_of(self, kind: str) -> dict[str, Any]:
-        """Return a part's options: the variant's where the part is the variant's own, overridden by those given."""
-        own = VARIANTS[self.variant]
-        inherited = own.options.get(kind, {}) if getattr(self.row, kind) == getattr(own, kind) else {}
-        return {**inherited, **getattr(self, f"{kind}_options")}
-
-    def bound(self, kind: str) -> Callable[..., Any]:
-        """Return the part of a kind with its options set."""
-        return TABLES[kind].bind(getattr(self.row, kind), self.options_of(kind))
+    def part(self, kind: str) -> tuple[str, dict[str, Any]]:
+        """Return a part's name and options: the variant's where the part is the variant's own, overridden by those given."""
+        own, name = VARIANTS[self.variant], getattr(self.row, kind)
+        inherited = own.options.get(kind, {}) if name == getattr(own, kind) else {}
+        return name, {**inherited, **getattr(self, f"{kind}_options")}
 
     def choices(self) -> dict[str, str]:
         row = self.row
-        parts = {kind: TABLES[kind].shown(getattr(row, kind), self.options_of(kind)) for kind in TABLES}
         shapings = [SHAPINGS.shown(name, self.shaping_options.get(name, {})) for name in row.shaping]
         rest = {"kl_weight": f"{row.kl_weight:g}", "kl_in": row.kl_in, "equal_groups": row.equal_groups}
-        return {"variant": f"{self.variant}: {row.paper}", **parts, **rest, "shaping": ", ".join(shapings) or "none"}
-
-
-def _or_value_error(check: Callable[..., Any], *arguments: Any) -> None:
-    """Call `check`; a `ConfigError` becomes a `ValueError`, which the configuration's error gives the option and its place."""
-    try:
-        check(*arguments)
-    except ConfigError as error:
-        got = "" if error.got is None else f", got {error.got}"
-        raise ValueError(f"{error.problem}{got}" + (f"; {error.fix}" if error.fix else "")) from None
+        shown = {"variant": f"{self.variant}: {row.paper}", **super().choices(), **rest}
+        return {**shown, "shaping": ", ".join(shapings) or "none"}
 
 
 class GRPOTrainer(Trainer[GRPOConfig]):
@@ -264,11 +188,10 @@ class GRPOTrainer(Trainer[GRPOConfig]):
     @cached_property
     def parts(self) -> dict[str, Callable[..., Any]]:
         """The parts by kind, with their options set."""
-        return {kind: self.config.bound(kind) for kind in TABLES}
+        return self.config.bound_parts()
 
     def windows_per_batch(self) -> int | None:
-        resampled = self.config.row.equal_groups == "resample"
-        return None if resampled else self.config.rollout_epochs * self.config.minibatches
+        return None if self.config.row.equal_groups == "resample" else super().windows_per_batch()
 
     def experience(self, stream: Iterator[Batch], run: RunContext) -> Iterator[Window]:
         """Roll out each batch, or so many that `batch_size` groups have rewards that differ, and learn from it in epochs."""
@@ -293,9 +216,8 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         rollout = Batch.from_completions(batch, completions)
         mask, grouped = rollout.loss_mask, scores.total.view(rollout.num_prompts, config.group_size)
         differs = (grouped != grouped[:, :1]).any(dim=1).to(rollout.device)
-        # Of the tempered distribution before top-p and top-k truncated it: what the ratio to the policy of now begins at 1 with.
-        engine_logps = torch.where(mask, rollout["sampled_logps"] + rollout["kept_mass"].clamp(min=1e-30).log(), 0.0)
-        tokens = {"engine_logps": engine_logps, "old_logps": engine_logps, "weight": rollout["kept_mass"]}
+        engine_logps = rollout.engine_logps
+        tokens = {"old_logps": engine_logps, "weight": rollout["kept_mass"]}
         if row.correction != "none":
             with run.phase("correction", tokens=rollout.num_tokens):
                 tokens["old_logps"] = run.forward(rollout, self.token_logps, axis="token")
@@ -333,11 +255,7 @@ class GRPOTrainer(Trainer[GRPOConfig]):
             mask = mask & ~rollout["truncated"][:, None]
         if config.row.equal_groups == "skip":
             mask = mask & rollout["differs"][rollout.owner, None]
-        rollout = replace(rollout, loss_mask=mask)
-        for epoch in range(config.rollout_epochs):
-            for number, part in enumerate(run.minibatches(rollout, config.minibatches)):
-                last = (epoch, number) == (config.rollout_epochs - 1, config.minibatches - 1)
-                yield Window(part, last=last)
+        yield from run.windows(replace(rollout, loss_mask=mask))
 
     def advantages(self, rollout: Batch, run: RunContext) -> Tensor:
         """Return (R, T) advantages, over the whole step; 0 outside the mask.
@@ -346,7 +264,7 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         the advantage is computed of the returns of all tokens.
         """
         config, mask, rewards = self.config, rollout.loss_mask, rollout["rewards"]
-        numbers = torch.tensor(rollout.places or rollout.rows, dtype=torch.long)[rollout.owner.cpu()]  # (R,)
+        numbers = rollout.response_places  # (R,)
         if not config.row.kl_weight or config.row.kl_in == "loss":
             found = run.over_step(self.parts["advantage"], rewards, numbers, rows=numbers.tolist())
             return found[:, None] * mask
@@ -402,7 +320,7 @@ class GRPOTrainer(Trainer[GRPOConfig]):
             ref_logps=ref_logps,
             weight=log_ratio.detach().exp() * batch["kept_mass"],
         )
-        return Loss(sums, metrics, responses=logprob_gaps(logps, batch["engine_logps"], mask))
+        return Loss(sums, metrics, responses=logprob_gaps(logps, batch.engine_logps, mask))
 
     def evaluate(self, batch: Batch, run: RunContext) -> Evaluation:
         """Complete held-out prompts and score that: the loss on its own completions says nothing of how good they are."""

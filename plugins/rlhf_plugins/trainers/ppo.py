@@ -9,7 +9,7 @@ from functools import cached_property, partial
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from rlhf_core.plugin import (
@@ -19,19 +19,17 @@ from rlhf_core.plugin import (
     RATIOS,
     TRAINED,
     Batch,
-    ConfigError,
     Evaluation,
     HiddenStates,
     Loader,
     Loss,
-    OnlineConfig,
     PartTable,
+    PolicyGradientConfig,
     PolicyModel,
     PolicyTerms,
     Reference,
     Role,
     RunContext,
-    SamplingConfig,
     TrainedModelConfig,
     Trainer,
     TrainingStage,
@@ -47,14 +45,6 @@ from rlhf_core.plugin import (
     value_loss,
     whitened,
 )
-
-TABLES: dict[str, PartTable] = {
-    "ratio": RATIOS,
-    "clip": CLIPS,
-    "correction": CORRECTIONS,
-    "aggregation": LOSS_AGGREGATIONS,
-}
-"""The kinds of parts of which one each is an option, its own options in another, `KIND_options`."""
 
 
 class ValueModelConfig(TrainedModelConfig):
@@ -92,8 +82,15 @@ class ValueModelConfig(TrainedModelConfig):
         return self
 
 
-class PPOConfig(OnlineConfig):
+class PPOConfig(PolicyGradientConfig):
     """Options of proximal policy optimisation."""
+
+    tables: ClassVar[Mapping[str, PartTable]] = {
+        "ratio": RATIOS,
+        "clip": CLIPS,
+        "correction": CORRECTIONS,
+        "aggregation": LOSS_AGGREGATIONS,
+    }
 
     learning_rate: float = Field(1e-6, gt=0, description="Peak step size; larger learns faster and may diverge.")
     group_size: int = Field(
@@ -114,43 +111,14 @@ class PPOConfig(OnlineConfig):
         le=1,
         description="1 takes whole returns; smaller trusts the value model more: less variance, more bias.",
     )
-    ratio: str = Field(
-        "token",
-        min_length=1,
-        description="How the policy is compared with the one that sampled: by `token`, `sequence` or `geometric` mean … A name,"
-        " or a function as `package.module:function`.",
-    )
-    ratio_options: dict[str, Any] = Field(
-        default_factory=dict, description="Options of the ratio; those left out are the part's defaults."
-    )
-    clip: str = Field(
-        "ppo",
-        min_length=1,
-        description="The objective per token, held near the policy that sampled: `ppo`, `two_sided`, `none` … A name, or a"
-        " function as `package.module:function`.",
-    )
-    clip_options: dict[str, Any] = Field(
-        default_factory=dict,
-        description="Options of the clip, such as `{low: 0.2, high: 0.28}`; those left out are the part's defaults.",
-    )
-    correction: str = Field(
-        "none",
-        min_length=1,
-        description="Weights for a gap between the engine's and the trainer's log-probabilities: `token_truncated`, `icepop` …,"
-        " which take one more forward pass of the policy; `none` takes none. A name, or a function as `package.module:function`.",
-    )
-    correction_options: dict[str, Any] = Field(
-        default_factory=dict, description="Options of the correction; those left out are the part's defaults."
-    )
-    aggregation: str = Field(
-        "token",
-        min_length=1,
-        description="What both losses are averaged over: `token`, `sequence_mean`, `constant` … A name, or a function as"
-        " `package.module:function`.",
-    )
-    aggregation_options: dict[str, Any] = Field(
-        default_factory=dict, description="Options of the aggregation; those left out are the part's defaults."
-    )
+    ratio: str = RATIOS.field("token")
+    ratio_options: dict[str, Any] = RATIOS.options_field()
+    clip: str = CLIPS.field("ppo")
+    clip_options: dict[str, Any] = CLIPS.options_field()
+    correction: str = CORRECTIONS.field("none")
+    correction_options: dict[str, Any] = CORRECTIONS.options_field()
+    aggregation: str = LOSS_AGGREGATIONS.field("token")
+    aggregation_options: dict[str, Any] = LOSS_AGGREGATIONS.options_field()
     value_clip: float | None = Field(
         0.2,
         gt=0,
@@ -193,26 +161,6 @@ class PPOConfig(OnlineConfig):
         "auto", description="How the reference is kept: a frozen copy, or the base with a fresh adapter off."
     )
 
-    @field_validator("generation")
-    @classmethod
-    def _is_drawn(cls, generation: SamplingConfig) -> SamplingConfig:
-        if generation.temperature == 0:
-            raise ValueError("completions of temperature 0 are all alike: set `temperature` above 0")
-        return generation
-
-    @field_validator(*(f"{kind}_options" for kind in TABLES))
-    @classmethod
-    def _options_fit(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        """Refuse a part that doesn't exist, and options that it doesn't have."""
-        kind = str(info.field_name).removesuffix("_options")
-        if kind in info.data:  # else it is wrong itself
-            try:
-                TABLES[kind].options(info.data[kind], value)
-            except ConfigError as error:
-                got = "" if error.got is None else f", got {error.got}"
-                raise ValueError(f"{error.problem}{got}" + (f"; {error.fix}" if error.fix else "")) from None
-        return value
-
     @model_validator(mode="after")
     def _options_are_used(self) -> PPOConfig:
         if self.kl_target is not None and not self.kl_weight:
@@ -250,8 +198,7 @@ class PPOTrainer(Trainer[PPOConfig]):
     @cached_property
     def parts(self) -> dict[str, Callable[..., Any]]:
         """The parts by kind, with their options set."""
-        config = self.config
-        return {kind: TABLES[kind].bind(getattr(config, kind), getattr(config, f"{kind}_options")) for kind in TABLES}
+        return self.config.bound_parts()
 
     @property
     def value(self) -> ValueModel:
@@ -282,18 +229,10 @@ class PPOTrainer(Trainer[PPOConfig]):
         )
         return ValueModel.on(policy, head=given.head)
 
-    def windows_per_batch(self) -> int:
-        return self.config.rollout_epochs * self.config.minibatches
-
     def experience(self, stream: Iterator[Batch], run: RunContext) -> Iterator[Window]:
-        """Complete each batch's prompts, attach advantages and returns, and cut the rollout into windows."""
-        count = self.windows_per_batch()
+        """Complete each batch's prompts, attach advantages and returns, and divide the rollout into windows."""
         for batch in stream:
-            rollout = self._rollout(batch, run)
-            for number in range(count):
-                if number % self.config.minibatches == 0:
-                    parts = iter(run.minibatches(rollout, self.config.minibatches))
-                yield Window(next(parts), last=number == count - 1)
+            yield from run.windows(self._rollout(batch, run))
 
     def _rollout(self, batch: Batch, run: RunContext) -> Batch:
         """Return completions with the columns that the update reads, each (R, T).
@@ -308,7 +247,7 @@ class PPOTrainer(Trainer[PPOConfig]):
         old_logps, values, end_values = self._predictions(rollout, run)
         tokens = {"old_logps": old_logps, "old_values": values}
         # The sum over what top-p and top-k leave out of the objective, too, is what the mass makes of it.
-        correction = self.parts["correction"](old_logps, _engine_logps(rollout), mask)
+        correction = self.parts["correction"](old_logps, rollout.engine_logps, mask)
         tokens["sample_weights"] = rollout["kept_mass"] * correction
         penalties = torch.zeros_like(old_logps)
         if config.kl_weight or config.kl_budget:
@@ -345,7 +284,7 @@ class PPOTrainer(Trainer[PPOConfig]):
         with run.phase("value", tokens=rollout.num_tokens):
             if self.config.correction == "none":
                 values, end_values = run.forward(rollout, self.value.values, axis=("token", "response"))
-                return _engine_logps(rollout), values, end_values
+                return rollout.engine_logps, values, end_values
             logps, values, end_values = run.forward(rollout, predictions, axis=("token", "token", "response"))
             return logps, values, end_values
 
@@ -353,7 +292,7 @@ class PPOTrainer(Trainer[PPOConfig]):
         """Return (R,) the responses' rewards, 0 where they aren't counted, whitened over those of the step that are."""
         rewards = torch.where(counted, scores, 0.0)
         if self.config.whiten_rewards:
-            rows = _rows(rollout)[counted.cpu()].tolist()
+            rows = rollout.response_places[counted.cpu()].tolist()
             rewards[counted] = run.over_step(partial(whitened, keep_mean=True), scores[counted], rows=rows)
         return rewards
 
@@ -375,7 +314,7 @@ class PPOTrainer(Trainer[PPOConfig]):
         mask = rollout.loss_mask
         advantages = torch.where(mask, raw, 0.0)
         if self.config.whiten_advantages:
-            rows = _rows(rollout).repeat_interleave(mask.sum(1).cpu()).tolist()  # of each token in the loss
+            rows = rollout.response_places.repeat_interleave(mask.sum(1).cpu()).tolist()  # of each token in the loss
             advantages[mask] = run.over_step(whitened, raw[mask], rows=rows)
         return advantages
 
@@ -427,7 +366,7 @@ class PPOTrainer(Trainer[PPOConfig]):
             ref_logps=batch.per_token.get("ref_logps"),
             weight=log_ratio.detach().exp() * batch["kept_mass"],
         )
-        return Loss(sums, metrics, responses=logprob_gaps(logps, _engine_logps(batch), mask))
+        return Loss(sums, metrics, responses=logprob_gaps(logps, batch.engine_logps, mask))
 
     def evaluate(self, batch: Batch, run: RunContext) -> Evaluation:
         return run.evaluate_completions(batch)
@@ -437,14 +376,3 @@ class PPOTrainer(Trainer[PPOConfig]):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.kl_weight = state["kl_weight"]
-
-
-def _engine_logps(batch: Batch) -> Tensor:
-    """Return (R, T) the engine's log-probabilities at its temperature, before top-p and top-k, nats; 0 outside the mask."""
-    logps = batch["sampled_logps"] + batch["kept_mass"].clamp(min=1e-30).log()
-    return torch.where(batch.loss_mask, logps, 0.0)
-
-
-def _rows(batch: Batch) -> Tensor:
-    """Return (R,) the number of each response's row in the step, the same for any number of processes."""
-    return torch.tensor(batch.places or batch.rows, dtype=torch.long)[batch.owner.cpu()]
