@@ -212,7 +212,8 @@ def _report(result: TrainResult, *, as_json: bool) -> None:
     if as_json:
         return print_json(values)
     if result.stopped_early:
-        print(f"stopped early: the best evaluation was that of step {result.best_step}")
+        best = "" if result.best_step is None else f": the best evaluation was that of step {result.best_step}"
+        print(f"stopped early{best}")
     print(f"{values['status']}: {result.step} steps, {result.tokens:,} tokens, {result.seconds:.1f} s")
     if result.metrics:
         numbers = {name: value for name, value in result.metrics.items() if name != "step" and not is_timing(name)}

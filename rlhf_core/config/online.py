@@ -99,8 +99,9 @@ class OnlineConfig(TrainerConfig):
     kl_budget: float | None = Field(
         None,
         gt=0,
-        description="End the run once the policy's KL to the reference (the metric `kl`, nats per token) is above it; larger lets"
-        " the policy go further, null sets no end. The method's KL must be switched on.",
+        description="End the run once the running mean of the policy's KL to the reference (the metric `kl_mean`, nats per token,"
+        " in which a step counts a tenth) is above it; larger lets the policy go further, null sets no end. Needs a method that"
+        " reports its KL.",
     )
     right_from: float | None = Field(
         None,

@@ -25,7 +25,7 @@ class TrainResult:
     tokens: int = 0
     """Real tokens trained on, each prompt counted once."""
     stopped_early: bool = False
-    """Whether early stopping ended the run."""
+    """Whether early stopping or the KL budget ended the run."""
     best_step: int | None = None
     """The step at which early stopping's metric was best; None without it."""
     model_step: int | None = None

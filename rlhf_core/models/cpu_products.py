@@ -23,11 +23,15 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from rlhf_core.infra.measured_choices import note_choice
+
 log = logging.getLogger(__name__)
 
 MARGIN = 0.75
 """oneDNN is used where a layer's three products take at most this share of PyTorch's time. Far enough from 1 and from the half
 that is found where it is faster, so that each start of a run decides alike: another decision would change the last bits."""
+CHOICE = "float32 products in training"
+"""What the choice is called in a run's record."""
 LEAST_WORK = 2**22
 """Multiplications from which on a product is worth the calls from Python."""
 BLOCK_BYTES = 8 * 2**20
@@ -214,13 +218,17 @@ def is_faster(threads: int) -> bool:
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             if any(float((ours().double() - exact).norm() / exact.norm()) > 1e-6 for ours, _, exact in pairs):
+                note_choice(CHOICE, "PyTorch", reason="oneDNN's results are wrong", threads=threads)
                 return False
             # Half a millisecond each, so that on a busy machine some are never interrupted.
             times = [least_seconds(ours, theirs, rounds=20) for ours, theirs, _ in pairs]
     except (AttributeError, RuntimeError, NotImplementedError):  # a build of PyTorch without oneDNN
+        note_choice(CHOICE, "PyTorch", reason="this build of PyTorch has no oneDNN", threads=threads)
         return False
     share = sum(ours for ours, _ in times) / sum(theirs for _, theirs in times)
     log.debug("float32 products by oneDNN take %.2f of PyTorch's time with %d threads", share, threads)
+    taken = "oneDNN" if share <= MARGIN else "PyTorch"
+    note_choice(CHOICE, taken, share_of_time=round(share, 3), taken_up_to=MARGIN, threads=threads)
     return share <= MARGIN
 
 

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_core.infra.host_memory import available_bytes
+from rlhf_core.infra.measured_choices import note_choice
 from rlhf_core.models.cpu_products import forward, has_fast_products, least_seconds, onednn_linear, own_forward
 from rlhf_core.models.fast_adapters import LowRankUpdate, tensor_version, update_in_place, update_of
 from rlhf_core.models.patches import holding, holds
@@ -292,6 +293,7 @@ def _is_faster(dtype: torch.dtype, threads: int) -> bool:
     """
     if dtype not in MARGINS:
         return False
+    choice = f"{str(dtype).removeprefix('torch.')} products in generation"
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(rows, 768, generator=generator).to(dtype) for rows in (ROWS, 1536))
     try:
@@ -300,6 +302,13 @@ def _is_faster(dtype: torch.dtype, threads: int) -> bool:
             expected = x.double() @ weight.double().T
             difference = float((onednn_linear(x, reordered).double() - expected).norm() / expected.norm())
             ours, theirs = least_seconds(lambda: onednn_linear(x, reordered), lambda: F.linear(x, weight))
-            return difference < (1e-5 if dtype == torch.float32 else 1e-2) and ours < MARGINS[dtype] * theirs
     except (AttributeError, RuntimeError, NotImplementedError):  # a build of PyTorch without oneDNN
+        note_choice(choice, "PyTorch", reason="this build of PyTorch has no oneDNN", threads=threads)
         return False
+    share = ours / theirs
+    if difference >= (1e-5 if dtype == torch.float32 else 1e-2):
+        note_choice(choice, "PyTorch", reason="oneDNN's results are wrong", threads=threads)
+        return False
+    taken = "oneDNN" if share < MARGINS[dtype] else "PyTorch"
+    note_choice(choice, taken, share_of_time=round(share, 3), taken_up_to=MARGINS[dtype], threads=threads)
+    return share < MARGINS[dtype]

@@ -1,4 +1,4 @@
-"""Early stopping: ends a run when a metric of its evaluations no longer improves."""
+"""Early stopping: ends a run when a metric of its evaluations no longer improves, or its policy is too far from the reference."""
 
 from __future__ import annotations
 
@@ -15,8 +15,15 @@ from rlhf_core.training.run_state_schema import metrics_as_text, metrics_from_te
 log = logging.getLogger(__name__)
 
 
+KL_SHARE = 0.1
+"""Share of a step's KL in its running mean: one noisy step counts a tenth, a lasting change for two thirds after ten steps."""
+
+
 class KLBudget:
-    """Ends a run whose policy is too far from its reference.
+    """Ends a run whose policy is too far from its reference, by the running mean of the steps' KL.
+
+    m_t = 0.9 m_{t-1} + 0.1 kl_t, from m_0 = 0, which the KL is before the first step. The KL of one step is an estimate from few
+    completions, and may be several times the true one.
 
     Args:
         most: nats per token; None allows any.
@@ -24,32 +31,50 @@ class KLBudget:
 
     def __init__(self, most: float | None) -> None:
         self.most = most
+        self.mean = 0.0
+        """The running mean of the KL, nats per token."""
 
     @classmethod
     def create(cls, config: TrainerConfig) -> KLBudget:
         """Return the budget of a configuration; only online methods may have one."""
         return cls(config.kl_budget if isinstance(config, OnlineConfig) else None)
 
-    def check(self, metrics: Mapping[str, float]) -> None:
-        """Refuse a step without the KL.
+    def update(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Count the KL of a step's metrics in the mean; return the mean as a metric where there is a budget.
 
         Raises:
-            ConfigError: the method doesn't report it.
+            ConfigError: there is a budget, and the method doesn't report the KL.
         """
-        if self.most is not None and "kl" not in metrics:
+        kl = metrics.get("kl")
+        if kl is None and self.most is not None:
             problem = "the method reports no KL to the reference (the metric `kl`)"
             raise ConfigError(problem, place="kl_budget", fix="give the KL a weight, or leave `kl_budget` out")
+        if kl is not None and not math.isnan(kl):
+            self.mean += KL_SHARE * (kl - self.mean)
+        return {} if self.most is None else {"kl_mean": self.mean}
 
-    def spent(self, metrics: Mapping[str, Any]) -> bool:
-        """Return whether the KL of a step's row is above the budget."""
-        kl = metrics.get("kl")
-        return self.most is not None and isinstance(kl, int | float) and kl > self.most
+    @property
+    def spent(self) -> bool:
+        """Whether the mean is above the budget."""
+        return self.most is not None and self.mean > self.most
 
-    def report(self, metrics: Mapping[str, Any], notify: Callable[..., None]) -> None:
+    def report(self, step: int, notify: Callable[..., None]) -> None:
         """Log that the budget ends the run."""
-        step, kl = metrics["step"], metrics["kl"]
-        log.info("step %d: stopped early: the KL to the reference is %.4g, above `kl_budget` %.4g", step, kl, self.most)
-        notify("early_stopped", step=step, metric="kl", value=kl, budget=self.most)
+        log.info(
+            "step %d: stopped early: the running mean of the KL to the reference is %.4g, above `kl_budget` %.4g",
+            step,
+            self.mean,
+            self.most,
+        )
+        notify("early_stopped", step=step, metric="kl_mean", value=self.mean, budget=self.most)
+
+    def state_dict(self) -> dict[str, str]:
+        """Return the mean as JSON values."""
+        return {"mean": repr(self.mean)}
+
+    def load_state_dict(self, state: Mapping[str, str]) -> None:
+        """Restore what `state_dict` returned."""
+        self.mean = float(state["mean"])
 
 
 class EarlyStopping:

@@ -22,6 +22,7 @@ from rlhf_core.training.optimizer import set_learning_rate
 from rlhf_core.training.phases import UPDATE, phase_metrics
 from rlhf_core.training.reduction import quotients, sum_pairs
 from rlhf_core.training.roles import set_training_mode
+from rlhf_core.training.run_record import record_choices
 from rlhf_core.training.update import UpdateResult
 from rlhf_core.training.windows import Windows
 
@@ -129,7 +130,7 @@ class TrainingLoop:
             logged |= gap_metrics(self._distribution.gather(list(gaps.values())))
             self._keep_rollout(step - 1)
         metrics = {**logged, **result.metrics}
-        run.kl_budget.check(metrics)
+        metrics |= run.kl_budget.update(metrics)
         if run.context.replay is not None and not run.context.replay.used:
             raise ConfigError(
                 "nothing was replayed: the method doesn't generate by `run.generate` or `run.generate_and_score`",
@@ -149,10 +150,11 @@ class TrainingLoop:
         row |= timing
         progress.metrics = row
         run.logger.metrics(row)
+        record_choices(run)
         run.hooks.emit("step_ended", run=run.trainer, step=step, metrics=row)
         self._refuse_equal_rewards(row)
-        if run.kl_budget.spent(row) and not run.inside_rollout:
-            run.kl_budget.report(row, run.logger.event)
+        if run.kl_budget.spent and not run.inside_rollout:
+            run.kl_budget.report(step, run.logger.event)
 
     def _keep_rollout(self, step: int) -> None:
         """Write the rollout that was drawn after `step`, with those before it that made no step."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,30 @@ class SavedRollouts:
         """Whether scores are taken from the run, too."""
         if len(rewards) and not self.scored:
             log.info("the rewards aren't those of %s: the rollouts that it kept are scored again", self.run)
+
+    def check_model(self, models: Mapping[str, Any]) -> None:
+        """Refuse rollouts that another model drew, where the files of both are known.
+
+        Args:
+            models: descriptions of the models by role, as `models.json` holds those of the other run.
+
+        Raises:
+            ConfigError: the policy's files differ.
+        """
+        path = self.run / "models.json"
+        if not path.is_file():
+            return
+        with storage_errors(path):
+            before = read_json(path)
+        then, now = before.get("policy") if isinstance(before, dict) else None, models.get("policy")
+        if not isinstance(then, dict) or not isinstance(now, Mapping):
+            return
+        if then.get("files") and now.get("files") and then["files"] != now["files"]:
+            raise ConfigError(
+                "another model drew the rollouts than the one that would learn from them", place=f"replay: {self.run}",
+                got=f"a run of {then.get('source')}, whose files aren't those of {now.get('source')}",
+                fix="replay with the model that the run began from",
+            )  # fmt: skip
 
     def completions(self, step: int, batch: Batch, n: int) -> list[list[Completion]]:
         """Return the n completions of each prompt that were drawn after `step`.

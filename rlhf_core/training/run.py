@@ -261,7 +261,7 @@ class Run:
     @property
     def stopped_early(self) -> bool:
         """Whether early stopping or the KL budget has ended the run."""
-        return self.evaluations.stopped_early or self.kl_budget.spent(self.progress.metrics)
+        return self.evaluations.stopped_early or self.kl_budget.spent
 
     def stopped(self) -> Stopped:
         """Return the error with which a run ends that was asked to stop."""

@@ -13,6 +13,7 @@ from rlhf_core.contracts.trainer import Trainer
 from rlhf_core.data.open_source import data_files
 from rlhf_core.infra.environment import describe_environment
 from rlhf_core.infra.errors import ConfigError, LostProcess, ModelError, PluginError, RLHFError, Stopped, StorageError
+from rlhf_core.infra.measured_choices import measured_choices
 from rlhf_core.infra.redact import redact
 from rlhf_core.infra.seeds import stream_seed
 from rlhf_core.rewards import rewards_changed
@@ -115,7 +116,13 @@ def record_inputs(run: Run) -> None:
     built = {role: model for role, model in trainer.models.items() if callable(getattr(model, "describe", None))}
     models = {role: model.describe() for role, model in {**unnamed, **built}.items()}
     rewards = setup.rewards.describe()
-    run.distribution.on_main(lambda: _check_same_inputs(directory, models, rewards))
+
+    def check() -> None:
+        _check_same_inputs(directory, models, rewards)
+        if setup.replay is not None:
+            setup.replay.check_model(models)
+
+    run.distribution.on_main(check)
     directory.write_inputs(run.options, trainer.run_inputs or {}, run.explicit_options)
     directory.write("models.json", models)
     if rewards:
@@ -164,6 +171,21 @@ def record_data(run: Run) -> None:
     if run.setup.eval_dataset is not None:
         reports["eval_data"] = run.setup.eval_dataset.report.as_dict()
     run.directory.write("data.json", reports)
+
+
+def record_choices(run: Run) -> None:
+    """Write which implementations this process chose by measuring; warn where a resumed run chose others than before."""
+    made, before = measured_choices(), run.directory.record.get("choices") or {}
+    if made == before or not made:
+        return
+    if changed := sorted(what for what in made if what in before and made[what]["taken"] != before[what]["taken"]):
+        log.warning(
+            "%s: computed by %s now, and by %s before the run was resumed: the last bits of what it computes differ",
+            changed[0],
+            made[changed[0]]["taken"],
+            before[changed[0]]["taken"],
+        )
+    run.directory.update(choices=made)
 
 
 def record_failure(run: Run, error: BaseException) -> None:

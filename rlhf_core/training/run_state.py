@@ -94,6 +94,7 @@ class RunState:
             "micro_batches": setup.micro_batches.state_dict(),
             "loss_scale": run.loss_scale.state_dict(),
             "early_stopping": stopping.state_dict() if stopping is not None else None,
+            "kl_budget": run.kl_budget.state_dict(),
             "optimizer": values,
             "ranks": ranks,
         }
@@ -178,6 +179,7 @@ class RunState:
             if state["early_stopping"] is None:
                 raise ModelError("the checkpoint has no state of early stopping", place=place)
             run.evaluations.early_stopping.load_state_dict(state["early_stopping"])
+        run.kl_budget.load_state_dict(state["kl_budget"])
         ranks, rank = state["ranks"], run.distribution.rank
         reached = _state_of_data(ranks, rank, run.distribution.world_size)
         run.stream.load_state_dict(reached["stream"])

@@ -112,6 +112,12 @@ class SavedEarlyStopping(_Schema):
     best_metrics: dict[str, float | str]
 
 
+class SavedKLBudget(_Schema):
+    """What `KLBudget.state_dict` returns."""
+
+    mean: SavedFloat
+
+
 class SavedState(_Schema):
     """The whole of `state.json`, as `RunState.save` writes it."""
 
@@ -122,6 +128,7 @@ class SavedState(_Schema):
     micro_batches: SavedMicroBatches
     loss_scale: SavedLossScale
     early_stopping: SavedEarlyStopping | None
+    kl_budget: SavedKLBudget
     optimizer: dict[str, int | float | bool]
     ranks: list[SavedRank] = Field(min_length=1)
 

@@ -407,7 +407,7 @@ def start(output: Path, processes: int = 1, **job: Any) -> subprocess.CompletedP
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [KL, {**KL, **DYNAMIC}], ids=["kl", "dynamic"])
 def test_killed_inside_a_rollout_it_resumes_exactly(tmp_path: Path, options: dict[str, Any]) -> None:
-    options = {**options, "max_steps": 16, "checkpoint": {"every": 4}, "eval_steps": 8}
+    options = {**options, "max_steps": 16, "checkpoint": {"every": 4}, "eval_steps": 8, "kl_budget": 100.0}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert start(whole, options=options, held_out=5).returncode == 0
     for stop in (6, 7):  # after a checkpoint at 4 a second time, on the way from there
@@ -564,7 +564,12 @@ def test_the_gap_before_the_first_update_is_printed_and_ends_the_run_past_its_bo
 def test_a_kl_budget_ends_the_run_between_rollouts(tmp_path: Path) -> None:
     options: dict[str, Any] = {**KL, "kl_weight": 1e-6, "kl_target": None, "learning_rate": 2e-2, "max_steps": 40}
     result = trainer(tmp_path, **options, kl_budget=0.02).train()
-    found = [row["kl"] for row in metrics_of(tmp_path)]
+    mean, expected = 0.0, []
+    for row in metrics_of(tmp_path):
+        mean = 0.9 * mean + 0.1 * row["kl"]
+        expected.append(mean)
+    found = [row["kl_mean"] for row in metrics_of(tmp_path)]
+    assert found == pytest.approx(expected)
     assert result.stopped_early and result.step == len(found) < 40 and result.step % 4 == 0
     assert found[-1] > 0.02 and all(value <= 0.02 for value in found[3:-1:4])
     again = trainer(tmp_path, **options, kl_budget=0.02).train(resume=True)

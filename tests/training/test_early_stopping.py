@@ -15,7 +15,7 @@ from rlhf_core.contracts.batch import Batch
 from rlhf_core.contracts.trainer import Loss
 from rlhf_core.infra.errors import ConfigError
 from rlhf_core.infra.safetensors_file import read_tensors
-from rlhf_core.training.early_stopping import EarlyStopping
+from rlhf_core.training.early_stopping import EarlyStopping, KLBudget
 
 
 def feed(stopping: EarlyStopping, *values: float) -> list[bool]:
@@ -34,6 +34,30 @@ def test_larger_can_be_better() -> None:
 
 def test_a_gain_must_exceed_min_delta() -> None:
     assert feed(EarlyStopping(patience=1, min_delta=0.5), 3.0, 2.6) == [False, True]
+
+
+def test_one_noisy_step_spends_no_kl_budget() -> None:
+    """m = 0.9 m + 0.1 kl: 0.9 · 0.005 + 0.1 · 0.5 = 0.0545, and ten steps of 0.15 reach 0.15 (1 − 0.9^10) = 0.0977."""
+    budget = KLBudget(0.06)
+    budget.mean = 0.005
+    assert budget.update({"kl": 0.5}) == pytest.approx({"kl_mean": 0.0545}) and not budget.spent
+    lasting = KLBudget(0.06)
+    spent = []
+    for _ in range(10):
+        lasting.update({"kl": 0.15})
+        spent.append(lasting.spent)
+    assert lasting.mean == pytest.approx(0.0977, abs=1e-4) and spent == [False] * 4 + [True] * 6
+    resumed = KLBudget(0.06)
+    resumed.load_state_dict(json.loads(json.dumps(lasting.state_dict())))
+    assert resumed.mean == lasting.mean and resumed.spent
+
+
+def test_the_mean_of_the_kl_is_kept_without_a_budget_and_a_step_without_the_kl_needs_none() -> None:
+    free = KLBudget(None)
+    assert free.update({"kl": 1.0}) == {} and free.update({"kl": float("nan")}) == {} and free.mean == 0.1
+    assert free.update({"loss": 1.0}) == {} and not free.spent
+    with pytest.raises(ConfigError, match="reports no KL to the reference"):
+        KLBudget(0.1).update({"loss": 1.0})
 
 
 def test_nan_is_no_improvement() -> None:

@@ -13,8 +13,10 @@ import yaml
 from toy import ROWS, ToyTrainer, toy
 
 from rlhf_core.config.yaml_file import load_yaml
+from rlhf_core.infra import measured_choices
 from rlhf_core.infra.errors import ConfigError, RLHFError, StorageError
 from rlhf_core.infra.files import read_json
+from rlhf_core.testing.interrupted_runs import StoppedEarly, interruptible
 from rlhf_core.training.run_directory import RunDirectory, record_fault
 
 
@@ -196,3 +198,33 @@ def test_the_events_reach_listeners(tmp_path: Path, install: Any) -> None:
         ("run_started", 2), ("step_ended", 1), ("checkpoint_saved", "step-1"), ("evaluated", 2), ("step_ended", 2),
         ("checkpoint_saved", "step-2"), ("run_ended", 2),
     ]  # fmt: skip
+
+
+def test_a_run_records_which_implementations_were_measured_to_be_faster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(measured_choices, "_made", {})
+    measured_choices.note_choice("float32 products in training", "oneDNN", share_of_time=0.5, threads=1)
+    toy(tmp_path, max_steps=2).train()
+    made = {"float32 products in training": {"taken": "oneDNN", "share_of_time": 0.5, "threads": 1}}
+    assert read_json(tmp_path / "run.json")["choices"] == made
+    assert "before the run was resumed" not in caplog.text
+
+
+def test_a_resumed_run_warns_where_another_implementation_is_taken_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(measured_choices, "_made", {})
+    measured_choices.note_choice("float32 products in training", "oneDNN", share_of_time=0.5)
+    run = toy(tmp_path, kind=interruptible(ToyTrainer), max_steps=4, checkpoint={"every": 2})
+    run.stop_after = 2
+    with pytest.raises(StoppedEarly):
+        run.train()
+    measured_choices.note_choice("float32 products in training", "PyTorch", share_of_time=0.9)
+    toy(tmp_path, kind=interruptible(ToyTrainer), max_steps=4, checkpoint={"every": 2}).train(resume=True)
+    found = [record.getMessage() for record in caplog.records if "computed by PyTorch now" in record.getMessage()]
+    assert found == [
+        "float32 products in training: computed by PyTorch now, and by oneDNN before the run was resumed: the last bits of what"
+        " it computes differ"
+    ]
+    assert read_json(tmp_path / "run.json")["choices"]["float32 products in training"]["taken"] == "PyTorch"
