@@ -173,6 +173,11 @@ def configuration() -> str:
         lines.append(
             f"- `{name}` ({ABOUT[name]}): " + ", ".join(f"`{key}: {shown(value)}`" for key, value in options.items())
         )
+    lines += [
+        "",
+        "Both train adapters, for which a method's default learning rate, one for every weight, is too low: ten times as much is"
+        " taken, unless `learning_rate` is set.",
+    ]
     lines += ["", *rewards(), "", *merging()]
     return "\n".join(lines) + "\n"
 

@@ -16,6 +16,8 @@ from pydantic import Field, field_validator, model_validator
 from rlhf_core.config.base import BaseConfig
 from rlhf_core.config.sampling_options import SamplingConfig
 
+LORA_RATE_FACTOR = 10
+"""Best learning rate of LoRA adapters as a multiple of that of every weight (Schulman et al. 2025, "LoRA Without Regret")."""
 DEFAULT_MAX_LENGTH = 1024
 """What `max_length` is at most where it isn't set."""
 

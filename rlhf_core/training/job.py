@@ -17,7 +17,7 @@ from typing import Any
 from rlhf_core import registry
 from rlhf_core.config.flags import convert, convert_options, lex, refuse_unknown, spread
 from rlhf_core.config.online import OnlineConfig
-from rlhf_core.config.presets import get_preset
+from rlhf_core.config.presets import get_preset, with_rate_of_adapters
 from rlhf_core.config.run_file import RunConfig
 from rlhf_core.config.training import TrainerConfig
 from rlhf_core.config.yaml_file import dump_yaml, nest, overlay
@@ -118,6 +118,10 @@ def load_job(
     options: dict[str, Any] = {}
     for layer in (preset, values, nest(overrides), nest(option_values)):
         options = overlay(options, _keep_groups(spread(layer, method.Config), options))
+    if preset:
+        options = with_rate_of_adapters(options, method.Config)
+        if "learning_rate" in options:
+            places.setdefault("learning_rate", f"preset `{run_values['preset']}`")
     run = _run(run_values, places)
     config = method.Config.parse(options, place=places)
     if isinstance(config, OnlineConfig):

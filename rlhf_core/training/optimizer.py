@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from rlhf_core.config.training import TrainerConfig
+from rlhf_core.config.training import LORA_RATE_FACTOR, TrainerConfig
 from rlhf_core.infra.errors import ConfigError, ModelError
 
 log = logging.getLogger(__name__)
@@ -110,10 +110,6 @@ def create_optimizer(
         eps=options.epsilon,
         fused=fused,
     )
-
-
-LORA_RATE_FACTOR = 10
-"""Best learning rate of LoRA adapters as a multiple of that of every weight (Schulman et al. 2025, "LoRA Without Regret")."""
 
 
 def warn_of_rate_for_every_weight(

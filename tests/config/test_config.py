@@ -172,6 +172,15 @@ def test_the_larger_preset_quantises_its_base() -> None:
     assert (seven.lora.quantize, seventy.lora.quantize) == ("none", "4bit")
 
 
+def test_a_preset_has_a_learning_rate_for_its_adapters() -> None:
+    """Ten times the method's own, which is for every weight; one that was given stays, and without adapters there is none."""
+    assert DPOConfig(**get_7b_model_config(DPOConfig)).learning_rate == pytest.approx(10 * DPOConfig().learning_rate)
+    assert SFTConfig(**get_70b_model_config(SFTConfig)).learning_rate == pytest.approx(10 * SFTConfig().learning_rate)
+    assert get_7b_model_config(DPOConfig, learning_rate=3e-6)["learning_rate"] == 3e-6
+    for options in (get_7b_model_config(DPOConfig, lora=None), get_7b_model_config()):
+        assert "learning_rate" not in options
+
+
 def test_a_preset_that_was_changed_is_the_callers_alone() -> None:
     mine = get_preset("7b")
     mine["lora"]["rank"] = 99

@@ -74,11 +74,20 @@ def test_overrides_from_python_are_typed_values(file) -> None:
     assert (settled.options.beta, settled.options.lora.rank, settled.run.model) == (0.3, 4, "other")
 
 
+def test_a_preset_has_a_rate_for_its_adapters_unless_one_is_given_or_none_are_trained() -> None:
+    settled = job("--preset 7b")
+    assert settled.options.learning_rate == pytest.approx(1e-5)  # ten times DPO's
+    assert settled.places["learning_rate"] == "preset `7b`"
+    assert job("--preset 7b --learning_rate 2e-6").options.learning_rate == 2e-6
+    assert job("--preset 7b --lora null").options.learning_rate == pytest.approx(1e-6)
+
+
 def test_switching_a_group_on_keeps_what_fills_it(file) -> None:
     for flags in ("--lora --lora.rank 8", "--lora.rank 8 --lora"):
         assert job(flags).options.lora.rank == 8
     assert job("--lora").options.lora.rank == 16 and job("--lora false").options.lora is None
     assert job("--preset 70b --lora").options.lora.rank == 32
+
     path = file("method: dpo\nmodel: m\ndata: d\nlora: false\n")
     assert load_job(path, flags=["--lora.rank", "4"]).options.lora.rank == 4
     assert fault("--lora false --lora.rank 8") == (
