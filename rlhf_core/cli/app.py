@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -30,6 +31,18 @@ merge.add_to(app)
 author.add_to(app)
 score.add_to(app)
 doctor.add_to(app)
+
+
+def _paragraphs(text: str) -> str:
+    """Return a docstring with each paragraph on one line, so that help is wrapped at the terminal's width alone."""
+    return "\n\n".join(
+        part if any(line.startswith((" ", "- ")) for line in part.splitlines()) else " ".join(part.split())
+        for part in text.split("\n\n")
+    )
+
+
+for command in app.registered_commands:
+    command.help = command.help or _paragraphs(inspect.getdoc(command.callback) or "")
 
 
 def _version(value: bool) -> None:

@@ -82,6 +82,18 @@ class _Reader:
         )
 
     def read(self, row: Row) -> CompletionRow:
+        """Return a row with its completions.
+
+        Raises:
+            DataError: it has none, or no prompt; the fix names the option `columns`, which is `dataset.columns` in training.
+        """
+        try:
+            return self._read(row)
+        except DataError as error:
+            fix = error.fix and error.fix.replace("`dataset.columns`", "`columns`")
+            raise DataError(error.problem, place=error.place, got=error.got, fix=fix) from error
+
+    def _read(self, row: Row) -> CompletionRow:
         check_sound(row.values, row.place)
         values = row.values
         several, one = (values.get(self._columns.get(name, name)) for name in ("completions", "completion"))

@@ -80,7 +80,7 @@ def _file(name: str, place: str) -> ModuleType:
     path = Path(name).expanduser()
     if not path.is_file():
         near = nearest(path.name, (p.name for p in path.parent.glob("*.py"))) if path.parent.is_dir() else None
-        fix = f"did you mean {path.parent / near}?" if near else None
+        fix = f"did you mean {path.parent / near}?" if near else f"give its path from {Path.cwd()}, or an absolute one"
         raise ConfigError("no such file", place=place, got=name, fix=fix)
     path = path.resolve()
     # One module per path and content, however often it is named, so that its state is shared as with any import.

@@ -81,7 +81,7 @@ def _by_signal(seconds: float, function: Callable[[], T]) -> T:
         reminder.start()
         return function()
     except _TimeIsUp as error:
-        raise TimeLimit(_where(error.__traceback__)) from error
+        raise TimeLimit(where_raised(error.__traceback__)) from error
     finally:
         running = False
         done.set()
@@ -103,7 +103,7 @@ def _remind(done: threading.Event, seconds: float) -> None:
         wait = _AGAIN
 
 
-def _where(trace: TracebackType | None) -> str:
+def where_raised(trace: TracebackType | None) -> str:
     """Return the innermost line of a traceback outside libraries and the core, as `file.py:12 in score`; '' without one."""
     lines = []
     while trace is not None:

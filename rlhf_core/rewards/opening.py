@@ -236,7 +236,10 @@ def _named(name: str, unknown: registry.UnknownPlugin, where: str) -> Any:
     head, colon, _ = name.rpartition(":")
     if not colon:
         module, dot, attribute = name.rpartition(".")
-        fix = f"write `{module}:{attribute}` for a function of a module; {unknown.fix}" if dot else unknown.fix
+        if attribute == "py":
+            fix = f"name a function in the file: `{name}:FUNCTION`"
+        else:
+            fix = f"write `{module}:{attribute}` for a function of a module; {unknown.fix}" if dot else unknown.fix
         raise ConfigError(unknown.problem, place=where, fix=fix)
     try:
         return import_object(name, place=where)

@@ -10,7 +10,7 @@ from typing import Any
 
 from rlhf_core.contracts.reward import RewardFn, Sample, SampleError
 from rlhf_core.infra.errors import PluginError, RemoteError, RLHFError, describe_error, list_rows, shortened, text_of
-from rlhf_core.infra.time_limit import TimeLimit
+from rlhf_core.infra.time_limit import TimeLimit, where_raised
 from rlhf_core.rewards.background import awaited
 from rlhf_core.rewards.function_reward import function_name, plain
 
@@ -71,7 +71,8 @@ def _checked_list(scores: Any, count: int, rows: Sequence[int | str] | None, nam
         raise PluginError("the reward returned None", place=f"reward `{name}`", fix="return one number per sample")
     if not isinstance(scores, Sequence) or isinstance(scores, str) or len(scores) != count:
         got = f"{len(scores)} scores" if isinstance(scores, Sequence) else type(scores).__name__
-        raise PluginError(f"expected {count} scores, one per sample", place=f"reward `{name}`", got=got)
+        fix = "return a list with one number per completion, in their order"
+        raise PluginError(f"expected {count} scores, one per sample", place=f"reward `{name}`", got=got, fix=fix)
     return [_checked(score, name, sample_or_row(first + number, rows)) for number, score in enumerate(scores)]
 
 
@@ -93,7 +94,8 @@ def checked_steps(
     if not isinstance(found, Sequence) or len(found) != len(samples):
         got = f"{len(found)} lists" if isinstance(found, Sequence) else type(found).__name__
         problem = f"expected {len(samples)} lists of step scores, one per sample"
-        raise PluginError(problem, place=f"reward `{name}`", got=got)
+        fix = "return for each completion a list with one number per step"
+        raise PluginError(problem, place=f"reward `{name}`", got=got, fix=fix)
     checked = []
     for number, given in enumerate(found):
         where, steps = sample_or_row(number, rows), plain(given)
@@ -112,7 +114,7 @@ def _checked(score: Any, name: str, where: str) -> float:
         number = math.inf
     if math.isfinite(number):
         return number
-    fix = "return a number for every sample, such as 0 where the reward doesn't apply" if score is None else None
+    fix = "return a number for every sample, such as 0 where the reward doesn't apply"
     raise PluginError(
         "a score must be a finite number", place=f"reward `{name}`, {where}", got=shortened(score), fix=fix
     )
@@ -141,7 +143,7 @@ def blame_reward(name: str, rows: Sequence[int | str] | None = None, unit: str =
         within = f"{place}, {error.place}" if error.place else place
         raise type(error)(error.problem, place=within, got=error.got, fix=error.fix) from error
     except (Exception, SystemExit) as error:
-        fix = None
+        fix = "mend the reward; `--debug` shows the whole traceback"
         if isinstance(error, TimeLimit):
             raise
         if isinstance(error, TypeError) and "string ind" in text_of(error):
@@ -149,6 +151,8 @@ def blame_reward(name: str, rows: Sequence[int | str] | None = None, unit: str =
         elif "signal only works in main thread" in text_of(error):
             fix = "run it in the main thread or a process (`runs_in`), or switch its own time limit by signals off"
         got = str(error) if isinstance(error, RemoteError) else describe_error(error)
+        if where := where_raised(error.__traceback__):
+            got += f" at {where}"
         raise PluginError("the reward raised an error", place=place, got=got, fix=fix) from error
 
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from rlhf_core.config.online import OnlineConfig
 from rlhf_core.config.training import (
     DEFAULT_MAX_LENGTH,
     LoraConfig,
@@ -292,9 +293,24 @@ def _check_length(max_length: int | None, positions: int | None, what: str) -> N
         )
 
 
+def _check_new_tokens(config: TrainerConfig, positions: int | None) -> None:
+    """Refuse a `generation.max_new_tokens`, where it was set, that the model has no positions for after any prompt."""
+    if not isinstance(config, OnlineConfig) or positions is None:
+        return
+    asked = config.generation.max_new_tokens
+    if asked >= positions and "max_new_tokens" in config.generation.model_fields_set:
+        raise ConfigError(
+            "no prompt leaves room for as many tokens among the model's positions",
+            place="generation.max_new_tokens",
+            got=f"{asked} for a model of {positions}",
+            fix=f"set less than {positions}, by the longest prompt",
+        )
+
+
 def _with_length(config: TrainerConfig, positions: int | None) -> TrainerConfig:
     """Return the configuration with a `max_length` that is a number and fits the model's positions."""
     _check_length(config.max_length, positions, "the model's positions")
+    _check_new_tokens(config, positions)
     if config.max_length is not None:
         return config
     length = min(DEFAULT_MAX_LENGTH, positions or DEFAULT_MAX_LENGTH)
