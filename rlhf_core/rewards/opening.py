@@ -236,6 +236,7 @@ def _named(name: str, unknown: registry.UnknownPlugin, where: str) -> Any:
     head, colon, _ = name.rpartition(":")
     if not colon:
         module, dot, attribute = name.rpartition(".")
+        fix: str | None
         if attribute == "py":
             fix = f"name a function in the file: `{name}:FUNCTION`"
         else:

@@ -178,12 +178,13 @@ def record_choices(run: Run) -> None:
     made, before = measured_choices(), run.directory.record.get("choices") or {}
     if made == before or not made:
         return
-    if changed := sorted(what for what in made if what in before and made[what]["taken"] != before[what]["taken"]):
+    taken = {what: one.get("taken") if isinstance(one, dict) else None for what, one in before.items()}
+    if changed := sorted(what for what in made if what in taken and made[what]["taken"] != taken[what]):
         log.warning(
             "%s: computed by %s now, and by %s before the run was resumed: the last bits of what it computes differ",
             changed[0],
             made[changed[0]]["taken"],
-            before[changed[0]]["taken"],
+            taken[changed[0]],
         )
     run.directory.update(choices=made)
 

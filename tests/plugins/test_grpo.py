@@ -86,7 +86,7 @@ def test_a_row_can_be_overridden_part_by_part() -> None:
             {"advantage": "pass_at_k", "advantage_options": {"k": 16}},
             "pass_at_k with k = 16 needs groups of at least 16",
         ),
-        ({"shaping": "overlng"}, "unknown shaping `overlng`; did you mean `overlong`?"),
+        ({"shaping": "overlng"}, "`shaping`: unknown shaping `overlng`; fix: did you mean `overlong`?"),
         ({"shaping_options": {"overlong": {}}}, "there are options of the shaping `overlong`, which isn't used"),
         ({"generation": {"temperature": 0}}, "`generation.temperature`: completions of temperature 0 are all alike"),
     ],
