@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.config.online import SamplingConfig
@@ -72,6 +73,13 @@ def generate(
     sampling: SamplingConfig,
     *,
     seed: int | None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[list[Completion]]:
     """Return n completions for each prompt, in the order in which they were drawn; see `PolicyModel.generate`."""
-    return Engine(policy, seed=seed).generate(prompt_batch(policy, prompts), n, sampling)
+    ended = itertools.count(1)
+
+    def finished(prompt: int, index: int, completion: Completion) -> None:
+        if progress is not None:
+            progress(next(ended), n * len(prompts))
+
+    return Engine(policy, seed=seed).generate(prompt_batch(policy, prompts), n, sampling, finished=finished)

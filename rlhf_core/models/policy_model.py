@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self, Unpack, cast
 
@@ -193,6 +193,7 @@ class PolicyModel(SequenceModel):
         stop: str | Sequence[str] = (),
         stop_ids: Sequence[int] = (),
         seed: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> list[list[Completion]]:
         """Return n completions for each prompt, in the order in which they were drawn.
 
@@ -209,6 +210,7 @@ class PolicyModel(SequenceModel):
             stop: texts that end a completion, whose text is without them.
             stop_ids: ids that end a completion besides its end tokens.
             seed: makes the draws repeatable; None takes a seed from torch's global random state.
+            progress: called with the number of completions that have ended and the number of all, as each ends.
 
         Raises:
             ConfigError: an option is out of its range.
@@ -227,7 +229,8 @@ class PolicyModel(SequenceModel):
             "stop": stop if isinstance(stop, str) else list(stop),
             "stop_ids": list(stop_ids),
         }
-        return generate(self, prompts, n, SamplingConfig.parse(options, place="generate"), seed=seed)
+        sampling = SamplingConfig.parse(options, place="generate")
+        return generate(self, prompts, n, sampling, seed=seed, progress=progress)
 
 
 def _output_layer_of(policy: PolicyModel) -> OutputLayer:

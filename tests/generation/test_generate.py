@@ -116,3 +116,13 @@ def test_the_text_of_a_continued_prompt_keeps_its_first_blank() -> None:
     tokenizer.backend_tokenizer.decoder = Metaspace(prepend_scheme="always")
     ids = tokenizer.convert_tokens_to_ids(["▁", "4"])
     assert tokenizer.decode(ids) == "4" and TextSpanEncoder(tokenizer).text_of(ids) == " 4"
+
+
+def test_progress_counts_what_has_ended(policy: PolicyModel) -> None:
+    """The callback hears of each completion as it ends, and changes nothing that is drawn."""
+    seen: list[tuple[int, int]] = []
+    watched = policy.generate(
+        ["a", "b"], n=2, max_new_tokens=8, seed=1, progress=lambda done, total: seen.append((done, total))
+    )
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert watched == policy.generate(["a", "b"], n=2, max_new_tokens=8, seed=1)

@@ -255,7 +255,8 @@ class GRPOTrainer(Trainer[GRPOConfig]):
             mask = mask & ~rollout["truncated"][:, None]
         if config.row.equal_groups == "skip":
             mask = mask & rollout["differs"][rollout.owner, None]
-        yield from run.windows(replace(rollout, loss_mask=mask))
+        # What isn't in the loss needs no forward pass.
+        yield from run.windows(replace(rollout, loss_mask=mask).take(mask.any(dim=1).nonzero()[:, 0]))
 
     def advantages(self, rollout: Batch, run: RunContext) -> Tensor:
         """Return (R, T) advantages, over the whole step; 0 outside the mask.
