@@ -1,11 +1,12 @@
-"""Train a tiny language model from nothing and watch it improve: SFT on noisy demonstrations, then DPO on its own pairs.
+"""Train a tiny language model from nothing and watch it improve: SFT on noisy demonstrations, then DPO and GRPO on its answers.
 
-    python examples/demo.py [--output runs/demo] [--seed 0]
+    python examples/demo.py [--output runs/demo] [--seed 0] [--methods dpo grpo]
 
-The task is arithmetic in written steps (`rlhf_core.testing.arithmetic_task`). Half of the demonstrations go wrong at some
-step, so a model that imitates them well is still wrong half of the time when it is sampled from. A verifier then sorts
-the model's own samples into right and wrong ones, and DPO learns from these pairs. After every stage the model answers
-the same held-out problems. Everything depends on the seed alone; two CPU cores need less than three minutes.
+The task is arithmetic in written steps (`rlhf_core.testing.arithmetic_task`). Three in five demonstrations go wrong at some
+step, so a model that imitates them well is as often wrong when it is sampled from. What follows learns from the model's own
+samples and from a verifier, which sees the last line alone. Each method begins with the SFT model: DPO learns from pairs that
+are drawn once, a right answer and a wrong one; GRPO, or PPO with `--methods ppo`, draws new answers for each step and is
+rewarded for right ones. After every stage the model answers the same held-out problems. Everything depends on the seed alone.
 """
 
 from __future__ import annotations
@@ -32,9 +33,11 @@ from rlhf_core.infra.errors import DataError
 from rlhf_core.testing.arithmetic_task import ArithmeticTask, Row, Split, step_labels, verify
 from rlhf_core.testing.tiny import save_tiny
 
-TASK = ArithmeticTask("sums", terms=4, digits=1, wrong=0.5)
+TASK = ArithmeticTask("sums", terms=4, digits=1, wrong=0.6)
 MOST_TOKENS = 34
 """The longest answer that is sampled, in tokens; a right one has at most 31."""
+SHOW_EVERY = 5.0
+"""Seconds between two lines about how many answers are drawn."""
 Estimate = tuple[float, float]
 """A mean and its standard error."""
 Measured = dict[str, Any]
@@ -43,14 +46,14 @@ Measured = dict[str, Any]
 
 @dataclass
 class Demo:
-    """What the stages share: the folder that they write to, the newest model, the seed and the scale of the run."""
+    """What the stages share: the folder that they write to, the models that they made, the seed and the scale of the run."""
 
     folder: Path
     seed: int = 0
     scale: float = 1.0
     """Multiplies steps, rows and problems; below 1 the demo is faster and shows less."""
-    model: Path = field(default_factory=Path)
-    """The newest model's directory; every stage sets it."""
+    models: dict[str, Path] = field(default_factory=dict)
+    """The model's directory after each stage."""
 
     def scaled(self, count: int) -> int:
         """Return a number of steps, rows or problems times the scale."""
@@ -63,29 +66,46 @@ class Demo:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         return path
 
-    def train(self, method: str, data: Path, eval_data: Path, **options: Any) -> Measured:
-        """Train the newest model with a method of the registry; return steps, tokens and the metrics on held-out rows."""
+    def train(self, method: str, after: str, *, data: Path, **given: Any) -> Measured:
+        """Train the model of an earlier stage with a method of the registry.
+
+        Args:
+            given: `eval_data` and `rewards` of the run, and the method's options.
+
+        Returns:
+            Steps, tokens, the seconds of the training alone, and the metrics on held-out rows.
+        """
         trainer = registry.get("trainer", method)
-        config = trainer.Config(seed=self.seed, max_length=128, logging={"every": 20}, **options)
-        output = self.folder / method
-        result = trainer(config, model=self.model, data=data, eval_data=eval_data, output=output).train(overwrite=True)
-        self.model = result.model_dir
-        return {"steps": result.step, "tokens": result.tokens, **result.eval_metrics}
+        of_run = {name: given.pop(name) for name in ("eval_data", "rewards") if name in given}
+        options = {"seed": self.seed, "max_length": 128, "dataset": {"wrap": "none"}, "logging": {"every": 20}}
+        config = trainer.Config.parse({**options, **given})
+        print(f"  training for {config.max_steps} steps", flush=True)
+        began = time.monotonic()
+        made = trainer(config, model=self.models[after], data=data, output=self.folder / method, **of_run)
+        result = made.train(overwrite=True)
+        self.models[method] = result.model_dir
+        seconds = time.monotonic() - began
+        return {"steps": result.step, "tokens": result.tokens, "training_seconds": seconds, **result.eval_metrics}
 
 
 def start(demo: Demo) -> Measured:
     """Write a Llama model of 0.9 M random weights."""
-    demo.model = save_tiny(demo.folder / "start", demo.seed, layers=4, hidden=128, kv_heads=4, max_positions=128)
+    demo.models["start"] = save_tiny(
+        demo.folder / "start", demo.seed, layers=4, hidden=128, kv_heads=4, max_positions=128
+    )
     return {}
 
 
 def sft(demo: Demo) -> Measured:
-    """Imitate demonstrations, half of which are wrong."""
+    """Imitate demonstrations, three in five of which are wrong."""
     steps, batch = demo.scaled(400), 64
     return demo.train(
         "sft",
-        demo.write("demonstrations", TASK.rows("sft", steps * batch, seed=demo.seed)),
-        demo.write("demonstrations-heldout", TASK.rows("sft", demo.scaled(256), split="test", seed=demo.seed)),
+        "start",
+        data=demo.write("demonstrations", TASK.rows("sft", steps * batch, seed=demo.seed)),
+        eval_data=demo.write(
+            "demonstrations-heldout", TASK.rows("sft", demo.scaled(256), split="test", seed=demo.seed)
+        ),
         learning_rate=3e-3,
         warmup_ratio=0.05,
         batch_size=batch,
@@ -95,14 +115,15 @@ def sft(demo: Demo) -> Measured:
 
 
 def dpo(demo: Demo) -> Measured:
-    """Sample answers from the model, and prefer those that the verifier finds right over the wrong ones."""
-    policy = PolicyModel.from_pretrained(demo.model)
+    """Sample answers from the SFT model, and prefer those that the verifier finds right over the wrong ones."""
+    policy = PolicyModel.from_pretrained(demo.models["sft"])
     pairs = sample_pairs(demo, policy, demo.scaled(2500), "train")
     heldout = sample_pairs(demo, policy, demo.scaled(300), "test")
     measured = demo.train(
         "dpo",
-        demo.write("pairs", pairs),
-        demo.write("pairs-heldout", heldout),
+        "sft",
+        data=demo.write("pairs", pairs),
+        eval_data=demo.write("pairs-heldout", heldout),
         beta=1.0,
         learning_rate=2e-4,
         warmup_ratio=0.1,
@@ -116,14 +137,86 @@ def dpo(demo: Demo) -> Measured:
     )
 
 
-STAGES: dict[str, Callable[[Demo], Measured]] = {"start": start, "sft": sft, "dpo": dpo}
-"""The stages in their order: each trains the newest model, or makes one, and returns its metrics."""
+def grpo(demo: Demo) -> Measured:
+    """Answer new problems with the SFT model eight times each, and make answers likelier that are better than the others."""
+    return online(
+        demo,
+        "grpo",
+        rollouts=90,
+        prompts=64,
+        variant="dr_grpo",
+        equal_groups="skip",
+        group_size=8,
+        minibatches=4,
+        learning_rate=3e-4,
+        warmup_ratio=0.05,
+        optimizer={"beta2": 0.99},
+    )
+
+
+def ppo(demo: Demo) -> Measured:
+    """Answer new problems with the SFT model, and learn to predict at each token how likely the answer is to be right."""
+    return online(
+        demo,
+        "ppo",
+        rollouts=90,
+        prompts=512,
+        rollout_epochs=1,
+        minibatches=4,
+        learning_rate=3e-4,
+        kl_weight=0,
+        truncated="score",
+        warmup_ratio=0.05,
+        optimizer={"beta2": 0.99},
+    )
+
+
+def online(demo: Demo, method: str, *, rollouts: int, prompts: int, **options: Any) -> Measured:
+    """Train the SFT model on its own answers to new problems, a rollout's at a time, rewarded where they are right."""
+    rollouts, prompts = demo.scaled(rollouts), demo.scaled(prompts)
+    per_rollout = options["minibatches"] * options.get("rollout_epochs", 1)
+    return demo.train(
+        method,
+        "sft",
+        data=demo.write(f"{method}-problems", TASK.rows("prompt", rollouts * prompts, seed=demo.seed + 1)),
+        rewards=[right],
+        generation={"max_new_tokens": MOST_TOKENS},
+        batch_size=prompts,
+        max_steps=rollouts * per_rollout,
+        logging={"every": 5 * per_rollout},
+        **options,
+    )
+
+
+def right(prompts: Sequence[Prompt], completions: Sequence[str], **columns: Any) -> list[float]:
+    """Return the reward of each answer: 1 where its last line is right, else 0."""
+    return [float(verify(prompt, text)) for prompt, text in zip(prompts, completions, strict=True)]
+
+
+FIRST: dict[str, Callable[[Demo], Measured]] = {"start": start, "sft": sft}
+"""The stages that make the model which the methods begin with, in their order."""
+METHODS: dict[str, Callable[[Demo], Measured]] = {"dpo": dpo, "grpo": grpo, "ppo": ppo}
+"""The stages that each begin with the SFT model and learn from its own answers."""
+
+
+class Drawn:
+    """Prints now and then how many answers are drawn; it is a progress callback: `drawn(done, total)`."""
+
+    def __init__(self, what: str) -> None:
+        self.shown = time.monotonic()
+        print(f"  {what}", flush=True)
+
+    def __call__(self, done: int, total: int) -> None:
+        if time.monotonic() - self.shown > SHOW_EVERY:
+            self.shown = time.monotonic()
+            print(f"    {done:,} of {total:,} answers", flush=True)
 
 
 def sample_pairs(demo: Demo, policy: PolicyModel, count: int, split: Split) -> list[Row]:
     """Sample four answers to each of `count` problems; return a preference pair per problem with right and wrong answers."""
     prompts = list(islice(TASK.problems(split=split, seed=demo.seed + 1), count))
-    drawn = policy.generate(prompts, n=4, max_new_tokens=MOST_TOKENS, seed=demo.seed)
+    progress = Drawn(f"sampling four answers to each of {count:,} problems, for pairs ({split})")
+    drawn = policy.generate(prompts, n=4, max_new_tokens=MOST_TOKENS, seed=demo.seed, progress=progress)
     complete = [[sample.text for sample in samples if sample.stop_reason == "end"] for samples in drawn]
     rows = [row for prompt, answers in zip(prompts, complete, strict=True) if (row := pair(prompt, answers))]
     if not rows:
@@ -157,12 +250,15 @@ class Score:
     """Right steps, of those written in the samples, up to the first wrong one."""
 
 
-def evaluate(demo: Demo) -> Score:
-    """Let the newest model answer held-out problems, the same ones after every stage."""
-    policy = PolicyModel.from_pretrained(demo.model)
+def evaluate(demo: Demo, model: Path) -> Score:
+    """Let a model answer held-out problems, the same ones after every stage."""
+    policy = PolicyModel.from_pretrained(model)
     prompts = list(islice(TASK.problems(split="test", seed=demo.seed + 2), demo.scaled(300)))
-    greedy = policy.generate(prompts, max_new_tokens=MOST_TOKENS, temperature=0.0)
-    sampled = policy.generate(prompts, n=4, max_new_tokens=MOST_TOKENS, seed=demo.seed + 2)
+    progress = Drawn(
+        f"answering {len(prompts)} held-out problems once with the likeliest tokens and four times at random"
+    )
+    greedy = policy.generate(prompts, max_new_tokens=MOST_TOKENS, temperature=0.0, progress=progress)
+    sampled = policy.generate(prompts, n=4, max_new_tokens=MOST_TOKENS, seed=demo.seed + 2, progress=progress)
     return Score(
         [float(verify(prompt, only.text)) for prompt, (only,) in zip(prompts, greedy, strict=True)],
         [fmean(verify(p, sample.text) for sample in samples) for p, samples in zip(prompts, sampled, strict=True)],
@@ -180,24 +276,26 @@ def gain(before: Sequence[float], after: Sequence[float]) -> Estimate:
     return estimate([new - old for old, new in zip(before, after, strict=True)])
 
 
-def run(folder: Path, *, seed: int = 0, scale: float = 1.0) -> dict[str, Any]:
-    """Run every stage, print what improved, and write and return the report (`report.json`)."""
+def run(folder: Path, *, seed: int = 0, scale: float = 1.0, methods: Sequence[str] = ("dpo", "grpo")) -> dict[str, Any]:
+    """Run the first stages and some methods, print what improved, and write and return the report (`report.json`)."""
     demo, began = Demo(folder, seed, scale), time.monotonic()
-    scores: list[Score] = []
+    scores: dict[str, Score] = {}
     stages: list[Measured] = []
-    for number, (name, stage) in enumerate(STAGES.items(), 1):
+    chosen = {**FIRST, **{name: METHODS[name] for name in methods}}
+    for number, (name, stage) in enumerate(chosen.items(), 1):
         stage_began = time.monotonic()
         what = (stage.__doc__ or name).splitlines()[0].rstrip(".")
-        print(
-            f"{number} of {len(STAGES)}, {name}: {what[0].lower()}{what[1:]}, then answer held-out problems", flush=True
-        )
+        print(f"{number} of {len(chosen)}, {name}: {what[0].lower()}{what[1:]}", flush=True)
         measured = stage(demo)
+        scores[name] = evaluate(demo, demo.models[name])
         seconds = time.monotonic() - stage_began
-        scores.append(evaluate(demo))
-        right = {kind: estimate(shares) for kind, shares in vars(scores[-1]).items()}
-        stages.append({"stage": name, "model": str(demo.model), "seconds": seconds, **measured, **right})
-    risen = gain(scores[-2].sampled_right, scores[-1].sampled_right)
-    report = {"seed": seed, "scale": scale, "seconds": time.monotonic() - began, "stages": stages, "last_gain": risen}
+        shares = {kind: estimate(values) for kind, values in vars(scores[name]).items()}
+        stages.append({"stage": name, "model": str(demo.models[name]), "seconds": seconds, **measured, **shares})
+    gains = {
+        name: {kind: gain(before, getattr(scores[name], kind)) for kind, before in vars(scores["sft"]).items()}
+        for name in methods
+    }
+    report = {"seed": seed, "scale": scale, "seconds": time.monotonic() - began, "stages": stages, "gains": gains}
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     show(report, folder)
     return report
@@ -207,8 +305,8 @@ def show(report: dict[str, Any], folder: Path) -> None:
     """Print a report as a table."""
     console = Console()
     table = Table(title="Held-out problems, percent ± standard error")
-    columns = {"stage": "after", "greedy_right": "greedy", "sampled_right": "sampled", "steps_right": "steps right"}
-    columns |= {"pair_accuracy": "pairs", "seconds": "seconds"}
+    columns = {"stage": "after", "greedy_right": "greedy", "sampled_right": "sampled"}
+    columns |= {"pair_accuracy": "pairs", "training_seconds": "training, s", "seconds": "all, s"}
     for name, heading in columns.items():
         table.add_column(heading, justify="left" if name == "stage" else "right", no_wrap=True)
     for stage in report["stages"]:
@@ -217,7 +315,9 @@ def show(report: dict[str, Any], folder: Path) -> None:
     console.print(table)
     console.print("greedy, sampled: right answers; sampled at temperature 1")
     console.print("pairs: the right answer gained on the wrong one (the reference: 50)")
-    console.print(f"{report['stages'][-1]['stage']}: {percent(report['last_gain'], '+')} points more samples right")
+    for name, gains in report["gains"].items():
+        greedy, sampled = (percent(gains[kind], "+") for kind in ("greedy_right", "sampled_right"))
+        console.print(f"{name} against sft: {sampled} points more samples right, {greedy} greedy")
     console.print(f"{report['seconds']:.0f} s; runs, data and report.json are in {folder}")
 
 
@@ -234,9 +334,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder to write (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the steps, rows and problems (default: 1)")
+    parser.add_argument(
+        "--methods",
+        nargs="*",
+        choices=list(METHODS),
+        default=["dpo", "grpo"],
+        help="what follows SFT, each from the SFT model (default: dpo grpo)",
+    )
     options = parser.parse_args()
     setup_logging()
-    run(options.output, seed=options.seed, scale=options.scale)
+    run(options.output, seed=options.seed, scale=options.scale, methods=options.methods)
 
 
 if __name__ == "__main__":

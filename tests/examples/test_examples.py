@@ -116,12 +116,15 @@ def test_demo_pairs_and_standard_errors(tmp_path: Path, monkeypatch) -> None:
 def test_demo_runs_and_depends_on_the_seed_alone(tmp_path: Path, monkeypatch) -> None:
     demo = load("demo", monkeypatch)
     reports = [demo.run(tmp_path / name, seed=1, scale=0.1) for name in ("one", "two")]
-    assert [stage["stage"] for stage in reports[0]["stages"]] == ["start", "sft", "dpo"]
+    assert [stage["stage"] for stage in reports[0]["stages"]] == ["start", "sft", "dpo", "grpo"]
     for folder in ("one", "two"):
         assert json.loads((tmp_path / folder / "report.json").read_text())["seed"] == 1
         assert (tmp_path / folder / "dpo" / "metrics.jsonl").is_file()
+        origins = [json.loads((tmp_path / folder / name / "models.json").read_text()) for name in ("dpo", "grpo")]
+        assert {one["policy"]["source"] for one in origins} == {str(tmp_path / folder / "sft" / "model")}
+    assert reports[0]["gains"] == reports[1]["gains"] and set(reports[0]["gains"]) == {"dpo", "grpo"}
     for one, two in zip(*(report["stages"] for report in reports), strict=True):
-        volatile = ("seconds", "model")
+        volatile = ("seconds", "training_seconds", "model")
         assert {k: v for k, v in one.items() if k not in volatile} == {
             k: v for k, v in two.items() if k not in volatile
         }
