@@ -2,10 +2,10 @@
 
     python examples/demo.py [--output runs/demo] [--seed 0] [--methods dpo grpo]
 
-The task is arithmetic in written steps (`rlhf_core.testing.arithmetic_task`). Three in five demonstrations go wrong at some
-step, so a model that imitates them well is as often wrong when it is sampled from. What follows learns from the model's own
-samples and from a verifier, which sees the last line alone. Each method begins with the SFT model: DPO learns from pairs that
-are drawn once, a right answer and a wrong one; GRPO, or PPO with `--methods ppo`, draws new answers for each step and is
+The task is arithmetic in written steps (`rlhf_core.testing.arithmetic_task`). More than half of the demonstrations go wrong at
+some step, so a model that imitates them well is as often wrong when it is sampled from. What follows learns from the model's own
+answers and from a verifier, which sees the last line alone. Each method begins with the SFT model: DPO learns from pairs that
+are drawn once, a right answer and a wrong one; GRPO, or PPO with `--methods ppo`, draws new answers for each rollout and is
 rewarded for right ones. After every stage the model answers the same held-out problems. Everything depends on the seed alone.
 """
 
@@ -33,7 +33,7 @@ from rlhf_core.infra.errors import DataError
 from rlhf_core.testing.arithmetic_task import ArithmeticTask, Row, Split, step_labels, verify
 from rlhf_core.testing.tiny import save_tiny
 
-TASK = ArithmeticTask("sums", terms=4, digits=1, wrong=0.6)
+TASK = ArithmeticTask("sums", terms=4, digits=1, wrong=0.55)
 MOST_TOKENS = 34
 """The longest answer that is sampled, in tokens; a right one has at most 31."""
 SHOW_EVERY = 5.0
@@ -97,8 +97,8 @@ def start(demo: Demo) -> Measured:
 
 
 def sft(demo: Demo) -> Measured:
-    """Imitate demonstrations, three in five of which are wrong."""
-    steps, batch = demo.scaled(400), 64
+    """Imitate demonstrations, more than half of which are wrong."""
+    steps, batch = demo.scaled(500), 64
     return demo.train(
         "sft",
         "start",
