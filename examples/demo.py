@@ -33,7 +33,7 @@ from rlhf_core.infra.errors import DataError
 from rlhf_core.testing.arithmetic_task import ArithmeticTask, Row, Split, step_labels, verify
 from rlhf_core.testing.tiny import save_tiny
 
-TASK = ArithmeticTask("sums", terms=4, digits=1, wrong=0.55)
+TASK = ArithmeticTask("sums", terms=4, digits=1, wrong=0.62)
 MOST_TOKENS = 34
 """The longest answer that is sampled, in tokens; a right one has at most 31."""
 SHOW_EVERY = 5.0
