@@ -1,6 +1,7 @@
-"""GRPO and PPO really learn: after seconds of training many more of a tiny model's sampled answers are right.
+"""GRPO and PPO learn: after seconds of training many more of a tiny model's sampled answers are right, and no fewer greedy ones.
 
-Standard errors are over problems; what is asked is far below what was seen, since another processor rounds otherwise.
+What is asked is far below what was seen (0.46 → 0.68 and 0.71, ten standard errors; greedy 0.91 → 0.90), since another processor
+rounds otherwise. Three quarters of a minute of one core for both.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ TASK = ArithmeticTask("sums", terms=2, digits=1, wrong=0.5)
 MOST_TOKENS = 14
 """A right answer has at most 12 tokens."""
 OPTIONS = {
-    "learning_rate": 1e-3, "warmup_ratio": 0.05, "optimizer": {"beta2": 0.99}, "max_length": 32, "dataset": {"wrap": "none"},
+    "learning_rate": 5e-4, "warmup_ratio": 0.05, "optimizer": {"beta2": 0.99}, "max_length": 32, "dataset": {"wrap": "none"},
     "logging": {"progress": False},
 }  # fmt: skip
 METHODS = {
-    "grpo": {"batch_size": 32, "group_size": 8, "minibatches": 2, "kl_weight": 0, "equal_groups": "skip"},
-    "ppo": {"batch_size": 256, "rollout_epochs": 1, "minibatches": 2, "kl_weight": 0, "truncated": "score"},
+    "grpo": {"batch_size": 64, "group_size": 8, "minibatches": 2, "kl_weight": 0, "equal_groups": "skip"},
+    "ppo": {"batch_size": 512, "rollout_epochs": 1, "minibatches": 2, "kl_weight": 0, "truncated": "score"},
 }
 
 
@@ -75,10 +76,9 @@ def imitator(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_more_samples_are_right(method: str, imitator: tuple[Path, list[float], list[float]], tmp_path: Path) -> None:
     model, sampled, greedy = imitator
-    options = {**METHODS[method], "max_steps": 30, "generation": {"max_new_tokens": MOST_TOKENS}}
-    trained = train(method, model, tmp_path, "prompt", 15 * METHODS[method]["batch_size"], [right], **options)
+    options = {**METHODS[method], "max_steps": 40, "generation": {"max_new_tokens": MOST_TOKENS}}
+    trained = train(method, model, tmp_path, "prompt", 20 * METHODS[method]["batch_size"], [right], **options)
     sampled_after, greedy_after = answered(trained)
-    print(statistics.fmean(sampled), statistics.fmean(sampled_after), standard_errors(sampled, sampled_after))
-    print(statistics.fmean(greedy), statistics.fmean(greedy_after))
     assert statistics.fmean(sampled_after) > statistics.fmean(sampled) + 0.05
     assert standard_errors(sampled, sampled_after) > 3
+    assert statistics.fmean(greedy_after) > statistics.fmean(greedy) - 0.12
