@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
+import torch
 from pydantic import model_validator
 
 from rlhf_core.config.base import refused
@@ -48,6 +49,18 @@ class PolicyGradientConfig(OnlineConfig):
         """Return the parts by kind, with their options set."""
         return {kind: table.bind(*self.part(kind)) for kind, table in self.tables.items()}
 
+    def trainer_computes_old_logps(self, precision: torch.dtype) -> bool:
+        """Whether ratios are taken to the trainer's log-probabilities of a rollout, not to the engine's.
+
+        So it is where a correction compares the two, and where a ratio adds up what 16 bits round. A token's ratio is off by a
+        few percent then, far inside its clip, but over a completion that is more than the bounds of such a ratio: half of the
+        completions would be clipped before anything was updated.
+
+        Args:
+            precision: dtype of the policy's matrix products.
+        """
+        return self.part("correction")[0] != "none" or (self.part("ratio")[0] != "token" and precision != torch.float32)
+
     def choices(self) -> dict[str, str]:
         return {kind: table.shown(*self.part(kind)) for kind, table in self.tables.items()}
 
@@ -64,6 +77,15 @@ class PolicyGradientConfig(OnlineConfig):
         if self.generation.temperature == 0:
             problem = "completions of temperature 0 are all alike, so no one of them is better than another"
             raise refused(ConfigError(problem, fix="set it above 0"), ("generation", "temperature"), 0)
+        return self
+
+    @model_validator(mode="after")
+    def _completions_are_the_policys(self) -> PolicyGradientConfig:
+        if self.generation.repetition_penalty != 1:
+            problem = "ratios and KL would be those of the penalised policy, which isn't the one that trains"
+            fix = "leave it out, and let the reward `repetition` punish repeating"
+            at = ("generation", "repetition_penalty")
+            raise refused(ConfigError(problem, fix=fix), at, self.generation.repetition_penalty)
         return self
 
 

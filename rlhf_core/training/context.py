@@ -32,6 +32,9 @@ from rlhf_core.training.reduction import Tally
 from rlhf_core.training.replay import SavedRollouts
 from rlhf_core.training.rollout_record import RolloutRecord
 
+LEAST_ADVANTAGE = 1e-6
+"""What an advantage must be above to count as other than 0: what rounding leaves of equal rewards is below."""
+
 
 @dataclass
 class RunContext:
@@ -324,6 +327,8 @@ class RunContext:
         """
         if self.evaluating:
             return rollout
+        if advantages is not None and advantages.numel():
+            self.rollout.teaches |= bool(advantages.abs().max() > LEAST_ADVANTAGE)
         if advantages is not None and advantages.ndim == 2:
             mask = rollout.loss_mask.to(advantages.device)
             advantages = (advantages * mask).sum(1) / mask.sum(1).clamp(min=1)

@@ -166,7 +166,8 @@ class TrainingLoop:
     def _refuse_equal_rewards(self, row: Mapping[str, Any]) -> None:
         """Warn at the first rollout in whose groups all rewards are equal; refuse `max_idle_batches` of them in a row.
 
-        A value model also learns from how the rewards of different prompts differ: with one, all rewards must be equal.
+        A value model also learns from how the rewards of different prompts differ: with one, all rewards must be equal. Without
+        one, advantages may still differ from 0, such as those over the whole batch, or of rewards that a KL or a length changes.
         """
         what, share = "all rewards of each prompt", row.get("groups_without_variance")
         if "value" in self._run.trainer.models:
@@ -175,6 +176,8 @@ class TrainingLoop:
                 share = float(row["reward_std"] <= 1e-6 * abs(row["reward"]))
         if share is None:
             return
+        if share == 1 and "value" not in self._run.trainer.models:
+            share = 0 if self._distribution.any(self._run.context.rollout.teaches) else 1
         self._alike = self._alike + 1 if share == 1 else 0
         shown = self._run.context.rollout.rewards_shown()
         if self._alike == 1 and not self._warned:

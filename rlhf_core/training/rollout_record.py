@@ -41,6 +41,8 @@ class RolloutRecord:
         self.completions: list[RecordedCompletion] = []
         self.fresh = False
         """Whether no update has been made since the last generation; the same on all processes."""
+        self.teaches = False
+        """Whether some advantage recorded for the last rollout isn't 0, but for rounding."""
         self._last: list[RecordedCompletion] = []
         """Those of the rollout before."""
         self._numbers: dict[tuple[int, int], int] = {}
@@ -54,7 +56,8 @@ class RolloutRecord:
         scores: Scores | None,
     ) -> None:
         """Add the completions of a batch's prompts, with their scores where they have some."""
-        self.fresh = True
+        if not self.fresh:
+            self.fresh, self.teaches = True, False
         numbers = [(prompt, index) for prompt, group in enumerate(completions) for index in range(len(group))]
         for at, (prompt, index) in enumerate(numbers):
             place = _place(batch, prompt)

@@ -13,6 +13,7 @@ from rlhf_plugins import GRPOConfig, GRPOTrainer
 from trainers_helpers import assert_refused, small_policy
 
 from rlhf_core.cli import main
+from rlhf_core.infra.errors import NumbersError
 from rlhf_core.testing import TrainerContract
 from rlhf_core.testing.interrupted_runs import metrics_of
 from rlhf_core.testing.workbench import Workbench
@@ -89,6 +90,10 @@ def test_a_row_can_be_overridden_part_by_part() -> None:
         ({"shaping": "overlng"}, "`shaping`: unknown shaping `overlng`; fix: did you mean `overlong`?"),
         ({"shaping_options": {"overlong": {}}}, "there are options of the shaping `overlong`, which isn't used"),
         ({"generation": {"temperature": 0}}, "`generation.temperature`: completions of temperature 0 are all alike"),
+        (
+            {"generation": {"repetition_penalty": 1.2}},
+            "`generation.repetition_penalty`: ratios and KL would be those of the penalised policy",
+        ),
     ],
 )
 def test_what_is_said_of_wrong_options(options: dict[str, Any], message: str) -> None:
@@ -106,6 +111,34 @@ def test_show_prints_the_parts_of_a_row(capsys: pytest.CaptureFixture[str]) -> N
 
 
 # What an update is made of
+
+
+@pytest.mark.parametrize("variant", ["grpo", "gspo", "gmpo", "rloo"])
+def test_rounding_of_16_bits_clips_nothing_before_the_first_update(variant: str) -> None:
+    """GSPO's bounds are a tenth of what bf16 makes of a completion's ratio to the engine."""
+    bench = workbench(variant=variant, precision="bf16", generation={"max_new_tokens": 32})
+    metrics = bench.step(bench.window()).metrics
+    assert metrics["clipped"] == 0 and metrics["ratio"] == pytest.approx(1.0, abs=0.02)
+
+
+def by_prompt(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    """One reward for all completions of a prompt, and another for the next."""
+    return [float(len(prompt)) for prompt in prompts]
+
+
+def test_equal_rewards_in_each_group_end_no_run_whose_advantages_differ(tmp_path: Path) -> None:
+    rows = [{"prompt": "1" * length} for length in range(1, 9)]
+
+    def run(**options: Any) -> int:
+        config = GRPOConfig.parse(
+            {"batch_size": 4, "group_size": 2, "max_steps": 4, "max_idle_batches": 1, **options}
+            | {"generation": {"max_new_tokens": 4}}
+        )
+        return GRPOTrainer(config, model=small_policy(), data=rows, rewards=[by_prompt]).train().step
+
+    assert run(variant="reinforce_plus_plus", kl_weight=0) == 4
+    with pytest.raises(NumbersError, match="all rewards of each prompt are equal"):
+        run(variant="grpo")
 
 
 def workbench(rewards: Any = None, **options: Any) -> Workbench:

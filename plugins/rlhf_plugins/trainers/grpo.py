@@ -218,9 +218,10 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         differs = (grouped != grouped[:, :1]).any(dim=1).to(rollout.device)
         engine_logps = rollout.engine_logps
         tokens = {"old_logps": engine_logps, "weight": rollout["kept_mass"]}
-        if row.correction != "none":
-            with run.phase("correction", tokens=rollout.num_tokens):
+        if config.trainer_computes_old_logps(self.policy.precision):
+            with run.phase("old_logps", tokens=rollout.num_tokens):
                 tokens["old_logps"] = run.forward(rollout, self.token_logps, axis="token")
+        if row.correction != "none":
             tokens["weight"] = tokens["weight"] * self.parts["correction"](tokens["old_logps"], engine_logps, mask)
         if config.reads_reference:
             with run.phase("reference", tokens=rollout.num_tokens):

@@ -274,7 +274,7 @@ class PPOTrainer(Trainer[PPOConfig]):
     def _predictions(self, rollout: Batch, run: RunContext) -> tuple[Tensor, Tensor, Tensor]:
         """Return log π_old (R, T), values (R, T) and values at the end (R,), by the models as they are.
 
-        The engine's log-probabilities stand for log π_old, without another forward pass, where no correction compares them.
+        The engine's log-probabilities stand for log π_old, without another forward pass, unless the trainer's are needed.
         """
 
         def predictions(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -282,7 +282,7 @@ class PPOTrainer(Trainer[PPOConfig]):
             return self._logps(batch, states), *self.value.values(batch, states=self._shared(states))
 
         with run.phase("value", tokens=rollout.num_tokens):
-            if self.config.correction == "none":
+            if not self.config.trainer_computes_old_logps(self.policy.precision):
                 values, end_values = run.forward(rollout, self.value.values, axis=("token", "response"))
                 return rollout.engine_logps, values, end_values
             logps, values, end_values = run.forward(rollout, predictions, axis=("token", "token", "response"))
