@@ -100,7 +100,9 @@ class TrainingLogger:
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         self._append("events.jsonl", {"time": now, "event": name, **{k: as_json_value(v) for k, v in fields.items()}})
 
-    def resume(self, step: int, *, evaluated: int | None, sampled: int | None, last_row: Mapping[str, Any]) -> None:
+    def resume(
+        self, step: int, *, evaluated: int | None, sampled: int | None, last_row: Mapping[str, Any], place: int = 0
+    ) -> None:
         """Cut the logs back to the checkpoint that the run resumes from; report rows of earlier steps that are damaged.
 
         Args:
@@ -108,9 +110,10 @@ class TrainingLogger:
             evaluated: the step of its last evaluation.
             sampled: the last step at which it completed the fixed prompts.
             last_row: the row of its step, which is written again where it is damaged.
+            place: the first place in the run's order of rows that is still to come.
         """
         self.samples.rewind(step, evaluated=evaluated, sampled=sampled)
-        self.rollouts.rewind(step)
+        self.rollouts.rewind(step, place)
         lost = self.rewind(step)
         if lost[-1:] == [step]:
             self.amend(last_row)

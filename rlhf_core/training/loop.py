@@ -78,10 +78,12 @@ class TrainingLoop:
             else:
                 self._finish_step(step, rate, result, time.perf_counter() - began)
             if window.last:
+                self._keep_untrained()
                 self._evaluations.catch_up()
                 run.fixed_prompts.catch_up()
                 self._save_or_stop()
         windows.finish()
+        self._keep_untrained()
 
     def _schedule_step(self) -> int:
         """Return which of the schedule's steps comes next, counted from 1; the same on every process."""
@@ -162,6 +164,11 @@ class TrainingLoop:
         if rollouts.wanted:
             parts = self._distribution.gather(rollouts.chosen(taken, step))
             self._distribution.on_main(lambda: rollouts.write(parts, step))
+
+    def _keep_untrained(self) -> None:
+        """Write a rollout of which no window made a step: a checkpoint holds what was drawn before it, and so does the file."""
+        if self._run.context.rollout.fresh:
+            self._keep_rollout(self._run.progress.step)
 
     def _refuse_equal_rewards(self, row: Mapping[str, Any]) -> None:
         """Warn at the first rollout in whose groups all rewards are equal; refuse `max_idle_batches` of them in a row.

@@ -90,18 +90,21 @@ class RolloutLog:
             table = rollout_table(rows, width=max(100, get_terminal_size().columns))
             log.info("step %d  the best and the worst completion of some prompts:\n%s", step, table)
 
-    def rewind(self, step: int) -> None:
-        """Cut the file back to the rollouts that were trained on before a checkpoint: later ones are made again.
+    def rewind(self, step: int, place: int = 0) -> None:
+        """Cut the file back to the rollouts that were drawn before a checkpoint: later ones are made again.
 
         Args:
             step: the checkpoint's step.
+            place: the first place in the run's order of rows that is still to come.
         """
         path = self.file.path
         if path is None or not path.exists():
             return
         lines = self.file.lines()
         rows = [(row_of(line) if line.endswith(b"\n") else None, line) for line in lines]
-        replace_file(path, b"".join(line for row, line in rows if row is not None and row["step"] < step))
+        # Rollouts of the checkpoint's own step were drawn before it, too, where they made no step.
+        kept = [line for row, line in rows if row is not None and (row["step"] < step or row["place"] < place)]
+        replace_file(path, b"".join(kept))
 
     def _spaced(self, places: Sequence[int]) -> list[int]:
         """Return as many of the places as are kept of a rollout, evenly spaced."""

@@ -94,10 +94,15 @@ class RolloutRecord:
             if 0 <= number < len(self.completions) and count:
                 self.completions[number].logprob_gap = total / count
 
+    @property
+    def latest(self) -> list[RecordedCompletion]:
+        """The completions since the last rollout was written, or else those of that one."""
+        return self.completions or self._last
+
     def rewards_shown(self, most: int = 3) -> str:
         """Return the rewards of the first groups as text, such as `row 7: digits 0, 0; row 9: digits 1, 1`."""
         groups: dict[int, list[RecordedCompletion]] = {}
-        for one in self.completions or self._last:
+        for one in self.latest:
             groups.setdefault(one.place, []).append(one)
         shown = []
         for group in list(groups.values())[:most]:
@@ -111,7 +116,7 @@ class RolloutRecord:
         return "; ".join(shown) or "no rewards on this process"
 
     def take(self) -> list[RecordedCompletion]:
-        """Return the completions and forget them: an update was made."""
+        """Return the completions and forget them: they are written down."""
         self.fresh = False
         self._last, self.completions, self._numbers = self.completions, [], {}
         return self._last

@@ -205,7 +205,13 @@ class Run:
         )
         self.started = True
         progress = self.progress
-        self.logger.resume(step, evaluated=progress.evaluated, sampled=progress.sampled, last_row=progress.metrics)
+        self.logger.resume(
+            step,
+            evaluated=progress.evaluated,
+            sampled=progress.sampled,
+            last_row=progress.metrics,
+            place=self.stream.rows,
+        )
         for item in self.state.damaged():
             self.logger.event("checkpoint_damaged", step=item.step, path=item.path.name, reason=item.reason)
         if self.directory.continued:

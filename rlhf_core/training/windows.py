@@ -91,7 +91,7 @@ class Windows:
     def _rewards(self) -> str:
         """Return the rewards of completions that were generated since the last step, for a message; "" where there are none."""
         record = self._run.rollout
-        return f"; rewards {record.rewards_shown()}" if any(one.rewards for one in record.completions) else ""
+        return f"; rewards {record.rewards_shown()}" if any(one.rewards for one in record.latest) else ""
 
     def _check_count(self) -> None:
         """Refuse a number of windows that doesn't fit the batches taken so far."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from pathlib import Path
 from typing import Any, ClassVar
@@ -108,6 +109,31 @@ def test_show_prints_the_parts_of_a_row(capsys: pytest.CaptureFixture[str]) -> N
     assert main(["show", "grpo", "--variant", "dapo", "--clip_options.high", "0.3"]) == 0
     shown = capsys.readouterr().out
     assert "ppo (low 0.2, high 0.3)" in shown and "overlong (buffer 0.2, penalty 1.0)" in shown and "resample" in shown
+
+
+def of_the_first_rows(completions: list[str], late: list[bool], **columns: Any) -> list[float]:
+    """The share of digits; 0 for rows that come late, whose rollout then teaches nothing."""
+    return [0.0 if last else sum(c.isdigit() for c in text) / 8 for text, last in zip(completions, late, strict=True)]
+
+
+@pytest.mark.parametrize("equal_groups", ["skip", "resample"])
+def test_rollouts_that_made_no_step_are_kept_and_replayed(equal_groups: str, tmp_path: Path) -> None:
+    rows = [{**row, "late": number >= 4} for number, row in enumerate(prompts(count=12))]
+    options: dict[str, Any] = {
+        "batch_size": 4, "group_size": 4, "generation": {"max_new_tokens": 8}, "kl_weight": 0.0, "epochs": 1,
+        "dataset": {"wrap": "none", "shuffle": False}, "equal_groups": equal_groups, "logging": {"rollouts": {"whole": True}},
+    }  # fmt: skip
+
+    def run(name: str, **more: Any) -> list[int]:
+        config = GRPOConfig.parse({**options, **more})
+        trainer = GRPOTrainer(
+            config, model=small_policy(), data=rows, rewards=[of_the_first_rows], output=tmp_path / name
+        )
+        assert trainer.train().step == 1
+        kept = [json.loads(line) for line in (tmp_path / name / "rollouts.jsonl").read_text().splitlines()]
+        return sorted({row["row"] for row in kept})
+
+    assert run("first") == run("again", replay=str(tmp_path / "first")) == list(range(12))
 
 
 # What an update is made of
