@@ -67,17 +67,18 @@ def leave_one_out(rewards: Tensor, groups: Tensor) -> Tensor:
 
 
 @ADVANTAGES.own
-def batch_norm(rewards: Tensor, groups: Tensor, *, epsilon: NonNegative = 1e-8) -> Tensor:
-    """Return A = (r − mean(r)) / (std(r) + ε) over the whole step: REINFORCE++ (Hu et al. 2025, arXiv 2501.03262, equation 10).
+def batch_norm(rewards: Tensor, groups: Tensor, *, epsilon: NonNegative = 1e-4) -> Tensor:
+    """Return A = (r − mean(r)) / max(std(r), ε) over the whole step: REINFORCE++ (Hu et al. 2025, arXiv 2501.03262, equation 10).
 
-    The deviation is over N. Equal rewards give 0.
+    The deviation is over N. Equal rewards give 0. The floor ε, which the authors' framework has, too, keeps small what a KL in
+    the reward is by rounding alone.
     """
     centred = rewards.double() - rewards.double().mean()
-    return (centred / (centred.square().mean().sqrt() + epsilon)).to(rewards.dtype)
+    return (centred / centred.square().mean().sqrt().clamp(min=max(epsilon, 1e-30))).to(rewards.dtype)
 
 
 @ADVANTAGES.own
-def group_mean_batch_norm(rewards: Tensor, groups: Tensor, *, epsilon: NonNegative = 1e-8) -> Tensor:
+def group_mean_batch_norm(rewards: Tensor, groups: Tensor, *, epsilon: NonNegative = 1e-4) -> Tensor:
     """Return r − mean(r) over the group, then normalised over the step: REINFORCE++ with baseline (arXiv 2501.03262, section
     3.2)."""
     return batch_norm(group_mean(rewards.double(), groups), groups, epsilon=epsilon).to(rewards.dtype)

@@ -32,9 +32,6 @@ from rlhf_core.training.reduction import Tally
 from rlhf_core.training.replay import SavedRollouts
 from rlhf_core.training.rollout_record import RolloutRecord
 
-LEAST_ADVANTAGE = 1e-6
-"""What an advantage must be above to count as other than 0: what rounding leaves of equal rewards is below."""
-
 
 @dataclass
 class RunContext:
@@ -314,7 +311,7 @@ class RunContext:
         """
         return self.phases.phase(name, tokens)
 
-    def record_rollout(self, rollout: Batch, advantages: Tensor | None = None) -> Batch:
+    def record_rollout(self, rollout: Batch, advantages: Tensor | None = None, *, teaches: bool | None = None) -> Batch:
         """Record the advantages of a rollout's responses for `rollouts.jsonl`; return it with a column that the core needs.
 
         Called once per rollout, before it is divided into windows; what `generate_and_score` returned and isn't in it was not
@@ -323,15 +320,18 @@ class RunContext:
         Args:
             rollout: prompts with the completions that this context's `generate` or `generate_and_score` returned for them, in
                 their order.
-            advantages: (R,), or (R, T), of which the mean over tokens in the loss is recorded.
+            advantages: (R,), or (R, T), of which the mean over tokens in the loss is recorded; null for completions that have
+                none in it.
+            teaches: whether the rewards of this process's share give any completion an advantage, for a method without a value
+                model. None: whether all of each prompt are equal decides, as it does where this is false.
         """
         if self.evaluating:
             return rollout
-        if advantages is not None and advantages.numel():
-            self.rollout.teaches |= bool(advantages.abs().max() > LEAST_ADVANTAGE)
-        if advantages is not None and advantages.ndim == 2:
+        self.rollout.teaches |= bool(teaches)
+        if advantages is not None:
             mask = rollout.loss_mask.to(advantages.device)
-            advantages = (advantages * mask).sum(1) / mask.sum(1).clamp(min=1)
+            means = (advantages * mask).sum(1) / mask.sum(1) if advantages.ndim == 2 else advantages
+            advantages = torch.where(mask.any(dim=1), means, float("nan"))
         return self.rollout.number(rollout, advantages)
 
     def log(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None:

@@ -42,7 +42,7 @@ class RolloutRecord:
         self.fresh = False
         """Whether no update has been made since the last generation; the same on all processes."""
         self.teaches = False
-        """Whether some advantage recorded for the last rollout isn't 0, but for rounding."""
+        """Whether the method said of the last rollout that its rewards teach, on this process."""
         self._last: list[RecordedCompletion] = []
         """Those of the rollout before."""
         self._numbers: dict[tuple[int, int], int] = {}

@@ -95,6 +95,17 @@ def test_a_row_can_be_overridden_part_by_part() -> None:
             {"generation": {"repetition_penalty": 1.2}},
             "`generation.repetition_penalty`: ratios and KL would be those of the penalised policy",
         ),
+        (
+            {"variant": "reinforce_plus_plus", "group_size": 1, "equal_groups": "skip"},
+            "`group_size`: rewards in a group of one are equal",
+        ),
+        ({"shaping": "group_normalised", "variant": "reinforce_plus_plus", "group_size": 1}, "`shaping`: "),
+        ({"variant": "maxrl", "shaping": "overlong"}, "`shaping`: `group_mean_over_mean` needs rewards of at least 0"),
+        ({"kl": "k2", "kl_weight": 0}, "`kl`: the KL has no weight, so it isn't used; got 'k2'; fix: set `kl_weight`"),
+        ({"variant": "rloo", "kl_importance": True}, "`kl_importance`: it weights a KL in the loss"),
+        ({"variant": "rloo", "kl_in": "loss"}, "`kl_in`: in the loss, k1 has a gradient that is 0 on average"),
+        ({"variant": "dapo", "reference": "copy"}, "`reference`: nothing reads a reference"),
+        ({"minibatches": 9, "batch_size": 4}, "`minibatches`: there are more minibatches than prompts in a step (4)"),
     ],
 )
 def test_what_is_said_of_wrong_options(options: dict[str, Any], message: str) -> None:
@@ -162,9 +173,22 @@ def test_equal_rewards_in_each_group_end_no_run_whose_advantages_differ(tmp_path
         )
         return GRPOTrainer(config, model=small_policy(), data=rows, rewards=[by_prompt]).train().step
 
-    assert run(variant="reinforce_plus_plus", kl_weight=0) == 4
+    assert run(variant="reinforce_plus_plus") == 4
+    for options in ({"variant": "grpo"}, {"variant": "rloo", "kl_weight": 0.1}):
+        with pytest.raises(NumbersError, match="all rewards of each prompt are equal"):
+            run(**options)
+
+
+@pytest.mark.parametrize("variant", ["reinforce_plus_plus", "rloo"])
+def test_a_kl_in_the_reward_keeps_no_run_alive_whose_rewards_are_all_zero(variant: str) -> None:
+    """Its rounding is scaled up to no advantage either."""
+    bench = workbench(variant=variant, rewards=[lambda completions, **columns: [0.0] * len(completions)])
+    assert bench.window()["advantages"].abs().max() < 0.01
+    trainer = bench.trainer
+    config = trainer.config.model_copy(update={"max_steps": 6, "max_idle_batches": 1})
+    run = GRPOTrainer(config, model=small_policy(), data=prompts(count=16), rewards=trainer.rewards)
     with pytest.raises(NumbersError, match="all rewards of each prompt are equal"):
-        run(variant="grpo")
+        run.train()
 
 
 def workbench(rewards: Any = None, **options: Any) -> Workbench:

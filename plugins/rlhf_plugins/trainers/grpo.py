@@ -131,12 +131,54 @@ class GRPOConfig(PolicyGradientConfig):
         return self
 
     @model_validator(mode="after")
-    def _groups_are_large_enough(self) -> GRPOConfig:
-        """Refuse groups that are too small for the advantage."""
-        group = torch.zeros(self.group_size), torch.zeros(self.group_size, dtype=torch.long)
-        with refusing(("group_size",), self.group_size):
-            ADVANTAGES.bind(*self.part("advantage"))(*group)
+    def _groups_suit_their_parts(self) -> GRPOConfig:
+        """Refuse groups that are too small, and shapings whose rewards the advantage refuses, tried with full completions."""
+        size, row = self.group_size, self.row
+        if size == 1 and row.equal_groups != "keep":
+            problem = f"rewards in a group of one are equal, so `equal_groups: {row.equal_groups}` leaves no group"
+            self._refuse("group_size", problem, "raise it, or set `equal_groups: keep`")
+        limit, groups = self.generation.max_new_tokens, torch.zeros(size, dtype=torch.long)
+        terms = RewardTerms(torch.zeros(1, size), torch.ones(1), groups, torch.full((size,), limit), limit)
+        advantage = ADVANTAGES.bind(*self.part("advantage"))
+        with refusing(("group_size",), size):
+            advantage(terms.total, groups)
+        for name in self.shapings:
+            with refusing(("shaping",), name):
+                terms = SHAPINGS.bind(name, self.shaping_options.get(name, {}))(terms)
+                advantage(terms.total, groups)
         return self
+
+    @model_validator(mode="after")
+    def _every_option_counts(self) -> GRPOConfig:
+        """Refuse options that nothing would read."""
+        row, given = self.row, self.model_fields_set
+        of_kl = [
+            name for name in ("kl", "kl_options", "kl_in", "kl_importance") if name in given and getattr(self, name)
+        ]
+        if of_kl and not row.kl_weight:
+            self._refuse(of_kl[0], "the KL has no weight, so it isn't used", "set `kl_weight`")
+        if self.kl_importance and row.kl_in != "loss":
+            self._refuse(
+                "kl_importance", f"it weights a KL in the loss, and this one is in the {row.kl_in}", "leave it out"
+            )
+        if row.kl_weight and (row.kl_in, row.kl) == ("loss", "k1") and not self.kl_importance:
+            problem = "in the loss, k1 has a gradient that is 0 on average: it would add noise alone"
+            self._refuse("kl" if self.kl else "kl_in", problem, "set `kl_importance: true`, or take `kl: k3`")
+        if "reference" in given and not self.reads_reference:
+            self._refuse("reference", "nothing reads a reference: the KL has neither weight nor budget", "leave it out")
+        if self.minibatches > self.batch_size:
+            problem = f"there are more minibatches than prompts in a step ({self.batch_size})"
+            self._refuse("minibatches", problem, "lower it, or raise `batch_size`")
+        return self
+
+    def _refuse(self, name: str, problem: str, fix: str) -> None:
+        with refusing((name,), getattr(self, name)):
+            raise ConfigError(problem, fix=fix)
+
+    def trainer_computes_old_logps(self, precision: torch.dtype) -> bool:
+        """Also where the KL counts in the reward: what 16 bits round would be a KL of two equal policies."""
+        in_reward = bool(self.row.kl_weight) and self.row.kl_in != "loss"
+        return super().trainer_computes_old_logps(precision) or (in_reward and precision != torch.float32)
 
     @property
     def row(self) -> Variant:
@@ -214,8 +256,10 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         config, row = self.config, self.config.row
         completions, scores = run.generate_and_score(batch, config.group_size, config.generation)
         rollout = Batch.from_completions(batch, completions)
-        mask, grouped = rollout.loss_mask, scores.total.view(rollout.num_prompts, config.group_size)
-        differs = (grouped != grouped[:, :1]).any(dim=1).to(rollout.device)
+        mask, rewards = rollout.loss_mask, self.shaped(rollout, scores, run)
+        differs = self._differ(rollout, scores.total.to(rollout.device))
+        if "group_normalised" in config.shapings:  # which tells completions apart whose sums of rewards are equal
+            differs = differs | self._differ(rollout, rewards)
         engine_logps = rollout.engine_logps
         tokens = {"old_logps": engine_logps, "weight": rollout["kept_mass"]}
         if config.trainer_computes_old_logps(self.policy.precision):
@@ -226,8 +270,12 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         if config.reads_reference:
             with run.phase("reference", tokens=rollout.num_tokens):
                 tokens["ref_logps"] = self.reference.token_logps(rollout, temperature=config.generation.temperature)
-        rewards = self.shaped(rollout, scores, run)
         return rollout.attach(per_prompt={"differs": differs}, per_response={"rewards": rewards}, per_token=tokens)
+
+    def _differ(self, rollout: Batch, rewards: Tensor) -> Tensor:
+        """Return (P,) whether the rewards (R,) of a prompt's completions differ."""
+        grouped = rewards.view(rollout.num_prompts, self.config.group_size)
+        return (grouped != grouped[:, :1]).any(dim=1)
 
     def shaped(self, rollout: Batch, scores: Scores, run: RunContext) -> Tensor:
         """Return (R,) the completions' rewards after the shapings."""
@@ -250,14 +298,21 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         """Attach advantages, over all of the step's groups, and divide the rollout into windows."""
         config = self.config
         advantages = self.advantages(rollout, run)
-        rollout = run.record_rollout(rollout.attach(per_token={"advantages": advantages}), advantages)
         mask = rollout.loss_mask
         if config.mask_truncated:  # they have counted in the group's mean
             mask = mask & ~rollout["truncated"][:, None]
         if config.row.equal_groups == "skip":
             mask = mask & rollout["differs"][rollout.owner, None]
+        rollout = replace(rollout.attach(per_token={"advantages": advantages}), loss_mask=mask)
+        rollout = run.record_rollout(rollout, advantages, teaches=self._teaches(rollout, run))
         # What isn't in the loss needs no forward pass.
-        yield from run.windows(replace(rollout, loss_mask=mask).take(mask.any(dim=1).nonzero()[:, 0]))
+        yield from run.windows(rollout.take(mask.any(dim=1).nonzero()[:, 0]))
+
+    def _teaches(self, rollout: Batch, run: RunContext) -> bool:
+        """Return whether the rewards give any completion an advantage; a KL in the reward always does, if only by rounding."""
+        rewards, numbers = rollout["rewards"], rollout.response_places
+        found = run.over_step(self.parts["advantage"], rewards, numbers, rows=numbers.tolist())
+        return bool((found.abs() > 1e-6 * rewards.abs().clamp(max=1)).any())
 
     def advantages(self, rollout: Batch, run: RunContext) -> Tensor:
         """Return (R, T) advantages, over the whole step; 0 outside the mask.
