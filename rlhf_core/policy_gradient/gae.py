@@ -71,7 +71,8 @@ def whitened(values: Tensor, *, keep_mean: bool = False) -> Tensor:
         values: (N,).
 
     Returns:
-        (N,); where all values are equal, their mean (0 without `keep_mean`).
+        (N,); where all values are equal, their mean (0 without `keep_mean`). A deviation below 1e-4 counts as 1e-4: what a KL of
+        two equal policies is by rounding must not become a whole advantage.
     """
     if not len(values):
         return values
@@ -80,7 +81,7 @@ def whitened(values: Tensor, *, keep_mean: bool = False) -> Tensor:
     deviation = centred.square().mean().sqrt()
     # Equal values differ from their mean by rounding, which must not be scaled up.
     alike = deviation <= 1e-6 * mean.abs() + 1e-12
-    scaled = torch.where(alike, 0.0, centred / deviation.clamp(min=1e-12))
+    scaled = torch.where(alike, 0.0, centred / deviation.clamp(min=1e-4))
     return scaled + mean if keep_mean else scaled
 
 

@@ -30,7 +30,7 @@ from rlhf_core.training.loop import TrainingLoop
 from rlhf_core.training.loss_scale import LossScale
 from rlhf_core.training.optimizer import Schedule, warn_of_rate_for_every_weight
 from rlhf_core.training.run_data import open_stream
-from rlhf_core.training.run_directory import RunDirectory
+from rlhf_core.training.run_directory import RunDirectory, refuse_inputs_inside
 from rlhf_core.training.run_record import check_changes, record_data, record_failure, record_inputs, resolved_options
 from rlhf_core.training.run_state import RunProgress, RunState
 from rlhf_core.training.setup import RunSetup
@@ -113,6 +113,8 @@ class Run:
         opened: list[RunDirectory] = []
 
         def open_here() -> dict[str, Any]:
+            if not self.resume and self.trainer.output is not None:
+                refuse_inputs_inside(self.trainer.output, self.options)
             opened.append(RunDirectory.open(self.trainer.output, resume=self.resume, overwrite=self.overwrite))
             return {"continued": opened[0].continued, "started": opened[0].record["started"]}
 

@@ -186,6 +186,42 @@ class RunDirectory:
         self._lock = None
 
 
+def refuse_inputs_inside(path: Path, options: Mapping[str, Any]) -> None:
+    """Refuse a run that would replace the directory in which it finds its model, its data or whatever else it reads.
+
+    Args:
+        path: the run directory.
+        options: every option with its value, in the shape of a configuration file.
+
+    Raises:
+        ConfigError: names the option.
+    """
+    if not path.is_dir() or not any(path.iterdir()):
+        return
+    directory = path.resolve()
+
+    def check(value: Any, place: str) -> None:
+        if isinstance(value, Mapping):
+            for name, each in value.items():
+                check(each, f"{place}.{name}" if place else str(name))
+        elif isinstance(value, list | tuple):
+            for each in value:
+                check(each, place)
+        elif isinstance(value, str) and place != "output":
+            try:
+                read = Path(value).expanduser().resolve()
+                inside = read.is_relative_to(directory) and read.exists()
+            except (OSError, ValueError, RuntimeError):  # a text that no path can be
+                return
+            if inside:
+                raise ConfigError(
+                    "lies in the run directory, whose content the run would remove",
+                    place=place, got=value, fix="choose another `output`",
+                )  # fmt: skip
+
+    check(options, "")
+
+
 def record_fault(path: Path, *, rank: int, code: int, step: int, message: str) -> None:
     """Write the fault of a process other than the first into `status.json`: the first may end before it can."""
     fault = {"status": "failed", "exit_code": code, "step": step, "message": f"process {rank}: {message}"}

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from toy import toy
 
-from rlhf_core.infra.errors import StorageError
-from rlhf_core.training.run_directory import RunDirectory
+from rlhf_core.infra.errors import ConfigError, StorageError
+from rlhf_core.training.run_directory import RunDirectory, refuse_inputs_inside
 
 
 def failed(path: Path, *, step: int) -> None:
@@ -34,6 +34,28 @@ def test_what_was_trained_is_asked_about(tmp_path: Path, left: str) -> None:
         (tmp_path / "run/metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(StorageError, match="holds an earlier run"):
         RunDirectory.open(tmp_path / "run", resume=False, overwrite=False)
+
+
+@pytest.mark.parametrize("read", ["model", "data", "replay"])
+def test_a_run_does_not_remove_what_it_reads(read: str, tmp_path: Path) -> None:
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "rows.jsonl").write_text("{}\n")
+    failed(tmp_path / "other", step=1)
+    options = {"model": str(tmp_path / "run" / "model"), "data": [str(tmp_path / "run" / "rows.jsonl")]}
+    options |= {"replay": str(tmp_path / "run"), "output": str(tmp_path / "run")}
+    with pytest.raises(ConfigError, match=f"`?{read}`?: lies in the run directory"):
+        refuse_inputs_inside(tmp_path / "run", {read: options[read], "output": options["output"], "method": "sft"})
+    refuse_inputs_inside(tmp_path / "other", options)
+    refuse_inputs_inside(tmp_path / "new", options)
+
+
+def test_overwriting_the_run_whose_model_is_trained_further_is_refused(tmp_path: Path) -> None:
+    toy(tmp_path, max_steps=1).train()
+    again = toy(tmp_path, max_steps=1)
+    again.model = tmp_path / "model"
+    with pytest.raises(ConfigError, match="lies in the run directory"):
+        again.train(overwrite=True)
+    assert (tmp_path / "model").is_dir() and (tmp_path / "metrics.jsonl").is_file()
 
 
 LEFT_BEHIND = [".probe-123", ".run.json.tmp", ".status.json.tmp", "run.lock"]
