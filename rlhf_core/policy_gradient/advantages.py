@@ -51,7 +51,8 @@ def group_mean_std(rewards: Tensor, groups: Tensor, *, epsilon: NonNegative = 1e
     index, sizes = _grouped(groups, "group_mean_std", 2)
     centred = rewards.double() - _means(rewards, index, sizes)
     variance = _sums(centred.square(), index, sizes) / (sizes - 1)
-    return (centred / (variance.sqrt() + epsilon)[index]).to(rewards.dtype)
+    scaled = centred / (variance.sqrt() + epsilon)[index]
+    return torch.where((variance > 0)[index], scaled, 0.0).to(rewards.dtype)  # 0/0 where ε is 0
 
 
 @ADVANTAGES.own

@@ -46,7 +46,7 @@ class PolicyGradientConfig(OnlineConfig):
         return getattr(self, kind), getattr(self, f"{kind}_options")
 
     def bound_parts(self) -> dict[str, Part]:
-        """Return the parts by kind, with their options set."""
+        """Return the parts by kind, with their options set and their results checked at each call."""
         return {kind: table.bind(*self.part(kind)) for kind, table in self.tables.items()}
 
     def trainer_computes_old_logps(self, precision: torch.dtype) -> bool:

@@ -14,6 +14,7 @@ from rlhf_core import registry
 from rlhf_core.config.fields import alternatives, shown
 from rlhf_core.infra.errors import ConfigError, PluginError, did_you_mean, shortened
 from rlhf_core.infra.import_object import import_object
+from rlhf_core.policy_gradient.part_checks import CheckedPart
 from rlhf_core.registry.discovery import fold
 from rlhf_core.registry.distributions import PART_KINDS, canonical
 
@@ -127,8 +128,10 @@ class PartTable:
         return checked
 
     def bind(self, name: str, given: Mapping[str, Any], *, place: str | None = None) -> Part:
-        """Return the part with its options set. Raises as `options` does."""
-        return functools.partial(self.get(name, place=place), **self.options(name, given, place=place))
+        """Return the part with its options set and its result checked at each call. Raises as `options` does."""
+        function, options = self.get(name, place=place), self.options(name, given, place=place)
+        own = function is self._own.get(fold(name))
+        return CheckedPart(functools.partial(function, **options), self.kind, name, own)
 
     def shown(self, name: str, given: Mapping[str, Any]) -> str:
         """Return a part with all its options as text, `ppo (low 0.2, high 0.28)`. Raises as `options` does."""

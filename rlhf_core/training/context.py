@@ -128,11 +128,20 @@ class RunContext:
                 entry per row.
             values: (n, ...) each, one entry for each of `rows`.
             rows: the row number of each entry; their order makes the result the same for any number of processes.
+
+        Raises:
+            PluginError: the function returned another number of entries than there are rows in the step; on every process.
         """
         numbers = torch.tensor(list(rows), dtype=torch.long)
         shares = [len(part) for part in self.distribution.gather_tensor(numbers)]
         order = self.gather(numbers).argsort(stable=True)
         found = function(*(self.gather(value)[order.to(value.device)] for value in values))
+        if not isinstance(found, Tensor) or not found.ndim or len(found) != len(order):
+            raise PluginError(
+                f"the function of `over_step` must return a tensor with one entry per row, {len(order)} of them",
+                place=f"{type(self.trainer).__name__}.experience",
+                got=f"a tensor {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__,
+            )
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order))
         first = sum(shares[: self.distribution.rank])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,7 +15,8 @@ from rlhf_plugins import GRPOConfig, GRPOTrainer
 from trainers_helpers import assert_refused, small_policy
 
 from rlhf_core.cli import main
-from rlhf_core.infra.errors import NumbersError
+from rlhf_core.infra.errors import NumbersError, PluginError
+from rlhf_core.policy_gradient import ADVANTAGES
 from rlhf_core.testing import TrainerContract
 from rlhf_core.testing.interrupted_runs import metrics_of
 from rlhf_core.testing.workbench import Workbench
@@ -293,3 +295,18 @@ def letters(completions, **columns):
         assert run.train().step == 2
         runs[name] = [row["loss"] for row in metrics_of(tmp_path / name)]
     assert runs["installed"] == runs["path"] and any(runs["path"])
+
+
+def test_a_part_of_a_third_party_trains_or_is_named() -> None:
+    """Whitening without an epsilon trains; twice as many advantages as completions are the part's fault."""
+    options = {**OPTIONS, "batch_size": 2, "max_steps": 1, "minibatches": 1, "rollout_epochs": 1, "rewards": []}
+    ADVANTAGES.register("whitened", lambda rewards, groups: (rewards - rewards.mean()) / rewards.std())
+    ADVANTAGES.register("too_many", lambda rewards, groups: torch.cat([rewards, rewards]))
+
+    def train(name: str) -> Any:
+        config = GRPOConfig.parse({**options, "advantage": name, "logging": {"progress": False}})
+        return GRPOTrainer(config, model=small_policy(), data=prompts(count=2), rewards=[digits]).train()
+
+    assert math.isfinite(train("whitened").metrics["loss"])
+    with pytest.raises(PluginError, match="advantage `too_many`: must return one number per completion"):
+        train("too_many")

@@ -72,6 +72,13 @@ def test_equal_rewards_have_no_advantage(name: str, value: float) -> None:
     assert advantages(name, [value] * 5, [0] * 5) == pytest.approx([0] * 5, abs=1e-6)
 
 
+@pytest.mark.parametrize("name", ["group_mean_std", "batch_norm", "group_mean_batch_norm"])
+def test_equal_rewards_have_no_advantage_without_an_epsilon(name: str) -> None:
+    assert advantages(name, [0.1] * 5, [0, 0, 0, 1, 1], epsilon=0) == [0] * 5
+    rest = advantages(name, [0.1, 0.1, 1.0, 2.0], [0, 0, 1, 1], epsilon=0)
+    assert all(math.isfinite(one) for one in rest) and rest[2] < rest[3]
+
+
 @pytest.mark.parametrize("name", sorted(EXPECTED))
 def test_the_order_of_completions_changes_nothing(name: str) -> None:
     order = [3, 6, 0, 5, 2, 4, 1]

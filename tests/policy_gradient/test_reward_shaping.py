@@ -67,3 +67,8 @@ def test_gdpo_tells_apart_what_the_sum_of_rewards_does_not() -> None:
     shaped = SHAPINGS.get("group_normalised")(given)
     gdpo = ADVANTAGES.get("batch_norm")(shaped.total, given.groups)
     assert plain[0] == plain[1] and gdpo[0] > gdpo[1] + 0.1
+
+
+def test_equal_scores_are_normalised_to_nothing_without_an_epsilon() -> None:
+    found = SHAPINGS.bind("group_normalised", {"epsilon": 0})(terms([[0.1, 0.1, 0.0, 1.0]], [1] * 4))
+    assert found.total.tolist() == pytest.approx([0, 0, -(0.5**0.5), 0.5**0.5])

@@ -259,6 +259,19 @@ def test_a_function_of_the_step_gives_each_process_its_own_rows() -> None:
     assert work([[4], [1, 5, 0], [3, 2]]) == [[44], [11, 50, 3], [35, 22]]
 
 
+@pytest.mark.parametrize("times", [0, 2])
+def test_a_function_of_the_step_returns_one_entry_per_row(times: int) -> None:
+    import torch
+
+    from rlhf_core.testing import run_context
+
+    run = run_context(toy())
+    with pytest.raises(PluginError, match=rf"one entry per row, 3 of them; got a tensor \({3 * times},\)"):
+        run.over_step(lambda whole: whole.repeat(times), torch.zeros(3), rows=[0, 1, 2])
+    with pytest.raises(PluginError, match="one entry per row, 3 of them; got list"):
+        run.over_step(lambda whole: whole.tolist(), torch.zeros(3), rows=[0, 1, 2])
+
+
 @pytest.mark.parametrize(
     "other", [torch.zeros(0), torch.zeros(2, dtype=torch.long), torch.zeros(2, 4, dtype=torch.float64)]
 )

@@ -138,7 +138,8 @@ class GRPOConfig(PolicyGradientConfig):
             problem = f"rewards in a group of one are equal, so `equal_groups: {row.equal_groups}` leaves no group"
             self._refuse("group_size", problem, "raise it, or set `equal_groups: keep`")
         limit, groups = self.generation.max_new_tokens, torch.zeros(size, dtype=torch.long)
-        terms = RewardTerms(torch.zeros(1, size), torch.ones(1), groups, torch.full((size,), limit), limit)
+        scores = (torch.arange(size) % 2).float()[None]  # they differ: equal ones are beyond some advantages
+        terms = RewardTerms(scores, torch.ones(1), groups, torch.full((size,), limit), limit)
         advantage = ADVANTAGES.bind(*self.part("advantage"))
         with refusing(("group_size",), size):
             advantage(terms.total, groups)
