@@ -399,7 +399,8 @@ def test_a_process_that_is_killed_leaves_nothing_that_is_trusted(data, cache, to
     finally:
         datasets.enable_caching()
     assert killed and everything(opened(data)) == expected
-    assert [path.name for path in cache.iterdir() if path.suffix in (".tmp", ".lock")] == []
+    # A lock whose process was killed between the last byte and its removal stays, and locks nothing.
+    assert [path.name for path in cache.iterdir() if path.suffix == ".tmp"] == []
 
 
 def test_a_full_disk_costs_the_cache_and_nothing_else(data, cache, caplog):
