@@ -159,7 +159,7 @@ def ppo(demo: Demo) -> Measured:
     return online(
         demo,
         "ppo",
-        rollouts=50,
+        rollouts=65,
         prompts=512,
         rollout_epochs=1,
         minibatches=4,
