@@ -180,6 +180,13 @@ class LockWatch:
         self._changed = threading.Condition()
         self._running = False
         self._child: subprocess.Popen[bytes] | None = None
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._forget)
+
+    def _forget(self) -> None:
+        """Watch a fork of the process by a thread and a child of its own: the parent's child is told of the parent alone."""
+        self._limits, self._changed = [], threading.Condition()
+        self._running, self._child = False, None
 
     @contextlib.contextmanager
     def over(self, seconds: float | None) -> Iterator[None]:
@@ -199,6 +206,9 @@ class LockWatch:
         finally:
             with self._changed:
                 self._limits.remove(seconds)
+                if not self._limits and self._child is not None:
+                    # Now: where the thread slept through a short call, it wouldn't take that call's limit back.
+                    self._report(float("inf"))
                 self._changed.notify()
 
     def _watch(self) -> None:

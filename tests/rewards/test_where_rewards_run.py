@@ -406,6 +406,30 @@ def test_a_reward_that_holds_the_interpreters_lock_ends_the_process() -> None:
 
 
 @pytest.mark.slow
+def test_a_short_call_while_the_watch_sleeps_ends_no_process() -> None:
+    """Its limit is taken back when it ends, in a fork of the process as well."""
+    script = """
+        import os, time
+        from rlhf_core.rewards import background
+        background.GRACE = 0.0
+        watch = background.LockWatch()
+        with watch.over(0.5):
+            time.sleep(0.2)
+        time.sleep(0.5)  # the watch has nothing to do and sleeps
+        with watch.over(0.5):
+            pass
+        if os.fork() == 0:
+            with watch.over(0.5):
+                os._exit(0)
+        time.sleep(4)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a stopped process is seen in /proc")
 @pytest.mark.parametrize("stopped", ["process", "group"])
 def test_a_run_that_is_stopped_for_longer_than_its_time_limit_continues(stopped: str) -> None:
