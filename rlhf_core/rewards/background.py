@@ -184,7 +184,7 @@ class LockWatch:
             os.register_at_fork(after_in_child=self._forget)
 
     def _forget(self) -> None:
-        """Watch a fork of the process by a thread and a child of its own: the parent's child is told of the parent alone."""
+        """Watch a fork of the process by a thread and a child of its own: reports to the other child are the parent's alone."""
         self._limits, self._changed = [], threading.Condition()
         self._running, self._child = False, None
 
