@@ -12,6 +12,7 @@ import pytest
 import torch
 from online_helpers import digits, has_digit, prompts
 from rlhf_plugins import GRPOConfig, GRPOTrainer
+from rlhf_plugins.trainers.grpo_variants import VARIANTS
 from trainers_helpers import assert_refused, small_policy
 
 from rlhf_core.cli import main
@@ -50,6 +51,7 @@ class TestContractOfReinforcePlusPlus(TrainerContract):
 class TestContractOfGMPO(TrainerContract):
     trainer = GRPOTrainer
     options: ClassVar[dict[str, Any]] = {**OPTIONS, "variant": "gmpo", "kl_weight": 0.05, "kl_importance": True}
+    no_effect = ("kl_in",)  # an importance weight is for a KL in the loss alone
 
 
 # Options
@@ -112,6 +114,13 @@ def test_a_row_can_be_overridden_part_by_part() -> None:
 )
 def test_what_is_said_of_wrong_options(options: dict[str, Any], message: str) -> None:
     assert_refused(GRPOConfig, options, message)
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_the_resolved_options_of_every_row_are_accepted_again(variant: str) -> None:
+    """They are what `config.yaml` of a run holds, every default among them."""
+    config = GRPOConfig.parse({"variant": variant})
+    assert GRPOConfig.parse(config.model_dump(mode="json")) == config
 
 
 def test_a_group_of_one_is_enough_where_the_advantage_needs_no_other() -> None:

@@ -165,7 +165,7 @@ class GRPOConfig(PolicyGradientConfig):
         if row.kl_weight and (row.kl_in, row.kl) == ("loss", "k1") and not self.kl_importance:
             problem = "in the loss, k1 has a gradient that is 0 on average: it would add noise alone"
             self._refuse("kl" if self.kl else "kl_in", problem, "set `kl_importance: true`, or take `kl: k3`")
-        if "reference" in given and not self.reads_reference:
+        if self.reference != "auto" and not self.reads_reference:
             self._refuse("reference", "nothing reads a reference: the KL has neither weight nor budget", "leave it out")
         if self.minibatches > self.batch_size:
             problem = f"there are more minibatches than prompts in a step ({self.batch_size})"
