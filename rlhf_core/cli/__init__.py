@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -43,8 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
             _may_hang().leave(1)
         raise
-    if arguments is None and _may_hang():
-        _may_hang().leave(code)
+    if arguments is None:
+        # The program has ended, and Python's own clean-up follows: Ctrl-C during that would change the exit code.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if _may_hang():
+            _may_hang().leave(code)
     return code
 
 

@@ -23,13 +23,14 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from rlhf_core.infra.measured_choices import note_choice
+from rlhf_core.infra.measured_choices import follow_record, note_choice
 
 log = logging.getLogger(__name__)
 
 MARGIN = 0.75
 """oneDNN is used where a layer's three products take at most this share of PyTorch's time. Far enough from 1 and from the half
-that is found where it is faster, so that each start of a run decides alike: another decision would change the last bits."""
+that is found where it is faster, so that two runs on a machine decide alike: another decision would change the last bits. A
+resumed run, and the other processes of one, take what was decided before."""
 CHOICE = "float32 products in training"
 """What the choice is called in a run's record."""
 LEAST_WORK = 2**22
@@ -220,6 +221,8 @@ def is_faster(threads: int) -> bool:
             if any(float((ours().double() - exact).norm() / exact.norm()) > 1e-6 for ours, _, exact in pairs):
                 note_choice(CHOICE, "PyTorch", reason="oneDNN's results are wrong", threads=threads)
                 return False
+            if (recorded := follow_record(CHOICE, threads=threads)) is not None:
+                return recorded == "oneDNN"
             # Half a millisecond each, so that on a busy machine some are never interrupted.
             times = [least_seconds(ours, theirs, rounds=20) for ours, theirs, _ in pairs]
     except (AttributeError, RuntimeError, NotImplementedError):  # a build of PyTorch without oneDNN

@@ -61,6 +61,8 @@ class RunContext:
     """Times what the method does."""
     rollout: RolloutRecord = field(default_factory=RolloutRecord)
     """What was generated since the last rollout was trained on."""
+    held: bool = field(default=False, init=False)
+    """Whether a method has said, since it took its last batch, that it holds some of it for a later window."""
     _tally: Tally = field(default_factory=Tally, init=False)
     _engine: Engine | None = field(default=None, init=False)
     _engine_step: int | None = field(default=None, init=False)
@@ -320,6 +322,13 @@ class RunContext:
         """
         return self.phases.phase(name, tokens)
 
+    def hold(self) -> None:
+        """Note that some of the last batch is held for a later window, so that it isn't one of `max_idle_batches`.
+
+        Every process calls it, or none.
+        """
+        self.held = True
+
     def record_rollout(self, rollout: Batch, advantages: Tensor | None = None, *, teaches: bool | None = None) -> Batch:
         """Record the advantages of a rollout's responses for `rollouts.jsonl`; return it with a column that the core needs.
 
@@ -331,12 +340,13 @@ class RunContext:
                 their order.
             advantages: (R,), or (R, T), of which the mean over tokens in the loss is recorded; null for completions that have
                 none in it.
-            teaches: whether the rewards of this process's share give any completion an advantage, for a method without a value
-                model. None: whether all of each prompt are equal decides, as it does where this is false.
+            teaches: whether the rewards of this process's share give any completion something to learn from. None: whether all of
+                each prompt are equal decides (with a value model, all of the rollout); without one also where this is false.
         """
         if self.evaluating:
             return rollout
-        self.rollout.teaches |= bool(teaches)
+        if teaches is not None:
+            self.rollout.teaches = teaches or bool(self.rollout.teaches)
         if advantages is not None:
             mask = rollout.loss_mask.to(advantages.device)
             means = (advantages * mask).sum(1) / mask.sum(1) if advantages.ndim == 2 else advantages

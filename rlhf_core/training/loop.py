@@ -176,28 +176,36 @@ class TrainingLoop:
         A value model also learns from how the rewards of different prompts differ: with one, all rewards must be equal. Without
         one, advantages may still differ from 0, such as those over the whole batch, or of rewards that a KL or a length changes.
         """
-        what, share = "all rewards of each prompt", row.get("groups_without_variance")
+        what, share, said = "all rewards of each prompt are equal", row.get("groups_without_variance"), self._said()
         if "value" in self._run.trainer.models:
-            what, share = "all rewards", None
+            what, share = "all rewards are equal", None
             if "reward_std" in row:  # 0 but for rounding
                 share = float(row["reward_std"] <= 1e-6 * abs(row["reward"]))
+            if said is False and share is not None:
+                what, share = "no reward counts, as no completion has ended", 1
+        elif share == 1 and said:
+            share = 0
         if share is None:
             return
-        if share == 1 and "value" not in self._run.trainer.models:
-            share = 0 if self._distribution.any(self._run.context.rollout.teaches) else 1
         self._alike = self._alike + 1 if share == 1 else 0
         shown = self._run.context.rollout.rewards_shown()
         if self._alike == 1 and not self._warned:
             self._warned = True
-            log.warning("step %d: %s are equal, so they teach nothing: %s", row["step"], what, shown)
+            log.warning("step %d: %s, so they teach nothing: %s", row["step"], what, shown)
         if self._alike > self._config.max_idle_batches:
             raise NumbersError(
-                f"in {self._alike} rollouts in a row {what} are equal, so they teach nothing",
+                f"in {self._alike} rollouts in a row {what}, so they teach nothing",
                 place=f"step {row['step']}",
                 got=shown,
                 fix="look at the completions (`rlhf rollouts RUN`) and the rewards: prompts that are too easy or too hard, a"
-                " reward that no completion gets; a larger `max_idle_batches` allows more of them",
+                " reward that no completion gets, a limit (`generation.max_new_tokens`) that truncates all; a larger"
+                " `max_idle_batches` allows more of them",
             )
+
+    def _said(self) -> bool | None:
+        """Return whether the method said that the last rollout's rewards teach, on any process; None where it said nothing."""
+        teaches = self._run.context.rollout.teaches
+        return None if teaches is None else self._distribution.any(teaches)
 
     def _skip(self, window: Window) -> None:
         """Count a window that made no step, because every weight in it was zero."""

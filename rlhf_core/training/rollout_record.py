@@ -41,8 +41,8 @@ class RolloutRecord:
         self.completions: list[RecordedCompletion] = []
         self.fresh = False
         """Whether no update has been made since the last generation; the same on all processes."""
-        self.teaches = False
-        """Whether the method said of the last rollout that its rewards teach, on this process."""
+        self.teaches: bool | None = None
+        """Whether the method said of the last rollout that its rewards teach, on this process; None where it said nothing."""
         self._last: list[RecordedCompletion] = []
         """Those of the rollout before."""
         self._numbers: dict[tuple[int, int], int] = {}
@@ -57,7 +57,7 @@ class RolloutRecord:
     ) -> None:
         """Add the completions of a batch's prompts, with their scores where they have some."""
         if not self.fresh:
-            self.fresh, self.teaches = True, False
+            self.fresh, self.teaches = True, None
         numbers = [(prompt, index) for prompt, group in enumerate(completions) for index in range(len(group))]
         for at, (prompt, index) in enumerate(numbers):
             place = _place(batch, prompt)

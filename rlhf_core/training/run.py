@@ -31,7 +31,14 @@ from rlhf_core.training.loss_scale import LossScale
 from rlhf_core.training.optimizer import Schedule, warn_of_rate_for_every_weight
 from rlhf_core.training.run_data import open_stream
 from rlhf_core.training.run_directory import RunDirectory, refuse_inputs_inside
-from rlhf_core.training.run_record import check_changes, record_data, record_failure, record_inputs, resolved_options
+from rlhf_core.training.run_record import (
+    check_changes,
+    record_data,
+    record_failure,
+    record_inputs,
+    resolved_options,
+    share_choices,
+)
 from rlhf_core.training.run_state import RunProgress, RunState
 from rlhf_core.training.setup import RunSetup
 from rlhf_core.training.signals import StopNow, StopSignal, stopped
@@ -125,6 +132,7 @@ class Run:
         """Build, open, check and restore everything that the first step needs."""
         setup, config = self.setup, self.trainer.config
         self._check_resumable()
+        share_choices(self)
         setup.build_models()
         if setup.config is not config:  # the model has decided `max_length`
             self.options = resolved_options(self.trainer)

@@ -38,7 +38,7 @@ class Windows:
         self._trainer, self._stream, self._run = trainer, stream, run
         self._per_batch = trainer.windows_per_batch() if counted else None
         self._batches_used = batches_used
-        self._before, self._made, self._inside = stream.batches, 0, False
+        self._before, self._made, self._inside, self._held_at = stream.batches, 0, False, 0
         self._windows = iter(trainer.experience(self._batches(), run))
 
     def __iter__(self) -> Iterator[Window]:
@@ -79,13 +79,16 @@ class Windows:
                     place=f"{type(self._trainer).__name__}.experience",
                     fix="yield a rollout's last window as `Window(batch)`",
                 )
-            if (idle := self._stream.batches - self._batches_used()) > most:
+            if self._run.held:
+                self._held_at = self._stream.batches - 1
+            if (idle := self._stream.batches - max(self._batches_used(), self._held_at)) > most:
                 raise NumbersError(
                     f"{idle - 1} batches in a row gave nothing to learn from",
                     place=f"step {self._run.step + 1}",
                     got=f"rows {list(batch.rows)[:16]} next{self._rewards()}",
                     fix="look at the loss mask of these rows, or at the rewards; a larger `max_idle_batches` allows more of them",
                 )
+            self._run.held = False
             yield batch
 
     def _rewards(self) -> str:

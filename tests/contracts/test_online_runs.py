@@ -281,17 +281,17 @@ class Asked(Watched):
 
 def test_what_a_skipped_rollout_logged_is_reported_after_a_resume_too(tmp_path: Path) -> None:
     whole, stopped = (
-        trainer(tmp_path / "whole", kind=Asked, max_steps=12),
-        trainer(tmp_path / "stopped", kind=Asked, max_steps=12),
+        trainer(tmp_path / name, kind=Asked, max_steps=12, logging=WHOLE) for name in ("whole", "stopped")
     )
     whole.train()
     stopped.stop = True
     with pytest.raises(Stopped):
         stopped.train()
-    again = trainer(tmp_path / "stopped", kind=Asked, max_steps=12)
+    again = trainer(tmp_path / "stopped", kind=Asked, max_steps=12, logging=WHOLE)
     again.drawn = 3
     again.train(resume=True)
     require_same_run(tmp_path / "stopped", tmp_path / "whole")
+    assert rollouts_of(tmp_path / "stopped") == rollouts_of(tmp_path / "whole")
     # The third rollout and the fourth share a row: 64 completions.
     assert [row["step"] for row in metrics_of(tmp_path / "whole") if "reward" in row] == [1, 5, 9]
 

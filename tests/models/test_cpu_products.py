@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_core.config.training import LoraConfig
+from rlhf_core.infra import measured_choices
 from rlhf_core.models import PolicyModel
 from rlhf_core.models import cpu_products as module
 from rlhf_core.models.cpu_products import add_product, multiply, multiply_into, speed_up_linears
@@ -297,3 +298,23 @@ def test_logprobs_of_a_large_vocabulary(
         results.append([logps.detach().double(), h.grad.double(), *([w.grad.double()] if weight_learns else [])])
     assert calls
     assert all(relative(mine, own) < LIMIT for own, mine in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("taken", ["oneDNN", "PyTorch"])
+def test_a_recorded_choice_is_followed_and_not_measured(taken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = torch.get_num_threads()
+    record = {module.CHOICE: {"taken": taken, "share_of_time": 0.5, "threads": threads}}
+    monkeypatch.setattr(measured_choices, "_recorded", {})
+    monkeypatch.setattr(measured_choices, "_made", {})
+    monkeypatch.setattr(module, "least_seconds", lambda *works, **options: pytest.fail("it was measured"))
+    measured_choices.take_recorded(record)
+    module.is_faster.cache_clear()
+    assert module.is_faster(threads) == (taken == "oneDNN")
+    assert measured_choices.measured_choices() == record
+
+
+def test_a_choice_under_other_circumstances_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measured_choices, "_recorded", {})
+    measured_choices.take_recorded({module.CHOICE: {"taken": "PyTorch", "threads": torch.get_num_threads() + 1}})
+    module.is_faster.cache_clear()
+    assert module.is_faster(torch.get_num_threads())  # as `MARGIN` is infinite here

@@ -27,7 +27,7 @@ from rlhf_plugins.trainers.distill import (
 from torch import Tensor
 from trainers_helpers import assert_refused, built, small_policy
 
-from rlhf_core.infra.errors import ConfigError, ModelError
+from rlhf_core.infra.errors import ConfigError, ModelError, NumbersError
 from rlhf_core.models import PolicyModel, logprobs
 from rlhf_core.testing import TrainerContract
 from rlhf_core.testing.arithmetic_task import ArithmeticTask
@@ -153,6 +153,27 @@ def test_padded_tables_and_masked_tokens(name: str) -> None:
     found = compared(student + masked, teacher + masked, **options)
     found[:, 0].sum().backward()
     assert student.grad is not None and bool(found.isfinite().all()) and bool(student.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_token_that_the_teacher_alone_masks(name: str, teacher: Path) -> None:
+    """It makes the reverse divergence infinite, which is refused, and no other."""
+    made, batch = built(DistillationTrainer, teacher=str(teacher), divergence=name), random_batch(4, 1)
+    logits = made.teacher.logits
+
+    def masking(states: Tensor) -> Tensor:
+        found = logits(states).clone()
+        found[..., 4] = -torch.inf
+        return found
+
+    made.teacher.logits = masking  # type: ignore[method-assign]
+    if name == "reverse_kl":
+        with pytest.raises(
+            NumbersError, match=r"the divergence is infinite: one model gives no probability to a token"
+        ):
+            made.loss(batch)
+    else:
+        assert bool(made.loss(batch).terms["divergence"].isfinite())
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])

@@ -385,6 +385,30 @@ def test_rewards_that_differ_between_prompts_alone_are_no_fault(tmp_path: Path, 
             trainer.train()
 
 
+def test_a_run_in_which_no_completion_ends_says_that_no_reward_counts(
+    policy: PolicyModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Values stand for the rewards of truncated completions, however these differ."""
+
+    def of_prompt(prompts: list[str], **columns: Any) -> list[float]:
+        return [float(prompt[0]) for prompt in prompts]
+
+    def run(truncated: str) -> PPOTrainer:
+        generation = {"max_new_tokens": 2, "min_new_tokens": 2}
+        trainer = trainer_of(
+            policy, rewards=[], truncated=truncated, generation=generation, max_steps=16, max_idle_batches=2
+        )
+        trainer.rewards = [of_prompt]
+        return trainer
+
+    with pytest.raises(
+        NumbersError, match=r"in 3 rollouts in a row no reward counts, as no completion has ended"
+    ) as caught:
+        run("bootstrap").train()
+    assert "max_new_tokens" in caught.value.line() and "no reward counts" in caplog.text
+    assert run("score").train().step == 16
+
+
 def test_replayed_rollouts_give_the_same_weights(tmp_path: Path, policy: PolicyModel) -> None:
     """From the completions that a run kept, advantages and returns are computed again; a KL in the reward adapts, too."""
     options = {"kl_weight": 0.1, "kl_target": 0.01, "max_steps": 8, "optimizer": {}, "save_precision": "float32"}

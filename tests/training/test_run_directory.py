@@ -211,6 +211,23 @@ def test_a_run_records_which_implementations_were_measured_to_be_faster(
     assert "before the run was resumed" not in caplog.text
 
 
+def test_a_resumed_run_computes_with_what_its_record_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = {"float32 products in training": {"taken": "PyTorch", "share_of_time": 0.7, "threads": 1}}
+    monkeypatch.setattr(measured_choices, "_made", record)
+    monkeypatch.setattr(measured_choices, "_recorded", {})
+    run = toy(tmp_path, kind=interruptible(ToyTrainer), max_steps=4, checkpoint={"every": 2})
+    run.stop_after = 2
+    with pytest.raises(StoppedEarly):
+        run.train()
+    monkeypatch.setattr(measured_choices, "_made", {})  # as in a new process
+    toy(tmp_path, kind=interruptible(ToyTrainer), max_steps=4, checkpoint={"every": 2}).train(resume=True)
+    what = "float32 products in training"
+    assert measured_choices.follow_record(what, threads=2) is None
+    assert measured_choices.follow_record(what, threads=1) == "PyTorch"
+    toy(tmp_path / "new", max_steps=1).train()
+    assert measured_choices.follow_record(what, threads=1) is None
+
+
 def test_a_resumed_run_warns_where_another_implementation_is_taken_now(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -161,10 +161,10 @@ def test_checkpoints_by_time_need_a_directory() -> None:
         toy(max_steps=1, checkpoint={"minutes": 5.0}).train()
 
 
-def command(tmp_path: Path, *options: str) -> subprocess.Popen[str]:
+def command(tmp_path: Path, *options: str) -> subprocess.Popen[bytes]:
     model, data = tmp_path / "model", tmp_path / "rows.jsonl"
     save_tiny(model)
-    data.write_text("".join(json.dumps({"prompt": "2 + 3 =", "response": " 5" * 400}) + "\n" for _ in range(64)))
+    data.write_text("".join(json.dumps({"prompt": "2 + 3 =", "response": " 5" * 400}) + "\n" for _ in range(128)))
     arguments = [
         "train",
         "sft",
@@ -180,10 +180,15 @@ def command(tmp_path: Path, *options: str) -> subprocess.Popen[str]:
     heard = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
     return subprocess.Popen(
         [sys.executable, "-c", f"{heard} from rlhf_core.cli import main; sys.exit(main(sys.argv[1:]))", *arguments],
-        stderr=subprocess.PIPE,
-        text=True,
+        stderr=(tmp_path / "errors.txt").open("w"),
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
+
+
+def errors_of(process: subprocess.Popen[bytes], tmp_path: Path) -> str:
+    """Return what a process wrote to stderr until it ended."""
+    process.wait(timeout=60)
+    return (tmp_path / "errors.txt").read_text()
 
 
 def wait_for(path: Path, text: str) -> None:
@@ -196,13 +201,13 @@ def wait_for(path: Path, text: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("presses", "code"), [(1, 75), (2, 130)])
 def test_ctrl_c_on_the_command_line(tmp_path: Path, presses: int, code: int) -> None:
-    # Steps of half a second, for the second press to come before the end of one.
-    process = command(tmp_path, "--max_steps", "100000", "--max_length", "768", "--batch_size", "32")
+    # Steps of some seconds, for the second press to come before the end of one.
+    process = command(tmp_path, "--max_steps", "100000", "--max_length", "768", "--batch_size", "128")
     wait_for(tmp_path / "run" / "metrics.jsonl", '"step": 1')
     for _ in range(presses):
         process.send_signal(signal.SIGINT)
-        time.sleep(0.1)
-    _, errors = process.communicate(timeout=60)
+        wait_for(tmp_path / "errors.txt", "press Ctrl-C again")
+    errors = errors_of(process, tmp_path)
     assert process.returncode == code, errors
     assert "Traceback" not in errors and "press Ctrl-C again to stop at once" in errors
     end = errors.strip().splitlines()[-1]
@@ -218,6 +223,6 @@ def test_ctrl_c_while_it_loads(tmp_path: Path) -> None:
     process = command(tmp_path, "--max_steps", "100000")
     wait_for(tmp_path / "run" / "run.json", '"running"')
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    errors = errors_of(process, tmp_path)
     assert process.returncode == 130 and "Traceback" not in errors
     assert errors.strip().splitlines()[-1] == "error[interrupted] stopped by Ctrl-C; before its first step"

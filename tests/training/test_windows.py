@@ -168,6 +168,26 @@ def test_data_that_never_make_a_window_end_the_run() -> None:
     assert "max_idle_batches" in str(caught.value.fix)
 
 
+class Hoarder(ToyTrainer):
+    """Takes eight batches for a window."""
+
+    says_so = True
+
+    def experience(self, stream: Iterator[Batch], run: RunContext) -> Iterator[Window]:
+        for number, window in enumerate(super().experience(stream, run), 1):
+            if self.says_so:
+                run.hold()
+            if number % 8 == 0:
+                yield window
+
+
+def test_batches_that_are_held_for_a_later_window_are_not_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert toy(kind=Hoarder, max_steps=2, max_idle_batches=1).train().step == 2
+    monkeypatch.setattr(Hoarder, "says_so", False)
+    with pytest.raises(NumbersError, match="5 batches in a row gave nothing to learn from"):
+        toy(kind=Hoarder, max_steps=2, max_idle_batches=5).train()
+
+
 class Alike(Four):
     """Two of three batches hold nothing to learn from, in all of their windows."""
 

@@ -20,6 +20,7 @@ from rlhf_core.plugin import (
     Loader,
     Loss,
     ModelConfig,
+    NumbersError,
     OnlineConfig,
     PolicyModel,
     RewardConfig,
@@ -73,6 +74,8 @@ def jensen_shannon(student: Tensor, teacher: Tensor, *, beta: float) -> Tensor:
     return beta * kl(teacher, mixture) + (1 - beta) * kl(student, mixture)
 
 
+INFINITE = 1e30
+"""Nats from which on a divergence stands for an infinite one: a masked token's log-probability is the least float."""
 Divergence = Literal["forward_kl", "reverse_kl", "jensen_shannon"]
 
 
@@ -235,6 +238,13 @@ class DistillationTrainer(Trainer[DistillationConfig]):
     def loss(self, batch: Batch) -> Loss:
         """Return the sum of the divergence over tokens, or of each response's mean."""
         divergence, same = self._per_token(batch).unbind(-1)  # (R, T) each
+        if bool((ruled_out := (divergence > INFINITE).any(dim=1)).any()):
+            rows = sorted({batch.rows[prompt] for prompt in batch.owner[ruled_out].tolist()})
+            raise NumbersError(
+                "the divergence is infinite: one model gives no probability to a token that the other would say",
+                place=f"rows {rows[:8]}", got=self.config.divergence,
+                fix="`divergence: jensen_shannon` is finite there; or let neither model mask tokens",
+            )  # fmt: skip
         lengths = batch.loss_mask.sum(dim=1)  # (R,)
         of_responses = divergence.sum(dim=1)
         averaged = of_responses / lengths.clamp(min=1) if self.config.average == "response" else of_responses

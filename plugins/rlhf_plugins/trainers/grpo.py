@@ -101,7 +101,8 @@ class GRPOConfig(PolicyGradientConfig):
     equal_groups: EqualGroups | None = Field(
         None,
         description="What becomes of groups with equal rewards: `keep`; `skip` leaves them out of the loss and what it is"
-        " averaged over; `resample` takes more prompts until `batch_size` groups have rewards that differ. Null: the variant's.",
+        " averaged over; `resample` takes more prompts until `batch_size` groups have rewards that differ, and learns from all"
+        " that do: fewer than twice as many. Null: the variant's.",
     )
     mask_truncated: bool = Field(
         False,
@@ -244,7 +245,10 @@ class GRPOTrainer(Trainer[GRPOConfig]):
             if equal == "resample":
                 rollout = rollout.select(rollout["differs"].nonzero()[:, 0])
                 # Every process takes another batch, or none does: a step has the same groups for any number of them.
-                groups += sum(run.gather(rollout.num_prompts))
+                found = sum(run.gather(rollout.num_prompts))
+                groups += found
+                if found:
+                    run.hold()
             held.append(rollout)
             if equal != "resample" or groups >= self.config.batch_size:
                 yield from self.windows(Batch.cat(held), run)

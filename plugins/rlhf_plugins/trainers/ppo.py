@@ -269,7 +269,8 @@ class PPOTrainer(Trainer[PPOConfig]):
         tokens["returns"] = torch.where(mask, raw + values, 0.0)
         tokens["advantages"] = self._advantages(raw, rollout, run)
         self._log(values, tokens["returns"], rollout, run)
-        return run.record_rollout(rollout.attach(per_token=tokens), tokens["advantages"])
+        teaches = not bool(goes_on.all())  # else values alone are learned from
+        return run.record_rollout(rollout.attach(per_token=tokens), tokens["advantages"], teaches=teaches)
 
     def _predictions(self, rollout: Batch, run: RunContext) -> tuple[Tensor, Tensor, Tensor]:
         """Return log π_old (R, T), values (R, T) and values at the end (R,), by the models as they are.
