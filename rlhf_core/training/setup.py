@@ -178,8 +178,10 @@ def check_config(trainer: Trainer[Any], distribution: Distribution, devices: Dev
             got=f"{config.batch_size} = {config.batch_size // processes} × {processes} + {config.batch_size % processes}",
             fix=f"set `batch_size` to {near}",
         )
-    if trainer.eval_data is None and config.eval_steps is not None:
-        raise ConfigError("evaluations need held-out data", place="eval_steps", fix="set `eval_data`")
+    if trainer.eval_data is None:
+        for name in ("eval_steps", "eval_samples", "eval_temperature"):
+            if name in type(config).model_fields and getattr(config, name) != type(config).model_fields[name].default:
+                raise ConfigError("evaluations need held-out data", place=name, fix="set `eval_data`")
     if config.early_stopping is not None and (trainer.eval_data is None or config.eval_steps is None):
         missing = "eval_data" if trainer.eval_data is None else "eval_steps"
         raise ConfigError(

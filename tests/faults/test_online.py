@@ -144,6 +144,10 @@ CONFIGURATIONS: dict[tuple[str, str], str] = {
         "grpo",
         "--rewards length --shaping overlng",
     ): "--shaping: unknown shaping `overlng`; fix: did you mean `overlong`?",
+    (
+        "grpo",
+        "--rewards own.py:length --eval_samples 4",
+    ): "eval_samples: evaluations need held-out data; fix: set `eval_data`",
     ("grpo", "--rewards length --generation.temperature 0"): "--generation.temperature: completions of temperature 0",
     (
         "grpo",
