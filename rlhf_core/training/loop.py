@@ -38,8 +38,8 @@ class TrainingLoop:
     def __init__(self, run: Run) -> None:
         self._run, self._setup, self._config = run, run.setup, run.setup.config
         self._evaluations, self._distribution = run.evaluations, run.distribution
-        self._alike, self._warned = 0, False
-        """Successive rollouts, in this process, in whose groups all rewards were equal; whether the user was warned."""
+        self._warned = False
+        """Whether the user was warned, in this process, of rewards that teach nothing."""
 
     def train(self) -> None:
         """Make steps until the schedule, the data, early stopping or a request to stop ends them.
@@ -187,14 +187,15 @@ class TrainingLoop:
             share = 0
         if share is None:
             return
-        self._alike = self._alike + 1 if share == 1 else 0
+        progress = self._run.progress
+        progress.alike = progress.alike + 1 if share == 1 else 0
         shown = self._run.context.rollout.rewards_shown()
-        if self._alike == 1 and not self._warned:
+        if progress.alike == 1 and not self._warned:
             self._warned = True
             log.warning("step %d: %s, so they teach nothing: %s", row["step"], what, shown)
-        if self._alike > self._config.max_idle_batches:
+        if progress.alike > self._config.max_idle_batches:
             raise NumbersError(
-                f"in {self._alike} rollouts in a row {what}, so they teach nothing",
+                f"in {progress.alike} rollouts in a row {what}, so they teach nothing",
                 place=f"step {row['step']}",
                 got=shown,
                 fix="look at the completions (`rlhf rollouts RUN`) and the rewards: prompts that are too easy or too hard, a"

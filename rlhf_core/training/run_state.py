@@ -33,6 +33,8 @@ class RunProgress:
     """Time spent in steps."""
     skipped: int = 0
     """Windows that made no step, because every weight in them was zero."""
+    alike: int = 0
+    """Rollouts in a row, the last one included, whose rewards taught nothing."""
     batches: int = 0
     """Batches of data that this process had taken when the last step was made; each process saves its own."""
     evaluated: int | None = None

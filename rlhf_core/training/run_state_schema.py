@@ -49,6 +49,7 @@ class SavedProgress(_Schema):
     tokens: int = Field(ge=0)
     seconds: float = Field(ge=0)
     skipped: int = Field(ge=0)
+    alike: int = Field(0, ge=0)
     evaluated: int | None
     sampled: int | None
     metrics: Metrics

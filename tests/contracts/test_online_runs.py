@@ -589,6 +589,16 @@ def test_equal_rewards_in_all_groups_end_a_run_that_still_makes_steps(caplog: py
     assert caplog.text.count("so they teach nothing: row") == 1
 
 
+def test_a_resumed_run_counts_on_where_rewards_teach_nothing(tmp_path: Path) -> None:
+    options = {**KL, "kl_target": None, "minibatches": 1, "rewards": ["online_rewards:alike"], "max_idle_batches": 3}
+    stopped = trainer(tmp_path, kind=Asked, max_steps=40, **options)
+    stopped.stop = True
+    with pytest.raises(Stopped):
+        stopped.train()
+    with pytest.raises(NumbersError, match=r"step 7: in 4 rollouts in a row all rewards of each prompt are equal"):
+        trainer(tmp_path, kind=Asked, max_steps=40, **options).train(resume=True)
+
+
 def test_an_evaluation_draws_several_completions_and_estimates_pass_at_k(tmp_path: Path) -> None:
     run = trainer(
         tmp_path, held_out=6, eval_steps=4, max_steps=4, eval_samples=4, rewards=["online_rewards:rare"], right_from=1.0
