@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from rlhf_core.contracts.reward import RewardFn as RewardFn
     from rlhf_core.contracts.reward import Sample as Sample
     from rlhf_core.contracts.reward import SampleError as SampleError
+    from rlhf_core.contracts.reward import StepReader as StepReader
     from rlhf_core.contracts.sampler import Sampler as Sampler
     from rlhf_core.contracts.trainer import FROZEN as FROZEN
     from rlhf_core.contracts.trainer import TRAINED as TRAINED
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from rlhf_core.generation.engine import Engine as Engine
     from rlhf_core.generation.generate import prompt_batch as prompt_batch
     from rlhf_core.generation.logprob_gap import logprob_gap as logprob_gap
+    from rlhf_core.generation.process_reward_reader import ProcessRewardReader as ProcessRewardReader
     from rlhf_core.generation.sampler_models import best_first as best_first
     from rlhf_core.infra.chat_api import ChatAPI as ChatAPI
     from rlhf_core.infra.child_calls import CallFailure as CallFailure
@@ -166,7 +168,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.infra.lazy": "lazy_names",
         "rlhf_core.contracts.completion": "Completion",
         "rlhf_core.contracts.merger": "Merger",
-        "rlhf_core.contracts.reward": "RewardFn Sample SampleError",
+        "rlhf_core.contracts.reward": "RewardFn Sample SampleError StepReader",
         "rlhf_core.contracts.sampler": "Sampler",
         "rlhf_core.contracts.trainer": "FROZEN TRAINED Evaluation Loss Pair Role Trainer Window",
         "rlhf_core.merging": "CHUNK Chunk MergeInput ModelMerger TensorStream is_embedding kept_count magnitudes merge_tensor"
@@ -176,6 +178,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.generation.engine": "Engine",
         "rlhf_core.generation.generate": "prompt_batch",
         "rlhf_core.generation.logprob_gap": "logprob_gap",
+        "rlhf_core.generation.process_reward_reader": "ProcessRewardReader",
         "rlhf_core.models.reasoning_steps": "AGGREGATIONS",
         "rlhf_core.models.reference": "Reference",
         "rlhf_core.models.model_reward": "ModelReward ModelRewardConfig SampleScores ScoringModelConfig",

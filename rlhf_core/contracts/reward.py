@@ -91,3 +91,40 @@ class RewardFn(ABC):
     def score_steps(self, samples: Sequence[Sample]) -> list[list[float]] | None:
         """Return one finite float for each reasoning step of each sample, or None where the reward is not step-wise."""
         return None
+
+    def step_reader(self, tokenizer: Any) -> StepReader | None:
+        """Return what scores the steps of growing completions without reading earlier steps again, or None without one.
+
+        A search over steps asks for one each time that it is run; without one, it asks `score_steps` about the whole completion
+        after each step.
+
+        Args:
+            tokenizer: that of the policy, whose ids the completions have.
+        """
+        return None
+
+
+class StepReader(ABC):
+    """Scores the last steps of growing completions, and keeps what it read of the earlier ones: no token is read twice."""
+
+    separator: str | None = None
+    """The text that ends a step; None where any will do."""
+    forwarded: int = 0
+    """Tokens that a model was run on so far."""
+
+    @abstractmethod
+    def begin(self, samples: Sequence[Sample]) -> list[Any]:
+        """Read prompts, given as samples without a completion; return what is kept for each."""
+
+    @abstractmethod
+    def follow(self, kept: Sequence[Any], samples: Sequence[Sample], new: Sequence[int]) -> list[tuple[Any, float]]:
+        """Read one more step of each completion; return for each what is kept now, and the step's score.
+
+        Args:
+            kept: for each sample, what was kept before the step; it stays as it is, so that several steps may follow it.
+            samples: the completions up to the end of the step. One that isn't finished has the stop reason `length`.
+            new: for each sample, how many of its last `completion_ids` are the step's.
+        """
+
+    def free(self, kept: Sequence[Any]) -> None:  # noqa: B027
+        """Give up what is kept for some completions."""

@@ -252,7 +252,7 @@ class SampleScores(Generic[ScoreT]):
                 cut += outcome.truncated
                 rows.append(outcome.row)
                 continue
-            response = [*own, self._end_of(sample)]
+            response = [*own, self.end_of(sample)]
             if (room := self.max_length - len(outcome.row.prompt_ids)) < 1:
                 raise self._no_room(number, NO_ROOM)
             cut += len(response) > room
@@ -265,7 +265,24 @@ class SampleScores(Generic[ScoreT]):
             )  # fmt: skip
         return rows
 
-    def _end_of(self, sample: Sample) -> int:
+    def prompt_ids(self, samples: Sequence[Sample]) -> list[list[int]]:
+        """Return the ids of the samples' prompts, encoded as in training.
+
+        Raises:
+            DataError: a prompt leaves no room for a completion.
+        """
+        rows = [
+            Row(number, f"sample {number}", {"prompt": one.prompt, "tools": one.columns.get("tools")}, Cursor())
+            for number, one in enumerate(samples)
+        ]
+        found = []
+        for number, outcome in enumerate(self.prompts.encode(rows)):
+            if outcome.row is None:
+                raise self._no_room(number, outcome.refused)
+            found.append(list(outcome.row.prompt_ids))
+        return found
+
+    def end_of(self, sample: Sample) -> int:
         """Return the id of the token that ended responses in the model's training: of a turn in a chat, else of a text."""
         chat = not isinstance(sample.prompt, str) or self.prompts.wrap == "chat"
         stops = self.prompts.template.stops if chat else ()

@@ -76,6 +76,11 @@ def _checked_list(scores: Any, count: int, rows: Sequence[int | str] | None, nam
     return [_checked(score, name, sample_or_row(first + number, rows)) for number, score in enumerate(scores)]
 
 
+def checked_numbers(scores: Any, count: int, name: str) -> list[float]:
+    """Return scores that a reward gave to `count` samples as finite floats; `PluginError` names the reward and the sample."""
+    return _checked_list(scores, count, None, name)
+
+
 def checked_steps(
     reward: RewardFn, samples: Sequence[Sample], *, rows: Sequence[int | str] | None = None, name: str | None = None
 ) -> list[list[float]] | None:
@@ -103,6 +108,12 @@ def checked_steps(
             raise PluginError("step scores must be a list", place=f"reward `{name}`, {where}", got=shortened(steps))
         checked.append([_checked(score, name, f"{where}, step {step}") for step, score in enumerate(steps)])
     return checked
+
+
+def gives_steps(reward: RewardFn) -> bool:
+    """Tell whether a reward gives scores to steps, as far as its class says."""
+    inner = getattr(reward, "reward", reward)  # of one that runs in a process
+    return isinstance(inner, RewardFn) and type(inner).score_steps is not RewardFn.score_steps
 
 
 def _checked(score: Any, name: str, where: str) -> float:

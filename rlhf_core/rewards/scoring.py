@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_core.config.yaml_file import flatten
 from rlhf_core.contracts.completion import Completion
-from rlhf_core.contracts.reward import Sample
+from rlhf_core.contracts.reward import Sample, StepReader
 from rlhf_core.infra.code_origin import describe_code
 from rlhf_core.infra.errors import ConfigError, PluginError
 from rlhf_core.infra.redact import redact
 from rlhf_core.rewards.background import DaemonPool
 from rlhf_core.rewards.function_reward import FunctionReward
 from rlhf_core.rewards.reward_process import ProcessReward
-from rlhf_core.rewards.score_checks import blame_reward, checked_steps, sample_or_row
+from rlhf_core.rewards.score_checks import blame_reward, checked_steps, gives_steps, sample_or_row
 from rlhf_core.rewards.session import ScoringSession, WeightedReward, without_gradients
 
 if TYPE_CHECKING:
@@ -148,6 +148,25 @@ class Rewards:
         self.prepare()
         with RewardSession(self._entries, self._pools) as session:
             yield session
+
+    @property
+    def without_steps(self) -> tuple[str, ...]:
+        """The names of the rewards that give no scores to steps."""
+        return tuple(entry.name for entry in self._entries if not gives_steps(entry.reward))
+
+    def step_reader(self, tokenizer: Any) -> StepReader:
+        """Return what scores the steps of growing completions by the weighted sum of all rewards.
+
+        Args:
+            tokenizer: that of the policy, whose ids the completions have.
+
+        Raises:
+            ConfigError: a reward isn't step-wise, or two of them end steps by different texts.
+        """
+        from rlhf_core.rewards.step_readers import WeightedStepReader
+
+        self.prepare()
+        return WeightedStepReader(self, self._entries, tokenizer)
 
     def describe(self) -> dict[str, dict[str, Any]]:
         """Return where each reward comes from and all that its scores depend on, as JSON values, secrets redacted.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -14,9 +14,11 @@ from rlhf_core.plugin import (
     ModelReward,
     ModelRewardConfig,
     ProcessRewardModel,
+    ProcessRewardReader,
     Sample,
     SampleScores,
     ScoringModelConfig,
+    StepReader,
 )
 
 
@@ -59,3 +61,7 @@ class ProcessRewardReward(ModelReward[ProcessRewardModel]):
     def score_steps(self, samples: Sequence[Sample]) -> list[list[float]]:
         """Return for each step of each completion the probability that the solution is right so far."""
         return [steps for _, steps in self._scores(samples)]
+
+    def step_reader(self, tokenizer: Any) -> StepReader | None:
+        """Return what scores the steps of growing completions as `score_steps` does, reading each token once."""
+        return ProcessRewardReader.of(self.model, self._scores, tokenizer)
