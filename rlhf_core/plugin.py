@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from rlhf_core.data.step_labels import WRONG as WRONG
     from rlhf_core.data.step_labels import read_step_labels as read_step_labels
     from rlhf_core.generation.engine import Engine as Engine
+    from rlhf_core.generation.engine import whole_count as whole_count
     from rlhf_core.generation.generate import prompt_batch as prompt_batch
     from rlhf_core.generation.logprob_gap import logprob_gap as logprob_gap
     from rlhf_core.generation.process_reward_reader import ProcessRewardReader as ProcessRewardReader
@@ -125,6 +126,9 @@ if TYPE_CHECKING:
     from rlhf_core.rewards.answer_reward import column_of as column_of
     from rlhf_core.rewards.answer_reward import number_of as number_of
     from rlhf_core.rewards.answer_reward import with_stop as with_stop
+    from rlhf_core.rewards.answer_votes import answer_key as answer_key
+    from rlhf_core.rewards.answer_votes import is_decided as is_decided
+    from rlhf_core.rewards.answer_votes import tally as tally
     from rlhf_core.rewards.final_answer import FinalAnswer as FinalAnswer
     from rlhf_core.rewards.final_answer import Thinking as Thinking
     from rlhf_core.rewards.final_answer import after_thinking as after_thinking
@@ -175,7 +179,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         " require_one_sign share_of_weights tensor_thresholds thresholds",
         "rlhf_core.models": "PolicyModel ProcessRewardModel RewardModel ValueModel HiddenStates exact_log_softmax"
         " over_vocabulary",
-        "rlhf_core.generation.engine": "Engine",
+        "rlhf_core.generation.engine": "Engine whole_count",
         "rlhf_core.generation.generate": "prompt_batch",
         "rlhf_core.generation.logprob_gap": "logprob_gap",
         "rlhf_core.generation.process_reward_reader": "ProcessRewardReader",
@@ -188,6 +192,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.contracts.records": "Message Prompt",
         "rlhf_core.rewards": "Rewards Scores open_rewards samples_of",
         "rlhf_core.rewards.answer_reward": "AnswerReward AnswerRewardConfig column_of number_of with_stop",
+        "rlhf_core.rewards.answer_votes": "answer_key is_decided tally",
         "rlhf_core.rewards.final_answer": "FinalAnswer Thinking after_thinking find_answer",
         "rlhf_core.rewards.written_number": "WrittenNumber numbers_in only_number read_number",
         "rlhf_core.infra.child_calls": "CallFailure ChildCalls shared_calls",

@@ -151,7 +151,7 @@ def _warn_of_plain_text(sampler: Sampler, rows: Sequence[PromptRow]) -> None:
     """Warn where texts are continued as they are by a model that has a chat template, and nothing says that this is wanted."""
     from rlhf_core.data.text_options import TextOptions
 
-    for role, kind in sampler.roles.items():
+    for role, kind in sampler.roles_for(sampler.config).items():
         tokenizer = sampler.models[role].tokenizer if kind == "policy" else None
         if tokenizer is None or not tokenizer.chat_template or TextOptions.saved_with(tokenizer).wrap is not None:
             continue

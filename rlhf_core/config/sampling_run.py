@@ -113,12 +113,14 @@ def run_config_of(roles: Mapping[str, str], *, sampler: str) -> type[SamplingRun
                 place=f"sampler `{sampler}`",
             )
         if kind == "policy":
-            own[role] = (ModelConfig, Field(description=f"Model of the sampler's role `{role}`, given as `model` is."))
+            text = f"Model of the sampler's role `{role}`, given as `model` is; null where its options need none."
+            own[role] = (ModelConfig | None, Field(None, description=text))
         else:
             text = (
-                f"Reward of the sampler's role `{role}`: a name, `package.module:function`, or a reward model's path."
+                f"Reward of the sampler's role `{role}`: a name, `package.module:function`, or a reward model's path; null where"
+                " its options need none."
             )
-            own[role] = (list[RewardConfig], Field(min_length=1, description=text))
+            own[role] = (list[RewardConfig] | None, Field(None, min_length=1, description=text))
     if POLICY not in roles:
         own["model"] = (ModelConfig | None, Field(None, description="Not used: the sampler has no role `policy`."))
     return create_model("SamplingRun", __base__=SamplingRunConfig, **own)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -27,3 +28,5 @@ class Completion:
     score: float | None = None
     policy_version: int = 0
     """Optimiser steps that the policy had made when it wrote this."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """What a sampler reports about its choice or search, as JSON values, such as votes: the column `details` of `rlhf sample`."""

@@ -10,6 +10,7 @@ from rlhf_core.config.base import BaseConfig
 
 if TYPE_CHECKING:
     from rlhf_core.contracts.completion import Completion
+    from rlhf_core.generation.engine import Engine
     from rlhf_core.models.policy_model import PolicyModel
 
 
@@ -23,23 +24,25 @@ class Sampler(ABC):
     Config: ClassVar[type[BaseConfig]] = BaseConfig
     roles: ClassVar[Mapping[str, str]] = {"policy": "policy"}
     """The models that it needs, role → kind: `policy` for a `PolicyModel`, `reward` for whatever is accepted as one reward or
-    several."""
+    several. `roles_for` leaves out those that some options don't need."""
 
     models: Mapping[str, Any]
     """Its models by role: a `PolicyModel`, or `Rewards`."""
 
     def __init__(self, config: BaseConfig | None = None, **models: Any) -> None:
-        """Take a configuration, its defaults where None, and each model that `roles` names.
+        """Take a configuration, its defaults where None, and each model that `roles_for` it names.
 
         A reward is a name, a function, a `RewardFn`, a `RewardConfig` or its mapping, or the path of a reward model.
 
         Raises:
-            ConfigError: a role is missing, unknown, or given something else than it needs.
+            ConfigError: a role is missing, unknown, not used with these options, or given something else than it needs.
         """
         from rlhf_core.generation.sampler_models import models_by_role
 
         self.config = config if config is not None else self.Config()
-        self.models = models_by_role(type(self), models)
+        self.models = models_by_role(type(self), self.config, models)
+        self.forwarded: dict[str, int] = {}
+        """Role → tokens that its policy was run on, by the engines of `engine`, since the sampler was made."""
 
     @classmethod
     def load(cls, config: BaseConfig | None = None, **sources: Any) -> Self:
@@ -51,7 +54,27 @@ class Sampler(ABC):
         """
         from rlhf_core.generation.sampler_models import load_models
 
-        return cls(config, **load_models(cls, sources))
+        config = config if config is not None else cls.Config()
+        return cls(config, **load_models(cls, config, sources))
+
+    @classmethod
+    def roles_for(cls, config: BaseConfig) -> Mapping[str, str]:
+        """Return the roles that a sampler with these options needs, some or all of `roles`: all by default."""
+        return cls.roles
+
+    def engine(self, seed: int | None = None, role: str = "policy") -> Engine:
+        """Return a new engine on a role's policy, which counts the tokens that it forwards in `forwarded`.
+
+        Args:
+            seed: as for `Engine`.
+            role: of kind `policy`.
+        """
+        from rlhf_core.generation.engine import Engine
+
+        def count(tokens: int) -> None:
+            self.forwarded[role] = self.forwarded.get(role, 0) + tokens
+
+        return Engine(self.models[role], seed=seed, counted=count)
 
     @property
     def policy(self) -> PolicyModel:

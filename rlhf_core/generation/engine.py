@@ -31,6 +31,7 @@ from rlhf_core.generation.native_backend import NativeBackend
 from rlhf_core.generation.paged_cache import CachedSequence
 from rlhf_core.generation.requests import UNFINISHED, Finished, Request
 from rlhf_core.generation.stop_strings import PARTIAL, StopStrings
+from rlhf_core.generation.watching import counting_forwarded
 from rlhf_core.infra.errors import ConfigError, DataError, NumbersError
 from rlhf_core.infra.seeds import completion_seeds
 
@@ -93,6 +94,7 @@ class Engine:
         most_rows: most completions that are decoded at once.
         cuda_graphs: whether decoding steps on a GPU are captured as CUDA graphs, where they can be.
         backend: draws the tokens; None takes the native one, which is the one that the three options before are for.
+        counted: called with the number of tokens of each forward pass, as they are added to `forwarded`.
 
     Raises:
         ConfigError: options of the native backend for another one.
@@ -107,6 +109,7 @@ class Engine:
         most_rows: int | None = None,
         cuda_graphs: bool = True,
         backend: Backend | None = None,
+        counted: Callable[[int], None] | None = None,
     ) -> None:
         own = {"memory": memory is not None, "most_rows": most_rows is not None, "cuda_graphs": not cuda_graphs}
         if backend is not None and any(own.values()):
@@ -126,8 +129,12 @@ class Engine:
             policy, memory=memory, most_rows=most_rows or MOST_ROWS, cuda_graphs=cuda_graphs
         )
         self.policy_version = 0
+        self.forwarded = 0
+        """Tokens that the policy was run on for this engine: each as often as a forward pass held it. What is taken from kept
+        prompts, and from handles, isn't run again and doesn't count. Only the native backend counts."""
         self._stream: tuple[Any, ...] = ()
         self._met: Counter[tuple[int, ...]] = Counter()
+        self._counted = counted
         self._stops: dict[tuple[bool | str, ...], StopStrings] = {}
 
     def begin(self, name: str, *index: int, policy_version: int = 0) -> None:
@@ -179,7 +186,7 @@ class Engine:
             NumbersError: logits aren't finite, or memory doesn't suffice for one completion.
         """
         sampling = sampling or SamplingConfig()
-        n = _whole_count(n)
+        n = whole_count(n)
         if seeds is None:
             seeds = self._next_seeds(batch, n)
         _check_one_each(seeds, "seeds", batch.num_prompts, n)
@@ -195,7 +202,8 @@ class Engine:
         # What is called meanwhile shouldn't compute in the precision of generation.
         kind = self.policy.device.type
         outside = torch.autocast(kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind))
-        with contextlib.closing(self.backend.run([draw.request for draw in draws], sampling)) as running:
+        run = self.backend.run([draw.request for draw in draws], sampling)
+        with self._counting(), contextlib.closing(run) as running:
             for one in running:
                 completion = self._completion(draws[one.number], one, version)
                 prompt, index = divmod(one.number, n)
@@ -231,7 +239,11 @@ class Engine:
             seed = self._next_seeds(batch, 1)[0][0]
         (draw,) = self._draws(batch, [[seed]], sampling)
         with contextlib.closing(self.backend.run([draw.request], sampling, partly=True)) as running:
-            for one in running:
+            while True:
+                with self._counting():
+                    one = next(running, None)
+                if one is None:
+                    return
                 completion = self._completion(draw, one, self.policy_version)
                 if one.reason == UNFINISHED:
                     completion = replace(completion, text=_settled(completion.text, sampling.stop))
@@ -251,7 +263,8 @@ class Engine:
         self.backend.require("fork", purpose="a sequence handle")
         for number, ids in enumerate(prompts):
             self._check_length(ids, f"prompts[{number}]")
-        kept = self.backend.prefill(prompts)
+        with self._counting():
+            kept = self.backend.prefill(prompts)
         return [SequenceHandle(tuple(ids), len(ids), self, one) for ids, one in zip(prompts, kept, strict=True)]
 
     def fork(self, handle: SequenceHandle, n: int = 1) -> list[SequenceHandle]:
@@ -312,7 +325,8 @@ class Engine:
             for number, (handle, seed) in enumerate(zip(handles, seeds, strict=True))
         ]
         made: dict[int, Extension] = {}
-        with contextlib.closing(self.backend.run([draw.request for draw in draws], sampling)) as running:
+        run = self.backend.run([draw.request for draw in draws], sampling)
+        with self._counting(), contextlib.closing(run) as running:
             for one in running:
                 completion = self._completion(draws[one.number], one, self.policy_version)
                 extended = handles[one.number].followed_by(one.drawn.ids, one.sequence)
@@ -375,9 +389,10 @@ class Engine:
         whole = [(*handle.ids, *ids) for handle, ids in zip(handles, tokens, strict=True)]
         for number, ids in enumerate(whole):
             self._check_length(ids, f"handles[{number}]")
-        followed = self.backend.follow(
-            [handle.cached for handle in handles], whole, [len(ids) for ids in tokens], temperature=temperature
-        )
+        with self._counting():
+            followed = self.backend.follow(
+                [handle.cached for handle in handles], whole, [len(ids) for ids in tokens], temperature=temperature
+            )
         for number, (_, logps) in enumerate(followed):
             if logps.isnan().any():
                 self.backend.forget()  # what is kept isn't finite, either
@@ -388,6 +403,17 @@ class Engine:
             (handle.followed_by(ids, kept), logps)
             for handle, ids, (kept, logps) in zip(handles, tokens, followed, strict=True)
         ]
+
+    @contextlib.contextmanager
+    def _counting(self) -> Iterator[None]:
+        """Add to `forwarded`, and to what the engine was made to add to, the tokens that are forwarded inside the context."""
+        with counting_forwarded(self._add_forwarded):
+            yield
+
+    def _add_forwarded(self, count: int) -> None:
+        self.forwarded += count
+        if self._counted is not None:
+            self._counted(count)
 
     def _check_handles(self, handles: Sequence[SequenceHandle], *, freed: bool = False) -> None:
         """Raise `ConfigError` for handles of another engine and, unless allowed, for those that were freed."""
@@ -404,6 +430,13 @@ class Engine:
                 )  # fmt: skip
 
     # Which completions are drawn
+
+    def seeds(self, batch: Batch, n: int) -> Sequence[Sequence[int]]:
+        """Return the n seeds for each prompt that the next `generate` would draw with, for a caller that draws them in parts.
+
+        A prompt's first seeds are the same for every n. Prompts that come again get other seeds, as in `generate`.
+        """
+        return self._next_seeds(batch, n)
 
     def _next_seeds(self, batch: Batch, n: int) -> Sequence[Sequence[int]]:
         """Return n seeds for each prompt: a function of the stream and of rows; without a stream, of the prompts' ids."""
@@ -589,7 +622,7 @@ def _settled(text: str, stop: Sequence[str]) -> str:
     return text[: min(begun, default=len(text))]
 
 
-def _whole_count(n: object) -> int:
+def whole_count(n: object) -> int:
     """Return a number of completions as an int; raise `ConfigError` where it isn't a whole number, at least 1."""
     if isinstance(n, bool) or not isinstance(n, SupportsIndex) or operator.index(n) < 1:
         raise ConfigError("n must be a whole number, at least 1", place="generate(n=…)", got=repr(n))

@@ -28,7 +28,7 @@ from rlhf_core.generation.plain import new_row
 from rlhf_core.generation.prefixes import KeptPrefixes
 from rlhf_core.generation.requests import UNFINISHED, Finished, Request
 from rlhf_core.generation.transformers_loop import forward_logits
-from rlhf_core.generation.watching import report_tokens
+from rlhf_core.generation.watching import report_forwarded, report_tokens, uncounted
 from rlhf_core.infra.errors import NumbersError, describe_error
 from rlhf_core.models.backbone import plain_ids
 from rlhf_core.models.dropout import evaluating
@@ -221,6 +221,7 @@ class NativeDecoding:
 
     def _forward(self, ids: list[int], positions: list[int], attention: CachedAttention) -> Tensor:
         device = self.policy.device
+        report_forwarded(len(ids))
         both = torch.tensor([ids, positions]).to(device, non_blocking=True)
         return self.policy.shared_forward.forward_over_cache(both[0], both[1], attention)
 
@@ -322,6 +323,7 @@ class NativeDecoding:
         else:
             rows = [DeviceRow(row.ids[-1], len(row.ids) - 1, row.sequence) for row in self._rows]
             self._device_steps.run(rows, self._drawing, steps, self._logits)
+            report_forwarded(len(rows) * steps)
         ended = dict(self._drawing.ended())
         drawn = [self._drawing.fresh(index) for index in range(len(self._rows))]
         for row, tokens in zip(self._rows, drawn, strict=True):
@@ -479,6 +481,7 @@ def measure_native(policy: PolicyModel) -> NativeFacts:
     flash, kind = policy.attention.kernel == "flash", policy.device.type
     try:
         with (
+            uncounted(),
             evaluating(policy),
             exact_products(policy.network),
             torch.autocast(kind, dtype=policy.precision, enabled=flash),

@@ -15,7 +15,7 @@ from rlhf_core.generation.memory import bytes_per_completion, free_bytes
 from rlhf_core.generation.requests import UNFINISHED, Finished, Request
 from rlhf_core.generation.suspended_thread import handed_over
 from rlhf_core.generation.transformers_loop import Drawing, Ended, decode, decoding_of, left_padded
-from rlhf_core.generation.watching import report_tokens
+from rlhf_core.generation.watching import report_forwarded, report_tokens
 from rlhf_core.models.policy_model import PolicyModel
 
 
@@ -72,6 +72,8 @@ class PlainDecoding:
         drawing = Drawing(rows, filler=self.policy.tokenizer.pad_token_id or 0, rules=[one.rule for one in requests])
         most, cache = max(one.limit for one in requests), decoding_of(self.policy).cache
 
+        report_forwarded(sum(len(one.ids) - 1 for one in requests))
+
         def drawn(row: int) -> Finished:
             found = rows.completion(row)
             reason = "rule" if row in drawing.ruled else found.stop_reason or UNFINISHED
@@ -82,6 +84,7 @@ class PlainDecoding:
             for row in range(len(requests)):
                 one = drawn(row)
                 report_tokens(len(one.drawn.ids))
+                report_forwarded(len(one.drawn.ids))
                 yield one
             return
 
@@ -99,6 +102,7 @@ class PlainDecoding:
         with contextlib.closing(handed_over(run, self.policy.device)) as running:
             for grown in running:
                 report_tokens(len(grown))
+                report_forwarded(len(grown))
                 yield from grown
 
 

@@ -48,7 +48,7 @@ def occurrences(sampler: Sampler, rows: Sequence[PromptRow]) -> list[int]:
         DataError: a prompt leaves no room for a completion among a policy's positions; its row is named.
         ModelError: a tokenizer lacks what the prompts need, such as a chat template.
     """
-    policies = [sampler.models[role] for role, kind in sampler.roles.items() if kind == "policy"]
+    policies = [sampler.models[role] for role, kind in sampler.roles_for(sampler.config).items() if kind == "policy"]
     keys: list[Any] = [json.dumps([row.prompt, row.tools], sort_keys=True) for row in rows]
     for number, policy in enumerate(policies):
         found: list[int] = []
@@ -129,6 +129,8 @@ def output_row(row: PromptRow, completions: Sequence[Completion], run: SamplingR
     }
     if all(one.score is not None for one in completions):
         columns["score"] = [one.score for one in completions]
+    if any(one.details for one in completions):
+        columns["details"] = [as_json(dict(one.details)) for one in completions]
     if run.ids:
         columns["completion_ids"] = [list(one.ids) for one in completions]
     if run.logprobs:
@@ -141,7 +143,7 @@ def output_row(row: PromptRow, completions: Sequence[Completion], run: SamplingR
 
 
 def completion_columns(run: SamplingRunConfig) -> list[str]:
-    """Return the names of the columns that `output_row` adds to every row; a sampler may give scores as well."""
+    """Return the names of the columns that `output_row` adds to every row; a sampler may give `score` and `details`, too."""
     names = ["completion", "stop_reason", "tokens"]
     names += ["completion_ids"] * run.ids + ["logprobs", "raw_logprobs"] * run.logprobs
     return [_PLURAL.get(name, name) for name in names] if run.n > 1 else names

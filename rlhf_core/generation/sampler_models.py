@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rlhf_core.config.base import BaseConfig
 from rlhf_core.config.training import ModelConfig
 from rlhf_core.contracts.completion import Completion
 from rlhf_core.contracts.sampler import Sampler
@@ -19,21 +20,22 @@ ROLE_KINDS = ("policy", "reward")
 """Kinds of model that a sampler's role may name: a `PolicyModel`, or anything that is accepted as a reward."""
 
 
-def models_by_role(sampler: type[Sampler], given: Mapping[str, Any]) -> dict[str, Any]:
+def models_by_role(sampler: type[Sampler], config: BaseConfig, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return a sampler's models by role: policies as given, and rewards as `Rewards`.
 
     Args:
+        config: decides which roles are needed, by `Sampler.roles_for`.
         given: role → a `PolicyModel`, or a reward in any accepted form.
 
     Raises:
-        ConfigError: a role is missing, unknown, or has another kind of model than it needs.
+        ConfigError: a role is missing, unknown, not used, or has another kind of model than it needs.
         PluginError: the sampler declares an unknown kind of model.
     """
-    _check_roles(sampler, given)
-    return {role: _model(sampler, role, kind, given[role]) for role, kind in sampler.roles.items()}
+    _check_roles(sampler, config, given)
+    return {role: _model(sampler, role, kind, given[role]) for role, kind in sampler.roles_for(config).items()}
 
 
-def load_models(sampler: type[Sampler], sources: Mapping[str, Any]) -> dict[str, Any]:
+def load_models(sampler: type[Sampler], config: BaseConfig, sources: Mapping[str, Any]) -> dict[str, Any]:
     """Return a sampler's models by role; policies given by path are loaded frozen, on this process's device.
 
     Args:
@@ -43,9 +45,9 @@ def load_models(sampler: type[Sampler], sources: Mapping[str, Any]) -> dict[str,
         ConfigError: as `models_by_role`.
         ModelError: a model can't be loaded.
     """
-    _check_roles(sampler, sources)
+    _check_roles(sampler, config, sources)
     loaded = dict(sources)
-    for role, kind in sampler.roles.items():
+    for role, kind in sampler.roles_for(config).items():
         if kind == "policy" and not isinstance(sources[role], PolicyModel):
             loaded[role] = _load_policy(sources[role], role, place=f"{sampler.__name__}.load({role}=…)")
     return loaded
@@ -92,7 +94,7 @@ def best_first(completions: Sequence[Sequence[Completion]], scores: Sequence[flo
     return [sorted(group, key=lambda one: -(one.score or 0.0))[:n] for group in scored]
 
 
-def _check_roles(sampler: type[Sampler], given: Mapping[str, Any]) -> None:
+def _check_roles(sampler: type[Sampler], config: BaseConfig, given: Mapping[str, Any]) -> None:
     """Raise where a sampler declares an unknown kind of model, or the roles given aren't those that it declares."""
     name, roles = sampler.__name__, sampler.roles
     for role, kind in roles.items():
@@ -106,7 +108,11 @@ def _check_roles(sampler: type[Sampler], given: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"the sampler has no role `{unknown}`", place=f"{name}({unknown}=…)", fix=did_you_mean(unknown, roles)
         )
-    if missing := [role for role in roles if given.get(role) is None]:
+    needed = sampler.roles_for(config)
+    if unused := next((role for role, model in given.items() if role not in needed and model is not None), None):
+        problem = f"the sampler doesn't use its role `{unused}` with these options"
+        raise ConfigError(problem, place=f"{name}({unused}=…)", fix="leave it out")
+    if missing := [role for role in needed if given.get(role) is None]:
         role = missing[0]
         what = (
             "a PolicyModel"

@@ -42,9 +42,14 @@ class SamplingJob:
     places: Mapping[str, str]
     """For each dotted key that was set, where: `file:line`, or a flag."""
 
+    @property
+    def roles(self) -> Mapping[str, str]:
+        """The roles that the sampler needs with its options, role → kind."""
+        return self.sampler.roles_for(self.options)
+
     def policies(self) -> dict[str, ModelConfig]:
         """Return the models to load, by the sampler's role."""
-        roles = [role for role, kind in self.sampler.roles.items() if kind == "policy"]
+        roles = [role for role, kind in self.roles.items() if kind == "policy"]
         return {role: getattr(self.run, "model" if role == POLICY else role) for role in roles}
 
     def rewards(self) -> dict[str, Rewards]:
@@ -54,7 +59,7 @@ class SamplingJob:
             ConfigError: there is no such reward (the message has the nearest), or it has no such option.
             PluginError: a reward is broken, or can't be imported.
         """
-        roles = [role for role, kind in self.sampler.roles.items() if kind == "reward"]
+        roles = [role for role, kind in self.roles.items() if kind == "reward"]
         return {
             role: open_rewards([_reward_at(one) for one in getattr(self.run, role)], place=self._place(role))
             for role in roles
@@ -100,7 +105,7 @@ class SamplingJob:
         digest = hashlib.sha256()
         for row in rows:
             digest.update(json.dumps([row.prompt, row.tools, input_columns(row)], default=str).encode() + b"\n")
-        kinds = sampler.roles.items()
+        kinds = self.roles.items()
         return {
             "sampler": self.plugin.as_dict(),
             "options": options | {"method": self.plugin.qualified, "batch_size": together},
@@ -149,15 +154,14 @@ def load_sampling_job(target: str | Path, *, flags: Sequence[str] = ()) -> Sampl
     run_values = overlay(spread(run_values, run_config), nest(spread(over, run_config)))
     if texts:  # kept as typed: a prompt may look like YAML
         run_values["prompts"], places["prompts"] = [flag.text for flag in texts], "--prompts"
-    _require(run_values, run_config, sampler.roles, places)
-    options = overlay(values, nest(spread(option_values, sampler.Config)))
-    return SamplingJob(
-        run_config.parse(run_values, place=places),
-        sampler.Config.parse(options, place=places),
-        sampler,
-        plugin,
-        places,
-    )
+    options = sampler.Config.parse(overlay(values, nest(spread(option_values, sampler.Config))), place=places)
+    needed = sampler.roles_for(options)
+    _require(run_values, run_config, needed, places)
+    for role in sampler.roles.keys() - needed.keys():
+        if run_values.get(role) is not None:
+            problem = "the sampler doesn't use this role with these options"
+            raise ConfigError(problem, place=places.get(role, f"`{role}`"), fix="leave it out")
+    return SamplingJob(run_config.parse(run_values, place=places), options, sampler, plugin, places)
 
 
 def _require(
@@ -165,9 +169,9 @@ def _require(
 ) -> None:
     """Refuse a run without its model, its prompts, or a model of one of the sampler's roles."""
     for key, info in config.model_fields.items():
-        if not info.is_required() or values.get(key) is not None:
-            continue
         role = POLICY if key == "model" else key
+        if not (info.is_required() or role in roles) or values.get(key) is not None:
+            continue
         what = {"policy": "PATH", "reward": "NAME"}.get(roles.get(role, ""), "FILE|TEXT")
         of = f", the sampler's role `{key}`" if key in roles else ""
         raise ConfigError(

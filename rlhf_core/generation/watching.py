@@ -1,4 +1,4 @@
-"""Progress of generation: how many tokens were drawn, told to whoever watches."""
+"""How many tokens are drawn, and how many are forwarded, reported to whoever watches."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import contextvars
 from collections.abc import Callable, Iterator
 
 _watchers: contextvars.ContextVar[tuple[Callable[[int], None], ...]] = contextvars.ContextVar("watchers", default=())
+_counters: contextvars.ContextVar[tuple[Callable[[int], None], ...]] = contextvars.ContextVar("counters", default=())
 
 
 @contextlib.contextmanager
@@ -18,6 +19,33 @@ def watching(callback: Callable[[int], None]) -> Iterator[None]:
         yield
     finally:
         _watchers.reset(token)
+
+
+@contextlib.contextmanager
+def counting_forwarded(callback: Callable[[int], None]) -> Iterator[None]:
+    """Have a function called, inside the context, with the number of tokens of each forward pass of any engine."""
+    before = _counters.get()
+    token = _counters.set((*before, callback))
+    try:
+        yield
+    finally:
+        _counters.reset(token)
+
+
+@contextlib.contextmanager
+def uncounted() -> Iterator[None]:
+    """Report nothing of what is forwarded inside the context, such as a measurement."""
+    token = _counters.set(())
+    try:
+        yield
+    finally:
+        _counters.reset(token)
+
+
+def report_forwarded(count: int) -> None:
+    """Tell whoever counts that a model was run on so many tokens."""
+    for callback in _counters.get():
+        callback(count)
 
 
 def report_tokens(count: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any, ClassVar
 from unittest import SkipTest
@@ -53,8 +53,12 @@ class SamplerContract(MethodContract):
         Override it where a role needs another model.
         """
         self.reward = DigitReward()
-        kinds = self.subject().roles.items()
+        kinds = self._roles().items()
         return {role: tiny_policy(seed) if kind == "policy" else self.reward for seed, (role, kind) in enumerate(kinds)}
+
+    def _roles(self) -> Mapping[str, str]:
+        """Return the roles that the sampler needs with `options`."""
+        return self.subject().roles_for(self.config())
 
     def instance(self) -> Sampler:
         """Return a new sampler with `options` and `models`."""
@@ -119,7 +123,7 @@ class SamplerContract(MethodContract):
         require(counts == [2] * len(rows), f"{len(rows)} rows of data get {counts} completions, not 2 each")
         plain = self.instance().sample(asked, 2, seed=SEED)
         self._require_own(sampler, asked, found, "row")
-        if "reward" not in self.subject().roles.values():
+        if "reward" not in self._roles().values():
             require(_ids(found) == _ids(plain), "rows of data get other completions than their prompts alone")
             return
         if reward is not None:
@@ -300,7 +304,9 @@ class SamplerContract(MethodContract):
     def test_models_do_not_change(self) -> None:
         """Sampling changes no weights or modes of the policies, and leaves no gradients in them."""
         sampler = self.instance()
-        policies = {role: sampler.models[role] for role, kind in sampler.roles.items() if kind == "policy"}
+        policies = {
+            role: sampler.models[role] for role, kind in sampler.roles_for(sampler.config).items() if kind == "policy"
+        }
         if not policies:
             raise SkipTest("the sampler has no policy")
         before = {role: [value.clone() for value in policy.state_dict().values()] for role, policy in policies.items()}

@@ -181,7 +181,7 @@ class TrainingLoop:
             what, share = "all rewards are equal", None
             if "reward_std" in row:  # 0 but for rounding
                 share = float(row["reward_std"] <= 1e-6 * abs(row["reward"]))
-            if said is False and share is not None:
+            if said is False and share == 0:
                 what, share = "no reward counts, as no completion has ended", 1
         elif share == 1 and said:
             share = 0

@@ -34,13 +34,13 @@ SHORT = SamplingConfig(max_new_tokens=20)
 
 @pytest.fixture(autouse=True)
 def best_of_n() -> Iterator[None]:
-    registry.register("sampler", "best-of-n", BestOfNSampler)
+    registry.register("sampler", "kit-best-of-n", BestOfNSampler)
     yield
-    registry.unregister("sampler", "best-of-n")
+    registry.unregister("sampler", "kit-best-of-n")
 
 
 class TestBestOfN(SamplerContract):
-    method = "best-of-n"
+    method = "kit-best-of-n"
 
 
 def verified(prompts: list[str], completions: list[str]) -> list[float]:
@@ -63,7 +63,7 @@ def test_whatever_is_a_reward_will_do() -> None:
         Longest(),
         lambda prompts, completions, completion_ids: [len(ids) for ids in completion_ids],
     ):
-        sampler = registry.get("sampler", "best-of-n")(config, policy=tiny_policy(), reward=reward)
+        sampler = registry.get("sampler", "kit-best-of-n")(config, policy=tiny_policy(), reward=reward)
         ((best, second),) = sampler.sample(["a"], 2, seed=1)
         assert best.score == len(best.ids) >= second.score == len(second.ids)
     both = BestOfNSampler(config, policy=tiny_policy(), reward=[(Longest, 0.5), (Longest, 0.25)])

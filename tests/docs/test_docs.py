@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -171,6 +172,14 @@ def test_reinforcement_learning(tmp_path: Path, environment: dict[str, str]) -> 
 def test_samplers(tmp_path: Path, environment: dict[str, str]) -> None:
     printed = run_page("docs/samplers.md", tmp_path, environment)
     assert " passed" in printed and "sampler acme-best" in printed
+
+
+@pytest.mark.slow
+def test_inference_time_compute(tmp_path: Path, environment: dict[str, str]) -> None:
+    printed = run_page("docs/inference-time-compute.md", tmp_path, environment)
+    assert "sampled: 2 rows" in printed and "tokens_forwarded" in printed
+    rows = [json.loads(line) for line in (tmp_path / "majority.jsonl").read_text().splitlines()]
+    assert all(row["details"]["candidates"] <= 16 for row in rows)
 
 
 @pytest.mark.slow
