@@ -52,6 +52,11 @@ if TYPE_CHECKING:
     from rlhf_core.generation.logprob_gap import logprob_gap as logprob_gap
     from rlhf_core.generation.process_reward_reader import ProcessRewardReader as ProcessRewardReader
     from rlhf_core.generation.sampler_models import best_first as best_first
+    from rlhf_core.generation.step_search import StepSearchSampler as StepSearchSampler
+    from rlhf_core.generation.step_trees import Step as Step
+    from rlhf_core.generation.step_trees import StepSearchConfig as StepSearchConfig
+    from rlhf_core.generation.step_trees import StepTrees as StepTrees
+    from rlhf_core.generation.step_trees import distinct_first as distinct_first
     from rlhf_core.infra.chat_api import ChatAPI as ChatAPI
     from rlhf_core.infra.child_calls import CallFailure as CallFailure
     from rlhf_core.infra.child_calls import ChildCalls as ChildCalls
@@ -187,6 +192,8 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.models.reference": "Reference",
         "rlhf_core.models.model_reward": "ModelReward ModelRewardConfig SampleScores ScoringModelConfig",
         "rlhf_core.generation.sampler_models": "best_first",
+        "rlhf_core.generation.step_search": "StepSearchSampler",
+        "rlhf_core.generation.step_trees": "Step StepSearchConfig StepTrees distinct_first",
         "rlhf_core.models.batch_values": "batch_values",
         "rlhf_core.config.online": "OnlineConfig RewardConfig SamplingConfig",
         "rlhf_core.contracts.records": "Message Prompt",

@@ -285,6 +285,7 @@ class Engine:
         *,
         seeds: Sequence[int],
         stop: str | Sequence[str] | None = None,
+        limits: Sequence[int] | None = None,
         rule: Callable[[Sequence[int]], bool] | None = None,
         chat: bool = True,
     ) -> list[Extension]:
@@ -299,12 +300,13 @@ class Engine:
                 that `prefill` read, so a sequence that is extended twice with one seed is the one that is extended once; forks
                 need different seeds to differ.
             stop: stop strings, such as a separator of steps, in place of those of `sampling`.
+            limits: for each handle, most new tokens, where that is fewer than `max_new_tokens`.
             rule: called with the new ids, after each token; True ends the sequence.
             chat: whether texts are decoded alone; else as continuations of a text.
 
         Raises:
-            ConfigError: another number of seeds, an invalid stop string or id, a handle that was freed or is another engine's, or
-                one that was read with weights that have changed since.
+            ConfigError: another number of seeds or limits, a limit below 1, an invalid stop string or id, a handle that was
+                freed or is another engine's, or one that was read with weights that have changed since.
             DataError: a sequence leaves no room for a token.
             NumbersError: as `generate`.
         """
@@ -320,8 +322,21 @@ class Engine:
             problem = "an extension needs one seed per handle"
             raise ConfigError(problem, place="extend(seeds=…)", got=f"{len(seeds)} for {len(handles)}")
         check_seeds(seeds, "extend(seeds=…)")
+        if limits is not None and (len(limits) != len(handles) or min(limits, default=1) < 1):
+            problem = "an extension needs one limit per handle, at least 1"
+            raise ConfigError(problem, place="extend(limits=…)", got=f"{list(limits)} for {len(handles)}")
         draws = [
-            self._draw(number, handle.ids, seed, sampling, chat=chat, place=f"handles[{number}]", of=handle, rule=rule)
+            self._draw(
+                number,
+                handle.ids,
+                seed,
+                sampling,
+                chat=chat,
+                place=f"handles[{number}]",
+                limit=None if limits is None else limits[number],
+                of=handle,
+                rule=rule,
+            )
             for number, (handle, seed) in enumerate(zip(handles, seeds, strict=True))
         ]
         made: dict[int, Extension] = {}
@@ -460,7 +475,7 @@ class Engine:
         draws: list[_Draw] = []
         lengths = on_host(batch.prompt_lengths).tolist()
         for prompt, (ids, length) in enumerate(zip(on_host(batch.prompt_ids).tolist(), lengths, strict=True)):
-            chat, place = self._is_chat(batch, prompt), f"row {batch.rows[prompt]}"
+            chat, place = self.is_chat(batch, prompt), f"row {batch.rows[prompt]}"
             own = tuple(ids[:length])
             draws += [
                 self._draw(
@@ -514,7 +529,7 @@ class Engine:
             skipped=0 if of is None else len(ids) - of.prompt_length,
             keep=of is not None,
         )
-        return _Draw(request, prompt, place, self._text_of(chat))
+        return _Draw(request, prompt, place, self.text_of(chat))
 
     def _check_length(self, ids: Sequence[int], place: str) -> None:
         """Raise where a sequence is empty, or longer than the model's positions."""
@@ -565,21 +580,21 @@ class Engine:
 
     # Texts
 
-    def _is_chat(self, batch: Batch, prompt: int) -> bool:
+    def is_chat(self, batch: Batch, prompt: int) -> bool:
         """Tell whether a prompt was encoded with the chat template. One whose source isn't in the batch counts as plain text."""
         source = batch.prompts[prompt] if batch.prompts else ""
         return not isinstance(source, str) or (
             bool(source) and TextOptions.saved_with(self.policy.tokenizer).wrap == "chat"
         )
 
-    def _text_of(self, chat: bool) -> Callable[[Sequence[int]], str]:
+    def text_of(self, chat: bool) -> Callable[[Sequence[int]], str]:
         """Return what decodes a completion: alone after a chat; as a continuation of a text prompt, its leading space kept."""
         return self.policy.tokenizer.decode if chat else self._pieces.text_of
 
     def _stop_strings(self, chat: bool, *stop: str) -> StopStrings:
         """Return what looks for stop strings in the completions of chats, or of text prompts; it is kept between calls."""
         if (chat, *stop) not in self._stops:
-            self._stops[chat, *stop] = StopStrings(stop, self._text_of(chat))
+            self._stops[chat, *stop] = StopStrings(stop, self.text_of(chat))
         return self._stops[chat, *stop]
 
     @cached_property

@@ -37,7 +37,10 @@ class TokenShare(RewardFn):
 
 
 class DigitReward(RewardFn):
-    """Reward for samplers: the number of digits, less a hundredth per token. It records what it was given."""
+    """Reward for samplers: the number of digits, less a hundredth per token. It records what it was given.
+
+    It is step-wise, too: a step is a line, and its score that of the completion up to its end.
+    """
 
     api = 1
 
@@ -56,6 +59,16 @@ class DigitReward(RewardFn):
         scores = [self.sign * self.worth(one.completion, one.completion_ids) for one in samples]
         self.given |= {tuple(one.completion_ids): score for one, score in zip(samples, scores, strict=True)}
         return scores
+
+    def score_steps(self, samples: Sequence[Sample]) -> list[list[float]]:
+        """Return for each line `sign` times the worth of the text up to its end, a token being a character; record columns."""
+        self.columns += [sample.columns for sample in samples]
+        found = []
+        for sample in samples:
+            lines = sample.completion.splitlines(keepends=True) or [""]
+            texts = ["".join(lines[: at + 1]) for at in range(len(lines))]
+            found.append([self.sign * self.worth(text, range(len(text))) for text in texts])
+        return found
 
     def worth(self, text: str, ids: Sequence[int]) -> float:
         """Return a completion's score, but for `sign`."""

@@ -1,0 +1,54 @@
+"""The base class of samplers that search over reasoning steps, guided by a reward that scores each step."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from rlhf_core.config.base import BaseConfig
+from rlhf_core.contracts.completion import Completion
+from rlhf_core.contracts.sampler import Sampler
+from rlhf_core.generation.engine import whole_count
+from rlhf_core.generation.generate import prompt_batch
+from rlhf_core.generation.step_trees import Step, StepSearchConfig, StepTrees
+from rlhf_core.rewards.step_readers import require_steps
+
+ROLE = "process_reward"
+
+
+class StepSearchSampler(Sampler):
+    """Draws completions step by step, and lets a process reward say which paths are continued. A subclass gives `search`."""
+
+    Config = StepSearchConfig
+    config: StepSearchConfig
+    roles: ClassVar = {"policy": "policy", ROLE: "reward"}
+
+    def __init__(self, config: BaseConfig | None = None, **models: Any) -> None:
+        """Take a configuration and the models; see `Sampler`.
+
+        Raises:
+            ConfigError: as `Sampler`, or the reward gives no scores to steps.
+        """
+        super().__init__(config, **models)
+        require_steps(self.models[ROLE], place=f"{type(self).__name__}({ROLE}=…)")
+
+    @abstractmethod
+    def search(self, trees: StepTrees, n: int) -> list[list[Step]]:
+        """Grow the trees; return for each prompt n steps that have ended, the highest score first."""
+
+    def sample(self, prompts: Sequence[Any], n: int = 1, *, seed: int | None = None) -> list[list[Completion]]:
+        """Return n completions for each prompt, the highest path score first."""
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise ConfigError(
+                "n must be a whole number, at least 1", place=f"{type(self).__name__}.sample", got=repr(n)
+            )
+        trees = StepTrees(
+            Engine(self.policy, seed=seed), prompt_batch(self.policy, prompts), self.models[ROLE], self.config
+        )
+        try:
+            found = self.search(trees, n)
+            return [[trees.completion(step) for step in steps] for steps in found]
+        finally:
+            trees.close()
