@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from rlhf_core.generation.process_reward_reader import ProcessRewardReader as ProcessRewardReader
     from rlhf_core.generation.sampler_models import best_first as best_first
     from rlhf_core.generation.step_search import StepSearchSampler as StepSearchSampler
-    from rlhf_core.generation.step_trees import Step as Step
+    from rlhf_core.generation.step_trees import SearchStep as SearchStep
     from rlhf_core.generation.step_trees import StepSearchConfig as StepSearchConfig
     from rlhf_core.generation.step_trees import StepTrees as StepTrees
     from rlhf_core.generation.step_trees import distinct_first as distinct_first
@@ -193,7 +193,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.models.model_reward": "ModelReward ModelRewardConfig SampleScores ScoringModelConfig",
         "rlhf_core.generation.sampler_models": "best_first",
         "rlhf_core.generation.step_search": "StepSearchSampler",
-        "rlhf_core.generation.step_trees": "Step StepSearchConfig StepTrees distinct_first",
+        "rlhf_core.generation.step_trees": "SearchStep StepSearchConfig StepTrees distinct_first",
         "rlhf_core.models.batch_values": "batch_values",
         "rlhf_core.config.online": "OnlineConfig RewardConfig SamplingConfig",
         "rlhf_core.contracts.records": "Message Prompt",

@@ -52,8 +52,16 @@ if TYPE_CHECKING:
     from rlhf_plugins.rewards.reward_model import RewardModelRewardConfig as RewardModelRewardConfig
     from rlhf_plugins.rewards.unit_tests import UnitTestsConfig as UnitTestsConfig
     from rlhf_plugins.rewards.unit_tests import UnitTestsReward as UnitTestsReward
+    from rlhf_plugins.samplers.beam import BeamConfig as BeamConfig
+    from rlhf_plugins.samplers.beam import BeamSampler as BeamSampler
+    from rlhf_plugins.samplers.best_of_n import BestOfNConfig as BestOfNConfig
+    from rlhf_plugins.samplers.best_of_n import BestOfNSampler as BestOfNSampler
+    from rlhf_plugins.samplers.dvts import DVTSConfig as DVTSConfig
+    from rlhf_plugins.samplers.dvts import DVTSSampler as DVTSSampler
     from rlhf_plugins.samplers.generate import GenerateConfig as GenerateConfig
     from rlhf_plugins.samplers.generate import GenerateSampler as GenerateSampler
+    from rlhf_plugins.samplers.particles import ParticlesConfig as ParticlesConfig
+    from rlhf_plugins.samplers.particles import ParticlesSampler as ParticlesSampler
     from rlhf_plugins.trainers.cpo import CPOConfig as CPOConfig
     from rlhf_plugins.trainers.cpo import CPOTrainer as CPOTrainer
     from rlhf_plugins.trainers.distill import DistillationConfig as DistillationConfig
@@ -106,7 +114,11 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_plugins.rewards.repetition": "RepetitionConfig RepetitionReward",
         "rlhf_plugins.rewards.process_reward": "ProcessRewardReward ProcessRewardRewardConfig",
         "rlhf_plugins.rewards.reward_model": "RewardModelReward RewardModelRewardConfig",
+        "rlhf_plugins.samplers.beam": "BeamConfig BeamSampler",
+        "rlhf_plugins.samplers.best_of_n": "BestOfNConfig BestOfNSampler",
+        "rlhf_plugins.samplers.dvts": "DVTSConfig DVTSSampler",
         "rlhf_plugins.samplers.generate": "GenerateConfig GenerateSampler",
+        "rlhf_plugins.samplers.particles": "ParticlesConfig ParticlesSampler",
         "rlhf_plugins.trainers.cpo": "CPOConfig CPOTrainer",
         "rlhf_plugins.trainers.distill": "DistillationConfig DistillationTrainer",
         "rlhf_plugins.trainers.dpo": "DPOConfig DPOTrainer",

@@ -13,6 +13,8 @@ from rlhf_core.contracts.completion import Completion
 from rlhf_core.contracts.sampler import Sampler
 from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.errors import ConfigError, PluginError, did_you_mean, shortened
+from rlhf_core.infra.model_files import PROCESS_REWARD_HEAD
+from rlhf_core.models.head_files import HeadFiles
 from rlhf_core.models.policy_model import PolicyModel
 from rlhf_core.rewards import Rewards, open_rewards
 
@@ -94,6 +96,11 @@ def best_first(completions: Sequence[Sequence[Completion]], scores: Sequence[flo
     return [sorted(group, key=lambda one: -(one.score or 0.0))[:n] for group in scored]
 
 
+def reward_at(path: Path) -> str:
+    """Return the name of the reward that a model's directory stands for: by a process reward model, else by a reward model."""
+    return "process_reward" if HeadFiles.find(path.expanduser(), PROCESS_REWARD_HEAD) is not None else "reward_model"
+
+
 def _check_roles(sampler: type[Sampler], config: BaseConfig, given: Mapping[str, Any]) -> None:
     """Raise where a sampler declares an unknown kind of model, or the roles given aren't those that it declares."""
     name, roles = sampler.__name__, sampler.roles
@@ -136,7 +143,7 @@ def _model(sampler: type[Sampler], role: str, kind: str, given: Any) -> Any:
     if isinstance(given, Rewards):
         return given
     if isinstance(given, Path) or (isinstance(given, str) and Path(given).expanduser().is_dir()):
-        given = {"name": "reward_model", "options": {"model": str(Path(given).expanduser())}}
+        given = {"name": reward_at(Path(given)), "options": {"model": str(Path(given).expanduser())}}
     opened = open_rewards(given, place=place)
     if not len(opened):
         raise ConfigError(f"the list of rewards for the role `{role}` is empty", place=place)

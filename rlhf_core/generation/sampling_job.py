@@ -22,6 +22,7 @@ from rlhf_core.config.yaml_file import dump_yaml, nest, overlay
 from rlhf_core.contracts.sampler import Sampler
 from rlhf_core.data.prompt_rows import PromptRow, names_file, read_prompts
 from rlhf_core.generation.sampled_rows import input_columns
+from rlhf_core.generation.sampler_models import reward_at
 from rlhf_core.infra.errors import ConfigError, DataError, PluginError
 from rlhf_core.infra.redact import redact
 from rlhf_core.registry.method_or_file import find_method, read_method_or_file
@@ -184,7 +185,7 @@ def _reward_at(reward: RewardConfig) -> RewardConfig:
     path = Path(reward.name).expanduser()
     if not path.is_dir():
         return reward
-    return reward.updated(name="reward_model", options={"model": str(path), **reward.options})
+    return reward.updated(name=reward_at(path), options={"model": str(path), **reward.options})
 
 
 def stdin_lines() -> list[str]:

@@ -12,7 +12,7 @@ from rlhf_core.contracts.completion import Completion
 from rlhf_core.contracts.sampler import Sampler
 from rlhf_core.generation.engine import whole_count
 from rlhf_core.generation.generate import prompt_batch
-from rlhf_core.generation.step_trees import Step, StepSearchConfig, StepTrees
+from rlhf_core.generation.step_trees import SearchStep, StepSearchConfig, StepTrees
 from rlhf_core.rewards.step_readers import require_steps
 
 ROLE = "process_reward"
@@ -35,20 +35,34 @@ class StepSearchSampler(Sampler):
         require_steps(self.models[ROLE], place=f"{type(self).__name__}({ROLE}=…)")
 
     @abstractmethod
-    def search(self, trees: StepTrees, n: int) -> list[list[Step]]:
+    def search(self, trees: StepTrees, n: int) -> list[list[SearchStep]]:
         """Grow the trees; return for each prompt n steps that have ended, the highest score first."""
 
     def sample(self, prompts: Sequence[Any], n: int = 1, *, seed: int | None = None) -> list[list[Completion]]:
         """Return n completions for each prompt, the highest path score first."""
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-            raise ConfigError(
-                "n must be a whole number, at least 1", place=f"{type(self).__name__}.sample", got=repr(n)
-            )
-        trees = StepTrees(
-            Engine(self.policy, seed=seed), prompt_batch(self.policy, prompts), self.models[ROLE], self.config
-        )
+        n = whole_count(n)
+        trees = StepTrees(self.engine(seed), prompt_batch(self.policy, prompts), self.models[ROLE], self.config)
         try:
             found = self.search(trees, n)
-            return [[trees.completion(step) for step in steps] for steps in found]
+            return [
+                [
+                    replace(trees.completion(step), details=self.details(trees, step, best=place == 0))
+                    for place, step in enumerate(steps)
+                ]
+                for steps in found
+            ]
         finally:
             trees.close()
+            self.forwarded[ROLE] = self.forwarded.get(ROLE, 0) + trees.reader.forwarded
+
+    def details(self, trees: StepTrees, step: SearchStep, *, best: bool) -> dict[str, Any]:
+        """Return what is reported with the completion that a path is, as JSON values.
+
+        Args:
+            best: whether it is the first of its prompt.
+        """
+        return {
+            "step_scores": list(step.step_scores),
+            "steps_drawn": len(trees.steps[step.prompt]) - 1,
+            "tokens_forwarded": trees.forwarded(step.prompt),
+        }

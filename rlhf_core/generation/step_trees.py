@@ -37,7 +37,7 @@ class StepSearchConfig(SamplingConfig):
     max_step_tokens: int = Field(
         128,
         ge=1,
-        description="Most tokens in a step, which ends there without its separator; larger allows longer steps, 1 searches over tokens.",
+        description="Most tokens in a step, which is cut off there; larger allows longer steps, 1 searches over tokens.",
     )
     aggregation: Literal["last", "min", "mean", "product"] = Field(
         "last",
@@ -46,14 +46,14 @@ class StepSearchConfig(SamplingConfig):
 
 
 @dataclass(eq=False)
-class Step:
+class SearchStep:
     """A node of a tree: a step, and the path from the prompt to its end."""
 
     prompt: int
     """Index of its prompt in the batch."""
     number: int
     """Its number in the prompt's tree, in the order in which steps were drawn; 0 is the root, which has no tokens."""
-    parent: Step | None
+    parent: SearchStep | None
     ids: tuple[int, ...]
     """The tokens of its path, those of the prompt left out."""
     text: str
@@ -68,16 +68,16 @@ class Step:
     """The scores of its path's steps."""
     score: float = 0.0
     """Its path's score."""
-    children: list[Step] = field(default_factory=list)
+    children: list[SearchStep] = field(default_factory=list)
     handle: SequenceHandle | None = None
     kept: Any = None
     """What the rewards keep for its path."""
 
     @property
-    def path(self) -> list[Step]:
+    def path(self) -> list[SearchStep]:
         """The steps from the first one to this one; the root isn't one of them."""
-        steps: list[Step] = []
-        at: Step | None = self
+        steps: list[SearchStep] = []
+        at: SearchStep | None = self
         while at is not None and at.parent is not None:
             steps.append(at)
             at = at.parent
@@ -121,7 +121,7 @@ class StepTrees:
         handles = engine.prefill(prompts) if prompts else []
         nothing = Completion("", (), (), "length")
         self.roots = [
-            Step(at, 0, None, (), "", nothing, handle=handle, kept=kept)
+            SearchStep(at, 0, None, (), "", nothing, handle=handle, kept=kept)
             for at, (handle, kept) in enumerate(zip(handles, self.reader.begin(self._samples), strict=True))
         ]
         """One step without tokens for each prompt, from which its tree grows."""
@@ -130,7 +130,7 @@ class StepTrees:
         self.tokens = [0] * len(prompts)
         """For each prompt, the tokens of all steps of its tree."""
 
-    def grow(self, parents: Sequence[Step]) -> list[Step]:
+    def grow(self, parents: Sequence[SearchStep]) -> list[SearchStep]:
         """Draw and score one more child for each of some steps, all at once; a step may be named several times.
 
         Raises:
@@ -138,7 +138,7 @@ class StepTrees:
         """
         if any(one.ended or one.handle is None for one in parents):
             raise ValueError("a step that has ended, or was released, can't get a child")
-        found: list[Step | None] = [None] * len(parents)
+        found: list[SearchStep | None] = [None] * len(parents)
         groups: dict[tuple[bool, bool], list[int]] = {}
         seeds = [self._next_seed(one.prompt) for one in parents]
         for at, one in enumerate(parents):
@@ -153,8 +153,8 @@ class StepTrees:
                 limits=[self._room(parents[at]) for at in numbers],
                 chat=chat,
             )
-            for at, one in zip(numbers, extended, strict=True):
-                found[at] = self._child(parents[at], one.completion, one.handle)
+            for at, extension in zip(numbers, extended, strict=True):
+                found[at] = self._child(parents[at], extension.completion, extension.handle)
         grown = [one for one in found if one is not None]
         self._score(grown)
         for child in grown:
@@ -165,7 +165,7 @@ class StepTrees:
                 child.parent.children.append(child)
         return grown
 
-    def release(self, steps: Sequence[Step]) -> None:
+    def release(self, steps: Sequence[SearchStep]) -> None:
         """Give up the keys and values that some steps hold; they get no more children."""
         held = [one for one in steps if one.handle is not None]
         self.engine.free([_handle(one) for one in held])
@@ -178,7 +178,7 @@ class StepTrees:
         for steps in self.steps:
             self.release(steps)
 
-    def completion(self, step: Step) -> Completion:
+    def completion(self, step: SearchStep) -> Completion:
         """Return the path to a step as one completion, with its score."""
         path = [one.own for one in step.path]
         return Completion(
@@ -209,7 +209,7 @@ class StepTrees:
         self._drawn[prompt] += 1
         return stream_seed(self._seeds[prompt], "step", self._drawn[prompt])
 
-    def _room(self, parent: Step) -> int:
+    def _room(self, parent: SearchStep) -> int:
         """Return how many tokens a child may have."""
         return min(self.options.max_step_tokens, self._left(parent.prompt, len(parent.ids)))
 
@@ -219,7 +219,7 @@ class StepTrees:
         left = self.options.max_new_tokens - length
         return left if positions is None else min(left, positions - len(self._samples[prompt].prompt_ids) - length)
 
-    def _child(self, parent: Step, own: Completion, handle: SequenceHandle) -> Step:
+    def _child(self, parent: SearchStep, own: Completion, handle: SequenceHandle) -> SearchStep:
         """Return a step that was drawn, without its score."""
         ids = (*parent.ids, *own.ids)
         decode = self.engine.text_of(self._chat[parent.prompt])
@@ -235,11 +235,11 @@ class StepTrees:
             reason = "length"
         else:
             reason, ended = "length", False
-        return Step(
+        return SearchStep(
             parent.prompt, 0, parent, ids, text, own, ended, reason, parent.step_scores, parent.score, handle=handle
         )
 
-    def _score(self, steps: Sequence[Step]) -> None:
+    def _score(self, steps: Sequence[SearchStep]) -> None:
         """Score the last step of each path."""
         samples = [
             replace(self._samples[one.prompt], completion=one.text, completion_ids=one.ids, stop_reason=one.stop_reason)
@@ -261,10 +261,10 @@ class StepTrees:
         return bool(separator) and not (begun + text[len(before) :]).strip()
 
 
-def distinct_first(steps: Sequence[Step], n: int) -> list[Step]:
-    """Return n of at least n steps, best first: those with the highest scores, ones with the same tokens only where others lack."""
-    chosen: list[Step] = []
-    repeated: list[Step] = []
+def distinct_first(steps: Sequence[SearchStep], n: int) -> list[SearchStep]:
+    """Return n of at least n steps, the highest scores first; of paths with the same tokens one, unless others lack."""
+    chosen: list[SearchStep] = []
+    repeated: list[SearchStep] = []
     met: set[tuple[int, ...]] = set()
     for one in sorted(steps, key=lambda one: (-one.score, one.number)):
         (repeated if one.ids in met else chosen).append(one)
@@ -288,7 +288,7 @@ AGGREGATED: Mapping[str, Callable[[Sequence[float]], float]] = {
 """How the scores of a path's steps become the path's, by name."""
 
 
-def _handle(step: Step) -> SequenceHandle:
+def _handle(step: SearchStep) -> SequenceHandle:
     if step.handle is None:
         raise ValueError("the step was released")
     return step.handle

@@ -180,6 +180,8 @@ def test_inference_time_compute(tmp_path: Path, environment: dict[str, str]) -> 
     assert "sampled: 2 rows" in printed and "tokens_forwarded" in printed
     rows = [json.loads(line) for line in (tmp_path / "majority.jsonl").read_text().splitlines()]
     assert all(row["details"]["candidates"] <= 16 for row in rows)
+    (searched,) = (json.loads(line) for line in (tmp_path / "beam.jsonl").read_text().splitlines())
+    assert searched["score"] == searched["details"]["step_scores"][-1]
 
 
 @pytest.mark.slow

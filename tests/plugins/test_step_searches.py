@@ -19,7 +19,7 @@ from rlhf_plugins.samplers.particles import (
 from rlhf_core.contracts.reward import Sample
 from rlhf_core.generation.engine import Engine
 from rlhf_core.generation.generate import prompt_batch
-from rlhf_core.generation.step_trees import AGGREGATED, Step, StepSearchConfig, StepTrees, distinct_first
+from rlhf_core.generation.step_trees import AGGREGATED, SearchStep, StepSearchConfig, StepTrees, distinct_first
 from rlhf_core.infra.errors import ConfigError
 from rlhf_core.models import ProcessRewardModel
 from rlhf_core.rewards import open_rewards
@@ -58,7 +58,7 @@ def trees_of(reward: Any, prompts: Sequence[str] = ("17+25=?",), **options: Any)
     return StepTrees(Engine(policy, seed=5), prompt_batch(policy, prompts), open_rewards(reward), config)
 
 
-def grown(trees: StepTrees, depth: int = 3, width: int = 2) -> list[Step]:
+def grown(trees: StepTrees, depth: int = 3, width: int = 2) -> list[SearchStep]:
     """Grow every open step of every tree `width` times, `depth` times over; return the last generation."""
     heads = trees.roots
     for _ in range(depth):
@@ -121,11 +121,12 @@ def test_limits_are_those_of_the_whole_path() -> None:
 
 
 def test_a_separator_ends_a_step_and_a_stop_string_the_path() -> None:
-    trees = trees_of(DigitReward(), separator="k", max_step_tokens=200, max_new_tokens=200, stop=["e"])
+    trees = trees_of(DigitReward(), separator="a", max_step_tokens=200, max_new_tokens=200, stop=["e"])
     steps = trees.grow([trees.roots[0]] * 60)
     open_steps = [one for one in steps if not one.ended]
     assert open_steps
-    assert all(one.text.endswith("k") for one in open_steps)
+    decode = trees.engine.policy.tokenizer.decode
+    assert all("a" in one.text and "a" not in decode(one.ids[:-1]) for one in open_steps)
     stopped = [one for one in steps if one.stop_reason == "stop"]
     assert all("e" not in one.text for one in steps)
     assert stopped

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from rlhf_core.plugin import Step, StepSearchConfig, StepSearchSampler, StepTrees, distinct_first
+from rlhf_core.plugin import SearchStep, StepSearchConfig, StepSearchSampler, StepTrees, distinct_first
 
 
 class BeamConfig(StepSearchConfig):
@@ -27,12 +27,12 @@ class BeamSampler(StepSearchSampler):
     Config = BeamConfig
     config: BeamConfig
 
-    def search(self, trees: StepTrees, n: int) -> list[list[Step]]:
+    def search(self, trees: StepTrees, n: int) -> list[list[SearchStep]]:
         """Continue the best paths until all kept ones have ended; return the n best of them."""
         beams, expansions = max(self.config.beams, n), self.config.expansions
         # The first steps of all beams are drawn from the prompt.
         grown = trees.grow([root for root in trees.roots for _ in range(beams * expansions)])
-        kept: list[list[Step]] = [[] for _ in trees.roots]
+        kept: list[list[SearchStep]] = [[] for _ in trees.roots]
         while grown:
             candidates = [[step for step in steps if step.ended] for steps in kept]
             for step in grown:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from rlhf_core.plugin import Step, StepSearchConfig, StepSearchSampler, StepTrees, distinct_first
+from rlhf_core.plugin import SearchStep, StepSearchConfig, StepSearchSampler, StepTrees, distinct_first
 
 
 class DVTSConfig(StepSearchConfig):
@@ -27,7 +27,7 @@ class DVTSSampler(StepSearchSampler):
     Config = DVTSConfig
     config: DVTSConfig
 
-    def search(self, trees: StepTrees, n: int) -> list[list[Step]]:
+    def search(self, trees: StepTrees, n: int) -> list[list[SearchStep]]:
         """Follow the best step of each subtree until all have ended; return the n best of a prompt's ends."""
         subtrees, expansions = max(self.config.subtrees, n), self.config.expansions
         heads = [root for root in trees.roots for _ in range(subtrees)]

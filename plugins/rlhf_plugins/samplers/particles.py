@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pydantic import Field
 
 from rlhf_core.plugin import (
-    Step,
+    SearchStep,
     StepSearchConfig,
     StepSearchSampler,
     StepTrees,
@@ -59,7 +59,7 @@ class ParticlesSampler(StepSearchSampler):
     Config = ParticlesConfig
     config: ParticlesConfig
 
-    def search(self, trees: StepTrees, n: int) -> list[list[Step]]:
+    def search(self, trees: StepTrees, n: int) -> list[list[SearchStep]]:
         """Draw a step behind each particle that hasn't ended, resample all of a prompt's, and repeat; return the n best ends."""
         count = max(self.config.particles, n)
         populations = [[root] * count for root in trees.roots]
@@ -74,7 +74,7 @@ class ParticlesSampler(StepSearchSampler):
             trees.release([one for steps in trees.steps for one in steps if one not in alive])
         return [distinct_first(particles, n) for particles in populations]
 
-    def _resampled(self, trees: StepTrees, particles: list[Step], generation: int) -> list[Step]:
+    def _resampled(self, trees: StepTrees, particles: list[SearchStep], generation: int) -> list[SearchStep]:
         """Return as many particles, drawn by their weights; a prompt whose particles have all ended keeps them."""
         if all(one.ended for one in particles):
             return particles
