@@ -14,6 +14,7 @@ from rlhf_core.cli.printing import print_json, print_text
 from rlhf_core.cli.quick_imports import quick_imports
 from rlhf_core.cli.weight_diff import show_difference
 from rlhf_core.infra.errors import ConfigError, Interrupted
+from rlhf_core.infra.files import readable_size
 
 if TYPE_CHECKING:
     from rlhf_core.merging.job import MergeJob
@@ -141,8 +142,9 @@ def _report(result: MergeResult, *, as_json: bool) -> None:
     for name, value in result.details.items():
         print_text(f"{name}: {value}")
     print(
-        f"merged: {result.tensors} tensors, {size(result.bytes_read)} read, {size(result.bytes_written)} written,"
-        f" {result.seconds:.1f} s, {size(rate)}/s"
+        f"merged: {result.tensors} tensors, {readable_size(result.bytes_read)} read,"
+        f" {readable_size(result.bytes_written)} written,"
+        f" {result.seconds:.1f} s, {readable_size(rate)}/s"
     )
     print(f"model: {result.output}")
     return None
@@ -160,17 +162,18 @@ def _describe(job: MergeJob, *, resume: bool, overwrite: bool, as_json: bool) ->
         return print_json({**facts, "config": job.resolved()})
     lines = [f"{job.plugin.qualified} {job.plugin.version}: {job.plugin.summary}".strip()]
     for one in facts["inputs"]:
-        lines.append(f"{one['as']}: {one['name']} ({one['tensors']} tensors, {size(one['bytes'])})")
+        lines.append(f"{one['as']}: {one['name']} ({one['tensors']} tensors, {readable_size(one['bytes'])})")
     lines.append(
         f"tensors: {facts['merged']} merged, {facts['copied']} copied as they are, {len(facts['left_out'])} left out as tied"
         + "".join(f" ({name})" for name in facts["left_out"])
     )
     lines.append(f"output: {job.config.output or 'not set: give --output'}{_state(job, resume, overwrite)}")
     for file in facts["files"]:
-        lines.append(f"  {file['name']} ({size(file['bytes'])})")
-    lines.append(f"disk: {size(facts['bytes'])} needed, {size(facts['free'])} free")
+        lines.append(f"  {file['name']} ({readable_size(file['bytes'])})")
+    lines.append(f"disk: {readable_size(facts['bytes'])} needed, {readable_size(facts['free'])} free")
     lines.append(
-        f"memory: about {size(facts['memory'])} beyond the interpreter's, {facts['threads']} threads on {facts['device']}"
+        f"memory: about {readable_size(facts['memory'])} beyond the interpreter's,"
+        f" {facts['threads']} threads on {facts['device']}"
     )
     if facts["free"] < facts["bytes"]:
         lines.append("not enough disk: this merge would be refused")
@@ -221,12 +224,3 @@ def _state(job: MergeJob, resume: bool, overwrite: bool) -> str:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         return " (replaced)" if overwrite else " (not empty: needs --overwrite)"
     return " (new)"
-
-
-def size(count: float) -> str:
-    """Return a number of bytes as text, in powers of a thousand: `2.13 GB`."""
-    for unit in ("bytes", "kB", "MB"):
-        if count < 1000:
-            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"

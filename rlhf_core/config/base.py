@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
@@ -9,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, fie
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from rlhf_core.config.fields import alternatives, key_and_group
-from rlhf_core.infra.errors import ConfigError, did_you_mean, shortened
+from rlhf_core.infra.errors import ConfigError, did_you_mean, nearest, shortened
 
 ConfigType = TypeVar("ConfigType", bound="BaseConfig")
 
@@ -122,6 +123,9 @@ def config_error(
     if first.get("ctx", {}).get("min_length") == 1:
         message = "must not be empty"
     fix: str | None = None
+    if first["type"] == "literal_error" and isinstance(first["input"], str):
+        choice = nearest(first["input"], re.findall(r"'([^']*)'", first["ctx"]["expected"]))
+        fix = f"did you mean `{choice}`?" if choice else None
     if first["type"] == "refused":
         details = first["ctx"]
         message, fix = details["problem"], details["fix"]

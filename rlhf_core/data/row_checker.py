@@ -245,7 +245,9 @@ class RowChecker:
             filled = [str(key) for key, value in row.values.items() if value is not None]
             return DataError(f"column `{own}` is null", place=row.place, got=f"columns {', '.join(filled) or 'none'}")
         fix = self._mapping(name, own, row, found)
-        if self._complete:
+        if own != name and value_kind(row.values.get(name)) in _SHAPES[name]:
+            fix = f"leave `{name}` out of `dataset.columns`: the row has a column of that name"
+        elif self._complete:
             fix = "the rows before have it: fill or delete this one"
         elif other := self._other_contract(row):
             look = f"these look like `{other}` rows, for another method"

@@ -291,3 +291,12 @@ def remove_tree(path: Path) -> None:
             path.unlink()
         else:
             shutil.rmtree(path)
+
+
+def readable_size(count: float) -> str:
+    """Return a number of bytes as text, in powers of a thousand: `2.13 GB`."""
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"

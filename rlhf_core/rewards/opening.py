@@ -75,7 +75,7 @@ def check_rewards(config: OnlineConfig, *, place: Mapping[str, str] | str = "rew
     """
     if not config.rewards and config.needs_rewards:
         known = ", ".join(registry.rewards) or "none is installed"
-        fix = f"set `rewards`, a list of names ({known}) or of functions, `package.module:function`"
+        fix = f"set `rewards`, a list of names ({known}) or of functions, `FILE.py:function`"
         raise ConfigError("no rewards are given", place=_at("rewards", place), fix=fix)
     _resolve_all(config.rewards, place)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from rlhf_core.infra.log import hide_library_bars
 from rlhf_core.testing.arithmetic_task import ArithmeticTask, write_jsonl
 from rlhf_core.testing.tiny import save_tiny
 
@@ -24,6 +25,7 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    hide_library_bars()
     save_tiny(options.folder / "model")
     write_jsonl(options.folder, ArithmeticTask(), train=options.rows, test=max(1, options.rows // 4), seed=options.seed)
     print(f"wrote {options.folder}/model and {options.folder}/{{train,test}}/*.jsonl")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_core.config.training import TrainedModelConfig, TrainerConfig, models_beside
 from rlhf_core.infra.errors import StorageError
-from rlhf_core.infra.files import storage_errors
+from rlhf_core.infra.files import readable_size, storage_errors
 from rlhf_core.infra.model_files import is_adapter
 from rlhf_core.infra.safetensors_file import TensorEntry, nbytes, read_header
 from rlhf_core.models.sequence_model import SequenceModel
@@ -42,8 +42,8 @@ class DiskNeed:
     def __str__(self) -> str:
         plural = "s" if self.checkpoints != 1 else ""
         return (
-            f"{self.checkpoints} checkpoint{plural} of {self.checkpoint_bytes:,} bytes"
-            f" and models of {self.model_bytes:,} bytes"
+            f"{self.checkpoints} checkpoint{plural} of {readable_size(self.checkpoint_bytes)}"
+            f" and models of {readable_size(self.model_bytes)}"
         )
 
     def require(self, output: Path, *, already_there: int = 0) -> int:

@@ -15,6 +15,7 @@ from rlhf_core.contracts.trainer import Trainer
 from rlhf_core.data.chat_rendering import rendered_at
 from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.errors import Stopped
+from rlhf_core.infra.files import readable_size
 from rlhf_core.infra.seeds import seed_everything
 from rlhf_core.registry.hooks import Hooks, load_hooks
 from rlhf_core.training.context import RunContext
@@ -196,7 +197,7 @@ class Run:
         def require() -> None:
             need = disk_need(self.setup, self.total_steps)
             free = need.require(output, already_there=checkpoint_bytes_on_disk(output))
-            log.info("the run writes at most %s; %s bytes are free", need, f"{free:,}")
+            log.info("the run writes at most %s; %s are free", need, readable_size(free))
 
         self.distribution.on_main(require)
 

@@ -83,7 +83,7 @@ class Windows:
                 self._held_at = self._stream.batches - 1
             if (idle := self._stream.batches - max(self._batches_used(), self._held_at)) > most:
                 raise NumbersError(
-                    f"{idle - 1} batches in a row gave nothing to learn from",
+                    f"{idle - 1} batch{'es' * (idle > 2)} in a row gave nothing to learn from",
                     place=f"step {self._run.step + 1}",
                     got=f"rows {list(batch.rows)[:16]} next{self._rewards()}",
                     fix="look at the loss mask of these rows, or at the rewards; a larger `max_idle_batches` allows more of them",

@@ -132,7 +132,7 @@ CONFIGURATIONS: dict[tuple[str, str], str] = {
         "grpo",
         "--rewards length --group_size 1",
     ): "--group_size: group_mean_std needs groups of at least 2; got a group of 1; fix: ",
-    ("grpo", "--rewards length --variant dr_grop"): "--variant: must be 'grpo', 'dr_grpo'",
+    ("grpo", "--rewards length --variant dr_grop"): "or 'dppo'; got 'dr_grop'; fix: did you mean `dr_grpo`?",
     ("grpo", "--rewards length --clip ppoo"): "--clip: unknown clip `ppoo`; fix: did you mean `ppo`?",
     ("grpo", "--rewards length --clip_options 0.3"): "--clip_options: must be a mapping",
     (
