@@ -8,7 +8,20 @@ from typing import Annotated
 
 import typer
 
-from rlhf_core.cli import INTERRUPTED, author, chat, doctor, merge, methods, rollouts, sample, samples, score, train
+from rlhf_core.cli import (
+    INTERRUPTED,
+    author,
+    chat,
+    compare_samplers,
+    doctor,
+    merge,
+    methods,
+    rollouts,
+    sample,
+    samples,
+    score,
+    train,
+)
 from rlhf_core.infra.version import __version__
 
 app = typer.Typer(
@@ -25,6 +38,7 @@ methods.add_to(app)
 train.add_to(app)
 chat.add_to(app)
 sample.add_to(app)
+compare_samplers.add_to(app)
 samples.add_to(app)
 rollouts.add_to(app)
 merge.add_to(app)

@@ -1,1 +1,1 @@
-"""What models are like, measured: how far their weights are apart."""
+"""What models and samplers are like, measured: how far weights are apart, how often answers are right."""

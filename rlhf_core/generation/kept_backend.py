@@ -40,3 +40,8 @@ def _leave(policy_ref: weakref.ref[PolicyModel], backend: NativeBackend) -> None
     if policy is not None:
         backend.rest()
         _left[policy] = backend
+
+
+def forget_kept(policy: PolicyModel) -> None:
+    """Drop what the last engine of a policy left, so that the next one reads every prompt itself."""
+    _left.pop(policy, None)

@@ -75,6 +75,7 @@ def test_check_loads_each_and_shows_what_that_reveals(rlhf, install) -> None:
         ["--version"],
         ["train", "--help"],
         ["sample", "--help"],
+        ["compare-samplers", "--help"],
         ["chat", "--help"],
     ],
 )
