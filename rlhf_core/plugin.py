@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from rlhf_core.generation.step_trees import StepSearchConfig as StepSearchConfig
     from rlhf_core.generation.step_trees import StepTrees as StepTrees
     from rlhf_core.generation.step_trees import distinct_first as distinct_first
+    from rlhf_core.generation.tree_picture import tree_svg as tree_svg
     from rlhf_core.infra.chat_api import ChatAPI as ChatAPI
     from rlhf_core.infra.child_calls import CallFailure as CallFailure
     from rlhf_core.infra.child_calls import ChildCalls as ChildCalls
@@ -193,6 +194,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.models.model_reward": "ModelReward ModelRewardConfig SampleScores ScoringModelConfig",
         "rlhf_core.generation.sampler_models": "best_first",
         "rlhf_core.generation.step_search": "StepSearchSampler",
+        "rlhf_core.generation.tree_picture": "tree_svg",
         "rlhf_core.generation.step_trees": "SearchStep StepSearchConfig StepTrees distinct_first",
         "rlhf_core.models.batch_values": "batch_values",
         "rlhf_core.config.online": "OnlineConfig RewardConfig SamplingConfig",

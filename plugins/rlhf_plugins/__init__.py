@@ -60,6 +60,8 @@ if TYPE_CHECKING:
     from rlhf_plugins.samplers.dvts import DVTSSampler as DVTSSampler
     from rlhf_plugins.samplers.generate import GenerateConfig as GenerateConfig
     from rlhf_plugins.samplers.generate import GenerateSampler as GenerateSampler
+    from rlhf_plugins.samplers.mcts import MCTSConfig as MCTSConfig
+    from rlhf_plugins.samplers.mcts import MCTSGenerator as MCTSGenerator
     from rlhf_plugins.samplers.particles import ParticlesConfig as ParticlesConfig
     from rlhf_plugins.samplers.particles import ParticlesSampler as ParticlesSampler
     from rlhf_plugins.trainers.cpo import CPOConfig as CPOConfig
@@ -118,6 +120,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_plugins.samplers.best_of_n": "BestOfNConfig BestOfNSampler",
         "rlhf_plugins.samplers.dvts": "DVTSConfig DVTSSampler",
         "rlhf_plugins.samplers.generate": "GenerateConfig GenerateSampler",
+        "rlhf_plugins.samplers.mcts": "MCTSConfig MCTSGenerator",
         "rlhf_plugins.samplers.particles": "ParticlesConfig ParticlesSampler",
         "rlhf_plugins.trainers.cpo": "CPOConfig CPOTrainer",
         "rlhf_plugins.trainers.distill": "DistillationConfig DistillationTrainer",

@@ -13,6 +13,7 @@ from rlhf_core.contracts.sampler import Sampler
 from rlhf_core.generation.engine import whole_count
 from rlhf_core.generation.generate import prompt_batch
 from rlhf_core.generation.step_trees import SearchStep, StepSearchConfig, StepTrees
+from rlhf_core.generation.tree_picture import tree_svg, tree_values
 from rlhf_core.rewards.step_readers import require_steps
 
 ROLE = "process_reward"
@@ -32,7 +33,8 @@ class StepSearchSampler(Sampler):
             ConfigError: as `Sampler`, or the reward gives no scores to steps.
         """
         super().__init__(config, **models)
-        require_steps(self.models[ROLE], place=f"{type(self).__name__}({ROLE}=…)")
+        if ROLE in self.models:
+            require_steps(self.models[ROLE], place=f"{type(self).__name__}({ROLE}=…)")
 
     @abstractmethod
     def search(self, trees: StepTrees, n: int) -> list[list[SearchStep]]:
@@ -41,7 +43,7 @@ class StepSearchSampler(Sampler):
     def sample(self, prompts: Sequence[Any], n: int = 1, *, seed: int | None = None) -> list[list[Completion]]:
         """Return n completions for each prompt, the highest path score first."""
         n = whole_count(n)
-        trees = StepTrees(self.engine(seed), prompt_batch(self.policy, prompts), self.models[ROLE], self.config)
+        trees = StepTrees(self.engine(seed), prompt_batch(self.policy, prompts), self.models.get(ROLE), self.config)
         try:
             found = self.search(trees, n)
             return [
@@ -53,7 +55,8 @@ class StepSearchSampler(Sampler):
             ]
         finally:
             trees.close()
-            self.forwarded[ROLE] = self.forwarded.get(ROLE, 0) + trees.reader.forwarded
+            if ROLE in self.models:
+                self.forwarded[ROLE] = self.forwarded.get(ROLE, 0) + trees.reader.forwarded
 
     def details(self, trees: StepTrees, step: SearchStep, *, best: bool) -> dict[str, Any]:
         """Return what is reported with the completion that a path is, as JSON values.
@@ -61,8 +64,13 @@ class StepSearchSampler(Sampler):
         Args:
             best: whether it is the first of its prompt.
         """
-        return {
+        about: dict[str, Any] = {
             "step_scores": list(step.step_scores),
             "steps_drawn": len(trees.steps[step.prompt]) - 1,
             "tokens_forwarded": trees.forwarded(step.prompt),
         }
+        if best and self.config.tree != "none":
+            about["tree"] = tree_values(trees.steps[step.prompt], step, trees.facts)
+            if self.config.tree == "svg":
+                about["tree_svg"] = tree_svg(about["tree"])
+        return about

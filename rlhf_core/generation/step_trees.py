@@ -15,7 +15,7 @@ from pydantic import Field
 from rlhf_core.config.online import SamplingConfig
 from rlhf_core.contracts.batch import Batch, on_host
 from rlhf_core.contracts.completion import Completion
-from rlhf_core.contracts.reward import Sample
+from rlhf_core.contracts.reward import Sample, StepReader
 from rlhf_core.generation.engine import Engine, SequenceHandle, prompt_keys
 from rlhf_core.infra.errors import ConfigError
 from rlhf_core.infra.seeds import completion_seeds, stream_seed
@@ -42,6 +42,11 @@ class StepSearchConfig(SamplingConfig):
     aggregation: Literal["last", "min", "mean", "product"] = Field(
         "last",
         description="How the scores of a path's steps become the path's: the last one, the worst, their mean or their product.",
+    )
+    tree: Literal["none", "json", "svg"] = Field(
+        "none",
+        description="What a prompt's first completion reports of its tree in `details`: nothing, its steps (`tree`), or also a"
+        " picture of them (`tree_svg`).",
     )
 
 
@@ -91,16 +96,16 @@ class StepTrees:
 
     Args:
         engine: draws the steps.
-        rewards: score them.
+        rewards: score them; None leaves their scores to the search.
         options: how steps are drawn, where they end, and how a path is scored.
 
     Raises:
         ConfigError: a reward isn't step-wise, or was trained with another separator.
     """
 
-    def __init__(self, engine: Engine, batch: Batch, rewards: Rewards, options: StepSearchConfig) -> None:
+    def __init__(self, engine: Engine, batch: Batch, rewards: Rewards | None, options: StepSearchConfig) -> None:
         self.engine, self.options = engine, options
-        self.reader = rewards.step_reader(engine.policy.tokenizer)
+        self.reader: StepReader = _NoReader() if rewards is None else rewards.step_reader(engine.policy.tokenizer)
         own = self.reader.separator
         if options.separator is not None and own not in (None, options.separator):
             raise ConfigError(
@@ -129,6 +134,8 @@ class StepTrees:
         """For each prompt all steps of its tree, by number."""
         self.tokens = [0] * len(prompts)
         """For each prompt, the tokens of all steps of its tree."""
+        self.facts: dict[SearchStep, Mapping[str, Any]] = {}
+        """What a search knows of steps besides their scores, as JSON values, which is reported with the tree."""
 
     def grow(self, parents: Sequence[SearchStep]) -> list[SearchStep]:
         """Draw and score one more child for each of some steps, all at once; a step may be named several times.
@@ -136,6 +143,10 @@ class StepTrees:
         Raises:
             ValueError: a step has ended, or was released.
         """
+        return self._grow(parents, whole=False)
+
+    def _grow(self, parents: Sequence[SearchStep], *, whole: bool) -> list[SearchStep]:
+        """Draw and score children; where `whole`, each is all the rest of its completion."""
         if any(one.ended or one.handle is None for one in parents):
             raise ValueError("a step that has ended, or was released, can't get a child")
         found: list[SearchStep | None] = [None] * len(parents)
@@ -149,8 +160,8 @@ class StepTrees:
                 # The first step has the least number of tokens of the completion, so later ones need none.
                 self._sampling if first else self._sampling.updated(min_new_tokens=0),
                 seeds=[seeds[at] for at in numbers],
-                stop=[self.separator, *self._sampling.stop],
-                limits=[self._room(parents[at]) for at in numbers],
+                stop=self._sampling.stop if whole else [self.separator, *self._sampling.stop],
+                limits=[self._room(parents[at], whole=whole) for at in numbers],
                 chat=chat,
             )
             for at, extension in zip(numbers, extended, strict=True):
@@ -203,15 +214,43 @@ class StepTrees:
         """Return the seed of a prompt's tree, for random choices of a search."""
         return self._seeds[prompt]
 
+    def sample_of(self, step: SearchStep) -> Sample:
+        """Return the path to a step as a reward takes it."""
+        sample = self._samples[step.prompt]
+        return replace(sample, completion=step.text, completion_ids=step.ids, stop_reason=step.stop_reason)
+
+    def value_by_rollouts(self, steps: Sequence[SearchStep], rewards: Rewards, count: int) -> None:
+        """Score steps by the mean reward of completions drawn from them; one that has ended by its own reward.
+
+        Each rollout is an ended step of the tree itself, a child of the step that it begins at.
+
+        Args:
+            count: completions per step.
+        """
+        ends: list[tuple[SearchStep, SearchStep]] = [(one, one) for one in steps if one.ended]
+        from_here = [one for one in steps if not one.ended for _ in range(count)]
+        ends += zip(from_here, self._grow(from_here, whole=True), strict=True)
+        if not ends:
+            return
+        totals = rewards.score([self.sample_of(end) for _, end in ends]).total.tolist()
+        found: dict[SearchStep, list[float]] = {}
+        for (step, end), score in zip(ends, totals, strict=True):
+            found.setdefault(step, []).append(score)
+            end.score, end.step_scores = score, (score,)
+        for step, scores in found.items():
+            step.score = sum(scores) / len(scores)
+            step.step_scores = (step.score,)
+
     # One step
 
     def _next_seed(self, prompt: int) -> int:
         self._drawn[prompt] += 1
         return stream_seed(self._seeds[prompt], "step", self._drawn[prompt])
 
-    def _room(self, parent: SearchStep) -> int:
-        """Return how many tokens a child may have."""
-        return min(self.options.max_step_tokens, self._left(parent.prompt, len(parent.ids)))
+    def _room(self, parent: SearchStep, *, whole: bool) -> int:
+        """Return how many tokens a child may have, one that is all the rest where `whole`."""
+        left = self._left(parent.prompt, len(parent.ids))
+        return left if whole else min(self.options.max_step_tokens, left)
 
     def _left(self, prompt: int, length: int) -> int:
         """Return how many tokens a path of a length may still get."""
@@ -259,6 +298,16 @@ class StepTrees:
         """Tell whether a step begins behind a separator and has no text of its own."""
         _, separator, begun = before.rpartition(self.separator)
         return bool(separator) and not (begun + text[len(before) :]).strip()
+
+
+class _NoReader(StepReader):
+    """Stands in where a search scores its steps itself."""
+
+    def begin(self, samples: Sequence[Sample]) -> list[Any]:
+        return [None] * len(samples)
+
+    def follow(self, kept: Sequence[Any], samples: Sequence[Sample], new: Sequence[int]) -> list[tuple[Any, float]]:
+        return [(None, 0.0)] * len(samples)
 
 
 def distinct_first(steps: Sequence[SearchStep], n: int) -> list[SearchStep]:

@@ -182,6 +182,8 @@ def test_inference_time_compute(tmp_path: Path, environment: dict[str, str]) -> 
     assert all(row["details"]["candidates"] <= 16 for row in rows)
     (searched,) = (json.loads(line) for line in (tmp_path / "beam.jsonl").read_text().splitlines())
     assert searched["score"] == searched["details"]["step_scores"][-1]
+    (searched,) = (json.loads(line) for line in (tmp_path / "mcts.jsonl").read_text().splitlines())
+    assert searched["details"]["tree"]["steps"][0]["visits"] == 16 and "<svg" in searched["details"]["tree_svg"]
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -21,7 +22,7 @@ from rlhf_core.generation.engine import Engine
 from rlhf_core.generation.generate import prompt_batch
 from rlhf_core.generation.step_trees import AGGREGATED, SearchStep, StepSearchConfig, StepTrees, distinct_first
 from rlhf_core.infra.errors import ConfigError
-from rlhf_core.models import ProcessRewardModel
+from rlhf_core.models import PolicyModel, ProcessRewardModel
 from rlhf_core.rewards import open_rewards
 from rlhf_core.testing import SamplerContract
 from rlhf_core.testing.kit_rewards import DigitReward
@@ -30,22 +31,36 @@ from rlhf_core.testing.tiny import tiny_policy
 SMALL = {"max_new_tokens": 9, "max_step_tokens": 3}
 
 
-class TestBeam(SamplerContract):
+@functools.cache
+def shared_policy() -> PolicyModel:
+    """The policy of all checks of the contract: measured once, for the many searches of small trees."""
+    return tiny_policy(0)
+
+
+class StepSearchContract(SamplerContract):
+    """The contract on one policy."""
+
+    def models(self) -> dict[str, Any]:
+        self.reward = DigitReward()
+        return {"policy": shared_policy(), "process_reward": self.reward}
+
+
+class TestBeam(StepSearchContract):
     method = "beam"
     options: ClassVar = {**SMALL, "beams": 2, "expansions": 2}
-    no_effect = ("separator",)  # the tiny model hardly ever draws a text of several characters
+    no_effect = ("separator", "tree")  # the tiny model hardly ever draws a text of several characters
 
 
-class TestDVTS(SamplerContract):
+class TestDVTS(StepSearchContract):
     method = "dvts"
     options: ClassVar = {**SMALL, "subtrees": 2, "expansions": 2}
-    no_effect = ("separator",)  # the tiny model hardly ever draws a text of several characters
+    no_effect = ("separator", "tree")  # the tiny model hardly ever draws a text of several characters
 
 
-class TestParticles(SamplerContract):
+class TestParticles(StepSearchContract):
     method = "particles"
     options: ClassVar = {**SMALL, "particles": 4}
-    no_effect = ("separator",)  # the tiny model hardly ever draws a text of several characters
+    no_effect = ("separator", "tree")  # the tiny model hardly ever draws a text of several characters
 
 
 def process_reward() -> ProcessRewardReward:
