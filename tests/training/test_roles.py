@@ -467,9 +467,9 @@ def test_the_disk_holds_every_exported_model(paths: dict[str, Path], tmp_path: P
     finally:
         logger.removeHandler(handler)
     (said,) = (message for message in messages if "writes at most" in message)
-    models = int(said.split("models of ")[1].split(" bytes")[0].replace(",", ""))
+    models = 1000 * float(said.split("models of ")[1].split(" kB")[0])
     written = sum(file.stat().st_size for file in (tmp_path / "run").glob("model*/*.safetensors"))
-    assert written - 40_000 < models <= written  # files have headers, and the policy's tables are stored once
+    assert written - 40_000 < models <= written + 50  # files have headers, and the policy's tables are stored once
     alone, both = (
         disk_need_of_files(str(paths["policy"]), RolesConfig.parse(BASE | options))
         for options in ({}, {"critic": str(halved)})
