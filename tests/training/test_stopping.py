@@ -204,6 +204,7 @@ def test_ctrl_c_on_the_command_line(tmp_path: Path, presses: int, code: int) -> 
     # Steps of some seconds, for the second press to come before the end of one.
     process = command(tmp_path, "--max_steps", "100000", "--max_length", "768", "--batch_size", "128")
     wait_for(tmp_path / "run" / "metrics.jsonl", '"step": 1')
+    time.sleep(0.3)  # into the second step: a press that comes before the end of the first one stops the run there
     for _ in range(presses):
         process.send_signal(signal.SIGINT)
         wait_for(tmp_path / "errors.txt", "press Ctrl-C again")
