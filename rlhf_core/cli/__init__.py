@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -46,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise
     if arguments is None:
         # The program has ended, and Python's own clean-up follows: Ctrl-C during that would change the exit code.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         if _may_hang():
             _may_hang().leave(code)
     return code
