@@ -422,7 +422,7 @@ class Engine:
     @contextlib.contextmanager
     def _counting(self) -> Iterator[None]:
         """Add to `forwarded`, and to what the engine was made to add to, the tokens that are forwarded inside the context."""
-        with counting_forwarded(self._add_forwarded):
+        with counting_forwarded(self._add_forwarded, of=self.policy.network):
             yield
 
     def _add_forwarded(self, count: int) -> None:

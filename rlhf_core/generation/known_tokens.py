@@ -19,7 +19,7 @@ def logps_of_hidden(policy: PolicyModel, hidden: Tensor, targets: Sequence[int],
 
 def logps_by_forward(policy: PolicyModel, ids: Sequence[int], count: int, temperature: float) -> Tensor:
     """Return (T,) float32, as `logps_of_hidden`, for the last `count` tokens of a sequence, by a forward pass over all of it."""
-    report_forwarded(len(ids))
+    report_forwarded(len(ids), policy.network)
     before, given = (torch.tensor([part]) for part in (ids[:-count], ids[-count:]))
     lengths = [torch.tensor([part.shape[1]]) for part in (before, given)]
     batch = Batch(

@@ -221,7 +221,7 @@ class NativeDecoding:
 
     def _forward(self, ids: list[int], positions: list[int], attention: CachedAttention) -> Tensor:
         device = self.policy.device
-        report_forwarded(len(ids))
+        report_forwarded(len(ids), self.policy.network)
         both = torch.tensor([ids, positions]).to(device, non_blocking=True)
         return self.policy.shared_forward.forward_over_cache(both[0], both[1], attention)
 
@@ -323,7 +323,7 @@ class NativeDecoding:
         else:
             rows = [DeviceRow(row.ids[-1], len(row.ids) - 1, row.sequence) for row in self._rows]
             self._device_steps.run(rows, self._drawing, steps, self._logits)
-            report_forwarded(len(rows) * steps)
+            report_forwarded(len(rows) * steps, self.policy.network)
         ended = dict(self._drawing.ended())
         drawn = [self._drawing.fresh(index) for index in range(len(self._rows))]
         for row, tokens in zip(self._rows, drawn, strict=True):

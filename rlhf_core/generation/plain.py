@@ -72,7 +72,7 @@ class PlainDecoding:
         drawing = Drawing(rows, filler=self.policy.tokenizer.pad_token_id or 0, rules=[one.rule for one in requests])
         most, cache = max(one.limit for one in requests), decoding_of(self.policy).cache
 
-        report_forwarded(sum(len(one.ids) - 1 for one in requests))
+        report_forwarded(sum(len(one.ids) - 1 for one in requests), self.policy.network)
 
         def drawn(row: int) -> Finished:
             found = rows.completion(row)
@@ -84,7 +84,7 @@ class PlainDecoding:
             for row in range(len(requests)):
                 one = drawn(row)
                 report_tokens(len(one.drawn.ids))
-                report_forwarded(len(one.drawn.ids))
+                report_forwarded(len(one.drawn.ids), self.policy.network)
                 yield one
             return
 
@@ -102,7 +102,7 @@ class PlainDecoding:
         with contextlib.closing(handed_over(run, self.policy.device)) as running:
             for grown in running:
                 report_tokens(len(grown))
-                report_forwarded(len(grown))
+                report_forwarded(len(grown), self.policy.network)
                 yield from grown
 
 

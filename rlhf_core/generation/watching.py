@@ -7,7 +7,8 @@ import contextvars
 from collections.abc import Callable, Iterator
 
 _watchers: contextvars.ContextVar[tuple[Callable[[int], None], ...]] = contextvars.ContextVar("watchers", default=())
-_counters: contextvars.ContextVar[tuple[Callable[[int], None], ...]] = contextvars.ContextVar("counters", default=())
+_Counter = tuple[Callable[[int], None], object | None]
+_counters: contextvars.ContextVar[tuple[_Counter, ...]] = contextvars.ContextVar("counters", default=())
 
 
 @contextlib.contextmanager
@@ -22,10 +23,14 @@ def watching(callback: Callable[[int], None]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def counting_forwarded(callback: Callable[[int], None]) -> Iterator[None]:
-    """Have a function called, inside the context, with the number of tokens of each forward pass of any engine."""
+def counting_forwarded(callback: Callable[[int], None], *, of: object | None = None) -> Iterator[None]:
+    """Have a function called, inside the context, with the number of tokens of each forward pass of any engine.
+
+    Args:
+        of: the network whose passes count; None counts those of all.
+    """
     before = _counters.get()
-    token = _counters.set((*before, callback))
+    token = _counters.set((*before, (callback, of)))
     try:
         yield
     finally:
@@ -42,10 +47,11 @@ def uncounted() -> Iterator[None]:
         _counters.reset(token)
 
 
-def report_forwarded(count: int) -> None:
-    """Tell whoever counts that a model was run on so many tokens."""
-    for callback in _counters.get():
-        callback(count)
+def report_forwarded(count: int, network: object) -> None:
+    """Tell whoever counts that a network was run on so many tokens."""
+    for callback, of in _counters.get():
+        if of is None or of is network:
+            callback(count)
 
 
 def report_tokens(count: int) -> None:

@@ -22,11 +22,12 @@ from rlhf_core.config.training import (
 )
 from rlhf_core.contracts.trainer import Trainer
 from rlhf_core.infra.devices import DeviceManager
-from rlhf_core.infra.errors import ConfigError, ModelError, PluginError
+from rlhf_core.infra.errors import ConfigError, PluginError
 from rlhf_core.models import PolicyModel
 from rlhf_core.models.headed_model import HeadedModel
 from rlhf_core.models.precision import DTYPES, frozen_dtype_of
 from rlhf_core.models.reference import Reference
+from rlhf_core.models.same_vocabulary import check_same_vocabulary
 from rlhf_core.models.sequence_model import SequenceModel
 from rlhf_core.training.micro_batches import MicroBatches
 
@@ -229,28 +230,7 @@ class Loader:
 
     def _check_vocabulary(self, role: str, model: Any) -> None:
         """Refuse a model whose token ids mean other tokens than those of the run's own model."""
-        ours, theirs = self.main_model.tokenizer, model.tokenizer
-        if ours is theirs or ours.get_vocab() == theirs.get_vocab():
-            return
-        main = getattr(self.main_model, "source", "the model")
-        raise ModelError(
-            f"the `{role}` has another vocabulary than the model that is trained",
-            place=str(getattr(model, "source", role)),
-            got=_vocabulary_difference(theirs.get_vocab(), ours.get_vocab(), f"in {main}"),
-            fix="use two models of the same tokenizer",
-        )
-
-
-def _vocabulary_difference(found: Mapping[str, int], expected: Mapping[str, int], where: str) -> str:
-    """Return in words how many tokens two different vocabularies have, and the first id that means another token in each.
-
-    Args:
-        where: words for whose vocabulary the expected one is.
-    """
-    tokens, wanted = ({number: token for token, number in vocabulary.items()} for vocabulary in (found, expected))
-    first = min(number for number in tokens.keys() | wanted.keys() if tokens.get(number) != wanted.get(number))
-    one, other = (repr(table[first]) if first in table else "no token" for table in (tokens, wanted))
-    return f"{len(found):,} tokens, {len(expected):,} {where}; id {first} is {one}, {other} {where}"
+        check_same_vocabulary(role, model, self.main_model, main_is="the model that is trained")
 
 
 def _new_head(kind: type[nn.Module]) -> dict[str, Any]:
