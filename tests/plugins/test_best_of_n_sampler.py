@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import pytest
-from rlhf_plugins.samplers.best_of_n import BestOfNConfig, BestOfNSampler, vote_weights
+from rlhf_plugins.samplers.best_of_n import BestOfNConfig, BestOfNSampler
+from rlhf_plugins.samplers.candidate_choice import vote_weights
 
 from rlhf_core.contracts.completion import Completion
 from rlhf_core.generation.engine import Engine
