@@ -50,7 +50,9 @@ if TYPE_CHECKING:
     from rlhf_core.generation.engine import whole_count as whole_count
     from rlhf_core.generation.generate import prompt_batch as prompt_batch
     from rlhf_core.generation.logprob_gap import logprob_gap as logprob_gap
-    from rlhf_core.generation.process_reward_reader import ProcessRewardReader as ProcessRewardReader
+    from rlhf_core.generation.model_step_readers import ModelStepReader as ModelStepReader
+    from rlhf_core.generation.model_step_readers import ProcessRewardReader as ProcessRewardReader
+    from rlhf_core.generation.model_step_readers import ValueReader as ValueReader
     from rlhf_core.generation.sampler_models import best_first as best_first
     from rlhf_core.generation.step_search import StepSearchSampler as StepSearchSampler
     from rlhf_core.generation.step_trees import SearchStep as SearchStep
@@ -101,6 +103,7 @@ if TYPE_CHECKING:
     from rlhf_core.models.model_reward import SampleScores as SampleScores
     from rlhf_core.models.model_reward import ScoringModelConfig as ScoringModelConfig
     from rlhf_core.models.reasoning_steps import AGGREGATIONS as AGGREGATIONS
+    from rlhf_core.models.reasoning_steps import step_ends as step_ends
     from rlhf_core.models.reference import Reference as Reference
     from rlhf_core.policy_gradient.advantages import ADVANTAGES as ADVANTAGES
     from rlhf_core.policy_gradient.aggregations import LOSS_AGGREGATIONS as LOSS_AGGREGATIONS
@@ -188,8 +191,8 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.generation.engine": "Engine whole_count",
         "rlhf_core.generation.generate": "prompt_batch",
         "rlhf_core.generation.logprob_gap": "logprob_gap",
-        "rlhf_core.generation.process_reward_reader": "ProcessRewardReader",
-        "rlhf_core.models.reasoning_steps": "AGGREGATIONS",
+        "rlhf_core.generation.model_step_readers": "ModelStepReader ProcessRewardReader ValueReader",
+        "rlhf_core.models.reasoning_steps": "AGGREGATIONS step_ends",
         "rlhf_core.models.reference": "Reference",
         "rlhf_core.models.model_reward": "ModelReward ModelRewardConfig SampleScores ScoringModelConfig",
         "rlhf_core.generation.sampler_models": "best_first",

@@ -19,7 +19,15 @@ SOURCES = [
     for path in sorted((ROOT / folder).rglob("*.py"))
     if "templates" not in path.parts and path.stem not in ("__init__", "__main__")
 ]
-SAME_IDEA = {"job.py", "merge.py", "weight_diff.py", "reward_model.py", "process_reward.py", "generate.py"}
+SAME_IDEA = {
+    "job.py",
+    "merge.py",
+    "weight_diff.py",
+    "reward_model.py",
+    "process_reward.py",
+    "value_model.py",
+    "generate.py",
+}
 """What a command asks for, and what the command does with it; a trainer, the model it makes, and that model's reward; plain
 generation as a policy's method and as a sampler."""
 

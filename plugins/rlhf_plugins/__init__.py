@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from rlhf_plugins.rewards.reward_model import RewardModelRewardConfig as RewardModelRewardConfig
     from rlhf_plugins.rewards.unit_tests import UnitTestsConfig as UnitTestsConfig
     from rlhf_plugins.rewards.unit_tests import UnitTestsReward as UnitTestsReward
+    from rlhf_plugins.rewards.value_model import ValueModelReward as ValueModelReward
+    from rlhf_plugins.rewards.value_model import ValueModelRewardConfig as ValueModelRewardConfig
     from rlhf_plugins.samplers.beam import BeamConfig as BeamConfig
     from rlhf_plugins.samplers.beam import BeamSampler as BeamSampler
     from rlhf_plugins.samplers.best_of_n import BestOfNConfig as BestOfNConfig
@@ -116,6 +118,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_plugins.rewards.repetition": "RepetitionConfig RepetitionReward",
         "rlhf_plugins.rewards.process_reward": "ProcessRewardReward ProcessRewardRewardConfig",
         "rlhf_plugins.rewards.reward_model": "RewardModelReward RewardModelRewardConfig",
+        "rlhf_plugins.rewards.value_model": "ValueModelReward ValueModelRewardConfig",
         "rlhf_plugins.samplers.beam": "BeamConfig BeamSampler",
         "rlhf_plugins.samplers.best_of_n": "BestOfNConfig BestOfNSampler",
         "rlhf_plugins.samplers.dvts": "DVTSConfig DVTSSampler",

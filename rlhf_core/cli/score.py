@@ -91,6 +91,7 @@ def _opened(reward: str, flags: Sequence[Flag]) -> tuple[ScoreRunConfig, Rewards
     from rlhf_core.config.flags import convert, convert_options, spread
     from rlhf_core.config.score_run import ScoreRunConfig
     from rlhf_core.config.yaml_file import nest, overlay, parse_scalar
+    from rlhf_core.infra.model_files import reward_at
     from rlhf_core.rewards import open_rewards
     from rlhf_core.rewards.opening import options_of
 
@@ -111,7 +112,7 @@ def _opened(reward: str, flags: Sequence[Flag]) -> tuple[ScoreRunConfig, Rewards
         model = Path(reward).expanduser()
         if not (model / "config.json").exists() and (model / "model").is_dir():  # a run's directory
             model /= "model"
-        name = "process_reward" if (model / "process_reward_head.json").exists() else "reward_model"
+        name = reward_at(model)
         options = {"model": str(model)}
     config = options_of(name, place="REWARD")
     if config is None:  # a function, whose arguments' annotations are checked when it is opened

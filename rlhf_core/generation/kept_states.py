@@ -1,6 +1,6 @@
 """Hidden states of growing sequences by any model whose attention can be replaced: each token is read once.
 
-What reads here needs no output layer, so a process reward model is read as a policy is decoded: over a `PagedKVCache`.
+What reads here needs no output layer, so a process reward or value model is read as a policy is decoded: over a `PagedKVCache`.
 """
 
 from __future__ import annotations

@@ -13,8 +13,7 @@ from rlhf_core.contracts.completion import Completion
 from rlhf_core.contracts.sampler import Sampler
 from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.errors import ConfigError, PluginError, did_you_mean, shortened
-from rlhf_core.infra.model_files import PROCESS_REWARD_HEAD
-from rlhf_core.models.head_files import HeadFiles
+from rlhf_core.infra.model_files import reward_at
 from rlhf_core.models.policy_model import PolicyModel
 from rlhf_core.rewards import Rewards, open_rewards
 
@@ -94,11 +93,6 @@ def best_first(completions: Sequence[Sequence[Completion]], scores: Sequence[flo
     left = iter(scores)
     scored = [[replace(one, score=float(next(left))) for one in group] for group in completions]
     return [sorted(group, key=lambda one: -(one.score or 0.0))[:n] for group in scored]
-
-
-def reward_at(path: Path) -> str:
-    """Return the name of the reward that a model's directory stands for: by a process reward model, else by a reward model."""
-    return "process_reward" if HeadFiles.find(path.expanduser(), PROCESS_REWARD_HEAD) is not None else "reward_model"
 
 
 def _check_roles(sampler: type[Sampler], config: BaseConfig, given: Mapping[str, Any]) -> None:

@@ -22,8 +22,8 @@ from rlhf_core.config.yaml_file import dump_yaml, nest, overlay
 from rlhf_core.contracts.sampler import Sampler
 from rlhf_core.data.prompt_rows import PromptRow, names_file, read_prompts
 from rlhf_core.generation.sampled_rows import input_columns
-from rlhf_core.generation.sampler_models import reward_at
 from rlhf_core.infra.errors import ConfigError, DataError, PluginError
+from rlhf_core.infra.model_files import reward_at
 from rlhf_core.infra.redact import redact
 from rlhf_core.registry.method_or_file import find_method, read_method_or_file
 from rlhf_core.rewards import Rewards, open_rewards

@@ -28,6 +28,18 @@ def kind_of(head: str) -> str:
     return head.removesuffix("_head").replace("_", " ") + " model"
 
 
+def reward_at(directory: str | Path) -> str:
+    """Return the name of the reward by the model in a directory: `process_reward` or `value_model` by its head, else
+    `reward_model`.
+
+    Raises:
+        ModelError: a head isn't whole.
+    """
+    step_wise = {PROCESS_REWARD_HEAD: "process_reward", VALUE_HEAD: "value_model"}
+    found = (name for head, name in step_wise.items() if head_pair(directory, head, str(directory)) is not None)
+    return next(found, "reward_model")
+
+
 def head_words(head: str) -> str:
     """Return a head's name as a user reads it: `reward_head` → "reward head"."""
     return head.replace("_", " ")

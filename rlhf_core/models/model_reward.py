@@ -125,7 +125,7 @@ class SampleScores(Generic[ScoreT]):
 
     Args:
         score: returns the model's scores for a batch, one entry per response.
-        model: a `RewardModel` or `ProcessRewardModel`, whose tokenizer, device, precision and positions are used.
+        model: a `RewardModel`, `ProcessRewardModel` or `ValueModel`, whose tokenizer, device, precision and positions are used.
         config: prompts with completions longer than `max_length` tokens are truncated at their ends, with one warning.
     """
 

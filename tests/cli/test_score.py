@@ -14,7 +14,7 @@ import pytest
 
 from rlhf_core.data.row_output import RowOutput
 from rlhf_core.evaluation.score_file import SCORES
-from rlhf_core.models import ProcessRewardModel, RewardModel
+from rlhf_core.models import ProcessRewardModel, RewardModel, ValueModel
 from rlhf_core.testing.tiny import save_tiny
 
 HERE = Path(__file__).parent
@@ -160,9 +160,9 @@ def test_an_unknown_reward_and_a_module_that_is_not_there_are_named(rlhf) -> Non
     assert code == 2 and "`model` is missing" in err
 
 
-@pytest.mark.parametrize("kind", ["reward", "process_reward"])
+@pytest.mark.parametrize("kind", ["reward", "process_reward", "value"])
 def test_the_directory_of_a_reward_model_or_of_its_run_scores(rlhf, kind: str, tmp_path: Path) -> None:
-    cls: Any = RewardModel if kind == "reward" else ProcessRewardModel
+    cls: Any = {"reward": RewardModel, "process_reward": ProcessRewardModel, "value": ValueModel}[kind]
     cls.from_pretrained(save_tiny(tmp_path / "tiny"), new_head=True, seed=1).save_pretrained(tmp_path / "run" / "model")
     (tmp_path / "reward_model").mkdir()  # a directory of this name doesn't hide the reward
     for model in ("run/model", "run"):

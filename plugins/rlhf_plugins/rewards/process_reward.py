@@ -64,4 +64,4 @@ class ProcessRewardReward(ModelReward[ProcessRewardModel]):
 
     def step_reader(self, tokenizer: Any) -> StepReader | None:
         """Return what scores the steps of growing completions as `score_steps` does, reading each token once."""
-        return ProcessRewardReader.of(self.model, self._scores, tokenizer)
+        return ProcessRewardReader.of(self.model, self._scores, tokenizer, separator=self.model.separator)
