@@ -26,6 +26,9 @@ class Sampler(ABC):
     """The models that it needs, role → kind: `policy` for a `PolicyModel`, `reward` for whatever is accepted as one reward or
     several. `roles_for` leaves out those that some options don't need."""
 
+    shares_budget: ClassVar[bool] = False
+    """Whether prompts that are answered together share what is spent, so that completions depend on all of them."""
+
     models: Mapping[str, Any]
     """Its models by role: a `PolicyModel`, or `Rewards`."""
 
@@ -88,5 +91,5 @@ class Sampler(ABC):
             prompts: texts, lists of chat messages, or rows: mappings with a `prompt` and other columns (an `answer`), which reach
                 the reward. `prompt_batch` encodes them as in training.
             seed: makes the completions repeatable; None draws others each time. With one, a prompt's completions don't depend on
-                which others are answered with it.
+                which others are answered with it, nor, where they share a budget, on their order.
         """

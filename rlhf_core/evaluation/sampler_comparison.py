@@ -71,7 +71,7 @@ def compare_samplers(
     check: Any = "numeric_answer",
     repeats: int = 1,
     seed: int = 0,
-    together: int = 8,
+    together: int = 64,
     found: Callable[[SamplerScore], None] | None = None,
 ) -> list[SamplerScore]:
     """Answer the same prompts with each sampler, and check the first completion of each answer.
@@ -83,7 +83,7 @@ def compare_samplers(
         prompts: as `read_prompts` takes them; their columns, such as `answer`, reach the check.
         check: any reward: its mean is reported as the accuracy, so it should give 1 for right and 0 for wrong.
         repeats: how often each prompt is answered, with other seeds; prompts, not answers, are the unit of standard errors.
-        together: prompts that a sampler gets at once.
+        together: prompts that a sampler gets at once, which may share a budget.
         found: called with each sampler's result as soon as it is there.
 
     Raises:

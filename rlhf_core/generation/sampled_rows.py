@@ -1,7 +1,7 @@
 """Completions for many prompts, row by row, and the columns of the rows that are written.
 
 A row's completions depend on its prompt, the seed, and how often the same prompt came before it: not on where a run was stopped,
-nor on how many prompts the sampler got at once.
+nor on how many prompts the sampler got at once, unless these share a budget.
 """
 
 from __future__ import annotations

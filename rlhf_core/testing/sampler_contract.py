@@ -282,23 +282,48 @@ class SamplerContract(MethodContract):
     @after(REPEATS)
     def test_completions_do_not_depend_on_other_prompts(self) -> None:
         """With a seed, a prompt gets the same completions and scores alone as together with other prompts."""
+        if self.subject().shares_budget:
+            raise SkipTest("prompts that are answered together share a budget")
         sampler, prompts = self.instance(), [*self.prompts(), *self.chats()]
         together = sampler.sample(prompts, 2, seed=SEED)
         for number, prompt in enumerate(prompts):
             (alone,) = sampler.sample([prompt], 2, seed=SEED)
             same = _ids([alone]) == _ids([together[number]])
             require(same, f"prompt {number} gets other completions alone than together with {len(prompts) - 1} others")
-            for one, other in zip(alone, together[number], strict=True):
-                equal = one.score == other.score or (
-                    one.score is not None
-                    and other.score is not None
-                    and math.isclose(one.score, other.score, rel_tol=self.tolerance, abs_tol=self.tolerance)
-                )
-                require(
-                    equal,
-                    f"a completion of prompt {number} scores {one.score} alone and {other.score} together with"
-                    f" {len(prompts) - 1} others",
-                )
+            what = f"prompt {number}", f"together with {len(prompts) - 1} others", "alone"
+            self._require_scores(alone, together[number], *what)
+
+    @after(REPEATS)
+    def test_a_shared_budget_is_divided_alike_in_any_order(self) -> None:
+        """With a seed, prompts that share a budget get the same completions and scores in any order."""
+        if not self.subject().shares_budget:
+            raise SkipTest("prompts that are answered together share nothing")
+        sampler, prompts = self.instance(), [*self.prompts(), *self.chats()]
+        first = sampler.sample(prompts, 2, seed=SEED)
+        for order in (range(len(prompts))[::-1], [*range(2, len(prompts)), 0, 1]):
+            found = sampler.sample([prompts[number] for number in order], 2, seed=SEED)
+            for number, group in zip(order, found, strict=True):
+                same = _ids([group]) == _ids([first[number]])
+                require(same, f"prompt {number} gets other completions where the prompts come in another order")
+                self._require_scores(group, first[number], f"prompt {number}", "in one order", "in another")
+
+    def _require_scores(
+        self, group: Sequence[Completion], others: Sequence[Completion], what: str, there: str, here: str
+    ) -> None:
+        """Fail unless the completions of a prompt, sampled twice, have the same scores.
+
+        Args:
+            what: what the message calls the prompt.
+            there: how it says where `others` come from.
+            here: how it says where `group` comes from.
+        """
+        for one, other in zip(group, others, strict=True):
+            equal = one.score == other.score or (
+                one.score is not None
+                and other.score is not None
+                and math.isclose(one.score, other.score, rel_tol=self.tolerance, abs_tol=self.tolerance)
+            )
+            require(equal, f"a completion of {what} scores {one.score} {here} and {other.score} {there}")
 
     @after(COUNTS)
     def test_models_do_not_change(self) -> None:

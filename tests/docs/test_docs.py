@@ -180,6 +180,10 @@ def test_inference_time_compute(tmp_path: Path, environment: dict[str, str]) -> 
     assert "sampled: 2 rows" in printed and "tokens_forwarded" in printed
     rows = [json.loads(line) for line in (tmp_path / "majority.jsonl").read_text().splitlines()]
     assert all(row["details"]["candidates"] <= 16 for row in rows)
+    for name, key, most in (("adaptive", "candidates", 6 * 16), ("verified", None, 48 * 16)):
+        rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        (unspent,) = {row["details"]["unspent"] for row in rows}
+        assert 0 <= unspent < most and (key is None or sum(row["details"][key] for row in rows) == most - unspent)
     (searched,) = (json.loads(line) for line in (tmp_path / "beam.jsonl").read_text().splitlines())
     assert searched["score"] == searched["details"]["step_scores"][-1]
     (searched,) = (json.loads(line) for line in (tmp_path / "mcts.jsonl").read_text().splitlines())

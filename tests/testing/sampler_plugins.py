@@ -249,6 +249,13 @@ class SeedByPlace(Plain):
         return Engine(self.policy).generate(batch, n, sampling, seeds=seeds)
 
 
+class BudgetByPlace(SeedByPlace):
+    """Divides what prompts share by their positions in the list."""
+
+    api = 1
+    shares_budget = True
+
+
 class LeftInEvaluation(Plain):
     """Leaves the policy in evaluation mode."""
 
