@@ -45,6 +45,22 @@ class RewardConfig(BaseConfig):
     )
 
 
+class SamplerConfig(BaseConfig):
+    """A sampler that draws in a run. A plain name means `{name: …}`."""
+
+    alone = "name"
+
+    name: str = Field(min_length=1, description="A sampler's name, as `rlhf list samplers` shows it.")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="Its own options, as `rlhf show NAME` lists them."
+    )
+    roles: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Its models besides the policy, which is the run's, by role: a reward's name, a list of rewards, or the path"
+        " of a model that rewards; of a role that generates, such as `draft`, a model's path or `{path: …}`.",
+    )
+
+
 class OnlineConfig(TrainerConfig):
     """Options of a method that learns from what its policy generates."""
 
@@ -57,6 +73,12 @@ class OnlineConfig(TrainerConfig):
         " added up. From Python they may be given to the trainer instead.",
     )
     generation: SamplingConfig = Field(default_factory=SamplingConfig, description="How completions are drawn.")
+    rollout_sampler: SamplerConfig | None = Field(
+        None,
+        description="Sampler that draws rollouts, as `generation` says: a name, or `{name: …, options: {…}, roles: {…}}`. Its"
+        " role `reward` is the run's rewards where it is left out. What it chooses isn't distributed as the policy's completions"
+        " are: training on it is rejection sampling. Null takes every completion that the policy draws.",
+    )
     group_size: int = Field(
         8,
         ge=1,
@@ -80,7 +102,12 @@ class OnlineConfig(TrainerConfig):
         None,
         ge=0,
         description="Temperature of held-out completions; larger draws more varied ones, 0 the most likely one. Null takes 0 for"
-        " one completion, and that of `generation` for several.",
+        " one completion, and that of `generation` for several, or for an `eval_sampler`.",
+    )
+    eval_sampler: SamplerConfig | None = Field(
+        None,
+        description="Sampler that completes held-out prompts, as `generation` says unless its options say otherwise: a name, or"
+        " `{name: …, options: {…}, roles: {…}}`. Null draws from the policy alone.",
     )
     max_logprob_gap: float | None = Field(
         None,
@@ -121,7 +148,23 @@ class OnlineConfig(TrainerConfig):
         """The temperature of held-out completions."""
         if self.eval_temperature is not None:
             return self.eval_temperature
-        return self.generation.temperature if self.eval_samples > 1 else 0.0
+        several = self.eval_samples > 1 or self.eval_sampler is not None
+        return self.generation.temperature if several else 0.0
+
+    @property
+    def evaluated_sampling(self) -> SamplingConfig:
+        """How held-out completions are drawn."""
+        return self.generation.model_copy(update={"temperature": self.evaluated_temperature})
+
+    def about_chosen_completions(self) -> str | None:
+        """Return what the user is warned of where a `rollout_sampler` chooses among the policy's completions; None for nothing.
+
+        A method overrides it whose updates take completions for draws of the policy.
+
+        Raises:
+            ConfigError: the method would be wrong on chosen completions.
+        """
+        return None
 
     @field_validator("rewards", mode="before")
     @classmethod

@@ -454,10 +454,11 @@ class Engine:
         return self._next_seeds(batch, n)
 
     def _next_seeds(self, batch: Batch, n: int) -> Sequence[Sequence[int]]:
-        """Return n seeds for each prompt: a function of the stream and of rows; without a stream, of the prompts' ids."""
-        rows, places = (batch.rows, batch.places) if self._stream else (prompt_keys(batch), ())
+        """Return n seeds for each prompt: a function of the stream and of rows, or without a stream of the prompts' ids; and of
+        places, where the batch has them."""
+        rows = batch.rows if self._stream else prompt_keys(batch)
         return completion_seeds(
-            self.seed, *(self._stream or ("generate",)), rows=rows, places=places, n=n, met=self._met
+            self.seed, *(self._stream or ("generate",)), rows=rows, places=batch.places, n=n, met=self._met
         )
 
     def _draws(

@@ -13,6 +13,7 @@ from rlhf_core.data.collate import collate
 from rlhf_core.data.data_source import ListRows
 from rlhf_core.data.encoder import EncodedRow, Encoder
 from rlhf_core.data.row_source import Cursor, Row
+from rlhf_core.generation.encoded_prompts import EncodedPrompts
 from rlhf_core.generation.engine import Engine
 from rlhf_core.infra.errors import DataError
 
@@ -29,12 +30,14 @@ def prompt_batch(policy: PolicyModel, prompts: Sequence[Any]) -> Batch:
 
     Args:
         prompts: texts, lists of chat messages, or rows: mappings with a `prompt`, the `tools` of its chat, and other columns,
-            which become the batch's `records`.
+            which become the batch's `records`. `EncodedPrompts` of the policy's tokenizer are taken as they are.
 
     Raises:
         DataError: a prompt (named `prompts[3]`) can't be read, is empty, or leaves no room for a completion among the model's
             positions.
     """
+    if isinstance(prompts, EncodedPrompts) and prompts.tokenizer is policy.tokenizer:
+        return prompts.batch.to(policy.device)
     asked = [prompt if isinstance(prompt, Mapping) else {"prompt": prompt} for prompt in prompts]
     return encode_prompts(policy, list(ListRows(asked, "prompts").rows(Cursor())))
 

@@ -17,6 +17,7 @@ from rlhf_core.contracts.completion import Completion
 from rlhf_core.contracts.sampler import Sampler
 from rlhf_core.data.prompt_rows import PromptRow
 from rlhf_core.data.row_values import as_json
+from rlhf_core.generation.encoded_prompts import CONTEXT
 from rlhf_core.generation.engine import prompt_keys
 from rlhf_core.generation.generate import encode_prompts
 from rlhf_core.infra.errors import DataError, PluginError
@@ -37,8 +38,7 @@ def sampler_row(row: PromptRow) -> dict[str, Any]:
     """Return a prompt as a sampler takes it: with its tools, and with the other columns of its row, which reach the rewards."""
     asked: dict[str, Any] = {"prompt": row.prompt} | ({} if row.tools is None else {"tools": row.tools})
     # What has become part of the prompt must not be read again.
-    context = ("prompt", "input", "system", "history", "tools")
-    return {name: value for name, value in input_columns(row).items() if name not in context} | asked
+    return {name: value for name, value in input_columns(row).items() if name not in (*CONTEXT, "tools")} | asked
 
 
 def occurrences(sampler: Sampler, rows: Sequence[PromptRow]) -> list[int]:
@@ -89,14 +89,14 @@ def sample_rows(
                 continue
             own = seed if count == 0 else stream_seed(seed, "repeated prompt", count)
             drawn = sampler.sample([sampler_row(rows[number]) for number in some], n, seed=own)
-            _check_drawn(sampler, drawn, n, [rows[number].place for number in some])
+            check_drawn(sampler, drawn, n, [rows[number].place for number in some])
             found |= dict(zip(some, drawn, strict=True))
         for number in numbers:
             if number >= start:
                 yield number, found[number]
 
 
-def _check_drawn(sampler: Sampler, drawn: Sequence[Sequence[Completion]], n: int, places: Sequence[str]) -> None:
+def check_drawn(sampler: Sampler, drawn: Sequence[Sequence[Completion]], n: int, places: Sequence[str]) -> None:
     """Raise `PluginError` unless a sampler returned n completions, with finite scores, for each of the prompts at `places`."""
     name = type(sampler).__name__
     if len(drawn) != len(places):

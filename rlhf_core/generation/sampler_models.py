@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core.config.base import BaseConfig
+from rlhf_core.config.online import RewardConfig
 from rlhf_core.config.training import ModelConfig
 from rlhf_core.contracts.completion import Completion
 from rlhf_core.contracts.sampler import Sampler
@@ -50,11 +51,11 @@ def load_models(sampler: type[Sampler], config: BaseConfig, sources: Mapping[str
     loaded = dict(sources)
     for role, kind in sampler.roles_for(config).items():
         if kind == "policy" and not isinstance(sources[role], PolicyModel):
-            loaded[role] = _load_policy(sources[role], role, place=f"{sampler.__name__}.load({role}=…)")
+            loaded[role] = load_policy(sources[role], role, place=f"{sampler.__name__}.load({role}=…)")
     return loaded
 
 
-def _load_policy(source: Any, role: str, *, place: str) -> PolicyModel:
+def load_policy(source: Any, role: str, *, place: str) -> PolicyModel:
     """Load a frozen policy from a path, a `ModelConfig` or its mapping, on this process's device; `place` is for errors."""
     if isinstance(source, str | Path):
         source = ModelConfig(path=str(source))
@@ -93,6 +94,14 @@ def best_first(completions: Sequence[Sequence[Completion]], scores: Sequence[flo
     left = iter(scores)
     scored = [[replace(one, score=float(next(left))) for one in group] for group in completions]
     return [sorted(group, key=lambda one: -(one.score or 0.0))[:n] for group in scored]
+
+
+def reward_by_path(reward: RewardConfig) -> RewardConfig:
+    """Return a reward that is named by a model's directory as the plugin that reads it, with its path; any other as it is."""
+    path = Path(reward.name).expanduser()
+    if not path.is_dir():
+        return reward
+    return reward.updated(name=reward_at(path), options={"model": str(path), **reward.options})
 
 
 def _check_roles(sampler: type[Sampler], config: BaseConfig, given: Mapping[str, Any]) -> None:

@@ -15,15 +15,14 @@ from typing import Any
 from rlhf_core import registry
 from rlhf_core.config.base import BaseConfig
 from rlhf_core.config.flags import convert_options, lex, refuse_unknown, spread
-from rlhf_core.config.online import RewardConfig
 from rlhf_core.config.sampling_run import POLICY, SamplingRunConfig, run_config_of
 from rlhf_core.config.training import DatasetConfig, ModelConfig
 from rlhf_core.config.yaml_file import dump_yaml, nest, overlay
 from rlhf_core.contracts.sampler import Sampler
 from rlhf_core.data.prompt_rows import PromptRow, names_file, read_prompts
 from rlhf_core.generation.sampled_rows import input_columns
+from rlhf_core.generation.sampler_models import reward_by_path
 from rlhf_core.infra.errors import ConfigError, DataError, PluginError
-from rlhf_core.infra.model_files import reward_at
 from rlhf_core.infra.redact import redact
 from rlhf_core.registry.method_or_file import find_method, read_method_or_file
 from rlhf_core.rewards import Rewards, open_rewards
@@ -62,7 +61,7 @@ class SamplingJob:
         """
         roles = [role for role, kind in self.roles.items() if kind == "reward"]
         return {
-            role: open_rewards([_reward_at(one) for one in getattr(self.run, role)], place=self._place(role))
+            role: open_rewards([reward_by_path(one) for one in getattr(self.run, role)], place=self._place(role))
             for role in roles
         }
 
@@ -178,14 +177,6 @@ def _require(
         raise ConfigError(
             f"`{key}` is missing{of}", place=places[""], fix=f"give `--{key} {what}`, or `{key}:` in a file"
         )
-
-
-def _reward_at(reward: RewardConfig) -> RewardConfig:
-    """Return a reward that is named by a reward model's path as that plugin with its path; any other as it is."""
-    path = Path(reward.name).expanduser()
-    if not path.is_dir():
-        return reward
-    return reward.updated(name=reward_at(path), options={"model": str(path), **reward.options})
 
 
 def stdin_lines() -> list[str]:

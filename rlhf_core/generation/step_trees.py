@@ -117,7 +117,8 @@ class StepTrees:
         self._chat = [engine.is_chat(batch, prompt) for prompt in range(batch.num_prompts)]
         lengths = on_host(batch.prompt_lengths).tolist()
         prompts = [ids[:length] for ids, length in zip(on_host(batch.prompt_ids).tolist(), lengths, strict=True)]
-        self._seeds = [seeds[0] for seeds in completion_seeds(engine.seed, "search", rows=prompt_keys(batch), n=1)]
+        seeds = completion_seeds(engine.seed, "search", rows=prompt_keys(batch), places=batch.places, n=1)
+        self._seeds = [own for (own,) in seeds]
         self._drawn = [0] * len(prompts)
         self._samples = [
             Sample(batch.prompts[at], "", ids, columns=batch.records[at] if batch.records else {}, group=at)

@@ -61,6 +61,22 @@ class PolicyGradientConfig(OnlineConfig):
         """
         return self.part("correction")[0] != "none" or (self.part("ratio")[0] != "token" and precision != torch.float32)
 
+    def about_chosen_completions(self) -> str | None:
+        """Return that a gradient on chosen completions is that of rejection sampling; refuse corrections.
+
+        Raises:
+            ConfigError: completions would be corrected to be the policy's, which chosen ones aren't.
+        """
+        if "correction" in self.tables and (name := self.part("correction")[0]) != "none":
+            raise ConfigError(
+                f"the correction `{name}` weights completions to be draws of the policy, and chosen ones aren't",
+                fix="set `correction: none`, or leave `rollout_sampler` out",
+            )
+        return (
+            "ratios hold for each token, and the gradient is that of rejection sampling, not of the expected reward; a KL is that"
+            " of what was chosen"
+        )
+
     def choices(self) -> dict[str, str]:
         return {kind: table.shown(*self.part(kind)) for kind, table in self.tables.items()}
 

@@ -80,6 +80,16 @@ def check_rewards(config: OnlineConfig, *, place: Mapping[str, str] | str = "rew
     _resolve_all(config.rewards, place)
 
 
+def check_given(given: Sequence[RewardLike] | RewardLike, *, place: Mapping[str, str] | str = "rewards") -> None:
+    """Check rewards as `open_rewards` would, without making any: modules are imported, no more.
+
+    Raises:
+        ConfigError: as `open_rewards`.
+        PluginError: as `open_rewards`.
+    """
+    _resolve_all(given, place)
+
+
 @dataclass(frozen=True)
 class _Resolved:
     """A reward that was found and whose options are valid, before it is made."""

@@ -202,7 +202,10 @@ def _numbers(pair: Any) -> Any:
     return [torch.as_tensor(value).detach().double().tolist() for value in pair]
 
 
-_ONLINE = ("rewards", "eval_samples", "eval_temperature", "right_from", "max_logprob_gap", "kl_budget", "replay")
+_ONLINE = (
+    "rewards", "eval_samples", "eval_temperature", "right_from", "max_logprob_gap", "kl_budget", "replay", "rollout_sampler",
+    "eval_sampler",
+)  # fmt: skip
 """Options of `OnlineConfig` that the core follows: in the loop, in what a rollout reports, in `run.evaluate_completions`."""
 
 

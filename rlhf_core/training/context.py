@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -31,6 +31,7 @@ from rlhf_core.training.phases import Phases
 from rlhf_core.training.reduction import Tally
 from rlhf_core.training.replay import SavedRollouts
 from rlhf_core.training.rollout_record import RolloutRecord
+from rlhf_core.training.run_samplers import RunSampler, SamplerKey
 
 
 @dataclass
@@ -55,6 +56,8 @@ class RunContext:
     """Whether the rows are held out: they are scored, not trained on."""
     first_rollout: Callable[[RunContext, Batch, Sequence[Sequence[Completion]]], None] | None = None
     """Called with this context, prompts and completions after each generation in training: measures the engine's gap."""
+    samplers: Mapping[SamplerKey, RunSampler] = field(default_factory=dict)
+    """What draws rollouts, and completions in `evaluate_completions`, in place of the engine alone."""
     replay: SavedRollouts | None = None
     """Rollouts of another run, taken in training instead of drawing them."""
     phases: Phases = field(default_factory=Phases)
@@ -67,6 +70,8 @@ class RunContext:
     _engine: Engine | None = field(default=None, init=False)
     _engine_step: int | None = field(default=None, init=False)
     """The step that the engine's random draws are for."""
+    _sampled: tuple[int, int] = field(default=(0, 0), init=False)
+    """The step of the last draw by a sampler, and how many draws by samplers there were in it."""
 
     @property
     def step(self) -> int:
@@ -207,11 +212,11 @@ class RunContext:
         return self._scored(batch, samples, completions, scores)
 
     def generate(self, batch: Batch, n: int, sampling: SamplingConfig | None = None) -> list[list[Completion]]:
-        """Return n completions for each prompt, of a rollout without rewards: those of `engine.generate`.
+        """Return n completions for each prompt, of a rollout without rewards: of `engine.generate`, or a `rollout_sampler`.
 
         In training it reports what `generate_and_score` does, apart from rewards.
         """
-        completions = self._drawn(batch, n, sampling)
+        completions = self._drawn(batch, n, sampling, self._sampler("rollout_sampler"))
         if not self.evaluating:
             samples = samples_of(batch, completions)
             self.rollout.add(batch, samples, completions, None)
@@ -221,16 +226,23 @@ class RunContext:
     def generate_and_score(
         self, batch: Batch, n: int, sampling: SamplingConfig | None = None
     ) -> tuple[list[list[Completion]], Scores]:
-        """Return n completions for each prompt with their scores: those of `engine.generate`, then of `score`.
+        """Return n completions for each prompt with their scores: of `engine.generate`, or in training of a
+        `rollout_sampler`, then of `score`.
 
         Rewards that wait (async ones, those in a thread or a process) score a prompt's completions as soon as all n have ended,
         while others are still drawn.
 
         Raises:
-            PluginError: as `score`.
+            PluginError: as `score`, or a sampler doesn't return what it must.
         """
+        return self._generated_and_scored(batch, n, sampling, self._sampler("rollout_sampler"))
+
+    def _generated_and_scored(
+        self, batch: Batch, n: int, sampling: SamplingConfig | None, sampler: RunSampler | None
+    ) -> tuple[list[list[Completion]], Scores]:
+        """Return n completions for each prompt with their scores; a sampler draws them where there is one."""
         if self.replay is not None and self.replay.scored and not self.evaluating:
-            completions = self._drawn(batch, n, sampling)
+            completions = self._drawn(batch, n, sampling, sampler)
             scores = self.replay.scores(self.step, batch, n, self.rewards.names)
             return completions, self._scored(batch, samples_of(batch, completions), completions, scores)
         ended: dict[int, dict[int, Completion]] = {}
@@ -244,7 +256,7 @@ class RunContext:
                     session.add(samples, [batch.rows[prompt]] * n, at=range(prompt * n, prompt * n + n))
                     del ended[prompt]
 
-            completions = self._drawn(batch, n, sampling, finished)
+            completions = self._drawn(batch, n, sampling, sampler, finished)
             with self.phase("reward"):
                 scores = session.result()
         samples = [session.samples[at] for at in range(len(session.samples))]
@@ -255,21 +267,53 @@ class RunContext:
         batch: Batch,
         n: int,
         sampling: SamplingConfig | None,
+        sampler: RunSampler | None,
         finished: Callable[[int, int, Completion], None] | None = None,
     ) -> list[list[Completion]]:
-        """Return what the engine draws, as `engine.generate`; its time and tokens are those of the phase `rollout`."""
+        """Return what a sampler or the engine draws; its time and tokens are those of the phase `rollout`.
+
+        Args:
+            finished: as for `engine.generate`; what isn't drawn by the engine itself is finished all at once.
+        """
         with self.phase("rollout"):
-            if self.replay is not None and not self.evaluating:
-                completions = self.replay.completions(self.step, batch, n)
+            replay = None if self.evaluating else self.replay
+            if replay is None and sampler is None:
+                completions = self.engine.generate(batch, n, sampling, finished=finished)
+            else:
+                if replay is not None:
+                    completions = replay.completions(self.step, batch, n)
+                else:
+                    assert sampler is not None
+                    completions = self._sampled_by(sampler, batch, n, sampling)
                 if finished is not None:
                     for prompt, group in enumerate(completions):
                         for k, one in enumerate(group):
                             finished(prompt, k, one)
-            else:
-                completions = self.engine.generate(batch, n, sampling, finished=finished)
             self.phases.add_tokens("rollout", sum(len(one.ids) for group in completions for one in group))
         if self.first_rollout is not None and not self.evaluating:
             self.first_rollout(self, batch, completions)
+        return completions
+
+    def _sampler(self, key: SamplerKey) -> RunSampler | None:
+        """Return the sampler of a key; none draws rollouts in an evaluation, whose loss is about the policy itself."""
+        return None if self.evaluating and key == "rollout_sampler" else self.samplers.get(key)
+
+    def _sampled_by(
+        self, sampler: RunSampler, batch: Batch, n: int, sampling: SamplingConfig | None
+    ) -> list[list[Completion]]:
+        """Return what a sampler draws, with a seed that is a function of the run's seed, the step and the draw's number in it.
+
+        The tokens that models were run on are reported by role as `forwarded/ROLE`, per prompt.
+        """
+        config, step = self.trainer.config, self.step
+        number = self._sampled[1] if self._sampled[0] == step else 0
+        self._sampled = (step, number + 1)
+        # Every evaluation uses the same random numbers, so that two of them can be compared.
+        stream = ("evaluation sampler",) if self.evaluating else ("rollout sampler", step)
+        seed = stream_seed(config.seed, *stream, number)
+        completions, forwarded = sampler.draw(batch, n, sampling or SamplingConfig(), seed=seed, policy_version=step)
+        for role, tokens in forwarded.items():
+            self.log(f"forwarded/{role}", tokens, batch.num_prompts)
         return completions
 
     def _scored(
@@ -376,14 +420,14 @@ class RunContext:
 
         Args:
             sampling: how completions are drawn; None takes `generation` at the temperature `eval_temperature`.
+
+        An `eval_sampler` draws them where one is configured.
         """
         config = self.trainer.config
         n = 1
         if isinstance(config, OnlineConfig):
-            n = config.eval_samples
-            drawn = config.generation.model_copy(update={"temperature": config.evaluated_temperature})
-            sampling = sampling or drawn
-        completions, scores = self.generate_and_score(batch, n, sampling)
+            n, sampling = config.eval_samples, sampling or config.evaluated_sampling
+        completions, scores = self._generated_and_scored(batch, n, sampling, self._sampler("eval_sampler"))
         return Evaluation(metrics=completion_metrics(completions, scores, right_from=self._right_from))
 
     def for_evaluation(self) -> RunContext:

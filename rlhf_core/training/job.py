@@ -26,6 +26,7 @@ from rlhf_core.infra.errors import ConfigError
 from rlhf_core.infra.redact import redact, redact_text
 from rlhf_core.registry.method_or_file import find_method, read_method_or_file
 from rlhf_core.rewards import check_rewards
+from rlhf_core.training.run_samplers import check_samplers
 
 COMMAND_LINE = "command line"
 
@@ -126,6 +127,7 @@ def load_job(
     config = method.Config.parse(options, place=places)
     if isinstance(config, OnlineConfig):
         check_rewards(config, place=places)
+        check_samplers(config, own_rewards=bool(config.rewards), places=places)
     return TrainingJob(run, config, method, plugin, places, text)
 
 

@@ -138,9 +138,19 @@ class SavedRollouts:
         return ConfigError("the run kept no rollout to replay here", place=place, got=what, fix=_FIX)
 
     def _refuse_other_sampling(self, config: OnlineConfig) -> None:
-        """Refuse rollouts drawn under other options than `generation`: their probabilities would be those of another policy."""
+        """Refuse rollouts drawn under other options than `generation`: their probabilities would be those of another policy.
+
+        Or by another sampler: what it chose would be taken for what this one chooses.
+        """
         path = self.run / "config.yaml"
-        drawn = load_yaml(path)[0].get("generation") if path.is_file() else None
+        before = load_yaml(path)[0] if path.is_file() else {}
+        chose = config.rollout_sampler.model_dump(mode="json") if config.rollout_sampler is not None else None
+        if before and before.get("rollout_sampler") != chose:
+            raise ConfigError(
+                "another sampler drew the rollouts", place="rollout_sampler", got=f"not as in {path}",
+                fix="replay under the run's own `rollout_sampler`",
+            )  # fmt: skip
+        drawn = before.get("generation")
         asked = config.generation.model_dump(mode="json")
         if drawn is not None and drawn != asked:
             different = sorted(name for name in asked if not isinstance(drawn, dict) or drawn.get(name) != asked[name])

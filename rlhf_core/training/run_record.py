@@ -116,10 +116,11 @@ def record_inputs(run: Run) -> None:
     unnamed = {} if any(model is main for model in trainer.models.values()) else {"model": main}
     built = {role: model for role, model in trainer.models.items() if callable(getattr(model, "describe", None))}
     models = {role: model.describe() for role, model in {**unnamed, **built}.items()}
-    rewards = setup.rewards.describe()
+    rewards, samplers = setup.rewards.describe(), setup.run_samplers.describe()
 
     def check() -> None:
         _check_same_inputs(directory, models, rewards)
+        _check_same_samplers(directory, samplers)
         if setup.replay is not None:
             setup.replay.check_model(models)
 
@@ -128,6 +129,8 @@ def record_inputs(run: Run) -> None:
     directory.write("models.json", models)
     if rewards:
         directory.write("rewards.json", rewards)
+    if samplers:
+        directory.write("samplers.json", samplers)
     record_data(run)
 
 
@@ -144,6 +147,27 @@ def _check_same_inputs(directory: RunDirectory, models: dict[str, Any], rewards:
             got="; ".join(changed[:5]),
             fix="resume with the same rewards, or start a new run in another directory",
         )
+
+
+def _check_same_samplers(directory: RunDirectory, samplers: dict[str, Any]) -> None:
+    """Refuse to continue a run whose samplers have other models or rewards than its record holds."""
+    before = directory.read("samplers.json") if directory.continued and samplers else None
+    before = before if isinstance(before, dict) else {}
+    for key, now in samplers.items():
+        known = before.get(key)
+        if not isinstance(known, dict):
+            continue
+        for role, model in now["models"].items():
+            _check_same_files(directory, role, known.get("models"), model)
+        for role, rewards in now["rewards"].items():
+            old = known.get("rewards", {}).get(role)
+            if old is not None and (changed := rewards_changed(old, rewards)):
+                raise PluginError(
+                    f"the rewards of `{key}` changed since the run was started",
+                    place=str(directory.path),
+                    got="; ".join(changed[:5]),
+                    fix="resume with the same rewards, or start a new run in another directory",
+                )
 
 
 def _check_same_files(directory: RunDirectory, role: str, before: Any, model: dict[str, Any]) -> None:

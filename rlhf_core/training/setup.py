@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -41,6 +41,7 @@ from rlhf_core.training.roles import (
     trained_roles,
 )
 from rlhf_core.training.run_data import keep_encoding, one_pass, open_data
+from rlhf_core.training.run_samplers import RunSampler, RunSamplers, SamplerKey
 from rlhf_core.training.trackers import check_trackers
 from rlhf_core.training.update import Updater
 
@@ -75,6 +76,9 @@ class RunSetup:
         self.rewards = _open_rewards(trainer)
         self.replay = open_replay(trainer.config, self.rewards)
         """The rollouts of another run, in place of those that the policy would draw."""
+        self.run_samplers = RunSamplers(trainer.config, self.rewards)
+        """What draws completions in place of the engine alone."""
+        self.samplers: Mapping[SamplerKey, RunSampler] = {}
         self.prompts = open_fixed_prompts(trainer)
         """The fixed prompts of `logging.samples`."""
         self.micro_batches = MicroBatches(trainer.config, divide=trainer.splits_groups)
@@ -103,8 +107,11 @@ class RunSetup:
         self.dataset, self.eval_dataset = open_data(self.trainer, self.loader.main_model.tokenizer)
 
     def load_rewards(self) -> None:
-        """Load what the rewards need, so that a reward's model that isn't there is reported before the first rollout."""
+        """Load what rewards and samplers need, so that a model that isn't there is reported before the first rollout."""
         self.rewards.prepare()
+        # What is replayed isn't drawn.
+        without = {"rollout_sampler"} if self.replay is not None else set()
+        self.samplers = self.run_samplers.load(dict(self.trainer.models.items()).get("policy"), without=without)
 
     def inspect_data(self) -> None:
         """Keep with the trained models how the data were encoded, and let the method inspect the data."""
@@ -142,7 +149,15 @@ class RunSetup:
 
     def make_context(self, kind: type[Context], **options: Any) -> Context:
         """Return the run context that the method's experience and evaluation get."""
-        return kind(self.trainer, self.distribution, self.devices, self.micro_batches, self.rewards, **options)
+        return kind(
+            self.trainer,
+            self.distribution,
+            self.devices,
+            self.micro_batches,
+            self.rewards,
+            samplers=self.samplers,
+            **options,
+        )
 
     def make_updater(
         self, optimizer: torch.optim.Optimizer, loss_scale: LossScale, notify: Callable[..., None]
@@ -179,7 +194,7 @@ def check_config(trainer: Trainer[Any], distribution: Distribution, devices: Dev
             fix=f"set `batch_size` to {near}",
         )
     if trainer.eval_data is None:
-        for name in ("eval_steps", "eval_samples", "eval_temperature"):
+        for name in ("eval_steps", "eval_samples", "eval_temperature", "eval_sampler"):
             if name in type(config).model_fields and getattr(config, name) != type(config).model_fields[name].default:
                 raise ConfigError("evaluations need held-out data", place=name, fix="set `eval_data`")
     if config.early_stopping is not None and (trainer.eval_data is None or config.eval_steps is None):

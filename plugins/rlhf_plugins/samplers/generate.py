@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rlhf_core.plugin import Completion, Engine, Sampler, SamplingConfig, prompt_batch
+from rlhf_core.plugin import Completion, Sampler, SamplingConfig, prompt_batch
 
 
 class GenerateConfig(SamplingConfig):
@@ -18,7 +18,8 @@ class GenerateSampler(Sampler):
     api = 1
     Config = GenerateConfig
     config: GenerateConfig
+    on_policy = True
 
     def sample(self, prompts: Sequence[Any], n: int = 1, *, seed: int | None = None) -> list[list[Completion]]:
         """Return n completions for each prompt, in the order in which they were drawn; none has a score."""
-        return Engine(self.policy, seed=seed).generate(prompt_batch(self.policy, prompts), n, self.config)
+        return self.engine(seed).generate(prompt_batch(self.policy, prompts), n, self.config)

@@ -140,6 +140,8 @@ class DistillationConfig(OnlineConfig):
             )
         if self.group_size != 1 and not self.on_policy:
             raise ValueError("group_size has no meaning without on_policy")
+        if self.rollout_sampler is not None and not self.on_policy:
+            raise ValueError("rollout_sampler has no meaning without on_policy: nothing would be drawn")
         return self
 
 
@@ -198,6 +200,12 @@ class DistillationTrainer(Trainer[DistillationConfig]):
                 "rewards are reported of the student's own completions, and there would be none",
                 place="rewards",
                 fix="set `on_policy` or `eval_data`, or leave them out",
+            )
+        if config.eval_sampler is not None and not rewarded:
+            raise ConfigError(
+                "without rewards no held-out completions are drawn",
+                place="eval_sampler",
+                fix="set `rewards`, or leave it out",
             )
         if config.generation != SamplingConfig() and not config.on_policy and not rewarded:
             raise ConfigError(
