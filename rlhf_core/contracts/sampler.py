@@ -28,7 +28,6 @@ class Sampler(ABC):
 
     shares_budget: ClassVar[bool] = False
     """Whether prompts that are answered together share what is spent, so that completions depend on all of them."""
-
     on_policy: ClassVar[bool] = False
     """Whether each completion is distributed as one that the policy draws by itself: nothing chose it. Else a method that takes
     completions for the policy's own warns of a `rollout_sampler`, or refuses it."""
