@@ -267,7 +267,8 @@ def _sampling(key: SamplerKey, config: Any) -> SamplingConfig:
 
 def _refuse_options(one: ChosenSampler, config: OnlineConfig) -> None:
     """Refuse options of sampling that are given twice, or where the updates wouldn't know them."""
-    values, at = one.given.options, "options"
+    values: Mapping[str, Any] = one.given.options
+    at = "options"
     if not issubclass(one.sampler.Config, SamplingConfig):
         inner, at = values.get("generation"), "options.generation"
         values = inner if isinstance(inner, Mapping) else {}
