@@ -161,6 +161,7 @@ def _facts(one: _Growing, session: ChatSession) -> str:
         FAILED: "failed",
         "length": "the context is full, /undo or /reset" if full else "cut at max_new_tokens (see /set)",
         "stop": "stop text",
+        "confidence": "cut for too little confidence",
     }
     parts: Sequence[str] = [words[answer.stop_reason]] if answer.stop_reason in words else []
     if answer.tokens:

@@ -19,6 +19,7 @@ ENDS = {
     "length": "cut off by the limit",
     "stop": "ended by a stop string",
     "rule": "stopped by a rule",
+    "confidence": "cut off for too little confidence",
 }
 """Stop reason → how it is said."""
 

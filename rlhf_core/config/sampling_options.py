@@ -45,8 +45,8 @@ class SamplingConfig(BaseConfig):
     min_new_tokens: int = Field(
         0,
         ge=0,
-        description="Tokens that a completion has before it may end with an end token, a stop id or a stop string;"
-        " larger makes longer answers.",
+        description="Tokens that a completion has before it may end with an end token, a stop id, a stop string or for too little"
+        " confidence; larger makes longer answers.",
     )
     stop: list[str] = Field(
         default_factory=list,
@@ -57,6 +57,25 @@ class SamplingConfig(BaseConfig):
         default_factory=list,
         description="Token ids that end a completion besides its end tokens, and that its text is without; more of them end"
         " it earlier. A plain number is a list of one.",
+    )
+
+    min_confidence: float | None = Field(
+        None,
+        ge=0,
+        description="A completion ends where the mean confidence of its last `confidence_window` tokens is below it (Fu et al."
+        " 2025), in nats; larger ends more of them, earlier. 0 ends none and reports each token's confidence; null reports none.",
+    )
+    confidence_window: int = Field(
+        32,
+        ge=1,
+        description="Tokens whose mean confidence decides (min_confidence); larger reacts later, and less to single tokens. A"
+        " completion with fewer tokens isn't ended by it.",
+    )
+    confidence_top: int = Field(
+        20,
+        ge=1,
+        description="A token's confidence is the mean of -log p over so many of the most likely tokens (min_confidence); larger"
+        " counts less likely ones, too.",
     )
 
     @field_validator("stop", "stop_ids", mode="before")
@@ -88,5 +107,18 @@ class SamplingConfig(BaseConfig):
             raise ValueError(
                 f"`min_new_tokens` ({self.min_new_tokens}) is above `max_new_tokens` ({self.max_new_tokens}): lower the first or"
                 " raise the second"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _confidence_can_end(self) -> SamplingConfig:
+        if self.min_confidence is None:
+            for name in ("confidence_window", "confidence_top"):
+                if getattr(self, name) != SamplingConfig.model_fields[name].default:
+                    raise ValueError(f"{name} has no meaning without `min_confidence`: set it, 0 to end no completion")
+        elif self.min_confidence > 0 and self.confidence_window > self.max_new_tokens:
+            raise ValueError(
+                f"no completion of at most {self.max_new_tokens} tokens (`max_new_tokens`) has the {self.confidence_window} of"
+                " `confidence_window`, so `min_confidence` would end none: lower the window"
             )
         return self

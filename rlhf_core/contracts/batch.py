@@ -117,7 +117,7 @@ class Batch:
             owner=torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes, dtype=torch.long)),
             loss_mask=_padded(masks, lengths, names, "mask", torch.bool),
             per_response={
-                "truncated": torch.tensor([one.stop_reason == "length" for one in flat], dtype=torch.bool),
+                "truncated": torch.tensor([one.truncated for one in flat], dtype=torch.bool),
                 "policy_version": torch.tensor([one.policy_version for one in flat], dtype=torch.long),
             },
             per_token=columns,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from rlhf_core.config.base import BaseConfig
+from rlhf_core.contracts.completion import TRUNCATED
 from rlhf_core.infra.errors import DataError
 
 
@@ -28,6 +29,11 @@ class Sample:
     """Why it ended; see `Completion.stop_reason`."""
     mask: Sequence[bool] | None = None
     """For each completion token, whether the policy wrote it; None where it wrote them all."""
+
+    @property
+    def truncated(self) -> bool:
+        """Whether it was cut off; see `Completion.truncated`."""
+        return self.stop_reason in TRUNCATED
 
 
 class SampleError(DataError):

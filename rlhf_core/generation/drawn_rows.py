@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rlhf_core.config.online import SamplingConfig
-from rlhf_core.generation.sampling import Barred, draw_tokens, exact_dtype, workspace
+from rlhf_core.generation.sampling import Barred, draw_tokens, exact_dtype, token_confidence, workspace
 from rlhf_core.generation.stop_strings import StopStrings
 
 BLOCK = 256
@@ -30,9 +30,11 @@ class DrawnCompletion(NamedTuple):
     raw_logprobs: list[float]
     kept_mass: list[float]
     stop_reason: str | None = None
-    """`end`, `stop` or `length`; None while the row isn't ended."""
+    """`end`, `stop`, `confidence` or `length`; None while the row isn't ended."""
     text: str | None = None
     """The text before the stop string that ended the row; None where none did."""
+    confidence: Sequence[float] = ()
+    """See `Completion.confidence`."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class NewRow:
     """What was drawn for it before it left a loop unfinished; None for a new completion."""
     skipped: int = 0
     """Random numbers of its seed that are passed over: those of earlier tokens of a sequence that it continues."""
+    earlier_confidence: Sequence[float] = ()
+    """The confidence of earlier tokens of a sequence that it continues, in whose window its first tokens are."""
 
 
 @dataclass
@@ -89,11 +93,12 @@ class _Row:
             if self.position < self.blocks * BLOCK:
                 return block
 
-    def see(self, tokens: Sequence[int], *, over: bool, least: int) -> None:
+    def see(self, tokens: Sequence[int], *, over: bool, unsure: bool, least: int) -> None:
         """Take note of the tokens drawn since the host last saw the row.
 
         Args:
-            over: whether the last of them ended the row, by an id or the limit.
+            over: whether the last of them ended the row, by an id, the limit or its confidence.
+            unsure: whether its confidence was too small there.
             least: stop strings don't count in the first so many tokens.
         """
         end = over and tokens[-1] in self.ends
@@ -109,7 +114,9 @@ class _Row:
                 self.stop_reason = "stop"
                 return
         if over:
-            self.stop_reason = "length" if not end else "end" if tokens[-1] in self.new.ends else "stop"
+            self.stop_reason = "end" if tokens[-1] in self.new.ends else "stop"
+            if not end:
+                self.stop_reason = "confidence" if unsure else "length"
 
 
 class _State(NamedTuple):
@@ -125,6 +132,8 @@ class _State(NamedTuple):
     """(R,) long: ids that the repetition penalty is for."""
     over: Tensor
     """(R,) bool: whether it has its last token."""
+    unsure: Tensor
+    """(R,) bool: whether it has it because of its confidence."""
     may_end: Tensor
     """(R, E) bool: whether each of the ids that end some row ends this one."""
 
@@ -144,12 +153,14 @@ class DrawnRows:
         self._free: list[int] = []
         self._tokens = self._zeros(0, 0, dtype=torch.long)  # (C, T)
         self._values = self._zeros(0, 0, 3)  # (C, T, 3): logprobs, raw logprobs, kept mass
+        # (C, W - 1 + T): each token's confidence, behind those of the W - 1 tokens before the first, NaN where there are none
+        self._confidence = self._zeros(0, 0)
         self._uniform = self._zeros(0, BLOCK, dtype=exact_dtype(device))  # (C, BLOCK)
         self._seen = self._zeros(0, 0, dtype=torch.long)  # (C, S)
         self._ends: list[int] = []
         self._end_ids = self._zeros(0, dtype=torch.long)  # (E,)
         numbers, flags = self._zeros(0, dtype=torch.long), self._zeros(0, dtype=torch.bool)
-        self._state = _State(numbers, numbers, numbers, numbers, flags, flags[:, None][:, :0])
+        self._state = _State(numbers, numbers, numbers, numbers, flags, flags, flags[:, None][:, :0])
         self._unpolled = 0
         self._work: Tensor | None = None
         self._most_rows = 0
@@ -173,7 +184,7 @@ class DrawnRows:
         before = self._state
         earlier = torch.nn.functional.pad(before.may_end, (0, len(self._ends) - before.may_end.shape[1]))
         over = self._zeros(len(rows), dtype=torch.bool)
-        added = (*numbers.unbind(dim=1), over, may_end.view(len(rows), -1).to(self.device))
+        added = (*numbers.unbind(dim=1), over, over, may_end.view(len(rows), -1).to(self.device))
         self._state = _State(*map(torch.cat, zip((*before[:-1], earlier), added, strict=True)))
         self._rows += rows
 
@@ -202,6 +213,10 @@ class DrawnRows:
         self._uniform = _reserved(self._uniform, slots)
         self._tokens[slot, :count] = torch.tensor(before.ids, dtype=torch.long)
         self._values[slot, :count] = torch.tensor(before[1:4], dtype=torch.float32).T
+        if self.sampling.min_confidence is not None:
+            known = [*[torch.nan] * self._lead, *new.earlier_confidence, *before.confidence]
+            self._confidence = _reserved(self._confidence, slots, self._lead + new.limit + 1)
+            self._confidence[slot, : self._lead + count] = torch.tensor(known[len(new.earlier_confidence) :])
         seen: list[int] = []
         if self.sampling.repetition_penalty != 1:
             seen = list(dict.fromkeys([*new.prompt_ids, *before.ids]))
@@ -242,14 +257,35 @@ class DrawnRows:
         if penalty:
             self._seen[state.slots, num_seen] = drawn.tokens
             num_seen = num_seen + alive
-        over = state.over | (length >= state.limit)
+        over, unsure = state.over | (length >= state.limit), state.unsure
+        if sampling.min_confidence is not None:
+            unsure = unsure | (alive & self._is_unsure(logits, sampling.min_confidence))
+            over = over | unsure
         if self._ends:
             over = over | ((drawn.tokens[:, None] == self._end_ids) & state.may_end).any(dim=1)
-        self._state = state._replace(length=length, num_seen=num_seen, over=over)
+        self._state = state._replace(length=length, num_seen=num_seen, over=over, unsure=unsure)
         for row in self._rows:
             row.position += 1
         self._unpolled += 1
         return drawn.tokens
+
+    @property
+    def _lead(self) -> int:
+        """Tokens before a completion's first one that are in the same window."""
+        return self.sampling.confidence_window - 1
+
+    def _is_unsure(self, logits: Tensor, least: float) -> Tensor:
+        """Keep the confidence of the tokens that are drawn from logits (R, V); tell (R,) whether they end their rows.
+
+        They do where the mean over the window that ends with them is below `least`. It is summed again for each token: rounding
+        of a running sum would depend on tokens that have left the window.
+        """
+        state, window = self._state, self.sampling.confidence_window
+        confidence = token_confidence(logits, self.sampling.confidence_top)
+        self._confidence[state.slots, state.length + self._lead] = confidence
+        columns = state.length[:, None] + torch.arange(window, device=self.device)
+        group = self._confidence[state.slots[:, None], columns].mean(dim=1, dtype=exact_dtype(self.device))
+        return (group < least) & (state.length + 1 > self.sampling.min_new_tokens)  # NaN isn't below
 
     def _workspace(self, logits: Tensor) -> Tensor | None:
         """Return the memory in which the logits (R, V) of each step are worked on; None on a GPU, where it costs nothing."""
@@ -287,13 +323,13 @@ class DrawnRows:
         state, self._unpolled = self._state, 0
         columns = (state.length[:, None] - steps + torch.arange(steps, device=self.device)).clamp(min=0)
         window = self._tokens[state.slots[:, None], columns]
-        on_host = torch.cat([state.length[:, None], state.over[:, None].long(), window], dim=1).tolist()
+        facts = torch.stack([state.length, state.over, state.unsure], dim=1)
+        on_host = torch.cat([facts, window], dim=1).tolist()
         found: list[tuple[int, str]] = []
-        for index, (row, (length, over, *tokens)) in enumerate(zip(self._rows, on_host, strict=True)):
+        for index, (row, (length, over, unsure, *tokens)) in enumerate(zip(self._rows, on_host, strict=True)):
             if row.stop_reason is None:
-                row.see(
-                    tokens[len(tokens) - (length - row.known) :], over=bool(over), least=self.sampling.min_new_tokens
-                )
+                new = tokens[len(tokens) - (length - row.known) :]
+                row.see(new, over=bool(over), unsure=bool(unsure), least=self.sampling.min_new_tokens)
                 if row.stop_reason is not None:
                     found.append((index, row.stop_reason))
             else:
@@ -319,7 +355,10 @@ class DrawnRows:
         length = row.known if row.stop_reason is not None else int(self._state.length[index])
         logprobs, raw_logprobs, kept_mass = self._values[row.slot, :length].T.tolist()
         ids = self._tokens[row.slot, :length].tolist()
-        return DrawnCompletion(ids, logprobs, raw_logprobs, kept_mass, row.stop_reason, row.text)
+        confidence: Sequence[float] = ()
+        if self.sampling.min_confidence is not None:
+            confidence = self._confidence[row.slot, self._lead : self._lead + length].tolist()
+        return DrawnCompletion(ids, logprobs, raw_logprobs, kept_mass, row.stop_reason, row.text, confidence)
 
     def _zeros(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.device)

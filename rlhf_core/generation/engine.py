@@ -51,10 +51,19 @@ class SequenceHandle:
     """The engine that it is for."""
     cached: CachedSequence | None = field(default=None, repr=False, compare=False)
     """Keys and values of all tokens but the last; None where the model is decoded without a `PagedKVCache`."""
+    confidence: tuple[float, ...] = field(default=(), repr=False, compare=False)
+    """The confidence of its last tokens, as far back as all were drawn with `min_confidence`."""
 
-    def followed_by(self, ids: Sequence[int], cached: CachedSequence | None) -> SequenceHandle:
-        """Return the handle of this sequence with further tokens, whose keys and values are kept there."""
-        return replace(self, ids=(*self.ids, *ids), cached=cached)
+    def followed_by(
+        self, ids: Sequence[int], cached: CachedSequence | None, confidence: Sequence[float] = ()
+    ) -> SequenceHandle:
+        """Return the handle of this sequence with further tokens, whose keys and values are kept there.
+
+        Args:
+            confidence: of each of these tokens; empty where it isn't known.
+        """
+        known = (*self.confidence, *confidence) if confidence else ()
+        return replace(self, ids=(*self.ids, *ids), cached=cached, confidence=known)
 
 
 @dataclass(frozen=True)
@@ -292,8 +301,8 @@ class Engine:
         """Draw tokens behind sequences until an end token, a limit, a stop string or a rule ends each; return the new sequences.
 
         The given handles stay as they are. All options are about the new tokens alone: `max_new_tokens` and `min_new_tokens`
-        count them, and stop strings are looked for in their text. The new sequence holds every token drawn, those of a stop
-        string too.
+        count them, and stop strings are looked for in their text; but the window of `min_confidence` reaches back to what was
+        drawn with it before. The new sequence holds every token drawn, those of a stop string too.
 
         Args:
             seeds: one per handle. A token's random number is a function of the seed and of the token's place behind the prompt
@@ -344,7 +353,7 @@ class Engine:
         with self._counting(), contextlib.closing(run) as running:
             for one in running:
                 completion = self._completion(draws[one.number], one, self.policy_version)
-                extended = handles[one.number].followed_by(one.drawn.ids, one.sequence)
+                extended = handles[one.number].followed_by(one.drawn.ids, one.sequence, one.drawn.confidence)
                 made[one.number] = Extension(extended, completion)
         return [made[number] for number in range(len(handles))]
 
@@ -528,6 +537,7 @@ class Engine:
             rule=rule,
             base=None if of is None else of.cached,
             skipped=0 if of is None else len(ids) - of.prompt_length,
+            earlier_confidence=() if of is None else of.confidence,
             keep=of is not None,
         )
         return _Draw(request, prompt, place, self.text_of(chat))
@@ -575,6 +585,7 @@ class Engine:
             logprobs=drawn.logprobs,
             raw_logprobs=drawn.raw_logprobs,
             kept_mass=drawn.kept_mass,
+            confidence=drawn.confidence,
             stop_reason=one.reason,
             policy_version=policy_version,
         )

@@ -126,7 +126,7 @@ class ValueReader(ModelStepReader):
     """
 
     def read_ids(self, sample: Sample, ids: list[int]) -> list[int]:
-        return ids if sample.stop_reason == "length" else ids[:-1]
+        return ids if sample.truncated else ids[:-1]
 
     def head_scores(self, hidden: Tensor) -> Tensor:
         return self.model.head(hidden)[:, 0].float()

@@ -116,4 +116,5 @@ def new_row(request: Request, before: DrawnCompletion | None) -> NewRow:
         prompt_ids=request.ids,
         before=before,
         skipped=request.skipped,
+        earlier_confidence=request.earlier_confidence,
     )

@@ -38,6 +38,8 @@ class Request:
     """Where the keys and values of the prompt, but for its last token, are kept already. It stays as it is."""
     skipped: int = 0
     """Random numbers of its seed before its first token's: so many tokens were drawn behind the same prompt before."""
+    earlier_confidence: Sequence[float] = ()
+    """The confidence of each of these tokens, where it is known."""
     keep: bool = False
     """Whether `Finished.sequence` is wanted."""
 

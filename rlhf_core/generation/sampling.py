@@ -156,6 +156,22 @@ def _bar(scores: Tensor, barred: Barred) -> Tensor:
     return before.masked_fill(~barred.rows, -torch.inf)
 
 
+@torch.no_grad()
+def token_confidence(logits: Tensor, k: int) -> Tensor:
+    """Return the token confidence -(1 / k) Σ log p(j) over the k most likely tokens of softmax(logits), (R,) float32, nats.
+
+    Large where the model is sure: then all but one of the k are unlikely. At least log k. Fu et al. 2025, "Deep Think with
+    Confidence", arXiv 2508.15260, section 2.
+
+    Args:
+        logits: (R, V), any floating dtype. k: a smaller vocabulary counts whole.
+    """
+    scores = logits.float()
+    top = scores.topk(min(k, scores.shape[1]), dim=-1).values
+    total = _log_total(scores, top[:, :1], torch.empty_like(scores))
+    return (total - top.mean(dim=-1, keepdim=True, dtype=total.dtype))[:, 0].float()
+
+
 # Truncation
 
 

@@ -199,6 +199,7 @@ class StepTrees:
             logprobs=[value for one in path for value in one.logprobs],
             raw_logprobs=[value for one in path for value in one.raw_logprobs],
             kept_mass=[value for one in path for value in one.kept_mass],
+            confidence=[value for one in path for value in one.confidence],
             stop_reason=step.stop_reason,
             score=step.score,
             policy_version=self.engine.policy_version,
@@ -271,6 +272,8 @@ class StepTrees:
             pass
         elif by_id or stops:
             reason, text = "stop", text[: min(stops, default=len(text))]
+        elif own.stop_reason == "confidence":
+            pass
         elif self._left(parent.prompt, len(ids)) < 1:
             reason = "length"
         else:

@@ -192,6 +192,9 @@ class PolicyModel(SequenceModel):
         min_new_tokens: int = 0,
         stop: str | Sequence[str] = (),
         stop_ids: Sequence[int] = (),
+        min_confidence: float | None = None,
+        confidence_window: int = 32,
+        confidence_top: int = 20,
         seed: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[list[Completion]]:
@@ -209,6 +212,10 @@ class PolicyModel(SequenceModel):
             min_new_tokens: tokens before any that ends a completion.
             stop: texts that end a completion, whose text is without them.
             stop_ids: ids that end a completion besides its end tokens.
+            min_confidence: least mean confidence of the last `confidence_window` tokens, nats; below it a completion ends. 0 only
+                reports each token's confidence, None none.
+            confidence_window: tokens whose mean confidence decides.
+            confidence_top: most likely tokens over which a token's confidence is the mean of -log p.
             seed: makes the draws repeatable; None takes a seed from torch's global random state.
             progress: called with the number of completions that have ended and the number of all, as each ends.
 
@@ -228,6 +235,9 @@ class PolicyModel(SequenceModel):
             "min_new_tokens": min_new_tokens,
             "stop": stop if isinstance(stop, str) else list(stop),
             "stop_ids": list(stop_ids),
+            "min_confidence": min_confidence,
+            "confidence_window": confidence_window,
+            "confidence_top": confidence_top,
         }
         sampling = SamplingConfig.parse(options, place="generate")
         return generate(self, prompts, n, sampling, seed=seed, progress=progress)

@@ -94,7 +94,7 @@ class AnswerReward(RewardFn):
     def answer_of(self, sample: Sample) -> FinalAnswer | None:
         """Return a completion's final answer; None where it has none that the options accept."""
         config = self.config
-        complete = sample.stop_reason != "length" or config.truncated == "always"
+        complete = not sample.truncated or config.truncated == "always"
         if not complete and config.truncated == "never":
             return None
         text = after_thinking(with_stop(sample, "</answer>"), config.thinking)

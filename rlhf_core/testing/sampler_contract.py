@@ -25,7 +25,7 @@ from rlhf_core.testing.kit_rewards import DigitReward
 from rlhf_core.testing.option_values import other_values
 from rlhf_core.testing.tiny import tiny_policy
 
-STOP_REASONS = ("end", "length", "stop", "rule")
+STOP_REASONS = ("end", "length", "stop", "rule", "confidence")
 """What `Completion.stop_reason` may be."""
 COUNTS = "test_n_completions_for_each_prompt"
 TOKENS = "test_completions_are_complete"
@@ -352,7 +352,10 @@ class SamplerContract(MethodContract):
 
     @after(OWN)
     def test_sampling_options_take_effect(self) -> None:
-        """Sampling options take effect: the token limit holds, and `kept_mass` is the share that top-p and top-k kept."""
+        """Sampling options take effect: the token limit holds, and `kept_mass` is the share that top-p and top-k kept.
+
+        So does the least confidence.
+        """
         config = self.config()
         options = {"max_new_tokens": 3, "temperature": 0.7, "top_p": 0.6, "top_k": 50}
         names = [name for name in type(config).model_fields if isinstance(getattr(config, name), SamplingConfig)]
@@ -376,6 +379,12 @@ class SamplerContract(MethodContract):
         self._require_own(sampler, prompts, found, "with top-p and top-k, prompt")
         sampler = under(max_new_tokens=3, temperature=0.7, top_p=1.0, top_k=2)
         self._require_kept_mass(sampler, prompts, sampler.sample(prompts, 3, seed=SEED), temperature=0.7, top_k=2)
+        sure = under(max_new_tokens=3, min_confidence=1e6, confidence_window=2).sample(prompts, 3, seed=SEED)
+        longest = max(len(one.ids) for one in _flat(sure))
+        require(
+            longest <= 2,
+            f"with `min_confidence: 1e6` and `confidence_window: 2` a completion has {longest} tokens, not at most 2",
+        )
 
     @after(COUNTS)
     def test_prompts_do_not_change(self) -> None:

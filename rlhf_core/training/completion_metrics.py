@@ -50,7 +50,7 @@ def completion_metrics(
     for k in [2**power for power in range(1, n.bit_length()) if 2**power < n] + [n] * (n > 1):
         metrics[f"pass@{k}"] = (per_prompt([pass_at_k(n, c, k) for c in right]), one)
     lengths = [[len(completion.ids) for completion in group] for group in completions]
-    cut = [[completion.stop_reason == "length" for completion in group] for group in completions]
+    cut = [[completion.truncated for completion in group] for group in completions]
     metrics["length"] = (per_prompt([sum(group) for group in lengths]), one * n)
     metrics["truncated"] = (per_prompt([sum(group) for group in cut]), one * n)
     return metrics

@@ -119,7 +119,7 @@ def rollout_metrics(
     lengths = [len(one.ids) for one in completions]
     metrics = {
         "length": (float(sum(lengths)), float(len(lengths))),
-        "truncated": (float(sum(one.stop_reason == "length" for one in completions)), float(len(lengths))),
+        "truncated": (float(sum(one.truncated for one in completions)), float(len(lengths))),
         "entropy": (-math.fsum(logp for one in completions for logp in one.logprobs), float(sum(lengths))),
     }
     if rewards is None:

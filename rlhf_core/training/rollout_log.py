@@ -176,14 +176,15 @@ def rollout_table(rows: Sequence[dict[str, Any]], width: int = 100) -> str:
     """
     groups = groups_of(rows)
     step = max(1, -(-len(groups) // _SHOWN_GROUPS))
-    lines = [f"{'reward':>8}  {'advantage':>9}  {'tokens':>6}  {'end':6}  completion"]
+    wide = max([6, *(len(row["stop_reason"]) for row in rows)])
+    lines = [f"{'reward':>8}  {'advantage':>9}  {'tokens':>6}  {'end':{wide}}  completion"]
     for group in groups[::step]:
         head = f"  row {group[0]['row']}: "
         lines.append(head + _start_and_end(last_message(group[0]["prompt"]), width - len(head)))
         ordered = sorted(group, key=lambda row: -(row["reward"] or 0.0))
         for row in ordered[:1] + ordered[1:][-1:]:
             figures = (_number(row["reward"]), _number(row["advantage"]), row["tokens"], row["stop_reason"])
-            head = "{:>8}  {:>9}  {:>6}  {:6}  ".format(*figures)
+            head = f"{{:>8}}  {{:>9}}  {{:>6}}  {{:{wide}}}  ".format(*figures)
             lines.append(head + _start_and_end(row["completion"], width - len(head)))
     return "\n".join(lines)
 

@@ -29,6 +29,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"min_new_tokens": 9, "max_new_tokens": 8},
         "`min_new_tokens` (9) is above `max_new_tokens` (8): lower the first or raise the second",
     ),
+    "a negative confidence": ({"min_confidence": -1}, "`min_confidence`: must be greater than or equal to 0; got -1"),
+    "an infinite confidence": ({"min_confidence": float("inf")}, "`min_confidence`: must be a finite number; got inf"),
+    "an empty window": ({"min_confidence": 1, "confidence_window": 0}, "`confidence_window`: must be greater than or"),
+    "no most likely token": ({"min_confidence": 1, "confidence_top": 0}, "`confidence_top`: must be greater than or"),
+    "a window for nothing": ({"confidence_window": 8}, "confidence_window has no meaning without `min_confidence`"),
+    "most likely tokens for nothing": ({"confidence_top": 5}, "confidence_top has no meaning without `min_confidence`"),
+    "a window longer than completions": (
+        {"min_confidence": 1, "max_new_tokens": 31},
+        "no completion of at most 31 tokens (`max_new_tokens`) has the 32 of `confidence_window`",
+    ),
     "a negative temperature": ({"temperature": -1}, "`temperature`: must be greater than or equal to 0; got -1"),
     "a near name": ({"min-p": 0.1}, "unknown option `min-p`; fix: did you mean `min_p`?"),
 }

@@ -74,7 +74,9 @@ def test_drawing_is_captured_in_a_graph(options: dict[str, Any]) -> None:
         torch.testing.assert_close(value, expected)
 
 
-@pytest.mark.parametrize("options", [*CASES, {"min_new_tokens": 5, "stop_ids": [3]}])
+@pytest.mark.parametrize(
+    "options", [*CASES, {"min_new_tokens": 5, "stop_ids": [3]}, {"min_confidence": 4.0, "confidence_window": 3}]
+)
 def test_a_step_does_not_wait_for_the_device(options: dict[str, Any]) -> None:
     rows = DrawnRows(SamplingConfig(**options), device=torch.device("cuda"))
     rows.join([NewRow(seed=k, limit=9, ends=[2], prompt_ids=[1, 5]) for k in range(ROWS)])
@@ -90,4 +92,4 @@ def test_a_step_does_not_wait_for_the_device(options: dict[str, Any]) -> None:
     for _ in range(9):
         rows.draw(logits)
         rows.ended()
-    assert {rows.completion(k).stop_reason for k in range(ROWS)} <= {"length", "end", "stop"}
+    assert {rows.completion(k).stop_reason for k in range(ROWS)} <= {"length", "end", "stop", "confidence"}

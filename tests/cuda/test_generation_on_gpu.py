@@ -84,7 +84,16 @@ def test_greedy_completions_of_a_family_are_those_of_the_cpu(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"top_p": 0.8}, {"top_k": 7}, {"min_p": 0.1}, {"repetition_penalty": 1.3}, {"stop": ["e", "th"]}]
+    "options",
+    [
+        {},
+        {"top_p": 0.8},
+        {"top_k": 7},
+        {"min_p": 0.1},
+        {"repetition_penalty": 1.3},
+        {"stop": ["e", "th"]},
+        {"min_confidence": 3.7, "confidence_window": 3},
+    ],
 )
 def test_a_seed_draws_the_same_on_both(options: dict[str, Any], policies: tuple[PolicyModel, PolicyModel]) -> None:
     sampling = SAMPLING.model_copy(update=options)
@@ -96,6 +105,7 @@ def test_a_seed_draws_the_same_on_both(options: dict[str, Any], policies: tuple[
             assert (mine.text, mine.stop_reason) == (other.text, other.stop_reason)
             assert mine.logprobs == pytest.approx(other.logprobs, abs=1e-3)
             assert mine.kept_mass == pytest.approx(other.kept_mass, abs=1e-3)
+            assert mine.confidence == pytest.approx(other.confidence, abs=1e-3)
 
 
 def test_a_completion_is_the_same_alone_in_a_small_cache_and_in_few_rows(

@@ -169,7 +169,7 @@ def test_limits_that_fit_no_completions_are_refused(limits: list[list[int]], got
 
 def test_an_option_that_it_would_ignore_is_refused_by_name(engine: Engine, policy: PolicyModel) -> None:
     batch = prompt_batch(policy, PROMPTS[:1])
-    for option, value in {"repetition_penalty": 1.2, "stop": ["."], "min_new_tokens": 3}.items():
+    for option, value in {"repetition_penalty": 1.2, "stop": ["."], "min_new_tokens": 3, "min_confidence": 0.0}.items():
         with pytest.raises(ConfigError) as raised:
             engine.generate(batch, 1, SamplingConfig(**{option: value}))
         text = str(raised.value)

@@ -38,6 +38,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"max_new_tokens": 21, "temperature": 0.7, "repetition_penalty": 1.2, "min_new_tokens": 10},
     {"max_new_tokens": 30, "stop": ["e", "qu"]},
     {"max_new_tokens": 1},
+    {"max_new_tokens": 30, "min_confidence": 3.67, "confidence_window": 3},
 ]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from rlhf_core.config.online import SamplingConfig
 from rlhf_core.generation import drawn_rows as module
 from rlhf_core.generation.drawn_rows import DrawnCompletion, DrawnRows, NewRow
-from rlhf_core.generation.sampling import draw_tokens
+from rlhf_core.generation.sampling import draw_tokens, token_confidence
 from rlhf_core.generation.stop_strings import StopStrings
 from rlhf_core.testing.tiny import tiny_tokenizer
 
@@ -38,6 +38,7 @@ def alone(new: NewRow, sampling: SamplingConfig) -> DrawnCompletion:
     numbers = np.random.Generator(np.random.Philox(key=new.seed)).random(new.limit)
     ids: list[int] = []
     values: list[tuple[float, float, float]] = []
+    confidence: list[float] = []
     while True:
         ends = list(dict.fromkeys([*new.ends, *sampling.stop_ids]))
         drawn = draw_tokens(
@@ -49,6 +50,13 @@ def alone(new: NewRow, sampling: SamplingConfig) -> DrawnCompletion:
         )
         ids.append(int(drawn.tokens))
         values.append((float(drawn.logprobs), float(drawn.raw_logprobs), float(drawn.kept_mass)))
+        unsure = False
+        if sampling.min_confidence is not None:
+            confidence.append(
+                float(token_confidence(logits_of(new.prompt_ids, ids[:-1])[None], sampling.confidence_top))
+            )
+            group = [*new.earlier_confidence, *confidence][-sampling.confidence_window :]
+            unsure = len(group) == sampling.confidence_window and sum(group) / len(group) < sampling.min_confidence
         text = reason = None
         if ids[-1] in ends:
             reason = "end" if ids[-1] in new.ends else "stop"
@@ -58,9 +66,10 @@ def alone(new: NewRow, sampling: SamplingConfig) -> DrawnCompletion:
             found = [text.find(one, max(0, least - len(one) + 1)) for one in new.stops.stop]
             text = text[: min(place for place in found if place >= 0)] if max(found) >= 0 else None
             reason = "stop" if text is not None else None
+        reason = reason or ("confidence" if unsure and len(ids) > sampling.min_new_tokens else None)
         reason = reason or ("length" if len(ids) == new.limit else None)
         if reason is not None:
-            return DrawnCompletion(ids, *map(list, zip(*values, strict=True)), reason, text)
+            return DrawnCompletion(ids, *map(list, zip(*values, strict=True)), reason, text, confidence)
 
 
 def barred(ends: Sequence[int]) -> Any:
@@ -124,6 +133,7 @@ OPTIONS: list[dict[str, Any]] = [
         "stop_ids": [40, 41],
     },
     {"temperature": 0.0, "repetition_penalty": 1.2},
+    {"min_confidence": 5.2, "confidence_window": 3, "confidence_top": 9, "min_new_tokens": 2, "stop_ids": [40]},
 ]
 
 
@@ -141,6 +151,7 @@ def test_a_row_draws_what_it_draws_alone(data: st.DataObject) -> None:
                 ends=data.draw(st.lists(st.integers(0, 60), max_size=4)),
                 stops=data.draw(st.sampled_from([None, STOPS])),
                 prompt_ids=data.draw(st.lists(number, min_size=1, max_size=9)),
+                earlier_confidence=data.draw(st.lists(st.floats(4, 6), max_size=4)),
             ),
         )
         for k in range(data.draw(st.integers(1, 7)))
@@ -169,7 +180,7 @@ def test_a_row_draws_what_it_draws_alone(data: st.DataObject) -> None:
     for k, one in expected.items():
         found = loop.done[k]
         assert (found.ids, found.stop_reason, found.text) == (one.ids, one.stop_reason, one.text)
-        for name in ("logprobs", "raw_logprobs", "kept_mass"):
+        for name in ("logprobs", "raw_logprobs", "kept_mass", "confidence"):
             assert getattr(found, name) == pytest.approx(getattr(one, name), abs=1e-5)
 
 

@@ -51,7 +51,7 @@ def vote_weights(rewards: Sequence[float], kind: str) -> list[float]:
 
 def answer_keys(group: Sequence[Completion]) -> list[Hashable | None]:
     """Return each candidate's final answer as votes compare it; None where it has none, or was cut off."""
-    return [answer_key(one.text, complete=one.stop_reason != "length") for one in group]
+    return [answer_key(one.text, complete=not one.truncated) for one in group]
 
 
 def candidate_rewards(reward: Rewards, batch: Batch, drawn: Sequence[Sequence[Completion]]) -> list[list[float]]:
