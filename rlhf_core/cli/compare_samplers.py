@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rlhf_core.contracts.sampler import Sampler
     from rlhf_core.evaluation.sampler_comparison import SamplerScore
     from rlhf_core.generation.sampling_job import SamplingJob
+    from rlhf_core.rewards import Rewards
 
 log = logging.getLogger(__name__)
 
@@ -63,9 +64,8 @@ def compare(
     no_bars_in_logs()
     with quick_imports():
         from rlhf_core.config.yaml_file import parse_scalar
-        from rlhf_core.evaluation.sampler_comparison import check_plot, compare_samplers, plot_comparison
+        from rlhf_core.evaluation.sampler_comparison import check_plot, plot_comparison
         from rlhf_core.generation.sampling_job import load_sampling_job
-        from rlhf_core.infra.devices import DeviceManager
         from rlhf_core.registry.plugin_logs import setup_logging
         from rlhf_core.rewards import open_rewards
 
@@ -77,27 +77,41 @@ def compare(
     _check_alike(jobs)
     if plot is not None:
         check_plot(plot)
-    checks = open_rewards(parse_scalar(check), place="--check")
-    first = next(iter(jobs.values()))
-    rows = first.prompts()
-    samplers = _loaded(jobs)
-    together = first.run.rows_together(DeviceManager().kind)
-    results = compare_samplers(
-        samplers, rows, check=checks, repeats=repeats, seed=first.run.seed, together=together, found=_log
-    )
+    results = _compared(jobs, open_rewards(parse_scalar(check), place="--check"), repeats)
     if plot is not None:
         plot_comparison(results, plot)
     if as_json:
         return print_json({"samplers": [one.as_dict() for one in results], "plot": None if plot is None else str(plot)})
-    print_text(
-        f"{len(rows):,} prompts, {repeats} answer{'s' * (repeats > 1)} each, checked by {check}; ± standard error"
-    )
+    answers = f"{repeats} answer{'s' * (repeats > 1)} each"
+    print_text(f"{len(results[0].by_prompt):,} prompts, {answers}, checked by {check}; ± standard error")
     print_table(
         ("sampler", "accuracy", "tokens/prompt", "more than the first", "seconds"), [_cells(one) for one in results]
     )
     if plot is not None:
         print_text(f"plot: {plot}")
     return None
+
+
+def _compared(jobs: Mapping[str, SamplingJob], check: Rewards, repeats: int) -> list[SamplerScore]:
+    """Load the models and compare the samplers, showing how far they are."""
+    from rlhf_core.evaluation.sampler_comparison import compare_samplers
+    from rlhf_core.generation.watching import watching
+    from rlhf_core.infra.devices import DeviceManager
+    from rlhf_core.infra.progress import RowBar
+
+    first = next(iter(jobs.values()))
+    rows, samplers = first.prompts(), _loaded(jobs)
+    with RowBar(total=len(samplers) * len(rows) * repeats) as bar, watching(bar.add_tokens):
+        return compare_samplers(
+            samplers,
+            rows,
+            check=check,
+            repeats=repeats,
+            seed=first.run.seed,
+            together=first.run.rows_together(DeviceManager().kind),
+            found=_log,
+            answered=bar.update,
+        )
 
 
 def _texts_and_flags(tokens: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -73,6 +73,7 @@ def compare_samplers(
     seed: int = 0,
     together: int = 64,
     found: Callable[[SamplerScore], None] | None = None,
+    answered: Callable[[int, int], None] | None = None,
 ) -> list[SamplerScore]:
     """Answer the same prompts with each sampler, and check the first completion of each answer.
 
@@ -85,6 +86,8 @@ def compare_samplers(
         repeats: how often each prompt is answered, with other seeds; prompts, not answers, are the unit of standard errors.
         together: prompts that a sampler gets at once, which may share a budget.
         found: called with each sampler's result as soon as it is there.
+        answered: called after each answer, with how many there are by now of samplers × prompts × repeats, and the number of
+            tokens of the last one.
 
     Raises:
         ConfigError: no samplers, no prompts, or fewer than one repeat.
@@ -100,9 +103,10 @@ def compare_samplers(
         if count < 1:
             raise ConfigError("must be at least 1", place=f"compare_samplers({name}=…)", got=str(count))
     rewards = check if isinstance(check, Rewards) else open_rewards(check, place="check")
+    comparison = _Comparison(rows, rewards, repeats, seed, together, answered)
     results: list[SamplerScore] = []
     for name, sampler in samplers.items():
-        one = _measured(name, sampler, rows, rewards, repeats, seed, together, results[0] if results else None)
+        one = comparison.measure(name, sampler, results[0] if results else None)
         results.append(one)
         if found is not None:
             found(one)
@@ -113,46 +117,59 @@ def _are_rows(prompts: Any) -> bool:
     return isinstance(prompts, Sequence) and len(prompts) > 0 and all(isinstance(one, PromptRow) for one in prompts)
 
 
-def _measured(
-    name: str,
-    sampler: Sampler,
-    rows: Sequence[PromptRow],
-    check: Rewards,
-    repeats: int,
-    seed: int,
-    together: int,
-    first: SamplerScore | None,
-) -> SamplerScore:
-    """Answer all prompts with one sampler, `repeats` times, and return what was found."""
-    for model in sampler.models.values():
-        if isinstance(model, PolicyModel):
-            forget_kept(model)
-    before, counted, seconds = dict(sampler.forwarded), 0, 0.0
+@dataclass
+class _Comparison:
+    """What the samplers of a comparison have in common."""
 
-    def count(tokens: int) -> None:
-        nonlocal counted
-        counted += tokens
+    rows: Sequence[PromptRow]
+    check: Rewards
+    repeats: int
+    seed: int
+    together: int
+    answered: Callable[[int, int], None] | None
+    done: int = 0
+    """Answers so far, of all samplers."""
 
-    scores: list[list[float]] = []
-    for repeat in range(repeats):
-        own = seed if repeat == 0 else stream_seed(seed, "comparison", repeat)
-        began = time.monotonic()
-        with counting_forwarded(count):
-            answers = [
-                completions[0] for _, completions in sample_rows(sampler, rows, n=1, seed=own, together=together)
-            ]
-        seconds += time.monotonic() - began
-        scores.append(_checked(check, rows, answers))
-    by_prompt = [fmean(each) for each in zip(*scores, strict=True)]
-    forwarded = {role: tokens - before.get(role, 0) for role, tokens in sampler.forwarded.items()}
-    # Engines report all tokens of policies; those of a reward's model are known where the sampler counts them.
-    kinds = sampler.roles_for(sampler.config)
-    counted += sum(tokens for role, tokens in forwarded.items() if kinds.get(role) != "policy")
-    difference = None
-    if first is not None:
-        more = [own - other for own, other in zip(by_prompt, first.by_prompt, strict=True)]
-        difference = (fmean(more), standard_error(more))
-    return SamplerScore(name, by_prompt, counted / (len(rows) * repeats), forwarded, seconds, difference)
+    def measure(self, name: str, sampler: Sampler, first: SamplerScore | None) -> SamplerScore:
+        """Answer all prompts with one sampler, `repeats` times, and return what was found, compared with the first sampler."""
+        for model in sampler.models.values():
+            if isinstance(model, PolicyModel):
+                forget_kept(model)
+        before, counted, seconds = dict(sampler.forwarded), 0, 0.0
+
+        def count(tokens: int) -> None:
+            nonlocal counted
+            counted += tokens
+
+        scores: list[list[float]] = []
+        for repeat in range(self.repeats):
+            began = time.monotonic()
+            with counting_forwarded(count):
+                answers = self._answers(sampler, repeat)
+            seconds += time.monotonic() - began
+            scores.append(_checked(self.check, self.rows, answers))
+        by_prompt = [fmean(each) for each in zip(*scores, strict=True)]
+        forwarded = {role: tokens - before.get(role, 0) for role, tokens in sampler.forwarded.items()}
+        # Engines report all tokens of policies; those of a reward's model are known where the sampler counts them.
+        kinds = sampler.roles_for(sampler.config)
+        counted += sum(tokens for role, tokens in forwarded.items() if kinds.get(role) != "policy")
+        difference = None
+        if first is not None:
+            more = [own - other for own, other in zip(by_prompt, first.by_prompt, strict=True)]
+            difference = (fmean(more), standard_error(more))
+        tokens_per_prompt = counted / (len(self.rows) * self.repeats)
+        return SamplerScore(name, by_prompt, tokens_per_prompt, forwarded, seconds, difference)
+
+    def _answers(self, sampler: Sampler, repeat: int) -> list[Completion]:
+        """Return a sampler's first completion for each prompt."""
+        seed = self.seed if repeat == 0 else stream_seed(self.seed, "comparison", repeat)
+        answers = []
+        for _, (answer, *_others) in sample_rows(sampler, self.rows, n=1, seed=seed, together=self.together):
+            answers.append(answer)
+            self.done += 1
+            if self.answered is not None:
+                self.answered(self.done, len(answer.ids))
+        return answers
 
 
 def _checked(check: Rewards, rows: Sequence[PromptRow], answers: Sequence[Completion]) -> list[float]:

@@ -31,12 +31,21 @@ def test_accuracy_and_tokens_are_those_of_the_samplers_alone() -> None:
     plain = GenerateSampler(GenerateConfig(max_new_tokens=5), policy=policy)
     vote = BestOfNSampler(BestOfNConfig(max_new_tokens=5, candidates=3, choose="majority"), policy=policy)
     seen: list[SamplerScore] = []
+    answers: list[tuple[int, int]] = []
     first, second = compare_samplers(
-        {"generate": plain, "vote": vote}, ROWS, check=even_length, seed=4, together=4, found=seen.append
+        {"generate": plain, "vote": vote},
+        ROWS,
+        check=even_length,
+        seed=4,
+        together=4,
+        found=seen.append,
+        answered=lambda *answer: answers.append(answer),
     )
     assert seen == [first, second] and first.difference is None
     drawn = plain.sample(ROWS, seed=4)
     rights = [float(len(group[0].text) % 2 == 0) for group in drawn]
+    assert [done for done, _ in answers] == [*range(1, 9)]
+    assert [tokens for _, tokens in answers[:4]] == [len(group[0].ids) for group in drawn]
     assert first.by_prompt == rights and first.accuracy == sum(rights) / 4
     prompts = int(prompt_batch(policy, ROWS).prompt_lengths.sum()) - 4
     assert first.tokens_per_prompt == (prompts + sum(len(group[0].ids) for group in drawn)) / 4
@@ -90,6 +99,15 @@ def test_the_command_prints_a_table_and_draws_a_plot(
     greedy, vote = json.loads(capsys.readouterr().out)["samplers"]
     assert greedy["difference"] is None and vote["difference"] == vote["accuracy"] - greedy["accuracy"]
     assert vote["tokens_per_prompt"] > greedy["tokens_per_prompt"] > 0
+
+
+def test_progress_is_logged_where_there_is_no_terminal(
+    shared: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("rlhf_core.infra.progress.LOG_EVERY", 0.0)
+    assert main(["compare-samplers", *TWO, *shared, "--repeats", "2"]) == 0
+    printed = capsys.readouterr()
+    assert "sampling: 15 of 16 rows" in printed.err and "sampling:" not in printed.out
 
 
 @pytest.mark.parametrize(

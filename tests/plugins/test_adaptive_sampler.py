@@ -41,8 +41,9 @@ PROMPTS = ["1+1=?", "2+2=?", "17+25=?", "9-3=?"]
 class TestAdaptive(SamplerContract):
     method = "adaptive"
     options: ClassVar = {**SHORT, "budget": 17, "first_round": 2}
-    # The kit's rewards may be below 0, which votes refuse, and above the largest that are tried; none of its prompts gets 64.
-    no_effect = ("choose", "vote_weight", "reward_ceiling", "max_candidates")
+    # The kit's rewards may be below 0, which votes refuse, and above the largest that are tried; none of its prompts gets 64; and
+    # the best two of about 17 are seldom the last ones. What these options do is tested below.
+    no_effect = ("choose", "vote_weight", "reward_ceiling", "max_candidates", "first_round", "rounds")
 
 
 @pytest.mark.slow
@@ -221,6 +222,25 @@ def test_what_is_certain_gets_nothing_further() -> None:
     assert allocator.prompts[0].doubt == {"disagreement": 0, "entropy": 0}
     assert allocator.prompts[1].doubt["disagreement"] == 0.75
     assert allocator.prompts[2].doubt["entropy"] == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize("options", [{"first_round": 2}, {"rounds": 1}, {"max_candidates": 9}])
+def test_what_options_do(options: dict[str, int]) -> None:
+    """Of answers that come in turn, each option changes how many are drawn, and how often."""
+
+    def drawn_under(**options: int) -> tuple[dict[int, int], int]:
+        draw, drawn = scripted(["aaaab", "abc", "ab", "abb"], [1])
+        config = AdaptiveConfig(choose="majority", budget=8, **options)
+        allocator = BudgetAllocator(config, 1, ties=[0, 1, 2, 3])
+        allocator.run(draw)
+        return dict(drawn), max(one.rounds for one in allocator.prompts)
+
+    plain, changed = drawn_under(), drawn_under(**options)
+    assert plain[0] != changed[0] and plain[1] == 5
+    if "rounds" in options:
+        assert changed[1] == 2
+    if "max_candidates" in options:
+        assert max(changed[0].values()) == 9 < max(plain[0].values())
 
 
 @pytest.mark.parametrize("least", [0.0, 0.05])
