@@ -58,7 +58,9 @@ class MCTSConfig(StepSearchConfig):
     max_tokens: int | None = Field(
         None,
         ge=1,
-        description="A prompt's search ends once its tree has so many tokens; larger searches longer. Null sets no limit.",
+        description="A prompt's search ends once its tree has so many tokens; larger searches longer. The tree ends with more: by"
+        " the steps of the last round (up to `leaves`, with `rollouts` completions of each where these give the values), and"
+        " by the rest of the n completions that are returned. Null sets no limit.",
     )
     max_seconds: float | None = Field(
         None,
