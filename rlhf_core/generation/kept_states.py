@@ -23,7 +23,7 @@ from rlhf_core.models.backbone import accepted, hidden_of, plain_ids
 from rlhf_core.models.dropout import evaluating
 from rlhf_core.models.patches import turn_of
 from rlhf_core.models.precision import exact_products
-from rlhf_core.models.probe import FAILURES
+from rlhf_core.models.probe import FAILURES, deviation
 from rlhf_core.models.sequence_model import SequenceModel
 
 BLOCKS = 64
@@ -142,12 +142,10 @@ def measure_reading(model: SequenceModel) -> ReadingFacts:
                 found.append(_forward(model, cache, [(sequence, part)]).float())
     except FAILURES as error:
         return ReadingFacts(describe_error(error, lines=1))
-    spread = (wanted - wanted.mean(dim=1, keepdim=True)).norm()
-    difference = float((torch.cat(found) - wanted).norm() / spread)
+    difference = deviation(torch.cat(found), wanted)
     if not difference < (3e-2 if flash else 1e-4):
         return ReadingFacts(f"its hidden states differ by {difference:.0e} (relative)")
-    elements = sum(pool.shape[1:].numel() // cache.block_size for pools in cache.pools.values() for pool in pools)
-    return ReadingFacts(None, elements)
+    return ReadingFacts(None, cache.elements_per_token)
 
 
 def _forward(model: SequenceModel, cache: PagedKVCache, chunks: Sequence[tuple[CachedSequence, list[int]]]) -> Tensor:

@@ -34,7 +34,7 @@ from rlhf_core.models.backbone import plain_ids
 from rlhf_core.models.dropout import evaluating
 from rlhf_core.models.policy_model import PolicyModel
 from rlhf_core.models.precision import exact_products
-from rlhf_core.models.probe import FAILURES
+from rlhf_core.models.probe import FAILURES, deviation
 
 CHUNK = {"cpu": 256, "cuda": 4096}
 """Most prompt tokens that are read between two decoding steps: more would hold up the rows that are being decoded."""
@@ -490,9 +490,7 @@ def measure_native(policy: PolicyModel) -> NativeFacts:
             found = decoding.forced_logits([first, second], tokens)
     except FAILURES as error:
         return NativeFacts(describe_error(error, lines=1))
-    spread = (wanted - wanted.mean(dim=1, keepdim=True)).norm()
-    difference = float((found - wanted).norm() / spread)
+    difference = deviation(found, wanted)
     if not difference < (3e-2 if flash else 1e-4):
         return NativeFacts(f"its logits differ by {difference:.0e} (relative)")
-    elements = sum(pool.shape[1:].numel() // cache.block_size for pools in cache.pools.values() for pool in pools)
-    return NativeFacts(None, elements)
+    return NativeFacts(None, cache.elements_per_token)

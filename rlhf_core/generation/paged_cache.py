@@ -214,6 +214,11 @@ class PagedKVCache:
     def used_blocks(self) -> int:
         return self.capacity - self.free_blocks
 
+    @property
+    def elements_per_token(self) -> int:
+        """Numbers per token in the keys and values of all layers that have some."""
+        return sum(pool.shape[1:].numel() // self.block_size for pools in self.pools.values() for pool in pools)
+
     def blocks_for(self, tokens: int) -> int:
         """Return how many blocks so many tokens in one stretch need."""
         return -(-tokens // self.block_size)

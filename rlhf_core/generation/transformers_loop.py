@@ -28,7 +28,7 @@ from rlhf_core.infra.errors import ModelError
 from rlhf_core.models.backbone import accepted, plain_ids
 from rlhf_core.models.dropout import evaluating
 from rlhf_core.models.precision import exact_products
-from rlhf_core.models.probe import FAILURES
+from rlhf_core.models.probe import FAILURES, deviation
 
 if TYPE_CHECKING:
     from rlhf_core.models.policy_model import PolicyModel
@@ -182,13 +182,12 @@ def measure_decoding(policy: PolicyModel) -> Decoding:
             torch.autocast(kind, dtype=policy.precision, enabled=flash),
         ):
             wanted = forward_logits(policy, short, tokens)
-            spread = (wanted - wanted.mean(dim=1, keepdim=True)).norm()
             for way in (Decoding("any"), Decoding("equal"), Decoding("equal", cache=False)):
                 if way.together == "any" and most_together != "any":
                     continue
                 prompts = [short, long] if way.together == "any" else [short]
                 with contextlib.suppress(*FAILURES):
-                    error = float((_decoded_logits(policy, prompts, tokens, way.cache) - wanted).norm() / spread)
+                    error = deviation(_decoded_logits(policy, prompts, tokens, way.cache), wanted)
                 if error < limit:
                     return Decoding("none" if most_together == "none" else way.together, way.cache)
     finally:

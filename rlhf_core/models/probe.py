@@ -32,6 +32,12 @@ FAILURES = (TypeError, ValueError, RuntimeError, KeyError, IndexError, Attribute
 """What a model raises on inputs that it wasn't made for."""
 
 
+def deviation(found: Tensor, wanted: Tensor) -> float:
+    """Return ‖found − wanted‖ / ‖wanted − the mean of its row‖, by which two ways of computing (N, X) are compared."""
+    spread = (wanted - wanted.mean(dim=1, keepdim=True)).norm()
+    return float((found - wanted).norm() / spread)
+
+
 @dataclass(frozen=True)
 class ProbeResult:
     """What was measured about a network."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -28,8 +29,10 @@ from rlhf_core.infra.errors import ConfigError, PluginError
 from rlhf_core.infra.seeds import stream_seed
 from rlhf_core.models import RewardModel, ValueModel
 from rlhf_core.testing.interrupted_runs import metrics_of
+from rlhf_core.testing.simulated_processes import simulate
 from rlhf_core.testing.tiny import save_tiny, tiny_policy
 from rlhf_core.testing.workbench import Workbench
+from rlhf_core.training.distribution import Distribution
 from rlhf_core.training.run_samplers import RunSampler, check_samplers
 
 OPTIONS: dict[str, Any] = {
@@ -125,6 +128,24 @@ def test_a_prompt_draws_others_when_it_comes_again_and_the_same_whatever_it_is_d
     assert drawn(batch.select([])) == []
 
 
+@pytest.mark.slow
+def test_two_processes_draw_what_one_does() -> None:
+    def work(distribution: Distribution) -> dict[tuple[int, int], list[list[int]]]:
+        trainer = run(rollout_sampler=BEST)
+        trainer.data = [*prompts()[:6], *prompts()[:6]]  # each text in two rows
+        bench, found = Workbench(trainer, distribution), {}
+        for window in itertools.islice(bench.windows(), 3):
+            texts = [bench.trainer.policy.tokenizer.decode(ids) for ids in window.batch.response_ids]
+            for number, row in enumerate(window.batch.rows):
+                found[bench.steps, row] = texts[2 * number : 2 * number + 2]
+            bench.steps += 1
+        return found
+
+    (alone,), shared = simulate(1, work), simulate(2, work)
+    assert len(alone) == 12 and {**shared[0], **shared[1]} == alone
+    assert len({tuple(texts) for texts in alone.values()}) == 12
+
+
 def test_each_draw_has_a_seed_of_its_own_and_each_evaluation_the_same() -> None:
     bench = Workbench(run(rollout_sampler="kit-kept", eval_sampler="kit-kept", held_out=4))
     batch = next(bench.batches)
@@ -209,6 +230,7 @@ def test_a_resume_with_another_model_that_chooses_is_refused(tmp_path: Path) -> 
         trainer.train(resume=True)
 
 
+@pytest.mark.slow
 def test_a_value_model_guides_the_rollouts_of_ppo_by_tree_search(tmp_path: Path) -> None:
     ValueModel.adopt(small_policy(), seed=1).save_pretrained(tmp_path / "value")
     options = {"simulations": 3, "max_step_tokens": 2}
