@@ -337,6 +337,16 @@ def test_a_teacher_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
     assert f"id 263 is '<|more|>', no token in {student}" in line
 
 
+def test_the_students_own_completions_may_be_chosen_by_a_sampler(
+    teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sampler = {"name": "best_of_n", "options": {"candidates": 4, "choose": "majority"}}
+    run_of(teacher, tmp_path, on_policy=1.0, rollout_sampler=sampler, generation=SHORT, max_steps=1).train()
+    (row,) = metrics_of(tmp_path)
+    assert row["forwarded/policy"] > 4 * row["length"] / 2
+    assert "chooses completions" not in caplog.text  # a divergence holds on any text
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -345,6 +355,7 @@ def test_a_teacher_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
         ({"teacher": "x", "beta": 1.3, "divergence": "jensen_shannon"}, "beta"),
         ({"teacher": "x", "prompts_only": True, "on_policy": 0.5}, "prompts_only needs `on_policy: 1`"),
         ({"teacher": "x", "group_size": 4}, "group_size has no meaning without on_policy"),
+        ({"teacher": "x", "rollout_sampler": "generate"}, "rollout_sampler has no meaning without on_policy"),
         ({"teacher": {"path": "x", "lora": {}}}, "teacher.lora"),
     ],
 )
@@ -356,6 +367,8 @@ def test_options_without_effect_are_refused(options: dict[str, Any], message: st
     ("given", "message"),
     [
         ({"generation": {"top_k": 3}}, "nothing is generated"),
+        ({"eval_sampler": "generate", "eval_data": HELD_OUT}, "without rewards no held-out completions are drawn"),
+        ({"on_policy": 1.0, "rollout_sampler": "best_of_n"}, "nothing is given for the sampler's role `reward`"),
         ({"rewards": [answers]}, "rewards are reported of the student's own completions"),
     ],
 )
