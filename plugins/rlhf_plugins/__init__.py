@@ -54,10 +54,14 @@ if TYPE_CHECKING:
     from rlhf_plugins.rewards.unit_tests import UnitTestsReward as UnitTestsReward
     from rlhf_plugins.rewards.value_model import ValueModelReward as ValueModelReward
     from rlhf_plugins.rewards.value_model import ValueModelRewardConfig as ValueModelRewardConfig
+    from rlhf_plugins.samplers.adaptive import AdaptiveComputeAllocator as AdaptiveComputeAllocator
     from rlhf_plugins.samplers.beam import BeamConfig as BeamConfig
     from rlhf_plugins.samplers.beam import BeamSampler as BeamSampler
     from rlhf_plugins.samplers.best_of_n import BestOfNConfig as BestOfNConfig
     from rlhf_plugins.samplers.best_of_n import BestOfNSampler as BestOfNSampler
+    from rlhf_plugins.samplers.budget_allocator import AdaptiveConfig as AdaptiveConfig
+    from rlhf_plugins.samplers.confidence import ConfidenceBasedStopping as ConfidenceBasedStopping
+    from rlhf_plugins.samplers.confidence import ConfidenceConfig as ConfidenceConfig
     from rlhf_plugins.samplers.dvts import DVTSConfig as DVTSConfig
     from rlhf_plugins.samplers.dvts import DVTSSampler as DVTSSampler
     from rlhf_plugins.samplers.generate import GenerateConfig as GenerateConfig
@@ -120,7 +124,10 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_plugins.rewards.reward_model": "RewardModelReward RewardModelRewardConfig",
         "rlhf_plugins.rewards.value_model": "ValueModelReward ValueModelRewardConfig",
         "rlhf_plugins.samplers.beam": "BeamConfig BeamSampler",
+        "rlhf_plugins.samplers.adaptive": "AdaptiveComputeAllocator",
         "rlhf_plugins.samplers.best_of_n": "BestOfNConfig BestOfNSampler",
+        "rlhf_plugins.samplers.budget_allocator": "AdaptiveConfig",
+        "rlhf_plugins.samplers.confidence": "ConfidenceBasedStopping ConfidenceConfig",
         "rlhf_plugins.samplers.dvts": "DVTSConfig DVTSSampler",
         "rlhf_plugins.samplers.generate": "GenerateConfig GenerateSampler",
         "rlhf_plugins.samplers.mcts": "MCTSConfig MCTSGenerator",

@@ -57,6 +57,8 @@ class NewRow:
     """Random numbers of its seed that are passed over: those of earlier tokens of a sequence that it continues."""
     earlier_confidence: Sequence[float] = ()
     """The confidence of earlier tokens of a sequence that it continues, in whose window its first tokens are."""
+    min_confidence: float | None = None
+    """In place of the sampling options' own, where they have one."""
 
 
 @dataclass
@@ -155,6 +157,7 @@ class DrawnRows:
         self._values = self._zeros(0, 0, 3)  # (C, T, 3): logprobs, raw logprobs, kept mass
         # (C, W - 1 + T): each token's confidence, behind those of the W - 1 tokens before the first, NaN where there are none
         self._confidence = self._zeros(0, 0)
+        self._least = self._zeros(0, dtype=exact_dtype(device))  # (C,): below it a row ends
         self._uniform = self._zeros(0, BLOCK, dtype=exact_dtype(device))  # (C, BLOCK)
         self._seen = self._zeros(0, 0, dtype=torch.long)  # (C, S)
         self._ends: list[int] = []
@@ -213,7 +216,10 @@ class DrawnRows:
         self._uniform = _reserved(self._uniform, slots)
         self._tokens[slot, :count] = torch.tensor(before.ids, dtype=torch.long)
         self._values[slot, :count] = torch.tensor(before[1:4], dtype=torch.float32).T
-        if self.sampling.min_confidence is not None:
+        least = self.sampling.min_confidence
+        if least is not None:
+            self._least = _reserved(self._least, slots)
+            self._least[slot] = least if new.min_confidence is None else new.min_confidence
             known = [*[torch.nan] * self._lead, *new.earlier_confidence, *before.confidence]
             self._confidence = _reserved(self._confidence, slots, self._lead + new.limit + 1)
             self._confidence[slot, : self._lead + count] = torch.tensor(known[len(new.earlier_confidence) :])
@@ -259,7 +265,7 @@ class DrawnRows:
             num_seen = num_seen + alive
         over, unsure = state.over | (length >= state.limit), state.unsure
         if sampling.min_confidence is not None:
-            unsure = unsure | (alive & self._is_unsure(logits, sampling.min_confidence))
+            unsure = unsure | (alive & self._is_unsure(logits))
             over = over | unsure
         if self._ends:
             over = over | ((drawn.tokens[:, None] == self._end_ids) & state.may_end).any(dim=1)
@@ -274,10 +280,10 @@ class DrawnRows:
         """Tokens before a completion's first one that are in the same window."""
         return self.sampling.confidence_window - 1
 
-    def _is_unsure(self, logits: Tensor, least: float) -> Tensor:
+    def _is_unsure(self, logits: Tensor) -> Tensor:
         """Keep the confidence of the tokens that are drawn from logits (R, V); tell (R,) whether they end their rows.
 
-        They do where the mean over the window that ends with them is below `least`. It is summed again for each token: rounding
+        They do where the mean over the window that ends with them is below the least. It is summed again for each token: rounding
         of a running sum would depend on tokens that have left the window.
         """
         state, window = self._state, self.sampling.confidence_window
@@ -285,7 +291,7 @@ class DrawnRows:
         self._confidence[state.slots, state.length + self._lead] = confidence
         columns = state.length[:, None] + torch.arange(window, device=self.device)
         group = self._confidence[state.slots[:, None], columns].mean(dim=1, dtype=exact_dtype(self.device))
-        return (group < least) & (state.length + 1 > self.sampling.min_new_tokens)  # NaN isn't below
+        return (group < self._least[state.slots]) & (state.length + 1 > self.sampling.min_new_tokens)  # NaN isn't below
 
     def _workspace(self, logits: Tensor) -> Tensor | None:
         """Return the memory in which the logits (R, V) of each step are worked on; None on a GPU, where it costs nothing."""

@@ -169,6 +169,7 @@ class Engine:
         *,
         seeds: Sequence[Sequence[int]] | None = None,
         limits: Sequence[Sequence[int]] | None = None,
+        min_confidences: Sequence[float] | None = None,
         policy_version: int | None = None,
         finished: Callable[[int, int, Completion], None] | None = None,
     ) -> list[list[Completion]]:
@@ -183,13 +184,14 @@ class Engine:
             seeds: for each prompt, one per completion. None derives them from the engine's seed and, after `begin`, from row
                 numbers and places in the data, else from the prompts' ids; a prompt that comes again gets other seeds.
             limits: for each prompt, most tokens of each of its completions, where that is fewer than `max_new_tokens`.
+            min_confidences: for each prompt, `min_confidence` of its completions in place of the options' own, which must be set.
             policy_version: optimiser steps that the policy has made; None takes what `begin` was given.
             finished: called with a prompt's index, a completion's index among the prompt's, and the completion, as soon as it has
                 ended and while others are still being drawn.
 
         Raises:
-            ConfigError: n is below 1, there is another number of seeds or limits, a limit is below 1, a stop id isn't in the
-                vocabulary, or the backend doesn't follow an option.
+            ConfigError: n is below 1, there is another number of seeds, limits or confidences, or one out of range, a stop id
+                isn't in the vocabulary, or the backend doesn't follow an option.
             DataError: a prompt leaves no room for a token among the model's positions.
             ModelError: the model can't generate.
             NumbersError: logits aren't finite, or memory doesn't suffice for one completion.
@@ -204,8 +206,10 @@ class Engine:
             _check_one_each(limits, "limits", batch.num_prompts, n)
         if limits is not None and (low := min((limit for each in limits for limit in each), default=1)) < 1:
             raise ConfigError("a completion has at least one token", place="generate(limits=…)", got=str(low))
+        if min_confidences is not None:
+            _check_confidences(min_confidences, batch.num_prompts, sampling)
         self._check(sampling)
-        draws = self._draws(batch, seeds, sampling, limits)
+        draws = self._draws(batch, seeds, sampling, limits, min_confidences)
         version = self.policy_version if policy_version is None else policy_version
         made: list[list[Completion | None]] = [[None] * n for _ in range(batch.num_prompts)]
         # What is called meanwhile shouldn't compute in the precision of generation.
@@ -476,6 +480,7 @@ class Engine:
         seeds: Sequence[Sequence[int]],
         sampling: SamplingConfig,
         limits: Sequence[Sequence[int]] | None = None,
+        min_confidences: Sequence[float] | None = None,
     ) -> list[_Draw]:
         """Return the completions to be drawn, prompt by prompt.
 
@@ -497,6 +502,7 @@ class Engine:
                     place=place,
                     prompt=prompt,
                     limit=None if limits is None else limits[prompt][k],
+                    min_confidence=None if min_confidences is None else min_confidences[prompt],
                 )
                 for k, seed in enumerate(seeds[prompt])
             ]
@@ -515,6 +521,7 @@ class Engine:
         limit: int | None = None,
         of: SequenceHandle | None = None,
         rule: Callable[[Sequence[int]], bool] | None = None,
+        min_confidence: float | None = None,
     ) -> _Draw:
         """Return a completion to be drawn; `place` is for messages, `of` is the handle that it extends, which has these ids."""
         positions = self.policy.max_positions
@@ -538,6 +545,7 @@ class Engine:
             base=None if of is None else of.cached,
             skipped=0 if of is None else len(ids) - of.prompt_length,
             earlier_confidence=() if of is None else of.confidence,
+            min_confidence=min_confidence,
             keep=of is not None,
         )
         return _Draw(request, prompt, place, self.text_of(chat))
@@ -654,6 +662,19 @@ def whole_count(n: object) -> int:
     if isinstance(n, bool) or not isinstance(n, SupportsIndex) or operator.index(n) < 1:
         raise ConfigError("n must be a whole number, at least 1", place="generate(n=…)", got=repr(n))
     return operator.index(n)
+
+
+def _check_confidences(given: Sequence[float], prompts: int, sampling: SamplingConfig) -> None:
+    """Raise `ConfigError` unless `given` has a least confidence for each prompt, and the options report confidences."""
+    place = "generate(min_confidences=…)"
+    if sampling.min_confidence is None:
+        problem = "without the option `min_confidence` no confidence is computed"
+        raise ConfigError(problem, place=place, fix="set it, to 0 where these alone should count")
+    if len(given) != prompts:
+        problem = f"{prompts} prompts need one least confidence each"
+        raise ConfigError(problem, place=place, got=f"{len(given)} numbers")
+    if (wrong := next((one for one in given if not 0 <= one < math.inf), None)) is not None:
+        raise ConfigError("must be a finite number, at least 0", place=place, got=str(wrong))
 
 
 def _check_one_each(given: Sequence[Sequence[int]], name: str, prompts: int, n: int) -> None:

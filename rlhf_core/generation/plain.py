@@ -117,4 +117,5 @@ def new_row(request: Request, before: DrawnCompletion | None) -> NewRow:
         before=before,
         skipped=request.skipped,
         earlier_confidence=request.earlier_confidence,
+        min_confidence=request.min_confidence,
     )

@@ -40,6 +40,8 @@ class Request:
     """Random numbers of its seed before its first token's: so many tokens were drawn behind the same prompt before."""
     earlier_confidence: Sequence[float] = ()
     """The confidence of each of these tokens, where it is known."""
+    min_confidence: float | None = None
+    """In place of the sampling options' own, where they have one."""
     keep: bool = False
     """Whether `Finished.sequence` is wanted."""
 

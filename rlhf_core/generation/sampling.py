@@ -5,6 +5,7 @@ Axes: R rows, V vocabulary, S ids that the repetition penalty is for, E ids that
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -161,7 +162,8 @@ def token_confidence(logits: Tensor, k: int) -> Tensor:
     """Return the token confidence -(1 / k) Σ log p(j) over the k most likely tokens of softmax(logits), (R,) float32, nats.
 
     Large where the model is sure: then all but one of the k are unlikely. At least log k. Fu et al. 2025, "Deep Think with
-    Confidence", arXiv 2508.15260, section 2.
+    Confidence", arXiv 2508.15260, section 2. Unlike there, a probability below the smallest normal float32 number counts as that,
+    so that a model which rules tokens out has a finite confidence.
 
     Args:
         logits: (R, V), any floating dtype. k: a smaller vocabulary counts whole.
@@ -169,7 +171,8 @@ def token_confidence(logits: Tensor, k: int) -> Tensor:
     scores = logits.float()
     top = scores.topk(min(k, scores.shape[1]), dim=-1).values
     total = _log_total(scores, top[:, :1], torch.empty_like(scores))
-    return (total - top.mean(dim=-1, keepdim=True, dtype=total.dtype))[:, 0].float()
+    surprisal = (total - top).clamp(max=-math.log(torch.finfo(torch.float32).tiny))  # NaN stays
+    return surprisal.mean(dim=-1).float()
 
 
 # Truncation

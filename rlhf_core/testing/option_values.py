@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from rlhf_core.config.fields import alternatives
 
-NUMBERS = (0.5, 0.01, 2.0, 0.1, 0.0, 0.9, 1.0)
+NUMBERS = (0.5, 0.01, 2.0, 100.0, 0.1, 0.0, 0.9, 1.0)
 """Values of any option that takes a float."""
 COUNTS = (2, 1, 3, 4, 0, 8)
 """Values of any option that takes an integer."""

@@ -59,6 +59,7 @@ class ScriptedEngine(Engine):
         *,
         seeds: Sequence[Sequence[int]] | None = None,
         limits: Sequence[Sequence[int]] | None = None,
+        min_confidences: Sequence[float] | None = None,
         policy_version: int | None = None,
         finished: Callable[[int, int, Completion], None] | None = None,
     ) -> list[list[Completion]]:
@@ -72,7 +73,8 @@ class ScriptedEngine(Engine):
         for number, row in enumerate(batch.rows):
             own = tuple(seeds[number]) if seeds is not None else ()
             most = sampling.max_new_tokens if limits is None else tuple(limits[number])
-            name = (self._stream, row, own, n, most)
+            least = sampling.min_confidence if min_confidences is None else min_confidences[number]
+            name = (self._stream, row, own, n, most, least)
             keys.append((*name, self._occurrences[name]))
             self._occurrences[name] += 1
         random = RandomState.capture()
@@ -85,6 +87,7 @@ class ScriptedEngine(Engine):
                 sampling,
                 seeds=None if seeds is None else [seeds[number] for number in missing],
                 limits=None if limits is None else [limits[number] for number in missing],
+                min_confidences=None if min_confidences is None else [min_confidences[number] for number in missing],
             )
             for number, group in zip(missing, fresh, strict=True):
                 cut = [self._truncated(one, (batch.rows[number], k), sampling) for k, one in enumerate(group)]

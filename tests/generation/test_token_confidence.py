@@ -21,6 +21,7 @@ from rlhf_core.generation.native import measure_native
 from rlhf_core.generation.sampling import token_confidence
 from rlhf_core.generation.step_trees import StepSearchConfig, StepTrees
 from rlhf_core.generation.transformers_loop import forward_logits
+from rlhf_core.infra.errors import ConfigError
 from rlhf_core.models import PolicyModel
 from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
 
@@ -102,6 +103,10 @@ def test_by_hand() -> None:
     sure = torch.zeros(1, 1000).index_fill(1, torch.tensor([5]), 30.0)
     assert float(token_confidence(sure, 20)) == pytest.approx(30 * 19 / 20, rel=1e-5)
     assert token_confidence(torch.empty(0, 9), 3).shape == (0,)
+    # What the model rules out counts as the least likely that float32 has; what isn't finite shows.
+    ruled_out = torch.full((1, 9), -torch.inf).index_fill(1, torch.tensor([4]), 0.0)
+    assert float(token_confidence(ruled_out, 4)) == pytest.approx(-math.log(torch.finfo(torch.float32).tiny) * 3 / 4)
+    assert token_confidence(ruled_out.index_fill(1, torch.tensor([2]), torch.nan), 4).isnan()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -242,3 +247,25 @@ def test_it_counts_as_truncated(policy: PolicyModel) -> None:
     assert {len(one.ids) for one in flat(groups) if one.stop_reason == "confidence"} == {3}
     made = Batch.from_completions(prompt_batch(policy, PROMPTS), groups)
     assert made["truncated"].tolist() == [one.stop_reason == "confidence" for one in flat(groups)]
+
+
+def test_each_prompt_may_have_its_own_bound(either: PolicyModel) -> None:
+    batch, seeds = prompt_batch(either, PROMPTS), [[prompt * 10 + k for k in range(3)] for prompt in range(3)]
+    options: dict[str, Any] = {"confidence_window": 3, "max_new_tokens": 9}
+    bounds = [0.0, 100.0, middle(flat(drawn(either, min_confidence=0, **options)), 3)]
+    engine, sampling = Engine(either), SamplingConfig(min_confidence=0, **options)
+    found = engine.generate(batch, 3, sampling, seeds=seeds, min_confidences=bounds)
+    for at, (group, bound) in enumerate(zip(found, bounds, strict=True)):
+        alone = SamplingConfig(min_confidence=bound, **options)
+        (wanted,) = engine.generate(batch.select([at]), 3, alone, seeds=[seeds[at]])
+        assert [(one.ids, one.stop_reason) for one in group] == [(one.ids, one.stop_reason) for one in wanted]
+    refused: list[tuple[dict[str, Any], list[float], str]] = [
+        ({"min_confidence": 0}, bounds[:2], "3 prompts need one least confidence each; got 2 numbers"),
+        ({"min_confidence": 0}, [0, 1, -1], "must be a finite number, at least 0; got -1"),
+        ({"min_confidence": 0}, [0, 1, math.nan], "must be a finite number, at least 0; got nan"),
+        ({}, bounds, "without the option `min_confidence` no confidence is computed; fix: set it, to 0"),
+    ]
+    for given, values, message in refused:
+        with pytest.raises(ConfigError) as caught:
+            engine.generate(batch, 1, SamplingConfig(**given), min_confidences=values)
+        assert message in caught.value.line() and caught.value.exit_code == 2

@@ -84,8 +84,33 @@ def best_candidates(
     if config.choose == "reward" and rewards is not None:
         order = sorted(range(len(group)), key=lambda at: -rewards[at])
         return [replace(group[at], score=rewards[at], details=about) for at in order[:n]]
-    keys = answer_keys(group)
-    votes = tally(keys, None if rewards is None else vote_weights(rewards, config.vote_weight))
+    weights = None if rewards is None else vote_weights(rewards, config.vote_weight)
+    own = [{} if rewards is None else {"reward": rewards[at]} for at in range(len(group))]
+    details = [{**each, **about} for each in own]
+    return best_by_votes(group, answer_keys(group), weights, n, ranks=rewards, details=details)
+
+
+def best_by_votes(
+    group: Sequence[Completion],
+    keys: Sequence[Hashable | None],
+    weights: Sequence[float] | None,
+    n: int,
+    *,
+    ranks: Sequence[float] | None = None,
+    details: Sequence[Mapping[str, Any]],
+) -> list[Completion]:
+    """Return the n best candidates of a prompt by a vote, best first; a score is the answer's share of the votes.
+
+    Of two answers with equal votes the one that was given first comes first; of one answer's candidates the one with the larger
+    rank, then the one that was drawn first.
+
+    Args:
+        keys: what candidates with equal answers share; None for one without a vote.
+        weights: what each candidate's vote counts, at least 0; None: 1.
+        ranks: one per candidate; None: all alike.
+        details: what is reported with each, besides its answer.
+    """
+    votes = tally(keys, weights)
     cast = sum(votes.values())
     shares = [0.0 if key is None or not cast else votes[key] / cast for key in keys]
     best = {key: place for place, key in enumerate(votes)}  # which of two answers with equal votes was given first
@@ -94,13 +119,15 @@ def best_candidates(
         key=lambda at: (
             -shares[at],
             len(best) if keys[at] is None else best[keys[at]],
-            -(rewards[at] if rewards else 0.0),
+            -(ranks[at] if ranks else 0.0),
             at,
         ),
     )
-    found = []
-    for at in order[:n]:
-        own = {} if rewards is None else {"reward": rewards[at]}
-        answer = None if keys[at] is None else str(keys[at])
-        found.append(replace(group[at], score=shares[at], details={"answer": answer, **own, **about}))
-    return found
+    return [
+        replace(
+            group[at],
+            score=shares[at],
+            details={"answer": None if keys[at] is None else str(keys[at]), **details[at]},
+        )
+        for at in order[:n]
+    ]
