@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -76,6 +76,12 @@ class SamplingConfig(BaseConfig):
         ge=1,
         description="A token's confidence is the mean of -log p over so many of the most likely tokens (min_confidence); larger"
         " counts less likely ones, too.",
+    )
+    draft: Literal["ngram", "suffix"] | None = Field(
+        None,
+        description="Guess next tokens, several of which one pass verifies: `ngram`, what followed the same tokens earlier in the"
+        " text; `suffix`, in earlier completions of the same prompt, too. Completions stay the same; it is faster where texts"
+        " repeat themselves, and as many are guessed as pays. Null guesses none.",
     )
 
     @field_validator("stop", "stop_ids", mode="before")

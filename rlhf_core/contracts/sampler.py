@@ -10,6 +10,7 @@ from rlhf_core.config.base import BaseConfig
 
 if TYPE_CHECKING:
     from rlhf_core.contracts.completion import Completion
+    from rlhf_core.generation.drafting import Drafts
     from rlhf_core.generation.engine import Engine
     from rlhf_core.models.policy_model import PolicyModel
 
@@ -68,19 +69,20 @@ class Sampler(ABC):
         """Return the roles that a sampler with these options needs, some or all of `roles`: all by default."""
         return cls.roles
 
-    def engine(self, seed: int | None = None, role: str = "policy") -> Engine:
+    def engine(self, seed: int | None = None, role: str = "policy", *, drafts: Drafts | None = None) -> Engine:
         """Return a new engine on a role's policy, which counts the tokens that it forwards in `forwarded`.
 
         Args:
             seed: as for `Engine`.
             role: of kind `policy`.
+            drafts: as for `Engine`.
         """
         from rlhf_core.generation.engine import Engine
 
         def count(tokens: int) -> None:
             self.forwarded[role] = self.forwarded.get(role, 0) + tokens
 
-        return Engine(self.models[role], seed=seed, counted=count)
+        return Engine(self.models[role], seed=seed, counted=count, drafts=drafts)
 
     @property
     def policy(self) -> PolicyModel:

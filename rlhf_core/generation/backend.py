@@ -38,6 +38,8 @@ class Capabilities:
     """It yields completions after each of their tokens where it is asked to."""
     rules: bool = False
     """It asks `Request.rule` after each token."""
+    drafts: bool = False
+    """`run` takes `drafts`: guesses at next tokens, several of which one pass verifies."""
     options: frozenset[str] = frozenset()
     """The options of `SamplingConfig` that it follows, besides those in `ALWAYS`."""
 
@@ -48,6 +50,7 @@ _WORDS = {
     "fork": "keep sequences and fork them",
     "streaming": "return completions token by token",
     "rules": "end completions by a rule",
+    "drafts": "verify drafts",
 }
 """Capability → what a backend with it can do, for messages."""
 

@@ -1,11 +1,12 @@
 """Attention over sequences in a `PagedKVCache`: what reaches a transformers model's layers in place of a mask.
 
-Two shapes of work. In a decoding step each row has one new token: `DecodingAttention` reads each block of the cache once for all
-rows that see it, whether it is a prompt that many completions share or a row's own, in a few matrix products over all blocks at
-once, with one softmax over all blocks of a row. While prompts are read, or given tokens are scored, a sequence has
-many new tokens: `ChunkAttention` attends sequence by sequence.
+Two shapes of work. In a decoding step each sequence has one new token, or a few where a draft is verified: `DecodingAttention`
+reads each block of the cache once for all new tokens that see it, whether it is a prompt that many completions share or a
+sequence's own, in a few matrix products over all blocks at once, with one softmax over all blocks of a token. While prompts are
+read, or given tokens are scored, a sequence has many new tokens: `ChunkAttention` attends sequence by sequence.
 
-Axes: R rows, X blocks, M rows that see one block, H query heads, K key-value heads, G = H / K, D head width, S places of a block.
+Axes: R rows, one per new token, X blocks, M rows that see one block, H query heads, K key-value heads, G = H / K, D head width,
+S places of a block.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from torch.nn import functional as F
 
 from rlhf_core.generation.paged_cache import BlockView, CachedSequence, PagedKVCache
 
-MOST_HOLES = 1.25
-"""A class's blocks are read as one range of the pool where the range has at most so many times as many blocks."""
+HOLES = 2.0
+"""A class's blocks are read as one range of the pool where, per block, at most so many others lie in it, divided by the rows that
+see a block: those others are read and worked on in vain, while blocks that are chosen are copied together first."""
 LOG2_E = math.log2(math.e)
 """Scores are taken to base 2: PyTorch calls another library for e^x on a CPU, which is slow where little is left of x."""
 LOWEST = -1e30
@@ -143,17 +145,27 @@ class _Class:
 
 
 class DecodingAttention(CachedAttention):
-    """One new token per sequence, each sequence being a row of a decoding step; for a CPU, where it is matrix products.
+    """One or a few new tokens per sequence, each a row of a decoding step; for a CPU, where it is matrix products.
 
-    Made for a set of rows; `step` moves on to their next tokens, and is cheap as long as no row begins a block.
+    Made for a set of sequences with one new token each, `step` moves on to their next tokens, and is cheap as long as none begins
+    a block.
+
+    Args:
+        counts: new tokens of each sequence; None takes one of each.
     """
 
-    def __init__(self, cache: PagedKVCache, sequences: Sequence[CachedSequence]) -> None:
-        super().__init__(cache, sequences, [1] * len(sequences))
+    def __init__(
+        self, cache: PagedKVCache, sequences: Sequence[CachedSequence], counts: Sequence[int] | None = None
+    ) -> None:
+        super().__init__(cache, sequences, [1] * len(sequences) if counts is None else counts)
+        self._rows = sum(self.counts)
         self._classes = self._classify()
 
     def step(self) -> bool:
-        """Move on to each row's next token, for which a place was appended; return False where a new plan is needed."""
+        """Move on to each sequence's next token, for which a place was appended; return False where a new plan is needed.
+
+        Only where each has one new token.
+        """
         size = self.cache.block_size
         stretches = [one.stretch for one in self.sequences]
         places = np.fromiter((own.length - 1 for own in stretches), dtype=np.int64, count=len(stretches))
@@ -174,18 +186,25 @@ class DecodingAttention(CachedAttention):
         seen: defaultdict[int, list[tuple[int, int]]] = defaultdict(
             list
         )  # block → (row, tokens of it that the row sees)
-        for row, sequence in enumerate(self.sequences):
+        row = 0
+        for sequence, count in zip(self.sequences, self.counts, strict=True):
+            # A new token sees those before it and itself, of the new ones behind it none.
+            begin, whole = 0, sequence.length - count + 1
             for view in sequence.views():
-                seen[view.block].append((row, view.tokens))
+                for k in range(count):
+                    if (tokens := min(view.tokens, whole + k - begin)) > 0:
+                        seen[view.block].append((row + k, tokens))
+                begin += view.tokens
+            row += count
         classes: defaultdict[int, list[int]] = defaultdict(list)
         for block, rows in seen.items():
             classes[1 << (len(rows) - 1).bit_length()].append(block)
         return [self._class(width, sorted(classes[width]), seen) for width in sorted(classes)]
 
     def _class(self, width: int, blocks: list[int], seen: dict[int, list[tuple[int, int]]]) -> _Class:
-        device, rows = self.cache.device, len(self.sequences)
+        device, rows = self.cache.device, self._rows
         own, span = set(blocks), blocks[-1] - blocks[0] + 1
-        if span <= MOST_HOLES * len(blocks):
+        if span <= (1 + HOLES / width) * len(blocks):
             # A range is read where it is, while chosen blocks would be copied together, in each layer and step.
             blocks = list(range(blocks[0], blocks[0] + span))
         together = span == len(blocks)

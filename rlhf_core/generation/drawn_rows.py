@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from rlhf_core.config.online import SamplingConfig
 from rlhf_core.generation.sampling import Barred, draw_tokens, exact_dtype, token_confidence, workspace
@@ -265,7 +266,7 @@ class DrawnRows:
             num_seen = num_seen + alive
         over, unsure = state.over | (length >= state.limit), state.unsure
         if sampling.min_confidence is not None:
-            unsure = unsure | (alive & self._is_unsure(logits))
+            unsure = unsure | (alive & self._is_unsure(logits, state.slots, state.length))
             over = over | unsure
         if self._ends:
             over = over | ((drawn.tokens[:, None] == self._end_ids) & state.may_end).any(dim=1)
@@ -280,18 +281,103 @@ class DrawnRows:
         """Tokens before a completion's first one that are in the same window."""
         return self.sampling.confidence_window - 1
 
-    def _is_unsure(self, logits: Tensor) -> Tensor:
-        """Keep the confidence of the tokens that are drawn from logits (R, V); tell (R,) whether they end their rows.
+    def _is_unsure(self, logits: Tensor, slots: Tensor, position: Tensor) -> Tensor:
+        """Keep the confidence of the tokens (N,) of slots at positions, drawn from logits (N, V); tell whether they end their rows.
 
         They do where the mean over the window that ends with them is below the least. It is summed again for each token: rounding
         of a running sum would depend on tokens that have left the window.
         """
-        state, window = self._state, self.sampling.confidence_window
-        confidence = token_confidence(logits, self.sampling.confidence_top)
-        self._confidence[state.slots, state.length + self._lead] = confidence
-        columns = state.length[:, None] + torch.arange(window, device=self.device)
-        group = self._confidence[state.slots[:, None], columns].mean(dim=1, dtype=exact_dtype(self.device))
-        return (group < self._least[state.slots]) & (state.length + 1 > self.sampling.min_new_tokens)  # NaN isn't below
+        window = self.sampling.confidence_window
+        self._confidence[slots, position + self._lead] = token_confidence(logits, self.sampling.confidence_top)
+        columns = position[:, None] + torch.arange(window, device=self.device)
+        group = self._confidence[slots[:, None], columns].mean(dim=1, dtype=exact_dtype(self.device))
+        return (group < self._least[slots]) & (position + 1 > self.sampling.min_new_tokens)  # NaN isn't below
+
+    def draw_behind(self, logits: Tensor, guesses: Sequence[Sequence[int]]) -> None:
+        """Draw one token per row, and a further one behind each guessed token as long as the token drawn is the one guessed.
+
+        The tokens are those that as many calls of `draw` would draw. A guess is accepted with the probability that it has, and
+        what is drawn instead follows the rest of the distribution: the acceptance rule of speculative sampling (Leviathan et al.
+        2023, arXiv 2211.17192, algorithm 1) for a draft that is certain of its token, with the row's own random numbers.
+
+        Args:
+            logits: (N, V), for each row in order one behind its last token, and one behind each of its guesses.
+            guesses: for each row the tokens that may follow, at most `room_for_guesses`.
+        """
+        sampling, state = self.sampling, self._state
+        counts = [1 + len(ids) for ids in guesses]
+        row = torch.arange(len(guesses), device=self.device).repeat_interleave(torch.tensor(counts, device=self.device))
+        depth = torch.tensor([at for count in counts for at in range(count)], device=self.device)
+        slots, position = state.slots[row], state.length[row] + depth
+        uniform = position  # not used at temperature 0
+        if sampling.temperature > 0:
+            self._refill()
+            uniform = self._uniform[slots, position % BLOCK]
+        may_end = state.may_end[row]
+        barred = self._barred()
+        if barred is not None:
+            barred = Barred(self._end_ids, may_end & (position < sampling.min_new_tokens)[:, None])
+        drawn = draw_tokens(
+            logits,
+            uniform,
+            sampling,
+            seen=self._seen_behind(row, guesses) if sampling.repetition_penalty != 1 else None,
+            barred=barred,
+            work=self._workspace(logits),
+        )
+        ended = (drawn.tokens[:, None] == self._end_ids).logical_and(may_end).any(dim=1) | (
+            position + 1 >= state.limit[row]
+        )
+        unsure = torch.zeros_like(ended)
+        if sampling.min_confidence is not None:
+            unsure = self._is_unsure(logits, slots, position)
+            ended = ended | unsure
+        wanted = torch.tensor([token for ids in guesses for token in (*ids, -1)], device=self.device)
+        goes_on = (drawn.tokens == wanted) & ~ended
+        # A token counts where all before it in its row were those guessed.
+        fails = F.pad((~goes_on).long().cumsum(0), (1, 0))
+        first = torch.arange(len(row), device=self.device) - depth
+        valid = fails[:-1] == fails[first]
+        at, chosen = (slots[valid], position[valid]), valid.nonzero()[:, 0]
+        self._tokens[at] = drawn.tokens[chosen]
+        self._values[at] = torch.stack(drawn[1:], dim=1)[chosen]
+        made = torch.zeros_like(state.length).index_add_(0, row, valid.long())
+        over, doubtful = (
+            torch.zeros_like(state.over).index_put_((row[valid],), flags[valid], accumulate=True)
+            for flags in (ended, unsure)
+        )
+        num_seen = state.num_seen
+        if sampling.repetition_penalty != 1:
+            self._seen[slots[valid], (num_seen[row] + depth)[valid]] = drawn.tokens[chosen]
+            num_seen = num_seen + made
+        self._state = state._replace(
+            length=state.length + made, num_seen=num_seen, over=state.over | over, unsure=state.unsure | doubtful
+        )
+        advanced = made.tolist()
+        for one, count in zip(self._rows, advanced, strict=True):
+            one.position += count
+        self._unpolled += max(advanced)
+
+    def room_for_guesses(self, index: int) -> int:
+        """Return how many tokens may be guessed for a row: the random numbers of their places are made."""
+        return BLOCK - 1 - self._rows[index].position % BLOCK
+
+    def uniform_of(self, index: int, count: int) -> np.ndarray:
+        """Return (count,) the random numbers of a row's next places, float64; count is at most `room_for_guesses`."""
+        self._refill()
+        row = self._rows[index]
+        begin = row.position % BLOCK
+        return self._uniform[row.slot, begin : begin + count].double().cpu().numpy()
+
+    def _seen_behind(self, row: Tensor, guesses: Sequence[Sequence[int]]) -> Tensor:
+        """Return (N, S) the ids that the repetition penalty is for behind each row's last token, and behind its guesses."""
+        seen = self._seen.index_select(0, self._state.slots)
+        most = max(map(len, guesses))
+        table = torch.tensor([[*ids[:k], *[-1] * (most - k)] for ids in guesses for k in range(len(ids) + 1)])
+        table = table.view(len(row), most).to(self.device)
+        # What fills up a line repeats an id, which changes nothing.
+        seen = seen[row]
+        return torch.cat([seen, torch.where(table < 0, seen[:, :1], table)], dim=1)
 
     def _workspace(self, logits: Tensor) -> Tensor | None:
         """Return the memory in which the logits (R, V) of each step are worked on; None on a GPU, where it costs nothing."""

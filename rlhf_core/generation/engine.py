@@ -11,7 +11,7 @@ import hashlib
 import math
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, SupportsIndex
@@ -36,6 +36,7 @@ from rlhf_core.infra.errors import ConfigError, DataError, NumbersError
 from rlhf_core.infra.seeds import completion_seeds
 
 if TYPE_CHECKING:
+    from rlhf_core.generation.drafting import Drafts
     from rlhf_core.models.policy_model import PolicyModel
 
 
@@ -104,9 +105,11 @@ class Engine:
         cuda_graphs: whether decoding steps on a GPU are captured as CUDA graphs, where they can be.
         backend: draws the tokens; None takes the native one, which is the one that the three options before are for.
         counted: called with the number of tokens of each forward pass, as they are added to `forwarded`.
+        drafts: guesses next tokens, several of which one pass verifies, for speculative decoding: completions stay the same,
+            and `Completion.details` say how many guesses were right. None takes what `SamplingConfig.draft` names.
 
     Raises:
-        ConfigError: options of the native backend for another one.
+        ConfigError: options of the native backend for another one, or a backend that takes no drafts.
     """
 
     def __init__(
@@ -119,6 +122,7 @@ class Engine:
         cuda_graphs: bool = True,
         backend: Backend | None = None,
         counted: Callable[[int], None] | None = None,
+        drafts: Drafts | None = None,
     ) -> None:
         own = {"memory": memory is not None, "most_rows": most_rows is not None, "cuda_graphs": not cuda_graphs}
         if backend is not None and any(own.values()):
@@ -137,6 +141,9 @@ class Engine:
         self.backend = backend or NativeBackend(
             policy, memory=memory, most_rows=most_rows or MOST_ROWS, cuda_graphs=cuda_graphs
         )
+        if drafts is not None:
+            self.backend.require("drafts", purpose="speculative decoding")
+        self.drafts = drafts
         self.policy_version = 0
         self.forwarded = 0
         """Tokens that the policy was run on for this engine: each as often as a forward pass held it. What is taken from kept
@@ -215,8 +222,7 @@ class Engine:
         # What is called meanwhile shouldn't compute in the precision of generation.
         kind = self.policy.device.type
         outside = torch.autocast(kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind))
-        run = self.backend.run([draw.request for draw in draws], sampling)
-        with self._counting(), contextlib.closing(run) as running:
+        with self._counting(), contextlib.closing(self._run(draws, sampling)) as running:
             for one in running:
                 completion = self._completion(draws[one.number], one, version)
                 prompt, index = divmod(one.number, n)
@@ -353,8 +359,7 @@ class Engine:
             for number, (handle, seed) in enumerate(zip(handles, seeds, strict=True))
         ]
         made: dict[int, Extension] = {}
-        run = self.backend.run([draw.request for draw in draws], sampling)
-        with self._counting(), contextlib.closing(run) as running:
+        with self._counting(), contextlib.closing(self._run(draws, sampling)) as running:
             for one in running:
                 completion = self._completion(draws[one.number], one, self.policy_version)
                 extended = handles[one.number].followed_by(one.drawn.ids, one.sequence, one.drawn.confidence)
@@ -456,6 +461,15 @@ class Engine:
                     "the sequence was freed", place=f"handles[{number}]",
                     fix="free it later, or fork it before; or call `prefill` with its `ids`",
                 )  # fmt: skip
+
+    def _run(self, draws: Sequence[_Draw], sampling: SamplingConfig) -> Generator[Finished]:
+        """Return the run of the backend that draws completions."""
+        requests = [draw.request for draw in draws]
+        if self.drafts is None:
+            return self.backend.run(requests, sampling)
+        backend: Any = self.backend  # one that declares `drafts`
+        run: Generator[Finished] = backend.run(requests, sampling, drafts=self.drafts)
+        return run
 
     # Which completions are drawn
 
@@ -596,6 +610,7 @@ class Engine:
             confidence=drawn.confidence,
             stop_reason=one.reason,
             policy_version=policy_version,
+            details={} if self.drafts is None or one.drafted is None else one.drafted.report(),
         )
 
     # Texts

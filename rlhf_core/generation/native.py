@@ -11,10 +11,13 @@ Axes: R rows, N tokens, V vocabulary.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +25,7 @@ from rlhf_core.config.online import SamplingConfig
 from rlhf_core.generation.block_table_attention import TableChunkAttention
 from rlhf_core.generation.cached_attention import CachedAttention, ChunkAttention, DecodingAttention
 from rlhf_core.generation.device_steps import DEVICES, STEPS, DeviceRow, DeviceSteps
+from rlhf_core.generation.drafting import MOST_GUESSES, NO_COUNTS, DraftCounts, DraftRow, Drafts
 from rlhf_core.generation.drawn_rows import DrawnCompletion, DrawnRows
 from rlhf_core.generation.paged_cache import CachedSequence, OutOfBlocks, PagedKVCache
 from rlhf_core.generation.plain import new_row
@@ -38,6 +42,9 @@ from rlhf_core.models.probe import FAILURES, deviation
 
 CHUNK = {"cpu": 256, "cuda": 4096}
 """Most prompt tokens that are read between two decoding steps: more would hold up the rows that are being decoded."""
+MOST_TOGETHER = 2 * MOST_GUESSES
+"""Most tokens per sequence, on average, whose attention is computed for all sequences together."""
+NO_NUMBERS = np.zeros(0)
 CHUNKS_FIRST = 16
 """So many times as many are read where no row is being decoded, so that rows begin together."""
 
@@ -52,6 +59,9 @@ class _Row:
     sequence: CachedSequence
     before: DrawnCompletion | None = None
     """What it had drawn before it had to give up its keys and values."""
+    draft: Any = None
+    """What the drafter keeps for it."""
+    counts: DraftCounts = NO_COUNTS
 
     @property
     def missing(self) -> int:
@@ -96,6 +106,7 @@ class NativeDecoding:
         self._rows: list[_Row] = []
         """Rows that are being decoded: in the order in which they joined, which is that of `_drawing`."""
         self._plan: DecodingAttention | None = None
+        self._drafts: Drafts | None = None
         self._running = False
 
     def idle(self, *, most_rows: int) -> NativeDecoding:
@@ -112,12 +123,18 @@ class NativeDecoding:
         return self
 
     def run(
-        self, requests: Iterable[Request], sampling: SamplingConfig, *, partly: bool = False
+        self,
+        requests: Iterable[Request],
+        sampling: SamplingConfig,
+        *,
+        partly: bool = False,
+        drafts: Drafts | None = None,
     ) -> Generator[Finished]:
         """Yield completions in the order in which they end.
 
         Args:
-            partly: yield every completion after each of its tokens, too.
+            partly: yield every completion after each of its tokens, too; without drafts.
+            drafts: guesses tokens that one pass verifies; None draws each in a pass of its own.
 
         Raises:
             NumbersError: the cache is too small for one completion.
@@ -127,7 +144,7 @@ class NativeDecoding:
         self._running = True
         try:
             self._head_weight = self.policy.head_weight()
-            self._drawing = DrawnRows(sampling, device=self.policy.device)
+            self._drawing, self._drafts = DrawnRows(sampling, device=self.policy.device), drafts
             if self._device_steps is not None:
                 self._device_steps.begin()
             self._waiting.extend(_Row(request, list(request.ids), self._begin(request)) for request in requests)
@@ -140,7 +157,7 @@ class NativeDecoding:
             for row in (*self._waiting, *(row for rows in self._joining.values() for row in rows), *self._rows):
                 row.sequence.free()
             self._waiting.clear()
-            self._joining, self._rows, self._plan = {}, [], None
+            self._joining, self._rows, self._plan, self._drafts = {}, [], None, None
             for name in ("_drawing", "_head_weight"):  # megabytes to gigabytes, that nothing needs until the next call
                 vars(self).pop(name, None)
             if self._device_steps is not None:
@@ -218,6 +235,17 @@ class NativeDecoding:
         ids = [token for _, tokens in chunks for token in tokens]
         positions = [at for one, tokens in chunks for at in range(one.length - len(tokens), one.length)]
         return self._forward(ids, positions, attention)
+
+    def decode(self, chunks: Sequence[tuple[CachedSequence, Sequence[int]]]) -> Tensor:
+        """Read a few tokens of each of many sequences, as `read` does; faster where they are few."""
+        sequences, counts = [one for one, _ in chunks], [len(ids) for _, ids in chunks]
+        if self._device_steps is not None or sum(counts) > MOST_TOGETHER * len(counts):
+            return self.read(chunks)
+        positions = [
+            at for one, count in zip(sequences, counts, strict=True) for at in range(one.length - count, one.length)
+        ]
+        ids = [token for _, tokens in chunks for token in tokens]
+        return self._forward(ids, positions, DecodingAttention(self.cache, sequences, counts))
 
     def _forward(self, ids: list[int], positions: list[int], attention: CachedAttention) -> Tensor:
         device = self.policy.device
@@ -314,11 +342,16 @@ class NativeDecoding:
 
     def _decode_step(self, partly: bool) -> Iterator[Finished]:
         """Draw a token for each row, or a few, and yield the completions that end with them; the others, too, where `partly`."""
+        guesses = [] if self._drafts is None else self._guesses(self._drafts)
         steps = self._steps(partly)
-        self._make_places(steps)
+        self._make_places([1 + len(ids) for ids in guesses] if any(guesses) else [steps] * len(self._rows))
         if not self._rows:  # the last one begins again
             return
-        if self._device_steps is None:
+        guesses = guesses[: len(self._rows)]  # those that joined last may have made room
+        begin = time.perf_counter()
+        if any(guesses):
+            self._draw_behind(guesses)
+        elif self._device_steps is None:
             self._draw()
         else:
             rows = [DeviceRow(row.ids[-1], len(row.ids) - 1, row.sequence) for row in self._rows]
@@ -328,6 +361,9 @@ class NativeDecoding:
         drawn = [self._drawing.fresh(index) for index in range(len(self._rows))]
         for row, tokens in zip(self._rows, drawn, strict=True):
             row.ids += tokens
+        if self._drafts is not None:
+            seconds = time.perf_counter() - begin
+            self._note_drafts(self._drafts, guesses, drawn, seconds if any(guesses) else seconds / steps)
         report_tokens(sum(map(len, drawn)))
         for index, row in enumerate(self._rows):
             rule = row.request.rule
@@ -350,6 +386,43 @@ class NativeDecoding:
             return 1
         return min(STEPS, max(row.left for row in self._rows))
 
+    def _guesses(self, drafts: Drafts) -> list[list[int]]:
+        """Return the tokens that are guessed for each row: none where a rule looks at each token."""
+        # Guesses take free blocks alone, of which each row keeps one for its next token.
+        free, rows = self.cache.free_blocks - len(self._rows), []
+        for index, row in enumerate(self._rows):
+            room = min(drafts.most, row.left - 1, self._drawing.room_for_guesses(index))
+            if row.request.rule is not None:
+                room = 0
+            while room > 0 and row.sequence.blocks_to_append(1 + room) > max(free, 0) + 1:
+                room //= 2
+            free -= max(0, row.sequence.blocks_to_append(1 + room) - 1)
+            if row.draft is None:
+                row.draft = drafts.drafter.begin(row.request.ids)
+            uniform = self._drawing.uniform_of(index, room) if drafts.drafter.draws and room > 0 else NO_NUMBERS
+            ends = (*row.request.ends, *self._drawing.sampling.stop_ids)
+            rows.append(DraftRow(row.ids, len(row.request.ids), row.draft, max(room, 0), row.left, ends, uniform))
+        return drafts.choose(rows, self._drawing.sampling, waiting=bool(self._waiting))
+
+    def _draw_behind(self, guesses: Sequence[Sequence[int]]) -> None:
+        """Draw a token for each row, and for those whose guesses are right as many more."""
+        chunks = [(row.sequence, [row.ids[-1], *ids]) for row, ids in zip(self._rows, guesses, strict=True)]
+        self._drawing.draw_behind(self._logits(self.decode(chunks)), guesses)
+        self._plan = None
+
+    def _note_drafts(
+        self, drafts: Drafts, guesses: Sequence[Sequence[int]], drawn: Sequence[Sequence[int]], seconds: float
+    ) -> None:
+        """Let rows forget the keys and values of wrong guesses, and take note of what guesses did."""
+        for row, ids, tokens in zip(self._rows, guesses or [()] * len(drawn), drawn, strict=True):
+            if ids:
+                row.sequence.shorten(len(row.ids) - 1)
+            # Behind a guess that ends the row nothing more is drawn.
+            accepted = min(len(ids), len(tokens)) - (len(tokens) <= len(ids) and tokens[-1] != ids[len(tokens) - 1])
+            passes = 1 if any(guesses) else len(tokens)
+            row.counts = row.counts.plus(DraftCounts(passes, len(tokens), len(ids), accepted))
+        drafts.drawn(drawn, guesses, seconds)
+
     def _draw(self) -> None:
         """Draw a token for each row."""
         if self._plan is None or not self._plan.step():
@@ -370,7 +443,11 @@ class NativeDecoding:
             # Places were made for more tokens than were drawn before its end.
             longer, row.sequence = row.sequence, row.sequence.fork(len(row.ids) - 1)
             longer.free()
-        return Finished(row.request.number, drawn, reason, drawn.text, row.sequence if keep else None)
+        counts = None
+        if self._drafts is not None and reason != UNFINISHED:
+            counts = row.counts
+            self._drafts.ended(row.request.ids, drawn.ids, counts)
+        return Finished(row.request.number, drawn, reason, drawn.text, row.sequence if keep else None, counts)
 
     def _remove(self, indices: set[int]) -> None:
         """Take rows out of the loop."""
@@ -381,13 +458,13 @@ class NativeDecoding:
 
     # Memory
 
-    def _make_places(self, steps: int) -> None:
-        """Append places for each row's next tokens; rows that joined last make room where the cache is full."""
+    def _make_places(self, counts: Sequence[int]) -> None:
+        """Append places for so many next tokens of each row; rows that joined last make room where the cache is full."""
         index = 0
         while index < len(self._rows):
             row = self._rows[index]
             try:
-                row.sequence.append(min(steps, row.left))
+                row.sequence.append(min(counts[index], row.left))
             except OutOfBlocks:
                 self._make_room()
             else:

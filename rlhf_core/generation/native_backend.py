@@ -19,7 +19,9 @@ from rlhf_core.config.online import SamplingConfig
 from rlhf_core.generation.backend import ALWAYS, Backend, Capabilities
 from rlhf_core.generation.block_table_attention import KERNEL_BLOCK
 from rlhf_core.generation.device_steps import DEVICES
+from rlhf_core.generation.drafting import Drafts
 from rlhf_core.generation.known_tokens import logps_by_forward, logps_of_hidden
+from rlhf_core.generation.lookup_drafts import NgramDrafter, SuffixDrafter
 from rlhf_core.generation.memory import free_bytes
 from rlhf_core.generation.native import NativeDecoding, measure_native, new_cache
 from rlhf_core.generation.paged_cache import CachedSequence
@@ -48,6 +50,10 @@ PACK_FOR = 16
 """Weights are packed where a completion may have at least so many tokens: packing takes as long as a few decoding steps."""
 
 
+DRAFTERS: dict[str, type[NgramDrafter | SuffixDrafter]] = {"ngram": NgramDrafter, "suffix": SuffixDrafter}
+"""What `SamplingConfig.draft` names."""
+
+
 class _Said:
     """Whether something was logged about a policy."""
 
@@ -71,6 +77,7 @@ class NativeBackend(Backend):
         fork=True,
         streaming=True,
         rules=True,
+        drafts=True,
         options=frozenset(SamplingConfig.model_fields) - ALWAYS,
     )
 
@@ -80,24 +87,35 @@ class NativeBackend(Backend):
         self._read_with: Any = None
         """State of the weights with which the prompts that are kept were read, and which are packed."""
         self._linears = FastLinears(policy.network)
+        self._drafts: dict[str, Drafts] = {}
+        """What was learnt about drafts without a model, by their names."""
 
     def run(
-        self, requests: Sequence[Request], sampling: SamplingConfig, *, partly: bool = False
+        self,
+        requests: Sequence[Request],
+        sampling: SamplingConfig,
+        *,
+        partly: bool = False,
+        drafts: Drafts | None = None,
     ) -> Generator[Finished]:
         """Yield completions as they end, in half as many rows at once wherever memory runs out.
 
         Args:
             partly: yield them, unfinished, after each token, too.
+            drafts: guesses tokens that one pass verifies; None takes those that `sampling.draft` names.
 
         Raises:
             NumbersError: memory doesn't suffice for one completion.
         """
+        if drafts is None and sampling.draft is not None:
+            drafts = self._drafts.setdefault(sampling.draft, Drafts(DRAFTERS[sampling.draft]()))
         left, rows = {request.number: request for request in requests}, min(self.most_rows, max(len(requests), 1))
         try:
             while left:
                 failed = False
                 try:
-                    with contextlib.closing(self._run(list(left.values()), sampling, rows, partly=partly)) as running:
+                    run = self._run(list(left.values()), sampling, rows, partly=partly, drafts=drafts)
+                    with contextlib.closing(run) as running:
                         for one in running:
                             if one.reason != UNFINISHED:
                                 del left[one.number]
@@ -120,7 +138,13 @@ class NativeBackend(Backend):
             self._release_if_trained()
 
     def _run(
-        self, requests: Sequence[Request], sampling: SamplingConfig, rows: int, *, partly: bool
+        self,
+        requests: Sequence[Request],
+        sampling: SamplingConfig,
+        rows: int,
+        *,
+        partly: bool,
+        drafts: Drafts | None = None,
     ) -> Generator[Finished]:
         """Yield completions as they end, or as they grow; see `run`.
 
@@ -132,11 +156,18 @@ class NativeBackend(Backend):
         with self._adapters() as adapters:
             with self._for_decoding(adapters=adapters):
                 decoding = self._decoding_for(requests, rows)
-            with contextlib.closing(decoding.run(requests, sampling, partly=partly)) as running:
-                if not partly:
-                    with self._for_decoding(pack=pack, adapters=adapters):
-                        yield from running
-                    return
+            if not partly:
+                with contextlib.ExitStack() as stack:
+                    if drafts is not None and isinstance(decoding, NativeDecoding):
+                        stack.enter_context(drafts.drafter.running(requests))
+                        run = decoding.run(requests, sampling, drafts=drafts)
+                    else:
+                        run = decoding.run(requests, sampling)
+                    stack.enter_context(contextlib.closing(run))
+                    stack.enter_context(self._for_decoding(pack=pack, adapters=adapters))
+                    yield from run
+                return
+            with contextlib.closing(decoding.run(requests, sampling, partly=True)) as running:
                 # Whoever reads a stream may do anything between its pieces: read another one, or train.
                 versions = weight_versions(self.policy)
                 while True:
@@ -229,6 +260,18 @@ class NativeBackend(Backend):
             return PlainDecoding(self.policy, memory=self.memory, most_rows=rows)
         self._check_kept([request.base for request in requests], native)
         return native.idle(most_rows=rows)
+
+    @contextlib.contextmanager
+    def lending(self, requests: Sequence[Request]) -> Iterator[NativeDecoding | None]:
+        """Lend the loop over a `PagedKVCache`, with room for as many tokens as some requests have, in the state to decode.
+
+        None where sequences are longer than the model's sliding window.
+        """
+        longest = max(len(request.ids) + request.limit for request in requests)
+        prompts = {tuple(request.ids) for request in requests}
+        native = self._native_for(longest, [*map(len, prompts), *(request.limit for request in requests)])
+        with self._for_decoding(pack=True):
+            yield native
 
     def _check_kept(self, kept: Sequence[CachedSequence | None], native: NativeDecoding) -> None:
         """Raise `ConfigError` for sequences that were read with weights that the policy no longer has."""

@@ -119,6 +119,28 @@ class CachedSequence:
             stretch.blocks += self.cache.take(missing)
         stretch.length += tokens
 
+    def shorten(self, length: int) -> None:
+        """Give up the last tokens, all of which were appended since the sequence was last forked; `length` are left.
+
+        Raises:
+            ValueError: others may see tokens that would be given up, or there are fewer.
+        """
+        stretch = self.stretch
+        if stretch.holders > 1 or not stretch.start <= length <= stretch.end:
+            raise ValueError(f"of {stretch.end} tokens, {length} can't be kept alone")
+        stretch.length = length - stretch.start
+        needed = self.cache.blocks_for(stretch.length)
+        self.cache.give_back(stretch.blocks[needed:])
+        del stretch.blocks[needed:]
+
+    def blocks_to_append(self, tokens: int) -> int:
+        """Return at most how many blocks `append` takes for so many tokens."""
+        stretch, cache = self.stretch, self.cache
+        if stretch.holders > 1 or not stretch.blocks:
+            # Where blocks must be full, a partly filled one is copied.
+            return cache.blocks_for(tokens + (cache.block_size - 1 if cache.fills_blocks else 0))
+        return max(0, cache.blocks_for(stretch.length + tokens) - len(stretch.blocks))
+
     def _begin_own_stretch(self, tokens: int) -> None:
         """Continue in a stretch of the sequence's own, since others hold the present one.
 
@@ -241,14 +263,18 @@ class PagedKVCache:
         self._unused += more
         return taken
 
+    def give_back(self, blocks: Iterable[int]) -> None:
+        """Let blocks be taken again that nobody holds any more."""
+        for block in blocks:
+            heapq.heappush(self._free, block)
+
     def release(self, stretch: Stretch | None) -> None:
         """Give up one reference to a stretch."""
         while stretch is not None:
             stretch.holders -= 1
             if stretch.holders:
                 return
-            for block in stretch.blocks:
-                heapq.heappush(self._free, block)
+            self.give_back(stretch.blocks)
             stretch.blocks = []
             stretch = stretch.parent
 

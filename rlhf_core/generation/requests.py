@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from rlhf_core.generation.drafting import DraftCounts
     from rlhf_core.generation.drawn_rows import DrawnCompletion
     from rlhf_core.generation.paged_cache import CachedSequence
     from rlhf_core.generation.stop_strings import StopStrings
@@ -57,3 +58,5 @@ class Finished(NamedTuple):
     """The completion's text before the stop string that ended it; None where none did."""
     sequence: CachedSequence | None
     """Keys and values of prompt and completion, but for the last token, where the request wanted them."""
+    drafted: DraftCounts | None = None
+    """What guesses did for it; None without a draft."""

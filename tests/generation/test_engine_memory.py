@@ -126,7 +126,8 @@ def test_prompts_that_begin_alike_fit_into_little_memory(seed: int) -> None:
         for _ in range(4)
     ]
     rows = prompt_batch(small, prompts)
-    sampling = SamplingConfig(max_new_tokens=draw.choice([1, 5, 70]), temperature=0.8)
+    # Among few tokens a random number hardly ever lies so close to a border that rounding moves it across.
+    sampling = SamplingConfig(max_new_tokens=draw.choice([1, 5, 70]), temperature=0.8, top_k=4)
     blocks = -(-(int(rows.prompt_lengths.max()) + sampling.max_new_tokens) // 64) + draw.randint(1, 3)
     memory = blocks * 64 * 4 * small.measured(measure_native).elements
     n = draw.randint(1, 3)

@@ -1,0 +1,76 @@
+"""Speculative decoding: the policy's own completions, several tokens per pass where a draft guesses them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from rlhf_core.plugin import (
+    BaseConfig,
+    Completion,
+    Drafts,
+    ModelDrafter,
+    NgramDrafter,
+    Sampler,
+    SamplingConfig,
+    SuffixDrafter,
+    prompt_batch,
+)
+
+
+class SpeculativeConfig(SamplingConfig):
+    """Options of speculative decoding: those of every completion that is drawn, and what guesses its tokens."""
+
+    draft: Literal["model", "ngram", "suffix"] = Field(  # type: ignore[assignment]
+        "model",
+        description="What guesses: a smaller `model` of the same tokenizer, the role `draft_model`; `ngram`, what followed the same"
+        " tokens earlier in the prompt or completion; `suffix`, in earlier completions of the same prompt, too.",
+    )
+    draft_tokens: int = Field(
+        16,
+        ge=1,
+        description="Most tokens guessed at a time; larger is faster where most guesses are right. How many are guessed is decided"
+        " by what was measured, down to none.",
+    )
+
+
+class SpeculativeDecoder(Sampler):
+    """Draws the completions that `generate` draws, with guessed tokens of which one pass of the policy verifies several."""
+
+    api = 1
+    Config = SpeculativeConfig
+    config: SpeculativeConfig
+    roles: ClassVar = {"policy": "policy", "draft_model": "policy"}
+
+    @classmethod
+    def roles_for(cls, config: BaseConfig) -> Mapping[str, str]:
+        """Return all roles; look-ups need no draft model."""
+        return cls.roles if not isinstance(config, SpeculativeConfig) or config.draft == "model" else {"policy": "policy"}
+
+    def __init__(self, config: BaseConfig | None = None, **models: Any) -> None:
+        """Take a configuration and models, as every sampler.
+
+        Raises:
+            ConfigError: as for every sampler.
+            ModelError: the draft model has another vocabulary, or can't draft.
+        """
+        super().__init__(config, **models)
+        if self.config.draft == "model":
+            drafter = ModelDrafter(self.models["draft_model"], self.policy, counted=self._count_draft)
+        else:
+            drafter = NgramDrafter() if self.config.draft == "ngram" else SuffixDrafter()
+        self.drafts = Drafts(drafter, most=self.config.draft_tokens)
+        """What was learnt about guesses so far, and how many were right: `drafts.counts`."""
+
+    def _count_draft(self, tokens: int) -> None:
+        self.forwarded["draft_model"] = self.forwarded.get("draft_model", 0) + tokens
+
+    def sample(self, prompts: Sequence[Any], n: int = 1, *, seed: int | None = None) -> list[list[Completion]]:
+        """Return n completions for each prompt, those of `generate` with the same seed, in the order in which they were drawn.
+
+        `details` have `acceptance_rate`, the share of verified guesses that were right, and `tokens_per_pass` of the policy; they
+        depend on the computer's speed.
+        """
+        return self.engine(seed, drafts=self.drafts).generate(prompt_batch(self.policy, prompts), n, self.config)
