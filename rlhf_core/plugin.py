@@ -46,10 +46,17 @@ if TYPE_CHECKING:
     from rlhf_core.data.step_labels import RIGHT as RIGHT
     from rlhf_core.data.step_labels import WRONG as WRONG
     from rlhf_core.data.step_labels import read_step_labels as read_step_labels
+    from rlhf_core.generation.draft_model import ModelDrafter as ModelDrafter
+    from rlhf_core.generation.drafting import Drafter as Drafter
+    from rlhf_core.generation.drafting import DraftRow as DraftRow
+    from rlhf_core.generation.drafting import Drafts as Drafts
+    from rlhf_core.generation.drafting import Guesses as Guesses
     from rlhf_core.generation.engine import Engine as Engine
     from rlhf_core.generation.engine import whole_count as whole_count
     from rlhf_core.generation.generate import prompt_batch as prompt_batch
     from rlhf_core.generation.logprob_gap import logprob_gap as logprob_gap
+    from rlhf_core.generation.lookup_drafts import NgramDrafter as NgramDrafter
+    from rlhf_core.generation.lookup_drafts import SuffixDrafter as SuffixDrafter
     from rlhf_core.generation.model_step_readers import ModelStepReader as ModelStepReader
     from rlhf_core.generation.model_step_readers import ProcessRewardReader as ProcessRewardReader
     from rlhf_core.generation.model_step_readers import ValueReader as ValueReader
@@ -188,9 +195,12 @@ __getattr__, __dir__, __all__ = lazy_names(
         " require_one_sign share_of_weights tensor_thresholds thresholds",
         "rlhf_core.models": "PolicyModel ProcessRewardModel RewardModel ValueModel HiddenStates exact_log_softmax"
         " over_vocabulary",
+        "rlhf_core.generation.draft_model": "ModelDrafter",
+        "rlhf_core.generation.drafting": "DraftRow Drafter Drafts Guesses",
         "rlhf_core.generation.engine": "Engine whole_count",
         "rlhf_core.generation.generate": "prompt_batch",
         "rlhf_core.generation.logprob_gap": "logprob_gap",
+        "rlhf_core.generation.lookup_drafts": "NgramDrafter SuffixDrafter",
         "rlhf_core.generation.model_step_readers": "ModelStepReader ProcessRewardReader ValueReader",
         "rlhf_core.models.reasoning_steps": "AGGREGATIONS step_ends",
         "rlhf_core.models.reference": "Reference",

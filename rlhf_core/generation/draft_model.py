@@ -17,7 +17,7 @@ from rlhf_core.generation.native import NativeDecoding, measure_native
 from rlhf_core.generation.native_backend import NativeBackend
 from rlhf_core.generation.paged_cache import CachedSequence, OutOfBlocks
 from rlhf_core.generation.requests import Request
-from rlhf_core.generation.sampling import draw_tokens, exact_dtype
+from rlhf_core.generation.sampling import Barred, Drawn, draw_tokens, exact_dtype
 from rlhf_core.generation.watching import counting_forwarded
 from rlhf_core.infra.errors import ModelError
 from rlhf_core.models.policy_model import PolicyModel
@@ -116,10 +116,7 @@ class ModelDrafter(Drafter):
             if not active:
                 break
             logits = self._logits([(rows[number].state, ids) for number, ids in active])
-            uniform = np.array([rows[number].uniform[depth] for number, _ in active])
-            drawn = draw_tokens(
-                logits, torch.from_numpy(uniform).to(self.draft.device, exact_dtype(self.draft.device)), sampling
-            )
+            drawn = self._draw(logits, [rows[number] for number, _ in active], depth, sampling)
             certain = sampling.temperature == 0  # then a drawn token's probability is 1, which says nothing
             likely = (drawn.raw_logprobs if certain else drawn.logprobs).exp().tolist()
             following = []
@@ -131,6 +128,17 @@ class ModelDrafter(Drafter):
                         following.append((number, [token]))
             active = following
         return found
+
+    def _draw(self, logits: Tensor, rows: Sequence[DraftRow], depth: int, sampling: SamplingConfig) -> Drawn:
+        """Draw the token of each row that is `depth` tokens ahead, as the policy draws it but for the repetition penalty."""
+        device = logits.device
+        uniform = torch.from_numpy(np.array([row.uniform[depth] for row in rows])).to(device, exact_dtype(device))
+        barred = None
+        ends = sorted({token for row in rows if depth < row.before_end for token in row.ends})
+        if ends:
+            mask = [[depth < row.before_end and token in row.ends for token in ends] for row in rows]
+            barred = Barred(torch.tensor(ends, device=device), torch.tensor(mask, device=device))
+        return draw_tokens(logits, uniform, sampling, barred=barred)
 
     def _unread(self, row: DraftRow) -> list[int] | None:
         """Return the tokens of a row that are to be read now; None where memory doesn't suffice for its prompt."""

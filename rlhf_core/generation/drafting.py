@@ -75,6 +75,8 @@ class DraftRow:
     """Most tokens that will be drawn for it."""
     ends: tuple[int, ...]
     """The ids that end it: nothing need be guessed behind one."""
+    before_end: int
+    """So many tokens are drawn before it may end."""
     uniform: np.ndarray
     """Random numbers of the next places (at least `room`,), for a drafter that draws."""
 
@@ -134,7 +136,7 @@ class Drafts:
     """Decides how many of a drafter's guesses are verified.
 
     Guesses are verified, the likeliest first, as long as that draws more tokens per second, down to none. How likely a guess is
-    to be accepted is learnt by its kind from what was drawn, from guesses that weren't verified too. What a pass over rows and
+    to be accepted is learned by its kind from what was drawn, from guesses that weren't verified too. What a pass over rows and
     guesses costs beside one over the rows alone is measured as they are run.
 
     Args:
@@ -172,7 +174,7 @@ class Drafts:
         if costly:
             self._draft_seconds[_size_class(len(rows))].append((time.perf_counter() - begin) / most)
         elif self.costs.plain_is_due():
-            return [[] for _ in rows]  # whether the guesses are right is learnt all the same
+            return [[] for _ in rows]  # whether the guesses are right is learned all the same
         worth = self._worth([row.left for row in rows], waiting=waiting)
         chosen = self._worthwhile(self._offered, worth, least_gain=1.0 if costly else LEAST_GAIN)
         if any(chosen):
@@ -198,7 +200,7 @@ class Drafts:
         """
         guesses = sum(map(len, verified))
         self.costs.measured(len(drawn), guesses, seconds)
-        for offered, ids in zip(self._offered, drawn, strict=True):
+        for offered, ids in zip(self._offered, drawn, strict=False):  # some rows may have had to leave
             for depth, (guess, kind) in enumerate(zip(offered.ids, offered.kinds, strict=True)):
                 if depth >= len(ids):
                     break
@@ -215,7 +217,7 @@ class Drafts:
         self.drafter.learn(prompt, ids)
 
     def _note_depths(self, drawn: Sequence[Sequence[int]]) -> None:
-        for offered, ids in zip(self._offered, drawn, strict=True):
+        for offered, ids in zip(self._offered, drawn, strict=False):  # some rows may have had to leave
             right = True
             for depth, guess in enumerate(offered.ids):
                 right = right and depth < len(ids) and guess == ids[depth]

@@ -401,7 +401,18 @@ class NativeDecoding:
                 row.draft = drafts.drafter.begin(row.request.ids)
             uniform = self._drawing.uniform_of(index, room) if drafts.drafter.draws and room > 0 else NO_NUMBERS
             ends = (*row.request.ends, *self._drawing.sampling.stop_ids)
-            rows.append(DraftRow(row.ids, len(row.request.ids), row.draft, max(room, 0), row.left, ends, uniform))
+            rows.append(
+                DraftRow(
+                    ids=row.ids,
+                    prompt_length=len(row.request.ids),
+                    state=row.draft,
+                    room=max(room, 0),
+                    left=row.left,
+                    ends=ends,
+                    before_end=self._drawing.sampling.min_new_tokens - (row.request.limit - row.left),
+                    uniform=uniform,
+                )
+            )
         return drafts.choose(rows, self._drawing.sampling, waiting=bool(self._waiting))
 
     def _draw_behind(self, guesses: Sequence[Sequence[int]]) -> None:

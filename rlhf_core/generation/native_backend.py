@@ -88,7 +88,7 @@ class NativeBackend(Backend):
         """State of the weights with which the prompts that are kept were read, and which are packed."""
         self._linears = FastLinears(policy.network)
         self._drafts: dict[str, Drafts] = {}
-        """What was learnt about drafts without a model, by their names."""
+        """What was learned about drafts without a model, by their names."""
 
     def run(
         self,

@@ -10,6 +10,7 @@ from pydantic import Field
 from rlhf_core.plugin import (
     BaseConfig,
     Completion,
+    Drafter,
     Drafts,
     ModelDrafter,
     NgramDrafter,
@@ -25,14 +26,14 @@ class SpeculativeConfig(SamplingConfig):
 
     draft: Literal["model", "ngram", "suffix"] = Field(  # type: ignore[assignment]
         "model",
-        description="What guesses: a smaller `model` of the same tokenizer, the role `draft_model`; `ngram`, what followed the same"
-        " tokens earlier in the prompt or completion; `suffix`, in earlier completions of the same prompt, too.",
+        description="What guesses: a smaller `model` of the same tokenizer, the role `draft_model`; `ngram`, what followed the"
+        " same tokens earlier in the text; `suffix`, in earlier completions of the same prompt, too.",
     )
     draft_tokens: int = Field(
         16,
         ge=1,
-        description="Most tokens guessed at a time; larger is faster where most guesses are right. How many are guessed is decided"
-        " by what was measured, down to none.",
+        description="Most tokens guessed at a time; larger is faster where most guesses are right. As many are guessed as was"
+        " measured to pay, down to none.",
     )
 
 
@@ -47,7 +48,9 @@ class SpeculativeDecoder(Sampler):
     @classmethod
     def roles_for(cls, config: BaseConfig) -> Mapping[str, str]:
         """Return all roles; look-ups need no draft model."""
-        return cls.roles if not isinstance(config, SpeculativeConfig) or config.draft == "model" else {"policy": "policy"}
+        return (
+            cls.roles if not isinstance(config, SpeculativeConfig) or config.draft == "model" else {"policy": "policy"}
+        )
 
     def __init__(self, config: BaseConfig | None = None, **models: Any) -> None:
         """Take a configuration and models, as every sampler.
@@ -57,12 +60,13 @@ class SpeculativeDecoder(Sampler):
             ModelError: the draft model has another vocabulary, or can't draft.
         """
         super().__init__(config, **models)
+        self.drafts = Drafts(self._drafter(), most=self.config.draft_tokens)
+        """What was learned about guesses so far, and how many were right: `drafts.counts`."""
+
+    def _drafter(self) -> Drafter:
         if self.config.draft == "model":
-            drafter = ModelDrafter(self.models["draft_model"], self.policy, counted=self._count_draft)
-        else:
-            drafter = NgramDrafter() if self.config.draft == "ngram" else SuffixDrafter()
-        self.drafts = Drafts(drafter, most=self.config.draft_tokens)
-        """What was learnt about guesses so far, and how many were right: `drafts.counts`."""
+            return ModelDrafter(self.models["draft_model"], self.policy, counted=self._count_draft)
+        return NgramDrafter() if self.config.draft == "ngram" else SuffixDrafter()
 
     def _count_draft(self, tokens: int) -> None:
         self.forwarded["draft_model"] = self.forwarded.get("draft_model", 0) + tokens
