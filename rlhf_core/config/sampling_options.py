@@ -80,8 +80,8 @@ class SamplingConfig(BaseConfig):
     draft: Literal["ngram", "suffix"] | None = Field(
         None,
         description="Guess next tokens, several of which one pass verifies: `ngram`, what followed the same tokens earlier in the"
-        " text; `suffix`, in earlier completions of the same prompt, too. Completions stay the same; it is faster where texts"
-        " repeat themselves, and as many are guessed as pays. Null guesses none.",
+        " text; `suffix`, in earlier completions of the same prompt, too. Faster where texts repeat, and as many are guessed as"
+        " pays; the same completions, but the last bits of their log-probabilities vary from run to run. Null guesses none.",
     )
 
     @field_validator("stop", "stop_ids", mode="before")
