@@ -12,6 +12,9 @@ NUMBERS = (0.5, 0.01, 2.0, 100.0, 0.1, 0.0, 0.9, 1.0)
 COUNTS = (2, 1, 3, 4, 0, 8)
 """Values of any option that takes an integer."""
 
+SPEED_ALONE = ("draft",)
+"""Options of `SamplingConfig` that change how fast completions are drawn, and nothing else."""
+
 
 def other_values(annotation: Any, value: Any) -> list[Any]:
     """Return values of a type other than the given one, those likeliest to have another effect first.

@@ -22,7 +22,7 @@ from rlhf_core.infra.seeds import RandomState
 from rlhf_core.testing.arithmetic_task import ArithmeticTask
 from rlhf_core.testing.contract import MethodContract, after, is_number, require
 from rlhf_core.testing.kit_rewards import DigitReward
-from rlhf_core.testing.option_values import other_values
+from rlhf_core.testing.option_values import SPEED_ALONE, other_values
 from rlhf_core.testing.tiny import tiny_policy
 
 STOP_REASONS = ("end", "length", "stop", "rule", "confidence")
@@ -32,8 +32,6 @@ TOKENS = "test_completions_are_complete"
 OWN = "test_log_probabilities_are_the_policys"
 REPEATS = "test_a_seed_repeats_the_completions"
 SEED = 20
-SPEED_ALONE = ("draft",)
-"""Options of every sampler's engine that change how fast completions are drawn, and nothing else."""
 
 
 class SamplerContract(MethodContract):

@@ -16,7 +16,7 @@ from rlhf_core.config.training import LoraConfig, ModelConfig, ReferenceConfig, 
 from rlhf_core.contracts.trainer import Window
 from rlhf_core.infra.errors import RLHFError
 from rlhf_core.testing.contract import after, require
-from rlhf_core.testing.option_values import other_values
+from rlhf_core.testing.option_values import SPEED_ALONE, other_values
 from rlhf_core.testing.trainer_setup import GRADIENT, TrainerSetup
 from rlhf_core.testing.workbench import NothingToLearn, Workbench
 from rlhf_core.training.logger import without_timing
@@ -214,7 +214,8 @@ def _own_options(config: type[BaseModel]) -> list[tuple[str, ...]]:
     core = {*TrainerConfig.model_fields, *ReferenceConfig.model_fields, *_ONLINE}
     # How a model is loaded is the core's concern, too.
     paths = [tuple(name.split(".")) for name in single_options(config, without=(ModelConfig, LoraConfig))]
-    return [path for path in paths if path[0] not in core]
+    speed = [("generation", name) for name in SPEED_ALONE]
+    return [path for path in paths if path[0] not in core and path not in speed]
 
 
 def _nested(path: tuple[str, ...], value: Any) -> dict[str, Any]:

@@ -187,8 +187,8 @@ def test_rows_with_a_rule_are_drawn_token_by_token(policy: PolicyModel) -> None:
 
 
 def tiny_words() -> PreTrainedTokenizerFast:
-    """Return a tokenizer of seven words and an end token."""
-    words = {word: number for number, word in enumerate(["a", "b", "c", "d", "e", "f", "g", "<end>"])}
+    """Return a tokenizer of seven words and an end token, which has the id of the tiny model's."""
+    words = {word: number for number, word in enumerate(["a", "b", "<end>", "c", "d", "e", "f", "g"])}
     backend = Tokenizer(models.WordLevel(words, unk_token="a"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<end>")
@@ -207,7 +207,7 @@ def chances(policy: PolicyModel, ids: list[int], length: int, temperature: float
     kept = kept / kept.sum()
     found = {}
     for token in kept.nonzero()[:, 0].tolist():
-        rest = {(): 1.0} if token == 7 else chances(policy, [*ids, token], length - 1, temperature, top_p)
+        rest = {(): 1.0} if token == 2 else chances(policy, [*ids, token], length - 1, temperature, top_p)
         found.update({(token, *ids_behind): float(kept[token]) * share for ids_behind, share in rest.items()})
     return found
 
