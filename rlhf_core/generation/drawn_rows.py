@@ -282,7 +282,7 @@ class DrawnRows:
         return self.sampling.confidence_window - 1
 
     def _is_unsure(self, logits: Tensor, slots: Tensor, position: Tensor) -> Tensor:
-        """Keep the confidence of the tokens (N,) of slots at positions, drawn from logits (N, V); tell whether they end their rows.
+        """Keep the confidence of the tokens drawn from logits (N, V) for slots (N,) at positions (N,); tell which end their rows.
 
         They do where the mean over the window that ends with them is below the least. It is summed again for each token: rounding
         of a running sum would depend on tokens that have left the window.

@@ -214,8 +214,9 @@ def _own_options(config: type[BaseModel]) -> list[tuple[str, ...]]:
     core = {*TrainerConfig.model_fields, *ReferenceConfig.model_fields, *_ONLINE}
     # How a model is loaded is the core's concern, too.
     paths = [tuple(name.split(".")) for name in single_options(config, without=(ModelConfig, LoraConfig))]
-    speed = [("generation", name) for name in SPEED_ALONE]
-    return [path for path in paths if path[0] not in core and path not in speed]
+    # What the engine does with them is its concern; completions of the kit are too short for those about confidence.
+    engines = [("generation", name) for name in (*SPEED_ALONE, "min_confidence", "confidence_window", "confidence_top")]
+    return [path for path in paths if path[0] not in core and path not in engines]
 
 
 def _nested(path: tuple[str, ...], value: Any) -> dict[str, Any]:

@@ -41,6 +41,7 @@ class SpeculativeDecoder(Sampler):
     """Draws the completions that `generate` draws, with guessed tokens of which one pass of the policy verifies several."""
 
     api = 1
+    on_policy = True
     Config = SpeculativeConfig
     config: SpeculativeConfig
     roles: ClassVar = {"policy": "policy", "draft_model": "policy"}
