@@ -85,11 +85,12 @@ def samplers(candidates: int) -> dict[str, tuple[str, dict[str, Any]]]:
     """Return name → method and options."""
     common: dict[str, Any] = {"candidates": candidates, "max_new_tokens": MOST_TOKENS}
     vote = {"choose": "majority", **common}
-    stopping = {"confidence_window": 8, **common}
+    stopping = {"confidence_window": 4, **common}
     return {
         FIRST: ("best_of_n", vote),
         "majority, ended once it is certain": ("best_of_n", {"round_size": 4, **vote}),
         "confidence, equal votes": ("confidence", {"weight": "equal", **stopping}),
+        "confidence, equal votes, keep 1": ("confidence", {"weight": "equal", "keep": 1.0, **stopping}),
         "confidence": ("confidence", stopping),
         "confidence, no consensus": ("confidence", {"consensus": None, **stopping}),
         "confidence, keep 0.5": ("confidence", {"keep": 0.5, **stopping}),

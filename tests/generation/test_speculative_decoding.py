@@ -98,8 +98,9 @@ def drafter(name: str, policy: PolicyModel) -> Drafter:
         {"temperature": 0.7, "top_p": 0.9},
         {"top_k": 5, "min_p": 0.01, "repetition_penalty": 1.3},
         {"min_new_tokens": 20, "stop": ["e"]},
+        {"min_confidence": 3.65, "confidence_window": 3},
     ],
-    ids=["greedy", "sampled", "nucleus", "penalty", "stop"],
+    ids=["greedy", "sampled", "nucleus", "penalty", "stop", "confidence"],
 )
 @pytest.mark.parametrize("name", ["itself", "other", "ngram", "suffix"])
 def test_completions_are_those_without_a_draft(policy: PolicyModel, name: str, options: dict[str, Any]) -> None:
@@ -114,9 +115,10 @@ def test_completions_are_those_without_a_draft(policy: PolicyModel, name: str, o
             assert one.logprobs == pytest.approx(other.logprobs, abs=2e-5)
             assert one.raw_logprobs == pytest.approx(other.raw_logprobs, abs=2e-5)
             assert one.kept_mass == pytest.approx(other.kept_mass, abs=2e-5)
+            assert one.confidence == pytest.approx(other.confidence, abs=2e-5)
     counts = drafts.counts
     assert counts.accepted > 0 or name in ("other", "ngram")  # of random texts only the same ones are guessed
-    if name == "itself" and not options.keys() & {"repetition_penalty", "min_new_tokens"}:
+    if name == "itself" and not options.keys() & {"repetition_penalty", "min_new_tokens", "min_confidence"}:
         # The same model drawing with the same numbers is always right: six tokens in a pass.
         assert counts.accepted == counts.guessed
         assert counts.passes <= sum(-(-len(one.ids) // 6) + 1 for one in itertools.chain(*plain))
