@@ -12,7 +12,7 @@ from rlhf_core.config.sampling_options import SamplingConfig
 from rlhf_core.generation.drafting import NONE, Drafter, DraftRow, Guesses
 
 PAIR = 2
-"""Places are found by the last two tokens before them."""
+"""Places are found by the last two tokens before them; where none has both, by the last one."""
 LONGEST_MATCH = 12
 """Most tokens that are compared before a place."""
 MOST_PLACES = 16
@@ -26,8 +26,8 @@ class TokenIndex:
 
     def __init__(self, texts: Iterable[Sequence[int]] = ()) -> None:
         self._texts: list[list[int]] = []
-        self._places: defaultdict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
-        """Two tokens → where what followed them lies: text, place in it."""
+        self._places: defaultdict[tuple[int, ...], list[tuple[int, int]]] = defaultdict(list)
+        """One or two tokens → where what followed them lies: text, place in it."""
         for text in texts:
             self.extend(self.new_text(), text)
 
@@ -44,8 +44,8 @@ class TokenIndex:
         """Add tokens to the end of a text."""
         own = self._texts[text]
         for token in ids:
-            if len(own) >= PAIR:
-                self._places[own[-2], own[-1]].append((text, len(own)))
+            for known in range(1, min(PAIR, len(own)) + 1):
+                self._places[tuple(own[-known:])].append((text, len(own)))
             own.append(token)
 
     def guess(self, ids: Sequence[int], most: int) -> Guesses:
@@ -53,12 +53,15 @@ class TokenIndex:
 
         A guess's kind is how many tokens match before it, and how many places speak for it and against it, each up to a few.
         """
-        if len(ids) < PAIR or most < 1:
+        if most < 1:
+            return NONE
+        known = next((k for k in range(min(PAIR, len(ids)), 0, -1) if tuple(ids[-k:]) in self._places), 0)
+        if not known:
             return NONE
         places, longest = list[tuple[int, int]](), 0
-        for text, at in reversed(self._places.get((ids[-2], ids[-1]), ())[-MOST_PLACES:]):
+        for text, at in reversed(self._places[tuple(ids[-known:])][-MOST_PLACES:]):
             own = self._texts[text]
-            length = PAIR
+            length = known
             while length < min(LONGEST_MATCH, at, len(ids)) and own[at - 1 - length] == ids[-1 - length]:
                 length += 1
             if length > longest:

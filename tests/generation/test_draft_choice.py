@@ -24,12 +24,16 @@ def row(ids: list[int], state: object = None, room: int = 8, left: int = 100) ->
 def test_a_guess_follows_the_longest_match(texts: list[list[int]], ids: list[int]) -> None:
     """Against every place of every text, compared token by token."""
     found = TokenIndex(texts).guess(ids, 3)
-    places = [
-        (text, at)
-        for text in range(len(texts))
-        for at in range(2, len(texts[text]))
-        if len(ids) >= 2 and texts[text][at - 2 : at] == ids[-2:]
-    ][-MOST_PLACES:]
+    places: list[tuple[int, int]] = []
+    for known in (1, 2):
+        ends = ids[-known:] if len(ids) >= known else None
+        found_here = [
+            (text, at)
+            for text in range(len(texts))
+            for at in range(known, len(texts[text]))
+            if texts[text][at - known : at] == ends
+        ]
+        places = found_here[-MOST_PLACES:] or places
     if not places:
         assert found == ([], [])
         return
@@ -54,11 +58,12 @@ def test_a_text_is_looked_up_in_itself() -> None:
     text = [1, 2, 3, 4, 9, 1, 2]
     (found,) = drafter.propose([row(text, state)], 3, SamplingConfig())
     assert found.ids == [3, 4, 9]
-    text += [3, 5, 2]  # no pair like it yet
-    assert drafter.propose([row(text, state)], 3, SamplingConfig()) == [([], [])]
+    text += [3, 5, 2]  # no pair like it yet: the last token alone
+    assert drafter.propose([row(text, state)], 1, SamplingConfig())[0].ids == [3]
     text += [3]
     (found,) = drafter.propose([row(text, state)], 2, SamplingConfig())
     assert found.ids in ([4, 9], [5, 2])  # both follow the longest match
+    assert drafter.propose([row([*text, 8], drafter.begin([]))], 3, SamplingConfig()) == [([], [])]
 
 
 def test_earlier_completions_of_the_prompt_are_remembered_up_to_a_limit() -> None:
