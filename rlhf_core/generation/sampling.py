@@ -226,7 +226,9 @@ def _least_of(values: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor,
     Args:
         values: (R, H) the largest probabilities, falling.
     """
+    tied = torch.zeros_like(values[:, :1], dtype=torch.bool)
     if top_k:
+        tied = values[:, -1:] >= values[:, top_k - 1 : top_k]  # then others may be as likely, and count in the total
         values = values.where(values >= values[:, top_k - 1 : top_k], 0)
     ends = _span_ends(values)
     count = torch.full_like(ends[:, :1], top_k or values.shape[1], dtype=torch.long)
@@ -237,7 +239,7 @@ def _least_of(values: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor,
         count = _first_reaching(values, ends, target, beyond=False).clamp(max=values.shape[1] - 1) + 1
     least = values.gather(1, count - 1)
     equal_or_more = torch.searchsorted(-values, -least, right=True)
-    return least, equal_or_more - count, short | (equal_or_more == values.shape[1])
+    return least, equal_or_more - count, tied | short | (equal_or_more == values.shape[1])
 
 
 def _falling(weights: Tensor, most: int, scratch: Tensor) -> Tensor:

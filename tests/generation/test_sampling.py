@@ -97,6 +97,16 @@ def assert_drawn_as_by(
     assert torch.allclose(found.kept_mass.double(), share, atol=1e-5)
 
 
+def test_ties_with_the_last_of_top_k_beyond_those_sorted_first_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Top-p is a share of all tokens that top-k keeps, of those that are as likely as the k-th, too."""
+    monkeypatch.setattr(drawing, "HEAD", 1)
+    logits = torch.tensor([4.0, *[0.0] * 12, *[1.125] * 4])
+    sampling = SamplingConfig(temperature=0.6, top_k=2, top_p=0.97)
+    expected, share = oracle(logits, None, sampling, (), small=True)
+    assert (expected > 0).sum() == 2
+    assert_drawn_as_by(expected, share, logits, sampling)
+
+
 @given(data=st.data())
 def test_the_distribution_is_that_of_transformers_processors(data: st.DataObject) -> None:
     """With ties, impossible tokens, seen and barred ones; however few tokens are sorted first, and in both number formats."""
