@@ -180,6 +180,9 @@ def test_inference_time_compute(tmp_path: Path, environment: dict[str, str]) -> 
     assert "sampled: 2 rows" in printed and "tokens_forwarded" in printed
     rows = [json.loads(line) for line in (tmp_path / "majority.jsonl").read_text().splitlines()]
     assert all(row["details"]["candidates"] <= 16 for row in rows)
+    rows = [json.loads(line) for line in (tmp_path / "confidence.jsonl").read_text().splitlines()]
+    assert len(rows) == 8 and all(row["details"]["candidates"] <= 12 for row in rows)
+    assert sum(row["details"]["stopped"] for row in rows) > 0
     for name, key, most in (("adaptive", "candidates", 6 * 16), ("verified", None, 48 * 16)):
         rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         (unspent,) = {row["details"]["unspent"] for row in rows}
