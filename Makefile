@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint bench bench-generation bench-online gpu smollm2 docs clean
+.PHONY: demo test test-slow lint bench bench-generation bench-online bench-speculative gpu smollm2 docs clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -35,6 +35,10 @@ bench-generation: $(STAMP)
 # One step of GRPO beside TRL's, phase by phase.
 bench-online: $(STAMP)
 	$(BIN)/python benchmarks/online.py
+
+# Speculative decoding beside the engine without a draft and transformers' assisted generation.
+bench-speculative: $(STAMP)
+	$(BIN)/python benchmarks/speculative.py
 
 # On a machine with a GPU, where nothing can be installed: the environment where there is one, else the machine's own Python.
 # `make gpu GPU="--wheels wheels --output DIR"` hands options on.

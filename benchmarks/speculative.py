@@ -6,8 +6,8 @@
 Three kinds of work. `copy` asks for a text to be repeated, greedily, and drafts by look-up in the prompt (`ngram`). `questions`
 draws with temperature 1 where look-ups find little: a draft must not cost anything there. `epochs` draws eight completions per
 question with other random numbers each round, as the epochs of GRPO do, and drafts from those of earlier rounds (`suffix`). With
-`--draft-model` a model of the same tokenizer drafts in the first two as well. End tokens end nothing, so each contender draws the
-same number of tokens. All contenders draw in one process, in turn, and the first round isn't counted: in it weights are packed
+`--draft-model` a model of the same tokenizer drafts in the first two as well, where end tokens end nothing, so that each contender
+draws the same number of tokens; in `epochs` all contenders are ours, which draw the same completions. All contenders draw in one process, in turn, and the first round isn't counted: in it weights are packed
 and costs are measured. `speed-up` is the median over rounds of the ratio to the engine without a draft in the same round.
 transformers takes part at batch 1, where alone it can assist: by prompt look-up, or by the draft model. It is checked that
 contenders of ours draw the same tokens: `differing` completions, since in 16 bits rounding may exchange equally likely tokens.
@@ -100,7 +100,7 @@ def measure(
     encoded = prompt_batch(policy, prompts)
     sampling = SamplingConfig(
         max_new_tokens=options.tokens,
-        min_new_tokens=options.tokens,
+        min_new_tokens=0 if kind == "epochs" else options.tokens,
         temperature=0 if kind == "copy" else options.temperature,
     )
     drafts: dict[str, Drafts | None] = {"no draft": None}
@@ -124,6 +124,7 @@ def measure(
             peer = assisted(options.model, policy, encoded, sampling, assistant_model=assistant)
             contenders["transformers, model"] = peer
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    tokens = 0
     differing: dict[str, int] = dict.fromkeys(contenders, 0)
     for number in range(options.rounds + 1):
         expected: list[list[int]] = []
@@ -133,6 +134,7 @@ def measure(
             if number:
                 seconds[name].append(time.perf_counter() - begin)
             expected = expected or drawn
+            tokens += sum(map(len, drawn)) if number and name == "no draft" else 0
             if name in drafts:
                 differing[name] += sum(own != other for own, other in zip(drawn, expected, strict=True))
     rows = []
@@ -144,7 +146,7 @@ def measure(
                 "batch": batch,
                 "contender": name,
                 "seconds": own,
-                "tokens_per_second": batch * options.tokens / statistics.median(own),
+                "tokens_per_second": tokens / options.rounds / statistics.median(own),
                 "speed_up": statistics.median(a / b for a, b in zip(seconds["no draft"], own, strict=True)),
                 "differing": differing[name],
                 **({} if counts is None else counts.report()),
