@@ -3,16 +3,17 @@
     python benchmarks/speculative.py [--model DIR] [--draft-model DIR] [--precision bf16] [--work copy questions epochs]
         [--batches 1 4 16 64] [--rounds 5] [--tokens 96] [--threads 1] [--output FILE]
 
-Three kinds of work. `copy` asks for a text to be repeated, greedily, and drafts by look-up in the prompt (`ngram`). `questions`
-draws with temperature 1 where look-ups find little: a draft must not cost anything there. `epochs` draws eight completions per
-question with other random numbers each round, as the epochs of GRPO do, and drafts from those of earlier rounds (`suffix`). With
-`--draft-model` a model of the same tokenizer drafts in the first two as well. There end tokens end nothing, so that each contender
-draws the same number of tokens; in `epochs` all contenders are ours, which draw the same completions.
+Three kinds of work. `copy` asks for a text to be repeated, greedily, and drafts by look-up in the prompt (`ngram`).
+`questions` draws with temperature 1 where look-ups find little: a draft must not cost anything there. `epochs` draws eight
+completions per question with other random numbers each round, as the epochs of GRPO do, and drafts from those of earlier
+rounds (`suffix`). With `--draft-model` a model of the same tokenizer drafts in the first two as well. There end tokens end
+nothing, so that each contender draws the same number of tokens; in `epochs` all contenders are ours, which draw the same
+completions.
 
-All contenders draw in one process, in turn, and the first round isn't counted: in it weights are packed and costs are measured.
-`speed-up` is the median over rounds of the ratio to the engine without a draft in the same round. transformers takes part at batch
-1, where alone it can assist: by prompt look-up, or by the draft model. Contenders of ours should draw the same tokens; `differing`
-counts the completions that don't, since in 16 bits rounding may exchange equally likely tokens.
+All contenders draw in one process, in turn, and the first round isn't counted: in it weights are packed and costs are
+measured. `speed-up` is the median over rounds of the ratio to the engine without a draft in the same round. transformers
+takes part at batch 1, where alone it can assist: by prompt look-up, or by the draft model. Contenders of ours should draw the
+same tokens; `differing` counts the completions that don't, since in 16 bits rounding may exchange equally likely tokens.
 """
 
 from __future__ import annotations
