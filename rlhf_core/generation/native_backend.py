@@ -61,6 +61,10 @@ class _Said:
         self.said = False
 
 
+class _Undrafted(_Said):
+    """Whether it was said that drafts have no use for a policy."""
+
+
 class NativeBackend(Backend):
     """Draws completions in this process, with the policy's own modules.
 
@@ -162,6 +166,8 @@ class NativeBackend(Backend):
                         stack.enter_context(drafts.drafter.running(requests))
                         run = decoding.run(requests, sampling, drafts=drafts)
                     else:
+                        if drafts is not None:
+                            self._say_undrafted()
                         run = decoding.run(requests, sampling)
                     stack.enter_context(contextlib.closing(run))
                     stack.enter_context(self._for_decoding(pack=pack, adapters=adapters))
@@ -321,6 +327,12 @@ class NativeBackend(Backend):
         if not self.policy.measured(_Said).said:
             self.policy.measured(_Said).said = True
             log.info("%s generates through transformers' own loop, which is slower: %s", self.policy.source, reason)
+
+    def _say_undrafted(self) -> None:
+        """Log, once per policy, that drafts have no use for it."""
+        if not self.policy.measured(_Undrafted).said:
+            self.policy.measured(_Undrafted).said = True
+            log.info("%s: no draft is used, since transformers' own loop draws token by token", self.policy.source)
 
     @contextlib.contextmanager
     def _adapters(self) -> Iterator[FusedAdapters]:

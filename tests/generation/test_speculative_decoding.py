@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from architectures import make_tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -258,3 +259,13 @@ def test_a_backend_that_takes_no_drafts_refuses_them(policy: PolicyModel) -> Non
 
     with pytest.raises(ConfigError, match="can't verify drafts"):
         Engine(policy, backend=Other(policy, memory=None, most_rows=1), drafts=Drafts(NgramDrafter()))
+
+
+def test_a_model_without_the_fast_loop_says_that_no_draft_is_used(caplog: pytest.LogCaptureFixture) -> None:
+    policy = PolicyModel(make_tiny("mamba"), tiny_tokenizer())
+    batch, sampling = prompt_batch(policy, ["a"]), SamplingConfig(max_new_tokens=6)
+    plain = Engine(policy, seed=1).generate(batch, 1, sampling)
+    with caplog.at_level("INFO"):
+        found = [Engine(policy, seed=1).generate(batch, 1, sampling.updated(draft="ngram")) for _ in range(2)]
+    assert [one[0][0].ids for one in found] == [plain[0][0].ids] * 2
+    assert caplog.text.count("no draft is used") == 1
