@@ -6,7 +6,7 @@ import logging
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,9 +16,11 @@ from rlhf_core.cli.quick_imports import no_bars_in_logs, quick_imports
 from rlhf_core.infra.errors import ConfigError
 
 if TYPE_CHECKING:
+    from rlhf_core.config.training import ModelConfig
     from rlhf_core.contracts.sampler import Sampler
     from rlhf_core.evaluation.sampler_comparison import SamplerScore
     from rlhf_core.generation.sampling_job import SamplingJob
+    from rlhf_core.models import PolicyModel
     from rlhf_core.rewards import Rewards
 
 log = logging.getLogger(__name__)
@@ -162,20 +164,21 @@ def _loaded(jobs: Mapping[str, SamplingJob]) -> dict[str, Sampler]:
     from rlhf_core.data.text_options import save_text_options
 
     for job in jobs.values():
-        for model in job.policies().values():
+        for model in (model for models in job.policies().values() for model in models):
             check_model(model.path)
     rewards = {text: job.rewards() for text, job in jobs.items()}
-    opened: dict[str, Any] = {}
+    opened: dict[str, PolicyModel] = {}
     samplers = {}
     for text, job in jobs.items():
-        policies = {}
-        for role, model in job.policies().items():
+
+        def load(model: ModelConfig, job: SamplingJob = job) -> PolicyModel:
             key = model.model_dump_json()
             if key not in opened:
                 opened[key] = open_policy(model, precision=job.run.precision)
                 save_text_options(opened[key].tokenizer, job.text_options())
-            policies[role] = opened[key]
-        samplers[text] = job.sampler(job.options, **policies, **rewards[text])
+            return opened[key]
+
+        samplers[text] = job.sampler(job.options, **job.loaded_with(load), **rewards[text])
     return samplers
 
 

@@ -19,11 +19,13 @@ from rlhf_core.cli.resumable_output import OverwriteOption, ResumeOption, check_
 from rlhf_core.infra.errors import ConfigError
 
 if TYPE_CHECKING:
+    from rlhf_core.config.training import ModelConfig
     from rlhf_core.contracts.completion import Completion
     from rlhf_core.contracts.sampler import Sampler
     from rlhf_core.data.prompt_rows import PromptRow
     from rlhf_core.data.row_output import RowOutput
     from rlhf_core.generation.sampling_job import SamplingJob
+    from rlhf_core.models import PolicyModel
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +103,7 @@ def _sample(job: SamplingJob, output: Path | None, *, resume: bool, overwrite: b
     from rlhf_core.infra.devices import DeviceManager
 
     rewards = job.rewards()
-    for model in job.policies().values():
+    for model in (model for models in job.policies().values() for model in models):
         check_model(model.path)
     rows = job.prompts()
     check_columns(rows, job.run)
@@ -140,20 +142,22 @@ def _loaded(job: SamplingJob, rewards: dict[str, Any]) -> Sampler:
     from rlhf_core.cli.model_argument import open_policy
     from rlhf_core.data.text_options import save_text_options
 
-    policies = {}
-    for role, model in job.policies().items():
-        policies[role] = open_policy(model, precision=job.run.precision)
-        save_text_options(policies[role].tokenizer, job.text_options())
-    return job.sampler(job.options, **policies, **rewards)
+    def load(model: ModelConfig) -> PolicyModel:
+        policy = open_policy(model, precision=job.run.precision)
+        save_text_options(policy.tokenizer, job.text_options())
+        return policy
+
+    return job.sampler(job.options, **job.loaded_with(load), **rewards)
 
 
 def _warn_of_plain_text(sampler: Sampler, rows: Sequence[PromptRow]) -> None:
     """Warn where texts are continued as they are by a model that has a chat template, and nothing says that this is wanted."""
     from rlhf_core.data.text_options import TextOptions
+    from rlhf_core.generation.sampler_models import policies_of
 
-    for role, kind in sampler.roles_for(sampler.config).items():
-        tokenizer = sampler.models[role].tokenizer if kind == "policy" else None
-        if tokenizer is None or not tokenizer.chat_template or TextOptions.saved_with(tokenizer).wrap is not None:
+    for policy in policies_of(sampler).values():
+        tokenizer = policy.tokenizer
+        if not tokenizer.chat_template or TextOptions.saved_with(tokenizer).wrap is not None:
             continue
         if any(isinstance(row.prompt, str) for row in rows):
             log.warning(

@@ -57,7 +57,8 @@ class SamplerConfig(BaseConfig):
     roles: dict[str, Any] = Field(
         default_factory=dict,
         description="Its models besides the policy, which is the run's, by role: a reward's name, a list of rewards, or the path"
-        " of a model that rewards; of a role that generates, such as `draft`, a model's path or `{path: …}`.",
+        " of a model that rewards; of a role that generates, such as `draft`, a model's path or `{path: …}`, or a list of these"
+        " where it takes several models.",
     )
 
 

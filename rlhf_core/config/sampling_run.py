@@ -115,6 +115,12 @@ def run_config_of(roles: Mapping[str, str], *, sampler: str) -> type[SamplingRun
         if kind == "policy":
             text = f"Model of the sampler's role `{role}`, given as `model` is; null where its options need none."
             own[role] = (ModelConfig | None, Field(None, description=text))
+        elif kind == "policies":
+            text = (
+                f"Models of the sampler's role `{role}`, each given as `model` is, one flag per model; more need more memory and"
+                " time. Null where its options need none."
+            )
+            own[role] = (list[ModelConfig] | None, Field(None, min_length=1, description=text))
         else:
             text = (
                 f"Reward of the sampler's role `{role}`: a name, `package.module:function`, or a reward model's path; null where"

@@ -24,8 +24,8 @@ class Sampler(ABC):
     api: ClassVar[int]
     Config: ClassVar[type[BaseConfig]] = BaseConfig
     roles: ClassVar[Mapping[str, str]] = {"policy": "policy"}
-    """The models that it needs, role → kind: `policy` for a `PolicyModel`, `reward` for whatever is accepted as one reward or
-    several. `roles_for` leaves out those that some options don't need."""
+    """The models that it needs, role → kind: `policy` for a `PolicyModel`, `policies` for a list of one or more, `reward` for
+    whatever is accepted as one reward or several. `roles_for` leaves out those that some options don't need."""
 
     shares_budget: ClassVar[bool] = False
     """Whether prompts that are answered together share what is spent, so that completions depend on all of them."""
@@ -34,12 +34,13 @@ class Sampler(ABC):
     completions for the policy's own warns of a `rollout_sampler`, or refuses it."""
 
     models: Mapping[str, Any]
-    """Its models by role: a `PolicyModel`, or `Rewards`."""
+    """Its models by role: a `PolicyModel`, a tuple of them, or `Rewards`."""
 
     def __init__(self, config: BaseConfig | None = None, **models: Any) -> None:
         """Take a configuration, its defaults where None, and each model that `roles_for` it names.
 
-        A reward is a name, a function, a `RewardFn`, a `RewardConfig` or its mapping, or the path of a reward model.
+        A role of kind `policies` takes a list. A reward is a name, a function, a `RewardFn`, a `RewardConfig` or its mapping, or
+        the path of a reward model.
 
         Raises:
             ConfigError: a role is missing, unknown, not used with these options, or given something else than it needs.

@@ -16,11 +16,11 @@ from rlhf_core.contracts.sampler import Sampler
 from rlhf_core.data.prompt_rows import PromptRow, read_prompts
 from rlhf_core.generation.kept_backend import forget_kept
 from rlhf_core.generation.sampled_rows import input_columns, sample_rows
+from rlhf_core.generation.sampler_models import policies_of
 from rlhf_core.generation.watching import counting_forwarded
 from rlhf_core.infra.errors import ConfigError
 from rlhf_core.infra.files import storage_errors
 from rlhf_core.infra.seeds import stream_seed
-from rlhf_core.models.policy_model import PolicyModel
 from rlhf_core.rewards import Rewards, open_rewards
 
 
@@ -132,9 +132,8 @@ class _Comparison:
 
     def measure(self, name: str, sampler: Sampler, first: SamplerScore | None) -> SamplerScore:
         """Answer all prompts with one sampler, `repeats` times, and return what was found, compared with the first sampler."""
-        for model in sampler.models.values():
-            if isinstance(model, PolicyModel):
-                forget_kept(model)
+        for model in policies_of(sampler).values():
+            forget_kept(model)
         before, counted, seconds = dict(sampler.forwarded), 0, 0.0
 
         def count(tokens: int) -> None:
@@ -152,7 +151,7 @@ class _Comparison:
         forwarded = {role: tokens - before.get(role, 0) for role, tokens in sampler.forwarded.items()}
         # Engines report all tokens of policies; those of a reward's model are known where the sampler counts them.
         kinds = sampler.roles_for(sampler.config)
-        counted += sum(tokens for role, tokens in forwarded.items() if kinds.get(role) != "policy")
+        counted += sum(tokens for role, tokens in forwarded.items() if kinds.get(role) == "reward")
         difference = None
         if first is not None:
             more = [own - other for own, other in zip(by_prompt, first.by_prompt, strict=True)]

@@ -20,6 +20,7 @@ from rlhf_core.data.row_values import as_json
 from rlhf_core.generation.encoded_prompts import CONTEXT
 from rlhf_core.generation.engine import prompt_keys
 from rlhf_core.generation.generate import encode_prompts
+from rlhf_core.generation.sampler_models import policies_of
 from rlhf_core.infra.errors import DataError, PluginError
 from rlhf_core.infra.seeds import stream_seed
 
@@ -48,9 +49,8 @@ def occurrences(sampler: Sampler, rows: Sequence[PromptRow]) -> list[int]:
         DataError: a prompt leaves no room for a completion among a policy's positions; its row is named.
         ModelError: a tokenizer lacks what the prompts need, such as a chat template.
     """
-    policies = [sampler.models[role] for role, kind in sampler.roles_for(sampler.config).items() if kind == "policy"]
     keys: list[Any] = [json.dumps([row.prompt, row.tools], sort_keys=True) for row in rows]
-    for number, policy in enumerate(policies):
+    for number, policy in enumerate(policies_of(sampler).values()):
         found: list[int] = []
         for start in range(0, len(rows), _ENCODED_TOGETHER):
             some = rows[start : start + _ENCODED_TOGETHER]

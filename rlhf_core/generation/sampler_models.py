@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,22 @@ from rlhf_core.infra.model_files import reward_at
 from rlhf_core.models.policy_model import PolicyModel
 from rlhf_core.rewards import Rewards, open_rewards
 
-ROLE_KINDS = ("policy", "reward")
-"""Kinds of model that a sampler's role may name: a `PolicyModel`, or anything that is accepted as a reward."""
+ROLE_KINDS = ("policy", "policies", "reward")
+"""Kinds of model that a sampler's role may name: a `PolicyModel`, a list of them, or anything that is accepted as a reward."""
+_WHAT = {
+    "policy": "a PolicyModel",
+    "policies": "a list of PolicyModels",
+    "reward": "a reward: a name, a function, a RewardFn, or a reward model's path",
+}
+"""Kind → what is given for it, for messages."""
 
 
 def models_by_role(sampler: type[Sampler], config: BaseConfig, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a sampler's models by role: policies as given, and rewards as `Rewards`.
+    """Return a sampler's models by role: policies as given, lists of them as tuples, and rewards as `Rewards`.
 
     Args:
         config: decides which roles are needed, by `Sampler.roles_for`.
-        given: role → a `PolicyModel`, or a reward in any accepted form.
+        given: role → a `PolicyModel`, a list of them, or a reward in any accepted form.
 
     Raises:
         ConfigError: a role is missing, unknown, not used, or has another kind of model than it needs.
@@ -41,7 +47,7 @@ def load_models(sampler: type[Sampler], config: BaseConfig, sources: Mapping[str
     """Return a sampler's models by role; policies given by path are loaded frozen, on this process's device.
 
     Args:
-        sources: role → a path, a `ModelConfig` or its mapping, or a model in memory.
+        sources: role → a path, a `ModelConfig` or its mapping, a model in memory, or a list of these.
 
     Raises:
         ConfigError: as `models_by_role`.
@@ -50,9 +56,41 @@ def load_models(sampler: type[Sampler], config: BaseConfig, sources: Mapping[str
     _check_roles(sampler, config, sources)
     loaded = dict(sources)
     for role, kind in sampler.roles_for(config).items():
-        if kind == "policy" and not isinstance(sources[role], PolicyModel):
-            loaded[role] = load_policy(sources[role], role, place=f"{sampler.__name__}.load({role}=…)")
+        place = f"{sampler.__name__}.load({role}=…)"
+        if kind == "policy":
+            loaded[role] = _loaded(sources[role], role, place)
+        elif kind == "policies":
+            loaded[role] = [_loaded(one, role, place) for one in _several(sources[role], role, place)]
     return loaded
+
+
+def policies_of(sampler: Sampler) -> dict[str, PolicyModel]:
+    """Return the policies of a sampler by the names of their roles; those of a list are `members[0]`, `members[1]` and so on."""
+    found: dict[str, PolicyModel] = {}
+    for role, kind in sampler.roles_for(sampler.config).items():
+        if kind == "policy":
+            found[role] = sampler.models[role]
+        elif kind == "policies":
+            found |= {f"{role}[{number}]": one for number, one in enumerate(sampler.models[role])}
+    return found
+
+
+def _loaded(source: Any, role: str, place: str) -> PolicyModel:
+    return source if isinstance(source, PolicyModel) else load_policy(source, role, place=place)
+
+
+def _several(given: Any, role: str, place: str) -> list[Any]:
+    """Return what was given for a role of kind `policies` as a list.
+
+    Raises:
+        ConfigError: it isn't a list, or is empty.
+    """
+    if isinstance(given, str | Path | Mapping) or not isinstance(given, Iterable):
+        problem = f"the role `{role}` takes a list of models"
+        raise ConfigError(problem, place=place, got=shortened(given), fix=f"`{role}=[…]`")
+    if not (several := list(given)):
+        raise ConfigError(f"the list of models for the role `{role}` is empty", place=place, fix="give at least one")
+    return several
 
 
 def load_policy(source: Any, role: str, *, place: str) -> PolicyModel:
@@ -112,7 +150,7 @@ def _check_roles(sampler: type[Sampler], config: BaseConfig, given: Mapping[str,
             raise PluginError(
                 f"a sampler's role names an unknown kind of model, `{kind}`",
                 place=f"{name}.roles[{role!r}]",
-                fix=f"use {' or '.join(ROLE_KINDS)}",
+                fix=f"use {', '.join(ROLE_KINDS[:-1])} or {ROLE_KINDS[-1]}",
             )
     if unknown := next((role for role in given if role not in roles), None):
         raise ConfigError(
@@ -124,25 +162,20 @@ def _check_roles(sampler: type[Sampler], config: BaseConfig, given: Mapping[str,
         raise ConfigError(problem, place=f"{name}({unused}=…)", fix="leave it out")
     if missing := [role for role in needed if given.get(role) is None]:
         role = missing[0]
-        what = (
-            "a PolicyModel"
-            if roles[role] == "policy"
-            else "a reward: a name, a function, a RewardFn, or a reward model's path"
-        )
         raise ConfigError(
-            f"no model is given for the sampler's role `{role}`", place=f"{name}({role}=…)", fix=f"give it {what}"
+            f"no model is given for the sampler's role `{role}`",
+            place=f"{name}({role}=…)",
+            fix=f"give it {_WHAT[roles[role]]}",
         )
 
 
 def _model(sampler: type[Sampler], role: str, kind: str, given: Any) -> Any:
     """Return what was given for a role as the kind of model that it needs; see `models_by_role`."""
     place = f"{sampler.__name__}({role}=…)"
+    if kind == "policies":
+        return tuple(_policy(sampler, role, one, place) for one in _several(given, role, place))
     if kind == "policy":
-        if not isinstance(given, PolicyModel):
-            fix = f"`{sampler.__name__}.load({role}=PATH)` loads one" if isinstance(given, str | Path) else None
-            problem = f"the model of the role `{role}` must be a PolicyModel"
-            raise ConfigError(problem, place=place, got=shortened(given), fix=fix)
-        return given
+        return _policy(sampler, role, given, place)
     if isinstance(given, Rewards):
         return given
     if isinstance(given, Path) or (isinstance(given, str) and Path(given).expanduser().is_dir()):
@@ -151,3 +184,11 @@ def _model(sampler: type[Sampler], role: str, kind: str, given: Any) -> Any:
     if not len(opened):
         raise ConfigError(f"the list of rewards for the role `{role}` is empty", place=place)
     return opened
+
+
+def _policy(sampler: type[Sampler], role: str, given: Any, place: str) -> PolicyModel:
+    if not isinstance(given, PolicyModel):
+        fix = f"`{sampler.__name__}.load({role}=PATH)` loads one" if isinstance(given, str | Path) else None
+        problem = f"the model of the role `{role}` must be a PolicyModel"
+        raise ConfigError(problem, place=place, got=shortened(given), fix=fix)
+    return given

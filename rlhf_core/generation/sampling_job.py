@@ -7,10 +7,10 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf_core import registry
 from rlhf_core.config.base import BaseConfig
@@ -21,11 +21,14 @@ from rlhf_core.config.yaml_file import dump_yaml, nest, overlay
 from rlhf_core.contracts.sampler import Sampler
 from rlhf_core.data.prompt_rows import PromptRow, names_file, read_prompts
 from rlhf_core.generation.sampled_rows import input_columns
-from rlhf_core.generation.sampler_models import reward_by_path
+from rlhf_core.generation.sampler_models import policies_of, reward_by_path
 from rlhf_core.infra.errors import ConfigError, DataError, PluginError
 from rlhf_core.infra.redact import redact
 from rlhf_core.registry.method_or_file import find_method, read_method_or_file
 from rlhf_core.rewards import Rewards, open_rewards
+
+if TYPE_CHECKING:
+    from rlhf_core.models.policy_model import PolicyModel
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")
 
@@ -47,10 +50,19 @@ class SamplingJob:
         """The roles that the sampler needs with its options, role → kind."""
         return self.sampler.roles_for(self.options)
 
-    def policies(self) -> dict[str, ModelConfig]:
-        """Return the models to load, by the sampler's role."""
-        roles = [role for role, kind in self.roles.items() if kind == "policy"]
-        return {role: getattr(self.run, "model" if role == POLICY else role) for role in roles}
+    def policies(self) -> dict[str, list[ModelConfig]]:
+        """Return the models to load, by the sampler's role: one each, or for the kind `policies` one or more."""
+        found: dict[str, list[ModelConfig]] = {}
+        for role, kind in self.roles.items():
+            given: Any = getattr(self.run, "model" if role == POLICY else role, None)
+            if kind in ("policy", "policies"):
+                found[role] = given if kind == "policies" else [given]
+        return found
+
+    def loaded_with(self, load: Callable[[ModelConfig], PolicyModel]) -> dict[str, Any]:
+        """Return the policies that a function loads, by role as the sampler takes them."""
+        loaded = {role: [load(model) for model in models] for role, models in self.policies().items()}
+        return {role: models if self.roles[role] == "policies" else models[0] for role, models in loaded.items()}
 
     def rewards(self) -> dict[str, Rewards]:
         """Return the opened rewards by the sampler's role; no model is loaded yet.
@@ -105,16 +117,14 @@ class SamplingJob:
         digest = hashlib.sha256()
         for row in rows:
             digest.update(json.dumps([row.prompt, row.tools, input_columns(row)], default=str).encode() + b"\n")
-        kinds = self.roles.items()
         return {
             "sampler": self.plugin.as_dict(),
             "options": options | {"method": self.plugin.qualified, "batch_size": together},
             "models": {
-                role: sampler.models[role].describe() | {"precision": str(sampler.models[role].precision)}
-                for role, kind in kinds
-                if kind == "policy"
+                name: policy.describe() | {"precision": str(policy.precision)}
+                for name, policy in policies_of(sampler).items()
             },
-            "rewards": {role: sampler.models[role].describe() for role, kind in kinds if kind == "reward"},
+            "rewards": {role: sampler.models[role].describe() for role, kind in self.roles.items() if kind == "reward"},
             "prompts": {"rows": len(rows), "sha256": digest.hexdigest()},
         }
 
@@ -172,7 +182,7 @@ def _require(
         role = POLICY if key == "model" else key
         if not (info.is_required() or role in roles) or values.get(key) is not None:
             continue
-        what = {"policy": "PATH", "reward": "NAME"}.get(roles.get(role, ""), "FILE|TEXT")
+        what = {"policy": "PATH", "policies": "PATH", "reward": "NAME"}.get(roles.get(role, ""), "FILE|TEXT")
         of = f", the sampler's role `{key}`" if key in roles else ""
         raise ConfigError(
             f"`{key}` is missing{of}", place=places[""], fix=f"give `--{key} {what}`, or `{key}:` in a file"

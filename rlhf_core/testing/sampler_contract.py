@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from itertools import islice
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 from unittest import SkipTest
 
 from rlhf_core.config.base import BaseConfig
@@ -24,6 +24,11 @@ from rlhf_core.testing.contract import MethodContract, after, is_number, require
 from rlhf_core.testing.kit_rewards import DigitReward
 from rlhf_core.testing.option_values import SPEED_ALONE, other_values
 from rlhf_core.testing.tiny import tiny_policy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlhf_core.contracts.batch import Batch
 
 STOP_REASONS = ("end", "length", "stop", "rule", "confidence")
 """What `Completion.stop_reason` may be."""
@@ -53,8 +58,11 @@ class SamplerContract(MethodContract):
         Override it where a role needs another model.
         """
         self.reward = DigitReward()
-        kinds = self._roles().items()
-        return {role: tiny_policy(seed) if kind == "policy" else self.reward for seed, (role, kind) in enumerate(kinds)}
+        made: dict[str, Any] = {}
+        for seed, (role, kind) in enumerate(self._roles().items()):
+            several = [tiny_policy(seed), tiny_policy(seed + 100)] if kind == "policies" else None
+            made[role] = several or (tiny_policy(seed) if kind == "policy" else self.reward)
+        return made
 
     def _roles(self) -> Mapping[str, str]:
         """Return the roles that the sampler needs with `options`."""
@@ -63,6 +71,18 @@ class SamplerContract(MethodContract):
     def instance(self) -> Sampler:
         """Return a new sampler with `options` and `models`."""
         return self.subject()(self.config(), **self.models())
+
+    def token_logits(self, sampler: Sampler, batch: Batch, completions: Sequence[Completion]) -> Tensor:
+        """Return (R, T, V) float32: the logits that each token of the completions was drawn from, at temperature 1.
+
+        Override it for a sampler that draws from another distribution than the policy's.
+
+        Args:
+            batch: prompts and their completions.
+            completions: R of them, in the order of the batch's responses.
+        """
+        states = sampler.policy.hidden_states(batch, drop_last=True)
+        return states.to_tokens(sampler.policy.logits(states.predicting()))
 
     def prompts(self) -> list[Any]:
         """Return different prompts, as text."""
@@ -330,10 +350,10 @@ class SamplerContract(MethodContract):
     @after(COUNTS)
     def test_models_do_not_change(self) -> None:
         """Sampling changes no weights or modes of the policies, and leaves no gradients in them."""
+        from rlhf_core.generation.sampler_models import policies_of
+
         sampler = self.instance()
-        policies = {
-            role: sampler.models[role] for role, kind in sampler.roles_for(sampler.config).items() if kind == "policy"
-        }
+        policies = policies_of(sampler)
         if not policies:
             raise SkipTest("the sampler has no policy")
         before = {role: [value.clone() for value in policy.state_dict().values()] for role, policy in policies.items()}
@@ -425,11 +445,12 @@ class SamplerContract(MethodContract):
         batch = Batch.from_completions(prompt_batch(sampler.policy, prompts), found)
         temperature = _temperature(sampler) if _only_truncates(sampler) else None
         checks = [("raw_logps", 1.0)] + ([("sampled_logps", temperature)] if temperature else [])
+        with torch.no_grad():
+            logits = self.token_logits(sampler, batch, _flat(found))
         for column, divisor in checks:
             if column not in batch.per_token:
                 continue
-            with torch.no_grad():
-                own = sampler.policy.token_logps(batch, temperature=divisor)
+            own = (logits / divisor).log_softmax(dim=-1).gather(2, batch.response_ids[..., None])[..., 0]
             stated = batch[column]
             if column == "sampled_logps" and "kept_mass" in batch.per_token:
                 stated = stated + batch["kept_mass"].clamp(min=1e-30).log()
@@ -462,14 +483,13 @@ class SamplerContract(MethodContract):
 
         if sampler.roles.get("policy") != "policy" or not _only_truncates(sampler):
             return
-        policy = sampler.policy
-        batch = Batch.from_completions(prompt_batch(policy, prompts), found)
+        batch = Batch.from_completions(prompt_batch(sampler.policy, prompts), found)
         if "kept_mass" not in batch.per_token:
             return
         with torch.no_grad():
-            states = policy.hidden_states(batch, drop_last=True)
-            likely = torch.softmax(policy.logits(states.predicting()) / temperature, dim=-1).topk(top_k).values
-        own, stated = states.to_tokens(likely.sum(dim=-1)), batch["kept_mass"]
+            logits = self.token_logits(sampler, batch, _flat(found))
+        own = torch.softmax(logits / temperature, dim=-1).topk(top_k).values.sum(dim=-1)
+        stated = batch["kept_mass"]
         wrong = ((stated - own).abs() > self.tolerance) & batch.loss_mask
         for response in wrong.any(dim=1).nonzero()[:1, 0].tolist():
             token = int(wrong[response].nonzero()[0, 0])

@@ -77,9 +77,17 @@ class ChosenSampler:
         several = value if isinstance(value, list) else [value]
         return [reward_by_path(self._parsed(RewardConfig, "name", one, role)) for one in several]
 
-    def model_of(self, role: str) -> ModelConfig:
-        """Return the model that was given for a role which generates."""
-        return self._parsed(ModelConfig, "path", self.given.roles[role], role)
+    def models_of(self, role: str, kind: str) -> list[ModelConfig]:
+        """Return the model that was given for a role which generates; of kind `policies` all of them.
+
+        Raises:
+            ConfigError: a value is no model, or the kind takes a list, and it is none or empty.
+        """
+        value = self.given.roles[role]
+        if kind == "policies" and (not isinstance(value, list) or not value):
+            raise ConfigError("must be a list of models", place=self.place(f"roles.{role}"), got=shortened(value))
+        several = value if kind == "policies" else [value]
+        return [self._parsed(ModelConfig, "path", one, role) for one in several]
 
     def about_method(self, config: OnlineConfig) -> str | None:
         """Return what is to be said of a method that learns from what the sampler chooses; None for nothing.
@@ -203,7 +211,9 @@ class RunSamplers:
                     models[role] = self._opened.get((one.key, role), self._rewards)
                     models[role].prepare()
                 elif role != POLICY:
-                    models[role] = load_policy(one.model_of(role), role, place=one.place(f"roles.{role}"))
+                    place = one.place(f"roles.{role}")
+                    loaded = [load_policy(model, role, place=place) for model in one.models_of(role, kind)]
+                    models[role] = loaded if kind == "policies" else loaded[0]
             found[one.key] = RunSampler(one, policy, models)
             found[one.key].sampler(
                 _sampling(one.key, self._config)
@@ -214,7 +224,12 @@ class RunSamplers:
         """Return what the samplers are made from, for the run's record: JSON values by key."""
         found: dict[str, Any] = {}
         for one, roles in self._roles():
-            models = {role: one.model_of(role) for role, kind in roles.items() if kind == "policy" and role != POLICY}
+            models: dict[str, ModelConfig] = {}
+            for role, kind in roles.items():
+                if kind in ("policy", "policies") and role != POLICY:
+                    several = one.models_of(role, kind)
+                    names = [f"{role}[{at}]" for at in range(len(several))] if kind == "policies" else [role]
+                    models |= dict(zip(names, several, strict=True))
             rewards = {role: self._opened[one.key, role] for role in roles if (one.key, role) in self._opened}
             found[one.key] = {
                 "plugin": one.plugin.as_dict(),
@@ -309,7 +324,9 @@ def _check_roles(one: ChosenSampler, needed: Mapping[str, str], *, own_rewards: 
     for role, kind in needed.items():
         own = role == REWARD and one.key == "rollout_sampler" and own_rewards
         if role not in given and role != POLICY and not own:
-            what = "a model's path" if kind == "policy" else "a reward's name or a reward model's path"
+            what = {"policy": "a model's path", "policies": "a list of models' paths"}.get(
+                kind, "a reward's name or a reward model's path"
+            )
             no_default = "; the run's own rewards may read the answers" if role == REWARD and own_rewards else ""
             raise ConfigError(
                 f"nothing is given for the sampler's role `{role}`", place=one.place("roles"),
@@ -318,7 +335,7 @@ def _check_roles(one: ChosenSampler, needed: Mapping[str, str], *, own_rewards: 
         if role in given and kind == "reward":
             check_given(one.rewards_of(role), place=one.place(f"roles.{role}"))
         elif role in given:
-            one.model_of(role)
+            one.models_of(role, kind)
 
 
 def _check_probabilities(sampler: Sampler, drawn: Sequence[Sequence[Completion]]) -> None:
