@@ -53,6 +53,8 @@ if TYPE_CHECKING:
     from rlhf_core.generation.drafting import Guesses as Guesses
     from rlhf_core.generation.engine import Engine as Engine
     from rlhf_core.generation.engine import whole_count as whole_count
+    from rlhf_core.generation.ensemble_backend import EnsembleBackend as EnsembleBackend
+    from rlhf_core.generation.ensemble_backend import checked_weights as checked_weights
     from rlhf_core.generation.generate import prompt_batch as prompt_batch
     from rlhf_core.generation.logprob_gap import logprob_gap as logprob_gap
     from rlhf_core.generation.lookup_drafts import NgramDrafter as NgramDrafter
@@ -198,6 +200,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.generation.draft_model": "ModelDrafter",
         "rlhf_core.generation.drafting": "DraftRow Drafter Drafts Guesses",
         "rlhf_core.generation.engine": "Engine whole_count",
+        "rlhf_core.generation.ensemble_backend": "EnsembleBackend checked_weights",
         "rlhf_core.generation.generate": "prompt_batch",
         "rlhf_core.generation.logprob_gap": "logprob_gap",
         "rlhf_core.generation.lookup_drafts": "NgramDrafter SuffixDrafter",

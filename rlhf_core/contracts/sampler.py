@@ -10,6 +10,7 @@ from rlhf_core.config.base import BaseConfig
 
 if TYPE_CHECKING:
     from rlhf_core.contracts.completion import Completion
+    from rlhf_core.generation.backend import Backend
     from rlhf_core.generation.drafting import Drafts
     from rlhf_core.generation.engine import Engine
     from rlhf_core.models.policy_model import PolicyModel
@@ -70,20 +71,30 @@ class Sampler(ABC):
         """Return the roles that a sampler with these options needs, some or all of `roles`: all by default."""
         return cls.roles
 
-    def engine(self, seed: int | None = None, role: str = "policy", *, drafts: Drafts | None = None) -> Engine:
+    def engine(
+        self,
+        seed: int | None = None,
+        role: str = "policy",
+        *,
+        drafts: Drafts | None = None,
+        backend: Backend | None = None,
+    ) -> Engine:
         """Return a new engine on a role's policy, which counts the tokens that it forwards in `forwarded`.
 
         Args:
             seed: as for `Engine`.
-            role: of kind `policy`.
-            drafts: as for `Engine`.
+            role: of kind `policy`, or one of a list, such as `members[0]`; these are counted together, as `members`.
+            drafts, backend: as for `Engine`.
         """
         from rlhf_core.generation.engine import Engine
+        from rlhf_core.generation.sampler_models import policies_of
+
+        counted_as = role.partition("[")[0]
 
         def count(tokens: int) -> None:
-            self.forwarded[role] = self.forwarded.get(role, 0) + tokens
+            self.forwarded[counted_as] = self.forwarded.get(counted_as, 0) + tokens
 
-        return Engine(self.models[role], seed=seed, counted=count, drafts=drafts)
+        return Engine(policies_of(self)[role], seed=seed, counted=count, drafts=drafts, backend=backend)
 
     @property
     def policy(self) -> PolicyModel:

@@ -247,6 +247,26 @@ class NativeDecoding:
         ids = [token for _, tokens in chunks for token in tokens]
         return self._forward(ids, positions, DecodingAttention(self.cache, sequences, counts))
 
+    def next_logits(self, rows: Sequence[DeviceRow], *, weight: Tensor | None = None) -> Tensor:
+        """Read one token of each row, and return the logits (R, V) of the tokens that follow.
+
+        For whoever draws them himself; cheap while the rows stay the same.
+
+        Args:
+            rows: with a place appended for the token.
+            weight: from `PolicyModel.head_weight`.
+        """
+        sequences = [row.sequence for row in rows]
+        if self._device_steps is not None:
+            self.cache.finish_copies()
+            report_forwarded(len(rows), self.policy.network)
+            hidden = self._device_steps.hidden(rows)
+        else:
+            if self._plan is None or self._plan.sequences != sequences or not self._plan.step():
+                self._plan = DecodingAttention(self.cache, sequences)
+            hidden = self._forward([row.token for row in rows], [row.position for row in rows], self._plan)
+        return self.policy.next_token_logits(hidden, weight=weight)
+
     def _forward(self, ids: list[int], positions: list[int], attention: CachedAttention) -> Tensor:
         device = self.policy.device
         report_forwarded(len(ids), self.policy.network)
@@ -266,11 +286,7 @@ class NativeDecoding:
             for row in rows:
                 row.append(1)
             positions = [row.length - 1 for row in rows]
-            if self._device_steps is None:
-                hidden = self._forward(last, positions, DecodingAttention(self.cache, rows))
-            else:
-                hidden = self._device_steps.hidden(list(map(DeviceRow, last, positions, rows)))
-            logits.append(self.policy.next_token_logits(hidden)[0].float())
+            logits.append(self.next_logits(list(map(DeviceRow, last, positions, rows)))[0].float())
             last = [token] * len(rows)
         return torch.stack(logits)
 
@@ -286,12 +302,28 @@ class NativeDecoding:
         with self._freed_on_error(made):
             for ids in prompts:
                 made.append(self.prefixes.fork_longest(ids))
-                while count := min(self._chunk, len(ids) - made[-1].length):
-                    begin = made[-1].length
-                    self._append(made[-1], count)
-                    self.read([(made[-1], ids[begin : begin + count])])
+                self.catch_up([(made[-1], ids)])
                 self.prefixes.keep(ids, made[-1])
         return made
+
+    def catch_up(self, wanted: Sequence[tuple[CachedSequence, Sequence[int]]]) -> None:
+        """Read what sequences lack of the tokens that they are to hold, a bounded number in each forward pass.
+
+        Raises:
+            NumbersError: the cache is too small.
+        """
+        chunks: list[tuple[CachedSequence, Sequence[int]]] = []
+        left = self._chunk
+        for sequence, ids in wanted:
+            while count := min(left, len(ids) - sequence.length):
+                begin, left = sequence.length, left - count
+                self._append(sequence, count)
+                chunks.append((sequence, ids[begin : begin + count]))
+                if not left:
+                    self.read(chunks)
+                    chunks, left = [], self._chunk
+        if chunks:
+            self.read(chunks)
 
     def follow(
         self, sequences: Sequence[CachedSequence], whole: Sequence[Sequence[int]]
@@ -436,12 +468,8 @@ class NativeDecoding:
 
     def _draw(self) -> None:
         """Draw a token for each row."""
-        if self._plan is None or not self._plan.step():
-            self._plan = DecodingAttention(self.cache, [row.sequence for row in self._rows])
-        hidden = self._forward(
-            [row.ids[-1] for row in self._rows], [len(row.ids) - 1 for row in self._rows], self._plan
-        )
-        self._drawing.draw(self._logits(hidden))
+        rows = [DeviceRow(row.ids[-1], len(row.ids) - 1, row.sequence) for row in self._rows]
+        self._drawing.draw(self.next_logits(rows, weight=self._head_weight))
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self.policy.next_token_logits(hidden, weight=self._head_weight)

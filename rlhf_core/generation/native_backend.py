@@ -7,9 +7,11 @@ transformers' own.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
-from collections.abc import Generator, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,6 +67,56 @@ class _Undrafted(_Said):
     """Whether it was said that drafts have no use for a policy."""
 
 
+def run_in_memory(
+    attempt: Callable[[Sequence[Request], int], Generator[Finished]],
+    requests: Sequence[Request],
+    most_rows: int,
+    device: torch.device,
+) -> Generator[Finished]:
+    """Yield completions as they end, in half as many rows at once wherever memory runs out.
+
+    Args:
+        attempt: yields the completions of the requests that it gets, in so many rows at once.
+
+    Raises:
+        NumbersError: memory doesn't suffice for one completion.
+    """
+    left, rows = {request.number: request for request in requests}, min(most_rows, max(len(requests), 1))
+    while left:
+        failed = False
+        try:
+            with contextlib.closing(attempt(list(left.values()), rows)) as running:
+                for one in running:
+                    if one.reason != UNFINISHED:
+                        del left[one.number]
+                    yield one
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            failed = True
+        # Outside the handler: the error's traceback keeps the failed pass's tensors alive.
+        if failed:
+            release_memory(device)
+            if rows == 1:
+                raise NumbersError(
+                    "out of memory with one completion at a time",
+                    fix="set a smaller `max_length` (`generation.max_new_tokens` for completions), or `precision: bf16`",
+                )
+            rows = max(1, rows // 2)
+            log.warning("out of memory: trying again with %d completions at a time", rows)
+
+
+class LentLoop(NamedTuple):
+    """What `NativeBackend.lending_by_pass` lends."""
+
+    decoding: NativeDecoding | None
+    """None for a model that only transformers' own loop decodes, or sequences longer than its sliding window."""
+    computing: Callable[[], AbstractContextManager[None]]
+    """Returns the context that a forward pass needs. No two policies' may be entered at once."""
+    weight: Tensor | None
+    """See `PolicyModel.head_weight`."""
+
+
 class NativeBackend(Backend):
     """Draws completions in this process, with the policy's own modules.
 
@@ -113,31 +165,13 @@ class NativeBackend(Backend):
         """
         if drafts is None and sampling.draft is not None:
             drafts = self._drafts.setdefault(sampling.draft, Drafts(DRAFTERS[sampling.draft]()))
-        left, rows = {request.number: request for request in requests}, min(self.most_rows, max(len(requests), 1))
+
+        def attempt(left: Sequence[Request], rows: int) -> Generator[Finished]:
+            return self._run(left, sampling, rows, partly=partly, drafts=drafts)
+
         try:
-            while left:
-                failed = False
-                try:
-                    run = self._run(list(left.values()), sampling, rows, partly=partly, drafts=drafts)
-                    with contextlib.closing(run) as running:
-                        for one in running:
-                            if one.reason != UNFINISHED:
-                                del left[one.number]
-                            yield one
-                except (RuntimeError, MemoryError) as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    failed = True
-                # Outside the handler: the error's traceback keeps the failed pass's tensors alive.
-                if failed:
-                    release_memory(self.policy.device)
-                    if rows == 1:
-                        raise NumbersError(
-                            "out of memory with one completion at a time",
-                            fix="set a smaller `max_length` (`generation.max_new_tokens` for completions), or `precision: bf16`",
-                        )
-                    rows = max(1, rows // 2)
-                    log.warning("out of memory: trying again with %d completions at a time", rows)
+            with contextlib.closing(run_in_memory(attempt, requests, self.most_rows, self.policy.device)) as running:
+                yield from running
         finally:
             self._release_if_trained()
 
@@ -273,11 +307,31 @@ class NativeBackend(Backend):
 
         None where sequences are longer than the model's sliding window.
         """
-        longest = max(len(request.ids) + request.limit for request in requests)
-        prompts = {tuple(request.ids) for request in requests}
-        native = self._native_for(longest, [*map(len, prompts), *(request.limit for request in requests)])
+        native = self._native_with_room_for(requests)
         with self._for_decoding(pack=True):
             yield native
+
+    @contextlib.contextmanager
+    def lending_by_pass(self, requests: Sequence[Request]) -> Iterator[LentLoop]:
+        """Lend the loop over a `PagedKVCache`, as `lending` does, to whoever puts the policy into its state for each pass alone.
+
+        So several policies of different precisions can take turns.
+        """
+        pack = max(request.limit for request in requests) >= PACK_FOR
+        with self._adapters() as adapters:
+            computing = functools.partial(self._for_decoding, pack=pack, adapters=adapters)
+            try:
+                with self._for_decoding(adapters=adapters):
+                    native = self._native_with_room_for(requests)
+                    weight = self.policy.head_weight()
+                yield LentLoop(None if native is None else native.idle(most_rows=self.most_rows), computing, weight)
+            finally:
+                self._release_if_trained()
+
+    def _native_with_room_for(self, requests: Sequence[Request]) -> NativeDecoding | None:
+        longest = max(len(request.ids) + request.limit for request in requests)
+        prompts = {tuple(request.ids) for request in requests}
+        return self._native_for(longest, [*map(len, prompts), *(request.limit for request in requests)])
 
     def _check_kept(self, kept: Sequence[CachedSequence | None], native: NativeDecoding) -> None:
         """Raise `ConfigError` for sequences that were read with weights that the policy no longer has."""
