@@ -64,8 +64,8 @@ if TYPE_CHECKING:
     from rlhf_plugins.samplers.confidence import ConfidenceConfig as ConfidenceConfig
     from rlhf_plugins.samplers.dvts import DVTSConfig as DVTSConfig
     from rlhf_plugins.samplers.dvts import DVTSSampler as DVTSSampler
-    from rlhf_plugins.samplers.ensemble import EnsembleConfig as EnsembleConfig
     from rlhf_plugins.samplers.ensemble import EnsemblePolicy as EnsemblePolicy
+    from rlhf_plugins.samplers.ensemble import EnsemblePolicyConfig as EnsemblePolicyConfig
     from rlhf_plugins.samplers.generate import GenerateConfig as GenerateConfig
     from rlhf_plugins.samplers.generate import GenerateSampler as GenerateSampler
     from rlhf_plugins.samplers.mcts import MCTSConfig as MCTSConfig
@@ -133,7 +133,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_plugins.samplers.budget_allocator": "AdaptiveConfig",
         "rlhf_plugins.samplers.confidence": "ConfidenceBasedStopping ConfidenceConfig",
         "rlhf_plugins.samplers.dvts": "DVTSConfig DVTSSampler",
-        "rlhf_plugins.samplers.ensemble": "EnsembleConfig EnsemblePolicy",
+        "rlhf_plugins.samplers.ensemble": "EnsemblePolicyConfig EnsemblePolicy",
         "rlhf_plugins.samplers.generate": "GenerateConfig GenerateSampler",
         "rlhf_plugins.samplers.mcts": "MCTSConfig MCTSGenerator",
         "rlhf_plugins.samplers.particles": "ParticlesConfig ParticlesSampler",

@@ -26,7 +26,7 @@ CANDIDATES = 4
 """Completions of each model in a vote, unless the options say otherwise."""
 
 
-class EnsembleConfig(SamplingConfig):
+class EnsemblePolicyConfig(SamplingConfig):
     """Options of an ensemble: those of every completion that is drawn, and how its models are combined."""
 
     combine: Literal["logits", "probabilities", "vote"] = Field(
@@ -56,7 +56,7 @@ class EnsembleConfig(SamplingConfig):
         return value
 
     @model_validator(mode="after")
-    def _options_are_used(self) -> EnsembleConfig:
+    def _options_are_used(self) -> EnsemblePolicyConfig:
         if self.candidates is not None and self.combine != "vote":
             raise ValueError(
                 f"candidates has no meaning with combine {self.combine}, which draws n completions; it belongs to vote"
@@ -70,8 +70,8 @@ class EnsemblePolicy(Sampler):
     """Several models answer as one, by the mean of their logits or probabilities at each token, or by a vote on final answers."""
 
     api = 1
-    Config = EnsembleConfig
-    config: EnsembleConfig
+    Config = EnsemblePolicyConfig
+    config: EnsemblePolicyConfig
     roles: ClassVar = {"policy": "policy", "members": "policies"}
 
     def __init__(self, config: BaseConfig | None = None, **models: Any) -> None:
