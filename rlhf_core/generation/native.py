@@ -375,7 +375,8 @@ class NativeDecoding:
     def _decode_step(self, partly: bool) -> Iterator[Finished]:
         """Draw a token for each row, or a few, and yield the completions that end with them; the others, too, where `partly`."""
         guesses = [] if self._drafts is None else self._guesses(self._drafts)
-        steps = self._steps(partly)
+        # Where all rows with guesses have to leave, the others have places for one token.
+        steps = 1 if any(guesses) else self._steps(partly)
         self._make_places([1 + len(ids) for ids in guesses] if any(guesses) else [steps] * len(self._rows))
         if not self._rows:  # the last one begins again
             return
