@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint bench bench-generation bench-online bench-speculative gpu smollm2 docs clean
+.PHONY: demo test test-slow lint bench bench-generation bench-online bench-speculative bench-inference gpu smollm2 docs clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -39,6 +39,10 @@ bench-online: $(STAMP)
 # Speculative decoding beside the engine without a draft and transformers' assisted generation.
 bench-speculative: $(STAMP)
 	$(BIN)/python benchmarks/speculative.py
+
+# Votes, best of n and searches over steps at equal tokens, with a trained process reward.
+bench-inference: $(STAMP)
+	$(BIN)/python benchmarks/inference_compute.py
 
 # On a machine with a GPU, where nothing can be installed: the environment where there is one, else the machine's own Python.
 # `make gpu GPU="--wheels wheels --output DIR"` hands options on.
