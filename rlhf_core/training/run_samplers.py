@@ -50,6 +50,8 @@ class ChosenSampler:
         """
         config, drawn = self.sampler.Config, {name: getattr(sampling, name) for name in SamplingConfig.model_fields}
         values = dict(self.given.options)
+        if drawn["draft"] is None:  # then a sampler's own default holds: drafts don't change what is drawn
+            del drawn["draft"]
         inherits = issubclass(config, SamplingConfig)
         if not inherits and "generation" in config.model_fields:
             values["generation"] = drawn | dict(values.get("generation") or {})
