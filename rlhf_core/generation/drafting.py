@@ -16,6 +16,7 @@ from collections import defaultdict, deque
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from statistics import median_high
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -27,12 +28,12 @@ if TYPE_CHECKING:
 
 MOST_GUESSES = 16
 """Most tokens that are guessed for a row at once."""
-LEAST_GAIN = 1.02
-"""Guesses are verified where that should draw so many times as many tokens per second as decoding does."""
+LEAST_GAIN = 1.15
+"""Guesses are verified where that should save so many times what it costs: less was lost again, as rows don't end together."""
 SAME_COST = 12
 """Before it was measured, a pass is taken to cost as if it read so many tokens more than it does: it reads the weights, too."""
 KEPT_TIMES = 5
-"""A pass costs the least of the last so many measurements: what disturbs one makes it longer."""
+"""A pass costs the median of the last so many measurements: the least would favour what was measured in a lucky moment."""
 LEAST_TIMES = 2
 """Guesses are verified once so many passes without any were measured."""
 PLAIN_EVERY = 64
@@ -41,7 +42,7 @@ FORGOTTEN_AFTER = 256
 """After so many passes a measurement that deters from guessing is forgotten: texts go on, and computers are disturbed."""
 LOOKS = 8
 """After each so many passes without guesses one pass more goes by between two looks for any; at most so many go by."""
-LENGTHS_DIFFER = 0.1
+LENGTHS_DIFFER = 0.03
 """Of two rows the one that may have so much more of its tokens left is e times as likely to be drawn longest."""
 PRIOR = 4.0
 """Weight of the first estimate of a kind's acceptance, in guesses."""
@@ -361,14 +362,16 @@ class _Times:
             del self._seconds[old]
 
     def around(self, size: int) -> tuple[tuple[int, float] | None, tuple[int, float] | None]:
-        """Return the nearest sizes, at most and at least as large, and the least seconds measured for each; None without one."""
+        """Return the nearest sizes, at most and at least as large, and the median seconds of each; None without one."""
         key = _size_class(size)
         below = max((each for each in self._seconds if each <= key), default=None)
         above = min((each for each in self._seconds if each >= key), default=None)
         if key in self._seconds:
-            found = size, min(self._seconds[key])
+            found = size, median_high(self._seconds[key])
             return found, found
-        first, last = (None if each is None else (_least(each), min(self._seconds[each])) for each in (below, above))
+        first, last = (
+            None if each is None else (_least(each), median_high(self._seconds[each])) for each in (below, above)
+        )
         return first, last
 
 

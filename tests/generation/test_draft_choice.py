@@ -149,9 +149,9 @@ def test_costs_are_the_nearest_measured_ones() -> None:
     costs = PassCosts()
     for rows, guesses, seconds in ((4, 0, 1.0), (4, 0, 1.2), (8, 0, 2.0), (4, 4, 1.5), (4, 12, 3.5)):
         costs.measured(rows, guesses, seconds)
-    assert costs.seconds(4) == 1.0 and costs.seconds(8) == 2.0
-    assert costs.seconds(6) == pytest.approx(1.5)  # halfway
+    assert costs.seconds(4) == 1.2 and costs.seconds(8) == 2.0  # the median, the larger of two
+    assert costs.seconds(6) == pytest.approx(1.6)  # halfway
     assert costs.seconds(4, 4) == 1.5
     assert costs.seconds(4, 8) == pytest.approx(2.5)
-    assert 1.0 < costs.seconds(4, 2) < 1.5
+    assert 1.2 < costs.seconds(4, 2) < 1.5
     assert costs.seconds(4, 30) > 3.5
