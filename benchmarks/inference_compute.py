@@ -2,23 +2,28 @@
 
     python benchmarks/inference_compute.py [--prompts 200] [--budgets 4 16 64] [--models DIR] [--plot FILE] [--json]
 
-A tiny model learns arithmetic in written steps from demonstrations of which more than half go wrong at some step, so its samples
-do as well. A process reward begins with that model and learns from pairs of a right solution and a wrong one, with a label for
-each step. Both never see a held-out problem. Every sampler then answers the same held-out problems. A budget of N is what N whole
-completions cost: N candidates, N steps drawn at each depth, N particles, or a tree of so many tokens. Differences are to the
-majority vote of the same budget, prompt by prompt; errors are standard errors over prompts. All is a function of the seed, up to
-rounding.
+A tiny model learns sums of 2 to 6 numbers in written steps, from right demonstrations, for a few steps: short sums are easy for
+it and long ones hard (those of `confidence.py`). A process reward begins with that model and learns from the model's own wrong
+answers beside right ones, with a label for each step. Both never see a held-out problem. Every sampler then answers the same
+held-out problems. A budget of N is what N whole completions cost: N candidates, N steps drawn at each depth, N particles, or a
+tree of so many tokens. Differences are to the majority vote of the same budget, prompt by prompt; errors are standard errors
+over prompts. All is a function of the seed, up to rounding.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from random import Random
 from statistics import fmean
 from typing import Any
+
+from confidence import KINDS, MOST_TOKENS, streams
 
 from rlhf_core import PolicyModel, registry, setup_logging
 from rlhf_core.contracts.sampler import Sampler
@@ -29,12 +34,13 @@ from rlhf_core.evaluation.sampler_comparison import (
     plot_comparison,
     standard_error,
 )
-from rlhf_core.testing.arithmetic_task import ArithmeticTask, Row, solve
+from rlhf_core.testing.arithmetic_task import Row, Split, solve, split_steps, step_labels, verify
 from rlhf_core.testing.tiny import save_tiny
 
-TASK = ArithmeticTask("sums", terms=4, digits=1, wrong=0.62)
-MOST_TOKENS = 34
-"""The longest completion, in tokens; a right one has at most 31."""
+WRITTEN = re.compile(r"(?:[-+*=# 0-9]+\n)*[-+*=# 0-9]+\n?")
+"""Answers that look like the task's: what an untrained model writes teaches nothing about steps."""
+SAMPLES = 4
+"""Answers of the policy to each problem that the process reward learns from."""
 
 
 def main() -> None:
@@ -44,7 +50,8 @@ def main() -> None:
         check_plot(options.plot)
     models = options.models or train(options.output, options.steps, options.reward_steps, options.seed)
     policy = PolicyModel.from_pretrained(models / "policy").requires_grad_(requires_grad=False)
-    rows = list(TASK.rows("prompt", options.prompts, split="test", seed=options.seed + 8))
+    held_out = streams("prompt", -(-options.prompts // len(KINDS)), "test", options.seed + 8)
+    rows = list(islice((row for rows in zip(*held_out, strict=True) for row in rows), options.prompts))
     made = {
         one.name: one.make(policy, models / "process_reward")
         for one in contenders(options.budgets, completion_tokens(policy, rows))
@@ -67,8 +74,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=200, help="held-out problems")
     parser.add_argument("--budgets", type=square, nargs="+", default=[4, 16, 64], help="in completions, squares from 4")
-    parser.add_argument("--steps", type=int, default=300, help="of the policy's training; more make a better one")
-    parser.add_argument("--reward-steps", type=int, default=300, help="of the process reward's training")
+    parser.add_argument("--steps", type=int, default=500, help="of the policy's training; more make a better one")
+    parser.add_argument("--reward-steps", type=int, default=500, help="of the process reward's training")
     parser.add_argument("--together", type=int, default=100, help="prompts that a sampler gets at once")
     parser.add_argument(
         "--models", type=Path, help="the --output of an earlier run, whose models are taken; trains none"
@@ -91,16 +98,45 @@ def square(text: str) -> int:
 def train(output: Path, steps: int, reward_steps: int, seed: int, *, batch: int = 64) -> Path:
     """Train a policy of 0.9 M weights from nothing, then a process reward from it; return the directory of both."""
     start = save_tiny(output / "start", seed, layers=4, hidden=128, kv_heads=4, max_positions=128)
-    demonstrations = write(output / "demonstrations.jsonl", TASK.rows("sft", steps * batch, seed=seed))
+    demonstrations = write(output / "demonstrations.jsonl", problems("sft", steps * batch, "train", seed))
     policy = fit("sft", start, demonstrations, output / "policy", steps, batch, seed, learning_rate=3e-3)
     # Half as many pairs are as many solutions.
-    pairs = write(output / "pairs.jsonl", TASK.rows("preference", reward_steps * batch // 2, seed=seed + 1))
+    pairs = list(own_pairs(policy, reward_steps * batch // 2, "train", seed + 1))
+    held_out = write(output / "pairs-heldout.jsonl", own_pairs(policy, 200, "test", seed + 2))
     fit(
-        "process_reward", policy, pairs, output / "process_reward", reward_steps, batch // 2, seed + 1,
-        learning_rate=1e-3, aggregation="last",
-        eval_data=write(output / "pairs-heldout.jsonl", TASK.rows("preference", 200, split="test", seed=seed + 1)),
+        "process_reward", policy, write(output / "pairs.jsonl", pairs), output / "process_reward", reward_steps,
+        min(batch // 2, len(pairs)), seed + 1, learning_rate=1e-3, aggregation="last", eval_data=held_out,
     )  # fmt: skip
     return output
+
+
+def problems(record: str, count: int, split: Split, seed: int) -> Iterator[Row]:
+    """Yield so many rows, of a kind chosen at random each."""
+    kinds, rng = [iter(rows) for rows in streams(record, count, split, seed)], Random(seed)
+    for _ in range(count):
+        yield next(rng.choice(kinds))
+
+
+def own_pairs(path: Path, count: int, split: Split, seed: int) -> Iterator[Row]:
+    """Yield preferences of the right solution over a wrong one, with labels of steps: the policy's own answers, then slips."""
+    policy = PolicyModel.from_pretrained(path).requires_grad_(requires_grad=False)
+    sampler = registry.get("sampler", "generate")
+    rows = list(problems("prompt", count, split, seed))
+    answers = sampler(sampler.Config(max_new_tokens=MOST_TOKENS), policy=policy).sample(rows, SAMPLES, seed=seed)
+    made = 0
+    for row, group in zip(rows, answers, strict=True):
+        texts = [one.text for one in group if WRITTEN.fullmatch(one.text)]
+        wrong = dict.fromkeys(text for text in texts if not verify(row["prompt"], text))
+        for text in wrong:
+            if made == count:
+                return
+            made += 1
+            pair = ("\n".join(solve(row["prompt"])), text)
+            yield {
+                "prompt": row["prompt"], "chosen": pair[0], "rejected": pair[1],
+                "steps": [split_steps(one) for one in pair], "labels": [step_labels(row["prompt"], one) for one in pair],
+            }  # fmt: skip
+    yield from problems("preference", count - made, split, seed)
 
 
 def fit(
