@@ -34,6 +34,10 @@ class Sampler(ABC):
     """Whether each completion is distributed as one that the policy draws by itself: nothing chose it. Else a method that takes
     completions for the policy's own warns of a `rollout_sampler`, or refuses it."""
 
+    draws_from_policy: ClassVar[bool] = True
+    """Whether every token is the policy's own, drawn from its distribution. Else it can't be a `rollout_sampler`: updates
+    would take the probabilities of others, or even the ids of another vocabulary, for the policy's."""
+
     models: Mapping[str, Any]
     """Its models by role: a `PolicyModel`, a tuple of them, or `Rewards`."""
 

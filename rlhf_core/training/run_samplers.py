@@ -269,6 +269,11 @@ def check_samplers(
             sampler = load(plugin)
         except ConfigError as error:
             raise type(error)(error.problem, place=name_place, got=error.got, fix=error.fix) from None
+        if key == "rollout_sampler" and not sampler.draws_from_policy:
+            raise ConfigError(
+                "the sampler's tokens aren't drawn from the policy alone, so updates would take other probabilities for its own",
+                place=name_place, got=f"`{plugin.name}`", fix="evaluate with it: `eval_sampler`",
+            )  # fmt: skip
         one = ChosenSampler(key, plugin, sampler, given, places)
         _refuse_options(one, config)
         _check_roles(one, one.roles(_sampling(key, config)), own_rewards=own_rewards)

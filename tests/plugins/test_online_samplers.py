@@ -176,6 +176,16 @@ def test_an_evaluation_draws_by_its_own_sampler_and_training_by_none(tmp_path: P
     assert made.config == SamplingConfig(max_new_tokens=5, temperature=0.7)
 
 
+def test_an_evaluation_draws_from_several_models(tmp_path: Path) -> None:
+    paths = [str(save_tiny(tmp_path / str(seed), layers=1, seed=seed)) for seed in (1, 2)]
+    sampler = {"name": "ensemble", "roles": {"members": [paths[0], {"path": paths[1]}]}}
+    run(tmp_path / "run", eval_sampler=sampler, held_out=4, eval_steps=1, max_steps=1).train()
+    last = metrics_of(tmp_path / "run")[-1]
+    assert last["eval_forwarded/members"] >= 2 * last["eval_length"]
+    models = json.loads((tmp_path / "run" / "samplers.json").read_text())["eval_sampler"]["models"]
+    assert {role: model["source"] for role, model in models.items()} == {"members[0]": paths[0], "members[1]": paths[1]}
+
+
 # Runs
 
 
@@ -265,6 +275,15 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"rollout_sampler": "beam"}, "nothing is given for the sampler's role `process_reward`.*roles.process_reward"),
     ({"eval_sampler": BEST}, "role `reward`.*may read the answers"),
+    ({"eval_sampler": "ensemble"}, "role `members`.*to a list of models' paths"),
+    (
+        {"eval_sampler": {"name": "ensemble", "roles": {"members": "other"}}},
+        "eval_sampler.roles.members: must be a list of models; got 'other'",
+    ),
+    (
+        {"rollout_sampler": {"name": "ensemble", "roles": {"members": ["other"]}}},
+        "aren't drawn from the policy alone.*got `ensemble`.*`eval_sampler`",
+    ),
     (
         {"eval_sampler": {"name": "generate", "options": {"temperature": 0.5}}, "eval_temperature": 0.5},
         "the temperature is set twice",

@@ -73,6 +73,7 @@ class EnsemblePolicy(Sampler):
     Config = EnsemblePolicyConfig
     config: EnsemblePolicyConfig
     roles: ClassVar = {"policy": "policy", "members": "policies"}
+    draws_from_policy = False
 
     def __init__(self, config: BaseConfig | None = None, **models: Any) -> None:
         """Take a configuration, the first model as `policy`, and the others as `members`.
