@@ -333,11 +333,7 @@ class DrawnRows:
             unsure = self._is_unsure(logits, slots, position)
             ended = ended | unsure
         wanted = torch.tensor([token for ids in guesses for token in (*ids, -1)], device=self.device)
-        goes_on = (drawn.tokens == wanted) & ~ended
-        # A token counts where all before it in its row were those guessed.
-        fails = F.pad((~goes_on).long().cumsum(0), (1, 0))
-        first = torch.arange(len(row), device=self.device) - depth
-        valid = fails[:-1] == fails[first]
+        valid = _unbroken((drawn.tokens == wanted) & ~ended, depth)
         at, chosen = (slots[valid], position[valid]), valid.nonzero()[:, 0]
         self._tokens[at] = drawn.tokens[chosen]
         self._values[at] = torch.stack(drawn[1:], dim=1)[chosen]
@@ -454,6 +450,17 @@ class DrawnRows:
 
     def _zeros(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.device)
+
+
+def _unbroken(goes_on: Tensor, depth: Tensor) -> Tensor:
+    """Return (N,) bool: whether the row goes on (N,) at each place before, from the row's first one on.
+
+    Args:
+        depth: (N,) how many places of the row come before.
+    """
+    fails = F.pad((~goes_on).long().cumsum(0), (1, 0))
+    first = torch.arange(len(depth), device=depth.device) - depth
+    return fails[:-1] == fails[first]
 
 
 def _reserved(table: Tensor, *sizes: int) -> Tensor:
