@@ -121,7 +121,7 @@ def own_pairs(path: Path, count: int, split: Split, seed: int) -> Iterator[Row]:
     """Yield preferences of the right solution over a wrong one, with labels of steps: the policy's own answers, then slips."""
     policy = PolicyModel.from_pretrained(path).requires_grad_(requires_grad=False)
     sampler = registry.get("sampler", "generate")
-    rows = list(problems("prompt", count, split, seed))
+    rows = list(problems("prompt", -(-count // 2), split, seed))  # with about two wrong answers each
     answers = sampler(sampler.Config(max_new_tokens=MOST_TOKENS), policy=policy).sample(rows, SAMPLES, seed=seed)
     made = 0
     for row, group in zip(rows, answers, strict=True):

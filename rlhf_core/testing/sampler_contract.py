@@ -303,10 +303,13 @@ class SamplerContract(MethodContract):
 
     @after(REPEATS)
     def test_completions_do_not_depend_on_other_prompts(self) -> None:
-        """With a seed, a prompt gets the same completions and scores alone as together with other prompts."""
-        if self.subject().shares_budget:
-            raise SkipTest("prompts that are answered together share a budget")
+        """With a seed, a prompt gets the same completions and scores alone as together with other prompts.
+
+        Those of prompts that share a budget depend on the others, but not on their order.
+        """
         sampler, prompts = self.instance(), [*self.prompts(), *self.chats()]
+        if self.subject().shares_budget:
+            return self._require_any_order(sampler, prompts)
         together = sampler.sample(prompts, 2, seed=SEED)
         for number, prompt in enumerate(prompts):
             (alone,) = sampler.sample([prompt], 2, seed=SEED)
@@ -314,13 +317,10 @@ class SamplerContract(MethodContract):
             require(same, f"prompt {number} gets other completions alone than together with {len(prompts) - 1} others")
             what = f"prompt {number}", f"together with {len(prompts) - 1} others", "alone"
             self._require_scores(alone, together[number], *what)
+        return None
 
-    @after(REPEATS)
-    def test_a_shared_budget_is_divided_alike_in_any_order(self) -> None:
-        """With a seed, prompts that share a budget get the same completions and scores in any order."""
-        if not self.subject().shares_budget:
-            raise SkipTest("prompts that are answered together share nothing")
-        sampler, prompts = self.instance(), [*self.prompts(), *self.chats()]
+    def _require_any_order(self, sampler: Sampler, prompts: Sequence[Any]) -> None:
+        """Fail unless prompts that share a budget get the same completions and scores in any order."""
         first = sampler.sample(prompts, 2, seed=SEED)
         for order in (range(len(prompts))[::-1], [*range(2, len(prompts)), 0, 1]):
             found = sampler.sample([prompts[number] for number in order], 2, seed=SEED)

@@ -69,7 +69,7 @@ FAULTS: dict[type[Sampler], dict[str, str]] = {
     },
     samplers.SeedByPlace: {"test_completions_do_not_depend_on_other_prompts": "prompt . gets other completions alone"},
     samplers.BudgetByPlace: {
-        "test_a_shared_budget_is_divided_alike_in_any_order": "prompt . gets other completions where the prompts come in"
+        "test_completions_do_not_depend_on_other_prompts": "prompt . gets other completions where the prompts come in"
     },
     samplers.FixedOptions: {"test_sampling_options_take_effect": "with `max_new_tokens: 3` a completion has"},
     samplers.SilentlyCut: {
