@@ -221,7 +221,9 @@ class Drafts:
         for offered, ids in zip(self._offered, drawn, strict=False):  # some rows may have had to leave
             right = True
             for depth, guess in enumerate(offered.ids):
-                right = right and depth < len(ids) and guess == ids[depth]
+                if right and depth >= len(ids):
+                    break  # not verified, so nobody knows
+                right = right and guess == ids[depth]
                 self._depths.note(depth, right)
 
     def _worth(self, left: Sequence[int], *, waiting: bool) -> list[float]:

@@ -205,7 +205,7 @@ def test_a_sequence_extended_twice_is_the_one_extended_once(policy: PolicyModel)
         assert one.handle.confidence == pytest.approx(once[at].handle.confidence, abs=1e-5)
         early += one.completion.stop_reason == "confidence" and len(one.completion.ids) < 4
     assert early  # some end where the window reaches back to the first part
-    # Given tokens have no confidence, so a window begins anew behind them.
+    # Given tokens have no confidence, so another window begins behind them.
     (given,) = engine.append([first[left[0]].handle], [[50]])
     assert given.confidence == ()
 
