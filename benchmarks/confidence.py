@@ -20,7 +20,7 @@ from statistics import fmean
 from typing import Any
 
 from rlhf_core import PolicyModel, registry, setup_logging
-from rlhf_core.evaluation.sampler_comparison import standard_error
+from rlhf_core.infra.statistics import standard_error
 from rlhf_core.testing.arithmetic_task import ArithmeticTask, Row, Split, verify
 from rlhf_core.testing.tiny import save_tiny
 

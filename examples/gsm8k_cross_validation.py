@@ -31,10 +31,9 @@ from rlhf_core.contracts.reward import Sample
 from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.errors import ConfigError, DataError
 from rlhf_core.infra.files import replace_json
-from rlhf_core.infra.statistics import auc
+from rlhf_core.infra.statistics import auc, ratio_standard_error
 from rlhf_core.models import RewardModel
 from rlhf_core.models.model_reward import SampleScores, ScoringConfig
-from rlhf_core.training.per_prompt_metrics import ratio_standard_error
 
 CONFIGURATION = Path(__file__).parent / "gsm8k_reward_model.yaml"
 Row = dict[str, Any]

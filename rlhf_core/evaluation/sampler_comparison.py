@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from rlhf_core.generation.watching import counting_forwarded
 from rlhf_core.infra.errors import ConfigError
 from rlhf_core.infra.files import storage_errors
 from rlhf_core.infra.seeds import stream_seed
+from rlhf_core.infra.statistics import standard_error
 from rlhf_core.rewards import Rewards, open_rewards
 
 
@@ -54,14 +54,6 @@ class SamplerScore:
         spent = {"tokens_per_prompt": self.tokens_per_prompt, "forwarded": dict(self.forwarded)}
         more, error = self.difference or (None, None)
         return found | spent | {"difference": more, "difference_error": error, "seconds": round(self.seconds, 3)}
-
-
-def standard_error(values: Sequence[float]) -> float | None:
-    """Return the standard error of the mean of independent values; None for fewer than two."""
-    if len(values) < 2:
-        return None
-    mean = fmean(values)
-    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
 
 
 def compare_samplers(

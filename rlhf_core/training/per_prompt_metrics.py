@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.contracts.trainer import Pair
 from rlhf_core.infra.errors import PluginError
+from rlhf_core.infra.statistics import ratio_standard_error
 from rlhf_core.training.reduction import Tally
 
 Entries = dict[str, list[list[Any]]]
@@ -131,21 +131,6 @@ def standard_errors(entries: Entries) -> dict[str, float]:
         if error is not None:
             found[name] = error
     return found
-
-
-def ratio_standard_error(clusters: list[tuple[float, float]]) -> float | None:
-    """Return the standard error of Σ s_c / Σ n_c over independent clusters (s_c, n_c); None for fewer than two.
-
-    √( C/(C−1) · Σ_c (s_c − r n_c)² ) / N with r = S/N: the linearised variance of a ratio of totals, between clusters
-    (Cochran 1977, Sampling Techniques, section 6.3). With one row a cluster it is the usual s/√N.
-    """
-    clusters = [(total, count) for total, count in clusters if count]
-    count = sum(n for _, n in clusters)
-    if len(clusters) < 2:
-        return None
-    ratio = sum(s for s, _ in clusters) / count
-    spread = sum((s - ratio * n) ** 2 for s, n in clusters)
-    return math.sqrt(len(clusters) / (len(clusters) - 1) * spread) / count
 
 
 def _prompt_keys(batch: Batch) -> list[str]:

@@ -13,9 +13,10 @@ from rlhf_plugins.samplers.best_of_n import BestOfNConfig, BestOfNSampler
 from rlhf_plugins.samplers.generate import GenerateConfig, GenerateSampler
 
 from rlhf_core.cli import main
-from rlhf_core.evaluation.sampler_comparison import SamplerScore, compare_samplers, standard_error
+from rlhf_core.evaluation.sampler_comparison import SamplerScore, compare_samplers
 from rlhf_core.generation.generate import prompt_batch
 from rlhf_core.infra.errors import ConfigError
+from rlhf_core.infra.statistics import standard_error
 from rlhf_core.testing.tiny import save_tiny, tiny_policy
 
 ROWS: list[dict[str, Any]] = [{"prompt": f"{n}+{n}=?", "answer": str(2 * n)} for n in (1, 2, 17, 9)]

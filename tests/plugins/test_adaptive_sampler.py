@@ -26,9 +26,9 @@ from rlhf_plugins.samplers.expected_gains import (
     vote_gains,
 )
 
-from rlhf_core.evaluation.sampler_comparison import standard_error
 from rlhf_core.generation.generate import prompt_batch
 from rlhf_core.infra.errors import ConfigError
+from rlhf_core.infra.statistics import standard_error
 from rlhf_core.rewards.answer_votes import is_decided, tally
 from rlhf_core.testing import SamplerContract
 from rlhf_core.testing.tiny import tiny_policy

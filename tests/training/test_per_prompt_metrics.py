@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.infra.errors import PluginError
+from rlhf_core.infra.statistics import ratio_standard_error
 from rlhf_core.training.per_prompt_metrics import (
     Entries,
     MetricsByPrompt,
     MetricsByRow,
     merge_entries,
     number_prompts,
-    ratio_standard_error,
     row_values,
     standard_errors,
 )
