@@ -68,11 +68,11 @@ class Estimate:
             raise ValueError(f"an estimate has the keys {', '.join(_KEYS)}; got {', '.join(map(str, values))}")
         if type(values["count"]) is not int:
             raise ValueError(f"an estimate's count must be a whole number; got {values['count']!r}")
-        numbers = {name: values[name] for name in _KEYS if name != "count"}
-        for name, value in numbers.items():
+        for name in ("value", "error", "low", "high"):
+            value = values[name]
             if type(value) not in (int, float) and not (value is None and name != "value"):
                 raise ValueError(f"an estimate's {name} must be a number; got {value!r}")
-        return cls(count=values["count"], **{k: None if v is None else float(v) for k, v in numbers.items()})
+        return cls(**values)
 
 
 def mean_estimate(values: Sequence[float]) -> Estimate:
