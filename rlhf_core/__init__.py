@@ -10,6 +10,8 @@ from rlhf_core.infra.version import API, __version__
 if TYPE_CHECKING:
     from rlhf_core import registry as registry
     from rlhf_core.config.base import BaseConfig as BaseConfig
+    from rlhf_core.config.capability_suites import CapabilitySuite as CapabilitySuite
+    from rlhf_core.config.capability_suites import CapabilityTestsConfig as CapabilityTestsConfig
     from rlhf_core.config.online import OnlineConfig as OnlineConfig
     from rlhf_core.config.online import RewardConfig as RewardConfig
     from rlhf_core.config.online import SamplingConfig as SamplingConfig
@@ -37,6 +39,9 @@ if TYPE_CHECKING:
     from rlhf_core.data.record_datasets import StreamingPreferenceDataset as StreamingPreferenceDataset
     from rlhf_core.data.record_datasets import StreamingSFTDataset as StreamingSFTDataset
     from rlhf_core.generation.engine import Engine as Engine
+    from rlhf_core.improvement.capability_tests import CapabilityRegression as CapabilityRegression
+    from rlhf_core.improvement.capability_tests import CapabilityResult as CapabilityResult
+    from rlhf_core.improvement.capability_tests import CapabilityTester as CapabilityTester
     from rlhf_core.infra.devices import DeviceManager as DeviceManager
     from rlhf_core.infra.errors import RLHFError as RLHFError
     from rlhf_core.merging.config import MergeConfig as MergeConfig
@@ -62,9 +67,11 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.registry": "",
         "rlhf_core.contracts.batch": "Batch",
         "rlhf_core.config.base": "BaseConfig",
+        "rlhf_core.config.capability_suites": "CapabilitySuite CapabilityTestsConfig",
         "rlhf_core.config.training": "LoraConfig ModelConfig ReferenceConfig TrainerConfig TrainingStage",
         "rlhf_core.data.record_datasets": "GRPODataset KTODataset PreferenceDataset SFTDataset StreamingGRPODataset"
         " StreamingKTODataset StreamingPreferenceDataset StreamingSFTDataset",
+        "rlhf_core.improvement.capability_tests": "CapabilityRegression CapabilityResult CapabilityTester",
         "rlhf_core.infra.errors": "RLHFError",
         "rlhf_core.infra.devices": "DeviceManager",
         "rlhf_core.registry.plugin_logs": "setup_logging",

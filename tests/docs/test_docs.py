@@ -15,6 +15,7 @@ import pytest
 import yaml
 from rlhf_plugins.trainers.sft import SFTTrainer
 
+from rlhf_core import CapabilityTestsConfig
 from rlhf_core.registry.hooks import Hooks, hookimpl
 from rlhf_core.testing import TrainerContract
 
@@ -191,6 +192,14 @@ def test_inference_time_compute(tmp_path: Path, environment: dict[str, str]) -> 
     assert searched["score"] == searched["details"]["step_scores"][-1]
     (searched,) = (json.loads(line) for line in (tmp_path / "mcts.jsonl").read_text().splitlines())
     assert searched["details"]["tree"]["steps"][0]["visits"] == 16 and "<svg" in searched["details"]["tree_svg"]
+
+
+@pytest.mark.slow
+def test_self_improvement(tmp_path: Path, environment: dict[str, str]) -> None:
+    printed = run_page("docs/self-improvement.md", tmp_path, environment)
+    assert "sums: " in printed and "points, p = " in printed
+    (suites,) = (text for language, text in blocks("docs/self-improvement.md") if language == "yaml")
+    CapabilityTestsConfig.parse(yaml.safe_load(suites))
 
 
 @pytest.mark.slow
