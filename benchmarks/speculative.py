@@ -24,10 +24,13 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from confidence import KINDS as TASKS
+from confidence import streams
 from transformers import AutoModelForCausalLM
 
 from rlhf_core.config.online import SamplingConfig
@@ -40,6 +43,7 @@ from rlhf_core.models import PolicyModel
 
 QUESTIONS = Path(__file__).resolve().parent / "questions.jsonl"
 KINDS = ("copy", "questions", "epochs")
+"""And `problems`, held-out ones of the embedded task, for `distilled_draft.py`."""
 LOOK_UP = 10
 """Most tokens that transformers guesses at a time; its documentation's own example."""
 Contender = Callable[[int], list[list[int]]]
@@ -95,15 +99,24 @@ def prompts_of(kind: str, batch: int, path: Path) -> tuple[list[Any], int]:
     return [[{"role": "user", "content": f"{at // len(questions)} {text}"}] for at, text in enumerate(texts)], n
 
 
+def problems(count: int) -> list[str]:
+    """Return so many held-out problems of the embedded task, of all kinds in turn."""
+    rows = zip(*streams("prompt", -(-count // len(TASKS)), "test", 8), strict=True)
+    return list(islice((row["prompt"] for each in rows for row in each), count))
+
+
 def measure(
     policy: PolicyModel, draft: PolicyModel | None, kind: str, batch: int, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """Return a row per contender: seconds, speed-up, and what the drafts did."""
-    prompts, n = prompts_of(kind, batch, options.prompts)
+    if kind == "problems":
+        prompts, n = problems(batch), 1
+    else:
+        prompts, n = prompts_of(kind, batch, options.prompts)
     encoded = prompt_batch(policy, prompts)
     sampling = SamplingConfig(
         max_new_tokens=options.tokens,
-        min_new_tokens=0 if kind == "epochs" else options.tokens,
+        min_new_tokens=0 if kind in ("epochs", "problems") else options.tokens,
         temperature=0 if kind == "copy" else options.temperature,
     )
     drafts: dict[str, Drafts | None] = {"no draft": None}
@@ -173,7 +186,7 @@ def assisted(path: str, policy: PolicyModel, encoded: Any, sampling: SamplingCon
             attention_mask=torch.ones_like(ids),
             do_sample=not greedy,
             max_new_tokens=sampling.max_new_tokens,
-            min_new_tokens=sampling.max_new_tokens,
+            min_new_tokens=sampling.min_new_tokens,
             pad_token_id=policy.tokenizer.pad_token_id or 0,
             **drawing,
             **options,

@@ -40,8 +40,12 @@ PLAIN_EVERY = 64
 """A pass without guesses is measured at least once in so many, while guesses are verified all the time."""
 FORGOTTEN_AFTER = 256
 """After so many passes a measurement that deters from guessing is forgotten: texts go on, and computers are disturbed."""
-LOOKS = 8
-"""After each so many passes without guesses one pass more goes by between two looks for any; at most so many go by."""
+LOOKING_SHARE = 0.02
+"""While no guesses are worth verifying, looking for some takes at most so much of the time that passes take."""
+LEAST_LOOKS = 3
+"""So many looks are made before any is left out: the first ones take longer."""
+LEAST_LIKELY = 0.05
+"""A guess that is less likely to be accepted isn't considered: hardly any pass reads a token so cheaply."""
 LENGTHS_DIFFER = 0.03
 """Of two rows the one that may have so much more of its tokens left is e times as likely to be drawn longest."""
 PRIOR = 4.0
@@ -155,7 +159,25 @@ class Drafts:
         """Acceptance of all guesses up to each depth, by depth."""
         self._draft_seconds: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=KEPT_TIMES))
         self._offered: list[Guesses] = []
+        self._most = most
+        self._look_began = 0.0
+        self._look_seconds: deque[float] = deque(maxlen=KEPT_TIMES)
+        """Of the last looks, per row."""
+        self._in_vain = 0
+        """The last so many looks found nothing that was worth verifying."""
         self._wait = self._idle = 0
+
+    def look(self, rows: int) -> bool:
+        """Tell whether to look for guesses before the next pass over so many rows: then `choose` is called."""
+        self._offered, self._look_began = [], time.perf_counter()
+        if not self.most:
+            return False
+        if not self.drafter.costs_time:
+            return not self._skips(rows)
+        if self.costs.plain_is_due():
+            return False
+        self._most = self._depth(rows)
+        return self._most > 0
 
     def choose(self, rows: Sequence[DraftRow], sampling: SamplingConfig, *, waiting: bool = False) -> list[list[int]]:
         """Return the guesses to be verified for each row, [] for those without.
@@ -164,22 +186,21 @@ class Drafts:
             waiting: whether another row joins as soon as one has ended.
         """
         costly = self.drafter.costs_time
-        self._offered = [NONE] * len(rows)
-        if costly and self.costs.plain_is_due():
-            return [[] for _ in rows]
-        most = self._depth(len(rows)) if costly else self.most
-        if not most or (not costly and self._skips()):
-            return [[] for _ in rows]
         begin = time.perf_counter()
-        self._offered = self.propose(rows, most, sampling)
+        self._offered = self.propose(rows, self._most, sampling)
         if costly:
-            self._draft_seconds[_size_class(len(rows))].append((time.perf_counter() - begin) / most)
-        elif self.costs.plain_is_due():
-            return [[] for _ in rows]  # whether the guesses are right is learned all the same
-        worth = self._worth([row.left for row in rows], waiting=waiting)
-        chosen = self._worthwhile(self._offered, worth, least_gain=1.0 if costly else LEAST_GAIN)
-        if any(chosen):
-            self._idle = 0
+            self._draft_seconds[_size_class(len(rows))].append((time.perf_counter() - begin) / self._most)
+        chosen: list[list[int]] = [[] for _ in rows]
+        # Where a pass without guesses is due, whether they are right is learned all the same.
+        if costly or not self.costs.plain_is_due():
+            worth = self._worth([row.left for row in rows], waiting=waiting)
+            if costly:  # the time that guessing took is spent
+                chosen = self._worthwhile(self._offered, worth)
+            else:
+                looking = self._looking(len(rows))
+                chosen = self._worthwhile(self._offered, worth, least_gain=LEAST_GAIN, looking=looking)
+        self._in_vain = 0 if any(chosen) else self._in_vain + 1
+        self._look_seconds.append((time.perf_counter() - self._look_began) / len(rows))
         return chosen
 
     def propose(self, rows: Sequence[DraftRow], most: int, sampling: SamplingConfig) -> list[Guesses]:
@@ -241,20 +262,32 @@ class Drafts:
         last = [math.exp((one - max(left)) / scale) for one in left]
         return [own + (1 - rows * own) * one / sum(last) for one in last]
 
-    def _worthwhile(self, offered: Sequence[Guesses], worth: Sequence[float], *, least_gain: float) -> list[list[int]]:
-        """Return the guesses of which verifying saves the most time."""
+    def _worthwhile(
+        self, offered: Sequence[Guesses], worth: Sequence[float], *, least_gain: float = 1.0, looking: float = 0.0
+    ) -> list[list[int]]:
+        """Return the guesses of which verifying saves the most time.
+
+        Args:
+            least_gain: how much more must be drawn per second than without guesses.
+            looking: seconds that guessing takes before each pass.
+        """
         candidates = []
         for row, guesses in enumerate(offered):
             likely = 1.0
             for depth, kind in enumerate(guesses.kinds):
                 likely *= self.acceptance.of(kind)
+                if likely < LEAST_LIKELY:
+                    break
                 candidates.append((-likely * worth[row], depth, row))
         candidates.sort()
         rows, saved = len(offered), sum(worth)
         best, best_rate = 0, least_gain * saved / self.costs.seconds(rows)
         for count, (less, _, _) in enumerate(candidates, start=1):
             saved -= less
-            rate = saved / self.costs.seconds(rows, count)
+            tokens = rows + count
+            if count < len(candidates) and _size_class(tokens) == _size_class(tokens + 1):
+                continue  # costs are known by class: the last of each saves the most
+            rate = saved / (looking + self.costs.seconds(rows, count))
             if rate > best_rate:
                 best, best_rate = count, rate
         lengths = [0] * rows
@@ -262,10 +295,21 @@ class Drafts:
             lengths[row] = max(lengths[row], depth + 1)
         return [guesses.ids[:length] for guesses, length in zip(offered, lengths, strict=True)]
 
-    def _skips(self) -> bool:
-        """Tell whether to look for no guesses this time: while none are worth it, they are looked for less and less often."""
+    def _looking(self, rows: int) -> float:
+        """Return the seconds that a look for guesses takes."""
+        return rows * min(self._look_seconds, default=0.0)
+
+    def _skips(self, rows: int) -> bool:
+        """Tell whether to look for no guesses this time: after looks in vain fewer are made, until they take little time."""
         self._idle += 1
-        return self._idle % min(1 + self._idle // LOOKS, LOOKS) > 0
+        most = self._looking(rows) / (LOOKING_SHARE * self.costs.seconds(rows))
+        if (
+            self._idle < min(2 ** min(self._in_vain, 16), most, FORGOTTEN_AFTER)
+            and len(self._look_seconds) >= LEAST_LOOKS
+        ):
+            return True
+        self._idle = 0
+        return False
 
     def _depth(self, rows: int) -> int:
         """Return how many tokens to guess for each row where guessing takes time."""
@@ -338,8 +382,11 @@ class PassCosts:
                 below = rows, self.seconds(rows)
         tokens = rows + guesses
         if below is None or above is None:
-            # A pass over few tokens mostly reads the weights.
             at, seconds = below or above or (tokens, 1.0)
+            slope = self._plain.slope()
+            if slope is not None and tokens > at:
+                return seconds + slope * (tokens - at)
+            # A pass over few tokens mostly reads the weights.
             return seconds * (tokens + SAME_COST) / (at + SAME_COST)
         (first, low), (last, high) = below, above
         return low + max(0.0, high - low) * (tokens - first) / max(1, last - first)
@@ -369,12 +416,22 @@ class _Times:
         below = max((each for each in self._seconds if each <= key), default=None)
         above = min((each for each in self._seconds if each >= key), default=None)
         if key in self._seconds:
-            found = size, median_high(self._seconds[key])
+            found = size, self._usual(key)
             return found, found
-        first, last = (
-            None if each is None else (_least(each), median_high(self._seconds[each])) for each in (below, above)
-        )
+        first, last = (None if each is None else (_least(each), self._usual(each)) for each in (below, above))
         return first, last
+
+    def _usual(self, key: int) -> float:
+        """Return the median seconds of a size class, at most that of a larger one: a few passes may all have been disturbed."""
+        return min(median_high(seconds) for each, seconds in self._seconds.items() if each >= key)
+
+    def slope(self) -> float | None:
+        """Return what a token more costs between the least and the largest size; None where they hardly differ."""
+        least, largest = min(self._seconds, default=0), max(self._seconds, default=0)
+        sizes = _least(least), _least(largest)
+        if sizes[1] < 2 * sizes[0] or not sizes[0]:
+            return None
+        return (self._usual(largest) - self._usual(least)) / (sizes[1] - sizes[0])
 
 
 def _size_class(count: int) -> int:

@@ -25,7 +25,7 @@ from rlhf_core.config.online import SamplingConfig
 from rlhf_core.generation.block_table_attention import TableChunkAttention
 from rlhf_core.generation.cached_attention import CachedAttention, ChunkAttention, DecodingAttention
 from rlhf_core.generation.device_steps import DEVICES, STEPS, DeviceRow, DeviceSteps
-from rlhf_core.generation.drafting import MOST_GUESSES, NO_COUNTS, DraftCounts, DraftRow, Drafts
+from rlhf_core.generation.drafting import MOST_GUESSES, DraftCounts, DraftRow, Drafts
 from rlhf_core.generation.drawn_rows import DrawnCompletion, DrawnRows
 from rlhf_core.generation.paged_cache import CachedSequence, OutOfBlocks, PagedKVCache
 from rlhf_core.generation.plain import new_row
@@ -61,7 +61,10 @@ class _Row:
     """What it had drawn before it had to give up its keys and values."""
     draft: Any = None
     """What the drafter keeps for it."""
-    counts: DraftCounts = NO_COUNTS
+    passes: int = 0
+    """That drew tokens for it while there were drafts."""
+    guessed: int = 0
+    accepted: int = 0
 
     @property
     def missing(self) -> int:
@@ -420,7 +423,9 @@ class NativeDecoding:
         return min(STEPS, max(row.left for row in self._rows))
 
     def _guesses(self, drafts: Drafts) -> list[list[int]]:
-        """Return the tokens that are guessed for each row: none where a rule looks at each token."""
+        """Return the tokens that are guessed for each row: none where a rule looks at each token; [] without any look."""
+        if not drafts.look(len(self._rows)):
+            return []
         # Guesses take free blocks alone, of which each row keeps one for its next token.
         free, rows = self.cache.free_blocks - len(self._rows), []
         for index, row in enumerate(self._rows):
@@ -458,13 +463,18 @@ class NativeDecoding:
         self, drafts: Drafts, guesses: Sequence[Sequence[int]], drawn: Sequence[Sequence[int]], seconds: float
     ) -> None:
         """Let rows forget the keys and values of wrong guesses, and take note of what guesses did."""
-        for row, ids, tokens in zip(self._rows, guesses or [()] * len(drawn), drawn, strict=True):
-            if ids:
-                row.sequence.shorten(len(row.ids) - 1)
-            # Behind a guess that ends the row nothing more is drawn.
-            accepted = min(len(ids), len(tokens)) - (len(tokens) <= len(ids) and tokens[-1] != ids[len(tokens) - 1])
-            passes = 1 if any(guesses) else len(tokens)
-            row.counts = row.counts.plus(DraftCounts(passes, len(tokens), len(ids), accepted))
+        if not any(guesses):
+            for row, tokens in zip(self._rows, drawn, strict=True):
+                row.passes += len(tokens)
+        else:
+            for row, ids, tokens in zip(self._rows, guesses, drawn, strict=True):
+                row.passes += 1
+                if ids:
+                    row.sequence.shorten(len(row.ids) - 1)
+                    row.guessed += len(ids)
+                    # Behind a guess that ends the row nothing more is drawn.
+                    wrong = len(tokens) <= len(ids) and tokens[-1] != ids[len(tokens) - 1]
+                    row.accepted += min(len(ids), len(tokens)) - wrong
         drafts.drawn(drawn, guesses, seconds)
 
     def _draw(self) -> None:
@@ -485,7 +495,7 @@ class NativeDecoding:
             longer.free()
         counts = None
         if self._drafts is not None and reason != UNFINISHED:
-            counts = row.counts
+            counts = DraftCounts(row.passes, len(drawn.ids), row.guessed, row.accepted)
             self._drafts.ended(row.request.ids, drawn.ids, counts)
         return Finished(row.request.number, drawn, reason, drawn.text, row.sequence if keep else None, counts)
 

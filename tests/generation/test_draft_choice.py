@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 
 from rlhf_core.config.online import SamplingConfig
 from rlhf_core.generation.drafting import Acceptance, Drafter, DraftRow, Drafts, Guesses, PassCosts
-from rlhf_core.generation.lookup_drafts import LONGEST_MATCH, MOST_PLACES, NgramDrafter, SuffixDrafter, TokenIndex
+from rlhf_core.generation.lookup_drafts import (
+    LONGEST_MATCH,
+    MOST_PLACES,
+    LookUp,
+    NgramDrafter,
+    SuffixDrafter,
+    TokenIndex,
+)
 
 TOKENS = st.lists(st.integers(0, 2), max_size=40)
 
@@ -23,7 +30,8 @@ def row(ids: list[int], state: object = None, room: int = 8, left: int = 100) ->
 @given(st.lists(TOKENS, max_size=3), TOKENS)
 def test_a_guess_follows_the_longest_match(texts: list[list[int]], ids: list[int]) -> None:
     """Against every place of every text, compared token by token."""
-    found = TokenIndex(texts).guess(ids, 3)
+    index = TokenIndex(texts)
+    found = index.guess(*index.find(ids), 3)
     places: list[tuple[int, int]] = []
     for known in (1, 2):
         ends = ids[-known:] if len(ids) >= known else None
@@ -50,6 +58,26 @@ def test_a_guess_follows_the_longest_match(texts: list[list[int]], ids: list[int
     assert counts[found.ids[0]] == max(counts.values())
     assert found.kinds[0][0] == longest  # type: ignore[index]
     assert any(texts[text][at : at + len(found.ids)] == found.ids for text, at in best)
+
+
+@given(st.lists(TOKENS, max_size=4), TOKENS, st.lists(st.integers(1, 4), max_size=12))
+def test_a_match_that_is_followed_is_the_one_that_would_be_found(
+    texts: list[list[int]], ids: list[int], steps: list[int]
+) -> None:
+    """Looks some tokens apart, beside a search from nothing at each."""
+    index, length = TokenIndex(texts), 0
+    looking = LookUp(index)
+    for step in steps:
+        length = min(length + step, len(ids))
+        followed, (places, matched) = looking.guess(ids[:length], 3), index.find(ids[:length])
+        searched = index.guess(places, matched, 3)
+        assert bool(followed.ids) == bool(searched.ids)
+        if not followed.ids:
+            continue
+        own, other = followed.kinds[0][0], searched.kinds[0][0]  # type: ignore[index]
+        assert own >= other  # a search looks at the latest places alone
+        if own == other < LONGEST_MATCH and len(places) < MOST_PLACES:
+            assert followed.kinds[0] == searched.kinds[0]  # of two tokens as frequent either may be guessed
 
 
 def test_a_text_is_looked_up_in_itself() -> None:
@@ -110,7 +138,9 @@ class Sure(Drafter):
 def test_as_many_guesses_are_verified_as_pay(right: float, fixed: float, each: float, verified: int, rows: int) -> None:
     random, drafts, counts = np.random.default_rng(0), Drafts(Sure()), []
     for _ in range(400):
-        chosen = drafts.choose([row([], room=4) for _ in range(rows)], SamplingConfig(), waiting=True)
+        chosen: list[list[int]] = [[] for _ in range(rows)]
+        if drafts.look(rows):
+            chosen = drafts.choose([row([], room=4) for _ in range(rows)], SamplingConfig(), waiting=True)
         drawn = []
         for guesses in chosen:
             ids: list[int] = []
@@ -155,3 +185,33 @@ def test_costs_are_the_nearest_measured_ones() -> None:
     assert costs.seconds(4, 8) == pytest.approx(2.5)
     assert 1.2 < costs.seconds(4, 2) < 1.5
     assert costs.seconds(4, 30) > 3.5
+
+
+def test_passes_that_were_not_measured_cost_as_much_more_as_those_that_were() -> None:
+    """A first pass with guesses takes long, as its matrices are packed: larger ones aren't that many times as long."""
+    costs = PassCosts()
+    for rows in (1, 8, 64):
+        costs.measured(rows, 0, 1 + rows / 64)
+    costs.measured(4, 4, 3.0)
+    assert costs.seconds(64, 64) == pytest.approx(3 + (128 - 8) / 64)
+    assert costs.seconds(128) == pytest.approx(3)
+
+
+def test_a_larger_pass_bounds_what_a_smaller_one_costs() -> None:
+    costs = PassCosts()
+    costs.measured(4, 0, 5.0)  # disturbed
+    costs.measured(16, 0, 2.0)
+    assert costs.seconds(4) == costs.seconds(10) == 2.0
+
+
+@pytest.mark.parametrize(("seconds", "looks"), [(1.0, 200), (1e-6, 20)])
+def test_looks_in_vain_take_little_time(seconds: float, looks: int) -> None:
+    """Where a pass takes long each may be preceded by a look; where it is as fast as a look hardly any is."""
+    drafts, made = Drafts(Sure()), 0
+    for _ in range(200):
+        chosen: list[list[int]] = [[]]
+        if drafts.look(1):
+            made += 1
+            chosen = drafts.choose([row([], room=4)], SamplingConfig())
+        drafts.drawn([[2]], chosen, seconds * (1 + 9 * len(chosen[0])))
+    assert made >= looks if seconds == 1 else made <= looks

@@ -52,6 +52,9 @@ CONTINUATIONS = 2_000
 class Eager(Drafts):
     """Verifies all that is guessed, whatever it costs."""
 
+    def look(self, rows: int) -> bool:
+        return True
+
     def choose(self, rows: Sequence[DraftRow], sampling: SamplingConfig, *, waiting: bool = False) -> list[list[int]]:
         self._offered = self.propose(rows, self.most, sampling)
         return [guesses.ids for guesses in self._offered]
