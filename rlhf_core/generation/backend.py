@@ -11,13 +11,12 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar
 
-from torch import Tensor
-
 from rlhf_core.config.online import SamplingConfig
 from rlhf_core.generation.requests import Finished, Request
 from rlhf_core.infra.errors import ConfigError
 
 if TYPE_CHECKING:
+    from rlhf_core.generation.known_tokens import ScoredTokens
     from rlhf_core.generation.paged_cache import CachedSequence
 
 ALWAYS = frozenset({"max_new_tokens", "temperature"})
@@ -93,7 +92,8 @@ class Backend(ABC):
         counts: Sequence[int],
         *,
         temperature: float,
-    ) -> list[tuple[CachedSequence | None, Tensor]]:
+        top: int = 0,
+    ) -> list[tuple[CachedSequence | None, ScoredTokens]]:
         """Compute what is kept for sequences with given tokens behind them, and the tokens' log-probabilities. Only with `fork`.
 
         Args:
@@ -101,9 +101,10 @@ class Backend(ABC):
             whole: the ids of each sequence, these tokens included.
             counts: how many of its last ids are these tokens, at least 1.
             temperature: the distribution is softmax(logits / temperature).
+            top: how many of the most likely tokens in each one's place are wanted, too.
 
         Returns:
-            For each sequence what is kept, and (T,) float32, nats.
+            For each sequence what is kept, and its tokens' scores.
         """
         raise NotImplementedError(f"{type(self).__name__} declares `fork` without `follow`")
 

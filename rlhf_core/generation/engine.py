@@ -26,6 +26,7 @@ from rlhf_core.data.text_options import TextOptions
 from rlhf_core.data.text_spans import TextSpanEncoder
 from rlhf_core.generation.backend import Backend
 from rlhf_core.generation.kept_backend import take_backend
+from rlhf_core.generation.known_tokens import ScoredTokens
 from rlhf_core.generation.memory import MOST_ROWS
 from rlhf_core.generation.native_backend import NativeBackend
 from rlhf_core.generation.paged_cache import CachedSequence
@@ -372,7 +373,7 @@ class Engine:
 
         Raises: as `score`.
         """
-        return [extended for extended, _ in self._follow(handles, tokens)]
+        return [extended for extended, _ in self._follow(handles, tokens, room=0)]
 
     @torch.no_grad()
     def score(
@@ -391,14 +392,26 @@ class Engine:
         Raises:
             ConfigError: a temperature that isn't above 0, no tokens for a handle, or a handle that was freed, is another
                 engine's, or was read with weights that have changed since.
-            DataError: a sequence would be longer than the model's positions.
+            DataError: a sequence without its last token, which isn't read, would be longer than the model's positions.
             NumbersError: logits aren't finite, or memory doesn't suffice.
+        """
+        return [scored.logprobs for scored in self.score_with_top(handles, tokens, 0, temperature=temperature)]
+
+    @torch.no_grad()
+    def score_with_top(
+        self, handles: Sequence[SequenceHandle], tokens: Sequence[Sequence[int]], k: int, *, temperature: float = 1.0
+    ) -> list[ScoredTokens]:
+        """Return what `score` does, and the k most likely tokens in the place of each given one.
+
+        Raises: as `score`; `ConfigError` for k below 0.
         """
         if not temperature > 0:
             raise ConfigError("must be above 0", place="score(temperature=…)", got=str(temperature))
-        followed = self._follow(handles, tokens, temperature=temperature)
+        if k < 0:
+            raise ConfigError("must be at least 0", place="score_with_top(k=…)", got=str(k))
+        followed = self._follow(handles, tokens, temperature=temperature, top=k, room=1)
         self.free([extended for extended, _ in followed])
-        return [logps for _, logps in followed]
+        return [scored for _, scored in followed]
 
     def free(self, handles: Sequence[SequenceHandle]) -> None:
         """Give up handles; memory that no other handle shares is released.
@@ -412,29 +425,39 @@ class Engine:
         self.backend.free([handle.cached for handle in handles])
 
     def _follow(
-        self, handles: Sequence[SequenceHandle], tokens: Sequence[Sequence[int]], *, temperature: float = 1.0
-    ) -> list[tuple[SequenceHandle, torch.Tensor]]:
-        """Return, for each handle, a new one with tokens behind it, and their log-probabilities (T,)."""
+        self,
+        handles: Sequence[SequenceHandle],
+        tokens: Sequence[Sequence[int]],
+        *,
+        temperature: float = 1.0,
+        top: int = 0,
+        room: int,
+    ) -> list[tuple[SequenceHandle, ScoredTokens]]:
+        """Return, for each handle, a new one with tokens behind it, and their scores; `room` as in `_check_length`."""
         self._check_handles(handles)
         if [len(ids) > 0 for ids in tokens] != [True] * len(handles):
             problem = "each handle needs at least one token"
             raise ConfigError(problem, place="tokens", got=f"{[len(ids) for ids in tokens]} for {len(handles)} handles")
         whole = [(*handle.ids, *ids) for handle, ids in zip(handles, tokens, strict=True)]
         for number, ids in enumerate(whole):
-            self._check_length(ids, f"handles[{number}]")
+            self._check_length(ids, f"handles[{number}]", room=room)
         with self._counting():
             followed = self.backend.follow(
-                [handle.cached for handle in handles], whole, [len(ids) for ids in tokens], temperature=temperature
+                [handle.cached for handle in handles],
+                whole,
+                [len(ids) for ids in tokens],
+                temperature=temperature,
+                top=top,
             )
-        for number, (_, logps) in enumerate(followed):
-            if logps.isnan().any():
+        for number, (_, scored) in enumerate(followed):
+            if scored.logprobs.isnan().any():
                 self.backend.forget()  # what is kept isn't finite, either
                 raise NumbersError(
                     "the model's logits aren't finite", place=f"handles[{number}]", fix="check its weights"
                 )
         return [
-            (handle.followed_by(ids, kept), logps)
-            for handle, ids, (kept, logps) in zip(handles, tokens, followed, strict=True)
+            (handle.followed_by(ids, kept), scored)
+            for handle, ids, (kept, scored) in zip(handles, tokens, followed, strict=True)
         ]
 
     @contextlib.contextmanager
@@ -564,15 +587,18 @@ class Engine:
         )
         return _Draw(request, prompt, place, self.text_of(chat))
 
-    def _check_length(self, ids: Sequence[int], place: str) -> None:
-        """Raise where a sequence is empty, or longer than the model's positions."""
+    def _check_length(self, ids: Sequence[int], place: str, *, room: int = 0) -> None:
+        """Raise where a sequence is empty, holds an unknown id, or is longer than the model's positions and `room` together.
+
+        A last token that is only predicted, never read, needs no position.
+        """
         if not ids:
             raise ConfigError("a sequence needs at least one token", place=place)
         size = self.policy.network.config.get_text_config().vocab_size
         if (wrong := next((token for token in ids if not 0 <= token < size), None)) is not None:
             raise ConfigError(f"the model's vocabulary has ids 0 to {size - 1}", place=place, got=str(wrong))
         positions = self.policy.max_positions
-        if positions is not None and len(ids) > positions:
+        if positions is not None and len(ids) > positions + room:
             got = f"{len(ids)} tokens for {positions} positions"
             raise DataError("the sequence is longer than the model's positions", place=place, got=got, fix="shorten it")
 

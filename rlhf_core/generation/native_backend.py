@@ -22,7 +22,7 @@ from rlhf_core.generation.backend import ALWAYS, Backend, Capabilities
 from rlhf_core.generation.block_table_attention import KERNEL_BLOCK
 from rlhf_core.generation.device_steps import DEVICES
 from rlhf_core.generation.drafting import Drafts
-from rlhf_core.generation.known_tokens import logps_by_forward, logps_of_hidden
+from rlhf_core.generation.known_tokens import ScoredTokens, scores_by_forward, scores_of_hidden
 from rlhf_core.generation.lookup_drafts import NgramDrafter, SuffixDrafter
 from rlhf_core.generation.memory import free_bytes
 from rlhf_core.generation.native import NativeDecoding, measure_native, new_cache
@@ -250,7 +250,8 @@ class NativeBackend(Backend):
         counts: Sequence[int],
         *,
         temperature: float,
-    ) -> list[tuple[CachedSequence | None, Tensor]]:
+        top: int = 0,
+    ) -> list[tuple[CachedSequence | None, ScoredTokens]]:
         if not whole:
             return []
         # Of a sequence of which nothing is kept, all is read.
@@ -259,7 +260,7 @@ class NativeBackend(Backend):
         with self._for_decoding():
             if native is None:
                 return [
-                    (None, logps_by_forward(self.policy, ids, count, temperature))
+                    (None, scores_by_forward(self.policy, ids, count, temperature=temperature, top=top))
                     for ids, count in zip(whole, counts, strict=True)
                 ]
             self._check_kept(kept, native)
@@ -270,7 +271,7 @@ class NativeBackend(Backend):
             ]
             read = native.follow(before, whole)
             return [
-                (sequence, logps_of_hidden(self.policy, hidden, ids[-count:], temperature))
+                (sequence, scores_of_hidden(self.policy, hidden, ids[-count:], temperature=temperature, top=top))
                 for (sequence, hidden), ids, count in zip(read, whole, counts, strict=True)
             ]
 

@@ -36,6 +36,15 @@ class Drawn(NamedTuple):
     and they weren't barred."""
 
 
+class TopTokens(NamedTuple):
+    """The most likely tokens of each row, most likely first. Axes: R rows, K tokens."""
+
+    ids: Tensor
+    """(R, K) long."""
+    logprobs: Tensor
+    """(R, K) float32, nats."""
+
+
 class Barred(NamedTuple):
     """Tokens that may not be drawn."""
 
@@ -155,6 +164,12 @@ def _bar(scores: Tensor, barred: Barred) -> Tensor:
     before = scores[:, barred.ids]
     scores[:, barred.ids] = before.masked_fill(barred.rows, -torch.inf)
     return before.masked_fill(~barred.rows, -torch.inf)
+
+
+def top_tokens(logprobs: Tensor, k: int) -> TopTokens:
+    """Return the k most likely tokens of log-probabilities (R, V); a smaller vocabulary counts whole."""
+    values, ids = logprobs.topk(min(k, logprobs.shape[1]), dim=-1)
+    return TopTokens(ids, values)
 
 
 @torch.no_grad()

@@ -203,6 +203,23 @@ def test_self_improvement(tmp_path: Path, environment: dict[str, str]) -> None:
 
 
 @pytest.mark.slow
+def test_lm_eval(tmp_path: Path, environment: dict[str, str]) -> None:
+    """The task's file and the program are written under the names in their first lines."""
+    pytest.importorskip("lm_eval", reason="the extra `lm-eval` isn't installed")
+    for language, text in blocks("docs/lm-eval.md"):
+        if language == "bash":
+            run(text, tmp_path, environment)
+            continue
+        path = tmp_path / text.split("\n")[0].removeprefix("# ")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    printed = run("python run_sums.py", tmp_path, {**environment, "HF_HUB_OFFLINE": "1"})
+    assert "sums/exact_match,last_number: " in printed and "(n = 8)" in printed
+    kept = json.loads((tmp_path / "sums.json").read_text())
+    assert len(kept["tasks"]["sums"]["by_row"]["exact_match,last_number"]) == 8
+
+
+@pytest.mark.slow
 def test_generation(tmp_path: Path, environment: dict[str, str]) -> None:
     printed = run_page("docs/generation.md", tmp_path, environment)
     assert "sampled: 64 rows" in printed and "1/1  17+25=?" in printed and "all 64 rows of samples.jsonl" in printed

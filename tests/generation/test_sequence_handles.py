@@ -568,3 +568,40 @@ def test_there_is_room_for_sequences_of_which_nothing_was_kept() -> None:
         with torch.no_grad():
             expected = windowed.network(input_ids=whole).logits[0, -3:-1].log_softmax(-1).gather(1, whole[0, -2:, None])
         assert (logps - expected[:, 0]).abs().max() < 1e-4
+
+
+def test_the_most_likely_tokens_beside_given_ones(policy: PolicyModel, engine: Engine) -> None:
+    handles, tokens = engine.prefill(PROMPTS), [[7, 8, 9], [1, 200], [250]]
+    plain = engine.score(handles, tokens, temperature=0.8)
+    for handle, ids, alone, scored in zip(
+        handles, tokens, plain, engine.score_with_top(handles, tokens, 4, temperature=0.8), strict=True
+    ):
+        with torch.no_grad():
+            logits = policy.causal_lm(input_ids=torch.tensor([[*handle.ids, *ids]])).logits[0, -len(ids) - 1 : -1]
+        values, likeliest = torch.log_softmax(logits / 0.8, dim=-1).topk(4)
+        torch.testing.assert_close(scored.logprobs, alone, atol=1e-5, rtol=0)
+        torch.testing.assert_close(scored.top.logprobs, values, atol=1e-4, rtol=0)
+        assert torch.equal(scored.top.ids, likeliest)
+    (scored,) = engine.score_with_top(handles[:1], tokens[:1], 10**6)
+    assert scored.top.ids.shape == (3, policy.causal_lm.config.vocab_size)
+    with pytest.raises(ConfigError, match="at least 0"):
+        engine.score_with_top(handles[:1], tokens[:1], -1)
+    engine.free(handles)
+
+
+@pytest.mark.parametrize("kind", ["tiny", "gpt2"])
+def test_a_token_behind_the_last_position_is_scored(kind: str) -> None:
+    policy = made(kind)
+    ids = [5 + number % 50 for number in range((policy.max_positions or 0) + 1)]
+    engine = Engine(policy)
+    (handle,) = engine.prefill([ids[:-3]])
+    (logps,) = engine.score([handle], [ids[-3:]])
+    with torch.no_grad():
+        logits = policy.causal_lm(input_ids=torch.tensor([ids[:-1]])).logits[0, -3:]
+    expected = torch.log_softmax(logits, dim=-1).gather(1, torch.tensor(ids[-3:])[:, None])[:, 0]
+    torch.testing.assert_close(logps, expected, atol=1e-4, rtol=0)
+    with pytest.raises(DataError, match="longer than the model's positions"):
+        engine.append([handle], [ids[-3:]])
+    with pytest.raises(DataError, match="longer than the model's positions"):
+        engine.score([handle], [ids[-4:]])
+    engine.free([handle])

@@ -1,0 +1,327 @@
+"""Tasks of the library lm-eval, answered by a policy's own engine: `run_lm_eval_tasks`.
+
+The package is needed where tasks are run (the extra `lm-eval`), and imported there.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.metadata
+import importlib.util
+import math
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from rlhf_core.evaluation.estimate import Estimate
+from rlhf_core.generation.engine import Engine
+from rlhf_core.infra.errors import ConfigError, DataError, ModelError, describe_error
+from rlhf_core.infra.files import replace_json
+from rlhf_core.infra.seeds import RandomState
+
+if TYPE_CHECKING:
+    from rlhf_core.models.policy_model import PolicyModel
+
+FEWSHOT_SEED = 1234
+"""lm-eval's own seed for choosing a prompt's examples, with which published numbers are made."""
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """What one task, or a group of them, came to."""
+
+    task: str
+    metrics: Mapping[str, Estimate]
+    """lm-eval's name of a metric and its filter, such as `exact_match,strict-match` → its value over the rows."""
+    by_row: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """The same names → one value per row, in the order of the data; of a group, and of a metric over the whole data, none."""
+    not_finite: Mapping[str, str] = field(default_factory=dict)
+    """Metrics without a finite value → what lm-eval found, such as the perplexity `inf`."""
+    higher_is_better: Mapping[str, bool] = field(default_factory=dict)
+    """A metric's name without its filter → whether a larger value is better, where the task says."""
+    version: str | None = None
+    """Of the task: numbers of different versions aren't comparable."""
+    num_fewshot: int | None = None
+    """Examples in each prompt."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return {
+            "version": self.version,
+            "num_fewshot": self.num_fewshot,
+            "metrics": {name: estimate.as_json() for name, estimate in self.metrics.items()},
+            "not_finite": dict(self.not_finite),
+            "higher_is_better": dict(self.higher_is_better),
+            "by_row": {name: list(values) for name, values in self.by_row.items()},
+        }
+
+
+@dataclass(frozen=True)
+class TaskReport:
+    """What `run_lm_eval_tasks` found."""
+
+    tasks: Mapping[str, TaskScore]
+    """Task → its scores. Groups that were asked for are among them."""
+    options: Mapping[str, Any]
+    """With which options, as JSON values."""
+    seconds: float
+
+    @property
+    def metrics(self) -> dict[str, Estimate]:
+        """Every estimate, under `task/metric,filter`."""
+        return {
+            f"{score.task}/{name}": estimate
+            for score in self.tasks.values()
+            for name, estimate in score.metrics.items()
+        }
+
+    def as_json(self) -> dict[str, Any]:
+        """Return JSON values."""
+        tasks = {name: score.as_json() for name, score in self.tasks.items()}
+        return {"tasks": tasks, "options": dict(self.options), "seconds": round(self.seconds, 3)}
+
+    def write(self, path: Path) -> None:
+        """Write the report as JSON.
+
+        Raises:
+            StorageError: writing failed.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_json(path, self.as_json())
+
+    def lines(self) -> list[str]:
+        """Return the report for people: one line per metric."""
+        found = [f"{name}: {estimate} (n = {estimate.count:,})" for name, estimate in self.metrics.items()]
+        return found + [
+            f"{score.task}/{name}: {value}" for score in self.tasks.values() for name, value in score.not_finite.items()
+        ]
+
+
+def run_lm_eval_tasks(
+    policy: PolicyModel,
+    tasks: Sequence[str],
+    *,
+    include_path: str | Path | Sequence[str | Path] | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    apply_chat_template: bool | str = False,
+    system_instruction: str | None = None,
+    fewshot_as_multiturn: bool = True,
+    generation: Mapping[str, Any] | None = None,
+    template_options: Mapping[str, Any] | None = None,
+    bootstrap: int = 100_000,
+    seed: int = 0,
+    fewshot_seed: int = FEWSHOT_SEED,
+    allow_code: bool = False,
+) -> TaskReport:
+    """Return how well a policy does lm-eval's tasks, drawn and scored by an engine with the weights that it has.
+
+    Texts are tokenised as by lm-eval's Hugging Face backend (`hf`), so both give the same numbers but for rounding, of which
+    greedy texts at a tie and sampled texts (whose random numbers differ) are the exceptions. Prompts that begin alike are read
+    once.
+
+    Args:
+        tasks: names of tasks, groups or tags, or paths of task files (.yaml).
+        include_path: directories with further task files, of which a name comes before lm-eval's own.
+        limit: rows of each task; None takes all.
+        num_fewshot: examples in each prompt; None takes the task's own number.
+        apply_chat_template: write prompts as chats; a text names one of several templates.
+        system_instruction: the system message, or the text in front of a prompt.
+        fewshot_as_multiturn: with a chat template, whether examples are turns of their own.
+        generation: options over those of the tasks that generate, such as `{"max_gen_toks": 512}`.
+        template_options: further variables of the chat template.
+        bootstrap: resamples for the standard error of a metric that has no formula for it; larger is more exact, and slower.
+        seed: of sampled texts.
+        fewshot_seed: chooses examples.
+        allow_code: run tasks that execute what the model writes. That is no sandbox.
+
+    Raises:
+        ConfigError: lm-eval isn't installed, an unknown task (with the nearest names), no tasks, a limit below 1, generation
+            options that the engine doesn't know, or a task that runs code without `allow_code`.
+        DataError: a task's data can't be had.
+        ModelError: the model has no chat template, though one is asked for.
+        NumbersError: logits aren't finite, or memory doesn't suffice.
+    """
+    require_lm_eval()
+    if not tasks:
+        raise ConfigError("no tasks are named", place="tasks", fix="name some, such as `gsm8k`")
+    if limit is not None and limit < 1:
+        raise ConfigError("must be at least 1", place="limit", got=str(limit))
+    if apply_chat_template and not policy.tokenizer.chat_template:
+        raise ModelError(
+            "the model has no chat template", place=str(policy.source), fix="leave out `apply_chat_template`"
+        )
+    from lm_eval import evaluate
+
+    from rlhf_core.evaluation.lm_eval_model import EngineLM
+
+    manager = _task_manager(include_path)
+    check_tasks(tasks, manager)
+    model = EngineLM(Engine(policy, seed=seed), template_options=template_options)
+    began, before = time.monotonic(), RandomState.capture()
+    try:
+        _seed_as_lm_eval()
+        loaded = _loaded(manager, tasks)
+        for name, task in loaded["tasks"].items():
+            if getattr(task, "UNSAFE_CODE", False) and not allow_code:
+                problem = f"the task `{name}` runs code that the model writes"
+                raise ConfigError(problem, place="tasks", fix="set `allow_code` where that is safe")
+            _set_up(task, num_fewshot=num_fewshot, fewshot_seed=fewshot_seed, generation=generation)
+        found = evaluate(
+            model,
+            loaded,
+            limit=limit,
+            bootstrap_iters=bootstrap,
+            system_instruction=system_instruction,
+            apply_chat_template=apply_chat_template,
+            fewshot_as_multiturn=fewshot_as_multiturn,
+            confirm_run_unsafe_code=allow_code,
+        )
+    finally:
+        before.restore()
+    options = {
+        "lm_eval": importlib.metadata.version("lm-eval"),
+        "model": str(policy.source),
+        "limit": limit,
+        "num_fewshot": num_fewshot,
+        "apply_chat_template": apply_chat_template,
+        "system_instruction": system_instruction,
+        "fewshot_as_multiturn": fewshot_as_multiturn,
+        "generation": dict(generation or {}),
+        "template_options": dict(template_options or {}),
+        "bootstrap": bootstrap,
+        "seed": seed,
+        "fewshot_seed": fewshot_seed,
+    }
+    return TaskReport(_scores(found), options, time.monotonic() - began)
+
+
+def _seed_as_lm_eval() -> None:
+    """Seed the global generators as lm-eval's command line does, for tasks that draw from them."""
+    random.seed(0)
+    np.random.seed(FEWSHOT_SEED)
+    torch.manual_seed(FEWSHOT_SEED)
+
+
+def _loaded(manager: Any, tasks: Sequence[str]) -> Any:
+    """Return tasks with their data, as `lm_eval.evaluate` takes them.
+
+    Raises:
+        DataError: a task's data can't be had.
+    """
+    try:
+        return manager.load(list(tasks))
+    except Exception as error:  # whatever datasets, the hub or a task's own code raise
+        fix = "see that its data can be downloaded, or is where the task file says"
+        raise DataError(
+            "lm-eval can't load a task", place=", ".join(tasks), got=describe_error(error, lines=1), fix=fix
+        ) from error
+
+
+def _set_up(task: Any, *, num_fewshot: int | None, fewshot_seed: int, generation: Mapping[str, Any] | None) -> None:
+    """Apply options to a task as lm-eval's command line does: one that has 0 examples by itself keeps to that."""
+    if generation and task.get_config("output_type") == "generate_until":
+        task.set_config(key="generation_kwargs", value=dict(generation), update=True)
+    own = task.get_config("num_fewshot")
+    if own is None or (own != 0 and num_fewshot is not None):
+        task.set_config(key="num_fewshot", value=num_fewshot or 0)
+    task.set_fewshot_seed(seed=fewshot_seed)
+
+
+def require_lm_eval() -> None:
+    """Raise `ConfigError`, with the extra to install, where lm-eval isn't installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError("lm-eval isn't installed", place="tasks", fix="pip install 'rlhf-core[lm-eval]'")
+
+
+def _task_manager(include_path: str | Path | Sequence[str | Path] | None) -> Any:
+    """Return what finds tasks by name.
+
+    Raises:
+        ConfigError: a path that is no directory.
+    """
+    from lm_eval.tasks import TaskManager
+
+    given = [include_path] if isinstance(include_path, str | Path) else list(include_path or [])
+    for path in given:
+        if not Path(path).expanduser().is_dir():
+            raise ConfigError("no such directory", place="include_path", got=str(path))
+    return TaskManager(include_path=[Path(path).expanduser() for path in given] or None)
+
+
+def check_tasks(tasks: Sequence[str], manager: Any) -> None:
+    """Raise `ConfigError`, with the nearest names, for a task that lm-eval doesn't know and that is no task file."""
+    known = manager.all_tasks
+    for task in tasks:
+        if task in known or (task.endswith((".yaml", ".yml")) and Path(task).is_file()):
+            continue
+        near = difflib.get_close_matches(task, known, 3, cutoff=0.5)
+        raise ConfigError(
+            "lm-eval has no such task", place="tasks", got=f"`{task}`",
+            fix=f"did you mean {', '.join(f'`{one}`' for one in near)}?" if near else "see `lm-eval ls tasks`",
+        )  # fmt: skip
+
+
+def _scores(found: Mapping[str, Any]) -> dict[str, TaskScore]:
+    """Return lm-eval's results by task."""
+    return {task: _score(task, values, found) for task, values in (found["results"] | found.get("groups", {})).items()}
+
+
+def _score(task: str, values: Mapping[str, Any], found: Mapping[str, Any]) -> TaskScore:
+    """Return one task's results.
+
+    Args:
+        values: lm-eval's for it: `acc,none` and `acc_stderr,none`, say.
+        found: all that lm-eval returned.
+    """
+    count = _count(task, found)
+    metrics: dict[str, Estimate] = {}
+    not_finite: dict[str, str] = {}
+    for key, value in values.items():
+        name, comma, chosen = key.partition(",")
+        if not comma or name.endswith("_stderr") or isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if not math.isfinite(value) or not count:
+            not_finite[key] = str(value)
+            continue
+        error = values.get(f"{name}_stderr,{chosen}")  # `N/A` where there is none
+        known = float(error) if isinstance(error, int | float) and math.isfinite(error) else None
+        metrics[key] = Estimate(float(value), known, count)
+    higher = found.get("higher_is_better", {}).get(task) or {}
+    shots = found.get("n-shot", {}).get(task)
+    version = found.get("versions", {}).get(task)
+    return TaskScore(
+        task=task,
+        metrics=metrics,
+        by_row=_by_row(found.get("samples", {}).get(task, []), metrics),
+        not_finite=not_finite,
+        higher_is_better={name: bool(value) for name, value in higher.items() if value is not None},
+        version=None if version in (None, "N/A") else str(version),
+        num_fewshot=shots if isinstance(shots, int) else None,
+    )
+
+
+def _count(task: str, found: Mapping[str, Any]) -> int:
+    """Return over how many rows a task, or a group's tasks together, was measured."""
+    counts = found.get("n-samples", {})
+    if task in counts:
+        return int(counts[task]["effective"])
+    return sum(_count(one, found) for one in found.get("group_subtasks", {}).get(task, []))
+
+
+def _by_row(samples: Sequence[Mapping[str, Any]], metrics: Mapping[str, Estimate]) -> dict[str, list[float]]:
+    """Return the value of each metric for each row, where lm-eval has one number per row."""
+    found: dict[str, list[float]] = {}
+    for key in metrics:
+        name, _, chosen = key.partition(",")
+        rows = [row for row in samples if row.get("filter") == chosen and isinstance(row.get(name), int | float)]
+        rows.sort(key=lambda row: int(row["doc_id"]))
+        if rows:
+            found[key] = [float(row[name]) for row in rows]
+    return found
