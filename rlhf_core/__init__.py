@@ -42,6 +42,9 @@ if TYPE_CHECKING:
     from rlhf_core.improvement.capability_tests import CapabilityRegression as CapabilityRegression
     from rlhf_core.improvement.capability_tests import CapabilityResult as CapabilityResult
     from rlhf_core.improvement.capability_tests import CapabilityTester as CapabilityTester
+    from rlhf_core.improvement.elastic_weight_consolidation import (
+        ElasticWeightConsolidation as ElasticWeightConsolidation,
+    )
     from rlhf_core.infra.devices import DeviceManager as DeviceManager
     from rlhf_core.infra.errors import RLHFError as RLHFError
     from rlhf_core.merging.config import MergeConfig as MergeConfig
@@ -72,6 +75,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.data.record_datasets": "GRPODataset KTODataset PreferenceDataset SFTDataset StreamingGRPODataset"
         " StreamingKTODataset StreamingPreferenceDataset StreamingSFTDataset",
         "rlhf_core.improvement.capability_tests": "CapabilityRegression CapabilityResult CapabilityTester",
+        "rlhf_core.improvement.elastic_weight_consolidation": "ElasticWeightConsolidation",
         "rlhf_core.infra.errors": "RLHFError",
         "rlhf_core.infra.devices": "DeviceManager",
         "rlhf_core.registry.plugin_logs": "setup_logging",

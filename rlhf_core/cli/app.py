@@ -14,6 +14,7 @@ from rlhf_core.cli import (
     chat,
     compare_samplers,
     doctor,
+    fisher,
     merge,
     methods,
     rollouts,
@@ -28,8 +29,8 @@ app = typer.Typer(
     name="rlhf",
     help="Post-training for language models in which every method is a plugin.",
     epilog="--debug and --no-plugins may be given anywhere on the command line. Exit codes: 2 configuration, 3 data,"
-    " 4 model or checkpoint, 5 plugin, 6 numbers, 7 input/output or a lost process, 75 stopped and saved (Ctrl-C, SIGTERM),"
-    " 130 interrupted.",
+    " 4 model or checkpoint, 5 plugin, 6 numbers, 7 input/output or a lost process, 8 a regression in capability"
+    " tests, 75 stopped and saved (Ctrl-C, SIGTERM), 130 interrupted.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},
@@ -44,6 +45,7 @@ rollouts.add_to(app)
 merge.add_to(app)
 author.add_to(app)
 score.add_to(app)
+fisher.add_to(app)
 doctor.add_to(app)
 
 

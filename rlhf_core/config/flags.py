@@ -81,6 +81,10 @@ def convert(flags: Iterable[Flag], config: type[BaseModel], *, owner: str) -> tu
     return values, {key: given[0].typed for key, given in grouped.items()}
 
 
+_VERBS = ("fisher", "score")
+"""Owners of options that are commands, not methods."""
+
+
 def unknown_option(
     name: str, config: type[BaseModel], *, owner: str, place: str, also: Iterable[str] = ()
 ) -> ConfigError:
@@ -88,9 +92,8 @@ def unknown_option(
     names = list(option_names(config))
     near = nearest(name.replace("-", "_"), [*also, *names]) or nearest(name.rpartition(".")[2], names)
     hint = f"did you mean `{near}`? " if near else ""
-    return ConfigError(
-        f"unknown option `{name}` of {owner}", place=place, fix=f"{hint}`rlhf show {owner} --all` lists them"
-    )
+    listed = f"rlhf {owner} --help" if owner in _VERBS else f"rlhf show {owner} --all"
+    return ConfigError(f"unknown option `{name}` of {owner}", place=place, fix=f"{hint}`{listed}` lists them")
 
 
 def _may_be_text(member: Any) -> bool:

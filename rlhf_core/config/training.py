@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from rlhf_core.config.base import BaseConfig
+from rlhf_core.config.elastic_options import EWCConfig
 from rlhf_core.config.sampling_options import SamplingConfig
 
 LORA_RATE_FACTOR = 10
@@ -408,6 +409,10 @@ class TrainerConfig(BaseConfig):
     logging: LoggingConfig = Field(default_factory=LoggingConfig, description="What is reported.")
     early_stopping: EarlyStoppingConfig | None = Field(
         None, description="When to stop before the last step; null never."
+    )
+    ewc: EWCConfig | None = Field(
+        None,
+        description="Hold on to earlier tasks: weights that they need change less. Null lets every weight change alike.",
     )
     distributed: DistributedConfig = Field(
         default_factory=DistributedConfig, description="Processes that train together."

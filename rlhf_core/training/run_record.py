@@ -121,6 +121,7 @@ def record_inputs(run: Run) -> None:
     def check() -> None:
         _check_same_inputs(directory, models, rewards)
         _check_same_samplers(directory, samplers)
+        _check_same_earlier_tasks(directory, setup.earlier_tasks)
         if setup.replay is not None:
             setup.replay.check_model(models)
 
@@ -131,6 +132,8 @@ def record_inputs(run: Run) -> None:
         directory.write("rewards.json", rewards)
     if samplers:
         directory.write("samplers.json", samplers)
+    if setup.earlier_tasks:
+        directory.write("ewc.json", setup.earlier_tasks)
     record_data(run)
 
 
@@ -168,6 +171,19 @@ def _check_same_samplers(directory: RunDirectory, samplers: dict[str, Any]) -> N
                     got="; ".join(changed[:5]),
                     fix="resume with the same rewards, or start a new run in another directory",
                 )
+
+
+def _check_same_earlier_tasks(directory: RunDirectory, now: dict[str, Any]) -> None:
+    """Refuse to continue a run that holds on to other Fisher information than its record says."""
+    before = directory.read("ewc.json") if directory.continued and now else None
+    if before is not None and before != now:
+        changed = [name for name in now if not isinstance(before, dict) or before.get(name) != now[name]]
+        raise ModelError(
+            "the Fisher information changed since the run was started",
+            place=str(directory.path),
+            got=", ".join(changed[:5]),
+            fix="resume with the same files, or start a new run in another directory",
+        )
 
 
 def _check_same_files(directory: RunDirectory, role: str, before: Any, model: dict[str, Any]) -> None:

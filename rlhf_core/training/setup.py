@@ -27,6 +27,7 @@ from rlhf_core.models.reference import Reference
 from rlhf_core.rewards import Rewards, check_rewards, open_rewards
 from rlhf_core.training.context import RunContext
 from rlhf_core.training.distribution import Distribution
+from rlhf_core.training.elastic_weights import ElasticWeights, describe_elastic_weights
 from rlhf_core.training.fixed_prompts import open_fixed_prompts
 from rlhf_core.training.loader import Loader, in_float32
 from rlhf_core.training.loss_scale import LossScale
@@ -78,6 +79,8 @@ class RunSetup:
         """The rollouts of another run, in place of those that the policy would draw."""
         self.run_samplers = RunSamplers(trainer.config, self.rewards)
         """What draws completions in place of the engine alone."""
+        self.earlier_tasks = describe_elastic_weights(trainer.config.ewc)
+        """What elastic weight consolidation holds on to, by directory, for the run's record."""
         self.samplers: Mapping[SamplerKey, RunSampler] = {}
         self.prompts = open_fixed_prompts(trainer)
         """The fixed prompts of `logging.samples`."""
@@ -162,7 +165,12 @@ class RunSetup:
     def make_updater(
         self, optimizer: torch.optim.Optimizer, loss_scale: LossScale, notify: Callable[..., None]
     ) -> Updater:
-        """Return what makes the optimiser's step on a window; `notify` is called with the name and fields of an event."""
+        """Return what makes the optimiser's step on a window; `notify` is called with the name and fields of an event.
+
+        Raises:
+            ConfigError: elastic weight consolidation doesn't suit the model.
+        """
+        ewc = self.config.ewc
         return Updater(
             self.trainer,
             optimizer,
@@ -172,6 +180,7 @@ class RunSetup:
             micro_batches=self.micro_batches,
             loss_scale=loss_scale,
             notify=notify,
+            elastic=None if ewc is None else ElasticWeights(ewc, self.loader.main_model),
         )
 
 

@@ -19,6 +19,7 @@ from rlhf_core.infra.out_of_memory import try_to_fit
 from rlhf_core.infra.seeds import RandomState
 from rlhf_core.models.gradient_sums import summing_in_place
 from rlhf_core.training.distribution import Distribution
+from rlhf_core.training.elastic_weights import METRIC, ElasticWeights
 from rlhf_core.training.loss_scale import LossScale
 from rlhf_core.training.micro_batches import MicroBatches
 from rlhf_core.training.reduction import Tally, numbers, objective, quotients, sum_pairs, total_weights
@@ -121,6 +122,7 @@ class Updater:
         trainer: the method, its models built and on the device.
         optimizer: has all of its trained parameters.
         parameters: these by name, which begins with the role, in an order that is the same in every step and process.
+        elastic: the penalty of elastic weight consolidation, where the run has one.
         notify: called with the name and fields of an event.
     """
 
@@ -135,13 +137,14 @@ class Updater:
         micro_batches: MicroBatches,
         loss_scale: LossScale,
         notify: Callable[..., None],
+        elastic: ElasticWeights | None = None,
     ) -> None:
         self.trainer, self.optimizer, self.parameters = trainer, optimizer, list(parameters.values())
         self.roles: dict[str, list[nn.Parameter]] = {}
         for name, parameter in parameters.items():
             self.roles.setdefault(name.partition(".")[0], []).append(parameter)
         self.distribution, self.devices, self.micro_batches = distribution, devices, micro_batches
-        self.loss_scale, self.notify = loss_scale, notify
+        self.loss_scale, self.notify, self.elastic = loss_scale, notify, elastic
         self.config = trainer.config
         self.place = type(trainer).__name__
         self._names: list[str] | None = None
@@ -169,7 +172,7 @@ class Updater:
                 self._shrink(micros, step)
             else:
                 assert sums is not None
-                read = sums.read(self._gradient_norms())
+                read = sums.read(self._gradient_norms(sums))
                 self._refuse_loss(sums, read, step)
                 if math.isfinite(read.norm):
                     self._clip(read.norms)
@@ -235,8 +238,8 @@ class Updater:
         log.warning("step %d: out of memory; micro-batches of %s from now on", step, several)
         self.notify("out_of_memory", step=step, micro_batch_size=sizes.size)
 
-    def _gradient_norms(self) -> dict[str, Tensor]:
-        """Add up gradients over the processes, undo the loss scale; return each role's 2-norm, still on the device."""
+    def _gradient_norms(self, sums: _MicroBatchSums) -> dict[str, Tensor]:
+        """Add up gradients over the processes, undo the loss scale, add the penalty's; return 2-norms by role, on the device."""
         self.distribution.sum_gradients(self.parameters)
         by_role = {role: gradients for role in self.roles if (gradients := self._gradients(role))}
         if not by_role:
@@ -246,6 +249,10 @@ class Updater:
             torch._foreach_div_(
                 [gradient for gradients in by_role.values() for gradient in gradients], self.loss_scale.value
             )
+        if self.elastic is not None:
+            # Once per step, behind all sums: no micro-batch, process or loss scale changes its share.
+            sums.metrics.add({METRIC: (self.elastic.add_gradients(), 1.0)})
+            by_role = {role: gradients for role in self.roles if (gradients := self._gradients(role))}
         return {role: self.distribution.norm(gradients) for role, gradients in by_role.items()}
 
     def _clip(self, norms: Mapping[str, float]) -> None:
@@ -303,4 +310,5 @@ class Updater:
             metrics = {f"grad_norm_{role}": norm for role, norm in read.norms.items()} | metrics
         if len(names) > 1:
             metrics = {f"loss_{name}": value for name, value in terms.items()} | metrics
-        return UpdateResult(sum(terms.values()), read.norm, int(totals[-1]), metrics, responses)
+        loss = sum(terms.values()) + (metrics[METRIC] if self.elastic is not None else 0.0)
+        return UpdateResult(loss, read.norm, int(totals[-1]), metrics, responses)

@@ -197,7 +197,7 @@ def test_inference_time_compute(tmp_path: Path, environment: dict[str, str]) -> 
 @pytest.mark.slow
 def test_self_improvement(tmp_path: Path, environment: dict[str, str]) -> None:
     printed = run_page("docs/self-improvement.md", tmp_path, environment)
-    assert "sums: " in printed and "points, p = " in printed
+    assert "sums: " in printed and "points, p = " in printed and "penalty at λ = 1: " in printed
     (suites,) = (text for language, text in blocks("docs/self-improvement.md") if language == "yaml")
     CapabilityTestsConfig.parse(yaml.safe_load(suites))
 

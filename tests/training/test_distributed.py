@@ -19,7 +19,8 @@ from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.errors import ConfigError, DataError, RLHFError, error_report, reported_error
 from rlhf_core.infra.files import read_json
 from rlhf_core.infra.safetensors_file import read_tensors
-from rlhf_core.testing.tiny import save_tiny
+from rlhf_core.models.diagonal_fisher import DiagonalFisher
+from rlhf_core.testing.tiny import save_tiny, tiny_model
 from rlhf_core.training.distribution import Distribution, create_distribution
 from rlhf_core.training.setup import check_config
 
@@ -83,6 +84,28 @@ def test_the_gradient_is_that_of_one_process(tmp_path: Path, one: Path) -> None:
     assert read_json(two / "run" / "run.json")["processes"] == 2
     heard = {path.name: path.read_text().split() for path in (two / "run").glob("heard.*")}
     assert heard == {"heard.0": [str(row["step"]) for row in rows(two)]}, "hooks listen in the first process alone"
+
+
+@pytest.mark.slow
+def test_elastic_weights_pull_the_same_in_one_process_and_two(tmp_path: Path) -> None:
+    """The penalty's gradient is added once, not once per process; the anchor is elsewhere, so it counts from the first step."""
+    weights = tiny_weights(0)
+    information = DiagonalFisher({name: torch.ones_like(one) for name, one in weights.items()}, tiny_weights(1))
+    ewc = {"fisher": [str(information.save(tmp_path / "f"))], "weight": 0.1}
+    shared = {"batch_size": 8, "max_steps": 2, "max_length": 128, "learning_rate": 1e-3, "warmup_ratio": 0, "ewc": ewc}
+    found = {processes: tmp_path / str(processes) for processes in (1, 2)}
+    for processes, output in found.items():
+        assert launch(output, processes, method="sft", options=shared) == [0] * processes
+    assert first_gradients_differ_by(found[2], found[1]) < 1e-5
+    far = sum(float((one - weights[name]).square().sum()) for name, one in tiny_weights(1).items())
+    assert rows(found[1])[0]["ewc_penalty"] == pytest.approx(0.05 * far, rel=1e-4)
+    for row, same in zip(rows(found[2]), rows(found[1]), strict=True):
+        assert row["loss"] == pytest.approx(same["loss"], rel=1e-4)
+        assert row["ewc_penalty"] == pytest.approx(same["ewc_penalty"], rel=1e-4)
+
+
+def tiny_weights(seed: int) -> dict[str, torch.Tensor]:
+    return {name: one.detach() for name, one in tiny_model(seed).named_parameters()}
 
 
 @pytest.mark.slow
