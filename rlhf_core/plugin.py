@@ -13,6 +13,7 @@ from rlhf_core.infra.lazy import lazy_names as lazy_names
 
 if TYPE_CHECKING:
     from rlhf_core.config.base import BaseConfig as BaseConfig
+    from rlhf_core.config.chat_options import ChatModelConfig as ChatModelConfig
     from rlhf_core.config.online import OnlineConfig as OnlineConfig
     from rlhf_core.config.online import RewardConfig as RewardConfig
     from rlhf_core.config.online import SamplingConfig as SamplingConfig
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from rlhf_core.data.step_labels import RIGHT as RIGHT
     from rlhf_core.data.step_labels import WRONG as WRONG
     from rlhf_core.data.step_labels import read_step_labels as read_step_labels
+    from rlhf_core.generation.chat_model import ChatModel as ChatModel
     from rlhf_core.generation.draft_model import ModelDrafter as ModelDrafter
     from rlhf_core.generation.drafting import Drafter as Drafter
     from rlhf_core.generation.drafting import DraftRow as DraftRow
@@ -222,6 +224,8 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.rewards.written_number": "WrittenNumber numbers_in only_number read_number",
         "rlhf_core.infra.child_calls": "CallFailure ChildCalls shared_calls",
         "rlhf_core.infra.chat_api": "ChatAPI",
+        "rlhf_core.config.chat_options": "ChatModelConfig",
+        "rlhf_core.generation.chat_model": "ChatModel",
         "rlhf_core.infra.untrusted_code": "CodeLimits run_untrusted",
         "rlhf_core.infra.devices": "DeviceManager",
         "rlhf_core.infra.model_files": "file_hashes",
