@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from rlhf_core.data.step_labels import WRONG as WRONG
     from rlhf_core.data.step_labels import read_step_labels as read_step_labels
     from rlhf_core.generation.chat_model import ChatModel as ChatModel
+    from rlhf_core.generation.chat_model import prompt_text as prompt_text
     from rlhf_core.generation.draft_model import ModelDrafter as ModelDrafter
     from rlhf_core.generation.drafting import Drafter as Drafter
     from rlhf_core.generation.drafting import DraftRow as DraftRow
@@ -225,7 +226,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.infra.child_calls": "CallFailure ChildCalls shared_calls",
         "rlhf_core.infra.chat_api": "ChatAPI",
         "rlhf_core.config.chat_options": "ChatModelConfig",
-        "rlhf_core.generation.chat_model": "ChatModel",
+        "rlhf_core.generation.chat_model": "ChatModel prompt_text",
         "rlhf_core.infra.untrusted_code": "CodeLimits run_untrusted",
         "rlhf_core.infra.devices": "DeviceManager",
         "rlhf_core.infra.model_files": "file_hashes",

@@ -39,7 +39,24 @@ class PromptDataConfig(BaseConfig):
     )
 
 
-class SamplingRunConfig(BaseConfig):
+class PromptRunConfig(BaseConfig):
+    """The prompts of a command that completes them."""
+
+    prompts: list[str] = Field(
+        min_length=1,
+        description="Files of prompts (.jsonl, .json, .csv, .tsv, .parquet, .txt with one per line), hub names, texts, or `-` for"
+        " the lines of standard input.",
+    )
+    limit: int | None = Field(None, ge=1, description="Rows to answer, from the first; larger answers more, null all.")
+    dataset: PromptDataConfig = Field(default_factory=PromptDataConfig, description="How prompts are read and encoded.")
+
+    @field_validator("prompts", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
+class SamplingRunConfig(PromptRunConfig):
     """What is sampled from and where it is written. `run_config_of` adds the models of a sampler's other roles."""
 
     FREE: ClassVar[tuple[str, ...]] = ("output", "prompts")
@@ -49,15 +66,9 @@ class SamplingRunConfig(BaseConfig):
     model: ModelConfig = Field(
         description="Model that completes the prompts: a directory, an adapter, a run's directory, a GGUF file or a hub name."
     )
-    prompts: list[str] = Field(
-        min_length=1,
-        description="Files of prompts (.jsonl, .json, .csv, .tsv, .parquet, .txt with one per line), hub names, texts, or `-` for"
-        " the lines of standard input.",
-    )
     output: str | None = Field(None, description="File that rows are written to, *.jsonl; null prints them.")
     n: int = Field(1, ge=1, description="Completions per prompt; larger gives more of them, and costs more.")
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of every draw; another value draws other completions.")
-    limit: int | None = Field(None, ge=1, description="Rows to answer, from the first; larger answers more, null all.")
     batch_size: int | None = Field(
         None,
         ge=1,
@@ -74,12 +85,6 @@ class SamplingRunConfig(BaseConfig):
         False,
         description="Write the log-probability of each token, too: under the distribution that drew it, and under the model.",
     )
-    dataset: PromptDataConfig = Field(default_factory=PromptDataConfig, description="How prompts are read and encoded.")
-
-    @field_validator("prompts", mode="before")
-    @classmethod
-    def _one_is_a_list(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
 
     @field_validator("output")
     @classmethod

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = Sequence[float] | NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -41,15 +45,23 @@ def reliability(confidence: Sequence[float], right: Sequence[float], bins: int =
     ]
 
 
-def expected_calibration_error(confidence: Sequence[float], right: Sequence[float], bins: int = 10) -> float:
+def expected_calibration_error(
+    confidence: Floats, right: Floats, bins: int = 10, *, weights: Floats | None = None
+) -> float:
     """Return Σ_b (n_b / N) |accuracy_b − confidence_b| over bins of equal width, in [0, 1].
 
     Guo et al. 2017 (arXiv 1706.04599), equation 3. Of few predictions it is too large even where they are calibrated, for each
     bin's accuracy is noisy. (`calibration_error` has bins of equal size, which cut through equal confidences, such as shares of
     votes.)
+
+    Args:
+        confidence: (N,) in [0, 1]. right: (N,) 0 or 1.
+        weights: (N,) how much each prediction counts; None: equally.
     """
-    found = reliability(confidence, right, bins)
-    return math.fsum(one.count * abs(one.accuracy - one.confidence) for one in found) / len(confidence)
+    sure, mark = np.asarray(confidence, dtype=float), np.asarray(right, dtype=float)
+    share = np.ones_like(sure) if weights is None else np.asarray(weights, dtype=float)
+    at = np.minimum((sure * bins).astype(int), bins - 1)
+    return float(np.abs(np.bincount(at, share * (mark - sure))).sum() / share.sum())
 
 
 def brier_score(confidence: Sequence[float], right: Sequence[float]) -> float:

@@ -176,6 +176,28 @@ def bootstrap_estimate(
     return Estimate(value, error, count, min(low, value), max(high, value))
 
 
+def ratio_difference(before: Sequence[tuple[float, float]], after: Sequence[tuple[float, float]]) -> Estimate:
+    """Return Σ s₁/Σ n₁ − Σ s₀/Σ n₀ for clusters (s, n) that were measured twice, with a paired standard error.
+
+    √( C/(C−1) · Σ_c ( (s₁ − r₁n₁)/N₁ − (s₀ − r₀n₀)/N₀ )² ): the linearised variance of a difference of two ratios over the same
+    clusters (Cochran 1977, section 6.3). With counts of 1 it is that of `paired_difference`.
+
+    Raises:
+        ValueError: a measurement has no count, or they are of different numbers of clusters.
+    """
+    both = list(zip(before, after, strict=True))
+    sums = [[math.fsum(cluster[part] for cluster in of) for part in (0, 1)] for of in (before, after)]
+    if not all(count > 0 for _, count in sums):
+        raise ValueError("a ratio needs a cluster with a count")
+    (old, old_count), (new, new_count) = ((total / count, count) for total, count in sums)
+    if len(both) < 2:
+        return Estimate(new - old, None, len(both))
+    apart = [(s1 - new * n1) / new_count - (s0 - old * n0) / old_count for (s0, n0), (s1, n1) in both]
+    error = math.sqrt(len(both) / (len(both) - 1) * math.fsum(one**2 for one in apart))
+    width = student_quantile((1 + LEVEL) / 2, len(both) - 1) * error
+    return Estimate(new - old, error, len(both), new - old - width, new - old + width)
+
+
 def paired_difference(before: Sequence[float], after: Sequence[float]) -> Estimate:
     """Return the mean of after − before over the same prompts, with the standard error of paired differences."""
     return mean_estimate([now - then for then, now in zip(before, after, strict=True)])

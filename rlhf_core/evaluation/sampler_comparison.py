@@ -10,11 +10,10 @@ from statistics import fmean
 from typing import Any
 
 from rlhf_core.contracts.completion import Completion
-from rlhf_core.contracts.reward import Sample
 from rlhf_core.contracts.sampler import Sampler
 from rlhf_core.data.prompt_rows import PromptRow, read_prompts
 from rlhf_core.generation.kept_backend import forget_kept
-from rlhf_core.generation.sampled_rows import input_columns, sample_rows
+from rlhf_core.generation.sampled_rows import sample_rows, samples_of_row
 from rlhf_core.generation.sampler_models import policies_of
 from rlhf_core.generation.watching import counting_forwarded
 from rlhf_core.infra.errors import ConfigError
@@ -165,18 +164,8 @@ class _Comparison:
 
 def _checked(check: Rewards, rows: Sequence[PromptRow], answers: Sequence[Completion]) -> list[float]:
     """Return what the check gives to one completion per row."""
-    samples = [
-        Sample(
-            prompt=row.prompt,
-            completion=one.text,
-            completion_ids=one.ids,
-            columns=input_columns(row),
-            group=number,
-            stop_reason=one.stop_reason,
-            mask=one.mask,
-        )
-        for number, (row, one) in enumerate(zip(rows, answers, strict=True))
-    ]
+    pairs = enumerate(zip(rows, answers, strict=True))
+    samples = [sample for number, (row, one) in pairs for sample in samples_of_row(row, [one], number)]
     scores: list[float] = check.score(samples, [row.place for row in rows]).total.tolist()
     return scores
 

@@ -71,6 +71,27 @@ def score_rows(
 ) -> Iterator[list[tuple[CompletionRow, list[float]]]]:
     """Yield rows with the scores of their completions (their weighted sums), in order, a batch at a time.
 
+    Args, Raises: as `score_rows_by_name`.
+    """
+    for batch in score_rows_by_name(rewards, rows, together=together):
+        # Not from `Scores.total`, which is float32.
+        yield [
+            (
+                row,
+                [
+                    sum(w * s for w, s in zip(rewards.weights, each, strict=True))
+                    for each in zip(*by_name.values(), strict=True)
+                ],
+            )
+            for row, by_name in batch
+        ]
+
+
+def score_rows_by_name(
+    rewards: Rewards, rows: Iterable[CompletionRow], *, together: int | None = None
+) -> Iterator[list[tuple[CompletionRow, dict[str, list[float]]]]]:
+    """Yield rows with each reward's scores of their completions, in order, a batch at a time.
+
     Args:
         together: rows in a batch; None begins with few and takes more while the reward is quick.
 
@@ -93,17 +114,15 @@ def score_rows(
         yield _scored(rewards, batch)
 
 
-def _scored(rewards: Rewards, rows: Sequence[CompletionRow]) -> list[tuple[CompletionRow, list[float]]]:
+def _scored(rewards: Rewards, rows: Sequence[CompletionRow]) -> list[tuple[CompletionRow, dict[str, list[float]]]]:
     samples = [sample for row in rows for sample in row.samples]
-    found = rewards.score(samples, rows=[row.place for row in rows for _ in row.samples])
-    # Not from `total`, which is float32.
-    totals = iter(
-        [
-            sum(w * s for w, s in zip(rewards.weights, each, strict=True))
-            for each in zip(*found.by_name.values(), strict=True)
-        ]
-    )
-    return [(row, [next(totals) for _ in row.samples]) for row in rows]
+    by_name = rewards.score(samples, rows=[row.place for row in rows for _ in row.samples]).by_name
+    found, start = [], 0
+    for row in rows:
+        end = start + len(row.samples)
+        found.append((row, {name: scores[start:end] for name, scores in by_name.items()}))
+        start = end
+    return found
 
 
 def with_scores(row: CompletionRow, scores: Sequence[float], column: str) -> dict[str, Any]:

@@ -84,3 +84,12 @@ class ChatModel:
         prompts: list[Any] = ["\n\n".join(turn["content"] for turn in chat) for chat in chats] if plain else list(chats)
         drawn = self.policy.generate(prompts, max_new_tokens=config.max_tokens, temperature=config.temperature, seed=0)
         return [completions[0].text for completions in drawn]
+
+
+def prompt_text(prompt: Any) -> str:
+    """Return a prompt, a text or a chat, as the text that a question quotes; of one user turn alone its content."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1:
+        return str(prompt[0].get("content", ""))
+    return "\n\n".join(f"{turn.get('role', '?')}: {turn.get('content', '')}" for turn in prompt)

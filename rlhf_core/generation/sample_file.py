@@ -13,7 +13,7 @@ from rlhf_core.infra.errors import StorageError, shortened
 from rlhf_core.infra.files import read_json
 
 
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def changed_inputs(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return the differences between two records: options, models and prompts."""
     if not {"options", "models", "prompts"} <= before.keys():
         raise ValueError("no record of sampling")
@@ -28,23 +28,30 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     ]
 
 
-SAMPLES = RowOutputKind(".run.json", "what its rows were sampled from", "options, models or prompts", _changes)
+SAMPLES = RowOutputKind(".run.json", "what its rows were sampled from", "options, models or prompts", changed_inputs)
 
 
 def open_sample_file(
-    path: Path, record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], *, resume: bool, overwrite: bool
+    path: Path,
+    record: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    resume: bool,
+    overwrite: bool,
+    kind: RowOutputKind = SAMPLES,
 ) -> RowOutput:
     """Lock a file of sampled rows and make it ready to be appended to; see `RowOutput`.
 
     Args:
         record: what determines the rows: options, models, prompts.
         rows: the input's columns of each row that will be written, in order: those in the file must have them.
+        kind: what the file holds beside them, and how its record is compared.
 
     Raises:
         ConfigError, StorageError: as `RowOutput`.
         StorageError: a line isn't a row of these prompts, or there are more rows than prompts.
     """
-    file = RowOutput(path, SAMPLES, dict(record) | {"rows": len(rows)}, resume=resume, overwrite=overwrite)
+    file = RowOutput(path, kind, dict(record) | {"rows": len(rows)}, resume=resume, overwrite=overwrite)
     try:
         fix = "restore the file as it was written, or `--overwrite` replaces it"
         for number, (place, found) in enumerate(file.rows()):

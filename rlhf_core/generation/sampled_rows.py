@@ -14,6 +14,7 @@ from typing import Any
 
 from rlhf_core.config.sampling_run import SamplingRunConfig
 from rlhf_core.contracts.completion import Completion
+from rlhf_core.contracts.reward import Sample
 from rlhf_core.contracts.sampler import Sampler
 from rlhf_core.data.prompt_rows import PromptRow
 from rlhf_core.data.row_values import as_json
@@ -96,6 +97,22 @@ def sample_rows(
                 yield number, found[number]
 
 
+def samples_of_row(row: PromptRow, completions: Sequence[Completion], number: int) -> list[Sample]:
+    """Return the samples that rewards score for a prompt's completions; `number` is their group."""
+    return [
+        Sample(
+            prompt=row.prompt,
+            completion=one.text,
+            completion_ids=one.ids,
+            columns=input_columns(row),
+            group=number,
+            stop_reason=one.stop_reason,
+            mask=one.mask,
+        )
+        for one in completions
+    ]
+
+
 def check_drawn(sampler: Sampler, drawn: Sequence[Sequence[Completion]], n: int, places: Sequence[str]) -> None:
     """Raise `PluginError` unless a sampler returned n completions, with finite scores, for each of the prompts at `places`."""
     name = type(sampler).__name__
@@ -138,7 +155,7 @@ def output_row(row: PromptRow, completions: Sequence[Completion], run: SamplingR
         columns["raw_logprobs"] = [list(one.raw_logprobs) for one in completions]
     several = {_PLURAL.get(name, name): values for name, values in columns.items()}
     added = several if run.n > 1 else {name: values[0] for name, values in columns.items()}
-    _refuse_taken(row, {*added})
+    refuse_taken(row, {*added})
     return {**input_columns(row), **added}
 
 
@@ -156,11 +173,11 @@ def check_columns(rows: Sequence[PromptRow], run: SamplingRunConfig) -> None:
         DataError: names the row and its column.
     """
     for row in rows:
-        _refuse_taken(row, {*completion_columns(run)})
+        refuse_taken(row, {*completion_columns(run)})
 
 
-def _refuse_taken(row: PromptRow, added: set[str]) -> None:
-    """Raise `DataError` where a row has one of the columns that a completion adds."""
+def refuse_taken(row: PromptRow, added: set[str]) -> None:
+    """Raise `DataError` where a row has one of the columns that its completions add."""
     if taken := sorted(added & {*map(str, row.columns)}):
         raise DataError(
             f"the row has a column `{taken[0]}` already, which a completion would replace",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core import registry
 from rlhf_core.config.base import BaseConfig
 from rlhf_core.config.flags import convert_options, lex, refuse_unknown, spread
-from rlhf_core.config.sampling_run import POLICY, SamplingRunConfig, run_config_of
+from rlhf_core.config.sampling_run import POLICY, PromptRunConfig, SamplingRunConfig, run_config_of
 from rlhf_core.config.training import DatasetConfig, ModelConfig
 from rlhf_core.config.yaml_file import dump_yaml, nest, overlay
 from rlhf_core.contracts.sampler import Sampler
@@ -83,18 +83,11 @@ class SamplingJob:
         Raises:
             DataError: a file doesn't exist or can't be read, a row has no prompt, or an empty one, or there is no row.
         """
-        data = self.run.dataset
-        given = [one for text in self.run.prompts for one in (stdin_lines() if text == "-" else [_prompt_source(text)])]
-        rows = read_prompts(given, columns=data.columns, name="--prompts", split=data.split)
-        found = list(itertools.islice(rows, self.run.limit))
-        if not found:
-            raise DataError("holds no prompts", place=", ".join(self.run.prompts)[:200], fix="give at least one")
-        return found
+        return read_run_prompts(self.run)
 
     def text_options(self) -> DatasetConfig:
         """Return how prompts are encoded, as the options of training that mean the same."""
-        data = self.run.dataset
-        return DatasetConfig(chat_template=data.chat_template, wrap=data.wrap, special_tokens=data.special_tokens)
+        return text_options_of(self.run)
 
     def resolved(self) -> dict[str, Any]:
         """Return every option as plain values, secrets redacted; as a file they describe the same run."""
@@ -114,9 +107,6 @@ class SamplingJob:
             together: how many of them the sampler gets at once.
         """
         options = {name: value for name, value in self.resolved().items() if name not in (*self.run.FREE, "limit")}
-        digest = hashlib.sha256()
-        for row in rows:
-            digest.update(json.dumps([row.prompt, row.tools, input_columns(row)], default=str).encode() + b"\n")
         return {
             "sampler": self.plugin.as_dict(),
             "options": options | {"method": self.plugin.qualified, "batch_size": together},
@@ -125,11 +115,40 @@ class SamplingJob:
                 for name, policy in policies_of(sampler).items()
             },
             "rewards": {role: sampler.models[role].describe() for role, kind in self.roles.items() if kind == "reward"},
-            "prompts": {"rows": len(rows), "sha256": digest.hexdigest()},
+            "prompts": prompts_record(rows),
         }
 
     def _place(self, key: str) -> str:
         return self.places.get(key, f"--{key}")
+
+
+def read_run_prompts(run: PromptRunConfig) -> list[PromptRow]:
+    """Return the prompts that a command names, read and checked.
+
+    Raises:
+        DataError: a file doesn't exist or can't be read, a row has no prompt, or an empty one, or there is no row.
+    """
+    data = run.dataset
+    given = [one for text in run.prompts for one in (stdin_lines() if text == "-" else [_prompt_source(text)])]
+    rows = read_prompts(given, columns=data.columns, name="--prompts", split=data.split)
+    found = list(itertools.islice(rows, run.limit))
+    if not found:
+        raise DataError("holds no prompts", place=", ".join(run.prompts)[:200], fix="give at least one")
+    return found
+
+
+def text_options_of(run: PromptRunConfig) -> DatasetConfig:
+    """Return how a command's prompts are encoded, as the options of training that mean the same."""
+    data = run.dataset
+    return DatasetConfig(chat_template=data.chat_template, wrap=data.wrap, special_tokens=data.special_tokens)
+
+
+def prompts_record(rows: Sequence[PromptRow]) -> dict[str, Any]:
+    """Return the number of prompts and a hash of them with their columns, by which a resumed run notices other ones."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps([row.prompt, row.tools, input_columns(row)], default=str).encode() + b"\n")
+    return {"rows": len(rows), "sha256": digest.hexdigest()}
 
 
 def load_sampling_job(target: str | Path, *, flags: Sequence[str] = ()) -> SamplingJob:
