@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rlhf_core.config.base import BaseConfig as BaseConfig
     from rlhf_core.config.capability_suites import CapabilitySuite as CapabilitySuite
     from rlhf_core.config.capability_suites import CapabilityTestsConfig as CapabilityTestsConfig
+    from rlhf_core.config.evaluation import EvaluationConfig as EvaluationConfig
     from rlhf_core.config.online import OnlineConfig as OnlineConfig
     from rlhf_core.config.online import RewardConfig as RewardConfig
     from rlhf_core.config.online import SamplingConfig as SamplingConfig
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
     from rlhf_core.data.record_datasets import StreamingKTODataset as StreamingKTODataset
     from rlhf_core.data.record_datasets import StreamingPreferenceDataset as StreamingPreferenceDataset
     from rlhf_core.data.record_datasets import StreamingSFTDataset as StreamingSFTDataset
+    from rlhf_core.evaluation.estimate import Estimate as Estimate
+    from rlhf_core.evaluation.evaluation_report import EvaluationReport as EvaluationReport
+    from rlhf_core.evaluation.evaluator import RLHFEvaluator as RLHFEvaluator
     from rlhf_core.generation.engine import Engine as Engine
     from rlhf_core.improvement.capability_tests import CapabilityRegression as CapabilityRegression
     from rlhf_core.improvement.capability_tests import CapabilityResult as CapabilityResult
@@ -89,6 +93,10 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.merging.merge": "ModelMerger",
         "rlhf_core.models.attention": "OptimizedAttention",
         "rlhf_core.models.compile": "compile_model",
+        "rlhf_core.config.evaluation": "EvaluationConfig",
+        "rlhf_core.evaluation.estimate": "Estimate",
+        "rlhf_core.evaluation.evaluation_report": "EvaluationReport",
+        "rlhf_core.evaluation.evaluator": "RLHFEvaluator",
         "rlhf_core.generation.engine": "Engine",
         "rlhf_core.models.logprobs": "over_vocabulary",
         "rlhf_core.models.lora": "apply_lora",

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from rlhf_core.infra.lazy import lazy_names as lazy_names
 
 if TYPE_CHECKING:
+    from rlhf_core.config.answering_options import AnsweringModelConfig as AnsweringModelConfig
     from rlhf_core.config.base import BaseConfig as BaseConfig
-    from rlhf_core.config.chat_options import ChatModelConfig as ChatModelConfig
     from rlhf_core.config.online import OnlineConfig as OnlineConfig
     from rlhf_core.config.online import RewardConfig as RewardConfig
     from rlhf_core.config.online import SamplingConfig as SamplingConfig
@@ -47,8 +47,8 @@ if TYPE_CHECKING:
     from rlhf_core.data.step_labels import RIGHT as RIGHT
     from rlhf_core.data.step_labels import WRONG as WRONG
     from rlhf_core.data.step_labels import read_step_labels as read_step_labels
-    from rlhf_core.generation.chat_model import ChatModel as ChatModel
-    from rlhf_core.generation.chat_model import prompt_text as prompt_text
+    from rlhf_core.generation.answering_model import AnsweringModel as AnsweringModel
+    from rlhf_core.generation.answering_model import prompt_text as prompt_text
     from rlhf_core.generation.draft_model import ModelDrafter as ModelDrafter
     from rlhf_core.generation.drafting import Drafter as Drafter
     from rlhf_core.generation.drafting import DraftRow as DraftRow
@@ -225,8 +225,8 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.rewards.written_number": "WrittenNumber numbers_in only_number read_number",
         "rlhf_core.infra.child_calls": "CallFailure ChildCalls shared_calls",
         "rlhf_core.infra.chat_api": "ChatAPI",
-        "rlhf_core.config.chat_options": "ChatModelConfig",
-        "rlhf_core.generation.chat_model": "ChatModel prompt_text",
+        "rlhf_core.config.answering_options": "AnsweringModelConfig",
+        "rlhf_core.generation.answering_model": "AnsweringModel prompt_text",
         "rlhf_core.infra.untrusted_code": "CodeLimits run_untrusted",
         "rlhf_core.infra.devices": "DeviceManager",
         "rlhf_core.infra.model_files": "file_hashes",

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from rlhf_core.config.chat_options import ChatModelConfig
+from rlhf_core.config.answering_options import AnsweringModelConfig
 from rlhf_core.config.online import RewardConfig
 from rlhf_core.config.sampling_options import SamplingConfig
 from rlhf_core.config.sampling_run import PromptRunConfig
@@ -54,7 +54,7 @@ def _several(value: Any) -> Any:
     return value
 
 
-class PairwiseJudgeConfig(ChatModelConfig):
+class PairwiseJudgeConfig(AnsweringModelConfig):
     """A language model that compares two completions. A plain name means `{model: …}`."""
 
     alone = "model"

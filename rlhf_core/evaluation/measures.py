@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any, Self
 
@@ -24,6 +24,15 @@ from rlhf_core.training.completion_metrics import pass_at_k
 
 CALIBRATION, WIN_RATE = "calibration", "win_rate"
 """What the names of points begin with: (confidence, right or not), and (preference, by how many characters it is longer)."""
+
+_RANGES = {
+    "length": (0.0, math.inf),
+    "distinct_": (0.0, 1.0),
+    "self_bleu": (0.0, 1.0),
+    "embedding_distance": (0.0, 2.0),
+    "brier/": (0.0, 1.0),
+}
+"""The values that means can have, by what their names begin with."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +198,8 @@ def estimates(
         bins: of the calibration error. resamples, seed: of the bootstrap.
     """
     found = {
-        name: _over_prompts([row.values[name] for row in rows if name in row.values]) for name in metric_names(rows)
+        name: _within(name, _over_prompts([row.values[name] for row in rows if name in row.values]))
+        for name in metric_names(rows)
     }
     notes = []
     for name in dict.fromkeys(name for row in rows for name in row.points):
@@ -219,6 +229,14 @@ def _over_prompts(measures: Sequence[Measure]) -> Estimate:
     if any(one.weight != 1 for one in measures):
         return ratio_estimate([one.value * one.weight for one in measures], [one.weight for one in measures])
     return mean_estimate(values)
+
+
+def _within(name: str, found: Estimate) -> Estimate:
+    """Return an estimate whose interval has no part outside of the values that the metric can have."""
+    least, most = next((bounds for start, bounds in _RANGES.items() if name.startswith(start)), (-math.inf, math.inf))
+    if found.low is None or found.high is None:
+        return found
+    return replace(found, low=min(found.value, max(least, found.low)), high=max(found.value, min(most, found.high)))
 
 
 def _resampled(

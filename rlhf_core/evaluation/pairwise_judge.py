@@ -11,7 +11,7 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rlhf_core.config.evaluation import PairwiseJudgeConfig
-from rlhf_core.generation.chat_model import ChatModel, prompt_text
+from rlhf_core.generation.answering_model import AnsweringModel, prompt_text
 from rlhf_core.infra.errors import ConfigError, DataError, PluginError, shortened
 
 _ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
@@ -44,7 +44,7 @@ class PairwiseJudge:
     """
 
     def __init__(self, config: PairwiseJudgeConfig) -> None:
-        self.config, self.model = config, ChatModel(config)
+        self.config, self.model = config, AnsweringModel(config)
         try:
             self._template = _ENVIRONMENT.from_string(config.prompt)
         except jinja2.TemplateSyntaxError as error:
@@ -52,7 +52,7 @@ class PairwiseJudge:
             raise ConfigError("is no Jinja template", place="judge.prompt", got=got) from None
 
     def prepare(self) -> None:
-        """Load the model, or check its address; see `ChatModel.prepare`."""
+        """Load the model, or check its address; see `AnsweringModel.prepare`."""
         self.model.prepare()
 
     def describe(self) -> dict[str, Any]:

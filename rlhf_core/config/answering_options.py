@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from rlhf_core.config.base import BaseConfig
 
 
-class ChatModelConfig(BaseConfig):
+class AnsweringModelConfig(BaseConfig):
     """A language model that answers chats: a local one, or one at an OpenAI-compatible address."""
 
     model: str = Field(
@@ -36,7 +36,7 @@ class ChatModelConfig(BaseConfig):
     )
 
     @model_validator(mode="after")
-    def _keys_are_for_addresses(self) -> ChatModelConfig:
+    def _keys_are_for_addresses(self) -> AnsweringModelConfig:
         if self.key_variable is not None and self.base_url is None:
             raise ValueError("`key_variable` needs a `base_url`: a local model has no key")
         return self

@@ -7,17 +7,17 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
 
-from rlhf_core.config.chat_options import ChatModelConfig
+from rlhf_core.config.answering_options import AnsweringModelConfig
 from rlhf_core.infra.chat_api import ChatAPI
 from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.model_files import file_hashes
 from rlhf_core.models.policy_model import PolicyModel
 
 
-class ChatModel:
-    """Answers chats by the model of a `ChatModelConfig`, which is loaded, or connected to, on first use."""
+class AnsweringModel:
+    """Answers chats by the model of a `AnsweringModelConfig`, which is loaded, or connected to, on first use."""
 
-    def __init__(self, config: ChatModelConfig) -> None:
+    def __init__(self, config: AnsweringModelConfig) -> None:
         self.config = config
 
     @property
