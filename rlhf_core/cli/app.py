@@ -14,6 +14,7 @@ from rlhf_core.cli import (
     chat,
     compare_samplers,
     doctor,
+    evaluate,
     fisher,
     merge,
     methods,
@@ -45,6 +46,7 @@ rollouts.add_to(app)
 merge.add_to(app)
 author.add_to(app)
 score.add_to(app)
+evaluate.add_to(app)
 fisher.add_to(app)
 doctor.add_to(app)
 

@@ -147,39 +147,16 @@ class RLHFEvaluator:
         Raises:
             ConfigError: one was asked for that lacks what it needs.
         """
-        missing = self._missing()
-        if self.config.metrics is None:
-            return [name for name in METRICS if name not in missing]
-        for name in self.config.metrics:
-            if name in missing:
-                raise ConfigError(
-                    f"`{name}` can't be measured: {missing[name]}", place="metrics", fix="give it, or leave it out"
-                )
-        return [name for name in METRICS if name in self.config.metrics]
-
-    def _missing(self) -> dict[str, str]:
-        """Return the metrics that can't be measured, each with what is missing."""
-        several = None if self.config.completions > 1 else "it needs several completions per prompt, and `n` is 1"
-        rewards = None if self._rewards else "there are no rewards"
-        validators = None if self._validators else "there are no validators"
-        compared = self.baseline is not None or self.baseline_column is not None
-        by = self._rewards or self._validators or self.judge is not None
-        votes = several if self.config.confidence == "vote_share" else None
-        needed: dict[EvaluationMetric, str | None] = {
-            "reward": rewards,
-            "reward_accuracy": rewards or (None if self.preferences else "there are no rows of preferences"),
-            "accuracy": validators,
-            "calibration": validators or votes,
-            "diversity": several,
-            "embedding_distance": several or (None if self.embedder else "there is no model that embeds texts"),
-            "kl": None if self.reference is not None else "there is no reference",
-            "win_rate": None
-            if compared and by
-            else "there is no baseline"
-            if not compared
-            else "there is no reward, validator or judge to compare by",
-        }
-        return {name: why for name, why in needed.items() if why}
+        return chosen_metrics(
+            self.config,
+            rewards=bool(self._rewards),
+            validators=bool(self._validators),
+            judge=self.judge is not None,
+            reference=self.reference is not None,
+            compared=self.baseline is not None or self.baseline_column is not None,
+            embedder=self.embedder is not None,
+            preferences=bool(self.preferences),
+        )
 
     # The run
 
@@ -326,6 +303,47 @@ class RLHFEvaluator:
 
     def _together(self) -> int:
         return self.config.rows_together(self.policy.device.type)
+
+
+def chosen_metrics(
+    config: EvaluationConfig,
+    *,
+    rewards: bool,
+    validators: bool,
+    judge: bool,
+    reference: bool,
+    compared: bool,
+    embedder: bool,
+    preferences: bool,
+) -> list[EvaluationMetric]:
+    """Return what is measured: the metrics that were asked for, or all for which there is what they need.
+
+    Args:
+        compared: whether there is a baseline, or a column of given responses. The others: whether there is such a thing.
+
+    Raises:
+        ConfigError: a metric was asked for that lacks what it needs.
+    """
+    several = "" if config.completions > 1 else "it needs several completions per prompt, and `n` is 1"
+    by = "" if rewards or validators or judge else "there is no reward, validator or judge to compare by"
+    no_rewards, no_validators = (
+        "" if rewards else "there are no rewards",
+        "" if validators else "there are no validators",
+    )
+    missing: dict[EvaluationMetric, str] = {
+        "reward": no_rewards,
+        "reward_accuracy": no_rewards or ("" if preferences else "there are no rows of preferences"),
+        "accuracy": no_validators,
+        "calibration": no_validators or (several if config.confidence == "vote_share" else ""),
+        "diversity": several,
+        "embedding_distance": several or ("" if embedder else "there is no model that embeds texts"),
+        "kl": "" if reference else "there is no reference",
+        "win_rate": by if compared else "there is no baseline",
+    }
+    for name in config.metrics or ():
+        if why := missing.get(name):
+            raise ConfigError(f"`{name}` can't be measured: {why}", place="metrics", fix="give it, or leave it out")
+    return [name for name in METRICS if not missing.get(name) and name in (config.metrics or METRICS)]
 
 
 def _measures_in(place: str, row: Mapping[str, Any] | None) -> PromptMeasures:

@@ -16,6 +16,7 @@ import yaml
 from rlhf_plugins.trainers.sft import SFTTrainer
 
 from rlhf_core import CapabilityTestsConfig
+from rlhf_core.config.evaluation import EvaluationRunConfig
 from rlhf_core.registry.hooks import Hooks, hookimpl
 from rlhf_core.testing import TrainerContract
 
@@ -192,6 +193,15 @@ def test_inference_time_compute(tmp_path: Path, environment: dict[str, str]) -> 
     assert searched["score"] == searched["details"]["step_scores"][-1]
     (searched,) = (json.loads(line) for line in (tmp_path / "mcts.jsonl").read_text().splitlines())
     assert searched["details"]["tree"]["steps"][0]["visits"] == 16 and "<svg" in searched["details"]["tree_svg"]
+
+
+@pytest.mark.slow
+def test_evaluation(tmp_path: Path, environment: dict[str, str]) -> None:
+    printed = run_page("docs/evaluation.md", tmp_path, environment)
+    assert "majority@4/numeric_answer" in printed and "length_controlled_win_rate/length" in printed
+    assert "difference" in printed and " | " in printed.splitlines()[-2]
+    (options,) = (text for language, text in blocks("docs/evaluation.md") if language == "yaml")
+    EvaluationRunConfig.parse(yaml.safe_load(options))
 
 
 @pytest.mark.slow

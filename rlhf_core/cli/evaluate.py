@@ -1,0 +1,176 @@
+"""`rlhf evaluate`: what a policy's completions are like, measured, with errors and intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rlhf_core.cli import METHOD_OPTIONS
+from rlhf_core.cli.printing import print_json, print_note, print_table, print_text
+from rlhf_core.cli.quick_imports import no_bars_in_logs, quick_imports
+from rlhf_core.cli.resumable_output import OverwriteOption, ResumeOption, check_apart, output_path, stoppable
+from rlhf_core.infra.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rlhf_core.config.evaluation import EvaluationRunConfig
+    from rlhf_core.config.training import ModelConfig
+    from rlhf_core.data.prompt_rows import PromptRow
+    from rlhf_core.evaluation.estimate import Estimate
+    from rlhf_core.evaluation.evaluation_report import EvaluationReport
+    from rlhf_core.evaluation.evaluator import RLHFEvaluator
+    from rlhf_core.models import PolicyModel
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command(context_settings=METHOD_OPTIONS)(evaluate)
+
+
+def evaluate(
+    context: typer.Context,
+    compare: Annotated[
+        Path | None,
+        typer.Option(
+            "--compare",
+            metavar="DIR",
+            help="An earlier evaluation of the same prompts: print the differences to it, prompt by prompt.",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved configuration; load and write nothing.")
+    ] = False,
+    resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the estimates as JSON.")] = False,
+) -> None:
+    """Evaluate a model: `rlhf evaluate --model M --prompts rows.jsonl --validator numeric_answer --n 8 --output DIR`.
+
+    Every prompt is completed n times, once for all metrics, and each of these is measured where there is what it needs:
+
+    - accuracy, pass@k, majority@k: --validator NAME (and `answer` in the rows); calibration, too
+    - reward: --reward NAME, or a reward model's path; reward_accuracy: --preferences FILE with `chosen` and `rejected`
+    - kl (per token and per sequence): --reference MODEL
+    - win_rate, also at equal length: --baseline MODEL, or --baseline-column COLUMN; by rewards, validators and --judge MODEL
+    - diversity (distinct-n, self-BLEU); embedding_distance: --embeddings MODEL; length
+
+    --metrics a,b chooses among them. Further: --n (completions per prompt; 4), --k 2,8, --temperature (1), --top-p,
+    --max-new-tokens (256), --stop TEXT, --seed, --limit (rows), --batch-size, --precision, --kl exact|k1|k3, --confidence,
+    --right-from, --bins, --distinct, --resamples, --dataset.wrap chat, --dataset.columns.prompt COLUMN. A YAML file with these
+    names may come first: `rlhf evaluate evaluation.yaml --model M`.
+
+    --output DIR gets evaluation.json and completions.jsonl. Ctrl-C or SIGTERM stops; --resume continues.
+    """
+    file, flags = _file_and_flags(context.args)
+    no_bars_in_logs()
+    with quick_imports():
+        from rlhf_core.evaluation.evaluation_job import load_evaluation_run
+        from rlhf_core.evaluation.evaluation_report import EvaluationReport
+        from rlhf_core.generation.sampling_job import read_run_prompts
+        from rlhf_core.registry.plugin_logs import setup_logging
+
+        setup_logging()
+        run = load_evaluation_run(file, flags)
+    directory = output_path(run.output, resume=resume, overwrite=overwrite)
+    before = None if compare is None else EvaluationReport.load(compare)
+    rows = read_run_prompts(run)
+    if dry_run:
+        return _describe(run, rows)
+    if directory is not None:
+        from rlhf_core.evaluation.evaluator import COMPLETIONS_FILE, EVALUATED
+
+        check_apart(directory / COMPLETIONS_FILE, [*run.prompts, *run.preferences])
+        EVALUATED.check_output(directory / COMPLETIONS_FILE, resume=resume, overwrite=overwrite)
+    report = _evaluated(_opened(run, rows), directory, resume=resume, overwrite=overwrite)
+    return _print(report, before, directory, as_json=as_json)
+
+
+def _file_and_flags(tokens: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Return the configuration file, if one comes first, and the flags."""
+    if not tokens or tokens[0].startswith("-"):
+        return None, list(tokens)
+    if not tokens[0].endswith((".yaml", ".yml")):
+        fix = "`rlhf evaluate --model M --prompts FILE`, or a .yaml file first"
+        raise ConfigError("isn't an option, nor a YAML file", place="command line", got=f"`{tokens[0]}`", fix=fix)
+    return tokens[0], list(tokens[1:])
+
+
+def _opened(run: EvaluationRunConfig, rows: Sequence[PromptRow]) -> RLHFEvaluator:
+    """Return the evaluator with its models loaded."""
+    from rlhf_core.cli.model_argument import check_model, open_policy
+    from rlhf_core.evaluation.evaluation_job import models_of, open_evaluator
+
+    for model in models_of(run).values():
+        check_model(model.path)
+
+    def load(model: ModelConfig) -> PolicyModel:
+        return open_policy(model, precision=run.precision)
+
+    return open_evaluator(run, load, prompts=rows)
+
+
+def _evaluated(evaluator: RLHFEvaluator, directory: Path | None, *, resume: bool, overwrite: bool) -> EvaluationReport:
+    """Evaluate, showing how far it is.
+
+    Raises:
+        Stopped: by SIGTERM or Ctrl-C; every prompt that was measured is in the file.
+        Interrupted: by one of these, where there is no file.
+    """
+    from rlhf_core.generation.watching import watching
+    from rlhf_core.infra.progress import RowBar
+
+    total = len(evaluator.prompts)
+    if directory is None:
+        with stoppable(None), RowBar(total=total) as bar, watching(bar.add_tokens):
+            return evaluator.evaluate(progress=bar.update)
+    with evaluator.open_output(directory, resume=resume, overwrite=overwrite) as file:
+        with (
+            stoppable(file, of=f"of {total:,} prompts"),
+            RowBar(total=total, done=file.written) as bar,
+            watching(bar.add_tokens),
+        ):
+            return evaluator.evaluate(file, progress=bar.update)
+
+
+def _print(report: EvaluationReport, before: EvaluationReport | None, directory: Path | None, *, as_json: bool) -> None:
+    from rlhf_core.evaluation.evaluation_report import compare
+
+    differences = None if before is None else compare(before, report)
+    if as_json:
+        found = report.summary()
+        if differences is not None:
+            found["differences"] = {name: one.as_json() for name, one in differences.items()}
+        return print_json(found | ({} if directory is None else {"output": str(directory)}))
+    header = ("metric", "value", "error", "95 % interval", "over", *(() if differences is None else ("difference",)))
+    print_table(header, [_cells(name, one, differences) for name, one in report.metrics.items()])
+    for note in report.notes:
+        print_note(f"note: {note}")
+    print_text(f"prompts: {len(report.prompts):,}, {report.seconds:.1f} seconds")
+    if directory is not None:
+        print_text(f"evaluation: {directory / 'evaluation.json'}")
+    return None
+
+
+def _cells(name: str, one: Estimate, differences: Mapping[str, Estimate] | None) -> tuple[str, ...]:
+    interval = "" if one.low is None or one.high is None else f"{one.low:.4g} to {one.high:.4g}"
+    error = "" if one.error is None else f"{one.error:.2g}"
+    cells = (name, f"{one.value:.4g}", error, interval, f"{one.count:,}")
+    if differences is None:
+        return cells
+    apart = differences.get(name)
+    if apart is None:
+        return (*cells, "")
+    return (*cells, f"{apart.value:+.4g}" + ("" if apart.error is None else f" ± {apart.error:.2g}"))
+
+
+def _describe(run: EvaluationRunConfig, rows: Sequence[PromptRow]) -> None:
+    """Print the resolved configuration as a valid file, headed by comments on what would be measured."""
+    from rlhf_core.config.yaml_file import dump_yaml
+    from rlhf_core.evaluation.evaluation_job import metrics_of
+    from rlhf_core.infra.redact import redact
+
+    print(f"# prompts: {len(rows):,}, {run.completions} completion{'s' * (run.completions > 1)} each")
+    print(f"# metrics: {', '.join(metrics_of(run))}")
+    values = run.model_dump(mode="json")
+    print(dump_yaml({key: redact(value, key) for key, value in values.items()}), end="")
