@@ -198,7 +198,7 @@ def test_inference_time_compute(tmp_path: Path, environment: dict[str, str]) -> 
 @pytest.mark.slow
 def test_evaluation(tmp_path: Path, environment: dict[str, str]) -> None:
     printed = run_page("docs/evaluation.md", tmp_path, environment)
-    assert "majority@4/numeric_answer" in printed and "length_controlled_win_rate/length" in printed
+    assert "majority@4/numeric_answer" in printed and "length_controlled_win_rate/repetition" in printed
     assert "difference" in printed and " | " in printed.splitlines()[-2]
     (options,) = (text for language, text in blocks("docs/evaluation.md") if language == "yaml")
     EvaluationRunConfig.parse(yaml.safe_load(options))

@@ -196,11 +196,10 @@ def test_a_comparison_by_hand() -> None:
     assert compare(before, EvaluationReport({}, {}, before.prompts)) == {}
 
 
-@given(
-    st.lists(
-        st.tuples(st.integers(-9, 9), st.integers(1, 5), st.integers(-9, 9), st.integers(1, 5)), min_size=2, max_size=8
-    )
-)
+ROWS_TWICE = st.lists(st.tuples(*[st.integers(-9, 9), st.integers(1, 5)] * 2), min_size=2, max_size=8)
+
+
+@given(ROWS_TWICE)
 def test_a_paired_error_is_that_of_the_jackknife_where_all_weigh_the_same(
     rows: list[tuple[int, int, int, int]],
 ) -> None:
