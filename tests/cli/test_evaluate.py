@@ -49,7 +49,9 @@ def test_a_table_files_and_a_comparison(rlhf, models: dict[str, str]) -> None:
     assert code == 0, err
     report = EvaluationReport.load("out")
     shown = {line.split()[0]: line.split() for line in out.splitlines()}
-    expected = "kl/token kl/sequence reward_accuracy/characters pass@2/even majority@2/even ece/even brier/even self_bleu"
+    expected = (
+        "kl/token kl/sequence reward_accuracy/characters pass@2/even majority@2/even ece/even brier/even self_bleu"
+    )
     assert {*expected.split(), "distinct_2", "embedding_distance", "win_rate/even"} <= report.metrics.keys()
     assert report.metrics.keys() <= shown.keys() and "out/evaluation.json" in out
     assert float(shown["length"][1]) == pytest.approx(report["length"].value, rel=1e-3)
