@@ -18,6 +18,7 @@ from rlhf_core.cli import (
     fisher,
     merge,
     methods,
+    report,
     rollouts,
     sample,
     samples,
@@ -43,6 +44,7 @@ sample.add_to(app)
 compare_samplers.add_to(app)
 samples.add_to(app)
 rollouts.add_to(app)
+report.add_to(app)
 merge.add_to(app)
 author.add_to(app)
 score.add_to(app)

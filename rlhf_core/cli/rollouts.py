@@ -11,8 +11,9 @@ import typer
 
 from rlhf_core.cli.printing import print_json
 from rlhf_core.cli.quick_imports import quick_imports
-from rlhf_core.cli.run_texts import clipped, length_and_end, require_run, styled, terminal, warn_of_damage
+from rlhf_core.cli.run_texts import clipped, require_run, styled, terminal, warn_of_damage
 from rlhf_core.infra.errors import ConfigError
+from rlhf_core.training.row_log import length_and_end
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from shutil import get_terminal_size
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rlhf_core.cli.printing import encodable, print_warning
 from rlhf_core.infra.errors import StorageError, did_you_mean, printable
@@ -13,15 +13,6 @@ from rlhf_core.infra.errors import StorageError, did_you_mean, printable
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
-
-ENDS = {
-    "end": "ended",
-    "length": "cut off by the limit",
-    "stop": "ended by a stop string",
-    "rule": "stopped by a rule",
-    "confidence": "cut off for too little confidence",
-}
-"""Stop reason → how it is said."""
 
 
 def require_run(run: Path) -> None:
@@ -49,13 +40,6 @@ def terminal() -> Console:
     from rich.console import Console
 
     return Console(width=get_terminal_size().columns, highlight=False, markup=False, emoji=False, soft_wrap=False)
-
-
-def length_and_end(row: dict[str, Any]) -> str:
-    """Return a completion's tokens and why it ended, as text."""
-    tokens = f"{row['tokens']} token{'s' * (row['tokens'] != 1)}" if isinstance(row.get("tokens"), int) else ""
-    reason = str(row.get("stop_reason", ""))
-    return ", ".join(filter(None, [tokens, ENDS.get(reason, reason)]))
 
 
 def clipped(console: Console, text: str, width: int, most: int | None) -> Text:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,8 +10,10 @@ import typer
 
 from rlhf_core.cli.printing import print_json
 from rlhf_core.cli.quick_imports import quick_imports
-from rlhf_core.cli.run_texts import clipped, length_and_end, require_run, styled, terminal, warn_of_damage
+from rlhf_core.cli.run_texts import clipped, require_run, styled, terminal, warn_of_damage
 from rlhf_core.infra.errors import ConfigError
+from rlhf_core.training.row_log import length_and_end
+from rlhf_core.training.sample_log import PromptSamples, samples_by_prompt
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,39 +51,13 @@ def samples(
     """
     with quick_imports():
         rows = _rows(run)
-    everything = _grouped(rows)
+    everything = samples_by_prompt(rows)
     if steps and last:
         raise ConfigError("the newest steps and others are asked for", place="--step and --last", fix="choose one")
     chosen = _chosen(everything, prompt, steps, last)
     if as_json:
         return print_json([row for group in chosen for row in group.rows])
     return _print(run, everything, chosen, whole=prompt is not None, spread=prompt is None and not steps)
-
-
-@dataclass
-class PromptSamples:
-    """The completions of one prompt."""
-
-    number: int
-    """Of the prompt among all of the run, from 1."""
-    rows: list[dict[str, Any]]
-    """As in `samples.jsonl`, in its order."""
-
-    @property
-    def kind(self) -> str:
-        return self.rows[0]["kind"]
-
-    @property
-    def steps(self) -> list[int]:
-        return list(dict.fromkeys(row["step"] for row in self.rows))
-
-    def of(self, step: int) -> list[dict[str, Any]]:
-        """Return the completions after a step."""
-        return [row for row in self.rows if row["step"] == step]
-
-    def only(self, steps: Sequence[int]) -> PromptSamples:
-        """Return those of some steps."""
-        return PromptSamples(self.number, [row for row in self.rows if row["step"] in steps])
 
 
 def _rows(run: Path) -> list[dict[str, Any]]:
@@ -106,18 +80,6 @@ def _rows(run: Path) -> list[dict[str, Any]]:
             " file of rows), also where the run is resumed",
         )
     return rows
-
-
-def _grouped(rows: Sequence[dict[str, Any]]) -> list[PromptSamples]:
-    """Return the rows by prompt: fixed prompts first, then held-out rows, then those that are trained on."""
-    from rlhf_core.training.sample_log import KINDS
-
-    groups: dict[tuple[int, int, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        key = (KINDS.index(row["kind"]), row["row"], json.dumps(row["prompt"], sort_keys=True))
-        groups.setdefault(key, []).append(row)
-    order = sorted(groups, key=lambda key: key[0])  # stable: each kind in the order of the file
-    return [PromptSamples(number, groups[key]) for number, key in enumerate(order, 1)]
 
 
 def _chosen(

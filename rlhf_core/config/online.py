@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -171,3 +171,11 @@ class OnlineConfig(TrainerConfig):
     @classmethod
     def _one_reward_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str | Mapping | RewardConfig) else value
+
+
+def right_threshold(asked: float | None, weights: Sequence[float]) -> float:
+    """Return the reward from which a completion counts as right: the one asked for, else half the sum of positive weights.
+
+    For rewards between 0 and 1 that is half of what a completion can get.
+    """
+    return asked if asked is not None else sum(weight for weight in weights if weight > 0) / 2

@@ -162,6 +162,11 @@ class RolloutsConfig(BaseConfig):
         description="Keep every group, with tokens and log-probabilities, so that another run can `replay` it: about 25 bytes"
         " per token more. False keeps texts and figures of some groups.",
     )
+    probabilities: bool = Field(
+        True,
+        description="Keep the ids and log-probabilities of the tokens of groups that aren't kept whole, for `rlhf report`, which"
+        " shades tokens by them: about 8 bytes per token more. False keeps texts and figures alone.",
+    )
     show: int = Field(
         50,
         ge=0,

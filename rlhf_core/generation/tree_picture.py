@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import escape
 
-from rlhf_core.generation.step_trees import SearchStep
+if TYPE_CHECKING:
+    from rlhf_core.generation.step_trees import SearchStep
 
 COLUMN, ROW, MARGIN = 36, 64, 40
 """Pixels between leaves, between generations, and around the tree."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_core.config.online import OnlineConfig, SamplingConfig
+from rlhf_core.config.online import OnlineConfig, SamplingConfig, right_threshold
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.contracts.completion import Completion
 from rlhf_core.contracts.reward import Sample
@@ -26,7 +26,7 @@ from rlhf_core.training.completion_metrics import completion_metrics
 from rlhf_core.training.distribution import Distribution
 from rlhf_core.training.logger import REWARD_SECONDS
 from rlhf_core.training.micro_batches import MicroBatches
-from rlhf_core.training.online_metrics import right_threshold, rollout_metrics
+from rlhf_core.training.online_metrics import rollout_metrics
 from rlhf_core.training.phases import Phases
 from rlhf_core.training.reduction import Tally
 from rlhf_core.training.replay import SavedRollouts

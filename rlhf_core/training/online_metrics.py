@@ -148,11 +148,3 @@ def with_deviations(metrics: Mapping[str, float]) -> dict[str, float]:
         else:
             found[name] = value
     return found
-
-
-def right_threshold(asked: float | None, weights: Sequence[float]) -> float:
-    """Return the reward from which a completion counts as right: the one asked for, else half the sum of positive weights.
-
-    For rewards between 0 and 1 that is half of what a completion can get.
-    """
-    return asked if asked is not None else sum(weight for weight in weights if weight > 0) / 2

@@ -4,7 +4,8 @@ A row has `step` (optimiser steps made before), `row` (of the prompt in its data
 rows), `sample` (the completion's number in its group), `prompt`, `completion`, `stop_reason`, `tokens` (of the completion);
 `reward` (the weighted sum) and `rewards` (by name), null and empty where nothing scored it; `advantage`, null where the method
 left it out of training; `logprob_gap`, nats per token between engine and trainer, null where it wasn't in the rollout's first
-update; and, where rollouts are kept whole, `drawn`: what a replay needs.
+update; `drawn_tokens`: the ids and log-probabilities of its tokens, packed; and, where rollouts are kept whole, in place of these
+`drawn`: what a replay needs.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core.contracts.completion import Completion
 from rlhf_core.infra.errors import printable
 from rlhf_core.infra.files import replace_file, storage_errors
-from rlhf_core.training.row_log import RowLog, encoded, last_message, shortened
+from rlhf_core.training.row_log import RowLog, encoded, last_message, packed_tokens, shortened
 
 if TYPE_CHECKING:
     from rlhf_core.config.training import RolloutsConfig
@@ -123,6 +124,8 @@ class RolloutLog:
         row |= {"advantage": _finite(one.advantage), "logprob_gap": _finite(one.logprob_gap)}
         if self._config.whole:
             row["drawn"] = pack(one.completion) | {"prompt": prompt_hash(one.sample.prompt_ids)}
+        elif self._config.probabilities:
+            row["drawn_tokens"] = packed_tokens(one.completion)
         return row
 
     def _has_room(self, size: int, step: int) -> bool:

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf_core.infra.files import append_lines, as_json_value, fsync_file, storage_errors
 
+if TYPE_CHECKING:
+    from rlhf_core.contracts.completion import Completion
+
 _LONGEST = 10_000
 """Characters of a text that a row holds at most."""
+ENDS = {
+    "end": "ended",
+    "length": "cut off by the limit",
+    "stop": "ended by a stop string",
+    "rule": "stopped by a rule",
+    "confidence": "cut off for too little confidence",
+}
+"""Stop reason → how it is said."""
 
 
 class RowLog:
@@ -54,6 +67,37 @@ def shortened(value: Any) -> Any:
     return as_json_value(value)
 
 
+def packed_tokens(completion: Completion) -> dict[str, str]:
+    """Return a completion's token ids, and their log-probabilities in half precision, as base64 of little-endian numbers."""
+    import numpy as np
+
+    kinds = {"ids": "<i4", "logprobs": "<f2"}
+    return {
+        name: base64.b64encode(np.asarray(getattr(completion, name), dtype=kind).tobytes()).decode()
+        for name, kind in kinds.items()
+    }
+
+
+def unpacked_tokens(row: Mapping[str, Any]) -> tuple[list[int], list[float]] | None:
+    """Return the token ids and log-probabilities of a row that keeps them (`drawn_tokens`, or `drawn` of a whole rollout).
+
+    None where it keeps none, or what it keeps is damaged.
+    """
+    import numpy as np
+
+    whole = isinstance(row.get("drawn"), Mapping)
+    kept = row["drawn"] if whole else row.get("drawn_tokens")
+    if not isinstance(kept, Mapping):
+        return None
+    try:
+        ids = np.frombuffer(base64.b64decode(kept["ids"], validate=True), dtype="<i4").tolist()
+        logprobs = np.frombuffer(base64.b64decode(kept["logprobs"], validate=True), dtype="<f4" if whole else "<f2")
+    except (KeyError, TypeError, ValueError, binascii.Error):
+        return None
+    sound = len(ids) == len(logprobs) and bool(np.isfinite(logprobs).all()) and all(one >= 0 for one in ids)
+    return (ids, logprobs.tolist()) if sound else None
+
+
 def prompt_text(prompt: Any) -> str:
     """Return a prompt as text, a chat's messages under each other with their roles."""
     if isinstance(prompt, str):
@@ -67,3 +111,10 @@ def prompt_text(prompt: Any) -> str:
 def last_message(prompt: Any) -> str:
     """Return what a prompt asks: the text itself, or the last message of a chat, with its role where that isn't the user."""
     return prompt if isinstance(prompt, str) else prompt_text(list(prompt or ())[-1:]).removeprefix("user: ")
+
+
+def length_and_end(row: Mapping[str, Any]) -> str:
+    """Return a completion's tokens and why it ended, as text."""
+    tokens = f"{row['tokens']} token{'s' * (row['tokens'] != 1)}" if isinstance(row.get("tokens"), int) else ""
+    reason = str(row.get("stop_reason", ""))
+    return ", ".join(filter(None, [tokens, ENDS.get(reason, reason)]))

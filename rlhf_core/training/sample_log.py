@@ -2,18 +2,20 @@
 
 A row has `step` (optimiser steps made before), `kind` (see `KINDS`), `row` (the prompt's number: among the fixed prompts, or in
 its data), `sample` (the completion's number among those of its prompt), `prompt`, `completion`, `stop_reason`, `tokens` (of the
-completion), and where it was scored `reward` (the weighted sum) and `rewards` (by name).
+completion), and where it was scored `reward` (the weighted sum) and `rewards` (by name). That of a fixed prompt has
+`drawn_tokens`, the ids and log-probabilities of its tokens, packed.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.infra.files import replace_file, storage_errors
-from rlhf_core.training.row_log import RowLog, encoded, shortened
+from rlhf_core.training.row_log import RowLog, encoded, packed_tokens, shortened
 
 if TYPE_CHECKING:
     from rlhf_core.config.training import SamplesConfig
@@ -38,6 +40,7 @@ def prompt_sample(step: int, number: int, sample: int, prompt: Any, completion: 
         "completion": shortened(completion.text),
         "stop_reason": completion.stop_reason,
         "tokens": len(completion.ids),
+        "drawn_tokens": packed_tokens(completion),
     }
 
 
@@ -134,6 +137,42 @@ def read_samples(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
         lines = path.read_bytes().split(b"\n")[:-1]
     found = [_row_of(line) for line in lines]
     return [row for row in found if row is not None], [n for n, row in enumerate(found, 1) if row is None]
+
+
+@dataclass
+class PromptSamples:
+    """The completions of one prompt."""
+
+    number: int
+    """Of the prompt among all of the run, from 1."""
+    rows: list[dict[str, Any]]
+    """As in `samples.jsonl`, in its order."""
+
+    @property
+    def kind(self) -> str:
+        return str(self.rows[0]["kind"])
+
+    @property
+    def steps(self) -> list[int]:
+        return list(dict.fromkeys(row["step"] for row in self.rows))
+
+    def of(self, step: int) -> list[dict[str, Any]]:
+        """Return the completions after a step."""
+        return [row for row in self.rows if row["step"] == step]
+
+    def only(self, steps: Sequence[int]) -> PromptSamples:
+        """Return those of some steps."""
+        return PromptSamples(self.number, [row for row in self.rows if row["step"] in steps])
+
+
+def samples_by_prompt(rows: Sequence[dict[str, Any]]) -> list[PromptSamples]:
+    """Return the rows by prompt: fixed prompts first, then held-out rows, then those that are trained on."""
+    groups: dict[tuple[int, int, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        key = (KINDS.index(row["kind"]), row["row"], json.dumps(row["prompt"], sort_keys=True))
+        groups.setdefault(key, []).append(row)
+    order = sorted(groups, key=lambda key: key[0])  # stable: each kind in the order of the file
+    return [PromptSamples(number, groups[key]) for number, key in enumerate(order, 1)]
 
 
 def _row_of(line: bytes) -> dict[str, Any] | None:

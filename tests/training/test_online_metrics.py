@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from rlhf_core.config.online import right_threshold
 from rlhf_core.contracts.completion import Completion
 from rlhf_core.contracts.reward import Sample
 from rlhf_core.plugin import logprob_gaps, online_metrics
 from rlhf_core.rewards import Scores
 from rlhf_core.training.completion_metrics import completion_metrics, pass_at_k
-from rlhf_core.training.online_metrics import gap_metrics, right_threshold, rollout_metrics, with_deviations
+from rlhf_core.training.online_metrics import gap_metrics, rollout_metrics, with_deviations
 from rlhf_core.training.phases import Phases, phase_metrics
 from rlhf_core.training.reduction import quotients
 

@@ -1,0 +1,98 @@
+"""The report of a run's or pipeline's directory as one HTML page, and the file that it is written to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rlhf_core.evaluation.report.blocks import Paragraph, Section, present
+from rlhf_core.evaluation.report.html_page import html_page
+from rlhf_core.evaluation.report.page_charts import PageCharts
+from rlhf_core.evaluation.report.pipeline_files import is_pipeline_directory, read_pipeline
+from rlhf_core.evaluation.report.pipeline_sections import pipeline_overview, pipeline_sections
+from rlhf_core.evaluation.report.run_files import is_run_directory, read_run, require_readable
+from rlhf_core.evaluation.report.run_sections import overview, run_sections
+from rlhf_core.infra.errors import ConfigError
+from rlhf_core.infra.files import replace_file, storage_errors
+
+REPORT = "report.html"
+"""Name of the page in the directory that it is about."""
+
+
+def write_report(directory: str | Path, other: str | Path | None = None, *, output: str | Path | None = None) -> Path:
+    """Write the report of a run or a pipeline, in whatever state it is, and return the path of the page.
+
+    Args:
+        directory: of a trainer's run or of a pipeline; one in progress will do.
+        other: another of the same kind, to be shown beside it.
+        output: the file; without it `report.html` in the directory, and for two of them in the current directory.
+
+    Raises:
+        ConfigError: a directory is neither a run's nor a pipeline's, or one is of each kind.
+        StorageError: the page can't be written.
+    """
+    directory, second = Path(directory), None if other is None else Path(other)
+    if output is None:
+        output = directory / REPORT if second is None else Path(REPORT)
+    path = Path(output)
+    if path.is_dir():
+        raise ConfigError(
+            "is a directory, not a file", place="--output", got=str(path), fix="name the file, such as report.html"
+        )
+    page = report_page(directory, second)
+    with storage_errors(path):
+        replace_file(path, page.encode("utf-8", "replace"))
+    return path
+
+
+def report_page(directory: Path, other: Path | None = None) -> str:
+    """Return the page that `write_report` writes."""
+    directories = [directory] if other is None else [directory, other]
+    pipelines = [_is_pipeline(one) for one in directories]
+    if len(set(pipelines)) > 1:
+        raise ConfigError(
+            "a run and a pipeline can't be compared",
+            place=str(directories[pipelines.index(False)]),
+            fix="give two runs, or two pipelines; a pipeline's stages are runs, in its `stages/`",
+        )
+    names = _names(directories)
+    drawing = PageCharts.create()
+    if pipelines[0]:
+        found = [read_pipeline(one, name) for one, name in zip(directories, names, strict=True)]
+        sections = pipeline_sections(found, drawing)
+        first, kind = pipeline_overview(found), "Pipeline"
+    else:
+        runs = [read_run(one, name) for one, name in zip(directories, names, strict=True)]
+        sections = run_sections(runs, drawing)
+        first, kind = overview(runs), "Run"
+    notes = [Paragraph(note, "bad") for note in drawing.notes]
+    first = Section(first.title, [*first.blocks, *notes])
+    return html_page(f"{kind} {' and '.join(names)}", present(first, *sections))
+
+
+def _is_pipeline(path: Path) -> bool:
+    """Return whether a directory is a pipeline's, or else a run's.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    require_readable(path)
+    if is_pipeline_directory(path):
+        return True
+    if is_run_directory(path):
+        return False
+    raise ConfigError(
+        "is neither a run's nor a pipeline's directory",
+        place=str(path),
+        fix="give the directory that a run or a pipeline was started with as `--output`",
+    )
+
+
+def _names(directories: Sequence[Path]) -> list[str]:
+    """Return what tells directories apart: their names, or as many of the folders above as it takes."""
+    parts = [one.resolve().parts for one in directories]
+    depth = 1
+    while len({each[-depth:] for each in parts}) < len(parts) and depth < max(map(len, parts)):
+        depth += 1
+    names = ["/".join(each[-depth:]) or "/" for each in parts]
+    return [f"{name} ({number})" for number, name in enumerate(names, 1)] if len(set(names)) < len(names) else names
