@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from rlhf_core.contracts.reward import RewardFn as RewardFn
     from rlhf_core.contracts.reward import Sample as Sample
     from rlhf_core.contracts.reward import SampleError as SampleError
+    from rlhf_core.contracts.reward import ScoreWithParts as ScoreWithParts
     from rlhf_core.contracts.reward import StepReader as StepReader
     from rlhf_core.contracts.sampler import Sampler as Sampler
     from rlhf_core.contracts.trainer import FROZEN as FROZEN
@@ -193,7 +194,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.infra.lazy": "lazy_names",
         "rlhf_core.contracts.completion": "Completion",
         "rlhf_core.contracts.merger": "Merger",
-        "rlhf_core.contracts.reward": "RewardFn Sample SampleError StepReader",
+        "rlhf_core.contracts.reward": "RewardFn Sample SampleError ScoreWithParts StepReader",
         "rlhf_core.contracts.sampler": "Sampler",
         "rlhf_core.contracts.trainer": "FROZEN TRAINED Evaluation Loss Pair Role Trainer Window",
         "rlhf_core.merging": "CHUNK Chunk MergeInput ModelMerger TensorStream is_embedding kept_count magnitudes merge_tensor"

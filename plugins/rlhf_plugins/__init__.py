@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from rlhf_plugins.mergers.ties import TIESConfig as TIESConfig
     from rlhf_plugins.mergers.ties import TIESMerger as TIESMerger
     from rlhf_plugins.mergers.uniform_soup import UniformSoupMerger as UniformSoupMerger
+    from rlhf_plugins.rewards.constitutional import ConstitutionalConfig as ConstitutionalConfig
+    from rlhf_plugins.rewards.constitutional import ConstitutionalRewardWrapper as ConstitutionalRewardWrapper
     from rlhf_plugins.rewards.exact_match import ExactMatchConfig as ExactMatchConfig
     from rlhf_plugins.rewards.exact_match import ExactMatchReward as ExactMatchReward
     from rlhf_plugins.rewards.format import FormatConfig as FormatConfig
@@ -48,6 +50,8 @@ if TYPE_CHECKING:
     from rlhf_plugins.rewards.regex import RegexReward as RegexReward
     from rlhf_plugins.rewards.repetition import RepetitionConfig as RepetitionConfig
     from rlhf_plugins.rewards.repetition import RepetitionReward as RepetitionReward
+    from rlhf_plugins.rewards.reward_ensemble import EnsembleReward as EnsembleReward
+    from rlhf_plugins.rewards.reward_ensemble import EnsembleRewardConfig as EnsembleRewardConfig
     from rlhf_plugins.rewards.reward_model import RewardModelReward as RewardModelReward
     from rlhf_plugins.rewards.reward_model import RewardModelRewardConfig as RewardModelRewardConfig
     from rlhf_plugins.rewards.unit_tests import UnitTestsConfig as UnitTestsConfig
@@ -115,6 +119,8 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_plugins.mergers.task_arithmetic": "TaskArithmeticConfig TaskArithmeticMerger",
         "rlhf_plugins.mergers.ties": "TIESConfig TIESMerger",
         "rlhf_plugins.mergers.uniform_soup": "UniformSoupMerger",
+        "rlhf_plugins.rewards.constitutional": "ConstitutionalConfig ConstitutionalRewardWrapper",
+        "rlhf_plugins.rewards.reward_ensemble": "EnsembleReward EnsembleRewardConfig",
         "rlhf_plugins.rewards.exact_match": "ExactMatchConfig ExactMatchReward",
         "rlhf_plugins.rewards.format": "FormatConfig FormatReward",
         "rlhf_plugins.rewards.judge": "JudgeConfig JudgeReward",

@@ -56,6 +56,23 @@ class SampleError(DataError):
         self.sample = sample
 
 
+class ScoreWithParts(float):
+    """A score and the parts that it was made of, which a run logs beside it as `reward/NAME/PART`.
+
+    A reward may return one for each sample in place of a plain float; all of its scores then have the same parts.
+    """
+
+    parts: Mapping[str, float]
+
+    def __new__(cls, score: float, parts: Mapping[str, float]) -> ScoreWithParts:
+        made = super().__new__(cls, score)
+        made.parts = dict(parts)
+        return made
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return ScoreWithParts, (float(self), self.parts)
+
+
 class RewardFn(ABC):
     """A reward: one finite float for each sample, in order."""
 

@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
-from rlhf_core.contracts.reward import RewardFn, Sample
+from rlhf_core.contracts.reward import RewardFn, Sample, ScoreWithParts
 from rlhf_core.infra.child_process import ChildProcess, end_with_parent, take_stdio
 from rlhf_core.infra.errors import ConfigError, PluginError, describe_error, error_report, reported_error
 from rlhf_core.infra.time_limit import TimeLimit
@@ -118,7 +118,12 @@ class _Child:
         reply = self._receive(limit, "scored")
         self._size = self._size or int(reply["bytes"])
         self.grown = int(reply["bytes"]) - self._size
-        return reply["result"]
+        found = reply["result"]
+        return (
+            [ScoreWithParts(one, parts) for one, parts in zip(found, reply["parts"], strict=True)]
+            if "parts" in reply
+            else found
+        )
 
     def kill(self) -> None:
         self._end()
@@ -186,7 +191,10 @@ def serve(parent: int, message: str) -> None:
         request = json.loads(line)
         samples = pickle.loads(base64.b64decode(request["samples"]))
         try:
-            reply = {"result": _call(reward, request["method"], samples), "bytes": _memory()}
+            found = _call(reward, request["method"], samples)
+            reply = {"result": json.loads(json.dumps(found, default=repr)), "bytes": _memory()}
+            if isinstance(found, list) and found and all(isinstance(one, ScoreWithParts) for one in found):
+                reply["parts"] = [one.parts for one in found]
         except Exception as error:
             reply = {"error": error_report(error)}
         answer(reply)
@@ -203,7 +211,7 @@ def _make(made_from: Any) -> RewardFn:
 
 
 def _call(reward: RewardFn, method: str, samples: Sequence[Sample]) -> Any:
-    """Return what a method of the reward returns, as JSON values; what isn't one is returned as its `repr`."""
+    """Return what a method of the reward returns, with lists and numbers in place of arrays."""
     import inspect
 
     from rlhf_core.rewards.background import awaited
@@ -215,7 +223,7 @@ def _call(reward: RewardFn, method: str, samples: Sequence[Sample]) -> Any:
         found = plain(awaited(found) if inspect.isawaitable(found) else found)
     if isinstance(found, list | tuple):
         found = [plain(one) for one in found]
-    return json.loads(json.dumps(found, default=repr))
+    return found
 
 
 def _memory() -> int:

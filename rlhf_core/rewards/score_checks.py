@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from rlhf_core.contracts.reward import RewardFn, Sample, SampleError
+from rlhf_core.contracts.reward import RewardFn, Sample, SampleError, ScoreWithParts
 from rlhf_core.infra.errors import PluginError, RemoteError, RLHFError, describe_error, list_rows, shortened, text_of
 from rlhf_core.infra.time_limit import TimeLimit, where_raised
 from rlhf_core.rewards.background import awaited
@@ -73,7 +73,10 @@ def _checked_list(scores: Any, count: int, rows: Sequence[int | str] | None, nam
         got = f"{len(scores)} scores" if isinstance(scores, Sequence) else type(scores).__name__
         fix = "return a list with one number per completion, in their order"
         raise PluginError(f"expected {count} scores, one per sample", place=f"reward `{name}`", got=got, fix=fix)
-    return [_checked(score, name, sample_or_row(first + number, rows)) for number, score in enumerate(scores)]
+    checked = [_checked(score, name, sample_or_row(first + number, rows)) for number, score in enumerate(scores)]
+    if len({tuple(sorted(getattr(score, "parts", ()))) for score in checked}) > 1:
+        raise PluginError("scores have different parts", place=f"reward `{name}`", fix="return the same parts for each")
+    return checked
 
 
 def checked_numbers(scores: Any, count: int, name: str) -> list[float]:
@@ -124,6 +127,10 @@ def _checked(score: Any, name: str, where: str) -> float:
     except OverflowError:
         number = math.inf
     if math.isfinite(number):
+        if isinstance(value, ScoreWithParts):
+            return ScoreWithParts(
+                number, {str(part): _checked(one, name, f"{where}, part `{part}`") for part, one in value.parts.items()}
+            )
         return number
     fix = "return a number for every sample, such as 0 where the reward doesn't apply"
     raise PluginError(

@@ -52,6 +52,25 @@ class Scores:
         """Name of a step-wise reward → for each of N samples, one score per step; computed at the first access."""
         return self.score_steps()
 
+    def named(self, number: int) -> dict[str, float]:
+        """Return what one sample got, unweighted: `NAME` by each reward, and `NAME/PART` of one with parts."""
+        found: dict[str, float] = {}
+        for name, values in self.by_name.items():
+            score = values[number]
+            found[name] = float(score)
+            found |= {f"{name}/{part}": value for part, value in getattr(score, "parts", {}).items()}
+        return found
+
+    @property
+    def with_parts(self) -> dict[str, list[float]]:
+        """`NAME` → N unweighted scores, and `NAME/PART` of a reward with parts."""
+        found: dict[str, list[float]] = {}
+        for name, values in self.by_name.items():
+            found[name] = values
+            for part in getattr(values[0], "parts", ()) if values else ():
+                found[f"{name}/{part}"] = [value.parts[part] for value in values]  # type: ignore[attr-defined]
+        return found
+
     def per_prompt(self, prompts: int) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the metrics `reward` and `reward/NAME` per prompt, from which an evaluation computes standard errors.
 
@@ -71,7 +90,9 @@ class Scores:
         def sums(values: Tensor) -> Tensor:
             return torch.zeros(prompts, dtype=torch.float64).index_add_(0, groups, values.double())
 
-        named = {f"reward/{name}": torch.tensor(values, dtype=torch.float64) for name, values in self.by_name.items()}
+        named = {
+            f"reward/{name}": torch.tensor(values, dtype=torch.float64) for name, values in self.with_parts.items()
+        }
         return {name: (sums(values), counts) for name, values in (named | {"reward": self.total}).items()}
 
 

@@ -322,8 +322,9 @@ class RunContext:
         """Report scores to metrics, `samples.jsonl` and hooks, and return them."""
         rows = [row for row, drawn in zip(batch.rows, completions, strict=True) for _ in drawn]
         if not self.evaluating:
-            for name, values in scores.by_name.items():
+            for name, values in scores.with_parts.items():
                 self.log(f"reward/{name}", sum(values), len(values))
+            for name in scores.by_name:
                 self.log(f"{REWARD_SECONDS}/{name}", scores.seconds.get(name, 0.0))
             self.log(REWARD_SECONDS, scores.waited)
             self.rollout.add(batch, samples, completions, scores)

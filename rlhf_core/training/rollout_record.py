@@ -70,7 +70,7 @@ class RolloutRecord:
                     sample=samples[at],
                     completion=completions[prompt][index],
                     reward=None if scores is None else float(scores.total[at]),
-                    rewards={} if scores is None else {name: values[at] for name, values in scores.by_name.items()},
+                    rewards={} if scores is None else scores.named(at),
                 )
             )
 

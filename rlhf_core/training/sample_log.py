@@ -86,7 +86,7 @@ class SampleLog:
             row |= {"prompt": shortened(sample.prompt), "completion": shortened(sample.completion)}
             row |= {"stop_reason": sample.stop_reason, "tokens": len(sample.completion_ids)}
             row |= {"reward": float(scores.total[number])}
-            row |= {"rewards": {name: values[number] for name, values in scores.by_name.items()}}
+            row |= {"rewards": scores.named(number)}
             made.append(row)
         self._write(made)
         self._unseen.setdefault(kind, []).extend(made)

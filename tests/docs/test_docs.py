@@ -18,6 +18,7 @@ from rlhf_plugins.trainers.sft import SFTTrainer
 from rlhf_core import CapabilityTestsConfig
 from rlhf_core.config.evaluation import EvaluationRunConfig
 from rlhf_core.registry.hooks import Hooks, hookimpl
+from rlhf_core.rewards import check_given
 from rlhf_core.testing import TrainerContract
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -208,8 +209,9 @@ def test_evaluation(tmp_path: Path, environment: dict[str, str]) -> None:
 def test_self_improvement(tmp_path: Path, environment: dict[str, str]) -> None:
     printed = run_page("docs/self-improvement.md", tmp_path, environment)
     assert "sums: " in printed and "points, p = " in printed and "penalty at λ = 1: " in printed
-    (suites,) = (text for language, text in blocks("docs/self-improvement.md") if language == "yaml")
+    suites, rewards = (text for language, text in blocks("docs/self-improvement.md") if language == "yaml")
     CapabilityTestsConfig.parse(yaml.safe_load(suites))
+    check_given(yaml.safe_load(rewards)["rewards"])
 
 
 @pytest.mark.slow
