@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -200,11 +200,6 @@ class EvaluationConfig(SamplingConfig):
 
 class EvaluationRunConfig(PromptRunConfig, EvaluationConfig):
     """What is evaluated, against what, and where the result is written."""
-
-    FREE: ClassVar[tuple[str, ...]] = (
-        "output", "prompts", "preferences", "limit", "metrics", "bins", "resamples",
-    )  # fmt: skip
-    """Options that don't determine what is measured of a prompt."""
 
     model: ModelConfig = Field(
         description="Model that is evaluated: a directory, an adapter, a run's directory, a GGUF file or a hub name."

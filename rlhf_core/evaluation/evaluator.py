@@ -228,17 +228,24 @@ class RLHFEvaluator:
         accuracies = run.reward_accuracies()
         if file is not None:
             file.note(status="done")
-        return self._report(measured, accuracies, run, time.monotonic() - began)
+        # A file's record has it already: weights are hashed once.
+        about = self._about() if file is None else {name: file.record[name] for name in ("models", "rewards")}
+        settings = {"options": self._options(), **about, "metrics": list(chosen), "version": __version__}
+        return self._report(measured, accuracies, settings, time.monotonic() - began)
 
     def _report(
-        self, measured: Sequence[PromptMeasures], accuracies: Mapping[str, Estimate], run: EvaluationRun, seconds: float
+        self,
+        measured: Sequence[PromptMeasures],
+        accuracies: Mapping[str, Estimate],
+        settings: Mapping[str, Any],
+        seconds: float,
     ) -> EvaluationReport:
         """Return the report of what was measured of all prompts."""
         config = self.config
         found, notes = measures.estimates(
             measured, bins=config.bins, resamples=config.resamples, seed=stream_seed(config.seed, "bootstrap")
         )
-        if "kl" in run.chosen and not config.draws_from_policy:
+        if "kl" in settings["metrics"] and not config.draws_from_policy:
             notes.append(
                 "the KL is that of the models' own distributions along completions that were drawn from a changed one"
                 " (temperature, truncation or penalty): its sum over a completion doesn't estimate the KL of whole completions"
@@ -254,16 +261,18 @@ class RLHFEvaluator:
                 for name in dict.fromkeys(name for one in measured for name in one.points)
                 if name.startswith(f"{measures.CALIBRATION}/")
             },
-            settings=self._settings() | {"metrics": list(run.chosen), "version": __version__},
+            settings=settings,
             notes=notes,
             seconds=seconds,
         )
 
-    def _settings(self) -> dict[str, Any]:
-        """Return options, models and rewards as JSON values, secrets redacted."""
+    def _options(self) -> dict[str, Any]:
+        return redact(self.config.model_dump(mode="json") | {"baseline_column": self.baseline_column})
+
+    def _about(self) -> dict[str, Any]:
+        """Return models, with the hashes of their weights, and rewards as JSON values, secrets redacted."""
         models = {"policy": self.policy, "reference": self.reference, "baseline": self.baseline}
         about = {
-            "options": self.config.model_dump(mode="json") | {"baseline_column": self.baseline_column},
             "models": {
                 name: one.describe() | {"precision": str(one.precision)}
                 for name, one in models.items()
@@ -280,10 +289,9 @@ class RLHFEvaluator:
 
     def _record(self) -> dict[str, Any]:
         """Return what determines the rows of the output."""
-        about = self._settings()
-        options = {name: value for name, value in about["options"].items() if name not in _AGGREGATED}
+        options = {name: value for name, value in self._options().items() if name not in _AGGREGATED}
         # What a row holds depends on what was measured, and its last bits on which prompts were completed together.
-        return about | {
+        return self._about() | {
             "options": options | {"metrics": self.metrics(), "batch_size": self._together()},
             "prompts": prompts_record(self.prompts),
         }

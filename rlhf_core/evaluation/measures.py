@@ -201,6 +201,7 @@ def estimates(
         name: _within(name, _over_prompts([row.values[name] for row in rows if name in row.values]))
         for name in metric_names(rows)
     }
+    found |= {name: _of_wins(name, rows) for name in found if name.startswith(f"{WIN_RATE}/")}
     notes = []
     for name in dict.fromkeys(name for row in rows for name in row.points):
         kind, _, of = name.partition("/")
@@ -229,6 +230,20 @@ def _over_prompts(measures: Sequence[Measure]) -> Estimate:
     if any(one.weight != 1 for one in measures):
         return ratio_estimate([one.value * one.weight for one in measures], [one.weight for one in measures])
     return mean_estimate(values)
+
+
+def _of_wins(name: str, rows: Sequence[PromptMeasures]) -> Estimate:
+    """Return a win rate p with Wilson's interval for what ties make of its trials.
+
+    A pair that ends in a tie with probability t has the variance p(1−p) − t/4: k pairs are worth k p(1−p) / (p(1−p) − t/4) wins
+    and losses.
+    """
+    both = [(row.values[name], row.values[f"ties{name.removeprefix(WIN_RATE)}"]) for row in rows if name in row.values]
+    rates, trials = [one.value for one, _ in both], sum(one.trials for one, _ in both)
+    rate, ties = fmean(rates), fmean(one.value for _, one in both)
+    spread = rate * (1 - rate) - ties / 4
+    worth = trials * rate * (1 - rate) / spread if spread > 1e-9 else trials
+    return share_estimate(rates, trials=max(int(worth), len(rates)))
 
 
 def _within(name: str, found: Estimate) -> Estimate:

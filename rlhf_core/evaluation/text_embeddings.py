@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor
 from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.errors import ModelError, describe_error
 from rlhf_core.infra.model_files import check_files, file_hashes, locate
+
+log = logging.getLogger(__name__)
 
 
 class TextEmbedder:
@@ -43,7 +46,8 @@ class TextEmbedder:
         self.model = model.eval().requires_grad_(requires_grad=False).to(self.device)
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.longest: int = min(positions or 512, self.tokenizer.model_max_length, 2048)
-        """Tokens of a text that are read; what is beyond is left out."""
+        """Tokens of a text that are read; what is beyond is left out, with one warning."""
+        self._warned = False
 
     def describe(self) -> dict[str, Any]:
         """Return what embeddings depend on, as JSON values."""
@@ -52,6 +56,10 @@ class TextEmbedder:
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Return (N, D) float32 embeddings on the CPU; a text without tokens has 0."""
+        whole = [self.tokenizer(text, verbose=False)["input_ids"] for text in texts]
+        if not self._warned and (longer := sum(len(one) > self.longest for one in whole)):
+            self._warned = True
+            log.warning("%d of %d texts are embedded by their first %d tokens alone", longer, len(texts), self.longest)
         ids = [self.tokenizer(text, truncation=True, max_length=self.longest)["input_ids"] for text in texts]
         order = sorted((number for number, one in enumerate(ids) if one), key=lambda number: len(ids[number]))
         found: dict[int, Tensor] = {}

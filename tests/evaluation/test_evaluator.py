@@ -20,7 +20,7 @@ from transformers import AutoModel, AutoTokenizer
 from rlhf_core import EvaluationConfig, EvaluationReport, RLHFEvaluator
 from rlhf_core.config.evaluation import PairwiseJudgeConfig
 from rlhf_core.evaluation.diversity import self_bleu
-from rlhf_core.evaluation.estimate import mean_estimate, ratio_difference
+from rlhf_core.evaluation.estimate import mean_estimate, ratio_difference, wilson_interval
 from rlhf_core.evaluation.evaluation_report import MetricByPrompt, compare
 from rlhf_core.evaluation.measures import PromptMeasures, estimates, vote_confidence, win_measures
 from rlhf_core.evaluation.pairwise_judge import ComparedPair, PairwiseJudge
@@ -244,20 +244,38 @@ def test_an_evaluation_against_itself_differs_by_nothing(whole: tuple[Evaluation
 # Win rates
 
 
-def test_intervals_of_win_rates_cover() -> None:
-    """40 prompts of differing advantage, 4 completions each: the true rate is Φ(0.4 / √(2 + 1)); 400 evaluations."""
+@pytest.mark.parametrize("ties", [0.0, 0.6])
+def test_intervals_of_win_rates_cover(ties: float) -> None:
+    """40 prompts of differing advantage, 4 completions each: the true rate is Φ(0.4 / √(2 + 1)); 400 evaluations.
+
+    Where all scores of a prompt are the same with probability t, it is t/2 + (1 − t) Φ(…).
+    """
     rng, held = random.Random(2), 0
-    true = 0.5 * (1 + math.erf(0.4 / math.sqrt(3) / math.sqrt(2)))
+    true = ties / 2 + (1 - ties) * 0.5 * (1 + math.erf(0.4 / math.sqrt(3) / math.sqrt(2)))
     for _ in range(400):
         rows = []
         for _ in range(40):
             ahead = rng.gauss(0.4, 1)
             own, others = [rng.gauss(ahead, 1) for _ in range(4)], [rng.gauss(0, 1) for _ in range(4)]
+            if rng.random() < ties:
+                own = others = [0.0] * 4
             measured = win_measures("r", own, others, [0.0] * 16)
             rows.append(PromptMeasures(measured.values))
         found = estimates(rows, bins=10, resamples=100, seed=0)[0]["win_rate/r"]
         held += found.low <= true <= found.high
     assert held / 400 == pytest.approx(0.95, abs=0.035)
+
+
+def test_ties_make_a_win_rate_more_certain() -> None:
+    """80 of 100 pairs are ties, 15 won: a variance of 0.55 · 0.45 − 0.2 in place of 0.55 · 0.45, so an interval of 0.44 times."""
+    rows = [win_measures("r", [own], [0.0], [0.0]) for own in [0.0] * 80 + [1.0] * 15 + [-1.0] * 5]
+    found = estimates(rows, bins=10, resamples=100, seed=0)[0]["win_rate/r"]
+    assert found.value == pytest.approx(0.55)
+    expected = wilson_interval(0.55, 100 * 0.2475 / 0.0475)
+    assert (found.low, found.high) == pytest.approx(expected, abs=2e-3)
+    alike = [win_measures("r", [0.0], [0.0], [0.0])] * 100
+    found = estimates(alike, bins=10, resamples=100, seed=0)[0]["win_rate/r"]
+    assert (found.low, found.high) == pytest.approx(wilson_interval(0.5, 100))
 
 
 def test_given_responses_are_compared_with_and_lengths_that_are_all_equal_are_noted() -> None:
