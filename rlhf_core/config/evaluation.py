@@ -130,8 +130,7 @@ class EvaluationConfig(SamplingConfig):
     resamples: int = Field(
         1000,
         ge=100,
-        description="Resamples of the bootstrap (calibration error, length-controlled win rate); larger makes their errors more"
-        " precise.",
+        description="Resamples of the bootstrap of the calibration error; larger makes its error more precise.",
     )
     batch_size: int | None = Field(
         None,

@@ -6,7 +6,7 @@ The functions know no model: they take texts, scores and lengths. A `PromptMeasu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any, Self
@@ -192,7 +192,7 @@ def estimates(
     """Return each metric over all prompts, in the order in which they were measured, and what couldn't be computed.
 
     Means have Student's interval, shares Wilson's, ratios (nats per token) the linearised standard error; the calibration error
-    and the length-controlled win rate are resampled by prompt.
+    is resampled by prompt.
 
     Args:
         bins: of the calibration error. resamples, seed: of the bootstrap.
@@ -207,12 +207,10 @@ def estimates(
         kind, _, of = name.partition("/")
         pairs = [row.points[name] for row in rows if name in row.points]
         if kind == CALIBRATION:
-            found[f"ece/{of}"] = _resampled(
-                lambda x, y, w: expected_calibration_error(x, y, bins, weights=w), pairs, resamples, seed
-            )
+            found[f"ece/{of}"] = _calibration_error(pairs, bins, resamples, seed)
             continue
         try:
-            found[f"length_controlled_win_rate/{of}"] = _resampled(length_controlled_win_rate, pairs, resamples, seed)
+            found[f"length_controlled_win_rate/{of}"] = length_controlled_win_rate(pairs)
         except ValueError as error:
             notes.append(f"no length-controlled win rate by {of}: {error}")
     return found, notes
@@ -254,30 +252,16 @@ def _within(name: str, found: Estimate) -> Estimate:
     return replace(found, low=min(found.value, max(least, found.low)), high=max(found.value, min(most, found.high)))
 
 
-def _resampled(
-    statistic: Callable[[Any, Any, Any], float],
-    pairs: Sequence[Sequence[tuple[float, float]]],
-    resamples: int,
-    seed: int,
+def _calibration_error(
+    pairs: Sequence[Sequence[tuple[float, float]]], bins: int, resamples: int, seed: int
 ) -> Estimate:
-    """Return a statistic of points (x, y, weight), each prompt's counting as one in all, resampled by prompt.
-
-    A resample that has no such statistic counts as the statistic of all points.
-
-    Raises:
-        ValueError: all points together have none.
-    """
+    """Return the expected calibration error of points (confidence, right), each prompt's counting as one in all."""
     owner = np.repeat(np.arange(len(pairs)), [len(of) for of in pairs])
-    first, second = np.array([pair for of in pairs for pair in of], dtype=float).reshape(-1, 2).T
+    sure, right = np.array([pair for of in pairs for pair in of], dtype=float).reshape(-1, 2).T
     each = 1 / np.array([len(of) for of in pairs], dtype=float)[owner]
-    whole = statistic(first, second, each)
 
     def of(units: Sequence[int]) -> float:
-        drawn = np.bincount(np.asarray(units), minlength=len(pairs))[owner] * each
-        chosen = drawn > 0
-        try:
-            return statistic(first[chosen], second[chosen], drawn[chosen])
-        except ValueError:
-            return whole
+        drawn = np.bincount(np.asarray(units), minlength=len(pairs))[owner]
+        return expected_calibration_error(sure, right, bins, weights=drawn * each)
 
     return bootstrap_estimate(of, len(pairs), resamples=resamples, seed=seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+from collections.abc import Sequence
 from random import Random
 from statistics import fmean
 
@@ -20,7 +21,7 @@ from rlhf_core.evaluation.answer_agreement import majority_at_k
 from rlhf_core.evaluation.calibration import brier_score, expected_calibration_error, reliability
 from rlhf_core.evaluation.divergence import exact_kl, kl_by_token
 from rlhf_core.evaluation.diversity import bleu, distinct_n, mean_cosine_distance, self_bleu, words
-from rlhf_core.evaluation.estimate import bootstrap_estimate, share_estimate
+from rlhf_core.evaluation.estimate import share_estimate
 from rlhf_core.evaluation.win_rate import length_controlled_win_rate, preferences
 from rlhf_core.generation.generate import prompt_batch
 from rlhf_core.infra.errors import NumbersError
@@ -213,11 +214,16 @@ def simulated(random: np.random.Generator, count: int, theta: float, phi: float)
     return (random.random(count) < chance).astype(float), longer
 
 
+def lc_rate(wins: Sequence[float], longer: Sequence[float]) -> float:
+    """The length-controlled win rate of prompts with one pair each."""
+    return length_controlled_win_rate([[pair] for pair in zip(wins, longer, strict=True)]).value
+
+
 def test_length_control_finds_the_rate_at_equal_length_again() -> None:
     """Judgements that favour length: a plain win rate of 53 %, where at equal length the model loses more often than not."""
     wins, longer = simulated(np.random.default_rng(0), 40_000, -0.4, 2.5)
     expected = 1 / (1 + math.exp(0.4))
-    assert wins.mean() > 0.52 and length_controlled_win_rate(wins, longer) == pytest.approx(expected, abs=0.01)
+    assert wins.mean() > 0.52 and lc_rate(wins, longer) == pytest.approx(expected, abs=0.01)
 
 
 def test_length_control_is_at_the_maximum_of_the_likelihood() -> None:
@@ -240,40 +246,55 @@ def test_length_control_is_at_the_maximum_of_the_likelihood() -> None:
         return found
 
     minimiser.step(loss)
-    assert length_controlled_win_rate(wins, longer) == pytest.approx(float(at[0].detach().sigmoid()), abs=1e-7)
+    assert lc_rate(wins, longer) == pytest.approx(float(at[0].detach().sigmoid()), abs=1e-7)
 
 
 def test_length_control_without_differences_is_the_plain_rate() -> None:
-    assert length_controlled_win_rate([1, 1, 0, 1] * 200, [0] * 800) == pytest.approx(0.75, abs=1e-4)
-    weighted = length_controlled_win_rate([1, 0], [0, 0], [300, 100])
-    assert weighted == pytest.approx(0.75, abs=1e-3)
+    assert lc_rate([1, 1, 0, 1] * 200, [0] * 800) == pytest.approx(0.75, abs=1e-4)
+    # A prompt counts once, however many pairs it has.
+    several = length_controlled_win_rate([[(1.0, 0.0)] * 3, [(0.0, 0.0)]] * 200)
+    assert several.value == pytest.approx(0.5) and several.count == 400
     with pytest.raises(ValueError, match="can't be told apart"):
-        length_controlled_win_rate([1, 0], [5, 5])
+        lc_rate([1, 0], [5, 5])
 
 
 def test_length_control_mirrors_and_stays_finite() -> None:
     wins, longer = [1, 1, 1, 0.0], [10, 20, 5, -7]
-    found = length_controlled_win_rate(wins, longer)
+    found = lc_rate(wins, longer)
     assert 0 < found < 1
-    mirrored = length_controlled_win_rate([1 - win for win in wins], [-one for one in longer])
+    mirrored = lc_rate([1 - win for win in wins], [-one for one in longer])
     assert mirrored == pytest.approx(1 - found)
-    assert 0.99 < length_controlled_win_rate([1] * 50, list(range(50))) < 1
+    assert 0.99 < lc_rate([1] * 50, list(range(50))) < 1
 
 
-@pytest.mark.slow
+def test_errors_of_length_controlled_rates_are_those_between_prompts() -> None:
+    """Copies of a prompt's pairs change nothing, and without lengths the error is the mean's: with wins w, √(w(1−w)/(P−1))."""
+    rng = np.random.default_rng(7)
+    wins, longer = simulated(rng, 60, 0.2, 1.0)
+    pairs = [[pair] for pair in zip(wins.tolist(), longer.tolist(), strict=True)]
+    once, again = (length_controlled_win_rate([of * copies for of in pairs]) for copies in (1, 5))
+    assert (again.value, again.error, again.low) == pytest.approx((once.value, once.error, once.low))
+    plain = length_controlled_win_rate([[(win, 0.0)] for win in wins.tolist()])
+    assert plain.error == pytest.approx(math.sqrt(wins.mean() * (1 - wins.mean()) / 59), rel=1e-3)
+
+
 def test_intervals_of_length_controlled_rates_cover() -> None:
-    """200 simulated evaluations of 150 prompts; the bootstrap's interval holds the true rate in about 95 %."""
-    random, true, held = np.random.default_rng(5), 1 / (1 + math.exp(-0.5)), 0
-    for number in range(200):
-        wins, longer = simulated(random, 150, 0.5, 1.0)
-
-        def rate(units: object, wins: np.ndarray = wins, longer: np.ndarray = longer) -> float:
-            chosen = np.asarray(units)
-            return length_controlled_win_rate(wins[chosen], longer[chosen])
-
-        found = bootstrap_estimate(rate, 150, resamples=100, seed=number)
-        held += found.low <= true <= found.high
-    assert held / 200 == pytest.approx(0.94, abs=0.045)
+    """400 simulated evaluations of 60 prompts with 2 pairs each, which a prompt's difficulty makes dependent."""
+    rng, true, held = np.random.default_rng(5), 0.0, 0
+    for known in (False, True):
+        count = 400 if known else 1
+        for _ in range(count):
+            prompts = 60 if known else 40_000
+            longer = rng.normal(20, 60, (prompts, 2))
+            logits = 0.5 + rng.normal(0, 1, (prompts, 1)) + np.tanh(longer / 60)
+            wins = (rng.random((prompts, 2)) < 1 / (1 + np.exp(-logits))).astype(float)
+            pairs = [list(zip(*of, strict=True)) for of in zip(wins.tolist(), longer.tolist(), strict=True)]
+            found = length_controlled_win_rate(pairs)
+            if known:
+                held += found.low <= true <= found.high
+            else:
+                true = found.value  # the rate that the model without difficulties has over very many prompts
+    assert held / 400 == pytest.approx(0.95, abs=0.03)
 
 
 # KL
