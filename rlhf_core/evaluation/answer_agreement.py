@@ -7,6 +7,7 @@ from collections.abc import Hashable, Sequence
 from statistics import fmean
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rlhf_core.rewards.answer_votes import tally
 
@@ -36,40 +37,52 @@ def majority_at_k(keys: Sequence[Hashable | None], right: Sequence[float], k: in
         raise ValueError(f"majority@{k} can't be estimated from {n} completions and {len(right)} marks")
     counts = {key: int(votes) for key, votes in tally(keys).items()}
     silent = n - sum(counts.values())
-    wins = {count: _wins(sorted(counts.values()), count, silent, k) for count in set(counts.values())}
+    wins = {count: _wins(sorted(counts.values()), count, silent, k, n) for count in set(counts.values())}
     marks = {key: fmean(mark for own, mark in zip(keys, right, strict=True) if own == key) for key in counts}
-    return min(1.0, math.fsum(marks[key] * wins[count] for key, count in counts.items()) / math.comb(n, k))
+    return min(1.0, math.fsum(marks[key] * wins[count] for key, count in counts.items()) / _chance(n, k, k / n))
 
 
-def _wins(counts: list[int], own: int, silent: int, k: int) -> float:
-    """Return in how many subsets of k completions an answer wins, draws counting in parts.
+def _wins(counts: Sequence[int], own: int, silent: int, k: int, n: int) -> float:
+    """Return the probability that an answer wins among exactly k completions, each of which is chosen with probability k/n.
+
+    Divided by the probability that k are chosen, it is the share of subsets that the answer wins, draws counting in parts; the
+    binomial coefficients alone would leave the range of floats.
 
     Args:
         counts: of all answers. own: that of the answer, one of them. silent: completions without an answer.
     """
+    share, total = k / n, 0.0
     others = list(counts)
     others.remove(own)
-    total = 0.0
     for votes in range(1, min(own, k) + 1):
         level = k // votes - 1  # most others that can have as many
-        # ways[t, s]: how many ways the others have s votes in all, t of them drawing level.
-        ways = np.zeros((level + 1, k - votes + 1))
-        ways[0, 0] = 1
+        # chances[t, s]: that the others have s votes in all, t of them drawing level.
+        chances = np.zeros((level + 1, k - votes + 1))
+        chances[0, 0] = 1
         for count in others:
-            ways = _with_answer(ways, count, votes)
-        ways = _with_answer(ways, silent, silent + 1)
-        total += math.comb(own, votes) * float((ways[:, k - votes] / (1 + np.arange(level + 1))).sum())
+            chances = _with_answer(chances, count, votes, share)
+        chances = _with_answer(chances, silent, silent + 1, share)
+        draws = chances[:, k - votes] / (1 + np.arange(level + 1))
+        total += _chance(own, votes, share) * float(draws.sum())
     return total
 
 
-def _with_answer(ways: np.ndarray, count: int, votes: int) -> np.ndarray:
-    """Return the ways with one more answer, that `count` completions give and that has at most `votes` in the subset."""
-    found = ways.copy()
-    width = ways.shape[1]
+def _with_answer(chances: NDArray[np.float64], count: int, votes: int, share: float) -> NDArray[np.float64]:
+    """Return the chances with one more answer, that `count` completions give and that has at most `votes` among the chosen."""
+    found = chances * _chance(count, 0, share)
+    width = chances.shape[1]
     for own in range(1, min(count, votes, width - 1) + 1):
-        more = math.comb(count, own) * ways[:, : width - own]
+        more = _chance(count, own, share) * chances[:, : width - own]
         if own < votes:
             found[:, own:] += more
         else:
             found[1:, own:] += more[:-1]
     return found
+
+
+def _chance(count: int, chosen: int, share: float) -> float:
+    """Return the binomial probability C(count, chosen) share^chosen (1 − share)^(count − chosen)."""
+    if share == 1:
+        return float(chosen == count)
+    ways = math.lgamma(count + 1) - math.lgamma(chosen + 1) - math.lgamma(count - chosen + 1)
+    return math.exp(ways + chosen * math.log(share) + (count - chosen) * math.log1p(-share))

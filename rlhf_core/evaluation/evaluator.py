@@ -120,11 +120,15 @@ class RLHFEvaluator:
     ) -> None:
         """Add prompts, in any form that `read_prompts` takes: texts, chats, rows, files of rows. Columns reach the rewards.
 
+        Args:
+            columns: `prompt` → the data's own name for it. limit: most rows of each file. split: of a hub dataset.
+
         Raises:
             DataError: a file can't be read, or a row has no prompt, or a column that an evaluation adds.
             ConfigError: it is none of these forms, or is empty.
         """
-        given = prompts if _are_rows(prompts) else read_prompts(prompts, columns=columns, limit=limit, split=split)
+        rows = _are_rows(prompts)
+        given = prompts[:limit] if rows else read_prompts(prompts, columns=columns, limit=limit, split=split)
         for row in given:
             refuse_taken(row, _ADDED)
             self.prompts.append(row)

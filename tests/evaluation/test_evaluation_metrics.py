@@ -137,6 +137,8 @@ def test_majority_of_many_completions_is_exact_and_quick() -> None:
     keys, k = ["a"] * 120 + ["b"] * 80, 101
     ways = [math.comb(120, j) * math.comb(80, k - j) for j in range(51, 102) if k - j <= 80]
     assert majority_at_k(keys, [1.0] * 120 + [0.0] * 80, k) == pytest.approx(sum(ways) / math.comb(200, k), rel=1e-9)
+    many = majority_at_k(["a"] * 1500 + ["b"] * 1500, [1.0] * 1500 + [0.0] * 1500, 5)  # C(3000, 1500) is no float
+    assert many == pytest.approx(0.5, rel=1e-9)
 
 
 def test_pass_at_k_and_majority_at_k_are_unbiased_for_new_completions() -> None:

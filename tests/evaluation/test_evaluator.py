@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -18,6 +19,7 @@ from rlhf_plugins.samplers.generate import GenerateConfig, GenerateSampler
 from transformers import AutoModel, AutoTokenizer
 
 from rlhf_core import EvaluationConfig, EvaluationReport, RLHFEvaluator
+from rlhf_core.config.answering_options import AnsweringModelConfig
 from rlhf_core.config.evaluation import PairwiseJudgeConfig
 from rlhf_core.evaluation.diversity import self_bleu
 from rlhf_core.evaluation.estimate import mean_estimate, ratio_difference, wilson_interval
@@ -25,6 +27,7 @@ from rlhf_core.evaluation.evaluation_report import MetricByPrompt, compare
 from rlhf_core.evaluation.measures import PromptMeasures, estimates, vote_confidence, win_measures
 from rlhf_core.evaluation.pairwise_judge import ComparedPair, PairwiseJudge
 from rlhf_core.evaluation.text_embeddings import TextEmbedder
+from rlhf_core.generation.answering_model import AnsweringModel
 from rlhf_core.generation.watching import watching
 from rlhf_core.infra.errors import ConfigError, DataError, PluginError, RLHFError, StorageError
 from rlhf_core.rewards.answer_votes import answer_key
@@ -326,6 +329,26 @@ def test_a_judge_that_looks_at_answers_agrees_in_both_orders() -> None:
     judge = judged_by(longer_answer)
     assert judge.compare(PAIRS) == ([1.0, 0.0, 0.5], [True, True, True])
     assert "Why?" in judge.model.questions[0] and len(judge.model.questions) == 6
+
+
+def test_answers_from_an_address_keep_their_order() -> None:
+    """Requests go out several at once, and the first to come back is the last that was asked."""
+
+    class Server:
+        def ask(self, chat: list[dict[str, str]], **options: Any) -> str:
+            assert chat[0] == {"role": "system", "content": "Be brief."} and options == {
+                "temperature": 0.0,
+                "max_tokens": 9,
+            }
+            number = int(chat[1]["content"])
+            time.sleep(0.01 * (3 - number))
+            return str(number * number)
+
+    config = AnsweringModelConfig(model="m", base_url="http://127.0.0.1:1/v1", system="Be brief.", max_tokens=9)
+    model = AnsweringModel(config)
+    model.__dict__["server"] = Server()
+    assert model.ask(["0", "1", "2", "3"], at_once=4) == model.ask(["0", "1", "2", "3"]) == ["0", "1", "4", "9"]
+    assert model.ask([]) == [] and model.describe() == {}
 
 
 def test_a_judge_that_looks_at_positions_prefers_nothing() -> None:
