@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from rlhf_core.data.step_labels import RIGHT as RIGHT
     from rlhf_core.data.step_labels import WRONG as WRONG
     from rlhf_core.data.step_labels import read_step_labels as read_step_labels
+    from rlhf_core.evaluation.report.write import write_report as write_report
     from rlhf_core.generation.answering_model import AnsweringModel as AnsweringModel
     from rlhf_core.generation.answering_model import prompt_text as prompt_text
     from rlhf_core.generation.draft_model import ModelDrafter as ModelDrafter
@@ -180,6 +181,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.data.step_labels": "NO_LABEL RIGHT WRONG read_step_labels",
         "rlhf_core.infra.errors": "ConfigError DataError ModelError NumbersError PluginError shortened",
         "rlhf_core.registry.hooks": "hookimpl",
+        "rlhf_core.evaluation.report.write": "write_report",
         "rlhf_core.policy_gradient.advantages": "ADVANTAGES",
         "rlhf_core.policy_gradient.aggregations": "LOSS_AGGREGATIONS",
         "rlhf_core.policy_gradient.clips": "CLIPS PolicyTerms clipped_tokens",

@@ -197,6 +197,11 @@ class LoggingConfig(BaseConfig):
     )
     project: str = Field("rlhf", min_length=1, description="Project name that trackers group runs under.")
     progress: bool = Field(True, description="Show a progress bar where there is a terminal; false shows none.")
+    report: bool | None = Field(
+        None,
+        description="Write `report.html` into the run directory at evaluations, where that takes no more than a fiftieth of the"
+        " time, and at the end. Null does so once the run has lasted a minute, true from the first, false never.",
+    )
 
 
 class EarlyStoppingConfig(BaseConfig):

@@ -35,7 +35,8 @@ RunStatus = Literal["running", "done", "stopped", "failed"]
 _LOCK = "run.lock"
 _FIX = "restore a whole copy of it, or choose a new directory"
 _WRITTEN = re.compile(
-    r"(run|status|data|models)\.json|config(\.input)?\.yaml|command\.txt|(metrics|samples|rollouts)\.jsonl|reference\.safetensors|model(_\w+)?"
+    r"(run|status|data|models)\.json|config(\.input)?\.yaml|command\.txt|(metrics|samples|rollouts)\.jsonl|report\.html"
+    r"|reference\.safetensors|model(_\w+)?"
 )
 """Matches the names in a run's directory that appear whole, of which a killed run may leave temporary files."""
 

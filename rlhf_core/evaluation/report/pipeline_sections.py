@@ -41,6 +41,10 @@ from rlhf_core.infra.redact import redact
 from rlhf_core.training.row_log import prompt_text
 
 Pipelines = Sequence[PipelineHistory]
+_COLOURS = {
+    "finished": "green", "running": "blue", "failed": "red", "rolled_back": "orange", "skipped": "grey", "waiting": "grey",
+}  # fmt: skip
+"""Status of a stage → the colour of its span."""
 _MOST_EVENTS = 200
 _MOST_MERGED = 12
 
@@ -152,10 +156,9 @@ def _stage_blocks(pipelines: Pipelines, drawing: PageCharts) -> list[Block]:
                 Span(stage.name, start - first, (end if end is not None else now) - first, stage.status)
                 for stage, start, end in begun
             ]
-            states = ", ".join(dict.fromkeys(span.state.replace("_", " ") for span in spans))
-            charts.append(
-                Timeline(f"Stages of {one.name}" if named else "Stages", spans, (f"Coloured by status: {states}.",))
-            )
+            found = dict.fromkeys(span.state for span in spans)
+            states = ", ".join(f"{one.replace('_', ' ')} {_COLOURS.get(one, 'violet')}" for one in found)
+            charts.append(Timeline(f"Stages of {one.name}" if named else "Stages", spans, (f"{states.capitalize()}.",)))
     tokens = [
         (f"{one.name}: {stage.name}" if named else stage.name, _tokens(stage))
         for one in pipelines
@@ -193,10 +196,8 @@ def _stage_blocks(pipelines: Pipelines, drawing: PageCharts) -> list[Block]:
 
 def _told(metrics: Any) -> str:
     """Return a few metrics as text."""
-    if not isinstance(metrics, Mapping):
-        return "–"
-    found = [(name, measured(value)) for name, value in metrics.items() if not str(name).endswith("_se")]
-    texts = [f"{str(name).removeprefix('eval_')} {value}" for name, value in found if value is not None]
+    found = metrics_of(metrics) if isinstance(metrics, Mapping) else {}
+    texts = [f"{name.removeprefix('eval_')} {value}" for name, value in found.items() if not name.endswith("_se")]
     return ", ".join(texts[:4]) + (" …" if len(texts) > 4 else "") or "–"
 
 
@@ -378,14 +379,14 @@ def _merged(label: str, stage: StageHistory) -> list[Block]:
     blocks: list[Block] = [
         Facts([("stage", Cell(label)), *((str(key), Cell(str(value))) for key, value in rest.items())])
     ]
-    blocks += [Table(["model", "weight", "options"], rows)] if rows else []
+    columns = 3 if any(row[2].text for row in rows) else 2
+    blocks += [Table(["model", "weight", "options"][:columns], [row[:columns] for row in rows])] if rows else []
     metrics = stage.values.get("metrics")
     if isinstance(metrics, Mapping) and metrics:
         blocks.append(
             Table(
                 ["metric", "value"],
-                [[Cell(str(key)), Cell(_or_dash(measured(value)))] for key, value in metrics.items()],
-                frozenset({1}),
+                [[Cell(str(key)), Cell(str(measured(value) or value))] for key, value in metrics.items()],
             )
         )
     if card := merge_card(stage):

@@ -27,7 +27,7 @@ ABOUT = {
     "Rollouts": "What the policy was trained on: the most divided group and that of the lowest reward, the best completions"
     " first. " + _SHADES,
     "Stages": "When each stage ran, how it ended, and the tokens that it was trained on.",
-    "Evaluations": "What each `evaluate` stage measured; brackets and bars are 95 % intervals.",
+    "Evaluations": "What each stage that evaluates measured; brackets and bars are 95 % intervals.",
     "Capability tests": "The suites before and after each stage. A significant drop beyond the threshold rolls the stage back.",
     "Samplers compared": "Accuracy against the tokens that models were run on, with 95 % intervals.",
     "Search trees": "How the search went: which steps it tried, and the path that it chose.",

@@ -29,7 +29,7 @@ _VARIABLES = {_INK: "var(--ink)", _FAINT: "var(--faint)"} | {
     marker: f"var(--c{number})" for number, marker in enumerate(_LINES, 1)
 }
 _STATES = {"finished": 2, "running": 0, "failed": 3, "rolled_back": 1, "skipped": 5, "waiting": 5}
-"""Status of a stage → number of its colour, from 0."""
+"""Status of a stage → number of its colour, from 0; another status has the fifth."""
 _STYLES: list[Any] = ["-", (0, (4, 2)), (0, (1, 1.5)), (0, (4, 1.5, 1, 1.5))]
 _LABEL = 44
 """Characters of a label at most."""

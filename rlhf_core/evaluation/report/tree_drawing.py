@@ -13,7 +13,7 @@ from rlhf_core.generation.tree_picture import tree_svg
 
 MOST_STEPS = 400
 """Steps of a tree that is drawn; of a larger one the best path alone is shown."""
-_COLOURS = {"#222": "var(--ink)", "#aaa": "var(--faint)", "#ddd": "var(--faint)"}
+_COLOURS = {"#222": "var(--ink)", "#aaa": "var(--muted)", "#ddd": "var(--faint)"}
 _NUMBERS = ("visits", "value", "prior", "score", "tokens")
 
 
