@@ -57,9 +57,11 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def streams(record: str, count: int, split: Split, seed: int) -> list[list[Row]]:
+def streams(
+    record: str, count: int, split: Split, seed: int, kinds: Sequence[tuple[int, int]] = KINDS
+) -> list[list[Row]]:
     """Return so many rows of each kind."""
-    tasks = [ArithmeticTask("sums", terms=terms, digits=digits, wrong=0.0) for digits, terms in KINDS]
+    tasks = [ArithmeticTask("sums", terms=terms, digits=digits, wrong=0.0) for digits, terms in kinds]
     return [list(islice(task.rows(record, count, split=split, seed=seed), count)) for task in tasks]
 
 

@@ -3,8 +3,8 @@
     python benchmarks/distilled_draft.py [--target DIR] [--draft DIR] [--steps 1500] [--batches 1 8 64] [--temperatures 0 1]
 
 The target, 0.9 M weights in four layers, learns sums in written steps (those of `confidence.py`) from right solutions. The draft,
-of one layer, learns from the target's distribution at each token of such solutions (`distill`). Problems are held-out ones, one
-completion each, which ends where it ends. Contenders and columns are those of `speculative.py`.
+of two narrow layers, learns from the target's distribution at each token of such solutions (`distill`). Problems are held-out
+ones, one completion each, which ends where it ends. Contenders and columns are those of `speculative.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 
 import torch
-from confidence import MOST_TOKENS
+from confidence import KINDS, MOST_TOKENS
 from inference_compute import fit, problems, write
 from speculative import load, machine, measure, table
 
@@ -30,8 +30,8 @@ def main() -> None:
         solutions(options, options.steps), options.output / "target", options.steps, 64, 0, learning_rate=3e-3,
     )  # fmt: skip
     draft = options.draft or fit(
-        "distill", save_tiny(options.output / "small", 1, layers=1, hidden=options.hidden, kv_heads=4, max_positions=128),
-        solutions(options, options.draft_steps), options.output / "draft", options.draft_steps, 64, 0, learning_rate=5e-3,
+        "distill", save_tiny(options.output / "small", 1, layers=2, hidden=options.hidden, kv_heads=4, max_positions=128),
+        solutions(options, options.draft_steps), options.output / "draft", options.draft_steps, 64, 0, learning_rate=3e-3,
         teacher=str(target),
     )  # fmt: skip
     torch.set_num_threads(options.threads)
@@ -69,7 +69,7 @@ def parse() -> argparse.Namespace:
 
 def solutions(options: argparse.Namespace, steps: int) -> Path:
     """Write the rows of so many steps."""
-    return write(options.output / f"solutions-{steps}.jsonl", problems("sft", steps * 64, "train", 0))
+    return write(options.output / f"solutions-{steps}.jsonl", problems("sft", steps * 64, "train", 0, KINDS))
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
     python benchmarks/inference_compute.py [--prompts 200] [--budgets 4 16 64] [--models DIR] [--plot FILE] [--json]
 
-A tiny model learns sums of 2 to 6 numbers in written steps, from right demonstrations, for a few steps: short sums are easy for
-it and long ones hard (those of `confidence.py`). A process reward begins with that model and learns from the model's own wrong
-answers beside right ones, with a label for each step. Both never see a held-out problem. Every sampler then answers the same
+A tiny model learns sums of 3 to 6 numbers of one digit in written steps, from right demonstrations, for a few steps. A process
+reward begins with a model that learned the same for longer, as judges know more than those they judge, and learns from the
+policy's own wrong answers, and then from made ones, beside right ones, with a label for each step. Both never see a held-out
+problem. Every sampler then answers the same
 held-out problems. A budget of N is what N whole completions cost: N candidates, N steps drawn at each depth, N particles, or a
 tree of so many tokens. Differences are to the majority vote of the same budget, prompt by prompt; errors are standard errors
 over prompts. All is a function of the seed, up to rounding.
@@ -23,7 +24,7 @@ from random import Random
 from statistics import fmean
 from typing import Any
 
-from confidence import KINDS, MOST_TOKENS, streams
+from confidence import MOST_TOKENS, streams
 
 from rlhf_core import PolicyModel, registry, setup_logging
 from rlhf_core.contracts.sampler import Sampler
@@ -39,8 +40,12 @@ from rlhf_core.testing.tiny import save_tiny
 
 WRITTEN = re.compile(r"(?:[-+*=# 0-9]+\n)*[-+*=# 0-9]+\n?")
 """Answers that look like the task's: what an untrained model writes teaches nothing about steps."""
+KINDS = ((1, 3), (1, 4), (1, 5), (1, 6))
+"""Digits of the numbers in a problem, and how many numbers there are."""
 SAMPLES = 4
 """Answers of the policy to each problem that the process reward learns from."""
+OWN_PAIRS = 8000
+"""Most pairs with an answer of the policy; further ones have a slip that the task makes, which takes no time to draw."""
 
 
 def main() -> None:
@@ -48,13 +53,13 @@ def main() -> None:
     setup_logging()
     if options.plot:
         check_plot(options.plot)
-    models = options.models or train(options.output, options.steps, options.reward_steps, options.seed)
+    models = options.models or train(options)
     policy = PolicyModel.from_pretrained(models / "policy").requires_grad_(requires_grad=False)
-    held_out = streams("prompt", -(-options.prompts // len(KINDS)), "test", options.seed + 8)
+    held_out = streams("prompt", -(-options.prompts // len(KINDS)), "test", options.seed + 8, KINDS)
     rows = list(islice((row for rows in zip(*held_out, strict=True) for row in rows), options.prompts))
     made = {
         one.name: one.make(policy, models / "process_reward")
-        for one in contenders(options.budgets, completion_tokens(policy, rows))
+        for one in contenders(options.budgets, completion_tokens(policy, rows), options.temperature)
     }
 
     def found(score: SamplerScore) -> None:
@@ -74,8 +79,10 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=200, help="held-out problems")
     parser.add_argument("--budgets", type=square, nargs="+", default=[4, 16, 64], help="in completions, squares from 4")
-    parser.add_argument("--steps", type=int, default=500, help="of the policy's training; more make a better one")
-    parser.add_argument("--reward-steps", type=int, default=500, help="of the process reward's training")
+    parser.add_argument("--steps", type=int, default=200, help="of the policy's training; more make a better one")
+    parser.add_argument("--base-steps", type=int, default=1000, help="of what the process reward begins with")
+    parser.add_argument("--reward-steps", type=int, default=3000, help="of the process reward's training")
+    parser.add_argument("--temperature", type=float, default=0.7, help="of all samplers but greedy decoding")
     parser.add_argument("--together", type=int, default=100, help="prompts that a sampler gets at once")
     parser.add_argument(
         "--models", type=Path, help="the --output of an earlier run, whose models are taken; trains none"
@@ -95,41 +102,51 @@ def square(text: str) -> int:
     return value
 
 
-def train(output: Path, steps: int, reward_steps: int, seed: int, *, batch: int = 64) -> Path:
-    """Train a policy of 0.9 M weights from nothing, then a process reward from it; return the directory of both."""
+def train(options: argparse.Namespace, *, batch: int = 64) -> Path:
+    """Train a policy of 0.9 M weights from nothing, then a process reward; return the directory of both."""
+    output, seed = options.output, options.seed
     start = save_tiny(output / "start", seed, layers=4, hidden=128, kv_heads=4, max_positions=128)
-    demonstrations = write(output / "demonstrations.jsonl", problems("sft", steps * batch, "train", seed))
-    policy = fit("sft", start, demonstrations, output / "policy", steps, batch, seed, learning_rate=3e-3)
+    made = {}
+    for name, steps in (("policy", options.steps), ("base", options.base_steps)):
+        demonstrations = write(output / f"{name}.jsonl", problems("sft", steps * batch, "train", seed))
+        made[name] = fit("sft", start, demonstrations, output / name, steps, batch, seed, learning_rate=3e-3)
     # Half as many pairs are as many solutions.
-    pairs = list(own_pairs(policy, reward_steps * batch // 2, "train", seed + 1))
-    held_out = write(output / "pairs-heldout.jsonl", own_pairs(policy, 200, "test", seed + 2))
+    pairs = list(own_pairs(made["policy"], options.reward_steps * batch // 2, "train", options))
+    Random(seed).shuffle(pairs)
+    held_out = write(output / "pairs-heldout.jsonl", own_pairs(made["policy"], 200, "test", options))
     fit(
-        "process_reward", policy, write(output / "pairs.jsonl", pairs), output / "process_reward", reward_steps,
-        min(batch // 2, len(pairs)), seed + 1, learning_rate=1e-3, aggregation="last", eval_data=held_out,
+        "process_reward", made["base"], write(output / "pairs.jsonl", pairs), output / "process_reward",
+        options.reward_steps, min(batch // 2, len(pairs)), seed + 1, learning_rate=1e-3, aggregation="last",
+        eval_data=held_out,
     )  # fmt: skip
     return output
 
 
-def problems(record: str, count: int, split: Split, seed: int) -> Iterator[Row]:
+def problems(
+    record: str, count: int, split: Split, seed: int, kinds: Sequence[tuple[int, int]] = KINDS
+) -> Iterator[Row]:
     """Yield so many rows, of a kind chosen at random each."""
-    kinds, rng = [iter(rows) for rows in streams(record, count, split, seed)], Random(seed)
+    sources, rng = [iter(rows) for rows in streams(record, count, split, seed, kinds)], Random(seed)
     for _ in range(count):
-        yield next(rng.choice(kinds))
+        yield next(rng.choice(sources))
 
 
-def own_pairs(path: Path, count: int, split: Split, seed: int) -> Iterator[Row]:
+def own_pairs(path: Path, count: int, split: Split, options: argparse.Namespace) -> Iterator[Row]:
     """Yield preferences of the right solution over a wrong one, with labels of steps: the policy's own answers, then slips."""
+    seed = options.seed + (1 if split == "train" else 2)
     policy = PolicyModel.from_pretrained(path).requires_grad_(requires_grad=False)
     sampler = registry.get("sampler", "generate")
-    rows = list(problems("prompt", -(-count // 2), split, seed))  # with about two wrong answers each
-    answers = sampler(sampler.Config(max_new_tokens=MOST_TOKENS), policy=policy).sample(rows, SAMPLES, seed=seed)
+    own = min(count, OWN_PAIRS)
+    rows = list(problems("prompt", -(-own // 2), split, seed))  # with about two wrong answers each
+    config = sampler.Config(max_new_tokens=MOST_TOKENS, temperature=options.temperature)
+    answers = sampler(config, policy=policy).sample(rows, SAMPLES, seed=seed)
     made = 0
     for row, group in zip(rows, answers, strict=True):
         texts = [one.text for one in group if WRITTEN.fullmatch(one.text)]
         wrong = dict.fromkeys(text for text in texts if not verify(row["prompt"], text))
         for text in wrong:
-            if made == count:
-                return
+            if made == own:
+                break
             made += 1
             pair = ("\n".join(solve(row["prompt"])), text)
             yield {
@@ -197,13 +214,15 @@ class Contender:
         return made
 
 
-def contenders(budgets: Sequence[int], tokens: float) -> list[Contender]:
+def contenders(budgets: Sequence[int], tokens: float, temperature: float) -> list[Contender]:
     """Return all samplers at all budgets, greedy and a single draw first.
 
     Args:
         tokens: what one completion costs.
+        temperature: of all but greedy decoding.
     """
-    made = [Contender("greedy", 1, "generate", {"temperature": 0.0}), Contender("sampled", 1, "generate", {})]
+    drawing = {"temperature": temperature}
+    made = [Contender("greedy", 1, "generate", {"temperature": 0.0}), Contender("sampled", 1, "generate", drawing)]
     for budget in sorted(budgets):
         # A search that keeps w paths and draws w steps behind each draws w² steps at each depth.
         width, drawn = round(budget**0.5), {"candidates": budget}
@@ -218,7 +237,7 @@ def contenders(budgets: Sequence[int], tokens: float) -> list[Contender]:
             "adaptive": ("adaptive", {"choose": "majority", "budget": budget}),
             "confidence": ("confidence", {"warmup": max(2, budget // 4), "confidence_window": 4, **drawn}),
         }  # fmt: skip
-        made += [Contender(label, budget, *choice) for label, choice in choices.items()]
+        made += [Contender(label, budget, method, drawing | chosen) for label, (method, chosen) in choices.items()]
     return made
 
 

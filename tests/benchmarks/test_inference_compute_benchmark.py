@@ -24,7 +24,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_a_budget_is_as_many_steps_at_each_depth(bench: ModuleType) -> None:
-    by_label = {one.label: one.options for one in bench.contenders([16], tokens=30.5) if one.budget == 16}
+    by_label = {one.label: one.options for one in bench.contenders([16], 30.5, 0.7) if one.budget == 16}
     assert (
         by_label["best_of_n"]["candidates"]
         == by_label["particles"]["particles"]
@@ -60,13 +60,14 @@ def test_differences_are_to_the_majority_of_the_same_budget(bench: ModuleType) -
 def test_in_small(
     bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--prompts", "3", "--budgets", "4", "--steps", "2", "--reward-steps", "2", "--output", str(tmp_path)]
+    options = ["--prompts", "3", "--budgets", "4", "--steps", "2", "--base-steps", "2"]
+    options += ["--reward-steps", "2", "--output", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["inference_compute.py", "--json", *options])
     bench.main()
     found = json.loads((tmp_path / "inference_compute.json").read_text())
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found
     names = [(row["sampler"], row["budget"]) for row in found["rows"]]
-    assert names == [(one.label, one.budget) for one in bench.contenders([4], 30.0)]
+    assert names == [(one.label, one.budget) for one in bench.contenders([4], 30.0, 0.7)]
     assert all(row["policy_tokens"] > 0 for row in found["rows"])
     assert {row["sampler"] for row in found["rows"] if row["process_reward_tokens"]} == {
         "beam",

@@ -279,8 +279,7 @@ class MCTSGenerator(StepSearchSampler):
         """Let several simulations of each tree draw their steps together, and back up what these are worth."""
         selected: list[tuple[_Tree, list[_Node]]] = []
         for tree in open_trees:
-            left = (self.config.simulations or math.inf) - tree.simulations
-            for _ in range(int(min(self.config.leaves, left))):
+            for _ in range(self._leaves(tree, trees)):
                 path = tree.select()
                 if path is None:
                     break
@@ -294,6 +293,16 @@ class MCTSGenerator(StepSearchSampler):
             tree.drawn(path, step)
         for tree, path in selected:
             tree.back_up(path)
+
+    def _leaves(self, tree: _Tree, trees: StepTrees) -> int:
+        """Return how many steps to draw together: no more than the limits leave, at the mean tokens of the tree's steps."""
+        leaves = min(self.config.leaves, (self.config.simulations or math.inf) - tree.simulations)
+        if self.config.max_tokens is not None:
+            prompt = 0 if tree.root.step is None else tree.root.step.prompt
+            spent, steps = trees.tokens[prompt], len(trees.steps[prompt]) - 1
+            if spent and steps:
+                leaves = min(leaves, max(1, round((self.config.max_tokens - spent) * steps / spent)))
+        return int(leaves)
 
     def _finish(self, searches: Sequence[_Tree], trees: StepTrees, n: int) -> None:
         """Draw the rest of each tree's most visited path, and of its best open steps where fewer than n have ended."""
