@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from rlhf_core.models.process_reward_model import ProcessRewardModel as ProcessRewardModel
     from rlhf_core.models.reward_model import RewardModel as RewardModel
     from rlhf_core.models.value_model import ValueModel as ValueModel
+    from rlhf_core.pipeline.orchestrator import RLHFOrchestrator as RLHFOrchestrator
     from rlhf_core.registry.plugin_logs import setup_logging as setup_logging
     from rlhf_core.rewards.reward_factory import RewardFunctionFactory as RewardFunctionFactory
     from rlhf_core.training.checkpoint import CheckpointManager as CheckpointManager
@@ -106,6 +107,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.models.reward_model": "RewardModel",
         "rlhf_core.models.value_model": "ValueModel",
         "rlhf_core.config.online": "OnlineConfig RewardConfig SamplingConfig",
+        "rlhf_core.pipeline.orchestrator": "RLHFOrchestrator",
         "rlhf_core.config.presets": "get_70b_model_config get_7b_model_config",
         "rlhf_core.rewards.reward_factory": "RewardFunctionFactory",
         "rlhf_core.training.checkpoint": "CheckpointManager",

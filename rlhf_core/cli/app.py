@@ -20,9 +20,11 @@ from rlhf_core.cli import (
     methods,
     report,
     rollouts,
+    run_recipe,
     sample,
     samples,
     score,
+    test_capabilities,
     train,
 )
 from rlhf_core.infra.version import __version__
@@ -39,6 +41,7 @@ app = typer.Typer(
 )
 methods.add_to(app)
 train.add_to(app)
+run_recipe.add_to(app)
 chat.add_to(app)
 sample.add_to(app)
 compare_samplers.add_to(app)
@@ -50,6 +53,7 @@ author.add_to(app)
 score.add_to(app)
 evaluate.add_to(app)
 fisher.add_to(app)
+test_capabilities.add_to(app)
 doctor.add_to(app)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rlhf_core.cli import METHOD_OPTIONS, shell_completion
+from rlhf_core.cli import METHOD_OPTIONS, run_recipe, shell_completion
 from rlhf_core.cli.printing import print_json, print_text
 from rlhf_core.cli.quick_imports import no_bars_in_logs, quick_imports
 from rlhf_core.infra.errors import ConfigError, Interrupted
@@ -93,12 +93,26 @@ def _warn_of_broken() -> None:
 
 
 def validate(context: typer.Context, target: Target) -> None:
-    """Check a file's options without running it; flags complete or override them as for `train`.
+    """Check a file without running it: a method's options, completed or overridden by flags as for `train`, or a whole recipe.
 
-    `rlhf train FILE --dry-run` also checks that its paths exist.
+    Of a recipe (a file with `stages`) everything is checked and all mistakes are shown at once, with the memory and time that its
+    stages will take. Of a method's file, `rlhf train FILE --dry-run` also checks that its paths exist.
     """
+    if _is_recipe(target):
+        if context.args:
+            raise ConfigError("a recipe is checked without flags", place="command line", got=f"`{context.args[0]}`")
+        return run_recipe.check(target)
     job = _job(target, context.args)
     print(f"ok: {target} is a valid configuration of {job.plugin.qualified}")
+    return None
+
+
+def _is_recipe(target: str) -> bool:
+    """Tell whether a file is a pipeline's recipe."""
+    from rlhf_core.config.yaml_file import load_yaml
+    from rlhf_core.registry.method_or_file import names_file
+
+    return names_file(target) and "stages" in load_yaml(target)[0]
 
 
 def _is_merge(target: str) -> bool:

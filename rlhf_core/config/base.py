@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from rlhf_core.config.fields import alternatives, key_and_group
 from rlhf_core.infra.errors import ConfigError, did_you_mean, nearest, shortened
@@ -47,7 +47,8 @@ class BaseConfig(BaseModel):
     ) -> ConfigType:
         """Build from plain values; what is wrong becomes one `ConfigError` that names the key and the nearest right one.
 
-        `place` is where the values came from: one text, or a text for each dotted key (a file and line, a flag).
+        `place` is where the values came from: one text, or a text for each dotted key (a file and line, a flag). Of several
+        mistakes the others are the error's `also`.
         """
         try:
             return cls.model_validate(dict(values))
@@ -96,7 +97,7 @@ def refused(error: ConfigError, at: Sequence[str], value: Any) -> ValidationErro
 def config_error(
     cls: type[BaseModel], error: ValidationError, place: Mapping[str, str] | str, *, within: str = ""
 ) -> ConfigError:
-    """Return pydantic's first error about a configuration as a `ConfigError` with key, place and fix.
+    """Return pydantic's first error about a configuration as a `ConfigError` with key, place and fix; the others are its `also`.
 
     `place` is where the values came from: one text, or a text for each dotted key. `within` is the dotted key of the group that
     holds the configuration.
@@ -105,6 +106,17 @@ def config_error(
     # An option that is missing may have been given under a wrong name.
     wrong = (one for one in errors if one["type"] == "extra_forbidden" and one["loc"][:-1] == errors[0]["loc"][:-1])
     first = next(wrong, errors[0]) if errors[0]["type"] == "missing" else errors[0]
+    found = _one_error(cls, first, place, within)
+    others = [one for one in errors if one is not first]
+    # Each way in which one value could be read has an error of its own.
+    texts = {(one.problem, one.place): one for one in (_one_error(cls, other, place, within) for other in others)}
+    texts.pop((found.problem, found.place), None)
+    found.also = tuple(texts.values())
+    return found
+
+
+def _one_error(cls: type[BaseModel], first: ErrorDetails, place: Mapping[str, str] | str, within: str) -> ConfigError:
+    """Return one of pydantic's errors as a `ConfigError`."""
     key, group = key_and_group(cls, first["loc"])
     key = ".".join(filter(None, [within, key]))
     where = place if isinstance(place, str) else place_of(key, place)

@@ -24,7 +24,7 @@ from rlhf_core.generation.sampled_rows import input_columns
 from rlhf_core.generation.sampler_models import policies_of, reward_by_path
 from rlhf_core.infra.errors import ConfigError, DataError, PluginError
 from rlhf_core.infra.redact import redact
-from rlhf_core.registry.method_or_file import find_method, read_method_or_file
+from rlhf_core.registry.method_or_file import GivenValues, find_method, read_method_or_file
 from rlhf_core.rewards import Rewards, open_rewards
 
 if TYPE_CHECKING:
@@ -151,13 +151,13 @@ def prompts_record(rows: Sequence[PromptRow]) -> dict[str, Any]:
     return {"rows": len(rows), "sha256": digest.hexdigest()}
 
 
-def load_sampling_job(target: str | Path, *, flags: Sequence[str] = ()) -> SamplingJob:
+def load_sampling_job(target: str | Path | GivenValues, *, flags: Sequence[str] = ()) -> SamplingJob:
     """Return the run that a sampler's name or a configuration file describes, with flags.
 
     A file is flat: `method`, the keys of `SamplingRunConfig`, one per role of the sampler, and its options by name.
 
     Args:
-        target: a name such as `generate` or `acme-rlhf:best`, or the path of a YAML file.
+        target: a name such as `generate` or `acme-rlhf:best`, the path of a YAML file, or values that were read already.
         flags: values from the command line, as tokens: `["--model", "M", "--temperature=0.7"]`.
 
     Raises:

@@ -6,7 +6,7 @@ Everything that a user can cause raises a subclass of `RLHFError`; the command l
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, ClassVar
 
@@ -18,6 +18,8 @@ class RLHFError(Exception):
     exit_code: ClassVar[int] = 1
     silent: bool = False
     """Whether another process of the run prints it, so that this one doesn't."""
+    also: Sequence[RLHFError] = ()
+    """Further mistakes that were found with it, for a caller that shows them all; `line` leaves them out."""
 
     def __init__(
         self, problem: str, *, place: str | None = None, got: object | None = None, fix: str | None = None

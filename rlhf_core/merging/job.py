@@ -31,7 +31,7 @@ from rlhf_core.merging.merge_input import check_own
 from rlhf_core.merging.method import MergeMethod
 from rlhf_core.merging.model_score import Evaluate
 from rlhf_core.registry.discovery import Plugin
-from rlhf_core.registry.method_or_file import find_method, read_method_or_file
+from rlhf_core.registry.method_or_file import GivenValues, find_method, read_method_or_file
 
 COMPAT = "compat"
 _OF_MODEL = re.compile(r"models\.(\d+)\.(.+)")
@@ -90,12 +90,13 @@ class MergeJob:
 
 
 def load_merge_job(
-    target: str | Path, overrides: Mapping[str, Any] | None = None, *, flags: Sequence[str] = ()
+    target: str | Path | GivenValues, overrides: Mapping[str, Any] | None = None, *, flags: Sequence[str] = ()
 ) -> MergeJob:
     """Return the merge that a method's name or a file describes, with flags.
 
     Args:
-        target: a name such as `ties` or `acme-merge:ties`, or the path of a YAML file, ours or mergekit's.
+        target: a name such as `ties` or `acme-merge:ties`, the path of a YAML file, ours or mergekit's, or values that were read
+            already.
         overrides: keys and options from Python: `{"models": ["a", "b"], "density": 0.3}`.
         flags: the same as command-line tokens: `["--model", "a=0.5", "--density", "0.3"]`.
 

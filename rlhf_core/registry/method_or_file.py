@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,28 @@ from rlhf_core.registry.resolve import View, load, lookup
 COMMAND_LINE = "command line"
 
 
+@dataclass(frozen=True)
+class GivenValues:
+    """The values of a configuration file that was read already, as part of a larger one."""
+
+    values: Mapping[str, Any]
+    places: Mapping[str, str]
+    """The place of each dotted key; of the whole under ''."""
+
+
 def names_file(target: str | Path) -> bool:
     """Tell whether a text names a configuration file: it is a path, has a separator, or ends in .yaml or .yml."""
     text = str(target)
     return isinstance(target, Path) or text.endswith((".yaml", ".yml")) or os.sep in text
 
 
-def read_method_or_file(target: str | Path) -> tuple[dict[str, Any], dict[str, str], str | None]:
+def read_method_or_file(target: str | Path | GivenValues) -> tuple[dict[str, Any], dict[str, str], str | None]:
     """Return the values that a method's name or a configuration file sets, the place of each key, and the file's text.
 
-    The place of a key is where messages say that it was set, such as `run.yaml:7`; the text is None for a method's name.
+    The place of a key is where messages say that it was set, such as `run.yaml:7`; the text is None where there is no file.
     """
+    if isinstance(target, GivenValues):
+        return dict(target.values), dict(target.places), None
     if not names_file(target):
         return {"method": str(target)}, {"": COMMAND_LINE, "method": COMMAND_LINE}, None
     values, places = load_yaml(target)

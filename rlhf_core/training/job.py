@@ -24,7 +24,7 @@ from rlhf_core.config.yaml_file import dump_yaml, nest, overlay
 from rlhf_core.contracts.trainer import Trainer
 from rlhf_core.infra.errors import ConfigError
 from rlhf_core.infra.redact import redact, redact_text
-from rlhf_core.registry.method_or_file import find_method, read_method_or_file
+from rlhf_core.registry.method_or_file import GivenValues, find_method, read_method_or_file
 from rlhf_core.rewards import check_rewards
 from rlhf_core.training.run_samplers import check_samplers
 
@@ -86,12 +86,12 @@ class TrainingJob:
 
 
 def load_job(
-    target: str | Path, overrides: Mapping[str, Any] | None = None, *, flags: Sequence[str] = ()
+    target: str | Path | GivenValues, overrides: Mapping[str, Any] | None = None, *, flags: Sequence[str] = ()
 ) -> TrainingJob:
     """Return the job that a method's name or a configuration file describes, with overrides.
 
     Args:
-        target: a name such as `dpo` or `acme-rlhf:dpo`, or the path of a YAML file.
+        target: a name such as `dpo` or `acme-rlhf:dpo`, the path of a YAML file, or values that were read already.
         overrides: values by dotted key, from Python: `{"beta": 0.2, "lora.rank": 8}`.
         flags: values from the command line, as tokens: `["--beta", "0.2", "--lora.rank=8"]`.
 

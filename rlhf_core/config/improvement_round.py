@@ -1,0 +1,65 @@
+"""The options of a round of self-improvement. Importing this imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from rlhf_core.config.base import BaseConfig
+from rlhf_core.config.online import RewardConfig
+
+
+class ImprovementConfig(BaseConfig):
+    """Rounds of sampling, filtering by a check, and training on what is kept."""
+
+    model: str = Field(min_length=1, description="Policy to improve: a directory or a hub name.")
+    prompts: list[str] = Field(
+        min_length=1, description="Files of prompts whose answers `check` can judge, or hub names; more teach more."
+    )
+    rounds: int = Field(
+        1, ge=1, description="Rounds of sampling and training; each samples from the policy that the one before made."
+    )
+    sampler: dict[str, Any] = Field(
+        default_factory=lambda: {"method": "generate", "n": 8},
+        description="Sampler of the completions: `method`, `n` per prompt, and the options of `rlhf sample`. Another seed is"
+        " drawn for each round.",
+    )
+    check: RewardConfig = Field(
+        default_factory=lambda: RewardConfig(name="numeric_answer"),
+        description="Reward that judges completions: a name, or `{name: …, options: {…}}`.",
+    )
+    at_least: float = Field(
+        0.5, allow_inf_nan=False, description="Least score of a completion that is kept; larger is stricter."
+    )
+    keep: int = Field(
+        4,
+        ge=1,
+        description="Most different completions kept per prompt, the best first; larger trains more on easy prompts.",
+    )
+    train: dict[str, Any] = Field(
+        default_factory=lambda: {"method": "sft"},
+        description="Training on what is kept: `method`, a trainer of the record type `sft`, and its options.",
+    )
+    restart: bool = Field(
+        False,
+        description="Train each round from the stage's first model on that round's completions (as STaR does), instead of"
+        " training on.",
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of the rounds; another value draws other completions.")
+
+    @field_validator("prompts", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("check", mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("sampler", "train", mode="before")
+    @classmethod
+    def _method_alone(cls, value: Any) -> Any:
+        return {"method": value} if isinstance(value, str) else dict(value) if isinstance(value, Mapping) else value

@@ -1,0 +1,226 @@
+"""A stage of self-improvement: sample from the policy, keep what a check finds right, train on that; in rounds.
+
+With plain samples this is rejection sampling (expert iteration; Zelikman et al. 2022, "STaR", arXiv 2203.14465, restarts from the
+first model in each round); with a search as the sampler, the search's answers are distilled into the policy.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf_core.config.improvement_round import ImprovementConfig
+from rlhf_core.config.yaml_file import dump_yaml, overlay
+from rlhf_core.generation.sampling_job import load_sampling_job
+from rlhf_core.infra.errors import ConfigError, DataError, RLHFError
+from rlhf_core.infra.files import replace_file
+from rlhf_core.infra.seeds import stream_seed
+from rlhf_core.pipeline.recipe import every_error
+from rlhf_core.pipeline.stage import POLICY, Find, Need, Product, Stage, StageWork, check_model
+from rlhf_core.pipeline.stage_references import MODEL, references, resolved
+from rlhf_core.pipeline.train_stage import train
+from rlhf_core.registry.method_or_file import GivenValues
+from rlhf_core.rewards import check_given
+from rlhf_core.training.job import load_job
+
+_SCORE = "check_score"
+"""Column of the check's scores."""
+_RECORD = "sft"
+
+
+class ImproveStage(Stage):
+    """A stage of self-improvement. Its keys are those of `ImprovementConfig`."""
+
+    def _find_method(self) -> None:
+        rounds = self.values.get("rounds", 1)
+        self.makes = {MODEL: Product(POLICY, f"round-{rounds}/train/{MODEL}")}
+        if self.entry.method is not None:
+            fix = "name the sampler under `sampler`, and the trainer under `train`"
+            place = self.entry.place("method")
+            self.errors.append(ConfigError("a stage of self-improvement has no `method`", place=place, fix=fix))
+
+    def _completed(self) -> dict[str, Any]:
+        return {"seed": self.recipe.recipe.seed, **self.values}
+
+    def _needs(self) -> Sequence[Need]:
+        return [Need(MODEL, (POLICY,), "a policy, which is improved")]
+
+    def check(self, find: Find) -> list[RLHFError]:
+        try:
+            config = self._config(find)
+        except RLHFError as error:
+            return every_error(error)
+        errors: list[RLHFError] = []
+        try:
+            job = load_sampling_job(GivenValues(self._sampling(config, 1, config.model), self._places("sampler")))
+            if not list(references(self.values["prompts"])):
+                job.prompts()
+            job.rewards()
+        except RLHFError as error:
+            errors += every_error(error)
+        try:
+            check_given([config.check], place=self.entry.place("check"))
+        except RLHFError as error:
+            errors.append(error)
+        errors += self._training_errors(config)
+        if MODEL in self.entry.values and not list(references(self.values[MODEL])):
+            errors += check_model(config.model, self.entry.place(MODEL), self.earlier)
+        return errors
+
+    def _training_errors(self, config: ImprovementConfig) -> list[RLHFError]:
+        """Return what is wrong with the options of the training."""
+        values = self._training(config, config.model, Path("kept.jsonl"), Path())
+        try:
+            job = load_job(GivenValues(values, self._places("train")))
+        except RLHFError as error:
+            return every_error(error)
+        record = job.method.record_type(job.options)
+        if record == _RECORD:
+            return []
+        return [
+            ConfigError(
+                f"a round of self-improvement makes rows of the record type `{_RECORD}`, and `{values['method']}` consumes"
+                f" `{record}`",
+                place=self.entry.place("train"),
+                fix="train with `sft`, or another method of that record type",
+            )
+        ]
+
+    def run(self, work: StageWork) -> dict[str, Any]:
+        config = self._config(work.find)
+        rounds: list[dict[str, Any]] = []
+        policy = config.model
+        for number in range(1, config.rounds + 1):
+            directory = work.directory / f"round-{number}"
+            directory.mkdir(parents=True, exist_ok=True)
+            kept = directory / "kept.jsonl"
+            if not kept.exists():
+                self._keep(work, config, number, policy, directory)
+            target = directory / "train"
+            start = config.model if config.restart else policy
+            trained = train(
+                work.run, self._training(config, start, kept, target), target, file=directory / "train.yaml"
+            )
+            rounds.append({**_counts(directory / "scored.jsonl", kept, config), **trained})
+            policy = str(target / MODEL)
+        tokens, seconds = (sum(one[name] for one in rounds) for name in ("tokens", "seconds"))
+        return {
+            "rounds": rounds,
+            "tokens": tokens,
+            "seconds": seconds,
+            "first": rounds[0]["first"],
+            "last": rounds[-1]["last"],
+        }
+
+    def _keep(self, work: StageWork, config: ImprovementConfig, number: int, policy: str, directory: Path) -> None:
+        """Sample a round's completions, score them, and write those that are kept."""
+        log = directory / "sample.log"
+        samples, scored = directory / "samples.jsonl", directory / "scored.jsonl"
+        file = directory / "sample.yaml"
+        replace_file(file, dump_yaml({**self._sampling(config, number, policy), "output": str(samples)}).encode())
+        work.run(["sample", str(file), *_more(samples)], log=log)
+        check = config.check
+        flags = [
+            f"--options.{key}={value if isinstance(value, str) else json.dumps(value)}"
+            for key, value in check.options.items()
+        ]
+        flags += [f"--data={samples}", f"--output={scored}", f"--score-column={_SCORE}", f"--runs-in={check.runs_in}"]
+        work.run(["score", check.name, *flags, *_more(scored)], log=log)
+        rows = list(kept_rows(_rows(scored), config, prompt=self._prompt_column(config)))
+        if not rows:
+            raise DataError(
+                f"no completion of round {number} scored {config.at_least:g} or more, so there is nothing to train on",
+                place=str(scored),
+                fix="sample more per prompt (`sampler.n`), take easier prompts, or lower `at_least`",
+            )
+        replace_file(
+            directory / "kept.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        )
+
+    def _config(self, find: Find) -> ImprovementConfig:
+        return ImprovementConfig.parse(resolved(self.values, find), place=self.entry.places)
+
+    def _sampling(self, config: ImprovementConfig, number: int, policy: str) -> dict[str, Any]:
+        """Return the file of a round's sampling, as values."""
+        seed = stream_seed(config.seed, "improvement round", number)
+        return {"n": 8, "seed": seed, **config.sampler, MODEL: policy, "prompts": config.prompts}
+
+    def _training(self, config: ImprovementConfig, policy: str, data: Path, output: Path) -> dict[str, Any]:
+        """Return the file of a round's training, as values."""
+        defaults = {key: value for key, value in self.recipe.recipe.defaults.items() if key in _trainer_options(config)}
+        values = overlay({"method": "sft", "seed": config.seed, **defaults}, config.train)
+        return {**values, MODEL: policy, "data": str(data), "output": str(output)}
+
+    def _places(self, group: str) -> dict[str, str]:
+        """Return where the options of one group of the stage were set."""
+        own = {
+            key.removeprefix(f"{group}."): place
+            for key, place in self.entry.places.items()
+            if key.startswith(f"{group}.")
+        }
+        return {**own, "": self.entry.place(group)}
+
+    def _prompt_column(self, config: ImprovementConfig) -> str:
+        dataset = config.sampler.get("dataset")
+        columns = dataset.get("columns") if isinstance(dataset, Mapping) else None
+        return str(columns.get("prompt", "prompt")) if isinstance(columns, Mapping) else "prompt"
+
+
+def kept_rows(rows: Sequence[Mapping[str, Any]], config: ImprovementConfig, *, prompt: str) -> Iterator[dict[str, Any]]:
+    """Yield a row to train on for each completion that is kept: right by the check, ended by itself, not blank, its text
+    not yet kept.
+
+    Of a prompt at most `keep` are kept: the best first, of equal ones the first drawn.
+
+    Args:
+        prompt: the column that holds the prompt.
+    """
+    for number, row in enumerate(rows, 1):
+        if prompt not in row:
+            raise DataError(
+                f"the row has no column `{prompt}`", place=f"row {number} of the prompts", got=", ".join(row)
+            )
+        drawn = zip(_several(row, "completion"), _several(row, "stop_reason"), _several(row, _SCORE), strict=True)
+        right = [
+            (text, score)
+            for text, reason, score in drawn
+            if reason != "length" and score >= config.at_least and text.strip()
+        ]
+        best = sorted(right, key=lambda one: -one[1])
+        texts = list(dict.fromkeys(text for text, _ in best))
+        for text in texts[: config.keep]:
+            yield {"prompt": row[prompt], "response": text}
+
+
+def _several(row: Mapping[str, Any], column: str) -> list[Any]:
+    """Return the values of a row's completions, of which there may be one alone."""
+    value = row.get(f"{column}s", row.get(column))
+    return value if isinstance(value, list) else [value]
+
+
+def _counts(scored: Path, kept: Path, config: ImprovementConfig) -> dict[str, Any]:
+    """Return how many completions of a round were right, and how many are trained on."""
+    scores = [score for row in _rows(scored) for score in _several(row, _SCORE)]
+    right = sum(score >= config.at_least for score in scores)
+    return {"completions": len(scores), "right": right, "share_right": right / len(scores), "kept": len(_rows(kept))}
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _more(output: Path) -> list[str]:
+    """Return the flag that continues a file of rows, where a killed stage has left one."""
+    return ["--resume"] if output.exists() and output.stat().st_size else []
+
+
+def _trainer_options(config: ImprovementConfig) -> set[str]:
+    """Return the options that the training's method has; those of none where there is no such method."""
+    from rlhf_core import registry
+
+    try:
+        return {*registry.get("trainer", str(config.train.get("method", "sft"))).Config.model_fields}
+    except RLHFError:
+        return set()

@@ -1,0 +1,179 @@
+"""A stage's work as commands of `rlhf`, each in a process of its own.
+
+A process per command, because it gives back all of its memory (of the device, too), begins in the same state whether or not the
+stages before it ran just now, can be killed by the system without taking the pipeline with it, and is what `torchrun` starts.
+Each command is one that a person can repeat alone: its configuration is a file in the pipeline's directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, Protocol
+
+from rlhf_core.infra import errors
+from rlhf_core.infra.child_process import end_with_parent
+from rlhf_core.infra.errors import Interrupted, LostProcess, RLHFError, Stopped
+from rlhf_core.training.signals import StopSignal
+
+_ERROR = re.compile(r"^error\[(\w+)\] (.*)$", re.MULTILINE)
+_CHILD = "import sys; from rlhf_core.pipeline.stage_command import child; child(int(sys.argv.pop(1)))"
+_POLL = 0.1
+"""Seconds between two looks at whether the process has ended or a signal came."""
+_KINDS = {kind.exit_code: kind for kind in (
+    errors.ConfigError, errors.DataError, errors.ModelError, errors.PluginError, errors.NumbersError, errors.StorageError,
+)}  # fmt: skip
+
+
+class RunCommand(Protocol):
+    """Runs a command of `rlhf`."""
+
+    def __call__(self, arguments: Sequence[str], *, log: Path, processes: int = 1) -> str:
+        """Run it to its end and return what it wrote to stdout.
+
+        Args:
+            arguments: what follows `rlhf`.
+            log: file that what it writes to stderr is appended to.
+            processes: how many processes `torchrun` starts.
+
+        Raises:
+            RLHFError: it failed, of the kind that its exit code says, with the line that it printed.
+            Stopped: it was stopped by SIGTERM or Ctrl-C, and can be continued.
+        """
+
+
+class InProcesses:
+    """Runs each command in a process of its own, which ends when this one does and gets its SIGTERM and Ctrl-C.
+
+    Args:
+        stop: notes the signals of this process.
+        show: called with each line that a command writes to stderr.
+    """
+
+    def __init__(self, stop: StopSignal, show: Callable[[str], None] | None = None) -> None:
+        self._stop, self._show = stop, show
+
+    def __call__(self, arguments: Sequence[str], *, log: Path, processes: int = 1) -> str:
+        python = sys.executable or "python"
+        command = [python, "-P", "-c", _CHILD, str(os.getpid()), *arguments]
+        if processes > 1:
+            # torchrun's own processes get the signal from it; it ends with this one.
+            launch = ["--standalone", "--nproc_per_node", str(processes), "-m", "rlhf_core"]
+            command = [python, "-P", "-m", "torch.distributed.run", *launch, *arguments]
+        with log.open("a", encoding="utf-8") as file:
+            # In a session of its own: Ctrl-C on the terminal reaches this process alone, which passes it on.
+            process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True,
+                encoding="utf-8", errors="replace", start_new_session=True,
+            )  # fmt: skip
+            out, err = io.StringIO(), io.StringIO()
+            assert process.stdout is not None and process.stderr is not None
+            readers = [
+                threading.Thread(target=_copy, args=(process.stdout, out.write), daemon=True),
+                threading.Thread(target=_copy, args=(process.stderr, _keep(err, file, self._show)), daemon=True),
+            ]
+            for reader in readers:
+                reader.start()
+            code = self._wait(process)
+            for reader in readers:
+                reader.join(timeout=5)
+        if code < 0 and self._stop.requested is not None:  # it had nothing to save yet
+            raise Stopped("the stage's process was stopped before it had anything to save")
+        raise_ended(code, err.getvalue(), log)
+        return out.getvalue()
+
+    def _wait(self, process: subprocess.Popen[str]) -> int:
+        """Wait for the end, passing on requests to stop; return the exit code, negative for a signal."""
+        passed: signal.Signals | None = None
+        while True:
+            try:
+                return process.wait(timeout=_POLL)
+            except subprocess.TimeoutExpired:
+                if passed is None and self._stop.requested is not None:
+                    passed = self._stop.requested
+                    process.send_signal(passed)
+            except KeyboardInterrupt:  # a second Ctrl-C: the command stops at once, unsaved
+                process.send_signal(signal.SIGINT)
+
+
+class InThisProcess:
+    """Runs commands in this process, where methods and rewards that were registered in it are known, as in a notebook.
+
+    Args:
+        main: takes what follows `rlhf` and returns the exit code, as `rlhf_core.cli.main` does.
+    """
+
+    def __init__(self, main: Callable[[Sequence[str]], int]) -> None:
+        self._main = main
+
+    def __call__(self, arguments: Sequence[str], *, log: Path, processes: int = 1) -> str:
+        if processes > 1:
+            problem = "several processes can't be started from within one"
+            raise errors.ConfigError(problem, place="processes", got=processes, fix="leave `processes` out")
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = self._main(list(arguments))
+        with log.open("a", encoding="utf-8") as file:
+            file.write(err.getvalue())
+        raise_ended(code, err.getvalue(), log)
+        return out.getvalue()
+
+
+def raise_ended(code: int, text: str, log: Path) -> None:
+    """Raise the error with which a command ended; return where it ended well.
+
+    Args:
+        code: its exit code, negative for a signal.
+        text: what it wrote to stderr.
+        log: where that is kept, for messages.
+    """
+    if code == 0:
+        return
+    found = list(_ERROR.finditer(text))
+    message = found[-1][2] if found else f"ended with exit code {code}"
+    if code < 0:
+        name = signal.Signals(-code).name
+        fix = f"see {log}; the system ends a process by SIGKILL where memory runs out"
+        raise LostProcess("the stage's process was ended", got=name, fix=fix)
+    if code == Stopped.exit_code:
+        raise Stopped(message)
+    if code == Interrupted.exit_code:
+        raise Interrupted(message)
+    if code in _KINDS:
+        raise _KINDS[code](message)
+    fault = RLHFError(message, fix=None if found else f"see {log}")
+    raise fault
+
+
+def child(parent: int) -> None:
+    """Run `rlhf` with this process's arguments, as the child of a pipeline that it ends with. Doesn't return."""
+    end_with_parent(parent)
+    runpy.run_module("rlhf_core", run_name="__main__", alter_sys=True)
+
+
+def _copy(stream: IO[str], write: Callable[[str], object]) -> None:
+    with stream:
+        for line in stream:
+            write(line)
+
+
+def _keep(kept: io.StringIO, file: IO[str], show: Callable[[str], None] | None) -> Callable[[str], None]:
+    """Return a function that keeps a line, appends it to a file, and shows it."""
+
+    def keep(line: str) -> None:
+        kept.write(line)
+        file.write(line)
+        file.flush()
+        if show is not None:
+            show(line)
+
+    return keep

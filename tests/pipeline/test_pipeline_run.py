@@ -1,0 +1,248 @@
+"""Pipelines that run: what each stage takes and makes, what is kept on a resume, and what a rollback leaves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import record
+from safetensors.torch import load_file
+
+from rlhf_core import PolicyModel, RewardModel, RLHFOrchestrator
+from rlhf_core.cli import main
+from rlhf_core.improvement.capability_tests import CapabilityRegression
+from rlhf_core.infra.errors import ConfigError, NumbersError, StorageError
+from rlhf_core.infra.model_files import file_hashes
+from rlhf_core.pipeline.recipe import RecipeError
+
+SFT = {"method": "sft", "data": "sft.jsonl"}
+JUDGE = {"name": "judge", "method": "reward_model", "data": "preference.jsonl", "model": "sft"}
+DPO = {"method": "dpo", "data": "preference.jsonl", "model": "sft"}
+POISON = {"name": "poison", "method": "dpo", "data": "preference.jsonl", "learning_rate": 1e30, "max_steps": 3}
+
+
+def told(pipeline: RLHFOrchestrator) -> str:
+    return "\n".join(pipeline.told)  # type: ignore[attr-defined]
+
+
+def test_every_kind_of_stage_takes_what_earlier_ones_made(pipeline: Any, folder: Path) -> None:
+    drawn = {"max_new_tokens": 6, "limit": 3}
+    stages = [
+        SFT, JUDGE,
+        {"method": "grpo", "data": "prompt.jsonl", "reward": "judge", "group_size": 2, "generation": {"max_new_tokens": 6}},
+        {"kind": "sample", "name": "drawn", "method": "best_of_n", "reward": "judge", "prompts": "prompt.jsonl", **drawn},
+        {"kind": "sample", "name": "compared", "prompts": "reasoning.jsonl", **drawn,
+         "samplers": [{"method": "generate"}, {"name": "judged", "method": "best_of_n", "reward": "judge"}]},
+        {"kind": "merge", "name": "soup", "method": "linear", "models": ["sft", {"model": "grpo", "weight": 3}]},
+        {"kind": "improve", "prompts": "prompt.jsonl", "check": f"{folder}/any.py:score", "at_least": 0.0,
+         "sampler": {"method": "generate", "n": 2, "max_new_tokens": 6}, "train": {"max_steps": 1}},
+    ]  # fmt: skip
+    (folder / "any.py").write_text("def score(prompts, completions, **columns):\n    return [1.0] * len(completions)\n")
+    result = pipeline(*stages).run_full_pipeline()
+    made = record(folder)
+    assert (
+        result.exit_code == 0 and made["status"] == "done" and result.policy.endswith("07-improve/round-1/train/model")
+    )
+    assert {stage["status"] for stage in made["stages"].values()} == {"finished"}
+    assert made["stages"]["grpo"]["input_model"] == "stages/01-sft/model"
+    # The merge is the weighted mean of the two models' weights.
+    sft, grpo, soup = (
+        load_file(folder / f"out/stages/{name}/model/model.safetensors") for name in ("01-sft", "03-grpo", "06-soup")
+    )
+    name = "model.embed_tokens.weight"
+    assert torch.allclose(soup[name], 0.25 * sft[name] + 0.75 * grpo[name], atol=1e-6)
+    rows = [json.loads(line) for line in (folder / "out/stages/04-drawn/rows.jsonl").read_text().splitlines()]
+    assert len(rows) == 3 and all("score" in row for row in rows)
+    compared = json.loads((folder / "out/stages/05-compared/comparison.json").read_text())["samplers"]
+    assert [one["name"] for one in compared] == ["generate", "judged"]
+    events = [json.loads(line)["event"] for line in (folder / "out/history.jsonl").read_text().splitlines()]
+    assert events[0] == "pipeline_started" and events[-1] == "pipeline_done" and events.count("stage_finished") == 7
+    assert isinstance(PolicyModel.from_pretrained(result.policy), PolicyModel)
+
+
+def test_a_run_directory_of_a_stage_is_that_of_rlhf_train(pipeline: Any, folder: Path) -> None:
+    pipeline(SFT, seed=5).run_full_pipeline()
+    assert main(["train", "out/stages/01-sft.yaml", "--output", "alone"]) == 0
+    hashes = file_hashes(str(folder / "alone/model"))
+    assert hashes is not None and hashes == file_hashes(str(folder / "out/stages/01-sft/model"))
+
+
+@pytest.mark.parametrize(("on_error", "left"), [("stop", "waiting"), ("continue", "finished")])
+def test_a_stage_that_diverges_leaves_the_policy_from_before_bit_for_bit(
+    pipeline: Any, folder: Path, on_error: str, left: str
+) -> None:
+    last = {"name": "last", "method": "sft", "data": "sft.jsonl"}
+    one = pipeline(SFT, POISON, last, rollback={"on_error": on_error})
+    before: dict[str, str] | None = None
+    if on_error == "stop":
+        with pytest.raises(NumbersError, match="finite"):
+            one.run_full_pipeline()
+    else:
+        result = one.run_full_pipeline()
+        assert result.exit_code == 6 and "finite" in str(result.error)
+    made = record(folder)
+    poison = made["stages"]["poison"]
+    assert poison["status"] == "rolled_back" and "error[numbers]" in poison["reason"] and poison["exit_code"] == 6
+    assert poison["output_model"] == "stages/01-sft/model" and made["exit_code"] == 6 and made["status"] == "failed"
+    assert made["stages"]["last"]["status"] == left and "finite" in made["message"]
+    assert made["policy"] == ("stages/01-sft/model" if on_error == "stop" else "stages/03-last/model")
+    if on_error == "continue":
+        assert made["stages"]["last"]["input_model"] == "stages/01-sft/model"
+    before = file_hashes(str(folder / "out/stages/01-sft/model"))
+    pipeline(SFT, output="fresh").run_full_pipeline()
+    assert before == file_hashes(str(folder / "fresh/stages/01-sft/model"))
+    assert "rolled back to stages/01-sft/model" in told(one)
+
+
+def test_what_needs_a_failed_stage_is_left_out(pipeline: Any, folder: Path) -> None:
+    judge = {**JUDGE, "learning_rate": 1e30, "max_steps": 3}
+    grpo = {"method": "grpo", "data": "prompt.jsonl", "reward": "judge", "group_size": 2}
+    result = pipeline(SFT, judge, grpo, DPO, rollback={"on_error": "continue"}).run_full_pipeline()
+    assert [one.status for one in result.stages] == ["finished", "failed", "skipped", "finished"]
+    assert result.exit_code == 6 and "judge" in str(result.stages[2].reason) and result.policy.endswith("04-dpo/model")
+
+
+def suites(folder: Path) -> dict[str, Any]:
+    """Return a suite that asks for what the first model answers, which no training on other texts keeps."""
+    model = PolicyModel.from_pretrained(folder / "model")
+    prompts = [f"{first}+{second}=?\n" for first in range(2, 8) for second in range(2, 4)]
+    answers = [only.text for (only,) in model.generate(prompts, max_new_tokens=4, temperature=0.0)]
+    rows = [{"prompt": prompt, "wanted": text} for prompt, text in zip(prompts, answers, strict=True)]
+    (folder / "same.py").write_text(
+        "def same(prompts, completions, wanted, **columns):\n"
+        "    return [float(a == b) for a, b in zip(completions, wanted)]\n"
+    )
+    suite = {
+        "name": "as before",
+        "prompts": rows,
+        "validator": f"{folder}/same.py:same",
+        "generation": {"max_new_tokens": 4},
+    }
+    return {"suites": [suite], "threshold": 5.0}
+
+
+@pytest.mark.parametrize("on_regression", ["continue", "stop"])
+def test_a_capability_that_is_lost_rolls_back(pipeline: Any, folder: Path, on_regression: str) -> None:
+    harm = {"name": "harm", "method": "sft", "data": "sft.jsonl", "learning_rate": 0.3, "max_steps": 4}
+    mild = {"name": "mild", "method": "sft", "data": "sft.jsonl", "learning_rate": 1e-9}
+    keys = {"capabilities": suites(folder), "rollback": {"on_regression": on_regression}}
+    one = pipeline(harm, mild, **keys)
+    if on_regression == "stop":
+        with pytest.raises(CapabilityRegression, match="as before"):
+            one.run_full_pipeline()
+    else:
+        result = one.run_full_pipeline()
+        assert result.exit_code == CapabilityRegression.exit_code and result.policy.endswith("02-mild/model")
+    made = record(folder)
+    harmed = made["stages"]["harm"]
+    assert harmed["status"] == "rolled_back" and harmed["output_model"] == "model"
+    assert harmed["capabilities"]["before"]["as before"]["value"] == 1.0
+    assert (
+        harmed["capabilities"]["after"]["as before"]["value"] < 0.5
+        and "as before" in harmed["capabilities"]["regressions"][0]
+    )
+    assert made["exit_code"] == CapabilityRegression.exit_code
+    if on_regression == "continue":
+        assert made["stages"]["mild"]["input_model"] == "model"
+        assert made["stages"]["mild"]["capabilities"]["after"]["as before"]["value"] == 1.0
+        # A regression is a verdict, which a resume keeps.
+        again = pipeline(harm, mild, **keys)
+        assert again.run_full_pipeline(resume=True).exit_code == CapabilityRegression.exit_code
+        assert "rolled back before" in told(again) and "begun" not in told(again)
+
+
+def test_a_resume_keeps_what_is_the_same_and_replaces_what_changed_when_told(pipeline: Any, folder: Path) -> None:
+    pipeline(SFT, JUDGE, DPO).run_full_pipeline()
+    with pytest.raises(StorageError, match="holds an earlier pipeline"):
+        pipeline(SFT, JUDGE, DPO).run_full_pipeline()
+    again = pipeline(SFT, JUDGE, DPO)
+    again.run_full_pipeline(resume=True)
+    assert told(again).count("finished before") == 3 and "begun" not in told(again)
+    changed = {**DPO, "beta": 0.3}
+    with pytest.raises(ConfigError, match="the stage `dpo` changed since it was run") as raised:
+        pipeline(SFT, JUDGE, changed).run_full_pipeline(resume=True)
+    assert raised.value.got == "beta: None → 0.3"
+    replaced = pipeline(SFT, JUDGE, changed)
+    replaced.run_full_pipeline(resume=True, overwrite=True)
+    assert told(replaced).count("finished before") == 2 and "runs again: beta: None → 0.3" in told(replaced)
+    # A number that doesn't change what is computed is no change.
+    quiet = pipeline(SFT, JUDGE, {**changed, "micro_batch_size": 2})
+    quiet.run_full_pipeline(resume=True)
+    assert told(quiet).count("finished before") == 3
+
+
+def test_other_data_change_a_stage_and_those_that_follow_from_it(pipeline: Any, folder: Path) -> None:
+    pipeline(SFT, JUDGE, DPO).run_full_pipeline()
+    rows = (folder / "sft.jsonl").read_text().splitlines(keepends=True)
+    (folder / "sft.jsonl").unlink()
+    (folder / "sft.jsonl").write_text("".join(rows[:12]))
+    with pytest.raises(ConfigError, match="sft") as raised:
+        pipeline(SFT, JUDGE, DPO).run_full_pipeline(resume=True)
+    assert "the content of sft.jsonl" in str(raised.value) and "`judge`, `dpo`" in str(raised.value)
+    redone = pipeline(SFT, JUDGE, DPO)
+    redone.run_full_pipeline(resume=True, overwrite=True)
+    assert told(redone).count("runs again") == 3 and "what ${stages.sft.model} stands for" in told(redone)
+
+
+def test_a_model_that_someone_changed_is_not_gone_on_with(pipeline: Any, folder: Path) -> None:
+    pipeline(SFT, DPO).run_full_pipeline()
+    config = folder / "out/stages/01-sft/model/generation_config.json"
+    config.write_text(config.read_text() + " ")
+    with pytest.raises(StorageError, match="its content changed"):
+        pipeline(SFT, DPO).run_full_pipeline(resume=True)
+
+
+def test_a_failed_stage_is_tried_again_with_another_rate(pipeline: Any, folder: Path) -> None:
+    with pytest.raises(NumbersError):
+        pipeline(SFT, POISON).run_full_pipeline()
+    mended = pipeline(SFT, {**POISON, "learning_rate": 1e-4})
+    assert mended.run_full_pipeline(resume=True).exit_code == 0
+    assert "finished before" in told(mended) and "learning_rate: 1e+30 → 0.0001" in told(mended)
+
+
+def test_a_directory_serves_one_process_and_nothing_else(pipeline: Any, folder: Path) -> None:
+    (folder / "out").mkdir()
+    (folder / "out/notes.txt").write_text("mine")
+    for how in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(StorageError, match="not a pipeline's directory"):
+            pipeline(SFT).run_full_pipeline(**how)
+    assert [path.name for path in (folder / "out").iterdir()] == ["notes.txt"]
+    (folder / "out/notes.txt").unlink()
+    one = pipeline(overwrite=True)
+    one.run_sft("sft.jsonl")
+    with pytest.raises(StorageError, match="running this pipeline"):
+        pipeline(SFT).run_full_pipeline(resume=True)
+    one.close()
+    assert pipeline(SFT).run_full_pipeline(resume=True).exit_code == 0
+    with pytest.raises(ConfigError, match="lies in the directory that is replaced"):
+        pipeline({**SFT, "model": "out/stages/01-sft/model"}).run_full_pipeline(overwrite=True)
+
+
+def test_stage_by_stage_from_python(pipeline: Any, folder: Path) -> None:
+    rows = [json.loads(line) for line in (folder / "sft.jsonl").read_text().splitlines()]
+    with pipeline() as one:
+        assert one.run_sft(rows, epochs=1.0).model == folder / "out/stages/01-sft/model"
+        one.run_reward_model_training("preference.jsonl", name="judge")
+        one.run_process_reward_model_training(folder / "preference.jsonl")
+        generation = {"max_new_tokens": 6}
+        done = one.run_policy_optimization(
+            "grpo", "prompt.jsonl", reward=["judge", "process_reward"], group_size=2, generation=generation
+        )
+        assert done.status == "finished"
+        with pytest.raises(RecipeError, match="betta"):
+            one.run_policy_optimization("dpo", "preference.jsonl", betta=1)
+        saved = one.save_models("models")
+    assert record(folder)["status"] == "done" and [*saved] == ["policy", "judge", "process_reward"]
+    assert file_hashes("models/policy") == file_hashes("out/stages/04-grpo/model")
+    loaded = pipeline().load_models("models")
+    assert isinstance(loaded["policy"], PolicyModel) and isinstance(loaded["judge"], RewardModel)
+    own = pipeline().load_models()
+    assert torch.equal(*(next(models["policy"].parameters()) for models in (loaded, own)))
+    # Begun again in another process, with the same stages: each is kept.
+    with pipeline(resume=True) as again:
+        again.run_sft(rows, epochs=1.0)
+        again.run_reward_model_training("preference.jsonl", name="judge")
+    assert told(again).count("finished before") == 2 and len(record(folder)["stages"]) == 4

@@ -1,0 +1,152 @@
+"""A wrong recipe is refused before anything runs, with all of its mistakes, each where it stands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rlhf_core.cli import main
+from rlhf_core.infra.errors import RLHFError
+from rlhf_core.pipeline.pipeline_plan import PipelinePlan
+from rlhf_core.pipeline.recipe import RecipeError, read_recipe
+
+BAD = """\
+model: model
+output: out
+defaults: {batch_size: 4, batchsize: 4}
+stages:
+  - {method: sft, data: preference.jsonl}
+  - {method: dpoo, data: preference.jsonl}
+  - {name: opt, method: dpo, data: sft.jsonl, beta: -1, betta: 2, learning_rate: fast}
+  - {method: grpo, data: missing.jsonl, reward: judge}
+  - {name: judge, method: reward_model, data: preference.jsonl}
+  - {kind: sample, name: drawn, method: best_of_m, prompts: prompt.jsonl}
+  - {kind: merge, method: linear, models: [opt, judje]}
+  - {name: again, method: grpo, data: prompt.jsonl, model: judge, rewards: [length]}
+  - {kind: evaluete}
+  - {name: opt, method: sft, data: sft.jsonl}
+  - {name: weird, method: sft, data: "${stages.drawn.model}", model: "${stage.opt}"}
+"""
+
+
+def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return capsys.readouterr().err.splitlines()
+
+
+def test_all_mistakes_are_shown_at_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "bad.yaml").write_text(BAD)
+    assert main(["validate", "bad.yaml"]) == 2
+    found = lines(capsys)
+
+    def said(*texts: str) -> bool:
+        return any(all(text in line for text in texts) for line in found)
+
+    # Unknown method, with the nearest; the line of the recipe and the stage.
+    assert said("bad.yaml:6", "`dpoo`", "did you mean `dpo`?")
+    assert said("bad.yaml:10", "`best_of_m`", "did you mean `best_of_n`?")
+    assert said("bad.yaml:13", "`evaluete`", "did you mean `evaluate`?")
+    # Wrong record: which one the method consumes, and which one the rows are.
+    assert said("error[data]", "bad.yaml:7", "`dpo` consumes", "`preference` (prompt, chosen, rejected)", "`sft`")
+    assert said("error[data]", "bad.yaml:5", "`sft` consumes", "`preference`")
+    # Every wrong option of one stage.
+    assert said("bad.yaml:7", "`beta`", "stage `opt`") and said("`betta`") and said("`learning_rate`", "'fast'")
+    # A file that isn't there, a model that no earlier stage makes, or a later one does.
+    assert said("error[data]", "bad.yaml:8", "missing.jsonl")
+    assert said("bad.yaml:8", "needs what the stage `judge` makes, which comes later")
+    assert said("bad.yaml:11", "a stage `judje`", "did you mean `judge`?")
+    # A reward model where a policy is trained.
+    assert said("bad.yaml:12", "must be a policy", "`grpo`")
+    assert said("bad.yaml:14", "two stages are named `opt`")
+    assert said("bad.yaml:15", "(sample best_of_m) makes no `model`", "`rows`") and said(
+        "${stage.opt}", "isn't a reference"
+    )
+    assert not (folder / "out").exists()
+
+
+def test_a_default_that_no_method_has_is_a_mistake(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "one.yaml").write_text(
+        "model: model\noutput: out\ndefaults: {batchsize: 4}\nstages:\n  - {method: sft, data: sft.jsonl}\n"
+    )
+    assert main(["validate", "one.yaml"]) == 2
+    (line,) = lines(capsys)
+    assert "one.yaml:3" in line and "did you mean `batch_size`?" in line
+
+
+def test_data_alone_give_the_exit_code_of_data(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "one.yaml").write_text("model: model\noutput: out\nstages:\n  - {method: dpo, data: sft.jsonl}\n")
+    assert main(["run", "one.yaml"]) == 3
+    assert len(lines(capsys)) == 1 and not (folder / "out").exists()
+
+
+def test_wrong_keys_of_the_recipe_are_named_with_their_lines(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "one.yaml").write_text(
+        "modle: model\noutput: out\nseed: -1\nstages:\n  - {method: sft, data: sft.jsonl}\n"
+    )
+    assert main(["validate", "one.yaml"]) == 2
+    found = lines(capsys)
+    assert any("one.yaml:1" in line and "did you mean `model`?" in line for line in found)
+    assert any("one.yaml:3" in line and "`seed`" in line for line in found)
+
+
+def test_a_model_that_is_not_there_is_named_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "one.yaml").write_text(
+        "model: ./modell\noutput: out\nstages:\n  - {method: sft, data: sft.jsonl}\n"
+        "  - {name: two, method: sft, data: sft.jsonl, model: ./nothing}\n"
+    )
+    assert main(["validate", "one.yaml"]) == 4
+    found = lines(capsys)
+    assert len(found) == 2 and "did you mean model?" in found[0] and "one.yaml:5" in found[1]
+
+
+def test_a_good_recipe_is_shown_as_a_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "good.yaml").write_text(
+        "model: model\noutput: out\nstages:\n  - {method: sft, data: sft.jsonl}\n"
+        "  - {name: judge, method: reward_model, data: preference.jsonl, model: sft}\n"
+        "  - {method: grpo, data: prompt.jsonl, reward: judge, group_size: 2}\n"
+        "  - {kind: merge, method: linear, models: [sft, {model: grpo, weight: 2}]}\n"
+    )
+    assert main(["run", "good.yaml", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "rlhf-core:grpo" in out and "sft.model, judge.model" in out and "ok: good.yaml" in out
+    assert not (folder / "out").exists()
+
+
+def errors_of(*stages: dict[str, object]) -> list[RLHFError]:
+    return PipelinePlan(read_recipe({"model": "model", "output": "out", "stages": list(stages)})).check()
+
+
+def test_places_of_a_recipe_from_python(folder: Path) -> None:
+    (one,) = errors_of({"method": "sft", "data": "sft.jsonl", "lora": {"rank": 0}})
+    assert one.place == "recipe: stages[0].lora.rank (stage `sft`)"
+
+
+@pytest.mark.parametrize(
+    ("stage", "text"),
+    [
+        ({"method": "sft", "data": "sft.jsonl", "processes": 0}, "`processes`"),
+        ({"method": "sft", "data": "sft.jsonl", "output": "x"}, "no `output`"),
+        ({"method": "sft"}, "`data` is missing"),
+        ({"method": "grpo", "data": "prompt.jsonl", "reward": "length"}, "must be the name of a stage"),
+        ({"name": "a", "method": "sft", "data": "sft.jsonl", "model": "a"}, "what it makes itself"),
+        ({"kind": "sample", "samplers": "generate", "prompts": "prompt.jsonl"}, "must be a list of groups"),
+        ({"kind": "sample", "method": "generate"}, "`prompts` is missing"),
+        ({"kind": "merge", "method": "linear"}, "`models` is missing"),
+        ({"kind": "improve", "prompts": "prompt.jsonl", "train": "dpo"}, "consumes `preference`"),
+        ({"kind": "improve", "prompts": "prompt.jsonl", "sampler": "generat"}, "did you mean `generate`?"),
+        ({"kind": "improve", "prompts": "prompt.jsonl", "check": "nomeric_answer"}, "did you mean `numeric_answer`?"),
+        ({"name": "a/b", "method": "sft", "data": "sft.jsonl"}, "letters, digits"),
+        ({"kind": "sft", "method": "dpo", "data": "sft.jsonl"}, "has one method"),
+    ],
+)
+def test_each_kind_of_stage_says_what_is_wrong(folder: Path, stage: dict[str, object], text: str) -> None:
+    assert any(text in str(error) for error in errors_of(stage)), [str(error) for error in errors_of(stage)]
+
+
+def test_python_gets_all_mistakes_in_one_error(folder: Path) -> None:
+    from rlhf_core import RLHFOrchestrator
+
+    (folder / "bad.yaml").write_text(BAD)
+    with pytest.raises(RecipeError, match="mistakes in the recipe") as raised:
+        RLHFOrchestrator("bad.yaml").run_full_pipeline()
+    assert len(raised.value.errors) >= 14
