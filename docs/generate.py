@@ -19,12 +19,14 @@ from pydantic import BaseModel
 from rlhf_core import registry
 from rlhf_core.config.base import BaseConfig
 from rlhf_core.config.fields import option_rows, shown
+from rlhf_core.config.improvement_round import ImprovementConfig
 from rlhf_core.config.presets import ABOUT, PRESETS
 from rlhf_core.config.run_file import RunConfig
 from rlhf_core.config.training import TrainerConfig
 from rlhf_core.merging.config import MergeConfig, ModelEntry
 from rlhf_core.merging.layer_values import LayerValues
 from rlhf_core.models.model_reward import ScoringModelConfig
+from rlhf_core.pipeline.recipe import Recipe
 from rlhf_core.registry.hooks import EVENTS, Events
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -178,7 +180,7 @@ def configuration() -> str:
         "Both train adapters, for which a method's default learning rate, one for every weight, is too low: ten times as much is"
         " taken, unless `learning_rate` is set.",
     ]
-    lines += ["", *rewards(), "", *merging()]
+    lines += ["", *rewards(), "", *merging(), "", *recipes()]
     return "\n".join(lines) + "\n"
 
 
@@ -223,6 +225,19 @@ def merging() -> list[str]:
             lines[-1] += " Each model may have its own " + " and ".join(f"`{name}`" for name in per_model) + "."
         lines += ["", *option_table(config, only=own)] if own else ["", "It has no options."]
     return lines
+
+
+def recipes() -> list[str]:
+    lines = [
+        "## Recipes",
+        "",
+        "`rlhf run RECIPE.yaml` ([docs/pipeline.md](pipeline.md)). Beside the stages a recipe has these keys:",
+        "",
+    ]
+    lines += option_table(Recipe)
+    for name, group in groups(Recipe):
+        lines += ["", f"### `{name}`", "", *paragraph(group), "", *option_table(group, prefix=f"{name}.")]
+    return [*lines, "", "### `kind: improve`", "", *paragraph(ImprovementConfig), "", *option_table(ImprovementConfig)]
 
 
 def option_table(config: type[BaseModel], *, prefix: str = "", only: list[str] | None = None) -> list[str]:

@@ -17,14 +17,15 @@ from rlhf_core.evaluation.evaluator import RLHFEvaluator, chosen_metrics
 from rlhf_core.generation.sampler_models import reward_by_path
 from rlhf_core.generation.sampling_job import read_run_prompts, text_options_of
 from rlhf_core.infra.errors import ConfigError
+from rlhf_core.registry.method_or_file import GivenValues
 from rlhf_core.rewards import check_given
 
 if TYPE_CHECKING:
     from rlhf_core.models.policy_model import PolicyModel
 
 
-def load_evaluation_run(file: str | Path | None, flags: Sequence[str]) -> EvaluationRunConfig:
-    """Return the options of an evaluation from a YAML file, if there is one, and flags over it; its rewards are found.
+def load_evaluation_run(file: str | Path | GivenValues | None, flags: Sequence[str] = ()) -> EvaluationRunConfig:
+    """Return the options of an evaluation from a file or from values that were read, and flags; its rewards are found.
 
     Raises:
         ConfigError: an unknown option (with the nearest), a missing or wrong one, a reward that doesn't exist, or a metric that
@@ -34,7 +35,9 @@ def load_evaluation_run(file: str | Path | None, flags: Sequence[str]) -> Evalua
     """
     values: dict[str, Any] = {}
     places: dict[str, str] = {"": "command line"}
-    if file is not None:
+    if isinstance(file, GivenValues):
+        values, places = dict(file.values), dict(file.places)
+    elif file is not None:
         values, places = load_yaml(file)
     given = lex(flags)
     prompts = [flag.text for flag in given if flag.key == "prompts" and flag.text is not None]

@@ -18,6 +18,7 @@ from rlhf_core.infra.errors import ConfigError, DataError, RLHFError
 from rlhf_core.infra.files import replace_file
 from rlhf_core.infra.seeds import stream_seed
 from rlhf_core.pipeline.recipe import every_error
+from rlhf_core.pipeline.run_metrics import training_gain
 from rlhf_core.pipeline.stage import POLICY, Find, Need, Product, Stage, StageWork, check_model
 from rlhf_core.pipeline.stage_references import MODEL, references, resolved
 from rlhf_core.pipeline.train_stage import train
@@ -113,6 +114,10 @@ class ImproveStage(Stage):
             "first": rounds[0]["first"],
             "last": rounds[-1]["last"],
         }
+
+    def gain(self, metrics: Mapping[str, Any]) -> str:
+        rounds = ", ".join(f"{one['share_right']:.1%} right, {one['kept']} kept" for one in metrics["rounds"])
+        return f"{rounds}; {training_gain(metrics)}".removesuffix("; ")
 
     def _keep(self, work: StageWork, config: ImprovementConfig, number: int, policy: str, directory: Path) -> None:
         """Sample a round's completions, score them, and write those that are kept."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from rlhf_core.config.run_file import RunConfig
 from rlhf_core.infra.errors import ConfigError, RLHFError, did_you_mean
+from rlhf_core.pipeline.evaluate_stage import EvaluateStage
 from rlhf_core.pipeline.improve_stage import ImproveStage
 from rlhf_core.pipeline.merge_stage import MergeStage
 from rlhf_core.pipeline.recipe import RecipeFile, StageEntry
@@ -16,6 +17,7 @@ from rlhf_core.pipeline.train_stage import TrainStage
 
 STAGES: dict[str, type[Stage]] = {
     "train": TrainStage,
+    "evaluate": EvaluateStage,
     "improve": ImproveStage,
     "sample": SampleStage,
     "merge": MergeStage,

@@ -14,7 +14,6 @@ from rlhf_core.infra.files import remove_tree
 from rlhf_core.pipeline.capability_guard import CapabilityGuard, summary
 from rlhf_core.pipeline.pipeline_plan import PipelinePlan
 from rlhf_core.pipeline.pipeline_record import PipelineRecord, StageStatus, now
-from rlhf_core.pipeline.run_metrics import gain
 from rlhf_core.pipeline.stage import Stage, StageWork
 from rlhf_core.pipeline.stage_command import RunCommand
 from rlhf_core.pipeline.stage_fingerprint import content_of, differences, fingerprint, made_from
@@ -284,7 +283,7 @@ class PipelineRun:
         if lost:  # an optional role that wasn't trained
             products = {product: digest for product, digest in products.items() if digest is not None}
         model = self.plan.find(name, MODEL) if MODEL in products else None
-        text = gain(metrics)
+        text = stage.gain(metrics)
         self.record.update_stage(
             name, status="finished", ended=now(), seconds=round(seconds, 3), metrics=metrics, tokens=metrics.get("tokens"),
             products=products, output_model=model and self._relative(model), gain=text,
@@ -296,7 +295,7 @@ class PipelineRun:
     def _failed(
         self, stage: Stage, error: BaseException, base: str, metrics: dict[str, Any], seconds: float
     ) -> StageResult:
-        """Record a stage that ended by an error: of a policy's stage, what follows goes on with the policy from before.
+        """Record a stage that ended by an error: of a policy's stage, what follows begins with the policy from before.
 
         Raises:
             BaseException: the error, where it is a request to stop or a bug, or the recipe says to stop then.

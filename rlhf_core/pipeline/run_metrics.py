@@ -48,7 +48,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def gain(metrics: Mapping[str, Any]) -> str:
+def training_gain(metrics: Mapping[str, Any]) -> str:
     """Return the metric that tells most of what a training gained, from its first to its last value; '' where there is none."""
     first, last = metrics.get("first", {}), metrics.get("last", {})
     name = next((name for name in _TELLING if name in first and name in last), None)

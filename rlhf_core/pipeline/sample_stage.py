@@ -125,6 +125,14 @@ class SampleStage(Stage):
         found = work.run(["sample", str(work.file), "--json", *more], log=log)
         return dict(json.loads(found.splitlines()[-1]))
 
+    def gain(self, metrics: Mapping[str, Any]) -> str:
+        if not self.compares:
+            return f"{metrics.get('rows', 0)} rows"
+        return ", ".join(
+            f"{one['name']} {one['accuracy']:.3f}" + ("" if one["error"] is None else f" ± {one['error']:.3f}")
+            for one in metrics["samplers"]
+        )
+
     def _compare(self, work: StageWork, log: Path) -> dict[str, Any]:
         """Compare the samplers and write `comparison.json`, in which each has its name in the recipe."""
         result = work.directory / "comparison.json"

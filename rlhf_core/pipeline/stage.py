@@ -13,7 +13,7 @@ from rlhf_core.infra.errors import ConfigError, ModelError, RLHFError, did_you_m
 from rlhf_core.infra.model_files import adapter_chain, check_files, hub_files, locate
 from rlhf_core.pipeline.recipe import RecipeFile, StageEntry
 from rlhf_core.pipeline.stage_command import RunCommand
-from rlhf_core.pipeline.stage_references import MODEL, Reference, malformed, references, spelled_out, written
+from rlhf_core.pipeline.stage_references import MODEL, StageReference, malformed, references, spelled_out, written
 from rlhf_core.registry.discovery import Plugin
 
 POLICY, REWARD, DATA = "policy", "reward", "rows"
@@ -85,7 +85,7 @@ class Stage(ABC):
             last = next((one for one in reversed(list(earlier.values())) if one.makes_policy), None)
             self.values[MODEL] = written(last.entry.name) if last is not None else recipe.recipe.model
         self.values = self._completed()
-        self.references: tuple[Reference, ...] = tuple(references(self.values))
+        self.references: tuple[StageReference, ...] = tuple(references(self.values))
         self.errors += self._reference_errors(names)
 
     @property
@@ -126,6 +126,10 @@ class Stage(ABC):
         Raises:
             RLHFError: it failed, or was stopped.
         """
+
+    def gain(self, metrics: Mapping[str, Any]) -> str:
+        """Return in one line what the stage came to, from its metrics; '' where there is nothing to say."""
+        return ""
 
     def identity(self) -> dict[str, Any]:
         """Return the values that decide what the stage makes, references as they are."""
@@ -169,7 +173,7 @@ class Stage(ABC):
                 errors.append(error)
         return errors
 
-    def _wrong(self, one: Reference, names: Sequence[str]) -> RLHFError | None:
+    def _wrong(self, one: StageReference, names: Sequence[str]) -> RLHFError | None:
         """Return what is wrong with one reference."""
         place = self.entry.place(one.key)
         if one.stage == self.entry.name:

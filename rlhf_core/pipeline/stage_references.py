@@ -13,7 +13,7 @@ MODEL, ROWS = "model", "rows"
 
 
 @dataclass(frozen=True)
-class Reference:
+class StageReference:
     """What a stage takes from an earlier one."""
 
     stage: str
@@ -42,11 +42,11 @@ def spelled_out(value: Any, names: Collection[str]) -> Any:
     return value
 
 
-def references(value: Any, key: str = "") -> Iterator[Reference]:
+def references(value: Any, key: str = "") -> Iterator[StageReference]:
     """Yield the references in a value's texts, those in groups and lists too."""
     if isinstance(value, str):
         for stage, product in _TEXT.findall(value):
-            yield Reference(stage, product, key)
+            yield StageReference(stage, product, key)
     for part, one in _items(value):
         yield from references(one, f"{key}.{part}" if key else str(part))
 

@@ -19,7 +19,7 @@ from rlhf_core.infra.errors import ConfigError, RLHFError, shortened
 from rlhf_core.infra.files import read_json, remove_tree, replace_file
 from rlhf_core.pipeline.first_rows import check_first_rows
 from rlhf_core.pipeline.recipe import every_error
-from rlhf_core.pipeline.run_metrics import run_metrics
+from rlhf_core.pipeline.run_metrics import run_metrics, training_gain
 from rlhf_core.pipeline.stage import POLICY, REWARD, Find, Need, Product, Stage, StageWork, check_model
 from rlhf_core.pipeline.stage_command import RunCommand
 from rlhf_core.pipeline.stage_references import MODEL, references, resolved
@@ -112,6 +112,9 @@ class TrainStage(Stage):
     def run(self, work: StageWork) -> dict[str, Any]:
         values = self._file(work.find, work.directory)
         return train(work.run, values, work.directory, file=work.file, processes=self._processes())
+
+    def gain(self, metrics: Mapping[str, Any]) -> str:
+        return training_gain(metrics)
 
     def identity(self) -> dict[str, Any]:
         free = {PROCESSES, *MAY_CHANGE}

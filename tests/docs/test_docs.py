@@ -17,6 +17,7 @@ from rlhf_plugins.trainers.sft import SFTTrainer
 
 from rlhf_core import CapabilityTestsConfig
 from rlhf_core.config.evaluation import EvaluationRunConfig
+from rlhf_core.config.improvement_round import ImprovementConfig
 from rlhf_core.registry.hooks import Hooks, hookimpl
 from rlhf_core.rewards import check_given
 from rlhf_core.testing import TrainerContract
@@ -153,7 +154,9 @@ def run_page(page: str, folder: Path, environment: dict[str, str]) -> str:
     for language, text in blocks(page):
         if language == "bash":
             printed += run(text, folder, environment)
-        elif language == "python" and text.startswith("# "):
+        elif (language == "yaml" and re.match(r"# \S+\.yaml\n", text)) or (
+            language == "python" and text.startswith("# ")
+        ):
             (folder / text.split("\n")[0].removeprefix("# ")).write_text(text)
     return printed
 
@@ -203,6 +206,16 @@ def test_evaluation(tmp_path: Path, environment: dict[str, str]) -> None:
     assert "difference" in printed and " | " in printed.splitlines()[-2]
     (options,) = (text for language, text in blocks("docs/evaluation.md") if language == "yaml")
     EvaluationRunConfig.parse(yaml.safe_load(options))
+
+
+@pytest.mark.slow
+def test_pipeline(tmp_path: Path, environment: dict[str, str]) -> None:
+    printed = run_page("docs/pipeline.md", tmp_path, environment)
+    assert "ok: recipe.yaml is a valid recipe of 6 stages" in printed and printed.count("finished before") == 6
+    assert "['judge', 'policy']" in printed and "more than before" in printed
+    recipe, improve = (yaml.safe_load(text) for language, text in blocks("docs/pipeline.md") if language == "yaml")
+    assert recipe == yaml.safe_load((ROOT / "examples/recipes/arithmetic.yaml").read_text(encoding="utf-8"))
+    ImprovementConfig.parse({"model": "m", **{key: value for key, value in improve[0].items() if key != "kind"}})
 
 
 @pytest.mark.slow

@@ -59,7 +59,12 @@ def pipeline(folder: Path) -> Pipeline:
     return make
 
 
-def record(folder: Path) -> dict[str, Any]:
-    """Return the pipeline's record, with its stages by name."""
-    values = json.loads((folder / "out/pipeline.json").read_text())
-    return {**values, "stages": {stage["name"]: stage for stage in values["stages"]}}
+@pytest.fixture
+def recorded(folder: Path) -> Callable[[], dict[str, Any]]:
+    """Return a function that returns the pipeline's record, with its stages by name."""
+
+    def read() -> dict[str, Any]:
+        values = json.loads((folder / "out/pipeline.json").read_text())
+        return {**values, "stages": {stage["name"]: stage for stage in values["stages"]}}
+
+    return read

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import record
 from safetensors.torch import load_file
 
 from rlhf_core import PolicyModel, RewardModel, RLHFOrchestrator
@@ -28,10 +27,12 @@ def told(pipeline: RLHFOrchestrator) -> str:
     return "\n".join(pipeline.told)  # type: ignore[attr-defined]
 
 
-def test_every_kind_of_stage_takes_what_earlier_ones_made(pipeline: Any, folder: Path) -> None:
+@pytest.mark.slow
+def test_every_kind_of_stage_takes_what_earlier_ones_made(pipeline: Any, recorded: Any, folder: Path) -> None:
     drawn = {"max_new_tokens": 6, "limit": 3}
+    measured = {"kind": "evaluate", "prompts": "reasoning.jsonl", "validator": "numeric_answer", "n": 2, **drawn}
     stages = [
-        SFT, JUDGE,
+        {"name": "before", **measured}, SFT, JUDGE,
         {"method": "grpo", "data": "prompt.jsonl", "reward": "judge", "group_size": 2, "generation": {"max_new_tokens": 6}},
         {"kind": "sample", "name": "drawn", "method": "best_of_n", "reward": "judge", "prompts": "prompt.jsonl", **drawn},
         {"kind": "sample", "name": "compared", "prompts": "reasoning.jsonl", **drawn,
@@ -39,30 +40,36 @@ def test_every_kind_of_stage_takes_what_earlier_ones_made(pipeline: Any, folder:
         {"kind": "merge", "name": "soup", "method": "linear", "models": ["sft", {"model": "grpo", "weight": 3}]},
         {"kind": "improve", "prompts": "prompt.jsonl", "check": f"{folder}/any.py:score", "at_least": 0.0,
          "sampler": {"method": "generate", "n": 2, "max_new_tokens": 6}, "train": {"max_steps": 1}},
+        {"name": "after", **measured, "reward": "judge", "compare": "before"},
     ]  # fmt: skip
     (folder / "any.py").write_text("def score(prompts, completions, **columns):\n    return [1.0] * len(completions)\n")
     result = pipeline(*stages).run_full_pipeline()
-    made = record(folder)
+    made = recorded()
     assert (
-        result.exit_code == 0 and made["status"] == "done" and result.policy.endswith("07-improve/round-1/train/model")
+        result.exit_code == 0 and made["status"] == "done" and result.policy.endswith("08-improve/round-1/train/model")
     )
     assert {stage["status"] for stage in made["stages"].values()} == {"finished"}
-    assert made["stages"]["grpo"]["input_model"] == "stages/01-sft/model"
+    assert made["stages"]["grpo"]["input_model"] == "stages/02-sft/model"
     # The merge is the weighted mean of the two models' weights.
     sft, grpo, soup = (
-        load_file(folder / f"out/stages/{name}/model/model.safetensors") for name in ("01-sft", "03-grpo", "06-soup")
+        load_file(folder / f"out/stages/{name}/model/model.safetensors") for name in ("02-sft", "04-grpo", "07-soup")
     )
     name = "model.embed_tokens.weight"
     assert torch.allclose(soup[name], 0.25 * sft[name] + 0.75 * grpo[name], atol=1e-6)
-    rows = [json.loads(line) for line in (folder / "out/stages/04-drawn/rows.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "out/stages/05-drawn/rows.jsonl").read_text().splitlines()]
     assert len(rows) == 3 and all("score" in row for row in rows)
-    compared = json.loads((folder / "out/stages/05-compared/comparison.json").read_text())["samplers"]
+    compared = json.loads((folder / "out/stages/06-compared/comparison.json").read_text())["samplers"]
     assert [one["name"] for one in compared] == ["generate", "judged"]
     events = [json.loads(line)["event"] for line in (folder / "out/history.jsonl").read_text().splitlines()]
-    assert events[0] == "pipeline_started" and events[-1] == "pipeline_done" and events.count("stage_finished") == 7
+    assert events[0] == "pipeline_started" and events[-1] == "pipeline_done" and events.count("stage_finished") == 9
+    after = made["stages"]["after"]["metrics"]
+    # The reference is the policy that the evaluated one's stage began with; the first evaluation had none.
+    assert {"accuracy/numeric_answer", "kl/token", "reward/reward_model"} <= after["metrics"].keys()
+    assert after["differences"] and "kl/token" not in made["stages"]["before"]["metrics"]["metrics"]
     assert isinstance(PolicyModel.from_pretrained(result.policy), PolicyModel)
 
 
+@pytest.mark.slow
 def test_a_run_directory_of_a_stage_is_that_of_rlhf_train(pipeline: Any, folder: Path) -> None:
     pipeline(SFT, seed=5).run_full_pipeline()
     assert main(["train", "out/stages/01-sft.yaml", "--output", "alone"]) == 0
@@ -70,9 +77,11 @@ def test_a_run_directory_of_a_stage_is_that_of_rlhf_train(pipeline: Any, folder:
     assert hashes is not None and hashes == file_hashes(str(folder / "out/stages/01-sft/model"))
 
 
-@pytest.mark.parametrize(("on_error", "left"), [("stop", "waiting"), ("continue", "finished")])
+@pytest.mark.parametrize(
+    ("on_error", "left"), [pytest.param("stop", "waiting", marks=pytest.mark.slow), ("continue", "finished")]
+)
 def test_a_stage_that_diverges_leaves_the_policy_from_before_bit_for_bit(
-    pipeline: Any, folder: Path, on_error: str, left: str
+    pipeline: Any, recorded: Any, folder: Path, on_error: str, left: str
 ) -> None:
     last = {"name": "last", "method": "sft", "data": "sft.jsonl"}
     one = pipeline(SFT, POISON, last, rollback={"on_error": on_error})
@@ -83,7 +92,7 @@ def test_a_stage_that_diverges_leaves_the_policy_from_before_bit_for_bit(
     else:
         result = one.run_full_pipeline()
         assert result.exit_code == 6 and "finite" in str(result.error)
-    made = record(folder)
+    made = recorded()
     poison = made["stages"]["poison"]
     assert poison["status"] == "rolled_back" and "error[numbers]" in poison["reason"] and poison["exit_code"] == 6
     assert poison["output_model"] == "stages/01-sft/model" and made["exit_code"] == 6 and made["status"] == "failed"
@@ -97,6 +106,7 @@ def test_a_stage_that_diverges_leaves_the_policy_from_before_bit_for_bit(
     assert "rolled back to stages/01-sft/model" in told(one)
 
 
+@pytest.mark.slow
 def test_what_needs_a_failed_stage_is_left_out(pipeline: Any, folder: Path) -> None:
     judge = {**JUDGE, "learning_rate": 1e30, "max_steps": 3}
     grpo = {"method": "grpo", "data": "prompt.jsonl", "reward": "judge", "group_size": 2}
@@ -124,8 +134,8 @@ def suites(folder: Path) -> dict[str, Any]:
     return {"suites": [suite], "threshold": 5.0}
 
 
-@pytest.mark.parametrize("on_regression", ["continue", "stop"])
-def test_a_capability_that_is_lost_rolls_back(pipeline: Any, folder: Path, on_regression: str) -> None:
+@pytest.mark.parametrize("on_regression", ["continue", pytest.param("stop", marks=pytest.mark.slow)])
+def test_a_capability_that_is_lost_rolls_back(pipeline: Any, recorded: Any, folder: Path, on_regression: str) -> None:
     harm = {"name": "harm", "method": "sft", "data": "sft.jsonl", "learning_rate": 0.3, "max_steps": 4}
     mild = {"name": "mild", "method": "sft", "data": "sft.jsonl", "learning_rate": 1e-9}
     keys = {"capabilities": suites(folder), "rollback": {"on_regression": on_regression}}
@@ -136,7 +146,7 @@ def test_a_capability_that_is_lost_rolls_back(pipeline: Any, folder: Path, on_re
     else:
         result = one.run_full_pipeline()
         assert result.exit_code == CapabilityRegression.exit_code and result.policy.endswith("02-mild/model")
-    made = record(folder)
+    made = recorded()
     harmed = made["stages"]["harm"]
     assert harmed["status"] == "rolled_back" and harmed["output_model"] == "model"
     assert harmed["capabilities"]["before"]["as before"]["value"] == 1.0
@@ -174,6 +184,7 @@ def test_a_resume_keeps_what_is_the_same_and_replaces_what_changed_when_told(pip
     assert told(quiet).count("finished before") == 3
 
 
+@pytest.mark.slow
 def test_other_data_change_a_stage_and_those_that_follow_from_it(pipeline: Any, folder: Path) -> None:
     pipeline(SFT, JUDGE, DPO).run_full_pipeline()
     rows = (folder / "sft.jsonl").read_text().splitlines(keepends=True)
@@ -187,6 +198,7 @@ def test_other_data_change_a_stage_and_those_that_follow_from_it(pipeline: Any, 
     assert told(redone).count("runs again") == 3 and "what ${stages.sft.model} stands for" in told(redone)
 
 
+@pytest.mark.slow
 def test_a_model_that_someone_changed_is_not_gone_on_with(pipeline: Any, folder: Path) -> None:
     pipeline(SFT, DPO).run_full_pipeline()
     config = folder / "out/stages/01-sft/model/generation_config.json"
@@ -195,6 +207,7 @@ def test_a_model_that_someone_changed_is_not_gone_on_with(pipeline: Any, folder:
         pipeline(SFT, DPO).run_full_pipeline(resume=True)
 
 
+@pytest.mark.slow
 def test_a_failed_stage_is_tried_again_with_another_rate(pipeline: Any, folder: Path) -> None:
     with pytest.raises(NumbersError):
         pipeline(SFT, POISON).run_full_pipeline()
@@ -221,7 +234,8 @@ def test_a_directory_serves_one_process_and_nothing_else(pipeline: Any, folder: 
         pipeline({**SFT, "model": "out/stages/01-sft/model"}).run_full_pipeline(overwrite=True)
 
 
-def test_stage_by_stage_from_python(pipeline: Any, folder: Path) -> None:
+@pytest.mark.slow
+def test_stage_by_stage_from_python(pipeline: Any, recorded: Any, folder: Path) -> None:
     rows = [json.loads(line) for line in (folder / "sft.jsonl").read_text().splitlines()]
     with pipeline() as one:
         assert one.run_sft(rows, epochs=1.0).model == folder / "out/stages/01-sft/model"
@@ -235,7 +249,7 @@ def test_stage_by_stage_from_python(pipeline: Any, folder: Path) -> None:
         with pytest.raises(RecipeError, match="betta"):
             one.run_policy_optimization("dpo", "preference.jsonl", betta=1)
         saved = one.save_models("models")
-    assert record(folder)["status"] == "done" and [*saved] == ["policy", "judge", "process_reward"]
+    assert recorded()["status"] == "done" and [*saved] == ["policy", "judge", "process_reward"]
     assert file_hashes("models/policy") == file_hashes("out/stages/04-grpo/model")
     loaded = pipeline().load_models("models")
     assert isinstance(loaded["policy"], PolicyModel) and isinstance(loaded["judge"], RewardModel)
@@ -245,4 +259,4 @@ def test_stage_by_stage_from_python(pipeline: Any, folder: Path) -> None:
     with pipeline(resume=True) as again:
         again.run_sft(rows, epochs=1.0)
         again.run_reward_model_training("preference.jsonl", name="judge")
-    assert told(again).count("finished before") == 2 and len(record(folder)["stages"]) == 4
+    assert told(again).count("finished before") == 2 and len(recorded()["stages"]) == 4

@@ -1,0 +1,118 @@
+"""A stage that evaluates a policy, run as `rlhf evaluate FILE` runs it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rlhf_core.config.evaluation import EvaluationRunConfig
+from rlhf_core.config.flags import refuse_unknown
+from rlhf_core.config.yaml_file import dump_yaml
+from rlhf_core.evaluation.evaluation_job import load_evaluation_run
+from rlhf_core.evaluation.evaluator import COMPLETIONS_FILE
+from rlhf_core.generation.sampling_job import read_run_prompts
+from rlhf_core.infra.errors import ConfigError, RLHFError
+from rlhf_core.infra.files import replace_file
+from rlhf_core.pipeline.recipe import every_error
+from rlhf_core.pipeline.stage import POLICY, Find, Need, Product, Stage, StageWork, check_model
+from rlhf_core.pipeline.stage_references import MODEL, references, resolved, written
+from rlhf_core.registry.method_or_file import GivenValues
+
+EVALUATION = "evaluation"
+"""The product, and the kind of it."""
+_COMPARE, _REWARDS = "compare", ("reward", "validator")
+_REFERENCE = "reference"
+_TELLING = ("accuracy", "reward", "win_rate", "kl")
+"""Metrics, or beginnings of their names, the one that tells most first."""
+
+
+class EvaluateStage(Stage):
+    """A stage that evaluates a policy. Its keys are those of an evaluation's file.
+
+    `compare` names an earlier evaluation, to which the differences are given. Without `reference`, a policy that a stage has
+    trained is compared with the one that this stage began with.
+    """
+
+    model_keys = (MODEL, _REFERENCE, "baseline", *_REWARDS)
+
+    def _find_method(self) -> None:
+        self.makes = {EVALUATION: Product(EVALUATION, ".")}
+        if self.entry.method is not None:
+            fix = "leave it out, or give the stage another `kind`"
+            self.errors.append(ConfigError("an evaluation has no `method`", place=self.entry.place("method"), fix=fix))
+
+    def _completed(self) -> dict[str, Any]:
+        values = {"seed": self.recipe.recipe.seed, **self.values}
+        for key in _REWARDS:
+            if values.get(key) is not None:
+                given = values[key] if isinstance(values[key], list) else [values[key]]
+                values[key] = [self.reward_by_stage(one) for one in given]
+        if values.get(_COMPARE) in [one.name for one in self.recipe.stages]:
+            values[_COMPARE] = written(str(values[_COMPARE]), EVALUATION)
+        if _REFERENCE not in values:
+            made = list(references(values.get(MODEL)))
+            maker = self.earlier.get(made[0].stage) if made else None
+            if maker is not None and maker.takes_policy and maker.makes_policy and maker.input_models():
+                values[_REFERENCE] = maker.input_models()[0]
+        return values
+
+    def _needs(self) -> Sequence[Need]:
+        policies = [
+            Need(key, (POLICY,), "a policy, which completes prompts") for key in (MODEL, _REFERENCE, "baseline")
+        ]
+        return [*policies, Need(_COMPARE, (EVALUATION,), "an earlier stage of the kind `evaluate`")]
+
+    def check(self, find: Find) -> list[RLHFError]:
+        errors: list[RLHFError] = []
+        values = self._file(find)
+        if "output" in self.values:
+            fix = "leave it out: a stage writes into the pipeline's directory"
+            errors.append(ConfigError("a stage has no `output`", place=self.entry.place("output"), fix=fix))
+        for key in [key for key in values if key not in EvaluationRunConfig.model_fields]:
+            try:
+                refuse_unknown({key: None}, EvaluationRunConfig, "evaluate", self.entry.places, (_COMPARE,))
+            except ConfigError as error:
+                errors.append(error)
+            values.pop(key)
+        try:
+            run = load_evaluation_run(GivenValues(values, self.entry.places))
+            if not list(references(self.values.get("prompts"))):
+                read_run_prompts(run)
+        except RLHFError as error:
+            errors += every_error(error)
+        for key in (MODEL, _REFERENCE, "baseline"):
+            if (
+                key in self.entry.values
+                and isinstance(source := self.values.get(key), str)
+                and not list(references(source))
+            ):
+                errors += check_model(source, self.entry.place(key), self.earlier)
+        return errors
+
+    def run(self, work: StageWork) -> dict[str, Any]:
+        replace_file(work.file, dump_yaml({**self._file(work.find), "output": str(work.directory)}).encode())
+        rows = work.directory / COMPLETIONS_FILE
+        more = ["--resume"] if rows.exists() and rows.stat().st_size else []
+        if before := self.values.get(_COMPARE):
+            more += ["--compare", str(resolved(before, work.find))]
+        found = work.run(["evaluate", str(work.file), "--json", *more], log=work.file.with_suffix(".log"))
+        return dict(json.loads(found))
+
+    def gain(self, metrics: Mapping[str, Any]) -> str:
+        found, changes = metrics.get("metrics", {}), metrics.get("differences", {})
+        names = [name for start in _TELLING for name in found if name.startswith(start)][:1] or list(found)[:1]
+        texts = [f"{name} {_shown(found[name])}" for name in names]
+        return ", ".join(
+            texts + [f"{_shown(changes[name], '+')} more than before" for name in names if name in changes]
+        )
+
+    def _file(self, find: Find) -> dict[str, Any]:
+        """Return the evaluation's configuration file, as values."""
+        return {key: value for key, value in resolved(self.values, find).items() if key not in ("output", _COMPARE)}
+
+
+def _shown(estimate: Mapping[str, Any], sign: str = "") -> str:
+    """Return an estimate with its standard error."""
+    error = estimate.get("error")
+    return f"{estimate['value']:{sign}.3f}" + ("" if error is None else f" ± {error:.3f}")
