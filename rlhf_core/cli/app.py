@@ -25,6 +25,7 @@ from rlhf_core.cli import (
     samples,
     score,
     test_capabilities,
+    serve,
     train,
 )
 from rlhf_core.infra.version import __version__
@@ -54,6 +55,7 @@ score.add_to(app)
 evaluate.add_to(app)
 fisher.add_to(app)
 test_capabilities.add_to(app)
+serve.add_to(app)
 doctor.add_to(app)
 
 

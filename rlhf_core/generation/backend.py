@@ -7,7 +7,7 @@ what it can do; the engine refuses, with a message that names the backend, whate
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar
 
@@ -37,6 +37,8 @@ class Capabilities:
     """It yields completions after each of their tokens where it is asked to."""
     rules: bool = False
     """It asks `Request.rule` after each token."""
+    joining: bool = False
+    """Requests join and leave while others are drawn: `Backend.open`."""
     drafts: bool = False
     """`run` takes `drafts`: guesses at next tokens, several of which one pass verifies."""
     options: frozenset[str] = frozenset()
@@ -49,9 +51,41 @@ _WORDS = {
     "fork": "keep sequences and fork them",
     "streaming": "return completions token by token",
     "rules": "end completions by a rule",
+    "joining": "take requests while others are drawn",
     "drafts": "verify drafts",
 }
 """Capability → what a backend with it can do, for messages."""
+
+
+class OpenRun(ABC):
+    """A run of a backend that requests join and leave while others are drawn. Not for several threads at once."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return how many requests haven't got their last token."""
+
+    @abstractmethod
+    def join(self, requests: Sequence[Request]) -> None:
+        """Take requests, whose numbers no other one has; they are drawn as soon as there is room. None has `base` or `keep`."""
+
+    @abstractmethod
+    def leave(self, numbers: Collection[int]) -> None:
+        """Give up requests, and free their rows; a number that isn't here is left out. Others draw what they would have drawn."""
+
+    @abstractmethod
+    def step(self) -> list[Finished]:
+        """Draw a token for each row, or a few; return the completions that ended, and those with `partly` that have grown.
+
+        Returns at once, with nothing, where no request is here.
+
+        Raises:
+            ConfigError: the policy's weights have changed since the run was opened.
+            NumbersError: memory doesn't suffice for one completion.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give up all requests. A run must be closed; closing it twice does nothing."""
 
 
 class Backend(ABC):
@@ -76,6 +110,14 @@ class Backend(ABC):
         Raises:
             NumbersError: memory doesn't suffice for one completion.
         """
+
+    def open(self, sampling: SamplingConfig) -> OpenRun:
+        """Begin a run that requests join and leave while others are drawn. Only with `joining`.
+
+        Args:
+            sampling: how tokens are drawn, but for what a request has of its own.
+        """
+        raise NotImplementedError(f"{type(self).__name__} declares `joining` without `open`")
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> list[CachedSequence | None]:
         """Compute what is kept for prompts: for all their ids but the last. Only with `fork`.

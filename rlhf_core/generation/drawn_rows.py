@@ -16,7 +16,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rlhf_core.config.online import SamplingConfig
-from rlhf_core.generation.sampling import Barred, draw_tokens, exact_dtype, token_confidence, workspace
+from rlhf_core.generation.sampling import (
+    Barred,
+    Drawn,
+    draw_tokens,
+    exact_dtype,
+    token_confidence,
+    top_tokens,
+    workspace,
+)
 from rlhf_core.generation.stop_strings import StopStrings
 
 BLOCK = 256
@@ -36,6 +44,9 @@ class DrawnCompletion(NamedTuple):
     """The text before the stop string that ended the row; None where none did."""
     confidence: Sequence[float] = ()
     """See `Completion.confidence`."""
+    top: Sequence[Sequence[tuple[int, float]]] = ()
+    """For each token the most likely ones in its place under softmax(logits), most likely first, with their log-probabilities in
+    nats; as many as `NewRow.top` asks for."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,10 @@ class NewRow:
     """The confidence of earlier tokens of a sequence that it continues, in whose window its first tokens are."""
     min_confidence: float | None = None
     """In place of the sampling options' own, where they have one."""
+    sampling: SamplingConfig | None = None
+    """Whose temperature, top-k, top-p and min-p its tokens are drawn with; None takes those of the rows' common options."""
+    top: int = 0
+    """So many of the most likely tokens are kept in the place of each token."""
 
 
 @dataclass
@@ -161,6 +176,10 @@ class DrawnRows:
         self._least = self._zeros(0, dtype=exact_dtype(device))  # (C,): below it a row ends
         self._uniform = self._zeros(0, BLOCK, dtype=exact_dtype(device))  # (C, BLOCK)
         self._seen = self._zeros(0, 0, dtype=torch.long)  # (C, S)
+        # (C, T, K): the most likely tokens in each one's place, and their log-probabilities
+        self._top_ids, self._top_logps = self._zeros(0, 0, 0, dtype=torch.long), self._zeros(0, 0, 0)
+        self._vocabulary = 0
+        self._groups: list[tuple[SamplingConfig, list[int]]] | None = None
         self._ends: list[int] = []
         self._end_ids = self._zeros(0, dtype=torch.long)  # (E,)
         numbers, flags = self._zeros(0, dtype=torch.long), self._zeros(0, dtype=torch.bool)
@@ -191,13 +210,14 @@ class DrawnRows:
         added = (*numbers.unbind(dim=1), over, over, may_end.view(len(rows), -1).to(self.device))
         self._state = _State(*map(torch.cat, zip((*before[:-1], earlier), added, strict=True)))
         self._rows += rows
+        self._groups = None
 
     def keep(self, indices: Sequence[int]) -> None:
         """Keep the rows of these indices, in this order; the others leave."""
         staying = [self._rows[index] for index in indices]
         slots = {row.slot for row in staying}
         self._free += [row.slot for row in self._rows if row.slot not in slots]
-        self._rows = staying
+        self._rows, self._groups = staying, None
         chosen = torch.tensor(list(indices), dtype=torch.long, device=self.device)
         self._state = _State(*(values.index_select(0, chosen) for values in self._state))
 
@@ -224,6 +244,12 @@ class DrawnRows:
             known = [*[torch.nan] * self._lead, *new.earlier_confidence, *before.confidence]
             self._confidence = _reserved(self._confidence, slots, self._lead + new.limit + 1)
             self._confidence[slot, : self._lead + count] = torch.tensor(known[len(new.earlier_confidence) :])
+        if new.top:
+            for name in ("_top_ids", "_top_logps"):
+                setattr(self, name, _reserved(getattr(self, name), slots, new.limit + 1, new.top))
+            for place, top in enumerate(before.top):
+                self._top_ids[slot, place, : len(top)] = torch.tensor([token for token, _ in top])
+                self._top_logps[slot, place, : len(top)] = torch.tensor([logprob for _, logprob in top])
         seen: list[int] = []
         if self.sampling.repetition_penalty != 1:
             seen = list(dict.fromkeys([*new.prompt_ids, *before.ids]))
@@ -245,18 +271,13 @@ class DrawnRows:
         """Draw one token per row from the logits (R, V) of any floating dtype; return them (R,), long."""
         sampling, state = self.sampling, self._state
         uniform = state.length  # not used at temperature 0
-        if sampling.temperature > 0:
+        if self._random:
             self._refill()
             uniform = self._uniform[state.slots, state.length % BLOCK]
         penalty = sampling.repetition_penalty != 1
-        drawn = draw_tokens(
-            logits,
-            uniform,
-            sampling,
-            seen=self._seen.index_select(0, state.slots) if penalty else None,
-            barred=self._barred(),
-            work=self._workspace(logits),
-        )
+        seen = self._seen.index_select(0, state.slots) if penalty else None
+        drawn = self._drawn(logits, uniform, seen, self._barred())
+        self._keep_top(logits, state.slots, state.length)
         self._tokens[state.slots, state.length] = drawn.tokens
         self._values[state.slots, state.length] = torch.stack(drawn[1:], dim=1)
         alive = ~state.over
@@ -275,6 +296,67 @@ class DrawnRows:
             row.position += 1
         self._unpolled += 1
         return drawn.tokens
+
+    def _drawn(
+        self, logits: Tensor, uniform: Tensor, seen: Tensor | None, barred: Barred | None, row: Tensor | None = None
+    ) -> Drawn:
+        """Draw one token from each of the logits (N, V), with the options of its row.
+
+        Args:
+            row: (N,) long, whose logits each are; None where there is one line per row, in order.
+        """
+        groups, work = self._by_options(), self._workspace(logits)
+        if len(groups) == 1:
+            return draw_tokens(logits, uniform, groups[0][0], seen=seen, barred=barred, work=work)
+        parts, places = [], []
+        for sampling, rows in groups:
+            own = torch.tensor(rows, device=self.device)
+            where = own if row is None else torch.isin(row, own).nonzero()[:, 0]
+            places.append(where)
+            parts.append(
+                draw_tokens(
+                    logits[where],
+                    uniform[where],
+                    sampling,
+                    seen=None if seen is None else seen[where],
+                    barred=None if barred is None else Barred(barred.ids, barred.rows[where]),
+                    work=work,
+                )
+            )
+        order = torch.cat(places).argsort()
+        return Drawn(*(torch.cat(values)[order] for values in zip(*parts, strict=True)))
+
+    def _by_options(self) -> list[tuple[SamplingConfig, list[int]]]:
+        """Return the options that rows are drawn with, and the indices of the rows of each; at least one entry."""
+        if self._groups is None:
+            found: dict[tuple[float, ...], tuple[SamplingConfig, list[int]]] = {}
+            for index, row in enumerate(self._rows):
+                own = row.new.sampling or self.sampling
+                key = (own.temperature, own.top_k, own.top_p, own.min_p)
+                if key not in found:
+                    changes = {"temperature": key[0], "top_k": key[1], "top_p": key[2], "min_p": key[3]}
+                    found[key] = (self.sampling.model_copy(update=changes), [])
+                found[key][1].append(index)
+            self._groups = list(found.values()) or [(self.sampling, [])]
+        return self._groups
+
+    @property
+    def _random(self) -> bool:
+        """Whether some row's tokens are drawn with random numbers."""
+        return any(sampling.temperature > 0 for sampling, _ in self._by_options())
+
+    def _keep_top(self, logits: Tensor, slots: Tensor, position: Tensor, row: Tensor | None = None) -> None:
+        """Keep the most likely tokens of logits (N, V) for the rows that want them; N lines as in `_drawn`."""
+        wanting = [index for index, each in enumerate(self._rows) if each.new.top]
+        if not wanting:
+            return
+        own = torch.tensor(wanting, device=self.device)
+        where = own if row is None else torch.isin(row, own).nonzero()[:, 0]
+        most = max(self._rows[index].new.top for index in wanting)
+        top = top_tokens(logits[where].float().log_softmax(dim=-1), most)
+        self._vocabulary, size = logits.shape[1], top.ids.shape[1]
+        self._top_ids[slots[where], position[where], :size] = top.ids
+        self._top_logps[slots[where], position[where], :size] = top.logprobs
 
     @property
     def _lead(self) -> int:
@@ -310,21 +392,16 @@ class DrawnRows:
         depth = torch.tensor([at for count in counts for at in range(count)], device=self.device)
         slots, position = state.slots[row], state.length[row] + depth
         uniform = position  # not used at temperature 0
-        if sampling.temperature > 0:
+        if self._random:
             self._refill()
             uniform = self._uniform[slots, position % BLOCK]
         may_end = state.may_end[row]
         barred = self._barred()
         if barred is not None:
             barred = Barred(self._end_ids, may_end & (position < sampling.min_new_tokens)[:, None])
-        drawn = draw_tokens(
-            logits,
-            uniform,
-            sampling,
-            seen=self._seen_behind(row, guesses) if sampling.repetition_penalty != 1 else None,
-            barred=barred,
-            work=self._workspace(logits),
-        )
+        seen = self._seen_behind(row, guesses) if sampling.repetition_penalty != 1 else None
+        drawn = self._drawn(logits, uniform, seen, barred, row)
+        self._keep_top(logits, slots, position, row)
         ended = (drawn.tokens[:, None] == self._end_ids).logical_and(may_end).any(dim=1) | (
             position + 1 >= state.limit[row]
         )
@@ -446,7 +523,12 @@ class DrawnRows:
         confidence: Sequence[float] = ()
         if self.sampling.min_confidence is not None:
             confidence = self._confidence[row.slot, self._lead : self._lead + length].tolist()
-        return DrawnCompletion(ids, logprobs, raw_logprobs, kept_mass, row.stop_reason, row.text, confidence)
+        top: Sequence[Sequence[tuple[int, float]]] = ()
+        if row.new.top:
+            size = min(row.new.top, self._vocabulary)
+            likeliest, logps = (table[row.slot, :length, :size].tolist() for table in (self._top_ids, self._top_logps))
+            top = [list(zip(*each, strict=True)) for each in zip(likeliest, logps, strict=True)]
+        return DrawnCompletion(ids, logprobs, raw_logprobs, kept_mass, row.stop_reason, row.text, confidence, top)
 
     def _zeros(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.device)

@@ -24,14 +24,15 @@ from rlhf_core.contracts.completion import Completion
 from rlhf_core.data.chat_rendering import ChatTemplate
 from rlhf_core.data.text_options import TextOptions
 from rlhf_core.data.text_spans import TextSpanEncoder
-from rlhf_core.generation.backend import Backend
+from rlhf_core.generation.backend import Backend, OpenRun
 from rlhf_core.generation.kept_backend import take_backend
 from rlhf_core.generation.known_tokens import ScoredTokens
 from rlhf_core.generation.memory import MOST_ROWS
 from rlhf_core.generation.native_backend import NativeBackend
+from rlhf_core.generation.open_batch import Joining, OpenBatch
 from rlhf_core.generation.paged_cache import CachedSequence
 from rlhf_core.generation.requests import UNFINISHED, Finished, Request
-from rlhf_core.generation.stop_strings import PARTIAL, StopStrings
+from rlhf_core.generation.stop_strings import StopStrings, settled_text
 from rlhf_core.generation.watching import counting_forwarded
 from rlhf_core.infra.errors import ConfigError, DataError, NumbersError
 from rlhf_core.infra.seeds import completion_seeds
@@ -266,8 +267,37 @@ class Engine:
                     return
                 completion = self._completion(draw, one, self.policy_version)
                 if one.reason == UNFINISHED:
-                    completion = replace(completion, text=_settled(completion.text, sampling.stop))
+                    completion = replace(completion, text=settled_text(completion.text, sampling.stop))
                 yield completion
+
+    def open(self, sampling: SamplingConfig | None = None) -> OpenBatch:
+        """Begin a batch that prompts join and leave while others are drawn. Close it at the end.
+
+        Sequence handles may be used between its steps; they have their part of the memory.
+
+        Args:
+            sampling: the options of completions that have none of their own; None takes the defaults.
+
+        Raises:
+            ConfigError: the backend can't, or doesn't follow an option; `draft` is set, since guesses need a whole batch.
+        """
+        shared = sampling or SamplingConfig()
+        self.backend.require("joining", purpose="an open batch")
+        if self.drafts is not None or shared.draft is not None:
+            raise ConfigError("an open batch takes no draft", place="open", fix="leave it out")
+        self._check(shared)
+
+        def joining(number: int, ids: tuple[int, ...], seed: int, sampling: SamplingConfig, chat: bool) -> Joining:
+            self._check_length(ids, "prompt")
+            check_seeds([seed], "join(seed=…)")
+            draw = self._draw(number, ids, seed, sampling, chat=chat, place="prompt")
+            return Joining(draw.request, lambda one: self._completion(draw, one, self.policy_version))
+
+        def step(run: OpenRun) -> list[Finished]:
+            with torch.no_grad(), self._counting():
+                return run.step()
+
+        return OpenBatch(self.backend.open(shared), joining, shared, step=step)
 
     # Sequence handles
 
@@ -654,6 +684,8 @@ class Engine:
 
     def _stop_strings(self, chat: bool, *stop: str) -> StopStrings:
         """Return what looks for stop strings in the completions of chats, or of text prompts; it is kept between calls."""
+        if len(self._stops) >= 256:  # stop strings of many clients
+            self._stops.clear()
         if (chat, *stop) not in self._stops:
             self._stops[chat, *stop] = StopStrings(stop, self.text_of(chat))
         return self._stops[chat, *stop]
@@ -684,18 +716,13 @@ def check_seeds(seeds: Sequence[int], place: str) -> None:
 
 def prompt_keys(batch: Batch) -> list[int]:
     """Return one number per prompt, a hash of its ids."""
-    keys = []
-    for ids, length in zip(on_host(batch.prompt_ids).tolist(), on_host(batch.prompt_lengths).tolist(), strict=True):
-        digest = hashlib.sha256(repr(ids[:length]).encode()).digest()
-        keys.append(int.from_bytes(digest[:8], "little") >> 1)
-    return keys
+    lengths = on_host(batch.prompt_lengths).tolist()
+    return [prompt_key(ids[:length]) for ids, length in zip(on_host(batch.prompt_ids).tolist(), lengths, strict=True)]
 
 
-def _settled(text: str, stop: Sequence[str]) -> str:
-    """Return the beginning of an unfinished text that further tokens won't change."""
-    text = text.rstrip(PARTIAL)
-    begun = (len(text) - k for end in stop for k in range(1, len(end)) if text.endswith(end[:k]))
-    return text[: min(begun, default=len(text))]
+def prompt_key(ids: Sequence[int]) -> int:
+    """Return a hash of a prompt's ids, in place of its row number where it has none."""
+    return int.from_bytes(hashlib.sha256(repr([*ids]).encode()).digest()[:8], "little") >> 1
 
 
 def whole_count(n: object) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +49,7 @@ CHUNKS_FIRST = 16
 """So many times as many are read where no row is being decoded, so that rows begin together."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Row:
     """A request that takes part in the loop."""
 
@@ -142,6 +142,14 @@ class NativeDecoding:
         Raises:
             NumbersError: the cache is too small for one completion.
         """
+        with self.running(sampling, drafts=drafts):
+            self.join(requests)
+            while self.busy:
+                yield from self.step(partly=partly)
+
+    @contextlib.contextmanager
+    def running(self, sampling: SamplingConfig, *, drafts: Drafts | None = None) -> Iterator[None]:
+        """Let requests join inside the context, and `step` draw their tokens; at its end all leave."""
         if self._running:
             raise RuntimeError("this decoding loop is running: take an idle one")
         self._running = True
@@ -150,12 +158,7 @@ class NativeDecoding:
             self._drawing, self._drafts = DrawnRows(sampling, device=self.policy.device), drafts
             if self._device_steps is not None:
                 self._device_steps.begin()
-            self._waiting.extend(_Row(request, list(request.ids), self._begin(request)) for request in requests)
-            while self._waiting or self._joining or self._rows:
-                self._admit()
-                self._read_prompts()
-                if self._rows:
-                    yield from self._decode_step(partly)
+            yield
         finally:
             for row in (*self._waiting, *(row for rows in self._joining.values() for row in rows), *self._rows):
                 row.sequence.free()
@@ -166,6 +169,47 @@ class NativeDecoding:
             if self._device_steps is not None:
                 self._device_steps.end()
             self._running = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether some request hasn't got its last token."""
+        return bool(self._waiting or self._joining or self._rows)
+
+    def step(self, *, partly: bool = False) -> Iterator[Finished]:
+        """Let waiting requests join, read some of their prompts' tokens, and draw a token for each row, or a few; see `run`."""
+        self._admit()
+        self._read_prompts()
+        if self._rows:
+            yield from self._decode_step(partly)
+
+    def join(self, requests: Iterable[Request]) -> None:
+        """Let requests wait for their turn to be decoded, behind those that wait already."""
+        self._waiting.extend(_Row(request, list(request.ids), self._begin(request)) for request in requests)
+
+    def leave(self, numbers: Collection[int]) -> None:
+        """Take requests out, wherever they are, and free what is kept for them; others aren't affected."""
+        for row in self._waiting:
+            if row.request.number in numbers:
+                row.sequence.free()
+        self._waiting = deque(row for row in self._waiting if row.request.number not in numbers)
+        for to_read, rows in list(self._joining.items()):
+            staying = [row for row in rows if row.request.number not in numbers]
+            for row in rows[1:]:
+                if row not in staying:
+                    row.sequence.free()
+            if not staying:
+                rows[0].sequence.free()
+                del self._joining[to_read]
+                continue
+            if staying[0] is not rows[0]:  # whose sequence reads for all
+                staying[0].sequence.free()
+                staying[0].sequence = rows[0].sequence
+            self._joining[to_read] = staying
+        leaving = {index for index, row in enumerate(self._rows) if row.request.number in numbers}
+        if leaving:
+            for index in leaving:
+                self._rows[index].sequence.free()
+            self._remove(leaving)
 
     def _begin(self, request: Request) -> CachedSequence:
         return self.cache.new() if request.base is None else request.base.fork()
@@ -405,9 +449,11 @@ class NativeDecoding:
             rule = row.request.rule
             if rule is not None and index not in ended and rule(row.ids[len(row.request.ids) :]):
                 ended[index] = "rule"
-        found = []
-        if partly:
-            found = [self._drawn(index, UNFINISHED) for index in range(len(self._rows)) if index not in ended]
+        found = [
+            self._drawn(index, UNFINISHED)
+            for index, row in enumerate(self._rows)
+            if (partly or row.request.partly) and index not in ended
+        ]
         if ended:
             found += [self._drawn(index, reason) for index, reason in ended.items()]
             for index in ended:
@@ -418,7 +464,8 @@ class NativeDecoding:
 
     def _steps(self, partly: bool) -> int:
         """Return how many tokens to draw for each row before the host looks at them."""
-        if self._device_steps is None or partly or any(row.request.rule is not None for row in self._rows):
+        watched = partly or any(row.request.rule is not None or row.request.partly for row in self._rows)
+        if self._device_steps is None or watched:
             return 1
         return min(STEPS, max(row.left for row in self._rows))
 

@@ -26,6 +26,7 @@ from rlhf_core.generation.known_tokens import ScoredTokens, scores_by_forward, s
 from rlhf_core.generation.lookup_drafts import NgramDrafter, SuffixDrafter
 from rlhf_core.generation.memory import free_bytes
 from rlhf_core.generation.native import NativeDecoding, measure_native, new_cache
+from rlhf_core.generation.open_run import NativeOpenRun
 from rlhf_core.generation.paged_cache import CachedSequence
 from rlhf_core.generation.plain import PlainDecoding
 from rlhf_core.generation.requests import UNFINISHED, Finished, Request
@@ -133,6 +134,7 @@ class NativeBackend(Backend):
         fork=True,
         streaming=True,
         rules=True,
+        joining=True,
         drafts=True,
         options=frozenset(SamplingConfig.model_fields) - ALWAYS,
     )
@@ -220,6 +222,27 @@ class NativeBackend(Backend):
                         problem = "the policy's weights have changed while a completion was being drawn"
                         fix = "read streams to their end, or close them, before"
                         raise ConfigError(problem, place="stream", fix=fix)
+
+    def open(self, sampling: SamplingConfig) -> NativeOpenRun:
+        held = contextlib.ExitStack()
+        adapters = held.enter_context(self._adapters())
+        held.callback(self._release_if_trained)
+
+        def loop_for(requests: Sequence[Request], rows: int, current: NativeDecoding | None) -> NativeDecoding | None:
+            native = self._native_with_room_for(requests)
+            if native is None or (current is not None and current.cache is native.cache):
+                return None if native is None else current
+            return native.idle(most_rows=rows)
+
+        return NativeOpenRun(
+            self.policy,
+            sampling,
+            most_rows=self.most_rows,
+            computing=functools.partial(self._for_decoding, pack=True, adapters=adapters),
+            loop_for=loop_for,
+            plain=lambda rows: PlainDecoding(self.policy, memory=self.memory, most_rows=rows),
+            close=held.close,
+        )
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> list[CachedSequence | None]:
         native = self._native_for(max(map(len, prompts), default=0), [len(ids) for ids in prompts])

@@ -118,4 +118,6 @@ def new_row(request: Request, before: DrawnCompletion | None) -> NewRow:
         skipped=request.skipped,
         earlier_confidence=request.earlier_confidence,
         min_confidence=request.min_confidence,
+        sampling=request.sampling,
+        top=request.top,
     )

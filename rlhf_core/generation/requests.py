@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from rlhf_core.config.online import SamplingConfig
     from rlhf_core.generation.drafting import DraftCounts
     from rlhf_core.generation.drawn_rows import DrawnCompletion
     from rlhf_core.generation.paged_cache import CachedSequence
@@ -45,6 +46,12 @@ class Request:
     """In place of the sampling options' own, where they have one."""
     keep: bool = False
     """Whether `Finished.sequence` is wanted."""
+    sampling: SamplingConfig | None = None
+    """Whose temperature, top-k, top-p and min-p its tokens are drawn with, in place of the run's; all else is the run's."""
+    top: int = 0
+    """So many of the most likely tokens are wanted in the place of each token drawn."""
+    partly: bool = False
+    """Whether it is wanted after each of its tokens, too, with `UNFINISHED` as its reason."""
 
 
 class Finished(NamedTuple):

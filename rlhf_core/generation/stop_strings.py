@@ -72,3 +72,10 @@ class StopStrings:
             partial = PARTIAL in text
             self._contents[token] = partial or not text or not self._last.isdisjoint(text), partial
         return self._contents[token]
+
+
+def settled_text(text: str, stop: Sequence[str]) -> str:
+    """Return the beginning of an unfinished text that further tokens won't change."""
+    text = text.rstrip(PARTIAL)
+    begun = (len(text) - k for end in stop for k in range(1, len(end)) if text.endswith(end[:k]))
+    return text[: min(begun, default=len(text))]

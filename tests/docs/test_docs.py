@@ -228,6 +228,17 @@ def test_self_improvement(tmp_path: Path, environment: dict[str, str]) -> None:
 
 
 @pytest.mark.slow
+def test_serving(tmp_path: Path, environment: dict[str, str]) -> None:
+    pytest.importorskip("starlette", reason="the extra `serve` isn't installed")
+    pytest.importorskip("openai", reason="the package openai isn't installed")
+    ((_, commands), (_, program)) = blocks("docs/serving.md")
+    printed = run(f"set -m\n{commands}", tmp_path, environment)
+    assert '"max_model_len":' in printed and '"token_logprobs":' in printed
+    (tmp_path / "serve.py").write_text(program)
+    assert run("python serve.py", tmp_path, environment).startswith("[")
+
+
+@pytest.mark.slow
 def test_lm_eval(tmp_path: Path, environment: dict[str, str]) -> None:
     """The task's file and the program are written under the names in their first lines."""
     pytest.importorskip("lm_eval", reason="the extra `lm-eval` isn't installed")

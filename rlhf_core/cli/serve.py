@@ -1,0 +1,144 @@
+"""`rlhf serve`: a model behind an OpenAI-compatible address."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rlhf_core.cli.printing import print_json_line, print_text
+from rlhf_core.cli.quick_imports import no_bars_in_logs, quick_imports
+from rlhf_core.infra.errors import ConfigError
+
+TOKEN_VARIABLE = "RLHF_SERVE_TOKEN"
+
+_Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A directory, an adapter's directory, a run's directory, a GGUF file or a hub name.",
+    ),
+]
+_AllowedHost = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allowed-host",
+        metavar="NAME",
+        help="A name by which others reach this computer; may be repeated. Needed with --host.",
+    ),
+]
+_MaxWaiting = Annotated[
+    int,
+    typer.Option(
+        "--max-waiting",
+        min=1,
+        help="Most completions that are being drawn or wait for it; further requests get status 429. Larger lets more wait.",
+    ),
+]
+_MaxRows = Annotated[
+    int | None,
+    typer.Option(
+        "--max-rows",
+        min=1,
+        help="Most completions that are drawn at once; larger is faster in all, slower for each, and needs more memory.",
+    ),
+]
+_Precision = Annotated[
+    str,
+    typer.Option(
+        "--precision",
+        metavar="auto|float32|bf16|fp16",
+        help="Precision of matrix products; auto takes on a GPU the 16 bits that the model was saved in, else float32.",
+    ),
+]
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command()(serve)
+
+
+def serve(
+    model: _Model,
+    name: Annotated[
+        str | None, typer.Option("--name", help="The model's name in requests; by default the last part of its path.")
+    ] = None,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes any that is free.")] = 8000,
+    token_file: Annotated[
+        Path | None, typer.Option("--token-file", metavar="FILE", help="File with the token that requests bear.")
+    ] = None,
+    allowed_host: _AllowedHost = None,
+    max_waiting: _MaxWaiting = 256,
+    max_rows: _MaxRows = None,
+    grace: Annotated[
+        float, typer.Option("--grace", min=0, help="Seconds that running requests have to end after a signal.")
+    ] = 30.0,
+    precision: _Precision = "auto",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that the model's repository ships.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print address, name and token as one line of JSON.")] = False,
+) -> None:
+    """Serve a model to OpenAI's clients: `rlhf serve runs/sft`, then `OpenAI(base_url=ADDRESS, api_key=TOKEN)`.
+
+    /v1/chat/completions, /v1/completions and /v1/models, with streaming, logprobs, n, stop and seed. All requests are drawn in
+    one running batch, which they join and leave at any time. An option that isn't followed is refused by name.
+
+    Every request bears the token that is printed at the start, or that of --token-file or the environment variable
+    RLHF_SERVE_TOKEN. Only this computer is listened to unless --host says otherwise.
+
+    Ctrl-C or SIGTERM ends it: running requests have --grace seconds to end.
+    """
+    no_bars_in_logs()
+    with quick_imports():
+        from rlhf_core.cli.model_argument import check_model, open_policy
+        from rlhf_core.config.training import ModelConfig
+        from rlhf_core.generation.engine import Engine
+        from rlhf_core.registry.plugin_logs import setup_logging
+        from rlhf_core.serving.server import PolicyServer, ServerOptions, require_serving
+
+        setup_logging()
+    require_serving()
+    options = ServerOptions(
+        name=name or Path(model).name,
+        host=host,
+        port=port,
+        token=_token(token_file),
+        allowed_hosts=allowed_host or [],
+        most_waiting=max_waiting,
+        grace=grace,
+    )
+    check_model(model)
+    policy = open_policy(ModelConfig(path=model, trust_remote_code=trust_remote_code), precision=precision)
+    server = PolicyServer(policy, options, engine=Engine(policy, most_rows=max_rows))
+    if as_json:
+        print_json_line({"url": server.url, "model": server.name, "token": server.token})
+    else:
+        print_text(f"model: {server.name}")
+        print_text(f"address: {server.url}")
+        print_text(f"token: {server.token}")
+    server.run()
+
+
+def _token(file: Path | None) -> str | None:
+    """Return the token that was given, in a file or the environment; None where none was.
+
+    It is no argument: others see a program's arguments.
+
+    Raises:
+        ConfigError: both are given, or the file can't be read or is empty.
+    """
+    given = os.environ.get(TOKEN_VARIABLE)
+    if file is None:
+        return given or None
+    if given:
+        raise ConfigError(f"{TOKEN_VARIABLE} is set, too", place="--token-file", fix="give one of them")
+    try:
+        text = file.expanduser().read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("the file can't be read", place=f"--token-file {file}", got=str(error)) from None
+    if not text:
+        raise ConfigError("the file is empty", place=f"--token-file {file}", fix="write the token into it")
+    return text
