@@ -116,7 +116,7 @@ class Usage:
 
 
 @dataclass(frozen=True)
-class Answer:
+class AnswerFrame:
     """The frame of an answer, or of each chunk of a stream."""
 
     model: str

@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from rlhf_core.generation.engine import prompt_key
 from rlhf_core.infra.errors import RLHFError
 from rlhf_core.infra.seeds import completion_seeds
-from rlhf_core.serving.api_answers import Answer, TokenLogprobs, Usage, finish_reason
+from rlhf_core.serving.api_answers import AnswerFrame, TokenLogprobs, Usage, finish_reason
 from rlhf_core.serving.api_requests import ChatRequest, GenerationRequest, RequestError, TextRequest, read_body
 from rlhf_core.serving.generation_worker import (
     Event,
@@ -158,7 +158,7 @@ class Application:
             message = f"{self._waiting} completions are being drawn or wait: try again later"
             raise RequestError(message, status=429, code="rate_limit_exceeded")
         asked = _Asked(request, prompts, job, events)
-        answer = Answer(self._model.name, isinstance(request, ChatRequest))
+        answer = AnswerFrame(self._model.name, isinstance(request, ChatRequest))
         return _JobResponse(self, asked, answer)
 
     def _job(self, request: GenerationRequest, prompts: Sequence[ReadPrompt]) -> tuple[Job, asyncio.Queue[Event]]:
@@ -233,7 +233,7 @@ class Application:
 class _JobResponse(Response):
     """Sends what becomes of a job, whole or as a stream; a client that leaves ends the job."""
 
-    def __init__(self, application: Application, asked: _Asked, answer: Answer) -> None:
+    def __init__(self, application: Application, asked: _Asked, answer: AnswerFrame) -> None:
         super().__init__()
         self._application, self._asked, self._answer = application, asked, answer
         self._usage = Usage(sum(len(prompt.ids) for prompt in asked.prompts))
@@ -422,7 +422,7 @@ async def _unless_disconnected(sending: Coroutine[Any, Any, None], receive: Rece
 
 
 def _failed(error: Exception) -> RequestError:
-    """Return what a client is told of a job that failed."""
+    """Return what a client gets where a job failed."""
     if isinstance(error, Stopping):
         return RequestError("the server is stopping", status=503, code="stopping")
     if isinstance(error, RLHFError):
