@@ -24,8 +24,8 @@ from rlhf_core.cli import (
     sample,
     samples,
     score,
-    test_capabilities,
     serve,
+    test_capabilities,
     train,
 )
 from rlhf_core.infra.version import __version__
