@@ -101,8 +101,8 @@ def test_fetch_leaves_what_is_there(tmp_path: Path, monkeypatch, capsys) -> None
     assert "is there already" in capsys.readouterr().out
 
 
-def test_demo_pairs_and_standard_errors(tmp_path: Path, monkeypatch) -> None:
-    demo = load("demo", monkeypatch)
+def test_comparing_methods_pairs_and_standard_errors(tmp_path: Path, monkeypatch) -> None:
+    demo = load("compare_methods", monkeypatch)
     assert demo.estimate([1.0, 0.0, 1.0, 0.0]) == pytest.approx((0.5, (1 / 3) ** 0.5 / 2))
     assert demo.gain([0.0, 0.5], [0.5, 1.0]) == pytest.approx((0.5, 0.0))
     prompt = "3+4-2+1=?\n"
@@ -113,8 +113,8 @@ def test_demo_pairs_and_standard_errors(tmp_path: Path, monkeypatch) -> None:
 
 
 @pytest.mark.slow
-def test_demo_runs_and_depends_on_the_seed_alone(tmp_path: Path, monkeypatch) -> None:
-    demo = load("demo", monkeypatch)
+def test_comparing_methods_depends_on_the_seed_alone(tmp_path: Path, monkeypatch) -> None:
+    demo = load("compare_methods", monkeypatch)
     reports = [demo.run(tmp_path / name, seed=1, scale=0.1) for name in ("one", "two")]
     assert [stage["stage"] for stage in reports[0]["stages"]] == ["start", "sft", "dpo", "grpo"]
     for folder in ("one", "two"):
@@ -181,3 +181,17 @@ def test_cross_validation_in_small(
     assert not questions[0] & questions[1] and sum(map(len, scored)) == 48
     monkeypatch.setattr(sys, "argv", ["x", *options, "--fold", "7"])
     assert exit_code(example.main) == 2
+
+
+@pytest.mark.slow
+def test_the_demo_runs_whole_and_reports(tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / "demo.py"), "--scale", "0.02", "--output", str(tmp_path / "demo")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "demo" / "pipeline" / "pipeline.json").read_text())
+    assert [stage["status"] for stage in record["stages"]] == ["finished"] * len(record["stages"])
+    gains = [stage["gain"] for stage in record["stages"] if stage["name"] != "merged"]
+    assert all(gains) and all(gain.split()[0] in done.stdout for gain in gains)
+    assert (tmp_path / "demo" / "pipeline" / "report.html").stat().st_size > 10_000
+    again = subprocess.run([*command, "--resume"], cwd=tmp_path, capture_output=True, text=True)
+    assert again.returncode == 0 and "begun" not in again.stdout
