@@ -278,6 +278,13 @@ def test_samples(tmp_path: Path, environment: dict[str, str]) -> None:
 
 
 @pytest.mark.slow
+def test_report(tmp_path: Path, environment: dict[str, str]) -> None:
+    run_page("docs/report.md", tmp_path, environment)
+    one, both = tmp_path / "runs/first/report.html", tmp_path / "both.html"
+    assert "Learning signal" in one.read_text() and "first, step 4" in both.read_text()
+
+
+@pytest.mark.slow
 def test_hooks(tmp_path: Path, environment: dict[str, str]) -> None:
     """The listing beside the commands is the package's own, and the warning is one that a run gives."""
     printed = run_page("docs/hooks.md", tmp_path, environment)

@@ -25,7 +25,7 @@ class MeasuredValue:
     def __str__(self) -> str:
         if self.low is None or self.high is None:
             return figure(self.value)
-        return f"{figure(self.value)} [{figure(self.low, 3)}, {figure(self.high, 3)}]"
+        return f"{figure(self.value)} [{figure(self.low)}, {figure(self.high)}]"
 
     @property
     def a_share(self) -> bool:
