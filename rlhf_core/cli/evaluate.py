@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rlhf_core.cli import METHOD_OPTIONS
+from rlhf_core.cli.evaluate_tasks import evaluate_tasks, load_task_run, names_tasks
 from rlhf_core.cli.printing import print_json, print_note, print_table, print_text
 from rlhf_core.cli.quick_imports import no_bars_in_logs, quick_imports
 from rlhf_core.cli.resumable_output import OverwriteOption, ResumeOption, check_apart, output_path, stoppable
@@ -61,9 +62,18 @@ def evaluate(
     names may come first: `rlhf evaluate evaluation.yaml --model M`.
 
     --output DIR gets evaluation.json and completions.jsonl. Ctrl-C or SIGTERM stops; --resume continues.
+
+    With --tasks gsm8k,... the library lm-eval asks instead, and the engine answers: --include-path DIR (task files of your own),
+    --limit (rows per task), --num-fewshot, --apply-chat-template, --system-instruction, --generation.max_gen_toks 512, --seed,
+    --allow-code; --output DIR gets lm_eval.json.
     """
     file, flags = _file_and_flags(context.args)
     no_bars_in_logs()
+    if names_tasks(file, flags):
+        for given, option in ((compare is not None, "--compare"), (resume, "--resume")):
+            if given:
+                raise ConfigError("isn't for tasks of lm-eval", place=option, fix="leave it out")
+        return evaluate_tasks(load_task_run(file, flags), dry_run=dry_run, overwrite=overwrite, as_json=as_json)
     with quick_imports():
         from rlhf_core.evaluation.evaluation_job import load_evaluation_run
         from rlhf_core.evaluation.evaluation_report import EvaluationReport

@@ -242,16 +242,19 @@ def test_serving(tmp_path: Path, environment: dict[str, str]) -> None:
 def test_lm_eval(tmp_path: Path, environment: dict[str, str]) -> None:
     """The task's file and the program are written under the names in their first lines."""
     pytest.importorskip("lm_eval", reason="the extra `lm-eval` isn't installed")
+    offline = {**environment, "HF_HUB_OFFLINE": "1"}
     for language, text in blocks("docs/lm-eval.md"):
         if language == "bash":
-            run(text, tmp_path, environment)
+            assert "sums/exact_match,last_number" in run(text, tmp_path, offline)
             continue
         path = tmp_path / text.split("\n")[0].removeprefix("# ")
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
-    printed = run("python run_sums.py", tmp_path, {**environment, "HF_HUB_OFFLINE": "1"})
+    printed = run("python run_sums.py", tmp_path, offline)
     assert "sums/exact_match,last_number: " in printed and "(n = 8)" in printed
     kept = json.loads((tmp_path / "sums.json").read_text())
+    again = json.loads((tmp_path / "evaluated/lm_eval.json").read_text())
+    assert again["tasks"] == kept["tasks"]
     assert len(kept["tasks"]["sums"]["by_row"]["exact_match,last_number"]) == 8
 
 
