@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from rlhf_core.generation.engine import whole_count as whole_count
     from rlhf_core.generation.ensemble_backend import EnsembleBackend as EnsembleBackend
     from rlhf_core.generation.ensemble_backend import checked_weights as checked_weights
+    from rlhf_core.generation.generate import PromptTooLong as PromptTooLong
     from rlhf_core.generation.generate import prompt_batch as prompt_batch
     from rlhf_core.generation.logprob_gap import logprob_gap as logprob_gap
     from rlhf_core.generation.lookup_drafts import NgramDrafter as NgramDrafter
@@ -207,7 +208,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.generation.drafting": "DraftRow Drafter Drafts Guesses",
         "rlhf_core.generation.engine": "Engine whole_count",
         "rlhf_core.generation.ensemble_backend": "EnsembleBackend checked_weights",
-        "rlhf_core.generation.generate": "prompt_batch",
+        "rlhf_core.generation.generate": "PromptTooLong prompt_batch",
         "rlhf_core.generation.logprob_gap": "logprob_gap",
         "rlhf_core.generation.lookup_drafts": "NgramDrafter SuffixDrafter",
         "rlhf_core.generation.model_step_readers": "ModelStepReader ProcessRewardReader ValueReader",

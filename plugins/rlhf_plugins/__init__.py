@@ -76,6 +76,8 @@ if TYPE_CHECKING:
     from rlhf_plugins.samplers.mcts import MCTSGenerator as MCTSGenerator
     from rlhf_plugins.samplers.particles import ParticlesConfig as ParticlesConfig
     from rlhf_plugins.samplers.particles import ParticlesSampler as ParticlesSampler
+    from rlhf_plugins.samplers.refine import IterativeRefiner as IterativeRefiner
+    from rlhf_plugins.samplers.refine import RefineConfig as RefineConfig
     from rlhf_plugins.samplers.speculative import SpeculativeConfig as SpeculativeConfig
     from rlhf_plugins.samplers.speculative import SpeculativeDecoder as SpeculativeDecoder
     from rlhf_plugins.trainers.cpo import CPOConfig as CPOConfig
@@ -143,6 +145,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_plugins.samplers.generate": "GenerateConfig GenerateSampler",
         "rlhf_plugins.samplers.mcts": "MCTSConfig MCTSGenerator",
         "rlhf_plugins.samplers.particles": "ParticlesConfig ParticlesSampler",
+        "rlhf_plugins.samplers.refine": "IterativeRefiner RefineConfig",
         "rlhf_plugins.samplers.speculative": "SpeculativeConfig SpeculativeDecoder",
         "rlhf_plugins.trainers.cpo": "CPOConfig CPOTrainer",
         "rlhf_plugins.trainers.distill": "DistillationConfig DistillationTrainer",
