@@ -52,8 +52,12 @@ gpu:
 smollm2: $(STAMP)
 	$(BIN)/python examples/fetch_smollm2.py
 
+# Write what is derived from the code, then the site, which fails where a link or an anchor leads nowhere.
 docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
 	$(BIN)/python docs/generate.py
+	$(BIN)/python -m mkdocs build --strict --quiet
+	@echo "the site is build/site/index.html"
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,4 +1,4 @@
-"""Write what is derived from the code: docs/configuration.md, docs/plugin.md, and the tables in README.md and docs/hooks.md.
+"""Write what is derived from the code: docs/{configuration,plugin,components,papers}.md, tables in README.md and docs/hooks.md.
 
 python docs/generate.py            write them
 python docs/generate.py --check    exit 1 where one is stale
@@ -10,6 +10,7 @@ import ast
 import importlib
 import inspect
 import itertools
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from rlhf_core.merging.config import MergeConfig, ModelEntry
 from rlhf_core.merging.layer_values import LayerValues
 from rlhf_core.models.model_reward import ScoringModelConfig
 from rlhf_core.pipeline.recipe import Recipe
+from rlhf_core.policy_gradient.part_table import PartTable
 from rlhf_core.registry.hooks import EVENTS, Events
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,6 +39,8 @@ def main() -> int:
     pages = {
         ROOT / "docs/configuration.md": configuration(),
         ROOT / "docs/plugin.md": plugin_names(),
+        ROOT / "docs/components.md": components(),
+        ROOT / "docs/papers.md": papers(),
         ROOT / "README.md": filled("README.md", "methods", methods()),
         ROOT / "docs/hooks.md": filled("docs/hooks.md", "events", events()),
     }
@@ -189,6 +193,9 @@ def rewards() -> list[str]:
     for plugin in own_plugins("reward"):
         config: type[BaseConfig] = registry.get("reward", plugin.name).Config  # type: ignore[attr-defined]
         lines += ["", f"### Reward `{plugin.name}`", "", plugin.summary, "", *option_table(config)]
+        for name, group in groups(config):
+            if group is not ScoringModelConfig:
+                lines += ["", f"### `{name}`", "", *paragraph(group), "", *option_table(group, prefix=f"{name}.")]
     lines += ["", "### `model`", "", *paragraph(ScoringModelConfig), ""]
     return lines + option_table(ScoringModelConfig, prefix="model.")
 
@@ -235,9 +242,13 @@ def recipes() -> list[str]:
         "",
     ]
     lines += option_table(Recipe)
-    for name, group in groups(Recipe):
+    for name, group in every_group(Recipe):
         lines += ["", f"### `{name}`", "", *paragraph(group), "", *option_table(group, prefix=f"{name}.")]
-    return [*lines, "", "### `kind: improve`", "", *paragraph(ImprovementConfig), "", *option_table(ImprovementConfig)]
+    lines += ["", "### `kind: improve`", "", *paragraph(ImprovementConfig), "", *option_table(ImprovementConfig)]
+    for name, group in groups(ImprovementConfig):
+        if group not in SHARED_GROUPS:
+            lines += ["", f"### `{name}`", "", *paragraph(group), "", *option_table(group, prefix=f"{name}.")]
+    return lines
 
 
 def option_table(config: type[BaseModel], *, prefix: str = "", only: list[str] | None = None) -> list[str]:
@@ -245,10 +256,9 @@ def option_table(config: type[BaseModel], *, prefix: str = "", only: list[str] |
     for row in option_rows(config, prefix):
         if only is not None and row.name not in only:
             continue
+        anchor = SHARED_GROUPS.get(row.group, row.name).replace(".", "") if row.group is not None else ""
         default = row.default if row.default == "required" else f"`{row.default}`" if row.default else "see below"
-        kind = (
-            row.kind.replace("group", f"[group](#{row.name.replace('.', '')})") if row.group is not None else row.kind
-        )
+        kind = row.kind.replace("group", f"[group](#{anchor})") if anchor else row.kind
         lines.append(f"| `{row.name}` | {kind} | {default} | {row.meaning.replace('|', chr(92) + '|')} |")
     return lines
 
@@ -264,8 +274,189 @@ def every_group(config: type[BaseModel], prefix: str = "") -> Iterator[tuple[str
             yield from every_group(row.group, f"{row.name}.")
 
 
+SHARED_GROUPS = {group: name for name, group in every_group(TrainerConfig)}
+"""The groups of every trainer, which have one section, wherever else they are used."""
+
+
 def paragraph(config: type[BaseModel]) -> list[str]:
     return [" ".join(line.strip() for line in (config.__doc__ or "").strip().splitlines() if line.strip())]
+
+
+def components() -> str:
+    """Return the page that names everything public: what the packages export, every method, every part."""
+    lines = [
+        "# Components",
+        "",
+        "<!-- Generated from the code by `make docs`; edit the docstrings. -->",
+        "",
+        "Every public name of the project, where it is defined, and the page that says most about it. A program imports from",
+        "`rlhf_core`, a plugin from `rlhf_core.plugin`; methods are found by name (`rlhf list`, `rlhf show NAME`), and",
+        "[papers.md](papers.md) has their sources.",
+        "",
+        "## Names to import",
+        "",
+        "| name | from | what it is | defined in | more |",
+        "|---|---|---|---|---|",
+    ]
+    homes = {module: dict(offered(module)) for module in ("rlhf_core", "rlhf_core.plugin")}
+    for name in sorted({*homes["rlhf_core"], *homes["rlhf_core.plugin"]}, key=str.casefold):
+        places = [module for module in homes if name in homes[module]]
+        home = homes[places[0]][name]
+        source = source_link(defining_module(name, home))
+        packages = ", ".join(f"`{module}`" for module in places)
+        lines.append(f"| `{name}` | {packages} | {summary(name, home)} | {source} | {page_about(name)} |")
+    for kind, title in {**KINDS, "hook": "Hooks"}.items():
+        lines += ["", f"## {title}", "", "| name | class | what it does | options | defined in | more |"]
+        lines.append("|---|---|---|---|---|---|")
+        for plugin in own_plugins(kind):
+            module, _, cls = plugin.target.partition(":")
+            anchor = {"trainer": plugin.name, "merger": plugin.name, "reward": f"reward-{plugin.name}"}.get(kind)
+            options = f"[options](configuration.md#{anchor})" if anchor else f"`rlhf show {plugin.name}`"
+            about = page_about(cls, plugin.name)
+            lines.append(
+                f"| `{plugin.name}` | `{cls}` | {plugin.summary} | {options} | {source_link(module)} | {about} |"
+            )
+    lines += [
+        "",
+        "## Parts of a policy gradient",
+        "",
+        "[policy-gradient.md](policy-gradient.md) tells how they are used.",
+    ]
+    for title, table in part_tables():
+        lines += ["", f"### `{title}`", "", "| name | what it does | defined in |", "|---|---|---|"]
+        for name, part in own_parts(table):
+            lines.append(f"| `{name}` | {first_paragraph(part)} | {source_link(part.__module__)} |")
+    return "\n".join(lines) + "\n"
+
+
+def part_tables() -> Iterator[tuple[str, PartTable]]:
+    plugin = importlib.import_module("rlhf_core.plugin")
+    for name, _ in offered("rlhf_core.plugin"):
+        if isinstance(table := getattr(plugin, name), PartTable):
+            yield name, table
+
+
+def own_parts(table: PartTable) -> list[tuple[str, object]]:
+    """Return a table's parts that are the project's own, whatever else is installed."""
+    found = [(name, table.get(name)) for name in table.names()]
+    return [(name, part) for name, part in found if part.__module__.startswith("rlhf_core.")]
+
+
+def defining_module(name: str, home: str) -> str:
+    """Return the module where a name is defined; a constant's is taken to be the one that it is imported from."""
+    there = importlib.import_module(home)
+    value = getattr(there, name, there)
+    if inspect.ismodule(value):
+        return f"{home}.{name}"
+    return str(getattr(value, "__module__", home)) if inspect.isclass(value) or inspect.isroutine(value) else home
+
+
+def source_file(module: str) -> Path:
+    return Path(inspect.getsourcefile(importlib.import_module(module)) or "").resolve().relative_to(ROOT)
+
+
+def source_link(module: str) -> str:
+    path = source_file(module).as_posix()
+    return f"[{path.removeprefix('plugins/')}](../{path})"
+
+
+def first_paragraph(value: object) -> str:
+    return (inspect.getdoc(value) or "").split("\n\n")[0].replace("\n", " ").replace("|", "\\|")
+
+
+WRITTEN = sorted(
+    path
+    for path in (ROOT / "docs").glob("*.md")
+    if path.stem
+    not in ("index", "configuration", "plugin", "components", "papers", "glossary", "journey", "benchmarks")
+)
+"""The pages that tell how something is used."""
+
+
+def page_about(*names: str) -> str:
+    """Return a link to the page whose code says one of the names most often."""
+    pattern = re.compile("|".join(rf"\b{re.escape(name)}\b" for name in names))
+    best, most = None, 0
+    for path in WRITTEN:
+        code = re.findall(r"^```.*?^```|`[^`\n]+`", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+        if (count := len(pattern.findall("\n".join(code)))) > most:
+            best, most = path.name, count
+    return f"[{best}]({best})" if best else "—"
+
+
+ARXIV = re.compile(r"arXiv (\d{4}\.\d{4,5})")
+AUTHORS = re.compile(r"[A-Z][\w'’-]+(?: et al\.| (?:&|and) [A-Z][\w'’-]+| team)? (?:19|20)\d\d")
+"""Authors and year, as docstrings cite them: `Shao et al. 2024`, `Davari & Belilovsky 2024`, `MiniMax 2025`."""
+
+
+def cited(text: str) -> dict[str, str]:
+    """Return the papers that a text names by arXiv number, each with the authors and year before the number, or nothing."""
+    found: dict[str, str] = {}
+    flat = re.sub(r"\s+(?:# )?", " ", text)
+    end = 0
+    for match in ARXIV.finditer(flat):
+        authors = AUTHORS.findall(flat[max(end, match.start() - 120) : match.start()])
+        found[match[1]] = found.get(match[1]) or (authors[-1] if authors else "")
+        end = match.end()
+    return found
+
+
+def papers() -> str:
+    """Return the page of sources: each arXiv number in the code, by the method, part or file that cites it."""
+    everything = sorted([*(ROOT / "rlhf_core").rglob("*.py"), *(ROOT / "plugins").rglob("*.py")])
+    authors: dict[str, str] = {}
+    for path in everything:
+        for number, who in cited(path.read_text(encoding="utf-8")).items():
+            authors[number] = authors.get(number) or who
+
+    def links(numbers: dict[str, str]) -> str:
+        named = sorted((authors[number] or f"arXiv {number}", number) for number in numbers)
+        return ", ".join(f"[{name}](https://arxiv.org/abs/{number})" for name, number in named)
+
+    lines = [
+        "# Papers by method",
+        "",
+        "<!-- Generated from the arXiv numbers in the code by `make docs`; edit the docstrings. -->",
+        "",
+        "The papers that the code cites by arXiv number. Docstrings name equations and sections, and where the code deviates.",
+        "Sources that aren't on arXiv stand in the docstrings alone.",
+    ]
+    seen: set[Path] = set()
+    for kind, title in KINDS.items():
+        lines += ["", f"## {title}", "", "| method | papers |", "|---|---|"]
+        for plugin in own_plugins(kind):
+            files = method_files(plugin.target.partition(":")[0])
+            seen |= files
+            numbers = cited("\n\n".join((ROOT / path).read_text(encoding="utf-8") for path in sorted(files)))
+            if numbers:
+                lines.append(f"| `{plugin.name}` | {links(numbers)} |")
+    for title, table in part_tables():
+        rows = [(name, cited(inspect.getdoc(part) or "")) for name, part in own_parts(table)]
+        seen |= {source_file(part.__module__) for _, part in own_parts(table)}
+        if any(numbers for _, numbers in rows):
+            lines += ["", f"## Parts: `{title}`", "", "| part | papers |", "|---|---|"]
+            lines += [f"| `{name}` | {links(numbers)} |" for name, numbers in rows if numbers]
+    lines += ["", "## In the core", "", "| file | papers |", "|---|---|"]
+    for path in everything:
+        numbers = cited(path.read_text(encoding="utf-8"))
+        if numbers and path.relative_to(ROOT) not in seen:
+            where = path.relative_to(ROOT).as_posix()
+            lines.append(f"| [{where.removeprefix('plugins/')}](../{where}) | {links(numbers)} |")
+    return "\n".join(lines) + "\n"
+
+
+def method_files(module: str) -> set[Path]:
+    """Return the file of a method and those of the modules beside it that it imports and that aren't methods themselves."""
+    others = {plugin.target.partition(":")[0] for kind in KINDS for plugin in own_plugins(kind)}
+    found: set[str] = set()
+    waiting = {module}
+    while waiting:
+        one = waiting.pop()
+        found.add(one)
+        tree = ast.parse((ROOT / source_file(one)).read_text(encoding="utf-8"))
+        imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+        waiting |= {name for name in imported if name.startswith("rlhf_plugins.")} - found - others
+    return {source_file(one) for one in found}
 
 
 if __name__ == "__main__":
