@@ -316,7 +316,7 @@ class Drafts:
         own = self._draft_seconds[_size_class(rows)]
         if not own:
             return min(2, self.most)
-        seconds, best, best_rate, likely = min(own), 0, LEAST_GAIN / self.costs.seconds(rows), 0.0
+        seconds, best, best_rate, likely = median_high(own), 0, LEAST_GAIN / self.costs.seconds(rows), 0.0
         for depth in range(1, self.most + 1):
             likely += self._depths.of(depth - 1)
             rate = (1 + likely) / (self.costs.seconds(rows, rows * depth) + depth * seconds)
