@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from rlhf_core.evaluation.evaluation_report import EvaluationReport as EvaluationReport
     from rlhf_core.evaluation.evaluator import RLHFEvaluator as RLHFEvaluator
     from rlhf_core.generation.engine import Engine as Engine
+    from rlhf_core.improvement.adversarial_validator import AdversarialValidator as AdversarialValidator
+    from rlhf_core.improvement.adversarial_validator import over_optimisation as over_optimisation
     from rlhf_core.improvement.capability_tests import CapabilityRegression as CapabilityRegression
     from rlhf_core.improvement.capability_tests import CapabilityResult as CapabilityResult
     from rlhf_core.improvement.capability_tests import CapabilityTester as CapabilityTester
@@ -80,6 +82,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.config.training": "LoraConfig ModelConfig ReferenceConfig TrainerConfig TrainingStage",
         "rlhf_core.data.record_datasets": "GRPODataset KTODataset PreferenceDataset SFTDataset StreamingGRPODataset"
         " StreamingKTODataset StreamingPreferenceDataset StreamingSFTDataset",
+        "rlhf_core.improvement.adversarial_validator": "AdversarialValidator over_optimisation",
         "rlhf_core.improvement.capability_tests": "CapabilityRegression CapabilityResult CapabilityTester",
         "rlhf_core.improvement.elastic_weight_consolidation": "ElasticWeightConsolidation",
         "rlhf_core.infra.errors": "RLHFError",

@@ -222,6 +222,7 @@ def test_pipeline(tmp_path: Path, environment: dict[str, str]) -> None:
 def test_self_improvement(tmp_path: Path, environment: dict[str, str]) -> None:
     printed = run_page("docs/self-improvement.md", tmp_path, environment)
     assert "sums: " in printed and "points, p = " in printed and "penalty at λ = 1: " in printed
+    assert json.loads((tmp_path / "flaws.json").read_text())["gap"]["auc"] == 0
     for line in (tmp_path / "refined.jsonl").read_text().splitlines():
         assert json.loads(line)["details"]["stopped"] in ("no_gain", "critic", "rounds", "no_room")
     suites, rewards = (text for language, text in blocks("docs/self-improvement.md") if language == "yaml")
