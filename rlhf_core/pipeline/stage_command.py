@@ -29,9 +29,14 @@ _ERROR = re.compile(r"^error\[(\w+)\] (.*)$", re.MULTILINE)
 _CHILD = "import sys; from rlhf_core.pipeline.stage_command import child; child(int(sys.argv.pop(1)))"
 _POLL = 0.1
 """Seconds between two looks at whether the process has ended or a signal came."""
-_KINDS = {kind.exit_code: kind for kind in (
-    errors.ConfigError, errors.DataError, errors.ModelError, errors.PluginError, errors.NumbersError, errors.StorageError,
-)}  # fmt: skip
+_KINDS: dict[str, type[RLHFError]] = {
+    kind.code: kind
+    for kind in (
+        errors.ConfigError, errors.DataError, errors.ModelError, errors.PluginError, errors.NumbersError,
+        errors.StorageError, errors.LostProcess, Stopped, Interrupted,
+    )
+}  # fmt: skip
+"""Code in brackets of an error's line → its class."""
 
 
 class RunCommand(Protocol):
@@ -139,19 +144,17 @@ def raise_ended(code: int, text: str, log: Path) -> None:
     if code == 0:
         return
     found = list(_ERROR.finditer(text))
-    message = found[-1][2] if found else f"ended with exit code {code}"
+    if code > 0 and found and found[-1][1] in _KINDS:  # `torchrun` ends with 1, whatever its processes did
+        raise _KINDS[found[-1][1]](found[-1][2])
     if code < 0:
         name = signal.Signals(-code).name
         fix = f"see {log}; the system ends a process by SIGKILL where memory runs out"
         raise LostProcess("the stage's process was ended", got=name, fix=fix)
-    if code == Stopped.exit_code:
-        raise Stopped(message)
-    if code == Interrupted.exit_code:
-        raise Interrupted(message)
-    if code in _KINDS:
-        raise _KINDS[code](message)
-    fault = RLHFError(message, fix=None if found else f"see {log}")
-    raise fault
+    if code in (Stopped.exit_code, Interrupted.exit_code):
+        raise (
+            Stopped("the stage was stopped") if code == Stopped.exit_code else Interrupted("the stage was interrupted")
+        )
+    raise RLHFError(found[-1][2] if found else f"ended with exit code {code}", fix=f"see {log}")
 
 
 def child(parent: int) -> None:
