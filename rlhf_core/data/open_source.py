@@ -79,7 +79,7 @@ def _is_weighted(item: Any) -> bool:
 def check_paths(data: Any) -> None:
     """Raise `DataError` where `data` names a file that doesn't exist. Reads nothing, so it can run before a model is loaded."""
     for path, _ in data_files(data) or []:
-        if not _exists(path) and not _is_hub_name(path) and not _matched(path):
+        if not _exists(path) and not _is_hub_name(path) and not matching_files(path):
             raise _no_such_file(path)
 
 
@@ -108,7 +108,7 @@ def _exists(name: str | Path) -> bool:
         return False
 
 
-def _matched(name: str | Path) -> list[Path]:
+def matching_files(name: str | Path) -> list[Path]:
     """Return the files that a pattern such as `rows/*.jsonl` matches, in the order of their names."""
     if not {*str(name)} & {*"*?["}:
         return []
@@ -137,7 +137,7 @@ def _is_hub_name(name: str | Path) -> bool:
 def _named(name: str | Path, split: str, streaming: bool) -> list[RowSource]:
     """Return the sources that a path, pattern, folder or hub name stands for."""
     if not _exists(name):
-        if matched := _matched(name):
+        if matched := matching_files(name):
             return [_file(path) for path in matched]
         if not _is_hub_name(name):
             raise _no_such_file(name)

@@ -10,7 +10,7 @@ from rlhf_core.config.yaml_file import dump_yaml
 from rlhf_core.improvement.capability_tests import CapabilityChange, CapabilityResult, CapabilityTester
 from rlhf_core.infra.files import replace_file
 from rlhf_core.pipeline.stage_command import RunCommand
-from rlhf_core.pipeline.stage_fingerprint import content_of, fingerprint
+from rlhf_core.pipeline.stage_fingerprint import content_of, contents, fingerprint
 
 
 class CapabilityGuard:
@@ -26,15 +26,19 @@ class CapabilityGuard:
     def __init__(self, config: CapabilityTestsConfig, directory: Path, run: RunCommand, seed: int) -> None:
         self._tester = CapabilityTester(config)
         self._config, self._directory, self.run, self._seed = config, directory, run, seed
+        values = config.model_dump(mode="json")
+        files = contents(values)
+        self._suites = {"suites": values["suites"], "files": files}
+        self.rules = fingerprint({"tests": values, "files": files})
+        """What a verdict depends on besides the policies: suites with the content of their files, and what is a regression."""
 
     def test(self, policy: str) -> CapabilityResult:
         """Return how a policy does; a result of the same weights and suites is taken from the file."""
         self._directory.mkdir(parents=True, exist_ok=True)
         suites = self._directory / "suites.yaml"
         values = self._config.model_dump(mode="json")
-        # Content of prompts and validators is compared by the results themselves.
         key = fingerprint(
-            {"policy": content_of(Path(policy).expanduser()) or policy, "suites": values, "seed": self._seed}
+            {"policy": content_of(Path(policy).expanduser()) or policy, **self._suites, "seed": self._seed}
         )
         result = self._directory / f"{key[:16]}.json"
         if not result.exists():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rlhf_core.config.training import DatasetConfig
 from rlhf_core.contracts.records import RECORDS
-from rlhf_core.data.open_source import check_paths, open_source
+from rlhf_core.data.open_source import check_paths, matching_files, open_source
 from rlhf_core.data.row_checker import RowChecker
 from rlhf_core.data.row_source import Row
 from rlhf_core.infra.errors import DataError, RLHFError
@@ -21,7 +21,7 @@ _TELLING = tuple(name for name in RECORDS if name != "prompt")
 def check_first_rows(
     path: str, record: str, options: DatasetConfig, split: str, *, consumer: str, place: str
 ) -> list[RLHFError]:
-    """Return what is wrong with a file or folder: that it isn't there, or that one of its first rows doesn't fit.
+    """Return what is wrong with a file, folder or pattern: that it isn't there, or that one of its first rows doesn't fit.
 
     A hub name isn't opened.
 
@@ -32,7 +32,7 @@ def check_first_rows(
     """
     try:
         check_paths(path)
-        if not Path(path).expanduser().exists():
+        if not Path(path).expanduser().exists() and not matching_files(path):
             return []
         checker = RowChecker(record, options.columns, format=options.format, ignored=options.ignore_columns)
         first: Row | None = None

@@ -18,7 +18,7 @@ from rlhf_core.infra.errors import ConfigError, DataError, RLHFError
 from rlhf_core.infra.files import replace_file
 from rlhf_core.infra.seeds import stream_seed
 from rlhf_core.pipeline.recipe import every_error
-from rlhf_core.pipeline.run_metrics import training_gain
+from rlhf_core.pipeline.run_metrics import read_rows, training_gain
 from rlhf_core.pipeline.stage import POLICY, Find, Need, Product, Stage, StageWork, check_model
 from rlhf_core.pipeline.stage_references import MODEL, references, resolved
 from rlhf_core.pipeline.train_stage import train
@@ -133,7 +133,7 @@ class ImproveStage(Stage):
         ]
         flags += [f"--data={samples}", f"--output={scored}", f"--score-column={_SCORE}", f"--runs-in={check.runs_in}"]
         work.run(["score", check.name, *flags, *_more(scored)], log=log)
-        rows = list(kept_rows(_rows(scored), config, prompt=self._prompt_column(config)))
+        rows = list(kept_rows(read_rows(scored), config, prompt=self._prompt_column(config)))
         if not rows:
             raise DataError(
                 f"no completion of round {number} scored {config.at_least:g} or more, so there is nothing to train on",
@@ -207,13 +207,14 @@ def _several(row: Mapping[str, Any], column: str) -> list[Any]:
 
 def _counts(scored: Path, kept: Path, config: ImprovementConfig) -> dict[str, Any]:
     """Return how many completions of a round were right, and how many are trained on."""
-    scores = [score for row in _rows(scored) for score in _several(row, _SCORE)]
+    scores = [score for row in read_rows(scored) for score in _several(row, _SCORE)]
     right = sum(score >= config.at_least for score in scores)
-    return {"completions": len(scores), "right": right, "share_right": right / len(scores), "kept": len(_rows(kept))}
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {
+        "completions": len(scores),
+        "right": right,
+        "share_right": right / len(scores),
+        "kept": len(read_rows(kept)),
+    }
 
 
 def _more(output: Path) -> list[str]:

@@ -144,7 +144,8 @@ class PipelineRun:
         inputs = made_from(stage, self._find)
         known = self.record.stage(stage.entry.name)
         continued = self._ready(stage, known, inputs)
-        result = self._kept(stage, known) if continued and known.get("status") in KEPT else None
+        kept = continued and known.get("status") in KEPT and self._judged_alike(stage, known)
+        result = self._kept(stage, known) if kept else None
         if result is None:
             result = self._do(stage, inputs, continued=continued)
         self._adopt(stage, result)
@@ -201,6 +202,10 @@ class PipelineRun:
             return False
         return True
 
+    def _judged_alike(self, stage: Stage, known: dict[str, Any]) -> bool:
+        """Return whether a stage's policy was tested as the recipe says now; else it is tested again, not made again."""
+        return not stage.makes_policy or known.get("guarded_by") == self._rules
+
     def _kept(self, stage: Stage, known: dict[str, Any]) -> StageResult | None:
         """Return the result of a stage that an earlier process has run; None where it failed, and is tried again."""
         rolled_back = known["status"] == "rolled_back"
@@ -238,7 +243,7 @@ class PipelineRun:
         self.record.update_stage(
             name, status="running", fingerprint=fingerprint(inputs), inputs=inputs, reason=None, exit_code=None,
             started=known.get("started") if continued and known.get("started") else now(), ended=None,
-            input_model=self._relative(base), **self._facts(stage),
+            input_model=self._relative(base), guarded_by=self._rules, capabilities=None, **self._facts(stage),
         )  # fmt: skip
         self.record.event(
             "stage_resumed" if continued else "stage_started", stage=name, input_model=self._relative(base)
@@ -343,6 +348,11 @@ class PipelineRun:
         self.results.append(result)
 
     # Names and places
+
+    @property
+    def _rules(self) -> str | None:
+        """What policies are tested by; None where they aren't."""
+        return None if self._guard is None else self._guard.rules
 
     def _find(self, stage: str, product: str) -> str:
         return self._made[stage, product]

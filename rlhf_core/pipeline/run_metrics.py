@@ -22,13 +22,15 @@ def run_metrics(directory: Path) -> dict[str, Any]:
     first: dict[str, float] = {}
     last: dict[str, float] = {}
     tokens = seconds = 0.0
-    for row in _rows(directory / "metrics.jsonl"):
+    for row in read_rows(directory / "metrics.jsonl"):
         tokens += row.get("tokens", 0)
         seconds += row.get("seconds", 0)
         numbers = {name: value for name, value in row.items() if _is_result(name, value)}
         first, last = {**numbers, **first}, {**last, **numbers}
     evaluations = {
-        event["step"]: event["metrics"] for event in _rows(directory / "events.jsonl") if event["event"] == "evaluated"
+        event["step"]: event["metrics"]
+        for event in read_rows(directory / "events.jsonl")
+        if event["event"] == "evaluated"
     }
     if evaluations:
         last |= evaluations[max(evaluations)]
@@ -43,9 +45,11 @@ def _is_result(name: str, value: Any) -> bool:
     return isinstance(value, int | float) and not is_timing(name) and not name.startswith("eval_")
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a log; none where there is no such file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    # Texts of events may hold other ends of lines, such as U+2028, at which `str.splitlines` would cut a row.
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+    return [json.loads(line) for line in lines if line]
 
 
 def training_gain(metrics: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core.config.yaml_file import flatten
+from rlhf_core.data.open_source import matching_files
 from rlhf_core.infra.errors import RLHFError
 from rlhf_core.infra.files import sha256_of
 from rlhf_core.infra.model_files import file_hashes
@@ -27,11 +28,16 @@ def made_from(stage: Stage, find: Find) -> dict[str, Any]:
         find: gives the paths of products, which exist.
     """
     options = redact(stage.identity())
-    files = {text: digest for text in sorted(named_paths(options)) if (digest := content_of(Path(text).expanduser()))}
+    files = contents(options)
     products = {str(one): content_of(Path(find(one.stage, one.product))) for one in stage.references}
     plugin = stage.plugin
     method = None if plugin is None else f"{plugin.qualified} {plugin.version}"
     return {"options": options, "method": method, "files": files, "products": products}
+
+
+def contents(options: Any) -> dict[str, str]:
+    """Return the path of each file, model, folder or pattern that some options name → the digest of its content."""
+    return {text: digest for text in sorted(named_paths(options)) if (digest := content_of(Path(text).expanduser()))}
 
 
 def fingerprint(inputs: Mapping[str, Any]) -> str:
@@ -57,11 +63,12 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def content_of(path: Path) -> str | None:
-    """Return a digest of a file's, a model's or a folder's content; None where there is none."""
+    """Return a digest of the content of a file, a model, a folder, or the files of a pattern; None where there is none."""
     if path.is_file():
         return sha256_of(path).sha256
     if not path.is_dir():
-        return None
+        matching = {str(file): sha256_of(file).sha256 for file in matching_files(path)}
+        return fingerprint(matching) if matching else None
     try:
         hashes = file_hashes(str(path)) if _is_model(path) else _folder(path)
     except RLHFError:  # an adapter whose base is gone

@@ -179,18 +179,20 @@ class GenerationRequest(BaseModel):
         Raises:
             RequestError: a value is out of its range.
         """
-        values = {
-            "max_new_tokens": max_new_tokens,
-            "temperature": float(self.temperature),
-            "top_p": float(self.top_p),
-            "top_k": max(self.top_k, 0),
-            "min_p": float(self.min_p),
-            "stop": self.stops,
-        }
         try:
+            values = {
+                "max_new_tokens": max_new_tokens,
+                "temperature": float(self.temperature),
+                "top_p": float(self.top_p),
+                "top_k": max(self.top_k, 0),
+                "min_p": float(self.min_p),
+                "stop": self.stops,
+            }
             return SamplingConfig.parse(values, place="request")
         except RLHFError as error:
             raise RequestError(str(error)) from None
+        except OverflowError:  # a whole number of hundreds of digits
+            raise RequestError("`temperature`: is too large", param="temperature") from None
 
 
 class ChatRequest(GenerationRequest):

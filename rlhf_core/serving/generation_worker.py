@@ -169,6 +169,9 @@ class GenerationWorker:
         except RLHFError as error:
             self._remove(batch, job)
             self._fail([job], error)
+        except Exception as error:
+            self._fail([job], error)  # it may be in no list yet; `_serve` fails the others
+            raise
         else:
             self._to_score += [(job, index) for index in range(len(job.scored))]
 
@@ -191,13 +194,11 @@ class GenerationWorker:
     def _score(self, batch: OpenBatch) -> None:
         """Score some of the prompts that wait for it, in one pass, and deliver what was found."""
         chosen: list[tuple[Job, int, Sequence[int], int]] = []
-        while self._to_score:
-            job, index = self._to_score[0]
+        for job, index in self._to_score:
             ids, top = job.scored[index]
             if chosen and sum(len(each) for _, _, each, _ in chosen) + len(ids) > SCORED_AT_ONCE:
                 break
             chosen.append((job, index, ids, top))
-            self._to_score.pop(0)
         longer = [each for each in chosen if len(each[2]) > 1]
         found: dict[tuple[Job, int], ScoredTokens] = {}
         if longer:
@@ -213,6 +214,8 @@ class GenerationWorker:
                     self._fail([job], error)
                 return
             found = {(job, index): tokens for (job, index, *_), tokens in zip(longer, scored, strict=True)}
+        # Only now: a job that is in no list would wait for ever where an error ends the batch.
+        del self._to_score[: len(chosen)]
         for job, index, *_ in chosen:
             job.deliver(ScoredPrompt(index, found.get((job, index))))
 

@@ -162,6 +162,13 @@ def test_a_capability_that_is_lost_rolls_back(pipeline: Any, recorded: Any, fold
         again = pipeline(harm, mild, **keys)
         assert again.run_full_pipeline(resume=True).exit_code == CapabilityRegression.exit_code
         assert "rolled back before" in told(again) and "begun" not in told(again)
+        # Tests that ask for other things judge the trained policy anew.
+        trained = (folder / "out/stages/01-harm/run.json").stat().st_mtime_ns
+        for threshold, code in ((200.0, 0), (5.0, CapabilityRegression.exit_code)):
+            tests = {**keys["capabilities"], "threshold": threshold}
+            judged = pipeline(harm, **{**keys, "capabilities": tests})
+            assert judged.run_full_pipeline(resume=True).exit_code == code
+        assert (folder / "out/stages/01-harm/run.json").stat().st_mtime_ns == trained
 
 
 def test_a_resume_keeps_what_is_the_same_and_replaces_what_changed_when_told(pipeline: Any, folder: Path) -> None:

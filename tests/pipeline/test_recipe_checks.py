@@ -150,3 +150,11 @@ def test_python_gets_all_mistakes_in_one_error(folder: Path) -> None:
     with pytest.raises(RecipeError, match="mistakes in the recipe") as raised:
         RLHFOrchestrator("bad.yaml").run_full_pipeline()
     assert len(raised.value.errors) >= 14
+
+
+def test_the_files_of_a_pattern_are_checked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "rows").mkdir()
+    (folder / "rows/a.jsonl").write_text((folder / "preference.jsonl").read_text())
+    (folder / "bad.yaml").write_text("model: model\noutput: out\nstages: [{method: sft, data: rows/*.jsonl}]\n")
+    assert main(["validate", "bad.yaml"]) == 3
+    assert "`sft` consumes rows of the record type `sft`" in capsys.readouterr().err

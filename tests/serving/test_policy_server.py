@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import queue
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from rlhf_core.contracts.completion import Completion
 from rlhf_core.generation.engine import Engine
 from rlhf_core.generation.generate import prompt_batch
 from rlhf_core.models import PolicyModel
+from rlhf_core.serving.generation_worker import Failure, GenerationWorker, Job, Wanted
 from rlhf_core.serving.server import PolicyServer, ServerOptions
 from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
 
@@ -289,6 +291,7 @@ def test_a_body_must_be_json_of_a_bounded_size(server: PolicyServer) -> None:
         ({"user": "me"}, "user", "isn't supported"),
         ({"extra_body": {"temprature": 1}}, "temprature", "did you mean `temperature`"),
         ({"temperature": -1}, "temperature", "greater than or equal to 0"),
+        ({"temperature": 10**400}, "temperature", "too large"),
         ({"top_p": 0}, "top_p", "greater than 0"),
         ({"n": 0}, "n", "greater than or equal to 1"),
         ({"n": 41}, "n", "at most 40"),
@@ -367,6 +370,26 @@ def test_what_goes_wrong_while_drawing_is_told(policy: PolicyModel) -> None:
                 asking.completions.create(model="tiny", prompt=ids)
         with pytest.raises(openai.APIError, match="aren't finite"):
             list(asking.completions.create(model="tiny", prompt=ids, stream=True))
+
+
+def test_a_fault_while_prompts_are_scored_leaves_nobody_waiting(
+    policy: PolicyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("a fault")
+
+    engine = Engine(policy)
+    monkeypatch.setattr(engine, "score_with_top", fails)
+    worker = GenerationWorker(engine)
+    drawing, scoring = queue.SimpleQueue[Any](), queue.SimpleQueue[Any]()
+    # The second job joins the batch of the first, and asks for nothing but its prompt's probabilities.
+    worker.submit(Job([Wanted([10, 11], 1, SamplingConfig(max_new_tokens=40), chat=False)], drawing.put))
+    worker.submit(Job([], scoring.put, [([10, 11], 0)]))
+    worker.start()
+    try:
+        assert all(isinstance(events.get(timeout=60), Failure) for events in (drawing, scoring))
+    finally:
+        worker.stop()
 
 
 def test_a_server_that_ends_lets_requests_end(policy: PolicyModel) -> None:
