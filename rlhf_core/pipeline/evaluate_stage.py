@@ -15,7 +15,7 @@ from rlhf_core.generation.sampling_job import read_run_prompts
 from rlhf_core.infra.errors import ConfigError, RLHFError
 from rlhf_core.infra.files import replace_file
 from rlhf_core.pipeline.recipe import every_error
-from rlhf_core.pipeline.stage import POLICY, Find, Need, Product, Stage, StageWork, check_model
+from rlhf_core.pipeline.stage import POLICY, Find, Need, Product, Stage, StageWork, check_model, reward_needs
 from rlhf_core.pipeline.stage_references import MODEL, references, resolved, written
 from rlhf_core.registry.method_or_file import GivenValues
 
@@ -61,7 +61,8 @@ class EvaluateStage(Stage):
         policies = [
             Need(key, (POLICY,), "a policy, which completes prompts") for key in (MODEL, _REFERENCE, "baseline")
         ]
-        return [*policies, Need(_COMPARE, (EVALUATION,), "an earlier stage of the kind `evaluate`")]
+        rewards = [need for key in _REWARDS for need in reward_needs(key, self.values.get(key))]
+        return [*policies, *rewards, Need(_COMPARE, (EVALUATION,), "an earlier stage of the kind `evaluate`")]
 
     def check(self, find: Find) -> list[RLHFError]:
         errors: list[RLHFError] = []

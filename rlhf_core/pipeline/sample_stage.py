@@ -14,7 +14,7 @@ from rlhf_core.generation.sampling_job import load_sampling_job
 from rlhf_core.infra.errors import ConfigError, RLHFError, shortened
 from rlhf_core.infra.files import read_json, replace_file, replace_json
 from rlhf_core.pipeline.recipe import every_error
-from rlhf_core.pipeline.stage import DATA, POLICY, Find, Need, Product, Stage, StageWork, check_model
+from rlhf_core.pipeline.stage import DATA, POLICY, Find, Need, Product, Stage, StageWork, check_model, reward_needs
 from rlhf_core.pipeline.stage_references import MODEL, ROWS, references, resolved, spelled_out
 from rlhf_core.registry.method_or_file import GivenValues, find_method
 
@@ -88,7 +88,15 @@ class SampleStage(Stage):
         return found
 
     def _needs(self) -> Sequence[Need]:
-        return [Need(MODEL, (POLICY,), "a policy, which completes prompts")]
+        samplers = self.values.get(SAMPLERS) if self.compares else None
+        groups = {"": self.values} | {f"{SAMPLERS}.{at}.": one for at, one in enumerate(samplers or [])}
+        rewards = [
+            need
+            for at, group in groups.items()
+            for role in sorted(self.roles)
+            for need in reward_needs(f"{at}{role}", group.get(role) if isinstance(group, Mapping) else None)
+        ]
+        return [Need(MODEL, (POLICY,), "a policy, which completes prompts"), *rewards]
 
     def check(self, find: Find) -> list[RLHFError]:
         if not self.known or not isinstance(self.values.get(SAMPLERS, []), list):

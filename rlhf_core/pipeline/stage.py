@@ -56,6 +56,19 @@ class Need:
     """What the key's value is, in words."""
 
 
+_BY_REWARD_MODEL = ("reward_model", "process_reward", "value_model")
+"""Rewards whose `model` is one that was trained to score; a judge's is a policy."""
+
+
+def reward_needs(key: str, rewards: Any) -> list[Need]:
+    """Return what the models of the rewards in a list must be; `key` is the list's own, dotted."""
+    return [
+        Need(f"{key}.{number}", (REWARD, "value"), "a reward model")
+        for number, one in enumerate(rewards if isinstance(rewards, list) else [])
+        if isinstance(one, Mapping) and str(one.get("name")).rpartition(":")[2] in _BY_REWARD_MODEL
+    ]
+
+
 class Stage(ABC):
     """One stage of a recipe, planned: its references are looked up among the earlier stages, its method in the registry.
 

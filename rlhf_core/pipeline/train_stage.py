@@ -20,7 +20,7 @@ from rlhf_core.infra.files import read_json, remove_tree, replace_file
 from rlhf_core.pipeline.first_rows import check_first_rows
 from rlhf_core.pipeline.recipe import every_error
 from rlhf_core.pipeline.run_metrics import run_metrics, training_gain
-from rlhf_core.pipeline.stage import POLICY, REWARD, Find, Need, Product, Stage, StageWork, check_model
+from rlhf_core.pipeline.stage import POLICY, REWARD, Find, Need, Product, Stage, StageWork, check_model, reward_needs
 from rlhf_core.pipeline.stage_command import RunCommand
 from rlhf_core.pipeline.stage_references import MODEL, references, resolved
 from rlhf_core.registry.method_or_file import GivenValues, find_method
@@ -83,7 +83,7 @@ class TrainStage(Stage):
             if POLICY in self.method.roles
             else []
         )
-        return [*model, Need("rewards", (REWARD, "value"), "a reward model")]
+        return [*model, *reward_needs("rewards", self.values.get("rewards"))]
 
     def check(self, find: Find) -> list[RLHFError]:
         if self.method is None:

@@ -158,3 +158,26 @@ def test_the_files_of_a_pattern_are_checked(folder: Path, capsys: pytest.Capture
     (folder / "bad.yaml").write_text("model: model\noutput: out\nstages: [{method: sft, data: rows/*.jsonl}]\n")
     assert main(["validate", "bad.yaml"]) == 3
     assert "`sft` consumes rows of the record type `sft`" in capsys.readouterr().err
+
+
+SFT = {"method": "sft", "data": "sft.jsonl"}
+BY_JUDGE = [{"name": "judge", "options": {"model": "${stages.sft.model}"}}]
+
+
+@pytest.mark.parametrize(
+    ("stage", "wrong"),
+    [
+        ({"method": "grpo", "data": "prompt.jsonl", "reward": "sft"}, True),
+        ({"method": "grpo", "data": "prompt.jsonl", "rewards": BY_JUDGE}, False),
+        ({"kind": "sample", "method": "best_of_n", "prompts": "prompt.jsonl", "reward": "sft"}, True),
+        (
+            {"kind": "sample", "prompts": "prompt.jsonl", "samplers": [{"method": "best_of_n", "reward": ["sft"]}]},
+            True,
+        ),
+        ({"kind": "evaluate", "prompts": "prompt.jsonl", "reward": "sft"}, True),
+        ({"kind": "evaluate", "prompts": "prompt.jsonl", "reward": BY_JUDGE}, False),
+    ],
+)
+def test_a_policy_is_no_reward_model_but_may_be_a_judge(folder: Path, stage: dict[str, object], wrong: bool) -> None:
+    found = [str(error) for error in errors_of(SFT, stage)]
+    assert any("must be a reward model" in error for error in found) == wrong, found
