@@ -88,8 +88,10 @@ class SampleStage(Stage):
         return found
 
     def _needs(self) -> Sequence[Need]:
-        samplers = self.values.get(SAMPLERS) if self.compares else None
-        groups = {"": self.values} | {f"{SAMPLERS}.{at}.": one for at, one in enumerate(samplers or [])}
+        samplers = self.values.get(SAMPLERS)
+        groups = {"": self.values} | {
+            f"{SAMPLERS}.{at}.": one for at, one in enumerate(samplers if isinstance(samplers, list) else [])
+        }
         rewards = [
             need
             for at, group in groups.items()
