@@ -289,33 +289,31 @@ def components() -> str:
         "",
         "<!-- Generated from the code by `make docs`; edit the docstrings. -->",
         "",
-        "Every public name of the project, where it is defined, and the page that says most about it. A program imports from",
+        "Every public name of the project, linked to its definition, and the page that says most of it. A program imports from",
         "`rlhf_core`, a plugin from `rlhf_core.plugin`; methods are found by name (`rlhf list`, `rlhf show NAME`), and",
         "[papers.md](papers.md) has their sources.",
         "",
         "## Names to import",
         "",
-        "| name | from | what it is | defined in | more |",
-        "|---|---|---|---|---|",
+        "| name | from | what it is | more |",
+        "|---|---|---|---|",
     ]
     homes = {module: dict(offered(module)) for module in ("rlhf_core", "rlhf_core.plugin")}
     for name in sorted({*homes["rlhf_core"], *homes["rlhf_core.plugin"]}, key=str.casefold):
         places = [module for module in homes if name in homes[module]]
         home = homes[places[0]][name]
-        source = source_link(defining_module(name, home))
+        link = source_link(name, defining_module(name, home))
         packages = ", ".join(f"`{module}`" for module in places)
-        lines.append(f"| `{name}` | {packages} | {summary(name, home)} | {source} | {page_about(name)} |")
+        lines.append(f"| {link} | {packages} | {summary(name, home)} | {page_about(name)} |")
     for kind, title in {**KINDS, "hook": "Hooks"}.items():
-        lines += ["", f"## {title}", "", "| name | class | what it does | options | defined in | more |"]
-        lines.append("|---|---|---|---|---|---|")
+        lines += ["", f"## {title}", "", "| name | class | what it does | options | more |"]
+        lines.append("|---|---|---|---|---|")
         for plugin in own_plugins(kind):
             module, _, cls = plugin.target.partition(":")
             anchor = {"trainer": plugin.name, "merger": plugin.name, "reward": f"reward-{plugin.name}"}.get(kind)
             options = f"[options](configuration.md#{anchor})" if anchor else f"`rlhf show {plugin.name}`"
             about = page_about(cls, plugin.name)
-            lines.append(
-                f"| `{plugin.name}` | `{cls}` | {plugin.summary} | {options} | {source_link(module)} | {about} |"
-            )
+            lines.append(f"| `{plugin.name}` | {source_link(cls, module)} | {plugin.summary} | {options} | {about} |")
     lines += [
         "",
         "## Parts of a policy gradient",
@@ -323,9 +321,9 @@ def components() -> str:
         "[policy-gradient.md](policy-gradient.md) tells how they are used.",
     ]
     for title, table in part_tables():
-        lines += ["", f"### `{title}`", "", "| name | what it does | defined in |", "|---|---|---|"]
+        lines += ["", f"### `{title}`", "", "| name | what it does |", "|---|---|"]
         for name, part in own_parts(table):
-            lines.append(f"| `{name}` | {first_paragraph(part)} | {source_link(part.__module__)} |")
+            lines.append(f"| {source_link(name, part.__module__)} | {first_paragraph(part)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -355,9 +353,8 @@ def source_file(module: str) -> Path:
     return Path(inspect.getsourcefile(importlib.import_module(module)) or "").resolve().relative_to(ROOT)
 
 
-def source_link(module: str) -> str:
-    path = source_file(module).as_posix()
-    return f"[{path.removeprefix('plugins/')}](../{path})"
+def source_link(name: str, module: str) -> str:
+    return f"[`{name}`](../{source_file(module).as_posix()})"
 
 
 def first_paragraph(value: object) -> str:
