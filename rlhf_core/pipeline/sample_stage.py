@@ -41,14 +41,14 @@ class SampleStage(Stage):
                 ConfigError("has both `method` and `samplers`", place=self.entry.place(SAMPLERS), fix=fix)
             )
         given = self.values.get(SAMPLERS) if self.compares else [{"method": self.entry.method}]
-        if not isinstance(given, list) or not all(isinstance(one, Mapping) for one in given) or not given:
+        self.known = isinstance(given, list) and all(isinstance(one, Mapping) for one in given) and bool(given)
+        if not self.known:
             problem = "`samplers` must be a list of groups, each with `method` and its options"
             self.errors.append(ConfigError(problem, place=self.entry.place(SAMPLERS), got=shortened(given)))
             given = []
         self.roles: set[str] = set()
         self._kinds: dict[str, str] = {}
         """Role → kind of its model."""
-        self.known = True
         for number, one in enumerate(given):
             at = f"{SAMPLERS}.{number}." if self.compares else ""
             places = {"": self.entry.place(at[:-1]), "method": self.entry.place(f"{at}method")}

@@ -131,6 +131,7 @@ def test_places_of_a_recipe_from_python(folder: Path) -> None:
         ({"name": "a", "method": "sft", "data": "sft.jsonl", "model": "a"}, "what it makes itself"),
         ({"kind": "sample", "samplers": "generate", "prompts": "prompt.jsonl"}, "must be a list of groups"),
         ({"kind": "sample", "samplers": 4, "prompts": "prompt.jsonl"}, "must be a list of groups"),
+        ({"kind": "sample", "samplers": ["generate", 3], "prompts": "prompt.jsonl"}, "must be a list of groups"),
         ({"kind": "sample", "method": "generate"}, "`prompts` is missing"),
         ({"kind": "merge", "method": "linear"}, "`models` is missing"),
         ({"kind": "improve", "prompts": "prompt.jsonl", "train": "dpo"}, "consumes `preference`"),
