@@ -40,7 +40,7 @@ class SampleStage(Stage):
             self.errors.append(
                 ConfigError("has both `method` and `samplers`", place=self.entry.place(SAMPLERS), fix=fix)
             )
-        given = self.values.get(SAMPLERS) if self.compares else [{"method": self.entry.method}]
+        given: Any = self.values.get(SAMPLERS) if self.compares else [{"method": self.entry.method}]
         self.known = isinstance(given, list) and all(isinstance(one, Mapping) for one in given) and bool(given)
         if not self.known:
             problem = "`samplers` must be a list of groups, each with `method` and its options"
