@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlhf_core.evaluation.report import write_report
 from rlhf_core.improvement.capability_tests import CapabilityRegression
 from rlhf_core.infra.errors import ConfigError, Interrupted, RLHFError, Stopped, StorageError
 from rlhf_core.infra.files import remove_tree
@@ -19,6 +21,10 @@ from rlhf_core.pipeline.stage_command import RunCommand
 from rlhf_core.pipeline.stage_fingerprint import content_of, differences, fingerprint, made_from
 from rlhf_core.pipeline.stage_references import MODEL, resolved
 
+log = logging.getLogger(__name__)
+
+_BETWEEN_REPORTS = 60.0
+"""Seconds between two reports at least, and before the first: a shorter pipeline would spend a large share of its time on it."""
 KEPT = ("finished", "rolled_back")
 """Statuses of stages that aren't run again while what they are made from is the same."""
 
@@ -85,6 +91,8 @@ class PipelineRun:
         self.results: list[StageResult] = []
         self._made: dict[tuple[str, str], str] = {}
         """(stage, product) → path, of what may be taken."""
+        self._reported = time.monotonic()
+        """When the report was written last, or the pipeline began."""
         self._guard: CapabilityGuard | None = None
         if recipe.capabilities is not None:
             self._guard = CapabilityGuard(recipe.capabilities, plan.output / "capabilities", run, recipe.seed)
@@ -95,6 +103,7 @@ class PipelineRun:
         try:
             for stage in self.plan.stages.values():
                 self.one(stage)
+                self._report()
         except BaseException as error:
             self.fail(error)
             raise
@@ -106,6 +115,7 @@ class PipelineRun:
             self.record.end("done", 0, None, self._relative(self.policy))
         else:
             self.record.end("failed", self.error.exit_code, str(self.error), self._relative(self.policy))
+        self._report()
         self.record.close()
         return PipelineResult(self.plan.output, self.policy, tuple(self.results), self.error)
 
@@ -128,6 +138,18 @@ class PipelineRun:
         self.record.end(
             "stopped" if stopped else "failed", code, str(error) or type(error).__name__, self._relative(self.policy)
         )
+        if not stopped:
+            self._report()
+
+    def _report(self) -> None:
+        """Write `report.html` once a minute has passed since the last one; a fault in it is a warning."""
+        if time.monotonic() - self._reported < _BETWEEN_REPORTS:
+            return
+        try:
+            write_report(self.plan.output)
+        except Exception as error:
+            log.warning("the report couldn't be written: %s", error)
+        self._reported = time.monotonic()
 
     def one(self, stage: Stage) -> StageResult:
         """Run one stage, continue it, or take what it made before.

@@ -182,7 +182,9 @@ def write_pipeline(path: Path, *, seed: int = 0) -> Path:
     kept = {"before": suites(sums=0.5), "after": suites(sums=0.625), "regressions": []}
     good = {"method": "grpo", "tokens": 1200, "output_model": "stages/00-grpo/model", "capabilities": kept}
     write_run(stage("grpo", "policy", **good), seed=seed)
-    lost = {"before": suites(sums=0.625), "after": suites(sums=0.225), "regressions": [{"suite": "sums"}]}
+    change = {"suite": "sums", "difference": estimate(-0.4), "adjusted_p_value": 0.001, "regressed": True}
+    lost = {"before": {"sums": estimate(0.625)}, "after": {"sums": estimate(0.225)}, "changes": [change]}
+    lost |= {"regressions": ["sums: 0.625 → 0.225"]}
     bad = {"status": "rolled_back", "reason": "`sums` fell by 40 points", "capabilities": lost}
     write_run(stage("poison", "policy", method="grpo", **bad), rate=10.0)
     for number, value in enumerate((0.25, 0.375)):
@@ -214,7 +216,8 @@ def write_pipeline(path: Path, *, seed: int = 0) -> Path:
         "method: ties\nmodels:\n- path: stages/00-grpo/model\n  weight: 0.7\n- path: base\n  weight: 0.3\n"
     )
     stages.append({"name": "later", "kind": "evaluate", "status": "waiting", "directory": "stages/06-later"})
-    record = {"status": "finished", "exit_code": 0, "seed": seed, "versions": {"rlhf-core": "0"}, "stages": stages}
+    record = {"status": "finished", "exit_code": 0, "seed": seed, "policy": "stages/00-grpo/model", "stages": stages}
+    record |= {"versions": {"rlhf-core": "0"}}
     (path / "pipeline.json").write_text(json.dumps(record))
     (path / "recipe.yaml").write_text(f"seed: {seed}\nmodel: m\n")
     jsonl(path / "history.jsonl", [{"time": "t", "event": "stage_started", "stage": "grpo", "note": EVIL}])

@@ -314,7 +314,7 @@ def test_a_pipeline_by_its_stages(tmp_path: Path) -> None:
     assert "stage poison was rolled back: `sums` fell by 40 points" in words
     assert "6 of 7 finished" not in words and "5 of 7 finished" in words
     assert "grpo sums 0.5 [0.46, 0.54] 0.625 [0.585, 0.665] +0.125 kept" in words
-    assert "poison sums 0.625 [0.585, 0.665] 0.225 [0.185, 0.265] -0.4 regression" in words
+    assert "poison sums 0.625 [0.585, 0.665] 0.225 [0.185, 0.265] -0.4 [-0.44, -0.36], p = 0.001 regression" in words
     assert "pass@1 0.25 [0.21, 0.29] 0.375 [0.335, 0.415]" in words
     assert "mcts 0.750 ± 0.098 90 +0.250 ± 0.078" in words
     assert "stages/00-grpo/model 0.7" in words and "base 0.3" in words

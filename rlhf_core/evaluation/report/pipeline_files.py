@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ class StageHistory:
     path: Path | None = None
     run: RunHistory | None = None
     """Of a trainer's stage."""
+    rounds: Sequence[RunHistory] = ()
+    """The runs of a stage that trains in rounds."""
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     """`evaluation.json`."""
     comparison: Mapping[str, Any] = field(default_factory=dict)
@@ -131,6 +133,8 @@ def read_stage(root: Path, values: Mapping[str, Any]) -> StageHistory:
         return stage
     if is_run_directory(path):
         stage.run = read_run(path, stage.name)
+    rounds = [one / "train" for one in sorted(path.glob("round-*")) if is_run_directory(one / "train")]
+    stage.rounds = [read_run(one, f"{stage.name}, {one.parent.name}") for one in rounds]
     stage.evaluation = read_mapping(path / "evaluation.json", stage.notes)
     stage.comparison = read_mapping(path / "comparison.json", stage.notes)
     _read_samples(stage, path)

@@ -23,7 +23,7 @@ from rlhf_core.evaluation.report.chart_data import Bars, Chart, Interval, Interv
 from rlhf_core.evaluation.report.measured_values import INTERVAL, MeasuredValue, measured, metrics_of, suites_of
 from rlhf_core.evaluation.report.page_charts import PageCharts
 from rlhf_core.evaluation.report.pipeline_files import PipelineHistory, StageHistory, merge_card
-from rlhf_core.evaluation.report.run_files import is_number, number_of
+from rlhf_core.evaluation.report.run_files import RunHistory, is_number, number_of
 from rlhf_core.evaluation.report.run_sections import (
     TONES,
     moment,
@@ -121,11 +121,8 @@ def _facts(pipeline: PipelineHistory) -> list[tuple[str, Cell]]:
         facts.append(("time of the stages", Cell(duration(sum(known)))))
     if tokens := sum(_tokens(one) or 0 for one in pipeline.stages):
         facts.append(("tokens trained on", Cell(f"{tokens:,}")))
-    outputs = [
-        one.text("output_model") for one in pipeline.stages if one.status == "finished" and one.text("output_model")
-    ]
-    if outputs:
-        facts.append(("last model", Cell(outputs[-1])))
+    if policy := record.get("policy"):
+        facts.append(("last good policy", Cell(str(policy))))
     for name in ("started", "ended"):
         if record.get(name):
             facts.append((name, Cell(str(record[name]).replace("T", " ").removesuffix("Z") + " UTC")))
@@ -183,11 +180,11 @@ def _stage_blocks(pipelines: Pipelines, drawing: PageCharts) -> list[Block]:
                     Cell(stage.status.replace("_", " "), TONES.get(stage.status, "")),
                     Cell("–" if seconds is None else duration(seconds)),
                     Cell("–" if count is None else f"{count:,}"),
-                    Cell(_told(stage.values.get("metrics"))),
+                    Cell(stage.text("gain") or _told(stage.values.get("metrics"))),
                     Cell(stage.text("reason")),
                 ]
             )
-    header = ["stage", "kind", "method", "status", "time", "tokens", "metrics", "reason"]
+    header = ["stage", "kind", "method", "status", "time", "tokens", "result", "reason"]
     if not any(row[7].text for row in rows):
         header, rows = header[:7], [row[:7] for row in rows]
     table = [Table(header, rows, frozenset({4, 5}))] if rows else []
@@ -229,7 +226,19 @@ def _evaluations(stages: Sequence[tuple[str, StageHistory]], drawing: PageCharts
         ]
         charts += [Intervals("Shares with 95 % intervals", items)] if items else []
     table = Table(["metric", *by_stage], rows, frozenset(range(1, len(by_stage) + 1)))
-    return [*drawing.pictures(charts[:24]), table]
+    return [*drawing.pictures(charts[:24]), table, *_differences(stages)]
+
+
+def _differences(stages: Sequence[tuple[str, StageHistory]]) -> list[Block]:
+    """Return by how much stages differ from the evaluations that they were compared with, prompt by prompt."""
+    rows = []
+    for label, stage in stages:
+        metrics = stage.values.get("metrics")
+        found = metrics.get("differences") if isinstance(metrics, Mapping) else None
+        for name, one in metrics_of(found).items() if isinstance(found, Mapping) else ():
+            rows.append([Cell(label), Cell(name), Cell(str(one))])
+    caption = "Paired differences of the same prompts, to the evaluation that the recipe compares the stage with."
+    return [Table(["stage", "metric", "difference"], rows, frozenset({2}), caption)] if rows else []
 
 
 def _capabilities(stages: Sequence[tuple[str, StageHistory]], drawing: PageCharts) -> list[Block]:
@@ -240,7 +249,7 @@ def _capabilities(stages: Sequence[tuple[str, StageHistory]], drawing: PageChart
         if not isinstance(found, Mapping):
             continue
         before, after = suites_of(found.get("before")), suites_of(found.get("after"))
-        regressed = _regressed(found.get("regressions"))
+        regressed, changes = _regressed(found), _changes(found)
         items = []
         for suite in dict.fromkeys([*before, *after]):
             then, now = before.get(suite), after.get(suite)
@@ -250,6 +259,7 @@ def _capabilities(stages: Sequence[tuple[str, StageHistory]], drawing: PageChart
                 if one
             ]
             change = "–" if then is None or now is None else f"{now.value - then.value:+.4g}"
+            change = changes.get(suite, change)
             verdict = Cell("regression", "bad") if suite in regressed else Cell("–" if now is None else "kept", "muted")
             rows.append([Cell(label), Cell(suite), Cell(_or_dash(then)), Cell(_or_dash(now)), Cell(change), verdict])
         charts += [Intervals(f"Suites around {label}", items)] if items else []
@@ -257,10 +267,26 @@ def _capabilities(stages: Sequence[tuple[str, StageHistory]], drawing: PageChart
     return [*drawing.pictures(charts), Table(header, rows, frozenset({2, 3, 4}))] if rows else []
 
 
-def _regressed(found: Any) -> set[str]:
+def _changes(capabilities: Mapping[str, Any]) -> dict[str, str]:
+    """Return the paired change of each suite with its interval and p-value, as text, where they are recorded."""
+    changes = capabilities.get("changes")
+    found = {}
+    for one in changes if isinstance(changes, list) else []:
+        difference = measured(one.get("difference")) if isinstance(one, Mapping) else None
+        if difference is not None:
+            p_value = number_of(one.get("adjusted_p_value"))
+            text = f"{difference.value:+.4g}"
+            if difference.low is not None and difference.high is not None:
+                text += f" [{difference.low:+.3g}, {difference.high:+.3g}]"
+            found[str(one.get("suite"))] = text + ("" if p_value is None else f", p = {p_value:.2g}")
+    return found
+
+
+def _regressed(capabilities: Mapping[str, Any]) -> set[str]:
     """Return the names of the suites that got worse."""
     names: set[str] = set()
-    for one in found if isinstance(found, list) else []:
+    lists = [one for key in ("regressions", "changes") if isinstance(one := capabilities.get(key), list)]
+    for one in itertools.chain.from_iterable(lists):
         if isinstance(one, Mapping) and one.get("regressed", True):
             names.add(str(one.get("suite", one.get("name", ""))))
         elif isinstance(one, str):
@@ -287,7 +313,7 @@ def _comparisons(stages: Sequence[tuple[str, StageHistory]], drawing: PageCharts
         lines, rows = [], []
         for number, one in enumerate(samplers):
             name, tokens, error = (
-                str(one.get("sampler", "?")),
+                str(one.get("name", one.get("sampler", "?"))),
                 number_of(one.get("tokens_per_prompt")),
                 number_of(one.get("error")),
             )
@@ -399,30 +425,23 @@ def _pairs(values: Mapping[str, Any]) -> str:
 
 
 def _each_stage(pipelines: Pipelines, drawing: PageCharts) -> list[Section]:
-    """Return a folded section for each trainer's stage; those of the same name in two pipelines are overlaid."""
+    """Return a folded section for each run of a trainer; those of the same stage in two pipelines are overlaid."""
+    together: dict[str, list[tuple[str, StageHistory, RunHistory]]] = {}
+    for pipeline in pipelines:
+        for stage in pipeline.stages:
+            for run in [*([] if stage.run is None else [stage.run]), *stage.rounds]:
+                together.setdefault(run.name, []).append((pipeline.name, stage, run))
     made = []
-    names = list(dict.fromkeys(stage.name for one in pipelines for stage in one.stages if stage.run is not None))
-    for name in names:
-        runs = []
-        for one in pipelines:
-            for stage in one.stages:
-                if stage.name == name and stage.run is not None:
-                    stage.run.name = one.name if len(pipelines) > 1 else name
-                    runs.append(stage.run)
-                    break
-        status = next(stage.status for one in pipelines for stage in one.stages if stage.name == name)
+    for title, found in together.items():
+        if len(pipelines) > 1:
+            for name, _, run in found:
+                run.name = name
+        runs, status = [run for _, _, run in found], found[0][1].status
         blocks: list[Block] = [Facts(run_facts(run)) for run in runs]
         blocks += [note for run in runs for note in notes_of(run, named=len(runs) > 1)]
-        made.append(
-            Section(
-                name,
-                blocks,
-                parts=run_sections(runs, drawing),
-                folded=True,
-                note=status.replace("_", " "),
-                tone=TONES.get(status, ""),
-            )
-        )
+        parts = run_sections(runs, drawing)
+        note, tone = status.replace("_", " "), TONES.get(status, "")
+        made.append(Section(title, blocks, parts=parts, folded=True, note=note, tone=tone))
     return made
 
 
