@@ -68,6 +68,8 @@ class Demo:
         """Write the first model and the data, and return the recipe."""
         start = save_tiny(self.folder / "start", self.seed, layers=4, hidden=128, kv_heads=4, max_positions=128)
         problems = self.rows("problems-heldout", "reasoning", max(20, self.scaled(300)), seed=2, split="test")
+        # What decides on a rollback is no part of what the result is measured on.
+        guard = self.rows("problems-guard", "reasoning", max(20, self.scaled(100)), seed=4, split="test")
         pairs = self.rows("pairs", "preference", self.scaled(REWARD_STEPS) * 32, seed=3)
         pairs_heldout = self.rows("pairs-heldout", "preference", self.scaled(300), seed=3, split="test")
         verified = {"prompts": problems, "validator": "numeric_answer", "max_new_tokens": MOST_TOKENS, "n": 4}
@@ -86,7 +88,7 @@ class Demo:
             },
             "capabilities": {
                 "suites": [{
-                    "name": "sums", "prompts": problems, "validator": "numeric_answer", "limit": max(20, self.scaled(100)),
+                    "name": "sums", "prompts": guard, "validator": "numeric_answer",
                     "generation": {"max_new_tokens": MOST_TOKENS, "temperature": 0.0},
                 }],
             },
