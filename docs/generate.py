@@ -299,7 +299,7 @@ def components() -> str:
         "|---|---|---|---|",
     ]
     homes = {module: dict(offered(module)) for module in ("rlhf_core", "rlhf_core.plugin")}
-    for name in sorted({*homes["rlhf_core"], *homes["rlhf_core.plugin"]}, key=str.casefold):
+    for name in sorted({*homes["rlhf_core"], *homes["rlhf_core.plugin"]}, key=lambda name: (name.casefold(), name)):
         places = [module for module in homes if name in homes[module]]
         home = homes[places[0]][name]
         link = source_link(name, defining_module(name, home))
