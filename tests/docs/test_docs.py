@@ -211,7 +211,7 @@ def test_evaluation(tmp_path: Path, environment: dict[str, str]) -> None:
 @pytest.mark.slow
 def test_pipeline(tmp_path: Path, environment: dict[str, str]) -> None:
     printed = run_page("docs/pipeline.md", tmp_path, environment)
-    assert "ok: recipe.yaml is a valid recipe of 6 stages" in printed and printed.count("finished before") == 6
+    assert "ok: recipe.yaml is a valid recipe of 6 stages" in printed and printed.count("finished before") == 12
     assert "['judge', 'policy']" in printed and "more than before" in printed
     recipe, improve = (yaml.safe_load(text) for language, text in blocks("docs/pipeline.md") if language == "yaml")
     assert recipe == yaml.safe_load((ROOT / "examples/recipes/arithmetic.yaml").read_text(encoding="utf-8"))
