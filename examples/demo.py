@@ -30,7 +30,7 @@ from rlhf_core.evaluation.report import write_report
 from rlhf_core.testing.arithmetic_task import ArithmeticTask, Row
 from rlhf_core.testing.tiny import save_tiny
 
-SFT_STEPS, REWARD_STEPS, ROLLOUTS = 500, 120, 60
+SFT_STEPS, REWARD_STEPS, ROLLOUTS = 450, 90, 45
 TASK = ArithmeticTask("sums", terms=4, digits=1, wrong=0.62)
 MOST_TOKENS = 34
 """The longest answer that is sampled, in tokens; a right one has at most 31."""

@@ -166,6 +166,8 @@ class Drafts:
         self._in_vain = 0
         """The last so many looks found nothing that was worth verifying."""
         self._wait = self._idle = 0
+        self._tried = 0.0
+        """Seconds that guessing took the last time, where it takes time."""
 
     def look(self, rows: int) -> bool:
         """Tell whether to look for guesses before the next pass over so many rows: then `choose` is called."""
@@ -189,7 +191,8 @@ class Drafts:
         begin = time.perf_counter()
         self._offered = self.propose(rows, self._most, sampling)
         if costly:
-            self._draft_seconds[_size_class(len(rows))].append((time.perf_counter() - begin) / self._most)
+            self._tried = time.perf_counter() - begin
+            self._draft_seconds[_size_class(len(rows))].append(self._tried / self._most)
         chosen: list[list[int]] = [[] for _ in rows]
         # Where a pass without guesses is due, whether they are right is learned all the same.
         if costly or not self.costs.plain_is_due():
@@ -311,9 +314,15 @@ class Drafts:
         self._idle = 0
         return False
 
+    def _guessing(self, rows: int) -> Sequence[float]:
+        """Return measurements of what guessing a token takes for about so many rows: at most twice as many, or half."""
+        size = _size_class(rows)
+        near = min(self._draft_seconds, key=lambda each: abs(each - size), default=None)
+        return () if near is None or abs(near - size) > 8 else self._draft_seconds[near]
+
     def _depth(self, rows: int) -> int:
         """Return how many tokens to guess for each row where guessing takes time."""
-        own = self._draft_seconds[_size_class(rows)]
+        own = self._guessing(rows)
         if not own:
             return min(2, self.most)
         seconds, best, best_rate, likely = median_high(own), 0, LEAST_GAIN / self.costs.seconds(rows), 0.0
@@ -327,7 +336,8 @@ class Drafts:
             return best
         # Acceptance can't be seen without guesses: they are tried again, more and more rarely.
         self._idle += 1
-        if self._idle > self._wait:
+        least = self._tried / (LOOKING_SHARE * self.costs.seconds(rows))
+        if self._idle > max(self._wait, min(least, FORGOTTEN_AFTER)):
             self._wait, self._idle = min(max(8, 2 * self._wait), FORGOTTEN_AFTER), 0
             return min(2, self.most)
         return 0
