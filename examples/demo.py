@@ -105,8 +105,8 @@ class Demo:
                     "kind": "sample", "name": "search", "model": "sft", "prompts": problems, "limit": self.scaled(80),
                     "samplers": [
                         {"method": "generate", **drawing},
-                        {"method": "best_of_n", "reward": "reward_model", "candidates": 8, **drawing},
-                        {"method": "best_of_n", "choose": "majority", "candidates": 8, **drawing},
+                        {"name": "best_of_8", "method": "best_of_n", "reward": "reward_model", "candidates": 8, **drawing},
+                        {"name": "majority_of_8", "method": "best_of_n", "choose": "majority", "candidates": 8, **drawing},
                         {"method": "mcts", "process_reward": "process_reward", "simulations": 24, **drawing},
                     ],
                 },

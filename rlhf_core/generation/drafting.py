@@ -315,7 +315,7 @@ class Drafts:
         return False
 
     def _guessing(self, rows: int) -> Sequence[float]:
-        """Return measurements of what guessing a token takes for about so many rows: at most twice as many, or half."""
+        """Return measurements of what guessing a token takes for about so many rows: of a size at most eight classes away."""
         size = _size_class(rows)
         near = min(self._draft_seconds, key=lambda each: abs(each - size), default=None)
         return () if near is None or abs(near - size) > 8 else self._draft_seconds[near]

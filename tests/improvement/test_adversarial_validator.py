@@ -104,10 +104,10 @@ def test_over_optimisation_is_a_proxy_that_rises_alone() -> None:
         return validator.validate(rows)
 
     start = reports(3, 0.8)
-    hacked, learnt, nothing = reports(9, 0.4), reports(3, 1.0), reports(3, 0.8)
+    hacked, learned, nothing = reports(9, 0.4), reports(3, 1.0), reports(3, 0.8)
     found = over_optimisation(start, hacked)
     assert found.found and found.proxy.value > 8 and found.verifier.value < -0.1
-    assert not over_optimisation(start, learnt).found and not over_optimisation(hacked, nothing).found
+    assert not over_optimisation(start, learned).found and not over_optimisation(hacked, nothing).found
     with pytest.raises(DataError, match="different prompts"):
         over_optimisation(start, validator.validate([sample("other", "4"), sample("another", "5")]))
     with pytest.raises(DataError, match="no scores"):

@@ -434,7 +434,7 @@ def test_a_directory_without_information_is_found_before_the_model(tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_less_is_forgotten_where_the_new_task_is_learnt_equally_well(tmp_path: Path) -> None:
+def test_less_is_forgotten_where_the_new_task_is_learned_equally_well(tmp_path: Path) -> None:
     """Sums, then sums with products; seen: 0.91 nats per token on sums instead of 1.73, at 0.28 on the new task for both."""
     first = ArithmeticTask("sums", terms=2, digits=1, wrong=0)
     second = ArithmeticTask("mixed", terms=2, digits=1, wrong=0)
@@ -456,11 +456,11 @@ def test_less_is_forgotten_where_the_new_task_is_learnt_equally_well(tmp_path: P
         batch = collate(data.rows(range(200)))
         return float(-policy.response_logps(batch).sum() / batch.num_loss_tokens)
 
-    learnt = train(first, start, "first", 250)
+    learned = train(first, start, "first", 250)
     rows = list(first.rows("sft", 200, seed=1))
-    ewc = ElasticWeightConsolidation.estimate(learnt, rows, tmp_path / "f", dataset={"wrap": "none"})
-    free = train(second, learnt, "free", 120)
-    held = train(second, learnt, "held", 300, ewc=ewc.options(weight=300.0))
-    assert loss(first, learnt) < 0.7
+    ewc = ElasticWeightConsolidation.estimate(learned, rows, tmp_path / "f", dataset={"wrap": "none"})
+    free = train(second, learned, "free", 120)
+    held = train(second, learned, "held", 300, ewc=ewc.options(weight=300.0))
+    assert loss(first, learned) < 0.7
     assert loss(second, held) < loss(second, free) + 0.1 < 0.6
     assert loss(first, held) < loss(first, free) - 0.3
