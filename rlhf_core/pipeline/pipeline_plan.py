@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +38,34 @@ class PipelinePlan:
         self.recipe = recipe
         self.output = Path(recipe.recipe.output).expanduser().absolute()
         self.stages: dict[str, Stage] = {}
+        self._directories: dict[str, str] = {}
+        """Name of a stage → its directory, relative to the pipeline's, once `settle` was told which ones are in use."""
         for entry in recipe.stages:
             self._add(entry)
 
     def _add(self, entry: StageEntry) -> None:
         self.stages[entry.name] = STAGES[entry.kind](entry, self.recipe, dict(self.stages))
 
+    def settle(self, recorded: Mapping[str, str]) -> None:
+        """Give each stage its directory: the one that it has had before, whatever its number is now, else one of its own.
+
+        Args:
+            recorded: name of a stage that was run before → its directory.
+        """
+        # Without regard to case, as some file systems name files.
+        taken = {directory.casefold() for directory in recorded.values()}
+        for name, stage in self.stages.items():
+            directory = recorded.get(name)
+            if directory is None:
+                new = stage.entry.directory
+                tries = itertools.chain([new], (f"{new}-{number}" for number in itertools.count(2)))
+                directory = next(one for one in tries if one.casefold() not in taken)
+                taken.add(directory.casefold())
+            self._directories[name] = directory
+
     def directory(self, stage: Stage) -> Path:
         """Return a stage's directory."""
-        return self.output / stage.entry.directory
+        return self.output / self._directories.get(stage.entry.name, stage.entry.directory)
 
     def find(self, stage: str, product: str) -> str:
         """Return the path that a stage's product will have; a path that names no product where the reference is wrong."""

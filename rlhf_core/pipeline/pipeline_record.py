@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,7 @@ from rlhf_core.pipeline.recipe import RecipeFile
 StageStatus = Literal["waiting", "running", "finished", "failed", "rolled_back", "skipped", "stopped"]
 PipelineStatus = Literal["running", "done", "stopped", "failed"]
 
+_DIRECTORY = re.compile(r"stages/[A-Za-z0-9][A-Za-z0-9_-]*")
 RECORD, HISTORY, LOCK = "pipeline.json", "history.jsonl", "pipeline.lock"
 
 
@@ -92,6 +94,12 @@ class PipelineRecord:
     def stage(self, name: str) -> dict[str, Any]:
         """Return what is recorded of a stage; nothing of one that is new."""
         return next((one for one in self.values["stages"] if one["name"] == name), {})
+
+    def directories(self) -> dict[str, str]:
+        """Return name → directory of the stages that were run before, relative to the pipeline's."""
+        found = {one["name"]: one.get("directory") for one in self.values["stages"]}
+        # What a stage has made may be removed, so a path that leads elsewhere isn't taken from a file.
+        return {name: text for name, text in found.items() if isinstance(text, str) and _DIRECTORY.fullmatch(text)}
 
     def update_stage(self, name: str, **fields: Any) -> None:
         """Change fields of one stage."""

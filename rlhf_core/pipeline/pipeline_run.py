@@ -83,6 +83,7 @@ class PipelineRun:
         replace: bool,
     ) -> None:
         self.plan, self.record, self._run = plan, record, run
+        plan.settle(record.directories())
         self._stopping, self._tell, self._replace = stopping, tell, replace
         recipe = plan.recipe.recipe
         self.policy: str = recipe.model
@@ -122,6 +123,7 @@ class PipelineRun:
     def continue_with(self, plan: PipelinePlan, run: RunCommand, stopping: Callable[[], bool]) -> None:
         """Go on with a plan that has one more stage."""
         self.plan, self._run, self._stopping = plan, run, stopping
+        plan.settle(self.record.directories())
         if self._guard is not None:
             self._guard.run = run
         self.record.arrange(list(plan.stages), more=True)
@@ -389,7 +391,7 @@ class PipelineRun:
         return {
             "kind": stage.entry.kind,
             "method": stage.plugin.qualified if stage.plugin is not None else None,
-            "directory": stage.entry.directory,
+            "directory": self._relative(str(self.plan.directory(stage))),
             "makes": (stage.makes or {})[MODEL].kind if MODEL in (stage.makes or {}) else None,
         }
 

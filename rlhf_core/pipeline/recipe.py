@@ -81,7 +81,7 @@ class StageEntry:
 
     @property
     def directory(self) -> str:
-        """Its directory, relative to the pipeline's."""
+        """The directory of a stage that is new, relative to the pipeline's; one that was run before keeps its own."""
         return f"stages/{self.number:02}-{self.name}"
 
     def place(self, key: str = "") -> str:

@@ -191,6 +191,24 @@ def test_a_resume_keeps_what_is_the_same_and_replaces_what_changed_when_told(pip
     assert told(quiet).count("finished before") == 3
 
 
+def test_a_stage_keeps_its_directory_wherever_it_stands_in_the_recipe(
+    pipeline: Any, recorded: Any, folder: Path
+) -> None:
+    pipeline(SFT, DPO).run_full_pipeline()
+    drawn = {"kind": "sample", "name": "SFT", "method": "generate", "prompts": "prompt.jsonl", "limit": 2}
+    more = pipeline({**drawn, "max_new_tokens": 2}, SFT, DPO)
+    more.run_full_pipeline(resume=True)
+    assert told(more).count("finished before") == 2 and "changed" not in told(more)
+    # The new stage's own would be that of `sft`, where a file system takes capital letters for small ones.
+    assert {name: stage["directory"] for name, stage in recorded()["stages"].items()} == {
+        "SFT": "stages/01-SFT-2", "sft": "stages/01-sft", "dpo": "stages/02-dpo"
+    }  # fmt: skip
+    assert recorded()["policy"] == "stages/02-dpo/model"
+    fewer = pipeline(SFT, DPO)
+    fewer.run_full_pipeline(resume=True)
+    assert told(fewer).count("finished before") == 2
+
+
 @pytest.mark.slow
 def test_other_data_change_a_stage_and_those_that_follow_from_it(pipeline: Any, folder: Path) -> None:
     pipeline(SFT, JUDGE, DPO).run_full_pipeline()
