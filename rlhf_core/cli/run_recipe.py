@@ -89,7 +89,8 @@ def check(recipe: str, changes: dict[str, Any] | None = None, *, as_json: bool =
         rows = plan.as_rows()
         for row, cost in zip(rows, costs, strict=False):
             row["cost"] = cost.as_dict()
-        print_json({"stages": rows, "errors": [error.line() for error in errors], "output": str(plan.output)})
+        output = None if "output" in plan.recipe.wrong else str(plan.output)
+        print_json({"stages": rows, "errors": [error.line() for error in errors], "output": output})
     else:
         _show(plan, [cost.cells() for cost in costs])
     if errors:

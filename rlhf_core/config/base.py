@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, fie
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from rlhf_core.config.fields import alternatives, key_and_group
-from rlhf_core.infra.errors import ConfigError, did_you_mean, nearest, shortened
+from rlhf_core.infra.errors import ConfigError, RLHFError, did_you_mean, nearest, shortened
 
 ConfigType = TypeVar("ConfigType", bound="BaseConfig")
 
@@ -54,6 +54,31 @@ class BaseConfig(BaseModel):
             return cls.model_validate(dict(values))
         except ValidationError as error:
             raise config_error(cls, error, place) from None
+
+    @classmethod
+    def parse_sound(
+        cls: type[ConfigType], values: Mapping[str, Any], *, place: Mapping[str, str] | str, instead: Mapping[str, Any]
+    ) -> tuple[ConfigType | None, frozenset[str], list[RLHFError]]:
+        """Return what can be built without the wrong keys, which keys those are, and every mistake.
+
+        It is for a check that goes on, to find all other mistakes: what is built stands for no configuration that was asked for.
+        None is built where even the other keys don't go together.
+
+        Args:
+            place: as in `parse`.
+            instead: values for required keys that are wrong or missing.
+        """
+        try:
+            return cls.model_validate(dict(values)), frozenset(), []
+        except ValidationError as error:
+            first = config_error(cls, error, place)
+            wrong = frozenset(str(one["loc"][0]) for one in error.errors(include_url=False) if one["loc"])
+        kept = {key: value for key, value in values.items() if str(key) not in wrong}
+        try:
+            sound = cls.model_validate(kept | {key: value for key, value in instead.items() if key not in kept})
+        except ValidationError:
+            return None, wrong, [first, *first.also]
+        return sound, wrong, [first, *first.also]
 
     def choices(self) -> dict[str, str]:
         """Return what options that were left open come to, by name, for `rlhf show METHOD --OPTION VALUE`. The default has

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from rlhf_core.config.base import BaseConfig
 from rlhf_core.config.fields import alternatives, group_of, is_group, option_at, option_names
 from rlhf_core.config.yaml_file import parse_scalar
-from rlhf_core.infra.errors import ConfigError, nearest
+from rlhf_core.infra.errors import ConfigError, Mistakes, nearest
 
 _NEGATIVE = re.compile(r"-(\d|\.\d|inf|nan)", re.IGNORECASE)
 
@@ -153,14 +153,16 @@ def _items(members: tuple[Any, ...]) -> tuple[Any, ...]:
 def refuse_unknown(
     values: Mapping[str, Any], config: type[BaseConfig], name: str, places: Mapping[str, str], keys: Sequence[str]
 ) -> None:
-    """Raise ConfigError for a key of a file that isn't an option of the method `name`.
+    """Raise ConfigError for a key of a file that isn't an option of the method `name`; of several the others are its `also`.
 
     `keys` are the keys that any such file may have (`model`, `data`), among which the nearest is suggested too.
     """
-    for key in values:
-        if str(key) not in config.model_fields:
-            place = places.get(str(key), places[""])
-            raise unknown_option(str(key), config, owner=name, place=place, also=keys)
+    mistakes = Mistakes(
+        unknown_option(str(key), config, owner=name, place=places.get(str(key), places[""]), also=keys)
+        for key in values
+        if str(key) not in config.model_fields
+    )
+    mistakes.raise_first()
 
 
 def convert_options(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationError, field_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from rlhf_core.config.base import BaseConfig
 
@@ -40,5 +41,48 @@ class RunConfig(BaseConfig):
 
     @field_validator("data", mode="before")
     @classmethod
-    def _one_file_is_a_list(cls, value: Any) -> Any:
-        return [value] if isinstance(value, Mapping) else value
+    def _files(cls, value: Any) -> Any:
+        return _checked(
+            [value] if isinstance(value, Mapping) else value, "a path or hub name, or `{path: …, weight: …}`"
+        )
+
+    @field_validator("eval_data", mode="before")
+    @classmethod
+    def _held_out_files(cls, value: Any) -> Any:
+        return None if value is None else _checked(value, "a path or hub name")
+
+
+def _checked(value: Any, kind: str) -> Any:
+    """Return a path or a list of them, with groups as `DataFile` where `kind` has them; refuse anything else.
+
+    pydantic would say of each wrong item one thing for each type that it might have had.
+
+    Args:
+        kind: what an item may be, in words.
+    """
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise PydanticCustomError("no_path", "must be a path or hub name, or a list of such")
+    items: list[Any] = []
+    wrong: list[InitErrorDetails] = []
+    for number, item in enumerate(value):
+        at = ("list", number)  # as pydantic names a place: after a value that may be of several types, which one it is
+        if isinstance(item, Mapping) and "{" in kind:
+            try:
+                items.append(DataFile.model_validate(dict(item)))
+            except ValidationError as error:
+                wrong += [
+                    InitErrorDetails(
+                        type=one["type"], loc=(*at, "group", *one["loc"]), input=one["input"], ctx=one.get("ctx", {})
+                    )
+                    for one in error.errors(include_url=False)
+                ]
+        elif isinstance(item, str | DataFile):
+            items.append(item)
+        else:
+            problem = PydanticCustomError("no_path", "must be {kind}", {"kind": kind})
+            wrong.append(InitErrorDetails(type=problem, loc=at, input=item))
+    if wrong:
+        raise ValidationError.from_exception_data("data", wrong)
+    return items

@@ -16,7 +16,7 @@ from rlhf_core.data.text_options import save_text_options
 from rlhf_core.evaluation.evaluator import RLHFEvaluator, chosen_metrics
 from rlhf_core.generation.sampler_models import reward_by_path
 from rlhf_core.generation.sampling_job import read_run_prompts, text_options_of
-from rlhf_core.infra.errors import ConfigError
+from rlhf_core.infra.errors import ConfigError, Mistakes
 from rlhf_core.registry.method_or_file import GivenValues
 from rlhf_core.rewards import check_given
 
@@ -47,16 +47,26 @@ def load_evaluation_run(file: str | Path | GivenValues | None, flags: Sequence[s
     places |= over_places
     if prompts:  # kept as typed: a prompt may look like YAML
         values["prompts"], places["prompts"] = prompts, "--prompts"
-    for key, what in (("model", "PATH"), ("prompts", "FILE|TEXT")):
-        if values.get(key) is None:
-            raise ConfigError(
-                f"`{key}` is missing", place=places[""], fix=f"give `--{key} {what}`, or `{key}:` in a file"
-            )
-    run = EvaluationRunConfig.parse(values, place=places)
-    for name in ("reward", "validator"):
-        check_given([reward_by_path(one) for one in getattr(run, name)], place=places.get(name, f"--{name}"))
-    if run.preferences:
-        check_paths(run.preferences)
+    mistakes = Mistakes(
+        ConfigError(f"`{key}` is missing", place=places[""], fix=f"give `--{key} {what}`, or `{key}:` in a file")
+        for key, what in (("model", "PATH"), ("prompts", "FILE|TEXT"))
+        if values.get(key) is None
+    )
+    instead = {"model": "model", "prompts": ["prompts"]}
+    whole = instead | {key: value for key, value in values.items() if key not in instead or value is not None}
+    run, _, found = EvaluationRunConfig.parse_sound(whole, place=places, instead=instead)
+    mistakes += found
+    if run is not None:
+        for name in ("reward", "validator"):
+            at = {"": places.get(name, f"--{name}")} | {
+                f"rewards{key.removeprefix(name)}": place for key, place in places.items() if key.startswith(f"{name}.")
+            }
+            with mistakes.noted():
+                check_given([reward_by_path(one) for one in getattr(run, name)], place=at)
+        with mistakes.noted():
+            check_paths(run.preferences or [])
+    mistakes.raise_first()
+    assert run is not None
     metrics_of(run)
     return run
 

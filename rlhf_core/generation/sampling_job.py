@@ -22,10 +22,10 @@ from rlhf_core.contracts.sampler import Sampler
 from rlhf_core.data.prompt_rows import PromptRow, names_file, read_prompts
 from rlhf_core.generation.sampled_rows import input_columns
 from rlhf_core.generation.sampler_models import policies_of, reward_by_path
-from rlhf_core.infra.errors import ConfigError, DataError, PluginError
+from rlhf_core.infra.errors import ConfigError, DataError, Mistakes, PluginError, RLHFError
 from rlhf_core.infra.redact import redact
 from rlhf_core.registry.method_or_file import GivenValues, find_method, read_method_or_file
-from rlhf_core.rewards import Rewards, open_rewards
+from rlhf_core.rewards import Rewards, check_given, open_rewards
 
 if TYPE_CHECKING:
     from rlhf_core.models.policy_model import PolicyModel
@@ -161,7 +161,8 @@ def load_sampling_job(target: str | Path | GivenValues, *, flags: Sequence[str] 
         flags: values from the command line, as tokens: `["--model", "M", "--temperature=0.7"]`.
 
     Raises:
-        ConfigError: an unknown sampler, key or option, a missing one, or a wrong value.
+        ConfigError: an unknown sampler, key or option, a missing one, or a wrong value; of several mistakes the others are its
+            `also`.
         PluginError: the sampler is broken, ambiguous or disabled.
     """
     given = lex(flags)
@@ -173,7 +174,10 @@ def load_sampling_job(target: str | Path | GivenValues, *, flags: Sequence[str] 
     if "model" in sampler.Config.model_fields.keys() & keys:
         raise PluginError("a sampler's option can't be named `model`", place=f"sampler `{name}`")
     run_values = {key: values.pop(key) for key in keys if key in values}
-    refuse_unknown(values, sampler.Config, name, places, keys)
+    mistakes = Mistakes()
+    with mistakes.noted():
+        refuse_unknown(values, sampler.Config, name, places, keys)
+    values = {key: value for key, value in values.items() if key in sampler.Config.model_fields}
     texts = [flag for flag in given if flag.key == "prompts" and flag.text is not None]
     run_flags = [flag for flag in given if flag.key.partition(".")[0] in keys and flag not in texts]
     over, over_places = convert_options(run_flags, run_config, name, ())
@@ -183,29 +187,42 @@ def load_sampling_job(target: str | Path | GivenValues, *, flags: Sequence[str] 
     run_values = overlay(spread(run_values, run_config), nest(spread(over, run_config)))
     if texts:  # kept as typed: a prompt may look like YAML
         run_values["prompts"], places["prompts"] = [flag.text for flag in texts], "--prompts"
-    options = sampler.Config.parse(overlay(values, nest(spread(option_values, sampler.Config))), place=places)
-    needed = sampler.roles_for(options)
-    _require(run_values, run_config, needed, places)
-    for role in sampler.roles.keys() - needed.keys():
+    given_options = overlay(values, nest(spread(option_values, sampler.Config)))
+    options, _, found = sampler.Config.parse_sound(given_options, place=places, instead={})
+    mistakes += found
+    needed = sampler.roles if options is None else sampler.roles_for(options)
+    for role in sorted(sampler.roles.keys() - needed.keys()):
         if run_values.get(role) is not None:
             problem = "the sampler doesn't use this role with these options"
-            raise ConfigError(problem, place=places.get(role, f"`{role}`"), fix="leave it out")
-    return SamplingJob(run_config.parse(run_values, place=places), options, sampler, plugin, places)
+            mistakes.append(ConfigError(problem, place=places.get(role, f"`{role}`"), fix="leave it out"))
+    mistakes += _missing(run_values, run_config, needed, places)
+    given_values = {key: value for key, value in run_values.items() if value is not None}
+    instead = {"model": "model", "prompts": ["prompts"], "method": name}
+    run, _, found = run_config.parse_sound(instead | given_values, place=places, instead=instead)
+    mistakes += found
+    for role in [role for role, kind in needed.items() if kind == "reward"]:
+        with mistakes.noted():
+            rewards = [reward_by_path(one) for one in getattr(run, role, None) or []]
+            check_given(rewards, place={"": places.get(role, f"--{role}")})
+    mistakes.raise_first()
+    assert run is not None and options is not None
+    return SamplingJob(run, options, sampler, plugin, places)
 
 
-def _require(
+def _missing(
     values: Mapping[str, Any], config: type[SamplingRunConfig], roles: Mapping[str, str], places: Mapping[str, str]
-) -> None:
-    """Refuse a run without its model, its prompts, or a model of one of the sampler's roles."""
+) -> list[RLHFError]:
+    """Return an error for the run's model, its prompts, and each model of one of the sampler's roles that isn't given."""
+    errors: list[RLHFError] = []
     for key, info in config.model_fields.items():
         role = POLICY if key == "model" else key
         if not (info.is_required() or role in roles) or values.get(key) is not None:
             continue
         what = {"policy": "PATH", "policies": "PATH", "reward": "NAME"}.get(roles.get(role, ""), "FILE|TEXT")
         of = f", the sampler's role `{key}`" if key in roles else ""
-        raise ConfigError(
-            f"`{key}` is missing{of}", place=places[""], fix=f"give `--{key} {what}`, or `{key}:` in a file"
-        )
+        fix = f"give `--{key} {what}`, or `{key}:` in a file"
+        errors.append(ConfigError(f"`{key}` is missing{of}", place=places[""], fix=fix))
+    return errors
 
 
 def stdin_lines() -> list[str]:

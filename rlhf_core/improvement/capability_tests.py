@@ -24,7 +24,7 @@ from rlhf_core.generation.generate import encode_prompts
 from rlhf_core.generation.sampled_rows import input_columns
 from rlhf_core.generation.sampler_models import load_policy
 from rlhf_core.improvement.paired_tests import holm, paired_test
-from rlhf_core.infra.errors import ConfigError, DataError, RLHFError
+from rlhf_core.infra.errors import ConfigError, DataError, Mistakes, RLHFError
 from rlhf_core.infra.files import read_json, replace_json, storage_errors
 from rlhf_core.models.policy_model import PolicyModel
 from rlhf_core.rewards import Rewards, open_rewards, rewards_changed
@@ -319,7 +319,7 @@ class _OpenSuite:
 
     def __init__(self, config: CapabilitySuite, tests: CapabilityTestsConfig) -> None:
         self.config, self.tests = config, tests
-        self.place = f"suite `{config.name}`"
+        self.place = _place(config)
         self.validator: Rewards = open_rewards(config.validator, place=f"{self.place}, validator")
         self._rows: list[PromptRow] | None = None
 
@@ -332,19 +332,7 @@ class _OpenSuite:
             DataError: they can't be read.
         """
         if self._rows is None:
-            config = self.config
-            rows = list(read_prompts(config.prompts, limit=config.limit, columns=config.columns, name=self.place))
-            # Were all prompts lost, the p-value would be 2^-P, which Holm multiplies by the number of suites.
-            level = self.tests.alpha / len(self.tests.suites)
-            if 2.0 ** -len(rows) > level:
-                needed = next(count for count in range(1, 1100) if 2.0**-count <= level)
-                raise ConfigError(
-                    f"no drop could be significant at alpha {self.tests.alpha:g} over {len(self.tests.suites)} suites",
-                    place=self.place,
-                    got=f"{len(rows)} prompts",
-                    fix=f"give it at least {needed} prompts, far more to find small drops",
-                )
-            self._rows = rows
+            self._rows = _read_rows(self.config, self.tests)
         return self._rows
 
     def run(self, policy: PolicyModel, seed: int) -> SuiteResult:
@@ -385,6 +373,44 @@ class _OpenSuite:
             problem = f"the result `{which}` lacks the suite"
             raise DataError(problem, place=self.place, got=", ".join(result.suites), fix="run the suites again")
         return found
+
+
+def suite_errors(config: CapabilityTestsConfig) -> list[tuple[str, RLHFError]]:
+    """Return everything that is wrong with the suites' validators and prompts, each with its suite; no model is loaded."""
+    found: list[tuple[str, RLHFError]] = []
+    for suite in config.suites:
+        mistakes = Mistakes()
+        with mistakes.noted():
+            open_rewards(suite.validator, place={"": "validator"})
+        with mistakes.noted():
+            _read_rows(suite, config)
+        found += [(suite.name, error) for error in mistakes]
+    return found
+
+
+def _place(suite: CapabilitySuite) -> str:
+    return f"suite `{suite.name}`"
+
+
+def _read_rows(config: CapabilitySuite, tests: CapabilityTestsConfig) -> list[PromptRow]:
+    """Return a suite's prompts.
+
+    Raises:
+        ConfigError: they are too few for any drop to be significant.
+        DataError: they can't be read.
+    """
+    rows = list(read_prompts(config.prompts, limit=config.limit, columns=config.columns, name=_place(config)))
+    # Were all prompts lost, the p-value would be 2^-P, which Holm multiplies by the number of suites.
+    level = tests.alpha / len(tests.suites)
+    if 2.0 ** -len(rows) > level:
+        needed = next(count for count in range(1, 1100) if 2.0**-count <= level)
+        raise ConfigError(
+            f"no drop could be significant at alpha {tests.alpha:g} over {len(tests.suites)} suites",
+            place=_place(config),
+            got=f"{len(rows)} prompts",
+            fix=f"give it at least {needed} prompts, far more to find small drops",
+        )
+    return rows
 
 
 def _parsed(values: dict[str, Any]) -> CapabilityTestsConfig:

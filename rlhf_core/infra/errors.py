@@ -7,7 +7,7 @@ Everything that a user can cause raises a subclass of `RLHFError`; the command l
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any, ClassVar
 
 
@@ -42,6 +42,32 @@ class RLHFError(Exception):
     def line(self) -> str:
         """Return the one line that the command line prints to stderr."""
         return printable(f"error[{self.code}] {self}")
+
+
+class Mistakes(list[RLHFError]):
+    """Mistakes that checks find one after the other, to be reported at once.
+
+    mistakes = Mistakes()
+    with mistakes.noted():
+        check_one_thing()
+    with mistakes.noted():
+        check_another()
+    mistakes.raise_first()
+    """
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Note an `RLHFError` of the block, with its `also`, instead of raising it."""
+        try:
+            yield
+        except RLHFError as error:
+            self.extend((error, *error.also))
+
+    def raise_first(self) -> None:
+        """Raise the first mistake, whose `also` has the others; do nothing where there is none."""
+        if self:
+            self[0].also = tuple(self[1:])
+            raise self[0]
 
 
 def _rebuild(kind: type[RLHFError], problem: str, place: str | None, got: object, fix: str | None) -> RLHFError:

@@ -11,11 +11,20 @@ from rlhf_core.config.flags import refuse_unknown
 from rlhf_core.config.yaml_file import dump_yaml
 from rlhf_core.evaluation.evaluation_job import load_evaluation_run
 from rlhf_core.evaluation.evaluator import COMPLETIONS_FILE
-from rlhf_core.generation.sampling_job import read_run_prompts
 from rlhf_core.infra.errors import ConfigError, RLHFError
 from rlhf_core.infra.files import replace_file
 from rlhf_core.pipeline.recipe import every_error
-from rlhf_core.pipeline.stage import POLICY, Find, Need, Product, Stage, StageWork, check_model, reward_needs
+from rlhf_core.pipeline.stage import (
+    POLICY,
+    Find,
+    Need,
+    Product,
+    Stage,
+    StageWork,
+    check_model,
+    check_prompts,
+    reward_needs,
+)
 from rlhf_core.pipeline.stage_references import MODEL, references, resolved, written
 from rlhf_core.registry.method_or_file import GivenValues
 
@@ -48,7 +57,7 @@ class EvaluateStage(Stage):
             if values.get(key) is not None:
                 given = values[key] if isinstance(values[key], list) else [values[key]]
                 values[key] = [self.reward_by_stage(one) for one in given]
-        if values.get(_COMPARE) in [one.name for one in self.recipe.stages]:
+        if values.get(_COMPARE) in self.recipe.names:
             values[_COMPARE] = written(str(values[_COMPARE]), EVALUATION)
         if _REFERENCE not in values:
             made = list(references(values.get(MODEL)))
@@ -77,11 +86,10 @@ class EvaluateStage(Stage):
                 errors.append(error)
             values.pop(key)
         try:
-            run = load_evaluation_run(GivenValues(values, self.entry.places))
-            if not list(references(self.values.get("prompts"))):
-                read_run_prompts(run)
+            load_evaluation_run(GivenValues(values, self.entry.places))
         except RLHFError as error:
             errors += every_error(error)
+        errors += check_prompts(self.values, self.entry.place("prompts"))
         for key in (MODEL, _REFERENCE, "baseline"):
             if (
                 key in self.entry.values

@@ -14,21 +14,20 @@ from typing import Any
 from rlhf_core.config.improvement_round import ImprovementConfig
 from rlhf_core.config.yaml_file import dump_yaml, overlay
 from rlhf_core.generation.sampling_job import load_sampling_job
-from rlhf_core.infra.errors import ConfigError, DataError, RLHFError
+from rlhf_core.infra.errors import ConfigError, DataError, Mistakes, RLHFError
 from rlhf_core.infra.files import replace_file
 from rlhf_core.infra.seeds import stream_seed
-from rlhf_core.pipeline.recipe import every_error
 from rlhf_core.pipeline.run_metrics import read_rows, training_gain
-from rlhf_core.pipeline.stage import POLICY, Find, Need, Product, Stage, StageWork, check_model
+from rlhf_core.pipeline.stage import POLICY, Find, Need, Product, Stage, StageWork, check_model, check_prompts
 from rlhf_core.pipeline.stage_references import MODEL, references, resolved
-from rlhf_core.pipeline.train_stage import train
+from rlhf_core.pipeline.train_stage import train, trainer_options
 from rlhf_core.registry.method_or_file import GivenValues
 from rlhf_core.rewards import check_given
 from rlhf_core.training.job import load_job
 
 _SCORE = "check_score"
 """Column of the check's scores."""
-_RECORD = "sft"
+_RECORD = _TRAINER = "sft"
 
 
 class ImproveStage(Stage):
@@ -49,45 +48,50 @@ class ImproveStage(Stage):
         return [Need(MODEL, (POLICY,), "a policy, which is improved")]
 
     def check(self, find: Find) -> list[RLHFError]:
-        try:
-            config = self._config(find)
-        except RLHFError as error:
-            return every_error(error)
-        errors: list[RLHFError] = []
-        try:
-            job = load_sampling_job(GivenValues(self._sampling(config, 1, config.model), self._places("sampler")))
-            if not list(references(self.values["prompts"])):
-                job.prompts()
-            job.rewards()
-        except RLHFError as error:
-            errors += every_error(error)
-        try:
-            check_given([config.check], place=self.entry.place("check"))
-        except RLHFError as error:
-            errors.append(error)
-        errors += self._training_errors(config)
-        if MODEL in self.entry.values and not list(references(self.values[MODEL])):
-            errors += check_model(config.model, self.entry.place(MODEL), self.earlier)
-        return errors
+        instead = {MODEL: "model", "prompts": ["prompts"]}
+        values = resolved(self.values, find)
+        config, wrong, found = ImprovementConfig.parse_sound(values, place=self.entry.places, instead=instead)
+        mistakes = Mistakes(found)
+        if config is None:
+            return mistakes
+        if "sampler" not in wrong:
+            with mistakes.noted():
+                job = load_sampling_job(GivenValues(self._sampling(config, 1, config.model), self._places("sampler")))
+                job.rewards()
+        if "prompts" not in wrong:
+            given = {**config.sampler, "prompts": self.values["prompts"]}
+            mistakes += check_prompts(given, self.entry.place("prompts"))
+        if "check" not in wrong:
+            with mistakes.noted():
+                check_given([config.check], place={"": self.entry.place("check")})
+        if "train" not in wrong:
+            with mistakes.noted():
+                self._check_training(config)
+        if MODEL in self.entry.values and MODEL not in wrong and not list(references(self.values[MODEL])):
+            mistakes += check_model(config.model, self.entry.place(MODEL), self.earlier)
+        return mistakes
 
-    def _training_errors(self, config: ImprovementConfig) -> list[RLHFError]:
-        """Return what is wrong with the options of the training."""
+    def trainer_options(self) -> set[str] | None:
+        """Return the options of the trainer, of an unknown one those of the nearest; None where no name is near."""
+        train = self.values.get("train", _TRAINER)
+        return trainer_options(train.get("method", _TRAINER) if isinstance(train, Mapping) else train)
+
+    def _check_training(self, config: ImprovementConfig) -> None:
+        """Check the options of the training.
+
+        Raises:
+            RLHFError: they are wrong, or the method consumes rows of another record type.
+        """
         values = self._training(config, config.model, Path("kept.jsonl"), Path())
-        try:
-            job = load_job(GivenValues(values, self._places("train")))
-        except RLHFError as error:
-            return every_error(error)
+        job = load_job(GivenValues(values, self._places("train")))
         record = job.method.record_type(job.options)
-        if record == _RECORD:
-            return []
-        return [
-            ConfigError(
+        if record != _RECORD:
+            raise ConfigError(
                 f"a round of self-improvement makes rows of the record type `{_RECORD}`, and `{values['method']}` consumes"
                 f" `{record}`",
                 place=self.entry.place("train"),
                 fix="train with `sft`, or another method of that record type",
             )
-        ]
 
     def run(self, work: StageWork) -> dict[str, Any]:
         config = self._config(work.find)
@@ -154,8 +158,9 @@ class ImproveStage(Stage):
 
     def _training(self, config: ImprovementConfig, policy: str, data: Path, output: Path) -> dict[str, Any]:
         """Return the file of a round's training, as values."""
-        defaults = {key: value for key, value in self.recipe.recipe.defaults.items() if key in _trainer_options(config)}
-        values = overlay({"method": "sft", "seed": config.seed, **defaults}, config.train)
+        known = self.trainer_options() or set()
+        defaults = {key: value for key, value in self.recipe.recipe.defaults.items() if key in known}
+        values = overlay({"method": _TRAINER, "seed": config.seed, **defaults}, config.train)
         return {**values, MODEL: policy, "data": str(data), "output": str(output)}
 
     def _places(self, group: str) -> dict[str, str]:
@@ -220,13 +225,3 @@ def _counts(scored: Path, kept: Path, config: ImprovementConfig) -> dict[str, An
 def _more(output: Path) -> list[str]:
     """Return the flag that continues a file of rows, where a killed stage has left one."""
     return ["--resume"] if output.exists() and output.stat().st_size else []
-
-
-def _trainer_options(config: ImprovementConfig) -> set[str]:
-    """Return the options that the training's method has; those of none where there is no such method."""
-    from rlhf_core import registry
-
-    try:
-        return {*registry.get("trainer", str(config.train.get("method", "sft"))).Config.model_fields}
-    except RLHFError:
-        return set()

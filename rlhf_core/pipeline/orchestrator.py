@@ -261,8 +261,15 @@ class RLHFOrchestrator:
         return read_recipe(self._source, changes)
 
     def _output(self) -> Path:
-        """Return the pipeline's directory, whether or not the recipe has stages yet."""
-        return Path(self._read([{"kind": "merge"}]).recipe.output).expanduser().absolute()
+        """Return the pipeline's directory, whether or not the recipe has stages yet.
+
+        Raises:
+            RecipeError: `output` is wrong.
+        """
+        read = self._read([{"kind": "merge"}])
+        if "output" in read.wrong:
+            raise RecipeError(list(read.errors), "recipe")
+        return Path(read.recipe.output).expanduser().absolute()
 
     def _data(self, data: Any, name: str) -> Any:
         """Return data as a recipe has it; rows are written to a file in the pipeline's directory."""

@@ -14,7 +14,7 @@ from rlhf_core.pipeline.improve_stage import ImproveStage
 from rlhf_core.pipeline.merge_stage import MergeStage
 from rlhf_core.pipeline.recipe import RecipeFile, StageEntry
 from rlhf_core.pipeline.sample_stage import SampleStage
-from rlhf_core.pipeline.stage import Stage, check_model
+from rlhf_core.pipeline.stage import Stage, check_model, placed
 from rlhf_core.pipeline.train_stage import TrainStage
 
 STAGES: dict[str, type[Stage]] = {
@@ -87,7 +87,8 @@ class PipelinePlan:
         """Return everything that is wrong with the recipe, in the order of its stages; nothing is run or written."""
         recipe = self.recipe.recipe
         errors: list[RLHFError] = [*self.recipe.errors, *self._default_errors()]
-        errors += check_model(recipe.model, self.recipe.places.get("model", self.recipe.places[""]))
+        if "model" not in self.recipe.wrong:
+            errors += check_model(recipe.model, self.recipe.places.get("model", self.recipe.places[""]))
         errors += self._capability_errors()
         for stage in self.stages.values():
             errors += [*stage.errors, *stage.check(self.find)]
@@ -97,13 +98,17 @@ class PipelinePlan:
         return list(seen.values())
 
     def _default_errors(self) -> list[RLHFError]:
-        """Return an error for each default that no stage has as an option."""
+        """Return an error for each default that no stage has as an option; none where a stage's method can't even be guessed."""
         known: set[str] = {*RunConfig.KEYS}
-        trains = [stage for stage in self.stages.values() if isinstance(stage, TrainStage)]
-        for stage in trains:
-            known |= {*stage.method.Config.model_fields} if stage.method is not None else set()
-        if any(stage.method is None for stage in trains):
+        if "stages" in self.recipe.wrong:
             return []
+        for stage in self.stages.values():
+            if not isinstance(stage, TrainStage | ImproveStage):
+                continue
+            options = stage.trainer_options()
+            if options is None:
+                return []
+            known |= options
         return [
             ConfigError(
                 f"no stage's method has the option `{key}`",
@@ -119,14 +124,10 @@ class PipelinePlan:
         config = self.recipe.recipe.capabilities
         if config is None:
             return []
-        from rlhf_core.improvement.capability_tests import CapabilityTester
+        from rlhf_core.improvement.capability_tests import suite_errors
 
         place = self.recipe.places.get("capabilities", self.recipe.places[""])
-        try:
-            CapabilityTester(config).prepare()
-        except RLHFError as error:
-            return [type(error)(error.problem, place=f"{place}: {error.place}", got=error.got, fix=error.fix)]
-        return []
+        return [placed(error, f"{place} (suite `{suite}`)") for suite, error in suite_errors(config)]
 
     def as_rows(self) -> list[dict[str, Any]]:
         """Return what a table of the stages shows, as JSON values."""

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from rlhf_core import registry
 from rlhf_core.config.base import BaseConfig
-from rlhf_core.config.capability_suites import CapabilityTestsConfig
+from rlhf_core.config.capability_suites import CapabilitySuite, CapabilityTestsConfig
 from rlhf_core.config.yaml_file import dump_yaml, load_yaml
 from rlhf_core.infra.errors import ConfigError, RLHFError, did_you_mean, nearest, shortened
 from rlhf_core.infra.redact import redact, redact_text
@@ -100,8 +101,17 @@ class RecipeFile:
     places: Mapping[str, str]
     text: str
     """The file's text, secrets redacted."""
-    errors: tuple[RLHFError, ...] = field(default=())
-    """Mistakes of entries, which aren't among the stages."""
+    errors: tuple[RLHFError, ...] = ()
+    """Mistakes of keys and of entries."""
+    wrong: frozenset[str] = frozenset()
+    """The keys of `recipe` that are wrong, and stand there with another value."""
+    lost: frozenset[str] = frozenset()
+    """Names of entries that can't be told what kind of stage they are, and aren't among the stages."""
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all stages."""
+        return [*(one.name for one in self.stages), *self.lost]
 
     def to_yaml(self) -> str:
         """Return the recipe as a file with every key, secrets redacted."""
@@ -132,9 +142,12 @@ def read_recipe(recipe: str | Path | Mapping[str, Any], changes: Mapping[str, An
     Args:
         changes: keys in place of the recipe's, such as `output`.
 
+    What is wrong with keys and stages is kept in the result's `errors`, and the rest is read all the same, so that a check finds
+    every mistake at once.
+
     Raises:
-        RecipeError: a key is unknown, missing or wrong; all such keys are named. Mistakes in single stages are kept in the
-            result's `errors`.
+        ConfigError: the file can't be read.
+        RecipeError: the keys don't go together; all mistakes are named.
     """
     if isinstance(recipe, Mapping):
         values, name, text = dict(recipe), "recipe", "# set in Python\n" + dump_yaml(redact(dict(recipe)))
@@ -143,18 +156,46 @@ def read_recipe(recipe: str | Path | Mapping[str, Any], changes: Mapping[str, An
         values, places = load_yaml(recipe)
         name, text = str(recipe), redact_text(Path(recipe).read_text(encoding="utf-8-sig"))
     values |= changes or {}
-    try:
-        parsed = Recipe.parse(values, place=places)
-    except ConfigError as error:
-        raise RecipeError(every_error(error), name) from None
+    parsed, wrong, errors = _sound_keys(values, places)
+    if parsed is None:
+        raise RecipeError(errors, name)
     stages: list[StageEntry] = []
-    errors: list[RLHFError] = []
-    for number, entry in enumerate(parsed.stages):
-        try:
-            stages.append(_entry(number, entry, places, [one.name for one in stages]))
-        except ConfigError as error:
-            errors.append(error)
-    return RecipeFile(parsed, tuple(stages), places, text, tuple(errors))
+    lost: set[str] = set()
+    for number, entry in enumerate(_listed(values)):
+        stage, mistakes = _entry(number, entry, places, {*lost, *(one.name for one in stages)})
+        errors += mistakes
+        if stage is not None:
+            stages.append(stage)
+        elif isinstance(entry, Mapping) and isinstance(given := entry.get("name", entry.get("method")), str):
+            lost.add(given)
+    return RecipeFile(parsed, tuple(stages), places, text, tuple(errors), wrong, frozenset(lost))
+
+
+def _listed(values: Mapping[str, Any]) -> list[Any]:
+    """Return the entries of a recipe's stages; none where they are no list."""
+    stages = values.get("stages")
+    return stages if isinstance(stages, list) else []
+
+
+def _sound_keys(
+    values: Mapping[str, Any], places: Mapping[str, str]
+) -> tuple[Recipe | None, frozenset[str], list[RLHFError]]:
+    """Return a recipe's keys without those that are wrong, which these are, and all mistakes, but for those of stages."""
+    instead = {"model": "model", "output": "output", "stages": [{}]}
+    entries = _listed(values)
+    given = {**values, "stages": [{}] * len(entries)} if entries else dict(values)
+    parsed, wrong, errors = Recipe.parse_sound(given, place=places, instead=instead)
+    if parsed is None or "capabilities" not in wrong or not isinstance(values["capabilities"], Mapping):
+        return parsed, wrong, errors
+    # The suites beside a wrong one are looked at, too.
+    suites = values["capabilities"].get("suites")
+    sound = []
+    for one in suites if isinstance(suites, list) else []:
+        with suppress(ValidationError):
+            sound.append(CapabilitySuite.model_validate(one))
+    with suppress(ConfigError):  # two of one name
+        parsed = parsed.updated(capabilities={"suites": sound} if sound else None)
+    return parsed, wrong, errors
 
 
 def _keys(values: Any, name: str, key: str = "") -> dict[str, str]:
@@ -168,43 +209,70 @@ def _keys(values: Any, name: str, key: str = "") -> dict[str, str]:
     return found
 
 
-def _entry(number: int, entry: Mapping[str, Any], places: Mapping[str, str], names: list[str]) -> StageEntry:
-    """Return one stage of the list, after checking its name and kind.
+def _entry(
+    number: int, entry: Any, places: Mapping[str, str], names: Collection[str]
+) -> tuple[StageEntry | None, list[RLHFError]]:
+    """Return one stage of the list, and what is wrong with its kind and name; None where it can't be told of which kind it is.
 
-    Raises:
-        ConfigError: it has no kind, its name can't be one, or is that of an earlier stage.
+    A stage whose name can't be one, or is taken, is returned under another.
     """
     at = f"stages.{number}"
     where = places.get(at, places[""])
-    kind, method = entry.get("kind"), entry.get("method")
-    for key, value in (("kind", kind), ("method", method), ("name", entry.get("name"))):
-        if value is not None and not isinstance(value, str):
-            raise ConfigError(f"`{key}` must be a name", place=places.get(f"{at}.{key}", where), got=shortened(value))
-    if kind is None and method is None:
-        fix = f"write `method: sft` (or another trainer), or `kind:` with one of {', '.join(KINDS)}"
-        raise ConfigError("a stage says neither `kind` nor `method`", place=where, fix=fix)
-    if kind is not None and kind not in (*KINDS, TRAIN):  # a trainer's name
-        if method not in (None, kind):
-            fix = f"leave out one of them; a stage that isn't a training has as its kind one of {', '.join(KINDS)}"
-            got = f"kind `{kind}` and method `{method}`"
-            raise ConfigError(
-                "a training stage has one method", place=places.get(f"{at}.kind", where), got=got, fix=fix
-            )
-        if kind not in registry.trainers and nearest(kind, KINDS):
-            fix = did_you_mean(kind, [*KINDS, *registry.trainers])
-            raise ConfigError(f"unknown kind of stage `{kind}`", place=places.get(f"{at}.kind", where), fix=fix)
-        kind, method = TRAIN, kind
-    name = entry.get("name") or str(method or kind).replace(":", "-")
+    if not isinstance(entry, Mapping):
+        fix = "write a group of options, such as `{method: sft, data: rows.jsonl}`"
+        return None, [ConfigError("a stage must be a group of options", place=where, got=shortened(entry), fix=fix)]
+    own = {key: places.get(f"{at}.{key}", where) for key in ("kind", "method", "name")}
+    errors: list[RLHFError] = [
+        ConfigError(f"`{key}` must be a name", place=place, got=shortened(entry[key]))
+        for key, place in own.items()
+        if entry.get(key) is not None and not isinstance(entry[key], str)
+    ]
+    kind, method, name = (entry[key] if isinstance(entry.get(key), str) else None for key in own)
+    try:
+        kind, method = _kind_and_method(kind, method, own, where, wrong=bool(errors))
+    except ConfigError as error:
+        errors.append(error)
+        kind = None
+    name = name or str(method or kind).replace(":", "-")
     if not _NAME.fullmatch(name):
         problem = "a stage's name is made of letters, digits, `-` and `_`"
-        raise ConfigError(problem, place=places.get(f"{at}.name", where), got=f"`{name}`")
+        errors.append(ConfigError(problem, place=own["name"], got=f"`{name}`"))
     if name in names:
         fix = "give one of them another `name`"
-        raise ConfigError(f"two stages are named `{name}`", place=places.get(f"{at}.name", where), fix=fix)
-    own = {"": f"{where} (stage `{name}`)"} | {
-        key.removeprefix(f"{at}."): f"{place} (stage `{name}`)"
-        for key, place in places.items()
-        if key.startswith(f"{at}.")
+        errors.append(ConfigError(f"two stages are named `{name}`", place=own["name"], fix=fix))
+    if kind is None:
+        return None, errors
+    shown = f"(stage `{name}`)"
+    inside = {
+        key.removeprefix(f"{at}."): f"{place} {shown}" for key, place in places.items() if key.startswith(f"{at}.")
     }
-    values = {key: value for key, value in entry.items() if key not in ("name", "kind", "method")}
-    return StageEntry(number + 1, name, kind or TRAIN, method, values, own)
+    values = {key: value for key, value in entry.items() if key not in own}
+    if not _NAME.fullmatch(name) or name in names:
+        name = f"_{number + 1}"  # which no stage may be called
+    return StageEntry(number + 1, name, kind, method, values, {"": f"{where} {shown}", **inside}), errors
+
+
+def _kind_and_method(
+    kind: str | None, method: str | None, places: Mapping[str, str], where: str, *, wrong: bool
+) -> tuple[str | None, str | None]:
+    """Return of which kind a stage is and its method; no kind where that is `wrong` already.
+
+    Raises:
+        ConfigError: it has neither, there is no such kind, or both name a trainer.
+    """
+    if kind is None and method is None:
+        if wrong:
+            return None, None
+        fix = f"write `method: sft` (or another trainer), or `kind:` with one of {', '.join(KINDS)}"
+        raise ConfigError("a stage says neither `kind` nor `method`", place=where, fix=fix)
+    if kind is None or kind in (*KINDS, TRAIN):
+        return kind or TRAIN, method
+    # A trainer's name.
+    if method not in (None, kind):
+        fix = f"leave out one of them; a stage that isn't a training has as its kind one of {', '.join(KINDS)}"
+        got = f"kind `{kind}` and method `{method}`"
+        raise ConfigError("a training stage has one method", place=places["kind"], got=got, fix=fix)
+    if kind not in registry.trainers and nearest(kind, KINDS):
+        fix = did_you_mean(kind, [*KINDS, *registry.trainers])
+        raise ConfigError(f"unknown kind of stage `{kind}`", place=places["kind"], fix=fix)
+    return TRAIN, kind

@@ -14,7 +14,18 @@ from rlhf_core.generation.sampling_job import load_sampling_job
 from rlhf_core.infra.errors import ConfigError, RLHFError, shortened
 from rlhf_core.infra.files import read_json, replace_file, replace_json
 from rlhf_core.pipeline.recipe import every_error
-from rlhf_core.pipeline.stage import DATA, POLICY, Find, Need, Product, Stage, StageWork, check_model, reward_needs
+from rlhf_core.pipeline.stage import (
+    DATA,
+    POLICY,
+    Find,
+    Need,
+    Product,
+    Stage,
+    StageWork,
+    check_model,
+    check_prompts,
+    reward_needs,
+)
 from rlhf_core.pipeline.stage_references import MODEL, ROWS, references, resolved, spelled_out
 from rlhf_core.registry.method_or_file import GivenValues, find_method
 
@@ -66,7 +77,7 @@ class SampleStage(Stage):
     def _completed(self) -> dict[str, Any]:
         values = {"seed": self.recipe.recipe.seed, **self._as_lists(self.values)}
         if self.compares and isinstance(values.get(SAMPLERS), list):
-            names = [one.name for one in self.recipe.stages]
+            names = self.recipe.names
             values[SAMPLERS] = [
                 self._as_lists(
                     {key: spelled_out(value, names) if key in self.roles else value for key, value in one.items()}
@@ -107,16 +118,13 @@ class SampleStage(Stage):
         if "output" in self.values:
             fix = "leave it out: a stage writes into the pipeline's directory"
             errors.append(ConfigError("a stage has no `output`", place=self.entry.place("output"), fix=fix))
-        checked_prompts = False
         for values, places in self._jobs(find):
             try:
                 job = load_sampling_job(GivenValues(values, places))
-                if not checked_prompts and not list(references(self.values.get("prompts"))):
-                    checked_prompts = True
-                    job.prompts()
                 job.rewards()
             except RLHFError as error:
                 errors += [one for one in every_error(error) if str(one) not in map(str, errors)]
+        errors += check_prompts(self.values, self.entry.place("prompts"))
         model = self.values.get(MODEL)
         source = model.get("path") if isinstance(model, Mapping) else model
         if MODEL in self.entry.values and not list(references(source)):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from rlhf_core import registry
-from rlhf_core.infra.errors import ConfigError, ModelError, RLHFError, did_you_mean, nearest
+from rlhf_core.config.sampling_run import PromptRunConfig
+from rlhf_core.generation.sampling_job import read_run_prompts
+from rlhf_core.infra.errors import ConfigError, Mistakes, ModelError, RLHFError, did_you_mean, nearest
 from rlhf_core.infra.model_files import adapter_chain, check_files, hub_files, locate
 from rlhf_core.pipeline.recipe import RecipeFile, StageEntry
 from rlhf_core.pipeline.stage_command import RunCommand
@@ -90,7 +93,7 @@ class Stage(ABC):
         self.makes: Mapping[str, Product] | None = {}
         """What it makes, by name; None where that isn't known, because its method isn't."""
         self._find_method()
-        names = [one.name for one in recipe.stages]
+        names = recipe.names
         for key in self.model_keys:
             if key in self.values:
                 self.values[key] = spelled_out(self.values[key], names)
@@ -191,6 +194,8 @@ class Stage(ABC):
         place = self.entry.place(one.key)
         if one.stage == self.entry.name:
             return ConfigError("a stage can't take what it makes itself", place=place, got=str(one))
+        if one.stage in self.recipe.lost:  # which is a mistake of its own
+            return None
         if one.stage not in self.earlier:
             if one.stage in names:
                 fix = f"move the stage `{one.stage}` before `{self.entry.name}`"
@@ -213,6 +218,30 @@ class Stage(ABC):
             if (one.key == need.key or one.key.startswith(f"{need.key}.")) and kind not in need.kinds:
                 return ConfigError(f"must be {need.what}", place=place, got=f"`{one}`, a model of kind `{kind}`")
         return None
+
+
+def placed(error: RLHFError, place: str) -> RLHFError:
+    """Return an error of something that a recipe names, with the place in the recipe before its own."""
+    where = f"{place}: {error.place}" if error.place else place
+    return type(error)(error.problem, place=where, got=error.got, fix=error.fix)
+
+
+def check_prompts(values: Mapping[str, Any], place: str) -> list[RLHFError]:
+    """Return what is wrong with a stage's prompts; nothing of those that an earlier stage makes, or whose options are wrong.
+
+    Args:
+        values: the stage's `prompts`, `limit` and `dataset`, among others.
+        place: where its prompts were set.
+    """
+    if list(references(values.get("prompts"))):
+        return []
+    mistakes = Mistakes()
+    with suppress(ConfigError):
+        given = {key: values[key] for key in PromptRunConfig.model_fields if key in values}
+        run = PromptRunConfig.parse(given)
+        with mistakes.noted():
+            read_run_prompts(run)
+    return [placed(error, place) for error in mistakes]
 
 
 def check_model(source: Any, place: str, stages: Collection[str] = ()) -> list[RLHFError]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from rlhf_core import registry
 from rlhf_core.config.flags import refuse_unknown
 from rlhf_core.config.online import OnlineConfig
 from rlhf_core.config.run_file import RunConfig
@@ -15,7 +16,7 @@ from rlhf_core.config.training import DatasetConfig, TrainingStage, models_besid
 from rlhf_core.config.yaml_file import dump_yaml, overlay
 from rlhf_core.contracts.trainer import Trainer
 from rlhf_core.data.open_source import data_files
-from rlhf_core.infra.errors import ConfigError, RLHFError, shortened
+from rlhf_core.infra.errors import ConfigError, RLHFError, nearest, shortened
 from rlhf_core.infra.files import read_json, remove_tree, replace_file
 from rlhf_core.pipeline.first_rows import check_first_rows
 from rlhf_core.pipeline.recipe import every_error
@@ -124,6 +125,10 @@ class TrainStage(Stage):
         """Return the checked configuration of the run. Raises RLHFError where it isn't valid."""
         return load_job(GivenValues(self._file(find, Path()), self._places()))
 
+    def trainer_options(self) -> set[str] | None:
+        """Return the options of its method, of an unknown one those of the nearest; None where no name is near."""
+        return trainer_options(self.entry.method)
+
     def _processes(self) -> int:
         count = self.values.get(PROCESSES, 1)
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
@@ -202,6 +207,16 @@ def train(
         more = ["--resume"] if continued else []
         run(["train", str(file), *more], log=file.with_suffix(".log"), processes=processes)
     return run_metrics(directory)
+
+
+def trainer_options(name: Any) -> set[str] | None:
+    """Return the options of a trainer, of an unknown name those of the nearest one; None where none is near, or it is broken."""
+    known = registry.trainers
+    try:
+        plugin = registry.get("trainer", str(name) if name in known else nearest(str(name), known) or str(name))
+    except RLHFError:
+        return None
+    return {*plugin.Config.model_fields}
 
 
 def _models_of(job: TrainingJob | None) -> Iterator[tuple[str, Any]]:

@@ -13,7 +13,7 @@ from rlhf_core import registry
 from rlhf_core.config.base import BaseConfig, config_error, place_of
 from rlhf_core.config.online import OnlineConfig, RewardConfig
 from rlhf_core.contracts.reward import RewardFn
-from rlhf_core.infra.errors import ConfigError, PluginError, RLHFError, describe_error, shortened
+from rlhf_core.infra.errors import ConfigError, Mistakes, PluginError, RLHFError, describe_error, shortened
 from rlhf_core.infra.import_object import import_object
 from rlhf_core.registry.distributions import canonical
 from rlhf_core.rewards.function_reward import FunctionReward, RewardFunction
@@ -131,18 +131,23 @@ class _Resolved:
 
 
 def _resolve_all(given: Any, place: Mapping[str, str] | str) -> list[_Resolved]:
-    """Resolve one reward or several; of those that share a name, the second is `NAME_2`."""
+    """Resolve one reward or several; of those that share a name, the second is `NAME_2`. Of several mistakes the first is raised,
+    the others are its `also`."""
     several = isinstance(given, Sequence) and not isinstance(given, str) and not _is_pair(given)
     found: list[_Resolved] = []
     taken: set[str] = set()
+    mistakes = Mistakes()
     for number, one in enumerate(given if several else [given]):
-        resolved = _resolve(one, f"rewards.{number}", place)
+        with mistakes.noted():
+            found.append(_resolve(one, f"rewards.{number}", place))
+    mistakes.raise_first()
+    for number, resolved in enumerate(found):
         name, count = resolved.name, 1
         while name in taken:
             count += 1
             name = f"{resolved.name}_{count}"
         taken.add(name)
-        found.append(replace(resolved, name=name))
+        found[number] = replace(resolved, name=name)
     if found and not any(one.weight for one in found):
         fix = "give one of them another weight"
         raise ConfigError(

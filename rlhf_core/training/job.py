@@ -22,7 +22,7 @@ from rlhf_core.config.run_file import RunConfig
 from rlhf_core.config.training import TrainerConfig
 from rlhf_core.config.yaml_file import dump_yaml, nest, overlay
 from rlhf_core.contracts.trainer import Trainer
-from rlhf_core.infra.errors import ConfigError
+from rlhf_core.infra.errors import ConfigError, Mistakes
 from rlhf_core.infra.redact import redact, redact_text
 from rlhf_core.registry.method_or_file import GivenValues, find_method, read_method_or_file
 from rlhf_core.rewards import check_rewards
@@ -96,7 +96,8 @@ def load_job(
         flags: values from the command line, as tokens: `["--beta", "0.2", "--lora.rank=8"]`.
 
     Raises:
-        ConfigError: an unknown method, key, option or reward, a missing one, or a wrong value.
+        ConfigError: an unknown method, key, option or reward, a missing one, or a wrong value; of several mistakes the others are
+            its `also`.
         PluginError: the method or a reward is broken, ambiguous or disabled.
     """
     given = lex(flags)
@@ -109,7 +110,10 @@ def load_job(
     places |= over_places
     plugin, method = find_method(run_values, places, "trainer")
     name = str(run_values["method"])
-    refuse_unknown(values, method.Config, name, places, RunConfig.KEYS)
+    mistakes = Mistakes()
+    with mistakes.noted():
+        refuse_unknown(values, method.Config, name, places, RunConfig.KEYS)
+    values = {key: value for key, value in values.items() if key in method.Config.model_fields}
     option_flags = [flag for flag in given if flag.key not in RunConfig.KEYS]
     option_values, option_places = convert_options(option_flags, method.Config, name, RunConfig.KEYS)
     option_values = spread(option_values, method.Config)
@@ -123,11 +127,17 @@ def load_job(
         options = with_rate_of_adapters(options, method.Config)
         if "learning_rate" in options:
             places.setdefault("learning_rate", f"preset `{run_values['preset']}`")
-    run = _run(run_values, places)
-    config = method.Config.parse(options, place=places)
+    with mistakes.noted():
+        run = _run(run_values, places)
+    config, wrong, found = method.Config.parse_sound(options, place=places, instead={})
+    mistakes += found
     if isinstance(config, OnlineConfig):
-        check_rewards(config, place=places)
-        check_samplers(config, own_rewards=bool(config.rewards), places=places)
+        if "rewards" not in wrong:
+            with mistakes.noted():
+                check_rewards(config, place=places)
+        with mistakes.noted():
+            check_samplers(config, own_rewards=bool(config.rewards), places=places)
+    mistakes.raise_first()
     return TrainingJob(run, config, method, plugin, places, text)
 
 
@@ -151,9 +161,11 @@ def _keep_groups(layer: Mapping[str, Any], below: Mapping[str, Any]) -> dict[str
 
 def _run(values: dict[str, Any], places: Mapping[str, str]) -> RunConfig:
     """Return the checked `RunConfig`; without `output` the directory is `runs/METHOD-DATE-TIME`."""
-    for key in ("model", "data"):
-        if values.get(key) is None:
-            raise ConfigError(f"`{key}` is missing", place=places[""], fix=f"give `--{key}`, or `{key}:` in the file")
+    Mistakes(
+        ConfigError(f"`{key}` is missing", place=places[""], fix=f"give `--{key}`, or `{key}:` in the file")
+        for key in ("model", "data")
+        if values.get(key) is None
+    ).raise_first()
     if values.get("output") is None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             problem = "several processes need the same run directory, and none is set"

@@ -183,3 +183,98 @@ BY_JUDGE = [{"name": "judge", "options": {"model": "${stages.sft.model}"}}]
 def test_a_policy_is_no_reward_model_but_may_be_a_judge(folder: Path, stage: dict[str, object], wrong: bool) -> None:
     found = [str(error) for error in errors_of(SFT, stage)]
     assert any("must be a reward model" in error for error in found) == wrong, found
+
+
+MANY = """\
+model: 3
+outputt: out
+seed: -1
+defaults: {batch_size: 4, batchsize: 4}
+capabilities:
+  threshold: -1
+  suites:
+    - {name: a, prompts: missing-a.jsonl, validator: numeric_answer}
+    - {name: b, prompts: prompt.jsonl, validator: nomeric_answer}
+    - {name: c, prompts: prompt.jsonl, validator: numeric_answer, limit: 0}
+    - {name: d, prompts: missing-d.jsonl, validator: lenght}
+stages:
+  - 3
+  - {name: judge, kind: [x], data: preference.jsonl}
+  - {method: dpoo, data: preference.jsonl}
+  - {name: a/b, method: dpo, data: missing.jsonl}
+  - {name: twice, method: sft, data: sft.jsonl, epochs: -1, rewardz: 1, dat: 2}
+  - {name: twice, method: sft, data: preference.jsonl}
+  - {method: grpo, data: prompt.jsonl, reward: judge, group_size: 0, rewards: [lenght, nomeric_answer]}
+  - {kind: improve, name: better, prompts: gone.jsonl, rounds: 0, at_least: much,
+     check: nomeric_answer, sampler: {method: generat}, train: {method: sft, epochs: -1, epoch: 1}}
+  - {kind: sample, name: drawn, method: best_of_n, prompts: gone.jsonl, max_new_tokens: 0, n: 0, reward: lenght}
+  - {kind: evaluate, prompts: gone.jsonl, validator: nomeric_answer, reward: lenght, n: 0, kll: 2}
+"""
+
+
+def test_no_mistake_hides_another(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "many.yaml").write_text(MANY)
+    assert main(["validate", "many.yaml"]) == 2
+    found = lines(capsys)
+
+    def said(line: int, *texts: str) -> bool:
+        at = f"many.yaml:{line}"
+        return any(f"{at}:" in one or f"{at} " in one for one in found if all(text in one for text in texts))
+
+    # Keys of the recipe; suites, each for itself; entries that are no stage.
+    assert said(1, "`model`") and said(2, "did you mean `output`?") and said(3, "`seed`") and said(4, "`batch_size`")
+    assert said(6, "`capabilities.threshold`") and said(10, "`capabilities.suites.2.limit`")
+    assert said(5, "suite `a`", "missing-a.jsonl") and said(5, "suite `b`", "did you mean `numeric_answer`?")
+    assert said(5, "suite `d`", "missing-d.jsonl") and said(5, "suite `d`", "did you mean `length`?")
+    assert said(13, "must be a group of options", "got 3") and said(14, "`kind` must be a name")
+    assert said(15, "did you mean `dpo`?")
+    # A stage is checked whatever is wrong with its name, and one that needs a lost stage isn't blamed for that.
+    assert said(16, "got `a/b`") and said(16, "missing.jsonl") and said(18, "two stages are named `twice`")
+    assert said(18, "`sft` consumes") and not any("a stage `judge`" in line for line in found)
+    # Several mistakes of one stage.
+    assert said(17, "`epochs`") and said(17, "`rewardz`") and said(17, "`dat`")
+    assert (
+        said(19, "`group_size`") and said(19, "did you mean `length`?") and said(19, "did you mean `numeric_answer`?")
+    )
+    assert (
+        all(said(line, "gone.jsonl") for line in (20, 22, 23))
+        and said(20, "`rounds`")
+        and said(20, "`at_least`")
+        and said(21, "did you mean `generate`?")
+    )
+    assert said(21, "did you mean `numeric_answer`?") and said(21, "`epochs`") and said(21, "`epoch`")
+    assert said(22, "`n`") and said(22, "`max_new_tokens`") and said(22, "did you mean `length`?")
+    assert said(23, "did you mean `numeric_answer`?") and said(23, "did you mean `length`?")
+    assert said(23, "`n`") and said(23, "`kll`") and not (folder / "output").exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (3, "`data`: must be a path or hub name, or a list of such; got 3"),
+        (["sft.jsonl", 3], "`data.1`: must be a path or hub name, or `{path: …, weight: …}`; got 3"),
+        ([{"path": "sft.jsonl", "weight": 0}], "`data.0.weight`: must be greater than 0; got 0"),
+        ({"path": "sft.jsonl", "wait": 2}, "unknown option `data.0.wait`; fix: did you mean `weight`?"),
+    ],
+)
+def test_data_of_a_wrong_kind_are_one_mistake(folder: Path, data: object, text: str) -> None:
+    (one,) = errors_of({"method": "sft", "data": data})
+    assert text in str(one)
+
+
+def test_defaults_are_compared_with_the_method_that_was_meant(folder: Path) -> None:
+    recipe = {"model": "model", "output": "out", "defaults": {"betta": 1, "beta": 0.2}}
+    stages = [{"method": "dpoo", "data": "preference.jsonl"}]
+    found = [str(one) for one in PipelinePlan(read_recipe({**recipe, "stages": stages})).check()]
+    assert len(found) == 2 and any("has the option `betta`" in one for one in found)
+    # Of a method that can't be guessed no options are known.
+    stages = [{"method": "zzzz", "data": "preference.jsonl"}]
+    assert len(PipelinePlan(read_recipe({**recipe, "stages": stages})).check()) == 1
+
+
+def test_rows_are_written_nowhere_without_an_output(folder: Path) -> None:
+    from rlhf_core import RLHFOrchestrator
+
+    with pytest.raises(RecipeError, match="`output` is missing"):
+        RLHFOrchestrator({"model": "model"}).run_sft([{"prompt": "a", "response": "b"}])
+    assert not (folder / "output.data").exists()
