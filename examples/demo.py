@@ -5,8 +5,8 @@
 The task is arithmetic in written steps (`rlhf_core.testing.arithmetic_task`). More than half of the demonstrations go wrong at
 some step, so a model that imitates them well is as often wrong when it is sampled from; GRPO then learns from a verifier which of
 its own answers were right. This program writes a model of random weights, the data and a recipe, runs the recipe as `rlhf run`
-does, and writes the report as `rlhf report` does. Everything depends on the seed alone. `compare_methods.py` compares DPO,
-GRPO and PPO on the same task.
+does, and writes the report as `rlhf report` does. Everything depends on the seed alone. Run again, it replaces the demo in its
+folder; a folder that holds anything else is refused. `compare_methods.py` compares DPO, GRPO and PPO on the same task.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from rlhf_core import RLHFOrchestrator, setup_logging
 from rlhf_core.cli import exit_code
 from rlhf_core.config.yaml_file import dump_yaml
 from rlhf_core.evaluation.report import write_report
+from rlhf_core.infra.errors import ConfigError, StorageError
 from rlhf_core.testing.arithmetic_task import ArithmeticTask, Row
 from rlhf_core.testing.tiny import save_tiny
 
@@ -44,6 +45,24 @@ class Demo:
     seed: int = 0
     scale: float = 1.0
     """Multiplies steps, rows and problems; below 1 the demo is faster and shows less."""
+
+    def claim(self, *, resume: bool) -> None:
+        """Mark the folder as a demo's, so that the next one may replace it.
+
+        Raises:
+            StorageError: it is a file, or holds something that no demo has written.
+            ConfigError: the demo that `resume` would go on with has another seed or scale.
+        """
+        mark, mine = self.folder / "demo.json", {"seed": self.seed, "scale": self.scale}
+        if not mark.is_file():
+            if self.folder.exists() and not (self.folder.is_dir() and not any(self.folder.iterdir())):
+                fix = "name an empty or a new folder with `--output`, or remove this one"
+                raise StorageError("holds something that no demo wrote", place=str(self.folder), fix=fix)
+            self.folder.mkdir(parents=True, exist_ok=True)
+        elif resume and (begun := json.loads(mark.read_text(encoding="utf-8"))) != mine:
+            fix = "give the same `--seed` and `--scale`, or leave out `--resume` to replace it"
+            raise ConfigError("the demo there is another one", place=str(mark), got=begun, fix=fix)
+        mark.write_text(json.dumps(mine) + "\n", encoding="utf-8")
 
     def scaled(self, count: int) -> int:
         """Return a number of steps, rows or problems times the scale."""
@@ -124,10 +143,14 @@ class Demo:
 
 
 def run(demo: Demo, *, resume: bool = False) -> int:
-    """Run the pipeline, print what each stage gained, write the report, and return the exit code."""
+    """Run the pipeline, print what each stage gained, write the report, and return the exit code.
+
+    Args:
+        resume: go on with the demo in the folder; otherwise it is replaced.
+    """
     began = time.monotonic()
+    demo.claim(resume=resume)
     recipe = demo.folder / "recipe.yaml"
-    recipe.parent.mkdir(parents=True, exist_ok=True)
     recipe.write_text(dump_yaml(demo.recipe()), encoding="utf-8")
     result = RLHFOrchestrator(recipe).run_full_pipeline(resume=resume, overwrite=not resume)
     page = write_report(result.output)
@@ -148,7 +171,12 @@ def show(record: Mapping[str, Any], console: Console) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder to write (default: %(default)s)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("runs/demo"),
+        help="folder to write: a new one, or a demo's, which is replaced (default: %(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the steps, rows and problems (default: 1)")
     parser.add_argument("--resume", action="store_true", help="go on where the demo was stopped")

@@ -88,7 +88,7 @@ def load_yaml(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
     except FileNotFoundError:
         raise ConfigError("no such file", place=str(path)) from None
     except IsADirectoryError:
-        raise ConfigError("is a directory, not a file", place=str(path)) from None
+        raise ConfigError("is a directory, not a file", place=str(path), fix=_file_in(path)) from None
     except UnicodeDecodeError as error:
         raise ConfigError("is not UTF-8", place=str(path), got=f"a bad byte at offset {error.start}") from None
     try:
@@ -107,6 +107,12 @@ def load_yaml(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
     places = {"": str(path)}
     _note_lines(node, "", str(path), places)
     return values, places
+
+
+def _file_in(directory: Path) -> str:
+    """Return a hint for a directory where a file was expected: the configuration in a pipeline's or a run's."""
+    found = [directory / name for name in ("recipe.yaml", "config.yaml") if (directory / name).is_file()]
+    return f"name the file in it, {found[0]}" if found else "name a YAML file"
 
 
 def _note_lines(node: Any, prefix: str, file: str, places: dict[str, str]) -> None:

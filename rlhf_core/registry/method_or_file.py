@@ -67,6 +67,8 @@ def find_method(values: Mapping[str, Any], places: Mapping[str, str], kind: str)
         return plugin, load(plugin)
     except ConfigError as error:
         fix = error.fix
+        if Path(name).is_dir():
+            load_yaml(name)  # says that it is a directory, and which file in it may be meant
         if not names_file(name) and Path(f"{name}.yaml").is_file():
             fix = f"write `{name}.yaml` for the file; {fix}"
         raise type(error)(error.problem, place=places.get("method", places[""]), got=error.got, fix=fix) from None

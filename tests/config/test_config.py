@@ -253,7 +253,9 @@ def test_a_wrong_file_is_one_line_with_its_place(yaml: Callable, case: str) -> N
 
 def test_files_that_are_not_there(tmp_path: Path) -> None:
     assert refused(tmp_path / "gone.yaml") == f"error[config] {tmp_path / 'gone.yaml'}: no such file"
-    assert refused(tmp_path) == f"error[config] {tmp_path}: is a directory, not a file"
+    assert refused(tmp_path) == f"error[config] {tmp_path}: is a directory, not a file; fix: name a YAML file"
+    (tmp_path / "config.yaml").write_text("")
+    assert refused(tmp_path).endswith(f"not a file; fix: name the file in it, {tmp_path / 'config.yaml'}")
 
 
 def test_a_byte_order_mark_is_fine(yaml: Callable) -> None:

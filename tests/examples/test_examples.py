@@ -183,6 +183,27 @@ def test_cross_validation_in_small(
     assert exit_code(example.main) == 2
 
 
+def test_the_demo_replaces_a_demo_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = load("demo", monkeypatch)
+
+    def claimed(folder: str, *, seed: int = 0, resume: bool = False) -> int:
+        demo = example.Demo(tmp_path / folder, seed)
+        return exit_code(lambda: demo.claim(resume=resume))
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/recipe.yaml").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    assert claimed("mine") == claimed("file") == claimed("mine", resume=True) == 7
+    assert capsys.readouterr().err.count("no demo wrote; fix: name an empty or a new folder") == 3
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["recipe.yaml"]
+    (tmp_path / "empty").mkdir()
+    assert claimed("empty") == claimed("new") == claimed("new") == claimed("new", resume=True) == 0
+    assert claimed("new", seed=1, resume=True) == 2 and "is another one" in capsys.readouterr().err
+    assert claimed("new", seed=1) == claimed("new", seed=1, resume=True) == 0
+
+
 @pytest.mark.slow
 def test_the_demo_runs_whole_and_reports(tmp_path: Path) -> None:
     command = [sys.executable, str(EXAMPLES / "demo.py"), "--scale", "0.02", "--output", str(tmp_path / "demo")]

@@ -272,6 +272,14 @@ def test_defaults_are_compared_with_the_method_that_was_meant(folder: Path) -> N
     assert len(PipelinePlan(read_recipe({**recipe, "stages": stages})).check()) == 1
 
 
+def test_a_directory_is_no_recipe(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "out").mkdir()
+    (folder / "out/recipe.yaml").write_text("")
+    for words in (["validate", "out"], ["validate", "./out"], ["train", "out"], ["run", "out"]):
+        assert main(words) == 2
+        assert "out: is a directory, not a file; fix: name the file in it, out/recipe.yaml" in lines(capsys)[0], words
+
+
 def test_rows_are_written_nowhere_without_an_output(folder: Path) -> None:
     from rlhf_core import RLHFOrchestrator
 
