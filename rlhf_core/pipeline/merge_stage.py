@@ -71,13 +71,16 @@ class MergeStage(Stage):
         work.directory.mkdir(parents=True, exist_ok=True)
         replace_file(work.file, dump_yaml(self._file(work.find, target)).encode())
         report = work.directory / "merge.json"
-        if not (target / "config.json").exists():  # else it was merged just before the pipeline was killed
-            more = ["--resume"] if (unfinished(target) / "merge.state").exists() else []
+        if not report.exists():
+            # A model without a report: the pipeline was killed between the two. Merging again gives the same model.
+            whole = (target / "config.json").exists()
+            begun = (unfinished(target) / "merge.state").exists()
+            more = ["--overwrite"] if whole else ["--resume"] if begun else []
             if function := self.values.get(_EVALUATE):
                 more += ["--evaluate", str(function)]
             found = work.run(["merge", str(work.file), "--json", *more], log=work.file.with_suffix(".log"))
             replace_file(report, found.encode())
-        return dict(read_json(report)) if report.exists() else {}
+        return dict(read_json(report))
 
     def _file(self, find: Find, output: Path) -> dict[str, Any]:
         """Return the merge's configuration file, as values."""

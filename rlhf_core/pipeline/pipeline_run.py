@@ -17,7 +17,7 @@ from rlhf_core.pipeline.capability_guard import CapabilityGuard, summary
 from rlhf_core.pipeline.pipeline_plan import PipelinePlan
 from rlhf_core.pipeline.pipeline_record import PipelineRecord, StageStatus, now
 from rlhf_core.pipeline.stage import Stage, StageWork
-from rlhf_core.pipeline.stage_command import RunCommand
+from rlhf_core.pipeline.stage_command import InProcesses, RunCommand
 from rlhf_core.pipeline.stage_fingerprint import content_of, differences, fingerprint, made_from
 from rlhf_core.pipeline.stage_references import MODEL, resolved
 
@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 _BETWEEN_REPORTS = 60.0
 """Seconds between two reports at least, and before the first: a shorter pipeline would spend a large share of its time on it."""
+_BETWEEN_NOTES = 10.0
+"""Seconds between two notes of how long the running stage has taken: what a kill loses of it at most."""
 KEPT = ("finished", "rolled_back")
 """Statuses of stages that aren't run again while what they are made from is the same."""
 
@@ -82,7 +84,7 @@ class PipelineRun:
         tell: Callable[[str], None],
         replace: bool,
     ) -> None:
-        self.plan, self.record, self._run = plan, record, run
+        self.plan, self.record, self._run = plan, record, self._noting(run)
         plan.settle(record.directories())
         self._stopping, self._tell, self._replace = stopping, tell, replace
         recipe = plan.recipe.recipe
@@ -94,9 +96,12 @@ class PipelineRun:
         """(stage, product) → path, of what may be taken."""
         self._reported = time.monotonic()
         """When the report was written last, or the pipeline began."""
+        self._stage: tuple[str, float] | None = None
+        """The stage that runs, and when it would have begun had it never been interrupted."""
+        self._noted = 0.0
         self._guard: CapabilityGuard | None = None
         if recipe.capabilities is not None:
-            self._guard = CapabilityGuard(recipe.capabilities, plan.output / "capabilities", run, recipe.seed)
+            self._guard = CapabilityGuard(recipe.capabilities, plan.output / "capabilities", self._run, recipe.seed)
 
     def execute(self) -> PipelineResult:
         """Run all stages and return the result; however it ends, write that into the record."""
@@ -122,12 +127,26 @@ class PipelineRun:
 
     def continue_with(self, plan: PipelinePlan, run: RunCommand, stopping: Callable[[], bool]) -> None:
         """Go on with a plan that has one more stage."""
-        self.plan, self._run, self._stopping = plan, run, stopping
+        self.plan, self._run, self._stopping = plan, self._noting(run), stopping
         plan.settle(self.record.directories())
         if self._guard is not None:
-            self._guard.run = run
+            self._guard.run = self._run
         self.record.arrange(list(plan.stages), more=True)
         self.record.write_recipe(plan.recipe)
+
+    def _noting(self, run: RunCommand) -> RunCommand:
+        """Return what runs commands; while one of them runs in a process of its own, the stage's time is noted."""
+        if isinstance(run, InProcesses):
+            run.meanwhile = self._note_seconds
+        return run
+
+    def _note_seconds(self) -> None:
+        """Write now and then how long the running stage has taken, for a resume after a kill."""
+        now = time.monotonic()
+        if self._stage is not None and now - self._noted >= _BETWEEN_NOTES:
+            self._noted = now
+            name, began = self._stage
+            self.record.update_stage(name, seconds=round(now - began, 3))
 
     def settle(self) -> None:
         """Note the last good policy between stages that are run one by one."""
@@ -264,8 +283,10 @@ class PipelineRun:
         name, directory = stage.entry.name, self.plan.directory(stage)
         base = self._base(stage)
         known = self.record.stage(name)
+        spent = float(known.get("seconds") or 0) if continued else 0.0
         self.record.update_stage(
             name, status="running", fingerprint=fingerprint(inputs), inputs=inputs, reason=None, exit_code=None,
+            seconds=round(spent, 3),
             started=known.get("started") if continued and known.get("started") else now(), ended=None,
             input_model=self._relative(base), guarded_by=self._rules, capabilities=None, **self._facts(stage),
         )  # fmt: skip
@@ -274,7 +295,9 @@ class PipelineRun:
         )
         self._tell(f"{self._head(stage)} {'continued' if continued else 'begun'}, from {self._relative(base)}")
         directory.parent.mkdir(parents=True, exist_ok=True)
-        began, spent = time.monotonic(), float(known.get("seconds") or 0) if continued else 0.0
+        self._noted = time.monotonic()
+        began = self._noted - spent
+        self._stage = (name, began)
         work = StageWork(directory, directory.with_name(directory.name + ".yaml"), self._find, self._run)
         metrics: dict[str, Any] = {}
         try:
@@ -283,10 +306,10 @@ class PipelineRun:
             if before is not None:
                 self._compare(stage, before)
         except BaseException as error:
-            seconds = spent + time.monotonic() - began
-            return self._failed(stage, error, base, metrics, seconds)
-        seconds = spent + time.monotonic() - began
-        return self._finished(stage, metrics, seconds)
+            return self._failed(stage, error, base, metrics, time.monotonic() - began)
+        finally:
+            self._stage = None
+        return self._finished(stage, metrics, time.monotonic() - began)
 
     def _compare(self, stage: Stage, before: Any) -> None:
         """Test a stage's policy, and raise `CapabilityRegression` where it is worse than the one from before."""

@@ -66,6 +66,8 @@ class InProcesses:
 
     def __init__(self, stop: StopSignal, show: Callable[[str], None] | None = None) -> None:
         self._stop, self._show = stop, show
+        self.meanwhile: Callable[[], None] = lambda: None
+        """Called several times a second while a command runs."""
 
     def __call__(self, arguments: Sequence[str], *, log: Path, processes: int = 1) -> str:
         python = sys.executable or "python"
@@ -103,6 +105,7 @@ class InProcesses:
             try:
                 return process.wait(timeout=_POLL)
             except subprocess.TimeoutExpired:
+                self.meanwhile()
                 if passed is None and self._stop.requested is not None:
                     passed = self._stop.requested
                     process.send_signal(passed)

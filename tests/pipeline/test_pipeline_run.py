@@ -15,8 +15,12 @@ from rlhf_core.cli import main
 from rlhf_core.improvement.capability_tests import CapabilityRegression
 from rlhf_core.infra.errors import ConfigError, NumbersError, StorageError
 from rlhf_core.infra.model_files import file_hashes
+from rlhf_core.pipeline import pipeline_run
 from rlhf_core.pipeline.recipe import RecipeError
+from rlhf_core.pipeline.stage_command import InProcesses, InThisProcess
+from rlhf_core.training.signals import StopSignal
 
+DEFAULTS = {"batch_size": 4, "max_steps": 2, "learning_rate": 1e-3, "dataset": {"wrap": "none"}}
 SFT = {"method": "sft", "data": "sft.jsonl"}
 JUDGE = {"name": "judge", "method": "reward_model", "data": "preference.jsonl", "model": "sft"}
 DPO = {"method": "dpo", "data": "preference.jsonl", "model": "sft"}
@@ -207,6 +211,51 @@ def test_a_stage_keeps_its_directory_wherever_it_stands_in_the_recipe(
     fewer = pipeline(SFT, DPO)
     fewer.run_full_pipeline(resume=True)
     assert told(fewer).count("finished before") == 2
+
+
+def test_a_merge_that_was_killed_before_its_report_has_its_figures(pipeline: Any, recorded: Any, folder: Path) -> None:
+    soup = {"kind": "merge", "name": "soup", "method": "linear", "models": ["model", "sft"]}
+    pipeline(SFT, soup).run_full_pipeline()
+    whole, files = recorded()["stages"]["soup"]["metrics"], file_hashes("out/stages/02-soup/model")
+    as_if_killed_in(folder, "soup")
+    (folder / "out/stages/02-soup/merge.json").unlink()
+    pipeline(SFT, soup).run_full_pipeline(resume=True)
+    again = recorded()["stages"]["soup"]["metrics"]
+    assert again["tensors"] == whole["tensors"] and again["bytes_written"] == whole["bytes_written"]
+    assert file_hashes("out/stages/02-soup/model") == files
+
+
+def as_if_killed_in(folder: Path, name: str, **fields: Any) -> None:
+    """Change the pipeline's record to what a kill in a stage leaves."""
+    values = json.loads((folder / "out/pipeline.json").read_text())
+    stage = next(one for one in values["stages"] if one["name"] == name)
+    stage |= {"status": "running", "ended": None, **fields}
+    (folder / "out/pipeline.json").write_text(json.dumps(values | {"status": "running"}))
+
+
+def test_time_before_a_kill_counts(pipeline: Any, recorded: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline_run, "_BETWEEN_NOTES", 0.0)
+    noted: list[float] = []
+
+    class Here(InProcesses):
+        """Runs commands in this process, and looks at the record as a kill would leave it."""
+
+        def __call__(self, arguments: Any, *, log: Path, processes: int = 1) -> str:
+            found = InThisProcess(main)(arguments, log=log, processes=processes)
+            self.meanwhile()
+            noted.append(recorded()["stages"]["sft"]["seconds"])
+            return found
+
+    def run(**how: Any) -> None:
+        recipe = {"model": "model", "output": "out", "defaults": DEFAULTS, "stages": [SFT]}
+        with StopSignal(speak=False) as stop:
+            RLHFOrchestrator(recipe, run=Here(stop), tell=lambda text: None).run_full_pipeline(**how)
+
+    run()
+    assert 0 < noted[0] <= recorded()["stages"]["sft"]["seconds"]
+    as_if_killed_in(folder, "sft", seconds=500.0)
+    run(resume=True)
+    assert 500 <= recorded()["stages"]["sft"]["seconds"] < 500 + 60
 
 
 @pytest.mark.slow
