@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from rlhf_core.merging.merge import ModelMerger as ModelMerger
     from rlhf_core.models.attention import OptimizedAttention as OptimizedAttention
     from rlhf_core.models.compile import compile_model as compile_model
+    from rlhf_core.models.context_compressor import ContextCompressor as ContextCompressor
     from rlhf_core.models.logprobs import over_vocabulary as over_vocabulary
     from rlhf_core.models.lora import apply_lora as apply_lora
     from rlhf_core.models.policy_model import PolicyModel as PolicyModel
@@ -108,6 +109,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.models.policy_model": "PolicyModel",
         "rlhf_core.models.process_reward_model": "ProcessRewardModel",
         "rlhf_core.models.reward_model": "RewardModel",
+        "rlhf_core.models.context_compressor": "ContextCompressor",
         "rlhf_core.models.value_model": "ValueModel",
         "rlhf_core.config.online": "OnlineConfig RewardConfig SamplingConfig",
         "rlhf_core.pipeline.orchestrator": "RLHFOrchestrator",

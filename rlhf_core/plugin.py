@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from rlhf_core.contracts.trainer import Window as Window
     from rlhf_core.data.collate import collate as collate
     from rlhf_core.data.encoded_data import EncodedData as EncodedData
+    from rlhf_core.data.encoder import EncodedRow as EncodedRow
     from rlhf_core.data.step_labels import NO_LABEL as NO_LABEL
     from rlhf_core.data.step_labels import RIGHT as RIGHT
     from rlhf_core.data.step_labels import WRONG as WRONG
@@ -105,13 +106,17 @@ if TYPE_CHECKING:
     from rlhf_core.merging import share_of_weights as share_of_weights
     from rlhf_core.merging import tensor_thresholds as tensor_thresholds
     from rlhf_core.merging import thresholds as thresholds
+    from rlhf_core.models import ContextCompressor as ContextCompressor
     from rlhf_core.models import HiddenStates as HiddenStates
     from rlhf_core.models import PolicyModel as PolicyModel
     from rlhf_core.models import ProcessRewardModel as ProcessRewardModel
     from rlhf_core.models import RewardModel as RewardModel
     from rlhf_core.models import ValueModel as ValueModel
+    from rlhf_core.models import check_reader as check_reader
+    from rlhf_core.models import context_span as context_span
     from rlhf_core.models import exact_log_softmax as exact_log_softmax
     from rlhf_core.models import over_vocabulary as over_vocabulary
+    from rlhf_core.models import soft_tokens as soft_tokens
     from rlhf_core.models.batch_values import batch_values as batch_values
     from rlhf_core.models.model_reward import ModelReward as ModelReward
     from rlhf_core.models.model_reward import ModelRewardConfig as ModelRewardConfig
@@ -203,7 +208,8 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.merging": "CHUNK Chunk MergeInput ModelMerger TensorStream is_embedding kept_count magnitudes merge_tensor"
         " require_one_sign share_of_weights tensor_thresholds thresholds",
         "rlhf_core.models": "PolicyModel ProcessRewardModel RewardModel ValueModel HiddenStates exact_log_softmax"
-        " over_vocabulary",
+        " over_vocabulary ContextCompressor check_reader context_span soft_tokens",
+        "rlhf_core.data.encoder": "EncodedRow",
         "rlhf_core.generation.draft_model": "ModelDrafter",
         "rlhf_core.generation.drafting": "DraftRow Drafter Drafts Guesses",
         "rlhf_core.generation.engine": "Engine whole_count",

@@ -80,6 +80,8 @@ if TYPE_CHECKING:
     from rlhf_plugins.samplers.refine import RefineConfig as RefineConfig
     from rlhf_plugins.samplers.speculative import SpeculativeConfig as SpeculativeConfig
     from rlhf_plugins.samplers.speculative import SpeculativeDecoder as SpeculativeDecoder
+    from rlhf_plugins.trainers.context_compressor import ContextCompressorConfig as ContextCompressorConfig
+    from rlhf_plugins.trainers.context_compressor import ContextCompressorTrainer as ContextCompressorTrainer
     from rlhf_plugins.trainers.cpo import CPOConfig as CPOConfig
     from rlhf_plugins.trainers.cpo import CPOTrainer as CPOTrainer
     from rlhf_plugins.trainers.distill import DistillationConfig as DistillationConfig
@@ -147,6 +149,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_plugins.samplers.particles": "ParticlesConfig ParticlesSampler",
         "rlhf_plugins.samplers.refine": "IterativeRefiner RefineConfig",
         "rlhf_plugins.samplers.speculative": "SpeculativeConfig SpeculativeDecoder",
+        "rlhf_plugins.trainers.context_compressor": "ContextCompressorConfig ContextCompressorTrainer",
         "rlhf_plugins.trainers.cpo": "CPOConfig CPOTrainer",
         "rlhf_plugins.trainers.distill": "DistillationConfig DistillationTrainer",
         "rlhf_plugins.trainers.dpo": "DPOConfig DPOTrainer",

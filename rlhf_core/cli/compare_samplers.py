@@ -161,7 +161,7 @@ def _check_alike(jobs: Mapping[str, SamplingJob]) -> None:
 def _loaded(jobs: Mapping[str, SamplingJob]) -> dict[str, Sampler]:
     """Return the samplers; a model that several use is loaded once."""
     from rlhf_core.cli.model_argument import check_model, open_policy
-    from rlhf_core.data.text_options import save_text_options
+    from rlhf_core.generation.sampling_job import PolicyPreparation
 
     for job in jobs.values():
         for model in (model for models in job.policies().values() for model in models):
@@ -169,13 +169,13 @@ def _loaded(jobs: Mapping[str, SamplingJob]) -> dict[str, Sampler]:
     rewards = {text: job.rewards() for text, job in jobs.items()}
     opened: dict[str, PolicyModel] = {}
     samplers = {}
+    prepared = PolicyPreparation(next(iter(jobs.values())).run)  # they share the options of reading prompts
     for text, job in jobs.items():
 
         def load(model: ModelConfig, job: SamplingJob = job) -> PolicyModel:
             key = model.model_dump_json()
             if key not in opened:
-                opened[key] = open_policy(model, precision=job.run.precision)
-                save_text_options(opened[key].tokenizer, job.text_options())
+                opened[key] = prepared(open_policy(model, precision=job.run.precision))
             return opened[key]
 
         samplers[text] = job.sampler(job.options, **job.loaded_with(load), **rewards[text])

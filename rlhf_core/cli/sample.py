@@ -140,12 +140,12 @@ def _sample(job: SamplingJob, output: Path | None, *, resume: bool, overwrite: b
 def _loaded(job: SamplingJob, rewards: dict[str, Any]) -> Sampler:
     """Return the sampler with its models loaded, and the options of encoding applied to their tokenizers."""
     from rlhf_core.cli.model_argument import open_policy
-    from rlhf_core.data.text_options import save_text_options
+    from rlhf_core.generation.sampling_job import PolicyPreparation
+
+    prepared = PolicyPreparation(job.run)
 
     def load(model: ModelConfig) -> PolicyModel:
-        policy = open_policy(model, precision=job.run.precision)
-        save_text_options(policy.tokenizer, job.text_options())
-        return policy
+        return prepared(open_policy(model, precision=job.run.precision))
 
     return job.sampler(job.options, **job.loaded_with(load), **rewards)
 

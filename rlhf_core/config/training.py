@@ -30,6 +30,7 @@ class TrainingStage(StrEnum):
     REWARD = "reward"
     PREFERENCE = "preference"
     POLICY = "policy"
+    COMPRESSION = "compression"
 
 
 class LoraConfig(BaseConfig):

@@ -12,10 +12,9 @@ from rlhf_core.config.training import ModelConfig
 from rlhf_core.config.yaml_file import load_yaml, nest, overlay
 from rlhf_core.data.open_source import check_paths
 from rlhf_core.data.prompt_rows import PromptRow
-from rlhf_core.data.text_options import save_text_options
 from rlhf_core.evaluation.evaluator import RLHFEvaluator, chosen_metrics
 from rlhf_core.generation.sampler_models import reward_by_path
-from rlhf_core.generation.sampling_job import read_run_prompts, text_options_of
+from rlhf_core.generation.sampling_job import PolicyPreparation, read_run_prompts
 from rlhf_core.infra.errors import ConfigError, Mistakes
 from rlhf_core.registry.method_or_file import GivenValues
 from rlhf_core.rewards import check_given
@@ -111,12 +110,12 @@ def open_evaluator(
     """
     rows = read_run_prompts(run) if prompts is None else prompts
     loaded: dict[str, PolicyModel] = {}
+    prepared = PolicyPreparation(run)
     models: dict[str, PolicyModel] = {}
     for role, model in models_of(run).items():
         key = model.model_dump_json()
         if key not in loaded:
-            loaded[key] = load(model)
-            save_text_options(loaded[key].tokenizer, text_options_of(run))
+            loaded[key] = prepared(load(model))
         models[role] = loaded[key]
     policy = models.pop("policy")
     compares, embeds = "win_rate" in metrics_of(run), "embedding_distance" in metrics_of(run)

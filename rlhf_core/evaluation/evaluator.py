@@ -27,7 +27,7 @@ from rlhf_core.evaluation.text_embeddings import TextEmbedder
 from rlhf_core.generation.sample_file import changed_inputs, open_sample_file
 from rlhf_core.generation.sampled_rows import input_columns, refuse_taken
 from rlhf_core.generation.sampler_models import load_policy, reward_by_path
-from rlhf_core.generation.sampling_job import prompts_record
+from rlhf_core.generation.sampling_job import compression_record, prompts_record
 from rlhf_core.infra.errors import ConfigError, StorageError
 from rlhf_core.infra.redact import redact
 from rlhf_core.infra.seeds import stream_seed
@@ -298,6 +298,7 @@ class RLHFEvaluator:
         return self._about() | {
             "options": options | {"metrics": self.metrics(), "batch_size": self._together()},
             "prompts": prompts_record(self.prompts),
+            **compression_record([self.policy]),
         }
 
     def _given(self) -> MeasuredWith:

@@ -26,6 +26,7 @@ from rlhf_core.generation.sampling import (
     workspace,
 )
 from rlhf_core.generation.stop_strings import StopStrings
+from rlhf_core.models.soft_tokens import SOFT
 
 BLOCK = 256
 """Random numbers that are made at once per row."""
@@ -252,7 +253,8 @@ class DrawnRows:
                 self._top_logps[slot, place, : len(top)] = torch.tensor([logprob for _, logprob in top])
         seen: list[int] = []
         if self.sampling.repetition_penalty != 1:
-            seen = list(dict.fromkeys([*new.prompt_ids, *before.ids]))
+            # A soft token is none of the vocabulary, so none that could be repeated.
+            seen = [token for token in dict.fromkeys([*new.prompt_ids, *before.ids]) if token < SOFT]
             before_width = self._seen.shape[1]
             self._seen = _reserved(self._seen, slots, len(seen) + new.limit - count + 1)
             # The rest of a line repeats an id, which changes nothing.

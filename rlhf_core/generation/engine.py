@@ -36,6 +36,7 @@ from rlhf_core.generation.stop_strings import StopStrings, settled_text
 from rlhf_core.generation.watching import counting_forwarded
 from rlhf_core.infra.errors import ConfigError, DataError, NumbersError
 from rlhf_core.infra.seeds import completion_seeds
+from rlhf_core.models.soft_tokens import SOFT
 
 if TYPE_CHECKING:
     from rlhf_core.generation.drafting import Drafts
@@ -218,6 +219,9 @@ class Engine:
         if min_confidences is not None:
             _check_confidences(min_confidences, batch.num_prompts, sampling)
         self._check(sampling)
+        if self.policy.end_soft_tokens is not None and (self.drafts is not None or sampling.draft is not None):
+            fix = "leave it out, or compress prompts without a compressor"
+            raise ConfigError("a policy that reads soft tokens takes no draft", place="draft", fix=fix)
         draws = self._draws(batch, seeds, sampling, limits, min_confidences)
         version = self.policy_version if policy_version is None else policy_version
         made: list[list[Completion | None]] = [[None] * n for _ in range(batch.num_prompts)]
@@ -625,7 +629,8 @@ class Engine:
         if not ids:
             raise ConfigError("a sequence needs at least one token", place=place)
         size = self.policy.network.config.get_text_config().vocab_size
-        if (wrong := next((token for token in ids if not 0 <= token < size), None)) is not None:
+        known = self.policy.end_soft_tokens is not None  # soft tokens are beyond every vocabulary
+        if (wrong := next((id for id in ids if not 0 <= id < size and not (known and id >= SOFT)), None)) is not None:
             raise ConfigError(f"the model's vocabulary has ids 0 to {size - 1}", place=place, got=str(wrong))
         positions = self.policy.max_positions
         if positions is not None and len(ids) > positions + room:

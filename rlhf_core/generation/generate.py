@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.config.online import SamplingConfig
@@ -42,31 +44,50 @@ def prompt_batch(policy: PolicyModel, prompts: Sequence[Any]) -> Batch:
     return encode_prompts(policy, list(ListRows(asked, "prompts").rows(Cursor())))
 
 
-def encode_prompts(policy: PolicyModel, prompts: Sequence[Row]) -> Batch:
+def encode_prompts(policy: PolicyModel, prompts: Sequence[Row], *, compressed: bool = True) -> Batch:
     """Return rows of the record type `prompt` encoded as in the policy's training, as a batch without responses.
+
+    Args:
+        compressed: whether long prompts are compressed where the policy reads them so. Else they are only encoded, and what is
+            longer than the model's positions isn't refused.
 
     Raises:
         DataError: a prompt can't be read, is empty, or leaves no room for a completion among the model's positions.
         ModelError: the tokenizer lacks what the prompts need, such as a chat template.
     """
-    positions = policy.max_positions or 2**31
+    encoder = Encoder(policy.tokenizer, "prompt", max_length=2**31)
     rows: list[EncodedRow] = []
-    for outcome in Encoder(policy.tokenizer, "prompt", max_length=2**31).encode(prompts):
+    for outcome in encoder.encode(prompts):
         if outcome.row is None:
             raise DataError(f"no completion can be drawn for the prompt: {outcome.refused}", place=outcome.place)
         asked = outcome.row.prompt
         if not (asked if isinstance(asked, str) else any(turn["content"] or len(turn) > 2 for turn in asked)):
             raise DataError("the prompt is empty", place=outcome.place, fix="give it some text")
-        if (length := len(outcome.row.prompt_ids)) >= positions:
-            raise PromptTooLong(
-                "the prompt leaves no room for a completion among the model's positions",
-                place=outcome.place,
-                got=f"{length} tokens for {positions} positions",
-                fix="shorten the prompt",
-            )
         rows.append(outcome.row)
+    if policy.prompt_compression is not None and compressed:
+        tools = [row.values.get("tools") for row in prompts]
+        read = policy.prompt_compression.compress(rows, tools, functools.partial(_encoded_again, encoder))
+        rows = [replace(row, prompt_ids=list(one.ids)) for row, one in zip(rows, read, strict=True)]
+    if policy.prompt_compression is None or compressed:
+        _check_room(policy, rows, [row.place for row in prompts])
     batch = collate(rows) if rows else collate([EncodedRow(0, [0])]).select([])
     return batch.to(policy.device)
+
+
+def _encoded_again(encoder: Encoder, rows: Sequence[Mapping[str, Any]]) -> list[EncodedRow]:
+    """Encode rows with other prompts; what could be wrong with them was found before."""
+    given = [{name: value for name, value in row.items() if value is not None} for row in rows]
+    found = [outcome.row for outcome in encoder.encode(list(ListRows(given, "prompts").rows(Cursor())))]
+    return [row for row in found if row is not None]
+
+
+def _check_room(policy: PolicyModel, rows: Sequence[EncodedRow], places: Sequence[str]) -> None:
+    positions = policy.max_positions or 2**31
+    for row, place in zip(rows, places, strict=True):
+        if (length := len(row.prompt_ids)) >= positions:
+            fix = "shorten the prompt, or compress long ones: `--compress.over`"
+            problem = "the prompt leaves no room for a completion among the model's positions"
+            raise PromptTooLong(problem, place=place, got=f"{length} tokens for {positions} positions", fix=fix)
 
 
 def generate(

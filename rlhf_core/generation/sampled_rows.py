@@ -55,7 +55,8 @@ def occurrences(sampler: Sampler, rows: Sequence[PromptRow]) -> list[int]:
         found: list[int] = []
         for start in range(0, len(rows), _ENCODED_TOGETHER):
             some = rows[start : start + _ENCODED_TOGETHER]
-            found += prompt_keys(encode_prompts(policy, [row.as_row(start + i) for i, row in enumerate(some)]))
+            asked = [row.as_row(start + i) for i, row in enumerate(some)]
+            found += prompt_keys(encode_prompts(policy, asked, compressed=False))
         keys = found if number == 0 else keys
     met: Counter[Any] = Counter()
     earlier = []

@@ -7,7 +7,7 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ from rlhf_core.registry.method_or_file import GivenValues, find_method, read_met
 from rlhf_core.rewards import Rewards, check_given, open_rewards
 
 if TYPE_CHECKING:
+    from rlhf_core.generation.prompt_compression import PromptCompression
     from rlhf_core.models.policy_model import PolicyModel
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")
@@ -116,7 +117,7 @@ class SamplingJob:
             },
             "rewards": {role: sampler.models[role].describe() for role, kind in self.roles.items() if kind == "reward"},
             "prompts": prompts_record(rows),
-        }
+        } | compression_record(policies_of(sampler).values())
 
     def _place(self, key: str) -> str:
         return self.places.get(key, f"--{key}")
@@ -141,6 +142,42 @@ def text_options_of(run: PromptRunConfig) -> DatasetConfig:
     """Return how a command's prompts are encoded, as the options of training that mean the same."""
     data = run.dataset
     return DatasetConfig(chat_template=data.chat_template, wrap=data.wrap, special_tokens=data.special_tokens)
+
+
+def compression_record(policies: Iterable[PolicyModel]) -> dict[str, Any]:
+    """Return how policies read long prompts, as part of what determines completions; nothing where they read them whole."""
+    found = [one.prompt_compression.describe() for one in policies if one.prompt_compression is not None]
+    return {"compression": found[0]} if found else {}
+
+
+class PolicyPreparation:
+    """Lets the policies of a command read its prompts as its options say: how they are encoded, and long ones compressed.
+
+    Args:
+        run: the options.
+    """
+
+    def __init__(self, run: PromptRunConfig) -> None:
+        self._run = run
+        self.compression: PromptCompression | None = None
+        """How long prompts are compressed, once there is a policy."""
+
+    def __call__(self, policy: PolicyModel) -> PolicyModel:
+        """Return the policy, prepared in place; all policies share one compressor.
+
+        Raises:
+            ModelError: the compressor can't be loaded, or isn't for this policy.
+            ConfigError: the ratio is one that the compressor has too few memory tokens for.
+        """
+        from rlhf_core.data.text_options import save_text_options
+        from rlhf_core.generation.prompt_compression import PromptCompression
+
+        save_text_options(policy.tokenizer, text_options_of(self._run))
+        if self._run.compress is not None:
+            if self.compression is None:
+                self.compression = PromptCompression.load(self._run.compress, policy)
+            self.compression.attach(policy)
+        return policy
 
 
 def prompts_record(rows: Sequence[PromptRow]) -> dict[str, Any]:

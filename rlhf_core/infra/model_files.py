@@ -14,7 +14,12 @@ from typing import Any
 from rlhf_core.infra.errors import ModelError, first_line, nearest
 from rlhf_core.infra.files import read_json, sha256_of, storage_errors
 
-REWARD_HEAD, PROCESS_REWARD_HEAD, VALUE_HEAD = HEADS = ("reward_head", "process_reward_head", "value_head")
+REWARD_HEAD, PROCESS_REWARD_HEAD, VALUE_HEAD, COMPRESSOR_HEAD = HEADS = (
+    "reward_head",
+    "process_reward_head",
+    "value_head",
+    "compressor_head",
+)
 """Names of heads that are saved beside a model's weights, each as `NAME.json` and `NAME.safetensors`."""
 HEAD_FORMAT = 1
 """Version of what `NAME.json` says of a head."""

@@ -36,6 +36,11 @@ class PolicyModel(SequenceModel):
     Axes: R responses, T response tokens, S hidden states, D their width, V vocabulary.
     """
 
+    prompt_compression: Any = None
+    """The `PromptCompression` through which it reads long prompts, where there is one."""
+    end_soft_tokens: Callable[[], None] | None = None
+    """Ends that it reads soft tokens, where it does."""
+
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Unpack[LoadOptions]) -> Self:
         """Load a policy from a directory, a `.gguf` file, an adapter's directory or the hub; trained weights are float32.

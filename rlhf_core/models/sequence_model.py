@@ -412,5 +412,5 @@ def model_hashes(model: nn.Module, backbones: Sequence[SequenceModel]) -> dict[s
     for name, tensor in model.state_dict().items():
         if not (fresh and "lora_" in name):
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return {"weights in memory": digest.hexdigest()}

@@ -19,7 +19,7 @@ from rlhf_core.pipeline.stage_command import RunCommand
 from rlhf_core.pipeline.stage_references import MODEL, StageReference, malformed, references, spelled_out, written
 from rlhf_core.registry.discovery import Plugin
 
-POLICY, REWARD, DATA = "policy", "reward", "rows"
+POLICY, REWARD, COMPRESSOR, DATA = "policy", "reward", "compressor", "rows"
 """Kinds of products."""
 
 Find = Callable[[str, str], str]

@@ -21,7 +21,18 @@ from rlhf_core.infra.files import read_json, remove_tree, replace_file
 from rlhf_core.pipeline.first_rows import check_first_rows
 from rlhf_core.pipeline.recipe import every_error
 from rlhf_core.pipeline.run_metrics import run_metrics, training_gain
-from rlhf_core.pipeline.stage import POLICY, REWARD, Find, Need, Product, Stage, StageWork, check_model, reward_needs
+from rlhf_core.pipeline.stage import (
+    COMPRESSOR,
+    POLICY,
+    REWARD,
+    Find,
+    Need,
+    Product,
+    Stage,
+    StageWork,
+    check_model,
+    reward_needs,
+)
 from rlhf_core.pipeline.stage_command import RunCommand
 from rlhf_core.pipeline.stage_references import MODEL, references, resolved
 from rlhf_core.registry.method_or_file import GivenValues, find_method
@@ -31,6 +42,8 @@ from rlhf_core.training.run_record import MAY_CHANGE
 
 PROCESSES = "processes"
 _REWARD = "reward"
+_KINDS = {TrainingStage.REWARD: REWARD, TrainingStage.COMPRESSION: COMPRESSOR}
+"""Kind of the model that a training of a stage makes, where that is no policy."""
 
 
 class TrainStage(Stage):
@@ -48,7 +61,7 @@ class TrainStage(Stage):
             return
         trained = [role for role, how in self.method.roles.items() if how.trained]
         main = POLICY if POLICY in trained else trained[0]
-        kind = REWARD if self.method.stage == TrainingStage.REWARD else POLICY
+        kind = _KINDS.get(self.method.stage, POLICY)
         others = {f"{MODEL}_{role}": Product(role, f"{MODEL}_{role}") for role in trained if role != main}
         self.makes = {MODEL: Product(POLICY if main == POLICY else kind, MODEL), **others}
 
