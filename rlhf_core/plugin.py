@@ -116,7 +116,7 @@ if TYPE_CHECKING:
     from rlhf_core.models import context_span as context_span
     from rlhf_core.models import exact_log_softmax as exact_log_softmax
     from rlhf_core.models import over_vocabulary as over_vocabulary
-    from rlhf_core.models import soft_tokens as soft_tokens
+    from rlhf_core.models import with_soft_tokens as with_soft_tokens
     from rlhf_core.models.batch_values import batch_values as batch_values
     from rlhf_core.models.model_reward import ModelReward as ModelReward
     from rlhf_core.models.model_reward import ModelRewardConfig as ModelRewardConfig
@@ -208,7 +208,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.merging": "CHUNK Chunk MergeInput ModelMerger TensorStream is_embedding kept_count magnitudes merge_tensor"
         " require_one_sign share_of_weights tensor_thresholds thresholds",
         "rlhf_core.models": "PolicyModel ProcessRewardModel RewardModel ValueModel HiddenStates exact_log_softmax"
-        " over_vocabulary ContextCompressor check_reader context_span soft_tokens",
+        " over_vocabulary ContextCompressor check_reader context_span with_soft_tokens",
         "rlhf_core.data.encoder": "EncodedRow",
         "rlhf_core.generation.draft_model": "ModelDrafter",
         "rlhf_core.generation.drafting": "DraftRow Drafter Drafts Guesses",

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rlhf_core.models.sequence_model import SequenceModel as SequenceModel
     from rlhf_core.models.soft_tokens import SOFT as SOFT
     from rlhf_core.models.soft_tokens import SoftVocabulary as SoftVocabulary
-    from rlhf_core.models.soft_tokens import soft_tokens as soft_tokens
+    from rlhf_core.models.soft_tokens import with_soft_tokens as with_soft_tokens
     from rlhf_core.models.value_model import ValueModel as ValueModel
 
 __getattr__, __dir__, __all__ = lazy_names(
@@ -41,7 +41,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.models.reference": "Reference",
         "rlhf_core.models.reward_model": "RewardModel",
         "rlhf_core.models.sequence_model": "SequenceModel",
-        "rlhf_core.models.soft_tokens": "SOFT SoftVocabulary soft_tokens",
+        "rlhf_core.models.soft_tokens": "SOFT SoftVocabulary with_soft_tokens",
         "rlhf_core.models.hidden_states": "HiddenStates",
         "rlhf_core.models.value_model": "ValueModel",
     },

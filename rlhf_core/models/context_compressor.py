@@ -27,7 +27,7 @@ from rlhf_core.models.head_files import HeadFiles
 from rlhf_core.models.headed_model import HeadedModel, load_backbone, wrong_kind
 from rlhf_core.models.load_options import LoadOptions, apply_load_options, reading_options
 from rlhf_core.models.sequence_model import SequenceModel
-from rlhf_core.models.soft_tokens import soft_tokens
+from rlhf_core.models.soft_tokens import with_soft_tokens
 
 LARGEST_PASS = 16_384
 """Most tokens that are read in one pass where no gradients are needed."""
@@ -241,7 +241,7 @@ class ContextCompressor(HeadedModel):
         prompts = torch.zeros(len(pieces), max(lengths), dtype=torch.long)
         for row, (ids, _) in enumerate(pieces):
             prompts[row, : len(ids)] = torch.tensor(ids)
-        with soft_tokens(network, self.head.memory) as first:
+        with with_soft_tokens(network, self.head.memory) as first:
             slots = torch.arange(max(counts))
             within = slots < torch.tensor(counts)[:, None]
             batch = Batch(

@@ -1,8 +1,8 @@
 """Soft tokens: token ids beyond every vocabulary that stand for embeddings of their own.
 
-Whatever takes token ids (packed rows, caches, prefixes that are kept, the engine) then takes embeddings, too. `soft_tokens` puts
-embeddings beside a network's own for a forward pass, with gradients; a `SoftVocabulary` keeps those of compressed contexts, under
-ids that follow from the contexts.
+Whatever takes token ids (packed rows, caches, prefixes that are kept, the engine) then takes embeddings, too. `with_soft_tokens`
+puts embeddings beside a network's own for a forward pass, with gradients; a `SoftVocabulary` keeps those of compressed contexts,
+under ids that follow from the contexts.
 
 Axes: N soft tokens, E the width of the network's embeddings.
 """
@@ -30,7 +30,7 @@ _beside: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 @contextlib.contextmanager
-def soft_tokens(network: Any, rows: Tensor) -> Iterator[int]:
+def with_soft_tokens(network: Any, rows: Tensor) -> Iterator[int]:
     """Let the ids from `SOFT` on, which is yielded, stand for given embeddings inside the context.
 
     The embeddings are used as they are: a factor that a network applies to its own (as Gemma's do) isn't applied to them.

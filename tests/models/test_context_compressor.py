@@ -14,7 +14,7 @@ from rlhf_core.contracts.batch import Batch
 from rlhf_core.infra.errors import ConfigError, ModelError
 from rlhf_core.models import PolicyModel
 from rlhf_core.models.context_compressor import ContextCompressor, MemoryHead, check_reader, context_span
-from rlhf_core.models.soft_tokens import SOFT, SoftVocabulary, soft_tokens
+from rlhf_core.models.soft_tokens import SOFT, SoftVocabulary, with_soft_tokens
 from rlhf_core.testing.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 
@@ -33,7 +33,7 @@ def test_rows_equal_to_embeddings_change_nothing() -> None:
     model, prompt, response = policy(), [9, 40, 77, 12], [30, 31, 32]
     plain = model.token_logps(batch_of(prompt, response))
     rows = model.network.get_input_embeddings().weight[[40, 77]]
-    with soft_tokens(model.network, rows) as first:
+    with with_soft_tokens(model.network, rows) as first:
         soft = model.token_logps(batch_of([9, first, first + 1, 12], response))
     assert torch.equal(plain, soft)
     assert torch.equal(model.token_logps(batch_of(prompt, response)), plain)
@@ -42,7 +42,7 @@ def test_rows_equal_to_embeddings_change_nothing() -> None:
 def test_soft_tokens_are_what_inputs_embeds_are() -> None:
     model, prompt, response = policy(), [9, 0, 0, 12], [30, 31, 32]
     rows = torch.randn(2, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    with soft_tokens(model.network, rows) as first:
+    with with_soft_tokens(model.network, rows) as first:
         found = model.token_logps(batch_of([9, first, first + 1, 12], response))
         (gradient,) = torch.autograd.grad(found.sum(), rows)
     embedded = model.network.get_input_embeddings()(torch.tensor([prompt + response])).detach().clone()
@@ -59,12 +59,12 @@ def test_soft_tokens_are_what_inputs_embeds_are() -> None:
 def test_a_network_reads_one_set_of_soft_tokens() -> None:
     model = policy()
     with (
-        soft_tokens(model.network, torch.zeros(1, 64)),
+        with_soft_tokens(model.network, torch.zeros(1, 64)),
         pytest.raises(RuntimeError, match="other soft tokens"),
-        soft_tokens(model.network, torch.zeros(1, 64)),
+        with_soft_tokens(model.network, torch.zeros(1, 64)),
     ):
         pass
-    with pytest.raises(ValueError, match=r"\(N, 64\)"), soft_tokens(model.network, torch.zeros(1, 63)):
+    with pytest.raises(ValueError, match=r"\(N, 64\)"), with_soft_tokens(model.network, torch.zeros(1, 63)):
         pass
 
 

@@ -33,7 +33,7 @@ from rlhf_core.plugin import (
     collate,
     context_span,
     random_generator,
-    soft_tokens,
+    with_soft_tokens,
 )
 
 
@@ -164,7 +164,7 @@ class ContextCompressorTrainer(Trainer[ContextCompressorConfig]):
         soft = self.compressor(contexts, batch["ratio"].tolist())
         reader, frozen = self._reader()
         rows = torch.cat([*soft, self.compressor.head.marker])
-        with frozen, soft_tokens(reader.network, rows) as first:
+        with frozen, with_soft_tokens(reader.network, rows) as first:
             ids, at = [], first
             for one in soft:
                 ids.append(list(range(at, at + len(one))))
