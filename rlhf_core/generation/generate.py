@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -20,6 +19,7 @@ from rlhf_core.generation.engine import Engine
 from rlhf_core.infra.errors import DataError
 
 if TYPE_CHECKING:
+    from rlhf_core.generation.prompt_compression import CompressedPrompt, PromptCompression
     from rlhf_core.models.policy_model import PolicyModel
 
 
@@ -40,8 +40,7 @@ def prompt_batch(policy: PolicyModel, prompts: Sequence[Any]) -> Batch:
     """
     if isinstance(prompts, EncodedPrompts) and prompts.tokenizer is policy.tokenizer:
         return prompts.batch.to(policy.device)
-    asked = [prompt if isinstance(prompt, Mapping) else {"prompt": prompt} for prompt in prompts]
-    return encode_prompts(policy, list(ListRows(asked, "prompts").rows(Cursor())))
+    return encode_prompts(policy, _as_rows(prompts))
 
 
 def encode_prompts(policy: PolicyModel, prompts: Sequence[Row], *, compressed: bool = True) -> Batch:
@@ -55,7 +54,40 @@ def encode_prompts(policy: PolicyModel, prompts: Sequence[Row], *, compressed: b
         DataError: a prompt can't be read, is empty, or leaves no room for a completion among the model's positions.
         ModelError: the tokenizer lacks what the prompts need, such as a chat template.
     """
-    encoder = Encoder(policy.tokenizer, "prompt", max_length=2**31)
+    compression = policy.prompt_compression
+    if compression is not None and compressed:
+        rows, read = _compressed(policy, compression, prompts)
+        rows = [replace(row, prompt_ids=list(one.ids)) for row, one in zip(rows, read, strict=True)]
+    else:
+        rows = _encoded(Encoder(policy.tokenizer, "prompt", max_length=2**31), prompts)
+    if compression is None or compressed:
+        _check_room(policy, rows, [row.place for row in prompts])
+    batch = collate(rows) if rows else collate([EncodedRow(0, [0])]).select([])
+    return batch.to(policy.device)
+
+
+def compressed_prompts(
+    policy: PolicyModel, compression: PromptCompression, prompts: Sequence[Any]
+) -> list[CompressedPrompt]:
+    """Return prompts as a policy with this compression reads them.
+
+    Args:
+        prompts: texts, lists of chat messages, or rows with a `prompt`.
+
+    Raises:
+        DataError: a prompt can't be read.
+    """
+    return _compressed(policy, compression, _as_rows(prompts))[1]
+
+
+def _as_rows(prompts: Sequence[Any]) -> list[Row]:
+    """Return texts, chats and mappings as rows."""
+    asked = [prompt if isinstance(prompt, Mapping) else {"prompt": prompt} for prompt in prompts]
+    return list(ListRows(asked, "prompts").rows(Cursor()))
+
+
+def _encoded(encoder: Encoder, prompts: Sequence[Row]) -> list[EncodedRow]:
+    """Return encoded prompts; raise `DataError` for one that can't be read, or is empty."""
     rows: list[EncodedRow] = []
     for outcome in encoder.encode(prompts):
         if outcome.row is None:
@@ -64,21 +96,21 @@ def encode_prompts(policy: PolicyModel, prompts: Sequence[Row], *, compressed: b
         if not (asked if isinstance(asked, str) else any(turn["content"] or len(turn) > 2 for turn in asked)):
             raise DataError("the prompt is empty", place=outcome.place, fix="give it some text")
         rows.append(outcome.row)
-    if policy.prompt_compression is not None and compressed:
-        tools = [row.values.get("tools") for row in prompts]
-        read = policy.prompt_compression.compress(rows, tools, functools.partial(_encoded_again, encoder))
-        rows = [replace(row, prompt_ids=list(one.ids)) for row, one in zip(rows, read, strict=True)]
-    if policy.prompt_compression is None or compressed:
-        _check_room(policy, rows, [row.place for row in prompts])
-    batch = collate(rows) if rows else collate([EncodedRow(0, [0])]).select([])
-    return batch.to(policy.device)
+    return rows
 
 
-def _encoded_again(encoder: Encoder, rows: Sequence[Mapping[str, Any]]) -> list[EncodedRow]:
-    """Encode rows with other prompts; what could be wrong with them was found before."""
-    given = [{name: value for name, value in row.items() if value is not None} for row in rows]
-    found = [outcome.row for outcome in encoder.encode(list(ListRows(given, "prompts").rows(Cursor())))]
-    return [row for row in found if row is not None]
+def _compressed(
+    policy: PolicyModel, compression: PromptCompression, prompts: Sequence[Row]
+) -> tuple[list[EncodedRow], list[CompressedPrompt]]:
+    """Return encoded prompts, and each as the policy reads it."""
+    encoder = Encoder(policy.tokenizer, "prompt", max_length=2**31)
+
+    def encode(rows: Sequence[Mapping[str, Any]]) -> list[EncodedRow]:
+        given = [{name: value for name, value in row.items() if value is not None} for row in rows]
+        return _encoded(encoder, _as_rows(given))
+
+    rows = _encoded(encoder, prompts)
+    return rows, compression.compress(rows, [row.values.get("tools") for row in prompts], encode)
 
 
 def _check_room(policy: PolicyModel, rows: Sequence[EncodedRow], places: Sequence[str]) -> None:

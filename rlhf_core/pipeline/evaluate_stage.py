@@ -15,6 +15,8 @@ from rlhf_core.infra.errors import ConfigError, RLHFError
 from rlhf_core.infra.files import replace_file
 from rlhf_core.pipeline.recipe import every_error
 from rlhf_core.pipeline.stage import (
+    COMPRESS,
+    COMPRESSOR_NEED,
     POLICY,
     Find,
     Need,
@@ -43,7 +45,7 @@ class EvaluateStage(Stage):
     trained is compared with the one that this stage began with.
     """
 
-    model_keys = (MODEL, _REFERENCE, "baseline", *_REWARDS)
+    model_keys = (MODEL, _REFERENCE, "baseline", COMPRESS, *_REWARDS)
 
     def _find_method(self) -> None:
         self.makes = {EVALUATION: Product(EVALUATION, ".")}
@@ -52,7 +54,7 @@ class EvaluateStage(Stage):
             self.errors.append(ConfigError("an evaluation has no `method`", place=self.entry.place("method"), fix=fix))
 
     def _completed(self) -> dict[str, Any]:
-        values = {"seed": self.recipe.recipe.seed, **self.values}
+        values = {"seed": self.recipe.recipe.seed, **self.with_compression(self.values)}
         for key in _REWARDS:
             if values.get(key) is not None:
                 given = values[key] if isinstance(values[key], list) else [values[key]]
@@ -71,7 +73,12 @@ class EvaluateStage(Stage):
             Need(key, (POLICY,), "a policy, which completes prompts") for key in (MODEL, _REFERENCE, "baseline")
         ]
         rewards = [need for key in _REWARDS for need in reward_needs(key, self.values.get(key))]
-        return [*policies, *rewards, Need(_COMPARE, (EVALUATION,), "an earlier stage of the kind `evaluate`")]
+        return [
+            *policies,
+            *rewards,
+            COMPRESSOR_NEED,
+            Need(_COMPARE, (EVALUATION,), "an earlier stage of the kind `evaluate`"),
+        ]
 
     def check(self, find: Find) -> list[RLHFError]:
         errors: list[RLHFError] = []

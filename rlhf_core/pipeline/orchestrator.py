@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.config.compression import CompressionConfig
 from rlhf_core.infra.errors import ConfigError, ModelError, StorageError
 from rlhf_core.infra.files import (
     fsync_directory,
@@ -19,16 +20,17 @@ from rlhf_core.infra.files import (
     storage_errors,
     temporary_path,
 )
-from rlhf_core.infra.model_files import PROCESS_REWARD_HEAD, REWARD_HEAD, VALUE_HEAD, head_pair, locate
+from rlhf_core.infra.model_files import COMPRESSOR_HEAD, PROCESS_REWARD_HEAD, REWARD_HEAD, VALUE_HEAD, head_pair, locate
 from rlhf_core.pipeline.pipeline_plan import PipelinePlan
 from rlhf_core.pipeline.pipeline_record import PipelineRecord, refuse_inputs_inside
 from rlhf_core.pipeline.pipeline_run import PipelineResult, PipelineRun, StageResult
 from rlhf_core.pipeline.recipe import RecipeError, RecipeFile, read_recipe
-from rlhf_core.pipeline.stage import POLICY, REWARD
+from rlhf_core.pipeline.stage import COMPRESSOR, POLICY, REWARD
 from rlhf_core.pipeline.stage_command import InProcesses, RunCommand
 from rlhf_core.training.signals import StopSignal
 
 if TYPE_CHECKING:
+    from rlhf_core.generation.prompt_compression import CompressedPrompt, PromptCompression
     from rlhf_core.models.headed_model import HeadedModel
     from rlhf_core.models.policy_model import PolicyModel
 
@@ -77,6 +79,7 @@ class RLHFOrchestrator:
         self._entries: list[dict[str, Any]] = []
         """Stages that were run one by one."""
         self._execution: PipelineRun | None = None
+        self._compressions: dict[tuple[str, str], tuple[PolicyModel, PromptCompression]] = {}
 
     # A recipe as a whole
 
@@ -181,6 +184,64 @@ class RLHFOrchestrator:
         given = {} if reward is None else {"reward": reward if isinstance(reward, str) else list(reward)}
         return self.run_stage({"name": name, "method": method, "data": self._data(data, name), **given, **options})
 
+    # Long prompts
+
+    def compress_prompts(
+        self, prompts: Sequence[Any], *, compressor: str | Path | None = None, **options: Any
+    ) -> list[CompressedPrompt]:
+        """Return prompts as the last good policy reads them: those over a length compressed.
+
+        The recipe's `compress` is taken; where it has none, the last stage that trained a compressor, else the sentences that
+        matter most.
+
+        Args:
+            prompts: texts, chats, or rows with a `prompt`.
+            compressor: a compressor's directory, or the name of the stage that trained it.
+            options: of `CompressionConfig`, in place of the recipe's: `over=512, ratio=8`.
+
+        Raises:
+            ConfigError: an option is wrong. ModelError: the compressor can't be loaded, or isn't for this policy.
+            DataError: a prompt can't be read.
+        """
+        from rlhf_core.generation.generate import compressed_prompts
+
+        policy, compression = self._compression(compressor, options)
+        return compressed_prompts(policy, compression, prompts)
+
+    def compress_context_from_ids(
+        self, ids: Sequence[int], *, compressor: str | Path | None = None, **options: Any
+    ) -> CompressedPrompt:
+        """Return a whole context, given as the policy's token ids, compressed, however short it is; see `compress_prompts`.
+
+        With a compressor the result has `embeddings` (N, E); without one, the token ids of the sentences that matter most.
+        """
+        _, compression = self._compression(compressor, options)
+        return compression.compress_ids([ids])[0]
+
+    def _compression(
+        self, compressor: str | Path | None, options: Mapping[str, Any]
+    ) -> tuple[PolicyModel, PromptCompression]:
+        """Return the last good policy, and how its prompts are compressed; both are loaded once while they stay the same."""
+        from rlhf_core.generation.prompt_compression import PromptCompression
+        from rlhf_core.models import PolicyModel
+
+        models = self._models() if (self._output() / "pipeline.json").is_file() else {}
+        path = models[POLICY][1] if models else self._read([{"kind": "merge"}]).recipe.model
+        shared = self._read([{"kind": "merge"}]).recipe.compress
+        values = {} if shared is None else shared.model_dump(mode="json", exclude_unset=True)
+        trained = {name: where for name, (kind, where) in models.items() if kind == COMPRESSOR}
+        if compressor is not None:
+            values["compressor"] = str(compressor)
+        elif shared is None and trained:
+            values["compressor"] = list(trained)[-1]
+        named = values.get("compressor")
+        values |= {"compressor": trained.get(str(named), named), **options}
+        config = CompressionConfig.parse(values, place="compress")
+        if (key := (path, config.model_dump_json())) not in self._compressions:
+            policy = PolicyModel.from_pretrained(path, frozen=True)
+            self._compressions = {key: (policy, PromptCompression.load(config, policy))}
+        return self._compressions[key]
+
     def close(self) -> None:
         """Release the directory after stages that were run one by one, and write how the pipeline ended."""
         if self._execution is not None:
@@ -196,9 +257,9 @@ class RLHFOrchestrator:
     # Models
 
     def save_models(self, directory: str | Path) -> dict[str, Path]:
-        """Copy the last good policy and every reward model into a directory, and return name → path.
+        """Copy the last good policy, every reward model and every compressor into a directory, and return name → path.
 
-        The policy is `policy`, a reward model has its stage's name; `models.json` says what each is.
+        The policy is `policy`, any other model has its stage's name; `models.json` says what each is.
 
         Raises:
             StorageError: the directory isn't empty, can't be written, or the pipeline has no record yet.
@@ -242,7 +303,7 @@ class RLHFOrchestrator:
         return {name: load_model(place / name) for name in read_json(place / _MODELS)}
 
     def _models(self) -> dict[str, tuple[str, str]]:
-        """Return name → (kind, path) of the last good policy and the reward models, from the pipeline's record."""
+        """Return name → (kind, path) of the last good policy, the reward models and compressors, from the pipeline's record."""
         output = self._output()
         if not (output / "pipeline.json").is_file():
             raise StorageError("holds no pipeline", place=str(output), fix="run it first")
@@ -250,8 +311,8 @@ class RLHFOrchestrator:
         policy = str(values.get("policy") or values["model"])
         found = {"policy": (POLICY, str(output / policy) if policy.startswith("stages/") else policy)}
         for stage in values["stages"]:
-            if stage.get("status") == "finished" and stage.get("makes") == REWARD:
-                found[stage["name"]] = (REWARD, str(output / stage["output_model"]))
+            if stage.get("status") == "finished" and stage.get("makes") in (REWARD, COMPRESSOR):
+                found[stage["name"]] = (stage["makes"], str(output / stage["output_model"]))
         return found
 
     # Parts
@@ -304,10 +365,15 @@ class RLHFOrchestrator:
 
 
 def load_model(path: str | Path) -> PolicyModel | HeadedModel:
-    """Return a model of whatever kind its directory holds: by its head a reward, process reward or value model, else a policy."""
-    from rlhf_core.models import PolicyModel, ProcessRewardModel, RewardModel, ValueModel
+    """Return a model of whatever kind its directory holds, by its head: a reward model, a compressor …; without one a policy."""
+    from rlhf_core.models import ContextCompressor, PolicyModel, ProcessRewardModel, RewardModel, ValueModel
 
-    kinds: dict[str, Any] = {PROCESS_REWARD_HEAD: ProcessRewardModel, REWARD_HEAD: RewardModel, VALUE_HEAD: ValueModel}
+    kinds: dict[str, Any] = {
+        PROCESS_REWARD_HEAD: ProcessRewardModel,
+        REWARD_HEAD: RewardModel,
+        VALUE_HEAD: ValueModel,
+        COMPRESSOR_HEAD: ContextCompressor,
+    }
     where, _ = locate(str(path))
     for head, kind in kinds.items():
         if Path(where).is_dir() and head_pair(where, head, str(path)) is not None:

@@ -15,6 +15,8 @@ from rlhf_core.infra.errors import ConfigError, RLHFError, shortened
 from rlhf_core.infra.files import read_json, replace_file, replace_json
 from rlhf_core.pipeline.recipe import every_error
 from rlhf_core.pipeline.stage import (
+    COMPRESS,
+    COMPRESSOR_NEED,
     DATA,
     POLICY,
     Find,
@@ -72,10 +74,10 @@ class SampleStage(Stage):
             self.plugin = None if self.compares else plugin
             self.roles |= {*method.roles} - {POLICY_ROLE}
             self._kinds |= method.roles
-        self.model_keys = (MODEL, *sorted(self.roles))  # type: ignore[misc]
+        self.model_keys = (MODEL, COMPRESS, *sorted(self.roles))  # type: ignore[misc]
 
     def _completed(self) -> dict[str, Any]:
-        values = {"seed": self.recipe.recipe.seed, **self._as_lists(self.values)}
+        values = {"seed": self.recipe.recipe.seed, **self._as_lists(self.with_compression(self.values))}
         if self.compares and isinstance(values.get(SAMPLERS), list):
             names = self.recipe.names
             values[SAMPLERS] = [
@@ -109,7 +111,7 @@ class SampleStage(Stage):
             for role in sorted(self.roles)
             for need in reward_needs(f"{at}{role}", group.get(role) if isinstance(group, Mapping) else None)
         ]
-        return [Need(MODEL, (POLICY,), "a policy, which completes prompts"), *rewards]
+        return [Need(MODEL, (POLICY,), "a policy, which completes prompts"), COMPRESSOR_NEED, *rewards]
 
     def check(self, find: Find) -> list[RLHFError]:
         if not self.known or not isinstance(self.values.get(SAMPLERS, []), list):

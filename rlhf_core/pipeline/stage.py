@@ -72,6 +72,11 @@ def reward_needs(key: str, rewards: Any) -> list[Need]:
     ]
 
 
+COMPRESS = "compress"
+"""Key of stages that complete prompts: how long ones are compressed."""
+COMPRESSOR_NEED = Need(COMPRESS, (COMPRESSOR,), "a context compressor")
+
+
 class Stage(ABC):
     """One stage of a recipe, planned: its references are looked up among the earlier stages, its method in the registry.
 
@@ -162,6 +167,17 @@ class Stage(ABC):
     def _needs(self) -> Sequence[Need]:
         """Return the keys whose references must be of a certain kind."""
         return ()
+
+    def with_compression(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return values with the recipe's `compress`, where they have none; not in a stage before the one that trains it."""
+        shared = self.recipe.recipe.compress
+        if shared is None or COMPRESS in values:
+            return dict(values)
+        names = self.recipe.names
+        given = spelled_out(shared.model_dump(mode="json", exclude_unset=True), names)
+        if any(one.stage not in self.earlier for one in references(given)):
+            return dict(values)
+        return {**values, COMPRESS: given}
 
     def reward_by_stage(self, given: Any) -> Any:
         """Return the reward that uses an earlier stage's model, where a text is a reference to one; anything else as it is.

@@ -10,6 +10,8 @@ from typing import Any
 _TEXT = re.compile(r"\$\{\s*stages\.([A-Za-z0-9_-]+)\.([A-Za-z0-9_]+)\s*\}")
 _ANY = re.compile(r"\$\{[^}]*\}?")
 MODEL, ROWS = "model", "rows"
+_MODELS = ("path", "model", "compressor")
+"""Keys of a group that are models."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,13 @@ def written(stage: str, product: str = MODEL) -> str:
 
 
 def spelled_out(value: Any, names: Collection[str]) -> Any:
-    """Return a value in which the bare name of a stage, alone, in a list, or as `path` or `model` of a group, is a reference."""
+    """Return a value in which the bare name of a stage, alone, in a list, or as a model of a group, is a reference."""
     if isinstance(value, str):
         return written(value) if value in names else value
     if isinstance(value, list):
         return [spelled_out(one, names) for one in value]
     if isinstance(value, Mapping):
-        return {key: spelled_out(one, names) if key in ("path", "model") else one for key, one in value.items()}
+        return {key: spelled_out(one, names) if key in _MODELS else one for key, one in value.items()}
     return value
 
 
