@@ -26,6 +26,7 @@ SAME_IDEA = {
     "reward_model.py",
     "process_reward.py",
     "value_model.py",
+    "context_compressor.py",
     "generate.py",
 }
 """What a command asks for, and what the command does with it; a trainer, the model it makes, and that model's reward; plain
