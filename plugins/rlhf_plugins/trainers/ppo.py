@@ -180,7 +180,12 @@ class PPOConfig(PolicyGradientConfig):
 
 
 class PPOTrainer(Trainer[PPOConfig]):
-    """Proximal policy optimisation: rollouts, a value model's advantages, and clipped steps of both models."""
+    """Proximal policy optimisation: rollouts, a value model's advantages, and clipped steps of both models.
+
+    Schulman et al. 2017 (arXiv 1707.06347): the clipped objective, equation 7, and the values' loss of equation 9, without its
+    bonus for entropy. The advantages are those of generalised advantage estimation, Schulman et al. 2016 (arXiv 1506.02438); the
+    KL penalty inside the rewards is that of Ziegler et al. 2019 (arXiv 1909.08593).
+    """
 
     api = 1
     record = "prompt"
