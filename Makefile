@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# A container's images often set it; without bytecode each of the many processes would compile the project's 250 modules anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-slow lint bench bench-generation bench-online bench-speculative bench-inference gpu smollm2 docs clean
 
 demo: $(STAMP)
@@ -54,7 +57,6 @@ smollm2: $(STAMP)
 
 # Write what is derived from the code, then the site, which fails where a link or an anchor leads nowhere.
 docs: $(STAMP)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
 	$(BIN)/python docs/generate.py
 	$(BIN)/python -m mkdocs build --strict --quiet
 	@echo "the site is build/site/index.html"
