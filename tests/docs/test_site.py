@@ -52,16 +52,17 @@ def test_pages_load_nothing_from_another_host(site: Path) -> None:
         assert loaded == [], path.name
 
 
-def test_an_anchor_that_leads_nowhere_fails(tmp_path: Path) -> None:
-    """Pages with a title alone, under the project's own settings."""
+def test_what_leads_nowhere_fails(tmp_path: Path) -> None:
+    """Pages with a title alone, under the project's own settings: of nothing else is warned."""
     shutil.copytree(ROOT / "docs", tmp_path / "docs", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "mkdocs.yml", tmp_path)
     for page in (tmp_path / "docs").glob("*.md"):
         page.write_text(f"# {page.stem}\n", encoding="utf-8")
-    assert build(tmp_path, tmp_path / "site").returncode == 0
-    (tmp_path / "docs/index.md").write_text("# Start\n\n[Data](data.md#nowhere)\n", encoding="utf-8")
+    links = "[an anchor](data.md#nowhere)\n[a file](../rlhf_core/nowhere.py)\n"
+    (tmp_path / "docs/index.md").write_text(f"# Start\n\n{links}", encoding="utf-8")
     failed = build(tmp_path, tmp_path / "site")
-    assert failed.returncode != 0 and "nowhere" in failed.stderr
-    (tmp_path / "docs/index.md").write_text("# Start\n\n[Code](../rlhf_core/nowhere.py)\n", encoding="utf-8")
-    failed = build(tmp_path, tmp_path / "site")
-    assert failed.returncode != 0 and "nowhere" in failed.stderr
+    assert failed.returncode != 0
+    warned = [line for line in failed.stderr.splitlines() if line.startswith("WARNING")]
+    assert len(warned) == 2, failed.stderr
+    assert any("'../rlhf_core/nowhere.py'" in line for line in warned)
+    assert any("anchor '#nowhere'" in line for line in warned)
