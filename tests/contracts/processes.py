@@ -1,4 +1,4 @@
-"""Train a method of these tests on one or several processes of torchrun: each runs `processes.py JOB.json`.
+"""Train a method of these tests on one or several processes: each runs `processes.py JOB.json`.
 
 The job names the method (`module:class`), its options, the arguments of its tiny model, and the run directory.
 """
@@ -8,10 +8,11 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from forked_processes import run_script
 
 from rlhf_core.models import PolicyModel
 from rlhf_core.testing.arithmetic_task import ArithmeticTask
@@ -28,16 +29,11 @@ def train(method: str, options: dict[str, Any], output: Path, *, count: int, mod
     """
     job = output.with_suffix(".json")
     job.write_text(json.dumps({"method": method, "options": options, "output": str(output), "model": model}))
-    worker = [str(Path(__file__)), str(job)]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)] if count > 1 else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(
-        [sys.executable, *launcher, *worker],
-        capture_output=True, text=True, timeout=300, env=environment,
-    )  # fmt: skip
+    log = output.with_suffix(".log")
+    run_script(Path(__file__), [str(job)], count, log=log)
     status = output / "status.json"
     ended = json.loads(status.read_text())["status"] if status.is_file() else "never begun"
-    assert ended == "done", done.stderr[-3000:]
+    assert ended == "done", log.read_text()[-3000:]
     return output
 
 

@@ -344,7 +344,7 @@ def test_options_that_mean_nothing_are_refused(options: dict[str, Any], message:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shared", [False, True])
-def test_processes_of_torchrun_learn_the_same(tmp_path: Path, critic: Path, shared: bool) -> None:
+def test_two_processes_learn_the_same(tmp_path: Path, critic: Path, shared: bool) -> None:
     """Two rollouts of four steps, real processes: the same draws and rewards, and weights that differ by rounding alone."""
     own: dict[str, Any] = {"share_backbone": True} if shared else {"critic": str(critic)}
     options = OPTIONS | own | {"max_steps": 8, "kl_weight": 0.1, "save_precision": "float32"}

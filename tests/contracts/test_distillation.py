@@ -295,7 +295,7 @@ def test_options_that_mean_nothing_are_refused(options: dict[str, Any], message:
 
 
 @pytest.mark.slow
-def test_processes_of_torchrun_learn_the_same(tmp_path: Path, teacher: Path) -> None:
+def test_two_processes_learn_the_same(tmp_path: Path, teacher: Path) -> None:
     """Real processes: weights that differ by rounding alone."""
     options = OPTIONS | OWN | {"teacher": str(teacher), "max_steps": 4, "save_precision": "float32"}
     one, two = (

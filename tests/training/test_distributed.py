@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked_processes import run_script
 
 from rlhf_core.config.training import DistributedConfig
 from rlhf_core.infra.devices import DeviceManager
@@ -30,23 +31,36 @@ FIRST_STEP = ("0.0", "0.1", "0.2")
 
 
 def launch(
-    output: Path, processes: int, *, options: dict[str, Any] | None = None, gone: tuple[int, ...] = (), **job: Any
+    output: Path,
+    processes: int,
+    *,
+    options: dict[str, Any] | None = None,
+    gone: tuple[int, ...] = (),
+    torchrun: bool = False,
+    **job: Any,
 ) -> list[int]:
-    """Run the worker on so many processes; return the code that each one wrote."""
+    """Run the worker on so many processes; return the code that each one wrote.
+
+    Args:
+        gone: processes that don't end by themselves.
+        torchrun: start them by `torchrun`, which notices how each ends.
+    """
     output.mkdir(exist_ok=True)
     path = output.parent / f"{output.name}.job.json"
     # The toy's options, unless the job names a method.
     settings = {**({} if "method" in job else OPTIONS), **(options or {})}
     path.write_text(json.dumps({"output": str(output / "run"), "options": settings, **job}))
-    worker = [str(Path(__file__).with_name("worker.py")), str(path)]
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    done = subprocess.run(
-        [*start, *worker], capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    worker = Path(__file__).with_name("worker.py")
+    log = path.with_suffix(".log")
+    if torchrun:
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with log.open("w") as file:
+            subprocess.run([*start, worker, path], stdout=file, stderr=file, timeout=300, env=environment)
+    else:
+        run_script(worker, [str(path)], processes, log=log)
     codes = [output / "run" / f"code.{rank}" for rank in range(processes) if rank not in gone]
-    assert all(code.exists() for code in codes), done.stderr[-3000:]
+    assert all(code.exists() for code in codes), log.read_text()[-3000:]
     return [int(code.read_text()) for code in codes]
 
 
@@ -69,7 +83,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_the_gradient_is_that_of_one_process(tmp_path: Path, one: Path) -> None:
     two = tmp_path / "2"
-    assert launch(two, 2) == [0, 0]
+    assert launch(two, 2, torchrun=True) == [0, 0]
     expected, found = tensors(one, "gradients"), tensors(two, "gradients")
     assert len(expected) == 3 * OPTIONS["max_steps"] and expected.keys() == found.keys()
     for name in FIRST_STEP:  # Later steps start from weights that differ in their last bits.
@@ -218,12 +232,12 @@ def test_a_last_step_of_two_rows_on_three_processes(tmp_path: Path, method: str)
 def test_sigterm_to_one_process_stops_all_at_the_same_step_and_resumes_exactly(tmp_path: Path) -> None:
     """Three processes: with more than two, the order in which gradients are added shows in the last bits."""
     options = {"batch_size": 9}
-    assert launch(tmp_path / "stopped", 3, options=options, event="sigterm") == [75, 75, 75]
+    assert launch(tmp_path / "stopped", 3, options=options, event="sigterm", torchrun=True) == [75, 75, 75]
     status = read_json(tmp_path / "stopped" / "run" / "status.json")
     assert (status["status"], status["exit_code"], status["step"]) == ("stopped", 75, 3)
     assert [p.name for p in (tmp_path / "stopped" / "run" / "checkpoints").iterdir()] == ["step-3"]
-    assert launch(tmp_path / "stopped", 3, options=options, resume=True) == [0, 0, 0]
-    assert launch(tmp_path / "whole", 3, options=options) == [0, 0, 0]
+    assert launch(tmp_path / "stopped", 3, options=options, resume=True, torchrun=True) == [0, 0, 0]
+    assert launch(tmp_path / "whole", 3, options=options, torchrun=True) == [0, 0, 0]
     whole = tensors(tmp_path / "whole", "weights")
     assert all(torch.equal(whole[name], t) for name, t in tensors(tmp_path / "stopped", "weights").items())
 
@@ -254,7 +268,7 @@ def line(output: Path, rank: int) -> tuple[bool, str]:
 @pytest.mark.slow
 def test_a_process_that_is_killed_is_named_by_one_of_the_others(tmp_path: Path) -> None:
     options = {"batch_size": 9, "checkpoint": {"every": 1}}
-    assert launch(tmp_path, 3, options=options, event="killed", gone=(1,)) == [7, 7]
+    assert launch(tmp_path, 3, options=options, event="killed", gone=(1,), torchrun=True) == [7, 7]
     lines = [line(tmp_path, rank) for rank in (0, 2)]
     assert [silent for silent, _ in lines] == [False, True]
     # The third process ends, too, once it has lost the second: before or after the first one looks.
@@ -272,7 +286,7 @@ def test_a_process_that_is_killed_is_named_by_one_of_the_others(tmp_path: Path) 
 
 @pytest.mark.slow
 def test_a_fault_of_one_process_is_said_by_that_one(tmp_path: Path) -> None:
-    assert launch(tmp_path, 2, event="fault") == [7, 3]
+    assert launch(tmp_path, 2, event="fault", torchrun=True) == [7, 3]
     assert line(tmp_path, 1) == (False, "error[data] rows.jsonl:7: bad") and line(tmp_path, 0)[0]
     status = read_json(tmp_path / "run" / "status.json")
     assert (status["exit_code"], status["message"]) == (3, "process 1: rows.jsonl:7: bad")
@@ -281,7 +295,7 @@ def test_a_fault_of_one_process_is_said_by_that_one(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_process_that_is_stuck_is_given_up(tmp_path: Path) -> None:
     options = {"distributed": {"timeout_minutes": 0.1}}
-    assert launch(tmp_path, 2, options=options, event="stuck", gone=(1,)) == [7]
+    assert launch(tmp_path, 2, options=options, event="stuck", gone=(1,), torchrun=True) == [7]
     assert "another of 2 processes gave no answer for 0.1 minutes" in line(tmp_path, 0)[1]
 
 
@@ -336,7 +350,7 @@ def test_the_process_group_is_closed_before_the_interpreter_shuts_down(tmp_path:
 
 @pytest.mark.slow
 def test_resuming_with_fewer_processes_continues_the_data(tmp_path: Path, one: Path) -> None:
-    assert launch(tmp_path / "run", 2, event="sigterm") == [75, 75]
+    assert launch(tmp_path / "run", 2, event="sigterm", torchrun=True) == [75, 75]
     assert launch(tmp_path / "run", 1, resume=True) == [0]
     for row, same in zip(rows(tmp_path / "run"), rows(one), strict=True):
         assert row["tokens"] == same["tokens"] and row["loss"] == pytest.approx(same["loss"], rel=1e-3)
