@@ -40,8 +40,8 @@ class SpeculativeConfig(SamplingConfig):
 class SpeculativeDecoder(Sampler):
     """Draws the completions that `generate` draws, with guessed tokens of which one pass of the policy verifies several.
 
-    The acceptance rule is that of speculative sampling, Leviathan et al. 2023 (arXiv 2211.17192), algorithm 1, with each row's own
-    random numbers, so that a draft changes no token.
+    The acceptance rule is that of speculative sampling, Leviathan et al. 2023 (arXiv 2211.17192), algorithm 1, with each row's
+    own random numbers, so that a draft changes no token.
     """
 
     api = 1
