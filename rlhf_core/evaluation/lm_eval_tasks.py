@@ -255,6 +255,16 @@ def _task_manager(include_path: str | Path | Sequence[str | Path] | None) -> Any
     return TaskManager(include_path=[Path(path).expanduser() for path in given] or None)
 
 
+def find_tasks(tasks: Sequence[str], include_path: str | Path | Sequence[str | Path] | None = None) -> None:
+    """Look for tasks by name; no data is loaded.
+
+    Raises:
+        ConfigError: lm-eval isn't installed, a directory isn't there, or lm-eval knows no such task (with the nearest names).
+    """
+    require_lm_eval()
+    check_tasks(tasks, _task_manager(include_path))
+
+
 def check_tasks(tasks: Sequence[str], manager: Any) -> None:
     """Raise `ConfigError`, with the nearest names, for a task that lm-eval doesn't know and that is no task file."""
     known = manager.all_tasks

@@ -56,10 +56,10 @@ class Mistakes(list[RLHFError]):
     """
 
     @contextmanager
-    def noted(self) -> Iterator[None]:
-        """Note an `RLHFError` of the block, with its `also`, instead of raising it."""
+    def noted(self) -> Iterator[Mistakes]:
+        """Note an `RLHFError` of the block, with its `also`, instead of raising it; gives the list itself."""
         try:
-            yield
+            yield self
         except RLHFError as error:
             self.extend((error, *error.also))
 

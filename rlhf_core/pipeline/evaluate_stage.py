@@ -8,10 +8,12 @@ from typing import Any
 
 from rlhf_core.config.evaluation import EvaluationRunConfig
 from rlhf_core.config.flags import refuse_unknown
+from rlhf_core.config.lm_eval_run import LmEvalRunConfig
 from rlhf_core.config.yaml_file import dump_yaml
 from rlhf_core.evaluation.evaluation_job import load_evaluation_run
 from rlhf_core.evaluation.evaluator import COMPLETIONS_FILE
-from rlhf_core.infra.errors import ConfigError, RLHFError
+from rlhf_core.evaluation.lm_eval_tasks import find_tasks
+from rlhf_core.infra.errors import ConfigError, Mistakes, RLHFError
 from rlhf_core.infra.files import replace_file
 from rlhf_core.pipeline.recipe import every_error
 from rlhf_core.pipeline.stage import (
@@ -25,6 +27,7 @@ from rlhf_core.pipeline.stage import (
     StageWork,
     check_model,
     check_prompts,
+    placed,
     reward_needs,
 )
 from rlhf_core.pipeline.stage_references import MODEL, references, resolved, written
@@ -32,14 +35,18 @@ from rlhf_core.registry.method_or_file import GivenValues
 
 EVALUATION = "evaluation"
 """The product, and the kind of it."""
+_TASKS = "tasks"
+"""The key whose stage does tasks of lm-eval."""
 _COMPARE, _REWARDS = "compare", ("reward", "validator")
 _REFERENCE = "reference"
+_OF_PROMPTS = EvaluationRunConfig.model_fields.keys() - LmEvalRunConfig.model_fields.keys()
+"""Options of an evaluation on prompts alone."""
 _TELLING = ("accuracy", "reward", "win_rate", "kl")
 """Metrics, or beginnings of their names, the one that tells most first."""
 
 
 class EvaluateStage(Stage):
-    """A stage that evaluates a policy. Its keys are those of an evaluation's file.
+    """A stage that evaluates a policy. Its keys are those of an evaluation; with `tasks`, of `rlhf evaluate --tasks`.
 
     `compare` names an earlier evaluation, to which the differences are given. Without `reference`, a policy that a stage has
     trained is compared with the one that this stage began with.
@@ -48,13 +55,16 @@ class EvaluateStage(Stage):
     model_keys = (MODEL, _REFERENCE, "baseline", COMPRESS, *_REWARDS)
 
     def _find_method(self) -> None:
-        self.makes = {EVALUATION: Product(EVALUATION, ".")}
+        self.does_tasks = _TASKS in self.values
+        self.makes = {} if self.does_tasks else {EVALUATION: Product(EVALUATION, ".")}
         if self.entry.method is not None:
             fix = "leave it out, or give the stage another `kind`"
             self.errors.append(ConfigError("an evaluation has no `method`", place=self.entry.place("method"), fix=fix))
 
     def _completed(self) -> dict[str, Any]:
         values = {"seed": self.recipe.recipe.seed, **self.with_compression(self.values)}
+        if self.does_tasks:
+            return values
         for key in _REWARDS:
             if values.get(key) is not None:
                 given = values[key] if isinstance(values[key], list) else [values[key]]
@@ -81,6 +91,8 @@ class EvaluateStage(Stage):
         ]
 
     def check(self, find: Find) -> list[RLHFError]:
+        if self.does_tasks:
+            return self._check_tasks(find)
         errors: list[RLHFError] = []
         values = self._file(find)
         if "output" in self.values:
@@ -97,17 +109,50 @@ class EvaluateStage(Stage):
         except RLHFError as error:
             errors += every_error(error)
         errors += check_prompts(self.values, self.entry.place("prompts"))
-        for key in (MODEL, _REFERENCE, "baseline"):
-            if (
-                key in self.entry.values
-                and isinstance(source := self.values.get(key), str)
-                and not list(references(source))
-            ):
-                errors += check_model(source, self.entry.place(key), self.earlier)
-        return errors
+        return [*errors, *self._model_errors(MODEL, _REFERENCE, "baseline")]
+
+    def _model_errors(self, *keys: str) -> list[RLHFError]:
+        """Return what is wrong with the models that these keys of the recipe name."""
+        given = {key: self.values.get(key) for key in keys if key in self.entry.values}
+        named = {
+            key: source for key, source in given.items() if isinstance(source, str) and not list(references(source))
+        }
+        return [
+            error for key, source in named.items() for error in check_model(source, self.entry.place(key), self.earlier)
+        ]
+
+    def _check_tasks(self, find: Find) -> list[RLHFError]:
+        """Return what is wrong with a stage of lm-eval's tasks."""
+        errors: list[RLHFError] = []
+        for key in (_COMPARE, "output"):
+            if key in self.values:
+                problem = f"a stage of lm-eval's tasks has no `{key}`"
+                errors.append(ConfigError(problem, place=self.entry.place(key), fix="leave it out"))
+        for key in _OF_PROMPTS & self.values.keys():
+            problem = f"`{key}` isn't for tasks of lm-eval, which have prompts and metrics of their own"
+            fix = "leave it out, or evaluate prompts in a stage without `tasks`"
+            errors.append(ConfigError(problem, place=self.entry.place(key), fix=fix))
+        values = {key: value for key, value in self._file(find).items() if key not in _OF_PROMPTS}
+        run, wrong, found = LmEvalRunConfig.parse_sound(values, place=self.entry.places, instead={_TASKS: ["tasks"]})
+        errors += found
+        if run is not None and _TASKS not in wrong:
+            with Mistakes().noted() as tasks:
+                find_tasks(run.tasks, run.include_path)
+            errors += [placed(one, self.entry.place(_TASKS)) for one in tasks]
+        return [*errors, *self._model_errors(MODEL)]
 
     def run(self, work: StageWork) -> dict[str, Any]:
         replace_file(work.file, dump_yaml({**self._file(work.find), "output": str(work.directory)}).encode())
+        if self.does_tasks:
+            # What was killed is done again: lm-eval asks for all of a task at once.
+            text = work.run(["evaluate", str(work.file), "--json", "--overwrite"], log=work.file.with_suffix(".log"))
+            report = json.loads(text)
+            metrics = {
+                f"{task}/{name}": one
+                for task, score in report[_TASKS].items()
+                for name, one in score["metrics"].items()
+            }
+            return {"metrics": metrics, "options": report["options"], "seconds": report["seconds"]}
         rows = work.directory / COMPLETIONS_FILE
         more = ["--resume"] if rows.exists() and rows.stat().st_size else []
         if before := self.values.get(_COMPARE):

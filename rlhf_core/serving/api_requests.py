@@ -28,12 +28,23 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "functions": ([],),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
-    "store": (False,),
-    "service_tier": ("auto", "default"),
     "suffix": ("",),
     "best_of": (1,),
 }
 """Options of OpenAI's that aren't followed → the values that mean what is done anyway. Null does for every option."""
+
+UNRELATED: Mapping[str, type] = {
+    "user": str,
+    "safety_identifier": str,
+    "prompt_cache_key": str,
+    "prompt_cache_retention": str,
+    "metadata": dict,
+    "store": bool,
+    "service_tier": str,
+    "parallel_tool_calls": bool,
+}
+"""Options of OpenAI's that clients send by themselves and that can't change an answer (who asks, notes, what is kept, prices, how
+tools are called where there are none) → what they are. They are taken."""
 
 
 class RequestError(Exception):
@@ -124,7 +135,10 @@ class GenerationRequest(BaseModel):
         for name, value in values.items():
             if name in cls.model_fields:
                 continue
-            if name in NEUTRAL:
+            if name in UNRELATED:
+                if value is not None and not isinstance(value, UNRELATED[name]):
+                    raise RequestError(f"`{name}` is of a wrong type: got {type(value).__name__}", param=name)
+            elif name in NEUTRAL:
                 if value is not None and value not in NEUTRAL[name]:
                     raise RequestError(
                         f"`{name}` isn't supported: leave it out", param=name, code="unsupported_parameter"

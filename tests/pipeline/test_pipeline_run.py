@@ -233,6 +233,25 @@ def as_if_killed_in(folder: Path, name: str, **fields: Any) -> None:
     (folder / "out/pipeline.json").write_text(json.dumps(values | {"status": "running"}))
 
 
+def test_tasks_of_lm_eval_are_a_stage(pipeline: Any, recorded: Any, folder: Path) -> None:
+    pytest.importorskip("lm_eval", reason="the extra `lm-eval` isn't installed")
+    (folder / "tasks").mkdir()
+    (folder / "tasks/sums.yaml").write_text(
+        "task: sums\ndataset_path: json\ndataset_kwargs: {data_files: {test: prompt.jsonl}}\ntest_split: test\n"
+        "output_type: generate_until\ndoc_to_text: '{{prompt}}'\ndoc_to_target: '{{answer}}'\n"
+        'generation_kwargs: {until: ["\\n"], max_gen_toks: 4}\nmetric_list: [{metric: exact_match}]\n'
+    )
+    stage = {"kind": "evaluate", "name": "asked", "tasks": ["sums"], "include_path": "tasks", "limit": 4}
+    one = pipeline(SFT, stage)
+    one.run_full_pipeline()
+    metrics = recorded()["stages"]["asked"]["metrics"]["metrics"]
+    assert metrics["sums/exact_match,none"]["count"] == 4 and "sums/exact_match" in told(one)
+    assert (folder / "out/stages/02-asked/lm_eval.json").is_file()
+    again = pipeline(SFT, stage)
+    again.run_full_pipeline(resume=True)
+    assert told(again).count("finished before") == 2
+
+
 def test_time_before_a_kill_counts(pipeline: Any, recorded: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline_run, "_BETWEEN_NOTES", 0.0)
     noted: list[float] = []

@@ -286,3 +286,11 @@ def test_rows_are_written_nowhere_without_an_output(folder: Path) -> None:
     with pytest.raises(RecipeError, match="`output` is missing"):
         RLHFOrchestrator({"model": "model"}).run_sft([{"prompt": "a", "response": "b"}])
     assert not (folder / "output.data").exists()
+
+
+def test_tasks_of_lm_eval_are_checked_too(folder: Path) -> None:
+    stage = {"kind": "evaluate", "tasks": "sums", "limit": 0, "num_fewshto": 1, "validator": "length", "compare": "sft"}
+    found = [str(one) for one in errors_of(SFT, stage)]
+    for text in ("`limit`", "did you mean `num_fewshot`?", "`validator` isn't for tasks of lm-eval", "no `compare`"):
+        assert any(text in one for one in found), (text, found)
+    assert any("lm-eval isn't installed" in one or "lm-eval has no such task" in one for one in found)

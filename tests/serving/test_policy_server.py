@@ -288,7 +288,8 @@ def test_a_body_must_be_json_of_a_bounded_size(server: PolicyServer) -> None:
         ({"logit_bias": {"5": 1}}, "logit_bias", "isn't supported"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "isn't supported"),
         ({"response_format": {"type": "json_object"}}, "response_format", "isn't supported"),
-        ({"user": "me"}, "user", "isn't supported"),
+        ({"user": 3}, "user", "of a wrong type: got int"),
+        ({"reasoning_effort": "low"}, "reasoning_effort", "isn't supported"),
         ({"extra_body": {"temprature": 1}}, "temprature", "did you mean `temperature`"),
         ({"temperature": -1}, "temperature", "greater than or equal to 0"),
         ({"temperature": 10**400}, "temperature", "too large"),
@@ -344,6 +345,14 @@ def test_texts_that_cannot_be_drawn_are_refused(client: Any, options: dict[str, 
     with pytest.raises(openai.BadRequestError, match=problem) as raised:
         client.completions.create(**{"model": "tiny", "prompt": "a", **options})
     assert raised.value.param == param
+
+
+def test_what_cannot_change_an_answer_is_taken(client: Any) -> None:
+    options: dict[str, Any] = {"model": "tiny", "messages": CHAT, "seed": 3, "max_tokens": 6}
+    sent = {"user": "me", "metadata": {"run": "a"}, "store": True, "service_tier": "flex", "parallel_tool_calls": True}
+    sent |= {"extra_body": {"safety_identifier": "me", "prompt_cache_key": "a", "prompt_cache_retention": "24h"}}
+    plain, noted = client.chat.completions.create(**options), client.chat.completions.create(**options, **sent)
+    assert noted.choices[0].message.content == plain.choices[0].message.content
 
 
 def test_what_means_nothing_is_taken(client: Any) -> None:
