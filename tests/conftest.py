@@ -22,6 +22,17 @@ from rlhf_core.infra.log import LOGGER, SHIPPED  # noqa: E402
 Install = Callable[..., Path]
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_waiting_for_disks() -> Iterator[None]:
+    """Have `os.fsync` return at once: a run calls it some forty times, and only a loss of power would show whether it did.
+
+    Tests that kill processes at every write start these as a user does, and they do call it.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def log_as_before() -> Iterator[None]:
     """Undo what a test (of the command line, say) changed of the loggers of the core and of the methods that ship."""
