@@ -99,7 +99,7 @@ def test_an_unknown_name_lists_the_nearest_and_all(install) -> None:
         registry.get("trainer", "dpoo")
     assert raised.value.exit_code == 2
     assert str(raised.value).startswith(
-        "registry: unknown trainer `dpoo`; fix: did you mean `dpo`? (known: cpo, distill, dpo, "
+        "registry: unknown trainer `dpoo`; fix: did you mean `dpo`? (known: context_compressor, cpo, distill, dpo, "
     )
     with pytest.raises(KeyError):
         registry.trainers["dpoo"]
