@@ -5,7 +5,8 @@ models, and activations of one micro-batch: 34 bytes per token, layer and unit o
 2205.05198, without attention's scores), twice that in float32, and the logits. Of sampling: the weights, and keys and values.
 
 Time: 6 operations per trained parameter and token, 2 per parameter and token that is only read, at the speed of this machine's
-matrix products, which are measured for a tenth of a second; half of that speed is reached in training, a twentieth in generation.
+matrix products in the stage's precision, which are measured for an instant; half of that speed is reached in training, a
+quarter in generation, of many rows at once.
 Tokens are the texts' bytes divided by 4, and half of what a completion may have. An estimate can be off by a factor of three.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,7 +30,9 @@ from rlhf_core.infra.errors import RLHFError
 from rlhf_core.infra.files import readable_size
 from rlhf_core.infra.model_files import adapter_chain, is_adapter
 from rlhf_core.infra.safetensors_file import read_header
+from rlhf_core.pipeline.evaluate_stage import EvaluateStage
 from rlhf_core.pipeline.improve_stage import ImproveStage
+from rlhf_core.pipeline.merge_stage import MergeStage
 from rlhf_core.pipeline.pipeline_plan import PipelinePlan
 from rlhf_core.pipeline.stage import Stage
 from rlhf_core.pipeline.stage_references import references
@@ -36,7 +40,7 @@ from rlhf_core.pipeline.train_stage import TrainStage
 
 BYTES_PER_TOKEN = 4
 """Bytes of text for one token, as of English with a usual vocabulary."""
-_TRAINING, _GENERATION = 0.5, 0.05
+_TRAINING, _GENERATION = 0.5, 0.25
 """Shares of the measured speed that are reached."""
 _SEEN = 50
 """Rows of a file from which the length of all is estimated."""
@@ -87,7 +91,24 @@ def _cost(plan: PipelinePlan, stage: Stage) -> StageCost:
         return _training(size, job.options, {**job.method.roles}, stage.values.get("data"))
     if isinstance(stage, ImproveStage):
         return _improving(size, ImprovementConfig.model_validate(stage.values))
-    return StageCost(_generation_memory(size, 64, 1024), None)
+    if isinstance(stage, MergeStage):  # tensor by tensor, at the speed of the disk
+        return StageCost()
+    completions = 4 if isinstance(stage, EvaluateStage) else 1
+    return StageCost(_generation_memory(size, 64, 1024), _generating(size, {"n": completions, **stage.values}))
+
+
+def _generating(size: ModelSize, values: Mapping[str, Any]) -> float | None:
+    """Return the seconds of drawing a stage's completions, a tree search's steps aside; None where the prompts aren't known."""
+    if values.get("prompts") is None or (rows := _rows_and_tokens(values["prompts"])[0]) is None:
+        return None
+    rows = min(rows, values.get("limit") or rows)
+    samplers = values.get("samplers") or [values]
+    written = sum(
+        (one.get("max_new_tokens") or 256) / 2 * (one.get("candidates") or one.get("n") or values["n"] or 1)
+        for one in samplers
+        if isinstance(one, Mapping)
+    )
+    return 2.0 * size.parameters * rows * written / (_GENERATION * measured_speed(str(values.get("precision"))))
 
 
 def _training(size: ModelSize, options: TrainerConfig, roles: Mapping[str, Any], data: Any) -> StageCost:
@@ -115,8 +136,9 @@ def _training(size: ModelSize, options: TrainerConfig, roles: Mapping[str, Any],
     sequences = steps * options.batch_size * responses
     passes = (online.rollout_epochs if online is not None else 1) * trained
     operations = size.parameters * sequences * tokens * (6 * passes + 2 * (len(roles) - trained))
-    seconds = operations / (_TRAINING * measured_speed())
-    seconds += 2 * size.parameters * sequences * written / (_GENERATION * measured_speed())
+    speed = measured_speed(options.precision)
+    seconds = operations / (_TRAINING * speed)
+    seconds += 2 * size.parameters * sequences * written / (_GENERATION * speed)
     return StageCost(memory, seconds)
 
 
@@ -187,22 +209,28 @@ def _rows_and_tokens(data: Any) -> tuple[int | None, float]:
 
 
 @functools.cache
-def measured_speed() -> float:
-    """Return this machine's operations per second in float32 matrix products, 16 bits on a GPU."""
+def measured_speed(precision: str = "float32") -> float:
+    """Return this machine's operations per second in matrix products of a precision; on a GPU always 16 bits."""
     import torch
 
     from rlhf_core.infra.devices import DeviceManager
 
     device = DeviceManager().device
-    kind = torch.float32 if device.type == "cpu" else torch.bfloat16
-    side = 512 if device.type == "cpu" else 4096
+    kind = torch.float32 if device.type == "cpu" and precision not in ("bf16", "fp16") else torch.bfloat16
+    side = 1024 if device.type == "cpu" else 4096
     one = torch.ones(side, side, dtype=kind, device=device)
-    (one @ one).sum().item()
-    began, count = time.monotonic(), 0
-    while (spent := time.monotonic() - began) < 0.1:
+    # Threads that wait for each other would measure what else runs at the moment, so one thread stands for all.
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
         (one @ one).sum().item()
-        count += 1
-    return 2.0 * side**3 * count / spent
+        fastest, end = math.inf, time.monotonic() + 0.2
+        while (began := time.monotonic()) < end:
+            (one @ one).sum().item()
+            fastest = min(fastest, time.monotonic() - began)
+    finally:
+        torch.set_num_threads(before)
+    return 2.0 * side**3 * (before if device.type == "cpu" else 1) / fastest
 
 
 def _readable_time(seconds: float) -> str:
