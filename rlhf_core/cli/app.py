@@ -15,6 +15,7 @@ from rlhf_core.cli import (
     compare_samplers,
     doctor,
     evaluate,
+    find_flaws,
     fisher,
     merge,
     methods,
@@ -52,6 +53,7 @@ report.add_to(app)
 merge.add_to(app)
 author.add_to(app)
 score.add_to(app)
+find_flaws.add_to(app)
 evaluate.add_to(app)
 fisher.add_to(app)
 test_capabilities.add_to(app)

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
 from rlhf_core.config.base import BaseConfig
+from rlhf_core.config.flaw_run import FlawDetectionConfig
 from rlhf_core.config.online import RewardConfig
+
+
+class FlawFilterConfig(FlawDetectionConfig):
+    """What is done about flaws of completions that are to be trained on. The proxy of reward hacking is the `check`."""
+
+    action: Literal["drop", "flag"] = Field(
+        "drop",
+        description="`drop` doesn't train on a completion with a flaw; `flag` does, and writes its flaws into the row's column"
+        " `flaws`.",
+    )
 
 
 class ImprovementConfig(BaseConfig):
@@ -32,6 +43,9 @@ class ImprovementConfig(BaseConfig):
     )
     at_least: float = Field(
         0.5, allow_inf_nan=False, description="Least score of a completion that is kept; larger is stricter."
+    )
+    flaws: FlawFilterConfig | None = Field(
+        None, description="Look for flaws in completions before they are trained on; null doesn't."
     )
     keep: int = Field(
         4,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from rlhf_core.contracts.reward import Sample
-from rlhf_core.data.completion_rows import read_completion_rows
+from rlhf_core.data.completion_rows import CompletionRow, read_completion_rows
 from rlhf_core.evaluation.estimate import Estimate, bootstrap_estimate, mean_estimate, paired_difference, share_estimate
 from rlhf_core.improvement.flaw_detectors import DETECTORS, FlawDetector
 from rlhf_core.infra.errors import ConfigError, DataError, PluginError, did_you_mean
@@ -148,8 +148,8 @@ class AdversarialValidator:
         """Return what is found in completions.
 
         Args:
-            completions: `Sample`s, or whatever `rlhf score` reads: files that `rlhf sample` wrote, rows with prompts and their
-                responses.
+            completions: `Sample`s, rows that `read_completion_rows` read, or whatever `rlhf score` reads: files that `rlhf
+                sample` wrote, rows with prompts and their responses.
 
         Raises:
             DataError: there are no completions, or a row can't be read.
@@ -320,7 +320,8 @@ def _read(completions: Any) -> tuple[list[Sample], list[str]]:
         return list(completions), [f"samples[{number}]" for number in range(len(completions))]
     samples: list[Sample] = []
     places: list[str] = []
-    for row in read_completion_rows(completions):
+    read = isinstance(completions, list) and all(isinstance(one, CompletionRow) for one in completions)
+    for row in completions if read else read_completion_rows(completions):
         samples += row.samples
         places += [row.place] * len(row.samples)
     if not samples:

@@ -7,21 +7,35 @@ first model in each round); with a search as the sampler, the search's answers a
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.config.improvement_round import ImprovementConfig
+from rlhf_core.config.improvement_round import FlawFilterConfig, ImprovementConfig
+from rlhf_core.config.online import RewardConfig
 from rlhf_core.config.yaml_file import dump_yaml, overlay
 from rlhf_core.generation.sampling_job import load_sampling_job
-from rlhf_core.infra.errors import ConfigError, DataError, Mistakes, RLHFError
+from rlhf_core.improvement.flaw_detectors import DETECTORS
+from rlhf_core.improvement.flaw_rows import FLAWS, flaws_of
+from rlhf_core.infra.errors import ConfigError, DataError, Mistakes, RLHFError, did_you_mean
 from rlhf_core.infra.files import replace_file
 from rlhf_core.infra.seeds import stream_seed
 from rlhf_core.pipeline.run_metrics import read_rows, training_gain
-from rlhf_core.pipeline.stage import POLICY, Find, Need, Product, Stage, StageWork, check_model, check_prompts
-from rlhf_core.pipeline.stage_references import MODEL, references, resolved
+from rlhf_core.pipeline.stage import (
+    POLICY,
+    Find,
+    Need,
+    Product,
+    Stage,
+    StageWork,
+    check_model,
+    check_prompts,
+    reward_needs,
+)
+from rlhf_core.pipeline.stage_references import MODEL, references, resolved, spelled_out
 from rlhf_core.pipeline.train_stage import train, trainer_options
-from rlhf_core.registry.method_or_file import GivenValues
+from rlhf_core.registry.method_or_file import GivenValues, find_method
 from rlhf_core.rewards import check_given
 from rlhf_core.training.job import load_job
 
@@ -42,10 +56,34 @@ class ImproveStage(Stage):
             self.errors.append(ConfigError("a stage of self-improvement has no `method`", place=place, fix=fix))
 
     def _completed(self) -> dict[str, Any]:
-        return {"seed": self.recipe.recipe.seed, **self.values}
+        values = {"seed": self.recipe.recipe.seed, **self.values}
+        sampler = values.get("sampler")
+        if isinstance(sampler, Mapping):
+            values["sampler"] = {**sampler, **self._sampler_models(sampler)}
+        return values
+
+    def _sampler_models(self, sampler: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the models of a sampler's roles, where a stage's name means its model; none of an unknown sampler."""
+        try:
+            _, method = find_method(sampler, {"": ""}, "sampler")
+        except RLHFError:  # which `check` tells
+            return {}
+        found: dict[str, Any] = {}
+        for role, kind in method.roles.items():
+            if role != POLICY and sampler.get(role) is not None:
+                given = spelled_out(sampler[role], self.recipe.names)
+                several = given if isinstance(given, list) else [given]
+                found[role] = [self.reward_by_stage(one) for one in several] if kind == "reward" else given
+        return found
 
     def _needs(self) -> Sequence[Need]:
-        return [Need(MODEL, (POLICY,), "a policy, which is improved")]
+        sampler = self.values.get("sampler")
+        rewards = [
+            need
+            for role, given in (sampler.items() if isinstance(sampler, Mapping) else ())
+            for need in reward_needs(f"sampler.{role}", given)
+        ]
+        return [Need(MODEL, (POLICY,), "a policy, which is improved"), *rewards]
 
     def check(self, find: Find) -> list[RLHFError]:
         instead = {MODEL: "model", "prompts": ["prompts"]}
@@ -64,6 +102,9 @@ class ImproveStage(Stage):
         if "check" not in wrong:
             with mistakes.noted():
                 check_given([config.check], place={"": self.entry.place("check")})
+        if config.flaws is not None:
+            with mistakes.noted():
+                self._check_flaws(config.flaws)
         if "train" not in wrong:
             with mistakes.noted():
                 self._check_training(config)
@@ -75,6 +116,15 @@ class ImproveStage(Stage):
         """Return the options of the trainer, of an unknown one those of the nearest; None where no name is near."""
         train = self.values.get("train", _TRAINER)
         return trainer_options(train.get("method", _TRAINER) if isinstance(train, Mapping) else train)
+
+    def _check_flaws(self, config: FlawFilterConfig) -> None:
+        """Check the detectors and the verifier. Raises RLHFError: there is none of a name, or its options are wrong."""
+        place = self.entry.place("flaws")
+        if unknown := next((name for name in config.detectors or () if name not in DETECTORS), None):
+            fix = did_you_mean(unknown, DETECTORS)
+            raise ConfigError(f"there is no detector `{unknown}`", place=self.entry.place("flaws.detectors"), fix=fix)
+        if config.verifier is not None:
+            check_given([config.verifier], place={"": place})
 
     def _check_training(self, config: ImprovementConfig) -> None:
         """Check the options of the training.
@@ -108,7 +158,7 @@ class ImproveStage(Stage):
             trained = train(
                 work.run, self._training(config, start, kept, target), target, file=directory / "train.yaml"
             )
-            rounds.append({**_counts(directory / "scored.jsonl", kept, config), **trained})
+            rounds.append({**_counts(_judged(directory, config), kept, config), **trained})
             policy = str(target / MODEL)
         tokens, seconds = (sum(one[name] for one in rounds) for name in ("tokens", "seconds"))
         return {
@@ -120,7 +170,12 @@ class ImproveStage(Stage):
         }
 
     def gain(self, metrics: Mapping[str, Any]) -> str:
-        rounds = ", ".join(f"{one['share_right']:.1%} right, {one['kept']} kept" for one in metrics["rounds"])
+        rounds = ", ".join(
+            f"{one['share_right']:.1%} right, "
+            + (f"{one['flawed']} of these with a flaw, " if "flawed" in one else "")
+            + f"{one['kept']} kept"
+            for one in metrics["rounds"]
+        )
         return f"{rounds}; {training_gain(metrics)}".removesuffix("; ")
 
     def _keep(self, work: StageWork, config: ImprovementConfig, number: int, policy: str, directory: Path) -> None:
@@ -130,18 +185,21 @@ class ImproveStage(Stage):
         file = directory / "sample.yaml"
         replace_file(file, dump_yaml({**self._sampling(config, number, policy), "output": str(samples)}).encode())
         work.run(["sample", str(file), *_more(samples)], log=log)
-        check = config.check
-        flags = [
-            f"--options.{key}={value if isinstance(value, str) else json.dumps(value)}"
-            for key, value in check.options.items()
-        ]
+        check, column = config.check, self._prompt_column(config)
+        named = [f"--columns.prompt={column}"] if column != "prompt" else []
+        flags = _option_flags("options", check.options)
         flags += [f"--data={samples}", f"--output={scored}", f"--score-column={_SCORE}", f"--runs-in={check.runs_in}"]
-        work.run(["score", check.name, *flags, *_more(scored)], log=log)
-        rows = list(kept_rows(read_rows(scored), config, prompt=self._prompt_column(config)))
+        work.run(["score", check.name, *flags, *named, *_more(scored)], log=log)
+        judged = _judged(directory, config)
+        if config.flaws is not None and not judged.exists():
+            flags = [f"--data={scored}", f"--output={judged}", *_flaw_flags(config.flaws, check)]
+            work.run(["find-flaws", *flags, *named], log=log)
+        rows = list(kept_rows(read_rows(judged), config, prompt=column))
         if not rows:
             raise DataError(
-                f"no completion of round {number} scored {config.at_least:g} or more, so there is nothing to train on",
-                place=str(scored),
+                f"no completion of round {number} scored {config.at_least:g} or more"
+                f"{'' if config.flaws is None else ' and has no flaw'}, so there is nothing to train on",
+                place=str(judged),
                 fix="sample more per prompt (`sampler.n`), take easier prompts, or lower `at_least`",
             )
         replace_file(
@@ -179,8 +237,8 @@ class ImproveStage(Stage):
 
 
 def kept_rows(rows: Sequence[Mapping[str, Any]], config: ImprovementConfig, *, prompt: str) -> Iterator[dict[str, Any]]:
-    """Yield a row to train on for each completion that is kept: right by the check, ended by itself, not blank, its text
-    not yet kept.
+    """Yield a row to train on for each completion that is kept: right by the check, ended by itself, not blank, without a flaw
+    where they are dropped, its text not yet kept.
 
     Of a prompt at most `keep` are kept: the best first, of equal ones the first drawn.
 
@@ -193,15 +251,18 @@ def kept_rows(rows: Sequence[Mapping[str, Any]], config: ImprovementConfig, *, p
                 f"the row has no column `{prompt}`", place=f"row {number} of the prompts", got=", ".join(row)
             )
         drawn = zip(_several(row, "completion"), _several(row, "stop_reason"), _several(row, _SCORE), strict=True)
+        found = flaws_of(row) if config.flaws is not None else [[]] * len(_several(row, "completion"))
+        dropped = config.flaws is not None and config.flaws.action == "drop"
         right = [
-            (text, score)
-            for text, reason, score in drawn
-            if reason != "length" and score >= config.at_least and text.strip()
+            (text, score, flaws)
+            for (text, reason, score), flaws in zip(drawn, found, strict=True)
+            if reason != "length" and score >= config.at_least and text.strip() and not (dropped and flaws)
         ]
         best = sorted(right, key=lambda one: -one[1])
-        texts = list(dict.fromkeys(text for text, _ in best))
-        for text in texts[: config.keep]:
-            yield {"prompt": row[prompt], "response": text}
+        texts = {text: flaws for text, _, flaws in reversed(best)}  # of equal texts the best one's
+        for text in list(dict.fromkeys(text for text, _, _ in best))[: config.keep]:
+            flagged = {FLAWS: texts[text]} if config.flaws is not None and not dropped else {}
+            yield {"prompt": row[prompt], "response": text, **flagged}
 
 
 def _several(row: Mapping[str, Any], column: str) -> list[Any]:
@@ -210,11 +271,40 @@ def _several(row: Mapping[str, Any], column: str) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _counts(scored: Path, kept: Path, config: ImprovementConfig) -> dict[str, Any]:
-    """Return how many completions of a round were right, and how many are trained on."""
-    scores = [score for row in read_rows(scored) for score in _several(row, _SCORE)]
+def _judged(directory: Path, config: ImprovementConfig) -> Path:
+    """Return the file of a round's completions with all that was found about them."""
+    return directory / ("scored.jsonl" if config.flaws is None else "checked.jsonl")
+
+
+def _flaw_flags(config: FlawFilterConfig, check: RewardConfig) -> list[str]:
+    """Return the flags of `rlhf find-flaws`; the proxy is the check."""
+    flags = [] if config.detectors is None else [f"--detectors={','.join(config.detectors)}"]
+    if config.verifier is None:
+        return flags
+    for role, reward in (("proxy", check), ("verifier", config.verifier)):
+        flags += [f"--{role}.name={reward.name}", f"--{role}.runs-in={reward.runs_in}"]
+        flags += _option_flags(f"{role}.options", reward.options)
+    return [*flags, f"--right-from={config.right_from}"]
+
+
+def _option_flags(prefix: str, options: Mapping[str, Any]) -> list[str]:
+    """Return options of a reward as flags."""
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in options.items()}
+    return [f"--{prefix}.{key}={text}" for key, text in texts.items()]
+
+
+def _counts(judged: Path, kept: Path, config: ImprovementConfig) -> dict[str, Any]:
+    """Return how many completions of a round were right, how many of these have which flaw, and how many are trained on."""
+    rows = read_rows(judged)
+    scores = [score for row in rows for score in _several(row, _SCORE)]
     right = sum(score >= config.at_least for score in scores)
-    return {
+    flawed: dict[str, Any] = {}
+    if config.flaws is not None:
+        found = [flaws for row in rows for flaws in flaws_of(row)]
+        of_right = [flaws for flaws, score in zip(found, scores, strict=True) if score >= config.at_least]
+        by_flaw = Counter(name for flaws in of_right for name in flaws)
+        flawed = {"flawed": sum(map(bool, of_right)), "flaws": dict(sorted(by_flaw.items()))}
+    return flawed | {
         "completions": len(scores),
         "right": right,
         "share_right": right / len(scores),
