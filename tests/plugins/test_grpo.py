@@ -32,6 +32,10 @@ class TestContract(TrainerContract):
     trainer = GRPOTrainer
     options: ClassVar[dict[str, Any]] = OPTIONS
 
+    @pytest.mark.slow
+    def test_every_option_does_something(self) -> None:
+        super().test_every_option_does_something()
+
 
 @pytest.mark.slow
 class TestContractOfDAPO(TrainerContract):

@@ -90,6 +90,17 @@ FAULTS: dict[type[Sampler], dict[str, str]] = {
 }
 
 
+@pytest.mark.parametrize(
+    ("plugin", "check"),
+    [(plugin, check) for plugin, checks in FAULTS.items() for check in checks],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_a_fault_is_caught(plugin: type[Sampler], check: str) -> None:
+    with pytest.raises(Exception, match=FAULTS[plugin][check]):
+        getattr(contract_of(SamplerContract, plugin)(), check)()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("plugin", FAULTS, ids=lambda plugin: plugin.__name__)
 def test_a_fault_is_caught_by_its_check_alone(plugin: type[Sampler]) -> None:
     assert_caught(contract_of(SamplerContract, plugin), FAULTS[plugin])
