@@ -84,6 +84,10 @@ class TestPPO(TrainerContract):
     method = "ppo"
     options = OPTIONS | {"kl_weight": 0.1}
 
+    @pytest.mark.slow
+    def test_every_option_does_something(self) -> None:
+        super().test_every_option_does_something()
+
 
 @pytest.mark.slow
 class TestOnASharedBackbone(TrainerContract):
