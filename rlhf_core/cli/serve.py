@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rlhf_core.cli import METHOD_OPTIONS
 from rlhf_core.cli.printing import print_json_line, print_text
 from rlhf_core.cli.quick_imports import no_bars_in_logs, quick_imports
 from rlhf_core.infra.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rlhf_core.config.training import ModelConfig
+    from rlhf_core.contracts.sampler import Sampler
+    from rlhf_core.generation.sampling_job import SamplingJob
 
 TOKEN_VARIABLE = "RLHF_SERVE_TOKEN"
 
@@ -56,10 +62,11 @@ _Precision = Annotated[
 
 
 def add_to(app: typer.Typer) -> None:
-    app.command()(serve)
+    app.command(context_settings=METHOD_OPTIONS)(serve)
 
 
 def serve(
+    context: typer.Context,
     model: _Model,
     name: Annotated[
         str | None, typer.Option("--name", help="The model's name in requests; by default the last part of its path.")
@@ -76,6 +83,14 @@ def serve(
         float, typer.Option("--grace", min=0, help="Seconds that running requests have to end after a signal.")
     ] = 30.0,
     precision: _Precision = "auto",
+    sampler: Annotated[
+        str | None,
+        typer.Option(
+            "--sampler",
+            metavar="NAME",
+            help="Sampler that answers, whole answers alone; then its options and the models of its roles.",
+        ),
+    ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that the model's repository ships.")
     ] = False,
@@ -89,6 +104,10 @@ def serve(
     Every request bears the token that is printed at the start, or that of --token-file or the environment variable
     RLHF_SERVE_TOKEN. Only this computer is listened to unless --host says otherwise.
 
+    With --sampler NAME every request is answered by that sampler, one after the other: `rlhf serve runs/sft --sampler best_of_n
+    --reward runs/rm --candidates 8`. `rlhf show sampler:NAME` lists its options and roles; a request's temperature,
+    top_p, max_tokens and stop come before them. Streams, logprobs and echo are refused then.
+
     Ctrl-C or SIGTERM ends it: running requests have --grace seconds to end.
     """
     no_bars_in_logs()
@@ -101,6 +120,10 @@ def serve(
 
         setup_logging()
     require_serving()
+    source = ModelConfig(path=model, trust_remote_code=trust_remote_code)
+    job = _sampling_job(sampler, source, precision, context.args)
+    if job is not None and max_rows is not None:
+        raise ConfigError("isn't for a sampler, which makes its own engines", place="--max-rows", fix="leave it out")
     options = ServerOptions(
         name=name or Path(model).name,
         host=host,
@@ -110,9 +133,13 @@ def serve(
         most_waiting=max_waiting,
         grace=grace,
     )
-    check_model(model)
-    policy = open_policy(ModelConfig(path=model, trust_remote_code=trust_remote_code), precision=precision)
-    server = PolicyServer(policy, options, engine=Engine(policy, most_rows=max_rows))
+    if job is None:
+        check_model(model)
+        policy = open_policy(source, precision=precision)
+        server = PolicyServer(policy, options, engine=Engine(policy, most_rows=max_rows))
+    else:
+        made = _made(job)
+        server = PolicyServer(made.policy, options, sampler=made)
     if as_json:
         print_json_line({"url": server.url, "model": server.name, "token": server.token})
     else:
@@ -120,6 +147,46 @@ def serve(
         print_text(f"address: {server.url}")
         print_text(f"token: {server.token}")
     server.run()
+
+
+def _sampling_job(name: str | None, model: ModelConfig, precision: str, flags: list[str]) -> SamplingJob | None:
+    """Return the sampler with its options and roles as a job; None where none is asked for.
+
+    Raises:
+        ConfigError: there is no such sampler or option, a role's model is missing, or a flag has no meaning for a server.
+    """
+    from rlhf_core.config.flags import lex
+    from rlhf_core.config.sampling_run import POLICY, SamplingRunConfig
+    from rlhf_core.generation.sampling_job import load_sampling_job
+    from rlhf_core.registry.method_or_file import COMMAND_LINE, GivenValues
+
+    if name is None:
+        if flags:
+            fix = "see `rlhf serve --help`; a sampler's options follow `--sampler NAME`"
+            raise ConfigError("unknown option", place=COMMAND_LINE, got=f"`{flags[0]}`", fix=fix)
+        return None
+    for flag in lex(flags):
+        if flag.key.partition(".")[0] in SamplingRunConfig.model_fields:
+            fix = "leave it out: prompts, `n` and seeds are those of each request"
+            raise ConfigError("isn't for a server", place=flag.typed, fix=fix)
+    values = {"method": name, "model": model.model_dump(), "prompts": ["those of requests"], "precision": precision}
+    job = load_sampling_job(GivenValues(values, {"": COMMAND_LINE, "method": "--sampler"}), flags=flags)
+    if POLICY not in job.roles:
+        problem = "the sampler has no policy that could be served"
+        raise ConfigError(problem, place="--sampler", got=f"`{name}`", fix="take another sampler")
+    return job
+
+
+def _made(job: SamplingJob) -> Sampler:
+    """Return the sampler with its models loaded."""
+    from rlhf_core.cli.model_argument import check_model, open_policy
+
+    rewards = job.rewards()
+    for model in (model for models in job.policies().values() for model in models):
+        check_model(model.path)
+    return job.sampler(
+        job.options, **job.loaded_with(lambda model: open_policy(model, precision=job.run.precision)), **rewards
+    )
 
 
 def _token(file: Path | None) -> str | None:

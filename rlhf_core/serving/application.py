@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -23,6 +23,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from rlhf_core.config.base import BaseConfig
+from rlhf_core.contracts.sampler import Sampler
 from rlhf_core.generation.engine import prompt_key
 from rlhf_core.infra.errors import RLHFError
 from rlhf_core.infra.seeds import completion_seeds
@@ -39,12 +41,15 @@ from rlhf_core.serving.generation_worker import (
     Wanted,
 )
 from rlhf_core.serving.prompt_reader import PromptReader, ReadPrompt
+from rlhf_core.serving.sampler_worker import SamplerJob, SamplerWorker
 
 if TYPE_CHECKING:
     from rlhf_core.models.policy_model import PolicyModel
 
 log = logging.getLogger(__name__)
 
+_DRAWN_AS = ("temperature", "top_p", "top_k", "min_p", "stop")
+"""Options of a request that are options of drawing."""
 MOST_BYTES = 8 * 2**20
 """Most bytes of a request's body."""
 BODY_SECONDS = 60.0
@@ -92,10 +97,13 @@ class Application:
 
     Args:
         worker: started, and stopped, by whoever made it.
+        sampler: which the worker answers by, whole answers alone; None for the policy's own draws.
     """
 
-    def __init__(self, model: ServedModel, worker: GenerationWorker) -> None:
-        self._model, self._worker = model, worker
+    def __init__(
+        self, model: ServedModel, worker: GenerationWorker | SamplerWorker, sampler: Sampler | None = None
+    ) -> None:
+        self._model, self._worker, self._sampler = model, worker, sampler
         self._reader = PromptReader(model.policy)
         self._waiting = 0
         routes = [
@@ -148,7 +156,8 @@ class Application:
 
     def _answer(self, request: GenerationRequest, prompts: Sequence[ReadPrompt]) -> Response:
         """Return what answers a request: it hands the worker a job when it is sent."""
-        job, events = self._job(request, prompts)
+        sampled = None if self._sampler is None else self._for_sampler(request, prompts, self._sampler)
+        job, events = self._job(request, prompts, sampled)
         if job.size > self._model.most_waiting:
             message = (
                 f"the request asks for {job.size} completions; at most {self._model.most_waiting} are taken at once"
@@ -161,7 +170,53 @@ class Application:
         answer = AnswerFrame(self._model.name, isinstance(request, ChatRequest))
         return _JobResponse(self, asked, answer)
 
-    def _job(self, request: GenerationRequest, prompts: Sequence[ReadPrompt]) -> tuple[Job, asyncio.Queue[Event]]:
+    def _for_sampler(
+        self, request: GenerationRequest, prompts: Sequence[ReadPrompt], sampler: Sampler
+    ) -> tuple[Sequence[Any], BaseConfig]:
+        """Return the prompts as the sampler takes them, and its options with what the request says.
+
+        Raises:
+            RequestError: the request asks for what whole, chosen completions can't give, or for an option that the sampler lacks.
+        """
+        given: Sequence[Any] = (
+            [request.turns()] if isinstance(request, ChatRequest) else cast(TextRequest, request).prompts()
+        )
+        echoes = isinstance(request, TextRequest) and request.echo
+        name = type(sampler).__name__
+        for param, wrong, why in (
+            ("stream", request.stream, "it gives whole answers alone: leave out `stream`"),
+            ("logprobs", request.has_logprobs, "its answers have none: leave out `logprobs`"),
+            ("echo", echoes, "leave out `echo`"),
+            ("prompt", not all(isinstance(one, str | list) and _is_text(one) for one in given), "give prompts as text"),
+        ):
+            if wrong:
+                message = f"`{param}` isn't supported by the sampler {name}: {why}"
+                raise RequestError(message, param=param, code="unsupported_parameter")
+        changes: dict[str, Any] = {
+            key: getattr(request, key) for key in _DRAWN_AS if key in request.model_fields_set and key != "stop"
+        }
+        changes |= {"stop": request.stops} if request.stops else {}
+        fields = type(sampler.config).model_fields
+        if request.most_tokens is not None:
+            changes["max_new_tokens"] = min(self._room(request, prompt) for prompt in prompts)
+        elif "max_new_tokens" in fields and (positions := self._model.policy.max_positions):
+            longest = max(len(prompt.ids) for prompt in prompts)
+            changes["max_new_tokens"] = max(1, min(getattr(sampler.config, "max_new_tokens"), positions - longest))  # noqa: B009
+        if unknown := next((key for key in changes if key not in fields), None):
+            param = "max_tokens" if unknown == "max_new_tokens" else unknown
+            message = f"`{param}` isn't an option of the sampler {name}: leave it out"
+            raise RequestError(message, param=param, code="unsupported_parameter")
+        try:
+            return given, sampler.config.updated(**changes)
+        except RLHFError as error:
+            raise RequestError(str(error)) from None
+
+    def _job(
+        self,
+        request: GenerationRequest,
+        prompts: Sequence[ReadPrompt],
+        sampled: tuple[Sequence[Any], BaseConfig] | None,
+    ) -> tuple[Job, asyncio.Queue[Event]]:
         """Return what the worker is asked for, and where it delivers it."""
         seed = secrets.randbits(63) if request.seed is None else request.seed
         # Those of `PolicyModel.generate(prompts, n, seed=seed)`.
@@ -185,6 +240,10 @@ class Application:
             except RuntimeError:  # the loop is closed, and nobody waits any more
                 log.debug("an answer came after the server's end")
 
+        if sampled is not None:
+            given, options = sampled
+            own_seed = None if request.seed is None else request.seed % 2**63
+            return SamplerJob(wanted, deliver, prompts=given, n=request.n, seed=own_seed, options=options), events
         return Job(wanted, deliver, [(each.ids, request.top) for each in prompts] if echoed else []), events
 
     def _room(self, request: GenerationRequest, prompt: ReadPrompt) -> int:
@@ -228,6 +287,11 @@ class Application:
         if isinstance(request, ChatRequest):
             return found.for_chat(self._reader.token, request.top)
         return found.for_text(self._reader.token, request.top, offset)
+
+
+def _is_text(prompt: Any) -> bool:
+    """Tell whether a prompt is text or a chat, no token ids."""
+    return isinstance(prompt, str) or all(isinstance(part, dict) for part in prompt)
 
 
 class _JobResponse(Response):

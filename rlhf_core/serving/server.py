@@ -23,6 +23,7 @@ from rlhf_core.generation.engine import Engine
 from rlhf_core.infra.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
+    from rlhf_core.contracts.sampler import Sampler
     from rlhf_core.models.policy_model import PolicyModel
 
 LOCAL = ("127.0.0.1", "localhost", "::1", "[::1]")
@@ -89,6 +90,7 @@ class PolicyServer:
 
     Args:
         engine: draws the completions; None makes one. Nobody else may use it meanwhile.
+        sampler: answers in its place, one request after the other and whole; nobody else may use its models meanwhile.
 
     Raises:
         ConfigError: the packages aren't installed (the extra `serve`), or the engine's backend takes no requests while others
@@ -97,23 +99,34 @@ class PolicyServer:
     """
 
     def __init__(
-        self, policy: PolicyModel, options: ServerOptions | None = None, *, engine: Engine | None = None
+        self,
+        policy: PolicyModel,
+        options: ServerOptions | None = None,
+        *,
+        engine: Engine | None = None,
+        sampler: Sampler | None = None,
     ) -> None:
         require_serving()
         from rlhf_core.serving.application import Application, ServedModel
         from rlhf_core.serving.generation_worker import GenerationWorker
+        from rlhf_core.serving.sampler_worker import SamplerWorker
 
         options = options or ServerOptions()
-        engine = Engine(policy) if engine is None else engine
-        engine.backend.require("joining", "fork", purpose="serving")
+        worker: GenerationWorker | SamplerWorker
+        if sampler is not None:
+            worker = SamplerWorker(sampler)
+        else:
+            engine = Engine(policy) if engine is None else engine
+            engine.backend.require("joining", "fork", purpose="serving")
+            worker = GenerationWorker(engine)
         self.name = options.name or Path(str(policy.source)).name or "policy"
         self.token = options.token or secrets.token_urlsafe(32)
         self._options = replace(options, token=None)
         self._socket = _listening(options.host, options.port)
-        self._worker = GenerationWorker(engine)
+        self._worker = worker
         hosts = [*LOCAL, *options.allowed_hosts, *([options.host] if _is_local(options.host) else [])]
         model = ServedModel(policy, self.name, self.token, hosts, options.most_waiting)
-        self._application = Application(model, self._worker)
+        self._application = Application(model, self._worker, sampler)
         self._thread: threading.Thread | None = None
 
     @property

@@ -234,9 +234,10 @@ def test_self_improvement(tmp_path: Path, environment: dict[str, str]) -> None:
 def test_serving(tmp_path: Path, environment: dict[str, str]) -> None:
     pytest.importorskip("starlette", reason="the extra `serve` isn't installed")
     pytest.importorskip("openai", reason="the package openai isn't installed")
-    ((_, commands), (_, program)) = blocks("docs/serving.md")
+    ((_, commands), (_, program), (_, by_sampler)) = blocks("docs/serving.md")
     printed = run(f"set -m\n{commands}", tmp_path, environment)
     assert '"max_model_len":' in printed and '"token_logprobs":' in printed
+    assert '"index":1' in run(f"set -m\n{by_sampler}", tmp_path, environment).replace(" ", "")
     (tmp_path / "serve.py").write_text(program)
     assert run("python serve.py", tmp_path, environment).startswith("[")
 
