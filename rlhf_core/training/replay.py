@@ -15,6 +15,7 @@ from rlhf_core.config.training import TrainerConfig
 from rlhf_core.config.yaml_file import load_yaml
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.contracts.completion import Completion
+from rlhf_core.contracts.reward import ScoreWithParts
 from rlhf_core.infra.errors import ConfigError, StorageError
 from rlhf_core.infra.files import read_json, storage_errors
 from rlhf_core.rewards import Rewards, Scores, rewards_changed
@@ -93,11 +94,11 @@ class SavedRollouts:
         return [[unpack(row) for row in group] for group in self._groups(step, batch, n)]
 
     def scores(self, step: int, batch: Batch, n: int, names: Sequence[str]) -> Scores:
-        """Return the scores of these completions by the rewards of these names, as the run has kept them."""
+        """Return the scores of these completions by the rewards of these names, with their parts, as the run has kept them."""
         rows = [row for group in self._groups(step, batch, n) for row in group]
         return Scores(
             torch.tensor([row["reward"] for row in rows], dtype=torch.float32),
-            {name: [row["rewards"][name] for row in rows] for name in names},
+            {name: [_with_parts(row["rewards"], name) for row in rows] for name in names},
             [prompt for prompt in range(batch.num_prompts) for _ in range(n)],
         )
 
@@ -177,6 +178,12 @@ def open_replay(config: TrainerConfig, rewards: Rewards) -> SavedRollouts | None
     if not isinstance(config, OnlineConfig) or config.replay is None:
         return None
     return SavedRollouts(config.replay, config, rewards)
+
+
+def _with_parts(rewards: Mapping[str, float], name: str) -> float:
+    """Return one reward's score of a completion, with its parts where it had any, as `Scores.named` wrote them."""
+    parts = {key.removeprefix(f"{name}/"): value for key, value in rewards.items() if key.startswith(f"{name}/")}
+    return ScoreWithParts(rewards[name], parts) if parts else rewards[name]
 
 
 def _prompt_ids(batch: Batch, prompt: int) -> list[int]:

@@ -162,6 +162,25 @@ def test_rollouts_that_made_no_step_are_kept_and_replayed(equal_groups: str, tmp
     assert run("first") == run("again", replay=str(tmp_path / "first")) == list(range(12))
 
 
+def test_a_replay_has_the_parts_of_rewards(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    members = [{"name": "repetition"}, {"name": "length", "options": {"target": 4}}]
+    options: dict[str, Any] = {
+        "batch_size": 2, "group_size": 2, "max_steps": 2, "generation": {"max_new_tokens": 6}, "equal_groups": "keep",
+        "rewards": [{"name": "ensemble", "options": {"members": members}}], "logging": {"rollouts": {"whole": True}},
+    }  # fmt: skip
+
+    def run(name: str, **more: Any) -> list[dict[str, float]]:
+        config = GRPOConfig.parse({**options, **more})
+        GRPOTrainer(config, model=small_policy(), data=prompts(count=4), output=tmp_path / name).train()
+        kept = [json.loads(line)["rewards"] for line in (tmp_path / name / "rollouts.jsonl").read_text().splitlines()]
+        steps = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        return kept + [{key: value for key, value in step.items() if key.startswith("reward/")} for step in steps]
+
+    first = run("first")
+    assert all("ensemble/std" in row for row in first[:8]) and "reward/ensemble/std" in first[-1]
+    assert run("again", replay=str(tmp_path / "first")) == first and "are scored again" not in caplog.text
+
+
 # What an update is made of
 
 
