@@ -1,6 +1,6 @@
 """What accuracy is kept when a context is compressed 2, 4 and 8 times: by a trained compressor, by extraction, by cutting it off.
 
-    python benchmarks/compression.py [--output runs/compression] [--seed 0] [--base-steps 800] [--steps 1200]
+    python benchmarks/compression.py [--output runs/compression] [--seed 0] [--base-steps 500] [--steps 800]
 
 The task is to look something up: a context with a number for each of sixteen names (`ban 42. bat 7. …`), and a name that is asked
 for. A small model of words is trained from nothing until it looks up numbers, then a compressor for it as it is; the model itself
@@ -123,9 +123,11 @@ def main() -> int:
         "--output", type=Path, default=Path("runs/compression"), help="folder to write (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
-    parser.add_argument("--base-steps", type=int, default=800, help="steps of the model (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=1200, help="steps of the compressor (default: %(default)s)")
+    parser.add_argument("--base-steps", type=int, default=500, help="steps of the model (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=800, help="steps of the compressor (default: %(default)s)")
     parser.add_argument("--questions", type=int, default=400, help="questions that are measured (default: %(default)s)")
+    parser.add_argument("--summary", choices=("pooled", "memory"), default="pooled", help="(default: %(default)s)")
+    parser.add_argument("--base", type=Path, help="a model that was trained before")
     options = parser.parse_args()
     setup_logging()
     began, seed = time.monotonic(), options.seed
@@ -141,13 +143,14 @@ def main() -> int:
         max_positions=256,
     )
     held_out = rows(seed + 1, 128)
-    base = train(
+    base = options.base or train(
         "sft", options.output / "base", rows(seed, 64 * options.base_steps), held_out,
         model=start, max_steps=options.base_steps, learning_rate=3e-3, seed=seed,
     )  # fmt: skip
     trained = train(
         "context_compressor", options.output / "compressor", rows(seed + 3, 64 * options.steps), held_out,
         model=base, max_steps=options.steps, learning_rate=1e-3, keep_end=QUESTION, chunk=64, ratios=list(RATIOS), seed=seed,
+        summary=options.summary,
     )  # fmt: skip
     found = measure(base, trained, options.questions, seed)
     for one in found:

@@ -1,8 +1,9 @@
 """Context compressors: long contexts as fewer embeddings that a language model reads in the place of their tokens.
 
-A backbone reads a piece of the context with memory tokens behind it, and its hidden states at these become the embeddings, as in
-the in-context autoencoder of Ge et al. 2023 (arXiv 2307.06945, section 2.1) and the gist tokens of Mu et al. 2023 (arXiv
-2304.08467). There are as many memory tokens as the ratio asks for, so that one compressor serves several ratios.
+A backbone reads a piece of the context, and its last hidden states become the embeddings: `pooled`, each the mean over as many
+neighbouring tokens as the ratio says (Feldman and Artzi 2025, arXiv 2510.20797), or `memory`, those at memory tokens behind the
+piece, as in the in-context autoencoder of Ge et al. 2023 (arXiv 2307.06945, section 2.1) and the gist tokens of Mu et al. 2023
+(arXiv 2304.08467). Either way the ratio is chosen anew for each context, so that one compressor serves several.
 
 Axes: C contexts, N soft tokens, M memory tokens, D width of the backbone's hidden states, E width of the reader's embeddings.
 """
@@ -13,7 +14,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self, Unpack
+from typing import Any, Literal, Self, Unpack, get_args
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +30,14 @@ from rlhf_core.models.load_options import LoadOptions, apply_load_options, readi
 from rlhf_core.models.sequence_model import SequenceModel
 from rlhf_core.models.soft_tokens import with_soft_tokens
 
+Summary = Literal["pooled", "memory"]
+"""What embeddings are made of: means of the hidden states of neighbouring tokens, or the hidden states of memory tokens."""
 LARGEST_PASS = 16_384
 """Most tokens that are read in one pass where no gradients are needed."""
 
 
-class MemoryHead(nn.Module):
-    """The memory tokens, and the map from their hidden states to embeddings.
+class SummaryHead(nn.Module):
+    """The tokens of its own that a compressor reads, and the map from hidden states to embeddings.
 
     An embedding is W (h / rms(h)) · s, where W begins as the identity and s as the root mean square of the reader's embeddings:
     it begins as long as the tokens that the reader knows, whatever the length of the backbone's hidden states.
@@ -42,7 +45,7 @@ class MemoryHead(nn.Module):
     Args:
         width: D.
         reader_width: E.
-        slots: M, the most soft tokens that one piece of context is compressed to.
+        slots: M, memory tokens: the most soft tokens that one piece is compressed to; for pooled states 1, before the piece.
         scale: s.
         seed: of the memory tokens, which depend on nothing else but the shapes and the scale.
     """
@@ -74,13 +77,23 @@ class ContextCompressor(HeadedModel):
         head: memory tokens and the map to the reader's embeddings.
         chunk: most tokens of a context that are compressed together; a longer one is compressed piece by piece.
         ratios: how many tokens of context one soft token stood for in training, in increasing order.
+        summary: what the embeddings are made of.
     """
 
     head_name = COMPRESSOR_HEAD
 
-    def __init__(self, backbone: SequenceModel, head: MemoryHead, *, chunk: int, ratios: Sequence[float]) -> None:
+    def __init__(
+        self,
+        backbone: SequenceModel,
+        head: SummaryHead,
+        *,
+        chunk: int,
+        ratios: Sequence[float],
+        summary: Summary = "pooled",
+    ) -> None:
         super().__init__()
         self.backbone, self.head, self.chunk, self.ratios = backbone, head, chunk, tuple(sorted(map(float, ratios)))
+        self.summary = summary
 
     @classmethod
     def from_pretrained(
@@ -90,62 +103,79 @@ class ContextCompressor(HeadedModel):
         new_head: bool = False,
         chunk: int | None = None,
         ratios: Sequence[float] | None = None,
+        summary: Summary | None = None,
         seed: int = 0,
         **options: Unpack[LoadOptions],
     ) -> Self:
         """Load a compressor that `save_pretrained` wrote, or start one from a language model.
 
         Args:
-            new_head: whether a checkpoint without memory tokens gets new ones, for training; else that is an error.
+            new_head: whether a checkpoint without a compressor's head gets a new one, for training; else that is an error.
             chunk: most tokens that are compressed together; None takes the checkpoint's, or 512.
             ratios: that are trained; None takes the checkpoint's, or 2, 4 and 8.
-            seed: of new memory tokens.
+            summary: what the embeddings are made of; None takes what the checkpoint has, or `pooled`.
+            seed: of a new head.
 
         Raises:
-            ModelError: the memory tokens are missing, or their width isn't the backbone's.
+            ModelError: the head is missing, or its width isn't the backbone's.
             ConfigError: a piece of context would need more memory tokens than there are.
         """
         reading = reading_options(options, may_be_quantised=False)
         files = cls.find_head(source, new_head=new_head, fix="train one: `rlhf train context_compressor`")
         backbone = load_backbone(source, reading, has_head_files=files is not None)
         if files is None:
-            model = cls.on(backbone, chunk=chunk or 512, ratios=ratios or (2, 4, 8), seed=seed)
+            model = cls.on(backbone, chunk=chunk or 512, ratios=ratios or (2, 4, 8), summary=summary, seed=seed)
         else:
-            keys = {"reader_width": int, "slots": int, "chunk": int, "ratios": list}
+            keys = {"reader_width": int, "slots": int, "chunk": int, "ratios": list, "summary": str}
             about = files.describe(width=backbone.width, keys=keys)
-            head = MemoryHead(about["width"], about["reader_width"], about["slots"])
-            model = cls(backbone, head, chunk=chunk or about["chunk"], ratios=ratios or about["ratios"])
-            model.check_slots()
+            if about["summary"] not in get_args(Summary):
+                raise files.unsupported(f"summary {about['summary']}", f"known ones are {', '.join(get_args(Summary))}")
+            head = SummaryHead(about["width"], about["reader_width"], about["slots"])
+            model = cls(backbone, head, chunk=about["chunk"], ratios=about["ratios"], summary=about["summary"])
+            model.set_sizes(chunk, ratios, summary)
             files.load_into(model.head)
         apply_load_options(model, [backbone], options)
         return model
 
     @classmethod
     def adopt(
-        cls, model: object, *, chunk: int | None = None, ratios: Sequence[float] | None = None, seed: int = 0
+        cls,
+        model: object,
+        *,
+        chunk: int | None = None,
+        ratios: Sequence[float] | None = None,
+        summary: Summary | None = None,
+        seed: int = 0,
     ) -> Self:
-        """Return a compressor in memory with these options, or put memory tokens on a policy's backbone, which both then share.
+        """Return a compressor in memory with these options, or put a head on a policy's backbone, which both then share.
 
         Raises:
             ModelError: the object is neither.
             ConfigError: a piece of context would need more memory tokens than there are.
         """
         if isinstance(model, cls):
-            model.chunk, model.ratios = chunk or model.chunk, tuple(sorted(ratios or model.ratios))
-            model.check_slots()
+            model.set_sizes(chunk, ratios, summary)
             return model
         if not isinstance(model, SequenceModel):
             raise wrong_kind(model, wanted=cls, allowed="a PolicyModel or a ContextCompressor")
-        return cls.on(model.without_head(), chunk=chunk or 512, ratios=ratios or (2, 4, 8), seed=seed)
+        return cls.on(model.without_head(), chunk=chunk or 512, ratios=ratios or (2, 4, 8), summary=summary, seed=seed)
 
     @classmethod
-    def on(cls, backbone: SequenceModel, *, chunk: int, ratios: Sequence[float], seed: int = 0) -> Self:
-        """Put new memory tokens on a backbone, or on a policy, which stays whole; the reader has embeddings of the same width."""
+    def on(
+        cls,
+        backbone: SequenceModel,
+        *,
+        chunk: int,
+        ratios: Sequence[float],
+        summary: Summary | None = None,
+        seed: int = 0,
+    ) -> Self:
+        """Put a new head on a backbone, or on a policy, which stays whole; the reader has embeddings of the same width."""
         weight = backbone.network.get_input_embeddings().weight
         scale = float(weight.detach().float().square().mean().sqrt())
-        slots = math.ceil(chunk / min(ratios))
-        head = MemoryHead(backbone.width, weight.shape[1], slots, scale=scale, seed=stream_seed(seed, "memory tokens"))
-        return cls(backbone, head.to(backbone.device), chunk=chunk, ratios=ratios)
+        slots = math.ceil(chunk / min(ratios)) if summary == "memory" else 1
+        head = SummaryHead(backbone.width, weight.shape[1], slots, scale=scale, seed=stream_seed(seed, "memory tokens"))
+        return cls(backbone, head.to(backbone.device), chunk=chunk, ratios=ratios, summary=summary or "pooled")
 
     @property
     def backbone_list(self) -> list[SequenceModel]:
@@ -157,14 +187,25 @@ class ContextCompressor(HeadedModel):
             "slots": self.head.slots,
             "chunk": self.chunk,
             "ratios": list(self.ratios),
+            "summary": self.summary,
         }
 
-    def check_slots(self) -> None:
-        """Check that the memory tokens suffice for a whole piece of context at the least ratio.
+    def set_sizes(
+        self, chunk: int | None = None, ratios: Sequence[float] | None = None, summary: Summary | None = None
+    ) -> None:
+        """Set the length of a piece and the ratios that are trained; None leaves one as it is.
 
         Raises:
-            ConfigError: they don't.
+            ConfigError: a piece would need more memory tokens than there are, or the embeddings are made of something else.
         """
+        if summary not in (None, self.summary):
+            fix = f"set `summary: {self.summary}`, or start from a language model"
+            raise ConfigError(
+                f"the compressor has {self.summary} embeddings", place="summary", got=str(summary), fix=fix
+            )
+        self.chunk, self.ratios = chunk or self.chunk, tuple(sorted(map(float, ratios or self.ratios)))
+        if self.summary != "memory":
+            return
         if (needed := math.ceil(self.chunk / min(self.ratios))) > self.head.slots:
             raise ConfigError(
                 f"a piece of {self.chunk} tokens at a ratio of {min(self.ratios):g} needs {needed} memory tokens",
@@ -181,16 +222,16 @@ class ContextCompressor(HeadedModel):
         Raises:
             ConfigError: the ratio is below the least one that the memory tokens suffice for.
         """
-        least = self.chunk / self.head.slots
-        if not ratio >= max(1.0, min(least, min(self.ratios))):
+        most = self.head.slots if self.summary == "memory" else self.chunk
+        if not ratio >= 1 or math.ceil(self.chunk / ratio) > most:
             raise ConfigError(
                 "the compressor has too few memory tokens for this ratio", place="ratio", got=f"{ratio:g}",
-                fix=f"choose one from {min(self.ratios):g} on",
+                fix=f"choose one from {self.chunk / most:g} on",
             )  # fmt: skip
         count = math.ceil(length / self.chunk)
         ends = [round(length * index / count) for index in range(count + 1)] if count else [0]
         sizes = [end - begin for begin, end in itertools.pairwise(ends)]
-        return [(size, min(math.ceil(size / ratio), self.head.slots)) for size in sizes]
+        return [(size, math.ceil(size / ratio)) for size in sizes]
 
     def forward(self, contexts: Sequence[Sequence[int]], ratios: Sequence[float]) -> list[Tensor]:
         """Return for each context its embeddings (N, E) float32, with gradients; an empty context has none.
@@ -236,31 +277,48 @@ class ContextCompressor(HeadedModel):
         """Return the embeddings (count, E) of each piece, given as (ids, count)."""
         if not pieces:
             return []
-        device, network = self.device, self.backbone.network
-        lengths, counts = ([len(ids) for ids, _ in pieces], [count for _, count in pieces])
-        prompts = torch.zeros(len(pieces), max(lengths), dtype=torch.long)
-        for row, (ids, _) in enumerate(pieces):
-            prompts[row, : len(ids)] = torch.tensor(ids)
-        with with_soft_tokens(network, self.head.memory) as first:
-            slots = torch.arange(max(counts))
-            within = slots < torch.tensor(counts)[:, None]
-            batch = Batch(
-                prompts,
-                torch.tensor(lengths),
-                torch.where(within, first + slots, 0),
-                torch.tensor(counts),
-                torch.arange(len(pieces)),
-                within,
-                rows=tuple(range(len(pieces))),
-            ).to(device)
-            hidden = self.backbone.hidden_states(batch).at()
+        counts = [count for _, count in pieces]
+        with with_soft_tokens(self.backbone.network, self.head.memory) as first:
+            if self.summary == "memory":
+                behind = [list(range(first, first + count)) for count in counts]
+                hidden = self._states([(ids, slots) for (ids, _), slots in zip(pieces, behind, strict=True)])
+            else:
+                hidden = _means(self._states([([first], ids) for ids, _ in pieces]), pieces)
         return list(self.head(hidden).split(counts))
+
+    def _states(self, pairs: Sequence[tuple[list[int], list[int]]]) -> Tensor:
+        """Return the hidden states (N, D) at the second part of each sequence, one after the other."""
+        (before, lengths), (behind, sizes) = (_padded([pair[part] for pair in pairs]) for part in (0, 1))
+        within = torch.arange(behind.shape[1]) < sizes[:, None]
+        owner, rows = torch.arange(len(pairs)), tuple(range(len(pairs)))
+        batch = Batch(before, lengths, behind, sizes, owner, within, rows=rows)
+        return self.backbone.hidden_states(batch.to(self.device)).at()
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write backbone, tokenizer and memory tokens, an adapter merged in; the model in memory is left as it is."""
         self.backbone.without_head(freeze=False).save_pretrained(directory, merged=True)
         description = {"width": self.backbone.width, **self.head_facts()}
         HeadFiles(Path(directory), self.head_name).write(self.head, description)
+
+
+def _padded(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Return token ids (P, L) long, padded on the right, and their lengths (P,)."""
+    rows = [torch.tensor(ids, dtype=torch.long) for ids in sequences]
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor([len(ids) for ids in rows])
+
+
+def _means(hidden: Tensor, pieces: Sequence[tuple[Sequence[int], int]]) -> Tensor:
+    """Return the means of hidden states over neighbouring tokens: of each piece, given as (ids, count), so many.
+
+    The tokens of a mean differ by at most one in number from those of another mean of the piece.
+    """
+    groups, at = [], 0
+    for ids, count in pieces:
+        groups.append(at + torch.arange(len(ids)) * count // len(ids))
+        at += count
+    group = torch.cat(groups).to(hidden.device)
+    sums = hidden.new_zeros(at, hidden.shape[1], dtype=torch.float32).index_add(0, group, hidden.float())
+    return sums / torch.bincount(group, minlength=at)[:, None]
 
 
 def context_span(length: int, keep_start: int, keep_end: int) -> slice:

@@ -27,7 +27,7 @@ GREEDY = SamplingConfig(max_new_tokens=6, temperature=0, min_new_tokens=6)
 def soft_policy(seed: int = 0, *, ratio: float = 4.0) -> tuple[PolicyModel, PromptCompression]:
     policy = PolicyModel(tiny_model(seed, max_positions=96), tiny_tokenizer())
     compressor = ContextCompressor.on(
-        PolicyModel(tiny_model(1, max_positions=96), tiny_tokenizer()), chunk=32, ratios=(2, 4)
+        PolicyModel(tiny_model(1, max_positions=96), tiny_tokenizer()), chunk=32, ratios=(2, 4), summary="memory"
     )
     config = CompressionConfig(over=32, ratio=ratio, keep_start=1, keep_end=10)
     compression = PromptCompression(config, policy.tokenizer, compressor=compressor)

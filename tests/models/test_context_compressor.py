@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -13,7 +14,13 @@ from rlhf_core.config.training import LoraConfig
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.infra.errors import ConfigError, ModelError
 from rlhf_core.models import PolicyModel
-from rlhf_core.models.context_compressor import ContextCompressor, MemoryHead, check_reader, context_span
+from rlhf_core.models.context_compressor import (
+    ContextCompressor,
+    Summary,
+    SummaryHead,
+    check_reader,
+    context_span,
+)
 from rlhf_core.models.soft_tokens import SOFT, SoftVocabulary, with_soft_tokens
 from rlhf_core.testing.tiny import save_tiny, tiny_model, tiny_tokenizer
 
@@ -98,8 +105,11 @@ def test_a_vocabulary_gives_each_id_its_row_and_forgets_the_oldest(monkeypatch: 
 # The compressor
 
 
-def compressor(*, chunk: int = 8, ratios: tuple[float, ...] = (2, 4)) -> ContextCompressor:
-    return ContextCompressor.on(policy(), chunk=chunk, ratios=ratios, seed=3)
+SUMMARIES = pytest.mark.parametrize("summary", get_args(Summary))
+
+
+def compressor(summary: Summary = "memory", *, chunk: int = 8) -> ContextCompressor:
+    return ContextCompressor.on(policy(), chunk=chunk, ratios=(2, 4), summary=summary, seed=3)
 
 
 def test_pieces() -> None:
@@ -112,22 +122,34 @@ def test_pieces() -> None:
         model.pieces(8, 1.5)
 
 
-def test_embeddings_are_those_of_an_unbatched_forward_pass() -> None:
-    model = compressor()
+@SUMMARIES
+def test_embeddings_are_those_of_an_unbatched_forward_pass(summary: Summary) -> None:
+    model = compressor(summary)
     contexts = [[9, 40, 77, 12, 30], [20, 21, 22, 23, 24, 25, 26, 27, 28, 29]]
     found = model(contexts, [2.0, 4.0])
     assert [len(one) for one in found] == [3, 4]
     pieces = [(contexts[0], 3), (contexts[1][:5], 2), (contexts[1][5:], 2)]
     network = model.backbone.network
     for (ids, count), rows in zip(pieces, [found[0], found[1][:2], found[1][2:]], strict=True):
-        embedded = torch.cat([network.get_input_embeddings()(torch.tensor(ids)), model.head.memory[:count]])
-        hidden = network.model(inputs_embeds=embedded[None]).last_hidden_state[0, -count:]
+        embedded, memory = network.get_input_embeddings()(torch.tensor(ids)), model.head.memory
+        whole = [embedded, memory[:count]] if summary == "memory" else [memory, embedded]
+        hidden = network.model(inputs_embeds=torch.cat(whole)[None]).last_hidden_state[0]
+        hidden = hidden[-count:] if summary == "memory" else means(hidden[1:], count)
         normed = hidden / hidden.square().mean(-1, keepdim=True).add(torch.finfo(torch.float32).eps).sqrt()
         torch.testing.assert_close(rows, model.head.scale * normed @ model.head.outer.weight.T, atol=1e-5, rtol=1e-4)
 
 
-def test_padded_and_packed_rows_give_the_same_embeddings() -> None:
-    packed, padded = compressor(), compressor()
+def means(hidden: Tensor, count: int) -> Tensor:
+    """The means over runs of tokens, token i of n in run ⌊i · count / n⌋."""
+    runs: list[list[Tensor]] = [[] for _ in range(count)]
+    for i, state in enumerate(hidden):
+        runs[i * count // len(hidden)].append(state)
+    return torch.stack([torch.stack(run).mean(0) for run in runs])
+
+
+@SUMMARIES
+def test_padded_and_packed_rows_give_the_same_embeddings(summary: Summary) -> None:
+    packed, padded = compressor(summary), compressor(summary)
     padded.backbone.set_options(layout="padded")
     contexts = [[9, 40, 77], [20, 21, 22, 23, 24, 25, 26]]
     for one, other in zip(packed(contexts, [2.0, 2.0]), padded(contexts, [2.0, 2.0]), strict=True):
@@ -143,8 +165,9 @@ def test_equal_contexts_are_compressed_once_and_empty_ones_to_nothing() -> None:
     assert not one.requires_grad
 
 
-def test_new_memory_tokens_are_as_long_as_embeddings() -> None:
-    model = compressor()
+@SUMMARIES
+def test_embeddings_begin_as_long_as_the_reader_s(summary: Summary) -> None:
+    model = compressor(summary)
     weight = model.backbone.network.get_input_embeddings().weight
     (rows,) = model.compress([[9, 40, 77, 12]], 2)
     assert float(rows.detach().square().mean().sqrt()) == pytest.approx(
@@ -155,18 +178,25 @@ def test_new_memory_tokens_are_as_long_as_embeddings() -> None:
     )
 
 
-def test_files(tmp_path: Path) -> None:
-    model = compressor()
+@SUMMARIES
+def test_files(tmp_path: Path, summary: Summary) -> None:
+    model = compressor(summary)
     with torch.no_grad():
         model.head.outer.weight.add_(0.1)
     model.save_pretrained(tmp_path / "saved")
     loaded = ContextCompressor.from_pretrained(tmp_path / "saved", frozen=True)
-    assert (loaded.chunk, loaded.ratios, loaded.head.slots) == (8, (2.0, 4.0), 4)
+    slots = 4 if summary == "memory" else 1
+    assert (loaded.chunk, loaded.ratios, loaded.head.slots, loaded.summary) == (8, (2.0, 4.0), slots, summary)
     for one, other in zip(model.compress([[9, 40, 77]]), loaded.compress([[9, 40, 77]]), strict=True):
         assert torch.equal(one, other)
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
-    with pytest.raises(ConfigError, match="needs 5 memory tokens"):
-        ContextCompressor.from_pretrained(tmp_path / "saved", chunk=10)
+    if summary == "memory":
+        with pytest.raises(ConfigError, match="needs 5 memory tokens"):
+            ContextCompressor.from_pretrained(tmp_path / "saved", chunk=10)
+    else:
+        assert ContextCompressor.from_pretrained(tmp_path / "saved", chunk=10, ratios=(3,)).ratios == (3.0,)
+        with pytest.raises(ConfigError, match="has pooled embeddings"):
+            ContextCompressor.from_pretrained(tmp_path / "saved", summary="memory")
 
 
 def test_a_language_model_is_no_compressor(tmp_path: Path) -> None:
@@ -175,7 +205,7 @@ def test_a_language_model_is_no_compressor(tmp_path: Path) -> None:
         ContextCompressor.from_pretrained(tmp_path / "model")
     assert "rlhf train context_compressor" in str(error.value)
     made = ContextCompressor.from_pretrained(tmp_path / "model", new_head=True, chunk=16, lora=LoraConfig(rank=2))
-    assert made.head.slots == 8 and made.backbone.has_adapter
+    assert made.head.slots == 1 and made.backbone.has_adapter
 
 
 def test_a_reader_of_another_width_is_refused() -> None:
@@ -205,7 +235,7 @@ def test_context_span() -> None:
 
 def test_memory_depends_on_its_seed_alone() -> None:
     torch.manual_seed(7)
-    one = MemoryHead(8, 8, 4, seed=1)
+    one = SummaryHead(8, 8, 4, seed=1)
     torch.manual_seed(8)
-    assert torch.equal(one.memory, MemoryHead(8, 8, 4, seed=1).memory)
-    assert not torch.equal(one.memory, MemoryHead(8, 8, 4, seed=2).memory)
+    assert torch.equal(one.memory, SummaryHead(8, 8, 4, seed=1).memory)
+    assert not torch.equal(one.memory, SummaryHead(8, 8, 4, seed=2).memory)

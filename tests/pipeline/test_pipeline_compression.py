@@ -14,6 +14,7 @@ from rlhf_core.pipeline.recipe import RecipeError
 
 COMPRESSOR = {
     "name": "gist", "method": "context_compressor", "data": "sft.jsonl", "keep_end": 2, "chunk": 8, "ratios": [2],
+    "summary": "memory",
 }  # fmt: skip
 MEASURED = {
     "kind": "evaluate",

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import ClassVar
+from typing import ClassVar, Literal, TypedDict
 
 import torch
 from pydantic import Field, field_validator
@@ -37,6 +37,14 @@ from rlhf_core.plugin import (
 )
 
 
+class Sizes(TypedDict):
+    """How a compressor is made, as its constructors take it."""
+
+    chunk: int
+    ratios: list[float]
+    summary: Literal["pooled", "memory"]
+
+
 class ContextCompressorConfig(TrainerConfig):
     """Options of context compressors."""
 
@@ -45,6 +53,11 @@ class ContextCompressorConfig(TrainerConfig):
         default_factory=lambda: [2.0, 4.0, 8.0],
         min_length=1,
         description="Tokens of context per soft token, one drawn for each row; more of them train one compressor for several.",
+    )
+    summary: Literal["pooled", "memory"] = Field(
+        "pooled",
+        description="What soft tokens are made of: `pooled`, the means of neighbouring tokens' hidden states, or `memory`, the"
+        " hidden states of memory tokens behind the context.",
     )
     chunk: int = Field(
         512, ge=2, description="Most tokens of context that are compressed together; larger sees more and costs more."
@@ -77,7 +90,8 @@ class ContextCompressorTrainer(Trainer[ContextCompressorConfig]):
     """Context compressor: a frozen model answers from soft tokens, and repeats the context from them.
 
     Ge et al. 2023 (arXiv 2307.06945): the sum of the autoencoding loss (section 2.2) and of the loss on responses (section 2.3),
-    both through a reader that isn't trained. Deviation: both count from the first step on, and each row has a ratio of its own.
+    both through a reader that isn't trained. Deviations: both count from the first step on; each row has a ratio of its own, and
+    soft tokens are means of hidden states, as in Feldman and Artzi 2025 (arXiv 2510.20797); `summary: memory` has memory tokens.
     """
 
     api = 1
@@ -89,8 +103,9 @@ class ContextCompressorTrainer(Trainer[ContextCompressorConfig]):
     def build(self, loader: Loader) -> Mapping[str, nn.Module]:
         """Return the compressor and its reader; with a new adapter the compressor's own backbone, adapter off, is the reader."""
         config = self.config
+        sizes: Sizes = {"chunk": config.chunk, "ratios": config.ratios, "summary": config.summary}
         if config.reader is not None:
-            compressor = loader.main(ContextCompressor, chunk=config.chunk, ratios=config.ratios, seed=config.seed)
+            compressor = loader.main(ContextCompressor, **sizes, seed=config.seed)
             reader = loader.load("reader", PolicyModel, config.reader)
             check_reader(compressor, reader)
             self._reader_of: PolicyModel | None = None
@@ -102,7 +117,7 @@ class ContextCompressorTrainer(Trainer[ContextCompressorConfig]):
                 place="reader",
                 fix="set `reader` to the model that is to read soft tokens",
             )
-        compressor = ContextCompressor.on(policy, chunk=config.chunk, ratios=config.ratios, seed=config.seed)
+        compressor = ContextCompressor.on(policy, **sizes, seed=config.seed)
         self._reader_of = policy if policy.fresh_adapter else None
         if policy.fresh_adapter:
             return {"compressor": compressor}
