@@ -126,6 +126,7 @@ def main() -> int:
     parser.add_argument("--base-steps", type=int, default=500, help="steps of the model (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=800, help="steps of the compressor (default: %(default)s)")
     parser.add_argument("--questions", type=int, default=400, help="questions that are measured (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="of the compressor (default: %(default)s)")
     parser.add_argument("--summary", choices=("pooled", "memory"), default="pooled", help="(default: %(default)s)")
     parser.add_argument("--base", type=Path, help="a model that was trained before")
     options = parser.parse_args()
@@ -149,7 +150,7 @@ def main() -> int:
     )  # fmt: skip
     trained = train(
         "context_compressor", options.output / "compressor", rows(seed + 3, 64 * options.steps), held_out,
-        model=base, max_steps=options.steps, learning_rate=1e-3, keep_end=QUESTION, chunk=64, ratios=list(RATIOS), seed=seed,
+        model=base, max_steps=options.steps, learning_rate=options.learning_rate, keep_end=QUESTION, chunk=64, ratios=list(RATIOS), seed=seed,
         summary=options.summary,
     )  # fmt: skip
     found = measure(base, trained, options.questions, seed)

@@ -147,6 +147,7 @@ def _improving(size: ModelSize, config: ImprovementConfig) -> StageCost:
     rows, prompt_tokens = _rows_and_tokens(config.prompts)
     written = config.sampler.get("max_new_tokens", 256) / 2
     count = config.sampler.get("n", 8)
+    rows = min(rows, config.sampler.get("limit") or rows) if rows is not None else None
     if rows is None or not isinstance(count, int):
         return StageCost(16.0 * size.parameters)
     sampled = 2 * size.parameters * rows * count * written / (_GENERATION * measured_speed())
