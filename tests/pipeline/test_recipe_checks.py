@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from rlhf_core.cli import main
-from rlhf_core.infra.errors import RLHFError
+from rlhf_core.infra.errors import DataError, RLHFError
 from rlhf_core.pipeline.pipeline_plan import PipelinePlan
 from rlhf_core.pipeline.recipe import RecipeError, read_recipe
+
+ROOT = Path(__file__).parents[2]
 
 BAD = """\
 model: model
@@ -294,3 +296,9 @@ def test_tasks_of_lm_eval_are_checked_too(folder: Path) -> None:
     for text in ("`limit`", "did you mean `num_fewshot`?", "`validator` isn't for tasks of lm-eval", "no `compare`"):
         assert any(text in one for one in found), (text, found)
     assert any("lm-eval isn't installed" in one or "lm-eval has no such task" in one for one in found)
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "examples/recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_of_the_examples_lack_nothing_but_their_data(folder: Path, recipe: Path) -> None:
+    errors = PipelinePlan(read_recipe(recipe, {"model": "model"})).check()
+    assert errors and all(isinstance(one, DataError) and "no such file" in str(one) for one in errors), errors
