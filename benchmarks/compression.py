@@ -150,7 +150,8 @@ def main() -> int:
     )  # fmt: skip
     trained = train(
         "context_compressor", options.output / "compressor", rows(seed + 3, 64 * options.steps), held_out,
-        model=base, max_steps=options.steps, learning_rate=options.learning_rate, keep_end=QUESTION, chunk=64, ratios=list(RATIOS), seed=seed,
+        model=base, max_steps=options.steps, learning_rate=options.learning_rate, keep_end=QUESTION, chunk=64,
+        ratios=list(RATIOS), seed=seed,
         summary=options.summary,
     )  # fmt: skip
     found = measure(base, trained, options.questions, seed)

@@ -118,6 +118,7 @@ if TYPE_CHECKING:
     from rlhf_core.models import over_vocabulary as over_vocabulary
     from rlhf_core.models import with_soft_tokens as with_soft_tokens
     from rlhf_core.models.batch_values import batch_values as batch_values
+    from rlhf_core.models.dropout import evaluating as evaluating
     from rlhf_core.models.model_reward import ModelReward as ModelReward
     from rlhf_core.models.model_reward import ModelRewardConfig as ModelRewardConfig
     from rlhf_core.models.model_reward import SampleScores as SampleScores
@@ -226,6 +227,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "rlhf_core.generation.tree_picture": "tree_svg",
         "rlhf_core.generation.step_trees": "SearchStep StepSearchConfig StepTrees distinct_first",
         "rlhf_core.models.batch_values": "batch_values",
+        "rlhf_core.models.dropout": "evaluating",
         "rlhf_core.config.online": "OnlineConfig RewardConfig SamplingConfig",
         "rlhf_core.contracts.records": "Message Prompt",
         "rlhf_core.rewards": "Rewards Scores open_rewards samples_of",

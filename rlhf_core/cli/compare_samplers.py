@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_SHARED = ("model", "prompts", "limit", "seed", "batch_size", "precision", "dataset")
+_SHARED = ("model", "prompts", "limit", "seed", "batch_size", "precision", "dataset", "compress")
 """Options of a sampling run that the samplers of a comparison must have in common."""
 _UNUSED = {"output": None, "n": 1, "ids": False, "logprobs": False}
 """Those that a comparison doesn't use."""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, create_model, field_validator
 
 from rlhf_core.config.base import BaseConfig
-from rlhf_core.config.compression import CompressionConfig
+from rlhf_core.config.compression import LongPromptsConfig
 from rlhf_core.config.online import RewardConfig
 from rlhf_core.config.training import ModelConfig
 from rlhf_core.infra.errors import PluginError
@@ -50,7 +50,7 @@ class PromptRunConfig(BaseConfig):
     )
     limit: int | None = Field(None, ge=1, description="Rows to answer, from the first; larger answers more, null all.")
     dataset: PromptDataConfig = Field(default_factory=PromptDataConfig, description="How prompts are read and encoded.")
-    compress: CompressionConfig | None = Field(
+    compress: LongPromptsConfig | None = Field(
         None, description="How prompts over a length are compressed before the model reads them; null reads them whole."
     )
 

@@ -102,6 +102,8 @@ class RLHFEvaluator:
         self.baseline = None if baseline is None else _policy(baseline, "baseline")
         if self.reference is not None:
             check_same_vocabulary("reference", self.reference, self.policy, main_is="the policy")
+            if self.policy.prompt_compression is not None:  # it meets the prompts as the policy reads them
+                self.policy.prompt_compression.attach(self.reference)
         self.baseline_column = baseline_column
         self.judge = _judge(judge)
         self.embedder = TextEmbedder(embedder) if isinstance(embedder, str) else embedder

@@ -36,7 +36,7 @@ from rlhf_core.generation.stop_strings import StopStrings, settled_text
 from rlhf_core.generation.watching import counting_forwarded
 from rlhf_core.infra.errors import ConfigError, DataError, NumbersError
 from rlhf_core.infra.seeds import completion_seeds
-from rlhf_core.models.soft_tokens import SOFT
+from rlhf_core.models.soft_tokens import SOFT, reads_soft_tokens
 
 if TYPE_CHECKING:
     from rlhf_core.generation.drafting import Drafts
@@ -219,7 +219,7 @@ class Engine:
         if min_confidences is not None:
             _check_confidences(min_confidences, batch.num_prompts, sampling)
         self._check(sampling)
-        if self.policy.end_soft_tokens is not None and (self.drafts is not None or sampling.draft is not None):
+        if (self.drafts is not None or sampling.draft is not None) and reads_soft_tokens(self.policy.network):
             fix = "leave it out, or compress prompts without a compressor"
             raise ConfigError("a policy that reads soft tokens takes no draft", place="draft", fix=fix)
         draws = self._draws(batch, seeds, sampling, limits, min_confidences)
@@ -563,6 +563,9 @@ class Engine:
         for prompt, (ids, length) in enumerate(zip(on_host(batch.prompt_ids).tolist(), lengths, strict=True)):
             chat, place = self.is_chat(batch, prompt), f"row {batch.rows[prompt]}"
             own = tuple(ids[:length])
+            if max(own) >= SOFT and not reads_soft_tokens(self.policy.network):
+                fix = "let the policy read them, by `PromptCompression.attach`"
+                raise DataError("the prompt was compressed for another policy", place=place, fix=fix)
             draws += [
                 self._draw(
                     len(draws) + k,
@@ -629,7 +632,7 @@ class Engine:
         if not ids:
             raise ConfigError("a sequence needs at least one token", place=place)
         size = self.policy.network.config.get_text_config().vocab_size
-        known = self.policy.end_soft_tokens is not None  # soft tokens are beyond every vocabulary
+        known = reads_soft_tokens(self.policy.network)  # beyond every vocabulary
         if (wrong := next((id for id in ids if not 0 <= id < size and not (known and id >= SOFT)), None)) is not None:
             raise ConfigError(f"the model's vocabulary has ids 0 to {size - 1}", place=place, got=str(wrong))
         positions = self.policy.max_positions

@@ -18,10 +18,11 @@ from rlhf_core.config.compression import CompressionConfig
 from rlhf_core.contracts.records import Prompt
 from rlhf_core.data.encoder import EncodedRow
 from rlhf_core.infra.errors import ConfigError
+from rlhf_core.infra.model_files import locate
 from rlhf_core.models.context_compressor import ContextCompressor, check_reader, context_span
 from rlhf_core.models.extractive_compression import extract
 from rlhf_core.models.same_vocabulary import check_same_vocabulary
-from rlhf_core.models.soft_tokens import SoftVocabulary
+from rlhf_core.models.soft_tokens import SoftVocabulary, end_soft_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,10 +73,15 @@ class PromptCompression:
     ) -> None:
         self.config, self.tokenizer, self.compressor = config, tokenizer, compressor
         self.soft = None if compressor is None else SoftVocabulary()
+        kept = (0, 64) if compressor is None else compressor.kept
+        self.keep_start = kept[0] if config.keep_start is None else config.keep_start
+        self.keep_end = kept[1] if config.keep_end is None else config.keep_end
         self.counts = {"prompts": 0, "compressed": 0, "before": 0, "after": 0}
         """Prompts that were read, how many were compressed, and the tokens of these before and after."""
+        self._warned = False
         if compressor is not None:
             compressor.pieces(compressor.chunk, config.ratio)
+            self._warn_of_other_ends(compressor)
             described = json.dumps(compressor.describe()["files"], sort_keys=True)
             self._name = hashlib.sha256(described.encode()).hexdigest()
 
@@ -89,6 +95,7 @@ class PromptCompression:
         """
         compressor = None
         if config.compressor is not None:
+            locate(config.compressor)
             compressor = ContextCompressor.from_pretrained(config.compressor, frozen=True, device=policy.device)
             check_same_vocabulary("compressor", compressor, policy, main_is="the policy")
         made = cls(config, policy.tokenizer, compressor=compressor)
@@ -109,14 +116,26 @@ class PromptCompression:
             if self.compressor is not None:
                 check_reader(self.compressor, policy)
             detach(policy)
-            policy.prompt_compression = self
             if self.soft is not None:
-                policy.end_soft_tokens = self.soft.attach(policy.network)
+                self.soft.attach(policy.network)
+            policy.prompt_compression = self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PromptCompression:
+        """Return the same one: a copy of a policy shares it."""
+        return self
 
     def describe(self) -> dict[str, Any]:
         """Return what decides how prompts are compressed, as JSON values."""
         described = None if self.compressor is None else self.compressor.describe()
         return {"options": self.config.model_dump(mode="json"), "compressor": described}
+
+    def _warn_of_other_ends(self, compressor: ContextCompressor) -> None:
+        """Warn where other tokens count as context than in the compressor's training."""
+        if (self.keep_start, self.keep_end) != compressor.kept:
+            log.warning(
+                "the compressor was trained with keep_start %d and keep_end %d, and is used with %d and %d",
+                *compressor.kept, self.keep_start, self.keep_end,
+            )  # fmt: skip
 
     # Prompts
 
@@ -133,7 +152,7 @@ class PromptCompression:
         if self.compressor is not None:
             softened = self._softened([found[n] for n in long])
         else:
-            shorter = [shortened_prompt(rows[n].prompt, self.config, self.tokenizer) for n in long]
+            shorter = [shortened_prompt(rows[n].prompt, self._ends(), self.tokenizer) for n in long]
             again = encode([{"prompt": prompt, "tools": tools[n]} for n, prompt in zip(long, shorter, strict=True)])
             softened = [
                 replace(found[n], prompt=prompt, ids=tuple(row.prompt_ids))
@@ -164,7 +183,7 @@ class PromptCompression:
         compressor, soft, config = self.compressor, self.soft, self.config
         assert compressor is not None and soft is not None
         spans = [
-            slice(0, one.length) if whole else context_span(one.length, config.keep_start, config.keep_end)
+            slice(0, one.length) if whole else context_span(one.length, self.keep_start, self.keep_end)
             for one in prompts
         ]
         contexts = [one.ids[span] for one, span in zip(prompts, spans, strict=True)]
@@ -177,7 +196,7 @@ class PromptCompression:
         ]
         missing = [n for n, ids in enumerate(places) if ids not in soft]
         rows = compressor.compress([contexts[n] for n in missing], config.ratio)
-        soft.add({places[n]: made for n, made in zip(missing, rows, strict=True)})
+        soft.add({places[n]: made for n, made in zip(missing, rows, strict=True)}, used=places)
         return [
             replace(
                 one,
@@ -191,11 +210,21 @@ class PromptCompression:
         made = [one for one in prompts if one.compressed]
         before, after = sum(one.length for one in made), sum(len(one.ids) for one in made)
         first = made and not self.counts["compressed"]
+        whole = [one for one in prompts if one.length > self.config.over and not one.compressed]
+        if whole and not self._warned:
+            self._warned = True
+            log.warning(
+                "%d of %d prompts are longer than %d tokens, and nothing of them could be compressed: `keep_end` keeps %d",
+                len(whole), len(prompts), self.config.over, self.keep_end,
+            )  # fmt: skip
         added = {"prompts": len(prompts), "compressed": len(made), "before": before, "after": after}
         self.counts = {name: value + added[name] for name, value in self.counts.items()}
         if first:
             how = "by a compressor" if self.compressor is not None else "to the sentences that matter most"
             log.info("prompts of more than %d tokens are compressed %s", self.config.over, how)
+
+    def _ends(self) -> CompressionConfig:
+        return self.config.model_copy(update={"keep_end": self.keep_end})
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
@@ -206,9 +235,9 @@ class PromptCompression:
 
 def detach(policy: PolicyModel) -> None:
     """Let a policy read prompts as they are again."""
-    if policy.end_soft_tokens is not None:
-        policy.end_soft_tokens()
-    policy.prompt_compression = policy.end_soft_tokens = None
+    if policy.prompt_compression is not None and policy.prompt_compression.soft is not None:
+        end_soft_tokens(policy.network)
+    policy.prompt_compression = None
 
 
 def shortened_prompt(prompt: Prompt, config: CompressionConfig, tokenizer: Any) -> Prompt:
@@ -225,7 +254,7 @@ def shortened_prompt(prompt: Prompt, config: CompressionConfig, tokenizer: Any) 
         return extract(text, math.ceil(size(text) / config.ratio), size, question=question[-_LONGEST_QUESTION:])
 
     def with_end(text: str) -> str:
-        at = _end_of_context(text, config.keep_end, tokenizer)
+        at = _end_of_context(text, 64 if config.keep_end is None else config.keep_end, tokenizer)
         return shorter(text[:at], text[at:]) + text[at:]
 
     if isinstance(prompt, str):

@@ -94,6 +94,8 @@ class ContextCompressor(HeadedModel):
         super().__init__()
         self.backbone, self.head, self.chunk, self.ratios = backbone, head, chunk, tuple(sorted(map(float, ratios)))
         self.summary = summary
+        self.kept = (0, 64)
+        """Tokens at a prompt's start and at its end that weren't context in training."""
 
     @classmethod
     def from_pretrained(
@@ -126,12 +128,13 @@ class ContextCompressor(HeadedModel):
         if files is None:
             model = cls.on(backbone, chunk=chunk or 512, ratios=ratios or (2, 4, 8), summary=summary, seed=seed)
         else:
-            keys = {"reader_width": int, "slots": int, "chunk": int, "ratios": list, "summary": str}
+            keys = {"reader_width": int, "slots": int, "chunk": int, "ratios": list, "summary": str, "kept": list}
             about = files.describe(width=backbone.width, keys=keys)
             if about["summary"] not in get_args(Summary):
                 raise files.unsupported(f"summary {about['summary']}", f"known ones are {', '.join(get_args(Summary))}")
             head = SummaryHead(about["width"], about["reader_width"], about["slots"])
             model = cls(backbone, head, chunk=about["chunk"], ratios=about["ratios"], summary=about["summary"])
+            model.kept = tuple(about["kept"])
             model.set_sizes(chunk, ratios, summary)
             files.load_into(model.head)
         apply_load_options(model, [backbone], options)
@@ -175,7 +178,14 @@ class ContextCompressor(HeadedModel):
         scale = float(weight.detach().float().square().mean().sqrt())
         slots = math.ceil(chunk / min(ratios)) if summary == "memory" else 1
         head = SummaryHead(backbone.width, weight.shape[1], slots, scale=scale, seed=stream_seed(seed, "memory tokens"))
-        return cls(backbone, head.to(backbone.device), chunk=chunk, ratios=ratios, summary=summary or "pooled")
+        model = cls(backbone, head.to(backbone.device), chunk=chunk, ratios=ratios, summary=summary or "pooled")
+        model.set_sizes()
+        return model
+
+    @classmethod
+    def is_saved_in(cls, source: str | Path) -> bool:
+        """Return whether a directory holds a compressor."""
+        return HeadFiles.find(source, cls.head_name) is not None
 
     @property
     def backbone_list(self) -> list[SequenceModel]:
@@ -188,6 +198,7 @@ class ContextCompressor(HeadedModel):
             "chunk": self.chunk,
             "ratios": list(self.ratios),
             "summary": self.summary,
+            "kept": list(self.kept),
         }
 
     def set_sizes(
@@ -196,7 +207,8 @@ class ContextCompressor(HeadedModel):
         """Set the length of a piece and the ratios that are trained; None leaves one as it is.
 
         Raises:
-            ConfigError: a piece would need more memory tokens than there are, or the embeddings are made of something else.
+            ConfigError: a piece would need more memory tokens than there are, or more positions than the model has, or the
+                embeddings are made of something else.
         """
         if summary not in (None, self.summary):
             fix = f"set `summary: {self.summary}`, or start from a language model"
@@ -204,6 +216,12 @@ class ContextCompressor(HeadedModel):
                 f"the compressor has {self.summary} embeddings", place="summary", got=str(summary), fix=fix
             )
         self.chunk, self.ratios = chunk or self.chunk, tuple(sorted(map(float, ratios or self.ratios)))
+        positions, own = self.backbone.max_positions, self.head.slots
+        if positions is not None and self.chunk + own > positions:
+            raise ConfigError(
+                "a piece of context with the compressor's own tokens doesn't fit the model's positions", place="chunk",
+                got=f"{self.chunk} + {own} tokens for {positions} positions", fix="set a smaller `chunk`",
+            )  # fmt: skip
         if self.summary != "memory":
             return
         if (needed := math.ceil(self.chunk / min(self.ratios))) > self.head.slots:

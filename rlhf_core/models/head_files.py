@@ -12,7 +12,15 @@ from typing import Any, Self
 from torch import nn
 
 from rlhf_core.infra.errors import ModelError
-from rlhf_core.infra.model_files import HEAD_FORMAT, HEADS, head_description, head_pair, head_words, kind_of
+from rlhf_core.infra.model_files import (
+    COMPRESSOR_HEAD,
+    HEAD_FORMAT,
+    HEADS,
+    head_description,
+    head_pair,
+    head_words,
+    kind_of,
+)
 from rlhf_core.infra.safetensors_file import read_tensors, write_tensors
 from rlhf_core.models.heads import SCALAR_HEADS
 
@@ -133,4 +141,5 @@ def warn_of_heads(source: str | Path, *, own: str | None = None) -> None:
 
 
 def _no_head(name: str) -> str:
-    return f"the checkpoint has no {head_words(name)}, so its scores would be random"
+    lost = "it compresses nothing" if name == COMPRESSOR_HEAD else "its scores would be random"
+    return f"the checkpoint has no {head_words(name)}, so {lost}"

@@ -38,8 +38,6 @@ class PolicyModel(SequenceModel):
 
     prompt_compression: Any = None
     """The `PromptCompression` through which it reads long prompts, where there is one."""
-    end_soft_tokens: Callable[[], None] | None = None
-    """Ends that it reads soft tokens, where it does."""
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Unpack[LoadOptions]) -> Self:

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -24,9 +23,6 @@ _PLACES = 20
 """Bits of an id that are a soft token's place in its context; the others are the context's."""
 LARGEST = 256 << 20
 """Bytes of embeddings from which on a `SoftVocabulary` forgets the contexts that it has had longest."""
-
-_beside: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""Embeddings that soft tokens are beside at the moment."""
 
 
 @contextlib.contextmanager
@@ -45,11 +41,11 @@ def with_soft_tokens(network: Any, rows: Tensor) -> Iterator[int]:
         RuntimeError: other soft tokens are beside these embeddings already.
     """
     _check_width(network, rows)
-    remove = _put_beside(network, lambda ids: rows[ids])
+    _put_beside(network, rows.__getitem__)
     try:
         yield SOFT
     finally:
-        remove()
+        end_soft_tokens(network)
 
 
 class SoftVocabulary:
@@ -81,24 +77,37 @@ class SoftVocabulary:
         """Return the embeddings (N, E) of a context's ids."""
         return self._kept[ids.start]
 
-    def add(self, given: dict[range, Tensor]) -> None:
-        """Keep the embeddings (N, E) of contexts by their ids; forget the oldest others where there would be too many."""
-        self._kept |= {ids.start: rows for ids, rows in given.items() if len(ids)}
+    def __deepcopy__(self, memo: dict[int, Any]) -> SoftVocabulary:
+        """Return the same one: its ids say what they stand for, whoever reads them."""
+        return self
+
+    def add(self, given: dict[range, Tensor], *, used: Iterable[range] = ()) -> None:
+        """Keep the embeddings (N, E) of contexts by their ids; forget the oldest others where there would be too many.
+
+        Args:
+            used: ids of further contexts that are about to be read; they are kept, too.
+        """
+        needed = {ids.start: self._kept.pop(ids.start) for ids in used if ids.start in self._kept}
+        needed |= {ids.start: rows for ids, rows in given.items() if len(ids)}
+        self._kept |= needed
         size = sum(rows.numel() * rows.element_size() for rows in self._kept.values())
-        for first in [first for first in self._kept if not any(ids.start == first for ids in given)]:
+        for first in [first for first in self._kept if first not in needed]:
             if size <= LARGEST:
                 break
             rows = self._kept.pop(first)
             size -= rows.numel() * rows.element_size()
         self._table = None
 
-    def attach(self, network: Any) -> Callable[[], None]:
-        """Let a network read these soft tokens; return what ends that.
+    def attach(self, network: Any) -> None:
+        """Let a network read these soft tokens, until `end_soft_tokens`.
 
         Raises:
-            RuntimeError: other soft tokens are beside its embeddings already.
+            RuntimeError: it reads others already.
         """
-        return _put_beside(network, self._rows)
+        for hooks, key in _hooks(network.get_input_embeddings()):
+            if getattr(hooks[key].__self__.rows_of, "__self__", None) is self:
+                return  # another model of the same network has let it
+        _put_beside(network, self._rows)
 
     def _rows(self, indices: Tensor) -> Tensor:
         """Return the embeddings (..., E) of ids less `SOFT`; of 0, which stands for ordinary tokens, any row."""
@@ -111,11 +120,62 @@ class SoftVocabulary:
             self._table = (ids.to(indices.device) - SOFT, rows.to(indices.device))
         known, rows = self._table
         at = torch.searchsorted(known, indices.contiguous()).clamp(max=len(known) - 1)
-        if indices.device.type == "cpu" and bool(((known[at] != indices) & (indices > 0)).any()):
+        if bool(((known[at] != indices) & (indices > 0)).any()):
             raise RuntimeError(
                 "a prompt has soft tokens of a context that was forgotten, or compressed for another model"
             )
         return rows[at]
+
+
+def reads_soft_tokens(network: Any) -> bool:
+    """Return whether a network reads soft tokens at the moment."""
+    return bool(_hooks(network.get_input_embeddings()))
+
+
+def end_soft_tokens(network: Any) -> None:
+    """Let a network read nothing but its own tokens again."""
+    embedding = network.get_input_embeddings()
+    for hooks, key in _hooks(embedding):
+        del hooks[key]
+
+
+class _Hidden:
+    """Lets an embedding read id 0 in the place of each soft token, and puts the soft tokens' embeddings there afterwards.
+
+    It is an object, so that a copy of the network reads what the network reads.
+    """
+
+    def __init__(self, rows_of: Callable[[Tensor], Tensor]) -> None:
+        self.rows_of = rows_of
+        self.found: list[Tensor | None] = []
+
+    def hide(self, module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        ids = given[0]
+        soft = ids >= SOFT
+        # A decoding step has none, and no graph that is captured from one may depend on the embeddings of this moment.
+        if (ids.is_cuda and torch.cuda.is_current_stream_capturing()) or not bool(soft.any()):
+            self.found.append(None)
+            return None
+        self.found.append(ids)
+        return (ids.masked_fill(soft, 0), *given[1:])
+
+    def put(self, module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        ids = self.found.pop()
+        if ids is None:
+            return None
+        rows = self.rows_of((ids - SOFT).clamp(min=0)).to(output.dtype)
+        return torch.where((ids >= SOFT)[..., None], rows, output)
+
+
+def _hooks(embedding: nn.Module) -> list[tuple[dict[int, Any], int]]:
+    """Return where the hooks are that let an embedding read soft tokens."""
+    both = (embedding._forward_pre_hooks, embedding._forward_hooks)
+    return [
+        (hooks, key)
+        for hooks in both
+        for key, hook in list(hooks.items())
+        if isinstance(getattr(hook, "__self__", None), _Hidden)
+    ]
 
 
 def _check_width(network: Any, rows: Tensor) -> None:
@@ -124,42 +184,14 @@ def _check_width(network: Any, rows: Tensor) -> None:
         raise ValueError(f"soft tokens must be of shape (N, {width}), got {tuple(rows.shape)}")
 
 
-def _put_beside(network: Any, rows_of: Callable[[Tensor], Tensor]) -> Callable[[], None]:
-    """Let a network read soft tokens, and return what ends that.
+def _put_beside(network: Any, rows_of: Callable[[Tensor], Tensor]) -> None:
+    """Let a network read soft tokens.
 
     Args:
         rows_of: maps ids less `SOFT`, those of ordinary tokens as 0, to embeddings (..., E).
     """
-    embedding = network.get_input_embeddings()
-    if embedding in _beside:
+    if reads_soft_tokens(network):
         raise RuntimeError("the network reads other soft tokens at the moment")
-    found: list[Tensor | None] = []
-
-    def hide(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        """Let the embedding read id 0 in the place of each soft token."""
-        ids = given[0]
-        soft = ids >= SOFT
-        # A decoding step has none, and no graph that is captured from one may depend on the embeddings of this moment.
-        if (ids.is_cuda and torch.cuda.is_current_stream_capturing()) or not bool(soft.any()):
-            found.append(None)
-            return None
-        found.append(ids)
-        return (ids.masked_fill(soft, 0), *given[1:])
-
-    def put(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        """Put the embeddings in those places."""
-        ids = found.pop()
-        if ids is None:
-            return None
-        rows = rows_of((ids - SOFT).clamp(min=0)).to(output.dtype)
-        return torch.where((ids >= SOFT)[..., None], rows, output)
-
-    hooks = [embedding.register_forward_pre_hook(hide), embedding.register_forward_hook(put)]
-    _beside.add(embedding)
-
-    def remove() -> None:
-        _beside.discard(embedding)
-        for hook in hooks:
-            hook.remove()
-
-    return remove
+    hidden, embedding = _Hidden(rows_of), network.get_input_embeddings()
+    embedding.register_forward_pre_hook(hidden.hide)
+    embedding.register_forward_hook(hidden.put)

@@ -62,9 +62,9 @@ class EvaluateStage(Stage):
             self.errors.append(ConfigError("an evaluation has no `method`", place=self.entry.place("method"), fix=fix))
 
     def _completed(self) -> dict[str, Any]:
-        values = {"seed": self.recipe.recipe.seed, **self.with_compression(self.values)}
         if self.does_tasks:
-            return values
+            return {"seed": self.recipe.recipe.seed, **self.values}
+        values = {"seed": self.recipe.recipe.seed, **self.with_compression(self.values)}
         for key in _REWARDS:
             if values.get(key) is not None:
                 given = values[key] if isinstance(values[key], list) else [values[key]]
@@ -93,7 +93,7 @@ class EvaluateStage(Stage):
     def check(self, find: Find) -> list[RLHFError]:
         if self.does_tasks:
             return self._check_tasks(find)
-        errors: list[RLHFError] = []
+        errors = self.compression_errors()
         values = self._file(find)
         if "output" in self.values:
             fix = "leave it out: a stage writes into the pipeline's directory"

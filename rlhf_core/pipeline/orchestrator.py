@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.config.compression import CompressionConfig
+from rlhf_core.config.compression import LongPromptsConfig
 from rlhf_core.infra.errors import ConfigError, ModelError, StorageError
 from rlhf_core.infra.files import (
     fsync_directory,
@@ -236,7 +236,7 @@ class RLHFOrchestrator:
             values["compressor"] = list(trained)[-1]
         named = values.get("compressor")
         values |= {"compressor": trained.get(str(named), named), **options}
-        config = CompressionConfig.parse(values, place="compress")
+        config = LongPromptsConfig.parse(values, place="compress")
         if (key := (path, config.model_dump_json())) not in self._compressions:
             policy = PolicyModel.from_pretrained(path, frozen=True)
             self._compressions = {key: (policy, PromptCompression.load(config, policy))}

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError
 from rlhf_core import registry
 from rlhf_core.config.base import BaseConfig
 from rlhf_core.config.capability_suites import CapabilitySuite, CapabilityTestsConfig
-from rlhf_core.config.compression import CompressionConfig
+from rlhf_core.config.compression import LongPromptsConfig
 from rlhf_core.config.yaml_file import dump_yaml, load_yaml
 from rlhf_core.infra.errors import ConfigError, RLHFError, did_you_mean, nearest, shortened
 from rlhf_core.infra.redact import redact, redact_text
@@ -59,7 +59,7 @@ class Recipe(BaseConfig):
         description="Suites of capability tests, run before and after each stage that makes a policy, and what counts as a"
         " regression; null runs none.",
     )
-    compress: CompressionConfig | None = Field(
+    compress: LongPromptsConfig | None = Field(
         None,
         description="How stages that evaluate or sample compress long prompts, where they don't say so themselves; `compressor`"
         " may name a stage that trains one. Null reads prompts whole.",

@@ -116,7 +116,15 @@ class SampleStage(Stage):
     def check(self, find: Find) -> list[RLHFError]:
         if not self.known or not isinstance(self.values.get(SAMPLERS, []), list):
             return []
-        errors: list[RLHFError] = []
+        errors = self.compression_errors()
+        errors += [
+            ConfigError(
+                "the samplers that are compared read prompts alike", place=self.entry.place(f"{SAMPLERS}.{number}.{COMPRESS}"),
+                fix="set `compress` for the whole stage",
+            )
+            for number, one in enumerate(self.values.get(SAMPLERS, []))
+            if isinstance(one, Mapping) and COMPRESS in one
+        ]  # fmt: skip
         if "output" in self.values:
             fix = "leave it out: a stage writes into the pipeline's directory"
             errors.append(ConfigError("a stage has no `output`", place=self.entry.place("output"), fix=fix))

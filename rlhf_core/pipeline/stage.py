@@ -13,7 +13,7 @@ from rlhf_core import registry
 from rlhf_core.config.sampling_run import PromptRunConfig
 from rlhf_core.generation.sampling_job import read_run_prompts
 from rlhf_core.infra.errors import ConfigError, Mistakes, ModelError, RLHFError, did_you_mean, nearest
-from rlhf_core.infra.model_files import adapter_chain, check_files, hub_files, locate
+from rlhf_core.infra.model_files import COMPRESSOR_HEAD, adapter_chain, check_files, head_pair, hub_files, locate
 from rlhf_core.pipeline.recipe import RecipeFile, StageEntry
 from rlhf_core.pipeline.stage_command import RunCommand
 from rlhf_core.pipeline.stage_references import MODEL, StageReference, malformed, references, spelled_out, written
@@ -170,14 +170,38 @@ class Stage(ABC):
 
     def with_compression(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return values with the recipe's `compress`, where they have none; not in a stage before the one that trains it."""
-        shared = self.recipe.recipe.compress
-        if shared is None or COMPRESS in values:
+        shared, own = self.recipe.recipe.compress, values.get(COMPRESS)
+        if shared is None or (COMPRESS in values and not isinstance(own, Mapping)):
             return dict(values)
         names = self.recipe.names
         given = spelled_out(shared.model_dump(mode="json", exclude_unset=True), names)
         if any(one.stage not in self.earlier for one in references(given)):
             return dict(values)
-        return {**values, COMPRESS: given}
+        return {**values, COMPRESS: {**given, **(own or {})}}
+
+    def compression_errors(self) -> list[RLHFError]:
+        """Return what is wrong with the compressor of its prompts: that there is none there, or one for greater ratios."""
+        given = self.values.get(COMPRESS)
+        given = {"compressor": given} if isinstance(given, str) else given
+        source = given.get("compressor") if isinstance(given, Mapping) else None
+        if not isinstance(source, str) or not isinstance(given, Mapping):
+            return []
+        place, named = self.entry.place(COMPRESS), list(references(source))
+        if not named:
+            errors = check_model(source, place, self.earlier)
+            if not errors and Path(source).expanduser().is_dir() and head_pair(source, COMPRESSOR_HEAD, source) is None:
+                fix = "train one: `rlhf train context_compressor`"
+                errors = [ModelError("is no compressor", place=f"{place}: {source}", fix=fix)]
+            return errors
+        maker, ratio = self.earlier.get(named[0].stage), given.get("ratio", 4.0)
+        trained = maker.values.get("ratios", [2.0]) if maker is not None else []
+        if maker is None or maker.values.get("summary") != "memory" or not isinstance(ratio, int | float):
+            return []
+        if isinstance(trained, list) and all(isinstance(one, int | float) for one in trained) and ratio < min(trained):
+            problem = f"the stage `{named[0].stage}` trains no compressor for so small a ratio"
+            fix = f"choose one from {min(trained):g} on, or add it to that stage's `ratios`"
+            return [ConfigError(problem, place=place, got=f"{ratio:g}", fix=fix)]
+        return []
 
     def reward_by_stage(self, given: Any) -> Any:
         """Return the reward that uses an earlier stage's model, where a text is a reference to one; anything else as it is.

@@ -95,6 +95,7 @@ class TrainStage(Stage):
         model = (
             [Need(MODEL, (POLICY,), f"a policy: `{self.entry.method}` trains one")]
             if POLICY in self.method.roles
+            or (self.method.stage == TrainingStage.COMPRESSION and self.values.get("reader") is None)
             else []
         )
         return [*model, *reward_needs("rewards", self.values.get("rewards"))]

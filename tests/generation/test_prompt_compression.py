@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_core.config.compression import CompressionConfig
+from rlhf_core.config.compression import CompressionConfig, LongPromptsConfig
 from rlhf_core.config.online import SamplingConfig
 from rlhf_core.evaluation.evaluator import RLHFEvaluator
 from rlhf_core.generation.engine import Engine
 from rlhf_core.generation.generate import PromptTooLong, prompt_batch
 from rlhf_core.generation.prompt_compression import PromptCompression, detach, shortened_prompt
-from rlhf_core.infra.errors import ConfigError, ModelError
+from rlhf_core.infra.errors import ConfigError, DataError, ModelError
 from rlhf_core.models import PolicyModel
 from rlhf_core.models.context_compressor import ContextCompressor
 from rlhf_core.models.soft_tokens import SOFT
@@ -93,6 +93,8 @@ def test_soft_tokens_take_no_draft_and_need_an_attached_policy() -> None:
     with pytest.raises(ConfigError, match="takes no draft"):
         Engine(policy).generate(batch, 1, SamplingConfig(draft="ngram"))
     other = PolicyModel(tiny_model(max_positions=96), tiny_tokenizer())
+    with pytest.raises(DataError, match="compressed for another policy"):
+        Engine(other).generate(batch, 1, GREEDY)
     with pytest.raises(ConfigError, match="vocabulary has ids"):
         Engine(other).prefill([batch.prompt_ids[0].tolist()])
     with pytest.raises(ModelError, match="can't read"):
@@ -112,11 +114,30 @@ def test_a_prompt_longer_than_the_positions_fits_once_it_is_compressed() -> None
 
 
 def test_an_evaluation_measures_the_kl_behind_soft_tokens() -> None:
-    policy, compression = soft_policy()
+    policy, _ = soft_policy()
     reference = PolicyModel(tiny_model(0, max_positions=96), tiny_tokenizer())
-    compression.attach(reference)
     report = RLHFEvaluator(policy, prompts=[LONG], reference=reference, n=2, max_new_tokens=4).evaluate()
     assert report["kl/token"].value == pytest.approx(0, abs=1e-6)
+
+
+def test_ends_are_those_of_the_compressor_s_training(caplog: pytest.LogCaptureFixture) -> None:
+    policy = PolicyModel(tiny_model(max_positions=96), tiny_tokenizer())
+    compressor = ContextCompressor.on(policy, chunk=32, ratios=(2,))
+    compressor.kept = (1, 9)
+    made = PromptCompression(CompressionConfig(over=32, compressor="here"), policy.tokenizer, compressor=compressor)
+    assert (made.keep_start, made.keep_end) == (1, 9) and not caplog.records
+    other = CompressionConfig(over=32, compressor="here", keep_end=4)
+    assert PromptCompression(other, policy.tokenizer, compressor=compressor).keep_end == 4
+    assert "trained with keep_start 1 and keep_end 9" in caplog.text
+    with pytest.raises(ConfigError, match="keep_start has no meaning without a compressor"):
+        LongPromptsConfig.parse({"keep_start": 1})
+
+
+def test_prompts_of_which_nothing_can_be_compressed_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    policy = PolicyModel(tiny_model(max_positions=512), tiny_tokenizer())
+    PromptCompression(CompressionConfig(over=32, keep_end=400), policy.tokenizer).attach(policy)
+    prompt_batch(policy, [LONG, SHORT])
+    assert "1 of 2 prompts are longer than 32 tokens, and nothing of them could be compressed" in caplog.text
 
 
 # Extraction

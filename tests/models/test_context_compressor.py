@@ -21,7 +21,13 @@ from rlhf_core.models.context_compressor import (
     check_reader,
     context_span,
 )
-from rlhf_core.models.soft_tokens import SOFT, SoftVocabulary, with_soft_tokens
+from rlhf_core.models.soft_tokens import (
+    SOFT,
+    SoftVocabulary,
+    end_soft_tokens,
+    reads_soft_tokens,
+    with_soft_tokens,
+)
 from rlhf_core.testing.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 
@@ -87,7 +93,7 @@ def test_a_vocabulary_gives_each_id_its_row_and_forgets_the_oldest(monkeypatch: 
     first, second = (SoftVocabulary.ids_of(name, 2) for name in ("one", "two"))
     rows = {ids: torch.full((2, 64), float(n)) for n, ids in enumerate((first, second), 1)}
     vocabulary.add(rows)
-    remove = vocabulary.attach(model.network)
+    vocabulary.attach(model.network)
     embedding = model.network.get_input_embeddings()
     found = embedding(torch.tensor([[second[1], 9, first[0], second[0]]]))[0]
     assert found[0].eq(2).all() and found[2].eq(1).all() and torch.equal(found[1], embedding.weight[9])
@@ -97,9 +103,28 @@ def test_a_vocabulary_gives_each_id_its_row_and_forgets_the_oldest(monkeypatch: 
     assert first not in vocabulary and second in vocabulary and third in vocabulary
     with pytest.raises(RuntimeError, match="forgotten"):
         embedding(torch.tensor([[first[0]]]))
-    remove()
+    # What is about to be read isn't forgotten, however old it is.
+    vocabulary.add({first: torch.full((2, 64), 1.0)}, used=[second])
+    assert first in vocabulary and second in vocabulary and third not in vocabulary
+    end_soft_tokens(model.network)
+    assert not reads_soft_tokens(model.network)
     with pytest.raises(IndexError):
         embedding(torch.tensor([[third[0]]]))
+
+
+def test_a_copy_of_a_network_reads_the_same_soft_tokens_and_ends_alone() -> None:
+    model, vocabulary = policy(), SoftVocabulary()
+    vocabulary.attach(model.network)
+    vocabulary.attach(model.network)  # by another model of the same network
+    twin = copy.deepcopy(model)
+    ids = SoftVocabulary.ids_of("later", 1)
+    vocabulary.add({ids: torch.ones(1, 64)})
+    found = [one.network.get_input_embeddings()(torch.tensor([[ids[0]]])) for one in (model, twin)]
+    assert torch.equal(*found) and found[0].eq(1).all()
+    end_soft_tokens(twin.network)
+    assert reads_soft_tokens(model.network) and not reads_soft_tokens(twin.network)
+    with pytest.raises(RuntimeError, match="other soft tokens"):
+        SoftVocabulary().attach(model.network)
 
 
 # The compressor
@@ -183,10 +208,12 @@ def test_files(tmp_path: Path, summary: Summary) -> None:
     model = compressor(summary)
     with torch.no_grad():
         model.head.outer.weight.add_(0.1)
+    model.kept = (1, 7)
     model.save_pretrained(tmp_path / "saved")
     loaded = ContextCompressor.from_pretrained(tmp_path / "saved", frozen=True)
     slots = 4 if summary == "memory" else 1
     assert (loaded.chunk, loaded.ratios, loaded.head.slots, loaded.summary) == (8, (2.0, 4.0), slots, summary)
+    assert loaded.kept == (1, 7)
     for one, other in zip(model.compress([[9, 40, 77]]), loaded.compress([[9, 40, 77]]), strict=True):
         assert torch.equal(one, other)
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
@@ -206,6 +233,13 @@ def test_a_language_model_is_no_compressor(tmp_path: Path) -> None:
     assert "rlhf train context_compressor" in str(error.value)
     made = ContextCompressor.from_pretrained(tmp_path / "model", new_head=True, chunk=16, lora=LoraConfig(rank=2))
     assert made.head.slots == 1 and made.backbone.has_adapter
+
+
+def test_pieces_fit_the_positions() -> None:
+    short = PolicyModel(tiny_model(max_positions=64), tiny_tokenizer())
+    with pytest.raises(ConfigError, match="doesn't fit the model's positions"):
+        ContextCompressor.on(short, chunk=60, ratios=(2,), summary="memory")
+    assert ContextCompressor.on(short, chunk=60, ratios=(2,)).chunk == 60
 
 
 def test_a_reader_of_another_width_is_refused() -> None:

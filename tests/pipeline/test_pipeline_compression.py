@@ -70,11 +70,31 @@ def test_prompts_from_python_without_a_compressor(pipeline: Any) -> None:
         made.compress_prompts([text], ratio=0.5)
 
 
+def test_a_stage_s_options_lie_over_the_recipe_s(pipeline: Any) -> None:
+    plan = pipeline(COMPRESSOR, {**MEASURED, "compress": {"ratio": 3}}, compress=SOFT).plan()
+    assert plan.stages["evaluate"].values["compress"] == {**SOFT, "ratio": 3, "compressor": "${stages.gist.model}"}
+
+
 def test_what_is_wrong_is_found_before_anything_runs(pipeline: Any) -> None:
     sft = {"method": "sft", "data": "sft.jsonl"}
     with pytest.raises(RecipeError, match="must be a context compressor"):
         pipeline(sft, {**MEASURED, "compress": {"compressor": "sft"}}).plan()
     with pytest.raises(RecipeError, match="ratio"):
         pipeline(sft, MEASURED, compress={"ratio": 1}).plan()
+    with pytest.raises(RecipeError, match="did you mean `gist`"):
+        pipeline(COMPRESSOR, {**MEASURED, "compress": {"compressor": "gits"}}).plan()
+    with pytest.raises(RecipeError, match="is no compressor"):
+        pipeline({**MEASURED, "compress": "./model"}).plan()
+    with pytest.raises(RecipeError, match="no compressor for so small a ratio"):
+        pipeline(COMPRESSOR, {**MEASURED, "compress": {"compressor": "gist", "ratio": 1.5}}).plan()
+    with pytest.raises(RecipeError, match="must be a policy"):
+        pipeline(COMPRESSOR, {**COMPRESSOR, "name": "more", "model": "gist"}).plan()
+    compared = {
+        "kind": "sample",
+        "prompts": "prompt.jsonl",
+        "samplers": [{"method": "generate", "compress": {"over": 9}}],
+    }
+    with pytest.raises(RecipeError, match="read prompts alike"):
+        pipeline(compared).plan()
     with pytest.raises(RecipeError, match="comes later"):
         pipeline({**MEASURED, "compress": {"compressor": "gist"}}, COMPRESSOR).plan()

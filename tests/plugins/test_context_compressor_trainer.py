@@ -105,6 +105,32 @@ def test_with_an_adapter_the_reader_is_the_base() -> None:
     torch.testing.assert_close(found["reconstruction"], repeated, atol=1e-4, rtol=1e-5)
 
 
+def test_recomputed_layers_have_the_adapter_as_it_was() -> None:
+    """With gradient checkpointing the backward pass runs when the reader's adapter is on again."""
+    found = []
+    for checkpointing in (False, True):
+        trainer = built(ContextCompressorTrainer, **OPTIONS, lora={"rank": 2}, gradient_checkpointing=checkpointing)
+        trainer.compressor.train()
+        with torch.no_grad():
+            for name, parameter in trainer.compressor.named_parameters():
+                if "lora_" in name:
+                    parameter.normal_(generator=torch.Generator().manual_seed(0))
+        trained = [p for p in trainer.compressor.parameters() if p.requires_grad]
+        total = sum(trainer.loss(batch()).terms.values())
+        found.append(torch.autograd.grad(total, trained, allow_unused=True))  # type: ignore[arg-type]
+    for one, other in zip(*found, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_a_compressor_needs_its_reader_to_be_trained_further(tmp_path: Path) -> None:
+    first = ContextCompressor.on(PolicyModel.from_pretrained(save_tiny(tmp_path / "start")), chunk=8, ratios=(2, 4))
+    first.save_pretrained(tmp_path / "compressor")
+    with pytest.raises(ConfigError, match="set `reader` to the model that it was trained for"):
+        built(ContextCompressorTrainer, model=str(tmp_path / "compressor"), **OPTIONS)
+
+
 def test_another_reader_and_a_compressor_that_goes_on(tmp_path: Path) -> None:
     save_tiny(tmp_path / "reader", 5)
     first = ContextCompressor.on(PolicyModel.from_pretrained(save_tiny(tmp_path / "start")), chunk=8, ratios=(2, 4))

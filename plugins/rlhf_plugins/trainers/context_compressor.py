@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from pathlib import Path
 from typing import ClassVar, Literal, TypedDict
 
 import torch
@@ -32,6 +33,7 @@ from rlhf_core.plugin import (
     check_reader,
     collate,
     context_span,
+    evaluating,
     random_generator,
     with_soft_tokens,
 )
@@ -108,8 +110,14 @@ class ContextCompressorTrainer(Trainer[ContextCompressorConfig]):
             compressor = loader.main(ContextCompressor, **sizes, seed=config.seed)
             reader = loader.load("reader", PolicyModel, config.reader)
             check_reader(compressor, reader)
+            compressor.kept = (config.keep_start, config.keep_end)
             self._reader_of: PolicyModel | None = None
             return {"compressor": compressor, "reader": reader}
+        if isinstance(self.model, str | Path) and ContextCompressor.is_saved_in(self.model):
+            raise ConfigError(
+                "the model is a compressor, which can't read its own soft tokens", place="reader", got="null",
+                fix="set `reader` to the model that it was trained for",
+            )  # fmt: skip
         policy: PolicyModel = loader.main()
         if policy.has_adapter and not policy.fresh_adapter:
             raise ConfigError(
@@ -118,6 +126,7 @@ class ContextCompressorTrainer(Trainer[ContextCompressorConfig]):
                 fix="set `reader` to the model that is to read soft tokens",
             )
         compressor = ContextCompressor.on(policy, **sizes, seed=config.seed)
+        compressor.kept = (config.keep_start, config.keep_end)
         self._reader_of = policy if policy.fresh_adapter else None
         if policy.fresh_adapter:
             return {"compressor": compressor}
@@ -179,7 +188,8 @@ class ContextCompressorTrainer(Trainer[ContextCompressorConfig]):
         soft = self.compressor(contexts, batch["ratio"].tolist())
         reader, frozen = self._reader()
         rows = torch.cat([*soft, self.compressor.head.marker])
-        with frozen, with_soft_tokens(reader.network, rows) as first:
+        # In evaluation mode it drops nothing out, and no layer is recomputed in the backward pass, when its adapter is on again.
+        with frozen, evaluating(reader), with_soft_tokens(reader.network, rows) as first:
             ids, at = [], first
             for one in soft:
                 ids.append(list(range(at, at + len(one))))
