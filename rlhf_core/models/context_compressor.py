@@ -3,7 +3,7 @@
 A backbone reads a piece of the context, and its last hidden states become the embeddings: `pooled`, each the mean over as many
 neighbouring tokens as the ratio says (Feldman and Artzi 2025, arXiv 2510.20797), or `memory`, those at memory tokens behind the
 piece, as in the in-context autoencoder of Ge et al. 2023 (arXiv 2307.06945, section 2.1) and the gist tokens of Mu et al. 2023
-(arXiv 2304.08467). Either way the ratio is chosen anew for each context, so that one compressor serves several.
+(arXiv 2304.08467). Either way each context has a ratio of its own, so that one compressor serves several.
 
 Axes: C contexts, N soft tokens, M memory tokens, D width of the backbone's hidden states, E width of the reader's embeddings.
 """
