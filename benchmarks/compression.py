@@ -127,7 +127,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=800, help="steps of the compressor (default: %(default)s)")
     parser.add_argument("--questions", type=int, default=400, help="questions that are measured (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="of the compressor (default: %(default)s)")
-    parser.add_argument("--summary", choices=("pooled", "memory"), default="pooled", help="(default: %(default)s)")
+    parser.add_argument("--summary", choices=("memory", "pooled"), default="memory", help="(default: %(default)s)")
     parser.add_argument("--base", type=Path, help="a model that was trained before")
     options = parser.parse_args()
     setup_logging()

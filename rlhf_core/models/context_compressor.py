@@ -30,8 +30,8 @@ from rlhf_core.models.load_options import LoadOptions, apply_load_options, readi
 from rlhf_core.models.sequence_model import SequenceModel
 from rlhf_core.models.soft_tokens import with_soft_tokens
 
-Summary = Literal["pooled", "memory"]
-"""What embeddings are made of: means of the hidden states of neighbouring tokens, or the hidden states of memory tokens."""
+Summary = Literal["memory", "pooled"]
+"""What embeddings are made of: the hidden states of memory tokens, or means of those of neighbouring tokens."""
 LARGEST_PASS = 16_384
 """Most tokens that are read in one pass where no gradients are needed."""
 
@@ -89,7 +89,7 @@ class ContextCompressor(HeadedModel):
         *,
         chunk: int,
         ratios: Sequence[float],
-        summary: Summary = "pooled",
+        summary: Summary = "memory",
     ) -> None:
         super().__init__()
         self.backbone, self.head, self.chunk, self.ratios = backbone, head, chunk, tuple(sorted(map(float, ratios)))
@@ -115,7 +115,7 @@ class ContextCompressor(HeadedModel):
             new_head: whether a checkpoint without a compressor's head gets a new one, for training; else that is an error.
             chunk: most tokens that are compressed together; None takes the checkpoint's, or 512.
             ratios: that are trained; None takes the checkpoint's, or 2, 4 and 8.
-            summary: what the embeddings are made of; None takes what the checkpoint has, or `pooled`.
+            summary: what the embeddings are made of; None takes what the checkpoint has, or `memory`.
             seed: of a new head.
 
         Raises:
@@ -176,9 +176,9 @@ class ContextCompressor(HeadedModel):
         """Put a new head on a backbone, or on a policy, which stays whole; the reader has embeddings of the same width."""
         weight = backbone.network.get_input_embeddings().weight
         scale = float(weight.detach().float().square().mean().sqrt())
-        slots = math.ceil(chunk / min(ratios)) if summary == "memory" else 1
+        slots = math.ceil(chunk / min(ratios)) if summary != "pooled" else 1
         head = SummaryHead(backbone.width, weight.shape[1], slots, scale=scale, seed=stream_seed(seed, "memory tokens"))
-        model = cls(backbone, head.to(backbone.device), chunk=chunk, ratios=ratios, summary=summary or "pooled")
+        model = cls(backbone, head.to(backbone.device), chunk=chunk, ratios=ratios, summary=summary or "memory")
         model.set_sizes()
         return model
 

@@ -232,14 +232,14 @@ def test_a_language_model_is_no_compressor(tmp_path: Path) -> None:
         ContextCompressor.from_pretrained(tmp_path / "model")
     assert "rlhf train context_compressor" in str(error.value)
     made = ContextCompressor.from_pretrained(tmp_path / "model", new_head=True, chunk=16, lora=LoraConfig(rank=2))
-    assert made.head.slots == 1 and made.backbone.has_adapter
+    assert made.head.slots == 8 and made.backbone.has_adapter
 
 
 def test_pieces_fit_the_positions() -> None:
     short = PolicyModel(tiny_model(max_positions=64), tiny_tokenizer())
     with pytest.raises(ConfigError, match="doesn't fit the model's positions"):
         ContextCompressor.on(short, chunk=60, ratios=(2,), summary="memory")
-    assert ContextCompressor.on(short, chunk=60, ratios=(2,)).chunk == 60
+    assert ContextCompressor.on(short, chunk=60, ratios=(2,), summary="pooled").chunk == 60
 
 
 def test_a_reader_of_another_width_is_refused() -> None:

@@ -138,7 +138,7 @@ def test_another_reader_and_a_compressor_that_goes_on(tmp_path: Path) -> None:
     trainer = built(
         ContextCompressorTrainer, model=str(tmp_path / "compressor"), reader=str(tmp_path / "reader"), **OPTIONS
     )
-    assert trainer.compressor.chunk == 4 and trainer.compressor.summary == "pooled"
+    assert trainer.compressor.chunk == 4 and trainer.compressor.head.slots == 4
     nll, _ = by_hand(trainer, PolicyModel.from_pretrained(tmp_path / "reader").network)
     torch.testing.assert_close(trainer.loss(batch()).terms["nll"], nll, atol=1e-4, rtol=1e-5)
     with pytest.raises(ConfigError, match="trained adapter"):

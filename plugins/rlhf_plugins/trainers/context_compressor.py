@@ -44,7 +44,7 @@ class Sizes(TypedDict):
 
     chunk: int
     ratios: list[float]
-    summary: Literal["pooled", "memory"]
+    summary: Literal["memory", "pooled"]
 
 
 class ContextCompressorConfig(TrainerConfig):
@@ -56,10 +56,10 @@ class ContextCompressorConfig(TrainerConfig):
         min_length=1,
         description="Tokens of context per soft token, one drawn for each row; more of them train one compressor for several.",
     )
-    summary: Literal["pooled", "memory"] = Field(
-        "pooled",
-        description="What soft tokens are made of: `pooled`, the means of neighbouring tokens' hidden states, or `memory`, the"
-        " hidden states of memory tokens behind the context.",
+    summary: Literal["memory", "pooled"] = Field(
+        "memory",
+        description="What soft tokens are made of: `memory`, the hidden states of memory tokens behind the context, or `pooled`,"
+        " the means of neighbouring tokens' hidden states.",
     )
     chunk: int = Field(
         512, ge=2, description="Most tokens of context that are compressed together; larger sees more and costs more."
@@ -92,8 +92,8 @@ class ContextCompressorTrainer(Trainer[ContextCompressorConfig]):
     """Context compressor: a frozen model answers from soft tokens, and repeats the context from them.
 
     Ge et al. 2023 (arXiv 2307.06945): the sum of the autoencoding loss (section 2.2) and of the loss on responses (section 2.3),
-    both through a reader that isn't trained. Deviations: both count from the first step on; each row has a ratio of its own, and
-    soft tokens are means of hidden states, as in Feldman and Artzi 2025 (arXiv 2510.20797); `summary: memory` has memory tokens.
+    both through a reader that isn't trained. Deviation: both count from the first step on, and each row has a ratio of its own.
+    `summary: pooled` makes soft tokens of means of hidden states instead, as Feldman and Artzi 2025 (arXiv 2510.20797) do.
     """
 
     api = 1
