@@ -213,9 +213,11 @@ def test_pipeline(tmp_path: Path, environment: dict[str, str]) -> None:
     printed = run_page("docs/pipeline.md", tmp_path, environment)
     assert "ok: recipe.yaml is a valid recipe of 6 stages" in printed and printed.count("finished before") == 12
     assert "['judge', 'policy']" in printed and "more than before" in printed
-    recipe, improve = (yaml.safe_load(text) for language, text in blocks("docs/pipeline.md") if language == "yaml")
+    listings = (yaml.safe_load(text) for language, text in blocks("docs/pipeline.md") if language == "yaml")
+    recipe, improve, flaws = listings
     assert recipe == yaml.safe_load((ROOT / "examples/recipes/arithmetic.yaml").read_text(encoding="utf-8"))
-    ImprovementConfig.parse({"model": "m", **{key: value for key, value in improve[0].items() if key != "kind"}})
+    stage = {key: value for key, value in improve[0].items() if key != "kind"}
+    ImprovementConfig.parse({"model": "m", **stage, **flaws})
 
 
 @pytest.mark.slow
