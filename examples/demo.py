@@ -165,8 +165,15 @@ def show(record: Mapping[str, Any], console: Console) -> None:
     for heading in ("stage", "gain", "s"):
         table.add_column(heading, justify="right" if heading == "s" else "left")
     for stage in record["stages"]:
-        table.add_row(stage["name"], stage.get("gain") or stage.get("reason") or "", f"{stage.get('seconds') or 0:.0f}")
+        table.add_row(stage["name"], gained(stage), f"{stage.get('seconds') or 0:.0f}")
     console.print(table)
+
+
+def gained(stage: Mapping[str, Any]) -> str:
+    """Return in words what a stage gained; of one that measures nothing itself, such as a merge, its capability tests."""
+    changes = (stage.get("capabilities") or {}).get("changes", [])
+    tests = [f"{one['suite']} {one['before']['value']:.3f} → {one['after']['value']:.3f}" for one in changes]
+    return str(stage.get("gain") or stage.get("reason") or ", ".join(tests))
 
 
 def main() -> int:
