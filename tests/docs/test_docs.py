@@ -9,10 +9,12 @@ import subprocess
 import sys
 import sysconfig
 import venv
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from forked_commands import serving, write_command
 from rlhf_plugins.trainers.sft import SFTTrainer
 
 from rlhf_core import CapabilityTestsConfig
@@ -61,7 +63,7 @@ def test_the_kit_knows_what_a_test_may_say() -> None:
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """An environment that packages can be installed into, and that sees what is installed here."""
     root = tmp_path_factory.mktemp("environment")
     venv.create(root, with_pip=False, symlinks=True)
@@ -70,15 +72,17 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     here = sysconfig.get_path("purelib")
     (site / "parent.pth").write_text(f"import site; site.addsitedir({here!r})\n")
     binaries = root / "bin"
-    for tool in ("rlhf", "pytest"):
-        script = binaries / tool
-        module = {"rlhf": "rlhf_core", "pytest": "pytest"}[tool]
-        script.write_text(f'#!/bin/sh\nexec "{binaries}/python" -m {module} "$@"\n')
-        script.chmod(0o755)
     pip = binaries / "pip"
     pip.write_text(f'#!/bin/sh\nexec "{binaries}/python" -m pip "$@"\n')
     pip.chmod(0o755)
-    return {**os.environ, "PATH": f"{binaries}:{os.environ['PATH']}", "VIRTUAL_ENV": str(root), "OMP_NUM_THREADS": "1"}
+    commands = root / "commands"
+    commands.mkdir()
+    for tool, module in {"rlhf": "rlhf_core", "pytest": "pytest", "python": None}.items():
+        write_command(commands / tool, module, binaries / "python", root / "server")
+    path = {"PATH": f"{commands}:{binaries}:{os.environ['PATH']}", "VIRTUAL_ENV": str(root), "OMP_NUM_THREADS": "1"}
+    variables = {**os.environ, **path, "HF_HUB_OFFLINE": "1"}  # no page needs a network
+    with serving(binaries / "python", root / "server", variables):
+        yield variables
 
 
 def run(command: str, folder: Path, environment: dict[str, str]) -> str:
@@ -248,15 +252,14 @@ def test_serving(tmp_path: Path, environment: dict[str, str]) -> None:
 def test_lm_eval(tmp_path: Path, environment: dict[str, str]) -> None:
     """The task's file and the program are written under the names in their first lines."""
     pytest.importorskip("lm_eval", reason="the extra `lm-eval` isn't installed")
-    offline = {**environment, "HF_HUB_OFFLINE": "1"}
     for language, text in blocks("docs/lm-eval.md"):
         if language == "bash":
-            assert "sums/exact_match,last_number" in run(text, tmp_path, offline)
+            assert "sums/exact_match,last_number" in run(text, tmp_path, environment)
             continue
         path = tmp_path / text.split("\n")[0].removeprefix("# ")
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
-    printed = run("python run_sums.py", tmp_path, offline)
+    printed = run("python run_sums.py", tmp_path, environment)
     assert "sums/exact_match,last_number: " in printed and "(n = 8)" in printed
     kept = json.loads((tmp_path / "sums.json").read_text())
     again = json.loads((tmp_path / "evaluated/lm_eval.json").read_text())
