@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from rlhf_core.data.encoder import EncodedRow
 from rlhf_core.infra.errors import ConfigError
 from rlhf_core.infra.model_files import locate
 from rlhf_core.models.context_compressor import ContextCompressor, check_reader, context_span
-from rlhf_core.models.extractive_compression import extract
+from rlhf_core.models.extractive_compression import UNSPACED, extract
 from rlhf_core.models.same_vocabulary import check_same_vocabulary
 from rlhf_core.models.soft_tokens import SoftVocabulary, end_soft_tokens
 
@@ -33,6 +34,9 @@ log = logging.getLogger(__name__)
 
 _LONGEST_QUESTION = 4000
 """Characters of a prompt's end that sentences are compared with; more would only blur what is asked."""
+_LONGEST_WORD = 40
+_IN_A_WORD = re.compile(rf"[^\W{UNSPACED}]{{2}}")
+"""Two letters between which no word begins."""
 Encode = Callable[[Sequence[Mapping[str, Any]]], list[EncodedRow]]
 """Rows with a prompt, and tools → the encoded rows."""
 
@@ -173,7 +177,7 @@ class PromptCompression:
             return self._softened(found, whole=True)
         texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in contexts]
         kept = [
-            extract(text, math.ceil(len(ids) / self.config.ratio), self._size)
+            extract(text, math.ceil(len(ids) / self.config.ratio), lambda text: token_starts(text, self.tokenizer))
             for text, ids in zip(texts, contexts, strict=True)
         ]
         return [replace(one, ids=tuple(self._ids(text))) for one, text in zip(found, kept, strict=True)]
@@ -229,9 +233,6 @@ class PromptCompression:
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
-    def _size(self, text: str) -> int:
-        return len(self._ids(text))
-
 
 def detach(policy: PolicyModel) -> None:
     """Let a policy read prompts as they are again."""
@@ -243,35 +244,79 @@ def detach(policy: PolicyModel) -> None:
 def shortened_prompt(prompt: Prompt, config: CompressionConfig, tokenizer: Any) -> Prompt:
     """Return a prompt with the sentences of its context that matter most, and its last tokens as they are.
 
-    A text's context is all but its last `keep_end` tokens, counted back to a word's beginning. Of a chat, the longest message is
-    shortened: where that is the last one its end is kept so, where it is another one the last one is the question.
+    A text's context is all but its last `keep_end` tokens, counted back to a word's beginning. Of a chat, the messages are
+    context, the last one and the user's last one, the question, without their ends. `system` and `developer` messages aren't,
+    unless there are no others. The longest message is shortened; if that isn't enough, the next longest ones are, too.
+
+    Raises:
+        ConfigError: the tokenizer doesn't say where tokens begin.
     """
-
-    def size(text: str) -> int:
-        return len(tokenizer(text, add_special_tokens=False).input_ids)
-
-    def shorter(text: str, question: str) -> str:
-        return extract(text, math.ceil(size(text) / config.ratio), size, question=question[-_LONGEST_QUESTION:])
-
-    def with_end(text: str) -> str:
-        at = _end_of_context(text, 64 if config.keep_end is None else config.keep_end, tokenizer)
-        return shorter(text[:at], text[at:]) + text[at:]
-
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    texts = [message["content"] if isinstance(message.get("content"), str) else "" for message in messages]
+    last = len(texts) - 1
+    asking = max((at for at, message in enumerate(messages) if message.get("role") == "user"), default=last)
+    free = [at for at, message in enumerate(messages) if message.get("role") not in ("system", "developer")]
+    ends = [len(text) for text in texts]
+    keep = 64 if config.keep_end is None else config.keep_end
+    for at in {asking, last}:
+        ends[at] = _end_of_context(texts[at], keep, tokenizer)
+    sizes = {at: len(token_starts(texts[at][: ends[at]], tokenizer)) for at in free or range(len(texts))}
+    found = list(texts)
+    for at, budget in _budgets(sizes, config.ratio).items():
+        context, end = texts[at][: ends[at]], texts[at][ends[at] :]
+        question = (end if at == asking else texts[asking])[-_LONGEST_QUESTION:]
+        found[at] = extract(context, budget, lambda text: token_starts(text, tokenizer), question=question) + end
     if isinstance(prompt, str):
-        return with_end(prompt)
-    texts = [message["content"] if isinstance(message.get("content"), str) else "" for message in prompt]
-    longest = max(range(len(texts)), key=lambda at: len(texts[at]))
-    last = longest == len(texts) - 1
-    content = with_end(texts[longest]) if last else shorter(texts[longest], texts[-1])
-    return [{**message, "content": content} if at == longest else message for at, message in enumerate(prompt)]
+        return found[0]
+    return [
+        {**message, "content": text} if isinstance(message.get("content"), str) else message
+        for message, text in zip(prompt, found, strict=True)
+    ]
+
+
+def _budgets(sizes: Mapping[int, int], ratio: float) -> dict[int, int]:
+    """Return how many tokens are to be left of which contexts, so that all together are one of `ratio`.
+
+    As few as possible are shortened, the longest first, each to the same share of its tokens (at least one token), which isn't
+    less than half of what the ratio alone would leave.
+
+    Args:
+        sizes: tokens by context.
+        ratio: tokens for one that is left.
+    """
+    shortened, taken = list[int](), 0
+    whole = sum(sizes.values())
+    left = math.ceil(whole / ratio) - whole  # for those shortened, when the others stay whole
+    for at in sorted(sizes, key=lambda at: -sizes[at]):
+        shortened.append(at)
+        taken += sizes[at]
+        left += sizes[at]
+        if left * 2 * ratio >= taken:
+            break
+    return {at: max(left * sizes[at] // taken, 1) for at in shortened if sizes[at]}
 
 
 def _end_of_context(text: str, keep: int, tokenizer: Any) -> int:
-    """Return the place in a text from which on it is kept: a word's beginning, so many tokens before its end or a little more."""
+    """Return the place in a text from which on it is kept: a word's beginning, so many tokens before its end or a little more.
+
+    A place in a run of letters that is longer than words are, or of a script without spaces, is where a token begins.
+    """
+    starts = token_starts(text, tokenizer)
+    at = 0 if len(starts) <= keep else starts[-keep]
+    if text[at : at + 1] == " " and not text[at - 1 : at].isspace():
+        at += 1  # A token has the blank before its word, which divides the context from it.
+    back = at
+    while back and at - back < _LONGEST_WORD and _IN_A_WORD.fullmatch(text, back - 1, back + 1):
+        back -= 1
+    return at if at - back == _LONGEST_WORD else back
+
+
+def token_starts(text: str, tokenizer: Any) -> list[int]:
+    """Return the place in a text where each of its tokens begins.
+
+    Raises:
+        ConfigError: the tokenizer doesn't know.
+    """
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError("compression needs a fast tokenizer", place="compress", got=type(tokenizer).__name__)
-    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
-    at = 0 if len(offsets) <= keep else offsets[-keep][0]
-    while at and not text[at - 1].isspace():
-        at -= 1
-    return at
+    return [start for start, _ in tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping]

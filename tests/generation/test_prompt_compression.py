@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from rlhf_core.config.online import SamplingConfig
 from rlhf_core.evaluation.evaluator import RLHFEvaluator
 from rlhf_core.generation.engine import Engine
 from rlhf_core.generation.generate import PromptTooLong, prompt_batch
-from rlhf_core.generation.prompt_compression import PromptCompression, detach, shortened_prompt
+from rlhf_core.generation.prompt_compression import PromptCompression, _end_of_context, detach, shortened_prompt
 from rlhf_core.infra.errors import ConfigError, DataError, ModelError
 from rlhf_core.models import PolicyModel
 from rlhf_core.models.context_compressor import ContextCompressor
@@ -162,6 +164,78 @@ def test_of_a_chat_the_longest_message_is_shortened() -> None:
     assert [one["content"] for one in shortened([chat[0], {"role": "user", "content": LONG}])] == [
         "Be brief.", "The town has a market on Fridays. When is the market?",
     ]  # fmt: skip
+
+
+def tokens(text: str) -> int:
+    return len(tiny_tokenizer()(text, add_special_tokens=False).input_ids)
+
+
+@pytest.mark.parametrize("text", ["天气很好。" * 100, "天气很好" * 100, '{"key":[1,2],"name":"x"},' * 60, "abc" * 300])
+def test_text_without_blanks_is_shortened(text: str) -> None:
+    found = shortened(text, ratio=4)
+    assert text.endswith(found[-6:]) and 0.15 * tokens(text) < tokens(found) <= tokens(text) / 4 + 100
+
+
+@pytest.mark.parametrize(("text", "keep", "end"), [
+    ("Say what it is", 3, "is"), ("Say what it is", 1, "is"), ("Say what it is", 6, "it is"), ("Say what it is", 4, "it is"),
+    ("它是什么", 3, "么"), ("a" * 100, 3, "aaa"), ('{"a":1,"bcd":2}', 5, 'bcd":2}'), ("Say", 3, "Say"),
+])  # fmt: skip
+def test_the_end_begins_with_a_word(text: str, keep: int, end: str) -> None:
+    assert text[_end_of_context(text, keep, tiny_tokenizer()) :] == end
+
+
+def test_a_blank_in_a_token_stays_with_the_context() -> None:
+    def tokenizer(text: str, **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(offset_mapping=[match.span() for match in re.finditer(r" ?\w+|\W", text)])
+
+    tokenizer.is_fast = True  # type: ignore[attr-defined]
+    assert _end_of_context("It rained. When", 1, tokenizer) == len("It rained. ")
+
+
+def test_system_messages_are_left_unless_there_are_no_others() -> None:
+    rules = {"role": "system", "content": LONG * 3}
+    user = {"role": "user", "content": "When is the market?"}
+    assert shortened([rules, user]) == [rules, user]
+    assert shortened([{**rules, "role": "developer"}, user])[0]["content"] == LONG * 3
+    found = shortened([rules, {"role": "user", "content": LONG}])
+    assert found[0] == rules and tokens(found[1]["content"]) < tokens(LONG)
+    assert tokens(shortened([rules])[0]["content"]) < tokens(LONG * 3)
+
+
+def test_many_middling_messages_are_shortened_together() -> None:
+    roles = ("user", "assistant")
+    chat = [{"role": roles[n % 2], "content": f"{LONG} This is number {n}."} for n in range(8)]
+    chat += [{"role": "user", "content": "When is the market?"}]
+    found = shortened(chat, ratio=3)
+    before, after = (sum(tokens(one["content"]) for one in messages[:-1]) for messages in (chat, found))
+    assert found[-1] == chat[-1] and before / 5 < after <= before / 3 + 1
+    assert all("market" in one["content"] for one in found)
+
+
+def test_short_messages_beside_a_long_one_stay_whole() -> None:
+    calls = {"role": "assistant", "content": None, "tool_calls": []}
+    chat = [
+        {"role": "user", "content": "Read this, please."},
+        calls,
+        {"role": "tool", "content": LONG * 5},
+        {"role": "assistant", "content": "Done."},
+        {"role": "user", "content": "When is the market?"},
+    ]
+    found = shortened(chat, ratio=4)
+    assert [one for n, one in enumerate(found) if n != 2] == [one for n, one in enumerate(chat) if n != 2]
+    assert tokens(found[2]["content"]) < tokens(LONG * 5) / 4
+
+
+def test_the_ends_of_the_question_and_of_the_last_message_stay() -> None:
+    chat = [{"role": "user", "content": LONG * 2}, {"role": "assistant", "content": LONG * 2 + " So the answer is"}]
+    found = shortened(chat)
+    assert found[0]["content"].endswith("When is the market?") and found[1]["content"].endswith(" So the answer is")
+    assert all(tokens(one["content"]) < tokens(LONG * 2) for one in found)
+
+
+def test_a_slow_tokenizer_is_refused() -> None:
+    with pytest.raises(ConfigError, match="fast tokenizer"):
+        shortened_prompt(LONG, CompressionConfig(), object())
 
 
 def test_extraction_through_a_policy() -> None:
