@@ -245,7 +245,7 @@ def recipes() -> list[str]:
     for name, group in every_group(Recipe):
         lines += ["", f"### `{name}`", "", *paragraph(group), "", *option_table(group, prefix=f"{name}.")]
     lines += ["", "### `kind: improve`", "", *paragraph(ImprovementConfig), "", *option_table(ImprovementConfig)]
-    for name, group in groups(ImprovementConfig):
+    for name, group in every_group(ImprovementConfig):
         if group not in SHARED_GROUPS:
             lines += ["", f"### `{name}`", "", *paragraph(group), "", *option_table(group, prefix=f"{name}.")]
     return lines
