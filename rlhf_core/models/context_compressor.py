@@ -251,15 +251,6 @@ class ContextCompressor(HeadedModel):
         sizes = [end - begin for begin, end in itertools.pairwise(ends)]
         return [(size, math.ceil(size / ratio)) for size in sizes]
 
-    def slots_of(self, length: int, count: int) -> list[int]:
-        """Return which memory tokens stand behind a piece of some length that becomes so many soft tokens.
-
-        Each memory token has its place in a piece, which is the same at every ratio; a larger ratio leaves some out. A token sees
-        which ones stand before it, and so how much of the piece it has to hold.
-        """
-        least = self.chunk / self.head.slots
-        return [max(at, int(at * length / count / least)) for at in range(count)]
-
     def forward(self, contexts: Sequence[Sequence[int]], ratios: Sequence[float]) -> list[Tensor]:
         """Return for each context its embeddings (N, E) float32, with gradients; an empty context has none.
 
@@ -307,7 +298,7 @@ class ContextCompressor(HeadedModel):
         counts = [count for _, count in pieces]
         with with_soft_tokens(self.backbone.network, self.head.memory) as first:
             if self.summary == "memory":
-                behind = [[first + slot for slot in self.slots_of(len(ids), count)] for ids, count in pieces]
+                behind = [list(range(first, first + count)) for count in counts]
                 hidden = self._states([(ids, slots) for (ids, _), slots in zip(pieces, behind, strict=True)])
             else:
                 hidden = _means(self._states([([first], ids) for ids, _ in pieces]), pieces)
