@@ -1,6 +1,6 @@
 """What accuracy is kept when a context is compressed 2, 4 and 8 times: by a trained compressor, by extraction, by cutting it off.
 
-    python benchmarks/compression.py [--output runs/compression] [--seed 0] [--base-steps 500] [--steps 800]
+    python benchmarks/compression.py [--output runs/compression] [--seed 0] [--base-steps 500] [--steps 1000]
 
 The task is to look something up: a context with a number for each of sixteen names (`ban 42. bat 7. …`), and a name that is asked
 for. A small model of words is trained from nothing until it looks up numbers, then a compressor for it as it is; the model itself
@@ -124,7 +124,7 @@ def main() -> int:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
     parser.add_argument("--base-steps", type=int, default=500, help="steps of the model (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=800, help="steps of the compressor (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1000, help="steps of the compressor (default: %(default)s)")
     parser.add_argument("--questions", type=int, default=400, help="questions that are measured (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="of the compressor (default: %(default)s)")
     parser.add_argument("--summary", choices=("memory", "pooled"), default="memory", help="(default: %(default)s)")
