@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 HEAVY = ("torch", "numpy", "datasets", "transformers.modeling_utils", "accelerate", "peft", "tokenizers")
-"""None of the project's own modules: whatever these remember must begin anew in each command."""
+"""None of the project's own modules: whatever these remember must begin afresh in each command."""
 
 # What the script does: no import that a command's start would wait for, and none of the site's.
 CLIENT = """#!{python} -SEI
