@@ -1,7 +1,7 @@
 """The processes of one job, forked from a process that has already imported what takes seconds to import.
 
-`torchrun` starts each process as a new one, and itself, and for a tiny model importing takes most of their time. What processes compute
-together is the same either way; how they end, and what `torchrun` makes of it, is tested with `torchrun`.
+`torchrun` starts each process as a new one, and itself, and for a tiny model importing takes most of their time. What processes
+compute together is the same either way; how they end, and what `torchrun` makes of it, is tested with `torchrun`.
 """
 
 from __future__ import annotations
