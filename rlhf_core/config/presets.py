@@ -13,7 +13,6 @@ _SHARED: dict[str, Any] = {
     "precision": "bf16",
     "gradient_checkpointing": True,
     "lr_schedule": "cosine",
-    "warmup_ratio": 0.03,
     "max_grad_norm": 1.0,
     "max_length": 2048,
     "checkpoint": {"every": 200, "keep": 2},

@@ -13,9 +13,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from rlhf_core.config.base import BaseConfig
+from rlhf_core.config.base import BaseConfig, refused
 from rlhf_core.config.elastic_options import EWCConfig
 from rlhf_core.config.sampling_options import SamplingConfig
+from rlhf_core.infra.errors import ConfigError
 
 LORA_RATE_FACTOR = 10
 """Best learning rate of LoRA adapters as a multiple of that of every weight (Schulman et al. 2025, "LoRA Without Regret")."""
@@ -350,13 +351,25 @@ class TrainerConfig(BaseConfig):
         " model has positions for, at most 1,024.",
     )
     lr_schedule: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="How the learning rate falls after warm-up: to 0 along a cosine or a line, or not at all."
+        "cosine", description="How the learning rate falls after warm-up: along a cosine or a line, or not at all."
     )
     warmup_ratio: float = Field(
         0.03,
         ge=0,
         lt=1,
         description="Share of the steps over which the learning rate rises from 0; larger rises more gently.",
+    )
+    warmup_steps: int | None = Field(
+        None,
+        ge=0,
+        description="Steps over which the learning rate rises from 0, in place of `warmup_ratio`; larger rises more gently.",
+    )
+    min_learning_rate_ratio: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="What the learning rate falls to at the end, as a share of `learning_rate`; larger learns more in the last"
+        " steps.",
     )
     max_grad_norm: float | None = Field(
         1.0, gt=0, description="Gradients of a larger norm are scaled down to it; larger clips less, null never."
@@ -433,6 +446,32 @@ class TrainerConfig(BaseConfig):
     def length_limit(self) -> int:
         """`max_length` in tokens. Where it is null, a run sets it from its model; without a run, it is DEFAULT_MAX_LENGTH."""
         return DEFAULT_MAX_LENGTH if self.max_length is None else self.max_length
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_replace_the_ratio(cls, values: Any) -> Any:
+        """Take `warmup_steps` alone as no `warmup_ratio`, so that a file of every option describes the same run."""
+        if isinstance(values, Mapping) and values.get("warmup_steps") is not None:
+            return {"warmup_ratio": 0.0, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _schedule_holds_together(self) -> TrainerConfig:
+        """Refuse a warm-up that is given twice, and a lowest rate for a rate that doesn't fall."""
+        if self.warmup_steps is not None and self.warmup_ratio > 0:
+            error = ConfigError("the warm-up is given twice, by `warmup_ratio`, too", fix="leave one of the two out")
+            raise refused(error, ["warmup_steps"], self.warmup_steps)
+        if self.warmup_steps is not None and self.max_steps is not None and self.warmup_steps >= self.max_steps:
+            error = ConfigError(
+                f"the warm-up leaves none of the {self.max_steps} steps for the learning rate itself",
+                fix=f"set it to less than {self.max_steps}, or train for more steps",
+            )
+            raise refused(error, ["warmup_steps"], self.warmup_steps)
+        if self.min_learning_rate_ratio > 0 and self.lr_schedule == "constant":
+            fix = "set `lr_schedule: cosine` or `linear`, or leave it out"
+            error = ConfigError("a constant learning rate doesn't fall to any other", fix=fix)
+            raise refused(error, ["min_learning_rate_ratio"], self.min_learning_rate_ratio)
+        return self
 
     @model_validator(mode="after")
     def _frozen_weights_fit_products(self) -> TrainerConfig:

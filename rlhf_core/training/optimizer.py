@@ -22,18 +22,21 @@ _FACTOR = "learning_rate_factor"
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate of every step: a linear rise over the warm-up, then constant or down to 0.
+    """The learning rate of every step: a linear rise over the warm-up, then constant or down to a lowest one.
 
     Steps count from 1; a run whose steps aren't known beforehand counts its batches of data in their place. Over W warm-up
     steps the rate is peak · s / (W + 1); after that, with S steps in all and the share p = (s - 1 - W) / (S - W) that is done, it
-    is peak · (1 + cos πp) / 2, peak · (1 - p), or peak. No step has a rate of 0, so none is wasted.
+    is peak · (m + (1 - m) · f): f is (1 + cos πp) / 2, 1 - p, or 1, and m the lowest rate as a share of the peak. It would be
+    m · peak at the step after the last, so with m = 0, too, no step has a rate of 0 and none is wasted.
     """
 
     kind: Literal["cosine", "linear", "constant"]
     peak: float
     warmup_steps: int = 0
     total_steps: int | None = None
-    """None where the data's length isn't known, which only a constant rate without warm-up allows."""
+    """None where the data's length isn't known, which only a constant rate with a warm-up of so many steps allows."""
+    lowest: float = 0.0
+    """m, the share of the peak that the rate falls to."""
 
     @classmethod
     def create(cls, config: TrainerConfig, total_steps: int | None) -> Schedule:
@@ -43,20 +46,28 @@ class Schedule:
             total_steps: steps of the whole run; None where their number isn't known.
 
         Raises:
-            ConfigError: it isn't known, and the schedule depends on it.
+            ConfigError: it isn't known, and the schedule depends on it; or the warm-up leaves no step for the peak.
         """
+        peak, given = config.learning_rate, config.warmup_steps
         if total_steps is None:
             if config.lr_schedule != "constant" or config.warmup_ratio:
                 raise ConfigError(
                     "the learning rate's schedule needs the number of steps, which isn't known of streamed data",
                     place="lr_schedule",
                     got=f"`{config.lr_schedule}` with warmup_ratio {config.warmup_ratio:g}",
-                    fix="set `max_steps`, or `lr_schedule: constant` and `warmup_ratio: 0`",
+                    fix="set `max_steps`, or `lr_schedule: constant` with `warmup_steps` or `warmup_ratio: 0`",
                 )
-            return cls("constant", config.learning_rate)
+            return cls("constant", peak, given or 0)
+        if given is not None and given >= total_steps:
+            raise ConfigError(
+                "the warm-up leaves no step for the learning rate itself",
+                place="warmup_steps",
+                got=f"{given} of {total_steps} steps",
+                fix=f"set `warmup_steps` to less than {total_steps}, or train for more steps",
+            )
         # At least one step is left for the peak, however few there are.
-        warmup = min(math.ceil(config.warmup_ratio * total_steps), total_steps - 1)
-        return cls(config.lr_schedule, config.learning_rate, warmup, total_steps)
+        warmup = min(math.ceil(config.warmup_ratio * total_steps), total_steps - 1) if given is None else given
+        return cls(config.lr_schedule, peak, warmup, total_steps, config.min_learning_rate_ratio)
 
     def __call__(self, step: int) -> float:
         """Return the learning rate of a step, counted from 1."""
@@ -65,7 +76,8 @@ class Schedule:
         if self.kind == "constant" or self.total_steps is None:
             return self.peak
         done = min((step - 1 - self.warmup_steps) / (self.total_steps - self.warmup_steps), 1.0)
-        return self.peak * (1 + math.cos(math.pi * done)) / 2 if self.kind == "cosine" else self.peak * (1 - done)
+        left = (1 + math.cos(math.pi * done)) / 2 if self.kind == "cosine" else 1 - done
+        return self.peak * (self.lowest + (1 - self.lowest) * left)
 
 
 def create_optimizer(

@@ -31,6 +31,41 @@ def test_golden_rates(kind: str, warmup: float, expected: list[float]) -> None:
     assert [rate(step) for step in range(1, 5)] == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("kind", "steps", "warmup", "lowest", "expected"),
+    [
+        # Over 2 steps of warm-up a third more of the peak each; then from the peak to a fifth of it in 4 steps.
+        ("linear", 6, 2, 0.2, [1 / 3, 2 / 3, 1, 0.8, 0.6, 0.4]),
+        ("cosine", 6, 2, 0.2, [1 / 3, 2 / 3, 1, 0.2 + 0.8 * 0.853553, 0.6, 0.2 + 0.8 * 0.146447]),
+        ("linear", 4, 0, 0.5, [1, 0.875, 0.75, 0.625]),
+        ("constant", 3, 1, 0.0, [0.5, 1, 1]),
+        ("constant", None, 2, 0.0, [1 / 3, 2 / 3, 1]),
+    ],
+)
+def test_golden_rates_with_steps_of_warm_up_and_a_lowest_rate(
+    kind: str, steps: int | None, warmup: int, lowest: float, expected: list[float]
+) -> None:
+    options = {"learning_rate": 2.0, "lr_schedule": kind, "warmup_steps": warmup, "min_learning_rate_ratio": lowest}
+    config = TrainerConfig.parse(options)
+    rate = Schedule.create(config, steps)
+    rates = [rate(step) for step in range(1, len(expected) + 1)]
+    assert rates == pytest.approx([2 * one for one in expected], abs=1e-6)
+    # Every option written out, as in a run's config.yaml, describes the same schedule.
+    assert Schedule.create(TrainerConfig.parse(config.model_dump()), steps) == rate
+
+
+def test_a_schedule_that_cannot_hold_is_refused() -> None:
+    with pytest.raises(ConfigError, match="the warm-up is given twice, by `warmup_ratio`, too; got 5; fix: leave one"):
+        TrainerConfig.parse({"warmup_steps": 5, "warmup_ratio": 0.1})
+    with pytest.raises(ConfigError, match=r"a constant learning rate doesn't fall to any other; got 0\.1; fix"):
+        TrainerConfig.parse({"lr_schedule": "constant", "min_learning_rate_ratio": 0.1})
+    with pytest.raises(ConfigError, match=r"leaves no step for the learning rate itself; got 8 of 8 steps; fix"):
+        Schedule.create(TrainerConfig.parse({"warmup_steps": 8}), 8)
+    with pytest.raises(ConfigError, match=r"leaves none of the 8 steps for the learning rate itself; got 9; fix"):
+        TrainerConfig.parse({"warmup_steps": 9, "max_steps": 8})
+    assert TrainerConfig.parse({"warmup_steps": 5, "warmup_ratio": 0}).warmup_steps == 5
+
+
 def test_no_step_is_wasted_and_the_peak_is_reached() -> None:
     for steps in (1, 2, 3, 7, 100):
         for kind in ("cosine", "linear"):
