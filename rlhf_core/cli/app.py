@@ -13,6 +13,7 @@ from rlhf_core.cli import (
     author,
     chat,
     compare_samplers,
+    data,
     doctor,
     evaluate,
     find_flaws,
@@ -42,6 +43,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["--help", "-h"]},
 )
 methods.add_to(app)
+data.add_to(app)
 train.add_to(app)
 run_recipe.add_to(app)
 chat.add_to(app)

@@ -13,7 +13,7 @@ from typing import Any
 from rlhf_core.infra.errors import JOINERS, printable
 
 _BETWEEN = "  "
-_CODES = {"": "", "bold": "1", "dim": "2", "red": "31", "yellow": "33"}
+_CODES = {"": "", "bold": "1", "dim": "2", "red": "31", "yellow": "33", "green": "32"}
 
 
 def print_json(value: Any) -> None:

@@ -81,7 +81,7 @@ def convert(flags: Iterable[Flag], config: type[BaseModel], *, owner: str) -> tu
     return values, {key: given[0].typed for key, given in grouped.items()}
 
 
-_VERBS = ("evaluate", "find-flaws", "fisher", "score")
+_VERBS = ("data", "evaluate", "find-flaws", "fisher", "score")
 """Owners of options that are commands, not methods."""
 
 

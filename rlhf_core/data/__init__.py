@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = lazy_names(
     {
         "rlhf_core.data.data_report": "DataReport",
         "rlhf_core.data.data_stream": "DataStream",
+        "rlhf_core.data.data_survey": "DataSurvey survey_data",
         "rlhf_core.data.encoded_data": "EncodedData",
         "rlhf_core.data.encoder": "EncodedRow Encoder",
         "rlhf_core.data.open_source": "open_source",

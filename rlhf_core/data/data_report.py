@@ -123,6 +123,12 @@ class DataReport:
         """
         if self.complete:
             return
+        self.check()
+        self.complete = True
+        self._log_warnings()
+
+    def check(self) -> None:
+        """Raise what `finish` does."""
         for column, tally in self.absent.items():
             if tally["rows"] == self.rows:
                 raise ConfigError(
@@ -143,8 +149,6 @@ class DataReport:
                 got=f"{self.kept} rows, all `{next(iter(self.labels))}`",
                 fix=_GIVE_BOTH[missing],
             )
-        self.complete = True
-        self._log_warnings()
 
     def repeat_log(self) -> None:
         """Log again what was logged when these rows were read, where the counts were loaded from the cache."""

@@ -29,7 +29,8 @@ class ListRows(RowSource):
         for line, values in enumerate(self._from(start.line), start.line):
             place = f"{self.name}[{line}]"
             if not isinstance(values, Mapping):
-                raise DataError("expected a row as a mapping of columns", place=place, got=type(values).__name__)
+                self.refuse(DataError("expected a row as a mapping of columns", place=place, got=type(values).__name__))
+                continue
             row = start.row + line - start.line
             yield Row(row, place, values, Cursor(start.source, row + 1, line + 1))
 

@@ -68,19 +68,7 @@ class EncodedData(ABC):
         self.options = options or DatasetConfig()
         self.source = open_source(data, split=self.options.split, streaming=self.streaming)
         self.source_state = self.source.state()
-        self.encoder = Encoder(
-            tokenizer,
-            self.record,
-            max_length=max_length,
-            truncation=self.options.truncation,
-            chat_template=self.options.chat_template,
-            columns=self.options.columns,
-            format=self.options.format,
-            ignored=self.options.ignore_columns,
-            wrap=self.options.wrap,
-            special_tokens=self.options.special_tokens,
-            turns=self.options.turns,
-        )
+        self.encoder = Encoder.with_options(tokenizer, self.record, self.options, max_length)
         self.report = DataReport(
             self.record,
             self.source.name,

@@ -26,6 +26,8 @@ from rlhf_core.infra.errors import ConfigError, DataError, ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from rlhf_core.config.training import DatasetConfig
+
 Truncation = Literal["keep_start", "keep_end", "drop"]
 Wrap = Literal["none", "chat"]
 
@@ -94,6 +96,8 @@ class RowOutcome:
     """Warnings on turns that are kept out of the loss because no question precedes them, or no answer follows."""
     absent: tuple[tuple[str, str], ...] = ()
     """Columns that `dataset.columns` names and the row lacks, each with a suggested fix."""
+    tokens: int = 0
+    """Tokens of the prompt with its longest response, before the row was truncated or refused."""
 
 
 @dataclass(slots=True)
@@ -167,6 +171,25 @@ class Encoder:
         """Whether any text prompt so far was made the user's turn."""
         self.plain = False
         """Whether any row so far was plain text, there is a chat template, and `dataset.wrap` doesn't say whether to use it."""
+
+    @classmethod
+    def with_options(
+        cls, tokenizer: PreTrainedTokenizerBase, record: str, options: DatasetConfig, max_length: int
+    ) -> Encoder:
+        """Return the encoder for rows of a record type under a run's `dataset` options."""
+        return cls(
+            tokenizer,
+            record,
+            max_length=max_length,
+            truncation=options.truncation,
+            chat_template=options.chat_template,
+            columns=options.columns,
+            format=options.format,
+            ignored=options.ignore_columns,
+            wrap=options.wrap,
+            special_tokens=options.special_tokens,
+            turns=options.turns,
+        )
 
     def state_dict(self) -> dict[str, bool]:
         """Return which kinds of rows were encoded so far, as JSON values."""
@@ -340,7 +363,8 @@ class Encoder:
             if not any(mask):
                 raise DataError("a response has no token", place=checked.place, got=f"{len(response)} tokens")
         reason, truncated = None, False
-        if len(prompt) + max(map(len, responses), default=1) > self.max_length:
+        tokens = len(prompt) + max(map(len, responses), default=1)
+        if tokens > self.max_length:
             shorter = self._truncated(prompt, responses, masks)
             if isinstance(shorter, str):
                 reason = shorter
@@ -357,7 +381,7 @@ class Encoder:
         control, notes, lost = (tuple(dict.fromkeys(found)) for found in (plan.control_text, plan.notes, plan.lost))
         return RowOutcome(
             checked.place, row, reason, truncated and row is not None, control,
-            checked.left_out, checked.read_as, checked.unused, notes, lost, checked.set_aside, checked.absent,
+            checked.left_out, checked.read_as, checked.unused, notes, lost, checked.set_aside, checked.absent, tokens,
         )  # fmt: skip
 
     def _empty_prompt_id(self, checked: CheckedRow) -> int:

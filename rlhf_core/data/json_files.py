@@ -6,7 +6,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 from rlhf_core.data.columns import CONVERSATIONS, KNOWN
 from rlhf_core.data.messages import pair_keys, role_key
@@ -17,6 +17,8 @@ from rlhf_core.infra.files import DuplicateKey, unique_keys
 logger = logging.getLogger(__name__)
 
 _SPACE = re.compile(r"[ \t\r\n]*")
+_OBJECT = re.compile(rb'(\xef\xbb\xbf)?\s*\{\s*["}]')
+"""How a line with one JSON object begins."""
 _HUGE = re.compile(r"\d{4301,}")
 
 
@@ -28,10 +30,16 @@ class JsonLines(TextFile):
         for raw, ended in self.lines(offset):
             line, begin, offset = line + 1, offset, offset + len(raw) + ended
             place = f"{self.name}:{line}"
-            text = self.decode(raw, place, begin).removesuffix("\r")
-            if not text.strip():
+            try:
+                text = self.decode(raw, place, begin).removesuffix("\r")
+                if not text.strip():
+                    continue
+                values = self._parse(text, place, ended=ended, first=begin == 0)
+            except DataError as error:
+                if begin == 0 and not _OBJECT.match(raw):
+                    raise  # the whole file is something else, and each of its lines would be a mistake
+                self.refuse(error)
                 continue
-            values = self._parse(text, place, ended=ended, first=begin == 0)
             yield Row(row, place, values, Cursor(start.source, row + 1, line, offset))
             row += 1
 
@@ -43,7 +51,7 @@ class JsonLines(TextFile):
             raise self._malformed(text, error, place, ended=ended, first=first) from None
         if isinstance(values, dict):
             return values
-        if isinstance(values, list):
+        if isinstance(values, list) and first:
             raise self._array(place)
         raise DataError("expected one JSON object per line", place=place, got=type(values).__name__)
 
@@ -119,22 +127,26 @@ class JsonArray(TextFile):
                 at = _after_space(text, at + 1)
             line, counted = line + text.count("\n", counted, at), at
             values, at = self._next(text, at, f"{self.name}:{line}")
-            yield Row(row, f"{self.name}:{line}", values, Cursor(start.source, row + 1, number + 1, at))
-            row, number = row + 1, number + 1
+            number += 1
+            if not isinstance(values, dict):
+                self.refuse(
+                    DataError("expected an array of objects", place=f"{self.name}:{line}", got=type(values).__name__)
+                )
+                continue
+            yield Row(row, f"{self.name}:{line}", values, Cursor(start.source, row + 1, number, at))
+            row += 1
         if self.begin is None and (end := _after_space(text, at + 1)) != len(text):
             raise self._malformed(text, end, "Extra data")
 
-    def _next(self, text: str, at: int, place: str) -> tuple[dict[str, Any], int]:
-        """Return the object of the array at offset `at`, and the offset after it."""
+    def _next(self, text: str, at: int, place: str) -> tuple[Any, int]:
+        """Return the item of the array at offset `at`, and the offset after it."""
         try:
-            values, end = _checked(
-                lambda: _DECODER.raw_decode(text, at), place, lambda: self._place(_huge_at(text, at), text)
+            return cast(
+                tuple[Any, int],
+                _checked(lambda: _DECODER.raw_decode(text, at), place, lambda: self._place(_huge_at(text, at), text)),
             )
         except json.JSONDecodeError as error:
             raise self._malformed(text, error.pos, error.msg) from None
-        if not isinstance(values, dict):
-            raise DataError("expected an array of objects", place=place, got=type(values).__name__)
-        return values, end
 
     def _malformed(self, text: str, at: int, problem: str) -> DataError:
         place = self._place(at, text)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -301,24 +301,39 @@ class RowChecker:
 
     def _other_contract(self, row: Row) -> str | None:
         """Return the name of another record type with responses whose columns the row has; None where there is none."""
-        fits = []
-        for contract in RECORDS.values():
-            if not contract.responses or contract.name == self.contract.name:
-                continue
-            try:
-                shape = ShapeRecogniser(contract, "auto", {}).read(row.values, row.place)
-            except DataError:
-                continue
-            optional = ("prompt", "response") if "messages" in shape.columns else ()
-            inside = ("prompt",) if shape.prompt_inside else ()
-            if {*contract.required} <= {*shape.columns, *optional, *inside}:
-                fits.append(contract)
-        # The one that needs most columns: rows of `unpaired` have those of `sft`, too.
-        return max(fits, key=lambda contract: len(contract.required)).name if fits else None
+        others = (name for name, contract in RECORDS.items() if contract.responses and name != self.contract.name)
+        return fitting_record(row, others)
 
     def _described(self, row: Row) -> str:
         """Return the row's columns that aren't null, for a message."""
         return ", ".join(f"{key}{_unknown_turns(value)}" for key, value in row.values.items() if value is not None)
+
+
+def fitting_record(row: Row, records: Iterable[str], columns: Mapping[str, str] | None = None) -> str | None:
+    """Return which of some record types a row's columns fit: of several the one that needs most of them; None where none fits.
+
+    Args:
+        columns: `dataset.columns`.
+    """
+    fits = []
+    for contract in map(RECORDS.__getitem__, records):
+        checker = RowChecker(
+            contract.name, {key: own for key, own in (columns or {}).items() if key in _named(contract)}
+        )
+        try:
+            shape = checker.recogniser.read(checker._renamed(row.values), row.place)
+        except DataError:
+            continue
+        optional = ("prompt", "response") if {"messages", "text"} & {*shape.columns} else ()
+        inside = ("prompt",) if shape.prompt_inside else ()
+        if {*contract.required} <= {*shape.columns, *optional, *inside}:
+            fits.append(contract)
+    # Rows of `unpaired` have the columns of `sft`, too.
+    return max(fits, key=lambda contract: len(contract.required)).name if fits else None
+
+
+def _named(contract: RecordType) -> set[str]:
+    return {*contract.required, *contract.optional}
 
 
 def _unknown_turns(value: Any) -> str:

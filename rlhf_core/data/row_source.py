@@ -55,6 +55,14 @@ class RowSource(ABC):
 
     name: str
     """Its path or name, for messages."""
+    refused: Callable[[DataError], None] | None = None
+    """Gets the error of each row that can't be read, where those after it can be; None has the error raised."""
+
+    def refuse(self, error: DataError) -> None:
+        """Raise the error of one row, or hand it to `refused`, so that the next row is read."""
+        if self.refused is None:
+            raise error
+        self.refused(error)
 
     @property
     @abstractmethod

@@ -37,11 +37,14 @@ class Delimited(TextFile):
         for line, fields, end in self._records(start if start.offset else after):
             place = f"{self.name}:{line}"
             if len(fields) != len(header):
-                raise DataError(
-                    f"has {len(fields)} values for {len(header)} columns",
-                    place=place,
-                    fix=f"put values that hold `{self.delimiter}` or a line end in quotes".replace("\t", "a tab"),
+                self.refuse(
+                    DataError(
+                        f"has {len(fields)} values for {len(header)} columns",
+                        place=place,
+                        fix=f"put values that hold `{self.delimiter}` or a line end in quotes".replace("\t", "a tab"),
+                    )
                 )
+                continue
             # A column without a name is the index that pandas writes.
             values = {name: value for name, value in zip(header, fields, strict=True) if name}
             yield Row(row, place, values, Cursor(start.source, row + 1, end.line, end.offset))

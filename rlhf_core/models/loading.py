@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -310,12 +310,54 @@ def check_tokenizer(model: nn.Module, tokenizer: Any, source: str) -> None:
         raise ModelError(
             "the tokenizer has no end-of-sequence token", place=source, fix="set `eos_token` in tokenizer_config.json"
         )
+    _set_padding(tokenizer)
+
+
+def _set_padding(tokenizer: Any) -> None:
+    """Give a tokenizer a padding token where it has none."""
     if tokenizer.pad_token_id is None:
         # Masks come from lengths alone, so sharing the end token's id is harmless here.
         tokenizer.pad_token = tokenizer.eos_token
 
 
 # What a checkpoint is
+
+
+class ModelOutline(NamedTuple):
+    """What encoding rows needs of a model, read without its weights."""
+
+    tokenizer: Any
+    max_positions: int | None
+    """Most tokens in a sequence; None where its configuration names no limit."""
+    config: Any
+    """Its configuration, a transformers `PretrainedConfig`: of an adapter that of its base."""
+
+
+def read_outline(source: str | Path, *, trust_remote_code: bool = False) -> ModelOutline:
+    """Return a model's tokenizer and configuration, from the files that `load_model` takes them from; no weights are read.
+
+    Raises:
+        ModelError: there is no such model, or either can't be read.
+    """
+    from transformers import AutoConfig
+
+    source = str(source)
+    where, options = locate(source)
+    base, adapters = adapter_chain(where, local_adapter)
+    if adapters:
+        base, options = _locate_base(base, adapters[0])
+    options |= {"trust_remote_code": trust_remote_code}
+    try:
+        tokenizer = _load_tokenizer([*adapters[::-1], base], options)
+        config = AutoConfig.from_pretrained(base, **options)
+    except RLHFError:
+        raise
+    except Exception as error:
+        raise _load_error(source, error) from error
+    if tokenizer.eos_token_id is not None:
+        _set_padding(tokenizer)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return ModelOutline(tokenizer, positions if isinstance(positions, int) else None, config)
 
 
 def architecture(source: str | Path, *, trust_remote_code: bool = False) -> str:

@@ -89,7 +89,7 @@ class Loader:
         else:
             model = wanted.adopt(trainer.model, **own).to(device)
             model.configure(config)
-        trainer.config = _with_length(config, model.max_positions)
+        trainer.config = with_length(config, model.max_positions, say=True)
         self._main = in_float32(model)
         return model
 
@@ -287,13 +287,22 @@ def _check_new_tokens(config: TrainerConfig, positions: int | None) -> None:
         )
 
 
-def _with_length(config: TrainerConfig, positions: int | None) -> TrainerConfig:
-    """Return the configuration with a `max_length` that is a number and fits the model's positions."""
+def with_length(config: TrainerConfig, positions: int | None, *, say: bool = False) -> TrainerConfig:
+    """Return the configuration with a `max_length` that is a number and fits the model's positions.
+
+    Args:
+        positions: most tokens in a sequence of the model; None where that isn't known.
+        say: whether to log the number where it was left unset.
+
+    Raises:
+        ConfigError: it doesn't fit them.
+    """
     _check_length(config.max_length, positions, "the model's positions")
     _check_new_tokens(config, positions)
     if config.max_length is not None:
         return config
     length = min(DEFAULT_MAX_LENGTH, positions or DEFAULT_MAX_LENGTH)
     why = "all of the model's positions" if length == positions else "the default"
-    log.info("max_length: %d, %s; longer rows are truncated or dropped as `dataset.truncation` says", length, why)
+    if say:
+        log.info("max_length: %d, %s; longer rows are truncated or dropped as `dataset.truncation` says", length, why)
     return config.model_copy(update={"max_length": length})

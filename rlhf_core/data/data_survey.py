@@ -1,0 +1,461 @@
+"""What some data hold: every mistake, lengths, duplicates, labels, and rows as the model sees them, before any training.
+
+Reading for a run ends at the first mistake; a survey passes over rows with a mistake and notes each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import sys
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rlhf_core.config.training import DEFAULT_MAX_LENGTH, DatasetConfig
+from rlhf_core.contracts.records import RECORDS, Message
+from rlhf_core.data.data_report import DataReport
+from rlhf_core.data.data_source import DataSource
+from rlhf_core.data.encoder import EncodedRow, Encoder, RowOutcome
+from rlhf_core.data.open_source import open_source
+from rlhf_core.data.row_checker import CheckedRow, RowChecker, fitting_record
+from rlhf_core.data.row_source import Row, RowSource
+from rlhf_core.infra.errors import DataError, RLHFError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_CHUNK = 256
+_FIRST = 20
+"""Rows from whose columns the record type is recognised."""
+_KEPT = 1000
+"""Mistakes that are kept; more are counted."""
+
+
+class Lengths:
+    """Lengths of rows, in one unit.
+
+    Args:
+        unit: what is counted, in the plural: tokens or characters.
+    """
+
+    def __init__(self, unit: str) -> None:
+        self.unit = unit
+        self.values = array("q")
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def share_above(self, most: int) -> float:
+        """Return the share of rows that are longer than `most`."""
+        return sum(value > most for value in self.values) / len(self.values) if self.values else 0.0
+
+    def at_most(self, share: float) -> int:
+        """Return the least length that at most this share of the rows is above; 0 cuts none."""
+        ordered = sorted(self.values)
+        return ordered[len(ordered) - 1 - int(share * len(ordered))] if ordered else 0
+
+    def histogram(self, bins: int = 10) -> list[tuple[int, int, int]]:
+        """Return (least, most, rows) of up to so many intervals of equal width, the last up to the longest row."""
+        if not self.values:
+            return []
+        low, high = min(self.values), max(self.values)
+        width = max(1, -(-(high - low + 1) // bins))
+        counts = Counter((value - low) // width for value in self.values)
+        last = (high - low) // width
+        return [(low + n * width, min(high, low + (n + 1) * width - 1), counts[n]) for n in range(last + 1)]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        if not self.values:
+            return {"unit": self.unit}
+        return {
+            "unit": self.unit,
+            "least": min(self.values),
+            "median": self.at_most(0.5),
+            "mean": sum(self.values) / len(self.values),
+            "most": max(self.values),
+            "cutting_1_percent": self.at_most(0.01),
+            "cutting_none": self.at_most(0.0),
+            "histogram": self.histogram(),
+        }
+
+
+class NotedMistakes:
+    """Mistakes by kind, in the order in which they were met: all are counted, the first thousand are kept.
+
+    Mistakes of one kind have the same problem, whatever their place.
+    """
+
+    def __init__(self) -> None:
+        self.kept: list[RLHFError] = []
+        self.kinds: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return self.kinds.total()
+
+    def add(self, error: RLHFError) -> None:
+        """Count a mistake with those in its `also`."""
+        for one in (error, *error.also):
+            self.kinds[one.problem] += 1
+            if len(self.kept) < _KEPT:
+                self.kept.append(one)
+
+    def shown(self, most: int) -> tuple[list[RLHFError], dict[str, int]]:
+        """Return about `most` mistakes, some of each kind, in the order in which they were met; and kind → how many more."""
+        if len(self) <= most:
+            return list(self.kept), {}
+        each, of_kind, shown = max(1, most // len(self.kinds)), Counter[str](), []
+        for error in self.kept:
+            if of_kind[error.problem] < each:
+                of_kind[error.problem] += 1
+                shown.append(error)
+        more = {kind: count - of_kind[kind] for kind, count in self.kinds.items() if count > of_kind[kind]}
+        return shown, more
+
+
+class MarkedText(NamedTuple):
+    """A piece of an encoded row as text."""
+
+    text: str
+    in_loss: bool
+    """Whether its tokens are in the loss."""
+
+
+@dataclass(frozen=True)
+class RowPicture:
+    """One row as the model sees it: its parts by name (prompt, response, chosen …) in pieces of tokens in the loss and not."""
+
+    place: str
+    parts: dict[str, list[MarkedText]]
+    tokens: int
+    truncated: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        parts = {name: [piece._asdict() for piece in pieces] for name, pieces in self.parts.items()}
+        return {"place": self.place, "tokens": self.tokens, "truncated": self.truncated, "parts": parts}
+
+
+@dataclass
+class DataSurvey:
+    """What some data hold."""
+
+    record: str
+    """Record type that the rows were read as."""
+    recognised: bool
+    """Whether the record type was recognised from the columns, rather than given."""
+    files: list[str]
+    report: DataReport
+    """Counts of rows by shape, note, reason for being refused, and label."""
+    lengths: Lengths
+    """Of each prompt with its longest response: tokens before truncation; characters without a tokenizer."""
+    prompts: Lengths
+    """Of the prompts alone, in characters."""
+    max_length: int
+    mistakes: NotedMistakes = field(default_factory=NotedMistakes)
+    rows: int = 0
+    """Rows that were read, those with a mistake included."""
+    whole: bool = True
+    """Whether all rows were read; False where `limit` ended that."""
+    epoch_rows: float | None = None
+    """Rows of an epoch that can be trained on, weights counted in; estimated where not all were read, None where it can't be."""
+    duplicates: int = 0
+    """Rows whose prompt and responses are those of an earlier row."""
+    duplicate_places: list[tuple[str, str]] = field(default_factory=list)
+    """Places of the first duplicates, each with that of the earlier row."""
+    repeated_prompts: int = 0
+    """Rows with the prompt of an earlier row, and other responses."""
+    words: int = 0
+    """Words of all prompts and responses."""
+    plain: bool = False
+    """Whether rows are plain text, the model has a chat template, and `dataset.wrap` doesn't say whether to use it."""
+    pictures: list[RowPicture] = field(default_factory=list)
+
+    @property
+    def cut(self) -> float:
+        """Share of the rows that are longer than `max_length`; only of lengths in tokens."""
+        return self.lengths.share_above(self.max_length)
+
+    def as_dict(self, most: int = _KEPT) -> dict[str, Any]:
+        """Return JSON values, with at most so many mistakes."""
+        tokens = self.lengths.unit == "tokens"
+        return {
+            "record": self.record,
+            "record_recognised": self.recognised,
+            "files": self.files,
+            "rows": self.rows,
+            "whole": self.whole,
+            "usable_rows": self.report.kept,
+            "epoch_rows": self.epoch_rows,
+            "read_as": {shape: tally["rows"] for shape, tally in self.report.shapes.items()},
+            "labels": dict(self.report.labels),
+            "duplicates": self.duplicates,
+            "repeated_prompts": self.repeated_prompts,
+            "lengths": self.lengths.as_dict(),
+            "max_length": self.max_length if tokens else None,
+            "share_cut": self.cut if tokens else None,
+            "refused": {reason: tally["rows"] for reason, tally in self.report.dropped.items()},
+            "notes": {note: tally["rows"] for note, tally in self.report.notes.items()},
+            "plain_text_beside_a_chat_template": self.plain,
+            "mistakes": len(self.mistakes),
+            "errors": [error.line() for error in self.mistakes.shown(most)[0]],
+            "examples": [picture.as_dict() for picture in self.pictures],
+        }
+
+
+def survey_data(
+    data: Any,
+    record: str | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    options: DatasetConfig | None = None,
+    max_length: int = DEFAULT_MAX_LENGTH,
+    limit: int | None = None,
+    pictures: int = 2,
+) -> DataSurvey:
+    """Read data and return what they hold; a row's mistake is noted, and reading goes on.
+
+    Args:
+        data: as `open_source` takes it.
+        record: the record type; None recognises it from the columns of the first rows.
+        tokenizer: encodes the rows; without one they are checked, and lengths are in characters.
+        options: how rows are read; the defaults where None.
+        max_length: most tokens in a prompt with its longest response.
+        limit: most rows to read of each file or table; None reads all.
+        pictures: how many rows to show as they are encoded.
+
+    Raises:
+        DataError: nothing of that name exists, or it isn't data.
+        ConfigError: an option doesn't fit the record type.
+        ModelError: the tokenizer isn't a fast one.
+    """
+    options = options or DatasetConfig()
+    source = open_source(data, split=options.split, streaming=options.streaming)
+    chosen = record or recognised_record(source, options)
+    return _Surveyor(source, chosen, tokenizer, options, max_length, pictures).survey(limit, recognised=record is None)
+
+
+def recognised_record(source: DataSource, options: DatasetConfig) -> str:
+    """Return the record type that the columns of the first rows fit.
+
+    Raises:
+        DataError: they fit none, or no row can be read.
+    """
+    found: Counter[str] = Counter()
+    first: Row | None = None
+    for one in source.sources:
+        one.refused = lambda _: None  # mistakes are noted when all rows are read
+        try:
+            for row in itertools.islice(DataSource([one]).rows(), _FIRST):
+                first = first or row
+                if fits := fitting_record(row, RECORDS, options.columns):
+                    found[fits] += 1
+        except DataError:
+            if first is None and one is source.sources[-1]:
+                raise
+        finally:
+            one.refused = None
+    if found:
+        return found.most_common(1)[0][0]
+    columns = ", ".join(map(str, first.values)) if first is not None else "no columns"
+    raise DataError(
+        "the columns fit no record type",
+        place=source.name if first is None else first.place,
+        got=f"columns {columns}",
+        fix="give `--method`, for what its rows need, or name the columns: `--dataset.columns.prompt COLUMN`",
+    )
+
+
+class _Surveyor:
+    """Reads the rows of one survey."""
+
+    def __init__(
+        self,
+        source: DataSource,
+        record: str,
+        tokenizer: PreTrainedTokenizerBase | None,
+        options: DatasetConfig,
+        max_length: int,
+        pictures: int,
+    ) -> None:
+        self.source, self.options, self.wanted = source, options, pictures
+        self.checker = RowChecker(record, options.columns, format=options.format, ignored=options.ignore_columns)
+        self.encoder = None if tokenizer is None else Encoder.with_options(tokenizer, record, options, max_length)
+        self.report = DataReport(record, source.name, files=[], template_sha256=None)
+        self.found = DataSurvey(
+            record, False, [one.name for one in source.sources], self.report,
+            Lengths("characters" if tokenizer is None else "tokens"), Lengths("characters"), max_length,
+        )  # fmt: skip
+        self.seen: dict[bytes, str] = {}
+        self.seen_prompts: set[bytes] = set()
+
+    def survey(self, limit: int | None, *, recognised: bool) -> DataSurvey:
+        """Read the rows of every file or table, at most `limit` of each."""
+        found = self.found
+        found.recognised, found.epoch_rows = recognised, 0.0
+        for one, weight in zip(self.source.sources, self.source.weights, strict=True):
+            kept = self.report.kept
+            times = self._read(one, limit)
+            if times is None or found.epoch_rows is None:
+                found.epoch_rows = None
+            else:
+                found.epoch_rows += weight * times * (self.report.kept - kept)
+        if found.whole and self.report.rows:
+            try:
+                self.report.check()
+            except RLHFError as error:
+                found.mistakes.add(error)
+        found.plain = self.encoder is not None and self.encoder.plain
+        return found
+
+    def _read(self, one: RowSource, limit: int | None) -> float | None:
+        """Read the rows of one file or table; return how many times as many it has as were read, None where that isn't known."""
+        found, before = self.found, len(self.found.mistakes)
+        one.refused = self._refuse
+        first, last = found.rows, None
+        rows: Iterator[Row] = DataSource([one]).rows()
+        sound: list[Row] = []
+        times: float | None = 1.0
+        try:
+            for row in rows:
+                if limit is not None and found.rows - first >= limit:
+                    found.whole, times = False, None if last is None else _whole_over_read(one, last)
+                    break
+                last = row
+                found.rows += 1
+                if self._is_sound(row):
+                    sound.append(row)
+                if len(sound) == _CHUNK:
+                    self._encode(sound)
+                    sound = []
+        except RLHFError as error:
+            # Of a file whose every row is refused that is said already.
+            if error.problem != "holds no rows" or len(found.mistakes) == before:
+                found.mistakes.add(error)
+        finally:
+            one.refused = None
+        self._encode(sound)
+        return times
+
+    def _refuse(self, error: DataError) -> None:
+        self.found.rows += 1
+        self.found.mistakes.add(error)
+
+    def _is_sound(self, row: Row) -> bool:
+        """Check a row and measure it; note its mistake and return False where it has one."""
+        try:
+            checked = self.checker.check(row)
+        except DataError as error:
+            self.found.mistakes.add(error)
+            return False
+        self._measure(checked)
+        if self.encoder is None:
+            self._count(_outcome_of(checked))
+        return True
+
+    def _encode(self, rows: Sequence[Row]) -> None:
+        """Encode checked rows, where there is a tokenizer, and count them."""
+        for outcome in self._encoded(rows) if self.encoder is not None else ():
+            self.found.lengths.values.append(outcome.tokens)
+            if self._count(outcome):
+                self._picture(outcome)
+
+    def _encoded(self, rows: Sequence[Row]) -> Iterator[RowOutcome]:
+        """Yield the outcomes of rows; the mistake of one is noted, and the others are encoded."""
+        assert self.encoder is not None
+        try:
+            outcomes = self.encoder.encode(rows)
+        except DataError as error:
+            if len(rows) == 1:
+                self.found.mistakes.add(error)
+                return
+            for row in rows:
+                yield from self._encoded([row])
+            return
+        yield from outcomes
+
+    def _count(self, outcome: RowOutcome) -> bool:
+        """Count a row in the report; return whether `dataset.strict` accepts it."""
+        try:
+            self.report.add(outcome, strict=self.options.strict)
+        except DataError as error:
+            self.found.mistakes.add(error)
+            return False
+        return True
+
+    def _measure(self, checked: CheckedRow) -> None:
+        """Count a row's characters and words, and notice whether it was there before."""
+        found = self.found
+        prompt, responses = _text_of(checked.prompt), [_text_of(response) for response in checked.responses]
+        found.prompts.values.append(len(prompt))
+        found.words += sum(len(text.split()) for text in (prompt, *responses))
+        if self.encoder is None:
+            found.lengths.values.append(len(prompt) + max(map(len, responses), default=0))
+        of_prompt = _digest(checked.prompt, checked.tools)
+        whole = _digest(of_prompt.hex(), checked.responses, {**checked.per_response})
+        if whole in self.seen:
+            found.duplicates += 1
+            if len(found.duplicate_places) < 3:
+                found.duplicate_places.append((checked.place, self.seen[whole]))
+        else:
+            self.seen[whole] = checked.place
+            found.repeated_prompts += bool(prompt) and of_prompt in self.seen_prompts
+        self.seen_prompts.add(of_prompt)
+
+    def _picture(self, outcome: RowOutcome) -> None:
+        """Keep the first rows as pictures, the last of them a truncated one where there is any."""
+        pictures, row = self.found.pictures, outcome.row
+        if row is None or self.encoder is None or not self.wanted:
+            return
+        if len(pictures) < self.wanted:
+            pictures.append(row_picture(row, outcome, self.encoder))
+        elif outcome.truncated and not any(one.truncated for one in pictures):
+            pictures[-1] = row_picture(row, outcome, self.encoder)
+
+
+def row_picture(row: EncodedRow, outcome: RowOutcome, encoder: Encoder) -> RowPicture:
+    """Return an encoded row as text, with what is in the loss."""
+    names = RECORDS[encoder.record].responses
+    parts = {"prompt": [MarkedText(encoder.tokenizer.decode(row.prompt_ids), False)]}
+    for name, ids, mask in zip(names, row.responses, row.masks, strict=True):
+        pieces, start = [], 0
+        for in_loss, group in itertools.groupby(mask):
+            end = start + len(list(group))
+            pieces.append(MarkedText(encoder.tokenizer.decode(ids[start:end]), in_loss))
+            start = end
+        parts[name] = pieces
+    return RowPicture(outcome.place, parts, outcome.tokens, outcome.truncated)
+
+
+def _outcome_of(checked: CheckedRow) -> RowOutcome:
+    """Return what the report counts of a row that is only checked."""
+    row = EncodedRow(checked.index, [], per_response=dict(checked.per_response))
+    return RowOutcome(
+        checked.place, row, left_out=checked.left_out, read_as=checked.read_as, unused=checked.unused,
+        set_aside=checked.set_aside, absent=checked.absent,
+    )  # fmt: skip
+
+
+def _text_of(part: str | list[Message]) -> str:
+    """Return a prompt or a response as text: of messages their contents."""
+    return part if isinstance(part, str) else "\n".join(str(message.get("content") or "") for message in part)
+
+
+def _digest(*values: Any) -> bytes:
+    written = json.dumps(values, sort_keys=True, default=str, ensure_ascii=False)
+    return hashlib.blake2b(written.encode("utf-8", "surrogatepass"), digest_size=12).digest()
+
+
+def _whole_over_read(source: RowSource, last: Row) -> float | None:
+    """Return how many times as many rows a source has as were read up to a row; None where that isn't known."""
+    table = getattr(source, "table", None)
+    if table is not None:
+        return float(len(table)) / last.after.line
+    offset = last.after.offset
+    size = source.size
+    plain = str(getattr(source, "path", "")).endswith((".jsonl", ".ndjson", ".csv", ".tsv"))
+    return size / offset if plain and offset and size < sys.maxsize else None
