@@ -1,4 +1,4 @@
-"""Write what is derived from the code: docs/{configuration,plugin,components,papers}.md, tables in README.md and docs/hooks.md.
+"""Write what is derived from the code: pages of docs/ (the keys of `pages`), tables in README.md and docs/hooks.md.
 
 python docs/generate.py            write them
 python docs/generate.py --check    exit 1 where one is stale
@@ -21,6 +21,7 @@ from rlhf_core import registry
 from rlhf_core.config.base import BaseConfig
 from rlhf_core.config.fields import option_rows, shown
 from rlhf_core.config.improvement_round import ImprovementConfig
+from rlhf_core.config.known_names import KNOWN, SAME_NAME, TOOLS
 from rlhf_core.config.presets import ABOUT, PRESETS
 from rlhf_core.config.run_file import RunConfig
 from rlhf_core.config.training import TrainerConfig
@@ -40,6 +41,7 @@ def main() -> int:
         ROOT / "docs/configuration.md": configuration(),
         ROOT / "docs/plugin.md": plugin_names(),
         ROOT / "docs/components.md": components(),
+        ROOT / "docs/other-trainers.md": other_trainers(),
         ROOT / "docs/papers.md": papers(),
         ROOT / "README.md": filled("README.md", "methods", methods()),
         ROOT / "docs/hooks.md": filled("docs/hooks.md", "events", events()),
@@ -251,6 +253,49 @@ def recipes() -> list[str]:
     return lines
 
 
+def other_trainers() -> str:
+    """Return the page of what options of other trainers are called here."""
+    lines = [
+        "# Coming from TRL, axolotl, LLaMA-Factory",
+        "",
+        "<!-- Generated from rlhf_core/config/known_names.py by `make docs`; edit that. -->",
+        "",
+        "What options that people know are called here. Each of these names, in a file, as a flag or in Python, is answered with",
+        "the name here and with what differs. TRL's column has the names of transformers' `TrainingArguments` and peft's",
+        "`LoraConfig`, too. [configuration.md](configuration.md) describes every option, and [data.md](data.md) shapes of rows:",
+        "alpaca, ShareGPT, messages, and TRL's pairs are read as they are.",
+        "",
+        "## Three habits that change",
+        "",
+        "- **Batches are counted per optimiser step.** `batch_size` is the rows of a step over all devices. How many fit into",
+        "  one pass is `micro_batch_size` (rows) or `batching.micro_batch_tokens`; what is accumulated follows, and no gradient",
+        "  depends on it.",
+        "- **Trained weights stay float32.** `precision: bf16` makes products faster; it doesn't train in 16 bits.",
+        "- **Each method is a name, not a switch**: `method: simpo`, not DPO with `loss_type: simpo`. Its options are in",
+        "  `rlhf show NAME`.",
+        "",
+        "## Names that mean something else",
+        "",
+        "| name | what differs |",
+        "|---|---|",
+        *(f"| `{name}` | {differs} |" for name, differs in SAME_NAME.items()),
+    ]
+    for title, rows in KNOWN.items():
+        lines += [
+            "",
+            f"## {title}",
+            "",
+            f"| {' | '.join(TOOLS.values())} | also | here | what differs |",
+            "|---" * 6 + "|",
+        ]
+        for known in rows:
+            names = [getattr(known, tool) for tool in TOOLS] + [known.elsewhere]
+            cells = [", ".join(f"`{name}`" for name in text.split()) for text in names]
+            ours = " or ".join(f"`{name}`" for name in known.ours.split()) or "—"
+            lines.append(f"| {' | '.join(cells)} | {ours} | {known.differs} |")
+    return "\n".join(lines) + "\n"
+
+
 def option_table(config: type[BaseModel], *, prefix: str = "", only: list[str] | None = None) -> list[str]:
     lines = ["| option | type | default | meaning |", "|---|---|---|---|"]
     for row in option_rows(config, prefix):
@@ -365,7 +410,17 @@ WRITTEN = sorted(
     path
     for path in (ROOT / "docs").glob("*.md")
     if path.stem
-    not in ("index", "configuration", "plugin", "components", "papers", "glossary", "journey", "benchmarks")
+    not in (
+        "index",
+        "configuration",
+        "plugin",
+        "components",
+        "papers",
+        "glossary",
+        "journey",
+        "benchmarks",
+        "other-trainers",
+    )
 )
 """The pages that tell how something is used."""
 

@@ -4,18 +4,36 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from rlhf_core.config.fields import alternatives, key_and_group
+from rlhf_core.config.known_names import SAME_NAME, said_elsewhere, said_here
 from rlhf_core.infra.errors import ConfigError, RLHFError, did_you_mean, nearest, shortened
 
 ConfigType = TypeVar("ConfigType", bound="BaseConfig")
 
 
-class BaseConfig(BaseModel):
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)  # pydantic has no public name for it
+
+
+class _OneMessage(ModelMetaclass):
+    """Makes what is wrong with `DPOConfig(lr=1e-4)` one `ConfigError`, as with a file or a flag."""
+
+    # Not in `__init__`, which pydantic would call for groups as well, whose mistakes belong to those of the whole.
+    def __call__(cls, *args: Any, **values: Any) -> Any:
+        try:
+            return super().__call__(*args, **values)
+        except ValidationError as error:
+            raise config_error(cast("type[BaseModel]", cls), error, cls.__name__) from None
+
+
+class BaseConfig(BaseModel, metaclass=_OneMessage):
     """The base class of every configuration: frozen; an unknown key is an error, never ignored."""
 
     model_config = ConfigDict(
@@ -24,6 +42,9 @@ class BaseConfig(BaseModel):
 
     alone: ClassVar[str | None] = None
     """The field that a plain text sets where it is given in place of the group: `path` in `teacher: PATH`."""
+
+    beside: ClassVar[tuple[str, ...]] = ()
+    """What is given beside the configuration: to a trainer its model, and to a configuration file as further keys."""
 
     @model_validator(mode="before")
     @classmethod
@@ -148,8 +169,8 @@ def _one_error(cls: type[BaseModel], first: ErrorDetails, place: Mapping[str, st
     # Of a check over several options, all of them would be shown.
     got = None if first["type"] == "value_error" and isinstance(first["input"], Mapping) else shortened(first["input"])
     if first["type"] == "extra_forbidden":
-        near = did_you_mean(str(first["loc"][-1]), group.model_fields)
-        return ConfigError(f"unknown option `{key}`", place=where, fix=near)
+        name = str(first["loc"][-1])
+        return ConfigError(f"unknown option `{key}`", place=where, fix=_meant(name, cls, group))
     if first["type"] == "missing":
         return ConfigError(f"`{key}` is missing", place=where, fix=f"set `{key}`")
     message = _PLAIN.get(
@@ -170,10 +191,27 @@ def _one_error(cls: type[BaseModel], first: ErrorDetails, place: Mapping[str, st
         got = details["got"] or (None if f"`{first['input']}`" in message else got)
     named = where.lstrip("-").replace("-", "_") == key  # by its flag
     problem = f"`{key}`: {message}" if key and not named else message
+    if fix is None and key in SAME_NAME and first["type"] in ("literal_error", "model_type", "model_attributes_type"):
+        fix = SAME_NAME[key]
     if isinstance(first["input"], bool):
         mend = "write a number" if first["type"] == "flag_for_number" else "put the text in quotes if you meant text"
         fix = f"YAML reads yes, no, on and off as true and false: {mend}"
     return ConfigError(problem, place=where, got=got, fix=fix)
+
+
+def _meant(name: str, cls: type[BaseModel], group: type[BaseModel]) -> str:
+    """Return what may have been meant by a name that a group of options, or a configuration itself, doesn't have."""
+    beside = getattr(cls, "beside", ())
+    if name in beside and group is cls:
+        return f"give it to the trainer, beside its configuration: `Trainer(config, {name}=…)`"
+    found = said_here(name, cls, beside)
+    if found is not None and (given := found.split("`")[1]) in beside:
+        return (
+            f"it is `{given}` here, and is given to the trainer, beside its configuration: `Trainer(config, {given}=…)`"
+        )
+    if found is None and not nearest(name, group.model_fields):
+        found = said_elsewhere(name)
+    return found or did_you_mean(name, group.model_fields)
 
 
 def place_of(key: str, places: Mapping[str, str]) -> str:

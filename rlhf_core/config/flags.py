@@ -17,8 +17,9 @@ from pydantic import BaseModel
 
 from rlhf_core.config.base import BaseConfig
 from rlhf_core.config.fields import alternatives, group_of, is_group, option_at, option_names
+from rlhf_core.config.known_names import said_elsewhere, said_here
 from rlhf_core.config.yaml_file import parse_scalar
-from rlhf_core.infra.errors import ConfigError, Mistakes, nearest
+from rlhf_core.infra.errors import ConfigError, Mistakes, either, nearest_names
 
 _NEGATIVE = re.compile(r"-(\d|\.\d|inf|nan)", re.IGNORECASE)
 
@@ -61,10 +62,12 @@ def lex(tokens: Sequence[str]) -> list[Flag]:
     return flags
 
 
-def convert(flags: Iterable[Flag], config: type[BaseModel], *, owner: str) -> tuple[dict[str, Any], dict[str, str]]:
+def convert(
+    flags: Iterable[Flag], config: type[BaseModel], *, owner: str, also: Iterable[str] = ()
+) -> tuple[dict[str, Any], dict[str, str]]:
     """Return each flag's value by dotted option, typed by the configuration's field, and its place for messages.
 
-    `owner` names the configuration in messages ("dpo").
+    `owner` names the configuration in messages ("dpo"), and `also` are further names that may have been meant.
 
     Raises:
         ConfigError: an unknown option (with the nearest), one without a value, or one given twice.
@@ -73,7 +76,7 @@ def convert(flags: Iterable[Flag], config: type[BaseModel], *, owner: str) -> tu
     members: dict[str, tuple[Any, ...]] = {}
     for flag in flags:
         if (option := option_at(config, flag.name)) is None:
-            raise unknown_option(flag.name, config, owner=owner, place=flag.typed)
+            raise unknown_option(flag.name, config, owner=owner, place=flag.typed, also=also)
         key, types = option
         members[key] = types
         grouped.setdefault(key, []).append(flag)
@@ -88,12 +91,17 @@ _VERBS = ("data", "evaluate", "find-flaws", "fisher", "score")
 def unknown_option(
     name: str, config: type[BaseModel], *, owner: str, place: str, also: Iterable[str] = ()
 ) -> ConfigError:
-    """Return the error for an option that a configuration doesn't have, with the nearest that it has."""
-    names = list(option_names(config))
-    near = nearest(name.replace("-", "_"), [*also, *names]) or nearest(name.rpartition(".")[2], names)
-    hint = f"did you mean `{near}`? " if near else ""
+    """Return the error for an option that a configuration doesn't have, with the nearest that it has, or what another trainer's
+    name is here."""
+    problem, names = f"unknown option `{name}` of {owner}", list(option_names(config))
+    if (ours := said_here(name, config, also)) is not None:
+        return ConfigError(problem, place=place, fix=ours)
+    near = nearest_names(name, [*also, *names]) or nearest_names(name.rpartition(".")[2], names)
+    if not near and (ours := said_elsewhere(name)) is not None:
+        return ConfigError(problem, place=place, fix=ours)
+    hint = f"did you mean {either(near)}? " if near else ""
     listed = f"rlhf {owner} --help" if owner in _VERBS else f"rlhf show {owner} --all"
-    return ConfigError(f"unknown option `{name}` of {owner}", place=place, fix=f"{hint}`{listed}` lists them")
+    return ConfigError(problem, place=place, fix=f"{hint}`{listed}` lists them")
 
 
 def _may_be_text(member: Any) -> bool:
@@ -177,10 +185,12 @@ def convert_options(
     """
     for flag in flags:
         head = flag.key.partition(".")[0]
-        near = nearest(head, [*keys, *config.model_fields])
-        if head not in config.model_fields and near in keys:
-            raise ConfigError(f"unknown option `{flag.name}`", place=flag.typed, fix=f"did you mean `--{near}`?")
-    values, places = convert(flags, config, owner=name)
+        near = nearest_names(head, [*keys, *config.model_fields])
+        wrong = head not in config.model_fields and said_here(head, config, keys) is None
+        if wrong and near and {*near} <= {*keys}:
+            fix = f"did you mean {either(f'--{one}' for one in near)}?"
+            raise ConfigError(f"unknown option `{flag.name}`", place=flag.typed, fix=fix)
+    values, places = convert(flags, config, owner=name, also=keys)
     for group in [key for key in values if any(other.startswith(f"{key}.") for other in values)]:
         if values[group] in (False, None):
             inner = next(other for other in values if other.startswith(f"{group}."))

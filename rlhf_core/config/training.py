@@ -330,6 +330,8 @@ class DatasetConfig(BaseConfig):
 class TrainerConfig(BaseConfig):
     """Options that every trainer has. A method's own configuration inherits these and adds its own."""
 
+    beside = ("model", "data", "eval_data", "output")
+
     learning_rate: float = Field(1e-5, gt=0, description="Peak step size; larger learns faster and may diverge.")
     batch_size: int = Field(
         8, ge=1, description="Rows per optimiser step, over all processes; larger gives less noisy gradients."

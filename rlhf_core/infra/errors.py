@@ -170,19 +170,48 @@ def _kinds(kind: type[RLHFError]) -> Iterator[type[RLHFError]]:
 
 def nearest(name: str, choices: Iterable[str]) -> str | None:
     """Return the choice that is spelt most like `name`, or None where none is similar."""
+    return next(iter(nearest_names(name, choices)), None)
+
+
+def nearest_names(name: str, choices: Iterable[str], most: int = 3) -> list[str]:
+    """Return the choices that are spelt most like `name`, several where they are equally near; [] where none is similar."""
     import difflib  # here, for imports are most of the time that `rlhf list` takes
 
     folded = {choice.casefold().replace("-", "_"): choice for choice in choices}
-    found = difflib.get_close_matches(name.casefold().replace("-", "_"), folded, n=1, cutoff=0.6)
-    return folded[found[0]] if found else None
+    asked = name.casefold().replace("-", "_")
+    found = difflib.get_close_matches(asked, folded, n=8, cutoff=0.6)
+    # difflib takes `rgpo` to be as near to `orpo` as to `grpo`: it doesn't know that letters are swapped.
+    slips = {one: _slips(asked, one) for one in found}
+    least = min(slips.values(), default=0)
+    equal = [one for one in found if slips[one] == least] if least <= 2 else found[:1]
+    return [folded[one] for one in equal[:most]]
+
+
+def _slips(typed: str, meant: str) -> int:
+    """Return how many letters must be added, removed, replaced or swapped with the next (optimal string alignment distance)."""
+    rows: list[list[int]] = [list(range(len(meant) + 1))]
+    for i, letter in enumerate(typed, 1):
+        row = [i]
+        for j, wanted in enumerate(meant, 1):
+            cost = min(rows[-1][j] + 1, row[-1] + 1, rows[-1][j - 1] + (letter != wanted))
+            if i > 1 and j > 1 and letter == meant[j - 2] and typed[i - 2] == wanted:
+                cost = min(cost, rows[-2][j - 2] + 1)
+            row.append(cost)
+        rows.append(row)
+    return rows[-1][-1]
+
+
+def either(names: Iterable[str], mark: str = "`") -> str:
+    """Return names as a choice in a message: `a` or `b`, each between marks."""
+    return " or ".join(f"{mark}{name}{mark}" for name in names)
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """Return a hint for a wrong name: the nearest choice where one is similar, and the sorted list of all."""
+    """Return a hint for a wrong name: the nearest choices where some are similar, and the sorted list of all."""
     options = sorted(choices)
-    near = nearest(name, options)
+    near = nearest_names(name, options)
     listed = ", ".join(options) if options else "none"
-    return f"did you mean `{near}`? (known: {listed})" if near else f"use one of: {listed}"
+    return f"did you mean {either(near)}? (known: {listed})" if near else f"use one of: {listed}"
 
 
 _SPACES = frozenset("\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000")

@@ -22,12 +22,12 @@ from critic import (
     whitened,
 )
 from processes import train
-from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.data import DataStream
+from rlhf_core.infra.errors import ConfigError
 from rlhf_core.models import PolicyModel, ValueModel
 from rlhf_core.testing import TrainerContract, simulate
 from rlhf_core.testing.arithmetic_task import ArithmeticTask
@@ -338,7 +338,7 @@ def test_held_out_rows_are_answered_and_scored(tmp_path: Path, policy: PolicyMod
     ],
 )
 def test_options_that_mean_nothing_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
+    with pytest.raises(ConfigError, match=message):
         CriticConfig(**options)
 
 

@@ -15,12 +15,12 @@ import torch
 from batches import relative
 from distillation import DIVERGENCES, DistillationConfig, DistillationTrainer, compared
 from processes import train
-from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from rlhf_core import registry
 from rlhf_core.cli import main
+from rlhf_core.infra.errors import ConfigError
 from rlhf_core.models import PolicyModel, logprobs
 from rlhf_core.testing import TrainerContract, simulate
 from rlhf_core.testing.arithmetic_task import ArithmeticTask
@@ -290,7 +290,7 @@ def test_the_teacher_by_flag_and_by_file(
     ],
 )
 def test_options_that_mean_nothing_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
+    with pytest.raises(ConfigError, match=message):
         DistillationConfig(**options)
 
 

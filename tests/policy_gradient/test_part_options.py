@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from pydantic import ValidationError
 
 from rlhf_core.infra.errors import ConfigError
 from rlhf_core.plugin import CLIPS, RATIOS, PartTable, PolicyGradientConfig, PolicyTerms
@@ -68,7 +67,7 @@ def test_what_is_wrong_names_the_option_and_its_place(options: dict[str, Any], m
 
 
 def test_from_python_the_message_says_what_to_do_as_well() -> None:
-    with pytest.raises(ValidationError, match=r"clip\n +unknown clip `ppoo`; did you mean `ppo`"):
+    with pytest.raises(ConfigError, match=r"TwoParts: `clip`: unknown clip `ppoo`; fix: did you mean `ppo`"):
         TwoParts(clip="ppoo")
 
 

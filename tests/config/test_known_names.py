@@ -1,0 +1,110 @@
+"""Names of other trainers' options are answered with what they are called here, and what differs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from rlhf_plugins.trainers.dpo import DPOConfig
+
+from rlhf_core import registry
+from rlhf_core.config.fields import option_at
+from rlhf_core.config.known_names import KNOWN
+from rlhf_core.config.run_file import RunConfig
+from rlhf_core.infra.errors import ConfigError, did_you_mean, nearest_names
+from rlhf_core.training.job import load_job
+
+BASE = ["--model", "m", "--data", "d"]
+
+ANSWERS = {
+    ("sft", "num_train_epochs: 3"): "unknown option `num_train_epochs` of sft; fix: write `epochs`",
+    ("sft", "lr: 1e-4"): "fix: write `learning_rate`",
+    ("sft", "bf16: true"): "fix: write `precision: bf16`; products are in 16 bits",
+    ("sft", "load_in_4bit: true"): "fix: write `lora: {quantize: 4bit}`",
+    ("sft", "per_device_train_batch_size: 4"): "fix: write `batch_size`: rows per optimiser step over all devices",
+    (
+        "sft",
+        "gradient_accumulation_steps: 4",
+    ): "fix: write `batch_size`, the rows per optimiser step over all devices, with it",
+    ("sft", "save_steps: 100"): "fix: write `checkpoint.every`: a number of steps",
+    ("sft", "deepspeed: ds.json"): "fix: write `distributed.strategy`: several processes train by DDP",
+    ("sft", "lora_r: 8"): "fix: write `lora.rank`",
+    ("sft", "lora_target_modules: [q_proj]"): "fix: write `lora.target_modules`",
+    ("sft", "report_to: wandb"): "fix: write `logging.trackers`",
+    ("sft", "sequence_len: 512"): "fix: write `max_length`",
+    ("sft", "output_dir: out"): "fix: write `output`",
+    ("sft", "dataset_name: rows.jsonl"): "fix: write `data`",
+    ("sft", "use_liger_kernel: true"): "fix: there is none here: the vocabulary projection",
+    (
+        "sft",
+        "num_generations: 4",
+    ): "fix: leave it out: `group_size`, as it is called here, is an option of other methods",
+    ("grpo", "num_generations: 4"): "fix: write `group_size`",
+    ("grpo", "beta: 0.04"): "fix: write `kl_weight`",
+    ("dpo", "max_completion_length: 64"): "fix: write `max_length`",
+    ("grpo", "max_completion_length: 64"): "fix: write `generation.max_new_tokens`",
+    ("sft", "adapter: lora"): "fix: in axolotl `lora` or `qlora`, which here is `lora: {rank: 16, alpha: 32}`",
+    ("sft", "dataset: alpaca"): "fix: in LLaMA-Factory the names of the data, which here is `data`",
+    ("sft", "lora: {r: 8}"): "unknown option `lora.r`; fix: write `lora.rank`",
+}
+
+
+@pytest.mark.parametrize(("method", "line"), ANSWERS)
+def test_a_name_of_another_trainer_in_a_file(tmp_path: Path, method: str, line: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"method: {method}\nmodel: m\ndata: d\n{line}\n" + "rewards: length\n" * (method == "grpo"))
+    with pytest.raises(ConfigError) as caught:
+        load_job(file)
+    assert ANSWERS[method, line] in str(caught.value) and f"{file}:4" in str(caught.value)
+
+
+@pytest.mark.parametrize(("method", "line"), [one for one in ANSWERS if "{" not in one[1]])
+def test_a_name_of_another_trainer_as_a_flag(method: str, line: str) -> None:
+    name, _, value = line.partition(": ")
+    with pytest.raises(ConfigError) as caught:
+        load_job(method, flags=[*BASE, f"--{name.replace('_', '-')}", value])
+    assert ANSWERS[method, line].partition("; ")[2 if "; fix" in ANSWERS[method, line] else 0] in str(caught.value)
+
+
+def test_every_mistaken_name_of_a_file_is_answered(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("method: sft\nmodel_name_or_path: m\ndata: d\nlr: 1\nnum_train_epochs: 2\n")
+    with pytest.raises(ConfigError) as caught:
+        load_job(file)
+    found = [str(one) for one in (caught.value, *caught.value.also)]
+    assert [one.partition(": ")[0] for one in found[:3]] == [f"{file}:{line}" for line in (2, 4, 5)]
+    assert "write `model`" in found[0]
+
+
+def test_from_python() -> None:
+    with pytest.raises(ConfigError, match=r"^DPOConfig: unknown option `lr`; fix: write `learning_rate`$"):
+        DPOConfig(lr=1e-4)  # type: ignore[call-arg]
+    with pytest.raises(ConfigError, match="it is `output` here, and is given to the trainer"):
+        DPOConfig(output_dir="x")  # type: ignore[call-arg]
+    with pytest.raises(ConfigError, match="give it to the trainer, beside its configuration"):
+        DPOConfig(model="x")  # type: ignore[call-arg]
+
+
+def test_what_a_name_is_said_to_be_here_exists() -> None:
+    """In some method, by itself or as a key of a file; and no name is listed twice for the same thing."""
+    configs = [registry.get("trainer", name).Config for name in registry.trainers]  # type: ignore[attr-defined]
+    for rows in KNOWN.values():
+        for known in rows:
+            for ours in known.ours.split():
+                assert ours in RunConfig.KEYS or any(option_at(config, ours) for config in configs), ours
+            texts = [known.trl, known.axolotl, known.llama_factory, known.elsewhere]
+            assert all(len(text.split()) == len({*text.split()}) for text in texts), known
+            assert known.names(), known
+
+
+def test_equally_near_names_are_all_offered() -> None:
+    with pytest.raises(ConfigError, match="unknown option `bata` of dpo; fix: did you mean `data` or `beta`"):
+        load_job("dpo", flags=[*BASE, "--bata", "1"])
+    with pytest.raises(ConfigError, match=r"fix: did you mean `--data`\?$"):
+        load_job("sft", flags=[*BASE, "--dat", "1"])
+
+
+@pytest.mark.parametrize("typed", ["gpro", "grop", "rgpo", "grp", "grpoo", "GRPO "])
+def test_swapped_letters_are_one_slip(typed: str) -> None:
+    assert nearest_names(typed, ["orpo", "ppo", "dpo", "grpo", "cpo"]) == ["grpo"]
+    assert did_you_mean("gpo", ["orpo", "grpo", "dpo"]).startswith("did you mean `grpo` or `dpo`?")
