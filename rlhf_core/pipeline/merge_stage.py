@@ -82,6 +82,12 @@ class MergeStage(Stage):
             replace_file(report, found.encode())
         return dict(read_json(report))
 
+    def gain(self, metrics: Mapping[str, Any]) -> str:
+        tensors, written, seconds = (metrics.get(key) for key in ("tensors", "bytes_written", "seconds"))
+        if tensors is None or written is None or seconds is None:
+            return ""
+        return f"{tensors:,} tensors, {written / 1e6:,.0f} MB written in {seconds:.1f} s"
+
     def _file(self, find: Find, output: Path) -> dict[str, Any]:
         """Return the merge's configuration file, as values."""
         values = {key: value for key, value in resolved(self.values, find).items() if key not in ("output", _EVALUATE)}

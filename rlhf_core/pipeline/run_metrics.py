@@ -53,7 +53,14 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def training_gain(metrics: Mapping[str, Any]) -> str:
-    """Return the metric that tells most of what a training gained, from its first to its last value; '' where there is none."""
+    """Return the metric that tells most of what a training gained, from its first to its last value; '' where there is none.
+
+    A metric of training steps, which each see other rows, is followed by its value on the rows held out, where it has one.
+    """
     first, last = metrics.get("first", {}), metrics.get("last", {})
     name = next((name for name in _TELLING if name in first and name in last), None)
-    return "" if name is None else f"{name} {first[name]:.4g} → {last[name]:.4g}"
+    if name is None:
+        return ""
+    begun = f"{first[name]:.4g} → " if first[name] != last[name] else ""
+    held_out = last.get(f"eval_{name}")
+    return f"{name} {begun}{last[name]:.4g}" + ("" if held_out is None else f", held out {held_out:.4g}")

@@ -231,14 +231,18 @@ def _evaluations(stages: Sequence[tuple[str, StageHistory]], drawing: PageCharts
 
 def _differences(stages: Sequence[tuple[str, StageHistory]]) -> list[Block]:
     """Return by how much stages differ from the evaluations that they were compared with, prompt by prompt."""
-    rows = []
+    by_stage: dict[str, dict[str, MeasuredValue]] = {}
     for label, stage in stages:
         metrics = stage.values.get("metrics")
         found = metrics.get("differences") if isinstance(metrics, Mapping) else None
-        for name, one in metrics_of(found).items() if isinstance(found, Mapping) else ():
-            rows.append([Cell(label), Cell(name), Cell(str(one))])
-    caption = "Paired differences of the same prompts, to the evaluation that the recipe compares the stage with."
-    return [Table(["stage", "metric", "difference"], rows, frozenset({2}), caption)] if rows else []
+        if isinstance(found, Mapping) and (measured_ones := metrics_of(found)):
+            by_stage[label] = measured_ones
+    if not by_stage:
+        return []
+    names = dict.fromkeys(name for found in by_stage.values() for name in found)
+    rows = [[Cell(name), *(Cell(_or_dash(found.get(name))) for found in by_stage.values())] for name in names]
+    caption = "Paired differences of the same prompts, to the evaluation that the recipe compares each stage with."
+    return [Table(["difference of", *by_stage], rows, frozenset(range(1, len(by_stage) + 1)), caption)]
 
 
 def _capabilities(stages: Sequence[tuple[str, StageHistory]], drawing: PageCharts) -> list[Block]:

@@ -244,6 +244,7 @@ def _draw_bars(axes: Axes, chart: Bars) -> None:
         axes.barh(places, lengths, left=before, height=0.62, color=_LINES[number % COLOURS], label=_short(label))
         before = [start + length for start, length in zip(before, lengths, strict=True)]
     _rows(axes, chart.rows)
+    _few_figures(axes)
     axes.set_xlabel(chart.x_label)
     if len(chart.parts) > 1:
         _legend(axes)
@@ -282,6 +283,15 @@ def _draw_timeline(axes: Axes, chart: Timeline) -> None:
         axes.barh(rows.index(span.row), width / unit, left=span.begin / unit, height=0.62, color=colour)
     _rows(axes, rows)
     axes.set_xlabel(f"{name} since the start")
+
+
+def _few_figures(axes: Axes) -> None:
+    """Mark a horizontal axis in few places, and with thousands as `k`, so that large numbers stand apart."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+    if axes.get_xlim()[1] >= 1e4:
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def _rows(axes: Axes, rows: Sequence[str]) -> None:
