@@ -191,6 +191,19 @@ class Encoder:
             turns=options.turns,
         )
 
+    def for_tokenizer(self, tokenizer: PreTrainedTokenizerBase, options: DatasetConfig) -> Encoder | None:
+        """Return this encoder, with what it saw so far, for another tokenizer; None if that may give a row other ids.
+
+        Args:
+            options: what this encoder was made with.
+        """
+        other = Encoder.with_options(tokenizer, self.record, options, self.max_length)
+        if (same := other.identity()) is None or same != self.identity():
+            return None
+        other.load_state_dict(self.state_dict())
+        other.checker = self.checker
+        return other
+
     def state_dict(self) -> dict[str, bool]:
         """Return which kinds of rows were encoded so far, as JSON values."""
         return {"chats": self.chats, "wrapped": self.wrapped, "plain": self.plain}

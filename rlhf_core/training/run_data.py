@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rlhf_core.config.training import TrainerConfig
 from rlhf_core.contracts.trainer import Trainer
 from rlhf_core.data import DataStream, open_dataset
 from rlhf_core.data.encoded_data import EncodedData
+from rlhf_core.data.encoder import Encoder
 from rlhf_core.data.open_source import data_files, has_splits
 from rlhf_core.data.text_options import save_text_options
-from rlhf_core.infra.errors import ConfigError
+from rlhf_core.infra.errors import ConfigError, ModelError
+from rlhf_core.models.loading import read_outline
 from rlhf_core.models.sequence_model import SequenceModel
 from rlhf_core.training.distribution import Distribution
+from rlhf_core.training.loader import with_length
 from rlhf_core.training.roles import reference_of
 
 log = logging.getLogger(__name__)
@@ -33,6 +37,49 @@ def open_data(trainer: Trainer[Any], tokenizer: Any) -> tuple[EncodedData, Encod
     if held_out is None:
         return dataset, None
     return dataset, open_dataset(trainer.eval_data, record, tokenizer, config=held_out)
+
+
+@dataclass(frozen=True)
+class EarlyData:
+    """The data of a run, opened with the tokenizer in the model's files before the model was loaded."""
+
+    dataset: EncodedData
+    held_out: EncodedData | None
+
+    def serves(self, tokenizer: Any, max_length: int) -> bool:
+        """Tell whether the rows are what a loaded model's tokenizer would make of them; from then on that one encodes them."""
+        opened = [self.dataset] if self.held_out is None else [self.dataset, self.held_out]
+        encoders = [one.encoder.for_tokenizer(tokenizer, one.options) for one in opened]
+        if any(encoder is None or encoder.max_length != max_length for encoder in encoders):
+            return False
+        for one, encoder in zip(opened, encoders, strict=True):
+            one.encoder = cast(Encoder, encoder)
+        return True
+
+
+def open_data_early(trainer: Trainer[Any]) -> EarlyData | None:
+    """Open the data before the model is loaded, so that a mistake in them doesn't wait for it.
+
+    Returns:
+        None for a model in memory, and for files that only the method's own kind of model can read.
+
+    Raises:
+        RLHFError: as `open_data`; or there is no such model.
+    """
+    if not isinstance(trainer.model, str | Path):
+        return None
+    config = trainer.config
+    try:
+        outline = read_outline(trainer.model, trust_remote_code=config.trust_remote_code)
+    except ModelError:
+        if Path(trainer.model).expanduser().exists():
+            return None
+        raise
+    try:
+        trainer.config = with_length(config, outline.max_positions)
+        return EarlyData(*open_data(trainer, outline.tokenizer))
+    finally:
+        trainer.config = config
 
 
 def keep_encoding(trainer: Trainer, dataset: EncodedData) -> None:

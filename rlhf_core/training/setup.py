@@ -41,7 +41,7 @@ from rlhf_core.training.roles import (
     set_training_mode,
     trained_roles,
 )
-from rlhf_core.training.run_data import keep_encoding, one_pass, open_data
+from rlhf_core.training.run_data import EarlyData, keep_encoding, one_pass, open_data, open_data_early
 from rlhf_core.training.run_samplers import RunSampler, RunSamplers, SamplerKey
 from rlhf_core.training.trackers import check_trackers
 from rlhf_core.training.update import Updater
@@ -85,6 +85,7 @@ class RunSetup:
         self.prompts = open_fixed_prompts(trainer)
         """The fixed prompts of `logging.samples`."""
         self.micro_batches = MicroBatches(trainer.config, divide=trainer.splits_groups)
+        self._early: EarlyData | None = None
 
     @property
     def config(self) -> TrainerConfig:
@@ -95,11 +96,12 @@ class RunSetup:
         """Build the models by role, as `trainer.models` and `trainer.reference`, from the run's seed.
 
         Raises:
-            DataError: a path of the data doesn't exist, which is found before a model is loaded.
+            DataError: the data don't exist, or a row has a mistake, which is found before a model is loaded.
             PluginError: `build` returns other roles than the method declares.
         """
         for data in (self.trainer.data, self.trainer.eval_data):
             check_paths(data)
+        self._early = open_data_early(self.trainer)
         self.loader = Loader(self.trainer, self.devices, self.micro_batches)
         seed_everything(self.config.seed, "model")
         self.parameters = _build_models(self.trainer, self.loader, self.devices)
@@ -107,7 +109,13 @@ class RunSetup:
 
     def open_data(self) -> None:
         """Open the training data and the held-out data, encoded by the main model's tokenizer."""
-        self.dataset, self.eval_dataset = open_data(self.trainer, self.loader.main_model.tokenizer)
+        tokenizer, early = self.loader.main_model.tokenizer, self._early
+        if early is not None and early.serves(tokenizer, self.config.length_limit):
+            self.dataset, self.eval_dataset = early.dataset, early.held_out
+        else:
+            # In memory, or the method changes its tokenizer.
+            self.dataset, self.eval_dataset = open_data(self.trainer, tokenizer)
+        self._early = None
 
     def load_rewards(self) -> None:
         """Load what rewards and samplers need, so that a model that isn't there is reported before the first rollout."""
