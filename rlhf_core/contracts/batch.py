@@ -306,6 +306,47 @@ class Batch:
         back = torch.argsort(torch.argsort(owner, stable=True))
         return found._reordered(back)
 
+    def prompts_in_responses(self) -> Batch:
+        """Return a batch in which each response begins with all but the first token of its prompt, so that a loss can reach them.
+
+        There is a prompt of one token for each response. The tokens that moved are outside the loss mask, and 0 in columns per
+        token.
+        """
+        owner, before = on_host(self.owner), on_host(self.prompt_lengths)[on_host(self.owner)] - 1  # (R,), (R,)
+        lengths = before + on_host(self.response_lengths)
+        steps = torch.arange(_longest(lengths), device=self.device)
+        moved = to_device(before, self.device)[:, None]
+        inside = steps < to_device(lengths, self.device)[:, None]  # (R, T')
+        own = inside & (steps >= moved)
+        at = (steps - moved).clamp(0, max(0, self.response_ids.shape[1] - 1))
+
+        def behind(column: Tensor, front: Tensor | int = 0) -> Tensor:
+            """Return a column (R, T, ...) behind `front`, as (R, T', ...)."""
+            if not column.shape[1]:
+                column = column.new_zeros(column.shape[0], 1, *column.shape[2:])
+            shape = (*at.shape, *[1] * (column.ndim - 2))
+            found = column.gather(1, at.view(shape).expand(*at.shape, *column.shape[2:]))
+            return torch.where(own.view(shape), found, front)
+
+        prompts = self.prompt_ids[self.owner]
+        front = prompts.gather(1, (steps + 1).clamp(max=prompts.shape[1] - 1).expand(len(owner), -1))
+        picks = owner.tolist()
+        return Batch(
+            prompt_ids=prompts[:, :1],
+            prompt_lengths=torch.ones_like(self.owner),
+            response_ids=behind(self.response_ids, torch.where(inside, front, 0)),
+            response_lengths=to_device(lengths, self.device),
+            owner=torch.arange(len(picks), device=self.device),
+            loss_mask=behind(self.loss_mask).bool(),
+            rows=tuple(self.rows[prompt] for prompt in picks),
+            per_prompt={name: column[self.owner] for name, column in self.per_prompt.items()},
+            per_response=dict(self.per_response),
+            per_token={name: behind(column) for name, column in self.per_token.items()},
+            prompts=tuple(self.prompts[prompt] for prompt in picks) if self.prompts else (),
+            records=tuple(self.records[prompt] for prompt in picks) if self.records else (),
+            places=tuple(self.places[prompt] for prompt in picks) if self.places else (),
+        )
+
     def split(
         self, *, size: int | None = None, max_tokens: int | None = None, by_length: bool = True, divide: bool = False
     ) -> list[Batch]:

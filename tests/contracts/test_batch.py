@@ -171,3 +171,19 @@ def test_take_keeps_the_order_that_was_asked_for(seed: int, chosen: list[int]) -
     batch = filled(4, 3, seed)
     every = contents(batch)
     assert contents(batch.take(chosen)) == [every[response] for response in chosen]
+
+
+@given(prompts=sizes, responses=sizes, seed=sizes, padding=st.integers(0, 3))
+def test_prompts_move_into_responses(prompts: int, responses: int, seed: int, padding: int) -> None:
+    batch = filled(prompts, responses, seed)
+    moved = batch.pad(padding, padding, value=7).prompts_in_responses()
+    expected = [
+        (prompt[:1], prompt[1:] + ids, (False,) * (len(prompt) - 1) + mask, (0,) * (len(prompt) - 1) + twice, *rest)
+        for prompt, ids, mask, twice, *rest in contents(batch)
+    ]
+    assert contents(moved) == expected
+    assert moved.num_loss_tokens == batch.num_loss_tokens
+    beyond = torch.arange(moved.response_ids.shape[1]) >= moved.response_lengths[:, None]
+    assert (
+        not moved.loss_mask[beyond].any() and not moved.response_ids[beyond].any() and not moved["twice"][beyond].any()
+    )

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from batches import random_batch, relative
+from rlhf_plugins.trainers.dpo import DPOTrainer
 from rlhf_plugins.trainers.sft import SFTTrainer, sft_loss
 from trainers_helpers import built
 
 from rlhf_core.contracts.batch import Batch
+from rlhf_core.infra.errors import ConfigError
 from rlhf_core.models import PolicyModel
 from rlhf_core.models.layout import padded_layout
 from rlhf_core.testing.tiny import tiny_model, tiny_tokenizer
@@ -53,6 +55,41 @@ def test_loss_and_gradient_equal_float64(masked: bool) -> None:
     theirs = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     # Through a whole float32 model; at the loss's own inputs the gradient holds 1e-6 (test_logprobs).
     assert relative(gradient(policy), theirs) < 5e-6
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.25])
+@pytest.mark.parametrize("responses", [1, 2])
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_loss_on_prompts_equals_that_of_whole_sequences(weight: float, responses: int, layout: str) -> None:
+    """Each row by itself through transformers, loss on all of its tokens, gaps of the mask and prompts with their weight."""
+    policy = PolicyModel(tiny_model(), tiny_tokenizer())
+    made = built(SFTTrainer, model=policy, prompt_loss_weight=weight, batching={"layout": layout})
+    batch = random_batch(4, responses, masked=True)
+    model, total, count = tiny_model().double(), torch.zeros((), dtype=torch.float64), 0.0
+    for row in range(4 * responses):
+        owner, length = int(batch.owner[row]), int(batch.response_lengths[row])
+        prompt = batch.prompt_ids[owner, : int(batch.prompt_lengths[owner])]
+        ids = torch.cat([prompt, batch.response_ids[row, :length]])
+        weights = torch.cat(
+            [torch.full((len(prompt),), weight), torch.where(batch.loss_mask[row, :length], 1.0, weight)]
+        )
+        nll = torch.nn.functional.cross_entropy(model(ids[None]).logits[0, :-1], ids[1:], reduction="none")
+        total, count = total + (nll * weights[1:]).sum(), count + float(weights[1:].sum())
+    (total / count).backward()
+    # In micro-batches, and padded further: neither changes the step.
+    parts = [part.pad(2, 3, value=9) for part in batch.split(size=3, divide=True)]
+    weights_of_all = sum(made.weights(part)["nll"] for part in parts)
+    loss = sum(made.loss(part).terms["nll"] for part in parts) / weights_of_all
+    loss.backward()
+    assert weights_of_all == pytest.approx(count) and made.weights(batch)["nll"] == pytest.approx(count)
+    assert loss.item() == pytest.approx((total / count).item(), rel=1e-6)
+    theirs = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    assert relative(gradient(policy), theirs) < 5e-6
+
+
+def test_loss_on_prompts_is_for_sft_alone() -> None:
+    with pytest.raises(ConfigError, match="unknown option `prompt_loss_weight`"):
+        DPOTrainer.Config.parse({"prompt_loss_weight": 1.0})
 
 
 def test_loss_and_gradient_equal_trl(tmp_path: Path) -> None:

@@ -20,6 +20,12 @@ class TestSFT(TrainerContract):
     first_loss = "nll"
 
 
+@pytest.mark.slow
+class TestSFTOnPrompts(TrainerContract):
+    method = "sft"
+    options: ClassVar = {"prompt_loss_weight": 0.5}
+
+
 class TestDPO(TrainerContract):
     method = "dpo"
     first_loss = math.log(2)

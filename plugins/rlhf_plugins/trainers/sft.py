@@ -3,34 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
+import torch
+from pydantic import Field
 from torch import Tensor
 
 from rlhf_core.plugin import Batch, Loss, Trainer, TrainerConfig, TrainingStage
 
 
-def sft_loss(logps: Tensor, mask: Tensor) -> Tensor:
+def sft_loss(logps: Tensor, weights: Tensor) -> Tensor:
     """Return the negative log-likelihood of the tokens in the loss, summed over a batch.
 
     The maximum-likelihood objective of Ouyang et al. 2022 (arXiv 2203.02155, section 3.5, step 1):
-    L = −Σ_t log π(y_t | x, y_<t), over the response tokens inside the mask.
+    L = −Σ_t w_t log π(y_t | x, y_<t), with weight 1 for the response tokens inside the mask and 0 for all others.
 
     Args:
         logps: (R, T) token log-probabilities, nats.
-        mask: (R, T) bool, the loss mask: the response tokens in the loss.
+        weights: (R, T) bool or float, the loss mask, or the weight of each token.
 
     Returns:
         Scalar sum, nats.
     """
-    return -(logps * mask).sum()
+    return -(logps * weights).sum()
+
+
+def with_prompts(batch: Batch, prompt_weight: float) -> tuple[Batch, Tensor]:
+    """Return a batch whose loss mask has every token but the first, and (R, T) the weight of each token.
+
+    Args:
+        prompt_weight: of the tokens that weren't in the loss mask: prompts, and what stands between an assistant's turns.
+    """
+    whole = batch.prompts_in_responses()
+    real = torch.arange(whole.response_ids.shape[1], device=batch.device) < whole.response_lengths[:, None]
+    weights = torch.where(whole.loss_mask, 1.0, torch.where(real, prompt_weight, 0.0))
+    return replace(whole, loss_mask=real), weights
 
 
 class SFTConfig(TrainerConfig):
-    """Options of supervised fine-tuning: those that every trainer has, and no others."""
+    """Options of supervised fine-tuning."""
+
+    prompt_loss_weight: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Weight in the loss of tokens that the model isn't to write (prompts, later user turns, tool output), beside"
+        " 1 for responses; larger imitates prompts more. 1 trains on every token but the first.",
+    )
 
 
 class SFTTrainer(Trainer[SFTConfig]):
-    """Supervised fine-tuning on prompts with responses, loss on the response tokens only."""
+    """Supervised fine-tuning on prompts with responses, loss on the response tokens, on request on prompts too."""
 
     api = 1
     record = "sft"
@@ -38,9 +61,14 @@ class SFTTrainer(Trainer[SFTConfig]):
     Config = SFTConfig
 
     def weights(self, batch: Batch) -> Mapping[str, float]:
-        """The loss is averaged over the tokens in the loss."""
-        return {"nll": batch.num_loss_tokens}
+        """The loss is averaged over the weights of its tokens: over the tokens in the loss where prompts have none."""
+        if not self.config.prompt_loss_weight:
+            return {"nll": batch.num_loss_tokens}
+        return {"nll": float(with_prompts(batch.to("cpu"), self.config.prompt_loss_weight)[1].double().sum())}
 
     def loss(self, batch: Batch) -> Loss:
-        """Return the negative log-likelihood, summed over the tokens in the loss."""
-        return Loss({"nll": sft_loss(self.policy.token_logps(batch), batch.loss_mask)})
+        """Return the negative log-likelihood, summed over the weighted tokens."""
+        weights = batch.loss_mask
+        if self.config.prompt_loss_weight:
+            batch, weights = with_prompts(batch, self.config.prompt_loss_weight)
+        return Loss({"nll": sft_loss(self.policy.token_logps(batch), weights)})
