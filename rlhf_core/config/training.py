@@ -428,6 +428,11 @@ class TrainerConfig(BaseConfig):
         description="Where `model` is an adapter: `continue` trains and saves that adapter, its base as it is; `fold` merges it"
         " into the base first and trains every weight, or with `lora` a new adapter, and saves a whole model.",
     )
+    freeze: list[str] = Field(
+        default_factory=list,
+        description="Parts of the model that stay as they are: names of modules or parameters, or ends of names, with `*` and"
+        " `[0-9]` as in paths, such as `embed_tokens` or `model.layers.[0-9].*`. More of them train less, and take less memory.",
+    )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="AdamW beyond its learning rate.")
     batching: BatchingConfig = Field(default_factory=BatchingConfig, description="Layout of a step's rows.")
     dataset: DatasetConfig = Field(default_factory=DatasetConfig, description="How rows are read.")
@@ -473,6 +478,15 @@ class TrainerConfig(BaseConfig):
             fix = "set `lr_schedule: cosine` or `linear`, or leave it out"
             error = ConfigError("a constant learning rate doesn't fall to any other", fix=fix)
             raise refused(error, ["min_learning_rate_ratio"], self.min_learning_rate_ratio)
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_is_frozen_twice(self) -> TrainerConfig:
+        """Refuse `freeze` beside `lora`, whose base is frozen."""
+        if self.freeze and self.lora is not None:
+            fix = "leave it out; `lora.exclude_modules` keeps adapters off modules"
+            error = ConfigError("the base under `lora` is frozen already", fix=fix)
+            raise refused(error, ["freeze"], self.freeze)
         return self
 
     @model_validator(mode="after")

@@ -24,6 +24,7 @@ from rlhf_core.contracts.trainer import Trainer
 from rlhf_core.infra.devices import DeviceManager
 from rlhf_core.infra.errors import ConfigError, PluginError
 from rlhf_core.models import PolicyModel
+from rlhf_core.models.frozen_layers import freeze_by_name
 from rlhf_core.models.headed_model import HeadedModel
 from rlhf_core.models.precision import DTYPES, frozen_dtype_of
 from rlhf_core.models.reference import Reference
@@ -76,7 +77,7 @@ class Loader:
             own: options of the kind beyond the run's, such as the members of a `RewardModel`.
 
         Raises:
-            ConfigError: sequences of `max_length` don't fit its positions.
+            ConfigError: sequences of `max_length` don't fit its positions, or `freeze` doesn't fit it.
         """
         wanted: Any = kind or PolicyModel
         trainer, config, device = self._trainer, self._trainer.config, self._devices.device
@@ -91,6 +92,9 @@ class Loader:
             model.configure(config)
         trainer.config = with_length(config, model.max_positions, say=True)
         self._main = in_float32(model)
+        if config.freeze:
+            # Behind the conversion: what isn't trained is exported too, and keeps every bit.
+            freeze_by_name(model, config.freeze)
         return model
 
     def load(
