@@ -30,11 +30,13 @@ def load_task_run(file: str | None, flags: Sequence[str]) -> LmEvalRunConfig:
     Raises:
         ConfigError: an unknown option (with the nearest), a missing or wrong one.
     """
+    from rlhf_core.config.file_paths import find_beside
     from rlhf_core.config.flags import convert, lex, spread
     from rlhf_core.config.lm_eval_run import LmEvalRunConfig
     from rlhf_core.config.yaml_file import load_yaml, nest, overlay
 
     values, places = load_yaml(file) if file is not None else ({}, {"": "command line"})
+    values = find_beside(values, file) if file is not None else values
     over, over_places = convert(lex(flags), LmEvalRunConfig, owner="evaluate --tasks")
     values = overlay(spread(values, LmEvalRunConfig), nest(spread(over, LmEvalRunConfig)))
     places = {**places, **over_places}

@@ -53,7 +53,8 @@ def train(
 
     A configuration file is flat: method, model, data, eval_data, output and preset, then the method's options by name. Each is
     also a flag of that name (--learning_rate or --learning-rate, --lora.rank 8), which wins over the file; `rlhf show METHOD
-    --all` lists them. Relative paths start at the current directory, also those in a file.
+    --all` lists them. Relative paths in a file are looked for in the working directory, then beside the
+    file; `${NAME}` and `${NAME:-default}` in its values are environment variables.
     """
     no_bars_in_logs()
     with quick_imports():

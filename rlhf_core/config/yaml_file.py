@@ -1,10 +1,15 @@
 """YAML files and flags as values with the place of each key; duplicate keys, aliases and unsafe tags are errors.
 
+In a value of a file `${NAME}` stands for an environment variable, `${NAME:-default}` for it or a default where it is unset or
+empty, and `$${NAME}` for that text itself; a path that begins with `~/` is one in the user's home. A value without quotes is read
+as YAML again after that, so that `max_steps: ${STEPS}` is a number.
+
 Importing this module imports no torch.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Hashable, Mapping
 from pathlib import Path
@@ -12,7 +17,11 @@ from typing import Any
 
 import yaml
 
-from rlhf_core.infra.errors import ConfigError, shortened
+from rlhf_core.infra.errors import ConfigError, Mistakes, shortened
+from rlhf_core.infra.redact import remember_secret
+
+_VARIABLE = re.compile(r"(\$?)\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^{}]*))?\}")
+_HOME = re.compile(r"~[\w.-]*/\S*")
 
 
 class _Loader(yaml.SafeLoader):
@@ -22,9 +31,12 @@ class _Loader(yaml.SafeLoader):
         super().__init__(text)
         self.file = name
         self.lines: dict[str, int] = {}
+        self.expands = False
+        """Whether variables and `~` in values are expanded."""
+        self.mistakes = Mistakes()
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """Refuse an alias, else compose the node as PyYAML does."""
+        """Refuse an alias, else compose the node as PyYAML does, a text with its variables expanded."""
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()
             raise ConfigError(
@@ -33,7 +45,22 @@ class _Loader(yaml.SafeLoader):
                 got=f"*{event.anchor}",
                 fix="write the value out",
             )
-        return super().compose_node(parent, index)
+        node = super().compose_node(parent, index)
+        is_key = isinstance(parent, yaml.MappingNode) and index is None
+        if self.expands and isinstance(node, yaml.ScalarNode) and not is_key:
+            self._expand(node)
+        return node
+
+    def _expand(self, node: yaml.ScalarNode) -> None:
+        """Replace variables and `~/` in a text; note a variable that isn't set among `mistakes`."""
+        place = f"{self.file}:{node.start_mark.line + 1}"
+        with self.mistakes.noted():
+            text = _VARIABLE.sub(lambda match: _variable(match, place), node.value)
+            if _HOME.fullmatch(text):
+                text = os.path.expanduser(text)  # noqa: PTH111 (a `Path` loses a slash at the end, and raises for no such user)
+            if text != node.value and node.style is None:
+                node.tag = self.resolve(yaml.ScalarNode, text, (True, False))
+            node.value = text
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
         """Refuse a key that occurs twice, else construct the mapping as PyYAML does."""
@@ -48,6 +75,25 @@ class _Loader(yaml.SafeLoader):
                 )
             seen[key] = line
         return super().construct_mapping(node, deep=True)
+
+
+def _variable(match: re.Match[str], place: str) -> str:
+    """Return the value of a variable that a text names.
+
+    Raises:
+        ConfigError: it isn't set, and there is no default.
+    """
+    escaped, name, default = match.groups()
+    if escaped:
+        return match[0][1:]
+    value = os.environ.get(name)
+    if default is not None and not value:
+        return str(default)
+    if value is None:
+        fix = f"`export {name}=…`, or give a default, `${{{name}:-default}}`; for this text itself write `$${{{name}}}`"
+        raise ConfigError(f"the environment variable `{name}` isn't set", place=place, got=f"`{match[0]}`", fix=fix)
+    remember_secret(name, value)
+    return value
 
 
 # YAML 1.1 reads `1e-5` (no dot) as text, `010` as eight and `1:30` as ninety. People who write them mean other things.
@@ -80,7 +126,8 @@ def load_yaml(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
     Items of a list have their number in the key: `models.0.weight`.
 
     Raises:
-        ConfigError: the file is missing, isn't UTF-8, isn't a mapping, has a key twice, a tag or an alias.
+        ConfigError: the file is missing, isn't UTF-8, isn't a mapping, has a key twice, a tag or an alias, or names a variable
+            that isn't set; of several such variables the others are its `also`.
     """
     path = Path(path)
     try:
@@ -93,15 +140,19 @@ def load_yaml(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
         raise ConfigError("is not UTF-8", place=str(path), got=f"a bad byte at offset {error.start}") from None
     try:
         loader = _Loader(text, str(path))  # looks for characters that YAML doesn't have
+        loader.expands = True
         node = loader.get_single_node()
         values = loader.construct_document(node) if node is not None else None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError(f"not valid YAML: {error.problem}", place=f"{path}:{line}") from None
+        bare = "${" in [*text.splitlines(), ""][line - 1]
+        fix = "put a value with `${…}` in quotes where it stands within `{…}` or `[…]`" if bare else None
+        raise ConfigError(f"not valid YAML: {error.problem}", place=f"{path}:{line}", fix=fix) from None
     except RecursionError:
         raise ConfigError("not valid YAML: nested too deeply", place=str(path)) from None
     except (yaml.YAMLError, ValueError) as error:  # a date that no calendar has is a ValueError
         raise ConfigError(f"not valid YAML: {error}", place=str(path)) from None
+    loader.mistakes.raise_first()
     if not isinstance(values, dict):
         raise ConfigError("expected a mapping of options to values", place=str(path), got=shortened(values))
     places = {"": str(path)}
@@ -160,8 +211,17 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def dump_yaml(values: Mapping[str, Any]) -> str:
-    """Return values as the text of a YAML file, keys in their order."""
-    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=100)
+    """Return values as the text of a YAML file, keys in their order; `load_yaml` reads the same values from it."""
+    return yaml.safe_dump(_escaped(dict(values)), sort_keys=False, allow_unicode=True, width=100)
+
+
+def _escaped(value: Any) -> Any:
+    """Return values in which no text names a variable."""
+    if isinstance(value, dict):
+        return {key: _escaped(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_escaped(one) for one in value]
+    return _VARIABLE.sub(lambda match: f"${match[0]}", value) if isinstance(value, str) else value
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from rlhf_core.data.json_files import JsonArray, JsonLines
 from rlhf_core.data.row_source import COMPRESSION, Cursor, RowSource
 from rlhf_core.data.table_files import Delimited, ParquetRows
 from rlhf_core.infra.errors import DataError, first_line, shortened
+from rlhf_core.infra.found_paths import looked_in, places_of, unexpanded
 
 _JSON = (".jsonl", ".ndjson", ".json")
 _TEXTS = (*_JSON, ".csv", ".tsv")
@@ -168,7 +169,13 @@ def _no_such_file(name: str | Path) -> DataError:
     shown = str(name)
     if len(shown) > 200 or not shown.isprintable():
         return DataError("no such file", place="data", got=shortened(shown), fix="give the path of a file of rows")
-    return DataError("no such file", place=shown, fix=_near_file(_path(name)))
+    return DataError(f"no such file{looked_in(name)}", place=shown, fix=unexpanded(shown) or _near_of(name))
+
+
+def _near_of(name: str | Path) -> str | None:
+    """Return a hint for a path that doesn't exist: a file of a similar name, wherever it was looked for."""
+    hints = [_near_file(_path(one)) for one in places_of(name)]
+    return next((hint for hint in hints if hint is not None and hint.startswith("did you mean")), hints[0])
 
 
 def _near_file(path: Path) -> str | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.config.evaluation import EvaluationConfig, EvaluationMetric, EvaluationRunConfig
+from rlhf_core.config.file_paths import find_beside
 from rlhf_core.config.flags import convert, lex, spread
 from rlhf_core.config.training import ModelConfig
 from rlhf_core.config.yaml_file import load_yaml, nest, overlay
@@ -38,6 +39,7 @@ def load_evaluation_run(file: str | Path | GivenValues | None, flags: Sequence[s
         values, places = dict(file.values), dict(file.places)
     elif file is not None:
         values, places = load_yaml(file)
+        values = find_beside(values, file)
     given = lex(flags)
     prompts = [flag.text for flag in given if flag.key == "prompts" and flag.text is not None]
     rest = [flag for flag in given if flag.key != "prompts" or flag.text is None]

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from rlhf_core.config.base import config_error
 from rlhf_core.config.capability_suites import CapabilitySuite, CapabilityTestsConfig
+from rlhf_core.config.file_paths import find_beside
 from rlhf_core.config.yaml_file import load_yaml
 from rlhf_core.contracts.completion import Completion
 from rlhf_core.contracts.reward import Sample
@@ -212,6 +213,7 @@ class CapabilityTester:
             ConfigError: the file is missing or wrong; its line is named.
         """
         values, places = load_yaml(path)
+        values = find_beside(values, path)
         return cls(CapabilityTestsConfig.parse(values, place=places))
 
     def prepare(self) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from rlhf_core.infra.errors import ModelError, first_line, nearest
 from rlhf_core.infra.files import read_json, sha256_of, storage_errors
+from rlhf_core.infra.found_paths import looked_in, places_of, unexpanded
 
 REWARD_HEAD, PROCESS_REWARD_HEAD, VALUE_HEAD, COMPRESSOR_HEAD = HEADS = (
     "reward_head",
@@ -99,8 +100,15 @@ def locate(source: str) -> tuple[str, dict[str, Any]]:
         fix = f"give the model's directory, {path.parent}" if beside else "give a model's directory, or a `.gguf` file"
         raise ModelError("is a file, and no model", place=source, fix=fix)
     if path.is_absolute() or source.startswith((".", "~")) or not _HUB_NAME.fullmatch(source):
-        raise ModelError("no such model directory or file", place=source, fix=near_path(path))
+        problem = f"no such model directory or file{looked_in(source)}"
+        raise ModelError(problem, place=source, fix=unexpanded(source) or _near_of(source))
     return source, {}
+
+
+def _near_of(source: str) -> str | None:
+    """Return a hint for a path that doesn't exist: the nearest name, wherever it was looked for."""
+    hints = [near_path(Path(one).expanduser()) for one in places_of(source)]
+    return next((hint for hint in hints if hint is not None and hint.startswith("did you mean")), hints[0])
 
 
 def near_path(path: Path) -> str | None:

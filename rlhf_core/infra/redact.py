@@ -24,6 +24,15 @@ _PARAMETER = re.compile(
 """A secret among the parameters of an address."""
 
 
+_REMEMBERED: set[str] = set()
+
+
+def remember_secret(name: str, value: str) -> None:
+    """Note the value of an environment variable whose name is that of a secret, so that it is redacted wherever it stands."""
+    if len(value) >= 4 and _KEY.search(name):
+        _REMEMBERED.add(value)
+
+
 def redact_text(text: str) -> str:
     """Return the text without access tokens, keys and passwords, found by their form or after a key or flag that names one."""
     text = _redact_form(text)
@@ -51,6 +60,8 @@ def secret_parameter(address: str) -> str | None:
 
 def _redact_form(text: str) -> str:
     """Return the text without the secrets that are recognised by their form, or by their place in an address."""
+    for secret in sorted(_REMEMBERED, key=len, reverse=True):
+        text = text.replace(secret, REDACTED)
     text = _USERINFO.sub(REDACTED, _VALUES.sub(REDACTED, text))
     return _PARAMETER.sub(lambda match: match.group(1) + REDACTED, text)
 

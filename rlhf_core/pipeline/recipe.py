@@ -15,6 +15,7 @@ from rlhf_core import registry
 from rlhf_core.config.base import BaseConfig
 from rlhf_core.config.capability_suites import CapabilitySuite, CapabilityTestsConfig
 from rlhf_core.config.compression import LongPromptsConfig
+from rlhf_core.config.file_paths import find_beside
 from rlhf_core.config.yaml_file import dump_yaml, load_yaml
 from rlhf_core.infra.errors import ConfigError, RLHFError, did_you_mean, nearest, shortened
 from rlhf_core.infra.redact import redact, redact_text
@@ -160,6 +161,7 @@ def read_recipe(recipe: str | Path | Mapping[str, Any], changes: Mapping[str, An
         places = {"": name, **_keys(values, f"{name}: ")}
     else:
         values, places = load_yaml(recipe)
+        values = find_beside(values, recipe, names=_names(values))
         name, text = str(recipe), redact_text(Path(recipe).read_text(encoding="utf-8-sig"))
     values |= changes or {}
     parsed, wrong, errors = _sound_keys(values, places)
@@ -175,6 +177,12 @@ def read_recipe(recipe: str | Path | Mapping[str, Any], changes: Mapping[str, An
         elif isinstance(entry, Mapping) and isinstance(given := entry.get("name", entry.get("method")), str):
             lost.add(given)
     return RecipeFile(parsed, tuple(stages), places, text, tuple(errors), wrong, frozenset(lost))
+
+
+def _names(values: Mapping[str, Any]) -> set[str]:
+    """Return what the stages of a recipe may be called, so that such a text is no path."""
+    stages = [one for one in _listed(values) if isinstance(one, Mapping)]
+    return {one[key] for one in stages for key in ("name", "method", "kind") if isinstance(one.get(key), str)}
 
 
 def _listed(values: Mapping[str, Any]) -> list[Any]:

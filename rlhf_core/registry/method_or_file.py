@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf_core.config.file_paths import find_beside
 from rlhf_core.config.yaml_file import load_yaml
 from rlhf_core.infra.errors import ConfigError
 from rlhf_core.registry.discovery import Plugin
@@ -34,6 +35,8 @@ def names_file(target: str | Path) -> bool:
 def read_method_or_file(target: str | Path | GivenValues) -> tuple[dict[str, Any], dict[str, str], str | None]:
     """Return the values that a method's name or a configuration file sets, the place of each key, and the file's text.
 
+    Relative paths in a file are looked for in the working directory, then beside the file.
+
     The place of a key is where messages say that it was set, such as `run.yaml:7`; the text is None where there is no file.
     """
     if isinstance(target, GivenValues):
@@ -41,6 +44,7 @@ def read_method_or_file(target: str | Path | GivenValues) -> tuple[dict[str, Any
     if not names_file(target):
         return {"method": str(target)}, {"": COMMAND_LINE, "method": COMMAND_LINE}, None
     values, places = load_yaml(target)
+    values = find_beside(values, target)
     return values, places, Path(target).read_text(encoding="utf-8-sig")
 
 

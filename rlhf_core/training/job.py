@@ -1,8 +1,8 @@
 """A training run as it was asked for: a method's name or a file, with flags, made into checked configurations.
 
 The preset overrides defaults, the file the preset, flags and overrides the file. A file is flat: the keys of `RunConfig` (method,
-model, data, eval_data, output, preset) and the method's options by name. Relative paths in it start at the current directory, as
-on the command line, not at the file's.
+model, data, eval_data, output, preset) and the method's options by name. Relative paths in it are looked for in the working
+directory, then beside the file; `output` is in the working directory.
 """
 
 from __future__ import annotations
