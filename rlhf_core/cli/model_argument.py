@@ -153,7 +153,8 @@ def _steps(run: Path, reasons: list[str]) -> Iterator[tuple[int, str]]:
     steps = manager.steps()[::-1]
     for step in steps[:1]:
         try:
-            stopping = manager.open(step).state.get("early_stopping")
+            state = manager.open(step).state
+            stopping = state.get("keep_best") or state.get("early_stopping")
         except ModelError as error:
             reasons.append(f"step {step}: {error.got}")
             continue

@@ -47,6 +47,14 @@ def train(
         bool, typer.Option("--resume", help="Continue the run in --output from its last checkpoint.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --output.")] = False,
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAMES",
+            help="With --resume: options that may differ from those of the run, by dotted names, such as learning_rate; may be"
+            " repeated, or a list with commas.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Train a model: `rlhf train dpo --model M --data D --output O --beta 0.2`, or `rlhf train CONFIG.yaml`.
@@ -55,10 +63,14 @@ def train(
     also a flag of that name (--learning_rate or --learning-rate, --lora.rank 8), which wins over the file; `rlhf show METHOD
     --all` lists them. Relative paths in a file are looked for in the working directory, then beside the
     file; `${NAME}` and `${NAME:-default}` in its values are environment variables.
+
+    --resume with more --max_steps or --epochs makes a run longer, a finished one too; `rlhf train RUN_DIR --resume --max_steps
+    2000` needs no other options.
     """
+    target, flags = _of_run(target, context.args, resume=resume)
     no_bars_in_logs()
     with quick_imports():
-        job = _job(target, context.args)
+        job = _job(target, flags)
     if resume and overwrite:
         raise ConfigError("a run is either continued or replaced", place="--resume and --overwrite", fix="choose one")
     if resume and "output" not in job.places:
@@ -72,8 +84,9 @@ def train(
     if rank == 0:
         _warn_of_broken()
     trainer = job.trainer(command=shlex.join(["rlhf", *sys.argv[1:]]))
+    allowed = [name.strip() for names in allow_change or [] for name in names.split(",") if name.strip()]
     try:
-        result = trainer.train(resume=resume, overwrite=overwrite)
+        result = trainer.train(resume=resume, overwrite=overwrite, allow_change=allowed)
     except KeyboardInterrupt as error:
         # typer would exit without the notes, which say what the run has saved.
         interrupted = Interrupted("; ".join(["stopped by Ctrl-C", *getattr(error, "__notes__", [])]))
@@ -82,6 +95,20 @@ def train(
     if rank == 0:
         _report(result, as_json=as_json)
     return None
+
+
+def _of_run(target: str, flags: list[str], *, resume: bool) -> tuple[str, list[str]]:
+    """Return what is to be trained where a run's directory is named: its own configuration, with itself as `--output`."""
+    directory = Path(target).expanduser()
+    if not (directory / "run.json").is_file() or not (directory / "config.yaml").is_file():
+        return target, flags
+    if not resume:
+        raise ConfigError(
+            "is a run's directory",
+            place=target,
+            fix=f"`--resume` continues that run, with more `--max_steps` for longer; {directory / 'config.yaml'} has its options",
+        )
+    return str(directory / "config.yaml"), ["--output", str(directory), *flags]
 
 
 def _warn_of_broken() -> None:
@@ -227,14 +254,15 @@ def _report(result: TrainResult, *, as_json: bool) -> None:
     if as_json:
         return print_json(values)
     if result.stopped_early:
-        best = "" if result.best_step is None else f": the best evaluation was that of step {result.best_step}"
-        print(f"stopped early{best}")
+        print_text(f"stopped early: {result.stopped_because}")
     print(f"{values['status']}: {result.step} steps, {result.tokens:,} tokens, {result.seconds:.1f} s")
     if result.metrics:
         numbers = {name: value for name, value in result.metrics.items() if name != "step" and not is_timing(name)}
         print_text("last step: " + ", ".join(step_figures(numbers)))
     if result.eval_metrics:
         print_text("evaluation: " + evaluation_line(result.eval_metrics).replace("  ", ", "))
+    if result.best_value is not None:
+        print_text(f"best: `{result.best_metric}` {result.best_value:.6g} at step {result.best_step}")
     if result.model_dir is not None:
         of = "" if result.model_step in (None, result.step) else f" (of step {result.model_step}, the best)"
         print(f"model: {result.model_dir}{of}")

@@ -15,6 +15,7 @@ from pydantic import Field, field_validator, model_validator
 
 from rlhf_core.config.base import BaseConfig, refused
 from rlhf_core.config.elastic_options import EWCConfig
+from rlhf_core.config.metric_direction import better_when
 from rlhf_core.config.sampling_options import SamplingConfig
 from rlhf_core.infra.errors import ConfigError
 
@@ -206,17 +207,48 @@ class LoggingConfig(BaseConfig):
     )
 
 
-class EarlyStoppingConfig(BaseConfig):
-    """Stop when an evaluated metric no longer improves."""
+class _WatchedMetric(BaseConfig):
+    """A metric of evaluations, and in which direction it improves."""
 
     metric: str = Field("eval_loss", min_length=1, description="Name of the metric that is watched, as logged.")
-    mode: Literal["min", "max"] = Field("min", description="Whether a smaller (min) or larger (max) value is better.")
+    mode: Literal["auto", "min", "max"] = Field(
+        "auto",
+        description="Whether a smaller (min) or larger (max) value is better; `auto` knows it of losses, rewards, accuracies and"
+        " the like.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _direction(cls, values: Any) -> Any:
+        """Replace `auto` by the direction that the metric's name tells, so that a run's record says it."""
+        values = {"metric": values} if isinstance(values, str) else values
+        if not isinstance(values, Mapping) or values.get("mode", "auto") != "auto":
+            return values
+        metric = values.get("metric", "eval_loss")
+        if not isinstance(metric, str) or not metric:
+            return values
+        if (mode := better_when(metric)) is None:
+            raise ValueError(
+                f"whether a larger `{metric}` is better isn't known: set `mode: max` or `mode: min` beside it"
+            )
+        return {**values, "mode": mode}
+
+
+class KeepBestConfig(_WatchedMetric):
+    """Keep the checkpoint whose evaluation was best by a metric, and export its weights."""
+
+    alone = "metric"
+
+
+class EarlyStoppingConfig(_WatchedMetric):
+    """Stop when an evaluated metric no longer improves."""
+
     patience: int = Field(3, ge=1, description="Evaluations without improvement before it stops; larger waits longer.")
     min_delta: float = Field(0.0, ge=0, description="Least change that counts as improvement; larger stops sooner.")
     keep_best: bool = Field(
         True,
         description="Save a checkpoint at each improvement, keep the best one beside `checkpoint.keep` others, and export its"
-        " weights at the end; false saves that disk and exports the last step's weights.",
+        " weights at the end; false saves that disk and exports the last step's weights. `keep_best` beside it decides instead.",
     )
 
 
@@ -441,6 +473,11 @@ class TrainerConfig(BaseConfig):
     early_stopping: EarlyStoppingConfig | None = Field(
         None, description="When to stop before the last step; null never."
     )
+    keep_best: KeepBestConfig | None = Field(
+        None,
+        description="Metric of evaluations, such as `eval_accuracy`, whose best checkpoint is kept beside `checkpoint.keep`"
+        " others and exported at the end; null exports the last step's weights, or what `early_stopping` keeps.",
+    )
     ewc: EWCConfig | None = Field(
         None,
         description="Hold on to earlier tasks: weights that they need change less. Null lets every weight change alike.",
@@ -489,6 +526,13 @@ class TrainerConfig(BaseConfig):
             raise refused(error, ["freeze"], self.freeze)
         return self
 
+    @property
+    def exported_by(self) -> KeepBestConfig | EarlyStoppingConfig | None:
+        """The option that says which checkpoint is the best, kept and exported; None where the last one is exported."""
+        if self.keep_best is not None:
+            return self.keep_best
+        return self.early_stopping if self.early_stopping is not None and self.early_stopping.keep_best else None
+
     @model_validator(mode="after")
     def _frozen_weights_fit_products(self) -> TrainerConfig:
         """Refuse 16-bit frozen weights with `precision: float32`."""
@@ -499,10 +543,10 @@ class TrainerConfig(BaseConfig):
     @model_validator(mode="before")
     @classmethod
     def _groups_by_flag(cls, values: Any) -> Any:
-        """Take `lora: true` as its defaults and `lora: false` as none; `early_stopping` likewise."""
+        """Take `lora: true` as its defaults and `lora: false` as none; `early_stopping` and `keep_best` likewise."""
         if isinstance(values, Mapping):
             values = dict(values)
-            for group in ("lora", "early_stopping"):
+            for group in ("lora", "early_stopping", "keep_best"):
                 if isinstance(values.get(group), bool):
                     values[group] = {} if values[group] else None
         return values

@@ -15,7 +15,7 @@ class TrainResult:
     metrics: dict[str, float] = field(default_factory=dict)
     """The last step's row of metrics."""
     eval_metrics: dict[str, float] = field(default_factory=dict)
-    """The evaluation of the model that is exported, names prefixed `eval_`: the last one, or with early stopping the best one."""
+    """The evaluation of the model that is exported, names prefixed `eval_`: the last one, or the best one where that is kept."""
     output: Path | None = None
     """The run directory."""
     model_dir: Path | None = None
@@ -26,8 +26,14 @@ class TrainResult:
     """Real tokens trained on, each prompt counted once."""
     stopped_early: bool = False
     """Whether early stopping or the KL budget ended the run."""
+    stopped_because: str | None = None
+    """Why it was ended early: the metric, its best value and the patience, or the KL and its budget; None where it wasn't."""
     best_step: int | None = None
-    """The step at which early stopping's metric was best; None without it."""
+    """The step at which the metric of `keep_best`, else of early stopping, was best; None without either."""
+    best_metric: str | None = None
+    """The name of that metric."""
+    best_value: float | None = None
+    """Its value at `best_step`; None where it was never finite."""
     model_step: int | None = None
     """The step whose weights `model_dir` holds and the trainer's models have."""
     status: str = "done"

@@ -237,8 +237,14 @@ class Trainer(ABC, Generic[ConfigT]):
         if state:
             raise NotImplementedError(f"{type(self).__name__} saves state but does not load it")
 
-    def train(self, *, resume: bool = False, overwrite: bool = False) -> TrainResult:
-        """Run the loop to its end and return the result; `resume` continues the run in `output`. Never overridden."""
+    def train(self, *, resume: bool = False, overwrite: bool = False, allow_change: Sequence[str] = ()) -> TrainResult:
+        """Run the loop to its end and return the result. Never overridden.
+
+        Args:
+            resume: continue the run in `output`, which more `max_steps` or `epochs` make longer.
+            overwrite: replace the run in `output`.
+            allow_change: options that a resumed run may change besides, by dotted names, such as `learning_rate`.
+        """
         from rlhf_core.training.run import run
 
-        return run(self, resume=resume, overwrite=overwrite)
+        return run(self, resume=resume, overwrite=overwrite, allow_change=allow_change)

@@ -89,6 +89,12 @@ class DataStream:
         return windows + (left > 0)
 
     @property
+    def at_smaller_end(self) -> bool:
+        """Whether the next window is the last and, as far as is known, has fewer rows than the others."""
+        total = self._total(self.dataset.num_rows)
+        return total is not None and 0 < total - self._state[3] < self.batch_size
+
+    @property
     def batches(self) -> int:
         """Windows taken so far, from the beginning of the first epoch."""
         return -(-self._state[3] // self.batch_size)

@@ -37,8 +37,8 @@ from rlhf_core.pipeline.stage_command import RunCommand
 from rlhf_core.pipeline.stage_references import MODEL, references, resolved
 from rlhf_core.registry.method_or_file import GivenValues, find_method
 from rlhf_core.training.job import TrainingJob, load_job
+from rlhf_core.training.resume_changes import MAY_CHANGE
 from rlhf_core.training.run_directory import is_run
-from rlhf_core.training.run_record import MAY_CHANGE
 
 PROCESSES = "processes"
 _REWARD = "reward"

@@ -156,18 +156,22 @@ class CheckpointManager:
             if path.name.startswith((".tmp-step-", ".old-step-")):
                 remove_tree(path)
 
-    def load_latest(self, check: Callable[[Any], None] | None = None) -> Checkpoint | None:
+    def load_latest(
+        self, check: Callable[[Any], None] | None = None, fits: Callable[[Any], bool] | None = None
+    ) -> Checkpoint | None:
         """Return the newest checkpoint that is whole, or None where none was ever saved.
 
         Damaged ones are renamed `step-N.damaged`, logged, and listed in `damaged`.
 
         Args:
             check: called with the values of `state.json`; raises ValueError where a run can't be restored from them.
+            fits: called with them after that; returns False for the end of a shorter run, before which a longer one continues.
 
         Raises:
-            ModelError: there are checkpoints, and none is whole; the reason for each is given.
+            ModelError: there are checkpoints, and none is whole and fits; the reason for each is given.
         """
         self.damaged = []
+        unfit: list[int] = []
         for step in reversed(self.steps()):
             try:
                 checkpoint = self._verified(step)
@@ -176,9 +180,25 @@ class CheckpointManager:
             except Exception as error:  # Whatever is wrong with its files, the checkpoint before it may be whole.
                 self.damaged.append(self._set_aside(step, _reason(error)))
                 continue
+            if fits is not None and not fits(checkpoint.state):
+                unfit.append(step)
+                continue
+            if unfit:
+                log.info(
+                    "step %d was the end of a shorter run, inside a rollout or after a smaller batch: continuing from step %d",
+                    unfit[0],
+                    step,
+                )
             with storage_errors(self.directory):
                 self._prune()  # A kill may have come between the rename and the removal of older ones.
             return checkpoint
+        if unfit:
+            raise ModelError(
+                "there is no checkpoint from which a longer run could continue",
+                place=str(self.directory),
+                got=f"step {unfit[0]} ends inside a rollout, or with a smaller batch of the rows that were left",
+                fix="start over with `--overwrite`, or leave the run's length as it was",
+            )
         earlier = self._earlier_damaged() if not self.damaged else []
         if self.damaged or earlier:
             reasons = [f"step {item.step}: {item.reason}" for item in self.damaged] or earlier

@@ -70,7 +70,7 @@ class DiskNeed:
 
 def checkpoints_at_once(config: TrainerConfig, total_steps: int | None) -> int:
     """Return the most checkpoints that are on the disk at one time: those kept, the best one, and the one being written."""
-    best = config.early_stopping is not None and config.early_stopping.keep_best
+    best = config.exported_by is not None
     most = config.checkpoint.keep + best + 1
     if config.checkpoint.minutes is None and not best:
         # By steps alone it is known when each is saved; the last one always is.

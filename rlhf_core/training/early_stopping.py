@@ -1,4 +1,4 @@
-"""Early stopping: ends a run when a metric of its evaluations no longer improves, or its policy is too far from the reference."""
+"""The best evaluation of a run; what ends a run early: a metric that no longer improves, a policy too far from its reference."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from rlhf_core.config.online import OnlineConfig
-from rlhf_core.config.training import EarlyStoppingConfig, TrainerConfig
+from rlhf_core.config.training import EarlyStoppingConfig, KeepBestConfig, TrainerConfig
 from rlhf_core.infra.errors import ConfigError, did_you_mean
 from rlhf_core.training.run_state_schema import metrics_as_text, metrics_from_text
 
@@ -60,13 +60,12 @@ class KLBudget:
 
     def report(self, step: int, notify: Callable[..., None]) -> None:
         """Log that the budget ends the run."""
-        log.info(
-            "step %d: stopped early: the running mean of the KL to the reference is %.4g, above `kl_budget` %.4g",
-            step,
-            self.mean,
-            self.most,
-        )
+        log.info("step %d: stopped early: %s", step, self.why())
         notify("early_stopped", step=step, metric="kl_mean", value=self.mean, budget=self.most)
+
+    def why(self) -> str:
+        """Return why the budget ended the run, as text."""
+        return f"the running mean of the KL to the reference is {self.mean:.4g}, above `kl_budget` {self.most:.4g}"
 
     def state_dict(self) -> dict[str, str]:
         """Return the mean as JSON values."""
@@ -77,24 +76,25 @@ class KLBudget:
         self.mean = float(state["mean"])
 
 
-class EarlyStopping:
-    """Watches one metric; stops after `patience` evaluations in a row without improvement.
+class BestEvaluation:
+    """The best evaluation of a run so far, by one metric.
 
     Args:
         metric: its name in an evaluation, such as `eval_loss`.
         mode: whether smaller (`min`) or larger (`max`) is better.
-        patience: evaluations in a row without improvement after which it stops.
         min_delta: an improvement is a change by more than this.
+        option: the option that names the metric, for messages.
     """
 
     def __init__(
         self,
         metric: str = "eval_loss",
         mode: Literal["min", "max"] = "min",
-        patience: int = 3,
+        *,
         min_delta: float = 0.0,
+        option: str = "keep_best",
     ) -> None:
-        self.metric, self.mode, self.patience, self.min_delta = metric, mode, patience, min_delta
+        self.metric, self.mode, self.min_delta, self.option = metric, mode, min_delta, option
         self.start: float | None = None
         """The metric before the first step; None where it wasn't evaluated or finite."""
         self.best: float | None = None
@@ -102,24 +102,12 @@ class EarlyStopping:
         self.best_step = 0
         self.best_metrics: dict[str, float] = {}
         """All metrics of the best evaluation."""
-        self.waited = 0
-        """Evaluations in a row without improvement."""
-
-    @classmethod
-    def create(cls, config: EarlyStoppingConfig) -> EarlyStopping:
-        """Return early stopping under the options of a configuration."""
-        return cls(config.metric, config.mode, config.patience, config.min_delta)
 
     def describe(self) -> str:
         """Return the best value and its step as text."""
         if self.best is None:
             return f"`{self.metric}` was never finite"
         return f"`{self.metric}` was best at step {self.best_step}: {self.best:.6g}"
-
-    @property
-    def stopped(self) -> bool:
-        """Whether patience has run out."""
-        return self.waited >= self.patience
 
     def check(self, metrics: Mapping[str, float]) -> None:
         """Refuse an evaluation without the watched metric.
@@ -130,23 +118,23 @@ class EarlyStopping:
         if self.metric not in metrics:
             raise ConfigError(
                 f"evaluation gives no metric `{self.metric}`",
-                place="early_stopping.metric",
+                place=f"{self.option}.metric",
                 fix=did_you_mean(self.metric, metrics),
             )
 
-    def update(self, metrics: Mapping[str, float], step: int) -> bool:
-        """Compare the metrics of an evaluation after `step`, which `check` accepts, with the best; return whether to stop.
+    def note(self, metrics: Mapping[str, float], step: int) -> bool:
+        """Compare the metrics of an evaluation after `step`, which `check` accepts, with the best; return whether they win.
 
         Those of step 0 are the start, which isn't compared.
         """
         value = float(metrics[self.metric])
         if step == 0:
             self.start = value if math.isfinite(value) else None
-        elif self._improves(value):
-            self.best, self.best_step, self.best_metrics, self.waited = value, step, dict(metrics), 0
-        else:
-            self.waited += 1
-        return self.stopped
+            return False
+        if not self._improves(value):
+            return False
+        self.best, self.best_step, self.best_metrics = value, step, dict(metrics)
+        return True
 
     @property
     def never_improved(self) -> bool:
@@ -165,12 +153,81 @@ class EarlyStopping:
         return gain > self.min_delta
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best value, its step and metrics, the start and the count of evaluations since, as JSON values."""
-        found = {"start": self.start, "best": self.best, "best_step": self.best_step, "waited": self.waited}
-        return {**found, "best_metrics": metrics_as_text(self.best_metrics)}
+        """Return the best value, its step and metrics, and the start, as JSON values."""
+        found = {"metric": self.metric, "mode": self.mode, "start": self.start, "best": self.best}
+        return {**found, "best_step": self.best_step, "best_metrics": metrics_as_text(self.best_metrics)}
+
+    def is_of(self, state: Mapping[str, Any]) -> bool:
+        """Return whether a `state_dict` is of this metric and direction, so that its values can be compared."""
+        return state.get("metric") in (None, self.metric) and state.get("mode") in (None, self.mode)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        self.start, self.best = state["start"], state["best"]
-        self.best_step, self.waited = int(state["best_step"]), int(state["waited"])
+        """Restore what `state_dict` returned, if `is_of` is true of it; else this begins at nothing."""
+        if not self.is_of(state):
+            return
+        self.start, self.best, self.best_step = state["start"], state["best"], int(state["best_step"])
         self.best_metrics = metrics_from_text(state["best_metrics"])
+
+
+class EarlyStopping(BestEvaluation):
+    """Watches one metric; stops after `patience` evaluations in a row without improvement.
+
+    Args:
+        metric, mode, min_delta: as of `BestEvaluation`.
+        patience: evaluations in a row without improvement after which it stops.
+    """
+
+    def __init__(
+        self,
+        metric: str = "eval_loss",
+        mode: Literal["min", "max"] = "min",
+        patience: int = 3,
+        min_delta: float = 0.0,
+    ) -> None:
+        super().__init__(metric, mode, min_delta=min_delta, option="early_stopping")
+        self.patience = patience
+        self.waited = 0
+        """Evaluations in a row without improvement."""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether patience has run out."""
+        return self.waited >= self.patience
+
+    def why(self) -> str:
+        """Return why it stopped, as text."""
+        return f"{self.waited} evaluations without improvement (`patience` {self.patience}): {self.describe()}"
+
+    def update(self, metrics: Mapping[str, float], step: int) -> bool:
+        """Count an evaluation after `step`, which `check` accepts; return whether to stop. Step 0 is the start."""
+        improved = self.note(metrics, step)
+        self.waited = 0 if improved else self.waited + (step > 0)
+        return self.stopped
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is known of the best, and the count of evaluations since, as JSON values."""
+        return {**super().state_dict(), "waited": self.waited}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned, if `is_of` is true of it; else this begins at nothing."""
+        super().load_state_dict(state)
+        self.waited = int(state["waited"]) if self.is_of(state) else 0
+
+
+def early_stopping_of(config: TrainerConfig) -> EarlyStopping | None:
+    """Return early stopping under the options of a run; None without it."""
+    asked = config.early_stopping
+    if asked is None:
+        return None
+    return EarlyStopping(asked.metric, _direction(asked), asked.patience, asked.min_delta)
+
+
+def best_evaluation_of(config: TrainerConfig) -> BestEvaluation | None:
+    """Return what finds the best evaluation by `keep_best`; None without that option."""
+    asked = config.keep_best
+    return None if asked is None else BestEvaluation(asked.metric, _direction(asked))
+
+
+def _direction(asked: EarlyStoppingConfig | KeepBestConfig) -> Literal["min", "max"]:
+    """Return the direction of a metric; a configuration has replaced `auto`."""
+    return "max" if asked.mode == "max" else "min"

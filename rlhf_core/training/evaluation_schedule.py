@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from rlhf_core.training.early_stopping import EarlyStopping
+from rlhf_core.training.early_stopping import BestEvaluation, EarlyStopping, best_evaluation_of, early_stopping_of
 from rlhf_core.training.held_out import evaluate
 from rlhf_core.training.metric_text import evaluation_line
 from rlhf_core.training.signals import StopNow
@@ -25,8 +25,9 @@ class EvaluationSchedule:
 
     def __init__(self, run: Run) -> None:
         self._run, self._config = run, run.setup.config
-        options = self._config.early_stopping
-        self.early_stopping = EarlyStopping.create(options) if options is not None else None
+        self.early_stopping = early_stopping_of(self._config)
+        self.keep_best = best_evaluation_of(self._config)
+        """The best evaluation by the option `keep_best`; None without it."""
 
     def is_due(self, step: int) -> bool:
         """Return whether an evaluation is due after `step`, given the last one."""
@@ -82,28 +83,32 @@ class EvaluationSchedule:
         return self.early_stopping is not None and self.early_stopping.stopped
 
     @property
-    def keeps_best(self) -> bool:
-        """Whether the checkpoint with the best metric is kept, and its model exported."""
-        options = self._config.early_stopping
-        return options is not None and options.keep_best
+    def watched(self) -> BestEvaluation | None:
+        """What says which evaluation was the best: `keep_best`, else early stopping; None without either."""
+        return self.keep_best or self.early_stopping
 
-    def is_best(self, step: int) -> bool:
-        """Return whether `step` has the best metric so far, and its checkpoint is to be kept for that."""
-        stopping = self.early_stopping
-        return self.keeps_best and stopping is not None and stopping.best is not None and stopping.best_step == step
+    @property
+    def kept(self) -> BestEvaluation | None:
+        """What says which checkpoint is kept as the best, and exported; None where the last one is exported."""
+        return self.watched if self._config.exported_by is not None else None
+
+    @property
+    def best_step(self) -> int | None:
+        """The step whose checkpoint is kept as the best; None where none is yet."""
+        return self.kept.best_step if self.kept is not None and self.kept.best is not None else None
 
     def restore_best(self) -> int:
-        """Load the best weights into the models where early stopping keeps them; return the step whose weights they now have."""
-        run, stopping, step = self._run, self.early_stopping, self._run.progress.step
-        if not self.keeps_best or stopping is None or stopping.best is None or stopping.best_step == step:
+        """Load the best weights into the models where they are kept; return the step whose weights the models now have."""
+        run, kept, step = self._run, self.kept, self._run.progress.step
+        if kept is None or kept.best is None or kept.best_step == step:
             return step
-        if run.state.restore_model(stopping.best_step):
-            log.info("the model of step %d is exported: %s", stopping.best_step, stopping.describe())
-            run.progress.eval_metrics = dict(stopping.best_metrics)
-            return stopping.best_step
+        if run.state.restore_model(kept.best_step):
+            log.info("the model of step %d is exported: %s", kept.best_step, kept.describe())
+            run.progress.eval_metrics = dict(kept.best_metrics)
+            return kept.best_step
         log.warning(
             "no whole checkpoint of step %d is left, so the model of step %d is exported: %s",
-            stopping.best_step, step, stopping.describe(),
+            kept.best_step, step, kept.describe(),
         )  # fmt: skip
         return step
 
@@ -117,10 +122,13 @@ class EvaluationSchedule:
         log.info("step %d  %s", step, evaluation_line(metrics))
         run.logger.event("evaluated", step=step, metrics=metrics)
         run.hooks.emit("evaluated", run=run.trainer, step=step, metrics=metrics)
-        if self.early_stopping is not None:
-            self.early_stopping.check(metrics)  # at step 0 already: a wrong name ends the run before any training
-            if self.early_stopping.update(metrics, step) and step:
-                self._report_early_stop(self.early_stopping, float(metrics[self.early_stopping.metric]))
+        for watched in (self.keep_best, self.early_stopping):
+            if watched is not None:
+                watched.check(metrics)  # at step 0 already: a wrong name ends the run before any training
+        if self.keep_best is not None:
+            self.keep_best.note(metrics, step)
+        if self.early_stopping is not None and self.early_stopping.update(metrics, step) and step:
+            self._report_early_stop(self.early_stopping, float(metrics[self.early_stopping.metric]))
         return metrics
 
     def _evaluate_late(self) -> None:

@@ -218,12 +218,23 @@ class TrainingLoop:
         """Save if a checkpoint is due by steps or by the first process's clock; where any process is asked to stop, all do."""
         run, options, step = self._run, self._config.checkpoint, self._run.progress.step
         late = options.minutes is not None and time.monotonic() - run.saved_at >= 60 * options.minutes
-        stopping, late = self._distribution.flags(run.stop.requested is not None, late and self._distribution.is_main)
+        stopping, late, ending = self._distribution.flags(
+            run.stop.requested is not None, late and self._distribution.is_main, self._ends_between()
+        )
         every = options.every and step // options.every > run.state.saved_step // options.every
-        if stopping or late or every or self._evaluations.is_best(step):
+        if stopping or late or every or ending or step == self._evaluations.best_step:
             run.save()
         if stopping:
             raise run.stopped()
+
+    def _ends_between(self) -> bool:
+        """Return whether the run ends inside the next rollout, or with a smaller batch: a longer run continues from before it."""
+        planned, windows = self._config.max_steps, self._run.trainer.windows_per_batch()
+        if self._config.checkpoint.minutes is None and not self._config.checkpoint.every:
+            return False  # no checkpoint but the last is wanted
+        if planned is None:
+            return self._run.stream.at_smaller_end
+        return windows is not None and 0 < planned - self._run.progress.step < windows
 
     def _stop_if_asked(self) -> None:
         """Stop before the first step of this process, when nothing has been trained since the last checkpoint."""

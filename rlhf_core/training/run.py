@@ -7,17 +7,18 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rlhf_core.contracts.result import TrainResult
 from rlhf_core.contracts.trainer import Trainer
 from rlhf_core.data.chat_rendering import rendered_at
 from rlhf_core.infra.devices import DeviceManager
-from rlhf_core.infra.errors import Stopped
+from rlhf_core.infra.errors import ConfigError, Stopped
 from rlhf_core.infra.files import readable_size
 from rlhf_core.infra.seeds import seed_everything
 from rlhf_core.registry.hooks import Hooks, load_hooks
+from rlhf_core.training.checkpoint import CheckpointManager
 from rlhf_core.training.context import RunContext
 from rlhf_core.training.disk_space import checkpoint_bytes_on_disk, disk_need
 from rlhf_core.training.distribution import Distribution, create_distribution
@@ -30,10 +31,11 @@ from rlhf_core.training.logger import TrainingLogger
 from rlhf_core.training.loop import TrainingLoop
 from rlhf_core.training.loss_scale import LossScale
 from rlhf_core.training.optimizer import Schedule, warn_of_rate_for_every_weight
+from rlhf_core.training.resume_changes import OptionChange, check_changes
 from rlhf_core.training.run_data import open_stream
 from rlhf_core.training.run_directory import RunDirectory, refuse_inputs_inside
 from rlhf_core.training.run_record import (
-    check_changes,
+    check_inputs,
     record_data,
     record_failure,
     record_inputs,
@@ -47,15 +49,22 @@ from rlhf_core.training.signals import StopNow, StopSignal, stopped
 log = logging.getLogger(__name__)
 
 
-def run(trainer: Trainer, *, resume: bool = False, overwrite: bool = False) -> TrainResult:
-    """Train to the end and return the result. `Trainer.train` calls this.
+def run(
+    trainer: Trainer, *, resume: bool = False, overwrite: bool = False, allow_change: Sequence[str] = ()
+) -> TrainResult:
+    """Train to the end and return the result. `Trainer.train` calls this, and describes the arguments.
 
     Raises:
         RLHFError: a fault that the user can mend; the run directory's `run.json` says the same.
         Stopped: SIGTERM or Ctrl-C came; the state is saved.
         KeyboardInterrupt: Ctrl-C came where nothing could be saved, or twice.
     """
-    return Run(trainer, resume=resume, overwrite=overwrite).execute()
+    if allow_change and not resume:
+        raise ConfigError(
+            "options of a run change where it is resumed", place="--allow-change", got=", ".join(allow_change),
+            fix="add `--resume`, or leave it out: a new run has any options",
+        )  # fmt: skip
+    return Run(trainer, resume=resume, overwrite=overwrite, allow_change=allow_change).execute()
 
 
 class Run:
@@ -69,11 +78,13 @@ class Run:
     hooks: Hooks
     state: RunState
 
-    def __init__(self, trainer: Trainer, *, resume: bool, overwrite: bool) -> None:
+    def __init__(self, trainer: Trainer, *, resume: bool, overwrite: bool, allow_change: Sequence[str] = ()) -> None:
         self.trainer = trainer
         self.explicit_options = trainer.config.model_dump(mode="json", exclude_unset=True)
         """The options that were set in Python, without defaults."""
-        self.resume, self.overwrite = resume, overwrite
+        self.resume, self.overwrite, self.allow_change = resume, overwrite, allow_change
+        self.changes: list[OptionChange] = []
+        """What differs from the options that the run was started with, where it is resumed."""
         self.options = resolved_options(trainer)
         """Every option of the run as `config.yaml` holds it."""
         self.progress = RunProgress()
@@ -139,13 +150,14 @@ class Run:
             self.options = resolved_options(self.trainer)
             self._check_resumable()
         setup.open_data()
-        record_inputs(self)
+        inputs = check_inputs(self)
+        self.state = RunState(self)
+        self.checkpoint = self.state.find() if self.directory.continued else None
+        record_inputs(self, inputs, self.checkpoint.step if self.checkpoint is not None else 0)
         setup.load_rewards()
         setup.inspect_data()
         setup.share_parameters()
         setup.precompute_reference()
-        self.state = RunState(self)
-        self.checkpoint = self.state.find() if self.directory.continued else None
         saved = self.checkpoint.state if self.checkpoint is not None else None
         self.stream, self.total_steps = open_stream(
             self.trainer, setup.dataset, distribution=self.distribution, saved=saved
@@ -182,9 +194,12 @@ class Run:
     def _check_resumable(self) -> None:
         """Refuse to continue a run under options that would change what it computes."""
 
-        def changes() -> list[str]:
-            before = self.directory.options() if self.directory.continued else None
-            return check_changes(before, self.options, place=str(self.trainer.output)) if before else []
+        def changes() -> list[OptionChange]:
+            before, output = self.directory.options() if self.directory.continued else None, self.trainer.output
+            if not before or output is None:
+                return []
+            done = max(CheckpointManager(output / "checkpoints").steps(), default=0)
+            return check_changes(before, self.options, place=str(output), allowed=self.allow_change, steps_done=done)
 
         self.changes = self.distribution.on_main(changes)
 
@@ -228,11 +243,22 @@ class Run:
         if self.directory.continued:
             if self.checkpoint is None:
                 log.warning("%s holds no checkpoint yet: starting at step 0", output)
-            self.logger.event("run_resumed", step=step, changed=self.changes)
+            self.logger.event("run_resumed", step=step, changed=list(map(str, self.changes)))
+            self._report_changes()
         else:
             if self.resume:
                 log.warning("%s holds no run to resume: starting one at step 0", output)
             self.logger.event("run_started", total_steps=self.total_steps)
+
+    def _report_changes(self) -> None:
+        """Log from which step on which options are others, and how that changes the learning rate."""
+        step = self.progress.step
+        for change in self.changes:
+            log.info("changed from step %d on: %s", step + 1, change)
+        before = self.progress.metrics.get("learning_rate")
+        if self.changes and before is not None and self.total_steps is not None and step < self.total_steps:
+            now = self.schedule(step + 1 + (self.progress.skipped if self.setup.config.max_steps is None else 0))
+            log.info("the learning rate was %.3g at step %d, and is %.3g at step %d", before, step, now, step + 1)
 
     def _begin(self) -> None:
         """Emit `run_started`, and mark that training changes the models from here on."""
@@ -280,6 +306,13 @@ class Run:
         """Whether early stopping or the KL budget has ended the run."""
         return self.evaluations.stopped_early or self.kl_budget.spent
 
+    def _stopped_because(self) -> str | None:
+        """Return why the run was ended early; None where it wasn't."""
+        stopping = self.evaluations.early_stopping
+        if stopping is not None and stopping.stopped:
+            return stopping.why()
+        return self.kl_budget.why() if self.kl_budget.spent else None
+
     def stopped(self) -> Stopped:
         """Return the error with which a run ends that was asked to stop."""
         resuming = self.directory.continued and not self.started
@@ -291,7 +324,7 @@ class Run:
 
     def _finish(self) -> TrainResult:
         """Evaluate, complete the fixed prompts, save, export the trained models, write how it ended, return the result."""
-        progress, evaluations, stopping = self.progress, self.evaluations, self.evaluations.early_stopping
+        progress, evaluations, best = self.progress, self.evaluations, self.evaluations.watched
         evaluations.finish()
         self.fixed_prompts.finish()
         self.save()
@@ -300,12 +333,12 @@ class Run:
             for role in sorted(self.updater.untouched):
                 log.warning("`%s` is trained, and got no gradient in %d steps: it is exported as it was", role, steps)
         model_step = evaluations.restore_best()
-        if stopping is not None and stopping.never_improved:
+        if best is not None and best.never_improved:
             log.warning(
                 "no evaluation was better than the one before the first step: `%s` was %g there, and %g at its best",
-                stopping.metric,
-                stopping.start,
-                stopping.best,
+                best.metric,
+                best.start,
+                best.best,
             )
         with self.stopping_at_once():
             model_dir = export_models(self.trainer, self.distribution)
@@ -318,17 +351,26 @@ class Run:
             seconds=progress.seconds,
             tokens=progress.tokens,
             stopped_early=self.stopped_early,
-            best_step=stopping.best_step if stopping is not None else None,
+            stopped_because=self._stopped_because(),
+            best_step=best.best_step if best is not None else None,
+            best_metric=best.metric if best is not None else None,
+            best_value=best.best if best is not None else None,
             model_step=model_step,
         )
         self.directory.record |= {
             "peak_memory_bytes": self.setup.devices.peak_memory(),
             "skipped_windows": progress.skipped,
+            "stopped_because": result.stopped_because,
             "best_step": result.best_step,
+            "best_metric": result.best_metric,
+            "best_value": result.best_value,
             "model_step": model_step,
         }
         self.directory.end("done", 0, step=progress.step)
-        self.logger.event("run_ended", step=progress.step, stopped_early=result.stopped_early, model_step=model_step)
+        self.logger.event(
+            "run_ended", step=progress.step, stopped_early=result.stopped_early, because=result.stopped_because,
+            model_step=model_step,
+        )  # fmt: skip
         self.hooks.emit("run_ended", run=self.trainer, result=result)
         return result
 

@@ -152,13 +152,44 @@ def open_stream(
         rank=distribution.rank,
         world_size=distribution.world_size,
     )
-    if saved is not None and len(saved["ranks"]) == distribution.world_size:
+    if saved is not None and len(saved["ranks"]) == distribution.world_size and _as_planned(trainer, saved):
         return stream, saved["total_steps"]
     windows = trainer.windows_per_batch()
     steps = config.max_steps
     if steps is None and stream.steps is not None and windows is not None:
-        steps = stream.steps * windows
+        made, taken = (0, 0) if saved is None else _made_and_taken(saved, config.batch_size)
+        steps = made + (stream.steps - taken) * windows
     return stream, steps
+
+
+def run_plan(trainer: Trainer[Any]) -> dict[str, Any]:
+    """Return what a run's length follows from, as JSON values; kept in checkpoints, so that a resume notices another plan."""
+    config = trainer.config
+    return {"max_steps": config.max_steps, "epochs": config.epochs, "windows_per_batch": trainer.windows_per_batch()}
+
+
+def _as_planned(trainer: Trainer[Any], saved: Mapping[str, Any]) -> bool:
+    """Return whether the run was planned as it is now when a checkpoint was saved; one without a plan is taken as such."""
+    plan = saved.get("plan")
+    return plan is None or plan == run_plan(trainer)
+
+
+def _made_and_taken(saved: Mapping[str, Any], batch_size: int) -> tuple[int, int]:
+    """Return how many windows were made and batches of data taken before a checkpoint."""
+    progress = saved["progress"]
+    return progress["step"] + progress["skipped"], -(-saved["ranks"][0]["stream"]["rows"] // batch_size)
+
+
+def fits_plan(trainer: Trainer[Any], saved: Mapping[str, Any]) -> bool:
+    """Return whether a checkpoint is a point that the run, as it is planned now, passes through.
+
+    The end of a shorter run isn't always one: it may be inside a rollout, or after a last batch of the rows that were left, which
+    a longer run fills up with those of the next epoch.
+    """
+    if _as_planned(trainer, saved):
+        return True
+    rows = saved["ranks"][0]["stream"]["rows"]
+    return not saved["inside_rollout"] and rows % trainer.config.batch_size == 0
 
 
 def _restore_row_count(

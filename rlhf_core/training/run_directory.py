@@ -237,13 +237,14 @@ def _new_record() -> dict[str, Any]:
 def _continued_record(path: Path) -> dict[str, Any]:
     """Return the fields of `run.json` that a continued run keeps; `is_run` has checked it."""
     old = read_json(path / "run.json")
-    resumed, step, choices = old.get("resumed"), old.get("step"), old.get("choices")
+    resumed, step, choices, changes = (old.get(name) for name in ("resumed", "step", "choices", "changes"))
     return {
         "id": old["id"],
         "started": old["started"],
         "resumed": [*(resumed if isinstance(resumed, list) else []), _now()],
         "step": step if isinstance(step, int) else None,
         "choices": choices if isinstance(choices, dict) else {},
+        "changes": [one for one in changes if isinstance(one, dict)] if isinstance(changes, list) else [],
     }
 
 

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core import registry
-from rlhf_core.config.yaml_file import flatten
 from rlhf_core.contracts.trainer import Trainer
 from rlhf_core.data.open_source import data_files
 from rlhf_core.infra.environment import describe_environment
-from rlhf_core.infra.errors import ConfigError, LostProcess, ModelError, PluginError, RLHFError, Stopped, StorageError
+from rlhf_core.infra.errors import LostProcess, ModelError, PluginError, RLHFError, Stopped, StorageError
 from rlhf_core.infra.measured_choices import measured_choices, take_recorded
 from rlhf_core.infra.redact import redact
 from rlhf_core.infra.seeds import stream_seed
@@ -27,12 +26,6 @@ log = logging.getLogger(__name__)
 
 STREAMS = ("model", "training", "evaluation")
 """The named random streams whose seeds the record shows."""
-
-MAY_CHANGE = (
-    "output", "logging", "checkpoint", "distributed", "micro_batch_size", "batching.micro_batch_tokens", "max_logprob_gap",
-    "kl_budget",
-)  # fmt: skip
-"""Options that a resumed run may change. None of them changes what a step computes, beyond rounding."""
 
 
 def resolved_options(trainer: Trainer) -> dict[str, Any]:
@@ -57,33 +50,6 @@ def method_origin(trainer: Trainer) -> dict[str, Any]:
     return found.as_dict() if found is not None else {"target": target}
 
 
-def check_changes(before: Mapping[str, Any], now: Mapping[str, Any], *, place: str) -> list[str]:
-    """Return the options that a resumed run changes and may change, one text each: `output: 'a' → 'b'`.
-
-    Args:
-        before: the options that the run was started with, as `resolved_options` returned them.
-        now: those that it is resumed with.
-
-    Raises:
-        ConfigError: an option changed that may not; the difference is shown.
-    """
-    old, new = flatten(before), flatten(now)
-    if new.get("max_length") is None:
-        new["max_length"] = old.get("max_length")  # not known before the model is built, and compared then
-    changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
-    lines = {name: f"{name}: {old.get(name)!r} → {new.get(name)!r}" for name in changed}
-    refused = [name for name in changed if not any(name == free or name.startswith(f"{free}.") for free in MAY_CHANGE)]
-    if refused:
-        raise ConfigError(
-            "the configuration changed since the run was started",
-            place=place,
-            got=", ".join(lines[name] for name in refused),
-            fix="resume with the run's own configuration, or start a new run in another directory, from this one's `model/` to"
-            " train on",
-        )
-    return [lines[name] for name in changed if name != "output"]
-
-
 def _described(source: Any) -> Any:
     """Return a model or data as plain values: a path or hub name, paths with their weights, or an object's class and length."""
     if isinstance(source, str | Path):
@@ -95,8 +61,8 @@ def _described(source: Any) -> Any:
     return f"<{type(source).__name__}>"
 
 
-def record_inputs(run: Run) -> None:
-    """Write what the run is made from: the configuration, the environment, the models, the rewards and the data.
+def check_inputs(run: Run) -> dict[str, Any]:
+    """Return what the run is made from, by the names of the files for `record_inputs`; write where it is computed.
 
     Raises:
         ModelError: the run is continued with other model files than it was started with.
@@ -119,36 +85,53 @@ def record_inputs(run: Run) -> None:
     rewards, samplers = setup.rewards.describe(), setup.run_samplers.describe()
 
     def check() -> None:
-        _check_same_inputs(directory, models, rewards)
+        _check_same_models(directory, models)
+        if "rewards" not in run.allow_change:
+            _check_same_rewards(directory, rewards)
         _check_same_samplers(directory, samplers)
         _check_same_earlier_tasks(directory, setup.earlier_tasks)
         if setup.replay is not None:
             setup.replay.check_model(models)
 
     run.distribution.on_main(check)
-    directory.write_inputs(run.options, trainer.run_inputs or {}, run.explicit_options)
-    directory.write("models.json", models)
-    if rewards:
-        directory.write("rewards.json", rewards)
-    if samplers:
-        directory.write("samplers.json", samplers)
-    if setup.earlier_tasks:
-        directory.write("ewc.json", setup.earlier_tasks)
+    found = {"rewards.json": rewards, "samplers.json": samplers, "ewc.json": setup.earlier_tasks}
+    return {"models.json": models} | {name: content for name, content in found.items() if content}
+
+
+def record_inputs(run: Run, files: Mapping[str, Any], step: int) -> None:
+    """Write what the run is made from: the configuration with what a resume changes in it, models, rewards and data.
+
+    Args:
+        files: what `check_inputs` returned.
+        step: that of the checkpoint which the run continues from; 0 where there is none.
+    """
+    if run.changes:
+        # Before the new options replace the old ones on the disk, so that no kill loses what the difference was.
+        options = {change.name: {"before": change.before, "now": change.now} for change in run.changes}
+        earlier = run.directory.record.get("changes") or []
+        run.directory.update(changes=[*earlier, {"step": step, "options": options}])
+    run.directory.write_inputs(run.options, run.trainer.run_inputs or {}, run.explicit_options)
+    for name, content in files.items():
+        run.directory.write(name, content)
     record_data(run)
 
 
-def _check_same_inputs(directory: RunDirectory, models: dict[str, Any], rewards: dict[str, Any]) -> None:
-    """Refuse to continue a run with other model files or rewards than its record holds."""
+def _check_same_models(directory: RunDirectory, models: dict[str, Any]) -> None:
+    """Refuse to continue a run with other model files than its record holds."""
     before = directory.read("models.json") if directory.continued else None
     for role, model in models.items() if before is not None else ():
         _check_same_files(directory, role, before, model)
+
+
+def _check_same_rewards(directory: RunDirectory, rewards: dict[str, Any]) -> None:
+    """Refuse to continue a run with other rewards than its record holds."""
     known = directory.read("rewards.json") if directory.continued else None
     if known is not None and (changed := rewards_changed(known, rewards)):
         raise PluginError(
             "the rewards changed since the run was started",
             place=str(directory.path),
             got="; ".join(changed[:5]),
-            fix="resume with the same rewards, or start a new run in another directory",
+            fix="resume with the same rewards, start a new run in another directory, or `--allow-change rewards`",
         )
 
 

@@ -13,6 +13,7 @@ from rlhf_core.infra.errors import DataError, ModelError, PluginError
 from rlhf_core.infra.seeds import RandomState
 from rlhf_core.training.checkpoint import Checkpoint, CheckpointManager, DamagedCheckpoint
 from rlhf_core.training.optimizer import load_optimizer_state, optimizer_state
+from rlhf_core.training.run_data import fits_plan, run_plan
 from rlhf_core.training.run_state_schema import check_state, metrics_as_text, metrics_from_text
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class RunState:
         """Save the state after the current step, return its directory; every process takes part, the first one writes."""
         run, setup, manager = self._run, self._run.setup, self._manager
         assert manager is not None
-        step, stopping = run.progress.step, run.evaluations.early_stopping
+        step, stopping, best = run.progress.step, run.evaluations.early_stopping, run.evaluations.keep_best
         optimizer, values = optimizer_state(run.optimizer, setup.parameters)
         own: dict[str, Any] = {"random": RandomState.capture().to_json(), "trainer": self._method_state()}
         own |= {"stream": run.stream.state_dict(), "batches": run.progress.batches}
@@ -91,17 +92,19 @@ class RunState:
         state: dict[str, Any] = {
             "progress": run.progress.to_json(),
             "total_steps": run.total_steps,
+            "plan": run_plan(run.trainer),
             "inside_rollout": run.inside_rollout,
             "eval_fingerprint": setup.eval_dataset.fingerprint if setup.eval_dataset is not None else None,
             "micro_batches": setup.micro_batches.state_dict(),
             "loss_scale": run.loss_scale.state_dict(),
             "early_stopping": stopping.state_dict() if stopping is not None else None,
+            "keep_best": best.state_dict() if best is not None else None,
             "kl_budget": run.kl_budget.state_dict(),
             "optimizer": values,
             "ranks": ranks,
         }
         tensors = {"model": run.distribution.full_state(run.trainer.models), "optimizer": optimizer}
-        self._protect_best(state["early_stopping"])
+        self._protect_best(state)
         run.distribution.on_main(lambda: manager.save(step, tensors, state) and None)
         self.saved_step = step
         return manager.path(step)
@@ -114,10 +117,10 @@ class RunState:
 
         def check(state: Any) -> None:
             check_state(state, run.setup.dataset)
-            self._protect_best(state["early_stopping"])
+            self._protect_best(state)
 
         def verify() -> int | None:
-            found.append(manager.load_latest(check))
+            found.append(manager.load_latest(check, fits=lambda state: fits_plan(run.trainer, state)))
             return found[0].step if found[0] is not None else None
 
         step = run.distribution.on_main(verify)
@@ -125,11 +128,12 @@ class RunState:
             return None
         return found[0] if found else manager.open(step)
 
-    def _protect_best(self, early_stopping: Mapping[str, Any] | None) -> None:
-        """Keep the checkpoint with the best metric from being pruned, where early stopping keeps it."""
-        config = self._run.setup.config.early_stopping
-        if self._manager is not None and config is not None and config.keep_best and early_stopping is not None:
-            self._manager.protected = early_stopping["best_step"]
+    def _protect_best(self, state: Mapping[str, Any]) -> None:
+        """Keep the checkpoint with the best metric from being pruned, where it is the one that is exported."""
+        config = self._run.setup.config
+        saved = state.get("keep_best" if config.keep_best is not None else "early_stopping")
+        if self._manager is not None and config.exported_by is not None and saved is not None:
+            self._manager.protected = saved["best_step"]
 
     def restore_model(self, step: int) -> bool:
         """Load the weights of a step into the models; return False, with nothing changed, where its checkpoint isn't whole."""
@@ -177,10 +181,10 @@ class RunState:
         run.progress = RunProgress.from_json(state["progress"])
         setup.micro_batches.load_state_dict(state["micro_batches"])
         run.loss_scale.load_state_dict(state["loss_scale"])
-        if run.evaluations.early_stopping is not None:
-            if state["early_stopping"] is None:
-                raise ModelError("the checkpoint has no state of early stopping", place=place)
-            run.evaluations.early_stopping.load_state_dict(state["early_stopping"])
+        for name in ("early_stopping", "keep_best"):
+            watched, saved = getattr(run.evaluations, name), state.get(name)
+            if watched is not None and saved is not None:  # else the resume has added the option
+                watched.load_state_dict(saved)
         run.kl_budget.load_state_dict(state["kl_budget"])
         ranks, rank = state["ranks"], run.distribution.rank
         reached = _state_of_data(ranks, rank, run.distribution.world_size)

@@ -103,14 +103,21 @@ class SavedLossScale(_Schema):
     good: int = Field(ge=0)
 
 
-class SavedEarlyStopping(_Schema):
-    """What `EarlyStopping.state_dict` returns."""
+class SavedBest(_Schema):
+    """What `BestEvaluation.state_dict` returns."""
 
+    metric: str | None = None
+    mode: str | None = None
     best: float | None
     best_step: int = Field(ge=0)
-    waited: int = Field(ge=0)
     start: float | None
     best_metrics: dict[str, float | str]
+
+
+class SavedEarlyStopping(SavedBest):
+    """What `EarlyStopping.state_dict` returns."""
+
+    waited: int = Field(ge=0)
 
 
 class SavedKLBudget(_Schema):
@@ -119,16 +126,26 @@ class SavedKLBudget(_Schema):
     mean: SavedFloat
 
 
+class SavedPlan(_Schema):
+    """What `run_plan` returns."""
+
+    max_steps: int | None
+    epochs: float
+    windows_per_batch: int | None
+
+
 class SavedState(_Schema):
     """The whole of `state.json`, as `RunState.save` writes it."""
 
     progress: SavedProgress
     total_steps: int | None
+    plan: SavedPlan | None = None
     inside_rollout: bool
     eval_fingerprint: str | None
     micro_batches: SavedMicroBatches
     loss_scale: SavedLossScale
     early_stopping: SavedEarlyStopping | None
+    keep_best: SavedBest | None = None
     kl_budget: SavedKLBudget
     optimizer: dict[str, int | float | bool]
     ranks: list[SavedRank] = Field(min_length=1)

@@ -214,12 +214,13 @@ def check_config(trainer: Trainer[Any], distribution: Distribution, devices: Dev
         for name in ("eval_steps", "eval_samples", "eval_temperature", "eval_sampler"):
             if name in type(config).model_fields and getattr(config, name) != type(config).model_fields[name].default:
                 raise ConfigError("evaluations need held-out data", place=name, fix="set `eval_data`")
-    if config.early_stopping is not None and (trainer.eval_data is None or config.eval_steps is None):
-        missing = "eval_data" if trainer.eval_data is None else "eval_steps"
-        raise ConfigError(
-            "early stopping needs evaluations during the run", place="early_stopping", fix=f"set `{missing}`"
-        )
+    for name, what in (("early_stopping", "early stopping"), ("keep_best", "finding the best checkpoint")):
+        if getattr(config, name) is not None and (trainer.eval_data is None or config.eval_steps is None):
+            missing = "eval_data" if trainer.eval_data is None else "eval_steps"
+            raise ConfigError(f"{what} needs evaluations during the run", place=name, fix=f"set `{missing}`")
     if trainer.output is None:
+        if config.keep_best is not None:
+            raise ConfigError("there is no directory to keep a checkpoint in", place="keep_best", fix="set `output`")
         timed = config.checkpoint.minutes is not None and "minutes" in config.checkpoint.model_fields_set
         if asked := "every" if config.checkpoint.every else "minutes" if timed else None:
             raise ConfigError("there is no directory for checkpoints", place=f"checkpoint.{asked}", fix="set `output`")

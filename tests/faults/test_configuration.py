@@ -68,8 +68,9 @@ def test_a_resume_with_another_configuration_shows_the_difference(train: Callabl
         f"error[config] {tmp_path / 'run'}: the configuration changed since the run was started; got batch_size: 2 → 4, "
     )
     assert "learning_rate: 0.001 → 1e-05" in ended.error and "lora.rank: None → 4" in ended.error
+    assert "; fix: `batch_size` can't change in a run (which rows a step has follows from it" in ended.error
     assert ended.error.endswith(
-        "fix: resume with the run's own configuration, or start a new run in another directory, from this one's `model/` to"
+        "): resume with the run's own configuration, or start a new run in another directory, from this one's `model/` to"
         " train on"
     )
 

@@ -11,11 +11,13 @@ import pytest
 import torch
 from toy import ROWS, ToyTrainer, toy
 
+from rlhf_core.config.metric_direction import better_when
+from rlhf_core.config.training import KeepBestConfig, TrainerConfig
 from rlhf_core.contracts.batch import Batch
 from rlhf_core.contracts.trainer import Loss
 from rlhf_core.infra.errors import ConfigError
 from rlhf_core.infra.safetensors_file import read_tensors
-from rlhf_core.training.early_stopping import EarlyStopping, KLBudget
+from rlhf_core.training.early_stopping import BestEvaluation, EarlyStopping, KLBudget
 
 
 def feed(stopping: EarlyStopping, *values: float) -> list[bool]:
@@ -73,7 +75,15 @@ def test_its_state_comes_back() -> None:
     first, second = EarlyStopping(patience=3), EarlyStopping(patience=3)
     feed(first, 1.0, 2.0)
     second.load_state_dict(first.state_dict())
-    expected = {"start": None, "best": 1.0, "best_step": 1, "waited": 1, "best_metrics": {"eval_loss": 1.0}}
+    expected = {
+        "metric": "eval_loss",
+        "mode": "min",
+        "start": None,
+        "best": 1.0,
+        "best_step": 1,
+        "waited": 1,
+        "best_metrics": {"eval_loss": 1.0},
+    }
     assert second.state_dict() == first.state_dict() == expected
 
 
@@ -170,6 +180,90 @@ def test_a_damaged_best_checkpoint_is_reported(tmp_path: Path, caplog: pytest.Lo
     (tmp_path / "checkpoints" / "step-2" / "model.safetensors").write_bytes(b"no")
     assert rated(tmp_path).train(resume=True).model_step == 5
     assert "the checkpoint is damaged" in caplog.text and "no whole checkpoint of step 2" in caplog.text
+
+
+# The option `keep_best`
+
+
+def kept(output: Path | None, **options: Any) -> Rated:
+    kind = type("Rated", (Rated,), {"ratings": RATINGS})
+    asked = {"keep_best": {"metric": "eval_rating", "mode": "max"}, **options}
+    return toy(output, kind=kind, eval_rows=ROWS[:4], eval_steps=1, **asked)
+
+
+def test_the_best_is_kept_without_early_stopping_and_the_result_says_which(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        result = kept(tmp_path / "run", checkpoint={"every": 1}).train()
+    assert (result.step, result.stopped_early, result.stopped_because) == (6, False, None)
+    assert (result.best_step, result.best_metric, result.best_value, result.model_step) == (2, "eval_rating", 3.0, 2)
+    assert "the model of step 2 is exported: `eval_rating` was best at step 2: 3" in caplog.text
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["step-2", "step-5", "step-6"]
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert (record["best_metric"], record["best_value"], record["best_step"]) == ("eval_rating", 3.0, 2)
+    toy(tmp_path / "two", max_steps=2, lr_schedule="constant").train()
+    kept(tmp_path / "same", lr_schedule="constant").train()
+    for name, tensor in exported(tmp_path / "two").items():
+        assert torch.equal(exported(tmp_path / "same")[name], tensor)
+
+
+def test_the_kept_best_survives_a_kill_and_retention(tmp_path: Path) -> None:
+    kept(tmp_path / "whole").train()
+    trainer = kept(tmp_path / "run", checkpoint={"every": 1})
+    windows = trainer.experience
+
+    def broken(stream: Any, run: Any) -> Any:
+        for number, window in enumerate(windows(stream, run), 1):
+            if number == 5:
+                raise ZeroDivisionError
+            yield window
+
+    trainer.experience = broken  # type: ignore[method-assign]
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    result = kept(tmp_path / "run", checkpoint={"every": 1}).train(resume=True)
+    assert (result.step, result.best_step, result.model_step) == (6, 2, 2)
+    stretched = kept(tmp_path / "run", checkpoint={"every": 1}, max_steps=7).train
+    with pytest.raises(KeyError):  # no rating of step 7: it is killed while it evaluates
+        stretched(resume=True)
+    assert (tmp_path / "run/checkpoints/step-2").is_dir()
+    for name, tensor in exported(tmp_path / "whole").items():
+        assert torch.equal(exported(tmp_path / "run")[name], tensor)
+
+
+def test_keep_best_decides_beside_early_stopping(tmp_path: Path) -> None:
+    stopping = {"metric": "eval_loss", "patience": 50}
+    result = kept(tmp_path / "both", early_stopping=stopping).train()
+    assert (result.best_metric, result.model_step) == ("eval_rating", 2)
+    losing = {"metric": "eval_rating", "mode": "min", "patience": 2}
+    result = kept(tmp_path / "ended", early_stopping=losing).train()
+    assert (result.step, result.stopped_early, result.model_step) == (3, True, 2)
+    expected = "2 evaluations without improvement (`patience` 2): `eval_rating` was best at step 1: 1"
+    assert (
+        result.stopped_because == json.loads((tmp_path / "ended/run.json").read_text())["stopped_because"] == expected
+    )
+
+
+def test_the_direction_is_that_of_the_metric_or_is_stated() -> None:
+    config = TrainerConfig.parse({"keep_best": "eval_accuracy", "early_stopping": {"metric": "eval_loss"}})
+    assert config.keep_best is not None and config.early_stopping is not None
+    assert (config.keep_best.mode, config.early_stopping.mode) == ("max", "min")
+    names = {
+        "eval_rewards/margin": "max", "eval_reward": "max", "eval_kl": "min", "eval_pass@4": "max", "eval_loss_nll": "min",
+        "eval_length": None, "eval_reward_std": None, "eval_rewards/rejected": None,
+    }  # fmt: skip
+    assert {name: better_when(name) for name in names} == names
+    with pytest.raises(ConfigError, match="whether a larger `eval_length` is better isn't known: set `mode: max`"):
+        TrainerConfig.parse({"keep_best": "eval_length"})
+    assert TrainerConfig.parse({"keep_best": True}).keep_best == KeepBestConfig(metric="eval_loss", mode="min")
+    for missing, options in (("output", {}), ("eval_steps", {"eval_steps": None})):
+        with pytest.raises(ConfigError, match=f"keep_best: .*; fix: set `{missing}`"):
+            toy(None, eval_rows=ROWS[:4], keep_best="eval_loss", **{"eval_steps": 1, **options}).train()
+    with pytest.raises(
+        ConfigError, match=r"keep_best.metric: evaluation gives no metric `eval_los.*did you mean `eval_loss`"
+    ):
+        BestEvaluation("eval_los").check({"eval_loss": 1.0})
 
 
 def test_a_run_that_goes_to_its_end_exports_the_best_too(tmp_path: Path) -> None:
