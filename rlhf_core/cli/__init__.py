@@ -63,6 +63,8 @@ def _may_hang() -> Any:
 def exit_code(program: Callable[[], int | None], *, debug: bool = False) -> int:
     """Run a program and return its exit code; print an error as one line on stderr, and use the error's exit code.
 
+    An error of several mistakes is a line for each.
+
     Args:
         program: returns its exit code, or None for 0.
         debug: let exceptions through, for their tracebacks.
@@ -88,9 +90,9 @@ def exit_code(program: Callable[[], int | None], *, debug: bool = False) -> int:
 
 
 def _line_and_code(error: Exception) -> tuple[str, int]:
-    """Return the line that is printed for an exception, and its exit code."""
+    """Return the line that is printed for an exception (of several mistakes a line each), and its exit code."""
     if isinstance(error, RLHFError):
-        return error.line(), error.exit_code
+        return "\n".join(one.line() for one in (error, *error.also)), error.exit_code
     if hasattr(error, "format_message"):  # typer's usage errors
         usage = _usage_error(error)
         return usage.line(), usage.exit_code

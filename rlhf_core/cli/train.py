@@ -6,12 +6,14 @@ import logging
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from rlhf_core.cli import METHOD_OPTIONS, run_recipe, shell_completion
+from rlhf_core.cli.data import print_mistakes
 from rlhf_core.cli.printing import print_json, print_text
 from rlhf_core.cli.quick_imports import no_bars_in_logs, quick_imports
 from rlhf_core.infra.errors import ConfigError, Interrupted
@@ -19,6 +21,12 @@ from rlhf_core.infra.errors import ConfigError, Interrupted
 if TYPE_CHECKING:
     from rlhf_core.contracts.result import TrainResult
     from rlhf_core.training.job import TrainingJob
+    from rlhf_core.training.run_forecast import RunForecast
+
+Checked = TypeVar("Checked")
+
+_SHOWN = 50
+"""Lines of mistakes that are printed."""
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +49,8 @@ def train(
     context: typer.Context,
     target: Target,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved configuration; load and write nothing.")
+        bool,
+        typer.Option("--dry-run", help="Check options and rows, print what the run takes; load and write nothing."),
     ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run in --output from its last checkpoint.")
@@ -69,14 +78,15 @@ def train(
     """
     target, flags = _of_run(target, context.args, resume=resume)
     no_bars_in_logs()
+    if dry_run and not (resume and overwrite):
+        _refuse_flag(target)
+        return _describe(target, flags, resume=resume, overwrite=overwrite)
     with quick_imports():
         job = _job(target, flags)
     if resume and overwrite:
         raise ConfigError("a run is either continued or replaced", place="--resume and --overwrite", fix="choose one")
     if resume and "output" not in job.places:
-        raise ConfigError("no run to continue is named", place="--resume", fix="give `--output DIR`")
-    if dry_run:
-        return _describe(job, resume=resume, overwrite=overwrite)
+        raise _nothing_to_resume()
     from rlhf_core.registry.plugin_logs import setup_logging
 
     rank = int(os.environ.get("RANK", "0"))
@@ -123,15 +133,19 @@ def _warn_of_broken() -> None:
 def validate(context: typer.Context, target: Target) -> None:
     """Check a file without running it: a method's options, completed or overridden by flags as for `train`, or a whole recipe.
 
-    Of a recipe (a file with `stages`) everything is checked and all mistakes are shown at once, with the memory and time that its
-    stages will take. Of a method's file, `rlhf train FILE --dry-run` also checks that its paths exist.
+    All mistakes are shown at once, a line each: of the options and of the rows, of which the first 10,000 of each file are read.
+    Where there are none, it says how many steps, parameters, and how much memory and disk the run takes. Of a recipe (a file
+    with `stages`) everything is checked, too, with the memory and time that its stages will take.
     """
     if _is_recipe(target):
         if context.args:
             raise ConfigError("a recipe is checked without flags", place="command line", got=f"`{context.args[0]}`")
         return run_recipe.check(target)
-    job = _job(target, context.args)
+    _refuse_flag(target)
+    job, found = _forecast(target, context.args)
     print(f"ok: {target} is a valid configuration of {job.plugin.qualified}")
+    for line in found.lines():
+        print_text(line)
     return None
 
 
@@ -157,6 +171,14 @@ def _is_merge(target: str) -> bool:
 
 def _job(target: str, flags: list[str]) -> TrainingJob:
     """Return the run that a method or file and flags configure."""
+    from rlhf_core.training.job import load_job
+
+    _refuse_flag(target)
+    return _checked(lambda: load_job(target, flags=flags), target)
+
+
+def _refuse_flag(target: str) -> None:
+    """Refuse an option in the place of the method or file."""
     if target.startswith("-"):
         raise ConfigError(
             "the first argument must be a method or a file",
@@ -164,10 +186,12 @@ def _job(target: str, flags: list[str]) -> TrainingJob:
             got=f"`{target}`",
             fix="`rlhf train METHOD --option value`",
         )
-    from rlhf_core.training.job import load_job
 
+
+def _checked(check: Callable[[], Checked], target: str) -> Checked:
+    """Return what a check of a method or file returns; a file that configures a merge is refused as one."""
     try:
-        return load_job(target, flags=flags)
+        return check()
     except ConfigError:
         if _is_merge(target):
             raise ConfigError(
@@ -176,12 +200,14 @@ def _job(target: str, flags: list[str]) -> TrainingJob:
         raise
 
 
-def _describe(job: TrainingJob, *, resume: bool, overwrite: bool) -> None:
-    """Print the resolved configuration as a valid file, headed by comments on what the run would read and write."""
+def _describe(target: str, flags: list[str], *, resume: bool, overwrite: bool) -> None:
+    """Print the resolved configuration as a valid file, headed by comments on what the run would read, take and write."""
     from rlhf_core.config.training import models_beside
-    from rlhf_core.data.open_source import check_paths, data_files
-    from rlhf_core.training.fixed_prompts import open_fixed_prompts
+    from rlhf_core.data.open_source import data_files
 
+    job, found = _forecast(target, flags)
+    if resume and "output" not in job.places:
+        raise _nothing_to_resume()
     lines = [
         f"{job.plugin.qualified} {job.plugin.version}: {job.plugin.summary}".strip(),
         f"model: {_place(job.run.model)}",
@@ -191,48 +217,37 @@ def _describe(job: TrainingJob, *, resume: bool, overwrite: bool) -> None:
         given = job.run.model_dump()[key]
         for path, weight in [] if given is None else data_files(given) or []:
             name, times = str(path), "" if weight == 1 else f", weight {weight:g}"
-            check_paths(name)
-            read_as = _read_as(name, job)
-            lines.append(f"{key}: {_place(name)} (record type `{job.method.record_type(job.options)}`{read_as}{times})")
-    if prompts := open_fixed_prompts(job.trainer()):
-        lines.append(f"logging.samples: {len(prompts)} prompts, completed at the start, under way and at the end")
+            lines.append(f"{key}: {_place(name)} (record type `{job.method.record_type(job.options)}`{times})")
+    lines += found.lines()
     output = Path(str(job.run.output))
     state = "new"
     if output.exists() and any(output.iterdir()):
         state = "continued" if resume else "replaced" if overwrite else "not empty: needs --resume or --overwrite"
     lines.append(f"output: {output} ({state})")
-    lines += _disk(job, output)
     print("\n".join(f"# {line}" for line in lines))
     print(job.to_yaml(), end="")
 
 
-def _read_as(name: str, job: TrainingJob) -> str:
-    """Return in which shape the first row of a file is read, or ''; raise a `DataError` where it can't be read."""
-    from rlhf_core.data.open_source import open_source
-    from rlhf_core.data.row_checker import RowChecker
-
-    if not Path(name).expanduser().is_file():
-        return ""
-    options, record = job.options.dataset, job.method.record_type(job.options)
-    checker = RowChecker(record, options.columns, format=options.format, ignored=options.ignore_columns)
-    read_as = checker.check(next(open_source(name).rows())).read_as
-    return "" if read_as is None else f", read as {read_as}"
+def _nothing_to_resume() -> ConfigError:
+    return ConfigError("no run to continue is named", place="--resume", fix="give `--output DIR`")
 
 
-def _disk(job: TrainingJob, output: Path) -> list[str]:
-    """Return a line on the disk space that the run needs and has, if the model's files show its size.
+def _forecast(target: str, flags: list[str]) -> tuple[TrainingJob, RunForecast]:
+    """Return a run and what it would take; of one with mistakes print all, each on a line, and exit.
 
-    Raises:
-        StorageError: too little is free.
+    The exit code is 2 where the configuration has a mistake, else the lowest of theirs.
     """
-    from rlhf_core.training.disk_space import checkpoint_bytes_on_disk, disk_need_of_files
+    with quick_imports():
+        from rlhf_core.training.job import check_job
+        from rlhf_core.training.run_forecast import forecast
 
-    need = disk_need_of_files(job.run.model, job.options)
-    if need is None:
-        return []
-    return [
-        f"disk: at most {need}; {need.require(output, already_there=checkpoint_bytes_on_disk(output)):,} bytes are free"
-    ]
+        checked = _checked(lambda: check_job(target, flags=flags), target)
+    found = forecast(checked)
+    if found.mistakes:
+        print_mistakes(found.mistakes, _SHOWN, to_stderr=True)
+        raise typer.Exit(min(error.exit_code for error in found.mistakes.kept))
+    assert checked.job is not None
+    return checked.job, found
 
 
 def _place(name: str) -> str:

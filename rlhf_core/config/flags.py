@@ -63,24 +63,37 @@ def lex(tokens: Sequence[str]) -> list[Flag]:
 
 
 def convert(
-    flags: Iterable[Flag], config: type[BaseModel], *, owner: str, also: Iterable[str] = ()
+    flags: Iterable[Flag],
+    config: type[BaseModel],
+    *,
+    owner: str,
+    also: Iterable[str] = (),
+    mistakes: Mistakes | None = None,
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Return each flag's value by dotted option, typed by the configuration's field, and its place for messages.
 
-    `owner` names the configuration in messages ("dpo"), and `also` are further names that may have been meant.
+    `owner` names the configuration in messages ("dpo"), and `also` are further names that may have been meant. Flags with a
+    mistake are left out, and those are added to `mistakes`; where that is None they are raised.
 
     Raises:
         ConfigError: an unknown option (with the nearest), one without a value, or one given twice.
     """
+    found = Mistakes() if mistakes is None else mistakes
     grouped: dict[str, list[Flag]] = {}
     members: dict[str, tuple[Any, ...]] = {}
     for flag in flags:
         if (option := option_at(config, flag.name)) is None:
-            raise unknown_option(flag.name, config, owner=owner, place=flag.typed, also=also)
+            found.append(unknown_option(flag.name, config, owner=owner, place=flag.typed, also=also))
+            continue
         key, types = option
         members[key] = types
         grouped.setdefault(key, []).append(flag)
-    values = {key: _value(given, members[key]) for key, given in grouped.items()}
+    values: dict[str, Any] = {}
+    for key, given in grouped.items():
+        with found.noted():
+            values[key] = _value(given, members[key])
+    if mistakes is None:
+        found.raise_first()
     return values, {key: given[0].typed for key, given in grouped.items()}
 
 
@@ -174,32 +187,41 @@ def refuse_unknown(
 
 
 def convert_options(
-    flags: Sequence[Flag], config: type[BaseConfig], name: str, keys: Sequence[str]
+    flags: Sequence[Flag], config: type[BaseConfig], name: str, keys: Sequence[str], mistakes: Mistakes | None = None
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the values and places, by dotted option, of flags that set options of the method `name`.
 
-    `keys` are the names that aren't its options (`model`, `data`), among which the nearest is suggested too.
+    `keys` are the names that aren't its options (`model`, `data`), among which the nearest is suggested too. Flags with a mistake
+    are left out, and those are added to `mistakes`; where that is None they are raised.
 
     Raises:
         ConfigError: an unknown option, or an option inside a group that another flag switches off.
     """
+    found = Mistakes() if mistakes is None else mistakes
+    known = []
     for flag in flags:
         head = flag.key.partition(".")[0]
         near = nearest_names(head, [*keys, *config.model_fields])
         wrong = head not in config.model_fields and said_here(head, config, keys) is None
         if wrong and near and {*near} <= {*keys}:
             fix = f"did you mean {either(f'--{one}' for one in near)}?"
-            raise ConfigError(f"unknown option `{flag.name}`", place=flag.typed, fix=fix)
-    values, places = convert(flags, config, owner=name, also=keys)
+            found.append(ConfigError(f"unknown option `{flag.name}`", place=flag.typed, fix=fix))
+        else:
+            known.append(flag)
+    values, places = convert(known, config, owner=name, also=keys, mistakes=found)
     for group in [key for key in values if any(other.startswith(f"{key}.") for other in values)]:
         if values[group] in (False, None):
             inner = next(other for other in values if other.startswith(f"{group}."))
-            raise ConfigError(
-                f"`{inner}` is set but `{group}` is off", place=places[inner], fix="remove one of the two"
+            found.append(
+                ConfigError(f"`{inner}` is set but `{group}` is off", place=places[inner], fix="remove one of the two")
             )
+            values = {key: value for key, value in values.items() if not key.startswith(f"{group}.")}
+            continue
         switched = values.pop(group)  # `--lora --lora.rank 8`, in either order: the group is on, and so filled
         whole = spread({group: switched}, config)[group]  # `--teacher M --teacher.precision bf16`: so is its path
         values = {**({group: whole} if isinstance(whole, Mapping) else {}), **values}
+    if mistakes is None:
+        found.raise_first()
     return values, places
 
 

@@ -11,7 +11,8 @@ import json
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -88,21 +89,42 @@ class NotedMistakes:
     """Mistakes by kind, in the order in which they were met: all are counted, the first thousand are kept.
 
     Mistakes of one kind have the same problem, whatever their place.
-    """
 
-    def __init__(self) -> None:
-        self.kept: list[RLHFError] = []
-        self.kinds: Counter[str] = Counter()
+    Args:
+        errors: mistakes that are known already; what is in the `also` of one is among them.
+    """
 
     def __len__(self) -> int:
         return self.kinds.total()
 
+    def __init__(self, errors: Iterable[RLHFError] = ()) -> None:
+        self.kept: list[RLHFError] = []
+        self.kinds: Counter[str] = Counter()
+        for error in errors:
+            self._add(error)
+
     def add(self, error: RLHFError) -> None:
         """Count a mistake with those in its `also`."""
         for one in (error, *error.also):
-            self.kinds[one.problem] += 1
-            if len(self.kept) < _KEPT:
-                self.kept.append(one)
+            self._add(one)
+
+    def _add(self, error: RLHFError) -> None:
+        self.kinds[error.problem] += 1
+        if len(self.kept) < _KEPT:
+            self.kept.append(error)
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Count an `RLHFError` of the block instead of raising it."""
+        try:
+            yield
+        except RLHFError as error:
+            self.add(error)
+
+    def add_all(self, others: NotedMistakes) -> None:
+        """Count all of other mistakes."""
+        self.kinds += others.kinds
+        self.kept += others.kept[: _KEPT - len(self.kept)]
 
     def shown(self, most: int) -> tuple[list[RLHFError], dict[str, int]]:
         """Return about `most` mistakes, some of each kind, in the order in which they were met; and kind → how many more."""

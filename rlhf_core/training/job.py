@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core import registry
-from rlhf_core.config.flags import convert, convert_options, lex, refuse_unknown, spread
+from rlhf_core.config.flags import Flag, convert, convert_options, lex, refuse_unknown, spread
 from rlhf_core.config.online import OnlineConfig
 from rlhf_core.config.presets import get_preset, with_rate_of_adapters
 from rlhf_core.config.run_file import RunConfig
@@ -85,6 +85,21 @@ class TrainingJob:
         return dump_yaml(self.resolved())
 
 
+@dataclass(frozen=True)
+class CheckedJob:
+    """What can be told of a run that was asked for, right or wrong: every mistake in it, and what isn't wrong."""
+
+    mistakes: Mistakes
+    """All mistakes, in the order in which they were found."""
+    job: TrainingJob | None
+    """The run; None where there is a mistake."""
+    method: type[Trainer[Any]]
+    given: Mapping[str, Any]
+    """The keys of `RunConfig` as they were given."""
+    options: TrainerConfig | None
+    """The method's configuration without the options that are wrong; None where even the others don't go together."""
+
+
 def load_job(
     target: str | Path | GivenValues, overrides: Mapping[str, Any] | None = None, *, flags: Sequence[str] = ()
 ) -> TrainingJob:
@@ -100,33 +115,37 @@ def load_job(
             its `also`.
         PluginError: the method or a reward is broken, ambiguous or disabled.
     """
+    checked = check_job(target, overrides, flags=flags)
+    checked.mistakes.raise_first()
+    assert checked.job is not None
+    return checked.job
+
+
+def check_job(
+    target: str | Path | GivenValues, overrides: Mapping[str, Any] | None = None, *, flags: Sequence[str] = ()
+) -> CheckedJob:
+    """Return what `load_job` finds, every mistake included.
+
+    Raises:
+        ConfigError: the method isn't known, or the file or the flags can't be read, so that nothing else can be checked.
+        PluginError: the method is broken, ambiguous or disabled.
+    """
+    mistakes = Mistakes()
     given = lex(flags)
     values, places, text = read_method_or_file(target)
     run_flags = [flag for flag in given if flag.key in RunConfig.KEYS]
-    over, over_places = convert(run_flags, RunConfig, owner="train")
+    over, over_places = convert(run_flags, RunConfig, owner="train", mistakes=mistakes)
     overrides = dict(overrides or {})
     run_over = {**{key: overrides.pop(key) for key in RunConfig.KEYS if key in overrides}, **over}
     run_values = {key: values.pop(key) for key in RunConfig.KEYS if key in values} | run_over
     places |= over_places
     plugin, method = find_method(run_values, places, "trainer")
-    name = str(run_values["method"])
-    mistakes = Mistakes()
     with mistakes.noted():
-        refuse_unknown(values, method.Config, name, places, RunConfig.KEYS)
+        refuse_unknown(values, method.Config, str(run_values["method"]), places, RunConfig.KEYS)
     values = {key: value for key, value in values.items() if key in method.Config.model_fields}
     option_flags = [flag for flag in given if flag.key not in RunConfig.KEYS]
-    option_values, option_places = convert_options(option_flags, method.Config, name, RunConfig.KEYS)
-    option_values = spread(option_values, method.Config)
-    replaced = tuple(f"{key}." for key, value in option_values.items() if isinstance(value, list))
-    places = {key: place for key, place in places.items() if not key.startswith(replaced)} | option_places
-    preset = _preset(run_values, places)
-    options: dict[str, Any] = {}
-    for layer in (preset, values, nest(overrides), nest(option_values)):
-        options = overlay(options, _keep_groups(spread(layer, method.Config), options))
-    if preset:
-        options = with_rate_of_adapters(options, method.Config)
-        if "learning_rate" in options:
-            places.setdefault("learning_rate", f"preset `{run_values['preset']}`")
+    options = _options(method, values, overrides, option_flags, run_values, places, mistakes)
+    run: RunConfig | None = None
     with mistakes.noted():
         run = _run(run_values, places)
     config, wrong, found = method.Config.parse_sound(options, place=places, instead={})
@@ -137,8 +156,46 @@ def load_job(
                 check_rewards(config, place=places)
         with mistakes.noted():
             check_samplers(config, own_rewards=bool(config.rewards), places=places)
-    mistakes.raise_first()
-    return TrainingJob(run, config, method, plugin, places, text)
+    job = None
+    if not mistakes and run is not None and config is not None:
+        job = TrainingJob(run, config, method, plugin, places, text)
+    return CheckedJob(mistakes, job, method, run_values, config)
+
+
+def _options(
+    method: type[Trainer[Any]],
+    values: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+    flags: Sequence[Flag],
+    run_values: Mapping[str, Any],
+    places: dict[str, str],
+    mistakes: Mistakes,
+) -> dict[str, Any]:
+    """Return the method's options from the preset, the file, Python and flags, the later before the earlier.
+
+    Args:
+        values: of the file.
+        places: completed in place by the places of flags and the preset.
+        mistakes: gets those of the flags and the preset.
+    """
+    name = str(run_values["method"])
+    option_values, option_places = convert_options(flags, method.Config, name, RunConfig.KEYS, mistakes)
+    option_values = spread(option_values, method.Config)
+    replaced = tuple(f"{key}." for key, value in option_values.items() if isinstance(value, list))
+    for key in [key for key in places if key.startswith(replaced)] if replaced else ():
+        del places[key]
+    places |= option_places
+    preset: dict[str, Any] = {}
+    with mistakes.noted():
+        preset = _preset(run_values, places)
+    options: dict[str, Any] = {}
+    for layer in (preset, values, nest(overrides), nest(option_values)):
+        options = overlay(options, _keep_groups(spread(layer, method.Config), options))
+    if preset:
+        options = with_rate_of_adapters(options, method.Config)
+        if "learning_rate" in options:
+            places.setdefault("learning_rate", f"preset `{run_values['preset']}`")
+    return options
 
 
 def _preset(values: Mapping[str, Any], places: dict[str, str]) -> dict[str, Any]:

@@ -156,10 +156,13 @@ def test_schema_describes_every_option(rlhf) -> None:
 def test_validate_says_yes_or_why_not(rlhf, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("method: dpo\nmodel: m\ndata: d\nbeta: 0.2\n")
-    assert rlhf("validate", str(path)) == (0, f"ok: {path} is a valid configuration of rlhf-core:dpo\n", "")
+    code, out, err = rlhf("validate", str(path))
+    assert (code, err) == (0, "") and out.startswith(f"ok: {path} is a valid configuration of rlhf-core:dpo\n")
+    assert "data: d isn't a local path: its rows weren't read" in out
     path.write_text("method: dpo\nmodel: m\nbta: 0.2\n")
     code, out, err = rlhf("validate", str(path))
     assert (code, out) == (2, "") and err.startswith(f"error[config] {path}:3: unknown option `bta` of dpo")
+    assert "`data` is missing" in err
 
 
 def test_a_dry_run_prints_a_configuration_that_runs_the_same(rlhf, tmp_path: Path) -> None:
@@ -197,7 +200,7 @@ def test_a_dry_run_says_what_rows_are_read_as(rlhf, tmp_path: Path) -> None:
     path.write_text('{"talk": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}\n')
     code, out, _ = rlhf(*arguments)
     assert code == 0
-    assert "bytes (record type `sft`, read as ShareGPT conversations: column `talk`)" in out
+    assert "bytes (record type `sft`)" in out and "# rows are read as ShareGPT conversations: column `talk`" in out
     path.write_text('{"prompt": "a"}\n')
     code, _, err = rlhf(*arguments)
     assert code == 3 and f"error[data] {path}:1: no column `response`" in err
@@ -228,10 +231,11 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("arguments", FAULTS, ids=" ".join)
-def test_a_users_error_is_one_line_with_its_exit_code(rlhf, arguments: tuple[str, ...]) -> None:
+def test_a_users_error_is_a_line_with_its_exit_code(rlhf, arguments: tuple[str, ...]) -> None:
     code, out, err = rlhf(*arguments)
     expected, line = FAULTS[arguments]
-    assert (code, out) == (expected, "") and err.startswith(line) and err.count("\n") == 1, err
+    assert (code, out) == (expected, "") and err.startswith(line), err
+    assert all(one.startswith("error[") for one in err.splitlines()), err
 
 
 def test_a_plugin_that_cannot_load_is_exit_code_5(rlhf, install) -> None:

@@ -68,7 +68,7 @@ def plugins() -> None:
 def file(tmp_path: Path) -> Any:
     def write(rewards: str) -> Path:
         path = tmp_path / "run.yaml"
-        path.write_text(f"method: online\nmodel: m\ndata: d.jsonl\noutput: {tmp_path}/out\n{rewards}")
+        path.write_text(f"method: online\nmodel: m\ndata: d\noutput: {tmp_path}/out\n{rewards}")
         return path
 
     return write

@@ -94,5 +94,8 @@ def test_a_dry_run_reports_the_need(
     assert main([*command, "--dry-run"]) == 7
     errors = capsys.readouterr().err
     assert errors.startswith("error[io] ") and "bytes are needed" in errors and "got 1000 bytes free" in errors
-    assert main([*command, "--dry-run", "--lora.rank", "4"]) == 0  # so little that it isn't counted beforehand
+    free(monkeypatch, 300_000)
+    capsys.readouterr()
+    assert main([*command, "--dry-run", "--lora.rank", "1"]) == 0
+    assert "# disk: at most 3 checkpoints of " in capsys.readouterr().out
     assert not (tmp_path / "new").exists()
